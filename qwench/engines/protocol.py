@@ -1,0 +1,164 @@
+"""What an inference engine is: token ids in, token ids and log-probs out, weights and memory from outside.
+
+    generate ---> waiting -> running -> finished (stop | length | abort)
+    update_weights: only between forward passes; every later token carries the new version
+    sleep/wake:   give memory back and take it again; nothing may be running meanwhile
+
+Implementations: `engines.embedded` in this process, `engines.client` for any server with SGLang's HTTP API.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from torch import Tensor
+
+WeightBucket = Sequence[tuple[str, Tensor]]
+"""Hugging Face names and full tensors, bounded in total size."""
+
+
+class FinishReason(StrEnum):
+    """Why a response ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class MemoryTag(StrEnum):
+    """What an engine can give back while it sleeps."""
+
+    WEIGHTS = "weights"
+    KV_CACHE = "kv_cache"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn; the names and neutral values are SGLang's."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    """0 means greedy; log-probs are then those of temperature 1."""
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    """Besides the model's end-of-sequence ids. The stop token stays in the output."""
+    ignore_eos: bool = False
+    skip_special_tokens: bool = False
+    seed: int | None = None
+    """Same seed, prompt and weights: same tokens, whatever else is in the batch. None: the engine draws one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateRequest:
+    """One response wanted."""
+
+    request_id: str
+    input_ids: Sequence[int]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateResult:
+    """One response, perhaps cut short."""
+
+    request_id: str
+    output_ids: Sequence[int]
+    """[R]"""
+    log_probs: Sequence[float]
+    """[R] float32, of the sampled tokens at the sampling temperature, before top-p/top-k/min-p."""
+    finish_reason: FinishReason
+    weight_versions: Sequence[int]
+    """[R] version that sampled each token (a server that reports one version per response repeats it)."""
+    text: str = ""
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """A look at an engine's load and counters since it started."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_pages: int = 0
+    num_pages: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generated_tokens: int = 0
+    num_preempted: int = 0
+    decode_steps: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightReceipt:
+    """What an engine holds after a publication."""
+
+    version: int
+    checksums: Mapping[str, int] = field(default_factory=dict)
+    """Name of each received tensor -> `engines.checksum.tensor_checksum` of what the engine holds."""
+
+
+class Engine(Protocol):
+    """See the module docstring. All methods are called from one event loop."""
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """Return the response; an aborted request returns what it has, with FinishReason.ABORT."""
+        ...
+
+    async def abort(self, request_id: str | None = None) -> None:
+        """End one request, or all of them when `request_id` is None."""
+        ...
+
+    async def pause(self) -> None:
+        """Hold running requests where they are: no forward pass until `resume`."""
+        ...
+
+    async def resume(self) -> None:
+        """Go on after `pause`."""
+        ...
+
+    async def update_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> WeightReceipt:
+        """Take over all weights (copied before returning), drop cached prefixes, and confirm.
+
+        Raises:
+            WeightSyncError: a name or shape the model does not have, or a parameter missing.
+        """
+        ...
+
+    async def sleep(self, tags: Sequence[MemoryTag]) -> None:
+        """Give back the memory of `tags`; the KV cache's content is lost, weights must be published again.
+
+        Raises:
+            EngineError: a request is running.
+        """
+        ...
+
+    async def wake(self, tags: Sequence[MemoryTag]) -> None:
+        """Take the memory of `tags` again."""
+        ...
+
+    async def flush_cache(self) -> None:
+        """Forget cached prefixes."""
+        ...
+
+    async def health(self) -> bool:
+        """Tell whether the engine can generate."""
+        ...
+
+    async def stats(self) -> EngineStats:
+        """Return load and counters."""
+        ...
+
+    async def weight_version(self) -> int:
+        """Return the version of the weights in use."""
+        ...
+
+    async def close(self) -> None:
+        """End everything this engine started."""
+        ...

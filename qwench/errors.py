@@ -1,0 +1,29 @@
+"""Errors that cross module borders; every message says what, got, why and what to do."""
+
+
+class QwenchError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class ConfigError(QwenchError):
+    """The user's mistake, raised before any model is loaded or device is taken."""
+
+
+class EngineError(QwenchError):
+    """An inference engine failed, answered nonsense or missed its deadline."""
+
+
+class WeightSyncError(QwenchError):
+    """A publication of weights did not arrive whole at every engine."""
+
+
+class CheckpointError(QwenchError):
+    """A checkpoint is missing, incomplete or of another run."""
+
+
+class RewardError(QwenchError):
+    """A reward function crashed or answered with something that is not a verdict."""
+
+
+class TrainingError(QwenchError):
+    """A training step cannot go on, for instance because its loss is not finite."""

@@ -1,0 +1,157 @@
+"""The records that travel through a run: prompt -> sample -> group -> rollout.
+
+Per-token lists of a `Sample` are response-aligned: entry i belongs to `tokens[len(prompt) + i]`. Engine token ids are
+kept as they came; text is never tokenised again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+Json = Any  # what json.loads returns: there is no closed type for it
+Message = Mapping[str, Json]
+
+
+class Status(StrEnum):
+    """Life of a sample: pending -> completed | truncated | aborted."""
+
+    PENDING = "pending"
+    COMPLETED = "completed"
+    TRUNCATED = "truncated"
+    ABORTED = "aborted"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What a reward function says of one response: a score and why."""
+
+    score: float
+    reason: str
+    """One of the reward's own words: exact, sympy_equal, wrong, no_think_marker, no_box, unparseable, timeout, grader_error ..."""
+    extra: Mapping[str, Json] = field(default_factory=dict)
+    """Further values of a reward that returns a record (dapo: acc, pred); `--reward-key` picks one as the score."""
+
+    @property
+    def graded(self) -> bool:
+        """Tell whether the response was judged at all (false: the grader failed or ran out of time)."""
+        return self.reason not in ("timeout", "grader_error")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One row of a data set, rendered and tokenised."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    label: str | None = None
+    messages: Sequence[Message] | str = ""
+    """The row's raw input, before the chat template."""
+    tools: Sequence[Json] | None = None
+    metadata: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class Sample:
+    """A prompt and one response, filled in as generation and grading go on."""
+
+    prompt: Prompt
+    sample_id: int
+    """Counts samples over the whole run."""
+    group_id: int
+    """Counts prompts over the whole run; siblings share it."""
+    execution_id: int | None = None
+    """Shared by samples that one execution of a multi-turn function returned (slime: `Sample.rollout_id`); None: sample_id."""
+    tokens: list[int] = field(default_factory=list)
+    """[L] prompt then response."""
+    response_length: int = 0
+    loss_mask: list[int] = field(default_factory=list)
+    """[R] 1 where the token was sampled by the policy and is trained on."""
+    rollout_log_probs: list[float] = field(default_factory=list)
+    """[R] of the engine at the sampling temperature; 0.0 where loss_mask is 0."""
+    weight_versions: list[int] = field(default_factory=list)
+    """[R] version of the weights that sampled the token; -1 where loss_mask is 0."""
+    response: str = ""
+    status: Status = Status.PENDING
+    verdict: Verdict | None = None
+    reward: float | None = None
+    cached_tokens: int = 0
+    """Prompt tokens whose KV the engine already held."""
+    metadata: dict[str, Json] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.tokens:
+            self.tokens = list(self.prompt.token_ids)
+        if self.execution_id is None:
+            self.execution_id = self.sample_id
+
+    @property
+    def response_tokens(self) -> list[int]:
+        """Return the [R] token ids after the prompt."""
+        return self.tokens[len(self.tokens) - self.response_length :]
+
+    def append(self, token_ids: Sequence[int], *, log_probs: Sequence[float] | None, version: int) -> None:
+        """Extend the response by sampled tokens, or by context (tool output) when `log_probs` is None.
+
+        Context is masked out of the loss: it was not sampled by the policy.
+        """
+        sampled = log_probs is not None
+        assert log_probs is None or len(log_probs) == len(token_ids), "one log-prob for each sampled token"
+        self.tokens.extend(token_ids)
+        self.response_length += len(token_ids)
+        self.loss_mask.extend([int(sampled)] * len(token_ids))
+        self.rollout_log_probs.extend(log_probs if log_probs is not None else [0.0] * len(token_ids))
+        self.weight_versions.extend([version if sampled else -1] * len(token_ids))
+
+    def to_record(self) -> dict[str, Json]:
+        """Return a JSON-compatible record that `from_record` reads back equal."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Json]) -> Sample:
+        """Read a sample written by `to_record`."""
+        fields = dict(record)
+        prompt = dict(fields.pop("prompt"))
+        prompt["token_ids"] = tuple(prompt["token_ids"])
+        verdict = fields.pop("verdict")
+        return cls(
+            prompt=Prompt(**prompt),
+            verdict=Verdict(**verdict) if verdict is not None else None,
+            status=Status(fields.pop("status")),
+            **fields,
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class Group:
+    """The samples of one prompt."""
+
+    group_id: int
+    samples: list[Sample]
+
+    @property
+    def rewards(self) -> list[float]:
+        """Return one reward for each sample; all must have been graded."""
+        rewards = [sample.reward for sample in self.samples]
+        assert all(reward is not None for reward in rewards), f"group {self.group_id} is not graded"
+        return [float(reward) for reward in rewards if reward is not None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """`rollout_batch_size` scored groups, in order of group id, and what was measured on the way."""
+
+    rollout_id: int
+    groups: Sequence[Group]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Return all samples in order."""
+        return [sample for group in self.groups for sample in group.samples]
+
+    def with_metrics(self, metrics: Mapping[str, float]) -> Rollout:
+        """Return the same rollout with further metrics."""
+        return replace(self, metrics={**self.metrics, **metrics})

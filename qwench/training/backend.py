@@ -1,0 +1,112 @@
+"""What a training backend is: micro-batches in, log-probs and updated weights out.
+
+Every rank of a backend holds one `TrainBackend`; methods are collective unless said otherwise, so all ranks call them in the
+same order with the same number of micro-batches (a rank without work brings micro-batches of weight zero).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qwench.engines.protocol import WeightBucket
+from qwench.training.batch import MicroBatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLoss:
+    """A micro-batch's contribution to the step: sums over its tokens, already divided by the step's global counts."""
+
+    loss: Tensor
+    """Scalar float32 that carries the gradient."""
+    metrics: Mapping[str, Tensor]
+    """Detached scalar float32 sums, to be added over micro-batches and data-parallel ranks."""
+
+
+LossFunction = Callable[[Tensor, Tensor | None, MicroBatch], TokenLoss]
+"""(log_probs [T] float32, entropy [T] float32 or None, micro_batch) -> TokenLoss."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """One optimizer step, equal on every rank."""
+
+    loss: float
+    grad_norm: float
+    """Before clipping."""
+    learning_rates: Sequence[float]
+    """Of each parameter group, as used in this step."""
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelRank:
+    """Where this rank stands in the data-parallel layout."""
+
+    dp_rank: int = 0
+    dp_size: int = 1
+    cp_size: int = 1
+    is_main: bool = True
+    """True on the one rank that logs and writes single files."""
+
+
+class TrainBackend(Protocol):
+    """See the module docstring."""
+
+    parallel: ParallelRank
+    device: torch.device
+
+    def log_probs(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[Tensor]:
+        """Return [T] float32 per micro-batch on the CPU: log-prob of `labels` under the held weights, no gradient."""
+        ...
+
+    def update(self, micro_batches: Sequence[MicroBatch], loss: LossFunction, *, temperature: float,
+               with_entropy: bool) -> StepResult:
+        """Forward, loss and backward of each micro-batch, then one optimizer step.
+
+        Raises:
+            TrainingError: the summed loss or the gradient norm is not finite; nothing was stepped.
+        """
+        ...
+
+    def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
+        """Yield all weights under Hugging Face names as full tensors in the publication dtype, in buckets; collective."""
+        ...
+
+    def shared_weights(self) -> Mapping[str, Tensor] | None:
+        """Return the live full tensors when they are this process's own, in the publication dtype; else None. Local."""
+        ...
+
+    def snapshot_reference(self) -> None:
+        """Keep a copy of the held weights on the host as the reference."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Hold the reference's weights inside the context (for `log_probs`), the policy's again after it."""
+        ...
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum over the data-parallel ranks."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write model, optimizer, schedule and RNG under `folder` (which exists and is empty); collective."""
+        ...
+
+    def load(self, folder: Path, *, weights_only: bool = False) -> None:
+        """Read what `save` wrote; `weights_only` leaves optimizer, schedule and RNG fresh; collective."""
+        ...
+
+    def sleep(self) -> None:
+        """Move everything the next forward does not need at once from the device to the host."""
+        ...
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+        ...
