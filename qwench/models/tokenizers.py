@@ -1,0 +1,151 @@
+"""Tokenizers built on the spot: a small one of bytes and words, and Qwen's own from its tiktoken ranks.
+
+Both carry Qwen3's special tokens and chat template, so everything downstream treats them as it treats a downloaded one.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from qwench.errors import ConfigError
+from qwench.models.chat_template import QWEN3_CHAT_TEMPLATE
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TURN = "<|im_end|>"
+
+_CONTROL_TOKENS = (END_OF_TEXT, "<|im_start|>", END_OF_TURN)
+_MARKUP_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+
+_QWEN_VISION_TOKENS = (
+    "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>",
+    "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+)
+_QWEN_CODE_TOKENS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")
+
+ARITHMETIC_WORDS = ("\\boxed{", "user", "assistant", "system", "\n\n")
+"""Words of one token in the small tokenizer, so that prompts and answers of the arithmetic tasks are short."""
+
+_MAX_LENGTH = 131_072
+
+
+def build_small_tokenizer(words: Sequence[str] = ARITHMETIC_WORDS) -> PreTrainedTokenizerFast:
+    """Build a tokenizer of about 270 tokens: every byte (so any text round-trips), `words`, and Qwen3's special tokens.
+
+    Digits are always single tokens. A word is one token when it stands alone among letters: `user` is, in `users` it is not.
+    """
+    byte_symbols = bytes_to_unicode()
+    vocab = {byte_symbols[byte]: index for index, byte in enumerate(sorted(byte_symbols))}
+    for word in words:
+        vocab.setdefault("".join(byte_symbols[byte] for byte in word.encode()), len(vocab))
+    # No merges: a piece of the splitter is one token if it is in the vocabulary (ignore_merges), else its bytes.
+    tokenizer = Tokenizer(BPE(vocab, [], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"\\boxed\{|\n\n|[A-Za-z]+|."), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(_added_tokens(_CONTROL_TOKENS, special=True))
+    tokenizer.add_tokens(_added_tokens(_MARKUP_TOKENS, special=False))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TURN,
+        pad_token=END_OF_TEXT,
+        chat_template=QWEN3_CHAT_TEMPLATE,
+        model_max_length=_MAX_LENGTH,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_qwen_tokenizer(tiktoken_file: Path | None = None) -> PreTrainedTokenizerBase:
+    """Build Qwen3's tokenizer from its tiktoken ranks; without a file, from the one in the installed `dashscope` package.
+
+    Special tokens follow the ranks in Qwen3's order, so with the real file `<|endoftext|>` is 151643 and `</think>` 151668.
+
+    Raises:
+        ConfigError: no such file, or not a tiktoken file.
+    """
+    vocab, merges = _vocab_and_merges(read_tiktoken(tiktoken_file or find_qwen_tiktoken()))
+    control = (*_CONTROL_TOKENS, *_QWEN_VISION_TOKENS)
+    markup = (*_MARKUP_TOKENS[:2], *_QWEN_CODE_TOKENS, *_MARKUP_TOKENS[2:])
+    added = [*_added_tokens(control, special=True), *_added_tokens(markup, special=False)]
+    return Qwen2Tokenizer(
+        vocab=vocab,
+        merges=merges,  # type: ignore[arg-type]  # annotated too narrowly there: BPE itself takes pairs
+        # Given with their ids, or eos and pad would be added first and take the first two.
+        added_tokens_decoder=dict(enumerate(added, start=len(vocab))),
+        eos_token=END_OF_TURN,
+        pad_token=END_OF_TEXT,
+        unk_token=None,  # type: ignore[arg-type]  # as in Qwen3's own tokenizer_config.json
+        chat_template=QWEN3_CHAT_TEMPLATE,
+        model_max_length=_MAX_LENGTH,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def find_qwen_tiktoken() -> Path:
+    """Return the path of `qwen.tiktoken` in the installed `dashscope` package, without importing the package."""
+    spec = importlib.util.find_spec("dashscope")
+    path = Path(spec.origin).parent / "resources" / "qwen.tiktoken" if spec and spec.origin else None
+    if path is None or not path.is_file():
+        raise ConfigError(
+            "the Qwen tokenizer is built from the file qwen.tiktoken of the package dashscope, which is not installed; "
+            "`pip install dashscope`, or give the file with --qwen-tiktoken PATH."
+        )
+    return path
+
+
+def read_tiktoken(path: Path) -> dict[bytes, int]:
+    """Read `base64-token rank` lines, in order of rank."""
+    if not path.is_file():
+        raise ConfigError(f"there is no tiktoken file {path}; give an existing one with --qwen-tiktoken PATH.")
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError as error:
+            raise ConfigError(f"{path}:{number} is not `base64 rank` ({error}); is this a tiktoken file?") from error
+    return dict(sorted(ranks.items(), key=lambda item: item[1]))
+
+
+def _vocab_and_merges(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Turn tiktoken ranks into a byte-level BPE vocabulary and merges that give the same tokens.
+
+    tiktoken merges the adjacent pair whose union has the lowest rank. Of a token's splits into two known tokens only the one
+    that this procedure itself would arrive at can ever be applied, so that one split is its merge.
+    """
+    symbols = bytes_to_unicode()
+    vocab = {"".join(symbols[byte] for byte in token): rank for token, rank in ranks.items()}
+    merges = []
+    for token, rank in ranks.items():
+        if len(token) > 1:
+            left, right = _last_merge(token, rank, ranks)
+            merges.append(("".join(symbols[b] for b in left), "".join(symbols[b] for b in right)))
+    return vocab, merges
+
+
+def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """Return the two parts that byte-pair encoding of `token` with ranks below `rank` ends with."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pair_ranks = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
+        best = min(range(len(pair_ranks)), key=pair_ranks.__getitem__)
+        if pair_ranks[best] >= rank:
+            break
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+    if len(parts) != 2:
+        raise ConfigError(f"tiktoken rank {rank} ({token!r}) is no merge of lower ranks; the file is no BPE vocabulary.")
+    return parts[0], parts[1]
+
+
+def _added_tokens(tokens: Sequence[str], *, special: bool) -> list[AddedToken]:
+    return [AddedToken(token, normalized=False, special=special) for token in tokens]
