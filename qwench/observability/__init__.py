@@ -1,0 +1,1 @@
+"""What is measured, shown and kept of a run."""

@@ -1,0 +1,1 @@
+"""How the trained weights reach the engines that sample with them."""

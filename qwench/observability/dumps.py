@@ -1,0 +1,72 @@
+"""Rollouts as files of JSON lines, to look at and to train from again (--save/--load-debug-rollout-data).
+
+    {"rollout_id": 7, "metrics": {...}}     first line
+    {"sample_id": 224, "group_id": 28, ...} one line for each sample, groups in order
+
+Not a number and infinity become null.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+
+import orjson
+
+from qwench.errors import ConfigError
+from qwench.files import write_atomically
+from qwench.samples import Group, Json, Rollout, Sample
+
+
+def save_rollout(template: str, rollout: Rollout) -> Path:
+    """Write a rollout to the path that `template` gives for its `{rollout_id}`, and return that path."""
+    path = rollout_path(template, rollout.rollout_id, flag="--save-debug-rollout-data")
+    header = {"rollout_id": rollout.rollout_id, "metrics": dict(rollout.metrics)}
+    write_atomically(path, b"".join(_line(record) for record in (header, *(s.to_record() for s in rollout.samples))))
+    return path
+
+
+def load_rollout(template: str, rollout_id: int, *, subsample: float | None = None) -> Rollout:
+    """Read what `save_rollout` wrote.
+
+    Args:
+        subsample: share of the groups to keep, evenly spread and at least one; None keeps all.
+
+    Raises:
+        ConfigError: the file is missing or is not a saved rollout, or the share is not in (0, 1].
+    """
+    path = rollout_path(template, rollout_id, flag="--load-debug-rollout-data")
+    if not path.is_file():
+        raise ConfigError(f"--load-debug-rollout-data: {path} does not exist; write it with --save-debug-rollout-data first.")
+    try:
+        header, *records = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+        samples = [Sample.from_record(record) for record in records]
+        groups = [Group(group_id=i, samples=list(siblings)) for i, siblings in groupby(samples, key=lambda s: s.group_id)]
+        rollout = Rollout(rollout_id=header["rollout_id"], groups=groups, metrics=header["metrics"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--load-debug-rollout-data: {path} is not a rollout saved by this version ({error!r}).") from error
+    return rollout if subsample is None else _subsampled(rollout, subsample)
+
+
+def rollout_path(template: str, rollout_id: int, *, flag: str) -> Path:
+    """Fill `{rollout_id}` into a path template; a template without it would overwrite one rollout by the next."""
+    try:
+        path = template.format(rollout_id=rollout_id)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ConfigError(f"{flag} {template!r} has a placeholder other than {{rollout_id}}; use only that one.") from error
+    if path == template:
+        raise ConfigError(f"{flag} {template!r} has no {{rollout_id}}; every rollout would have the same file. Add it.")
+    return Path(path)
+
+
+def _subsampled(rollout: Rollout, share: float) -> Rollout:
+    if not 0 < share <= 1:
+        raise ConfigError(f"--load-debug-rollout-data-subsample is a share in (0, 1], got {share}.")
+    total = len(rollout.groups)
+    kept = max(1, round(share * total))
+    groups = [rollout.groups[i * total // kept] for i in range(kept)]
+    return Rollout(rollout_id=rollout.rollout_id, groups=groups, metrics=rollout.metrics)
+
+
+def _line(record: dict[str, Json]) -> bytes:
+    return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)

@@ -1,0 +1,91 @@
+"""Where measured numbers go: one log, three x-axes, any number of sinks.
+
+    eval/...            over eval/step    = rollout id
+    one dict per step   over train/step   = rollout id * steps per rollout + i
+    everything else     over rollout/step = rollout id
+
+A rollout is logged before the checkpoint that follows it, so that a run killed between the two logs it again, and once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+
+class Axis(StrEnum):
+    """What a record's numbers are plotted over."""
+
+    ROLLOUT = "rollout/step"
+    TRAIN = "train/step"
+    EVAL = "eval/step"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """Numbers measured at one position of one axis."""
+
+    axis: Axis
+    step: int
+    metrics: Mapping[str, float]
+
+
+class Sink(Protocol):
+    """One place that keeps records."""
+
+    def write(self, rollout_id: int, records: Sequence[Record]) -> None:
+        """Keep the records of one call of `MetricLog.log`, before returning."""
+        ...
+
+    def drop_from(self, first_steps: Mapping[Axis, int]) -> None:
+        """Forget the records at or after these positions: a resumed run writes them again."""
+        ...
+
+    def close(self) -> None:
+        """Write out what is left and let go of files."""
+        ...
+
+
+class MetricLog:
+    """Split metrics by axis and hand them to every sink; only the main rank holds one with sinks."""
+
+    def __init__(self, sinks: Sequence[Sink], *, num_steps_per_rollout: int) -> None:
+        self._sinks = tuple(sinks)
+        self._num_steps_per_rollout = num_steps_per_rollout
+
+    def resume(self, first_rollout_id: int) -> None:
+        """Forget what a killed run logged of rollouts (and evaluations) that will now be repeated."""
+        first_steps = {
+            Axis.ROLLOUT: first_rollout_id,
+            Axis.EVAL: first_rollout_id,
+            Axis.TRAIN: first_rollout_id * self._num_steps_per_rollout,
+        }
+        for sink in self._sinks:
+            sink.drop_from(first_steps)
+
+    def log(self, rollout_id: int, metrics: Mapping[str, float], steps: Sequence[Mapping[str, float]] = ()) -> None:
+        """Keep a rollout's (or an evaluation's) metrics and those of each of its optimizer steps."""
+        assert len(steps) <= self._num_steps_per_rollout, (
+            f"rollout {rollout_id} brought {len(steps)} steps, the log expects at most {self._num_steps_per_rollout}"
+        )
+        first_step = rollout_id * self._num_steps_per_rollout
+        records = [Record(axis=Axis.TRAIN, step=first_step + i, metrics=_floats(step)) for i, step in enumerate(steps)]
+        evaluated = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+        others = {name: value for name, value in metrics.items() if name not in evaluated}
+        for axis, part in ((Axis.ROLLOUT, others), (Axis.EVAL, evaluated)):
+            if part:
+                records.append(Record(axis=axis, step=rollout_id, metrics=_floats(part)))
+        for sink in self._sinks:
+            sink.write(rollout_id, records)
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in self._sinks:
+            sink.close()
+
+
+def _floats(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Turn integers, booleans and one-element tensors into floats."""
+    return {name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,51 @@
+"""Seconds spent in each phase of a rollout.
+
+with timer.phase("train"):
+    with timer.phase("log_probs"):     # phases nest; the outer one includes the inner
+        ...
+timer.take()  ->  {"perf/train_time": 12.0, "perf/log_probs_time": 3.5, "perf/step_time": 20.1}
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Lock
+
+
+class PhaseTimer:
+    """Add up wall-clock seconds by phase between two calls of `take`; threads may share one."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._lock = Lock()
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._taken_at = clock()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside the context for `name`, also when it ends with an error."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            seconds = self._clock() - start
+            with self._lock:
+                self._seconds[name] += seconds
+
+    def take(self) -> dict[str, float]:
+        """Return `perf/<phase>_time` of the phases that ended since the last `take`, and start again from zero.
+
+        `perf/step_time` is the time since the last `take`; `perf/wait_time_ratio` the share of it spent in phase `train_wait`.
+        """
+        with self._lock:
+            now = self._clock()
+            step_time, self._taken_at = now - self._taken_at, now
+            seconds, self._seconds = self._seconds, defaultdict(float)
+        times = {f"perf/{name}_time": spent for name, spent in seconds.items()}
+        times["perf/step_time"] = step_time
+        if "train_wait" in seconds and step_time > 0:
+            times["perf/wait_time_ratio"] = seconds["train_wait"] / step_time
+        return times

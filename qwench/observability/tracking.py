@@ -1,0 +1,171 @@
+"""Sinks of the metric log: metrics.jsonl, TensorBoard, Weights & Biases, and the console's table.
+
+A line of metrics.jsonl is {"<axis>": step, "<metric>": value, ...}; null stands for a value that is not finite.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from qwench.errors import ConfigError
+from qwench.files import write_atomically
+from qwench.observability.console import Console
+from qwench.observability.metrics import Axis, Record
+
+
+class JsonlSink:
+    """Append records to a file of JSON lines; a resumed run replaces those it repeats."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, rollout_id: int, records: Sequence[Record]) -> None:
+        """Append one line for each record, on the disk when this returns."""
+        self._file.write("".join(_json_line(record) for record in records))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def drop_from(self, first_steps: Mapping[Axis, int]) -> None:
+        """Rewrite the file without the records at or after `first_steps`, and without a line cut off by a kill."""
+        kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _is_before(line, first_steps)]
+        self._file.close()
+        write_atomically(self._path, "".join(f"{line}\n" for line in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _json_line(record: Record) -> str:
+    values = {name: value if math.isfinite(value) else None for name, value in record.metrics.items()}
+    return json.dumps({record.axis.value: record.step, **values}) + "\n"
+
+
+def _is_before(line: str, first_steps: Mapping[Axis, int]) -> bool:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:  # only the last line can be cut off: earlier ones were followed by a whole write
+        return False
+    return all(record[axis.value] < first for axis, first in first_steps.items() if axis.value in record)
+
+
+class TensorBoardSink:
+    """Write scalars for TensorBoard, one sub-folder (TensorBoard: run) for each axis so that each resumes at its own step."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._first_steps: dict[Axis, int] = {}
+        self._writers: dict[Axis, SummaryWriter] = {}
+
+    def write(self, rollout_id: int, records: Sequence[Record]) -> None:
+        """Add every metric as a scalar at the record's step."""
+        for record in records:
+            writer = self._writer(record.axis)
+            for name, value in record.metrics.items():
+                writer.add_scalar(name, value, global_step=record.step)
+            writer.flush()
+
+    def drop_from(self, first_steps: Mapping[Axis, int]) -> None:
+        """Tell TensorBoard to hide what was written at or after these steps."""
+        self.close()
+        self._first_steps = dict(first_steps)
+
+    def close(self) -> None:
+        """Close the event files."""
+        for writer in self._writers.values():
+            writer.close()
+        self._writers.clear()
+
+    def _writer(self, axis: Axis) -> SummaryWriter:
+        if axis not in self._writers:
+            name = axis.value.partition("/")[0]
+            self._writers[axis] = SummaryWriter(str(self._folder / name), purge_step=self._first_steps.get(axis))
+        return self._writers[axis]
+
+
+class WandbSink:
+    """Send records to Weights & Biases; `run_id` makes a restarted command continue the same run."""
+
+    def __init__(
+        self,
+        *,
+        project: str | None,
+        group: str | None = None,
+        name: str | None = None,
+        team: str | None = None,
+        mode: str | None = None,
+        folder: Path | None = None,
+        run_id: str | None = None,
+        host: str | None = None,
+        key: str | None = None,
+        run_config: Mapping[str, object] | None = None,
+    ) -> None:
+        wandb = _import_wandb()
+        if key is not None:
+            wandb.login(key=key, host=host)
+        self._run = wandb.init(
+            project=project,
+            group=group,
+            name=name,
+            entity=team,
+            mode=mode,
+            dir=str(folder) if folder is not None else None,
+            id=run_id,
+            resume="allow" if run_id is not None else None,
+            config=dict(run_config or {}),
+        )
+        for axis in Axis:
+            self._run.define_metric(axis.value)
+        for pattern, axis in (("*", Axis.ROLLOUT), ("train/*", Axis.TRAIN), ("eval/*", Axis.EVAL)):
+            self._run.define_metric(pattern, step_metric=axis.value)
+
+    def write(self, rollout_id: int, records: Sequence[Record]) -> None:
+        """Log each record together with its own x value."""
+        for record in records:
+            self._run.log({record.axis.value: record.step, **record.metrics})
+
+    def drop_from(self, first_steps: Mapping[Axis, int]) -> None:
+        """Keep what was sent: the service cannot take it back, and draws the repeated points over the old ones."""
+
+    def close(self) -> None:
+        """Upload what is left and end the run."""
+        self._run.finish()
+
+
+def _import_wandb() -> Any:  # the module object of an optional dependency
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise ConfigError("--use-wandb needs the package wandb, which is not installed; run `pip install wandb`.") from error
+
+
+class TableSink:
+    """Show each rollout's metrics on the console, those of its steps averaged."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def write(self, rollout_id: int, records: Sequence[Record]) -> None:
+        """Show one table of all records."""
+        values: dict[str, list[float]] = {}
+        for record in records:
+            for name, value in record.metrics.items():
+                values.setdefault(name, []).append(value)
+        self._console.table(rollout_id, {name: sum(several) / len(several) for name, several in values.items()})
+
+    def drop_from(self, first_steps: Mapping[Axis, int]) -> None:
+        """Keep what was shown."""
+
+    def close(self) -> None:
+        """Hold nothing open."""

@@ -1,0 +1,108 @@
+import io
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import rich.console
+
+from qwench.observability.console import LiveConsole, PlainConsole, QuietConsole, open_console
+from qwench.observability.summary import format_value, summarize
+
+METRICS = {
+    "rollout/raw_reward": 0.4375,
+    "train/loss": 0.125,
+    "perf/step_time": 61.5,
+    "eval/gsm8k": 0.5,
+    "rollout/unlisted": 1.0,
+}
+
+
+class HandClock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def screen(*, terminal: bool) -> rich.console.Console:
+    return rich.console.Console(file=io.StringIO(), force_terminal=terminal, width=100, highlight=False, color_system=None)
+
+
+def shown(output: rich.console.Console) -> str:
+    assert isinstance(output.file, io.StringIO)
+    return output.file.getvalue()
+
+
+def test_summary_keeps_the_order_and_leaves_out_what_was_not_measured():
+    assert [(group.title, dict(group.values)) for group in summarize(METRICS)] == [
+        ("reward", {"reward": "0.4375"}),
+        ("loss", {"loss": "0.125"}),
+        ("seconds", {"all": "61.5"}),
+        ("evaluation", {"gsm8k": "0.5"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1234567.0, "1,234,567"), (0.4375, "0.4375"), (1e-6, "1e-06"), (12.0, "12"), (-98765.4, "-98,765"), (float("nan"), "nan")],
+)
+def test_values_are_short(value, text):
+    assert format_value(value) == text
+
+
+def test_plain_console_writes_one_line_for_a_rollout():
+    output = screen(terminal=False)
+    console = PlainConsole(output)
+    with console.phase("train"):
+        console.table(3, METRICS)
+    console.table(4, {})
+    assert shown(output) == "rollout 3 | reward: reward 0.4375; loss: loss 0.125; seconds: all 61.5; evaluation: gsm8k 0.5\n"
+
+
+def test_plain_progress_speaks_at_most_every_half_minute():
+    output, clock = screen(terminal=False), HandClock()
+    with PlainConsole(output, clock=clock).progress("generate", total=100) as progress:
+        for _ in range(7):
+            clock.now += 10.0
+            progress.advance(5)
+    assert shown(output).splitlines() == ["generate 15/100", "generate 30/100"]
+
+
+def test_live_console_draws_bars_from_many_threads_and_prints_above_them():
+    output = screen(terminal=True)
+    console = LiveConsole(output)
+    with console.phase("rollout 0"), console.progress("generate", total=40) as progress:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(progress.advance, [10] * 4))
+        console.say("a [bracketed] line")
+    console.table(0, METRICS)
+    text = shown(output)
+    assert "40/40" in text
+    assert "a [bracketed] line" in text
+    assert "0.4375" in text
+
+
+def test_live_part_ends_when_the_outermost_context_ends_even_by_an_error():
+    output = screen(terminal=True)
+    console = LiveConsole(output)
+    with pytest.raises(ValueError, match="boom"), console.phase("train"):
+        raise ValueError("boom")
+    before = shown(output)
+    console.say("after")
+    assert shown(output) == before + "after\n"  # no redraw of a live part around it
+
+
+def test_console_without_a_terminal_is_plain(capsys):
+    console = open_console()
+    console.say("x" * 300)
+    assert isinstance(console, PlainConsole)
+    assert capsys.readouterr().out == "x" * 300 + "\n"
+
+
+def test_quiet_console_has_the_same_methods_and_shows_nothing(capsys):
+    console = QuietConsole()
+    with console.phase("train"), console.progress("generate", total=1) as progress:
+        progress.advance(1)
+    console.say("text")
+    console.table(0, METRICS)
+    assert capsys.readouterr().out == ""

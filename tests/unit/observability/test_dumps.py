@@ -1,0 +1,60 @@
+import pytest
+
+from qwench.errors import ConfigError
+from qwench.observability.dumps import load_rollout, save_rollout
+from qwench.samples import Group, Prompt, Rollout, Sample, Status, Verdict
+
+
+def graded_sample(sample_id: int, group_id: int) -> Sample:
+    sample = Sample(
+        prompt=Prompt(text="2+2=", token_ids=(5, 6), label="4", messages=[{"role": "user", "content": "2+2="}]),
+        sample_id=sample_id,
+        group_id=group_id,
+        status=Status.COMPLETED,
+        verdict=Verdict(score=1.0, reason="exact", extra={"pred": "4"}),
+        reward=1.0,
+        response="4\u00b0",
+    )
+    sample.append([7, 8], log_probs=[-0.1, -1 / 3], version=3)
+    sample.append([9], log_probs=None, version=3)
+    return sample
+
+
+def rollout_of(rollout_id: int, num_groups: int) -> Rollout:
+    groups = [Group(group_id=10 + g, samples=[graded_sample(2 * g + i, 10 + g) for i in range(2)]) for g in range(num_groups)]
+    return Rollout(rollout_id=rollout_id, groups=groups, metrics={"rollout/raw_reward": 1.0})
+
+
+def test_saved_rollout_loads_equal(tmp_path):
+    template = str(tmp_path / "deep" / "rollout_{rollout_id}.jsonl")
+    rollout = rollout_of(7, num_groups=3)
+    path = save_rollout(template, rollout)
+    assert path.name == "rollout_7.jsonl"
+    assert load_rollout(template, 7) == rollout
+
+
+def test_subsample_keeps_whole_groups_spread_over_the_rollout(tmp_path):
+    template = str(tmp_path / "{rollout_id}")
+    save_rollout(template, rollout_of(0, num_groups=8))
+    assert [group.group_id for group in load_rollout(template, 0, subsample=0.5).groups] == [10, 12, 14, 16]
+    assert [len(group.samples) for group in load_rollout(template, 0, subsample=0.01).groups] == [2]
+    with pytest.raises(ConfigError, match=r"share in \(0, 1\], got 1.5"):
+        load_rollout(template, 0, subsample=1.5)
+
+
+def test_template_must_tell_rollouts_apart(tmp_path):
+    with pytest.raises(ConfigError, match=r"has no \{rollout_id\}"):
+        save_rollout(str(tmp_path / "same"), rollout_of(0, 1))
+    with pytest.raises(ConfigError, match="placeholder other than"):
+        save_rollout(str(tmp_path / "{rank}"), rollout_of(0, 1))
+
+
+def test_missing_or_foreign_file_is_the_users_mistake(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_rollout(str(tmp_path / "{rollout_id}"), 0)
+    (tmp_path / "0").write_text("not json\n")
+    with pytest.raises(ConfigError, match="is not a rollout"):
+        load_rollout(str(tmp_path / "{rollout_id}"), 0)
+    (tmp_path / "1").write_text("")
+    with pytest.raises(ConfigError, match="is not a rollout"):
+        load_rollout(str(tmp_path / "{rollout_id}"), 1)

@@ -1,0 +1,17 @@
+from qwench.observability.metrics import MetricLog
+from qwench.observability.plots import plot_curves, read_curve
+from qwench.observability.tracking import JsonlSink
+
+
+def test_curves_are_read_over_their_own_axis_and_drawn(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricLog([JsonlSink(path)], num_steps_per_rollout=2)
+    for rollout_id in range(3):
+        metrics = {"rollout/raw_reward": 0.5 * rollout_id if rollout_id != 1 else float("nan")}
+        log.log(rollout_id, metrics, steps=[{"train/loss": 1.0}, {"train/loss": 2.0}])
+    assert read_curve(path, "rollout/raw_reward") == ([0, 2], [0.0, 1.0])
+    assert read_curve(path, "train/loss") == ([0, 1, 2, 3, 4, 5], [1.0, 2.0] * 3)
+    assert read_curve(path, "eval/none") == ([], [])
+
+    picture = plot_curves(path, tmp_path / "new" / "curves.png", ["rollout/raw_reward", "train/loss", "eval/none"])
+    assert picture.read_bytes().startswith(b"\x89PNG")

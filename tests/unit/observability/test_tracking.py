@@ -1,0 +1,95 @@
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from qwench.errors import ConfigError
+from qwench.observability.metrics import MetricLog
+from qwench.observability.tracking import JsonlSink, TableSink, TensorBoardSink, WandbSink
+from tests.fakes.console import RecordingConsole
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def log_rollout(log: MetricLog, rollout_id: int, *, loss: float) -> None:
+    metrics = {"rollout/raw_reward": 0.5, "eval/gsm8k": 0.25}
+    log.log(rollout_id, metrics, steps=[{"train/loss": loss}, {"train/loss": loss + 1}])
+
+
+def test_records_go_to_three_axes(tmp_path):
+    log = MetricLog([JsonlSink(tmp_path / "metrics.jsonl")], num_steps_per_rollout=2)
+    log_rollout(log, 3, loss=10.0)
+    log.close()
+    assert lines_of(tmp_path / "metrics.jsonl") == [
+        {"train/step": 6, "train/loss": 10.0},
+        {"train/step": 7, "train/loss": 11.0},
+        {"rollout/step": 3, "rollout/raw_reward": 0.5},
+        {"eval/step": 3, "eval/gsm8k": 0.25},
+    ]
+
+
+def test_resumed_file_has_each_rollout_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    killed = MetricLog([JsonlSink(path)], num_steps_per_rollout=2)
+    for rollout_id in range(4):
+        log_rollout(killed, rollout_id, loss=10.0)
+    with path.open("a") as file:
+        file.write('{"rollout/step": 4, "rollout/raw_rew')  # the kill came in the middle of a line
+
+    resumed = MetricLog([JsonlSink(path)], num_steps_per_rollout=2)
+    resumed.resume(2)
+    for rollout_id in range(2, 5):
+        log_rollout(resumed, rollout_id, loss=20.0)
+    resumed.close()
+
+    records = lines_of(path)
+    assert [r["rollout/step"] for r in records if "rollout/step" in r] == [0, 1, 2, 3, 4]
+    assert [r["eval/step"] for r in records if "eval/step" in r] == [0, 1, 2, 3, 4]
+    assert [(r["train/step"], r["train/loss"]) for r in records if "train/step" in r] == [
+        *[(0, 10.0), (1, 11.0), (2, 10.0), (3, 11.0)],
+        *[(4, 20.0), (5, 21.0), (6, 20.0), (7, 21.0), (8, 20.0), (9, 21.0)],
+    ]
+
+
+def test_floats_come_back_bit_for_bit_and_not_finite_ones_as_null(tmp_path):
+    log = MetricLog([JsonlSink(tmp_path / "m.jsonl")], num_steps_per_rollout=1)
+    log.log(0, {"rollout/a": 0.1 + 0.2, "rollout/b": math.nan, "rollout/c": True})
+    assert lines_of(tmp_path / "m.jsonl") == [
+        {"rollout/step": 0, "rollout/a": 0.30000000000000004, "rollout/b": None, "rollout/c": 1.0}
+    ]
+
+
+def test_more_steps_than_announced_are_refused():
+    with pytest.raises(AssertionError, match="brought 2 steps"):
+        MetricLog([], num_steps_per_rollout=1).log(0, {}, steps=[{}, {}])
+
+
+def test_tensorboard_shows_the_repeated_rollouts_of_a_resumed_run(tmp_path):
+    killed = MetricLog([TensorBoardSink(tmp_path)], num_steps_per_rollout=2)
+    for rollout_id in range(3):
+        log_rollout(killed, rollout_id, loss=10.0)
+    killed.close()
+    resumed = MetricLog([TensorBoardSink(tmp_path)], num_steps_per_rollout=2)
+    resumed.resume(1)
+    log_rollout(resumed, 1, loss=20.0)
+    resumed.close()
+
+    events = EventAccumulator(str(tmp_path / "train")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(0, 10.0), (1, 11.0), (2, 20.0), (3, 21.0)]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="states what happens without wandb")
+def test_missing_wandb_is_the_users_mistake():
+    with pytest.raises(ConfigError, match="--use-wandb needs the package wandb"):
+        WandbSink(project="p")
+
+
+def test_table_shows_the_mean_over_the_steps():
+    console = RecordingConsole()
+    log_rollout(MetricLog([TableSink(console)], num_steps_per_rollout=2), 3, loss=10.0)
+    assert console.events == [("table", 3, {"train/loss": 10.5, "rollout/raw_reward": 0.5, "eval/gsm8k": 0.25})]
