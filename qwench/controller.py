@@ -1,28 +1,129 @@
 """The main loop of reinforcement learning, synchronous or ahead of itself, on one device or many.
 
 `rollouts` decides how far generation runs ahead; `gpus` decides who holds device memory; everything else is in order here.
+Supervised fine-tuning is the same loop over rollouts that are read instead of generated, without engines.
 """
 
 from __future__ import annotations
 
-from qwench.run import Run
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from qwench.checkpoints.manager import CheckpointManager
+from qwench.cluster.gpus import ColocatedGpus, DedicatedGpus
+from qwench.engines.pool import EnginePool
+from qwench.observability.metrics import MetricLog
+from qwench.samples import Rollout
+from qwench.training.learner import Learner
 from qwench.weights.publish import publish_weights
 
 
+class Rollouts(Protocol):
+    """A source of scored rollouts: generated (`RolloutStream`), replayed (`ReplayStream`) or read (`SftStream`)."""
+
+    def take(self, rollout_id: int) -> Rollout:
+        """Return the next rollout; ids are asked for in order."""
+        ...
+
+    def drained(self) -> AbstractContextManager[None]:
+        """Hold generation still inside the block."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the JSON-compatible state after the rollouts taken so far."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        ...
+
+    def close(self) -> None:
+        """End what is in flight."""
+        ...
+
+
+class Evaluates(Protocol):
+    """Whatever measures the policy through the engines."""
+
+    def evaluate(self, engines: EnginePool) -> Mapping[str, float]:
+        """Return `eval/...` metrics."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """What is due after which rollout."""
+
+    num_rollout: int
+    rollouts_per_epoch: int | None
+    save_interval: int | None
+    eval_interval: int | None
+    eval_before_train: bool
+    update_weights_interval: int
+
+    def eval_before(self, rollout_id: int) -> bool:
+        """Tell whether to evaluate the starting weights; a resumed run does not."""
+        return self.eval_interval is not None and self.eval_before_train and rollout_id == 0
+
+    def eval_due(self, rollout_id: int) -> bool:
+        """Tell whether to evaluate after this rollout."""
+        return self._due(rollout_id, self.eval_interval)
+
+    def save_due(self, rollout_id: int) -> bool:
+        """Tell whether to save after this rollout; the last one always is."""
+        return self.save_interval is not None and (rollout_id + 1 == self.num_rollout or self._due(rollout_id, self.save_interval))
+
+    def publish_due(self, rollout_id: int) -> bool:
+        """Tell whether the engines get the weights after this rollout; before an evaluation they always do."""
+        return (rollout_id + 1) % self.update_weights_interval == 0 or self.eval_due(rollout_id)
+
+    def _due(self, rollout_id: int, interval: int | None) -> bool:
+        if interval is None:
+            return False
+        epoch_ends = self.rollouts_per_epoch is not None and (rollout_id + 1) % self.rollouts_per_epoch == 0
+        return (rollout_id + 1) % interval == 0 or epoch_ends
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """Everything a run consists of, as `launch.build` chose it."""
+
+    schedule: Schedule
+    learner: Learner
+    rollouts: Rollouts
+    engines: EnginePool | None
+    gpus: ColocatedGpus | DedicatedGpus
+    evaluator: Evaluates | None
+    checkpoints: CheckpointManager
+    metrics: MetricLog
+
+
 def train(run: Run) -> None:
-    """Learn from `num_rollout` rollouts, evaluating, saving and publishing when due."""
-    learner, rollouts, engines, gpus = run.learner, run.rollouts, run.engines, run.gpus
+    """Learn from every rollout of the schedule, saving, publishing and evaluating when due."""
+    learner, rollouts, engines, gpus, schedule = run.learner, run.rollouts, run.engines, run.gpus, run.schedule
     first = run.checkpoints.restore(learner, rollouts)
-    publish_weights(learner, engines, gpus, version=first)
-    for rollout_id in range(first, run.num_rollout):
-        if run.schedule.eval_due(rollout_id):
-            run.metrics.log(rollout_id, run.evaluator.evaluate(engines))
+    run.metrics.resume_at(first)
+    with gpus.held_by(learner):
+        publish_weights(learner, engines, gpus, version=first)
+    if schedule.eval_before(first):
+        evaluate(run, first)
+    for rollout_id in range(first, schedule.num_rollout):
         rollout = rollouts.take(rollout_id)
         with gpus.held_by(learner):
             learned = learner.learn(rollout)
-            if run.schedule.save_due(rollout_id):
+            if schedule.save_due(rollout_id):
                 run.checkpoints.save(rollout_id + 1, learner, rollouts)
-        if run.schedule.publish_due(rollout_id):
-            with rollouts.drained():
-                publish_weights(learner, engines, gpus, version=rollout_id + 1)
-        run.metrics.log(rollout_id, {**rollout.metrics, **learned})
+            if schedule.publish_due(rollout_id):
+                with rollouts.drained():
+                    publish_weights(learner, engines, gpus, version=rollout_id + 1)
+        run.metrics.log(rollout_id, {**rollout.metrics, **learned.metrics}, steps=learned.steps)
+        if schedule.eval_due(rollout_id):
+            evaluate(run, rollout_id)
+
+
+def evaluate(run: Run, rollout_id: int) -> None:
+    """Log what the evaluation sets say of the published weights."""
+    if run.evaluator is not None and run.engines is not None:
+        run.metrics.log(rollout_id, run.evaluator.evaluate(run.engines))

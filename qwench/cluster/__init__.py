@@ -1,0 +1,1 @@
+"""Where processes and device memory are: who runs what, and who holds the GPU."""

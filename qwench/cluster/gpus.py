@@ -1,0 +1,70 @@
+"""Who holds device memory, and when; nothing else in the package decides it.
+
+    colocated:   engines generate -> [engines give up memory, learner takes it: learn, save, publish] -> engines generate
+    dedicated:   engines and learner each keep what they have (also a CPU, where memory is not scarce)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from qwench.engines.pool import EnginePool
+from qwench.engines.protocol import MemoryTag
+
+
+class Sleeper(Protocol):
+    """Whatever can move its state off the device and back."""
+
+    def sleep(self) -> None:
+        """Give device memory back."""
+        ...
+
+    def wake(self) -> None:
+        """Take it again."""
+        ...
+
+
+class DedicatedGpus:
+    """Learner and engines share no device memory worth moving."""
+
+    @contextmanager
+    def held_by(self, learner: Sleeper) -> Iterator[None]:
+        """Do nothing around the block."""
+        yield
+
+    @contextmanager
+    def for_publication(self) -> Iterator[None]:
+        """Do nothing around the block."""
+        yield
+
+
+class ColocatedGpus:
+    """Learner and engines take turns on the same device.
+
+    The engines' KV cache, much the largest part, goes while the learner works (`offload_rollout`); the learner's masters and
+    optimizer state go while the engines work (`offload_train`).
+    """
+
+    def __init__(self, engines: EnginePool, *, offload_rollout: bool, offload_train: bool) -> None:
+        self._engines = engines
+        self._engine_tags = [MemoryTag.KV_CACHE] if offload_rollout else []
+        self._offload_train = offload_train
+
+    @contextmanager
+    def held_by(self, learner: Sleeper) -> Iterator[None]:
+        """Give the device to the learner inside the block, to the engines after it."""
+        if self._engine_tags:
+            self._engines.sleep(self._engine_tags)
+        learner.wake()
+        yield
+        if self._offload_train:
+            learner.sleep()
+        if self._engine_tags:
+            self._engines.wake(self._engine_tags)
+
+    @contextmanager
+    def for_publication(self) -> Iterator[None]:
+        """Publish inside `held_by(learner)`: the engines' weights never leave the device here, so nothing moves."""
+        yield
