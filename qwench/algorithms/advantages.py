@@ -1,0 +1,149 @@
+"""Rewards to advantages: group normalisation, spreading over response tokens, REINFORCE++ returns, whitening.
+
+    rewards [B] --normalize_by_group--> [B] --spread | reinforce_*--> B x [R] --whiten--> B x [R]
+
+Everything here works on the columns of a whole rollout, so that no result depends on ranks or micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from qwench.errors import RewardError
+
+STD_EPS = 1e-6
+"""Added to a group's standard deviation before dividing."""
+WHITEN_EPS = 1e-8
+"""Added to the variance of all advantages before the reciprocal root."""
+
+
+def normalize_by_group(rewards: Tensor, group_ids: Tensor, execution_ids: Tensor, *, divide_by_std: bool) -> Tensor:
+    """Subtract from each reward the mean of its group, and divide by the group's standard deviation when asked.
+
+    An execution counts once however many samples it returned. Groups may have any size; a group of one, or one whose rewards
+    are all equal, gets exactly 0.
+
+    Args:
+        rewards: [B] float32.
+        group_ids: [B] int64, in any order.
+        execution_ids: [B] int64; samples with the same id must have the same reward and group.
+
+    Returns:
+        [B] float32, (reward - mean) or (reward - mean) / (std + 1e-6) with Bessel's correction (ddof 1).
+
+    Raises:
+        RewardError: two samples of one execution disagree.
+
+    Source: GRPO (arXiv 2402.03300) section 4.1.2; without the division Dr. GRPO (arXiv 2503.20783).
+    """
+    first_of_execution = _first_of_each_execution(rewards, group_ids, execution_ids)
+    normalized = torch.zeros_like(rewards, dtype=torch.float64)
+    for group_id in group_ids.unique():
+        members = group_ids == group_id
+        scores = rewards[members & first_of_execution].double()
+        if scores.min() == scores.max():
+            continue  # a mean of equal floats may be off by an ulp, which the tiny deviation would blow up
+        centered = rewards[members].double() - scores.mean()
+        normalized[members] = centered / (scores.std(correction=1) + STD_EPS) if divide_by_std else centered
+    return normalized.to(torch.float32)
+
+
+def spread(rewards: Tensor, loss_mask: Sequence[Tensor]) -> list[Tensor]:
+    """Give every response token its sample's reward, as GRPO, GSPO and CISPO do.
+
+    Args:
+        rewards: [B] float32, normalised.
+        loss_mask: B x [R] bool, read for its lengths.
+
+    Returns:
+        B x [R] float32.
+    """
+    return [reward.expand(len(mask)).clone() for reward, mask in zip(rewards, loss_mask, strict=True)]
+
+
+def reinforce_plus_plus(
+    rewards: Tensor, loss_mask: Sequence[Tensor], kl: Sequence[Tensor], *, kl_coef: float, gamma: float
+) -> list[Tensor]:
+    """Return each token's discounted sum of rewards to come: -kl_coef * KL per token, the reward at the last trained token.
+
+    Args:
+        rewards: [B] float32, not normalised.
+        loss_mask: B x [R] bool; a sample with nothing to train on gets zeros.
+        kl: B x [R] float32 between the old policy and the reference.
+
+    Returns:
+        B x [R] float32; whiten them before use.
+
+    Source: REINFORCE++ (arXiv 2501.03262).
+    """
+    return [
+        _discounted_returns(float(reward), mask, -kl_coef * token_kl.where(mask, 0.0), gamma)
+        for reward, mask, token_kl in zip(rewards, loss_mask, kl, strict=True)
+    ]
+
+
+def reinforce_plus_plus_baseline(
+    rewards: Tensor, loss_mask: Sequence[Tensor], kl: Sequence[Tensor], *, kl_coef: float
+) -> list[Tensor]:
+    """Give every token its sample's reward less kl_coef times the token's own KL.
+
+    Args:
+        rewards: [B] float32, less the group's mean.
+        loss_mask: B x [R] bool.
+        kl: B x [R] float32 between the old policy and the reference.
+
+    Returns:
+        B x [R] float32; whiten them before use.
+
+    Source: REINFORCE++-baseline (arXiv 2501.03262).
+    """
+    return [token - kl_coef * token_kl for token, token_kl in zip(spread(rewards, loss_mask), kl, strict=True)]
+
+
+def whiten(advantages: Sequence[Tensor], loss_mask: Sequence[Tensor]) -> list[Tensor]:
+    """Shift and scale all advantages of a rollout to mean 0 and variance 1 over the trained tokens.
+
+    Args:
+        advantages: B x [R] float32.
+        loss_mask: B x [R] bool; other tokens are moved alike but do not count.
+
+    Returns:
+        B x [R] float32, (advantage - mean) * rsqrt(variance + 1e-8) with Bessel's correction; with fewer than two trained
+        tokens there is no variance and the advantages come back as they were.
+    """
+    trained = torch.cat([advantage[mask] for advantage, mask in zip(advantages, loss_mask, strict=True)]).double()
+    if len(trained) < 2:
+        return list(advantages)
+    mean, scale = trained.mean(), torch.rsqrt(trained.var(correction=1) + WHITEN_EPS)
+    return [((advantage.double() - mean) * scale).to(torch.float32) for advantage in advantages]
+
+
+def _first_of_each_execution(rewards: Tensor, group_ids: Tensor, execution_ids: Tensor) -> Tensor:
+    """Return [B] bool, true at one sample of each execution, after checking that its siblings agree with it."""
+    first: dict[int, int] = {}
+    for i, execution_id in enumerate(execution_ids.tolist()):
+        k = first.setdefault(execution_id, i)
+        if rewards[i] != rewards[k] or group_ids[i] != group_ids[k]:
+            raise RewardError(
+                f"samples of execution {execution_id} disagree: reward {rewards[k]:g} in group {group_ids[k]} and "
+                f"reward {rewards[i]:g} in group {group_ids[i]}; give the samples that one execution returns one reward "
+                "(or different execution ids)."
+            )
+    is_first = torch.zeros(len(rewards), dtype=torch.bool)
+    is_first[list(first.values())] = True
+    return is_first
+
+
+def _discounted_returns(reward: float, mask: Tensor, token_rewards: Tensor, gamma: float) -> Tensor:
+    """Put `reward` on the last trained token and discount backwards over [R]."""
+    trained = mask.nonzero()
+    if len(trained) == 0:
+        return torch.zeros_like(token_rewards)
+    token_rewards = token_rewards.clone()
+    token_rewards[trained[-1]] += reward
+    backwards = accumulate(reversed(token_rewards.tolist()), lambda later, now: now + gamma * later)
+    return torch.tensor(list(backwards)[::-1], dtype=torch.float32)

@@ -1,0 +1,67 @@
+import math
+
+import pytest
+import torch
+
+from qwench.algorithms.corrections import (
+    effective_sample_ratio,
+    icepop,
+    importance_metrics,
+    mismatch_metrics,
+    off_policy_sequences,
+    truncated_importance,
+)
+
+LOG_RATIO = torch.tensor([math.log(0.5), 0.0, math.log(3.0)])
+
+
+def test_truncated_importance_clamps_to_its_bounds():
+    assert truncated_importance(LOG_RATIO, low=0.0, high=2.0).tolist() == pytest.approx([0.5, 1.0, 2.0])
+    assert truncated_importance(LOG_RATIO, low=0.8, high=2.0).tolist() == pytest.approx([0.8, 1.0, 2.0])
+
+
+def test_icepop_drops_what_is_outside_its_bounds():
+    assert icepop(LOG_RATIO, low=0.6, high=2.0).tolist() == [0.0, 1.0, 0.0]
+    assert icepop(LOG_RATIO, low=0.4, high=5.0).tolist() == pytest.approx([0.5, 1.0, 3.0])
+
+
+def test_importance_metrics_describe_the_weights_before_the_clamp():
+    metrics = importance_metrics(LOG_RATIO, truncated_importance(LOG_RATIO, low=0.0, high=2.0))
+    assert metrics["tis"].tolist() == pytest.approx([0.5, 1.0, 3.0])
+    assert metrics["tis_clipfrac"].tolist() == [0.0, 0.0, 1.0]
+    assert metrics["tis_abs"].tolist() == pytest.approx([0.5, 0.0, 2.0])
+
+
+def test_mismatch_is_the_distance_of_log_probs_and_their_low_variance_kl():
+    metrics = mismatch_metrics(torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -2.0]))
+    assert metrics["train_rollout_logprob_abs_diff"].tolist() == [0.5, 0.0]
+    # d = engine - trainer = -0.5, so exp(0.5) - 1 - 0.5
+    assert metrics["train_rollout_kl"].tolist() == pytest.approx([math.exp(0.5) - 1.5, 0.0], abs=1e-6)
+
+
+def test_effective_sample_ratio_is_one_on_policy_and_falls_with_uneven_weights():
+    ids = torch.tensor([0, 0, 0, 1, 1, 2])
+    mask = torch.tensor([True, True, False, True, True, False])
+    log_ratio = torch.tensor([0.0, 0.0, 5.0, math.log(3.0), 0.0, 0.0])
+    # Second sequence: weights 3 and 1, 4^2 / (2 * 10) = 0.8. The third has no trained token.
+    assert effective_sample_ratio(log_ratio, mask, ids).tolist() == pytest.approx([1.0, 1.0, 1.0, 0.8, 0.8, 0.0])
+
+
+def test_off_policy_masking_needs_a_negative_advantage_and_a_drift_above_delta():
+    old = torch.tensor([0.2, 0.0, 0.2, 0.0, -0.2, 0.0])
+    new = torch.zeros(6, requires_grad=True)
+    advantages = torch.tensor([-1.0, -1.0, 1.0, 1.0, -1.0, -1.0])
+    ids = torch.tensor([0, 0, 1, 1, 2, 2])
+    mask = torch.ones(6, dtype=torch.bool)
+    # Drifts (mean of old - new): 0.1, 0.1, -0.1.
+    found = off_policy_sequences(new, old, advantages, mask, ids, delta=0.05)
+    assert found.tolist() == [True, True, False, False, False, False]
+    assert not off_policy_sequences(new, old, advantages, mask, ids, delta=0.15).any()
+
+
+def test_off_policy_drift_ignores_masked_tokens():
+    mask = torch.tensor([True, False])
+    found = off_policy_sequences(
+        torch.zeros(2), torch.tensor([0.0, 9.0]), torch.tensor([-1.0, -1.0]), mask, torch.zeros(2, dtype=torch.int64), delta=0.1
+    )
+    assert not found.any()

@@ -1,0 +1,44 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwench.algorithms.reduction import execution_mean_weights, token_mean_weights
+
+
+def _masks(*rows):
+    return [torch.tensor(row, dtype=torch.bool) for row in rows]
+
+
+def test_execution_mean_by_hand():
+    got = execution_mean_weights(_masks([1, 1], [1], [1, 0, 1]), torch.tensor([4, 9, 9]))
+    assert [row.tolist() for row in got] == [[0.25, 0.25], [pytest.approx(1 / 6)], pytest.approx([1 / 6, 0, 1 / 6])]
+    assert all(row.dtype == torch.float32 for row in got)
+
+
+def test_fully_masked_execution_contributes_nothing_but_counts():
+    got = execution_mean_weights(_masks([1, 1], [0, 0], []), torch.tensor([0, 1, 2]))
+    assert got[0].tolist() == pytest.approx([1 / 6, 1 / 6])
+    assert got[1].tolist() == [0.0, 0.0]
+
+
+def test_token_mean_by_hand_counts_an_empty_sample_as_one_token():
+    got = token_mean_weights(_masks([1, 1, 0], [1], [0, 0]))
+    assert [row.tolist() for row in got] == [[0.25, 0.25, 0.0], [0.25], [0.0, 0.0]]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 3), st.lists(st.booleans(), max_size=6)), min_size=1, max_size=10))
+def test_weighted_sum_equals_the_two_level_mean(rows):
+    generator = torch.Generator().manual_seed(len(rows))
+    losses = [torch.randn(len(mask), generator=generator) for _, mask in rows]
+    masks = _masks(*[mask for _, mask in rows])
+    executions = sorted({execution for execution, _ in rows})
+    expected = 0.0
+    for execution in executions:
+        picked = [i for i, (e, _) in enumerate(rows) if e == execution]
+        total = sum(float(losses[i][t]) for i in picked for t in range(len(losses[i])) if rows[i][1][t])
+        expected += total / max(sum(sum(rows[i][1]) for i in picked), 1)
+    weights = execution_mean_weights(masks, torch.tensor([execution for execution, _ in rows]))
+    got = sum(float((weight * loss).sum()) for weight, loss in zip(weights, losses, strict=True))
+    assert got == pytest.approx(expected / len(executions), rel=1e-5, abs=1e-6)
