@@ -1,0 +1,143 @@
+"""`--custom-rm-path package.module.function`: a reward written by the user.
+
+    async def fn(sample: Sample) -> float | Verdict | dict        or a plain function
+    async def fn(samples: Sequence[Sample]) -> list of the same   with --group-rm
+
+It runs in the controller's process, where it may keep clients and caches: async on the event loop, plain in a thread. A dict
+holds a number under `score` (or what `--reward-key` names), and may hold the reason as a string under `reason`. What it raises
+ends the run: a broken reward is never a 0. A call that takes longer than `--reward-timeout-s` gets `timeout`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from math import isfinite
+from numbers import Real
+from typing import Any
+
+from qwench.errors import ConfigError, RewardError
+from qwench.samples import Sample, Verdict
+
+_FLAG = "--custom-rm-path"
+_MAX_THREADS = 64  # plain functions at work at once; more would only wait for each other
+_TIMEOUT = Verdict(score=0.0, reason="timeout")
+Answer = Any  # what the user's function returned; `_verdict` checks it
+
+
+class CustomReward:
+    """Calls the user's function and makes verdicts of what it returns."""
+
+    def __init__(self, path: str, *, key: str | None, timeout_s: float) -> None:
+        self._path = path
+        self._key = key or "score"
+        self._timeout_s = timeout_s
+        self._function = load_reward(path)
+        self._threads = asyncio.Semaphore(_MAX_THREADS)
+
+    async def grade(self, sample: Sample) -> Verdict:
+        """Return the function's verdict on one sample.
+
+        Raises:
+            RewardError: the function raised, or returned no score.
+        """
+        what = f"sample {sample.sample_id}"
+        answer = await self._call(sample, what)
+        return self._verdict(answer, what)
+
+    async def grade_group(self, samples: Sequence[Sample]) -> list[Verdict]:
+        """Return the function's verdicts on a group, in order."""
+        what = f"group {samples[0].group_id}"
+        answers = await self._call(samples, what)
+        if answers is _TIMEOUT:
+            return [_TIMEOUT] * len(samples)
+        if not isinstance(answers, Sequence) or len(answers) != len(samples):
+            raise RewardError(f"{_FLAG} {self._path} must return a list of {len(samples)} rewards for {what}, got {answers!r}.")
+        return [self._verdict(answer, what) for answer in answers]
+
+    async def _call(self, argument: Sample | Sequence[Sample], what: str) -> Answer:
+        try:
+            if inspect.iscoroutinefunction(self._function):
+                return await self._before_deadline(self._function(argument))
+            async with self._threads:
+                return await self._before_deadline(_in_thread(self._function, argument))
+        except Exception as error:
+            raise RewardError(f"{_FLAG} {self._path} failed on {what}: {type(error).__name__}: {error}") from error
+
+    async def _before_deadline(self, answer: Answer) -> Answer:
+        try:
+            async with asyncio.timeout(self._timeout_s) as deadline:
+                while inspect.isawaitable(answer):  # a decorated function may return a coroutine from its thread
+                    answer = await answer
+                return answer
+        except TimeoutError:
+            if not deadline.expired():
+                raise  # the function's own, for instance of its HTTP client
+            return _TIMEOUT
+
+    def _verdict(self, answer: Answer, what: str) -> Verdict:
+        verdict = answer
+        if isinstance(answer, Real):
+            verdict = Verdict(score=float(answer), reason="custom")
+        elif isinstance(answer, Mapping) and isinstance(score := answer.get(self._key), Real):
+            verdict = Verdict(score=float(score), reason=str(answer.get("reason", "custom")), extra=dict(answer))
+        if not isinstance(verdict, Verdict) or not isfinite(verdict.score):
+            raise RewardError(
+                f"{_FLAG} {self._path} must return a finite number, a Verdict or a dict with a number under {self._key!r} "
+                f"(--reward-key) for {what}, got {answer!r}."
+            )
+        return verdict
+
+
+def load_reward(path: str) -> Callable[[Any], Answer]:  # Any: a sample or a group, the user's choice of types
+    """Import `package.module.function` and check that it can be called with one argument.
+
+    Raises:
+        ConfigError: it cannot be imported, or has another signature.
+    """
+    module_name, _, name = path.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{_FLAG} {path!r} cannot be imported ({error}); is its folder on PYTHONPATH?") from error
+    if not callable(function):
+        raise ConfigError(f"{_FLAG} {path!r} is no function but a {type(function).__name__}.")
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError as error:
+        raise ConfigError(
+            f"{_FLAG} {path!r} has the signature {inspect.signature(function)}, but is called as fn(sample), or with "
+            "--group-rm as fn(samples); drop slime's `args` and keep what you need of it in the module."
+        ) from error
+    return function
+
+
+async def _in_thread(function: Callable[[Any], Answer], argument: Sample | Sequence[Sample]) -> Answer:
+    """Await `function(argument)` in a thread of its own, which a caller that stops waiting leaves behind.
+
+    Unlike asyncio.to_thread's, the thread is a daemon and no slot of a pool: one that hangs stops neither others nor the exit.
+    """
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[tuple[Answer, Exception | None]] = loop.create_future()
+
+    def deliver(answer: Answer, error: Exception | None) -> None:
+        if not outcome.done():
+            outcome.set_result((answer, error))
+
+    def work() -> None:
+        try:
+            answer, failure = function(argument), None
+        except Exception as error:  # noqa: BLE001 - carried to the caller
+            answer, failure = None, error
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(deliver, answer, failure)
+
+    threading.Thread(target=work, name="custom-reward", daemon=True).start()
+    answer, failure = await outcome
+    if failure is not None:
+        raise failure
+    return answer

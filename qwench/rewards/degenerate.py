@@ -1,0 +1,40 @@
+"""Notice a reward that cannot be right: all of its zeros have the same cause, and the cause is not the model's answers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from qwench.samples import Verdict
+
+_SHARE = 0.9
+_ADVICE = {
+    "no_think_marker": "the deepscaler reward reads only what follows </think>: for a model that does not think use "
+    "--rm-type math; for one that does, raise --rollout-max-response-len until its thinking ends",
+    "no_box": "no \\boxed{...} in the response: ask for one in the prompt (check --apply-chat-template), warm up with "
+    "`qwench sft`, or raise --rollout-max-response-len until responses end",
+    "no_answer_line": "the dapo reward reads only a line `Answer: ...`: ask for one in the prompt, or use --rm-type math "
+    "for boxes",
+    "empty_label": "the labels are empty: check --label-key",
+    "unparseable": "the answers cannot be read as expressions: look at some with `qwench reward check`",
+    "timeout": "grading runs out of time: raise --reward-timeout-s or --reward-num-workers",
+    "grader_error": "the grader fails: look at the errors with `qwench reward check`",
+}
+
+
+def degenerate_reason(verdicts: Sequence[Verdict]) -> str | None:
+    """Return why a rollout's rewards teach nothing, with advice, or None if they may be what the answers deserve.
+
+    That is so when most responses got no reward and one reason explains more than 90 % of these. Wrong answers are no such
+    reason: a hard data set is not a broken reward.
+    """
+    failed = [verdict.reason for verdict in verdicts if verdict.score <= 0]
+    if 2 * len(failed) <= len(verdicts):
+        return None
+    reason, count = Counter(failed).most_common(1)[0]
+    if reason not in _ADVICE or count <= _SHARE * len(failed):
+        return None
+    return (
+        f"{count} of {len(verdicts)} responses got no reward for the same reason, {reason!r}: {_ADVICE[reason]}. "
+        "To train nevertheless pass --allow-degenerate-rewards."
+    )

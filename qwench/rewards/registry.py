@@ -1,0 +1,30 @@
+"""From the `--rm-*` flags to a reward pool."""
+
+from __future__ import annotations
+
+import os
+
+from qwench.config.reward import RewardConfig
+from qwench.rewards.pool import RewardPool
+from qwench.rewards.spec import RewardSpec
+
+_MAX_DEFAULT_WORKERS = 16
+
+
+def reward_spec(config: RewardConfig) -> RewardSpec:
+    """Return the reward the flags choose.
+
+    Raises:
+        ConfigError: there is no such reward.
+    """
+    return RewardSpec(rm_type=config.rm_type, custom_path=config.custom_rm_path, key=config.reward_key)
+
+
+def build_pool(config: RewardConfig) -> RewardPool:
+    """Return a pool for the reward the flags choose; its owner closes it.
+
+    Raises:
+        ConfigError: there is no such reward, or the custom function cannot be loaded.
+    """
+    num_workers = config.reward_num_workers or min(_MAX_DEFAULT_WORKERS, max(1, (os.cpu_count() or 1) - 1))
+    return RewardPool(reward_spec(config), num_workers=num_workers, timeout_s=config.reward_timeout_s)

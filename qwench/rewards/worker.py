@@ -1,0 +1,59 @@
+"""The process that does algebra for the reward pool: `python -m qwench.rewards.worker`, driven over its standard streams.
+
+    starts -> says it is ready -> waits -> answers -> waits ... -> end of input: exits
+
+The pool kills a worker that is late; an alarm ends a busy one whose pool is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from contextlib import suppress
+from typing import BinaryIO
+
+from qwench.rewards.protocol import HEADER, decode, encode
+from qwench.rewards.sympy_grader import settle
+from qwench.samples import Json
+
+MEMORY_LIMIT_BYTES = 4 * 2**30
+"""Address space of one worker: 99**99**99 must not take the trainer's memory."""
+_ALARM_FACTOR = 3.0  # times the deadline: the pool always kills first while it lives
+
+
+def main() -> None:
+    """Answer questions until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pool, which then closes its workers
+    with suppress(ValueError, OSError):  # the machine may allow less, or not know this limit
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints must not get between the messages
+    _send(answers, {"ready": True})
+    while (question := _receive(questions)) is not None:
+        signal.setitimer(signal.ITIMER_REAL, _ALARM_FACTOR * question["deadline_s"])
+        answer = _answer(question)
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        _send(answers, answer)
+
+
+def _answer(question: Json) -> Json:
+    try:
+        return {"reason": settle([(answer, label) for answer, label in question["pairs"]])}
+    except Exception as error:  # noqa: BLE001 - the border of the process: the pool reports it as grader_error
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _receive(stream: BinaryIO) -> Json:
+    """Return the next message, None at the end of input."""
+    header = stream.read(HEADER.size)
+    return decode(stream.read(HEADER.unpack(header)[0])) if len(header) == HEADER.size else None
+
+
+def _send(stream: BinaryIO, message: Json) -> None:
+    stream.write(encode(message))
+    stream.flush()
+
+
+if __name__ == "__main__":
+    main()
