@@ -63,25 +63,23 @@ class Schedule:
     eval_before_train: bool
     update_weights_interval: int
 
-    def eval_before(self, rollout_id: int) -> bool:
-        """Tell whether to evaluate the starting weights; a resumed run does not."""
-        return self.eval_interval is not None and self.eval_before_train and rollout_id == 0
-
     def eval_due(self, rollout_id: int) -> bool:
-        """Tell whether to evaluate after this rollout."""
-        return self._due(rollout_id, self.eval_interval)
+        """Tell whether to evaluate the weights that this rollout starts from (or, at the end, that no rollout follows)."""
+        if self.eval_interval is None:
+            return False
+        return self.eval_before_train if rollout_id == 0 else self._ends(rollout_id - 1, self.eval_interval)
 
     def save_due(self, rollout_id: int) -> bool:
         """Tell whether to save after this rollout; the last one always is."""
-        return self.save_interval is not None and (rollout_id + 1 == self.num_rollout or self._due(rollout_id, self.save_interval))
+        return self.save_interval is not None and (rollout_id + 1 == self.num_rollout or self._ends(rollout_id, self.save_interval))
 
     def publish_due(self, rollout_id: int) -> bool:
-        """Tell whether the engines get the weights after this rollout; before an evaluation they always do."""
-        return (rollout_id + 1) % self.update_weights_interval == 0 or self.eval_due(rollout_id)
+        """Tell whether the engines get the weights after this rollout; before an evaluation and at the end they always do."""
+        is_last = rollout_id + 1 == self.num_rollout
+        return is_last or (rollout_id + 1) % self.update_weights_interval == 0 or self.eval_due(rollout_id + 1)
 
-    def _due(self, rollout_id: int, interval: int | None) -> bool:
-        if interval is None:
-            return False
+    def _ends(self, rollout_id: int, interval: int) -> bool:
+        """Tell whether this rollout ends an interval or an epoch."""
         epoch_ends = self.rollouts_per_epoch is not None and (rollout_id + 1) % self.rollouts_per_epoch == 0
         return (rollout_id + 1) % interval == 0 or epoch_ends
 
@@ -101,29 +99,27 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Learn from every rollout of the schedule, saving, publishing and evaluating when due."""
+    """Learn from every rollout of the schedule, evaluating, saving and publishing when due."""
     learner, rollouts, engines, gpus, schedule = run.learner, run.rollouts, run.engines, run.gpus, run.schedule
     first = run.checkpoints.restore(learner, rollouts)
-    run.metrics.resume_at(first)
+    run.metrics.resume(first)
     with gpus.held_by(learner):
         publish_weights(learner, engines, gpus, version=first)
-    if schedule.eval_before(first):
-        evaluate(run, first)
     for rollout_id in range(first, schedule.num_rollout):
+        evaluate_if_due(run, rollout_id)
         rollout = rollouts.take(rollout_id)
         with gpus.held_by(learner):
             learned = learner.learn(rollout)
+            run.metrics.log(rollout_id, {**rollout.metrics, **learned.metrics}, steps=learned.steps)
             if schedule.save_due(rollout_id):
                 run.checkpoints.save(rollout_id + 1, learner, rollouts)
             if schedule.publish_due(rollout_id):
                 with rollouts.drained():
                     publish_weights(learner, engines, gpus, version=rollout_id + 1)
-        run.metrics.log(rollout_id, {**rollout.metrics, **learned.metrics}, steps=learned.steps)
-        if schedule.eval_due(rollout_id):
-            evaluate(run, rollout_id)
+    evaluate_if_due(run, schedule.num_rollout)
 
 
-def evaluate(run: Run, rollout_id: int) -> None:
-    """Log what the evaluation sets say of the published weights."""
-    if run.evaluator is not None and run.engines is not None:
+def evaluate_if_due(run: Run, rollout_id: int) -> None:
+    """Log what the evaluation sets say of the weights that learned from `rollout_id` rollouts."""
+    if run.evaluator is not None and run.engines is not None and run.schedule.eval_due(rollout_id):
         run.metrics.log(rollout_id, run.evaluator.evaluate(run.engines))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwench.errors import QwenchError
-from qwench.observability.console import Console
+from qwench.observability.console import open_console
 from qwench.observability.plots import plot_curves
 
 HARD_TERMS = 5
@@ -104,7 +104,7 @@ def main(folder: Path, *, seed: int = 0) -> None:
     """
     if folder.exists():
         raise QwenchError(f"{folder} exists already; remove it or name another folder with --output.")
-    console, started = Console(), time.monotonic()
+    console, started = open_console(), time.monotonic()
     write_data(folder / "data", seed=seed, num_demos=24_000, num_prompts=4_000, num_held_out=256)
     for title, arguments in commands(folder, seed=seed):
         console.say(f"\n== {title}\n$ qwench {shlex.join(arguments)}")
