@@ -1,0 +1,1 @@
+"""Data sets: rows to prompts or training sequences, and their division into micro-batches."""

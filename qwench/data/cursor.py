@@ -1,0 +1,103 @@
+"""Where a run stands in its data: epochs, order and the ids handed out, resumable.
+
+    rows 0..4, seed 42, take(3) twice:   epoch 0: 3 1 2 | 4 0, then epoch 1: 1      the tail first, then the next epoch's head
+
+Epoch e is in the order of `random.Random(seed + e).shuffle`, or the file's own without shuffling. Group and sample ids count
+over the whole run, whatever the epoch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qwench.errors import CheckpointError
+from qwench.samples import Json
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draw:
+    """A row handed out, with the ids of the group made from it."""
+
+    row: int
+    group_id: int
+    first_sample_id: int
+
+
+class DataCursor:
+    """Hands out row numbers epoch by epoch."""
+
+    def __init__(self, num_rows: int, *, fingerprint: str, samples_per_row: int, shuffle: bool, seed: int) -> None:
+        """Stand before the first row of epoch 0.
+
+        Args:
+            fingerprint: Tells this data set from others; a saved state of another one is refused.
+        """
+        assert num_rows > 0, "a data set has rows"
+        self._num_rows = num_rows
+        self._fingerprint = fingerprint
+        self._samples_per_row = samples_per_row
+        self._shuffle = shuffle
+        self._seed = seed
+        self._epoch = 0
+        self._offset = 0
+        self._group_index = 0
+        self._sample_index = 0
+        self._order = self._order_of(0)
+
+    @property
+    def epoch(self) -> int:
+        """Return the epoch of the row handed out last."""
+        return self._epoch
+
+    def take(self, n: int) -> list[Draw]:
+        """Hand out the next `n` rows, running on into further epochs."""
+        return [self._next() for _ in range(n)]
+
+    def num_rollouts_per_epoch(self, rollout_batch_size: int) -> int:
+        """Return how many whole rollouts an epoch holds; at least 1, since a rollout may span epochs."""
+        return max(1, self._num_rows // rollout_batch_size)
+
+    def state_dict(self) -> dict[str, Json]:
+        """Return the position as a JSON-compatible record."""
+        return {
+            "epoch": self._epoch,
+            "offset": self._offset,
+            "group_index": self._group_index,
+            "sample_index": self._sample_index,
+            "num_rows": self._num_rows,
+            "fingerprint": self._fingerprint,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Json]) -> None:
+        """Go to a position that `state_dict` returned.
+
+        Raises:
+            CheckpointError: the state belongs to another data set.
+        """
+        if (state["num_rows"], state["fingerprint"]) != (self._num_rows, self._fingerprint):
+            raise CheckpointError(
+                f"the checkpoint's data cursor belongs to a data set of {state['num_rows']} rows, but this run's data set has "
+                f"{self._num_rows} rows or other first and last rows; resume with the same data, keys and length limit."
+            )
+        self._epoch, self._offset = state["epoch"], state["offset"]
+        self._group_index, self._sample_index = state["group_index"], state["sample_index"]
+        self._order = self._order_of(self._epoch)
+
+    def _next(self) -> Draw:
+        if self._offset == self._num_rows:
+            self._epoch += 1
+            self._offset = 0
+            self._order = self._order_of(self._epoch)
+        draw = Draw(row=self._order[self._offset], group_id=self._group_index, first_sample_id=self._sample_index)
+        self._offset += 1
+        self._group_index += 1
+        self._sample_index += self._samples_per_row
+        return draw
+
+    def _order_of(self, epoch: int) -> list[int]:
+        order = list(range(self._num_rows))
+        if self._shuffle:
+            random.Random(self._seed + epoch).shuffle(order)
+        return order

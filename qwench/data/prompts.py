@@ -1,0 +1,148 @@
+"""Prompts of a data set: rows -> rendered and tokenised `Prompt`s -> groups of pending samples.
+
+    LoadedPrompts = load_prompts("train.jsonl@[:1000]", ...)        once, before any model is loaded
+    PromptSource(prompts).next_groups(32)                           epoch after epoch, resumable
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from qwench.data.chat import ChatRenderer, as_messages, tokenize
+from qwench.data.cursor import DataCursor, Draw
+from qwench.data.rows import Row, read_rows
+from qwench.errors import ConfigError
+from qwench.samples import Group, Json, Prompt, Sample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedPrompts:
+    """The prompts of a data set that fit, and how many did not."""
+
+    prompts: Sequence[Prompt]
+    num_dropped: int
+    """Prompts longer than the limit."""
+
+
+def load_prompts(
+    spec: str,
+    *,
+    input_key: str,
+    label_key: str | None,
+    metadata_key: str | None,
+    tool_key: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    apply_chat_template: bool,
+    apply_chat_template_kwargs: Mapping[str, Json] | None,
+    max_prompt_len: int | None,
+    require_label: bool = False,
+) -> LoadedPrompts:
+    """Read, render and tokenise the data set `spec` (`path` or `path@[start:stop]`).
+
+    Args:
+        max_prompt_len: Prompts with more tokens are dropped and counted; None: no limit.
+        require_label: The reward compares with a label, so every row must have one.
+
+    Raises:
+        ConfigError: unreadable file or row, missing key, or nothing left.
+    """
+    if require_label and label_key is None:
+        raise ConfigError(f"the reward compares answers of {spec} with labels; name their key with --label-key.")
+    renderer = ChatRenderer(tokenizer, template_kwargs=apply_chat_template_kwargs) if apply_chat_template else None
+    untokenised = [
+        Prompt(
+            text=_render(row, input_key, row.decode(tool_key, list), renderer),
+            token_ids=(),
+            label=_label(row, label_key, required=require_label),
+            messages=row.values[input_key],
+            tools=row.decode(tool_key, list),
+            metadata=row.decode(metadata_key, dict) or {},
+        )
+        for row in read_rows(spec)
+    ]
+    token_ids = tokenize(tokenizer, [prompt.text for prompt in untokenised])
+    prompts = [
+        replace(prompt, token_ids=tuple(ids))
+        for prompt, ids in zip(untokenised, token_ids, strict=True)
+        if max_prompt_len is None or len(ids) <= max_prompt_len
+    ]
+    if not prompts:
+        shortest = min(len(ids) for ids in token_ids)
+        raise ConfigError(
+            f"all {len(token_ids)} prompts of {spec} are longer than the limit of {max_prompt_len} tokens (the shortest has "
+            f"{shortest}); raise --rollout-max-prompt-len (or --eval-max-prompt-len)."
+        )
+    return LoadedPrompts(prompts=prompts, num_dropped=len(token_ids) - len(prompts))
+
+
+class PromptSource:
+    """Groups of pending samples, one group for each prompt, in a reproducible and resumable order."""
+
+    def __init__(self, prompts: Sequence[Prompt], *, n_samples_per_prompt: int, shuffle: bool, seed: int) -> None:
+        self._prompts = prompts
+        self._n_samples_per_prompt = n_samples_per_prompt
+        self._cursor = DataCursor(
+            len(prompts),
+            fingerprint=_fingerprint(prompts),
+            samples_per_row=n_samples_per_prompt,
+            shuffle=shuffle,
+            seed=seed,
+        )
+
+    @property
+    def epoch(self) -> int:
+        """Return the epoch of the prompt handed out last."""
+        return self._cursor.epoch
+
+    def next_groups(self, n: int) -> list[Group]:
+        """Return the next `n` groups; their ids count over the whole run."""
+        return [self._group(draw) for draw in self._cursor.take(n)]
+
+    def num_rollouts_per_epoch(self, rollout_batch_size: int) -> int:
+        """Return how many whole rollouts an epoch holds; at least 1."""
+        return self._cursor.num_rollouts_per_epoch(rollout_batch_size)
+
+    def state_dict(self) -> dict[str, Json]:
+        """Return the position as a JSON-compatible record."""
+        return self._cursor.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Json]) -> None:
+        """Go to a saved position; a CheckpointError when it belongs to another data set."""
+        self._cursor.load_state_dict(state)
+
+    def _group(self, draw: Draw) -> Group:
+        prompt = self._prompts[draw.row]
+        samples = [
+            Sample(prompt=prompt, sample_id=draw.first_sample_id + i, group_id=draw.group_id, metadata=dict(prompt.metadata))
+            for i in range(self._n_samples_per_prompt)
+        ]
+        return Group(group_id=draw.group_id, samples=samples)
+
+
+def _render(row: Row, input_key: str, tools: Json, renderer: ChatRenderer | None) -> str:
+    value = row.require(input_key, flag="--input-key")
+    if renderer is not None:
+        messages = as_messages(value, place=row.place)
+        return renderer.render(messages, tools=tools, add_generation_prompt=True, place=row.place)
+    if not isinstance(value, str):
+        raise ConfigError(f"{row.place}: key {input_key!r} is not text; a list of messages needs --apply-chat-template.")
+    return value
+
+
+def _label(row: Row, label_key: str | None, *, required: bool) -> str | None:
+    """Return the label as text; numbers keep their plain form, records become JSON."""
+    if label_key is None or (not required and label_key in row.values and row.values[label_key] is None):
+        return None
+    label = row.require(label_key, flag="--label-key")
+    return json.dumps(label, ensure_ascii=False) if isinstance(label, dict | list) else str(label)
+
+
+def _fingerprint(prompts: Sequence[Prompt]) -> str:
+    """Hash the first and the last prompt: cheap, and tells data sets, templates and slices apart well enough."""
+    ends = [[prompts[i].text, prompts[i].label] for i in (0, -1)]
+    return hashlib.sha256(json.dumps(ends).encode()).hexdigest()[:16]

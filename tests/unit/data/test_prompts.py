@@ -1,0 +1,159 @@
+import json
+
+import pytest
+
+from qwench.data.prompts import LoadedPrompts, PromptSource, load_prompts
+from qwench.errors import CheckpointError, ConfigError
+from qwench.models.tokenizers import build_small_tokenizer
+from qwench.samples import Prompt, Status
+
+TOKENIZER = build_small_tokenizer()
+
+
+def load(tmp_path, rows, **options) -> LoadedPrompts:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    defaults = {
+        "input_key": "prompt",
+        "label_key": None,
+        "metadata_key": "metadata",
+        "tool_key": "tools",
+        "tokenizer": TOKENIZER,
+        "apply_chat_template": False,
+        "apply_chat_template_kwargs": None,
+        "max_prompt_len": None,
+    }
+    return load_prompts(str(path), **{**defaults, **options})
+
+
+def load_one(tmp_path, row, **options) -> Prompt:
+    (prompt,) = load(tmp_path, [row], **options).prompts
+    return prompt
+
+
+def test_plain_text_is_tokenised_as_it_is(tmp_path):
+    prompt = load_one(tmp_path, {"prompt": "1+1="})
+    assert prompt.text == "1+1="
+    assert prompt.token_ids == tuple(b"1+1=")
+    assert prompt.label is None
+
+
+@pytest.mark.parametrize("value", ["2+2?", [{"role": "user", "content": "2+2?"}]], ids=["text", "messages"])
+def test_chat_template_renders_text_as_one_user_message(tmp_path, value):
+    prompt = load_one(tmp_path, {"prompt": value}, apply_chat_template=True)
+    assert prompt.text == "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+    assert TOKENIZER.decode(prompt.token_ids) == prompt.text
+    assert prompt.token_ids[0] == TOKENIZER.convert_tokens_to_ids("<|im_start|>")
+    assert prompt.messages == value
+
+
+def test_template_options_reach_the_template(tmp_path):
+    prompt = load_one(
+        tmp_path, {"prompt": "hi"}, apply_chat_template=True, apply_chat_template_kwargs={"enable_thinking": False}
+    )
+    assert prompt.text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_tools_reach_the_template_as_records_or_json_text(tmp_path):
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    as_records = load_one(tmp_path, {"prompt": "hi", "tools": tools}, apply_chat_template=True)
+    as_text = load_one(tmp_path, {"prompt": "hi", "tools": json.dumps(tools)}, apply_chat_template=True)
+    assert '{"type": "function", "function": {"name": "add"}}' in as_records.text
+    assert as_records == as_text
+    assert as_records.tools == tools
+
+
+@pytest.mark.parametrize(
+    ("label", "text"),
+    [("34", "34"), (34, "34"), (34.5, "34.5"), (12345678901234567891, "12345678901234567891"), (["a", "b"], '["a", "b"]')],
+)
+def test_labels_become_text(tmp_path, label, text):
+    assert load_one(tmp_path, {"prompt": "x", "label": label}, label_key="label").label == text
+
+
+def test_null_label_is_none_unless_the_reward_needs_it(tmp_path):
+    row = {"prompt": "x", "label": None}
+    assert load_one(tmp_path, row, label_key="label").label is None
+    with pytest.raises(ConfigError, match=r"data\.jsonl:1: key 'label' \(--label-key\) is null"):
+        load(tmp_path, [row], label_key="label", require_label=True)
+
+
+def test_reward_that_needs_labels_needs_a_label_key(tmp_path):
+    with pytest.raises(ConfigError, match="--label-key"):
+        load(tmp_path, [{"prompt": "x"}], require_label=True)
+
+
+def test_missing_keys_name_file_line_key_and_what_there_is(tmp_path):
+    rows = [{"prompt": "x", "label": "1"}, {"question": "y", "answer": "2"}]
+    with pytest.raises(ConfigError, match=r"data\.jsonl:2: key 'prompt' \(--input-key\) is missing; .*: question, answer"):
+        load(tmp_path, rows)
+    rows[1] = {"prompt": "y"}
+    with pytest.raises(ConfigError, match=r"data\.jsonl:2: key 'label' \(--label-key\) is missing; the row has: prompt"):
+        load(tmp_path, rows, label_key="label")
+
+
+def test_prompts_over_the_limit_are_dropped_and_counted(tmp_path):
+    loaded = load(tmp_path, [{"prompt": "12345"}, {"prompt": "123456"}, {"prompt": "1"}], max_prompt_len=5)
+    assert [prompt.text for prompt in loaded.prompts] == ["12345", "1"]
+    assert loaded.num_dropped == 1
+
+
+def test_a_limit_that_drops_everything_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"all 2 .* of 3 tokens \(the shortest has 4\); raise --rollout-max-prompt-len"):
+        load(tmp_path, [{"prompt": "1234"}, {"prompt": "12345"}], max_prompt_len=3)
+
+
+def test_messages_without_the_template_flag_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.jsonl:1: .*--apply-chat-template"):
+        load(tmp_path, [{"prompt": [{"role": "user", "content": "x"}]}])
+
+
+@pytest.mark.parametrize("value", [3, [], [{"content": "no role"}], ["text"]])
+def test_malformed_messages_are_refused_by_line(tmp_path, value):
+    with pytest.raises(ConfigError, match=r"data\.jsonl:1: "):
+        load(tmp_path, [{"prompt": value}], apply_chat_template=True)
+
+
+def test_messages_the_template_cannot_render_are_refused_by_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.jsonl:1: the chat template cannot render"):
+        load(tmp_path, [{"prompt": [{"role": "system", "content": None}]}], apply_chat_template=True)
+
+
+def test_tokenizer_without_a_template_is_refused(tmp_path):
+    bare = build_small_tokenizer()
+    bare.chat_template = None
+    with pytest.raises(ConfigError, match="has no chat template"):
+        load(tmp_path, [{"prompt": "x"}], tokenizer=bare, apply_chat_template=True)
+
+
+def make_source(texts, *, n: int = 2) -> PromptSource:
+    prompts = [Prompt(text=text, token_ids=tuple(text.encode()), metadata={"rm_type": "math"}) for text in texts]
+    return PromptSource(prompts, n_samples_per_prompt=n, shuffle=False, seed=0)
+
+
+def test_groups_hold_pending_siblings_with_run_wide_ids():
+    source = make_source(["a", "b"], n=3)
+    groups = source.next_groups(2) + source.next_groups(1)
+    assert [group.group_id for group in groups] == [0, 1, 2]
+    assert [[sample.sample_id for sample in group.samples] for group in groups] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert [group.samples[0].prompt.text for group in groups] == ["a", "b", "a"]
+    assert {sample.group_id for sample in groups[1].samples} == {1}
+    sample = groups[1].samples[0]
+    assert (sample.tokens, sample.response_length, sample.status) == ([ord("b")], 0, Status.PENDING)
+
+
+def test_siblings_do_not_share_mutable_metadata():
+    (group,) = make_source(["a"]).next_groups(1)
+    group.samples[0].metadata["turn"] = 1
+    assert group.samples[1].metadata == {"rm_type": "math"}
+
+
+def test_source_resumes_and_refuses_another_data_set():
+    source = make_source(["a", "b", "c"])
+    source.next_groups(2)
+    state = json.loads(json.dumps(source.state_dict()))
+    restored = make_source(["a", "b", "c"])
+    restored.load_state_dict(state)
+    assert restored.next_groups(3) == source.next_groups(3)
+    with pytest.raises(CheckpointError, match="first and last rows"):
+        make_source(["a", "b", "x"]).load_state_dict(state)

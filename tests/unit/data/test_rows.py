@@ -1,0 +1,116 @@
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from qwench.data.rows import parse_spec, read_rows
+from qwench.errors import ConfigError
+
+
+def write_jsonl(path, values) -> str:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return str(path)
+
+
+def write_parquet(path, values) -> str:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(values), path)
+    return str(path)
+
+
+@pytest.fixture(params=[("rows.jsonl", write_jsonl), ("rows.parquet", write_parquet)], ids=["jsonl", "parquet"])
+def ten_rows(request, tmp_path) -> str:
+    name, write = request.param
+    return write(tmp_path / name, [{"n": n} for n in range(10)])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "expected"),
+    [
+        ("", list(range(10))),
+        ("@[2:5]", [2, 3, 4]),
+        ("@[:3]", [0, 1, 2]),
+        ("@[-2:]", [8, 9]),
+        ("@[:-8]", [0, 1]),
+        ("@[-3:-1]", [7, 8]),
+        ("@[8:100]", [8, 9]),
+        ("@[:]", list(range(10))),
+    ],
+)
+def test_slices_are_python_slices(ten_rows, suffix, expected):
+    assert [row.values["n"] for row in read_rows(ten_rows + suffix)] == expected
+
+
+def test_places_count_from_one_in_the_whole_file(ten_rows):
+    (row,) = read_rows(ten_rows + "@[-1:]")
+    assert row.place in (f"{ten_rows}:10", f"{ten_rows} row 10")
+
+
+def test_places_count_blank_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"n": 0}\n\n{"n": 1}\n')
+    assert [row.place for row in read_rows(str(path))] == [f"{path}:1", f"{path}:3"]
+
+
+def test_a_line_separator_inside_a_string_does_not_end_the_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a\u2028b"}\n', encoding="utf-8")
+    assert read_rows(str(path))[0].values == {"text": "a\u2028b"}
+
+
+def test_an_at_sign_in_a_path_is_no_slice():
+    path, wanted = parse_spec("runs@home/data@[1:].jsonl")
+    assert (str(path), wanted) == ("runs@home/data@[1:].jsonl", slice(None))
+
+
+def test_unparsable_line_is_named_by_file_and_line(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"n": 1}\n{"n": \n')
+    with pytest.raises(ConfigError, match=r"bad\.jsonl:2 is not JSON"):
+        read_rows(str(path))
+
+
+def test_line_that_is_no_record_is_refused(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text("[1, 2]\n")
+    with pytest.raises(ConfigError, match=r"bad\.jsonl:1 holds a JSON list"):
+        read_rows(str(path))
+
+
+def test_missing_file_unknown_format_and_empty_data_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"no data file .*none\.jsonl"):
+        read_rows(str(tmp_path / "none.jsonl"))
+    (tmp_path / "data.csv").write_text("a,b\n")
+    with pytest.raises(ConfigError, match=r"unknown format '\.csv'"):
+        read_rows(str(tmp_path / "data.csv"))
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ConfigError, match="has no rows"):
+        read_rows(str(tmp_path / "empty.jsonl"))
+
+
+def test_slice_that_leaves_nothing_is_refused(ten_rows):
+    with pytest.raises(ConfigError, match="has no rows"):
+        read_rows(ten_rows + "@[10:]")
+
+
+def test_broken_parquet_is_refused(tmp_path):
+    (tmp_path / "bad.parquet").write_bytes(b"not parquet")
+    with pytest.raises(ConfigError, match="not a readable parquet file"):
+        read_rows(str(tmp_path / "bad.parquet"))
+
+
+def test_missing_key_lists_the_keys_there_are(ten_rows):
+    with pytest.raises(ConfigError, match=r"key 'prompt' \(--input-key\) is missing; the row has: n"):
+        read_rows(ten_rows)[0].require("prompt", flag="--input-key")
+
+
+def test_optional_json_text_is_decoded_and_other_kinds_refused(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"tools": '[{"name": "add"}]', "meta": 3, "broken": "[1"}])
+    (row,) = read_rows(path)
+    assert row.decode("tools", list) == [{"name": "add"}]
+    assert row.decode("absent", list) is None
+    assert row.decode(None, list) is None
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:1: key 'meta' must hold a dict, got a int"):
+        row.decode("meta", dict)
+    with pytest.raises(ConfigError, match=r"key 'broken' holds text that is not JSON"):
+        row.decode("broken", list)
