@@ -76,6 +76,8 @@ class GenerateResult:
     finish_reason: FinishReason
     weight_versions: Sequence[int]
     """[R] version that sampled each token (a server that reports one version per response repeats it)."""
+    matched: int | str | None = None
+    """The stop token or stop string that ended it."""
     text: str = ""
     cached_tokens: int = 0
 

@@ -1,0 +1,390 @@
+"""The embedded engine: the contract of `engines.protocol` over a scheduler and a runner in this process.
+
+Requests join and leave between forward passes. One task steps while there is work and ends when there is none:
+
+    generate() -> scheduler.add ----.                       .--> future of generate()
+                                    v                       |
+    step task:  [ plan -> forward pass in a worker thread -> commit ]  repeat
+                                    ^
+    update_weights, sleep, abort ... wait for the lock between two steps
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from qwench.engines.embedded.admission import Admission
+from qwench.engines.embedded.architecture import Architecture, architecture_from_config
+from qwench.engines.embedded.kv_cache import PagePool
+from qwench.engines.embedded.request import RunningRequest
+from qwench.engines.embedded.runner import Runner
+from qwench.engines.embedded.scheduler import Scheduler, StepPlan
+from qwench.engines.embedded.settings import EmbeddedSettings
+from qwench.engines.embedded.stopping import update_finish
+from qwench.engines.embedded.weights import WeightStore, read_safetensors
+from qwench.engines.protocol import (
+    EngineStats,
+    FinishReason,
+    GenerateRequest,
+    GenerateResult,
+    MemoryTag,
+    WeightBucket,
+    WeightReceipt,
+)
+from qwench.errors import EngineError
+
+QUIET_TURNS = 10
+"""Turns of the event loop without a new request after which an inline engine believes that no more will come now."""
+Result = TypeVar("Result")
+
+
+class EmbeddedEngine:
+    """An engine in this process; see `engines.protocol.Engine` for what its methods promise."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        settings: EmbeddedSettings,
+        *,
+        eos_ids: frozenset[int],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """Make an engine without weights; it can generate after `update_weights` or `adopt_weights`."""
+        self._architecture = architecture
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._admission = Admission(
+            vocab_size=architecture.vocab_size, eos_ids=eos_ids, tokenizer=tokenizer, seed=settings.seed
+        )
+        self._weights = WeightStore(architecture, settings.resolved_dtype, torch.device(settings.device))
+        self._version = 0
+        self._runner = Runner(architecture, settings, self._weights)
+        self._scheduler: Scheduler | None = None
+        self._requests: dict[str, RunningRequest] = {}
+        self._executor = None if settings.inline else ThreadPoolExecutor(1, thread_name_prefix="qwench-engine")
+        self._between_steps = asyncio.Lock()
+        self._stepping: asyncio.Task[None] | None = None
+        self._paused = False
+        self._failure: EngineError | None = None
+        self._stats = EngineStats()
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        source: str | Path | PretrainedConfig,
+        settings: EmbeddedSettings,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> EmbeddedEngine:
+        """Make an engine from a checkpoint folder, or from a config alone.
+
+        Args:
+            source: a folder, whose weights are loaded unless `weights` are given; or a config, which brings none.
+            settings: sizes and modes.
+            weights: Hugging Face names to tensors, copied.
+            tokenizer: needed for stop strings and for `GenerateResult.text`.
+
+        Raises:
+            ConfigError: a model this engine cannot run.
+            WeightSyncError: the weights are not the model's.
+        """
+        config = source if isinstance(source, PretrainedConfig) else AutoConfig.from_pretrained(source)
+        folder = None if isinstance(source, PretrainedConfig) else Path(source)
+        engine = cls(
+            architecture_from_config(config), settings, eos_ids=_eos_ids(config, folder, tokenizer), tokenizer=tokenizer
+        )
+        if weights is not None:
+            engine._weights.load([list(weights.items())])
+        elif folder is not None:
+            engine._weights.load(read_safetensors(folder))
+        return engine
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Return the tokenizer, if it has one."""
+        return self._tokenizer
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Return how long prompt and response together can be; takes the KV memory if it is not held yet."""
+        return min(self._architecture.max_positions, self._ensure_scheduler().pool.capacity_tokens)
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """See `Engine.generate`.
+
+        Raises:
+            EngineError: no weights, asleep, failed before, or a request that can never run.
+        """
+        running = self._accept(request)
+        self._requests[request.request_id] = running
+        self._ensure_scheduler().add(running)
+        self._start_stepping()
+        try:
+            return await running.future
+        finally:
+            # Normally gone already; still there if the caller was cancelled, and then nobody wants it.
+            if self._requests.get(request.request_id) is running:
+                running.finish_reason = FinishReason.ABORT
+
+    async def abort(self, request_id: str | None = None) -> None:
+        """See `Engine.abort`; an unknown id is no error, it may have ended meanwhile."""
+        for running in list(self._requests.values()):
+            if request_id is None or running.request.request_id == request_id:
+                running.finish_reason = FinishReason.ABORT
+        async with self._between_steps:
+            self._drop_aborted()
+
+    async def pause(self) -> None:
+        """See `Engine.pause`."""
+        self._paused = True
+        async with self._between_steps:
+            pass
+
+    async def resume(self) -> None:
+        """See `Engine.resume`."""
+        self._paused = False
+        self._start_stepping()
+
+    async def update_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> WeightReceipt:
+        """See `Engine.update_weights`; `buckets` is consumed between two steps."""
+        async with self._between_steps:
+            try:
+                checksums = await self._call(lambda: self._weights.load(buckets))
+            finally:
+                self._forget_old_weights()
+            self._version = version
+        return WeightReceipt(version=version, checksums=checksums)
+
+    async def adopt_weights(self, weights: Mapping[str, Tensor], version: int) -> WeightReceipt:
+        """Use the trainer's live tensors without a copy; call again after every change, with its version.
+
+        Raises:
+            WeightSyncError: names, shapes, dtype or device are not the engine's own; then copy instead.
+        """
+        async with self._between_steps:
+            self._weights.adopt(weights)
+            self._forget_old_weights()
+            self._version = version
+        return WeightReceipt(version=version)
+
+    async def sleep(self, tags: Sequence[MemoryTag]) -> None:
+        """See `Engine.sleep`."""
+        async with self._between_steps:
+            self._drop_aborted()
+            if self._requests:
+                raise EngineError(
+                    f"the engine cannot sleep: {len(self._requests)} requests are unfinished; abort them or wait for them."
+                )
+            if MemoryTag.KV_CACHE in tags:
+                self._scheduler = None
+                self._runner.drop_kv_cache()
+            if MemoryTag.WEIGHTS in tags:
+                self._weights.drop()
+                self._runner.forget_bindings()
+            self._runner.release_cached_memory()
+
+    async def wake(self, tags: Sequence[MemoryTag]) -> None:
+        """See `Engine.wake`; weights get their memory when they are published."""
+        async with self._between_steps:
+            if MemoryTag.KV_CACHE in tags:
+                self._ensure_scheduler()
+
+    async def flush_cache(self) -> None:
+        """See `Engine.flush_cache`."""
+        async with self._between_steps:
+            if self._scheduler is not None:
+                self._scheduler.pool.flush()
+
+    async def health(self) -> bool:
+        """See `Engine.health`."""
+        return self._failure is None and self._weights.ready
+
+    async def stats(self) -> EngineStats:
+        """See `Engine.stats`."""
+        if self._scheduler is None:
+            return self._stats
+        pool = self._scheduler.pool
+        return replace(
+            self._stats,
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_free_pages=pool.num_free,
+            num_pages=pool.num_pages - 1,
+        )
+
+    async def weight_version(self) -> int:
+        """See `Engine.weight_version`."""
+        return self._version
+
+    async def close(self) -> None:
+        """See `Engine.close`; unfinished requests end with an error."""
+        async with self._between_steps:
+            self._fail(EngineError("the engine was closed."))
+            self._weights.drop()
+            self._scheduler = None
+            self._runner.drop_kv_cache()
+        if self._executor is not None:
+            self._executor.shutdown(wait=False)
+
+    # Steps
+
+    def _start_stepping(self) -> None:
+        if self._stepping is None and self._requests and not self._paused:
+            self._stepping = asyncio.get_running_loop().create_task(self._step_until_idle())
+
+    async def _step_until_idle(self) -> None:
+        try:
+            while True:
+                await self._let_requests_arrive()
+                async with self._between_steps:
+                    self._drop_aborted()
+                    if self._paused or not self._requests:
+                        self._stepping = None
+                        return
+                    await self._step()
+        except Exception as cause:  # noqa: BLE001 - whatever broke a step must reach every caller, or they wait for ever
+            failure = EngineError(f"the embedded engine failed in a step: {type(cause).__name__}: {cause}")
+            failure.__cause__ = cause
+            self._stepping = None
+            self._fail(failure)
+
+    async def _step(self) -> None:
+        scheduler = self._ensure_scheduler()
+        plan = scheduler.plan()
+        tokens, log_probs = await self._call(lambda: self._runner.execute(plan, scheduler.page_table))
+        scheduler.commit(plan)
+        finished = []
+        sampling = plan.sampling
+        for running, token, log_prob in zip(sampling, tokens, log_probs, strict=True):
+            running.tokens.append(token)
+            running.log_probs.append(log_prob)
+            running.weight_versions.append(self._version)
+            if running.finish_reason is None and update_finish(running, self._tokenizer):
+                finished.append(running)
+        self._count(plan, len(sampling))
+        scheduler.finish(finished)
+        for running in finished:
+            self._resolve(running)
+
+    async def _let_requests_arrive(self) -> None:
+        """Give other tasks a turn; inline, wait until they bring no more requests, so that batches are the same every time."""
+        await asyncio.sleep(0)
+        quiet = 0
+        while self._settings.inline and quiet < QUIET_TURNS:
+            num_arrived = self._admission.num_accepted
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if num_arrived == self._admission.num_accepted else 0
+
+    async def _call(self, work: Callable[[], Result]) -> Result:
+        """Run work that blocks: in the worker thread, or right here when inline. Cancellation waits for its end."""
+        if self._executor is None:
+            return work()
+        future = asyncio.get_running_loop().run_in_executor(self._executor, work)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait([future])
+            raise
+
+    # Requests
+
+    def _accept(self, request: GenerateRequest) -> RunningRequest:
+        """Check a request and make its state."""
+        if self._failure is not None:
+            raise EngineError(f"request {request.request_id!r} refused: {self._failure}") from self._failure
+        if not self._weights.ready:
+            raise EngineError(f"request {request.request_id!r} refused: the engine has no weights; publish them first.")
+        if request.request_id in self._requests:
+            raise EngineError(f"request id {request.request_id!r} is in use; ids of unfinished requests must differ.")
+        return self._admission.accept(request, max_request_tokens=self.max_request_tokens)
+
+    def _drop_aborted(self) -> None:
+        for running in [r for r in self._requests.values() if r.finish_reason is FinishReason.ABORT]:
+            assert self._scheduler is not None
+            self._scheduler.remove(running)
+            self._resolve(running)
+
+    def _resolve(self, running: RunningRequest) -> None:
+        del self._requests[running.request.request_id]
+        if running.future.done():
+            return
+        assert running.finish_reason is not None
+        output_ids = running.output_ids
+        running.future.set_result(
+            GenerateResult(
+                request_id=running.request.request_id,
+                output_ids=output_ids,
+                log_probs=running.log_probs,
+                finish_reason=running.finish_reason,
+                matched=running.matched,
+                weight_versions=running.weight_versions,
+                text=self._decode(output_ids, running.request.sampling.skip_special_tokens),
+                cached_tokens=running.cached_tokens,
+            )
+        )
+
+    def _decode(self, output_ids: list[int], skip_special_tokens: bool) -> str:
+        if self._tokenizer is None:
+            return ""
+        text = self._tokenizer.decode(output_ids, skip_special_tokens=skip_special_tokens)
+        assert isinstance(text, str)
+        return text
+
+    def _fail(self, failure: EngineError) -> None:
+        self._failure = self._failure or failure
+        for running in self._requests.values():
+            if not running.future.done():
+                running.future.set_exception(failure)
+        self._requests.clear()
+
+    # Memory
+
+    def _ensure_scheduler(self) -> Scheduler:
+        if self._scheduler is None:
+            settings = self._settings
+            num_pages = self._runner.choose_num_pages()
+            self._runner.allocate_kv_cache(num_pages)
+            pool = PagePool(num_pages, settings.page_size, prefix_cache=settings.prefix_cache)
+            self._scheduler = Scheduler(
+                pool,
+                max_running=settings.max_running_requests,
+                max_request_tokens=min(self._architecture.max_positions, pool.capacity_tokens),
+                prefill_chunk_tokens=settings.prefill_chunk_tokens,
+            )
+        return self._scheduler
+
+    def _forget_old_weights(self) -> None:
+        if self._scheduler is not None:
+            self._scheduler.pool.flush()
+
+    def _count(self, plan: StepPlan, num_sampled: int) -> None:
+        first = [request for request in plan.sampling[len(plan.decodes) :] if request.num_output == 1]
+        self._stats = replace(
+            self._stats,
+            prompt_tokens=self._stats.prompt_tokens + sum(request.num_prompt for request in first),
+            cached_prompt_tokens=self._stats.cached_prompt_tokens + sum(request.cached_tokens for request in first),
+            generated_tokens=self._stats.generated_tokens + num_sampled,
+            num_preempted=self._stats.num_preempted + plan.num_preempted,
+            decode_steps=self._stats.decode_steps + bool(plan.decodes),
+        )
+
+
+def _eos_ids(config: PretrainedConfig, folder: Path | None, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """Collect the end-of-sequence ids that config, generation config and tokenizer name."""
+    sources = [config.eos_token_id, tokenizer.eos_token_id if tokenizer is not None else None]
+    if folder is not None and (folder / "generation_config.json").exists():
+        sources.append(GenerationConfig.from_pretrained(folder).eos_token_id)
+    ids: set[int] = set()
+    for source in sources:
+        ids.update([source] if isinstance(source, int) else source or [])
+    return frozenset(ids)

@@ -1,0 +1,52 @@
+"""One request inside the embedded engine, from arrival to result."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class RunningRequest:
+    """State of a request: waiting -> prefilling (alone, or following a sibling) -> decoding -> finished.
+
+    `tokens[:num_computed]` have their keys and values in `pages`. Preemption forgets those and sends it back to waiting.
+    """
+
+    request: GenerateRequest
+    seed: int
+    max_new_tokens: int
+    """As asked, or less where the model or the pool ends."""
+    stop_ids: frozenset[int]
+    future: asyncio.Future[GenerateResult]
+    tokens: list[int]
+    """Prompt and response so far."""
+    num_prompt: int
+    log_probs: list[float] = field(default_factory=list)
+    weight_versions: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    row: int = -1
+    """Its row in the scheduler's table; -1 while waiting."""
+    arrival: int = -1
+    """Order of admission; the latest is preempted first."""
+    epoch: int = -1
+    """The pool's epoch when its first page was filled."""
+    cached_tokens: int = 0
+    followers: list[RunningRequest] = field(default_factory=list)
+    """Siblings with the same prompt, waiting for this one's prefill."""
+    finish_reason: FinishReason | None = None
+    matched: int | str | None = None
+    """Stop token or string that ended it."""
+
+    @property
+    def num_output(self) -> int:
+        """Return the number of response tokens."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def output_ids(self) -> list[int]:
+        """Return the response tokens."""
+        return self.tokens[self.num_prompt :]

@@ -1,0 +1,91 @@
+"""Rotary position embedding: frequencies from a config, tables of cosines and sines, rotation.
+
+Source: RoFormer (arXiv 2104.09864); the llama3 scaling is Llama 3.1's, as transformers' `modeling_rope_utils` states it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from qwench.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Llama3Scaling:
+    """Stretch low frequencies by `factor`, keep high ones, blend between."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeSpec:
+    """What fixes the rotation of a position."""
+
+    head_dim: int
+    theta: float
+    scaling: Llama3Scaling | None = None
+
+
+def rope_from_config(config: PretrainedConfig, head_dim: int) -> RopeSpec:
+    """Read the rotary parameters of a Hugging Face config, old layout (rope_theta, rope_scaling) or new (rope_parameters).
+
+    Raises:
+        ConfigError: a kind of scaling that is not implemented.
+    """
+    parameters = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    theta = float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10_000.0)
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(
+            "the embedded engine rotates whole heads only; this config has a partial_rotary_factor. Use another engine."
+        )
+    if kind == "default":
+        return RopeSpec(head_dim=head_dim, theta=theta)
+    if kind == "llama3":
+        scaling = Llama3Scaling(
+            factor=float(parameters["factor"]),
+            low_freq_factor=float(parameters["low_freq_factor"]),
+            high_freq_factor=float(parameters["high_freq_factor"]),
+            original_max_positions=int(parameters["original_max_position_embeddings"]),
+        )
+        return RopeSpec(head_dim=head_dim, theta=theta, scaling=scaling)
+    raise ConfigError(f"the embedded engine knows the rope types default and llama3; got {kind!r} in the model's config.")
+
+
+def rope_table(spec: RopeSpec, num_positions: int, device: torch.device) -> Tensor:
+    """Return [num_positions, head_dim] float32: head_dim/2 cosines, then as many sines."""
+    frequencies = _inverse_frequencies(spec, device)
+    angles = torch.arange(num_positions, dtype=torch.float32, device=device)[:, None] * frequencies[None, :]
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def rotate(x_THK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
+    """Rotate halves of each head; cosines and sines hold K/2 values."""
+    first, second = x_THK.chunk(2, dim=-1)
+    return torch.cat((first * cos_T1K - second * sin_T1K, second * cos_T1K + first * sin_T1K), dim=-1)
+
+
+def _inverse_frequencies(spec: RopeSpec, device: torch.device) -> Tensor:
+    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.int64, device=device).float() / spec.head_dim
+    frequencies = 1.0 / (spec.theta**exponents)
+    if spec.scaling is None:
+        return frequencies
+    scaling = spec.scaling
+    wavelengths = 2 * math.pi / frequencies
+    longest_kept = scaling.original_max_positions / scaling.high_freq_factor
+    shortest_stretched = scaling.original_max_positions / scaling.low_freq_factor
+    blend = (scaling.original_max_positions / wavelengths - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    blended = (1 - blend) * frequencies / scaling.factor + blend * frequencies
+    stretched = torch.where(wavelengths > shortest_stretched, frequencies / scaling.factor, frequencies)
+    between = (wavelengths >= longest_kept) & (wavelengths <= shortest_stretched)
+    return torch.where(between, blended, stretched)

@@ -1,0 +1,40 @@
+"""How large the embedded engine is and how it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbeddedSettings:
+    """Sizes and modes; every default suits a small model on a CPU or one GPU."""
+
+    page_size: int = 16
+    """Tokens of one KV page."""
+    max_running_requests: int = 512
+    prefill_chunk_tokens: int = 4096
+    """Prompt tokens computed in one forward pass; longer prompts are cut into chunks."""
+    kv_cache_tokens: int | None = None
+    """Capacity of the KV pool. None: `mem_fraction` of the free memory on a GPU, 65,536 on a CPU."""
+    mem_fraction: float = 0.8
+    """Share of the GPU memory that is free when the pool is made."""
+    dtype: torch.dtype | None = None
+    """None: bfloat16 on a GPU, float32 on a CPU."""
+    device: str = "cpu"
+    inline: bool = False
+    """Run steps on the event loop itself and wait for it to be quiet first: batches, and so all results, are reproducible."""
+    seed: int = 0
+    """Source of the seeds of requests that bring none."""
+    prefix_cache: bool = True
+    """Keep the KV pages of finished requests for later prompts that begin alike."""
+    cuda_graphs: bool = True
+    """Capture decode steps as CUDA graphs (no effect on a CPU)."""
+
+    @property
+    def resolved_dtype(self) -> torch.dtype:
+        """Return the dtype of weights and KV cache."""
+        if self.dtype is not None:
+            return self.dtype
+        return torch.float32 if torch.device(self.device).type == "cpu" else torch.bfloat16

@@ -1,0 +1,158 @@
+"""The engine's weights: its own storage, or live tensors of the trainer that it only looks at.
+
+Own storage is one flat buffer in the order of the architecture's parameters, so q, k, v (and gate, up) lie back to back and the
+model can multiply them as one matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from qwench.engines.checksum import tensor_checksum
+from qwench.engines.embedded.architecture import Architecture
+from qwench.engines.protocol import WeightBucket
+from qwench.errors import WeightSyncError
+
+BUCKET_BYTES = 256 * 2**20
+TIED_HEAD = "lm_head.weight"
+_ALIGNMENT_BYTES = 256
+"""Matrices start at multiples of this, as cuBLAS likes; fused neighbours must have sizes that keep it to be fused."""
+
+
+class WeightStore:
+    """Holds weights by Hugging Face name: absent, owned or aliased; `ready` when they are whole."""
+
+    def __init__(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
+        self._shapes = architecture.parameter_shapes()
+        self._tied_head = architecture.tied_head
+        self._dtype = dtype
+        self._device = device
+        self._tensors: Mapping[str, Tensor] = {}
+        self._owned = False
+        self.ready = False
+        self.layout = 0
+        """Counts moves of the tensors in memory: who bound to them must bind again when it changes."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return the weights; empty while they are absent."""
+        return self._tensors
+
+    def allocate(self) -> None:
+        """Take memory for own weights; they are not ready before they are copied in."""
+        offsets: dict[str, int] = {}
+        size = 0
+        for name, shape in self._shapes.items():
+            offsets[name] = size
+            size += _aligned(math.prod(shape) * self._dtype.itemsize) // self._dtype.itemsize
+        buffer = torch.empty(size, dtype=self._dtype, device=self._device)
+        self._tensors = {
+            name: buffer[offsets[name] : offsets[name] + math.prod(shape)].view(shape) for name, shape in self._shapes.items()
+        }
+        self._owned, self.ready = True, False
+        self.layout += 1
+
+    def drop(self) -> None:
+        """Give own memory back, or let go of aliased tensors."""
+        self._tensors, self._owned, self.ready = {}, False, False
+        self.layout += 1
+
+    def adopt(self, weights: Mapping[str, Tensor]) -> None:
+        """Use live tensors as they are, without copying them.
+
+        Raises:
+            WeightSyncError: a missing or unknown name, or another shape, dtype or device than the engine's.
+        """
+        named = {name: tensor.detach() for name, tensor in weights.items() if not self._is_tied_copy(name)}
+        self._check_complete(set(named))
+        for name, tensor in named.items():
+            self._check(name, tensor)
+            if tensor.dtype != self._dtype or tensor.device.type != self._device.type:
+                raise WeightSyncError(
+                    f"weight {name!r} cannot be aliased: it is {tensor.dtype} on {tensor.device}, the engine is {self._dtype} "
+                    f"on {self._device}; copy it by update_weights instead."
+                )
+        if _addresses(named) != _addresses(self._tensors):
+            self.layout += 1
+        self._tensors, self._owned, self.ready = named, False, True
+
+    def load(self, buckets: Iterable[WeightBucket]) -> dict[str, int]:
+        """Copy all weights in and return the checksum of each as it is held now.
+
+        Raises:
+            WeightSyncError: see `adopt`. Unless the very first bucket was refused, the weights are then not ready.
+        """
+        checksums: dict[str, int] = {}
+        for bucket in buckets:
+            wanted = [(name, tensor) for name, tensor in bucket if not self._is_tied_copy(name)]
+            for name, tensor in wanted:
+                self._check(name, tensor)
+            if not self._owned:
+                # Never write into aliased tensors: they are the trainer's.
+                self.allocate()
+            for name, tensor in wanted:
+                self.ready = False
+                self._tensors[name].copy_(tensor.detach(), non_blocking=False)
+                checksums[name] = tensor_checksum(self._tensors[name])
+        self._check_complete(set(checksums))
+        self.ready = True
+        return checksums
+
+    def _is_tied_copy(self, name: str) -> bool:
+        return self._tied_head and name == TIED_HEAD
+
+    def _check(self, name: str, tensor: Tensor) -> None:
+        if name not in self._shapes:
+            raise WeightSyncError(f"the engine's model has no weight {name!r}; the trainer's model is another one.")
+        if tuple(tensor.shape) != self._shapes[name]:
+            raise WeightSyncError(
+                f"weight {name!r} has shape {tuple(tensor.shape)}; the engine's model wants {self._shapes[name]}."
+            )
+
+    def _check_complete(self, received: set[str]) -> None:
+        missing = [name for name in self._shapes if name not in received]
+        if missing:
+            listed = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+            raise WeightSyncError(
+                f"{len(missing)} of {len(self._shapes)} weights did not arrive: {listed}; publish all of them."
+            )
+        unknown = sorted(received - set(self._shapes))
+        if unknown:
+            raise WeightSyncError(f"the engine's model has no weight {unknown[0]!r}; the trainer's model is another one.")
+
+
+def read_safetensors(folder: Path) -> Iterator[WeightBucket]:
+    """Read a checkpoint folder's safetensors files in bounded buckets.
+
+    Raises:
+        WeightSyncError: there are none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise WeightSyncError(f"{folder} has no *.safetensors files; give a Hugging Face checkpoint folder.")
+    bucket: list[tuple[str, Tensor]] = []
+    size_bytes = 0
+    for file in files:
+        with safe_open(file, framework="pt") as reader:
+            for name in reader.keys():  # noqa: SIM118 - not a dict
+                bucket.append((name, reader.get_tensor(name)))
+                size_bytes += bucket[-1][1].nbytes
+                if size_bytes >= BUCKET_BYTES:
+                    yield bucket
+                    bucket, size_bytes = [], 0
+    if bucket:
+        yield bucket
+
+
+def _addresses(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES

@@ -1,0 +1,74 @@
+"""An asyncio loop in its own thread, so that synchronous code can call engines with a deadline.
+
+main thread: loop.run(coroutine, label="publish weights", timeout_s=600) ---> loop thread runs it ---> result or error
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any, TypeVar
+
+from qwench.errors import EngineError
+
+Result = TypeVar("Result")
+JOIN_TIMEOUT_S = 10.0
+
+
+class EventLoopThread:
+    """Owns one event loop and the thread that runs it, from construction to `close`."""
+
+    def __init__(self, name: str = "qwench-engines") -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """Return the loop, for code that must schedule on it."""
+        return self._loop
+
+    def run(self, coroutine: Coroutine[Any, Any, Result], *, label: str, timeout_s: float | None) -> Result:
+        """Run a coroutine on the loop and wait for its result.
+
+        Raises:
+            EngineError: the deadline passed; the coroutine is cancelled. Its own errors come through as they are.
+        """
+        assert threading.current_thread() is not self._thread, f"{label}: would wait for the loop it runs on"
+        if self._loop.is_closed():
+            coroutine.close()
+            raise EngineError(f"{label}: the engines are closed already.")
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result(timeout_s)
+        except FutureTimeoutError as cause:
+            if future.done():
+                raise
+            future.cancel()
+            raise EngineError(
+                f"{label} did not end within {timeout_s:g} s; see the engine's log or raise its timeout."
+            ) from cause
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """Cancel what still runs, stop the loop and end the thread. Safe to call twice."""
+        if self._loop.is_closed():
+            return
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(JOIN_TIMEOUT_S)
+
+    def _run_forever(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+            pending = asyncio.all_tasks(self._loop)
+            for task in pending:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        finally:
+            self._loop.close()
