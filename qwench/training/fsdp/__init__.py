@@ -1,0 +1,1 @@
+"""Training with the Hugging Face module and FSDP2."""

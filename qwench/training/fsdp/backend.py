@@ -1,0 +1,248 @@
+"""`TrainBackend` with the Hugging Face module and FSDP2, on one rank or many, CPU or GPU.
+
+One path for every number of ranks: a group of one is a mesh of one. The float32 shards are the masters; what the forward
+computes with, and what is published, is their rounding to `param_dtype`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from qwench.engines.protocol import WeightBucket
+from qwench.errors import TrainingError
+from qwench.training.backend import LossFunction, ParallelRank, StepResult, TokenLoss
+from qwench.training.batch import MicroBatch
+from qwench.training.fsdp import checkpoint
+from qwench.training.fsdp.attention import install_attention
+from qwench.training.fsdp.host import HostCopy
+from qwench.training.fsdp.optimizer import AdamSettings, MasterOptimizer
+from qwench.training.fsdp.parallelize import MASTER_DTYPE, parallelize
+from qwench.training.fsdp.policy import Policy
+from qwench.training.fsdp.process_group import build_mesh
+from qwench.training.fsdp.schedule import LrSchedule
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FsdpSettings:
+    """How the policy is computed and laid out."""
+
+    param_dtype: torch.dtype
+    """Of the forward, the backward and what is published."""
+    attention: str = "sdpa"
+    dp_replicate: int = 1
+    gradient_checkpointing: bool = False
+    torch_compile: bool = False
+    head_chunk_tokens: int = 4096
+    """Positions whose logits exist at a time."""
+    deterministic: bool = False
+
+
+class FsdpBackend:
+    """See the module docstring. Life: build -> (log_probs | update | weights | ...)*, with sleep -> wake in between."""
+
+    def __init__(self, policy: Policy, optimizer: MasterOptimizer, *, device: torch.device, param_dtype: torch.dtype) -> None:
+        """Take a policy that is sharded already; use `build`."""
+        self.device = device
+        self.parallel = ParallelRank(dp_rank=dist.get_rank(), dp_size=dist.get_world_size(), is_main=dist.get_rank() == 0)
+        assert isinstance(policy, FSDPModule), "parallelize comes first"
+        self._policy = policy
+        self._fsdp: FSDPModule = policy
+        self._optimizer = optimizer
+        self._param_dtype = param_dtype
+        self._weights = policy.named_weights()
+        self._dp_group = dist.group.WORLD
+        self._reference: HostCopy | None = None
+        self._asleep: list[HostCopy] = []
+
+    @classmethod
+    def build(
+        cls, model_folder: Path, *, settings: FsdpSettings, adam: AdamSettings, schedule: LrSchedule, device: torch.device
+    ) -> FsdpBackend:
+        """Load a Hugging Face checkpoint and shard it over all ranks (after `init_process_group`); collective.
+
+        Raises:
+            ConfigError: the attention or the layout does not fit the model, device or ranks.
+        """
+        if settings.deterministic:
+            torch.use_deterministic_algorithms(True)
+        mesh = build_mesh(device, dp_replicate=settings.dp_replicate)
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto", attn_implementation="sdpa")
+        install_attention(model, settings.attention, device=device, dtype=settings.param_dtype)
+        policy = Policy(
+            model,
+            attention=settings.attention,
+            head_chunk_tokens=settings.head_chunk_tokens,
+            compile_head=settings.torch_compile,
+        )
+        parallelize(
+            policy,
+            mesh,
+            device=device,
+            param_dtype=settings.param_dtype,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            torch_compile=settings.torch_compile,
+        )
+        optimizer = MasterOptimizer(policy.named_weights(), adam, schedule, mesh.get_group("dp_shard"))
+        return cls(policy, optimizer, device=device, param_dtype=settings.param_dtype)
+
+    @torch.no_grad()
+    def log_probs(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[Tensor]:
+        """Return [T] float32 per micro-batch on the CPU; 0 where loss_mask is false. See `TrainBackend`."""
+        self._assert_awake()
+        scored = [self._policy(micro_batch, temperature=temperature)[0] for micro_batch in micro_batches]
+        self._fsdp.reshard()  # FSDP2 keeps the root's weights whole after a forward, waiting for a backward
+        return [log_probs.cpu() for log_probs in scored]
+
+    def update(
+        self, micro_batches: Sequence[MicroBatch], loss: LossFunction, *, temperature: float, with_entropy: bool
+    ) -> StepResult:
+        """Take one optimizer step. See `TrainBackend`."""
+        self._assert_awake()
+        assert micro_batches, "every rank brings at least one micro-batch, of weight zero if it has no work"
+        contributions: list[TokenLoss] = []
+        for index, micro_batch in enumerate(micro_batches):
+            self._reduce_gradients_in_next_backward(index == len(micro_batches) - 1)
+            log_probs, entropy = self._policy(micro_batch, temperature=temperature, with_entropy=with_entropy)
+            contribution = loss(log_probs, entropy, micro_batch.to(self.device))
+            contribution.loss.backward()
+            contributions.append(TokenLoss(loss=contribution.loss.detach(), metrics=contribution.metrics))
+        loss_sum, metrics = self._sum_over_step(contributions)
+        grad_norm = float(self._optimizer.grad_norm())
+        self._stop_unless_finite(loss_sum, grad_norm)
+        learning_rates = self._optimizer.step(grad_norm)
+        return StepResult(loss=loss_sum, grad_norm=grad_norm, learning_rates=learning_rates, metrics=metrics)
+
+    def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
+        """Yield buckets of at most `bucket_bytes` (or one larger tensor); each is gone before the next is gathered."""
+        self._assert_awake()
+        bucket: list[tuple[str, Tensor]] = []
+        size_bytes = 0
+        for name, weight in self._weights.items():
+            weight_bytes = weight.numel() * self._param_dtype.itemsize
+            if bucket and size_bytes + weight_bytes > bucket_bytes:
+                yield bucket
+                bucket, size_bytes = [], 0
+            # Cast before the gather: the same values at half the traffic.
+            bucket.append((name, _full_tensor(weight.detach().to(self._param_dtype))))
+            size_bytes += weight_bytes
+        if bucket:
+            yield bucket
+
+    def shared_weights(self) -> Mapping[str, Tensor] | None:
+        """Return the masters themselves when one rank holds them all and they are what would be published."""
+        if self.parallel.dp_size > 1 or self._param_dtype != MASTER_DTYPE:
+            return None
+        return {name: _local(weight) for name, weight in self._weights.items()}
+
+    def snapshot_reference(self) -> None:
+        """Keep the held weights on the host, in `param_dtype`: that is exactly what a forward computes with."""
+        self._assert_awake()
+        self._reference = HostCopy(self._masters(), dtype=self._param_dtype)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Hold the reference inside the context; the policy waits on the host, so that no second model is on the device."""
+        self._assert_awake()
+        assert self._reference is not None, "snapshot_reference comes first"
+        policy = HostCopy(self._masters())
+        self._reference.load()
+        try:
+            yield
+        finally:
+            policy.load()
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Return the sum over the data-parallel ranks, on the device of `values`."""
+        total = values.clone()
+        dist.all_reduce(total, group=self._dp_group)
+        return total
+
+    def save(self, folder: Path) -> None:
+        """Write the layout described in `checkpoint`; collective."""
+        self._assert_awake()
+        checkpoint.save_model(folder, self._weights)
+        checkpoint.save_optimizer(folder, self._optimizer)
+        if self.parallel.is_main:
+            checkpoint.save_rng(folder)
+        dist.barrier(group=self._dp_group)  # nobody reports a saved checkpoint that the main rank is still writing
+
+    def load(self, folder: Path, *, weights_only: bool = False) -> None:
+        """Read what `save` wrote, with any number of ranks; collective.
+
+        Raises:
+            CheckpointError: files are missing or belong to another model.
+        """
+        self._assert_awake()
+        checkpoint.load_model(folder, self._weights)
+        if not weights_only:
+            checkpoint.load_optimizer(folder, self._optimizer)
+            checkpoint.load_rng(folder)
+
+    def sleep(self) -> None:
+        """Move masters and moments to the host; on a CPU there is nowhere to move them, and nothing happens."""
+        self._assert_awake()
+        self._optimizer.drop_gradients()
+        if self.device.type == "cpu":
+            return
+        moments = [_local(moment) for moment in self._optimizer.moments().values()]
+        # An engine that computes with our masters still needs them.
+        self._asleep = [HostCopy(moments)] if self.shared_weights() else [HostCopy(moments), HostCopy(self._masters())]
+        for copy in self._asleep:
+            copy.release()
+        torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Undo `sleep`; harmless when awake."""
+        for copy in self._asleep:
+            copy.restore()
+        self._asleep = []
+
+    def _reduce_gradients_in_next_backward(self, reduces: bool) -> None:
+        """Sum gradients locally in float32 until the step's last micro-batch, then once over the ranks."""
+        self._fsdp.set_requires_gradient_sync(reduces)
+        self._fsdp.set_is_last_backward(reduces)
+
+    def _sum_over_step(self, contributions: Sequence[TokenLoss]) -> tuple[float, dict[str, float]]:
+        """Add loss and metrics over micro-batches and ranks."""
+        names = sorted(contributions[0].metrics)
+        rows = [torch.stack([c.loss, *(c.metrics[name] for name in names)]) for c in contributions]
+        loss_sum, *metrics = self.all_reduce_sum(torch.stack(rows).double().sum(0)).tolist()
+        return loss_sum, dict(zip(names, metrics, strict=True))
+
+    def _stop_unless_finite(self, loss_sum: float, grad_norm: float) -> None:
+        """Drop the gradients and raise if the step went wrong; both numbers are equal on every rank, so all ranks agree."""
+        if torch.isfinite(torch.tensor([loss_sum, grad_norm])).all():
+            return
+        self._optimizer.drop_gradients()
+        raise TrainingError(
+            f"optimizer step {self._optimizer.num_steps} has the loss {loss_sum} and the gradient norm {grad_norm}; nothing "
+            "was updated. Look for non-finite log-probs or advantages in the rollout, or lower --lr."
+        )
+
+    def _masters(self) -> list[Tensor]:
+        return [_local(weight) for weight in self._weights.values()]
+
+    def _assert_awake(self) -> None:
+        assert not self._asleep, "wake() comes first"
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard, which shares its memory with `tensor`."""
+    assert isinstance(tensor, DTensor), "FSDP2 holds every weight as a DTensor outside of forward and backward"
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def _full_tensor(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, DTensor), "FSDP2 holds every weight as a DTensor outside of forward and backward"
+    return tensor.full_tensor()

@@ -1,0 +1,78 @@
+"""Sharded checkpoints that any number of ranks can read.
+
+    folder/model/         float32 masters by Hugging Face name      torch.distributed.checkpoint
+    folder/optimizer/     moments, `<name>.exp_avg[_sq]`            torch.distributed.checkpoint
+    folder/lr_scheduler/  number of optimizer steps done            torch.distributed.checkpoint
+    folder/rng.pt         generators of the host and the devices    torch.save, by the main rank
+
+Learning rate and the constants of AdamW are not stored: they come from the flags of the run that resumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from qwench.errors import CheckpointError
+from qwench.training.fsdp.optimizer import MasterOptimizer
+
+_NUM_STEPS = "num_steps"
+
+
+def save_model(folder: Path, weights: Mapping[str, nn.Parameter]) -> None:
+    """Write the masters; collective."""
+    dcp.save(_detached(weights), checkpoint_id=folder / "model")
+
+
+def load_model(folder: Path, weights: Mapping[str, nn.Parameter]) -> None:
+    """Read the masters into `weights`, however they are sharded; collective."""
+    _load(folder / "model", _detached(weights))
+
+
+def save_optimizer(folder: Path, optimizer: MasterOptimizer) -> None:
+    """Write moments and step count; collective."""
+    dcp.save(dict(optimizer.moments()), checkpoint_id=folder / "optimizer")
+    dcp.save({_NUM_STEPS: torch.tensor(optimizer.num_steps)}, checkpoint_id=folder / "lr_scheduler")
+
+
+def load_optimizer(folder: Path, optimizer: MasterOptimizer) -> None:
+    """Read moments and step count; collective."""
+    counter: dict[str, Tensor] = {_NUM_STEPS: torch.tensor(0)}
+    _load(folder / "lr_scheduler", counter)
+    optimizer.reset(int(counter[_NUM_STEPS]))
+    if optimizer.num_steps:
+        _load(folder / "optimizer", optimizer.moments())
+
+
+def save_rng(folder: Path) -> None:
+    """Write the state of torch's generators; by one rank."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    torch.save({"cpu": torch.get_rng_state(), "cuda": devices}, folder / "rng.pt")
+
+
+def load_rng(folder: Path) -> None:
+    """Set torch's generators as they were; device generators only where as many devices are there."""
+    try:
+        states = torch.load(folder / "rng.pt", weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"cannot read {folder / 'rng.pt'} ({error}); pass --no-load-rng to go without.") from error
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def _detached(weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: weight.detach() for name, weight in weights.items()}
+
+
+def _load(folder: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        dcp.load(tensors, checkpoint_id=folder)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise CheckpointError(f"cannot read the checkpoint {folder}: {reason}. Is it whole, and of the same model?") from error

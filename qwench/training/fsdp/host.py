@@ -1,0 +1,54 @@
+"""Copies of device tensors on the host, and lending their device memory to somebody else meanwhile.
+
+    HostCopy(tensors)  --release()-->  device memory free  --restore()-->  same tensors, same contents
+
+Tensors keep their identity: whoever holds them (FSDP2, the optimizer) notices nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class HostCopy:
+    """The contents of `tensors` at construction."""
+
+    def __init__(self, tensors: Sequence[Tensor], *, dtype: torch.dtype | None = None) -> None:
+        """Copy to the host, in `dtype` where given (the caller knows what that rounding means)."""
+        self._tensors = [tensor.detach() for tensor in tensors]
+        self._storages = [tensor.untyped_storage() for tensor in self._tensors]
+        self._num_bytes = [storage.nbytes() for storage in self._storages]
+        self._copies = [_to_host(tensor, dtype or tensor.dtype) for tensor in self._tensors]
+        self._synchronize()
+
+    @torch.no_grad()
+    def load(self) -> None:
+        """Write the copies into the tensors."""
+        for tensor, copy in zip(self._tensors, self._copies, strict=True):
+            tensor.copy_(copy, non_blocking=True)
+        self._synchronize()
+
+    def release(self) -> None:
+        """Give the tensors' memory back; they must not be touched until `restore`."""
+        for storage in self._storages:
+            storage.resize_(0)
+
+    def restore(self) -> None:
+        """Take memory again and write the copies into it."""
+        for storage, num_bytes in zip(self._storages, self._num_bytes, strict=True):
+            storage.resize_(num_bytes)
+        self.load()
+
+    def _synchronize(self) -> None:
+        """Wait for copies between pinned memory and the device, which run behind the host's back."""
+        if any(tensor.is_cuda for tensor in self._tensors):
+            torch.cuda.synchronize()
+
+
+def _to_host(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    copy = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=tensor.is_cuda)
+    # Cast on the device first: the cast is cheap there and halves what crosses the bus.
+    return copy.copy_(tensor.to(dtype), non_blocking=True)

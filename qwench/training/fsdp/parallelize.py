@@ -1,0 +1,65 @@
+"""Sharding the policy with FSDP2: float32 masters in shards, a bfloat16 layer at a time where it is needed.
+
+    shard float32 (master) --cast, all-gather--> layer in param_dtype --forward, backward--> gradient in param_dtype
+    shard float32 gradient <--reduce-scatter, sum over ranks-- float32 sum over micro-batches <--'
+
+One group of weights is whole at a time: a decoder layer, or the root's (embedding, last norm, head).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from qwench.training.fsdp.policy import Policy
+
+MASTER_DTYPE = torch.float32
+
+
+def parallelize(
+    policy: Policy,
+    mesh: DeviceMesh,
+    *,
+    device: torch.device,
+    param_dtype: torch.dtype,
+    gradient_checkpointing: bool,
+    torch_compile: bool,
+) -> None:
+    """Shard `policy` in place over `mesh`; each layer moves to `device` as it is sharded, so no rank holds all masters.
+
+    Gradients are summed over ranks, not averaged: losses arrive already divided by the step's global counts.
+    """
+    precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=MASTER_DTYPE, cast_forward_inputs=False)
+    for layer in policy.layers:
+        _become_masters(layer.parameters(), device)
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+        layer.forward = _wrap(layer.forward, checkpointed=gradient_checkpointing, compiled=torch_compile)
+    _become_masters(policy.parameters(), device)
+    fully_shard(policy, mesh=mesh, mp_policy=precision)
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no averaging or pre-multiplied sum
+
+
+def _become_masters(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+    for parameter in parameters:
+        if not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(device=device, dtype=MASTER_DTYPE)
+
+
+def _wrap(forward: Callable[..., Any], *, checkpointed: bool, compiled: bool) -> Callable[..., Any]:
+    """Compile a layer's forward and recompute it in the backward, as asked; FSDP2's hooks stay outside of both."""
+    if compiled:
+        forward = torch.compile(forward)
+    if checkpointed:
+        forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+    return forward

@@ -1,0 +1,45 @@
+"""Joining the ranks of a run, also when there is only one: FSDP2 always works on a process group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from qwench.errors import ConfigError
+
+
+def init_process_group(device: torch.device, *, environ: Mapping[str, str], timeout_s: float) -> None:
+    """Join the ranks that `environ` describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or form a group of one.
+
+    Collectives on host tensors use gloo, on GPU tensors NCCL. A collective that waits longer than `timeout_s` raises.
+    A group of one opens no port; a second call finds the group and does nothing.
+    """
+    if dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if "RANK" in environ:
+        dist.init_process_group(backend, init_method="env://", timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def build_mesh(device: torch.device, *, dp_replicate: int) -> DeviceMesh:
+    """Lay all ranks out as dp_replicate x dp_shard (one dimension, dp_shard, when there is one replica).
+
+    Raises:
+        ConfigError: the ranks do not divide into that many replicas.
+    """
+    world_size = dist.get_world_size()
+    if world_size % dp_replicate:
+        raise ConfigError(f"--dp-replicate {dp_replicate} does not divide the {world_size} ranks; choose a divisor of them.")
+    dp_shard = world_size // dp_replicate
+    if dp_replicate == 1:
+        return init_device_mesh(device.type, (dp_shard,), mesh_dim_names=("dp_shard",))
+    return init_device_mesh(device.type, (dp_replicate, dp_shard), mesh_dim_names=("dp_replicate", "dp_shard"))
