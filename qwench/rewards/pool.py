@@ -84,6 +84,6 @@ def pick_score(verdict: Verdict, key: str | None) -> Verdict:
         return verdict
     value = verdict.extra.get(key)
     if not isinstance(value, int | float):
-        known = ", ".join(["score", *(name for name, entry in verdict.extra.items() if isinstance(entry, int | float))])
-        raise RewardError(f"--reward-key {key!r} names no number of this reward; known: {known}.")
+        known = {"score": None} | {name: None for name, entry in verdict.extra.items() if isinstance(entry, int | float)}
+        raise RewardError(f"--reward-key {key!r} names no number of this reward; known: {', '.join(known)}.")
     return replace(verdict, score=float(value))

@@ -1,0 +1,122 @@
+"""Integers, normal forms and expressions of answers."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwench.rewards import latex, mathd
+from qwench.rewards.answers import last_box
+from qwench.rewards.expressions import MAX_ANSWER_CHARS, Question, compare
+from qwench.rewards.integers import as_integer
+from qwench.rewards.sympy_grader import settle
+
+INTEGERS = st.integers(min_value=-(10**40), max_value=10**40)
+# Text in which the grammar of answers is dense.
+ANSWER_TEXT = st.text(alphabet="0123456789.,/^*+-=()[]{}\\ xyfracsqtboe%$", max_size=40)
+
+
+@given(INTEGERS)
+def test_every_spelling_of_an_integer_is_that_integer(number: int) -> None:
+    for spelling in (f"{number}", f"{number:,}", f"{number}.0", f"{number}.", f" {number} ", f"{number}e0"):
+        assert as_integer(spelling) == number
+
+
+@given(INTEGERS, INTEGERS)
+def test_integers_are_right_exactly_when_equal(answer: int, label: int) -> None:
+    outcome = compare(f"{answer:,}", f"{label}.0")
+    assert not isinstance(outcome, Question)
+    assert outcome.score == float(answer == label)
+
+
+@pytest.mark.parametrize("text", ["34.5", "1,00", "1e999999999", "inf", "nan", "", "3 4", "x", "1,2"])
+def test_what_is_no_integer_is_none(text: str) -> None:
+    assert as_integer(text) is None
+
+
+@given(ANSWER_TEXT, ANSWER_TEXT)
+@settings(max_examples=300)
+def test_any_text_gets_an_outcome_and_itself_is_always_right(answer: str, label: str) -> None:
+    same = compare(answer, answer)
+    assert not isinstance(same, Question)
+    assert same.score == 1.0
+    outcome = compare(answer, label)
+    if isinstance(outcome, Question):
+        assert outcome.pairs
+    else:
+        assert outcome.score in (0.0, 1.0)
+
+
+@given(ANSWER_TEXT)
+def test_last_box_holds_what_was_boxed(text: str) -> None:
+    expected = text if balanced(text) and "\\boxed" not in text else None
+    if expected is not None:
+        assert last_box(f"\\boxed{{1}} and \\boxed{{{text}}} end }}") == expected
+
+
+def balanced(text: str) -> bool:
+    depth = 0
+    for char in text:
+        depth += {"{": 1, "}": -1}.get(char, 0)
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "form"),
+    [
+        (r"\dfrac12", r"\frac{1}{2}"),
+        (r"\frac1{72}", r"\frac{1}{72}"),
+        (r"\frac{72}1", r"\frac{72}1"),
+        ("3/4", r"\frac{3}{4}"),
+        ("03/4", "03/4"),
+        (".5", r"\frac{1}{2}"),
+        ("x = 7", "7"),
+        ("abc = 7", "abc=7"),
+        (r"\text{ 12 }", "12"),
+        (r"12\text{ cm}", "12"),
+        (r"\left( 1, 2 \right)", "(1,2)"),
+        (r"\sqrt3 + \sqrt{5}", r"\sqrt{3}+\sqrt{5}"),
+        (r"90^{\circ}", "90"),
+        ("", ""),
+    ],
+)
+def test_mathd_normal_form(answer: str, form: str) -> None:
+    assert mathd.normal_form(answer) == form
+
+
+@pytest.mark.parametrize(
+    ("source", "expression"),
+    [
+        (r"\frac{1}{2}", "1/2"),
+        (r"\frac{-1}{2}", "-1/2"),
+        (r"\frac{a+b}{2x}", "(a+b)/(2x)"),
+        (r"3\frac{1}{2}", "3 1/2"),
+        (r"\frac{\sqrt{3}}{\sqrt 2}", "sqrt(3)/sqrt(2)"),
+        (r"\sqrt[3]{x}", "(x)**(1/(3))"),
+        (r"2\cdot 3 \times \pi", "2* 3 * pi"),
+        (r"\left(\infty\right)", "(oo)"),
+        (r"\mathrm{A}\%", "A%"),
+    ],
+)
+def test_latex_becomes_an_expression(source: str, expression: str) -> None:
+    assert latex.to_expression(source) == expression
+
+
+@pytest.mark.parametrize("source", [r"\frac{1}", r"\sqrt", r"\sqrt[3", "{" * 100])
+def test_broken_latex_is_refused(source: str) -> None:
+    with pytest.raises(ValueError, match=r"argument|deep"):
+        latex.to_expression(source)
+
+
+def test_answers_beyond_the_length_limit_are_right_only_as_the_label_itself() -> None:
+    long = "+".join(["1"] * MAX_ANSWER_CHARS)
+    assert compare(long, long).score == 1.0  # type: ignore[union-attr]  # the same text is no question
+    assert compare(long, "x").reason == "unparseable"  # type: ignore[union-attr]  # too long to be one
+
+
+@pytest.mark.parametrize("code", ["__import__('os').getcwd()", "open('/etc/passwd')", "exit()", "().__class__"])
+def test_python_in_an_answer_is_not_run(code: str) -> None:
+    assert settle([(code, "x")]) in ("unparseable", "wrong")

@@ -1,0 +1,189 @@
+"""The pool: verdicts from real worker processes, which hang, die and are started again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qwench.config.reward import RewardConfig
+from qwench.errors import ConfigError, RewardError
+from qwench.rewards.pool import RewardPool, pick_score
+from qwench.rewards.registry import build_pool
+from qwench.rewards.spec import RewardSpec
+from qwench.samples import Prompt, Verdict
+from tests.unit.rewards.samples import finished
+
+HANGS = finished(r"\boxed{9**9**9}", "0.5")
+NEEDS_ALGEBRA = finished(r"\boxed{x+1}", "1+x")
+QUICK = finished(r"\boxed{34}", "34")
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RewardPool]:
+    pool = RewardPool(RewardSpec(rm_type="math"), num_workers=1, timeout_s=1.0)
+    yield pool
+    pool.close()
+
+
+def reasons(verdicts: list[Verdict]) -> list[str]:
+    return [verdict.reason for verdict in verdicts]
+
+
+def worker_pid(pool: RewardPool) -> int:
+    process = pool._workers[0]._process
+    assert process is not None
+    return process.pid
+
+
+def test_hanging_grader_is_killed_and_those_behind_it_in_the_queue_are_not_late(pool: RewardPool) -> None:
+    verdicts = asyncio.run(pool.grade_group([NEEDS_ALGEBRA, HANGS, HANGS, NEEDS_ALGEBRA, QUICK]))
+    assert reasons(verdicts) == ["sympy_equal", "timeout", "timeout", "sympy_equal", "exact"]
+    assert [verdict.graded for verdict in verdicts] == [True, False, False, True, True]
+
+
+def test_quick_verdicts_do_not_wait_for_a_hanging_grader(pool: RewardPool) -> None:
+    async def order_of_ends() -> list[str]:
+        ends: list[str] = []
+
+        async def grade(name: str, sample: object) -> None:
+            await pool.grade(sample)  # type: ignore[arg-type]  # one of the samples above
+            ends.append(name)
+
+        await asyncio.gather(grade("hangs", HANGS), *(grade("quick", QUICK) for _ in range(100)))
+        return ends
+
+    assert asyncio.run(order_of_ends()) == ["quick"] * 100 + ["hangs"]
+
+
+def test_worker_that_dies_while_grading_gives_grader_error_and_is_replaced(pool: RewardPool) -> None:
+    asyncio.run(pool.grade(NEEDS_ALGEBRA))
+    killed = worker_pid(pool)
+
+    async def kill_while_grading() -> Verdict:
+        grading = asyncio.create_task(pool.grade(HANGS))
+        await asyncio.sleep(0.2)  # well before the deadline of 1 s
+        os.kill(killed, signal.SIGKILL)
+        return await grading
+
+    assert asyncio.run(kill_while_grading()).reason == "grader_error"
+    assert asyncio.run(pool.grade(NEEDS_ALGEBRA)).reason == "sympy_equal"
+    assert worker_pid(pool) != killed
+
+
+def test_worker_that_died_idle_is_replaced_unnoticed(pool: RewardPool) -> None:
+    asyncio.run(pool.grade(NEEDS_ALGEBRA))
+    os.kill(worker_pid(pool), signal.SIGKILL)
+    pool._workers[0]._process.wait()  # type: ignore[union-attr]  # worker_pid has checked it
+    assert asyncio.run(pool.grade(NEEDS_ALGEBRA)).reason == "sympy_equal"
+
+
+def test_close_ends_the_workers_and_a_grading_under_way() -> None:
+    pool = RewardPool(RewardSpec(rm_type="math"), num_workers=1, timeout_s=60.0)
+    bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    asyncio.run(pool.grade(NEEDS_ALGEBRA))
+    pid = worker_pid(pool)
+
+    async def close_while_grading() -> Verdict:
+        grading = asyncio.create_task(pool.grade(HANGS))
+        await asyncio.sleep(0.1)
+        closing = threading.Thread(target=pool.close)
+        closing.start()
+        return await grading
+
+    assert asyncio.run(close_while_grading()).reason == "grader_error"
+    pool.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert bystander.poll() is None
+    bystander.communicate(b"\n")
+
+
+def test_pool_works_in_a_script_without_a_main_guard(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import asyncio\n"
+        "from qwench.rewards.pool import RewardPool\n"
+        "from qwench.rewards.spec import RewardSpec\n"
+        "from qwench.samples import Prompt, Sample\n"
+        "pool = RewardPool(RewardSpec(rm_type='math'), num_workers=2, timeout_s=30.0)\n"
+        "prompt = Prompt(text='', token_ids=(), label='1+x')\n"
+        "sample = Sample(prompt=prompt, sample_id=0, group_id=0, response=r'\\boxed{x+1}')\n"
+        "print(asyncio.run(pool.grade(sample)).reason)\n"
+        "pool.close()\n"
+    )
+    (tmp_path / "json.py").write_text("raise SystemExit('a file of the user shadows the standard library')\n")
+    package_root = str(Path(__file__).parents[3])
+    done = subprocess.run(
+        [sys.executable, "-P", str(script)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": package_root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "sympy_equal\n", done.stderr
+
+
+def test_rewards_import_without_torch_or_sympy_in_the_controller() -> None:
+    code = "import sys, qwench.rewards.registry, qwench.rewards.check; print({'torch', 'sympy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_metadata_of_a_row_wins_over_the_flag(pool: RewardPool) -> None:
+    rows = [finished("Answer: 34", "34", rm_type="dapo"), finished(r"\boxed{34}", "34", rm_type="deepscaler"), QUICK]
+    assert reasons(asyncio.run(pool.grade_group(rows))) == ["exact", "no_think_marker", "exact"]
+
+
+def test_missing_label_is_an_error_not_a_zero(pool: RewardPool) -> None:
+    with pytest.raises(RewardError, match="--label-key"):
+        asyncio.run(pool.grade(finished(r"\boxed{34}", None)))
+
+
+@pytest.mark.parametrize(
+    ("rm_type", "message"),
+    [
+        ("deepscale", "is unknown; known: deepscaler, math, dapo, boxed_dapo, random"),
+        ("f1", "is not available in this version"),
+        ("boxed_math", "use --rm-type math"),
+    ],
+)
+def test_reward_that_cannot_be_is_refused_with_the_ones_that_can(rm_type: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_pool(RewardConfig(rm_type=rm_type))
+
+
+def test_prompts_are_checked_before_the_run() -> None:
+    labelled = Prompt(text="", token_ids=(), label="34")
+    RewardSpec(rm_type="math").check_prompts([labelled])
+    RewardSpec(rm_type="random").check_prompts([Prompt(text="", token_ids=())])
+    with pytest.raises(ConfigError, match=r"row 1 .*--label-key"):
+        RewardSpec(rm_type="math").check_prompts([labelled, Prompt(text="", token_ids=())])
+    with pytest.raises(ConfigError, match=r"row 0 .*compares integers"):
+        RewardSpec(rm_type="dapo").check_prompts([Prompt(text="", token_ids=(), label="x")])
+    with pytest.raises(ConfigError, match="no reward is chosen"):
+        RewardSpec().check_prompts([labelled])
+
+
+def test_random_reward_is_fixed_by_the_sample_id_and_near_one_half(pool: RewardPool) -> None:
+    samples = [finished("", sample_id=i, rm_type="random") for i in range(400)]
+    first, second = (asyncio.run(pool.grade_group(samples)) for _ in range(2))
+    assert first == second
+    assert 160 <= sum(verdict.score for verdict in first) <= 240  # 200 +- 4 standard deviations
+
+
+def test_reward_key_picks_a_number_of_the_record() -> None:
+    verdict = Verdict(score=-1.0, reason="wrong", extra={"score": -1.0, "acc": False, "pred": "3"})
+    assert pick_score(verdict, None).score == -1.0
+    assert pick_score(verdict, "score").score == -1.0
+    assert pick_score(verdict, "acc").score == 0.0
+    with pytest.raises(RewardError, match="known: score, acc"):
+        pick_score(verdict, "pred")

@@ -1,0 +1,145 @@
+"""The verdict table of the deepscaler, math and dapo rewards."""
+
+from __future__ import annotations
+
+import pytest
+
+from qwench.errors import RewardError
+from qwench.rewards import dapo, deepscaler, math
+from qwench.rewards.expressions import Question
+from qwench.rewards.sympy_grader import settle
+from qwench.samples import Verdict
+
+ANSWERS = [
+    ("34", "34", 1, "exact"),
+    ("34.0", "34", 1, "exact"),
+    ("034", "34", 1, "exact"),
+    ("34.", "34", 1, "exact"),
+    (r"$34$", "34", 1, "normal_form_equal"),
+    ("x=34", "34", 1, "normal_form_equal"),
+    (r"34\%", "34", 1, "normal_form_equal"),
+    ("34 cm", "34", 1, "normal_form_equal"),
+    ("34 inches", "34", 1, "normal_form_equal"),
+    ("34\N{DEGREE SIGN}", "34", 0, "wrong"),
+    (r"34^\circ", "34", 1, "normal_form_equal"),
+    ("34 miles per hour", "34", 0, "wrong"),
+    ("three", "34", 0, "wrong"),
+    ("35", "34", 0, "wrong"),
+    ("-34", "34", 0, "wrong"),
+    ("1,000", "1000", 1, "exact"),
+    ("3.0e1", "30", 1, "exact"),
+    (r"\frac{2}{4}", r"\frac{1}{2}", 0, "wrong"),
+    (r"\dfrac12", r"\frac{1}{2}", 1, "normal_form_equal"),
+    ("1/2", "0.5", 1, "normal_form_equal"),
+    ("0.25", "1/4", 1, "sympy_equal"),
+    ("2^5", "32", 0, "wrong"),
+    ("10^{2}", "100", 0, "wrong"),
+    ("33+1", "34", 0, "wrong"),
+    (r"\sqrt{8}", r"2\sqrt{2}", 1, "sympy_equal"),
+    (r"\sqrt{8}", r"3\sqrt{2}", 0, "wrong"),
+    (r"\sqrt[3]{8}", r"\sqrt{8}", 0, "wrong"),
+    ("x+1", "1+x", 1, "sympy_equal"),
+    (r"\frac{x+1}{2}", "(x+1)/2", 1, "normal_form_equal"),
+    (r"\frac{1}{x+1}", "1/x+1", 0, "wrong"),
+    (r"3\frac{1}{2}", "7/2", 1, "sympy_equal"),
+    ("2,1", "1,2", 0, "wrong"),
+    ("(1, 2)", "(1,2.0)", 1, "normal_form_equal"),
+    ("[1,2)", "(1,2)", 0, "wrong"),
+    ("(1,2,3)", "(1,2)", 0, "wrong"),
+    (r"\text{(B)}", "(B)", 1, "normal_form_equal"),
+    ("34 million", "34000000", 0, "wrong"),
+    ("12345678901234567891", "12345678901234567890", 0, "wrong"),
+    ("12345678901234567890.0", "12345678901234567890", 1, "exact"),
+    ("9**9**9", "34", 0, "wrong"),
+    ("x^2^2", "0.5", 0, "unparseable"),
+    ("((", "0.5", 0, "unparseable"),
+    ("", "34", 0, "wrong"),
+]
+
+
+def settled(outcome: Verdict | Question) -> Verdict:
+    """Finish a verdict in this process, as a worker would."""
+    if isinstance(outcome, Verdict):
+        return outcome
+    reason = settle(outcome.pairs)
+    return Verdict(score=float(reason == "sympy_equal"), reason=reason)
+
+
+@pytest.mark.parametrize(("answer", "label", "score", "reason"), ANSWERS)
+def test_boxed_answer_gets_its_score_and_reason(answer: str, label: str, score: int, reason: str) -> None:
+    boxed = f"so it is \\boxed{{{answer}}}."
+    for verdict in (settled(deepscaler.grade(f"hm</think> {boxed}", label)), settled(math.grade(boxed, label))):
+        assert (verdict.score, verdict.reason) == (score, reason)
+
+
+@pytest.mark.parametrize(
+    ("response", "score", "reason"),
+    [
+        (r"\boxed{34}", 0, "no_think_marker"),
+        (r"\boxed{34}</think> so 34", 0, "no_box"),
+        (r"</think> \boxed{34} or rather \boxed{35}", 0, "wrong"),
+        (r"</think> \boxed{35} or rather \boxed{34}", 1, "exact"),
+        (r"\boxed{35}</think> \boxed{34}", 1, "exact"),
+        (r"</think> \boxed{34} </think> 34", 0, "no_box"),
+        (r"###Response \boxed{34}", 1, "exact"),
+        (r"###Response 34 </think> \boxed{34}", 1, "exact"),
+        (r"</think> \fbox{34}", 0, "no_box"),
+        (r"</think> \boxed 34", 0, "no_box"),
+        (r"</think> \boxed{34", 0, "no_box"),
+        (r"</think> \boxed{\boxed{34}}", 1, "exact"),
+        ("", 0, "no_think_marker"),
+    ],
+)
+def test_deepscaler_reads_the_last_box_after_the_thinking(response: str, score: int, reason: str) -> None:
+    verdict = settled(deepscaler.grade(response, "34"))
+    assert (verdict.score, verdict.reason) == (score, reason)
+
+
+def test_math_needs_no_think_marker() -> None:
+    assert settled(math.grade(r"<think> \boxed{35} </think> \boxed{34}", "34")).score == 1
+    assert settled(math.grade("34", "34")).reason == "no_box"
+
+
+@pytest.mark.parametrize("label", [34, 34.0, r"\boxed{34}", r"the answer is \boxed{34}"])
+def test_label_may_be_a_number_or_boxed(label: object) -> None:
+    assert settled(deepscaler.grade(r"</think>\boxed{34}", str(label))).score == 1
+
+
+@pytest.mark.parametrize("label", ["", r"\boxed{34"])
+def test_label_without_an_answer_is_told_apart_from_a_wrong_answer(label: str) -> None:
+    assert settled(deepscaler.grade(r"</think>\boxed{34}", label)) == Verdict(score=0.0, reason="empty_label")
+
+
+@pytest.mark.parametrize(
+    ("response", "label", "score", "stated"),
+    [
+        ("Answer: 34", "34", 1, "34"),
+        ("Answer: 1\nAnswer: 34", "34", 1, "34"),
+        ("Answer: 34\nAnswer: 1", "34", -1, "1"),
+        ("answer : $34$", "34", 1, "34"),
+        (r"Answer: \boxed{34}", "34", 1, "34"),
+        (r"Answer: $x = 34$ dollars", "34", 1, "34"),
+        ("Answer: 1,000", "1000", 1, "1000"),
+        ("Answer: -5<|im_end|>", "-5", 1, "-5"),
+        ("Answer: 34", "34.5", 1, "34"),
+        ("Answer: 34.", "34", -1, "34."),
+        ("Answer: 034", "34", -1, "034"),
+        (r"\boxed{34}", "34", -1, "[INVALID]"),
+        ("Answer: 34\n" + "x" * 300, "34", -1, "[INVALID]"),
+        ("Answer: 12345678901234567891", "12345678901234567890", -1, "12345678901234567891"),
+    ],
+)
+def test_dapo_compares_the_integer_of_the_last_answer_line(response: str, label: str, score: int, stated: str) -> None:
+    verdict = dapo.grade(response, label)
+    assert verdict.score == score
+    assert verdict.extra == {"score": score, "acc": score == 1, "pred": stated}
+
+
+def test_dapo_tells_a_missing_answer_line_from_a_wrong_one() -> None:
+    assert dapo.grade("34", "34").reason == "no_answer_line"
+    assert dapo.grade("Answer: 35", "34").reason == "wrong"
+
+
+def test_dapo_refuses_a_label_that_is_no_number() -> None:
+    with pytest.raises(RewardError, match=r"'x\+1'.*--rm-type math"):
+        dapo.grade("Answer: 34", "x+1")
