@@ -1,12 +1,14 @@
-"""The Qwen3 sizes, and what follows from a model's configuration: parameter count and KV-cache bytes."""
+"""The Qwen3 sizes, what follows from a model's configuration, and the check of architecture flags against it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from math import isclose
 from types import MappingProxyType
 
 from transformers import PretrainedConfig, Qwen3Config
 
+from qwench.config.architecture import ArchitectureConfig
 from qwench.errors import ConfigError
 
 QWEN3_VOCAB_SIZE = 151_936
@@ -108,3 +110,47 @@ def kv_bytes_per_token(config: PretrainedConfig, *, element_bytes: int = 2) -> i
 def has_qk_norm(config: PretrainedConfig) -> bool:
     """Tell whether queries and keys are RMS-normalised per head."""
     return config.model_type == "qwen3"
+
+
+def check_architecture(architecture: ArchitectureConfig, config: PretrainedConfig) -> None:
+    """Compare every architecture flag that was given with what the checkpoint's config.json says.
+
+    Raises:
+        ConfigError: they differ; names the flag and both values.
+    """
+    facts = _architecture_facts(config)
+    for field in fields(architecture):
+        given, fact = getattr(architecture, field.name), facts[field.name]
+        if given is None or given == fact:
+            continue
+        if isinstance(given, float) and isinstance(fact, float | int) and isclose(given, fact, rel_tol=1e-6):
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        raise ConfigError(f"{flag} ({given}) contradicts the checkpoint's config.json ({fact}); correct or remove the flag.")
+
+
+def _architecture_facts(config: PretrainedConfig) -> dict[str, object]:
+    """Return what each field of `ArchitectureConfig` must be for this model."""
+    attention_bias = bool(getattr(config, "attention_bias", False))
+    return {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_query_groups": config.num_key_value_heads,
+        "group_query_attention": config.num_key_value_heads < config.num_attention_heads,
+        "kv_channels": head_dim(config),
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rotary_base": rope_theta(config),
+        "rotary_percent": (config.rope_parameters or {}).get("partial_rotary_factor", 1.0),
+        "use_rotary_position_embeddings": True,
+        "position_embedding_type": "rope",
+        "swiglu": config.hidden_act == "silu",
+        "qk_layernorm": has_qk_norm(config),
+        "normalization": "RMSNorm",
+        "norm_epsilon": config.rms_norm_eps,
+        "disable_bias_linear": not (attention_bias or getattr(config, "mlp_bias", False)),
+        "add_qkv_bias": attention_bias or config.model_type == "qwen2",
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+    }

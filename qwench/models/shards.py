@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,8 +22,13 @@ INDEX_FILE = "model.safetensors.index.json"
 
 def write_shards(
     folder: Path, buckets: Iterable[Sequence[tuple[str, Tensor]]], *, max_shard_bytes: int = DEFAULT_SHARD_BYTES
-) -> None:
-    """Write all tensors of `buckets` under `folder`; a tensor larger than a shard gets one of its own."""
+) -> dict[str, torch.dtype]:
+    """Write all tensors of `buckets` under `folder`; a tensor larger than a shard gets one of its own.
+
+    Returns:
+        The names written, with their dtypes.
+    """
+    dtypes: dict[str, torch.dtype] = {}
     shards: list[dict[str, int]] = []
     pending: dict[str, Tensor] = {}
     pending_bytes = 0
@@ -33,8 +39,10 @@ def write_shards(
         # A copy: the bucket's memory may be reused, and safetensors refuses tensors that share storage.
         pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
         pending_bytes += tensor.nbytes
+        dtypes[name] = tensor.dtype
     shards.append(_write_shard(folder, len(shards), pending))
     _name_shards(folder, shards)
+    return dtypes
 
 
 def _write_shard(folder: Path, index: int, tensors: dict[str, Tensor]) -> dict[str, int]:
