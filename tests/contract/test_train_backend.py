@@ -1,0 +1,134 @@
+"""Contract of training backends: however the batch is cut and placed, the step is that of a plain Hugging Face loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from tests.contract import train_backend_cases as cases
+from tests.contract.train_backend_ranks import Case, run_world
+
+_ONE_MICRO_BATCH = [[[0, 1, 2, 3, 4, 5, 6, 7]]]
+_ONE_SAMPLE_EACH = [[[i] for i in range(8)]]
+_REORDERED = [[[6, 1], [7, 3, 0, 5], [2, 4]]]
+_TWO_RANKS = [[[3, 0], [5, 6, 2]], [[7, 1], [4]]]
+_FOUR_RANKS_ONE_IDLE = [[[1, 5], [0]], [[6], [4, 3]], [[], []], [[2], [7]]]
+
+WORLDS = {
+    1: [
+        Case(name="one-micro-batch", model="tied", bins=_ONE_MICRO_BATCH),
+        Case(name="one-sample-each", model="tied", bins=_ONE_SAMPLE_EACH),
+        Case(name="reordered", model="tied", bins=_REORDERED),
+        Case(name="recomputed", model="tied", bins=_REORDERED, gradient_checkpointing=True),
+        Case(name="untied", model="untied", bins=_REORDERED),
+    ],
+    2: [
+        Case(name="two-ranks", model="tied", bins=_TWO_RANKS),
+        Case(name="two-ranks-untied", model="untied", bins=_TWO_RANKS, gradient_checkpointing=True, save=True),
+        Case(name="two-ranks-nan", model="tied", bins=_TWO_RANKS, non_finite=True),
+    ],
+    4: [
+        Case(name="four-ranks", model="tied", bins=_FOUR_RANKS_ONE_IDLE),
+        Case(name="two-by-two", model="tied", bins=_FOUR_RANKS_ONE_IDLE, dp_replicate=2),
+        Case(name="four-replicas", model="untied", bins=_FOUR_RANKS_ONE_IDLE, dp_replicate=4),
+    ],
+}
+RESUMED = Case(name="resumed-on-one", model="untied", bins=_REORDERED, load="two-ranks-untied")
+STEPPED = [(size, case) for size, world in WORLDS.items() for case in world if not case.non_finite]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run every case once, and leave the records here."""
+    folder = tmp_path_factory.mktemp("train_backend")
+    for model in ("tied", "untied"):
+        cases.write_model(folder / model, tied=model == "tied")
+    for world_size, cases_of_world in WORLDS.items():
+        run_world(world_size, cases_of_world, folder)
+    (folder / "store.1").unlink(missing_ok=True)
+    run_world(1, [RESUMED], folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> dict[str, cases.StepsRecord]:
+    """Return the plain loop's records by model."""
+    return {model: cases.plain_loop(folder / model) for model in ("tied", "untied")}
+
+
+def _records(folder: Path, case: Case, world_size: int) -> list[dict]:
+    return [torch.load(folder / f"{case.name}.{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _assert_close(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, msg=lambda text: f"{what}: {text}")
+
+
+@pytest.mark.parametrize(("world_size", "case"), STEPPED, ids=[case.name for _, case in STEPPED])
+def test_steps_equal_the_plain_loop(folder: Path, plain: dict[str, cases.StepsRecord], world_size: int, case: Case) -> None:
+    expected = plain[case.model]
+    for record in _records(folder, case, world_size):
+        assert [step["loss"] for step in record["steps"]] == pytest.approx(expected.losses, rel=1e-5, abs=1e-6)
+        assert [step["grad_norm"] for step in record["steps"]] == pytest.approx(expected.grad_norms, rel=1e-5)
+        assert [step["learning_rates"][0] for step in record["steps"]] == pytest.approx(expected.learning_rates)
+        assert [step["metrics"]["trained_tokens"] for step in record["steps"]] == expected.trained_tokens
+        assert record["weights"].keys() == expected.weights.keys()
+        for name, weight in record["weights"].items():
+            _assert_close(weight, expected.weights[name], name)
+
+
+@pytest.mark.parametrize(("world_size", "case"), STEPPED, ids=[case.name for _, case in STEPPED])
+def test_log_probs_equal_those_of_full_logits(
+    folder: Path, plain: dict[str, cases.StepsRecord], world_size: int, case: Case
+) -> None:
+    for rank, record in enumerate(_records(folder, case, world_size)):
+        placed = {index for bin_ in case.bins[rank] for index in bin_} or {0}
+        assert record["log_probs"].keys() == placed
+        for index, log_probs in record["log_probs"].items():
+            _assert_close(log_probs, plain[case.model].log_probs[index], f"sample {index}")
+
+
+def test_the_plain_loop_moves_weights_and_is_clipped(folder: Path, plain: dict[str, cases.StepsRecord]) -> None:
+    assert min(plain["tied"].grad_norms) > 2 * cases.CLIP_GRAD
+    before = AutoModelForCausalLM.from_pretrained(folder / "tied").state_dict()
+    for name, weight in plain["tied"].weights.items():
+        assert (weight - before[name]).abs().max() > 5e-4, name
+
+
+def test_ranks_know_their_place_and_sum_over_each_other(folder: Path) -> None:
+    records = _records(folder, WORLDS[4][1], 4)
+    assert [record["parallel"]["dp_rank"] for record in records] == [0, 1, 2, 3]
+    assert [record["parallel"]["is_main"] for record in records] == [True, False, False, False]
+    assert all(record["summed_ranks"].tolist() == [4.0, 6.0] for record in records)
+
+
+def test_a_non_finite_loss_on_one_rank_stops_every_rank_before_the_step(folder: Path) -> None:
+    records = _records(folder, WORLDS[2][2], 2)
+    good = _records(folder, WORLDS[2][0], 2)[0]["steps"][0]
+    for record in records:
+        assert "optimizer step 0 has the loss nan" in record["message"]
+        assert all(torch.equal(record["before"][name], record["after"][name]) for name in record["before"])
+        assert record["next"]["loss"] == pytest.approx(good["loss"], rel=1e-6)
+        assert record["next"]["grad_norm"] == pytest.approx(good["grad_norm"], rel=1e-6)
+        assert record["next"]["learning_rates"] == good["learning_rates"]
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_with_one(folder: Path) -> None:
+    [resumed] = _records(folder, RESUMED, 1)
+    expected = cases.plain_loop(folder / "untied", num_steps=2 * cases.NUM_STEPS)
+    assert [step["loss"] for step in resumed["steps"]] == pytest.approx(expected.losses[cases.NUM_STEPS :], rel=1e-5, abs=1e-6)
+    assert [step["grad_norm"] for step in resumed["steps"]] == pytest.approx(expected.grad_norms[cases.NUM_STEPS :], rel=1e-5)
+    assert {step["learning_rates"][0] for step in resumed["steps"]} == {cases.PEAK_LR}
+    for name, weight in resumed["weights"].items():
+        _assert_close(weight, expected.weights[name], name)
+
+
+@pytest.mark.parametrize(("case", "model"), [(WORLDS[2][0], "tied"), (WORLDS[2][1], "untied")], ids=["tied", "untied"])
+def test_weights_have_the_names_of_the_hugging_face_checkpoint(folder: Path, case: Case, model: str) -> None:
+    [record, _] = _records(folder, case, 2)
+    with safe_open(folder / model / "model.safetensors", "pt") as checkpoint:
+        assert sorted(record["weights"]) == sorted(checkpoint.keys())

@@ -1,0 +1,147 @@
+"""What the contract suite of training backends feeds them: one global batch, a loss, and a plain Hugging Face loop over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from qwench.training.backend import TokenLoss
+from qwench.training.batch import MicroBatch, RolloutBatch, pack
+
+TEMPERATURE = 0.8
+EPS_CLIP = 0.2
+ENTROPY_COEF = 0.01
+PEAK_LR = 1e-3
+NUM_STEPS = 3
+CLIP_GRAD = 0.05
+WEIGHT_DECAY = 0.1
+BETAS = (0.9, 0.98)
+ADAM_EPS = 1e-8
+VOCAB = 48
+
+# (prompt, response) lengths; the response of sample 2 has a hole (tool output), sample 5 is not trained on at all.
+_SHAPES = ((3, 5), (2, 9), (4, 6), (1, 1), (6, 3), (2, 4), (3, 7), (2, 2))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepsRecord:
+    """What a backend, or the plain loop, made of the batch."""
+
+    log_probs: list[Tensor]
+    """B x [L - 1] before the first step, 0 where not trained."""
+    losses: list[float]
+    grad_norms: list[float]
+    learning_rates: list[float]
+    trained_tokens: list[float]
+    weights: dict[str, Tensor]
+
+
+def learning_rate(step: int) -> float:
+    """Warm up over two steps, then stay."""
+    return PEAK_LR * min(step, 2) / 2
+
+
+def write_model(folder: Path, *, tied: bool) -> None:
+    """Save a Qwen3 of two layers with random weights, not all of them small."""
+    torch.manual_seed(11)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=tied,
+        initializer_range=0.15,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+def make_batch() -> RolloutBatch:
+    """Return a rollout batch with every column the loss reads."""
+    draw = torch.Generator().manual_seed(5)
+    masks = [torch.ones(response, dtype=torch.bool) for _, response in _SHAPES]
+    masks[2][2:4] = False
+    masks[5][:] = False
+    return RolloutBatch(
+        tokens=[torch.randint(VOCAB, (prompt + response,), generator=draw) for prompt, response in _SHAPES],
+        loss_mask=masks,
+        rewards=torch.zeros(len(_SHAPES)),
+        group_ids=torch.arange(len(_SHAPES)) // 2,
+        execution_ids=torch.arange(len(_SHAPES)),
+        old_log_probs=[-4 + torch.randn(response, generator=draw) * 0.3 for _, response in _SHAPES],
+        advantages=[torch.randn(1, generator=draw).expand(response).contiguous() for _, response in _SHAPES],
+        loss_weights=[mask / mask.sum().clamp(min=1) / len(_SHAPES) for mask in masks],
+    )
+
+
+def clipped_loss(log_probs: Tensor, entropy: Tensor | None, micro_batch: MicroBatch) -> TokenLoss:
+    """PPO's clipped loss with an entropy bonus, as weighted sum over tokens."""
+    assert micro_batch.old_log_probs is not None and micro_batch.advantages is not None
+    assert micro_batch.loss_weights is not None and entropy is not None
+    loss = _token_losses(log_probs, entropy, micro_batch.old_log_probs, micro_batch.advantages) * micro_batch.loss_weights
+    trained = (micro_batch.loss_weights > 0).float().sum()
+    return TokenLoss(loss=loss.sum(), metrics={"trained_tokens": trained, "abs_loss": loss.detach().abs().sum()})
+
+
+def micro_batches(batch: RolloutBatch, bins: list[list[int]]) -> list[MicroBatch]:
+    """Pack the samples of each bin; an empty bin becomes one sample of weight zero."""
+    idle = batch.with_columns(loss_weights=[torch.zeros_like(weights) for weights in batch.loss_weights or []])
+    return [pack(batch, indices) if indices else pack(idle, [0]) for indices in bins]
+
+
+def plain_loop(folder: Path, *, num_steps: int = NUM_STEPS) -> StepsRecord:
+    """Do what a backend must do, one sample at a time, with full logits and nothing of ours but the batch."""
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    batch = make_batch()
+    decayed = [w for w in model.parameters() if w.ndim > 1]
+    kept = [w for w in model.parameters() if w.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": kept, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=BETAS, eps=ADAM_EPS, fused=False, foreach=False)
+    with torch.no_grad():
+        first = [_plain_outputs(model, tokens)[0] for tokens in batch.tokens]
+    record = StepsRecord(log_probs=first, losses=[], grad_norms=[], learning_rates=[], trained_tokens=[], weights={})
+    for log_probs, mask in zip(first, batch.loss_mask, strict=True):
+        log_probs[: len(log_probs) - len(mask)] = 0.0
+        log_probs[len(log_probs) - len(mask) :][~mask] = 0.0
+    for step in range(num_steps):
+        loss = torch.zeros(())
+        for i, tokens in enumerate(batch.tokens):
+            log_probs, entropy = _plain_outputs(model, tokens)
+            mask = batch.loss_mask[i]
+            response = len(mask)
+            token_losses = _token_losses(
+                log_probs[-response:], entropy[-response:], batch.old_log_probs[i], batch.advantages[i]
+            )
+            if mask.any():
+                loss = loss + token_losses[mask].mean() / len(batch)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        record.losses.append(loss.item())
+        record.grad_norms.append(norm.item())
+        record.learning_rates.append(learning_rate(step))
+        record.trained_tokens.append(float(sum(mask.sum() for mask in batch.loss_mask)))
+    record.weights.update({name: weight.detach().clone() for name, weight in model.named_parameters()})
+    return record
+
+
+def _plain_outputs(model: Qwen3ForCausalLM, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log-probs [L - 1] of the next tokens and entropies [L - 1]."""
+    log_probs = torch.log_softmax(model(tokens[None]).logits[0, :-1] / TEMPERATURE, dim=-1)
+    chosen = log_probs[torch.arange(len(tokens) - 1), tokens[1:]]
+    return chosen, -(log_probs.exp() * log_probs).sum(-1)
+
+
+def _token_losses(log_probs: Tensor, entropy: Tensor, old_log_probs: Tensor, advantages: Tensor) -> Tensor:
+    ratio = (log_probs - old_log_probs).exp()
+    clipped = ratio.clamp(1 - EPS_CLIP, 1 + EPS_CLIP)
+    return -torch.minimum(ratio * advantages, clipped * advantages) - ENTROPY_COEF * entropy

@@ -1,0 +1,144 @@
+"""Runs backends on groups of ranks for the contract suite: one process per rank, all cases of a world in one launch."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from qwench.errors import TrainingError
+from qwench.training.backend import TokenLoss, TrainBackend
+from qwench.training.batch import unpack
+from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
+from qwench.training.fsdp.optimizer import AdamSettings
+from qwench.training.fsdp.schedule import LrSchedule
+from tests.contract import train_backend_cases as cases
+
+_TIMEOUT_S = 120
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.contract.train_backend_ranks"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One way to cut and place the same batch."""
+
+    name: str
+    model: str
+    bins: list[list[list[int]]]
+    """Of each data-parallel rank, of each micro-batch: positions in the batch."""
+    backend: str = "fsdp"
+    dp_replicate: int = 1
+    gradient_checkpointing: bool = False
+    non_finite: bool = False
+    """Give one rank's last micro-batch a loss of NaN instead."""
+    save: bool = False
+    """Save after the steps, under `<case>.checkpoint`."""
+    load: str = ""
+    """Load the checkpoint of this case first, and step on from there."""
+
+
+def build_fsdp(model_folder: Path, case: Case) -> TrainBackend:
+    """Build the FSDP2 backend with the constants of the plain loop."""
+    return FsdpBackend.build(
+        model_folder,
+        settings=FsdpSettings(
+            param_dtype=torch.float32,
+            dp_replicate=case.dp_replicate,
+            gradient_checkpointing=case.gradient_checkpointing,
+            head_chunk_tokens=7,
+        ),
+        adam=AdamSettings(betas=cases.BETAS, eps=cases.ADAM_EPS, weight_decay=cases.WEIGHT_DECAY, clip_grad=cases.CLIP_GRAD),
+        schedule=LrSchedule(peak=cases.PEAK_LR, warmup_steps=2),
+        device=torch.device("cpu"),
+    )
+
+
+BUILDERS: dict[str, Callable[[Path, Case], TrainBackend]] = {"fsdp": build_fsdp}
+"""Another backend joins the suite by a line here."""
+
+
+def run_world(world_size: int, cases_of_world: list[Case], folder: Path) -> None:
+    """Run the cases on `world_size` ranks; rank r leaves its records in `<case>.<r>.pt`."""
+    ranks = [_CONTEXT.Process(target=_run_rank, args=(rank, world_size, cases_of_world, folder)) for rank in range(world_size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(_TIMEOUT_S)
+    failed = [rank for rank, process in enumerate(ranks) if process.exitcode != 0]
+    for process in ranks:
+        process.kill()
+    assert not failed, f"ranks {failed} of {world_size} failed; their traces are above"
+
+
+def _run_rank(rank: int, world_size: int, cases_of_world: list[Case], folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store.{world_size}"
+    timeout = timedelta(seconds=_TIMEOUT_S)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timeout)
+    for case in cases_of_world:
+        backend = BUILDERS[case.backend](folder / case.model, case)
+        record = _run_non_finite(backend, case) if case.non_finite else _run_steps(backend, case, folder)
+        torch.save(record, folder / f"{case.name}.{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _run_steps(backend: TrainBackend, case: Case, folder: Path) -> dict[str, object]:
+    if case.load:
+        backend.load(folder / f"{case.load}.checkpoint")
+    batch = cases.make_batch()
+    mine = cases.micro_batches(batch, case.bins[backend.parallel.dp_rank])
+    packed = backend.log_probs(mine, temperature=cases.TEMPERATURE)
+    scored = {
+        index: values
+        for micro_batch, column in zip(mine, packed, strict=True)
+        for index, values in zip(
+            micro_batch.indices, unpack(column, micro_batch, [length - 1 for length in micro_batch.lengths]), strict=True
+        )
+    }
+    steps = [
+        backend.update(mine, cases.clipped_loss, temperature=cases.TEMPERATURE, with_entropy=True)
+        for _ in range(cases.NUM_STEPS)
+    ]
+    if case.save:
+        checkpoint = folder / f"{case.name}.checkpoint"
+        checkpoint.mkdir(exist_ok=True)
+        backend.save(checkpoint)
+    return {
+        "log_probs": scored,
+        "steps": [asdict(step) for step in steps],
+        "weights": _all_weights(backend),
+        "summed_ranks": backend.all_reduce_sum(torch.tensor([1.0, backend.parallel.dp_rank])),
+        "parallel": asdict(backend.parallel),
+    }
+
+
+def _run_non_finite(backend: TrainBackend, case: Case) -> dict[str, object]:
+    """Spoil one rank's last micro-batch, then go on with a good step."""
+    mine = cases.micro_batches(cases.make_batch(), case.bins[backend.parallel.dp_rank])
+    calls: list[int] = []
+
+    def spoiled(*inputs: object) -> TokenLoss:
+        calls.append(1)
+        good = cases.clipped_loss(*inputs)  # type: ignore[arg-type]  # passed on as they came
+        spoil = backend.parallel.dp_rank == backend.parallel.dp_size - 1 and len(calls) == len(mine)
+        return TokenLoss(loss=good.loss * float("nan"), metrics=good.metrics) if spoil else good
+
+    before = _all_weights(backend)
+    message = ""
+    try:
+        backend.update(mine, spoiled, temperature=cases.TEMPERATURE, with_entropy=True)
+    except TrainingError as error:
+        message = str(error)
+    after = _all_weights(backend)
+    first = backend.update(mine, cases.clipped_loss, temperature=cases.TEMPERATURE, with_entropy=True)
+    return {"message": message, "before": before, "after": after, "next": asdict(first)}
+
+
+def _all_weights(backend: TrainBackend) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for bucket in backend.weights(bucket_bytes=1 << 14) for name, tensor in bucket}
