@@ -1,0 +1,116 @@
+"""Ways from the trainer's memory to an engine's.
+
+alias  the engine computes with the trainer's own tensors: nothing moves     same process, same device, publication dtype
+copy   the engine copies bucket after bucket into its own tensors            same process
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from qwench.engines.checksum import tensor_checksum
+from qwench.engines.protocol import Engine, WeightBucket, WeightReceipt
+from qwench.errors import WeightSyncError
+
+
+class WeightSource(Protocol):
+    """What a learner gives away of its model."""
+
+    def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
+        """Yield all weights under Hugging Face names in buckets; collective."""
+        ...
+
+    def shared_weights(self) -> Mapping[str, Tensor] | None:
+        """Return the live tensors when this process owns them whole in the publication dtype; else None."""
+        ...
+
+
+@runtime_checkable
+class AdoptingEngine(Engine, Protocol):
+    """An engine of this process that can compute with tensors it does not own."""
+
+    async def adopt_weights(self, weights: Mapping[str, Tensor], *, version: int) -> WeightReceipt:
+        """Use the given live tensors from now on, drop cached prefixes, and confirm."""
+        ...
+
+
+class Transport(Protocol):
+    """One way to bring a version of the weights to one engine."""
+
+    async def publish(self, engine: Engine, *, version: int) -> None:
+        """Return when the engine holds exactly this version.
+
+        Raises:
+            WeightSyncError: what arrived is not what was sent.
+        """
+        ...
+
+
+class AliasTransport:
+    """Let the engine use the trainer's tensors."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._weights = weights
+
+    async def publish(self, engine: Engine, *, version: int) -> None:
+        """Hand over the tensors; they are the same memory, so only the version can differ."""
+        assert isinstance(engine, AdoptingEngine), f"{engine!r} cannot adopt weights"
+        receipt = await engine.adopt_weights(self._weights, version=version)
+        _check_version(engine, receipt, version)
+
+
+class CopyTransport:
+    """Stream the weights through size-bounded buckets; each tensor's checksum is compared at both ends."""
+
+    def __init__(self, source: WeightSource, *, bucket_bytes: int) -> None:
+        self._source = source
+        self._bucket_bytes = bucket_bytes
+
+    async def publish(self, engine: Engine, *, version: int) -> None:
+        """Send every bucket and compare the engine's receipt with what was sent."""
+        sent: dict[str, int] = {}
+        buckets = _noting_checksums(self._source.weights(bucket_bytes=self._bucket_bytes), sent)
+        receipt = await engine.update_weights(buckets, version=version)
+        _check_version(engine, receipt, version)
+        _check_checksums(engine, receipt, sent)
+
+
+def choose_transport(
+    source: WeightSource, engines: Sequence[Engine], *, weights_may_alias: bool, bucket_bytes: int
+) -> Transport:
+    """Alias where every engine can adopt the source's live tensors and that is safe; else copy.
+
+    Args:
+        weights_may_alias: false when an engine may sample between an optimizer step and the next publication
+            (rollouts ahead of training, publication not after every rollout): it would see weights not yet published.
+    """
+    if weights_may_alias and all(isinstance(engine, AdoptingEngine) for engine in engines):
+        shared = source.shared_weights()
+        if shared is not None:
+            return AliasTransport(shared)
+    return CopyTransport(source, bucket_bytes=bucket_bytes)
+
+
+def _noting_checksums(buckets: Iterable[WeightBucket], checksums: dict[str, int]) -> Iterator[WeightBucket]:
+    """Pass buckets on, and note each tensor's checksum, computed on the device it lies on."""
+    for bucket in buckets:
+        checksums.update((name, tensor_checksum(tensor)) for name, tensor in bucket)
+        yield bucket
+
+
+def _check_version(engine: Engine, receipt: WeightReceipt, version: int) -> None:
+    if receipt.version != version:
+        raise WeightSyncError(f"{engine!r} confirmed weight version {receipt.version} when {version} was published.")
+
+
+def _check_checksums(engine: Engine, receipt: WeightReceipt, sent: Mapping[str, int]) -> None:
+    wrong = sorted(name for name, checksum in sent.items() if receipt.checksums.get(name) != checksum)
+    if wrong:
+        name = wrong[0]
+        raise WeightSyncError(
+            f"weight version {receipt.version}: tensor {name!r} of {engine!r} has checksum {receipt.checksums.get(name)}, "
+            f"sent was {sent[name]} ({len(wrong)} of {len(sent)} tensors differ)."
+        )
