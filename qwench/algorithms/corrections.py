@@ -32,7 +32,8 @@ def icepop(log_ratio: Tensor, *, low: float, high: float) -> Tensor:
     Source: IcePop, Ring-1T (arXiv 2510.18855) section 3.
     """
     weights = log_ratio.exp()
-    return weights.where((weights >= low) & (weights <= high), 0.0)
+    # A product, not a choice: a NaN stays a NaN instead of turning into 0.
+    return weights * ((weights >= low) & (weights <= high))
 
 
 def importance_metrics(log_ratio: Tensor, weights: Tensor) -> dict[str, Tensor]:

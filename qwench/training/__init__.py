@@ -1,0 +1,1 @@
+"""Learning from rollouts: batches, losses, and the backends that take optimizer steps."""

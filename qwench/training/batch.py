@@ -49,11 +49,13 @@ class RolloutBatch:
 
     @classmethod
     def from_samples(cls, samples: Sequence[Sample]) -> RolloutBatch:
-        """Read graded samples; a sample without tokens to train on keeps its place with an all-false mask."""
+        """Read samples; one without tokens to train on keeps its place with an all-false mask.
+
+        Samples that an engine drew must be graded; those read from a data set (SFT) have no log-probs and need no reward.
+        """
         sampled = any(any(sample.loss_mask) and any(sample.rollout_log_probs) for sample in samples)
         for sample in samples:
-            assert sample.reward is not None, f"sample {sample.sample_id} is not graded"
-            assert len(sample.loss_mask) == sample.response_length, f"sample {sample.sample_id}: mask and response differ"
+            _check(sample, sampled=sampled)
         return cls(
             tokens=[torch.tensor(sample.tokens, dtype=torch.int64) for sample in samples],
             loss_mask=[torch.tensor(sample.loss_mask, dtype=torch.bool) for sample in samples],
@@ -106,7 +108,7 @@ class MicroBatch:
     ref_log_probs: Tensor | None = None
     advantages: Tensor | None = None
     indices: tuple[int, ...] = ()
-    """S positions of the sequences in the batch that was packed."""
+    """S positions of the sequences in the batch that was packed; empty in an idle micro-batch."""
 
     @property
     def num_tokens(self) -> int:
@@ -125,11 +127,11 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """Move every column but `cu_seqlens` to `device`."""
-        moved = {c.name: getattr(self, c.name) for c in fields(self)}
-        for name, value in moved.items():
+        columns = {column.name: getattr(self, column.name) for column in fields(self)}
+        for name, value in columns.items():
             if isinstance(value, Tensor) and name != "cu_seqlens":
-                moved[name] = value.to(device, non_blocking=True)
-        return MicroBatch(**moved)
+                columns[name] = value.to(device, non_blocking=True)
+        return MicroBatch(**columns)
 
 
 _PACKED_COLUMNS = ("loss_weights", "rollout_log_probs", "old_log_probs", "ref_log_probs", "advantages")
@@ -156,6 +158,14 @@ def pack(batch: RolloutBatch, indices: Sequence[int]) -> MicroBatch:
     )
 
 
+def idle(batch: RolloutBatch) -> MicroBatch:
+    """Make a micro-batch of weight zero, with the columns of `batch`, for a rank that has to join a forward without work."""
+    nothing = torch.zeros(0)
+    columns = {name: [nothing] for name in _PACKED_COLUMNS if getattr(batch, name) is not None}
+    two_tokens = batch.select([0]).with_columns(tokens=[batch.tokens[0][:2]], loss_mask=[nothing.bool()], **columns)
+    return replace(pack(two_tokens, [0]), indices=())
+
+
 def unpack(values: Tensor, micro_batch: MicroBatch, response_lengths: Sequence[int]) -> list[Tensor]:
     """Cut a packed, label-aligned [T] column back into S response-aligned [R] ones; the inverse of `pack`'s shift."""
     ends = micro_batch.cu_seqlens[1:].tolist()
@@ -167,3 +177,13 @@ def _label_aligned(column: Tensor, length: int) -> Tensor:
     aligned = column.new_zeros(length)
     aligned[length - 1 - len(column) : length - 1] = column
     return aligned
+
+
+def _check(sample: Sample, *, sampled: bool) -> None:
+    """Assert what `pack` relies on."""
+    where = f"sample {sample.sample_id}"
+    assert len(sample.loss_mask) == sample.response_length, f"{where}: mask and response differ"
+    assert len(sample.tokens) > sample.response_length, f"{where}: nothing predicts the first response token"
+    if sampled:
+        assert sample.reward is not None, f"{where} is not graded"
+        assert len(sample.rollout_log_probs) == sample.response_length, f"{where}: log-probs and response differ"

@@ -1,0 +1,49 @@
+"""What is logged of a rollout as the trainer sees it, once for each rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from qwench.samples import Sample, Status
+from qwench.training.batch import RolloutBatch
+
+
+def rollout_metrics(samples: Sequence[Sample], batch: RolloutBatch) -> dict[str, float]:
+    """Average lengths, rewards and per-token columns over samples.
+
+    Args:
+        samples: B, with raw rewards.
+        batch: the same B as columns; `rewards` are the normalised ones.
+
+    Returns:
+        `rollout/...` means; a per-token column is averaged over each sample's trained tokens first.
+    """
+    count = len(samples)
+    metrics = {
+        "rollout/response_lengths": sum(sample.response_length for sample in samples) / count,
+        "rollout/total_lengths": sum(batch.lengths) / count,
+        "rollout/truncated": sum(sample.status is Status.TRUNCATED for sample in samples) / count,
+    }
+    rewards = [sample.reward for sample in samples if sample.reward is not None]
+    if len(rewards) == count:
+        metrics["rollout/raw_reward"] = sum(rewards) / count
+        metrics["rollout/rewards"] = float(batch.rewards.double().mean())
+    columns = {
+        "rollout/rollout_log_probs": batch.rollout_log_probs,
+        "rollout/log_probs": batch.old_log_probs,
+        "rollout/ref_log_probs": batch.ref_log_probs,
+        "rollout/advantages": batch.advantages,
+    }
+    for name, column in columns.items():
+        if column is not None:
+            metrics[name] = _mean_of_sample_means(column, batch.loss_mask)
+    return metrics
+
+
+def _mean_of_sample_means(column: Sequence[Tensor], loss_mask: Sequence[Tensor]) -> float:
+    means = [
+        float(values[mask].double().sum()) / max(int(mask.sum()), 1) for values, mask in zip(column, loss_mask, strict=True)
+    ]
+    return sum(means) / len(means)

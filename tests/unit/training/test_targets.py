@@ -1,0 +1,72 @@
+import math
+
+import pytest
+import torch
+
+from qwench.config.algorithm import AlgorithmConfig
+from qwench.training.batch import RolloutBatch
+from qwench.training.targets import normalized_rewards, token_advantages
+
+
+def _batch(rewards, *, group_ids=None, response_lengths=None, **columns):
+    response_lengths = response_lengths or [2] * len(rewards)
+    return RolloutBatch(
+        tokens=[torch.arange(length + 1) for length in response_lengths],
+        loss_mask=[torch.ones(length, dtype=torch.bool) for length in response_lengths],
+        rewards=torch.tensor(rewards),
+        group_ids=torch.tensor(group_ids or [0] * len(rewards)),
+        execution_ids=torch.arange(len(rewards)),
+        **columns,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, 0.5 / (math.sqrt(0.5) + 1e-6)),
+        ({"advantage_estimator": "gspo"}, 0.5 / (math.sqrt(0.5) + 1e-6)),
+        ({"advantage_estimator": "cispo"}, 0.5 / (math.sqrt(0.5) + 1e-6)),
+        ({"disable_grpo_std_normalization": True}, 0.5),
+        ({"advantage_estimator": "reinforce_plus_plus_baseline", "normalize_advantages": True}, 0.5),
+    ],
+)
+def test_rewards_are_compared_within_their_group(flags, expected):
+    got = normalized_rewards(_batch([1.0, 0.0]), AlgorithmConfig(**flags))
+    assert got.tolist() == pytest.approx([expected, -expected])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"disable_rewards_normalization": True}, {"advantage_estimator": "reinforce_plus_plus", "normalize_advantages": True}],
+)
+def test_raw_rewards_where_the_flags_or_the_estimator_say_so(flags):
+    assert normalized_rewards(_batch([1.0, 0.0]), AlgorithmConfig(**flags)).tolist() == [1.0, 0.0]
+
+
+def test_grpo_gives_each_token_its_samples_reward():
+    got = token_advantages(_batch([0.5, -2.0], response_lengths=[1, 3]), AlgorithmConfig())
+    assert [column.tolist() for column in got] == [[0.5], [-2.0, -2.0, -2.0]]
+
+
+def test_whitening_on_request():
+    got = torch.cat(token_advantages(_batch([1.0, 3.0], response_lengths=[1, 1]), AlgorithmConfig(normalize_advantages=True)))
+    assert got.tolist() == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2)], rel=1e-6)
+
+
+def test_reinforce_plus_plus_discounts_reward_and_token_kl_before_whitening():
+    config = AlgorithmConfig(
+        advantage_estimator="reinforce_plus_plus", normalize_advantages=True, kl_coef=0.5, gamma=0.5, kl_loss_type="k1"
+    )
+    batch = _batch([1.0], old_log_probs=[torch.tensor([-1.0, -2.0])], ref_log_probs=[torch.tensor([-2.0, -1.0])])
+    # KL 1, -1: token rewards -0.5, 0.5 + 1; returns 0.25, 1.5; whitened: -+ 1 / sqrt(2).
+    got = token_advantages(batch, config)[0].tolist()
+    assert got == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2)], rel=1e-6)
+
+
+def test_baseline_takes_the_engines_log_probs_as_the_old_policys_when_told_to():
+    config = AlgorithmConfig(
+        advantage_estimator="reinforce_plus_plus_baseline", normalize_advantages=True, kl_coef=1.0, use_rollout_logprobs=True
+    )
+    batch = _batch([0.0], rollout_log_probs=[torch.tensor([-1.0, -2.0])], ref_log_probs=[torch.tensor([-1.0, -1.0])])
+    # KL 0, -1: advantages 0, 1.
+    assert token_advantages(batch, config)[0].tolist() == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2)], rel=1e-6)
