@@ -74,5 +74,5 @@ def _load(folder: Path, tensors: dict[str, Tensor]) -> None:
     try:
         dcp.load(tensors, checkpoint_id=folder)
     except (CheckpointException, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1]
+        reason = (str(error).strip() or repr(error)).splitlines()[-1].strip()
         raise CheckpointError(f"cannot read the checkpoint {folder}: {reason}. Is it whole, and of the same model?") from error

@@ -1,0 +1,339 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from qwench.config.algorithm import AlgorithmConfig
+from qwench.config.training import TrainingConfig
+from qwench.data.balance import SequenceCost
+from qwench.errors import RewardError, TrainingError
+from qwench.observability.timing import PhaseTimer
+from qwench.samples import Group, Prompt, Rollout, Sample, Status
+from qwench.training.learner import Learner
+from tests.fakes.backend import TableBackend, run_ranks
+from tests.fakes.console import RecordingConsole
+
+V = 6
+TABLE = torch.randn(V, V, generator=torch.Generator().manual_seed(5))
+TEMPERATURE = 0.7
+
+
+def _rollout(num_groups=2, group_size=4, *, seed=0, rollout_id=0, off_policy=0.1):
+    """Return samples of random tokens with 0/1 rewards, context in some responses, and log-probs near the table's."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = itertools.count()
+
+    def draw(low, high, n=1):
+        return torch.randint(low, high, (n,), generator=generator).tolist()
+
+    def sample(group_id):
+        prompt = Prompt(text="", token_ids=tuple(draw(0, V, draw(1, 4)[0])))
+        made = Sample(prompt=prompt, sample_id=next(ids), group_id=group_id, status=Status.COMPLETED)
+        for _ in range(draw(1, 3)[0]):
+            made.append(draw(0, V, 2), log_probs=None, version=0) if made.response_length else None
+            tokens = draw(0, V, draw(1, 5)[0])
+            context = [*made.tokens, *tokens]
+            rows = (TABLE / TEMPERATURE).log_softmax(-1)[context[len(made.tokens) - 1 : -1]]
+            noise = off_policy * torch.randn(len(tokens), generator=generator)
+            made.append(tokens, log_probs=(rows[range(len(tokens)), tokens] + noise).tolist(), version=0)
+        made.reward = float(draw(0, 2)[0])
+        return made
+
+    groups = [Group(group_id=g, samples=[sample(g) for _ in range(group_size)]) for g in range(num_groups)]
+    return Rollout(rollout_id=rollout_id, groups=groups)
+
+
+def _learner(backend=None, *, global_batch_size=8, training=None, console=None, timer=None, **algorithm):
+    hook = algorithm.pop("reward_post_process", None)
+    return Learner(
+        backend or TableBackend(TABLE),
+        algorithm=AlgorithmConfig(**algorithm),
+        training=TrainingConfig(global_batch_size=global_batch_size, **(training or {})),
+        temperature=TEMPERATURE,
+        timer=timer or PhaseTimer(),
+        console=console or RecordingConsole(),
+        sequence_cost=SequenceCost(linear=1.0, quadratic=0.1),
+        reward_post_process=hook,
+    )
+
+
+def _learn(rollout, **kwargs):
+    backend = kwargs.pop("backend", None) or TableBackend(TABLE)
+    learned = _learner(backend, **kwargs).learn(rollout)
+    return backend, learned
+
+
+def test_calls_with_reference_and_two_steps_come_in_order():
+    backend, learned = _learn(_rollout(), global_batch_size=4, use_kl_loss=True)
+    assert backend.calls == ["snapshot_reference", "reference", "log_probs", "policy", "log_probs", "update", "update"]
+    assert len(learned.steps) == 2
+
+
+@pytest.mark.parametrize(
+    ("global_batch_size", "flags", "recomputed"),
+    [
+        (8, {}, False),
+        (4, {}, True),
+        (8, {"use_tis": True}, False),
+        (8, {"advantage_estimator": "gspo"}, True),
+        (8, {"get_mismatch_metrics": True}, True),
+        (8, {"advantage_estimator": "reinforce_plus_plus", "normalize_advantages": True}, False),
+        (4, {"use_rollout_logprobs": True}, False),
+        (4, {"use_rollout_logprobs": True, "get_mismatch_metrics": True}, True),
+        (4, {"loss_type": "sft_loss"}, False),
+    ],
+)
+def test_old_log_probs_are_computed_only_when_they_differ_from_the_updates_own(global_batch_size, flags, recomputed):
+    backend, learned = _learn(_rollout(), global_batch_size=global_batch_size, **flags)
+    assert ("log_probs" in backend.calls) == recomputed
+    assert ("rollout/log_probs" in learned.metrics) == recomputed
+
+
+def test_kl_in_the_reward_needs_both_policies_log_probs():
+    flags = {"advantage_estimator": "reinforce_plus_plus", "normalize_advantages": True, "kl_coef": 0.1}
+    backend, _ = _learn(_rollout(), **flags)
+    assert backend.calls == ["snapshot_reference", "reference", "log_probs", "policy", "log_probs", "update"]
+
+
+def _plain_grpo(rollout, table, *, eps=0.2):
+    """Return loss and gradient of one GRPO step, sample by sample, without packing."""
+    table = table.clone().requires_grad_()
+    total = torch.zeros(())
+    for group in rollout.groups:
+        rewards = torch.tensor(group.rewards)
+        for sample, reward in zip(group.samples, rewards, strict=True):
+            advantage = 0.0 if len(set(group.rewards)) == 1 else (reward - rewards.mean()) / (rewards.std() + 1e-6)
+            log_probs = (table / TEMPERATURE).log_softmax(-1)
+            start, token_losses = len(sample.tokens) - sample.response_length, []
+            for t, trained in enumerate(sample.loss_mask):
+                if trained:
+                    log_prob = log_probs[sample.tokens[start + t - 1], sample.tokens[start + t]]
+                    ratio = (log_prob - log_prob.detach()).exp()
+                    token_losses.append(torch.max(-ratio * advantage, -ratio.clamp(1 - eps, 1 + eps) * advantage))
+            total = total + torch.stack(token_losses).mean() / len(rollout.samples)
+    total.backward()
+    return float(total.detach()), table.grad
+
+
+def test_one_step_of_grpo_equals_a_plain_loop_over_samples():
+    rollout = _rollout()
+    backend, learned = _learn(rollout)
+    loss, gradient = _plain_grpo(rollout, TABLE)
+    assert learned.steps[0]["train/loss"] == pytest.approx(loss, abs=1e-6)
+    assert learned.steps[0]["train/grad_norm"] == pytest.approx(float(gradient.norm()), rel=1e-5)
+    torch.testing.assert_close(backend.table.detach(), TABLE - gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_learning_raises_the_probability_of_rewarded_tokens():
+    prompt = Prompt(text="", token_ids=(0,))
+    samples = []
+    for i, token in enumerate([1, 2, 3, 1]):
+        sample = Sample(prompt=prompt, sample_id=i, group_id=0, reward=float(token == 1), status=Status.COMPLETED)
+        sample.append([token], log_probs=[-1.0], version=0)
+        samples.append(sample)
+    backend, _ = _learn(Rollout(rollout_id=0, groups=[Group(group_id=0, samples=samples)]), global_batch_size=4)
+    before, after = (table.softmax(-1)[0] for table in (TABLE, backend.table.detach()))
+    assert after[1] > before[1]
+    assert (after[2:4] < before[2:4]).all()
+
+
+FLAGS = {
+    "grpo": {"use_kl_loss": True, "kl_loss_coef": 0.1, "kl_loss_type": "low_var_kl", "entropy_coef": 0.01},
+    "per_token": {"calculate_per_token_loss": True, "use_tis": True},
+    "gspo": {"advantage_estimator": "gspo", "use_opsm": True},
+    "reinforce": {"advantage_estimator": "reinforce_plus_plus", "normalize_advantages": True, "kl_coef": 0.1},
+    "sft": {"loss_type": "sft_loss", "calculate_per_token_loss": True},
+}
+LAYOUTS = [
+    (1, {"micro_batch_size": 3}),
+    (1, {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 16}),
+    (2, {"micro_batch_size": 1}),
+    (2, {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 16, "log_probs_max_tokens_per_gpu": 30}),
+    (3, {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 1000, "balance_data": True}),
+    (5, {"micro_batch_size": 4}),  # 4 samples in a step: one rank has nothing to do
+]
+
+
+def _comparable(learned):
+    metrics = {name: value for name, value in learned.metrics.items() if not name.startswith("perf/")}
+    return [metrics, *learned.steps]
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_ranks_and_micro_batches_change_neither_weights_nor_metrics(name):
+    rollout = _rollout(seed=2)
+    flags = {"global_batch_size": 4, **FLAGS[name]}
+    expected_backend, expected = _learn(rollout, **flags)
+    for dp_size, training in LAYOUTS:
+
+        def run(parallel, all_reduce_sum, training=training):
+            backend = TableBackend(TABLE, parallel=parallel, all_reduce_sum=all_reduce_sum)
+            return _learn(rollout, backend=backend, training=training, **flags)
+
+        ranks = run_ranks(dp_size, run)
+        for backend, learned in ranks:
+            torch.testing.assert_close(backend.table, expected_backend.table, rtol=1e-5, atol=1e-6)
+            for got, wanted in zip(_comparable(learned), _comparable(expected), strict=True):
+                assert got == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+        assert len({tuple(backend.num_micro_batches) for backend, _ in ranks}) == 1
+
+
+def test_order_of_samples_within_a_step_does_not_change_the_weights():
+    rollout = _rollout(seed=4)
+    shuffled = Rollout(
+        rollout_id=0, groups=[Group(group_id=g.group_id, samples=g.samples[::-1]) for g in reversed(rollout.groups)]
+    )
+    first, second = _learn(rollout)[0], _learn(shuffled)[0]
+    torch.testing.assert_close(first.table, second.table, rtol=1e-5, atol=1e-6)
+
+
+def test_trailing_executions_that_fill_no_step_are_dropped_and_counted():
+    console = RecordingConsole()
+    rollout = _rollout()
+    backend, learned = _learn(rollout, global_batch_size=3, console=console)
+    assert backend.calls == ["log_probs", "update", "update"]
+    assert learned.metrics["rollout/dropped_executions"] == 2.0
+    assert learned.metrics["rollout/raw_reward"] == pytest.approx(sum(s.reward for s in rollout.samples[:6]) / 6)
+    assert console.events == [
+        ("say", "rollout 0: 2 trailing executions do not fill a step of --global-batch-size 3 and are dropped")
+    ]
+
+
+def test_dropped_samples_still_count_in_their_groups_mean():
+    prompt = Prompt(text="", token_ids=(0,))
+    samples = []
+    for i, reward in enumerate([1.0, 1.0, 4.0]):
+        sample = Sample(prompt=prompt, sample_id=i, group_id=0, reward=reward, status=Status.COMPLETED)
+        sample.append([1], log_probs=[-1.0], version=0)
+        samples.append(sample)
+    rollout = Rollout(rollout_id=0, groups=[Group(group_id=0, samples=samples)])
+    _, learned = _learn(rollout, global_batch_size=2, disable_grpo_std_normalization=True)
+    assert learned.metrics["rollout/rewards"] == pytest.approx(-1.0)
+
+
+def test_samples_of_one_execution_share_its_weight_in_the_loss():
+    prompt = Prompt(text="", token_ids=(0,))
+    samples = []
+    for i, (execution_id, response) in enumerate([(0, [1]), (1, [1, 2]), (1, [3])]):
+        sample = Sample(prompt=prompt, sample_id=i, group_id=0, execution_id=execution_id, reward=float(execution_id))
+        sample.append(response, log_probs=[-1.0] * len(response), version=0)
+        samples.append(sample)
+    rollout = Rollout(rollout_id=0, groups=[Group(group_id=0, samples=samples)])
+    _, learned = _learn(rollout, global_batch_size=2)
+    # Ratios are 1, so the loss is minus the mean over executions of their advantages, which are opposite.
+    assert learned.steps[0]["train/loss"] == pytest.approx(0.0, abs=1e-6)
+    assert len(learned.steps) == 1
+
+
+def test_step_metrics_have_the_names_users_know():
+    _, learned = _learn(_rollout(), use_kl_loss=True, observe_training_entropy=True)
+    assert set(learned.steps[0]) == {
+        "train/loss", "train/grad_norm", "train/lr-pg_0", "train/pg_loss", "train/pg_clipfrac", "train/ppo_kl",
+        "train/kl_loss", "train/entropy_loss", "train/train_rollout_kl", "train/train_rollout_logprob_abs_diff",
+        "train/train_rollout_logprob_abs_diff_max",
+    }  # fmt: skip
+    assert set(learned.metrics) == {
+        "rollout/raw_reward", "rollout/rewards", "rollout/response_lengths", "rollout/total_lengths", "rollout/truncated",
+        "rollout/advantages", "rollout/ref_log_probs", "rollout/rollout_log_probs", "rollout/dropped_executions",
+        "perf/actor_train_tok_per_s",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("global_batch_size", [8, 4], ids=["from_the_update", "from_the_old_pass"])
+def test_trainer_engine_difference_is_the_distance_from_the_tables_log_probs(global_batch_size):
+    rollout = _rollout(off_policy=0.3)
+    _, learned = _learn(rollout, global_batch_size=global_batch_size)
+    means, largest = [], 0.0
+    for sample in rollout.samples[:global_batch_size]:
+        start = len(sample.tokens) - sample.response_length
+        rows = (TABLE / TEMPERATURE).log_softmax(-1)
+        differences = [
+            abs(float(rows[sample.tokens[start + t - 1], sample.tokens[start + t]]) - sample.rollout_log_probs[t])
+            for t in range(sample.response_length)
+            if sample.loss_mask[t]
+        ]
+        means.append(sum(differences) / len(differences))
+        largest = max(largest, *differences)
+    step = learned.steps[0]
+    assert step["train/train_rollout_logprob_abs_diff"] == pytest.approx(sum(means) / len(means), rel=1e-4)
+    assert step["train/train_rollout_logprob_abs_diff_max"] == pytest.approx(largest, rel=1e-4)
+
+
+def test_sft_step_is_the_mean_negative_log_likelihood_of_all_trained_tokens():
+    rollout = _rollout()
+    for sample in rollout.samples:
+        sample.rollout_log_probs, sample.reward = [], None
+    backend, learned = _learn(rollout, loss_type="sft_loss", calculate_per_token_loss=True)
+    rows = (TABLE / TEMPERATURE).log_softmax(-1)
+    losses = [
+        -float(rows[sample.tokens[k - 1], sample.tokens[k]])
+        for sample in rollout.samples
+        for k, trained in enumerate(sample.loss_mask, len(sample.tokens) - sample.response_length)
+        if trained
+    ]
+    assert backend.calls == ["update"]
+    assert set(learned.steps[0]) == {"train/loss", "train/grad_norm", "train/lr-pg_0"}
+    assert learned.steps[0]["train/loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_nan_stops_before_the_weights_change():
+    rollout = _rollout()
+    rollout.samples[0].rollout_log_probs[0] = math.nan
+    backend = TableBackend(TABLE)
+    with pytest.raises(TrainingError, match="not finite"):
+        _learn(rollout, backend=backend, use_tis=True)
+    assert torch.equal(backend.table.detach(), TABLE)
+
+
+@pytest.mark.parametrize(("flag", "field"), [("--use-tis", "use_tis"), ("--use-rollout-logprobs", "use_rollout_logprobs")])
+def test_corrections_without_the_engines_log_probs_are_an_error(flag, field):
+    rollout = _rollout()
+    for sample in rollout.samples:
+        sample.rollout_log_probs = [0.0] * sample.response_length
+    with pytest.raises(TrainingError, match=f"{flag} needs the engine's log-probs, rollout 0 has none"):
+        _learn(rollout, **{field: True})
+
+
+def test_reference_becomes_the_policy_at_its_interval():
+    backend = TableBackend(TABLE)
+    learner = _learner(backend, use_kl_loss=True, ref_update_interval=2)
+    learned = [learner.learn(_rollout(seed=i, rollout_id=i)) for i in range(3)]
+    assert [call for call in backend.calls if call in ("snapshot_reference", "update")] == [
+        "snapshot_reference", "update", "update", "snapshot_reference", "update",
+    ]  # fmt: skip
+    kl = [step["train/kl_loss"] for one in learned for step in one.steps]
+    assert kl[0] == pytest.approx(0.0, abs=1e-6)
+    assert abs(kl[1]) > 1e-3
+    assert kl[2] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_custom_reward_post_process_replaces_the_normalisation():
+    _, learned = _learn(_rollout(), reward_post_process=lambda samples: [float(i) for i in range(len(samples))])
+    assert learned.metrics["rollout/rewards"] == pytest.approx(3.5)
+    assert learned.metrics["rollout/raw_reward"] <= 1.0
+
+
+def test_custom_reward_post_process_must_return_one_reward_for_each_sample():
+    with pytest.raises(RewardError, match="returned 1 rewards for 8 samples"):
+        _learn(_rollout(), reward_post_process=lambda samples: [1.0])
+
+
+def test_phases_are_timed():
+    timer = PhaseTimer()
+    _learn(_rollout(), timer=timer, global_batch_size=4, use_kl_loss=True)
+    assert {"perf/train_time", "perf/ref_log_probs_time", "perf/log_probs_time", "perf/actor_train_time"} <= set(timer.take())
+
+
+def test_saved_learner_is_loaded_with_its_weights(tmp_path):
+    backend, _ = _learn(_rollout())
+    _learner(backend).save(tmp_path)
+    other = TableBackend(TABLE)
+    learner = _learner(other)
+    learner.load(tmp_path)
+    assert torch.equal(other.table, backend.table)
+    assert torch.equal(learner.shared_weights()["table"], backend.table)
+    assert [name for bucket in learner.weights(bucket_bytes=1) for name, _ in bucket] == ["table"]
+    learner.sleep()
+    learner.wake()
+    assert other.calls == ["sleep", "wake"]
