@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from qwench.data.chat import ChatRenderer, as_messages, tokenize
-from qwench.data.cursor import DataCursor, Draw
+from qwench.data.cursor import DataCursor, Draw, fingerprint
 from qwench.data.rows import Row, read_rows
 from qwench.errors import ConfigError
 from qwench.samples import Group, Json, Prompt, Sample
@@ -88,7 +87,7 @@ class PromptSource:
         self._n_samples_per_prompt = n_samples_per_prompt
         self._cursor = DataCursor(
             len(prompts),
-            fingerprint=_fingerprint(prompts),
+            fingerprint=fingerprint(*([prompts[i].text, prompts[i].label] for i in (0, -1))),
             samples_per_row=n_samples_per_prompt,
             shuffle=shuffle,
             seed=seed,
@@ -140,9 +139,3 @@ def _label(row: Row, label_key: str | None, *, required: bool) -> str | None:
         return None
     label = row.require(label_key, flag="--label-key")
     return json.dumps(label, ensure_ascii=False) if isinstance(label, dict | list) else str(label)
-
-
-def _fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Hash the first and the last prompt: cheap, and tells data sets, templates and slices apart well enough."""
-    ends = [[prompts[i].text, prompts[i].label] for i in (0, -1)]
-    return hashlib.sha256(json.dumps(ends).encode()).hexdigest()[:16]

@@ -1,0 +1,174 @@
+"""Supervised fine-tuning data: conversations -> samples whose response is what is trained on, in rollouts of single groups.
+
+    tokens       p0 p1 | a0 a1 u0 u1 a2 a3          a: assistant, u: the next user turn
+    loss_mask            1  1  0  0  1  1           response: from the first to the last trained token
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+
+from rich.markup import escape
+from transformers import PreTrainedTokenizerBase
+
+from qwench.data.chat import as_messages, tokenize
+from qwench.data.cursor import DataCursor, Draw, fingerprint
+from qwench.data.masks import Segment, build_mask_function
+from qwench.data.rows import Row, read_rows
+from qwench.errors import ConfigError
+from qwench.samples import Group, Json, Message, Prompt, Rollout, Sample, Status
+
+_CHUNK_ROWS = 1000
+"""Rows tokenised in one call: enough to keep its threads busy, few enough not to hold all text twice."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SftExample:
+    """A tokenised conversation, kept compact."""
+
+    tokens: array[int]
+    """[L]"""
+    loss_mask: bytes
+    """[R] 0 or 1, first and last are 1; the L - R tokens before are the prompt."""
+    prompt_text: str
+    messages: Sequence[Message]
+
+    def to_sample(self, draw: Draw) -> Sample:
+        """Return the conversation as a finished sample."""
+        R = len(self.loss_mask)
+        prompt_ids = tuple(self.tokens[: len(self.tokens) - R])
+        return Sample(
+            prompt=Prompt(text=self.prompt_text, token_ids=prompt_ids, messages=self.messages),
+            sample_id=draw.first_sample_id,
+            group_id=draw.group_id,
+            tokens=list(self.tokens),
+            response_length=R,
+            loss_mask=list(self.loss_mask),
+            rollout_log_probs=[0.0] * R,
+            weight_versions=[-1] * R,
+            status=Status.COMPLETED,
+            reward=0.0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedSft:
+    """The conversations that can be trained on, and how many cannot."""
+
+    examples: Sequence[SftExample]
+    num_too_long: int
+    num_untrained: int
+    """Conversations without a token to train on: no assistant turn, or all of them masked by `step_loss_mask`."""
+
+
+def load_sft(
+    spec: str,
+    *,
+    input_key: str,
+    tool_key: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    loss_mask_type: str | None,
+    apply_chat_template_kwargs: Mapping[str, Json] | None,
+    max_len: int | None,
+) -> LoadedSft:
+    """Read, render, mask and tokenise the conversations of `spec` (`path` or `path@[start:stop]`).
+
+    Args:
+        loss_mask_type: See `masks.build_mask_function`.
+        max_len: Conversations with more tokens are dropped and counted; None: no limit.
+
+    Raises:
+        ConfigError: unreadable file or row, missing key, or nothing left.
+    """
+    mask = build_mask_function(loss_mask_type, tokenizer, template_kwargs=apply_chat_template_kwargs)
+    examples: list[SftExample] = []
+    num_too_long = num_untrained = 0
+    for chunk in _chunks(read_rows(spec)):
+        conversations = [as_messages(row.require(input_key, flag="--input-key"), place=row.place) for row in chunk]
+        segmented = [
+            mask(messages, row.decode(tool_key, list), row.place) for messages, row in zip(conversations, chunk, strict=True)
+        ]
+        token_ids = iter(tokenize(tokenizer, [segment.text for segments in segmented for segment in segments]))
+        for messages, segments in zip(conversations, segmented, strict=True):
+            example = _example(messages, segments, list(islice(token_ids, len(segments))))
+            if example is None:
+                num_untrained += 1
+            elif max_len is not None and len(example.tokens) > max_len:
+                num_too_long += 1
+            else:
+                examples.append(example)
+    if not examples:
+        raise ConfigError(
+            f"no conversation of {spec} can be trained on: {num_too_long} are longer than the limit of {max_len} tokens, "
+            f"{num_untrained} have no assistant turn to learn from."
+        )
+    return LoadedSft(examples=examples, num_too_long=num_too_long, num_untrained=num_untrained)
+
+
+class SftSource:
+    """Rollouts of conversations, each its own group with reward 0, in a reproducible and resumable order."""
+
+    def __init__(self, examples: Sequence[SftExample], *, rollout_batch_size: int, shuffle: bool, seed: int) -> None:
+        self._examples = examples
+        self._rollout_batch_size = rollout_batch_size
+        ends = (list(examples[i].tokens) for i in (0, -1))
+        self._cursor = DataCursor(
+            len(examples), fingerprint=fingerprint(*ends), samples_per_row=1, shuffle=shuffle, seed=seed
+        )
+
+    @property
+    def epoch(self) -> int:
+        """Return the epoch of the conversation handed out last."""
+        return self._cursor.epoch
+
+    def take(self, rollout_id: int) -> Rollout:
+        """Return the next `rollout_batch_size` conversations."""
+        draws = self._cursor.take(self._rollout_batch_size)
+        groups = [Group(group_id=draw.group_id, samples=[self._examples[draw.row].to_sample(draw)]) for draw in draws]
+        return Rollout(rollout_id=rollout_id, groups=groups)
+
+    def num_rollouts_per_epoch(self) -> int:
+        """Return how many whole rollouts an epoch holds; at least 1."""
+        return self._cursor.num_rollouts_per_epoch(self._rollout_batch_size)
+
+    def state_dict(self) -> dict[str, Json]:
+        """Return the position as a JSON-compatible record."""
+        return self._cursor.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Json]) -> None:
+        """Go to a saved position; a CheckpointError when it belongs to another data set."""
+        self._cursor.load_state_dict(state)
+
+
+def render_mask_preview(sample: Sample, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int = 600) -> str:
+    """Return a sample's text as rich markup, trained tokens in bold green and the others dim; cut after `max_tokens`."""
+    num_prompt_tokens = len(sample.tokens) - sample.response_length
+    mask = [*([0] * num_prompt_tokens), *sample.loss_mask]
+    shown = list(zip(sample.tokens, mask, strict=True))[:max_tokens]
+    parts = []
+    for trained, run in groupby(shown, key=lambda pair: bool(pair[1])):
+        text = escape(str(tokenizer.decode([token for token, _ in run])))
+        style = "bold green" if trained else "dim"
+        parts.append(f"[{style}]{text}[/{style}]")
+    num_hidden = len(sample.tokens) - len(shown)
+    return "".join(parts) + (f" ... ({num_hidden} more tokens)" if num_hidden else "")
+
+
+def _example(messages: Sequence[Message], segments: Sequence[Segment], token_ids: Sequence[list[int]]) -> SftExample | None:
+    """Join the segments up to the last trained token; None when nothing is trained."""
+    trained = [i for i, segment in enumerate(segments) if segment.trained and token_ids[i]]
+    if not trained:
+        return None
+    first, end = trained[0], trained[-1] + 1
+    tokens = array("i", [token for ids in token_ids[:end] for token in ids])
+    loss_mask = b"".join(bytes([segments[i].trained]) * len(token_ids[i]) for i in range(first, end))
+    prompt_text = "".join(segment.text for segment in segments[:first])
+    return SftExample(tokens=tokens, loss_mask=loss_mask, prompt_text=prompt_text, messages=messages)
+
+
+def _chunks(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    for start in range(0, len(rows), _CHUNK_ROWS):
+        yield rows[start : start + _CHUNK_ROWS]

@@ -1,0 +1,154 @@
+import pytest
+
+from qwench.data.masks import build_mask_function
+from qwench.errors import ConfigError
+from qwench.models.tokenizers import build_small_tokenizer
+
+TOKENIZER = build_small_tokenizer()
+ASSISTANT = "<|im_start|>assistant\n"
+
+# ChatML as Qwen2.5 and SmolLM2 have it: a system message of its own unless the conversation brings one.
+CHATML = build_small_tokenizer()
+CHATML.chat_template = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe nice<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+# No generation prompt to speak of, no end marker, whitespace trimmed by the template.
+PLAIN = build_small_tokenizer()
+PLAIN.chat_template = "{% for m in messages %}{{ m.role | upper }}: {{ m.content | trim }}\n{% endfor %}"
+
+
+def user(content: str) -> dict:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str, **fields) -> dict:
+    return {"role": "assistant", "content": content, **fields}
+
+
+def segments(kind, messages, *, tokenizer=TOKENIZER, tools=None, **template_kwargs):
+    return build_mask_function(kind, tokenizer, template_kwargs=template_kwargs)(messages, tools, "here")
+
+
+def text(found) -> str:
+    return "".join(segment.text for segment in found)
+
+
+def trained(found) -> list[str]:
+    return [segment.text for segment in found if segment.trained and segment.text]
+
+
+def test_derived_mask_trains_from_the_generation_prompt_through_the_end_marker():
+    messages = [user("2+2?"), assistant("<think>\neasy\n</think>\n\n4")]
+    found = segments(None, messages)
+    assert text(found) == TOKENIZER.apply_chat_template(messages, tokenize=False)
+    assert trained(found) == ["<think>\neasy\n</think>\n\n4<|im_end|>"]
+    assert found[0].text == "<|im_start|>user\n2+2?<|im_end|>\n" + ASSISTANT
+
+
+def test_derived_mask_trains_on_the_empty_think_block_the_template_writes():
+    assert trained(segments(None, [user("q"), assistant("a")])) == ["<think>\n\n</think>\n\na<|im_end|>"]
+
+
+def test_derived_mask_leaves_out_what_the_generation_prompt_already_says():
+    found = segments(None, [user("q"), assistant("a")], enable_thinking=False)
+    assert trained(found) == ["a<|im_end|>"]
+
+
+def test_derived_mask_follows_the_template_in_dropping_earlier_thinking():
+    messages = [user("q"), assistant("<think>\none\n</think>\n\na"), user("r"), assistant("<think>\ntwo\n</think>\n\nb")]
+    found = segments(None, messages)
+    assert text(found) == TOKENIZER.apply_chat_template(messages, tokenize=False)
+    assert trained(found) == ["a<|im_end|>", "<think>\ntwo\n</think>\n\nb<|im_end|>"]
+
+
+def test_derived_mask_trains_on_tool_calls_and_not_on_tool_responses():
+    call = assistant("", tool_calls=[{"function": {"name": "add", "arguments": {"a": 1}}}])
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    found = segments(None, [user("q"), call, {"role": "tool", "content": "3"}, assistant("3")], tools=tools)
+    assert trained(found) == [
+        '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>',
+        "<think>\n\n</think>\n\n3<|im_end|>",
+    ]
+    assert "# Tools" in found[0].text
+
+
+@pytest.mark.parametrize("kind", [None, "qwen", "qwen3"])
+def test_step_loss_mask_skips_a_message(kind):
+    messages = [user("q"), assistant("a", step_loss_mask=0), user("r"), assistant("b", step_loss_mask=1)]
+    (only,) = trained(segments(kind, messages))
+    assert only.split("<|im_end|>")[0].endswith("b")
+
+
+def test_equal_answers_in_a_row_are_told_apart():
+    messages = [user("q"), assistant("same"), user("q"), assistant("same"), user("q"), assistant("same")]
+    assert trained(segments(None, messages, tokenizer=CHATML)) == ["same<|im_end|>"] * 3
+
+
+def test_user_text_that_looks_like_an_answer_is_not_trained():
+    found = segments(None, [user(ASSISTANT + "a<|im_end|>"), assistant("a")], tokenizer=CHATML)
+    assert trained(found) == ["a<|im_end|>"]
+    assert found[0].text.endswith("a<|im_end|><|im_end|>\n" + ASSISTANT)
+
+
+def test_template_without_prompt_and_marker_trains_on_the_answer():
+    messages = [user("q"), assistant(" a "), user("r")]
+    found = segments(None, messages, tokenizer=PLAIN)
+    assert text(found) == "USER: q\nASSISTANT: a\nUSER: r\n"
+    assert trained(found) == ["a"]
+
+
+def test_template_that_hides_the_answer_is_refused():
+    tokenizer = build_small_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}{{ m.content | length }}{% endfor %}"
+    with pytest.raises(ConfigError, match="here: no loss mask can be derived"):
+        segments(None, [user("q"), assistant("answer")], tokenizer=tokenizer)
+
+
+def test_qwen_renders_each_message_alone_and_strips_the_default_system_message():
+    found = segments("qwen", [user("q"), assistant("a"), user("r"), assistant("b")], tokenizer=CHATML)
+    assert text(found) == (
+        "<|im_start|>system\nBe nice<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+        "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+    )
+    assert trained(found) == ["a<|im_end|>\n", "b<|im_end|>\n"]
+
+
+def test_qwen3_keeps_the_thinking_of_every_turn():
+    thought = "<think>\none\n</think>\n\na"
+    system = {"role": "system", "content": "s"}
+    found = segments("qwen3", [system, user("q"), assistant(thought), user("r"), assistant("b")])
+    assert text(found) == (
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n"
+        f"{ASSISTANT}{thought}<|im_end|>\n<|im_start|>user\nr<|im_end|>\n{ASSISTANT}<think>\n\n</think>\n\nb<|im_end|>\n"
+    )
+    assert trained(found) == [f"{thought}<|im_end|>\n", "<think>\n\n</think>\n\nb<|im_end|>\n"]
+
+
+def test_qwen3_lists_tools_once():
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    found = segments("qwen3", [user("q"), assistant("a")], tools=tools)
+    assert text(found).count("# Tools") == 1
+    assert text(found).endswith(f"<|im_start|>user\nq<|im_end|>\n{ASSISTANT}<think>\n\n</think>\n\na<|im_end|>\n")
+
+
+def test_distill_trains_on_the_bare_last_content():
+    found = segments("distill_qwen", [user("q"), assistant("a")])
+    assert [(segment.text, segment.trained) for segment in found] == [
+        (f"<|im_start|>user\nq<|im_end|>\n{ASSISTANT}", False),
+        ("a", True),
+    ]
+
+
+def test_qwen_means_distill_for_a_distilled_tokenizer():
+    tokenizer = build_small_tokenizer()
+    tokenizer.add_tokens(["<\uff5cAssistant\uff5c>"])
+    messages = [user("q"), assistant("a")]
+    assert segments("qwen", messages, tokenizer=tokenizer) == segments("distill_qwen", messages)
+
+
+def test_unknown_mask_type_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"--loss-mask-type 'qwen3_5'; known: qwen, qwen3, distill_qwen"):
+        build_mask_function("qwen3_5", TOKENIZER)

@@ -1,0 +1,129 @@
+import json
+
+import pytest
+from rich.text import Text
+
+from qwench.data.sft import LoadedSft, SftSource, load_sft, render_mask_preview
+from qwench.errors import CheckpointError, ConfigError
+from qwench.models.tokenizers import build_small_tokenizer
+from qwench.samples import Status
+
+TOKENIZER = build_small_tokenizer()
+PROMPT = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+
+
+def conversation(*answers: str, **fields) -> dict:
+    turns = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": a, **fields}] for a in answers]
+    return {"messages": [message for turn in turns for message in turn]}
+
+
+def load(tmp_path, rows, **options) -> LoadedSft:
+    path = tmp_path / "sft.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    defaults = {
+        "input_key": "messages",
+        "tool_key": "tools",
+        "tokenizer": TOKENIZER,
+        "loss_mask_type": None,
+        "apply_chat_template_kwargs": {"enable_thinking": False},
+        "max_len": None,
+    }
+    return load_sft(str(path), **{**defaults, **options})
+
+
+def source(loaded: LoadedSft, *, batch: int = 1, shuffle: bool = False) -> SftSource:
+    return SftSource(loaded.examples, rollout_batch_size=batch, shuffle=shuffle, seed=42)
+
+
+def first_sample(loaded: LoadedSft):
+    return source(loaded).take(0).samples[0]
+
+
+def test_response_is_what_is_trained_on(tmp_path):
+    sample = first_sample(load(tmp_path, [conversation("12")], apply_chat_template_kwargs=None))
+    assert sample.prompt.text == PROMPT
+    assert TOKENIZER.decode(sample.prompt.token_ids) == PROMPT
+    assert TOKENIZER.decode(sample.response_tokens) == "<think>\n\n</think>\n\n12<|im_end|>"
+    assert sample.loss_mask == [1] * sample.response_length
+    assert (sample.reward, sample.status) == (0.0, Status.COMPLETED)
+    assert sample.rollout_log_probs == [0.0] * sample.response_length
+
+
+def test_turns_between_trained_ones_are_masked(tmp_path):
+    sample = first_sample(load(tmp_path, [conversation("1", "2")]))
+    pieces = list(zip(sample.response_tokens, sample.loss_mask, strict=True))
+    # The empty think block is only in the last turn's generation prompt; the first turn is "1", its end marker, a newline.
+    between = TOKENIZER.encode("\n" + PROMPT + "<think>\n\n</think>\n\n")
+    end = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
+    expected = [(ord("1"), 1), (end, 1), *[(token, 0) for token in between], (ord("2"), 1), (end, 1)]
+    assert pieces == expected
+    assert sample.tokens == [*sample.prompt.token_ids, *[token for token, _ in expected]]
+
+
+def test_answer_is_tokenised_apart_from_the_prompt(tmp_path):
+    # Together, the newline of "assistant\n" and the answer's own would be the one token "\n\n".
+    sample = first_sample(load(tmp_path, [conversation("\nx")], loss_mask_type="distill_qwen", apply_chat_template_kwargs=None))
+    assert TOKENIZER.convert_ids_to_tokens(sample.response_tokens) == ["\u010a", "x"]
+    assert sample.prompt.token_ids[-1] == TOKENIZER.convert_tokens_to_ids("\u010a")
+
+
+def test_long_and_untrained_conversations_are_dropped_and_counted(tmp_path):
+    rows = [
+        conversation("1"),
+        conversation("1" * 100),
+        conversation("1", step_loss_mask=0),
+        {"messages": [{"role": "user", "content": "alone"}]},
+    ]
+    loaded = load(tmp_path, rows, max_len=60)
+    assert (len(loaded.examples), loaded.num_too_long, loaded.num_untrained) == (1, 1, 2)
+
+
+def test_limit_counts_all_tokens(tmp_path):
+    length = len(first_sample(load(tmp_path, [conversation("123")])).tokens)
+    assert len(load(tmp_path, [conversation("123")], max_len=length).examples) == 1
+    with pytest.raises(ConfigError, match="1 are longer than the limit"):
+        load(tmp_path, [conversation("123")], max_len=length - 1)
+
+
+def test_missing_messages_name_the_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"sft\.jsonl:2: key 'messages' \(--input-key\) is missing; the row has: text"):
+        load(tmp_path, [conversation("1"), {"text": "x"}])
+
+
+def test_rollouts_are_single_sample_groups_over_epochs(tmp_path):
+    loaded = load(tmp_path, [conversation(str(n)) for n in range(3)])
+    rollouts = source(loaded, batch=2)
+    first, second = rollouts.take(0), rollouts.take(1)
+    assert (first.rollout_id, second.rollout_id) == (0, 1)
+    assert [group.group_id for group in (*first.groups, *second.groups)] == [0, 1, 2, 3]
+    assert [sample.sample_id for sample in second.samples] == [2, 3]
+    assert [TOKENIZER.decode(sample.response_tokens)[0] for sample in (*first.samples, *second.samples)] == ["0", "1", "2", "0"]
+    assert all(len(group.samples) == 1 for group in first.groups)
+    assert rollouts.num_rollouts_per_epoch() == 1
+
+
+def test_source_resumes_and_refuses_another_data_set(tmp_path):
+    loaded = load(tmp_path, [conversation(str(n)) for n in range(5)])
+    rollouts = source(loaded, batch=3, shuffle=True)
+    rollouts.take(0)
+    state = json.loads(json.dumps(rollouts.state_dict()))
+    restored = source(loaded, batch=3, shuffle=True)
+    restored.load_state_dict(state)
+    assert restored.take(1) == rollouts.take(1)
+    other = source(load(tmp_path, [conversation(str(n)) for n in range(1, 6)]))
+    with pytest.raises(CheckpointError, match="data cursor"):
+        other.load_state_dict(state)
+
+
+def test_preview_marks_exactly_the_trained_tokens(tmp_path):
+    sample = first_sample(load(tmp_path, [conversation("a [bold] \\[x] claim\\")]))
+    preview = Text.from_markup(render_mask_preview(sample, TOKENIZER))
+    assert preview.plain == TOKENIZER.decode(sample.tokens)
+    green = [preview.plain[span.start : span.end] for span in preview.spans if span.style == "bold green"]
+    assert green == ["a [bold] \\[x] claim\\<|im_end|>"]
+
+
+def test_long_preview_is_cut_and_says_so(tmp_path):
+    sample = first_sample(load(tmp_path, [conversation("1" * 50)]))
+    preview = Text.from_markup(render_mask_preview(sample, TOKENIZER, max_tokens=10))
+    assert preview.plain == TOKENIZER.decode(sample.tokens[:10]) + f" ... ({len(sample.tokens) - 10} more tokens)"
