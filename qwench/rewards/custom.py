@@ -11,7 +11,6 @@ ends the run: a broken reward is never a 0. A call that takes longer than `--rew
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,8 @@ from math import isfinite
 from numbers import Real
 from typing import Any
 
-from qwench.errors import ConfigError, RewardError
+from qwench.errors import RewardError
+from qwench.plugins import load_function
 from qwench.samples import Sample, Verdict
 
 _FLAG = "--custom-rm-path"
@@ -30,13 +30,17 @@ Answer = Any  # what the user's function returned; `_verdict` checks it
 
 
 class CustomReward:
-    """Calls the user's function and makes verdicts of what it returns."""
+    """Calls the user's function and makes verdicts of what it returns.
+
+    Raises (on construction):
+        ConfigError: the function cannot be imported, or takes other arguments (slime's take `args` first).
+    """
 
     def __init__(self, path: str, *, key: str | None, timeout_s: float) -> None:
         self._path = path
         self._key = key or "score"
         self._timeout_s = timeout_s
-        self._function = load_reward(path)
+        self._function = load_function(path, flag=_FLAG, called_as="fn(sample), with --group-rm as fn(samples)")
         self._threads = asyncio.Semaphore(_MAX_THREADS)
 
     async def grade(self, sample: Sample) -> Verdict:
@@ -91,29 +95,6 @@ class CustomReward:
                 f"(--reward-key) for {what}, got {answer!r}."
             )
         return verdict
-
-
-def load_reward(path: str) -> Callable[[Any], Answer]:  # Any: a sample or a group, the user's choice of types
-    """Import `package.module.function` and check that it can be called with one argument.
-
-    Raises:
-        ConfigError: it cannot be imported, or has another signature.
-    """
-    module_name, _, name = path.rpartition(".")
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{_FLAG} {path!r} cannot be imported ({error}); is its folder on PYTHONPATH?") from error
-    if not callable(function):
-        raise ConfigError(f"{_FLAG} {path!r} is no function but a {type(function).__name__}.")
-    try:
-        inspect.signature(function).bind(None)
-    except TypeError as error:
-        raise ConfigError(
-            f"{_FLAG} {path!r} has the signature {inspect.signature(function)}, but is called as fn(sample), or with "
-            "--group-rm as fn(samples); drop slime's `args` and keep what you need of it in the module."
-        ) from error
-    return function
 
 
 async def _in_thread(function: Callable[[Any], Answer], argument: Sample | Sequence[Sample]) -> Answer:

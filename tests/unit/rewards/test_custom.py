@@ -73,7 +73,7 @@ def test_late_function_gets_timeout(name: str) -> None:
         (f"{MODULE}.no_such_function", "no_such_function"),
         ("function", "cannot be imported"),
         (f"{MODULE}.NOT_A_FUNCTION", "is no function but a int"),
-        (f"{MODULE}.signature_of_slime", r"\(args: .*called as fn\(sample\)"),
+        (f"{MODULE}.signature_of_slime", r"\(args: .*called as fn\(sample\), with --group-rm"),
     ],
 )
 def test_function_that_cannot_be_called_is_refused_before_the_run(path: str, message: str) -> None:
