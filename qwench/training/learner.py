@@ -31,6 +31,8 @@ from qwench.training.objectives import LossObserver, build_loss
 from qwench.training.rollout_metrics import rollout_metrics
 from qwench.training.targets import normalized_rewards, token_advantages
 
+_REFERENCE_FOLDER = "reference"
+
 RewardPostProcess = Callable[[Sequence[Sample]], Sequence[float]]
 """`--custom-reward-post-process-path`: samples of a rollout in, the reward that each one's advantages are made of out."""
 
@@ -99,11 +101,18 @@ class Learner:
         return Learned(metrics={**rollout_metrics(kept, batch), **perf}, steps=steps)
 
     def save(self, folder: Path) -> None:
-        """Write everything that a resumed run needs under the empty `folder`."""
+        """Write everything that a resumed run needs under the empty `folder`; a reference that moves under `reference`."""
         self._backend.save(folder)
+        if self._reference_moves:
+            (folder / _REFERENCE_FOLDER).mkdir(exist_ok=True)
+            with self._backend.reference():
+                self._backend.save(folder / _REFERENCE_FOLDER)
 
     def load(self, folder: Path, *, weights_only: bool = False) -> None:
-        """Read what `save` wrote."""
+        """Read what `save` wrote; without a saved reference, the one from the start stays."""
+        if self._reference_moves and (folder / _REFERENCE_FOLDER).is_dir():
+            self._backend.load(folder / _REFERENCE_FOLDER, weights_only=True)
+            self._backend.snapshot_reference()
         self._backend.load(folder, weights_only=weights_only)
 
     def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
@@ -129,6 +138,10 @@ class Learner:
     @property
     def _needs_reference(self) -> bool:
         return self._is_policy_loss and self._algorithm.needs_reference
+
+    @property
+    def _reference_moves(self) -> bool:
+        return self._needs_reference and self._algorithm.ref_update_interval is not None
 
     def _plan(self, rollout: Rollout) -> tuple[RolloutBatch, StepPlan]:
         """Return the columns in order of the steps, with normalised rewards, and where each step's samples are."""
@@ -241,7 +254,7 @@ class Learner:
 
     def _reference_update_due(self, rollout_id: int) -> bool:
         interval = self._algorithm.ref_update_interval
-        return self._needs_reference and interval is not None and (rollout_id + 1) % interval == 0
+        return self._reference_moves and interval is not None and (rollout_id + 1) % interval == 0
 
 
 def _step_metrics(result: StepResult) -> dict[str, float]:

@@ -18,7 +18,7 @@ def rollout_metrics(samples: Sequence[Sample], batch: RolloutBatch) -> dict[str,
         batch: the same B as columns; `rewards` are the normalised ones.
 
     Returns:
-        `rollout/...` means; a per-token column is averaged over each sample's trained tokens first.
+        `rollout/...` means, of rewards only where they became advantages; a per-token column is averaged over each sample's trained tokens first.
     """
     count = len(samples)
     metrics = {
@@ -26,9 +26,8 @@ def rollout_metrics(samples: Sequence[Sample], batch: RolloutBatch) -> dict[str,
         "rollout/total_lengths": sum(batch.lengths) / count,
         "rollout/truncated": sum(sample.status is Status.TRUNCATED for sample in samples) / count,
     }
-    rewards = [sample.reward for sample in samples if sample.reward is not None]
-    if len(rewards) == count:
-        metrics["rollout/raw_reward"] = sum(rewards) / count
+    if batch.advantages is not None:
+        metrics["rollout/raw_reward"] = sum(float(sample.reward or 0.0) for sample in samples) / count
         metrics["rollout/rewards"] = float(batch.rewards.double().mean())
     columns = {
         "rollout/rollout_log_probs": batch.rollout_log_probs,

@@ -337,3 +337,21 @@ def test_saved_learner_is_loaded_with_its_weights(tmp_path):
     learner.sleep()
     learner.wake()
     assert other.calls == ["sleep", "wake"]
+
+
+def test_reference_that_moves_is_saved_and_loaded_with_the_policy(tmp_path):
+    flags = {"use_kl_loss": True, "kl_loss_coef": 0.1, "ref_update_interval": 2}
+    first, second = TableBackend(TABLE), TableBackend(TABLE)
+    learner, resumed = _learner(first, **flags), _learner(second, **flags)
+    for i in range(3):
+        learner.learn(_rollout(seed=i, rollout_id=i))
+    learner.save(tmp_path)
+    resumed.load(tmp_path)
+    expected, got = (one.learn(_rollout(seed=3, rollout_id=3)) for one in (learner, resumed))
+    assert got.steps == expected.steps
+    assert torch.equal(first.table, second.table)
+
+
+def test_reference_that_stays_is_not_saved(tmp_path):
+    _learner(use_kl_loss=True).save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["table.pt"]

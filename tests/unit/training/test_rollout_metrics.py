@@ -36,6 +36,6 @@ def test_means_over_samples_of_the_means_over_trained_tokens():
 
 def test_samples_of_a_data_set_have_only_lengths():
     sample = Sample(prompt=Prompt(text="", token_ids=(1,)), sample_id=0, group_id=0, status=Status.COMPLETED)
-    sample.tokens, sample.response_length, sample.loss_mask = [1, 2, 3], 2, [0, 0]
+    sample.tokens, sample.response_length, sample.loss_mask, sample.reward = [1, 2, 3], 2, [1, 1], 0.0
     names = rollout_metrics([sample], RolloutBatch.from_samples([sample])).keys()
     assert names == {"rollout/response_lengths", "rollout/total_lengths", "rollout/truncated"}
