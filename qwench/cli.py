@@ -1,0 +1,200 @@
+"""The command line: `qwench VERB ...`. Verbs import late, so that `qwench --help` is instant.
+
+Exit codes: 0 done; 1 the run failed; 2 the user's mistake, found before anything started; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from qwench import __version__
+from qwench.errors import ConfigError, QwenchError
+
+if TYPE_CHECKING:
+    from qwench.config import Config
+
+USAGE = """\
+usage: qwench VERB [FLAGS]
+
+Post-train Qwen3 with reinforcement learning and supervised fine-tuning.
+
+  train          reinforcement learning (GRPO and relatives)
+  sft            supervised fine-tuning
+  eval           score a model on evaluation sets
+  serve          the embedded engine behind SGLang's HTTP API
+  reward check   grade a file of responses and labels
+  make-model     a checkpoint with random weights, from tiny to 32B
+  quickstart     from nothing to a model that learned arithmetic, in minutes on a CPU
+
+  qwench VERB --help   all flags of a verb
+  qwench --version     the version
+  --traceback          (any verb) show the whole traceback of an error; so does QWENCH_TRACEBACK=1
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the verb of the command line and end the process with its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    with_traceback = "--traceback" in words or os.environ.get("QWENCH_TRACEBACK", "") not in ("", "0")
+    words = [word for word in words if word != "--traceback"]
+    try:
+        run(words)
+    except QwenchError as error:
+        if with_traceback:
+            raise
+        _say(f"qwench: {' '.join(str(error).split())}")
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except KeyboardInterrupt:
+        _say("qwench: interrupted")
+        sys.exit(130)
+    sys.exit(0)
+
+
+def run(words: Sequence[str]) -> None:
+    """Run the verb that `words` begin with.
+
+    Raises:
+        QwenchError: the verb's own, or a ConfigError for a verb that does not exist.
+    """
+    if not words or words[0] in ("-h", "--help", "help"):
+        sys.stdout.write(USAGE)
+    elif words[0] == "--version":
+        sys.stdout.write(f"qwench {__version__}\n")
+    elif words[0] in VERBS:
+        VERBS[words[0]](words[1:])
+    else:
+        raise ConfigError(f"unknown verb {words[0]!r}; known: {', '.join(VERBS)}")
+
+
+def train(words: Sequence[str]) -> None:
+    """Train by reinforcement learning, or fine-tune when the flags say --loss-type sft_loss, as slime's SFT recipe does."""
+    from qwench.config.parse import parse_train
+
+    config = parse_train(words)
+    if _ends_as_dry_run(config):
+        return
+    from qwench import launch
+
+    if config.algorithm.loss_type == "sft_loss":
+        launch.sft(config)
+    else:
+        launch.train(config)
+
+
+def sft(words: Sequence[str]) -> None:
+    """Fine-tune on conversations."""
+    from qwench.config.parse import parse_sft
+
+    config = parse_sft(words)
+    if _ends_as_dry_run(config):
+        return
+    from qwench import launch
+
+    launch.sft(config)
+
+
+def evaluate(words: Sequence[str]) -> None:
+    """Score a model on evaluation sets."""
+    from qwench.config.parse import parse_eval
+
+    config = parse_eval(words)
+    if _ends_as_dry_run(config):
+        return
+    from qwench import launch
+
+    launch.evaluate(config)
+
+
+def serve(words: Sequence[str]) -> None:
+    """Serve a model over HTTP."""
+    from qwench.config.parse import parse_serve
+
+    config = parse_serve(words)
+    from qwench import launch
+
+    launch.serve(config)
+
+
+def reward(words: Sequence[str]) -> None:
+    """Grade a file of responses: `qwench reward check FILE`."""
+    from qwench.config.parse import parse_flags
+    from qwench.config.verbs import RewardCheckConfig, split_file
+
+    if not words or words[0] != "check":
+        raise ConfigError(f"qwench reward has one command, check; got {' '.join(words[:1]) or 'none'}")
+    file, flags = split_file(words[1:], usage="qwench reward check FILE --rm-type NAME")
+    config = parse_flags(RewardCheckConfig, flags, prog="qwench reward check FILE")
+    from qwench.rewards.check import check_file
+
+    columns = config.columns
+    check_file(file, config=config.reward, response_key=columns.response_key, label_key=columns.label_key)
+
+
+def make_model(words: Sequence[str]) -> None:
+    """Write a checkpoint with random weights."""
+    from qwench.config.parse import parse_flags
+    from qwench.config.verbs import MakeModelConfig
+
+    config = parse_flags(MakeModelConfig, words, prog="qwench make-model")
+    from qwench.models.tiny import make_checkpoint
+    from qwench.models.tokenizers import build_qwen_tokenizer, build_small_tokenizer
+
+    tokenizer = build_qwen_tokenizer(config.qwen_tiktoken) if config.tokenizer == "qwen" else build_small_tokenizer()
+    make_checkpoint(config.output, size=config.size, tokenizer=tokenizer, seed=config.seed)
+
+
+def quickstart(words: Sequence[str]) -> None:
+    """Make a tiny model, teach it arithmetic by SFT and GRPO, and show what was learned."""
+    from qwench.config.parse import parse_flags
+    from qwench.config.verbs import QuickstartConfig
+
+    config = parse_flags(QuickstartConfig, words, prog="qwench quickstart")
+    from qwench import quickstart as tour
+
+    tour.main(config.output, seed=config.seed)
+
+
+VERBS: Mapping[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "sft": sft,
+    "eval": evaluate,
+    "serve": serve,
+    "reward": reward,
+    "make-model": make_model,
+    "quickstart": quickstart,
+}
+
+
+def _ends_as_dry_run(config: Config) -> bool:
+    """Show what may not be meant; with --dry-run also the whole configuration, and say that nothing should be run."""
+    from qwench.config.preflight import warnings
+
+    for warning in warnings(config):
+        _say(f"qwench: warning: {warning}")
+    if config.debug.dry_run:
+        _show(config)
+    return config.debug.dry_run
+
+
+def _show(config: Config) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from qwench.config.report import derived_lines, settings_by_section
+
+    console = Console(soft_wrap=True)
+    for section, settings in settings_by_section(config).items():
+        console.print(Text(section, style="bold"))
+        for setting in settings:
+            style = "dim" if setting.is_default else "green"
+            console.print(Text(f"  {setting.flag} {setting.value}", style=style))
+    console.print(Text("derived", style="bold"))
+    for line in derived_lines(config, config.resolve()):
+        console.print(Text(f"  {line}"))
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")

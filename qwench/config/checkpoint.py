@@ -1,0 +1,50 @@
+"""What is saved, where a run starts from, and what is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwench.config.checks import check_not_negative, check_positive
+from qwench.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Folders and intervals of checkpoints."""
+
+    load: Path | None = None
+    """Folder of checkpoints to resume from. Without any in it the run starts afresh: from --ref-load, or, when the folder is
+    also --save, from --hf-checkpoint."""
+    save: Path | None = None
+    """Folder to write checkpoints to. None: nothing is saved."""
+    save_interval: int | None = None
+    """Save after every so many rollouts, and after the last. None: only after the last."""
+    save_hf: str | None = None
+    """Also write a Hugging Face checkpoint with every save; a folder in which {rollout_id} is replaced."""
+    keep_checkpoints: int | None = None
+    """Delete all but this many of the newest checkpoints after a verified save. None: keep all."""
+    ref_load: Path | None = None
+    """Weights of the reference, and of the policy of a fresh run. None: --hf-checkpoint."""
+    ckpt_step: int | None = None
+    """Iteration to load from --load. None: the latest."""
+    no_load_optim: bool = False
+    """Start with a fresh optimizer."""
+    no_load_rng: bool = False
+    """Start with fresh random numbers."""
+    no_save_optim: bool = False
+    """Leave the optimizer out of checkpoints; they cannot be resumed exactly."""
+
+    def __post_init__(self) -> None:
+        check_positive("--save-interval", self.save_interval)
+        check_positive("--keep-checkpoints", self.keep_checkpoints)
+        check_not_negative("--ckpt-step", self.ckpt_step)
+        for flag, value in (
+            ("--save-interval", self.save_interval),
+            ("--keep-checkpoints", self.keep_checkpoints),
+            ("--save-hf", self.save_hf),
+        ):
+            if value is not None and self.save is None:
+                raise ConfigError(f"{flag} ({value}) has no effect without a folder to save to; give --save")
+        if self.ckpt_step is not None and self.load is None:
+            raise ConfigError(f"--ckpt-step ({self.ckpt_step}) picks a checkpoint of --load; give --load")

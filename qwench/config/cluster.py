@@ -1,0 +1,54 @@
+"""How many devices, and who shares them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from qwench.config.checks import check_not_negative, check_positive
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    """Trainer ranks, engine GPUs and memory sharing."""
+
+    actor_num_nodes: int = 1
+    """Nodes of the trainer."""
+    actor_num_gpus_per_node: int = 1
+    """Trainer ranks on each node (also without GPUs)."""
+    num_gpus_per_node: int = 8
+    """GPUs of one node of the cluster."""
+    rollout_num_gpus: int | None = None
+    """GPUs of the engines. None: the trainer's own (as with --colocate)."""
+    rollout_num_gpus_per_engine: int = 1
+    """GPUs of one engine (its tensor-parallel size)."""
+    colocate: bool = False
+    """Trainer and engines take turns on the same GPUs."""
+    offload: bool = False
+    """The same as --offload-train --offload-rollout."""
+    offload_train: bool | None = None
+    """Move the trainer to the host while the engines generate. None: only when colocated."""
+    offload_rollout: bool | None = None
+    """Let the engines give memory back while the trainer learns. None: only when colocated."""
+    train_env_vars: Mapping[str, str] = field(default_factory=dict)
+    """Environment of the trainer processes as JSON."""
+
+    def __post_init__(self) -> None:
+        for flag, value in (
+            ("--actor-num-nodes", self.actor_num_nodes),
+            ("--actor-num-gpus-per-node", self.actor_num_gpus_per_node),
+            ("--num-gpus-per-node", self.num_gpus_per_node),
+            ("--rollout-num-gpus-per-engine", self.rollout_num_gpus_per_engine),
+        ):
+            check_positive(flag, value)
+        check_not_negative("--rollout-num-gpus", self.rollout_num_gpus)
+
+    @property
+    def world_size(self) -> int:
+        """Return the number of trainer ranks."""
+        return self.actor_num_nodes * self.actor_num_gpus_per_node
+
+    @property
+    def shares_devices(self) -> bool:
+        """Tell whether trainer and engines use the same devices."""
+        return self.colocate or not self.rollout_num_gpus

@@ -1,0 +1,86 @@
+"""When and on what the policy is evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwench.config.checks import check_fraction, check_import_path, check_not_negative, check_positive, check_top_k
+from qwench.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """Evaluation sets and their sampling; what is None falls back to the rollout's value."""
+
+    eval_interval: int | None = None
+    """Evaluate after every so many rollouts, and before the first. None: never."""
+    eval_prompt_data: tuple[str, ...] = ()
+    """Sets as name and file in turn: aime /data/aime-2024.jsonl gsm8k /data/test.jsonl."""
+    eval_config: Path | None = None
+    """YAML file that lists the sets with their own settings, instead of --eval-prompt-data."""
+    n_samples_per_eval_prompt: int = 1
+    """Responses to each prompt; the score is the mean of their rewards."""
+    eval_temperature: float | None = None
+    """Sampling temperature; 0 is greedy."""
+    eval_top_p: float | None = None
+    """Nucleus sampling."""
+    eval_top_k: int | None = None
+    """Top-k sampling, -1 for off."""
+    eval_max_response_len: int | None = None
+    """Most tokens of a response."""
+    eval_max_prompt_len: int | None = None
+    """Prompts of more tokens are dropped and counted."""
+    eval_max_context_len: int | None = None
+    """Most tokens of prompt and response together."""
+    eval_min_new_tokens: int | None = None
+    """Fewest tokens of a response."""
+    eval_input_key: str | None = None
+    """Column with the prompt."""
+    eval_label_key: str | None = None
+    """Column with the answer."""
+    eval_tool_key: str | None = None
+    """Column with the tools."""
+    eval_reward_key: str | None = None
+    """Which value of a reward that returns a record is the score."""
+    eval_function_path: str | None = None
+    """Import path of an async function that evaluates. None: the built-in one."""
+    eval_output: Path | None = None
+    """Folder for the metrics.json of qwench eval. None: only printed."""
+    skip_eval_before_train: bool = False
+    """Do not evaluate before the first rollout."""
+
+    def __post_init__(self) -> None:
+        for flag, value in (
+            ("--eval-interval", self.eval_interval),
+            ("--n-samples-per-eval-prompt", self.n_samples_per_eval_prompt),
+            ("--eval-max-response-len", self.eval_max_response_len),
+            ("--eval-max-prompt-len", self.eval_max_prompt_len),
+            ("--eval-max-context-len", self.eval_max_context_len),
+        ):
+            check_positive(flag, value)
+        check_not_negative("--eval-temperature", self.eval_temperature)
+        check_not_negative("--eval-min-new-tokens", self.eval_min_new_tokens)
+        check_fraction("--eval-top-p", self.eval_top_p)
+        check_top_k("--eval-top-k", self.eval_top_k)
+        check_import_path("--eval-function-path", self.eval_function_path)
+        self._check_sets()
+
+    def _check_sets(self) -> None:
+        if len(self.eval_prompt_data) % 2:
+            raise ConfigError(
+                f"--eval-prompt-data takes a name and a file for each set, got {len(self.eval_prompt_data)} values: "
+                f"{' '.join(self.eval_prompt_data)}"
+            )
+        names = self.eval_prompt_data[::2]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"--eval-prompt-data names a set twice: {' '.join(names)}")
+        if self.eval_prompt_data and self.eval_config is not None:
+            raise ConfigError("--eval-prompt-data and --eval-config both list evaluation sets; give one of them")
+        if self.eval_interval is not None and not self.has_sets:
+            raise ConfigError("--eval-interval needs something to evaluate on; give --eval-prompt-data NAME FILE")
+
+    @property
+    def has_sets(self) -> bool:
+        """Tell whether there is anything to evaluate on."""
+        return bool(self.eval_prompt_data) or self.eval_config is not None

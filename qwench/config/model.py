@@ -1,0 +1,26 @@
+"""Which model, in which precision, with which attention kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+AttnImplementation = Literal["sdpa", "flash_attention_2", "flash_attention_3", "varlen"]
+TrainDtype = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The model and its numerics."""
+
+    hf_checkpoint: Path | None = None
+    """Folder of a Hugging Face checkpoint: config.json, tokenizer, and the weights a fresh run starts from. Required."""
+    model_name: str | None = None
+    """Name of the architecture in the model table, when config.json does not tell. None: read from config.json."""
+    attn_implementation: AttnImplementation = "sdpa"
+    """Attention kernel of the FSDP2 trainer. sdpa runs everywhere; the others need a GPU, and
+    flash_attention_* their package."""
+    train_dtype: TrainDtype = "auto"
+    """Precision of parameters and activations in training; optimizer masters are float32 always. auto:
+    bfloat16 on a GPU, float32 on a CPU."""

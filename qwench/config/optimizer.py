@@ -1,0 +1,82 @@
+"""The optimizer and its learning-rate schedule; names and defaults are Megatron's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qwench.config.checks import check_fraction, check_not_negative, check_positive
+from qwench.errors import ConfigError
+
+LrDecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW with float32 masters, and a schedule counted in optimizer steps."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """adam is AdamW."""
+    lr: float | None = None
+    """Highest learning rate. Required for training."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_decay_style: LrDecayStyle = "linear"
+    """Shape of the decay from --lr to --min-lr."""
+    lr_decay_iters: int | None = None
+    """Steps until --min-lr, warm-up included. None: all steps of the run."""
+    lr_warmup_iters: int = 0
+    """Steps of linear warm-up."""
+    lr_warmup_fraction: float | None = None
+    """Warm-up as a share of the decay steps; excludes --lr-warmup-iters. None: off."""
+    lr_warmup_init: float = 0.0
+    """Learning rate before the first warm-up step."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; norms and biases are not decayed."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest norm of the whole gradient; 0 turns clipping off."""
+    optimizer_cpu_offload: bool = False
+    """Keep optimizer state on the host and step there."""
+    optimizer_offload_fraction: float = 1.0
+    """Share of the state that --optimizer-cpu-offload puts on the host."""
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    """Overlap the copies of --optimizer-cpu-offload with its steps."""
+    use_precision_aware_optimizer: bool = False
+    """Keep the moments in bfloat16."""
+
+    def __post_init__(self) -> None:
+        check_positive("--lr", self.lr)
+        check_positive("--lr-decay-iters", self.lr_decay_iters)
+        check_positive("--adam-eps", self.adam_eps)
+        for flag, value in (
+            ("--min-lr", self.min_lr),
+            ("--lr-warmup-iters", self.lr_warmup_iters),
+            ("--lr-warmup-init", self.lr_warmup_init),
+            ("--weight-decay", self.weight_decay),
+            ("--clip-grad", self.clip_grad),
+        ):
+            check_not_negative(flag, value)
+        check_fraction("--optimizer-offload-fraction", self.optimizer_offload_fraction)
+        for flag, beta in (("--adam-beta1", self.adam_beta1), ("--adam-beta2", self.adam_beta2)):
+            if not 0 <= beta < 1:
+                raise ConfigError(f"{flag} must be at least 0 and less than 1, got {beta}")
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        if self.lr is not None and self.min_lr > self.lr:
+            raise ConfigError(f"--min-lr ({self.min_lr}) is greater than --lr ({self.lr})")
+        if self.lr_warmup_fraction is None:
+            return
+        if not 0 <= self.lr_warmup_fraction < 1:
+            raise ConfigError(f"--lr-warmup-fraction must be at least 0 and less than 1, got {self.lr_warmup_fraction}")
+        if self.lr_warmup_iters:
+            raise ConfigError(
+                f"--lr-warmup-fraction ({self.lr_warmup_fraction}) and --lr-warmup-iters ({self.lr_warmup_iters}) both set the "
+                "warm-up; give one of them"
+            )

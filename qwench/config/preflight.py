@@ -1,0 +1,164 @@
+"""What must hold before a verb starts: the flags it needs, and the files they name. Nothing is loaded here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from qwench.config.checkpoint import CheckpointConfig
+from qwench.config.compat import EMBEDDED_ALIASES, SFT_ROLLOUT
+from qwench.config.config import Config
+from qwench.config.model import ModelConfig
+from qwench.errors import ConfigError
+
+_SLICE = re.compile(r"@\[[^\]]*\]$")
+
+
+def check_train(config: Config) -> None:
+    """Check what reinforcement learning needs.
+
+    Raises:
+        ConfigError: a flag is missing or a file it names is not there.
+    """
+    _require("--lr", config.optimizer.lr, "the highest learning rate", needed=not config.debug.debug_rollout_only)
+    _require_length_of_run(config)
+    _require("--rollout-batch-size", config.rollout.rollout_batch_size, "the number of prompts in a rollout")
+    _check_sampling_is_unrestricted(config)
+    if not config.debug.debug_train_only:
+        _require("--rollout-max-response-len", config.rollout.rollout_max_response_len, "the most tokens of a response")
+    check_checkpoint(config.model)
+    _check_training_data(config)
+    _check_eval_data(config)
+    _check_starting_point(config.checkpoint)
+
+
+def check_sft(config: Config) -> None:
+    """Check what supervised fine-tuning needs.
+
+    Raises:
+        ConfigError: a flag is missing or a file it names is not there.
+    """
+    if config.algorithm.loss_type != "sft_loss":
+        raise ConfigError(
+            f"qwench sft trains with --loss-type sft_loss, got {config.algorithm.loss_type}; use qwench train for RL"
+        )
+    _require("--lr", config.optimizer.lr, "the highest learning rate")
+    _require_length_of_run(config)
+    _require("--rollout-batch-size", config.rollout.rollout_batch_size, "the number of conversations in a batch")
+    check_checkpoint(config.model)
+    _check_training_data(config)
+    _check_starting_point(config.checkpoint)
+
+
+def check_eval(config: Config) -> None:
+    """Check what evaluation needs.
+
+    Raises:
+        ConfigError: a flag is missing or a file it names is not there.
+    """
+    if not config.evaluation.has_sets:
+        raise ConfigError("qwench eval needs something to evaluate on; give --eval-prompt-data NAME FILE")
+    length = config.evaluation.eval_max_response_len or config.rollout.rollout_max_response_len
+    _require("--eval-max-response-len", length, "the most tokens of a response")
+    check_checkpoint(config.model)
+    _check_eval_data(config)
+
+
+def check_checkpoint(model: ModelConfig) -> None:
+    """Check that --hf-checkpoint names a Hugging Face folder."""
+    folder = model.hf_checkpoint
+    if folder is None:
+        raise ConfigError("--hf-checkpoint is required: the folder of a Hugging Face checkpoint")
+    if not folder.is_dir():
+        raise ConfigError(f"--hf-checkpoint: there is no folder {folder}")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"--hf-checkpoint: {folder} has no config.json; is it a Hugging Face checkpoint?")
+
+
+def warnings(config: Config) -> Iterator[str]:
+    """Yield what is allowed but perhaps not meant."""
+    training, rollout = config.training, config.rollout
+    if training.max_tokens_per_gpu is not None and rollout.rollout_max_response_len is not None:
+        longest = (
+            rollout.rollout_max_context_len or (config.data.rollout_max_prompt_len or 0) + rollout.rollout_max_response_len
+        )
+        budget = training.max_tokens_per_gpu * config.parallel.context_parallel_size
+        if budget < longest:
+            yield (
+                f"--max-tokens-per-gpu ({training.max_tokens_per_gpu}) is smaller than the longest sample ({longest} tokens); "
+                "such a sample makes a micro-batch of its own that exceeds the budget"
+            )
+    if (
+        config.algorithm.loss_type == "policy_loss"
+        and config.algorithm.advantage_estimator == "grpo"
+        and rollout.n_samples_per_prompt == 1
+    ):
+        yield "--n-samples-per-prompt 1: a group of one has no relative advantage; its rewards are not divided by their spread"
+    if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
+        yield "--sequence-parallel has no effect without tensor parallelism"
+    if config.engine.rollout_engine == "embedded":
+        yield from _unused_pass_through(config.engine.sglang_args, config.engine.router_args)
+
+
+def _unused_pass_through(sglang_args: tuple[str, ...], router_args: tuple[str, ...]) -> Iterator[str]:
+    unused = [f"--sglang-{word[2:]}" for word in sglang_args if word.startswith("--") and word[2:] not in EMBEDDED_ALIASES]
+    unused += [f"--router-{word[2:]}" for word in router_args if word.startswith("--")]
+    if unused:
+        yield f"the embedded engine makes no use of {' '.join(unused)}"
+
+
+def _require(flag: str, value: object, meaning: str, *, needed: bool = True) -> None:
+    if needed and value is None:
+        raise ConfigError(f"{flag} is required: {meaning}")
+
+
+def _require_length_of_run(config: Config) -> None:
+    if config.rollout.num_rollout is None and config.rollout.num_epoch is None:
+        raise ConfigError("--num-rollout or --num-epoch is required: the length of the run")
+
+
+def _check_sampling_is_unrestricted(config: Config) -> None:
+    for flag, value, neutral in (
+        ("--rollout-top-p", config.rollout.rollout_top_p, 1.0),
+        ("--rollout-top-k", config.rollout.rollout_top_k, -1),
+        ("--rollout-min-p", config.rollout.rollout_min_p, 0.0),
+    ):
+        if value != neutral:
+            raise ConfigError(
+                f"{flag} must be {neutral} in training, got {value}: the trainer's log-probs are of the whole vocabulary; "
+                f"for evaluation use --eval-{flag.removeprefix('--rollout-')}"
+            )
+
+
+def _check_training_data(config: Config) -> None:
+    if config.debug.load_debug_rollout_data is not None or config.rollout.rollout_function_path not in (None, SFT_ROLLOUT):
+        return
+    if config.data.prompt_data is None:
+        raise ConfigError("--prompt-data is required: a .jsonl or .parquet file of prompts")
+    _check_data_file("--prompt-data", config.data.prompt_data)
+
+
+def _check_eval_data(config: Config) -> None:
+    for path in config.evaluation.eval_prompt_data[1::2]:
+        _check_data_file("--eval-prompt-data", path)
+    if config.evaluation.eval_config is not None and not config.evaluation.eval_config.is_file():
+        raise ConfigError(f"--eval-config: there is no file {config.evaluation.eval_config}")
+
+
+def _check_data_file(flag: str, spec: str) -> None:
+    path = Path(_SLICE.sub("", spec))
+    if not path.is_file():
+        raise ConfigError(f"{flag}: there is no file {path}")
+
+
+def _check_starting_point(checkpoint: CheckpointConfig) -> None:
+    if checkpoint.ref_load is not None and not checkpoint.ref_load.is_dir():
+        raise ConfigError(f"--ref-load: there is no folder {checkpoint.ref_load}")
+    if checkpoint.load is None or checkpoint.ref_load is not None or checkpoint.load == checkpoint.save:
+        return
+    if not checkpoint.load.is_dir() or not any(checkpoint.load.iterdir()):
+        raise ConfigError(
+            f"--load: {checkpoint.load} is missing or empty, and there is no --ref-load to start from; "
+            "leave --load out to start from --hf-checkpoint"
+        )

@@ -1,0 +1,150 @@
+"""What must hold between sections, whatever the verb; one function for each rule, which returns the problem or None."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from qwench.config.compat import SFT_ROLLOUT
+from qwench.config.resolved import data_parallel_size, plan_batch
+from qwench.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qwench.config.config import Config
+
+
+def check_sections(config: Config) -> None:
+    """Apply every rule.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    for rule in RULES:
+        problem = rule(config)
+        if problem is not None:
+            raise ConfigError(problem)
+    if config.rollout.rollout_batch_size is not None:
+        plan_batch(config.rollout, config.training)
+
+
+def dense_only(config: Config) -> str | None:
+    """Expert parallelism needs experts."""
+    for flag, size in (
+        ("--expert-model-parallel-size", config.parallel.expert_model_parallel_size),
+        ("--expert-tensor-parallel-size", config.parallel.expert_tensor_parallel_size),
+    ):
+        if size != 1:
+            return f"{flag} must be 1, got {size}: Qwench trains dense models"
+    return None
+
+
+def fsdp_is_data_parallel(config: Config) -> str | None:
+    """FSDP2 has no tensor, pipeline or context parallelism."""
+    if config.training.train_backend != "fsdp":
+        return None
+    for flag, size in (
+        ("--tensor-model-parallel-size", config.parallel.tensor_model_parallel_size),
+        ("--pipeline-model-parallel-size", config.parallel.pipeline_model_parallel_size),
+        ("--context-parallel-size", config.parallel.context_parallel_size),
+    ):
+        if size > 1:
+            return f"{flag} {size} needs --train-backend megatron; set it to 1, fsdp shards over data-parallel ranks"
+    return None
+
+
+def replicas_divide_ranks(config: Config) -> str | None:
+    """Replicated and sharded data parallelism multiply to the data-parallel size."""
+    dp_size = data_parallel_size(config.cluster.world_size, config.parallel)
+    if dp_size % config.parallel.dp_replicate:
+        return f"--dp-replicate {config.parallel.dp_replicate} does not divide the {dp_size} data-parallel ranks"
+    return None
+
+
+def fsdp_recomputes_whole_layers(config: Config) -> str | None:
+    """FSDP2 recomputes every layer or none."""
+    training = config.training
+    if training.train_backend != "fsdp":
+        return None
+    if training.recompute_granularity == "selective":
+        return "--recompute-granularity selective needs --train-backend megatron; use full, or leave it out"
+    if training.recompute_method == "block" or (training.recompute_num_layers or 1) != 1:
+        return (
+            "--train-backend fsdp recomputes each layer by itself: --recompute-method uniform and --recompute-num-layers 1 are "
+            f"all it takes, got {training.recompute_method} and {training.recompute_num_layers}"
+        )
+    return None
+
+
+def recompute_is_switched_on(config: Config) -> str | None:
+    """The details of recomputation do nothing alone."""
+    training = config.training
+    if training.recompute_granularity is not None:
+        return None
+    if training.recompute_method is not None or training.recompute_num_layers is not None:
+        return "--recompute-method and --recompute-num-layers have no effect without --recompute-granularity full; add it"
+    return None
+
+
+def response_fits_context(config: Config) -> str | None:
+    """The context holds the prompt as well."""
+    rollout = config.rollout
+    longest, context = rollout.rollout_max_response_len, rollout.rollout_max_context_len
+    if longest is not None and context is not None and longest >= context:
+        return (
+            f"--rollout-max-response-len ({longest}) leaves no room for the prompt in --rollout-max-context-len ({context}); "
+            "lower the first or raise the second"
+        )
+    if longest is not None and rollout.rollout_min_new_tokens > longest:
+        return (
+            f"--rollout-min-new-tokens ({rollout.rollout_min_new_tokens}) is more than --rollout-max-response-len ({longest})"
+        )
+    return None
+
+
+def engines_divide_gpus(config: Config) -> str | None:
+    """Every engine gets as many GPUs."""
+    cluster = config.cluster
+    num_gpus = cluster.world_size if cluster.shares_devices else cluster.rollout_num_gpus
+    if config.engine.rollout_engine == "sglang" and num_gpus and num_gpus % cluster.rollout_num_gpus_per_engine:
+        return (
+            f"--rollout-num-gpus-per-engine {cluster.rollout_num_gpus_per_engine} does not divide the {num_gpus} GPUs "
+            "of the engines"
+        )
+    return None
+
+
+def fine_tuning_has_one_response(config: Config) -> str | None:
+    """A conversation is its own response."""
+    if config.algorithm.loss_type == "sft_loss" and config.rollout.n_samples_per_prompt != 1:
+        return f"--n-samples-per-prompt must be 1 with --loss-type sft_loss, got {config.rollout.n_samples_per_prompt}"
+    return None
+
+
+def fine_tuning_rollout_has_its_loss(config: Config) -> str | None:
+    """slime's SFT rollout function means supervised fine-tuning."""
+    if config.rollout.rollout_function_path == SFT_ROLLOUT and config.algorithm.loss_type != "sft_loss":
+        return "--rollout-function-path names the rollout function of fine-tuning, which needs --loss-type sft_loss; add it"
+    return None
+
+
+def partial_run_has_its_input(config: Config) -> str | None:
+    """Training alone needs recorded rollouts, unless it is fine-tuning."""
+    if config.debug.debug_train_only and not config.debug.load_debug_rollout_data and config.algorithm.loss_type != "sft_loss":
+        return "--debug-train-only trains on recorded rollouts; give them with --load-debug-rollout-data"
+    return None
+
+
+Rule = Callable[["Config"], str | None]
+
+RULES: tuple[Rule, ...] = (
+    dense_only,
+    fsdp_is_data_parallel,
+    replicas_divide_ranks,
+    fsdp_recomputes_whole_layers,
+    recompute_is_switched_on,
+    response_fits_context,
+    engines_divide_gpus,
+    fine_tuning_has_one_response,
+    fine_tuning_rollout_has_its_loss,
+    partial_run_has_its_input,
+)

@@ -1,0 +1,69 @@
+"""How a rollout is cut into steps and micro-batches, and what the trainer trades for memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qwench.config.checks import check_positive
+from qwench.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """The training backend and its batches."""
+
+    train_backend: Literal["megatron", "fsdp"] = "fsdp"
+    """fsdp: PyTorch FSDP2 over the Hugging Face module."""
+    global_batch_size: int | None = None
+    """Samples in one optimizer step. None: derived from --num-steps-per-rollout."""
+    num_steps_per_rollout: int | None = None
+    """Optimizer steps on each rollout. None: derived from --global-batch-size, else 1."""
+    micro_batch_size: int = 1
+    """Samples in one micro-batch, unless --use-dynamic-batch-size packs them by tokens."""
+    use_dynamic_batch_size: bool = False
+    """Pack samples into micro-batches of at most --max-tokens-per-gpu tokens."""
+    max_tokens_per_gpu: int | None = None
+    """Token budget of one micro-batch on one GPU (x context-parallel size). Needed by --use-dynamic-batch-size."""
+    log_probs_max_tokens_per_gpu: int | None = None
+    """The same for passes without gradient. None: --max-tokens-per-gpu."""
+    log_probs_chunk_size: int = -1
+    """Tokens whose logits exist at a time; -1: the backend chooses."""
+    balance_data: bool = False
+    """Give data-parallel ranks equal numbers of samples and nearly equal work."""
+    gradient_checkpointing: bool = False
+    """Recompute each decoder layer in the backward pass (the same as --recompute-granularity full)."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Megatron's name for --gradient-checkpointing: full recomputes whole layers. None: off."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """Which layers --recompute-granularity full recomputes; uniform: all, in chunks of --recompute-num-layers."""
+    recompute_num_layers: int | None = None
+    """Layers in one recomputed chunk."""
+    torch_compile: bool = False
+    """Compile each decoder layer."""
+    seed: int = 1234
+    """Seed of the trainer's random numbers."""
+    deterministic_mode: bool = False
+    """Same numbers in every run on the same hardware, at some cost in speed."""
+
+    def __post_init__(self) -> None:
+        for flag, value in (
+            ("--global-batch-size", self.global_batch_size),
+            ("--num-steps-per-rollout", self.num_steps_per_rollout),
+            ("--micro-batch-size", self.micro_batch_size),
+            ("--max-tokens-per-gpu", self.max_tokens_per_gpu),
+            ("--log-probs-max-tokens-per-gpu", self.log_probs_max_tokens_per_gpu),
+            ("--recompute-num-layers", self.recompute_num_layers),
+        ):
+            check_positive(flag, value)
+        if self.log_probs_chunk_size != -1:
+            check_positive("--log-probs-chunk-size", self.log_probs_chunk_size)
+        if self.use_dynamic_batch_size and self.max_tokens_per_gpu is None:
+            raise ConfigError("--use-dynamic-batch-size packs by tokens; give the budget with --max-tokens-per-gpu")
+        if self.max_tokens_per_gpu is not None and not self.use_dynamic_batch_size:
+            raise ConfigError("--max-tokens-per-gpu has no effect without --use-dynamic-batch-size; add it")
+
+    @property
+    def recomputes_layers(self) -> bool:
+        """Tell whether decoder layers are recomputed in the backward pass, by either name."""
+        return self.gradient_checkpointing or self.recompute_granularity == "full"
