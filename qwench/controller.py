@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from qwench.checkpoints.manager import CheckpointManager
-from qwench.cluster.gpus import ColocatedGpus, DedicatedGpus
 from qwench.engines.pool import EnginePool
 from qwench.observability.metrics import MetricLog
 from qwench.samples import Rollout
@@ -41,6 +40,20 @@ class Rollouts(Protocol):
 
     def close(self) -> None:
         """End what is in flight."""
+        ...
+
+
+class Gpus(Protocol):
+    """Who holds device memory, and when (`cluster.gpus`)."""
+
+    weights_may_alias: bool
+
+    def held_by(self, learner: Learner) -> AbstractContextManager[None]:
+        """Give the devices to the learner inside the context."""
+        ...
+
+    def for_publication(self) -> AbstractContextManager[None]:
+        """Have both sides' weights on their devices inside the context."""
         ...
 
 
@@ -92,7 +105,7 @@ class Run:
     learner: Learner
     rollouts: Rollouts
     engines: EnginePool | None
-    gpus: ColocatedGpus | DedicatedGpus
+    gpus: Gpus
     evaluator: Evaluates | None
     checkpoints: CheckpointManager
     metrics: MetricLog

@@ -2,6 +2,9 @@
 
     colocated:   engines generate -> [engines give up memory, learner takes it: learn, save, publish] -> engines generate
     dedicated:   engines and learner each keep what they have (also a CPU, where memory is not scarce)
+
+`weights_may_alias`: no engine samples between an optimizer step and the publication after it, so that it may compute with the
+learner's own tensors.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ class Sleeper(Protocol):
 class DedicatedGpus:
     """Learner and engines share no device memory worth moving."""
 
+    def __init__(self, *, weights_may_alias: bool) -> None:
+        self.weights_may_alias = weights_may_alias
+
     @contextmanager
     def held_by(self, learner: Sleeper) -> Iterator[None]:
         """Do nothing around the block."""
@@ -47,7 +53,8 @@ class ColocatedGpus:
     optimizer state go while the engines work (`offload_train`).
     """
 
-    def __init__(self, engines: EnginePool, *, offload_rollout: bool, offload_train: bool) -> None:
+    def __init__(self, engines: EnginePool, *, offload_rollout: bool, offload_train: bool, weights_may_alias: bool) -> None:
+        self.weights_may_alias = weights_may_alias
         self._engines = engines
         self._engine_tags = [MemoryTag.KV_CACHE] if offload_rollout else []
         self._offload_train = offload_train

@@ -1,0 +1,158 @@
+"""What can be checked and read before a model is loaded or a device is taken."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from qwench.config import Config
+from qwench.config.resolved import Resolved
+from qwench.config.training import TrainingConfig
+from qwench.data.prompts import LoadedPrompts, load_prompts
+from qwench.errors import ConfigError
+from qwench.models.hf import load_hf_config, load_tokenizer
+from qwench.models.registry import check_architecture
+from qwench.observability.console import Console, QuietConsole, open_console
+
+_LABEL_FREE_REWARDS = ("random", "remote_rm")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """A checked configuration and the small files it names."""
+
+    config: Config
+    resolved: Resolved
+    model_folder: Path
+    hf_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype
+    """In which the policy is computed and published."""
+    console: Console
+    rank: int
+
+    @property
+    def is_main(self) -> bool:
+        """Tell whether this process logs and writes single files."""
+        return self.rank == 0
+
+    @property
+    def training(self) -> TrainingConfig:
+        """Return the training section with the batch identity filled in."""
+        return replace(
+            self.config.training,
+            global_batch_size=self.resolved.global_batch_size,
+            num_steps_per_rollout=self.resolved.num_steps_per_rollout,
+        )
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Check the configuration against the model's folder and this machine.
+
+    Raises:
+        ConfigError: something does not fit; nothing was loaded.
+    """
+    folder = config.model.hf_checkpoint
+    assert folder is not None, "preflight checks that --hf-checkpoint is given"
+    hf_config = load_hf_config(folder)
+    check_architecture(config.architecture, hf_config)
+    rank = int(os.environ.get("RANK", "0"))
+    device = local_device()
+    return Inputs(
+        config=config,
+        resolved=config.resolve(),
+        model_folder=folder,
+        hf_config=hf_config,
+        tokenizer=load_tokenizer(folder),
+        device=device,
+        dtype=publication_dtype(config, device),
+        console=open_console() if rank == 0 else QuietConsole(),
+        rank=rank,
+    )
+
+
+def local_device() -> torch.device:
+    """Return this rank's GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def publication_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """Return what --train-dtype means on this device."""
+    if config.model.train_dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.train_dtype]
+
+
+def read_training_prompts(inputs: Inputs) -> LoadedPrompts:
+    """Read --prompt-data and say how many prompts were too long."""
+    config = inputs.config
+    assert config.data.prompt_data is not None, "preflight checks that --prompt-data is given"
+    loaded = load_prompts(
+        config.data.prompt_data,
+        input_key=config.data.input_key,
+        label_key=config.data.label_key,
+        metadata_key=config.data.metadata_key,
+        tool_key=config.data.tool_key,
+        tokenizer=inputs.tokenizer,
+        apply_chat_template=config.data.apply_chat_template,
+        apply_chat_template_kwargs=config.data.apply_chat_template_kwargs,
+        max_prompt_len=config.data.rollout_max_prompt_len,
+        require_label=needs_labels(config),
+    )
+    say_dropped(inputs.console, "--prompt-data", loaded, config.data.rollout_max_prompt_len)
+    return loaded
+
+
+def read_eval_prompts(inputs: Inputs) -> dict[str, LoadedPrompts]:
+    """Read every set of --eval-prompt-data."""
+    config, settings = inputs.config, inputs.resolved.evaluation
+    sets = {}
+    for name, spec in settings.sets:
+        sets[name] = load_prompts(
+            spec,
+            input_key=settings.input_key,
+            label_key=settings.label_key,
+            metadata_key=config.data.metadata_key,
+            tool_key=settings.tool_key,
+            tokenizer=inputs.tokenizer,
+            apply_chat_template=config.data.apply_chat_template,
+            apply_chat_template_kwargs=config.data.apply_chat_template_kwargs,
+            max_prompt_len=settings.max_prompt_len,
+            require_label=needs_labels(config),
+        )
+        say_dropped(inputs.console, f"--eval-prompt-data {name}", sets[name], settings.max_prompt_len)
+    return sets
+
+
+def needs_labels(config: Config) -> bool:
+    """Tell whether the reward compares with a label; a custom one decides for itself."""
+    return config.reward.custom_rm_path is None and config.reward.rm_type not in (None, *_LABEL_FREE_REWARDS)
+
+
+def say_dropped(console: Console, flag: str, loaded: LoadedPrompts, limit: int | None) -> None:
+    """Report prompts over the limit; silence would hide a wrong limit."""
+    if loaded.num_dropped:
+        total = loaded.num_dropped + len(loaded.prompts)
+        console.say(f"{flag}: dropped {loaded.num_dropped} of {total} prompts longer than {limit} tokens")
+
+
+def check_one_rank(config: Config, verbs: Sequence[str] = ("qwench sft",)) -> None:
+    """Refuse several ranks where only one process is started.
+
+    Raises:
+        ConfigError: the layout asks for more ranks than this launcher has.
+    """
+    started, asked = int(os.environ.get("WORLD_SIZE", "1")), config.cluster.world_size
+    if started == 1 and asked > 1:
+        raise ConfigError(
+            f"--actor-num-nodes x --actor-num-gpus-per-node asks for {asked} trainer ranks, and one process was started; "
+            f"set both to 1, or start {' or '.join(verbs)} under torchrun."
+        )
