@@ -74,6 +74,7 @@ class EmbeddedEngine:
         self._between_steps = asyncio.Lock()
         self._stepping: asyncio.Task[None] | None = None
         self._paused = False
+        self._kv_asleep = False
         self._failure: EngineError | None = None
         self._stats = EngineStats()
 
@@ -165,7 +166,7 @@ class EmbeddedEngine:
             self._version = version
         return WeightReceipt(version=version, checksums=checksums)
 
-    async def adopt_weights(self, weights: Mapping[str, Tensor], version: int) -> WeightReceipt:
+    async def adopt_weights(self, weights: Mapping[str, Tensor], *, version: int) -> WeightReceipt:
         """Use the trainer's live tensors without a copy; call again after every change, with its version.
 
         Raises:
@@ -188,6 +189,7 @@ class EmbeddedEngine:
             if MemoryTag.KV_CACHE in tags:
                 self._scheduler = None
                 self._runner.drop_kv_cache()
+                self._kv_asleep = True
             if MemoryTag.WEIGHTS in tags:
                 self._weights.drop()
                 self._runner.forget_bindings()
@@ -197,6 +199,7 @@ class EmbeddedEngine:
         """See `Engine.wake`; weights get their memory when they are published."""
         async with self._between_steps:
             if MemoryTag.KV_CACHE in tags:
+                self._kv_asleep = False
                 self._ensure_scheduler()
 
     async def flush_cache(self) -> None:
@@ -304,6 +307,8 @@ class EmbeddedEngine:
             raise EngineError(f"request {request.request_id!r} refused: {self._failure}") from self._failure
         if not self._weights.ready:
             raise EngineError(f"request {request.request_id!r} refused: the engine has no weights; publish them first.")
+        if self._kv_asleep:
+            raise EngineError(f"request {request.request_id!r} refused: the engine sleeps; wake it first.")
         if request.request_id in self._requests:
             raise EngineError(f"request id {request.request_id!r} is in use; ids of unfinished requests must differ.")
         return self._admission.accept(request, max_request_tokens=self.max_request_tokens)

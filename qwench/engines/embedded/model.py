@@ -110,22 +110,26 @@ def _bind_layer(weights: Mapping[str, Tensor], prefix: str) -> _Layer:
     def optional(name: str) -> Tensor | None:
         return weights.get(prefix + name)
 
-    def several(*names: str) -> tuple[Tensor, ...]:
-        return _fuse_neighbours(tuple(weights[prefix + name] for name in names))
+    def projection(*names: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+        matrices = tuple(weights[f"{prefix}{name}.weight"] for name in names)
+        biases = tuple(weights[f"{prefix}{name}.bias"] for name in names if f"{prefix}{name}.bias" in weights) or None
+        fused = _fuse_neighbours(matrices), None if biases is None else _fuse_neighbours(biases)
+        # Matrices and biases are fused together or not at all.
+        return fused if fused[1] is None or len(fused[0]) == len(fused[1]) else (matrices, biases)
 
-    projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    gates = ("mlp.gate_proj", "mlp.up_proj")
+    qkv, qkv_bias = projection("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    gate_up, gate_up_bias = projection("mlp.gate_proj", "mlp.up_proj")
     return _Layer(
         attention_norm=weights[prefix + "input_layernorm.weight"],
         mlp_norm=weights[prefix + "post_attention_layernorm.weight"],
-        qkv=several(*(f"{name}.weight" for name in projections)),
-        qkv_bias=several(*(f"{name}.bias" for name in projections)) if prefix + "self_attn.q_proj.bias" in weights else None,
+        qkv=qkv,
+        qkv_bias=qkv_bias,
         q_norm=optional("self_attn.q_norm.weight"),
         k_norm=optional("self_attn.k_norm.weight"),
         output=weights[prefix + "self_attn.o_proj.weight"],
         output_bias=optional("self_attn.o_proj.bias"),
-        gate_up=several(*(f"{name}.weight" for name in gates)),
-        gate_up_bias=several(*(f"{name}.bias" for name in gates)) if prefix + "mlp.gate_proj.bias" in weights else None,
+        gate_up=gate_up,
+        gate_up_bias=gate_up_bias,
         down=weights[prefix + "mlp.down_proj.weight"],
         down_bias=optional("mlp.down_proj.bias"),
     )

@@ -47,13 +47,14 @@ class Runner:
             return 1 + min(most, -(-settings.kv_cache_tokens // settings.page_size))
         if self._device.type != "cuda":
             return 1 + min(most, CPU_KV_CACHE_TOKENS // settings.page_size)
-        free_bytes, _ = torch.cuda.mem_get_info(self._device)
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
+        pool_bytes = free_bytes - int((1 - settings.mem_fraction) * total_bytes)
         one_page = page_bytes(self._architecture, settings.page_size, settings.resolved_dtype)
-        num_pages = min(most, int(free_bytes * settings.mem_fraction) // one_page)
+        num_pages = min(most, pool_bytes // one_page)
         if num_pages < 2:
             raise EngineError(
-                f"no room for a KV cache: {free_bytes / 2**30:.1f} GiB free on {self._device}; "
-                "free memory or raise --embedded-mem-fraction."
+                f"no room for a KV cache: {free_bytes / 2**30:.1f} of {total_bytes / 2**30:.1f} GiB are free on {self._device} "
+                f"and --embedded-mem-fraction {settings.mem_fraction:g} allows no more; free memory or raise it."
             )
         return 1 + num_pages
 

@@ -89,7 +89,9 @@ class WeightStore:
             WeightSyncError: see `adopt`. Unless the very first bucket was refused, the weights are then not ready.
         """
         checksums: dict[str, int] = {}
+        received_head = False
         for bucket in buckets:
+            received_head = received_head or any(self._is_tied_copy(name) for name, _ in bucket)
             wanted = [(name, tensor) for name, tensor in bucket if not self._is_tied_copy(name)]
             for name, tensor in wanted:
                 self._check(name, tensor)
@@ -102,6 +104,8 @@ class WeightStore:
                 checksums[name] = tensor_checksum(self._tensors[name])
         self._check_complete(set(checksums))
         self.ready = True
+        if received_head:
+            checksums[TIED_HEAD] = checksums["model.embed_tokens.weight"]
         return checksums
 
     def _is_tied_copy(self, name: str) -> bool:

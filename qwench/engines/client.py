@@ -1,0 +1,249 @@
+"""An engine behind SGLang's HTTP API: the embedded one's server, or SGLang itself.
+
+Only a request that never reached the server is sent again; anything else that goes wrong is an EngineError with the address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import aiohttp
+import orjson
+from safetensors.torch import save as save_safetensors
+
+from qwench.engines.protocol import (
+    EngineStats,
+    FinishReason,
+    GenerateRequest,
+    GenerateResult,
+    MemoryTag,
+    SamplingParams,
+    WeightBucket,
+    WeightReceipt,
+)
+from qwench.errors import EngineError, WeightSyncError
+
+Json = Any  # what a server answers has no closed type
+CONNECT_ATTEMPTS = 4
+CONNECT_BACKOFF_S = 0.25
+CONTROL_TIMEOUT_S = 60.0
+HEALTH_TIMEOUT_S = 10.0
+
+
+class HttpEngine:
+    """See `engines.protocol.Engine`. Opens its connections on first use, in the loop that uses it."""
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        token: str | None = None,
+        generate_timeout_s: float = 3600.0,
+        weights_timeout_s: float = 600.0,
+    ) -> None:
+        self._base_url = base_url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
+        self._generate_timeout_s = generate_timeout_s
+        self._weights_timeout_s = weights_timeout_s
+        self._session: aiohttp.ClientSession | None = None
+
+    def __repr__(self) -> str:
+        return f"HttpEngine({self._base_url})"
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """See `Engine.generate`; a cancelled caller's request is aborted on the server."""
+        body = {
+            "rid": request.request_id,
+            "input_ids": list(request.input_ids),
+            "sampling_params": _sampling_body(request.sampling),
+            "return_logprob": True,
+        }
+        try:
+            answer = await self._post("/generate", body, timeout_s=self._generate_timeout_s)
+        except asyncio.CancelledError:
+            await asyncio.shield(self.abort(request.request_id))
+            raise
+        return self._read_result(request, answer)
+
+    async def abort(self, request_id: str | None = None) -> None:
+        """See `Engine.abort`."""
+        await self._post("/abort_request", {"rid": request_id or "", "abort_all": request_id is None})
+
+    async def pause(self) -> None:
+        """See `Engine.pause`."""
+        await self._post("/pause_generation", {"mode": "in_place"})
+
+    async def resume(self) -> None:
+        """See `Engine.resume`."""
+        await self._post("/continue_generation", {})
+
+    async def update_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> WeightReceipt:
+        """See `Engine.update_weights`; sends safetensors, which the embedded engine's server takes."""
+        answer: Json = None
+        iterator = iter(buckets)
+        bucket = await asyncio.to_thread(next, iterator, None)
+        while bucket is not None:
+            body = await asyncio.to_thread(_serialise, bucket)
+            bucket = await asyncio.to_thread(next, iterator, None)
+            query = f"?weight_version={version}&final={'true' if bucket is None else 'false'}"
+            answer = await self._request(
+                "POST", f"/update_weights_from_tensor{query}", body, "application/octet-stream", self._weights_timeout_s
+            )
+        if answer is None:
+            raise WeightSyncError(f"weight version {version} for {self!r} has no buckets at all.")
+        return WeightReceipt(version=int(answer["weight_version"]), checksums=answer["checksums"])
+
+    async def sleep(self, tags: Sequence[MemoryTag]) -> None:
+        """See `Engine.sleep`."""
+        await self._post("/release_memory_occupation", {"tags": [tag.value for tag in tags]})
+
+    async def wake(self, tags: Sequence[MemoryTag]) -> None:
+        """See `Engine.wake`."""
+        await self._post("/resume_memory_occupation", {"tags": [tag.value for tag in tags]})
+
+    async def flush_cache(self) -> None:
+        """See `Engine.flush_cache`."""
+        await self._post("/flush_cache", {})
+
+    async def health(self) -> bool:
+        """See `Engine.health`; a server that cannot be reached is not healthy."""
+        try:
+            await self._request("GET", "/health", None, None, HEALTH_TIMEOUT_S, attempts=1)
+        except EngineError:
+            return False
+        return True
+
+    async def stats(self) -> EngineStats:
+        """See `Engine.stats`; a server that does not count what we do reports zeros."""
+        counted = (await self._get("/server_info")).get("stats", {})
+        return EngineStats(**{field.name: counted[field.name] for field in fields(EngineStats) if field.name in counted})
+
+    async def weight_version(self) -> int:
+        """See `Engine.weight_version`.
+
+        Raises:
+            EngineError: the server's version is not one of ours.
+        """
+        return self._read_version((await self._get("/get_weight_version"))["weight_version"])
+
+    async def close(self) -> None:
+        """Close the connections; the server is somebody else's."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    def _read_result(self, request: GenerateRequest, answer: Json) -> GenerateResult:
+        try:
+            meta = answer["meta_info"]
+            sampled = meta.get("output_token_logprobs") or []
+            finish = meta["finish_reason"]
+            output_ids = [int(token) for _, token, *_ in sampled]
+            versions = meta.get("weight_versions")
+            if versions is None:
+                versions = [self._read_version(meta["weight_version"])] * len(output_ids)
+            return GenerateResult(
+                request_id=request.request_id,
+                output_ids=output_ids,
+                log_probs=[float(log_prob) for log_prob, *_ in sampled],
+                finish_reason=FinishReason(finish["type"]),
+                matched=finish.get("matched"),
+                weight_versions=versions,
+                text=answer["text"],
+                cached_tokens=meta.get("cached_tokens", 0),
+            )
+        except (KeyError, TypeError, ValueError) as cause:
+            raise EngineError(f"{self!r} answered /generate with something else than SGLang does: {cause!r}.") from cause
+
+    def _read_version(self, text: str | int) -> int:
+        try:
+            return int(text)
+        except (TypeError, ValueError) as cause:
+            raise EngineError(f"{self!r} has weight version {text!r}, not a number; publish weights to it first.") from cause
+
+    async def _get(self, path: str) -> Json:
+        return await self._request("GET", path, None, None, CONTROL_TIMEOUT_S)
+
+    async def _post(self, path: str, body: Mapping[str, Json], *, timeout_s: float = CONTROL_TIMEOUT_S) -> Json:
+        return await self._request("POST", path, orjson.dumps(body), "application/json", timeout_s)
+
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        content_type: str | None,
+        timeout_s: float,
+        *,
+        attempts: int = CONNECT_ATTEMPTS,
+    ) -> Json:
+        """Send a request and return the decoded answer; connect again a few times if nobody listens yet."""
+        headers = self._headers | ({"Content-Type": content_type} if content_type is not None else {})
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        for attempt in range(attempts):
+            try:
+                async with self._open_session().request(
+                    method, self._base_url + path, data=body, headers=headers, timeout=timeout
+                ) as response:
+                    return self._read_answer(path, response.status, await response.read())
+            except aiohttp.ClientConnectorError as cause:
+                # Nothing was sent: the only failure after which sending again cannot do anything twice.
+                if attempt == attempts - 1:
+                    raise EngineError(f"{self!r} cannot be reached for {path} ({attempts} attempts): {cause}") from cause
+                await asyncio.sleep(CONNECT_BACKOFF_S * 2**attempt)
+            except TimeoutError as cause:
+                raise EngineError(f"{self!r} did not answer {path} within {timeout_s:g} s.") from cause
+            except aiohttp.ClientError as cause:
+                raise EngineError(f"{self!r} broke off during {path}: {cause!r}; the server may have ended.") from cause
+        raise AssertionError("the last attempt returns or raises")
+
+    def _read_answer(self, path: str, status: int, content: bytes) -> Json:
+        try:
+            answer = orjson.loads(content) if content[:1] in (b"{", b"[") else content.decode(errors="replace")
+        except orjson.JSONDecodeError as cause:
+            raise EngineError(f"{self!r} answered {path} with broken JSON.") from cause
+        if status < 400:
+            return answer
+        if path.startswith("/update_weights") and isinstance(answer, dict) and answer.get("success") is False:
+            raise WeightSyncError(f"{self!r} refused the weights: {answer['message']}")
+        raise EngineError(f"{self!r} answered {path} with status {status}: {_message(answer)}")
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            # No limit: concurrency is bounded where requests are made.
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        return self._session
+
+
+def _sampling_body(sampling: SamplingParams) -> dict[str, Json]:
+    body: dict[str, Json] = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "min_new_tokens": sampling.min_new_tokens,
+        "stop": list(sampling.stop),
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": sampling.ignore_eos,
+        "skip_special_tokens": sampling.skip_special_tokens,
+        "no_stop_trim": True,
+        "spaces_between_special_tokens": False,
+    }
+    if sampling.seed is not None:
+        body["sampling_seed"] = sampling.seed
+    return body
+
+
+def _serialise(bucket: WeightBucket) -> bytes:
+    # Copies: safetensors refuses tensors that share memory, as slices of one parameter do.
+    return save_safetensors({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in bucket})
+
+
+def _message(answer: Json) -> str:
+    if isinstance(answer, dict):
+        error = answer.get("error", answer)
+        return str(error.get("message", error.get("detail", error)) if isinstance(error, dict) else error)
+    return str(answer)

@@ -1,0 +1,174 @@
+"""SGLang's `/generate` in types: what a request may say, what a response says, and what is refused.
+
+Names, defaults and the shape of responses are SGLang's. A feature this engine does not have is accepted at its neutral
+value only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import uuid4
+
+from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedTokenizerBase
+
+from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult, SamplingParams
+from qwench.errors import EngineError
+
+Json = dict[str, Any]  # a JSON object has no closed type
+
+
+class SamplingBody(BaseModel):
+    """`sampling_params` of `/generate`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    min_new_tokens: int = 0
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    no_stop_trim: bool = False
+    sampling_seed: int | None = None
+    spaces_between_special_tokens: bool = True
+    n: int = 1
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def to_params(self) -> SamplingParams:
+        """Return the engine's own parameters.
+
+        Raises:
+            EngineError: something other than neutral that this engine does not do.
+        """
+        for name, neutral in (("n", 1), ("frequency_penalty", 0.0), ("presence_penalty", 0.0), ("repetition_penalty", 1.0)):
+            if getattr(self, name) != neutral:
+                raise EngineError(
+                    f"sampling_params.{name} must be {neutral}; got {getattr(self, name)}. Send one request each."
+                )
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return SamplingParams(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            min_new_tokens=self.min_new_tokens,
+            stop=tuple(stop),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=self.ignore_eos,
+            skip_special_tokens=self.skip_special_tokens,
+            seed=self.sampling_seed,
+        )
+
+
+class GenerateBody(BaseModel):
+    """Body of `/generate`: one prompt, or lists of equal length."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str | list[str] | None = None
+    input_ids: list[int] | list[list[int]] | None = None
+    sampling_params: SamplingBody | list[SamplingBody] = SamplingBody()
+    rid: str | list[str] | None = None
+    return_logprob: bool = False
+    stream: bool = False
+    logprob_start_len: int = -1
+    top_logprobs_num: int = 0
+
+    @property
+    def is_batch(self) -> bool:
+        """Tell whether lists came, so that a list goes back."""
+        prompts = self.text if self.text is not None else self.input_ids
+        return isinstance(prompts, list) and bool(prompts) and not isinstance(prompts[0], int)
+
+    def to_requests(self, tokenizer: PreTrainedTokenizerBase | None) -> list[GenerateRequest]:
+        """Return one request for each prompt.
+
+        Raises:
+            EngineError: contradictory or unsupported fields.
+        """
+        if self.stream:
+            raise EngineError("stream is not supported; send stream: false.")
+        if self.logprob_start_len != -1 or self.top_logprobs_num != 0:
+            raise EngineError("log-probs of prompt tokens or of other than the sampled tokens are not supported.")
+        prompts = self._prompts(tokenizer)
+        sampling = self.sampling_params if isinstance(self.sampling_params, list) else [self.sampling_params] * len(prompts)
+        ids = [self.rid] if isinstance(self.rid, str) else self.rid or [uuid4().hex for _ in prompts]
+        if not len(prompts) == len(sampling) == len(ids):
+            raise EngineError(
+                f"got {len(prompts)} prompts, {len(sampling)} sampling_params and {len(ids)} rid; send as many of each."
+            )
+        return [
+            GenerateRequest(request_id=request_id, input_ids=prompt, sampling=one.to_params())
+            for request_id, prompt, one in zip(ids, prompts, sampling, strict=True)
+        ]
+
+    def _prompts(self, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
+        if (self.text is None) == (self.input_ids is None):
+            raise EngineError("send either text or input_ids.")
+        if self.text is not None:
+            if tokenizer is None:
+                raise EngineError("this server has no tokenizer; send input_ids.")
+            texts = [self.text] if isinstance(self.text, str) else self.text
+            return [list(tokenizer(text)["input_ids"]) for text in texts]
+        # pydantic has made sure that it is one of the two forms.
+        rows: list[Any] = self.input_ids or []
+        return rows if self.is_batch else [rows]
+
+
+def to_response(
+    request: GenerateRequest,
+    result: GenerateResult,
+    *,
+    body: GenerateBody,
+    no_stop_trim: bool,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Json:
+    """Return SGLang's response object; `meta_info.weight_versions` (one for each token) is our addition."""
+    meta: Json = {
+        "id": request.request_id,
+        "finish_reason": _finish_reason(result),
+        "prompt_tokens": len(request.input_ids),
+        "completion_tokens": len(result.output_ids),
+        "cached_tokens": result.cached_tokens,
+        "weight_version": str(result.weight_versions[-1]) if result.weight_versions else None,
+        "weight_versions": list(result.weight_versions),
+    }
+    if body.return_logprob:
+        meta["output_token_logprobs"] = [
+            [log_prob, token, None] for log_prob, token in zip(result.log_probs, result.output_ids, strict=True)
+        ]
+    text = result.text if no_stop_trim else _trim(request.sampling, result, tokenizer)
+    return {"text": text, "output_ids": list(result.output_ids), "meta_info": meta}
+
+
+def no_stop_trims(body: GenerateBody, count: int) -> Sequence[bool]:
+    """Return for each prompt whether the text keeps what stopped it."""
+    params = body.sampling_params
+    return [one.no_stop_trim for one in params] if isinstance(params, list) else [params.no_stop_trim] * count
+
+
+def _finish_reason(result: GenerateResult) -> Json:
+    if result.finish_reason is FinishReason.STOP:
+        return {"type": "stop", "matched": result.matched}
+    if result.finish_reason is FinishReason.LENGTH:
+        return {"type": "length", "length": len(result.output_ids)}
+    return {"type": "abort", "message": "aborted by request"}
+
+
+def _trim(sampling: SamplingParams, result: GenerateResult, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    if isinstance(result.matched, str):
+        return result.text[: result.text.rfind(result.matched)]
+    if isinstance(result.matched, int) and tokenizer is not None:
+        text = tokenizer.decode(list(result.output_ids[:-1]), skip_special_tokens=sampling.skip_special_tokens)
+        assert isinstance(text, str)
+        return text
+    return result.text
