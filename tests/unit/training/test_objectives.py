@@ -166,7 +166,7 @@ def test_order_and_micro_batches_do_not_change_loss_and_metrics(order, cuts, nam
 def test_masked_positions_cannot_spread_nan_into_loss_or_gradient():
     batch = _batch().with_columns(loss_mask=[torch.tensor([True, False, True]), *_batch().loss_mask[1:]])
     batch = batch.with_columns(loss_weights=[mask.float() for mask in batch.loss_mask])
-    config = AlgorithmConfig(use_tis=True, use_kl_loss=True, kl_loss_coef=0.1, kl_loss_type="k3")
+    config = AlgorithmConfig(use_tis=True, use_kl_loss=True, kl_loss_coef=0.1, kl_loss_type="k2")
     loss = build_loss(config)
 
     def gradient(values):
