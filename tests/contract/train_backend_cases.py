@@ -1,4 +1,4 @@
-"""What the contract suite of training backends feeds them: one global batch, a loss, and a plain Hugging Face loop over them."""
+"""What the contract suite of training backends feeds them: a global batch, a loss, and a plain Hugging Face loop."""
 
 from __future__ import annotations
 

@@ -6,9 +6,9 @@ computes with, and what is published, is their rounding to `param_dtype`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,35 +16,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
 
 from qwench.engines.protocol import WeightBucket
 from qwench.errors import TrainingError
+from qwench.models.hf import load_hf_config, load_model
 from qwench.training.backend import LossFunction, ParallelRank, StepResult, TokenLoss
 from qwench.training.batch import MicroBatch
 from qwench.training.fsdp import checkpoint
 from qwench.training.fsdp.attention import install_attention
 from qwench.training.fsdp.host import HostCopy
-from qwench.training.fsdp.optimizer import AdamSettings, MasterOptimizer
+from qwench.training.fsdp.optimizer import MasterOptimizer
 from qwench.training.fsdp.parallelize import MASTER_DTYPE, parallelize
 from qwench.training.fsdp.policy import Policy
 from qwench.training.fsdp.process_group import build_mesh
-from qwench.training.fsdp.schedule import LrSchedule
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FsdpSettings:
-    """How the policy is computed and laid out."""
-
-    param_dtype: torch.dtype
-    """Of the forward, the backward and what is published."""
-    attention: str = "sdpa"
-    dp_replicate: int = 1
-    gradient_checkpointing: bool = False
-    torch_compile: bool = False
-    head_chunk_tokens: int = 4096
-    """Positions whose logits exist at a time."""
-    deterministic: bool = False
+from qwench.training.fsdp.settings import FsdpSettings
 
 
 class FsdpBackend:
@@ -65,9 +50,7 @@ class FsdpBackend:
         self._asleep: list[HostCopy] = []
 
     @classmethod
-    def build(
-        cls, model_folder: Path, *, settings: FsdpSettings, adam: AdamSettings, schedule: LrSchedule, device: torch.device
-    ) -> FsdpBackend:
+    def build(cls, model_folder: Path, settings: FsdpSettings, *, device: torch.device) -> FsdpBackend:
         """Load a Hugging Face checkpoint and shard it over all ranks (after `init_process_group`); collective.
 
         Raises:
@@ -76,7 +59,8 @@ class FsdpBackend:
         if settings.deterministic:
             torch.use_deterministic_algorithms(True)
         mesh = build_mesh(device, dp_replicate=settings.dp_replicate)
-        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto", attn_implementation="sdpa")
+        # In the checkpoint's own dtype: masters are float32 only as shards on the device.
+        model = load_model(model_folder, dtype=load_hf_config(model_folder).dtype or MASTER_DTYPE)
         install_attention(model, settings.attention, device=device, dtype=settings.param_dtype)
         policy = Policy(
             model,
@@ -92,7 +76,7 @@ class FsdpBackend:
             gradient_checkpointing=settings.gradient_checkpointing,
             torch_compile=settings.torch_compile,
         )
-        optimizer = MasterOptimizer(policy.named_weights(), adam, schedule, mesh.get_group("dp_shard"))
+        optimizer = MasterOptimizer(policy.named_weights(), settings.adam, settings.schedule, mesh.get_group("dp_shard"))
         return cls(policy, optimizer, device=device, param_dtype=settings.param_dtype)
 
     @torch.no_grad()
@@ -167,16 +151,17 @@ class FsdpBackend:
         dist.all_reduce(total, group=self._dp_group)
         return total
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Write the layout described in `checkpoint`; collective."""
         self._assert_awake()
         checkpoint.save_model(folder, self._weights)
-        checkpoint.save_optimizer(folder, self._optimizer)
+        if with_optimizer:
+            checkpoint.save_optimizer(folder, self._optimizer)
         if self.parallel.is_main:
             checkpoint.save_rng(folder)
         dist.barrier(group=self._dp_group)  # nobody reports a saved checkpoint that the main rank is still writing
 
-    def load(self, folder: Path, *, weights_only: bool = False) -> None:
+    def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
         """Read what `save` wrote, with any number of ranks; collective.
 
         Raises:
@@ -186,7 +171,8 @@ class FsdpBackend:
         checkpoint.load_model(folder, self._weights)
         if not weights_only:
             checkpoint.load_optimizer(folder, self._optimizer)
-            checkpoint.load_rng(folder)
+            if with_rng:
+                checkpoint.load_rng(folder)
 
     def sleep(self) -> None:
         """Move masters and moments to the host; on a CPU there is nowhere to move them, and nothing happens."""
@@ -221,7 +207,7 @@ class FsdpBackend:
 
     def _stop_unless_finite(self, loss_sum: float, grad_norm: float) -> None:
         """Drop the gradients and raise if the step went wrong; both numbers are equal on every rank, so all ranks agree."""
-        if torch.isfinite(torch.tensor([loss_sum, grad_norm])).all():
+        if math.isfinite(loss_sum) and math.isfinite(grad_norm):
             return
         self._optimizer.drop_gradients()
         raise TrainingError(

@@ -28,7 +28,8 @@ class HostCopy:
     def load(self) -> None:
         """Write the copies into the tensors."""
         for tensor, copy in zip(self._tensors, self._copies, strict=True):
-            tensor.copy_(copy, non_blocking=True)
+            # Widen on the device: a copy that changes dtype on its way would be cast by the host, in pageable memory.
+            tensor.copy_(copy.to(tensor.device, non_blocking=True))
         self._synchronize()
 
     def release(self) -> None:

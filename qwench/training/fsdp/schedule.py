@@ -57,16 +57,3 @@ class LrSchedule:
         progress = (step - self.warmup_steps) / (self.decay_steps - self.warmup_steps)
         remaining = 1.0 - progress if self.style == "linear" else 0.5 * (math.cos(math.pi * progress) + 1.0)
         return self.minimum + remaining * (self.peak - self.minimum)
-
-
-def warmup_steps(*, iters: int, fraction: float | None, decay_steps: int) -> int:
-    """Return the warm-up steps of --lr-warmup-iters or --lr-warmup-fraction (of the decay steps).
-
-    Raises:
-        ConfigError: both are given.
-    """
-    if fraction is None:
-        return iters
-    if iters:
-        raise ConfigError(f"--lr-warmup-fraction ({fraction}) and --lr-warmup-iters ({iters}) exclude each other; give one.")
-    return int(fraction * decay_steps)

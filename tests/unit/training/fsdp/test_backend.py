@@ -1,0 +1,203 @@
+"""The backend on one rank, in this process: precision, reference, sharing, buckets, checkpoints."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from qwench.errors import CheckpointError, ConfigError
+from qwench.training.backend import TokenLoss
+from qwench.training.batch import MicroBatch, RolloutBatch, pack
+from qwench.training.fsdp.backend import FsdpBackend
+from qwench.training.fsdp.process_group import init_process_group
+from qwench.training.fsdp.schedule import LrSchedule
+from qwench.training.fsdp.settings import AdamSettings, FsdpSettings
+from tests.contract.train_backend_cases import write_model
+
+_CPU = torch.device("cpu")
+_ADAM = AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0, clip_grad=0.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group() -> Iterator[None]:
+    init_process_group(_CPU, environ={}, timeout_s=60)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(3)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=True)).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def _build(
+    folder: Path, *, lr: float = 1e-3, adam: AdamSettings = _ADAM, dtype: torch.dtype = torch.float32, **settings
+) -> FsdpBackend:
+    chosen = FsdpSettings(adam=adam, schedule=LrSchedule(peak=lr), param_dtype=dtype, **settings)
+    return FsdpBackend.build(folder, chosen, device=_CPU)
+
+
+def _micro_batches() -> list[MicroBatch]:
+    draw = torch.Generator().manual_seed(0)
+    batch = RolloutBatch(
+        tokens=[torch.randint(32, (length,), generator=draw) for length in (6, 9, 4)],
+        loss_mask=[torch.ones(length - 2, dtype=torch.bool) for length in (6, 9, 4)],
+        rewards=torch.zeros(3),
+        group_ids=torch.zeros(3, dtype=torch.int64),
+        execution_ids=torch.arange(3),
+    )
+    return [pack(batch, [0, 2]), pack(batch, [1])]
+
+
+def _mean_loss(log_probs, entropy, micro_batch) -> TokenLoss:
+    return TokenLoss(loss=-log_probs.sum() / 13, metrics={})
+
+
+def _train(backend: FsdpBackend, steps: int = 1) -> list[float]:
+    return [backend.update(_micro_batches(), _mean_loss, temperature=1.0, with_entropy=False).loss for _ in range(steps)]
+
+
+def _published(backend: FsdpBackend) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for bucket in backend.weights(bucket_bytes=1 << 20) for name, tensor in bucket}
+
+
+def test_masters_keep_steps_that_bfloat16_would_lose(model_folder: Path):
+    backend = _build(model_folder, lr=2e-6, dtype=torch.bfloat16)
+    before = _published(backend)
+    _train(backend)
+    after_one = _published(backend)
+    _train(backend, steps=200)
+    moved = _published(backend)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert after_one[name].dtype == torch.bfloat16
+    large = before[name].abs() > 0.01
+    # One step of 2e-6 is far below half a bfloat16 ulp (2e-5) of these weights; 200 of them are not.
+    assert (after_one[name] == before[name])[large].all()
+    assert (moved[name] != before[name])[large].float().mean() > 0.5
+    assert backend.shared_weights() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reference_scores_as_the_policy_did_and_the_policy_comes_back_exactly(model_folder: Path, dtype: torch.dtype):
+    backend, undisturbed = _build(model_folder, dtype=dtype), _build(model_folder, dtype=dtype)
+    first = backend.log_probs(_micro_batches(), temperature=0.7)
+    backend.snapshot_reference()
+    assert _train(backend, steps=2) == _train(undisturbed, steps=2)
+    with backend.reference():
+        referenced = backend.log_probs(_micro_batches(), temperature=0.7)
+    assert all(torch.equal(scored, wanted) for scored, wanted in zip(referenced, first, strict=True))
+    assert not torch.equal(backend.log_probs(_micro_batches(), temperature=0.7)[0], first[0])
+    # Masters restored in bfloat16 only would show within these steps.
+    assert _train(backend, steps=3) == _train(undisturbed, steps=3)
+    assert all(torch.equal(_published(undisturbed)[name], tensor) for name, tensor in _published(backend).items())
+
+
+def test_shared_weights_follow_every_update_without_another_call(model_folder: Path):
+    backend = _build(model_folder)
+    shared = backend.shared_weights()
+    assert shared is not None
+    before = {name: tensor.clone() for name, tensor in shared.items()}
+    _train(backend)
+    assert all(not torch.equal(shared[name], before[name]) for name in shared)
+    assert all(torch.equal(shared[name], tensor) for name, tensor in _published(backend).items())
+    assert not any(tensor.requires_grad for tensor in shared.values())
+
+
+def test_buckets_respect_their_size_and_hold_everything_once(model_folder: Path):
+    backend = _build(model_folder, dtype=torch.bfloat16)
+    buckets = [list(bucket) for bucket in backend.weights(bucket_bytes=1024)]
+    sizes = [sum(tensor.nbytes for _, tensor in bucket) for bucket in buckets]
+    assert all(size <= 1024 or len(bucket) == 1 for size, bucket in zip(sizes, buckets, strict=True))
+    assert len(buckets) < sum(map(len, buckets)), "small tensors share a bucket"
+    checkpoint = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+    weights = dict(checkpoint.named_parameters())
+    published = [entry for bucket in buckets for entry in bucket]
+    assert sorted(name for name, _ in published) == sorted(weights)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in published)
+
+
+def test_vectors_are_not_decayed(model_folder: Path):
+    decaying = AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=10.0, clip_grad=0.0)
+    plain, decayed = _build(model_folder), _build(model_folder, adam=decaying)
+    before = _published(plain)
+    _train(plain)
+    _train(decayed)
+    for name, weight in _published(decayed).items():
+        expected = _published(plain)[name]
+        if weight.ndim == 2:
+            expected = expected - 1e-3 * 10.0 * before[name]
+        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_loaded_checkpoint_goes_on_bit_for_bit(model_folder: Path, tmp_path: Path):
+    backend = _build(model_folder)
+    _train(backend, steps=2)
+    torch.manual_seed(8)
+    backend.save(tmp_path)
+    drawn = torch.rand(3)
+    onward = _train(backend, steps=2)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["lr_scheduler", "model", "optimizer", "rng.pt"]
+
+    resumed = _build(model_folder)
+    resumed.load(tmp_path)
+    assert torch.equal(torch.rand(3), drawn)
+    assert _train(resumed, steps=2) == onward
+    assert all(torch.equal(_published(resumed)[name], tensor) for name, tensor in _published(backend).items())
+
+
+def test_loading_weights_only_leaves_a_fresh_optimizer(model_folder: Path, tmp_path: Path):
+    backend = _build(model_folder)
+    _train(backend, steps=3)
+    backend.save(tmp_path)
+    torch.manual_seed(1)
+    fresh = _build(model_folder)
+    state = torch.get_rng_state()
+    fresh.load(tmp_path, weights_only=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    before = _published(fresh)
+    assert all(torch.equal(before[name], tensor) for name, tensor in _published(backend).items())
+    _train(fresh)
+    # The first step of Adam has the size of the learning rate wherever the gradient is not tiny.
+    step = (_published(fresh)["model.norm.weight"] - before["model.norm.weight"]).abs()
+    torch.testing.assert_close(step, torch.full_like(step, 1e-3), rtol=1e-2, atol=0)
+
+
+def test_a_checkpoint_before_the_first_step_loads(model_folder: Path, tmp_path: Path):
+    _build(model_folder).save(tmp_path)
+    resumed = _build(model_folder)
+    resumed.load(tmp_path)
+    assert _train(resumed) == _train(_build(model_folder))
+
+
+def test_a_missing_or_foreign_checkpoint_is_named(model_folder: Path, tmp_path: Path):
+    backend = _build(model_folder)
+    with pytest.raises(CheckpointError, match=str(tmp_path / "absent" / "model")):
+        backend.load(tmp_path / "absent")
+    write_model(tmp_path / "foreign", tied=True)
+    (tmp_path / "saved").mkdir()
+    _build(tmp_path / "foreign").save(tmp_path / "saved")
+    with pytest.raises(CheckpointError, match="Is it whole, and of the same model"):
+        backend.load(tmp_path / "saved")
+
+
+def test_sleep_on_a_cpu_leaves_shared_weights_usable(model_folder: Path):
+    backend = _build(model_folder)
+    _train(backend)
+    shared = backend.shared_weights()
+    backend.sleep()
+    assert all(tensor.isfinite().all() for tensor in shared.values())
+    backend.wake()
+    assert _train(backend)
+
+
+def test_replicas_must_divide_the_ranks(model_folder: Path):
+    with pytest.raises(ConfigError, match="--dp-replicate 2 does not divide the 1 ranks"):
+        _build(model_folder, dp_replicate=2)
