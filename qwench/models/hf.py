@@ -26,6 +26,7 @@ from transformers import (
 
 from qwench import __version__
 from qwench.errors import CheckpointError, ConfigError
+from qwench.files import TEMPORARY_SUFFIX, fsync_tree, rename_durably
 from qwench.models.shards import DEFAULT_SHARD_BYTES, write_shards
 from qwench.samples import Json
 
@@ -144,7 +145,7 @@ def write_hf_checkpoint(
     folder, source = Path(folder), Path(source)
     _check_replaceable(folder)
     config = load_hf_config(source)
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = folder.with_name(folder.name + TEMPORARY_SUFFIX)
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir(parents=True)
     try:
@@ -194,12 +195,13 @@ def _write_config(folder: Path, source: Path, dtype: torch.dtype) -> None:
 
 
 def _replace(folder: Path, partial: Path) -> None:
-    """Put `partial` in the place of `folder`."""
-    old = folder.with_name(f".{folder.name}.old")
+    """Put `partial` in the place of `folder`, which is absent, empty or an earlier export."""
+    old = folder.with_name(f"{folder.name}.old{TEMPORARY_SUFFIX}")
     shutil.rmtree(old, ignore_errors=True)
+    fsync_tree(partial)
     if folder.exists():
         folder.rename(old)
-    partial.rename(folder)
+    rename_durably(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

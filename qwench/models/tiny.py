@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from qwench.errors import ConfigError
+from qwench.files import TEMPORARY_SUFFIX, rename_durably
 from qwench.models.registry import find_size
 from qwench.models.shards import write_shards
 from qwench.models.tokenizers import END_OF_TEXT, END_OF_TURN
@@ -31,7 +33,8 @@ def make_checkpoint(
 ) -> Qwen3Config:
     """Write a Hugging Face folder with random weights of the named size, and return its configuration.
 
-    Equal arguments give equal bytes (on one kind of device). Tensors are made and written one by one.
+    The folder appears whole or not at all. Equal arguments give equal bytes (on one kind of device). Tensors are made and
+    written one by one.
 
     Raises:
         ConfigError: unknown size, tokenizer larger than the size's vocabulary, or a folder that is not empty.
@@ -42,16 +45,18 @@ def make_checkpoint(
         raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, but --size {size} has a vocabulary of {vocab_size}.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--output {folder} exists and is not an empty folder; choose another.")
-    folder.mkdir(parents=True, exist_ok=True)
     config = shape.to_config(vocab_size=vocab_size)
     config.dtype = dtype
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    tokenizer.save_pretrained(folder)
-    _generation_config(tokenizer).save_pretrained(folder)
-    write_shards(folder, ([entry] for entry in random_weights(config, seed=seed, dtype=dtype, device=device)))
-    # Last, so that a folder with a config.json is whole.
-    config.save_pretrained(folder)
-    _add_rope_theta(folder / "config.json", shape.rope_theta)
+    partial = folder.with_name(folder.name + TEMPORARY_SUFFIX)
+    shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
+    partial.mkdir(parents=True)
+    tokenizer.save_pretrained(partial)
+    _generation_config(tokenizer).save_pretrained(partial)
+    write_shards(partial, ([entry] for entry in random_weights(config, seed=seed, dtype=dtype, device=device)))
+    config.save_pretrained(partial)
+    _add_rope_theta(partial / "config.json", shape.rope_theta)
+    rename_durably(partial, folder)
     return config
 
 
