@@ -79,6 +79,8 @@ class Sample:
     reward: float | None = None
     cached_tokens: int = 0
     """Prompt tokens whose KV the engine already held."""
+    input_tokens: int = 0
+    """Prompt tokens sent to the engine, over all requests of this sample; `cached_tokens` are among them."""
     metadata: dict[str, Json] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -104,6 +106,12 @@ class Sample:
         self.loss_mask.extend([int(sampled)] * len(token_ids))
         self.rollout_log_probs.extend(log_probs if log_probs is not None else [0.0] * len(token_ids))
         self.weight_versions.extend([version if sampled else -1] * len(token_ids))
+
+    def mask_out(self) -> None:
+        """Take the whole response out of the loss; the tokens stay."""
+        self.loss_mask = [0] * self.response_length
+        self.rollout_log_probs = [0.0] * self.response_length
+        self.weight_versions = [-1] * self.response_length
 
     def to_record(self) -> dict[str, Json]:
         """Return a JSON-compatible record that `from_record` reads back equal."""

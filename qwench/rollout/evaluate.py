@@ -1,0 +1,160 @@
+"""Measure the policy on evaluation sets (`--eval-prompt-data name path ...`).
+
+eval/<name>                      mean reward; a response that could not be graded counts as 0
+eval/<name>-none_reward_ratio    share of those
+eval/<name>-truncated_ratio
+eval/<name>-pass@k               with --log-passrate
+eval/<name>/response_len/mean    and what else a rollout reports of its samples
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from transformers import PreTrainedTokenizerBase
+
+from qwench.engines.pool import EnginePool
+from qwench.observability.console import Console
+from qwench.rollout.filters import is_graded
+from qwench.rollout.generate import GenerateFunction, generate_single_turn
+from qwench.rollout.groups import Grader, GroupRunner
+from qwench.rollout.metrics import pass_rates, sample_metrics, with_prefix
+from qwench.rollout.sampling import Sampling
+from qwench.rollout.tasks import gather_or_cancel
+from qwench.samples import Group, Prompt, Sample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalSet:
+    """A named set of prompts and how they are answered."""
+
+    name: str
+    prompts: Sequence[Prompt]
+    n_samples_per_prompt: int
+    sampling: Sampling
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalResult:
+    """The graded responses to one set, in the order of its prompts."""
+
+    name: str
+    groups: Sequence[Group]
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Return all samples; `Sample.to_record` makes a JSON line of one."""
+        return [sample for group in self.groups for sample in group.samples]
+
+    @property
+    def score(self) -> float:
+        """Return the mean reward."""
+        return fmean(sample.reward if sample.reward is not None else 0.0 for sample in self.samples)
+
+    def metrics(self, *, with_pass_rates: bool) -> dict[str, float]:
+        """Return the metrics of the module docstring."""
+        described = sample_metrics(self.samples)
+        return {
+            f"eval/{self.name}": self.score,
+            f"eval/{self.name}-truncated_ratio": described["truncated_ratio"],
+            f"eval/{self.name}-none_reward_ratio": fmean(float(not is_graded(sample)) for sample in self.samples),
+            **with_prefix(f"eval/{self.name}-", pass_rates(self.groups) if with_pass_rates else {}),
+            **with_prefix(f"eval/{self.name}/", described),
+        }
+
+
+RunSet = Callable[[EvalSet], Awaitable[EvalResult]]
+EvalFunction = Callable[[Sequence[EvalSet], RunSet], Awaitable[Mapping[str, float]]]
+"""A `--eval-function-path` function: (sets, what answers and grades one) -> eval/... metrics."""
+
+
+class Evaluator:
+    """Answers and grades every set, one set after the other."""
+
+    def __init__(
+        self,
+        sets: Sequence[EvalSet],
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        grader: Grader,
+        concurrency: int,
+        console: Console,
+        group_rm: bool = False,
+        generate: GenerateFunction = generate_single_turn,
+        function: EvalFunction | None = None,
+        log_passrate: bool = False,
+    ) -> None:
+        """Keep what an evaluation needs.
+
+        Args:
+            concurrency: samples in flight at once, over all engines.
+            function: replaces the built-in evaluation.
+        """
+        self._sets, self._tokenizer, self._grader, self._concurrency = sets, tokenizer, grader, concurrency
+        self._console, self._group_rm, self._generate = console, group_rm, generate
+        self._function, self._log_passrate = function, log_passrate
+
+    def evaluate(self, engines: EnginePool) -> dict[str, float]:
+        """Return the `eval/...` metrics of all sets.
+
+        Raises:
+            QwenchError: an engine or a reward failed.
+        """
+        if self._function is None:
+            return self.summarize(self.run(engines))
+
+        async def call(function: EvalFunction) -> Mapping[str, float]:
+            return await function(self._sets, lambda eval_set: self._run_set(engines, eval_set))
+
+        return dict(engines.run(call(self._function), label="evaluation", timeout_s=None))
+
+    def run(self, engines: EnginePool) -> list[EvalResult]:
+        """Answer and grade all sets, and keep every sample."""
+        return [
+            engines.run(self._run_set(engines, eval_set), label=f"evaluation of {eval_set.name}", timeout_s=None)
+            for eval_set in self._sets
+        ]
+
+    def summarize(self, results: Sequence[EvalResult]) -> dict[str, float]:
+        """Return the metrics of all results."""
+        metrics: dict[str, float] = {}
+        for result in results:
+            metrics.update(result.metrics(with_pass_rates=self._log_passrate))
+        return metrics
+
+    async def _run_set(self, engines: EnginePool, eval_set: EvalSet) -> EvalResult:
+        runner = GroupRunner(
+            engines,
+            tokenizer=self._tokenizer,
+            sampling=eval_set.sampling,
+            grader=self._grader,
+            concurrency=self._concurrency,
+            group_rm=self._group_rm,
+            generate=self._generate,
+            scope=f"eval/{eval_set.name}",
+        )
+        with self._console.progress(f"evaluate {eval_set.name}", total=len(eval_set.prompts)) as progress:
+
+            async def run_group(group: Group) -> Group:
+                finished = await runner.run(group, rollout_id=0)
+                progress.advance(1)
+                return finished
+
+            groups = await gather_or_cancel(run_group(group) for group in _groups(eval_set))
+        return EvalResult(name=eval_set.name, groups=groups)
+
+
+def _groups(eval_set: EvalSet) -> list[Group]:
+    """Make a group of pending samples for each prompt; ids count within the set."""
+    n = eval_set.n_samples_per_prompt
+    return [
+        Group(
+            group_id=row,
+            samples=[
+                Sample(prompt=prompt, sample_id=row * n + i, group_id=row, metadata=dict(prompt.metadata)) for i in range(n)
+            ],
+        )
+        for row, prompt in enumerate(eval_set.prompts)
+    ]

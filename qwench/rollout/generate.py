@@ -1,0 +1,122 @@
+"""One sample: ask the engine to go on from the sample's tokens, and append what it answers.
+
+    pending --generate--> completed (stop) | truncated (length, or no budget left) | aborted
+
+A sample that already has a response (an earlier turn, a partial rollout) goes on where it ends. Token ids and log-probs are the
+engine's; text is decoded from them and never tokenised again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from itertools import groupby
+
+from transformers import PreTrainedTokenizerBase
+
+from qwench.engines.protocol import FinishReason, GenerateResult
+from qwench.rollout.requests import Requests
+from qwench.rollout.sampling import Sampling
+from qwench.samples import Sample, Status
+
+_STATUS_OF = {
+    FinishReason.STOP: Status.COMPLETED,
+    FinishReason.LENGTH: Status.TRUNCATED,
+    FinishReason.ABORT: Status.ABORTED,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """What one request added to a sample."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    status: Status
+    """Completed: the model stopped by itself or at a stop word; a function of several turns may go on only then."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateContext:
+    """What a `--custom-generate-function-path` function may use to write a response."""
+
+    requests: Requests
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    rollout_id: int
+    position: int
+    """Of the sample in its group."""
+    scope: str = "train"
+    """`train`, or the name of the evaluation set."""
+
+    @property
+    def evaluating(self) -> bool:
+        """Tell whether the sample belongs to an evaluation set."""
+        return self.scope != "train"
+
+    async def generate(
+        self,
+        sample: Sample,
+        *,
+        max_new_tokens: int | None = None,
+        stop: tuple[str, ...] = (),
+        stop_token_ids: tuple[int, ...] = (),
+    ) -> Turn:
+        """Let the policy go on with the sample's tokens; append what it writes, and set response and status.
+
+        Args:
+            max_new_tokens: bound of this turn, besides what is left of `--rollout-max-response-len`.
+            stop: stop words besides `--rollout-stop`; the stop word stays in the response.
+        """
+        if self.sampling.budget_tokens(sample) == 0:
+            sample.status = Status.TRUNCATED
+            return Turn(text="", token_ids=(), status=sample.status)
+        params = self.sampling.params(
+            sample,
+            position=self.position,
+            scope=self.scope,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+        )
+        result = await self.requests.send(list(sample.tokens), params)
+        sample.input_tokens += len(sample.tokens)
+        sample.cached_tokens += result.cached_tokens
+        _append_result(sample, result)
+        sample.status = _STATUS_OF[result.finish_reason]
+        sample.response = self._decode(sample.response_tokens)
+        output_ids = tuple(result.output_ids)
+        return Turn(text=self._decode(list(output_ids)), token_ids=output_ids, status=sample.status)
+
+    def append_context(self, sample: Sample, text: str) -> None:
+        """Append text that the policy reads but did not write (tool output); it is masked out of the loss.
+
+        What does not fit into the response budget is cut off; the next `generate` then ends the sample as truncated.
+        """
+        token_ids = self.tokenizer.encode(text, add_special_tokens=False)
+        sample.append(token_ids[: self.sampling.budget_tokens(sample)], log_probs=None, version=-1)
+        sample.response = self._decode(sample.response_tokens)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=self.sampling.skip_special_tokens)
+        assert isinstance(text, str), "one list of ids decodes to one text"
+        return text
+
+
+GenerateFunction = Callable[[Sample, GenerateContext], Awaitable[Sample | list[Sample]]]
+"""Writes the response of a sample; several samples in the answer are siblings of one execution."""
+
+
+async def generate_single_turn(sample: Sample, context: GenerateContext) -> Sample:
+    """Write the response in one request."""
+    await context.generate(sample)
+    return sample
+
+
+def _append_result(sample: Sample, result: GenerateResult) -> None:
+    """Append the tokens in runs of equal weight version."""
+    start = 0
+    for version, run in groupby(result.weight_versions):
+        end = start + len(list(run))
+        sample.append(result.output_ids[start:end], log_probs=result.log_probs[start:end], version=version)
+        start = end

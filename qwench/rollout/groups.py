@@ -1,0 +1,160 @@
+"""One group: its samples are generated side by side under a bound, and each is graded as soon as it ends.
+
+    sample waits for a slot -> generated -> graded
+                                 `- aborted: not graded, may go on in a later rollout
+
+Grading needs no slot, so that slow rewards do not hold the engines up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from qwench.errors import QwenchError
+from qwench.rollout.generate import GenerateContext, GenerateFunction, generate_single_turn
+from qwench.rollout.requests import Requests, TokenSource
+from qwench.rollout.sampling import Sampling
+from qwench.rollout.tasks import gather_or_cancel
+from qwench.samples import Group, Sample, Status, Verdict
+
+_UNFINISHED = (Status.PENDING, Status.ABORTED)
+
+
+class Grader(Protocol):
+    """The part of `rewards.pool.RewardPool` that rollouts need."""
+
+    async def grade(self, sample: Sample) -> Verdict:
+        """Return the verdict on one sample."""
+        ...
+
+    async def grade_group(self, samples: Sequence[Sample]) -> list[Verdict]:
+        """Return one verdict for each sample of a group."""
+        ...
+
+
+class GroupRunner:
+    """Generates and grades groups; all groups of one runner share its bound on samples in flight."""
+
+    def __init__(
+        self,
+        engines: TokenSource,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        grader: Grader,
+        concurrency: int,
+        group_rm: bool = False,
+        generate: GenerateFunction = generate_single_turn,
+        scope: str = "train",
+    ) -> None:
+        """Keep what every group needs.
+
+        Args:
+            concurrency: samples in flight at once: --sglang-server-concurrency times the number of engines.
+            group_rm: grade a group at once, when its last sample has ended.
+            scope: `train`, or the name of the evaluation set.
+        """
+        self.tokenizer, self.sampling = tokenizer, sampling
+        self._requests = Requests(engines)
+        self._grader = grader
+        self._slots = asyncio.Semaphore(concurrency)
+        self._group_rm = group_rm
+        self._generate = generate
+        self._scope = scope
+
+    async def run(self, group: Group, *, rollout_id: int) -> Group:
+        """Return the group finished and graded, or with aborted samples after `abort`."""
+        executions = await gather_or_cancel(
+            self._execute(sample, position, rollout_id) for position, sample in enumerate(group.samples)
+        )
+        samples = [sample for execution in executions for sample in execution]
+        if self._group_rm:
+            await self._grade_group(samples)
+        return Group(group_id=group.group_id, samples=samples)
+
+    async def abort(self, tasks: set[asyncio.Task[Group]]) -> list[Group]:
+        """End what the engines still generate for `tasks` and return their groups as they are then, in order."""
+        self._requests.aborting = True
+        try:
+            while any(not task.done() for task in tasks):
+                # A request on its way to a server may miss the first abort: ask again until all have come back.
+                await self._requests.abort_in_flight()
+                await asyncio.wait(tasks, timeout=1.0)
+        finally:
+            self._requests.aborting = False
+        return sorted((task.result() for task in tasks), key=lambda group: group.group_id)
+
+    async def _execute(self, sample: Sample, position: int, rollout_id: int) -> list[Sample]:
+        """Generate what is missing of one sample, and grade what came of it."""
+        samples = [sample]
+        if sample.status in _UNFINISHED:
+            async with self._slots:
+                samples = await self._call_generate(sample, position, rollout_id)
+        if not self._group_rm:
+            await gather_or_cancel(self._grade(sample) for sample in samples)
+        return samples
+
+    async def _call_generate(self, sample: Sample, position: int, rollout_id: int) -> list[Sample]:
+        if self._requests.aborting:
+            sample.status = Status.ABORTED
+            return [sample]
+        context = GenerateContext(
+            requests=self._requests,
+            tokenizer=self.tokenizer,
+            sampling=self.sampling,
+            rollout_id=rollout_id,
+            position=position,
+            scope=self._scope,
+        )
+        prompt, sample_id, group_id = sample.prompt, sample.sample_id, sample.group_id
+        answer = await self._generate(sample, context)
+        siblings = answer if isinstance(answer, list) else [answer]
+        if not siblings:
+            raise QwenchError(f"--custom-generate-function-path returned nothing for sample {sample_id}; return it at least.")
+        for sibling in siblings:
+            _check_generated(sibling)
+            sibling.group_id, sibling.execution_id = group_id, sample_id
+        if len(siblings) != 1 and any(sibling.status is Status.ABORTED for sibling in siblings):
+            # One sibling alone cannot go on: the execution starts over.
+            return [Sample(prompt=prompt, sample_id=sample_id, group_id=group_id, status=Status.ABORTED)]
+        return siblings
+
+    async def _grade(self, sample: Sample) -> None:
+        if self._may_grade([sample]):
+            # A custom generate function may have graded its own sample.
+            _set_verdict(sample, sample.verdict or await self._grader.grade(sample))
+
+    async def _grade_group(self, samples: list[Sample]) -> None:
+        if self._may_grade(samples):
+            for sample, verdict in zip(samples, await self._grader.grade_group(samples), strict=True):
+                _set_verdict(sample, verdict)
+
+    def _may_grade(self, samples: Sequence[Sample]) -> bool:
+        """Tell whether all samples have ended, not all are graded, and nobody waits for us to stop."""
+        ended = all(sample.status not in _UNFINISHED for sample in samples)
+        return ended and any(sample.reward is None for sample in samples) and not self._requests.aborting
+
+
+def _set_verdict(sample: Sample, verdict: Verdict) -> None:
+    """Store the verdict; what could not be graded has reward 0 and is counted and masked by who uses it."""
+    sample.verdict = verdict
+    sample.reward = verdict.score if verdict.graded else 0.0
+
+
+def _check_generated(sample: Sample) -> None:
+    """Refuse what a custom function may have got wrong."""
+    if not isinstance(sample, Sample):
+        raise QwenchError(f"--custom-generate-function-path must return a Sample or a list of them, got {sample!r}.")
+    label = f"--custom-generate-function-path: sample {sample.sample_id}"
+    if sample.status is Status.PENDING:
+        raise QwenchError(f"{label} came back pending; call context.generate or set its status.")
+    columns = (len(sample.loss_mask), len(sample.rollout_log_probs), len(sample.weight_versions))
+    if set(columns) != {sample.response_length}:
+        raise QwenchError(
+            f"{label} has {sample.response_length} response tokens, but {columns[0]} mask entries, {columns[1]} log-probs and "
+            f"{columns[2]} weight versions; use Sample.append, which keeps them equal."
+        )
