@@ -63,7 +63,10 @@ class TrainBackend(Protocol):
     device: torch.device
 
     def log_probs(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[Tensor]:
-        """Return [T] float32 per micro-batch on the CPU: log-prob of `labels` under the held weights, no gradient."""
+        """Return [T] float32 per micro-batch on the CPU: log-prob of `labels` under the held weights, no gradient.
+
+        Positions outside `loss_mask` are not computed and read 0.
+        """
         ...
 
     def update(self, micro_batches: Sequence[MicroBatch], loss: LossFunction, *, temperature: float,
@@ -95,11 +98,11 @@ class TrainBackend(Protocol):
         """Sum over the data-parallel ranks."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write model, optimizer, schedule and RNG under `folder` (which exists and is empty); collective."""
+    def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
+        """Write model, RNG and, unless told otherwise, optimizer and schedule under the empty `folder`; collective."""
         ...
 
-    def load(self, folder: Path, *, weights_only: bool = False) -> None:
+    def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
         """Read what `save` wrote; `weights_only` leaves optimizer, schedule and RNG fresh; collective."""
         ...
 

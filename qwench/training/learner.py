@@ -100,20 +100,20 @@ class Learner:
         kept = [rollout.samples[i] for i in plan.order]
         return Learned(metrics={**rollout_metrics(kept, batch), **perf}, steps=steps)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Write everything that a resumed run needs under the empty `folder`; a reference that moves under `reference`."""
-        self._backend.save(folder)
+        self._backend.save(folder, with_optimizer=with_optimizer)
         if self._reference_moves:
             (folder / _REFERENCE_FOLDER).mkdir(exist_ok=True)
             with self._backend.reference():
-                self._backend.save(folder / _REFERENCE_FOLDER)
+                self._backend.save(folder / _REFERENCE_FOLDER, with_optimizer=False)
 
-    def load(self, folder: Path, *, weights_only: bool = False) -> None:
+    def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
         """Read what `save` wrote; without a saved reference, the one from the start stays."""
         if self._reference_moves and (folder / _REFERENCE_FOLDER).is_dir():
             self._backend.load(folder / _REFERENCE_FOLDER, weights_only=True)
             self._backend.snapshot_reference()
-        self._backend.load(folder, weights_only=weights_only)
+        self._backend.load(folder, weights_only=weights_only, with_rng=with_rng)
 
     def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
         """Yield all weights under Hugging Face names in buckets."""

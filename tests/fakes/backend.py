@@ -97,10 +97,10 @@ class TableBackend:
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         return self._all_reduce_sum(values)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         torch.save(self.table.detach(), folder / "table.pt")
 
-    def load(self, folder: Path, *, weights_only: bool = False) -> None:
+    def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
         self.table = torch.load(folder / "table.pt").requires_grad_()
 
     def sleep(self) -> None:

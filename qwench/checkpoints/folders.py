@@ -1,0 +1,104 @@
+"""What must be true of the folders of --save and --load, checked before any model is loaded.
+
+A folder that a run writes to carries `qwench_run.json` with the run's identity (model architecture, algorithm); only an
+empty folder or one with an equal identity is written to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from qwench.checkpoints.iterations import Iterations
+from qwench.config.checkpoint import CheckpointConfig
+from qwench.errors import ConfigError
+from qwench.files import TEMPORARY_SUFFIX, write_atomically
+from qwench.samples import Json
+
+MARKER = "qwench_run.json"
+
+
+def check_save_folder(config: CheckpointConfig, identity: Mapping[str, Json]) -> None:
+    """Make sure that --save can be written to and belongs to this run, and mark it; nothing of others is touched.
+
+    Raises:
+        ConfigError: it cannot be written to, holds files that are not ours, or another run's checkpoints.
+    """
+    if config.save_hf is not None:
+        hf_folder(config.save_hf, 0)
+    if config.save is None:
+        return
+    try:
+        config.save.mkdir(parents=True, exist_ok=True)
+        _check_ours(config.save, identity)
+        write_atomically(config.save / MARKER, json.dumps(dict(identity), indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--save {config.save} cannot be written to ({error}); give another folder.") from error
+
+
+def check_load_folder(config: CheckpointConfig, identity: Mapping[str, Json]) -> None:
+    """Make sure that the run has something to start from.
+
+    Raises:
+        ConfigError: --load has no checkpoint (and it is not the folder of --save, nor is --ref-load given), not the one of
+            --ckpt-step, or one of another model or algorithm.
+    """
+    if config.load is None:
+        return
+    found = Iterations(config.load).newest_first()
+    if config.ckpt_step is not None and not Iterations(config.load).folder(config.ckpt_step).is_dir():
+        raise ConfigError(
+            f"--load {config.load} has no checkpoint of --ckpt-step {config.ckpt_step}; it has {found or 'none'}."
+        )
+    if not found and config.ref_load is None and not is_save_folder(config, config.load):
+        raise ConfigError(
+            f"--load {config.load} has no checkpoint; give a folder with one, --ref-load to start from its weights, "
+            "or leave --load out to start from --hf-checkpoint."
+        )
+    if (config.load / MARKER).is_file():
+        check_identity(_read_marker(config.load, flag="--load"), identity, what=f"--load {config.load}")
+
+
+def check_identity(written: Mapping[str, Json], identity: Mapping[str, Json], *, what: str) -> None:
+    """Raise ConfigError that names the first fact in which a folder's run and this run differ."""
+    for fact in sorted({*written, *identity}):
+        if written.get(fact) != identity.get(fact):
+            raise ConfigError(
+                f"{what} is of a run with {fact} {written.get(fact)!r}, this one has {identity.get(fact)!r}; "
+                "give another folder."
+            )
+
+
+def is_save_folder(config: CheckpointConfig, folder: Path) -> bool:
+    """Tell whether `folder` is the one of --save, however it is spelled."""
+    return config.save is not None and config.save.resolve() == folder.resolve()
+
+
+def hf_folder(template: str, rollout_id: int) -> Path:
+    """Fill the id of the last rollout learned from into --save-hf."""
+    try:
+        return Path(template.format(rollout_id=rollout_id))
+    except (KeyError, IndexError, ValueError) as error:
+        raise ConfigError(f"--save-hf {template!r} has a placeholder other than {{rollout_id}}; use only that one.") from error
+
+
+def _check_ours(folder: Path, identity: Mapping[str, Json]) -> None:
+    if (folder / MARKER).is_file():
+        check_identity(_read_marker(folder, flag="--save"), identity, what=f"--save {folder}")
+        return
+    foreign = sorted(path.name for path in folder.iterdir() if path.name != MARKER + TEMPORARY_SUFFIX)
+    if foreign:
+        raise ConfigError(
+            f"--save {folder} holds files that are not of a Qwench run ({', '.join(foreign[:3])}); give an empty or new folder."
+        )
+
+
+def _read_marker(folder: Path, *, flag: str) -> Mapping[str, Json]:
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{flag} {folder}: {MARKER} cannot be read ({error}); give another folder.") from error
+    if not isinstance(marker, dict):
+        raise ConfigError(f"{flag} {folder}: {MARKER} is not a JSON object; give another folder.")
+    return marker

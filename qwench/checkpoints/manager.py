@@ -1,0 +1,215 @@
+"""Save the whole state of a run, and find it again.
+
+    iter_0000020/model, optimizer, lr_scheduler, rng.pt     written by the learner, all ranks together
+                 rollouts.json                              where in the data, and samples begun but not finished
+                 meta.json                                  identity and manifest; written last
+
+A kill at any moment leaves the previous checkpoint or the new one, never a state that looks whole and is not. The same
+command started again continues from --save.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import orjson
+
+from qwench.checkpoints.folders import check_identity, check_load_folder, check_save_folder, hf_folder, is_save_folder
+from qwench.checkpoints.iterations import Iterations
+from qwench.checkpoints.manifest import read_manifest, write_manifest
+from qwench.config.checkpoint import CheckpointConfig
+from qwench.engines.protocol import WeightBucket
+from qwench.errors import CheckpointError, ConfigError
+from qwench.observability.console import Console
+from qwench.observability.timing import PhaseTimer
+from qwench.samples import Json
+
+_ROLLOUTS = "rollouts.json"
+_EXPORT_BUCKET_BYTES = 512 * 1024**2
+
+HfWriter = Callable[[Path, Iterator[WeightBucket]], None]
+"""Writes a Hugging Face folder, whole or not at all: `models.hf.write_hf_checkpoint` with its source bound."""
+
+
+class SavesTraining(Protocol):
+    """What a checkpoint needs of the learner; all methods are collective."""
+
+    def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
+        """Write model, optimizer, schedule and RNG into an empty folder."""
+        ...
+
+    def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
+        """Read what `save` wrote."""
+        ...
+
+    def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
+        """Yield all weights under Hugging Face names in buckets."""
+        ...
+
+
+class SavesRollouts(Protocol):
+    """What a checkpoint needs of the source of rollouts."""
+
+    def state_dict(self) -> Mapping[str, Json]:
+        """Return the JSON-compatible state after the rollouts taken so far."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Json]) -> None:
+        """Go on from a state."""
+        ...
+
+
+class CheckpointManager:
+    """See the module docstring. Every rank of the learner holds one; only the main rank renames and deletes."""
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        identity: Mapping[str, Json],
+        console: Console,
+        *,
+        write_hf: HfWriter | None = None,
+        timer: PhaseTimer | None = None,
+        is_main: bool = True,
+        barrier: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Check the folders of --save and --load, and mark --save as this run's.
+
+        Args:
+            identity: Facts, JSON-compatible, that a checkpoint and the run that resumes from it must share.
+            barrier: Waits for all ranks of the learner.
+
+        Raises:
+            ConfigError: see `folders`.
+        """
+        assert config.save_hf is None or write_hf is not None, "--save-hf needs a writer"
+        self._config = config
+        self._identity = dict(identity)
+        self._console = console
+        self._write_hf = write_hf
+        self._timer = timer or PhaseTimer()
+        self._is_main = is_main
+        self._barrier = barrier
+        self._iterations = Iterations(config.save) if config.save is not None else None
+        check_load_folder(config, identity)
+        if is_main:
+            check_save_folder(config, identity)
+
+    def restore(self, learner: SavesTraining, rollouts: SavesRollouts) -> int:
+        """Load the newest whole checkpoint, if there is one, and return the id of the first rollout to do.
+
+        Raises:
+            CheckpointError: there are checkpoints, but all of them are damaged.
+            ConfigError: the checkpoint is of another model or algorithm, or has no optimizer and --no-load-optim is not given.
+        """
+        if self._is_main and self._iterations is not None:
+            self._iterations.clean()
+        self._barrier()
+        for source in self._sources():
+            found = self._newest_whole(source)
+            if found is not None:
+                iteration, meta = found
+                self._load(source.folder(iteration), meta, learner, rollouts)
+                return iteration
+        if self._config.load is not None:
+            start = f"the weights of --ref-load {self._config.ref_load}" if self._config.ref_load else "--hf-checkpoint"
+            self._console.say(f"no checkpoint in --load {self._config.load}: starting at rollout 0 from {start}")
+        return 0
+
+    def save(self, next_rollout_id: int, learner: SavesTraining, rollouts: SavesRollouts) -> None:
+        """Write a checkpoint that resumes with `next_rollout_id`, then delete old ones; without --save do nothing.
+
+        Raises:
+            CheckpointError: it could not be written; the checkpoints before it are untouched.
+        """
+        if self._iterations is None:
+            return
+        with self._timer.phase("save"), self._console.phase("save"):
+            try:
+                # The export comes first: then a checkpoint never lacks the export that was to go with it.
+                self._export(next_rollout_id - 1, learner)
+                self._write(self._iterations, next_rollout_id, learner, rollouts)
+            except OSError as error:
+                raise CheckpointError(
+                    f"checkpoint {next_rollout_id} could not be written to --save {self._config.save} ({error})."
+                ) from error
+
+    def _sources(self) -> list[Iterations]:
+        """Return where to look, in order: the run's own folder first, because the same command may have run before."""
+        config = self._config
+        if config.ckpt_step is not None:
+            assert config.load is not None, "--ckpt-step needs --load"
+            return [Iterations(config.load)]
+        own = [self._iterations] if self._iterations is not None else []
+        other = [Iterations(config.load)] if config.load is not None and not is_save_folder(config, config.load) else []
+        return own + other
+
+    def _newest_whole(self, source: Iterations) -> tuple[int, Mapping[str, Json]] | None:
+        """Return the newest checkpoint that is as it was written and its meta.json; None where there is no checkpoint."""
+        step = self._config.ckpt_step
+        candidates = source.newest_first() if step is None else [step]
+        for iteration in candidates:
+            try:
+                return iteration, read_manifest(source.folder(iteration))
+            except CheckpointError as error:
+                self._console.say(f"warning: checkpoint {iteration} is damaged and passed over: {error}")
+        if candidates:
+            raise CheckpointError(
+                f"no checkpoint in {source.root} is whole (damaged: {', '.join(map(str, candidates))}); restore the files "
+                "from a copy, or start anew with another --save and without --load."
+            )
+        return None
+
+    def _load(self, folder: Path, meta: Mapping[str, Json], learner: SavesTraining, rollouts: SavesRollouts) -> None:
+        check_identity(meta["identity"], self._identity, what=str(folder))
+        weights_only = self._config.no_load_optim
+        if not weights_only and not meta["has_optimizer"]:
+            raise ConfigError(f"{folder} was written with --no-save-optim and has no optimizer; give --no-load-optim.")
+        self._console.say(f"resuming from {folder}")
+        learner.load(folder, weights_only=weights_only, with_rng=not self._config.no_load_rng)
+        rollouts.load_state_dict(json.loads((folder / _ROLLOUTS).read_bytes()))
+
+    def _export(self, rollout_id: int, learner: SavesTraining) -> None:
+        """Write the Hugging Face folder of --save-hf; the other ranks only take part in gathering the weights."""
+        if self._config.save_hf is None or self._write_hf is None:
+            return
+        buckets = learner.weights(bucket_bytes=_EXPORT_BUCKET_BYTES)
+        if self._is_main:
+            self._write_hf(hf_folder(self._config.save_hf, rollout_id), buckets)
+        else:
+            for _ in buckets:
+                pass
+
+    def _write(self, iterations: Iterations, iteration: int, learner: SavesTraining, rollouts: SavesRollouts) -> None:
+        folder = iterations.temporary(iteration)
+        if self._is_main:
+            iterations.begin(iteration)
+        self._barrier()
+        has_optimizer = not self._config.no_save_optim
+        learner.save(folder, with_optimizer=has_optimizer)
+        self._barrier()
+        if self._is_main:
+            (folder / _ROLLOUTS).write_bytes(_to_json(rollouts.state_dict()))
+            facts = {"iteration": iteration, "identity": self._identity, "has_optimizer": has_optimizer}
+            write_manifest(folder, facts)
+            iterations.complete(iteration)
+            self._prune(iterations, iteration)
+        self._barrier()
+
+    def _prune(self, iterations: Iterations, newest: int) -> None:
+        """Delete old checkpoints, once the newest was read back as it was written."""
+        if self._config.keep_checkpoints is not None:
+            read_manifest(iterations.folder(newest))
+            iterations.prune(self._config.keep_checkpoints)
+
+
+def _to_json(state: Mapping[str, Json]) -> bytes:
+    try:
+        return orjson.dumps(dict(state))
+    except TypeError as error:
+        raise CheckpointError(
+            f"the state of the rollouts cannot be written as JSON ({error}); check sample metadata."
+        ) from error

@@ -1,0 +1,230 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qwench.checkpoints.manager import CheckpointManager
+from qwench.config.checkpoint import CheckpointConfig
+from qwench.engines.protocol import WeightBucket
+from qwench.errors import CheckpointError, ConfigError
+from tests.fakes.console import RecordingConsole
+from tests.fakes.learner import CountingLearner, CountingRollouts
+
+IDENTITY = {"algorithm": "grpo", "num_layers": 2}
+
+
+def manager_of(**flags) -> CheckpointManager:
+    return CheckpointManager(CheckpointConfig(**flags), IDENTITY, RecordingConsole())
+
+
+def save_all(manager: CheckpointManager, *next_rollout_ids: int) -> None:
+    for i in next_rollout_ids:
+        manager.save(i, CountingLearner(100 + i), CountingRollouts(i))
+
+
+def restored(**flags) -> tuple[int, int, int]:
+    """Return first rollout id, the learner's value and the rollouts' position of a new process."""
+    learner, rollouts = CountingLearner(), CountingRollouts()
+    first = manager_of(**flags).restore(learner, rollouts)
+    return first, learner.value, rollouts.taken
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_same_command_continues_from_its_last_save(tmp_path):
+    manager = manager_of(save=tmp_path / "run")
+    assert manager.restore(CountingLearner(), CountingRollouts()) == 0
+    save_all(manager, 1, 2)
+    assert restored(save=tmp_path / "run") == (2, 102, 2)
+    assert restored(save=tmp_path / "run", load=tmp_path / "run") == (2, 102, 2)
+
+
+def test_layout_is_the_documented_one(tmp_path):
+    save_all(manager_of(save=tmp_path), 20)
+    assert names_in(tmp_path) == ["iter_0000020", "latest_checkpointed_iteration.txt", "qwench_run.json"]
+    assert names_in(tmp_path / "iter_0000020") == ["lr_scheduler", "meta.json", "model", "optimizer", "rng.pt", "rollouts.json"]
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "20\n"
+
+
+def test_load_folder_of_an_earlier_run_is_read_once_then_the_own_folder(tmp_path):
+    save_all(manager_of(save=tmp_path / "old"), 5)
+    flags = {"save": tmp_path / "new", "load": tmp_path / "old"}
+    assert restored(**flags) == (5, 105, 5)
+    save_all(manager_of(**flags), 6)
+    assert restored(**flags) == (6, 106, 6)
+
+
+def test_ckpt_step_picks_an_older_checkpoint_and_what_follows_replaces_the_newer_ones(tmp_path):
+    flags = {"save": tmp_path, "load": tmp_path}
+    save_all(manager_of(**flags), 1, 2, 3)
+    manager = manager_of(**flags, ckpt_step=1)
+    learner = CountingLearner()
+    assert manager.restore(learner, CountingRollouts()) == 1
+    assert learner.value == 101
+    manager.save(2, CountingLearner(202), CountingRollouts(2))
+    assert restored(**flags) == (2, 202, 2)  # not 3, which belongs to the abandoned continuation
+    with pytest.raises(ConfigError, match=r"no checkpoint of --ckpt-step 9; it has \[2, 1\]"):
+        restored(**flags, ckpt_step=9)
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        ({}, ["model", "optimizer", "rng"]),
+        ({"no_load_rng": True}, ["model", "optimizer"]),
+        ({"no_load_optim": True}, ["model"]),
+    ],
+)
+def test_what_is_loaded_follows_the_flags(tmp_path, flags, parts):
+    save_all(manager_of(save=tmp_path), 1)
+    learner = CountingLearner()
+    manager_of(save=tmp_path, **flags).restore(learner, CountingRollouts())
+    assert learner.loaded == parts
+
+
+def test_checkpoint_without_optimizer_says_so(tmp_path):
+    save_all(manager_of(save=tmp_path, no_save_optim=True), 1)
+    assert "optimizer" not in names_in(tmp_path / "iter_0000001")
+    with pytest.raises(ConfigError, match=r"--no-save-optim and has no optimizer; give --no-load-optim"):
+        restored(save=tmp_path)
+    assert restored(save=tmp_path, no_load_optim=True) == (1, 101, 1)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    save_all(manager_of(save=tmp_path, keep_checkpoints=2), 1, 2, 3, 10)
+    assert names_in(tmp_path) == ["iter_0000003", "iter_0000010", "latest_checkpointed_iteration.txt", "qwench_run.json"]
+
+
+def test_nothing_is_deleted_when_the_new_checkpoint_is_not_as_it_was_written(tmp_path, monkeypatch):
+    manager = manager_of(save=tmp_path, keep_checkpoints=1)
+    save_all(manager, 1)
+    rename = Path.replace
+
+    def rename_and_lose_a_byte(source: Path, target: Path) -> Path:
+        final = rename(source, target)
+        if final.name == "iter_0000002":
+            (final / "model" / "__0_0.distcp").write_bytes(b"short")
+        return final
+
+    monkeypatch.setattr(Path, "replace", rename_and_lose_a_byte)
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp has size 5, not 400 as written"):
+        save_all(manager, 2)
+    assert restored(save=tmp_path) == (1, 101, 1)
+
+
+DAMAGES = {
+    "file missing": lambda folder: (folder / "optimizer" / "__0_0.distcp").unlink(),
+    "file cut short": lambda folder: (folder / "model" / "__0_0.distcp").write_bytes(b"103\n"),
+    "byte flipped": lambda folder: (folder / "rng.pt").write_bytes(b"rnG"),
+    "no meta.json": lambda folder: (folder / "meta.json").unlink(),
+    "meta.json cut short": lambda folder: (folder / "meta.json").write_text('{"files": {'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_newest_is_passed_over_with_a_warning(tmp_path, damage):
+    save_all(manager_of(save=tmp_path), 2, 3)
+    damage(tmp_path / "iter_0000003")
+    console = RecordingConsole()
+    learner, rollouts = CountingLearner(), CountingRollouts()
+    assert CheckpointManager(CheckpointConfig(save=tmp_path), IDENTITY, console).restore(learner, rollouts) == 2
+    assert learner.value == 102
+    assert console.events[0][1].startswith("warning: checkpoint 3 is damaged and passed over: ")
+    assert console.events[1] == ("say", f"resuming from {tmp_path / 'iter_0000002'}")
+    save_all(manager_of(save=tmp_path), 3)  # the repeated rollout's checkpoint takes the damaged one's place
+    assert restored(save=tmp_path) == (3, 103, 3)
+
+
+def test_all_damaged_is_an_error_and_never_a_fresh_start(tmp_path):
+    save_all(manager_of(save=tmp_path), 2)
+    DAMAGES["no meta.json"](tmp_path / "iter_0000002")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole \(damaged: 2\)"):
+        restored(save=tmp_path)
+
+
+@pytest.mark.parametrize("pointer", [None, "rubbish"])
+def test_lost_pointer_means_the_newest_whole_folder(tmp_path, pointer):
+    save_all(manager_of(save=tmp_path), 2, 3)
+    path = tmp_path / "latest_checkpointed_iteration.txt"
+    path.unlink() if pointer is None else path.write_text(pointer)
+    assert restored(save=tmp_path) == (3, 103, 3)
+
+
+def test_empty_load_is_an_error_unless_there_is_something_else_to_start_from(tmp_path):
+    flags = {"load": tmp_path / "absent", "save": tmp_path / "run"}
+    with pytest.raises(ConfigError, match=r"--load .*absent has no checkpoint; give .* --ref-load"):
+        manager_of(**flags)
+    console = RecordingConsole()
+    manager = CheckpointManager(CheckpointConfig(**flags, ref_load=tmp_path / "base"), IDENTITY, console)
+    assert manager.restore(CountingLearner(), CountingRollouts()) == 0
+    start = f"starting at rollout 0 from the weights of --ref-load {tmp_path / 'base'}"
+    assert console.events == [("say", f"no checkpoint in --load {tmp_path / 'absent'}: {start}")]
+    assert restored(load=tmp_path / "run", save=tmp_path / "deep" / ".." / "run") == (0, 0, 0)
+
+
+def test_without_save_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_all(manager_of(), 1)
+    assert names_in(tmp_path) == []
+
+
+def test_full_disk_leaves_the_checkpoints_before_it(tmp_path):
+    class FullDisk(CountingLearner):
+        def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
+            (folder / "model").mkdir()
+            raise OSError(28, "No space left on device")
+
+    manager = manager_of(save=tmp_path)
+    save_all(manager, 1)
+    with pytest.raises(CheckpointError, match=r"checkpoint 2 could not be written .* No space left on device"):
+        manager.save(2, FullDisk(), CountingRollouts())
+    assert restored(save=tmp_path) == (1, 101, 1)
+    assert names_in(tmp_path) == ["iter_0000001", "latest_checkpointed_iteration.txt", "qwench_run.json"]
+
+
+def test_state_that_is_not_json_is_named(tmp_path):
+    rollouts = CountingRollouts()
+    rollouts.state_dict = lambda: {"tool": object()}
+    with pytest.raises(CheckpointError, match="state of the rollouts cannot be written as JSON"):
+        manager_of(save=tmp_path).save(1, CountingLearner(), rollouts)
+
+
+def test_export_goes_with_every_checkpoint_under_the_last_rollouts_id(tmp_path):
+    written: list[tuple[Path, int, bool]] = []
+
+    def write_hf(folder: Path, buckets: Iterator[WeightBucket]) -> None:
+        value = next(iter(dict(bucket)["value"].item() for bucket in buckets))
+        written.append((folder, value, (tmp_path / "iter_0000020").exists()))
+
+    config = CheckpointConfig(save=tmp_path, save_hf=str(tmp_path / "hf_{rollout_id}"))
+    CheckpointManager(config, IDENTITY, RecordingConsole(), write_hf=write_hf).save(20, CountingLearner(7), CountingRollouts())
+    assert written == [(tmp_path / "hf_19", 7, False)]  # before the checkpoint, so that none lacks its export
+
+
+def test_other_ranks_take_part_in_collectives_and_touch_no_files(tmp_path):
+    events: list[str] = []
+
+    class OtherRank(CountingLearner):
+        def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
+            events.append(f"save {folder.name}")
+
+        def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
+            events.append("gather first bucket")
+            yield []
+            events.append("gather to the end")
+
+    def write_hf(folder: Path, buckets: Iterator[WeightBucket]) -> None:
+        raise AssertionError("the main rank writes")
+
+    config = CheckpointConfig(save=tmp_path, save_hf=str(tmp_path / "hf"))
+    manager = CheckpointManager(
+        config, IDENTITY, RecordingConsole(), write_hf=write_hf, is_main=False, barrier=lambda: events.append("barrier")
+    )
+    manager.save(3, OtherRank(), CountingRollouts())
+    assert events == [
+        *["gather first bucket", "gather to the end"],
+        *["barrier", "save iter_0000003.writing", "barrier", "barrier"],
+    ]
+    assert names_in(tmp_path) == []
