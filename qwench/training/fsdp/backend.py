@@ -60,7 +60,8 @@ class FsdpBackend:
             torch.use_deterministic_algorithms(True)
         mesh = build_mesh(device, dp_replicate=settings.dp_replicate)
         # In the checkpoint's own dtype: masters are float32 only as shards on the device.
-        model = load_model(model_folder, dtype=load_hf_config(model_folder).dtype or MASTER_DTYPE)
+        stored = load_hf_config(model_folder).dtype
+        model = load_model(model_folder, dtype=stored if isinstance(stored, torch.dtype) else MASTER_DTYPE)
         install_attention(model, settings.attention, device=device, dtype=settings.param_dtype)
         policy = Policy(
             model,

@@ -42,6 +42,8 @@ def save_optimizer(folder: Path, optimizer: MasterOptimizer) -> None:
 
 def load_optimizer(folder: Path, optimizer: MasterOptimizer) -> None:
     """Read moments and step count; collective."""
+    if not (folder / "lr_scheduler").exists():
+        raise CheckpointError(f"{folder} was saved without its optimizer; pass --no-load-optim to start with a fresh one.")
     counter: dict[str, Tensor] = {_NUM_STEPS: torch.tensor(0)}
     _load(folder / "lr_scheduler", counter)
     optimizer.reset(int(counter[_NUM_STEPS]))

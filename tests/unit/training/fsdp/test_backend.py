@@ -170,6 +170,28 @@ def test_loading_weights_only_leaves_a_fresh_optimizer(model_folder: Path, tmp_p
     torch.testing.assert_close(step, torch.full_like(step, 1e-3), rtol=1e-2, atol=0)
 
 
+def test_a_checkpoint_without_optimizer_says_so(model_folder: Path, tmp_path: Path):
+    backend = _build(model_folder)
+    _train(backend)
+    backend.save(tmp_path, with_optimizer=False)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model", "rng.pt"]
+    with pytest.raises(CheckpointError, match="--no-load-optim"):
+        _build(model_folder).load(tmp_path)
+    fresh = _build(model_folder)
+    fresh.load(tmp_path, weights_only=True)
+    assert all(torch.equal(_published(fresh)[name], tensor) for name, tensor in _published(backend).items())
+
+
+def test_the_generators_can_be_left_alone(model_folder: Path, tmp_path: Path):
+    backend = _build(model_folder)
+    torch.manual_seed(8)
+    backend.save(tmp_path)
+    torch.manual_seed(9)
+    state = torch.get_rng_state()
+    backend.load(tmp_path, with_rng=False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_checkpoint_before_the_first_step_loads(model_folder: Path, tmp_path: Path):
     _build(model_folder).save(tmp_path)
     resumed = _build(model_folder)
