@@ -86,9 +86,13 @@ class TorchAttention:
         output = torch.empty_like(q_THK)
         for decode in self._decode_blocks:
             output[decode.rows] = self._attend_decodes(decode, q_THK[decode.rows], keys, values)
-        for prefill in self._prefill_blocks:
-            output[prefill.queries[prefill.valid]] = self._attend_prefills(prefill, q_THK, keys, values)
+        self.attend_prefills(q_THK, keys, values, output)
         return output
+
+    def attend_prefills(self, q_THK: Tensor, keys: Tensor, values: Tensor, output: Tensor) -> None:
+        """Write the prefill tokens' part of the output [T, H, K]."""
+        for block in self._prefill_blocks:
+            output[block.queries[block.valid]] = self._attend_block(block, q_THK, keys, values)
 
     def _attend_decodes(self, block: _DecodeBlock, q_NHK: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         num_rows, num_heads, head_dim = q_NHK.shape
@@ -98,7 +102,7 @@ class TorchAttention:
         )
         return attended.reshape(num_rows, num_heads, head_dim)
 
-    def _attend_prefills(self, block: _PrefillBlock, q_THK: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _attend_block(self, block: _PrefillBlock, q_THK: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         num_rows = len(block.queries)
         attended = functional.scaled_dot_product_attention(
             q_THK[block.queries].transpose(1, 2),

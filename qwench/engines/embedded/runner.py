@@ -123,6 +123,6 @@ class Runner:
         if self._device.type == "cuda":
             # Imported late on purpose: Triton exists only where CUDA (or ROCm) does.
             cuda = import_module("qwench.engines.embedded.attention_cuda")
-            attention: Attention = cuda.CudaAttention(self._settings.page_size, self._device)
+            attention: Attention = cuda.CudaAttention(self._settings.page_size, self._settings.resolved_dtype, self._device)
             return attention
         return TorchAttention(self._settings.page_size, self._settings.resolved_dtype, self._device)

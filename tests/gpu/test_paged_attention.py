@@ -1,0 +1,85 @@
+"""The CUDA kernels of the embedded engine against the plain reference, and the engine with and without graphs."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+import torch
+
+from qwench.engines.embedded.attention import TorchAttention
+from qwench.engines.embedded.batch import Chunks, StepBatch
+from tests.contract.engine_hosts import ask, generate_all, make_engine, make_model, prompt_of, reference_log_probs
+
+pytestmark = [pytest.mark.gpu(1), pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+PAGE_SIZE = 16
+DEVICE = torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def attention_cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    return pytest.importorskip("qwench.engines.embedded.attention_cuda", exc_type=ImportError)
+
+
+def chunks_of(starts: list[int], counts: list[int], tables: np.ndarray) -> Chunks:
+    return Chunks(starts=np.array(starts, dtype=np.int32), counts=np.array(counts, dtype=np.int32), tables=tables)
+
+
+def batch_of(decodes: Chunks, prefills: Chunks) -> StepBatch:
+    unused = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    return StepBatch(
+        token_ids=unused,
+        positions=unused,
+        slots=unused,
+        logit_tokens=unused,
+        decodes=decodes,
+        decode_tables=torch.from_numpy(np.ascontiguousarray(decodes.tables)).to(DEVICE),
+        decode_lengths=torch.from_numpy(decodes.lengths).to(DEVICE),
+        prefills=prefills,
+    )
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 8, 128), (14, 2, 64), (9, 3, 64), (4, 4, 32)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+def test_cuda_attention_equals_the_reference(attention_cuda, heads, kv_heads, head_dim, dtype, tolerance):
+    torch.manual_seed(0)
+    lengths = [1, 15, 16, 17, 511, 512, 513, 1500]
+    starts, counts = [0, 40, 0, 200], [33, 7, 1, 100]
+    num_pages = 97
+    num_rows = len(lengths) + len(starts)
+    tables = np.random.default_rng(0).integers(1, num_pages, (num_rows, 94)).astype(np.int32)
+    decodes = chunks_of([length - 1 for length in lengths], [1] * len(lengths), tables[: len(lengths)])
+    prefills = chunks_of(starts, counts, tables[len(lengths) :])
+    batch = batch_of(decodes, prefills)
+    keys, values = torch.randn(2, num_pages, PAGE_SIZE, kv_heads, head_dim, device=DEVICE, dtype=dtype)
+    q_THK = torch.randn(len(lengths) + sum(counts), heads, head_dim, device=DEVICE, dtype=dtype)
+    outputs = []
+    for attention in (attention_cuda.CudaAttention(PAGE_SIZE, dtype, DEVICE), TorchAttention(PAGE_SIZE, dtype, DEVICE)):
+        attention.prepare(batch)
+        outputs.append(attention(q_THK, keys, values))
+    torch.testing.assert_close(outputs[0], outputs[1], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_engine_on_cuda_gives_hugging_face_log_probs(graphs, family):
+    model = make_model(family)
+    requests = [
+        ask(f"r{i}", prompt_of(3 + 11 * (i // 3), seed=i // 3), seed=i, max_new_tokens=5 + 7 * i, ignore_eos=True)
+        for i in range(9)
+    ]
+
+    async def scenario():
+        engine = make_engine(model, device="cuda", dtype=torch.float32, cuda_graphs=graphs)
+        results = await generate_all(engine, requests)
+        await engine.close()
+        return results
+
+    for request, result in zip(requests, asyncio.run(scenario()), strict=True):
+        torch.testing.assert_close(
+            torch.tensor(result.log_probs), reference_log_probs(model, request, result), atol=1e-4, rtol=0
+        )
