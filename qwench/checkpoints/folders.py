@@ -12,8 +12,9 @@ from pathlib import Path
 
 from qwench.checkpoints.iterations import Iterations
 from qwench.config.checkpoint import CheckpointConfig
-from qwench.errors import ConfigError
+from qwench.errors import CheckpointError, ConfigError
 from qwench.files import TEMPORARY_SUFFIX, write_atomically
+from qwench.models.hf import check_export_folder
 from qwench.samples import Json
 
 MARKER = "qwench_run.json"
@@ -25,10 +26,9 @@ def check_save_folder(config: CheckpointConfig, identity: Mapping[str, Json]) ->
     Raises:
         ConfigError: it cannot be written to, holds files that are not ours, or another run's checkpoints.
     """
-    if config.save_hf is not None:
-        hf_folder(config.save_hf, 0)
     if config.save is None:
         return
+    _check_export_folder(config)
     try:
         config.save.mkdir(parents=True, exist_ok=True)
         _check_ours(config.save, identity)
@@ -81,6 +81,15 @@ def hf_folder(template: str, rollout_id: int) -> Path:
         return Path(template.format(rollout_id=rollout_id))
     except (KeyError, IndexError, ValueError) as error:
         raise ConfigError(f"--save-hf {template!r} has a placeholder other than {{rollout_id}}; use only that one.") from error
+
+
+def _check_export_folder(config: CheckpointConfig) -> None:
+    """Refuse a --save-hf that would replace a model of the user's; with a placeholder, the first rollout's stands for all."""
+    if config.save_hf is not None:
+        try:
+            check_export_folder(hf_folder(config.save_hf, 0))
+        except CheckpointError as error:
+            raise ConfigError(f"--save-hf {config.save_hf}: {error}") from error
 
 
 def _check_ours(folder: Path, identity: Mapping[str, Json]) -> None:

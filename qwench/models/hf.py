@@ -143,7 +143,7 @@ def write_hf_checkpoint(
         CheckpointError: `folder` holds something that we did not write, or the buckets lack a weight.
     """
     folder, source = Path(folder), Path(source)
-    _check_replaceable(folder)
+    check_export_folder(folder)
     config = load_hf_config(source)
     partial = folder.with_name(folder.name + TEMPORARY_SUFFIX)
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
@@ -161,6 +161,16 @@ def write_hf_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_export_folder(folder: Path) -> None:
+    """Make sure that an export to `folder` replaces nothing but an earlier export.
+
+    Raises:
+        CheckpointError: it holds something that we did not write.
+    """
+    if folder.exists() and not (folder / _EXPORT_MARKER).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and was not written by an export; choose another --save-hf folder.")
+
+
 def expected_weights(config: PretrainedConfig) -> set[str]:
     """Return the names of a model's parameters; a tied output layer is not one."""
     with torch.device("meta"):
@@ -170,11 +180,6 @@ def expected_weights(config: PretrainedConfig) -> set[str]:
 def _untied(buckets: Iterable[Sequence[tuple[str, Tensor]]], *, tied: bool) -> Iterable[Sequence[tuple[str, Tensor]]]:
     for bucket in buckets:
         yield [(name, tensor) for name, tensor in bucket if not (tied and name == "lm_head.weight")]
-
-
-def _check_replaceable(folder: Path) -> None:
-    if folder.exists() and not (folder / _EXPORT_MARKER).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and was not written by an export; choose another --save-hf folder.")
 
 
 def _check_complete(written: Iterable[str], config: PretrainedConfig, folder: Path) -> None:

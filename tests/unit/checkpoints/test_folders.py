@@ -62,9 +62,19 @@ def test_kill_while_the_marker_was_written_leaves_an_empty_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["qwench_run.json"]
 
 
+def test_export_over_a_model_of_the_user_is_refused_at_the_start(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    before = content_of(tmp_path)
+    with pytest.raises(ConfigError, match=r"--save-hf .*base: .* was not written by an export"):
+        check_save_folder(CheckpointConfig(save=tmp_path / "run", save_hf=str(base)), IDENTITY)
+    assert content_of(tmp_path) == before
+
+
 def test_export_template_with_an_unknown_placeholder_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="placeholder other than {rollout_id}".replace("{", r"\{").replace("}", r"\}")):
-        check_save_folder(CheckpointConfig(save=tmp_path, save_hf="hf_{step}"), IDENTITY)
+    with pytest.raises(ConfigError, match=r"placeholder other than \{rollout_id\}"):
+        check_save_folder(CheckpointConfig(save=tmp_path / "run", save_hf="hf_{step}"), IDENTITY)
 
 
 def test_checkpoint_of_another_model_is_refused_by_load_before_anything_is_loaded(tmp_path):
