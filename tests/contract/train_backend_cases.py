@@ -99,6 +99,7 @@ def plain_loop(folder: Path, *, num_steps: int = NUM_STEPS) -> StepsRecord:
     """Do what a backend must do, one sample at a time, with full logits and nothing of ours but the batch."""
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     batch = make_batch()
+    assert batch.old_log_probs is not None and batch.advantages is not None
     decayed = [w for w in model.parameters() if w.ndim > 1]
     kept = [w for w in model.parameters() if w.ndim == 1]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": kept, "weight_decay": 0.0}]

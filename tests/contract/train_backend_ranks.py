@@ -14,9 +14,9 @@ import torch.distributed as dist
 from qwench.errors import TrainingError
 from qwench.training.backend import TokenLoss, TrainBackend
 from qwench.training.batch import unpack
-from qwench.training.fsdp.backend import FsdpBackend
+from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
+from qwench.training.fsdp.optimizer import AdamSettings
 from qwench.training.fsdp.schedule import LrSchedule
-from qwench.training.fsdp.settings import AdamSettings, FsdpSettings
 from tests.contract import train_backend_cases as cases
 
 _TIMEOUT_S = 120
@@ -45,15 +45,18 @@ class Case:
 
 def build_fsdp(model_folder: Path, case: Case) -> TrainBackend:
     """Build the FSDP2 backend with the constants of the plain loop."""
-    settings = FsdpSettings(
+    return FsdpBackend.build(
+        model_folder,
+        settings=FsdpSettings(
+            param_dtype=torch.float32,
+            dp_replicate=case.dp_replicate,
+            gradient_checkpointing=case.gradient_checkpointing,
+            head_chunk_tokens=7,
+        ),
         adam=AdamSettings(betas=cases.BETAS, eps=cases.ADAM_EPS, weight_decay=cases.WEIGHT_DECAY, clip_grad=cases.CLIP_GRAD),
         schedule=LrSchedule(peak=cases.PEAK_LR, warmup_steps=2),
-        param_dtype=torch.float32,
-        dp_replicate=case.dp_replicate,
-        gradient_checkpointing=case.gradient_checkpointing,
-        head_chunk_tokens=7,
+        device=torch.device("cpu"),
     )
-    return FsdpBackend.build(model_folder, settings, device=torch.device("cpu"))
 
 
 BUILDERS: dict[str, Callable[[Path, Case], TrainBackend]] = {"fsdp": build_fsdp}

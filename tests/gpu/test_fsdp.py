@@ -11,10 +11,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from qwench.training.backend import TokenLoss
 from qwench.training.batch import MicroBatch, RolloutBatch, pack, unpack
-from qwench.training.fsdp.backend import FsdpBackend
+from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
+from qwench.training.fsdp.optimizer import AdamSettings
 from qwench.training.fsdp.process_group import init_process_group
 from qwench.training.fsdp.schedule import LrSchedule
-from qwench.training.fsdp.settings import AdamSettings, FsdpSettings
 
 pytestmark = [
     pytest.mark.gpu(1),
@@ -45,14 +45,13 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _build(folder: Path, device: torch.device, **settings) -> FsdpBackend:
-    chosen = FsdpSettings(
+    return FsdpBackend.build(
+        folder,
+        settings=FsdpSettings(param_dtype=torch.bfloat16, head_chunk_tokens=100, **settings),
         adam=AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1, clip_grad=1.0),
         schedule=LrSchedule(peak=1e-4),
-        param_dtype=torch.bfloat16,
-        head_chunk_tokens=100,
-        **settings,
+        device=device,
     )
-    return FsdpBackend.build(folder, chosen, device=device)
 
 
 def _batch() -> RolloutBatch:

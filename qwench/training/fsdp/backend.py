@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,11 +26,26 @@ from qwench.training.batch import MicroBatch
 from qwench.training.fsdp import checkpoint
 from qwench.training.fsdp.attention import install_attention
 from qwench.training.fsdp.host import HostCopy
-from qwench.training.fsdp.optimizer import MasterOptimizer
+from qwench.training.fsdp.optimizer import AdamSettings, MasterOptimizer
 from qwench.training.fsdp.parallelize import MASTER_DTYPE, parallelize
 from qwench.training.fsdp.policy import Policy
 from qwench.training.fsdp.process_group import build_mesh
-from qwench.training.fsdp.settings import FsdpSettings
+from qwench.training.fsdp.schedule import LrSchedule
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FsdpSettings:
+    """How the policy is computed and laid out."""
+
+    param_dtype: torch.dtype
+    """Of the forward, the backward and what is published."""
+    attention: str = "sdpa"
+    dp_replicate: int = 1
+    gradient_checkpointing: bool = False
+    torch_compile: bool = False
+    head_chunk_tokens: int = 4096
+    """Positions whose logits exist at a time."""
+    deterministic: bool = False
 
 
 class FsdpBackend:
@@ -50,7 +66,9 @@ class FsdpBackend:
         self._asleep: list[HostCopy] = []
 
     @classmethod
-    def build(cls, model_folder: Path, settings: FsdpSettings, *, device: torch.device) -> FsdpBackend:
+    def build(
+        cls, model_folder: Path, *, settings: FsdpSettings, adam: AdamSettings, schedule: LrSchedule, device: torch.device
+    ) -> FsdpBackend:
         """Load a Hugging Face checkpoint and shard it over all ranks (after `init_process_group`); collective.
 
         Raises:
@@ -77,7 +95,7 @@ class FsdpBackend:
             gradient_checkpointing=settings.gradient_checkpointing,
             torch_compile=settings.torch_compile,
         )
-        optimizer = MasterOptimizer(policy.named_weights(), settings.adam, settings.schedule, mesh.get_group("dp_shard"))
+        optimizer = MasterOptimizer(policy.named_weights(), adam, schedule, mesh.get_group("dp_shard"))
         return cls(policy, optimizer, device=device, param_dtype=settings.param_dtype)
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -11,11 +12,22 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from qwench.training.fsdp.schedule import LrSchedule
-from qwench.training.fsdp.settings import AdamSettings
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _NORM_EPS = 1e-6
 """Megatron's and torch's guard in clip / (norm + eps)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdamSettings:
+    """Constants of AdamW (--adam-beta1 ... --clip-grad)."""
+
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    """Of matrices; vectors (norms, biases) are not decayed."""
+    clip_grad: float
+    """Largest global gradient norm; 0 turns clipping off."""
 
 
 class MasterOptimizer:

@@ -24,10 +24,15 @@ def init_process_group(device: torch.device, *, environ: Mapping[str, str], time
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    if "RANK" in environ:
-        dist.init_process_group(backend, init_method="env://", timeout=timeout)
-    else:
+    if "RANK" not in environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+    # torchrun's own agent listens on the port already; without torchrun, rank 0 does.
+    listens = rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, world_size, is_master=listens, timeout=timeout, wait_for_workers=False)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def build_mesh(device: torch.device, *, dp_replicate: int) -> DeviceMesh:

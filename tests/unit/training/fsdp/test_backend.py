@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from qwench.errors import CheckpointError, ConfigError
 from qwench.training.backend import TokenLoss
 from qwench.training.batch import MicroBatch, RolloutBatch, pack
-from qwench.training.fsdp.backend import FsdpBackend
+from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
+from qwench.training.fsdp.optimizer import AdamSettings
 from qwench.training.fsdp.process_group import init_process_group
 from qwench.training.fsdp.schedule import LrSchedule
-from qwench.training.fsdp.settings import AdamSettings, FsdpSettings
 from tests.contract.train_backend_cases import write_model
 
 _CPU = torch.device("cpu")
@@ -41,8 +41,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _build(
     folder: Path, *, lr: float = 1e-3, adam: AdamSettings = _ADAM, dtype: torch.dtype = torch.float32, **settings
 ) -> FsdpBackend:
-    chosen = FsdpSettings(adam=adam, schedule=LrSchedule(peak=lr), param_dtype=dtype, **settings)
-    return FsdpBackend.build(folder, chosen, device=_CPU)
+    chosen = FsdpSettings(param_dtype=dtype, **settings)
+    return FsdpBackend.build(folder, settings=chosen, adam=adam, schedule=LrSchedule(peak=lr), device=_CPU)
 
 
 def _micro_batches() -> list[MicroBatch]:
@@ -223,3 +223,11 @@ def test_sleep_on_a_cpu_leaves_shared_weights_usable(model_folder: Path):
 def test_replicas_must_divide_the_ranks(model_folder: Path):
     with pytest.raises(ConfigError, match="--dp-replicate 2 does not divide the 1 ranks"):
         _build(model_folder, dp_replicate=2)
+
+
+def test_deterministic_mode_is_torchs(model_folder: Path):
+    try:
+        _build(model_folder, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,0 +1,95 @@
+"""What sharding does to the modules: recomputation, dtypes, and no attention mask."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from qwench.training.batch import RolloutBatch, pack
+from qwench.training.fsdp.attention import install_attention
+from qwench.training.fsdp.parallelize import parallelize
+from qwench.training.fsdp.policy import Policy
+from qwench.training.fsdp.process_group import build_mesh, init_process_group
+
+_CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group() -> Iterator[None]:
+    init_process_group(_CPU, environ={}, timeout_s=60)
+    yield
+    dist.destroy_process_group()
+
+
+def _policy(*, param_dtype: torch.dtype = torch.float32, gradient_checkpointing: bool = False) -> Policy:
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=True))
+    install_attention(model, "sdpa", device=_CPU, dtype=param_dtype)
+    policy = Policy(model, attention="sdpa", head_chunk_tokens=8, compile_head=False)
+    mesh = build_mesh(_CPU, dp_replicate=1)
+    parallelize(
+        policy,
+        mesh,
+        device=_CPU,
+        param_dtype=param_dtype,
+        gradient_checkpointing=gradient_checkpointing,
+        torch_compile=False,
+    )
+    return policy
+
+
+def _micro_batch():
+    batch = RolloutBatch(
+        tokens=[torch.arange(5), torch.arange(3, 10)],
+        loss_mask=[torch.ones(4, dtype=torch.bool), torch.ones(2, dtype=torch.bool)],
+        rewards=torch.zeros(2),
+        group_ids=torch.zeros(2, dtype=torch.int64),
+        execution_ids=torch.arange(2),
+    )
+    return pack(batch, [0, 1])
+
+
+@pytest.mark.parametrize(("gradient_checkpointing", "forwards"), [(False, 1), (True, 2)])
+def test_gradient_checkpointing_runs_each_layer_once_more(gradient_checkpointing: bool, forwards: int):
+    policy = _policy(gradient_checkpointing=gradient_checkpointing)
+    calls: list[int] = []
+    for index, layer in enumerate(policy.layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: calls.append(index))
+    policy(_micro_batch(), temperature=1.0)[0].sum().backward()
+    assert sorted(calls) == sorted([0, 1] * forwards)
+
+
+def test_masters_and_gradients_are_float32_around_a_bfloat16_forward():
+    policy = _policy(param_dtype=torch.bfloat16)
+    seen: list[torch.dtype] = []
+    policy.layers[0].mlp.down_proj.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    log_probs, _ = policy(_micro_batch(), temperature=1.0)
+    log_probs.sum().backward()
+    assert seen == [torch.bfloat16]
+    assert log_probs.dtype == torch.float32
+    weights = policy.named_weights()
+    assert "lm_head.weight" not in weights  # tied: one weight, one gradient
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert {weight.grad.dtype for weight in weights.values()} == {torch.float32}
+
+
+def test_no_attention_mask_is_built():
+    policy = _policy()
+    masks: list[object] = []
+    policy.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    policy(_micro_batch(), temperature=1.0)
+    assert masks == [None]
+
+
+def test_only_trained_positions_reach_the_head():
+    log_probs, entropy = _policy()(_micro_batch(), temperature=1.0, with_entropy=True)
+    # Responses of 4 after a prompt of 1, and of 2 after a prompt of 5; the last position of each predicts nothing.
+    trained = [True] * 4 + [False] + [False] * 4 + [True] * 2 + [False]
+    assert (log_probs != 0).tolist() == trained
+    assert (entropy != 0).tolist() == trained
