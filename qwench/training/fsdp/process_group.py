@@ -16,7 +16,8 @@ def init_process_group(device: torch.device, *, environ: Mapping[str, str], time
     """Join the ranks that `environ` describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or form a group of one.
 
     Collectives on host tensors use gloo, on GPU tensors NCCL. A collective that waits longer than `timeout_s` raises.
-    A group of one opens no port; a second call finds the group and does nothing.
+    A group of one opens no port; a second call finds the group and does nothing. Whoever joins leaves at the end of a run that
+    went well (`torch.distributed.destroy_process_group`): a process that ends while gloo's threads run may abort.
     """
     if dist.is_initialized():
         return
@@ -48,3 +49,9 @@ def build_mesh(device: torch.device, *, dp_replicate: int) -> DeviceMesh:
     if dp_replicate == 1:
         return init_device_mesh(device.type, (dp_shard,), mesh_dim_names=("dp_shard",))
     return init_device_mesh(device.type, (dp_replicate, dp_shard), mesh_dim_names=("dp_replicate", "dp_shard"))
+
+
+def barrier() -> None:
+    """Wait until every rank is here; without a process group there is nobody to wait for."""
+    if dist.is_initialized():
+        dist.barrier()

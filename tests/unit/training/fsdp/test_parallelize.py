@@ -58,7 +58,7 @@ def test_gradient_checkpointing_runs_each_layer_once_more(gradient_checkpointing
     policy = _policy(gradient_checkpointing=gradient_checkpointing)
     calls: list[int] = []
     for index, layer in enumerate(policy.layers):
-        layer.mlp.register_forward_hook(lambda *_, index=index: calls.append(index))
+        layer.mlp.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
     policy(_micro_batch(), temperature=1.0)[0].sum().backward()
     assert sorted(calls) == sorted([0, 1] * forwards)
 

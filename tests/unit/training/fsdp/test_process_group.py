@@ -19,6 +19,7 @@ init_process_group(torch.device("cpu"), environ=os.environ, timeout_s=60)
 total = torch.tensor([dist.get_rank() + 1.0])
 dist.all_reduce(total)
 assert total.item() == 3.0, total
+dist.destroy_process_group()
 """
 
 
