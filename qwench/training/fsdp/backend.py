@@ -154,7 +154,10 @@ class FsdpBackend:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Hold the reference inside the context; the policy waits on the host, so that no second model is on the device."""
+        """Hold the reference inside the context; the policy waits on the host, so that no second model is on the device.
+
+        Whoever computes with `shared_weights` sees the reference meanwhile, and must stand still.
+        """
         self._assert_awake()
         assert self._reference is not None, "snapshot_reference comes first"
         policy = HostCopy(self._masters())

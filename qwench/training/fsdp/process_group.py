@@ -17,7 +17,7 @@ def init_process_group(device: torch.device, *, environ: Mapping[str, str], time
 
     Collectives on host tensors use gloo, on GPU tensors NCCL. A collective that waits longer than `timeout_s` raises.
     A group of one opens no port; a second call finds the group and does nothing. Whoever joins leaves at the end of a run that
-    went well (`torch.distributed.destroy_process_group`): a process that ends while gloo's threads run may abort.
+    went well (`leave_process_group`): a process that ends while gloo's threads run may abort.
     """
     if dist.is_initialized():
         return
@@ -55,3 +55,9 @@ def barrier() -> None:
     """Wait until every rank is here; without a process group there is nobody to wait for."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def leave_process_group() -> None:
+    """Part from the other ranks; a process that never joined has nothing to do."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
