@@ -75,22 +75,6 @@ def test_seeded_draws_do_not_depend_on_the_batch(host):
     assert alone.output_ids == together.output_ids
 
 
-def test_inline_engine_repeats_itself_to_the_bit(host):
-    if host != "inline":
-        pytest.skip("batches form by timing in a worker thread and over sockets")
-    model = make_model("qwen3")
-
-    async def scenario(engine: Engine):
-        # Engines draw the seeds here, so the order of arrival must repeat too.
-        first = await generate_all(engine, [ask(f"r{i}", prompt_of(4 + i % 5, seed=i), ignore_eos=True) for i in range(20)])
-        second = await asyncio.gather(
-            *(engine.generate(ask(f"s{i}", [*result.output_ids, 9], ignore_eos=True)) for i, result in enumerate(first))
-        )
-        return [(result.output_ids, result.log_probs) for result in [*first, *second]]
-
-    assert drive(host, model, scenario) == drive(host, model, scenario)
-
-
 def test_different_seeds_draw_different_responses(host):
     requests = [ask(f"r{i}", prompt_of(6), seed=i, max_new_tokens=12, ignore_eos=True) for i in range(8)]
     results = drive(host, make_model("qwen3"), lambda engine: generate_all(engine, requests))

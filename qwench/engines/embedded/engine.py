@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qwench.engines.embedded.admission import Admission
 from qwench.engines.embedded.architecture import Architecture, architecture_from_config
@@ -41,6 +41,7 @@ from qwench.engines.protocol import (
     WeightReceipt,
 )
 from qwench.errors import EngineError
+from qwench.models.hf import load_hf_config, load_tokenizer, stop_token_ids
 
 QUIET_TURNS = 10
 """Turns of the event loop without a new request after which an inline engine believes that no more will come now."""
@@ -93,21 +94,22 @@ class EmbeddedEngine:
             source: a folder, whose weights are loaded unless `weights` are given; or a config, which brings none.
             settings: sizes and modes.
             weights: Hugging Face names to tensors, copied.
-            tokenizer: needed for stop strings and for `GenerateResult.text`.
+            tokenizer: needed for stop strings and for `GenerateResult.text`. None: the folder's, or none with a config.
 
         Raises:
             ConfigError: a model this engine cannot run.
             WeightSyncError: the weights are not the model's.
         """
-        config = source if isinstance(source, PretrainedConfig) else AutoConfig.from_pretrained(source)
-        folder = None if isinstance(source, PretrainedConfig) else Path(source)
-        engine = cls(
-            architecture_from_config(config), settings, eos_ids=_eos_ids(config, folder, tokenizer), tokenizer=tokenizer
-        )
+        if isinstance(source, PretrainedConfig):
+            config, eos_ids = source, _eos_ids(source, tokenizer)
+        else:
+            config, tokenizer = load_hf_config(Path(source)), tokenizer or load_tokenizer(Path(source))
+            eos_ids = frozenset(stop_token_ids(Path(source), tokenizer))
+        engine = cls(architecture_from_config(config), settings, eos_ids=eos_ids, tokenizer=tokenizer)
         if weights is not None:
             engine._weights.load([list(weights.items())])
-        elif folder is not None:
-            engine._weights.load(read_safetensors(folder))
+        elif not isinstance(source, PretrainedConfig):
+            engine._weights.load(read_safetensors(Path(source)))
         return engine
 
     @property
@@ -384,12 +386,9 @@ class EmbeddedEngine:
         )
 
 
-def _eos_ids(config: PretrainedConfig, folder: Path | None, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
-    """Collect the end-of-sequence ids that config, generation config and tokenizer name."""
-    sources = [config.eos_token_id, tokenizer.eos_token_id if tokenizer is not None else None]
-    if folder is not None and (folder / "generation_config.json").exists():
-        sources.append(GenerationConfig.from_pretrained(folder).eos_token_id)
+def _eos_ids(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """Collect the end-of-sequence ids that config and tokenizer name."""
     ids: set[int] = set()
-    for source in sources:
+    for source in (config.eos_token_id, tokenizer.eos_token_id if tokenizer is not None else None):
         ids.update([source] if isinstance(source, int) else source or [])
     return frozenset(ids)

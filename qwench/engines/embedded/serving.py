@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 
 import uvicorn
-from transformers import AutoTokenizer
 
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.server import EngineServer
@@ -39,7 +38,7 @@ def serve(
     """
     if host not in (LOOPBACK, "localhost", "::1") and token is None:
         raise EngineError(f"--host {host} lets other machines change this engine's weights; set a token too.")
-    engine = EmbeddedEngine.from_checkpoint(checkpoint, settings, tokenizer=AutoTokenizer.from_pretrained(checkpoint))
+    engine = EmbeddedEngine.from_checkpoint(checkpoint, settings)
     app = EngineServer(engine, model_path=str(checkpoint), token=token).app()
     uvicorn.run(app, host=host, port=port, log_level="info")
 
