@@ -54,9 +54,7 @@ class AlgorithmConfig:
     normalize_advantages: bool = False
     """Whiten advantages over all tokens of the rollout; both REINFORCE++ estimators require it."""
     gamma: float = 1.0
-    """Discount for each token (REINFORCE++, PPO)."""
-    lambd: float = 1.0
-    """Lambda of generalised advantage estimation (PPO)."""
+    """Discount for each token (reinforce_plus_plus)."""
     use_tis: bool = False
     """Truncated importance sampling: correct for the gap between the engine's and the trainer's log-probs."""
     tis_clip: float = 2.0
@@ -87,7 +85,6 @@ class AlgorithmConfig:
         ):
             check_not_negative(flag, coefficient)
         check_fraction("--gamma", self.gamma)
-        check_fraction("--lambd", self.lambd)
         self._check_clipping()
         self._check_kl()
         self._check_corrections()

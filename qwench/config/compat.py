@@ -90,6 +90,7 @@ NEUTRAL: tuple[Neutral, ...] = (
     *_flags(("128",), "packed batches are not padded", "data-pad-size-multiplier"),
     *_flags(("torch_dist",), "checkpoints are torch_dist", "ckpt-format"),
     *_flags(("constant",), "weight decay is constant", "weight-decay-incr-style"),
+    *_flags(NEVER, "the architecture is read from config.json", "model-name"),
     # Mixtures of experts, other model families, images.
     *_flags(OFF, DENSE, "use-routing-replay", "use-rollout-routing-replay"),
     *_flags(NEVER, DENSE, "num-experts"),
@@ -99,6 +100,7 @@ NEUTRAL: tuple[Neutral, ...] = (
     # Critic and distillation.
     *_flags(("0",), CRITIC, "num-critic-only-steps"),
     *_flags(("0.2",), CRITIC, "value-clip"),
+    *_flags(("1",), CRITIC, "lambd"),
     *_flags(
         NEVER,
         CRITIC,
@@ -286,6 +288,12 @@ def _loss(config: Config) -> str | None:
     return None
 
 
+def _loss_mask(config: Config) -> str | None:
+    if config.data.loss_mask_type == "qwen3_5":
+        return "--loss-mask-type qwen3_5 is not supported: it belongs to another family of models; use qwen3"
+    return None
+
+
 def _optimizer(config: Config) -> str | None:
     optimizer = config.optimizer
     if optimizer.optimizer != "adam":
@@ -302,5 +310,13 @@ def _optimizer(config: Config) -> str | None:
     return None
 
 
-NOT_YET: tuple[Callable[[Config], str | None], ...] = (_megatron, _sglang, _separate_devices, _estimator, _loss, _optimizer)
+NOT_YET: tuple[Callable[[Config], str | None], ...] = (
+    _megatron,
+    _sglang,
+    _separate_devices,
+    _estimator,
+    _loss,
+    _loss_mask,
+    _optimizer,
+)
 """Each returns what is wrong, or None."""

@@ -7,7 +7,9 @@ router. Those that mean the same to the embedded engine also set its field (`com
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from qwench.config.checks import check_fraction, check_not_negative, check_positive
 
@@ -44,10 +46,10 @@ class EngineConfig:
     """Seconds between health checks."""
     rollout_health_check_timeout: float = 30.0
     """Seconds an engine may take to answer a health check."""
-    sglang_args: tuple[str, ...] = ()
-    """Not a flag: the collected --sglang-* flags and their values, without that prefix."""
-    router_args: tuple[str, ...] = ()
-    """Not a flag: the collected --router-* flags and their values, without that prefix."""
+    sglang_args: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    """The collected --sglang-* flags and their values, without that prefix."""
+    router_args: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    """The collected --router-* flags and their values, without that prefix."""
 
     def __post_init__(self) -> None:
         for flag, value in (

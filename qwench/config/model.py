@@ -16,8 +16,6 @@ class ModelConfig:
 
     hf_checkpoint: Path | None = None
     """Folder of a Hugging Face checkpoint: config.json, tokenizer, and the weights a fresh run starts from. Required."""
-    model_name: str | None = None
-    """Name of the architecture in the model table, when config.json does not tell. None: read from config.json."""
     attn_implementation: AttnImplementation = "sdpa"
     """Attention kernel of the FSDP2 trainer. sdpa runs everywhere; the others need a GPU, and
     flash_attention_* their package."""

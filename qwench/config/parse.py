@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from qwench.config.argv import Given, Occurrence, sort_flags, split_words
 from qwench.config.config import Config
-from qwench.config.flags import Flag, flag_table, format_value, metavar, parse_value, takes_many
+from qwench.config.flags import Flag, flag_table, format_value, metavar, parse_value
 from qwench.config.preflight import check_checkpoint, check_eval, check_sft, check_train
 from qwench.config.serve import ServeConfig
 from qwench.errors import ConfigError
@@ -110,14 +111,13 @@ def _check_required(given: Given, table: Mapping[str, Flag]) -> None:
 
 
 def _canonical_words(given: Given, table: Mapping[str, Flag]) -> list[str]:
+    """Return one word for each flag; values travel as a JSON list, so that none can be taken for a flag."""
     words: list[str] = []
     for name, values in given.flags.items():
         if table[name].annotation is bool:
             words.append(f"--{name}" if parse_value(bool, values) else f"--no-{name}")
-        elif takes_many(table[name].annotation) or not values[0].startswith("-"):
-            words.extend((f"--{name}", *values))
         else:
-            words.append(f"--{name}={values[0]}")
+            words.append(f"--{name}={json.dumps(values)}")
     return words
 
 
@@ -151,11 +151,11 @@ def _registry(table: Mapping[str, Flag]) -> ConstructorRegistry:
         if annotation not in ours:
             return None
         return PrimitiveConstructorSpec(
-            nargs="*" if takes_many(annotation) else 1,
+            nargs=1,
             metavar=metavar(annotation),
-            instance_from_str=lambda words: parse_value(annotation, words),
+            instance_from_str=lambda words: parse_value(annotation, json.loads(words[0])),
             is_instance=lambda value: True,
-            str_from_instance=format_value,
+            str_from_instance=lambda value: [" ".join(format_value(value))],
         )
 
     return registry

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from qwench.config.algorithm import AlgorithmConfig
 from qwench.config.checkpoint import CheckpointConfig
 from qwench.config.compat import EMBEDDED_ALIASES, SFT_ROLLOUT
 from qwench.config.config import Config
@@ -89,16 +90,24 @@ def warnings(config: Config) -> Iterator[str]:
                 f"--max-tokens-per-gpu ({training.max_tokens_per_gpu}) is smaller than the longest sample ({longest} tokens); "
                 "such a sample makes a micro-batch of its own that exceeds the budget"
             )
-    if (
-        config.algorithm.loss_type == "policy_loss"
-        and config.algorithm.advantage_estimator == "grpo"
-        and rollout.n_samples_per_prompt == 1
-    ):
-        yield "--n-samples-per-prompt 1: a group of one has no relative advantage; its rewards are not divided by their spread"
+    if rollout.n_samples_per_prompt == 1 and _compares_siblings(config.algorithm):
+        yield (
+            "--n-samples-per-prompt 1: rewards are compared within their group, so every advantage is 0, nothing is learned; "
+            "raise it, or give --disable-rewards-normalization"
+        )
     if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
         yield "--sequence-parallel has no effect without tensor parallelism"
     if config.engine.rollout_engine == "embedded":
+        if config.engine.use_fault_tolerance:
+            yield "--use-fault-tolerance has no effect on the embedded engine, which lives and dies with this process"
+        if config.cluster.rollout_num_gpus_per_engine > 1:
+            yield "--rollout-num-gpus-per-engine has no effect on the embedded engine, which runs on one GPU"
         yield from _unused_pass_through(config.engine.sglang_args, config.engine.router_args)
+
+
+def _compares_siblings(algorithm: AlgorithmConfig) -> bool:
+    centred = algorithm.advantage_estimator in ("grpo", "gspo", "cispo", "reinforce_plus_plus_baseline")
+    return algorithm.loss_type == "policy_loss" and centred and not algorithm.disable_rewards_normalization
 
 
 def _unused_pass_through(sglang_args: tuple[str, ...], router_args: tuple[str, ...]) -> Iterator[str]:

@@ -1,0 +1,115 @@
+"""The flags that users of slime know parse, with the same defaults, or are refused by name."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from qwench.config import Config
+from qwench.config.compat import SHORTHANDS, neutral_flag
+from qwench.config.flags import flag_table, metavar, parse_value, takes_many
+from qwench.config.parse import parse_flags
+from qwench.errors import ConfigError
+from tests.contract.recipes import RUN_QWEN3_4B, RUN_QWEN3_4B_BASE_SFT, RUN_QWEN3_32B
+
+HERE = ["--train-backend", "fsdp", "--rollout-engine", "embedded", "--tensor-model-parallel-size", "1"]
+TABLE = flag_table(Config)
+
+with (Path(__file__).parent / "slime_flags.tsv").open(encoding="ascii", newline="") as lines:
+    SLIME_FLAGS = list(csv.DictReader(lines, delimiter="\t"))
+
+OTHER_DEFAULTS = {
+    "train-backend": "Megatron comes later",
+    "actor-num-gpus-per-node": "one process is what every machine has",
+    "loss-mask-type": "derived from the chat template",
+    "rollout-function-path": "the same function under our name",
+}
+
+
+def parse(words: list[str]) -> Config:
+    return parse_flags(Config, words, prog="qwench train")
+
+
+def names(rows: list[dict[str, str]]) -> list[str]:
+    return [row["flag"] for row in rows]
+
+
+FIELD_ROWS = [row for row in SLIME_FLAGS if row["flag"][2:] in TABLE]
+NEUTRAL_ROWS = [row for row in SLIME_FLAGS if neutral_flag(row["flag"][2:]) is not None]
+
+
+def test_every_flag_of_slime_is_a_field_or_accepted_when_neutral_or_refused_by_name():
+    fates = {*names(FIELD_ROWS), *names(NEUTRAL_ROWS), *(f"--{name}" for name in SHORTHANDS)}
+    assert set(names(SLIME_FLAGS)) - fates == set()
+    assert not set(names(FIELD_ROWS)) & set(names(NEUTRAL_ROWS))
+
+
+@pytest.mark.parametrize("row", FIELD_ROWS, ids=names(FIELD_ROWS))
+def test_a_flag_that_is_a_field_has_the_form_the_default_and_the_choices_of_slime(row):
+    flag = TABLE[row["flag"][2:]]
+    assert flag.is_switch == (row["kind"] == "switch")
+    assert takes_many(flag.annotation) == (row["kind"] == "many")
+    assert set(row["choices"].split(",")) - {""} <= set(metavar(flag.annotation).strip("{}").split(","))
+    if flag.name not in OTHER_DEFAULTS and row["kind"] == "one":
+        expected = parse_value(flag.annotation, [row["default"]]) if row["default"] else None
+        assert flag.default == expected
+
+
+@pytest.mark.parametrize("row", NEUTRAL_ROWS, ids=names(NEUTRAL_ROWS))
+def test_a_flag_without_a_field_is_accepted_at_the_default_of_slime_and_otherwise_refused_by_name(row):
+    if row["default"]:
+        assert parse([row["flag"], row["default"]]) == Config()
+    with pytest.raises(ConfigError, match=rf"^{row['flag']} something-else is not supported: \w"):
+        parse([row["flag"], "something-else"])
+
+
+def test_the_4b_recipe_parses_on_the_parts_that_exist():
+    config = parse(RUN_QWEN3_4B + HERE)
+    resolved = config.resolve()
+    assert str(resolved.batch) == (
+        "rollout_batch_size 32 x n_samples_per_prompt 8 = global_batch_size 256 x num_steps_per_rollout 1"
+    )
+    assert (resolved.world_size, resolved.dp_size, resolved.max_tokens_per_micro_batch) == (8, 8, 9216)
+    assert (resolved.eps_clip_high, resolved.needs_reference, resolved.colocate) == (0.28, True, True)
+    assert (resolved.evaluation.max_response_len, resolved.evaluation.temperature) == (16384, 1.0)
+    assert resolved.evaluation.sets == (("aime", "/root/aime-2024/aime-2024.jsonl"),)
+    assert config.training.recomputes_layers
+    assert (config.optimizer.lr, config.optimizer.lr_decay_style, config.optimizer.adam_beta2) == (1e-6, "constant", 0.98)
+    assert (config.architecture.num_layers, config.architecture.swiglu, config.architecture.rotary_base) == (36, True, 1e6)
+    assert config.engine.sglang_args == ("--mem-fraction-static", "0.7")
+    assert config.engine.embedded_mem_fraction == 0.7
+
+
+def test_the_4b_recipe_as_it_stands_is_refused_for_its_tensor_parallelism():
+    with pytest.raises(ConfigError, match=r"^--tensor-model-parallel-size 2 needs --train-backend megatron"):
+        parse(RUN_QWEN3_4B)
+
+
+def test_the_32b_recipe_parses_without_its_cpu_optimizer():
+    flags = ["--optimizer-cpu-offload", "--overlap-cpu-optimizer-d2h-h2d", "--use-precision-aware-optimizer"]
+    config = parse([*RUN_QWEN3_32B, *HERE, *(f"--no-{flag[2:]}" for flag in flags)])
+    assert config.architecture.untie_embeddings_and_output_weights is True
+    assert config.engine.sglang_args[:6] == ("--mem-fraction-static", "0.7", "--cuda-graph-bs", "1", "2", "4")
+    assert config.engine.sglang_args[-1] == "256"
+    for flag in flags:
+        with pytest.raises(ConfigError, match=f"^{flag} arrives with the CPU optimizer"):
+            parse([*HERE, flag])
+
+
+def test_the_sft_recipe_parses_and_means_fine_tuning():
+    config = parse(RUN_QWEN3_4B_BASE_SFT + HERE)
+    assert config.algorithm.loss_type == "sft_loss"
+    assert config.algorithm.calculate_per_token_loss
+    assert config.data.input_key == "messages"
+    assert config.resolve().global_batch_size == 128
+    with pytest.raises(ConfigError, match="needs --loss-type sft_loss"):
+        parse(["--rollout-function-path", "slime.rollout.sft_rollout.generate_rollout"])
+
+
+@pytest.mark.parametrize("system", ["slime", "miles"])
+def test_the_import_paths_of_their_built_ins_become_ours(system):
+    path = f"{system}.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
+    config = parse(["--dynamic-sampling-filter-path", path])
+    assert config.rollout.dynamic_sampling_filter_path == "qwench.rollout.filters.check_reward_nonzero_std"
+    config = parse(["--rollout-function-path", f"{system}.rollout.sglang_rollout.generate_rollout"])
+    assert config.rollout.rollout_function_path is None

@@ -1,0 +1,134 @@
+from pathlib import Path
+
+import pytest
+
+from qwench.config.parse import parse_eval, parse_serve, parse_sft, parse_train
+from qwench.config.preflight import warnings
+from qwench.errors import ConfigError
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "train.jsonl").write_text('{"input": "1+1", "label": "2"}\n')
+    return tmp_path
+
+
+def words_of(files: Path) -> dict[str, list[str]]:
+    return {
+        "--hf-checkpoint": [str(files / "model")],
+        "--prompt-data": [f"{files / 'train.jsonl'}@[0:1]"],
+        "--lr": ["1e-6"],
+        "--num-rollout": ["3"],
+        "--rollout-batch-size": ["4"],
+        "--n-samples-per-prompt": ["2"],
+        "--rollout-max-response-len": ["16"],
+    }
+
+
+def flat(words: dict[str, list[str]]) -> list[str]:
+    return [word for flag, values in words.items() for word in (flag, *values)]
+
+
+def test_a_complete_command_line_passes(files):
+    config = parse_train(flat(words_of(files)))
+    assert config.resolve().samples_per_rollout == 8
+    assert list(warnings(config)) == []
+
+
+@pytest.mark.parametrize(
+    "flag", ["--hf-checkpoint", "--prompt-data", "--lr", "--num-rollout", "--rollout-batch-size", "--rollout-max-response-len"]
+)
+def test_a_missing_flag_is_asked_for(files, flag):
+    words = words_of(files)
+    del words[flag]
+    with pytest.raises(ConfigError, match=rf"^{flag}.* is required: "):
+        parse_train(flat(words))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--hf-checkpoint", "{}/absent"], "--hf-checkpoint: there is no folder {}/absent"),
+        (["--hf-checkpoint", "{}/empty"], "--hf-checkpoint: {}/empty has no config.json"),
+        (["--prompt-data", "{}/absent.jsonl@[1:]"], "--prompt-data: there is no file {}/absent.jsonl"),
+        (["--eval-prompt-data", "e", "{}/absent.jsonl"], "--eval-prompt-data: there is no file {}/absent.jsonl"),
+        (["--eval-config", "{}/absent.yaml"], "--eval-config: there is no file {}/absent.yaml"),
+        (["--load", "{}/absent"], "--load: {}/absent is missing or empty, and there is no --ref-load to start from"),
+        (["--load", "{}/empty"], "--load: {}/empty is missing or empty"),
+        (["--ref-load", "{}/absent"], "--ref-load: there is no folder {}/absent"),
+        (["--rollout-top-p", "0.9"], "--rollout-top-p must be 1.0 in training, got 0.9"),
+        (["--rollout-top-k", "20"], "--rollout-top-k must be -1 in training, got 20"),
+        (["--rollout-min-p", "0.1"], "--rollout-min-p must be 0.0 in training, got 0.1"),
+    ],
+)
+def test_files_that_are_not_there_and_restricted_sampling_are_refused(files, extra, message):
+    with pytest.raises(ConfigError) as caught:
+        parse_train(flat(words_of(files)) + [word.replace("{}", str(files)) for word in extra])
+    assert str(caught.value).startswith(message.replace("{}", str(files)))
+
+
+def test_an_empty_load_is_a_fresh_start_with_a_reference_or_when_it_is_the_folder_to_save_to(files):
+    words = [*flat(words_of(files)), "--load", str(files / "absent")]
+    parse_train([*words, "--ref-load", str(files / "model")])
+    parse_train([*words, "--save", str(files / "absent")])
+
+
+def test_parts_that_do_not_run_need_nothing(files):
+    words = words_of(files)
+    del words["--lr"]
+    parse_train([*flat(words), "--debug-rollout-only"])
+    words = words_of(files)
+    del words["--prompt-data"], words["--rollout-max-response-len"]
+    parse_train([*flat(words), "--debug-train-only", "--load-debug-rollout-data", "r/{rollout_id}.jsonl"])
+
+
+def test_train_with_the_loss_of_fine_tuning_is_checked_as_fine_tuning(files):
+    words = words_of(files)
+    del words["--rollout-max-response-len"], words["--n-samples-per-prompt"]
+    parse_train([*flat(words), "--loss-type", "sft_loss"])
+    parse_sft(flat(words))
+
+
+def test_evaluation_needs_sets_and_a_length_and_may_restrict_sampling(files):
+    words = ["--hf-checkpoint", str(files / "model"), "--rollout-top-p", "0.9"]
+    with pytest.raises(ConfigError, match="qwench eval needs something to evaluate on"):
+        parse_eval(words)
+    words += ["--eval-prompt-data", "e", str(files / "train.jsonl")]
+    with pytest.raises(ConfigError, match="--eval-max-response-len is required"):
+        parse_eval(words)
+    assert parse_eval([*words, "--eval-max-response-len", "9"]).resolve().evaluation.top_p == 0.9
+
+
+def test_serving_needs_a_checkpoint(files):
+    with pytest.raises(ConfigError, match="--hf-checkpoint is required"):
+        parse_serve([])
+    config = parse_serve(["--hf-checkpoint", str(files / "model"), "--port", "8000", "--sglang-page-size", "4"])
+    assert (config.server.port, config.server.host, config.engine.embedded_page_size) == (8000, "127.0.0.1", 4)
+
+
+@pytest.mark.parametrize(
+    ("extra", "begin"),
+    [
+        (["--use-dynamic-batch-size", "--max-tokens-per-gpu", "15"], "--max-tokens-per-gpu (15) is smaller than the longest"),
+        (["--n-samples-per-prompt", "1"], "--n-samples-per-prompt 1: rewards are compared within their group"),
+        (["--sequence-parallel"], "--sequence-parallel has no effect"),
+        (["--use-fault-tolerance"], "--use-fault-tolerance has no effect on the embedded engine"),
+        (["--rollout-num-gpus-per-engine", "2"], "--rollout-num-gpus-per-engine has no effect on the embedded engine"),
+        (
+            ["--sglang-attention-backend", "fa3", "--sglang-page-size", "4", "--router-policy", "random"],
+            "the embedded engine makes no use of --sglang-attention-backend --router-policy",
+        ),
+    ],
+)
+def test_what_is_perhaps_not_meant_is_warned_about(files, extra, begin):
+    shown = list(warnings(parse_train(flat(words_of(files)) + extra)))
+    assert len(shown) == 1
+    assert shown[0].startswith(begin)
+
+
+def test_what_is_meant_is_not_warned_about(files):
+    extra = ["--n-samples-per-prompt", "1", "--disable-rewards-normalization", "--use-dynamic-batch-size"]
+    assert list(warnings(parse_train([*flat(words_of(files)), *extra, "--max-tokens-per-gpu", "16"]))) == []

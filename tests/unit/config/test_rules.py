@@ -1,0 +1,88 @@
+from types import SimpleNamespace
+
+import pytest
+
+from qwench.config import (
+    AlgorithmConfig,
+    ClusterConfig,
+    Config,
+    DebugConfig,
+    ParallelConfig,
+    RolloutConfig,
+    TrainingConfig,
+    rules,
+)
+from qwench.config.compat import SFT_ROLLOUT
+from qwench.errors import ConfigError
+
+EIGHT = ClusterConfig(actor_num_gpus_per_node=8)
+
+REFUSED = [
+    ({"parallel": ParallelConfig(expert_model_parallel_size=2)}, "--expert-model-parallel-size must be 1, got 2"),
+    ({"parallel": ParallelConfig(expert_tensor_parallel_size=2)}, "--expert-tensor-parallel-size must be 1, got 2"),
+    ({"parallel": ParallelConfig(tensor_model_parallel_size=2), "cluster": EIGHT}, "--tensor-model-parallel-size 2 needs"),
+    ({"parallel": ParallelConfig(pipeline_model_parallel_size=2), "cluster": EIGHT}, "--pipeline-model-parallel-size 2 needs"),
+    ({"parallel": ParallelConfig(context_parallel_size=2), "cluster": EIGHT}, "--context-parallel-size 2 needs"),
+    ({"parallel": ParallelConfig(dp_replicate=3), "cluster": EIGHT}, "--dp-replicate 3 does not divide the 8"),
+    ({"training": TrainingConfig(recompute_granularity="selective")}, "--recompute-granularity selective needs"),
+    ({"training": TrainingConfig(recompute_granularity="full", recompute_method="block")}, "--train-backend fsdp recomputes"),
+    ({"training": TrainingConfig(recompute_granularity="full", recompute_num_layers=2)}, "--train-backend fsdp recomputes"),
+    ({"training": TrainingConfig(recompute_method="uniform")}, "--recompute-method and --recompute-num-layers have no effect"),
+    (
+        {"rollout": RolloutConfig(rollout_max_response_len=64, rollout_max_context_len=64)},
+        "--rollout-max-response-len (64) leaves no room for the prompt in --rollout-max-context-len (64)",
+    ),
+    (
+        {"rollout": RolloutConfig(rollout_max_response_len=64, rollout_min_new_tokens=65)},
+        "--rollout-min-new-tokens (65) is more than --rollout-max-response-len (64)",
+    ),
+    (
+        {"algorithm": AlgorithmConfig(loss_type="sft_loss"), "rollout": RolloutConfig(n_samples_per_prompt=2)},
+        "--n-samples-per-prompt must be 1 with --loss-type sft_loss, got 2",
+    ),
+    ({"rollout": RolloutConfig(rollout_function_path=SFT_ROLLOUT)}, "--rollout-function-path names the rollout function of"),
+    ({"debug": DebugConfig(debug_train_only=True)}, "--debug-train-only trains on recorded rollouts"),
+    (
+        {"rollout": RolloutConfig(rollout_batch_size=3), "training": TrainingConfig(global_batch_size=2)},
+        "--rollout-batch-size 3 x --n-samples-per-prompt 1 = 3 samples, which --global-batch-size 2 does not divide",
+    ),
+]
+
+
+@pytest.mark.parametrize(("sections", "message"), REFUSED, ids=[message.split(" ")[0] for _, message in REFUSED])
+def test_sections_that_contradict_each_other_are_refused(sections, message):
+    with pytest.raises(ConfigError) as caught:
+        Config(**sections)
+    assert str(caught.value).startswith(message)
+
+
+def test_sections_at_the_edge_are_accepted():
+    Config(
+        parallel=ParallelConfig(dp_replicate=4, sequence_parallel=True),
+        cluster=EIGHT,
+        training=TrainingConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+        rollout=RolloutConfig(rollout_max_response_len=63, rollout_max_context_len=64, rollout_min_new_tokens=63),
+        debug=DebugConfig(debug_train_only=True, load_debug_rollout_data="r/{rollout_id}.jsonl"),
+    )
+    Config(
+        algorithm=AlgorithmConfig(loss_type="sft_loss", disable_compute_advantages_and_returns=True),
+        rollout=RolloutConfig(rollout_function_path=SFT_ROLLOUT),
+        debug=DebugConfig(debug_train_only=True),
+    )
+
+
+def test_sglang_engines_of_several_gpus_divide_the_gpus_there_are():
+    # SGLang engines are still refused as a whole, so the rule sees only the sections it reads.
+    sglang = SimpleNamespace(rollout_engine="sglang")
+    shared = ClusterConfig(actor_num_gpus_per_node=8, rollout_num_gpus_per_engine=3)
+    problem = rules.engines_divide_gpus(SimpleNamespace(engine=sglang, cluster=shared))
+    assert problem == "--rollout-num-gpus-per-engine 3 does not divide the 8 GPUs of the engines"
+    apart = ClusterConfig(actor_num_gpus_per_node=8, rollout_num_gpus=9, rollout_num_gpus_per_engine=3)
+    assert rules.engines_divide_gpus(SimpleNamespace(engine=sglang, cluster=apart)) is None
+
+
+def test_every_rule_is_applied():
+    defined = [
+        name for name, value in vars(rules).items() if callable(value) and getattr(value, "__module__", "") == rules.__name__
+    ]
+    assert {rule.__name__ for rule in rules.RULES} == set(defined) - {"check_sections"}

@@ -1,0 +1,110 @@
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+
+from qwench.config import (
+    AlgorithmConfig,
+    CheckpointConfig,
+    ClusterConfig,
+    Config,
+    DataConfig,
+    DebugConfig,
+    EngineConfig,
+    EvalConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RewardConfig,
+    RolloutConfig,
+    ServerConfig,
+    TrainingConfig,
+)
+from qwench.errors import ConfigError
+
+REFUSED = [
+    (RolloutConfig, {"rollout_temperature": 0.0}, "--rollout-temperature must be greater than 0, got 0.0"),
+    (RolloutConfig, {"rollout_temperature": float("nan")}, "--rollout-temperature must be greater than 0"),
+    (RolloutConfig, {"rollout_top_p": 1.1}, "--rollout-top-p must be greater than 0 and at most 1"),
+    (RolloutConfig, {"rollout_top_k": 0}, "--rollout-top-k must be at least 1, or -1"),
+    (RolloutConfig, {"rollout_batch_size": 0}, "--rollout-batch-size must be greater than 0, got 0"),
+    (RolloutConfig, {"start_rollout_id": -1}, "--start-rollout-id must not be negative"),
+    (RolloutConfig, {"rollouts_ahead": 2}, "--rollouts-ahead must be 0 (in turn) or 1 (one ahead), got 2"),
+    (RolloutConfig, {"rollout_batch_size": 8, "over_sampling_batch_size": 4}, "--over-sampling-batch-size (4) is smaller"),
+    (RolloutConfig, {"mask_offpolicy_in_partial_rollout": True}, "--mask-offpolicy-in-partial-rollout has no effect"),
+    (RolloutConfig, {"custom_generate_function_path": "generate"}, "--custom-generate-function-path must be the import path"),
+    (RolloutConfig, {"buffer_filter_path": "my/module.py"}, "--buffer-filter-path must be the import path"),
+    (DataConfig, {"rollout_max_prompt_len": 0}, "--rollout-max-prompt-len must be greater than 0"),
+    (RewardConfig, {"reward_timeout_s": 0.0}, "--reward-timeout-s must be greater than 0"),
+    (RewardConfig, {"rm_type": "boxed_remote_rm"}, "--rm-type remote_rm needs the address"),
+    (EvalConfig, {"eval_prompt_data": ("aime",)}, "--eval-prompt-data takes a name and a file for each set, got 1 values"),
+    (EvalConfig, {"eval_prompt_data": ("a", "x", "a", "y")}, "--eval-prompt-data names a set twice: a a"),
+    (EvalConfig, {"eval_prompt_data": ("a", "x"), "eval_config": Path("e")}, "--eval-prompt-data and --eval-config both"),
+    (EvalConfig, {"eval_interval": 5}, "--eval-interval needs something to evaluate on"),
+    (EvalConfig, {"eval_temperature": -1.0}, "--eval-temperature must not be negative"),
+    (AlgorithmConfig, {"eps_clip": 1.0}, "--eps-clip must be less than 1"),
+    (AlgorithmConfig, {"eps_clip_c": 1.0}, "--eps-clip-c must be greater than 1, got 1.0"),
+    (AlgorithmConfig, {"kl_coef": 0.1, "kl_loss_coef": 0.2, "use_kl_loss": True}, "--kl-coef (0.1) and --kl-loss-coef (0.2)"),
+    (AlgorithmConfig, {"kl_loss_coef": 0.2}, "--kl-loss-coef (0.2) has no effect without --use-kl-loss"),
+    (AlgorithmConfig, {"use_tis": True, "use_rollout_logprobs": True}, "--use-rollout-logprobs leaves nothing for --use-tis"),
+    (AlgorithmConfig, {"tis_clip": 2.0, "tis_clip_low": 3.0}, "--tis-clip-low (3.0) is greater than --tis-clip (2.0)"),
+    (AlgorithmConfig, {"advantage_estimator": "reinforce_plus_plus"}, "--advantage-estimator reinforce_plus_plus requires"),
+    (AlgorithmConfig, {"disable_compute_advantages_and_returns": True}, "--disable-compute-advantages-and-returns is for"),
+    (OptimizerConfig, {"lr": 0.0}, "--lr must be greater than 0"),
+    (OptimizerConfig, {"lr": 1e-6, "min_lr": 1e-5}, "--min-lr (1e-05) is greater than --lr (1e-06)"),
+    (OptimizerConfig, {"adam_beta2": 1.0}, "--adam-beta2 must be at least 0 and less than 1"),
+    (OptimizerConfig, {"lr_warmup_fraction": 1.5}, "--lr-warmup-fraction must be at least 0 and less than 1"),
+    (
+        OptimizerConfig,
+        {"lr_warmup_fraction": 0.1, "lr_warmup_iters": 3},
+        "--lr-warmup-fraction (0.1) and --lr-warmup-iters (3)",
+    ),
+    (TrainingConfig, {"use_dynamic_batch_size": True}, "--use-dynamic-batch-size packs by tokens; give the budget"),
+    (TrainingConfig, {"max_tokens_per_gpu": 8}, "--max-tokens-per-gpu has no effect without --use-dynamic-batch-size"),
+    (TrainingConfig, {"log_probs_chunk_size": 0}, "--log-probs-chunk-size must be greater than 0"),
+    (ParallelConfig, {"context_parallel_size": 0}, "--context-parallel-size must be greater than 0"),
+    (ClusterConfig, {"actor_num_nodes": 0}, "--actor-num-nodes must be greater than 0"),
+    (ClusterConfig, {"rollout_num_gpus": -1}, "--rollout-num-gpus must not be negative"),
+    (EngineConfig, {"embedded_mem_fraction": 0.0}, "--embedded-mem-fraction must be greater than 0 and at most 1"),
+    (CheckpointConfig, {"save_interval": 5}, "--save-interval (5) has no effect without a folder to save to; give --save"),
+    (CheckpointConfig, {"ckpt_step": 5}, "--ckpt-step (5) picks a checkpoint of --load"),
+    (LoggingConfig, {"use_wandb": True}, "--use-wandb needs a project"),
+    (DebugConfig, {"debug_rollout_only": True, "debug_train_only": True}, "--debug-rollout-only leaves no trainer"),
+    (DebugConfig, {"save_debug_rollout_data": "a.jsonl"}, "--save-debug-rollout-data must contain {rollout_id}"),
+    (ServerConfig, {"port": 0}, "--port must be greater than 0"),
+]
+
+
+@pytest.mark.parametrize(("section", "values", "message"), REFUSED, ids=[f"{s.__name__}-{'-'.join(v)}" for s, v, _ in REFUSED])
+def test_a_section_refuses_values_that_cannot_be_meant_and_quotes_the_flag(section, values, message):
+    with pytest.raises(ConfigError) as caught:
+        section(**values)
+    assert str(caught.value).startswith(message)
+
+
+def test_values_at_the_edge_are_accepted():
+    RolloutConfig(rollout_top_p=1.0, rollout_top_k=1, rollout_batch_size=8, over_sampling_batch_size=8, start_rollout_id=0)
+    AlgorithmConfig(eps_clip_c=1.01, kl_coef=0.1, kl_loss_coef=0.0, tis_clip_low=2.0)
+    AlgorithmConfig(advantage_estimator="reinforce_plus_plus_baseline", normalize_advantages=True)
+    EvalConfig(eval_interval=1, eval_prompt_data=("a", "x", "b", "x"), eval_temperature=0.0)
+    OptimizerConfig(lr=1e-6, min_lr=1e-6, lr_warmup_fraction=0.0, clip_grad=0.0)
+    TrainingConfig(use_dynamic_batch_size=True, max_tokens_per_gpu=1, log_probs_chunk_size=-1)
+    RewardConfig(rm_type="remote_rm", rm_url="http://127.0.0.1:1", custom_rm_path="package.module.function")
+
+
+def test_nothing_writes_to_a_configuration():
+    with pytest.raises(FrozenInstanceError):
+        Config().optimizer.lr = 1.0
+
+
+def test_facts_that_sections_know_of_themselves():
+    assert AlgorithmConfig(use_kl_loss=True).needs_reference
+    assert AlgorithmConfig(kl_coef=0.1).needs_reference
+    assert not AlgorithmConfig().needs_reference
+    assert TrainingConfig(recompute_granularity="full").recomputes_layers
+    assert TrainingConfig(gradient_checkpointing=True).recomputes_layers
+    assert not TrainingConfig(recompute_granularity="selective").recomputes_layers
+    assert ClusterConfig(actor_num_nodes=2, actor_num_gpus_per_node=4).world_size == 8
+    assert not ClusterConfig(rollout_num_gpus=2).shares_devices
+    assert ClusterConfig(rollout_num_gpus=2, colocate=True).shares_devices
+    assert ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=3).model_parallel_size == 6

@@ -1,0 +1,124 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from qwench import __version__, cli
+from qwench.errors import ConfigError, EngineError
+
+
+def run(*words: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    return ended.value.code
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "train.jsonl").write_text('{"input": "1+1", "label": "2"}\n')
+    return [
+        *("--hf-checkpoint", str(tmp_path), "--prompt-data", str(tmp_path / "train.jsonl"), "--lr", "1e-6"),
+        *("--num-rollout", "3", "--rollout-batch-size", "4", "--n-samples-per-prompt", "2"),
+        *("--rollout-max-response-len", "16"),
+    ]
+
+
+@pytest.mark.parametrize("words", [(), ("-h",), ("--help",), ("help",)])
+def test_help_names_every_verb(capsys, words):
+    assert run(*words) == 0
+    shown = capsys.readouterr().out
+    assert [verb for verb in cli.VERBS if f"\n  {verb} " not in shown] == []
+
+
+def test_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"qwench {__version__}\n"
+
+
+def test_top_level_help_imports_no_library():
+    code = "import sys\nfrom qwench import cli\ntry:\n cli.main(['--help'])\nfinally:\n sys.stderr.write(' '.join(sys.modules))"
+    modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stderr.split()
+    assert "qwench.cli" in modules
+    assert {"torch", "transformers", "tyro", "rich", "yaml", "qwench.config"} & set(modules) == set()
+
+
+@pytest.mark.parametrize("verb", [["train"], ["sft"], ["eval"], ["serve"], ["reward", "check"], ["make-model"], ["quickstart"]])
+def test_every_verb_explains_its_flags(capsys, verb):
+    assert run(*verb, "--help") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: qwench {' '.join(verb)}")
+    assert "--" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["trian"], "qwench: unknown verb 'trian'; known: train, sft, eval, serve, reward, make-model, quickstart"),
+        (["train", "--num-rolout", "3"], "qwench: unknown flag --num-rolout; did you mean --num-rollout?"),
+        (["train", "--lr", "high"], "qwench: --lr must be a number, got 'high'"),
+        (["eval"], "qwench: qwench eval needs something to evaluate on; give --eval-prompt-data NAME FILE"),
+        (["reward"], "qwench: qwench reward has one command, check; got none"),
+        (["reward", "check"], "qwench: a file is missing; usage: qwench reward check FILE --rm-type NAME"),
+    ],
+)
+def test_the_users_mistake_is_one_line_and_exit_code_2(capsys, words, line):
+    assert run(*words) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", f"{line}\n")
+
+
+def verb_that_raises(error: BaseException):
+    def verb(words: list[str]) -> None:
+        raise error
+
+    return verb
+
+
+def test_a_failed_run_is_one_line_and_exit_code_1(capsys, monkeypatch):
+    monkeypatch.setitem(cli.VERBS, "train", verb_that_raises(EngineError("engine 3 did not\nanswer")))
+    assert run("train") == 1
+    assert capsys.readouterr().err == "qwench: engine 3 did not answer\n"
+
+
+def test_an_interrupted_run_has_exit_code_130(capsys, monkeypatch):
+    monkeypatch.setitem(cli.VERBS, "train", verb_that_raises(KeyboardInterrupt()))
+    assert run("train") == 130
+    assert capsys.readouterr().err == "qwench: interrupted\n"
+
+
+def test_the_whole_traceback_comes_on_request(monkeypatch):
+    with pytest.raises(ConfigError):
+        cli.main(["train", "--lr", "high", "--traceback"])
+    monkeypatch.setenv("QWENCH_TRACEBACK", "0")
+    assert run("train", "--lr", "high") == 2
+    monkeypatch.setenv("QWENCH_TRACEBACK", "1")
+    with pytest.raises(ConfigError):
+        cli.main(["train", "--lr", "high"])
+
+
+def test_a_dry_run_shows_configuration_and_identity_and_starts_nothing(capsys, recipe):
+    assert run("train", *recipe, "--dry-run", "--sequence-parallel") == 0
+    shown = capsys.readouterr()
+    assert "  --num-rollout 3\n" in shown.out
+    assert "rollout_batch_size 4 x n_samples_per_prompt 2 = global_batch_size 8 x num_steps_per_rollout 1" in shown.out
+    assert shown.err == "qwench: warning: --sequence-parallel has no effect without tensor parallelism\n"
+
+
+def test_reward_check_grades_a_file(capsys, tmp_path):
+    file = tmp_path / "responses.jsonl"
+    rows = [("so \\boxed{2}", "2"), ("so \\boxed{3}", "2")]
+    file.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    words = ["reward", "check", str(file), "--rm-type", "math", "--response-key", "text", "--reward-num-workers", "1"]
+    assert run(*words) == 0
+    shown = capsys.readouterr().out
+    assert "wrong" in shown
+    assert "0.500" in shown
+
+
+def test_make_model_writes_a_checkpoint_and_refuses_to_write_over_it(capsys, tmp_path):
+    assert run("make-model", "--output", str(tmp_path / "m"), "--size", "tiny") == 0
+    assert (tmp_path / "m" / "config.json").is_file()
+    assert run("make-model", "--output", str(tmp_path / "m")) == 2
+    assert "exists and is not an empty folder" in capsys.readouterr().err
