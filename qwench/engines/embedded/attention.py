@@ -153,13 +153,12 @@ def _gather(pages_PSHK: Tensor, pages: Tensor, num_rows: int) -> Tensor:
 def _similar_runs(pages: IntArray) -> list[tuple[int, int]]:
     """Cut rows into runs whose page counts differ by no more than BLOCK_GROWTH and BLOCK_SLACK allow."""
     runs: list[tuple[int, int]] = []
-    start = 0
-    for row in range(1, len(pages) + 1):
-        if row == len(pages) or not _are_similar(int(pages[start : row + 1].min()), int(pages[start : row + 1].max())):
+    start, fewest, most = 0, 0, 0
+    for row, count in enumerate(pages.tolist()):
+        fewest, most = (count, count) if row == start else (min(fewest, count), max(most, count))
+        if most > fewest * BLOCK_GROWTH + BLOCK_SLACK:
             runs.append((start, row))
-            start = row
+            start, fewest, most = row, count, count
+    if len(pages) > 0:
+        runs.append((start, len(pages)))
     return runs
-
-
-def _are_similar(fewest: int, most: int) -> bool:
-    return most <= fewest * BLOCK_GROWTH + BLOCK_SLACK
