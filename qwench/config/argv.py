@@ -143,9 +143,9 @@ def _find_flag(item: Occurrence, table: Mapping[str, Flag]) -> tuple[Flag | None
 
 
 def _checked_values(item: Occurrence, flag: Flag, values: tuple[str, ...]) -> tuple[str, ...]:
-    if len(values) == 1:
-        values = (compat.IMPORT_PATHS.get(values[0], values[0]),) if flag.name.endswith("-path") else values
     try:
+        if flag.name.endswith("-path"):
+            values = tuple(compat.our_import_path(path) for path in values)
         flag.parse(values)
     except ValueError as error:
         raise item.error(f"--{item.name} {error}") from None

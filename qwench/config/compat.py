@@ -158,6 +158,7 @@ NEUTRAL: tuple[Neutral, ...] = (
     ),
     # Data and rollout services.
     *_flags(OFF, "prompts come from --prompt-data", "disable-rollout-global-dataset"),
+    *_flags(NEVER, "evaluation sets share their settings; list them with --eval-prompt-data NAME FILE", "eval-config"),
     *_flags(("math",), "rewards are chosen by --rm-type", "rollout-task-type"),
     *_flags(("-1",), BUFFER_SERVER, "fetch-trajectory-retry-times"),
     *_flags(("1",), BUFFER_SERVER, "min-batch-collection-ratio"),
@@ -175,6 +176,9 @@ NEUTRAL: tuple[Neutral, ...] = (
     *_flags(OFF, "AdamW is the only optimizer", "use-stateless-adam"),
     *_flags(OFF, "trainer processes live as long as the run; --offload-train frees their GPU memory", "release-train"),
     *_flags(NEVER, "it arrives with the Megatron backend; --ref-load takes the folder of one checkpoint", "ref-ckpt-step"),
+    *_flags(
+        NEVER, "a run begins at rollout 0, or where the checkpoint that it resumes stands; see --ckpt-step", "start-rollout-id"
+    ),
     # Publication of weights.
     *_flags(("full",), DELTA, "update-weight-mode"),
     *_flags(("nccl",), "the transport follows from where the engines run", "update-weight-transport"),
@@ -183,6 +187,12 @@ NEUTRAL: tuple[Neutral, ...] = (
     *_flags(NEVER, DELTA, "update-weight-disk-dir", "update-weight-local-checkpoint-dir"),
     *_flags(OFF, DELTA, "update-weight-disk-keep-files"),
     # Tests, profiling, logging.
+    *_flags(
+        NEVER,
+        "rollouts are recorded by --save-debug-rollout-data, and the trainer computes the rest from them",
+        "save-debug-train-data",
+    ),
+    *_flags(ON, "names are used as they are given", "disable-wandb-random-suffix"),
     *_flags(OFF, CI, "ci-test", "ci-disable-kl-checker"),
     *_flags(NEVER, CI, "ci-load-grad-norm", "ci-save-grad-norm"),
     *_flags(("0.1",), CI, "ci-train-rollout-logprob-abs-diff-threshold"),
@@ -209,10 +219,7 @@ def neutral_flag(spelled: str) -> Neutral | None:
 
 
 SHORTHANDS: Mapping[str, Mapping[str, str]] = {
-    "dump-details": {
-        "save-debug-rollout-data": "{value}/rollout_data/{rollout_id}.jsonl",
-        "save-debug-train-data": "{value}/train_data/{rollout_id}_{rank}.pt",
-    },
+    "dump-details": {"save-debug-rollout-data": "{value}/rollout_data/{rollout_id}.jsonl"},
 }
 """Flag -> the flags it stands for; those win over it when they are given too."""
 
@@ -238,6 +245,19 @@ IMPORT_PATHS: Mapping[str, str] = {
     f"miles.{_FILTERS}.check_no_aborted": "qwench.rollout.filters.check_no_aborted",
 }
 """Import path of a built-in of theirs -> ours; None: what happens when the flag is left out."""
+
+
+def our_import_path(path: str) -> str:
+    """Return ours for the import path of one of their built-ins, and every other path as it is.
+
+    Raises:
+        ValueError: the path is of slime or miles, but nothing here does the same.
+    """
+    if path in IMPORT_PATHS:
+        return IMPORT_PATHS[path]
+    if path.startswith(("slime.", "miles.")):
+        raise ValueError(f"{path} is called in another way than functions of Qwench are; port it and name your own module")
+    return path
 
 
 def check_supported(config: Config) -> None:
@@ -272,6 +292,12 @@ def _separate_devices(config: Config) -> str | None:
             f"--rollout-num-gpus ({config.cluster.rollout_num_gpus}) besides the trainer's GPUs arrives with the Ray launcher; "
             "give --colocate or leave it out"
         )
+    return None
+
+
+def _remote_reward(config: Config) -> str | None:
+    if config.reward.rm_url is not None or (config.reward.rm_type or "").endswith("remote_rm"):
+        return "--rm-type remote_rm and --rm-url arrive with the remote reward; use --custom-rm-path"
     return None
 
 
@@ -314,6 +340,7 @@ NOT_YET: tuple[Callable[[Config], str | None], ...] = (
     _megatron,
     _sglang,
     _separate_devices,
+    _remote_reward,
     _estimator,
     _loss,
     _loss_mask,

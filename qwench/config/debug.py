@@ -10,7 +10,7 @@ from qwench.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DebugConfig:
-    """Recordings and partial runs."""
+    """Recorded rollouts and partial runs."""
 
     debug_rollout_only: bool = False
     """Only generate and grade; no trainer."""
@@ -22,8 +22,6 @@ class DebugConfig:
     """Train on rollouts recorded in this file, in which {rollout_id} is replaced."""
     load_debug_rollout_data_subsample: float | None = None
     """Use this share of a recorded rollout. None: all."""
-    save_debug_train_data: str | None = None
-    """Record every rollout batch as the trainer sees it, in this file, in which {rollout_id} and {rank} are replaced."""
     dry_run: bool = False
     """Print the resolved configuration and end."""
 
@@ -36,7 +34,6 @@ class DebugConfig:
         for flag, template in (
             ("--save-debug-rollout-data", self.save_debug_rollout_data),
             ("--load-debug-rollout-data", self.load_debug_rollout_data),
-            ("--save-debug-train-data", self.save_debug_train_data),
         ):
             if template is not None and "{rollout_id}" not in template:
                 raise ConfigError(

@@ -39,8 +39,6 @@ class LoggingConfig:
     """Folder of its local files."""
     wandb_run_id: str | None = None
     """Run to continue."""
-    disable_wandb_random_suffix: bool = False
-    """Do not add a random suffix to --wandb-group."""
     log_passrate: bool = False
     """Log pass@k over the groups of each rollout."""
     log_multi_turn: bool = False

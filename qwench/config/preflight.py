@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qwench.config.algorithm import AlgorithmConfig
 from qwench.config.checkpoint import CheckpointConfig
+from qwench.config.cluster import ClusterConfig
 from qwench.config.compat import EMBEDDED_ALIASES, SFT_ROLLOUT
 from qwench.config.config import Config
 from qwench.config.model import ModelConfig
@@ -58,7 +59,7 @@ def check_eval(config: Config) -> None:
     Raises:
         ConfigError: a flag is missing or a file it names is not there.
     """
-    if not config.evaluation.has_sets:
+    if not config.evaluation.eval_prompt_data:
         raise ConfigError("qwench eval needs something to evaluate on; give --eval-prompt-data NAME FILE")
     length = config.evaluation.eval_max_response_len or config.rollout.rollout_max_response_len
     _require("--eval-max-response-len", length, "the most tokens of a response")
@@ -97,6 +98,8 @@ def warnings(config: Config) -> Iterator[str]:
         )
     if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
         yield "--sequence-parallel has no effect without tensor parallelism"
+    if config.cluster.num_gpus_per_node != ClusterConfig().num_gpus_per_node:
+        yield "--num-gpus-per-node has no effect without a cluster of several nodes"
     if config.engine.rollout_engine == "embedded":
         if config.engine.use_fault_tolerance:
             yield "--use-fault-tolerance has no effect on the embedded engine, which lives and dies with this process"
@@ -151,8 +154,6 @@ def _check_training_data(config: Config) -> None:
 def _check_eval_data(config: Config) -> None:
     for path in config.evaluation.eval_prompt_data[1::2]:
         _check_data_file("--eval-prompt-data", path)
-    if config.evaluation.eval_config is not None and not config.evaluation.eval_config.is_file():
-        raise ConfigError(f"--eval-config: there is no file {config.evaluation.eval_config}")
 
 
 def _check_data_file(flag: str, spec: str) -> None:

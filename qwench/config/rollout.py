@@ -68,8 +68,6 @@ class RolloutConfig:
     """Import path of a function that takes samples of a finished rollout out of the loss."""
     rollout_all_samples_process_path: str | None = None
     """Import path of a function that sees all samples of a rollout, also those not learned from."""
-    start_rollout_id: int | None = None
-    """Number of the first rollout. None: 0, or where the checkpoint of --load stands."""
 
     def __post_init__(self) -> None:
         for flag, value in (
@@ -86,7 +84,6 @@ class RolloutConfig:
             check_positive(flag, value)
         for flag, count in (
             ("--rollout-min-new-tokens", self.rollout_min_new_tokens),
-            ("--start-rollout-id", self.start_rollout_id),
             ("--rollout-min-p", self.rollout_min_p),
         ):
             check_not_negative(flag, count)

@@ -53,6 +53,7 @@ def test_a_flag_whose_own_name_begins_with_no_is_not_a_negation():
         (["--no-bf16"], "--no-bf16 is not supported: training is in bfloat16"),
         (["--use-opd"], "--use-opd is not supported: on-policy distillation"),
         (["--sglang-page-size", "big"], "--sglang-page-size must be an integer, got 'big'"),
+        (["--custom-rm-path", "slime.rollout.x.y"], "--custom-rm-path slime.rollout.x.y is called in another way"),
         (["--dump-details"], "--dump-details expects one value, got none"),
     ],
 )
@@ -92,11 +93,10 @@ def test_sglang_flags_that_the_embedded_engine_honours_set_its_own_flag_unless_t
 
 
 def test_a_shorthand_gives_way_to_the_flags_it_stands_for_wherever_they_stand():
-    given = sort("--save-debug-train-data", "t/{rollout_id}", "--dump-details", "d")
-    assert given.flags == {
-        "save-debug-rollout-data": ("d/rollout_data/{rollout_id}.jsonl",),
-        "save-debug-train-data": ("t/{rollout_id}",),
-    }
+    expansion = {"save-debug-rollout-data": ("d/rollout_data/{rollout_id}.jsonl",)}
+    assert sort("--dump-details", "d").flags == expansion
+    given = sort("--save-debug-rollout-data", "r/{rollout_id}", "--dump-details", "d")
+    assert given.flags == {"save-debug-rollout-data": ("r/{rollout_id}",)}
 
 
 def test_yaml_comes_before_the_command_line_wherever_it_is_named(tmp_path):

@@ -7,6 +7,7 @@ from qwench.config import (
     DataConfig,
     EngineConfig,
     OptimizerConfig,
+    RewardConfig,
     TrainingConfig,
 )
 from qwench.config.compat import EMBEDDED_ALIASES, NEUTRAL, NEUTRAL_BY_NAME, SHORTHANDS, neutral_flag
@@ -18,6 +19,7 @@ NOT_YET = [
     ({"engine": EngineConfig(rollout_engine="sglang")}, "--rollout-engine sglang arrives with the SGLang engine"),
     ({"engine": EngineConfig(rollout_external_engine_addrs=("a:1",))}, "--rollout-external-engine-addrs arrives with"),
     ({"cluster": ClusterConfig(rollout_num_gpus=2)}, "--rollout-num-gpus (2) besides the trainer's GPUs arrives with"),
+    ({"reward": RewardConfig(rm_url="http://a")}, "--rm-type remote_rm and --rm-url arrive with the remote reward"),
     ({"algorithm": AlgorithmConfig(advantage_estimator="ppo")}, "--advantage-estimator ppo is not supported"),
     ({"algorithm": AlgorithmConfig(loss_type="custom_loss")}, "--loss-type custom_loss is not supported"),
     ({"data": DataConfig(loss_mask_type="qwen3_5")}, "--loss-mask-type qwen3_5 is not supported"),

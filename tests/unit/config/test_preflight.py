@@ -55,7 +55,6 @@ def test_a_missing_flag_is_asked_for(files, flag):
         (["--hf-checkpoint", "{}/empty"], "--hf-checkpoint: {}/empty has no config.json"),
         (["--prompt-data", "{}/absent.jsonl@[1:]"], "--prompt-data: there is no file {}/absent.jsonl"),
         (["--eval-prompt-data", "e", "{}/absent.jsonl"], "--eval-prompt-data: there is no file {}/absent.jsonl"),
-        (["--eval-config", "{}/absent.yaml"], "--eval-config: there is no file {}/absent.yaml"),
         (["--load", "{}/absent"], "--load: {}/absent is missing or empty, and there is no --ref-load to start from"),
         (["--load", "{}/empty"], "--load: {}/empty is missing or empty"),
         (["--ref-load", "{}/absent"], "--ref-load: there is no folder {}/absent"),
@@ -115,6 +114,7 @@ def test_serving_needs_a_checkpoint(files):
         (["--use-dynamic-batch-size", "--max-tokens-per-gpu", "15"], "--max-tokens-per-gpu (15) is smaller than the longest"),
         (["--n-samples-per-prompt", "1"], "--n-samples-per-prompt 1: rewards are compared within their group"),
         (["--sequence-parallel"], "--sequence-parallel has no effect"),
+        (["--num-gpus-per-node", "4"], "--num-gpus-per-node has no effect"),
         (["--use-fault-tolerance"], "--use-fault-tolerance has no effect on the embedded engine"),
         (["--rollout-num-gpus-per-engine", "2"], "--rollout-num-gpus-per-engine has no effect on the embedded engine"),
         (
