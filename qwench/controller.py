@@ -6,7 +6,7 @@ Supervised fine-tuning is the same loop over rollouts that are read instead of g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.engines.pool import EnginePool
 from qwench.observability.metrics import MetricLog
+from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout
 from qwench.training.learner import Learner
 from qwench.weights.publish import publish_weights
@@ -102,37 +103,60 @@ class Run:
     """Everything a run consists of, as `launch.build` chose it."""
 
     schedule: Schedule
-    learner: Learner
+    learner: Learner | None
+    """None: rollouts are only generated."""
     rollouts: Rollouts
     engines: EnginePool | None
     gpus: Gpus
     evaluator: Evaluates | None
     checkpoints: CheckpointManager
     metrics: MetricLog
+    timer: PhaseTimer
+    publish_bucket_bytes: int
+    close: Callable[[], None] = lambda: None
+    """Ends engines and graders."""
 
 
 def train(run: Run) -> None:
     """Learn from every rollout of the schedule, evaluating, saving and publishing when due."""
-    learner, rollouts, engines, gpus, schedule = run.learner, run.rollouts, run.engines, run.gpus, run.schedule
+    learner, rollouts, gpus, schedule = run.learner, run.rollouts, run.gpus, run.schedule
+    assert learner is not None, "a run that only generates has no learner"
     first = run.checkpoints.restore(learner, rollouts)
     run.metrics.resume(first)
     with gpus.held_by(learner):
-        publish_weights(learner, engines, gpus, version=first)
+        publish(run, learner, version=first)
     for rollout_id in range(first, schedule.num_rollout):
         evaluate_if_due(run, rollout_id)
-        rollout = rollouts.take(rollout_id)
+        with run.timer.phase("train_wait"):
+            rollout = rollouts.take(rollout_id)
         with gpus.held_by(learner):
             learned = learner.learn(rollout)
-            run.metrics.log(rollout_id, {**rollout.metrics, **learned.metrics}, steps=learned.steps)
+            # Logged before it is saved: a run killed in between learns from the rollout again, and logs it once.
+            run.metrics.log(rollout_id, {**rollout.metrics, **learned.metrics, **run.timer.take()}, steps=learned.steps)
             if schedule.save_due(rollout_id):
                 run.checkpoints.save(rollout_id + 1, learner, rollouts)
             if schedule.publish_due(rollout_id):
                 with rollouts.drained():
-                    publish_weights(learner, engines, gpus, version=rollout_id + 1)
+                    publish(run, learner, version=rollout_id + 1)
     evaluate_if_due(run, schedule.num_rollout)
+
+
+def generate(run: Run) -> None:
+    """Only generate and grade the rollouts of the schedule, with the weights that the engines started with."""
+    for rollout_id in range(run.schedule.num_rollout):
+        rollout = run.rollouts.take(rollout_id)
+        run.metrics.log(rollout_id, {**rollout.metrics, **run.timer.take()})
+
+
+def publish(run: Run, learner: Learner, *, version: int) -> None:
+    """Bring the learner's weights to the engines; `version` is the number of rollouts learned from."""
+    with run.timer.phase("update_weights"):
+        publish_weights(learner, run.engines, run.gpus, version=version, bucket_bytes=run.publish_bucket_bytes)
 
 
 def evaluate_if_due(run: Run, rollout_id: int) -> None:
     """Log what the evaluation sets say of the weights that learned from `rollout_id` rollouts."""
     if run.evaluator is not None and run.engines is not None and run.schedule.eval_due(rollout_id):
-        run.metrics.log(rollout_id, run.evaluator.evaluate(run.engines))
+        with run.timer.phase("eval"):
+            evaluated = run.evaluator.evaluate(run.engines)
+        run.metrics.log(rollout_id, evaluated)

@@ -30,6 +30,8 @@ class ModelSize:
     max_position_embeddings: int = 40_960
     vocab_size: int | None = QWEN3_VOCAB_SIZE
     """None: as many as the tokenizer needs."""
+    initial_std: float = 0.02
+    """Of random weights; about 1 / sqrt(hidden size) where the model is trained from them."""
 
     def to_config(self, *, vocab_size: int) -> Qwen3Config:
         """Return the transformers configuration of this shape."""
@@ -50,13 +52,13 @@ class ModelSize:
 
 
 SIZES: MappingProxyType[str, ModelSize] = MappingProxyType({
-    # Made on the spot, with the vocabulary of their tokenizer: about 1.8M, 31M and 63M parameters besides the embedding.
-    "tiny": ModelSize(hidden_size=192, intermediate_size=512, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64,
-                      max_position_embeddings=4096, vocab_size=None),
+    # Made on the spot, with the vocabulary of their tokenizer: about 1.0M, 31M and 63M parameters besides the embedding.
+    "tiny": ModelSize(hidden_size=128, intermediate_size=512, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
+                      max_position_embeddings=4096, vocab_size=None, initial_std=0.08),
     "30M": ModelSize(hidden_size=512, intermediate_size=1536, num_layers=10, num_heads=8, num_kv_heads=4, head_dim=64,
-                     max_position_embeddings=8192, vocab_size=None),
+                     max_position_embeddings=8192, vocab_size=None, initial_std=0.04),
     "60M": ModelSize(hidden_size=768, intermediate_size=2048, num_layers=10, num_heads=12, num_kv_heads=4, head_dim=64,
-                     max_position_embeddings=8192, vocab_size=None),
+                     max_position_embeddings=8192, vocab_size=None, initial_std=0.036),
     # Published by Qwen.
     "0.6B": ModelSize(hidden_size=1024, intermediate_size=3072, num_layers=28, num_heads=16, num_kv_heads=8),
     "1.7B": ModelSize(hidden_size=2048, intermediate_size=6144, num_layers=28, num_heads=16, num_kv_heads=8),

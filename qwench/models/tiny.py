@@ -17,7 +17,6 @@ from qwench.models.registry import find_size
 from qwench.models.shards import write_shards
 from qwench.models.tokenizers import END_OF_TEXT, END_OF_TURN
 
-_INITIAL_STD = 0.02
 _VOCAB_MULTIPLE = 64
 """Embedding rows are padded so that tensor parallelism and matrix kernels get even shapes."""
 
@@ -53,7 +52,8 @@ def make_checkpoint(
     partial.mkdir(parents=True)
     tokenizer.save_pretrained(partial)
     _generation_config(tokenizer).save_pretrained(partial)
-    write_shards(partial, ([entry] for entry in random_weights(config, seed=seed, dtype=dtype, device=device)))
+    weights = random_weights(config, seed=seed, dtype=dtype, device=device, std=shape.initial_std)
+    write_shards(partial, ([entry] for entry in weights))
     config.save_pretrained(partial)
     _add_rope_theta(partial / "config.json", shape.rope_theta)
     rename_durably(partial, folder)
@@ -61,9 +61,9 @@ def make_checkpoint(
 
 
 def random_weights(
-    config: Qwen3Config, *, seed: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    config: Qwen3Config, *, seed: int, dtype: torch.dtype, device: torch.device | str = "cpu", std: float = 0.02
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield each weight of the model: norms are 1, everything else normal with standard deviation 0.02."""
+    """Yield each weight of the model: norms are 1, everything else normal with standard deviation `std`."""
     with torch.device("meta"):
         model = Qwen3ForCausalLM(config)
     generator = torch.Generator(device=device)
@@ -73,7 +73,7 @@ def random_weights(
         else:
             generator.manual_seed((seed << 20) + index)
             values = torch.empty(parameter.shape, dtype=torch.float32, device=device)
-            yield name, values.normal_(0.0, _INITIAL_STD, generator=generator).to(dtype)
+            yield name, values.normal_(0.0, std, generator=generator).to(dtype)
 
 
 def _generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

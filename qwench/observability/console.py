@@ -42,8 +42,8 @@ class Progress(Protocol):
 class Console(Protocol):
     """See the module docstring; any thread may call any method."""
 
-    def say(self, text: str) -> None:
-        """Show a line of text."""
+    def say(self, text: str, *, markup: bool = False) -> None:
+        """Show a line of text, with rich's markup if that is what it has."""
         ...
 
     def phase(self, name: str) -> AbstractContextManager[None]:
@@ -73,9 +73,9 @@ class LiveConsole:
         self._lock = RLock()
         self._live: RichProgress | None = None
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, *, markup: bool = False) -> None:
         """Print above the live part."""
-        self._output.print(text, markup=False)
+        self._output.print(text, markup=markup)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -155,9 +155,9 @@ class PlainConsole:
         self._output = output
         self._clock = clock
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, *, markup: bool = False) -> None:
         """Print the text, unwrapped."""
-        self._output.print(text, markup=False, soft_wrap=True)
+        self._output.print(text, markup=markup, soft_wrap=True)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Show nothing: the rollout's line says how long each phase took."""
@@ -194,7 +194,7 @@ class _PlainBar:
 class QuietConsole:
     """Show nothing: for tests and all ranks but the main one."""
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, *, markup: bool = False) -> None:
         """Show nothing."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:

@@ -1,0 +1,222 @@
+"""Put a run together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from transformers import PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from qwench.checkpoints.manager import CheckpointManager
+from qwench.cluster.gpus import ColocatedGpus, DedicatedGpus
+from qwench.config import Config
+from qwench.controller import Gpus, Run, Schedule
+from qwench.data.prompts import PromptSource
+from qwench.data.sft import SftSource, load_sft, render_mask_preview
+from qwench.engines.pool import EnginePool
+from qwench.engines.protocol import WeightBucket
+from qwench.errors import ConfigError
+from qwench.launch.generation import build_generation
+from qwench.launch.inputs import Inputs, check_one_rank, read_eval_prompts, read_inputs, read_training_prompts
+from qwench.launch.trainer import build_learner
+from qwench.models.hf import write_hf_checkpoint
+from qwench.observability.metrics import MetricLog, Sink
+from qwench.observability.timing import PhaseTimer
+from qwench.observability.tracking import JsonlSink, TableSink, TensorBoardSink, WandbSink
+from qwench.rewards.registry import reward_spec
+from qwench.rollout.recorded import ReplayStream, SftStream
+from qwench.samples import Json
+from qwench.training.fsdp.process_group import barrier
+
+
+def build(config: Config) -> Run:
+    """Build a reinforcement-learning run; everything that can be wrong with files and flags is found before a model loads.
+
+    Raises:
+        ConfigError: the user's mistake.
+    """
+    inputs = _begin(config)
+    if config.debug.load_debug_rollout_data is not None:
+        return _build_replay(inputs, config.debug.load_debug_rollout_data)
+    loaded = read_training_prompts(inputs)
+    eval_prompts = {name: prompts.prompts for name, prompts in read_eval_prompts(inputs).items()}
+    spec = reward_spec(config.reward)
+    for prompts in (loaded.prompts, *eval_prompts.values()):
+        spec.check_prompts(prompts)
+    batch = inputs.resolved.batch
+    source = PromptSource(
+        loaded.prompts,
+        n_samples_per_prompt=batch.n_samples_per_prompt,
+        shuffle=config.data.rollout_shuffle,
+        seed=config.data.rollout_seed,
+    )
+    per_epoch = source.num_rollouts_per_epoch(batch.rollout_batch_size)
+    schedule = _schedule(inputs, rollouts_per_epoch=per_epoch)
+    timer = PhaseTimer()
+    checkpoints = _checkpoints(inputs, timer)
+    generation = build_generation(inputs, with_weights=config.debug.debug_rollout_only)
+    return Run(
+        schedule=schedule,
+        learner=None if config.debug.debug_rollout_only else build_learner(inputs, timer, num_rollout=schedule.num_rollout),
+        rollouts=generation.stream(source, num_rollouts=schedule.num_rollout),
+        engines=generation.engines,
+        gpus=_gpus(inputs, generation.engines),
+        evaluator=generation.evaluator(eval_prompts) if eval_prompts else None,
+        checkpoints=checkpoints,
+        metrics=_metric_log(inputs),
+        timer=timer,
+        publish_bucket_bytes=config.engine.update_weight_buffer_size,
+        close=generation.close,
+    )
+
+
+def build_sft(config: Config) -> Run:
+    """Build a fine-tuning run: the same loop over conversations, without engines.
+
+    Raises:
+        ConfigError: the user's mistake.
+    """
+    inputs = _begin(config)
+    assert config.data.prompt_data is not None, "preflight checks that --prompt-data is given"
+    loaded = load_sft(
+        config.data.prompt_data,
+        input_key=config.data.input_key,
+        tool_key=config.data.tool_key,
+        tokenizer=inputs.tokenizer,
+        loss_mask_type=config.data.loss_mask_type,
+        apply_chat_template_kwargs=config.data.apply_chat_template_kwargs,
+        max_len=config.rollout.rollout_max_context_len,
+    )
+    if loaded.num_too_long or loaded.num_untrained:
+        inputs.console.say(
+            f"--prompt-data: dropped {loaded.num_too_long} conversations longer than --rollout-max-context-len and "
+            f"{loaded.num_untrained} without a token to train on; {len(loaded.examples)} are left"
+        )
+    batch_size = inputs.resolved.batch.rollout_batch_size
+    seed, shuffle = config.data.rollout_seed, config.data.rollout_shuffle
+    source = SftSource(loaded.examples, rollout_batch_size=batch_size, shuffle=shuffle, seed=seed)
+    preview = SftSource(loaded.examples, rollout_batch_size=1, shuffle=shuffle, seed=seed).take(0).samples[0]
+    shown = render_mask_preview(preview, inputs.tokenizer)
+    inputs.console.say(f"first conversation, trained tokens in bold:\n{shown}", markup=True)
+    schedule = _schedule(inputs, rollouts_per_epoch=source.num_rollouts_per_epoch())
+    return _without_engines(inputs, SftStream(source), schedule)
+
+
+def _begin(config: Config) -> Inputs:
+    transformers_logging.disable_progress_bar()  # it would draw over the live line
+    check_one_rank(config)
+    return read_inputs(config)
+
+
+def _build_replay(inputs: Inputs, template: str) -> Run:
+    rollouts = ReplayStream(template, subsample=inputs.config.debug.load_debug_rollout_data_subsample)
+    return _without_engines(inputs, rollouts, _schedule(inputs, rollouts_per_epoch=None))
+
+
+def _without_engines(inputs: Inputs, rollouts: ReplayStream | SftStream, schedule: Schedule) -> Run:
+    timer = PhaseTimer()
+    checkpoints = _checkpoints(inputs, timer)
+    return Run(
+        schedule=schedule,
+        learner=build_learner(inputs, timer, num_rollout=schedule.num_rollout),
+        rollouts=rollouts,
+        engines=None,
+        gpus=DedicatedGpus(weights_may_alias=False),
+        evaluator=None,
+        checkpoints=checkpoints,
+        metrics=_metric_log(inputs),
+        timer=timer,
+        publish_bucket_bytes=inputs.config.engine.update_weight_buffer_size,
+    )
+
+
+def _schedule(inputs: Inputs, *, rollouts_per_epoch: int | None) -> Schedule:
+    config = inputs.config
+    num_rollout = config.rollout.num_rollout
+    if num_rollout is None:
+        if rollouts_per_epoch is None:
+            raise ConfigError("--num-rollout is required here: recorded rollouts have no epochs")
+        assert config.rollout.num_epoch is not None, "preflight checks that one of the two is given"
+        num_rollout = config.rollout.num_epoch * rollouts_per_epoch
+    save_interval = config.checkpoint.save_interval
+    if save_interval is None and config.checkpoint.save is not None:
+        save_interval = num_rollout  # the end of the run is always worth keeping
+    return Schedule(
+        num_rollout=num_rollout,
+        rollouts_per_epoch=rollouts_per_epoch,
+        save_interval=save_interval,
+        eval_interval=config.evaluation.eval_interval,
+        eval_before_train=not config.evaluation.skip_eval_before_train,
+        update_weights_interval=config.rollout.update_weights_interval,
+    )
+
+
+def _checkpoints(inputs: Inputs, timer: PhaseTimer) -> CheckpointManager:
+    def write_hf(folder: Path, buckets: Iterator[WeightBucket]) -> None:
+        write_hf_checkpoint(folder, buckets, source=inputs.model_folder)
+
+    return CheckpointManager(
+        inputs.config.checkpoint,
+        _identity(inputs.hf_config, inputs.config),
+        inputs.console,
+        write_hf=write_hf,
+        timer=timer,
+        is_main=inputs.is_main,
+        barrier=barrier,
+    )
+
+
+def _identity(hf_config: PretrainedConfig, config: Config) -> dict[str, Json]:
+    """Return what a run and the checkpoint it resumes from must share."""
+    return {
+        "model_type": hf_config.model_type,
+        "num_hidden_layers": hf_config.num_hidden_layers,
+        "hidden_size": hf_config.hidden_size,
+        "vocab_size": hf_config.vocab_size,
+        "loss_type": config.algorithm.loss_type,
+    }
+
+
+def _gpus(inputs: Inputs, engines: EnginePool) -> Gpus:
+    rollout, resolved = inputs.config.rollout, inputs.resolved
+    may_alias = rollout.rollouts_ahead == 0 and rollout.update_weights_interval == 1
+    if inputs.device.type == "cpu" or rollout.rollouts_ahead > 0:
+        return DedicatedGpus(weights_may_alias=may_alias)
+    return ColocatedGpus(
+        engines,
+        offload_rollout=resolved.offload_rollout,
+        offload_train=resolved.offload_train,
+        weights_may_alias=may_alias,
+    )
+
+
+def _metric_log(inputs: Inputs) -> MetricLog:
+    """Return the log of the main rank with every sink the flags ask for; other ranks log nothing."""
+    logging, sinks = inputs.config.logging, list[Sink]()
+    if inputs.is_main:
+        sinks.append(TableSink(inputs.console))
+        if inputs.resolved.log_dir is not None:
+            sinks.append(JsonlSink(inputs.resolved.log_dir / "metrics.jsonl"))
+        if logging.use_tensorboard:
+            sinks.append(TensorBoardSink(_tensorboard_folder(inputs)))
+        if logging.use_wandb:
+            make = partial(WandbSink, project=logging.wandb_project, group=logging.wandb_group, team=logging.wandb_team)
+            sinks.append(
+                make(
+                    mode=logging.wandb_mode,
+                    folder=logging.wandb_dir,
+                    run_id=logging.wandb_run_id,
+                    host=logging.wandb_host,
+                    key=logging.wandb_key or os.environ.get("WANDB_API_KEY"),
+                )
+            )
+    return MetricLog(sinks, num_steps_per_rollout=inputs.resolved.num_steps_per_rollout)
+
+
+def _tensorboard_folder(inputs: Inputs) -> Path:
+    logging = inputs.config.logging
+    base = Path(logging.tb_project_name) if logging.tb_project_name else (inputs.resolved.log_dir or Path("runs")) / "tensorboard"
+    return base / logging.tb_experiment_name if logging.tb_experiment_name else base

@@ -1,0 +1,85 @@
+"""What the verbs of the command line do."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import orjson
+
+from qwench import controller
+from qwench.config import Config
+from qwench.config.serve import ServeConfig
+from qwench.controller import Run
+from qwench.engines.embedded.serving import serve as serve_engine
+from qwench.files import write_atomically
+from qwench.launch.build import build, build_sft
+from qwench.launch.generation import build_generation, embedded_settings
+from qwench.launch.inputs import read_eval_prompts, read_inputs
+from qwench.rewards.registry import reward_spec
+from qwench.rollout.evaluate import EvalResult
+from qwench.training.fsdp.process_group import leave_process_group
+
+
+def train(config: Config) -> None:
+    """Run `qwench train`."""
+    run = build(config)
+    _drive(run, only_generate=config.debug.debug_rollout_only)
+
+
+def sft(config: Config) -> None:
+    """Run `qwench sft`."""
+    _drive(build_sft(config), only_generate=False)
+
+
+def evaluate(config: Config) -> None:
+    """Run `qwench eval`: print each set's metrics, and write them and every response to --eval-output."""
+    inputs = read_inputs(config)
+    prompts = {name: loaded.prompts for name, loaded in read_eval_prompts(inputs).items()}
+    spec = reward_spec(config.reward)
+    for rows in prompts.values():
+        spec.check_prompts(rows)
+    generation = build_generation(inputs, with_weights=True)
+    try:
+        evaluator = generation.evaluator(prompts)
+        results = evaluator.run(generation.engines)
+    finally:
+        generation.close()
+    metrics = evaluator.summarize(results)
+    for result in results:
+        inputs.console.say(f"{result.name}: {result.score:.4f} ({len(result.samples)} responses)")
+    if config.evaluation.eval_output is not None:
+        _write_results(config.evaluation.eval_output, metrics, results)
+
+
+def serve(config: ServeConfig) -> None:
+    """Run `qwench serve`; clients show QWENCH_TOKEN, if it is set, to change weights or memory."""
+    assert config.model.hf_checkpoint is not None, "preflight checks that --hf-checkpoint is given"
+    inputs = read_inputs(Config(model=config.model, engine=config.engine, rollout=replace(Config().rollout, rollout_batch_size=1)))
+    serve_engine(
+        config.model.hf_checkpoint,
+        embedded_settings(inputs),
+        host=config.server.host,
+        port=config.server.port,
+        token=os.environ.get("QWENCH_TOKEN"),
+    )
+
+
+def _drive(run: Run, *, only_generate: bool) -> None:
+    try:
+        controller.generate(run) if only_generate else controller.train(run)
+    finally:
+        run.rollouts.close()
+        run.metrics.close()
+        run.close()
+    leave_process_group()
+
+
+def _write_results(folder: Path, metrics: dict[str, float], results: Sequence[EvalResult]) -> None:
+    write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    for result in results:
+        lines = (orjson.dumps(sample.to_record()) for sample in result.samples)
+        write_atomically(folder / f"{result.name}.jsonl", b"\n".join(lines) + b"\n")
