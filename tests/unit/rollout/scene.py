@@ -1,0 +1,59 @@
+"""Prompts named a, b, c ... and the parts of a rollout around a fake engine."""
+
+import string
+from collections.abc import Callable
+
+from qwench.data.prompts import PromptSource
+from qwench.engines.protocol import GenerateRequest
+from qwench.rollout.collect import Collector, CollectRules
+from qwench.rollout.feed import GroupFeed
+from qwench.rollout.groups import GroupRunner
+from qwench.rollout.sampling import Sampling
+from qwench.samples import Group, Prompt, Sample
+from tests.fakes.console import RecordingConsole
+from tests.fakes.engine import CharTokenizer, FakeEngine
+from tests.fakes.grader import FakeGrader
+
+
+def prompt(text: str, label: str | None = None) -> Prompt:
+    return Prompt(text=text, token_ids=tuple(map(ord, text)), label=label)
+
+
+def sample(text: str = "a", sample_id: int = 0, group_id: int = 0) -> Sample:
+    return Sample(prompt=prompt(text), sample_id=sample_id, group_id=group_id)
+
+
+def group(text: str = "a", *, size: int = 2, group_id: int = 0) -> Group:
+    return Group(group_id=group_id, samples=[sample(text, group_id * size + i, group_id) for i in range(size)])
+
+
+def letters_source(num_prompts: int = 26, *, n: int = 1) -> PromptSource:
+    """Return a source of groups of prompts a, b, c ... with ids 0, 1, 2 ..."""
+    prompts = [prompt(letter) for letter in string.ascii_lowercase[:num_prompts]]
+    return PromptSource(prompts, n_samples_per_prompt=n, shuffle=False, seed=0)
+
+
+def write_ok(context: str, request: GenerateRequest) -> str:
+    return "ok"
+
+
+def by_letter(table: dict[str, int | None], default: int = 0) -> Callable[[str, GenerateRequest], int | None]:
+    """Return ticks that depend on the first character of the prompt."""
+    return lambda context, request: table.get(context[0], default)
+
+
+def make_runner(engine: FakeEngine, grader: FakeGrader, **options) -> GroupRunner:
+    settings = {"concurrency": 64, "sampling": Sampling(max_response_len=100), **options}
+    return GroupRunner(engine, tokenizer=CharTokenizer(), grader=grader, **settings)
+
+
+def make_collector(engine: FakeEngine, grader: FakeGrader, *, feed: GroupFeed | None = None, **rules) -> Collector:
+    settings = {"num_groups": 2, "over_sampling": rules.get("num_groups", 2), "max_rounds": 10, **rules}
+    console = settings.pop("console", RecordingConsole())
+    feed = feed or GroupFeed(letters_source())
+    return Collector(make_runner(engine, grader), feed, CollectRules(**settings), console=console)
+
+
+def prompts_of(groups: list[Group]) -> str:
+    """Return the first letters of the groups' prompts."""
+    return "".join(group.samples[0].prompt.text[0] for group in groups)

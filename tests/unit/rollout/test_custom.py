@@ -1,0 +1,90 @@
+import asyncio
+
+import pytest
+
+from qwench.errors import ConfigError, QwenchError
+from qwench.rollout.custom import RolloutContext, custom_rollout, load_async
+from qwench.rollout.feed import GroupFeed
+from qwench.samples import Group, Rollout, Status
+from tests.fakes.engine import FakeEngine
+from tests.fakes.grader import FakeGrader
+from tests.unit.rollout.scene import by_letter, letters_source, make_runner, prompts_of, write_ok
+
+HERE = "tests.unit.rollout.test_custom"
+
+
+def context(engine=None, num_groups=2):
+    runner = make_runner(engine or FakeEngine(write_ok), FakeGrader(lambda sample: 1.0))
+    return RolloutContext(runner=runner, feed=GroupFeed(letters_source()), num_groups=num_groups)
+
+
+async def first_done(rollout_id, context):
+    """Take the first group that finishes and keep the others."""
+    tasks = {
+        asyncio.create_task(context.run_group(group, rollout_id=rollout_id))
+        for group in context.next_groups(context.num_groups)
+    }
+    done, rest = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    context.put_back(await context.abort(rest))
+    return Rollout(rollout_id=rollout_id, groups=[task.result() for task in done])
+
+
+async def wrong_id(rollout_id, context):
+    return Rollout(rollout_id=rollout_id + 1, groups=context.next_groups(1))
+
+
+async def ungraded(rollout_id, context):
+    return Rollout(rollout_id=rollout_id, groups=context.next_groups(1))
+
+
+async def empty(rollout_id, context):
+    return Rollout(rollout_id=rollout_id, groups=[])
+
+
+def not_async(rollout_id, context):
+    return Rollout(rollout_id=rollout_id, groups=[])
+
+
+async def one_argument(sample):
+    return sample
+
+
+def make(name, of=None):
+    return asyncio.run(custom_rollout(f"{HERE}.{name}", of or context())(3))
+
+
+def test_custom_rollout_uses_runner_and_feed():
+    of = context(FakeEngine(write_ok, ticks=by_letter({"a": None})))
+    rollout = make("first_done", of)
+    assert (rollout.rollout_id, prompts_of(rollout.groups), rollout.groups[0].rewards) == (3, "b", [1.0])
+    (left,) = of.feed.state().unfinished
+    assert (prompts_of([left]), left.samples[0].status) == ("a", Status.ABORTED)
+    assert isinstance(left, Group)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wrong_id", "must return Rollout 3 with groups"),
+        ("empty", "must return Rollout 3 with groups"),
+        ("ungraded", "sample 0 of rollout 3 has reward None"),
+    ],
+)
+def test_custom_rollout_that_returns_something_else_is_refused(name, message):
+    with pytest.raises(QwenchError, match=f"--rollout-function-path.*{message}"):
+        make(name)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no.such.module.fn", "cannot be imported"),
+        (f"{HERE}.missing", "cannot be imported"),
+        (f"{HERE}.HERE", "is no function but a str"),
+        (f"{HERE}.not_async", "is not async; define it with `async def`"),
+        (f"{HERE}.one_argument", r"has the signature \(sample\), but is called as await fn\(a, b\)"),
+    ],
+)
+def test_function_that_cannot_be_used_is_a_config_error_that_names_the_flag(path, message):
+    with pytest.raises(ConfigError, match=f"--some-path .*{message}"):
+        load_async(path, flag="--some-path", num_arguments=2, called_as="await fn(a, b)")

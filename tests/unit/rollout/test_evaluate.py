@@ -1,0 +1,102 @@
+import json
+from contextlib import closing
+
+import pytest
+
+from qwench.engines.event_loop import EventLoopThread
+from qwench.engines.pool import EnginePool
+from qwench.errors import RewardError
+from qwench.rollout.evaluate import EvalSet, Evaluator
+from qwench.rollout.sampling import Sampling
+from qwench.samples import Sample, Status, Verdict
+from tests.fakes.console import RecordingConsole
+from tests.fakes.engine import CharTokenizer, FakeEngine
+from tests.fakes.grader import FakeGrader
+from tests.unit.rollout.scene import prompt, write_ok
+
+
+def eval_set(name, letters, *, n=1, **sampling):
+    values = Sampling(**{"max_response_len": 5, "temperature": 0.0, **sampling})
+    return EvalSet(name=name, prompts=[prompt(letter) for letter in letters], n_samples_per_prompt=n, sampling=values)
+
+
+def evaluator(sets, grader, **options):
+    settings = {"concurrency": 4, "console": RecordingConsole(), **options}
+    return Evaluator(sets, tokenizer=CharTokenizer(), grader=grader, **settings)
+
+
+def run(sets, score, *, engine=None, call="evaluate", **options):
+    with closing(EnginePool([engine or FakeEngine(write_ok)], EventLoopThread())) as engines:
+        return getattr(evaluator(sets, FakeGrader(score), **options), call)(engines)
+
+
+def test_score_is_the_plain_mean_and_sets_are_apart():
+    metrics = run(
+        [eval_set("easy", "ab"), eval_set("hard", "cde", n=2)], lambda sample: 1.0 if sample.prompt.text in "abc" else 0.0
+    )
+    assert metrics["eval/easy"] == 1.0
+    assert metrics["eval/hard"] == pytest.approx(1 / 3)
+    assert metrics["eval/hard/response_len/mean"] == 2.0
+    assert metrics["eval/hard/reward_reason/wrong"] == pytest.approx(2 / 3)
+
+
+def test_response_that_could_not_be_graded_counts_as_zero_and_is_reported():
+    metrics = run([eval_set("s", "ab")], lambda s: Verdict(score=1.0, reason="timeout") if s.prompt.text == "a" else 1.0)
+    assert (metrics["eval/s"], metrics["eval/s-none_reward_ratio"]) == (0.5, 0.5)
+
+
+def test_truncated_responses_are_reported():
+    engine = FakeEngine(lambda text, request: "ok" if text == "a" else "much too long")
+    assert run([eval_set("s", "abbb")], lambda sample: 0.0, engine=engine)["eval/s-truncated_ratio"] == 0.75
+
+
+def test_pass_rates_only_when_asked_for():
+    sets = [eval_set("s", "ab", n=2)]
+
+    def score(sample):
+        return float(sample.sample_id == 0)
+
+    assert not any("pass@" in name for name in run(sets, score))
+    metrics = run(sets, score, log_passrate=True)
+    assert (metrics["eval/s-pass@1"], metrics["eval/s-pass@2"]) == (0.25, 0.5)
+
+
+def test_requests_carry_the_sets_own_sampling_and_distinct_seeds():
+    engine = FakeEngine(write_ok)
+    run([eval_set("x", "a", n=2), eval_set("y", "a", temperature=0.7)], lambda sample: 1.0, engine=engine)
+    assert [request.sampling.temperature for request in engine.requests] == [0.0, 0.0, 0.7]
+    assert len({request.sampling.seed for request in engine.requests}) == 3
+    assert {request.sampling.max_new_tokens for request in engine.requests} == {5}
+
+
+def test_bound_on_samples_in_flight_holds():
+    engine = FakeEngine(write_ok)
+    run([eval_set("s", "abcdef", n=3)], lambda sample: 1.0, engine=engine)
+    assert engine.max_running == 4
+
+
+def test_results_keep_every_sample_for_a_file():
+    (result,) = run([eval_set("s", "ab", n=2)], lambda sample: 1.0, call="run")
+    read = [Sample.from_record(json.loads(json.dumps(sample.to_record()))) for sample in result.samples]
+    assert [(s.prompt.text, s.sample_id, s.response, s.status) for s in read] == [
+        ("a", 0, "ok", Status.COMPLETED),
+        ("a", 1, "ok", Status.COMPLETED),
+        ("b", 2, "ok", Status.COMPLETED),
+        ("b", 3, "ok", Status.COMPLETED),
+    ]
+
+
+def test_failing_reward_comes_out():
+    def fails(sample):
+        raise RewardError("no label")
+
+    with pytest.raises(RewardError, match="no label"):
+        run([eval_set("s", "ab")], fails)
+
+
+def test_custom_evaluation_runs_sets_and_names_its_own_metrics():
+    async def worst(sets, run_set):
+        return {"eval/worst": min([(await run_set(one)).score for one in sets])}
+
+    sets = [eval_set("x", "a"), eval_set("y", "b")]
+    assert run(sets, lambda s: float(s.prompt.text == "a"), function=worst) == {"eval/worst": 0.0}

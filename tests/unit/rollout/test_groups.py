@@ -1,0 +1,196 @@
+import asyncio
+from string import ascii_lowercase
+
+import pytest
+
+from qwench.errors import QwenchError, RewardError
+from qwench.samples import Sample, Status, Verdict
+from tests.fakes.engine import FakeEngine
+from tests.fakes.grader import FakeGrader
+from tests.unit.rollout.scene import by_letter, group, make_runner, prompt, write_ok
+
+
+def run_groups(runner, *groups):
+    async def together():
+        return await asyncio.gather(*(runner.run(one, rollout_id=0) for one in groups))
+
+    return asyncio.run(together())
+
+
+def group_of(letters):
+    samples = [Sample(prompt=prompt(letter), sample_id=i, group_id=0) for i, letter in enumerate(letters)]
+    one = group(size=1)
+    one.samples = samples
+    return one
+
+
+def test_group_comes_back_generated_and_graded_in_order():
+    grader = FakeGrader(lambda sample: float(sample.sample_id))
+    (done,) = run_groups(make_runner(FakeEngine(write_ok), grader), group("a", size=3))
+    assert [(s.sample_id, s.response, s.status, s.reward) for s in done.samples] == [
+        (0, "ok", Status.COMPLETED, 0.0),
+        (1, "ok", Status.COMPLETED, 1.0),
+        (2, "ok", Status.COMPLETED, 2.0),
+    ]
+    assert [s.verdict.reason for s in done.samples] == ["wrong", "exact", "wrong"]
+
+
+@pytest.mark.parametrize(("concurrency", "expected"), [(1, 1), (3, 3), (8, 6)])
+def test_samples_in_flight_reach_the_bound_and_never_exceed_it(concurrency, expected):
+    engine = FakeEngine(write_ok)
+    runner = make_runner(engine, FakeGrader(lambda sample: 1.0), concurrency=concurrency)
+    run_groups(runner, group("a", size=2), group("b", size=4, group_id=1))
+    assert engine.max_running == expected
+    assert len(engine.requests) == 6
+
+
+def test_sample_is_graded_as_soon_as_it_ends():
+    grader = FakeGrader(lambda sample: 1.0)
+    engine = FakeEngine(write_ok, ticks=by_letter({"a": 90, "b": 10, "c": 50}))
+    run_groups(make_runner(engine, grader), group_of("abc"))
+    assert grader.graded == [1, 2, 0]
+
+
+def test_slow_grading_does_not_hold_a_slot():
+    engine = FakeEngine(write_ok)
+    grader = FakeGrader(lambda sample: float(len(engine.requests)), ticks=lambda sample: 200)
+    (done,) = run_groups(make_runner(engine, grader, concurrency=1), group("a", size=3))
+    assert done.rewards == [3.0, 3.0, 3.0]
+
+
+def test_group_rm_grades_once_when_the_last_sample_has_ended():
+    grader = FakeGrader(lambda sample: 1.0)
+    engine = FakeEngine(write_ok, ticks=by_letter({"a": 50}))
+    run_groups(make_runner(engine, grader, group_rm=True), group_of("abc"))
+    assert grader.group_calls == [[0, 1, 2]]
+    assert grader.graded == [0, 1, 2]
+
+
+def test_what_could_not_be_graded_has_reward_zero_and_keeps_its_reason():
+    grader = FakeGrader(lambda sample: Verdict(score=0.7, reason="timeout"))
+    (done,) = run_groups(make_runner(FakeEngine(write_ok), grader), group(size=1))
+    assert (done.samples[0].reward, done.samples[0].verdict.reason) == (0.0, "timeout")
+
+
+def test_failing_reward_ends_the_group_and_its_requests():
+    def fails(sample):
+        raise RewardError("no label")
+
+    engine = FakeEngine(write_ok, ticks=by_letter({"b": None}))
+    with pytest.raises(RewardError, match="no label"):
+        run_groups(make_runner(engine, FakeGrader(fails)), group_of("ab"))
+    assert engine.num_running == 0
+
+
+def abort_after(runner, *groups, ticks):
+    async def interrupted():
+        tasks = {asyncio.create_task(runner.run(one, rollout_id=0)) for one in groups}
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        return await runner.abort(tasks)
+
+    return asyncio.run(interrupted())
+
+
+def test_aborted_sample_is_not_graded_and_its_finished_sibling_is():
+    grader = FakeGrader(lambda sample: 1.0)
+    engine = FakeEngine(write_ok, ticks=by_letter({"b": None}))
+    (left,) = abort_after(make_runner(engine, grader), group_of("ab"), ticks=30)
+    assert [sample.status for sample in left.samples] == [Status.COMPLETED, Status.ABORTED]
+    assert [sample.reward for sample in left.samples] == [1.0, None]
+    assert grader.graded == [0]
+
+
+def test_samples_that_wait_for_a_slot_are_aborted_without_a_request():
+    engine = FakeEngine(write_ok, ticks=by_letter({}, default=10**6))
+    (left,) = abort_after(make_runner(engine, FakeGrader(lambda sample: 1.0), concurrency=1), group(size=3), ticks=5)
+    assert [sample.status for sample in left.samples] == [Status.ABORTED] * 3
+    assert len(engine.requests) == 1
+
+
+def test_aborted_group_goes_on_where_it_was():
+    engine = FakeEngine(lambda text, request: ascii_lowercase[len(text) - 1 :])
+    grader = FakeGrader(lambda sample: 1.0)
+    runner = make_runner(engine, grader)
+    (left,) = abort_after(runner, group("p", size=1), ticks=6)
+    cut = left.samples[0].response
+    assert (left.samples[0].status, 0 < len(cut) < 26) == (Status.ABORTED, True)
+    (done,) = run_groups(runner, left)
+    assert (done.samples[0].response, done.samples[0].status, done.rewards) == (ascii_lowercase, Status.COMPLETED, [1.0])
+    assert [len(request.input_ids) for request in engine.requests] == [1, 1 + len(cut)]
+
+
+def test_finished_samples_of_a_resumed_group_are_neither_generated_nor_graded_again():
+    engine, grader = FakeEngine(write_ok), FakeGrader(lambda sample: 1.0)
+    runner = make_runner(engine, grader)
+    (done,) = run_groups(runner, group(size=2))
+    done.samples[1].status, done.samples[1].verdict, done.samples[1].reward = Status.ABORTED, None, None
+    run_groups(runner, done)
+    assert len(engine.requests) == 3
+    assert grader.graded == [0, 1, 1]
+
+
+def custom_runner(generate, engine=None, grader=None):
+    return make_runner(engine or FakeEngine(write_ok), grader or FakeGrader(lambda sample: 1.0), generate=generate)
+
+
+async def fork(sample, context):
+    other = Sample(prompt=sample.prompt, sample_id=sample.sample_id, group_id=99)
+    await asyncio.gather(context.generate(sample), context.generate(other))
+    return [sample, other]
+
+
+def test_samples_of_one_execution_are_siblings_with_a_shared_execution_id():
+    (done,) = run_groups(custom_runner(fork), group("a", size=2, group_id=3))
+    assert [(s.group_id, s.execution_id) for s in done.samples] == [(3, 6), (3, 6), (3, 7), (3, 7)]
+    assert done.rewards == [1.0] * 4
+
+
+def test_aborted_execution_of_several_samples_starts_over():
+    engine = FakeEngine(write_ok, ticks=lambda text, request: None)
+    (left,) = abort_after(custom_runner(fork, engine), group("a", size=1), ticks=5)
+    (only,) = left.samples
+    assert (only.status, only.tokens, only.response_length) == (Status.ABORTED, [97], 0)
+
+
+def test_custom_function_may_grade_its_own_sample():
+    async def graded(sample, context):
+        await context.generate(sample)
+        sample.verdict = Verdict(score=0.5, reason="game_drawn")
+        return sample
+
+    grader = FakeGrader(lambda sample: 1.0)
+    (done,) = run_groups(custom_runner(graded, grader=grader), group(size=2))
+    assert (done.rewards, grader.graded) == ([0.5, 0.5], [])
+
+
+async def forgets_to_generate(sample, context):
+    return sample
+
+
+async def returns_text(sample, context):
+    return "hello"
+
+
+async def returns_nothing(sample, context):
+    return []
+
+
+async def breaks_columns(sample, context):
+    await context.generate(sample)
+    sample.loss_mask.append(1)
+    return sample
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (forgets_to_generate, "came back pending"),
+        (returns_text, "must return a Sample or a list of them, got 'hello'"),
+        (returns_nothing, "returned nothing for sample 0"),
+        (breaks_columns, "2 response tokens, but 3 mask entries"),
+    ],
+)
+def test_wrong_answer_of_a_custom_function_names_the_flag(function, message):
+    with pytest.raises(QwenchError, match=f"--custom-generate-function-path.*{message}"):
+        run_groups(custom_runner(function), group(size=1))
