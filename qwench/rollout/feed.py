@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from qwench.errors import QwenchError
-from qwench.samples import Group, Json, Sample
+from qwench.samples import Group, Json, Sample, Status
 
 
 class GroupSource(Protocol):
@@ -76,8 +76,8 @@ class GroupFeed:
         return picked + self._source.next_groups(num_groups - len(picked)) if len(picked) < num_groups else picked
 
     def put_back(self, groups: Sequence[Group]) -> None:
-        """Keep groups for a later rollout."""
-        self._unfinished.extend(groups)
+        """Keep groups for a later rollout; finished ones too, unless masking would leave them nothing to train on."""
+        self._unfinished.extend(group for group in groups if not (self._mask_off_policy and _is_finished(group)))
 
     def state(self) -> FeedState:
         """Return the state as of now."""
@@ -110,6 +110,10 @@ class GroupFeed:
             for sample in samples:
                 sample.mask_out()
         return Group(group_id=group.group_id, samples=samples)
+
+
+def _is_finished(group: Group) -> bool:
+    return all(sample.status in (Status.COMPLETED, Status.TRUNCATED) for sample in group.samples)
 
 
 def _copied(sample: Sample) -> Sample:

@@ -51,6 +51,15 @@ def test_tokens_of_an_earlier_rollout_can_be_taken_out_of_the_loss():
     assert [chr(token) for token in sample.response_tokens[:2]] == ["x", "y"]
 
 
+@pytest.mark.parametrize(("mask_off_policy", "kept"), [(False, "yz"), (True, "y")])
+def test_finished_groups_are_kept_unless_masking_leaves_them_nothing_to_train_on(mask_off_policy, kept):
+    feed = GroupFeed(letters_source(), mask_off_policy=mask_off_policy)
+    finished = unfinished("z", 102)
+    finished.samples[0].status = Status.TRUNCATED
+    feed.put_back([unfinished("y", 101), finished])
+    assert prompts_of(feed.state().unfinished) == kept
+
+
 def test_state_survives_json():
     feed = GroupFeed(letters_source())
     feed.next_groups(2)
