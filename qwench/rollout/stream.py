@@ -22,7 +22,7 @@ from qwench.errors import RewardError
 from qwench.observability.dumps import save_rollout
 from qwench.rewards.degenerate import degenerate_reason
 from qwench.rollout.custom import MakeRollout
-from qwench.rollout.feed import FeedState, GroupFeed
+from qwench.rollout.feed import GroupFeed
 from qwench.rollout.metrics import MetricOptions, describe_rollout
 from qwench.rollout.tasks import cancel_and_wait
 from qwench.samples import Json, Rollout
@@ -47,16 +47,9 @@ class StreamOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Prepared:
-    rollout: Rollout
-    state: FeedState
-    """After this rollout and before the next."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _Started:
     rollout_id: int
-    task: asyncio.Task[_Prepared]
+    task: asyncio.Task[Rollout]
 
 
 class RolloutStream:
@@ -79,14 +72,14 @@ class RolloutStream:
         started = self._ahead or self._start(rollout_id)
         assert started.rollout_id == rollout_id, f"rollout {rollout_id} taken, {started.rollout_id} generated"
         self._ahead = None
-        prepared = self._engines.run(_result(started.task), label=f"rollout {rollout_id}", timeout_s=self._options.timeout_s)
-        self._state = prepared.state
+        rollout = self._engines.run(_result(started.task), label=f"rollout {rollout_id}", timeout_s=self._options.timeout_s)
+        self._state = self._feed.state()  # before the next rollout draws from the feed
         if self._options.save_template is not None:
-            save_rollout(self._options.save_template, prepared.rollout)
-        self._stop_if_degenerate(prepared.rollout)
+            save_rollout(self._options.save_template, rollout)
+        self._stop_if_degenerate(rollout)
         if self._options.rollouts_ahead and rollout_id + 1 < self._options.num_rollouts:
             self._ahead = self._start(rollout_id + 1)
-        return prepared.rollout
+        return rollout
 
     @contextmanager
     def drained(self) -> Iterator[None]:
@@ -97,7 +90,7 @@ class RolloutStream:
         """
         if self._ahead is not None:
             label = f"rollout {self._ahead.rollout_id}, which must end before weights are published,"
-            self._engines.run(_settled(self._ahead.task), label=label, timeout_s=self._options.timeout_s)
+            self._engines.run(_result(self._ahead.task), label=label, timeout_s=self._options.timeout_s)
         yield
 
     def state_dict(self) -> dict[str, Json]:
@@ -119,18 +112,17 @@ class RolloutStream:
             self._engines.run(cancel_and_wait([started.task]), label=label, timeout_s=_END_TIMEOUT_S)
 
     def _start(self, rollout_id: int) -> _Started:
-        async def spawn() -> asyncio.Task[_Prepared]:
-            return asyncio.create_task(self._prepare(rollout_id), name=f"rollout {rollout_id}")
+        async def spawn() -> asyncio.Task[Rollout]:
+            return asyncio.create_task(self._generate(rollout_id), name=f"rollout {rollout_id}")
 
         task = self._engines.run(spawn(), label=f"start of rollout {rollout_id}", timeout_s=_START_TIMEOUT_S)
         return _Started(rollout_id=rollout_id, task=task)
 
-    async def _prepare(self, rollout_id: int) -> _Prepared:
+    async def _generate(self, rollout_id: int) -> Rollout:
         started_at = time.monotonic()
         rollout = await self._make(rollout_id)
         seconds = time.monotonic() - started_at
-        described = rollout.with_metrics(describe_rollout(rollout.groups, seconds=seconds, options=self._options.metrics))
-        return _Prepared(rollout=described, state=self._feed.state())
+        return rollout.with_metrics(describe_rollout(rollout.groups, seconds=seconds, options=self._options.metrics))
 
     def _stop_if_degenerate(self, rollout: Rollout) -> None:
         """Look at the first rollout of a run: rewards that cannot rise are found before hours are spent on them."""
@@ -142,11 +134,5 @@ class RolloutStream:
             raise RewardError(f"rollout {rollout.rollout_id}: {reason}")
 
 
-async def _result(task: asyncio.Task[_Prepared]) -> _Prepared:
+async def _result(task: asyncio.Task[Rollout]) -> Rollout:
     return await task
-
-
-async def _settled(task: asyncio.Task[_Prepared]) -> None:
-    """Wait for the end of the task without taking its result; a cancelled wait leaves it running."""
-    await asyncio.wait([task])
-    task.result()

@@ -101,6 +101,33 @@ def test_aborted_sample_is_not_graded_and_its_finished_sibling_is():
     assert grader.graded == [0]
 
 
+def test_sample_that_ends_during_an_abort_is_graded_when_its_group_goes_on():
+    class Deaf(FakeEngine):
+        async def abort(self, request_id=None):
+            pass
+
+    engine, grader = Deaf(write_ok), FakeGrader(lambda sample: 1.0)
+    runner = make_runner(engine, grader)
+    (left,) = abort_after(runner, group(size=1), ticks=2)
+    assert (left.samples[0].status, left.samples[0].reward, grader.graded) == (Status.COMPLETED, None, [])
+    (done,) = run_groups(runner, left)
+    assert (done.rewards, grader.graded, len(engine.requests)) == ([1.0], [0], 1)
+
+
+@pytest.mark.parametrize("group_rm", [False, True])
+def test_sample_that_was_aborted_by_others_is_not_graded(group_rm):
+    async def gives_up(sample, context):
+        await context.generate(sample)
+        sample.status = Status.ABORTED if sample.sample_id == 0 else sample.status
+        return sample
+
+    grader = FakeGrader(lambda sample: 1.0)
+    runner = make_runner(FakeEngine(write_ok), grader, generate=gives_up, group_rm=group_rm)
+    (done,) = run_groups(runner, group(size=2))
+    assert done.samples[0].reward is None
+    assert grader.graded == ([] if group_rm else [1])
+
+
 def test_samples_that_wait_for_a_slot_are_aborted_without_a_request():
     engine = FakeEngine(write_ok, ticks=by_letter({}, default=10**6))
     (left,) = abort_after(make_runner(engine, FakeGrader(lambda sample: 1.0), concurrency=1), group(size=3), ticks=5)
