@@ -23,7 +23,7 @@ from qwench.observability.console import open_console
 from qwench.observability.plots import plot_curves
 
 HARD_TERMS = 5
-SHARE_THINKING = 0.4
+SHARE_THINKING = 0.3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +105,7 @@ def main(folder: Path, *, seed: int = 0) -> None:
     if folder.exists():
         raise QwenchError(f"{folder} exists already; remove it or name another folder with --output.")
     console, started = open_console(), time.monotonic()
-    write_data(folder / "data", seed=seed, num_demos=24_000, num_prompts=4_000, num_held_out=256)
+    write_data(folder / "data", seed=seed, num_demos=28_160, num_prompts=4_000, num_held_out=256)
     for title, arguments in commands(folder, seed=seed):
         console.say(f"\n== {title}\n$ qwench {shlex.join(arguments)}")
         run_command(arguments)
@@ -135,20 +135,20 @@ def commands(folder: Path, *, seed: int) -> list[tuple[str, list[str]]]:
         ("A tiny Qwen3 with random weights", ["make-model", "--size", "tiny", "--output", str(base), "--seed", str(seed)]),
         ("Fine-tuning on demonstrations", [
             "sft", "--hf-checkpoint", str(base), "--prompt-data", str(folder / "data" / "sft.jsonl"), "--input-key", "messages",
-            "--rollout-shuffle", "--num-rollout", "320", "--rollout-batch-size", "64", "--global-batch-size", "64",
-            "--use-dynamic-batch-size", "--max-tokens-per-gpu", "8192", "--lr", "3e-3", "--min-lr", "3e-4",
+            "--rollout-shuffle", "--num-rollout", "440", "--rollout-batch-size", "64", "--global-batch-size", "64",
+            "--use-dynamic-batch-size", "--max-tokens-per-gpu", "8192", "--lr", "3e-3", "--min-lr", "1e-4",
             "--lr-decay-style", "cosine", "--lr-warmup-iters", "20", "--weight-decay", "0.1", "--adam-beta2", "0.95",
-            "--save", str(folder / "sft"), "--save-hf", str(tuned), "--save-interval", "320",
+            "--save", str(folder / "sft"), "--save-hf", str(tuned), "--save-interval", "440",
         ]),
         ("Held-out accuracy before GRPO", ["eval", "--hf-checkpoint", str(tuned), *held_out, *problems, *sampling,
                                            "--eval-output", str(folder / "eval-before")]),
         ("GRPO with the deepscaler reward", [
             "train", "--hf-checkpoint", str(tuned), "--prompt-data", str(folder / "data" / "train.jsonl"), *problems, *sampling,
-            "--rollout-shuffle", "--num-rollout", "40", "--rollout-batch-size", "32", "--n-samples-per-prompt", "8",
-            "--global-batch-size", "256", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "8192",
+            "--rollout-shuffle", "--num-rollout", "36", "--rollout-batch-size", "32", "--n-samples-per-prompt", "8",
+            "--global-batch-size", "128", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "8192",
             "--advantage-estimator", "grpo", "--eps-clip", "0.2", "--eps-clip-high", "0.28", "--lr", "3e-4",
-            "--lr-decay-style", "constant", "--weight-decay", "0.0", "--adam-beta2", "0.95", *held_out, "--eval-interval", "10",
-            "--colocate", "--save", str(folder / "grpo"), "--save-hf", str(learned), "--save-interval", "40",
+            "--lr-decay-style", "constant", "--weight-decay", "0.0", "--adam-beta2", "0.95", *held_out, "--eval-interval", "9",
+            "--colocate", "--save", str(folder / "grpo"), "--save-hf", str(learned), "--save-interval", "36",
         ]),
         ("Held-out accuracy after GRPO", ["eval", "--hf-checkpoint", str(learned), *held_out, *problems, *sampling,
                                           "--eval-output", str(folder / "eval-after")]),

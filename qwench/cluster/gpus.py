@@ -15,6 +15,7 @@ from typing import Protocol
 
 from qwench.engines.pool import EnginePool
 from qwench.engines.protocol import MemoryTag
+from qwench.observability.timing import PhaseTimer
 
 
 class Sleeper(Protocol):
@@ -53,23 +54,28 @@ class ColocatedGpus:
     optimizer state go while the engines work (`offload_train`).
     """
 
-    def __init__(self, engines: EnginePool, *, offload_rollout: bool, offload_train: bool, weights_may_alias: bool) -> None:
+    def __init__(
+        self, engines: EnginePool, timer: PhaseTimer, *, offload_rollout: bool, offload_train: bool, weights_may_alias: bool
+    ) -> None:
         self.weights_may_alias = weights_may_alias
         self._engines = engines
+        self._timer = timer
         self._engine_tags = [MemoryTag.KV_CACHE] if offload_rollout else []
         self._offload_train = offload_train
 
     @contextmanager
     def held_by(self, learner: Sleeper) -> Iterator[None]:
         """Give the device to the learner inside the block, to the engines after it."""
-        if self._engine_tags:
-            self._engines.sleep(self._engine_tags)
-        learner.wake()
+        with self._timer.phase("offload"):
+            if self._engine_tags:
+                self._engines.sleep(self._engine_tags)
+            learner.wake()
         yield
-        if self._offload_train:
-            learner.sleep()
-        if self._engine_tags:
-            self._engines.wake(self._engine_tags)
+        with self._timer.phase("offload"):
+            if self._offload_train:
+                learner.sleep()
+            if self._engine_tags:
+                self._engines.wake(self._engine_tags)
 
     @contextmanager
     def for_publication(self) -> Iterator[None]:

@@ -63,7 +63,7 @@ def build(config: Config) -> Run:
         learner=None if config.debug.debug_rollout_only else build_learner(inputs, timer, num_rollout=schedule.num_rollout),
         rollouts=generation.stream(source, num_rollouts=schedule.num_rollout),
         engines=generation.engines,
-        gpus=_gpus(inputs, generation.engines),
+        gpus=_gpus(inputs, generation.engines, timer),
         evaluator=generation.evaluator(eval_prompts) if eval_prompts else None,
         checkpoints=checkpoints,
         metrics=_metric_log(inputs),
@@ -180,13 +180,14 @@ def _identity(hf_config: PretrainedConfig, config: Config) -> dict[str, Json]:
     }
 
 
-def _gpus(inputs: Inputs, engines: EnginePool) -> Gpus:
+def _gpus(inputs: Inputs, engines: EnginePool, timer: PhaseTimer) -> Gpus:
     rollout, resolved = inputs.config.rollout, inputs.resolved
     may_alias = rollout.rollouts_ahead == 0 and rollout.update_weights_interval == 1
     if inputs.device.type == "cpu" or rollout.rollouts_ahead > 0:
         return DedicatedGpus(weights_may_alias=may_alias)
     return ColocatedGpus(
         engines,
+        timer,
         offload_rollout=resolved.offload_rollout,
         offload_train=resolved.offload_train,
         weights_may_alias=may_alias,

@@ -34,7 +34,11 @@ _GROUPS: Mapping[str, Mapping[str, str]] = {
         "train": "perf/train_time",
         "publish": "perf/update_weights_time",
         "save": "perf/save_time",
+        "offload": "perf/offload_time",
         "all": "perf/step_time",
+    },
+    "memory": {
+        "peak GiB": "perf/peak_gpu_memory_gib",
     },
     "tokens/s": {
         "per GPU": "perf/tokens_per_gpu_per_sec",

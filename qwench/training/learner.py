@@ -98,7 +98,7 @@ class Learner:
             if self._reference_update_due(rollout.rollout_id):
                 self._backend.snapshot_reference()
         kept = [rollout.samples[i] for i in plan.order]
-        return Learned(metrics={**rollout_metrics(kept, batch), **perf}, steps=steps)
+        return Learned(metrics={**rollout_metrics(kept, batch), **perf, **_peak_memory(self._backend.device)}, steps=steps)
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Write everything that a resumed run needs under the empty `folder`; a reference that moves under `reference`."""
@@ -261,3 +261,12 @@ def _step_metrics(result: StepResult) -> dict[str, float]:
     rates = {f"train/lr-pg_{i}": rate for i, rate in enumerate(result.learning_rates)}
     losses = {f"train/{name}": value for name, value in result.metrics.items()}
     return {"train/loss": result.loss, "train/grad_norm": result.grad_norm, **rates, **losses}
+
+
+def _peak_memory(device: torch.device) -> dict[str, float]:
+    """Return the most memory that this process's tensors took on its GPU since the last call, engine included."""
+    if device.type != "cuda":
+        return {}
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"perf/peak_gpu_memory_gib": peak / 2**30}

@@ -359,6 +359,7 @@ class EmbeddedEngine:
     def _ensure_scheduler(self) -> Scheduler:
         if self._scheduler is None:
             settings = self._settings
+            self._runner.release_cached_memory()  # what the trainer freed counts as free only then
             num_pages = self._runner.choose_num_pages()
             self._runner.allocate_kv_cache(num_pages)
             pool = PagePool(num_pages, settings.page_size, prefix_cache=settings.prefix_cache)

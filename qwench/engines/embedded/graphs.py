@@ -19,8 +19,8 @@ from qwench.engines.embedded.kv_cache import KVCache
 from qwench.engines.embedded.model import DecoderModel
 
 SMALL_BUCKETS = (1, 2, 4, 8)
-BUCKET_STEP = 16
-"""Above 8 rows, buckets are multiples of this: at most 15 padded rows."""
+BUCKET_STEPS = ((256, 16), (1 << 30, 64))
+"""(up to this many rows, buckets are multiples of this): few rows are padded, and large batches need few graphs."""
 WARMUP_PASSES = 2
 """Eager passes before a capture, so that kernels are compiled and libraries have their workspaces."""
 
@@ -122,7 +122,8 @@ class GraphForward:
 def bucket_of(rows: int, max_rows: int) -> int:
     """Return the smallest bucket that holds `rows`."""
     small = next((bucket for bucket in SMALL_BUCKETS if bucket >= rows), None)
-    return min(small or -(-rows // BUCKET_STEP) * BUCKET_STEP, max_rows)
+    step = next(step for limit, step in BUCKET_STEPS if rows <= limit)
+    return min(small or -(-rows // step) * step, max_rows)
 
 
 def page_bucket_of(pages: int, max_pages: int) -> int:
