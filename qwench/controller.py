@@ -85,7 +85,9 @@ class Schedule:
 
     def save_due(self, rollout_id: int) -> bool:
         """Tell whether to save after this rollout; the last one always is."""
-        return self.save_interval is not None and (rollout_id + 1 == self.num_rollout or self._ends(rollout_id, self.save_interval))
+        return self.save_interval is not None and (
+            rollout_id + 1 == self.num_rollout or self._ends(rollout_id, self.save_interval)
+        )
 
     def publish_due(self, rollout_id: int) -> bool:
         """Tell whether the engines get the weights after this rollout; before an evaluation and at the end they always do."""

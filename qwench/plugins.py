@@ -32,5 +32,7 @@ def load_function(path: str, *, flag: str, num_arguments: int = 1, called_as: st
     try:
         inspect.signature(function).bind(*[None] * num_arguments)
     except TypeError as error:
-        raise ConfigError(f"{flag} {path!r} has the signature {inspect.signature(function)}, but is called as {called_as}.") from error
+        raise ConfigError(
+            f"{flag} {path!r} has the signature {inspect.signature(function)}, but is called as {called_as}."
+        ) from error
     return function

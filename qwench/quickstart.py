@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from qwench.errors import QwenchError
@@ -62,7 +63,7 @@ def draw_chain(rng: random.Random, num_terms: int) -> Chain:
     values = [rng.randint(0, 9)]
     while len(values) < num_terms:
         values.append(rng.choice([digit for digit in range(10) if digit != values[-1]]))
-    return Chain(terms=(values[0], *(after - before for before, after in zip(values, values[1:], strict=False))))
+    return Chain(terms=(values[0], *(after - before for before, after in pairwise(values))))
 
 
 def write_data(folder: Path, *, seed: int, num_demos: int, num_prompts: int, num_held_out: int) -> None:
@@ -112,7 +113,8 @@ def main(folder: Path, *, seed: int = 0) -> None:
     before, after = (_accuracy(folder / f"eval-{when}") for when in ("before", "after"))
     curves = plot_curves(folder / "grpo" / "metrics.jsonl", folder / "curves.png", ["rollout/raw_reward", "eval/held_out"])
     console.say(
-        f"\nheld-out accuracy: {before:.3f} after fine-tuning, {after:.3f} after GRPO; {time.monotonic() - started:.0f} s in all\n"
+        f"\nheld-out accuracy: {before:.3f} after fine-tuning, {after:.3f} after GRPO; "
+        f"{time.monotonic() - started:.0f} s in all\n"
         f"curves      {curves}\nmetrics     {folder / 'grpo' / 'metrics.jsonl'}\ncheckpoint  {folder / 'grpo'}\n"
         f"HF export   {folder / 'grpo-hf'}"
     )
@@ -122,7 +124,9 @@ def run_command(arguments: Sequence[str]) -> None:
     """Run `qwench ...` in a process of its own, as a user would."""
     finished = subprocess.run([sys.executable, "-m", "qwench", *arguments], check=False)
     if finished.returncode != 0:
-        raise QwenchError(f"`qwench {shlex.join(arguments)}` ended with exit code {finished.returncode}; see its message above.")
+        raise QwenchError(
+            f"`qwench {shlex.join(arguments)}` ended with exit code {finished.returncode}; see its message above."
+        )
 
 
 def commands(folder: Path, *, seed: int) -> list[tuple[str, list[str]]]:
@@ -152,7 +156,7 @@ def commands(folder: Path, *, seed: int) -> list[tuple[str, list[str]]]:
         ]),
         ("Held-out accuracy after GRPO", ["eval", "--hf-checkpoint", str(learned), *held_out, *problems, *sampling,
                                           "--eval-output", str(folder / "eval-after")]),
-    ]
+    ]  # fmt: skip
 
 
 def _accuracy(eval_folder: Path) -> float:

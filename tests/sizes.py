@@ -19,7 +19,9 @@ def oversized(root: Path) -> list[str]:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
                 if length > MAX_FUNCTION_LINES:
-                    found.append(f"{path.relative_to(root)}:{node.lineno} {node.name}: {length} lines, at most {MAX_FUNCTION_LINES}")
+                    found.append(
+                        f"{path.relative_to(root)}:{node.lineno} {node.name}: {length} lines, at most {MAX_FUNCTION_LINES}"
+                    )
     return found
 
 

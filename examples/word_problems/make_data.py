@@ -77,7 +77,9 @@ def write_sets(folder: Path, *, seed: int, num_demos: int, num_prompts: int, num
         return problem
 
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "sft.jsonl", [_demonstration(fresh((1, 6)), thinks=rng.random() < SHARE_THINKING) for _ in range(num_demos)])
+    _write(
+        folder / "sft.jsonl", [_demonstration(fresh((1, 6)), thinks=rng.random() < SHARE_THINKING) for _ in range(num_demos)]
+    )
     _write(folder / "train.jsonl", [_row(fresh((4, 6))) for _ in range(num_prompts)])
     _write(folder / "test.jsonl", [_row(problem) for problem in held_out.values()])
 

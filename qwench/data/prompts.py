@@ -1,7 +1,7 @@
 """Prompts of a data set: rows -> rendered and tokenised `Prompt`s -> groups of pending samples.
 
-    LoadedPrompts = load_prompts("train.jsonl@[:1000]", ...)        once, before any model is loaded
-    PromptSource(prompts).next_groups(32)                           epoch after epoch, resumable
+LoadedPrompts = load_prompts("train.jsonl@[:1000]", ...)        once, before any model is loaded
+PromptSource(prompts).next_groups(32)                           epoch after epoch, resumable
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Supervised fine-tuning data: conversations -> samples whose response is what is trained on, in rollouts of single groups.
 
-    tokens       p0 p1 | a0 a1 u0 u1 a2 a3          a: assistant, u: the next user turn
-    loss_mask            1  1  0  0  1  1           response: from the first to the last trained token
+tokens       p0 p1 | a0 a1 u0 u1 a2 a3          a: assistant, u: the next user turn
+loss_mask            1  1  0  0  1  1           response: from the first to the last trained token
 """
 
 from __future__ import annotations
@@ -115,9 +115,7 @@ class SftSource:
         self._examples = examples
         self._rollout_batch_size = rollout_batch_size
         ends = (list(examples[i].tokens) for i in (0, -1))
-        self._cursor = DataCursor(
-            len(examples), fingerprint=fingerprint(*ends), samples_per_row=1, shuffle=shuffle, seed=seed
-        )
+        self._cursor = DataCursor(len(examples), fingerprint=fingerprint(*ends), samples_per_row=1, shuffle=shuffle, seed=seed)
 
     @property
     def epoch(self) -> int:

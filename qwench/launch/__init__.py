@@ -1,10 +1,10 @@
 """From a configuration to a run: the only place that chooses implementations, and the verbs that use it.
 
-    inputs      what can be checked and read before a model is loaded
-    trainer     backend and learner
-    generation  engines, rollouts, evaluation
-    build       all of it as a `controller.Run`
-    verbs       what `qwench train`, `sft`, `eval` and `serve` do
+inputs      what can be checked and read before a model is loaded
+trainer     backend and learner
+generation  engines, rollouts, evaluation
+build       all of it as a `controller.Run`
+verbs       what `qwench train`, `sft`, `eval` and `serve` do
 """
 
 from qwench.launch.build import build, build_sft

@@ -219,5 +219,7 @@ def _metric_log(inputs: Inputs) -> MetricLog:
 
 def _tensorboard_folder(inputs: Inputs) -> Path:
     logging = inputs.config.logging
-    base = Path(logging.tb_project_name) if logging.tb_project_name else (inputs.resolved.log_dir or Path("runs")) / "tensorboard"
+    base = (
+        Path(logging.tb_project_name) if logging.tb_project_name else (inputs.resolved.log_dir or Path("runs")) / "tensorboard"
+    )
     return base / logging.tb_experiment_name if logging.tb_experiment_name else base

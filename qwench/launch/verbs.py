@@ -58,7 +58,9 @@ def evaluate(config: Config) -> None:
 def serve(config: ServeConfig) -> None:
     """Run `qwench serve`; clients show QWENCH_TOKEN, if it is set, to change weights or memory."""
     assert config.model.hf_checkpoint is not None, "preflight checks that --hf-checkpoint is given"
-    inputs = read_inputs(Config(model=config.model, engine=config.engine, rollout=replace(Config().rollout, rollout_batch_size=1)))
+    inputs = read_inputs(
+        Config(model=config.model, engine=config.engine, rollout=replace(Config().rollout, rollout_batch_size=1))
+    )
     serve_engine(
         config.model.hf_checkpoint,
         embedded_settings(inputs),

@@ -33,8 +33,16 @@ from qwench.samples import Json
 SUPPORTED_MODEL_TYPES = ("qwen3", "qwen2", "llama")
 
 _COPIED_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
 )
 _EXPORT_MARKER = "qwench_export.json"
 """Marks folders that we wrote, the only ones we replace."""

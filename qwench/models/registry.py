@@ -68,7 +68,7 @@ SIZES: MappingProxyType[str, ModelSize] = MappingProxyType({
     "8B": ModelSize(hidden_size=4096, intermediate_size=12288, num_layers=36, num_heads=32, num_kv_heads=8, tied=False),
     "14B": ModelSize(hidden_size=5120, intermediate_size=17408, num_layers=40, num_heads=40, num_kv_heads=8, tied=False),
     "32B": ModelSize(hidden_size=5120, intermediate_size=25600, num_layers=64, num_heads=64, num_kv_heads=8, tied=False),
-})
+})  # fmt: skip
 
 
 def find_size(name: str) -> ModelSize:

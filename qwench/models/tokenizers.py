@@ -26,8 +26,17 @@ _CONTROL_TOKENS = (END_OF_TEXT, "<|im_start|>", END_OF_TURN)
 _MARKUP_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 
 _QWEN_VISION_TOKENS = (
-    "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>",
-    "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
 )
 _QWEN_CODE_TOKENS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")
 
@@ -48,10 +57,12 @@ def build_small_tokenizer(words: Sequence[str] = ARITHMETIC_WORDS) -> PreTrained
         vocab.setdefault("".join(byte_symbols[byte] for byte in word.encode()), len(vocab))
     # No merges: a piece of the splitter is one token if it is in the vocabulary (ignore_merges), else its bytes.
     tokenizer = Tokenizer(BPE(vocab, [], ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\\boxed\{|\n\n|[A-Za-z]+|."), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\\boxed\{|\n\n|[A-Za-z]+|."), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(_added_tokens(_CONTROL_TOKENS, special=True))
     tokenizer.add_tokens(_added_tokens(_MARKUP_TOKENS, special=False))

@@ -69,8 +69,9 @@ class TrainBackend(Protocol):
         """
         ...
 
-    def update(self, micro_batches: Sequence[MicroBatch], loss: LossFunction, *, temperature: float,
-               with_entropy: bool) -> StepResult:
+    def update(
+        self, micro_batches: Sequence[MicroBatch], loss: LossFunction, *, temperature: float, with_entropy: bool
+    ) -> StepResult:
         """Forward, loss and backward of each micro-batch, then one optimizer step.
 
         Raises:

@@ -18,7 +18,8 @@ def rollout_metrics(samples: Sequence[Sample], batch: RolloutBatch) -> dict[str,
         batch: the same B as columns; `rewards` are the normalised ones.
 
     Returns:
-        `rollout/...` means, of rewards only where they became advantages; a per-token column is averaged over each sample's trained tokens first.
+        `rollout/...` means, of rewards only where they became advantages; a per-token column is
+        averaged over each sample's trained tokens first.
     """
     count = len(samples)
     metrics = {

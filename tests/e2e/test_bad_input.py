@@ -29,7 +29,12 @@ def rows(path: Path, *lines: object) -> Path:
 
 
 def test_unknown_flag_is_named_with_a_suggestion(workspace: Workspace, tmp_path: Path, in_process: Runner) -> None:
-    refused(in_process, [*workspace.train_argv(tmp_path / "run"), "--rollout-bach-size", "4"], "--rollout-bach-size", "--rollout-batch-size")
+    refused(
+        in_process,
+        [*workspace.train_argv(tmp_path / "run"), "--rollout-bach-size", "4"],
+        "--rollout-bach-size",
+        "--rollout-batch-size",
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,7 +76,9 @@ def test_missing_label_is_named_with_its_line(workspace: Workspace, tmp_path: Pa
 
 
 def test_empty_data_set_is_refused(workspace: Workspace, tmp_path: Path, in_process: Runner) -> None:
-    refused(in_process, workspace.train_argv(tmp_path / "run", prompt_data=rows(tmp_path / "data.jsonl")), "data.jsonl", "empty")
+    refused(
+        in_process, workspace.train_argv(tmp_path / "run", prompt_data=rows(tmp_path / "data.jsonl")), "data.jsonl", "empty"
+    )
 
 
 def test_foreign_save_folder_is_refused_and_left_alone(workspace: Workspace, tmp_path: Path, in_process: Runner) -> None:
