@@ -91,7 +91,8 @@ def warnings(config: Config) -> Iterator[str]:
                 f"--max-tokens-per-gpu ({training.max_tokens_per_gpu}) is smaller than the longest sample ({longest} tokens); "
                 "such a sample makes a micro-batch of its own that exceeds the budget"
             )
-    if rollout.n_samples_per_prompt == 1 and _compares_siblings(config.algorithm):
+    trains = config.optimizer.lr is not None  # qwench eval and --debug-rollout-only do not
+    if trains and rollout.n_samples_per_prompt == 1 and _compares_siblings(config.algorithm):
         yield (
             "--n-samples-per-prompt 1: rewards are compared within their group, so every advantage is 0, nothing is learned; "
             "raise it, or give --disable-rewards-normalization"

@@ -15,7 +15,7 @@ def as_messages(value: Json, *, place: str) -> list[Message]:
     """Return a row's input as messages; text is one user message.
 
     Raises:
-        ConfigError: neither text nor a list of records with a `role`.
+        ConfigError: neither text nor a list of records with a `role` and something said.
     """
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
@@ -24,6 +24,8 @@ def as_messages(value: Json, *, place: str) -> list[Message]:
     for message in value:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ConfigError(f"{place}: a message must be a record with `role` and `content`, got {_brief(message)}.")
+        if "content" not in message and "tool_calls" not in message:
+            raise ConfigError(f"{place}: a message must have `content` or `tool_calls`, got {_brief(message)}.")
     return value
 
 

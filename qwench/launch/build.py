@@ -21,12 +21,14 @@ from qwench.engines.protocol import WeightBucket
 from qwench.errors import ConfigError
 from qwench.launch.generation import build_generation
 from qwench.launch.inputs import Inputs, check_one_rank, read_eval_prompts, read_inputs, read_training_prompts
-from qwench.launch.trainer import build_learner
+from qwench.launch.trainer import build_learner, load_reward_post_process
 from qwench.models.hf import write_hf_checkpoint
+from qwench.observability.dumps import check_recorded
 from qwench.observability.metrics import MetricLog, Sink
 from qwench.observability.timing import PhaseTimer
 from qwench.observability.tracking import JsonlSink, TableSink, TensorBoardSink, WandbSink
 from qwench.rewards.registry import reward_spec
+from qwench.rollout.build import check_functions
 from qwench.rollout.recorded import ReplayStream, SftStream
 from qwench.samples import Json
 from qwench.training.fsdp.process_group import barrier
@@ -39,11 +41,13 @@ def build(config: Config) -> Run:
         ConfigError: the user's mistake.
     """
     inputs = _begin(config)
+    load_reward_post_process(config.reward)
     if config.debug.load_debug_rollout_data is not None:
         return _build_replay(inputs, config.debug.load_debug_rollout_data)
     loaded = read_training_prompts(inputs)
     eval_prompts = {name: prompts.prompts for name, prompts in read_eval_prompts(inputs).items()}
     spec = reward_spec(config.reward)
+    check_functions(config.rollout, config.evaluation)
     for prompts in (loaded.prompts, *eval_prompts.values()):
         spec.check_prompts(prompts)
     batch = inputs.resolved.batch
@@ -112,8 +116,10 @@ def _begin(config: Config) -> Inputs:
 
 
 def _build_replay(inputs: Inputs, template: str) -> Run:
+    schedule = _schedule(inputs, rollouts_per_epoch=None)
+    check_recorded(template, num_rollout=schedule.num_rollout)
     rollouts = ReplayStream(template, subsample=inputs.config.debug.load_debug_rollout_data_subsample)
-    return _without_engines(inputs, rollouts, _schedule(inputs, rollouts_per_epoch=None))
+    return _without_engines(inputs, rollouts, schedule)
 
 
 def _without_engines(inputs: Inputs, rollouts: ReplayStream | SftStream, schedule: Schedule) -> Run:

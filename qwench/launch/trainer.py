@@ -8,6 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from qwench.config.optimizer import OptimizerConfig
+from qwench.config.reward import RewardConfig
 from qwench.data.balance import SequenceCost
 from qwench.launch.inputs import Inputs
 from qwench.models.registry import head_dim
@@ -17,7 +18,7 @@ from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
 from qwench.training.fsdp.optimizer import AdamSettings
 from qwench.training.fsdp.process_group import init_process_group
 from qwench.training.fsdp.schedule import LrSchedule
-from qwench.training.learner import Learner
+from qwench.training.learner import Learner, RewardPostProcess
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 DEFAULT_HEAD_CHUNK_TOKENS = 4096
@@ -35,7 +36,6 @@ def build_learner(inputs: Inputs, timer: PhaseTimer, *, num_rollout: int) -> Lea
         schedule=lr_schedule(config.optimizer, total_steps=num_rollout * inputs.resolved.num_steps_per_rollout),
         device=inputs.device,
     )
-    post_process = config.reward.custom_reward_post_process_path
     return Learner(
         backend,
         algorithm=config.algorithm,
@@ -44,8 +44,18 @@ def build_learner(inputs: Inputs, timer: PhaseTimer, *, num_rollout: int) -> Lea
         timer=timer,
         console=inputs.console,
         sequence_cost=sequence_cost(inputs.hf_config),
-        reward_post_process=load_function(post_process, flag="--custom-reward-post-process-path") if post_process else None,
+        reward_post_process=load_reward_post_process(config.reward),
     )
+
+
+def load_reward_post_process(reward: RewardConfig) -> RewardPostProcess | None:
+    """Return the user's own normalisation of rewards; None: the algorithm's.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    path = reward.custom_reward_post_process_path
+    return None if path is None else load_function(path, flag="--custom-reward-post-process-path")
 
 
 def fsdp_settings(inputs: Inputs) -> FsdpSettings:

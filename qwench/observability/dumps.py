@@ -48,6 +48,20 @@ def load_rollout(template: str, rollout_id: int, *, subsample: float | None = No
     return rollout if subsample is None else _subsampled(rollout, subsample)
 
 
+def check_recorded(template: str, *, num_rollout: int) -> None:
+    """Check that some rollout of a run is there; a resumed run may have no use for the first ones any more.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    paths = [rollout_path(template, rollout_id, flag="--load-debug-rollout-data") for rollout_id in range(num_rollout)]
+    if not any(path.is_file() for path in paths):
+        raise ConfigError(
+            f"--load-debug-rollout-data: {paths[0]} does not exist, nor a later one of {num_rollout} rollouts; "
+            "write them with --save-debug-rollout-data first."
+        )
+
+
 def rollout_path(template: str, rollout_id: int, *, flag: str) -> Path:
     """Fill `{rollout_id}` into a path template; a template without it would overwrite one rollout by the next."""
     try:

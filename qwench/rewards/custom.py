@@ -20,7 +20,7 @@ from numbers import Real
 from typing import Any
 
 from qwench.errors import RewardError
-from qwench.plugins import load_function
+from qwench.plugins import Function, load_function
 from qwench.samples import Sample, Verdict
 
 _FLAG = "--custom-rm-path"
@@ -40,7 +40,7 @@ class CustomReward:
         self._path = path
         self._key = key or "score"
         self._timeout_s = timeout_s
-        self._function = load_function(path, flag=_FLAG, called_as="fn(sample), with --group-rm as fn(samples)")
+        self._function = load_reward(path)
         self._threads = asyncio.Semaphore(_MAX_THREADS)
 
     async def grade(self, sample: Sample) -> Verdict:
@@ -95,6 +95,15 @@ class CustomReward:
                 f"(--reward-key) for {what}, got {answer!r}."
             )
         return verdict
+
+
+def load_reward(path: str) -> Function:
+    """Load the user's function.
+
+    Raises:
+        ConfigError: it cannot be imported, or takes other arguments.
+    """
+    return load_function(path, flag=_FLAG, called_as="fn(sample), with --group-rm as fn(samples)")
 
 
 async def _in_thread(function: Callable[[Any], Answer], argument: Sample | Sequence[Sample]) -> Answer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from qwench.config.reward import RewardConfig
+from qwench.rewards.custom import load_reward
 from qwench.rewards.pool import RewardPool
 from qwench.rewards.spec import RewardSpec
 
@@ -15,8 +16,10 @@ def reward_spec(config: RewardConfig) -> RewardSpec:
     """Return the reward the flags choose.
 
     Raises:
-        ConfigError: there is no such reward.
+        ConfigError: there is no such reward, or the custom function cannot be loaded.
     """
+    if config.custom_rm_path is not None:
+        load_reward(config.custom_rm_path)
     return RewardSpec(rm_type=config.rm_type, custom_path=config.custom_rm_path, key=config.reward_key)
 
 

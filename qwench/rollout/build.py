@@ -17,9 +17,9 @@ from qwench.engines.pool import EnginePool
 from qwench.observability.console import Console
 from qwench.plugins import Function, load_function
 from qwench.rollout.collect import Collector, CollectRules
-from qwench.rollout.custom import MakeRollout, RolloutContext, custom_rollout, load_async
-from qwench.rollout.evaluate import EvalSet, Evaluator
-from qwench.rollout.feed import GroupFeed, GroupSource, oldest_first
+from qwench.rollout.custom import MakeRollout, RolloutContext, custom_rollout, load_async, load_rollout_function
+from qwench.rollout.evaluate import EvalFunction, EvalSet, Evaluator
+from qwench.rollout.feed import BufferFilter, GroupFeed, GroupSource, oldest_first
 from qwench.rollout.generate import GenerateFunction, generate_single_turn
 from qwench.rollout.groups import Grader, GroupRunner
 from qwench.rollout.metrics import MetricOptions
@@ -74,8 +74,9 @@ def build_stream(
         group_rm=reward.group_rm,
         generate=load_generate(rollout),
     )
-    pick = _optional(rollout.buffer_filter_path, "--buffer-filter-path", 2, "fn(groups, num_groups)")
-    feed = GroupFeed(source, buffer_filter=pick or oldest_first, mask_off_policy=rollout.mask_offpolicy_in_partial_rollout)
+    feed = GroupFeed(
+        source, buffer_filter=load_buffer_filter(rollout), mask_off_policy=rollout.mask_offpolicy_in_partial_rollout
+    )
     rules = collect_rules(rollout, deterministic=surroundings.deterministic)
     make: MakeRollout = Collector(runner, feed, rules, console=surroundings.console).collect
     if rollout.rollout_function_path is not None:
@@ -119,7 +120,6 @@ def build_evaluator(
         ConfigError: a function named by import path cannot be loaded or has another signature.
     """
     sampling = eval_sampling(settings, rollout, surroundings)
-    path, called_as = evaluation.eval_function_path, "await fn(sets, run_set)"
     return Evaluator(
         [
             EvalSet(name=name, prompts=rows, n_samples_per_prompt=evaluation.n_samples_per_eval_prompt, sampling=sampling)
@@ -131,9 +131,23 @@ def build_evaluator(
         console=surroundings.console,
         group_rm=reward.group_rm,
         generate=load_generate(rollout),
-        function=load_async(path, flag="--eval-function-path", num_arguments=2, called_as=called_as) if path else None,
+        function=load_eval_function(evaluation),
         log_passrate=logging.log_passrate,
     )
+
+
+def check_functions(rollout: RolloutConfig, evaluation: EvalConfig) -> None:
+    """Load every function that the flags name by import path, so that a wrong one is found before a model is loaded.
+
+    Raises:
+        ConfigError: a function cannot be loaded or has another signature.
+    """
+    load_generate(rollout)
+    load_buffer_filter(rollout)
+    load_eval_function(evaluation)
+    collect_rules(rollout, deterministic=False)
+    if rollout.rollout_function_path is not None:
+        load_rollout_function(rollout.rollout_function_path)
 
 
 def training_sampling(rollout: RolloutConfig, surroundings: Surroundings) -> Sampling:
@@ -202,6 +216,19 @@ def load_generate(rollout: RolloutConfig) -> GenerateFunction:
     if path is None:
         return generate_single_turn
     return load_async(path, flag=flag, num_arguments=2, called_as="await fn(sample, context)")
+
+
+def load_buffer_filter(rollout: RolloutConfig) -> BufferFilter:
+    """Return the function that picks from unfinished groups: the user's own, or the oldest first."""
+    return _optional(rollout.buffer_filter_path, "--buffer-filter-path", 2, "fn(groups, num_groups)") or oldest_first
+
+
+def load_eval_function(evaluation: EvalConfig) -> EvalFunction | None:
+    """Return the user's own evaluation; None: the built-in one."""
+    path = evaluation.eval_function_path
+    if path is None:
+        return None
+    return load_async(path, flag="--eval-function-path", num_arguments=2, called_as="await fn(sets, run_set)")
 
 
 def _optional(path: str | None, flag: str, num_arguments: int, called_as: str) -> Function | None:

@@ -68,7 +68,7 @@ MakeRollout = Callable[[int], Awaitable[Rollout]]
 
 def custom_rollout(path: str, context: RolloutContext) -> MakeRollout:
     """Load a `--rollout-function-path` function and check what it returns."""
-    function = load_async(path, flag="--rollout-function-path", num_arguments=2, called_as="await fn(rollout_id, context)")
+    function = load_rollout_function(path)
 
     async def make(rollout_id: int) -> Rollout:
         rollout = await function(rollout_id, context)
@@ -76,6 +76,15 @@ def custom_rollout(path: str, context: RolloutContext) -> MakeRollout:
         return rollout
 
     return make
+
+
+def load_rollout_function(path: str) -> Function:
+    """Load a `--rollout-function-path` function.
+
+    Raises:
+        ConfigError: see `load_async`.
+    """
+    return load_async(path, flag="--rollout-function-path", num_arguments=2, called_as="await fn(rollout_id, context)")
 
 
 def load_async(path: str, *, flag: str, num_arguments: int, called_as: str) -> Function:

@@ -11,10 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
+from qwench import cli
 from qwench.quickstart import write_data
 
 REPOSITORY = Path(__file__).parents[2]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+DIGITS = {"rm_type": None, "allow_degenerate_rewards": None, "custom_rm_path": "tests.e2e.rewards.digit_share"}
+"""A reward that a random model earns some of and can learn to earn more of."""
+
+InProcess = Callable[[Sequence[str]], tuple[int, str]]
 
 
 @dataclass(frozen=True)
@@ -26,8 +33,8 @@ class Workspace:
     train_data: Path
     test_data: Path
 
-    def train_argv(self, save: Path, **overrides: object) -> list[str]:
-        """Return a small, deterministic GRPO job; `overrides` replace or add flags (None drops one, () is a bare flag)."""
+    def train_argv(self, save: Path | None, **overrides: object) -> list[str]:
+        """Return a small, deterministic GRPO job; `overrides` replace or add flags."""
         flags: dict[str, object] = {
             "hf_checkpoint": self.model, "prompt_data": self.train_data, "input_key": "prompt", "label_key": "label",
             "apply_chat_template": (), "rollout_shuffle": (), "rm_type": "math", "allow_degenerate_rewards": (),
@@ -35,51 +42,84 @@ class Workspace:
             "rollout_max_response_len": 12, "use_dynamic_batch_size": (), "max_tokens_per_gpu": 256, "lr": 1e-3,
             "lr_decay_style": "constant", "deterministic_mode": (), "save": save, "save_interval": 1, "colocate": (),
         }  # fmt: skip
-        flags.update(overrides)
-        argv = ["train"]
-        for name, value in flags.items():
-            if value is not None:
-                values = value if isinstance(value, tuple) else (value,)
-                argv += ["--" + name.replace("_", "-"), *map(str, values)]
-        return argv
+        return ["train", *as_flags({**flags, **overrides})]
+
+    def sft_argv(self, save: Path, **overrides: object) -> list[str]:
+        """Return a small fine-tuning job over the demonstrations in their order; `overrides` replace or add flags."""
+        flags: dict[str, object] = {
+            "hf_checkpoint": self.model, "prompt_data": self.sft_data, "num_rollout": 3, "rollout_batch_size": 8,
+            "global_batch_size": 8, "use_dynamic_batch_size": (), "max_tokens_per_gpu": 256, "lr": 3e-3,
+            "lr_decay_style": "constant", "save": save,
+        }  # fmt: skip
+        return ["sft", *as_flags({**flags, **overrides})]
+
+    def eval_argv(self, model: Path, output: Path, **overrides: object) -> list[str]:
+        """Return an evaluation of `model` on the held-out problems; `overrides` replace or add flags."""
+        flags: dict[str, object] = {
+            "hf_checkpoint": model, "eval_prompt_data": ("held_out", self.test_data), "input_key": "prompt",
+            "label_key": "label", "apply_chat_template": (), "rm_type": "math", "eval_max_response_len": 40,
+            "eval_output": output,
+        }  # fmt: skip
+        return ["eval", *as_flags({**flags, **overrides})]
+
+
+def as_flags(flags: dict[str, object]) -> list[str]:
+    """Spell flags as words: None leaves one out, () is a bare flag, a tuple has several values."""
+    words = []
+    for name, value in flags.items():
+        if value is not None:
+            values = value if isinstance(value, tuple) else (value,)
+            words += ["--" + name.replace("_", "-"), *map(str, values)]
+    return words
 
 
 def run_python(arguments: Sequence[str], *, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
     """Run this interpreter with `arguments` from the repository's root."""
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=timeout_s, cwd=REPOSITORY,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)  # fmt: skip
+                          env=ONE_THREAD, check=False)  # fmt: skip
 
 
 def run_qwench(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run `qwench argv`; a failure shows its output."""
+    """Run `qwench argv` in a process of its own; a failure shows its output."""
     finished = run_python(["-m", "qwench", *argv])
     assert finished.returncode == 0, f"qwench {' '.join(argv)}\n{finished.stdout[-3000:]}\n{finished.stderr[-3000:]}"
     return finished
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the records of a metrics.jsonl without wall-clock values."""
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+def read_metrics(save: Path) -> list[dict[str, float]]:
+    """Return the records of a run's metrics.jsonl without wall-clock values."""
+    records = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in record.items() if not name.startswith("perf/")} for record in records]
+
+
+def column(save: Path, name: str) -> list[float]:
+    """Return one metric of a run over its axis."""
+    return [record[name] for record in read_metrics(save) if name in record]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Compute as the child processes do: more threads would add up in another order, and are slower for a tiny model."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Build the inputs once."""
     folder = tmp_path_factory.mktemp("workspace")
-    write_data(folder, seed=0, num_demos=64, num_prompts=40, num_held_out=16)
-    run_qwench(["make-model", "--size", "tiny", "--output", str(folder / "model"), "--seed", "0"])
+    write_data(folder, seed=0, num_demos=256, num_prompts=40, num_held_out=16)
+    cli.run(["make-model", "--size", "tiny", "--output", str(folder / "model"), "--seed", "0"])
     return Workspace(folder / "model", folder / "sft.jsonl", folder / "train.jsonl", folder / "test.jsonl")
 
 
 @pytest.fixture
-def in_process(capsys: pytest.CaptureFixture[str]) -> Callable[[Sequence[str]], tuple[int, str]]:
+def in_process(capsys: pytest.CaptureFixture[str]) -> InProcess:
     """Return a function that runs the command line in this process and gives exit code and standard error."""
-    from qwench.cli import main  # noqa: PLC0415  (imported late so that collecting the tests stays quick)
 
     def run(argv: Sequence[str]) -> tuple[int, str]:
+        capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main(list(argv))
+            cli.main(list(argv))
         return int(ended.value.code or 0), capsys.readouterr().err
 
     return run

@@ -1,4 +1,4 @@
-"""Run a training job that kills itself (SIGKILL) at a chosen moment: `python dying_run.py MOMENT ROLLOUT_ID train ...`.
+"""A training job that kills itself (SIGKILL) at a chosen moment: `python -m tests.e2e.dying_run MOMENT ROLLOUT_ID train ...`.
 
 Moments: generation (in the middle of a rollout), training (before an optimizer step), save (the checkpoint half written),
 saved (right after it).
@@ -12,9 +12,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from qwench.cli import parse_config
+from qwench.config.parse import parse_train
 from qwench.controller import Run, train
 from qwench.launch import build
+
+REQUESTS_BEFORE_DEATH = 10
 
 
 def die() -> None:
@@ -24,50 +26,57 @@ def die() -> None:
 
 def arrange_death(run: Run, moment: str, rollout_id: int) -> None:
     """Wrap the one method of `run` in which to die."""
-    calls = {"take": -1}
+    taken = [-1]
 
-    def counting_take(take: Callable[[int], Any]) -> Callable[[int], Any]:
-        def wrapped(taken_id: int) -> Any:
-            calls["take"] = taken_id
-            return take(taken_id)
+    def take(next_id: int, original: Callable[[int], Any] = run.rollouts.take) -> Any:
+        taken.append(next_id)
+        return original(next_id)
 
-        return wrapped
+    run.rollouts.take = take
 
-    run.rollouts.take = counting_take(run.rollouts.take)  # type: ignore[method-assign]
+    def is_time() -> bool:
+        return taken[-1] == rollout_id
+
     if moment == "generation":
-        engine, generate, seen = run.engines.engines[0], run.engines.engines[0].generate, []
-
-        async def dying_generate(request: Any) -> Any:
-            if calls["take"] == rollout_id:
-                seen.append(request)
-                if len(seen) == 10:
-                    die()
-            return await generate(request)
-
-        engine.generate = dying_generate
+        die_while_generating(run.engines.engines[0], is_time)
     elif moment == "training":
-        backend, update = run.learner.backend, run.learner.backend.update
-
-        def dying_update(*args: Any, **kwargs: Any) -> Any:
-            if calls["take"] == rollout_id:
-                die()
-            return update(*args, **kwargs)
-
-        backend.update = dying_update
+        die_around(run.learner._backend, "update", is_time, after=False)
+    elif moment == "save":
+        die_around(run.learner, "save", is_time, after=True)  # model and optimizer are written, the rest is not
     else:
-        owner, name = (run.learner, "save") if moment == "save" else (run.checkpoints, "save")
-        save = getattr(owner, name)
+        assert moment == "saved", moment
+        die_around(run.checkpoints, "save", is_time, after=True)
 
-        def dying_save(*args: Any, **kwargs: Any) -> None:
-            save(*args, **kwargs)
-            if calls["take"] == rollout_id:
+
+def die_while_generating(engine: Any, is_time: Callable[[], bool]) -> None:
+    """Die when some responses of the rollout are done and others have just begun."""
+    generate, seen = engine.generate, []
+
+    async def dying(request: Any) -> Any:
+        if is_time():
+            seen.append(request)
+            if len(seen) == REQUESTS_BEFORE_DEATH:
                 die()
+        return await generate(request)
 
-        object.__setattr__(owner, name, dying_save)
+    engine.generate = dying
+
+
+def die_around(owner: Any, name: str, is_time: Callable[[], bool], *, after: bool) -> None:
+    """Die before or right after `owner.name(...)`."""
+    original = getattr(owner, name)
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs) if after or not is_time() else None
+        if is_time():
+            die()
+        return result
+
+    setattr(owner, name, dying)
 
 
 if __name__ == "__main__":
-    moment, rollout_id, *argv = sys.argv[1:]
-    built = build(parse_config(argv))
+    moment, rollout_id, _, *flags = sys.argv[1:]
+    built = build(parse_train(flags))
     arrange_death(built, moment, int(rollout_id))
     train(built)

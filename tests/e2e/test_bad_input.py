@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Workspace, run_python
+from qwench import cli
+from tests.e2e.conftest import InProcess, Workspace, column
 
-Runner = Callable[[Sequence[str]], tuple[int, str]]
+GOOD_ROW = {"prompt": "1+1=?", "label": "2"}
 
 
-def refused(run: Runner, argv: Sequence[str], *words: str) -> None:
+@pytest.fixture(scope="module")
+def inputs(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Give the workspace a model whose weights nobody can load: who tries before the check gets another error."""
+    model = tmp_path_factory.mktemp("unloadable") / "model"
+    shutil.copytree(workspace.model, model)
+    (model / "model.safetensors").write_bytes(b"these are no weights")
+    return replace(workspace, model=model)
+
+
+def refused(run: InProcess, argv: Sequence[str], *words: str) -> None:
     """Assert exit code 2 and one line that holds every word."""
     code, error = run(argv)
     assert code == 2, error
@@ -22,92 +34,129 @@ def refused(run: Runner, argv: Sequence[str], *words: str) -> None:
         assert word in error, error
 
 
-def rows(path: Path, *lines: object) -> Path:
+def write_rows(path: Path, *rows: object) -> Path:
     """Write rows as jsonl; text is written as it is."""
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
 
 
-def test_unknown_flag_is_named_with_a_suggestion(workspace: Workspace, tmp_path: Path, in_process: Runner) -> None:
-    refused(
-        in_process,
-        [*workspace.train_argv(tmp_path / "run"), "--rollout-bach-size", "4"],
-        "--rollout-bach-size",
-        "--rollout-batch-size",
-    )
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Return every file under `folder`."""
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_unknown_flag_is_named_with_a_suggestion(inputs: Workspace, tmp_path: Path, in_process: InProcess) -> None:
+    argv = [*inputs.train_argv(tmp_path / "run"), "--rollout-bach-size", "4"]
+    refused(in_process, argv, "--rollout-bach-size", "--rollout-batch-size")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("flag", "value", "words"),
     [
         ("hf_checkpoint", "/nowhere/model", ["--hf-checkpoint", "/nowhere/model"]),
+        ("prompt_data", None, ["--prompt-data"]),
         ("prompt_data", "/nowhere/data.jsonl", ["--prompt-data", "/nowhere/data.jsonl"]),
+        ("eval_prompt_data", ("test", "/nowhere/test.jsonl"), ["--eval-prompt-data", "/nowhere/test.jsonl"]),
         ("load", "/nowhere/run", ["--load", "/nowhere/run"]),
+        ("ref_load", "/nowhere/reference", ["--ref-load", "/nowhere/reference"]),
+        ("lr", None, ["--lr"]),
+        ("lr", "fast", ["--lr", "fast"]),
         ("global_batch_size", 7, ["--global-batch-size", "7"]),
-        ("num_layers", 99, ["--num-layers", "99"]),
+        ("num_layers", 99, ["--num-layers", "99", "config.json"]),
         ("rollout_max_prompt_len", 2, ["--rollout-max-prompt-len", "2"]),
-        ("input_key", "question", ["question", "train.jsonl"]),
-        ("label_key", "solution", ["solution", "train.jsonl"]),
-        ("label_key", None, ["--label-key", "math"]),
-        ("advantage_estimator", "grp0", ["grp0", "grpo"]),
-        ("rm_type", "deepscalar", ["deepscalar", "deepscaler"]),
+        ("input_key", "question", ["--input-key", "question", "train.jsonl:1"]),
+        ("label_key", "solution", ["--label-key", "solution", "train.jsonl:1"]),
+        ("label_key", None, ["--label-key"]),
+        ("advantage_estimator", "grp0", ["--advantage-estimator", "grp0", "grpo"]),
+        ("rm_type", "deepscalar", ["--rm-type", "deepscalar", "deepscaler"]),
+        ("rm_type", None, ["--rm-type", "--custom-rm-path"]),
+        ("custom_rm_path", "nowhere.reward", ["--custom-rm-path", "nowhere.reward"]),
+        ("custom_rm_path", "tests.e2e.rewards.two_arguments", ["--custom-rm-path", "two_arguments"]),
+        ("custom_reward_post_process_path", "nowhere.normalize", ["--custom-reward-post-process-path", "nowhere.normalize"]),
+        ("custom_generate_function_path", "nowhere.generate", ["--custom-generate-function-path", "nowhere.generate"]),
+        ("dynamic_sampling_filter_path", "nowhere.keep", ["--dynamic-sampling-filter-path", "nowhere.keep"]),
+        ("load_debug_rollout_data", "/nowhere/{rollout_id}.jsonl", ["--load-debug-rollout-data", "/nowhere/0.jsonl"]),
+        ("save_hf", "/nowhere/{step}", ["--save-hf", "{step}"]),
     ],
 )
 def test_wrong_value_is_refused(
-    flag: str, value: object, words: list[str], workspace: Workspace, tmp_path: Path, in_process: Runner
+    flag: str, value: object, words: list[str], inputs: Workspace, tmp_path: Path, in_process: InProcess
 ) -> None:
-    refused(in_process, workspace.train_argv(tmp_path / "run", **{flag: value}), *words)
+    refused(in_process, inputs.train_argv(tmp_path / "run", **{flag: value}), *words)
     assert not (tmp_path / "run").exists()
 
 
-def test_unparsable_line_is_named(workspace: Workspace, tmp_path: Path, in_process: Runner) -> None:
-    data = rows(tmp_path / "data.jsonl", {"prompt": "1+1=?", "label": "2"}, '{"prompt": "1+')
-    refused(in_process, workspace.train_argv(tmp_path / "run", prompt_data=data), "data.jsonl", "line 2")
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], ["no rows"]),
+        ([GOOD_ROW, '{"prompt": "1+'], [":2", "JSON"]),
+        ([GOOD_ROW, {"question": "1+2=?", "label": "3"}], [":2", "--input-key", "prompt"]),
+        ([GOOD_ROW, GOOD_ROW, {"prompt": "1+2=?", "label": None}], [":3", "--label-key", "label"]),
+        ([GOOD_ROW, {"prompt": 3, "label": "3"}], [":2", "messages"]),
+    ],
+    ids=["empty", "unparsable", "missing key", "missing label", "wrong kind"],
+)
+def test_bad_row_is_refused_by_file_and_line(
+    rows: list[object], words: list[str], inputs: Workspace, tmp_path: Path, in_process: InProcess
+) -> None:
+    data = write_rows(tmp_path / "data.jsonl", *rows)
+    refused(in_process, inputs.train_argv(tmp_path / "run", prompt_data=data), "data.jsonl", *words)
+    assert not (tmp_path / "run").exists()
 
 
-def test_missing_key_is_named_with_its_line(workspace: Workspace, tmp_path: Path, in_process: Runner) -> None:
-    data = rows(tmp_path / "data.jsonl", {"prompt": "1+1=?", "label": "2"}, {"question": "1+2=?", "label": "3"})
-    refused(in_process, workspace.train_argv(tmp_path / "run", prompt_data=data), "data.jsonl", "line 2", "prompt")
+def test_bad_conversation_is_refused_by_file_and_line(inputs: Workspace, tmp_path: Path, in_process: InProcess) -> None:
+    good = {"messages": [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "2"}]}
+    data = write_rows(tmp_path / "data.jsonl", good, {"messages": [{"role": "user"}]})
+    refused(in_process, inputs.sft_argv(tmp_path / "run", prompt_data=data), "data.jsonl:2", "content")
+    assert not (tmp_path / "run").exists()
 
 
-def test_missing_label_is_named_with_its_line(workspace: Workspace, tmp_path: Path, in_process: Runner) -> None:
-    data = rows(tmp_path / "data.jsonl", {"prompt": "1+1=?", "label": "2"}, {"prompt": "1+2=?", "label": None})
-    refused(in_process, workspace.train_argv(tmp_path / "run", prompt_data=data), "data.jsonl", "line 2", "label")
+def test_model_without_readable_weights_is_refused(inputs: Workspace, tmp_path: Path, in_process: InProcess) -> None:
+    refused(in_process, inputs.train_argv(tmp_path / "run"), str(inputs.model))
 
 
-def test_empty_data_set_is_refused(workspace: Workspace, tmp_path: Path, in_process: Runner) -> None:
-    refused(
-        in_process, workspace.train_argv(tmp_path / "run", prompt_data=rows(tmp_path / "data.jsonl")), "data.jsonl", "empty"
-    )
+def test_foreign_save_folder_is_refused_and_left_alone(inputs: Workspace, tmp_path: Path, in_process: InProcess) -> None:
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter1.tex").write_text("words")
+    before = contents(thesis)
+    refused(in_process, inputs.train_argv(thesis), "--save", "thesis")
+    refused(in_process, inputs.train_argv(tmp_path / "run", save_hf=thesis), "--save-hf", "thesis")
+    assert contents(thesis) == before
+    assert not (tmp_path / "run").exists()
 
 
-def test_foreign_save_folder_is_refused_and_left_alone(workspace: Workspace, tmp_path: Path, in_process: Runner) -> None:
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter1.tex").write_text("words")
-    refused(in_process, workspace.train_argv(tmp_path / "thesis"), "--save", "thesis")
-    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["chapter1.tex"]
-
-
-def test_unwritable_save_folder_is_refused(workspace: Workspace, tmp_path: Path, in_process: Runner) -> None:
+def test_unwritable_folder_is_refused(inputs: Workspace, tmp_path: Path, in_process: InProcess) -> None:
     (tmp_path / "file").write_text("not a folder")
-    refused(in_process, workspace.train_argv(tmp_path / "file" / "run"), "--save")
+    inside = tmp_path / "file" / "run"
+    refused(in_process, inputs.train_argv(inside), "--save", str(inside))
+    refused(in_process, inputs.eval_argv(inputs.model, inside), "--eval-output", str(inside))
 
 
-def test_long_prompts_are_dropped_and_counted(workspace: Workspace, tmp_path: Path) -> None:
-    short, long = {"prompt": "1+1=?", "label": "2"}, {"prompt": "1+1+1+1+1+1+1+1+1+1+1+1=?", "label": "12"}
-    data = rows(tmp_path / "data.jsonl", *[short] * 8, *[long] * 2)
-    argv = workspace.train_argv(tmp_path / "run", prompt_data=data, rollout_max_prompt_len=20, num_rollout=1)
-    finished = run_python(["-m", "qwench", *argv])
-    assert finished.returncode == 0, finished.stderr
-    assert "dropped 2 of 10" in finished.stdout + finished.stderr
+def test_long_prompts_are_dropped_and_counted(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long_row = {"prompt": "1+1+1+1+1+1+1+1+1+1+1+1=?", "label": "12"}
+    data = write_rows(tmp_path / "data.jsonl", *[GOOD_ROW] * 8, *[long_row] * 2)
+    cli.run(workspace.train_argv(None, prompt_data=data, rollout_max_prompt_len=20, num_rollout=1, save_interval=None))
+    shown = capsys.readouterr()
+    assert "dropped 2 of 10" in shown.out + shown.err
 
 
-def test_non_finite_loss_stops_before_the_step(workspace: Workspace, tmp_path: Path) -> None:
-    argv = workspace.train_argv(tmp_path / "run", num_rollout=1)
-    assert run_python(["-m", "qwench", *argv]).returncode == 0
-    saved = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and "iter_" in str(p)}
-    broken = workspace.train_argv(tmp_path / "run", num_rollout=2, lr=float("1e38"))
-    finished = run_python(["-m", "qwench", *broken])
-    assert finished.returncode not in (0, 2)
-    assert "not finite" in finished.stderr
-    assert {p: p.read_bytes() for p in saved} == saved
+def test_non_finite_loss_stops_before_the_step(workspace: Workspace, tmp_path: Path, in_process: InProcess) -> None:
+    save = tmp_path / "run"
+    cli.run(workspace.train_argv(save, num_rollout=1))
+    saved = contents(save / "iter_0000001")
+    code, error = in_process(workspace.train_argv(save, num_rollout=3, lr=1e38))
+    assert code == 1, error
+    assert "loss nan" in error and "nothing was updated" in error
+    assert column(save, "train/step") == [0, 1], "the rollout that failed is not logged"
+    assert contents(save / "iter_0000001") == saved
+    assert not (save / "iter_0000002").exists()
+
+
+def test_reward_that_is_no_number_ends_the_run(workspace: Workspace, tmp_path: Path, in_process: InProcess) -> None:
+    argv = workspace.train_argv(tmp_path / "run", rm_type=None, custom_rm_path="tests.e2e.rewards.not_a_number")
+    code, error = in_process(argv)
+    assert code == 1, error
+    assert "--custom-rm-path" in error and "nan" in error

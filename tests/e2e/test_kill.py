@@ -7,27 +7,73 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Workspace, read_metrics, run_python, run_qwench
+from qwench import cli
+from tests.e2e.conftest import DIGITS, Workspace, column, read_metrics, run_python, run_qwench
 
-DYING_RUN = str(Path(__file__).parent / "dying_run.py")
+ONE, TWO = "iter_0000001", "iter_0000002"
+DIES_IN = 1  # the rollout of this id
+LEAVES_BEHIND = {
+    "generation": [ONE],
+    "training": [ONE],
+    "save": [ONE, f"{TWO}.writing"],
+    "saved": [ONE, TWO],
+}
+
+
+def job(workspace: Workspace, save: Path) -> list[str]:
+    """Return a run of three rollouts of two steps that saves, exports and evaluates after each."""
+    return workspace.train_argv(
+        save,
+        **DIGITS,
+        eval_prompt_data=("held_out", f"{workspace.test_data}@[:4]"),
+        eval_interval=1,
+        save_hf=save.with_name("hf"),
+    )
+
+
+def job_with_leftovers(workspace: Workspace, save: Path) -> list[str]:
+    """Return a run that carries unfinished groups from rollout to rollout, and drops those that teach nothing."""
+    return workspace.train_argv(
+        save,
+        **DIGITS,
+        partial_rollout=(),
+        over_sampling_batch_size=8,
+        dynamic_sampling_filter_path="qwench.rollout.filters.check_reward_nonzero_std",
+    )
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     """Return the metrics of the whole run."""
     save = tmp_path_factory.mktemp("uninterrupted") / "run"
-    run_qwench(workspace.train_argv(save))
-    records = read_metrics(save / "metrics.jsonl")
-    assert [r["train/step"] for r in records if "train/step" in r] == [0, 1, 2, 3, 4, 5]
-    return records
+    cli.run(job(workspace, save))
+    assert column(save, "train/step") == [0, 1, 2, 3, 4, 5]
+    assert column(save, "eval/step") == [0, 1, 2, 3]
+    assert min(column(save, "train/grad_norm")) > 0, "a run that learns nothing would prove nothing"
+    return read_metrics(save)
 
 
-@pytest.mark.parametrize("moment", ["generation", "training", "save", "saved"])
+@pytest.mark.parametrize("moment", LEAVES_BEHIND)
 def test_killed_run_continues_with_equal_metrics(
     moment: str, workspace: Workspace, uninterrupted: list[dict[str, float]], tmp_path: Path
 ) -> None:
-    argv = workspace.train_argv(tmp_path / "run")
-    killed = run_python([DYING_RUN, moment, "1", *argv])
+    save = tmp_path / "run"
+    kill(moment, job(workspace, save))
+    assert sorted(path.name for path in save.glob("iter_*")) == LEAVES_BEHIND[moment]
+    run_qwench(job(workspace, save))
+    assert read_metrics(save) == uninterrupted
+
+
+def test_killed_run_continues_its_unfinished_groups(workspace: Workspace, tmp_path: Path) -> None:
+    whole, save = tmp_path / "whole", tmp_path / "run"
+    cli.run(job_with_leftovers(workspace, whole))
+    assert column(whole, "rollout/weight_version/min") == [0, 0, 1], "each rollout begins with groups of the one before"
+    kill("generation", job_with_leftovers(workspace, save))
+    cli.run(job_with_leftovers(workspace, save))
+    assert read_metrics(save) == read_metrics(whole)
+
+
+def kill(moment: str, argv: list[str]) -> None:
+    """Run until death."""
+    killed = run_python(["-m", "tests.e2e.dying_run", moment, str(DIES_IN), *argv])
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
-    run_qwench(argv)
-    assert read_metrics(tmp_path / "run" / "metrics.jsonl") == uninterrupted
