@@ -3,12 +3,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
+# Two processes of one thread each suit a small machine; a file's tests share its fixtures, so they stay in one process.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: setup quickstart test check format clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Qwench needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
@@ -18,7 +21,7 @@ quickstart: setup
 	$(BIN)/qwench quickstart
 
 test: check
-	$(BIN)/python -m pytest tests/contract tests/e2e
+	$(PYTEST) tests/contract tests/e2e
 
 check: setup
 	$(BIN)/ruff check .
@@ -26,7 +29,7 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/python tests/sizes.py
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/unit
+	$(PYTEST) tests/unit
 
 format: setup
 	$(BIN)/ruff format .

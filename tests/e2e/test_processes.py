@@ -1,0 +1,80 @@
+"""Commands that live in processes of their own: several ranks under torchrun, and the server behind a real socket."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qwench import cli
+from tests.e2e.conftest import ONE_THREAD, REPOSITORY, Workspace, column, run_python
+
+START_TIMEOUT_S = 60.0
+
+
+def test_two_ranks_have_the_losses_of_one(workspace: Workspace, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    cli.run(workspace.sft_argv(one))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qwench"]
+    finished = run_python([*torchrun, *workspace.sft_argv(two, actor_num_gpus_per_node=2)])
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    for name in ("train/loss", "train/grad_norm"):
+        assert column(two, name) == pytest.approx(column(one, name), rel=1e-5)
+    assert len(column(two, "train/loss")) == 3
+
+
+@pytest.fixture
+def server(workspace: Workspace) -> Iterator[str]:
+    """Start `qwench serve`, give its address when it answers, and end it as Ctrl-C does."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    argv = [sys.executable, "-m", "qwench", "serve", "--hf-checkpoint", str(workspace.model), "--port", str(port)]
+    process = subprocess.Popen(argv, cwd=REPOSITORY, env=ONE_THREAD, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until_healthy(process, f"http://127.0.0.1:{port}")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=START_TIMEOUT_S)
+    assert "Traceback" not in errors, errors
+
+
+def wait_until_healthy(process: subprocess.Popen[str], address: str) -> None:
+    """Ask until the server answers."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=5).close()
+            return
+        except (urllib.error.URLError, ConnectionError):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline, "the server did not answer in time"
+            time.sleep(0.1)
+
+
+def test_server_samples_with_the_log_probs_of_transformers(server: str, workspace: Workspace) -> None:
+    prompt = [49, 43, 50, 61, 63]
+    body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 16, "temperature": 1.0}, "return_logprob": True}
+    request = urllib.request.Request(
+        f"{server}/generate", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        answer = json.load(response)
+    log_probs, sampled = zip(*((entry[0], entry[1]) for entry in answer["meta_info"]["output_token_logprobs"]), strict=True)
+    assert 0 < len(sampled) <= 16
+    model = AutoModelForCausalLM.from_pretrained(workspace.model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *sampled]])).logits[0, len(prompt) - 1 : -1]
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(sampled)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(log_probs), expected, atol=1e-4, rtol=0)

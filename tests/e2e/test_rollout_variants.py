@@ -1,0 +1,70 @@
+"""Ways to make rollouts other than in turn: one ahead, unfinished groups carried over, useless groups replaced."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from qwench import cli
+from tests.e2e.conftest import DIGITS, Workspace, column
+
+FILTER = "qwench.rollout.filters.check_reward_nonzero_std"
+
+
+def read_samples(template: str, rollout_id: int) -> list[dict]:
+    """Return the samples of a recorded rollout."""
+    lines = Path(template.format(rollout_id=rollout_id)).read_text().splitlines()
+    return [json.loads(line) for line in lines[1:]]
+
+
+def test_rollouts_ahead_are_sampled_by_the_weights_before(workspace: Workspace, tmp_path: Path) -> None:
+    recorded = str(tmp_path / "rollout_{rollout_id}.jsonl")
+    flags = {"rollouts_ahead": 1, "num_rollout": 4, "save_debug_rollout_data": recorded}
+    cli.run(workspace.train_argv(tmp_path / "run", **DIGITS, **flags))
+    sampled_by = [{v for sample in read_samples(recorded, i) for v in sample["weight_versions"]} for i in range(4)]
+    assert sampled_by == [{0}, {0}, {1}, {2}]
+    assert column(tmp_path / "run", "train/step") == list(range(8))
+
+
+def test_run_ahead_of_itself_resumes_with_the_prompts_that_were_not_learned_from(workspace: Workspace, tmp_path: Path) -> None:
+    sampled_by = {}
+    for name, lengths in (("whole", [3]), ("resumed", [2, 3])):
+        recorded = str(tmp_path / f"{name}_{{rollout_id}}.jsonl")
+        for num_rollout in lengths:
+            flags = {"rollouts_ahead": 1, "num_rollout": num_rollout, "save_debug_rollout_data": recorded}
+            cli.run(workspace.train_argv(tmp_path / name, **DIGITS, **flags))
+        samples = read_samples(recorded, 2)
+        assert [sample["sample_id"] for sample in samples] == list(range(32, 48))
+        sampled_by[name] = {version for sample in samples for version in sample["weight_versions"]}
+    # What was being generated when the first part ended is generated again, by the weights of the checkpoint.
+    assert sampled_by == {"whole": {1}, "resumed": {2}}
+    for metric in ("train/loss", "train/grad_norm"):
+        assert column(tmp_path / "resumed", metric)[:4] == column(tmp_path / "whole", metric)[:4]
+
+
+def test_surplus_of_over_sampling_continues_in_the_next_rollout(workspace: Workspace, tmp_path: Path) -> None:
+    recorded = str(tmp_path / "rollout_{rollout_id}.jsonl")
+    flags = {"partial_rollout": (), "mask_offpolicy_in_partial_rollout": (), "over_sampling_batch_size": 8,
+             "dynamic_sampling_filter_path": FILTER, "rollout_max_response_len": 40, "deterministic_mode": None,
+             "save_debug_rollout_data": recorded, "num_rollout": 4, "embedded_max_running_requests": 8}  # fmt: skip
+    cli.run(workspace.train_argv(tmp_path / "run", **DIGITS, **flags))
+    assert column(tmp_path / "run", "rollout/surplus_groups")[0] > 0
+    rollouts = [read_samples(recorded, rollout_id) for rollout_id in range(4)]
+    groups = [{sample["group_id"] for sample in samples} for samples in rollouts]
+    assert all(len(of_one) == 4 for of_one in groups)
+    assert len(set.union(*groups)) == 16, "no group is trained on twice"
+    assert any(0 in sample["loss_mask"] for samples in rollouts[1:] for sample in samples), "no response was continued"
+    for rollout_id, samples in enumerate(rollouts):
+        assert len({sample["sample_id"] for sample in samples}) == 16
+        for sample in samples:
+            trained_on = {v for v, mask in zip(sample["weight_versions"], sample["loss_mask"], strict=True) if mask}
+            assert trained_on <= {rollout_id}, "tokens of older weights are masked"
+        for group_id in {sample["group_id"] for sample in samples}:
+            assert len({s["reward"] for s in samples if s["group_id"] == group_id}) > 1, "the filter let an equal group pass"
+
+
+def test_groups_with_equal_rewards_are_replaced(workspace: Workspace, tmp_path: Path) -> None:
+    flags = {"dynamic_sampling_filter_path": FILTER, "n_samples_per_prompt": 2, "rollout_max_response_len": 4}
+    cli.run(workspace.train_argv(tmp_path / "run", **DIGITS, **flags))
+    assert sum(column(tmp_path / "run", "rollout/dynamic_filter/drop_zero_std_0.0")) > 0
+    assert all(column(tmp_path / "run", "train/grad_norm"))
