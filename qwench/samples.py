@@ -90,6 +90,11 @@ class Sample:
             self.execution_id = self.sample_id
 
     @property
+    def graded(self) -> bool:
+        """Tell whether the reward is a judgement of the response, not the 0 of a grader that failed or ran out of time."""
+        return self.reward is not None and (self.verdict is None or self.verdict.graded)
+
+    @property
     def response_tokens(self) -> list[int]:
         """Return the [R] token ids after the prompt."""
         return self.tokens[len(self.tokens) - self.response_length :]
@@ -141,10 +146,9 @@ class Group:
 
     @property
     def rewards(self) -> list[float]:
-        """Return one reward for each sample; all must have been graded."""
-        rewards = [sample.reward for sample in self.samples]
-        assert all(reward is not None for reward in rewards), f"group {self.group_id} is not graded"
-        return [float(reward) for reward in rewards if reward is not None]
+        """Return the rewards of the graded samples; those whose grader failed have none, all others must have been graded."""
+        assert all(sample.reward is not None for sample in self.samples), f"group {self.group_id} is not graded"
+        return [float(sample.reward) for sample in self.samples if sample.graded and sample.reward is not None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,7 +21,9 @@ WHITEN_EPS = 1e-8
 """Added to the variance of all advantages before the reciprocal root."""
 
 
-def normalize_by_group(rewards: Tensor, group_ids: Tensor, execution_ids: Tensor, *, divide_by_std: bool) -> Tensor:
+def normalize_by_group(
+    rewards: Tensor, group_ids: Tensor, execution_ids: Tensor, graded: Tensor, *, divide_by_std: bool
+) -> Tensor:
     """Subtract from each reward the mean of its group, and divide by the group's standard deviation when asked.
 
     An execution counts once however many samples it returned. Groups may have any size; a group of one, or one whose rewards
@@ -30,7 +32,8 @@ def normalize_by_group(rewards: Tensor, group_ids: Tensor, execution_ids: Tensor
     Args:
         rewards: [B] float32.
         group_ids: [B] int64, in any order.
-        execution_ids: [B] int64; samples with the same id must have the same reward and group.
+        execution_ids: [B] int64; graded samples with the same id must have the same reward and group.
+        graded: [B] bool; other samples have no reward: they get 0 and their group is treated as if they were not there.
 
     Returns:
         [B] float32, (reward - mean) or (reward - mean) / (std + 1e-6) with Bessel's correction (ddof 1).
@@ -40,10 +43,10 @@ def normalize_by_group(rewards: Tensor, group_ids: Tensor, execution_ids: Tensor
 
     Source: GRPO (arXiv 2402.03300) section 4.1.2; without the division Dr. GRPO (arXiv 2503.20783).
     """
-    first_of_execution = _first_of_each_execution(rewards, group_ids, execution_ids)
+    first_of_execution = _first_of_each_execution(rewards, group_ids, execution_ids, graded)
     normalized = torch.zeros_like(rewards, dtype=torch.float64)
-    for group_id in group_ids.unique():
-        members = group_ids == group_id
+    for group_id in group_ids[graded].unique():
+        members = (group_ids == group_id) & graded
         scores = rewards[members & first_of_execution].double()
         if scores.min() == scores.max():
             continue  # a mean of equal floats may be off by an ulp, which the tiny deviation would blow up
@@ -122,10 +125,11 @@ def whiten(advantages: Sequence[Tensor], loss_mask: Sequence[Tensor]) -> list[Te
     return [((advantage.double() - mean) * scale).to(torch.float32) for advantage in advantages]
 
 
-def _first_of_each_execution(rewards: Tensor, group_ids: Tensor, execution_ids: Tensor) -> Tensor:
-    """Return [B] bool, true at one sample of each execution, after checking that its siblings agree with it."""
+def _first_of_each_execution(rewards: Tensor, group_ids: Tensor, execution_ids: Tensor, graded: Tensor) -> Tensor:
+    """Return [B] bool, true at one graded sample of each execution, after checking that its siblings agree with it."""
     first: dict[int, int] = {}
-    for i, execution_id in enumerate(execution_ids.tolist()):
+    for i in graded.nonzero().flatten().tolist():
+        execution_id = int(execution_ids[i])
         k = first.setdefault(execution_id, i)
         if rewards[i] != rewards[k] or group_ids[i] != group_ids[k]:
             raise RewardError(

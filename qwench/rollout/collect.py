@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from qwench.errors import QwenchError
 from qwench.observability.console import Console, Progress
 from qwench.rollout.feed import GroupFeed
-from qwench.rollout.filters import FilterResult, GroupFilter, check_no_aborted, is_graded
+from qwench.rollout.filters import FilterResult, GroupFilter, check_no_aborted
 from qwench.rollout.groups import GroupRunner
 from qwench.rollout.tasks import cancel_and_wait
 from qwench.samples import Group, Rollout, Sample
@@ -169,14 +169,14 @@ class Collector:
     def _mask_untrainable(self, group: Group) -> None:
         keep = self._rules.sample_filter
         for sample in group.samples:
-            if not is_graded(sample) or (keep is not None and not keep(sample, group)):
+            if not sample.graded or (keep is not None and not keep(sample, group)):
                 sample.mask_out()
 
 
 def reward_shares(groups: Sequence[Group]) -> tuple[float, float]:
     """Return the shares of groups whose rewards are all 0, and all 1."""
-    zeros = sum(all(reward == 0 for reward in group.rewards) for group in groups)
-    ones = sum(all(reward == 1 for reward in group.rewards) for group in groups)
+    zeros = sum(set(group.rewards) == {0.0} for group in groups)
+    ones = sum(set(group.rewards) == {1.0} for group in groups)
     return zeros / max(len(groups), 1), ones / max(len(groups), 1)
 
 

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from qwench.engines.pool import EnginePool
 from qwench.observability.console import Console
-from qwench.rollout.filters import is_graded
 from qwench.rollout.generate import GenerateFunction, generate_single_turn
 from qwench.rollout.groups import Grader, GroupRunner
 from qwench.rollout.metrics import pass_rates, sample_metrics, with_prefix
@@ -59,7 +58,7 @@ class EvalResult:
         return {
             f"eval/{self.name}": self.score,
             f"eval/{self.name}-truncated_ratio": described["truncated_ratio"],
-            f"eval/{self.name}-none_reward_ratio": fmean(float(not is_graded(sample)) for sample in self.samples),
+            f"eval/{self.name}-none_reward_ratio": fmean(float(not sample.graded) for sample in self.samples),
             **with_prefix(f"eval/{self.name}-", pass_rates(self.groups) if with_pass_rates else {}),
             **with_prefix(f"eval/{self.name}/", described),
         }

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import stdev
 
-from qwench.samples import Group, Sample, Status
+from qwench.samples import Group, Status
 
 _MIN_STD = 1e-6
 
@@ -31,10 +31,10 @@ KEEP = FilterResult(keep=True)
 def check_reward_nonzero_std(group: Group) -> FilterResult:
     """Keep a group whose rewards differ: sample standard deviation above 1e-6, in float64.
 
-    Equal rewards have advantage 0 and teach nothing (DAPO, arXiv 2503.14476). The 0 of a sample that could not
-    be graded is no reward and makes no difference.
+    Equal rewards have advantage 0 and teach nothing (DAPO, arXiv 2503.14476). A sample that could not be graded has no reward
+    and makes no difference.
     """
-    rewards = [reward for reward, sample in zip(group.rewards, group.samples, strict=True) if is_graded(sample)]
+    rewards = group.rewards
     if len(rewards) > 1 and stdev(rewards) > _MIN_STD:
         return KEEP
     return FilterResult(keep=False, reason=f"zero_std_{reward_label(rewards[0])}" if rewards else "ungraded")
@@ -44,11 +44,6 @@ def check_no_aborted(group: Group) -> FilterResult:
     """Keep a group none of whose samples was aborted."""
     aborted = any(sample.status is Status.ABORTED for sample in group.samples)
     return FilterResult(keep=False, reason="aborted") if aborted else KEEP
-
-
-def is_graded(sample: Sample) -> bool:
-    """Tell whether the sample's reward is a judgement of its response, not the 0 of a grader that failed or ran out of time."""
-    return sample.reward is not None and (sample.verdict is None or sample.verdict.graded)
 
 
 def reward_label(reward: float) -> str:

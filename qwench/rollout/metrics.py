@@ -13,7 +13,7 @@ from itertools import groupby
 from math import comb
 from statistics import fmean, median
 
-from qwench.rollout.filters import is_graded, reward_label
+from qwench.rollout.filters import reward_label
 from qwench.samples import Group, Sample, Status
 
 # Text of which the last 10,000 characters shrink to less than a tenth is called repetitive.
@@ -46,10 +46,11 @@ def describe_rollout(groups: Sequence[Group], *, seconds: float, options: Metric
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Return the `rollout/...` metrics that are always wanted."""
+    """Return the `rollout/...` metrics that are always wanted; rewards are those of graded samples."""
     samples = [sample for group in groups for sample in group.samples]
+    rewards = [reward for group in groups for reward in group.rewards]
     metrics = {
-        "raw_reward": fmean(reward for group in groups for reward in group.rewards),
+        **({"raw_reward": fmean(rewards)} if rewards else {}),
         **sample_metrics(samples),
         **_zero_std_metrics(groups),
         **_weight_version_metrics(samples),
@@ -68,7 +69,7 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         "repetition_frac": _share(is_repetitive(sample.response) for sample in samples),
         "prefix_cache_hit_rate": cached_tokens / input_tokens if input_tokens else 0.0,
         "avg_cached_tokens_per_sample": cached_tokens / len(samples),
-        "ungraded": _share(not is_graded(sample) for sample in samples),
+        "ungraded": _share(not sample.graded for sample in samples),
         **{f"reward_reason/{reason}": count / len(samples) for reason, count in sorted(reasons.items())},
     }
 

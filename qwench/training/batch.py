@@ -31,6 +31,8 @@ class RolloutBatch:
     """B x [R] bool."""
     rewards: Tensor
     """[B] float32."""
+    graded: Tensor
+    """[B] bool; false where the reward is no judgement, because the grader failed or ran out of time."""
     group_ids: Tensor
     """[B] int64, equal for the samples of one prompt."""
     execution_ids: Tensor
@@ -60,6 +62,7 @@ class RolloutBatch:
             tokens=[torch.tensor(sample.tokens, dtype=torch.int64) for sample in samples],
             loss_mask=[torch.tensor(sample.loss_mask, dtype=torch.bool) for sample in samples],
             rewards=torch.tensor([float(sample.reward or 0.0) for sample in samples], dtype=torch.float32),
+            graded=torch.tensor([sample.graded for sample in samples], dtype=torch.bool),
             group_ids=torch.tensor([sample.group_id for sample in samples], dtype=torch.int64),
             execution_ids=torch.tensor([sample.execution_id for sample in samples], dtype=torch.int64),
             rollout_log_probs=[torch.tensor(s.rollout_log_probs, dtype=torch.float32) for s in samples] if sampled else None,

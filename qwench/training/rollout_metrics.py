@@ -28,8 +28,7 @@ def rollout_metrics(samples: Sequence[Sample], batch: RolloutBatch) -> dict[str,
         "rollout/truncated": sum(sample.status is Status.TRUNCATED for sample in samples) / count,
     }
     if batch.advantages is not None:
-        metrics["rollout/raw_reward"] = sum(float(sample.reward or 0.0) for sample in samples) / count
-        metrics["rollout/rewards"] = float(batch.rewards.double().mean())
+        metrics |= _reward_metrics(samples, batch)
     columns = {
         "rollout/rollout_log_probs": batch.rollout_log_probs,
         "rollout/log_probs": batch.old_log_probs,
@@ -40,6 +39,17 @@ def rollout_metrics(samples: Sequence[Sample], batch: RolloutBatch) -> dict[str,
         if column is not None:
             metrics[name] = _mean_of_sample_means(column, batch.loss_mask)
     return metrics
+
+
+def _reward_metrics(samples: Sequence[Sample], batch: RolloutBatch) -> dict[str, float]:
+    """Average raw and normalised rewards over graded samples; nothing when there are none."""
+    raw_rewards = [sample.reward for sample in samples if sample.graded and sample.reward is not None]
+    if not raw_rewards:
+        return {}
+    return {
+        "rollout/raw_reward": sum(raw_rewards) / len(raw_rewards),
+        "rollout/rewards": float(batch.rewards[batch.graded].double().mean()),
+    }
 
 
 def _mean_of_sample_means(column: Sequence[Tensor], loss_mask: Sequence[Tensor]) -> float:

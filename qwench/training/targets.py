@@ -24,7 +24,7 @@ def normalized_rewards(batch: RolloutBatch, config: AlgorithmConfig) -> Tensor:
     if scale is RewardScale.RAW or config.disable_rewards_normalization:
         return batch.rewards
     divide_by_std = scale is RewardScale.STANDARDIZED and not config.disable_grpo_std_normalization
-    return normalize_by_group(batch.rewards, batch.group_ids, batch.execution_ids, divide_by_std=divide_by_std)
+    return normalize_by_group(batch.rewards, batch.group_ids, batch.execution_ids, batch.graded, divide_by_std=divide_by_std)
 
 
 def token_advantages(batch: RolloutBatch, config: AlgorithmConfig) -> list[Tensor]:

@@ -72,6 +72,7 @@ def make_batch() -> RolloutBatch:
         tokens=[torch.randint(VOCAB, (prompt + response,), generator=draw) for prompt, response in _SHAPES],
         loss_mask=masks,
         rewards=torch.zeros(len(_SHAPES)),
+        graded=torch.ones(len(_SHAPES), dtype=torch.bool),
         group_ids=torch.arange(len(_SHAPES)) // 2,
         execution_ids=torch.arange(len(_SHAPES)),
         old_log_probs=[-4 + torch.randn(response, generator=draw) * 0.3 for _, response in _SHAPES],

@@ -60,6 +60,7 @@ def _batch() -> RolloutBatch:
         tokens=[torch.randint(_VOCAB, (length,), generator=draw) for length in _LENGTHS],
         loss_mask=[torch.ones(length - _PROMPT, dtype=torch.bool) for length in _LENGTHS],
         rewards=torch.zeros(len(_LENGTHS)),
+        graded=torch.ones(len(_LENGTHS), dtype=torch.bool),
         group_ids=torch.zeros(len(_LENGTHS), dtype=torch.int64),
         execution_ids=torch.arange(len(_LENGTHS)),
     )

@@ -17,10 +17,14 @@ from qwench.algorithms.advantages import (
 from qwench.errors import RewardError
 
 
-def _normalize(rewards, groups, executions=None, divide_by_std=True):
+def _normalize(rewards, groups, executions=None, graded=None, divide_by_std=True):
     executions = executions if executions is not None else list(range(len(rewards)))
     return normalize_by_group(
-        torch.tensor(rewards, dtype=torch.float32), torch.tensor(groups), torch.tensor(executions), divide_by_std=divide_by_std
+        torch.tensor(rewards, dtype=torch.float32),
+        torch.tensor(groups),
+        torch.tensor(executions),
+        torch.tensor(graded if graded is not None else [True] * len(rewards)),
+        divide_by_std=divide_by_std,
     )
 
 
@@ -43,6 +47,24 @@ def test_group_with_equal_rewards_has_exactly_zero_advantage(divide_by_std):
 def test_group_of_one_has_zero_advantage():
     assert _normalize([5.0, 1.0, 3.0], [0, 1, 1], divide_by_std=False).tolist() == [0.0, -1.0, 1.0]
     assert _normalize([5.0], [0]).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("divide_by_std", [True, False])
+def test_ungraded_sample_has_zero_advantage_and_leaves_its_group_as_if_it_were_not_there(divide_by_std):
+    among = _normalize([1, 0, 0, 1, 0], [0] * 5, graded=[True, True, False, True, True], divide_by_std=divide_by_std).tolist()
+    alone = _normalize([1, 0, 1, 0], [0] * 4, divide_by_std=divide_by_std).tolist()
+    assert among == [*alone[:2], 0.0, *alone[2:]]
+
+
+def test_group_without_a_graded_sample_has_zero_advantage():
+    assert _normalize([0, 0, 1, 0], [0, 0, 1, 1], graded=[False, False, True, True], divide_by_std=False).tolist() == [
+        0.0, 0.0, 0.5, -0.5,
+    ]  # fmt: skip
+
+
+def test_ungraded_sibling_need_not_agree_with_its_execution():
+    got = _normalize([1, 0, 0], [0] * 3, executions=[7, 7, 8], graded=[True, False, True], divide_by_std=False)
+    assert got.tolist() == [0.5, 0.0, -0.5]
 
 
 @settings(deadline=None, max_examples=50)

@@ -1,6 +1,6 @@
 import pytest
 
-from qwench.rollout.filters import check_no_aborted, check_reward_nonzero_std, is_graded, reward_label
+from qwench.rollout.filters import check_no_aborted, check_reward_nonzero_std, reward_label
 from qwench.samples import Status, Verdict
 from tests.unit.rollout.scene import group
 
@@ -35,7 +35,7 @@ def test_single_sample_has_no_deviation():
 def test_zero_of_an_ungraded_sample_makes_no_difference():
     ones = graded(1.0, 1.0, 0.0)
     ones.samples[2].verdict = Verdict(score=0.0, reason="timeout")
-    assert not is_graded(ones.samples[2])
+    assert not ones.samples[2].graded
     assert check_reward_nonzero_std(ones).reason == "zero_std_1.0"
     for sample in ones.samples:
         sample.verdict = Verdict(score=0.0, reason="grader_error")

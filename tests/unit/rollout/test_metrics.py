@@ -83,6 +83,16 @@ def test_raw_reward_is_the_mean_over_samples():
     assert rollout_metrics(groups_of([1.0, 0.0], [1.0, 1.0]))["rollout/raw_reward"] == 0.75
 
 
+def test_ungraded_samples_enter_no_rewards():
+    groups = groups_of([1.0, 0.0], [0.0, 0.0])
+    for sample in (groups[0].samples[1], *groups[1].samples):
+        sample.verdict = Verdict(score=0.0, reason="timeout")
+    metrics = rollout_metrics(groups)
+    assert (metrics["rollout/raw_reward"], metrics["rollout/ungraded"]) == (1.0, 0.75)
+    assert metrics["rollout/zero_std/all_zero_percentage"] == 0.0
+    assert "rollout/raw_reward" not in rollout_metrics(groups[1:])
+
+
 def test_groups_without_signal_are_counted_by_their_reward():
     metrics = rollout_metrics(groups_of([0, 0], [0, 0], [1, 1], [0.5, 0.5], [0, 1]))
     assert {name: value for name, value in metrics.items() if "zero_std" in name} == {

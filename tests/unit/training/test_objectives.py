@@ -25,6 +25,7 @@ def _batch(seed=0, *, with_old=True, lengths=LENGTHS):
         tokens=[torch.randint(0, 9, (sum(length),), generator=generator) for length in lengths],
         loss_mask=mask,
         rewards=torch.zeros(len(lengths)),
+        graded=torch.ones(len(lengths), dtype=torch.bool),
         group_ids=torch.zeros(len(lengths), dtype=torch.int64),
         execution_ids=torch.arange(len(lengths)),
         rollout_log_probs=column(),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qwench.samples import Prompt, Sample, Status
+from qwench.samples import Prompt, Sample, Status, Verdict
 from qwench.training.batch import RolloutBatch
 from qwench.training.rollout_metrics import rollout_metrics
 
@@ -32,6 +32,19 @@ def test_means_over_samples_of_the_means_over_trained_tokens():
         "rollout/log_probs": pytest.approx(-1.5),
         "rollout/advantages": 0.0,
     }
+
+
+def test_rewards_are_averaged_over_graded_samples():
+    samples = _samples()
+    samples[1].verdict = Verdict(score=0.0, reason="timeout")
+    batch = RolloutBatch.from_samples(samples)
+    batch = batch.with_columns(advantages=[torch.zeros(len(mask)) for mask in batch.loss_mask])
+    metrics = rollout_metrics(samples, batch)
+    assert (metrics["rollout/raw_reward"], metrics["rollout/rewards"]) == (1.0, 1.0)
+    samples[0].verdict = samples[1].verdict
+    samples[0].verdict = samples[1].verdict
+    none_graded = rollout_metrics(samples, batch.with_columns(graded=torch.tensor([False, False])))
+    assert not {"rollout/raw_reward", "rollout/rewards"} & none_graded.keys()
 
 
 def test_samples_of_a_data_set_have_only_lengths():

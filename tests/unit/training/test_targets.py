@@ -8,12 +8,13 @@ from qwench.training.batch import RolloutBatch
 from qwench.training.targets import normalized_rewards, token_advantages
 
 
-def _batch(rewards, *, group_ids=None, response_lengths=None, **columns):
+def _batch(rewards, *, group_ids=None, graded=None, response_lengths=None, **columns):
     response_lengths = response_lengths or [2] * len(rewards)
     return RolloutBatch(
         tokens=[torch.arange(length + 1) for length in response_lengths],
         loss_mask=[torch.ones(length, dtype=torch.bool) for length in response_lengths],
         rewards=torch.tensor(rewards),
+        graded=torch.tensor(graded or [True] * len(rewards)),
         group_ids=torch.tensor(group_ids or [0] * len(rewards)),
         execution_ids=torch.arange(len(rewards)),
         **columns,
@@ -33,6 +34,11 @@ def _batch(rewards, *, group_ids=None, response_lengths=None, **columns):
 def test_rewards_are_compared_within_their_group(flags, expected):
     got = normalized_rewards(_batch([1.0, 0.0]), AlgorithmConfig(**flags))
     assert got.tolist() == pytest.approx([expected, -expected])
+
+
+def test_ungraded_sample_is_not_part_of_its_group():
+    got = normalized_rewards(_batch([1.0, 0.0, 0.0], graded=[True, True, False]), AlgorithmConfig())
+    assert got.tolist() == pytest.approx([0.5 / (math.sqrt(0.5) + 1e-6), -0.5 / (math.sqrt(0.5) + 1e-6), 0.0])
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ def _micro_batches() -> list[MicroBatch]:
         tokens=[torch.randint(32, (length,), generator=draw) for length in (6, 9, 4)],
         loss_mask=[torch.ones(length - 2, dtype=torch.bool) for length in (6, 9, 4)],
         rewards=torch.zeros(3),
+        graded=torch.ones(3, dtype=torch.bool),
         group_ids=torch.zeros(3, dtype=torch.int64),
         execution_ids=torch.arange(3),
     )

@@ -47,6 +47,7 @@ def _micro_batch():
         tokens=[torch.arange(5), torch.arange(3, 10)],
         loss_mask=[torch.ones(4, dtype=torch.bool), torch.ones(2, dtype=torch.bool)],
         rewards=torch.zeros(2),
+        graded=torch.ones(2, dtype=torch.bool),
         group_ids=torch.zeros(2, dtype=torch.int64),
         execution_ids=torch.arange(2),
     )
