@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from qwench.errors import ConfigError
+
 TEMPORARY_SUFFIX = ".writing"
 """Ends the name of what is not complete yet; a later start may delete it."""
 
@@ -21,6 +23,22 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     fsync(temporary)
     rename_durably(temporary, path)
+
+
+def check_can_hold(folder: Path, *, flag: str) -> None:
+    """Check that `folder`, which need not exist yet, can be made and written to, without making it.
+
+    Args:
+        flag: the flag that named it, for messages.
+
+    Raises:
+        ConfigError: a file is in the way, or the user may not write there.
+    """
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"{flag} {folder} cannot be written to: {nearest} is a file; give another path.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"{flag} {folder} cannot be written to: no permission to write into {nearest}; give another path.")
 
 
 def rename_durably(source: Path, target: Path) -> None:

@@ -11,8 +11,10 @@ from qwench.config.checkpoint import CheckpointConfig
 from qwench.config.cluster import ClusterConfig
 from qwench.config.compat import EMBEDDED_ALIASES, SFT_ROLLOUT
 from qwench.config.config import Config
+from qwench.config.eval_settings import eval_sets, resolve_eval_sets
 from qwench.config.model import ModelConfig
 from qwench.errors import ConfigError
+from qwench.files import check_can_hold
 
 _SLICE = re.compile(r"@\[[^\]]*\]$")
 
@@ -33,6 +35,7 @@ def check_train(config: Config) -> None:
     _check_training_data(config)
     _check_eval_data(config)
     _check_starting_point(config.checkpoint)
+    _check_outputs(config)
 
 
 def check_sft(config: Config) -> None:
@@ -51,6 +54,7 @@ def check_sft(config: Config) -> None:
     check_checkpoint(config.model)
     _check_training_data(config)
     _check_starting_point(config.checkpoint)
+    _check_outputs(config)
 
 
 def check_eval(config: Config) -> None:
@@ -59,12 +63,13 @@ def check_eval(config: Config) -> None:
     Raises:
         ConfigError: a flag is missing or a file it names is not there.
     """
-    if not config.evaluation.eval_prompt_data:
+    if not config.evaluation.has_sets:
         raise ConfigError("qwench eval needs something to evaluate on; give --eval-prompt-data NAME FILE")
-    length = config.evaluation.eval_max_response_len or config.rollout.rollout_max_response_len
-    _require("--eval-max-response-len", length, "the most tokens of a response")
     check_checkpoint(config.model)
     _check_eval_data(config)
+    for one in resolve_eval_sets(config.evaluation, config.rollout, config.data):
+        _require("--eval-max-response-len", one.max_response_len, "the most tokens of a response")
+    _check_outputs(config)
 
 
 def check_checkpoint(model: ModelConfig) -> None:
@@ -153,8 +158,10 @@ def _check_training_data(config: Config) -> None:
 
 
 def _check_eval_data(config: Config) -> None:
-    for path in config.evaluation.eval_prompt_data[1::2]:
-        _check_data_file("--eval-prompt-data", path)
+    evaluation = config.evaluation
+    flag = "--eval-prompt-data" if evaluation.eval_config is None else f"--eval-config: {evaluation.eval_config}"
+    for one in eval_sets(evaluation):
+        _check_data_file(flag, one.path)
 
 
 def _check_data_file(flag: str, spec: str) -> None:
@@ -173,3 +180,17 @@ def _check_starting_point(checkpoint: CheckpointConfig) -> None:
             f"--load: {checkpoint.load} is missing or empty, and there is no --ref-load to start from; "
             "leave --load out to start from --hf-checkpoint"
         )
+
+
+def _check_outputs(config: Config) -> None:
+    """Check that a run will not fail when it first writes."""
+    for flag, folder in (
+        ("--save", config.checkpoint.save),
+        ("--save-hf", config.checkpoint.save_hf),
+        ("--log-dir", config.logging.log_dir),
+        ("--eval-output", config.evaluation.eval_output),
+    ):
+        if folder is not None:
+            check_can_hold(Path(folder), flag=flag)
+    if config.debug.save_debug_rollout_data is not None:
+        check_can_hold(Path(config.debug.save_debug_rollout_data).parent, flag="--save-debug-rollout-data")

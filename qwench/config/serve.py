@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from qwench.config.checks import check_positive
 from qwench.config.engine import EngineConfig
 from qwench.config.model import ModelConfig
+from qwench.errors import ConfigError
+
+MAX_PORT = 65_535
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +23,8 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         check_positive("--port", self.port)
+        if self.port > MAX_PORT:
+            raise ConfigError(f"--port must be at most {MAX_PORT}, got {self.port}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

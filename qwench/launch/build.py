@@ -225,7 +225,5 @@ def _metric_log(inputs: Inputs) -> MetricLog:
 
 def _tensorboard_folder(inputs: Inputs) -> Path:
     logging = inputs.config.logging
-    base = (
-        Path(logging.tb_project_name) if logging.tb_project_name else (inputs.resolved.log_dir or Path("runs")) / "tensorboard"
-    )
-    return base / logging.tb_experiment_name if logging.tb_experiment_name else base
+    base = (inputs.resolved.log_dir or Path("runs")) / "tensorboard"
+    return base.joinpath(*(level for level in (logging.tb_project_name, logging.tb_experiment_name) if level is not None))

@@ -15,7 +15,6 @@ from qwench.config import Config
 from qwench.config.serve import ServeConfig
 from qwench.controller import Run
 from qwench.engines.embedded.serving import serve as serve_engine
-from qwench.errors import ConfigError
 from qwench.files import write_atomically
 from qwench.launch.build import build, build_sft
 from qwench.launch.generation import build_generation, embedded_settings
@@ -45,9 +44,6 @@ def evaluate(config: Config) -> None:
     for rows in prompts.values():
         spec.check_prompts(rows)
     check_functions(config.rollout, config.evaluation)
-    output = config.evaluation.eval_output
-    if output is not None:
-        _make_folder(output, flag="--eval-output")
     generation = build_generation(inputs, with_weights=True)
     try:
         evaluator = generation.evaluator(prompts)
@@ -58,8 +54,8 @@ def evaluate(config: Config) -> None:
         generation.close()
     for result in results:
         inputs.console.say(f"{result.name}: {result.score:.4f} ({len(result.samples)} responses)")
-    if output is not None:
-        _write_results(output, metrics, results)
+    if config.evaluation.eval_output is not None:
+        _write_results(config.evaluation.eval_output, metrics, results)
 
 
 def serve(config: ServeConfig) -> None:
@@ -85,13 +81,6 @@ def _drive(run: Run, *, only_generate: bool) -> None:
         run.metrics.close()
         run.close()
     leave_process_group()
-
-
-def _make_folder(folder: Path, *, flag: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{flag} {folder} cannot be written to ({error}); give another folder.") from error
 
 
 def _write_results(folder: Path, metrics: dict[str, float], results: Sequence[EvalResult]) -> None:

@@ -131,8 +131,12 @@ def test_foreign_save_folder_is_refused_and_left_alone(inputs: Workspace, tmp_pa
 def test_unwritable_folder_is_refused(inputs: Workspace, tmp_path: Path, in_process: InProcess) -> None:
     (tmp_path / "file").write_text("not a folder")
     inside = tmp_path / "file" / "run"
+    for flag, value in (("log_dir", inside), ("save_hf", inside), ("save_debug_rollout_data", inside / "{rollout_id}.jsonl")):
+        refused(in_process, inputs.train_argv(tmp_path / "run", **{flag: value}), "--" + flag.replace("_", "-"), str(inside))
     refused(in_process, inputs.train_argv(inside), "--save", str(inside))
+    refused(in_process, ["make-model", "--size", "tiny", "--output", str(inside)], "--output", str(inside))
     refused(in_process, inputs.eval_argv(inputs.model, inside), "--eval-output", str(inside))
+    assert not (tmp_path / "run").exists()
 
 
 def test_long_prompts_are_dropped_and_counted(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,11 +19,14 @@ def read_samples(template: str, rollout_id: int) -> list[dict]:
 
 def test_rollouts_ahead_are_sampled_by_the_weights_before(workspace: Workspace, tmp_path: Path) -> None:
     recorded = str(tmp_path / "rollout_{rollout_id}.jsonl")
-    flags = {"rollouts_ahead": 1, "num_rollout": 4, "save_debug_rollout_data": recorded}
+    flags = {"rollouts_ahead": 1, "num_rollout": 4, "save_debug_rollout_data": recorded, "use_tensorboard": (),
+             "tb_project_name": "digits"}  # fmt: skip
     cli.run(workspace.train_argv(tmp_path / "run", **DIGITS, **flags))
     sampled_by = [{v for sample in read_samples(recorded, i) for v in sample["weight_versions"]} for i in range(4)]
     assert sampled_by == [{0}, {0}, {1}, {2}]
     assert column(tmp_path / "run", "train/step") == list(range(8))
+    curves = tmp_path / "run" / "tensorboard" / "digits"
+    assert {path.parent.name for path in curves.glob("*/events.*")} == {"rollout", "train"}
 
 
 def test_run_ahead_of_itself_resumes_with_the_prompts_that_were_not_learned_from(workspace: Workspace, tmp_path: Path) -> None:
