@@ -16,4 +16,4 @@ qwench train --hf-checkpoint "$MODEL_DIR" --prompt-data "$DATA_DIR/gsm8k-train.j
     --advantage-estimator grpo --eps-clip 0.2 --eps-clip-high 0.28 --use-kl-loss --kl-loss-coef 0.00 --kl-loss-type low_var_kl \
     --lr 1e-6 --lr-decay-style constant --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.98 \
     --use-dynamic-batch-size --max-tokens-per-gpu 16384 --attn-implementation varlen --torch-compile \
-    --colocate --save "$OUTPUT_DIR/run" "$@"
+    --colocate --no-offload-train --save "$OUTPUT_DIR/run" "$@"

@@ -40,12 +40,19 @@ def load_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def end_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let tokenizer and model agree on what ends a response; how much of it is read from GGUF differs between versions."""
+    tokenizer.eos_token = END_OF_TURN
+    end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    model.config.eos_token_id = model.generation_config.eos_token_id = end
+
+
 def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check what training relies on: exact round trips, the end of a turn, and a sensible greedy answer."""
     text = "Add 48+24.\n\n12 is a dozen \u2013 \\boxed{72}."
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text, "the tokenizer does not round-trip"
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-    assert tokenizer.eos_token_id == model.config.eos_token_id == model.generation_config.eos_token_id == end
+    assert tokenizer.eos_token_id == end, f"the end of a turn is {end}, the tokenizer ends with {tokenizer.eos_token_id}"
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=32, do_sample=False)[0, prompt["input_ids"].shape[1] :]
@@ -60,6 +67,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     arguments = parser.parse_args()
     model, tokenizer = load_model(arguments.gguf), load_tokenizer(arguments.gguf)
+    end_turns(model, tokenizer)
     check(model, tokenizer)
     model.save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)

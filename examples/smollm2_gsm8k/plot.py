@@ -1,14 +1,17 @@
-"""Draw the curves of a run and print its table: `python plot.py OUTPUT_DIR [--num-problems 1319]`.
+"""Draw the curves of a run and print its table: `python plot.py OUTPUT_DIR`.
 
-Reads metrics.jsonl of the stages sft and grpo and metrics.json of the three evaluations; writes curves.png and results.md.
+Reads metrics.jsonl of the stages sft and grpo and the graded responses of the evaluations; writes curves.png and results.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import defaultdict
+from collections.abc import Sequence
 from math import sqrt
 from pathlib import Path
+from statistics import fmean, stdev
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -16,37 +19,42 @@ from matplotlib.figure import Figure
 from qwench.observability.plots import read_curve
 
 TITLES = {"base": "as it comes", "sft": "after SFT", "grpo": "after GRPO"}
+WAYS = {"greedy": "greedy, 1 answer", "sampled": "temperature 1, 8 answers"}
 
 
-def accuracies(output: Path) -> dict[str, float]:
-    """Return the share of test problems solved by each checkpoint."""
-    return {
-        stage: json.loads((output / f"eval-{stage}" / "metrics.json").read_text(encoding="utf-8"))["eval/gsm8k"]
-        for stage in TITLES
-    }
+def solved_shares(output: Path, stage: str, way: str) -> list[float]:
+    """Return the share of right answers to each test problem, in order."""
+    rewards = defaultdict(list)
+    for line in (output / f"eval-{stage}-{way}" / "gsm8k.jsonl").read_text(encoding="utf-8").splitlines():
+        sample = json.loads(line)
+        rewards[sample["group_id"]].append(sample["reward"])
+    return [fmean(rewards[problem]) for problem in sorted(rewards)]
 
 
-def standard_error(accuracy: float, num_problems: int) -> float:
-    """Return the standard error of a share of independent problems."""
-    return sqrt(accuracy * (1 - accuracy) / num_problems)
+def standard_error(shares: Sequence[float]) -> float:
+    """Return the standard error of the mean over problems: answers to one problem are not independent, problems are."""
+    return stdev(shares) / sqrt(len(shares))
 
 
-def table(accuracy: dict[str, float], num_problems: int) -> str:
-    """Return the results as Markdown, and the gain of GRPO in units of its standard error."""
-    lines = ["| checkpoint | solved (greedy) | standard error |", "| --- | --- | --- |"]
+def table(output: Path) -> str:
+    """Return the results as Markdown, and the gain of GRPO in units of its standard error, problem by problem."""
+    lines = ["| checkpoint | " + " | ".join(WAYS.values()) + " |", "| --- |" + " --- |" * len(WAYS)]
     for stage, title in TITLES.items():
+        cells = [solved_shares(output, stage, way) for way in WAYS]
         lines.append(
-            f"| {title} | {100 * accuracy[stage]:.2f} % | {100 * standard_error(accuracy[stage], num_problems):.2f} % |"
+            f"| {title} | " + " | ".join(f"{100 * fmean(c):.2f} +- {100 * standard_error(c):.2f} %" for c in cells) + " |"
         )
-    gain = accuracy["grpo"] - accuracy["sft"]
-    error = sqrt(sum(standard_error(accuracy[stage], num_problems) ** 2 for stage in ("sft", "grpo")))
-    times = f"{gain / error:.1f}" if error else "undefined"
-    return (
-        "\n".join(lines) + f"\n\nGRPO over SFT: {100 * gain:+.2f} points, {times} times the standard error of the difference.\n"
-    )
+    lines.append("")
+    for way, title in WAYS.items():
+        after, before = solved_shares(output, "grpo", way), solved_shares(output, "sft", way)
+        gains = [a - b for a, b in zip(after, before, strict=True)]
+        gain, error = fmean(gains), standard_error(gains)
+        times = f"{gain / error:.1f}" if error else "undefined"
+        lines.append(f"GRPO over SFT, {title}: {100 * gain:+.2f} points, {times} times the standard error of the difference.")
+    return "\n".join(lines) + "\n"
 
 
-def draw(output: Path, accuracy: dict[str, float], num_problems: int) -> Path:
+def draw(output: Path) -> Path:
     """Draw the training loss of SFT, and reward and held-out accuracy of GRPO."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -55,10 +63,10 @@ def draw(output: Path, accuracy: dict[str, float], num_problems: int) -> Path:
     loss.set(title="SFT: loss per token", xlabel="optimizer step")
     metrics = output / "grpo" / "metrics.jsonl"
     learning.plot(*read_curve(metrics, "rollout/raw_reward"), label="training prompts, temperature 1")
+    num_problems = len(solved_shares(output, "sft", "greedy"))
     evaluated, solved = read_curve(metrics, "eval/gsm8k")
-    errors = [standard_error(share, num_problems) for share in solved]
+    errors = [sqrt(share * (1 - share) / num_problems) for share in solved]
     learning.errorbar(evaluated, solved, yerr=errors, fmt="o-", capsize=3, label="test set, greedy")
-    learning.axhline(accuracy["sft"], color="gray", linestyle=":", label="test set after SFT")
     learning.set(title="GRPO: share of answers that are right", xlabel="rollout")
     learning.legend()
     for panel in (loss, learning):
@@ -72,12 +80,10 @@ def main() -> None:
     """Write the picture and the table, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--num-problems", type=int, default=1319)
     arguments = parser.parse_args()
-    accuracy = accuracies(arguments.output)
-    results = table(accuracy, arguments.num_problems)
+    results = table(arguments.output)
     (arguments.output / "results.md").write_text(results, encoding="utf-8")
-    print(results + f"\ncurves: {draw(arguments.output, accuracy, arguments.num_problems)}")
+    print(results + f"\ncurves: {draw(arguments.output)}")
 
 
 if __name__ == "__main__":

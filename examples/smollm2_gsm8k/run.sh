@@ -13,10 +13,14 @@ ATTENTION=${ATTENTION:-varlen}
 
 SFT_STEPS=350 # 3 epochs of 7,473 demonstrations in batches of 64
 TASK=(--input-key prompt --label-key label --apply-chat-template --rm-type math)
-HELD_OUT=(--eval-prompt-data gsm8k "$DATA_DIR/gsm8k-test.jsonl" --eval-temperature 0)
+HELD_OUT=(--eval-prompt-data gsm8k "$DATA_DIR/gsm8k-test.jsonl")
+GREEDY=(--eval-temperature 0)
+# The policy as it was trained; eight answers to each problem halve the standard error of one.
+SAMPLED=(--eval-temperature 1 --n-samples-per-eval-prompt 8 --log-passrate)
 RESPONSES=(--rollout-max-response-len 300)
 # Decoding a model of this size is bound by launches, not by bandwidth: all 1,024 responses of a rollout run at once.
-ENGINE=(--embedded-max-running-requests 1024 --sglang-server-concurrency 1024)
+ENGINE=(--colocate --no-offload-train --no-offload-rollout --embedded-max-running-requests 1024 --sglang-server-concurrency 1024
+        --embedded-kv-cache-tokens 655360)
 TRAINER=(--attn-implementation "$ATTENTION" --use-dynamic-batch-size --max-tokens-per-gpu 32768 --rollout-shuffle)
 
 convert() {
@@ -24,7 +28,9 @@ convert() {
 }
 
 evaluate() { # checkpoint, name
-    qwench eval --hf-checkpoint "$1" "${HELD_OUT[@]}" "${TASK[@]}" "${RESPONSES[@]}" "${ENGINE[@]}" --eval-output "$OUTPUT_DIR/eval-$2"
+    local common=(--hf-checkpoint "$1" "${HELD_OUT[@]}" "${TASK[@]}" "${RESPONSES[@]}" "${ENGINE[@]}")
+    qwench eval "${common[@]}" "${GREEDY[@]}" --eval-output "$OUTPUT_DIR/eval-$2-greedy"
+    qwench eval "${common[@]}" "${SAMPLED[@]}" --eval-output "$OUTPUT_DIR/eval-$2-sampled"
 }
 
 sft() {
@@ -41,14 +47,14 @@ grpo() {
         --num-rollout "$NUM_ROLLOUT" --rollout-batch-size 128 --n-samples-per-prompt 8 --global-batch-size 512 \
         --rollout-temperature 1.0 --advantage-estimator grpo --eps-clip 0.2 --eps-clip-high 0.28 \
         --lr "$GRPO_LR" --lr-decay-style constant --lr-warmup-iters 4 --weight-decay 0.0 --adam-beta1 0.9 --adam-beta2 0.98 \
-        --colocate "${ENGINE[@]}" "${HELD_OUT[@]}" --eval-interval 10 \
+        "${ENGINE[@]}" "${HELD_OUT[@]}" "${GREEDY[@]}" --eval-interval 10 \
         --save "$OUTPUT_DIR/grpo" --save-interval "$NUM_ROLLOUT" --save-hf "$OUTPUT_DIR/grpo-hf" "${TRAINER[@]}"
 }
 
 eval_base() { evaluate "$MODEL_DIR" base; }
 eval_sft() { evaluate "$OUTPUT_DIR/sft-hf" sft; }
 eval_grpo() { evaluate "$OUTPUT_DIR/grpo-hf" grpo; }
-plot() { python "$HERE/plot.py" "$OUTPUT_DIR" --num-problems "$(wc -l < "$DATA_DIR/gsm8k-test.jsonl")"; }
+plot() { python "$HERE/plot.py" "$OUTPUT_DIR"; }
 
 for stage in "${@:-convert eval_base sft eval_sft grpo eval_grpo plot}"; do
     for name in $stage; do
