@@ -10,16 +10,14 @@ Order of precedence, lowest first: the verb's defaults, `--config FILE.yaml`, th
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from qwench.config import compat
-from qwench.config.flags import Flag
+from qwench.config.flags import Flag, yaml_words
 from qwench.errors import ConfigError
 
 SGLANG_PREFIX = "sglang-"
@@ -83,19 +81,9 @@ def read_yaml(config_flag: Occurrence) -> list[Occurrence]:
     if not isinstance(content, dict):
         raise ConfigError(f"--config: {path} must map flag names to values, like `lr: 1e-6`")
     return [
-        Occurrence(name=str(key).replace("_", "-"), values=_yaml_words(value), origin=str(path))
+        Occurrence(name=str(key).replace("_", "-"), values=yaml_words(value), origin=str(path))
         for key, value in content.items()
     ]
-
-
-def _yaml_words(value: Any) -> tuple[str, ...]:
-    if isinstance(value, list):
-        return tuple(str(item) for item in value)
-    if isinstance(value, Mapping):
-        return (json.dumps(value),)
-    if isinstance(value, bool):
-        return (str(value).lower(),)
-    return (str(value),)
 
 
 def sort_flags(occurrences: Iterable[Occurrence], table: Mapping[str, Flag]) -> Given:

@@ -158,7 +158,6 @@ NEUTRAL: tuple[Neutral, ...] = (
     ),
     # Data and rollout services.
     *_flags(OFF, "prompts come from --prompt-data", "disable-rollout-global-dataset"),
-    *_flags(NEVER, "evaluation sets share their settings; list them with --eval-prompt-data NAME FILE", "eval-config"),
     *_flags(("math",), "rewards are chosen by --rm-type", "rollout-task-type"),
     *_flags(("-1",), BUFFER_SERVER, "fetch-trajectory-retry-times"),
     *_flags(("1",), BUFFER_SERVER, "min-batch-collection-ratio"),

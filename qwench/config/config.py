@@ -49,9 +49,9 @@ class Config:
         check_sections(self)
 
     def resolve(self) -> Resolved:
-        """Return the values that follow from those given; needs no file and no device.
+        """Return the values that follow from those given; needs no device, and no file but that of --eval-config.
 
         Raises:
-            ConfigError: --rollout-batch-size was not given.
+            ConfigError: --rollout-batch-size was not given, or --eval-config cannot be read.
         """
         return resolve(self)

@@ -17,6 +17,8 @@ class EvalConfig:
     """Evaluate after every so many rollouts, and before the first. None: never."""
     eval_prompt_data: tuple[str, ...] = ()
     """Sets as name and file in turn: aime /data/aime-2024.jsonl gsm8k /data/test.jsonl."""
+    eval_config: Path | None = None
+    """YAML file that lists sets with their own columns, reward and sampling, instead of --eval-prompt-data."""
     n_samples_per_eval_prompt: int = 1
     """Responses to each prompt; the score is the mean of their rewards."""
     eval_temperature: float | None = None
@@ -73,5 +75,12 @@ class EvalConfig:
         names = self.eval_prompt_data[::2]
         if len(set(names)) < len(names):
             raise ConfigError(f"--eval-prompt-data names a set twice: {' '.join(names)}")
-        if self.eval_interval is not None and not self.eval_prompt_data:
+        if self.eval_prompt_data and self.eval_config is not None:
+            raise ConfigError("--eval-prompt-data and --eval-config both list evaluation sets; give one of them")
+        if self.eval_interval is not None and not self.has_sets:
             raise ConfigError("--eval-interval needs something to evaluate on; give --eval-prompt-data NAME FILE")
+
+    @property
+    def has_sets(self) -> bool:
+        """Tell whether there is something to evaluate on."""
+        return bool(self.eval_prompt_data) or self.eval_config is not None

@@ -132,6 +132,17 @@ def format_value(value: Any) -> list[str]:
     return [str(value)]
 
 
+def yaml_words(value: Any) -> tuple[str, ...]:
+    """Return the command-line words of a value in a YAML file."""
+    if isinstance(value, list):
+        return tuple(str(item) for item in value)
+    if isinstance(value, Mapping):
+        return (json.dumps(value),)
+    if isinstance(value, bool):
+        return (str(value).lower(),)
+    return (str(value),)
+
+
 def flag_table(config_type: type) -> Mapping[str, Flag]:
     """Return flag name -> Flag for a dataclass of sections, or for a plain dataclass of fields."""
     return _flag_table(config_type)

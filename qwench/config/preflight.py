@@ -11,6 +11,7 @@ from qwench.config.checkpoint import CheckpointConfig
 from qwench.config.cluster import ClusterConfig
 from qwench.config.compat import EMBEDDED_ALIASES, SFT_ROLLOUT
 from qwench.config.config import Config
+from qwench.config.eval_settings import eval_sets, resolve_eval_sets
 from qwench.config.model import ModelConfig
 from qwench.errors import ConfigError
 from qwench.files import check_can_hold
@@ -62,12 +63,12 @@ def check_eval(config: Config) -> None:
     Raises:
         ConfigError: a flag is missing or a file it names is not there.
     """
-    if not config.evaluation.eval_prompt_data:
+    if not config.evaluation.has_sets:
         raise ConfigError("qwench eval needs something to evaluate on; give --eval-prompt-data NAME FILE")
-    length = config.evaluation.eval_max_response_len or config.rollout.rollout_max_response_len
-    _require("--eval-max-response-len", length, "the most tokens of a response")
     check_checkpoint(config.model)
     _check_eval_data(config)
+    for one in resolve_eval_sets(config.evaluation, config.rollout, config.data):
+        _require("--eval-max-response-len", one.max_response_len, "the most tokens of a response")
     _check_outputs(config)
 
 
@@ -157,8 +158,10 @@ def _check_training_data(config: Config) -> None:
 
 
 def _check_eval_data(config: Config) -> None:
-    for path in config.evaluation.eval_prompt_data[1::2]:
-        _check_data_file("--eval-prompt-data", path)
+    evaluation = config.evaluation
+    flag = "--eval-prompt-data" if evaluation.eval_config is None else f"--eval-config: {evaluation.eval_config}"
+    for one in eval_sets(evaluation):
+        _check_data_file(flag, one.path)
 
 
 def _check_data_file(flag: str, spec: str) -> None:

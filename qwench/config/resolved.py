@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
+from qwench.config.eval_settings import EvalSettings, resolve_eval_sets
 from qwench.config.parallel import ParallelConfig
 from qwench.config.rollout import RolloutConfig
 from qwench.config.training import TrainingConfig
@@ -17,8 +18,6 @@ from qwench.errors import ConfigError
 
 if TYPE_CHECKING:
     from qwench.config.config import Config
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,28 +39,6 @@ class BatchPlan:
             f"rollout_batch_size {self.rollout_batch_size} x n_samples_per_prompt {self.n_samples_per_prompt}"
             f" = global_batch_size {self.global_batch_size} x num_steps_per_rollout {self.num_steps_per_rollout}"
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvalSettings:
-    """Sampling and columns of evaluation, where nothing falls back any more."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    min_new_tokens: int
-    max_response_len: int | None
-    """None: up to `max_context_len`."""
-    max_context_len: int | None
-    """None: the model's own limit."""
-    max_prompt_len: int | None
-    """None: no limit."""
-    input_key: str
-    label_key: str | None
-    tool_key: str
-    reward_key: str | None
-    sets: tuple[tuple[str, str], ...]
-    """Name and file of each set of --eval-prompt-data."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,14 +70,16 @@ class Resolved:
     eps_clip_high: float
     entropy_wanted: bool
     log_dir: Path | None
-    evaluation: EvalSettings
+    eval_sets: tuple[EvalSettings, ...]
+    eval_reward_key: str | None
+    """Which value of a reward that returns a record is the score of an evaluation. None: its own score."""
 
 
 def resolve(config: Config) -> Resolved:
     """Derive what follows from the configuration.
 
     Raises:
-        ConfigError: --rollout-batch-size was not given.
+        ConfigError: --rollout-batch-size was not given, or --eval-config cannot be read.
     """
     batch = plan_batch(config.rollout, config.training)
     training, parallel, cluster, algorithm = config.training, config.parallel, config.cluster, config.algorithm
@@ -128,7 +107,8 @@ def resolve(config: Config) -> Resolved:
         eps_clip_high=algorithm.eps_clip if algorithm.eps_clip_high is None else algorithm.eps_clip_high,
         entropy_wanted=algorithm.entropy_coef != 0 or algorithm.observe_training_entropy,
         log_dir=config.logging.log_dir or config.checkpoint.save,
-        evaluation=_eval_settings(config),
+        eval_sets=resolve_eval_sets(config.evaluation, config.rollout, config.data),
+        eval_reward_key=config.evaluation.eval_reward_key or config.reward.reward_key,
     )
 
 
@@ -179,26 +159,3 @@ def data_parallel_size(world_size: int, parallel: ParallelConfig) -> int:
 
 def _offloads(asked: bool | None, both: bool, shares_devices: bool) -> bool:
     return both or (shares_devices if asked is None else asked)
-
-
-def _eval_settings(config: Config) -> EvalSettings:
-    evaluation, rollout, data = config.evaluation, config.rollout, config.data
-    names, paths = evaluation.eval_prompt_data[::2], evaluation.eval_prompt_data[1::2]
-    return EvalSettings(
-        temperature=_first(evaluation.eval_temperature, rollout.rollout_temperature),
-        top_p=_first(evaluation.eval_top_p, rollout.rollout_top_p),
-        top_k=_first(evaluation.eval_top_k, rollout.rollout_top_k),
-        min_new_tokens=_first(evaluation.eval_min_new_tokens, rollout.rollout_min_new_tokens),
-        max_response_len=evaluation.eval_max_response_len or rollout.rollout_max_response_len,
-        max_context_len=evaluation.eval_max_context_len or rollout.rollout_max_context_len,
-        max_prompt_len=evaluation.eval_max_prompt_len or data.rollout_max_prompt_len,
-        input_key=_first(evaluation.eval_input_key, data.input_key),
-        label_key=evaluation.eval_label_key or data.label_key,
-        tool_key=_first(evaluation.eval_tool_key, data.tool_key),
-        reward_key=evaluation.eval_reward_key or config.reward.reward_key,
-        sets=tuple(zip(names, paths, strict=True)),
-    )
-
-
-def _first(own: T | None, fallback: T) -> T:
-    return fallback if own is None else own

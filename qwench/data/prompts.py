@@ -27,6 +27,10 @@ class LoadedPrompts:
     num_dropped: int
     """Prompts longer than the limit."""
 
+    def with_metadata(self, overrides: Mapping[str, Json]) -> LoadedPrompts:
+        """Return the same prompts with these entries of every one's metadata replaced."""
+        return replace(self, prompts=[replace(one, metadata={**one.metadata, **overrides}) for one in self.prompts])
+
 
 def load_prompts(
     spec: str,

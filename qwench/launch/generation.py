@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qwench.data.prompts import PromptSource
 from qwench.engines.embedded.architecture import architecture_from_config
@@ -28,6 +28,8 @@ class Generation:
     inputs: Inputs
     engines: EnginePool
     grader: RewardPool
+    eval_grader: RewardPool
+    """The same one, unless evaluations have another --eval-reward-key."""
 
     def stream(self, source: PromptSource, *, num_rollouts: int) -> RolloutStream:
         """Return the stream of training rollouts over `source`."""
@@ -52,9 +54,9 @@ class Generation:
             config.rollout,
             config.reward,
             config.logging,
-            settings=self.inputs.resolved.evaluation,
+            settings=self.inputs.resolved.eval_sets,
             prompts=prompts,
-            grader=self.grader,
+            grader=self.eval_grader,
             surroundings=self.surroundings,
         )
 
@@ -77,6 +79,7 @@ class Generation:
     def close(self) -> None:
         """End graders and engines."""
         self.grader.close()
+        self.eval_grader.close()
         self.engines.close()
 
 
@@ -96,8 +99,15 @@ def build_generation(inputs: Inputs, *, with_weights: bool) -> Generation:
             eos_ids=frozenset(stop_token_ids(inputs.model_folder, inputs.tokenizer)),
             tokenizer=inputs.tokenizer,
         )
-    grader = build_pool(inputs.config.reward)
-    return Generation(inputs=inputs, engines=EnginePool([engine], EventLoopThread()), grader=grader)
+    reward = inputs.config.reward
+    eval_reward = replace(reward, reward_key=inputs.resolved.eval_reward_key)
+    grader = build_pool(reward)
+    return Generation(
+        inputs=inputs,
+        engines=EnginePool([engine], EventLoopThread()),
+        grader=grader,
+        eval_grader=grader if eval_reward == reward else build_pool(eval_reward),
+    )
 
 
 def embedded_settings(inputs: Inputs) -> EmbeddedSettings:

@@ -112,23 +112,23 @@ def read_training_prompts(inputs: Inputs) -> LoadedPrompts:
 
 
 def read_eval_prompts(inputs: Inputs) -> dict[str, LoadedPrompts]:
-    """Read every set of --eval-prompt-data."""
-    config, settings = inputs.config, inputs.resolved.evaluation
-    sets = {}
-    for name, spec in settings.sets:
-        sets[name] = load_prompts(
-            spec,
+    """Read every set of --eval-prompt-data or --eval-config."""
+    config, sets = inputs.config, dict[str, LoadedPrompts]()
+    for settings in inputs.resolved.eval_sets:
+        loaded = load_prompts(
+            settings.path,
             input_key=settings.input_key,
             label_key=settings.label_key,
-            metadata_key=config.data.metadata_key,
+            metadata_key=settings.metadata_key,
             tool_key=settings.tool_key,
             tokenizer=inputs.tokenizer,
             apply_chat_template=config.data.apply_chat_template,
             apply_chat_template_kwargs=config.data.apply_chat_template_kwargs,
             max_prompt_len=settings.max_prompt_len,
-            require_label=needs_labels(config),
+            require_label="rm_type" not in settings.metadata_overrides and needs_labels(config),
         )
-        say_dropped(inputs.console, f"--eval-prompt-data {name}", sets[name], settings.max_prompt_len)
+        say_dropped(inputs.console, f"evaluation set {settings.name}", loaded, settings.max_prompt_len)
+        sets[settings.name] = loaded.with_metadata(settings.metadata_overrides)
     return sets
 
 

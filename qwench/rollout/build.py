@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from qwench.config.debug import DebugConfig
+from qwench.config.eval_settings import EvalSettings
 from qwench.config.evaluation import EvalConfig
 from qwench.config.logging import LoggingConfig
-from qwench.config.resolved import EvalSettings
 from qwench.config.reward import RewardConfig
 from qwench.config.rollout import RolloutConfig
 from qwench.engines.pool import EnginePool
@@ -105,25 +105,28 @@ def build_evaluator(
     reward: RewardConfig,
     logging: LoggingConfig,
     *,
-    settings: EvalSettings,
+    settings: Sequence[EvalSettings],
     prompts: Mapping[str, Sequence[Prompt]],
     grader: Grader,
     surroundings: Surroundings,
 ) -> Evaluator:
-    """Return the evaluator of the named sets.
+    """Return the evaluator of all sets.
 
     Args:
-        settings: of evaluation, where nothing falls back any more.
         prompts: of each set, by name.
 
     Raises:
         ConfigError: a function named by import path cannot be loaded or has another signature.
     """
-    sampling = eval_sampling(settings, rollout, surroundings)
     return Evaluator(
         [
-            EvalSet(name=name, prompts=rows, n_samples_per_prompt=evaluation.n_samples_per_eval_prompt, sampling=sampling)
-            for name, rows in prompts.items()
+            EvalSet(
+                name=one.name,
+                prompts=prompts[one.name],
+                n_samples_per_prompt=one.n_samples_per_prompt,
+                sampling=eval_sampling(one, rollout, surroundings),
+            )
+            for one in settings
         ],
         tokenizer=surroundings.tokenizer,
         grader=grader,
@@ -171,7 +174,7 @@ def training_sampling(rollout: RolloutConfig, surroundings: Surroundings) -> Sam
 
 
 def eval_sampling(settings: EvalSettings, rollout: RolloutConfig, surroundings: Surroundings) -> Sampling:
-    """Return how evaluation responses are drawn: the evaluation's own values, stops and seed of the rollout."""
+    """Return how the responses to an evaluation set are drawn."""
     context_len = _context_len(settings.max_context_len, surroundings)
     return Sampling(
         max_response_len=settings.max_response_len or context_len,
@@ -181,8 +184,8 @@ def eval_sampling(settings: EvalSettings, rollout: RolloutConfig, surroundings: 
         top_k=settings.top_k,
         min_p=rollout.rollout_min_p,
         min_new_tokens=settings.min_new_tokens,
-        stop=rollout.rollout_stop,
-        stop_token_ids=rollout.rollout_stop_token_ids,
+        stop=settings.stop,
+        stop_token_ids=settings.stop_token_ids,
         skip_special_tokens=rollout.rollout_skip_special_tokens,
         seed=surroundings.seed,
         seed_by_position=surroundings.seed_by_position,

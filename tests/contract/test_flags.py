@@ -71,8 +71,9 @@ def test_the_4b_recipe_parses_on_the_parts_that_exist():
     )
     assert (resolved.world_size, resolved.dp_size, resolved.max_tokens_per_micro_batch) == (8, 8, 9216)
     assert (resolved.eps_clip_high, resolved.needs_reference, resolved.colocate) == (0.28, True, True)
-    assert (resolved.evaluation.max_response_len, resolved.evaluation.temperature) == (16384, 1.0)
-    assert resolved.evaluation.sets == (("aime", "/root/aime-2024/aime-2024.jsonl"),)
+    (aime,) = resolved.eval_sets
+    assert (aime.name, aime.path, aime.n_samples_per_prompt) == ("aime", "/root/aime-2024/aime-2024.jsonl", 16)
+    assert (aime.max_response_len, aime.temperature) == (16384, 1.0)
     assert config.training.recomputes_layers
     assert (config.optimizer.lr, config.optimizer.lr_decay_style, config.optimizer.adam_beta2) == (1e-6, "constant", 0.98)
     assert (config.architecture.num_layers, config.architecture.swiglu, config.architecture.rotary_base) == (36, True, 1e6)

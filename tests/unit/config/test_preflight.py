@@ -98,7 +98,19 @@ def test_evaluation_needs_sets_and_a_length_and_may_restrict_sampling(files):
     words += ["--eval-prompt-data", "e", str(files / "train.jsonl")]
     with pytest.raises(ConfigError, match="--eval-max-response-len is required"):
         parse_eval(words)
-    assert parse_eval([*words, "--eval-max-response-len", "9"]).resolve().evaluation.top_p == 0.9
+    assert parse_eval([*words, "--eval-max-response-len", "9"]).resolve().eval_sets[0].top_p == 0.9
+
+
+def test_sets_of_a_file_are_checked_before_anything_starts(files):
+    words = ["--hf-checkpoint", str(files / "model"), "--eval-config", str(files / "sets.yaml")]
+    with pytest.raises(ConfigError, match=r"--eval-config: cannot read .*sets\.yaml"):
+        parse_eval(words)
+    (files / "sets.yaml").write_text(f"eval: {{datasets: [{{name: a, path: {files / 'absent.jsonl'}}}]}}")
+    with pytest.raises(ConfigError, match=r"--eval-config: .*sets\.yaml: there is no file .*absent\.jsonl"):
+        parse_eval(words)
+    (files / "sets.yaml").write_text(f"eval: {{datasets: [{{name: a, path: {files / 'train.jsonl'}}}]}}")
+    with pytest.raises(ConfigError, match="--eval-max-response-len is required"):
+        parse_eval(words)
 
 
 def test_serving_needs_a_checkpoint(files):

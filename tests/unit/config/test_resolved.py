@@ -84,20 +84,23 @@ def test_evaluation_falls_back_to_the_values_of_the_rollout():
         reward=RewardConfig(reward_key="score"),
         evaluation=EvalConfig(eval_prompt_data=("a", "x.jsonl", "b", "y.jsonl@[0:2]")),
     )
-    settings = config.resolve().evaluation
+    settings, other = config.resolve().eval_sets
     assert (settings.temperature, settings.top_p, settings.top_k, settings.min_new_tokens) == (0.7, 1.0, -1, 0)
     assert (settings.max_response_len, settings.max_prompt_len, settings.max_context_len) == (100, 50, None)
-    assert (settings.input_key, settings.label_key, settings.tool_key, settings.reward_key) == (
+    assert (settings.input_key, settings.label_key, settings.tool_key, settings.metadata_key) == (
         "input",
         "answer",
         "tools",
-        "score",
+        "metadata",
     )
-    assert settings.sets == (("a", "x.jsonl"), ("b", "y.jsonl@[0:2]"))
+    assert (settings.n_samples_per_prompt, settings.stop, settings.stop_token_ids) == (1, (), ())
+    assert [(one.name, one.path) for one in (settings, other)] == [("a", "x.jsonl"), ("b", "y.jsonl@[0:2]")]
+    assert config.resolve().eval_reward_key == "score"
 
 
 def test_values_of_evaluation_win_also_when_they_are_zero():
     evaluation = EvalConfig(
+        eval_prompt_data=("a", "x.jsonl"),
         eval_temperature=0.0,
         eval_top_p=0.9,
         eval_top_k=5,
@@ -107,9 +110,10 @@ def test_values_of_evaluation_win_also_when_they_are_zero():
         eval_reward_key="acc",
     )
     rollout = RolloutConfig(rollout_batch_size=1, rollout_min_new_tokens=3, rollout_max_response_len=9)
-    settings = Config(rollout=rollout, evaluation=evaluation).resolve().evaluation
+    resolved = Config(rollout=rollout, evaluation=evaluation).resolve()
+    (settings,) = resolved.eval_sets
     assert (settings.temperature, settings.top_p, settings.top_k, settings.min_new_tokens) == (0.0, 0.9, 5, 0)
-    assert (settings.max_response_len, settings.label_key, settings.reward_key) == (7, "l", "acc")
+    assert (settings.max_response_len, settings.label_key, resolved.eval_reward_key) == (7, "l", "acc")
 
 
 @pytest.mark.parametrize(

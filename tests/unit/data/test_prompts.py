@@ -126,6 +126,12 @@ def test_tokenizer_without_a_template_is_refused(tmp_path):
         load(tmp_path, [{"prompt": "x"}], tokenizer=bare, apply_chat_template=True)
 
 
+def test_overrides_replace_entries_of_every_prompts_metadata(tmp_path):
+    rows = [{"prompt": "a", "metadata": {"rm_type": "dapo", "level": 3}}, {"prompt": "b"}]
+    loaded = load(tmp_path, rows).with_metadata({"rm_type": "math"})
+    assert [prompt.metadata for prompt in loaded.prompts] == [{"rm_type": "math", "level": 3}, {"rm_type": "math"}]
+
+
 def make_source(texts, *, n: int = 2) -> PromptSource:
     prompts = [Prompt(text=text, token_ids=tuple(text.encode()), metadata={"rm_type": "math"}) for text in texts]
     return PromptSource(prompts, n_samples_per_prompt=n, shuffle=False, seed=0)

@@ -3,9 +3,9 @@ from contextlib import closing
 import pytest
 
 from qwench.config.debug import DebugConfig
+from qwench.config.eval_settings import EvalSettings
 from qwench.config.evaluation import EvalConfig
 from qwench.config.logging import LoggingConfig
-from qwench.config.resolved import EvalSettings
 from qwench.config.reward import RewardConfig
 from qwench.config.rollout import RolloutConfig
 from qwench.engines.event_loop import EventLoopThread
@@ -78,11 +78,11 @@ def evaluate(evaluation, settings, **options):
     with closing(EnginePool([engine], EventLoopThread())) as engines:
         evaluator = build_evaluator(
             evaluation,
-            RolloutConfig(rollout_stop=("</s>",)),
+            RolloutConfig(),
             RewardConfig(),
             LoggingConfig(),
             settings=settings,
-            prompts={"x": [prompt("abc")]},
+            prompts={one.name: [prompt("abc")] for one in settings},
             grader=FakeGrader(lambda sample: 1.0),
             surroundings=surroundings(**options),
         )
@@ -90,10 +90,12 @@ def evaluate(evaluation, settings, **options):
 
 
 def eval_settings(**values):
-    settings = {"max_response_len": 20, "max_context_len": None, "max_prompt_len": None, "reward_key": None, **values}
-    return EvalSettings(
-        temperature=0.0, top_p=0.9, top_k=5, min_new_tokens=2, input_key="", label_key=None, tool_key="", sets=(), **settings
-    )
+    settings = {
+        "name": "x", "path": "", "n_samples_per_prompt": 1, "temperature": 0.0, "top_p": 0.9, "top_k": 5, "min_new_tokens": 2,
+        "max_response_len": 20, "max_context_len": None, "max_prompt_len": None, "stop": ("</s>",), "stop_token_ids": (7,),
+        "input_key": "", "label_key": None, "tool_key": "", "metadata_key": "",
+    }  # fmt: skip
+    return EvalSettings(**{**settings, **values})
 
 
 def test_flags_reach_the_requests():
@@ -167,20 +169,25 @@ def test_path_that_cannot_be_imported_names_its_flag(flag):
         take(**{flag: "nowhere.fn"})
 
 
-def test_evaluation_has_its_own_sampling_and_the_rollouts_stops():
-    metrics, (request,) = evaluate(EvalConfig(), eval_settings())
+def test_an_evaluation_set_is_sampled_by_its_settings():
+    metrics, (request,) = evaluate(EvalConfig(), [eval_settings()])
     sampling = request.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_new_tokens) == (0.0, 0.9, 5, 2)
-    assert (sampling.max_new_tokens, sampling.stop) == (20, ("</s>",))
+    assert (sampling.max_new_tokens, sampling.stop, sampling.stop_token_ids) == (20, ("</s>",), (7,))
     assert metrics["eval/x"] == 1.0
 
 
 def test_evaluation_without_a_length_goes_to_the_end_of_the_context():
-    _, (request,) = evaluate(EvalConfig(), eval_settings(max_response_len=None, max_context_len=30))
+    _, (request,) = evaluate(EvalConfig(), [eval_settings(max_response_len=None, max_context_len=30)])
     assert request.sampling.max_new_tokens == 27
 
 
-def test_number_of_evaluation_samples_and_function_come_from_flags():
-    assert len(evaluate(EvalConfig(n_samples_per_eval_prompt=3), eval_settings())[1]) == 3
-    metrics, requests = evaluate(EvalConfig(eval_function_path=f"{HERE}.constant"), eval_settings())
+def test_sets_have_their_own_number_of_samples_and_sampling():
+    settings = [eval_settings(name="a", n_samples_per_prompt=3), eval_settings(name="b", max_response_len=4, min_new_tokens=0)]
+    _, requests = evaluate(EvalConfig(), settings)
+    assert [request.sampling.max_new_tokens for request in requests] == [20, 20, 20, 4]
+
+
+def test_custom_evaluation_function_replaces_the_built_in_one():
+    metrics, requests = evaluate(EvalConfig(eval_function_path=f"{HERE}.constant"), [eval_settings()])
     assert (metrics, requests) == ({"eval/x": 0.5}, [])

@@ -1,0 +1,109 @@
+import pytest
+
+from qwench.config import Config, EvalConfig, RolloutConfig
+from qwench.config.eval_file import EvalSetConfig, read_eval_file
+from qwench.config.eval_settings import EvalSettings
+from qwench.errors import ConfigError
+
+SETS = """
+eval:
+  defaults:
+    n_samples_per_eval_prompt: 4
+    temperature: 0.6
+    stop: ["</s>"]
+  datasets:
+    - name: aime
+      path: /d/aime.jsonl@[0:4]
+      rm_type: deepscaler
+      temperature: 0
+      stop_token_ids: [7, 8]
+      metadata_overrides: {split: test}
+    - name: gsm8k
+      path: /d/gsm8k.jsonl
+      label_key: answer
+      n_samples_per_eval_prompt: 1
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        (tmp_path / "sets.yaml").write_text(text)
+        return tmp_path / "sets.yaml"
+
+    return write
+
+
+def settings_of(path, **flags) -> dict[str, EvalSettings]:
+    rollout = RolloutConfig(rollout_batch_size=1, rollout_max_response_len=9, rollout_stop=("x",))
+    resolved = Config(rollout=rollout, evaluation=EvalConfig(eval_config=path, **flags)).resolve()
+    return {one.name: one for one in resolved.eval_sets}
+
+
+def test_a_value_of_the_set_wins_over_the_defaults_and_those_over_the_flags(write):
+    sets = settings_of(write(SETS), eval_temperature=0.9, eval_label_key="label", eval_top_k=5, n_samples_per_eval_prompt=2)
+    assert {name: (one.temperature, one.n_samples_per_prompt) for name, one in sets.items()} == {
+        "aime": (0.0, 4),
+        "gsm8k": (0.6, 1),
+    }
+    assert {name: (one.label_key, one.top_k, one.max_response_len) for name, one in sets.items()} == {
+        "aime": ("label", 5, 9),
+        "gsm8k": ("answer", 5, 9),
+    }
+    assert {name: (one.stop, one.stop_token_ids) for name, one in sets.items()} == {
+        "aime": (("</s>",), (7, 8)),
+        "gsm8k": (("</s>",), ()),
+    }
+
+
+def test_the_reward_of_a_set_becomes_metadata_of_its_rows(write):
+    sets = settings_of(write(SETS))
+    assert sets["aime"].metadata_overrides == {"rm_type": "deepscaler", "split": "test"}
+    assert sets["gsm8k"].metadata_overrides == {}
+
+
+def test_sets_may_be_a_mapping_from_names(write):
+    path = write("eval: {datasets: {a: {path: /d/a.jsonl}, b: {path: /d/b.jsonl, top_p: 0.5}}}")
+    assert read_eval_file(path) == (
+        EvalSetConfig(name="a", path="/d/a.jsonl"),
+        EvalSetConfig(name="b", path="/d/b.jsonl", top_p=0.5),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("evaluation: {}", "the file must be a mapping with the keys eval"),
+        ("eval: {datasets: []}", "eval.datasets must list at least one set, each under its own name; got none"),
+        ("eval: {sets: []}", "eval has the unknown key 'sets'; known: defaults, datasets"),
+        ("eval: {datasets: 3}", "eval.datasets must be a list of sets, or map names to sets"),
+        ("eval: {datasets: [{name: a}]}", "eval.datasets[0] has no path"),
+        ("eval: {datasets: [{path: a}]}", "eval.datasets[0] has no name"),
+        ("eval: {datasets: [{name: a, path: x}, {name: a, path: y}]}", "each under its own name; got a a"),
+        ("eval: {datasets: [{name: a, path: x, tempreture: 1}]}", "eval.datasets[0] has the unknown key 'tempreture'"),
+        ("eval: {defaults: {name: a}, datasets: []}", "eval.defaults has the unknown key 'name'"),
+        ("eval: {datasets: [{name: a, path: x, top_k: many}]}", "eval.datasets[0] (a): top_k must be an integer, got 'many'"),
+        (
+            "eval: {datasets: [{name: a, path: x, top_p: 2}]}",
+            "(a): top_p must be greater than 0 and at most 1, got 2",
+        ),
+        ("eval: [", "sets.yaml is not YAML"),
+    ],
+)
+def test_a_mistake_names_the_flag_the_file_the_set_and_the_key(write, text, problem):
+    path = write(text)
+    with pytest.raises(ConfigError) as error:
+        read_eval_file(path)
+    assert str(error.value).startswith(f"--eval-config: {path}")
+    assert problem in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"--eval-config: cannot read .*absent\.yaml"):
+        read_eval_file(tmp_path / "absent.yaml")
+
+
+def test_sets_are_listed_in_one_place_only(tmp_path):
+    with pytest.raises(ConfigError, match="--eval-prompt-data and --eval-config both list evaluation sets"):
+        EvalConfig(eval_config=tmp_path / "sets.yaml", eval_prompt_data=("a", "x.jsonl"))
+    assert EvalConfig(eval_config=tmp_path / "sets.yaml", eval_interval=2).has_sets
