@@ -1,6 +1,7 @@
 """The command line: `qwench VERB ...`. Verbs import late, so that `qwench --help` is instant.
 
-Exit codes: 0 done; 1 the run failed; 2 the user's mistake, found before anything started; 130 interrupted.
+Exit codes: 0 done; 1 the run failed; 2 the user's mistake, found before anything started; 130 interrupted; 141 standard output
+was closed by its reader.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from qwench.errors import ConfigError, QwenchError
 
 if TYPE_CHECKING:
     from qwench.config import Config
+
+EXIT_CLOSED_OUTPUT = 141  # 128 + SIGPIPE, what a shell reports of other programs
 
 USAGE = """\
 usage: qwench VERB [FLAGS]
@@ -41,7 +44,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     with_traceback = "--traceback" in words or os.environ.get("QWENCH_TRACEBACK", "") not in ("", "0")
     words = [word for word in words if word != "--traceback"]
     try:
-        run(words)
+        _run_and_flush(words)
+    except BrokenPipeError:
+        if not _stdout_is_closed():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+        sys.exit(EXIT_CLOSED_OUTPUT)
     except QwenchError as error:
         if with_traceback:
             raise
@@ -76,6 +84,7 @@ def train(words: Sequence[str]) -> None:
     config = parse_train(words)
     if _ends_as_dry_run(config):
         return
+    _set_environment(config)
     from qwench import launch
 
     if config.algorithm.loss_type == "sft_loss":
@@ -91,6 +100,7 @@ def sft(words: Sequence[str]) -> None:
     config = parse_sft(words)
     if _ends_as_dry_run(config):
         return
+    _set_environment(config)
     from qwench import launch
 
     launch.sft(config)
@@ -101,8 +111,9 @@ def evaluate(words: Sequence[str]) -> None:
     from qwench.config.parse import parse_eval
 
     config = parse_eval(words)
-    if _ends_as_dry_run(config):
+    if _ends_as_dry_run(config, trains=False):
         return
+    _set_environment(config)
     from qwench import launch
 
     launch.evaluate(config)
@@ -168,11 +179,36 @@ VERBS: Mapping[str, Callable[[Sequence[str]], None]] = {
 }
 
 
-def _ends_as_dry_run(config: Config) -> bool:
+def _run_and_flush(words: Sequence[str]) -> None:
+    """Run the verb; what it wrote must be out before main returns, or a closed pipe goes unnoticed."""
+    try:
+        run(words)
+    finally:
+        sys.stdout.flush()
+
+
+def _stdout_is_closed() -> bool:
+    """Tell whether a BrokenPipeError was that of standard output, and not of some connection."""
+    try:
+        sys.stdout.write("\n")  # what was lost is not written again, so something must be for the pipe to be tried
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
+
+
+def _set_environment(config: Config) -> None:
+    """Set the variables that the flags ask for; the one place where the environment is written, before PyTorch reads it."""
+    from qwench.config.environment import trainer_environment
+
+    os.environ.update(trainer_environment(config.cluster, config.training, os.environ))
+
+
+def _ends_as_dry_run(config: Config, *, trains: bool = True) -> bool:
     """Show what may not be meant; with --dry-run also the whole configuration, and say that nothing should be run."""
     from qwench.config.preflight import warnings
 
-    for warning in warnings(config):
+    for warning in warnings(config, trains=trains):
         _say(f"qwench: warning: {warning}")
     if config.debug.dry_run:
         _show(config)

@@ -10,7 +10,11 @@ from qwench.errors import ConfigError
 
 AdvantageEstimator = Literal["grpo", "gspo", "cispo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo"]
 KlType = Literal["k1", "k2", "k3", "low_var_kl"]
+TisMode = Literal["truncate", "icepop"]
 LossType = Literal["policy_loss", "sft_loss", "custom_loss"]
+
+SAMPLE_ESTIMATORS = ("grpo", "gspo", "cispo")
+"""Those that give every token of a sample one advantage, in which the KL of a token has no place."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +36,7 @@ class AlgorithmConfig:
     eps_clip_c: float | None = None
     """Dual clip: bounds the loss of negative advantages at this (> 1) times the advantage. None: off."""
     kl_coef: float = 0.0
-    """Weight of the KL to the reference inside the reward."""
+    """Weight of the KL to the reference inside the reward (both REINFORCE++ estimators; grpo has --kl-loss-coef)."""
     use_kl_loss: bool = False
     """Add the KL to the reference to the loss, at weight --kl-loss-coef; loads the reference, also at weight 0."""
     kl_loss_coef: float = 0.0
@@ -57,6 +61,8 @@ class AlgorithmConfig:
     """Discount for each token (reinforce_plus_plus)."""
     use_tis: bool = False
     """Truncated importance sampling: correct for the gap between the engine's and the trainer's log-probs."""
+    tis_mode: TisMode = "truncate"
+    """Importance weights outside --tis-clip-low to --tis-clip become the nearer bound (truncate) or 0 (icepop)."""
     tis_clip: float = 2.0
     """Upper bound of the importance weight."""
     tis_clip_low: float = 0.0
@@ -91,8 +97,11 @@ class AlgorithmConfig:
         self._check_advantages()
 
     def _check_clipping(self) -> None:
-        if self.eps_clip >= 1:
-            raise ConfigError(f"--eps-clip must be less than 1, got {self.eps_clip}")
+        if self.advantage_estimator == "cispo":
+            if self.eps_clip_c is not None:
+                raise ConfigError(f"--eps-clip-c ({self.eps_clip_c}) has no effect on cispo, which clips weights, not losses")
+        elif self.eps_clip >= 1:
+            raise ConfigError(f"--eps-clip must be less than 1, got {self.eps_clip}; only cispo may leave the ratio free below")
         if self.eps_clip_c is not None and not self.eps_clip_c > 1:
             raise ConfigError(
                 f"--eps-clip-c must be greater than 1, got {self.eps_clip_c}; leave it out to turn dual clipping off"
@@ -105,16 +114,30 @@ class AlgorithmConfig:
             )
         if self.kl_loss_coef and not self.use_kl_loss:
             raise ConfigError(f"--kl-loss-coef ({self.kl_loss_coef}) has no effect without --use-kl-loss; add it")
+        if self.use_unbiased_kl and not self.use_kl_loss:
+            raise ConfigError("--use-unbiased-kl has no effect without --use-kl-loss; add it")
+        if self.kl_coef and self.advantage_estimator in SAMPLE_ESTIMATORS:
+            raise ConfigError(
+                f"--kl-coef ({self.kl_coef}) has no effect on {self.advantage_estimator}; use --use-kl-loss and --kl-loss-coef"
+            )
+        if self.ref_update_interval is not None and not self.needs_reference:
+            raise ConfigError(
+                f"--ref-update-interval ({self.ref_update_interval}) has no effect without a reference; add --use-kl-loss"
+            )
 
     def _check_corrections(self) -> None:
         if self.use_rollout_logprobs and self.use_tis:
             raise ConfigError("--use-rollout-logprobs leaves nothing for --use-tis to correct; give one of them")
         if self.tis_clip_low > self.tis_clip:
             raise ConfigError(f"--tis-clip-low ({self.tis_clip_low}) is greater than --tis-clip ({self.tis_clip})")
+        if self.tis_mode != "truncate" and not (self.use_tis or self.get_mismatch_metrics):
+            raise ConfigError(f"--tis-mode {self.tis_mode} has no effect without --use-tis; add it")
 
     def _check_advantages(self) -> None:
         if self.advantage_estimator.startswith("reinforce_plus_plus") and not self.normalize_advantages:
             raise ConfigError(f"--advantage-estimator {self.advantage_estimator} requires --normalize-advantages; add it")
+        if self.gamma != 1.0 and self.advantage_estimator not in ("reinforce_plus_plus", "ppo"):
+            raise ConfigError(f"--gamma ({self.gamma}) has no effect on {self.advantage_estimator}; leave it out")
         if self.disable_compute_advantages_and_returns and self.loss_type != "sft_loss":
             raise ConfigError(
                 f"--disable-compute-advantages-and-returns is for --loss-type sft_loss; {self.loss_type} needs advantages"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qwench.config.checks import check_not_negative, check_positive
+from qwench.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +32,7 @@ class ClusterConfig:
     offload_rollout: bool | None = None
     """Let the engines give memory back while the trainer learns. None: only when colocated."""
     train_env_vars: Mapping[str, str] = field(default_factory=dict)
-    """Environment of the trainer processes as JSON."""
+    """Environment variables of the trainer processes as JSON, set before PyTorch is imported."""
 
     def __post_init__(self) -> None:
         for flag, value in (
@@ -42,6 +43,9 @@ class ClusterConfig:
         ):
             check_positive(flag, value)
         check_not_negative("--rollout-num-gpus", self.rollout_num_gpus)
+        for name, text in self.train_env_vars.items():
+            if not isinstance(text, str):
+                raise ConfigError(f"--train-env-vars must map names to texts, got {text!r} for {name}; put it in quotes")
 
     @property
     def world_size(self) -> int:

@@ -323,8 +323,8 @@ def _optimizer(config: Config) -> str | None:
     optimizer = config.optimizer
     if optimizer.optimizer != "adam":
         return f"--optimizer {optimizer.optimizer} is not supported; use adam"
-    if optimizer.lr_decay_style in ("inverse-square-root", "WSD"):
-        return f"--lr-decay-style {optimizer.lr_decay_style} is not supported; use constant, linear or cosine"
+    if optimizer.lr_decay_style == "WSD":
+        return "--lr-decay-style WSD is not supported; use constant, linear, cosine or inverse-square-root"
     for flag, is_set in (
         ("--optimizer-cpu-offload", optimizer.optimizer_cpu_offload),
         ("--use-precision-aware-optimizer", optimizer.use_precision_aware_optimizer),

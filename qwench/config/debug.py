@@ -15,11 +15,11 @@ class DebugConfig:
     debug_rollout_only: bool = False
     """Only generate and grade; no trainer."""
     debug_train_only: bool = False
-    """Only train, on recorded rollouts; no engine."""
+    """Only train, without an engine: on --load-debug-rollout-data, or on conversations (--loss-type sft_loss)."""
     save_debug_rollout_data: str | None = None
     """Record every rollout in this file, in which {rollout_id} is replaced."""
     load_debug_rollout_data: str | None = None
-    """Train on rollouts recorded in this file, in which {rollout_id} is replaced."""
+    """Train on rollouts recorded in this file, in which {rollout_id} is replaced; no engine is made."""
     load_debug_rollout_data_subsample: float | None = None
     """Use this share of a recorded rollout. None: all."""
     dry_run: bool = False

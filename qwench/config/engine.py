@@ -27,9 +27,10 @@ class EngineConfig:
     embedded_prefill_chunk_tokens: int = 4096
     """Most prompt tokens in one forward pass (also set by --sglang-chunked-prefill-size)."""
     embedded_kv_cache_tokens: int | None = None
-    """Size of the KV cache in tokens. None: --embedded-mem-fraction of the free GPU memory; on a CPU 65,536."""
+    """Size of the KV cache in tokens. None: what --embedded-mem-fraction allows on a GPU; 65,536 on a CPU."""
     embedded_mem_fraction: float = 0.8
-    """Share of the GPU memory that is free when the KV cache is made (also set by --sglang-mem-fraction-static)."""
+    """Share of a GPU's whole memory that may be in use once the KV cache is made: it gets what is free, less (1 - this) of the
+    total (also set by --sglang-mem-fraction-static)."""
     sglang_server_concurrency: int = 512
     """Most requests in flight for each engine, of either kind."""
     sglang_enable_deterministic_inference: bool = False

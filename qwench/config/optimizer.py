@@ -66,6 +66,8 @@ class OptimizerConfig:
         for flag, beta in (("--adam-beta1", self.adam_beta1), ("--adam-beta2", self.adam_beta2)):
             if not 0 <= beta < 1:
                 raise ConfigError(f"{flag} must be at least 0 and less than 1, got {beta}")
+        if self.optimizer_offload_fraction != 1.0 and not self.optimizer_cpu_offload:
+            raise ConfigError(f"--optimizer-offload-fraction ({self.optimizer_offload_fraction}) needs --optimizer-cpu-offload")
         self._check_schedule()
 
     def _check_schedule(self) -> None:

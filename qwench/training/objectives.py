@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qwench.algorithms.corrections import (
     effective_sample_ratio,
+    icepop,
     importance_metrics,
     mismatch_metrics,
     off_policy_sequences,
@@ -111,7 +112,8 @@ class PolicyLoss:
     def _importance(self, tokens: _Tokens) -> tuple[Tensor, dict[str, Tensor]]:
         assert tokens.rollout_log_probs is not None, "importance weights need the engine's log-probs"
         log_ratio = token_log_ratio(tokens.trainer_log_probs, tokens.rollout_log_probs)
-        weights = truncated_importance(log_ratio, low=self._config.tis_clip_low, high=self._config.tis_clip)
+        bound = icepop if self._config.tis_mode == "icepop" else truncated_importance
+        weights = bound(log_ratio, low=self._config.tis_clip_low, high=self._config.tis_clip)
         return weights, importance_metrics(log_ratio, weights)
 
     def _kl(self, tokens: _Tokens, micro_batch: MicroBatch) -> Tensor:

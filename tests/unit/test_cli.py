@@ -106,6 +106,28 @@ def test_a_dry_run_shows_configuration_and_identity_and_starts_nothing(capsys, r
     assert shown.err == "qwench: warning: --sequence-parallel has no effect without tensor parallelism\n"
 
 
+def test_a_reader_that_stops_early_ends_the_command_quietly():
+    command = [sys.executable, "-m", "qwench", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == cli.EXIT_CLOSED_OUTPUT
+
+
+def test_the_environment_of_the_trainer_is_set_before_anything_heavy_is_imported(recipe):
+    code = (
+        "import os, sys, types\n"
+        "from qwench import cli\n"
+        "launch = types.ModuleType('qwench.launch')\n"
+        "launch.train = lambda config: print(os.environ['A'], os.environ['CUBLAS_WORKSPACE_CONFIG'], 'torch' in sys.modules)\n"
+        "sys.modules['qwench.launch'] = launch\n"
+        "cli.main(sys.argv[1:])"
+    )
+    words = ["train", *recipe, "--deterministic-mode", "--train-env-vars", '{"A": "b"}']
+    shown = subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True, text=True).stdout
+    assert shown == "b :4096:8 False\n"
+
+
 def test_reward_check_grades_a_file(capsys, tmp_path):
     file = tmp_path / "responses.jsonl"
     rows = [("so \\boxed{2}", "2"), ("so \\boxed{3}", "2")]

@@ -1,6 +1,7 @@
 import pytest
 
 from qwench.algorithms.registry import ESTIMATORS, Ratio, RewardScale, Surrogate, find_estimator
+from qwench.config.algorithm import SAMPLE_ESTIMATORS
 from qwench.errors import ConfigError
 
 
@@ -14,6 +15,10 @@ def test_grpo_gspo_and_cispo_differ_only_in_ratio_and_surrogate():
 def test_only_the_reinforce_estimators_use_token_kl_and_whitening():
     users = {name for name, estimator in ESTIMATORS.items() if estimator.uses_token_kl and estimator.needs_whitening}
     assert users == {"reinforce_plus_plus", "reinforce_plus_plus_baseline"}
+
+
+def test_the_flags_that_only_token_kl_uses_are_refused_for_all_others():
+    assert set(SAMPLE_ESTIMATORS) == {name for name, estimator in ESTIMATORS.items() if not estimator.uses_token_kl}
 
 
 def test_unknown_name_lists_the_known_ones():

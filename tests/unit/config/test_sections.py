@@ -39,9 +39,16 @@ REFUSED = [
     (EvalConfig, {"eval_prompt_data": ("a", "x", "a", "y")}, "--eval-prompt-data names a set twice: a a"),
     (EvalConfig, {"eval_interval": 5}, "--eval-interval needs something to evaluate on"),
     (EvalConfig, {"eval_temperature": -1.0}, "--eval-temperature must not be negative"),
-    (AlgorithmConfig, {"eps_clip": 1.0}, "--eps-clip must be less than 1"),
+    (AlgorithmConfig, {"eps_clip": 1.0}, "--eps-clip must be less than 1, got 1.0"),
+    (AlgorithmConfig, {"advantage_estimator": "cispo", "eps_clip_c": 3.0}, "--eps-clip-c (3.0) has no effect on cispo"),
     (AlgorithmConfig, {"eps_clip_c": 1.0}, "--eps-clip-c must be greater than 1, got 1.0"),
     (AlgorithmConfig, {"kl_coef": 0.1, "kl_loss_coef": 0.2, "use_kl_loss": True}, "--kl-coef (0.1) and --kl-loss-coef (0.2)"),
+    (AlgorithmConfig, {"kl_coef": 0.1}, "--kl-coef (0.1) has no effect on grpo; use --use-kl-loss and --kl-loss-coef"),
+    (AlgorithmConfig, {"advantage_estimator": "gspo", "kl_coef": 0.1}, "--kl-coef (0.1) has no effect on gspo"),
+    (AlgorithmConfig, {"gamma": 0.9}, "--gamma (0.9) has no effect on grpo"),
+    (AlgorithmConfig, {"use_unbiased_kl": True}, "--use-unbiased-kl has no effect without --use-kl-loss"),
+    (AlgorithmConfig, {"ref_update_interval": 2}, "--ref-update-interval (2) has no effect without a reference"),
+    (AlgorithmConfig, {"tis_mode": "icepop"}, "--tis-mode icepop has no effect without --use-tis"),
     (AlgorithmConfig, {"kl_loss_coef": 0.2}, "--kl-loss-coef (0.2) has no effect without --use-kl-loss"),
     (AlgorithmConfig, {"use_tis": True, "use_rollout_logprobs": True}, "--use-rollout-logprobs leaves nothing for --use-tis"),
     (AlgorithmConfig, {"tis_clip": 2.0, "tis_clip_low": 3.0}, "--tis-clip-low (3.0) is greater than --tis-clip (2.0)"),
@@ -50,6 +57,7 @@ REFUSED = [
     (OptimizerConfig, {"lr": 0.0}, "--lr must be greater than 0"),
     (OptimizerConfig, {"lr": 1e-6, "min_lr": 1e-5}, "--min-lr (1e-05) is greater than --lr (1e-06)"),
     (OptimizerConfig, {"adam_beta2": 1.0}, "--adam-beta2 must be at least 0 and less than 1"),
+    (OptimizerConfig, {"optimizer_offload_fraction": 0.5}, "--optimizer-offload-fraction (0.5) needs"),
     (OptimizerConfig, {"lr_warmup_fraction": 1.5}, "--lr-warmup-fraction must be at least 0 and less than 1"),
     (
         OptimizerConfig,
@@ -61,6 +69,7 @@ REFUSED = [
     (TrainingConfig, {"log_probs_chunk_size": 0}, "--log-probs-chunk-size must be greater than 0"),
     (ParallelConfig, {"context_parallel_size": 0}, "--context-parallel-size must be greater than 0"),
     (ClusterConfig, {"actor_num_nodes": 0}, "--actor-num-nodes must be greater than 0"),
+    (ClusterConfig, {"train_env_vars": {"A": 1}}, "--train-env-vars must map names to texts, got 1 for A"),
     (ClusterConfig, {"rollout_num_gpus": -1}, "--rollout-num-gpus must not be negative"),
     (EngineConfig, {"embedded_mem_fraction": 0.0}, "--embedded-mem-fraction must be greater than 0 and at most 1"),
     (CheckpointConfig, {"save_interval": 5}, "--save-interval (5) has no effect without a folder to save to; give --save"),
@@ -83,8 +92,9 @@ def test_values_at_the_edge_are_accepted():
     RolloutConfig(
         rollout_top_p=1.0, rollout_top_k=1, rollout_batch_size=8, over_sampling_batch_size=8, rollout_min_new_tokens=0
     )
-    AlgorithmConfig(eps_clip_c=1.01, kl_coef=0.1, kl_loss_coef=0.0, tis_clip_low=2.0)
-    AlgorithmConfig(advantage_estimator="reinforce_plus_plus_baseline", normalize_advantages=True)
+    AlgorithmConfig(eps_clip_c=1.01, kl_coef=0.0, use_kl_loss=True, kl_loss_coef=0.1, tis_clip_low=2.0, use_unbiased_kl=True)
+    AlgorithmConfig(advantage_estimator="reinforce_plus_plus_baseline", normalize_advantages=True, kl_coef=0.1)
+    AlgorithmConfig(advantage_estimator="cispo", eps_clip=1.0, eps_clip_high=4.0, get_mismatch_metrics=True, tis_mode="icepop")
     EvalConfig(eval_interval=1, eval_prompt_data=("a", "x", "b", "x"), eval_temperature=0.0)
     OptimizerConfig(lr=1e-6, min_lr=1e-6, lr_warmup_fraction=0.0, clip_grad=0.0)
     TrainingConfig(use_dynamic_batch_size=True, max_tokens_per_gpu=1, log_probs_chunk_size=-1)
@@ -98,7 +108,7 @@ def test_nothing_writes_to_a_configuration():
 
 def test_facts_that_sections_know_of_themselves():
     assert AlgorithmConfig(use_kl_loss=True).needs_reference
-    assert AlgorithmConfig(kl_coef=0.1).needs_reference
+    assert AlgorithmConfig(advantage_estimator="reinforce_plus_plus", normalize_advantages=True, kl_coef=0.1).needs_reference
     assert not AlgorithmConfig().needs_reference
     assert TrainingConfig(recompute_granularity="full").recomputes_layers
     assert TrainingConfig(gradient_checkpointing=True).recomputes_layers

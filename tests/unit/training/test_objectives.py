@@ -85,6 +85,8 @@ def _plain(config, batch, current, entropy_value=None):
                 sums["opsm_clipfrac"] += weight
             importance = math.exp(trainer[t] - rollout[t])
             bounded_importance = min(max(importance, config.tis_clip_low), config.tis_clip)
+            if config.tis_mode == "icepop" and bounded_importance != importance:
+                bounded_importance = 0.0
             if config.use_tis:
                 loss *= bounded_importance
             kl = math.exp(ref[t] - new[t]) - 1 - (ref[t] - new[t])
@@ -112,6 +114,7 @@ VARIANTS = {
     "gspo": {"advantage_estimator": "gspo", "eps_clip": 0.05},
     "cispo": {"advantage_estimator": "cispo", "eps_clip_high": 0.28},
     "tis": {"use_tis": True, "tis_clip": 1.2, "tis_clip_low": 0.8},
+    "icepop": {"use_tis": True, "tis_mode": "icepop", "tis_clip": 1.2, "tis_clip_low": 0.8},
     "mismatch_metrics_only": {"get_mismatch_metrics": True},
     "engine_log_probs_as_old": {"use_rollout_logprobs": True},
     "kl_loss": {"use_kl_loss": True, "kl_loss_coef": 0.3, "kl_loss_type": "low_var_kl"},
