@@ -19,6 +19,7 @@ from qwench.files import write_atomically
 from qwench.launch.build import build, build_sft
 from qwench.launch.generation import build_generation, embedded_settings
 from qwench.launch.inputs import read_eval_prompts, read_inputs
+from qwench.observability.summary import summarize
 from qwench.rewards.registry import reward_spec
 from qwench.rollout.build import check_functions
 from qwench.rollout.evaluate import EvalResult
@@ -52,8 +53,8 @@ def evaluate(config: Config) -> None:
         metrics = evaluator.summarize(results) if results else evaluator.evaluate(generation.engines)
     finally:
         generation.close()
-    for result in results:
-        inputs.console.say(f"{result.name}: {result.score:.4f} ({len(result.samples)} responses)")
+    for group in summarize(metrics):
+        inputs.console.say(f"{group.title}: {'  '.join(f'{label} {value}' for label, value in group.values.items())}")
     if config.evaluation.eval_output is not None:
         _write_results(config.evaluation.eval_output, metrics, results)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+_TIME = "time"
 _GROUPS: Mapping[str, Mapping[str, str]] = {
     "reward": {
         "reward": "rollout/raw_reward",
@@ -29,7 +31,7 @@ _GROUPS: Mapping[str, Mapping[str, str]] = {
         "kl to reference": "train/kl_loss",
         "trainer vs engine": "train/train_rollout_logprob_abs_diff",
     },
-    "seconds": {
+    _TIME: {
         "rollout": "perf/rollout_time",
         "train": "perf/train_time",
         "publish": "perf/update_weights_time",
@@ -45,6 +47,8 @@ _GROUPS: Mapping[str, Mapping[str, str]] = {
         "training": "perf/actor_train_tok_per_s",
     },
 }
+_EVAL_PREFIX = "eval/"
+_EVAL_LENGTH = "/response_len/mean"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,13 +60,51 @@ class SummaryGroup:
 
 
 def summarize(metrics: Mapping[str, float]) -> list[SummaryGroup]:
-    """Pick the metrics worth a look; groups without any value are left out, evaluations are all in."""
-    groups = [
-        SummaryGroup(title=title, values={label: format_value(metrics[key]) for label, key in keys.items() if key in metrics})
-        for title, keys in _GROUPS.items()
-    ]
-    evaluated = {key.removeprefix("eval/"): format_value(value) for key, value in metrics.items() if key.startswith("eval/")}
-    return [group for group in (*groups, SummaryGroup(title="evaluation", values=evaluated)) if group.values]
+    """Pick the metrics worth a look; groups without any value are left out, every evaluation set is in."""
+    groups = [_group(title, keys, metrics) for title, keys in _GROUPS.items()]
+    return [group for group in (*groups, *_evaluations(metrics)) if group.values]
+
+
+def _group(title: str, keys: Mapping[str, str], metrics: Mapping[str, float]) -> SummaryGroup:
+    show = format_seconds if title == _TIME else format_value
+    return SummaryGroup(title=title, values={label: show(metrics[key]) for label, key in keys.items() if key in metrics})
+
+
+def _evaluations(metrics: Mapping[str, float]) -> Iterator[SummaryGroup]:
+    """Yield a group for each set, and one of what an evaluation function named in its own way."""
+    evaluated = {name.removeprefix(_EVAL_PREFIX): value for name, value in metrics.items() if name.startswith(_EVAL_PREFIX)}
+    names = [key.removesuffix(_EVAL_LENGTH) for key in evaluated if key.endswith(_EVAL_LENGTH)]
+    for name in names:
+        yield SummaryGroup(title=f"evaluation {name}", values=_evaluation(name, evaluated))
+    own = {key: value for key, value in evaluated.items() if not any(_is_of(key, name) for name in names)}
+    yield SummaryGroup(title="evaluation", values={key: format_value(value) for key, value in own.items()})
+
+
+def _evaluation(name: str, evaluated: Mapping[str, float]) -> dict[str, str]:
+    pass_rates = {key.removeprefix(f"{name}-"): key for key in evaluated if key.startswith(f"{name}-pass@")}
+    keys = {"reward": name, "truncated": f"{name}-truncated_ratio", **pass_rates, "length": f"{name}{_EVAL_LENGTH}"}
+    if evaluated.get(f"{name}-none_reward_ratio"):
+        keys = {"reward": name, "ungraded": f"{name}-none_reward_ratio", **keys}
+    return {label: format_value(evaluated[key]) for label, key in keys.items() if key in evaluated}
+
+
+def _is_of(key: str, name: str) -> bool:
+    return key == name or key.startswith((f"{name}-", f"{name}/"))
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a duration as a clock is read.
+
+    >>> format_seconds(4.215), format_seconds(61.5), format_seconds(9000.0)
+    ('4.21s', '1m02s', '2h30m')
+    """
+    if not math.isfinite(seconds):
+        return str(seconds)
+    if seconds < 59.95:
+        return f"{seconds:.2f}s" if seconds < 10 else f"{seconds:.1f}s"
+    if seconds < 3599.5:
+        return f"{round(seconds) // 60}m{round(seconds) % 60:02d}s"
+    return f"{round(seconds / 60) // 60}h{round(seconds / 60) % 60:02d}m"
 
 
 def format_value(value: float) -> str:

@@ -5,7 +5,7 @@ import pytest
 import rich.console
 
 from qwench.observability.console import LiveConsole, PlainConsole, QuietConsole, open_console
-from qwench.observability.summary import format_value, summarize
+from qwench.observability.summary import format_seconds, format_value, summarize
 
 METRICS = {
     "rollout/raw_reward": 0.4375,
@@ -37,9 +37,34 @@ def test_summary_keeps_the_order_and_leaves_out_what_was_not_measured():
     assert [(group.title, dict(group.values)) for group in summarize(METRICS)] == [
         ("reward", {"reward": "0.4375"}),
         ("loss", {"loss": "0.125"}),
-        ("seconds", {"all": "61.5"}),
+        ("time", {"all": "1m02s"}),
         ("evaluation", {"gsm8k": "0.5"}),
     ]
+
+
+def test_an_evaluation_is_a_short_line_for_each_set():
+    metrics = {
+        "eval/a": 0.5, "eval/a-truncated_ratio": 0.25, "eval/a-none_reward_ratio": 0.0,
+        "eval/a-pass@1": 0.5, "eval/a-pass@2": 1.0, "eval/a/response_len/mean": 43.5, "eval/a/response_len/max": 99.0, "eval/a/reward_reason/exact": 0.5,
+        "eval/a/hard": 0.1, "eval/a/hard-truncated_ratio": 0.0, "eval/a/hard-none_reward_ratio": 0.5,
+        "eval/a/hard/response_len/mean": 7.0, "eval/of/my/own": 3.0,
+    }  # fmt: skip
+    assert [(group.title, dict(group.values)) for group in summarize(metrics)] == [
+        ("evaluation a", {"reward": "0.5", "truncated": "0.25", "pass@1": "0.5", "pass@2": "1", "length": "43.5"}),
+        ("evaluation a/hard", {"reward": "0.1", "ungraded": "0.5", "truncated": "0", "length": "7"}),
+        ("evaluation", {"of/my/own": "3"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0123, "0.01s"), (4.215, "4.21s"), (42.06, "42.1s"), (59.99, "1m00s"), (61.5, "1m02s"), (3599.6, "1h00m"),
+        (9000.0, "2h30m"), (float("nan"), "nan"),
+    ],
+)  # fmt: skip
+def test_durations_are_read_as_on_a_clock(seconds, text):
+    assert format_seconds(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -56,7 +81,7 @@ def test_plain_console_writes_one_line_for_a_rollout():
     with console.phase("train"):
         console.table(3, METRICS)
     console.table(4, {})
-    assert shown(output) == "rollout 3 | reward: reward 0.4375; loss: loss 0.125; seconds: all 61.5; evaluation: gsm8k 0.5\n"
+    assert shown(output) == "rollout 3 | reward: reward 0.4375; loss: loss 0.125; time: all 1m02s; evaluation: gsm8k 0.5\n"
 
 
 def test_plain_progress_speaks_at_most_every_half_minute():
