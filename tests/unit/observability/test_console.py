@@ -45,7 +45,8 @@ def test_summary_keeps_the_order_and_leaves_out_what_was_not_measured():
 def test_an_evaluation_is_a_short_line_for_each_set():
     metrics = {
         "eval/a": 0.5, "eval/a-truncated_ratio": 0.25, "eval/a-none_reward_ratio": 0.0,
-        "eval/a-pass@1": 0.5, "eval/a-pass@2": 1.0, "eval/a/response_len/mean": 43.5, "eval/a/response_len/max": 99.0, "eval/a/reward_reason/exact": 0.5,
+        "eval/a-pass@1": 0.5, "eval/a-pass@2": 1.0,
+        "eval/a/response_len/mean": 43.5, "eval/a/response_len/max": 99.0, "eval/a/reward_reason/exact": 0.5,
         "eval/a/hard": 0.1, "eval/a/hard-truncated_ratio": 0.0, "eval/a/hard-none_reward_ratio": 0.5,
         "eval/a/hard/response_len/mean": 7.0, "eval/of/my/own": 3.0,
     }  # fmt: skip
