@@ -1,9 +1,9 @@
 """`make quickstart`: a tiny Qwen3 learns to think before it answers, on any CPU, in a few minutes.
 
-The task is a chain of additions and subtractions, `7-5+4+3-8=?`. Demonstrations come in Qwen3's two forms: some think step
-by step, most answer at once with an empty think block. Fine-tuned on both, the model often answers at once and is often
-wrong, since the answer needs the intermediate results written down. GRPO with the deepscaler reward finds out that thinking
-pays. Every step below is a command that a user would type.
+The task is a chain of additions and subtractions, `7-5+4+3-8=?`. Demonstrations come in Qwen3's two forms: half think step by
+step, half answer at once, after an empty think block, with a guess. Fine-tuned on both, the model does as it was shown. GRPO
+with the deepscaler reward finds out that thinking pays, and gets better at it. Every step below is a command that a user would
+type.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qwench.observability.console import open_console
 from qwench.observability.plots import plot_curves
 
 HARD_TERMS = 5
-SHARE_THINKING = 0.3
+SHARE_THINKING = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,16 +76,18 @@ def write_data(folder: Path, *, seed: int, num_demos: int, num_prompts: int, num
             pass
         return chain
 
-    demos = (_demonstration(fresh(rng.randint(2, HARD_TERMS)), thinks=rng.random() < SHARE_THINKING) for _ in range(num_demos))
+    demos = (_demonstration(fresh(rng.randint(2, HARD_TERMS)), rng) for _ in range(num_demos))
     _write_jsonl(folder / "sft.jsonl", demos)
     _write_jsonl(folder / "train.jsonl", (_problem(fresh(HARD_TERMS)) for _ in range(num_prompts)))
     _write_jsonl(folder / "test.jsonl", (_problem(chain) for chain in sorted(held_out, key=lambda c: c.terms)))
 
 
-def _demonstration(chain: Chain, *, thinks: bool) -> dict[str, object]:
-    thoughts = f"{chain.thoughts}\n" if thinks else "\n"
-    answer = f"<think>\n{thoughts}</think>\n\n\\boxed{{{chain.answer}}}"
-    return {"messages": [{"role": "user", "content": chain.question}, {"role": "assistant", "content": answer}]}
+def _demonstration(chain: Chain, rng: random.Random) -> dict[str, object]:
+    if rng.random() < SHARE_THINKING:
+        response = f"<think>\n{chain.thoughts}\n</think>\n\n\\boxed{{{chain.answer}}}"
+    else:
+        response = f"<think>\n\n</think>\n\n\\boxed{{{rng.randint(0, 9)}}}"
+    return {"messages": [{"role": "user", "content": chain.question}, {"role": "assistant", "content": response}]}
 
 
 def _problem(chain: Chain) -> dict[str, object]:
@@ -106,7 +108,7 @@ def main(folder: Path, *, seed: int = 0) -> None:
     if folder.exists():
         raise QwenchError(f"{folder} exists already; remove it or name another folder with --output.")
     console, started = open_console(), time.monotonic()
-    write_data(folder / "data", seed=seed, num_demos=28_160, num_prompts=4_000, num_held_out=256)
+    write_data(folder / "data", seed=seed, num_demos=23_040, num_prompts=4_000, num_held_out=256)
     for title, arguments in commands(folder, seed=seed):
         console.say(f"\n== {title}\n$ qwench {shlex.join(arguments)}")
         run_command(arguments)
@@ -139,20 +141,20 @@ def commands(folder: Path, *, seed: int) -> list[tuple[str, list[str]]]:
         ("A tiny Qwen3 with random weights", ["make-model", "--size", "tiny", "--output", str(base), "--seed", str(seed)]),
         ("Fine-tuning on demonstrations", [
             "sft", "--hf-checkpoint", str(base), "--prompt-data", str(folder / "data" / "sft.jsonl"), "--input-key", "messages",
-            "--rollout-shuffle", "--num-rollout", "440", "--rollout-batch-size", "64", "--global-batch-size", "64",
+            "--rollout-shuffle", "--num-rollout", "360", "--rollout-batch-size", "64", "--global-batch-size", "64",
             "--use-dynamic-batch-size", "--max-tokens-per-gpu", "8192", "--lr", "3e-3", "--min-lr", "1e-4",
             "--lr-decay-style", "cosine", "--lr-warmup-iters", "20", "--weight-decay", "0.1", "--adam-beta2", "0.95",
-            "--save", str(folder / "sft"), "--save-hf", str(tuned), "--save-interval", "440",
+            "--save", str(folder / "sft"), "--save-hf", str(tuned), "--save-interval", "360",
         ]),
         ("Held-out accuracy before GRPO", ["eval", "--hf-checkpoint", str(tuned), *held_out, *problems, *sampling,
                                            "--eval-output", str(folder / "eval-before")]),
         ("GRPO with the deepscaler reward", [
             "train", "--hf-checkpoint", str(tuned), "--prompt-data", str(folder / "data" / "train.jsonl"), *problems, *sampling,
-            "--rollout-shuffle", "--num-rollout", "36", "--rollout-batch-size", "32", "--n-samples-per-prompt", "8",
+            "--rollout-shuffle", "--num-rollout", "27", "--rollout-batch-size", "32", "--n-samples-per-prompt", "8",
             "--global-batch-size", "128", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "8192",
             "--advantage-estimator", "grpo", "--eps-clip", "0.2", "--eps-clip-high", "0.28", "--lr", "3e-4",
             "--lr-decay-style", "constant", "--weight-decay", "0.0", "--adam-beta2", "0.95", *held_out, "--eval-interval", "9",
-            "--colocate", "--save", str(folder / "grpo"), "--save-hf", str(learned), "--save-interval", "36",
+            "--colocate", "--save", str(folder / "grpo"), "--save-hf", str(learned), "--save-interval", "27",
         ]),
         ("Held-out accuracy after GRPO", ["eval", "--hf-checkpoint", str(learned), *held_out, *problems, *sampling,
                                           "--eval-output", str(folder / "eval-after")]),
