@@ -225,6 +225,9 @@ class Learner:
         start = time.perf_counter()
         with self._timer.phase("actor_train"):
             steps = [self._step(batch.select(step), f"train {k}/{len(plan.steps)}") for k, step in enumerate(plan.steps, 1)]
+        if batch.old_log_probs is None:
+            # Each step has compared the engine with its own weights; only the first one's were those that sampled.
+            steps[1:] = [_without_gap_to_engine(step) for step in steps[1:]]
         seconds = time.perf_counter() - start
         return steps, {
             "rollout/dropped_executions": float(plan.num_dropped),
@@ -261,6 +264,10 @@ def _step_metrics(result: StepResult) -> dict[str, float]:
     rates = {f"train/lr-pg_{i}": rate for i, rate in enumerate(result.learning_rates)}
     losses = {f"train/{name}": value for name, value in result.metrics.items()}
     return {"train/loss": result.loss, "train/grad_norm": result.grad_norm, **rates, **losses}
+
+
+def _without_gap_to_engine(step: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in step.items() if not name.startswith("train/train_rollout_")}
 
 
 def _peak_memory(device: torch.device) -> dict[str, float]:

@@ -179,6 +179,16 @@ def test_ranks_and_micro_batches_change_neither_weights_nor_metrics(name):
         assert len({tuple(backend.num_micro_batches) for backend, _ in ranks}) == 1
 
 
+def test_the_gap_to_the_engine_is_that_of_the_weights_that_sampled():
+    def steps_with_gap(**flags):
+        _, learned = _learn(_rollout(), global_batch_size=4, **flags)
+        return [any(name.startswith("train/train_rollout_") for name in step) for step in learned.steps]
+
+    assert steps_with_gap() == [True, True]
+    # Without a pass for the old log-probs there is nothing to compare with once a step has changed the weights.
+    assert steps_with_gap(use_rollout_logprobs=True) == [True, False]
+
+
 def test_order_of_samples_within_a_step_does_not_change_the_weights():
     rollout = _rollout(seed=4)
     shuffled = Rollout(
