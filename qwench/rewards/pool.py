@@ -85,5 +85,7 @@ def pick_score(verdict: Verdict, key: str | None) -> Verdict:
     value = verdict.extra.get(key)
     if not isinstance(value, int | float):
         known = {"score": None} | {name: None for name, entry in verdict.extra.items() if isinstance(entry, int | float)}
-        raise RewardError(f"--reward-key {key!r} names no number of this reward; known: {', '.join(known)}.")
+        raise RewardError(
+            f"--reward-key or --eval-reward-key {key!r} names no number of this reward; known: {', '.join(known)}."
+        )
     return replace(verdict, score=float(value))

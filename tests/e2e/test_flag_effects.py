@@ -1,0 +1,77 @@
+"""Flags that choose an algorithm or a set reach the run and leave their mark on what it reports."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from qwench import cli
+from tests.e2e.conftest import DIGITS, Workspace, column, read_metrics
+
+WHITENED = {"normalize_advantages": (), "kl_coef": 0.01}
+BY_SAMPLES = {"use_dynamic_batch_size": None, "max_tokens_per_gpu": None, "micro_batch_size": 2}
+
+VARIANTS = {
+    "gspo": ({"advantage_estimator": "gspo"}, {"train/ppo_kl"}),
+    "cispo": ({"advantage_estimator": "cispo", "eps_clip": 1.0, "eps_clip_high": 4.0}, {"train/pg_clipfrac"}),
+    "reinforce": ({"advantage_estimator": "reinforce_plus_plus", "gamma": 0.99, **WHITENED}, {"rollout/ref_log_probs"}),
+    "baseline": ({"advantage_estimator": "reinforce_plus_plus_baseline", **WHITENED}, {"rollout/ref_log_probs"}),
+    "icepop": (
+        {"use_tis": (), "tis_mode": "icepop", "tis_clip_low": 0.5, "get_mismatch_metrics": (), "balance_data": (),
+         "gradient_checkpointing": (), "log_probs_chunk_size": 64, "log_passrate": (), "use_kl_loss": (),
+         "ref_update_interval": 1, "use_tensorboard": (), "keep_checkpoints": 1, **BY_SAMPLES},
+        {"train/tis", "train/tis_clipfrac", "train/kl_loss", "passrate/pass@4", "rollout/log_probs"},
+    ),
+    "engine_log_probs": (
+        {"use_rollout_logprobs": (), "use_opsm": (), "lr_decay_style": "inverse-square-root", "entropy_coef": 0.01,
+         "calculate_per_token_loss": (), "num_rollout": None, "num_epoch": 1, "rollout_batch_size": 20,
+         "global_batch_size": 40},
+        {"train/opsm_clipfrac", "train/entropy_loss"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_algorithm_runs_and_reports_what_it_does(workspace: Workspace, tmp_path: Path, name: str) -> None:
+    flags, reported = VARIANTS[name]
+    cli.run(workspace.train_argv(tmp_path, **DIGITS, **{"num_rollout": 2, **flags}))
+    names = set().union(*read_metrics(tmp_path))
+    assert reported <= names
+    assert len(column(tmp_path, "train/loss")) == 4
+    assert all(math.isfinite(value) and value > 0 for value in column(tmp_path, "train/grad_norm"))
+
+
+def test_only_the_newest_checkpoint_is_kept_and_tensorboard_is_written(workspace: Workspace, tmp_path: Path) -> None:
+    cli.run(workspace.train_argv(tmp_path, **DIGITS, num_rollout=2, keep_checkpoints=1, use_tensorboard=()))
+    assert [folder.name for folder in tmp_path.glob("iter_*")] == ["iter_0000002"]
+    assert {folder.name for folder in (tmp_path / "tensorboard").iterdir()} == {"train", "rollout"}
+
+
+def test_sets_of_a_file_have_their_own_rewards_lengths_and_samples(workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "sets.yaml").write_text(
+        f"""
+        eval:
+          defaults: {{max_response_len: 5}}
+          datasets:
+            - {{name: first, path: "{workspace.test_data}@[0:3]", rm_type: dapo, n_samples_per_eval_prompt: 2}}
+            - {{name: second, path: "{workspace.test_data}@[3:5]", rm_type: math, max_response_len: 4}}
+        """
+    )
+    flags = {"eval_prompt_data": None, "eval_config": tmp_path / "sets.yaml", "rm_type": None}
+    cli.run(workspace.eval_argv(workspace.model, tmp_path / "out", **flags))
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    # dapo gives -1 for a wrong answer, math 0; a random model answers nothing right.
+    assert (metrics["eval/first"], metrics["eval/second"]) == (-1.0, 0.0)
+    assert (metrics["eval/first/response_len/max"], metrics["eval/second/response_len/max"]) == (5.0, 4.0)
+    assert [len((tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()) for name in ("first", "second")] == [6, 2]
+
+
+def test_evaluation_may_score_another_value_of_the_reward(workspace: Workspace, tmp_path: Path) -> None:
+    flags = {"rm_type": "dapo", "eval_reward_key": "acc", "eval_max_response_len": 4, "eval_interval": 1}
+    held_out = ("held_out", f"{workspace.test_data}@[0:2]")
+    cli.run(workspace.train_argv(tmp_path, num_rollout=1, eval_prompt_data=held_out, reward_key="score", **flags))
+    assert column(tmp_path, "eval/held_out") == [0.0, 0.0]
+    assert column(tmp_path, "rollout/raw_reward") == [-1.0]
