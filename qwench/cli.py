@@ -206,7 +206,7 @@ def _set_environment(config: Config) -> None:
 
 def _ends_as_dry_run(config: Config, *, trains: bool = True) -> bool:
     """Show what may not be meant; with --dry-run also the whole configuration, and say that nothing should be run."""
-    from qwench.config.preflight import warnings
+    from qwench.config.advice import warnings
 
     for warning in warnings(config, trains=trains):
         _say(f"qwench: warning: {warning}")

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-from qwench.config.algorithm import SAMPLE_ESTIMATORS, AlgorithmConfig
 from qwench.config.checkpoint import CheckpointConfig
-from qwench.config.cluster import ClusterConfig
-from qwench.config.compat import EMBEDDED_ALIASES, SFT_ROLLOUT
+from qwench.config.compat import SFT_ROLLOUT
 from qwench.config.config import Config
-from qwench.config.engine import EngineConfig
 from qwench.config.eval_settings import eval_sets, resolve_eval_sets
-from qwench.config.flags import flag_name
 from qwench.config.model import ModelConfig
 from qwench.errors import ConfigError
 from qwench.files import check_can_hold
@@ -83,76 +78,6 @@ def check_checkpoint(model: ModelConfig) -> None:
         raise ConfigError(f"--hf-checkpoint: there is no folder {folder}")
     if not (folder / "config.json").is_file():
         raise ConfigError(f"--hf-checkpoint: {folder} has no config.json; is it a Hugging Face checkpoint?")
-
-
-def warnings(config: Config, *, trains: bool = True) -> Iterator[str]:
-    """Yield what is allowed but perhaps not meant.
-
-    Args:
-        trains: the verb trains; evaluation alone does not care about flags of training.
-    """
-    if trains:
-        yield from _training_warnings(config)
-        yield from _unused_evaluation(config)
-    if config.engine.rollout_engine == "embedded":
-        yield from _unused_by_embedded_engine(config)
-
-
-def _training_warnings(config: Config) -> Iterator[str]:
-    training, rollout = config.training, config.rollout
-    if training.max_tokens_per_gpu is not None and rollout.rollout_max_response_len is not None:
-        longest = (
-            rollout.rollout_max_context_len or (config.data.rollout_max_prompt_len or 0) + rollout.rollout_max_response_len
-        )
-        budget = training.max_tokens_per_gpu * config.parallel.context_parallel_size
-        if budget < longest:
-            yield (
-                f"--max-tokens-per-gpu ({training.max_tokens_per_gpu}) is smaller than the longest sample ({longest} tokens); "
-                "such a sample makes a micro-batch of its own that exceeds the budget"
-            )
-    if rollout.n_samples_per_prompt == 1 and _compares_siblings(config.algorithm):
-        yield (
-            "--n-samples-per-prompt 1: rewards are compared within their group, so every advantage is 0, nothing is learned; "
-            "raise it, or give --disable-rewards-normalization"
-        )
-    if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
-        yield "--sequence-parallel has no effect without tensor parallelism"
-    if config.cluster.num_gpus_per_node != ClusterConfig().num_gpus_per_node:
-        yield "--num-gpus-per-node has no effect without a cluster of several nodes"
-
-
-def _unused_evaluation(config: Config) -> Iterator[str]:
-    flag = "--eval-config" if config.evaluation.eval_config is not None else "--eval-prompt-data"
-    if not config.evaluation.has_sets:
-        return
-    if config.algorithm.loss_type == "sft_loss":
-        yield f"{flag} has no effect here: fine-tuning has no engine; use qwench eval on what --save-hf writes"
-    elif config.debug.load_debug_rollout_data is not None:
-        yield f"{flag} has no effect here: recorded rollouts are learned from without an engine"
-
-
-def _unused_by_embedded_engine(config: Config) -> Iterator[str]:
-    engine, default = config.engine, EngineConfig()
-    if engine.use_fault_tolerance:
-        yield "--use-fault-tolerance has no effect on the embedded engine, which lives and dies with this process"
-    for name in ("rollout_health_check_first_wait", "rollout_health_check_interval", "rollout_health_check_timeout"):
-        if getattr(engine, name) != getattr(default, name):
-            yield f"--{flag_name(name)} has no effect on the embedded engine, which lives and dies with this process"
-    if config.cluster.rollout_num_gpus_per_engine > 1:
-        yield "--rollout-num-gpus-per-engine has no effect on the embedded engine, which runs on one GPU"
-    yield from _unused_pass_through(engine.sglang_args, engine.router_args)
-
-
-def _compares_siblings(algorithm: AlgorithmConfig) -> bool:
-    centred = algorithm.advantage_estimator in (*SAMPLE_ESTIMATORS, "reinforce_plus_plus_baseline")
-    return algorithm.loss_type == "policy_loss" and centred and not algorithm.disable_rewards_normalization
-
-
-def _unused_pass_through(sglang_args: tuple[str, ...], router_args: tuple[str, ...]) -> Iterator[str]:
-    unused = [f"--sglang-{word[2:]}" for word in sglang_args if word.startswith("--") and word[2:] not in EMBEDDED_ALIASES]
-    unused += [f"--router-{word[2:]}" for word in router_args if word.startswith("--")]
-    if unused:
-        yield f"the embedded engine makes no use of {' '.join(unused)}"
 
 
 def _require(flag: str, value: object, meaning: str, *, needed: bool = True) -> None:

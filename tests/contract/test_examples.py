@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from qwench.config.advice import warnings
 from qwench.config.parse import parse_eval, parse_flags, parse_sft, parse_train
-from qwench.config.preflight import warnings
 from qwench.config.verbs import MakeModelConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

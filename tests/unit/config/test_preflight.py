@@ -1,41 +1,13 @@
-from pathlib import Path
-
 import pytest
 
 from qwench.config.parse import parse_eval, parse_serve, parse_sft, parse_train
-from qwench.config.preflight import warnings
 from qwench.errors import ConfigError
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Path:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "train.jsonl").write_text('{"input": "1+1", "label": "2"}\n')
-    return tmp_path
-
-
-def words_of(files: Path) -> dict[str, list[str]]:
-    return {
-        "--hf-checkpoint": [str(files / "model")],
-        "--prompt-data": [f"{files / 'train.jsonl'}@[0:1]"],
-        "--lr": ["1e-6"],
-        "--num-rollout": ["3"],
-        "--rollout-batch-size": ["4"],
-        "--n-samples-per-prompt": ["2"],
-        "--rollout-max-response-len": ["16"],
-    }
-
-
-def flat(words: dict[str, list[str]]) -> list[str]:
-    return [word for flag, values in words.items() for word in (flag, *values)]
+from tests.unit.config.command_line import flat, words_of
 
 
 def test_a_complete_command_line_passes(files):
     config = parse_train(flat(words_of(files)))
     assert config.resolve().samples_per_rollout == 8
-    assert list(warnings(config)) == []
 
 
 @pytest.mark.parametrize(
@@ -118,49 +90,3 @@ def test_serving_needs_a_checkpoint(files):
         parse_serve([])
     config = parse_serve(["--hf-checkpoint", str(files / "model"), "--port", "8000", "--sglang-page-size", "4"])
     assert (config.server.port, config.server.host, config.engine.embedded_page_size) == (8000, "127.0.0.1", 4)
-
-
-@pytest.mark.parametrize(
-    ("extra", "begin"),
-    [
-        (["--use-dynamic-batch-size", "--max-tokens-per-gpu", "15"], "--max-tokens-per-gpu (15) is smaller than the longest"),
-        (["--n-samples-per-prompt", "1"], "--n-samples-per-prompt 1: rewards are compared within their group"),
-        (["--sequence-parallel"], "--sequence-parallel has no effect"),
-        (["--num-gpus-per-node", "4"], "--num-gpus-per-node has no effect"),
-        (["--use-fault-tolerance"], "--use-fault-tolerance has no effect on the embedded engine"),
-        (["--rollout-health-check-interval", "9"], "--rollout-health-check-interval has no effect on the embedded engine"),
-        (
-            ["--load-debug-rollout-data", "r/{{rollout_id}}.jsonl", "--eval-prompt-data", "e", "{}/train.jsonl"],
-            "--eval-prompt-data has no effect here: recorded rollouts are learned from without an engine",
-        ),
-        (["--rollout-num-gpus-per-engine", "2"], "--rollout-num-gpus-per-engine has no effect on the embedded engine"),
-        (
-            ["--sglang-attention-backend", "fa3", "--sglang-page-size", "4", "--router-policy", "random"],
-            "the embedded engine makes no use of --sglang-attention-backend --router-policy",
-        ),
-    ],
-)
-def test_what_is_perhaps_not_meant_is_warned_about(files, extra, begin):
-    shown = list(warnings(parse_train(flat(words_of(files)) + [word.format(files) for word in extra])))
-    assert len(shown) == 1
-    assert shown[0].startswith(begin)
-
-
-def test_fine_tuning_and_evaluation_are_not_warned_about_groups_of_one(files):
-    words = words_of(files)
-    del words["--n-samples-per-prompt"]
-    assert list(warnings(parse_sft(flat(words)))) == []
-    config = parse_eval([*flat(words), "--eval-prompt-data", "e", str(files / "train.jsonl"), "--use-fault-tolerance"])
-    assert [text.split(" ")[0] for text in warnings(config, trains=False)] == ["--use-fault-tolerance"]
-
-
-def test_fine_tuning_warns_that_it_does_not_evaluate(files):
-    words = words_of(files)
-    del words["--n-samples-per-prompt"]
-    (warning,) = warnings(parse_sft([*flat(words), "--eval-prompt-data", "e", str(files / "train.jsonl")]))
-    assert warning.startswith("--eval-prompt-data has no effect here: fine-tuning has no engine; use qwench eval")
-
-
-def test_what_is_meant_is_not_warned_about(files):
-    extra = ["--n-samples-per-prompt", "1", "--disable-rewards-normalization", "--use-dynamic-batch-size"]
-    assert list(warnings(parse_train([*flat(words_of(files)), *extra, "--max-tokens-per-gpu", "16"]))) == []
