@@ -1,7 +1,11 @@
 """The flags that users of slime know parse, with the same defaults, or are refused by name."""
 
 import csv
+import inspect
+import re
+from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -61,6 +65,25 @@ def test_a_flag_without_a_field_is_accepted_at_the_default_of_slime_and_otherwis
         assert parse([row["flag"], row["default"]]) == Config()
     with pytest.raises(ConfigError, match=rf"^{row['flag']} something-else is not supported: \w"):
         parse([row["flag"], "something-else"])
+
+
+READ_BY_THEIR_SECTION_ALONE = {
+    "actor_num_nodes": "ClusterConfig.world_size",
+    "actor_num_gpus_per_node": "ClusterConfig.world_size",
+    "disable_compute_advantages_and_returns": "says what --loss-type sft_loss means, and is refused with any other",
+    "optimizer_offload_fraction": "refused without --optimizer-cpu-offload, which is refused itself",
+}
+
+
+def test_no_flag_is_accepted_and_then_read_by_nothing():
+    package = Path(inspect.getfile(Config)).parents[1]
+    sources = {path: path.read_text(encoding="ascii") for path in package.rglob("*.py")}
+    unread = set()
+    for section in get_type_hints(Config).values():
+        elsewhere = "\n".join(text for path, text in sources.items() if path != Path(inspect.getfile(section)))
+        names = {item.name for item in fields(section)}
+        unread |= {name for name in names if not re.search(rf"[.\"]{name}\b", elsewhere)}
+    assert unread == READ_BY_THEIR_SECTION_ALONE.keys()
 
 
 def test_the_4b_recipe_parses_on_the_parts_that_exist():
