@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 from transformers import PretrainedConfig
@@ -210,9 +209,11 @@ def _metric_log(inputs: Inputs) -> MetricLog:
         if logging.use_tensorboard:
             sinks.append(TensorBoardSink(_tensorboard_folder(inputs)))
         if logging.use_wandb:
-            make = partial(WandbSink, project=logging.wandb_project, group=logging.wandb_group, team=logging.wandb_team)
             sinks.append(
-                make(
+                WandbSink(
+                    project=logging.wandb_project,
+                    group=logging.wandb_group,
+                    team=logging.wandb_team,
                     mode=logging.wandb_mode,
                     folder=logging.wandb_dir,
                     run_id=logging.wandb_run_id,

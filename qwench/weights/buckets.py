@@ -15,7 +15,7 @@ DEFAULT_BUCKET_BYTES = 512 * 1024**2
 def bucketed(tensors: Iterable[tuple[str, Tensor]], *, bucket_bytes: int) -> Iterator[WeightBucket]:
     """Group named tensors, in order, into buckets of at most `bucket_bytes`; a larger tensor has a bucket of its own.
 
-    Only one bucket of `tensors` is held at a time: the next tensor is asked for when the caller asks for the next bucket.
+    Only one bucket of `tensors` (and the first tensor of the next) is held at a time.
     """
     assert bucket_bytes > 0, f"a bucket holds at least one byte, got {bucket_bytes}"
     bucket: list[tuple[str, Tensor]] = []

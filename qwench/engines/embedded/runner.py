@@ -34,11 +34,6 @@ class Runner:
         self._forward: Forward | None = None
         self._bound_layout = -1
 
-    @property
-    def has_kv_cache(self) -> bool:
-        """Tell whether the KV memory is held."""
-        return self._kv_cache is not None
-
     def choose_num_pages(self) -> int:
         """Return how many pages the pool shall have (scratch page included), from the settings or the free memory."""
         settings = self._settings

@@ -31,6 +31,7 @@ from qwench.training.fsdp.parallelize import MASTER_DTYPE, parallelize
 from qwench.training.fsdp.policy import Policy
 from qwench.training.fsdp.process_group import build_mesh
 from qwench.training.fsdp.schedule import LrSchedule
+from qwench.weights.buckets import bucketed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,20 +127,11 @@ class FsdpBackend:
         return StepResult(loss=loss_sum, grad_norm=grad_norm, learning_rates=learning_rates, metrics=metrics)
 
     def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
-        """Yield buckets of at most `bucket_bytes` (or one larger tensor); each is gone before the next is gathered."""
+        """Return buckets of at most `bucket_bytes` (or one larger tensor), gathered as they are asked for; collective."""
         self._assert_awake()
-        bucket: list[tuple[str, Tensor]] = []
-        size_bytes = 0
-        for name, weight in self._weights.items():
-            weight_bytes = weight.numel() * self._param_dtype.itemsize
-            if bucket and size_bytes + weight_bytes > bucket_bytes:
-                yield bucket
-                bucket, size_bytes = [], 0
-            # Cast before the gather: the same values at half the traffic.
-            bucket.append((name, _full_tensor(weight.detach().to(self._param_dtype))))
-            size_bytes += weight_bytes
-        if bucket:
-            yield bucket
+        # Cast before the gather: the same values at half the traffic.
+        whole = ((name, _full_tensor(weight.detach().to(self._param_dtype))) for name, weight in self._weights.items())
+        return bucketed(whole, bucket_bytes=bucket_bytes)
 
     def shared_weights(self) -> Mapping[str, Tensor] | None:
         """Return the masters themselves when one rank holds them all and they are what would be published."""

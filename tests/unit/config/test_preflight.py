@@ -43,24 +43,25 @@ def test_files_that_are_not_there_and_restricted_sampling_are_refused(files, ext
 
 def test_an_empty_load_is_a_fresh_start_with_a_reference_or_when_it_is_the_folder_to_save_to(files):
     words = [*flat(words_of(files)), "--load", str(files / "absent")]
-    parse_train([*words, "--ref-load", str(files / "model")])
-    parse_train([*words, "--save", str(files / "absent")])
+    assert parse_train([*words, "--ref-load", str(files / "model")]).checkpoint.load == files / "absent"
+    assert parse_train([*words, "--save", str(files / "absent")]).checkpoint.load == files / "absent"
 
 
 def test_parts_that_do_not_run_need_nothing(files):
     words = words_of(files)
     del words["--lr"]
-    parse_train([*flat(words), "--debug-rollout-only"])
+    assert parse_train([*flat(words), "--debug-rollout-only"]).optimizer.lr is None
     words = words_of(files)
     del words["--prompt-data"], words["--rollout-max-response-len"]
-    parse_train([*flat(words), "--debug-train-only", "--load-debug-rollout-data", "r/{rollout_id}.jsonl"])
+    config = parse_train([*flat(words), "--debug-train-only", "--load-debug-rollout-data", "r/{rollout_id}.jsonl"])
+    assert config.data.prompt_data is None
 
 
 def test_train_with_the_loss_of_fine_tuning_is_checked_as_fine_tuning(files):
     words = words_of(files)
     del words["--rollout-max-response-len"], words["--n-samples-per-prompt"]
-    parse_train([*flat(words), "--loss-type", "sft_loss"])
-    parse_sft(flat(words))
+    assert parse_train([*flat(words), "--loss-type", "sft_loss"]).rollout.rollout_max_response_len is None
+    assert parse_sft(flat(words)).algorithm.loss_type == "sft_loss"
 
 
 def test_evaluation_needs_sets_and_a_length_and_may_restrict_sampling(files):
