@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qwench.algorithms.log_probs import head_logits
 from qwench.engines.embedded.architecture import Architecture
 from qwench.engines.embedded.attention import Attention
 from qwench.engines.embedded.kv_cache import KVCache
@@ -60,8 +61,8 @@ class DecoderModel:
         return x_TD
 
     def logits(self, x_UD: Tensor) -> Tensor:
-        """Return [U, V] for some of the hidden states, in the weights' dtype."""
-        return functional.linear(self._norm(x_UD, self._final_norm), self._head)
+        """Return [U, V] float32 for some of the hidden states, by the trainer's own product."""
+        return head_logits(self._norm(x_UD, self._final_norm), self._head)
 
     def _attend(
         self,

@@ -70,13 +70,13 @@ def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 def sample(logits_SV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
-    """Return tokens [S] int64 and their log-probs [S] float32.
+    """Return tokens [S] int64 and their log-probs [S] float32; the logits are float32.
 
     Log-probs are those of the whole vocabulary at the sampling temperature (1 where greedy), before anything is cut off.
     """
     device = logits_SV.device
     greedy = rows.temperature == 0
-    scaled = logits_SV.float()
+    scaled = logits_SV
     if not np.all(greedy | (rows.temperature == 1)):
         scaled = scaled / torch.from_numpy(np.where(greedy, np.float32(1), rows.temperature)).to(device)[:, None]
     normaliser_S1 = scaled.logsumexp(dim=-1, keepdim=True)
