@@ -82,6 +82,7 @@ NEUTRAL: tuple[Neutral, ...] = (
     *_flags(ON, "gradients are always accumulated and reduced in float32", "accumulate-allreduce-grads-in-fp32"),
     *_flags(ON, "the softmax of attention is always computed in float32", "attention-softmax-in-fp32"),
     *_flags(("auto", "flash"), "the attention kernel is chosen by --attn-implementation", "attention-backend"),
+    *_flags(("core_attn",), "--recompute-granularity selective recomputes the attention kernel", "recompute-modules"),
     *_flags(ON, "optimizer state is always sharded over data-parallel ranks", "use-distributed-optimizer"),
     *_flags(ON, "training is in bfloat16 on GPUs; see --train-dtype", "bf16"),
     *_flags(OFF, "float16 training needs loss scaling, which Qwench does not do; training is in bfloat16", "fp16"),
@@ -271,12 +272,6 @@ def check_supported(config: Config) -> None:
             raise ConfigError(problem)
 
 
-def _megatron(config: Config) -> str | None:
-    if config.training.train_backend == "megatron":
-        return "--train-backend megatron arrives with the Megatron backend; use --train-backend fsdp"
-    return None
-
-
 def _sglang(config: Config) -> str | None:
     if config.engine.rollout_engine == "sglang":
         return "--rollout-engine sglang arrives with the SGLang engine; use --rollout-engine embedded"
@@ -336,7 +331,6 @@ def _optimizer(config: Config) -> str | None:
 
 
 NOT_YET: tuple[Callable[[Config], str | None], ...] = (
-    _megatron,
     _sglang,
     _separate_devices,
     _remote_reward,

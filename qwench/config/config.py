@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from qwench.config.algorithm import AlgorithmConfig
 from qwench.config.architecture import ArchitectureConfig
@@ -47,6 +48,11 @@ class Config:
     def __post_init__(self) -> None:
         check_supported(self)
         check_sections(self)
+
+    @property
+    def backend(self) -> Literal["megatron", "fsdp"]:
+        """Return the training backend: the one given, or the one the layout needs."""
+        return self.training.train_backend or ("megatron" if self.parallel.model_parallel_size > 1 else "fsdp")
 
     def resolve(self) -> Resolved:
         """Return the values that follow from those given; needs no device, and no file but that of --eval-config.

@@ -14,7 +14,7 @@ class ParallelConfig:
     tensor_model_parallel_size: int = 1
     """Ranks that share each layer's matrices (TP)."""
     sequence_parallel: bool = False
-    """Split activations outside the matrices along the sequence; no effect without tensor parallelism."""
+    """Split activations outside the matrices along the sequence; always so where --tensor-model-parallel-size is over 1."""
     pipeline_model_parallel_size: int = 1
     """Ranks that share the stack of layers (PP)."""
     context_parallel_size: int = 1
@@ -30,6 +30,11 @@ class ParallelConfig:
         for item in fields(self):
             if item.name != "sequence_parallel":
                 check_positive(f"--{item.name.replace('_', '-')}", getattr(self, item.name))
+
+    @property
+    def splits_sequence(self) -> bool:
+        """Tell whether the ranks of a tensor-parallel group share the activations between the matrices."""
+        return self.tensor_model_parallel_size > 1
 
     @property
     def model_parallel_size(self) -> int:

@@ -40,7 +40,7 @@ def dense_only(config: Config) -> str | None:
 
 def fsdp_is_data_parallel(config: Config) -> str | None:
     """FSDP2 has no tensor, pipeline or context parallelism."""
-    if config.training.train_backend != "fsdp":
+    if config.backend != "fsdp":
         return None
     for flag, size in (
         ("--tensor-model-parallel-size", config.parallel.tensor_model_parallel_size),
@@ -49,6 +49,27 @@ def fsdp_is_data_parallel(config: Config) -> str | None:
     ):
         if size > 1:
             return f"{flag} {size} needs --train-backend megatron; set it to 1, fsdp shards over data-parallel ranks"
+    return None
+
+
+def megatron_is_not_fsdp(config: Config) -> str | None:
+    """What belongs to the Hugging Face module and to FSDP2 has no meaning for Megatron."""
+    if config.backend != "megatron":
+        return None
+    for flag, is_set in (
+        (f"--attn-implementation {config.model.attn_implementation}", config.model.attn_implementation != "sdpa"),
+        (f"--dp-replicate {config.parallel.dp_replicate}", config.parallel.dp_replicate > 1),
+        ("--torch-compile", config.training.torch_compile),
+    ):
+        if is_set:
+            return f"{flag} needs --train-backend fsdp; leave it out with megatron"
+    return None
+
+
+def transformer_impl_is_megatrons(config: Config) -> str | None:
+    """FSDP2 trains the Hugging Face module."""
+    if config.backend == "fsdp" and config.training.transformer_impl != "local":
+        return f"--transformer-impl {config.training.transformer_impl} needs --train-backend megatron; leave it out with fsdp"
     return None
 
 
@@ -63,7 +84,7 @@ def replicas_divide_ranks(config: Config) -> str | None:
 def fsdp_recomputes_whole_layers(config: Config) -> str | None:
     """FSDP2 recomputes every layer or none."""
     training = config.training
-    if training.train_backend != "fsdp":
+    if config.backend != "fsdp":
         return None
     if training.recompute_granularity == "selective":
         return "--recompute-granularity selective needs --train-backend megatron; use full, or leave it out"
@@ -139,6 +160,8 @@ Rule = Callable[["Config"], str | None]
 RULES: tuple[Rule, ...] = (
     dense_only,
     fsdp_is_data_parallel,
+    megatron_is_not_fsdp,
+    transformer_impl_is_megatrons,
     replicas_divide_ranks,
     fsdp_recomputes_whole_layers,
     recompute_is_switched_on,

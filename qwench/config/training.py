@@ -13,8 +13,11 @@ from qwench.errors import ConfigError
 class TrainingConfig:
     """The training backend and its batches."""
 
-    train_backend: Literal["megatron", "fsdp"] = "fsdp"
-    """fsdp: PyTorch FSDP2 over the Hugging Face module."""
+    train_backend: Literal["megatron", "fsdp"] | None = None
+    """fsdp: PyTorch FSDP2 over the Hugging Face module; megatron: megatron-core. None: megatron where the layout is more than
+    data-parallel, else fsdp."""
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    """Layers of the Megatron model: local needs megatron-core alone, transformer_engine that package as well."""
     global_batch_size: int | None = None
     """Samples in one optimizer step. None: derived from --num-steps-per-rollout."""
     num_steps_per_rollout: int | None = None
@@ -34,7 +37,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     """Recompute each decoder layer in the backward pass (the same as --recompute-granularity full)."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    """Megatron's name for --gradient-checkpointing: full recomputes whole layers. None: off."""
+    """Megatron's name for --gradient-checkpointing: full recomputes whole layers, selective the attention kernel. None: off."""
     recompute_method: Literal["uniform", "block"] | None = None
     """Which layers --recompute-granularity full recomputes; uniform: all, in chunks of --recompute-num-layers."""
     recompute_num_layers: int | None = None

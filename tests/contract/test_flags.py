@@ -23,7 +23,7 @@ with (Path(__file__).parent / "slime_flags.tsv").open(encoding="ascii", newline=
     SLIME_FLAGS = list(csv.DictReader(lines, delimiter="\t"))
 
 OTHER_DEFAULTS = {
-    "train-backend": "Megatron comes later",
+    "train-backend": "follows from the layout",
     "actor-num-gpus-per-node": "one process is what every machine has",
     "loss-mask-type": "derived from the chat template",
     "rollout-function-path": "the same function under our name",
@@ -104,9 +104,12 @@ def test_the_4b_recipe_parses_on_the_parts_that_exist():
     assert config.engine.embedded_mem_fraction == 0.7
 
 
-def test_the_4b_recipe_as_it_stands_is_refused_for_its_tensor_parallelism():
+def test_a_layout_that_is_more_than_data_parallel_means_megatron():
+    assert parse(["--tensor-model-parallel-size", "2", "--actor-num-gpus-per-node", "8"]).backend == "megatron"
+    assert parse(["--actor-num-gpus-per-node", "8"]).backend == "fsdp"
+    assert parse(["--train-backend", "megatron"]).backend == "megatron"
     with pytest.raises(ConfigError, match=r"^--tensor-model-parallel-size 2 needs --train-backend megatron"):
-        parse(RUN_QWEN3_4B)
+        parse(["--tensor-model-parallel-size", "2", "--actor-num-gpus-per-node", "8", "--train-backend", "fsdp"])
 
 
 def test_the_32b_recipe_parses_without_its_cpu_optimizer():

@@ -8,14 +8,12 @@ from qwench.config import (
     EngineConfig,
     OptimizerConfig,
     RewardConfig,
-    TrainingConfig,
 )
 from qwench.config.compat import EMBEDDED_ALIASES, NEUTRAL, NEUTRAL_BY_NAME, SHORTHANDS, neutral_flag
 from qwench.config.flags import flag_table
 from qwench.errors import ConfigError
 
 NOT_YET = [
-    ({"training": TrainingConfig(train_backend="megatron")}, "--train-backend megatron arrives with the Megatron backend"),
     ({"engine": EngineConfig(rollout_engine="sglang")}, "--rollout-engine sglang arrives with the SGLang engine"),
     ({"engine": EngineConfig(rollout_external_engine_addrs=("a:1",))}, "--rollout-external-engine-addrs arrives with"),
     ({"cluster": ClusterConfig(rollout_num_gpus=2)}, "--rollout-num-gpus (2) besides the trainer's GPUs arrives with"),

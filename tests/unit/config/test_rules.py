@@ -7,6 +7,7 @@ from qwench.config import (
     ClusterConfig,
     Config,
     DebugConfig,
+    ModelConfig,
     ParallelConfig,
     RolloutConfig,
     TrainingConfig,
@@ -16,13 +17,29 @@ from qwench.config.compat import SFT_ROLLOUT
 from qwench.errors import ConfigError
 
 EIGHT = ClusterConfig(actor_num_gpus_per_node=8)
+FSDP = TrainingConfig(train_backend="fsdp")
+MEGATRON = TrainingConfig(train_backend="megatron")
 
 REFUSED = [
     ({"parallel": ParallelConfig(expert_model_parallel_size=2)}, "--expert-model-parallel-size must be 1, got 2"),
     ({"parallel": ParallelConfig(expert_tensor_parallel_size=2)}, "--expert-tensor-parallel-size must be 1, got 2"),
-    ({"parallel": ParallelConfig(tensor_model_parallel_size=2), "cluster": EIGHT}, "--tensor-model-parallel-size 2 needs"),
-    ({"parallel": ParallelConfig(pipeline_model_parallel_size=2), "cluster": EIGHT}, "--pipeline-model-parallel-size 2 needs"),
-    ({"parallel": ParallelConfig(context_parallel_size=2), "cluster": EIGHT}, "--context-parallel-size 2 needs"),
+    (
+        {"parallel": ParallelConfig(tensor_model_parallel_size=2), "cluster": EIGHT, "training": FSDP},
+        "--tensor-model-parallel-size 2 needs --train-backend megatron",
+    ),
+    (
+        {"parallel": ParallelConfig(pipeline_model_parallel_size=2), "cluster": EIGHT, "training": FSDP},
+        "--pipeline-model-parallel-size 2 needs --train-backend megatron",
+    ),
+    (
+        {"parallel": ParallelConfig(context_parallel_size=2), "cluster": EIGHT, "training": FSDP},
+        "--context-parallel-size 2 needs --train-backend megatron",
+    ),
+    ({"parallel": ParallelConfig(tensor_model_parallel_size=3), "cluster": EIGHT}, "--tensor-model-parallel-size 3 x"),
+    ({"training": MEGATRON, "model": ModelConfig(attn_implementation="varlen")}, "--attn-implementation varlen needs"),
+    ({"training": MEGATRON, "parallel": ParallelConfig(dp_replicate=2), "cluster": EIGHT}, "--dp-replicate 2 needs"),
+    ({"training": TrainingConfig(train_backend="megatron", torch_compile=True)}, "--torch-compile needs --train-backend fsdp"),
+    ({"training": TrainingConfig(transformer_impl="transformer_engine")}, "--transformer-impl transformer_engine needs"),
     ({"parallel": ParallelConfig(dp_replicate=3), "cluster": EIGHT}, "--dp-replicate 3 does not divide the 8"),
     ({"training": TrainingConfig(recompute_granularity="selective")}, "--recompute-granularity selective needs"),
     ({"training": TrainingConfig(recompute_granularity="full", recompute_method="block")}, "--train-backend fsdp recomputes"),
