@@ -1,0 +1,122 @@
+"""Names and layouts of Megatron tensors: worked out by hand on integers, and inverses of each other on any model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+from qwench.errors import ConfigError
+from qwench.models.hf import expected_weights
+from qwench.models.megatron_names import WeightRule, by_megatron_name, rules, to_hf, to_megatron, tp_join, tp_shard
+
+
+def qwen3(*, heads: int = 4, groups: int = 2, layers: int = 2, tied: bool = True, vocab_size: int = 10) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=6,
+        intermediate_size=8,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=2,
+        tie_word_embeddings=tied,
+    )
+
+
+def rule_of(config: PretrainedConfig, name: str) -> WeightRule:
+    return by_megatron_name(config)[name]
+
+
+def test_qkv_is_interleaved_by_query_group() -> None:
+    rule = rule_of(qwen3(), "decoder.layers.1.self_attention.linear_qkv.weight")
+    assert rule.hf_names == tuple(f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkv")
+    query, key, value = torch.arange(8)[:, None], torch.arange(100, 104)[:, None], torch.arange(200, 204)[:, None]
+    joined = to_megatron(rule, [query, key, value], qwen3())
+    # Two heads of size 2 per group, then the group's key and value.
+    assert joined.flatten().tolist() == [0, 1, 2, 3, 100, 101, 200, 201, 4, 5, 6, 7, 102, 103, 202, 203]
+    assert tp_shard(rule, joined, 1, 2).flatten().tolist() == [4, 5, 6, 7, 102, 103, 202, 203]
+
+
+def test_every_rank_holds_its_gates_above_its_ups() -> None:
+    rule = rule_of(qwen3(), "decoder.layers.0.mlp.linear_fc1.weight")
+    assert rule.hf_names == ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight")
+    whole = to_megatron(rule, [torch.arange(4)[:, None], torch.arange(10, 14)[:, None]], qwen3())
+    assert whole.flatten().tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
+    assert [tp_shard(rule, whole, rank, 2).flatten().tolist() for rank in (0, 1)] == [[0, 1, 10, 11], [2, 3, 12, 13]]
+
+
+def test_output_projections_are_split_by_columns() -> None:
+    rule = rule_of(qwen3(), "decoder.layers.0.mlp.linear_fc2.weight")
+    assert tp_shard(rule, torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), 1, 2).tolist() == [[3, 4], [7, 8]]
+
+
+def test_a_vocabulary_is_padded_with_zero_rows_only_where_it_must() -> None:
+    config = qwen3(vocab_size=3)
+    rule = rule_of(config, "embedding.word_embeddings.weight")
+    rows = torch.tensor([[1], [2], [3]])
+    shards = [tp_shard(rule, rows, rank, 2) for rank in (0, 1)]
+    assert [shard.tolist() for shard in shards] == [[[1], [2]], [[3], [0]]]
+    assert to_hf(rule, tp_join(rule, shards), config)["model.embed_tokens.weight"].tolist() == rows.tolist()
+
+
+def test_names_in_checkpoints_are_those_of_the_transformer_engine_spec() -> None:
+    keys = {(rule.megatron_name, rule.checkpoint_key, rule.layer) for rule in rules(qwen3(layers=4, tied=False))}
+    for expected in (
+        ("decoder.layers.3.input_layernorm.weight", "decoder.layers.self_attention.linear_qkv.layer_norm_weight", 3),
+        ("decoder.layers.3.pre_mlp_layernorm.weight", "decoder.layers.mlp.linear_fc1.layer_norm_weight", 3),
+        ("decoder.layers.0.self_attention.q_layernorm.weight", "decoder.layers.self_attention.q_layernorm.weight", 0),
+        ("decoder.layers.0.mlp.linear_fc1.weight", "decoder.layers.mlp.linear_fc1.weight", 0),
+        ("decoder.final_layernorm.weight", "decoder.final_layernorm.weight", None),
+        ("output_layer.weight", "output_layer.weight", None),
+    ):
+        assert expected in keys
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        qwen3(tied=True),
+        qwen3(tied=False),
+        Qwen2Config(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
+        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
+    ],
+    ids=["qwen3-tied", "qwen3-untied", "qwen2", "llama"],
+)
+def test_every_parameter_has_exactly_one_rule(config: PretrainedConfig) -> None:
+    named = [name for rule in rules(config) for name in rule.hf_names]
+    assert len(named) == len(set(named))
+    assert set(named) == expected_weights(config)
+
+
+@pytest.mark.parametrize("setting", ["attention_bias", "mlp_bias"])
+def test_biases_that_megatron_is_not_built_with_are_refused(setting: str) -> None:
+    with pytest.raises(ConfigError, match=setting):
+        rules(LlamaConfig(num_hidden_layers=1, **{setting: True}))
+
+
+@settings(max_examples=30, deadline=None)
+@given(groups=st.sampled_from([1, 2, 4]), per_group=st.integers(1, 3), size=st.sampled_from([1, 2, 4]), seed=st.integers(0, 99))
+def test_converting_and_sharding_are_undone_exactly(groups: int, per_group: int, size: int, seed: int) -> None:
+    config = qwen3(heads=groups * per_group, groups=groups, layers=1, tied=False)
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "q_proj": (groups * per_group * 2, 6), "k_proj": (groups * 2, 6), "v_proj": (groups * 2, 6), "norm": (6,),
+        "gate_proj": (8, 6), "up_proj": (8, 6), "down_proj": (6, 8), "embed_tokens": (10, 6), "lm_head": (10, 6),
+        "o_proj": (6, groups * per_group * 2 * 2), "_layernorm": (6,),
+    }  # fmt: skip
+    for rule in rules(config):
+        shape = [next(shapes[key] for key in shapes if key in name) for name in rule.hf_names]
+        tensors = [torch.randint(-(2**31), 2**31, dims, generator=generator) for dims in shape]
+        whole = to_megatron(rule, tensors, config)
+        if rule.kind != "qkv" or groups % size == 0:
+            shards = [tp_shard(rule, whole, rank, size) for rank in range(size)]
+            joined = tp_join(rule, shards)
+            assert torch.equal(joined[: whole.shape[0]], whole)
+            assert all(shard.is_contiguous() for shard in shards)
+            whole = joined
+        back = to_hf(rule, whole, config)
+        assert list(back) == list(rule.hf_names)
+        assert all(torch.equal(back[name], tensor) for name, tensor in zip(rule.hf_names, tensors, strict=True))
