@@ -1,0 +1,1 @@
+"""Training with a stock megatron-core; the only package that imports it."""
