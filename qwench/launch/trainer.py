@@ -14,11 +14,11 @@ from qwench.launch.inputs import Inputs
 from qwench.models.registry import head_dim
 from qwench.observability.timing import PhaseTimer
 from qwench.plugins import load_function
+from qwench.training.adam import AdamSettings
 from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
-from qwench.training.fsdp.optimizer import AdamSettings
 from qwench.training.fsdp.process_group import init_process_group
-from qwench.training.fsdp.schedule import LrSchedule
 from qwench.training.learner import Learner, RewardPostProcess
+from qwench.training.schedule import LrSchedule
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 DEFAULT_HEAD_CHUNK_TOKENS = 4096

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 
 from qwench.errors import TrainingError
+from qwench.training.adam import AdamSettings
 from qwench.training.backend import TokenLoss, TrainBackend
 from qwench.training.batch import unpack
 from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
-from qwench.training.fsdp.optimizer import AdamSettings
-from qwench.training.fsdp.schedule import LrSchedule
+from qwench.training.schedule import LrSchedule
 from tests.contract import train_backend_cases as cases
 
 _TIMEOUT_S = 120

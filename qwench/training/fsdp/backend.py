@@ -21,16 +21,17 @@ from torch.distributed.tensor import DTensor
 from qwench.engines.protocol import WeightBucket
 from qwench.errors import TrainingError
 from qwench.models.hf import load_hf_config, load_model
+from qwench.training.adam import AdamSettings
 from qwench.training.backend import LossFunction, ParallelRank, StepResult, TokenLoss
 from qwench.training.batch import MicroBatch
 from qwench.training.fsdp import checkpoint
 from qwench.training.fsdp.attention import install_attention
-from qwench.training.fsdp.host import HostCopy
-from qwench.training.fsdp.optimizer import AdamSettings, MasterOptimizer
+from qwench.training.fsdp.optimizer import MasterOptimizer
 from qwench.training.fsdp.parallelize import MASTER_DTYPE, parallelize
 from qwench.training.fsdp.policy import Policy
 from qwench.training.fsdp.process_group import build_mesh
-from qwench.training.fsdp.schedule import LrSchedule
+from qwench.training.host import HostCopy
+from qwench.training.schedule import LrSchedule
 from qwench.weights.buckets import bucketed
 
 

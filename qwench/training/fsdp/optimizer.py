@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -11,23 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from qwench.training.fsdp.schedule import LrSchedule
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_NORM_EPS = 1e-6
-"""Megatron's and torch's guard in clip / (norm + eps)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdamSettings:
-    """Constants of AdamW (--adam-beta1 ... --clip-grad)."""
-
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    """Of matrices; vectors (norms, biases) are not decayed."""
-    clip_grad: float
-    """Largest global gradient norm; 0 turns clipping off."""
+from qwench.training.adam import MOMENTS, NORM_EPS, AdamSettings
+from qwench.training.schedule import LrSchedule
 
 
 class MasterOptimizer:
@@ -59,7 +43,7 @@ class MasterOptimizer:
         """Clip by `grad_norm`, update, drop the gradients, and return the learning rate of each parameter group."""
         if 0.0 < self._clip_grad < grad_norm:
             for gradient in self._local_gradients():
-                gradient.mul_(self._clip_grad / (grad_norm + _NORM_EPS))
+                gradient.mul_(self._clip_grad / (grad_norm + NORM_EPS))
         learning_rate = self._schedule.at(self.num_steps)
         for group in self._adam.param_groups:
             group["lr"] = learning_rate
@@ -75,14 +59,14 @@ class MasterOptimizer:
     def moments(self) -> dict[str, Tensor]:
         """Return the sharded moments by name (`<weight>.exp_avg`, `<weight>.exp_avg_sq`); empty before the first step."""
         states = ((name, self._adam.state.get(weight, {})) for name, weight in self._weights.items())
-        return {f"{name}.{moment}": state[moment] for name, state in states if state for moment in _MOMENTS}
+        return {f"{name}.{moment}": state[moment] for name, state in states if state for moment in MOMENTS}
 
     def reset(self, num_steps: int) -> None:
         """Start over as after `num_steps` steps, with moments of zero that a checkpoint is then read into."""
         self.num_steps = num_steps
         self._adam.state.clear()
         for weight in self._weights.values():
-            moments = {moment: torch.zeros_like(weight.detach()) for moment in _MOMENTS}
+            moments = {moment: torch.zeros_like(weight.detach()) for moment in MOMENTS}
             step = torch.tensor(float(num_steps), dtype=torch.float32, device=weight.device)
             self._adam.state[weight] = {"step": step, **moments}
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from qwench.errors import ConfigError
-from qwench.training.fsdp.schedule import LrSchedule
+from qwench.training.schedule import LrSchedule
 
 
 def test_constant_after_linear_warmup():
