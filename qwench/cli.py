@@ -30,6 +30,8 @@ Post-train Qwen3 with reinforcement learning and supervised fine-tuning.
   serve          the embedded engine behind SGLang's HTTP API
   reward check   grade a file of responses and labels
   make-model     a checkpoint with random weights, from tiny to 32B
+  download       models and data sets of the Hugging Face hub
+  doctor         what this machine has and what is amiss
   quickstart     from nothing to a model that learned arithmetic, in minutes on a CPU
 
   qwench VERB --help   all flags of a verb
@@ -157,6 +159,30 @@ def make_model(words: Sequence[str]) -> None:
     make_checkpoint(config.output, size=config.size, tokenizer=tokenizer, seed=config.seed)
 
 
+def download(words: Sequence[str]) -> None:
+    """Fetch repositories of the Hugging Face hub: `qwench download OWNER/NAME ... --output DIR`."""
+    from qwench.config.parse import parse_flags
+    from qwench.config.verbs import DownloadConfig, split_names
+
+    names, flags = split_names(words)
+    config = parse_flags(DownloadConfig, flags, prog="qwench download OWNER/NAME ...")
+    from qwench.models import download as hub
+
+    for folder in hub.download(names, output=config.output, kind=config.kind, revision=config.revision):
+        sys.stdout.write(f"{folder}\n")
+
+
+def doctor(words: Sequence[str]) -> None:
+    """Report on this machine."""
+    from qwench.config.parse import parse_flags
+    from qwench.config.verbs import DoctorConfig
+
+    config = parse_flags(DoctorConfig, words, prog="qwench doctor")
+    from qwench.doctor import examine, render
+
+    sys.stdout.write(render(examine(config.output)))
+
+
 def quickstart(words: Sequence[str]) -> None:
     """Make a tiny model, teach it arithmetic by SFT and GRPO, and show what was learned."""
     from qwench.config.parse import parse_flags
@@ -175,6 +201,8 @@ VERBS: Mapping[str, Callable[[Sequence[str]], None]] = {
     "serve": serve,
     "reward": reward,
     "make-model": make_model,
+    "download": download,
+    "doctor": doctor,
     "quickstart": quickstart,
 }
 

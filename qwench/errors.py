@@ -13,12 +13,20 @@ class EngineError(QwenchError):
     """An inference engine failed, answered nonsense or missed its deadline."""
 
 
+class EngineLostError(EngineError):
+    """An engine cannot be reached, broke off, or did not answer in time: what it was asked may be asked of another one."""
+
+
 class WeightSyncError(QwenchError):
     """A publication of weights did not arrive whole at every engine."""
 
 
 class CheckpointError(QwenchError):
     """A checkpoint is missing, incomplete or of another run."""
+
+
+class DownloadError(QwenchError):
+    """The Hugging Face hub could not be reached, or has no such thing."""
 
 
 class RewardError(QwenchError):

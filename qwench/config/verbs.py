@@ -55,6 +55,32 @@ class QuickstartConfig:
     """Seed of data, weights and training."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DownloadConfig:
+    """What `qwench download` fetches, and where to."""
+
+    output: Path
+    """Folder under which each repository gets one of its own, named as it is: MODEL_DIR or DATA_DIR of the recipes."""
+    kind: Literal["model", "dataset"] = "model"
+    """What the repositories hold."""
+    revision: str | None = None
+    """Branch, tag or commit. None: the newest."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DoctorConfig:
+    """What `qwench doctor` looks at besides the machine."""
+
+    output: Path = Path("runs")
+    """Folder that runs would write to."""
+
+
+def split_names(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take the names out of `NAME ... --flag ...`."""
+    first_flag = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    return list(words[:first_flag]), list(words[first_flag:])
+
+
 def split_file(words: Sequence[str], *, usage: str) -> tuple[Path, list[str]]:
     """Take the file out of `FILE --flag ...`; a call for help gets a path that is never read.
 

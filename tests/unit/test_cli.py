@@ -44,7 +44,10 @@ def test_top_level_help_imports_no_library():
     assert {"torch", "transformers", "tyro", "rich", "yaml", "qwench.config"} & set(modules) == set()
 
 
-@pytest.mark.parametrize("verb", [["train"], ["sft"], ["eval"], ["serve"], ["reward", "check"], ["make-model"], ["quickstart"]])
+@pytest.mark.parametrize(
+    "verb",
+    [["train"], ["sft"], ["eval"], ["serve"], ["reward", "check"], ["make-model"], ["download"], ["doctor"], ["quickstart"]],
+)
 def test_every_verb_explains_its_flags(capsys, verb):
     assert run(*verb, "--help") == 0
     shown = capsys.readouterr().out
@@ -55,7 +58,10 @@ def test_every_verb_explains_its_flags(capsys, verb):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["trian"], "qwench: unknown verb 'trian'; known: train, sft, eval, serve, reward, make-model, quickstart"),
+        (
+            ["trian"],
+            "qwench: unknown verb 'trian'; known: train, sft, eval, serve, reward, make-model, download, doctor, quickstart",
+        ),
         (["train", "--num-rolout", "3"], "qwench: unknown flag --num-rolout; did you mean --num-rollout?"),
         (["train", "--lr", "high"], "qwench: --lr must be a number, got 'high'"),
         (["eval"], "qwench: qwench eval needs something to evaluate on; give --eval-prompt-data NAME FILE"),

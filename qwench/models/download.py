@@ -1,0 +1,46 @@
+"""`qwench download`: bring models and data sets of the Hugging Face hub into the folders that recipes read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from qwench.errors import ConfigError, DownloadError
+
+# What neither training nor inference reads.
+_LEFT_OUT = ("*.bin", "*.pth", "*.gguf", "*.onnx", "original/*")
+
+
+def download(repositories: Sequence[str], *, output: Path, kind: str, revision: str | None = None) -> list[Path]:
+    """Fetch each repository into `output/<last part of its name>`; what is there already is not fetched again.
+
+    Args:
+        repositories: Such as `Qwen/Qwen3-4B` (kind model) or `zhuzilin/dapo-math-17k` (kind dataset).
+
+    Raises:
+        ConfigError: no repository is named, or not as `owner/name`.
+        DownloadError: the hub did not give it.
+    """
+    if not repositories:
+        raise ConfigError("nothing to download; name repositories of the Hugging Face hub, such as Qwen/Qwen3-4B")
+    for repository in repositories:
+        owner, slash, name = repository.partition("/")
+        if not (owner and slash and name) or "/" in name:
+            raise ConfigError(f"{repository!r} is no repository of the Hugging Face hub; name it as owner/name")
+    return [_fetch(repository, output=output, kind=kind, revision=revision) for repository in repositories]
+
+
+def _fetch(repository: str, *, output: Path, kind: str, revision: str | None) -> Path:
+    folder = output / repository.partition("/")[2]
+    try:
+        snapshot_download(repository, repo_type=kind, revision=revision, local_dir=folder, ignore_patterns=list(_LEFT_OUT))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DownloadError(
+            f"cannot download the {kind} {repository} ({first_line}); check the name, the network (HF_ENDPOINT: a mirror), "
+            f"and for gated ones HF_TOKEN. What arrived is in {folder} and is used when the same command runs again."
+        ) from error
+    return folder
