@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from qwench.engines.embedded.rope import RopeSpec, rope_from_config
 from qwench.errors import ConfigError
+from qwench.models.rope import RopeSpec, rope_from_config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

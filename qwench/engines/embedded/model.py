@@ -16,7 +16,7 @@ from qwench.algorithms.log_probs import head_logits
 from qwench.engines.embedded.architecture import Architecture
 from qwench.engines.embedded.attention import Attention
 from qwench.engines.embedded.kv_cache import KVCache
-from qwench.engines.embedded.rope import rope_table, rotate
+from qwench.models.rope import rope_table, rotate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -44,9 +44,7 @@ def rope_from_config(config: PretrainedConfig, head_dim: int) -> RopeSpec:
     theta = float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10_000.0)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(
-            "the embedded engine rotates whole heads only; this config has a partial_rotary_factor. Use another engine."
-        )
+        raise ConfigError("config.json has a partial_rotary_factor, but only whole heads are rotated; choose another model.")
     if kind == "default":
         return RopeSpec(head_dim=head_dim, theta=theta)
     if kind == "llama3":
@@ -57,7 +55,7 @@ def rope_from_config(config: PretrainedConfig, head_dim: int) -> RopeSpec:
             original_max_positions=int(parameters["original_max_position_embeddings"]),
         )
         return RopeSpec(head_dim=head_dim, theta=theta, scaling=scaling)
-    raise ConfigError(f"the embedded engine knows the rope types default and llama3; got {kind!r} in the model's config.")
+    raise ConfigError(f"config.json has the rope type {kind!r}; known: default, llama3. Choose another model.")
 
 
 def rope_table(spec: RopeSpec, num_positions: int, device: torch.device) -> Tensor:

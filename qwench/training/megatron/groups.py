@@ -1,0 +1,55 @@
+"""Joining megatron-core's process groups, and leaving them again so that another layout can follow."""
+
+from __future__ import annotations
+
+import math
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from qwench.training.backend import ParallelRank
+from qwench.training.megatron.layout import ParallelLayout
+
+
+def join_groups(layout: ParallelLayout, *, seed: int = 0, timeout_s: float = 1800.0) -> ParallelRank:
+    """Divide the ranks of the default process group by `layout`, and return where this one stands; collective.
+
+    The groups use the backends of the default group. No groups of gloo are made beside them, as megatron-core would for saving.
+
+    Args:
+        seed: Of megatron-core's random states, which it asks for though nothing is drawn: there is no dropout.
+        timeout_s: Of a collective in these groups.
+    """
+    assert dist.is_initialized(), "init_process_group comes first"
+    assert not parallel_state.model_parallel_is_initialized(), "leave_groups comes first"
+    assert dist.get_world_size() % layout.model_ranks == 0, "check_layout comes first"
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),
+        create_gloo_process_groups=False,
+    )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return ParallelRank(
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        cp_size=layout.cp,
+        is_main=dist.get_rank() == 0,
+    )
+
+
+def leave_groups() -> None:
+    """Forget megatron-core's groups; the default process group stays. Harmless where none were joined."""
+    parallel_state.destroy_model_parallel()
+
+
+def is_first_stage() -> bool:
+    """Tell whether this rank holds the embedding."""
+    return bool(parallel_state.is_pipeline_first_stage())
+
+
+def is_last_stage() -> bool:
+    """Tell whether this rank holds the head."""
+    return bool(parallel_state.is_pipeline_last_stage())

@@ -1,0 +1,72 @@
+"""How ranks divide the model and its tokens; pure numbers, checked before any process starts.
+
+    world = tp x cp x dp x pp      neighbouring ranks are of one tensor-parallel group, the farthest of one pipeline
+
+tp splits the matrices, pp the layers, cp the tokens of each sequence, dp the micro-batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from qwench.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelLayout:
+    """Sizes of the groups of ranks that hold one copy of the model together."""
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    sequence_parallel: bool = False
+    """Split what lies between the matrices by tokens over the tensor-parallel ranks; means nothing with `tp` 1."""
+
+    @property
+    def model_ranks(self) -> int:
+        """Return how many ranks compute one micro-batch together."""
+        return self.tp * self.pp * self.cp
+
+    @property
+    def token_multiple(self) -> int:
+        """Return what the number of tokens on one rank must be a multiple of."""
+        return self.tp if self.sequence_parallel else 1
+
+
+def check_layout(layout: ParallelLayout, config: PretrainedConfig, *, world_size: int) -> None:
+    """Make sure that the ranks, and the model's heads and layers, divide evenly.
+
+    Raises:
+        ConfigError: they do not, in one line that names the flag and both numbers.
+    """
+    for flag, size in _flags(layout).items():
+        if size < 1:
+            raise ConfigError(f"{flag} ({size}) must be at least 1.")
+    if world_size % layout.model_ranks:
+        sizes = " x ".join(f"{flag} {size}" for flag, size in _flags(layout).items() if size > 1)
+        raise ConfigError(
+            f"{sizes} ({layout.model_ranks} ranks for one copy of the model) does not divide the {world_size} trainer ranks; "
+            "change the layout or the number of GPUs."
+        )
+    for what, count in (
+        ("attention heads", config.num_attention_heads),
+        ("key-value heads", config.num_key_value_heads),
+        ("columns of the MLP", config.intermediate_size),
+    ):
+        _check_divides("--tensor-model-parallel-size", layout.tp, what, count)
+    _check_divides("--pipeline-model-parallel-size", layout.pp, "layers", config.num_hidden_layers)
+
+
+def _flags(layout: ParallelLayout) -> dict[str, int]:
+    return {
+        "--tensor-model-parallel-size": layout.tp,
+        "--pipeline-model-parallel-size": layout.pp,
+        "--context-parallel-size": layout.cp,
+    }
+
+
+def _check_divides(flag: str, size: int, what: str, count: int) -> None:
+    if count % size:
+        raise ConfigError(f"{flag} ({size}) does not divide the model's {count} {what}; choose a divisor of {count}.")
