@@ -1,0 +1,120 @@
+"""A process that this one starts, talks to through a pipe, and outlives by no means: the side of the one who starts it.
+
+The child holds one end of the pipe; when the other end is gone, with us or without, it ends itself and everything it started
+(`cluster.rank_process`). It leads a process group of its own, so that ending it never touches anything else, and Ctrl-C reaches
+only the driver, which decides what to do.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+
+_TAIL_LINES = 5
+_DRAIN_TIMEOUT_S = 2.0
+
+Say = Callable[[str], None]
+"""Shows a line."""
+
+
+class ChildProcess:
+    """`python -m MODULE FD`, where FD is the child's end of `connection`."""
+
+    def __init__(self, module: str, *, environ: Mapping[str, str], log_file: Path | None, say: Say | None) -> None:
+        """Start it.
+
+        Args:
+            module: what to run.
+            environ: its whole environment.
+            log_file: takes what it writes; None: nothing does.
+            say: is given each line it writes; None: nobody is.
+        """
+        self.connection, theirs = Pipe()
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, str(theirs.fileno())],
+            env=dict(environ),
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        theirs.close()
+        self._reader = threading.Thread(target=self._read_output, args=(log_file, say), name=f"output of {module}", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """Return its process id."""
+        return self._process.pid
+
+    def has_ended(self) -> bool:
+        """Tell whether it runs no more, where the system can say so without reaping it: its process id stays its own."""
+        if self._process.returncode is not None:
+            return True
+        if not hasattr(os, "waitid"):  # macOS before Python 3.13: the closed pipe has to do
+            return False
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until it has ended by itself, at most `timeout_s`."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout_s)
+
+    def kill(self) -> None:
+        """End it and its whole process group at once; harmless twice."""
+        if self._process.returncode is None:
+            with suppress(ProcessLookupError, PermissionError):  # macOS: no permission for a group of zombies
+                os.killpg(self.pid, signal.SIGKILL)
+            self._process.wait()
+        self.connection.close()
+        self._reader.join(_DRAIN_TIMEOUT_S)
+
+    def how_it_ended(self) -> str:
+        """Say how, once it has ended."""
+        code = self._process.wait()
+        if code >= 0:
+            return f"ended with exit code {code}"
+        name = signal.Signals(-code).name
+        return f"was ended by {name}" + (" (the kernel does that when memory runs out)" if name == "SIGKILL" else "")
+
+    def last_output(self) -> str:
+        """Return the last lines it wrote, once it has ended."""
+        self._reader.join(_DRAIN_TIMEOUT_S)
+        return " | ".join(self._tail)
+
+    def _read_output(self, log_file: Path | None, say: Say | None) -> None:
+        assert self._process.stdout is not None, "its output goes through a pipe"
+        with self._process.stdout as stream, (log_file or Path(os.devnull)).open("a") as log:
+            for line in stream:
+                log.write(line)
+                log.flush()
+                if line.strip():
+                    self._tail.append(line.strip())
+                    if say is not None:
+                        say(line.rstrip())
+
+
+def parent_connection(argument: str) -> Connection:
+    """Return the child's end of the pipe, named by the argument it was started with; nobody inherits it."""
+    descriptor = int(argument)
+    os.set_inheritable(descriptor, False)
+    return Connection(descriptor)
+
+
+def end_own_group() -> None:
+    """End this process and everything it started."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+    os._exit(1)

@@ -1,0 +1,101 @@
+"""The rank's side: holds the learner of one trainer rank and does what the driver calls for.
+
+    build -> (learn | save | load | weights | sleep | wake | run)* -> close
+
+Every rank is given the same calls in the same order, so that the learner's collective methods meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from qwench.cluster.buckets import PackedBucket, pack
+from qwench.cluster.messages import Answer, Call, Failure
+from qwench.engines.protocol import WeightBucket
+from qwench.observability.timing import PhaseTimer
+from qwench.samples import Rollout
+from qwench.training.fsdp.process_group import leave_process_group
+from qwench.training.learner import Learned, Learner
+
+BuildLearner = Callable[[PhaseTimer], Learner]
+"""Joins the other ranks and builds this rank's learner; picklable."""
+
+_OF_THE_DRIVER = ("perf/step_time", "perf/wait_time_ratio")
+
+
+class RankHost:
+    """See the module docstring."""
+
+    def __init__(self, rank: int, *, exchange_folder: Path | None) -> None:
+        """Hold nothing yet.
+
+        Args:
+            rank: of the trainer; rank 0 answers for all where all would say the same.
+            exchange_folder: where buckets of weights are put for the driver; None: they go with the answer.
+        """
+        self._is_main = rank == 0
+        self._exchange_folder = exchange_folder
+        self._timer = PhaseTimer()
+        self._learner: Learner | None = None
+        self._buckets: Iterator[WeightBucket] = iter(())
+
+    def answer(self, call: Call) -> Answer | Failure:
+        """Do what is asked for, and return what came of it."""
+        method: Callable[..., Any] = getattr(self, call.method)
+        try:
+            return Answer(value=method(*call.arguments))
+        except Exception as error:  # noqa: BLE001 - the border of the process: the driver raises it
+            return Failure.of(error)
+
+    def build(self, build_learner: BuildLearner) -> None:
+        """Build the learner."""
+        self._learner = build_learner(self._timer)
+
+    def learn(self, rollout: Rollout) -> Learned | None:
+        """Learn, and measure how long each phase took on this rank."""
+        learned = self._held.learn(rollout)
+        times = {name: value for name, value in self._timer.take().items() if name not in _OF_THE_DRIVER}
+        return Learned(metrics={**learned.metrics, **times}, steps=learned.steps) if self._is_main else None
+
+    def save(self, folder: Path, with_optimizer: bool) -> None:
+        """See `Learner.save`."""
+        self._held.save(folder, with_optimizer=with_optimizer)
+
+    def load(self, folder: Path, weights_only: bool, with_rng: bool) -> None:
+        """See `Learner.load`."""
+        self._held.load(folder, weights_only=weights_only, with_rng=with_rng)
+
+    def open_weights(self, bucket_bytes: int) -> None:
+        """Begin to gather the weights."""
+        self._buckets = self._held.weights(bucket_bytes=bucket_bytes)
+
+    def next_bucket(self) -> PackedBucket | bool:
+        """Gather one more bucket: the main rank returns it, the others whether there was one."""
+        bucket = next(self._buckets, None)
+        if bucket is None:
+            return False
+        return pack(bucket, folder=self._exchange_folder) if self._is_main else True
+
+    def sleep(self) -> None:
+        """See `Learner.sleep`."""
+        self._held.sleep()
+
+    def wake(self) -> None:
+        """See `Learner.wake`."""
+        self._held.wake()
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return what `function(learner, *arguments)` returns."""
+        return function(self._held, *arguments)
+
+    def close(self) -> None:
+        """Part from the other ranks."""
+        self._learner = None
+        leave_process_group()
+
+    @property
+    def _held(self) -> Learner:
+        assert self._learner is not None, "build comes first"
+        return self._learner

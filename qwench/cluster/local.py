@@ -1,0 +1,129 @@
+"""Trainer ranks as processes of this machine: one child each; calls that are large go through files in shared memory."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from qwench.cluster.buckets import make_exchange_folder
+from qwench.cluster.child import ChildProcess, Say
+from qwench.cluster.messages import Call, Death, News
+from qwench.cluster.rendezvous import Rendezvous
+
+_MODULE = "qwench.cluster.rank_process"
+_INLINE_BYTES = 32 * 1024  # fits a pipe's buffer, so that sending never waits for a rank
+_CHECK_INTERVAL_S = 1.0
+_EXIT_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seat:
+    """The first message: what a rank's process must know before its first call."""
+
+    rank: int
+    import_path: Sequence[str]
+    """`sys.path` of the driver: the user's own functions are found where the driver finds them."""
+    exchange_folder: Path
+
+
+class LocalRanks:
+    """See the module docstring and `workers.Ranks`."""
+
+    def __init__(self, size: int, *, environ: Mapping[str, str], bucket_bytes: int, log_folder: Path | None, say: Say) -> None:
+        """Start `size` processes.
+
+        Args:
+            environ: The driver's environment; each rank's also says which rank it is.
+            bucket_bytes: Size of the buckets of weights that will be asked for.
+            log_folder: Takes `rank_<r>.log`, what each rank writes; None: only its last lines are kept.
+            say: Shows what the main rank writes.
+        """
+        self._rendezvous = Rendezvous()
+        self._folder = make_exchange_folder(bucket_bytes)
+        self._calls_sent = 0
+        self._closing = False
+        self._reported: set[int] = set()
+        if log_folder is not None:
+            log_folder.mkdir(parents=True, exist_ok=True)
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size)), **environ}
+        self._children = [
+            ChildProcess(
+                _MODULE,
+                environ={**threads, **self._rendezvous.environ(rank, size, local_rank=rank)},
+                log_file=log_folder / f"rank_{rank}.log" if log_folder is not None else None,
+                say=(lambda line: say(f"[rank 0] {line}")) if rank == 0 else None,
+            )
+            for rank in range(size)
+        ]
+        for rank, child in enumerate(self._children):
+            seat = Seat(rank=rank, import_path=sys.path, exchange_folder=self._folder)
+            self._send_to(child, pickle.dumps(seat))
+
+    @property
+    def size(self) -> int:
+        """Return the number of ranks."""
+        return len(self._children)
+
+    @property
+    def pids(self) -> list[int]:
+        """Return the process id of each rank."""
+        return [child.pid for child in self._children]
+
+    def send(self, call: Call) -> None:
+        """Give every rank the call; see `Ranks.send`."""
+        self._closing = call.method == "close"
+        message = pickle.dumps(call)
+        if len(message) > _INLINE_BYTES:
+            self._call_file(self._calls_sent - 1).unlink(missing_ok=True)  # every rank has answered that one
+            path = self._call_file(self._calls_sent)
+            path.write_bytes(message)
+            message = pickle.dumps(path)
+        self._calls_sent += 1
+        for child in self._children:
+            self._send_to(child, message)
+
+    def receive(self, timeout_s: float) -> list[tuple[int, News]]:
+        """Return answers and deaths; see `Ranks.receive`."""
+        waiting = {child.connection: rank for rank, child in enumerate(self._children) if rank not in self._reported}
+        ready = wait(list(waiting), timeout=min(timeout_s, _CHECK_INTERVAL_S))
+        news: list[tuple[int, News]] = []
+        for connection, rank in waiting.items():
+            child = self._children[rank]
+            # A rank that has answered and then died is found dead at the next call.
+            if connection in ready:
+                try:
+                    news.append((rank, pickle.loads(child.connection.recv_bytes())))
+                except (EOFError, OSError):
+                    news.append((rank, self._death(rank)))
+            elif child.has_ended():
+                news.append((rank, self._death(rank)))
+        return news
+
+    def end(self) -> None:
+        """End every process; those that were asked to close may do so themselves. See `Ranks.end`."""
+        for child in self._children:
+            if self._closing:
+                child.wait(_EXIT_TIMEOUT_S)
+            child.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _death(self, rank: int) -> Death:
+        self._reported.add(rank)
+        child = self._children[rank]
+        child.wait(_EXIT_TIMEOUT_S)  # its end of the pipe closes a little before
+        child.kill()
+        return Death(reason=child.how_it_ended(), output=child.last_output())
+
+    def _call_file(self, number: int) -> Path:
+        return self._folder / f"call_{number}"
+
+    def _send_to(self, child: ChildProcess, message: bytes) -> None:
+        with suppress(OSError):  # it has ended, which `receive` tells better
+            child.connection.send_bytes(message)

@@ -1,0 +1,67 @@
+"""The process of one trainer rank on this machine: `python -m qwench.cluster.rank_process FD`, started by `cluster.local`.
+
+A thread of its own listens to the driver: when the driver is gone, the rank ends at once, also in the middle of a collective.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import pickle
+import queue
+import shutil
+import sys
+import threading
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from qwench.cluster.child import end_own_group, parent_connection
+from qwench.cluster.host import RankHost
+from qwench.cluster.local import Seat
+from qwench.cluster.messages import Answer, Call, Failure
+
+
+def main() -> None:
+    """Answer calls until one is `close`."""
+    faulthandler.enable()
+    driver = parent_connection(sys.argv[1])
+    seat: Seat = pickle.loads(driver.recv_bytes())
+    sys.path[:] = seat.import_path
+    messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(driver, messages, seat.exchange_folder), name="driver", daemon=True).start()
+    host = RankHost(seat.rank, exchange_folder=seat.exchange_folder)
+    closed = False
+    while not closed:
+        closed, answer = _answer(host, messages.get())
+        driver.send_bytes(_encode(answer))
+
+
+def _listen(driver: Connection, messages: queue.SimpleQueue[bytes], exchange_folder: Path) -> None:
+    try:
+        while True:
+            messages.put(driver.recv_bytes())
+    except (EOFError, OSError):
+        shutil.rmtree(exchange_folder, ignore_errors=True)
+        end_own_group()
+
+
+def _answer(host: RankHost, message: bytes) -> tuple[bool, Answer | Failure]:
+    """Return whether the call was the last one, and what came of it."""
+    try:
+        call = pickle.loads(message)
+        if isinstance(call, Path):
+            call = pickle.loads(call.read_bytes())
+    except Exception as error:  # noqa: BLE001 - the border of the process: what was sent may name what is not here
+        return False, Failure.of(error)
+    assert isinstance(call, Call), f"the driver sends calls, got {call!r}"
+    return call.method == "close", host.answer(call)
+
+
+def _encode(answer: Answer | Failure) -> bytes:
+    try:
+        return pickle.dumps(answer)
+    except Exception as error:  # noqa: BLE001 - the border of the process: a result may not be picklable
+        return pickle.dumps(Failure.of(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""The driver's side of several trainer ranks: one learner to the controller, one process for each rank.
+
+    controller -> RemoteLearner -> WorkerGroup.call("learn", rollout) -> Ranks.send -> rank 0, 1, ... each: RankHost.answer
+                                                                      <- Ranks.receive <-
+
+Every wait has a deadline and a label. Whatever goes wrong on one rank ends all of them: the others may wait for it in a
+collective, where nothing else reaches them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from qwench.cluster.buckets import unpack
+from qwench.cluster.host import BuildLearner
+from qwench.cluster.messages import Answer, Call, Death, Failure, News
+from qwench.engines.protocol import WeightBucket
+from qwench.errors import QwenchError, TrainingError
+from qwench.observability.console import Console
+from qwench.samples import Rollout
+from qwench.training.learner import Learned
+
+BUILD_TIMEOUT_S = 3600.0
+LEARN_TIMEOUT_S = 12 * 3600.0  # a collective in which ranks wait for each other has a much shorter one of its own
+CHECKPOINT_TIMEOUT_S = 3600.0
+BUCKET_TIMEOUT_S = 600.0
+MEMORY_TIMEOUT_S = 300.0
+CLOSE_TIMEOUT_S = 60.0
+GRACE_S = 2.0  # after the first bad news: what else is under way may say more
+
+
+class Ranks(Protocol):
+    """The processes of a run's trainer ranks, wherever they are. They end when the driver does."""
+
+    @property
+    def size(self) -> int:
+        """Return their number."""
+        ...
+
+    def send(self, call: Call) -> None:
+        """Give every rank the same call; none has another one unanswered. Does not wait for them."""
+        ...
+
+    def receive(self, timeout_s: float) -> Sequence[tuple[int, News]]:
+        """Return what has come, with the rank that it is from; wait for the first at most `timeout_s`."""
+        ...
+
+    def end(self) -> None:
+        """End every process at once, whatever it is doing; harmless twice."""
+        ...
+
+
+class WorkerGroup:
+    """See the module docstring. Any thread may call; calls follow one another."""
+
+    def __init__(self, ranks: Ranks, *, grace_s: float = GRACE_S, clock: Callable[[], float] = time.monotonic) -> None:
+        """Take over ranks that hold nothing yet: `close` ends them."""
+        self._ranks = ranks
+        self._grace_s = grace_s
+        self._clock = clock
+        self._lock = Lock()
+        self._ended = False
+
+    def call(self, method: str, *arguments: Any, label: str, timeout_s: float) -> list[Any]:
+        """Have every rank do the same, and return what each answers.
+
+        Args:
+            method: of `RankHost`.
+            label: what is done, for messages: `learn from rollout 3`.
+            timeout_s: for all ranks together.
+
+        Raises:
+            TrainingError: a rank died, or not all have answered in time; no rank is left.
+            Exception: what a rank raised; no rank is left.
+        """
+        with self._lock:
+            if self._ended:
+                raise TrainingError(f"{label}: the trainer ranks have ended already.")
+            try:
+                self._ranks.send(Call(method=method, arguments=arguments))
+                return self._collect(label, timeout_s)
+            except BaseException:  # also Ctrl-C: ranks in the middle of a call can be ended, not asked
+                self._end()
+                raise
+
+    def close(self) -> None:
+        """Let the ranks part from each other, then end them. Safe to call twice, and while a call is under way."""
+        if self._lock.acquire(blocking=False):
+            self._lock.release()
+            with suppress(QwenchError):
+                if not self._ended:
+                    self.call("close", label="close", timeout_s=CLOSE_TIMEOUT_S)
+        self._end()
+
+    def _end(self) -> None:
+        self._ended = True
+        self._ranks.end()
+
+    def _collect(self, label: str, timeout_s: float) -> list[Any]:
+        answers: dict[int, Any] = {}
+        problems: list[tuple[int, Failure | Death]] = []
+        deadline = self._clock() + timeout_s
+        while len(answers) + len(problems) < self._ranks.size and (left_s := deadline - self._clock()) > 0:
+            for rank, news in self._ranks.receive(left_s):
+                if isinstance(news, Answer):
+                    answers[rank] = news.value
+                else:
+                    problems.append((rank, news))
+            if problems:
+                deadline = min(deadline, self._clock() + self._grace_s)
+        if problems:
+            raise self._as_error(*min(problems, key=_precedence), label)
+        if len(answers) < self._ranks.size:
+            late = ", ".join(str(rank) for rank in range(self._ranks.size) if rank not in answers)
+            raise TrainingError(f"{label}: no answer from trainer rank {late} of {self._ranks.size} within {timeout_s:g} s.")
+        return [answers[rank] for rank in range(self._ranks.size)]
+
+    def _as_error(self, rank: int, problem: Failure | Death, label: str) -> Exception:
+        if isinstance(problem, Failure):
+            return problem.as_raised(rank=rank, num_ranks=self._ranks.size)
+        output = f" Its last output: {problem.output}" if problem.output else ""
+        return TrainingError(
+            f"trainer rank {rank} of {self._ranks.size} {problem.reason} during: {label}. The other ranks were ended; the same "
+            f"command resumes from the last checkpoint.{output}"
+        )
+
+
+class RemoteLearner:
+    """`training.learner.Learner` to whoever holds it, on every rank of a group."""
+
+    def __init__(self, group: WorkerGroup, build_learner: BuildLearner, *, console: Console) -> None:
+        """Build the learner of every rank."""
+        self._group = group
+        self._console = console
+        with console.phase("start trainer ranks"):
+            group.call("build", build_learner, label="build the trainer", timeout_s=BUILD_TIMEOUT_S)
+
+    def learn(self, rollout: Rollout) -> Learned:
+        """See `Learner.learn`; the metrics are the main rank's, with the time of its phases."""
+        with self._console.phase("train"):
+            label = f"learn from rollout {rollout.rollout_id}"
+            learned: Learned = self._group.call("learn", rollout, label=label, timeout_s=LEARN_TIMEOUT_S)[0]
+            return learned
+
+    def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
+        """See `Learner.save`; every rank must see the same `folder`."""
+        self._group.call("save", folder, with_optimizer, label=f"save to {folder}", timeout_s=CHECKPOINT_TIMEOUT_S)
+
+    def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
+        """See `Learner.load`; every rank must see the same `folder`."""
+        self._group.call("load", folder, weights_only, with_rng, label=f"load {folder}", timeout_s=CHECKPOINT_TIMEOUT_S)
+
+    def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
+        """Bring one bucket after the other from the main rank to this process."""
+        self._group.call("open_weights", bucket_bytes, label="gather weights", timeout_s=BUCKET_TIMEOUT_S)
+        while packed := self._group.call("next_bucket", label="gather weights", timeout_s=BUCKET_TIMEOUT_S)[0]:
+            yield unpack(packed)
+
+    def shared_weights(self) -> Mapping[str, Tensor] | None:
+        """Return None: no tensor of a rank is one of this process."""
+        return None
+
+    def on_ranks(self, function: Callable[..., Any], *arguments: Any, label: str, timeout_s: float) -> list[Any]:
+        """Return what `function(learner, *arguments)` returns on each rank, all at the same time.
+
+        This is how ranks publish their weights themselves. Function, arguments and results must be picklable.
+        """
+        return self._group.call("run", function, *arguments, label=label, timeout_s=timeout_s)
+
+    def sleep(self) -> None:
+        """See `Learner.sleep`."""
+        self._group.call("sleep", label="move the trainer to the host", timeout_s=MEMORY_TIMEOUT_S)
+
+    def wake(self) -> None:
+        """See `Learner.wake`."""
+        self._group.call("wake", label="move the trainer to its device", timeout_s=MEMORY_TIMEOUT_S)
+
+
+def _precedence(problem: tuple[int, Failure | Death]) -> tuple[int, int]:
+    """Put causes first: a dead rank breaks the others' collectives; an error raised on purpose explains itself."""
+    rank, news = problem
+    if isinstance(news, Death):
+        return 0, rank
+    return (1 if isinstance(news.error, QwenchError) else 2), rank

@@ -1,0 +1,72 @@
+"""Learners for tests of the processes around them, and builders that ranks can import."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from qwench.engines.protocol import WeightBucket
+from qwench.errors import TrainingError
+from qwench.observability.timing import PhaseTimer
+from qwench.samples import Rollout
+from qwench.training.learner import Learned
+
+TENSORS = {
+    "layer.weight": torch.arange(6, dtype=torch.float32).view(2, 3) / 7,
+    "layer.bias": torch.tensor([1.5, -2.25, 3.0], dtype=torch.bfloat16),
+    "scale": torch.tensor(5, dtype=torch.int64),
+}
+
+
+class ReportingLearner:
+    """Answers with what it was asked; a rollout of a certain id goes wrong on rank 1."""
+
+    def __init__(self, timer: PhaseTimer) -> None:
+        self.timer = timer
+        self.rank = int(os.environ["RANK"])
+
+    def learn(self, rollout: Rollout) -> Learned:
+        if self.rank == 1:
+            go_wrong(rollout.rollout_id)
+        elif rollout.rollout_id:
+            time.sleep(600)  # as in a collective that rank 1 never joins
+        with self.timer.phase("actor_train"):
+            tokens = sum(len(sample.tokens) for sample in rollout.samples)
+        return Learned(metrics={"rollout/tokens": float(tokens), "rank": float(self.rank)}, steps=[])
+
+    def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
+        for name, tensor in TENSORS.items():
+            yield [(name, tensor)]
+
+    def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
+        (folder / f"rank_{self.rank}").write_text(str(with_optimizer))
+
+
+RAISES, DIES, EXITS = 1, 2, 3
+
+
+def go_wrong(how: int) -> None:
+    if how == RAISES:
+        raise TrainingError("the loss is nan")
+    if how == DIES:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == EXITS:
+        sys.stdout.write("about to leave\n")
+        sys.stdout.flush()
+        os._exit(7)
+
+
+def build(timer: PhaseTimer) -> ReportingLearner:
+    sys.stdout.write(f"rank {os.environ['RANK']} is built\n")
+    sys.stdout.flush()
+    return ReportingLearner(timer)
+
+
+def where(learner: ReportingLearner, word: str) -> tuple[int, str, str]:
+    return learner.rank, word, os.environ["LOCAL_RANK"]

@@ -1,0 +1,128 @@
+"""Ranks as processes of this machine: what they answer, and that none is left however a run ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwench.cluster.local import LocalRanks
+from qwench.cluster.messages import RankTraceback
+from qwench.cluster.workers import RemoteLearner, WorkerGroup
+from qwench.errors import TrainingError
+from qwench.observability.console import QuietConsole
+from qwench.samples import Group, Prompt, Rollout, Sample
+from tests.unit.cluster import learners
+
+REPOSITORY = Path(__file__).parents[3]
+DEADLINE_S = 60.0
+ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def rollout(rollout_id: int, *, num_tokens: int = 3) -> Rollout:
+    sample = Sample(prompt=Prompt(text="", token_ids=tuple(range(num_tokens))), sample_id=0, group_id=0)
+    return Rollout(rollout_id=rollout_id, groups=[Group(group_id=0, samples=[sample])])
+
+
+class Launched:
+    """Two ranks and what they said."""
+
+    def __init__(self, log_folder: Path | None) -> None:
+        self.said: list[str] = []
+        self.ranks = LocalRanks(2, environ=ENVIRON, bucket_bytes=64, log_folder=log_folder, say=self.said.append)
+        self.group = WorkerGroup(self.ranks)
+        self.pids = self.ranks.pids
+        self.learner = RemoteLearner(self.group, learners.build, console=QuietConsole())
+
+
+def assert_gone(pids: list[int]) -> None:
+    """Wait until no process has one of these ids."""
+    deadline = time.monotonic() + DEADLINE_S
+    for pid in pids:
+        while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+            assert time.monotonic() < deadline, f"process {pid} is still there"
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def launched(tmp_path: Path) -> Iterator[Launched]:
+    launched = Launched(tmp_path / "logs")
+    yield launched
+    launched.group.close()
+    assert_gone(launched.pids)
+
+
+def test_ranks_learn_save_and_give_their_weights(launched: Launched, tmp_path: Path):
+    learned = launched.learner.learn(rollout(0, num_tokens=100_000))  # larger than a pipe's buffer
+    assert (learned.metrics["rollout/tokens"], learned.metrics["rank"]) == (100_000, 0)
+    assert learned.metrics["perf/actor_train_time"] >= 0
+    assert "perf/step_time" not in learned.metrics, "only the driver knows how long a step took"
+
+    launched.learner.save(tmp_path, with_optimizer=False)
+    assert [(tmp_path / f"rank_{rank}").read_text() for rank in (0, 1)] == ["False", "False"]
+
+    buckets = list(launched.learner.weights(bucket_bytes=1))
+    assert [name for bucket in buckets for name, _ in bucket] == list(learners.TENSORS)
+    for bucket in buckets:
+        for name, tensor in bucket:
+            assert tensor.dtype == learners.TENSORS[name].dtype
+            torch.testing.assert_close(tensor, learners.TENSORS[name], rtol=0, atol=0)
+    assert not [path for path in launched.ranks._folder.iterdir() if not path.name.startswith("call_")], "no bucket is left"
+
+    answers = launched.learner.on_ranks(learners.where, "here", label="ask", timeout_s=DEADLINE_S)
+    assert answers == [(0, "here", "0"), (1, "here", "1")]
+
+    launched.group.close()
+    assert launched.said == ["[rank 0] rank 0 is built"]
+    assert (tmp_path / "logs" / "rank_1.log").read_text() == "rank 1 is built\n"
+    assert not launched.ranks._folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (learners.RAISES, ["trainer rank 1 of 2: the loss is nan"]),
+        (learners.DIES, ["trainer rank 1 of 2 was ended by SIGKILL", "during: learn from rollout 2", "resumes"]),
+        (learners.EXITS, ["trainer rank 1 of 2 ended with exit code 7", "about to leave"]),
+    ],
+)
+def test_trouble_on_one_rank_ends_all(launched: Launched, how: int, words: list[str]):
+    start = time.monotonic()
+    with pytest.raises(TrainingError) as raised:
+        launched.learner.learn(rollout(how))
+    assert time.monotonic() - start < 30, "the other rank would wait ten minutes"
+    assert all(word in str(raised.value) for word in words), raised.value
+    if how == learners.RAISES:
+        assert isinstance(raised.value.__cause__, RankTraceback)
+        assert "go_wrong" in str(raised.value.__cause__)
+    assert_gone(launched.pids)
+    with pytest.raises(TrainingError, match="ended already"):
+        launched.learner.learn(rollout(0))
+
+
+def test_rank_that_is_late_ends_the_run(launched: Launched):
+    os.kill(launched.pids[1], signal.SIGSTOP)
+    with pytest.raises(TrainingError, match=r"ask: no answer from trainer rank 1 of 2 within 0.5 s"):
+        launched.learner.on_ranks(learners.where, "here", label="ask", timeout_s=0.5)
+
+
+def test_ranks_end_with_a_driver_that_is_killed(tmp_path: Path):
+    code = (
+        "import time; from tests.unit.cluster.test_local import Launched\n"
+        "if __name__ == '__main__':\n"
+        "    launched = Launched(None); print(*launched.pids, launched.ranks._folder, flush=True); time.sleep(600)"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, env=ENVIRON, stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    *pids, folder = driver.stdout.readline().split()
+    driver.kill()
+    driver.communicate()
+    assert_gone([int(pid) for pid in pids])
+    assert not Path(folder).exists()

@@ -1,0 +1,129 @@
+"""The protocol between driver and ranks: whose answer counts, which error is told, and when waiting ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from qwench.cluster.messages import Answer, Call, Death, Failure, News, RankTraceback
+from qwench.cluster.workers import WorkerGroup
+from qwench.errors import CheckpointError, ConfigError, TrainingError
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class ScriptedRanks:
+    """Ranks whose news come at set times of a clock that waiting moves on."""
+
+    def __init__(self, size: int, clock: Clock, script: Sequence[tuple[float, int, News]]) -> None:
+        self.size = size
+        self.clock = clock
+        self.script = sorted(script, key=lambda entry: entry[0])
+        self.calls: list[Call] = []
+        self.ended = 0
+
+    def send(self, call: Call) -> None:
+        self.calls.append(call)
+
+    def receive(self, timeout_s: float) -> list[tuple[int, News]]:
+        until = self.clock.now + timeout_s
+        self.clock.now = min(until, max(self.clock.now, self.script[0][0])) if self.script else until
+        come = [(rank, news) for time, rank, news in self.script if time <= self.clock.now]
+        self.script = self.script[len(come) :]
+        return come
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def group_of(*script: tuple[float, int, News], size: int = 2) -> tuple[WorkerGroup, ScriptedRanks]:
+    clock = Clock()
+    ranks = ScriptedRanks(size, clock, script)
+    return WorkerGroup(ranks, grace_s=2.0, clock=clock), ranks
+
+
+def failure(error: Exception) -> Failure:
+    return Failure(error=error, trace="trace of the rank")
+
+
+def test_answers_are_in_order_of_ranks_however_they_come():
+    group, ranks = group_of((3.0, 0, Answer(value="a")), (1.0, 2, Answer(value="c")), (2.0, 1, Answer(value="b")), size=3)
+    assert group.call("run", 1, label="x", timeout_s=10) == ["a", "b", "c"]
+    assert ranks.calls == [Call(method="run", arguments=(1,))]
+    assert ranks.ended == 0
+
+
+def test_deadline_names_what_and_who_is_late():
+    group, ranks = group_of((1.0, 0, Answer()), size=3)
+    with pytest.raises(TrainingError, match=r"^save: no answer from trainer rank 1, 2 of 3 within 5 s\.$"):
+        group.call("save", label="save", timeout_s=5)
+    assert ranks.clock.now == 5.0
+    assert ranks.ended == 1
+
+
+@pytest.mark.parametrize("error", [ConfigError("no"), CheckpointError("no"), TrainingError("no")])
+def test_error_of_a_rank_keeps_its_type_and_brings_rank_and_traceback(error: Exception):
+    group, ranks = group_of((1.0, 1, failure(error)))
+    with pytest.raises(type(error), match=r"^trainer rank 1 of 2: no$") as raised:
+        group.call("learn", label="x", timeout_s=100)
+    assert isinstance(raised.value.__cause__, RankTraceback)
+    assert "trace of the rank" in str(raised.value.__cause__)
+    assert ranks.clock.now == 3.0, "the other rank is waited for as long as grace lasts"
+    assert ranks.ended == 1
+
+
+def test_foreign_error_comes_as_it_is_with_a_note():
+    group, _ = group_of((0.0, 0, failure(ZeroDivisionError("by zero"))))
+    with pytest.raises(ZeroDivisionError, match="by zero") as raised:
+        group.call("learn", label="x", timeout_s=100)
+    assert raised.value.__notes__ == ["raised on trainer rank 0 of 2"]
+
+
+def test_death_is_told_rather_than_what_it_did_to_others():
+    broken = failure(RuntimeError("connection closed by peer"))
+    group, _ = group_of((0.0, 0, broken), (0.5, 1, Death(reason="was ended by SIGKILL", output="last words")))
+    with pytest.raises(TrainingError, match=r"rank 1 of 2 was ended by SIGKILL during: learn\. .* last words$"):
+        group.call("learn", label="learn", timeout_s=100)
+
+
+def test_error_raised_on_purpose_is_told_rather_than_a_foreign_one():
+    group, _ = group_of((0.0, 0, failure(RuntimeError("gloo"))), (0.5, 1, failure(TrainingError("nan"))))
+    with pytest.raises(TrainingError, match="rank 1 of 2: nan"):
+        group.call("learn", label="learn", timeout_s=100)
+
+
+def test_nothing_is_sent_after_the_end():
+    group, ranks = group_of((0.0, 0, Answer()), (0.0, 1, Answer()))
+    group.close()
+    group.close()
+    with pytest.raises(TrainingError, match=r"^load: the trainer ranks have ended already"):
+        group.call("load", label="load", timeout_s=1)
+    assert [call.method for call in ranks.calls] == ["close"]
+
+
+def test_ranks_that_do_not_close_are_ended():
+    group, ranks = group_of((0.0, 0, Answer()))
+    group.close()
+    assert ranks.ended > 0
+
+
+class ForeignError(Exception):
+    def __init__(self, code: int, place: str) -> None:
+        super().__init__(f"code {code} at {place}")
+
+
+def test_error_that_cannot_travel_is_told_by_name():
+    try:
+        raise ForeignError(3, "home")
+    except ForeignError as error:
+        kept = Failure.of(error)
+    assert isinstance(kept.error, TrainingError)
+    assert str(kept.error) == "ForeignError: code 3 at home"
+    assert "raise ForeignError(3" in kept.trace
