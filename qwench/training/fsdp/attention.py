@@ -10,18 +10,14 @@ nothing is guessed from positions, and no [T, T] mask is ever built.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from qwench.errors import ConfigError
+from qwench.training.packed_attention import Borders, PaddedRows, attend_padded, attend_varlen
 
 _NAMES = {
     "sdpa": "qwench_sdpa",
@@ -30,10 +26,6 @@ _NAMES = {
     "flash_attention_3": "flash_attention_3",
 }
 """--attn-implementation -> name under which transformers finds the function."""
-
-# torch 2.11 takes fewer key than query heads without being told; 2.12 and later want the flag.
-_GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-_causal_varlen: Callable[..., Any] = partial(varlen_attn, window_size=(-1, 0), **_GQA)
 
 
 def install_attention(model: PreTrainedModel, implementation: str, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -71,12 +63,17 @@ def packed_inputs(implementation: str, cu_seqlens: Tensor, device: torch.device)
     Args:
         cu_seqlens: [S + 1] int32 on the host.
     """
-    lengths = cu_seqlens.diff().long()
+    lengths = cu_seqlens.diff().tolist()
     if implementation == "sdpa":
-        return _padded_indices(lengths, device)
-    longest = int(lengths.max())
-    borders = cu_seqlens.to(device, non_blocking=True)
-    return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
+        rows = PaddedRows.of(lengths, device)
+        return {"padded_index": rows.source, "packed_index": rows.cells}
+    borders = Borders.of(lengths, device)
+    return {
+        "cu_seq_lens_q": borders.cumulative,
+        "cu_seq_lens_k": borders.cumulative,
+        "max_length_q": borders.longest,
+        "max_length_k": borders.longest,
+    }
 
 
 def padded_attention(
@@ -91,9 +88,7 @@ def padded_attention(
     packed_index: Tensor | None = None,
     **_unused: Any,  # transformers passes every argument of the model call on
 ) -> tuple[Tensor, None]:
-    """Attend causally inside each sequence, after laying the sequences out as rows padded on the right.
-
-    Padding stands after every real token of its row, so causality alone hides it and no mask is needed.
+    """Attend causally inside each sequence, after laying the sequences out as rows.
 
     Args:
         query: [1, H, T, K]; `key` and `value` may have fewer heads.
@@ -104,11 +99,8 @@ def padded_attention(
         [1, T, H, K].
     """
     assert attention_mask is None and padded_index is not None and packed_index is not None, "sequence borders are missing"
-    rows_q, rows_k, rows_v = (heads[0][:, padded_index].transpose(0, 1) for heads in (query, key, value))
-    attended = scaled_dot_product_attention(
-        rows_q, rows_k, rows_v, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    return attended.transpose(1, 2).flatten(0, 1)[packed_index][None], None
+    rows = PaddedRows(source=padded_index, cells=packed_index)
+    return attend_padded(*_packed(query, key, value), rows, rows, scale=scaling)[None], None
 
 
 def varlen_attention(
@@ -134,25 +126,10 @@ def varlen_attention(
         [1, T, H, K].
     """
     assert attention_mask is None and cu_seq_lens_q is not None, "sequence borders are missing"
-    query_THK, key_THK, value_THK = (heads[0].transpose(0, 1) for heads in (query, key, value))
-    attended = _causal_varlen(
-        query_THK, key_THK, value_THK, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling
-    )
-    return attended[None], None
+    borders = Borders(cumulative=cu_seq_lens_q, longest=max_length_q)
+    return attend_varlen(*_packed(query, key, value), borders, borders, scale=scaling)[None], None
 
 
-def _padded_indices(lengths: Tensor, device: torch.device) -> dict[str, Tensor]:
-    """Return where padded cells come from and where packed positions go.
-
-    Lengths 2, 3: padded_index [[0, 1, 0], [2, 3, 4]], packed_index [0, 1, 3, 4, 5]. Padding repeats position 0, which is safe
-    because nothing attends to it.
-    """
-    columns = torch.arange(int(lengths.max()))
-    starts = lengths.cumsum(0) - lengths
-    real = columns < lengths[:, None]
-    padded_index = torch.where(real, starts[:, None] + columns, 0)
-    packed_index = real.flatten().nonzero().squeeze(-1)
-    return {
-        "padded_index": padded_index.to(device, non_blocking=True),
-        "packed_index": packed_index.to(device, non_blocking=True),
-    }
+def _packed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each of [1, H, T, K] as [T, H, K]."""
+    return query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
