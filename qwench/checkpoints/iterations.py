@@ -19,6 +19,8 @@ from pathlib import Path
 from qwench.files import TEMPORARY_SUFFIX, fsync_tree, rename_durably, write_atomically
 
 POINTER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+"""What Megatron-LM writes into the pointer, and calls the folder, of weights that no iteration has trained."""
 _DELETING = ".deleting"
 _REPLACED = ".replaced"
 _NAME = re.compile(r"iter_(\d{7,})")

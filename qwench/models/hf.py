@@ -179,10 +179,10 @@ def check_export_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} exists and was not written by an export; choose another --save-hf folder.")
 
 
-def expected_weights(config: PretrainedConfig) -> set[str]:
-    """Return the names of a model's parameters; a tied output layer is not one."""
+def expected_weights(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of a model's parameters, in the order of its layers; a tied output layer is not one."""
     with torch.device("meta"):
-        return {name for name, _ in AutoModelForCausalLM.from_config(config).named_parameters()}
+        return {name: tuple(weight.shape) for name, weight in AutoModelForCausalLM.from_config(config).named_parameters()}
 
 
 def _untied(buckets: Iterable[Sequence[tuple[str, Tensor]]], *, tied: bool) -> Iterable[Sequence[tuple[str, Tensor]]]:
@@ -191,7 +191,7 @@ def _untied(buckets: Iterable[Sequence[tuple[str, Tensor]]], *, tied: bool) -> I
 
 
 def _check_complete(written: Iterable[str], config: PretrainedConfig, folder: Path) -> None:
-    expected, got = expected_weights(config), set(written)
+    expected, got = set(expected_weights(config)), set(written)
     if expected != got:
         differing = expected ^ got
         name = min(differing)

@@ -1,0 +1,218 @@
+"""Folders of torch.distributed.checkpoint, read tensor by tensor without a process group.
+
+`.metadata` is a pickle: for every tensor its shape, its chunks, and the file and bytes of each chunk. It is unpickled with
+nothing but the classes of that format, so a checkpoint cannot run code, and Megatron's own classes need not be installed.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PosixPath
+from typing import IO, Any, cast
+
+import torch
+import torch.distributed.checkpoint.filesystem
+import torch.distributed.checkpoint.metadata
+from torch import Tensor
+
+# The format's own record of where bytes lie has no public reader but one that needs the whole tensor in memory.
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+
+from qwench.errors import CheckpointError
+from qwench.models.safetensors_files import TensorSpec
+
+METADATA = ".metadata"
+_FORMAT_MODULES = (torch.distributed.checkpoint.metadata, torch.distributed.checkpoint.filesystem)
+_PLAIN_CLASSES: Mapping[tuple[str, str], Any] = {  # classes and constructors, which have no common type
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): {"torch.strided": torch.strided}.__getitem__,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "defaultdict"): defaultdict,
+    ("builtins", "set"): set,
+    ("builtins", "frozenset"): frozenset,
+}
+
+
+class DcpFolder:
+    """The tensors of one folder, by key."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read `.metadata` and compare the sizes of the files with it.
+
+        Raises:
+            CheckpointError: it is missing, damaged or half-written.
+        """
+        self.folder = folder
+        metadata = _read_metadata(folder / METADATA)
+        self._chunks: dict[str, list[ChunkStorageMetadata]] = {}
+        self.tensors: dict[str, TensorSpec] = {}
+        self.objects: set[str] = set()
+        for key, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                self.tensors[key] = TensorSpec(shape=tuple(entry.size), dtype=entry.properties.dtype)
+                self._chunks[key] = entry.chunks
+            elif isinstance(entry, BytesStorageMetadata):
+                self.objects.add(key)
+        self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data or {}
+        self._check_files()
+
+    def read(self, key: str, *, layer: int | None = None) -> Tensor:
+        """Read one tensor, or with `layer` only the part at that index of its first dimension.
+
+        Memory: the result, and one stored chunk.
+
+        Raises:
+            CheckpointError: chunks do not cover it, or cannot be read.
+        """
+        shape = self.tensors[key].shape
+        begin = [0] * len(shape)
+        end = list(shape)
+        if layer is not None:
+            begin[0], end[0] = layer, layer + 1
+        tensor = self._read_region(key, begin, end)
+        return tensor if layer is None else tensor[0]
+
+    def read_object(self, key: str) -> bytes:
+        """Read what is stored under `key` and is not a tensor."""
+        info = self._storage[MetadataIndex(key)]
+        with (self.folder / info.relative_path).open("rb") as stream:
+            stream.seek(info.offset)
+            return stream.read(info.length)
+
+    def _read_region(self, key: str, begin: Sequence[int], end: Sequence[int]) -> Tensor:
+        """Return the elements from corner `begin` to corner `end`."""
+        result: Tensor | None = None
+        covered, wanted = 0, _volume(begin, end)
+        for chunk in self._chunks[key]:
+            chunk_end = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+            low = [max(a, b) for a, b in zip(begin, chunk.offsets, strict=True)]
+            high = [min(a, b) for a, b in zip(end, chunk_end, strict=True)]
+            if any(a >= b for a, b in zip(low, high, strict=True)) and wanted:
+                continue
+            stored = self._read_chunk(key, chunk)
+            if list(chunk.offsets) == list(begin) and chunk_end == list(end):
+                return stored
+            if result is None:
+                result = torch.empty([b - a for a, b in zip(begin, end, strict=True)], dtype=self.tensors[key].dtype)
+            target = result[_slices(low, high, begin)]
+            target.copy_(stored[_slices(low, high, chunk.offsets)])
+            covered += target.numel()
+        if result is None or covered != wanted:
+            raise CheckpointError(f"{self.folder} holds {covered} of {wanted} elements of {key}; is it half-written?")
+        return result
+
+    def _read_chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        info = self._storage[MetadataIndex(key, chunk.offsets)]
+        file = self.folder / info.relative_path
+        try:
+            with file.open("rb") as stream:
+                part = cast(IO[bytes], _FileSlice(stream, info.offset, info.length))
+                tensor = torch.load(part, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise CheckpointError(f"{key} cannot be read from {file} ({str(error).splitlines()[0]}).") from error
+        if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
+            raise CheckpointError(f"{file} does not hold a tensor of shape {list(chunk.sizes)} for {key}.")
+        return tensor.detach()
+
+    def _check_files(self) -> None:
+        ends: dict[str, int] = {}
+        for info in self._storage.values():
+            if getattr(info, "transform_descriptors", None):
+                raise CheckpointError(f"{self.folder} is stored with {info.transform_descriptors}, which is not supported.")
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        for name, end in ends.items():
+            file = self.folder / name
+            size = file.stat().st_size if file.is_file() else None
+            if size is None or size < end:
+                raise CheckpointError(f"{file} {'is missing' if size is None else 'is cut short'}; is {self.folder} whole?")
+
+
+class _FileSlice(io.RawIOBase):
+    """A part of a file as a file, for torch.load."""
+
+    def __init__(self, stream: io.BufferedReader, start: int, length: int) -> None:
+        self._stream, self._start, self._length = stream, start, length
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:  # any object with a writable buffer; typing.Buffer is newer than Python 3.11
+        room = memoryview(buffer).cast("B")[: max(0, self._length - self._position)]
+        self._stream.seek(self._start + self._position)
+        count = self._stream.readinto(room)
+        self._position += count
+        return count
+
+
+class _FormatUnpickler(pickle.Unpickler):
+    """Finds the classes of the format only; Megatron's bookkeeping becomes an empty object."""
+
+    def find_class(self, module: str, name: str) -> Any:  # a class, or a constructor
+        if (module, name) in _PLAIN_CLASSES:
+            return _PLAIN_CLASSES[module, name]
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        if module.startswith("pathlib") and name.endswith("Path"):
+            return PosixPath
+        if module.startswith("megatron."):
+            return _Foreign
+        for home in _FORMAT_MODULES:
+            if module == home.__name__ and isinstance(found := getattr(home, name, None), type):
+                return found
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of the format")
+
+
+class _Foreign:
+    """Stands in for an object of a package that need not be installed."""
+
+    def __init__(self, *_arguments: object) -> None:
+        pass
+
+    def __setstate__(self, _state: object) -> None:
+        pass
+
+
+def _read_metadata(file: Path) -> Metadata:
+    try:
+        with file.open("rb") as stream:
+            metadata = _FormatUnpickler(stream).load()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing; the checkpoint was not finished, or is of another format.") from error
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}).") from error
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{file} holds no metadata of torch.distributed.checkpoint.")
+    return metadata
+
+
+def _slices(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
+
+
+def _volume(begin: Sequence[int], end: Sequence[int]) -> int:
+    total = 1
+    for a, b in zip(begin, end, strict=True):
+        total *= b - a
+    return total

@@ -1,0 +1,191 @@
+"""Megatron's torch_dist checkpoints: what they hold beside tensors, and their tensors under Hugging Face names.
+
+    .metadata, __*.distcp   torch.distributed.checkpoint; all layers of one weight are one tensor [num_layers, ...]
+    metadata.json           the format's name and version
+    common.pt               what is not a tensor; megatron-core 0.16 wants the file, 0.19 does without
+
+    decoder.layers.mlp.linear_fc2.weight                            weights, see `models/megatron_names.py`
+    optimizer.state.param.decoder.layers.mlp.linear_fc2.weight      float32 masters; `fp32_param` of the plain optimizer
+    optimizer.state.exp_avg.decoder.layers.mlp.linear_fc2.weight    moments
+    decoder.layers.mlp.linear_fc2._extra_state/shard_3_28           of Transformer Engine's layer 3 of 28; None without FP8
+
+Source: megatron-core 0.16, `dist_checkpointing/` and `optimizer/distrib_optimizer.py` (fully_reshardable).
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from qwench import __version__
+from qwench.checkpoints.dcp_reader import DcpFolder
+from qwench.checkpoints.dcp_writer import DcpWriter
+from qwench.errors import CheckpointError, ConfigError
+from qwench.models.hf import expected_weights
+from qwench.models.megatron_names import WeightRule, rules, to_hf
+from qwench.models.registry import has_qk_norm
+from qwench.models.safetensors_files import TensorSpec
+
+CONFIG_FILE = "metadata.json"
+COMMON_FILE = "common.pt"
+MASTER_PREFIXES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
+"""Of the distributed optimizer, which we write, and of the plain mixed-precision optimizer."""
+MOMENT_PREFIXES: Mapping[str, str] = {"exp_avg": "optimizer.state.exp_avg.", "exp_avg_sq": "optimizer.state.exp_avg_sq."}
+_CONFIG = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+_STACKED = "decoder.layers."
+
+
+class TorchDistWeights:
+    """The weights, or with `prefix` the optimizer's tensors of one kind, under Hugging Face names."""
+
+    def __init__(self, folder: DcpFolder, config: PretrainedConfig, *, prefix: str = "") -> None:
+        """Find the tensor of every rule.
+
+        Raises:
+            ConfigError: a tensor is missing or of another shape.
+        """
+        self._folder, self._config = folder, config
+        self._shapes = expected_weights(config)
+        self._places: dict[str, tuple[WeightRule, str, int | None]] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        for rule in rules(config):
+            key, layer = self._find(rule, prefix)
+            for name in rule.hf_names:
+                self._places[name] = (rule, key, layer)
+                self.specs[name] = TensorSpec(shape=self._shapes[name], dtype=folder.tensors[key].dtype)
+        self._check_num_layers(prefix)
+        self._last: tuple[WeightRule | None, dict[str, Tensor]] = (None, {})
+
+    def read(self, name: str) -> Tensor:
+        """See `WeightSource`; the parts of one Megatron tensor are read together and kept until another is asked for."""
+        rule, key, layer = self._places[name]
+        if self._last[0] is not rule:
+            self._last = (None, {})  # not two at a time
+            self._last = (rule, to_hf(rule, self._folder.read(key, layer=layer), self._config))
+        tensor = self._last[1].pop(name, None)
+        if tensor is None:  # it was handed out before
+            self._last = (None, {})
+            return self.read(name)
+        return tensor
+
+    def _find(self, rule: WeightRule, prefix: str) -> tuple[str, int | None]:
+        """Return key and index of a tensor: in that of all layers, or on its own, as non-homogeneous layers are written."""
+        own = f"{_STACKED}{rule.layer}.{rule.checkpoint_key.removeprefix(_STACKED)}"
+        for key, layer in ((prefix + rule.checkpoint_key, rule.layer), (prefix + own, None)):
+            if key in self._folder.tensors:
+                self._check_shape(rule, key, layer)
+                return key, layer
+        raise ConfigError(
+            f"{self._folder.folder} lacks {prefix}{rule.checkpoint_key} for {rule.hf_names[0]}; "
+            "is it of the model whose config.json is used?"
+        )
+
+    def _check_shape(self, rule: WeightRule, key: str, layer: int | None) -> None:
+        stored = self._folder.tensors[key].shape
+        found = stored if layer is None else stored[1:]
+        parts = [self._shapes[name] for name in rule.hf_names]
+        expected = (sum(part[0] for part in parts), *parts[0][1:])
+        padded = rule.kind == "vocab" and len(found) == len(expected) and found[0] >= expected[0]
+        if found[1:] != expected[1:] or (found[0] != expected[0] and not padded):
+            raise ConfigError(
+                f"{self._folder.folder} holds {key} in the shape {list(stored)}, but by config.json it is {list(expected)}"
+                f"{'' if layer is None else ' for each layer'}; it is of another model."
+            )
+
+    def _check_num_layers(self, prefix: str) -> None:
+        """Find layers that config.json does not know; too few would have been missed by `_find` only for own keys."""
+        expected = self._config.num_hidden_layers
+        stacked = {key for _, key, layer in self._places.values() if layer is not None}
+        wrong = [key for key in sorted(stacked) if self._folder.tensors[key].shape[0] != expected]
+        more = f"{prefix}{_STACKED}{expected}.mlp.linear_fc2.weight"
+        if wrong or more in self._folder.tensors:
+            number = self._folder.tensors[wrong[0]].shape[0] if wrong else f"more than {expected}"
+            raise ConfigError(f"{self._folder.folder} has {number} layers, but config.json describes {expected}.")
+
+
+def holds(folder: DcpFolder, prefix: str) -> bool:
+    """Tell whether the folder has tensors of a kind."""
+    return any(key.startswith(prefix) for key in folder.tensors)
+
+
+def read_num_steps(folder: DcpFolder) -> int | None:
+    """Return the optimizer steps done; None: there is no optimizer in the checkpoint.
+
+    Raises:
+        CheckpointError: its optimizer is stored in a way that depends on the layout it was saved from.
+    """
+    if not any(key.startswith("optimizer.") for key in [*folder.tensors, *folder.objects]):
+        return None
+    found = set(_find_steps(_read_common(folder.folder)))
+    if len(found) != 1 or not all(holds(folder, prefix) for prefix in MOMENT_PREFIXES.values()):
+        raise CheckpointError(
+            f"{folder.folder} stores its optimizer in a form that cannot be read in another layout; save it with Megatron's "
+            "--dist-ckpt-optim-fully-reshardable, or go without it (--no-load-optim)."
+        )
+    return found.pop()
+
+
+def write_common_files(folder: Path, *, num_steps: int | None) -> None:
+    """Write what lies beside the tensors, as Megatron-LM expects of weights that start a run at iteration 0.
+
+    Args:
+        num_steps: Of the optimizer, if its state is in the checkpoint.
+    """
+    common: dict[str, object] = {"checkpoint_version": 3.0, "iteration": 0, "qwench_version": __version__}
+    if num_steps is not None:
+        common["optimizer"] = {"param_groups": [{"step": num_steps}]}
+    torch.save(common, folder / COMMON_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps(_CONFIG))
+
+
+def write_extra_states(writer: DcpWriter, config: PretrainedConfig) -> None:
+    """Write the entries that a model of Transformer Engine's or Megatron's own layers asks for at load; all are empty."""
+    # Megatron stores a list, with one element for each part of the object that a rank holds.
+    for key in _extra_states(config):
+        writer.add_object(key, [None])
+
+
+def _extra_states(config: PretrainedConfig) -> Iterator[str]:
+    layers = config.num_hidden_layers
+    modules = ["self_attention.core_attention", "self_attention.linear_qkv", "self_attention.linear_proj"]
+    modules += ["self_attention.q_layernorm", "self_attention.k_layernorm"] if has_qk_norm(config) else []
+    modules += ["mlp.linear_fc1", "mlp.linear_fc2"]
+    for module in modules:
+        for layer in range(layers):
+            yield f"{_STACKED}{module}._extra_state/shard_{layer}_{layers}"
+    yield "decoder.final_layernorm._extra_state/shard_0_1"
+
+
+def _read_common(folder: Path) -> object:
+    try:
+        return torch.load(folder / COMMON_FILE, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{folder / COMMON_FILE} cannot be read ({str(error).splitlines()[0]}), so the optimizer's step is not known; "
+            "go without the optimizer (--no-load-optim)."
+        ) from error
+
+
+def _find_steps(content: Any) -> Iterator[int]:  # what Megatron nests is nowhere specified
+    """Return every step count of an optimizer in nested dictionaries and lists."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if key in ("step", "common_step") and isinstance(value, int | float | Tensor):
+                yield int(value)
+            else:
+                yield from _find_steps(value)
+    elif isinstance(content, list | tuple):
+        for value in content:
+            yield from _find_steps(value)

@@ -1,0 +1,202 @@
+"""Safetensors files read and written tensor by tensor, so that memory is bounded by one tensor.
+
+    8 bytes: length of the header | header: JSON, name -> dtype, shape, [begin, end) | all tensors back to back
+
+The `safetensors` package writes a file from tensors that are all in memory, and reads by mapping the file, which counts as
+memory of the process. What is written here is byte for byte what it would write.
+Source: https://github.com/huggingface/safetensors, "Format".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from qwench.errors import CheckpointError
+from qwench.models.shards import INDEX_FILE
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors package; a larger number means that this is another kind of file."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor's elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies."""
+
+    spec: TensorSpec
+    file: Path
+    begin: int
+    """First byte in the file."""
+
+
+def find_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a Hugging Face folder by name, after looking at sizes and headers only.
+
+    Raises:
+        CheckpointError: there are no safetensors, a file is missing or cut short, or it is not what its name says.
+    """
+    if (folder / INDEX_FILE).is_file():
+        weight_map = _read_index(folder / INDEX_FILE)
+        headers = {name: read_header(folder / name) for name in sorted(set(weight_map.values()))}
+        missing = sorted(name for name, file in weight_map.items() if name not in headers[file])
+        if missing:
+            raise CheckpointError(f"{folder / weight_map[missing[0]]} lacks {missing[0]}, which {INDEX_FILE} places in it.")
+        return {name: headers[file][name] for name, file in weight_map.items()}
+    if not (folder / "model.safetensors").is_file():
+        raise CheckpointError(f"{folder} has neither model.safetensors nor {INDEX_FILE}; only safetensors are read.")
+    return read_header(folder / "model.safetensors")
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Return where each tensor of a safetensors file lies.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, or of another format.
+    """
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            header_bytes = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+            if not 0 < header_bytes <= min(size, _MAX_HEADER_BYTES):
+                raise CheckpointError(f"{file} is not a safetensors file, or is cut short.")
+            header = json.loads(stream.read(header_bytes))
+        header.pop("__metadata__", None)
+        start = _LENGTH_BYTES + header_bytes
+        found = {name: _stored(file, start, entry) for name, entry in header.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} cannot be read as safetensors ({error!r}).") from error
+    end = max((stored.begin + stored.spec.nbytes for stored in found.values()), default=start)
+    if size != end:
+        raise CheckpointError(f"{file} has {size} bytes, but its header describes {end}; is it half-written?")
+    return found
+
+
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """Read one tensor into memory of its own.
+
+    Raises:
+        CheckpointError: the file cannot be read, or has become shorter.
+    """
+    tensor = torch.empty(stored.spec.shape, dtype=stored.spec.dtype)
+    target, done = as_bytes(tensor), 0
+    try:
+        with stored.file.open("rb", buffering=0) as stream:
+            stream.seek(stored.begin)
+            while done < len(target):
+                count = stream.readinto(target[done:])
+                if not count:
+                    raise CheckpointError(f"{stored.file} has become shorter while it was read.")
+                done += count
+    except OSError as error:
+        raise CheckpointError(f"{stored.file} cannot be read ({error}).") from error
+    return tensor
+
+
+class SafetensorsWriter:
+    """Writes a file whose tensors are known beforehand and arrive one by one, in any order.
+
+    with SafetensorsWriter(path, specs) as writer:
+        for name in specs:
+            writer.write(name, tensor)
+    """
+
+    def __init__(self, file: Path, specs: Mapping[str, TensorSpec]) -> None:
+        """Create the file and write its header."""
+        header, self._begins = _layout(specs)
+        self._specs = dict(specs)
+        self._missing = set(specs)
+        self._stream = file.open("xb", buffering=0)
+        self._stream.write(len(header).to_bytes(_LENGTH_BYTES, "little") + header)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor in its place."""
+        assert TensorSpec(shape=tuple(tensor.shape), dtype=tensor.dtype) == self._specs[name], f"{name} is not as announced"
+        self._missing.remove(name)
+        source, done = as_bytes(tensor), 0
+        self._stream.seek(self._begins[name])
+        while done < len(source):
+            done += self._stream.write(source[done:])
+
+    def __enter__(self) -> SafetensorsWriter:
+        """Return the writer."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """Close the file; all tensors must have come, unless the block was left by an exception."""
+        self._stream.close()
+        assert error is not None or not self._missing, f"{min(self._missing)} was not written"
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor on the host, without copying."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _layout(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """Return the header and where each tensor begins in the file; wider dtypes come first, then by name."""
+    names = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        spec = specs[name]
+        end = offset + spec.nbytes
+        entries[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
+        offset = end
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % _LENGTH_BYTES)
+    start, begins = _LENGTH_BYTES + len(header), {}
+    for name in names:
+        begins[name] = start
+        start += specs[name].nbytes
+    return header, begins
+
+
+def _stored(file: Path, start: int, entry: Mapping[str, object]) -> StoredTensor:
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    assert isinstance(shape, list) and isinstance(offsets, list)
+    spec = TensorSpec(shape=tuple(shape), dtype=_DTYPES[str(entry["dtype"])])
+    if offsets[1] - offsets[0] != spec.nbytes:
+        raise ValueError(f"a tensor of shape {shape} does not have {offsets[1] - offsets[0]} bytes")
+    return StoredTensor(spec=spec, file=file, begin=start + offsets[0])
+
+
+def _read_index(file: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error!r}).") from error

@@ -1,0 +1,73 @@
+"""Safetensors written tensor by tensor are what the safetensors package writes, and are read back bit by bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qwench.errors import CheckpointError
+from qwench.models.safetensors_files import SafetensorsWriter, TensorSpec, find_tensors, read_header, read_tensor
+
+TENSORS = {
+    "b.weight": torch.arange(6).bfloat16().reshape(2, 3),
+    "a.weight": torch.tensor([float("nan"), -0.0, 1e-40]).bfloat16(),
+    "wide": torch.tensor([1.5]),
+    "empty": torch.zeros(0, 4).bfloat16(),
+}
+
+
+def test_the_file_is_that_of_the_package(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "theirs", metadata={"format": "pt"})
+    specs = {name: TensorSpec(shape=tuple(tensor.shape), dtype=tensor.dtype) for name, tensor in TENSORS.items()}
+    with SafetensorsWriter(tmp_path / "ours", specs) as writer:
+        for name in reversed(TENSORS):
+            writer.write(name, TENSORS[name])
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_tensors_are_read_bit_by_bit(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    found = find_tensors(tmp_path)
+    assert set(found) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        read = read_tensor(found[name])
+        assert read.shape == tensor.shape
+        assert torch.equal(read.view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_a_file_may_not_be_replaced(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"precious")
+    with pytest.raises(FileExistsError):
+        SafetensorsWriter(tmp_path / "file", {})
+
+
+WRONG_SIZE = b'{"w":{"dtype":"BF16","shape":[4],"data_offsets":[0,6]}}   '
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cut short"),
+        (b"\x00\x00\x00\x00\x00\x00\x00\x7f{}", "is not a safetensors file"),
+        (b"\x02\x00\x00\x00\x00\x00\x00\x00[]", "cannot be read"),
+        (b"\x02\x00\x00\x00\x00\x00\x00\x00{}more", "half-written"),
+        (len(WRONG_SIZE).to_bytes(8, "little") + WRONG_SIZE + b"123456", "does not have 6 bytes"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_header(tmp_path / "model.safetensors")
+
+
+def test_an_index_that_promises_too_much_is_named(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model-1.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"c.weight": "model-1.safetensors"}}')
+    with pytest.raises(CheckpointError, match=r"lacks c\.weight"):
+        find_tensors(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"c.weight": "model-2.safetensors"}}')
+    with pytest.raises(CheckpointError, match=r"model-2\.safetensors"):
+        find_tensors(tmp_path)
