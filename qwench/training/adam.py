@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of the running averages, in torch and in Megatron."""
 NORM_EPS = 1e-6
@@ -20,3 +22,13 @@ class AdamSettings:
     """Of matrices; vectors (norms, biases) are not decayed."""
     clip_grad: float
     """Largest global gradient norm; 0 turns clipping off."""
+    offload_fraction: float = 0.0
+    """Share of masters and moments that is on the host and stepped there."""
+    overlap_copies: bool = False
+    """Copy gradients and weights while the host computes."""
+    moments_dtype: torch.dtype = torch.float32
+
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether masters and moments are all in float32 on the device, as torch's AdamW keeps them."""
+        return self.offload_fraction == 0.0 and self.moments_dtype == torch.float32

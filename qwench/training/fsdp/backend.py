@@ -1,7 +1,8 @@
 """`TrainBackend` with the Hugging Face module and FSDP2, on one rank or many, CPU or GPU.
 
-One path for every number of ranks: a group of one is a mesh of one. The float32 shards are the masters; what the forward
-computes with, and what is published, is their rounding to `param_dtype`.
+One path for every number of ranks: a group of one is a mesh of one. What the forward computes with, and what is published, is
+the rounding of float32 masters to `param_dtype`. The shards on the device are those masters; when the optimizer is offloaded to
+the host the masters are there, and the shards are the rounded weights.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -26,13 +28,18 @@ from qwench.training.backend import LossFunction, ParallelRank, StepResult, Toke
 from qwench.training.batch import MicroBatch
 from qwench.training.fsdp import checkpoint
 from qwench.training.fsdp.attention import install_attention
-from qwench.training.fsdp.optimizer import MasterOptimizer
+from qwench.training.fsdp.gradients import ShardedGradients
+from qwench.training.fsdp.optimizer import MasterOptimizer, local_shard
 from qwench.training.fsdp.parallelize import MASTER_DTYPE, parallelize
 from qwench.training.fsdp.policy import Policy
 from qwench.training.fsdp.process_group import build_mesh
 from qwench.training.host import HostCopy
 from qwench.training.schedule import LrSchedule
 from qwench.weights.buckets import bucketed
+
+WHOLE_GRADIENT_BYTES = 4 << 30
+"""Float32 gradients of a whole model up to this size (a billion weights) stay whole on every rank until the step's last
+micro-batch; beyond it, each micro-batch is reduced into shards: more traffic, less memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,21 +55,26 @@ class FsdpSettings:
     head_chunk_tokens: int = 4096
     """Positions whose logits exist at a time."""
     deterministic: bool = False
+    whole_gradient_bytes: int = WHOLE_GRADIENT_BYTES
 
 
 class FsdpBackend:
     """See the module docstring. Life: build -> (log_probs | update | weights | ...)*, with sleep -> wake in between."""
 
-    def __init__(self, policy: Policy, optimizer: MasterOptimizer, *, device: torch.device, param_dtype: torch.dtype) -> None:
-        """Take a policy that is sharded already; use `build`."""
+    def __init__(
+        self, policy: Policy, optimizer: MasterOptimizer, *, device: torch.device, mesh: DeviceMesh, settings: FsdpSettings
+    ) -> None:
+        """Take a policy that is sharded already over `mesh`; use `build`."""
         self.device = device
         self.parallel = ParallelRank(dp_rank=dist.get_rank(), dp_size=dist.get_world_size(), is_main=dist.get_rank() == 0)
         assert isinstance(policy, FSDPModule), "parallelize comes first"
         self._policy = policy
         self._fsdp: FSDPModule = policy
         self._optimizer = optimizer
-        self._param_dtype = param_dtype
+        self._param_dtype = settings.param_dtype
         self._weights = policy.named_weights()
+        whole_bytes = sum(weight.numel() for weight in self._weights.values()) * MASTER_DTYPE.itemsize
+        self._reduces_every_micro_batch = mesh["dp_shard"].size() > 1 and whole_bytes > settings.whole_gradient_bytes
         self._dp_group = dist.group.WORLD
         self._reference: HostCopy | None = None
         self._asleep: list[HostCopy] = []
@@ -79,7 +91,7 @@ class FsdpBackend:
         if settings.deterministic:
             torch.use_deterministic_algorithms(True)
         mesh = build_mesh(device, dp_replicate=settings.dp_replicate)
-        # In the checkpoint's own dtype: masters are float32 only as shards on the device.
+        # In the checkpoint's own dtype: it is cast as shards on the device.
         stored = load_hf_config(model_folder).dtype
         model = load_model(model_folder, dtype=stored if isinstance(stored, torch.dtype) else MASTER_DTYPE)
         install_attention(model, settings.attention, device=device, dtype=settings.param_dtype)
@@ -96,9 +108,11 @@ class FsdpBackend:
             param_dtype=settings.param_dtype,
             gradient_checkpointing=settings.gradient_checkpointing,
             torch_compile=settings.torch_compile,
+            stored_dtype=settings.param_dtype if adam.offload_fraction > 0 else MASTER_DTYPE,
         )
-        optimizer = MasterOptimizer(policy.named_weights(), adam, schedule, mesh.get_group("dp_shard"))
-        return cls(policy, optimizer, device=device, param_dtype=settings.param_dtype)
+        weights = policy.named_weights()
+        optimizer = MasterOptimizer(weights, ShardedGradients(policy, weights), adam, schedule)
+        return cls(policy, optimizer, device=device, mesh=mesh, settings=settings)
 
     @torch.no_grad()
     def log_probs(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[Tensor]:
@@ -135,15 +149,15 @@ class FsdpBackend:
         return bucketed(whole, bucket_bytes=bucket_bytes)
 
     def shared_weights(self) -> Mapping[str, Tensor] | None:
-        """Return the masters themselves when one rank holds them all and they are what would be published."""
+        """Return the shards themselves when one rank holds them all and they are what would be published, in float32."""
         if self.parallel.dp_size > 1 or self._param_dtype != MASTER_DTYPE:
             return None
-        return {name: _local(weight) for name, weight in self._weights.items()}
+        return {name: local_shard(weight) for name, weight in self._weights.items()}
 
     def snapshot_reference(self) -> None:
         """Keep the held weights on the host, in `param_dtype`: that is exactly what a forward computes with."""
         self._assert_awake()
-        self._reference = HostCopy(self._masters(), dtype=self._param_dtype)
+        self._reference = HostCopy(self._shards(), dtype=self._param_dtype)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -153,7 +167,7 @@ class FsdpBackend:
         """
         self._assert_awake()
         assert self._reference is not None, "snapshot_reference comes first"
-        policy = HostCopy(self._masters())
+        policy = HostCopy(self._shards())
         self._reference.load()
         try:
             yield
@@ -169,7 +183,7 @@ class FsdpBackend:
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Write the layout described in `checkpoint`; collective."""
         self._assert_awake()
-        checkpoint.save_model(folder, self._weights)
+        checkpoint.save_model(folder, self._optimizer)
         if with_optimizer:
             checkpoint.save_optimizer(folder, self._optimizer)
         if self.parallel.is_main:
@@ -183,21 +197,21 @@ class FsdpBackend:
             CheckpointError: files are missing or belong to another model.
         """
         self._assert_awake()
-        checkpoint.load_model(folder, self._weights)
+        checkpoint.load_model(folder, self._optimizer)
         if not weights_only:
             checkpoint.load_optimizer(folder, self._optimizer)
             if with_rng:
                 checkpoint.load_rng(folder)
 
     def sleep(self) -> None:
-        """Move masters and moments to the host; on a CPU there is nowhere to move them, and nothing happens."""
+        """Move masters, moments and weights to the host; on a CPU there is nowhere to move them, and nothing happens."""
         self._assert_awake()
         self._optimizer.drop_gradients()
         if self.device.type == "cpu":
             return
-        moments = [_local(moment) for moment in self._optimizer.moments().values()]
-        # An engine that computes with our masters still needs them.
-        self._asleep = [HostCopy(moments)] if self.shared_weights() else [HostCopy(moments), HostCopy(self._masters())]
+        state = self._optimizer.device_state()
+        # An engine that computes with our weights still needs them.
+        self._asleep = [HostCopy(state)] if self.shared_weights() else [HostCopy(state), HostCopy(self._shards())]
         for copy in self._asleep:
             copy.release()
         torch.cuda.empty_cache()
@@ -208,9 +222,11 @@ class FsdpBackend:
             copy.restore()
         self._asleep = []
 
-    def _reduce_gradients_in_next_backward(self, reduces: bool) -> None:
-        """Sum gradients locally in float32 until the step's last micro-batch, then once over the ranks."""
+    def _reduce_gradients_in_next_backward(self, is_last: bool) -> None:
+        """Sum gradients in float32 over the micro-batches, whole or in shards, and over replicas with the last one."""
+        reduces = is_last or self._reduces_every_micro_batch
         self._fsdp.set_requires_gradient_sync(reduces)
+        self._fsdp.set_requires_all_reduce(is_last)
         self._fsdp.set_is_last_backward(reduces)
 
     def _sum_over_step(self, contributions: Sequence[TokenLoss]) -> tuple[float, dict[str, float]]:
@@ -230,18 +246,11 @@ class FsdpBackend:
             "was updated. Look for non-finite log-probs or advantages in the rollout, or lower --lr."
         )
 
-    def _masters(self) -> list[Tensor]:
-        return [_local(weight) for weight in self._weights.values()]
+    def _shards(self) -> list[Tensor]:
+        return [local_shard(weight) for weight in self._weights.values()]
 
     def _assert_awake(self) -> None:
         assert not self._asleep, "wake() comes first"
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard, which shares its memory with `tensor`."""
-    assert isinstance(tensor, DTensor), "FSDP2 holds every weight as a DTensor outside of forward and backward"
-    with torch.no_grad():
-        return tensor.to_local()
 
 
 def _full_tensor(tensor: Tensor) -> Tensor:

@@ -10,12 +10,11 @@ Learning rate and the constants of AdamW are not stored: they come from the flag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from qwench.errors import CheckpointError
@@ -24,14 +23,15 @@ from qwench.training.fsdp.optimizer import MasterOptimizer
 _NUM_STEPS = "num_steps"
 
 
-def save_model(folder: Path, weights: Mapping[str, nn.Parameter]) -> None:
+def save_model(folder: Path, optimizer: MasterOptimizer) -> None:
     """Write the masters; collective."""
-    dcp.save(_detached(weights), checkpoint_id=folder / "model")
+    dcp.save(dict(optimizer.masters()), checkpoint_id=folder / "model")
 
 
-def load_model(folder: Path, weights: Mapping[str, nn.Parameter]) -> None:
-    """Read the masters into `weights`, however they are sharded; collective."""
-    _load(folder / "model", _detached(weights))
+def load_model(folder: Path, optimizer: MasterOptimizer) -> None:
+    """Read the masters, however they are sharded, and set the weights to them; collective."""
+    _load(folder / "model", optimizer.masters())
+    optimizer.round_masters()
 
 
 def save_optimizer(folder: Path, optimizer: MasterOptimizer) -> None:
@@ -66,10 +66,6 @@ def load_rng(folder: Path) -> None:
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
-
-
-def _detached(weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {name: weight.detach() for name, weight in weights.items()}
 
 
 def _load(folder: Path, tensors: dict[str, Tensor]) -> None:

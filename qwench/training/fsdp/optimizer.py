@@ -1,52 +1,74 @@
-"""AdamW on float32 shards: Megatron's weight-decay rule, global gradient clipping, and a state with names."""
+"""AdamW on shards: Megatron's weight-decay rule, global gradient clipping, and a state with names.
+
+Float32 shards are the masters themselves. Shards in another dtype are the rounding of masters that HostAdam keeps; moments (and
+those masters) are on the host for the share that --optimizer-cpu-offload says.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from qwench.training.adam import MOMENTS, NORM_EPS, AdamSettings
+from qwench.training.fsdp.gradients import ShardedGradients
+from qwench.training.host_adam import HostAdam
 from qwench.training.schedule import LrSchedule
 
 
 class MasterOptimizer:
-    """Steps the float32 masters; the fused kernel on every device, and an update per shard, since AdamW is element-wise."""
+    """Steps the masters, each rank its shards, since AdamW is element-wise."""
 
     def __init__(
-        self, weights: Mapping[str, nn.Parameter], settings: AdamSettings, schedule: LrSchedule, shard_group: dist.ProcessGroup
+        self, weights: Mapping[str, nn.Parameter], gradients: ShardedGradients, settings: AdamSettings, schedule: LrSchedule
     ) -> None:
-        """Keep `weights` by name; `shard_group` are the ranks that together hold one copy of the model."""
+        """Keep `weights` by name; they are sharded already, and `gradients` are theirs."""
         self.num_steps = 0
         self._weights = dict(weights)
+        self._shards = {name: local_shard(weight) for name, weight in weights.items()}
+        self._gradients = gradients
         self._schedule = schedule
         self._clip_grad = settings.clip_grad
-        self._shard_group = shard_group
-        decayed = [w for w in self._weights.values() if w.ndim > 1]
-        kept = [w for w in self._weights.values() if w.ndim <= 1]
+        mesh = _mesh_of(next(iter(weights.values())))
+        self._shard_group = mesh.get_group("dp_shard")
+        self._host_mesh = mesh if mesh.device_type == "cpu" else _same_ranks_on_the_host(mesh)
+        decayed = [shard for name, shard in self._shards.items() if weights[name].ndim > 1]
+        kept = [shard for name, shard in self._shards.items() if weights[name].ndim <= 1]
         groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-        self._adam = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=schedule.peak, betas=settings.betas, eps=settings.eps, fused=True
+        self._adam = HostAdam(
+            [group for group in groups if group["params"]],
+            lr=schedule.peak,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            offload_fraction=settings.offload_fraction,
+            overlap=settings.overlap_copies,
+            moments_dtype=settings.moments_dtype,
         )
 
     def grad_norm(self) -> Tensor:
         """Return the norm [] float32 of the whole gradient, on the device; collective over the shards."""
-        squares = get_total_norm(self._local_gradients()).square()
+        squares = get_total_norm(self._gradients.local()).square()
         dist.all_reduce(squares, group=self._shard_group)
         return squares.sqrt()
 
     def step(self, grad_norm: float) -> list[float]:
         """Clip by `grad_norm`, update, drop the gradients, and return the learning rate of each parameter group."""
+        self._start()
+        gradients = self._gradients.local()
         if 0.0 < self._clip_grad < grad_norm:
-            for gradient in self._local_gradients():
+            for gradient in gradients:
                 gradient.mul_(self._clip_grad / (grad_norm + NORM_EPS))
         learning_rate = self._schedule.at(self.num_steps)
         for group in self._adam.param_groups:
             group["lr"] = learning_rate
+        for shard, gradient in zip(self._shards.values(), gradients, strict=True):
+            shard.decoupled_grad = gradient  # type: ignore[attr-defined]  # read by HostAdam
         self._adam.step()
         self.num_steps += 1
         self.drop_gradients()
@@ -54,23 +76,67 @@ class MasterOptimizer:
 
     def drop_gradients(self) -> None:
         """Forget the gradients and give their memory back."""
-        self._adam.zero_grad(set_to_none=True)
+        for shard in self._shards.values():
+            shard.decoupled_grad = None  # type: ignore[attr-defined]  # set by step
+        self._gradients.drop()
+
+    def masters(self) -> dict[str, Tensor]:
+        """Return the sharded float32 masters by name; who writes to them calls `round_masters` next."""
+        if not self._adam.state and all(shard.dtype == torch.float32 for shard in self._shards.values()):
+            return {name: weight.detach() for name, weight in self._weights.items()}
+        self._start()
+        return {name: self._named(name, self._adam.state[shard]["master_param"]) for name, shard in self._shards.items()}
+
+    def round_masters(self) -> None:
+        """Set the weights to the masters, rounded to their dtype."""
+        if self._adam.state:
+            self._adam.reload_weights()
 
     def moments(self) -> dict[str, Tensor]:
         """Return the sharded moments by name (`<weight>.exp_avg`, `<weight>.exp_avg_sq`); empty before the first step."""
-        states = ((name, self._adam.state.get(weight, {})) for name, weight in self._weights.items())
-        return {f"{name}.{moment}": state[moment] for name, state in states if state for moment in MOMENTS}
+        if not self.num_steps:
+            return {}
+        return {
+            f"{name}.{moment}": self._named(name, self._adam.state[shard][moment])
+            for name, shard in self._shards.items()
+            for moment in MOMENTS
+        }
+
+    def device_state(self) -> list[Tensor]:
+        """Return what takes memory of the device besides weights and gradients."""
+        return self._adam.device_tensors()
 
     def reset(self, num_steps: int) -> None:
-        """Start over as after `num_steps` steps, with moments of zero that a checkpoint is then read into."""
+        """Start over as after `num_steps` steps, with the masters as they are and moments of zero, to be read into."""
+        self._start()
+        self._adam.restart(num_steps)
         self.num_steps = num_steps
-        self._adam.state.clear()
-        for weight in self._weights.values():
-            moments = {moment: torch.zeros_like(weight.detach()) for moment in MOMENTS}
-            step = torch.tensor(float(num_steps), dtype=torch.float32, device=weight.device)
-            self._adam.state[weight] = {"step": step, **moments}
 
-    def _local_gradients(self) -> Sequence[Tensor]:
-        gradients = [weight.grad for weight in self._weights.values()]
-        assert all(isinstance(gradient, DTensor) for gradient in gradients), "every weight has a reduced gradient"
-        return [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
+    def _start(self) -> None:
+        """Make the state, when it is first needed: a run that only scores never needs it."""
+        if not self._adam.state:
+            self._adam.reset()
+
+    def _named(self, name: str, shard: Tensor) -> Tensor:
+        """Present a shard of the state, on the device or the host, as its part of the whole tensor."""
+        weight = self._weights[name]
+        assert isinstance(weight, DTensor)
+        mesh = weight.device_mesh if shard.device.type == weight.device_mesh.device_type else self._host_mesh
+        return DTensor.from_local(shard, mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride())
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return this rank's shard, which shares its memory with `tensor`."""
+    assert isinstance(tensor, DTensor), "FSDP2 holds every weight as a DTensor outside of forward and backward"
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def _mesh_of(weight: Tensor) -> DeviceMesh:
+    assert isinstance(weight, DTensor), "parallelize comes first"
+    return weight.device_mesh
+
+
+def _same_ranks_on_the_host(mesh: DeviceMesh) -> DeviceMesh:
+    """Lay out the ranks for tensors on the host: a DTensor's own mesh would move them to the device."""
+    return init_device_mesh("cpu", tuple(mesh.shape), mesh_dim_names=mesh.mesh_dim_names)

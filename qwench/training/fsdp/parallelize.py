@@ -1,6 +1,6 @@
 """Sharding the policy with FSDP2: float32 masters in shards, a bfloat16 layer at a time where it is needed.
 
-    shard float32 (master) --cast, all-gather--> layer in param_dtype --forward, backward--> gradient in param_dtype
+    shard in stored_dtype --cast, all-gather--> layer in param_dtype --forward, backward--> gradient in param_dtype
     shard float32 gradient <--reduce-scatter, sum over ranks-- float32 sum over micro-batches <--'
 
 One group of weights is whole at a time: a decoder layer, or the root's (embedding, last norm, head).
@@ -32,17 +32,21 @@ def parallelize(
     param_dtype: torch.dtype,
     gradient_checkpointing: bool,
     torch_compile: bool,
+    stored_dtype: torch.dtype = MASTER_DTYPE,
 ) -> None:
-    """Shard `policy` in place over `mesh`; each layer moves to `device` as it is sharded, so no rank holds all masters.
+    """Shard `policy` in place over `mesh`; each layer moves to `device` as it is sharded, so no rank holds all shards.
 
     Gradients are summed over ranks, not averaged: losses arrive already divided by the step's global counts.
+
+    Args:
+        stored_dtype: Of the shards: float32 where they are the masters, param_dtype where the masters are elsewhere.
     """
     precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=MASTER_DTYPE, cast_forward_inputs=False)
     for layer in policy.layers:
-        _become_masters(layer.parameters(), device)
+        _become_shards(layer.parameters(), device, stored_dtype)
         fully_shard(layer, mesh=mesh, mp_policy=precision)
         layer.forward = _wrap(layer.forward, checkpointed=gradient_checkpointing, compiled=torch_compile)
-    _become_masters(policy.parameters(), device)
+    _become_shards(policy.parameters(), device, stored_dtype)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
     for module in policy.modules():
         if isinstance(module, FSDPModule):
@@ -50,10 +54,10 @@ def parallelize(
             module.set_force_sum_reduction_for_comms(True)  # gloo has no averaging or pre-multiplied sum
 
 
-def _become_masters(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+def _become_shards(parameters: Iterable[nn.Parameter], device: torch.device, dtype: torch.dtype) -> None:
     for parameter in parameters:
         if not isinstance(parameter, DTensor):
-            parameter.data = parameter.data.to(device=device, dtype=MASTER_DTYPE)
+            parameter.data = parameter.data.to(device=device, dtype=dtype)
 
 
 def _wrap(forward: Callable[..., Any], *, checkpointed: bool, compiled: bool) -> Callable[..., Any]:
