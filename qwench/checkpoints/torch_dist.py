@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,15 +137,21 @@ def read_num_steps(folder: DcpFolder) -> int | None:
     return found.pop()
 
 
-def write_common_files(folder: Path, *, num_steps: int | None) -> None:
-    """Write what lies beside the tensors, as Megatron-LM expects of weights that start a run at iteration 0.
+def write_common_files(
+    folder: Path, *, num_steps: int | None, iteration: int = 0, groups: Sequence[Mapping[str, object]] = ({},)
+) -> None:
+    """Write what lies beside the tensors, as Megatron-LM does; weights that start a run are of iteration 0.
 
     Args:
         num_steps: Of the optimizer, if its state is in the checkpoint.
+        groups: Constants of the optimizer's parameter groups, by which megatron-core finds its own again.
     """
-    common: dict[str, object] = {"checkpoint_version": 3.0, "iteration": 0, "qwench_version": __version__}
+    common: dict[str, object] = {"checkpoint_version": 3.0, "iteration": iteration, "qwench_version": __version__}
     if num_steps is not None:
-        common["optimizer"] = {"param_groups": [{"step": num_steps}]}
+        common["optimizer"] = {
+            "optimizer": {"param_groups": [{**group, "step": num_steps} for group in groups]},
+            "param_state_sharding_type": "fully_reshardable",
+        }
     torch.save(common, folder / COMMON_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(_CONFIG))
 
@@ -153,11 +159,12 @@ def write_common_files(folder: Path, *, num_steps: int | None) -> None:
 def write_extra_states(writer: DcpWriter, config: PretrainedConfig) -> None:
     """Write the entries that a model of Transformer Engine's or Megatron's own layers asks for at load; all are empty."""
     # Megatron stores a list, with one element for each part of the object that a rank holds.
-    for key in _extra_states(config):
+    for key in extra_states(config):
         writer.add_object(key, [None])
 
 
-def _extra_states(config: PretrainedConfig) -> Iterator[str]:
+def extra_states(config: PretrainedConfig) -> Iterator[str]:
+    """Return the keys of the entries that modules ask for beside their tensors."""
     layers = config.num_hidden_layers
     modules = ["self_attention.core_attention", "self_attention.linear_qkv", "self_attention.linear_proj"]
     modules += ["self_attention.q_layernorm", "self_attention.k_layernorm"] if has_qk_norm(config) else []
