@@ -18,6 +18,23 @@ _REORDERED = [[[6, 1], [7, 3, 0, 5], [2, 4]]]
 _TWO_RANKS = [[[3, 0], [5, 6, 2]], [[7, 1], [4]]]
 _FOUR_RANKS_ONE_IDLE = [[[1, 5], [0]], [[6], [4, 3]], [[], []], [[2], [7]]]
 
+
+def _bf16(name: str, **options: object) -> Case:
+    return Case(name=f"bf16-{name}", model="bf16", bins=_FOUR_RANKS_ONE_IDLE, bf16=True, **options)  # type: ignore[arg-type]
+
+
+BF16 = [
+    (_bf16("on-device"), _bf16("offloaded", offload_fraction=1.0)),
+    (
+        _bf16("on-device-early", reduce_every_micro_batch=True),
+        _bf16("offloaded-early", offload_fraction=0.5, reduce_every_micro_batch=True),
+    ),
+    (
+        _bf16("replicas", dp_replicate=2, reduce_every_micro_batch=True),
+        _bf16("replicas-offloaded", dp_replicate=2, offload_fraction=1.0, reduce_every_micro_batch=True),
+    ),
+]
+"""Masters on the device, and the same on the host, where shards are in bfloat16."""
 WORLDS = {
     1: [
         Case(name="one-micro-batch", model="tied", bins=_ONE_MICRO_BATCH),
@@ -30,15 +47,30 @@ WORLDS = {
         Case(name="two-ranks", model="tied", bins=_TWO_RANKS),
         Case(name="two-ranks-untied", model="untied", bins=_TWO_RANKS, gradient_checkpointing=True, save=True),
         Case(name="two-ranks-nan", model="tied", bins=_TWO_RANKS, non_finite=True),
+        Case(name="two-ranks-reduced-early", model="tied", bins=_TWO_RANKS, reduce_every_micro_batch=True),
+        Case(name="two-ranks-offloaded", model="untied", bins=_TWO_RANKS, offload_fraction=1.0, save=True),
     ],
     4: [
         Case(name="four-ranks", model="tied", bins=_FOUR_RANKS_ONE_IDLE),
         Case(name="two-by-two", model="tied", bins=_FOUR_RANKS_ONE_IDLE, dp_replicate=2),
         Case(name="four-replicas", model="untied", bins=_FOUR_RANKS_ONE_IDLE, dp_replicate=4),
+        Case(name="four-ranks-half-offloaded", model="tied", bins=_FOUR_RANKS_ONE_IDLE, offload_fraction=0.5),
+        Case(
+            name="two-by-two-reduced-early",
+            model="tied",
+            bins=_FOUR_RANKS_ONE_IDLE,
+            dp_replicate=2,
+            reduce_every_micro_batch=True,
+        ),
+        *(case for pair in BF16 for case in pair),
     ],
 }
-RESUMED = Case(name="resumed-on-one", model="untied", bins=_REORDERED, load="two-ranks-untied")
-STEPPED = [(size, case) for size, world in WORLDS.items() for case in world if not case.non_finite]
+RESUMED = [
+    Case(name="resumed-on-one", model="untied", bins=_REORDERED, load="two-ranks-untied"),
+    Case(name="resumed-on-the-host", model="untied", bins=_REORDERED, load="two-ranks-untied", offload_fraction=1.0),
+    Case(name="resumed-on-the-device", model="untied", bins=_REORDERED, load="two-ranks-offloaded"),
+]
+STEPPED = [(size, case) for size, world in WORLDS.items() for case in world if not (case.non_finite or case.bf16)]
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +79,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train_backend")
     for model in ("tied", "untied"):
         cases.write_model(folder / model, tied=model == "tied")
+    cases.write_model(folder / "bf16", tied=True, dtype=torch.bfloat16)
     for world_size, cases_of_world in WORLDS.items():
         run_world(world_size, cases_of_world, folder)
     (folder / "store.1").unlink(missing_ok=True)
-    run_world(1, [RESUMED], folder)
+    run_world(1, RESUMED, folder)
     return folder
 
 
@@ -117,14 +150,28 @@ def test_a_non_finite_loss_on_one_rank_stops_every_rank_before_the_step(folder: 
         assert record["next"]["learning_rates"] == good["learning_rates"]
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_with_one(folder: Path) -> None:
-    [resumed] = _records(folder, RESUMED, 1)
+@pytest.mark.parametrize("case", RESUMED, ids=[case.name for case in RESUMED])
+def test_a_checkpoint_of_two_ranks_goes_on_with_one(folder: Path, case: Case) -> None:
+    [resumed] = _records(folder, case, 1)
     expected = cases.plain_loop(folder / "untied", num_steps=2 * cases.NUM_STEPS)
     assert [step["loss"] for step in resumed["steps"]] == pytest.approx(expected.losses[cases.NUM_STEPS :], rel=1e-5, abs=1e-6)
     assert [step["grad_norm"] for step in resumed["steps"]] == pytest.approx(expected.grad_norms[cases.NUM_STEPS :], rel=1e-5)
     assert {step["learning_rates"][0] for step in resumed["steps"]} == {cases.PEAK_LR}
     for name, weight in resumed["weights"].items():
         _assert_close(weight, expected.weights[name], name)
+
+
+def test_gradients_of_large_models_are_in_shards_from_the_first_micro_batch_on(folder: Path) -> None:
+    for name, expected in (("two-ranks", [False, False]), ("two-ranks-reduced-early", [False, True])):
+        [case] = [case for case in WORLDS[2] if case.name == name]
+        assert all(record["reduced_before"] == expected * cases.NUM_STEPS for record in _records(folder, case, 2))
+
+
+@pytest.mark.parametrize(("on_device", "on_host"), BF16, ids=[case.name for case, _ in BF16])
+def test_masters_on_the_host_get_the_same_float32_gradients(folder: Path, on_device: Case, on_host: Case) -> None:
+    for expected, record in zip(_records(folder, on_device, 4), _records(folder, on_host, 4), strict=True):
+        assert record["steps"] == expected["steps"]
+        assert all(torch.equal(record["weights"][name], weight) for name, weight in expected["weights"].items())
 
 
 @pytest.mark.parametrize(("case", "model"), [(WORLDS[2][0], "tied"), (WORLDS[2][1], "untied")], ids=["tied", "untied"])

@@ -45,7 +45,7 @@ def learning_rate(step: int) -> float:
     return PEAK_LR * min(step, 2) / 2
 
 
-def write_model(folder: Path, *, tied: bool) -> None:
+def write_model(folder: Path, *, tied: bool, dtype: torch.dtype = torch.float32) -> None:
     """Save a Qwen3 of two layers with random weights, not all of them small."""
     torch.manual_seed(11)
     config = Qwen3Config(
@@ -59,7 +59,7 @@ def write_model(folder: Path, *, tied: bool) -> None:
         tie_word_embeddings=tied,
         initializer_range=0.15,
     )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    Qwen3ForCausalLM(config).to(dtype).save_pretrained(folder)
 
 
 def make_batch() -> RolloutBatch:

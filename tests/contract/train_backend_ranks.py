@@ -15,7 +15,7 @@ from qwench.errors import TrainingError
 from qwench.training.adam import AdamSettings
 from qwench.training.backend import TokenLoss, TrainBackend
 from qwench.training.batch import unpack
-from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
+from qwench.training.fsdp.backend import WHOLE_GRADIENT_BYTES, FsdpBackend, FsdpSettings
 from qwench.training.schedule import LrSchedule
 from tests.contract import train_backend_cases as cases
 
@@ -35,6 +35,10 @@ class Case:
     backend: str = "fsdp"
     dp_replicate: int = 1
     gradient_checkpointing: bool = False
+    bf16: bool = False
+    """Compute in bfloat16, not in float32."""
+    offload_fraction: float = 0.0
+    reduce_every_micro_batch: bool = False
     non_finite: bool = False
     """Give one rank's last micro-batch a loss of NaN instead."""
     save: bool = False
@@ -48,12 +52,20 @@ def build_fsdp(model_folder: Path, case: Case) -> TrainBackend:
     return FsdpBackend.build(
         model_folder,
         settings=FsdpSettings(
-            param_dtype=torch.float32,
+            param_dtype=torch.bfloat16 if case.bf16 else torch.float32,
             dp_replicate=case.dp_replicate,
             gradient_checkpointing=case.gradient_checkpointing,
             head_chunk_tokens=7,
+            whole_gradient_bytes=0 if case.reduce_every_micro_batch else WHOLE_GRADIENT_BYTES,
         ),
-        adam=AdamSettings(betas=cases.BETAS, eps=cases.ADAM_EPS, weight_decay=cases.WEIGHT_DECAY, clip_grad=cases.CLIP_GRAD),
+        adam=AdamSettings(
+            betas=cases.BETAS,
+            eps=cases.ADAM_EPS,
+            weight_decay=cases.WEIGHT_DECAY,
+            clip_grad=cases.CLIP_GRAD,
+            offload_fraction=case.offload_fraction,
+            overlap_copies=True,
+        ),
         schedule=LrSchedule(peak=cases.PEAK_LR, warmup_steps=2),
         device=torch.device("cpu"),
     )
@@ -101,9 +113,14 @@ def _run_steps(backend: TrainBackend, case: Case, folder: Path) -> dict[str, obj
             micro_batch.indices, unpack(column, micro_batch, [length - 1 for length in micro_batch.lengths]), strict=True
         )
     }
+    reduced_before: list[bool] = []
+
+    def watched_loss(*inputs: object) -> TokenLoss:
+        reduced_before.append(_has_gradient_shards(backend))
+        return cases.clipped_loss(*inputs)  # type: ignore[arg-type]  # passed on as they came
+
     steps = [
-        backend.update(mine, cases.clipped_loss, temperature=cases.TEMPERATURE, with_entropy=True)
-        for _ in range(cases.NUM_STEPS)
+        backend.update(mine, watched_loss, temperature=cases.TEMPERATURE, with_entropy=True) for _ in range(cases.NUM_STEPS)
     ]
     if case.save:
         checkpoint = folder / f"{case.name}.checkpoint"
@@ -112,6 +129,7 @@ def _run_steps(backend: TrainBackend, case: Case, folder: Path) -> dict[str, obj
     return {
         "log_probs": scored,
         "steps": [asdict(step) for step in steps],
+        "reduced_before": reduced_before,
         "weights": _all_weights(backend),
         "summed_ranks": backend.all_reduce_sum(torch.tensor([1.0, backend.parallel.dp_rank])),
         "parallel": asdict(backend.parallel),
@@ -138,6 +156,11 @@ def _run_non_finite(backend: TrainBackend, case: Case) -> dict[str, object]:
     after = _all_weights(backend)
     first = backend.update(mine, cases.clipped_loss, temperature=cases.TEMPERATURE, with_entropy=True)
     return {"message": message, "before": before, "after": after, "next": asdict(first)}
+
+
+def _has_gradient_shards(backend: TrainBackend) -> bool:
+    """Tell whether FSDP2 has reduced gradients of earlier micro-batches; before that, they are whole on every rank."""
+    return isinstance(backend, FsdpBackend) and any(weight.grad is not None for weight in backend._weights.values())
 
 
 def _all_weights(backend: TrainBackend) -> dict[str, torch.Tensor]:
