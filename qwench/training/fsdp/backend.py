@@ -23,11 +23,13 @@ from torch.distributed.tensor import DTensor
 from qwench.engines.protocol import WeightBucket
 from qwench.errors import TrainingError
 from qwench.models.hf import load_hf_config, load_model
+from qwench.training import rng
 from qwench.training.adam import AdamSettings
 from qwench.training.backend import LossFunction, ParallelRank, StepResult, TokenLoss
 from qwench.training.batch import MicroBatch
 from qwench.training.fsdp import checkpoint
 from qwench.training.fsdp.attention import install_attention
+from qwench.training.fsdp.conversion import is_torch_dist, load_converted
 from qwench.training.fsdp.gradients import ShardedGradients
 from qwench.training.fsdp.optimizer import MasterOptimizer, local_shard
 from qwench.training.fsdp.parallelize import MASTER_DTYPE, parallelize
@@ -187,21 +189,24 @@ class FsdpBackend:
         if with_optimizer:
             checkpoint.save_optimizer(folder, self._optimizer)
         if self.parallel.is_main:
-            checkpoint.save_rng(folder)
+            rng.save_rng(folder)
         dist.barrier(group=self._dp_group)  # nobody reports a saved checkpoint that the main rank is still writing
 
     def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
-        """Read what `save` wrote, with any number of ranks; collective.
+        """Read what `save` wrote, here with any number of ranks or in the Megatron backend; collective.
 
         Raises:
             CheckpointError: files are missing or belong to another model.
         """
         self._assert_awake()
-        checkpoint.load_model(folder, self._optimizer)
-        if not weights_only:
-            checkpoint.load_optimizer(folder, self._optimizer)
-            if with_rng:
-                checkpoint.load_rng(folder)
+        if is_torch_dist(folder):
+            load_converted(folder, self._optimizer, self._policy.causal_lm.config, weights_only=weights_only)
+        else:
+            checkpoint.load_model(folder, self._optimizer)
+            if not weights_only:
+                checkpoint.load_optimizer(folder, self._optimizer)
+        if with_rng and not weights_only:
+            rng.load_rng(folder)
 
     def sleep(self) -> None:
         """Move masters, moments and weights to the host; on a CPU there is nowhere to move them, and nothing happens."""

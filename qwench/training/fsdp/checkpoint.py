@@ -3,7 +3,7 @@
     folder/model/         float32 masters by Hugging Face name      torch.distributed.checkpoint
     folder/optimizer/     moments, `<name>.exp_avg[_sq]`            torch.distributed.checkpoint
     folder/lr_scheduler/  number of optimizer steps done            torch.distributed.checkpoint
-    folder/rng.pt         generators of the host and the devices    torch.save, by the main rank
+    folder/rng.pt         generators of the host and the devices    `training.rng`, by the main rank
 
 Learning rate and the constants of AdamW are not stored: they come from the flags of the run that resumes.
 """
@@ -49,23 +49,6 @@ def load_optimizer(folder: Path, optimizer: MasterOptimizer) -> None:
     optimizer.reset(int(counter[_NUM_STEPS]))
     if optimizer.num_steps:
         _load(folder / "optimizer", optimizer.moments())
-
-
-def save_rng(folder: Path) -> None:
-    """Write the state of torch's generators; by one rank."""
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    torch.save({"cpu": torch.get_rng_state(), "cuda": devices}, folder / "rng.pt")
-
-
-def load_rng(folder: Path) -> None:
-    """Set torch's generators as they were; device generators only where as many devices are there."""
-    try:
-        states = torch.load(folder / "rng.pt", weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"cannot read {folder / 'rng.pt'} ({error}); pass --no-load-rng to go without.") from error
-    torch.set_rng_state(states["cpu"])
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
 
 
 def _load(folder: Path, tensors: dict[str, Tensor]) -> None:

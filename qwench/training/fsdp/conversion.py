@@ -1,0 +1,53 @@
+"""Reading checkpoints that another backend wrote into FSDP2's shards, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+# The public way to place a host tensor in a DTensor sends the whole tensor to every rank's device first.
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import PretrainedConfig
+
+from qwench.checkpoints.sources import WeightSource, open_optimizer_state, open_weights
+from qwench.checkpoints.torch_dist import CONFIG_FILE
+from qwench.errors import CheckpointError
+from qwench.training.fsdp.optimizer import MasterOptimizer
+
+
+def is_torch_dist(folder: Path) -> bool:
+    """Tell whether the Megatron backend, or Megatron-LM itself, wrote the checkpoint."""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def load_converted(folder: Path, optimizer: MasterOptimizer, config: PretrainedConfig, *, weights_only: bool) -> None:
+    """Read masters and, unless told otherwise, moments and step count of a checkpoint of any format; local.
+
+    Raises:
+        CheckpointError: files are missing or damaged.
+        ConfigError: it is of another model.
+    """
+    weights = open_weights(folder, config)
+    state = None if weights_only else open_optimizer_state(folder, config)
+    if state is None and not weights_only:
+        raise CheckpointError(f"{folder} was saved without its optimizer; pass --no-load-optim to start with a fresh one.")
+    _fill(optimizer.masters(), weights if state is None else state.masters)
+    optimizer.round_masters()
+    if state is not None:
+        optimizer.reset(state.num_steps)
+        for moment, source in state.moments.items():
+            _fill(optimizer.moments(), source, suffix=f".{moment}")
+
+
+def _fill(tensors: Mapping[str, Tensor], source: WeightSource, *, suffix: str = "") -> None:
+    """Copy this rank's part of every tensor whose name ends in `suffix`."""
+    for name, tensor in tensors.items():
+        if not name.endswith(suffix):
+            continue
+        assert isinstance(tensor, DTensor), "FSDP2 holds every weight as a DTensor outside of forward and backward"
+        sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        region = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+        tensor.to_local().copy_(source.read(name.removesuffix(suffix))[region])
