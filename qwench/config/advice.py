@@ -24,7 +24,9 @@ def warnings(config: Config, *, trains: bool = True) -> Iterator[str]:
         yield from _unused_evaluation(config)
     if not trains or config.debug.debug_rollout_only:
         yield from _unread_checkpoints(config.checkpoint)
-    if config.engine.rollout_engine == "embedded":
+    if config.engine.rollout_external_engine_addrs:
+        yield from _unused_by_external_engines(config.engine)
+    elif config.engine.rollout_engine == "embedded":
         yield from _unused_by_embedded_engine(config)
 
 
@@ -72,16 +74,23 @@ def _unread_checkpoints(checkpoint: CheckpointConfig) -> Iterator[str]:
             )
 
 
+def _unused_by_external_engines(engine: EngineConfig) -> Iterator[str]:
+    unused = [f"--sglang-{word[2:]}" for word in engine.sglang_args if word.startswith("--")]
+    if unused:
+        yield f"--rollout-external-engine-addrs: the engines run already and are not told {' '.join(unused)}"
+
+
 def _unused_by_embedded_engine(config: Config) -> Iterator[str]:
     engine, default = config.engine, EngineConfig()
-    if engine.use_fault_tolerance:
+    in_process = config.cluster.shares_devices
+    if in_process and engine.use_fault_tolerance:
         yield "--use-fault-tolerance has no effect on the embedded engine, which lives and dies with this process"
     for name in ("rollout_health_check_first_wait", "rollout_health_check_interval", "rollout_health_check_timeout"):
-        if getattr(engine, name) != getattr(default, name):
+        if in_process and getattr(engine, name) != getattr(default, name):
             yield f"--{flag_name(name)} has no effect on the embedded engine, which lives and dies with this process"
     if config.cluster.rollout_num_gpus_per_engine > 1:
         yield "--rollout-num-gpus-per-engine has no effect on the embedded engine, which runs on one GPU"
-    yield from _unused_pass_through(engine.sglang_args, engine.router_args)
+    yield from _unused_pass_through(engine.sglang_args, engine.router_args if in_process else ())
 
 
 def _compares_siblings(algorithm: AlgorithmConfig) -> bool:

@@ -36,3 +36,10 @@ def check_import_path(flag: str, value: str | None) -> None:
     parts = value.split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         raise ConfigError(f"{flag} must be the import path of a function like my_package.my_module.my_function, got {value!r}")
+
+
+def check_address(flag: str, value: str) -> None:
+    """Refuse anything but `host:port`, with or without `http://`."""
+    host, colon, port = value.removeprefix("http://").rstrip("/").rpartition(":")
+    if not (host and colon and port.isdecimal()):
+        raise ConfigError(f"{flag} must be host:port, got {value!r}")

@@ -275,8 +275,6 @@ def check_supported(config: Config) -> None:
 def _sglang(config: Config) -> str | None:
     if config.engine.rollout_engine == "sglang":
         return "--rollout-engine sglang arrives with the SGLang engine; use --rollout-engine embedded"
-    if config.engine.rollout_external_engine_addrs:
-        return "--rollout-external-engine-addrs arrives with the SGLang engine; leave it out to use the embedded engine"
     return None
 
 

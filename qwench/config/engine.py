@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from qwench.config.checks import check_fraction, check_not_negative, check_positive
+from qwench.config.checks import check_address, check_fraction, check_not_negative, check_positive
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,7 +19,7 @@ class EngineConfig:
     """Kind, size and supervision of the engines."""
 
     rollout_engine: Literal["embedded", "sglang"] = "embedded"
-    """embedded: Qwench's own engine inside the training process; sglang: SGLang servers."""
+    """embedded: Qwench's own engine, in the training process or as servers; sglang: SGLang servers."""
     embedded_page_size: int = 16
     """Tokens in one page of the KV cache (also set by --sglang-page-size)."""
     embedded_max_running_requests: int = 512
@@ -38,15 +38,21 @@ class EngineConfig:
     update_weight_buffer_size: int = 512 * 1024**2
     """Bytes of one bucket of published weights."""
     rollout_external_engine_addrs: tuple[str, ...] = ()
-    """Addresses (host:port) of engines that run already."""
+    """Addresses (host:port) of engines that run already, of either kind; they are used as they are, and left running.
+    The environment variable QWENCH_TOKEN holds the token that they ask for, if they do."""
+    use_sglang_router: bool = False
+    """Send requests through the sglang-router process instead of to the least loaded engine (also switched on by
+    any --router-* flag)."""
     use_fault_tolerance: bool = False
-    """Watch the engines' health and restart those that fail."""
+    """Watch the health of engine servers, start lost ones again, and ask other engines for what they owed."""
     rollout_health_check_first_wait: float = 0.0
-    """Seconds before the first health check."""
+    """Seconds before the first health check, at the start and after weights or memory were moved."""
     rollout_health_check_interval: float = 30.0
     """Seconds between health checks."""
     rollout_health_check_timeout: float = 30.0
     """Seconds an engine may take to answer a health check."""
+    engine_start_timeout: float = 1800.0
+    """Seconds a server may take until it answers: loading weights, capturing graphs."""
     sglang_args: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
     """The collected --sglang-* flags and their values, without that prefix."""
     router_args: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
@@ -62,7 +68,15 @@ class EngineConfig:
             ("--update-weight-buffer-size", self.update_weight_buffer_size),
             ("--rollout-health-check-interval", self.rollout_health_check_interval),
             ("--rollout-health-check-timeout", self.rollout_health_check_timeout),
+            ("--engine-start-timeout", self.engine_start_timeout),
         ):
             check_positive(flag, value)
         check_not_negative("--rollout-health-check-first-wait", self.rollout_health_check_first_wait)
         check_fraction("--embedded-mem-fraction", self.embedded_mem_fraction)
+        for address in self.rollout_external_engine_addrs:
+            check_address("--rollout-external-engine-addrs", address)
+
+    @property
+    def routes_requests(self) -> bool:
+        """Tell whether a router process stands in front of the engines."""
+        return self.use_sglang_router or bool(self.router_args)

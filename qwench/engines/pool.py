@@ -1,61 +1,90 @@
-"""The engines of a run as one: routes requests to the least loaded, and lets synchronous code steer them all."""
+"""The engines of a run as one, and the way for synchronous code to steer them all.
+
+generate, abort          `dispatch`: to a ready engine, again to another one when it is lost
+publish, sleep, wake     to every engine; those being started again are waited for
+health                   watches them, when asked to
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, TypeVar
 
+from qwench.engines.dispatch import Dispatcher
 from qwench.engines.event_loop import EventLoopThread
+from qwench.engines.health import HealthRules, Supervisor
+from qwench.engines.members import Member, Members, MemberState
 from qwench.engines.protocol import Engine, EngineStats, GenerateRequest, GenerateResult, MemoryTag
-from qwench.errors import EngineError, WeightSyncError
+from qwench.engines.router import Router
+from qwench.errors import EngineError, EngineLostError, WeightSyncError
 
 MEMORY_TIMEOUT_S = 120.0
-CLOSE_TIMEOUT_S = 30.0
+CLOSE_TIMEOUT_S = 60.0
+CONTROL_TIMEOUT_S = 120.0
 Result = TypeVar("Result")
 
 
 class EnginePool:
     """Engines that live on one event loop.
 
-    Coroutine methods are awaited on that loop; `run`, `sleep`, `wake` and `close` are called from other threads and wait.
+    Coroutine methods are awaited on that loop; `run`, `publish`, `sleep`, `wake` and `close` are called from other threads and
+    wait.
     """
 
-    def __init__(self, engines: Sequence[Engine], loop: EventLoopThread) -> None:
-        """Take over engines and loop: `close` ends both."""
-        assert engines, "a pool needs at least one engine"
-        self._engines = tuple(engines)
+    def __init__(
+        self,
+        members: Sequence[Engine | Member],
+        loop: EventLoopThread,
+        *,
+        router: Router | None = None,
+        health: HealthRules | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Take over engines, their servers, router and loop: `close` ends them all.
+
+        Args:
+            router: running; sends requests to the engines instead of this pool.
+            health: watch the engines and start lost ones again. None: a lost engine ends the run.
+            say: tells the user what became of an engine.
+        """
+        self._members = Members([one if isinstance(one, Member) else Member(engine=one) for one in members])
         self._loop = loop
-        self._in_flight: list[set[str]] = [set() for _ in engines]
+        self._say = say
+        self._supervisor = (
+            None
+            if health is None
+            else Supervisor(
+                self._members,
+                health,
+                router=router,
+                say=say,
+                needs_publication=lambda: self._dispatcher.version is not None,
+            )
+        )
+        self._dispatcher = Dispatcher(self._members, router=router, supervisor=self._supervisor)
+        self._router = router
+        self.run(self._begin(), label="start of the engines", timeout_s=CONTROL_TIMEOUT_S)
 
     @property
     def engines(self) -> Sequence[Engine]:
         """Return all engines."""
-        return self._engines
+        return tuple(member.engine for member in self._members)
+
+    @property
+    def num_restarts(self) -> int:
+        """Return how many lost engines have come back so far."""
+        return 0 if self._supervisor is None else self._supervisor.num_restarts
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
-        """Generate on the engine with the fewest requests in flight; siblings of a group thus spread evenly.
-
-        Raises:
-            EngineError: the engine failed.
-        """
-        index = min(range(len(self._engines)), key=lambda i: len(self._in_flight[i]))
-        in_flight = self._in_flight[index]
-        in_flight.add(request.request_id)
-        try:
-            return await self._engines[index].generate(request)
-        finally:
-            in_flight.discard(request.request_id)
+        """See `Dispatcher.generate`."""
+        return await self._dispatcher.generate(request)
 
     async def abort(self, request_id: str | None = None) -> None:
         """End one request where it runs, or all requests everywhere."""
-        if request_id is None:
-            await self._each(lambda engine: engine.abort())
-            return
-        for engine, in_flight in zip(self._engines, self._in_flight, strict=True):
-            if request_id in in_flight:
-                await engine.abort(request_id)
+        await self._dispatcher.abort(request_id)
 
     async def pause(self) -> None:
         """Hold all engines between two forward passes."""
@@ -80,9 +109,9 @@ class EnginePool:
         Raises:
             EngineError: one cannot.
         """
-        for engine, healthy in zip(self._engines, await self._each(lambda engine: engine.health()), strict=True):
+        for member, healthy in zip(self._members, await self._each(lambda engine: engine.health()), strict=True):
             if not healthy:
-                raise EngineError(f"{engine!r} is not healthy: it lost its weights or failed in a step; see its log.")
+                raise EngineError(f"{member.label} is not healthy: it lost its weights or failed in a step; see its log.")
 
     async def check_versions(self, version: int) -> None:
         """Make sure that every engine samples with this version.
@@ -91,13 +120,36 @@ class EnginePool:
             WeightSyncError: one holds another version.
         """
         held = await self._each(lambda engine: engine.weight_version())
-        for engine, other in zip(self._engines, held, strict=True):
+        for member, other in zip(self._members, held, strict=True):
             if other != version:
-                raise WeightSyncError(f"{engine!r} holds weight version {other}; {version} was published.")
+                raise WeightSyncError(f"{member.label} holds weight version {other}; {version} was published.")
 
     def run(self, coroutine: Coroutine[Any, Any, Result], *, label: str, timeout_s: float | None) -> Result:
         """Run a coroutine on the engines' loop and wait for its result; see `EventLoopThread.run`."""
         return self._loop.run(coroutine, label=label, timeout_s=timeout_s)
+
+    def publish(self, send: Callable[[], None], *, version: int) -> None:
+        """Bring a version to every engine by `send`, confirm that each holds it, and let restarted ones generate again.
+
+        An engine that is being started again is waited for. One that is lost meanwhile makes the publication begin again, once.
+
+        Raises:
+            WeightSyncError: an engine holds another version afterwards.
+            EngineError: an engine did not come back, or was lost again. Errors of `send` come through as they are.
+        """
+        self._dispatcher.publishing = version
+        with self._unwatched():
+            self._settle()
+            try:
+                send()
+            except EngineLostError as error:
+                if self._supervisor is None:
+                    raise
+                self._say(f"weight version {version} is published again: {error}")
+                self.run(self._supervisor.examine_all(), label="look for lost engines", timeout_s=CONTROL_TIMEOUT_S)
+                self._settle()
+                send()
+            self.run(self._confirm(version), label=f"confirm weight version {version}", timeout_s=CONTROL_TIMEOUT_S)
 
     def sleep(self, tags: Sequence[MemoryTag]) -> None:
         """Give back the memory of `tags` everywhere.
@@ -105,18 +157,84 @@ class EnginePool:
         Raises:
             EngineError: a request is unfinished somewhere.
         """
+        self._hold()
+        self._settle()
         self.run(self._each(lambda engine: engine.sleep(tags)), label="put engines to sleep", timeout_s=MEMORY_TIMEOUT_S)
 
     def wake(self, tags: Sequence[MemoryTag]) -> None:
         """Take the memory of `tags` again everywhere."""
-        self.run(self._each(lambda engine: engine.wake(tags)), label="wake engines", timeout_s=MEMORY_TIMEOUT_S)
+        self.run(self._members.each(lambda member: self._wake(member, tags)), label="wake engines", timeout_s=MEMORY_TIMEOUT_S)
+        self._settle()
+        self._release()
 
     def close(self) -> None:
-        """End the engines, then their loop."""
+        """End supervision, router, engines and their servers, then the loop."""
         try:
-            self.run(self._each(lambda engine: engine.close()), label="close engines", timeout_s=CLOSE_TIMEOUT_S)
+            self.run(self._end(), label="close engines", timeout_s=CLOSE_TIMEOUT_S)
         finally:
             self._loop.close()
 
     async def _each(self, call: Callable[[Engine], Awaitable[Result]]) -> list[Result]:
-        return list(await asyncio.gather(*(call(engine) for engine in self._engines)))
+        return await self._members.each(lambda member: call(member.engine))
+
+    async def _begin(self) -> None:
+        if self._router is not None:
+            for member in self._members:
+                await self._router.add(member.url)
+        if self._supervisor is not None:
+            self._supervisor.start()
+
+    async def _end(self) -> None:
+        if self._supervisor is not None:
+            await self._supervisor.close()
+        await self._dispatcher.close()
+        if self._router is not None:
+            await self._router.close()
+        await self._members.each(_close_member)
+
+    async def _confirm(self, version: int) -> None:
+        """Make sure that everyone holds the version, and let everyone generate."""
+        await self.check_versions(version)
+        self._dispatcher.version, self._dispatcher.publishing = version, None
+        for member in self._members:
+            if member.state is MemberState.STALE:
+                if self._router is not None:
+                    await self._router.add(member.url)
+                await self._members.set_state(member, MemberState.READY)
+
+    async def _wake(self, member: Member, tags: Sequence[MemoryTag]) -> None:
+        try:
+            await member.engine.wake(tags)
+        except EngineLostError:
+            if self._supervisor is None:
+                raise
+            # Started again, it is awake.
+            await self._supervisor.examine(member)
+
+    def _settle(self) -> None:
+        """Wait for engines that are being started again; each start has a deadline of its own."""
+        self.run(self._members.settled(), label="wait for restarted engines", timeout_s=None)
+
+    @contextmanager
+    def _unwatched(self) -> Iterator[None]:
+        self._hold()
+        try:
+            yield
+        finally:
+            self._release()
+
+    def _hold(self) -> None:
+        if self._supervisor is not None:
+            self.run(self._supervisor.hold(), label="hold health checks", timeout_s=CONTROL_TIMEOUT_S)
+
+    def _release(self) -> None:
+        if self._supervisor is not None:
+            self.run(self._supervisor.release(), label="resume health checks", timeout_s=CONTROL_TIMEOUT_S)
+
+
+async def _close_member(member: Member) -> None:
+    try:
+        await member.engine.close()
+    finally:
+        if member.server is not None:
+            await asyncio.to_thread(member.server.stop)

@@ -6,15 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qwench.data.prompts import PromptSource
-from qwench.engines.embedded.architecture import architecture_from_config
-from qwench.engines.embedded.engine import EmbeddedEngine
-from qwench.engines.embedded.settings import EmbeddedSettings
-from qwench.engines.event_loop import EventLoopThread
 from qwench.engines.pool import EnginePool
+from qwench.engines.servers import Server
+from qwench.launch.engines import build_pool
 from qwench.launch.inputs import Inputs
-from qwench.models.hf import stop_token_ids
 from qwench.rewards.pool import RewardPool
-from qwench.rewards.registry import build_pool
+from qwench.rewards.registry import build_pool as build_reward_pool
 from qwench.rollout.build import Surroundings, build_evaluator, build_stream
 from qwench.rollout.evaluate import Evaluator
 from qwench.rollout.stream import RolloutStream
@@ -83,44 +80,17 @@ class Generation:
         self.engines.close()
 
 
-def build_generation(inputs: Inputs, *, with_weights: bool) -> Generation:
-    """Make the embedded engine and the graders.
-
-    Args:
-        with_weights: load the checkpoint now; else the first publication brings the weights.
-    """
-    settings = embedded_settings(inputs)
-    if with_weights:
-        engine = EmbeddedEngine.from_checkpoint(inputs.model_folder, settings, tokenizer=inputs.tokenizer)
-    else:
-        engine = EmbeddedEngine(
-            architecture_from_config(inputs.hf_config),
-            settings,
-            eos_ids=frozenset(stop_token_ids(inputs.model_folder, inputs.tokenizer)),
-            tokenizer=inputs.tokenizer,
-        )
+def build_generation(
+    inputs: Inputs, *, with_weights: bool, servers: Sequence[Server] | None = None, token: str | None = None
+) -> Generation:
+    """Make the engines (see `engines.build_pool`) and the graders."""
     reward = inputs.config.reward
     eval_reward = replace(reward, reward_key=inputs.resolved.eval_reward_key)
-    grader = build_pool(reward)
+    engines = build_pool(inputs, with_weights=with_weights, servers=servers, token=token)
+    grader = build_reward_pool(reward)
     return Generation(
         inputs=inputs,
-        engines=EnginePool([engine], EventLoopThread()),
+        engines=engines,
         grader=grader,
-        eval_grader=grader if eval_reward == reward else build_pool(eval_reward),
-    )
-
-
-def embedded_settings(inputs: Inputs) -> EmbeddedSettings:
-    """Translate the flags that concern the embedded engine."""
-    engine = inputs.config.engine
-    return EmbeddedSettings(
-        page_size=engine.embedded_page_size,
-        max_running_requests=engine.embedded_max_running_requests,
-        prefill_chunk_tokens=engine.embedded_prefill_chunk_tokens,
-        kv_cache_tokens=engine.embedded_kv_cache_tokens,
-        mem_fraction=engine.embedded_mem_fraction,
-        dtype=inputs.dtype,
-        device=str(inputs.device),
-        inline=inputs.config.training.deterministic_mode,
-        seed=inputs.config.data.rollout_seed,
+        eval_grader=grader if eval_reward == reward else build_reward_pool(eval_reward),
     )

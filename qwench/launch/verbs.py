@@ -17,7 +17,8 @@ from qwench.controller import Run
 from qwench.engines.embedded.serving import serve as serve_engine
 from qwench.files import write_atomically
 from qwench.launch.build import build, build_sft
-from qwench.launch.generation import build_generation, embedded_settings
+from qwench.launch.engines import embedded_settings
+from qwench.launch.generation import build_generation
 from qwench.launch.inputs import read_eval_prompts, read_inputs
 from qwench.observability.summary import summarize
 from qwench.rewards.registry import reward_spec

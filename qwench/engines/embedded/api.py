@@ -82,6 +82,15 @@ class GenerateBody(BaseModel):
     stream: bool = False
     logprob_start_len: int = -1
     top_logprobs_num: int = 0
+    # What sglang-router adds to every request that it passes on.
+    model: str | None = None
+    log_metrics: bool = True
+    no_logs: bool = False
+    background: bool = False
+    return_text_in_logprobs: bool = False
+    return_hidden_states: bool = False
+    return_bytes: bool = False
+    return_entropy: bool = False
 
     @property
     def is_batch(self) -> bool:
@@ -99,6 +108,9 @@ class GenerateBody(BaseModel):
             raise EngineError("stream is not supported; send stream: false.")
         if self.logprob_start_len != -1 or self.top_logprobs_num != 0:
             raise EngineError("log-probs of prompt tokens or of other than the sampled tokens are not supported.")
+        for name in ("background", "return_text_in_logprobs", "return_hidden_states", "return_bytes", "return_entropy"):
+            if getattr(self, name):
+                raise EngineError(f"{name} is not supported; send {name}: false.")
         prompts = self._prompts(tokenizer)
         sampling = self.sampling_params if isinstance(self.sampling_params, list) else [self.sampling_params] * len(prompts)
         ids = [self.rid] if isinstance(self.rid, str) else self.rid or [uuid4().hex for _ in prompts]

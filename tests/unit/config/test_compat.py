@@ -15,7 +15,6 @@ from qwench.errors import ConfigError
 
 NOT_YET = [
     ({"engine": EngineConfig(rollout_engine="sglang")}, "--rollout-engine sglang arrives with the SGLang engine"),
-    ({"engine": EngineConfig(rollout_external_engine_addrs=("a:1",))}, "--rollout-external-engine-addrs arrives with"),
     ({"cluster": ClusterConfig(rollout_num_gpus=2)}, "--rollout-num-gpus (2) besides the trainer's GPUs arrives with"),
     ({"reward": RewardConfig(rm_url="http://a")}, "--rm-type remote_rm and --rm-url arrive with the remote reward"),
     ({"algorithm": AlgorithmConfig(advantage_estimator="ppo")}, "--advantage-estimator ppo is not supported"),
