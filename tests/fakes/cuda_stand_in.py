@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch.jit._builtins import _register_builtin
+from torch.utils._device import _device_constructors
 
 SITE_FOLDER = Path(__file__).with_name("cuda_stand_in_site")
 _CPU = torch.device("cpu")
@@ -102,6 +103,7 @@ def install() -> None:
     setattr(torch.cuda, _INSTALLED, True)
     _replace_device()
     _replace_generator()
+    _device_constructors()  # fills a cache that `with torch.device(...)` compares the functions underneath with
     for name in _FACTORIES:
         stand_in = _on_the_cpu(getattr(torch, name))
         _register_builtin(stand_in, f"aten::{name}")  # so that torch.jit.script still knows it

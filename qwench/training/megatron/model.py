@@ -1,0 +1,296 @@
+"""The policy as a megatron-core model: this rank's stage of it, from a Hugging Face configuration and checkpoint.
+
+    first stage    embedding, layers ->
+    in between                layers ->      hidden states [t, 1, D]
+    last stage                layers, norm, head -> log-probs and entropy of the labels
+
+t are the tokens of one rank: split over context-parallel ranks, and with sequence parallelism over tensor-parallel ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+from torch.nn.functional import silu
+from transformers import PretrainedConfig
+
+from qwench.engines.embedded.architecture import Architecture, architecture_from_config
+from qwench.errors import ConfigError
+from qwench.models.megatron_names import WeightRule, rules, to_megatron, tp_shard
+from qwench.training.batch import MicroBatch
+from qwench.training.megatron.attention import PackedTokens, uses_varlen_kernel
+from qwench.training.megatron.context_parallel import SequenceSplit, gather_results, split_sequences
+from qwench.training.megatron.groups import is_first_stage, is_last_stage
+from qwench.training.megatron.layout import ParallelLayout
+from qwench.training.megatron.log_probs import VocabShard, parallel_log_probs
+from qwench.training.megatron.spec import block_spec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSettings:
+    """How the stage is computed."""
+
+    param_dtype: torch.dtype
+    """Of weights and activations."""
+    attention_backend: str = "auto"
+    """--attention-backend; auto is torch's flash kernel where it can run."""
+    transformer_impl: str = "local"
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """full: whole layers are computed again in the backward; selective: the attention kernel."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """None: uniform."""
+    recompute_num_layers: int | None = None
+    """None: 1."""
+    log_probs_chunk_size: int = 1024
+    """Positions whose logits exist at a time."""
+    deterministic: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenScores:
+    """What the last stage makes of a micro-batch; the same on all tensor- and context-parallel ranks."""
+
+    log_probs: Tensor
+    """[T] float32, 0 where loss_mask is false."""
+    entropy: Tensor | None
+    """[T] float32, 0 where loss_mask is false; None unless asked for."""
+
+
+class WeightReader(Protocol):
+    """Anything that has weights under Hugging Face names; see `checkpoints.sources`."""
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor on the host."""
+        ...
+
+
+class PolicyModel(GPTModel):
+    """One stage of the policy: a GPTModel that is called with micro-batches and whose head never holds all logits."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        architecture: Architecture,
+        layout: ParallelLayout,
+        settings: ModelSettings,
+        *,
+        varlen: bool,
+    ) -> None:
+        """Allocate the stage's weights on the current device, without values; use `build_model`."""
+        super().__init__(
+            config=config,
+            transformer_layer_spec=block_spec(config, transformer_impl=settings.transformer_impl),
+            vocab_size=architecture.vocab_size + -architecture.vocab_size % layout.tp,
+            max_sequence_length=architecture.max_positions,
+            pre_process=is_first_stage(),
+            post_process=is_last_stage(),
+            share_embeddings_and_output_weights=architecture.tied_head,
+            position_embedding_type="none",  # CoreAttention rotates
+        )
+        self._architecture = architecture
+        self._layout = layout
+        self._settings = settings
+        self._varlen = varlen
+
+    def forward(self, micro_batch: MicroBatch, *, temperature: float, with_entropy: bool = False) -> Tensor | TokenScores:
+        """Return hidden states [t, 1, D] for the next stage, or on the last stage the labels' scores.
+
+        Args:
+            micro_batch: On the host, the same on all ranks of a model; what is needed is moved from here.
+        """
+        split = split_sequences(
+            micro_batch.lengths,
+            cp_rank=parallel_state.get_context_parallel_rank(),
+            cp_size=self._layout.cp,
+            multiple_of=self._layout.token_multiple,
+        )
+        device = next(self.parameters()).device
+        tokens = micro_batch.tokens[split.source].to(device, non_blocking=True)[None]
+        embedded = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
+        packed = PackedTokens.of(
+            split,
+            rope=self._architecture.rope,
+            varlen=self._varlen,
+            dtype=self._settings.param_dtype,
+            device=device,
+            group=parallel_state.get_context_parallel_group(),
+        )
+        hidden: Tensor = self.decoder(hidden_states=embedded, attention_mask=None, packed_seq_params=packed)
+        if not self.post_process:
+            return hidden
+        return self._score(hidden, micro_batch, split, temperature=temperature, with_entropy=with_entropy)
+
+    def _score(
+        self, hidden: Tensor, micro_batch: MicroBatch, split: SequenceSplit, *, temperature: float, with_entropy: bool
+    ) -> TokenScores:
+        """Score the trained positions among this rank's tokens, then collect all ranks' scores."""
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden)
+        hidden = hidden[:, 0]
+        trained = (split.real & micro_batch.loss_mask[split.source]).nonzero().squeeze(-1)
+        labels = micro_batch.labels[split.source[trained]].to(hidden.device, non_blocking=True)
+        trained = trained.to(hidden.device, non_blocking=True)
+        weight = self._head_weight()
+        log_probs, entropy = parallel_log_probs(
+            hidden.index_select(0, trained),
+            weight,
+            labels,
+            VocabShard.of(
+                parallel_state.get_tensor_model_parallel_group(),
+                num_rows=weight.shape[0],
+                vocab_size=self._architecture.vocab_size,
+            ),
+            temperature=temperature,
+            chunk_tokens=self._settings.log_probs_chunk_size,
+            with_entropy=with_entropy,
+        )
+        merged = split.merged.to(hidden.device, non_blocking=True)
+        return TokenScores(
+            log_probs=_spread(log_probs, trained, len(hidden), merged),
+            entropy=None if entropy is None else _spread(entropy, trained, len(hidden), merged),
+        )
+
+    def _head_weight(self) -> Tensor:
+        """Return [V/tp, D]; of tied models that of the embedding, or on a later stage its copy."""
+        tied = self.share_embeddings_and_output_weights
+        weight: Tensor = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return weight
+
+
+def transformer_config(config: PretrainedConfig, layout: ParallelLayout, settings: ModelSettings) -> TransformerConfig:
+    """Return megatron-core's configuration of the model.
+
+    Raises:
+        ConfigError: a kind of model that megatron-core would not compute as transformers does.
+    """
+    architecture = architecture_from_config(config)
+    rules(config)  # refuses biases
+    full = settings.recompute_granularity == "full"
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_heads,
+        num_query_groups=architecture.num_kv_heads,
+        kv_channels=architecture.head_dim,
+        qk_layernorm=architecture.qk_norm,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_eps,
+        gated_linear_unit=True,
+        activation_func=silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Weights come from a checkpoint. perform_initialization=False would leave out the marks of sharded weights, too.
+        init_method=_leave_as_it_is,
+        output_layer_init_method=_leave_as_it_is,
+        embedding_init_method=_leave_as_it_is,
+        params_dtype=settings.param_dtype,
+        bf16=settings.param_dtype == torch.bfloat16,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        pipeline_dtype=settings.param_dtype,
+        context_parallel_size=layout.cp,
+        sequence_parallel=layout.sequence_parallel and layout.tp > 1,
+        # Micro-batches have different numbers of tokens; megatron-core allows that with this dispatcher only, experts or not.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # Losses are divided by the step's global counts already: gradients are summed, never averaged.
+        calculate_per_token_loss=True,
+        # The packed kernels compute the softmax in float32 whatever this says.
+        attention_softmax_in_fp32=True,
+        recompute_granularity=settings.recompute_granularity,
+        recompute_method=(settings.recompute_method or "uniform") if full else None,
+        recompute_num_layers=(settings.recompute_num_layers or 1) if full else None,
+        deterministic_mode=settings.deterministic,
+    )
+
+
+def build_model(config: PretrainedConfig, layout: ParallelLayout, settings: ModelSettings, device: torch.device) -> PolicyModel:
+    """Build this rank's stage (after `join_groups`), with weights that `load_weights` fills; collective.
+
+    Args:
+        device: The current device of megatron-core.
+
+    Raises:
+        ConfigError: the model or the attention backend is not supported here.
+    """
+    varlen = uses_varlen_kernel(settings.attention_backend, device=device, dtype=settings.param_dtype)
+    model = PolicyModel(
+        transformer_config(config, layout, settings), architecture_from_config(config), layout, settings, varlen=varlen
+    )
+    return model.to(device)
+
+
+def local_parameters(model: PolicyModel, config: PretrainedConfig) -> list[tuple[WeightRule, nn.Parameter]]:
+    """Return this stage's parameters with their rules, in the order of the model.
+
+    The copy of a tied embedding on the last of several stages is left out; see `tied_head`.
+    """
+    by_name = dict(model.named_parameters())
+    offset = model.decoder.layers[0].layer_number - 1
+    found = []
+    for rule in rules(config):
+        parameter = next((by_name[name] for name in _local_names(rule, offset) if name in by_name), None)
+        if parameter is not None:
+            found.append((rule, parameter))
+    return found
+
+
+def tied_head(model: PolicyModel, config: PretrainedConfig) -> list[tuple[WeightRule, nn.Parameter]]:
+    """Return the copy of a tied embedding on the last of several stages with the embedding's rule; else nothing."""
+    if not (model.post_process and not model.pre_process and model.share_embeddings_and_output_weights):
+        return []
+    embedding = next(rule for rule in rules(config) if rule.kind == "vocab")
+    return [(embedding, model.output_layer.weight)]
+
+
+@torch.no_grad()
+def load_weights(model: PolicyModel, source: WeightReader, config: PretrainedConfig, layout: ParallelLayout) -> None:
+    """Copy this rank's share of a checkpoint into the stage, in its dtype; every rank reads for itself.
+
+    Raises:
+        ConfigError: a tensor has another shape than config.json implies.
+    """
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    for rule, parameter in [*local_parameters(model, config), *tied_head(model, config)]:
+        whole = to_megatron(rule, [source.read(name) for name in rule.hf_names], config)
+        shard = tp_shard(rule, whole, rank, layout.tp)
+        if shard.shape != parameter.shape:
+            raise ConfigError(
+                f"{', '.join(rule.hf_names)} of the checkpoint make {list(shard.shape)} on one rank, but config.json implies "
+                f"{list(parameter.shape)}; the files belong to another model."
+            )
+        parameter.copy_(shard)
+
+
+def _local_names(rule: WeightRule, offset: int) -> tuple[str, ...]:
+    """Return the parameter's names in a stage whose first layer has the index `offset`: of the local spec, of the other one."""
+    if rule.layer is None:
+        return (rule.megatron_name,)
+    prefix = f"decoder.layers.{rule.layer}."
+    local_prefix = f"decoder.layers.{rule.layer - offset}."
+    suffixes = (rule.megatron_name.removeprefix(prefix), rule.checkpoint_key.removeprefix("decoder.layers."))
+    return tuple(local_prefix + suffix for suffix in suffixes)
+
+
+def _spread(scores: Tensor, trained: Tensor, num_tokens: int, merged: Tensor) -> Tensor:
+    """Return [T]: this rank's scores at its trained positions, joined with those of the other context-parallel ranks."""
+    local = scores.new_zeros(num_tokens).index_copy(0, trained, scores)
+    group = parallel_state.get_context_parallel_group()
+    everywhere = gather_results(local, group) if group.size() > 1 else local
+    return everywhere.index_select(0, merged)
+
+
+def _leave_as_it_is(weight: Tensor) -> None:
+    """Initialise nothing."""
