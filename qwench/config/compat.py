@@ -318,13 +318,6 @@ def _optimizer(config: Config) -> str | None:
         return f"--optimizer {optimizer.optimizer} is not supported; use adam"
     if optimizer.lr_decay_style == "WSD":
         return "--lr-decay-style WSD is not supported; use constant, linear, cosine or inverse-square-root"
-    for flag, is_set in (
-        ("--optimizer-cpu-offload", optimizer.optimizer_cpu_offload),
-        ("--use-precision-aware-optimizer", optimizer.use_precision_aware_optimizer),
-        ("--overlap-cpu-optimizer-d2h-h2d", optimizer.overlap_cpu_optimizer_d2h_h2d),
-    ):
-        if is_set:
-            return f"{flag} arrives with the CPU optimizer; leave it out"
     return None
 
 

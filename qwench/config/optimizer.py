@@ -8,6 +8,9 @@ from typing import Literal
 from qwench.config.checks import check_fraction, check_not_negative, check_positive
 from qwench.errors import ConfigError
 
+_BFLOAT16_HALF_STEP = 2.0**-8
+"""Changes by less than this share may be rounded away in bfloat16."""
+
 LrDecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 
 
@@ -42,13 +45,13 @@ class OptimizerConfig:
     clip_grad: float = 1.0
     """Largest norm of the whole gradient; 0 turns clipping off."""
     optimizer_cpu_offload: bool = False
-    """Keep optimizer state on the host and step there."""
+    """Keep masters and moments on the host and step there; the device has the weights in --train-dtype."""
     optimizer_offload_fraction: float = 1.0
-    """Share of the state that --optimizer-cpu-offload puts on the host."""
+    """Share of masters and moments that --optimizer-cpu-offload puts on the host."""
     overlap_cpu_optimizer_d2h_h2d: bool = False
-    """Overlap the copies of --optimizer-cpu-offload with its steps."""
+    """Overlap the copies of --optimizer-cpu-offload with its steps: more pinned memory, the same numbers."""
     use_precision_aware_optimizer: bool = False
-    """Keep the moments in bfloat16."""
+    """Store the moments in bfloat16; steps compute in float32."""
 
     def __post_init__(self) -> None:
         check_positive("--lr", self.lr)
@@ -68,7 +71,20 @@ class OptimizerConfig:
                 raise ConfigError(f"{flag} must be at least 0 and less than 1, got {beta}")
         if self.optimizer_offload_fraction != 1.0 and not self.optimizer_cpu_offload:
             raise ConfigError(f"--optimizer-offload-fraction ({self.optimizer_offload_fraction}) needs --optimizer-cpu-offload")
+        if self.overlap_cpu_optimizer_d2h_h2d and not self.optimizer_cpu_offload:
+            raise ConfigError("--overlap-cpu-optimizer-d2h-h2d needs --optimizer-cpu-offload, whose copies it overlaps")
+        self._check_moments()
         self._check_schedule()
+
+    def _check_moments(self) -> None:
+        if not self.use_precision_aware_optimizer:
+            return
+        for flag, beta in (("--adam-beta1", self.adam_beta1), ("--adam-beta2", self.adam_beta2)):
+            if 1 - beta < _BFLOAT16_HALF_STEP:
+                raise ConfigError(
+                    f"--use-precision-aware-optimizer stores moments in bfloat16, which rounds away a decay by {flag} "
+                    f"({beta}): the average would never shrink; give {flag} 0.99 or less, or leave the flag out"
+                )
 
     def _check_schedule(self) -> None:
         if self.lr is not None and self.min_lr > self.lr:

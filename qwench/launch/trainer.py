@@ -80,6 +80,9 @@ def adam_settings(optimizer: OptimizerConfig) -> AdamSettings:
         eps=optimizer.adam_eps,
         weight_decay=optimizer.weight_decay,
         clip_grad=optimizer.clip_grad,
+        offload_fraction=optimizer.optimizer_offload_fraction if optimizer.optimizer_cpu_offload else 0.0,
+        overlap_copies=optimizer.overlap_cpu_optimizer_d2h_h2d,
+        moments_dtype=torch.bfloat16 if optimizer.use_precision_aware_optimizer else torch.float32,
     )
 
 

@@ -71,7 +71,6 @@ READ_BY_THEIR_SECTION_ALONE = {
     "actor_num_nodes": "ClusterConfig.world_size",
     "actor_num_gpus_per_node": "ClusterConfig.world_size",
     "disable_compute_advantages_and_returns": "says what --loss-type sft_loss means, and is refused with any other",
-    "optimizer_offload_fraction": "refused without --optimizer-cpu-offload, which is refused itself",
 }
 
 
@@ -112,15 +111,13 @@ def test_a_layout_that_is_more_than_data_parallel_means_megatron():
         parse(["--tensor-model-parallel-size", "2", "--actor-num-gpus-per-node", "8", "--train-backend", "fsdp"])
 
 
-def test_the_32b_recipe_parses_without_its_cpu_optimizer():
-    flags = ["--optimizer-cpu-offload", "--overlap-cpu-optimizer-d2h-h2d", "--use-precision-aware-optimizer"]
-    config = parse([*RUN_QWEN3_32B, *HERE, *(f"--no-{flag[2:]}" for flag in flags)])
+def test_the_32b_recipe_parses_and_means_adam_on_the_host():
+    config = parse([*RUN_QWEN3_32B, *HERE])
+    assert (config.optimizer.optimizer_cpu_offload, config.optimizer.optimizer_offload_fraction) == (True, 1.0)
+    assert config.optimizer.overlap_cpu_optimizer_d2h_h2d and config.optimizer.use_precision_aware_optimizer
     assert config.architecture.untie_embeddings_and_output_weights is True
     assert config.engine.sglang_args[:6] == ("--mem-fraction-static", "0.7", "--cuda-graph-bs", "1", "2", "4")
     assert config.engine.sglang_args[-1] == "256"
-    for flag in flags:
-        with pytest.raises(ConfigError, match=f"^{flag} arrives with the CPU optimizer"):
-            parse([*HERE, flag])
 
 
 def test_the_sft_recipe_parses_and_means_fine_tuning():

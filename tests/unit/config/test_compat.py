@@ -22,7 +22,6 @@ NOT_YET = [
     ({"data": DataConfig(loss_mask_type="qwen3_5")}, "--loss-mask-type qwen3_5 is not supported"),
     ({"optimizer": OptimizerConfig(optimizer="sgd")}, "--optimizer sgd is not supported; use adam"),
     ({"optimizer": OptimizerConfig(lr_decay_style="WSD")}, "--lr-decay-style WSD is not supported"),
-    ({"optimizer": OptimizerConfig(optimizer_cpu_offload=True)}, "--optimizer-cpu-offload arrives with the CPU optimizer"),
 ]
 
 
