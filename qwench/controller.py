@@ -11,13 +11,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from qwench.checkpoints.manager import CheckpointManager
+from qwench.checkpoints.manager import CheckpointManager, SavesTraining
 from qwench.engines.pool import EnginePool
 from qwench.observability.metrics import MetricLog
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout
-from qwench.training.learner import Learner
+from qwench.training.learner import Learned
 from qwench.weights.publish import publish_weights
+from qwench.weights.transports import WeightSource
 
 
 class Rollouts(Protocol):
@@ -44,12 +45,28 @@ class Rollouts(Protocol):
         ...
 
 
+class Learns(SavesTraining, WeightSource, Protocol):
+    """A learner in this process (`training.learner.Learner`) or on many ranks (`cluster.workers.RemoteLearner`)."""
+
+    def learn(self, rollout: Rollout) -> Learned:
+        """Improve the policy on one rollout."""
+        ...
+
+    def sleep(self) -> None:
+        """Give device memory back."""
+        ...
+
+    def wake(self) -> None:
+        """Take it again."""
+        ...
+
+
 class Gpus(Protocol):
     """Who holds device memory, and when (`cluster.gpus`)."""
 
     weights_may_alias: bool
 
-    def held_by(self, learner: Learner) -> AbstractContextManager[None]:
+    def held_by(self, learner: Learns) -> AbstractContextManager[None]:
         """Give the devices to the learner inside the context."""
         ...
 
@@ -105,7 +122,7 @@ class Run:
     """Everything a run consists of, as `launch.build` chose it."""
 
     schedule: Schedule
-    learner: Learner | None
+    learner: Learns | None
     """None: rollouts are only generated."""
     rollouts: Rollouts
     engines: EnginePool | None
@@ -116,7 +133,7 @@ class Run:
     timer: PhaseTimer
     publish_bucket_bytes: int
     close: Callable[[], None] = lambda: None
-    """Ends engines and graders."""
+    """Ends engines, graders and trainer ranks."""
 
 
 def train(run: Run) -> None:
@@ -150,7 +167,7 @@ def generate(run: Run) -> None:
         run.metrics.log(rollout_id, {**rollout.metrics, **run.timer.take()})
 
 
-def publish(run: Run, learner: Learner, *, version: int) -> None:
+def publish(run: Run, learner: Learns, *, version: int) -> None:
     """Bring the learner's weights to the engines; `version` is the number of rollouts learned from."""
     with run.timer.phase("update_weights"):
         publish_weights(learner, run.engines, run.gpus, version=version, bucket_bytes=run.publish_bucket_bytes)

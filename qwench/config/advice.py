@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from qwench.config.algorithm import SAMPLE_ESTIMATORS, AlgorithmConfig
 from qwench.config.checkpoint import CheckpointConfig
-from qwench.config.cluster import ClusterConfig
 from qwench.config.compat import EMBEDDED_ALIASES
 from qwench.config.config import Config
 from qwench.config.engine import EngineConfig
@@ -49,8 +48,6 @@ def _training_warnings(config: Config) -> Iterator[str]:
         )
     if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
         yield "--sequence-parallel has no effect without tensor parallelism"
-    if config.cluster.num_gpus_per_node != ClusterConfig().num_gpus_per_node:
-        yield "--num-gpus-per-node has no effect without a cluster of several nodes"
 
 
 def _unused_evaluation(config: Config) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from qwench.config.checks import check_not_negative, check_positive
 from qwench.errors import ConfigError
@@ -18,9 +19,9 @@ class ClusterConfig:
     actor_num_gpus_per_node: int = 1
     """Trainer ranks on each node (also without GPUs)."""
     num_gpus_per_node: int = 8
-    """GPUs of one node of the cluster."""
+    """GPUs of one node of the cluster; no engine may be larger."""
     rollout_num_gpus: int | None = None
-    """GPUs of the engines. None: the trainer's own (as with --colocate)."""
+    """GPUs of the engines, besides the trainer's. None: the trainer's own (as with --colocate)."""
     rollout_num_gpus_per_engine: int = 1
     """GPUs of one engine (its tensor-parallel size)."""
     colocate: bool = False
@@ -31,6 +32,10 @@ class ClusterConfig:
     """Move the trainer to the host while the engines generate. None: only when colocated."""
     offload_rollout: bool | None = None
     """Let the engines give memory back while the trainer learns. None: only when colocated."""
+    launcher: Literal["auto", "local", "ray"] = "auto"
+    """What starts the processes. local: this machine, one process for each trainer rank; ray: the Ray cluster of the
+    environment's RAY_ADDRESS, or else one of its own on this machine; auto: ray where RAY_ADDRESS is set or there are several
+    nodes, local for several ranks on one node, and everything in this process for one rank."""
     train_env_vars: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of the trainer processes as JSON, set before PyTorch is imported."""
 
@@ -43,6 +48,14 @@ class ClusterConfig:
         ):
             check_positive(flag, value)
         check_not_negative("--rollout-num-gpus", self.rollout_num_gpus)
+        if self.launcher == "local" and self.actor_num_nodes > 1:
+            raise ConfigError(f"--launcher local knows this machine only, --actor-num-nodes {self.actor_num_nodes} needs ray")
+        for flag, size in (
+            ("--actor-num-gpus-per-node", self.actor_num_gpus_per_node),
+            ("--rollout-num-gpus-per-engine", self.rollout_num_gpus_per_engine),
+        ):
+            if size > self.num_gpus_per_node:
+                raise ConfigError(f"{flag} ({size}) is more than --num-gpus-per-node ({self.num_gpus_per_node}); raise it")
         for name, text in self.train_env_vars.items():
             if not isinstance(text, str):
                 raise ConfigError(f"--train-env-vars must map names to texts, got {text!r} for {name}; put it in quotes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from transformers import PretrainedConfig
@@ -19,8 +20,9 @@ from qwench.engines.pool import EnginePool
 from qwench.engines.protocol import WeightBucket
 from qwench.errors import ConfigError
 from qwench.launch.generation import build_generation
-from qwench.launch.inputs import Inputs, check_one_rank, read_eval_prompts, read_inputs, read_training_prompts
-from qwench.launch.trainer import build_learner, load_reward_post_process
+from qwench.launch.inputs import Inputs, read_eval_prompts, read_inputs, read_training_prompts
+from qwench.launch.processes import start_learner
+from qwench.launch.trainer import load_reward_post_process
 from qwench.models.hf import write_hf_checkpoint
 from qwench.observability.dumps import check_recorded
 from qwench.observability.metrics import MetricLog, Sink
@@ -31,6 +33,7 @@ from qwench.rollout.build import check_functions
 from qwench.rollout.recorded import ReplayStream, SftStream
 from qwench.samples import Json
 from qwench.training.fsdp.process_group import barrier
+from qwench.weights.settings import PublicationSettings
 
 
 def build(config: Config) -> Run:
@@ -60,20 +63,23 @@ def build(config: Config) -> Run:
     schedule = _schedule(inputs, rollouts_per_epoch=per_epoch)
     timer = PhaseTimer()
     checkpoints = _checkpoints(inputs, timer)
-    generation = build_generation(inputs, with_weights=config.debug.debug_rollout_only)
-    return Run(
-        schedule=schedule,
-        learner=None if config.debug.debug_rollout_only else build_learner(inputs, timer, num_rollout=schedule.num_rollout),
-        rollouts=generation.stream(source, num_rollouts=schedule.num_rollout),
-        engines=generation.engines,
-        gpus=_gpus(inputs, generation.engines, timer),
-        evaluator=generation.evaluator(eval_prompts) if eval_prompts else None,
-        checkpoints=checkpoints,
-        metrics=_metric_log(inputs),
-        timer=timer,
-        publish_bucket_bytes=config.engine.update_weight_buffer_size,
-        close=generation.close,
-    )
+    only_generate = config.debug.debug_rollout_only
+    with ExitStack() as started:
+        generation = build_generation(inputs, with_weights=only_generate)
+        started.callback(generation.close)
+        return Run(
+            schedule=schedule,
+            learner=None if only_generate else start_learner(inputs, timer, started, num_rollout=schedule.num_rollout),
+            rollouts=generation.stream(source, num_rollouts=schedule.num_rollout),
+            engines=generation.engines,
+            gpus=_gpus(inputs, generation.engines, timer),
+            evaluator=generation.evaluator(eval_prompts) if eval_prompts else None,
+            checkpoints=checkpoints,
+            metrics=_metric_log(inputs),
+            timer=timer,
+            publication=_publication(inputs),
+            close=started.pop_all().close,
+        )
 
 
 def build_sft(config: Config) -> Run:
@@ -110,7 +116,6 @@ def build_sft(config: Config) -> Run:
 
 def _begin(config: Config) -> Inputs:
     transformers_logging.disable_progress_bar()  # it would draw over the live line
-    check_one_rank(config)
     return read_inputs(config)
 
 
@@ -124,18 +129,20 @@ def _build_replay(inputs: Inputs, template: str) -> Run:
 def _without_engines(inputs: Inputs, rollouts: ReplayStream | SftStream, schedule: Schedule) -> Run:
     timer = PhaseTimer()
     checkpoints = _checkpoints(inputs, timer)
-    return Run(
-        schedule=schedule,
-        learner=build_learner(inputs, timer, num_rollout=schedule.num_rollout),
-        rollouts=rollouts,
-        engines=None,
-        gpus=DedicatedGpus(weights_may_alias=False),
-        evaluator=None,
-        checkpoints=checkpoints,
-        metrics=_metric_log(inputs),
-        timer=timer,
-        publish_bucket_bytes=inputs.config.engine.update_weight_buffer_size,
-    )
+    with ExitStack() as started:
+        return Run(
+            schedule=schedule,
+            learner=start_learner(inputs, timer, started, num_rollout=schedule.num_rollout),
+            rollouts=rollouts,
+            engines=None,
+            gpus=DedicatedGpus(weights_may_alias=False),
+            evaluator=None,
+            checkpoints=checkpoints,
+            metrics=_metric_log(inputs),
+            timer=timer,
+            publication=_publication(inputs),
+            close=started.pop_all().close,
+        )
 
 
 def _schedule(inputs: Inputs, *, rollouts_per_epoch: int | None) -> Schedule:
@@ -197,6 +204,11 @@ def _gpus(inputs: Inputs, engines: EnginePool, timer: PhaseTimer) -> Gpus:
         offload_train=resolved.offload_train,
         weights_may_alias=may_alias,
     )
+
+
+def _publication(inputs: Inputs) -> PublicationSettings:
+    engine = inputs.config.engine
+    return PublicationSettings(bucket_bytes=engine.update_weight_buffer_size, model_folder=inputs.model_folder)
 
 
 def _metric_log(inputs: Inputs) -> MetricLog:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from qwench.config import Config
 from qwench.config.resolved import Resolved
 from qwench.config.training import TrainingConfig
 from qwench.data.prompts import LoadedPrompts, load_prompts
-from qwench.errors import ConfigError
 from qwench.models.hf import load_hf_config, load_tokenizer
 from qwench.models.registry import check_architecture
 from qwench.observability.console import Console, QuietConsole, open_console
@@ -142,17 +140,3 @@ def say_dropped(console: Console, flag: str, loaded: LoadedPrompts, limit: int |
     if loaded.num_dropped:
         total = loaded.num_dropped + len(loaded.prompts)
         console.say(f"{flag}: dropped {loaded.num_dropped} of {total} prompts longer than {limit} tokens")
-
-
-def check_one_rank(config: Config, verbs: Sequence[str] = ("qwench sft",)) -> None:
-    """Refuse several ranks where only one process is started.
-
-    Raises:
-        ConfigError: the layout asks for more ranks than this launcher has.
-    """
-    started, asked = int(os.environ.get("WORLD_SIZE", "1")), config.cluster.world_size
-    if started == 1 and asked > 1:
-        raise ConfigError(
-            f"--actor-num-nodes x --actor-num-gpus-per-node asks for {asked} trainer ranks, and one process was started; "
-            f"set both to 1, or start {' or '.join(verbs)} under torchrun."
-        )

@@ -68,8 +68,7 @@ def test_a_flag_without_a_field_is_accepted_at_the_default_of_slime_and_otherwis
 
 
 READ_BY_THEIR_SECTION_ALONE = {
-    "actor_num_nodes": "ClusterConfig.world_size",
-    "actor_num_gpus_per_node": "ClusterConfig.world_size",
+    "num_gpus_per_node": "the most GPUs of an engine, and of the trainer on one node",
     "disable_compute_advantages_and_returns": "says what --loss-type sft_loss means, and is refused with any other",
 }
 

@@ -15,7 +15,6 @@ def test_a_complete_command_line_needs_no_advice(files):
         (["--use-dynamic-batch-size", "--max-tokens-per-gpu", "15"], "--max-tokens-per-gpu (15) is smaller than the longest"),
         (["--n-samples-per-prompt", "1"], "--n-samples-per-prompt 1: rewards are compared within their group"),
         (["--sequence-parallel"], "--sequence-parallel has no effect"),
-        (["--num-gpus-per-node", "4"], "--num-gpus-per-node has no effect"),
         (["--use-fault-tolerance"], "--use-fault-tolerance has no effect on the embedded engine"),
         (["--rollout-health-check-interval", "9"], "--rollout-health-check-interval has no effect on the embedded engine"),
         (

@@ -76,6 +76,8 @@ REFUSED = [
     (ParallelConfig, {"context_parallel_size": 0}, "--context-parallel-size must be greater than 0"),
     (ClusterConfig, {"actor_num_nodes": 0}, "--actor-num-nodes must be greater than 0"),
     (ClusterConfig, {"train_env_vars": {"A": 1}}, "--train-env-vars must map names to texts, got 1 for A"),
+    (ClusterConfig, {"launcher": "local", "actor_num_nodes": 2}, "--launcher local knows this machine only"),
+    (ClusterConfig, {"rollout_num_gpus_per_engine": 16}, "--rollout-num-gpus-per-engine (16) is more than --num-gpus"),
     (ClusterConfig, {"rollout_num_gpus": -1}, "--rollout-num-gpus must not be negative"),
     (EngineConfig, {"embedded_mem_fraction": 0.0}, "--embedded-mem-fraction must be greater than 0 and at most 1"),
     (CheckpointConfig, {"save_interval": 5}, "--save-interval (5) has no effect without a folder to save to; give --save"),
