@@ -1,0 +1,258 @@
+"""`TrainBackend` with megatron-core: tensor, pipeline, context and data parallel, over the model of `model.PolicyModel`.
+
+    weights    param_dtype, in one contiguous buffer a rank; all data-parallel ranks hold the same
+    gradients  float32, summed over micro-batches in a buffer and over ranks once a step
+    masters    float32, sharded over the data- and context-parallel ranks
+
+What the forward computes with, and what is published, are the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from qwench.checkpoints.sources import open_optimizer_state, open_weights
+from qwench.engines.protocol import WeightBucket
+from qwench.errors import CheckpointError, TrainingError
+from qwench.models.hf import load_hf_config
+from qwench.training import rng
+from qwench.training.adam import AdamSettings
+from qwench.training.backend import LossFunction, ParallelRank, StepResult, TokenLoss
+from qwench.training.batch import MicroBatch
+from qwench.training.host import HostCopy
+from qwench.training.megatron import checkpoint, pipeline
+from qwench.training.megatron.groups import join_groups
+from qwench.training.megatron.layout import ParallelLayout, check_layout
+from qwench.training.megatron.model import ModelSettings, PolicyModel, build_model, load_weights, local_parameters
+from qwench.training.megatron.optimizer import MasterOptimizer, wrap_in_ddp
+from qwench.training.megatron.placement import TensorPlace
+from qwench.training.megatron.platform import check_platform, check_transformer_impl
+from qwench.training.megatron.weights import WholeWeights, tied_head
+from qwench.training.schedule import LrSchedule
+from qwench.weights.buckets import bucketed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MegatronSettings:
+    """How the policy is computed and laid out."""
+
+    layout: ParallelLayout
+    model: ModelSettings
+    deterministic: bool = False
+    collective_timeout_s: float = 1800.0
+
+
+class MegatronBackend:
+    """See the module docstring. Life: build -> (log_probs | update | weights | ...)*, with sleep -> wake in between."""
+
+    def __init__(
+        self,
+        model: PolicyModel,
+        config: PretrainedConfig,
+        *,
+        layout: ParallelLayout,
+        parallel: ParallelRank,
+        device: torch.device,
+        adam: AdamSettings,
+        schedule: LrSchedule,
+    ) -> None:
+        """Take a stage that has its weights; use `build`."""
+        self.device = device
+        self.parallel = parallel
+        self._config = config
+        self._layout = layout
+        self._place = TensorPlace(config=config, tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=layout.tp)
+        self._model = model
+        self._ddp: DistributedDataParallel = wrap_in_ddp(model)
+        self._optimizer = MasterOptimizer(self._ddp, adam, schedule)
+        self._weights = local_parameters(model, config)
+        # With tied embeddings, the last of several stages computes with a copy of the first one's.
+        self._loaded = [*self._weights, *tied_head(model, config)]
+        self._whole = WholeWeights(self._weights, config)
+        self._dp_group = parallel_state.get_data_parallel_group()
+        self._reference: HostCopy | None = None
+        self._asleep: list[HostCopy] = []
+
+    @classmethod
+    def build(
+        cls,
+        model_folder: Path,
+        *,
+        settings: MegatronSettings,
+        adam: AdamSettings,
+        schedule: LrSchedule,
+        device: torch.device,
+        hf_config: PretrainedConfig | None = None,
+    ) -> MegatronBackend:
+        """Divide the ranks (after `init_process_group`) and load a checkpoint of any format; collective.
+
+        Args:
+            model_folder: A checkpoint that `checkpoints.sources` knows.
+            hf_config: Of the model; None: config.json in `model_folder`.
+
+        Raises:
+            ConfigError: megatron-core is missing, or the layout does not fit the model or the ranks.
+            CheckpointError: the checkpoint is damaged.
+        """
+        check_platform()
+        check_transformer_impl(settings.model.transformer_impl)
+        if settings.model.deterministic:
+            torch.use_deterministic_algorithms(True)
+        config = hf_config or load_hf_config(model_folder)
+        check_layout(settings.layout, config, world_size=dist.get_world_size())
+        source = open_weights(model_folder, config)
+        parallel = join_groups(settings.layout, timeout_s=settings.collective_timeout_s)
+        model = build_model(config, settings.layout, settings.model, device)
+        load_weights(model, source, config, settings.layout)
+        return cls(model, config, layout=settings.layout, parallel=parallel, device=device, adam=adam, schedule=schedule)
+
+    @torch.no_grad()
+    def log_probs(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[Tensor]:
+        """Return [T] float32 per micro-batch on the CPU; 0 where loss_mask is false. See `TrainBackend`."""
+        self._assert_awake()
+        return pipeline.score(self._ddp, micro_batches, temperature=temperature)
+
+    def update(
+        self, micro_batches: Sequence[MicroBatch], loss: LossFunction, *, temperature: float, with_entropy: bool
+    ) -> StepResult:
+        """Take one optimizer step. See `TrainBackend`."""
+        self._assert_awake()
+        assert micro_batches, "every rank brings at least one micro-batch, of weight zero if it has no work"
+        contributions = pipeline.accumulate_gradients(
+            self._ddp, micro_batches, loss, temperature=temperature, with_entropy=with_entropy
+        )
+        loss_sum, metrics = self._sum_over_step(contributions)
+        grad_norm = self._optimizer.grad_norm()
+        self._stop_unless_finite(loss_sum, grad_norm)
+        learning_rates = self._optimizer.step(grad_norm)
+        return StepResult(loss=loss_sum, grad_norm=grad_norm, learning_rates=learning_rates, metrics=metrics)
+
+    def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
+        """Return buckets of at most `bucket_bytes` (or one larger tensor), gathered as they are asked for; collective."""
+        self._assert_awake()
+        return bucketed(self._whole.gather(), bucket_bytes=bucket_bytes)
+
+    def shared_weights(self) -> Mapping[str, Tensor] | None:
+        """Return None: Megatron's tensors are laid out otherwise than the published ones."""
+        return None
+
+    def snapshot_reference(self) -> None:
+        """Keep the held weights on the host."""
+        self._assert_awake()
+        self._reference = HostCopy(self._weight_buffers())
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Hold the reference inside the context; the policy waits on the host, so that no second model is on the device."""
+        self._assert_awake()
+        assert self._reference is not None, "snapshot_reference comes first"
+        policy = HostCopy(self._weight_buffers())
+        self._reference.load()
+        try:
+            yield
+        finally:
+            policy.load()
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Return the sum over the data-parallel ranks, on the device of `values`."""
+        total = values.clone()
+        dist.all_reduce(total, group=self._dp_group)
+        return total
+
+    def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
+        """Write the layout described in `checkpoint`; collective."""
+        self._assert_awake()
+        optimizer = self._optimizer if with_optimizer else None
+        checkpoint.save(folder, self._weights, optimizer, self._place, is_main=self.parallel.is_main)
+        if self.parallel.is_main:
+            rng.save_rng(folder)
+        dist.barrier()  # of all ranks: nobody reports a saved checkpoint that the main rank is still writing
+
+    def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
+        """Read what a backend saved, this one in any layout or the other one; collective.
+
+        Raises:
+            CheckpointError: files are missing or damaged.
+            ConfigError: it is of another model.
+        """
+        self._assert_awake()
+        source = open_weights(folder, self._config)
+        state = None if weights_only else open_optimizer_state(folder, self._config)
+        if state is None and not weights_only:
+            raise CheckpointError(f"{folder} was saved without its optimizer; pass --no-load-optim to start with a fresh one.")
+        stored_alike = checkpoint.is_stored_alike(folder, self._loaded, self._place)
+        if stored_alike:
+            checkpoint.load_weights(folder, self._loaded, self._place)
+        else:
+            load_weights(self._model, source, self._config, self._layout)
+        self._optimizer.reset(state.num_steps if state else 0)
+        if state is None:
+            return
+        if stored_alike:
+            checkpoint.load_state(folder, self._loaded, self._optimizer, self._place)
+        else:
+            checkpoint.convert_state(state, self._loaded, self._optimizer, self._place)
+        if with_rng:
+            rng.load_rng(folder)
+
+    def sleep(self) -> None:
+        """Move weights, masters and moments to the host; on a CPU there is nowhere to move them, and nothing happens."""
+        self._assert_awake()
+        if self.device.type == "cpu":
+            return
+        self._asleep = [HostCopy([*self._weight_buffers(), *self._optimizer.device_tensors()])]
+        for copy in self._asleep:
+            copy.release()
+        for buffer in self._gradient_buffers():
+            buffer.untyped_storage().resize_(0)
+        torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Undo `sleep`; harmless when awake."""
+        if not self._asleep:
+            return
+        for copy in self._asleep:
+            copy.restore()
+        for buffer in self._gradient_buffers():
+            buffer.untyped_storage().resize_(buffer.numel() * buffer.itemsize)
+        self._asleep = []
+        self._optimizer.drop_gradients()
+
+    def _sum_over_step(self, contributions: Sequence[TokenLoss]) -> tuple[float, dict[str, float]]:
+        """Add loss and metrics over micro-batches and data-parallel ranks, and tell every stage."""
+        names = pipeline.broadcast_names_from_last_stage(sorted(contributions[0].metrics) if contributions else ())
+        sums = torch.zeros(1 + len(names), dtype=torch.float64, device=self.device)
+        for contribution in contributions:
+            sums += torch.stack([contribution.loss, *(contribution.metrics[name] for name in names)]).double()
+        loss_sum, *metrics = pipeline.broadcast_from_last_stage(self.all_reduce_sum(sums)).tolist()
+        return loss_sum, dict(zip(names, metrics, strict=True))
+
+    def _stop_unless_finite(self, loss_sum: float, grad_norm: float) -> None:
+        """Drop the gradients and raise if the step went wrong; both numbers are equal on every rank, so all ranks agree."""
+        if math.isfinite(loss_sum) and math.isfinite(grad_norm):
+            return
+        self._optimizer.drop_gradients()
+        raise TrainingError(
+            f"optimizer step {self._optimizer.num_steps} has the loss {loss_sum} and the gradient norm {grad_norm}; nothing "
+            "was updated. Look for non-finite log-probs or advantages in the rollout, or lower --lr."
+        )
+
+    def _weight_buffers(self) -> list[Tensor]:
+        return [buffer.param_data for buffer in self._ddp.buffers]
+
+    def _gradient_buffers(self) -> list[Tensor]:
+        return [buffer.grad_data for buffer in self._ddp.buffers]
+
+    def _assert_awake(self) -> None:
+        assert not self._asleep, "wake() comes first"

@@ -1,0 +1,122 @@
+"""Checkpoints of the torch_dist format, which any layout can read, and checkpoints of other formats.
+
+    folder/.metadata, __*_*.distcp   weights under Megatron's keys, masters and moments under `optimizer.state.*`
+    folder/metadata.json             says that it is torch_dist
+    folder/common.pt                 what is no tensor: step count, parameter groups
+    folder/rng.pt                    generators of the host and the devices, by the main rank
+
+Each rank writes the rectangles it owns (`placement`), with torch.distributed.checkpoint itself: megatron-core's own writer
+starts processes, and its versions differ in where they put what is no tensor. megatron-core reads what is written here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.api import CheckpointException
+
+from qwench.checkpoints.dcp_reader import DcpFolder
+from qwench.checkpoints.pieces import Piece, PiecedTensor
+from qwench.checkpoints.sources import OptimizerState, find_format
+from qwench.checkpoints.torch_dist import extra_states, write_common_files
+from qwench.errors import CheckpointError
+from qwench.models.megatron_names import WeightRule, to_megatron, tp_shard
+from qwench.training.adam import MOMENTS
+from qwench.training.megatron.optimizer import MASTER, MasterOptimizer
+from qwench.training.megatron.placement import TensorPlace
+
+_STATE_KEYS = {MASTER: "optimizer.state.param."} | {moment: f"optimizer.state.{moment}." for moment in MOMENTS}
+"""Where Megatron's `fully_reshardable` optimizer state is stored, before the key of the weight."""
+NamedWeights = Sequence[tuple[WeightRule, nn.Parameter]]
+
+
+def save(folder: Path, weights: NamedWeights, optimizer: MasterOptimizer | None, place: TensorPlace, *, is_main: bool) -> None:
+    """Write weights and, where given, optimizer; collective. A weight that two stages hold is given by one of them."""
+    tensors: dict[str, object] = dict(_weight_tensors(weights, place))
+    if optimizer is not None:
+        tensors |= _state_tensors(weights, optimizer, place)
+    if is_main:
+        tensors |= {key: [None] for key in extra_states(place.config)}
+    dcp.save(tensors, checkpoint_id=folder, planner=DefaultSavePlanner(flatten_state_dict=False))
+    if not is_main:
+        return
+    if optimizer is None:
+        write_common_files(folder, num_steps=None)
+    else:
+        steps, groups = optimizer.num_steps, optimizer.group_constants()
+        write_common_files(folder, num_steps=steps, iteration=steps, groups=groups)
+
+
+def is_stored_alike(folder: Path, weights: NamedWeights, place: TensorPlace) -> bool:
+    """Tell whether `folder` is torch_dist with tensors of just these keys and shapes, so that it can be read in place.
+
+    Others have to be converted: FSDP's, Hugging Face's, a padded vocabulary, layers stored one by one.
+    """
+    if find_format(folder) != "torch_dist":
+        return False
+    stored = DcpFolder(folder).tensors
+    return all(key in stored and stored[key].shape == tensor.shape for key, tensor in _weight_tensors(weights, place).items())
+
+
+def load_weights(folder: Path, weights: NamedWeights, place: TensorPlace) -> None:
+    """Read the weights in place; collective."""
+    _load(folder, _weight_tensors(weights, place))
+
+
+def load_state(folder: Path, weights: NamedWeights, optimizer: MasterOptimizer, place: TensorPlace) -> None:
+    """Read masters and moments in place, however they were sharded; collective."""
+    _load(folder, _state_tensors(weights, optimizer, place))
+
+
+def convert_state(state: OptimizerState, weights: NamedWeights, optimizer: MasterOptimizer, place: TensorPlace) -> None:
+    """Copy masters and moments out of a checkpoint of another format, one weight at a time."""
+    sources = {MASTER: state.masters, **state.moments}
+    rule_of = {weight: rule for rule, weight in weights}
+    for shard in optimizer.owned_shards():
+        rule = rule_of[shard.weight]
+        for name, source in sources.items():
+            whole = to_megatron(rule, [source.read(hf_name) for hf_name in rule.hf_names], place.config)
+            local = tp_shard(rule, whole, place.tp_rank, place.tp_size)
+            shard.state[name].copy_(local.reshape(-1)[shard.start : shard.stop])
+
+
+def _weight_tensors(weights: NamedWeights, place: TensorPlace) -> dict[str, PiecedTensor]:
+    """Return the checkpoint tensors of which this rank holds something."""
+    held = ((rule.checkpoint_key, rule, weight, 0, weight.detach().view(-1)) for rule, weight in weights)
+    return _by_key(held, place)
+
+
+def _state_tensors(weights: NamedWeights, optimizer: MasterOptimizer, place: TensorPlace) -> dict[str, PiecedTensor]:
+    rule_of = {weight: rule for rule, weight in weights}
+    held = (
+        (_STATE_KEYS[name] + rule.checkpoint_key, rule, shard.weight, shard.start, values)
+        for shard in optimizer.owned_shards()
+        if (rule := rule_of.get(shard.weight)) is not None
+        for name, values in shard.state.items()
+    )
+    return _by_key(held, place)
+
+
+def _by_key(held: Iterator[tuple[str, WeightRule, nn.Parameter, int, Tensor]], place: TensorPlace) -> dict[str, PiecedTensor]:
+    pieces: dict[str, list[Piece]] = defaultdict(list)
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for key, rule, weight, start, values in held:
+        pieces[key] += place.pieces(rule, weight.shape, start, values)
+        shapes[key] = place.stored_shape(rule, weight.shape)
+        dtypes[key] = values.dtype
+    return {key: PiecedTensor(shapes[key], dtypes[key], pieces[key]) for key in pieces}
+
+
+def _load(folder: Path, tensors: Mapping[str, PiecedTensor]) -> None:
+    try:
+        dcp.load(dict(tensors), checkpoint_id=folder, planner=DefaultLoadPlanner(flatten_state_dict=False))
+    except (CheckpointException, OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[-1].strip()
+        raise CheckpointError(f"cannot read the checkpoint {folder}: {reason}. Is it whole, and of the same model?") from error

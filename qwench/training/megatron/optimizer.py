@@ -1,0 +1,154 @@
+"""AdamW on float32 masters that megatron-core's distributed optimizer shards over the data- and context-parallel ranks.
+
+    gradient in float32 buffer --reduce-scatter, sum--> flat shard --AdamW--> master shard --round, all-gather--> weight
+
+One path for every layout: a single rank is a group of one. Each rank owns a flat range of each weight it has a share of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor, nn
+
+from qwench.training.adam import MOMENTS, AdamSettings
+from qwench.training.host_adam import HostAdam
+from qwench.training.schedule import LrSchedule
+
+MASTER = "master_param"
+"""Name of the masters, beside MOMENTS."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OwnedShard:
+    """What this rank updates of one weight."""
+
+    weight: nn.Parameter
+    start: int
+    """Of the shard in the flattened weight."""
+    stop: int
+    state: Mapping[str, Tensor]
+    """The live flat [stop - start] master and moments, by MASTER and MOMENTS."""
+
+
+def wrap_in_ddp(model: nn.Module) -> DistributedDataParallel:
+    """Give the weights one contiguous buffer, and float32 gradient buffers that are summed over the ranks once a step."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True, average_in_collective=False
+    )
+    return DistributedDataParallel(model.config, config, model)
+
+
+class MasterOptimizer:
+    """Steps the float32 masters and writes their rounding into the weights."""
+
+    def __init__(self, model: DistributedDataParallel, settings: AdamSettings, schedule: LrSchedule) -> None:
+        """Shard the state of `model`'s weights; masters are copies of the weights as they are now."""
+        self.num_steps = 0
+        self._model = model
+        self._schedule = schedule
+        self._clip_grad = settings.clip_grad
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        groups = [
+            _group([weight for weight in weights if weight.ndim > 1], wd_mult=1.0, weight_decay=settings.weight_decay),
+            _group([weight for weight in weights if weight.ndim <= 1], wd_mult=0.0, weight_decay=0.0),
+        ]
+        self._adam = HostAdam(
+            groups,
+            lr=schedule.peak,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            offload_fraction=settings.offload_fraction,
+            overlap=settings.overlap_copies,
+            moments_dtype=settings.moments_dtype,
+        )
+        self._config = OptimizerConfig(
+            optimizer="adam",
+            lr=schedule.peak,
+            bf16=weights[0].dtype == torch.bfloat16,
+            params_dtype=weights[0].dtype,
+            clip_grad=settings.clip_grad,
+            use_distributed_optimizer=True,
+        )
+        # Masters are the inner optimizer's business. The flag that says so, use_precision_aware_optimizer, sets this field,
+        # but only after it has found Transformer Engine.
+        self._config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+        self._sharded = DistributedOptimizer(
+            self._adam,
+            self._config,
+            grad_scaler=None,
+            init_state_fn=None,
+            model_chunks=[model],
+            per_model_buffers={0: model.buffers},
+            data_parallel_group=model.intra_dp_cp_group,
+            data_parallel_group_gloo=None,
+            data_parallel_group_idx=parallel_state.get_model_parallel_group().rank(),
+            distributed_optimizer_instance_id=0,
+        )
+        # megatron-core's own factory sets these two after the construction.
+        self._sharded.grad_stats_parallel_group = parallel_state.get_intra_distributed_optimizer_instance_group()
+        self._sharded.tp_group = model.tp_group
+        self._adam.reset()
+
+    def grad_norm(self) -> float:
+        """Return the norm of the whole gradient, before clipping; collective over all ranks."""
+        self._sharded.prepare_grads()
+        return float(self._sharded.get_grad_norm())
+
+    def step(self, grad_norm: float) -> list[float]:
+        """Clip by `grad_norm`, update, drop the gradients, and return the learning rate of each parameter group."""
+        if 0.0 < self._clip_grad < grad_norm:
+            clip_grad_by_total_norm_fp32(
+                self._sharded.get_parameters(),
+                self._clip_grad,
+                grad_norm,
+                self._config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+        learning_rate = self._schedule.at(self.num_steps)
+        for group in self._sharded.param_groups:
+            group["lr"] = learning_rate
+        self._sharded.step_with_ready_grads()
+        self.num_steps += 1
+        self.drop_gradients()
+        return [learning_rate] * len(self._sharded.param_groups)
+
+    def drop_gradients(self) -> None:
+        """Start the sums of the next step at zero."""
+        self._model.zero_grad_buffer()
+        self._sharded.zero_grad()
+
+    def reset(self, num_steps: int = 0) -> None:
+        """Start over as after `num_steps` steps: masters equal the weights, moments are zero until a checkpoint is read."""
+        self.num_steps = num_steps
+        self._adam.reload_masters()
+        self._adam.restart(num_steps)
+
+    def owned_shards(self) -> Iterator[OwnedShard]:
+        """Return what this rank updates, weight by weight."""
+        for weight, (group, position) in self._sharded.model_param_group_index_map.items():
+            shard = self._adam.param_groups[group]["params"][position]
+            range_ = self._sharded._get_model_param_range_map(weight)["param"]
+            state = {name: self._adam.state[shard][name] for name in (MASTER, *MOMENTS)}
+            yield OwnedShard(weight=weight, start=range_.start, stop=range_.end, state=state)
+
+    def device_tensors(self) -> list[Tensor]:
+        """Return masters and moments that take memory of the device besides the weights."""
+        return self._adam.device_tensors()
+
+    def group_constants(self) -> list[dict[str, object]]:
+        """Return what the parameter groups hold besides parameters."""
+        return [{name: value for name, value in group.items() if name != "params"} for group in self._sharded.param_groups]
+
+
+def _group(weights: Iterable[nn.Parameter], *, wd_mult: float, weight_decay: float) -> dict[str, object]:
+    """Return a parameter group with the fields by which Megatron tells groups of a checkpoint apart."""
+    marks = {"wd_mult": wd_mult, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}
+    return {"params": list(weights), "weight_decay": weight_decay, **marks}

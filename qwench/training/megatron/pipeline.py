@@ -1,0 +1,118 @@
+"""Running micro-batches through the stages by megatron-core's schedules; what the last stage found, every stage learns.
+
+Every rank of a tensor-, context- and pipeline-parallel group brings the same micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from qwench.training.backend import LossFunction, TokenLoss
+from qwench.training.batch import MicroBatch
+from qwench.training.megatron.groups import is_last_stage
+from qwench.training.megatron.model import TokenScores
+
+
+def score(model: DistributedDataParallel, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[Tensor]:
+    """Return log-probs [T] float32 of each micro-batch on the CPU, without gradient; collective."""
+    found = _run(model, micro_batches, _keep_log_probs, temperature=temperature, with_entropy=False, forward_only=True)
+    lengths = [micro_batch.num_tokens for micro_batch in micro_batches]
+    scored = torch.cat(found) if is_last_stage() else torch.empty(sum(lengths), device=_device(model))
+    return list(broadcast_from_last_stage(scored).cpu().split(lengths))
+
+
+def accumulate_gradients(
+    model: DistributedDataParallel,
+    micro_batches: Sequence[MicroBatch],
+    loss: LossFunction,
+    *,
+    temperature: float,
+    with_entropy: bool,
+) -> list[TokenLoss]:
+    """Add up the gradients of the micro-batches over all ranks, in the gradient buffers; collective.
+
+    Returns:
+        the contributions of this rank's micro-batches on the last stage, nothing on the others.
+    """
+    loss_of = partial(_loss_of, loss, _device(model))
+    return _run(model, micro_batches, loss_of, temperature=temperature, with_entropy=with_entropy, forward_only=False)
+
+
+def broadcast_from_last_stage(values: Tensor) -> Tensor:
+    """Give every stage what the last one holds in `values`, which has the same shape and dtype everywhere; in place."""
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(values, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    return values
+
+
+def broadcast_names_from_last_stage(names: Sequence[str]) -> list[str]:
+    """Give every stage the last one's names."""
+    box = [list(names)]
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast_object_list(box, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    return box[0]
+
+
+def _run(
+    model: DistributedDataParallel,
+    micro_batches: Sequence[MicroBatch],
+    judge: Callable[..., Any],
+    *,
+    temperature: float,
+    with_entropy: bool,
+    forward_only: bool,
+) -> list[Any]:
+    """Send the micro-batches through the pipeline and return what `judge(micro_batch, scores)` keeps on the last stage."""
+
+    def forward_step(batches: Iterator[MicroBatch], stage: DistributedDataParallel) -> tuple[Any, Callable[..., Any]]:
+        micro_batch = next(batches)
+        output = stage(micro_batch, temperature=temperature, with_entropy=with_entropy)
+        return output, partial(judge, micro_batch)
+
+    model.config.finalize_model_grads_func = _sum_gradients
+    found = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(micro_batches),
+        model=[model],
+        num_microbatches=len(micro_batches),
+        # With variable_seq_lengths the stages tell each other the shapes; these two are not used.
+        seq_length=micro_batches[0].num_tokens,
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+    return list(found)
+
+
+def _keep_log_probs(_micro_batch: MicroBatch, scores: TokenScores, *, non_loss_data: bool) -> Tensor:
+    assert non_loss_data, "scoring has no loss"
+    return scores.log_probs
+
+
+def _loss_of(
+    loss: LossFunction, device: torch.device, micro_batch: MicroBatch, scores: TokenScores
+) -> tuple[Tensor, Tensor, TokenLoss]:
+    """Return the loss as the schedules want it: with three values, and calculate_per_token_loss, nothing is rescaled."""
+    contribution = loss(scores.log_probs, scores.entropy, micro_batch.to(device))
+    kept = TokenLoss(loss=contribution.loss.detach(), metrics=contribution.metrics)
+    return contribution.loss, torch.zeros((), dtype=torch.int, device=device), kept
+
+
+def _sum_gradients(models: Sequence[DistributedDataParallel], _num_tokens: Tensor | None = None, **groups: Any) -> None:
+    """Sum over ranks without dividing by tokens: losses arrive divided by the step's global counts already."""
+    finalize_model_grads(models, None, **groups)  # the schedule's own keywords, passed on
+
+
+def _device(model: DistributedDataParallel) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,71 @@
+"""The stages' tensor-parallel shards as whole tensors under Hugging Face names.
+
+shards --all-gather over tp--> whole Megatron tensor --copies--> Hugging Face tensors --broadcast over pp--> every rank
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from qwench.models.megatron_names import WeightRule, rules, to_hf, tp_join
+from qwench.training.megatron.model import PolicyModel
+
+
+class WholeWeights:
+    """Gathers the weights of all stages, in the order of the model; every rank gets each tensor."""
+
+    def __init__(self, own: Sequence[tuple[WeightRule, nn.Parameter]], config: PretrainedConfig) -> None:
+        """Agree on which stage holds which weight; collective over the pipeline."""
+        self._config = config
+        self._own = {rule.megatron_name: weight for rule, weight in own}
+        self._group = parallel_state.get_pipeline_model_parallel_group()
+        facts = {name: (tuple(weight.shape), weight.dtype) for name, weight in self._own.items()}
+        stages: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [{} for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather_object(stages, facts, group=self._group)
+        self._stage_of = {name: stage for stage, names in enumerate(stages) for name in names}
+        self._facts = {name: fact for names in stages for name, fact in names.items()}
+
+    @torch.no_grad()
+    def gather(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and tensor, one Megatron tensor at a time; collective over tp and pp."""
+        for rule in rules(self._config):
+            yield from to_hf(rule, self._whole(rule), self._config).items()
+
+    def _whole(self, rule: WeightRule) -> Tensor:
+        """Return the whole Megatron tensor on every rank."""
+        weight = self._own.get(rule.megatron_name)
+        whole = self._empty(rule) if weight is None else tp_join(rule, _all_gather(weight.detach(), rule)).contiguous()
+        if len(set(self._stage_of.values())) > 1:
+            source = dist.get_global_rank(self._group, self._stage_of[rule.megatron_name])
+            dist.broadcast(whole, src=source, group=self._group)
+        return whole
+
+    def _empty(self, rule: WeightRule) -> Tensor:
+        (shape, dtype) = self._facts[rule.megatron_name]
+        sizes = list(shape)
+        if rule.tp_dim is not None:
+            sizes[rule.tp_dim] *= parallel_state.get_tensor_model_parallel_world_size()
+        return torch.empty(sizes, dtype=dtype, device=next(iter(self._own.values())).device)
+
+
+def _all_gather(shard: Tensor, rule: WeightRule) -> list[Tensor]:
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    if rule.tp_dim is None or size == 1:
+        return [shard]
+    shards = [torch.empty_like(shard) for _ in range(size)]
+    dist.all_gather(shards, shard.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    return shards
+
+
+def tied_head(model: PolicyModel, config: PretrainedConfig) -> list[tuple[WeightRule, nn.Parameter]]:
+    """Return the copy of a tied embedding that the last of several stages computes with, and the embedding's rule."""
+    if not model.share_embeddings_and_output_weights or model.pre_process or not model.post_process:
+        return []
+    embedding = next(rule for rule in rules(config) if rule.kind == "vocab")
+    return [(embedding, model.output_layer.weight)]
