@@ -1,0 +1,174 @@
+"""Runs our megatron-core model in many layouts on four gloo ranks, all in one launch: `python -m ... FOLDER`.
+
+Every rank leaves `<case>.<rank>.pt` in the folder: its place, the scores if it has them, and its own gradients, not reduced.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from qwench.checkpoints.sources import open_weights
+from qwench.models.hf import load_hf_config
+from qwench.training.batch import MicroBatch, idle
+from qwench.training.megatron.groups import is_first_stage, is_last_stage, join_groups, leave_groups
+from qwench.training.megatron.layout import ParallelLayout, check_layout
+from qwench.training.megatron.model import (
+    ModelSettings,
+    PolicyModel,
+    TokenScores,
+    build_model,
+    load_weights,
+    local_parameters,
+    tied_head,
+)
+from tests.contract import train_backend_cases as batches
+
+WORLD_SIZE = 4
+TEMPERATURE = 0.8
+_TIMEOUT_S = 120
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model in a layout."""
+
+    model: str
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    recompute: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Return for example tied-tp2-sp-recompute-full."""
+        sizes = [f"{key}{getattr(self.layout, key)}" for key in ("tp", "pp", "cp") if getattr(self.layout, key) > 1]
+        flags = ["sp"] * self.layout.sequence_parallel + [f"recompute-{self.recompute}"] * (self.recompute is not None)
+        return "-".join([self.model, *sizes, *flags])
+
+
+_LAYOUTS = (
+    ParallelLayout(tp=2),
+    ParallelLayout(tp=2, sequence_parallel=True),
+    ParallelLayout(pp=2),
+    ParallelLayout(pp=4),
+    ParallelLayout(cp=2),
+    ParallelLayout(cp=4),
+    ParallelLayout(tp=2, pp=2, sequence_parallel=True),
+    ParallelLayout(tp=2, cp=2, sequence_parallel=True),
+    ParallelLayout(pp=2, cp=2),
+)
+CASES = [
+    *(Case(model=model, layout=layout) for model in ("tied", "untied") for layout in _LAYOUTS),
+    Case(model="untied"),
+    Case(model="qwen2", layout=ParallelLayout(tp=2, cp=2)),
+    Case(model="qwen2", layout=ParallelLayout(tp=2, pp=2, sequence_parallel=True)),
+    Case(model="tied", layout=ParallelLayout(tp=2, pp=2, sequence_parallel=True), recompute="full"),
+    Case(model="tied", layout=ParallelLayout(tp=2, cp=2), recompute="selective"),
+]
+
+
+def micro_batches() -> list[MicroBatch]:
+    """Return packed sequences of 2 to 11 tokens, and a micro-batch in which nothing is trained on."""
+    batch = batches.make_batch()
+    return [*batches.micro_batches(batch, [[6, 1], [7, 3, 0, 5], [2, 4]]), idle(batch)]
+
+
+def slopes(micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Return the gradients [T] of the log-probs and entropies that tests start from."""
+    draw = torch.Generator().manual_seed(micro_batch.num_tokens)
+    first, second = torch.randn(2, micro_batch.num_tokens, generator=draw)
+    return first, second
+
+
+def main(folder: Path) -> None:
+    """Run every case on forked ranks; exits non-zero if one failed."""
+    ranks = [multiprocessing.get_context("fork").Process(target=_run_rank, args=(rank, folder)) for rank in range(WORLD_SIZE)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(_TIMEOUT_S)
+    failed = [rank for rank, process in enumerate(ranks) if process.exitcode != 0]
+    for process in ranks:
+        process.kill()
+    sys.exit(f"ranks {failed} failed; their traces are above" if failed else 0)
+
+
+def _run_rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=_TIMEOUT_S)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE, timeout=timeout)
+    for case in CASES:
+        torch.save(_run_case(case, folder), folder / f"{case.name}.{rank}.pt")
+        leave_groups()
+    dist.destroy_process_group()
+
+
+def _run_case(case: Case, folder: Path) -> dict[str, object]:
+    config = load_hf_config(folder / case.model)
+    check_layout(case.layout, config, world_size=WORLD_SIZE)
+    parallel = join_groups(case.layout)
+    settings = ModelSettings(
+        param_dtype=torch.float32,
+        recompute_granularity=case.recompute,  # type: ignore[arg-type]  # written above
+        log_probs_chunk_size=7,
+    )
+    model = build_model(config, case.layout, settings, _CPU)
+    load_weights(model, open_weights(folder / case.model, config), config, case.layout)
+    scores = [_forward_and_backward(model, micro_batch) for micro_batch in micro_batches()]
+    parameters = [(rule.megatron_name, weight) for rule, weight in local_parameters(model, config)]
+    parameters += [("copied head", weight) for _, weight in tied_head(model, config)]
+    return {
+        "place": {
+            "tp": parallel_state.get_tensor_model_parallel_rank(),
+            "pp": parallel_state.get_pipeline_model_parallel_rank(),
+            "cp": parallel_state.get_context_parallel_rank(),
+            "dp": parallel.dp_rank,
+        },
+        "parallel": parallel,
+        "scores": [score for score in scores if score is not None],
+        "gradients": {name: weight.grad for name, weight in parameters},
+    }
+
+
+def _forward_and_backward(model: PolicyModel, micro_batch: MicroBatch) -> TokenScores | None:
+    """Do by hand what a pipeline schedule does for one micro-batch; the last stage returns the scores."""
+    stage_input = None if is_first_stage() else _receive_from(parallel_state.get_pipeline_model_parallel_prev_rank())
+    if stage_input is not None:
+        model.set_input_tensor([stage_input.requires_grad_()])
+    output = model(micro_batch, temperature=TEMPERATURE, with_entropy=True)
+    if is_last_stage():
+        of_log_probs, of_entropy = slopes(micro_batch)
+        (of_log_probs @ output.log_probs + of_entropy @ output.entropy).backward()
+    else:
+        neighbour = parallel_state.get_pipeline_model_parallel_next_rank()
+        _send_to(neighbour, output.detach())
+        output.backward(_receive_from(neighbour))
+    if stage_input is not None:
+        assert stage_input.grad is not None
+        _send_to(parallel_state.get_pipeline_model_parallel_prev_rank(), stage_input.grad)
+    return TokenScores(log_probs=output.log_probs.detach(), entropy=output.entropy.detach()) if is_last_stage() else None
+
+
+def _send_to(rank: int, values: Tensor) -> None:
+    dist.send(torch.tensor(values.shape), rank)
+    dist.send(values.contiguous(), rank)
+
+
+def _receive_from(rank: int) -> Tensor:
+    shape = torch.empty(3, dtype=torch.int64)
+    dist.recv(shape, rank)
+    values = torch.empty(shape.tolist())
+    dist.recv(values, rank)
+    return values
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
