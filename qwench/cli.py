@@ -29,6 +29,7 @@ Post-train Qwen3 with reinforcement learning and supervised fine-tuning.
   eval           score a model on evaluation sets
   serve          the embedded engine behind SGLang's HTTP API
   reward check   grade a file of responses and labels
+  convert        checkpoints between Hugging Face, Megatron's torch_dist and FSDP
   make-model     a checkpoint with random weights, from tiny to 32B
   download       models and data sets of the Hugging Face hub
   doctor         what this machine has and what is amiss
@@ -40,13 +41,13 @@ Post-train Qwen3 with reinforcement learning and supervised fine-tuning.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the verb of the command line and end the process with its exit code."""
+def main(argv: Sequence[str] | None = None, *, command: Callable[[Sequence[str]], None] | None = None) -> NoReturn:
+    """Run the verb of the command line, or `command` with all its words, and end the process with its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     with_traceback = "--traceback" in words or os.environ.get("QWENCH_TRACEBACK", "") not in ("", "0")
     words = [word for word in words if word != "--traceback"]
     try:
-        _run_and_flush(words)
+        _run_and_flush(command or run, words)
     except BrokenPipeError:
         if not _stdout_is_closed():
             raise
@@ -146,6 +147,40 @@ def reward(words: Sequence[str]) -> None:
     check_file(file, config=config.reward, response_key=columns.response_key, label_key=columns.label_key)
 
 
+def convert(words: Sequence[str]) -> None:
+    """Write a checkpoint in another format."""
+    from qwench.config.convert import ConvertConfig
+    from qwench.config.parse import parse_flags
+
+    config = parse_flags(ConvertConfig, words, prog="qwench convert")
+    from qwench.launch.convert import convert as run_conversion
+
+    run_conversion(config)
+
+
+def convert_hf_to_torch_dist(words: Sequence[str]) -> None:
+    """Do what slime's script of this name does, by its command line."""
+    from qwench.config.convert import HfToTorchDistConfig
+    from qwench.config.parse import parse_flags
+
+    config = parse_flags(HfToTorchDistConfig, words, prog="convert_hf_to_torch_dist.py")
+    from qwench.launch.convert import convert_hf_to_torch_dist as run_conversion
+
+    run_conversion(config)
+
+
+def convert_torch_dist_to_hf(words: Sequence[str]) -> None:
+    """Do what slime's script of this name does, by its command line."""
+    from qwench.config.convert import TorchDistToHfConfig
+    from qwench.config.parse import parse_flags
+
+    long_words = ["--force" if word == "-f" else word for word in words]
+    config = parse_flags(TorchDistToHfConfig, long_words, prog="convert_torch_dist_to_hf.py")
+    from qwench.launch.convert import convert_torch_dist_to_hf as run_conversion
+
+    run_conversion(config)
+
+
 def make_model(words: Sequence[str]) -> None:
     """Write a checkpoint with random weights."""
     from qwench.config.parse import parse_flags
@@ -200,6 +235,7 @@ VERBS: Mapping[str, Callable[[Sequence[str]], None]] = {
     "eval": evaluate,
     "serve": serve,
     "reward": reward,
+    "convert": convert,
     "make-model": make_model,
     "download": download,
     "doctor": doctor,
@@ -207,10 +243,10 @@ VERBS: Mapping[str, Callable[[Sequence[str]], None]] = {
 }
 
 
-def _run_and_flush(words: Sequence[str]) -> None:
-    """Run the verb; what it wrote must be out before main returns, or a closed pipe goes unnoticed."""
+def _run_and_flush(command: Callable[[Sequence[str]], None], words: Sequence[str]) -> None:
+    """Run the command; what it wrote must be out before main returns, or a closed pipe goes unnoticed."""
     try:
-        run(words)
+        command(words)
     finally:
         sys.stdout.flush()
 

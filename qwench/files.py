@@ -8,12 +8,17 @@ What still has a temporary name was never finished.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
 from qwench.errors import ConfigError
 
 TEMPORARY_SUFFIX = ".writing"
 """Ends the name of what is not complete yet; a later start may delete it."""
+_WRITE_BACK_PAUSE_S = 0.05
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -54,6 +59,26 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def writing_back(folder: Path) -> Iterator[None]:
+    """Force to the disk, all the time inside the context, what is being written under `folder`, instead of all at its end."""
+    stopped = Event()
+
+    def sync_repeatedly() -> None:
+        while not stopped.wait(_WRITE_BACK_PAUSE_S):
+            for path in sorted(folder.rglob("*")):
+                if path.is_file():
+                    fsync(path)
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="write-back") as pool:
+        syncing = pool.submit(sync_repeatedly)
+        try:
+            yield
+        finally:
+            stopped.set()
+        syncing.result()  # a disk reports an error once, so it must not be lost here
 
 
 def fsync_tree(folder: Path) -> None:

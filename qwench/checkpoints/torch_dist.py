@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from qwench.checkpoints.dcp_writer import DcpWriter
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.hf import expected_weights
 from qwench.models.megatron_names import WeightRule, rules, to_hf
-from qwench.models.registry import has_qk_norm
+from qwench.models.registry import has_qk_norm, head_dim
 from qwench.models.safetensors_files import TensorSpec
 
 CONFIG_FILE = "metadata.json"
@@ -138,15 +139,23 @@ def read_num_steps(folder: DcpFolder) -> int | None:
 
 
 def write_common_files(
-    folder: Path, *, num_steps: int | None, iteration: int = 0, groups: Sequence[Mapping[str, object]] = ({},)
+    folder: Path,
+    *,
+    num_steps: int | None,
+    iteration: int = 0,
+    groups: Sequence[Mapping[str, object]] = ({},),
+    config: PretrainedConfig | None = None,
 ) -> None:
     """Write what lies beside the tensors, as Megatron-LM does; weights that start a run are of iteration 0.
 
     Args:
         num_steps: Of the optimizer, if its state is in the checkpoint.
         groups: Constants of the optimizer's parameter groups, by which megatron-core finds its own again.
+        config: Of the model, for the scripts of Megatron-LM, which want its shape; megatron-core does without.
     """
     common: dict[str, object] = {"checkpoint_version": 3.0, "iteration": iteration, "qwench_version": __version__}
+    if config is not None:
+        common["args"] = megatron_args(config)
     if num_steps is not None:
         common["optimizer"] = {
             "optimizer": {"param_groups": [{**group, "step": num_steps} for group in groups]},
@@ -154,6 +163,26 @@ def write_common_files(
         }
     torch.save(common, folder / COMMON_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(_CONFIG))
+
+
+def megatron_args(config: PretrainedConfig) -> Namespace:
+    """Return what Megatron-LM looks up, and compares with its own flags, in the `args` of a checkpoint."""
+    return Namespace(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads,
+        kv_channels=head_dim(config),
+        max_position_embeddings=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+        padded_vocab_size=config.vocab_size,
+        untie_embeddings_and_output_weights=not config.tie_word_embeddings,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        no_save_optim=True,
+        no_save_rng=True,
+    )
 
 
 def write_extra_states(writer: DcpWriter, config: PretrainedConfig) -> None:
@@ -177,7 +206,8 @@ def extra_states(config: PretrainedConfig) -> Iterator[str]:
 
 def _read_common(folder: Path) -> object:
     try:
-        return torch.load(folder / COMMON_FILE, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):
+            return torch.load(folder / COMMON_FILE, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{folder / COMMON_FILE} cannot be read ({str(error).splitlines()[0]}), so the optimizer's step is not known; "

@@ -159,14 +159,19 @@ def write_hf_checkpoint(
     try:
         dtypes = write_shards(partial, _untied(buckets, tied=config.tie_word_embeddings), max_shard_bytes=max_shard_bytes)
         _check_complete(dtypes, config, folder)
-        for name in _COPIED_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, partial / name)
-        _write_config(partial, source, next(iter(dtypes.values())))
-        (partial / _EXPORT_MARKER).write_text(json.dumps({"qwench_version": __version__}) + "\n")
+        write_companions(partial, source, next(iter(dtypes.values())))
         _replace(folder, partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_companions(folder: Path, source: Path, dtype: torch.dtype) -> None:
+    """Write what lies beside the weights of a Hugging Face folder: config.json with their dtype, the rest as in `source`."""
+    for name in _COPIED_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    _write_config(folder, source, dtype)
+    (folder / _EXPORT_MARKER).write_text(json.dumps({"qwench_version": __version__}) + "\n")
 
 
 def check_export_folder(folder: Path) -> None:

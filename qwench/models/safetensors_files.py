@@ -152,14 +152,20 @@ class SafetensorsWriter:
         while done < len(source):
             done += self._stream.write(source[done:])
 
+    def close(self) -> None:
+        """Close the file, for which all tensors must have come."""
+        assert not self._missing, f"{min(self._missing)} was not written"
+        self._stream.close()
+
     def __enter__(self) -> SafetensorsWriter:
         """Return the writer."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Close the file; all tensors must have come, unless the block was left by an exception."""
+        """Close the file."""
+        if error is None:
+            self.close()
         self._stream.close()
-        assert error is not None or not self._missing, f"{min(self._missing)} was not written"
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

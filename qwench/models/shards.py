@@ -7,7 +7,7 @@ with an index that maps names to files.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -56,13 +56,25 @@ def _write_shard(folder: Path, index: int, tensors: dict[str, Tensor]) -> dict[s
 def _name_shards(folder: Path, shards: Sequence[dict[str, int]]) -> None:
     """Rename the shards now that their number is known, and write the index."""
     if len(shards) == 1:
-        _provisional(folder, 0).rename(folder / "model.safetensors")
+        _provisional(folder, 0).rename(folder / shard_name(0, 1))
         return
-    weight_map: dict[str, str] = {}
-    for index, shard in enumerate(shards):
-        file_name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        _provisional(folder, index).rename(folder / file_name)
-        weight_map |= dict.fromkeys(shard, file_name)
+    for index in range(len(shards)):
+        _provisional(folder, index).rename(folder / shard_name(index, len(shards)))
+    write_index(folder, shards)
+
+
+def shard_name(index: int, num_shards: int) -> str:
+    """Return the file name of a shard."""
+    return "model.safetensors" if num_shards == 1 else f"model-{index + 1:05d}-of-{num_shards:05d}.safetensors"
+
+
+def write_index(folder: Path, shards: Sequence[Mapping[str, int]]) -> None:
+    """Write which of several shards holds which tensor.
+
+    Args:
+        shards: For each, the bytes of its tensors.
+    """
+    weight_map = {name: shard_name(index, len(shards)) for index, shard in enumerate(shards) for name in shard}
     total_size = sum(size for shard in shards for size in shard.values())
     index_json = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     (folder / INDEX_FILE).write_text(json.dumps(index_json, indent=2) + "\n")

@@ -1,0 +1,251 @@
+"""Write a checkpoint in another format, tensor by tensor, and read it back before it gets its name.
+
+    open source, check everything --> OUT.writing, each rank its jobs --> read back, compare checksums --> rename to OUT
+
+Memory: a few copies of the largest tensor. No GPU, no megatron-core, no model. A kill leaves `OUT.writing`, never `OUT`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from qwench.checkpoints.iterations import POINTER, RELEASE, Iterations
+from qwench.checkpoints.run_state import RunState
+from qwench.checkpoints.sources import Format, HfWeights, WeightSource, find_format, open_optimizer_state, open_weights
+from qwench.checkpoints.targets import MASTERS, WEIGHTS, FsdpTarget, HfTarget, Job, Stream, Target, TorchDistTarget
+from qwench.errors import CheckpointError, ConfigError
+from qwench.files import TEMPORARY_SUFFIX, check_can_hold, fsync_tree, rename_durably, writing_back
+from qwench.models.safetensors_files import as_bytes
+
+T = TypeVar("T")
+Checksums = Mapping[tuple[str, str], int]
+"""(kind, name) -> CRC-32 of the tensor's bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """The processes that convert together."""
+
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[object], Sequence[object]] = lambda value: [value]
+    """Collective: returns the values of all ranks, in their order."""
+
+    def gather_typed(self, value: T) -> Sequence[T]:
+        """Return the values of all ranks."""
+        return self.gather(value)  # type: ignore[return-value]  # all ranks run the same line, so the type is that of `value`
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.gather(None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What to write where."""
+
+    source: Path
+    """The folder of the checkpoint itself, not its parent."""
+    output: Path
+    to: Format
+    hf_folder: Path
+    """Has config.json, and for a Hugging Face checkpoint the tokenizer."""
+    config: PretrainedConfig
+    dtype: torch.dtype | None = None
+    """Of weights. None: as they are stored; of float32 masters, what config.json says."""
+    with_optimizer: bool = True
+    """Convert the optimizer's state if there is one."""
+    max_shard_bytes: int = 2 * 10**9
+    """Of one safetensors file."""
+    replace: bool = False
+    """Take the place of what is at `output`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What was written, over all ranks."""
+
+    num_tensors: int
+    nbytes: int
+    with_optimizer: bool
+
+
+class Converter:
+    """One conversion. Building it checks everything that can be wrong; `run` does the work, on all ranks together."""
+
+    def __init__(self, conversion: Conversion) -> None:
+        """Open the source and look at the output's place.
+
+        Raises:
+            ConfigError: the source is no checkpoint of the model, or the output exists, cannot be written or is too large.
+            CheckpointError: the source is damaged or half-written.
+        """
+        self._conversion = conversion
+        self._source_format = find_format(conversion.source)
+        self.weights = open_weights(conversion.source, conversion.config)
+        wants_state = conversion.with_optimizer and conversion.to != "hf"
+        self._state = open_optimizer_state(conversion.source, conversion.config) if wants_state else None
+        # Without its optimizer a run is not resumed but begun.
+        self._run_state = RunState.read(conversion.source) if self._state is not None else None
+        self.streams = self._make_streams()
+        self.nbytes = sum(stream.spec(name).nbytes for stream in self.streams for name in stream.source.specs)
+        _check_output(conversion.output, replace=conversion.replace, nbytes=self.nbytes)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Return the narrower dtype of the weights that are read and of those that are written."""
+        name = next(iter(self.weights.specs))
+        return min((self.weights.specs[name].dtype, self.streams[0].spec(name).dtype), key=lambda dtype: dtype.itemsize)
+
+    def run(self, ranks: Ranks, advance: Callable[[int], None]) -> Converted:
+        """Convert; every rank calls it.
+
+        Args:
+            advance: Told the bytes that this rank has written, and again when they are read back.
+
+        Raises:
+            CheckpointError: the source cannot be read, or what was read back is not what was written.
+        """
+        partial = self._conversion.output.with_name(self._conversion.output.name + TEMPORARY_SUFFIX)
+        if ranks.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+            self._folder(partial).mkdir(parents=True)
+        ranks.barrier()
+        try:
+            with writing_back(partial) if ranks.rank == 0 else nullcontext():
+                written = self._write(self._folder(partial), ranks, advance)
+                self._read_back(self._folder(partial), written, ranks, advance)
+        except BaseException:
+            if ranks.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if ranks.rank == 0:
+            self._complete(partial)
+        ranks.barrier()
+        num_tensors = sum(len(stream.source.specs) for stream in self.streams)
+        return Converted(num_tensors=num_tensors, nbytes=self.nbytes, with_optimizer=self._state is not None)
+
+    def _make_streams(self) -> list[Stream]:
+        to, dtype = self._conversion.to, self._conversion.dtype
+        if dtype is None and self._source_format == "fsdp":
+            stored = self._conversion.config.dtype
+            dtype = stored if isinstance(stored, torch.dtype) else torch.bfloat16
+        state = self._state
+        moments = [] if state is None else [Stream(kind=kind, source=source) for kind, source in state.moments.items()]
+        if to == "fsdp":
+            masters = self.weights if state is None else state.masters
+            return [Stream(kind=WEIGHTS, source=masters, dtype=torch.float32), *moments]
+        weights = Stream(kind=WEIGHTS, source=self.weights, dtype=dtype)
+        if state is None:
+            return [weights]
+        return [weights, Stream(kind=MASTERS, source=state.masters, dtype=torch.float32), *moments]
+
+    def _folder(self, root: Path) -> Path:
+        """Return where the checkpoint itself lies: formats that training writes have a parent folder with a pointer."""
+        if self._conversion.to == "hf":
+            return root
+        return root / RELEASE if self._run_state is None else Iterations(root).folder(self._run_state.iteration)
+
+    def _target(self, folder: Path, rank: int) -> Target:
+        num_steps = None if self._state is None else self._state.num_steps
+        match self._conversion.to:
+            case "hf":
+                (weights,) = self.streams
+                shard_bytes = self._conversion.max_shard_bytes
+                return HfTarget(folder, weights, hf_folder=self._conversion.hf_folder, max_shard_bytes=shard_bytes)
+            case "torch_dist":
+                return TorchDistTarget(folder, self.streams, self._conversion.config, rank=rank, num_steps=num_steps)
+            case "fsdp":
+                return FsdpTarget(folder, self.streams, rank=rank, num_steps=num_steps)
+
+    def _write(self, folder: Path, ranks: Ranks, advance: Callable[[int], None]) -> Checksums:
+        """Write this rank's jobs and, on the main rank, what there is only one of; return the checksums of the jobs."""
+        target = self._target(folder, ranks.rank)
+        checksums: dict[tuple[str, str], int] = {}
+        for job in share(target.jobs, ranks.rank, ranks.size):
+            tensors = [job.stream.read(name) for name in job.names]
+            checksums |= {(job.stream.kind, name): _crc(tensor) for name, tensor in zip(job.names, tensors, strict=True)}
+            target.write(job, tensors)
+            advance(job.nbytes)
+        records = ranks.gather_typed(target.close())
+        if ranks.rank == 0:
+            target.finish(records)
+        ranks.barrier()
+        return checksums
+
+    def _read_back(self, folder: Path, written: Checksums, ranks: Ranks, advance: Callable[[int], None]) -> None:
+        sources = self._written_sources(folder)
+        for (kind, name), checksum in written.items():
+            tensor = sources[kind].read(name)
+            if _crc(tensor) != checksum:
+                raise CheckpointError(
+                    f"{name} ({kind}) reads back from {folder} with other bits than were written; try another disk."
+                )
+            advance(tensor.nbytes)
+        ranks.barrier()
+
+    def _written_sources(self, folder: Path) -> Mapping[str, WeightSource]:
+        """Open what was written, by kind."""
+        config = self._conversion.config
+        if self._conversion.to == "hf":
+            return {WEIGHTS: HfWeights(folder, config)}
+        sources: dict[str, WeightSource] = {WEIGHTS: open_weights(folder, config)}
+        state = open_optimizer_state(folder, config) if self._state is not None else None
+        return sources if state is None else {**sources, MASTERS: state.masters, **state.moments}
+
+    def _complete(self, partial: Path) -> None:
+        """Give the output its name, once all of it is on the disk."""
+        output = self._conversion.output
+        if self._run_state is not None:
+            self._run_state.write(partial)
+        elif self._conversion.to != "hf":
+            (partial / POINTER).write_text(RELEASE, encoding="utf-8")
+        fsync_tree(partial)
+        old = output.with_name(f"{output.name}.old{TEMPORARY_SUFFIX}")
+        shutil.rmtree(old, ignore_errors=True)
+        if output.exists():  # empty, or to be replaced
+            output.rename(old)
+        rename_durably(partial, output)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def share(jobs: Sequence[Job], rank: int, size: int) -> list[Job]:
+    """Return the jobs of one rank: consecutive units of about equal bytes for each rank, as pipeline stages are cut.
+
+    Sizes 4, 1, 1, 2 over two ranks: the first has 4, the second the rest.
+    """
+    unit_bytes: dict[int, int] = {}
+    for job in jobs:
+        unit_bytes[job.unit] = unit_bytes.get(job.unit, 0) + job.nbytes
+    total, before = max(1, sum(unit_bytes.values())), 0
+    owner: dict[int, int] = {}
+    for unit, nbytes in unit_bytes.items():
+        owner[unit] = min(size - 1, (before + nbytes // 2) * size // total)  # by the middle of the unit
+        before += nbytes
+    return [job for job in jobs if owner[job.unit] == rank]
+
+
+def _crc(tensor: Tensor) -> int:
+    return zlib.crc32(as_bytes(tensor))
+
+
+def _check_output(output: Path, *, replace: bool, nbytes: int) -> None:
+    if not replace and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"{output} exists and is not an empty folder; choose another place to write to.")
+    check_can_hold(output, flag="the output")
+    nearest = next(path for path in (output, *output.parents) if path.exists())
+    free = shutil.disk_usage(nearest).free
+    if free < nbytes:
+        raise ConfigError(
+            f"the output needs {nbytes / 1e9:.1f} GB, but {nearest} has {free / 1e9:.1f} GB free; choose another disk."
+        )
