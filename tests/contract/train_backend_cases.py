@@ -45,14 +45,14 @@ def learning_rate(step: int) -> float:
     return PEAK_LR * min(step, 2) / 2
 
 
-def write_model(folder: Path, *, tied: bool, dtype: torch.dtype = torch.float32) -> None:
-    """Save a Qwen3 of two layers with random weights, not all of them small."""
+def write_model(folder: Path, *, tied: bool, dtype: torch.dtype = torch.float32, num_layers: int = 2) -> None:
+    """Save a Qwen3 with random weights, not all of them small."""
     torch.manual_seed(11)
     config = Qwen3Config(
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,

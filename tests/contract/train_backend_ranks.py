@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,14 +15,20 @@ import torch.distributed as dist
 from qwench.errors import TrainingError
 from qwench.training.adam import AdamSettings
 from qwench.training.backend import TokenLoss, TrainBackend
-from qwench.training.batch import unpack
+from qwench.training.batch import MicroBatch, unpack
 from qwench.training.fsdp.backend import WHOLE_GRADIENT_BYTES, FsdpBackend, FsdpSettings
+from qwench.training.megatron.backend import MegatronBackend, MegatronSettings
+from qwench.training.megatron.groups import leave_groups
+from qwench.training.megatron.layout import ParallelLayout
+from qwench.training.megatron.model import ModelSettings
 from qwench.training.schedule import LrSchedule
 from tests.contract import train_backend_cases as cases
+from tests.fakes import cuda_stand_in
 
 _TIMEOUT_S = 120
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.contract.train_backend_ranks"])
+_SCHEDULE = LrSchedule(peak=cases.PEAK_LR, warmup_steps=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +40,8 @@ class Case:
     bins: list[list[list[int]]]
     """Of each data-parallel rank, of each micro-batch: positions in the batch."""
     backend: str = "fsdp"
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    """Of the Megatron backend."""
     dp_replicate: int = 1
     gradient_checkpointing: bool = False
     bf16: bool = False
@@ -45,11 +54,15 @@ class Case:
     """Save after the steps, under `<case>.checkpoint`."""
     load: str = ""
     """Load the checkpoint of this case first, and step on from there."""
+    weights_only: bool = False
+    """Load without the optimizer."""
+    num_steps: int = cases.NUM_STEPS
 
 
-def build_fsdp(model_folder: Path, case: Case) -> TrainBackend:
+@contextmanager
+def build_fsdp(model_folder: Path, case: Case) -> Iterator[TrainBackend]:
     """Build the FSDP2 backend with the constants of the plain loop."""
-    return FsdpBackend.build(
+    yield FsdpBackend.build(
         model_folder,
         settings=FsdpSettings(
             param_dtype=torch.bfloat16 if case.bf16 else torch.float32,
@@ -58,26 +71,47 @@ def build_fsdp(model_folder: Path, case: Case) -> TrainBackend:
             head_chunk_tokens=7,
             whole_gradient_bytes=0 if case.reduce_every_micro_batch else WHOLE_GRADIENT_BYTES,
         ),
-        adam=AdamSettings(
-            betas=cases.BETAS,
-            eps=cases.ADAM_EPS,
-            weight_decay=cases.WEIGHT_DECAY,
-            clip_grad=cases.CLIP_GRAD,
-            offload_fraction=case.offload_fraction,
-            overlap_copies=True,
-        ),
-        schedule=LrSchedule(peak=cases.PEAK_LR, warmup_steps=2),
+        adam=_adam(case),
+        schedule=_SCHEDULE,
         device=torch.device("cpu"),
     )
 
 
-BUILDERS: dict[str, Callable[[Path, Case], TrainBackend]] = {"fsdp": build_fsdp}
+@contextmanager
+def build_megatron(model_folder: Path, case: Case) -> Iterator[TrainBackend]:
+    """Build the Megatron backend with the constants of the plain loop, and leave its groups afterwards."""
+    cuda_stand_in.install()
+    yield MegatronBackend.build(
+        model_folder,
+        settings=MegatronSettings(
+            layout=case.layout,
+            model=ModelSettings(
+                param_dtype=torch.bfloat16 if case.bf16 else torch.float32,
+                recompute_granularity="full" if case.gradient_checkpointing else None,
+                log_probs_chunk_size=7,
+            ),
+            collective_timeout_s=_TIMEOUT_S,
+        ),
+        adam=_adam(case),
+        schedule=_SCHEDULE,
+        device=torch.device("cpu"),
+    )
+    leave_groups()
+
+
+BUILDERS: dict[str, Callable[[Path, Case], AbstractContextManager[TrainBackend]]] = {
+    "fsdp": build_fsdp,
+    "megatron": build_megatron,
+}
 """Another backend joins the suite by a line here."""
 
 
 def run_world(world_size: int, cases_of_world: list[Case], folder: Path) -> None:
     """Run the cases on `world_size` ranks; rank r leaves its records in `<case>.<r>.pt`."""
-    ranks = [_CONTEXT.Process(target=_run_rank, args=(rank, world_size, cases_of_world, folder)) for rank in range(world_size)]
+    store = f"file://{folder}/store.{cases_of_world[0].name}.{world_size}"
+    ranks = [
+        _CONTEXT.Process(target=_run_rank, args=(rank, world_size, cases_of_world, folder, store)) for rank in range(world_size)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -88,31 +122,23 @@ def run_world(world_size: int, cases_of_world: list[Case], folder: Path) -> None
     assert not failed, f"ranks {failed} of {world_size} failed; their traces are above"
 
 
-def _run_rank(rank: int, world_size: int, cases_of_world: list[Case], folder: Path) -> None:
+def _run_rank(rank: int, world_size: int, cases_of_world: list[Case], folder: Path, store: str) -> None:
     torch.set_num_threads(1)
-    store = f"file://{folder}/store.{world_size}"
     timeout = timedelta(seconds=_TIMEOUT_S)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timeout)
     for case in cases_of_world:
-        backend = BUILDERS[case.backend](folder / case.model, case)
-        record = _run_non_finite(backend, case) if case.non_finite else _run_steps(backend, case, folder)
+        with BUILDERS[case.backend](folder / case.model, case) as backend:
+            record = _run_non_finite(backend, case) if case.non_finite else _run_steps(backend, case, folder)
         torch.save(record, folder / f"{case.name}.{rank}.pt")
     dist.destroy_process_group()
 
 
 def _run_steps(backend: TrainBackend, case: Case, folder: Path) -> dict[str, object]:
     if case.load:
-        backend.load(folder / f"{case.load}.checkpoint")
-    batch = cases.make_batch()
-    mine = cases.micro_batches(batch, case.bins[backend.parallel.dp_rank])
-    packed = backend.log_probs(mine, temperature=cases.TEMPERATURE)
-    scored = {
-        index: values
-        for micro_batch, column in zip(mine, packed, strict=True)
-        for index, values in zip(
-            micro_batch.indices, unpack(column, micro_batch, [length - 1 for length in micro_batch.lengths]), strict=True
-        )
-    }
+        backend.load(folder / f"{case.load}.checkpoint", weights_only=case.weights_only)
+    mine = cases.micro_batches(cases.make_batch(), case.bins[backend.parallel.dp_rank])
+    backend.snapshot_reference()
+    scored = _log_probs(backend, mine)
     reduced_before: list[bool] = []
 
     def watched_loss(*inputs: object) -> TokenLoss:
@@ -120,19 +146,34 @@ def _run_steps(backend: TrainBackend, case: Case, folder: Path) -> dict[str, obj
         return cases.clipped_loss(*inputs)  # type: ignore[arg-type]  # passed on as they came
 
     steps = [
-        backend.update(mine, watched_loss, temperature=cases.TEMPERATURE, with_entropy=True) for _ in range(cases.NUM_STEPS)
+        backend.update(mine, watched_loss, temperature=cases.TEMPERATURE, with_entropy=True) for _ in range(case.num_steps)
     ]
+    with backend.reference():
+        reference = _log_probs(backend, mine)
     if case.save:
         checkpoint = folder / f"{case.name}.checkpoint"
         checkpoint.mkdir(exist_ok=True)
         backend.save(checkpoint)
     return {
         "log_probs": scored,
+        "reference_log_probs": reference,
         "steps": [asdict(step) for step in steps],
         "reduced_before": reduced_before,
         "weights": _all_weights(backend),
         "summed_ranks": backend.all_reduce_sum(torch.tensor([1.0, backend.parallel.dp_rank])),
         "parallel": asdict(backend.parallel),
+    }
+
+
+def _log_probs(backend: TrainBackend, micro_batches: list[MicroBatch]) -> dict[int, torch.Tensor]:
+    """Return the log-probs of each sample by its place in the batch."""
+    packed = backend.log_probs(micro_batches, temperature=cases.TEMPERATURE)
+    return {
+        index: values
+        for micro_batch, column in zip(micro_batches, packed, strict=True)
+        for index, values in zip(
+            micro_batch.indices, unpack(column, micro_batch, [length - 1 for length in micro_batch.lengths]), strict=True
+        )
     }
 
 
@@ -156,6 +197,17 @@ def _run_non_finite(backend: TrainBackend, case: Case) -> dict[str, object]:
     after = _all_weights(backend)
     first = backend.update(mine, cases.clipped_loss, temperature=cases.TEMPERATURE, with_entropy=True)
     return {"message": message, "before": before, "after": after, "next": asdict(first)}
+
+
+def _adam(case: Case) -> AdamSettings:
+    return AdamSettings(
+        betas=cases.BETAS,
+        eps=cases.ADAM_EPS,
+        weight_decay=cases.WEIGHT_DECAY,
+        clip_grad=cases.CLIP_GRAD,
+        offload_fraction=case.offload_fraction,
+        overlap_copies=True,
+    )
 
 
 def _has_gradient_shards(backend: TrainBackend) -> bool:

@@ -1,0 +1,103 @@
+"""Layouts of the Megatron backend, and the checkpoints that pass between them and FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import cycle
+
+from qwench.training.megatron.layout import ParallelLayout
+from tests.contract.train_backend_ranks import Case
+
+BINS = {
+    1: [[[6, 1], [7, 3, 0, 5], [2, 4]]],
+    2: [[[3, 0], [5, 6, 2]], [[7, 1], [4]]],
+    4: [[[1, 5], [0]], [[6], [4, 3]], [[], []], [[2], [7]]],
+}
+"""By the number of data-parallel ranks; with four, one is idle."""
+LAYOUTS: Mapping[str, tuple[int, ParallelLayout]] = {
+    "one": (1, ParallelLayout()),
+    "tp2": (2, ParallelLayout(tp=2)),
+    "tp2-sp": (2, ParallelLayout(tp=2, sequence_parallel=True)),
+    "pp2": (2, ParallelLayout(pp=2)),
+    "cp2": (2, ParallelLayout(cp=2)),
+    "dp2": (2, ParallelLayout()),
+    "cp4": (4, ParallelLayout(cp=4)),
+    "tp2-pp2": (4, ParallelLayout(tp=2, pp=2)),
+    "tp2-cp2": (4, ParallelLayout(tp=2, cp=2)),
+    "pp2-cp2": (4, ParallelLayout(pp=2, cp=2)),
+    "tp2-dp2": (4, ParallelLayout(tp=2, sequence_parallel=True)),
+    "dp4": (4, ParallelLayout()),
+}
+"""World size and layout; data-parallel ranks are what is left of the world."""
+DEEP_LAYOUTS: Mapping[str, tuple[int, ParallelLayout]] = {"pp4": (4, ParallelLayout(pp=4)), "pp2": LAYOUTS["pp2"]}
+"""For a model of four layers."""
+FSDP_SIZES = {"fsdp": 1, "fsdp-2": 2}
+
+
+def megatron(name: str, model: str, *, on: str, **options: object) -> tuple[int, Case]:
+    """Return world size and case."""
+    world_size, layout = (DEEP_LAYOUTS if model.startswith("deep") else LAYOUTS)[on]
+    bins = BINS[world_size // layout.model_ranks]
+    return world_size, Case(name=name, model=model, bins=bins, backend="megatron", layout=layout, **options)  # type: ignore[arg-type]
+
+
+def fsdp(name: str, model: str, *, on: str, **options: object) -> tuple[int, Case]:
+    """Return world size and case of the other backend."""
+    world_size = FSDP_SIZES[on]
+    return world_size, Case(name=name, model=model, bins=BINS[world_size], **options)  # type: ignore[arg-type]
+
+
+def first_steps() -> Iterator[tuple[int, Case]]:
+    """Yield every layout with tied and untied embeddings; the untied models are saved."""
+    for on in LAYOUTS:
+        yield megatron(f"{on}-tied", "tied", on=on, gradient_checkpointing=on in ("tp2-sp", "pp2"), save=on == "tp2-pp2")
+        yield megatron(f"{on}-untied", "untied", on=on, save=True)
+    yield megatron("deep-pp4-tied", "deep-tied", on="pp4")
+    yield megatron("deep-pp4-untied", "deep-untied", on="pp4", save=True)
+    yield fsdp("fsdp-untied", "untied", on="fsdp-2", save=True)
+    yield fsdp("fsdp-tied", "tied", on="fsdp", save=True)
+
+
+def resumed() -> Iterator[tuple[int, Case]]:
+    """Yield every layout from the same checkpoint, from another one's and from FSDP2's, and FSDP2 from every layout's."""
+    others = cycle(LAYOUTS)
+    next(others)
+    for on in LAYOUTS:
+        yield megatron(f"{on}-after-tp2-pp2", "untied", on=on, load="tp2-pp2-untied")
+        yield megatron(f"{on}-after-another", "untied", on=on, load=f"{next(others)}-untied")
+        yield megatron(f"{on}-after-fsdp", "untied", on=on, load="fsdp-untied")
+        yield fsdp(f"fsdp-after-{on}", "untied", on="fsdp-2", load=f"{on}-untied")
+    for on in ("pp2", "tp2-pp2"):
+        yield megatron(f"{on}-tied-after-tp2-pp2", "tied", on=on, load="tp2-pp2-tied")
+        yield megatron(f"{on}-tied-after-fsdp", "tied", on=on, load="fsdp-tied")
+    yield fsdp("fsdp-tied-after-tp2-pp2", "tied", on="fsdp", load="tp2-pp2-tied")
+    yield megatron("deep-pp2-after-pp4", "deep-untied", on="pp2", load="deep-pp4-untied")
+
+
+def weights_only() -> Iterator[tuple[int, Case]]:
+    """Yield runs of both backends that start from the weights of a checkpoint, with a fresh optimizer."""
+    for source in ("tp2-pp2-untied", "fsdp-untied"):
+        yield megatron(f"weights-of-{source}", "untied", on="tp2", load=source, weights_only=True)
+        yield fsdp(f"fsdp-weights-of-{source}", "untied", on="fsdp", load=source, weights_only=True)
+
+
+def bf16() -> Iterator[tuple[int, Case]]:
+    """Yield runs in bfloat16 of which each must be exactly the first, or go on exactly as it does."""
+    for offload_fraction in (0.0, 0.5, 1.0):
+        yield megatron(
+            f"bf16-offload-{offload_fraction}", "bf16", on="tp2-dp2", bf16=True, offload_fraction=offload_fraction, num_steps=4
+        )
+
+
+def bf16_halves() -> tuple[tuple[int, Case], tuple[int, Case]]:
+    """Return two steps that are saved, and the next two."""
+    return (
+        megatron("bf16-first-half", "bf16", on="tp2-dp2", bf16=True, num_steps=2, save=True),
+        megatron("bf16-second-half", "bf16", on="tp2-dp2", bf16=True, num_steps=2, load="bf16-first-half"),
+    )
+
+
+def non_finite() -> Iterator[tuple[int, Case]]:
+    """Yield runs in which one data-parallel rank has a loss of NaN, or the only one has."""
+    for on in ("dp2", "tp2-dp2", "pp2", "cp2"):
+        yield megatron(f"{on}-nan", "tied", on=on, non_finite=True)
