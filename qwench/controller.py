@@ -18,6 +18,7 @@ from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout
 from qwench.training.learner import Learned
 from qwench.weights.publish import publish_weights
+from qwench.weights.settings import PublicationSettings
 from qwench.weights.transports import WeightSource
 
 
@@ -131,7 +132,7 @@ class Run:
     checkpoints: CheckpointManager
     metrics: MetricLog
     timer: PhaseTimer
-    publish_bucket_bytes: int
+    publication: PublicationSettings
     close: Callable[[], None] = lambda: None
     """Ends engines, graders and trainer ranks."""
 
@@ -169,8 +170,14 @@ def generate(run: Run) -> None:
 
 def publish(run: Run, learner: Learns, *, version: int) -> None:
     """Bring the learner's weights to the engines; `version` is the number of rollouts learned from."""
+
+    def send() -> None:
+        publish_weights(learner, run.engines, run.gpus, version=version, settings=run.publication)
+
     with run.timer.phase("update_weights"):
-        publish_weights(learner, run.engines, run.gpus, version=version, bucket_bytes=run.publish_bucket_bytes)
+        if run.engines is None:
+            return
+        run.engines.publish(send, version=version)
 
 
 def evaluate_if_due(run: Run, rollout_id: int) -> None:

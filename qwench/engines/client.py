@@ -1,12 +1,14 @@
 """An engine behind SGLang's HTTP API: the embedded one's server, or SGLang itself.
 
-Only a request that never reached the server is sent again; anything else that goes wrong is an EngineError with the address.
+Only a request that never reached the server is sent again. A server that is gone, silent or not ready is an EngineLostError, so
+that its caller may ask another one; anything else that goes wrong is an EngineError. Both name the address.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
@@ -14,6 +16,7 @@ import aiohttp
 import orjson
 from safetensors.torch import save as save_safetensors
 
+from qwench.engines.placement import Dialect, EngineAddress, Placement
 from qwench.engines.protocol import (
     EngineStats,
     FinishReason,
@@ -24,13 +27,17 @@ from qwench.engines.protocol import (
     WeightBucket,
     WeightReceipt,
 )
-from qwench.errors import EngineError, WeightSyncError
+from qwench.errors import EngineError, EngineLostError, WeightSyncError
 
 Json = Any  # what a server answers has no closed type
 CONNECT_ATTEMPTS = 4
 CONNECT_BACKOFF_S = 0.25
 CONTROL_TIMEOUT_S = 60.0
-HEALTH_TIMEOUT_S = 10.0
+HEALTH_TIMEOUT_S = 30.0
+DRAIN_TIMEOUT_S = 30.0
+"""How long a server may take to notice that its last request has ended."""
+NOT_READY = (502, 503, 504)
+"""What a router answers when no server does, and a server that has lost its weights or stops."""
 
 
 class HttpEngine:
@@ -41,17 +48,27 @@ class HttpEngine:
         base_url: str,
         *,
         token: str | None = None,
+        dialect: Dialect = "embedded",
+        placement: Placement | None = None,
         generate_timeout_s: float = 3600.0,
         weights_timeout_s: float = 600.0,
+        health_timeout_s: float = HEALTH_TIMEOUT_S,
     ) -> None:
         self._base_url = base_url.rstrip("/")
+        self.address = EngineAddress(base_url=self._base_url, token=token, dialect=dialect, placement=placement)
         self._headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
         self._generate_timeout_s = generate_timeout_s
         self._weights_timeout_s = weights_timeout_s
+        self._health_timeout_s = health_timeout_s
         self._session: aiohttp.ClientSession | None = None
 
     def __repr__(self) -> str:
         return f"HttpEngine({self._base_url})"
+
+    @property
+    def base_url(self) -> str:
+        """Return where the server listens."""
+        return self._base_url
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """See `Engine.generate`; a cancelled caller's request is aborted on the server."""
@@ -62,33 +79,36 @@ class HttpEngine:
             "return_logprob": True,
         }
         try:
-            answer = await self._post("/generate", body, timeout_s=self._generate_timeout_s)
+            answer = await self.post("/generate", body, timeout_s=self._generate_timeout_s)
         except asyncio.CancelledError:
-            await asyncio.shield(self.abort(request.request_id))
+            with suppress(EngineLostError):
+                await asyncio.shield(self.abort(request.request_id))
             raise
         return self._read_result(request, answer)
 
     async def abort(self, request_id: str | None = None) -> None:
         """See `Engine.abort`."""
-        await self._post("/abort_request", {"rid": request_id or "", "abort_all": request_id is None})
+        await self.post("/abort_request", {"rid": request_id or "", "abort_all": request_id is None})
 
     async def pause(self) -> None:
         """See `Engine.pause`."""
-        await self._post("/pause_generation", {"mode": "in_place"})
+        await self.post("/pause_generation", {"mode": "in_place"})
 
     async def resume(self) -> None:
         """See `Engine.resume`."""
-        await self._post("/continue_generation", {})
+        await self.post("/continue_generation", {})
 
     async def update_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> WeightReceipt:
         """See `Engine.update_weights`; sends safetensors, which the embedded engine's server takes."""
         answer: Json = None
+        index = 0
         iterator = iter(buckets)
         bucket = await asyncio.to_thread(next, iterator, None)
         while bucket is not None:
             body = await asyncio.to_thread(_serialise, bucket)
             bucket = await asyncio.to_thread(next, iterator, None)
-            query = f"?weight_version={version}&final={'true' if bucket is None else 'false'}"
+            query = f"?weight_version={version}&index={index}&final={'true' if bucket is None else 'false'}"
+            index += 1
             answer = await self._request(
                 "POST", f"/update_weights_from_tensor{query}", body, "application/octet-stream", self._weights_timeout_s
             )
@@ -98,20 +118,22 @@ class HttpEngine:
 
     async def sleep(self, tags: Sequence[MemoryTag]) -> None:
         """See `Engine.sleep`."""
-        await self._post("/release_memory_occupation", {"tags": [tag.value for tag in tags]})
+        # SGLang's scheduler dies of a release while it holds a request; it counts one as held a little after answering it.
+        await self.post(f"/flush_cache?timeout={DRAIN_TIMEOUT_S:g}", {}, timeout_s=2 * DRAIN_TIMEOUT_S)
+        await self.post("/release_memory_occupation", {"tags": [tag.value for tag in tags]})
 
     async def wake(self, tags: Sequence[MemoryTag]) -> None:
         """See `Engine.wake`."""
-        await self._post("/resume_memory_occupation", {"tags": [tag.value for tag in tags]})
+        await self.post("/resume_memory_occupation", {"tags": [tag.value for tag in tags]})
 
     async def flush_cache(self) -> None:
         """See `Engine.flush_cache`."""
-        await self._post("/flush_cache", {})
+        await self.post("/flush_cache", {})
 
     async def health(self) -> bool:
         """See `Engine.health`; a server that cannot be reached is not healthy."""
         try:
-            await self._request("GET", "/health", None, None, HEALTH_TIMEOUT_S, attempts=1)
+            await self._request("GET", "/health", None, None, self._health_timeout_s, attempts=1)
         except EngineError:
             return False
         return True
@@ -127,7 +149,39 @@ class HttpEngine:
         Raises:
             EngineError: the server's version is not one of ours.
         """
-        return self._read_version((await self._get("/get_weight_version"))["weight_version"])
+        return self._read_version((await self.model_info())["weight_version"])
+
+    async def placement(self) -> Placement | None:
+        """Return where the engine holds its weights, as far as that is known."""
+        if self.address.placement is not None or self.address.dialect != "embedded":
+            return self.address.placement
+        said = (await self._get("/server_info"))["placement"]
+        return Placement(host=said["host"], devices=tuple(said["devices"]))
+
+    async def model_info(self) -> dict[str, Json]:
+        """Return what the server says of the model it serves.
+
+        Raises:
+            EngineError: it does not speak SGLang's API.
+        """
+        answer = await self._get("/model_info")
+        if not isinstance(answer, dict) or "model_path" not in answer or "weight_version" not in answer:
+            raise EngineError(f"{self!r} answered /model_info with something else than SGLang does: {str(answer)[:200]!r}.")
+        return answer
+
+    async def server_info(self) -> dict[str, Json]:
+        """Return what the server says of itself: its arguments, sizes and load."""
+        answer = await self._get("/server_info")
+        return answer if isinstance(answer, dict) else {}
+
+    async def tokenize(self, text: str) -> list[int]:
+        """Return the ids that the server's own tokenizer gives to a text, without special tokens.
+
+        Raises:
+            EngineError: the server has no such endpoint.
+        """
+        answer = await self.post("/tokenize", {"prompt": text, "add_special_tokens": False})
+        return [int(token) for token in answer["tokens"]]
 
     async def close(self) -> None:
         """Close the connections; the server is somebody else's."""
@@ -151,7 +205,7 @@ class HttpEngine:
                 finish_reason=FinishReason(finish["type"]),
                 matched=finish.get("matched"),
                 weight_versions=versions,
-                text=answer["text"],
+                text=answer.get("text") or "",
                 cached_tokens=meta.get("cached_tokens", 0),
             )
         except (KeyError, TypeError, ValueError) as cause:
@@ -166,7 +220,12 @@ class HttpEngine:
     async def _get(self, path: str) -> Json:
         return await self._request("GET", path, None, None, CONTROL_TIMEOUT_S)
 
-    async def _post(self, path: str, body: Mapping[str, Json], *, timeout_s: float = CONTROL_TIMEOUT_S) -> Json:
+    async def post(self, path: str, body: Mapping[str, Json], *, timeout_s: float = CONTROL_TIMEOUT_S) -> Json:
+        """Send an object to one of the server's endpoints and return the decoded answer.
+
+        Raises:
+            EngineError: it did not answer in time, or refused.
+        """
         return await self._request("POST", path, orjson.dumps(body), "application/json", timeout_s)
 
     async def _request(
@@ -191,12 +250,12 @@ class HttpEngine:
             except aiohttp.ClientConnectorError as cause:
                 # Nothing was sent: the only failure after which sending again cannot do anything twice.
                 if attempt == attempts - 1:
-                    raise EngineError(f"{self!r} cannot be reached for {path} ({attempts} attempts): {cause}") from cause
+                    raise EngineLostError(f"{self!r} cannot be reached for {path} ({attempts} attempts): {cause}") from cause
                 await asyncio.sleep(CONNECT_BACKOFF_S * 2**attempt)
             except TimeoutError as cause:
-                raise EngineError(f"{self!r} did not answer {path} within {timeout_s:g} s.") from cause
+                raise EngineLostError(f"{self!r} did not answer {path} within {timeout_s:g} s.") from cause
             except aiohttp.ClientError as cause:
-                raise EngineError(f"{self!r} broke off during {path}: {cause!r}; the server may have ended.") from cause
+                raise EngineLostError(f"{self!r} broke off during {path}: {cause!r}; the server may have ended.") from cause
         raise AssertionError("the last attempt returns or raises")
 
     def _read_answer(self, path: str, status: int, content: bytes) -> Json:
@@ -208,7 +267,8 @@ class HttpEngine:
             return answer
         if path.startswith("/update_weights") and isinstance(answer, dict) and answer.get("success") is False:
             raise WeightSyncError(f"{self!r} refused the weights: {answer['message']}")
-        raise EngineError(f"{self!r} answered {path} with status {status}: {_message(answer)}")
+        failure = EngineLostError if status in NOT_READY else EngineError
+        raise failure(f"{self!r} answered {path} with status {status}: {_message(answer)}")
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:

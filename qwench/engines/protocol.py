@@ -98,6 +98,17 @@ class EngineStats:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Portion:
+    """Which bucket of which publication: a receiver that takes them one by one can tell that none is missing."""
+
+    version: int
+    index: int
+    """0 begins a publication, also one that an earlier one of the same version left unfinished."""
+    final: bool
+    """No bucket follows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class WeightReceipt:
     """What an engine holds after a publication."""
 

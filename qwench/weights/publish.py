@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from qwench.engines.placement import EngineAddress
 from qwench.engines.protocol import Engine
-from qwench.weights.buckets import DEFAULT_BUCKET_BYTES
+from qwench.weights.rank_publication import publish_from_rank
+from qwench.weights.settings import PublicationSettings
 from qwench.weights.transports import Transport, WeightSource, choose_transport
-
-_TIMEOUT_S = 600.0
 
 
 class Engines(Protocol):
@@ -39,13 +39,32 @@ class Gpus(Protocol):
         ...
 
 
+@runtime_checkable
+class RankedSource(WeightSource, Protocol):
+    """A learner whose ranks are other processes (`cluster.workers`)."""
+
+    def on_ranks(self, function: Callable[..., Any], *arguments: Any, timeout_s: float, label: str) -> list[Any]:
+        """Call `function(learner, *arguments)` on all ranks at once; return the answers or raise the first error."""
+        ...
+
+
+@runtime_checkable
+class AddressedEngine(Engine, Protocol):
+    """An engine behind a server, which any process can reach."""
+
+    @property
+    def address(self) -> EngineAddress:
+        """Return how."""
+        ...
+
+
 def publish_weights(
     learner: WeightSource,
     engines: Engines | None,
     gpus: Gpus,
     *,
     version: int,
-    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    settings: PublicationSettings,
 ) -> None:
     """Make every engine sample with the learner's weights from now on, under `version`; without engines do nothing.
 
@@ -57,15 +76,24 @@ def publish_weights(
     """
     if engines is None:
         return
+    label = f"publish weight version {version}"
+    addressed = [engine.address for engine in engines.engines if isinstance(engine, AddressedEngine)]
+    local = [engine for engine in engines.engines if not isinstance(engine, AddressedEngine)]
     with gpus.for_publication():
-        transport = choose_transport(
-            learner, engines.engines, weights_may_alias=gpus.weights_may_alias, bucket_bytes=bucket_bytes
-        )
-        engines.run(
-            _publish_to_each(transport, engines.engines, version=version),
-            label=f"publish weight version {version}",
-            timeout_s=_TIMEOUT_S,
-        )
+        if addressed and isinstance(learner, RankedSource):
+            learner.on_ranks(publish_from_rank, addressed, version, settings, timeout_s=_total_timeout_s(settings), label=label)
+        elif addressed:
+            publish_from_rank(learner, addressed, version, settings)
+        if local:
+            transport = choose_transport(
+                learner, local, weights_may_alias=gpus.weights_may_alias, bucket_bytes=settings.bucket_bytes
+            )
+            engines.run(_publish_to_each(transport, local, version=version), label=label, timeout_s=_total_timeout_s(settings))
+
+
+def _total_timeout_s(settings: PublicationSettings) -> float:
+    """Return the deadline of everything; each step has its own, which says more when it passes."""
+    return 2 * settings.timeout_s
 
 
 async def _publish_to_each(transport: Transport, engines: Sequence[Engine], *, version: int) -> None:

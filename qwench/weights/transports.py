@@ -1,7 +1,7 @@
-"""Ways from the trainer's memory to an engine's.
+"""Ways from the trainer's memory to an engine of the same process; `rank_publication` is for engines in others.
 
-alias  the engine computes with the trainer's own tensors: nothing moves     same process, same device, publication dtype
-copy   the engine copies bucket after bucket into its own tensors            same process
+alias  the engine computes with the trainer's own tensors: nothing moves     same device, publication dtype
+copy   the engine copies bucket after bucket into its own tensors
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qwench.engines.checksum import tensor_checksum
 from qwench.engines.protocol import Engine, WeightBucket, WeightReceipt
-from qwench.errors import WeightSyncError
+from qwench.weights.checks import check_checksums, check_version
 
 
 class WeightSource(Protocol):
@@ -59,7 +59,7 @@ class AliasTransport:
         """Hand over the tensors; they are the same memory, so only the version can differ."""
         assert isinstance(engine, AdoptingEngine), f"{engine!r} cannot adopt weights"
         receipt = await engine.adopt_weights(self._weights, version=version)
-        _check_version(engine, receipt, version)
+        check_version(engine, receipt.version, version)
 
 
 class CopyTransport:
@@ -74,8 +74,8 @@ class CopyTransport:
         sent: dict[str, int] = {}
         buckets = _noting_checksums(self._source.weights(bucket_bytes=self._bucket_bytes), sent)
         receipt = await engine.update_weights(buckets, version=version)
-        _check_version(engine, receipt, version)
-        _check_checksums(engine, receipt, sent)
+        check_version(engine, receipt.version, version)
+        check_checksums(engine, receipt, sent)
 
 
 def choose_transport(
@@ -99,18 +99,3 @@ def _noting_checksums(buckets: Iterable[WeightBucket], checksums: dict[str, int]
     for bucket in buckets:
         checksums.update((name, tensor_checksum(tensor)) for name, tensor in bucket)
         yield bucket
-
-
-def _check_version(engine: Engine, receipt: WeightReceipt, version: int) -> None:
-    if receipt.version != version:
-        raise WeightSyncError(f"{engine!r} confirmed weight version {receipt.version} when {version} was published.")
-
-
-def _check_checksums(engine: Engine, receipt: WeightReceipt, sent: Mapping[str, int]) -> None:
-    wrong = sorted(name for name, checksum in sent.items() if receipt.checksums.get(name) != checksum)
-    if wrong:
-        name = wrong[0]
-        raise WeightSyncError(
-            f"weight version {receipt.version}: tensor {name!r} of {engine!r} has checksum {receipt.checksums.get(name)}, "
-            f"sent was {sent[name]} ({len(wrong)} of {len(sent)} tensors differ)."
-        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qwench.engines.embedded.request import RunningRequest
 from qwench.engines.embedded.sampler import uniform
@@ -72,3 +72,11 @@ class Admission:
             return request.sampling.seed % 2**64
         own = uniform(np.array([self._seed % 2**64], dtype=np.uint64), np.array([self.num_accepted], dtype=np.uint64))
         return int(own[0] * 2.0**53)
+
+
+def eos_ids_of(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """Collect the end-of-sequence ids that config and tokenizer name."""
+    ids: set[int] = set()
+    for source in (config.eos_token_id, tokenizer.eos_token_id if tokenizer is not None else None):
+        ids.update([source] if isinstance(source, int) else source or [])
+    return frozenset(ids)

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from qwench.engines.embedded.admission import Admission
+from qwench.engines.embedded.admission import Admission, eos_ids_of
 from qwench.engines.embedded.architecture import Architecture, architecture_from_config
+from qwench.engines.embedded.counters import count_step
 from qwench.engines.embedded.kv_cache import PagePool
 from qwench.engines.embedded.request import RunningRequest
 from qwench.engines.embedded.runner import Runner
-from qwench.engines.embedded.scheduler import Scheduler, StepPlan
+from qwench.engines.embedded.scheduler import Scheduler
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.embedded.stopping import update_finish
 from qwench.engines.embedded.weights import WeightStore, read_safetensors
@@ -37,6 +38,7 @@ from qwench.engines.protocol import (
     GenerateRequest,
     GenerateResult,
     MemoryTag,
+    Portion,
     WeightBucket,
     WeightReceipt,
 )
@@ -101,7 +103,7 @@ class EmbeddedEngine:
             WeightSyncError: the weights are not the model's.
         """
         if isinstance(source, PretrainedConfig):
-            config, eos_ids = source, _eos_ids(source, tokenizer)
+            config, eos_ids = source, eos_ids_of(source, tokenizer)
         else:
             config, tokenizer = load_hf_config(Path(source)), tokenizer or load_tokenizer(Path(source))
             eos_ids = frozenset(stop_token_ids(Path(source), tokenizer))
@@ -116,6 +118,16 @@ class EmbeddedEngine:
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Return the tokenizer, if it has one."""
         return self._tokenizer
+
+    @property
+    def architecture(self) -> Architecture:
+        """Return the model's sizes."""
+        return self._architecture
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the weights lie."""
+        return torch.device(self._settings.device)
 
     @property
     def max_request_tokens(self) -> int:
@@ -166,7 +178,30 @@ class EmbeddedEngine:
             finally:
                 self._forget_old_weights()
             self._version = version
+        self._start_stepping()
         return WeightReceipt(version=version, checksums=checksums)
+
+    async def receive_bucket(self, read: Callable[[], WeightBucket], portion: Portion) -> WeightReceipt | None:
+        """Take over one bucket of a publication; confirm all of them after the final one.
+
+        From the first bucket to the final one nothing is generated: requests wait or are refused.
+
+        Args:
+            read: returns the bucket; called between two steps, where steps run. What it returns is copied.
+
+        Raises:
+            WeightSyncError: see `update_weights`; or a bucket before this one is missing.
+        """
+        async with self._between_steps:
+            try:
+                checksums = await self._call(lambda: self._weights.take(read(), portion))
+            finally:
+                self._forget_old_weights()
+            if checksums is None:
+                return None
+            self._version = portion.version
+        self._start_stepping()
+        return WeightReceipt(version=portion.version, checksums=checksums)
 
     async def adopt_weights(self, weights: Mapping[str, Tensor], *, version: int) -> WeightReceipt:
         """Use the trainer's live tensors without a copy; call again after every change, with its version.
@@ -178,6 +213,7 @@ class EmbeddedEngine:
             self._weights.adopt(weights)
             self._forget_old_weights()
             self._version = version
+        self._start_stepping()
         return WeightReceipt(version=version)
 
     async def sleep(self, tags: Sequence[MemoryTag]) -> None:
@@ -244,7 +280,7 @@ class EmbeddedEngine:
     # Steps
 
     def _start_stepping(self) -> None:
-        if self._stepping is None and self._requests and not self._paused:
+        if self._stepping is None and self._requests and not self._paused and self._weights.ready:
             self._stepping = asyncio.get_running_loop().create_task(self._step_until_idle())
 
     async def _step_until_idle(self) -> None:
@@ -253,7 +289,7 @@ class EmbeddedEngine:
                 await self._let_requests_arrive()
                 async with self._between_steps:
                     self._drop_aborted()
-                    if self._paused or not self._requests:
+                    if self._paused or not self._requests or not self._weights.ready:
                         self._stepping = None
                         return
                     await self._step()
@@ -276,7 +312,7 @@ class EmbeddedEngine:
             running.weight_versions.append(self._version)
             if running.finish_reason is None and update_finish(running, self._tokenizer):
                 finished.append(running)
-        self._count(plan, len(sampling))
+        self._stats = count_step(self._stats, plan, num_sampled=len(sampling))
         scheduler.finish(finished)
         for running in finished:
             self._resolve(running)
@@ -325,27 +361,7 @@ class EmbeddedEngine:
         del self._requests[running.request.request_id]
         if running.future.done():
             return
-        assert running.finish_reason is not None
-        output_ids = running.output_ids
-        running.future.set_result(
-            GenerateResult(
-                request_id=running.request.request_id,
-                output_ids=output_ids,
-                log_probs=running.log_probs,
-                finish_reason=running.finish_reason,
-                matched=running.matched,
-                weight_versions=running.weight_versions,
-                text=self._decode(output_ids, running.request.sampling.skip_special_tokens),
-                cached_tokens=running.cached_tokens,
-            )
-        )
-
-    def _decode(self, output_ids: list[int], skip_special_tokens: bool) -> str:
-        if self._tokenizer is None:
-            return ""
-        text = self._tokenizer.decode(output_ids, skip_special_tokens=skip_special_tokens)
-        assert isinstance(text, str)
-        return text
+        running.future.set_result(running.to_result(self._tokenizer))
 
     def _fail(self, failure: EngineError) -> None:
         self._failure = self._failure or failure
@@ -374,22 +390,3 @@ class EmbeddedEngine:
     def _forget_old_weights(self) -> None:
         if self._scheduler is not None:
             self._scheduler.pool.flush()
-
-    def _count(self, plan: StepPlan, num_sampled: int) -> None:
-        first = [request for request in plan.sampling[len(plan.decodes) :] if request.num_output == 1]
-        self._stats = replace(
-            self._stats,
-            prompt_tokens=self._stats.prompt_tokens + sum(request.num_prompt for request in first),
-            cached_prompt_tokens=self._stats.cached_prompt_tokens + sum(request.cached_tokens for request in first),
-            generated_tokens=self._stats.generated_tokens + num_sampled,
-            num_preempted=self._stats.num_preempted + plan.num_preempted,
-            decode_steps=self._stats.decode_steps + bool(plan.decodes),
-        )
-
-
-def _eos_ids(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
-    """Collect the end-of-sequence ids that config and tokenizer name."""
-    ids: set[int] = set()
-    for source in (config.eos_token_id, tokenizer.eos_token_id if tokenizer is not None else None):
-        ids.update([source] if isinstance(source, int) else source or [])
-    return frozenset(ids)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+from transformers import PreTrainedTokenizerBase
+
 from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult
 
 
@@ -50,3 +52,20 @@ class RunningRequest:
     def output_ids(self) -> list[int]:
         """Return the response tokens."""
         return self.tokens[self.num_prompt :]
+
+    def to_result(self, tokenizer: PreTrainedTokenizerBase | None) -> GenerateResult:
+        """Return what its caller waits for; without a tokenizer there is no text."""
+        assert self.finish_reason is not None
+        text = ""
+        if tokenizer is not None:
+            text = str(tokenizer.decode(self.output_ids, skip_special_tokens=self.request.sampling.skip_special_tokens))
+        return GenerateResult(
+            request_id=self.request.request_id,
+            output_ids=self.output_ids,
+            log_probs=self.log_probs,
+            finish_reason=self.finish_reason,
+            matched=self.matched,
+            weight_versions=self.weight_versions,
+            text=text,
+            cached_tokens=self.cached_tokens,
+        )

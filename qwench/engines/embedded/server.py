@@ -1,7 +1,7 @@
 """SGLang's HTTP API in front of the embedded engine.
 
 Clients written for SGLang find the same paths, bodies and answers. Whatever changes weights or memory needs the run's bearer
-token when there is one. Weights come as safetensors, never as pickles: unpickling runs the sender's code.
+token when there is one; how weights come is in `weight_routes`.
 """
 
 from __future__ import annotations
@@ -10,25 +10,21 @@ import asyncio
 import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import orjson
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from torch import Tensor
 
 from qwench.engines.embedded.api import GenerateBody, Json, no_stop_trims, to_response
 from qwench.engines.embedded.engine import EmbeddedEngine
-from qwench.engines.embedded.weights import read_safetensors
-from qwench.engines.protocol import GenerateRequest, GenerateResult, MemoryTag, SamplingParams, WeightReceipt
+from qwench.engines.embedded.weight_routes import WeightRoutes
+from qwench.engines.placement import placement_of
+from qwench.engines.protocol import GenerateRequest, GenerateResult, MemoryTag, SamplingParams
 from qwench.errors import EngineError, WeightSyncError
 
 DISCONNECT_POLL_S = 1.0
 HEALTH_TIMEOUT_S = 20.0
-SAFETENSORS_BODY = "application/octet-stream"
 
 
 class AbortBody(BaseModel):
@@ -50,13 +46,6 @@ class MemoryBody(BaseModel):
     tags: list[str] | None = None
 
 
-class DiskBody(BaseModel):
-    """Body of `/update_weights_from_disk`."""
-
-    model_path: str
-    weight_version: str | None = None
-
-
 class EngineServer:
     """The handlers of one engine; `app` is what a web server runs."""
 
@@ -65,8 +54,7 @@ class EngineServer:
         self._model_path = model_path
         self._token = token
         self._num_health_checks = 0
-        self._received: list[list[tuple[str, Tensor]]] = []
-        self._received_version: int | None = None
+        self._weight_routes = WeightRoutes(engine, device=engine.device, on_new_folder=self._note_folder)
 
     def app(self) -> FastAPI:
         """Build the application; its end closes the engine."""
@@ -111,12 +99,9 @@ class EngineServer:
 
     def _guarded_routes(self) -> APIRouter:
         router = APIRouter(dependencies=[Depends(self._check_token)])
-        router.add_api_route("/update_weights_from_disk", self.update_weights_from_disk, methods=["POST"])
-        router.add_api_route("/update_weights_from_tensor", self.update_weights_from_tensor, methods=["POST"])
+        self._weight_routes.add_to(router)
         router.add_api_route("/release_memory_occupation", self.release_memory_occupation, methods=["GET", "POST"])
         router.add_api_route("/resume_memory_occupation", self.resume_memory_occupation, methods=["GET", "POST"])
-        for path in ("/init_weights_update_group", "/update_weights_from_distributed", "/destroy_weights_update_group"):
-            router.add_api_route(path, refuse_distributed, methods=["POST"])
         return router
 
     async def generate(self, body: GenerateBody, http: Request) -> Response:
@@ -178,46 +163,34 @@ class EngineServer:
         return Response()
 
     async def model_info(self) -> Response:
-        """Say what is served."""
-        version = await self._engine.weight_version()
-        return _json({"model_path": self._model_path, "is_generation": True, "weight_version": str(version)})
+        """Say what is served; the sizes are our addition."""
+        sizes = self._engine.architecture
+        return _json(
+            {
+                "model_path": self._model_path,
+                "is_generation": True,
+                "weight_version": str(await self._engine.weight_version()),
+                "vocab_size": sizes.vocab_size,
+                "hidden_size": sizes.hidden_size,
+                "num_hidden_layers": sizes.num_layers,
+            }
+        )
 
     async def server_info(self) -> Response:
-        """Say how large the engine is and how busy."""
-        stats = await self._engine.stats()
-        version = await self._engine.weight_version()
-        return _json({"model_path": self._model_path, "weight_version": str(version), "stats": stats})
+        """Say where the engine is, how large and how busy."""
+        return _json(
+            {
+                "model_path": self._model_path,
+                "weight_version": str(await self._engine.weight_version()),
+                "placement": placement_of(self._engine.device),
+                "context_length": self._engine.architecture.max_positions,
+                "stats": await self._engine.stats(),
+            }
+        )
 
     async def get_weight_version(self) -> Response:
         """Say which weights are in use."""
         return _json({"weight_version": str(await self._engine.weight_version())})
-
-    async def update_weights_from_disk(self, body: DiskBody) -> Response:
-        """Load a checkpoint folder of this machine."""
-        version = int(body.weight_version) if body.weight_version else await self._engine.weight_version() + 1
-        receipt = await self._engine.update_weights(read_safetensors(Path(body.model_path)), version=version)
-        self._model_path = body.model_path
-        return _confirm(receipt)
-
-    async def update_weights_from_tensor(self, http: Request, weight_version: int = -1, final: bool = True) -> Response:
-        """Collect one bucket (the body, as safetensors); load all of this version's when the final one is here."""
-        if not http.headers.get("content-type", "").startswith(SAFETENSORS_BODY):
-            raise HTTPException(
-                415,
-                f"send weights as safetensors with content-type {SAFETENSORS_BODY}; pickles are refused: they run code.",
-            )
-        if weight_version < 0:
-            raise HTTPException(400, "name the version: ?weight_version=N with N >= 0.")
-        if weight_version != self._received_version:
-            self._received, self._received_version = [], weight_version
-        try:
-            self._received.append(list(load_safetensors(await http.body()).items()))
-        except SafetensorError as cause:
-            raise HTTPException(400, f"the body is not safetensors: {cause}") from cause
-        if not final:
-            return _json({"success": True, "message": f"{len(self._received)} buckets of version {weight_version} are here"})
-        buckets, self._received, self._received_version = self._received, [], None
-        return _confirm(await self._engine.update_weights(buckets, version=weight_version))
 
     async def release_memory_occupation(self, body: MemoryBody | None = None) -> Response:
         """Give memory back."""
@@ -229,6 +202,9 @@ class EngineServer:
         await self._engine.wake(_tags(body))
         return Response()
 
+    def _note_folder(self, folder: str) -> None:
+        self._model_path = folder
+
     async def _check_token(self, http: Request) -> None:
         given = http.headers.get("authorization", "")
         if self._token is not None and not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
@@ -237,11 +213,6 @@ class EngineServer:
     async def _answer_engine_error(self, _: Request, error: Exception) -> Response:
         # A healthy engine refused the request; an unhealthy one failed it.
         return _error(400 if await self._engine.health() else 503, str(error))
-
-
-async def refuse_distributed() -> Response:
-    """Say that weights do not come through a process group."""
-    return _error(501, "this server takes weights by /update_weights_from_tensor and /update_weights_from_disk only.")
 
 
 async def _unless_disconnected(tasks: list[asyncio.Future[GenerateResult]], http: Request) -> list[GenerateResult]:
@@ -266,11 +237,6 @@ def _tags(body: MemoryBody | None) -> list[MemoryTag]:
     if unknown:
         raise HTTPException(400, f"unknown tags {unknown}; known: {', '.join(sorted(known))}.")
     return [MemoryTag(tag) for tag in body.tags]
-
-
-def _confirm(receipt: WeightReceipt) -> Response:
-    message = f"weight version {receipt.version} is in use"
-    return _json({"success": True, "message": message, "weight_version": receipt.version, "checksums": receipt.checksums})
 
 
 def _json(content: Json | list[Json], status_code: int = 200) -> Response:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qwench.engines.checksum import tensor_checksum
 from qwench.engines.embedded.architecture import Architecture
-from qwench.engines.protocol import WeightBucket
+from qwench.engines.protocol import Portion, WeightBucket
 from qwench.errors import WeightSyncError
 
 BUCKET_BYTES = 256 * 2**20
@@ -35,6 +35,9 @@ class WeightStore:
         self._device = device
         self._tensors: Mapping[str, Tensor] = {}
         self._owned = False
+        self._received: dict[str, int] = {}
+        self._received_head = False
+        self._expected = Portion(version=0, index=0, final=False)
         self.ready = False
         self.layout = 0
         """Counts moves of the tensors in memory: who bound to them must bind again when it changes."""
@@ -88,25 +91,61 @@ class WeightStore:
         Raises:
             WeightSyncError: see `adopt`. Unless the very first bucket was refused, the weights are then not ready.
         """
-        checksums: dict[str, int] = {}
-        received_head = False
+        self.begin()
         for bucket in buckets:
-            received_head = received_head or any(self._is_tied_copy(name) for name, _ in bucket)
-            wanted = [(name, tensor) for name, tensor in bucket if not self._is_tied_copy(name)]
-            for name, tensor in wanted:
-                self._check(name, tensor)
-            if not self._owned:
-                # Never write into aliased tensors: they are the trainer's.
-                self.allocate()
-            for name, tensor in wanted:
-                self.ready = False
-                self._tensors[name].copy_(tensor.detach(), non_blocking=False)
-                checksums[name] = tensor_checksum(self._tensors[name])
-        self._check_complete(set(checksums))
+            self.load_bucket(bucket)
+        return self.finish()
+
+    def take(self, bucket: WeightBucket, portion: Portion) -> dict[str, int] | None:
+        """Copy one bucket of a publication in; after the final one return the checksum of each weight as it is held now.
+
+        Raises:
+            WeightSyncError: see `load`; or a bucket before this one did not arrive.
+        """
+        if portion.index == 0:
+            self.begin()
+        elif (portion.version, portion.index) != (self._expected.version, self._expected.index):
+            raise WeightSyncError(
+                f"bucket {portion.index} of weight version {portion.version} arrived when bucket {self._expected.index} of "
+                f"version {self._expected.version} was next; publish all weights again."
+            )
+        self.load_bucket(bucket)
+        self._expected = Portion(version=portion.version, index=portion.index + 1, final=False)
+        return self.finish() if portion.final else None
+
+    def begin(self) -> None:
+        """Expect all weights from now on; what is held stays in use until the first of them is here."""
+        self._received, self._received_head = {}, False
+
+    def load_bucket(self, bucket: WeightBucket) -> None:
+        """Copy some weights in; the weights are not ready again before `finish`.
+
+        Raises:
+            WeightSyncError: see `adopt`; nothing of this bucket was copied.
+        """
+        wanted = [(name, tensor) for name, tensor in bucket if not self._is_tied_copy(name)]
+        for name, tensor in wanted:
+            self._check(name, tensor)
+        if not self._owned:
+            # Never write into aliased tensors: they are the trainer's.
+            self.allocate()
+        self.ready = False
+        for name, tensor in wanted:
+            self._tensors[name].copy_(tensor.detach(), non_blocking=False)
+            self._received[name] = tensor_checksum(self._tensors[name])
+        self._received_head = self._received_head or len(wanted) < len(bucket)
+
+    def finish(self) -> dict[str, int]:
+        """Return the checksum of each weight received since `begin`; the weights are ready.
+
+        Raises:
+            WeightSyncError: one is missing.
+        """
+        self._check_complete(set(self._received))
         self.ready = True
-        if received_head:
-            checksums[TIED_HEAD] = checksums["model.embed_tokens.weight"]
-        return checksums
+        if self._received_head:
+            return self._received | {TIED_HEAD: self._received["model.embed_tokens.weight"]}
+        return dict(self._received)
 
     def _is_tied_copy(self, name: str) -> bool:
         return self._tied_head and name == TIED_HEAD

@@ -11,6 +11,7 @@ from qwench.engines.protocol import WeightBucket, WeightReceipt
 from qwench.errors import WeightSyncError
 from qwench.weights.buckets import bucketed
 from qwench.weights.publish import publish_weights
+from qwench.weights.settings import PublicationSettings
 
 WEIGHTS = {"embed": torch.arange(6.0).view(2, 3), "norm": torch.ones(3), "head": torch.arange(4.0)}
 
@@ -94,7 +95,7 @@ def holds_copy(engine: CopyingEngine, source: Source) -> bool:
 
 def test_every_engine_gets_a_copy_in_buckets():
     source, pool, gpus = Source(shared=False), Pool(CopyingEngine(), CopyingEngine()), OpenGpus()
-    publish_weights(source, pool, gpus, version=3, bucket_bytes=24)
+    publish_weights(source, pool, gpus, version=3, settings=PublicationSettings(bucket_bytes=24))
     assert all(holds_copy(engine, source) for engine in pool.engines)
     assert [engine.bucket_sizes for engine in pool.engines] == [[1, 1, 1], [1, 1, 1]]  # 24, 12 and 16 bytes
     assert gpus.events == ["open", "close"]
@@ -103,7 +104,7 @@ def test_every_engine_gets_a_copy_in_buckets():
 
 def test_adopting_engine_uses_the_live_tensors():
     source, engine = Source(shared=True), AdoptingEngine()
-    publish_weights(source, Pool(engine), OpenGpus(), version=1)
+    publish_weights(source, Pool(engine), OpenGpus(), version=1, settings=PublicationSettings())
     source.tensors["norm"] += 1
     assert engine.held["norm"].tolist() == [2.0, 2.0, 2.0]
     assert engine.bucket_sizes == []
@@ -116,13 +117,13 @@ def test_adopting_engine_uses_the_live_tensors():
 )
 def test_weights_are_copied_where_aliasing_is_not_possible_or_not_safe(shared, may_alias, other):
     source, pool = Source(shared=shared), Pool(AdoptingEngine(), other())
-    publish_weights(source, pool, OpenGpus(weights_may_alias=may_alias), version=1)
+    publish_weights(source, pool, OpenGpus(weights_may_alias=may_alias), version=1, settings=PublicationSettings())
     assert all(holds_copy(engine, source) for engine in pool.engines)
 
 
 def test_without_engines_nothing_happens():
     gpus = OpenGpus()
-    publish_weights(Source(shared=False), None, gpus, version=0)
+    publish_weights(Source(shared=False), None, gpus, version=0, settings=PublicationSettings())
     assert gpus.events == []
 
 
@@ -130,18 +131,18 @@ def test_a_changed_tensor_is_found_and_named_with_its_engine():
     bad = CopyingEngine("engine 1")
     bad.flipped = "norm"
     with pytest.raises(WeightSyncError, match=r"weight version 4: tensor 'norm' of engine 1 .* \(1 of 3 tensors differ\)"):
-        publish_weights(Source(shared=False), Pool(CopyingEngine(), bad), OpenGpus(), version=4)
+        publish_weights(Source(shared=False), Pool(CopyingEngine(), bad), OpenGpus(), version=4, settings=PublicationSettings())
 
 
 def test_a_lost_tensor_is_found():
     engine = CopyingEngine()
     engine.lost = "head"
     with pytest.raises(WeightSyncError, match="tensor 'head' of engine 0 has checksum None"):
-        publish_weights(Source(shared=False), Pool(engine), OpenGpus(), version=4)
+        publish_weights(Source(shared=False), Pool(engine), OpenGpus(), version=4, settings=PublicationSettings())
 
 
 @pytest.mark.parametrize("engine", [CopyingEngine(), AdoptingEngine()])
 def test_an_engine_that_keeps_an_old_version_is_found(engine):
     engine.version_lag = 1
     with pytest.raises(WeightSyncError, match="engine 0 confirmed weight version 4 when 5 was published"):
-        publish_weights(Source(shared=True), Pool(engine), OpenGpus(), version=5)
+        publish_weights(Source(shared=True), Pool(engine), OpenGpus(), version=5, settings=PublicationSettings())

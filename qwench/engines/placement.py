@@ -1,0 +1,76 @@
+"""Where engines and trainer ranks hold weights, and how to reach an engine. Transports are chosen by it."""
+
+from __future__ import annotations
+
+import platform
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+CPU = "cpu"
+Dialect = Literal["embedded", "sglang"]
+"""Whose server it is: both speak SGLang's API, but take weights in different forms."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """The machine and the devices of one engine or of one trainer rank."""
+
+    host: str
+    """As `host_name` names it there."""
+    devices: tuple[str, ...]
+    """One for each tensor-parallel rank: `cpu`, or the UUID of a GPU."""
+
+    @property
+    def on_cpu(self) -> bool:
+        """Tell whether the weights lie in the machine's own memory."""
+        return set(self.devices) == {CPU}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineAddress:
+    """All that another process needs to bring weights to an engine's server."""
+
+    base_url: str
+    token: str | None
+    dialect: Dialect
+    placement: Placement | None
+    """None: not known here; our own server says it in `/server_info`."""
+
+
+def host_name() -> str:
+    """Return a name that processes share exactly when they run on one machine (and see the same network card)."""
+    return f"{platform.node()}/{uuid.getnode():012x}"
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a device of this machine; the same in every process, whatever CUDA_VISIBLE_DEVICES shows it."""
+    if device.type == "cpu":
+        return CPU
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def gpu_names(gpu_ids: Sequence[int]) -> tuple[str, ...]:
+    """Return the names of GPUs by their numbers in this process."""
+    return tuple(device_name(torch.device("cuda", gpu_id)) for gpu_id in gpu_ids)
+
+
+def local_gpu(name: str) -> torch.device:
+    """Return this process's device for the GPU called `name`.
+
+    Raises:
+        KeyError: this process does not see it.
+    """
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        if device_name(device) == name:
+            return device
+    raise KeyError(name)
+
+
+def placement_of(*devices: torch.device) -> Placement:
+    """Return where this process holds weights that lie on `devices`."""
+    return Placement(host=host_name(), devices=tuple(device_name(device) for device in devices))

@@ -1,0 +1,114 @@
+"""A process group that exists for one thing: rank 0 broadcasts weights to engines.
+
+It stands beside whatever groups a process has already. Store, prefixes and backends are those that `torch.distributed` uses
+for a group of that name, as SGLang builds it, so that either end may be SGLang.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qwench.errors import WeightSyncError
+
+_POLL_S = 0.0005
+_DEVICE_OF_BACKEND = {"gloo": "cpu", "nccl": "cuda"}
+
+
+def backend_for(device: torch.device) -> str:
+    """Return the backend that moves tensors of `device`."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def listening_store(address: str, *, timeout_s: float) -> tuple[dist.TCPStore, int]:
+    """Return a store that others reach at `address` and the port that is returned; it listens nowhere else."""
+    listener = socket.create_server((address, 0))
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        address,
+        port,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    return store, port
+
+
+def reach_store(address: str, port: int, *, timeout_s: float) -> dist.TCPStore:
+    """Return the store of the group's rank 0.
+
+    Raises:
+        WeightSyncError: nobody listens there.
+    """
+    try:
+        return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+    except (RuntimeError, ValueError) as cause:  # dist.DistError is a RuntimeError
+        raise WeightSyncError(f"no trainer listens at {address}:{port}: {cause}") from cause
+
+
+class WeightGroup:
+    """One rank's membership, from construction to `close`."""
+
+    def __init__(self, store: dist.Store, *, name: str, rank: int, size: int, backend: str, timeout_s: float) -> None:
+        """Join; on gloo this waits for all ranks, on NCCL the first broadcast does.
+
+        Raises:
+            WeightSyncError: an unknown backend, or somebody did not come within `timeout_s`.
+        """
+        if backend not in _DEVICE_OF_BACKEND:
+            raise WeightSyncError(f"unknown backend {backend!r} for weights; known: {', '.join(_DEVICE_OF_BACKEND)}.")
+        self._timeout_s = timeout_s
+        prefixed = dist.PrefixStore(
+            f"{_DEVICE_OF_BACKEND[backend]}/", dist.PrefixStore(f"{name}/", dist.PrefixStore(name, store))
+        )
+        self._label = f"weight group {name!r}, rank {rank} of {size}"
+        self._gave_up = threading.Event()
+        try:
+            self._group = _make_group(backend, prefixed, rank, size, timedelta(seconds=timeout_s))
+        except RuntimeError as cause:
+            raise WeightSyncError(f"{self._label}: not everybody joined within {timeout_s:g} s: {cause}") from cause
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Bring rank 0's tensor into everyone's, and return when it is there.
+
+        Raises:
+            WeightSyncError: a rank died or did not join within the deadline, or `give_up` was called.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        try:
+            work = self._group.broadcast(tensor, 0)
+            while not work.is_completed():
+                if self._gave_up.is_set():
+                    raise WeightSyncError(f"{self._label}: a broadcast was given up.")
+                if time.monotonic() > deadline:
+                    raise WeightSyncError(f"{self._label}: a broadcast did not end within {self._timeout_s:g} s.")
+                time.sleep(_POLL_S)
+            work.wait()
+        except RuntimeError as cause:
+            raise WeightSyncError(f"{self._label}: a broadcast failed: {cause}") from cause
+
+    def give_up(self) -> None:
+        """Let a broadcast that another thread waits for raise."""
+        self._gave_up.set()
+
+    def close(self) -> None:
+        """Leave; a broadcast that hangs is given up."""
+        self.give_up()
+        self._group.abort()
+
+
+def _make_group(backend: str, store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
+    """Return the backend's own group; its two classes share no public base."""
+    if backend == "gloo":
+        return dist.ProcessGroupGloo(store, rank, size, timeout)
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return dist.ProcessGroupNCCL(store, rank, size, options)

@@ -1,0 +1,54 @@
+"""Does an engine hold what was sent to it?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from qwench.engines.checksum import tensor_checksum
+from qwench.engines.protocol import WeightBucket, WeightReceipt
+from qwench.errors import WeightSyncError
+
+
+class Ledger(Protocol):
+    """What was sent in one publication, for comparison with what engines hold."""
+
+    def note(self, bucket: WeightBucket) -> None:
+        """Add what is sent next."""
+        ...
+
+
+class ChecksumLedger:
+    """Our own checksums, computed where the tensors lie."""
+
+    def __init__(self) -> None:
+        self.checksums: dict[str, int] = {}
+
+    def note(self, bucket: WeightBucket) -> None:
+        """See `Ledger`."""
+        self.checksums.update((name, tensor_checksum(tensor)) for name, tensor in bucket)
+
+
+def check_version(engine: object, held: int, version: int) -> None:
+    """Make sure that an engine confirmed the version that was published.
+
+    Raises:
+        WeightSyncError: it confirmed another one.
+    """
+    if held != version:
+        raise WeightSyncError(f"{engine!r} confirmed weight version {held} when {version} was published.")
+
+
+def check_checksums(engine: object, receipt: WeightReceipt, sent: Mapping[str, int]) -> None:
+    """Compare the checksum of every tensor at both ends.
+
+    Raises:
+        WeightSyncError: one differs or is missing; names it.
+    """
+    wrong = sorted(name for name, checksum in sent.items() if receipt.checksums.get(name) != checksum)
+    if wrong:
+        name = wrong[0]
+        raise WeightSyncError(
+            f"weight version {receipt.version}: tensor {name!r} of {engine!r} has checksum {receipt.checksums.get(name)}, "
+            f"sent was {sent[name]} ({len(wrong)} of {len(sent)} tensors differ)."
+        )

@@ -1,0 +1,256 @@
+"""Publication to engines in other processes, as every trainer rank runs it.
+
+    weights() on all ranks -> first bucket -> routes -> for each bucket: offer, load -> every engine confirms
+
+All ranks gather every bucket; only those on an engine's device, or rank 0, send. A failure of one rank is raised on all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from qwench.engines.event_loop import EventLoopThread
+from qwench.engines.flat_bucket import TensorEntry, entries_of, flatten_into, size_bytes
+from qwench.engines.placement import EngineAddress, Placement, placement_of
+from qwench.engines.protocol import Portion, WeightBucket
+from qwench.engines.shared_buffer import SharedBuffer
+from qwench.errors import QwenchError, WeightSyncError
+from qwench.models.hf import write_hf_checkpoint
+from qwench.weights.checks import Ledger
+from qwench.weights.ranks import Message, Ranks
+from qwench.weights.receivers import EmbeddedReceiver, Receiver
+from qwench.weights.routes import Route, plan_routes
+from qwench.weights.senders import BroadcastSender, IpcSender, Served
+from qwench.weights.settings import PublicationSettings
+from qwench.weights.sglang_receiver import SglangReceiver
+from qwench.weights.transports import WeightSource
+
+
+def publish_from_rank(
+    source: WeightSource, addresses: Sequence[EngineAddress], version: int, settings: PublicationSettings
+) -> None:
+    """Make the engines at `addresses` hold the source's weights under `version`; collective over the trainer's ranks.
+
+    Raises:
+        WeightSyncError: an engine refused the weights, holds something else afterwards, or cannot be reached that way.
+        EngineLostError: an engine is gone or did not answer within its deadline.
+    """
+    buckets = iter(source.weights(bucket_bytes=settings.bucket_bytes))
+    first = next(buckets, None)
+    assert first, "a model without weights cannot be published"
+    with ExitStack() as stack:
+        loop = EventLoopThread("qwench-publication")
+        stack.callback(loop.close)
+        publication = _Publication(loop, addresses, version, settings)
+        stack.callback(publication.close)
+        publication.plan(first[0][1].device)
+        buckets = chain([first], buckets)
+        if publication.serves("ipc", "broadcast"):
+            publication.send(buckets)
+            buckets = iter(())
+        if publication.serves("disk"):
+            publication.send_folder(chain(buckets, source.weights(bucket_bytes=settings.bucket_bytes)))
+        publication.confirm()
+
+
+class _Publication:
+    """One rank's part in one publication: plan -> (send | send_folder)* -> confirm -> close."""
+
+    def __init__(
+        self, loop: EventLoopThread, addresses: Sequence[EngineAddress], version: int, settings: PublicationSettings
+    ) -> None:
+        self._ranks = Ranks()
+        self._loop = loop
+        self._addresses = addresses
+        self._version = version
+        self._settings = settings
+        self._receivers = [_connect(address, timeout_s=settings.timeout_s) for address in addresses]
+        self._routes: list[Route] = []
+        self._ledgers: dict[str, Ledger] = {}
+        self._broadcast: BroadcastSender | None = None
+
+    def serves(self, *transports: str) -> bool:
+        """Tell whether an engine gets its weights one of these ways."""
+        return any(route.transport in transports for route in self._routes)
+
+    def plan(self, device: torch.device) -> None:
+        """Choose every engine's route; rank 0 asks the engines where they are."""
+        engines: list[Message | None] = []
+        failure = None
+        if self._ranks.rank == 0:
+            failure = _failure_of(lambda: engines.extend(self._ask_placements()))
+        told = self._ranks.exchange({"rank": asdict(placement_of(device)), "engines": engines}, failure=failure)
+        self._routes = plan_routes(
+            self._addresses,
+            [None if engine is None else _placement(engine) for engine in told[0]["engines"]],
+            [_placement(one["rank"]) for one in told],
+            transport=self._settings.transport,
+        )
+        self._ranks.exchange({}, failure=_failure_of(self._open))
+
+    def send(self, buckets: Iterable[WeightBucket]) -> None:
+        """Bring every bucket to the engines that take buckets; `senders` says in which order things happen."""
+        ipc = IpcSender(self._ranks.rank, self._served("ipc"), self._loop)
+        in_use: list[SharedBuffer] = []
+        failure: QwenchError | None = None
+        try:
+            for portion, bucket in self._numbered(buckets):
+                self._note(bucket)
+                entries = entries_of(bucket)
+                buffer = self._fill(bucket, entries)
+                in_use += [] if buffer is None else [buffer]
+                offers = {} if buffer is None else ipc.offers(buffer, entries)
+                told = self._ranks.exchange({"offers": offers}, failure=failure or _failure_of(ipc.wait))
+                while len(in_use) > 1:  # every rank now knows that the bucket before this one was loaded
+                    in_use.pop(0).close()
+                ipc.start({key: offer for one in told for key, offer in one["offers"].items()}, portion)
+                if buffer is not None and self._sends_broadcasts:
+                    failure = _failure_of(lambda: self._send_broadcast(buffer, entries, portion))  # noqa: B023 - called here
+            self._ranks.exchange({}, failure=failure or _failure_of(ipc.wait))
+        finally:
+            for left in in_use:
+                left.close()
+
+    def send_folder(self, buckets: Iterable[WeightBucket]) -> None:
+        """Write a checkpoint on rank 0 and let the engines that need one read it."""
+        served = self._served("disk")
+        failure = None
+        if self._ranks.rank == 0:
+            failure = _failure_of(lambda: self._write_and_load(buckets, served))
+        else:
+            for _ in buckets:
+                pass
+        self._ranks.exchange({}, failure=failure)
+
+    def confirm(self) -> None:
+        """Let every engine say what it holds now, to the rank that served it."""
+
+        async def ask() -> None:
+            confirming = (
+                receiver.confirm(self._ledgers[receiver.ledger_kind], version=self._version) for receiver in self._asked()
+            )
+            await asyncio.gather(*confirming)
+
+        label, timeout_s = f"confirm weight version {self._version}", 2 * self._settings.timeout_s
+        self._ranks.exchange({}, failure=_failure_of(lambda: self._loop.run(ask(), label=label, timeout_s=timeout_s)))
+
+    def close(self) -> None:
+        """End groups and connections."""
+        if self._broadcast is not None:
+            self._broadcast.close()
+
+        async def close() -> None:
+            await asyncio.gather(*(receiver.close() for receiver in self._receivers))
+
+        self._loop.run(close(), label="close connections to engines", timeout_s=self._settings.timeout_s)
+
+    @property
+    def _sends_broadcasts(self) -> bool:
+        return self._ranks.rank == 0 and self.serves("broadcast")
+
+    def _asked(self) -> list[Receiver]:
+        """Return the engines whose requests this rank sends."""
+        return [receiver for _, route, receiver in self._served() if route.ranks[0] == self._ranks.rank]
+
+    def _note(self, bucket: WeightBucket) -> None:
+        for ledger in self._ledgers.values():
+            ledger.note(bucket)
+
+    def _served(self, *transports: str) -> Served:
+        """Return the engines that this rank takes part in serving."""
+        numbered = enumerate(zip(self._routes, self._receivers, strict=True))
+        return [
+            (number, route, receiver)
+            for number, (route, receiver) in numbered
+            if self._ranks.rank in route.ranks and (not transports or route.transport in transports)
+        ]
+
+    def _ask_placements(self) -> list[Message | None]:
+        async def ask() -> list[Placement | None]:
+            return list(await asyncio.gather(*(receiver.placement() for receiver in self._receivers)))
+
+        known = self._loop.run(ask(), label="ask engines where they run", timeout_s=self._settings.timeout_s)
+        return [None if one is None else asdict(one) for one in known]
+
+    def _open(self) -> None:
+        async def open_each() -> None:
+            await asyncio.gather(*(receiver.open() for receiver in self._asked()))
+
+        self._loop.run(open_each(), label="ask engines for their size", timeout_s=self._settings.timeout_s)
+        self._ledgers = {receiver.ledger_kind: receiver.make_ledger() for receiver in self._asked()}
+
+    def _numbered(self, buckets: Iterable[WeightBucket]) -> Iterator[tuple[Portion, WeightBucket]]:
+        iterator = iter(buckets)
+        bucket: WeightBucket | None = next(iterator)
+        index = 0
+        while bucket is not None:
+            following = next(iterator, None)
+            yield Portion(version=self._version, index=index, final=following is None), bucket
+            index, bucket = index + 1, following
+
+    def _fill(self, bucket: WeightBucket, entries: Sequence[TensorEntry]) -> SharedBuffer | None:
+        """Return a buffer with the bucket's bytes, if this rank sends any."""
+        if not self._served("ipc") and not self._sends_broadcasts:
+            return None
+        buffer = SharedBuffer.allocate(size_bytes(entries), bucket[0][1].device)
+        flatten_into(buffer.tensor, bucket, entries)
+        return buffer
+
+    def _send_broadcast(self, buffer: SharedBuffer, entries: Sequence[TensorEntry], portion: Portion) -> None:
+        if self._broadcast is None:
+            served = self._served("broadcast")
+            self._broadcast = BroadcastSender(
+                [receiver for _, _, receiver in served], self._loop, timeout_s=self._settings.timeout_s
+            )
+            self._broadcast.open(buffer.tensor.device, [route.address.base_url for _, route, _ in served])
+        self._broadcast.send(buffer.tensor, entries, portion)
+
+    def _noted(self, buckets: Iterable[WeightBucket]) -> Iterator[WeightBucket]:
+        for bucket in buckets:
+            self._note(bucket)
+            yield bucket
+
+    def _write_and_load(self, buckets: Iterable[WeightBucket], served: Served) -> None:
+        settings = self._settings
+        if settings.model_folder is None:
+            raise WeightSyncError("publication from disk needs the folder of --hf-checkpoint, for the config.")
+        parent = settings.disk_folder or Path(tempfile.mkdtemp(prefix="qwench-weights-"))
+        folder = parent / f"weights_{self._version:07d}"
+        try:
+            write_hf_checkpoint(folder, self._noted(buckets), source=settings.model_folder)
+
+            async def load() -> None:
+                loading = (receiver.take_folder(folder.resolve(), version=self._version) for _, _, receiver in served)
+                await asyncio.gather(*loading)
+
+            self._loop.run(load(), label="load weights from disk", timeout_s=2 * settings.timeout_s)
+        finally:
+            if not settings.keep_disk_files:
+                shutil.rmtree(folder if settings.disk_folder is not None else parent, ignore_errors=True)
+
+
+def _connect(address: EngineAddress, *, timeout_s: float) -> Receiver:
+    receiver = SglangReceiver if address.dialect == "sglang" else EmbeddedReceiver
+    return receiver(address, timeout_s=timeout_s)
+
+
+def _failure_of(work: Callable[[], None]) -> QwenchError | None:
+    """Do the work and return what went wrong, so that it can be told to the other ranks first."""
+    try:
+        work()
+    except QwenchError as failure:
+        return failure
+    return None
+
+
+def _placement(told: Message) -> Placement:
+    return Placement(host=told["host"], devices=tuple(told["devices"]))

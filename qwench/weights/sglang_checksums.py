@@ -1,0 +1,155 @@
+"""What SGLang's `/weights_checker` must say of weights that were sent to it.
+
+SGLang keeps other tensors than a checkpoint has: q, k, v are one matrix, gate and up another, each tensor-parallel rank holds
+its share, and the vocabulary is padded. So the ledger puts the sent tensors together in the same way and hashes those:
+
+    q_proj, k_proj, v_proj -> qkv_proj of rank r = [q rows r; k rows r; v rows r]       gate_proj, up_proj -> gate_up_proj
+    o_proj, down_proj      -> columns r          embed_tokens, lm_head -> rows r of the padded vocabulary       norms: whole
+
+Block-wise FP8 weights are hashed as the bfloat16 that they stand for, as SGLang does. At most as many tensor-parallel ranks as
+key-value heads are supported: with more, SGLang repeats heads.
+
+Source: SGLang 0.5.16, srt/utils/weight_checker.py, kernels/ops/memory/gpu_tensor_hash.py, srt/models/qwen3.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qwench.engines.flat_bucket import FP8_DTYPE
+from qwench.engines.protocol import WeightBucket
+
+_FUSED = {
+    "q_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    "k_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    "v_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    "gate_proj": ("gate_up_proj", ("gate_proj", "up_proj")),
+    "up_proj": ("gate_up_proj", ("gate_proj", "up_proj")),
+}
+_SPLIT_BY_COLUMN = ("o_proj", "down_proj")
+_SPLIT_BY_ROW = ("embed_tokens", "lm_head")
+_VOCABULARY_MULTIPLE = 64
+_SCALE_SUFFIX = "weight_scale_inv"
+
+_TILE_WORDS = 8192
+_TILES_AT_ONCE = 512
+"""Bounds the int64 temporaries to 32 MiB each."""
+_U32 = 0xFFFFFFFF
+_U64 = 0xFFFFFFFFFFFFFFFF
+_SEED_1 = 0x243F6A88
+_SEED_2 = ((_SEED_1 * 0x9E3779B1) ^ 0xDEADBEEF) & _U32
+_POSITION_1, _POSITION_2 = 0x27D4EB2D, 0x165667B1
+_MIX_1, _MIX_2 = 0x85EBCA6B, 0xC2B2AE35
+
+
+class SglangLedger:
+    """Collects what is sent and returns the hashes that every tensor-parallel rank must report."""
+
+    def __init__(self, tp_size: int) -> None:
+        self._tp_size = tp_size
+        self._parts: dict[str, Tensor] = {}
+        """Tensors that wait for those they are fused with, or for their scales."""
+        self.hashes: list[dict[str, str]] = [{} for _ in range(tp_size)]
+        """For each tensor-parallel rank: SGLang's name -> hash in hexadecimal."""
+
+    def note(self, bucket: WeightBucket) -> None:
+        """Add tensors under their Hugging Face names; each is hashed when everything it is fused with is here."""
+        for name, tensor in bucket:
+            whole = self._with_scale(name, tensor.detach())
+            if whole is not None:
+                self._add(*whole)
+
+    def _with_scale(self, name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
+        """Return a tensor as it is, or an FP8 weight and its scales as bfloat16 once both are here."""
+        if tensor.dtype != FP8_DTYPE and not name.endswith(_SCALE_SUFFIX):
+            return name, tensor
+        weight_name = name.removesuffix(_SCALE_SUFFIX) + "weight" if name.endswith(_SCALE_SUFFIX) else name
+        scale_name = weight_name.removesuffix("weight") + _SCALE_SUFFIX
+        self._parts[name] = tensor
+        if weight_name not in self._parts or scale_name not in self._parts:
+            return None
+        weight, scale = self._parts.pop(weight_name), self._parts.pop(scale_name)
+        block = weight.shape[1] // scale.shape[1]
+        spread = scale.repeat_interleave(block, 0).repeat_interleave(block, 1)[: weight.shape[0], : weight.shape[1]]
+        return weight_name, (weight.float() * spread).bfloat16()
+
+    def _add(self, name: str, tensor: Tensor) -> None:
+        path, kind = name.rsplit(".", 1)
+        module = path.rsplit(".", 1)[-1]
+        prefix = path.removesuffix(module)
+        if module not in _FUSED:
+            self._hash(name, [tensor], module, kind)
+            return
+        fused, parts = _FUSED[module]
+        self._parts[name] = tensor
+        names = [f"{prefix}{part}.{kind}" for part in parts]
+        if all(part in self._parts for part in names):
+            self._hash(f"{prefix}{fused}.{kind}", [self._parts.pop(part) for part in names], fused, kind)
+
+    def _hash(self, name: str, parts: Sequence[Tensor], module: str, kind: str) -> None:
+        for rank, own in enumerate(self._shards(parts, module, kind)):
+            self.hashes[rank][name] = f"{sglang_hash(own):016x}"
+
+    def _shards(self, parts: Sequence[Tensor], module: str, kind: str) -> Iterator[Tensor]:
+        """Yield what each tensor-parallel rank holds."""
+        for rank in range(self._tp_size):
+            if len(parts) > 1:
+                yield torch.cat([part.chunk(self._tp_size)[rank] for part in parts])
+            elif module in _SPLIT_BY_COLUMN and kind == "weight":
+                yield parts[0].chunk(self._tp_size, dim=1)[rank]
+            elif module in _SPLIT_BY_ROW:
+                yield _padded_vocabulary(parts[0]).chunk(self._tp_size)[rank]
+            else:
+                yield parts[0]
+
+
+def _padded_vocabulary(tensor: Tensor) -> Tensor:
+    missing = -tensor.shape[0] % _VOCABULARY_MULTIPLE
+    return functional.pad(tensor, (0, 0, 0, missing)) if missing else tensor
+
+
+def sglang_hash(tensor: Tensor) -> int:
+    """Return SGLang's unsigned 64-bit hash of a tensor on a GPU; here on any device.
+
+    Every 32-bit word is mixed with its position; the sums of 8,192 words are mixed again and added up.
+    """
+    octets = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    words = functional.pad(octets, (0, -octets.numel() % 4)).view(torch.int32)
+    if not words.numel():
+        return 0
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    step = _TILE_WORDS * _TILES_AT_ONCE
+    for start in range(0, words.numel(), step):
+        total += _sum_of_tiles(words[start : start + step], start, num_words=words.numel())
+    x = int(total.item()) & _U64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _U64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _U64
+    return x ^ (x >> 31)
+
+
+def _sum_of_tiles(words: Tensor, start: int, *, num_words: int) -> Tensor:
+    """Return the sum, modulo 2**64, of the hashes of all tiles in `words`, the first of which is word `start`."""
+    position = torch.arange(start, start + words.numel(), dtype=torch.int64, device=words.device)
+    value = words.to(torch.int64) & _U32
+    halves = []
+    for seed, factor, turn in ((_SEED_1, _POSITION_1, 15), (_SEED_2, _POSITION_2, 13)):
+        place = ((position * factor + seed) & _U32) ^ _rotated(position, turn)
+        mixed = functional.pad(_mixed(value ^ place), (0, -words.numel() % _TILE_WORDS))
+        tiles = mixed.view(-1, _TILE_WORDS).sum(1) & _U32
+        halves.append(_mixed(tiles ^ (num_words * 4 & _U32)))
+    return ((halves[0] << 32) | halves[1]).sum()
+
+
+def _rotated(x: Tensor, turn: int) -> Tensor:
+    return ((x << turn) | (x >> (32 - turn))) & _U32
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Return murmur3's 32-bit finalizer of values in int64."""
+    x = ((x ^ (x >> 16)) * _MIX_1) & _U32
+    x = ((x ^ (x >> 13)) * _MIX_2) & _U32
+    return x ^ (x >> 16)

@@ -1,0 +1,63 @@
+"""The form in which SGLang takes a bucket from another process of the machine.
+
+`/update_weights_from_tensor` with `load_format: flattened_bucket` wants, for each tensor-parallel rank, the base64 of a pickle
+of `{"flattened_tensor": <shared tensor>, "metadata": [<name, shape, dtype, start_idx, end_idx, numel>, ...]}`. We write such
+pickles for SGLang and never read one. Only globals that SGLang's unpickler allows occur in them.
+
+Source: SGLang 0.5.16, srt/weight_sync/tensor_bucket.py, srt/utils/{common,patch_torch}.py.
+"""
+
+from __future__ import annotations
+
+import io
+from base64 import b64encode
+from collections.abc import Sequence
+from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
+
+from qwench.engines.flat_bucket import TensorEntry
+from qwench.engines.placement import device_name
+
+_DEVICE_ARGUMENT = 6
+"""Place of the device's number in the arguments of `rebuild_cuda_tensor`."""
+
+
+def flattened_bucket_payload(buffer: Tensor, entries: Sequence[TensorEntry]) -> str:
+    """Return what one tensor-parallel rank unpickles, once; `buffer` must live until it has answered.
+
+    Args:
+        buffer: [>= size] uint8 in memory that can be shared.
+        entries: where the tensors lie in it.
+    """
+    metadata = [
+        # SGLang only reads these attributes; its own class would need SGLang here.
+        SimpleNamespace(
+            name=entry.name,
+            shape=torch.Size(entry.shape),
+            dtype=entry.torch_dtype,
+            start_idx=entry.start,
+            end_idx=entry.end,
+            numel=entry.end - entry.start,
+        )
+        for entry in entries
+    ]
+    content = io.BytesIO()
+    _Pickler(content).dump({"flattened_tensor": buffer, "metadata": metadata})
+    return b64encode(content.getvalue()).decode()
+
+
+class _Pickler(ForkingPickler):
+    """Names GPUs by UUID, as SGLang reads them: its processes may number them otherwise."""
+
+    def reducer_override(self, value: object) -> Any:  # whatever pickle's protocol allows
+        if not isinstance(value, Tensor) or not value.is_cuda:
+            return NotImplemented
+        rebuild, arguments = reduce_tensor(value)
+        named = list(arguments)
+        named[_DEVICE_ARGUMENT] = device_name(value.device)
+        return rebuild, tuple(named)

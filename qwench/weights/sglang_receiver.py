@@ -1,0 +1,78 @@
+"""SGLang as a receiver of weights.
+
+What is verified: the version by `/model_info`; each tensor on each tensor-parallel rank by the hashes of `/weights_checker`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwench.engines.flat_bucket import TensorEntry, size_bytes
+from qwench.engines.protocol import Portion
+from qwench.engines.shared_buffer import SharedBuffer
+from qwench.errors import WeightSyncError
+from qwench.weights.checks import Ledger, check_version
+from qwench.weights.receivers import HttpReceiver, Json, broadcast_fields
+from qwench.weights.sglang_checksums import SglangLedger
+from qwench.weights.sglang_payload import flattened_bucket_payload
+
+
+class SglangReceiver(HttpReceiver):
+    """See the module docstring and `receivers.Receiver`."""
+
+    async def open(self) -> None:
+        """Learn the size of tensor parallelism."""
+        placement = self.engine.address.placement
+        if placement is not None:
+            self.num_ranks = len(placement.devices)
+        else:
+            self.num_ranks = int((await self.engine.server_info())["tp_size"])
+
+    @property
+    def ledger_kind(self) -> str:
+        """See `Receiver`."""
+        return f"sglang, {self.num_ranks} tensor-parallel ranks"
+
+    def make_ledger(self) -> Ledger:
+        """See `Receiver`."""
+        return SglangLedger(self.num_ranks)
+
+    def offer(self, buffer: SharedBuffer, entries: Sequence[TensorEntry]) -> str:
+        """See `Receiver`; base64 of a pickle, which SGLang asks for."""
+        buffer.wait_for_writes()
+        return flattened_bucket_payload(buffer.tensor[: size_bytes(entries)], entries)
+
+    async def take_shared(self, offers: Sequence[str], portion: Portion) -> None:
+        """See `Receiver`."""
+        body = {"serialized_named_tensors": list(offers), "load_format": "flattened_bucket"}
+        await self._take("/update_weights_from_tensor", body, portion)
+
+    async def take_broadcast(self, group: str, entries: Sequence[TensorEntry], portion: Portion) -> None:
+        """See `Receiver`."""
+        await self._take("/update_weights_from_distributed", broadcast_fields(group, entries), portion)
+
+    async def take_folder(self, folder: Path, *, version: int) -> None:
+        """See `Receiver`."""
+        body = {"model_path": str(folder), "weight_version": str(version), "flush_cache": True}
+        await self.ask("/update_weights_from_disk", body)
+
+    async def confirm(self, ledger: Ledger, *, version: int) -> None:
+        """See `Receiver`; compares every tensor of every tensor-parallel rank."""
+        assert isinstance(ledger, SglangLedger), "the ledger is the one that make_ledger made"
+        check_version(self.engine, await self.engine.weight_version(), version)
+        answer = await self.ask("/weights_checker", {"action": "checksum"})
+        reported = {int(rank["parallelism_info"]["tp_rank"]): rank["checksums"] for rank in answer.get("ranks", [])}
+        for tp_rank, expected in enumerate(ledger.hashes):
+            held = reported.get(tp_rank, {})
+            wrong = sorted(name for name, checksum in expected.items() if held.get(name) != checksum)
+            if wrong:
+                raise WeightSyncError(
+                    f"weight version {version}: tensor {wrong[0]!r} of {self.engine!r}, tensor-parallel rank {tp_rank}, has "
+                    f"hash {held.get(wrong[0])}, sent was {expected[wrong[0]]} ({len(wrong)} of {len(expected)} differ)."
+                )
+
+    async def _take(self, path: str, body: Json, portion: Portion) -> None:
+        """Send a bucket; only the last one names the version and drops cached prefixes."""
+        last = {"weight_version": str(portion.version)} if portion.final else {}
+        await self.ask(path, {**body, **last, "flush_cache": portion.final})

@@ -1,0 +1,75 @@
+"""Trainer ranks that publish the weights of a checkpoint to engines: one process per rank, all publications in one launch."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from qwench.engines.placement import EngineAddress
+from qwench.errors import QwenchError
+from qwench.training.adam import AdamSettings
+from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
+from qwench.training.schedule import LrSchedule
+from qwench.weights.rank_publication import publish_from_rank
+from qwench.weights.settings import PublicationSettings
+
+_TIMEOUT_S = 120
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.contract.weight_ranks"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publication:
+    """One publication that all ranks take part in."""
+
+    addresses: Sequence[EngineAddress]
+    version: int
+    settings: PublicationSettings
+
+
+def publish_from_ranks(
+    folder: Path, publications: Sequence[Publication], *, num_ranks: int, work_folder: Path
+) -> list[list[str]]:
+    """Return for each rank what came of each publication: `ok` or the error."""
+    answers = _CONTEXT.Queue()
+    store = work_folder / "store"
+    processes = [
+        _CONTEXT.Process(target=_run, args=(folder, publications, rank, num_ranks, store, answers), daemon=True)
+        for rank in range(num_ranks)
+    ]
+    for process in processes:
+        process.start()
+    outcomes = dict(answers.get(timeout=_TIMEOUT_S) for _ in processes)
+    for process in processes:
+        process.join(_TIMEOUT_S)
+    return [outcomes[rank] for rank in range(num_ranks)]
+
+
+def _run(folder: Path, publications: Sequence[Publication], rank: int, num_ranks: int, store: Path, answers) -> None:
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=_TIMEOUT_S)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(store), num_ranks), rank=rank, world_size=num_ranks, timeout=timeout
+    )
+    backend = FsdpBackend.build(
+        folder,
+        settings=FsdpSettings(param_dtype=torch.float32),
+        adam=AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1, clip_grad=1.0),
+        schedule=LrSchedule(peak=1e-3),
+        device=torch.device("cpu"),
+    )
+    outcomes = []
+    for publication in publications:
+        try:
+            publish_from_rank(backend, publication.addresses, publication.version, publication.settings)
+            outcomes.append("ok")
+        except QwenchError as failure:
+            outcomes.append(str(failure))
+    answers.put((rank, outcomes))
+    dist.destroy_process_group()
