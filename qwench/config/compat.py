@@ -272,21 +272,6 @@ def check_supported(config: Config) -> None:
             raise ConfigError(problem)
 
 
-def _sglang(config: Config) -> str | None:
-    if config.engine.rollout_engine == "sglang":
-        return "--rollout-engine sglang arrives with the SGLang engine; use --rollout-engine embedded"
-    return None
-
-
-def _separate_devices(config: Config) -> str | None:
-    if not config.cluster.shares_devices:
-        return (
-            f"--rollout-num-gpus ({config.cluster.rollout_num_gpus}) besides the trainer's GPUs arrives with the Ray launcher; "
-            "give --colocate or leave it out"
-        )
-    return None
-
-
 def _remote_reward(config: Config) -> str | None:
     if config.reward.rm_url is not None or (config.reward.rm_type or "").endswith("remote_rm"):
         return "--rm-type remote_rm and --rm-url arrive with the remote reward; use --custom-rm-path"
@@ -322,8 +307,6 @@ def _optimizer(config: Config) -> str | None:
 
 
 NOT_YET: tuple[Callable[[Config], str | None], ...] = (
-    _sglang,
-    _separate_devices,
     _remote_reward,
     _estimator,
     _loss,

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from qwench.engines.client import HttpEngine
-from qwench.errors import ConfigError, EngineError
+from qwench.engines.placement import Dialect
+from qwench.errors import ConfigError
 
 PROBE = "Let $x_1 = \\frac{34}{7}$.\n\n  Then 12,345 + 6 = ? <think>Hmm</think> Gr\u00fc\u00dfe, \u4e16\u754c! f(a):\n\tpass"
 """Text that tokenizers of different vocabularies cut differently."""
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
+_COMPARED = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,8 +30,8 @@ class ModelIdentity:
     """Tokens that prompt and response may have together. None: whatever the model has."""
 
 
-async def check_serves(engine: HttpEngine, identity: ModelIdentity) -> None:
-    """Compare what a server says of its model with what is trained.
+async def check_serves(engine: HttpEngine, identity: ModelIdentity) -> Dialect:
+    """Compare what a server says of its model with what is trained, and return whose server it is.
 
     The embedded engine's server tells its sizes. SGLang's tells where its checkpoint lies, which may be on another machine, and
     how its tokenizer cuts a text.
@@ -40,20 +41,20 @@ async def check_serves(engine: HttpEngine, identity: ModelIdentity) -> None:
         EngineError: it cannot be reached, or does not speak SGLang's API.
     """
     info = await engine.model_info()
-    told = {**_read_config(str(info["model_path"])), **{name: info[name] for name in ("model_type", *_SIZES) if info.get(name)}}
+    dialect: Dialect = "embedded" if "vocab_size" in info else "sglang"
+    told = _read_config(str(info["model_path"])) | {name: info[name] for name in _COMPARED if info.get(name)}
     for name, ours in {"model_type": identity.model_type, **identity.sizes}.items():
         if name in told and told[name] != ours:
-            raise _wrong(engine, f"{name} {told[name]}", f"{ours}", info)
-    if "vocab_size" not in told or not info.get("vocab_size"):
-        theirs = await _tokenize(engine)
-        if theirs is not None and theirs != list(identity.encode(PROBE)):
-            raise _wrong(engine, "a vocabulary that cuts text into other tokens", "ours", info)
-    served = (await engine.server_info()).get("context_length")
-    if served is not None and identity.context_len is not None and served < identity.context_len:
-        raise _wrong(engine, f"a context of {served} tokens", f"--rollout-max-context-len {identity.context_len}", info)
+            raise _wrong(engine, info, f"{name} {told[name]}", str(ours))
+    if dialect == "sglang" and await engine.tokenize(PROBE) != list(identity.encode(PROBE)):
+        raise _wrong(engine, info, "a tokenizer that cuts text in another way", "the same tokens")
+    context_len = (await engine.server_info()).get("context_length")
+    if context_len is not None and identity.context_len is not None and context_len < identity.context_len:
+        raise _wrong(engine, info, f"a context of {context_len} tokens", f"--rollout-max-context-len {identity.context_len}")
+    return dialect
 
 
-def _wrong(engine: HttpEngine, theirs: str, ours: str, info: Mapping[str, Any]) -> ConfigError:  # the server's JSON
+def _wrong(engine: HttpEngine, info: Mapping[str, Any], theirs: str, ours: str) -> ConfigError:  # the server's JSON
     return ConfigError(
         f"--rollout-external-engine-addrs: the engine at {engine.base_url} serves {info['model_path']} with {theirs}; "
         f"this run needs {ours}. Serve the folder of --hf-checkpoint there."
@@ -66,12 +67,4 @@ def _read_config(model_path: str) -> dict[str, Any]:  # config.json has no close
     if not path.is_file():
         return {}
     content = json.loads(path.read_text(encoding="utf-8"))
-    return {name: content[name] for name in ("model_type", *_SIZES) if name in content}
-
-
-async def _tokenize(engine: HttpEngine) -> list[int] | None:
-    """Return how the server's tokenizer cuts the probe; None: it does not say."""
-    try:
-        return await engine.tokenize(PROBE)
-    except EngineError:
-        return None
+    return {name: content[name] for name in _COMPARED if name in content}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -172,38 +172,42 @@ def _start_servers(inputs: Inputs, servers: Sequence[Server], token: str | None)
     """Start all servers side by side."""
     with inputs.console.phase("start engines"), ThreadPoolExecutor(max_workers=len(servers)) as threads:
         urls = list(threads.map(lambda server: server.start(), servers))
-    connect = _connector(inputs, token)
-    return [Member(engine=connect(url, server), server=server, url=url) for server, url in zip(servers, urls, strict=True)]
+    engine, members = inputs.config.engine, []
+    for server, url in zip(servers, urls, strict=True):
+        client = HttpEngine(
+            url,
+            token=token,
+            dialect=engine.rollout_engine,
+            placement=server.placement,
+            health_timeout_s=engine.rollout_health_check_timeout,
+        )
+        members.append(Member(engine=client, server=server, url=url))
+    return members
 
 
 def _reach_external(inputs: Inputs, loop: EventLoopThread) -> list[Member]:
     """Connect to engines that run already, and make sure that they serve this model."""
-    config = inputs.config
-    connect = _connector(inputs, os.environ.get(TOKEN_VARIABLE))
+    config, token = inputs.config, os.environ.get(TOKEN_VARIABLE)
+    timeout_s = config.engine.rollout_health_check_timeout
     identity = ModelIdentity(
         model_type=inputs.hf_config.model_type,
         sizes={name: getattr(inputs.hf_config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")},
         encode=lambda text: inputs.tokenizer.encode(text, add_special_tokens=False),
         context_len=config.rollout.rollout_max_context_len,
     )
+
+    async def connect(url: str) -> Member:
+        engine = HttpEngine(url, token=token)
+        dialect = await check_serves(engine, identity)
+        await engine.close()
+        return Member(engine=HttpEngine(url, token=token, dialect=dialect, health_timeout_s=timeout_s), url=url)
+
     members = []
     for address in config.engine.rollout_external_engine_addrs:
         url = "http://" + address.removeprefix("http://").rstrip("/")
-        engine = connect(url, None)
-        label = f"--rollout-external-engine-addrs: the engine at {url} accepts, but its check"
-        loop.run(check_serves(engine, identity), label=label, timeout_s=config.engine.rollout_health_check_timeout)
-        members.append(Member(engine=engine, url=url))
+        label = f"--rollout-external-engine-addrs: the check of the engine at {url}"
+        members.append(loop.run(connect(url), label=label, timeout_s=timeout_s))
     return members
-
-
-def _connector(inputs: Inputs, token: str | None) -> Callable[[str, Server | None], HttpEngine]:
-    """Return how to reach a server."""
-
-    def connect(url: str, server: Server | None) -> HttpEngine:
-        timeout_s = inputs.config.engine.rollout_health_check_timeout
-        return HttpEngine(url, token=token, health_timeout_s=timeout_s)
-
-    return connect
 
 
 def _start_router(inputs: Inputs, undo: ExitStack) -> Router:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from qwench.launch.build import build, build_sft
 from qwench.launch.engines import embedded_settings
 from qwench.launch.generation import build_generation
 from qwench.launch.inputs import read_eval_prompts, read_inputs
+from qwench.launch.processes import make_servers, open_processes
 from qwench.observability.summary import summarize
 from qwench.rewards.registry import reward_spec
 from qwench.rollout.build import check_functions
@@ -46,14 +48,15 @@ def evaluate(config: Config) -> None:
     for rows in prompts.values():
         spec.check_prompts(rows)
     check_functions(config.rollout, config.evaluation)
-    generation = build_generation(inputs, with_weights=True)
-    try:
+    with ExitStack() as started:
+        processes = open_processes(inputs, started, trains=False, generates=True)
+        servers, token = make_servers(inputs, processes, with_weights=True)
+        generation = build_generation(inputs, with_weights=True, servers=servers, token=token)
+        started.callback(generation.close)
         evaluator = generation.evaluator(prompts)
         # A custom evaluation gives metrics only.
         results = evaluator.run(generation.engines) if config.evaluation.eval_function_path is None else []
         metrics = evaluator.summarize(results) if results else evaluator.evaluate(generation.engines)
-    finally:
-        generation.close()
     for group in summarize(metrics):
         inputs.console.say(f"{group.title}: {'  '.join(f'{label} {value}' for label, value in group.values.items())}")
     if config.evaluation.eval_output is not None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -15,15 +18,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qwench import cli
 from qwench.config.parse import parse_train
 from qwench.data.prompts import PromptSource
+from qwench.engines.embedded.command import embedded_command
 from qwench.engines.pool import EnginePool
 from qwench.engines.servers import ServerProcess
-from qwench.launch.engines import command_makers
+from qwench.launch.engines import command_makers, serve_words
 from qwench.launch.generation import Generation, build_generation
 from qwench.launch.inputs import read_inputs, read_training_prompts
 from qwench.samples import Rollout, Sample
-from tests.e2e.conftest import ONE_THREAD, Workspace
+from tests.e2e.conftest import ONE_THREAD, InProcess, Workspace, column, run_qwench
 
 TOKEN = "secret"
 DEADLINE_S = 90.0
@@ -145,3 +150,109 @@ def test_a_rollout_survives_the_death_of_a_server_which_comes_back_with_current_
     after = [scene.pool.run(engine.stats(), label="stats", timeout_s=DEADLINE_S) for engine in scene.pool.engines]
     assert all(late.generated_tokens > early.generated_tokens for early, late in zip(before, after, strict=True))
     stream.close()
+
+
+@dataclass
+class Served:
+    """A `qwench serve` process."""
+
+    address: str
+    process: ServerProcess
+
+
+@pytest.fixture(scope="module")
+def served(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Serve the workspace's model, asking for a token."""
+    inputs = read_inputs(parse_train(workspace.train_argv(None, save_interval=None, engine_start_timeout=DEADLINE_S)[1:]))
+    log_folder = tmp_path_factory.mktemp("logs")
+    words = serve_words(inputs)
+    command = embedded_command(
+        words, index=0, gpu_ids=(), environ=ONE_THREAD, log_folder=log_folder, token=TOKEN, start_timeout_s=DEADLINE_S
+    )
+    process = ServerProcess(command)
+    yield Served(process.start().removeprefix("http://"), process)
+    process.stop()
+
+
+def test_a_run_uses_an_engine_that_runs_already_and_leaves_it_running(
+    served: Served, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWENCH_TOKEN", TOKEN)
+    save = tmp_path / "run"
+    cli.run(workspace.train_argv(save, rollout_external_engine_addrs=served.address, deterministic_mode=None))
+    assert column(save, "rollout/step") == [0, 1, 2]
+    assert column(save, "train/train_rollout_logprob_abs_diff") == pytest.approx([0.0] * 6, abs=1e-4)
+    assert served.process.is_running()
+
+
+def test_an_engine_without_the_runs_token_takes_no_weights(
+    served: Served, workspace: Workspace, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWENCH_TOKEN", "another")
+    code, error = in_process(workspace.train_argv(None, rollout_external_engine_addrs=served.address, save_interval=None))
+    assert code == 1 and "token" in error, error
+
+
+def test_an_engine_of_another_vocabulary_is_refused(
+    served: Served, workspace: Workspace, tmp_path: Path, in_process: InProcess
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(workspace.model, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 64}))
+    argv = workspace.train_argv(tmp_path / "run", hf_checkpoint=other, rollout_external_engine_addrs=served.address)
+    code, error = in_process(argv)
+    assert code == 2, error
+    for word in ("--rollout-external-engine-addrs", served.address, "vocab_size", str(config["vocab_size"] + 64)):
+        assert word in error
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_an_engine_that_accepts_and_never_answers_ends_the_run_at_its_deadline(
+    workspace: Workspace, tmp_path: Path, in_process: InProcess
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        argv = workspace.train_argv(tmp_path / "run", rollout_external_engine_addrs=address, rollout_health_check_timeout=1)
+        code, error = in_process(argv)
+    assert code == 1, error
+    assert "--rollout-external-engine-addrs" in error and address in error and "did not end within 1 s" in error
+
+
+def test_an_engine_that_is_not_there_is_named(workspace: Workspace, tmp_path: Path, in_process: InProcess) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    code, error = in_process(workspace.train_argv(tmp_path / "run", rollout_external_engine_addrs=address))
+    assert code == 1 and address in error and "cannot be reached" in error, error
+
+
+def test_a_port_in_use_is_named_before_the_model_is_loaded(workspace: Workspace, in_process: InProcess) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        code, error = in_process(["serve", "--hf-checkpoint", str(workspace.model), "--port", port])
+    assert code == 1 and port in error and "--port" in error, error
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (("--router-policy", "wisest"), ["--router-policy", "wisest"]),
+        (("--router-polcy", "random"), ["--router-polcy"]),
+        (("--router-host", "0.0.0.0"), ["--router-host", "not passed on"]),
+        (("--router-port", "many"), ["--router-port", "many"]),
+    ],
+)
+def test_flags_that_the_router_does_not_take_are_named(
+    extra: tuple[str, ...], words: list[str], workspace: Workspace, tmp_path: Path, in_process: InProcess
+) -> None:
+    argv = [*workspace.train_argv(tmp_path / "run", rollout_num_gpus=1, colocate=None), *extra]
+    code, error = in_process(argv)
+    assert code == 2, error
+    for word in words:
+        assert word in error
+
+
+def test_a_whole_run_with_servers_and_router_of_its_own(workspace: Workspace, tmp_path: Path) -> None:
+    flags = {**WATCHED, "rollout_num_gpus": 2, "colocate": None, "deterministic_mode": None, "use_sglang_router": ()}
+    run_qwench(workspace.train_argv(tmp_path / "run", **flags))
+    assert column(tmp_path / "run", "train/train_rollout_logprob_abs_diff") == pytest.approx([0.0] * 6, abs=1e-4)

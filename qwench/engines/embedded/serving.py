@@ -13,6 +13,7 @@ import uvicorn
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.server import EngineServer
 from qwench.engines.embedded.settings import EmbeddedSettings
+from qwench.engines.servers import check_port_is_free
 from qwench.errors import EngineError
 
 LOOPBACK = "127.0.0.1"
@@ -34,10 +35,11 @@ def serve(
 
     Raises:
         ConfigError: a model this engine cannot run.
-        EngineError: an open port without a token.
+        EngineError: an open port without a token, or one that is taken.
     """
     if host not in (LOOPBACK, "localhost", "::1") and token is None:
         raise EngineError(f"--host {host} lets other machines change this engine's weights; set a token too.")
+    check_port_is_free("the server", host, port, flag="--port")
     engine = EmbeddedEngine.from_checkpoint(checkpoint, settings)
     app = EngineServer(engine, model_path=str(checkpoint), token=token).app()
     uvicorn.run(app, host=host, port=port, log_level="info")

@@ -2,10 +2,8 @@ import pytest
 
 from qwench.config import (
     AlgorithmConfig,
-    ClusterConfig,
     Config,
     DataConfig,
-    EngineConfig,
     OptimizerConfig,
     RewardConfig,
 )
@@ -14,8 +12,6 @@ from qwench.config.flags import flag_table
 from qwench.errors import ConfigError
 
 NOT_YET = [
-    ({"engine": EngineConfig(rollout_engine="sglang")}, "--rollout-engine sglang arrives with the SGLang engine"),
-    ({"cluster": ClusterConfig(rollout_num_gpus=2)}, "--rollout-num-gpus (2) besides the trainer's GPUs arrives with"),
     ({"reward": RewardConfig(rm_url="http://a")}, "--rm-type remote_rm and --rm-url arrive with the remote reward"),
     ({"algorithm": AlgorithmConfig(advantage_estimator="ppo")}, "--advantage-estimator ppo is not supported"),
     ({"algorithm": AlgorithmConfig(loss_type="custom_loss")}, "--loss-type custom_loss is not supported"),

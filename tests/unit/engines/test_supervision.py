@@ -1,0 +1,211 @@
+"""What becomes of requests and of engines when engines are lost."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from qwench.engines.event_loop import EventLoopThread
+from qwench.engines.health import MAX_STARTS, HealthRules
+from qwench.engines.members import Member
+from qwench.engines.pool import EnginePool
+from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult, MemoryTag, SamplingParams
+from qwench.errors import EngineError, EngineLostError, WeightSyncError
+from tests.unit.engines.scripted import ScriptedEngine, ScriptedServer
+
+DEADLINE_S = 20.0
+RARELY = HealthRules(interval_s=600.0, timeout_s=0.2)
+OFTEN = HealthRules(interval_s=0.05, timeout_s=0.2)
+
+
+class Scene:
+    """Two engines a and b with their servers."""
+
+    def __init__(self, *, health: HealthRules | None, ticks=lambda context, request: 0, servers: bool = True) -> None:
+        self.a, self.b = ScriptedEngine("a", ticks=ticks), ScriptedEngine("b", ticks=ticks)
+        self.servers = {engine.name: ScriptedServer(engine) for engine in (self.a, self.b)}
+        self.said: list[str] = []
+        members = [
+            Member(engine=engine, server=self.servers[engine.name] if servers else None, url=engine.name)
+            for engine in (self.a, self.b)
+        ]
+        self.pool = EnginePool(members, EventLoopThread(), health=health, say=self.said.append)
+
+    def run(self, coroutine):
+        return self.pool.run(coroutine, label="test", timeout_s=DEADLINE_S)
+
+    def publish(self, version: int) -> None:
+        def send() -> None:
+            for engine in (self.a, self.b):
+                if engine.down:
+                    raise EngineLostError(f"{engine.name} is down")
+                self.run(engine.update_weights([], version=version))
+
+        self.pool.publish(send, version=version)
+
+    def generate(self, name: str = "r") -> GenerateResult:
+        return self.run(self.pool.generate(request(name)))
+
+    def wait_until(self, condition) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < deadline, f"it did not happen in time; said: {self.said}"
+            time.sleep(0.01)
+
+
+def request(name: str) -> GenerateRequest:
+    return GenerateRequest(request_id=name, input_ids=[112], sampling=SamplingParams(max_new_tokens=9))
+
+
+@pytest.fixture
+def make_scene() -> Iterator[type[Scene]]:
+    scenes = []
+
+    def make(**options) -> Scene:
+        scenes.append(Scene(**options))
+        return scenes[-1]
+
+    yield make
+    for scene in scenes:
+        scene.pool.close()
+
+
+def test_a_request_of_a_lost_engine_goes_to_another_one_under_its_own_name(make_scene):
+    scene = make_scene(health=RARELY)
+    scene.publish(1)
+    scene.a.down = True
+    results = [scene.generate(f"r{i}") for i in range(4)]
+    assert [(result.request_id, result.text) for result in results] == [(f"r{i}", "b") for i in range(4)]
+
+
+def test_a_restarted_engine_generates_only_after_the_next_publication(make_scene):
+    scene = make_scene(health=RARELY)
+    scene.publish(1)
+    scene.a.down = True
+    assert scene.generate().text == "b"
+    scene.wait_until(lambda: scene.pool.num_restarts == 1)
+    assert scene.servers["a"].events == ["stop", "start"]
+    assert {scene.generate(f"r{i}").text for i in range(4)} == {"b"}
+    scene.publish(2)
+    assert scene.a.version == scene.b.version == 2
+    assert scene.generate().text == "a"
+
+
+def test_an_engine_that_serves_its_checkpoint_is_used_again_at_once(make_scene):
+    scene = make_scene(health=RARELY)
+    scene.a.down = True
+    assert scene.generate().text == "b"
+    scene.wait_until(lambda: scene.pool.num_restarts == 1)
+    assert scene.generate().text == "a"
+
+
+def test_an_engine_that_hangs_is_given_up_with_its_requests(make_scene):
+    scene = make_scene(health=OFTEN)
+    scene.publish(1)
+    scene.a.hangs = True
+    assert scene.generate().text == "b"
+    assert "did not answer a health check within 0.2 s" in scene.said[0]
+
+
+def test_requests_wait_while_every_engine_is_started_again(make_scene):
+    scene = make_scene(health=RARELY)
+    scene.a.down = scene.b.down = True
+    assert scene.generate().text in ("a", "b")
+
+
+def test_without_supervision_a_lost_engine_ends_the_run(make_scene):
+    scene = make_scene(health=None)
+    scene.a.down = True
+    with pytest.raises(EngineLostError, match="a is down"):
+        scene.generate()
+
+
+def test_an_engine_that_does_not_start_again_ends_the_run_with_the_reason(make_scene):
+    scene = make_scene(health=RARELY)
+    scene.publish(1)
+    scene.servers["a"].failures = MAX_STARTS
+    scene.a.down = True
+    scene.generate()
+    with pytest.raises(EngineError, match=r"server of a \(a\) was lost and did not start again \(3 attempts\): no GPU today"):
+        scene.publish(2)
+
+
+def test_a_start_that_fails_once_is_tried_again(make_scene):
+    scene = make_scene(health=RARELY)
+    scene.servers["a"].failures = 1
+    scene.a.down = True
+    scene.generate()
+    scene.wait_until(lambda: scene.pool.num_restarts == 1)
+    assert scene.servers["a"].events == ["stop", "start", "stop", "start"]
+
+
+def test_publication_waits_for_a_restart_and_begins_again_when_an_engine_is_lost_in_it(make_scene):
+    scene = make_scene(health=RARELY)
+    scene.publish(1)
+    scene.a.down = True
+    scene.publish(2)
+    assert scene.a.version == scene.b.version == 2
+    assert scene.servers["a"].events == ["stop", "start"]
+    assert scene.generate().text == "a"
+
+
+def test_an_abort_reaches_a_request_whose_engine_is_gone(make_scene):
+    scene = make_scene(health=OFTEN)
+    scene.servers["a"].failures = scene.servers["b"].failures = MAX_STARTS - 1
+    scene.a.down = scene.b.down = True
+
+    async def scenario():
+        running = asyncio.ensure_future(scene.pool.generate(request("r")))
+        await asyncio.sleep(0)
+        await scene.pool.abort("r")
+        return await running
+
+    result = scene.run(scenario())
+    assert result.finish_reason is FinishReason.ABORT and list(result.output_ids) == []
+
+
+def test_a_response_of_weights_that_were_not_published_is_refused(make_scene):
+    scene = make_scene(health=RARELY)
+    scene.publish(3)
+    scene.a.version = scene.b.version = 2
+    with pytest.raises(WeightSyncError, match="answered by weight version 2; the engines are meant to hold 3 to 3"):
+        scene.generate()
+
+
+def test_publication_finds_an_engine_that_kept_another_version(make_scene):
+    scene = make_scene(health=RARELY)
+    with pytest.raises(WeightSyncError, match=r"server of b \(b\) holds weight version 0; 1 was published"):
+        scene.pool.publish(lambda: scene.run(scene.a.update_weights([], version=1)), version=1)
+
+
+def test_engines_are_not_checked_while_they_sleep(make_scene):
+    scene = make_scene(health=OFTEN)
+    scene.pool.sleep([MemoryTag.KV_CACHE])
+    scene.a.hangs = True
+    time.sleep(1.0)
+    scene.a.hangs = False
+    scene.pool.wake([MemoryTag.KV_CACHE])
+    assert scene.said == []
+
+
+def test_an_engine_that_died_asleep_is_awake_again(make_scene):
+    scene = make_scene(health=RARELY)
+    scene.pool.sleep([MemoryTag.KV_CACHE])
+    scene.a.down = True
+    scene.pool.wake([MemoryTag.KV_CACHE])
+    assert scene.servers["a"].events == ["stop", "start"]
+    assert scene.generate().text == "a"
+
+
+def test_a_server_of_somebody_else_is_waited_for_but_not_for_ever(make_scene):
+    scene = make_scene(health=OFTEN, servers=False)
+    scene.a.down = True
+    assert scene.generate().text == "b"
+    scene.a.down = False
+    scene.wait_until(lambda: scene.pool.num_restarts == 1)
+    scene.a.down = scene.b.down = True
+    with pytest.raises(EngineError, match="did not come back; it was not started by this run"):
+        scene.generate()
