@@ -1,0 +1,54 @@
+"""Which layouts are refused before a process starts, and by which words."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import Qwen3Config
+
+from qwench.errors import ConfigError
+from qwench.training.megatron.layout import ParallelLayout, check_layout
+
+_QWEN3_4B = Qwen3Config(num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, intermediate_size=9728)
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size"),
+    [
+        (ParallelLayout(), 1),
+        (ParallelLayout(tp=2, sequence_parallel=True), 8),
+        (ParallelLayout(tp=8, pp=4, cp=2, sequence_parallel=True), 64),
+    ],
+)
+def test_layouts_that_divide_are_accepted(layout, world_size):
+    check_layout(layout, _QWEN3_4B, world_size=world_size)
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "world_size", "message"),
+    [
+        (ParallelLayout(cp=0), {}, 1, r"--context-parallel-size \(0\) must be at least 1"),
+        (
+            ParallelLayout(tp=2, pp=3),
+            {},
+            8,
+            r"--tensor-model-parallel-size 2 x --pipeline-model-parallel-size 3 \(6 ranks for one copy of the model\) does not "
+            r"divide the 8 trainer ranks",
+        ),
+        (ParallelLayout(cp=4), {}, 2, r"--context-parallel-size 4 .* does not divide the 2 trainer ranks"),
+        (ParallelLayout(tp=3), {}, 3, r"--tensor-model-parallel-size \(3\) does not divide the model's 32 attention heads"),
+        (ParallelLayout(tp=16), {}, 16, r"\(16\) does not divide the model's 8 key-value heads; choose a divisor of 8"),
+        (ParallelLayout(tp=8), {"intermediate_size": 9732}, 8, r"\(8\) does not divide the model's 9732 columns of the MLP"),
+        (ParallelLayout(pp=8), {}, 8, r"--pipeline-model-parallel-size \(8\) does not divide the model's 36 layers"),
+    ],
+)
+def test_a_layout_that_does_not_divide_is_refused_in_one_line(layout, changes, world_size, message):
+    config = Qwen3Config(**(_QWEN3_4B.to_dict() | changes))
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_layout(layout, config, world_size=world_size)
+    assert "\n" not in str(caught.value)
+
+
+def test_tokens_are_split_over_tensor_parallel_ranks_with_sequence_parallelism_only():
+    assert ParallelLayout(tp=4).token_multiple == 1
+    assert ParallelLayout(tp=4, sequence_parallel=True).token_multiple == 4
+    assert ParallelLayout(tp=4, pp=2, cp=3).model_ranks == 24

@@ -1,0 +1,50 @@
+"""Packed attention of pieces with more keys than queries against a plain softmax."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwench.training.packed_attention import PackedAttention, PaddedRows
+
+_CPU = torch.device("cpu")
+PIECES = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 6)), min_size=1, max_size=4)
+
+
+def _plain(query, key, value, scale):
+    """Attend in one piece, each [tokens, heads, K]; the last query sees all keys."""
+    num_queries, num_keys = len(query), len(key)
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = torch.einsum("qhk,shk->hqs", query, key) * scale
+    for i in range(num_queries):
+        scores[:, i, num_keys - num_queries + i + 1 :] = float("-inf")
+    return torch.einsum("hqs,shk->qhk", scores.softmax(-1), value)
+
+
+@given(pieces=PIECES, query_heads=st.sampled_from([2, 4]))
+@settings(max_examples=50, deadline=None)
+def test_each_piece_attends_as_if_alone(pieces, query_heads):
+    query_lengths = [queries for queries, _ in pieces]
+    key_lengths = [queries + earlier for queries, earlier in pieces]
+    draw = torch.Generator().manual_seed(sum(key_lengths))
+    query = torch.randn(sum(query_lengths), query_heads, 4, generator=draw, requires_grad=True)
+    key, value = (torch.randn(sum(key_lengths), 2, 4, generator=draw, requires_grad=True) for _ in range(2))
+    attended = PackedAttention(query_lengths, key_lengths, varlen=False, device=_CPU)(query, key, value, scale=0.4)
+    alone = torch.cat(
+        [
+            _plain(*piece, 0.4)
+            for piece in zip(query.split(query_lengths), key.split(key_lengths), value.split(key_lengths), strict=True)
+        ]
+    )
+    torch.testing.assert_close(attended, alone, rtol=1e-5, atol=1e-6)
+    slope = torch.randn(attended.shape, generator=draw)
+    got = torch.autograd.grad((attended * slope).sum(), (query, key, value))
+    wanted = torch.autograd.grad((alone * slope).sum(), (query, key, value))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_two_pieces():
+    rows = PaddedRows.of([2, 3], _CPU)
+    assert rows.source.tolist() == [[0, 1, 0], [2, 3, 4]]
+    assert rows.cells.tolist() == [0, 1, 3, 4, 5]
