@@ -33,7 +33,8 @@ class SharedBuffer:
     def __init__(self, tensor: Tensor, file: Path | None) -> None:
         self.tensor = tensor
         """[num_bytes] uint8."""
-        self._file = file
+        self.file = file
+        """Whose content the tensor is; None on a GPU."""
 
     @classmethod
     def allocate(cls, num_bytes: int, device: torch.device) -> SharedBuffer:
@@ -47,8 +48,8 @@ class SharedBuffer:
 
     def handle(self) -> Handle:
         """Return what one receiver opens, once; what was written before is there when it does."""
-        if self._file is not None:
-            return {"kind": "file", "path": str(self._file), "num_bytes": self.tensor.numel()}
+        if self.file is not None:
+            return {"kind": "file", "path": str(self.file), "num_bytes": self.tensor.numel()}
         self.wait_for_writes()
         _, storage, num_bytes, offset, counter, counter_offset, event, sync = self.tensor.untyped_storage()._share_cuda_()
         return {
@@ -68,8 +69,8 @@ class SharedBuffer:
 
     def close(self) -> None:
         """Give the memory back."""
-        if self._file is not None:
-            self._file.unlink(missing_ok=True)
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
         shared = self.tensor.is_cuda
         self.tensor = torch.empty(0, dtype=torch.uint8)
         if shared:

@@ -12,7 +12,9 @@ from __future__ import annotations
 import io
 from base64 import b64encode
 from collections.abc import Sequence
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,18 +24,14 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from qwench.engines.flat_bucket import TensorEntry
 from qwench.engines.placement import device_name
+from qwench.engines.shared_buffer import SharedBuffer
 
 _DEVICE_ARGUMENT = 6
 """Place of the device's number in the arguments of `rebuild_cuda_tensor`."""
 
 
-def flattened_bucket_payload(buffer: Tensor, entries: Sequence[TensorEntry]) -> str:
-    """Return what one tensor-parallel rank unpickles, once; `buffer` must live until it has answered.
-
-    Args:
-        buffer: [>= size] uint8 in memory that can be shared.
-        entries: where the tensors lie in it.
-    """
+def flattened_bucket_payload(buffer: SharedBuffer, entries: Sequence[TensorEntry]) -> str:
+    """Return what one tensor-parallel rank unpickles, once; `buffer` must live until it has answered."""
     metadata = [
         # SGLang only reads these attributes; its own class would need SGLang here.
         SimpleNamespace(
@@ -46,17 +44,24 @@ def flattened_bucket_payload(buffer: Tensor, entries: Sequence[TensorEntry]) -> 
         )
         for entry in entries
     ]
+    buffer.wait_for_writes()
     content = io.BytesIO()
-    _Pickler(content).dump({"flattened_tensor": buffer, "metadata": metadata})
+    _Pickler(content, buffer.file).dump({"flattened_tensor": buffer.tensor, "metadata": metadata})
     return b64encode(content.getvalue()).decode()
 
 
 class _Pickler(ForkingPickler):
-    """Names GPUs by UUID, as SGLang reads them: its processes may number them otherwise."""
+    """Writes the buffer as a reference: a GPU by its UUID, as SGLang's processes may number it otherwise; or a file's name."""
+
+    def __init__(self, content: io.BytesIO, file: Path | None) -> None:
+        super().__init__(content)
+        self._file = file
 
     def reducer_override(self, value: object) -> Any:  # whatever pickle's protocol allows
-        if not isinstance(value, Tensor) or not value.is_cuda:
+        if not isinstance(value, Tensor):
             return NotImplemented
+        if self._file is not None:
+            return partial(torch.from_file, dtype=value.dtype), (str(self._file), True, value.numel())
         rebuild, arguments = reduce_tensor(value)
         named = list(arguments)
         named[_DEVICE_ARGUMENT] = device_name(value.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwench.engines.flat_bucket import TensorEntry, size_bytes
+from qwench.engines.flat_bucket import TensorEntry
 from qwench.engines.protocol import Portion
 from qwench.engines.shared_buffer import SharedBuffer
 from qwench.errors import WeightSyncError
@@ -40,8 +40,7 @@ class SglangReceiver(HttpReceiver):
 
     def offer(self, buffer: SharedBuffer, entries: Sequence[TensorEntry]) -> str:
         """See `Receiver`; base64 of a pickle, which SGLang asks for."""
-        buffer.wait_for_writes()
-        return flattened_bucket_payload(buffer.tensor[: size_bytes(entries)], entries)
+        return flattened_bucket_payload(buffer, entries)
 
     async def take_shared(self, offers: Sequence[str], portion: Portion) -> None:
         """See `Receiver`."""
