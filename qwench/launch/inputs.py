@@ -10,12 +10,14 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qwench.config import Config
+from qwench.config.parallel import ParallelConfig
 from qwench.config.resolved import Resolved
 from qwench.config.training import TrainingConfig
 from qwench.data.prompts import LoadedPrompts, load_prompts
 from qwench.models.hf import load_hf_config, load_tokenizer
 from qwench.models.registry import check_architecture
 from qwench.observability.console import Console, QuietConsole, open_console
+from qwench.training.megatron.layout import ParallelLayout, check_layout
 
 _LABEL_FREE_REWARDS = ("random", "remote_rm")
 
@@ -60,6 +62,8 @@ def read_inputs(config: Config) -> Inputs:
     assert folder is not None, "preflight checks that --hf-checkpoint is given"
     hf_config = load_hf_config(folder)
     check_architecture(config.architecture, hf_config)
+    if config.backend == "megatron":
+        check_layout(parallel_layout(config.parallel), hf_config, world_size=config.cluster.world_size)
     rank = int(os.environ.get("RANK", "0"))
     device = local_device()
     return Inputs(
@@ -72,6 +76,16 @@ def read_inputs(config: Config) -> Inputs:
         dtype=publication_dtype(config, device),
         console=open_console() if rank == 0 else QuietConsole(),
         rank=rank,
+    )
+
+
+def parallel_layout(parallel: ParallelConfig) -> ParallelLayout:
+    """Translate the parallel sizes for Megatron."""
+    return ParallelLayout(
+        tp=parallel.tensor_model_parallel_size,
+        pp=parallel.pipeline_model_parallel_size,
+        cp=parallel.context_parallel_size,
+        sequence_parallel=parallel.splits_sequence,
     )
 
 

@@ -12,13 +12,15 @@ from types import ModuleType
 
 
 class _AfterTorch(MetaPathFinder):
-    """Finds torch as Python does, and adds a step to its import."""
+    """Finds torch as Python does, and adds a step to its import.
+
+    It stays in its place: transformers looks torch up without importing it, long before anyone does.
+    """
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """Return torch's spec with the added step; others are left to Python."""
         if name != "torch":
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(name, path, target)
         if spec is None or spec.loader is None:
             return spec
