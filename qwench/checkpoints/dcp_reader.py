@@ -16,6 +16,7 @@ from typing import IO, Any, cast
 import torch
 import torch.distributed.checkpoint.filesystem
 import torch.distributed.checkpoint.metadata
+import torch.distributed.checkpoint.planner
 from torch import Tensor
 
 # The format's own record of where bytes lie has no public reader but one that needs the whole tensor in memory.
@@ -32,7 +33,11 @@ from qwench.errors import CheckpointError
 from qwench.models.safetensors_files import TensorSpec
 
 METADATA = ".metadata"
-_FORMAT_MODULES = (torch.distributed.checkpoint.metadata, torch.distributed.checkpoint.filesystem)
+_FORMAT_MODULES = (
+    torch.distributed.checkpoint.metadata,
+    torch.distributed.checkpoint.filesystem,
+    torch.distributed.checkpoint.planner,  # megatron-core keeps the plans of all ranks
+)
 _PLAIN_CLASSES: Mapping[tuple[str, str], Any] = {  # classes and constructors, which have no common type
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): {"torch.strided": torch.strided}.__getitem__,

@@ -1,0 +1,143 @@
+"""Loads and saves checkpoints by megatron-core's own functions, with its own model, in many layouts on four gloo ranks.
+
+`python -m ... FOLDER`: for every model that was converted to FOLDER/<model>-converted, each layout loads it, compares every
+parameter with the Hugging Face checkpoint FOLDER/<model>, and some save it as FOLDER/<model>-tp<t>-pp<p>. Then each layout
+loads what was saved. Any difference ends the process with an error.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from transformers import PretrainedConfig
+
+from qwench.checkpoints.sources import open_weights
+from qwench.models.hf import load_hf_config
+from qwench.models.megatron_names import rules, to_megatron, tp_shard
+from qwench.training.megatron.groups import is_first_stage, is_last_stage, join_groups, leave_groups
+from qwench.training.megatron.layout import ParallelLayout
+from qwench.training.megatron.model import ModelSettings, transformer_config
+
+WORLD_SIZE = 4
+MODELS = ("tied", "untied", "biased")
+LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2), (1, 4))
+"""(tp, pp)."""
+SAVES = (
+    ("tied", (1, 1)),
+    ("tied", (2, 1)),
+    ("tied", (2, 2)),
+    ("untied", (1, 1)),
+    ("untied", (2, 1)),
+    ("untied", (2, 2)),
+    ("biased", (2, 1)),
+)
+"""Not all, because megatron-core starts processes for every save."""
+_TIMEOUT_S = 120
+
+
+def saved_as(model: str, layout: tuple[int, int]) -> str:
+    """Return the name of the checkpoint that a layout saves."""
+    return f"{model}-tp{layout[0]}-pp{layout[1]}"
+
+
+def main(folder: Path) -> None:
+    """Run forked ranks; exits non-zero if one failed."""
+    ranks = [multiprocessing.get_context("fork").Process(target=_run_rank, args=(rank, folder)) for rank in range(WORLD_SIZE)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(_TIMEOUT_S)
+    failed = [rank for rank, process in enumerate(ranks) if process.exitcode != 0]
+    for process in ranks:
+        process.kill()
+    sys.exit(f"ranks {failed} failed; their traces are above" if failed else 0)
+
+
+def _run_rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=_TIMEOUT_S)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE, timeout=timeout)
+    for layout in LAYOUTS:
+        join_groups(ParallelLayout(tp=layout[0], pp=layout[1]))
+        for model in MODELS:
+            _load_and_save(folder, model, layout)
+        leave_groups()
+    for layout in LAYOUTS:
+        join_groups(ParallelLayout(tp=layout[0], pp=layout[1]))
+        for model, other in SAVES:
+            stage = _stage(load_hf_config(folder / model), layout)
+            _load(stage, folder / saved_as(model, other))
+            _compare(stage, folder / model, layout)
+        leave_groups()
+
+
+def _load_and_save(folder: Path, model: str, layout: tuple[int, int]) -> None:
+    stage = _stage(load_hf_config(folder / model), layout)
+    _load(stage, folder / f"{model}-converted" / "release")
+    _compare(stage, folder / model, layout)
+    if (model, layout) not in SAVES:
+        return
+    target = folder / saved_as(model, layout)
+    if dist.get_rank() == 0:
+        target.mkdir()
+    dist.barrier()
+    dist_checkpointing.save({"model": stage.sharded_state_dict()}, str(target))
+    dist.barrier()
+
+
+def _stage(config: PretrainedConfig, layout: tuple[int, int]) -> GPTModel:
+    """Build this rank's stage of megatron-core's own model."""
+    tp, pp = layout
+    settings = ModelSettings(param_dtype=torch.bfloat16)
+    stage = GPTModel(
+        config=transformer_config(config, ParallelLayout(tp=tp, pp=pp), settings),
+        transformer_layer_spec=get_gpt_layer_local_spec(qk_layernorm=config.model_type == "qwen3", normalization="RMSNorm"),
+        vocab_size=config.vocab_size + -config.vocab_size % tp,
+        max_sequence_length=32,
+        pre_process=is_first_stage(),
+        post_process=is_last_stage(),
+        share_embeddings_and_output_weights=config.tie_word_embeddings,
+        position_embedding_type="rope",
+    )
+    return stage.bfloat16()  # the norms too, as in Megatron's training
+
+
+def _load(stage: GPTModel, folder: Path) -> None:
+    """Read everything that the model asks for, extra states included, into weights that were something else."""
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.fill_(float("nan"))
+    loaded = dist_checkpointing.load({"model": stage.sharded_state_dict()}, str(folder))
+    stage.load_state_dict(loaded["model"], strict=True)
+
+
+def _compare(stage: GPTModel, hf_folder: Path, layout: tuple[int, int]) -> None:
+    """Compare every parameter of the stage with the Hugging Face checkpoint, bit by bit."""
+    config = load_hf_config(hf_folder)
+    source = open_weights(hf_folder, config)
+    by_name = dict(stage.named_parameters())
+    first = stage.decoder.layers[0].layer_number - 1
+    compared = 0
+    for rule in rules(config):
+        local = rule.megatron_name
+        if rule.layer is not None:
+            local = local.replace(f"layers.{rule.layer}.", f"layers.{rule.layer - first}.", 1)
+        tied_copy = "output_layer.weight" if rule.kind == "vocab" and config.tie_word_embeddings else local
+        for name in {local, tied_copy} & by_name.keys():
+            whole = to_megatron(rule, [source.read(hf_name) for hf_name in rule.hf_names], config)
+            expected = tp_shard(rule, whole, parallel_state.get_tensor_model_parallel_rank(), layout[0])
+            assert torch.equal(by_name[name], expected), f"{name} of {hf_folder.name} in {layout} differs"
+            compared += 1
+    assert compared == len(by_name), f"compared {compared} of {len(by_name)} parameters"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
