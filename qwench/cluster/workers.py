@@ -3,8 +3,8 @@
     controller -> RemoteLearner -> WorkerGroup.call("learn", rollout) -> Ranks.send -> rank 0, 1, ... each: RankHost.answer
                                                                       <- Ranks.receive <-
 
-Every wait has a deadline and a label. Whatever goes wrong on one rank ends all of them: the others may wait for it in a
-collective, where nothing else reaches them.
+Every wait has a deadline and a label. What goes wrong on one rank ends all of them: the others may wait for it in a collective,
+where nothing else reaches them. Only an error that all ranks raise together leaves them as they are.
 """
 
 from __future__ import annotations
@@ -78,17 +78,22 @@ class WorkerGroup:
 
         Raises:
             TrainingError: a rank died, or not all have answered in time; no rank is left.
-            Exception: what a rank raised; no rank is left.
+            Exception: what a rank raised; no rank is left, unless all raised and so are still in step.
         """
         with self._lock:
             if self._ended:
                 raise TrainingError(f"{label}: the trainer ranks have ended already.")
             try:
                 self._ranks.send(Call(method=method, arguments=arguments))
-                return self._collect(label, timeout_s)
+                answers, problems = self._collect(label, timeout_s)
             except BaseException:  # also Ctrl-C: ranks in the middle of a call can be ended, not asked
                 self._end()
                 raise
+            if problems:
+                if answers or len(problems) < self._ranks.size or any(isinstance(news, Death) for _, news in problems):
+                    self._end()
+                raise self._as_error(*min(problems, key=_precedence), label)
+            return [answers[rank] for rank in range(self._ranks.size)]
 
     def close(self) -> None:
         """Let the ranks part from each other, then end them. Safe to call twice, and while a call is under way."""
@@ -103,7 +108,12 @@ class WorkerGroup:
         self._ended = True
         self._ranks.end()
 
-    def _collect(self, label: str, timeout_s: float) -> list[Any]:
+    def _collect(self, label: str, timeout_s: float) -> tuple[dict[int, Any], list[tuple[int, Failure | Death]]]:
+        """Return the ranks' answers, and what went wrong on others.
+
+        Raises:
+            TrainingError: nothing went wrong, but not every rank has answered in time.
+        """
         answers: dict[int, Any] = {}
         problems: list[tuple[int, Failure | Death]] = []
         deadline = self._clock() + timeout_s
@@ -115,12 +125,10 @@ class WorkerGroup:
                     problems.append((rank, news))
             if problems:
                 deadline = min(deadline, self._clock() + self._grace_s)
-        if problems:
-            raise self._as_error(*min(problems, key=_precedence), label)
-        if len(answers) < self._ranks.size:
+        if not problems and len(answers) < self._ranks.size:
             late = ", ".join(str(rank) for rank in range(self._ranks.size) if rank not in answers)
             raise TrainingError(f"{label}: no answer from trainer rank {late} of {self._ranks.size} within {timeout_s:g} s.")
-        return [answers[rank] for rank in range(self._ranks.size)]
+        return answers, problems
 
     def _as_error(self, rank: int, problem: Failure | Death, label: str) -> Exception:
         if isinstance(problem, Failure):

@@ -21,7 +21,7 @@ from qwench.engines.protocol import WeightBucket
 from qwench.errors import ConfigError
 from qwench.launch.generation import build_generation
 from qwench.launch.inputs import Inputs, read_eval_prompts, read_inputs, read_training_prompts
-from qwench.launch.processes import start_learner
+from qwench.launch.processes import make_servers, open_processes, start_learner, take_turns
 from qwench.launch.trainer import load_reward_post_process
 from qwench.models.hf import write_hf_checkpoint
 from qwench.observability.dumps import check_recorded
@@ -65,14 +65,18 @@ def build(config: Config) -> Run:
     checkpoints = _checkpoints(inputs, timer)
     only_generate = config.debug.debug_rollout_only
     with ExitStack() as started:
-        generation = build_generation(inputs, with_weights=only_generate)
+        processes = open_processes(inputs, started, trains=not only_generate, generates=True)
+        servers, token = make_servers(inputs, processes, with_weights=only_generate)
+        generation = build_generation(inputs, with_weights=only_generate, servers=servers, token=token)
         started.callback(generation.close)
         return Run(
             schedule=schedule,
-            learner=None if only_generate else start_learner(inputs, timer, started, num_rollout=schedule.num_rollout),
+            learner=None
+            if only_generate
+            else start_learner(inputs, processes, timer, started, num_rollout=schedule.num_rollout),
             rollouts=generation.stream(source, num_rollouts=schedule.num_rollout),
             engines=generation.engines,
-            gpus=_gpus(inputs, generation.engines, timer),
+            gpus=_gpus(inputs, generation.engines, timer, take_turns=take_turns(config, processes, servers)),
             evaluator=generation.evaluator(eval_prompts) if eval_prompts else None,
             checkpoints=checkpoints,
             metrics=_metric_log(inputs),
@@ -130,9 +134,10 @@ def _without_engines(inputs: Inputs, rollouts: ReplayStream | SftStream, schedul
     timer = PhaseTimer()
     checkpoints = _checkpoints(inputs, timer)
     with ExitStack() as started:
+        processes = open_processes(inputs, started, trains=True, generates=False)
         return Run(
             schedule=schedule,
-            learner=start_learner(inputs, timer, started, num_rollout=schedule.num_rollout),
+            learner=start_learner(inputs, processes, timer, started, num_rollout=schedule.num_rollout),
             rollouts=rollouts,
             engines=None,
             gpus=DedicatedGpus(weights_may_alias=False),
@@ -192,10 +197,11 @@ def _identity(hf_config: PretrainedConfig, config: Config) -> dict[str, Json]:
     }
 
 
-def _gpus(inputs: Inputs, engines: EnginePool, timer: PhaseTimer) -> Gpus:
+def _gpus(inputs: Inputs, engines: EnginePool, timer: PhaseTimer, *, take_turns: bool) -> Gpus:
+    """Return who holds devices when."""
     rollout, resolved = inputs.config.rollout, inputs.resolved
     may_alias = rollout.rollouts_ahead == 0 and rollout.update_weights_interval == 1
-    if inputs.device.type == "cpu" or rollout.rollouts_ahead > 0:
+    if not take_turns or rollout.rollouts_ahead > 0:
         return DedicatedGpus(weights_may_alias=may_alias)
     return ColocatedGpus(
         engines,
@@ -208,7 +214,13 @@ def _gpus(inputs: Inputs, engines: EnginePool, timer: PhaseTimer) -> Gpus:
 
 def _publication(inputs: Inputs) -> PublicationSettings:
     engine = inputs.config.engine
-    return PublicationSettings(bucket_bytes=engine.update_weight_buffer_size, model_folder=inputs.model_folder)
+    return PublicationSettings(
+        bucket_bytes=engine.update_weight_buffer_size,
+        transport=engine.update_weight_transport,
+        disk_folder=None if engine.update_weight_disk_dir is None else Path(engine.update_weight_disk_dir),
+        keep_disk_files=engine.update_weight_disk_keep_files,
+        model_folder=inputs.model_folder,
+    )
 
 
 def _metric_log(inputs: Inputs) -> MetricLog:

@@ -1,79 +1,208 @@
-"""Where the learner of a run lives: in this process, in processes of this machine, or on a Ray cluster."""
+"""Where the learner and the engines of a run live.
+
+launcher   learner                       engines
+inside     this process                  this process, or servers of this machine
+local      a process for each rank       this process (a CPU that all share), or servers of this machine
+ray        an actor for each rank        an actor for each, which owns a server
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Literal
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Literal, Protocol
 
 import torch
 from transformers.utils import logging as transformers_logging
 
 from qwench.cluster.local import LocalRanks
-from qwench.cluster.workers import RemoteLearner, WorkerGroup
+from qwench.cluster.placement import Bundles, plan_bundles
+from qwench.cluster.workers import Ranks, RemoteLearner, WorkerGroup
 from qwench.config import Config
 from qwench.config.environment import trainer_environment
 from qwench.controller import Learns
+from qwench.engines.placement import Placement, gpu_names, host_name
+from qwench.engines.servers import Server, ServerProcess
 from qwench.errors import ConfigError
+from qwench.launch.engines import CommandMaker, command_makers
 from qwench.launch.inputs import Inputs, read_inputs
 from qwench.launch.trainer import build_learner
 from qwench.observability.timing import PhaseTimer
 from qwench.training.learner import Learner
 
 Launcher = Literal["inside", "local", "ray"]
+LOOPBACK = "127.0.0.1"
 
 
-def choose_launcher(config: Config, environ: Mapping[str, str]) -> Launcher:
+class Processes(Protocol):
+    """What starts ranks and servers, and ends them when it is closed."""
+
+    has_gpus: bool
+    """The devices of learner and engines are GPUs."""
+
+    def start_ranks(self) -> Ranks | None:
+        """Start the trainer's ranks; None: the learner is in this process."""
+        ...
+
+    def make_servers(self, makers: Sequence[CommandMaker], *, devices_per_engine: int) -> Sequence[Server]:
+        """Return a server for each maker, not started yet."""
+        ...
+
+
+class LocalProcesses:
+    """Everything on this machine; trainer ranks have its first GPUs, engines apart from them the next ones."""
+
+    def __init__(self, inputs: Inputs, bundles: Bundles, *, ranks_inside: bool) -> None:
+        """Check that there are GPUs enough.
+
+        Raises:
+            ConfigError: there are too few.
+        """
+        self.has_gpus = torch.cuda.is_available()
+        self._inputs = inputs
+        self._bundles = bundles
+        self._ranks_inside = ranks_inside
+        there = torch.cuda.device_count()
+        if self.has_gpus and there < bundles.num_devices:
+            raise ConfigError(
+                f"the run needs {bundles.num_devices} GPUs ({sum(bundles.trainer)} for the trainer, {sum(bundles.engines)} for "
+                f"engines apart from it), and this machine has {there}; ask for fewer, or use a Ray cluster (--launcher ray)."
+            )
+
+    def start_ranks(self) -> Ranks | None:
+        """See `Processes.start_ranks`."""
+        if self._ranks_inside:
+            return None
+        config, log_dir = self._inputs.config, self._inputs.resolved.log_dir
+        return LocalRanks(
+            config.cluster.world_size,
+            environ={**os.environ, **trainer_environment(config.cluster, config.training, os.environ)},
+            bucket_bytes=config.engine.update_weight_buffer_size,
+            log_folder=log_dir / "ranks" if log_dir is not None else None,
+            say=self._inputs.console.say,
+        )
+
+    def make_servers(self, makers: Sequence[CommandMaker], *, devices_per_engine: int) -> Sequence[Server]:
+        """See `Processes.make_servers`."""
+        first = sum(self._bundles.trainer) if self._bundles.engines else 0
+        return [
+            self._server(make, range(first + i * devices_per_engine, first + (i + 1) * devices_per_engine))
+            for i, make in enumerate(makers)
+        ]
+
+    def _server(self, make: CommandMaker, devices: Sequence[int]) -> Server:
+        gpu_ids = list(devices) if self.has_gpus else []
+        placement = Placement(host=host_name(), devices=gpu_names(gpu_ids)) if gpu_ids else None
+        return ServerProcess(make(gpu_ids=gpu_ids, environ=os.environ, host=LOOPBACK), placement=placement)
+
+
+def open_processes(inputs: Inputs, started: ExitStack, *, trains: bool, generates: bool) -> Processes:
+    """Choose the launcher, and reserve what the run needs; `started` gets what gives it back.
+
+    Raises:
+        ConfigError: there are too few devices, or no cluster.
+    """
+    config = inputs.config
+    launcher = choose_launcher(config, os.environ, generates=generates)
+    num_engines = count_engines(config) if generates and not config.engine.rollout_external_engine_addrs else 0
+    bundles = plan_bundles(
+        config.cluster, trains=trains, num_engines=num_engines, devices_per_engine=devices_per_engine(config)
+    )
+    if launcher != "ray":
+        return LocalProcesses(inputs, bundles, ranks_inside=launcher == "inside")
+    if find_spec("ray") is None:
+        raise ConfigError("--launcher ray needs Ray, which is not installed; pip install 'qwench[ray]'.")
+    environ = trainer_environment(config.cluster, config.training, {})
+    with inputs.console.phase("start actors"):
+        cluster = import_module("qwench.cluster.ray").RayCluster(  # late: only here is Ray needed
+            address=os.environ.get("RAY_ADDRESS"), environ={name: os.environ.get(name, text) for name, text in environ.items()}
+        )
+        started.callback(cluster.close)
+        cluster.reserve(bundles)
+    processes: Processes = cluster
+    return processes
+
+
+def choose_launcher(config: Config, environ: Mapping[str, str], *, generates: bool) -> Launcher:
     """Return what --launcher means here; ranks that torchrun started are one process each already.
 
     Raises:
-        ConfigError: torchrun started other ranks than the flags ask for.
+        ConfigError: torchrun started other ranks than the flags ask for, or ranks that would each generate.
     """
     cluster, started = config.cluster, int(environ.get("WORLD_SIZE", "1"))
+    if started > 1 and generates:
+        raise ConfigError("qwench train starts its trainer ranks itself; start it once, without torchrun.")
+    if started > 1 and started != cluster.world_size:
+        raise ConfigError(
+            f"torchrun started {started} ranks, and --actor-num-nodes x --actor-num-gpus-per-node asks for "
+            f"{cluster.world_size}; make them equal, or leave torchrun out."
+        )
     if started > 1:
-        if started != cluster.world_size:
-            raise ConfigError(
-                f"torchrun started {started} ranks, and --actor-num-nodes x --actor-num-gpus-per-node asks for "
-                f"{cluster.world_size}; make them equal, or leave torchrun out."
-            )
         return "inside"
     if cluster.launcher != "auto":
         return cluster.launcher
-    if cluster.world_size == 1:
-        return "inside"
-    return "ray" if "RAY_ADDRESS" in environ or cluster.actor_num_nodes > 1 else "local"
+    if cluster.actor_num_nodes > 1:
+        return "ray"
+    apart = generates and not cluster.shares_devices
+    if "RAY_ADDRESS" in environ and (cluster.world_size > 1 or apart):
+        return "ray"
+    return "local" if cluster.world_size > 1 else "inside"
 
 
-def start_learner(inputs: Inputs, timer: PhaseTimer, started: ExitStack, *, num_rollout: int) -> Learns:
-    """Build the learner where --launcher says; `started` gets what ends its processes."""
-    launcher = choose_launcher(inputs.config, os.environ)
-    if launcher == "inside":
+def count_engines(config: Config) -> int:
+    """Return how many engines the devices are good for."""
+    cluster = config.cluster
+    num_devices = cluster.world_size if cluster.shares_devices else cluster.rollout_num_gpus
+    return (num_devices or 0) // devices_per_engine(config)
+
+
+def devices_per_engine(config: Config) -> int:
+    """Return the GPUs of one engine; the embedded one has one."""
+    return config.cluster.rollout_num_gpus_per_engine if config.engine.rollout_engine == "sglang" else 1
+
+
+def make_servers(inputs: Inputs, processes: Processes, *, with_weights: bool) -> tuple[Sequence[Server] | None, str | None]:
+    """Return the engines' servers and the token that they ask for; None: one embedded engine in this process is enough.
+
+    Args:
+        with_weights: the engines sample with the checkpoint's weights; else only after the first publication.
+    """
+    config = inputs.config
+    if config.engine.rollout_external_engine_addrs:
+        return None, None
+    in_here = isinstance(processes, LocalProcesses) and config.cluster.shares_devices
+    enough = config.cluster.world_size == 1 or not processes.has_gpus
+    if in_here and enough and config.engine.rollout_engine == "embedded":
+        return None, None
+    token = secrets.token_urlsafe()
+    makers = command_makers(inputs, num_engines=count_engines(config), token=token, with_weights=with_weights)
+    return processes.make_servers(makers, devices_per_engine=devices_per_engine(config)), token
+
+
+def take_turns(config: Config, processes: Processes, servers: Sequence[Server] | None) -> bool:
+    """Tell whether learner and engines use the same devices by turns; the memory of a CPU is enough for both at once."""
+    if config.engine.rollout_external_engine_addrs or not config.cluster.shares_devices:
+        return False
+    return processes.has_gpus or servers is not None
+
+
+def start_learner(inputs: Inputs, processes: Processes, timer: PhaseTimer, started: ExitStack, *, num_rollout: int) -> Learns:
+    """Build the learner where the launcher says; `started` gets what ends its processes."""
+    ranks = processes.start_ranks()
+    if ranks is None:
         return build_learner(inputs, timer, num_rollout=num_rollout)
-    group = WorkerGroup(_local_ranks(inputs))
+    group = WorkerGroup(ranks)
     started.callback(group.close)
-    return RemoteLearner(group, partial(build_rank, inputs.config, num_rollout), console=inputs.console)
+    build: Callable[[PhaseTimer], Learner] = partial(build_rank, inputs.config, num_rollout)
+    return RemoteLearner(group, build, console=inputs.console)
 
 
 def build_rank(config: Config, num_rollout: int, timer: PhaseTimer) -> Learner:
     """Build the learner of one rank, in its own process, from the configuration that the driver was given."""
     transformers_logging.disable_progress_bar()
     return build_learner(read_inputs(config), timer, num_rollout=num_rollout)
-
-
-def _local_ranks(inputs: Inputs) -> LocalRanks:
-    config, size = inputs.config, inputs.config.cluster.world_size
-    if torch.cuda.is_available() and torch.cuda.device_count() < size:
-        raise ConfigError(
-            f"the run needs {size} GPUs for its trainer ranks, and this machine has {torch.cuda.device_count()}; lower "
-            "--actor-num-gpus-per-node."
-        )
-    log_dir = inputs.resolved.log_dir
-    return LocalRanks(
-        size,
-        environ={**os.environ, **trainer_environment(config.cluster, config.training, os.environ)},
-        bucket_bytes=config.engine.update_weight_buffer_size,
-        log_folder=log_dir / "logs" if log_dir is not None else None,
-        say=inputs.console.say,
-    )

@@ -127,3 +127,12 @@ def test_error_that_cannot_travel_is_told_by_name():
     assert isinstance(kept.error, TrainingError)
     assert str(kept.error) == "ForeignError: code 3 at home"
     assert "raise ForeignError(3" in kept.trace
+
+
+def test_error_that_all_ranks_raise_leaves_them_in_step():
+    group, ranks = group_of((0.0, 0, failure(TrainingError("no"))), (1.0, 1, failure(TrainingError("no"))))
+    with pytest.raises(TrainingError, match="rank 0 of 2: no"):
+        group.call("run", label="publish", timeout_s=100)
+    assert ranks.ended == 0
+    ranks.script = [(1.0, 0, Answer(value=1)), (1.0, 1, Answer(value=2))]
+    assert group.call("run", label="publish", timeout_s=100) == [1, 2]

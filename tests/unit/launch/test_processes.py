@@ -1,0 +1,55 @@
+"""Which launcher the flags and the environment mean, and how many engines there are."""
+
+import pytest
+
+from qwench.config import ClusterConfig, Config, EngineConfig
+from qwench.errors import ConfigError
+from qwench.launch.processes import choose_launcher, count_engines
+
+RAY = {"RAY_ADDRESS": "10.0.0.1:6379"}
+
+
+@pytest.mark.parametrize(
+    ("cluster", "environ", "generates", "expected"),
+    [
+        ({}, {}, True, "inside"),
+        ({}, RAY, True, "inside"),
+        ({"actor_num_gpus_per_node": 2}, {}, True, "local"),
+        ({"actor_num_gpus_per_node": 2}, RAY, True, "ray"),
+        ({"actor_num_gpus_per_node": 2}, RAY, False, "ray"),
+        ({"actor_num_nodes": 2}, {}, True, "ray"),
+        ({"rollout_num_gpus": 1}, {}, True, "inside"),
+        ({"rollout_num_gpus": 1}, RAY, True, "ray"),
+        ({"rollout_num_gpus": 1}, RAY, False, "inside"),
+        ({"launcher": "local"}, RAY, True, "local"),
+        ({"launcher": "ray"}, {}, True, "ray"),
+        ({"actor_num_gpus_per_node": 2}, {"WORLD_SIZE": "2", **RAY}, False, "inside"),
+    ],
+)
+def test_launcher(cluster, environ, generates, expected):
+    config = Config(cluster=ClusterConfig(**cluster))
+    assert choose_launcher(config, environ, generates=generates) == expected
+
+
+@pytest.mark.parametrize(
+    ("ranks", "generates", "message"),
+    [(2, True, "qwench train starts its trainer ranks itself"), (4, False, "torchrun started 2 ranks, and .* asks for 4")],
+)
+def test_torchrun_is_refused_where_it_cannot_be_meant(ranks, generates, message):
+    config = Config(cluster=ClusterConfig(actor_num_gpus_per_node=ranks))
+    with pytest.raises(ConfigError, match=message):
+        choose_launcher(config, {"WORLD_SIZE": "2"}, generates=generates)
+
+
+@pytest.mark.parametrize(
+    ("engine", "cluster", "expected"),
+    [
+        ("sglang", {"actor_num_gpus_per_node": 8, "rollout_num_gpus_per_engine": 2, "colocate": True}, 4),
+        ("sglang", {"actor_num_gpus_per_node": 4, "rollout_num_gpus_per_engine": 2, "rollout_num_gpus": 2}, 1),
+        ("embedded", {"actor_num_gpus_per_node": 4, "rollout_num_gpus_per_engine": 2}, 4),
+        ("embedded", {"rollout_num_gpus": 3}, 3),
+    ],
+)
+def test_number_of_engines(engine, cluster, expected):
+    config = Config(engine=EngineConfig(rollout_engine=engine), cluster=ClusterConfig(**cluster))
+    assert count_engines(config) == expected
