@@ -73,7 +73,7 @@ class HttpEngine:
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """See `Engine.generate`; a cancelled caller's request is aborted on the server."""
         body = {
-            "rid": request.request_id,
+            "rid": _wire_id(request.request_id),
             "input_ids": list(request.input_ids),
             "sampling_params": _sampling_body(request.sampling),
             "return_logprob": True,
@@ -88,7 +88,7 @@ class HttpEngine:
 
     async def abort(self, request_id: str | None = None) -> None:
         """See `Engine.abort`."""
-        await self.post("/abort_request", {"rid": request_id or "", "abort_all": request_id is None})
+        await self.post("/abort_request", {"rid": _wire_id(request_id or ""), "abort_all": request_id is None})
 
     async def pause(self) -> None:
         """See `Engine.pause`."""
@@ -275,6 +275,11 @@ class HttpEngine:
             # No limit: concurrency is bounded where requests are made.
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         return self._session
+
+
+def _wire_id(request_id: str) -> str:
+    """Return a request's id as servers know it: SGLang aborts every request whose id begins with the one it is told."""
+    return request_id + "$"
 
 
 def _sampling_body(sampling: SamplingParams) -> dict[str, Json]:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from qwench.engines.members import Member, Members, MemberState
 from qwench.engines.router import Router
@@ -68,7 +68,7 @@ class Supervisor:
     def start(self) -> None:
         """Begin to watch."""
         self._next_check_s = time.monotonic() + self._rules.first_wait_s
-        self._spawn(self._watch())
+        self._spawn(self._watch)
 
     async def close(self) -> None:
         """End watching and restarting."""
@@ -91,7 +91,7 @@ class Supervisor:
     async def examine(self, member: Member) -> None:
         """Find out now whether a member that failed a request is lost."""
         if member not in self._examinations:
-            task = self._spawn(self._examine(member))
+            task = self._spawn(partial(self._examine, member))
             self._examinations[member] = task
             task.add_done_callback(lambda _: self._examinations.pop(member))
         await asyncio.shield(self._examinations[member])
@@ -109,7 +109,7 @@ class Supervisor:
                 self._next_check_s = time.monotonic() + self._rules.interval_s
                 for member in self._members:
                     # One that does not answer must not delay the others' checks.
-                    self._spawn(self.examine(member))
+                    self._spawn(partial(self.examine, member))
             else:
                 for member in self._members:
                     if member.state is not MemberState.LOST and not await _has_process(member):
@@ -134,7 +134,7 @@ class Supervisor:
             return
         self._say(f"{member.label} is lost: {reason}; its requests go to other engines while it is started again")
         await self._members.set_state(member, MemberState.LOST)
-        self._spawn(self._recover(member))
+        self._spawn(partial(self._recover, member))
 
     async def _recover(self, member: Member) -> None:
         if self._router is not None:
@@ -173,12 +173,12 @@ class Supervisor:
                 )
             await asyncio.sleep(min(POLL_S, self._rules.interval_s))
 
-    def _spawn(self, work: Any) -> asyncio.Task[None]:  # a coroutine that returns nothing
+    def _spawn(self, work: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
         """Run something in the background; a failure of it ends the pool."""
 
         async def guarded() -> None:
             try:
-                await work
+                await work()
             except QwenchError as error:
                 await self._members.fail(error)
 

@@ -66,6 +66,8 @@ class EnginePool:
         )
         self._dispatcher = Dispatcher(self._members, router=router, supervisor=self._supervisor)
         self._router = router
+        self._unrouted = list(self._members)
+        self._asleep = False
         self.run(self._begin(), label="start of the engines", timeout_s=CONTROL_TIMEOUT_S)
 
     @property
@@ -159,12 +161,15 @@ class EnginePool:
         """
         self._hold()
         self._settle()
+        self._asleep = True
         self.run(self._each(lambda engine: engine.sleep(tags)), label="put engines to sleep", timeout_s=MEMORY_TIMEOUT_S)
 
     def wake(self, tags: Sequence[MemoryTag]) -> None:
         """Take the memory of `tags` again everywhere."""
         self.run(self._members.each(lambda member: self._wake(member, tags)), label="wake engines", timeout_s=MEMORY_TIMEOUT_S)
         self._settle()
+        self._asleep = False
+        self.run(self._route(), label="route requests again", timeout_s=CONTROL_TIMEOUT_S)
         self._release()
 
     def close(self) -> None:
@@ -178,9 +183,7 @@ class EnginePool:
         return await self._members.each(lambda member: call(member.engine))
 
     async def _begin(self) -> None:
-        if self._router is not None:
-            for member in self._members:
-                await self._router.add(member.url)
+        await self._route()
         if self._supervisor is not None:
             self._supervisor.start()
 
@@ -198,9 +201,17 @@ class EnginePool:
         self._dispatcher.version, self._dispatcher.publishing = version, None
         for member in self._members:
             if member.state is MemberState.STALE:
-                if self._router is not None:
-                    await self._router.add(member.url)
                 await self._members.set_state(member, MemberState.READY)
+                self._unrouted.append(member)
+        if not self._asleep:
+            await self._route()
+
+    async def _route(self) -> None:
+        """Let the router send requests to members it does not know yet; it checks their health, so they must be awake."""
+        while self._unrouted:
+            member = self._unrouted.pop()
+            if self._router is not None and member.state is MemberState.READY:
+                await self._router.add(member.url)
 
     async def _wake(self, member: Member, tags: Sequence[MemoryTag]) -> None:
         try:

@@ -38,6 +38,8 @@ DEFAULTS: Mapping[str, tuple[str, ...]] = {
     # The router's own default sees no text in our requests and would send everything to one server.
     "policy": ("round_robin",),
     "log-level": ("warn",),
+    # SGLang generates a token to answer /health, which must not happen while its memory is released.
+    "health-check-endpoint": ("/model_info",),
     # A long response of a long queue; the client has its own deadline.
     "request-timeout-secs": ("7200",),
 }

@@ -114,7 +114,8 @@ def sglang_command(
     return ServerCommand(
         label=f"SGLang engine {index}",
         argv=tuple(argv),
-        environ=server_environ(environ, **visible_devices(gpu_ids, environ)),
+        # Log-probs must be those at the sampling temperature.
+        environ=server_environ(environ, SGLANG_RETURN_ORIGINAL_LOGPROB="0", **visible_devices(gpu_ids, environ)),
         log_file=log_folder / f"engine-{index}.log",
         host=host,
         start_timeout_s=start_timeout_s,

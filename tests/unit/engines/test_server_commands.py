@@ -1,0 +1,115 @@
+"""How servers are started, and which flags the user may pass on to them."""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+from pathlib import Path
+
+import pytest
+
+from qwench.engines.embedded.command import embedded_command
+from qwench.engines.router import check_router_words, router_command
+from qwench.engines.server_flags import check_words
+from qwench.engines.sglang import OWN_FLAGS, SglangSettings, check_sglang_words, sglang_command
+from qwench.errors import ConfigError
+
+PARSER = "parser.add_argument('--size', type=int); parser.add_argument('--fast', action='store_true')"
+
+
+def settings(**changes) -> SglangSettings:
+    fields = {
+        "model_folder": Path("/models/qwen3"), "tp_size": 2, "dtype": "bfloat16", "memory_saver": False, "seed": 42,
+        "deterministic": False, "serves_checkpoint": False, "words": ("--mem-fraction-static", "0.7"),
+    }  # fmt: skip
+    return SglangSettings(**(fields | changes))
+
+
+def command(of: SglangSettings, **changes):
+    fields = {"index": 1, "gpu_ids": (2, 3), "environ": {"PATH": "/bin"}, "log_folder": Path("logs"), "token": "secret"}
+    return sglang_command(of, **(fields | {"start_timeout_s": 60.0} | changes))
+
+
+def value_of(argv: tuple[str, ...], flag: str) -> str:
+    return argv[argv.index(flag) + 1]
+
+
+def test_an_sglang_server_gets_its_model_its_gpus_and_the_users_flags():
+    made = command(settings())
+    assert made.argv[1:5] == ("-m", "sglang.launch_server", "--mem-fraction-static", "0.7")
+    expected = {"--model-path": "/models/qwen3", "--tp-size": "2", "--dtype": "bfloat16", "--admin-api-key": "secret"}
+    assert {flag: value_of(made.argv, flag) for flag in expected} == expected
+    assert made.environ["CUDA_VISIBLE_DEVICES"] == "2,3" and made.environ["PATH"] == "/bin"
+    assert made.label == "SGLang engine 1" and made.log_file == Path("logs/engine-1.log")
+    assert pickle.loads(pickle.dumps(made)) == made
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ("memory_saver", ["--enable-memory-saver"]),
+        ("deterministic", ["--enable-deterministic-inference"]),
+        ("serves_checkpoint", ["--weight-version", "0"]),
+    ],
+)
+def test_what_a_run_needs_is_switched_on(changed, words):
+    assert words[0] not in command(settings()).argv
+    argv = command(settings(**{changed: True})).argv
+    at = argv.index(words[0])
+    assert list(argv[at : at + len(words)]) == words
+
+
+def test_engines_draw_apart_from_each_other():
+    assert {value_of(command(settings(), index=i).argv, "--random-seed") for i in range(3)} == {"42", "43", "44"}
+
+
+@pytest.mark.parametrize("name", sorted(OWN_FLAGS))
+def test_flags_that_are_ours_are_refused_with_what_to_do(name):
+    with pytest.raises(ConfigError, match=f"--sglang-{name} is not passed on: "):
+        check_sglang_words(("--attention-backend", "fa3", f"--{name}", "1"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sglang") is not None, reason="SGLang is installed")
+def test_without_sglang_the_user_is_told_to_install_it():
+    with pytest.raises(ConfigError, match=r"sglang cannot be imported .*install it"):
+        check_sglang_words(())
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("--size", "big"), "argument --x-size: invalid int value: 'big'"),
+        (("--fest",), "unrecognized arguments: --x-fest"),
+        (("--siz", "3"), "unrecognized arguments: --x-siz 3"),
+    ],
+)
+def test_flags_that_the_other_program_does_not_take_are_named_as_they_were_typed(words, problem):
+    with pytest.raises(ConfigError) as refused:
+        check_words(words, prefix="x", parser_program=PARSER, package="xpackage")
+    assert str(refused.value) == f"the installed xpackage does not take the --x-* flags: {problem}"
+
+
+def test_flags_that_the_other_program_takes_pass():
+    check_words(("--size", "3", "--fast"), prefix="x", parser_program=PARSER, package="xpackage")
+
+
+def test_the_router_takes_the_users_flags_over_our_defaults(tmp_path):
+    made = router_command(("--policy", "random", "--port", "3456"), environ={}, log_folder=tmp_path)
+    assert made.port == 3456
+    assert made.argv.count("--policy") == 1 and value_of(made.argv, "--policy") == "random"
+    assert "--port" not in made.argv
+    assert value_of(router_command((), environ={}, log_folder=tmp_path).argv, "--policy") == "round_robin"
+
+
+def test_the_installed_router_takes_our_defaults(tmp_path):
+    argv = router_command((), environ={}, log_folder=tmp_path).argv
+    check_router_words(argv[argv.index("sglang_router.launch_router") + 1 :])
+
+
+def test_an_embedded_server_gets_its_flags_and_token():
+    made = embedded_command(
+        ["--hf-checkpoint", "m"], index=0, gpu_ids=(), environ={"A": "b", "RANK": "1"}, log_folder=Path("logs"), token="secret",
+        start_timeout_s=9.0,
+    )  # fmt: skip
+    assert made.argv[1:] == ("-m", "qwench", "serve", "--hf-checkpoint", "m")
+    assert made.environ == {"A": "b", "QWENCH_TOKEN": "secret"} and made.start_timeout_s == 9.0
