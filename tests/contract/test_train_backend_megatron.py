@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from qwench.checkpoints.sources import open_weights
 from qwench.models.hf import load_hf_config
+from tests.contract import megatron_checkpoints
 from tests.contract import train_backend_cases as cases
 from tests.contract import train_backend_layouts as layouts
 from tests.contract.train_backend_checks import (
@@ -57,10 +60,9 @@ def plain(folder: Path) -> dict[str, cases.StepsRecord]:
 
 @pytest.fixture(scope="module")
 def plain_longer(folder: Path) -> dict[str, cases.StepsRecord]:
-    """Return the plain loop's records after twice as many steps."""
-    return {
-        model: cases.plain_loop(folder / model, num_steps=2 * cases.NUM_STEPS) for model in ("tied", "untied", "deep-untied")
-    }
+    """Return the plain loop's records of a run that goes on."""
+    num_steps = cases.NUM_STEPS + layouts.RESUMED_STEPS
+    return {model: cases.plain_loop(folder / model, num_steps=num_steps) for model in ("tied", "untied", "deep-untied")}
 
 
 @pytest.mark.parametrize(("world_size", "case"), STEPPED, ids=_names(STEPPED))
@@ -142,3 +144,38 @@ def test_a_resumed_run_in_bfloat16_is_bit_for_bit_the_one_that_was_not_interrupt
     for record, like in zip(read_records(folder, second, world_size), whole, strict=True):
         assert record["steps"] == like["steps"][2:]
         assert all(torch.equal(record["weights"][name], weight) for name, weight in like["weights"].items())
+
+
+def _in_a_process(function: Callable[..., dict], *arguments: object) -> dict:
+    """Run in a process of its own, since the stand-in for CUDA is not for this one."""
+    with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
+        return pool.submit(function, *arguments).result(timeout=60)
+
+
+@pytest.mark.parametrize("model", ["tied", "untied"])
+def test_megatron_core_itself_reads_weights_and_optimizer(folder: Path, model: str) -> None:
+    saved = f"tp2-pp2-{model}"
+    [case] = [case for _, case in STEPPED if case.name == saved]
+    by_megatron = _in_a_process(megatron_checkpoints.read_with_megatron_core, folder, saved, model)
+    expected = read_records(folder, case, 1)[0]["weights"]
+    assert by_megatron["weights"].keys() == expected.keys()
+    assert all(torch.equal(by_megatron["weights"][name], weight) for name, weight in expected.items())
+    assert by_megatron["num_steps"] == [cases.NUM_STEPS] * 2
+    ours = _in_a_process(megatron_checkpoints.read_with_the_backend, folder, saved, model)["state"]
+    for read, like in zip(by_megatron["state"], ours, strict=True):
+        assert read.keys() == like.keys()
+        for name, values in like.items():
+            assert torch.equal(read[name], values), name
+            assert values.abs().max() > 0
+
+
+def test_a_checkpoint_that_cannot_be_read_is_one_clear_error_and_changes_nothing(folder: Path) -> None:
+    record = _in_a_process(megatron_checkpoints.read_damaged, folder, "tp2-untied", "untied")
+    assert record["unchanged"]
+    messages = record["messages"]
+    assert "is cut short" in messages["truncated"]
+    assert "is missing" in messages["file-missing"]
+    assert "not finished" in messages["unfinished"]
+    assert "common.pt cannot be read" in messages["no-step-count"]
+    assert "--no-load-optim" in messages["no-optimizer"]
+    assert "4 layers" in messages["another-model"]

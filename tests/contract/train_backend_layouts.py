@@ -58,20 +58,24 @@ def first_steps() -> Iterator[tuple[int, Case]]:
     yield fsdp("fsdp-tied", "tied", on="fsdp", save=True)
 
 
+RESUMED_STEPS = 2
+"""Enough to need moments, masters and the step count."""
+
+
 def resumed() -> Iterator[tuple[int, Case]]:
     """Yield every layout from the same checkpoint, from another one's and from FSDP2's, and FSDP2 from every layout's."""
     others = cycle(LAYOUTS)
     next(others)
     for on in LAYOUTS:
-        yield megatron(f"{on}-after-tp2-pp2", "untied", on=on, load="tp2-pp2-untied")
-        yield megatron(f"{on}-after-another", "untied", on=on, load=f"{next(others)}-untied")
-        yield megatron(f"{on}-after-fsdp", "untied", on=on, load="fsdp-untied")
-        yield fsdp(f"fsdp-after-{on}", "untied", on="fsdp-2", load=f"{on}-untied")
+        yield megatron(f"{on}-after-tp2-pp2", "untied", on=on, load="tp2-pp2-untied", num_steps=RESUMED_STEPS)
+        yield megatron(f"{on}-after-another", "untied", on=on, load=f"{next(others)}-untied", num_steps=RESUMED_STEPS)
+        yield megatron(f"{on}-after-fsdp", "untied", on=on, load="fsdp-untied", num_steps=RESUMED_STEPS)
+        yield fsdp(f"fsdp-after-{on}", "untied", on="fsdp-2", load=f"{on}-untied", num_steps=RESUMED_STEPS)
     for on in ("pp2", "tp2-pp2"):
-        yield megatron(f"{on}-tied-after-tp2-pp2", "tied", on=on, load="tp2-pp2-tied")
-        yield megatron(f"{on}-tied-after-fsdp", "tied", on=on, load="fsdp-tied")
-    yield fsdp("fsdp-tied-after-tp2-pp2", "tied", on="fsdp", load="tp2-pp2-tied")
-    yield megatron("deep-pp2-after-pp4", "deep-untied", on="pp2", load="deep-pp4-untied")
+        yield megatron(f"{on}-tied-after-tp2-pp2", "tied", on=on, load="tp2-pp2-tied", num_steps=RESUMED_STEPS)
+        yield megatron(f"{on}-tied-after-fsdp", "tied", on=on, load="fsdp-tied", num_steps=RESUMED_STEPS)
+    yield fsdp("fsdp-tied-after-tp2-pp2", "tied", on="fsdp", load="tp2-pp2-tied", num_steps=RESUMED_STEPS)
+    yield megatron("deep-pp2-after-pp4", "deep-untied", on="pp2", load="deep-pp4-untied", num_steps=RESUMED_STEPS)
 
 
 def weights_only() -> Iterator[tuple[int, Case]]:

@@ -25,7 +25,7 @@ from qwench.training.schedule import LrSchedule
 from tests.contract import train_backend_cases as cases
 from tests.fakes import cuda_stand_in
 
-_TIMEOUT_S = 120
+_TIMEOUT_S = 300
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.contract.train_backend_ranks"])
 _SCHEDULE = LrSchedule(peak=cases.PEAK_LR, warmup_steps=2)
