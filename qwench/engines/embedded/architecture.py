@@ -92,12 +92,12 @@ def architecture_from_config(config: PretrainedConfig) -> Architecture:
     """Read a Hugging Face config.
 
     Raises:
-        ConfigError: a model the engine's forward pass would not reproduce.
+        ConfigError: a model that neither the engine nor our Megatron layers would reproduce.
     """
     family = _FAMILIES.get(config.model_type)
     if family is None:
         raise ConfigError(
-            f"the embedded engine does not know model_type {config.model_type!r}; known: {', '.join(sorted(_FAMILIES))}."
+            f"config.json has model_type {config.model_type!r}; known: {', '.join(sorted(_FAMILIES))}. Choose another model."
         )
     _refuse_variants(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -123,8 +123,8 @@ def architecture_from_config(config: PretrainedConfig) -> Architecture:
 
 def _refuse_variants(config: PretrainedConfig) -> None:
     if config.hidden_act != "silu":
-        raise ConfigError(f"the embedded engine knows the activation silu; got hidden_act {config.hidden_act!r}.")
+        raise ConfigError(f"config.json has hidden_act {config.hidden_act!r}; known: silu. Choose another model.")
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds or getattr(config, "use_sliding_window", False):
         wanted = ", ".join(sorted(kinds)) or "a sliding window"
-        raise ConfigError(f"the embedded engine knows full attention only; the config asks for {wanted}.")
+        raise ConfigError(f"config.json asks for {wanted}; known: full attention. Choose another model.")
