@@ -181,11 +181,9 @@ NEUTRAL: tuple[Neutral, ...] = (
     ),
     # Publication of weights.
     *_flags(("full",), DELTA, "update-weight-mode"),
-    *_flags(("nccl",), "the transport follows from where the engines run", "update-weight-transport"),
     *_flags(("xor",), DELTA, "update-weight-delta-encoding"),
     *_flags(("xxh3-128",), DELTA, "update-weight-delta-checksum"),
-    *_flags(NEVER, DELTA, "update-weight-disk-dir", "update-weight-local-checkpoint-dir"),
-    *_flags(OFF, DELTA, "update-weight-disk-keep-files"),
+    *_flags(NEVER, DELTA, "update-weight-local-checkpoint-dir"),
     # Tests, profiling, logging.
     *_flags(
         NEVER,

@@ -37,6 +37,13 @@ class EngineConfig:
     """Seed the sampling: sample i of every group uses --rollout-seed + i."""
     update_weight_buffer_size: int = 512 * 1024**2
     """Bytes of one bucket of published weights."""
+    update_weight_transport: Literal["nccl", "ipc", "broadcast", "disk"] = "nccl"
+    """How weights reach engines in other processes. nccl: as their place allows, in shared memory on the trainer's devices,
+    by NCCL (gloo on CPUs) elsewhere, from disk where neither works; the others: that way only."""
+    update_weight_disk_dir: str | None = None
+    """Folder that trainer and engines see, for weights published from disk. None: a temporary one of this machine."""
+    update_weight_disk_keep_files: bool = False
+    """Keep published weights in --update-weight-disk-dir."""
     rollout_external_engine_addrs: tuple[str, ...] = ()
     """Addresses (host:port) of engines that run already, of either kind; they are used as they are, and left running.
     The environment variable QWENCH_TOKEN holds the token that they ask for, if they do."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
@@ -19,13 +22,40 @@ def tensor_checksum(tensor: Tensor) -> int:
 
     All arithmetic is on integers modulo 2**64, so it does not depend on device, threads or order of summation.
     """
-    flat = tensor.detach().contiguous().view(-1)
+    return tensor_checksums([("", tensor)])[""]
+
+
+def tensor_checksums(named: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+    """Return the checksum of each tensor by its name, waiting for the device only once."""
+    parts = [(name, tensor.numel(), tensor.element_size(), _chunk_sums(tensor.detach())) for name, tensor in named]
+    if not parts:
+        return {}
+    sums = iter(torch.cat([own for *_, own in parts]).tolist())
+    return {name: _fold(numel * 16 + width, [next(sums) for _ in range(own.numel())]) for name, numel, width, own in parts}
+
+
+def _fold(start: int, sums: Iterable[int]) -> int:
+    total = start
+    for own in sums:
+        total = (total * _CHUNK_MULTIPLIER + own) % 2**64
+    return total - 2**64 if total >= 2**63 else total
+
+
+def _chunk_sums(tensor: Tensor) -> Tensor:
+    """Return the weighted sums [number of chunks] int64 of a tensor's bits, on its device."""
+    flat = tensor.contiguous().view(-1)
     bits = flat.view(_BIT_VIEWS[flat.element_size()])
-    total = torch.tensor(flat.numel() * 16 + flat.element_size(), dtype=torch.int64, device=flat.device)
-    for start in range(0, bits.numel(), CHUNK_ELEMENTS):
-        chunk = bits[start : start + CHUNK_ELEMENTS].to(torch.int64)
-        position = torch.arange(chunk.numel(), dtype=torch.int64, device=chunk.device) % WEIGHT_PERIOD + 1
-        # The second sum tells apart swaps between positions of equal weight.
-        lap = torch.arange(chunk.numel(), dtype=torch.int64, device=chunk.device) // WEIGHT_PERIOD + 1
-        total = total * _CHUNK_MULTIPLIER + (chunk * position).sum() + (chunk * lap).sum() * (1 << 32)
-    return int(total.item())
+    if bits.is_cuda:
+        # Imported late on purpose: Triton exists only where CUDA (or ROCm) does.
+        kernel = import_module("qwench.engines.checksum_triton")
+        sums: Tensor = kernel.chunk_sums(bits, chunk_elements=CHUNK_ELEMENTS, period=WEIGHT_PERIOD)
+        return sums
+    empty = torch.zeros(0, dtype=torch.int64, device=bits.device)
+    return torch.stack([_weighted_sum(chunk) for chunk in bits.split(CHUNK_ELEMENTS)]) if bits.numel() else empty
+
+
+def _weighted_sum(bits: Tensor) -> Tensor:
+    chunk = bits.to(torch.int64)
+    place = torch.arange(chunk.numel(), dtype=torch.int64, device=chunk.device)
+    # The second sum tells apart swaps between positions of equal weight.
+    return (chunk * (place % WEIGHT_PERIOD + 1)).sum() + (chunk * (place // WEIGHT_PERIOD + 1)).sum() * (1 << 32)

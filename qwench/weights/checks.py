@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from qwench.engines.checksum import tensor_checksum
+from qwench.engines.checksum import tensor_checksums
 from qwench.engines.protocol import WeightBucket, WeightReceipt
 from qwench.errors import WeightSyncError
 
@@ -26,7 +26,7 @@ class ChecksumLedger:
 
     def note(self, bucket: WeightBucket) -> None:
         """See `Ledger`."""
-        self.checksums.update((name, tensor_checksum(tensor)) for name, tensor in bucket)
+        self.checksums |= tensor_checksums(bucket)
 
 
 def check_version(engine: object, held: int, version: int) -> None:

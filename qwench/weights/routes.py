@@ -39,7 +39,7 @@ def plan_routes(
         addresses: of the engines.
         placements: of the engines, as far as known.
         ranks: where each trainer rank holds its full tensors.
-        transport: `auto`, or the one that must be used.
+        transport: `nccl` for what follows from the places, or the one that must be used.
 
     Raises:
         WeightSyncError: `ipc` must be used and an engine shares no device with a trainer rank.
@@ -54,9 +54,9 @@ def _route(address: EngineAddress, placement: Placement | None, ranks: Sequence[
             f"--update-weight-transport ipc cannot reach the engine at {address.base_url}: it runs on {placement}, the trainer "
             f"on {list(ranks)}; leave the flag out, or place the engine on the trainer's devices."
         )
-    if neighbours is not None and transport in ("auto", "ipc"):
+    if neighbours is not None and transport in ("nccl", "ipc"):
         return Route(address=address, transport="ipc", ranks=neighbours)
-    if transport == "disk" or (transport == "auto" and placement is not None and placement.on_cpu != ranks[0].on_cpu):
+    if transport == "disk" or (transport == "nccl" and placement is not None and placement.on_cpu != ranks[0].on_cpu):
         return Route(address=address, transport="disk", ranks=(0,))
     return Route(address=address, transport="broadcast", ranks=(0,))
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from qwench.weights.buckets import DEFAULT_BUCKET_BYTES
 
-TransportName = Literal["auto", "ipc", "broadcast", "disk"]
+TransportName = Literal["nccl", "ipc", "broadcast", "disk"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,8 +16,8 @@ class PublicationSettings:
     """Of every publication of a run; engines of the trainer's own process need none of it but the bucket's size."""
 
     bucket_bytes: int = DEFAULT_BUCKET_BYTES
-    transport: TransportName = "auto"
-    """auto: what `routes` says of each engine's place."""
+    transport: TransportName = "nccl"
+    """nccl, the name that slime gives to its default: what `routes` says of each engine's place."""
     timeout_s: float = 600.0
     """For one engine to take one bucket (or, from disk, everything)."""
     disk_folder: Path | None = None

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from qwench.engines.checksum import tensor_checksum
+from qwench.engines.checksum import tensor_checksums
 from qwench.engines.protocol import Engine, WeightBucket, WeightReceipt
 from qwench.weights.checks import check_checksums, check_version
 
@@ -97,5 +97,5 @@ def choose_transport(
 def _noting_checksums(buckets: Iterable[WeightBucket], checksums: dict[str, int]) -> Iterator[WeightBucket]:
     """Pass buckets on, and note each tensor's checksum, computed on the device it lies on."""
     for bucket in buckets:
-        checksums.update((name, tensor_checksum(tensor)) for name, tensor in bucket)
+        checksums |= tensor_checksums(bucket)
         yield bucket

@@ -130,9 +130,9 @@ def assert_holds(url: str, source: Source, version: int) -> None:
     assert list(result.log_probs) == list(reference.log_probs)
 
 
-@pytest.mark.parametrize("transport", ["auto", *TRANSPORTS])
+@pytest.mark.parametrize("transport", ["nccl", *TRANSPORTS])
 def test_engines_hold_exactly_what_was_published(servers, model_folder, transport):
-    version = 10 + ("auto", *TRANSPORTS).index(transport)
+    version = 10 + ("nccl", *TRANSPORTS).index(transport)
     source = Source(seed=version)
     publish_from_rank(source, [address_of(server.url) for server in servers], version, settings(transport, model_folder))
     for server in servers:
@@ -218,7 +218,7 @@ def test_an_engine_that_is_gone_is_named(model_folder):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     with pytest.raises(EngineLostError, match=rf"{url}\) cannot be reached"):
-        publish_from_rank(Source(seed=1), [address_of(url)], 1, settings("auto", model_folder))
+        publish_from_rank(Source(seed=1), [address_of(url)], 1, settings("nccl", model_folder))
 
 
 def test_a_tensor_damaged_on_its_way_is_found_and_named(servers, model_folder):

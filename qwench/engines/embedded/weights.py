@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from qwench.engines.checksum import tensor_checksum
+from qwench.engines.checksum import tensor_checksums
 from qwench.engines.embedded.architecture import Architecture
 from qwench.engines.protocol import Portion, WeightBucket
 from qwench.errors import WeightSyncError
@@ -132,7 +132,7 @@ class WeightStore:
         self.ready = False
         for name, tensor in wanted:
             self._tensors[name].copy_(tensor.detach(), non_blocking=False)
-            self._received[name] = tensor_checksum(self._tensors[name])
+        self._received |= tensor_checksums((name, self._tensors[name]) for name, _ in wanted)
         self._received_head = self._received_head or len(wanted) < len(bucket)
 
     def finish(self) -> dict[str, int]:

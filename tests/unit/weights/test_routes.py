@@ -8,7 +8,7 @@ RANKS = [Placement(host="a", devices=(f"GPU-{i}",)) for i in range(4)]
 CPU_RANK = [Placement(host="a", devices=("cpu",))]
 
 
-def route(placement, ranks, transport="auto"):
+def route(placement, ranks, transport="nccl"):
     address = EngineAddress(base_url="http://e", token=None, dialect="sglang", placement=placement)
     (planned,) = plan_routes([address], [placement], ranks, transport=transport)
     return planned.transport, planned.ranks

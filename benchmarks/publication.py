@@ -1,0 +1,173 @@
+"""Time how weights reach an engine: aliased, copied, through CUDA IPC to a second process (shared memory on a CPU), from disk.
+
+    python benchmarks/publication.py --output FOLDER [--size 0.6B --size 4B] [--rounds 5] [--bucket-bytes 536870912]
+
+Random weights of each size are written as a checkpoint under FOLDER (kept, and used again), an engine server is started from
+it as a second process, and every way is timed `--rounds` times after one that warms up. A publication includes the checksums
+at both ends; their own time is the line "checksums". Prints a Markdown table of medians and writes publication.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qwench.engines.checksum import tensor_checksums
+from qwench.engines.embedded.command import embedded_command
+from qwench.engines.embedded.engine import EmbeddedEngine
+from qwench.engines.embedded.settings import EmbeddedSettings
+from qwench.engines.embedded.weights import read_safetensors
+from qwench.engines.placement import EngineAddress
+from qwench.engines.protocol import WeightBucket
+from qwench.engines.servers import ServerProcess, server_environ
+from qwench.models.hf import load_hf_config
+from qwench.models.tiny import make_checkpoint
+from qwench.models.tokenizers import build_small_tokenizer
+from qwench.weights.buckets import bucketed
+from qwench.weights.rank_publication import publish_from_rank
+from qwench.weights.settings import PublicationSettings
+from qwench.weights.transports import AliasTransport, CopyTransport
+
+TOKEN = "benchmark"
+KV_TOKENS = 4096
+
+
+class Weights:
+    """A trainer that holds a checkpoint's weights on the device."""
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        self.tensors = {
+            name: tensor.to(device=device, dtype=dtype) for bucket in read_safetensors(folder) for name, tensor in bucket
+        }
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
+        return bucketed(self.tensors.items(), bucket_bytes=bucket_bytes)
+
+    def shared_weights(self) -> dict[str, Tensor]:
+        return self.tensors
+
+
+def timed(work: Callable[[], None], *, rounds: int, device: torch.device) -> list[float]:
+    """Return seconds of each round but the first."""
+    seconds = []
+    for _ in range(rounds + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
+
+
+def measure(size: str, args: argparse.Namespace) -> list[dict[str, object]]:
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    folder = args.output / f"model-{size}"
+    if not folder.exists():
+        make_checkpoint(folder, size=size, tokenizer=build_small_tokenizer(), seed=0, device=args.device)
+    source = Weights(folder, device, dtype)
+    seconds = {"checksums": timed(lambda: check(source), rounds=args.rounds, device=device)}
+    seconds |= in_process(source, folder, args, dtype)
+    seconds |= to_a_server(source, folder, args)
+    return [
+        {
+            "size": size,
+            "way": way,
+            "gigabytes": source.num_bytes / 1e9,
+            "milliseconds": statistics.median(taken) * 1e3,
+            "gigabytes_per_second": source.num_bytes / 1e9 / statistics.median(taken),
+            "rounds": taken,
+        }
+        for way, taken in seconds.items()
+    ]
+
+
+def check(source: Weights) -> None:
+    tensor_checksums(source.tensors.items())
+
+
+def in_process(source: Weights, folder: Path, args: argparse.Namespace, dtype: torch.dtype) -> dict[str, list[float]]:
+    settings = EmbeddedSettings(device=args.device, dtype=dtype, kv_cache_tokens=KV_TOKENS)
+    engine = EmbeddedEngine.from_checkpoint(load_hf_config(folder), settings)
+    seconds = {}
+    for way, transport in (
+        ("aliased", AliasTransport(source.tensors)),
+        ("copied", CopyTransport(source, bucket_bytes=args.bucket_bytes)),
+    ):
+        seconds[way] = timed(
+            lambda transport=transport: asyncio.run(transport.publish(engine, version=1)),
+            rounds=args.rounds,
+            device=source_device(source),
+        )
+    asyncio.run(engine.close())
+    return seconds
+
+
+def to_a_server(source: Weights, folder: Path, args: argparse.Namespace) -> dict[str, list[float]]:
+    server = ServerProcess(
+        embedded_command(
+            ("--hf-checkpoint", str(folder), "--embedded-kv-cache-tokens", str(KV_TOKENS)),
+            index=0,
+            gpu_ids=(0,) if args.device.startswith("cuda") else (),
+            environ=server_environ(os.environ),
+            log_folder=args.output,
+            token=TOKEN,
+            start_timeout_s=600,
+        )
+    )
+    try:
+        address = EngineAddress(base_url=server.start(), token=TOKEN, dialect="embedded", placement=None)
+        seconds = {}
+        for transport in ("ipc", "disk"):
+            settings = PublicationSettings(
+                bucket_bytes=args.bucket_bytes, transport=transport, disk_folder=args.output, model_folder=folder
+            )
+            seconds[transport] = timed(
+                lambda settings=settings: publish_from_rank(source, [address], 1, settings),
+                rounds=args.rounds,
+                device=source_device(source),
+            )
+        return seconds
+    finally:
+        server.stop()
+
+
+def source_device(source: Weights) -> torch.device:
+    return next(iter(source.tensors.values())).device
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--size", action="append", help="name of a size (qwench.models.registry); may be repeated")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--bucket-bytes", type=int, default=512 * 1024**2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = []
+    print("| size | way | GB | ms | GB/s |\n| --- | --- | --- | --- | --- |")
+    for size in args.size or ["0.6B", "4B", "8B"] if args.device.startswith("cuda") else args.size or ["tiny"]:
+        for row in measure(size, args):
+            rows.append(row)
+            print("| {size} | {way} | {gigabytes:.2f} | {milliseconds:.2f} | {gigabytes_per_second:.1f} |".format(**row))
+    (args.output / "publication.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
