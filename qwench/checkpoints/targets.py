@@ -165,10 +165,10 @@ class FsdpTarget:
     def __init__(self, folder: Path, streams: Sequence[Stream], *, rank: int, num_steps: int | None) -> None:
         """Give each stream its folder; the stream of kind WEIGHTS is that of the masters."""
         self._folder, self._num_steps = folder, num_steps
-        kinds = [stream.kind for stream in streams]
         homes = {WEIGHTS: ("model", ""), **{moment: ("optimizer", f".{moment}") for moment in MOMENTS}}
-        self._homes = {kind: homes[kind] for kind in kinds}
-        self._writers = {home: DcpWriter(folder / home, rank) for home, _ in self._homes.values()}
+        self._homes = {stream.kind: homes[stream.kind] for stream in streams}
+        used = sorted({home for home, _ in self._homes.values()})
+        self._writers = {home: DcpWriter(folder / home, rank) for home in used}
         pairs = [(stream, name) for stream in streams for name in stream.source.specs]
         self.jobs = [Job(stream=stream, names=(name,), unit=i) for i, (stream, name) in enumerate(pairs)]
 

@@ -1,0 +1,85 @@
+"""`qwench convert` and the scripts of slime's recipes as a user runs them: alone, under torchrun, and wrongly."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).parents[2]
+MODEL_ARGS = shlex.split("""
+--swiglu --num-layers 4 --hidden-size 128 --ffn-hidden-size 512 --num-attention-heads 4 --group-query-attention
+--num-query-groups 2 --use-rotary-position-embeddings --disable-bias-linear --normalization RMSNorm --norm-epsilon 1e-6
+--rotary-base 1000000 --kv-channels 32 --qk-layernorm
+""")
+DEADLINE_S = 120.0
+
+
+def run(*words: object, ok: bool = True) -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(
+        [sys.executable, *map(str, words)], env=environ, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    assert (result.returncode == 0) is ok, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "hf"
+    run("-m", "qwench", "make-model", "--output", folder, "--size", "tiny")
+    return folder
+
+
+def test_the_scripts_of_the_recipes_take_a_model_there_and_back(hf: Path, tmp_path: Path) -> None:
+    save, back = tmp_path / "torch_dist", tmp_path / "back"
+    script = "tools/convert_hf_to_torch_dist.py"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run(*torchrun, script, *MODEL_ARGS, "--hf-checkpoint", hf, "--save", save)
+    assert sorted(path.name for path in (save / "release").glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
+    back_again = [
+        "tools/convert_torch_dist_to_hf.py",
+        "--input-dir",
+        save / "release",
+        "--output-dir",
+        back,
+        "--origin-hf-dir",
+        hf,
+    ]
+    run(*back_again)
+    assert (back / "model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
+    run(*back_again, "-f")
+
+
+def test_two_processes_write_shards_and_logits_agree(hf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sharded"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["convert", "--input", hf, "--output", out, "--to", "hf", "--max-shard-gb", "0.001", "--verify"]
+    result = run(*torchrun, "-m", "qwench", *words)
+    assert "checksum" in result.stdout and "verified" in result.stdout
+    weight_map = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    original = load_file(hf / "model.safetensors")
+    assert weight_map.keys() == original.keys()
+    for file in set(weight_map.values()):
+        for name, tensor in load_file(out / file).items():
+            assert torch.equal(tensor, original[name])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num-layers", "5"], "--num-layers (5) contradicts the checkpoint's config.json (4)"),
+        (["--num-layer", "4"], "unknown flag --num-layer"),
+    ],
+)
+def test_wrong_model_args_are_one_line(hf: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    result = run("tools/convert_hf_to_torch_dist.py", *words, "--hf-checkpoint", hf, "--save", tmp_path / "out", ok=False)
+    assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,181 @@
+"""Conversions keep every bit, optimizer and run included; what is wrong is said before anything is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import Qwen3Config
+
+from qwench.checkpoints import convert as convert_module
+from qwench.checkpoints.convert import Conversion, Converted, Converter, Ranks, share
+from qwench.checkpoints.folders import MARKER
+from qwench.checkpoints.manifest import read_manifest, write_manifest
+from qwench.checkpoints.sources import Format, open_optimizer_state, open_weights
+from qwench.checkpoints.targets import Job, Stream
+from qwench.errors import CheckpointError, ConfigError
+from qwench.models.hf import expected_weights, load_hf_config, write_hf_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+SHAPE = {
+    "vocab_size": 12,
+    "hidden_size": 8,
+    "intermediate_size": 6,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+}
+
+
+def write_hf(folder: Path, *, tied: bool = True, seed: int = 1) -> Path:
+    config = Qwen3Config(**SHAPE, tie_word_embeddings=tied, dtype="bfloat16")
+    config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(seed)
+    weights = [(name, torch.randn(shape, generator=generator).bfloat16()) for name, shape in expected_weights(config).items()]
+    write_hf_checkpoint(folder.with_name(folder.name + "-full"), [weights], source=folder)
+    shutil.rmtree(folder)
+    return folder.with_name(folder.name + "-full").rename(folder)
+
+
+def run(source: Path, output: Path, to: Format, *, hf: Path, shard_bytes: int = 10**9, replace: bool = False) -> Converted:
+    conversion = Conversion(
+        source=source,
+        output=output,
+        to=to,
+        hf_folder=hf,
+        config=load_hf_config(hf),
+        max_shard_bytes=shard_bytes,
+        replace=replace,
+    )
+    return Converter(conversion).run(Ranks(), lambda nbytes: None)
+
+
+def write_run(root: Path, hf: Path) -> Path:
+    """Write what a run of the FSDP backend leaves: masters that are no bfloat16 values, moments, where it stood."""
+    folder = root / "iter_0000020"
+    source = open_weights(hf, load_hf_config(hf))
+    masters = {name: source.read(name).float() * 1.0001 for name in source.specs}
+    dcp.save(masters, checkpoint_id=folder / "model")
+    moments = {f"{name}.exp_avg": master * 0.5 for name, master in masters.items()}
+    moments |= {f"{name}.exp_avg_sq": master.square() for name, master in masters.items()}
+    dcp.save(moments, checkpoint_id=folder / "optimizer")
+    dcp.save({"num_steps": torch.tensor(40)}, checkpoint_id=folder / "lr_scheduler")
+    (folder / "rollouts.json").write_text('{"cursor": 3}')
+    write_manifest(folder, {"iteration": 20, "identity": {"model_type": "qwen3"}, "has_optimizer": True})
+    (root / MARKER).write_text('{"model_type": "qwen3"}')
+    (root / "latest_checkpointed_iteration.txt").write_text("20\n")
+    return folder
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_there_and_back_gives_the_same_file(tmp_path: Path, tied: bool) -> None:
+    hf = write_hf(tmp_path / "hf", tied=tied)
+    run(hf, tmp_path / "megatron", "torch_dist", hf=hf)
+    run(tmp_path / "megatron" / "release", tmp_path / "fsdp", "fsdp", hf=hf)
+    run(tmp_path / "fsdp" / "release", tmp_path / "back", "hf", hf=hf)
+    assert (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").read_text() == "release"
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (hf / name).read_bytes()
+    assert open_weights(tmp_path / "fsdp", load_hf_config(hf)).specs["model.norm.weight"].dtype == torch.float32
+
+
+def test_shards_are_cut_by_size(tmp_path: Path) -> None:
+    hf = write_hf(tmp_path / "hf", tied=False)
+    run(hf, tmp_path / "sharded", "hf", hf=hf, shard_bytes=400)
+    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
+    files = {name: load_file(tmp_path / "sharded" / name) for name in set(index["weight_map"].values())}
+    assert len(files) > 3
+    for tensors in files.values():
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= 400
+    for name, tensor in load_file(hf / "model.safetensors").items():
+        assert torch.equal(files[index["weight_map"][name]][name], tensor)
+
+
+def test_optimizer_and_run_go_along(tmp_path: Path) -> None:
+    hf = write_hf(tmp_path / "hf")
+    config = load_hf_config(hf)
+    folder = write_run(tmp_path / "run", hf)
+    assert run(folder, tmp_path / "megatron", "torch_dist", hf=hf).with_optimizer
+    assert run(tmp_path / "megatron" / "iter_0000020", tmp_path / "back", "fsdp", hf=hf).with_optimizer
+    before = open_optimizer_state(tmp_path / "run", config)
+    for name in ("megatron", "back"):
+        state = open_optimizer_state(tmp_path / name, config)
+        assert before is not None and state is not None
+        assert state.num_steps == 40
+        for weight in expected_weights(config):
+            assert torch.equal(state.masters.read(weight), before.masters.read(weight))
+            for moment in ("exp_avg", "exp_avg_sq"):
+                assert torch.equal(state.moments[moment].read(weight), before.moments[moment].read(weight))
+        manifest = read_manifest(tmp_path / name / "iter_0000020")
+        assert manifest["iteration"] == 20 and manifest["identity"] == {"model_type": "qwen3"}
+        assert (tmp_path / name / "iter_0000020" / "rollouts.json").read_text() == '{"cursor": 3}'
+        assert (tmp_path / name / MARKER).is_file()
+    # What is computed with are the masters' roundings.
+    weights = open_weights(tmp_path / "megatron", config)
+    assert torch.equal(weights.read("model.norm.weight"), before.masters.read("model.norm.weight").bfloat16())
+
+
+def test_what_exists_is_never_overwritten_unless_asked(tmp_path: Path) -> None:
+    hf = write_hf(tmp_path / "hf")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "precious").write_text("keep me")
+    with pytest.raises(ConfigError, match="exists and is not an empty folder"):
+        run(hf, tmp_path / "taken", "torch_dist", hf=hf)
+    assert (tmp_path / "taken" / "precious").read_text() == "keep me"
+    run(hf, tmp_path / "taken", "torch_dist", hf=hf, replace=True)
+    assert sorted(path.name for path in (tmp_path / "taken").iterdir()) == ["latest_checkpointed_iteration.txt", "release"]
+
+
+def test_a_disk_that_is_too_small_is_found_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = write_hf(tmp_path / "hf")
+    monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(ConfigError, match=r"needs 0\.0 GB, but"):
+        run(hf, tmp_path / "out", "torch_dist", hf=hf)
+    assert not (tmp_path / "out.writing").exists()
+
+
+def test_other_bits_on_the_disk_are_noticed_and_nothing_is_left(tmp_path: Path) -> None:
+    hf = write_hf(tmp_path / "hf")
+    conversion = Conversion(source=hf, output=tmp_path / "out", to="torch_dist", hf_folder=hf, config=load_hf_config(hf))
+    converter = Converter(conversion)
+    damaged = False
+
+    def damage(_nbytes: int) -> None:
+        # The first bytes that are read back: all is written, so one bit of the last tensor can be flipped.
+        nonlocal damaged
+        file = tmp_path / "out.writing" / "release" / "__0_0.distcp"
+        if (file.parent / ".metadata").is_file() and not damaged:
+            content = bytearray(file.read_bytes())
+            begin = content.rindex(load_file(hf / "model.safetensors")["model.norm.weight"].view(torch.uint8).numpy().tobytes())
+            content[begin] ^= 1
+            file.write_bytes(content)
+            damaged = True
+
+    with pytest.raises(CheckpointError, match=r"reads back .* with other bits|cannot be read"):
+        converter.run(Ranks(), damage)
+    assert damaged and not (tmp_path / "out").exists() and not (tmp_path / "out.writing").exists()
+
+
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=20), num_ranks=st.integers(1, 6))
+def test_every_job_has_one_rank_and_ranks_have_consecutive_jobs(sizes: list[int], num_ranks: int) -> None:
+    class Sized(Job):
+        @property
+        def nbytes(self) -> int:
+            return sizes[self.unit // 2]
+
+    stream = Stream(kind="weights", source=None)  # type: ignore[arg-type]  # only sizes are looked at
+    jobs = [Sized(stream=stream, names=(str(i),), unit=i // 2 * 2) for i in range(2 * len(sizes))]
+    shares = [share(jobs, rank, num_ranks) for rank in range(num_ranks)]
+    assert [job for jobs_of_rank in shares for job in jobs_of_rank] == jobs
+    for jobs_of_rank in shares:
+        total = sum(job.nbytes for job in jobs_of_rank)
+        assert total <= sum(job.nbytes for job in jobs) / num_ranks + 2 * max(sizes)
