@@ -4,9 +4,12 @@ gloo's collectives take CUDA tensors, its send and receive do not, so there is n
 stand-in for CUDA, without NCCL: `pytest tests/gpu/test_megatron.py -k cpu`.
 """
 
+import faulthandler
+import gc
 import multiprocessing
 from dataclasses import asdict
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,7 @@ pytest.importorskip("megatron.core")
 _CUDA = [pytest.mark.gpu(1), pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 _ALL_SAMPLES = [[6, 1], [7, 3, 0, 5], [2, 4]]
 _LAYOUTS = {"tp1": (1, {}), "tp2": (2, {"tp": 2, "sequence_parallel": True}), "cp2": (2, {"cp": 2})}
+_MODELS = ("tied", "untied")
 _TIMEOUT_S = 240
 
 
@@ -37,15 +41,15 @@ def device(request) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("model", ["tied", "untied"])
 @pytest.mark.parametrize("layout", _LAYOUTS)
-def test_steps_equal_the_plain_loop(device: str, layout: str, model: str, tmp_path: Path):
-    cases.write_model(tmp_path / "model", tied=model == "tied")
-    plain = cases.plain_loop(tmp_path / "model")
+def test_steps_equal_the_plain_loop(device: str, layout: str, tmp_path: Path):
+    for model in _MODELS:
+        cases.write_model(tmp_path / model, tied=model == "tied")
     world_size, _ = _LAYOUTS[layout]
     _run_ranks(_steps_of_a_rank, world_size, device, layout, tmp_path)
-    for rank in range(world_size):
-        record = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+    for rank, model in product(range(world_size), _MODELS):
+        plain = cases.plain_loop(tmp_path / model)
+        record = torch.load(tmp_path / f"{model}.{rank}.pt", weights_only=False)
         assert [step["loss"] for step in record["steps"]] == pytest.approx(plain.losses, rel=1e-4, abs=1e-5)
         assert [step["grad_norm"] for step in record["steps"]] == pytest.approx(plain.grad_norms, rel=1e-4)
         assert record["weights"].keys() == plain.weights.keys()
@@ -87,6 +91,7 @@ def _run_ranks(function, world_size: int, device: str, layout: str, folder: Path
 
 
 def _join(rank: int, world_size: int, device: str, folder: Path) -> torch.device:
+    faulthandler.enable()
     torch.set_num_threads(1)
     if device == "cpu":
         from tests.fakes.cuda_stand_in import install  # noqa: PLC0415  # only where there is no CUDA
@@ -116,15 +121,19 @@ def _megatron(folder: Path, device: torch.device, layout: str, dtype: torch.dtyp
 
 def _steps_of_a_rank(rank: int, world_size: int, device_name: str, layout: str, folder: Path) -> None:
     device = _join(rank, world_size, device_name, folder)
+    from qwench.training.megatron.groups import leave_groups  # noqa: PLC0415  # after the stand-in
+
     adam = AdamSettings(betas=cases.BETAS, eps=cases.ADAM_EPS, weight_decay=cases.WEIGHT_DECAY, clip_grad=cases.CLIP_GRAD)
-    backend = _megatron(folder / "model", device, layout, torch.float32, adam)
-    batch = cases.micro_batches(cases.make_batch(), _ALL_SAMPLES)
-    steps = [
-        backend.update(batch, cases.clipped_loss, temperature=cases.TEMPERATURE, with_entropy=True)
-        for _ in range(cases.NUM_STEPS)
-    ]
-    weights = {name: tensor.cpu() for bucket in backend.weights(bucket_bytes=1 << 14) for name, tensor in bucket}
-    torch.save({"steps": [asdict(step) for step in steps], "weights": weights}, folder / f"{rank}.pt")
+    for model in _MODELS:
+        backend = _megatron(folder / model, device, layout, torch.float32, adam)
+        batch = cases.micro_batches(cases.make_batch(), _ALL_SAMPLES)
+        steps = [
+            backend.update(batch, cases.clipped_loss, temperature=cases.TEMPERATURE, with_entropy=True)
+            for _ in range(cases.NUM_STEPS)
+        ]
+        weights = {name: tensor.cpu() for bucket in backend.weights(bucket_bytes=1 << 14) for name, tensor in bucket}
+        torch.save({"steps": [asdict(step) for step in steps], "weights": weights}, folder / f"{model}.{rank}.pt")
+        leave_groups()
     dist.destroy_process_group()
 
 
@@ -141,6 +150,7 @@ def _bfloat16_beside_fsdp(rank: int, world_size: int, device_name: str, layout: 
     )
     records = {"fsdp": _bfloat16_steps(fsdp)}
     del fsdp
+    gc.collect()
     torch.cuda.empty_cache()
     megatron = _megatron(folder / "model", device, layout, torch.bfloat16, adam)
     records["megatron"] = _bfloat16_steps(megatron) | _lend_memory(megatron)
