@@ -2,7 +2,7 @@
 
     .metadata, __*.distcp   torch.distributed.checkpoint; all layers of one weight are one tensor [num_layers, ...]
     metadata.json           the format's name and version
-    common.pt               what is not a tensor; megatron-core 0.16 wants the file, 0.19 does without
+    common.pt               what is not a tensor; megatron-core 0.16 wants the file, 0.19 reads it but writes common_state
 
     decoder.layers.mlp.linear_fc2.weight                            weights, see `models/megatron_names.py`
     optimizer.state.param.decoder.layers.mlp.linear_fc2.weight      float32 masters; `fp32_param` of the plain optimizer
@@ -14,6 +14,7 @@ Source: megatron-core 0.16, `dist_checkpointing/` and `optimizer/distrib_optimiz
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 from argparse import Namespace
@@ -36,6 +37,7 @@ from qwench.models.safetensors_files import TensorSpec
 
 CONFIG_FILE = "metadata.json"
 COMMON_FILE = "common.pt"
+_COMMON_OBJECT = "common_state/shard_0_1"
 MASTER_PREFIXES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 """Of the distributed optimizer, which we write, and of the plain mixed-precision optimizer."""
 MOMENT_PREFIXES: Mapping[str, str] = {"exp_avg": "optimizer.state.exp_avg.", "exp_avg_sq": "optimizer.state.exp_avg_sq."}
@@ -129,7 +131,7 @@ def read_num_steps(folder: DcpFolder) -> int | None:
     """
     if not any(key.startswith("optimizer.") for key in [*folder.tensors, *folder.objects]):
         return None
-    found = set(_find_steps(_read_common(folder.folder)))
+    found = set(_find_steps(_read_common(folder)))
     if len(found) != 1 or not all(holds(folder, prefix) for prefix in MOMENT_PREFIXES.values()):
         raise CheckpointError(
             f"{folder.folder} stores its optimizer in a form that cannot be read in another layout; save it with Megatron's "
@@ -204,9 +206,13 @@ def extra_states(config: PretrainedConfig) -> Iterator[str]:
     yield "decoder.final_layernorm._extra_state/shard_0_1"
 
 
-def _read_common(folder: Path) -> object:
+def _read_common(stored: DcpFolder) -> object:
+    """Read what is no tensor: from common.pt, or where megatron-core 0.19 writes it, among the tensors."""
+    folder = stored.folder
     try:
         with torch.serialization.safe_globals([Namespace]):
+            if not (folder / COMMON_FILE).is_file() and _COMMON_OBJECT in stored.objects:
+                return torch.load(io.BytesIO(stored.read_object(_COMMON_OBJECT)), map_location="cpu", weights_only=True)
             return torch.load(folder / COMMON_FILE, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
