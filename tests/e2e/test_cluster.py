@@ -7,16 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from qwench import cli
 from tests.e2e.conftest import DIGITS, ONE_THREAD, REPOSITORY, Workspace, column
+from tests.e2e.processes import descendants, rank_process, wait_for
 
-DEADLINE_S = 120.0
 TWO_RANKS = {"actor_num_gpus_per_node": 2}
 
 
@@ -34,43 +32,6 @@ def replay_argv(workspace: Workspace, recorded: str, save: Path, **overrides: ob
     return workspace.train_argv(save, **{**DIGITS, "load_debug_rollout_data": recorded, **TWO_RANKS, **overrides})
 
 
-def children_of(pid: int) -> set[int]:
-    """Return the ids of all living processes that descend from a process."""
-    parents = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            after_name = (folder / "stat").read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if after_name[0] != "Z":
-            parents[int(folder.name)] = int(after_name[1])
-    found, size = {pid}, 0
-    while size < len(found):
-        size = len(found)
-        found |= {child for child, parent in parents.items() if parent in found}
-    return found - {pid}
-
-
-def wait_for(what: str, condition: Callable[[], bool]) -> None:
-    """Wait until a condition holds."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {DEADLINE_S} s"
-        time.sleep(0.05)
-
-
-def rank_process(driver: int, rank: int) -> int | None:
-    """Return the process id of a trainer rank; None: it is not there yet."""
-    for child in children_of(driver):
-        try:
-            environ = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if f"RANK={rank}".encode() in environ:
-            return child
-    return None
-
-
 def assert_same_learning(one: Path, many: Path) -> None:
     """Compare every metric of every step."""
     for name in ("train/loss", "train/grad_norm", "train/ppo_kl", "train/pg_clipfrac"):
@@ -85,7 +46,7 @@ def test_two_ranks_learn_the_numbers_of_one(workspace: Workspace, recorded: str,
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     times = [record["perf/actor_train_time"] for record in records if "perf/actor_train_time" in record]
     assert len(times) == 3 and min(times) > 0, "what ranks measure reaches the run's metrics"
-    assert not children_of(os.getpid())
+    assert not any("rank_process" in line for line in descendants(os.getpid()).values())
 
 
 def test_dead_rank_ends_the_run_and_the_same_command_resumes(workspace: Workspace, recorded: str, tmp_path: Path) -> None:
@@ -95,7 +56,7 @@ def test_dead_rank_ends_the_run_and_the_same_command_resumes(workspace: Workspac
         cwd=REPOSITORY, env=ONE_THREAD, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
     wait_for("a first checkpoint", lambda: driver.poll() is not None or (tmp_path / "iter_0000001" / "meta.json").exists())
-    started = children_of(driver.pid)
+    started = set(descendants(driver.pid))
     victim = rank_process(driver.pid, 1)
     assert victim is not None, driver.communicate()[1]
     os.kill(victim, signal.SIGKILL)
@@ -103,7 +64,7 @@ def test_dead_rank_ends_the_run_and_the_same_command_resumes(workspace: Workspac
     assert driver.returncode == 1, errors
     assert errors.count("\n") == 1, errors
     assert "trainer rank 1 of 2 was ended by SIGKILL" in errors and "resumes" in errors, errors
-    assert not started & children_of(1)
+    assert not started & set(descendants(1))
 
     cli.run(argv)
     assert_same_learning(Path(recorded).parent / "one", tmp_path)

@@ -1,0 +1,116 @@
+"""The whole Ray path on a cluster of CPUs: two trainer ranks as actors, two engine servers, colocated and apart."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from qwench import cli
+from tests.e2e.conftest import DIGITS, ONE_THREAD, REPOSITORY, Workspace, column
+from tests.e2e.processes import descendants, wait_for
+
+START_TIMEOUT_S = 120.0
+OURS = ("qwench.engines.tether", "qwench serve", "TrainerActor", "EngineActor")
+COLOCATED = {"actor_num_gpus_per_node": 2}
+APART = {"actor_num_gpus_per_node": 2, "colocate": None, "rollout_num_gpus": 2}
+
+
+@dataclass(frozen=True)
+class RayNode:
+    """A cluster of one node, and how to look into it."""
+
+    address: str
+    pid: int
+
+    def ours(self) -> dict[int, str]:
+        """Return the command lines of this package's processes on the node, by process id."""
+        return {pid: line for pid, line in descendants(self.pid).items() if any(word in line for word in OURS)}
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[RayNode]:
+    """Start a cluster of four CPUs, and end it with everything that it started."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    # Not under tmp_path: Ray's sockets have long names, and those of sockets are limited to 107 characters.
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=4", f"--port={port}",
+             "--include-dashboard=false", "--object-store-memory=100000000", f"--temp-dir={folder}", "--disable-usage-stats",
+             "--node-ip-address=127.0.0.1"],
+            env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        node = RayNode(f"127.0.0.1:{port}", process.pid)
+        try:
+            wait_for("the Ray cluster", lambda: any("raylet/raylet" in line for line in descendants(process.pid).values()))
+            time.sleep(1)
+            yield node
+            assert process.poll() is None, "the cluster is somebody else's: a run must not end it"
+        finally:
+            started = descendants(process.pid)
+            process.send_signal(signal.SIGTERM)
+            process.wait(START_TIMEOUT_S)
+            wait_for("the end of Ray", lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
+
+
+@pytest.fixture(scope="module")
+def one_rank(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run the same job in one process."""
+    save = tmp_path_factory.mktemp("one")
+    cli.run(workspace.train_argv(save, **DIGITS, num_rollout=2))
+    return save
+
+
+@pytest.mark.parametrize("layout", [COLOCATED, APART], ids=["colocated", "apart"])
+def test_two_ranks_and_two_servers_learn_the_numbers_of_one_process(
+    layout: dict[str, object],
+    node: RayNode,
+    one_rank: Path,
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", node.address)
+    cli.run(workspace.train_argv(tmp_path, **{**DIGITS, "num_rollout": 2, **layout}))
+    assert len(list((tmp_path / "engines").glob("engine-*.log"))) == 2
+    for name in ("train/loss", "train/grad_norm", "rollout/raw_reward", "rollout/response_len/mean"):
+        assert column(tmp_path, name) == pytest.approx(column(one_rank, name), rel=1e-4, abs=1e-6), name
+    assert max(column(tmp_path, "train/train_rollout_logprob_abs_diff")) < 1e-4
+    wait_for("an empty cluster", lambda: not node.ours())
+
+
+def test_death_of_a_rank_ends_the_run_and_leaves_nothing(node: RayNode, workspace: Workspace, tmp_path: Path) -> None:
+    argv = workspace.train_argv(tmp_path, **{**DIGITS, "num_rollout": 1000, **COLOCATED})
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "qwench", *argv], cwd=REPOSITORY, env={**ONE_THREAD, "RAY_ADDRESS": node.address},
+        text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    wait_for("a checkpoint", lambda: driver.poll() is not None or (tmp_path / "iter_0000001" / "meta.json").exists())
+    victims = [pid for pid, line in node.ours().items() if "TrainerActor" in line]
+    assert len(victims) == 2, driver.communicate()[1]
+    os.kill(victims[1], signal.SIGKILL)
+    _, errors = driver.communicate(timeout=60)
+    assert driver.returncode == 1, errors
+    message = [line for line in errors.splitlines() if line.startswith("qwench: ")]
+    assert len(message) == 1 and "of 2 was lost" in message[0] and "resumes" in message[0], errors
+    wait_for("an empty cluster", lambda: not node.ours())
+
+
+def test_cluster_that_is_too_small_is_refused(
+    node: RayNode, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", node.address)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(workspace.train_argv(tmp_path, **{**DIGITS, **APART, "rollout_num_gpus": 3}))
+    assert ended.value.code == 2
+    assert "needs 5 CPUs (2 for the trainer, 3 for engines apart from it), and the Ray cluster has 4" in capsys.readouterr().err
