@@ -145,12 +145,14 @@ def train(run: Run) -> None:
     run.metrics.resume(first)
     with gpus.held_by(learner):
         publish(run, learner, version=first)
+    offer_weights(run, learner, version=first)
     for rollout_id in range(first, schedule.num_rollout):
         evaluate_if_due(run, rollout_id)
         with run.timer.phase("train_wait"):
             rollout = rollouts.take(rollout_id)
         with gpus.held_by(learner):
             learned = learner.learn(rollout)
+            offer_weights(run, learner, version=rollout_id + 1)
             # Logged before it is saved: a run killed in between learns from the rollout again, and logs it once.
             run.metrics.log(rollout_id, {**rollout.metrics, **learned.metrics, **run.timer.take()}, steps=learned.steps)
             if schedule.save_due(rollout_id):
@@ -178,6 +180,17 @@ def publish(run: Run, learner: Learns, *, version: int) -> None:
         if run.engines is None:
             return
         run.engines.publish(send, version=version)
+
+
+def offer_weights(run: Run, learner: Learns, *, version: int) -> None:
+    """Let the engines have these weights again when all of them were lost and started anew while they generate."""
+
+    def republish() -> None:
+        with run.gpus.held_by(learner):
+            publish(run, learner, version=version)
+
+    if run.engines is not None:
+        run.engines.republish = republish
 
 
 def evaluate_if_due(run: Run, rollout_id: int) -> None:

@@ -80,8 +80,9 @@ def _unused_by_external_engines(engine: EngineConfig) -> Iterator[str]:
 def _unused_by_embedded_engine(config: Config) -> Iterator[str]:
     engine, default = config.engine, EngineConfig()
     in_process = config.cluster.shares_devices
-    if in_process and engine.use_fault_tolerance:
-        yield "--use-fault-tolerance has no effect on the embedded engine, which lives and dies with this process"
+    for name in ("use_fault_tolerance", "use_sglang_router"):
+        if in_process and getattr(engine, name):
+            yield f"--{flag_name(name)} has no effect on the embedded engine, which lives and dies with this process"
     for name in ("rollout_health_check_first_wait", "rollout_health_check_interval", "rollout_health_check_timeout"):
         if in_process and getattr(engine, name) != getattr(default, name):
             yield f"--{flag_name(name)} has no effect on the embedded engine, which lives and dies with this process"

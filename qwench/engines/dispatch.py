@@ -7,6 +7,7 @@ used only if its weights were published while it was asked for: an engine that w
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
@@ -26,8 +27,21 @@ RETRY_WAIT_S = 0.5
 class Dispatcher:
     """Routes requests to ready members, through the router when there is one. Used on one event loop."""
 
-    def __init__(self, members: Members, *, router: Router | None, supervisor: Supervisor | None) -> None:
+    def __init__(
+        self,
+        members: Members,
+        *,
+        router: Router | None,
+        supervisor: Supervisor | None,
+        hopes_for_weights: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Keep what routing needs.
+
+        Args:
+            hopes_for_weights: whether somebody publishes again when no engine holds the current weights.
+        """
         self._members = members
+        self._hopes_for_weights = hopes_for_weights
         self._router = router
         self._routed = None if router is None else HttpEngine(router.base_url)
         self._supervisor = supervisor
@@ -90,8 +104,9 @@ class Dispatcher:
 
     def _may_send(self, request_id: str) -> bool:
         """Tell whether waiting is over: an engine is ready, or none ever will be, or nobody wants the response any more."""
-        hopeful = self._members.any_in(MemberState.LOST) and not self._members.any_in(MemberState.READY)
-        return request_id in self._aborted or not hopeful
+        if request_id in self._aborted or self._members.any_in(MemberState.READY):
+            return True
+        return not (self._members.any_in(MemberState.LOST) or self._hopes_for_weights())
 
     async def _generate_on(self, member: Member, request: GenerateRequest) -> GenerateResult:
         """Send the request to the member, or to the router; without an answer, find out which engine is lost."""

@@ -6,15 +6,18 @@ main thread: loop.run(coroutine, label="publish weights", timeout_s=600) ---> lo
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
-from collections.abc import Coroutine
-from concurrent.futures import TimeoutError as FutureTimeoutError
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 from qwench.errors import EngineError
 
 Result = TypeVar("Result")
 JOIN_TIMEOUT_S = 10.0
+TURN_S = 0.5
 
 
 class EventLoopThread:
@@ -30,8 +33,18 @@ class EventLoopThread:
         """Return the loop, for code that must schedule on it."""
         return self._loop
 
-    def run(self, coroutine: Coroutine[Any, Any, Result], *, label: str, timeout_s: float | None) -> Result:
+    def run(
+        self,
+        coroutine: Coroutine[Any, Any, Result],
+        *,
+        label: str,
+        timeout_s: float | None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Result:
         """Run a coroutine on the loop and wait for its result.
+
+        Args:
+            meanwhile: called again and again by the waiting thread; its errors end the wait.
 
         Raises:
             EngineError: the deadline passed; the coroutine is cancelled. Its own errors come through as they are.
@@ -42,17 +55,11 @@ class EventLoopThread:
             raise EngineError(f"{label}: the engines are closed already.")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
-            return future.result(timeout_s)
-        except FutureTimeoutError as cause:
-            if future.done():
-                raise
-            future.cancel()
-            raise EngineError(
-                f"{label} did not end within {timeout_s:g} s; see the engine's log or raise its timeout."
-            ) from cause
+            _wait(future, label=label, timeout_s=timeout_s, meanwhile=meanwhile)
         except BaseException:
             future.cancel()
             raise
+        return future.result()
 
     def close(self) -> None:
         """Cancel what still runs, stop the loop and end the thread. Safe to call twice."""
@@ -72,3 +79,17 @@ class EventLoopThread:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         finally:
             self._loop.close()
+
+
+def _wait(future: Future[Any], *, label: str, timeout_s: float | None, meanwhile: Callable[[], None] | None) -> None:
+    """Wait until the future is done; a thread that has something to do meanwhile does it in turns."""
+    deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+    turn_s = math.inf if meanwhile is None else TURN_S
+    while True:
+        patience_s = min(turn_s, deadline - time.monotonic())
+        if wait([future], timeout=None if patience_s == math.inf else patience_s).done:
+            return
+        if time.monotonic() >= deadline:
+            raise EngineError(f"{label} did not end within {timeout_s:g} s; see the engine's log or raise its timeout.")
+        if meanwhile is not None:
+            meanwhile()

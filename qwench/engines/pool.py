@@ -30,8 +30,8 @@ Result = TypeVar("Result")
 class EnginePool:
     """Engines that live on one event loop.
 
-    Coroutine methods are awaited on that loop; `run`, `publish`, `sleep`, `wake` and `close` are called from other threads and
-    wait.
+    Coroutine methods are awaited on that loop; `run`, `attend`, `publish`, `sleep`, `wake` and `close` are called from other
+    threads and wait.
     """
 
     def __init__(
@@ -64,7 +64,14 @@ class EnginePool:
                 needs_publication=lambda: self._dispatcher.version is not None,
             )
         )
-        self._dispatcher = Dispatcher(self._members, router=router, supervisor=self._supervisor)
+        self.republish: Callable[[], None] | None = None
+        """Publishes the learner's weights again; called by a thread in `attend` when no engine is left that has any."""
+        self._dispatcher = Dispatcher(
+            self._members,
+            router=router,
+            supervisor=self._supervisor,
+            hopes_for_weights=lambda: self.republish is not None,
+        )
         self._router = router
         self._unrouted = list(self._members)
         self._asleep = False
@@ -130,6 +137,14 @@ class EnginePool:
         """Run a coroutine on the engines' loop and wait for its result; see `EventLoopThread.run`."""
         return self._loop.run(coroutine, label=label, timeout_s=timeout_s)
 
+    def attend(self, coroutine: Coroutine[Any, Any, Result], *, label: str, timeout_s: float | None) -> Result:
+        """Run a coroutine that generates and wait for its result; see `EventLoopThread.run`.
+
+        When every engine was started again, none holds the current weights, and what is generated would wait for ever: then the
+        thread that waits for it publishes them again.
+        """
+        return self._loop.run(coroutine, label=label, timeout_s=timeout_s, meanwhile=self._supply_weights)
+
     def publish(self, send: Callable[[], None], *, version: int) -> None:
         """Bring a version to every engine by `send`, confirm that each holds it, and let restarted ones generate again.
 
@@ -181,6 +196,11 @@ class EnginePool:
 
     async def _each(self, call: Callable[[Engine], Awaitable[Result]]) -> list[Result]:
         return await self._members.each(lambda member: call(member.engine))
+
+    def _supply_weights(self) -> None:
+        if self.republish is not None and all(member.state is MemberState.STALE for member in self._members):
+            self._say("no engine holds the current weights any more; they are published again")
+            self.republish()
 
     async def _begin(self) -> None:
         await self._route()

@@ -107,12 +107,12 @@ class Evaluator:
         async def call(function: EvalFunction) -> Mapping[str, float]:
             return await function(self._sets, lambda eval_set: self._run_set(engines, eval_set))
 
-        return dict(engines.run(call(self._function), label="evaluation", timeout_s=None))
+        return dict(engines.attend(call(self._function), label="evaluation", timeout_s=None))
 
     def run(self, engines: EnginePool) -> list[EvalResult]:
         """Answer and grade all sets, and keep every sample."""
         return [
-            engines.run(self._run_set(engines, eval_set), label=f"evaluation of {eval_set.name}", timeout_s=None)
+            engines.attend(self._run_set(engines, eval_set), label=f"evaluation of {eval_set.name}", timeout_s=None)
             for eval_set in self._sets
         ]
 

@@ -72,7 +72,7 @@ class RolloutStream:
         started = self._ahead or self._start(rollout_id)
         assert started.rollout_id == rollout_id, f"rollout {rollout_id} taken, {started.rollout_id} generated"
         self._ahead = None
-        rollout = self._engines.run(_result(started.task), label=f"rollout {rollout_id}", timeout_s=self._options.timeout_s)
+        rollout = self._engines.attend(_result(started.task), label=f"rollout {rollout_id}", timeout_s=self._options.timeout_s)
         self._state = self._feed.state()  # before the next rollout draws from the feed
         if self._options.save_template is not None:
             save_rollout(self._options.save_template, rollout)
@@ -90,7 +90,7 @@ class RolloutStream:
         """
         if self._ahead is not None:
             label = f"rollout {self._ahead.rollout_id}, which must end before weights are published,"
-            self._engines.run(_result(self._ahead.task), label=label, timeout_s=self._options.timeout_s)
+            self._engines.attend(_result(self._ahead.task), label=label, timeout_s=self._options.timeout_s)
         yield
 
     def state_dict(self) -> dict[str, Json]:

@@ -152,6 +152,25 @@ def test_a_rollout_survives_the_death_of_a_server_which_comes_back_with_current_
     stream.close()
 
 
+@pytest.mark.parametrize("scene", [True], indirect=True, ids=["router"])
+def test_a_rollout_survives_the_death_of_all_servers_and_gets_its_weights_again(
+    scene: Scene, models: list[PreTrainedModel]
+) -> None:
+    stream = scene.generation.stream(scene.source, num_rollouts=1)
+    scene.publish(models[0], version=1)
+    scene.pool.republish = lambda: scene.publish(models[0], version=1)
+    generated = threading.Event()
+    with ThreadPoolExecutor() as threads:
+        taken = threads.submit(stream.take, 0)
+        taken.add_done_callback(lambda _: generated.set())
+        for victim in range(2):
+            kill_while_it_generates(scene, victim, generated)
+        rollout = taken.result(DEADLINE_S)
+    check_rollout(rollout, models[0], version=1)
+    assert scene.pool.num_restarts == 2
+    stream.close()
+
+
 @dataclass
 class Served:
     """A `qwench serve` process."""

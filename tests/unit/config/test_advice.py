@@ -16,6 +16,11 @@ def test_a_complete_command_line_needs_no_advice(files):
         (["--n-samples-per-prompt", "1"], "--n-samples-per-prompt 1: rewards are compared within their group"),
         (["--sequence-parallel"], "--sequence-parallel has no effect"),
         (["--use-fault-tolerance"], "--use-fault-tolerance has no effect on the embedded engine"),
+        (["--use-sglang-router"], "--use-sglang-router has no effect on the embedded engine"),
+        (
+            ["--rollout-external-engine-addrs", "a:1", "--sglang-attention-backend", "fa3"],
+            "--rollout-external-engine-addrs: the engines run already and are not told --sglang-attention-backend",
+        ),
         (["--rollout-health-check-interval", "9"], "--rollout-health-check-interval has no effect on the embedded engine"),
         (
             ["--load-debug-rollout-data", "r/{{rollout_id}}.jsonl", "--eval-prompt-data", "e", "{}/train.jsonl"],

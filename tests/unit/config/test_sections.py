@@ -79,6 +79,8 @@ REFUSED = [
     (ClusterConfig, {"launcher": "local", "actor_num_nodes": 2}, "--launcher local knows this machine only"),
     (ClusterConfig, {"rollout_num_gpus_per_engine": 16}, "--rollout-num-gpus-per-engine (16) is more than --num-gpus"),
     (ClusterConfig, {"rollout_num_gpus": -1}, "--rollout-num-gpus must not be negative"),
+    (EngineConfig, {"rollout_external_engine_addrs": ("node1",)}, "--rollout-external-engine-addrs must be host:port"),
+    (EngineConfig, {"engine_start_timeout": 0.0}, "--engine-start-timeout must be greater than 0"),
     (EngineConfig, {"embedded_mem_fraction": 0.0}, "--embedded-mem-fraction must be greater than 0 and at most 1"),
     (CheckpointConfig, {"save_interval": 5}, "--save-interval (5) has no effect without a folder to save to; give --save"),
     (CheckpointConfig, {"ckpt_step": 5}, "--ckpt-step (5) picks a checkpoint of --load"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 
@@ -74,3 +75,20 @@ def test_close_cancels_what_runs_and_refuses_more():
     assert events[1:] == ["ended"]
     with pytest.raises(EngineError, match="closed already"):
         thread.run(start(), label="start", timeout_s=5)
+
+
+def test_the_waiting_thread_does_something_meanwhile(loop):
+    released = asyncio.Event()
+
+    async def wait_for_release():
+        await released.wait()
+        return "released"
+
+    calls = []
+
+    def release():
+        calls.append(threading.current_thread())
+        loop.loop.call_soon_threadsafe(released.set)
+
+    assert loop.run(wait_for_release(), label="wait", timeout_s=20, meanwhile=release) == "released"
+    assert set(calls) == {threading.current_thread()}

@@ -209,3 +209,21 @@ def test_a_server_of_somebody_else_is_waited_for_but_not_for_ever(make_scene):
     scene.a.down = scene.b.down = True
     with pytest.raises(EngineError, match="did not come back; it was not started by this run"):
         scene.generate()
+
+
+def test_weights_are_published_again_when_no_engine_is_left_that_has_them(make_scene):
+    scene = make_scene(health=RARELY)
+    scene.publish(4)
+    scene.pool.republish = lambda: scene.publish(4)
+    scene.a.down = scene.b.down = True
+    result = scene.pool.attend(scene.pool.generate(request("r")), label="test", timeout_s=DEADLINE_S)
+    assert result.request_id == "r" and set(result.weight_versions) == {4}
+    assert scene.pool.num_restarts == 2
+
+
+def test_without_anybody_to_publish_again_the_run_ends(make_scene):
+    scene = make_scene(health=RARELY)
+    scene.publish(4)
+    scene.a.down = scene.b.down = True
+    with pytest.raises(EngineError, match="no engine holds the current weights"):
+        scene.generate()
