@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -29,6 +30,7 @@ from qwench.checkpoints.torch_dist import (
 )
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import TEMPORARY_SUFFIX
+from qwench.models.fp8 import dequantize, scale_name
 from qwench.models.hf import expected_weights
 from qwench.models.safetensors_files import StoredTensor, TensorSpec, find_tensors, read_tensor
 
@@ -152,7 +154,7 @@ def open_optimizer_state(folder: Path, config: PretrainedConfig) -> OptimizerSta
 
 
 class HfWeights:
-    """The safetensors of a Hugging Face folder."""
+    """The safetensors of a Hugging Face folder; FP8 weights are read as the bfloat16 that they stand for."""
 
     def __init__(self, folder: Path, config: PretrainedConfig) -> None:
         """Find every parameter of the model; what else the files hold is left alone."""
@@ -160,15 +162,21 @@ class HfWeights:
         expected = expected_weights(config)
         check_specs({name: tensor.spec for name, tensor in stored.items()}, expected, folder)
         self._stored: dict[str, StoredTensor] = {name: stored[name] for name in expected}
+        self._scales = {name: stored[scale_name(name)] for name in expected if scale_name(name) in stored}
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
         """See `WeightSource`."""
-        return {name: stored.spec for name, stored in self._stored.items()}
+        return {name: self._spec(name) for name in self._stored}
 
     def read(self, name: str) -> Tensor:
         """See `WeightSource`."""
-        return read_tensor(self._stored[name])
+        tensor = read_tensor(self._stored[name])
+        return dequantize(tensor, read_tensor(self._scales[name]), torch.bfloat16) if name in self._scales else tensor
+
+    def _spec(self, name: str) -> TensorSpec:
+        spec = self._stored[name].spec
+        return TensorSpec(shape=spec.shape, dtype=torch.bfloat16) if name in self._scales else spec
 
 
 class DcpWeights:

@@ -23,10 +23,20 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qwench import __version__
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import TEMPORARY_SUFFIX, fsync_tree, rename_durably
+from qwench.models.fp8 import (
+    QUANTIZATION_CONFIG,
+    dequantize,
+    is_fp8_config,
+    is_quantized_name,
+    is_scale_name,
+    scale_name,
+)
+from qwench.models.safetensors_files import find_tensors, read_tensor
 from qwench.models.shards import DEFAULT_SHARD_BYTES, write_shards
 from qwench.samples import Json
 
@@ -63,31 +73,46 @@ def load_hf_config(path: Path) -> PretrainedConfig:
         )
     if raw.get("use_sliding_window"):
         raise ConfigError(f"{path}/config.json asks for sliding-window attention, which is not supported.")
-    if raw.get("quantization_config"):
-        raise ConfigError(f"{path} holds quantized weights; give a bfloat16 or float32 checkpoint with --hf-checkpoint.")
+    is_fp8_config(raw, where=str(path))
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
         raise ConfigError(f"{path}/config.json cannot be read as a {model_type} configuration: {_one_line(error)}") from error
+    # How weights are stored is no property of the model, and transformers would look for kernels of its own.
+    vars(config).pop("quantization_config", None)
+    return config
+
+
+def is_fp8_checkpoint(path: Path) -> bool:
+    """Tell whether a folder's weights are block-wise FP8 (`models.fp8`).
+
+    Raises:
+        ConfigError: config.json is missing or broken, or the weights are quantized in another way.
+    """
+    return is_fp8_config(_read_json(Path(path) / "config.json"), where=str(path))
 
 
 def load_model(
     path: Path, *, dtype: torch.dtype, attn_implementation: str = "sdpa", device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """Load the causal language model of a folder, in evaluation mode.
+    """Load the causal language model of a folder, in evaluation mode; FP8 weights become what they stand for.
 
-    Host and device each hold the weights at most once: they are mapped from the files and moved tensor by tensor.
+    Host and device each hold the weights at most once: they are mapped from the files and moved tensor by tensor (FP8 weights:
+    the host holds them twice).
 
     Raises:
         ConfigError: see `load_hf_config`; or weights that are unreadable, incomplete or of another shape.
     """
     path = Path(path)
     config = load_hf_config(path)
+    weights = _dequantized(path, dtype) if is_fp8_checkpoint(path) else None
     try:
-        # Any: with loading info the call returns a pair, which its annotation does not say.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
+        # Any: with loading info the call returns a pair; neither this nor the mapping's values is what annotations say.
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        loaded = model_class.from_pretrained(
+            path if weights is None else None,
             config=config,
+            state_dict=weights,
             dtype=dtype,
             attn_implementation=attn_implementation,
             local_files_only=True,
@@ -144,7 +169,7 @@ def write_hf_checkpoint(
     The folder appears whole or not at all. A tied output layer is left out, as transformers does. Memory: one shard.
 
     Args:
-        buckets: All weights, in any order and any buckets, of one dtype; they are consumed once.
+        buckets: All weights, in any order and any buckets, of one dtype or as `fp8.quantized` makes them; consumed once.
         source: The checkpoint the run started from.
 
     Raises:
@@ -158,19 +183,28 @@ def write_hf_checkpoint(
     partial.mkdir(parents=True)
     try:
         dtypes = write_shards(partial, _untied(buckets, tied=config.tie_word_embeddings), max_shard_bytes=max_shard_bytes)
-        _check_complete(dtypes, config, folder)
-        write_companions(partial, source, next(iter(dtypes.values())))
+        _check_complete((name for name in dtypes if not is_scale_name(name)), config, folder)
+        is_fp8 = any(is_scale_name(name) for name in dtypes)
+        plain = next(dtype for name, dtype in dtypes.items() if not (is_quantized_name(name) or is_scale_name(name)))
+        write_companions(partial, source, plain, is_fp8=is_fp8)
         _replace(folder, partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_companions(folder: Path, source: Path, dtype: torch.dtype) -> None:
-    """Write what lies beside the weights of a Hugging Face folder: config.json with their dtype, the rest as in `source`."""
+def write_companions(folder: Path, source: Path, dtype: torch.dtype, *, is_fp8: bool = False) -> None:
+    """Write what lies beside the weights of a Hugging Face folder: config.json with their dtype, the rest as in `source`.
+
+    Args:
+        folder: of the weights.
+        source: another checkpoint of the same model.
+        dtype: of the weights that are not quantized.
+        is_fp8: whether the matrices are block-wise FP8.
+    """
     for name in _COPIED_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    _write_config(folder, source, dtype)
+    _write_config(folder, source, dtype, is_fp8=is_fp8)
     (folder / _EXPORT_MARKER).write_text(json.dumps({"qwench_version": __version__}) + "\n")
 
 
@@ -190,6 +224,19 @@ def expected_weights(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(weight.shape) for name, weight in AutoModelForCausalLM.from_config(config).named_parameters()}
 
 
+def _dequantized(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return all weights of an FP8 folder as what they stand for."""
+    stored = find_tensors(folder)
+    weights: dict[str, Tensor] = {}
+    for name, place in stored.items():
+        if is_scale_name(name):
+            continue
+        tensor = read_tensor(place)
+        scale = stored.get(scale_name(name))
+        weights[name] = tensor.to(dtype) if scale is None else dequantize(tensor, read_tensor(scale), dtype)
+    return weights
+
+
 def _untied(buckets: Iterable[Sequence[tuple[str, Tensor]]], *, tied: bool) -> Iterable[Sequence[tuple[str, Tensor]]]:
     for bucket in buckets:
         yield [(name, tensor) for name, tensor in bucket if not (tied and name == "lm_head.weight")]
@@ -204,9 +251,12 @@ def _check_complete(written: Iterable[str], config: PretrainedConfig, folder: Pa
         raise CheckpointError(f"the export to {folder} {state} weight {name} ({len(differing)} names differ); not written.")
 
 
-def _write_config(folder: Path, source: Path, dtype: torch.dtype) -> None:
-    """Copy config.json as it is, but for the dtype (`torch_dtype` before transformers 5)."""
+def _write_config(folder: Path, source: Path, dtype: torch.dtype, *, is_fp8: bool) -> None:
+    """Copy config.json as it is, but for the dtype (`torch_dtype` before transformers 5) and how weights are quantized."""
     config = _read_json(source / "config.json")
+    config.pop("quantization_config", None)
+    if is_fp8:
+        config["quantization_config"] = QUANTIZATION_CONFIG
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
         config[key] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
