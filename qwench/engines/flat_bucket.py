@@ -19,8 +19,8 @@ from torch import Tensor
 
 from qwench.engines.protocol import WeightBucket
 from qwench.errors import WeightSyncError
+from qwench.models.fp8 import FP8_DTYPE
 
-FP8_DTYPE = torch.float8_e4m3fn
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, FP8_DTYPE, torch.uint8)
 }

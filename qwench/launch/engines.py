@@ -24,7 +24,7 @@ from qwench.engines.router import Router, check_router_words, router_command
 from qwench.engines.servers import Server, ServerCommand, ServerProcess, server_environ
 from qwench.engines.sglang import SglangSettings, check_sglang_words, sglang_command
 from qwench.launch.inputs import Inputs
-from qwench.models.hf import stop_token_ids
+from qwench.models.hf import is_fp8_checkpoint, stop_token_ids
 
 
 class CommandMaker(Protocol):
@@ -120,6 +120,7 @@ def embedded_settings(inputs: Inputs) -> EmbeddedSettings:
         kv_cache_tokens=engine.embedded_kv_cache_tokens,
         mem_fraction=engine.embedded_mem_fraction,
         dtype=inputs.dtype,
+        fp8=is_fp8_checkpoint(inputs.model_folder),
         device=str(inputs.device),
         inline=inputs.config.training.deterministic_mode,
         seed=inputs.config.data.rollout_seed,

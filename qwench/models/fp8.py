@@ -101,7 +101,7 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def quantized(buckets: Iterable[Sequence[tuple[str, Tensor]]]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Replace each weight that is stored in FP8 by its e4m3 values and, right after them, its scales."""
+    """Replace each weight that is stored in FP8 by its e4m3 values and, right after them, its scales; pass on the others."""
     for bucket in buckets:
         replaced: list[tuple[str, Tensor]] = []
         for name, tensor in bucket:
@@ -109,5 +109,5 @@ def quantized(buckets: Iterable[Sequence[tuple[str, Tensor]]]) -> Iterator[list[
                 values, scale = quantize(tensor)
                 replaced += [(name, values), (scale_name(name), scale)]
             else:
-                replaced.append((name, tensor.detach().bfloat16()))
+                replaced.append((name, tensor))
         yield replaced

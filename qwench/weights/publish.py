@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from qwench.engines.placement import EngineAddress
 from qwench.engines.protocol import Engine
+from qwench.weights.quantize import as_published
 from qwench.weights.rank_publication import publish_from_rank
 from qwench.weights.settings import PublicationSettings
 from qwench.weights.transports import Transport, WeightSource, choose_transport
@@ -86,7 +87,10 @@ def publish_weights(
             publish_from_rank(learner, addressed, version, settings)
         if local:
             transport = choose_transport(
-                learner, local, weights_may_alias=gpus.weights_may_alias, bucket_bytes=settings.bucket_bytes
+                as_published(learner, fp8=settings.fp8),
+                local,
+                weights_may_alias=gpus.weights_may_alias,
+                bucket_bytes=settings.bucket_bytes,
             )
             engines.run(_publish_to_each(transport, local, version=version), label=label, timeout_s=_total_timeout_s(settings))
 

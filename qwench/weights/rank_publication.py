@@ -26,6 +26,7 @@ from qwench.engines.shared_buffer import SharedBuffer
 from qwench.errors import QwenchError, WeightSyncError
 from qwench.models.hf import write_hf_checkpoint
 from qwench.weights.checks import Ledger
+from qwench.weights.quantize import as_published
 from qwench.weights.ranks import Message, Ranks
 from qwench.weights.receivers import EmbeddedReceiver, Receiver
 from qwench.weights.routes import Route, plan_routes
@@ -44,6 +45,7 @@ def publish_from_rank(
         WeightSyncError: an engine refused the weights, holds something else afterwards, or cannot be reached that way.
         EngineLostError: an engine is gone or did not answer within its deadline.
     """
+    source = as_published(source, fp8=settings.fp8)
     buckets = iter(source.weights(bucket_bytes=settings.bucket_bytes))
     first = next(buckets, None)
     assert first, "a model without weights cannot be published"

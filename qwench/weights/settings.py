@@ -18,6 +18,8 @@ class PublicationSettings:
     bucket_bytes: int = DEFAULT_BUCKET_BYTES
     transport: TransportName = "nccl"
     """nccl, the name that slime gives to its default: what `routes` says of each engine's place."""
+    fp8: bool = False
+    """Engines hold block-wise FP8: quantize what is published."""
     timeout_s: float = 600.0
     """For one engine to take one bucket (or, from disk, everything)."""
     disk_folder: Path | None = None

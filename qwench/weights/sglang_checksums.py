@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qwench.engines.flat_bucket import FP8_DTYPE
 from qwench.engines.protocol import WeightBucket
+from qwench.models.fp8 import FP8_DTYPE, dequantize, is_scale_name, scale_name, weight_name
 
 _FUSED = {
     "q_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
@@ -33,7 +33,6 @@ _FUSED = {
 _SPLIT_BY_COLUMN = ("o_proj", "down_proj")
 _SPLIT_BY_ROW = ("embed_tokens", "lm_head")
 _VOCABULARY_MULTIPLE = 64
-_SCALE_SUFFIX = "weight_scale_inv"
 
 _TILE_WORDS = 8192
 _TILES_AT_ONCE = 512
@@ -65,17 +64,13 @@ class SglangLedger:
 
     def _with_scale(self, name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
         """Return a tensor as it is, or an FP8 weight and its scales as bfloat16 once both are here."""
-        if tensor.dtype != FP8_DTYPE and not name.endswith(_SCALE_SUFFIX):
+        if tensor.dtype != FP8_DTYPE and not is_scale_name(name):
             return name, tensor
-        weight_name = name.removesuffix(_SCALE_SUFFIX) + "weight" if name.endswith(_SCALE_SUFFIX) else name
-        scale_name = weight_name.removesuffix("weight") + _SCALE_SUFFIX
         self._parts[name] = tensor
-        if weight_name not in self._parts or scale_name not in self._parts:
+        weight = weight_name(name)
+        if weight not in self._parts or scale_name(weight) not in self._parts:
             return None
-        weight, scale = self._parts.pop(weight_name), self._parts.pop(scale_name)
-        block = weight.shape[1] // scale.shape[1]
-        spread = scale.repeat_interleave(block, 0).repeat_interleave(block, 1)[: weight.shape[0], : weight.shape[1]]
-        return weight_name, (weight.float() * spread).bfloat16()
+        return weight, dequantize(self._parts.pop(weight), self._parts.pop(scale_name(weight)), torch.bfloat16)
 
     def _add(self, name: str, tensor: Tensor) -> None:
         path, kind = name.rsplit(".", 1)

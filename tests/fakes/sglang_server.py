@@ -64,8 +64,7 @@ class FakeSglang:
             return 200, {"model_path": "m", "weight_version": self.version}
         if path == "/weights_checker":
             ranks = [
-                {"checksums": {name: f"{numpy_hash(t):016x}" for name, t in params.items()}, "parallelism_info": {"tp_rank": r}}
-                for r, params in enumerate(self.params)
+                {"checksums": checksums(params), "parallelism_info": {"tp_rank": r}} for r, params in enumerate(self.params)
             ]
             return 200, {"success": True, "message": "Success.", "ranks": ranks}
         assert path == "/update_weights_from_tensor", path
@@ -102,6 +101,23 @@ class FakeSglang:
             params[name] = tensor.clone()
         if name == self.damaged and rank == tp - 1:
             params[name].view(-1)[0] += 1
+
+
+def checksums(params: dict[str, Tensor]) -> dict[str, str]:
+    """Hash every parameter; FP8 weights as the bfloat16 that they stand for, their scales not at all."""
+    hashes = {}
+    for name, tensor in params.items():
+        scale = params.get(name + "_scale_inv")
+        if name.endswith("_scale_inv"):
+            continue
+        if scale is not None:
+            whole = tensor.float()
+            for i in range(scale.shape[0]):
+                for j in range(scale.shape[1]):
+                    whole[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128] *= scale[i, j]
+            tensor = whole.bfloat16()
+        hashes[name] = f"{numpy_hash(tensor):016x}"
+    return hashes
 
 
 def _handler(fake: FakeSglang) -> type[BaseHTTPRequestHandler]:

@@ -26,6 +26,7 @@ from qwench.engines.embedded.admission import Admission, eos_ids_of
 from qwench.engines.embedded.architecture import Architecture, architecture_from_config
 from qwench.engines.embedded.counters import count_step
 from qwench.engines.embedded.kv_cache import PagePool
+from qwench.engines.embedded.parameters import list_parameters
 from qwench.engines.embedded.request import RunningRequest
 from qwench.engines.embedded.runner import Runner
 from qwench.engines.embedded.scheduler import Scheduler
@@ -43,7 +44,7 @@ from qwench.engines.protocol import (
     WeightReceipt,
 )
 from qwench.errors import EngineError
-from qwench.models.hf import load_hf_config, load_tokenizer, stop_token_ids
+from qwench.models.hf import is_fp8_checkpoint, load_hf_config, load_tokenizer, stop_token_ids
 
 QUIET_TURNS = 10
 """Turns of the event loop without a new request after which an inline engine believes that no more will come now."""
@@ -68,7 +69,11 @@ class EmbeddedEngine:
         self._admission = Admission(
             vocab_size=architecture.vocab_size, eos_ids=eos_ids, tokenizer=tokenizer, seed=settings.seed
         )
-        self._weights = WeightStore(architecture, settings.resolved_dtype, torch.device(settings.device))
+        self._weights = WeightStore(
+            list_parameters(architecture, settings.resolved_dtype, fp8=settings.fp8),
+            tied_head=architecture.tied_head,
+            device=torch.device(settings.device),
+        )
         self._version = 0
         self._runner = Runner(architecture, settings, self._weights)
         self._scheduler: Scheduler | None = None
@@ -94,7 +99,7 @@ class EmbeddedEngine:
 
         Args:
             source: a folder, whose weights are loaded unless `weights` are given; or a config, which brings none.
-            settings: sizes and modes.
+            settings: sizes and modes; a folder decides `fp8` by itself.
             weights: Hugging Face names to tensors, copied.
             tokenizer: needed for stop strings and for `GenerateResult.text`. None: the folder's, or none with a config.
 
@@ -107,6 +112,7 @@ class EmbeddedEngine:
         else:
             config, tokenizer = load_hf_config(Path(source)), tokenizer or load_tokenizer(Path(source))
             eos_ids = frozenset(stop_token_ids(Path(source), tokenizer))
+            settings = replace(settings, fp8=is_fp8_checkpoint(Path(source)))
         engine = cls(architecture_from_config(config), settings, eos_ids=eos_ids, tokenizer=tokenizer)
         if weights is not None:
             engine._weights.load([list(weights.items())])

@@ -16,25 +16,22 @@ from qwench.algorithms.log_probs import head_logits
 from qwench.engines.embedded.architecture import Architecture
 from qwench.engines.embedded.attention import Attention
 from qwench.engines.embedded.kv_cache import KVCache
+from qwench.engines.embedded.linear import Projection
 from qwench.models.rope import rope_table, rotate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Layer:
-    """The weights of one layer; `qkv` and `gate_up` hold one fused matrix or the separate ones."""
+    """The weights of one layer."""
 
     attention_norm: Tensor
     mlp_norm: Tensor
-    qkv: tuple[Tensor, ...]
-    qkv_bias: tuple[Tensor, ...] | None
+    qkv: Projection
     q_norm: Tensor | None
     k_norm: Tensor | None
-    output: Tensor
-    output_bias: Tensor | None
-    gate_up: tuple[Tensor, ...]
-    gate_up_bias: tuple[Tensor, ...] | None
-    down: Tensor
-    down_bias: Tensor | None
+    output: Projection
+    gate_up: Projection
+    down: Projection
 
 
 class DecoderModel:
@@ -76,8 +73,7 @@ class DecoderModel:
         attention: Attention,
     ) -> Tensor:
         shape = self._architecture
-        q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-        q, k, v = _project(normed_TD, layer.qkv, layer.qkv_bias, (q_size, kv_size, kv_size))
+        q, k, v = layer.qkv(normed_TD)
         q_THK = q.unflatten(-1, (shape.num_heads, shape.head_dim))
         k_THK = k.unflatten(-1, (shape.num_kv_heads, shape.head_dim))
         v_THK = v.unflatten(-1, (shape.num_kv_heads, shape.head_dim))
@@ -86,65 +82,30 @@ class DecoderModel:
         q_THK, k_THK = rotate(q_THK, cos_T1K, sin_T1K), rotate(k_THK, cos_T1K, sin_T1K)
         keys.flatten(0, 1).index_copy_(0, slots, k_THK)
         values.flatten(0, 1).index_copy_(0, slots, v_THK)
-        return functional.linear(attention(q_THK, keys, values).flatten(1), layer.output, layer.output_bias)
+        (y_TD,) = layer.output(attention(q_THK, keys, values).flatten(1))
+        return y_TD
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return functional.rms_norm(x, weight.shape, weight, self._architecture.norm_eps)
 
 
 def _mlp(x_TD: Tensor, layer: _Layer) -> Tensor:
-    ffn_size = layer.down.shape[1]
-    gate, up = _project(x_TD, layer.gate_up, layer.gate_up_bias, (ffn_size, ffn_size))
-    return functional.linear(functional.silu(gate) * up, layer.down, layer.down_bias)
-
-
-def _project(
-    x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor, ...] | None, sizes: tuple[int, ...]
-) -> tuple[Tensor, ...]:
-    """Return x times each matrix, in one product if they are fused."""
-    if len(weights) == 1:
-        return functional.linear(x, weights[0], biases[0] if biases is not None else None).split(sizes, dim=-1)
-    return tuple(functional.linear(x, weight, biases[i] if biases is not None else None) for i, weight in enumerate(weights))
+    gate, up = layer.gate_up(x_TD)
+    (y_TD,) = layer.down(functional.silu(gate) * up)
+    return y_TD
 
 
 def _bind_layer(weights: Mapping[str, Tensor], prefix: str) -> _Layer:
-    def optional(name: str) -> Tensor | None:
-        return weights.get(prefix + name)
+    def project(*names: str) -> Projection:
+        return Projection.bind(weights, prefix, *names)
 
-    def projection(*names: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
-        matrices = tuple(weights[f"{prefix}{name}.weight"] for name in names)
-        biases = tuple(weights[f"{prefix}{name}.bias"] for name in names if f"{prefix}{name}.bias" in weights) or None
-        fused = _fuse_neighbours(matrices), None if biases is None else _fuse_neighbours(biases)
-        # Matrices and biases are fused together or not at all.
-        return fused if fused[1] is None or len(fused[0]) == len(fused[1]) else (matrices, biases)
-
-    qkv, qkv_bias = projection("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    gate_up, gate_up_bias = projection("mlp.gate_proj", "mlp.up_proj")
     return _Layer(
         attention_norm=weights[prefix + "input_layernorm.weight"],
         mlp_norm=weights[prefix + "post_attention_layernorm.weight"],
-        qkv=qkv,
-        qkv_bias=qkv_bias,
-        q_norm=optional("self_attn.q_norm.weight"),
-        k_norm=optional("self_attn.k_norm.weight"),
-        output=weights[prefix + "self_attn.o_proj.weight"],
-        output_bias=optional("self_attn.o_proj.bias"),
-        gate_up=gate_up,
-        gate_up_bias=gate_up_bias,
-        down=weights[prefix + "mlp.down_proj.weight"],
-        down_bias=optional("mlp.down_proj.bias"),
+        qkv=project("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        q_norm=weights.get(prefix + "self_attn.q_norm.weight"),
+        k_norm=weights.get(prefix + "self_attn.k_norm.weight"),
+        output=project("self_attn.o_proj"),
+        gate_up=project("mlp.gate_proj", "mlp.up_proj"),
+        down=project("mlp.down_proj"),
     )
-
-
-def _fuse_neighbours(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return one matrix over tensors that lie back to back in one storage, else the tensors as they are."""
-    first = tensors[0]
-    expected = first.data_ptr()
-    for tensor in tensors:
-        if tensor.data_ptr() != expected or not tensor.is_contiguous():
-            return tensors
-        if tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return tensors
-        expected += tensor.numel() * tensor.element_size()
-    rows = sum(tensor.shape[0] for tensor in tensors)
-    return (first.as_strided((rows, *first.shape[1:]), first.stride()),)

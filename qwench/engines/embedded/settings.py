@@ -22,6 +22,8 @@ class EmbeddedSettings:
     """Share of the GPU's whole memory that may be in use once the pool is made, by whoever uses it."""
     dtype: torch.dtype | None = None
     """None: bfloat16 on a GPU, float32 on a CPU."""
+    fp8: bool = False
+    """Hold the matrices of the layers in block-wise FP8 (`models.fp8`); weights must then come in that form."""
     device: str = "cpu"
     inline: bool = False
     """Run steps on the event loop itself and wait for it to be quiet first: batches, and so all results, are reproducible."""

@@ -1,12 +1,11 @@
 """The engine's weights: its own storage, or live tensors of the trainer that it only looks at.
 
-Own storage is one flat buffer in the order of the architecture's parameters, so q, k, v (and gate, up) lie back to back and the
-model can multiply them as one matrix.
+Own storage is one flat buffer in the order of the engine's parameters, so q, k, v (and gate, up) lie back to back and the model
+can multiply them as one matrix.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -15,23 +14,22 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qwench.engines.checksum import tensor_checksums
-from qwench.engines.embedded.architecture import Architecture
+from qwench.engines.embedded.parameters import Parameter, lay_out
 from qwench.engines.protocol import Portion, WeightBucket
 from qwench.errors import WeightSyncError
+from qwench.models.fp8 import FP8_DTYPE, is_scale_name
 
 BUCKET_BYTES = 256 * 2**20
 TIED_HEAD = "lm_head.weight"
-_ALIGNMENT_BYTES = 256
-"""Matrices start at multiples of this, as cuBLAS likes; fused neighbours must have sizes that keep it to be fused."""
 
 
 class WeightStore:
     """Holds weights by Hugging Face name: absent, owned or aliased; `ready` when they are whole."""
 
-    def __init__(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
-        self._shapes = architecture.parameter_shapes()
-        self._tied_head = architecture.tied_head
-        self._dtype = dtype
+    def __init__(self, parameters: dict[str, Parameter], *, tied_head: bool, device: torch.device) -> None:
+        """Make a store for these tensors, without memory for them yet."""
+        self._parameters = parameters
+        self._tied_head = tied_head
         self._device = device
         self._tensors: Mapping[str, Tensor] = {}
         self._owned = False
@@ -49,14 +47,11 @@ class WeightStore:
 
     def allocate(self) -> None:
         """Take memory for own weights; they are not ready before they are copied in."""
-        offsets: dict[str, int] = {}
-        size = 0
-        for name, shape in self._shapes.items():
-            offsets[name] = size
-            size += _aligned(math.prod(shape) * self._dtype.itemsize) // self._dtype.itemsize
-        buffer = torch.empty(size, dtype=self._dtype, device=self._device)
+        offsets, size_bytes = lay_out(self._parameters)
+        buffer = torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
         self._tensors = {
-            name: buffer[offsets[name] : offsets[name] + math.prod(shape)].view(shape) for name, shape in self._shapes.items()
+            name: buffer[offsets[name] : offsets[name] + parameter.num_bytes].view(parameter.dtype).view(parameter.shape)
+            for name, parameter in self._parameters.items()
         }
         self._owned, self.ready = True, False
         self.layout += 1
@@ -76,9 +71,10 @@ class WeightStore:
         self._check_complete(set(named))
         for name, tensor in named.items():
             self._check(name, tensor)
-            if tensor.dtype != self._dtype or tensor.device.type != self._device.type:
+            wanted = self._parameters[name].dtype
+            if tensor.dtype != wanted or tensor.device.type != self._device.type:
                 raise WeightSyncError(
-                    f"weight {name!r} cannot be aliased: it is {tensor.dtype} on {tensor.device}, the engine is {self._dtype} "
+                    f"weight {name!r} cannot be aliased: it is {tensor.dtype} on {tensor.device}, the engine's is {wanted} "
                     f"on {self._device}; copy it by update_weights instead."
                 )
         if _addresses(named) != _addresses(self._tensors):
@@ -151,21 +147,28 @@ class WeightStore:
         return self._tied_head and name == TIED_HEAD
 
     def _check(self, name: str, tensor: Tensor) -> None:
-        if name not in self._shapes:
-            raise WeightSyncError(f"the engine's model has no weight {name!r}; the trainer's model is another one.")
-        if tuple(tensor.shape) != self._shapes[name]:
+        parameter = self._parameters.get(name)
+        if parameter is None and is_scale_name(name):
             raise WeightSyncError(
-                f"weight {name!r} has shape {tuple(tensor.shape)}; the engine's model wants {self._shapes[name]}."
+                f"weight {name!r} is of a model in FP8; this engine's is not: send what the weights stand for."
             )
+        if parameter is None:
+            raise WeightSyncError(f"the engine's model has no weight {name!r}; the trainer's model is another one.")
+        if tuple(tensor.shape) != parameter.shape:
+            raise WeightSyncError(
+                f"weight {name!r} has shape {tuple(tensor.shape)}; the engine's model wants {parameter.shape}."
+            )
+        if FP8_DTYPE in (tensor.dtype, parameter.dtype) and tensor.dtype != parameter.dtype:
+            raise WeightSyncError(f"weight {name!r} came as {tensor.dtype}; the engine holds it as {parameter.dtype}.")
 
     def _check_complete(self, received: set[str]) -> None:
-        missing = [name for name in self._shapes if name not in received]
+        missing = [name for name in self._parameters if name not in received]
         if missing:
             listed = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
             raise WeightSyncError(
-                f"{len(missing)} of {len(self._shapes)} weights did not arrive: {listed}; publish all of them."
+                f"{len(missing)} of {len(self._parameters)} weights did not arrive: {listed}; publish all of them."
             )
-        unknown = sorted(received - set(self._shapes))
+        unknown = sorted(received - set(self._parameters))
         if unknown:
             raise WeightSyncError(f"the engine's model has no weight {unknown[0]!r}; the trainer's model is another one.")
 
@@ -195,7 +198,3 @@ def read_safetensors(folder: Path) -> Iterator[WeightBucket]:
 
 def _addresses(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in tensors.items()}
-
-
-def _aligned(size_bytes: int) -> int:
-    return -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from qwench.engines.placement import EngineAddress, Placement, host_name
 from qwench.errors import EngineError, WeightSyncError
+from qwench.models.fp8 import quantized
 from qwench.weights.buckets import bucketed
 from qwench.weights.rank_publication import publish_from_rank
 from qwench.weights.settings import PublicationSettings
@@ -27,6 +28,17 @@ class Source:
 
     def shared_weights(self):
         return None
+
+
+class Fp8Source(Source):
+    """One layer whose matrices are large enough to be split in whole blocks."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        names = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+        plain = {f"model.layers.0.{name}.weight": torch.randn(256, 256, generator=generator) for name in names}
+        (bucket,) = quantized([[*plain.items(), ("model.norm.weight", torch.ones(256).bfloat16())]])
+        self.tensors = dict(bucket)
 
 
 def serve(source, *, tp_size=1):
@@ -55,6 +67,22 @@ def test_every_tensor_arrives_and_is_verified_on_every_rank(family, dtype, tp_si
     updates = [body for path, body in fake.requests if path == "/update_weights_from_tensor"]
     assert len(updates) > 5 and [body["flush_cache"] for body in updates] == [False] * (len(updates) - 1) + [True]
     assert [body.get("weight_version") for body in updates] == [None] * (len(updates) - 1) + ["7"]
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_fp8_weights_are_verified_as_what_they_stand_for(tp_size):
+    source = Fp8Source()
+    with serve(source, tp_size=tp_size) as fake:
+        publish(source, fake, bucket_bytes=100_000)
+        assert fake.params[0]["model.layers.0.mlp.down_proj.weight"].dtype == torch.float8_e4m3fn
+        fake.params[-1]["model.layers.0.self_attn.qkv_proj.weight_scale_inv"][-1] *= 2
+        fake.answer_all = fake.answer
+        updates = ("/update_weights_from_tensor", "/model_info")
+        fake.answer = lambda path, body: (
+            (200, {"model_path": "m", "weight_version": "7"}) if path in updates else fake.answer_all(path, body)
+        )
+        with pytest.raises(WeightSyncError, match=r"'model.layers.0.self_attn.qkv_proj.weight' .* \(1 of 5 differ\)"):
+            publish(source, fake)
 
 
 def test_a_tensor_that_differs_on_one_rank_is_named():
