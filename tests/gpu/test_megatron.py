@@ -98,6 +98,10 @@ def _join(rank: int, world_size: int, device: str, folder: Path) -> torch.device
 
         install()
     name = "nccl" if device == "cuda" and world_size == 1 else "gloo"
+    if device == "cuda" and name == "gloo":
+        from tests.fakes.gloo_on_cuda import install  # noqa: PLC0415  # imports megatron-core
+
+        install()
     store, timeout = f"file://{folder}/store", timedelta(seconds=_TIMEOUT_S)
     dist.init_process_group(name, init_method=store, rank=rank, world_size=world_size, timeout=timeout)
     return torch.device(device, 0) if device == "cuda" else torch.device(device)
