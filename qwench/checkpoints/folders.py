@@ -10,7 +10,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from qwench.checkpoints.iterations import Iterations
+from transformers import PretrainedConfig
+
+from qwench.checkpoints.iterations import POINTER, Iterations
+from qwench.checkpoints.manifest import META
+from qwench.checkpoints.sources import find_checkpoint, find_format, is_checkpoint, open_weights
 from qwench.config.checkpoint import CheckpointConfig
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import TEMPORARY_SUFFIX, write_atomically
@@ -46,6 +50,8 @@ def check_load_folder(config: CheckpointConfig, identity: Mapping[str, Json]) ->
     """
     if config.load is None:
         return
+    if foreign_checkpoint(config) is not None:
+        return
     found = Iterations(config.load).newest_first()
     if config.ckpt_step is not None and not Iterations(config.load).folder(config.ckpt_step).is_dir():
         raise ConfigError(
@@ -58,6 +64,53 @@ def check_load_folder(config: CheckpointConfig, identity: Mapping[str, Json]) ->
         )
     if (config.load / MARKER).is_file():
         check_identity(_read_marker(config.load, flag="--load"), identity, what=f"--load {config.load}")
+
+
+def foreign_checkpoint(config: CheckpointConfig) -> Path | None:
+    """Return the checkpoint in --load that no run of ours wrote; None: --load holds our runs', or nothing.
+
+    Raises:
+        ConfigError: the folder's pointer, or --ckpt-step, names a checkpoint that is not there.
+        CheckpointError: it was not finished.
+    """
+    folder = config.load
+    if folder is None or is_save_folder(config, folder) or (folder / MARKER).is_file():
+        return None
+    if config.ckpt_step is None and not (folder / POINTER).is_file():
+        return folder if is_checkpoint(folder) and not (folder / META).is_file() else None
+    if config.ckpt_step is not None and not Iterations(folder).folder(config.ckpt_step).is_dir():
+        return None
+    named = find_checkpoint(folder, step=config.ckpt_step)
+    if (named / META).is_file():
+        return None
+    find_format(named)
+    return named
+
+
+def starting_weights(config: CheckpointConfig) -> Path | None:
+    """Return the checkpoint of --ref-load; None: there is none, and --hf-checkpoint has the weights.
+
+    Raises:
+        ConfigError: --ref-load holds no checkpoint, or not the one of --ref-ckpt-step.
+    """
+    if config.ref_load is None:
+        return None
+    return find_checkpoint(config.ref_load, step=config.ref_ckpt_step, flag="--ref-load")
+
+
+def check_weights(config: CheckpointConfig, model: PretrainedConfig) -> None:
+    """Make sure that weights of --ref-load, and of a foreign --load, are whole and of this model, from headers alone.
+
+    Raises:
+        ConfigError: they are of another model, or there are none.
+        CheckpointError: they are damaged or half-written.
+    """
+    for flag, folder in (("--ref-load", starting_weights(config)), ("--load", foreign_checkpoint(config))):
+        try:
+            if folder is not None:
+                open_weights(folder, model)
+        except ConfigError as error:
+            raise ConfigError(f"{flag}: {error}") from error
 
 
 def check_identity(written: Mapping[str, Json], identity: Mapping[str, Json], *, what: str) -> None:

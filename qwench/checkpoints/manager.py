@@ -17,7 +17,14 @@ from typing import Protocol
 
 import orjson
 
-from qwench.checkpoints.folders import check_identity, check_load_folder, check_save_folder, hf_folder, is_save_folder
+from qwench.checkpoints.folders import (
+    check_identity,
+    check_load_folder,
+    check_save_folder,
+    foreign_checkpoint,
+    hf_folder,
+    is_save_folder,
+)
 from qwench.checkpoints.iterations import Iterations
 from qwench.checkpoints.manifest import read_manifest, write_manifest
 from qwench.config.checkpoint import CheckpointConfig
@@ -114,7 +121,11 @@ class CheckpointManager:
                 iteration, meta = found
                 self._load(source.folder(iteration), meta, learner, rollouts)
                 return iteration
-        if self._config.load is not None:
+        foreign = foreign_checkpoint(self._config)
+        if foreign is not None:
+            self._console.say(f"{foreign} is no run's: starting at rollout 0 with its weights, and with a fresh optimizer")
+            learner.load(foreign, weights_only=True, with_rng=False)
+        elif self._config.load is not None:
             start = f"the weights of --ref-load {self._config.ref_load}" if self._config.ref_load else "--hf-checkpoint"
             self._console.say(f"no checkpoint in --load {self._config.load}: starting at rollout 0 from {start}")
         return 0
@@ -138,12 +149,14 @@ class CheckpointManager:
                 ) from error
 
     def _sources(self) -> list[Iterations]:
-        """Return where to look, in order: the run's own folder first, because the same command may have run before."""
+        """Return where to look for what runs saved: the own folder first, because the same command may have run before."""
         config = self._config
+        own = [self._iterations] if self._iterations is not None else []
+        if foreign_checkpoint(config) is not None:
+            return own
         if config.ckpt_step is not None:
             assert config.load is not None, "--ckpt-step needs --load"
             return [Iterations(config.load)]
-        own = [self._iterations] if self._iterations is not None else []
         other = [Iterations(config.load)] if config.load is not None and not is_save_folder(config, config.load) else []
         return own + other
 

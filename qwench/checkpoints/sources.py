@@ -117,6 +117,17 @@ def find_format(folder: Path) -> Format:
     )
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Tell whether the folder itself, not one below it, is a checkpoint, finished or not."""
+    try:
+        find_format(folder)
+    except CheckpointError:
+        return True
+    except ConfigError:
+        return False
+    return True
+
+
 def open_weights(folder: Path, config: PretrainedConfig) -> WeightSource:
     """Open the weights of a checkpoint of any format, or of the newest one under `folder`.
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwench.checkpoints.sources import find_format, open_weights
-from qwench.models.hf import load_hf_config, load_model, load_tokenizer
+from qwench.models.hf import load_hf_config, load_model, load_tokenizer, model_of
 
 PROMPTS = ("The capital of France is", "def add(a, b):\n    return", "Question: What is 12 + 30?\nAnswer:")
 
@@ -39,9 +39,9 @@ def largest_logit_difference(folder: Path, other: Path, *, hf_folder: Path, dtyp
 def _load(folder: Path, *, hf_folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     if find_format(folder) == "hf":
         return load_model(folder, dtype=dtype)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(load_hf_config(hf_folder), dtype=dtype).eval()
-    _fill(model, folder, hf_folder=hf_folder)
-    return model
+    config = load_hf_config(hf_folder)
+    source = open_weights(folder, config)
+    return model_of(config, {name: source.read(name) for name in source.specs}, dtype=dtype)
 
 
 def _fill(model: nn.Module, folder: Path, *, hf_folder: Path) -> None:

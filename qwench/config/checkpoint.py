@@ -15,7 +15,8 @@ class CheckpointConfig:
 
     load: Path | None = None
     """Folder of checkpoints to resume from. Without any in it the run starts afresh: from --ref-load, or, when the folder is
-    also --save, from --hf-checkpoint."""
+    also --save, from --hf-checkpoint. A checkpoint that no run of Qwench wrote (Hugging Face's, or Megatron's torch_dist)
+    gives the weights of rollout 0."""
     save: Path | None = None
     """Folder to write checkpoints to. None: nothing is saved."""
     save_interval: int | None = None
@@ -25,7 +26,10 @@ class CheckpointConfig:
     keep_checkpoints: int | None = None
     """Delete all but this many of the newest checkpoints after a verified save. None: keep all."""
     ref_load: Path | None = None
-    """Weights of the reference, and of the policy of a fresh run. None: --hf-checkpoint."""
+    """Weights of the reference, and of the policy of a fresh run: a checkpoint of Hugging Face, torch_dist or FSDP, or the
+    folder above it. None: --hf-checkpoint."""
+    ref_ckpt_step: int | None = None
+    """Iteration to read from --ref-load. None: the latest."""
     ckpt_step: int | None = None
     """Iteration to load from --load. None: the latest."""
     no_load_optim: bool = False
@@ -39,6 +43,7 @@ class CheckpointConfig:
         check_positive("--save-interval", self.save_interval)
         check_positive("--keep-checkpoints", self.keep_checkpoints)
         check_not_negative("--ckpt-step", self.ckpt_step)
+        check_not_negative("--ref-ckpt-step", self.ref_ckpt_step)
         for flag, value in (
             ("--save-interval", self.save_interval),
             ("--keep-checkpoints", self.keep_checkpoints),
@@ -48,3 +53,5 @@ class CheckpointConfig:
                 raise ConfigError(f"{flag} ({value}) has no effect without a folder to save to; give --save")
         if self.ckpt_step is not None and self.load is None:
             raise ConfigError(f"--ckpt-step ({self.ckpt_step}) picks a checkpoint of --load; give --load")
+        if self.ref_ckpt_step is not None and self.ref_load is None:
+            raise ConfigError(f"--ref-ckpt-step ({self.ref_ckpt_step}) picks a checkpoint of --ref-load; give --ref-load")

@@ -175,7 +175,6 @@ NEUTRAL: tuple[Neutral, ...] = (
     *_flags(OFF, "optimizer state is kept for the whole run; --no-load-optim starts afresh", "reset-optimizer-states"),
     *_flags(OFF, "AdamW is the only optimizer", "use-stateless-adam"),
     *_flags(OFF, "trainer processes live as long as the run; --offload-train frees their GPU memory", "release-train"),
-    *_flags(NEVER, "it arrives with the Megatron backend; --ref-load takes the folder of one checkpoint", "ref-ckpt-step"),
     *_flags(
         NEVER, "a run begins at rollout 0, or where the checkpoint that it resumes stands; see --ckpt-step", "start-rollout-id"
     ),

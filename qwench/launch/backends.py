@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from qwench.checkpoints.folders import starting_weights
 from qwench.config import Config
 from qwench.config.optimizer import OptimizerConfig
 from qwench.launch.inputs import Inputs, parallel_layout
@@ -28,11 +29,12 @@ def build_backend(inputs: Inputs, *, total_steps: int) -> TrainBackend:
         return _build_megatron(inputs, total_steps=total_steps)
     config = inputs.config
     return FsdpBackend.build(
-        config.checkpoint.ref_load or inputs.model_folder,
+        starting_weights(config.checkpoint) or inputs.model_folder,
         settings=_fsdp_settings(inputs),
         adam=adam_settings(config.optimizer),
         schedule=lr_schedule(config.optimizer, total_steps=total_steps),
         device=inputs.device,
+        hf_config=inputs.hf_config,
     )
 
 
@@ -52,7 +54,7 @@ def _build_megatron(inputs: Inputs, *, total_steps: int) -> TrainBackend:
         deterministic=training.deterministic_mode,
     )
     return MegatronBackend.build(
-        config.checkpoint.ref_load or inputs.model_folder,
+        starting_weights(config.checkpoint) or inputs.model_folder,
         settings=MegatronSettings(
             layout=parallel_layout(config.parallel), model=model, collective_timeout_s=COLLECTIVE_TIMEOUT_S
         ),

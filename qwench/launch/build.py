@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from qwench.checkpoints.folders import check_weights
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.cluster.gpus import ColocatedGpus, DedicatedGpus
 from qwench.config import Config
@@ -23,7 +24,7 @@ from qwench.launch.generation import build_generation
 from qwench.launch.inputs import Inputs, read_eval_prompts, read_inputs, read_training_prompts
 from qwench.launch.processes import make_servers, open_processes, start_learner, take_turns
 from qwench.launch.trainer import load_reward_post_process
-from qwench.models.hf import write_hf_checkpoint
+from qwench.models.hf import is_fp8_checkpoint, write_hf_checkpoint
 from qwench.observability.dumps import check_recorded
 from qwench.observability.metrics import MetricLog, Sink
 from qwench.observability.timing import PhaseTimer
@@ -120,7 +121,9 @@ def build_sft(config: Config) -> Run:
 
 def _begin(config: Config) -> Inputs:
     transformers_logging.disable_progress_bar()  # it would draw over the live line
-    return read_inputs(config)
+    inputs = read_inputs(config)
+    check_weights(config.checkpoint, inputs.hf_config)
+    return inputs
 
 
 def _build_replay(inputs: Inputs, template: str) -> Run:
@@ -220,6 +223,7 @@ def _publication(inputs: Inputs) -> PublicationSettings:
         disk_folder=None if engine.update_weight_disk_dir is None else Path(engine.update_weight_disk_dir),
         keep_disk_files=engine.update_weight_disk_keep_files,
         model_folder=inputs.model_folder,
+        fp8=is_fp8_checkpoint(inputs.model_folder),
     )
 
 

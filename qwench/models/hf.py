@@ -128,6 +128,20 @@ def load_model(
     return model.to(device).eval()
 
 
+def model_of(config: PretrainedConfig, weights: dict[str, Tensor], *, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the causal language model with all of its weights given, in evaluation mode, on the host.
+
+    Args:
+        weights: By Hugging Face name; tensors that are in `dtype` already are used, not copied.
+    """
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config))
+    model: PreTrainedModel = kind.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, attn_implementation="sdpa"
+    )
+    return model.eval()
+
+
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder.
 

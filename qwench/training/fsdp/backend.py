@@ -19,17 +19,18 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig
 
 from qwench.engines.protocol import WeightBucket
 from qwench.errors import TrainingError
-from qwench.models.hf import load_hf_config, load_model
+from qwench.models.hf import load_hf_config
 from qwench.training import rng
 from qwench.training.adam import AdamSettings
 from qwench.training.backend import LossFunction, ParallelRank, StepResult, TokenLoss
 from qwench.training.batch import MicroBatch
 from qwench.training.fsdp import checkpoint
 from qwench.training.fsdp.attention import install_attention
-from qwench.training.fsdp.conversion import is_torch_dist, load_converted
+from qwench.training.fsdp.conversion import is_foreign, load_causal_lm, load_converted
 from qwench.training.fsdp.gradients import ShardedGradients
 from qwench.training.fsdp.optimizer import MasterOptimizer, local_shard
 from qwench.training.fsdp.parallelize import MASTER_DTYPE, parallelize
@@ -83,19 +84,30 @@ class FsdpBackend:
 
     @classmethod
     def build(
-        cls, model_folder: Path, *, settings: FsdpSettings, adam: AdamSettings, schedule: LrSchedule, device: torch.device
+        cls,
+        model_folder: Path,
+        *,
+        settings: FsdpSettings,
+        adam: AdamSettings,
+        schedule: LrSchedule,
+        device: torch.device,
+        hf_config: PretrainedConfig | None = None,
     ) -> FsdpBackend:
-        """Load a Hugging Face checkpoint and shard it over all ranks (after `init_process_group`); collective.
+        """Load a checkpoint of any format and shard it over all ranks (after `init_process_group`); collective.
+
+        Args:
+            model_folder: A checkpoint that `checkpoints.sources` knows.
+            hf_config: Of the model; None: config.json in `model_folder`.
 
         Raises:
             ConfigError: the attention or the layout does not fit the model, device or ranks.
+            CheckpointError: the checkpoint is damaged.
         """
         if settings.deterministic:
             torch.use_deterministic_algorithms(True)
         mesh = build_mesh(device, dp_replicate=settings.dp_replicate)
         # In the checkpoint's own dtype: it is cast as shards on the device.
-        stored = load_hf_config(model_folder).dtype
-        model = load_model(model_folder, dtype=stored if isinstance(stored, torch.dtype) else MASTER_DTYPE)
+        model = load_causal_lm(model_folder, hf_config or load_hf_config(model_folder))
         install_attention(model, settings.attention, device=device, dtype=settings.param_dtype)
         policy = Policy(
             model,
@@ -199,7 +211,7 @@ class FsdpBackend:
             CheckpointError: files are missing or belong to another model.
         """
         self._assert_awake()
-        if is_torch_dist(folder):
+        if is_foreign(folder):
             load_converted(folder, self._optimizer, self._policy.causal_lm.config, weights_only=weights_only)
         else:
             checkpoint.load_model(folder, self._optimizer)

@@ -5,22 +5,40 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 # The public way to place a host tensor in a DTensor sends the whole tensor to every rank's device first.
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from qwench.checkpoints.sources import WeightSource, open_optimizer_state, open_weights
+from qwench.checkpoints.sources import WeightSource, find_checkpoint, find_format, open_optimizer_state, open_weights
 from qwench.checkpoints.torch_dist import CONFIG_FILE
 from qwench.errors import CheckpointError
+from qwench.models.hf import load_hf_config, load_model, model_of
 from qwench.training.fsdp.optimizer import MasterOptimizer
 
 
-def is_torch_dist(folder: Path) -> bool:
-    """Tell whether the Megatron backend, or Megatron-LM itself, wrote the checkpoint."""
-    return (folder / CONFIG_FILE).is_file()
+def is_foreign(folder: Path) -> bool:
+    """Tell whether something else than this backend wrote the checkpoint: Megatron, or Hugging Face."""
+    return any((folder / name).is_file() for name in (CONFIG_FILE, "config.json"))
+
+
+def load_causal_lm(folder: Path, config: PretrainedConfig) -> PreTrainedModel:
+    """Load the model of a checkpoint of any format on the host, in the dtype that it is stored in.
+
+    Raises:
+        ConfigError: it is of another model.
+        CheckpointError: files are missing or damaged.
+    """
+    folder = find_checkpoint(folder)
+    if find_format(folder) == "hf":
+        stored = load_hf_config(folder).dtype
+        return load_model(folder, dtype=stored if isinstance(stored, torch.dtype) else torch.float32)
+    source = open_weights(folder, config)
+    weights = {name: source.read(name) for name in source.specs}
+    return model_of(config, weights, dtype=next(iter(source.specs.values())).dtype)
 
 
 def load_converted(folder: Path, optimizer: MasterOptimizer, config: PretrainedConfig, *, weights_only: bool) -> None:

@@ -1,0 +1,105 @@
+"""Checkpoints that no run of ours wrote: --load gives their weights at rollout 0, --ref-load those of the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import PretrainedConfig, Qwen3Config
+
+from qwench.checkpoints.folders import check_weights, foreign_checkpoint, starting_weights
+from qwench.checkpoints.manager import CheckpointManager
+from qwench.config.checkpoint import CheckpointConfig
+from qwench.errors import CheckpointError, ConfigError
+from qwench.models.hf import load_hf_config
+from tests.fakes.learner import CountingRollouts
+from tests.unit.checkpoints.test_convert import SHAPE, run, write_hf
+from tests.unit.checkpoints.test_manager import manager_of, save_all
+
+POINTER = "latest_checkpointed_iteration.txt"
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    return write_hf(tmp_path / "hf")
+
+
+@pytest.fixture
+def model(hf: Path) -> PretrainedConfig:
+    return load_hf_config(hf)
+
+
+@pytest.fixture
+def megatron(tmp_path: Path, hf: Path) -> Path:
+    """A folder with `release`, and an older iteration 7, as Megatron-LM leaves them."""
+    run(hf, tmp_path / "megatron", "torch_dist", hf=hf)
+    run(hf, tmp_path / "other", "torch_dist", hf=hf)
+    (tmp_path / "other" / "release").rename(tmp_path / "megatron" / "iter_0000007")
+    return tmp_path / "megatron"
+
+
+class RecordingLearner:
+    def __init__(self) -> None:
+        self.loads: list[tuple[Path, bool, bool]] = []
+
+    def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
+        self.loads.append((folder, weights_only, with_rng))
+
+
+def restored(manager: CheckpointManager) -> tuple[int, list[tuple[Path, bool, bool]]]:
+    learner, rollouts = RecordingLearner(), CountingRollouts(5)
+    first = manager.restore(learner, rollouts)  # type: ignore[arg-type]  # nothing is saved here
+    assert first > 0 or rollouts.state_dict() == CountingRollouts(5).state_dict()
+    return first, learner.loads
+
+
+def test_a_parent_with_a_release_gives_weights_only(megatron: Path) -> None:
+    assert restored(manager_of(load=megatron)) == (0, [(megatron / "release", True, False)])
+
+
+def test_numbers_of_others_are_not_ours(megatron: Path) -> None:
+    (megatron / POINTER).write_text("7")
+    assert restored(manager_of(load=megatron)) == (0, [(megatron / "iter_0000007", True, False)])
+
+
+def test_ckpt_step_picks_an_iteration_and_a_checkpoint_can_be_named_itself(megatron: Path, hf: Path) -> None:
+    assert restored(manager_of(load=megatron, ckpt_step=7))[1] == [(megatron / "iter_0000007", True, False)]
+    assert restored(manager_of(load=megatron / "release"))[1] == [(megatron / "release", True, False)]
+    assert restored(manager_of(load=hf))[1] == [(hf, True, False)]
+    with pytest.raises(ConfigError, match="no checkpoint of --ckpt-step 8"):
+        manager_of(load=megatron, ckpt_step=8)
+
+
+def test_what_the_run_itself_saved_since_comes_first(megatron: Path, tmp_path: Path) -> None:
+    flags = {"load": megatron, "save": tmp_path / "run"}
+    save_all(manager_of(**flags), 1, 2)
+    assert restored(manager_of(**flags)) == (2, [(tmp_path / "run" / "iter_0000002", False, True)])
+
+
+def test_own_checkpoints_are_not_foreign(tmp_path: Path) -> None:
+    save_all(manager_of(save=tmp_path / "run"), 3)
+    assert foreign_checkpoint(CheckpointConfig(load=tmp_path / "run")) is None
+
+
+def test_half_written_checkpoints_are_refused_at_the_start(megatron: Path) -> None:
+    (megatron / "release" / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match="not finished"):
+        manager_of(load=megatron)
+
+
+def test_ref_load_takes_the_parent_and_a_step(megatron: Path, model: PretrainedConfig) -> None:
+    assert starting_weights(CheckpointConfig()) is None
+    assert starting_weights(CheckpointConfig(ref_load=megatron)) == megatron / "release"
+    assert starting_weights(CheckpointConfig(ref_load=megatron, ref_ckpt_step=7)) == megatron / "iter_0000007"
+    check_weights(CheckpointConfig(ref_load=megatron, load=megatron), model)
+    with pytest.raises(ConfigError, match=r"--ref-load .* has no checkpoint of iteration 9"):
+        starting_weights(CheckpointConfig(ref_load=megatron, ref_ckpt_step=9))
+    with pytest.raises(ConfigError, match="give --ref-load"):
+        CheckpointConfig(ref_ckpt_step=9)
+
+
+@pytest.mark.parametrize("flag", ["load", "ref_load"])
+def test_weights_of_another_model_are_refused_by_flag(megatron: Path, flag: str) -> None:
+    deeper = Qwen3Config(**{**SHAPE, "num_hidden_layers": 3}, tie_word_embeddings=True)
+    with pytest.raises(ConfigError, match=rf"--{flag.replace('_', '-')}: .* has 2 layers, but config\.json describes 3"):
+        check_weights(CheckpointConfig(**{flag: megatron}), deeper)
