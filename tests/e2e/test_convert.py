@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-REPOSITORY = Path(__file__).parents[2]
+from qwench import cli
+from tests.e2e.conftest import DIGITS, REPOSITORY, Workspace, read_metrics
+
 MODEL_ARGS = shlex.split("""
 --swiglu --num-layers 4 --hidden-size 128 --ffn-hidden-size 512 --num-attention-heads 4 --group-query-attention
 --num-query-groups 2 --use-rotary-position-embeddings --disable-bias-linear --normalization RMSNorm --norm-epsilon 1e-6
@@ -31,11 +33,9 @@ def run(*words: object, ok: bool = True) -> subprocess.CompletedProcess[str]:
     return result
 
 
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "hf"
-    run("-m", "qwench", "make-model", "--output", folder, "--size", "tiny")
-    return folder
+@pytest.fixture
+def hf(workspace: Workspace) -> Path:
+    return workspace.model
 
 
 def test_the_scripts_of_the_recipes_take_a_model_there_and_back(hf: Path, tmp_path: Path) -> None:
@@ -70,6 +70,20 @@ def test_two_processes_write_shards_and_logits_agree(hf: Path, tmp_path: Path) -
     for file in set(weight_map.values()):
         for name, tensor in load_file(out / file).items():
             assert torch.equal(tensor, original[name])
+
+
+@pytest.mark.parametrize("flag", ["ref_load", "load"])
+def test_a_run_starts_from_what_was_converted(workspace: Workspace, tmp_path: Path, flag: str) -> None:
+    """Equal metrics mean equal weights: all draws depend on the seed and the weights only."""
+    other, converted = tmp_path / "other", tmp_path / "converted"
+    cli.run(["make-model", "--size", "tiny", "--output", str(other), "--seed", "1"])
+    cli.run(["convert", "--input", str(workspace.model), "--output", str(converted), "--to", "torch_dist"])
+    folders = [tmp_path / name for name in ("plain", "from_converted", "from_other")]
+    starts = [{}, {"hf_checkpoint": other, flag: converted}, {"hf_checkpoint": other}]
+    for folder, start in zip(folders, starts, strict=True):
+        cli.run(workspace.train_argv(folder, **DIGITS, num_rollout=1, **start))
+    plain, from_converted, from_other = map(read_metrics, folders)
+    assert plain == from_converted != from_other
 
 
 @pytest.mark.parametrize(
