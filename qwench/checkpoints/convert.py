@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from qwench.checkpoints.fp8 import QuantizedSource, StoredTensors
 from qwench.checkpoints.iterations import POINTER, RELEASE, Iterations
 from qwench.checkpoints.run_state import RunState
 from qwench.checkpoints.sources import Format, HfWeights, WeightSource, find_format, open_optimizer_state, open_weights
@@ -57,7 +58,8 @@ class Conversion:
     source: Path
     """The folder of the checkpoint itself, not its parent."""
     output: Path
-    to: Format
+    to: Format | Literal["fp8"]
+    """fp8: a Hugging Face folder whose matrices are in FP8 (`models.fp8`)."""
     hf_folder: Path
     """Has config.json, and for a Hugging Face checkpoint the tokenizer."""
     config: PretrainedConfig
@@ -93,7 +95,7 @@ class Converter:
         self._conversion = conversion
         self._source_format = find_format(conversion.source)
         self.weights = open_weights(conversion.source, conversion.config)
-        wants_state = conversion.with_optimizer and conversion.to != "hf"
+        wants_state = conversion.with_optimizer and not self._writes_weights_alone
         self._state = open_optimizer_state(conversion.source, conversion.config) if wants_state else None
         # Without its optimizer a run is not resumed but begun.
         self._run_state = RunState.read(conversion.source) if self._state is not None else None
@@ -106,6 +108,11 @@ class Converter:
         """Return the narrower dtype of the weights that are read and of those that are written."""
         name = next(iter(self.weights.specs))
         return min((self.weights.specs[name].dtype, self.streams[0].spec(name).dtype), key=lambda dtype: dtype.itemsize)
+
+    @property
+    def _writes_weights_alone(self) -> bool:
+        """Tell whether the output is a Hugging Face folder."""
+        return self._conversion.to in ("hf", "fp8")
 
     def run(self, ranks: Ranks, advance: Callable[[int], None]) -> Converted:
         """Convert; every rank calls it.
@@ -140,6 +147,8 @@ class Converter:
         if dtype is None and self._source_format == "fsdp":
             stored = self._conversion.config.dtype
             dtype = stored if isinstance(stored, torch.dtype) else torch.bfloat16
+        if to == "fp8":
+            return [Stream(kind=WEIGHTS, source=QuantizedSource(self.weights, dtype=dtype))]
         state = self._state
         moments = [] if state is None else [Stream(kind=kind, source=source) for kind, source in state.moments.items()]
         if to == "fsdp":
@@ -152,14 +161,14 @@ class Converter:
 
     def _folder(self, root: Path) -> Path:
         """Return where the checkpoint itself lies: formats that training writes have a parent folder with a pointer."""
-        if self._conversion.to == "hf":
+        if self._writes_weights_alone:
             return root
         return root / RELEASE if self._run_state is None else Iterations(root).folder(self._run_state.iteration)
 
     def _target(self, folder: Path, rank: int) -> Target:
         num_steps = None if self._state is None else self._state.num_steps
         match self._conversion.to:
-            case "hf":
+            case "hf" | "fp8":
                 (weights,) = self.streams
                 shard_bytes = self._conversion.max_shard_bytes
                 return HfTarget(folder, weights, hf_folder=self._conversion.hf_folder, max_shard_bytes=shard_bytes)
@@ -197,6 +206,8 @@ class Converter:
     def _written_sources(self, folder: Path) -> Mapping[str, WeightSource]:
         """Open what was written, by kind."""
         config = self._conversion.config
+        if self._conversion.to == "fp8":
+            return {WEIGHTS: StoredTensors(folder)}
         if self._conversion.to == "hf":
             return {WEIGHTS: HfWeights(folder, config)}
         sources: dict[str, WeightSource] = {WEIGHTS: open_weights(folder, config)}
@@ -208,7 +219,7 @@ class Converter:
         output = self._conversion.output
         if self._run_state is not None:
             self._run_state.write(partial)
-        elif self._conversion.to != "hf":
+        elif not self._writes_weights_alone:
             (partial / POINTER).write_text(RELEASE, encoding="utf-8")
         fsync_tree(partial)
         old = output.with_name(f"{output.name}.old{TEMPORARY_SUFFIX}")

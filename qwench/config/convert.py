@@ -8,6 +8,7 @@ from typing import Literal
 
 from qwench.config.architecture import ArchitectureConfig
 from qwench.config.checks import check_positive
+from qwench.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,8 +19,9 @@ class ConvertConfig:
     """Checkpoint to read: a Hugging Face folder, or one of torch_dist or FSDP; for the latter two also the folder above it."""
     output: Path
     """Folder to write, which must not hold anything yet."""
-    to: Literal["hf", "torch_dist", "fsdp"]
-    """Format to write: hf (safetensors), torch_dist (Megatron) or fsdp (float32 masters of --train-backend fsdp)."""
+    to: Literal["hf", "torch_dist", "fsdp", "fp8"]
+    """Format to write: hf (safetensors), torch_dist (Megatron), fsdp (float32 masters of --train-backend fsdp) or fp8 (hf
+    with the layers' matrices in FP8, in blocks of 128 x 128 with float32 scales)."""
     hf_checkpoint: Path | None = None
     """Hugging Face folder with config.json and tokenizer of the model. None: --input, which is one."""
     ckpt_step: int | None = None
@@ -35,6 +37,10 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         check_positive("--max-shard-gb", self.max_shard_gb)
+        if self.verify and self.to == "fp8":
+            raise ConfigError(
+                "--verify compares logits bit by bit, and FP8 weights are other numbers; leave it out with --to fp8"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,6 +22,7 @@ from qwench.checkpoints.manifest import read_manifest, write_manifest
 from qwench.checkpoints.sources import Format, open_optimizer_state, open_weights
 from qwench.checkpoints.targets import Job, Stream
 from qwench.errors import CheckpointError, ConfigError
+from qwench.models.fp8 import quantized
 from qwench.models.hf import expected_weights, load_hf_config, write_hf_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -86,6 +87,32 @@ def test_there_and_back_gives_the_same_file(tmp_path: Path, tied: bool) -> None:
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (hf / name).read_bytes()
     assert open_weights(tmp_path / "fsdp", load_hf_config(hf)).specs["model.norm.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 300])
+def test_fp8_is_what_publication_makes_of_the_same_weights(tmp_path: Path, shard_bytes: int) -> None:
+    hf = write_hf(tmp_path / "hf", tied=False)
+    converted = run(hf, tmp_path / "fp8", "fp8", hf=hf, shard_bytes=shard_bytes)
+    (published,) = quantized([list(load_file(hf / "model.safetensors").items())])
+    files = [load_file(file) for file in sorted((tmp_path / "fp8").glob("*.safetensors"))]
+    held = {name: tensor for file in files for name, tensor in file.items()}
+    assert held.keys() == dict(published).keys() and converted.num_tensors == len(held)
+    assert (len(files) > 3) == (shard_bytes == 300)
+    for name, tensor in published:
+        assert held[name].dtype == tensor.dtype
+        assert torch.equal(held[name].view(torch.uint8), tensor.view(torch.uint8))
+    assert json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
+
+
+def test_fp8_becomes_the_bfloat16_that_it_stands_for(tmp_path: Path) -> None:
+    hf = write_hf(tmp_path / "hf")
+    run(hf, tmp_path / "fp8", "fp8", hf=hf)
+    run(tmp_path / "fp8", tmp_path / "back", "hf", hf=tmp_path / "fp8")
+    stored, back = load_file(tmp_path / "fp8" / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(back[name], (stored[name].float() * stored[name + "_scale_inv"].item()).bfloat16())
+    assert not any("scale" in other for other in back)
+    assert (tmp_path / "back" / "config.json").read_bytes() == (hf / "config.json").read_bytes()
 
 
 def test_shards_are_cut_by_size(tmp_path: Path) -> None:
