@@ -6,7 +6,7 @@ Supervised fine-tuning is the same loop over rollouts that are read instead of g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,7 +15,8 @@ from qwench.checkpoints.manager import CheckpointManager, SavesTraining
 from qwench.engines.pool import EnginePool
 from qwench.observability.metrics import MetricLog
 from qwench.observability.timing import PhaseTimer
-from qwench.samples import Rollout
+from qwench.rollout.probe import TEMPERATURE, GreedyProbe
+from qwench.samples import Rollout, Sample
 from qwench.training.learner import Learned
 from qwench.weights.publish import publish_weights
 from qwench.weights.settings import PublicationSettings
@@ -51,6 +52,10 @@ class Learns(SavesTraining, WeightSource, Protocol):
 
     def learn(self, rollout: Rollout) -> Learned:
         """Improve the policy on one rollout."""
+        ...
+
+    def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
+        """Return the log-probs [R] of each sample's response."""
         ...
 
     def sleep(self) -> None:
@@ -133,6 +138,8 @@ class Run:
     metrics: MetricLog
     timer: PhaseTimer
     publication: PublicationSettings
+    probe: GreedyProbe | None = None
+    """Compares FP8 engines with the learner after the first publication."""
     close: Callable[[], None] = lambda: None
     """Ends engines, graders and trainer ranks."""
 
@@ -146,6 +153,7 @@ def train(run: Run) -> None:
     with gpus.held_by(learner):
         publish(run, learner, version=first)
     offer_weights(run, learner, version=first)
+    probe_engines(run, learner, version=first)
     for rollout_id in range(first, schedule.num_rollout):
         evaluate_if_due(run, rollout_id)
         with run.timer.phase("train_wait"):
@@ -191,6 +199,17 @@ def offer_weights(run: Run, learner: Learns, *, version: int) -> None:
 
     if run.engines is not None:
         run.engines.republish = republish
+
+
+def probe_engines(run: Run, learner: Learns, *, version: int) -> None:
+    """Make sure that engines which compute in FP8 say what the learner's weights would say."""
+    if run.probe is None or run.engines is None:
+        return
+    with run.timer.phase("probe"):
+        samples = run.probe.ask(run.engines)
+        with run.gpus.held_by(learner):
+            scored = learner.log_probs(samples, TEMPERATURE)
+    run.metrics.log(version, run.probe.compare(samples, scored))
 
 
 def evaluate_if_due(run: Run, rollout_id: int) -> None:

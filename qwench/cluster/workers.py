@@ -24,8 +24,8 @@ from qwench.cluster.messages import Answer, Call, Death, Failure, News
 from qwench.engines.protocol import WeightBucket
 from qwench.errors import QwenchError, TrainingError
 from qwench.observability.console import Console
-from qwench.samples import Rollout
-from qwench.training.learner import Learned
+from qwench.samples import Rollout, Sample
+from qwench.training.learner import Learned, Learner
 
 BUILD_TIMEOUT_S = 3600.0
 LEARN_TIMEOUT_S = 12 * 3600.0  # a collective in which ranks wait for each other has a much shorter one of its own
@@ -157,6 +157,12 @@ class RemoteLearner:
             learned: Learned = self._group.call("learn", rollout, label=label, timeout_s=LEARN_TIMEOUT_S)[0]
             return learned
 
+    def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
+        """See `Learner.log_probs`."""
+        label = f"score {len(samples)} samples"
+        scored: list[list[float]] = self.on_ranks(_log_probs, samples, temperature, label=label, timeout_s=LEARN_TIMEOUT_S)[0]
+        return scored
+
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """See `Learner.save`; every rank must see the same `folder`."""
         self._group.call("save", folder, with_optimizer, label=f"save to {folder}", timeout_s=CHECKPOINT_TIMEOUT_S)
@@ -189,6 +195,10 @@ class RemoteLearner:
     def wake(self) -> None:
         """See `Learner.wake`."""
         self._group.call("wake", label="move the trainer to its device", timeout_s=MEMORY_TIMEOUT_S)
+
+
+def _log_probs(learner: Learner, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
+    return learner.log_probs(samples, temperature)
 
 
 def _precedence(problem: tuple[int, Failure | Death]) -> tuple[int, int]:

@@ -31,6 +31,7 @@ from qwench.observability.timing import PhaseTimer
 from qwench.observability.tracking import JsonlSink, TableSink, TensorBoardSink, WandbSink
 from qwench.rewards.registry import reward_spec
 from qwench.rollout.build import check_functions
+from qwench.rollout.probe import GreedyProbe
 from qwench.rollout.recorded import ReplayStream, SftStream
 from qwench.samples import Json
 from qwench.training.fsdp.process_group import barrier
@@ -83,6 +84,7 @@ def build(config: Config) -> Run:
             metrics=_metric_log(inputs),
             timer=timer,
             publication=_publication(inputs),
+            probe=GreedyProbe(loaded.prompts) if is_fp8_checkpoint(inputs.model_folder) else None,
             close=started.pop_all().close,
         )
 

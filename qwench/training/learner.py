@@ -100,6 +100,11 @@ class Learner:
         kept = [rollout.samples[i] for i in plan.order]
         return Learned(metrics={**rollout_metrics(kept, batch), **perf, **_peak_memory(self._backend.device)}, steps=steps)
 
+    def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
+        """Return [R] of each sample under the held weights; 0 where its loss mask is."""
+        batch = RolloutBatch.from_samples(samples)
+        return [column.tolist() for column in self._log_probs(batch, temperature=temperature)]
+
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Write everything that a resumed run needs under the empty `folder`; a reference that moves under `reference`."""
         self._backend.save(folder, with_optimizer=with_optimizer)
@@ -199,17 +204,17 @@ class Learner:
 
     def _with_ref_log_probs(self, batch: RolloutBatch) -> RolloutBatch:
         with self._timer.phase("ref_log_probs"), self._console.phase("reference log-probs"), self._backend.reference():
-            return batch.with_columns(ref_log_probs=self._log_probs(batch))
+            return batch.with_columns(ref_log_probs=self._log_probs(batch, temperature=self._temperature))
 
     def _with_old_log_probs(self, batch: RolloutBatch) -> RolloutBatch:
         with self._timer.phase("log_probs"), self._console.phase("log-probs"):
-            return batch.with_columns(old_log_probs=self._log_probs(batch))
+            return batch.with_columns(old_log_probs=self._log_probs(batch, temperature=self._temperature))
 
-    def _log_probs(self, batch: RolloutBatch) -> list[Tensor]:
+    def _log_probs(self, batch: RolloutBatch, *, temperature: float) -> list[Tensor]:
         """Compute this rank's share, and return B x [R] float32 of all ranks."""
         micro_batches = self._log_prob_batching.pack(batch)
         columns = [torch.zeros(len(mask)) for mask in batch.loss_mask]
-        computed = self._backend.log_probs(micro_batches, temperature=self._temperature)
+        computed = self._backend.log_probs(micro_batches, temperature=temperature)
         for values, micro_batch in zip(computed, micro_batches, strict=True):
             if micro_batch.indices:
                 responses = unpack(values, micro_batch, [len(columns[i]) for i in micro_batch.indices])
