@@ -1,10 +1,11 @@
-"""Time how weights reach an engine: aliased, copied, through CUDA IPC to a second process (shared memory on a CPU), from disk.
+"""Time how weights reach an engine: aliased, copied, quantized, through CUDA IPC to a second process, from disk.
 
     python benchmarks/publication.py --output FOLDER [--size 0.6B --size 4B] [--rounds 5] [--bucket-bytes 536870912]
 
 Random weights of each size are written as a checkpoint under FOLDER (kept, and used again), an engine server is started from
-it as a second process, and every way is timed `--rounds` times after one that warms up. A publication includes the checksums
-at both ends; their own time is the line "checksums". Prints a Markdown table of medians and writes publication.json.
+it as a second process (on a CPU it shares memory instead of a GPU), and every way is timed `--rounds` times after one that warms
+up. A publication includes the checksums at both ends; their own time is the line "checksums". GB are those of the trainer's
+weights. Prints a Markdown table of medians and writes publication.json.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from qwench.models.hf import load_hf_config
 from qwench.models.tiny import make_checkpoint
 from qwench.models.tokenizers import build_small_tokenizer
 from qwench.weights.buckets import bucketed
+from qwench.weights.quantize import QuantizedWeights
 from qwench.weights.rank_publication import publish_from_rank
 from qwench.weights.settings import PublicationSettings
 from qwench.weights.transports import AliasTransport, CopyTransport
@@ -102,19 +104,20 @@ def check(source: Weights) -> None:
 
 
 def in_process(source: Weights, folder: Path, args: argparse.Namespace, dtype: torch.dtype) -> dict[str, list[float]]:
-    settings = EmbeddedSettings(device=args.device, dtype=dtype, kv_cache_tokens=KV_TOKENS)
-    engine = EmbeddedEngine.from_checkpoint(load_hf_config(folder), settings)
     seconds = {}
     for way, transport in (
         ("aliased", AliasTransport(source.tensors)),
         ("copied", CopyTransport(source, bucket_bytes=args.bucket_bytes)),
+        ("quantized to FP8 and copied", CopyTransport(QuantizedWeights(source), bucket_bytes=args.bucket_bytes)),
     ):
+        settings = EmbeddedSettings(device=args.device, dtype=dtype, kv_cache_tokens=KV_TOKENS, fp8="FP8" in way)
+        engine = EmbeddedEngine.from_checkpoint(load_hf_config(folder), settings)
         seconds[way] = timed(
-            lambda transport=transport: asyncio.run(transport.publish(engine, version=1)),
+            lambda transport=transport, engine=engine: asyncio.run(transport.publish(engine, version=1)),
             rounds=args.rounds,
             device=source_device(source),
         )
-    asyncio.run(engine.close())
+        asyncio.run(engine.close())
     return seconds
 
 

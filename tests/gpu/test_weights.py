@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import multiprocessing
-from pathlib import Path
+import os
 
 import pytest
 import torch
 
 from qwench.engines.checksum import CHUNK_ELEMENTS, tensor_checksum, tensor_checksums
-from qwench.engines.embedded.serving import ServerThread
-from qwench.engines.placement import EngineAddress, placement_of
+from qwench.engines.embedded.command import embedded_command
+from qwench.engines.placement import EngineAddress
+from qwench.engines.servers import ServerProcess, server_environ
 from qwench.engines.shared_buffer import SharedBuffer, open_buffer
+from qwench.models.tokenizers import build_small_tokenizer
+from qwench.weights.buckets import bucketed
 from qwench.weights.rank_publication import publish_from_rank
 from qwench.weights.settings import PublicationSettings
 from qwench.weights.sglang_checksums import sglang_hash
-from tests.contract.engine_hosts import make_engine, make_model
+from tests.contract.engine_hosts import make_model
 from tests.fakes.sglang_server import numpy_hash
 
 pytestmark = [pytest.mark.gpu(1), pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -64,18 +67,39 @@ class Source:
         self.model = model
 
     def weights(self, *, bucket_bytes: int):
-        yield [(name, parameter.detach()) for name, parameter in self.model.named_parameters()]
+        return bucketed(((name, p.detach()) for name, p in self.model.named_parameters()), bucket_bytes=bucket_bytes)
 
     def shared_weights(self):
         return None
 
 
-def test_disk_publication_to_an_engine_on_the_gpu(tmp_path: Path):
-    model = make_model("qwen3").cuda().bfloat16()
-    model.save_pretrained(tmp_path)
-    engine = make_engine(make_model("qwen3", seed=3), device="cuda", dtype=torch.bfloat16)
-    with ServerThread(engine, token="secret") as server:
-        address = EngineAddress(base_url=server.base_url, token="secret", dialect="embedded", placement=placement_of(DEVICE))
-        publish_from_rank(
-            Source(model), [address], 4, PublicationSettings(transport="disk", model_folder=tmp_path, timeout_s=60)
-        )
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_model("qwen3", seed=3).bfloat16().save_pretrained(folder)
+    build_small_tokenizer().save_pretrained(folder)
+    command = embedded_command(
+        ("--hf-checkpoint", str(folder), "--embedded-kv-cache-tokens", "4096"),
+        index=0,
+        gpu_ids=(0,),
+        environ=server_environ(os.environ),
+        log_folder=folder,
+        token="secret",
+        start_timeout_s=300,
+    )
+    process = ServerProcess(command)
+    try:
+        yield process.start(), folder
+    finally:
+        process.stop()
+
+
+@pytest.mark.parametrize("transport", ["nccl", "disk"])
+def test_a_server_on_the_same_gpu_holds_what_was_published(server, transport):
+    """`nccl` is the default, which is CUDA IPC here; every tensor is compared by its checksum."""
+    url, folder = server
+    source = Source(make_model("qwen3", seed=len(transport)).cuda().bfloat16())
+    address = EngineAddress(base_url=url, token="secret", dialect="embedded", placement=None)
+    settings = PublicationSettings(bucket_bytes=20_000, transport=transport, model_folder=folder, timeout_s=60)
+    for version in (4, 5):
+        publish_from_rank(source, [address], version, settings)
