@@ -3,9 +3,9 @@
     python benchmarks/publication.py --output FOLDER [--size 0.6B --size 4B] [--rounds 5] [--bucket-bytes 536870912]
 
 Random weights of each size are written as a checkpoint under FOLDER (kept, and used again), an engine server is started from
-it as a second process (on a CPU it shares memory instead of a GPU), and every way is timed `--rounds` times after one that warms
-up. A publication includes the checksums at both ends; their own time is the line "checksums". GB are those of the trainer's
-weights. Prints a Markdown table of medians and writes publication.json.
+it as a second process (on a CPU it shares memory instead of a GPU), and every way is timed `--rounds` times after one more to
+warm up. A publication includes the checksums at both ends; their own time is the line "checksums". GB are those of the
+trainer's weights. Prints a Markdown table of medians and writes publication.json.
 """
 
 from __future__ import annotations
