@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import shutil
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +31,12 @@ from qwench.files import TEMPORARY_SUFFIX, check_can_hold, fsync_tree, rename_du
 from qwench.models.safetensors_files import as_bytes
 
 T = TypeVar("T")
-Checksums = Mapping[tuple[str, str], int]
-"""(kind, name) -> CRC-32 of the tensor's bytes."""
+Checksums = list[int]
+"""CRC-32 of the bytes of each tensor of a job."""
+_READERS = 2
+"""Threads that read and sum up while another writes."""
+_AHEAD_BYTES = 512 * 1024**2
+"""Of tensors that wait to be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,30 +183,37 @@ class Converter:
             case "fsdp":
                 return FsdpTarget(folder, self.streams, rank=rank, num_steps=num_steps)
 
-    def _write(self, folder: Path, ranks: Ranks, advance: Callable[[int], None]) -> Checksums:
-        """Write this rank's jobs and, on the main rank, what there is only one of; return the checksums of the jobs."""
+    def _write(self, folder: Path, ranks: Ranks, advance: Callable[[int], None]) -> list[tuple[Job, Checksums]]:
+        """Write this rank's jobs and, on the main rank, what there is only one of; return the checksums of each job."""
         target = self._target(folder, ranks.rank)
-        checksums: dict[tuple[str, str], int] = {}
-        for job in share(target.jobs, ranks.rank, ranks.size):
-            tensors = [job.stream.read(name) for name in job.names]
-            checksums |= {(job.stream.kind, name): _crc(tensor) for name, tensor in zip(job.names, tensors, strict=True)}
-            target.write(job, tensors)
+        written = []
+        for job, tensors in read_ahead(share(target.jobs, ranks.rank, ranks.size), _read):
+            target.write(job, [tensor for tensor, _ in tensors])
+            written.append((job, [checksum for _, checksum in tensors]))
             advance(job.nbytes)
         records = ranks.gather_typed(target.close())
         if ranks.rank == 0:
             target.finish(records)
         ranks.barrier()
-        return checksums
+        return written
 
-    def _read_back(self, folder: Path, written: Checksums, ranks: Ranks, advance: Callable[[int], None]) -> None:
+    def _read_back(
+        self, folder: Path, written: Sequence[tuple[Job, Checksums]], ranks: Ranks, advance: Callable[[int], None]
+    ) -> None:
+        """Compare what lies in the files now with what this rank wrote."""
         sources = self._written_sources(folder)
-        for (kind, name), checksum in written.items():
-            tensor = sources[kind].read(name)
-            if _crc(tensor) != checksum:
+        expected = dict(written)
+
+        def checksums(job: Job) -> Checksums:
+            return [_crc(sources[job.stream.kind].read(name)) for name in job.names]
+
+        for job, found in read_ahead(list(expected), checksums):
+            if found != expected[job]:
                 raise CheckpointError(
-                    f"{name} ({kind}) reads back from {folder} with other bits than were written; try another disk."
+                    f"{', '.join(job.names)} ({job.stream.kind}) read back from {folder} with other bits than were written; "
+                    "try another disk."
                 )
-            advance(tensor.nbytes)
+            advance(job.nbytes)
         ranks.barrier()
 
     def _written_sources(self, folder: Path) -> Mapping[str, WeightSource]:
@@ -244,6 +257,30 @@ def share(jobs: Sequence[Job], rank: int, size: int) -> list[Job]:
         owner[unit] = min(size - 1, (before + nbytes // 2) * size // total)  # by the middle of the unit
         before += nbytes
     return [job for job in jobs if owner[job.unit] == rank]
+
+
+def read_ahead(jobs: Sequence[Job], load: Callable[[Job], T]) -> Iterator[tuple[Job, T]]:
+    """Yield each job, in order, with what `load` makes of it in another thread while those before it are worked on.
+
+    At most `_AHEAD_BYTES` of jobs are loaded ahead, or one larger job.
+    """
+    waiting: deque[tuple[Job, Future[T]]] = deque()
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="read-ahead") as pool:
+        remaining = deque(jobs)
+        while remaining or waiting:
+            ahead = sum(job.nbytes for job, _ in waiting)
+            while remaining and (not waiting or ahead + remaining[0].nbytes <= _AHEAD_BYTES):
+                job = remaining.popleft()
+                waiting.append((job, pool.submit(load, job)))
+                ahead += job.nbytes
+            job, future = waiting.popleft()
+            yield job, future.result()
+
+
+def _read(job: Job) -> list[tuple[Tensor, int]]:
+    """Read the tensors of a job, each with its checksum."""
+    tensors = [job.stream.read(name) for name in job.names]
+    return [(tensor, _crc(tensor)) for tensor in tensors]
 
 
 def _crc(tensor: Tensor) -> int:

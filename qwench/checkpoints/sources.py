@@ -174,11 +174,7 @@ class HfWeights:
         check_specs({name: tensor.spec for name, tensor in stored.items()}, expected, folder)
         self._stored: dict[str, StoredTensor] = {name: stored[name] for name in expected}
         self._scales = {name: stored[scale_name(name)] for name in expected if scale_name(name) in stored}
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """See `WeightSource`."""
-        return {name: self._spec(name) for name in self._stored}
+        self.specs: Mapping[str, TensorSpec] = {name: self._spec(name) for name in expected}
 
     def read(self, name: str) -> Tensor:
         """See `WeightSource`."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import threading
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,13 @@ _CONFIG = {
 _STACKED = "decoder.layers."
 
 
+class _Held(threading.local):
+    """Hugging Face tensors that were read and not asked for yet, of each thread its own."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, Tensor] = {}
+
+
 class TorchDistWeights:
     """The weights, or with `prefix` the optimizer's tensors of one kind, under Hugging Face names."""
 
@@ -69,19 +77,16 @@ class TorchDistWeights:
                 self._places[name] = (rule, key, layer)
                 self.specs[name] = TensorSpec(shape=self._shapes[name], dtype=folder.tensors[key].dtype)
         self._check_num_layers(prefix)
-        self._last: tuple[WeightRule | None, dict[str, Tensor]] = (None, {})
+        self._held = _Held()
 
     def read(self, name: str) -> Tensor:
         """See `WeightSource`; the parts of one Megatron tensor are read together and kept until another is asked for."""
         rule, key, layer = self._places[name]
-        if self._last[0] is not rule:
-            self._last = (None, {})  # not two at a time
-            self._last = (rule, to_hf(rule, self._folder.read(key, layer=layer), self._config))
-        tensor = self._last[1].pop(name, None)
-        if tensor is None:  # it was handed out before
-            self._last = (None, {})
-            return self.read(name)
-        return tensor
+        held = self._held
+        if name not in held.parts:
+            held.parts = {}  # not two Megatron tensors at a time
+            held.parts = to_hf(rule, self._folder.read(key, layer=layer), self._config)
+        return held.parts.pop(name)
 
     def _find(self, rule: WeightRule, prefix: str) -> tuple[str, int | None]:
         """Return key and index of a tensor: in that of all layers, or on its own, as non-homogeneous layers are written."""

@@ -173,11 +173,10 @@ def test_a_disk_that_is_too_small_is_found_first(tmp_path: Path, monkeypatch: py
 def test_other_bits_on_the_disk_are_noticed_and_nothing_is_left(tmp_path: Path) -> None:
     hf = write_hf(tmp_path / "hf")
     conversion = Conversion(source=hf, output=tmp_path / "out", to="torch_dist", hf_folder=hf, config=load_hf_config(hf))
-    converter = Converter(conversion)
     damaged = False
 
-    def damage(_nbytes: int) -> None:
-        # The first bytes that are read back: all is written, so one bit of the last tensor can be flipped.
+    def damage(value: object) -> list[object]:
+        """Flip a bit where ranks meet after all is written, and before it is read back."""
         nonlocal damaged
         file = tmp_path / "out.writing" / "release" / "__0_0.distcp"
         if (file.parent / ".metadata").is_file() and not damaged:
@@ -186,9 +185,10 @@ def test_other_bits_on_the_disk_are_noticed_and_nothing_is_left(tmp_path: Path) 
             content[begin] ^= 1
             file.write_bytes(content)
             damaged = True
+        return [value]
 
-    with pytest.raises(CheckpointError, match=r"reads back .* with other bits|cannot be read"):
-        converter.run(Ranks(), damage)
+    with pytest.raises(CheckpointError, match=r"with other bits|cannot be read"):
+        Converter(conversion).run(Ranks(gather=damage), lambda nbytes: None)
     assert damaged and not (tmp_path / "out").exists() and not (tmp_path / "out.writing").exists()
 
 
