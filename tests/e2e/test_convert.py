@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from qwench import cli
-from tests.e2e.conftest import DIGITS, REPOSITORY, Workspace, read_metrics
+from tests.e2e.conftest import DIGITS, REPOSITORY, Workspace, column, read_metrics
 
 MODEL_ARGS = shlex.split("""
 --swiglu --num-layers 4 --hidden-size 128 --ffn-hidden-size 512 --num-attention-heads 4 --group-query-attention
@@ -84,6 +84,19 @@ def test_a_run_starts_from_what_was_converted(workspace: Workspace, tmp_path: Pa
         cli.run(workspace.train_argv(folder, **DIGITS, num_rollout=1, **start))
     plain, from_converted, from_other = map(read_metrics, folders)
     assert plain == from_converted != from_other
+
+
+def test_a_run_goes_on_from_its_converted_checkpoint(workspace: Workspace, tmp_path: Path) -> None:
+    """Optimizer, random numbers and place in the data go along: the second rollout is that of a run that never stopped."""
+    whole, begun, converted, resumed = (tmp_path / name for name in ("whole", "begun", "converted", "resumed"))
+    cli.run(workspace.train_argv(whole, **DIGITS, num_rollout=2))
+    cli.run(workspace.train_argv(begun, **DIGITS, num_rollout=1))
+    hf = ["--hf-checkpoint", str(workspace.model)]
+    cli.run(["convert", "--input", str(begun), "--output", str(converted), "--to", "torch_dist", *hf])
+    cli.run(workspace.train_argv(resumed, **DIGITS, num_rollout=2, load=converted))
+    for name in ("train/loss", "train/grad_norm", "rollout/raw_reward"):
+        both, second = column(whole, name), column(resumed, name)
+        assert second == both[len(both) // 2 :]
 
 
 @pytest.mark.parametrize(
