@@ -1,4 +1,4 @@
-"""Lets two gloo ranks share one GPU: gloo gathers a CUDA tensor, but its coalesced gather (torch 2.11) ends in a segmentation fault.
+"""Lets two gloo ranks share one GPU: gloo gathers CUDA tensors, but its coalesced gather (torch 2.11) is a segmentation fault.
 
 Inside, megatron-core's coalesced collectives are called one by one, which is the same data.
 """

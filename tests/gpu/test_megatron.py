@@ -73,7 +73,8 @@ def test_bfloat16_agrees_with_fsdp_and_memory_is_lent(device: str, tmp_path: Pat
     assert float((megatron["log_probs"] - fsdp["log_probs"]).abs().mean()) < 0.01
     assert megatron["losses"] == pytest.approx(fsdp["losses"], rel=5e-3)
     assert megatron["grad_norms"] == pytest.approx(fsdp["grad_norms"], rel=2e-2)
-    assert megatron["asleep_bytes"] < 0.2 * megatron["awake_bytes"]
+    # Weights 2, gradients 4, masters 4 and moments 8 bytes a parameter; what is left is cuBLAS's workspace.
+    assert megatron["awake_bytes"] - megatron["asleep_bytes"] > 0.98 * 18 * megatron["num_parameters"]
     assert megatron["same_after_sleep"]
 
 
@@ -192,4 +193,5 @@ def _lend_memory(backend: TrainBackend) -> dict[str, object]:
     backend.wake()
     after = {name: tensor.cpu() for bucket in backend.weights(bucket_bytes=1 << 24) for name, tensor in bucket}
     same = all(torch.equal(before[name], after[name]) for name in before)
-    return {"awake_bytes": awake, "asleep_bytes": asleep, "same_after_sleep": same}
+    num_parameters = sum(tensor.numel() for tensor in before.values())
+    return {"num_parameters": num_parameters, "awake_bytes": awake, "asleep_bytes": asleep, "same_after_sleep": same}

@@ -42,7 +42,8 @@ pytestmark = [
 TOKEN = "secret"
 LONG = 4000
 """New tokens of a response that a test interrupts."""
-WORDS = ("--mem-fraction-static", "0.3", "--cuda-graph-max-bs", "8")
+WORDS = ("--mem-fraction-static", "0.3", "--cuda-graph-max-bs", "8", *os.environ.get("SGLANG_TEST_FLAGS", "").split())
+"""SGLANG_TEST_FLAGS names kernels that are installed where the defaults are not."""
 MEAN_GAP, LARGEST_GAP = 0.02, 0.3
 """Of log-probs in bfloat16 from those in float32, for a model of these sizes."""
 Result = TypeVar("Result")

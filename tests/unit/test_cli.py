@@ -60,7 +60,8 @@ def test_every_verb_explains_its_flags(capsys, verb):
     [
         (
             ["trian"],
-            "qwench: unknown verb 'trian'; known: train, sft, eval, serve, reward, convert, make-model, download, doctor, quickstart",
+            "qwench: unknown verb 'trian'; known: "
+            "train, sft, eval, serve, reward, convert, make-model, download, doctor, quickstart",
         ),
         (["train", "--num-rolout", "3"], "qwench: unknown flag --num-rolout; did you mean --num-rollout?"),
         (["train", "--lr", "high"], "qwench: --lr must be a number, got 'high'"),

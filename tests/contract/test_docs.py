@@ -1,0 +1,99 @@
+"""Every command that the documentation shows is one that the parser, or the script, accepts."""
+
+import re
+import shlex
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from qwench.cli import VERBS
+from qwench.config.convert import ConvertConfig
+from qwench.config.parse import parse_flags, parse_train
+from qwench.config.verbs import DoctorConfig, DownloadConfig, split_names
+from tests.contract.test_scripts import SCRIPTS, expand, stage, world
+
+__all__ = ["stage", "world"]  # fixtures
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
+
+
+def commands(page: Path) -> list[str]:
+    """Return the lines of the page's shell blocks, continued ones joined, with the folders of the recipes filled in."""
+    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+    starts = ("qwench ", "bash ", "python ", "ray ", "pip ", "make ", "torchrun ", "NUM_GPUS=")
+    return [line.split("  #")[0].strip() for line in lines if line.startswith(starts)]
+
+
+COMMANDS = [(page, command) for page in PAGES for command in commands(page)]
+
+
+def test_the_pages_show_commands():
+    shown = {page.name for page, _ in COMMANDS}
+    assert {"README.md", "qwen3.md", "low_precision.md", "clusters.md", "training_backends.md"} <= shown
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page.stem}-{command[:40]}" for page, command in COMMANDS])
+def test_a_command_of_the_documentation_is_accepted(page: Path, command: str, stage: Path, world: dict[str, str]):
+    for name, folder in world.items():
+        command = command.replace(f"${name}", folder)
+    words = shlex.split(command)
+    while "=" in words[0]:
+        words.pop(0)
+    if "--" in words:  # ray job submit -- COMMAND
+        words = words[words.index("--") + 1 :]
+    CHECKS[words[0]](words[1:], stage, world)
+
+
+def _qwench(words: Sequence[str], stage: Path, world: dict[str, str]) -> None:
+    verb, *rest = words
+    assert verb in VERBS, f"there is no verb {verb}"
+    if verb == "train":
+        models = {"--hf-checkpoint": f"{world['MODEL_DIR']}/Qwen3-0.6B"}
+        data = {"--prompt-data": f"{world['DATA_DIR']}/dapo-math-17k/dapo-math-17k.jsonl"}
+        parse_train([*rest, *(word for pair in (models | data).items() for word in pair)])
+    elif verb == "download":
+        names, flags = split_names(rest)
+        assert names
+        parse_flags(DownloadConfig, flags, prog="qwench download")
+    elif verb == "doctor":
+        parse_flags(DoctorConfig, rest, prog="qwench doctor")
+    elif verb == "convert":
+        parse_flags(ConvertConfig, rest, prog="qwench convert")
+    else:
+        raise AssertionError(f"nothing here checks qwench {verb}; add it")
+
+
+def _bash(words: Sequence[str], stage: Path, world: dict[str, str]) -> None:
+    verb, *expanded = expand(ROOT / words[0], stage, *words[1:], **world)
+    assert (ROOT / words[0]).is_relative_to(SCRIPTS)
+    assert verb == "train"
+    parse_train(expanded)
+
+
+def _python(words: Sequence[str], stage: Path, world: dict[str, str]) -> None:
+    assert (ROOT / words[0]).is_file(), f"there is no {words[0]}"
+
+
+def _make(words: Sequence[str], stage: Path, world: dict[str, str]) -> None:
+    done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def _pip(words: Sequence[str], stage: Path, world: dict[str, str]) -> None:
+    extras = re.fullmatch(r"qwench\[([a-z,]+)\]", words[-1])
+    assert extras is not None
+    declared = re.findall(r"^(\w+) = \[\"", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert set(extras[1].split(",")) <= set(declared)
+
+
+CHECKS: dict[str, Callable[[Sequence[str], Path, dict[str, str]], None]] = {
+    "qwench": _qwench,
+    "bash": _bash,
+    "python": _python,
+    "make": _make,
+    "pip": _pip,
+}
