@@ -88,7 +88,8 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     padded = functional.pad(values, (0, block_columns * BLOCK - columns, 0, block_rows * BLOCK - rows))
     blocks = padded.view(block_rows, BLOCK, block_columns, BLOCK)
     largest = blocks.abs().amax(dim=(1, 3))
-    scale = torch.where(largest > 0, largest / _LARGEST, torch.ones_like(largest))
+    # By a tensor: on a GPU, torch divides by a number as it multiplies by its inverse, which is another last bit.
+    scale = torch.where(largest > 0, largest / torch.full_like(largest, _LARGEST), torch.ones_like(largest))
     scaled = (blocks / scale[:, None, :, None]).clamp(-_LARGEST, _LARGEST).to(FP8_DTYPE)
     return scaled.view(block_rows * BLOCK, block_columns * BLOCK)[:rows, :columns].contiguous(), scale
 

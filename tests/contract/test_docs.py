@@ -11,7 +11,7 @@ import pytest
 from qwench.cli import VERBS
 from qwench.config.convert import ConvertConfig
 from qwench.config.parse import parse_flags, parse_train
-from qwench.config.verbs import DoctorConfig, DownloadConfig, split_names
+from qwench.config.verbs import DoctorConfig, DownloadConfig, MakeModelConfig, split_names
 from tests.contract.test_scripts import SCRIPTS, expand, stage, world
 
 __all__ = ["stage", "world"]  # fixtures
@@ -61,6 +61,8 @@ def _qwench(words: Sequence[str], stage: Path, world: dict[str, str]) -> None:
         parse_flags(DownloadConfig, flags, prog="qwench download")
     elif verb == "doctor":
         parse_flags(DoctorConfig, rest, prog="qwench doctor")
+    elif verb == "make-model":
+        parse_flags(MakeModelConfig, rest, prog="qwench make-model")
     elif verb == "convert":
         parse_flags(ConvertConfig, rest, prog="qwench convert")
     else:

@@ -76,7 +76,9 @@ def test_a_script_expands_to_the_stored_command_line(script: Path, stage: Path):
 @pytest.mark.parametrize("script", RUNS, ids=[path.stem for path in RUNS])
 def test_a_script_passes_its_dry_run(script: Path, stage: Path, world: dict[str, str]):
     verb, *words = expand(script, stage, "--dry-run", **world)
-    main([verb, *words])
+    with pytest.raises(SystemExit) as ended:
+        main([verb, *words])
+    assert ended.value.code == 0
     config = {"train": parse_train, "sft": parse_sft}[verb](words)
     check_architecture(config.architecture, load_hf_config(config.model.hf_checkpoint))
     assert config.resolve().world_size == (4 if "4xgpu" in script.name else 8)
