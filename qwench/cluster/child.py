@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+from typing import TextIO
 
 _TAIL_LINES = 5
 _DRAIN_TIMEOUT_S = 2.0
@@ -35,7 +36,7 @@ class ChildProcess:
             module: what to run.
             environ: its whole environment.
             log_file: takes what it writes; None: nothing does.
-            say: is given each line it writes; None: nobody is.
+            say: is given each line of its standard output (libraries warn on the other one); None: nobody is.
         """
         self.connection, theirs = Pipe()
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
@@ -46,13 +47,17 @@ class ChildProcess:
             start_new_session=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
         )
         theirs.close()
-        self._reader = threading.Thread(target=self._read_output, args=(log_file, say), name=f"output of {module}", daemon=True)
-        self._reader.start()
+        self._readers = [
+            threading.Thread(target=self._read, args=(stream, log_file, told), name=f"output of {module}", daemon=True)
+            for stream, told in ((self._process.stdout, say), (self._process.stderr, None))
+        ]
+        for reader in self._readers:
+            reader.start()
 
     @property
     def pid(self) -> int:
@@ -79,7 +84,7 @@ class ChildProcess:
                 os.killpg(self.pid, signal.SIGKILL)
             self._process.wait()
         self.connection.close()
-        self._reader.join(_DRAIN_TIMEOUT_S)
+        self._drain()
 
     def how_it_ended(self) -> str:
         """Say how, once it has ended."""
@@ -91,12 +96,15 @@ class ChildProcess:
 
     def last_output(self) -> str:
         """Return the last lines it wrote, once it has ended."""
-        self._reader.join(_DRAIN_TIMEOUT_S)
+        self._drain()
         return " | ".join(self._tail)
 
-    def _read_output(self, log_file: Path | None, say: Say | None) -> None:
-        assert self._process.stdout is not None, "its output goes through a pipe"
-        with self._process.stdout as stream, (log_file or Path(os.devnull)).open("a") as log:
+    def _drain(self) -> None:
+        for reader in self._readers:
+            reader.join(_DRAIN_TIMEOUT_S)
+
+    def _read(self, stream: TextIO, log_file: Path | None, say: Say | None) -> None:
+        with stream, (log_file or Path(os.devnull)).open("a") as log:
             for line in stream:
                 log.write(line)
                 log.flush()

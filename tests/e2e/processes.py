@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-DEADLINE_S = 120.0
+DEADLINE_S = 200.0
 
 
 def wait_for(what: str, condition: Callable[[], bool]) -> None:

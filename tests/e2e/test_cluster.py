@@ -14,6 +14,7 @@ import pytest
 from qwench import cli
 from tests.e2e.conftest import DIGITS, ONE_THREAD, REPOSITORY, Workspace, column
 from tests.e2e.processes import descendants, rank_process, wait_for
+from tests.fakes import cuda_stand_in
 
 TWO_RANKS = {"actor_num_gpus_per_node": 2}
 
@@ -32,17 +33,17 @@ def replay_argv(workspace: Workspace, recorded: str, save: Path, **overrides: ob
     return workspace.train_argv(save, **{**DIGITS, "load_debug_rollout_data": recorded, **TWO_RANKS, **overrides})
 
 
-def assert_same_learning(one: Path, many: Path) -> None:
-    """Compare every metric of every step."""
+def assert_same_learning(one: Path, many: Path, *, rel: float = 1e-5) -> None:
+    """Compare the metrics of every step."""
     for name in ("train/loss", "train/grad_norm", "train/ppo_kl", "train/pg_clipfrac"):
         assert len(column(many, name)) == len(column(one, name)) > 0, name
-        assert column(many, name) == pytest.approx(column(one, name), rel=1e-5, abs=1e-7), name
+        assert column(many, name) == pytest.approx(column(one, name), rel=rel, abs=1e-6), name
 
 
 def test_two_ranks_learn_the_numbers_of_one(workspace: Workspace, recorded: str, tmp_path: Path) -> None:
     cli.run(replay_argv(workspace, recorded, tmp_path))
     assert_same_learning(Path(recorded).parent / "one", tmp_path)
-    assert (tmp_path / "logs" / "rank_1.log").exists()
+    assert (tmp_path / "ranks" / "rank_1.log").exists()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     times = [record["perf/actor_train_time"] for record in records if "perf/actor_train_time" in record]
     assert len(times) == 3 and min(times) > 0, "what ranks measure reaches the run's metrics"
@@ -68,3 +69,17 @@ def test_dead_rank_ends_the_run_and_the_same_command_resumes(workspace: Workspac
 
     cli.run(argv)
     assert_same_learning(Path(recorded).parent / "one", tmp_path)
+
+
+def test_megatron_on_two_tensor_parallel_ranks_generates_and_learns_what_fsdp_does_on_one(
+    workspace: Workspace, recorded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in cuda_stand_in.environment(os.environ).items():
+        monkeypatch.setenv(name, text)
+    flags = {**DIGITS, **TWO_RANKS, "train_backend": "megatron", "tensor_model_parallel_size": 2}
+    cli.run(workspace.train_argv(tmp_path, **flags, num_rollout=2))
+    cli.run(workspace.train_argv(tmp_path, **flags, num_rollout=3))
+    # Adam's first steps are near sign(gradient): rounding differs by backend, and grows a little from step to step.
+    assert_same_learning(Path(recorded).parent / "one", tmp_path, rel=1e-4)
+    one = column(Path(recorded).parent / "one", "rollout/raw_reward")
+    assert column(tmp_path, "rollout/raw_reward") == one, "the engine samples with the weights that the ranks publish"

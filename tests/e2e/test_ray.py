@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -18,8 +19,14 @@ import pytest
 from qwench import cli
 from tests.e2e.conftest import DIGITS, ONE_THREAD, REPOSITORY, Workspace, column
 from tests.e2e.processes import descendants, wait_for
+from tests.fakes import cuda_stand_in
 
 START_TIMEOUT_S = 120.0
+STAND_IN = {"PYTHONPATH": cuda_stand_in.environment({})["PYTHONPATH"]}
+BACKENDS = {
+    "fsdp": {},
+    "megatron": {"train_backend": "megatron", "tensor_model_parallel_size": 2, "train_env_vars": json.dumps(STAND_IN)},
+}
 OURS = ("qwench.engines.tether", "qwench serve", "TrainerActor", "EngineActor")
 COLOCATED = {"actor_num_gpus_per_node": 2}
 APART = {"actor_num_gpus_per_node": 2, "colocate": None, "rollout_num_gpus": 2}
@@ -71,9 +78,11 @@ def one_rank(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> 
     return save
 
 
+@pytest.mark.parametrize("backend", ["fsdp", "megatron"])
 @pytest.mark.parametrize("layout", [COLOCATED, APART], ids=["colocated", "apart"])
 def test_two_ranks_and_two_servers_learn_the_numbers_of_one_process(
     layout: dict[str, object],
+    backend: str,
     node: RayNode,
     one_rank: Path,
     workspace: Workspace,
@@ -81,7 +90,8 @@ def test_two_ranks_and_two_servers_learn_the_numbers_of_one_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", node.address)
-    cli.run(workspace.train_argv(tmp_path, **{**DIGITS, "num_rollout": 2, **layout}))
+    monkeypatch.setenv("PYTHONPATH", "")  # --train-env-vars writes to it, which the end of the test undoes
+    cli.run(workspace.train_argv(tmp_path, **{**DIGITS, "num_rollout": 2, **layout, **BACKENDS[backend]}))
     assert len(list((tmp_path / "engines").glob("engine-*.log"))) == 2
     for name in ("train/loss", "train/grad_norm", "rollout/raw_reward", "rollout/response_len/mean"):
         assert column(tmp_path, name) == pytest.approx(column(one_rank, name), rel=1e-4, abs=1e-6), name

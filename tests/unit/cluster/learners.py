@@ -65,6 +65,7 @@ def go_wrong(how: int) -> None:
 def build(timer: PhaseTimer) -> ReportingLearner:
     sys.stdout.write(f"rank {os.environ['RANK']} is built\n")
     sys.stdout.flush()
+    sys.stderr.write("a library warns\n")
     return ReportingLearner(timer)
 
 
