@@ -16,6 +16,7 @@ from qwench.cluster.buckets import make_exchange_folder
 from qwench.cluster.child import ChildProcess, Say
 from qwench.cluster.messages import Call, Death, News
 from qwench.cluster.rendezvous import Rendezvous
+from qwench.engines.shared_buffer import remove_buffers_of
 
 _MODULE = "qwench.cluster.rank_process"
 _INLINE_BYTES = 32 * 1024  # fits a pipe's buffer, so that sending never waits for a rank
@@ -48,7 +49,7 @@ class LocalRanks:
         self._rendezvous = Rendezvous()
         self._folder = make_exchange_folder(bucket_bytes)
         self._calls_sent = 0
-        self._closing = False
+        self._closing = self._ended = False
         self._reported: set[int] = set()
         if log_folder is not None:
             log_folder.mkdir(parents=True, exist_ok=True)
@@ -108,10 +109,14 @@ class LocalRanks:
 
     def end(self) -> None:
         """End every process; those that were asked to close may do so themselves. See `Ranks.end`."""
+        if self._ended:
+            return
+        self._ended = True
         for child in self._children:
             if self._closing:
                 child.wait(_EXIT_TIMEOUT_S)
             child.kill()
+            remove_buffers_of(child.pid)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _death(self, rank: int) -> Death:

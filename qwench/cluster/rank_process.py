@@ -6,6 +6,7 @@ A thread of its own listens to the driver: when the driver is gone, the rank end
 from __future__ import annotations
 
 import faulthandler
+import os
 import pickle
 import queue
 import shutil
@@ -18,6 +19,7 @@ from qwench.cluster.child import end_own_group, parent_connection
 from qwench.cluster.host import RankHost
 from qwench.cluster.local import Seat
 from qwench.cluster.messages import Answer, Call, Failure
+from qwench.engines.shared_buffer import remove_buffers_of
 
 
 def main() -> None:
@@ -41,6 +43,7 @@ def _listen(driver: Connection, messages: queue.SimpleQueue[bytes], exchange_fol
             messages.put(driver.recv_bytes())
     except (EOFError, OSError):
         shutil.rmtree(exchange_folder, ignore_errors=True)
+        remove_buffers_of(os.getpid())
         end_own_group()
 
 

@@ -234,7 +234,10 @@ def _connect(address: str | None) -> None:
     if address is None:
         ray.init(namespace=namespace, logging_level=logging.WARNING, include_dashboard=False)
         return
-    advice = "start one (ray start --head), and set RAY_ADDRESS to its host:port, or to auto on one of its nodes"
+    advice = (
+        "start one (ray start --head), and set RAY_ADDRESS to its host:port, or to auto on one of its nodes; if it asks for a "
+        "token, set RAY_AUTH_MODE=token too"
+    )
     try:
         if address != "auto":
             host, _, port = address.rpartition(":")

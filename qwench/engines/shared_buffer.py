@@ -77,6 +77,12 @@ class SharedBuffer:
             torch.cuda.ipc_collect()  # PyTorch keeps shared blocks until it is asked whether anybody still reads them
 
 
+def remove_buffers_of(pid: int) -> None:
+    """Remove the files of a process that has ended, where it was killed before it could."""
+    for path in _memory_folder().glob(f"{_PREFIX}{pid}-*"):
+        path.unlink(missing_ok=True)
+
+
 def open_buffer(handle: Handle) -> Tensor:
     """Return the bytes [num_bytes] uint8 behind a handle; the memory is the sender's, so copy what shall last.
 

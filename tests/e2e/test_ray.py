@@ -22,12 +22,12 @@ from tests.e2e.processes import descendants, wait_for
 from tests.fakes import cuda_stand_in
 
 START_TIMEOUT_S = 120.0
+ENVIRON = {**ONE_THREAD, "RAY_AUTH_MODE": "disabled"}  # or a token in the home folder, if there is one, switches it on
 STAND_IN = {"PYTHONPATH": cuda_stand_in.environment({})["PYTHONPATH"]}
 BACKENDS = {
     "fsdp": {},
     "megatron": {"train_backend": "megatron", "tensor_model_parallel_size": 2, "train_env_vars": json.dumps(STAND_IN)},
 }
-OURS = ("qwench.engines.tether", "qwench serve", "TrainerActor", "EngineActor")
 COLOCATED = {"actor_num_gpus_per_node": 2}
 APART = {"actor_num_gpus_per_node": 2, "colocate": None, "rollout_num_gpus": 2}
 
@@ -39,9 +39,14 @@ class RayNode:
     address: str
     pid: int
 
-    def ours(self) -> dict[int, str]:
-        """Return the command lines of this package's processes on the node, by process id."""
-        return {pid: line for pid, line in descendants(self.pid).items() if any(word in line for word in OURS)}
+    def actors(self, kind: str = "Actor") -> list[int]:
+        """Return the process ids of a kind of this package's actors on the node."""
+        return [pid for pid, line in descendants(self.pid).items() if line.startswith("ray::") and kind in line.split(".")[0]]
+
+
+def servers_of(model: Path) -> list[int]:
+    """Return the process ids of the engine servers, and what watches over them, of one model, whoever their parent is."""
+    return [pid for pid, line in descendants(1).items() if f"serve --hf-checkpoint {model}" in line]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +60,7 @@ def node() -> Iterator[RayNode]:
             [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=4", f"--port={port}",
              "--include-dashboard=false", "--object-store-memory=100000000", f"--temp-dir={folder}", "--disable-usage-stats",
              "--node-ip-address=127.0.0.1"],
-            env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT,
+            env=ENVIRON, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT,
         )  # fmt: skip
         node = RayNode(f"127.0.0.1:{port}", process.pid)
         try:
@@ -90,36 +95,42 @@ def test_two_ranks_and_two_servers_learn_the_numbers_of_one_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", node.address)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("PYTHONPATH", "")  # --train-env-vars writes to it, which the end of the test undoes
     cli.run(workspace.train_argv(tmp_path, **{**DIGITS, "num_rollout": 2, **layout, **BACKENDS[backend]}))
     assert len(list((tmp_path / "engines").glob("engine-*.log"))) == 2
     for name in ("train/loss", "train/grad_norm", "rollout/raw_reward", "rollout/response_len/mean"):
         assert column(tmp_path, name) == pytest.approx(column(one_rank, name), rel=1e-4, abs=1e-6), name
     assert max(column(tmp_path, "train/train_rollout_logprob_abs_diff")) < 1e-4
-    wait_for("an empty cluster", lambda: not node.ours())
+    wait_for("an empty cluster", lambda: not node.actors() and not servers_of(workspace.model))
 
 
-def test_death_of_a_rank_ends_the_run_and_leaves_nothing(node: RayNode, workspace: Workspace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", ["rank", "driver"])
+def test_death_of_a_process_ends_the_run_and_leaves_nothing(
+    victim: str, node: RayNode, workspace: Workspace, tmp_path: Path
+) -> None:
     argv = workspace.train_argv(tmp_path, **{**DIGITS, "num_rollout": 1000, **COLOCATED})
     driver = subprocess.Popen(
-        [sys.executable, "-m", "qwench", *argv], cwd=REPOSITORY, env={**ONE_THREAD, "RAY_ADDRESS": node.address},
+        [sys.executable, "-m", "qwench", *argv], cwd=REPOSITORY, env={**ENVIRON, "RAY_ADDRESS": node.address},
         text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
     wait_for("a checkpoint", lambda: driver.poll() is not None or (tmp_path / "iter_0000001" / "meta.json").exists())
-    victims = [pid for pid, line in node.ours().items() if "TrainerActor" in line]
-    assert len(victims) == 2, driver.communicate()[1]
-    os.kill(victims[1], signal.SIGKILL)
+    assert len(node.actors("EngineActor")) == len(servers_of(workspace.model)) // 2 == 2, driver.communicate()[1]
+    _, rank = node.actors("TrainerActor")
+    os.kill(driver.pid if victim == "driver" else rank, signal.SIGKILL)
     _, errors = driver.communicate(timeout=60)
-    assert driver.returncode == 1, errors
-    message = [line for line in errors.splitlines() if line.startswith("qwench: ")]
-    assert len(message) == 1 and "of 2 was lost" in message[0] and "resumes" in message[0], errors
-    wait_for("an empty cluster", lambda: not node.ours())
+    if victim == "rank":
+        assert driver.returncode == 1, errors
+        message = [line for line in errors.splitlines() if line.startswith("qwench: ")]
+        assert len(message) == 1 and "of 2 was lost" in message[0] and "resumes" in message[0], errors
+    wait_for("an empty cluster", lambda: not node.actors() and not servers_of(workspace.model))
 
 
 def test_cluster_that_is_too_small_is_refused(
     node: RayNode, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", node.address)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with pytest.raises(SystemExit) as ended:
         cli.main(workspace.train_argv(tmp_path, **{**DIGITS, **APART, "rollout_num_gpus": 3}))
     assert ended.value.code == 2

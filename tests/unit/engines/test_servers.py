@@ -119,6 +119,16 @@ def test_a_server_ends_with_an_owner_that_was_killed(tmp_path):
     wait_until(lambda: not any(map(is_alive, started)))
 
 
+def test_a_server_ends_with_a_tether_that_was_killed(tmp_path):
+    server = ServerProcess(command(tmp_path, HEALTHY))
+    server.start()
+    leader, _ = pids(tmp_path)
+    os.kill(server.process_group, signal.SIGKILL)
+    wait_until(lambda: not is_alive(leader))
+    server.stop()
+    assert not any(map(is_alive, pids(tmp_path)))
+
+
 def test_a_servers_environment_has_nothing_of_the_trainers_rank():
     ours = {"PATH": "/bin", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "TORCHELASTIC_RUN_ID": "x"}
     assert server_environ(ours, QWENCH_TOKEN="t") == {"PATH": "/bin", "QWENCH_TOKEN": "t"}
