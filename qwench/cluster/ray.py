@@ -50,7 +50,7 @@ class RayCluster:
         """Connect.
 
         Args:
-            address: of the cluster; None: one is started on this machine, and ends with `close`.
+            address: of the cluster; None: the one that runs on this machine, else one is started, and ends with `close`.
             environ: variables for every actor's process, besides those of its node.
 
         Raises:
@@ -232,6 +232,7 @@ class RayServer:
 def _connect(address: str | None) -> None:
     namespace = f"qwench-{secrets.token_hex(4)}"
     if address is None:
+        # Options of a new cluster have no effect on one that runs already.
         ray.init(namespace=namespace, logging_level=logging.WARNING, include_dashboard=False)
         return
     advice = (
@@ -239,7 +240,7 @@ def _connect(address: str | None) -> None:
         "token, set RAY_AUTH_MODE=token too"
     )
     try:
-        if address != "auto":
+        if address not in ("auto", "local"):
             host, _, port = address.rpartition(":")
             # Ray itself waits for minutes where nobody listens.
             socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()

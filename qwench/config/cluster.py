@@ -34,8 +34,8 @@ class ClusterConfig:
     """Let the engines give memory back while the trainer learns. None: only when colocated."""
     launcher: Literal["auto", "local", "ray"] = "auto"
     """What starts the processes. local: this machine, one process for each trainer rank; ray: the Ray cluster of the
-    environment's RAY_ADDRESS, or else one of its own on this machine; auto: ray where RAY_ADDRESS is set or there are several
-    nodes, local for several ranks on one node, and everything in this process for one rank."""
+    environment's RAY_ADDRESS, else the one that runs on this machine, else one of its own; auto: ray where RAY_ADDRESS is set
+    or there are several nodes, local for several ranks on one node, and this very process for one rank."""
     train_env_vars: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of the trainer processes as JSON, set before PyTorch is imported."""
 

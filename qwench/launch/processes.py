@@ -132,11 +132,11 @@ def choose_launcher(config: Config, environ: Mapping[str, str], *, generates: bo
     """Return what --launcher means here; ranks that torchrun started are one process each already.
 
     Raises:
-        ConfigError: torchrun started other ranks than the flags ask for, or ranks that would each generate.
+        ConfigError: torchrun started ranks that would each generate, or others than the flags ask for.
     """
     cluster, started = config.cluster, int(environ.get("WORLD_SIZE", "1"))
     if started > 1 and generates:
-        raise ConfigError("qwench train starts its trainer ranks itself; start it once, without torchrun.")
+        raise ConfigError("qwench starts trainer ranks and engines itself; start it once, without torchrun.")
     if started > 1 and started != cluster.world_size:
         raise ConfigError(
             f"torchrun started {started} ranks, and --actor-num-nodes x --actor-num-gpus-per-node asks for "

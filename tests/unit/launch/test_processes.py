@@ -33,7 +33,7 @@ def test_launcher(cluster, environ, generates, expected):
 
 @pytest.mark.parametrize(
     ("ranks", "generates", "message"),
-    [(2, True, "qwench train starts its trainer ranks itself"), (4, False, "torchrun started 2 ranks, and .* asks for 4")],
+    [(2, True, "qwench starts trainer ranks and engines itself"), (4, False, "torchrun started 2 ranks, and .* asks for 4")],
 )
 def test_torchrun_is_refused_where_it_cannot_be_meant(ranks, generates, message):
     config = Config(cluster=ClusterConfig(actor_num_gpus_per_node=ranks))
