@@ -31,13 +31,14 @@ from qwench.training.fsdp.process_group import leave_process_group
 
 def train(config: Config) -> None:
     """Run `qwench train`."""
-    run = build(config)
-    _drive(run, only_generate=config.debug.debug_rollout_only)
+    _drive(build(config), only_generate=config.debug.debug_rollout_only)
+    leave_process_group()
 
 
 def sft(config: Config) -> None:
     """Run `qwench sft`."""
     _drive(build_sft(config), only_generate=False)
+    leave_process_group()
 
 
 def evaluate(config: Config) -> None:
@@ -85,7 +86,6 @@ def _drive(run: Run, *, only_generate: bool) -> None:
         run.rollouts.close()
         run.metrics.close()
         run.close()
-    leave_process_group()
 
 
 def _write_results(folder: Path, metrics: dict[str, float], results: Sequence[EvalResult]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from datetime import timedelta
 
@@ -58,6 +59,12 @@ def barrier() -> None:
 
 
 def leave_process_group() -> None:
-    """Part from the other ranks; a process that never joined has nothing to do."""
+    """Part from the other ranks, together; a process that never joined has nothing to do.
+
+    Call it when nothing holds the backend any more: a group ends its threads when its last reference goes, and one that lives
+    until the interpreter ends may abort the process.
+    """
     if dist.is_initialized():
+        dist.barrier()
+        gc.collect()
         dist.destroy_process_group()
