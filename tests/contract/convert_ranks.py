@@ -40,7 +40,7 @@ SAVES = (
     ("biased", (2, 1)),
 )
 """Not all, because megatron-core starts processes for every save."""
-_TIMEOUT_S = 120
+_TIMEOUT_S = 270
 
 
 def saved_as(model: str, layout: tuple[int, int]) -> str:

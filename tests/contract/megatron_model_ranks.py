@@ -34,7 +34,7 @@ from tests.contract import train_backend_cases as batches
 
 WORLD_SIZE = 4
 TEMPERATURE = 0.8
-_TIMEOUT_S = 120
+_TIMEOUT_S = 270
 _CPU = torch.device("cpu")
 
 

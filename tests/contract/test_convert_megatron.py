@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, "-m", convert_ranks.__name__, str(folder)],
         env=cuda_stand_in.environment(os.environ) | {"OMP_NUM_THREADS": "1"},
         check=True,
-        timeout=240,
+        timeout=290,
     )
     return folder
 
