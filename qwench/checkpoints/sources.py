@@ -9,7 +9,7 @@ Each of them may also be given by its parent folder, in which `latest_checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -45,6 +45,11 @@ class WeightSource(Protocol):
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
         """Hugging Face name -> shape and dtype, in an order in which reading is cheap."""
+        ...
+
+    @property
+    def bundles(self) -> Sequence[tuple[str, ...]]:
+        """The names of `specs`, in their order; of a bundle, read by one thread in a row, the files are read only once."""
         ...
 
     def read(self, name: str) -> Tensor:
@@ -175,6 +180,7 @@ class HfWeights:
         self._stored: dict[str, StoredTensor] = {name: stored[name] for name in expected}
         self._scales = {name: stored[scale_name(name)] for name in expected if scale_name(name) in stored}
         self.specs: Mapping[str, TensorSpec] = {name: self._spec(name) for name in expected}
+        self.bundles = [(name,) for name in self.specs]
 
     def read(self, name: str) -> Tensor:
         """See `WeightSource`."""
@@ -196,6 +202,7 @@ class DcpWeights:
         check_specs(found, expected, folder.folder)
         self._folder, self._suffix = folder, suffix
         self.specs: Mapping[str, TensorSpec] = found
+        self.bundles = [(name,) for name in found]
 
     def read(self, name: str) -> Tensor:
         """See `WeightSource`."""

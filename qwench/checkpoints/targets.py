@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -102,7 +103,12 @@ class HfTarget:
             self._shards[-1][name] = spec
             filled += spec.nbytes
         self._writers: dict[int, SafetensorsWriter] = {}
-        self.jobs = [Job(stream=weights, names=(name,), unit=i) for i, shard in enumerate(self._shards) for name in shard]
+        shard_of = {name: i for i, shard in enumerate(self._shards) for name in shard}
+        self.jobs = [
+            Job(stream=weights, names=tuple(names), unit=i)
+            for bundle in weights.source.bundles
+            for i, names in groupby(bundle, key=shard_of.__getitem__)
+        ]
 
     def write(self, job: Job, tensors: Sequence[Tensor]) -> None:
         """See `Target`."""
@@ -172,8 +178,8 @@ class FsdpTarget:
         self._homes = {stream.kind: homes[stream.kind] for stream in streams}
         used = sorted({home for home, _ in self._homes.values()})
         self._writers = {home: DcpWriter(folder / home, rank) for home in used}
-        pairs = [(stream, name) for stream in streams for name in stream.source.specs]
-        self.jobs = [Job(stream=stream, names=(name,), unit=i) for i, (stream, name) in enumerate(pairs)]
+        pairs = [(stream, bundle) for stream in streams for bundle in stream.source.bundles]
+        self.jobs = [Job(stream=stream, names=bundle, unit=i) for i, (stream, bundle) in enumerate(pairs)]
 
     def write(self, job: Job, tensors: Sequence[Tensor]) -> None:
         """See `Target`."""

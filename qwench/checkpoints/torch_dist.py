@@ -71,8 +71,10 @@ class TorchDistWeights:
         self._shapes = expected_weights(config)
         self._places: dict[str, tuple[WeightRule, str, int | None]] = {}
         self.specs: dict[str, TensorSpec] = {}
+        self.bundles: list[tuple[str, ...]] = []
         for rule in rules(config):
             key, layer = self._find(rule, prefix)
+            self.bundles.append(rule.hf_names)
             for name in rule.hf_names:
                 self._places[name] = (rule, key, layer)
                 self.specs[name] = TensorSpec(shape=self._shapes[name], dtype=folder.tensors[key].dtype)

@@ -18,9 +18,10 @@ from transformers import Qwen3Config
 from qwench.checkpoints import convert as convert_module
 from qwench.checkpoints.convert import Conversion, Converted, Converter, Ranks, share
 from qwench.checkpoints.folders import MARKER
+from qwench.checkpoints.fp8 import QuantizedSource
 from qwench.checkpoints.manifest import read_manifest, write_manifest
-from qwench.checkpoints.sources import Format, open_optimizer_state, open_weights
-from qwench.checkpoints.targets import Job, Stream
+from qwench.checkpoints.sources import Format, WeightSource, open_optimizer_state, open_weights
+from qwench.checkpoints.targets import WEIGHTS, FsdpTarget, HfTarget, Job, Stream
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.fp8 import quantized
 from qwench.models.hf import expected_weights, load_hf_config, write_hf_checkpoint
@@ -102,6 +103,24 @@ def test_fp8_is_what_publication_makes_of_the_same_weights(tmp_path: Path, shard
         assert held[name].dtype == tensor.dtype
         assert torch.equal(held[name].view(torch.uint8), tensor.view(torch.uint8))
     assert json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
+
+
+def test_what_is_stored_or_quantized_as_one_is_one_job(tmp_path: Path) -> None:
+    hf = write_hf(tmp_path / "hf")
+    run(hf, tmp_path / "megatron", "torch_dist", hf=hf)
+    megatron = open_weights(tmp_path / "megatron", load_hf_config(hf))
+    fp8 = QuantizedSource(open_weights(hf, load_hf_config(hf)), dtype=None)
+    gate, up = (f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up"))
+
+    def to_hf(source: WeightSource, *, shard_bytes: int = 10**9) -> list[tuple[str, ...]]:
+        stream = Stream(kind=WEIGHTS, source=source)
+        return [job.names for job in HfTarget(tmp_path, stream, hf_folder=hf, max_shard_bytes=shard_bytes).jobs]
+
+    fsdp = FsdpTarget(tmp_path / "fsdp", [Stream(kind=WEIGHTS, source=megatron)], rank=0, num_steps=None)
+    assert (gate, up) in to_hf(megatron) and (gate, up) in [job.names for job in fsdp.jobs]
+    assert (gate, f"{gate}_scale_inv") in to_hf(fp8)
+    assert {(gate,), (up,)} < set(to_hf(megatron, shard_bytes=1)), "a job fills one file"
+    fsdp.close()
 
 
 def test_fp8_becomes_the_bfloat16_that_it_stands_for(tmp_path: Path) -> None:
