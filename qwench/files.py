@@ -8,6 +8,7 @@ What still has a temporary name was never finished.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -39,17 +40,38 @@ def check_can_hold(folder: Path, *, flag: str) -> None:
     Raises:
         ConfigError: a file is in the way, or the user may not write there.
     """
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    nearest = nearest_existing(folder)
     if not nearest.is_dir():
         raise ConfigError(f"{flag} {folder} cannot be written to: {nearest} is a file; give another path.")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"{flag} {folder} cannot be written to: no permission to write into {nearest}; give another path.")
 
 
+def nearest_existing(path: Path) -> Path:
+    """Return `path`, or the innermost folder above it that is there."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def is_occupied(path: Path) -> bool:
+    """Tell whether something is at `path` that a new folder would replace: anything but an empty folder."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
 def rename_durably(source: Path, target: Path) -> None:
     """Rename a file (over an existing one) or a folder, and make the new name survive a power cut."""
     source.replace(target)
     fsync(target.parent)
+
+
+def replace_folder(folder: Path, whole: Path) -> None:
+    """Force `whole` to the disk and give it the name `folder`, whatever has that name now."""
+    fsync_tree(whole)
+    old = folder.with_name(f"{folder.name}.old{TEMPORARY_SUFFIX}")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    rename_durably(whole, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:

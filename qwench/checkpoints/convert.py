@@ -27,7 +27,7 @@ from qwench.checkpoints.run_state import RunState
 from qwench.checkpoints.sources import Format, HfWeights, WeightSource, find_format, open_optimizer_state, open_weights
 from qwench.checkpoints.targets import MASTERS, WEIGHTS, FsdpTarget, HfTarget, Job, Stream, Target, TorchDistTarget
 from qwench.errors import CheckpointError, ConfigError
-from qwench.files import TEMPORARY_SUFFIX, check_can_hold, fsync_tree, rename_durably, writing_back
+from qwench.files import TEMPORARY_SUFFIX, check_can_hold, is_occupied, nearest_existing, replace_folder, writing_back
 from qwench.models.safetensors_files import as_bytes
 
 T = TypeVar("T")
@@ -229,18 +229,11 @@ class Converter:
 
     def _complete(self, partial: Path) -> None:
         """Give the output its name, once all of it is on the disk."""
-        output = self._conversion.output
         if self._run_state is not None:
             self._run_state.write(partial)
         elif not self._writes_weights_alone:
             (partial / POINTER).write_text(RELEASE, encoding="utf-8")
-        fsync_tree(partial)
-        old = output.with_name(f"{output.name}.old{TEMPORARY_SUFFIX}")
-        shutil.rmtree(old, ignore_errors=True)
-        if output.exists():  # empty, or to be replaced
-            output.rename(old)
-        rename_durably(partial, output)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(self._conversion.output, partial)
 
 
 def share(jobs: Sequence[Job], rank: int, size: int) -> list[Job]:
@@ -288,10 +281,10 @@ def _crc(tensor: Tensor) -> int:
 
 
 def _check_output(output: Path, *, replace: bool, nbytes: int) -> None:
-    if not replace and output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if not replace and is_occupied(output):
         raise ConfigError(f"{output} exists and is not an empty folder; choose another place to write to.")
     check_can_hold(output, flag="the output")
-    nearest = next(path for path in (output, *output.parents) if path.exists())
+    nearest = nearest_existing(output)
     free = shutil.disk_usage(nearest).free
     if free < nbytes:
         raise ConfigError(

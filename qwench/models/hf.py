@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qwench import __version__
 from qwench.errors import CheckpointError, ConfigError
-from qwench.files import TEMPORARY_SUFFIX, fsync_tree, rename_durably
+from qwench.files import TEMPORARY_SUFFIX, is_occupied, replace_folder
 from qwench.models.fp8 import (
     QUANTIZATION_CONFIG,
     dequantize,
@@ -201,7 +201,7 @@ def write_hf_checkpoint(
         is_fp8 = any(is_scale_name(name) for name in dtypes)
         plain = next(dtype for name, dtype in dtypes.items() if not (is_quantized_name(name) or is_scale_name(name)))
         write_companions(partial, source, plain, is_fp8=is_fp8)
-        _replace(folder, partial)
+        replace_folder(folder, partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -228,7 +228,7 @@ def check_export_folder(folder: Path) -> None:
     Raises:
         CheckpointError: it holds something that we did not write.
     """
-    if folder.exists() and not (folder / _EXPORT_MARKER).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_occupied(folder) and not (folder / _EXPORT_MARKER).is_file():
         raise CheckpointError(f"{folder} exists and was not written by an export; choose another --save-hf folder.")
 
 
@@ -274,17 +274,6 @@ def _write_config(folder: Path, source: Path, dtype: torch.dtype, *, is_fp8: boo
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
         config[key] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _replace(folder: Path, partial: Path) -> None:
-    """Put `partial` in the place of `folder`, which is absent, empty or an earlier export."""
-    old = folder.with_name(f"{folder.name}.old{TEMPORARY_SUFFIX}")
-    shutil.rmtree(old, ignore_errors=True)
-    fsync_tree(partial)
-    if folder.exists():
-        folder.rename(old)
-    rename_durably(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _read_json(file: Path) -> dict[str, Json]:

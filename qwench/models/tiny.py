@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from qwench.errors import ConfigError
-from qwench.files import TEMPORARY_SUFFIX, check_can_hold, rename_durably
+from qwench.files import TEMPORARY_SUFFIX, check_can_hold, is_occupied, rename_durably
 from qwench.models.registry import find_size
 from qwench.models.shards import write_shards
 from qwench.models.tokenizers import END_OF_TEXT, END_OF_TURN
@@ -42,7 +42,7 @@ def make_checkpoint(
     vocab_size = shape.vocab_size or -(-len(tokenizer) // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
     if len(tokenizer) > vocab_size:
         raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, but --size {size} has a vocabulary of {vocab_size}.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_occupied(folder):
         raise ConfigError(f"--output {folder} exists and is not an empty folder; choose another.")
     check_can_hold(folder, flag="--output")
     config = shape.to_config(vocab_size=vocab_size)
