@@ -21,7 +21,6 @@ from transformers import PretrainedConfig
 from qwench.checkpoints.dcp_writer import DcpWriter, Written, write_metadata
 from qwench.checkpoints.sources import MOMENTS, NUM_STEPS, WeightSource
 from qwench.checkpoints.torch_dist import MASTER_PREFIXES, MOMENT_PREFIXES, write_common_files, write_extra_states
-from qwench.models.fp8 import is_quantized_name, is_scale_name
 from qwench.models.hf import write_companions
 from qwench.models.megatron_names import WeightRule, rules, to_megatron
 from qwench.models.safetensors_files import SafetensorsWriter, TensorSpec
@@ -92,7 +91,7 @@ class HfTarget:
 
     def __init__(self, folder: Path, weights: Stream, *, hf_folder: Path, max_shard_bytes: int) -> None:
         """Cut the weights into shards; `hf_folder` has config.json and the tokenizer."""
-        self._folder, self._hf_folder, self._weights = folder, hf_folder, weights
+        self._folder, self._hf_folder = folder, hf_folder
         self._shards: list[dict[str, TensorSpec]] = [{}]
         filled = 0
         for name in weights.source.specs:
@@ -128,10 +127,8 @@ class HfTarget:
         """See `Target`."""
         if len(self._shards) > 1:
             write_index(self._folder, [{name: spec.nbytes for name, spec in shard.items()} for shard in self._shards])
-        specs = self._weights.source.specs
-        plain = next(name for name in specs if not is_quantized_name(name) and not is_scale_name(name))
-        is_fp8 = any(is_scale_name(name) for name in specs)
-        write_companions(self._folder, self._hf_folder, self._weights.spec(plain).dtype, is_fp8=is_fp8)
+        dtypes = {name: spec.dtype for shard in self._shards for name, spec in shard.items()}
+        write_companions(self._folder, self._hf_folder, dtypes)
 
 
 class TorchDistTarget:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,27 +198,25 @@ def write_hf_checkpoint(
     try:
         dtypes = write_shards(partial, _untied(buckets, tied=config.tie_word_embeddings), max_shard_bytes=max_shard_bytes)
         _check_complete((name for name in dtypes if not is_scale_name(name)), config, folder)
-        is_fp8 = any(is_scale_name(name) for name in dtypes)
-        plain = next(dtype for name, dtype in dtypes.items() if not (is_quantized_name(name) or is_scale_name(name)))
-        write_companions(partial, source, plain, is_fp8=is_fp8)
+        write_companions(partial, source, dtypes)
         replace_folder(folder, partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_companions(folder: Path, source: Path, dtype: torch.dtype, *, is_fp8: bool = False) -> None:
+def write_companions(folder: Path, source: Path, dtypes: Mapping[str, torch.dtype]) -> None:
     """Write what lies beside the weights of a Hugging Face folder: config.json with their dtype, the rest as in `source`.
 
     Args:
         folder: of the weights.
         source: another checkpoint of the same model.
-        dtype: of the weights that are not quantized.
-        is_fp8: whether the matrices are block-wise FP8.
+        dtypes: of all that is stored, by name.
     """
     for name in _COPIED_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    _write_config(folder, source, dtype, is_fp8=is_fp8)
+    plain = next(dtype for name, dtype in dtypes.items() if not (is_quantized_name(name) or is_scale_name(name)))
+    _write_config(folder, source, plain, is_fp8=any(map(is_scale_name, dtypes)))
     (folder / _EXPORT_MARKER).write_text(json.dumps({"qwench_version": __version__}) + "\n")
 
 
