@@ -7,6 +7,7 @@ nothing but the classes of that format, so a checkpoint cannot run code, and Meg
 from __future__ import annotations
 
 import io
+import math
 import pickle
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
@@ -97,7 +98,8 @@ class DcpFolder:
     def _read_region(self, key: str, begin: Sequence[int], end: Sequence[int]) -> Tensor:
         """Return the elements from corner `begin` to corner `end`."""
         result: Tensor | None = None
-        covered, wanted = 0, _volume(begin, end)
+        sizes = [b - a for a, b in zip(begin, end, strict=True)]
+        covered, wanted = 0, math.prod(sizes)
         for chunk in self._chunks[key]:
             chunk_end = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
             low = [max(a, b) for a, b in zip(begin, chunk.offsets, strict=True)]
@@ -108,7 +110,7 @@ class DcpFolder:
             if list(chunk.offsets) == list(begin) and chunk_end == list(end):
                 return stored
             if result is None:
-                result = torch.empty([b - a for a, b in zip(begin, end, strict=True)], dtype=self.tensors[key].dtype)
+                result = torch.empty(sizes, dtype=self.tensors[key].dtype)
             target = result[_slices(low, high, begin)]
             target.copy_(stored[_slices(low, high, chunk.offsets)])
             covered += target.numel()
@@ -214,10 +216,3 @@ def _read_metadata(file: Path) -> Metadata:
 
 def _slices(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
-
-
-def _volume(begin: Sequence[int], end: Sequence[int]) -> int:
-    total = 1
-    for a, b in zip(begin, end, strict=True):
-        total *= b - a
-    return total

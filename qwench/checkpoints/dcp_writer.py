@@ -8,7 +8,6 @@ Torch's own writer keeps every tensor of a file in memory until the file is writ
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -63,7 +62,7 @@ class DcpWriter:
         offsets = (0,) * len(shape) if layer is None else (layer, *(0 for _ in tensor.shape))
         begin = self._stream.tell()
         torch.save(chunk, self._stream)
-        self._record(
+        self.written.append(
             Written(
                 key=key,
                 file=self._name,
@@ -78,18 +77,13 @@ class DcpWriter:
 
     def add_object(self, key: str, content: object) -> None:
         """Write anything else that torch.save takes."""
-        pickled = io.BytesIO()
-        torch.save(content, pickled)
         begin = self._stream.tell()
-        self._stream.write(pickled.getbuffer())
-        self._record(Written(key=key, file=self._name, begin=begin, nbytes=self._stream.tell() - begin))
+        torch.save(content, self._stream)
+        self.written.append(Written(key=key, file=self._name, begin=begin, nbytes=self._stream.tell() - begin))
 
     def close(self) -> None:
         """Close the file."""
         self._stream.close()
-
-    def _record(self, written: Written) -> None:
-        self.written.append(written)
 
 
 def write_metadata(folder: Path, written: Iterable[Sequence[Written]], *, flat_keys: bool) -> None:
