@@ -134,9 +134,8 @@ def model_of(config: PretrainedConfig, weights: dict[str, Tensor], *, dtype: tor
     Args:
         weights: By Hugging Face name; tensors that are in `dtype` already are used, not copied.
     """
-    with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config))
-    model: PreTrainedModel = kind.from_pretrained(
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # Any: as in `load_model`
+    model: PreTrainedModel = model_class.from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, attn_implementation="sdpa"
     )
     return model.eval()
