@@ -11,7 +11,7 @@ all layers are one tensor `decoder.layers.mlp.linear_fc1.layer_norm_weight` of s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -140,11 +140,6 @@ def tp_join(rule: WeightRule, shards: Sequence[Tensor]) -> Tensor:
         gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
         return torch.cat([*gates, *ups])
     return torch.cat(tuple(shards), dim=rule.tp_dim)
-
-
-def by_megatron_name(config: PretrainedConfig) -> Mapping[str, WeightRule]:
-    """Return `rules` by the name of the parameter in a model of the local spec."""
-    return {rule.megatron_name: rule for rule in rules(config)}
 
 
 def _layer_rules(config: PretrainedConfig, layer: int) -> list[WeightRule]:

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from qwench.errors import ConfigError
 from qwench.models.hf import expected_weights
-from qwench.models.megatron_names import WeightRule, by_megatron_name, rules, to_hf, to_megatron, tp_join, tp_shard
+from qwench.models.megatron_names import WeightRule, rules, to_hf, to_megatron, tp_join, tp_shard
 
 
 def qwen3(*, heads: int = 4, groups: int = 2, layers: int = 2, tied: bool = True, vocab_size: int = 10) -> Qwen3Config:
@@ -27,7 +27,7 @@ def qwen3(*, heads: int = 4, groups: int = 2, layers: int = 2, tied: bool = True
 
 
 def rule_of(config: PretrainedConfig, name: str) -> WeightRule:
-    return by_megatron_name(config)[name]
+    return next(rule for rule in rules(config) if rule.megatron_name == name)
 
 
 def test_qkv_is_interleaved_by_query_group() -> None:
