@@ -27,8 +27,3 @@ class AdamSettings:
     overlap_copies: bool = False
     """Copy gradients and weights while the host computes."""
     moments_dtype: torch.dtype = torch.float32
-
-    @property
-    def is_plain(self) -> bool:
-        """Tell whether masters and moments are all in float32 on the device, as torch's AdamW keeps them."""
-        return self.offload_fraction == 0.0 and self.moments_dtype == torch.float32

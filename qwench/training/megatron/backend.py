@@ -34,11 +34,18 @@ from qwench.training.host import HostCopy
 from qwench.training.megatron import checkpoint, pipeline
 from qwench.training.megatron.groups import join_groups
 from qwench.training.megatron.layout import ParallelLayout, check_layout
-from qwench.training.megatron.model import ModelSettings, PolicyModel, build_model, load_weights, local_parameters
+from qwench.training.megatron.model import (
+    ModelSettings,
+    PolicyModel,
+    build_model,
+    load_weights,
+    local_parameters,
+    tied_head,
+)
 from qwench.training.megatron.optimizer import MasterOptimizer, wrap_in_ddp
 from qwench.training.megatron.placement import TensorPlace
 from qwench.training.megatron.platform import check_platform, check_transformer_impl
-from qwench.training.megatron.weights import WholeWeights, tied_head
+from qwench.training.megatron.weights import WholeWeights
 from qwench.training.schedule import LrSchedule
 from qwench.weights.buckets import bucketed
 
@@ -49,7 +56,6 @@ class MegatronSettings:
 
     layout: ParallelLayout
     model: ModelSettings
-    deterministic: bool = False
     collective_timeout_s: float = 1800.0
 
 

@@ -12,13 +12,12 @@ from qwench.training.backend import ParallelRank
 from qwench.training.megatron.layout import ParallelLayout
 
 
-def join_groups(layout: ParallelLayout, *, seed: int = 0, timeout_s: float = 1800.0) -> ParallelRank:
+def join_groups(layout: ParallelLayout, *, timeout_s: float = 1800.0) -> ParallelRank:
     """Divide the ranks of the default process group by `layout`, and return where this one stands; collective.
 
     The groups use the backends of the default group. No groups of gloo are made beside them, as megatron-core would for saving.
 
     Args:
-        seed: Of megatron-core's random states, which it asks for though nothing is drawn: there is no dropout.
         timeout_s: Of a collective in these groups.
     """
     assert dist.is_initialized(), "init_process_group comes first"
@@ -31,7 +30,8 @@ def join_groups(layout: ParallelLayout, *, seed: int = 0, timeout_s: float = 180
         distributed_timeout_minutes=math.ceil(timeout_s / 60),
         create_gloo_process_groups=False,
     )
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    # megatron-core asks for random states, though nothing is drawn from them: there is no dropout.
+    model_parallel_cuda_manual_seed(0, force_reset_rng=True)
     return ParallelRank(
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),

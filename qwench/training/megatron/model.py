@@ -10,7 +10,7 @@ t are the tokens of one rank: split over context-parallel ranks, and with sequen
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from megatron.core import parallel_state
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers import PretrainedConfig
 
+from qwench.checkpoints.sources import WeightSource
 from qwench.engines.embedded.architecture import Architecture, architecture_from_config
 from qwench.errors import ConfigError
 from qwench.models.megatron_names import WeightRule, rules, to_megatron, tp_shard
@@ -61,14 +62,6 @@ class TokenScores:
     """[T] float32, 0 where loss_mask is false."""
     entropy: Tensor | None
     """[T] float32, 0 where loss_mask is false; None unless asked for."""
-
-
-class WeightReader(Protocol):
-    """Anything that has weights under Hugging Face names; see `checkpoints.sources`."""
-
-    def read(self, name: str) -> Tensor:
-        """Return one tensor on the host."""
-        ...
 
 
 class PolicyModel(GPTModel):
@@ -256,7 +249,7 @@ def tied_head(model: PolicyModel, config: PretrainedConfig) -> list[tuple[Weight
 
 
 @torch.no_grad()
-def load_weights(model: PolicyModel, source: WeightReader, config: PretrainedConfig, layout: ParallelLayout) -> None:
+def load_weights(model: PolicyModel, source: WeightSource, config: PretrainedConfig, layout: ParallelLayout) -> None:
     """Copy this rank's share of a checkpoint into the stage, in its dtype; every rank reads for itself.
 
     Raises:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from qwench.models.megatron_names import WeightRule, rules, to_hf, tp_join
-from qwench.training.megatron.model import PolicyModel
 
 
 class WholeWeights:
@@ -61,11 +60,3 @@ def _all_gather(shard: Tensor, rule: WeightRule) -> list[Tensor]:
     shards = [torch.empty_like(shard) for _ in range(size)]
     dist.all_gather(shards, shard.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
     return shards
-
-
-def tied_head(model: PolicyModel, config: PretrainedConfig) -> list[tuple[WeightRule, nn.Parameter]]:
-    """Return the copy of a tied embedding that the last of several stages computes with, and the embedding's rule."""
-    if not model.share_embeddings_and_output_weights or model.pre_process or not model.post_process:
-        return []
-    embedding = next(rule for rule in rules(config) if rule.kind == "vocab")
-    return [(embedding, model.output_layer.weight)]
