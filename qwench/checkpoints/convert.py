@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import shutil
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +21,10 @@ from transformers import PretrainedConfig
 
 from qwench.checkpoints.fp8 import QuantizedSource, StoredTensors
 from qwench.checkpoints.iterations import POINTER, RELEASE, Iterations
+from qwench.checkpoints.jobs import Job, Stream, read_ahead, share
 from qwench.checkpoints.run_state import RunState
 from qwench.checkpoints.sources import Format, HfWeights, WeightSource, find_format, open_optimizer_state, open_weights
-from qwench.checkpoints.targets import MASTERS, WEIGHTS, FsdpTarget, HfTarget, Job, Stream, Target, TorchDistTarget
+from qwench.checkpoints.targets import MASTERS, WEIGHTS, FsdpTarget, HfTarget, Target, TorchDistTarget
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import TEMPORARY_SUFFIX, check_can_hold, is_occupied, nearest_existing, replace_folder, writing_back
 from qwench.models.safetensors_files import as_bytes
@@ -33,10 +32,6 @@ from qwench.models.safetensors_files import as_bytes
 T = TypeVar("T")
 Checksums = list[int]
 """CRC-32 of the bytes of each tensor of a job."""
-_READERS = 2
-"""Threads that read and sum up while another writes."""
-_AHEAD_BYTES = 512 * 1024**2
-"""Of tensors that wait to be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,40 +229,6 @@ class Converter:
         elif not self._writes_weights_alone:
             (partial / POINTER).write_text(RELEASE, encoding="utf-8")
         replace_folder(self._conversion.output, partial)
-
-
-def share(jobs: Sequence[Job], rank: int, size: int) -> list[Job]:
-    """Return the jobs of one rank: consecutive units of about equal bytes for each rank, as pipeline stages are cut.
-
-    Sizes 4, 1, 1, 2 over two ranks: the first has 4, the second the rest.
-    """
-    unit_bytes: dict[int, int] = {}
-    for job in jobs:
-        unit_bytes[job.unit] = unit_bytes.get(job.unit, 0) + job.nbytes
-    total, before = max(1, sum(unit_bytes.values())), 0
-    owner: dict[int, int] = {}
-    for unit, nbytes in unit_bytes.items():
-        owner[unit] = min(size - 1, (before + nbytes // 2) * size // total)  # by the middle of the unit
-        before += nbytes
-    return [job for job in jobs if owner[job.unit] == rank]
-
-
-def read_ahead(jobs: Sequence[Job], load: Callable[[Job], T]) -> Iterator[tuple[Job, T]]:
-    """Yield each job, in order, with what `load` makes of it in another thread while those before it are worked on.
-
-    At most `_AHEAD_BYTES` of jobs are loaded ahead, or one larger job.
-    """
-    waiting: deque[tuple[Job, Future[T]]] = deque()
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="read-ahead") as pool:
-        remaining = deque(jobs)
-        while remaining or waiting:
-            ahead = sum(job.nbytes for job, _ in waiting)
-            while remaining and (not waiting or ahead + remaining[0].nbytes <= _AHEAD_BYTES):
-                job = remaining.popleft()
-                waiting.append((job, pool.submit(load, job)))
-                ahead += job.nbytes
-            job, future = waiting.popleft()
-            yield job, future.result()
 
 
 def _read(job: Job) -> list[tuple[Tensor, int]]:

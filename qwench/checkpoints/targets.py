@@ -9,7 +9,6 @@ target.close() -> records         of this rank; target.finish(records of all ran
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol
@@ -19,50 +18,16 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from qwench.checkpoints.dcp_writer import DcpWriter, Written, write_metadata
-from qwench.checkpoints.sources import MOMENTS, NUM_STEPS, WeightSource
+from qwench.checkpoints.jobs import Job, Stream
+from qwench.checkpoints.sources import MOMENTS, NUM_STEPS
 from qwench.checkpoints.torch_dist import MASTER_PREFIXES, MOMENT_PREFIXES, write_common_files, write_extra_states
 from qwench.models.hf import write_companions
-from qwench.models.megatron_names import WeightRule, rules, to_megatron
+from qwench.models.megatron_names import rules, to_megatron
 from qwench.models.safetensors_files import SafetensorsWriter, TensorSpec
 from qwench.models.shards import shard_name, write_index
 
 WEIGHTS = "weights"
 MASTERS = "masters"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stream:
-    """All tensors of one kind: weights, masters, exp_avg or exp_avg_sq."""
-
-    kind: str
-    source: WeightSource
-    dtype: torch.dtype | None = None
-    """To store them in. None: that of the source."""
-
-    def read(self, name: str) -> Tensor:
-        """Read a tensor as it is to be stored."""
-        return self.source.read(name).to(self.dtype)
-
-    def spec(self, name: str) -> TensorSpec:
-        """Return what is stored of a tensor."""
-        spec = self.source.specs[name]
-        return TensorSpec(shape=spec.shape, dtype=self.dtype or spec.dtype)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Job:
-    """Tensors of a stream that are written together."""
-
-    stream: Stream
-    names: tuple[str, ...]
-    unit: int
-    """Jobs with the same number are done by one rank, because they fill one file."""
-    rule: WeightRule | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Size of what is written."""
-        return sum(self.stream.spec(name).nbytes for name in self.names)
 
 
 class Target(Protocol):
