@@ -34,6 +34,8 @@ class PiecedTensor(torch.Tensor):
     """A tensor of the checkpoint by the pieces this process holds; a value of the dictionary given to `dcp.save` or `dcp.load`.
 
     It has the whole tensor's shape and no data of its own; implements `torch.distributed._checkpointable._Checkpointable`.
+    It is a tensor because `dcp` looks for that protocol only in tensors, and a tensor without data has to define
+    `__torch_dispatch__`.
     """
 
     _pieces: Sequence[Piece]
