@@ -6,6 +6,7 @@ same order with the same number of micro-batches (a rank without work brings mic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qwench.engines.protocol import WeightBucket
+from qwench.errors import TrainingError
 from qwench.training.batch import MicroBatch
 
 
@@ -54,6 +56,17 @@ class ParallelRank:
     cp_size: int = 1
     is_main: bool = True
     """True on the one rank that logs and writes single files."""
+
+
+def stop_unless_finite(loss: float, grad_norm: float, *, step: int, drop_gradients: Callable[[], None]) -> None:
+    """Drop the gradients and raise TrainingError if the step went wrong; both numbers are equal on every rank, so all agree."""
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    drop_gradients()
+    raise TrainingError(
+        f"optimizer step {step} has the loss {loss} and the gradient norm {grad_norm}; nothing was updated. Look for "
+        "non-finite log-probs or advantages in the rollout, or lower --lr."
+    )
 
 
 class TrainBackend(Protocol):

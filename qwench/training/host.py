@@ -7,7 +7,8 @@ Tensors keep their identity: whoever holds them (FSDP2, the optimizer) notices n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -31,6 +32,16 @@ class HostCopy:
             # Widen on the device: a copy that changes dtype on its way would be cast by the host, in pageable memory.
             tensor.copy_(copy.to(tensor.device, non_blocking=True))
         self._synchronize()
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Hold the copies in the tensors inside the context; what was there waits on the host, and is there again after it."""
+        held = HostCopy(self._tensors)
+        self.load()
+        try:
+            yield
+        finally:
+            held.load()
 
     def release(self) -> None:
         """Give the tensors' memory back; they must not be touched until `restore`."""

@@ -7,7 +7,6 @@ the host the masters are there, and the shards are the rounded weights.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,11 +21,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
 from qwench.engines.protocol import WeightBucket
-from qwench.errors import TrainingError
 from qwench.models.hf import load_hf_config
 from qwench.training import rng
 from qwench.training.adam import AdamSettings
-from qwench.training.backend import LossFunction, ParallelRank, StepResult, TokenLoss
+from qwench.training.backend import LossFunction, ParallelRank, StepResult, TokenLoss, stop_unless_finite
 from qwench.training.batch import MicroBatch
 from qwench.training.fsdp import checkpoint
 from qwench.training.fsdp.attention import install_attention
@@ -80,7 +78,7 @@ class FsdpBackend:
         self._reduces_every_micro_batch = mesh["dp_shard"].size() > 1 and whole_bytes > settings.whole_gradient_bytes
         self._dp_group = dist.group.WORLD
         self._reference: HostCopy | None = None
-        self._asleep: list[HostCopy] = []
+        self._asleep: HostCopy | None = None
 
     @classmethod
     def build(
@@ -151,7 +149,7 @@ class FsdpBackend:
             contributions.append(TokenLoss(loss=contribution.loss.detach(), metrics=contribution.metrics))
         loss_sum, metrics = self._sum_over_step(contributions)
         grad_norm = float(self._optimizer.grad_norm())
-        self._stop_unless_finite(loss_sum, grad_norm)
+        stop_unless_finite(loss_sum, grad_norm, step=self._optimizer.num_steps, drop_gradients=self._optimizer.drop_gradients)
         learning_rates = self._optimizer.step(grad_norm)
         return StepResult(loss=loss_sum, grad_norm=grad_norm, learning_rates=learning_rates, metrics=metrics)
 
@@ -181,12 +179,8 @@ class FsdpBackend:
         """
         self._assert_awake()
         assert self._reference is not None, "snapshot_reference comes first"
-        policy = HostCopy(self._shards())
-        self._reference.load()
-        try:
+        with self._reference.swapped_in():
             yield
-        finally:
-            policy.load()
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Return the sum over the data-parallel ranks, on the device of `values`."""
@@ -226,18 +220,18 @@ class FsdpBackend:
         self._optimizer.drop_gradients()
         if self.device.type == "cpu":
             return
-        state = self._optimizer.device_state()
         # An engine that computes with our weights still needs them.
-        self._asleep = [HostCopy(state)] if self.shared_weights() else [HostCopy(state), HostCopy(self._shards())]
-        for copy in self._asleep:
-            copy.release()
+        weights = [] if self.shared_weights() else self._shards()
+        self._asleep = HostCopy([*self._optimizer.device_state(), *weights])
+        self._asleep.release()
         torch.cuda.empty_cache()
 
     def wake(self) -> None:
         """Undo `sleep`; harmless when awake."""
-        for copy in self._asleep:
-            copy.restore()
-        self._asleep = []
+        if self._asleep is None:
+            return
+        self._asleep.restore()
+        self._asleep = None
 
     def _reduce_gradients_in_next_backward(self, is_last: bool) -> None:
         """Sum gradients in float32 over the micro-batches, whole or in shards, and over replicas with the last one."""
@@ -253,21 +247,11 @@ class FsdpBackend:
         loss_sum, *metrics = self.all_reduce_sum(torch.stack(rows).double().sum(0)).tolist()
         return loss_sum, dict(zip(names, metrics, strict=True))
 
-    def _stop_unless_finite(self, loss_sum: float, grad_norm: float) -> None:
-        """Drop the gradients and raise if the step went wrong; both numbers are equal on every rank, so all ranks agree."""
-        if math.isfinite(loss_sum) and math.isfinite(grad_norm):
-            return
-        self._optimizer.drop_gradients()
-        raise TrainingError(
-            f"optimizer step {self._optimizer.num_steps} has the loss {loss_sum} and the gradient norm {grad_norm}; nothing "
-            "was updated. Look for non-finite log-probs or advantages in the rollout, or lower --lr."
-        )
-
     def _shards(self) -> list[Tensor]:
         return [local_shard(weight) for weight in self._weights.values()]
 
     def _assert_awake(self) -> None:
-        assert not self._asleep, "wake() comes first"
+        assert self._asleep is None, "wake() comes first"
 
 
 def _full_tensor(tensor: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ What the forward computes with, and what is published, are the weights.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,11 +23,11 @@ from transformers import PretrainedConfig
 
 from qwench.checkpoints.sources import open_optimizer_state, open_weights
 from qwench.engines.protocol import WeightBucket
-from qwench.errors import CheckpointError, TrainingError
+from qwench.errors import CheckpointError
 from qwench.models.hf import load_hf_config
 from qwench.training import rng
 from qwench.training.adam import AdamSettings
-from qwench.training.backend import LossFunction, ParallelRank, StepResult, TokenLoss
+from qwench.training.backend import LossFunction, ParallelRank, StepResult, TokenLoss, stop_unless_finite
 from qwench.training.batch import MicroBatch
 from qwench.training.host import HostCopy
 from qwench.training.megatron import checkpoint, pipeline
@@ -88,7 +87,7 @@ class MegatronBackend:
         self._whole = WholeWeights(self._weights, config)
         self._dp_group = parallel_state.get_data_parallel_group()
         self._reference: HostCopy | None = None
-        self._asleep: list[HostCopy] = []
+        self._asleep: HostCopy | None = None
 
     @classmethod
     def build(
@@ -140,7 +139,7 @@ class MegatronBackend:
         )
         loss_sum, metrics = self._sum_over_step(contributions)
         grad_norm = self._optimizer.grad_norm()
-        self._stop_unless_finite(loss_sum, grad_norm)
+        stop_unless_finite(loss_sum, grad_norm, step=self._optimizer.num_steps, drop_gradients=self._optimizer.drop_gradients)
         learning_rates = self._optimizer.step(grad_norm)
         return StepResult(loss=loss_sum, grad_norm=grad_norm, learning_rates=learning_rates, metrics=metrics)
 
@@ -163,12 +162,8 @@ class MegatronBackend:
         """Hold the reference inside the context; the policy waits on the host, so that no second model is on the device."""
         self._assert_awake()
         assert self._reference is not None, "snapshot_reference comes first"
-        policy = HostCopy(self._weight_buffers())
-        self._reference.load()
-        try:
+        with self._reference.swapped_in():
             yield
-        finally:
-            policy.load()
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Return the sum over the data-parallel ranks, on the device of `values`."""
@@ -217,22 +212,20 @@ class MegatronBackend:
         self._assert_awake()
         if self.device.type == "cpu":
             return
-        self._asleep = [HostCopy([*self._weight_buffers(), *self._optimizer.device_tensors()])]
-        for copy in self._asleep:
-            copy.release()
+        self._asleep = HostCopy([*self._weight_buffers(), *self._optimizer.device_tensors()])
+        self._asleep.release()
         for buffer in self._gradient_buffers():
             buffer.untyped_storage().resize_(0)
         torch.cuda.empty_cache()
 
     def wake(self) -> None:
         """Undo `sleep`; harmless when awake."""
-        if not self._asleep:
+        if self._asleep is None:
             return
-        for copy in self._asleep:
-            copy.restore()
+        self._asleep.restore()
         for buffer in self._gradient_buffers():
             buffer.untyped_storage().resize_(buffer.numel() * buffer.itemsize)
-        self._asleep = []
+        self._asleep = None
         self._optimizer.drop_gradients()
 
     def _sum_over_step(self, contributions: Sequence[TokenLoss]) -> tuple[float, dict[str, float]]:
@@ -244,16 +237,6 @@ class MegatronBackend:
         loss_sum, *metrics = pipeline.broadcast_from_last_stage(self.all_reduce_sum(sums)).tolist()
         return loss_sum, dict(zip(names, metrics, strict=True))
 
-    def _stop_unless_finite(self, loss_sum: float, grad_norm: float) -> None:
-        """Drop the gradients and raise if the step went wrong; both numbers are equal on every rank, so all ranks agree."""
-        if math.isfinite(loss_sum) and math.isfinite(grad_norm):
-            return
-        self._optimizer.drop_gradients()
-        raise TrainingError(
-            f"optimizer step {self._optimizer.num_steps} has the loss {loss_sum} and the gradient norm {grad_norm}; nothing "
-            "was updated. Look for non-finite log-probs or advantages in the rollout, or lower --lr."
-        )
-
     def _weight_buffers(self) -> list[Tensor]:
         return [buffer.param_data for buffer in self._ddp.buffers]
 
@@ -261,4 +244,4 @@ class MegatronBackend:
         return [buffer.grad_data for buffer in self._ddp.buffers]
 
     def _assert_awake(self) -> None:
-        assert not self._asleep, "wake() comes first"
+        assert self._asleep is None, "wake() comes first"
