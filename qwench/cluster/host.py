@@ -1,6 +1,6 @@
 """The rank's side: holds the learner of one trainer rank and does what the driver calls for.
 
-    build -> (learn | save | load | weights | sleep | wake | run)* -> close
+    build -> (learn | open_weights, next_bucket* | run)* -> close
 
 Every rank is given the same calls in the same order, so that the learner's collective methods meet.
 """
@@ -59,14 +59,6 @@ class RankHost:
         times = {name: value for name, value in self._timer.take().items() if name not in _OF_THE_DRIVER}
         return Learned(metrics={**learned.metrics, **times}, steps=learned.steps) if self._is_main else None
 
-    def save(self, folder: Path, with_optimizer: bool) -> None:
-        """See `Learner.save`."""
-        self._held.save(folder, with_optimizer=with_optimizer)
-
-    def load(self, folder: Path, weights_only: bool, with_rng: bool) -> None:
-        """See `Learner.load`."""
-        self._held.load(folder, weights_only=weights_only, with_rng=with_rng)
-
     def open_weights(self, bucket_bytes: int) -> None:
         """Begin to gather the weights."""
         self._buckets = self._held.weights(bucket_bytes=bucket_bytes)
@@ -77,14 +69,6 @@ class RankHost:
         if bucket is None:
             return False
         return pack(bucket, folder=self._exchange_folder) if self._is_main else True
-
-    def sleep(self) -> None:
-        """See `Learner.sleep`."""
-        self._held.sleep()
-
-    def wake(self) -> None:
-        """See `Learner.wake`."""
-        self._held.wake()
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return what `function(learner, *arguments)` returns."""

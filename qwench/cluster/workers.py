@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from operator import methodcaller
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
@@ -25,7 +26,7 @@ from qwench.engines.protocol import WeightBucket
 from qwench.errors import QwenchError, TrainingError
 from qwench.observability.console import Console
 from qwench.samples import Rollout, Sample
-from qwench.training.learner import Learned, Learner
+from qwench.training.learner import Learned
 
 BUILD_TIMEOUT_S = 3600.0
 LEARN_TIMEOUT_S = 12 * 3600.0  # a collective in which ranks wait for each other has a much shorter one of its own
@@ -160,16 +161,19 @@ class RemoteLearner:
     def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
         """See `Learner.log_probs`."""
         label = f"score {len(samples)} samples"
-        scored: list[list[float]] = self.on_ranks(_log_probs, samples, temperature, label=label, timeout_s=LEARN_TIMEOUT_S)[0]
+        ask = methodcaller("log_probs", samples, temperature)
+        scored: list[list[float]] = self.on_ranks(ask, label=label, timeout_s=LEARN_TIMEOUT_S)[0]
         return scored
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """See `Learner.save`; every rank must see the same `folder`."""
-        self._group.call("save", folder, with_optimizer, label=f"save to {folder}", timeout_s=CHECKPOINT_TIMEOUT_S)
+        save = methodcaller("save", folder, with_optimizer=with_optimizer)
+        self.on_ranks(save, label=f"save to {folder}", timeout_s=CHECKPOINT_TIMEOUT_S)
 
     def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
         """See `Learner.load`; every rank must see the same `folder`."""
-        self._group.call("load", folder, weights_only, with_rng, label=f"load {folder}", timeout_s=CHECKPOINT_TIMEOUT_S)
+        load = methodcaller("load", folder, weights_only=weights_only, with_rng=with_rng)
+        self.on_ranks(load, label=f"load {folder}", timeout_s=CHECKPOINT_TIMEOUT_S)
 
     def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
         """Bring one bucket after the other from the main rank to this process."""
@@ -184,21 +188,18 @@ class RemoteLearner:
     def on_ranks(self, function: Callable[..., Any], *arguments: Any, label: str, timeout_s: float) -> list[Any]:
         """Return what `function(learner, *arguments)` returns on each rank, all at the same time.
 
-        This is how ranks publish their weights themselves. Function, arguments and results must be picklable.
+        This is how methods of `Learner` are called and ranks publish their weights themselves. Function, arguments and results
+        must be picklable.
         """
         return self._group.call("run", function, *arguments, label=label, timeout_s=timeout_s)
 
     def sleep(self) -> None:
         """See `Learner.sleep`."""
-        self._group.call("sleep", label="move the trainer to the host", timeout_s=MEMORY_TIMEOUT_S)
+        self.on_ranks(methodcaller("sleep"), label="move the trainer to the host", timeout_s=MEMORY_TIMEOUT_S)
 
     def wake(self) -> None:
         """See `Learner.wake`."""
-        self._group.call("wake", label="move the trainer to its device", timeout_s=MEMORY_TIMEOUT_S)
-
-
-def _log_probs(learner: Learner, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
-    return learner.log_probs(samples, temperature)
+        self.on_ranks(methodcaller("wake"), label="move the trainer to its device", timeout_s=MEMORY_TIMEOUT_S)
 
 
 def _precedence(problem: tuple[int, Failure | Death]) -> tuple[int, int]:
