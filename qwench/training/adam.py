@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+MASTER = "master_param"
+"""Name of the float32 masters, in Megatron and in Transformer Engine."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of the running averages, in torch and in Megatron."""
 NORM_EPS = 1e-6

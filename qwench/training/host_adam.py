@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from qwench.training.adam import MOMENTS
+from qwench.training.adam import MASTER, MOMENTS, AdamSettings
 from qwench.training.host_copies import HostCopies, Span, buckets_of, cut
 
 BUCKET_ELEMENTS = 1 << 24
@@ -67,6 +67,20 @@ class HostAdam(torch.optim.AdamW):
         self._copies: HostCopies | None = None
         self._widened: Mapping[str, Tensor] = {}
 
+    @classmethod
+    def from_settings(cls, groups: Iterable[dict[str, Any]], settings: AdamSettings, *, lr: float) -> HostAdam:
+        """Take groups of parameters, and the constants from the flags."""
+        return cls(
+            groups,
+            lr=lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            offload_fraction=settings.offload_fraction,
+            overlap=settings.overlap_copies,
+            moments_dtype=settings.moments_dtype,
+        )
+
     @torch.no_grad()
     def reset(self) -> None:
         """Begin anew with the parameters as they are: masters equal to them, moments of zero, no steps done."""
@@ -78,7 +92,7 @@ class HostAdam(torch.optim.AdamW):
             is_master = param.dtype == torch.float32 and not on_host
             master = param.detach() if is_master else param.detach().to(device, torch.float32, copy=True)
             moments = {name: torch.zeros(param.shape, dtype=self._moments_dtype, device=device) for name in MOMENTS}
-            self.state[param] = {"step": self._num_steps, "master_param": master, **moments}
+            self.state[param] = {"step": self._num_steps, MASTER: master, **moments}
         self._count_steps(0)
         self._lay_out_buckets()
 
@@ -93,13 +107,13 @@ class HostAdam(torch.optim.AdamW):
     def reload_masters(self) -> None:
         """Set the masters to the parameters, which were changed from outside."""
         for param in self._params():
-            self.state[param]["master_param"].copy_(param.detach())
+            self.state[param][MASTER].copy_(param.detach())
 
     @torch.no_grad()
     def reload_weights(self) -> None:
         """Set the parameters to the rounded masters, which were changed from outside."""
         for param in self._params():
-            param.detach().copy_(self.state[param]["master_param"].to(param.dtype))
+            param.detach().copy_(self.state[param][MASTER].to(param.dtype))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # a closure has no use here
@@ -109,7 +123,7 @@ class HostAdam(torch.optim.AdamW):
         self._count_steps(int(self._num_steps) + 1)
         for bucket in self._device_buckets:
             self._update(bucket, [span.of(_gradient(span.param)) for span in bucket])
-            for span, master in zip(bucket, self._cut_states(bucket, "master_param"), strict=True):
+            for span, master in zip(bucket, self._cut_states(bucket, MASTER), strict=True):
                 if span.param.dtype != torch.float32:
                     span.of(span.param).copy_(master)
         if self._copies is not None:
@@ -120,7 +134,7 @@ class HostAdam(torch.optim.AdamW):
         tensors: list[Tensor] = []
         for param, state in self.state.items():
             if param not in self._on_host:
-                names = MOMENTS if param.dtype == torch.float32 else ("master_param", *MOMENTS)
+                names = MOMENTS if param.dtype == torch.float32 else (MASTER, *MOMENTS)
                 tensors += [state[name] for name in names]
         return tensors
 
@@ -183,13 +197,13 @@ class HostAdam(torch.optim.AdamW):
 
     def _update_on_host(self, bucket: Sequence[Span], gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
         self._update(bucket, gradients)
-        for weight, master in zip(weights, self._cut_states(bucket, "master_param"), strict=True):
+        for weight, master in zip(weights, self._cut_states(bucket, MASTER), strict=True):
             weight.copy_(master)
 
     def _update(self, bucket: Sequence[Span], gradients: Sequence[Tensor]) -> None:
         """Step masters and moments of a bucket where they are; torch's fused kernel uses all cores, or the device."""
         group = self.param_groups[self._group_index[bucket[0].param]]
-        masters = self._cut_states(bucket, "master_param")
+        masters = self._cut_states(bucket, MASTER)
         exp_avgs, exp_avg_sqs = (self._widen(bucket, name) for name in MOMENTS)
         done = torch.full((len(bucket),), float(self._num_steps) - 1, dtype=torch.float32, device=masters[0].device)
         beta1, beta2 = group["betas"]

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from qwench.training.adam import MOMENTS, NORM_EPS, AdamSettings
+from qwench.training.adam import MASTER, MOMENTS, NORM_EPS, AdamSettings
 from qwench.training.fsdp.gradients import ShardedGradients
 from qwench.training.host_adam import HostAdam
 from qwench.training.schedule import LrSchedule
@@ -40,16 +40,7 @@ class MasterOptimizer:
         decayed = [shard for name, shard in self._shards.items() if weights[name].ndim > 1]
         kept = [shard for name, shard in self._shards.items() if weights[name].ndim <= 1]
         groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-        self._adam = HostAdam(
-            [group for group in groups if group["params"]],
-            lr=schedule.peak,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            offload_fraction=settings.offload_fraction,
-            overlap=settings.overlap_copies,
-            moments_dtype=settings.moments_dtype,
-        )
+        self._adam = HostAdam.from_settings([group for group in groups if group["params"]], settings, lr=schedule.peak)
 
     def grad_norm(self) -> Tensor:
         """Return the norm [] float32 of the whole gradient, on the device; collective over the shards."""
@@ -85,7 +76,7 @@ class MasterOptimizer:
         if not self._adam.state and all(shard.dtype == torch.float32 for shard in self._shards.values()):
             return {name: weight.detach() for name, weight in self._weights.items()}
         self._start()
-        return {name: self._named(name, self._adam.state[shard]["master_param"]) for name, shard in self._shards.items()}
+        return {name: self._named(name, self._adam.state[shard][MASTER]) for name, shard in self._shards.items()}
 
     def round_masters(self) -> None:
         """Set the weights to the masters, rounded to their dtype."""

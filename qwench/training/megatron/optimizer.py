@@ -18,12 +18,9 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
-from qwench.training.adam import MOMENTS, AdamSettings
+from qwench.training.adam import MASTER, MOMENTS, AdamSettings
 from qwench.training.host_adam import HostAdam
 from qwench.training.schedule import LrSchedule
-
-MASTER = "master_param"
-"""Name of the masters, beside MOMENTS."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,16 +57,7 @@ class MasterOptimizer:
             _group([weight for weight in weights if weight.ndim > 1], wd_mult=1.0, weight_decay=settings.weight_decay),
             _group([weight for weight in weights if weight.ndim <= 1], wd_mult=0.0, weight_decay=0.0),
         ]
-        self._adam = HostAdam(
-            groups,
-            lr=schedule.peak,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            offload_fraction=settings.offload_fraction,
-            overlap=settings.overlap_copies,
-            moments_dtype=settings.moments_dtype,
-        )
+        self._adam = HostAdam.from_settings(groups, settings, lr=schedule.peak)
         self._config = OptimizerConfig(
             optimizer="adam",
             lr=schedule.peak,
