@@ -15,10 +15,9 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
-from qwench.errors import CheckpointError
 from qwench.training.fsdp.optimizer import MasterOptimizer
+from qwench.training.resuming import load_in_place, saved_without_optimizer
 
 _NUM_STEPS = "num_steps"
 
@@ -30,7 +29,7 @@ def save_model(folder: Path, optimizer: MasterOptimizer) -> None:
 
 def load_model(folder: Path, optimizer: MasterOptimizer) -> None:
     """Read the masters, however they are sharded, and set the weights to them; collective."""
-    _load(folder / "model", optimizer.masters())
+    load_in_place(folder / "model", optimizer.masters())
     optimizer.round_masters()
 
 
@@ -43,17 +42,9 @@ def save_optimizer(folder: Path, optimizer: MasterOptimizer) -> None:
 def load_optimizer(folder: Path, optimizer: MasterOptimizer) -> None:
     """Read moments and step count; collective."""
     if not (folder / "lr_scheduler").exists():
-        raise CheckpointError(f"{folder} was saved without its optimizer; pass --no-load-optim to start with a fresh one.")
+        raise saved_without_optimizer(folder)
     counter: dict[str, Tensor] = {_NUM_STEPS: torch.tensor(0)}
-    _load(folder / "lr_scheduler", counter)
+    load_in_place(folder / "lr_scheduler", counter)
     optimizer.reset(int(counter[_NUM_STEPS]))
     if optimizer.num_steps:
-        _load(folder / "optimizer", optimizer.moments())
-
-
-def _load(folder: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        dcp.load(tensors, checkpoint_id=folder)
-    except (CheckpointException, OSError, RuntimeError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[-1].strip()
-        raise CheckpointError(f"cannot read the checkpoint {folder}: {reason}. Is it whole, and of the same model?") from error
+        load_in_place(folder / "optimizer", optimizer.moments())

@@ -13,11 +13,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PretrainedConfig, PreTrainedModel
 
-from qwench.checkpoints.sources import WeightSource, find_checkpoint, find_format, open_optimizer_state, open_weights
+from qwench.checkpoints.sources import WeightSource, find_checkpoint, find_format, open_weights
 from qwench.checkpoints.torch_dist import CONFIG_FILE
-from qwench.errors import CheckpointError
 from qwench.models.hf import load_hf_config, load_model, model_of
 from qwench.training.fsdp.optimizer import MasterOptimizer
+from qwench.training.resuming import open_saved_optimizer
 
 
 def is_foreign(folder: Path) -> bool:
@@ -49,9 +49,7 @@ def load_converted(folder: Path, optimizer: MasterOptimizer, config: PretrainedC
         ConfigError: it is of another model.
     """
     weights = open_weights(folder, config)
-    state = None if weights_only else open_optimizer_state(folder, config)
-    if state is None and not weights_only:
-        raise CheckpointError(f"{folder} was saved without its optimizer; pass --no-load-optim to start with a fresh one.")
+    state = None if weights_only else open_saved_optimizer(folder, config)
     _fill(optimizer.masters(), weights if state is None else state.masters)
     optimizer.round_masters()
     if state is not None:

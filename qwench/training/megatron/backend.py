@@ -21,9 +21,8 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from qwench.checkpoints.sources import open_optimizer_state, open_weights
+from qwench.checkpoints.sources import open_weights
 from qwench.engines.protocol import WeightBucket
-from qwench.errors import CheckpointError
 from qwench.models.hf import load_hf_config
 from qwench.training import rng
 from qwench.training.adam import AdamSettings
@@ -45,6 +44,7 @@ from qwench.training.megatron.optimizer import MasterOptimizer, wrap_in_ddp
 from qwench.training.megatron.placement import TensorPlace
 from qwench.training.megatron.platform import check_platform, check_transformer_impl
 from qwench.training.megatron.weights import WholeWeights
+from qwench.training.resuming import open_saved_optimizer
 from qwench.training.schedule import LrSchedule
 from qwench.weights.buckets import bucketed
 
@@ -189,9 +189,7 @@ class MegatronBackend:
         """
         self._assert_awake()
         source = open_weights(folder, self._config)
-        state = None if weights_only else open_optimizer_state(folder, self._config)
-        if state is None and not weights_only:
-            raise CheckpointError(f"{folder} was saved without its optimizer; pass --no-load-optim to start with a fresh one.")
+        state = None if weights_only else open_saved_optimizer(folder, self._config)
         stored_alike = checkpoint.is_stored_alike(folder, self._loaded, self._place)
         if stored_alike:
             checkpoint.load_weights(folder, self._loaded, self._place)

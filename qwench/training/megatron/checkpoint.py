@@ -12,24 +12,23 @@ starts processes, and its versions differ in where they put what is no tensor. m
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint import DefaultSavePlanner
 
 from qwench.checkpoints.dcp_reader import DcpFolder
 from qwench.checkpoints.pieces import Piece, PiecedTensor
 from qwench.checkpoints.sources import OptimizerState, find_format
 from qwench.checkpoints.torch_dist import extra_states, write_common_files
-from qwench.errors import CheckpointError
 from qwench.models.megatron_names import WeightRule, to_megatron, tp_shard
-from qwench.training.adam import MOMENTS
-from qwench.training.megatron.optimizer import MASTER, MasterOptimizer
+from qwench.training.adam import MASTER, MOMENTS
+from qwench.training.megatron.optimizer import MasterOptimizer
 from qwench.training.megatron.placement import TensorPlace
+from qwench.training.resuming import load_in_place
 
 _STATE_KEYS = {MASTER: "optimizer.state.param."} | {moment: f"optimizer.state.{moment}." for moment in MOMENTS}
 """Where Megatron's `fully_reshardable` optimizer state is stored, before the key of the weight."""
@@ -66,12 +65,12 @@ def is_stored_alike(folder: Path, weights: NamedWeights, place: TensorPlace) -> 
 
 def load_weights(folder: Path, weights: NamedWeights, place: TensorPlace) -> None:
     """Read the weights in place; collective."""
-    _load(folder, _weight_tensors(weights, place))
+    load_in_place(folder, _weight_tensors(weights, place))
 
 
 def load_state(folder: Path, weights: NamedWeights, optimizer: MasterOptimizer, place: TensorPlace) -> None:
     """Read masters and moments in place, however they were sharded; collective."""
-    _load(folder, _state_tensors(weights, optimizer, place))
+    load_in_place(folder, _state_tensors(weights, optimizer, place))
 
 
 def convert_state(state: OptimizerState, weights: NamedWeights, optimizer: MasterOptimizer, place: TensorPlace) -> None:
@@ -112,11 +111,3 @@ def _by_key(held: Iterator[tuple[str, WeightRule, nn.Parameter, int, Tensor]], p
         shapes[key] = place.stored_shape(rule, weight.shape)
         dtypes[key] = values.dtype
     return {key: PiecedTensor(shapes[key], dtypes[key], pieces[key]) for key in pieces}
-
-
-def _load(folder: Path, tensors: Mapping[str, PiecedTensor]) -> None:
-    try:
-        dcp.load(dict(tensors), checkpoint_id=folder, planner=DefaultLoadPlanner(flatten_state_dict=False))
-    except (CheckpointException, OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[-1].strip()
-        raise CheckpointError(f"cannot read the checkpoint {folder}: {reason}. Is it whole, and of the same model?") from error
