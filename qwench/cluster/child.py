@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,6 +22,7 @@ from typing import TextIO
 
 _TAIL_LINES = 5
 _DRAIN_TIMEOUT_S = 2.0
+_POLL_S = 0.02
 
 Say = Callable[[str], None]
 """Shows a line."""
@@ -65,20 +67,24 @@ class ChildProcess:
         return self._process.pid
 
     def has_ended(self) -> bool:
-        """Tell whether it runs no more, where the system can say so without reaping it: its process id stays its own."""
+        """Tell whether it runs no more; where the system can, without reaping it: its group's id stays its own until `kill`."""
         if self._process.returncode is not None:
             return True
-        if not hasattr(os, "waitid"):  # macOS before Python 3.13: the closed pipe has to do
-            return False
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        if not hasattr(os, "waitid"):  # macOS before Python 3.13
+            return self._process.poll() is not None
+        try:
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:  # another thread has just reaped it
+            return True
 
     def wait(self, timeout_s: float) -> None:
         """Wait until it has ended by itself, at most `timeout_s`."""
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while not self.has_ended() and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
 
     def kill(self) -> None:
-        """End it and its whole process group at once; harmless twice."""
+        """End it and its whole process group at once, also where it has ended by itself; harmless twice."""
         if self._process.returncode is None:
             with suppress(ProcessLookupError, PermissionError):  # macOS: no permission for a group of zombies
                 os.killpg(self.pid, signal.SIGKILL)

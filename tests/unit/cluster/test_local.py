@@ -107,6 +107,12 @@ def test_trouble_on_one_rank_ends_all(launched: Launched, how: int, words: list[
         launched.learner.learn(rollout(0))
 
 
+def test_what_a_dead_rank_started_ends_too(launched: Launched, tmp_path: Path):
+    with pytest.raises(TrainingError, match="rank 1 of 2 was ended by SIGKILL"):
+        launched.learner.on_ranks(learners.leave_a_helper, tmp_path / "helper", label="ask", timeout_s=DEADLINE_S)
+    assert_gone([int((tmp_path / "helper").read_text())])
+
+
 def test_rank_that_is_late_ends_the_run(launched: Launched):
     os.kill(launched.pids[1], signal.SIGSTOP)
     with pytest.raises(TrainingError, match=r"ask: no answer from trainer rank 1 of 2 within 0.5 s"):
