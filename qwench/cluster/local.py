@@ -25,7 +25,7 @@ _EXIT_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Seat:
+class RankStart:
     """The first message: what a rank's process must know before its first call."""
 
     rank: int
@@ -64,8 +64,8 @@ class LocalRanks:
             for rank in range(size)
         ]
         for rank, child in enumerate(self._children):
-            seat = Seat(rank=rank, import_path=sys.path, exchange_folder=self._folder)
-            self._send_to(child, pickle.dumps(seat))
+            start = RankStart(rank=rank, import_path=sys.path, exchange_folder=self._folder)
+            self._send_to(child, pickle.dumps(start))
 
     @property
     def size(self) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qwench.cluster.child import end_own_group, parent_connection
 from qwench.cluster.host import RankHost
-from qwench.cluster.local import Seat
+from qwench.cluster.local import RankStart
 from qwench.cluster.messages import Answer, Call, Failure
 from qwench.engines.shared_buffer import remove_buffers_of
 
@@ -26,11 +26,11 @@ def main() -> None:
     """Answer calls until one is `close`."""
     faulthandler.enable()
     driver = parent_connection(sys.argv[1])
-    seat: Seat = pickle.loads(driver.recv_bytes())
-    sys.path[:] = seat.import_path
+    start: RankStart = pickle.loads(driver.recv_bytes())
+    sys.path[:] = start.import_path
     messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(driver, messages, seat.exchange_folder), name="driver", daemon=True).start()
-    host = RankHost(seat.rank, exchange_folder=seat.exchange_folder)
+    threading.Thread(target=_listen, args=(driver, messages, start.exchange_folder), name="driver", daemon=True).start()
+    host = RankHost(start.rank, exchange_folder=start.exchange_folder)
     closed = False
     while not closed:
         closed, answer = _answer(host, messages.get())

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from qwench.cluster.local import LocalRanks
 from qwench.cluster.placement import Bundles, plan_bundles
+from qwench.cluster.rendezvous import LOOPBACK
 from qwench.cluster.workers import Ranks, RemoteLearner, WorkerGroup
 from qwench.config import Config
 from qwench.config.environment import trainer_environment
@@ -36,7 +37,6 @@ from qwench.observability.timing import PhaseTimer
 from qwench.training.learner import Learner
 
 Launcher = Literal["inside", "local", "ray"]
-LOOPBACK = "127.0.0.1"
 
 
 class Processes(Protocol):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -31,11 +30,11 @@ from qwench.training.megatron.model import (
     tied_head,
 )
 from tests.contract import train_backend_cases as batches
+from tests.contract.rank_processes import CPU, joined, run_to_end
 
 WORLD_SIZE = 4
 TEMPERATURE = 0.8
 _TIMEOUT_S = 270
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,24 +90,16 @@ def slopes(micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
 def main(folder: Path) -> None:
     """Run every case on forked ranks; exits non-zero if one failed."""
     ranks = [multiprocessing.get_context("fork").Process(target=_run_rank, args=(rank, folder)) for rank in range(WORLD_SIZE)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(_TIMEOUT_S)
-    failed = [rank for rank, process in enumerate(ranks) if process.exitcode != 0]
-    for process in ranks:
-        process.kill()
+    failed = [rank for rank, code in enumerate(run_to_end(ranks, timeout_s=_TIMEOUT_S)) if code != 0]
     sys.exit(f"ranks {failed} failed; their traces are above" if failed else 0)
 
 
 def _run_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    timeout = timedelta(seconds=_TIMEOUT_S)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE, timeout=timeout)
     for case in CASES:
-        torch.save(_run_case(case, folder), folder / f"{case.name}.{rank}.pt")
-        leave_groups()
-    dist.destroy_process_group()
+        with joined(rank, WORLD_SIZE, folder / f"{case.name}.store", timeout_s=_TIMEOUT_S):
+            torch.save(_run_case(case, folder), folder / f"{case.name}.{rank}.pt")
+            leave_groups()
 
 
 def _run_case(case: Case, folder: Path) -> dict[str, object]:
@@ -120,7 +111,7 @@ def _run_case(case: Case, folder: Path) -> dict[str, object]:
         recompute_granularity=case.recompute,  # type: ignore[arg-type]  # written above
         log_probs_chunk_size=7,
     )
-    model = build_model(config, case.layout, settings, _CPU)
+    model = build_model(config, case.layout, settings, CPU)
     load_weights(model, open_weights(folder / case.model, config), config, case.layout)
     scores = [_forward_and_backward(model, micro_batch) for micro_batch in micro_batches()]
     parameters = [(rule.megatron_name, weight) for rule, weight in local_parameters(model, config)]

@@ -31,7 +31,7 @@ LAYOUTS: Mapping[str, tuple[int, ParallelLayout]] = {
 """World size and layout; data-parallel ranks are what is left of the world."""
 DEEP_LAYOUTS: Mapping[str, tuple[int, ParallelLayout]] = {"pp4": (4, ParallelLayout(pp=4)), "pp2": LAYOUTS["pp2"]}
 """For a model of four layers."""
-FSDP_SIZES = {"fsdp": 1, "fsdp-2": 2}
+FSDP_SIZES = {"fsdp": 1, "fsdp-2": 2, "fsdp-4": 4}
 
 
 def megatron(name: str, model: str, *, on: str, **options: object) -> tuple[int, Case]:

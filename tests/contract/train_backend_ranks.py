@@ -1,4 +1,7 @@
-"""Runs backends on groups of ranks for the contract suite: one process per rank, all cases of a world in one launch."""
+"""Runs backends on groups of ranks for the contract suite: one process per rank, all cases of a world in one launch.
+
+Ranks are on the CPU and speak gloo, or have a GPU each and speak NCCL.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,9 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from qwench.errors import TrainingError
 from qwench.training.adam import AdamSettings
@@ -23,6 +24,7 @@ from qwench.training.megatron.layout import ParallelLayout
 from qwench.training.megatron.model import ModelSettings
 from qwench.training.schedule import LrSchedule
 from tests.contract import train_backend_cases as cases
+from tests.contract.rank_processes import CPU, joined, run_to_end
 from tests.fakes import cuda_stand_in
 
 _TIMEOUT_S = 300
@@ -60,7 +62,7 @@ class Case:
 
 
 @contextmanager
-def build_fsdp(model_folder: Path, case: Case) -> Iterator[TrainBackend]:
+def build_fsdp(model_folder: Path, case: Case, device: torch.device = CPU) -> Iterator[TrainBackend]:
     """Build the FSDP2 backend with the constants of the plain loop."""
     yield FsdpBackend.build(
         model_folder,
@@ -73,14 +75,15 @@ def build_fsdp(model_folder: Path, case: Case) -> Iterator[TrainBackend]:
         ),
         adam=_adam(case),
         schedule=_SCHEDULE,
-        device=torch.device("cpu"),
+        device=device,
     )
 
 
 @contextmanager
-def build_megatron(model_folder: Path, case: Case) -> Iterator[TrainBackend]:
+def build_megatron(model_folder: Path, case: Case, device: torch.device = CPU) -> Iterator[TrainBackend]:
     """Build the Megatron backend with the constants of the plain loop, and leave its groups afterwards."""
-    cuda_stand_in.install()
+    if device.type == "cpu":
+        cuda_stand_in.install()
     yield MegatronBackend.build(
         model_folder,
         settings=MegatronSettings(
@@ -94,43 +97,43 @@ def build_megatron(model_folder: Path, case: Case) -> Iterator[TrainBackend]:
         ),
         adam=_adam(case),
         schedule=_SCHEDULE,
-        device=torch.device("cpu"),
+        device=device,
     )
     leave_groups()
 
 
-BUILDERS: dict[str, Callable[[Path, Case], AbstractContextManager[TrainBackend]]] = {
+BUILDERS: dict[str, Callable[[Path, Case, torch.device], AbstractContextManager[TrainBackend]]] = {
     "fsdp": build_fsdp,
     "megatron": build_megatron,
 }
 """Another backend joins the suite by a line here."""
 
 
-def run_world(world_size: int, cases_of_world: list[Case], folder: Path) -> None:
+def run_world(world_size: int, cases_of_world: list[Case], folder: Path, *, device_type: str = "cpu") -> None:
     """Run the cases on `world_size` ranks; rank r leaves its records in `<case>.<r>.pt`."""
-    store = f"file://{folder}/store.{cases_of_world[0].name}.{world_size}"
+    devices = [torch.device(device_type, rank) if device_type == "cuda" else CPU for rank in range(world_size)]
     ranks = [
-        _CONTEXT.Process(target=_run_rank, args=(rank, world_size, cases_of_world, folder, store)) for rank in range(world_size)
+        _CONTEXT.Process(target=_run_rank, args=(rank, world_size, cases_of_world, folder, device))
+        for rank, device in enumerate(devices)
     ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(_TIMEOUT_S)
-    failed = [rank for rank, process in enumerate(ranks) if process.exitcode != 0]
-    for process in ranks:
-        process.kill()
+    failed = [rank for rank, code in enumerate(run_to_end(ranks, timeout_s=_TIMEOUT_S)) if code != 0]
     assert not failed, f"ranks {failed} of {world_size} failed; their traces are above"
 
 
-def _run_rank(rank: int, world_size: int, cases_of_world: list[Case], folder: Path, store: str) -> None:
+def _run_rank(rank: int, world_size: int, cases_of_world: list[Case], folder: Path, device: torch.device) -> None:
     torch.set_num_threads(1)
-    timeout = timedelta(seconds=_TIMEOUT_S)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timeout)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     for case in cases_of_world:
-        with BUILDERS[case.backend](folder / case.model, case) as backend:
-            record = _run_non_finite(backend, case) if case.non_finite else _run_steps(backend, case, folder)
+        store = folder / f"{case.name}.store"
+        with joined(rank, world_size, store, timeout_s=_TIMEOUT_S, device=device):
+            record = _run_case(case, folder, device)
         torch.save(record, folder / f"{case.name}.{rank}.pt")
-    dist.destroy_process_group()
+
+
+def _run_case(case: Case, folder: Path, device: torch.device) -> dict[str, object]:
+    with BUILDERS[case.backend](folder / case.model, case, device) as backend:
+        return _run_non_finite(backend, case) if case.non_finite else _run_steps(backend, case, folder)
 
 
 def _run_steps(backend: TrainBackend, case: Case, folder: Path) -> dict[str, object]:
@@ -216,4 +219,4 @@ def _has_gradient_shards(backend: TrainBackend) -> bool:
 
 
 def _all_weights(backend: TrainBackend) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for bucket in backend.weights(bucket_bytes=1 << 14) for name, tensor in bucket}
+    return {name: tensor.cpu().clone() for bucket in backend.weights(bucket_bytes=1 << 14) for name, tensor in bucket}

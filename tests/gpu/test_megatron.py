@@ -24,6 +24,7 @@ from qwench.training.batch import MicroBatch, RolloutBatch, pack
 from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
 from qwench.training.schedule import LrSchedule
 from tests.contract import train_backend_cases as cases
+from tests.contract.rank_processes import run_to_end
 
 pytest.importorskip("megatron.core")
 
@@ -81,14 +82,7 @@ def test_bfloat16_agrees_with_fsdp_and_memory_is_lent(device: str, tmp_path: Pat
 def _run_ranks(function, world_size: int, device: str, layout: str, folder: Path) -> None:
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=function, args=(rank, world_size, device, layout, folder)) for rank in range(world_size)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(_TIMEOUT_S)
-    codes = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()
-    assert codes == [0] * world_size
+    assert run_to_end(ranks, timeout_s=_TIMEOUT_S) == [0] * world_size
 
 
 def _join(rank: int, world_size: int, device: str, folder: Path) -> torch.device:
