@@ -1,11 +1,11 @@
-"""Time how weights reach an engine: aliased, copied, quantized, through CUDA IPC to a second process, from disk.
+"""Time how weights reach an engine: aliased, copied, quantized, by CUDA IPC, from disk, and by broadcast to another GPU.
 
     python benchmarks/publication.py --output FOLDER [--size 0.6B --size 4B] [--rounds 5] [--bucket-bytes 536870912]
 
-Random weights of each size are written as a checkpoint under FOLDER (kept, and used again), an engine server is started from
-it as a second process (on a CPU it shares memory instead of a GPU), and every way is timed `--rounds` times after one more to
-warm up. A publication includes the checksums at both ends; their own time is the line "checksums". GB are those of the
-trainer's weights. Prints a Markdown table of medians and writes publication.json.
+Random weights of each size are written as a checkpoint under FOLDER (kept, and used again). An engine server is started from it
+as a second process (on a CPU it shares memory instead of a GPU) and, where there is another GPU, one there, which NCCL reaches.
+Every way is timed `--rounds` times after one more to warm up. A publication includes the checksums at both ends; their own time
+is the line "checksums". GB are those of the trainer's weights. Prints a Markdown table of medians and writes publication.json.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -85,7 +85,9 @@ def measure(size: str, args: argparse.Namespace) -> list[dict[str, object]]:
     source = Weights(folder, device, dtype)
     seconds = {"checksums": timed(lambda: check(source), rounds=args.rounds, device=device)}
     seconds |= in_process(source, folder, args, dtype)
-    seconds |= to_a_server(source, folder, args)
+    seconds |= to_a_server(source, folder, args, gpu=0, transports=("ipc", "disk"))
+    if torch.cuda.device_count() > 1:
+        seconds |= to_a_server(source, folder, args, gpu=1, transports=("broadcast",))
     return [
         {
             "size": size,
@@ -121,12 +123,14 @@ def in_process(source: Weights, folder: Path, args: argparse.Namespace, dtype: t
     return seconds
 
 
-def to_a_server(source: Weights, folder: Path, args: argparse.Namespace) -> dict[str, list[float]]:
+def to_a_server(
+    source: Weights, folder: Path, args: argparse.Namespace, *, gpu: int, transports: Sequence[str]
+) -> dict[str, list[float]]:
     server = ServerProcess(
         embedded_command(
             ("--hf-checkpoint", str(folder), "--embedded-kv-cache-tokens", str(KV_TOKENS)),
             index=0,
-            gpu_ids=(0,) if args.device.startswith("cuda") else (),
+            gpu_ids=(gpu,) if args.device.startswith("cuda") else (),
             environ=server_environ(os.environ),
             log_folder=args.output,
             token=TOKEN,
@@ -136,7 +140,7 @@ def to_a_server(source: Weights, folder: Path, args: argparse.Namespace) -> dict
     try:
         address = EngineAddress(base_url=server.start(), token=TOKEN, dialect="embedded", placement=None)
         seconds = {}
-        for transport in ("ipc", "disk"):
+        for transport in transports:
             settings = PublicationSettings(
                 bucket_bytes=args.bucket_bytes, transport=transport, disk_folder=args.output, model_folder=folder
             )

@@ -1,0 +1,162 @@
+"""Qwen3-0.6B's real size on one GPU: a stock SGLang server and an FSDP2 trainer that publishes to it and borrows its memory."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qwench.engines.client import HttpEngine
+from qwench.engines.placement import EngineAddress, Placement, gpu_names, host_name
+from qwench.engines.protocol import GenerateRequest, GenerateResult, MemoryTag
+from qwench.engines.servers import ServerProcess
+from qwench.engines.sglang import SglangSettings, sglang_command
+from qwench.models.tiny import make_checkpoint
+from qwench.models.tokenizers import build_small_tokenizer
+from qwench.training.adam import AdamSettings
+from qwench.training.backend import TokenLoss
+from qwench.training.batch import MicroBatch, RolloutBatch, pack
+from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
+from qwench.training.fsdp.process_group import init_process_group
+from qwench.training.schedule import LrSchedule
+from qwench.weights.rank_publication import publish_from_rank
+from qwench.weights.settings import PublicationSettings
+from tests.contract.engine_hosts import ask, generate_all, prompt_of
+
+pytestmark = [
+    pytest.mark.gpu(1),
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="needs SGLang"),
+]
+TOKEN = "secret"
+WORDS = ("--mem-fraction-static", "0.4", "--cuda-graph-max-bs", "8", *os.environ.get("SGLANG_TEST_FLAGS", "").split())
+"""SGLANG_TEST_FLAGS names kernels that are installed where the defaults are not."""
+REQUESTS = [ask(f"r{i}", prompt_of(20 + 7 * i, seed=i), max_new_tokens=64, seed=i, ignore_eos=True) for i in range(8)]
+MEAN_GAP = 0.02
+Result = TypeVar("Result")
+
+
+@dataclass
+class Scene:
+    """Trainer and server of one model's size; the server holds no weights that were published before a test does so."""
+
+    backend: FsdpBackend
+    address: EngineAddress
+    folder: Path
+
+    def drive(self, scenario: Callable[[HttpEngine], Awaitable[Result]]) -> Result:
+        """Run a scenario against the server."""
+
+        async def run() -> Result:
+            engine = HttpEngine(self.address.base_url, token=TOKEN, dialect="sglang", placement=self.address.placement)
+            try:
+                return await scenario(engine)
+            finally:
+                await engine.close()
+
+        return asyncio.run(run())
+
+    def publish(self, version: int, transport: str) -> None:
+        """Bring the trainer's weights to the server, which confirms every tensor."""
+        settings = PublicationSettings(transport=transport, model_folder=self.folder, timeout_s=120)  # type: ignore[arg-type]
+        publish_from_rank(self.backend, [self.address], version, settings)
+
+    def checksums(self) -> dict[str, str]:
+        """Return what the server says it holds, tensor by tensor."""
+
+        async def ask_for_them(engine: HttpEngine) -> dict[str, str]:
+            answer = await engine.post("/weights_checker", {"action": "checksum"}, timeout_s=60)
+            return answer["ranks"][0]["checksums"]
+
+        return self.drive(ask_for_them)
+
+    def mean_gap(self) -> float:
+        """Sample, and return the mean difference between the server's log-probs and the trainer's."""
+        results = self.drive(lambda engine: generate_all(engine, REQUESTS))
+        batch = batch_of(REQUESTS, results)
+        scored = self.backend.log_probs([pack(batch, list(range(len(results))))], temperature=1.0)[0]
+        return float((scored[scored != 0] - torch.cat(batch.rollout_log_probs or [])).abs().mean())
+
+
+def batch_of(requests: Sequence[GenerateRequest], results: Sequence[GenerateResult]) -> RolloutBatch:
+    """Make what the trainer learns from of prompts and responses."""
+    return RolloutBatch(
+        tokens=[torch.tensor([*asked.input_ids, *got.output_ids]) for asked, got in zip(requests, results, strict=True)],
+        loss_mask=[torch.ones(len(got.output_ids), dtype=torch.bool) for got in results],
+        rewards=torch.zeros(len(results)),
+        graded=torch.ones(len(results), dtype=torch.bool),
+        group_ids=torch.zeros(len(results), dtype=torch.int64),
+        execution_ids=torch.arange(len(results)),
+        rollout_log_probs=[torch.tensor(got.log_probs) for got in results],
+    )
+
+
+def likelihood(log_probs: Tensor, entropy: Tensor | None, micro_batch: MicroBatch) -> TokenLoss:
+    """Make the responses likelier."""
+    return TokenLoss(loss=-log_probs.sum() / micro_batch.loss_mask.sum(), metrics={})
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    folder, device = tmp_path_factory.mktemp("sglang") / "model", torch.device("cuda", 0)
+    make_checkpoint(folder, size="0.6B", tokenizer=build_small_tokenizer(), device=device)
+    init_process_group(device, environ={}, timeout_s=120)
+    backend = FsdpBackend.build(
+        folder,
+        settings=FsdpSettings(param_dtype=torch.bfloat16, attention="varlen", gradient_checkpointing=True),
+        adam=AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1, clip_grad=1.0),
+        schedule=LrSchedule(peak=1e-4),
+        device=device,
+    )
+    settings = SglangSettings(
+        model_folder=folder, tp_size=1, dtype="bfloat16", memory_saver=True, seed=0, deterministic=False,
+        serves_checkpoint=False, words=WORDS,
+    )  # fmt: skip
+    command = sglang_command(
+        settings, index=0, gpu_ids=(0,), environ=os.environ, log_folder=folder.parent, token=TOKEN, start_timeout_s=600
+    )
+    process = ServerProcess(command)
+    try:
+        placement = Placement(host=host_name(), devices=gpu_names([0]))
+        address = EngineAddress(base_url=process.start(), token=TOKEN, dialect="sglang", placement=placement)
+        yield Scene(backend, address, folder)
+    finally:
+        process.stop()
+        dist.destroy_process_group()
+
+
+def test_cuda_ipc_and_disk_bring_weights_of_equal_checksums(scene: Scene) -> None:
+    held = []
+    for version, transport in enumerate(("ipc", "disk"), start=1):
+        scene.publish(version, transport)
+        held.append(scene.checksums())
+    assert len(held[0]) > 100 and held[0] == held[1]
+    assert scene.mean_gap() < MEAN_GAP
+
+
+def test_the_server_lends_its_memory_to_a_training_step_and_then_samples_from_the_new_weights(scene: Scene) -> None:
+    scene.publish(3, "ipc")
+    before, results = scene.checksums(), scene.drive(lambda engine: generate_all(engine, REQUESTS))
+    batch = pack(batch_of(REQUESTS, results), list(range(len(results))))
+    free = [torch.cuda.mem_get_info()[0]]
+    scene.drive(lambda engine: engine.sleep([MemoryTag.KV_CACHE, MemoryTag.WEIGHTS]))
+    free.append(torch.cuda.mem_get_info()[0])
+    steps = [scene.backend.update([batch], likelihood, temperature=1.0, with_entropy=False) for _ in range(2)]
+    scene.drive(lambda engine: engine.wake([MemoryTag.WEIGHTS]))
+    scene.publish(4, "ipc")
+    scene.drive(lambda engine: engine.wake([MemoryTag.KV_CACHE]))
+    assert free[1] - free[0] > 20 * 2**30, "cache and weights of --mem-fraction-static 0.4"
+    assert steps[1].loss < steps[0].loss
+    after = scene.checksums()
+    assert after.keys() == before.keys() and all(after[name] != before[name] for name in before if "proj" in name)
+    assert scene.mean_gap() < MEAN_GAP
