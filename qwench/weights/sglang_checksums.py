@@ -9,7 +9,7 @@ its share, and the vocabulary is padded. So the ledger puts the sent tensors tog
 Block-wise FP8 weights are hashed as the bfloat16 that they stand for, as SGLang does. At most as many tensor-parallel ranks as
 key-value heads are supported: with more, SGLang repeats heads.
 
-Source: SGLang 0.5.16, srt/utils/weight_checker.py, kernels/ops/memory/gpu_tensor_hash.py, srt/models/qwen3.py.
+Source: SGLang 0.5.16, srt/utils/weight_checker.py, srt/models/qwen3.py.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from qwench.engines.protocol import WeightBucket
 from qwench.models.fp8 import FP8_DTYPE, dequantize, is_scale_name, scale_name, weight_name
+from qwench.weights.sglang_hash import finished_hash, sum_of_tiles
 
 _FUSED = {
     "q_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
@@ -34,16 +35,6 @@ _SPLIT_BY_COLUMN = ("o_proj", "down_proj")
 _SPLIT_BY_ROW = ("embed_tokens", "lm_head")
 _VOCABULARY_MULTIPLE = 64
 
-_TILE_WORDS = 8192
-_TILES_AT_ONCE = 512
-"""Bounds the int64 temporaries to 32 MiB each."""
-_U32 = 0xFFFFFFFF
-_U64 = 0xFFFFFFFFFFFFFFFF
-_SEED_1 = 0x243F6A88
-_SEED_2 = ((_SEED_1 * 0x9E3779B1) ^ 0xDEADBEEF) & _U32
-_POSITION_1, _POSITION_2 = 0x27D4EB2D, 0x165667B1
-_MIX_1, _MIX_2 = 0x85EBCA6B, 0xC2B2AE35
-
 
 class SglangLedger:
     """Collects what is sent and returns the hashes that every tensor-parallel rank must report."""
@@ -52,8 +43,19 @@ class SglangLedger:
         self._tp_size = tp_size
         self._parts: dict[str, Tensor] = {}
         """Tensors that wait for those they are fused with, or for their scales."""
-        self.hashes: list[dict[str, str]] = [{} for _ in range(tp_size)]
-        """For each tensor-parallel rank: SGLang's name -> hash in hexadecimal."""
+        self._sums: list[dict[str, Tensor]] = [{} for _ in range(tp_size)]
+        """Of each tensor-parallel rank, by SGLang's name: what the hash is made of, still on the device."""
+
+    @property
+    def hashes(self) -> list[dict[str, str]]:
+        """Return for each tensor-parallel rank SGLang's name -> hash in hexadecimal; waits for the device once a rank."""
+        return [
+            {
+                name: f"{finished_hash(total):016x}"
+                for name, total in zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)
+            }
+            for sums in self._sums
+        ]
 
     def note(self, bucket: WeightBucket) -> None:
         """Add tensors under their Hugging Face names; each is hashed when everything it is fused with is here."""
@@ -87,7 +89,7 @@ class SglangLedger:
 
     def _hash(self, name: str, parts: Sequence[Tensor], module: str, kind: str) -> None:
         for rank, own in enumerate(self._shards(parts, module, kind)):
-            self.hashes[rank][name] = f"{sglang_hash(own):016x}"
+            self._sums[rank][name] = sum_of_tiles(own)
 
     def _shards(self, parts: Sequence[Tensor], module: str, kind: str) -> Iterator[Tensor]:
         """Yield what each tensor-parallel rank holds."""
@@ -105,46 +107,3 @@ class SglangLedger:
 def _padded_vocabulary(tensor: Tensor) -> Tensor:
     missing = -tensor.shape[0] % _VOCABULARY_MULTIPLE
     return functional.pad(tensor, (0, 0, 0, missing)) if missing else tensor
-
-
-def sglang_hash(tensor: Tensor) -> int:
-    """Return SGLang's unsigned 64-bit hash of a tensor on a GPU; here on any device.
-
-    Every 32-bit word is mixed with its position; the sums of 8,192 words are mixed again and added up.
-    """
-    octets = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    words = functional.pad(octets, (0, -octets.numel() % 4)).view(torch.int32)
-    if not words.numel():
-        return 0
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    step = _TILE_WORDS * _TILES_AT_ONCE
-    for start in range(0, words.numel(), step):
-        total += _sum_of_tiles(words[start : start + step], start, num_words=words.numel())
-    x = int(total.item()) & _U64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _U64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _U64
-    return x ^ (x >> 31)
-
-
-def _sum_of_tiles(words: Tensor, start: int, *, num_words: int) -> Tensor:
-    """Return the sum, modulo 2**64, of the hashes of all tiles in `words`, the first of which is word `start`."""
-    position = torch.arange(start, start + words.numel(), dtype=torch.int64, device=words.device)
-    value = words.to(torch.int64) & _U32
-    halves = []
-    for seed, factor, turn in ((_SEED_1, _POSITION_1, 15), (_SEED_2, _POSITION_2, 13)):
-        place = ((position * factor + seed) & _U32) ^ _rotated(position, turn)
-        mixed = functional.pad(_mixed(value ^ place), (0, -words.numel() % _TILE_WORDS))
-        tiles = mixed.view(-1, _TILE_WORDS).sum(1) & _U32
-        halves.append(_mixed(tiles ^ (num_words * 4 & _U32)))
-    return ((halves[0] << 32) | halves[1]).sum()
-
-
-def _rotated(x: Tensor, turn: int) -> Tensor:
-    return ((x << turn) | (x >> (32 - turn))) & _U32
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """Return murmur3's 32-bit finalizer of values in int64."""
-    x = ((x ^ (x >> 16)) * _MIX_1) & _U32
-    x = ((x ^ (x >> 13)) * _MIX_2) & _U32
-    return x ^ (x >> 16)

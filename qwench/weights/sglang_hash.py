@@ -1,7 +1,7 @@
 """SGLang's hash of a tensor, computed where the tensor lies.
 
-Every 32-bit word is mixed with its position, twice; the sums of 8,192 words (a tile) are mixed again into 64 bits, and those of all
-tiles are added up and mixed a last time. All arithmetic is on unsigned integers, so it does not depend on device or order.
+Every 32-bit word is mixed with its position, twice; the sums of 8,192 words (a tile) are mixed again into 64 bits, and those of
+all tiles are added up and mixed a last time. All arithmetic is on unsigned integers: it does not depend on device or order.
 
 Source: SGLang 0.5.16, kernels/ops/memory/gpu_tensor_hash.py.
 """
