@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Rollouts of a recipe with random weights of the model's real size, then a table of what they took. Responses are forced to 1,024
-# tokens, nothing is evaluated, and the checkpoint at the end has no optimizer.
+# tokens, rewards are drawn, nothing is evaluated, and the checkpoint at the end has no optimizer.
 # Usage: MODEL_DIR=... PROMPTS=prompts.jsonl QWEN_TIKTOKEN=qwen.tiktoken [OUTPUT_DIR=runs] \
 #        bash benchmarks/multi_gpu/recipe.sh SIZE SCRIPT [more flags]
 #   bash benchmarks/multi_gpu/recipe.sh 4B run-qwen3-4B_4xgpu.sh
@@ -22,6 +22,6 @@ if grep -q _torch_dist "$HERE/../../scripts/$SCRIPT" && [ ! -d "${MODEL}_torch_d
 fi
 
 bash "$HERE/../../scripts/$SCRIPT" --prompt-data "$PROMPTS" --eval-prompt-data none "$PROMPTS" --skip-eval-before-train \
-   --num-rollout 3 --rollout-max-response-len 1024 --rollout-ignore-eos --allow-degenerate-rewards --no-save-optim \
+   --num-rollout 3 --rollout-max-response-len 1024 --rollout-ignore-eos --rm-type random --no-save-optim \
    --log-dir "$LOGS" "$@"
 python "$HERE/report.py" "$LOGS/metrics.jsonl"

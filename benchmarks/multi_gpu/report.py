@@ -14,11 +14,10 @@ ROWS = {
     "reference log-probs s": ("perf/ref_log_probs_time", "{:.1f}"),
     "forward, backward, optimizer s": ("perf/actor_train_time", "{:.1f}"),
     "trained tokens/s, all GPUs": ("perf/actor_train_tok_per_s", "{:,.0f}"),
-    "model TFLOP/s/GPU": ("perf/actor_train_tflops", "{:.0f}"),
+    "its model TFLOP/s/GPU": ("perf/actor_train_tflops", "{:.0f}"),
     "MFU": ("mfu", "{:.2f}"),
     "publication s": ("perf/update_weights_time", "{:.2f}"),
     "memory given back and taken again s": ("perf/offload_time", "{:.2f}"),
-    "checkpoint s": ("perf/save_time", "{:.1f}"),
     "whole step s": ("perf/step_time", "{:.1f}"),
     "peak GiB of the trainer, rank 0": ("perf/peak_gpu_memory_gib", "{:.1f}"),
     "trainer against engine, mean log-prob difference": ("train/train_rollout_logprob_abs_diff", "{:.4f}"),
@@ -28,13 +27,13 @@ ROWS = {
 
 
 def rollouts_of(file: Path) -> list[dict[str, float]]:
-    """Return the metrics of each rollout; of several optimizer steps, the last one's."""
+    """Return the metrics of each rollout, which has one optimizer step; its publication is the one before it."""
     found: dict[int, dict[str, float]] = {}
-    last = 0
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        last = int(row.get("rollout/step", last))
-        found.setdefault(last, {}).update({name: value for name, value in row.items() if isinstance(value, float | int)})
+        rollout_id = row.get("rollout/step", row.get("train/step"))
+        if rollout_id is not None:
+            found.setdefault(rollout_id, {}).update({name: value for name, value in row.items() if value is not None})
     return [found[rollout_id] for rollout_id in sorted(found)]
 
 

@@ -46,6 +46,9 @@ _GROUPS: Mapping[str, Mapping[str, str]] = {
         "per GPU": "perf/tokens_per_gpu_per_sec",
         "training": "perf/actor_train_tok_per_s",
     },
+    "TFLOP/s per GPU": {
+        "training": "perf/actor_train_tflops",
+    },
 }
 _EVAL_PREFIX = "eval/"
 _EVAL_LENGTH = "/response_len/mean"

@@ -54,6 +54,8 @@ class ParallelRank:
     dp_rank: int = 0
     dp_size: int = 1
     cp_size: int = 1
+    num_ranks: int = 1
+    """All of them, of whatever kind."""
     is_main: bool = True
     """True on the one rank that logs and writes single files."""
 

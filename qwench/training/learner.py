@@ -26,6 +26,7 @@ from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout, Sample
 from qwench.training.backend import StepResult, TrainBackend
 from qwench.training.batch import RolloutBatch, unpack
+from qwench.training.flop_meter import FORWARD, FORWARD_AND_BACKWARD, FlopMeter
 from qwench.training.loop import MicroBatching, StepPlan, plan_steps
 from qwench.training.objectives import LossObserver, build_loss
 from qwench.training.rollout_metrics import rollout_metrics
@@ -70,6 +71,7 @@ class Learner:
         self._training = training
         self._temperature = temperature
         self._timer = timer
+        self._meter = FlopMeter(timer, sequence_cost, num_ranks=backend.parallel.num_ranks)
         self._console = console
         self._reward_post_process = reward_post_process
         self._loss = build_loss(algorithm)
@@ -98,7 +100,8 @@ class Learner:
             if self._reference_update_due(rollout.rollout_id):
                 self._backend.snapshot_reference()
         kept = [rollout.samples[i] for i in plan.order]
-        return Learned(metrics={**rollout_metrics(kept, batch), **perf, **_peak_memory(self._backend.device)}, steps=steps)
+        perf |= self._meter.take() | _peak_memory(self._backend.device)
+        return Learned(metrics={**rollout_metrics(kept, batch), **perf}, steps=steps)
 
     def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
         """Return [R] of each sample under the held weights; 0 where its loss mask is."""
@@ -203,11 +206,12 @@ class Learner:
         return len(plan.steps) > 1 or config.kl_coef != 0 or sequence_ratio
 
     def _with_ref_log_probs(self, batch: RolloutBatch) -> RolloutBatch:
-        with self._timer.phase("ref_log_probs"), self._console.phase("reference log-probs"), self._backend.reference():
+        measured = self._meter.phase("ref_log_probs", batch.lengths, passes=FORWARD)
+        with measured, self._console.phase("reference log-probs"), self._backend.reference():
             return batch.with_columns(ref_log_probs=self._log_probs(batch, temperature=self._temperature))
 
     def _with_old_log_probs(self, batch: RolloutBatch) -> RolloutBatch:
-        with self._timer.phase("log_probs"), self._console.phase("log-probs"):
+        with self._meter.phase("log_probs", batch.lengths, passes=FORWARD), self._console.phase("log-probs"):
             return batch.with_columns(old_log_probs=self._log_probs(batch, temperature=self._temperature))
 
     def _log_probs(self, batch: RolloutBatch, *, temperature: float) -> list[Tensor]:
@@ -228,7 +232,7 @@ class Learner:
     def _take_steps(self, batch: RolloutBatch, plan: StepPlan) -> tuple[list[dict[str, float]], dict[str, float]]:
         """Return the `train/...` metrics of each step, and `perf/...`."""
         start = time.perf_counter()
-        with self._timer.phase("actor_train"):
+        with self._meter.phase("actor_train", batch.lengths, passes=FORWARD_AND_BACKWARD):
             steps = [self._step(batch.select(step), f"train {k}/{len(plan.steps)}") for k, step in enumerate(plan.steps, 1)]
         if batch.old_log_probs is None:
             # Each step has compared the engine with its own weights; only the first one's were those that sampled.

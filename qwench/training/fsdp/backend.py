@@ -67,7 +67,8 @@ class FsdpBackend:
     ) -> None:
         """Take a policy that is sharded already over `mesh`; use `build`."""
         self.device = device
-        self.parallel = ParallelRank(dp_rank=dist.get_rank(), dp_size=dist.get_world_size(), is_main=dist.get_rank() == 0)
+        rank, size = dist.get_rank(), dist.get_world_size()
+        self.parallel = ParallelRank(dp_rank=rank, dp_size=size, num_ranks=size, is_main=rank == 0)
         assert isinstance(policy, FSDPModule), "parallelize comes first"
         self._policy = policy
         self._fsdp: FSDPModule = policy

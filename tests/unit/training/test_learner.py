@@ -246,7 +246,7 @@ def test_step_metrics_have_the_names_users_know():
     assert set(learned.metrics) == {
         "rollout/raw_reward", "rollout/rewards", "rollout/response_lengths", "rollout/total_lengths", "rollout/truncated",
         "rollout/advantages", "rollout/ref_log_probs", "rollout/rollout_log_probs", "rollout/dropped_executions",
-        "perf/actor_train_tok_per_s",
+        "perf/actor_train_tok_per_s", "perf/actor_train_tflops", "perf/ref_log_probs_tflops",
     }  # fmt: skip
 
 

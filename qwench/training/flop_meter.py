@@ -1,0 +1,51 @@
+"""How fast a rank computes: `perf/<phase>_tflops`, the model's own FLOPs a second on each rank.
+
+Recomputed layers are not counted, so that actor_train_tflops / the device's peak is the model FLOPs utilisation (MFU).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from qwench.data.balance import SequenceCost
+from qwench.observability.timing import PhaseTimer
+
+FORWARD = 1
+FORWARD_AND_BACKWARD = 3
+"""Passes, in units of a forward: a backward computes two products for each one."""
+
+
+class FlopMeter:
+    """Times phases for `timer`, and keeps what rate each reached until `take`."""
+
+    def __init__(
+        self,
+        timer: PhaseTimer,
+        cost: SequenceCost | None,
+        *,
+        num_ranks: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Without a `cost`, only time is measured; `num_ranks` share the work of a phase."""
+        self._timer = timer
+        self._cost = cost
+        self._num_ranks = num_ranks
+        self._clock = clock
+        self._rates: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str, lengths: Sequence[int], *, passes: int) -> Iterator[None]:
+        """Count the time inside the context for `name`, in which all ranks together compute sequences of these `lengths`."""
+        start = self._clock()
+        with self._timer.phase(name):
+            yield
+        if self._cost is not None:
+            flops = passes * sum(self._cost.of(length) for length in lengths)
+            self._rates[f"perf/{name}_tflops"] = flops / self._num_ranks / (self._clock() - start) / 1e12
+
+    def take(self) -> dict[str, float]:
+        """Return the rates since the last call."""
+        rates, self._rates = self._rates, {}
+        return rates
