@@ -36,6 +36,9 @@ class DedicatedGpus:
     def __init__(self, *, weights_may_alias: bool) -> None:
         self.weights_may_alias = weights_may_alias
 
+    def make_room(self) -> None:
+        """Do nothing."""
+
     @contextmanager
     def held_by(self, learner: Sleeper) -> Iterator[None]:
         """Do nothing around the block."""
@@ -62,13 +65,19 @@ class ColocatedGpus:
         self._timer = timer
         self._engine_tags = [MemoryTag.KV_CACHE] if offload_rollout else []
         self._offload_train = offload_train
+        self._has_room = not offload_rollout
+
+    def make_room(self) -> None:
+        """Have the engines give up memory, also before the learner is built: it may need more than they leave."""
+        if not self._has_room:
+            self._engines.sleep(self._engine_tags)
+            self._has_room = True
 
     @contextmanager
     def held_by(self, learner: Sleeper) -> Iterator[None]:
         """Give the device to the learner inside the block, to the engines after it."""
         with self._timer.phase("offload"):
-            if self._engine_tags:
-                self._engines.sleep(self._engine_tags)
+            self.make_room()
             learner.wake()
         yield
         with self._timer.phase("offload"):
@@ -76,6 +85,7 @@ class ColocatedGpus:
                 learner.sleep()
             if self._engine_tags:
                 self._engines.wake(self._engine_tags)
+                self._has_room = False
 
     @contextmanager
     def for_publication(self) -> Iterator[None]:

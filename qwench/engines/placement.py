@@ -6,11 +6,14 @@ import platform
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 CPU = "cpu"
+_RANDOM_NODE_BIT = 1 << 40
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 Dialect = Literal["embedded", "sglang"]
 """Whose server it is: both speak SGLang's API, but take weights in different forms."""
 
@@ -42,8 +45,15 @@ class EngineAddress:
 
 
 def host_name() -> str:
-    """Return a name that processes share exactly when they run on one machine (and see the same network card)."""
-    return f"{platform.node()}/{uuid.getnode():012x}"
+    """Return a name that processes share exactly when they run on one machine (and see the same network card).
+
+    Where there is no card, `uuid` draws a number in every process (RFC 9562, 6.10, sets a bit in it); Linux's own number of
+    this boot stands in for it.
+    """
+    node = uuid.getnode()
+    if not node & _RANDOM_NODE_BIT:
+        return f"{platform.node()}/{node:012x}"
+    return f"{platform.node()}/{_BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ''}"
 
 
 def device_name(device: torch.device) -> str:

@@ -14,7 +14,7 @@ from qwench.checkpoints.folders import check_weights
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.cluster.gpus import ColocatedGpus, DedicatedGpus
 from qwench.config import Config
-from qwench.controller import Gpus, Run, Schedule
+from qwench.controller import Run, Schedule
 from qwench.data.prompts import PromptSource
 from qwench.data.sft import SftSource, load_sft, render_mask_preview
 from qwench.engines.pool import EnginePool
@@ -71,14 +71,17 @@ def build(config: Config) -> Run:
         servers, token = make_servers(inputs, processes, with_weights=only_generate)
         generation = build_generation(inputs, with_weights=only_generate, servers=servers, token=token)
         started.callback(generation.close)
+        gpus = _gpus(inputs, generation.engines, timer, take_turns=take_turns(config, processes, servers))
+        learner = None
+        if not only_generate:
+            gpus.make_room()
+            learner = start_learner(inputs, processes, timer, started, num_rollout=schedule.num_rollout)
         return Run(
             schedule=schedule,
-            learner=None
-            if only_generate
-            else start_learner(inputs, processes, timer, started, num_rollout=schedule.num_rollout),
+            learner=learner,
             rollouts=generation.stream(source, num_rollouts=schedule.num_rollout),
             engines=generation.engines,
-            gpus=_gpus(inputs, generation.engines, timer, take_turns=take_turns(config, processes, servers)),
+            gpus=gpus,
             evaluator=generation.evaluator(eval_prompts) if eval_prompts else None,
             checkpoints=checkpoints,
             metrics=_metric_log(inputs),
@@ -202,7 +205,7 @@ def _identity(hf_config: PretrainedConfig, config: Config) -> dict[str, Json]:
     }
 
 
-def _gpus(inputs: Inputs, engines: EnginePool, timer: PhaseTimer, *, take_turns: bool) -> Gpus:
+def _gpus(inputs: Inputs, engines: EnginePool, timer: PhaseTimer, *, take_turns: bool) -> ColocatedGpus | DedicatedGpus:
     """Return who holds devices when."""
     rollout, resolved = inputs.config.rollout, inputs.resolved
     may_alias = rollout.rollouts_ahead == 0 and rollout.update_weights_interval == 1

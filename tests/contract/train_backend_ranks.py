@@ -112,8 +112,10 @@ BUILDERS: dict[str, Callable[[Path, Case, torch.device], AbstractContextManager[
 def run_world(world_size: int, cases_of_world: list[Case], folder: Path, *, device_type: str = "cpu") -> None:
     """Run the cases on `world_size` ranks; rank r leaves its records in `<case>.<r>.pt`."""
     devices = [torch.device(device_type, rank) if device_type == "cuda" else CPU for rank in range(world_size)]
+    # What the fork server has loaded already has asked CUDA something, after which it cannot be forked for a GPU.
+    context = multiprocessing.get_context("spawn") if device_type == "cuda" else _CONTEXT
     ranks = [
-        _CONTEXT.Process(target=_run_rank, args=(rank, world_size, cases_of_world, folder, device))
+        context.Process(target=_run_rank, args=(rank, world_size, cases_of_world, folder, device))
         for rank, device in enumerate(devices)
     ]
     failed = [rank for rank, code in enumerate(run_to_end(ranks, timeout_s=_TIMEOUT_S)) if code != 0]

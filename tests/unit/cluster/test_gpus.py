@@ -1,0 +1,66 @@
+"""Who gives memory up when, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from qwench.cluster.gpus import ColocatedGpus
+from qwench.observability.timing import PhaseTimer
+
+
+class Recorded:
+    """An engine pool or a learner that says what it was told to do."""
+
+    def __init__(self, name: str, events: list[str]) -> None:
+        self._name = name
+        self._events = events
+
+    def sleep(self, *tags: object) -> None:
+        self._events.append(f"{self._name} sleep")
+
+    def wake(self, *tags: object) -> None:
+        self._events.append(f"{self._name} wake")
+
+
+@pytest.fixture
+def events() -> list[str]:
+    return []
+
+
+def colocated(events: list[str], **offload: bool) -> ColocatedGpus:
+    """Return the owner of devices that a pool and a learner share."""
+    both = {"offload_rollout": True, "offload_train": True} | offload
+    return ColocatedGpus(Recorded("engines", events), PhaseTimer(), weights_may_alias=True, **both)  # type: ignore[arg-type]
+
+
+def hold(gpus: ColocatedGpus, events: list[str], *, then: Callable[[], None] = lambda: None) -> None:
+    with gpus.held_by(Recorded("learner", events)):
+        events.append("learn")
+        then()
+
+
+def test_engines_sleep_while_the_learner_holds_the_devices_and_it_sleeps_while_they_do(events: list[str]) -> None:
+    gpus = colocated(events)
+    for _ in range(2):
+        hold(gpus, events)
+    assert events == ["engines sleep", "learner wake", "learn", "learner sleep", "engines wake"] * 2
+
+
+def test_engines_that_made_room_for_the_learner_to_be_built_are_not_put_to_sleep_twice(events: list[str]) -> None:
+    gpus = colocated(events)
+    gpus.make_room()
+    events.append("build")
+    hold(gpus, events)
+    assert events == ["engines sleep", "build", "learner wake", "learn", "learner sleep", "engines wake"]
+    events.clear()
+    hold(gpus, events)
+    assert events[0] == "engines sleep"
+
+
+def test_what_is_not_offloaded_stays(events: list[str]) -> None:
+    gpus = colocated(events, offload_rollout=False, offload_train=False)
+    gpus.make_room()
+    hold(gpus, events)
+    assert events == ["learner wake", "learn"]
