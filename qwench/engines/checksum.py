@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 
 import torch
@@ -13,7 +13,7 @@ CHUNK_ELEMENTS = 1 << 24
 WEIGHT_PERIOD = 65_521
 """Positions are weighted by 1..65521 in turn (a prime, so no power-of-two stride of a layout hides a swap)."""
 _CHUNK_MULTIPLIER = 6_364_136_223_846_793_005
-"""Odd constant of Knuth's 64-bit generator ; makes equal chunks at other places count differently."""
+"""Odd constant of Knuth's 64-bit generator; makes equal chunks at other places count differently."""
 _BIT_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -27,11 +27,15 @@ def tensor_checksum(tensor: Tensor) -> int:
 
 def tensor_checksums(named: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
     """Return the checksum of each tensor by its name, waiting for the device only once."""
-    parts = [(name, tensor.numel(), tensor.element_size(), _chunk_sums(tensor.detach())) for name, tensor in named]
-    if not parts:
+    flat = {name: tensor.detach().contiguous().view(-1) for name, tensor in named}
+    if not flat:
         return {}
-    sums = iter(torch.cat([own for *_, own in parts]).tolist())
-    return {name: _fold(numel * 16 + width, [next(sums) for _ in range(own.numel())]) for name, numel, width, own in parts}
+    by_name = dict(zip(flat, _chunk_sums([one.view(_BIT_VIEWS[one.element_size()]) for one in flat.values()]), strict=True))
+    sums = iter(torch.cat(list(by_name.values())).tolist())
+    return {
+        name: _fold(one.numel() * 16 + one.element_size(), [next(sums) for _ in range(by_name[name].numel())])
+        for name, one in flat.items()
+    }
 
 
 def _fold(start: int, sums: Iterable[int]) -> int:
@@ -41,21 +45,28 @@ def _fold(start: int, sums: Iterable[int]) -> int:
     return total - 2**64 if total >= 2**63 else total
 
 
-def _chunk_sums(tensor: Tensor) -> Tensor:
-    """Return the weighted sums [number of chunks] int64 of a tensor's bits, on its device."""
-    flat = tensor.contiguous().view(-1)
-    bits = flat.view(_BIT_VIEWS[flat.element_size()])
-    if bits.is_cuda:
-        # Imported late on purpose: Triton exists only where CUDA (or ROCm) does.
-        kernel = import_module("qwench.engines.checksum_triton")
-        sums: Tensor = kernel.chunk_sums(bits, chunk_elements=CHUNK_ELEMENTS, period=WEIGHT_PERIOD)
-        return sums
-    empty = torch.zeros(0, dtype=torch.int64, device=bits.device)
-    return torch.stack([_weighted_sum(chunk) for chunk in bits.split(CHUNK_ELEMENTS)]) if bits.numel() else empty
+def _chunk_sums(bits: Sequence[Tensor]) -> list[Tensor]:
+    """Return for each tensor of integers the weighted sums [number of chunks] int64 of its chunks, on its device."""
+    if not bits[0].is_cuda:
+        return [_weighted_sums(one) for one in bits]
+    # Imported late on purpose: Triton exists only where CUDA (or ROCm) does.
+    kernel = import_module("qwench.engines.checksum_triton")
+    found: dict[int, Tensor] = {}
+    for dtype in {one.dtype for one in bits}:
+        places = [place for place, one in enumerate(bits) if one.dtype == dtype]
+        sums = kernel.chunk_sums([bits[place] for place in places], chunk_elements=CHUNK_ELEMENTS, period=WEIGHT_PERIOD)
+        found |= dict(zip(places, sums, strict=True))
+    return [found[place] for place in range(len(bits))]
+
+
+def _weighted_sums(bits: Tensor) -> Tensor:
+    if not bits.numel():
+        return torch.zeros(0, dtype=torch.int64)
+    return torch.stack([_weighted_sum(chunk) for chunk in bits.split(CHUNK_ELEMENTS)])
 
 
 def _weighted_sum(bits: Tensor) -> Tensor:
     chunk = bits.to(torch.int64)
-    place = torch.arange(chunk.numel(), dtype=torch.int64, device=chunk.device)
+    place = torch.arange(chunk.numel(), dtype=torch.int64)
     # The second sum tells apart swaps between positions of equal weight.
     return (chunk * (place % WEIGHT_PERIOD + 1)).sum() + (chunk * (place // WEIGHT_PERIOD + 1)).sum() * (1 << 32)

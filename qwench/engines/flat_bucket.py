@@ -75,8 +75,13 @@ def size_bytes(entries: Sequence[TensorEntry]) -> int:
 def flatten_into(buffer: Tensor, bucket: WeightBucket, entries: Sequence[TensorEntry]) -> None:
     """Copy a bucket to the beginning of `buffer` ([>= size] uint8, on any device), as `entries` of that bucket say."""
     named = dict(bucket)
-    for (_, place), entry in zip(unflatten(buffer, entries), entries, strict=True):
-        place.copy_(named[entry.name].detach())
+    copy_all([place for _, place in unflatten(buffer, entries)], [named[entry.name].detach() for entry in entries])
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its target; on a GPU by one kernel for many tensors, whose launches would take longer than they."""
+    if targets:
+        torch._foreach_copy_(list(targets), list(sources))
 
 
 def unflatten(buffer: Tensor, entries: Sequence[TensorEntry]) -> list[tuple[str, Tensor]]:

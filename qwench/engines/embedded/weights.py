@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qwench.engines.checksum import tensor_checksums
 from qwench.engines.embedded.parameters import Parameter, lay_out
+from qwench.engines.flat_bucket import copy_all
 from qwench.engines.protocol import Portion, WeightBucket
 from qwench.errors import WeightSyncError
 from qwench.models.fp8 import FP8_DTYPE, is_scale_name
@@ -126,8 +127,7 @@ class WeightStore:
             # Never write into aliased tensors: they are the trainer's.
             self.allocate()
         self.ready = False
-        for name, tensor in wanted:
-            self._tensors[name].copy_(tensor.detach(), non_blocking=False)
+        copy_all([self._tensors[name] for name, _ in wanted], [tensor.detach() for _, tensor in wanted])
         self._received |= tensor_checksums((name, self._tensors[name]) for name, _ in wanted)
         self._received_head = self._received_head or len(wanted) < len(bucket)
 
