@@ -33,6 +33,7 @@ from qwench.engines.servers import ServerProcess, server_environ
 from qwench.models.hf import load_hf_config
 from qwench.models.tiny import make_checkpoint
 from qwench.models.tokenizers import build_small_tokenizer
+from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.buckets import bucketed
 from qwench.weights.quantize import QuantizedWeights
 from qwench.weights.rank_publication import publish_from_rank
@@ -139,16 +140,17 @@ def to_a_server(
     )
     try:
         address = EngineAddress(base_url=server.start(), token=TOKEN, dialect="embedded", placement=None)
-        seconds = {}
+        seconds, link = {}, BroadcastLink()
         for transport in transports:
             settings = PublicationSettings(
                 bucket_bytes=args.bucket_bytes, transport=transport, disk_folder=args.output, model_folder=folder
             )
             seconds[transport] = timed(
-                lambda settings=settings: publish_from_rank(source, [address], 1, settings),
+                lambda settings=settings: publish_from_rank(source, [address], 1, settings, link=link),
                 rounds=args.rounds,
                 device=source_device(source),
             )
+        link.close()
         return seconds
     finally:
         server.stop()

@@ -76,7 +76,9 @@ class RankHost:
 
     def close(self) -> None:
         """Part from the other ranks."""
-        self._learner = None
+        if self._learner is not None:
+            self._learner.close()
+            self._learner = None
         leave_process_group()
 
     @property

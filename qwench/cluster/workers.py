@@ -22,11 +22,13 @@ from torch import Tensor
 from qwench.cluster.buckets import unpack
 from qwench.cluster.host import BuildLearner
 from qwench.cluster.messages import Answer, Call, Death, Failure, News
+from qwench.engines.placement import EngineAddress
 from qwench.engines.protocol import WeightBucket
 from qwench.errors import QwenchError, TrainingError
 from qwench.observability.console import Console
 from qwench.samples import Rollout, Sample
 from qwench.training.learner import Learned
+from qwench.weights.settings import PublicationSettings
 
 BUILD_TIMEOUT_S = 3600.0
 LEARN_TIMEOUT_S = 12 * 3600.0  # a collective in which ranks wait for each other has a much shorter one of its own
@@ -185,11 +187,15 @@ class RemoteLearner:
         """Return None: no tensor of a rank is one of this process."""
         return None
 
+    def publish(self, addresses: Sequence[EngineAddress], version: int, settings: PublicationSettings) -> None:
+        """See `Learner.publish`."""
+        publish = methodcaller("publish", addresses, version, settings)
+        self.on_ranks(publish, label=f"publish weight version {version}", timeout_s=settings.total_timeout_s)
+
     def on_ranks(self, function: Callable[..., Any], *arguments: Any, label: str, timeout_s: float) -> list[Any]:
         """Return what `function(learner, *arguments)` returns on each rank, all at the same time.
 
-        This is how methods of `Learner` are called and ranks publish their weights themselves. Function, arguments and results
-        must be picklable.
+        This is how methods of `Learner` are called. Function, arguments and results must be picklable.
         """
         return self._group.call("run", function, *arguments, label=label, timeout_s=timeout_s)
 

@@ -195,7 +195,9 @@ def start_learner(inputs: Inputs, processes: Processes, timer: PhaseTimer, start
     """Build the learner where the launcher says; `started` gets what ends its processes."""
     ranks = processes.start_ranks()
     if ranks is None:
-        return build_learner(inputs, timer, num_rollout=num_rollout)
+        learner = build_learner(inputs, timer, num_rollout=num_rollout)
+        started.callback(learner.close)
+        return learner
     group = WorkerGroup(ranks)
     started.callback(group.close)
     build: Callable[[PhaseTimer], Learner] = partial(build_rank, inputs.config, num_rollout)

@@ -19,6 +19,7 @@ from qwench.algorithms.registry import Ratio, find_estimator
 from qwench.config.algorithm import AlgorithmConfig
 from qwench.config.training import TrainingConfig
 from qwench.data.balance import SequenceCost
+from qwench.engines.placement import EngineAddress
 from qwench.engines.protocol import WeightBucket
 from qwench.errors import RewardError, TrainingError
 from qwench.observability.console import Console
@@ -31,6 +32,9 @@ from qwench.training.loop import MicroBatching, StepPlan, plan_steps
 from qwench.training.objectives import LossObserver, build_loss
 from qwench.training.rollout_metrics import rollout_metrics
 from qwench.training.targets import normalized_rewards, token_advantages
+from qwench.weights.broadcast import BroadcastLink
+from qwench.weights.rank_publication import publish_from_rank
+from qwench.weights.settings import PublicationSettings
 
 _REFERENCE_FOLDER = "reference"
 
@@ -74,6 +78,7 @@ class Learner:
         self._meter = FlopMeter(timer, sequence_cost, num_ranks=backend.parallel.num_ranks)
         self._console = console
         self._reward_post_process = reward_post_process
+        self._link = BroadcastLink()
         self._loss = build_loss(algorithm)
         self._micro_batching, self._log_prob_batching = (
             MicroBatching.from_config(training, backend.parallel, cost=sequence_cost, with_gradient=with_gradient)
@@ -130,6 +135,14 @@ class Learner:
     def shared_weights(self) -> Mapping[str, Tensor] | None:
         """Return the live tensors when this process owns them whole in the publication dtype; else None."""
         return self._backend.shared_weights()
+
+    def publish(self, addresses: Sequence[EngineAddress], version: int, settings: PublicationSettings) -> None:
+        """Bring the held weights to engines in other processes under `version`; collective. See `publish_from_rank`."""
+        publish_from_rank(self, addresses, version, settings, link=self._link)
+
+    def close(self) -> None:
+        """End what stands between publications."""
+        self._link.close()
 
     def sleep(self) -> None:
         """Move everything the next forward does not need at once from the device to the host."""

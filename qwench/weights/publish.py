@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 from qwench.engines.placement import EngineAddress
 from qwench.engines.protocol import Engine
 from qwench.weights.quantize import as_published
-from qwench.weights.rank_publication import publish_from_rank
 from qwench.weights.settings import PublicationSettings
 from qwench.weights.transports import Transport, WeightSource, choose_transport
 
@@ -41,11 +40,11 @@ class Gpus(Protocol):
 
 
 @runtime_checkable
-class RankedSource(WeightSource, Protocol):
-    """A learner whose ranks are other processes (`cluster.workers`)."""
+class PublishingSource(WeightSource, Protocol):
+    """A learner whose ranks bring their weights to engines in other processes themselves."""
 
-    def on_ranks(self, function: Callable[..., Any], *arguments: Any, timeout_s: float, label: str) -> list[Any]:
-        """Call `function(learner, *arguments)` on all ranks at once; return the answers or raise the first error."""
+    def publish(self, addresses: Sequence[EngineAddress], version: int, settings: PublicationSettings) -> None:
+        """Do so; see `rank_publication.publish_from_rank`."""
         ...
 
 
@@ -81,10 +80,9 @@ def publish_weights(
     addressed = [engine.address for engine in engines.engines if isinstance(engine, AddressedEngine)]
     local = [engine for engine in engines.engines if not isinstance(engine, AddressedEngine)]
     with gpus.for_publication():
-        if addressed and isinstance(learner, RankedSource):
-            learner.on_ranks(publish_from_rank, addressed, version, settings, timeout_s=_total_timeout_s(settings), label=label)
-        elif addressed:
-            publish_from_rank(learner, addressed, version, settings)
+        if addressed:
+            assert isinstance(learner, PublishingSource), f"{learner!r} reaches no engine in another process"
+            learner.publish(addressed, version, settings)
         if local:
             transport = choose_transport(
                 as_published(learner, fp8=settings.fp8),
@@ -92,12 +90,7 @@ def publish_weights(
                 weights_may_alias=gpus.weights_may_alias,
                 bucket_bytes=settings.bucket_bytes,
             )
-            engines.run(_publish_to_each(transport, local, version=version), label=label, timeout_s=_total_timeout_s(settings))
-
-
-def _total_timeout_s(settings: PublicationSettings) -> float:
-    """Return the deadline of everything; each step has its own, which says more when it passes."""
-    return 2 * settings.timeout_s
+            engines.run(_publish_to_each(transport, local, version=version), label=label, timeout_s=settings.total_timeout_s)
 
 
 async def _publish_to_each(transport: Transport, engines: Sequence[Engine], *, version: int) -> None:

@@ -25,21 +25,30 @@ from qwench.engines.protocol import Portion, WeightBucket
 from qwench.engines.shared_buffer import SharedBuffer
 from qwench.errors import QwenchError, WeightSyncError
 from qwench.models.hf import write_hf_checkpoint
+from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.checks import Ledger
+from qwench.weights.ipc_sender import IpcSender, Served
 from qwench.weights.quantize import as_published
 from qwench.weights.ranks import Message, Ranks
 from qwench.weights.receivers import EmbeddedReceiver, Receiver
 from qwench.weights.routes import Route, plan_routes
-from qwench.weights.senders import BroadcastSender, IpcSender, Served
 from qwench.weights.settings import PublicationSettings
 from qwench.weights.sglang_receiver import SglangReceiver
 from qwench.weights.transports import WeightSource
 
 
 def publish_from_rank(
-    source: WeightSource, addresses: Sequence[EngineAddress], version: int, settings: PublicationSettings
+    source: WeightSource,
+    addresses: Sequence[EngineAddress],
+    version: int,
+    settings: PublicationSettings,
+    *,
+    link: BroadcastLink | None = None,
 ) -> None:
     """Make the engines at `addresses` hold the source's weights under `version`; collective over the trainer's ranks.
+
+    Args:
+        link: stands from one publication to the next; None: it is made for this one.
 
     Raises:
         WeightSyncError: an engine refused the weights, holds something else afterwards, or cannot be reached that way.
@@ -52,7 +61,10 @@ def publish_from_rank(
     with ExitStack() as stack:
         loop = EventLoopThread("qwench-publication")
         stack.callback(loop.close)
-        publication = _Publication(loop, addresses, version, settings)
+        if link is None:
+            link = BroadcastLink()
+            stack.callback(link.close)
+        publication = _Publication(loop, link, addresses, version, settings)
         stack.callback(publication.close)
         publication.plan(first[0][1].device)
         buckets = chain([first], buckets)
@@ -68,17 +80,22 @@ class _Publication:
     """One rank's part in one publication: plan -> (send | send_folder)* -> confirm -> close."""
 
     def __init__(
-        self, loop: EventLoopThread, addresses: Sequence[EngineAddress], version: int, settings: PublicationSettings
+        self,
+        loop: EventLoopThread,
+        link: BroadcastLink,
+        addresses: Sequence[EngineAddress],
+        version: int,
+        settings: PublicationSettings,
     ) -> None:
         self._ranks = Ranks()
         self._loop = loop
+        self._link = link
         self._addresses = addresses
         self._version = version
         self._settings = settings
         self._receivers = [_connect(address, timeout_s=settings.timeout_s) for address in addresses]
         self._routes: list[Route] = []
         self._ledgers: dict[str, Ledger] = {}
-        self._broadcast: BroadcastSender | None = None
 
     def serves(self, *transports: str) -> bool:
         """Tell whether an engine gets its weights one of these ways."""
@@ -100,7 +117,7 @@ class _Publication:
         self._ranks.exchange({}, failure=_failure_of(self._open))
 
     def send(self, buckets: Iterable[WeightBucket]) -> None:
-        """Bring every bucket to the engines that take buckets; `senders` says in which order things happen."""
+        """Bring every bucket to the engines that take buckets; `ipc_sender` says in which order things happen."""
         ipc = IpcSender(self._ranks.rank, self._served("ipc"), self._loop)
         in_use: list[SharedBuffer] = []
         failure: QwenchError | None = None
@@ -146,9 +163,7 @@ class _Publication:
         self._ranks.exchange({}, failure=_failure_of(lambda: self._loop.run(ask(), label=label, timeout_s=timeout_s)))
 
     def close(self) -> None:
-        """End groups and connections."""
-        if self._broadcast is not None:
-            self._broadcast.close()
+        """End connections."""
 
         async def close() -> None:
             await asyncio.gather(*(receiver.close() for receiver in self._receivers))
@@ -208,13 +223,8 @@ class _Publication:
         return buffer
 
     def _send_broadcast(self, buffer: SharedBuffer, entries: Sequence[TensorEntry], portion: Portion) -> None:
-        if self._broadcast is None:
-            served = self._served("broadcast")
-            self._broadcast = BroadcastSender(
-                [receiver for _, _, receiver in served], self._loop, timeout_s=self._settings.timeout_s
-            )
-            self._broadcast.open(buffer.tensor.device, [route.address.base_url for _, route, _ in served])
-        self._broadcast.send(buffer.tensor, entries, portion)
+        receivers = [receiver for _, _, receiver in self._served("broadcast")]
+        self._link.send(buffer.tensor, entries, portion, receivers, loop=self._loop, timeout_s=self._settings.timeout_s)
 
     def _noted(self, buckets: Iterable[WeightBucket]) -> Iterator[WeightBucket]:
         for bucket in buckets:

@@ -27,6 +27,7 @@ class Receiver(Protocol):
     open -> take_shared | take_broadcast of each bucket in turn, or take_folder once -> confirm -> close
     """
 
+    address: EngineAddress
     num_ranks: int
     """How many processes hold a part of the weights; known after `open`."""
 
@@ -89,6 +90,7 @@ class HttpReceiver:
 
     def __init__(self, address: EngineAddress, *, timeout_s: float) -> None:
         self.engine = HttpEngine(address.base_url, token=address.token, dialect=address.dialect, placement=address.placement)
+        self.address = address
         self.num_ranks = 1
         self._timeout_s = timeout_s
 

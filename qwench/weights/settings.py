@@ -27,3 +27,8 @@ class PublicationSettings:
     keep_disk_files: bool = False
     model_folder: Path | None = None
     """Whose config and tokenizer files `disk` adds to the weights."""
+
+    @property
+    def total_timeout_s(self) -> float:
+        """Return the deadline of everything; each step has its own, which says more when it passes."""
+        return 2 * self.timeout_s

@@ -26,6 +26,7 @@ from qwench.engines.servers import ServerProcess, server_environ
 from qwench.engines.shared_buffer import SharedBuffer
 from qwench.errors import EngineError, EngineLostError, WeightSyncError
 from qwench.models.tokenizers import build_small_tokenizer
+from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.buckets import bucketed
 from qwench.weights.rank_publication import publish_from_rank
 from qwench.weights.settings import PublicationSettings
@@ -63,22 +64,22 @@ def model_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def servers(model_folder, tmp_path_factory) -> Iterator[list[ServerProcess]]:
     words = ("--hf-checkpoint", str(model_folder), "--embedded-kv-cache-tokens", "4096")
-    started = [
-        ServerProcess(
-            embedded_command(
-                words,
-                index=index,
-                gpu_ids=(),
-                environ=server_environ(os.environ, OMP_NUM_THREADS="1"),
-                log_folder=tmp_path_factory.mktemp("logs"),
-                token=TOKEN,
-                start_timeout_s=120,
-            )
+    commands = [
+        embedded_command(
+            words,
+            index=index,
+            gpu_ids=(),
+            environ=server_environ(os.environ, OMP_NUM_THREADS="1"),
+            log_folder=tmp_path_factory.mktemp("logs"),
+            token=TOKEN,
+            start_timeout_s=120,
         )
         for index in range(2)
     ]
+    started = [ServerProcess(command) for command in commands]
     try:
-        for server in started:
+        for server, command in zip(started, commands, strict=True):
+            server.log_file = command.log_file
             server.launch()
         for server in started:
             server.url = server.wait_until_healthy()
@@ -139,6 +140,29 @@ def test_engines_hold_exactly_what_was_published(servers, model_folder, transpor
         assert_holds(server.url, source, version)
     other = distribution(Source(seed=version + 1).model, REQUEST.input_ids)
     assert not torch.equal(other, distribution(source.model, REQUEST.input_ids))
+
+
+def test_a_group_stands_from_one_publication_to_the_next_and_is_joined_again_by_an_engine_started_anew(servers, model_folder):
+    addresses = [address_of(server.url) for server in servers]
+    link, flags = BroadcastLink(), settings("broadcast", model_folder)
+    joined_before = [num_joins(server) for server in servers]
+    try:
+        for version in (22, 23):
+            publish_from_rank(Source(seed=version), addresses, version, flags, link=link)
+        assert [num_joins(server) for server in servers] == [before + 1 for before in joined_before]
+        servers[1].stop()
+        servers[1].start()
+        publish_from_rank(Source(seed=24), addresses, 24, flags, link=link)
+        assert [num_joins(server) for server in servers] == [before + 2 for before in joined_before]
+    finally:
+        link.close()
+    for server in servers:
+        assert_holds(server.url, Source(seed=24), 24)
+
+
+def num_joins(server: ServerProcess) -> int:
+    """Return how often a server was asked to join a group, over all its lives."""
+    return server.log_file.read_text().count("POST /init_weights_update_group")
 
 
 def test_one_bucket_is_first_and_last(servers, model_folder):

@@ -48,6 +48,9 @@ class ReportingLearner:
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         (folder / f"rank_{self.rank}").write_text(str(with_optimizer))
 
+    def close(self) -> None:
+        """Nothing stands between calls."""
+
 
 RAISES, DIES, EXITS = 1, 2, 3
 

@@ -1,0 +1,179 @@
+"""The group of the trainer's rank 0 with all engines that are reached by broadcast.
+
+    no group --first bucket of a publication: everyone joins--> standing --send*--> standing --an error, close--> no group
+
+Joining takes longer than sending, so a group stands from one publication to the next for as long as the engines are the same.
+An engine that was started anew in between refuses the first bucket, and everyone joins again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from qwench.engines.event_loop import EventLoopThread
+from qwench.engines.flat_bucket import TensorEntry
+from qwench.engines.placement import EngineAddress
+from qwench.engines.protocol import Portion
+from qwench.engines.weight_group import WeightGroup, backend_for, listening_store
+from qwench.errors import EngineError, EngineLostError, QwenchError, WeightSyncError
+from qwench.weights.receivers import HttpReceiver, Receiver
+
+JOIN_TIMEOUT_S = 120.0
+LEAVE_TIMEOUT_S = 10.0
+GROUP_NAME = "qwench_weights"
+
+
+class BroadcastLink:
+    """See the module docstring."""
+
+    def __init__(self) -> None:
+        self._group: WeightGroup | None = None
+        self._members: tuple[EngineAddress, ...] = ()
+
+    def send(
+        self,
+        tensor: Tensor,
+        entries: Sequence[TensorEntry],
+        portion: Portion,
+        receivers: Sequence[Receiver],
+        *,
+        loop: EventLoopThread,
+        timeout_s: float,
+    ) -> None:
+        """Return when every engine has loaded this buffer.
+
+        Args:
+            receivers: the engines, the same for all buckets of a publication.
+            timeout_s: for one engine to take it.
+
+        Raises:
+            WeightSyncError: an engine refused it, did not join, or did not get it.
+            EngineLostError: an engine is gone or did not answer in time.
+        """
+
+        def attempt() -> None:
+            # Each request and the group have deadlines of their own; this one is for what they forgot.
+            sending = self._join_and_send(tensor, entries, portion, receivers, timeout_s=timeout_s)
+            loop.run(sending, label="broadcast weights", timeout_s=2 * timeout_s + JOIN_TIMEOUT_S)
+
+        if tuple(receiver.address for receiver in receivers) != self._members:
+            self._drop()
+        stood_before = self._group is not None and portion.index == 0
+        try:
+            attempt()
+        except QwenchError as failure:
+            self._drop()
+            if not stood_before or isinstance(failure, EngineLostError):
+                raise
+            attempt()
+
+    def close(self) -> None:
+        """End the group here and in the engines."""
+        members = self._members if self._group is not None else ()
+        self._drop()
+        if members:
+            loop = EventLoopThread("qwench-broadcast")
+            try:
+                loop.run(_leave(members), label="end the group of weights", timeout_s=2 * LEAVE_TIMEOUT_S)
+            finally:
+                loop.close()
+
+    def _drop(self) -> None:
+        group, self._group, self._members = self._group, None, ()
+        if group is not None:
+            group.close()
+
+    async def _join_and_send(
+        self,
+        tensor: Tensor,
+        entries: Sequence[TensorEntry],
+        portion: Portion,
+        receivers: Sequence[Receiver],
+        *,
+        timeout_s: float,
+    ) -> None:
+        if self._group is None:
+            self._group = await _join(tensor.device, receivers, timeout_s=min(JOIN_TIMEOUT_S, timeout_s))
+            self._members = tuple(receiver.address for receiver in receivers)
+        group = self._group
+        try:
+            await _all(
+                [
+                    asyncio.to_thread(group.broadcast, tensor),
+                    *(receiver.take_broadcast(GROUP_NAME, entries, portion) for receiver in receivers),
+                ]
+            )
+        except BaseException:
+            group.give_up()
+            raise
+
+
+async def _join(device: torch.device, receivers: Sequence[Receiver], *, timeout_s: float) -> WeightGroup:
+    """Make the group, for tensors of this device."""
+    # Whoever would refuse to join says so here, before rank 0 waits for it.
+    await _all(receiver.leave(GROUP_NAME) for receiver in receivers)
+    sizes = [receiver.num_ranks for receiver in receivers]
+    address = address_towards([receiver.address.base_url for receiver in receivers])
+    store, port = listening_store(address, timeout_s=timeout_s)
+    backend, size = backend_for(device), 1 + sum(sizes)
+
+    def join() -> WeightGroup:
+        return WeightGroup(store, name=GROUP_NAME, rank=0, size=size, backend=backend, timeout_s=timeout_s)
+
+    ranks = [1 + sum(sizes[:index]) for index in range(len(sizes))]
+    joining = [
+        receiver.join(GROUP_NAME, address=address, port=port, rank=rank, size=size, backend=backend, timeout_s=timeout_s)
+        for receiver, rank in zip(receivers, ranks, strict=True)
+    ]
+    group, *_ = await _all([asyncio.to_thread(join), *joining])
+    assert isinstance(group, WeightGroup)
+    return group
+
+
+async def _leave(members: Sequence[EngineAddress]) -> None:
+    receivers = [HttpReceiver(address, timeout_s=LEAVE_TIMEOUT_S) for address in members]
+    try:
+        # An engine that is gone needs no group to be ended.
+        with suppress(EngineError):
+            await _all(receiver.leave(GROUP_NAME) for receiver in receivers)
+    finally:
+        for receiver in receivers:
+            await receiver.close()
+
+
+def address_towards(base_urls: Sequence[str]) -> str:
+    """Return the address of this machine that all these servers reach: loopback only if all of them are on it.
+
+    Raises:
+        WeightSyncError: a server's name is unknown.
+    """
+    address = "127.0.0.1"
+    for url in base_urls:
+        host = urlsplit(url).hostname or ""
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                probe.connect((host, 9))  # sends nothing: it only chooses the route
+                own = probe.getsockname()[0]
+        except OSError as cause:
+            raise WeightSyncError(f"the engine at {url} cannot be reached from this machine: {cause}") from cause
+        address = address if own.startswith("127.") else own
+    return address
+
+
+async def _all(coroutines: Any) -> list[Any]:  # an iterable of awaitables of whatever kind
+    """Await all; the first error is raised at once, and what still runs is cancelled."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        raise

@@ -1,0 +1,65 @@
+"""One rank's side of bringing buckets to the engines that it serves, bucket after bucket.
+
+    every rank:  prepare(bucket) ---- offers are exchanged by all ranks ----> start(offers) ... wait()
+                     |                                                            |
+              own buffer filled                                     engines copy it, while the next one is gathered
+
+A buffer lives until every rank knows that the engines have copied it: two exist at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from qwench.engines.event_loop import EventLoopThread
+from qwench.engines.flat_bucket import TensorEntry
+from qwench.engines.protocol import Portion
+from qwench.engines.shared_buffer import SharedBuffer
+from qwench.weights.receivers import Receiver
+from qwench.weights.routes import Route
+
+Served = Sequence[tuple[int, Route, Receiver]]
+"""Number, route and connection of each engine that this rank takes part in serving."""
+
+
+class IpcSender:
+    """Offers this rank's buckets to the engines on its device, and asks those whose first rank it serves to load them."""
+
+    def __init__(self, rank: int, served: Served, loop: EventLoopThread) -> None:
+        self._rank = rank
+        self._served = served
+        self._loop = loop
+        self._loading: list[Future[None]] = []
+
+    def offers(self, buffer: SharedBuffer, entries: Sequence[TensorEntry]) -> dict[str, str]:
+        """Return what the engines' ranks on this rank's device need, by `engine:tensor-parallel rank`."""
+        return {
+            f"{number}:{tp_rank}": receiver.offer(buffer, entries)
+            for number, route, receiver in self._served
+            for tp_rank, rank in enumerate(route.ranks)
+            if rank == self._rank
+        }
+
+    def start(self, offers: Mapping[str, str], portion: Portion) -> None:
+        """Let engines load what all ranks offered."""
+        for number, route, receiver in self._served:
+            if route.ranks[0] == self._rank:
+                own = [offers[f"{number}:{tp_rank}"] for tp_rank in range(len(route.ranks))]
+                self._loading.append(self._submit(receiver.take_shared(own, portion)))
+
+    def wait(self) -> None:
+        """Return when the engines have loaded what was started.
+
+        Raises:
+            WeightSyncError: one refused it.
+            EngineError: one failed or did not answer in time.
+        """
+        loading, self._loading = self._loading, []
+        for future in loading:
+            future.result()
+
+    def _submit(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop.loop)
