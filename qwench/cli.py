@@ -265,7 +265,7 @@ def _set_environment(config: Config) -> None:
     """Set the variables that the flags ask for; the one place where the environment is written, before PyTorch reads it."""
     from qwench.config.environment import trainer_environment
 
-    os.environ.update(trainer_environment(config.cluster, config.training, os.environ))
+    os.environ.update(trainer_environment(config.cluster, config.parallel, config.training, os.environ))
 
 
 def _ends_as_dry_run(config: Config, *, trains: bool = True) -> bool:

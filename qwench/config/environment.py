@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qwench.config.cluster import ClusterConfig
+from qwench.config.parallel import ParallelConfig
 from qwench.config.training import TrainingConfig
 
-_CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
-
-def trainer_environment(cluster: ClusterConfig, training: TrainingConfig, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables to set: those of --train-env-vars, and what --deterministic-mode needs.
+def trainer_environment(
+    cluster: ClusterConfig, parallel: ParallelConfig, training: TrainingConfig, environ: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the variables to set: those of --train-env-vars, and what the flags need unless `environ` says otherwise.
 
     Without a workspace of fixed size, cuBLAS may choose another algorithm in every run, and PyTorch refuses it.
-    Source: https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility
+    With one hardware queue, a tensor-parallel collective starts before the matrix product that is to hide it, not behind it.
+    Sources: https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility; megatron-core, tensor_parallel/layers.py
     """
-    variables = dict(cluster.train_env_vars)
-    if training.deterministic_mode and _CUBLAS_WORKSPACE not in {**environ, **variables}:
-        variables[_CUBLAS_WORKSPACE] = ":4096:8"
-    return variables
+    needed = {}
+    if training.deterministic_mode:
+        needed["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    if parallel.tensor_model_parallel_size > 1:
+        needed["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    return {**{name: value for name, value in needed.items() if name not in environ}, **cluster.train_env_vars}

@@ -81,7 +81,7 @@ class LocalProcesses:
         config, log_dir = self._inputs.config, self._inputs.resolved.log_dir
         return LocalRanks(
             config.cluster.world_size,
-            environ={**os.environ, **trainer_environment(config.cluster, config.training, os.environ)},
+            environ={**os.environ, **trainer_environment(config.cluster, config.parallel, config.training, os.environ)},
             bucket_bytes=config.engine.update_weight_buffer_size,
             log_folder=log_dir / "ranks" if log_dir is not None else None,
             say=self._inputs.console.say,
@@ -117,7 +117,7 @@ def open_processes(inputs: Inputs, started: ExitStack, *, trains: bool, generate
         return LocalProcesses(inputs, bundles, ranks_inside=launcher == "inside")
     if find_spec("ray") is None:
         raise ConfigError("--launcher ray needs Ray, which is not installed; pip install 'qwench[ray]'.")
-    environ = trainer_environment(config.cluster, config.training, {})
+    environ = trainer_environment(config.cluster, config.parallel, config.training, {})
     with inputs.console.phase("start actors"):
         cluster = import_module("qwench.cluster.ray").RayCluster(  # late: only here is Ray needed
             address=os.environ.get("RAY_ADDRESS"), environ={name: os.environ.get(name, text) for name, text in environ.items()}

@@ -1,15 +1,22 @@
 from qwench.config import ClusterConfig, TrainingConfig
 from qwench.config.environment import trainer_environment
+from qwench.config.parallel import ParallelConfig
 
 
 def test_the_variables_of_the_flag_are_set():
     cluster = ClusterConfig(train_env_vars={"NCCL_DEBUG": "INFO"})
-    assert trainer_environment(cluster, TrainingConfig(), {"NCCL_DEBUG": "WARN"}) == {"NCCL_DEBUG": "INFO"}
+    assert trainer_environment(cluster, ParallelConfig(), TrainingConfig(), {"NCCL_DEBUG": "WARN"}) == {"NCCL_DEBUG": "INFO"}
 
 
 def test_deterministic_mode_gives_cublas_a_workspace_unless_there_is_one():
     deterministic = TrainingConfig(deterministic_mode=True)
-    assert trainer_environment(ClusterConfig(), deterministic, {}) == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    assert trainer_environment(ClusterConfig(), deterministic, {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}) == {}
+    assert trainer_environment(ClusterConfig(), ParallelConfig(), deterministic, {}) == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    assert trainer_environment(ClusterConfig(), ParallelConfig(), deterministic, {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}) == {}
     own = ClusterConfig(train_env_vars={"CUBLAS_WORKSPACE_CONFIG": ":16:8"})
-    assert trainer_environment(own, deterministic, {}) == {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+    assert trainer_environment(own, ParallelConfig(), deterministic, {}) == {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+
+
+def test_tensor_parallel_ranks_queue_in_order_unless_the_environment_says_otherwise():
+    two = ParallelConfig(tensor_model_parallel_size=2)
+    assert trainer_environment(ClusterConfig(), two, TrainingConfig(), {}) == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    assert trainer_environment(ClusterConfig(), two, TrainingConfig(), {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}) == {}
