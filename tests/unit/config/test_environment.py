@@ -1,6 +1,5 @@
-from qwench.config import ClusterConfig, TrainingConfig
+from qwench.config import ClusterConfig, ParallelConfig, TrainingConfig
 from qwench.config.environment import trainer_environment
-from qwench.config.parallel import ParallelConfig
 
 
 def test_the_variables_of_the_flag_are_set():
