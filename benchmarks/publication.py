@@ -5,7 +5,8 @@
 Random weights of each size are written as a checkpoint under FOLDER (kept, and used again). An engine server is started from it
 as a second process (on a CPU it shares memory instead of a GPU) and, where there is another GPU, one there, which NCCL reaches.
 Every way is timed `--rounds` times after one more to warm up. A publication includes the checksums at both ends; their own time
-is the line "checksums". GB are those of the trainer's weights. Prints a Markdown table of medians and writes publication.json.
+is the line "checksums". GB are those of the trainer's weights. Prints each row of a Markdown table of medians as soon as it is
+measured, and adds it to publication.jsonl. `--ways copied ipc` measures these only; disk is timed once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,6 +44,7 @@ from qwench.weights.transports import AliasTransport, CopyTransport
 
 TOKEN = "benchmark"
 KV_TOKENS = 4096
+WAYS = ("checksums", "aliased", "copied", "fp8", "broadcast", "ipc", "disk")
 
 
 class Weights:
@@ -51,6 +54,10 @@ class Weights:
         self.tensors = {
             name: tensor.to(device=device, dtype=dtype) for bucket in read_safetensors(folder) for name, tensor in bucket
         }
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
 
     @property
     def num_bytes(self) -> int:
@@ -77,60 +84,56 @@ def timed(work: Callable[[], None], *, rounds: int, device: torch.device) -> lis
     return seconds[1:]
 
 
-def measure(size: str, args: argparse.Namespace) -> list[dict[str, object]]:
+def measure(size: str, args: argparse.Namespace) -> Iterator[tuple[str, int, list[float]]]:
+    """Yield each way, the bytes it moved, and the seconds that each round took; the quick ways first."""
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     folder = args.output / f"model-{size}"
     if not folder.exists():
         make_checkpoint(folder, size=size, tokenizer=build_small_tokenizer(), seed=0, device=args.device)
     source = Weights(folder, device, dtype)
-    seconds = {"checksums": timed(lambda: check(source), rounds=args.rounds, device=device)}
-    seconds |= in_process(source, folder, args, dtype)
-    seconds |= to_a_server(source, folder, args, gpu=0, transports=("ipc", "disk"))
-    if torch.cuda.device_count() > 1:
-        seconds |= to_a_server(source, folder, args, gpu=1, transports=("broadcast",))
-    return [
-        {
-            "size": size,
-            "way": way,
-            "gigabytes": source.num_bytes / 1e9,
-            "milliseconds": statistics.median(taken) * 1e3,
-            "gigabytes_per_second": source.num_bytes / 1e9 / statistics.median(taken),
-            "rounds": taken,
-        }
-        for way, taken in seconds.items()
-    ]
+    if "checksums" in args.ways:
+        yield "checksums", source.num_bytes, timed(lambda: check(source), rounds=args.rounds, device=device)
+    for way, seconds in in_process(source, folder, args, dtype):
+        yield way, source.num_bytes, seconds
+    for way, seconds in to_a_server(source, folder, args, gpu=1, ways=("broadcast",)):
+        yield way, source.num_bytes, seconds
+    for way, seconds in to_a_server(source, folder, args, gpu=0, ways=("ipc", "disk")):
+        yield way, source.num_bytes, seconds
 
 
 def check(source: Weights) -> None:
     tensor_checksums(source.tensors.items())
 
 
-def in_process(source: Weights, folder: Path, args: argparse.Namespace, dtype: torch.dtype) -> dict[str, list[float]]:
-    seconds = {}
-    for way, transport in (
-        ("aliased", AliasTransport(source.tensors)),
-        ("copied", CopyTransport(source, bucket_bytes=args.bucket_bytes)),
-        ("quantized to FP8 and copied", CopyTransport(QuantizedWeights(source), bucket_bytes=args.bucket_bytes)),
-    ):
-        settings = EmbeddedSettings(device=args.device, dtype=dtype, kv_cache_tokens=KV_TOKENS, fp8="FP8" in way)
+def in_process(
+    source: Weights, folder: Path, args: argparse.Namespace, dtype: torch.dtype
+) -> Iterator[tuple[str, list[float]]]:
+    transports = {
+        "aliased": AliasTransport(source.tensors),
+        "copied": CopyTransport(source, bucket_bytes=args.bucket_bytes),
+        "fp8": CopyTransport(QuantizedWeights(source), bucket_bytes=args.bucket_bytes),
+    }
+    for way, transport in transports.items():
+        if way not in args.ways:
+            continue
+        settings = EmbeddedSettings(device=args.device, dtype=dtype, kv_cache_tokens=KV_TOKENS, fp8=way == "fp8")
         engine = EmbeddedEngine.from_checkpoint(load_hf_config(folder), settings)
-        seconds[way] = timed(
-            lambda transport=transport, engine=engine: asyncio.run(transport.publish(engine, version=1)),
-            rounds=args.rounds,
-            device=source_device(source),
-        )
+        publish = partial(transport.publish, engine, version=1)
+        yield way, timed(lambda publish=publish: asyncio.run(publish()), rounds=args.rounds, device=source.device)
         asyncio.run(engine.close())
-    return seconds
 
 
 def to_a_server(
-    source: Weights, folder: Path, args: argparse.Namespace, *, gpu: int, transports: Sequence[str]
-) -> dict[str, list[float]]:
+    source: Weights, folder: Path, args: argparse.Namespace, *, gpu: int, ways: Sequence[str]
+) -> Iterator[tuple[str, list[float]]]:
+    wanted = [way for way in ways if way in args.ways]
+    if not wanted or gpu >= max(torch.cuda.device_count(), 1):
+        return
     server = ServerProcess(
         embedded_command(
             ("--hf-checkpoint", str(folder), "--embedded-kv-cache-tokens", str(KV_TOKENS)),
-            index=0,
+            index=gpu,
             gpu_ids=(gpu,) if args.device.startswith("cuda") else (),
             environ=server_environ(os.environ),
             log_folder=args.output,
@@ -138,26 +141,19 @@ def to_a_server(
             start_timeout_s=600,
         )
     )
+    link = BroadcastLink()
     try:
         address = EngineAddress(base_url=server.start(), token=TOKEN, dialect="embedded", placement=None)
-        seconds, link = {}, BroadcastLink()
-        for transport in transports:
+        for way in wanted:
             settings = PublicationSettings(
-                bucket_bytes=args.bucket_bytes, transport=transport, disk_folder=args.output, model_folder=folder
+                bucket_bytes=args.bucket_bytes, transport=way, disk_folder=args.output, model_folder=folder
             )
-            seconds[transport] = timed(
-                lambda settings=settings: publish_from_rank(source, [address], 1, settings, link=link),
-                rounds=args.rounds,
-                device=source_device(source),
-            )
-        link.close()
-        return seconds
+            publish = partial(publish_from_rank, source, [address], 1, settings, link=link)
+            # A disk is slow enough to be timed once.
+            yield way, timed(publish, rounds=1 if way == "disk" else args.rounds, device=source.device)
     finally:
+        link.close()
         server.stop()
-
-
-def source_device(source: Weights) -> torch.device:
-    return next(iter(source.tensors.values())).device
 
 
 def main() -> None:
@@ -167,15 +163,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bucket-bytes", type=int, default=512 * 1024**2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    rows = []
-    print("| size | way | GB | ms | GB/s |\n| --- | --- | --- | --- | --- |")
-    for size in args.size or ["0.6B", "4B", "8B"] if args.device.startswith("cuda") else args.size or ["tiny"]:
-        for row in measure(size, args):
-            rows.append(row)
-            print("| {size} | {way} | {gigabytes:.2f} | {milliseconds:.2f} | {gigabytes_per_second:.1f} |".format(**row))
-    (args.output / "publication.json").write_text(json.dumps(rows, indent=1) + "\n")
+    print("| size | way | GB | ms | GB/s |\n| --- | --- | --- | --- | --- |", flush=True)
+    with (args.output / "publication.jsonl").open("a", encoding="utf-8") as log:
+        for size in args.size or (["0.6B", "4B", "8B"] if args.device.startswith("cuda") else ["tiny"]):
+            for way, num_bytes, seconds in measure(size, args):
+                median = statistics.median(seconds)
+                print(
+                    f"| {size} | {way} | {num_bytes / 1e9:.2f} | {median * 1e3:.2f} | {num_bytes / 1e9 / median:.1f} |",
+                    flush=True,
+                )
+                print(json.dumps({"size": size, "way": way, "bytes": num_bytes, "seconds": seconds}), file=log, flush=True)
 
 
 if __name__ == "__main__":
