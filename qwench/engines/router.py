@@ -16,9 +16,10 @@ from typing import Any
 import aiohttp
 
 from qwench.engines.server_flags import check_words, refuse_owned
-from qwench.engines.servers import ServerCommand, ServerProcess
+from qwench.engines.servers import ServerCommand, ServerProcess, check_port_is_free
 from qwench.errors import ConfigError, EngineError
 
+ADDRESS = "127.0.0.1"
 START_TIMEOUT_S = 60.0
 CONTROL_TIMEOUT_S = 10.0
 CHANGE_TIMEOUT_S = 60.0
@@ -66,6 +67,7 @@ def router_command(words: Sequence[str], *, environ: Mapping[str, str], log_fold
         argv=(sys.executable, "-m", "sglang_router.launch_router", *defaults, *rest),
         environ=environ,
         log_file=log_folder / "router.log",
+        host=ADDRESS,
         port=port,
         start_timeout_s=START_TIMEOUT_S,
     )
@@ -76,9 +78,12 @@ def check_router_words(words: Sequence[str]) -> None:
 
     Raises:
         ConfigError: it is not installed, or does not take them.
+        EngineError: somebody listens on --router-port.
     """
     refuse_owned(words, OWN_FLAGS, prefix="router")
-    _take_port(words)
+    _, port = _take_port(words)
+    if port is not None:
+        check_port_is_free("the router", ADDRESS, port, flag="--router-port")
     check_words(words, prefix="router", parser_program=_PARSER_PROGRAM, package="sglang-router")
 
 
@@ -169,5 +174,5 @@ def _take_port(words: Sequence[str]) -> tuple[list[str], int | None]:
 
 
 def _unused_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
+    with socket.create_server((ADDRESS, 0)) as free:
         return int(free.getsockname()[1])

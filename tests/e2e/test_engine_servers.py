@@ -271,6 +271,17 @@ def test_flags_that_the_router_does_not_take_are_named(
         assert word in error
 
 
+def test_a_router_port_in_use_is_named_before_an_engine_is_started(
+    workspace: Workspace, tmp_path: Path, in_process: InProcess
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        argv = [*workspace.train_argv(tmp_path / "run", rollout_num_gpus=1, colocate=None), "--router-port", port]
+        code, error = in_process(argv)
+    assert code == 1 and f"127.0.0.1:{port}" in error and "choose another with --router-port" in error, error
+    assert not list((tmp_path / "run").rglob("engine-*.log"))
+
+
 def test_a_whole_run_with_servers_and_router_of_its_own(workspace: Workspace, tmp_path: Path) -> None:
     flags = {**WATCHED, "rollout_num_gpus": 2, "colocate": None, "deterministic_mode": None, "use_sglang_router": ()}
     run_qwench(workspace.train_argv(tmp_path / "run", **flags))
