@@ -70,6 +70,9 @@ def _qwench(words: Sequence[str], stage: Path, world: dict[str, str]) -> None:
 
 
 def _bash(words: Sequence[str], stage: Path, world: dict[str, str]) -> None:
+    if words[0] == RECIPE_BENCHMARK:
+        _, _, script, *more = words
+        words = [str(SCRIPTS.relative_to(ROOT) / script), *more]
     verb, *expanded = expand(ROOT / words[0], stage, *words[1:], **world)
     assert (ROOT / words[0]).is_relative_to(SCRIPTS)
     assert verb == "train"
@@ -92,6 +95,8 @@ def _pip(words: Sequence[str], stage: Path, world: dict[str, str]) -> None:
     assert set(extras[1].split(",")) <= set(declared)
 
 
+RECIPE_BENCHMARK = "benchmarks/multi_gpu/recipe.sh"
+"""Takes a size, a script and flags, which it adds to the script's."""
 CHECKS: dict[str, Callable[[Sequence[str], Path, dict[str, str]], None]] = {
     "qwench": _qwench,
     "bash": _bash,
