@@ -55,20 +55,29 @@ def chunk_sums(bits: Sequence[Tensor], *, chunk_elements: int, period: int) -> l
     """
     assert chunk_elements % _PROGRAM_ELEMENTS == 0, "a program sums within one chunk"
     device = bits[0].device
-    firsts = [torch.arange(0, one.numel(), _PROGRAM_ELEMENTS) for one in bits]
-    num_chunks = [-(-one.numel() // chunk_elements) for one in bits]
-    first_chunks = torch.tensor([0, *num_chunks]).cumsum(0)
-    rows = [
-        torch.stack([torch.full_like(first, one.data_ptr()), first, torch.full_like(first, one.numel())], dim=1)
-        for one, first in zip(bits, firsts, strict=True)
-    ]
-    chunks = [start + first // chunk_elements for start, first in zip(first_chunks, firsts, strict=False)]
-    found = torch.zeros(int(first_chunks[-1]), dtype=torch.int64, device=device)
-    table = torch.cat(rows)
-    if len(table):
-        sums = torch.empty(len(table), dtype=torch.int64, device=device)
-        alignment = _WIDE if all(one.data_ptr() % _WIDE == 0 for one in bits) else bits[0].element_size()
+    addresses = torch.tensor([one.data_ptr() for one in bits])
+    num_elements = torch.tensor([one.numel() for one in bits])
+    # Columns for all programs at once: a few operations for each of hundreds of tensors would take longer than the kernel.
+    owner, within = _enumerate_parts(num_elements, _PROGRAM_ELEMENTS)
+    first = within * _PROGRAM_ELEMENTS
+    num_chunks = -(-num_elements // chunk_elements)
+    chunk = (num_chunks.cumsum(0) - num_chunks)[owner] + first // chunk_elements
+    found = torch.zeros(int(num_chunks.sum()), dtype=torch.int64, device=device)
+    if len(owner):
+        table = torch.stack([addresses[owner], first, num_elements[owner]], dim=1).to(device)
+        sums = torch.empty(len(owner), dtype=torch.int64, device=device)
+        alignment = _WIDE if not (addresses % _WIDE).any() else bits[0].element_size()
         with torch.cuda.device(device):
-            _sum_kernel[(len(table),)](table.to(device), sums, bits[0], alignment, chunk_elements, period, _BLOCK, _STEPS)
-        found.index_add_(0, torch.cat(chunks).to(device), sums)
-    return list(found.split(num_chunks))
+            _sum_kernel[(len(owner),)](table, sums, bits[0], alignment, chunk_elements, period, _BLOCK, _STEPS)
+        found.index_add_(0, chunk.to(device), sums)
+    return list(found.split(num_chunks.tolist()))
+
+
+def _enumerate_parts(sizes: Tensor, part: int) -> tuple[Tensor, Tensor]:
+    """Cut things of `sizes` [n] into parts; return of every part which thing it is of, and the how manieth of it.
+
+    sizes [5, 0, 2], part 2  ->  [0, 0, 0, 2], [0, 1, 2, 0]
+    """
+    counts = -(-sizes // part)
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    return owner, torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
