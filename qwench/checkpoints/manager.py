@@ -17,6 +17,7 @@ from typing import Protocol
 
 import orjson
 
+from qwench.checkpoints.dcp_reader import METADATA, DcpFolder
 from qwench.checkpoints.folders import (
     check_identity,
     check_load_folder,
@@ -205,6 +206,7 @@ class CheckpointManager:
         learner.save(folder, with_optimizer=has_optimizer)
         self._barrier()
         if self._is_main:
+            _check_all_is_here(folder)
             (folder / _ROLLOUTS).write_bytes(_to_json(rollouts.state_dict()))
             facts = {"iteration": iteration, "identity": self._identity, "has_optimizer": has_optimizer}
             write_manifest(folder, facts)
@@ -217,6 +219,22 @@ class CheckpointManager:
         if self._config.keep_checkpoints is not None:
             read_manifest(iterations.folder(newest))
             iterations.prune(self._config.keep_checkpoints)
+
+
+def _check_all_is_here(folder: Path) -> None:
+    """Make sure that what all ranks wrote lies in this process's folder too, before older checkpoints may go.
+
+    Raises:
+        CheckpointError: other ranks wrote elsewhere: a disk of their own node, or a folder relative to another one.
+    """
+    advice = "--save must be a folder that every node sees, under the same absolute path."
+    if not any(path.is_file() for path in folder.rglob("*")):
+        raise CheckpointError(f"the trainer's ranks wrote nothing into {folder.absolute()}; {advice}")
+    for metadata in folder.rglob(METADATA):
+        try:
+            DcpFolder(metadata.parent)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} {advice}") from error
 
 
 def _to_json(state: Mapping[str, Json]) -> bytes:

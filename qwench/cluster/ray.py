@@ -14,6 +14,7 @@ import secrets
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -105,7 +106,7 @@ class RayCluster:
         """Make the trainer's actors ranks, in order of node and device."""
         rendezvous, size = Rendezvous(ray.util.get_node_ip_address()), len(self._trainers)
         numbered = [
-            actor.become.remote(rank, rendezvous.environ(rank, size, local_rank=seat.device))
+            actor.become.remote(rank, rendezvous.environ(rank, size, local_rank=seat.device), str(Path.cwd()))
             for rank, (actor, seat) in enumerate(zip(self._trainers, self._seats, strict=True))
         ]
         _all(numbered, label="number the trainer's ranks")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import ray
 
@@ -25,9 +26,16 @@ class TrainerActor:
         node_id = ray.get_runtime_context().get_node_id()
         return Seat(node_id=node_id, address=ray.util.get_node_ip_address(), device=(_granted() or [0])[0])
 
-    def become(self, rank: int, environ: Mapping[str, str]) -> None:
-        """Take the place of a rank; `environ` says how to find the others."""
+    def become(self, rank: int, environ: Mapping[str, str], folder: str) -> None:
+        """Take the place of a rank.
+
+        Args:
+            environ: says how to find the others.
+            folder: that the driver runs in: relative paths mean the same here, where it exists.
+        """
         os.environ.update(environ)
+        if Path(folder).is_dir():
+            os.chdir(folder)
         self._host = RankHost(rank, exchange_folder=None)
 
     def answer(self, call: Call) -> Answer | Failure:

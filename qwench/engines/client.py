@@ -38,6 +38,9 @@ DRAIN_TIMEOUT_S = 30.0
 """How long a server may take to notice that its last request has ended."""
 NOT_READY = (502, 503, 504)
 """What a router answers when no server does, and a server that has lost its weights or stops."""
+OF_A_ROUTER = (500, *NOT_READY)
+"""A router says 500 for a while after a server it sends requests to has died."""
+IDLE_TIMEOUT_S = 2.0
 
 
 class HttpEngine:
@@ -53,7 +56,10 @@ class HttpEngine:
         generate_timeout_s: float = 3600.0,
         weights_timeout_s: float = 600.0,
         health_timeout_s: float = HEALTH_TIMEOUT_S,
+        lost_statuses: Sequence[int] = NOT_READY,
     ) -> None:
+        """Take an address; `lost_statuses` are the answers that mean that nobody is there."""
+        self._lost_statuses = lost_statuses
         self._base_url = base_url.rstrip("/")
         self.address = EngineAddress(base_url=self._base_url, token=token, dialect=dialect, placement=placement)
         self._headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
@@ -81,7 +87,7 @@ class HttpEngine:
         try:
             answer = await self.post("/generate", body, timeout_s=self._generate_timeout_s)
         except asyncio.CancelledError:
-            with suppress(EngineLostError):
+            with suppress(EngineError):  # a router has no such path
                 await asyncio.shield(self.abort(request.request_id))
             raise
         return self._read_result(request, answer)
@@ -267,13 +273,13 @@ class HttpEngine:
             return answer
         if path.startswith("/update_weights") and isinstance(answer, dict) and answer.get("success") is False:
             raise WeightSyncError(f"{self!r} refused the weights: {answer['message']}")
-        failure = EngineLostError if status in NOT_READY else EngineError
+        failure = EngineLostError if status in self._lost_statuses else EngineError
         raise failure(f"{self!r} answered {path} with status {status}: {_message(answer)}")
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
-            # No limit: concurrency is bounded where requests are made.
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+            # No limit: concurrency is bounded where requests are made. Idle connections go before servers (5 s) close them.
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_TIMEOUT_S))
         return self._session
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 
-from qwench.engines.client import HttpEngine
+from qwench.engines.client import OF_A_ROUTER, HttpEngine
 from qwench.engines.health import Supervisor
 from qwench.engines.members import Member, Members, MemberState
 from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult
@@ -43,7 +43,7 @@ class Dispatcher:
         self._members = members
         self._hopes_for_weights = hopes_for_weights
         self._router = router
-        self._routed = None if router is None else HttpEngine(router.base_url)
+        self._routed = None if router is None else HttpEngine(router.base_url, lost_statuses=OF_A_ROUTER)
         self._supervisor = supervisor
         self.version: int | None = None
         """Of the weights published last. None: nothing was published yet."""

@@ -4,7 +4,8 @@
     every interval:  does the engine answer a health check within its timeout?
     lost:            out of the router, killed, started again; it generates after the next publication (`engines.members`)
 
-Checks are held while engines sleep or receive weights: they cannot generate then, which is what a check asks of them.
+Checks are held while engines sleep or receive weights: they cannot generate then, which is what a check asks of them. One that
+fails meanwhile is lost if it answers nothing at all.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from functools import partial
 
 from qwench.engines.members import Member, Members, MemberState
 from qwench.engines.router import Router
-from qwench.errors import EngineError, QwenchError
+from qwench.errors import EngineError, EngineLostError, QwenchError
 
 POLL_S = 1.0
 MAX_STARTS = 3
@@ -64,6 +65,8 @@ class Supervisor:
         self._holds = 0
         self._next_check_s = 0.0
         self.num_restarts = 0
+        self.num_lost = 0
+        """How often an engine was found to be lost."""
 
     def start(self) -> None:
         """Begin to watch."""
@@ -120,8 +123,8 @@ class Supervisor:
             return
         if not await _has_process(member):
             await self._lose(member, "its process has ended")
-        elif not self._holds and not await self._answers(member):
-            await self._lose(member, f"it did not answer a health check within {self._rules.timeout_s:g} s")
+        elif not await (self._responds(member) if self._holds else self._answers(member)):
+            await self._lose(member, f"it failed a health check, or did not answer it within {self._rules.timeout_s:g} s")
 
     async def _answers(self, member: Member) -> bool:
         try:
@@ -129,9 +132,20 @@ class Supervisor:
         except TimeoutError:
             return False
 
+    async def _responds(self, member: Member) -> bool:
+        """Tell whether there is any answer: one that sleeps or has no weights cannot do more."""
+        try:
+            await asyncio.wait_for(member.engine.stats(), self._rules.timeout_s)
+        except (TimeoutError, EngineLostError):
+            return False
+        except EngineError:
+            return True
+        return True
+
     async def _lose(self, member: Member, reason: str) -> None:
         if member.state is MemberState.LOST:
             return
+        self.num_lost += 1
         self._say(f"{member.label} is lost: {reason}; its requests go to other engines while it is started again")
         await self._members.set_state(member, MemberState.LOST)
         self._spawn(partial(self._recover, member))
@@ -142,6 +156,7 @@ class Supervisor:
                 await self._router.remove(member.url)
         await (self._wait_for_others_server(member) if member.server is None else self._restart(member))
         self.num_restarts += 1
+        member.asleep = False
         stale = self._needs_publication()
         self._say(f"{member.label} is up again" + ("; it takes part from the next publication of weights on" if stale else ""))
         if not stale and self._router is not None:
@@ -181,6 +196,8 @@ class Supervisor:
                 await work()
             except QwenchError as error:
                 await self._members.fail(error)
+            except Exception as error:  # noqa: BLE001 - who waits for this would wait for ever
+                await self._members.fail(EngineError(f"watching the engines failed: {error!r}"))
 
         task = asyncio.get_running_loop().create_task(guarded())
         self._tasks.add(task)

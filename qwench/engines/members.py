@@ -38,6 +38,8 @@ class Member:
     url: str = ""
     """Where the server listens; empty for an engine of this process."""
     state: MemberState = MemberState.READY
+    asleep: bool = False
+    """It has given memory back."""
     in_flight: set[str] = field(default_factory=set)
     lost: asyncio.Event = field(default_factory=asyncio.Event)
     """Set while the state is lost."""
@@ -136,8 +138,12 @@ class Members:
         return min(ready, key=lambda member: len(member.in_flight))
 
     async def each(self, call: Callable[[Member], Awaitable[Result]]) -> list[Result]:
-        """Call something for every member at the same time."""
-        return list(await asyncio.gather(*(call(member) for member in self._members)))
+        """Call something for all members at the same time; when all have ended, return what came of it or raise the first error."""
+        outcomes = await asyncio.gather(*(call(member) for member in self._members), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
 
 
 def _ignore_outcome(task: asyncio.Future[Any]) -> None:

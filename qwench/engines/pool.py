@@ -74,7 +74,7 @@ class EnginePool:
         )
         self._router = router
         self._unrouted = list(self._members)
-        self._asleep = False
+        self._tags_asleep: Sequence[MemoryTag] = ()
         self.run(self._begin(), label="start of the engines", timeout_s=CONTROL_TIMEOUT_S)
 
     @property
@@ -148,7 +148,8 @@ class EnginePool:
     def publish(self, send: Callable[[], None], *, version: int) -> None:
         """Bring a version to every engine by `send`, confirm that each holds it, and let restarted ones generate again.
 
-        An engine that is being started again is waited for. One that is lost meanwhile makes the publication begin again, once.
+        An engine that is being started again is waited for. One that is lost meanwhile, because its process ended or answers
+        nothing any more, makes the publication begin again, once.
 
         Raises:
             WeightSyncError: an engine holds another version afterwards.
@@ -156,16 +157,7 @@ class EnginePool:
         """
         self._dispatcher.publishing = version
         with self._unwatched():
-            self._settle()
-            try:
-                send()
-            except EngineLostError as error:
-                if self._supervisor is None:
-                    raise
-                self._say(f"weight version {version} is published again: {error}")
-                self.run(self._supervisor.examine_all(), label="look for lost engines", timeout_s=CONTROL_TIMEOUT_S)
-                self._settle()
-                send()
+            self._again_if_lost(lambda: self._send(send), what=f"weight version {version} is published again")
             self.run(self._confirm(version), label=f"confirm weight version {version}", timeout_s=CONTROL_TIMEOUT_S)
 
     def sleep(self, tags: Sequence[MemoryTag]) -> None:
@@ -175,15 +167,18 @@ class EnginePool:
             EngineError: a request is unfinished somewhere.
         """
         self._hold()
-        self._settle()
-        self._asleep = True
-        self.run(self._each(lambda engine: engine.sleep(tags)), label="put engines to sleep", timeout_s=MEMORY_TIMEOUT_S)
+        self._tags_asleep = tags
+        self._again_if_lost(self._put_to_sleep, what="engines are put to sleep again")
 
     def wake(self, tags: Sequence[MemoryTag]) -> None:
         """Take the memory of `tags` again everywhere."""
-        self.run(self._members.each(lambda member: self._wake(member, tags)), label="wake engines", timeout_s=MEMORY_TIMEOUT_S)
-        self._settle()
-        self._asleep = False
+
+        def wake_each() -> None:
+            self._settle()
+            self.run(self._members.each(lambda one: _wake(one, tags)), label="wake engines", timeout_s=MEMORY_TIMEOUT_S)
+
+        self._again_if_lost(wake_each, what="engines are woken again")
+        self._tags_asleep = ()
         self.run(self._route(), label="route requests again", timeout_s=CONTROL_TIMEOUT_S)
         self._release()
 
@@ -223,7 +218,7 @@ class EnginePool:
             if member.state is MemberState.STALE:
                 await self._members.set_state(member, MemberState.READY)
                 self._unrouted.append(member)
-        if not self._asleep:
+        if not self._tags_asleep:
             await self._route()
 
     async def _route(self) -> None:
@@ -233,14 +228,30 @@ class EnginePool:
             if self._router is not None and member.state is MemberState.READY:
                 await self._router.add(member.url)
 
-    async def _wake(self, member: Member, tags: Sequence[MemoryTag]) -> None:
+    def _send(self, send: Callable[[], None]) -> None:
+        self._put_to_sleep()  # those that were started anew while the others sleep
+        send()
+
+    def _put_to_sleep(self) -> None:
+        self._settle()
+        if tags := self._tags_asleep:
+            sleeping = self._members.each(lambda one: _sleep(one, tags))
+            self.run(sleeping, label="put engines to sleep", timeout_s=MEMORY_TIMEOUT_S)
+
+    def _again_if_lost(self, work: Callable[[], None], *, what: str) -> None:
+        """Do the work; when an engine turns out to be lost in it, have it started anew and do the work again, once."""
         try:
-            await member.engine.wake(tags)
-        except EngineLostError:
-            if self._supervisor is None:
+            work()
+        except EngineLostError as error:
+            supervisor = self._supervisor
+            if supervisor is None:
                 raise
-            # Started again, it is awake.
-            await self._supervisor.examine(member)
+            num_lost = supervisor.num_lost
+            self.run(supervisor.examine_all(), label="look for lost engines", timeout_s=CONTROL_TIMEOUT_S)
+            if supervisor.num_lost == num_lost:
+                raise
+            self._say(f"{what}: {error}")
+            work()
 
     def _settle(self) -> None:
         """Wait for engines that are being started again; each start has a deadline of its own."""
@@ -261,6 +272,19 @@ class EnginePool:
     def _release(self) -> None:
         if self._supervisor is not None:
             self.run(self._supervisor.release(), label="resume health checks", timeout_s=CONTROL_TIMEOUT_S)
+
+
+async def _sleep(member: Member, tags: Sequence[MemoryTag]) -> None:
+    if not member.asleep:
+        await member.engine.sleep(tags)
+        member.asleep = True
+
+
+async def _wake(member: Member, tags: Sequence[MemoryTag]) -> None:
+    """Wake a member, unless it is awake because it was started anew: SGLang dies of being told so twice."""
+    if member.asleep:
+        await member.engine.wake(tags)
+        member.asleep = False
 
 
 async def _close_member(member: Member) -> None:

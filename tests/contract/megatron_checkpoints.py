@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from shutil import copytree
+from shutil import copyfile, copytree
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
+from torch.nn import functional
 
+from qwench.checkpoints.dcp_reader import DcpFolder
 from qwench.errors import CheckpointError, ConfigError
 from qwench.training.megatron.backend import MegatronBackend
 from tests.contract.train_backend_layouts import megatron
@@ -64,6 +67,18 @@ def read_damaged(folder: Path, saved: str, model: str) -> dict:
         return {"messages": messages, "unchanged": torch.equal(backend._weight_buffers()[0], before)}
 
     return _alone(folder, model, load)
+
+
+def pad_vocabulary(source: Path, target: Path) -> None:
+    """Write the weights of a torch_dist checkpoint with more rows in embedding and head, as Megatron-LM pads them."""
+    stored = DcpFolder(source)
+    weights = {key: stored.read(key) for key in stored.tensors if not key.startswith("optimizer.")}
+    for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        weights[key] = functional.pad(weights[key], (0, 0, 0, 16))
+    target.mkdir()
+    dcp.save(weights, checkpoint_id=target, no_dist=True)
+    for name in ("metadata.json", "common.pt"):
+        copyfile(source / name, target / name)
 
 
 def _truncate(folder: Path) -> None:

@@ -29,6 +29,7 @@ WEIGHTS_ONLY = list(layouts.weights_only())
 BF16 = list(layouts.bf16())
 BF16_HALVES = layouts.bf16_halves()
 NON_FINITE = list(layouts.non_finite())
+OF_PADDED = layouts.of_padded()
 
 
 def _names(runs: Iterable[tuple[int, Case]]) -> list[str]:
@@ -43,7 +44,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cases.write_model(folder / model, tied=model == "tied")
         cases.write_model(folder / f"deep-{model}", tied=model == "tied", num_layers=4)
     cases.write_model(folder / "bf16", tied=True, dtype=torch.bfloat16)
-    for runs in ([*STEPPED, *NON_FINITE, *BF16, BF16_HALVES[0]], [*RESUMED, *WEIGHTS_ONLY, BF16_HALVES[1]]):
+    first = [*STEPPED, *NON_FINITE, *BF16, BF16_HALVES[0]]
+    then = [*RESUMED, *WEIGHTS_ONLY, BF16_HALVES[1], *OF_PADDED]
+    for runs in (first, then):
+        if runs is then:
+            megatron_checkpoints.pad_vocabulary(folder / "deep-pp4-untied.checkpoint", folder / "padded.checkpoint")
         for backend in ("fsdp", "megatron"):
             for world_size in (1, 2, 4):
                 chosen = [case for size, case in runs if size == world_size and case.backend == backend]
@@ -125,6 +130,17 @@ def test_without_the_optimizer_both_backends_start_alike(folder: Path, source: s
         assert record["steps"][0]["learning_rates"][0] == 0.0, "the schedule starts anew"
         assert [step["grad_norm"] for step in record["steps"]] == pytest.approx(
             [step["grad_norm"] for step in expected["steps"]], rel=1e-5
+        )
+        for name, weight in expected["weights"].items():
+            torch.testing.assert_close(record["weights"][name], weight, rtol=1e-5, atol=1e-5)
+
+
+def test_a_padded_vocabulary_is_converted_by_all_stages_together(folder: Path) -> None:
+    (size, padded), (other_size, unpadded) = OF_PADDED
+    [expected, *_] = read_records(folder, unpadded, other_size)
+    for record in read_records(folder, padded, size):
+        assert [step["loss"] for step in record["steps"]] == pytest.approx(
+            [step["loss"] for step in expected["steps"]], rel=1e-5, abs=1e-6
         )
         for name, weight in expected["weights"].items():
             torch.testing.assert_close(record["weights"][name], weight, rtol=1e-5, atol=1e-5)

@@ -85,6 +85,14 @@ def weights_only() -> Iterator[tuple[int, Case]]:
         yield fsdp(f"fsdp-weights-of-{source}", "untied", on="fsdp", load=source, weights_only=True)
 
 
+def of_padded() -> tuple[tuple[int, Case], tuple[int, Case]]:
+    """Return a run from a padded vocabulary, of which two of four stages see nothing, and one from it unpadded."""
+    return (
+        megatron("padded-on-pp4", "deep-untied", on="pp4", load="padded", weights_only=True),
+        megatron("unpadded-on-pp2", "deep-untied", on="pp2", load="deep-pp4-untied", weights_only=True),
+    )
+
+
 def bf16() -> Iterator[tuple[int, Case]]:
     """Yield runs in bfloat16 of which each must be exactly the first, or go on exactly as it does."""
     for offload_fraction in (0.0, 0.5, 1.0):

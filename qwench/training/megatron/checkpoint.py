@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultSavePlanner
@@ -53,14 +54,19 @@ def save(folder: Path, weights: NamedWeights, optimizer: MasterOptimizer | None,
 
 
 def is_stored_alike(folder: Path, weights: NamedWeights, place: TensorPlace) -> bool:
-    """Tell whether `folder` is torch_dist with tensors of just these keys and shapes, so that it can be read in place.
+    """Tell whether `folder` is torch_dist with tensors of just these keys and shapes, to be read in place; collective.
 
     Others have to be converted: FSDP's, Hugging Face's, a padded vocabulary, layers stored one by one.
     """
     if find_format(folder) != "torch_dist":
         return False
     stored = DcpFolder(folder).tensors
-    return all(key in stored and stored[key].shape == tensor.shape for key, tensor in _weight_tensors(weights, place).items())
+    held = _weight_tensors(weights, place)
+    alike = all(key in stored and stored[key].shape == tensor.shape for key, tensor in held.items())
+    # A stage in the middle holds no vocabulary, but reading in place is collective: all ranks go the same way.
+    everywhere = torch.tensor(float(alike), device=weights[0][1].device)
+    dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+    return bool(everywhere)
 
 
 def load_weights(folder: Path, weights: NamedWeights, place: TensorPlace) -> None:

@@ -2,6 +2,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.config.checkpoint import CheckpointConfig
@@ -46,6 +48,29 @@ def test_layout_is_the_documented_one(tmp_path):
     assert names_in(tmp_path) == ["iter_0000020", "latest_checkpointed_iteration.txt", "qwench_run.json"]
     assert names_in(tmp_path / "iter_0000020") == ["lr_scheduler", "meta.json", "model", "optimizer", "rng.pt", "rollouts.json"]
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "20\n"
+
+
+class Elsewhere(CountingLearner):
+    """Its ranks are on nodes that do not see the folder: all of them, or all but the one that writes the metadata."""
+
+    def __init__(self, shard: str | None) -> None:
+        super().__init__()
+        self._shard = shard
+
+    def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
+        if self._shard is None:
+            return
+        dcp.save({"weight": torch.ones(3)}, checkpoint_id=folder / "model")
+        (folder / "model" / self._shard).unlink()
+
+
+@pytest.mark.parametrize(("shard", "words"), [(None, "wrote nothing into"), ("__0_0.distcp", "is missing")])
+def test_a_checkpoint_that_ranks_wrote_elsewhere_is_not_one_and_no_older_one_goes(tmp_path, shard, words):
+    manager = manager_of(save=tmp_path, keep_checkpoints=1)
+    save_all(manager, 1)
+    with pytest.raises(CheckpointError, match=f"{words}.*--save must be a folder that every node sees"):
+        manager.save(2, Elsewhere(shard), CountingRollouts(2))
+    assert restored(save=tmp_path, keep_checkpoints=1) == (1, 101, 1)
 
 
 def test_load_folder_of_an_earlier_run_is_read_once_then_the_own_folder(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from qwench.engines.placement import Placement
-from qwench.engines.protocol import GenerateRequest, GenerateResult
+from qwench.engines.protocol import EngineStats, GenerateRequest, GenerateResult
 from qwench.errors import EngineError, EngineLostError
 from tests.fakes.engine import FakeEngine
 
@@ -18,15 +18,14 @@ class ScriptedEngine(FakeEngine):
         self.name = name
         self.down = False
         self.hangs = False
+        self.asleep = False
+        self.memory_events: list[str] = []
 
     def __repr__(self) -> str:
         return self.name
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
-        if self.down:
-            raise EngineLostError(f"{self.name} is down")
-        if self.hangs:
-            await asyncio.Event().wait()
+        await self._answer()
         return await super().generate(request)
 
     async def health(self) -> bool:
@@ -34,9 +33,27 @@ class ScriptedEngine(FakeEngine):
             await asyncio.Event().wait()
         return not self.down
 
+    async def stats(self) -> EngineStats:
+        await self._answer()
+        return await super().stats()
+
+    async def sleep(self, tags) -> None:
+        await self._answer()
+        assert not self.asleep, "a server may die of being told twice"
+        self.asleep = True
+        self.memory_events.append("sleep")
+
     async def wake(self, tags) -> None:
+        await self._answer()
+        assert self.asleep, "a server may die of being told twice"
+        self.asleep = False
+        self.memory_events.append("wake")
+
+    async def _answer(self) -> None:
         if self.down:
             raise EngineLostError(f"{self.name} is down")
+        if self.hangs:
+            await asyncio.Event().wait()
 
 
 class ScriptedServer:
@@ -47,6 +64,7 @@ class ScriptedServer:
     def __init__(self, engine: ScriptedEngine, *, failures: int = 0) -> None:
         self.engine = engine
         self.failures = failures
+        self.broken: OSError | None = None
         self.events: list[str] = []
 
     @property
@@ -58,7 +76,9 @@ class ScriptedServer:
         if self.failures:
             self.failures -= 1
             raise EngineError("no GPU today")
-        self.engine.down, self.engine.hangs, self.engine.version = False, False, 0
+        if self.broken is not None:
+            raise self.broken
+        self.engine.down, self.engine.hangs, self.engine.asleep, self.engine.version = False, False, False, 0
         return self.engine.name
 
     def stop(self) -> None:

@@ -40,8 +40,8 @@ class Scene:
     def publish(self, version: int) -> None:
         def send() -> None:
             for engine in (self.a, self.b):
-                if engine.down:
-                    raise EngineLostError(f"{engine.name} is down")
+                if engine.down or engine.hangs:
+                    raise EngineLostError(f"{engine.name} is down, or did not answer in time")
                 self.run(engine.update_weights([], version=version))
 
         self.pool.publish(send, version=version)
@@ -107,7 +107,7 @@ def test_an_engine_that_hangs_is_given_up_with_its_requests(make_scene):
     scene.publish(1)
     scene.a.hangs = True
     assert scene.generate().text == "b"
-    assert "did not answer a health check within 0.2 s" in scene.said[0]
+    assert "did not answer it within 0.2 s" in scene.said[0]
 
 
 def test_requests_wait_while_every_engine_is_started_again(make_scene):
@@ -150,6 +150,38 @@ def test_publication_waits_for_a_restart_and_begins_again_when_an_engine_is_lost
     assert scene.a.version == scene.b.version == 2
     assert scene.servers["a"].events == ["stop", "start"]
     assert scene.generate().text == "a"
+
+
+def test_an_engine_that_hangs_in_a_publication_is_started_again(make_scene):
+    scene = make_scene(health=RARELY)
+    scene.publish(1)
+    scene.a.hangs = True
+    scene.publish(2)
+    assert scene.a.version == scene.b.version == 2
+    assert scene.servers["a"].events == ["stop", "start"]
+
+
+def test_a_publication_that_fails_with_every_engine_answering_is_not_tried_again(make_scene):
+    scene = make_scene(health=RARELY)
+    sent = []
+
+    def send() -> None:
+        sent.append(1)
+        raise EngineLostError("the connection broke off")
+
+    with pytest.raises(EngineLostError, match="broke off"):
+        scene.pool.publish(send, version=1)
+    assert sent == [1]
+
+
+def test_something_unforeseen_in_a_restart_ends_the_run_instead_of_hanging(make_scene):
+    scene = make_scene(health=RARELY)
+    scene.publish(1)
+    scene.servers["a"].broken = OSError("too many open files")
+    scene.a.down = True
+    scene.generate()
+    with pytest.raises(EngineError, match="too many open files"):
+        scene.publish(2)
 
 
 def test_an_abort_reaches_a_request_whose_engine_is_gone(make_scene):
@@ -197,6 +229,28 @@ def test_an_engine_that_died_asleep_is_awake_again(make_scene):
     scene.a.down = True
     scene.pool.wake([MemoryTag.KV_CACHE])
     assert scene.servers["a"].events == ["stop", "start"]
+    assert scene.generate().text == "a"
+
+
+def test_an_engine_that_is_lost_when_all_are_put_to_sleep_is_started_again_and_sleeps_too(make_scene):
+    scene = make_scene(health=RARELY)
+    scene.a.down = True
+    scene.pool.sleep([MemoryTag.KV_CACHE])
+    assert scene.servers["a"].events == ["stop", "start"]
+    assert scene.a.asleep and scene.b.asleep
+    scene.pool.wake([MemoryTag.KV_CACHE])
+    assert scene.a.memory_events == scene.b.memory_events == ["sleep", "wake"]
+
+
+def test_an_engine_started_again_while_the_others_sleep_is_put_to_sleep_before_weights_come(make_scene):
+    scene = make_scene(health=RARELY)
+    scene.publish(1)
+    scene.pool.sleep([MemoryTag.KV_CACHE])
+    scene.a.down = True
+    scene.publish(2)
+    assert scene.a.asleep and scene.b.asleep and scene.a.version == scene.b.version == 2
+    scene.pool.wake([MemoryTag.KV_CACHE])
+    assert scene.a.memory_events == ["sleep", "sleep", "wake"] and scene.b.memory_events == ["sleep", "wake"]
     assert scene.generate().text == "a"
 
 
