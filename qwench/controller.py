@@ -66,6 +66,10 @@ class Learns(SavesTraining, WeightSource, Protocol):
         """Take it again."""
         ...
 
+    def release_cache(self) -> None:
+        """Give back what holds nothing but is kept for later."""
+        ...
+
 
 class Gpus(Protocol):
     """Who holds device memory, and when (`cluster.gpus`)."""

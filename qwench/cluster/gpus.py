@@ -29,6 +29,10 @@ class Sleeper(Protocol):
         """Take it again."""
         ...
 
+    def release_cache(self) -> None:
+        """Give back what holds nothing but is kept for later."""
+        ...
+
 
 class DedicatedGpus:
     """Learner and engines share no device memory worth moving."""
@@ -81,8 +85,7 @@ class ColocatedGpus:
             learner.wake()
         yield
         with self._timer.phase("offload"):
-            if self._offload_train:
-                learner.sleep()
+            learner.sleep() if self._offload_train else learner.release_cache()
             if self._engine_tags:
                 self._engines.wake(self._engine_tags)
                 self._has_room = False

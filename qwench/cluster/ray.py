@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import secrets
 import socket
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -52,13 +53,13 @@ class RayCluster:
 
         Args:
             address: of the cluster; None: the one that runs on this machine, else one is started, and ends with `close`.
-            environ: variables for every actor's process, besides those of its node.
+            environ: variables for the trainer's actors, besides those of their nodes.
 
         Raises:
             ConfigError: there is no cluster at the address.
         """
         _connect(address)
-        self._runtime_env = {"env_vars": {**environ, **_ALL_DEVICES_VISIBLE}}
+        self._trainer_environ = dict(environ)
         self._kind = "GPU" if ray.cluster_resources().get("GPU") else "CPU"
         self._bundles = Bundles(trainer=(), engines=())
         self._group: PlacementGroup | None = None
@@ -105,8 +106,15 @@ class RayCluster:
     def start_ranks(self) -> RayRanks:
         """Make the trainer's actors ranks, in order of node and device."""
         rendezvous, size = Rendezvous(ray.util.get_node_ip_address()), len(self._trainers)
+        on_node = Counter(seat.node_id for seat in self._seats)
+        own_threads = "OMP_NUM_THREADS" not in self._trainer_environ
         numbered = [
-            actor.become.remote(rank, rendezvous.environ(rank, size, local_rank=seat.device), str(Path.cwd()))
+            actor.become.remote(
+                rank,
+                rendezvous.environ(rank, size, local_rank=seat.device),
+                folder=str(Path.cwd()),
+                ranks_here=on_node[seat.node_id] if own_threads else None,
+            )
             for rank, (actor, seat) in enumerate(zip(self._trainers, self._seats, strict=True))
         ]
         _all(numbered, label="number the trainer's ranks")
@@ -145,7 +153,8 @@ class RayCluster:
         return self._start(EngineActor, NodeAffinitySchedulingStrategy(place.node_id, soft=False), num_cpus=0, num_gpus=0)
 
     def _start(self, cls: type, strategy: Any, *, num_cpus: int, num_gpus: int) -> Actor:
-        options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "runtime_env": self._runtime_env}
+        environ = {**(self._trainer_environ if cls is TrainerActor else {}), **_ALL_DEVICES_VISIBLE}
+        options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "runtime_env": {"env_vars": environ}}
         threads = _ENGINE_THREADS if cls is EngineActor else 1
         remote: Any = ray.remote(cls)
         return remote.options(scheduling_strategy=strategy, max_concurrency=threads, **options).remote()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ray
+import torch
 
 from qwench.cluster.host import RankHost
 from qwench.cluster.messages import Answer, Call, Failure
@@ -26,14 +27,17 @@ class TrainerActor:
         node_id = ray.get_runtime_context().get_node_id()
         return Seat(node_id=node_id, address=ray.util.get_node_ip_address(), device=(_granted() or [0])[0])
 
-    def become(self, rank: int, environ: Mapping[str, str], folder: str) -> None:
+    def become(self, rank: int, environ: Mapping[str, str], *, folder: str, ranks_here: int | None) -> None:
         """Take the place of a rank.
 
         Args:
             environ: says how to find the others.
             folder: that the driver runs in: relative paths mean the same here, where it exists.
+            ranks_here: that share this node's cores: Ray tells every actor to use one. None: leave the threads as they are.
         """
         os.environ.update(environ)
+        if ranks_here is not None:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
         if Path(folder).is_dir():
             os.chdir(folder)
         self._host = RankHost(rank, exchange_folder=None)

@@ -199,6 +199,10 @@ class RemoteLearner:
         """
         return self._group.call("run", function, *arguments, label=label, timeout_s=timeout_s)
 
+    def release_cache(self) -> None:
+        """See `Learner.release_cache`."""
+        self.on_ranks(methodcaller("release_cache"), label="free the trainer's cache", timeout_s=MEMORY_TIMEOUT_S)
+
     def sleep(self) -> None:
         """See `Learner.sleep`."""
         self.on_ranks(methodcaller("sleep"), label="move the trainer to the host", timeout_s=MEMORY_TIMEOUT_S)

@@ -24,3 +24,8 @@ def trainer_environment(
     if parallel.tensor_model_parallel_size > 1:
         needed["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     return {**{name: value for name, value in needed.items() if name not in environ}, **cluster.train_env_vars}
+
+
+def engine_environment(environ: Mapping[str, str], trainers: Mapping[str, str]) -> dict[str, str]:
+    """Return a process's environment without what it has of the trainer's: an engine server is not to inherit that."""
+    return {name: value for name, value in environ.items() if trainers.get(name) != value}

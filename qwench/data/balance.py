@@ -17,6 +17,8 @@ class SequenceCost:
     """FLOPs per token of all matrix products but attention's: 2 for each weight."""
     quadratic: float
     """FLOPs per pair of tokens of causal attention, scores and values."""
+    head: float = 0.0
+    """FLOPs per token of the output layer alone, which `linear` has in it."""
 
     @classmethod
     def of_transformer(
@@ -37,6 +39,7 @@ class SequenceCost:
             linear=2.0 * (num_layers * layer_weights + hidden_size * vocab_size),
             # Two products of 2 * head_dim FLOPs for each pair and head; half of the pairs are causal.
             quadratic=2.0 * num_layers * num_heads * head_dim,
+            head=2.0 * hidden_size * vocab_size,
         )
 
     def of(self, length: int) -> float:

@@ -138,7 +138,7 @@ class Members:
         return min(ready, key=lambda member: len(member.in_flight))
 
     async def each(self, call: Callable[[Member], Awaitable[Result]]) -> list[Result]:
-        """Call something for all members at the same time; when all have ended, return what came of it or raise the first error."""
+        """Call something for all members at once; when all have ended, return what came of it or raise the first error."""
         outcomes = await asyncio.gather(*(call(member) for member in self._members), return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):

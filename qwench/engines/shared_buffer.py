@@ -42,8 +42,16 @@ class SharedBuffer:
         if device.type == "cuda":
             return cls(torch.empty(num_bytes, dtype=torch.uint8, device=device), None)
         descriptor, name = tempfile.mkstemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_memory_folder())
-        os.ftruncate(descriptor, num_bytes)
-        os.close(descriptor)
+        try:
+            _reserve(descriptor, num_bytes)
+        except OSError as cause:
+            Path(name).unlink()
+            raise WeightSyncError(
+                f"{_memory_folder()} has no room for a bucket of weights of {num_bytes} bytes ({cause.strerror}); make it "
+                "larger (docker run --shm-size), or lower --update-weight-buffer-size."
+            ) from cause
+        finally:
+            os.close(descriptor)
         return cls(torch.from_file(name, shared=True, size=num_bytes, dtype=torch.uint8), Path(name))
 
     def handle(self) -> Handle:
@@ -96,6 +104,14 @@ def open_buffer(handle: Handle) -> Tensor:
             f"the shared buffer of a publication cannot be opened: {cause!r}; sender and engine must run on one machine, as "
             "one user, and see the same GPU."
         ) from cause
+
+
+def _reserve(descriptor: int, num_bytes: int) -> None:
+    """Take the memory of a file now: one that is only made long ends the process when it is written and there is none left."""
+    if num_bytes and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    else:
+        os.ftruncate(descriptor, num_bytes)
 
 
 def _open_file(handle: Handle) -> Tensor:

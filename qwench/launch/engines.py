@@ -23,7 +23,7 @@ from qwench.engines.pool import EnginePool
 from qwench.engines.router import Router, check_router_words, router_command
 from qwench.engines.servers import Server, ServerCommand, ServerProcess, server_environ
 from qwench.engines.sglang import SglangSettings, check_sglang_words, sglang_command
-from qwench.launch.inputs import Inputs
+from qwench.launch.inputs import Inputs, publication_dtype
 from qwench.models.hf import is_fp8_checkpoint, stop_token_ids
 
 
@@ -41,10 +41,11 @@ class CommandMaker(Protocol):
         ...
 
 
-def command_makers(inputs: Inputs, *, num_engines: int, token: str, with_weights: bool) -> list[CommandMaker]:
+def command_makers(inputs: Inputs, *, num_engines: int, token: str, with_weights: bool, on_gpus: bool) -> list[CommandMaker]:
     """Return for each engine how to start it.
 
     Args:
+        on_gpus: the devices of the run are GPUs, whatever this machine has.
         token: what clients must show to change weights or memory.
         with_weights: the engines sample with the checkpoint's weights; else only after the first publication.
 
@@ -55,7 +56,7 @@ def command_makers(inputs: Inputs, *, num_engines: int, token: str, with_weights
     folder, timeout_s = _log_folder(inputs), engine.engine_start_timeout
     if engine.rollout_engine == "sglang":
         check_sglang_words(engine.sglang_args)
-        settings = sglang_settings(inputs, serves_checkpoint=with_weights)
+        settings = sglang_settings(inputs, serves_checkpoint=with_weights, on_gpus=on_gpus)
         make = partial(sglang_command, settings, log_folder=folder, token=token, start_timeout_s=timeout_s)
         return [partial(make, index=index) for index in range(num_engines)]
     make_embedded = partial(embedded_command, serve_words(inputs), log_folder=folder, token=token, start_timeout_s=timeout_s)
@@ -142,13 +143,14 @@ def serve_words(inputs: Inputs) -> list[str]:
     return [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
 
 
-def sglang_settings(inputs: Inputs, *, serves_checkpoint: bool) -> SglangSettings:
+def sglang_settings(inputs: Inputs, *, serves_checkpoint: bool, on_gpus: bool) -> SglangSettings:
     """Translate the flags that concern SGLang."""
     config = inputs.config
+    dtype = publication_dtype(config, on_gpu=on_gpus)
     return SglangSettings(
         model_folder=inputs.model_folder.absolute(),
         tp_size=config.cluster.rollout_num_gpus_per_engine,
-        dtype=str(inputs.dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         memory_saver=inputs.resolved.offload_rollout,
         seed=config.data.rollout_seed,
         deterministic=config.engine.sglang_enable_deterministic_inference,
@@ -172,7 +174,12 @@ def _embedded_engine(inputs: Inputs, *, with_weights: bool) -> EmbeddedEngine:
 def _start_servers(inputs: Inputs, servers: Sequence[Server], token: str | None) -> list[Member]:
     """Start all servers side by side."""
     with inputs.console.phase("start engines"), ThreadPoolExecutor(max_workers=len(servers)) as threads:
-        urls = list(threads.map(lambda server: server.start(), servers))
+        try:
+            urls = list(threads.map(lambda server: server.start(), servers))
+        except BaseException:
+            for server in servers:  # or leaving the block would wait for those that still start
+                server.stop()
+            raise
     engine, members = inputs.config.engine, []
     for server, url in zip(servers, urls, strict=True):
         client = HttpEngine(

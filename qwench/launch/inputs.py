@@ -73,7 +73,7 @@ def read_inputs(config: Config) -> Inputs:
         hf_config=hf_config,
         tokenizer=load_tokenizer(folder),
         device=device,
-        dtype=publication_dtype(config, device),
+        dtype=publication_dtype(config, on_gpu=device.type == "cuda"),
         console=open_console() if rank == 0 else QuietConsole(),
         rank=rank,
     )
@@ -96,10 +96,10 @@ def local_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def publication_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """Return what --train-dtype means on this device."""
+def publication_dtype(config: Config, *, on_gpu: bool) -> torch.dtype:
+    """Return what --train-dtype means for a trainer on such devices."""
     if config.model.train_dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+        return torch.bfloat16 if on_gpu else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.train_dtype]
 
 

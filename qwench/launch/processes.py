@@ -25,7 +25,7 @@ from qwench.cluster.placement import Bundles, plan_bundles
 from qwench.cluster.rendezvous import LOOPBACK
 from qwench.cluster.workers import Ranks, RemoteLearner, WorkerGroup
 from qwench.config import Config
-from qwench.config.environment import trainer_environment
+from qwench.config.environment import engine_environment, trainer_environment
 from qwench.controller import Learns
 from qwench.engines.placement import Placement, gpu_names, host_name
 from qwench.engines.servers import Server, ServerProcess
@@ -98,7 +98,10 @@ class LocalProcesses:
     def _server(self, make: CommandMaker, devices: Sequence[int]) -> Server:
         gpu_ids = list(devices) if self.has_gpus else []
         placement = Placement(host=host_name(), devices=gpu_names(gpu_ids)) if gpu_ids else None
-        return ServerProcess(make(gpu_ids=gpu_ids, environ=os.environ, host=LOOPBACK), placement=placement)
+        config = self._inputs.config
+        trainers = trainer_environment(config.cluster, config.parallel, config.training, {})
+        environ = engine_environment(os.environ, trainers)
+        return ServerProcess(make(gpu_ids=gpu_ids, environ=environ, host=LOOPBACK), placement=placement)
 
 
 def open_processes(inputs: Inputs, started: ExitStack, *, trains: bool, generates: bool) -> Processes:
@@ -114,7 +117,7 @@ def open_processes(inputs: Inputs, started: ExitStack, *, trains: bool, generate
         config.cluster, trains=trains, num_engines=num_engines, devices_per_engine=devices_per_engine(config)
     )
     if launcher != "ray":
-        return LocalProcesses(inputs, bundles, ranks_inside=launcher == "inside")
+        return _checked_turns(config, LocalProcesses(inputs, bundles, ranks_inside=launcher == "inside"))
     if find_spec("ray") is None:
         raise ConfigError("--launcher ray needs Ray, which is not installed; pip install 'qwench[ray]'.")
     environ = trainer_environment(config.cluster, config.parallel, config.training, {})
@@ -124,7 +127,20 @@ def open_processes(inputs: Inputs, started: ExitStack, *, trains: bool, generate
         )
         started.callback(cluster.close)
         cluster.reserve(bundles)
-    processes: Processes = cluster
+    return _checked_turns(config, cluster)
+
+
+def _checked_turns(config: Config, processes: Processes) -> Processes:
+    """Return the processes, unless trainer and engines were to take turns and not to.
+
+    Raises:
+        ConfigError: they were.
+    """
+    if processes.has_gpus and config.cluster.colocate and config.rollout.rollouts_ahead:
+        raise ConfigError(
+            "--colocate lets trainer and engines take turns on the same GPUs, and --rollouts-ahead 1 has them work at the same "
+            "time; leave one of them out (--rollout-num-gpus gives the engines GPUs of their own)."
+        )
     return processes
 
 
@@ -180,7 +196,9 @@ def make_servers(inputs: Inputs, processes: Processes, *, with_weights: bool) ->
     if in_here and enough and config.engine.rollout_engine == "embedded":
         return None, None
     token = secrets.token_urlsafe()
-    makers = command_makers(inputs, num_engines=count_engines(config), token=token, with_weights=with_weights)
+    makers = command_makers(
+        inputs, num_engines=count_engines(config), token=token, with_weights=with_weights, on_gpus=processes.has_gpus
+    )
     return processes.make_servers(makers, devices_per_engine=devices_per_engine(config)), token
 
 

@@ -114,8 +114,15 @@ class TrainBackend(Protocol):
         """Sum over the data-parallel ranks."""
         ...
 
+    def max_over_ranks(self, value: float) -> float:
+        """Return the largest of all ranks' values, also those that hold other parts of the model."""
+        ...
+
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
-        """Write model, RNG and, unless told otherwise, optimizer and schedule under the empty `folder`; collective."""
+        """Write model, RNG and, unless told otherwise, optimizer and schedule under the empty `folder`; collective.
+
+        Inside `reference`, without the optimizer, the model is the reference.
+        """
         ...
 
     def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:

@@ -36,13 +36,17 @@ class FlopMeter:
         self._rates: dict[str, float] = {}
 
     @contextmanager
-    def phase(self, name: str, lengths: Sequence[int], *, passes: int) -> Iterator[None]:
-        """Count the time inside the context for `name`, in which all ranks together compute sequences of these `lengths`."""
+    def phase(self, name: str, lengths: Sequence[int], *, num_scored: int, passes: int) -> Iterator[None]:
+        """Count the time inside the context for `name`, in which all ranks together compute sequences of these `lengths`.
+
+        `num_scored` of their tokens get logits.
+        """
         start = self._clock()
         with self._timer.phase(name):
             yield
         if self._cost is not None:
-            flops = passes * sum(self._cost.of(length) for length in lengths)
+            without_logits = self._cost.head * (sum(lengths) - num_scored)
+            flops = passes * (sum(self._cost.of(length) for length in lengths) - without_logits)
             self._rates[f"perf/{name}_tflops"] = flops / self._num_ranks / (self._clock() - start) / 1e12
 
     def take(self) -> dict[str, float]:

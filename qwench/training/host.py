@@ -30,7 +30,8 @@ class HostCopy:
         """Write the copies into the tensors."""
         for tensor, copy in zip(self._tensors, self._copies, strict=True):
             # Widen on the device: a copy that changes dtype on its way would be cast by the host, in pageable memory.
-            tensor.copy_(copy.to(tensor.device, non_blocking=True))
+            same = copy.dtype == tensor.dtype
+            tensor.copy_(copy if same else copy.to(tensor.device, non_blocking=True), non_blocking=True)
         self._synchronize()
 
     @contextmanager

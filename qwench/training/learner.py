@@ -105,7 +105,7 @@ class Learner:
             if self._reference_update_due(rollout.rollout_id):
                 self._backend.snapshot_reference()
         kept = [rollout.samples[i] for i in plan.order]
-        perf |= self._meter.take() | _peak_memory(self._backend.device)
+        perf |= self._meter.take() | self._peak_memory()
         return Learned(metrics={**rollout_metrics(kept, batch), **perf}, steps=steps)
 
     def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
@@ -143,6 +143,11 @@ class Learner:
     def close(self) -> None:
         """End what stands between publications."""
         self._link.close()
+
+    def release_cache(self) -> None:
+        """Give device memory back that holds nothing but is kept for later."""
+        if self._backend.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def sleep(self) -> None:
         """Move everything the next forward does not need at once from the device to the host."""
@@ -219,12 +224,13 @@ class Learner:
         return len(plan.steps) > 1 or config.kl_coef != 0 or sequence_ratio
 
     def _with_ref_log_probs(self, batch: RolloutBatch) -> RolloutBatch:
-        measured = self._meter.phase("ref_log_probs", batch.lengths, passes=FORWARD)
+        measured = self._meter.phase("ref_log_probs", batch.lengths, num_scored=_num_scored(batch), passes=FORWARD)
         with measured, self._console.phase("reference log-probs"), self._backend.reference():
             return batch.with_columns(ref_log_probs=self._log_probs(batch, temperature=self._temperature))
 
     def _with_old_log_probs(self, batch: RolloutBatch) -> RolloutBatch:
-        with self._meter.phase("log_probs", batch.lengths, passes=FORWARD), self._console.phase("log-probs"):
+        measured = self._meter.phase("log_probs", batch.lengths, num_scored=_num_scored(batch), passes=FORWARD)
+        with measured, self._console.phase("log-probs"):
             return batch.with_columns(old_log_probs=self._log_probs(batch, temperature=self._temperature))
 
     def _log_probs(self, batch: RolloutBatch, *, temperature: float) -> list[Tensor]:
@@ -245,7 +251,7 @@ class Learner:
     def _take_steps(self, batch: RolloutBatch, plan: StepPlan) -> tuple[list[dict[str, float]], dict[str, float]]:
         """Return the `train/...` metrics of each step, and `perf/...`."""
         start = time.perf_counter()
-        with self._meter.phase("actor_train", batch.lengths, passes=FORWARD_AND_BACKWARD):
+        with self._meter.phase("actor_train", batch.lengths, num_scored=_num_scored(batch), passes=FORWARD_AND_BACKWARD):
             steps = [self._step(batch.select(step), f"train {k}/{len(plan.steps)}") for k, step in enumerate(plan.steps, 1)]
         if batch.old_log_probs is None:
             # Each step has compared the engine with its own weights; only the first one's were those that sampled.
@@ -268,18 +274,25 @@ class Learner:
             result = self._backend.update(micro_batches, loss, temperature=self._temperature, with_entropy=with_entropy)
         metrics = _step_metrics(result)
         if batch.rollout_log_probs is not None:
-            metrics["train/train_rollout_logprob_abs_diff_max"] = self._largest(loss.largest_difference)
+            metrics["train/train_rollout_logprob_abs_diff_max"] = self._backend.max_over_ranks(float(loss.largest_difference))
         return metrics
 
-    def _largest(self, value: Tensor) -> float:
-        """Return the largest of the ranks' scalars, by a sum in which each rank has its own place."""
-        places = torch.zeros(self._backend.parallel.dp_size, device=value.device)
-        places[self._backend.parallel.dp_rank] = value
-        return float(self._backend.all_reduce_sum(places).max())
+    def _peak_memory(self) -> dict[str, float]:
+        """Return the most memory that any rank's tensors took on its GPU since the last call, engine included."""
+        device = self._backend.device
+        if device.type != "cuda":
+            return {}
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return {"perf/peak_gpu_memory_gib": self._backend.max_over_ranks(peak / 2**30)}
 
     def _reference_update_due(self, rollout_id: int) -> bool:
         interval = self._algorithm.ref_update_interval
         return self._reference_moves and interval is not None and (rollout_id + 1) % interval == 0
+
+
+def _num_scored(batch: RolloutBatch) -> int:
+    return sum(int(mask.sum()) for mask in batch.loss_mask)
 
 
 def _step_metrics(result: StepResult) -> dict[str, float]:
@@ -290,12 +303,3 @@ def _step_metrics(result: StepResult) -> dict[str, float]:
 
 def _without_gap_to_engine(step: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in step.items() if not name.startswith("train/train_rollout_")}
-
-
-def _peak_memory(device: torch.device) -> dict[str, float]:
-    """Return the most memory that this process's tensors took on its GPU since the last call, engine included."""
-    if device.type != "cuda":
-        return {}
-    peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return {"perf/peak_gpu_memory_gib": peak / 2**30}

@@ -68,11 +68,12 @@ def publish_from_rank(
         stack.callback(publication.close)
         publication.plan(first[0][1].device)
         buckets = chain([first], buckets)
+        del first  # the chain lets go of a bucket when the next one comes
         if publication.serves("ipc", "broadcast"):
             publication.send(buckets)
-            buckets = iter(())
+            buckets = source.weights(bucket_bytes=settings.bucket_bytes)
         if publication.serves("disk"):
-            publication.send_folder(chain(buckets, source.weights(bucket_bytes=settings.bucket_bytes)))
+            publication.send_folder(buckets)
         publication.confirm()
 
 

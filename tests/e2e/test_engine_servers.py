@@ -69,7 +69,7 @@ def scene(request: pytest.FixtureRequest, workspace: Workspace, tmp_path: Path) 
              "rollout_batch_size": NUM_PROMPTS, "n_samples_per_prompt": SIBLINGS, "global_batch_size": NUM_PROMPTS * SIBLINGS,
              "rollout_max_response_len": RESPONSE_LEN, "max_tokens_per_gpu": 4096}  # fmt: skip
     inputs = read_inputs(parse_train(workspace.train_argv(tmp_path / "run", **flags)[1:]))
-    makers = command_makers(inputs, num_engines=2, token=TOKEN, with_weights=False)
+    makers = command_makers(inputs, num_engines=2, token=TOKEN, with_weights=False, on_gpus=False)
     servers = [ServerProcess(make(gpu_ids=(), environ=ONE_THREAD, host="127.0.0.1")) for make in makers]
     source = PromptSource(read_training_prompts(inputs).prompts, n_samples_per_prompt=SIBLINGS, shuffle=False, seed=0)
     generation = build_generation(inputs, with_weights=False, servers=servers, token=TOKEN)

@@ -97,6 +97,11 @@ class TableBackend:
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         return self._all_reduce_sum(values)
 
+    def max_over_ranks(self, value: float) -> float:
+        places = torch.zeros(self.parallel.dp_size)
+        places[self.parallel.dp_rank] = value
+        return float(self._all_reduce_sum(places).max())
+
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         torch.save(self.table.detach(), folder / "table.pt")
 

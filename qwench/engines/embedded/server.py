@@ -76,10 +76,6 @@ class EngineServer:
     def _generation_routes(self) -> APIRouter:
         router = APIRouter()
         router.add_api_route("/generate", self.generate, methods=["POST", "PUT"])
-        router.add_api_route("/abort_request", self.abort_request, methods=["POST"])
-        router.add_api_route("/pause_generation", self.pause_generation, methods=["POST"])
-        router.add_api_route("/continue_generation", self.continue_generation, methods=["POST"])
-        router.add_api_route("/flush_cache", self.flush_cache, methods=["GET", "POST"])
         return router
 
     def _information_routes(self) -> APIRouter:
@@ -100,6 +96,13 @@ class EngineServer:
     def _guarded_routes(self) -> APIRouter:
         router = APIRouter(dependencies=[Depends(self._check_token)])
         self._weight_routes.add_to(router)
+        for path, handler in (
+            ("/abort_request", self.abort_request),
+            ("/pause_generation", self.pause_generation),
+            ("/continue_generation", self.continue_generation),
+        ):
+            router.add_api_route(path, handler, methods=["POST"])
+        router.add_api_route("/flush_cache", self.flush_cache, methods=["GET", "POST"])
         router.add_api_route("/release_memory_occupation", self.release_memory_occupation, methods=["GET", "POST"])
         router.add_api_route("/resume_memory_occupation", self.resume_memory_occupation, methods=["GET", "POST"])
         return router

@@ -80,6 +80,7 @@ class FsdpBackend:
         self._dp_group = dist.group.WORLD
         self._reference: HostCopy | None = None
         self._asleep: HostCopy | None = None
+        self._holds_reference = False
 
     @classmethod
     def build(
@@ -181,7 +182,11 @@ class FsdpBackend:
         self._assert_awake()
         assert self._reference is not None, "snapshot_reference comes first"
         with self._reference.swapped_in():
-            yield
+            self._holds_reference = True
+            try:
+                yield
+            finally:
+                self._holds_reference = False
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Return the sum over the data-parallel ranks, on the device of `values`."""
@@ -189,10 +194,18 @@ class FsdpBackend:
         dist.all_reduce(total, group=self._dp_group)
         return total
 
+    def max_over_ranks(self, value: float) -> float:
+        """Return the largest of all ranks' values."""
+        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return float(largest)
+
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Write the layout described in `checkpoint`; collective."""
         self._assert_awake()
-        checkpoint.save_model(folder, self._optimizer)
+        assert not (with_optimizer and self._holds_reference), "the optimizer is the policy's"
+        # Masters on the host stay the policy's while the reference is held.
+        checkpoint.save_model(folder, self._weights if self._holds_reference else self._optimizer.masters())
         if with_optimizer:
             checkpoint.save_optimizer(folder, self._optimizer)
         if self.parallel.is_main:

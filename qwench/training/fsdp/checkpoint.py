@@ -10,6 +10,7 @@ Learning rate and the constants of AdamW are not stored: they come from the flag
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,9 +23,9 @@ from qwench.training.resuming import load_in_place, saved_without_optimizer
 _NUM_STEPS = "num_steps"
 
 
-def save_model(folder: Path, optimizer: MasterOptimizer) -> None:
-    """Write the masters; collective."""
-    dcp.save(dict(optimizer.masters()), checkpoint_id=folder / "model")
+def save_model(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write masters, or the weights of a reference; collective."""
+    dcp.save({name: weight.detach() for name, weight in weights.items()}, checkpoint_id=folder / "model")
 
 
 def load_model(folder: Path, optimizer: MasterOptimizer) -> None:

@@ -171,6 +171,12 @@ class MegatronBackend:
         dist.all_reduce(total, group=self._dp_group)
         return total
 
+    def max_over_ranks(self, value: float) -> float:
+        """Return the largest of all ranks' values."""
+        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return float(largest)
+
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Write the layout described in `checkpoint`; collective."""
         self._assert_awake()

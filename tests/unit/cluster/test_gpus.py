@@ -20,6 +20,9 @@ class Recorded:
     def sleep(self, *tags: object) -> None:
         self._events.append(f"{self._name} sleep")
 
+    def release_cache(self) -> None:
+        self._events.append(f"{self._name} release")
+
     def wake(self, *tags: object) -> None:
         self._events.append(f"{self._name} wake")
 
@@ -63,4 +66,4 @@ def test_what_is_not_offloaded_stays(events: list[str]) -> None:
     gpus = colocated(events, offload_rollout=False, offload_train=False)
     gpus.make_room()
     hold(gpus, events)
-    assert events == ["learner wake", "learn"]
+    assert events == ["learner wake", "learn", "learner release"]

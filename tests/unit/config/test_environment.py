@@ -1,5 +1,5 @@
 from qwench.config import ClusterConfig, ParallelConfig, TrainingConfig
-from qwench.config.environment import trainer_environment
+from qwench.config.environment import engine_environment, trainer_environment
 
 
 def test_the_variables_of_the_flag_are_set():
@@ -19,3 +19,9 @@ def test_tensor_parallel_ranks_queue_in_order_unless_the_environment_says_otherw
     two = ParallelConfig(tensor_model_parallel_size=2)
     assert trainer_environment(ClusterConfig(), two, TrainingConfig(), {}) == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     assert trainer_environment(ClusterConfig(), two, TrainingConfig(), {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}) == {}
+
+
+def test_engines_do_not_inherit_what_was_set_for_the_trainer():
+    environ = {"PATH": "/bin", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_DEBUG": "WARN"}
+    trainers = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_DEBUG": "INFO"}
+    assert engine_environment(environ, trainers) == {"PATH": "/bin", "NCCL_DEBUG": "WARN"}

@@ -8,7 +8,7 @@ from qwench.data.balance import SequenceCost
 from qwench.observability.timing import PhaseTimer
 from qwench.training.flop_meter import FORWARD, FORWARD_AND_BACKWARD, FlopMeter
 
-COST = SequenceCost(linear=3e12, quadratic=1e12)
+COST = SequenceCost(linear=3e12, quadratic=1e12, head=2e12)
 LENGTHS = [1, 2]
 """3 + 1 and 6 + 4: 14e12 FLOPs in a forward."""
 
@@ -21,18 +21,25 @@ def meter(cost: SequenceCost | None, *, num_ranks: int = 1) -> FlopMeter:
 
 def test_rate_is_the_flops_of_all_sequences_a_second_and_rank() -> None:
     meters = meter(COST, num_ranks=2)
-    with meters.phase("log_probs", LENGTHS, passes=FORWARD):
+    with meters.phase("log_probs", LENGTHS, num_scored=3, passes=FORWARD):
         pass
-    with meters.phase("actor_train", LENGTHS, passes=FORWARD_AND_BACKWARD):
+    with meters.phase("actor_train", LENGTHS, num_scored=3, passes=FORWARD_AND_BACKWARD):
         pass
     assert meters.take() == {"perf/log_probs_tflops": 14 / 2 / 2, "perf/actor_train_tflops": 3 * 14 / 2 / 2}
     assert meters.take() == {}
 
 
+def test_tokens_without_logits_cost_no_output_layer() -> None:
+    meters = meter(COST)
+    with meters.phase("log_probs", LENGTHS, num_scored=1, passes=FORWARD):
+        pass
+    assert meters.take() == {"perf/log_probs_tflops": (14 - 2 * 2) / 2}
+
+
 def test_without_a_cost_only_time_is_measured() -> None:
     timer = PhaseTimer()
     unknown = FlopMeter(timer, None, num_ranks=1)
-    with unknown.phase("actor_train", LENGTHS, passes=FORWARD_AND_BACKWARD):
+    with unknown.phase("actor_train", LENGTHS, num_scored=3, passes=FORWARD_AND_BACKWARD):
         pass
     assert unknown.take() == {}
     assert "perf/actor_train_time" in timer.take()

@@ -165,6 +165,22 @@ def test_the_reference_does_not_disturb_masters_on_the_host(model_folder: Path):
     _assert_equal(_masters(backend), _masters(undisturbed))
 
 
+@pytest.mark.parametrize("adam", [_ON_DEVICE, _OFFLOADED], ids=["on device", "on host"])
+def test_what_is_saved_while_the_reference_is_held_is_the_reference(model_folder: Path, tmp_path: Path, adam: AdamSettings):
+    backend = _build(model_folder, adam)
+    reference = _published(backend)
+    backend.snapshot_reference()
+    _train(backend, steps=2)
+    policy = _published(backend)
+    with backend.reference():
+        backend.save(tmp_path, with_optimizer=False)
+    fresh = _build(model_folder, adam)
+    fresh.load(tmp_path, weights_only=True)
+    _assert_equal(_published(fresh), reference)
+    _assert_equal(_published(backend), policy)
+    assert any(not torch.equal(policy[name], weight) for name, weight in reference.items())
+
+
 def test_bfloat16_moments_change_the_steps_but_little(model_folder: Path):
     plain, rounded = _build(model_folder, _ON_DEVICE), _build(model_folder, replace(_ON_DEVICE, moments_dtype=_BF16))
     _train(plain, steps=8)
