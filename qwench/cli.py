@@ -275,7 +275,10 @@ def _ends_as_dry_run(config: Config, *, trains: bool = True) -> bool:
     for warning in warnings(config, trains=trains):
         _say(f"qwench: warning: {warning}")
     if config.debug.dry_run:
+        from qwench.launch.inputs import check_model
+
         _show(config)
+        check_model(config)
     return config.debug.dry_run
 
 

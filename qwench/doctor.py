@@ -60,7 +60,10 @@ class Package:
 
 PACKAGES = (
     Package(
-        name="transformers", tested=("5.17", "5.23"), wanted_for="models and tokenizers", install="pip install transformers"
+        name="transformers",
+        tested=("5.12", "5.17", "5.23"),
+        wanted_for="models and tokenizers",
+        install="pip install transformers",
     ),
     Package(
         name="megatron-core",
@@ -168,7 +171,7 @@ def loopback() -> Finding:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
     except OSError as error:
-        advice = "engines and ranks talk over 127.0.0.1; allow it in this container or sandbox"
+        advice = "engines and ranks talk over 127.0.0.1; allow it in this container"
         return Finding(state=State.AMISS, subject="ports", found=f"cannot listen on 127.0.0.1 ({error})", advice=advice)
     return Finding(state=State.GOOD, subject="ports", found=f"can listen on 127.0.0.1 (got {port})")
 

@@ -2,6 +2,7 @@
 # GRPO of Qwen3-0.6B on one node of 8 GPUs: 8 data-parallel Megatron ranks, an SGLang engine on each.
 # Memory of a rank (0.6e9): weights 1.2 GB bf16, gradients 2.4 GB fp32, optimizer 12 bytes / 8 ranks 0.9 GB; with full
 # recomputation 57 kB of activations a token (28 layers x 1024 x 2 bytes), 1.2 GB at 20,480 tokens.
+# Host of the node: 26 GB (reference; weights and optimizer while engines generate). Engines keep 1.2 GB on each GPU.
 # Usage: MODEL_DIR=... DATA_DIR=... [OUTPUT_DIR=runs] bash scripts/run-qwen3-0.6B.sh [more flags]
 set -euo pipefail
 HERE=$(dirname "${BASH_SOURCE[0]}")

@@ -2,6 +2,7 @@
 # GRPO of Qwen3-1.7B on one node of 8 GPUs: 8 data-parallel Megatron ranks, an SGLang engine on each.
 # Memory of a rank (1.7e9): weights 3.4 GB bf16, gradients 6.9 GB fp32, optimizer 12 bytes / 8 ranks 2.6 GB; with full
 # recomputation 115 kB of activations a token (28 layers x 2048 x 2 bytes), 2.3 GB at 20,480 tokens.
+# Host of the node: 76 GB (reference; weights and optimizer while engines generate). Engines keep 3.4 GB on each GPU.
 # Usage: MODEL_DIR=... DATA_DIR=... [OUTPUT_DIR=runs] bash scripts/run-qwen3-1.7B.sh [more flags]
 set -euo pipefail
 HERE=$(dirname "${BASH_SOURCE[0]}")

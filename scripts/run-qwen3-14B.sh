@@ -2,6 +2,7 @@
 # GRPO of Qwen3-14B on one node of 8 GPUs: TP4, 2 data-parallel replicas, 4 SGLang engines of 2 GPUs.
 # Memory of a rank (3.7e9 of 14.8e9): weights 7.4 GB bf16, gradients 14.8 GB fp32, optimizer 12 bytes / 2 ranks 22.2 GB;
 # with recomputation 102 kB of activations a token (40 layers x 5120 x 2 bytes / TP4), 0.9 GB at 9,216 tokens.
+# Host of the node: 295 GB (reference; weights and optimizer while engines generate). Engines keep 14.8 GB on each GPU.
 # Usage: MODEL_DIR=... DATA_DIR=... [OUTPUT_DIR=runs] bash scripts/run-qwen3-14B.sh [more flags]
 set -euo pipefail
 HERE=$(dirname "${BASH_SOURCE[0]}")

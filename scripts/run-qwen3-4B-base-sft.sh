@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # Supervised fine-tuning of Qwen3-4B-Base on openhermes2_5.parquet, one node of 8 GPUs: 8 data-parallel Megatron ranks.
+# Memory of a rank (4.0e9): weights 8.0 GB bf16, gradients 16.1 GB fp32, optimizer 12 bytes / 8 ranks 6.0 GB; with
+# recomputation 184 kB of activations a token (36 layers x 2560 x 2 bytes), 1.7 GB at 9,216 tokens.
 # Usage: MODEL_DIR=... DATA_DIR=... [OUTPUT_DIR=runs] bash scripts/run-qwen3-4B-base-sft.sh [more flags]
 set -euo pipefail
 HERE=$(dirname "${BASH_SOURCE[0]}")

@@ -2,6 +2,7 @@
 # GRPO of Qwen3-8B on one node of 8 GPUs: TP2, 4 data-parallel replicas, 4 SGLang engines of 2 GPUs.
 # Memory of a rank (4.1e9 of 8.2e9): weights 8.2 GB bf16, gradients 16.4 GB fp32, optimizer 12 bytes / 4 ranks 12.3 GB;
 # with recomputation 147 kB of activations a token (36 layers x 4096 x 2 bytes / TP2), 1.4 GB at 9,216 tokens.
+# Host of the node: 229 GB (reference; weights and optimizer while engines generate). Engines keep 8.2 GB on each GPU.
 # Usage: MODEL_DIR=... DATA_DIR=... [OUTPUT_DIR=runs] bash scripts/run-qwen3-8B.sh [more flags]
 set -euo pipefail
 HERE=$(dirname "${BASH_SOURCE[0]}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import aiohttp
@@ -70,6 +70,10 @@ class HttpEngine:
 
     def __repr__(self) -> str:
         return f"HttpEngine({self._base_url})"
+
+    def note_restart(self) -> None:
+        """Keep in the address that the server was started anew."""
+        self.address = replace(self.address, start=self.address.start + 1)
 
     @property
     def base_url(self) -> str:

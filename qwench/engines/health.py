@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+from qwench.engines.client import HttpEngine
 from qwench.engines.members import Member, Members, MemberState
 from qwench.engines.router import Router
 from qwench.errors import EngineError, EngineLostError, QwenchError
@@ -157,6 +158,8 @@ class Supervisor:
         await (self._wait_for_others_server(member) if member.server is None else self._restart(member))
         self.num_restarts += 1
         member.asleep = False
+        if isinstance(member.engine, HttpEngine):
+            member.engine.note_restart()
         stale = self._needs_publication()
         self._say(f"{member.label} is up again" + ("; it takes part from the next publication of weights on" if stale else ""))
         if not stale and self._router is not None:

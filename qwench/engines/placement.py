@@ -42,6 +42,8 @@ class EngineAddress:
     dialect: Dialect
     placement: Placement | None
     """None: not known here; our own server says it in `/server_info`."""
+    start: int = 0
+    """How often the server was started again: a new one is in no group that the old one was in."""
 
 
 def host_name() -> str:

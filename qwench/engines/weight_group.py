@@ -9,6 +9,8 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor
 from qwench.errors import WeightSyncError
 
 _POLL_S = 0.0005
+_WATCHDOG_GRACE = timedelta(minutes=10)
 _DEVICE_OF_BACKEND = {"gloo": "cpu", "nccl": "cuda"}
 
 
@@ -71,38 +74,67 @@ class WeightGroup:
         )
         self._label = f"weight group {name!r}, rank {rank} of {size}"
         self._gave_up = threading.Event()
+        self._connected = self._left = False
         try:
             self._group = _make_group(backend, prefixed, rank, size, timedelta(seconds=timeout_s))
         except RuntimeError as cause:
             raise WeightSyncError(f"{self._label}: not everybody joined within {timeout_s:g} s: {cause}") from cause
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Bring rank 0's tensor into everyone's, and return when it is there.
+        """Bring rank 0's tensor into everyone's, and return when it is there. A group in which one failed is left.
 
         Raises:
             WeightSyncError: a rank died or did not join within the deadline, or `give_up` was called.
         """
         deadline = time.monotonic() + self._timeout_s
         try:
-            work = self._group.broadcast(tensor, 0)
-            while not work.is_completed():
-                if self._gave_up.is_set():
-                    raise WeightSyncError(f"{self._label}: a broadcast was given up.")
-                if time.monotonic() > deadline:
-                    raise WeightSyncError(f"{self._label}: a broadcast did not end within {self._timeout_s:g} s.")
-                time.sleep(_POLL_S)
+            work = self._group.broadcast(tensor, 0) if self._connected else self._first_broadcast(tensor, deadline)
+            self._wait_for(work.is_completed, deadline)
             work.wait()
         except RuntimeError as cause:
+            self.close()
             raise WeightSyncError(f"{self._label}: a broadcast failed: {cause}") from cause
+        except WeightSyncError:
+            self.close()
+            raise
+        self._connected = True
 
     def give_up(self) -> None:
         """Let a broadcast that another thread waits for raise."""
         self._gave_up.set()
 
     def close(self) -> None:
-        """Leave; a broadcast that hangs is given up."""
+        """Leave; a broadcast that hangs is given up. Harmless twice."""
         self.give_up()
-        self._group.abort()
+        if not self._left:
+            self._left = True
+            self._group.abort()
+
+    def _first_broadcast(self, tensor: Tensor, deadline: float) -> Any:
+        """Start a broadcast in a thread: NCCL connects to all ranks in this call, which never ends when one does not come."""
+        started: Future[Any] = Future()
+
+        def start() -> None:
+            try:
+                if tensor.is_cuda:
+                    torch.cuda.set_device(tensor.device)
+                started.set_result(self._group.broadcast(tensor, 0))
+            except RuntimeError as cause:
+                started.set_exception(cause)
+
+        threading.Thread(target=start, name="qwench-first-broadcast", daemon=True).start()
+        self._wait_for(started.done, deadline)
+        return started.result()
+
+    def _wait_for(self, is_done: Callable[[], bool], deadline: float) -> None:
+        while not is_done():
+            if self._gave_up.is_set():
+                break
+            if time.monotonic() > deadline:
+                raise WeightSyncError(f"{self._label}: a broadcast did not end within {self._timeout_s:g} s.")
+            time.sleep(_POLL_S)
+        if self._gave_up.is_set():  # an aborted group calls everything done
+            raise WeightSyncError(f"{self._label}: a broadcast was given up.")
 
 
 def _make_group(backend: str, store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
@@ -110,5 +142,6 @@ def _make_group(backend: str, store: dist.Store, rank: int, size: int, timeout: 
     if backend == "gloo":
         return dist.ProcessGroupGloo(store, rank, size, timeout)
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
+    # NCCL's watchdog ends the process when this has passed; by then our own deadline has ended the broadcast.
+    options._timeout = timeout + _WATCHDOG_GRACE
     return dist.ProcessGroupNCCL(store, rank, size, options)

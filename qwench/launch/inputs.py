@@ -58,12 +58,9 @@ def read_inputs(config: Config) -> Inputs:
     Raises:
         ConfigError: something does not fit; nothing was loaded.
     """
+    hf_config = check_model(config)
     folder = config.model.hf_checkpoint
-    assert folder is not None, "preflight checks that --hf-checkpoint is given"
-    hf_config = load_hf_config(folder)
-    check_architecture(config.architecture, hf_config)
-    if config.backend == "megatron":
-        check_layout(parallel_layout(config.parallel), hf_config, world_size=config.cluster.world_size)
+    assert folder is not None, "check_model has read it"
     rank = int(os.environ.get("RANK", "0"))
     device = local_device()
     return Inputs(
@@ -77,6 +74,21 @@ def read_inputs(config: Config) -> Inputs:
         console=open_console() if rank == 0 else QuietConsole(),
         rank=rank,
     )
+
+
+def check_model(config: Config) -> PretrainedConfig:
+    """Return the model's config.json, after comparing the flags of architecture and parallelism with it.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    folder = config.model.hf_checkpoint
+    assert folder is not None, "preflight checks that --hf-checkpoint is given"
+    hf_config = load_hf_config(folder)
+    check_architecture(config.architecture, hf_config)
+    if config.backend == "megatron":
+        check_layout(parallel_layout(config.parallel), hf_config, world_size=config.cluster.world_size)
+    return hf_config
 
 
 def parallel_layout(parallel: ParallelConfig) -> ParallelLayout:

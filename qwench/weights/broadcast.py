@@ -2,8 +2,8 @@
 
     no group --first bucket of a publication: everyone joins--> standing --send*--> standing --an error, close--> no group
 
-Joining takes longer than sending, so a group stands from one publication to the next for as long as the engines are the same.
-An engine that was started anew in between refuses the first bucket, and everyone joins again.
+Joining takes longer than sending, so a group stands from one publication to the next for as long as the engines are the same:
+one that was started anew has another address (`EngineAddress.start`), and then everyone joins again before anything is sent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qwench.engines.flat_bucket import TensorEntry
 from qwench.engines.placement import EngineAddress
 from qwench.engines.protocol import Portion
 from qwench.engines.weight_group import WeightGroup, backend_for, listening_store
-from qwench.errors import EngineError, EngineLostError, QwenchError, WeightSyncError
+from qwench.errors import EngineError, WeightSyncError
 from qwench.weights.receivers import HttpReceiver, Receiver
 
 JOIN_TIMEOUT_S = 120.0
@@ -58,22 +58,17 @@ class BroadcastLink:
             WeightSyncError: an engine refused it, did not join, or did not get it.
             EngineLostError: an engine is gone or did not answer in time.
         """
-
-        def attempt() -> None:
-            # Each request and the group have deadlines of their own; this one is for what they forgot.
-            sending = self._join_and_send(tensor, entries, portion, receivers, timeout_s=timeout_s)
-            loop.run(sending, label="broadcast weights", timeout_s=2 * timeout_s + JOIN_TIMEOUT_S)
-
-        if tuple(receiver.address for receiver in receivers) != self._members:
+        members = tuple(receiver.address for receiver in receivers)
+        if members != self._members:
             self._drop()
-        stood_before = self._group is not None and portion.index == 0
+        sending = self._join_and_send(tensor, entries, portion, receivers, timeout_s=timeout_s)
         try:
-            attempt()
-        except QwenchError as failure:
+            # Each request and the group have deadlines of their own; this one is for what they forgot.
+            loop.run(sending, label="broadcast weights", timeout_s=2 * timeout_s + JOIN_TIMEOUT_S)
+        except BaseException:
             self._drop()
-            if not stood_before or isinstance(failure, EngineLostError):
-                raise
-            attempt()
+            raise
+        self._members = members
 
     def close(self) -> None:
         """End the group here and in the engines."""
@@ -102,7 +97,6 @@ class BroadcastLink:
     ) -> None:
         if self._group is None:
             self._group = await _join(tensor.device, receivers, timeout_s=min(JOIN_TIMEOUT_S, timeout_s))
-            self._members = tuple(receiver.address for receiver in receivers)
         group = self._group
         try:
             await _all(

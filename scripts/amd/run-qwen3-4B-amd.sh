@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # GRPO of Qwen3-4B on AMD GPUs: TP2, SGLang engines of 2 GPUs, in turns on the same GPUs; as many as are visible, else NUM_GPUS.
 # ROCm PyTorch calls its devices cuda, and RCCL speaks as NCCL; nothing else differs from run-qwen3-4B.sh.
+# Memory of a rank, with 8 GPUs: as there.
 # Usage: MODEL_DIR=... DATA_DIR=... [OUTPUT_DIR=runs] bash scripts/amd/run-qwen3-4B-amd.sh [more flags]
 set -euo pipefail
 HERE=$(dirname "${BASH_SOURCE[0]}")/..
@@ -16,8 +17,8 @@ fi
 CKPT_ARGS=(
    --hf-checkpoint "$MODEL_DIR/Qwen3-4B"
    --ref-load "$MODEL_DIR/Qwen3-4B_torch_dist"
-   --load "$OUTPUT_DIR/Qwen3-4B_qwench"
-   --save "$OUTPUT_DIR/Qwen3-4B_qwench"
+   --load "$OUTPUT_DIR/Qwen3-4B_amd"
+   --save "$OUTPUT_DIR/Qwen3-4B_amd"
    --save-interval 20
 )
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # GRPO of Qwen3-4B with rollouts in FP8 and training in BF16, on one node of 8 GPUs: TP2, SGLang engines of 2 GPUs.
 # The FP8 checkpoint gives the engines their layout; the trainer starts from the BF16 weights of --ref-load.
+# Memory of a rank: as in run-qwen3-4B.sh; an engine keeps about half the weights.
 # Usage: MODEL_DIR=... DATA_DIR=... [OUTPUT_DIR=runs] bash scripts/low_precision/run-qwen3-4B-fp8.sh [more flags]
 set -euo pipefail
 HERE=$(dirname "${BASH_SOURCE[0]}")/..

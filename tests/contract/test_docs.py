@@ -10,7 +10,7 @@ import pytest
 
 from qwench.cli import VERBS
 from qwench.config.convert import ConvertConfig
-from qwench.config.parse import parse_flags, parse_train
+from qwench.config.parse import parse_flags, parse_sft, parse_train
 from qwench.config.verbs import DoctorConfig, DownloadConfig, MakeModelConfig, split_names
 from tests.contract.test_scripts import SCRIPTS, expand, stage, world
 
@@ -75,8 +75,7 @@ def _bash(words: Sequence[str], stage: Path, world: dict[str, str]) -> None:
         words = [str(SCRIPTS.relative_to(ROOT) / script), *more]
     verb, *expanded = expand(ROOT / words[0], stage, *words[1:], **world)
     assert (ROOT / words[0]).is_relative_to(SCRIPTS)
-    assert verb == "train"
-    parse_train(expanded)
+    {"train": parse_train, "sft": parse_sft}[verb](expanded)
 
 
 def _python(words: Sequence[str], stage: Path, world: dict[str, str]) -> None:
@@ -89,7 +88,7 @@ def _make(words: Sequence[str], stage: Path, world: dict[str, str]) -> None:
 
 
 def _pip(words: Sequence[str], stage: Path, world: dict[str, str]) -> None:
-    extras = re.fullmatch(r"qwench\[([a-z,]+)\]", words[-1])
+    extras = re.fullmatch(r"(?:qwench|\.)\[([a-z,]+)\]", words[-1])
     assert extras is not None
     declared = re.findall(r"^(\w+) = \[\"", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert set(extras[1].split(",")) <= set(declared)

@@ -118,16 +118,19 @@ def test_information_endpoints(server):
         assert call(server, path, method="GET")[1]["model_path"] == "tiny"
     for path in ("/get_server_info", "/server_info"):
         assert call(server, path, method="GET")[1]["stats"]["num_pages"] == 1024
-    assert call(server, "/flush_cache")[0] == 200
-    assert call(server, "/abort_request", {})[0] == 400
-    assert call(server, "/pause_generation", {"mode": "retract"})[0] == 400
+    assert call(server, "/flush_cache", token=TOKEN)[0] == 200
+    assert call(server, "/abort_request", {}, token=TOKEN)[0] == 400
+    assert call(server, "/pause_generation", {"mode": "retract"}, token=TOKEN)[0] == 400
 
 
 @pytest.mark.parametrize(
     "path",
-    ["/update_weights_from_tensor", "/update_weights_from_disk", "/release_memory_occupation", "/resume_memory_occupation"],
+    [
+        *("/update_weights_from_tensor", "/update_weights_from_disk", "/release_memory_occupation"),
+        *("/resume_memory_occupation", "/abort_request", "/pause_generation", "/continue_generation", "/flush_cache"),
+    ],
 )
-def test_weights_and_memory_need_the_token(server, path):
+def test_what_changes_weights_memory_or_others_requests_needs_the_token(server, path):
     assert call(server, path, {"model_path": "x"})[0] == 401
     assert call(server, path, {"model_path": "x"}, token="guess")[0] == 401
 

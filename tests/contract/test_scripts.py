@@ -1,4 +1,4 @@
-"""The recipes under scripts/: the command line each expands to, and that it says what the mission fixed."""
+"""The recipes under scripts/: the command line each expands to, and that it says what slime's recipes say."""
 
 import os
 import re
@@ -82,6 +82,25 @@ def test_a_script_passes_its_dry_run(script: Path, stage: Path, world: dict[str,
     config = {"train": parse_train, "sft": parse_sft}[verb](words)
     check_architecture(config.architecture, load_hf_config(config.model.hf_checkpoint))
     assert config.resolve().world_size == (4 if "4xgpu" in script.name else 8)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--hf-checkpoint", "{MODEL_DIR}/Qwen3-8B"), "--hidden-size"),
+        (("--rotary-base", "5000000"), "--rotary-base"),
+        (("--tensor-model-parallel-size", "16", "--actor-num-nodes", "2"), "--tensor-model-parallel-size"),
+    ],
+    ids=["another model", "rotary base", "layout"],
+)
+def test_a_dry_run_finds_what_does_not_fit_the_model(
+    more: tuple[str, ...], words: str, stage: Path, world: dict[str, str], capsys: pytest.CaptureFixture[str]
+):
+    verb, *argv = expand(SCRIPTS / "run-qwen3-4B.sh", stage, *(word.format(**world) for word in more), "--dry-run", **world)
+    with pytest.raises(SystemExit) as ended:
+        main([verb, *argv])
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", RUNS, ids=[path.stem for path in RUNS])

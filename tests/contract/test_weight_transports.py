@@ -152,6 +152,7 @@ def test_a_group_stands_from_one_publication_to_the_next_and_is_joined_again_by_
         assert [num_joins(server) for server in servers] == [before + 1 for before in joined_before]
         servers[1].stop()
         servers[1].start()
+        addresses[1] = replace(addresses[1], start=1)
         publish_from_rank(Source(seed=24), addresses, 24, flags, link=link)
         assert [num_joins(server) for server in servers] == [before + 2 for before in joined_before]
     finally:

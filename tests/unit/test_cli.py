@@ -16,7 +16,7 @@ def run(*words: str) -> int:
 
 @pytest.fixture
 def recipe(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     (tmp_path / "train.jsonl").write_text('{"input": "1+1", "label": "2"}\n')
     return [
         *("--hf-checkpoint", str(tmp_path), "--prompt-data", str(tmp_path / "train.jsonl"), "--lr", "1e-6"),
