@@ -16,9 +16,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from qwench.cluster.child import end_own_group, parent_connection
-from qwench.cluster.host import RankHost
 from qwench.cluster.local import RankStart
 from qwench.cluster.messages import Answer, Call, Failure
+from qwench.cluster.rank_host import RankHost
 from qwench.engines.shared_buffer import remove_buffers_of
 
 

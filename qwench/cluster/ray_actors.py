@@ -9,9 +9,9 @@ from pathlib import Path
 import ray
 import torch
 
-from qwench.cluster.host import RankHost
 from qwench.cluster.messages import Answer, Call, Failure
 from qwench.cluster.placement import EnginePlace, Seat, device_number
+from qwench.cluster.rank_host import RankHost
 from qwench.engines.placement import Placement, gpu_names, host_name
 from qwench.engines.servers import ServerCommand, ServerProcess
 

@@ -20,8 +20,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from qwench.cluster.buckets import unpack
-from qwench.cluster.host import BuildLearner
 from qwench.cluster.messages import Answer, Call, Death, Failure, News
+from qwench.cluster.rank_host import BuildLearner
 from qwench.engines.placement import EngineAddress
 from qwench.engines.protocol import WeightBucket
 from qwench.errors import QwenchError, TrainingError

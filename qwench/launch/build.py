@@ -34,7 +34,7 @@ from qwench.rollout.build import check_functions
 from qwench.rollout.probe import GreedyProbe
 from qwench.rollout.recorded import ReplayStream, SftStream
 from qwench.samples import Json
-from qwench.training.fsdp.process_group import barrier
+from qwench.training.process_group import barrier
 from qwench.weights.settings import PublicationSettings
 
 

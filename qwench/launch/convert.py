@@ -18,7 +18,7 @@ from qwench.errors import CheckpointError, ConfigError
 from qwench.models.hf import load_hf_config, load_tokenizer
 from qwench.models.registry import check_architecture
 from qwench.observability.console import Console, QuietConsole, open_console
-from qwench.training.fsdp.process_group import init_process_group, leave_process_group
+from qwench.training.process_group import init_process_group, leave_process_group
 
 _COLLECTIVE_TIMEOUT_S = 3600.0
 """The slowest rank may write its share long after the fastest."""

@@ -14,8 +14,8 @@ from qwench.launch.inputs import Inputs
 from qwench.models.registry import head_dim
 from qwench.observability.timing import PhaseTimer
 from qwench.plugins import load_function
-from qwench.training.fsdp.process_group import init_process_group
 from qwench.training.learner import Learner, RewardPostProcess
+from qwench.training.process_group import init_process_group
 
 
 def build_learner(inputs: Inputs, timer: PhaseTimer, *, num_rollout: int) -> Learner:

@@ -26,7 +26,7 @@ from qwench.observability.summary import summarize
 from qwench.rewards.registry import reward_spec
 from qwench.rollout.build import check_functions
 from qwench.rollout.evaluate import EvalResult
-from qwench.training.fsdp.process_group import leave_process_group
+from qwench.training.process_group import leave_process_group
 
 
 def train(config: Config) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from qwench.training.adam import MASTER, MOMENTS, AdamSettings
-from qwench.training.host_copies import HostCopies, Span, buckets_of, cut
+from qwench.training.pinned_buckets import HostCopies, Span, buckets_of, cut
 
 BUCKET_ELEMENTS = 1 << 24
 """Elements stepped at a time: 64 MiB of gradients, some milliseconds of copies."""

@@ -33,7 +33,7 @@ from qwench.weights.ranks import Message, Ranks
 from qwench.weights.receivers import EmbeddedReceiver, Receiver
 from qwench.weights.routes import Route, plan_routes
 from qwench.weights.settings import PublicationSettings
-from qwench.weights.sglang_receiver import SglangReceiver
+from qwench.weights.sglang.receiver import SglangReceiver
 from qwench.weights.transports import WeightSource
 
 

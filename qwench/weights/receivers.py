@@ -1,4 +1,4 @@
-"""One engine in another process, as whoever sends it weights sees it. Ours is here, SGLang in `sglang_receiver`."""
+"""One engine in another process, as whoever sends it weights sees it. Ours is here, SGLang in `sglang.receiver`."""
 
 from __future__ import annotations
 

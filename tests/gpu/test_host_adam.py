@@ -18,8 +18,8 @@ from qwench.training.adam import AdamSettings
 from qwench.training.backend import TokenLoss
 from qwench.training.batch import MicroBatch, RolloutBatch, pack
 from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
-from qwench.training.fsdp.process_group import init_process_group
 from qwench.training.host_adam import HostAdam
+from qwench.training.process_group import init_process_group
 from qwench.training.schedule import LrSchedule
 
 _DEVICES = [

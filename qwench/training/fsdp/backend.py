@@ -30,11 +30,11 @@ from qwench.training.fsdp import checkpoint
 from qwench.training.fsdp.attention import install_attention
 from qwench.training.fsdp.conversion import is_foreign, load_causal_lm, load_converted
 from qwench.training.fsdp.gradients import ShardedGradients
+from qwench.training.fsdp.mesh import build_mesh
 from qwench.training.fsdp.optimizer import MasterOptimizer, local_shard
 from qwench.training.fsdp.parallelize import MASTER_DTYPE, parallelize
 from qwench.training.fsdp.policy import Policy
-from qwench.training.fsdp.process_group import build_mesh
-from qwench.training.host import HostCopy
+from qwench.training.offload import HostCopy
 from qwench.training.schedule import LrSchedule
 from qwench.weights.buckets import bucketed
 

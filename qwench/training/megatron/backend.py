@@ -28,7 +28,6 @@ from qwench.training import rng
 from qwench.training.adam import AdamSettings
 from qwench.training.backend import LossFunction, ParallelRank, StepResult, TokenLoss, stop_unless_finite
 from qwench.training.batch import MicroBatch
-from qwench.training.host import HostCopy
 from qwench.training.megatron import checkpoint, pipeline
 from qwench.training.megatron.groups import join_groups
 from qwench.training.megatron.layout import ParallelLayout, check_layout
@@ -44,6 +43,7 @@ from qwench.training.megatron.optimizer import MasterOptimizer, wrap_in_ddp
 from qwench.training.megatron.placement import TensorPlace
 from qwench.training.megatron.platform import check_platform, check_transformer_impl
 from qwench.training.megatron.weights import WholeWeights
+from qwench.training.offload import HostCopy
 from qwench.training.resuming import open_saved_optimizer
 from qwench.training.schedule import LrSchedule
 from qwench.weights.buckets import bucketed

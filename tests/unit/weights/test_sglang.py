@@ -11,7 +11,7 @@ from qwench.models.fp8 import quantized
 from qwench.weights.buckets import bucketed
 from qwench.weights.rank_publication import publish_from_rank
 from qwench.weights.settings import PublicationSettings
-from qwench.weights.sglang_hash import sglang_hash
+from qwench.weights.sglang.hashing import sglang_hash
 from tests.contract.engine_hosts import make_model
 from tests.fakes.sglang_server import FakeSglang, numpy_hash
 

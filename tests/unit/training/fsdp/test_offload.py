@@ -15,7 +15,7 @@ from qwench.training.adam import AdamSettings
 from qwench.training.backend import TokenLoss
 from qwench.training.batch import MicroBatch, RolloutBatch, pack
 from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
-from qwench.training.fsdp.process_group import init_process_group
+from qwench.training.process_group import init_process_group
 from qwench.training.schedule import LrSchedule
 
 _CPU = torch.device("cpu")

@@ -9,9 +9,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from qwench.training.batch import RolloutBatch, pack
 from qwench.training.fsdp.attention import install_attention
+from qwench.training.fsdp.mesh import build_mesh
 from qwench.training.fsdp.parallelize import parallelize
 from qwench.training.fsdp.policy import Policy
-from qwench.training.fsdp.process_group import build_mesh, init_process_group
+from qwench.training.process_group import init_process_group
 
 _CPU = torch.device("cpu")
 

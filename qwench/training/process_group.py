@@ -1,4 +1,4 @@
-"""Joining the ranks of a run, also when there is only one: FSDP2 always works on a process group."""
+"""Joining the ranks of a run and parting from them, also when there is only one: backends always work on a process group."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-
-from qwench.errors import ConfigError
 
 
 def init_process_group(device: torch.device, *, environ: Mapping[str, str], timeout_s: float) -> None:
@@ -35,21 +32,6 @@ def init_process_group(device: torch.device, *, environ: Mapping[str, str], time
     address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, world_size, is_master=listens, timeout=timeout, wait_for_workers=False)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-
-
-def build_mesh(device: torch.device, *, dp_replicate: int) -> DeviceMesh:
-    """Lay all ranks out as dp_replicate x dp_shard (one dimension, dp_shard, when there is one replica).
-
-    Raises:
-        ConfigError: the ranks do not divide into that many replicas.
-    """
-    world_size = dist.get_world_size()
-    if world_size % dp_replicate:
-        raise ConfigError(f"--dp-replicate {dp_replicate} does not divide the {world_size} ranks; choose a divisor of them.")
-    dp_shard = world_size // dp_replicate
-    if dp_replicate == 1:
-        return init_device_mesh(device.type, (dp_shard,), mesh_dim_names=("dp_shard",))
-    return init_device_mesh(device.type, (dp_replicate, dp_shard), mesh_dim_names=("dp_replicate", "dp_shard"))
 
 
 def barrier() -> None:

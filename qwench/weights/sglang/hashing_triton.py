@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwench.weights.sglang_hash import MIX_FACTORS, PLACE_FACTORS, PLACE_TURNS, SEEDS, TILE_WORDS
+from qwench.weights.sglang.hashing import MIX_FACTORS, PLACE_FACTORS, PLACE_TURNS, SEEDS, TILE_WORDS
 
 _BLOCK = 1024
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from qwench.training.host import HostCopy
+from qwench.training.offload import HostCopy
 
 
 def test_load_brings_back_what_was_there():

@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from qwench.training.fsdp.process_group import build_mesh, init_process_group
+from qwench.training.fsdp.mesh import build_mesh
+from qwench.training.process_group import init_process_group
 
 _CPU = torch.device("cpu")
 _SCRIPT = """
 import os, torch, torch.distributed as dist
-from qwench.training.fsdp.process_group import init_process_group
+from qwench.training.process_group import init_process_group
 init_process_group(torch.device("cpu"), environ=os.environ, timeout_s=60)
 total = torch.tensor([dist.get_rank() + 1.0])
 dist.all_reduce(total)

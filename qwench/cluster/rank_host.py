@@ -16,8 +16,8 @@ from qwench.cluster.messages import Answer, Call, Failure
 from qwench.engines.protocol import WeightBucket
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout
-from qwench.training.fsdp.process_group import leave_process_group
 from qwench.training.learner import Learned, Learner
+from qwench.training.process_group import leave_process_group
 
 BuildLearner = Callable[[PhaseTimer], Learner]
 """Joins the other ranks and builds this rank's learner; picklable."""

@@ -14,8 +14,8 @@ from qwench.engines.shared_buffer import SharedBuffer
 from qwench.errors import WeightSyncError
 from qwench.weights.checks import Ledger, check_version
 from qwench.weights.receivers import HttpReceiver, Json, broadcast_fields
-from qwench.weights.sglang_checksums import SglangLedger
-from qwench.weights.sglang_payload import flattened_bucket_payload
+from qwench.weights.sglang.checksums import SglangLedger
+from qwench.weights.sglang.payload import flattened_bucket_payload
 
 
 class SglangReceiver(HttpReceiver):

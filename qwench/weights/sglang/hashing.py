@@ -39,7 +39,7 @@ def sum_of_tiles(tensor: Tensor) -> Tensor:
     words = (functional.pad(octets, (0, missing)) if missing else octets).view(torch.int32)
     if words.is_cuda:
         # Imported late on purpose: Triton exists only where CUDA (or ROCm) does.
-        tiles: Tensor = import_module("qwench.weights.sglang_hash_triton").tiles(words)
+        tiles: Tensor = import_module("qwench.weights.sglang.hashing_triton").tiles(words)
         return tiles.sum()
     total = torch.zeros((), dtype=torch.int64)
     step = TILE_WORDS * _TILES_AT_ONCE
