@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from tests.e2e.processes import descendants, wait_for
 from tests.fakes import cuda_stand_in
 
 START_TIMEOUT_S = 120.0
+RAY = str(Path(sys.executable).with_name("ray"))
 ENVIRON = {**ONE_THREAD, "RAY_AUTH_MODE": "disabled"}  # or a token in the home folder, if there is one, switches it on
 STAND_IN = {"PYTHONPATH": cuda_stand_in.environment({})["PYTHONPATH"]}
 BACKENDS = {
@@ -37,6 +38,8 @@ class RayNode:
     """A cluster of one node, and how to look into it."""
 
     address: str
+    jobs_url: str
+    """Of the server that takes `ray job submit`."""
     pid: int
 
     def actors(self, kind: str = "Actor") -> list[int]:
@@ -49,23 +52,32 @@ def servers_of(model: Path) -> list[int]:
     return [pid for pid, line in descendants(1).items() if f"serve --hf-checkpoint {model}" in line]
 
 
+def answers(url: str) -> bool:
+    """Tell whether somebody answers there."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status == 200
+    except OSError:
+        return False
+
+
 @pytest.fixture(scope="module")
 def node() -> Iterator[RayNode]:
     """Start a cluster of four CPUs, and end it with everything that it started."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        port, jobs_port = one.getsockname()[1], other.getsockname()[1]
     # Not under tmp_path: Ray's sockets have long names, and those of sockets are limited to 107 characters.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=4", f"--port={port}",
-             "--include-dashboard=false", "--object-store-memory=100000000", f"--temp-dir={folder}", "--disable-usage-stats",
-             "--node-ip-address=127.0.0.1"],
+            [RAY, "start", "--head", "--block", "--num-cpus=4", f"--port={port}",
+             "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={jobs_port}",
+             "--object-store-memory=100000000", f"--temp-dir={folder}", "--disable-usage-stats", "--node-ip-address=127.0.0.1"],
             env=ENVIRON, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        node = RayNode(f"127.0.0.1:{port}", process.pid)
+        node = RayNode(f"127.0.0.1:{port}", f"http://127.0.0.1:{jobs_port}", process.pid)
         try:
             wait_for("the Ray cluster", lambda: any("raylet/raylet" in line for line in descendants(process.pid).values()))
-            time.sleep(1)
+            wait_for("the server of jobs", lambda: answers(f"{node.jobs_url}/api/version"))
             yield node
             assert process.poll() is None, "the cluster is somebody else's: a run must not end it"
         finally:
@@ -102,6 +114,20 @@ def test_two_ranks_and_two_servers_learn_the_numbers_of_one_process(
     for name in ("train/loss", "train/grad_norm", "rollout/raw_reward", "rollout/response_len/mean"):
         assert column(tmp_path, name) == pytest.approx(column(one_rank, name), rel=1e-4, abs=1e-6), name
     assert max(column(tmp_path, "train/train_rollout_logprob_abs_diff")) < 1e-4
+    wait_for("an empty cluster", lambda: not node.actors() and not servers_of(workspace.model))
+
+
+def test_a_submitted_job_is_a_run_on_the_cluster(node: RayNode, one_rank: Path, workspace: Workspace, tmp_path: Path) -> None:
+    argv = workspace.train_argv(tmp_path, **{**DIGITS, "num_rollout": 1, **COLOCATED})
+    variables = json.dumps({"env_vars": {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}})
+    command = [RAY, "job", "submit", "--address", node.jobs_url, "--runtime-env-json", variables, "--"]
+    submitted = subprocess.run(
+        [*command, sys.executable, "-m", "qwench", *argv], env=ENVIRON, capture_output=True, text=True, timeout=START_TIMEOUT_S
+    )
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert len(list((tmp_path / "engines").glob("engine-*.log"))) == 2
+    norms = column(tmp_path, "train/grad_norm")
+    assert norms and norms == pytest.approx(column(one_rank, "train/grad_norm")[: len(norms)], rel=1e-4)
     wait_for("an empty cluster", lambda: not node.actors() and not servers_of(workspace.model))
 
 
