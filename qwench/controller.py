@@ -80,10 +80,6 @@ class Gpus(Protocol):
         """Give the devices to the learner inside the context."""
         ...
 
-    def for_publication(self) -> AbstractContextManager[None]:
-        """Have both sides' weights on their devices inside the context."""
-        ...
-
 
 class Evaluates(Protocol):
     """Whatever measures the policy through the engines."""
@@ -186,7 +182,13 @@ def publish(run: Run, learner: Learns, *, version: int) -> None:
     """Bring the learner's weights to the engines; `version` is the number of rollouts learned from."""
 
     def send() -> None:
-        publish_weights(learner, run.engines, run.gpus, version=version, settings=run.publication)
+        publish_weights(
+            learner,
+            run.engines,
+            version=version,
+            settings=run.publication,
+            weights_may_alias=run.gpus.weights_may_alias,
+        )
 
     with run.timer.phase("update_weights"):
         if run.engines is None:

@@ -48,11 +48,6 @@ class DedicatedGpus:
         """Do nothing around the block."""
         yield
 
-    @contextmanager
-    def for_publication(self) -> Iterator[None]:
-        """Do nothing around the block."""
-        yield
-
 
 class ColocatedGpus:
     """Learner and engines take turns on the same device.
@@ -89,8 +84,3 @@ class ColocatedGpus:
             if self._engine_tags:
                 self._engines.wake(self._engine_tags)
                 self._has_room = False
-
-    @contextmanager
-    def for_publication(self) -> Iterator[None]:
-        """Publish inside `held_by(learner)`: the engines' weights never leave the device here, so nothing moves."""
-        yield

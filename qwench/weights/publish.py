@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 from qwench.engines.placement import EngineAddress
@@ -23,19 +22,6 @@ class Engines(Protocol):
 
     def run(self, coroutine: Coroutine[Any, Any, None], *, label: str, timeout_s: float) -> None:
         """Run a coroutine on the engines' loop and wait for it."""
-        ...
-
-
-class Gpus(Protocol):
-    """Who holds device memory when (`cluster.gpus`)."""
-
-    @property
-    def weights_may_alias(self) -> bool:
-        """Tell whether no engine ever samples between an optimizer step and the publication after it."""
-        ...
-
-    def for_publication(self) -> AbstractContextManager[None]:
-        """Inside the context both the learner's and the engines' weights are on their devices."""
         ...
 
 
@@ -61,14 +47,15 @@ class AddressedEngine(Engine, Protocol):
 def publish_weights(
     learner: WeightSource,
     engines: Engines | None,
-    gpus: Gpus,
     *,
     version: int,
     settings: PublicationSettings,
+    weights_may_alias: bool,
 ) -> None:
     """Make every engine sample with the learner's weights from now on, under `version`; without engines do nothing.
 
-    `version` is the number of rollouts learned from. Nothing may be generating meanwhile.
+    `version` is the number of rollouts learned from. Nothing may be generating meanwhile. `weights_may_alias`: no engine ever
+    samples between an optimizer step and the publication after it (`cluster.gpus`).
 
     Raises:
         WeightSyncError: an engine holds something else than what was sent.
@@ -79,18 +66,17 @@ def publish_weights(
     label = f"publish weight version {version}"
     addressed = [engine.address for engine in engines.engines if isinstance(engine, AddressedEngine)]
     local = [engine for engine in engines.engines if not isinstance(engine, AddressedEngine)]
-    with gpus.for_publication():
-        if addressed:
-            assert isinstance(learner, PublishingSource), f"{learner!r} reaches no engine in another process"
-            learner.publish(addressed, version, settings)
-        if local:
-            transport = choose_transport(
-                as_published(learner, fp8=settings.fp8),
-                local,
-                weights_may_alias=gpus.weights_may_alias,
-                bucket_bytes=settings.bucket_bytes,
-            )
-            engines.run(_publish_to_each(transport, local, version=version), label=label, timeout_s=settings.total_timeout_s)
+    if addressed:
+        assert isinstance(learner, PublishingSource), f"{learner!r} reaches no engine in another process"
+        learner.publish(addressed, version, settings)
+    if local:
+        transport = choose_transport(
+            as_published(learner, fp8=settings.fp8),
+            local,
+            weights_may_alias=weights_may_alias,
+            bucket_bytes=settings.bucket_bytes,
+        )
+        engines.run(_publish_to_each(transport, local, version=version), label=label, timeout_s=settings.total_timeout_s)
 
 
 async def _publish_to_each(transport: Transport, engines: Sequence[Engine], *, version: int) -> None:
