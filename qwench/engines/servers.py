@@ -17,7 +17,7 @@ import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -75,6 +75,8 @@ class ServerCommand:
     """The whole environment of the process."""
     log_file: Path
     """Takes standard output and standard error; a restart appends."""
+    private_files: Mapping[Path, str] = field(default_factory=dict)
+    """What only this user may read, such as a token, which a command line would show to everyone; gone when the server ends."""
     host: str = "127.0.0.1"
     """Address that it listens on and is reached at."""
     port: int | None = None
@@ -126,6 +128,8 @@ class ServerProcess:
             assert self._process is None, f"{self.label} runs already"
             self._port = _free_port(self.label, self._command.host, self._port)
             self._command.log_file.parent.mkdir(parents=True, exist_ok=True)
+            for path, text in self._command.private_files.items():
+                _write_privately(path, text)
             address = ["--host", self._command.host, "--port", str(self._port)]
             argv = [sys.executable, "-m", "qwench.engines.tether", *self._command.argv, *address]
             with self._command.log_file.open("ab") as log:
@@ -167,6 +171,8 @@ class ServerProcess:
             process, self._process = self._process, None
         if process is None:
             return
+        for path in self._command.private_files:
+            path.unlink(missing_ok=True)
         # The leader is not reaped before the last signal, so its number cannot belong to another group meanwhile.
         _signal_group(process.pid, signal.SIGTERM)
         deadline = time.monotonic() + STOP_TIMEOUT_S
@@ -218,6 +224,12 @@ def check_port_is_free(label: str, host: str, port: int, *, flag: str | None = N
     except OSError as cause:
         advice = f"choose another with {flag}" if flag is not None else "end what holds it"
         raise EngineError(f"{label} cannot listen on {host}:{port} ({cause.strerror}); {advice}.") from cause
+
+
+def _write_privately(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _free_port(label: str, host: str, port: int | None) -> int:

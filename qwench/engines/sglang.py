@@ -6,6 +6,7 @@ weights or memory, and whose `--enable-memory-saver` lets it give memory back.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -103,7 +104,10 @@ def sglang_command(
     argv = [sys.executable, "-m", "sglang.launch_server", *settings.words]
     argv += ["--model-path", str(settings.model_folder), "--tp-size", str(settings.tp_size), "--dtype", settings.dtype]
     # Engines that sampled with one seed would draw the same for requests that bring none.
-    argv += ["--random-seed", str(settings.seed + index), "--admin-api-key", token]
+    argv += ["--random-seed", str(settings.seed + index)]
+    # SGLang reads it from this file: other users of the machine see command lines.
+    secrets = log_folder / f".engine-{index}.yaml"
+    argv += ["--config", str(secrets)]
     if settings.memory_saver:
         argv += ["--enable-memory-saver"]
     if settings.deterministic:
@@ -117,6 +121,7 @@ def sglang_command(
         # Log-probs must be those at the sampling temperature.
         environ=server_environ(environ, SGLANG_RETURN_ORIGINAL_LOGPROB="0", **visible_devices(gpu_ids, environ)),
         log_file=log_folder / f"engine-{index}.log",
+        private_files={secrets: f"admin-api-key: {json.dumps(token)}\n"},
         host=host,
         start_timeout_s=start_timeout_s,
     )

@@ -195,7 +195,7 @@ def make_servers(inputs: Inputs, processes: Processes, *, with_weights: bool) ->
     enough = config.cluster.world_size == 1 or not processes.has_gpus
     if in_here and enough and config.engine.rollout_engine == "embedded":
         return None, None
-    token = secrets.token_urlsafe()
+    token = secrets.token_hex()
     makers = command_makers(
         inputs, num_engines=count_engines(config), token=token, with_weights=with_weights, on_gpus=processes.has_gpus
     )

@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+import yaml
 
 from qwench.engines.embedded.command import embedded_command
 from qwench.engines.router import check_router_words, router_command
@@ -37,8 +38,11 @@ def value_of(argv: tuple[str, ...], flag: str) -> str:
 def test_an_sglang_server_gets_its_model_its_gpus_and_the_users_flags():
     made = command(settings())
     assert made.argv[1:5] == ("-m", "sglang.launch_server", "--mem-fraction-static", "0.7")
-    expected = {"--model-path": "/models/qwen3", "--tp-size": "2", "--dtype": "bfloat16", "--admin-api-key": "secret"}
+    expected = {"--model-path": "/models/qwen3", "--tp-size": "2", "--dtype": "bfloat16"}
     assert {flag: value_of(made.argv, flag) for flag in expected} == expected
+    assert "secret" not in made.argv
+    ((path, text),) = made.private_files.items()
+    assert str(path) == value_of(made.argv, "--config") and yaml.safe_load(text) == {"admin-api-key": "secret"}
     assert made.environ["CUDA_VISIBLE_DEVICES"] == "2,3" and made.environ["PATH"] == "/bin"
     assert made.label == "SGLang engine 1" and made.log_file == Path("logs/engine-1.log")
     assert pickle.loads(pickle.dumps(made)) == made

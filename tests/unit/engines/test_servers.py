@@ -77,6 +77,17 @@ def test_a_server_starts_stops_with_all_its_processes_and_starts_again_at_its_ad
     assert not any(map(is_alive, pids(tmp_path)))
 
 
+def test_private_files_are_this_users_alone_and_last_as_long_as_the_server(tmp_path):
+    private = tmp_path / "logs" / ".secrets.yaml"
+    fields = {"log_file": tmp_path / "logs" / "engine.log", "private_files": {private: "token: x\n"}}
+    server = ServerProcess(command(tmp_path, HEALTHY, **fields))
+    for _ in range(2):
+        server.start()
+        assert private.read_text() == "token: x\n" and private.stat().st_mode & 0o777 == 0o600
+        server.stop()
+        assert not private.exists()
+
+
 def test_a_server_that_dies_at_the_start_shows_the_end_of_its_log(tmp_path):
     server = ServerProcess(command(tmp_path, DYING))
     with pytest.raises(EngineError, match=r"(?s)engine 0 ended while it started.*no such model"):
