@@ -40,6 +40,13 @@ def barrier() -> None:
         dist.barrier()
 
 
+def largest_of_ranks(value: float, device: torch.device) -> float:
+    """Return the largest of all ranks' values; collective, on what `device` reduces with."""
+    largest = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return float(largest)
+
+
 def leave_process_group() -> None:
     """Part from the other ranks, together; a process that never joined has nothing to do.
 

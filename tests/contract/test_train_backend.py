@@ -124,6 +124,7 @@ def test_ranks_know_their_place_and_sum_over_each_other(folder: Path) -> None:
     assert [record["parallel"]["dp_rank"] for record in records] == [0, 1, 2, 3]
     assert [record["parallel"]["is_main"] for record in records] == [True, False, False, False]
     assert all(record["summed_ranks"].tolist() == [4.0, 6.0] for record in records)
+    assert [record["largest_rank"] for record in records] == [3.0] * 4
 
 
 def test_a_non_finite_loss_on_one_rank_stops_every_rank_before_the_step(folder: Path) -> None:

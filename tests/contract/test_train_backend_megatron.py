@@ -111,6 +111,7 @@ def test_context_parallel_ranks_are_no_data_parallel_ranks(folder: Path) -> None
     [(world_size, case)] = [run for run in STEPPED if run[1].name == "pp2-cp2-tied"]
     for record in read_records(folder, case, world_size):
         assert (record["parallel"]["dp_size"], record["parallel"]["cp_size"]) == (1, 2)
+        assert (record["parallel"]["num_ranks"], record["largest_rank"]) == (4, 3.0), "of all stages"
 
 
 @pytest.mark.parametrize("case", [case for _, case in STEPPED if case.save], ids=lambda case: case.name)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from qwench.errors import TrainingError
 from qwench.training.adam import AdamSettings
@@ -166,6 +167,7 @@ def _run_steps(backend: TrainBackend, case: Case, folder: Path) -> dict[str, obj
         "reduced_before": reduced_before,
         "weights": _all_weights(backend),
         "summed_ranks": backend.all_reduce_sum(torch.tensor([1.0, backend.parallel.dp_rank])),
+        "largest_rank": backend.max_over_ranks(float(dist.get_rank())),
         "parallel": asdict(backend.parallel),
     }
 

@@ -35,6 +35,7 @@ from qwench.training.fsdp.optimizer import MasterOptimizer, local_shard
 from qwench.training.fsdp.parallelize import MASTER_DTYPE, parallelize
 from qwench.training.fsdp.policy import Policy
 from qwench.training.offload import HostCopy
+from qwench.training.process_group import largest_of_ranks
 from qwench.training.schedule import LrSchedule
 from qwench.weights.buckets import bucketed
 
@@ -196,9 +197,7 @@ class FsdpBackend:
 
     def max_over_ranks(self, value: float) -> float:
         """Return the largest of all ranks' values."""
-        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return float(largest)
+        return largest_of_ranks(value, self.device)
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Write the layout described in `checkpoint`; collective."""

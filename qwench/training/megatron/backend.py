@@ -44,6 +44,7 @@ from qwench.training.megatron.placement import TensorPlace
 from qwench.training.megatron.platform import check_platform, check_transformer_impl
 from qwench.training.megatron.weights import WholeWeights
 from qwench.training.offload import HostCopy
+from qwench.training.process_group import largest_of_ranks
 from qwench.training.resuming import open_saved_optimizer
 from qwench.training.schedule import LrSchedule
 from qwench.weights.buckets import bucketed
@@ -173,9 +174,7 @@ class MegatronBackend:
 
     def max_over_ranks(self, value: float) -> float:
         """Return the largest of all ranks' values."""
-        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return float(largest)
+        return largest_of_ranks(value, self.device)
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Write the layout described in `checkpoint`; collective."""
