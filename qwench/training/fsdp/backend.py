@@ -28,7 +28,7 @@ from qwench.training.backend import LossFunction, ParallelRank, StepResult, Toke
 from qwench.training.batch import MicroBatch
 from qwench.training.fsdp import checkpoint
 from qwench.training.fsdp.attention import install_attention
-from qwench.training.fsdp.conversion import is_foreign, load_causal_lm, load_converted
+from qwench.training.fsdp.conversion import fill_shards, is_foreign, load_causal_lm, load_converted
 from qwench.training.fsdp.gradients import ShardedGradients
 from qwench.training.fsdp.mesh import build_mesh
 from qwench.training.fsdp.optimizer import MasterOptimizer, local_shard
@@ -108,7 +108,7 @@ class FsdpBackend:
             torch.use_deterministic_algorithms(True)
         mesh = build_mesh(device, dp_replicate=settings.dp_replicate)
         # In the checkpoint's own dtype: it is cast as shards on the device.
-        model = load_causal_lm(model_folder, hf_config or load_hf_config(model_folder))
+        model, source = load_causal_lm(model_folder, hf_config or load_hf_config(model_folder))
         install_attention(model, settings.attention, device=device, dtype=settings.param_dtype)
         policy = Policy(
             model,
@@ -126,6 +126,8 @@ class FsdpBackend:
             stored_dtype=settings.param_dtype if adam.offload_fraction > 0 else MASTER_DTYPE,
         )
         weights = policy.named_weights()
+        if source is not None:
+            fill_shards(weights, source)
         optimizer = MasterOptimizer(weights, ShardedGradients(policy, weights), adam, schedule)
         return cls(policy, optimizer, device=device, mesh=mesh, settings=settings)
 

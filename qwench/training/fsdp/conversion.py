@@ -25,8 +25,11 @@ def is_foreign(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (CONFIG_FILE, "config.json"))
 
 
-def load_causal_lm(folder: Path, config: PretrainedConfig) -> PreTrainedModel:
+def load_causal_lm(folder: Path, config: PretrainedConfig) -> tuple[PreTrainedModel, WeightSource | None]:
     """Load the model of a checkpoint of any format on the host, in the dtype that it is stored in.
+
+    Hugging Face's weights are mapped from their files. Those of other formats would be in the memory of every rank: the model
+    comes without them, in shapes that take none, and with the source that `fill_shards` reads each rank's part of.
 
     Raises:
         ConfigError: it is of another model.
@@ -35,10 +38,17 @@ def load_causal_lm(folder: Path, config: PretrainedConfig) -> PreTrainedModel:
     folder = find_checkpoint(folder)
     if find_format(folder) == "hf":
         stored = load_hf_config(folder).dtype
-        return load_model(folder, dtype=stored if isinstance(stored, torch.dtype) else torch.float32)
+        return load_model(folder, dtype=stored if isinstance(stored, torch.dtype) else torch.float32), None
     source = open_weights(folder, config)
-    weights = {name: source.read(name) for name in source.specs}
-    return model_of(config, weights, dtype=next(iter(source.specs.values())).dtype)
+    dtype = next(iter(source.specs.values())).dtype
+    shapes = {name: torch.zeros((), dtype=dtype).expand(spec.shape) for name, spec in source.specs.items()}
+    return model_of(config, shapes, dtype=dtype), source
+
+
+@torch.no_grad()
+def fill_shards(weights: Mapping[str, Tensor], source: WeightSource) -> None:
+    """Read this rank's part of every weight; local, one whole tensor at a time."""
+    _fill(weights, source)
 
 
 def load_converted(folder: Path, optimizer: MasterOptimizer, config: PretrainedConfig, *, weights_only: bool) -> None:

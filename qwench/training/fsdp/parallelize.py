@@ -57,7 +57,8 @@ def parallelize(
 def _become_shards(parameters: Iterable[nn.Parameter], device: torch.device, dtype: torch.dtype) -> None:
     for parameter in parameters:
         if not isinstance(parameter, DTensor):
-            parameter.data = parameter.data.to(device=device, dtype=dtype)
+            # Contiguous: a weight that is not loaded yet is one element, expanded.
+            parameter.data = parameter.data.to(device=device, dtype=dtype).contiguous()
 
 
 def _wrap(forward: Callable[..., Any], *, checkpointed: bool, compiled: bool) -> Callable[..., Any]:

@@ -1,0 +1,54 @@
+"""Starting FSDP2 from checkpoints of other formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from qwench import cli
+from qwench.models.hf import load_hf_config
+from qwench.training.adam import AdamSettings
+from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
+from qwench.training.fsdp.conversion import load_causal_lm
+from qwench.training.process_group import init_process_group, leave_process_group
+from qwench.training.schedule import LrSchedule
+
+_CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def hf_folder(tmp_path: Path) -> Path:
+    torch.manual_seed(3)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=False)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize("kind", ["torch_dist", "fsdp"])
+@pytest.mark.parametrize("offload_fraction", [0.0, 1.0], ids=["on device", "on host"])
+def test_weights_take_no_memory_before_they_are_shards_which_are_those_of_the_checkpoint(
+    hf_folder: Path, tmp_path: Path, kind: str, offload_fraction: float
+) -> None:
+    cli.run(["convert", "--input", str(hf_folder), "--output", str(tmp_path / kind), "--to", kind])
+    config = load_hf_config(hf_folder)
+    model, source = load_causal_lm(tmp_path / kind, config)
+    assert source is not None
+    assert {parameter.untyped_storage().nbytes() for parameter in model.parameters()} <= {2, 4}
+    settings = FsdpSettings(param_dtype=torch.bfloat16)
+    adam = AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1, clip_grad=1.0, offload_fraction=offload_fraction)
+    init_process_group(_CPU, environ={}, timeout_s=60)
+    try:
+        backend = FsdpBackend.build(
+            tmp_path / kind, settings=settings, adam=adam, schedule=LrSchedule(peak=1e-3), device=_CPU, hf_config=config
+        )
+        held = {name: tensor.clone() for bucket in backend.weights(bucket_bytes=1 << 20) for name, tensor in bucket}
+    finally:
+        leave_process_group()
+    expected = dict(Qwen3ForCausalLM.from_pretrained(hf_folder, dtype=torch.bfloat16).named_parameters())
+    assert held.keys() == expected.keys()
+    assert all(torch.equal(held[name], weight) for name, weight in expected.items())
