@@ -117,7 +117,8 @@ def open_processes(inputs: Inputs, started: ExitStack, *, trains: bool, generate
         config.cluster, trains=trains, num_engines=num_engines, devices_per_engine=devices_per_engine(config)
     )
     if launcher != "ray":
-        return _checked_turns(config, LocalProcesses(inputs, bundles, ranks_inside=launcher == "inside"))
+        check_turns(config, on_gpus=torch.cuda.is_available())
+        return LocalProcesses(inputs, bundles, ranks_inside=launcher == "inside")
     if find_spec("ray") is None:
         raise ConfigError("--launcher ray needs Ray, which is not installed; pip install 'qwench[ray]'.")
     environ = trainer_environment(config.cluster, config.parallel, config.training, {})
@@ -127,21 +128,22 @@ def open_processes(inputs: Inputs, started: ExitStack, *, trains: bool, generate
         )
         started.callback(cluster.close)
         cluster.reserve(bundles)
-    return _checked_turns(config, cluster)
+    processes: Processes = cluster
+    check_turns(config, on_gpus=processes.has_gpus)
+    return processes
 
 
-def _checked_turns(config: Config, processes: Processes) -> Processes:
-    """Return the processes, unless trainer and engines were to take turns and not to.
+def check_turns(config: Config, *, on_gpus: bool) -> None:
+    """Make sure that trainer and engines are not to take turns on GPUs and to work at the same time.
 
     Raises:
-        ConfigError: they were.
+        ConfigError: they are.
     """
-    if processes.has_gpus and config.cluster.colocate and config.rollout.rollouts_ahead:
+    if on_gpus and config.cluster.colocate and config.rollout.rollouts_ahead:
         raise ConfigError(
             "--colocate lets trainer and engines take turns on the same GPUs, and --rollouts-ahead 1 has them work at the same "
             "time; leave one of them out (--rollout-num-gpus gives the engines GPUs of their own)."
         )
-    return processes
 
 
 def choose_launcher(config: Config, environ: Mapping[str, str], *, generates: bool) -> Launcher:

@@ -1,10 +1,12 @@
 """Which launcher the flags and the environment mean, and how many engines there are."""
 
 import pytest
+import torch
 
-from qwench.config import ClusterConfig, Config, EngineConfig
+from qwench.config import ClusterConfig, Config, EngineConfig, ModelConfig, RolloutConfig
 from qwench.errors import ConfigError
-from qwench.launch.processes import choose_launcher, count_engines
+from qwench.launch.inputs import publication_dtype
+from qwench.launch.processes import check_turns, choose_launcher, count_engines
 
 RAY = {"RAY_ADDRESS": "10.0.0.1:6379"}
 
@@ -53,3 +55,23 @@ def test_torchrun_is_refused_where_it_cannot_be_meant(ranks, generates, message)
 def test_number_of_engines(engine, cluster, expected):
     config = Config(engine=EngineConfig(rollout_engine=engine), cluster=ClusterConfig(**cluster))
     assert count_engines(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("train_dtype", "on_gpu", "expected"),
+    [("auto", True, torch.bfloat16), ("auto", False, torch.float32), ("float32", True, torch.float32)],
+)
+def test_engines_compute_in_the_dtype_of_the_runs_devices_whatever_the_driver_has(train_dtype, on_gpu, expected):
+    assert publication_dtype(Config(model=ModelConfig(train_dtype=train_dtype)), on_gpu=on_gpu) == expected
+
+
+@pytest.mark.parametrize(("colocate", "ahead", "on_gpus", "fits"), [
+    (True, 1, True, False), (True, 0, True, True), (False, 1, True, True), (True, 1, False, True),
+])  # fmt: skip
+def test_who_takes_turns_on_a_gpu_does_not_generate_ahead(colocate, ahead, on_gpus, fits):
+    config = Config(cluster=ClusterConfig(colocate=colocate), rollout=RolloutConfig(rollouts_ahead=ahead))
+    if fits:
+        check_turns(config, on_gpus=on_gpus)
+    else:
+        with pytest.raises(ConfigError, match=r"--colocate .* --rollouts-ahead 1 .* leave one of them out"):
+            check_turns(config, on_gpus=on_gpus)

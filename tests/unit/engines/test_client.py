@@ -1,0 +1,53 @@
+"""What an HTTP status means to whoever asked."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from qwench.engines.client import OF_A_ROUTER, HttpEngine
+from qwench.errors import EngineError, EngineLostError
+
+
+class Failing(BaseHTTPRequestHandler):
+    """Answers every request with the status that its path names: /500."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(int(self.path.strip("/")))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def failure_of(url: str, status: int, **options) -> type[EngineError]:
+    async def ask() -> None:
+        engine = HttpEngine(url, **options)
+        try:
+            await engine.post(f"/{status}", {}, timeout_s=10)
+        finally:
+            await engine.close()
+
+    with pytest.raises(EngineError, match=f"status {status}") as failure:
+        asyncio.run(ask())
+    return failure.type
+
+
+@pytest.mark.parametrize(("status", "of_a_server", "of_a_router"), [(400, False, False), (500, False, True), (503, True, True)])
+def test_a_routers_500_is_a_server_that_is_gone_and_a_servers_own_is_its_failure(url, status, of_a_server, of_a_router):
+    assert (failure_of(url, status) is EngineLostError) == of_a_server
+    assert (failure_of(url, status, lost_statuses=OF_A_ROUTER) is EngineLostError) == of_a_router
