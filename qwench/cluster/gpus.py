@@ -80,7 +80,10 @@ class ColocatedGpus:
             learner.wake()
         yield
         with self._timer.phase("offload"):
-            learner.sleep() if self._offload_train else learner.release_cache()
+            if self._offload_train:
+                learner.sleep()
+            else:
+                learner.release_cache()
             if self._engine_tags:
                 self._engines.wake(self._engine_tags)
                 self._has_room = False

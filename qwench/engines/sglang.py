@@ -7,6 +7,7 @@ weights or memory, and whose `--enable-memory-saver` lets it give memory back.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -105,8 +106,8 @@ def sglang_command(
     argv += ["--model-path", str(settings.model_folder), "--tp-size", str(settings.tp_size), "--dtype", settings.dtype]
     # Engines that sampled with one seed would draw the same for requests that bring none.
     argv += ["--random-seed", str(settings.seed + index)]
-    # SGLang reads it from this file: other users of the machine see command lines.
-    secrets = log_folder / f".engine-{index}.yaml"
+    # SGLang reads the token from this file: other users of the machine see command lines. Another run may use the same folder.
+    secrets = log_folder / f".engine-{index}-{os.getpid()}.yaml"
     argv += ["--config", str(secrets)]
     if settings.memory_saver:
         argv += ["--enable-memory-saver"]

@@ -1,7 +1,7 @@
 """SGLang's HTTP API in front of the embedded engine.
 
-Clients written for SGLang find the same paths, bodies and answers. Whatever changes weights or memory needs the run's bearer
-token when there is one; how weights come is in `weight_routes`.
+Clients written for SGLang find the same paths, bodies and answers. Whatever changes weights, memory or others' requests needs
+the run's bearer token when there is one; how weights come is in `weight_routes`.
 """
 
 from __future__ import annotations
