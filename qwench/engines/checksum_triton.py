@@ -2,7 +2,7 @@
 # ruff: noqa: ANN001, ANN202 - in kernels, annotations mean something else to Triton
 """The sums of `engines.checksum` on a GPU: one launch for many tensors, one pass over their memory.
 
-A program sums `_PROGRAM_ELEMENTS` of one tensor, which a table says; programs of a chunk are then added up.
+A program sums `_PROGRAM_WORDS` of one tensor, and adds that to the tensor's total.
 """
 
 from __future__ import annotations
@@ -14,70 +14,73 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 1024
-_STEPS = 64
-_PROGRAM_ELEMENTS = _BLOCK * _STEPS
+_BLOCK = 4096
+_STEPS = 16
+_PROGRAM_WORDS = _BLOCK * _STEPS
 _WIDE = 16
 """Bytes of the widest load."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_size"])
 def _sum_kernel(
-    table,
+    tensors,
     sums,
     like,
+    table_size,
+    factor: tl.constexpr,
     alignment: tl.constexpr,
-    chunk_elements: tl.constexpr,
-    period: tl.constexpr,
     block: tl.constexpr,
     steps: tl.constexpr,
 ):
     program = tl.program_id(0)
-    address = tl.load(table + program * 3)
-    first = tl.multiple_of(tl.load(table + program * 3 + 1), block)
-    num_elements = tl.load(table + program * 3 + 2)
+    owner = program * 0
+    half = table_size // 2
+    while half > 0:  # of the tensors that begin at or before this program, the last one
+        later = owner + half
+        owner = tl.where(tl.load(tensors + later * 3) <= program, later, owner)
+        half = half // 2
+    first_program = tl.load(tensors + owner * 3)
+    address = tl.load(tensors + owner * 3 + 1)
+    num_words = tl.load(tensors + owner * 3 + 2)
     # Wide loads need to know of the alignment, which is lost where an address is a number.
-    bits = tl.multiple_of(address.to(tl.pointer_type(like.dtype.element_ty)), alignment)
+    words = tl.multiple_of(address.to(tl.pointer_type(like.dtype.element_ty)), alignment)
+    start = (program - first_program) * (block * steps)
+    lane = tl.arange(0, block)
     total = tl.zeros((block,), dtype=tl.int64)
-    for step in range(steps):
-        index = first + step * block + tl.arange(0, block)
-        value = tl.load(bits + index, mask=index < num_elements, other=0).to(tl.int64)
-        place = (index % chunk_elements).to(tl.int32)
-        total += value * ((place % period + 1).to(tl.int64) + ((place // period + 1).to(tl.int64) << 32))
-    tl.store(sums + program, tl.sum(total, axis=0))
+    if start + block * steps <= num_words:  # nearly always; a mask would forbid wide loads
+        for step in range(steps):
+            index = start + step * block + lane
+            word = tl.load(words + index)
+            total += word.to(tl.int64) * ((index + 1).to(tl.int32) * factor).to(tl.int64)
+    else:
+        for step in range(steps):
+            index = start + step * block + lane
+            word = tl.load(words + index, mask=index < num_words, other=0)
+            total += word.to(tl.int64) * ((index + 1).to(tl.int32) * factor).to(tl.int64)
+    tl.atomic_add(sums + owner, tl.sum(total, axis=0))
 
 
-def chunk_sums(bits: Sequence[Tensor], *, chunk_elements: int, period: int) -> list[Tensor]:
-    """Return for each of some flat tensors [number of its chunks] int64: the weighted sum of each chunk, modulo 2**64.
+def word_sums(words: Sequence[Tensor], *, factor: int) -> Tensor:
+    """Return [len(words)] int64: of each tensor the sum of word i times (i + 1) * factor modulo 2**32, modulo 2**64.
 
     Args:
-        bits: contiguous, of one dtype and on one GPU.
+        words: contiguous int32 [n], on one GPU.
+        factor: odd.
     """
-    assert chunk_elements % _PROGRAM_ELEMENTS == 0, "a program sums within one chunk"
-    device = bits[0].device
-    addresses = torch.tensor([one.data_ptr() for one in bits])
-    num_elements = torch.tensor([one.numel() for one in bits])
-    # Columns for all programs at once: a few operations for each of hundreds of tensors would take longer than the kernel.
-    owner, within = _enumerate_parts(num_elements, _PROGRAM_ELEMENTS)
-    first = within * _PROGRAM_ELEMENTS
-    num_chunks = -(-num_elements // chunk_elements)
-    chunk = (num_chunks.cumsum(0) - num_chunks)[owner] + first // chunk_elements
-    found = torch.zeros(int(num_chunks.sum()), dtype=torch.int64, device=device)
-    if len(owner):
-        table = torch.stack([addresses[owner], first, num_elements[owner]], dim=1).to(device)
-        sums = torch.empty(len(owner), dtype=torch.int64, device=device)
-        alignment = _WIDE if not (addresses % _WIDE).any() else bits[0].element_size()
+    device = words[0].device
+    sums = torch.zeros(len(words), dtype=torch.int64, device=device)
+    table_size = 1 << (len(words) - 1).bit_length()
+    table, num_programs, alignment = [], 0, _WIDE
+    for one in words:
+        address, num_words = one.data_ptr(), one.numel()
+        table.append((num_programs, address, num_words))
+        num_programs += -(-num_words // _PROGRAM_WORDS)
+        if address % _WIDE:
+            alignment = one.element_size()
+    table += [(num_programs, 0, 0)] * (table_size - len(words))  # which no program reaches
+    if num_programs:
+        # Not waited for: so small a table is read before the call returns.
+        tensors = torch.tensor(table).to(device, non_blocking=True)
         with torch.cuda.device(device):
-            _sum_kernel[(len(owner),)](table, sums, bits[0], alignment, chunk_elements, period, _BLOCK, _STEPS)
-        found.index_add_(0, chunk.to(device), sums)
-    return list(found.split(num_chunks.tolist()))
-
-
-def _enumerate_parts(sizes: Tensor, part: int) -> tuple[Tensor, Tensor]:
-    """Cut things of `sizes` [n] into parts; return of every part which thing it is of, and the how manieth of it.
-
-    sizes [5, 0, 2], part 2  ->  [0, 0, 0, 2], [0, 1, 2, 0]
-    """
-    counts = -(-sizes // part)
-    owner = torch.repeat_interleave(torch.arange(len(sizes)), counts)
-    return owner, torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
+            _sum_kernel[(num_programs,)](tensors, sums, words[0], table_size, factor, alignment, _BLOCK, _STEPS)
+    return sums

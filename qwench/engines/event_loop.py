@@ -61,6 +61,10 @@ class EventLoopThread:
             raise
         return future.result()
 
+    def start(self, coroutine: Coroutine[Any, Any, Result]) -> Future[Result]:
+        """Run a coroutine on the loop, which must give itself a deadline, and return at once."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
     def close(self) -> None:
         """Cancel what still runs, stop the loop and end the thread. Safe to call twice."""
         if self._loop.is_closed():

@@ -25,6 +25,9 @@ _DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, FP8_DTYPE, torch.uint8)
 }
 
+_LARGE_BYTES = 2**22
+"""From here on a copy of its own is faster than a share of one kernel."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorEntry:
@@ -79,9 +82,14 @@ def flatten_into(buffer: Tensor, bucket: WeightBucket, entries: Sequence[TensorE
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy each source into its target; on a GPU by one kernel for many tensors, whose launches would take longer than they."""
-    if targets:
-        torch._foreach_copy_(list(targets), list(sources))
+    """Copy each source into its target; on a GPU small ones by one kernel: a launch for each takes longer."""
+    pairs = list(zip(targets, sources, strict=True))
+    small = [pair for pair in pairs if pair[0].nbytes < _LARGE_BYTES]
+    if small:
+        torch._foreach_copy_([target for target, _ in small], [source for _, source in small])
+    for target, source in pairs:
+        if target.nbytes >= _LARGE_BYTES:
+            target.copy_(source)
 
 
 def unflatten(buffer: Tensor, entries: Sequence[TensorEntry]) -> list[tuple[str, Tensor]]:

@@ -1,7 +1,7 @@
 """Bytes that another process of this machine can read without a copy.
 
-    sender:   SharedBuffer.allocate(n, device) -> fill .tensor -> send .handle() as JSON ... close()
-    receiver: open_buffer(handle) -> tensor over the same bytes; drop it before answering
+    sender:   SharedBuffer.allocate(n, device) -> (fill .tensor -> send .handle() as JSON)* ... close()
+    receiver: OpenBuffers.open(handle) -> tensor over the same bytes ... close()
 
 On a GPU the handle is CUDA's own (one for each buffer), on a CPU the name of a file in memory. Neither is a pickle: opening one
 runs no code of the sender.
@@ -9,6 +9,7 @@ runs no code of the sender.
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import tempfile
@@ -83,6 +84,24 @@ class SharedBuffer:
         self.tensor = torch.empty(0, dtype=torch.uint8)
         if shared:
             torch.cuda.ipc_collect()  # PyTorch keeps shared blocks until it is asked whether anybody still reads them
+
+
+class OpenBuffers:
+    """What a receiver has open: senders use few buffers in turn, and opening one on a GPU takes as long as reading it."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+
+    def open(self, handle: Handle) -> Tensor:
+        """See `open_buffer`; the same handle gives the same tensor."""
+        key = json.dumps(handle, sort_keys=True)
+        if key not in self._tensors:
+            self._tensors[key] = open_buffer(handle)
+        return self._tensors[key]
+
+    def close(self) -> None:
+        """Let go of the senders' memory."""
+        self._tensors.clear()
 
 
 def remove_buffers_of(pid: int) -> None:

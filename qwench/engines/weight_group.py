@@ -9,8 +9,9 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from qwench.errors import WeightSyncError
 
-_POLL_S = 0.0005
+_POLL_S = 0.0002
 _WATCHDOG_GRACE = timedelta(minutes=10)
 _DEVICE_OF_BACKEND = {"gloo": "cpu", "nccl": "cuda"}
 
@@ -81,23 +82,32 @@ class WeightGroup:
             raise WeightSyncError(f"{self._label}: not everybody joined within {timeout_s:g} s: {cause}") from cause
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Bring rank 0's tensor into everyone's, and return when it is there. A group in which one failed is left.
+        """Bring rank 0's tensor into everyone's, and return when it is there.
 
         Raises:
-            WeightSyncError: a rank died or did not join within the deadline, or `give_up` was called.
+            WeightSyncError: see `start`.
+        """
+        self.start(tensor)()
+
+    def start(self, tensor: Tensor) -> Callable[[], None]:
+        """Start to bring rank 0's tensor into everyone's; what is returned waits until it is there.
+
+        Broadcasts happen in the order of these calls, which must be the same on all ranks. A group in which one failed is left.
+
+        Raises:
+            WeightSyncError: here or while waiting: a rank died or did not join within the deadline, or `give_up` was called.
         """
         deadline = time.monotonic() + self._timeout_s
-        try:
+        with self._leaving_on_failure():
             work = self._group.broadcast(tensor, 0) if self._connected else self._first_broadcast(tensor, deadline)
-            self._wait_for(work.is_completed, deadline)
-            work.wait()
-        except RuntimeError as cause:
-            self.close()
-            raise WeightSyncError(f"{self._label}: a broadcast failed: {cause}") from cause
-        except WeightSyncError:
-            self.close()
-            raise
-        self._connected = True
+            self._connected = True
+
+        def wait() -> None:
+            with self._leaving_on_failure():
+                self._wait_for(work.is_completed, deadline)
+                work.wait()
+
+        return wait
 
     def give_up(self) -> None:
         """Let a broadcast that another thread waits for raise."""
@@ -109,6 +119,17 @@ class WeightGroup:
         if not self._left:
             self._left = True
             self._group.abort()
+
+    @contextmanager
+    def _leaving_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as cause:
+            self.close()
+            raise WeightSyncError(f"{self._label}: a broadcast failed: {cause}") from cause
+        except WeightSyncError:
+            self.close()
+            raise
 
     def _first_broadcast(self, tensor: Tensor, deadline: float) -> Any:
         """Start a broadcast in a thread: NCCL connects to all ranks in this call, which never ends when one does not come."""

@@ -1,6 +1,6 @@
 """The group of the trainer's rank 0 with all engines that are reached by broadcast.
 
-    no group --first bucket of a publication: everyone joins--> standing --send*--> standing --an error, close--> no group
+    no group --first bucket of a publication: everyone joins--> standing --start, wait--> standing --an error, close--> no group
 
 Joining takes longer than sending, so a group stands from one publication to the next for as long as the engines are the same:
 one that was started anew has another address (`EngineAddress.start`), and then everyone joins again before anything is sent.
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,8 +38,12 @@ class BroadcastLink:
     def __init__(self) -> None:
         self._group: WeightGroup | None = None
         self._members: tuple[EngineAddress, ...] = ()
+        self._answers: list[Future[None]] = []
+        """Of the engines, to each buffer under way."""
+        self._waits: list[Callable[[], None]] = []
+        """For rank 0's own part in each of them."""
 
-    def send(
+    def start(
         self,
         tensor: Tensor,
         entries: Sequence[TensorEntry],
@@ -48,7 +53,7 @@ class BroadcastLink:
         loop: EventLoopThread,
         timeout_s: float,
     ) -> None:
-        """Return when every engine has loaded this buffer.
+        """Begin to bring a buffer to every engine; it must last until `wait` has seen its end.
 
         Args:
             receivers: the engines, the same for all buckets of a publication.
@@ -58,17 +63,29 @@ class BroadcastLink:
             WeightSyncError: an engine refused it, did not join, or did not get it.
             EngineLostError: an engine is gone or did not answer in time.
         """
-        members = tuple(receiver.address for receiver in receivers)
-        if members != self._members:
+        group = self._group_with(receivers, tensor.device, loop=loop, timeout_s=timeout_s)
+        with self._dropping_on_failure():
+            asking = [receiver.take_broadcast(GROUP_NAME, entries, portion) for receiver in receivers]
+            self._answers.append(loop.start(_ask(group, asking)))
+            self._waits.append(group.start(tensor))
+
+    def wait(self, *, left: int = 0) -> None:
+        """Return when all buffers but the `left` newest are loaded by every engine.
+
+        Raises:
+            WeightSyncError: see `start`.
+            EngineLostError: see `start`.
+        """
+        with self._dropping_on_failure():
+            while len(self._answers) > left:
+                self._answers[0].result()  # requests have deadlines
+                self._waits[0]()
+                del self._answers[0], self._waits[0]
+
+    def abandon(self) -> None:
+        """Let go of what is under way, and of the group: a publication failed."""
+        if self._answers:
             self._drop()
-        sending = self._join_and_send(tensor, entries, portion, receivers, timeout_s=timeout_s)
-        try:
-            # Each request and the group have deadlines of their own; this one is for what they forgot.
-            loop.run(sending, label="broadcast weights", timeout_s=2 * timeout_s + JOIN_TIMEOUT_S)
-        except BaseException:
-            self._drop()
-            raise
-        self._members = members
 
     def close(self) -> None:
         """End the group here and in the engines."""
@@ -81,33 +98,51 @@ class BroadcastLink:
             finally:
                 loop.close()
 
+    def _group_with(
+        self, receivers: Sequence[Receiver], device: torch.device, *, loop: EventLoopThread, timeout_s: float
+    ) -> WeightGroup:
+        """Return the group of these engines: the one that stands, or a new one that all have joined."""
+        members = tuple(receiver.address for receiver in receivers)
+        if members != self._members:
+            self._drop()
+        if self._group is None:
+            joining = _join(device, receivers, timeout_s=min(JOIN_TIMEOUT_S, timeout_s))
+            # Each request and the group have deadlines of their own; this one is for what they forgot.
+            self._group = loop.run(joining, label="join the group of weights", timeout_s=2 * timeout_s + JOIN_TIMEOUT_S)
+            self._members = members
+        return self._group
+
+    @contextmanager
+    def _dropping_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except WeightSyncError:
+            try:
+                for answer in self._answers:
+                    answer.result()  # an engine that refused a buffer, or is gone, says more than the group does
+            finally:
+                self._drop()
+            raise
+        except BaseException:
+            self._drop()
+            raise
+
     def _drop(self) -> None:
         group, self._group, self._members = self._group, None, ()
+        answers, self._answers, self._waits = self._answers, [], []
         if group is not None:
             group.close()
+        for answer in answers:
+            answer.cancel()
 
-    async def _join_and_send(
-        self,
-        tensor: Tensor,
-        entries: Sequence[TensorEntry],
-        portion: Portion,
-        receivers: Sequence[Receiver],
-        *,
-        timeout_s: float,
-    ) -> None:
-        if self._group is None:
-            self._group = await _join(tensor.device, receivers, timeout_s=min(JOIN_TIMEOUT_S, timeout_s))
-        group = self._group
-        try:
-            await _all(
-                [
-                    asyncio.to_thread(group.broadcast, tensor),
-                    *(receiver.take_broadcast(GROUP_NAME, entries, portion) for receiver in receivers),
-                ]
-            )
-        except BaseException:
-            group.give_up()
-            raise
+
+async def _ask(group: WeightGroup, asking: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Return when every engine has answered; where one does not take the buffer, nobody needs to wait for it."""
+    try:
+        await _all(asking)
+    except BaseException:
+        group.give_up()
+        raise
 
 
 async def _join(device: torch.device, receivers: Sequence[Receiver], *, timeout_s: float) -> WeightGroup:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from qwench.engines.checksum import tensor_checksums
+from qwench.engines.checksum import PendingChecksums
 from qwench.engines.protocol import WeightBucket, WeightReceipt
 from qwench.errors import WeightSyncError
 
@@ -22,11 +22,16 @@ class ChecksumLedger:
     """Our own checksums, computed where the tensors lie."""
 
     def __init__(self) -> None:
-        self.checksums: dict[str, int] = {}
+        self._pending = PendingChecksums()
+
+    @property
+    def checksums(self) -> dict[str, int]:
+        """Return each tensor's; waits for the device."""
+        return self._pending.read()
 
     def note(self, bucket: WeightBucket) -> None:
         """See `Ledger`."""
-        self.checksums |= tensor_checksums(bucket)
+        self._pending.add(bucket)
 
 
 def check_version(engine: object, held: int, version: int) -> None:

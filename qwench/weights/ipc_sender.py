@@ -1,18 +1,14 @@
 """One rank's side of bringing buckets to the engines that it serves, bucket after bucket.
 
-    every rank:  prepare(bucket) ---- offers are exchanged by all ranks ----> start(offers) ... wait()
-                     |                                                            |
-              own buffer filled                                     engines copy it, while the next one is gathered
-
-A buffer lives until every rank knows that the engines have copied it: two exist at a time.
+every rank:  offers of its own buffer ---- exchanged by all ranks ----> start(offers) ... wait()
+                                                                            |
+                                                              engines copy it, while the next one is gathered
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
 
 from qwench.engines.event_loop import EventLoopThread
 from qwench.engines.flat_bucket import TensorEntry
@@ -32,7 +28,8 @@ class IpcSender:
         self._rank = rank
         self._served = served
         self._loop = loop
-        self._loading: list[Future[None]] = []
+        self._loading: list[list[Future[None]]] = []
+        """Of each bucket that was started: the engines' answers."""
 
     def offers(self, buffer: SharedBuffer, entries: Sequence[TensorEntry]) -> dict[str, str]:
         """Return what the engines' ranks on this rank's device need, by `engine:tensor-parallel rank`."""
@@ -45,21 +42,20 @@ class IpcSender:
 
     def start(self, offers: Mapping[str, str], portion: Portion) -> None:
         """Let engines load what all ranks offered."""
+        answers = []
         for number, route, receiver in self._served:
             if route.ranks[0] == self._rank:
                 own = [offers[f"{number}:{tp_rank}"] for tp_rank in range(len(route.ranks))]
-                self._loading.append(self._submit(receiver.take_shared(own, portion)))
+                answers.append(self._loop.start(receiver.take_shared(own, portion)))
+        self._loading.append(answers)
 
-    def wait(self) -> None:
-        """Return when the engines have loaded what was started.
+    def wait(self, *, left: int = 0) -> None:
+        """Return when the engines have loaded all buckets but the `left` newest.
 
         Raises:
             WeightSyncError: one refused it.
             EngineError: one failed or did not answer in time.
         """
-        loading, self._loading = self._loading, []
-        for future in loading:
-            future.result()
-
-    def _submit(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop.loop)
+        while len(self._loading) > left:
+            for answer in self._loading.pop(0):
+                answer.result()

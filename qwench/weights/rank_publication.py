@@ -26,6 +26,7 @@ from qwench.engines.shared_buffer import SharedBuffer
 from qwench.errors import QwenchError, WeightSyncError
 from qwench.models.hf import write_hf_checkpoint
 from qwench.weights.broadcast import BroadcastLink
+from qwench.weights.buffer_ring import BufferRing
 from qwench.weights.checks import Ledger
 from qwench.weights.ipc_sender import IpcSender, Served
 from qwench.weights.quantize import as_published
@@ -118,27 +119,34 @@ class _Publication:
         self._ranks.exchange({}, failure=_failure_of(self._open))
 
     def send(self, buckets: Iterable[WeightBucket]) -> None:
-        """Bring every bucket to the engines that take buckets; `ipc_sender` says in which order things happen."""
+        """Bring every bucket to the engines that take buckets; as many are under way at once as every engine takes.
+
+        A buffer is filled again when every rank knows that all engines have loaded what was in it.
+        """
         ipc = IpcSender(self._ranks.rank, self._served("ipc"), self._loop)
-        in_use: list[SharedBuffer] = []
+        window = self._window()
+        ring = BufferRing(window + 1)
+
+        def wait(left: int) -> QwenchError | None:
+            return _failure_of(lambda: ipc.wait(left=left)) or _failure_of(lambda: self._link.wait(left=left))
+
         failure: QwenchError | None = None
         try:
             for portion, bucket in self._numbered(buckets):
                 self._note(bucket)
                 entries = entries_of(bucket)
-                buffer = self._fill(bucket, entries)
-                in_use += [] if buffer is None else [buffer]
+                buffer = self._fill(ring, bucket, entries)
                 offers = {} if buffer is None else ipc.offers(buffer, entries)
-                told = self._ranks.exchange({"offers": offers}, failure=failure or _failure_of(ipc.wait))
-                while len(in_use) > 1:  # every rank now knows that the bucket before this one was loaded
-                    in_use.pop(0).close()
+                told = self._ranks.exchange({"offers": offers}, failure=failure or wait(left=window - 1))
                 ipc.start({key: offer for one in told for key, offer in one["offers"].items()}, portion)
                 if buffer is not None and self._sends_broadcasts:
-                    failure = _failure_of(lambda: self._send_broadcast(buffer, entries, portion))  # noqa: B023 - called here
-            self._ranks.exchange({}, failure=failure or _failure_of(ipc.wait))
+                    failure = _failure_of(lambda: self._start_broadcast(buffer, entries, portion))  # noqa: B023 - called here
+            self._ranks.exchange({}, failure=failure or wait(left=0))
+        except BaseException:
+            self._link.abandon()
+            raise
         finally:
-            for left in in_use:
-                left.close()
+            ring.close()
 
     def send_folder(self, buckets: Iterable[WeightBucket]) -> None:
         """Write a checkpoint on rank 0 and let the engines that need one read it."""
@@ -174,6 +182,11 @@ class _Publication:
     @property
     def _sends_broadcasts(self) -> bool:
         return self._ranks.rank == 0 and self.serves("broadcast")
+
+    def _window(self) -> int:
+        """Return how many buckets every engine takes at once; the same on all ranks."""
+        pairs = zip(self._routes, self._receivers, strict=True)
+        return min(receiver.window(route.transport) for route, receiver in pairs if route.transport != "disk")
 
     def _asked(self) -> list[Receiver]:
         """Return the engines whose requests this rank sends."""
@@ -215,17 +228,18 @@ class _Publication:
             yield Portion(version=self._version, index=index, final=following is None), bucket
             index, bucket = index + 1, following
 
-    def _fill(self, bucket: WeightBucket, entries: Sequence[TensorEntry]) -> SharedBuffer | None:
+    def _fill(self, ring: BufferRing, bucket: WeightBucket, entries: Sequence[TensorEntry]) -> SharedBuffer | None:
         """Return a buffer with the bucket's bytes, if this rank sends any."""
         if not self._served("ipc") and not self._sends_broadcasts:
             return None
-        buffer = SharedBuffer.allocate(size_bytes(entries), bucket[0][1].device)
+        buffer = ring.next(size_bytes(entries), bucket[0][1].device)
         flatten_into(buffer.tensor, bucket, entries)
         return buffer
 
-    def _send_broadcast(self, buffer: SharedBuffer, entries: Sequence[TensorEntry], portion: Portion) -> None:
+    def _start_broadcast(self, buffer: SharedBuffer, entries: Sequence[TensorEntry], portion: Portion) -> None:
         receivers = [receiver for _, _, receiver in self._served("broadcast")]
-        self._link.send(buffer.tensor, entries, portion, receivers, loop=self._loop, timeout_s=self._settings.timeout_s)
+        content = buffer.tensor[: size_bytes(entries)]
+        self._link.start(content, entries, portion, receivers, loop=self._loop, timeout_s=self._settings.timeout_s)
 
     def _noted(self, buckets: Iterable[WeightBucket]) -> Iterator[WeightBucket]:
         for bucket in buckets:

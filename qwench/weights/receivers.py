@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import orjson
 
@@ -12,12 +13,15 @@ from qwench.engines.client import HttpEngine
 from qwench.engines.flat_bucket import TensorEntry, entries_to_json
 from qwench.engines.placement import EngineAddress, Placement
 from qwench.engines.protocol import Portion, WeightReceipt
-from qwench.engines.shared_buffer import SharedBuffer
+from qwench.engines.shared_buffer import Handle, SharedBuffer
 from qwench.errors import EngineError, EngineLostError, WeightSyncError
 from qwench.weights.checks import ChecksumLedger, Ledger, check_checksums, check_version
+from qwench.weights.settings import TransportName
 
 Json = dict[str, Any]  # a JSON object has no closed type
 _LEAVE_TIMEOUT_S = 30.0
+_WINDOWS: Mapping[TransportName, int] = {"ipc": 2, "broadcast": 3}
+"""Of our own server. Each bucket under way takes its size on the sender, one that is broadcast also at the receiver."""
 _NO_GROUP = ("there is no weight group", "does not exist")
 
 
@@ -33,6 +37,10 @@ class Receiver(Protocol):
 
     async def open(self) -> None:
         """Learn what must be known before anything is sent."""
+        ...
+
+    def window(self, transport: TransportName) -> int:
+        """Return how many buckets may be under way to it at once."""
         ...
 
     async def placement(self) -> Placement | None:
@@ -94,6 +102,10 @@ class HttpReceiver:
         self.num_ranks = 1
         self._timeout_s = timeout_s
 
+    def window(self, transport: TransportName) -> int:
+        """See `Receiver`; a server that does not put requests in order takes one after the other."""
+        return 1
+
     async def placement(self) -> Placement | None:
         """See `Receiver`."""
         return await self.engine.placement()
@@ -137,14 +149,20 @@ class HttpReceiver:
 
 
 class EmbeddedReceiver(HttpReceiver):
-    """Our own server: it answers the last bucket with its version and the checksum of every tensor."""
+    """Our own server: it loads buckets in their order, and answers the last one with version and checksums."""
 
     def __init__(self, address: EngineAddress, *, timeout_s: float) -> None:
         super().__init__(address, timeout_s=timeout_s)
         self._receipt: WeightReceipt | None = None
+        self._handles: WeakKeyDictionary[SharedBuffer, Handle] = WeakKeyDictionary()
+        """Of the buffers that it was offered: it opens each once and keeps it open until the last bucket."""
 
     async def open(self) -> None:
         """See `Receiver`; everything is known."""
+
+    def window(self, transport: TransportName) -> int:
+        """See `Receiver`; a bucket that is broadcast arrives while one is loaded and the next one is asked for."""
+        return _WINDOWS.get(transport, 1)
 
     @property
     def ledger_kind(self) -> str:
@@ -157,7 +175,9 @@ class EmbeddedReceiver(HttpReceiver):
 
     def offer(self, buffer: SharedBuffer, entries: Sequence[TensorEntry]) -> str:
         """See `Receiver`; JSON."""
-        return orjson.dumps({"shared_buffer": buffer.handle(), "entries": entries_to_json(entries)}).decode()
+        buffer.wait_for_writes()
+        handle = self._handles.get(buffer) or self._handles.setdefault(buffer, buffer.handle())
+        return orjson.dumps({"shared_buffer": handle, "entries": entries_to_json(entries)}).decode()
 
     async def take_shared(self, offers: Sequence[str], portion: Portion) -> None:
         """See `Receiver`."""

@@ -11,9 +11,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from qwench.engines.checksum import tensor_checksums
 from qwench.engines.protocol import Engine, WeightBucket, WeightReceipt
-from qwench.weights.checks import check_checksums, check_version
+from qwench.weights.checks import ChecksumLedger, check_checksums, check_version
 
 
 class WeightSource(Protocol):
@@ -71,11 +70,11 @@ class CopyTransport:
 
     async def publish(self, engine: Engine, *, version: int) -> None:
         """Send every bucket and compare the engine's receipt with what was sent."""
-        sent: dict[str, int] = {}
-        buckets = _noting_checksums(self._source.weights(bucket_bytes=self._bucket_bytes), sent)
+        sent = ChecksumLedger()
+        buckets = _noted(self._source.weights(bucket_bytes=self._bucket_bytes), sent)
         receipt = await engine.update_weights(buckets, version=version)
         check_version(engine, receipt.version, version)
-        check_checksums(engine, receipt, sent)
+        check_checksums(engine, receipt, sent.checksums)
 
 
 def choose_transport(
@@ -94,8 +93,8 @@ def choose_transport(
     return CopyTransport(source, bucket_bytes=bucket_bytes)
 
 
-def _noting_checksums(buckets: Iterable[WeightBucket], checksums: dict[str, int]) -> Iterator[WeightBucket]:
-    """Pass buckets on, and note each tensor's checksum, computed on the device it lies on."""
+def _noted(buckets: Iterable[WeightBucket], ledger: ChecksumLedger) -> Iterator[WeightBucket]:
+    """Pass buckets on, and note them."""
     for bucket in buckets:
-        checksums |= tensor_checksums(bucket)
+        ledger.note(bucket)
         yield bucket

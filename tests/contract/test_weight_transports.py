@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qwench.engines.client import HttpEngine
 from qwench.engines.embedded.command import embedded_command
+from qwench.engines.flat_bucket import entries_of, entries_to_json, flatten_into, size_bytes
 from qwench.engines.placement import EngineAddress, Placement, host_name
 from qwench.engines.protocol import WeightBucket
 from qwench.engines.servers import ServerProcess, server_environ
@@ -252,6 +253,35 @@ def test_a_tensor_damaged_on_its_way_is_found_and_named(servers, model_folder):
         with pytest.raises(WeightSyncError, match=found):
             publish_from_rank(Source(seed=70), [address_of(url)], 70, settings("ipc", model_folder))
     publish_from_rank(Source(seed=70), [address_of(servers[0].url)], 71, settings("ipc", model_folder))
+
+
+def test_buckets_that_overtake_each_other_on_the_way_are_loaded_in_order(servers):
+    """Every bucket is asked for before the one that must be loaded first, over a connection of its own."""
+    source = Source(seed=75)
+    buckets = list(source.weights(bucket_bytes=SMALL_BUCKETS))
+    buffers, bodies = [], []
+    for index, bucket in enumerate(buckets):
+        entries = entries_of(bucket)
+        buffers.append(SharedBuffer.allocate(size_bytes(entries), torch.device("cpu")))
+        flatten_into(buffers[-1].tensor, bucket, entries)
+        described = {"shared_buffer": buffers[-1].handle(), "entries": entries_to_json(entries)}
+        bodies.append({**described, "weight_version": "75", "index": index, "final": index == len(buckets) - 1})
+
+    async def scenario():
+        engine = HttpEngine(servers[0].url, token=TOKEN)
+        for early, late in zip(bodies[0:6:2], bodies[1:6:2], strict=True):
+            overtaking = asyncio.create_task(engine.post("/update_weights_from_tensor", late))
+            await asyncio.sleep(0.1)
+            assert not overtaking.done()
+            await asyncio.gather(engine.post("/update_weights_from_tensor", early), overtaking)
+        await engine.post("/update_weights_from_tensor", bodies[-1])
+        await engine.close()
+
+    assert len(bodies) == 7
+    asyncio.run(scenario())
+    for buffer in buffers:
+        buffer.close()
+    assert_holds(servers[0].url, source, 75)
 
 
 def test_buckets_out_of_order_are_refused(servers):

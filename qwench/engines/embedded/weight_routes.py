@@ -4,8 +4,8 @@
     /update_weights_from_distributed  one bucket: broadcast in a group made by /init_weights_update_group
     /update_weights_from_disk         all weights: from a checkpoint folder
 
-A bucket says which one of its publication it is; after the final one the answer has the version and every tensor's checksum.
-Nothing is unpickled: that would run the sender's code.
+A bucket says which one of its publication it is, and may be sent while the one before it is loaded; after the final one the
+answer has the version and every tensor's checksum. Nothing is unpickled: that would run the sender's code.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from qwench.engines.embedded.engine import EmbeddedEngine
+from qwench.engines.embedded.turns import Turns
 from qwench.engines.embedded.weights import read_safetensors
 from qwench.engines.flat_bucket import entries_from_json, lay_out, size_bytes, unflatten
 from qwench.engines.protocol import Portion, WeightBucket, WeightReceipt
-from qwench.engines.shared_buffer import open_buffer
+from qwench.engines.shared_buffer import OpenBuffers
 from qwench.engines.weight_group import WeightGroup, reach_store
 from qwench.errors import WeightSyncError
 
@@ -106,6 +107,8 @@ class WeightRoutes:
         self._device = device
         self._on_new_folder = on_new_folder
         self._groups: dict[str, WeightGroup] = {}
+        self._turns = Turns()
+        self._buffers = OpenBuffers()
 
     def add_to(self, router: APIRouter) -> None:
         """Add the paths to a router that lets only those in who may change weights."""
@@ -127,7 +130,8 @@ class WeightRoutes:
             raise HTTPException(415, f"send weights as {SAFETENSORS_BODY} (safetensors) or {JSON_BODY} (a shared buffer).")
         portion = Portion(version=read_version(weight_version), index=index, final=final)
         body = await http.body()
-        return _answer(await self._engine.receive_bucket(lambda: _read_safetensors(body), portion), portion)
+        await self._turns.come(portion)
+        return await self._load(lambda: _read_safetensors(body), portion)
 
     async def update_from_distributed(self, body: BroadcastBody) -> Response:
         """Load one bucket that arrives in a group."""
@@ -139,14 +143,17 @@ class WeightRoutes:
         entries = lay_out(zip(body.names, map(_dtype, body.dtypes), body.shapes, strict=True))
         if [entry.name for entry in entries] != body.names:
             raise WeightSyncError("a flattened bucket lists its tensors from the widest dtype to the narrowest.")
+        portion = body.portion()
+        await self._turns.come(portion)
+        # It arrives beside the engine's memory while the engine still loads the bucket before it.
+        buffer = torch.empty(size_bytes(entries), dtype=torch.uint8, device=self._device)
+        wait_for_arrival = await asyncio.to_thread(group.start, buffer)
 
         def receive() -> WeightBucket:
-            buffer = torch.empty(size_bytes(entries), dtype=torch.uint8, device=self._device)
-            group.broadcast(buffer)
+            wait_for_arrival()
             return unflatten(buffer, entries)
 
-        portion = body.portion()
-        return _answer(await self._engine.receive_bucket(receive, portion), portion)
+        return await self._load(receive, portion)
 
     async def update_from_disk(self, body: DiskBody) -> Response:
         """Load a checkpoint folder of this machine."""
@@ -185,14 +192,30 @@ class WeightRoutes:
         body = _read_shared(content)
         entries = entries_from_json(body.entries)
 
+        portion = body.portion()
+
         def read() -> WeightBucket:
-            buffer = open_buffer(body.shared_buffer)
+            if portion.index == 0:
+                self._buffers.close()  # of a publication that was not finished
+            buffer = self._buffers.open(body.shared_buffer)
             if buffer.numel() < size_bytes(entries):
                 raise WeightSyncError(f"a shared buffer of {buffer.numel()} bytes cannot hold {size_bytes(entries)}.")
             return unflatten(buffer, entries)
 
-        portion = body.portion()
-        return _answer(await self._engine.receive_bucket(read, portion), portion)
+        await self._turns.come(portion)
+        return await self._load(read, portion)
+
+    async def _load(self, read: Callable[[], WeightBucket], portion: Portion) -> Response:
+        """Load a bucket whose turn it is; `read` returns it, and is called when the one before it is loaded."""
+        self._turns.go(portion)
+        try:
+            receipt = await self._engine.receive_bucket(read, portion)  # first come, first served
+        except BaseException:
+            self._buffers.close()
+            raise
+        if receipt is not None:
+            self._buffers.close()
+        return _answer(receipt, portion)
 
 
 def _read_shared(content: bytes) -> SharedBody:

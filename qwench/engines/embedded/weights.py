@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from qwench.engines.checksum import tensor_checksums
+from qwench.engines.checksum import PendingChecksums
 from qwench.engines.embedded.parameters import Parameter, lay_out
 from qwench.engines.flat_bucket import copy_all
 from qwench.engines.protocol import Portion, WeightBucket
@@ -34,7 +34,8 @@ class WeightStore:
         self._device = device
         self._tensors: Mapping[str, Tensor] = {}
         self._owned = False
-        self._received: dict[str, int] = {}
+        self._received: set[str] = set()
+        self._checksums = PendingChecksums()
         self._received_head = False
         self._expected = Portion(version=0, index=0, final=False)
         self.ready = False
@@ -96,6 +97,8 @@ class WeightStore:
     def take(self, bucket: WeightBucket, portion: Portion) -> dict[str, int] | None:
         """Copy one bucket of a publication in; after the final one return the checksum of each weight as it is held now.
 
+        The bucket's memory is its sender's again when this returns.
+
         Raises:
             WeightSyncError: see `load`; or a bucket before this one did not arrive.
         """
@@ -107,12 +110,14 @@ class WeightStore:
                 f"version {self._expected.version} was next; publish all weights again."
             )
         self.load_bucket(bucket)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
         self._expected = Portion(version=portion.version, index=portion.index + 1, final=False)
         return self.finish() if portion.final else None
 
     def begin(self) -> None:
         """Expect all weights from now on; what is held stays in use until the first of them is here."""
-        self._received, self._received_head = {}, False
+        self._received, self._checksums, self._received_head = set(), PendingChecksums(), False
 
     def load_bucket(self, bucket: WeightBucket) -> None:
         """Copy some weights in; the weights are not ready again before `finish`.
@@ -128,7 +133,8 @@ class WeightStore:
             self.allocate()
         self.ready = False
         copy_all([self._tensors[name] for name, _ in wanted], [tensor.detach() for _, tensor in wanted])
-        self._received |= tensor_checksums((name, self._tensors[name]) for name, _ in wanted)
+        self._received |= {name for name, _ in wanted}
+        self._checksums.add((name, self._tensors[name]) for name, _ in wanted)
         self._received_head = self._received_head or len(wanted) < len(bucket)
 
     def finish(self) -> dict[str, int]:
@@ -137,11 +143,12 @@ class WeightStore:
         Raises:
             WeightSyncError: one is missing.
         """
-        self._check_complete(set(self._received))
+        self._check_complete(self._received)
+        checksums = self._checksums.read()
         self.ready = True
         if self._received_head:
-            return self._received | {TIED_HEAD: self._received["model.embed_tokens.weight"]}
-        return dict(self._received)
+            checksums[TIED_HEAD] = checksums["model.embed_tokens.weight"]
+        return checksums
 
     def _is_tied_copy(self, name: str) -> bool:
         return self._tied_head and name == TIED_HEAD

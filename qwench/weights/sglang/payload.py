@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from qwench.engines.flat_bucket import TensorEntry
+from qwench.engines.flat_bucket import TensorEntry, size_bytes
 from qwench.engines.placement import device_name
 from qwench.engines.shared_buffer import SharedBuffer
 
@@ -31,7 +31,7 @@ _DEVICE_ARGUMENT = 6
 
 
 def flattened_bucket_payload(buffer: SharedBuffer, entries: Sequence[TensorEntry]) -> str:
-    """Return what one tensor-parallel rank unpickles, once; `buffer` must live until it has answered."""
+    """Return what one tensor-parallel rank unpickles, once; `buffer` must live and stay as it is until that has answered."""
     metadata = [
         # SGLang only reads these attributes; its own class would need SGLang here.
         SimpleNamespace(
@@ -46,7 +46,7 @@ def flattened_bucket_payload(buffer: SharedBuffer, entries: Sequence[TensorEntry
     ]
     buffer.wait_for_writes()
     content = io.BytesIO()
-    _Pickler(content, buffer.file).dump({"flattened_tensor": buffer.tensor, "metadata": metadata})
+    _Pickler(content, buffer.file).dump({"flattened_tensor": buffer.tensor[: size_bytes(entries)], "metadata": metadata})
     return b64encode(content.getvalue()).decode()
 
 

@@ -1,0 +1,47 @@
+"""The order of buckets whose requests come over connections of their own, a few at a time."""
+
+from __future__ import annotations
+
+import asyncio
+
+from qwench.engines.protocol import Portion
+from qwench.errors import WeightSyncError
+
+PATIENCE_S = 10.0
+AHEAD = 2
+"""How many buckets a sender may have under way before one."""
+
+
+class Turns:
+    """Lets buckets through one after the other: `come` -> what must happen in order -> `go`."""
+
+    def __init__(self) -> None:
+        self._version, self._next = -1, 0
+        self._gone = asyncio.Event()
+
+    async def come(self, portion: Portion) -> None:
+        """Return when the buckets before this one have gone, if they may still be on their way; else the engine refuses it.
+
+        Raises:
+            WeightSyncError: they did not come.
+        """
+        deadline = asyncio.get_running_loop().time() + PATIENCE_S
+        while 0 < self._missing(portion) <= AHEAD:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._gone.wait()
+            except TimeoutError as cause:
+                raise WeightSyncError(
+                    f"bucket {portion.index} of weight version {portion.version} is here, but the one before it did "
+                    f"not come within {PATIENCE_S:g} s; publish all weights again."
+                ) from cause
+
+    def go(self, portion: Portion) -> None:
+        """Let the bucket after this one through."""
+        self._version, self._next = (-1, 0) if portion.final else (portion.version, portion.index + 1)
+        self._gone.set()
+        self._gone = asyncio.Event()
+
+    def _missing(self, portion: Portion) -> int:
+        """Return how many buckets of its publication should have gone before this one, and have not."""
+        return portion.index - (self._next if portion.version == self._version else 0)
