@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +34,8 @@ QUANTIZATION_CONFIG: dict[str, Json] = {
     "weight_block_size": [BLOCK, BLOCK],
 }
 """What config.json says of such weights."""
-_LARGEST = float(torch.finfo(FP8_DTYPE).max)
+LARGEST = float(torch.finfo(FP8_DTYPE).max)
+"""What the largest value of a block becomes."""
 _SCALE_SUFFIX = "_scale_inv"
 _QUANTIZED = re.compile(r"\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight$")
 
@@ -82,6 +85,8 @@ def scale_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return a matrix [n, k] in e4m3 and its scales; computed where it lies, from its bfloat16 rounding."""
+    if _has_kernels(weight):
+        return _kernels().quantize(weight)
     rows, columns = weight.shape
     block_rows, block_columns = scale_shape(weight.shape)
     values = weight.detach().bfloat16().float()
@@ -89,13 +94,15 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     blocks = padded.view(block_rows, BLOCK, block_columns, BLOCK)
     largest = blocks.abs().amax(dim=(1, 3))
     # By a tensor: on a GPU, torch divides by a number as it multiplies by its inverse, which is another last bit.
-    scale = torch.where(largest > 0, largest / torch.full_like(largest, _LARGEST), torch.ones_like(largest))
-    scaled = (blocks / scale[:, None, :, None]).clamp(-_LARGEST, _LARGEST).to(FP8_DTYPE)
+    scale = torch.where(largest > 0, largest / torch.full_like(largest, LARGEST), torch.ones_like(largest))
+    scaled = (blocks / scale[:, None, :, None]).clamp(-LARGEST, LARGEST).to(FP8_DTYPE)
     return scaled.view(block_rows * BLOCK, block_columns * BLOCK)[:rows, :columns].contiguous(), scale
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the matrix [n, k] that an e4m3 matrix and its scales stand for, multiplied in float32 and rounded to `dtype`."""
+    if _has_kernels(weight):
+        return _kernels().dequantize(weight, scale, dtype)
     rows, columns = weight.shape
     spread = scale.float().repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
     return (weight.float() * spread).to(dtype)
@@ -112,3 +119,13 @@ def quantized(buckets: Iterable[Sequence[tuple[str, Tensor]]]) -> Iterator[list[
             else:
                 replaced.append((name, tensor))
         yield replaced
+
+
+def _has_kernels(weight: Tensor) -> bool:
+    """Tell whether Triton knows e4m3 there: AMD's GPUs before gfx950 have another format of 8 bits."""
+    return weight.is_cuda and torch.version.hip is None
+
+
+def _kernels() -> Any:  # a module that mypy does not check
+    # Imported late on purpose: Triton exists only where CUDA does.
+    return import_module("qwench.models.fp8_triton")

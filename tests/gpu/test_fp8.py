@@ -34,10 +34,31 @@ def test_a_row_does_not_depend_on_the_rows_beside_it_in_its_tile():
     assert torch.equal(fp8_linear(x[shuffled], weight, scale), together[shuffled])
 
 
-def test_quantization_gives_the_bits_of_the_host():
-    weight = torch.randn(300, 700).bfloat16()
-    for ours, theirs in zip(quantize(weight.cuda()), quantize(weight), strict=True):
-        assert torch.equal(ours.cpu().view(torch.uint8), theirs.view(torch.uint8))
+@pytest.mark.parametrize("shape", [(128, 128), (300, 700), (5, 7), (1024, 2560)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_quantization_and_its_inverse_give_the_bits_of_the_host(shape, dtype):
+    weight = (torch.randn(shape, generator=torch.Generator().manual_seed(shape[0])) * 0.02).to(dtype)
+    weight[:128, :128] *= shape[0] < 1024  # a block of zeros
+    weight[-1, -1] = 3.0
+    values, scales = quantize(weight)
+    for ours, theirs in zip(quantize(weight.cuda()), (values, scales), strict=True):
+        assert ours.is_contiguous() and torch.equal(ours.cpu().view(torch.uint8), theirs.view(torch.uint8))
+    for wanted in (torch.bfloat16, torch.float32, torch.float64):
+        back = dequantize(values.cuda(), scales.cuda(), wanted)
+        assert back.dtype == wanted and torch.equal(back.cpu(), dequantize(values, scales, wanted))
+
+
+def test_what_is_not_a_number_stays_so():
+    weight = torch.randn(130, 140).cuda()
+    weight[129, 3] = float("nan")
+    values, scales = quantize(weight)
+    assert torch.isnan(dequantize(values, scales, torch.float32)).nonzero().tolist() == [[129, 3]]
+
+
+def test_a_matrix_that_is_not_contiguous_is_quantized_as_it_reads():
+    weight = torch.randn(256, 300).bfloat16().cuda()
+    for ours, copied in zip(quantize(weight.t()), quantize(weight.t().contiguous()), strict=True):
+        assert torch.equal(ours.view(torch.uint8), copied.view(torch.uint8))
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])

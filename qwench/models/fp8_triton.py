@@ -1,0 +1,60 @@
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN001, ANN202 - in kernels, annotations mean something else to Triton
+"""Block-wise FP8 on a GPU in one pass over memory, with the bits of `models.fp8`; a program handles one block."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwench.models.fp8 import BLOCK, FP8_DTYPE, LARGEST, SCALE_DTYPE, scale_shape
+
+
+@triton.jit
+def _block_of(rows, columns, block: tl.constexpr):
+    """Return the places [block, block] of this program's elements, which of them exist, and the place of their scale."""
+    row = tl.program_id(0) * block + tl.arange(0, block)[:, None]
+    column = tl.program_id(1) * block + tl.arange(0, block)[None, :]
+    scale_place = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    return row.to(tl.int64) * columns + column, (row < rows) & (column < columns), scale_place
+
+
+@triton.jit
+def _quantize_kernel(weight, values, scales, rows, columns, largest: tl.constexpr, block: tl.constexpr):
+    place, exists, scale_place = _block_of(rows, columns, block)
+    value = tl.load(weight + place, mask=exists, other=0.0).to(tl.bfloat16).to(tl.float32)
+    peak = tl.max(tl.max(tl.abs(value), axis=1), axis=0)
+    scale = tl.where(peak > 0, tl.div_rn(peak, largest + peak * 0), 1.0)
+    scaled = tl.div_rn(value, scale + value * 0)
+    # Clipping keeps what is not a number, so that nobody generates from weights that are broken.
+    clipped = tl.clamp(scaled, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(values + place, clipped.to(tl.float8e4nv), mask=exists)
+    tl.store(scales + scale_place, scale)
+
+
+@triton.jit
+def _dequantize_kernel(values, scales, weight, rows, columns, block: tl.constexpr):
+    place, exists, scale_place = _block_of(rows, columns, block)
+    value = tl.load(values + place, mask=exists, other=0.0).to(tl.float32) * tl.load(scales + scale_place).to(tl.float32)
+    tl.store(weight + place, value.to(weight.dtype.element_ty), mask=exists)
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """See `fp8.quantize`."""
+    weight = weight.detach().contiguous()
+    values = torch.empty(weight.shape, dtype=FP8_DTYPE, device=weight.device)
+    scales = torch.empty(scale_shape(weight.shape), dtype=SCALE_DTYPE, device=weight.device)
+    with torch.cuda.device(weight.device):
+        _quantize_kernel[tuple(scales.shape)](weight, values, scales, *weight.shape, LARGEST, BLOCK, num_warps=8)
+    return values, scales
+
+
+def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `fp8.dequantize`."""
+    weight, scale = weight.contiguous(), scale.contiguous()
+    values = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    with torch.cuda.device(weight.device):
+        _dequantize_kernel[tuple(scale.shape)](weight, scale, values, *weight.shape, BLOCK, num_warps=8)
+    return values
