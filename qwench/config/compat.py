@@ -269,12 +269,6 @@ def check_supported(config: Config) -> None:
             raise ConfigError(problem)
 
 
-def _remote_reward(config: Config) -> str | None:
-    if config.reward.rm_url is not None or (config.reward.rm_type or "").endswith("remote_rm"):
-        return "--rm-type remote_rm and --rm-url arrive with the remote reward; use --custom-rm-path"
-    return None
-
-
 def _estimator(config: Config) -> str | None:
     estimator = config.algorithm.advantage_estimator
     if estimator == "ppo":
@@ -304,7 +298,6 @@ def _optimizer(config: Config) -> str | None:
 
 
 NOT_YET: tuple[Callable[[Config], str | None], ...] = (
-    _remote_reward,
     _estimator,
     _loss,
     _loss_mask,

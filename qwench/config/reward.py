@@ -13,7 +13,7 @@ class RewardConfig:
     """The reward function and its workers."""
 
     rm_type: str | None = None
-    """Built-in reward: deepscaler, math, dapo ...; a row's metadata.rm_type wins over it."""
+    """Built-in reward: deepscaler, math, dapo, f1, gpqa, random, remote_rm; a row's metadata.rm_type wins over it."""
     rm_url: str | None = None
     """Address of the reward server of --rm-type remote_rm."""
     reward_key: str | None = None
@@ -38,3 +38,5 @@ class RewardConfig:
         check_import_path("--custom-reward-post-process-path", self.custom_reward_post_process_path)
         if self.rm_type is not None and self.rm_type.endswith("remote_rm") and self.rm_url is None:
             raise ConfigError("--rm-type remote_rm needs the address of the reward server; give --rm-url")
+        if self.rm_url is not None and not self.rm_url.startswith(("http://", "https://")):
+            raise ConfigError(f"--rm-url must begin with http:// or https://, got {self.rm_url!r}")

@@ -17,9 +17,8 @@ from qwench.data.prompts import LoadedPrompts, load_prompts
 from qwench.models.hf import load_hf_config, load_tokenizer
 from qwench.models.registry import check_architecture
 from qwench.observability.console import Console, QuietConsole, open_console
+from qwench.rewards.graders import needs_label
 from qwench.training.megatron.layout import ParallelLayout, check_layout
-
-_LABEL_FREE_REWARDS = ("random", "remote_rm")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,7 +157,8 @@ def read_eval_prompts(inputs: Inputs) -> dict[str, LoadedPrompts]:
 
 def needs_labels(config: Config) -> bool:
     """Tell whether the reward compares with a label; a custom one decides for itself."""
-    return config.reward.custom_rm_path is None and config.reward.rm_type not in (None, *_LABEL_FREE_REWARDS)
+    reward = config.reward
+    return reward.custom_rm_path is None and reward.rm_type is not None and needs_label(reward.rm_type)
 
 
 def say_dropped(console: Console, flag: str, loaded: LoadedPrompts, limit: int | None) -> None:

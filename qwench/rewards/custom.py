@@ -13,20 +13,18 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from math import isfinite
-from numbers import Real
 from typing import Any
 
 from qwench.errors import RewardError
 from qwench.plugins import Function, load_function
+from qwench.rewards.scores import Answer, read_answer
 from qwench.samples import Sample, Verdict
 
 _FLAG = "--custom-rm-path"
 _MAX_THREADS = 64  # plain functions at work at once; more would only wait for each other
 _TIMEOUT = Verdict(score=0.0, reason="timeout")
-Answer = Any  # what the user's function returned; `_verdict` checks it
 
 
 class CustomReward:
@@ -84,12 +82,8 @@ class CustomReward:
             return _TIMEOUT
 
     def _verdict(self, answer: Answer, what: str) -> Verdict:
-        verdict = answer
-        if isinstance(answer, Real):
-            verdict = Verdict(score=float(answer), reason="custom")
-        elif isinstance(answer, Mapping) and isinstance(score := answer.get(self._key), Real):
-            verdict = Verdict(score=float(score), reason=str(answer.get("reason", "custom")), extra=dict(answer))
-        if not isinstance(verdict, Verdict) or not isfinite(verdict.score):
+        verdict = read_answer(answer, key=self._key, source="custom")
+        if verdict is None:
             raise RewardError(
                 f"{_FLAG} {self._path} must return a finite number, a Verdict or a dict with a number under {self._key!r} "
                 f"(--reward-key) for {what}, got {answer!r}."

@@ -15,6 +15,8 @@ _ADVICE = {
     "`qwench sft`, or raise --rollout-max-response-len until responses end",
     "no_answer_line": "the dapo reward reads only a line `Answer: ...`: ask for one in the prompt, or use --rm-type math "
     "for boxes",
+    "no_choice": "the gpqa reward finds no letter in the response: ask for one in the prompt, or raise "
+    "--rollout-max-response-len until responses end",
     "empty_label": "the labels are empty: check --label-key",
     "unparseable": "the answers cannot be read as expressions: look at some with `qwench reward check`",
     "timeout": "grading runs out of time: raise --reward-timeout-s or --reward-num-workers",

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from qwench.errors import ConfigError, RewardError
-from qwench.rewards import dapo, deepscaler, math
+from qwench.rewards import dapo, deepscaler, f1, gpqa, math
 from qwench.rewards.answers import last_box
 from qwench.rewards.expressions import Question
-from qwench.samples import Sample, Verdict
+from qwench.rewards.remote import REMOTE
+from qwench.samples import Prompt, Sample, Verdict
 
 Grader = Callable[[Sample], Verdict | Question]
 """Judges a sample in microseconds, or returns what a worker has to decide."""
@@ -18,9 +19,11 @@ TextGrader = Callable[[str, str], Verdict | Question]
 """The same from (response, label)."""
 
 BOX_PREFIX = "boxed_"
-TEXT_GRADERS: dict[str, TextGrader] = {"deepscaler": deepscaler.grade, "math": math.grade, "dapo": dapo.grade}
+TEXT_GRADERS: dict[str, TextGrader] = {"deepscaler": deepscaler.grade, "math": math.grade, "dapo": dapo.grade, "f1": f1.grade}
 RANDOM = "random"
-_LATER = ("f1", "gpqa", "ifbench", "remote_rm")
+GPQA = "gpqa"
+_LOOKS_FOR_A_BOX = ("deepscaler", "math")
+_ELSEWHERE = {"ifbench": "it needs the checkers of IFBench; install them and call them from a function of your own"}
 
 
 @lru_cache  # rows name the same few
@@ -33,22 +36,50 @@ def find_grader(rm_type: str) -> Grader:
     inner = rm_type.removeprefix(BOX_PREFIX)
     if rm_type == RANDOM:
         return toss_coin
+    if inner == REMOTE:
+        return _refuse_remote
+    if is_boxed(rm_type) and inner in _LOOKS_FOR_A_BOX:
+        raise ConfigError(
+            f"--rm-type {rm_type!r} looks for a box inside the box, so every score would be 0; use --rm-type {inner}."
+        )
+    read = _read_box if is_boxed(rm_type) else _read_response
+    if inner == GPQA:
+        return lambda sample: gpqa.grade(read(sample), _label(sample), {**sample.prompt.metadata, **sample.metadata})
     if inner in TEXT_GRADERS:
-        if inner == rm_type:
-            return _on_response(TEXT_GRADERS[inner])
-        if inner != "dapo":
-            raise ConfigError(
-                f"--rm-type {rm_type!r} looks for a box inside the box, so every score would be 0; use --rm-type {inner}."
-            )
-        return _on_box(TEXT_GRADERS[inner])
-    known = ", ".join([*TEXT_GRADERS, f"{BOX_PREFIX}dapo", RANDOM])
-    problem = "is not available in this version" if inner in _LATER else "is unknown"
-    raise ConfigError(f"--rm-type {rm_type!r} {problem}; known: {known}, or your own with --custom-rm-path.")
+        grade = TEXT_GRADERS[inner]
+        return lambda sample: grade(read(sample), _label(sample))
+    if inner in _ELSEWHERE:
+        raise ConfigError(f"--rm-type {rm_type!r} is not built in: {_ELSEWHERE[inner]} (--custom-rm-path).")
+    known = ", ".join([*TEXT_GRADERS, GPQA, *(f"{BOX_PREFIX}{name}" for name in ("dapo", "f1", GPQA)), RANDOM, REMOTE])
+    raise ConfigError(f"--rm-type {rm_type!r} is unknown; known: {known}, or your own with --custom-rm-path.")
+
+
+def is_boxed(rm_type: str) -> bool:
+    """Tell whether only what the last box holds is graded."""
+    return rm_type.startswith(BOX_PREFIX)
+
+
+def is_remote(rm_type: str) -> bool:
+    """Tell whether a server grades."""
+    return rm_type.removeprefix(BOX_PREFIX) == REMOTE
 
 
 def needs_label(rm_type: str) -> bool:
     """Tell whether a `--rm-type` compares with a label."""
-    return rm_type != RANDOM
+    return rm_type != RANDOM and not is_remote(rm_type)
+
+
+def check_label(rm_type: str, prompt: Prompt) -> None:
+    """Check that a prompt's label is one that its reward can compare with.
+
+    Raises:
+        RewardError: it is not.
+    """
+    inner = rm_type.removeprefix(BOX_PREFIX)
+    if inner == "dapo":
+        dapo.integer_label(prompt.label or "")
+    if inner == GPQA:
+        gpqa.read_question(prompt.label or "", prompt.metadata)
 
 
 def toss_coin(sample: Sample) -> Verdict:
@@ -56,16 +87,16 @@ def toss_coin(sample: Sample) -> Verdict:
     return Verdict(score=float(random.Random(sample.sample_id).randint(0, 1)), reason=RANDOM)
 
 
-def _on_response(grade: TextGrader) -> Grader:
-    return lambda sample: grade(sample.response, _label(sample))
+def _refuse_remote(sample: Sample) -> Verdict:
+    raise RewardError(f"sample {sample.sample_id} is graded by {REMOTE}, and no --rm-url is given.")
 
 
-def _on_box(grade: TextGrader) -> Grader:
-    def grade_box(sample: Sample) -> Verdict | Question:
-        inside = last_box(sample.response)
-        return grade(inside or "", _label(sample))
+def _read_response(sample: Sample) -> str:
+    return sample.response
 
-    return grade_box
+
+def _read_box(sample: Sample) -> str:
+    return last_box(sample.response) or ""
 
 
 def _label(sample: Sample) -> str:

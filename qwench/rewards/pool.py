@@ -15,11 +15,12 @@ import asyncio
 import queue
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
-from qwench.errors import RewardError
 from qwench.rewards.custom import CustomReward
 from qwench.rewards.expressions import Question
+from qwench.rewards.graders import find_grader, is_boxed, is_remote
+from qwench.rewards.remote import RemoteReward
+from qwench.rewards.scores import pick_score
 from qwench.rewards.spec import RewardSpec
 from qwench.rewards.worker_process import WorkerProcess
 from qwench.samples import Sample, Verdict
@@ -32,6 +33,7 @@ class RewardPool:
         assert num_workers > 0 and timeout_s > 0, f"a pool needs workers and time, got {num_workers} and {timeout_s} s"
         self._reward = reward
         self._custom = CustomReward(reward.custom_path, key=reward.key, timeout_s=timeout_s) if reward.custom_path else None
+        self._remote = RemoteReward(reward.url, key=reward.key) if reward.url else None
         self._workers = [WorkerProcess(timeout_s=timeout_s) for _ in range(num_workers)]
         self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
         for worker in self._workers:
@@ -43,11 +45,14 @@ class RewardPool:
         """Return the verdict on one sample.
 
         Raises:
-            RewardError: the sample has no label where one is needed, or a custom function failed.
+            RewardError: the sample has no label where one is needed, or a custom function or a reward server failed.
         """
         if self._custom is not None:
             return pick_score(await self._custom.grade(sample), self._reward.key)
-        outcome = self._reward.grader_for(sample)(sample)
+        rm_type = self._reward.type_of(sample)
+        if self._remote is not None and is_remote(rm_type):
+            return pick_score(await self._remote.grade(sample, boxed=is_boxed(rm_type)), self._reward.key)
+        outcome = find_grader(rm_type)(sample)
         if isinstance(outcome, Question):
             outcome = await asyncio.get_running_loop().run_in_executor(self._threads, self._settle, outcome)
         return pick_score(outcome, self._reward.key)
@@ -72,20 +77,3 @@ class RewardPool:
             return worker.settle(question)
         finally:
             self._idle.put(worker)
-
-
-def pick_score(verdict: Verdict, key: str | None) -> Verdict:
-    """Return the verdict with the value that `--reward-key` names as its score; `score` names the score itself.
-
-    Raises:
-        RewardError: the reward's record has no number under this key.
-    """
-    if key is None or key == "score" or not verdict.graded:
-        return verdict
-    value = verdict.extra.get(key)
-    if not isinstance(value, int | float):
-        known = {"score": None} | {name: None for name, entry in verdict.extra.items() if isinstance(entry, int | float)}
-        raise RewardError(
-            f"--reward-key or --eval-reward-key {key!r} names no number of this reward; known: {', '.join(known)}."
-        )
-    return replace(verdict, score=float(value))

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from qwench.errors import ConfigError, RewardError
-from qwench.rewards.dapo import integer_label
-from qwench.rewards.graders import BOX_PREFIX, Grader, find_grader, needs_label
+from qwench.rewards.graders import check_label, find_grader, is_remote, needs_label
 from qwench.samples import Json, Prompt, Sample
 
 
@@ -19,6 +18,8 @@ class RewardSpec:
     """`--rm-type`; a sample's `metadata.rm_type` wins over it."""
     custom_path: str | None = None
     """`--custom-rm-path package.module.function`; wins over every rm_type."""
+    url: str | None = None
+    """`--rm-url`: of the server that `remote_rm` asks."""
     key: str | None = None
     """`--reward-key`: the value of the reward's record that is the score."""
 
@@ -37,9 +38,9 @@ class RewardSpec:
             raise ConfigError("no reward is chosen: pass --rm-type or --custom-rm-path, or give every row a metadata.rm_type.")
         return chosen
 
-    def grader_for(self, sample: Sample) -> Grader:
-        """Return the grader of one sample."""
-        return find_grader(self.type_for(sample.metadata if "rm_type" in sample.metadata else sample.prompt.metadata))
+    def type_of(self, sample: Sample) -> str:
+        """Return the rm_type of one sample."""
+        return self.type_for(sample.metadata if "rm_type" in sample.metadata else sample.prompt.metadata)
 
     def check_prompts(self, prompts: Iterable[Prompt]) -> None:
         """Check that every prompt can be graded.
@@ -52,14 +53,11 @@ class RewardSpec:
         for row, prompt in enumerate(prompts):
             rm_type = self.type_for(prompt.metadata)
             find_grader(rm_type)
+            if is_remote(rm_type) and self.url is None:
+                raise ConfigError(f"row {row} of the prompts is graded by {rm_type}; give the server's address by --rm-url.")
             if needs_label(rm_type) and prompt.label is None:
                 raise ConfigError(f"row {row} of the prompts has no label, which --rm-type {rm_type} needs; pass --label-key.")
-            if rm_type.removeprefix(BOX_PREFIX) == "dapo":
-                _check_integer_label(row, prompt.label or "")
-
-
-def _check_integer_label(row: int, label: str) -> None:
-    try:
-        integer_label(label)
-    except RewardError as error:
-        raise ConfigError(f"row {row} of the prompts: {error}") from error
+            try:
+                check_label(rm_type, prompt)
+            except RewardError as error:
+                raise ConfigError(f"row {row} of the prompts: {error}") from error

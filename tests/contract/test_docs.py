@@ -11,7 +11,7 @@ import pytest
 from qwench.cli import VERBS
 from qwench.config.convert import ConvertConfig
 from qwench.config.parse import parse_flags, parse_sft, parse_train
-from qwench.config.verbs import DoctorConfig, DownloadConfig, MakeModelConfig, split_names
+from qwench.config.verbs import DoctorConfig, DownloadConfig, MakeModelConfig, RewardCheckConfig, split_file, split_names
 from tests.contract.test_scripts import SCRIPTS, expand, stage, world
 
 __all__ = ["stage", "world"]  # fixtures
@@ -55,6 +55,10 @@ def _qwench(words: Sequence[str], stage: Path, world: dict[str, str]) -> None:
         models = {"--hf-checkpoint": f"{world['MODEL_DIR']}/Qwen3-0.6B"}
         data = {"--prompt-data": f"{world['DATA_DIR']}/dapo-math-17k/dapo-math-17k.jsonl"}
         parse_train([*rest, *(word for pair in (models | data).items() for word in pair)])
+    elif verb == "reward":
+        assert rest[0] == "check"
+        _, flags = split_file(rest[1:], usage="")
+        parse_flags(RewardCheckConfig, flags, prog="qwench reward check")
     elif verb == "download":
         names, flags = split_names(rest)
         assert names

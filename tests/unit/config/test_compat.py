@@ -5,14 +5,12 @@ from qwench.config import (
     Config,
     DataConfig,
     OptimizerConfig,
-    RewardConfig,
 )
 from qwench.config.compat import EMBEDDED_ALIASES, NEUTRAL, NEUTRAL_BY_NAME, SHORTHANDS, neutral_flag
 from qwench.config.flags import flag_table
 from qwench.errors import ConfigError
 
 NOT_YET = [
-    ({"reward": RewardConfig(rm_url="http://a")}, "--rm-type remote_rm and --rm-url arrive with the remote reward"),
     ({"algorithm": AlgorithmConfig(advantage_estimator="ppo")}, "--advantage-estimator ppo is not supported"),
     ({"algorithm": AlgorithmConfig(loss_type="custom_loss")}, "--loss-type custom_loss is not supported"),
     ({"data": DataConfig(loss_mask_type="qwen3_5")}, "--loss-mask-type qwen3_5 is not supported"),

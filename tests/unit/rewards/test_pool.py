@@ -15,8 +15,9 @@ import pytest
 
 from qwench.config.reward import RewardConfig
 from qwench.errors import ConfigError, RewardError
-from qwench.rewards.pool import RewardPool, pick_score
+from qwench.rewards.pool import RewardPool
 from qwench.rewards.registry import build_pool
+from qwench.rewards.scores import pick_score
 from qwench.rewards.spec import RewardSpec
 from qwench.samples import Prompt, Verdict
 from tests.unit.rewards.samples import finished
@@ -151,8 +152,11 @@ def test_missing_label_is_an_error_not_a_zero(pool: RewardPool) -> None:
 @pytest.mark.parametrize(
     ("rm_type", "message"),
     [
-        ("deepscale", "is unknown; known: deepscaler, math, dapo, boxed_dapo, random"),
-        ("f1", "is not available in this version"),
+        (
+            "deepscale",
+            "is unknown; known: deepscaler, math, dapo, f1, gpqa, boxed_dapo, boxed_f1, boxed_gpqa, random, remote_rm,",
+        ),
+        ("ifbench", r"is not built in: it needs the checkers of IFBench; .* \(--custom-rm-path\)"),
         ("boxed_math", "use --rm-type math"),
     ],
 )

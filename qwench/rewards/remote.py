@@ -1,0 +1,107 @@
+"""`--rm-type remote_rm`: a server of the user grades.
+
+    POST --rm-url {"prompt": ..., "response": ..., "label": ...}  ->  0.5  or  {"score": 0.5}; --reward-key: another key
+
+A request that fails is sent again, 10 times in all, after 1, 2, 4, ... at most 30 s and up to one more; a refusal (400 to 499)
+is not. What cannot be graded in the end ends the run: a broken reward is never a 0. The waits are those of slime's remote_rm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from qwench.errors import ConfigError, RewardError
+from qwench.rewards.answers import last_box
+from qwench.rewards.scores import Answer, read_answer
+from qwench.samples import Sample, Verdict
+
+REMOTE = "remote_rm"
+ATTEMPTS = 10
+REQUEST_TIMEOUT_S = 120.0
+LONGEST_PAUSE_S = 30.0
+CONNECT_TIMEOUT_S = 10.0
+_SHOWN_CHARS = 200
+_REQUESTS_AT_ONCE = 64
+_SENT_AGAIN = (408, 429)
+"""Refusals that another time may not be."""
+
+
+class RemoteReward:
+    """Asks one server; any number of samples at once, of which a bounded number is sent."""
+
+    def __init__(self, url: str, *, key: str | None) -> None:
+        self._url = url
+        self._key = key
+        self._places = asyncio.Semaphore(_REQUESTS_AT_ONCE)
+
+    async def grade(self, sample: Sample, *, boxed: bool = False) -> Verdict:
+        """Return the server's verdict on one sample.
+
+        Args:
+            boxed: send only what the last box holds.
+
+        Raises:
+            RewardError: the server cannot be reached, refused, or answered no score.
+        """
+        response = (last_box(sample.response) or "") if boxed else sample.response
+        body = {"prompt": sample.prompt.text, "response": response, "label": sample.prompt.label}
+        async with self._places:
+            answer = await self._ask(body, what=f"sample {sample.sample_id}")
+        verdict = read_answer(answer, key=self._key, source="remote")
+        if verdict is None:
+            raise RewardError(
+                f"--rm-url {self._url} must answer a finite number, or an object with one under {self._key or 'score'!r} "
+                f"(--reward-key), for sample {sample.sample_id}; got {str(answer)[:_SHOWN_CHARS]}."
+            )
+        return verdict
+
+    async def _ask(self, body: dict[str, str | None], *, what: str) -> Answer:
+        for attempt in range(ATTEMPTS):
+            try:
+                return await self._post(body)
+            except (_Refused, aiohttp.ClientError, TimeoutError, ValueError) as cause:
+                if (isinstance(cause, _Refused) and cause.is_final) or attempt == ATTEMPTS - 1:
+                    raise RewardError(
+                        f"--rm-url {self._url} did not grade {what}, asked {attempt + 1} times: {str(cause) or repr(cause)}"
+                    ) from cause
+                await asyncio.sleep(pause_s(attempt))
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _post(self, body: dict[str, str | None]) -> Answer:
+        timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
+        async with aiohttp.ClientSession(timeout=timeout) as session, session.post(self._url, json=body) as response:
+            if response.status >= 400:
+                raise _Refused(response.status, (await response.text())[:_SHOWN_CHARS])
+            return await response.json(content_type=None)
+
+
+class _Refused(Exception):  # noqa: N818 - it is caught where it is raised
+    def __init__(self, status: int, said: str) -> None:
+        super().__init__(f"status {status}: {said}")
+        self.is_final = status < 500 and status not in _SENT_AGAIN
+
+
+def pause_s(attempt: int) -> float:
+    """Return how long to wait after attempt 0, 1, ...; the random part keeps many requests from coming again together."""
+    return min(2.0**attempt, LONGEST_PAUSE_S) + random.random()
+
+
+def check_reachable(url: str) -> None:
+    """Make sure that somebody listens, before a run starts that would find out after its first rollout.
+
+    Raises:
+        ConfigError: nobody does.
+    """
+    parts = urlsplit(url)
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname or "", port), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError) as cause:
+        raise ConfigError(
+            f"the reward server --rm-url {url} cannot be reached: {cause}; start it, or correct the flag"
+        ) from cause
