@@ -36,7 +36,8 @@ class EngineConfig:
     sglang_enable_deterministic_inference: bool = False
     """Seed the sampling: sample i of every group uses --rollout-seed + i."""
     update_weight_buffer_size: int = 512 * 1024**2
-    """Bytes of one bucket of published weights; two to four buffers of this size exist meanwhile."""
+    """Bytes of one bucket of published weights; two to four buffers of this size exist meanwhile, a tensor that is larger takes
+    its own size."""
     update_weight_transport: Literal["nccl", "ipc", "broadcast", "disk"] = "nccl"
     """How weights reach engines in other processes. nccl: as their place allows, in shared memory on the trainer's devices,
     by NCCL (gloo on CPUs) elsewhere, from disk where neither works; the others: that way only."""

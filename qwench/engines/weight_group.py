@@ -163,6 +163,6 @@ def _make_group(backend: str, store: dist.Store, rank: int, size: int, timeout: 
     if backend == "gloo":
         return dist.ProcessGroupGloo(store, rank, size, timeout)
     options = dist.ProcessGroupNCCL.Options()
-    # NCCL's watchdog ends the process when this has passed; by then our own deadline has ended the broadcast.
+    # NCCL's watchdog ends the process when this has passed; by then a deadline of ours has ended the broadcast.
     options._timeout = timeout + _WATCHDOG_GRACE
     return dist.ProcessGroupNCCL(store, rank, size, options)

@@ -122,8 +122,8 @@ def quantized(buckets: Iterable[Sequence[tuple[str, Tensor]]]) -> Iterator[list[
 
 
 def _has_kernels(weight: Tensor) -> bool:
-    """Tell whether Triton knows e4m3 there: AMD's GPUs before gfx950 have another format of 8 bits."""
-    return weight.is_cuda and torch.version.hip is None
+    """Tell whether Triton knows e4m3 there: from compute capability 8.9 on; AMD's GPUs before gfx950 have another format."""
+    return weight.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(weight.device) >= (8, 9)
 
 
 def _kernels() -> Any:  # a module that mypy does not check

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def"
 # ruff: noqa: ANN001, ANN202 - in kernels, annotations mean something else to Triton
-"""Block-wise FP8 on a GPU in one pass over memory, with the bits of `models.fp8`; a program handles one block."""
+"""Block-wise FP8 on a GPU in one pass over memory, with the bits of `models.fp8` for finite values; a block a program."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
 r"""`--rm-type gpqa`: 1 if the response chooses the right option of a multiple-choice question, else 0.
 
-Read is what follows the last `</think>`, or everything: the last box that holds a letter, else the last statement like
-`answer is (B)`, else the last letter that stands alone. A response that chooses no letter is right if it states the right
-option's text. The label is a letter, the text of a choice, or a choice's number from 0 on. A row's metadata may hold
+Read is what follows the last `</think>`, or everything: the letter in the last box, else that of the last statement like
+`answer is (B)`, else like `option B` or `B is correct`, else the last capital letter that stands alone. A response that chooses
+no letter is right if it states the right option's text. The label is a letter, the text of a choice, or a choice's number from
+0 on. A row's metadata may hold
 
     choices          texts in order, or an object of letter -> text
     valid_letters    instead of A, B, ... as many as there are choices (10 where they are not given)
-    correct_letter   wins over the label
+    correct_letter   wins over the label, which may then be absent
 
 Source: GPQA (arXiv 2311.12022); the metadata are those of slime's gpqa reward.
 """
@@ -19,15 +20,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qwench.errors import RewardError
-from qwench.rewards.answers import after_thinking
+from qwench.rewards.answers import after_thinking, last_box
 from qwench.samples import Json, Verdict
 
 _MOST_LETTERS = 10
-_BOX = re.compile(r"\\boxed\{\s*(?:\\(?:text|textbf|mathrm|mathbf)\{)?\s*\(?([A-Za-z])\)?[.:]?\s*\}")
-_STATEMENT = re.compile(
-    r"\b(?:answer|option|choice)(?:\s+is)?\s*[:=]?\s*(?:option\s+|choice\s+)?[*_$]*\(?([A-Z])\)?(?![\w'])"
-    r"|(?<![\w'])\(?([A-Z])\)?[*_$]*\s+is\s+(?:the\s+)?correct",
-    re.IGNORECASE,
+_LETTER = r"[*_$]*(?:\(([A-Za-z])\)|([A-Z]))(?![\w'])"
+"""Capital, or in parentheses: `a` is an article."""
+_IN_BOX = re.compile(r"^(?:\\(?:text|textbf|mathrm|mathbf)\{)?\s*\(?([A-Za-z])(?:[).:,}]|\s*$)")
+_ANSWER = re.compile(r"\b(?i:answer)(?:\s+is)?\s*[:=]?\s*(?:(?i:option|choice)\s+)?" + _LETTER)
+_OPTION = re.compile(
+    r"\b(?i:option|choice)(?:\s+is)?\s*[:=]?\s*" + _LETTER + r"|(?<![\w'])\(?([A-Z])\)?[*_$]*\s+is\s+(?:the\s+)?correct"
 )
 _ALONE = re.compile(r"(?<![\w'])([A-Z])(?![\w'])")
 
@@ -62,9 +64,10 @@ def grade(response: str, label: str, metadata: Mapping[str, Json]) -> Verdict:
 
 
 def chosen_letter(text: str, letters: Sequence[str]) -> str | None:
-    """Return the letter that a text settles on, if it is one of these."""
-    for found in (_BOX.findall(text), ["".join(groups) for groups in _STATEMENT.findall(text)], _ALONE.findall(text)):
-        valid = [letter.upper() for letter in found if letter.upper() in letters]
+    """Return the letter that a text settles on, if it is one of these; of statements of one kind the last one."""
+    boxed = _IN_BOX.findall((last_box(text) or "").strip())
+    for found in (boxed, *(pattern.findall(text) for pattern in (_ANSWER, _OPTION, _ALONE))):
+        valid = [letter for match in found if (letter := "".join(match).upper()) in letters]
         if valid:
             return valid[-1]
     return None
@@ -77,6 +80,8 @@ def read_question(label: str, metadata: Mapping[str, Json]) -> Question:
         RewardError: they do not say which option is right.
     """
     choices = metadata.get("choices") or ()
+    if isinstance(choices, str):
+        raise RewardError(f"--rm-type gpqa needs metadata.choices as a list or an object, got the text {choices[:40]!r}.")
     texts = [str(choice) for choice in (choices.values() if isinstance(choices, Mapping) else choices)]
     given = metadata.get("valid_letters") or (choices.keys() if isinstance(choices, Mapping) else ())
     letters = tuple(str(letter).upper() for letter in given) or tuple(string.ascii_uppercase[: len(texts) or _MOST_LETTERS])
@@ -95,9 +100,12 @@ def read_question(label: str, metadata: Mapping[str, Json]) -> Question:
 
 
 def _right_letter(label: str, letters: Sequence[str], texts: Sequence[str], metadata: Mapping[str, Json]) -> str | None:
-    said = str(metadata.get("correct_letter") or "").strip().upper()
-    if said:
-        return said
+    said = metadata.get("correct_letter")
+    if said is not None:
+        letter = str(said).strip().upper()
+        if letter not in letters:
+            raise RewardError(f"metadata.correct_letter {said!r} is none of the options {', '.join(letters)}.")
+        return letter
     if label.upper() in letters:
         return label.upper()
     for letter, text in zip(letters, texts, strict=False):

@@ -42,12 +42,11 @@ def find_grader(rm_type: str) -> Grader:
         raise ConfigError(
             f"--rm-type {rm_type!r} looks for a box inside the box, so every score would be 0; use --rm-type {inner}."
         )
-    read = _read_box if is_boxed(rm_type) else _read_response
     if inner == GPQA:
-        return lambda sample: gpqa.grade(read(sample), _label(sample), {**sample.prompt.metadata, **sample.metadata})
+        return _boxed_or_whole(rm_type, _choose_from_box if is_boxed(rm_type) else _choose)
     if inner in TEXT_GRADERS:
         grade = TEXT_GRADERS[inner]
-        return lambda sample: grade(read(sample), _label(sample))
+        return _boxed_or_whole(rm_type, lambda response, sample: grade(response, _label(sample)))
     if inner in _ELSEWHERE:
         raise ConfigError(f"--rm-type {rm_type!r} is not built in: {_ELSEWHERE[inner]} (--custom-rm-path).")
     known = ", ".join([*TEXT_GRADERS, GPQA, *(f"{BOX_PREFIX}{name}" for name in ("dapo", "f1", GPQA)), RANDOM, REMOTE])
@@ -65,8 +64,8 @@ def is_remote(rm_type: str) -> bool:
 
 
 def needs_label(rm_type: str) -> bool:
-    """Tell whether a `--rm-type` compares with a label."""
-    return rm_type != RANDOM and not is_remote(rm_type)
+    """Tell whether a `--rm-type` compares with a label, and with nothing else that a row may bring."""
+    return rm_type not in (RANDOM, GPQA, BOX_PREFIX + GPQA) and not is_remote(rm_type)
 
 
 def check_label(rm_type: str, prompt: Prompt) -> None:
@@ -91,12 +90,26 @@ def _refuse_remote(sample: Sample) -> Verdict:
     raise RewardError(f"sample {sample.sample_id} is graded by {REMOTE}, and no --rm-url is given.")
 
 
-def _read_response(sample: Sample) -> str:
-    return sample.response
+def _boxed_or_whole(rm_type: str, grade: Callable[[str, Sample], Verdict | Question]) -> Grader:
+    """Return a grader of what a reward reads: the response, or what its last box holds."""
+    if not is_boxed(rm_type):
+        return lambda sample: grade(sample.response, sample)
+
+    def grade_box(sample: Sample) -> Verdict | Question:
+        inside = last_box(sample.response)
+        if inside is None and rm_type != BOX_PREFIX + "dapo":  # dapo has a score of its own for no answer
+            return Verdict(score=0.0, reason="no_box")
+        return grade(inside or "", sample)
+
+    return grade_box
 
 
-def _read_box(sample: Sample) -> str:
-    return last_box(sample.response) or ""
+def _choose_from_box(inside: str, sample: Sample) -> Verdict:
+    return _choose(f"\\boxed{{{inside}}}", sample)  # in a box more is a letter than outside
+
+
+def _choose(response: str, sample: Sample) -> Verdict:
+    return gpqa.grade(response, sample.prompt.label or "", {**sample.prompt.metadata, **sample.metadata})
 
 
 def _label(sample: Sample) -> str:

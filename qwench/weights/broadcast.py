@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,6 +29,8 @@ from qwench.weights.receivers import HttpReceiver, Receiver
 
 JOIN_TIMEOUT_S = 120.0
 LEAVE_TIMEOUT_S = 10.0
+_GRACE_S = 2.0
+"""For engines to say why a broadcast failed."""
 GROUP_NAME = "qwench_weights"
 
 
@@ -42,6 +44,8 @@ class BroadcastLink:
         """Of the engines, to each buffer under way."""
         self._waits: list[Callable[[], None]] = []
         """For rank 0's own part in each of them."""
+        self._refusals: list[BaseException] = []
+        """What engines said against them; that is why the group was given up then."""
 
     def start(
         self,
@@ -66,7 +70,7 @@ class BroadcastLink:
         group = self._group_with(receivers, tensor.device, loop=loop, timeout_s=timeout_s)
         with self._dropping_on_failure():
             asking = [receiver.take_broadcast(GROUP_NAME, entries, portion) for receiver in receivers]
-            self._answers.append(loop.start(_ask(group, asking)))
+            self._answers.append(loop.start(self._ask(group, asking)))
             self._waits.append(group.start(tensor))
 
     def wait(self, *, left: int = 0) -> None:
@@ -112,37 +116,36 @@ class BroadcastLink:
             self._members = members
         return self._group
 
+    async def _ask(self, group: WeightGroup, asking: Sequence[Coroutine[Any, Any, None]]) -> None:
+        """Return when every engine has answered; where one does not take the buffer, nobody needs to wait for it."""
+        try:
+            await _all(asking)
+        except BaseException as refusal:
+            self._refusals.append(refusal)
+            group.give_up()
+            raise
+
     @contextmanager
     def _dropping_on_failure(self) -> Iterator[None]:
         try:
             yield
-        except WeightSyncError:
-            try:
-                for answer in self._answers:
-                    answer.result()  # an engine that refused a buffer, or is gone, says more than the group does
-            finally:
-                self._drop()
-            raise
+        except WeightSyncError as failure:
+            wait(self._answers, timeout=_GRACE_S, return_when=FIRST_EXCEPTION)
+            refusals = self._refusals
+            self._drop()
+            # An engine that refused a buffer, or is gone, says more than the group that was given up for it.
+            raise (refusals[0] if refusals else failure) from failure.__cause__
         except BaseException:
             self._drop()
             raise
 
     def _drop(self) -> None:
         group, self._group, self._members = self._group, None, ()
-        answers, self._answers, self._waits = self._answers, [], []
+        answers, self._answers, self._waits, self._refusals = self._answers, [], [], []
         if group is not None:
             group.close()
         for answer in answers:
             answer.cancel()
-
-
-async def _ask(group: WeightGroup, asking: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Return when every engine has answered; where one does not take the buffer, nobody needs to wait for it."""
-    try:
-        await _all(asking)
-    except BaseException:
-        group.give_up()
-        raise
 
 
 async def _join(device: torch.device, receivers: Sequence[Receiver], *, timeout_s: float) -> WeightGroup:

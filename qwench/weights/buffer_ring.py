@@ -10,8 +10,14 @@ from qwench.engines.shared_buffer import SharedBuffer
 class BufferRing:
     """Owns the buffers until `close`."""
 
-    def __init__(self, size: int) -> None:
-        """Make room for `size` buffers; each takes memory when it is first used."""
+    def __init__(self, size: int, *, bucket_bytes: int) -> None:
+        """Make room for `size` buffers; each takes memory when it is first used.
+
+        Args:
+            bucket_bytes: of a bucket that is full. On a GPU every buffer has room for one: receivers keep those open that
+                larger ones replace.
+        """
+        self._bucket_bytes = bucket_bytes
         self._buffers: list[SharedBuffer | None] = [None] * size
         self._turn = 0
 
@@ -23,7 +29,8 @@ class BufferRing:
             self._buffers[place] = None
             if buffer is not None:
                 buffer.close()
-            buffer = self._buffers[place] = SharedBuffer.allocate(num_bytes, device)
+            least_bytes = self._bucket_bytes if device.type == "cuda" else 0
+            buffer = self._buffers[place] = SharedBuffer.allocate(max(num_bytes, least_bytes), device)
         return buffer
 
     def close(self) -> None:

@@ -12,17 +12,17 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from qwench.engines.event_loop import EventLoopThread
 from qwench.engines.flat_bucket import TensorEntry, entries_of, flatten_into, size_bytes
 from qwench.engines.placement import EngineAddress, Placement, placement_of
 from qwench.engines.protocol import Portion, WeightBucket
-from qwench.engines.shared_buffer import SharedBuffer
 from qwench.errors import QwenchError, WeightSyncError
 from qwench.models.hf import write_hf_checkpoint
 from qwench.weights.broadcast import BroadcastLink
@@ -78,6 +78,17 @@ def publish_from_rank(
         publication.confirm()
 
 
+@dataclass
+class _Parcel:
+    """What one rank sends of a bucket."""
+
+    entries: Sequence[TensorEntry] = ()
+    offers: dict[str, str] = field(default_factory=dict)
+    """See `IpcSender.offers`."""
+    content: Tensor | None = None
+    """The flat bucket, if this rank sends any; it lies in a buffer of the ring."""
+
+
 class _Publication:
     """One rank's part in one publication: plan -> (send | send_folder)* -> confirm -> close."""
 
@@ -125,7 +136,7 @@ class _Publication:
         """
         ipc = IpcSender(self._ranks.rank, self._served("ipc"), self._loop)
         window = self._window()
-        ring = BufferRing(window + 1)
+        ring = BufferRing(window + 1, bucket_bytes=self._settings.bucket_bytes)
 
         def wait(left: int) -> QwenchError | None:
             return _failure_of(lambda: ipc.wait(left=left)) or _failure_of(lambda: self._link.wait(left=left))
@@ -133,14 +144,14 @@ class _Publication:
         failure: QwenchError | None = None
         try:
             for portion, bucket in self._numbered(buckets):
-                self._note(bucket)
-                entries = entries_of(bucket)
-                buffer = self._fill(ring, bucket, entries)
-                offers = {} if buffer is None else ipc.offers(buffer, entries)
-                told = self._ranks.exchange({"offers": offers}, failure=failure or wait(left=window - 1))
+                parcel = _Parcel()
+                failure = failure or _failure_of(lambda: self._pack(parcel, bucket, ring, ipc))  # noqa: B023 - called here
+                # The first bucket begins a publication, also one that comes again: no other may overtake it.
+                left = 0 if portion.index == 1 else window - 1
+                told = self._ranks.exchange({"offers": parcel.offers}, failure=failure or wait(left=left))
                 ipc.start({key: offer for one in told for key, offer in one["offers"].items()}, portion)
-                if buffer is not None and self._sends_broadcasts:
-                    failure = _failure_of(lambda: self._start_broadcast(buffer, entries, portion))  # noqa: B023 - called here
+                if parcel.content is not None and self._sends_broadcasts:
+                    failure = _failure_of(lambda: self._start_broadcast(parcel, portion))  # noqa: B023 - called here
             self._ranks.exchange({}, failure=failure or wait(left=0))
         except BaseException:
             self._link.abandon()
@@ -228,18 +239,22 @@ class _Publication:
             yield Portion(version=self._version, index=index, final=following is None), bucket
             index, bucket = index + 1, following
 
-    def _fill(self, ring: BufferRing, bucket: WeightBucket, entries: Sequence[TensorEntry]) -> SharedBuffer | None:
-        """Return a buffer with the bucket's bytes, if this rank sends any."""
+    def _pack(self, parcel: _Parcel, bucket: WeightBucket, ring: BufferRing, ipc: IpcSender) -> None:
+        """Note a bucket, and copy it into a buffer if this rank sends any."""
+        self._note(bucket)
         if not self._served("ipc") and not self._sends_broadcasts:
-            return None
-        buffer = ring.next(size_bytes(entries), bucket[0][1].device)
-        flatten_into(buffer.tensor, bucket, entries)
-        return buffer
+            return
+        parcel.entries = entries_of(bucket)
+        buffer = ring.next(size_bytes(parcel.entries), bucket[0][1].device)
+        flatten_into(buffer.tensor, bucket, parcel.entries)
+        parcel.offers = ipc.offers(buffer, parcel.entries)
+        parcel.content = buffer.tensor[: size_bytes(parcel.entries)]
 
-    def _start_broadcast(self, buffer: SharedBuffer, entries: Sequence[TensorEntry], portion: Portion) -> None:
+    def _start_broadcast(self, parcel: _Parcel, portion: Portion) -> None:
+        assert parcel.content is not None, "rank 0 packs what it sends"
         receivers = [receiver for _, _, receiver in self._served("broadcast")]
-        content = buffer.tensor[: size_bytes(entries)]
-        self._link.start(content, entries, portion, receivers, loop=self._loop, timeout_s=self._settings.timeout_s)
+        timeout_s = self._settings.timeout_s
+        self._link.start(parcel.content, parcel.entries, portion, receivers, loop=self._loop, timeout_s=timeout_s)
 
     def _noted(self, buckets: Iterable[WeightBucket]) -> Iterator[WeightBucket]:
         for bucket in buckets:

@@ -14,6 +14,7 @@ from qwench.engines.placement import EngineAddress
 from qwench.engines.servers import ServerProcess, server_environ
 from qwench.engines.shared_buffer import SharedBuffer, open_buffer
 from qwench.models.tokenizers import build_small_tokenizer
+from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.buckets import bucketed
 from qwench.weights.rank_publication import publish_from_rank
 from qwench.weights.settings import PublicationSettings
@@ -75,13 +76,22 @@ class Source:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
+    yield from serving(tmp_path_factory, gpu=0)
+
+
+@pytest.fixture(scope="module")
+def distant_server(tmp_path_factory):
+    yield from serving(tmp_path_factory, gpu=1)
+
+
+def serving(tmp_path_factory, *, gpu: int):
     folder = tmp_path_factory.mktemp("model")
     make_model("qwen3", seed=3).bfloat16().save_pretrained(folder)
     build_small_tokenizer().save_pretrained(folder)
     command = embedded_command(
         ("--hf-checkpoint", str(folder), "--embedded-kv-cache-tokens", "4096"),
         index=0,
-        gpu_ids=(0,),
+        gpu_ids=(gpu,),
         environ=server_environ(os.environ),
         log_folder=folder,
         token="secret",
@@ -97,9 +107,22 @@ def server(tmp_path_factory):
 @pytest.mark.parametrize("transport", ["nccl", "disk"])
 def test_a_server_on_the_same_gpu_holds_what_was_published(server, transport):
     """`nccl` is the default, which is CUDA IPC here; every tensor is compared by its checksum."""
-    url, folder = server
+    publish_twice(*server, transport=transport)
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_server_on_another_gpu_holds_what_was_broadcast(distant_server):
+    publish_twice(*distant_server, transport="nccl")
+
+
+def publish_twice(url, folder, *, transport: str) -> None:
     source = Source(make_model("qwen3", seed=len(transport)).cuda().bfloat16())
     address = EngineAddress(base_url=url, token="secret", dialect="embedded", placement=None)
     settings = PublicationSettings(bucket_bytes=20_000, transport=transport, model_folder=folder, timeout_s=60)
-    for version in (4, 5):
-        publish_from_rank(source, [address], version, settings)
+    link = BroadcastLink()
+    try:
+        for version in (4, 5):
+            publish_from_rank(source, [address], version, settings, link=link)
+    finally:
+        link.close()

@@ -10,13 +10,15 @@ from qwench.errors import WeightSyncError
 PATIENCE_S = 10.0
 AHEAD = 2
 """How many buckets a sender may have under way before one."""
+NOTHING = (-1, 0)
+"""Version and index while no publication is under way."""
 
 
 class Turns:
     """Lets buckets through one after the other: `come` -> what must happen in order -> `go`."""
 
     def __init__(self) -> None:
-        self._version, self._next = -1, 0
+        self._version, self._next = NOTHING
         self._gone = asyncio.Event()
 
     async def come(self, portion: Portion) -> None:
@@ -38,7 +40,14 @@ class Turns:
 
     def go(self, portion: Portion) -> None:
         """Let the bucket after this one through."""
-        self._version, self._next = (-1, 0) if portion.final else (portion.version, portion.index + 1)
+        self._move(*(NOTHING if portion.final else (portion.version, portion.index + 1)))
+
+    def reset(self) -> None:
+        """Expect a publication from its beginning: one has failed, so the engine refuses what is left of it."""
+        self._move(*NOTHING)
+
+    def _move(self, version: int, index: int) -> None:
+        self._version, self._next = version, index
         self._gone.set()
         self._gone = asyncio.Event()
 

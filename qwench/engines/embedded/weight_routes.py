@@ -109,6 +109,7 @@ class WeightRoutes:
         self._groups: dict[str, WeightGroup] = {}
         self._turns = Turns()
         self._buffers = OpenBuffers()
+        """Of the publication under way; let go of when it ends, fails, or another one begins."""
 
     def add_to(self, router: APIRouter) -> None:
         """Add the paths to a router that lets only those in who may change weights."""
@@ -157,6 +158,7 @@ class WeightRoutes:
 
     async def update_from_disk(self, body: DiskBody) -> Response:
         """Load a checkpoint folder of this machine."""
+        self._buffers.close()
         version = read_version(body.weight_version) if body.weight_version else await self._engine.weight_version() + 1
         receipt = await self._engine.update_weights(read_safetensors(Path(body.model_path)), version=version)
         self._on_new_folder(body.model_path)
@@ -164,6 +166,7 @@ class WeightRoutes:
 
     async def init_group(self, body: GroupBody) -> Response:
         """Join a group in which weights will be broadcast; one of that name that is here already is left."""
+        self._buffers.close()
         await self.destroy_group(GroupNameBody(group_name=body.group_name))
 
         def join() -> WeightGroup:
@@ -211,6 +214,7 @@ class WeightRoutes:
         try:
             receipt = await self._engine.receive_bucket(read, portion)  # first come, first served
         except BaseException:
+            self._turns.reset()
             self._buffers.close()
             raise
         if receipt is not None:

@@ -22,6 +22,14 @@ CHOSEN = [
     ("The answer is A. Wait: the answer is C.", "C"),
     ("The answer depends on D", "D"),  # `depends` is no D: the letter alone is
     ("The answer is easy", None),
+    ("The correct answer is B because the answer is a ketone.", "B"),
+    ("Option B is right: the other option is a racemic mixture.", "B"),
+    ("The answer is a straightforward application of Gauss's law, so B.", "B"),
+    ("The answer is B. Option A, C and D are wrong.", "B"),
+    ("The answer is B, not option C.", "B"),
+    (r"\boxed{B) 20 °C}", "B"),
+    (r"\boxed{b}", "B"),
+    (r"\boxed{20 m}, which is option B", "B"),
     ("Perhaps A or B", "B"),
     ("E", None),
     ("I don't know", None),
@@ -63,5 +71,10 @@ def test_verdicts(response, label, metadata, score, reason):
 def test_a_row_that_does_not_say_what_is_right_is_refused():
     with pytest.raises(RewardError, match=r"the label ' ' is none of the options A, B, C, D, E, F, G, H, I, J\."):
         grade("answer: B", " ", {})
+    for said in ("(B)", 1, "E", ""):
+        with pytest.raises(RewardError, match=r"metadata\.correct_letter .* is none of the options A, B, C, D"):
+            grade("answer: B", "B", CHOICES | {"correct_letter": said})
+    with pytest.raises(RewardError, match=r"metadata\.choices as a list or an object, got the text '10 m, 20 m'"):
+        grade("answer: B", "B", {"choices": "10 m, 20 m"})
     with pytest.raises(RewardError, match=r"the label 'E' is none of the options A, B, C, D nor of their texts\."):
         grade("answer: E", "E", CHOICES)

@@ -177,6 +177,29 @@ def test_prompts_are_checked_before_the_run() -> None:
         RewardSpec().check_prompts([labelled])
 
 
+def test_choices_need_no_label_where_metadata_name_the_letter() -> None:
+    RewardSpec(rm_type="gpqa").check_prompts([Prompt(text="", token_ids=(), metadata={"correct_letter": "B"})])
+    with pytest.raises(ConfigError, match=r"row 0 .*needs the right option as label or metadata\.correct_letter"):
+        RewardSpec(rm_type="gpqa").check_prompts([Prompt(text="", token_ids=())])
+
+
+@pytest.mark.parametrize(
+    ("rm_type", "response", "label", "score", "reason"),
+    [
+        ("boxed_f1", "the cat, no: \\boxed{the dog}", "dog", 1.0, "exact"),
+        ("boxed_f1", "dog", "dog", 0.0, "no_box"),
+        ("boxed_gpqa", "\\boxed{\\text{(b)}}", "B", 1.0, "exact"),
+        ("boxed_gpqa", "\\boxed{B) 20 °C}", "B", 1.0, "exact"),
+        ("boxed_gpqa", "the answer is B", "B", 0.0, "no_box"),
+        ("gpqa", "the answer is B", "B", 1.0, "exact"),
+        ("boxed_dapo", "Answer: 34", "34", -1.0, "no_answer_line"),
+    ],
+)
+def test_a_boxed_reward_reads_only_the_box(pool: RewardPool, rm_type, response, label, score, reason) -> None:
+    verdict = asyncio.run(pool.grade(finished(response, label, rm_type=rm_type)))
+    assert (verdict.score, verdict.reason) == (score, reason)
+
+
 def test_random_reward_is_fixed_by_the_sample_id_and_near_one_half(pool: RewardPool) -> None:
     samples = [finished("", sample_id=i, rm_type="random") for i in range(400)]
     first, second = (asyncio.run(pool.grade_group(samples)) for _ in range(2))

@@ -43,6 +43,19 @@ def test_a_bucket_far_ahead_is_let_through_for_the_engine_to_refuse():
     assert asyncio.run(scenario()) == [(1, 0), (1, 4)]
 
 
+def test_a_publication_that_failed_may_come_again_in_any_order():
+    async def scenario():
+        order, gone = Turns(), []
+        for index in range(2):
+            await pass_through(order, portion(1, index), gone)
+        order.reset()
+        tasks = [asyncio.create_task(pass_through(order, portion(1, index), gone)) for index in (1, 0)]
+        await asyncio.wait_for(asyncio.gather(*tasks), 5)
+        return gone
+
+    assert asyncio.run(scenario()) == [(1, 0), (1, 1), (1, 0), (1, 1)]
+
+
 def test_a_bucket_whose_predecessor_never_comes_says_so(monkeypatch):
     monkeypatch.setattr(turns, "PATIENCE_S", 0.05)
     with pytest.raises(
