@@ -44,7 +44,7 @@ class BroadcastLink:
         """Of the engines, to each buffer under way."""
         self._waits: list[Callable[[], None]] = []
         """For rank 0's own part in each of them."""
-        self._refusals: list[BaseException] = []
+        self._refusals: list[Exception] = []
         """What engines said against them; that is why the group was given up then."""
 
     def start(
@@ -70,7 +70,7 @@ class BroadcastLink:
         group = self._group_with(receivers, tensor.device, loop=loop, timeout_s=timeout_s)
         with self._dropping_on_failure():
             asking = [receiver.take_broadcast(GROUP_NAME, entries, portion) for receiver in receivers]
-            self._answers.append(loop.start(self._ask(group, asking)))
+            self._answers.append(loop.start(_ask(group, asking, self._refusals)))
             self._waits.append(group.start(tensor))
 
     def wait(self, *, left: int = 0) -> None:
@@ -116,25 +116,17 @@ class BroadcastLink:
             self._members = members
         return self._group
 
-    async def _ask(self, group: WeightGroup, asking: Sequence[Coroutine[Any, Any, None]]) -> None:
-        """Return when every engine has answered; where one does not take the buffer, nobody needs to wait for it."""
-        try:
-            await _all(asking)
-        except BaseException as refusal:
-            self._refusals.append(refusal)
-            group.give_up()
-            raise
-
     @contextmanager
     def _dropping_on_failure(self) -> Iterator[None]:
         try:
             yield
         except WeightSyncError as failure:
             wait(self._answers, timeout=_GRACE_S, return_when=FIRST_EXCEPTION)
-            refusals = self._refusals
+            refusal = self._refusals[0] if self._refusals else None
             self._drop()
-            # An engine that refused a buffer, or is gone, says more than the group that was given up for it.
-            raise (refusals[0] if refusals else failure) from failure.__cause__
+            if refusal is not None:  # it says more than the group that was given up for it
+                raise refusal from failure
+            raise
         except BaseException:
             self._drop()
             raise
@@ -146,6 +138,20 @@ class BroadcastLink:
             group.close()
         for answer in answers:
             answer.cancel()
+
+
+async def _ask(group: WeightGroup, asking: Sequence[Coroutine[Any, Any, None]], refusals: list[Exception]) -> None:
+    """Return when every engine has answered; where one does not take the buffer, nobody needs to wait for it.
+
+    Args:
+        refusals: gets what an engine said against it.
+    """
+    try:
+        await _all(asking)
+    except Exception as refusal:
+        refusals.append(refusal)
+        group.give_up()
+        raise
 
 
 async def _join(device: torch.device, receivers: Sequence[Receiver], *, timeout_s: float) -> WeightGroup:

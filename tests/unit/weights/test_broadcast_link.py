@@ -91,3 +91,14 @@ def test_an_engine_that_refused_a_later_buffer_is_named(loop):
     with pytest.raises(WeightSyncError, match="weight 'x' has another shape"):
         link.wait()
     assert group.gave_up and group.closed
+
+
+def test_what_one_publication_failed_of_is_not_said_of_the_next(loop, monkeypatch):
+    monkeypatch.setattr(broadcast, "_GRACE_S", 0.05)
+    group, slow = BrokenGroup(by_itself=True), Engine(after_s=0.2, refusal="too late to matter")
+    link = link_with(group, slow)
+    for _ in range(2):
+        with pytest.raises(WeightSyncError, match="no route to host"):
+            link.start(TENSOR, [], PORTION, [slow], loop=loop, timeout_s=60)
+        time.sleep(0.3)
+        link._group, link._members = BrokenGroup(by_itself=True), (slow.address,)
