@@ -20,8 +20,8 @@ WORD_BYTES = 4
 FACTOR = 0x9E3779B1 - 2**32
 """2**32 over the golden ratio, as a signed integer: odd, so that its multiples differ."""
 _LENGTH_MULTIPLIER = 6_364_136_223_846_793_005
-_WORDS_AT_ONCE = 1 << 22
-"""Bounds the int64 temporaries on the host to 32 MiB each."""
+_WORDS_AT_ONCE = 1 << 18
+"""On the host: its int64 temporaries of 2 MiB stay in the cache, which is ten times as fast as from memory."""
 
 
 class PendingChecksums:

@@ -21,8 +21,8 @@ PLACE_FACTORS = (0x27D4EB2D, 0x165667B1)
 PLACE_TURNS = (15, 13)
 MIX_FACTORS = (0x85EBCA6B, 0xC2B2AE35)
 
-_TILES_AT_ONCE = 512
-"""Bounds the int64 temporaries on the host to 32 MiB each."""
+_TILES_AT_ONCE = 32
+"""On the host: its int64 temporaries of 2 MiB stay in the cache."""
 _U32 = 0xFFFFFFFF
 _U64 = 0xFFFFFFFFFFFFFFFF
 
