@@ -81,14 +81,6 @@ class WeightGroup:
         except RuntimeError as cause:
             raise WeightSyncError(f"{self._label}: not everybody joined within {timeout_s:g} s: {cause}") from cause
 
-    def broadcast(self, tensor: Tensor) -> None:
-        """Bring rank 0's tensor into everyone's, and return when it is there.
-
-        Raises:
-            WeightSyncError: see `start`.
-        """
-        self.start(tensor)()
-
     def start(self, tensor: Tensor) -> Callable[[], None]:
         """Start to bring rank 0's tensor into everyone's; what is returned waits until it is there.
 

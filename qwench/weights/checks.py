@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Protocol
 
 from qwench.engines.checksum import PendingChecksums
@@ -32,6 +32,14 @@ class ChecksumLedger:
     def note(self, bucket: WeightBucket) -> None:
         """See `Ledger`."""
         self._pending.add(bucket)
+
+
+def noted(buckets: Iterable[WeightBucket], ledgers: Collection[Ledger]) -> Iterator[WeightBucket]:
+    """Pass buckets on, and note each in every ledger."""
+    for bucket in buckets:
+        for ledger in ledgers:
+            ledger.note(bucket)
+        yield bucket
 
 
 def check_version(engine: object, held: int, version: int) -> None:

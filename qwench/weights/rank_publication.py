@@ -27,7 +27,7 @@ from qwench.errors import QwenchError, WeightSyncError
 from qwench.models.hf import write_hf_checkpoint
 from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.buffer_ring import BufferRing
-from qwench.weights.checks import Ledger
+from qwench.weights.checks import Ledger, noted
 from qwench.weights.ipc_sender import IpcSender, Served
 from qwench.weights.quantize import as_published
 from qwench.weights.ranks import Message, Ranks
@@ -143,7 +143,7 @@ class _Publication:
 
         failure: QwenchError | None = None
         try:
-            for portion, bucket in self._numbered(buckets):
+            for portion, bucket in self._numbered(noted(buckets, self._ledgers.values())):
                 parcel = _Parcel()
                 failure = failure or _failure_of(lambda: self._pack(parcel, bucket, ring, ipc))  # noqa: B023 - called here
                 # The first bucket begins a publication, also one that comes again: no other may overtake it.
@@ -203,10 +203,6 @@ class _Publication:
         """Return the engines whose requests this rank sends."""
         return [receiver for _, route, receiver in self._served() if route.ranks[0] == self._ranks.rank]
 
-    def _note(self, bucket: WeightBucket) -> None:
-        for ledger in self._ledgers.values():
-            ledger.note(bucket)
-
     def _served(self, *transports: str) -> Served:
         """Return the engines that this rank takes part in serving."""
         numbered = enumerate(zip(self._routes, self._receivers, strict=True))
@@ -240,8 +236,7 @@ class _Publication:
             index, bucket = index + 1, following
 
     def _pack(self, parcel: _Parcel, bucket: WeightBucket, ring: BufferRing, ipc: IpcSender) -> None:
-        """Note a bucket, and copy it into a buffer if this rank sends any."""
-        self._note(bucket)
+        """Copy a bucket into a buffer, if this rank sends any."""
         if not self._served("ipc") and not self._sends_broadcasts:
             return
         parcel.entries = entries_of(bucket)
@@ -256,11 +251,6 @@ class _Publication:
         timeout_s = self._settings.timeout_s
         self._link.start(parcel.content, parcel.entries, portion, receivers, loop=self._loop, timeout_s=timeout_s)
 
-    def _noted(self, buckets: Iterable[WeightBucket]) -> Iterator[WeightBucket]:
-        for bucket in buckets:
-            self._note(bucket)
-            yield bucket
-
     def _write_and_load(self, buckets: Iterable[WeightBucket], served: Served) -> None:
         settings = self._settings
         if settings.model_folder is None:
@@ -268,7 +258,7 @@ class _Publication:
         parent = settings.disk_folder or Path(tempfile.mkdtemp(prefix="qwench-weights-"))
         folder = parent / f"weights_{self._version:07d}"
         try:
-            write_hf_checkpoint(folder, self._noted(buckets), source=settings.model_folder)
+            write_hf_checkpoint(folder, noted(buckets, self._ledgers.values()), source=settings.model_folder)
 
             async def load() -> None:
                 loading = (receiver.take_folder(folder.resolve(), version=self._version) for _, _, receiver in served)

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import orjson
 
 from qwench.engines.client import HttpEngine
+from qwench.engines.embedded.turns import AHEAD
 from qwench.engines.flat_bucket import TensorEntry, entries_to_json
 from qwench.engines.placement import EngineAddress, Placement
 from qwench.engines.protocol import Portion, WeightReceipt
@@ -20,7 +21,7 @@ from qwench.weights.settings import TransportName
 
 Json = dict[str, Any]  # a JSON object has no closed type
 _LEAVE_TIMEOUT_S = 30.0
-_WINDOWS: Mapping[TransportName, int] = {"ipc": 2, "broadcast": 3}
+_WINDOWS: Mapping[TransportName, int] = {"ipc": 2, "broadcast": AHEAD + 1}
 """Of our own server. Each bucket under way takes its size on the sender, one that is broadcast also at the receiver."""
 _NO_GROUP = ("there is no weight group", "does not exist")
 

@@ -6,13 +6,13 @@ copy   the engine copies bucket after bucket into its own tensors
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from qwench.engines.protocol import Engine, WeightBucket, WeightReceipt
-from qwench.weights.checks import ChecksumLedger, check_checksums, check_version
+from qwench.weights.checks import ChecksumLedger, check_checksums, check_version, noted
 
 
 class WeightSource(Protocol):
@@ -71,7 +71,7 @@ class CopyTransport:
     async def publish(self, engine: Engine, *, version: int) -> None:
         """Send every bucket and compare the engine's receipt with what was sent."""
         sent = ChecksumLedger()
-        buckets = _noted(self._source.weights(bucket_bytes=self._bucket_bytes), sent)
+        buckets = noted(self._source.weights(bucket_bytes=self._bucket_bytes), [sent])
         receipt = await engine.update_weights(buckets, version=version)
         check_version(engine, receipt.version, version)
         check_checksums(engine, receipt, sent.checksums)
@@ -91,10 +91,3 @@ def choose_transport(
         if shared is not None:
             return AliasTransport(shared)
     return CopyTransport(source, bucket_bytes=bucket_bytes)
-
-
-def _noted(buckets: Iterable[WeightBucket], ledger: ChecksumLedger) -> Iterator[WeightBucket]:
-    """Pass buckets on, and note them."""
-    for bucket in buckets:
-        ledger.note(bucket)
-        yield bucket

@@ -117,6 +117,7 @@ def test_a_server_on_another_gpu_holds_what_was_broadcast(distant_server):
 
 
 def publish_twice(url, folder, *, transport: str) -> None:
+    """Publish, which raises when the engine's version or the checksum of one of its tensors is another."""
     source = Source(make_model("qwen3", seed=len(transport)).cuda().bfloat16())
     address = EngineAddress(base_url=url, token="secret", dialect="embedded", placement=None)
     settings = PublicationSettings(bucket_bytes=20_000, transport=transport, model_folder=folder, timeout_s=60)

@@ -142,23 +142,15 @@ def test_a_start_that_fails_once_is_tried_again(make_scene):
     assert scene.servers["a"].events == ["stop", "start", "stop", "start"]
 
 
-def test_publication_waits_for_a_restart_and_begins_again_when_an_engine_is_lost_in_it(make_scene):
+@pytest.mark.parametrize("fault", ["down", "hangs"])
+def test_publication_waits_for_a_restart_and_begins_again_when_an_engine_is_lost_in_it(make_scene, fault):
     scene = make_scene(health=RARELY)
     scene.publish(1)
-    scene.a.down = True
+    setattr(scene.a, fault, True)
     scene.publish(2)
     assert scene.a.version == scene.b.version == 2
     assert scene.servers["a"].events == ["stop", "start"]
     assert scene.generate().text == "a"
-
-
-def test_an_engine_that_hangs_in_a_publication_is_started_again(make_scene):
-    scene = make_scene(health=RARELY)
-    scene.publish(1)
-    scene.a.hangs = True
-    scene.publish(2)
-    assert scene.a.version == scene.b.version == 2
-    assert scene.servers["a"].events == ["stop", "start"]
 
 
 def test_a_publication_that_fails_with_every_engine_answering_is_not_tried_again(make_scene):

@@ -39,7 +39,7 @@ def test_three_members_hold_what_rank_0_had():
     def member(rank):
         own = store if rank == 0 else reach_store("127.0.0.1", port, timeout_s=30)
         group = WeightGroup(own, name="g", rank=rank, size=3, backend="gloo", timeout_s=30)
-        group.broadcast(held[rank])
+        group.start(held[rank])()
         group.close()
 
     assert run_together(*(lambda rank=rank: member(rank) for rank in range(3))) == []
@@ -53,7 +53,7 @@ def test_a_member_made_by_pytorchs_own_helper_is_understood():
 
     def ours():
         group = WeightGroup(store, name="weights", rank=0, size=2, backend="gloo", timeout_s=30)
-        group.broadcast(torch.arange(16, dtype=torch.uint8))
+        group.start(torch.arange(16, dtype=torch.uint8))()
         group.close()
 
     def theirs():
@@ -84,10 +84,10 @@ def test_a_broadcast_can_be_given_up_or_ends_at_its_deadline():
         group = WeightGroup(reach_store("127.0.0.1", port, timeout_s=30), name="g", rank=1, size=2, backend="gloo", timeout_s=1)
         joined.wait(30)
         with pytest.raises(WeightSyncError, match="rank 1 of 2: a broadcast"):
-            group.broadcast(torch.zeros(4, dtype=torch.uint8))
+            group.start(torch.zeros(4, dtype=torch.uint8))()
         group.give_up()
         with pytest.raises(WeightSyncError, match=r"given up|failed"):
-            group.broadcast(torch.zeros(4, dtype=torch.uint8))
+            group.start(torch.zeros(4, dtype=torch.uint8))()
         joined.wait(30)
         group.close()
 
