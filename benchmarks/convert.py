@@ -24,10 +24,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qwench.checkpoints.convert import Conversion, Converter, Ranks
-from qwench.checkpoints.sources import Format, find_checkpoint
+from qwench.checkpoints.formats.sources import Format, find_checkpoint
 from qwench.models.hf import load_hf_config
-from qwench.models.tiny import make_checkpoint
-from qwench.models.tokenizers import build_small_tokenizer
+from qwench.models.made.tiny import make_checkpoint
+from qwench.models.made.tokenizers import build_small_tokenizer
 
 CONVERSIONS: tuple[tuple[Format, Format], ...] = (
     ("hf", "torch_dist"),

@@ -24,23 +24,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwench.engines.checksum import tensor_checksums
-from qwench.engines.embedded.command import embedded_command
+from qwench.engines.embedded.compute.weights import read_safetensors
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.settings import EmbeddedSettings
-from qwench.engines.embedded.weights import read_safetensors
-from qwench.engines.placement import EngineAddress
-from qwench.engines.protocol import WeightBucket
-from qwench.engines.servers import ServerProcess, server_environ
+from qwench.engines.fleet.servers import ServerProcess, server_environ
+from qwench.engines.kinds.embedded import embedded_command
 from qwench.models.hf import load_hf_config
-from qwench.models.tiny import make_checkpoint
-from qwench.models.tokenizers import build_small_tokenizer
+from qwench.models.made.tiny import make_checkpoint
+from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.weights.broadcast import BroadcastLink
-from qwench.weights.buckets import bucketed
 from qwench.weights.quantize import QuantizedWeights
 from qwench.weights.rank_publication import publish_from_rank
 from qwench.weights.settings import PublicationSettings
 from qwench.weights.transports import AliasTransport, CopyTransport
+from qwench.wire.addresses import EngineAddress
+from qwench.wire.checksum import tensor_checksums
+from qwench.wire.portions import WeightBucket, bucketed
 
 TOKEN = "benchmark"
 KV_TOKENS = 4096

@@ -82,7 +82,7 @@ def run(words: Sequence[str]) -> None:
 
 def train(words: Sequence[str]) -> None:
     """Train by reinforcement learning, or fine-tune when the flags say --loss-type sft_loss, as slime's SFT recipe does."""
-    from qwench.config.parse import parse_train
+    from qwench.config.command_line.parse import parse_train
 
     config = parse_train(words)
     if _ends_as_dry_run(config):
@@ -98,7 +98,7 @@ def train(words: Sequence[str]) -> None:
 
 def sft(words: Sequence[str]) -> None:
     """Fine-tune on conversations."""
-    from qwench.config.parse import parse_sft
+    from qwench.config.command_line.parse import parse_sft
 
     config = parse_sft(words)
     if _ends_as_dry_run(config):
@@ -111,7 +111,7 @@ def sft(words: Sequence[str]) -> None:
 
 def evaluate(words: Sequence[str]) -> None:
     """Score a model on evaluation sets."""
-    from qwench.config.parse import parse_eval
+    from qwench.config.command_line.parse import parse_eval
 
     config = parse_eval(words)
     if _ends_as_dry_run(config, trains=False):
@@ -124,7 +124,7 @@ def evaluate(words: Sequence[str]) -> None:
 
 def serve(words: Sequence[str]) -> None:
     """Serve a model over HTTP."""
-    from qwench.config.parse import parse_serve
+    from qwench.config.command_line.parse import parse_serve
 
     config = parse_serve(words)
     from qwench import launch
@@ -134,14 +134,14 @@ def serve(words: Sequence[str]) -> None:
 
 def reward(words: Sequence[str]) -> None:
     """Grade a file of responses: `qwench reward check FILE`."""
-    from qwench.config.parse import parse_flags
-    from qwench.config.verbs import RewardCheckConfig, split_file
+    from qwench.config.command_line.parse import parse_flags
+    from qwench.config.sections.verbs import RewardCheckConfig, split_file
 
     if not words or words[0] != "check":
         raise ConfigError(f"qwench reward has one command, check; got {' '.join(words[:1]) or 'none'}")
     file, flags = split_file(words[1:], usage="qwench reward check FILE --rm-type NAME")
     config = parse_flags(RewardCheckConfig, flags, prog="qwench reward check FILE")
-    from qwench.rewards.check import check_file
+    from qwench.commands.reward_check import check_file
 
     columns = config.columns
     check_file(file, config=config.reward, response_key=columns.response_key, label_key=columns.label_key)
@@ -149,46 +149,46 @@ def reward(words: Sequence[str]) -> None:
 
 def convert(words: Sequence[str]) -> None:
     """Write a checkpoint in another format."""
-    from qwench.config.convert import ConvertConfig
-    from qwench.config.parse import parse_flags
+    from qwench.config.command_line.parse import parse_flags
+    from qwench.config.sections.convert import ConvertConfig
 
     config = parse_flags(ConvertConfig, words, prog="qwench convert")
-    from qwench.launch.convert import convert as run_conversion
+    from qwench.commands.convert import convert as run_conversion
 
     run_conversion(config)
 
 
 def convert_hf_to_torch_dist(words: Sequence[str]) -> None:
     """Do what slime's script of this name does, by its command line."""
-    from qwench.config.convert import HfToTorchDistConfig
-    from qwench.config.parse import parse_flags
+    from qwench.config.command_line.parse import parse_flags
+    from qwench.config.sections.convert import HfToTorchDistConfig
 
     config = parse_flags(HfToTorchDistConfig, words, prog="convert_hf_to_torch_dist.py")
-    from qwench.launch.convert import convert_hf_to_torch_dist as run_conversion
+    from qwench.commands.convert import convert_hf_to_torch_dist as run_conversion
 
     run_conversion(config)
 
 
 def convert_torch_dist_to_hf(words: Sequence[str]) -> None:
     """Do what slime's script of this name does, by its command line."""
-    from qwench.config.convert import TorchDistToHfConfig
-    from qwench.config.parse import parse_flags
+    from qwench.config.command_line.parse import parse_flags
+    from qwench.config.sections.convert import TorchDistToHfConfig
 
     long_words = ["--force" if word == "-f" else word for word in words]
     config = parse_flags(TorchDistToHfConfig, long_words, prog="convert_torch_dist_to_hf.py")
-    from qwench.launch.convert import convert_torch_dist_to_hf as run_conversion
+    from qwench.commands.convert import convert_torch_dist_to_hf as run_conversion
 
     run_conversion(config)
 
 
 def make_model(words: Sequence[str]) -> None:
     """Write a checkpoint with random weights."""
-    from qwench.config.parse import parse_flags
-    from qwench.config.verbs import MakeModelConfig
+    from qwench.config.command_line.parse import parse_flags
+    from qwench.config.sections.verbs import MakeModelConfig
 
     config = parse_flags(MakeModelConfig, words, prog="qwench make-model")
-    from qwench.models.tiny import make_checkpoint
-    from qwench.models.tokenizers import build_qwen_tokenizer, build_small_tokenizer
+    from qwench.models.made.tiny import make_checkpoint
+    from qwench.models.made.tokenizers import build_qwen_tokenizer, build_small_tokenizer
 
     tokenizer = build_qwen_tokenizer(config.qwen_tiktoken) if config.tokenizer == "qwen" else build_small_tokenizer()
     make_checkpoint(config.output, size=config.size, tokenizer=tokenizer, seed=config.seed)
@@ -196,8 +196,8 @@ def make_model(words: Sequence[str]) -> None:
 
 def download(words: Sequence[str]) -> None:
     """Fetch repositories of the Hugging Face hub: `qwench download OWNER/NAME ... --output DIR`."""
-    from qwench.config.parse import parse_flags
-    from qwench.config.verbs import DownloadConfig, split_names
+    from qwench.config.command_line.parse import parse_flags
+    from qwench.config.sections.verbs import DownloadConfig, split_names
 
     names, flags = split_names(words)
     config = parse_flags(DownloadConfig, flags, prog="qwench download OWNER/NAME ...")
@@ -209,22 +209,22 @@ def download(words: Sequence[str]) -> None:
 
 def doctor(words: Sequence[str]) -> None:
     """Report on this machine."""
-    from qwench.config.parse import parse_flags
-    from qwench.config.verbs import DoctorConfig
+    from qwench.config.command_line.parse import parse_flags
+    from qwench.config.sections.verbs import DoctorConfig
 
     config = parse_flags(DoctorConfig, words, prog="qwench doctor")
-    from qwench.doctor import examine, render
+    from qwench.commands.doctor import examine, render
 
     sys.stdout.write(render(examine(config.output)))
 
 
 def quickstart(words: Sequence[str]) -> None:
     """Make a tiny model, teach it arithmetic by SFT and GRPO, and show what was learned."""
-    from qwench.config.parse import parse_flags
-    from qwench.config.verbs import QuickstartConfig
+    from qwench.config.command_line.parse import parse_flags
+    from qwench.config.sections.verbs import QuickstartConfig
 
     config = parse_flags(QuickstartConfig, words, prog="qwench quickstart")
-    from qwench import quickstart as tour
+    from qwench.commands import quickstart as tour
 
     tour.main(config.output, seed=config.seed)
 

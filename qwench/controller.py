@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from qwench.checkpoints.manager import CheckpointManager, SavesTraining
-from qwench.engines.pool import EnginePool
+from qwench.engines.fleet.pool import EnginePool
 from qwench.observability.metrics import MetricLog
 from qwench.observability.timing import PhaseTimer
 from qwench.rollout.probe import TEMPERATURE, GreedyProbe

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from qwench.checkpoints.iterations import POINTER, Iterations
+from qwench.checkpoints.formats.iterations import POINTER, Iterations
+from qwench.checkpoints.formats.sources import find_checkpoint, find_format, is_checkpoint, open_weights
 from qwench.checkpoints.manifest import META
-from qwench.checkpoints.sources import find_checkpoint, find_format, is_checkpoint, open_weights
-from qwench.config.checkpoint import CheckpointConfig
+from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import TEMPORARY_SUFFIX, write_atomically
 from qwench.models.hf import check_export_folder

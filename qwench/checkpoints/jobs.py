@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from qwench.checkpoints.sources import WeightSource
+from qwench.checkpoints.formats.sources import WeightSource
 from qwench.models.megatron_names import WeightRule
 from qwench.models.safetensors_files import TensorSpec
 

@@ -17,7 +17,6 @@ from typing import Protocol
 
 import orjson
 
-from qwench.checkpoints.dcp_reader import METADATA, DcpFolder
 from qwench.checkpoints.folders import (
     check_identity,
     check_load_folder,
@@ -26,14 +25,15 @@ from qwench.checkpoints.folders import (
     hf_folder,
     is_save_folder,
 )
-from qwench.checkpoints.iterations import Iterations
+from qwench.checkpoints.formats.dcp_reader import METADATA, DcpFolder
+from qwench.checkpoints.formats.iterations import Iterations
 from qwench.checkpoints.manifest import read_manifest, write_manifest
-from qwench.config.checkpoint import CheckpointConfig
-from qwench.engines.protocol import WeightBucket
+from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import CheckpointError, ConfigError
 from qwench.observability.console import Console
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Json
+from qwench.wire.portions import WeightBucket
 
 _ROLLOUTS = "rollouts.json"
 _EXPORT_BUCKET_BYTES = 512 * 1024**2

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwench.checkpoints.folders import MARKER
-from qwench.checkpoints.iterations import POINTER, Iterations
+from qwench.checkpoints.formats.iterations import POINTER, Iterations
 from qwench.checkpoints.manifest import META, read_manifest, write_manifest
 from qwench.samples import Json
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qwench.checkpoints.sources import find_format, open_weights
+from qwench.checkpoints.formats.sources import find_format, open_weights
 from qwench.models.hf import load_hf_config, load_model, load_tokenizer, model_of
 
 PROMPTS = ("The capital of France is", "def add(a, b):\n    return", "Question: What is 12 + 30?\nAnswer:")

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwench.engines.protocol import WeightBucket
+from qwench.wire.portions import WeightBucket
 
 _ALIGNMENT_BYTES = 64
 _SHARED_MEMORY = Path("/dev/shm")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from qwench.engines.pool import EnginePool
+from qwench.engines.fleet.pool import EnginePool
 from qwench.engines.protocol import MemoryTag
 from qwench.observability.timing import PhaseTimer
 

@@ -16,7 +16,7 @@ from qwench.cluster.buckets import make_exchange_folder
 from qwench.cluster.child import ChildProcess, Say
 from qwench.cluster.messages import Call, Death, News
 from qwench.cluster.rendezvous import Rendezvous
-from qwench.engines.shared_buffer import remove_buffers_of
+from qwench.wire.shared_buffer import remove_buffers_of
 
 _MODULE = "qwench.cluster.rank_process"
 _INLINE_BYTES = 32 * 1024  # fits a pipe's buffer, so that sending never waits for a rank

@@ -13,11 +13,11 @@ from typing import Any
 
 from qwench.cluster.buckets import PackedBucket, pack
 from qwench.cluster.messages import Answer, Call, Failure
-from qwench.engines.protocol import WeightBucket
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout
 from qwench.training.learner import Learned, Learner
 from qwench.training.process_group import leave_process_group
+from qwench.wire.portions import WeightBucket
 
 BuildLearner = Callable[[PhaseTimer], Learner]
 """Joins the other ranks and builds this rank's learner; picklable."""

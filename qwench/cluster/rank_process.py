@@ -19,7 +19,7 @@ from qwench.cluster.child import end_own_group, parent_connection
 from qwench.cluster.local import RankStart
 from qwench.cluster.messages import Answer, Call, Failure
 from qwench.cluster.rank_host import RankHost
-from qwench.engines.shared_buffer import remove_buffers_of
+from qwench.wire.shared_buffer import remove_buffers_of
 
 
 def main() -> None:

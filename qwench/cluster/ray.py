@@ -23,12 +23,12 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from qwench.cluster.bundles import Bundles, EnginePlace, Seat, engine_places, order_of
 from qwench.cluster.messages import Call, Death, News
-from qwench.cluster.placement import Bundles, EnginePlace, Seat, engine_places, order_of
 from qwench.cluster.ray_actors import CommandMaker, EngineActor, TrainerActor
 from qwench.cluster.rendezvous import Rendezvous
-from qwench.engines.placement import Placement
 from qwench.errors import ConfigError, EngineError, TrainingError
+from qwench.wire.addresses import Placement
 
 CONNECT_TIMEOUT_S = 10.0
 RESERVE_TIMEOUT_S = 300.0
@@ -191,7 +191,7 @@ class RayRanks:
 
 
 class RayServer:
-    """An engine's server on its node; see `engines.servers.Server`."""
+    """An engine's server on its node; see `engines.fleet.servers.Server`."""
 
     def __init__(self, actor: Actor, make: CommandMaker, place: EnginePlace) -> None:
         self._actor = actor

@@ -9,11 +9,11 @@ from pathlib import Path
 import ray
 import torch
 
+from qwench.cluster.bundles import EnginePlace, Seat, device_number
 from qwench.cluster.messages import Answer, Call, Failure
-from qwench.cluster.placement import EnginePlace, Seat, device_number
 from qwench.cluster.rank_host import RankHost
-from qwench.engines.placement import Placement, gpu_names, host_name
-from qwench.engines.servers import ServerCommand, ServerProcess
+from qwench.engines.fleet.servers import ServerCommand, ServerProcess
+from qwench.wire.addresses import Placement, gpu_names, host_name
 
 CommandMaker = Callable[..., ServerCommand]
 """make(gpu_ids=, environ=, host=) -> command, as `launch.engines.CommandMaker`; picklable, called on the engine's node."""

@@ -22,13 +22,13 @@ from torch import Tensor
 from qwench.cluster.buckets import unpack
 from qwench.cluster.messages import Answer, Call, Death, Failure, News
 from qwench.cluster.rank_host import BuildLearner
-from qwench.engines.placement import EngineAddress
-from qwench.engines.protocol import WeightBucket
 from qwench.errors import QwenchError, TrainingError
 from qwench.observability.console import Console
 from qwench.samples import Rollout, Sample
 from qwench.training.learner import Learned
 from qwench.weights.settings import PublicationSettings
+from qwench.wire.addresses import EngineAddress
+from qwench.wire.portions import WeightBucket
 
 BUILD_TIMEOUT_S = 3600.0
 LEARN_TIMEOUT_S = 12 * 3600.0  # a collective in which ranks wait for each other has a much shorter one of its own

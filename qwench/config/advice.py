@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qwench.config.algorithm import SAMPLE_ESTIMATORS, AlgorithmConfig
-from qwench.config.checkpoint import CheckpointConfig
-from qwench.config.compat import EMBEDDED_ALIASES
+from qwench.config.command_line.compat import EMBEDDED_ALIASES
+from qwench.config.command_line.flags import flag_name
 from qwench.config.config import Config
-from qwench.config.engine import EngineConfig
-from qwench.config.flags import flag_name
+from qwench.config.sections.algorithm import SAMPLE_ESTIMATORS, AlgorithmConfig
+from qwench.config.sections.checkpoint import CheckpointConfig
+from qwench.config.sections.engine import EngineConfig
 
 
 def warnings(config: Config, *, trains: bool = True) -> Iterator[str]:

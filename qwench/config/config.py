@@ -5,24 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qwench.config.algorithm import AlgorithmConfig
-from qwench.config.architecture import ArchitectureConfig
-from qwench.config.checkpoint import CheckpointConfig
-from qwench.config.cluster import ClusterConfig
-from qwench.config.compat import check_supported
-from qwench.config.data import DataConfig
-from qwench.config.debug import DebugConfig
-from qwench.config.engine import EngineConfig
-from qwench.config.evaluation import EvalConfig
-from qwench.config.logging import LoggingConfig
-from qwench.config.model import ModelConfig
-from qwench.config.optimizer import OptimizerConfig
-from qwench.config.parallel import ParallelConfig
-from qwench.config.resolved import Resolved, resolve
-from qwench.config.reward import RewardConfig
-from qwench.config.rollout import RolloutConfig
+from qwench.config.command_line.compat import check_supported
+from qwench.config.plan import Resolved, resolve
 from qwench.config.rules import check_sections
-from qwench.config.training import TrainingConfig
+from qwench.config.sections.algorithm import AlgorithmConfig
+from qwench.config.sections.architecture import ArchitectureConfig
+from qwench.config.sections.checkpoint import CheckpointConfig
+from qwench.config.sections.cluster import ClusterConfig
+from qwench.config.sections.data import DataConfig
+from qwench.config.sections.debug import DebugConfig
+from qwench.config.sections.engine import EngineConfig
+from qwench.config.sections.evaluation import EvalConfig
+from qwench.config.sections.logging import LoggingConfig
+from qwench.config.sections.model import ModelConfig
+from qwench.config.sections.optimizer import OptimizerConfig
+from qwench.config.sections.parallel import ParallelConfig
+from qwench.config.sections.reward import RewardConfig
+from qwench.config.sections.rollout import RolloutConfig
+from qwench.config.sections.training import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qwench.config.cluster import ClusterConfig
-from qwench.config.parallel import ParallelConfig
-from qwench.config.training import TrainingConfig
+from qwench.config.sections.cluster import ClusterConfig
+from qwench.config.sections.parallel import ParallelConfig
+from qwench.config.sections.training import TrainingConfig
 
 
 def trainer_environment(

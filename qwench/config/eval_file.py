@@ -22,7 +22,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from qwench.config.checks import check_fraction, check_not_negative, check_positive, check_top_k
-from qwench.config.flags import parse_value, yaml_words
+from qwench.config.command_line.flags import parse_value, yaml_words
 from qwench.errors import ConfigError
 
 

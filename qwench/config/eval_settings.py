@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from qwench.config.data import DataConfig
 from qwench.config.eval_file import EvalSetConfig, read_eval_file
-from qwench.config.evaluation import EvalConfig
-from qwench.config.rollout import RolloutConfig
+from qwench.config.sections.data import DataConfig
+from qwench.config.sections.evaluation import EvalConfig
+from qwench.config.sections.rollout import RolloutConfig
 
 T = TypeVar("T")
 

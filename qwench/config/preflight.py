@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from qwench.config.checkpoint import CheckpointConfig
-from qwench.config.compat import SFT_ROLLOUT
+from qwench.config.command_line.compat import SFT_ROLLOUT
 from qwench.config.config import Config
 from qwench.config.eval_settings import eval_sets, resolve_eval_sets
-from qwench.config.model import ModelConfig
+from qwench.config.sections.checkpoint import CheckpointConfig
+from qwench.config.sections.model import ModelConfig
 from qwench.errors import ConfigError
 from qwench.files import check_can_hold
 

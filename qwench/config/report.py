@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+from qwench.config.command_line.flags import flag_name, flag_table, format_value
 from qwench.config.config import Config
-from qwench.config.flags import flag_name, flag_table, format_value
-from qwench.config.resolved import Resolved
+from qwench.config.plan import Resolved
 
 _SECRET_FLAGS = frozenset({"wandb-key"})
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from qwench.config.compat import SFT_ROLLOUT
-from qwench.config.resolved import data_parallel_size, plan_batch
+from qwench.config.command_line.compat import SFT_ROLLOUT
+from qwench.config.plan import data_parallel_size, plan_batch
 from qwench.errors import ConfigError
 
 if TYPE_CHECKING:

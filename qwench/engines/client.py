@@ -16,7 +16,6 @@ import aiohttp
 import orjson
 from safetensors.torch import save as save_safetensors
 
-from qwench.engines.placement import Dialect, EngineAddress, Placement
 from qwench.engines.protocol import (
     EngineStats,
     FinishReason,
@@ -28,6 +27,7 @@ from qwench.engines.protocol import (
     WeightReceipt,
 )
 from qwench.errors import EngineError, EngineLostError, WeightSyncError
+from qwench.wire.addresses import Dialect, EngineAddress, Placement
 
 Json = Any  # what a server answers has no closed type
 CONNECT_ATTEMPTS = 4

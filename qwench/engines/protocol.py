@@ -14,10 +14,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from torch import Tensor
-
-WeightBucket = Sequence[tuple[str, Tensor]]
-"""Hugging Face names and full tensors, bounded in total size."""
+from qwench.wire.portions import WeightBucket
 
 
 class FinishReason(StrEnum):
@@ -114,7 +111,7 @@ class WeightReceipt:
 
     version: int
     checksums: Mapping[str, int] = field(default_factory=dict)
-    """Name of each received tensor -> `engines.checksum.tensor_checksum` of what the engine holds."""
+    """Name of each received tensor -> `wire.checksum.tensor_checksum` of what the engine holds."""
 
 
 class Engine(Protocol):

@@ -6,13 +6,13 @@ import torch
 
 from qwench.checkpoints.folders import starting_weights
 from qwench.config import Config
-from qwench.config.optimizer import OptimizerConfig
+from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.launch.inputs import Inputs, parallel_layout
-from qwench.training.adam import AdamSettings
-from qwench.training.backend import TrainBackend
 from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
 from qwench.training.megatron.platform import check_platform
-from qwench.training.schedule import LrSchedule
+from qwench.training.optimizers.adam import AdamSettings
+from qwench.training.optimizers.schedule import LrSchedule
+from qwench.training.trainer import TrainBackend
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 DEFAULT_HEAD_CHUNK_TOKENS = 4096

@@ -17,8 +17,7 @@ from qwench.config import Config
 from qwench.controller import Run, Schedule
 from qwench.data.prompts import PromptSource
 from qwench.data.sft import SftSource, load_sft, render_mask_preview
-from qwench.engines.pool import EnginePool
-from qwench.engines.protocol import WeightBucket
+from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import ConfigError
 from qwench.launch.generation import build_generation
 from qwench.launch.inputs import Inputs, read_eval_prompts, read_inputs, read_training_prompts
@@ -30,12 +29,13 @@ from qwench.observability.metrics import MetricLog, Sink
 from qwench.observability.timing import PhaseTimer
 from qwench.observability.tracking import JsonlSink, TableSink, TensorBoardSink, WandbSink
 from qwench.rewards.registry import reward_spec
-from qwench.rollout.build import check_functions
+from qwench.rollout.assembly import check_functions
 from qwench.rollout.probe import GreedyProbe
 from qwench.rollout.recorded import ReplayStream, SftStream
 from qwench.samples import Json
 from qwench.training.process_group import barrier
 from qwench.weights.settings import PublicationSettings
+from qwench.wire.portions import WeightBucket
 
 
 def build(config: Config) -> Run:

@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Protocol
 
 from qwench.engines.client import HttpEngine
-from qwench.engines.embedded.architecture import architecture_from_config
-from qwench.engines.embedded.command import TOKEN_VARIABLE, embedded_command
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.settings import EmbeddedSettings
-from qwench.engines.event_loop import EventLoopThread
-from qwench.engines.health import HealthRules
-from qwench.engines.identity import ModelIdentity, check_serves
-from qwench.engines.members import Member
-from qwench.engines.pool import EnginePool
-from qwench.engines.router import Router, check_router_words, router_command
-from qwench.engines.servers import Server, ServerCommand, ServerProcess, server_environ
-from qwench.engines.sglang import SglangSettings, check_sglang_words, sglang_command
+from qwench.engines.fleet.event_loop import EventLoopThread
+from qwench.engines.fleet.health import HealthRules
+from qwench.engines.fleet.identity import ModelIdentity, check_serves
+from qwench.engines.fleet.members import Member
+from qwench.engines.fleet.pool import EnginePool
+from qwench.engines.fleet.router import Router, check_router_words, router_command
+from qwench.engines.fleet.servers import Server, ServerCommand, ServerProcess, server_environ
+from qwench.engines.kinds.embedded import TOKEN_VARIABLE, embedded_command
+from qwench.engines.kinds.sglang import SglangSettings, check_sglang_words, sglang_command
 from qwench.launch.inputs import Inputs, publication_dtype
+from qwench.models.architecture import architecture_from_config
 from qwench.models.hf import is_fp8_checkpoint, stop_token_ids
 
 

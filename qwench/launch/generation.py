@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qwench.data.prompts import PromptSource
-from qwench.engines.pool import EnginePool
-from qwench.engines.servers import Server
+from qwench.engines.fleet.pool import EnginePool
+from qwench.engines.fleet.servers import Server
 from qwench.launch.engines import build_pool
 from qwench.launch.inputs import Inputs
 from qwench.rewards.pool import RewardPool
 from qwench.rewards.registry import build_pool as build_reward_pool
-from qwench.rollout.build import Surroundings, build_evaluator, build_stream
+from qwench.rollout.assembly import Surroundings, build_evaluator, build_stream
 from qwench.rollout.evaluate import Evaluator
 from qwench.rollout.stream import RolloutStream
 from qwench.samples import Prompt

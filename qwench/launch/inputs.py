@@ -10,9 +10,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qwench.config import Config
-from qwench.config.parallel import ParallelConfig
-from qwench.config.resolved import Resolved
-from qwench.config.training import TrainingConfig
+from qwench.config.plan import Resolved
+from qwench.config.sections.parallel import ParallelConfig
+from qwench.config.sections.training import TrainingConfig
 from qwench.data.prompts import LoadedPrompts, load_prompts
 from qwench.models.hf import load_hf_config, load_tokenizer
 from qwench.models.registry import check_architecture

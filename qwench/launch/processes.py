@@ -20,21 +20,21 @@ from typing import Literal, Protocol
 import torch
 from transformers.utils import logging as transformers_logging
 
+from qwench.cluster.bundles import Bundles, plan_bundles
 from qwench.cluster.local import LocalRanks
-from qwench.cluster.placement import Bundles, plan_bundles
 from qwench.cluster.rendezvous import LOOPBACK
 from qwench.cluster.workers import Ranks, RemoteLearner, WorkerGroup
 from qwench.config import Config
 from qwench.config.environment import engine_environment, trainer_environment
 from qwench.controller import Learns
-from qwench.engines.placement import Placement, gpu_names, host_name
-from qwench.engines.servers import Server, ServerProcess
+from qwench.engines.fleet.servers import Server, ServerProcess
 from qwench.errors import ConfigError
 from qwench.launch.engines import CommandMaker, command_makers
 from qwench.launch.inputs import Inputs, read_inputs
 from qwench.launch.trainer import build_learner
 from qwench.observability.timing import PhaseTimer
 from qwench.training.learner import Learner
+from qwench.wire.addresses import Placement, gpu_names, host_name
 
 Launcher = Literal["inside", "local", "ray"]
 

@@ -7,7 +7,7 @@ import os
 import torch
 from transformers import PretrainedConfig
 
-from qwench.config.reward import RewardConfig
+from qwench.config.sections.reward import RewardConfig
 from qwench.data.balance import SequenceCost
 from qwench.launch.backends import COLLECTIVE_TIMEOUT_S, build_backend
 from qwench.launch.inputs import Inputs

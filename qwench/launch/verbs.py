@@ -13,9 +13,9 @@ import orjson
 
 from qwench import controller
 from qwench.config import Config
-from qwench.config.serve import ServeConfig
+from qwench.config.sections.serve import ServeConfig
 from qwench.controller import Run
-from qwench.engines.embedded.serving import serve as serve_engine
+from qwench.engines.embedded.http.serving import serve as serve_engine
 from qwench.files import write_atomically
 from qwench.launch.build import build, build_sft
 from qwench.launch.engines import embedded_settings
@@ -24,7 +24,7 @@ from qwench.launch.inputs import read_eval_prompts, read_inputs
 from qwench.launch.processes import make_servers, open_processes
 from qwench.observability.summary import summarize
 from qwench.rewards.registry import reward_spec
-from qwench.rollout.build import check_functions
+from qwench.rollout.assembly import check_functions
 from qwench.rollout.evaluate import EvalResult
 from qwench.training.process_group import leave_process_group
 

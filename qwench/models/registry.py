@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from transformers import PretrainedConfig, Qwen3Config
 
-from qwench.config.architecture import ArchitectureConfig
+from qwench.config.sections.architecture import ArchitectureConfig
 from qwench.errors import ConfigError
 
 QWEN3_VOCAB_SIZE = 151_936

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from qwench.config.reward import RewardConfig
+from qwench.config.sections.reward import RewardConfig
 from qwench.rewards.custom import load_reward
 from qwench.rewards.pool import RewardPool
 from qwench.rewards.remote import check_reachable

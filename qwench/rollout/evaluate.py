@@ -15,7 +15,7 @@ from statistics import fmean
 
 from transformers import PreTrainedTokenizerBase
 
-from qwench.engines.pool import EnginePool
+from qwench.engines.fleet.pool import EnginePool
 from qwench.observability.console import Console
 from qwench.rollout.generate import GenerateFunction, generate_single_turn
 from qwench.rollout.groups import Grader, GroupRunner

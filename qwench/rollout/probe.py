@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from qwench.engines.pool import EnginePool
+from qwench.engines.fleet.pool import EnginePool
 from qwench.engines.protocol import GenerateRequest, GenerateResult, SamplingParams
 from qwench.errors import WeightSyncError
 from qwench.samples import Prompt, Sample

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from qwench.engines.pool import EnginePool
+from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import RewardError
 from qwench.observability.dumps import save_rollout
 from qwench.rewards.degenerate import degenerate_reason

@@ -16,25 +16,25 @@ from torch import Tensor
 
 from qwench.algorithms.reduction import execution_mean_weights, token_mean_weights
 from qwench.algorithms.registry import Ratio, find_estimator
-from qwench.config.algorithm import AlgorithmConfig
-from qwench.config.training import TrainingConfig
+from qwench.config.sections.algorithm import AlgorithmConfig
+from qwench.config.sections.training import TrainingConfig
 from qwench.data.balance import SequenceCost
-from qwench.engines.placement import EngineAddress
-from qwench.engines.protocol import WeightBucket
 from qwench.errors import RewardError, TrainingError
 from qwench.observability.console import Console
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout, Sample
-from qwench.training.backend import StepResult, TrainBackend
 from qwench.training.batch import RolloutBatch, unpack
 from qwench.training.flop_meter import FORWARD, FORWARD_AND_BACKWARD, FlopMeter
-from qwench.training.loop import MicroBatching, StepPlan, plan_steps
+from qwench.training.micro_batches import MicroBatching, StepPlan, plan_steps
 from qwench.training.objectives import LossObserver, build_loss
 from qwench.training.rollout_metrics import rollout_metrics
 from qwench.training.targets import normalized_rewards, token_advantages
+from qwench.training.trainer import StepResult, TrainBackend
 from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.rank_publication import publish_from_rank
 from qwench.weights.settings import PublicationSettings
+from qwench.wire.addresses import EngineAddress
+from qwench.wire.portions import WeightBucket
 
 _REFERENCE_FOLDER = "reference"
 

@@ -27,10 +27,10 @@ from qwench.algorithms.corrections import (
 from qwench.algorithms.kl import kl_estimate
 from qwench.algorithms.losses import cispo, negative_log_likelihood, ppo_clip, sequence_log_ratio, token_log_ratio
 from qwench.algorithms.registry import Ratio, Surrogate, find_estimator
-from qwench.config.algorithm import AlgorithmConfig
+from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.errors import ConfigError
-from qwench.training.backend import LossFunction, TokenLoss
 from qwench.training.batch import MicroBatch
+from qwench.training.trainer import LossFunction, TokenLoss
 
 
 def build_loss(config: AlgorithmConfig) -> LossFunction:

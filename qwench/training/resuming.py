@@ -11,7 +11,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PretrainedConfig
 
-from qwench.checkpoints.sources import OptimizerState, open_optimizer_state
+from qwench.checkpoints.formats.sources import OptimizerState, open_optimizer_state
 from qwench.errors import CheckpointError
 
 

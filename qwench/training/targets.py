@@ -14,7 +14,7 @@ from qwench.algorithms.advantages import (
 )
 from qwench.algorithms.kl import kl_estimate
 from qwench.algorithms.registry import RewardScale, Spread, find_estimator
-from qwench.config.algorithm import AlgorithmConfig
+from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.training.batch import RolloutBatch
 
 

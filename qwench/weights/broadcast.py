@@ -19,13 +19,13 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from qwench.engines.event_loop import EventLoopThread
-from qwench.engines.flat_bucket import TensorEntry
-from qwench.engines.placement import EngineAddress
+from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.protocol import Portion
-from qwench.engines.weight_group import WeightGroup, backend_for, listening_store
 from qwench.errors import EngineError, WeightSyncError
 from qwench.weights.receivers import HttpReceiver, Receiver
+from qwench.wire.addresses import EngineAddress
+from qwench.wire.flat_bucket import TensorEntry
+from qwench.wire.weight_group import WeightGroup, backend_for, listening_store
 
 JOIN_TIMEOUT_S = 120.0
 LEAVE_TIMEOUT_S = 10.0

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Protocol
 
-from qwench.engines.checksum import PendingChecksums
-from qwench.engines.protocol import WeightBucket, WeightReceipt
+from qwench.engines.protocol import WeightReceipt
 from qwench.errors import WeightSyncError
+from qwench.wire.checksum import PendingChecksums
+from qwench.wire.portions import WeightBucket
 
 
 class Ledger(Protocol):

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
-from qwench.engines.event_loop import EventLoopThread
-from qwench.engines.flat_bucket import TensorEntry
+from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.protocol import Portion
-from qwench.engines.shared_buffer import SharedBuffer
 from qwench.weights.receivers import Receiver
 from qwench.weights.routes import Route
+from qwench.wire.flat_bucket import TensorEntry
+from qwench.wire.shared_buffer import SharedBuffer
 
 Served = Sequence[tuple[int, Route, Receiver]]
 """Number, route and connection of each engine that this rank takes part in serving."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from qwench.engines.placement import EngineAddress
 from qwench.engines.protocol import Engine
 from qwench.weights.quantize import as_published
 from qwench.weights.settings import PublicationSettings
 from qwench.weights.transports import Transport, WeightSource, choose_transport
+from qwench.wire.addresses import EngineAddress
 
 
 class Engines(Protocol):
-    """The engines of a run and the event loop they live on (`engines.pool.EnginePool`)."""
+    """The engines of a run and the event loop they live on (`engines.fleet.pool.EnginePool`)."""
 
     @property
     def engines(self) -> Sequence[Engine]:

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from qwench.engines.protocol import WeightBucket
 from qwench.models.fp8 import quantized
 from qwench.weights.transports import WeightSource
+from qwench.wire.portions import WeightBucket
 
 
 class QuantizedWeights:

@@ -19,14 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwench.engines.event_loop import EventLoopThread
-from qwench.engines.flat_bucket import TensorEntry, entries_of, flatten_into, size_bytes
-from qwench.engines.placement import EngineAddress, Placement, placement_of
-from qwench.engines.protocol import Portion, WeightBucket
+from qwench.engines.fleet.event_loop import EventLoopThread
+from qwench.engines.protocol import Portion
 from qwench.errors import QwenchError, WeightSyncError
 from qwench.models.hf import write_hf_checkpoint
 from qwench.weights.broadcast import BroadcastLink
-from qwench.weights.buffer_ring import BufferRing
 from qwench.weights.checks import Ledger, noted
 from qwench.weights.ipc_sender import IpcSender, Served
 from qwench.weights.quantize import as_published
@@ -36,6 +33,10 @@ from qwench.weights.routes import Route, plan_routes
 from qwench.weights.settings import PublicationSettings
 from qwench.weights.sglang.receiver import SglangReceiver
 from qwench.weights.transports import WeightSource
+from qwench.wire.addresses import EngineAddress, Placement, placement_of
+from qwench.wire.buffer_ring import BufferRing
+from qwench.wire.flat_bucket import TensorEntry, entries_of, flatten_into, size_bytes
+from qwench.wire.portions import WeightBucket
 
 
 def publish_from_rank(

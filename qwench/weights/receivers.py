@@ -10,14 +10,14 @@ from weakref import WeakKeyDictionary
 import orjson
 
 from qwench.engines.client import HttpEngine
-from qwench.engines.embedded.turns import AHEAD
-from qwench.engines.flat_bucket import TensorEntry, entries_to_json
-from qwench.engines.placement import EngineAddress, Placement
+from qwench.engines.embedded.http.turns import AHEAD
 from qwench.engines.protocol import Portion, WeightReceipt
-from qwench.engines.shared_buffer import Handle, SharedBuffer
 from qwench.errors import EngineError, EngineLostError, WeightSyncError
 from qwench.weights.checks import ChecksumLedger, Ledger, check_checksums, check_version
 from qwench.weights.settings import TransportName
+from qwench.wire.addresses import EngineAddress, Placement
+from qwench.wire.flat_bucket import TensorEntry, entries_to_json
+from qwench.wire.shared_buffer import Handle, SharedBuffer
 
 Json = dict[str, Any]  # a JSON object has no closed type
 _LEAVE_TIMEOUT_S = 30.0

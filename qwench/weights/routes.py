@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from qwench.engines.placement import EngineAddress, Placement
 from qwench.errors import WeightSyncError
 from qwench.weights.settings import TransportName
+from qwench.wire.addresses import EngineAddress, Placement
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

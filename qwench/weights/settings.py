@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qwench.weights.buckets import DEFAULT_BUCKET_BYTES
+from qwench.wire.portions import DEFAULT_BUCKET_BYTES
 
 TransportName = Literal["nccl", "ipc", "broadcast", "disk"]
 

@@ -11,8 +11,9 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from qwench.engines.protocol import Engine, WeightBucket, WeightReceipt
+from qwench.engines.protocol import Engine, WeightReceipt
 from qwench.weights.checks import ChecksumLedger, check_checksums, check_version, noted
+from qwench.wire.portions import WeightBucket
 
 
 class WeightSource(Protocol):

@@ -19,7 +19,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from transformers import PretrainedConfig
 
-from qwench.checkpoints.sources import open_weights
+from qwench.checkpoints.formats.sources import open_weights
 from qwench.models.hf import load_hf_config
 from qwench.models.megatron_names import rules, to_megatron, tp_shard
 from qwench.training.megatron.groups import is_first_stage, is_last_stage, join_groups, leave_groups

@@ -20,7 +20,7 @@ from transformers import (
 
 from qwench.engines.client import HttpEngine
 from qwench.engines.embedded.engine import EmbeddedEngine
-from qwench.engines.embedded.serving import ServerThread
+from qwench.engines.embedded.http.serving import ServerThread
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.protocol import Engine, GenerateRequest, GenerateResult, SamplingParams
 

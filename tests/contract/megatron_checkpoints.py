@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from torch.nn import functional
 
-from qwench.checkpoints.dcp_reader import DcpFolder
+from qwench.checkpoints.formats.dcp_reader import DcpFolder
 from qwench.errors import CheckpointError, ConfigError
 from qwench.training.megatron.backend import MegatronBackend
 from tests.contract.train_backend_layouts import megatron

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from qwench.checkpoints.sources import open_weights
+from qwench.checkpoints.formats.sources import open_weights
 from qwench.models.hf import load_hf_config
 from qwench.training.batch import MicroBatch, idle
 from qwench.training.megatron.groups import is_first_stage, is_last_stage, join_groups, leave_groups

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from qwench.checkpoints.convert import Conversion, Converter, Ranks
-from qwench.checkpoints.sources import Format
+from qwench.checkpoints.formats.sources import Format
 from qwench.models.hf import load_hf_config
 from tests.contract import convert_ranks
 from tests.fakes import cuda_stand_in

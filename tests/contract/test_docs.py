@@ -9,9 +9,16 @@ from pathlib import Path
 import pytest
 
 from qwench.cli import VERBS
-from qwench.config.convert import ConvertConfig
-from qwench.config.parse import parse_flags, parse_sft, parse_train
-from qwench.config.verbs import DoctorConfig, DownloadConfig, MakeModelConfig, RewardCheckConfig, split_file, split_names
+from qwench.config.command_line.parse import parse_flags, parse_sft, parse_train
+from qwench.config.sections.convert import ConvertConfig
+from qwench.config.sections.verbs import (
+    DoctorConfig,
+    DownloadConfig,
+    MakeModelConfig,
+    RewardCheckConfig,
+    split_file,
+    split_names,
+)
 from tests.contract.test_scripts import SCRIPTS, expand, stage, world
 
 __all__ = ["stage", "world"]  # fixtures

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from qwench.engines.checksum import tensor_checksum
 from qwench.engines.client import HttpEngine
-from qwench.engines.embedded.serving import ServerThread, serve
+from qwench.engines.embedded.http.serving import ServerThread, serve
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.errors import EngineError
-from qwench.models.tokenizers import build_small_tokenizer
+from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.wire.checksum import tensor_checksum
 from tests.contract.engine_hosts import ask, make_engine, make_model, prompt_of
 
 TOKEN = "secret"

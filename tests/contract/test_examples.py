@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from qwench.config.advice import warnings
-from qwench.config.parse import parse_eval, parse_flags, parse_sft, parse_train
-from qwench.config.verbs import MakeModelConfig
+from qwench.config.command_line.parse import parse_eval, parse_flags, parse_sft, parse_train
+from qwench.config.sections.verbs import MakeModelConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -10,9 +10,9 @@ from typing import get_type_hints
 import pytest
 
 from qwench.config import Config
-from qwench.config.compat import SHORTHANDS, neutral_flag
-from qwench.config.flags import flag_table, metavar, parse_value, takes_many
-from qwench.config.parse import parse_flags
+from qwench.config.command_line.compat import SHORTHANDS, neutral_flag
+from qwench.config.command_line.flags import flag_table, metavar, parse_value, takes_many
+from qwench.config.command_line.parse import parse_flags
 from qwench.errors import ConfigError
 from tests.contract.recipes import RUN_QWEN3_4B, RUN_QWEN3_4B_BASE_SFT, RUN_QWEN3_32B
 

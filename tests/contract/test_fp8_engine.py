@@ -10,17 +10,17 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from qwench.engines.client import HttpEngine
 from qwench.engines.embedded.engine import EmbeddedEngine
-from qwench.engines.embedded.serving import ServerThread
+from qwench.engines.embedded.http.serving import ServerThread
 from qwench.engines.embedded.settings import EmbeddedSettings
-from qwench.engines.placement import EngineAddress
 from qwench.errors import WeightSyncError
 from qwench.models.fp8 import BLOCK, is_quantized_name, quantized
 from qwench.models.hf import write_hf_checkpoint
-from qwench.models.tokenizers import build_small_tokenizer
+from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.weights.quantize import QuantizedWeights
 from qwench.weights.rank_publication import publish_from_rank
 from qwench.weights.settings import PublicationSettings
 from qwench.weights.transports import CopyTransport, choose_transport
+from qwench.wire.addresses import EngineAddress
 from tests.contract.engine_hosts import ask, generate_all, make_model, prompt_of, reference_log_probs
 
 NUM_SEQUENCES, PROMPT_LENGTH, RESPONSE_LENGTH = 24, 8, 16

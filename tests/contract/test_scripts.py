@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qwench.cli import main
-from qwench.config.argv import split_words
-from qwench.config.parse import parse_sft, parse_train
+from qwench.config.command_line.argv import split_words
+from qwench.config.command_line.parse import parse_sft, parse_train
 from qwench.models.hf import load_hf_config
 from qwench.models.registry import check_architecture, find_size
 from tests.contract.recipes import RUN_QWEN3_4B, RUN_QWEN3_4B_BASE_SFT, RUN_QWEN3_32B

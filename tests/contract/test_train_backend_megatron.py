@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwench.checkpoints.sources import open_weights
+from qwench.checkpoints.formats.sources import open_weights
 from qwench.models.hf import load_hf_config
 from tests.contract import megatron_checkpoints
 from tests.contract import train_backend_cases as cases

@@ -19,18 +19,17 @@ import torch
 from torch import Tensor
 
 from qwench.engines.client import HttpEngine
-from qwench.engines.embedded.command import embedded_command
-from qwench.engines.flat_bucket import entries_of, entries_to_json, flatten_into, size_bytes
-from qwench.engines.placement import EngineAddress, Placement, host_name
-from qwench.engines.protocol import WeightBucket
-from qwench.engines.servers import ServerProcess, server_environ
-from qwench.engines.shared_buffer import SharedBuffer
+from qwench.engines.fleet.servers import ServerProcess, server_environ
+from qwench.engines.kinds.embedded import embedded_command
 from qwench.errors import EngineError, EngineLostError, WeightSyncError
-from qwench.models.tokenizers import build_small_tokenizer
+from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.weights.broadcast import BroadcastLink
-from qwench.weights.buckets import bucketed
 from qwench.weights.rank_publication import publish_from_rank
 from qwench.weights.settings import PublicationSettings
+from qwench.wire.addresses import EngineAddress, Placement, host_name
+from qwench.wire.flat_bucket import entries_of, entries_to_json, flatten_into, size_bytes
+from qwench.wire.portions import WeightBucket, bucketed
+from qwench.wire.shared_buffer import SharedBuffer
 from tests.contract.engine_hosts import ask, distribution, make_engine, make_model, prompt_of
 from tests.contract.weight_ranks import Publication, publish_from_ranks
 

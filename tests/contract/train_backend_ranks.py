@@ -15,15 +15,15 @@ import torch
 import torch.distributed as dist
 
 from qwench.errors import TrainingError
-from qwench.training.adam import AdamSettings
-from qwench.training.backend import TokenLoss, TrainBackend
 from qwench.training.batch import MicroBatch, unpack
 from qwench.training.fsdp.backend import WHOLE_GRADIENT_BYTES, FsdpBackend, FsdpSettings
 from qwench.training.megatron.backend import MegatronBackend, MegatronSettings
 from qwench.training.megatron.groups import leave_groups
 from qwench.training.megatron.layout import ParallelLayout
 from qwench.training.megatron.model import ModelSettings
-from qwench.training.schedule import LrSchedule
+from qwench.training.optimizers.adam import AdamSettings
+from qwench.training.optimizers.schedule import LrSchedule
+from qwench.training.trainer import TokenLoss, TrainBackend
 from tests.contract import train_backend_cases as cases
 from tests.contract.rank_processes import CPU, joined, run_to_end
 from tests.fakes import cuda_stand_in

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from qwench.engines.placement import EngineAddress
 from qwench.errors import QwenchError
-from qwench.training.adam import AdamSettings
 from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
-from qwench.training.schedule import LrSchedule
+from qwench.training.optimizers.adam import AdamSettings
+from qwench.training.optimizers.schedule import LrSchedule
 from qwench.weights.rank_publication import publish_from_rank
 from qwench.weights.settings import PublicationSettings
+from qwench.wire.addresses import EngineAddress
 
 _TIMEOUT_S = 120
 _CONTEXT = multiprocessing.get_context("forkserver")

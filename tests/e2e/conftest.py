@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from qwench import cli
-from qwench.quickstart import write_data
+from qwench.commands.quickstart import write_data
 
 REPOSITORY = Path(__file__).parents[2]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}

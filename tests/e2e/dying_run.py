@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from qwench.config.parse import parse_train
+from qwench.config.command_line.parse import parse_train
 from qwench.controller import Run, train
 from qwench.launch import build
 

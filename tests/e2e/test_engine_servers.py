@@ -19,11 +19,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qwench import cli
-from qwench.config.parse import parse_train
+from qwench.config.command_line.parse import parse_train
 from qwench.data.prompts import PromptSource
-from qwench.engines.embedded.command import embedded_command
-from qwench.engines.pool import EnginePool
-from qwench.engines.servers import ServerProcess
+from qwench.engines.fleet.pool import EnginePool
+from qwench.engines.fleet.servers import ServerProcess
+from qwench.engines.kinds.embedded import embedded_command
 from qwench.launch.engines import command_makers, serve_words
 from qwench.launch.generation import Generation, build_generation
 from qwench.launch.inputs import read_inputs, read_training_prompts

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from qwench.errors import TrainingError
-from qwench.training.backend import LossFunction, ParallelRank, StepResult
 from qwench.training.batch import MicroBatch
+from qwench.training.trainer import LossFunction, ParallelRank, StepResult
 
 Result = TypeVar("Result")
 

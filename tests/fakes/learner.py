@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from qwench.engines.protocol import WeightBucket
 from qwench.samples import Json
+from qwench.wire.portions import WeightBucket
 
 
 class CountingLearner:

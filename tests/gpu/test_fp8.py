@@ -7,7 +7,7 @@ import asyncio
 import pytest
 import torch
 
-from qwench.engines.embedded.linear import fp8_linear
+from qwench.models.decoder.linear import fp8_linear
 from qwench.models.fp8 import dequantize, quantize, quantized
 from tests.contract.engine_hosts import ask, generate_all, make_model, prompt_of, reference_log_probs
 from tests.contract.test_fp8_engine import Source, by_hand, fp8_engine

@@ -9,12 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from qwench.training.adam import AdamSettings
-from qwench.training.backend import TokenLoss
 from qwench.training.batch import MicroBatch, RolloutBatch, pack, unpack
 from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
+from qwench.training.optimizers.adam import AdamSettings
+from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import init_process_group
-from qwench.training.schedule import LrSchedule
+from qwench.training.trainer import TokenLoss
 
 pytestmark = [
     pytest.mark.gpu(1),

@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from qwench.training.adam import AdamSettings
-from qwench.training.backend import TokenLoss
 from qwench.training.batch import MicroBatch, RolloutBatch, pack
 from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
-from qwench.training.host_adam import HostAdam
+from qwench.training.optimizers.adam import AdamSettings
+from qwench.training.optimizers.host_adam import HostAdam
+from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import init_process_group
-from qwench.training.schedule import LrSchedule
+from qwench.training.trainer import TokenLoss
 
 _DEVICES = [
     pytest.param("cpu", id="cpu"),

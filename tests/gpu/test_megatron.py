@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from qwench.training.adam import AdamSettings
-from qwench.training.backend import TokenLoss, TrainBackend
 from qwench.training.batch import MicroBatch, RolloutBatch, pack
 from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
-from qwench.training.schedule import LrSchedule
+from qwench.training.optimizers.adam import AdamSettings
+from qwench.training.optimizers.schedule import LrSchedule
+from qwench.training.trainer import TokenLoss, TrainBackend
 from tests.contract import train_backend_cases as cases
 from tests.contract.rank_processes import run_to_end
 

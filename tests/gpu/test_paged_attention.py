@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from qwench.engines.embedded.attention import TorchAttention
-from qwench.engines.embedded.batch import Chunks, StepBatch
+from qwench.engines.embedded.compute.attention import TorchAttention
+from qwench.engines.embedded.compute.batch import Chunks, StepBatch
 from tests.contract.engine_hosts import ask, generate_all, make_engine, make_model, prompt_of, reference_log_probs
 
 pytestmark = [pytest.mark.gpu(1), pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -22,7 +22,7 @@ DEVICE = torch.device("cuda")
 def attention_cuda():
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
-    return pytest.importorskip("qwench.engines.embedded.attention_cuda", exc_type=ImportError)
+    return pytest.importorskip("qwench.engines.embedded.compute.attention_cuda", exc_type=ImportError)
 
 
 def chunks_of(starts: list[int], counts: list[int], tables: np.ndarray) -> Chunks:

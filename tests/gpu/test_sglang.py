@@ -20,17 +20,17 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qwench.engines.client import HttpEngine
-from qwench.engines.event_loop import EventLoopThread
-from qwench.engines.health import HealthRules
-from qwench.engines.identity import ModelIdentity, check_serves
-from qwench.engines.members import Member
-from qwench.engines.pool import EnginePool
+from qwench.engines.fleet.event_loop import EventLoopThread
+from qwench.engines.fleet.health import HealthRules
+from qwench.engines.fleet.identity import ModelIdentity, check_serves
+from qwench.engines.fleet.members import Member
+from qwench.engines.fleet.pool import EnginePool
+from qwench.engines.fleet.servers import ServerProcess
+from qwench.engines.kinds.sglang import SglangSettings, check_sglang_words, sglang_command
 from qwench.engines.protocol import Engine, FinishReason, GenerateRequest, GenerateResult, MemoryTag
-from qwench.engines.servers import ServerProcess
-from qwench.engines.sglang import SglangSettings, check_sglang_words, sglang_command
 from qwench.errors import ConfigError, EngineError
-from qwench.models.tiny import make_checkpoint
-from qwench.models.tokenizers import build_small_tokenizer
+from qwench.models.made.tiny import make_checkpoint
+from qwench.models.made.tokenizers import build_small_tokenizer
 from tests.contract.engine_hosts import ask, generate_all, prompt_of, reference_log_probs
 
 pytestmark = [

@@ -16,20 +16,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qwench.engines.client import HttpEngine
-from qwench.engines.placement import EngineAddress, Placement, gpu_names, host_name
+from qwench.engines.fleet.servers import ServerProcess
+from qwench.engines.kinds.sglang import SglangSettings, sglang_command
 from qwench.engines.protocol import GenerateRequest, GenerateResult, MemoryTag
-from qwench.engines.servers import ServerProcess
-from qwench.engines.sglang import SglangSettings, sglang_command
-from qwench.models.tiny import make_checkpoint
-from qwench.models.tokenizers import build_small_tokenizer
-from qwench.training.adam import AdamSettings
-from qwench.training.backend import TokenLoss
+from qwench.models.made.tiny import make_checkpoint
+from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.training.batch import MicroBatch, RolloutBatch, pack
 from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
+from qwench.training.optimizers.adam import AdamSettings
+from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import init_process_group
-from qwench.training.schedule import LrSchedule
+from qwench.training.trainer import TokenLoss
 from qwench.weights.rank_publication import publish_from_rank
 from qwench.weights.settings import PublicationSettings
+from qwench.wire.addresses import EngineAddress, Placement, gpu_names, host_name
 from tests.contract.engine_hosts import ask, generate_all, prompt_of
 
 pytestmark = [

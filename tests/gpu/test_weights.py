@@ -8,17 +8,17 @@ import os
 import pytest
 import torch
 
-from qwench.engines.checksum import tensor_checksum, tensor_checksums
-from qwench.engines.embedded.command import embedded_command
-from qwench.engines.placement import EngineAddress
-from qwench.engines.servers import ServerProcess, server_environ
-from qwench.engines.shared_buffer import SharedBuffer, open_buffer
-from qwench.models.tokenizers import build_small_tokenizer
+from qwench.engines.fleet.servers import ServerProcess, server_environ
+from qwench.engines.kinds.embedded import embedded_command
+from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.weights.broadcast import BroadcastLink
-from qwench.weights.buckets import bucketed
 from qwench.weights.rank_publication import publish_from_rank
 from qwench.weights.settings import PublicationSettings
 from qwench.weights.sglang.hashing import sglang_hash
+from qwench.wire.addresses import EngineAddress
+from qwench.wire.checksum import tensor_checksum, tensor_checksums
+from qwench.wire.portions import bucketed
+from qwench.wire.shared_buffer import SharedBuffer, open_buffer
 from tests.contract.engine_hosts import make_model
 from tests.fakes.sglang_server import numpy_hash
 

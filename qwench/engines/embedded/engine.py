@@ -22,17 +22,16 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from qwench.engines.embedded.admission import Admission, eos_ids_of
-from qwench.engines.embedded.architecture import Architecture, architecture_from_config
-from qwench.engines.embedded.counters import count_step
-from qwench.engines.embedded.kv_cache import PagePool
-from qwench.engines.embedded.parameters import list_parameters
-from qwench.engines.embedded.request import RunningRequest
-from qwench.engines.embedded.runner import Runner
-from qwench.engines.embedded.scheduler import Scheduler
+from qwench.engines.embedded.compute.parameters import list_parameters
+from qwench.engines.embedded.compute.runner import Runner
+from qwench.engines.embedded.compute.weights import WeightStore, read_safetensors
+from qwench.engines.embedded.scheduling.admission import Admission, eos_ids_of
+from qwench.engines.embedded.scheduling.counters import count_step
+from qwench.engines.embedded.scheduling.kv_cache import PagePool
+from qwench.engines.embedded.scheduling.request import RunningRequest
+from qwench.engines.embedded.scheduling.scheduler import Scheduler
+from qwench.engines.embedded.scheduling.stopping import update_finish
 from qwench.engines.embedded.settings import EmbeddedSettings
-from qwench.engines.embedded.stopping import update_finish
-from qwench.engines.embedded.weights import WeightStore, read_safetensors
 from qwench.engines.protocol import (
     EngineStats,
     FinishReason,
@@ -44,6 +43,7 @@ from qwench.engines.protocol import (
     WeightReceipt,
 )
 from qwench.errors import EngineError
+from qwench.models.architecture import Architecture, architecture_from_config
 from qwench.models.hf import is_fp8_checkpoint, load_hf_config, load_tokenizer, stop_token_ids
 
 QUIET_TURNS = 10

@@ -20,11 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
-from qwench.engines.protocol import WeightBucket
 from qwench.models.hf import load_hf_config
 from qwench.training import rng
-from qwench.training.adam import AdamSettings
-from qwench.training.backend import LossFunction, ParallelRank, StepResult, TokenLoss, stop_unless_finite
 from qwench.training.batch import MicroBatch
 from qwench.training.fsdp import checkpoint
 from qwench.training.fsdp.attention import install_attention
@@ -35,9 +32,11 @@ from qwench.training.fsdp.optimizer import MasterOptimizer, local_shard
 from qwench.training.fsdp.parallelize import MASTER_DTYPE, parallelize
 from qwench.training.fsdp.policy import Policy
 from qwench.training.offload import HostCopy
+from qwench.training.optimizers.adam import AdamSettings
+from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import largest_of_ranks
-from qwench.training.schedule import LrSchedule
-from qwench.weights.buckets import bucketed
+from qwench.training.trainer import LossFunction, ParallelRank, StepResult, TokenLoss, stop_unless_finite
+from qwench.wire.portions import WeightBucket, bucketed
 
 WHOLE_GRADIENT_BYTES = 4 << 30
 """Float32 gradients of a whole model up to this size (a billion weights) stay whole on every rank until the step's last
@@ -97,7 +96,7 @@ class FsdpBackend:
         """Load a checkpoint of any format and shard it over all ranks (after `init_process_group`); collective.
 
         Args:
-            model_folder: A checkpoint that `checkpoints.sources` knows.
+            model_folder: A checkpoint that `checkpoints.formats.sources` knows.
             hf_config: Of the model; None: config.json in `model_folder`.
 
         Raises:

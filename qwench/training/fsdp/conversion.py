@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PretrainedConfig, PreTrainedModel
 
-from qwench.checkpoints.sources import WeightSource, find_checkpoint, find_format, open_weights
-from qwench.checkpoints.torch_dist import CONFIG_FILE
+from qwench.checkpoints.formats.sources import WeightSource, find_checkpoint, find_format, open_weights
+from qwench.checkpoints.formats.torch_dist import CONFIG_FILE
 from qwench.models.hf import load_hf_config, load_model, model_of
 from qwench.training.fsdp.optimizer import MasterOptimizer
 from qwench.training.resuming import open_saved_optimizer

@@ -15,10 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from qwench.training.adam import MASTER, MOMENTS, NORM_EPS, AdamSettings
 from qwench.training.fsdp.gradients import ShardedGradients
-from qwench.training.host_adam import HostAdam
-from qwench.training.schedule import LrSchedule
+from qwench.training.optimizers.adam import MASTER, MOMENTS, NORM_EPS, AdamSettings
+from qwench.training.optimizers.host_adam import HostAdam
+from qwench.training.optimizers.schedule import LrSchedule
 
 
 class MasterOptimizer:

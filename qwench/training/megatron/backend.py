@@ -21,12 +21,9 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from qwench.checkpoints.sources import open_weights
-from qwench.engines.protocol import WeightBucket
+from qwench.checkpoints.formats.sources import open_weights
 from qwench.models.hf import load_hf_config
 from qwench.training import rng
-from qwench.training.adam import AdamSettings
-from qwench.training.backend import LossFunction, ParallelRank, StepResult, TokenLoss, stop_unless_finite
 from qwench.training.batch import MicroBatch
 from qwench.training.megatron import checkpoint, pipeline
 from qwench.training.megatron.groups import join_groups
@@ -40,14 +37,16 @@ from qwench.training.megatron.model import (
     tied_head,
 )
 from qwench.training.megatron.optimizer import MasterOptimizer, wrap_in_ddp
-from qwench.training.megatron.placement import TensorPlace
 from qwench.training.megatron.platform import check_platform, check_transformer_impl
+from qwench.training.megatron.stages import TensorPlace
 from qwench.training.megatron.weights import WholeWeights
 from qwench.training.offload import HostCopy
+from qwench.training.optimizers.adam import AdamSettings
+from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import largest_of_ranks
 from qwench.training.resuming import open_saved_optimizer
-from qwench.training.schedule import LrSchedule
-from qwench.weights.buckets import bucketed
+from qwench.training.trainer import LossFunction, ParallelRank, StepResult, TokenLoss, stop_unless_finite
+from qwench.wire.portions import WeightBucket, bucketed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +103,7 @@ class MegatronBackend:
         """Divide the ranks (after `init_process_group`) and load a checkpoint of any format; collective.
 
         Args:
-            model_folder: A checkpoint that `checkpoints.sources` knows.
+            model_folder: A checkpoint that `checkpoints.formats.sources` knows.
             hf_config: Of the model; None: config.json in `model_folder`.
 
         Raises:

@@ -21,14 +21,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultSavePlanner
 
-from qwench.checkpoints.dcp_reader import DcpFolder
-from qwench.checkpoints.pieces import Piece, PiecedTensor
-from qwench.checkpoints.sources import OptimizerState, find_format
-from qwench.checkpoints.torch_dist import extra_states, write_common_files
+from qwench.checkpoints.formats.dcp_reader import DcpFolder
+from qwench.checkpoints.formats.pieces import Piece, PiecedTensor
+from qwench.checkpoints.formats.sources import OptimizerState, find_format
+from qwench.checkpoints.formats.torch_dist import extra_states, write_common_files
 from qwench.models.megatron_names import WeightRule, to_megatron, tp_shard
-from qwench.training.adam import MASTER, MOMENTS
 from qwench.training.megatron.optimizer import MasterOptimizer
-from qwench.training.megatron.placement import TensorPlace
+from qwench.training.megatron.stages import TensorPlace
+from qwench.training.optimizers.adam import MASTER, MOMENTS
 from qwench.training.resuming import load_in_place
 
 _STATE_KEYS = {MASTER: "optimizer.state.param."} | {moment: f"optimizer.state.{moment}." for moment in MOMENTS}

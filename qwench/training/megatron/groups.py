@@ -8,8 +8,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from qwench.training.backend import ParallelRank
 from qwench.training.megatron.layout import ParallelLayout
+from qwench.training.trainer import ParallelRank
 
 
 def join_groups(layout: ParallelLayout, *, timeout_s: float = 1800.0) -> ParallelRank:

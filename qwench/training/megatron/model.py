@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers import PretrainedConfig
 
-from qwench.checkpoints.sources import WeightSource
-from qwench.engines.embedded.architecture import Architecture, architecture_from_config
+from qwench.checkpoints.formats.sources import WeightSource
 from qwench.errors import ConfigError
+from qwench.models.architecture import Architecture, architecture_from_config
 from qwench.models.megatron_names import WeightRule, rules, to_megatron, tp_shard
 from qwench.training.batch import MicroBatch
 from qwench.training.megatron.attention import PackedTokens, uses_varlen_kernel

@@ -18,9 +18,9 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
-from qwench.training.adam import MASTER, MOMENTS, AdamSettings
-from qwench.training.host_adam import HostAdam
-from qwench.training.schedule import LrSchedule
+from qwench.training.optimizers.adam import MASTER, MOMENTS, AdamSettings
+from qwench.training.optimizers.host_adam import HostAdam
+from qwench.training.optimizers.schedule import LrSchedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

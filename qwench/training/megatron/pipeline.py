@@ -16,10 +16,10 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from qwench.training.backend import LossFunction, TokenLoss
 from qwench.training.batch import MicroBatch
 from qwench.training.megatron.groups import is_last_stage
 from qwench.training.megatron.model import TokenScores
+from qwench.training.trainer import LossFunction, TokenLoss
 
 
 def score(model: DistributedDataParallel, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[Tensor]:

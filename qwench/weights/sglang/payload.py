@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from qwench.engines.flat_bucket import TensorEntry, size_bytes
-from qwench.engines.placement import device_name
-from qwench.engines.shared_buffer import SharedBuffer
+from qwench.wire.addresses import device_name
+from qwench.wire.flat_bucket import TensorEntry, size_bytes
+from qwench.wire.shared_buffer import SharedBuffer
 
 _DEVICE_ARGUMENT = 6
 """Place of the device's number in the arguments of `rebuild_cuda_tensor`."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwench.engines.flat_bucket import TensorEntry
 from qwench.engines.protocol import Portion
-from qwench.engines.shared_buffer import SharedBuffer
 from qwench.errors import WeightSyncError
 from qwench.weights.checks import Ledger, check_version
 from qwench.weights.receivers import HttpReceiver, Json, broadcast_fields
 from qwench.weights.sglang.checksums import SglangLedger
 from qwench.weights.sglang.payload import flattened_bucket_payload
+from qwench.wire.flat_bucket import TensorEntry
+from qwench.wire.shared_buffer import SharedBuffer
 
 
 class SglangReceiver(HttpReceiver):

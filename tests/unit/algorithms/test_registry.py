@@ -1,7 +1,7 @@
 import pytest
 
 from qwench.algorithms.registry import ESTIMATORS, Ratio, RewardScale, Surrogate, find_estimator
-from qwench.config.algorithm import SAMPLE_ESTIMATORS
+from qwench.config.sections.algorithm import SAMPLE_ESTIMATORS
 from qwench.errors import ConfigError
 
 

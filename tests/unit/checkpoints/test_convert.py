@@ -18,11 +18,11 @@ from transformers import Qwen3Config
 from qwench.checkpoints import convert as convert_module
 from qwench.checkpoints.convert import Conversion, Converted, Converter, Ranks
 from qwench.checkpoints.folders import MARKER
-from qwench.checkpoints.fp8 import QuantizedSource
+from qwench.checkpoints.formats.fp8 import QuantizedSource
+from qwench.checkpoints.formats.sources import Format, WeightSource, open_optimizer_state, open_weights
+from qwench.checkpoints.formats.targets import WEIGHTS, FsdpTarget, HfTarget
 from qwench.checkpoints.jobs import Job, Stream, share
 from qwench.checkpoints.manifest import read_manifest, write_manifest
-from qwench.checkpoints.sources import Format, WeightSource, open_optimizer_state, open_weights
-from qwench.checkpoints.targets import WEIGHTS, FsdpTarget, HfTarget
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.fp8 import quantized
 from qwench.models.hf import expected_weights, load_hf_config, write_hf_checkpoint

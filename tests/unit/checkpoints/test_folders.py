@@ -4,7 +4,7 @@ import pytest
 
 from qwench.checkpoints.folders import check_load_folder, check_save_folder
 from qwench.checkpoints.manager import CheckpointManager
-from qwench.config.checkpoint import CheckpointConfig
+from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import ConfigError
 from tests.fakes.console import RecordingConsole
 from tests.fakes.learner import CountingLearner, CountingRollouts

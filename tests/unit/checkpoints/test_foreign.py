@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, Qwen3Config
 
 from qwench.checkpoints.folders import check_weights, foreign_checkpoint, starting_weights
 from qwench.checkpoints.manager import CheckpointManager
-from qwench.config.checkpoint import CheckpointConfig
+from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.hf import load_hf_config
 from tests.fakes.learner import CountingRollouts

@@ -12,7 +12,7 @@ import pytest
 
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.checkpoints.manifest import read_manifest
-from qwench.config.checkpoint import CheckpointConfig
+from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.observability.console import QuietConsole
 from tests.fakes.learner import CountingLearner, CountingRollouts
 

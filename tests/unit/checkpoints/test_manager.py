@@ -6,9 +6,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from qwench.checkpoints.manager import CheckpointManager
-from qwench.config.checkpoint import CheckpointConfig
-from qwench.engines.protocol import WeightBucket
+from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import CheckpointError, ConfigError
+from qwench.wire.portions import WeightBucket
 from tests.fakes.console import RecordingConsole
 from tests.fakes.learner import CountingLearner, CountingRollouts
 

@@ -9,8 +9,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultSavePlanner
 
-from qwench.checkpoints.dcp_reader import DcpFolder
-from qwench.checkpoints.torch_dist import read_num_steps
+from qwench.checkpoints.formats.dcp_reader import DcpFolder
+from qwench.checkpoints.formats.torch_dist import read_num_steps
 from qwench.errors import CheckpointError
 
 _MOMENTS = {f"optimizer.state.{moment}.output_layer.weight": torch.zeros(2, 3) for moment in ("exp_avg", "exp_avg_sq")}

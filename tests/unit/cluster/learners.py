@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from qwench.engines.protocol import WeightBucket
 from qwench.errors import TrainingError
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout
 from qwench.training.learner import Learned
+from qwench.wire.portions import WeightBucket
 
 TENSORS = {
     "layer.weight": torch.arange(6, dtype=torch.float32).view(2, 3) / 7,

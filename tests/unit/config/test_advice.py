@@ -1,8 +1,8 @@
 import pytest
 
 from qwench.config.advice import warnings
-from qwench.config.parse import parse_eval, parse_sft, parse_train
-from tests.unit.config.command_line import flat, words_of
+from qwench.config.command_line.parse import parse_eval, parse_sft, parse_train
+from tests.unit.config.words import flat, words_of
 
 
 def test_a_complete_command_line_needs_no_advice(files):

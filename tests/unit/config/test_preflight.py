@@ -1,8 +1,8 @@
 import pytest
 
-from qwench.config.parse import parse_eval, parse_serve, parse_sft, parse_train
+from qwench.config.command_line.parse import parse_eval, parse_serve, parse_sft, parse_train
 from qwench.errors import ConfigError
-from tests.unit.config.command_line import flat, words_of
+from tests.unit.config.words import flat, words_of
 
 
 def test_a_complete_command_line_passes(files):

@@ -13,7 +13,7 @@ from qwench.config import (
     TrainingConfig,
     rules,
 )
-from qwench.config.compat import SFT_ROLLOUT
+from qwench.config.command_line.compat import SFT_ROLLOUT
 from qwench.errors import ConfigError
 
 EIGHT = ClusterConfig(actor_num_gpus_per_node=8)

@@ -4,7 +4,7 @@ import pytest
 
 from qwench.data.prompts import LoadedPrompts, PromptSource, load_prompts
 from qwench.errors import CheckpointError, ConfigError
-from qwench.models.tokenizers import build_small_tokenizer
+from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.samples import Prompt, Status
 
 TOKENIZER = build_small_tokenizer()

@@ -5,7 +5,7 @@ from rich.text import Text
 
 from qwench.data.sft import LoadedSft, SftSource, load_sft, render_mask_preview
 from qwench.errors import CheckpointError, ConfigError
-from qwench.models.tokenizers import build_small_tokenizer
+from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.samples import Status
 
 TOKENIZER = build_small_tokenizer()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from qwench.engines.placement import Placement
 from qwench.engines.protocol import EngineStats, GenerateRequest, GenerateResult
 from qwench.errors import EngineError, EngineLostError
+from qwench.wire.addresses import Placement
 from tests.fakes.engine import FakeEngine
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qwench.engines.embedded.command import embedded_command
-from qwench.engines.router import check_router_words, router_command
-from qwench.engines.server_flags import check_words
-from qwench.engines.sglang import OWN_FLAGS, SglangSettings, check_sglang_words, sglang_command
+from qwench.engines.fleet.router import check_router_words, router_command
+from qwench.engines.kinds.embedded import embedded_command
+from qwench.engines.kinds.passthrough_flags import check_words
+from qwench.engines.kinds.sglang import OWN_FLAGS, SglangSettings, check_sglang_words, sglang_command
 from qwench.errors import ConfigError
 
 PARSER = "parser.add_argument('--size', type=int); parser.add_argument('--fast', action='store_true')"

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from qwench.engines.event_loop import EventLoopThread
-from qwench.engines.health import MAX_STARTS, HealthRules
-from qwench.engines.members import Member
-from qwench.engines.pool import EnginePool
+from qwench.engines.fleet.event_loop import EventLoopThread
+from qwench.engines.fleet.health import MAX_STARTS, HealthRules
+from qwench.engines.fleet.members import Member
+from qwench.engines.fleet.pool import EnginePool
 from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult, MemoryTag, SamplingParams
 from qwench.errors import EngineError, EngineLostError, WeightSyncError
 from tests.unit.engines.scripted import ScriptedEngine, ScriptedServer

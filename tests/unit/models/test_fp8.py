@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from qwench.checkpoints.sources import open_weights
+from qwench.checkpoints.formats.sources import open_weights
 from qwench.errors import ConfigError
 from qwench.models.fp8 import (
     QUANTIZATION_CONFIG,
@@ -19,8 +19,8 @@ from qwench.models.fp8 import (
     scale_shape,
 )
 from qwench.models.hf import is_fp8_checkpoint, load_hf_config, load_model, write_hf_checkpoint
-from qwench.models.tiny import make_checkpoint
-from qwench.models.tokenizers import build_small_tokenizer
+from qwench.models.made.tiny import make_checkpoint
+from qwench.models.made.tokenizers import build_small_tokenizer
 
 
 def e4m3_values() -> list[float]:

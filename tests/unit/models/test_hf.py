@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3
 
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.hf import load_hf_config, load_model, load_tokenizer, stop_token_ids, write_hf_checkpoint
-from qwench.models.tiny import make_checkpoint
-from qwench.models.tokenizers import build_small_tokenizer
+from qwench.models.made.tiny import make_checkpoint
+from qwench.models.made.tokenizers import build_small_tokenizer
 
 TOKENIZER = build_small_tokenizer()
 TOKENS = torch.tensor([[5, 6, 7, 8, 200, 264]])

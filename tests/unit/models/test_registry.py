@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from qwench.config.architecture import ArchitectureConfig
+from qwench.config.sections.architecture import ArchitectureConfig
 from qwench.errors import ConfigError
 from qwench.models.registry import SIZES, check_architecture, find_size, kv_bytes_per_token, num_parameters
 

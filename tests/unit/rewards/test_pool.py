@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qwench.config.reward import RewardConfig
+from qwench.config.sections.reward import RewardConfig
 from qwench.errors import ConfigError, RewardError
 from qwench.rewards.pool import RewardPool
 from qwench.rewards.registry import build_pool
@@ -134,7 +134,7 @@ def test_pool_works_in_a_script_without_a_main_guard(tmp_path: Path) -> None:
 
 
 def test_rewards_import_without_torch_or_sympy_in_the_controller() -> None:
-    code = "import sys, qwench.rewards.registry, qwench.rewards.check; print({'torch', 'sympy'} & set(sys.modules))"
+    code = "import sys, qwench.rewards.registry, qwench.commands.reward_check; print({'torch', 'sympy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

@@ -11,10 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from qwench.config.reward import RewardConfig
+from qwench.commands.reward_check import check_file
+from qwench.config.sections.reward import RewardConfig
 from qwench.errors import ConfigError, RewardError
 from qwench.rewards import remote
-from qwench.rewards.check import check_file
 from qwench.rewards.pool import RewardPool
 from qwench.rewards.registry import build_pool, reward_spec
 from qwench.rewards.remote import pause_s

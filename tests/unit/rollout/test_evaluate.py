@@ -3,8 +3,8 @@ from contextlib import closing
 
 import pytest
 
-from qwench.engines.event_loop import EventLoopThread
-from qwench.engines.pool import EnginePool
+from qwench.engines.fleet.event_loop import EventLoopThread
+from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import RewardError
 from qwench.rollout.evaluate import EvalSet, Evaluator
 from qwench.rollout.sampling import Sampling

@@ -1,7 +1,7 @@
 import pytest
 
-from qwench.engines.event_loop import EventLoopThread
-from qwench.engines.pool import EnginePool
+from qwench.engines.fleet.event_loop import EventLoopThread
+from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import WeightSyncError
 from qwench.rollout.probe import NUM_PROMPTS, NUM_TOKENS, GreedyProbe
 from qwench.samples import Prompt

@@ -5,8 +5,8 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from qwench.engines.event_loop import EventLoopThread
-from qwench.engines.pool import EnginePool
+from qwench.engines.fleet.event_loop import EventLoopThread
+from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import EngineError, RewardError
 from qwench.rollout.feed import GroupFeed
 from qwench.rollout.metrics import MetricOptions

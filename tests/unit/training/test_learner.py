@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from qwench.config.algorithm import AlgorithmConfig
-from qwench.config.training import TrainingConfig
+from qwench.config.sections.algorithm import AlgorithmConfig
+from qwench.config.sections.training import TrainingConfig
 from qwench.data.balance import SequenceCost
 from qwench.errors import RewardError, TrainingError
 from qwench.observability.timing import PhaseTimer

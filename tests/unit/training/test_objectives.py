@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwench.config.algorithm import AlgorithmConfig
+from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.errors import ConfigError
 from qwench.training.batch import RolloutBatch, idle, pack
 from qwench.training.objectives import LossObserver, build_loss

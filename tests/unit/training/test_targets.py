@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from qwench.config.algorithm import AlgorithmConfig
+from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.training.batch import RolloutBatch
 from qwench.training.targets import normalized_rewards, token_advantages
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from qwench.engines.event_loop import EventLoopThread
+from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.protocol import Portion
 from qwench.errors import WeightSyncError
 from qwench.weights import broadcast

@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwench.engines.checksum import tensor_checksum
-from qwench.engines.protocol import WeightBucket, WeightReceipt
+from qwench.engines.protocol import WeightReceipt
 from qwench.errors import WeightSyncError
-from qwench.weights.buckets import bucketed
 from qwench.weights.publish import publish_weights
 from qwench.weights.settings import PublicationSettings
+from qwench.wire.checksum import tensor_checksum
+from qwench.wire.portions import WeightBucket, bucketed
 
 WEIGHTS = {"embed": torch.arange(6.0).view(2, 3), "norm": torch.ones(3), "head": torch.arange(4.0)}
 

@@ -1,8 +1,8 @@
 import pytest
 
-from qwench.engines.placement import EngineAddress, Placement
 from qwench.errors import WeightSyncError
 from qwench.weights.routes import plan_routes
+from qwench.wire.addresses import EngineAddress, Placement
 
 RANKS = [Placement(host="a", devices=(f"GPU-{i}",)) for i in range(4)]
 CPU_RANK = [Placement(host="a", devices=("cpu",))]

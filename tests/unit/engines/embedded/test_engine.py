@@ -11,7 +11,7 @@ from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.protocol import FinishReason
 from qwench.errors import ConfigError, EngineError
-from qwench.models.tokenizers import build_small_tokenizer
+from qwench.models.made.tokenizers import build_small_tokenizer
 from tests.contract.engine_hosts import ask, generate_all, make_engine, make_model, prompt_of, reference_log_probs
 
 

@@ -10,11 +10,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from qwench import cli
 from qwench.models.hf import load_hf_config
-from qwench.training.adam import AdamSettings
 from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
 from qwench.training.fsdp.conversion import load_causal_lm
+from qwench.training.optimizers.adam import AdamSettings
+from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import init_process_group, leave_process_group
-from qwench.training.schedule import LrSchedule
 
 _CPU = torch.device("cpu")
 

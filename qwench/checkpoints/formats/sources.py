@@ -1,0 +1,247 @@
+"""Weights and optimizer state of any checkpoint we know, under Hugging Face names, read tensor by tensor.
+
+    hf           config.json, *.safetensors                    dtype of the files
+    torch_dist   .metadata, metadata.json, __*.distcp          Megatron-LM's, slime's, and --train-backend megatron's
+    fsdp         model/.metadata, model/__*.distcp             float32 masters of --train-backend fsdp
+
+Each of them may also be given by its parent folder, in which `latest_checkpointed_iteration.txt` says `release` or a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from qwench.checkpoints.formats.dcp_reader import METADATA, DcpFolder
+from qwench.checkpoints.formats.iterations import POINTER, RELEASE, Iterations
+from qwench.checkpoints.formats.torch_dist import (
+    CONFIG_FILE,
+    MASTER_PREFIXES,
+    MOMENT_PREFIXES,
+    TorchDistWeights,
+    holds,
+    read_num_steps,
+)
+from qwench.errors import CheckpointError, ConfigError
+from qwench.files import TEMPORARY_SUFFIX
+from qwench.models.fp8 import dequantize, scale_name
+from qwench.models.hf import expected_weights
+from qwench.models.safetensors_files import StoredTensor, TensorSpec, find_tensors, read_tensor
+
+Format = Literal["hf", "torch_dist", "fsdp"]
+MOMENTS = ("exp_avg", "exp_avg_sq")
+NUM_STEPS = "num_steps"
+
+
+class WeightSource(Protocol):
+    """All parameters of a model."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Hugging Face name -> shape and dtype, in an order in which reading is cheap."""
+        ...
+
+    @property
+    def bundles(self) -> Sequence[tuple[str, ...]]:
+        """The names of `specs`, in their order; of a bundle, read by one thread in a row, the files are read only once."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """Read one parameter to the host, contiguous.
+
+        Raises:
+            CheckpointError: the files are damaged.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerState:
+    """What AdamW needs to go on."""
+
+    masters: WeightSource
+    """float32."""
+    moments: Mapping[str, WeightSource]
+    """exp_avg and exp_avg_sq; empty before the first step."""
+    num_steps: int
+    """Optimizer steps done."""
+
+
+def find_checkpoint(folder: Path, *, step: int | None = None, flag: str = "--load") -> Path:
+    """Return the folder that holds the checkpoint itself: `folder`, or the one that its pointer or `step` names.
+
+    Raises:
+        ConfigError: there is no checkpoint, or not the one asked for.
+    """
+    if step is not None:
+        named = Iterations(folder).folder(step)
+        if not named.is_dir():
+            raise ConfigError(f"{flag} {folder} has no checkpoint of iteration {step}: there is no {named.name} in it.")
+        return named
+    if not (folder / POINTER).is_file():
+        return folder
+    target = (folder / POINTER).read_text(encoding="utf-8").strip()
+    if target != RELEASE and not target.isdecimal():
+        raise ConfigError(f"{flag} {folder}: {POINTER} says {target!r}; it must be {RELEASE} or a number.")
+    named = folder / RELEASE if target == RELEASE else Iterations(folder).folder(int(target))
+    if not named.is_dir():
+        raise ConfigError(f"{flag} {folder}: {POINTER} says {target}, but there is no {named.name}.")
+    return named
+
+
+def find_format(folder: Path) -> Format:
+    """Tell what the folder of a checkpoint holds.
+
+    Raises:
+        ConfigError: nothing that we know.
+        CheckpointError: a checkpoint that was not finished.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder {folder}.")
+    if folder.name.endswith(TEMPORARY_SUFFIX):
+        raise CheckpointError(f"{folder} was not finished; give a whole checkpoint.")
+    if (folder / "model" / METADATA).is_file():
+        return "fsdp"
+    if (folder / METADATA).is_file() and (folder / CONFIG_FILE).is_file():
+        return "torch_dist"
+    if (folder / "config.json").is_file():
+        return "hf"
+    if any(folder.glob("*.distcp")) or any(folder.glob("model/*.distcp")):
+        raise CheckpointError(
+            f"{folder} lacks {METADATA} or {CONFIG_FILE}: writing it was not finished; give a whole checkpoint."
+        )
+    raise ConfigError(
+        f"{folder} is no checkpoint: it has neither {POINTER}, nor config.json (Hugging Face), {METADATA} with {CONFIG_FILE} "
+        f"(torch_dist) or model/{METADATA} (FSDP)."
+    )
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Tell whether the folder itself, not one below it, is a checkpoint, finished or not."""
+    try:
+        find_format(folder)
+    except CheckpointError:
+        return True
+    except ConfigError:
+        return False
+    return True
+
+
+def open_weights(folder: Path, config: PretrainedConfig) -> WeightSource:
+    """Open the weights of a checkpoint of any format, or of the newest one under `folder`.
+
+    Args:
+        config: Of the model that they must be of.
+
+    Raises:
+        ConfigError: there is no checkpoint, or it is of another architecture.
+        CheckpointError: it is damaged or half-written.
+    """
+    folder = find_checkpoint(folder)
+    match find_format(folder):
+        case "hf":
+            return HfWeights(folder, config)
+        case "fsdp":
+            return DcpWeights(DcpFolder(folder / "model"), config)
+        case "torch_dist":
+            return TorchDistWeights(DcpFolder(folder), config)
+
+
+def open_optimizer_state(folder: Path, config: PretrainedConfig) -> OptimizerState | None:
+    """Open the optimizer state of a checkpoint, or of the newest one under `folder`; None: it has none.
+
+    Raises:
+        ConfigError, CheckpointError: as `open_weights`.
+    """
+    folder = find_checkpoint(folder)
+    match find_format(folder):
+        case "hf":
+            return None
+        case "fsdp":
+            return _fsdp_optimizer(folder, config)
+        case "torch_dist":
+            return _torch_dist_optimizer(folder, config)
+
+
+class HfWeights:
+    """The safetensors of a Hugging Face folder; FP8 weights are read as the bfloat16 that they stand for."""
+
+    def __init__(self, folder: Path, config: PretrainedConfig) -> None:
+        """Find every parameter of the model; what else the files hold is left alone."""
+        stored = find_tensors(folder)
+        expected = expected_weights(config)
+        check_specs({name: tensor.spec for name, tensor in stored.items()}, expected, folder)
+        self._stored: dict[str, StoredTensor] = {name: stored[name] for name in expected}
+        self._scales = {name: stored[scale_name(name)] for name in expected if scale_name(name) in stored}
+        self.specs: Mapping[str, TensorSpec] = {name: self._spec(name) for name in expected}
+        self.bundles = [(name,) for name in self.specs]
+
+    def read(self, name: str) -> Tensor:
+        """See `WeightSource`."""
+        tensor = read_tensor(self._stored[name])
+        return dequantize(tensor, read_tensor(self._scales[name]), torch.bfloat16) if name in self._scales else tensor
+
+    def _spec(self, name: str) -> TensorSpec:
+        spec = self._stored[name].spec
+        return TensorSpec(shape=spec.shape, dtype=torch.bfloat16) if name in self._scales else spec
+
+
+class DcpWeights:
+    """A folder of torch.distributed.checkpoint with Hugging Face names, which may end in `suffix`."""
+
+    def __init__(self, folder: DcpFolder, config: PretrainedConfig, *, suffix: str = "") -> None:
+        """Find every parameter of the model."""
+        expected = expected_weights(config)
+        found = {name: folder.tensors[name + suffix] for name in expected if name + suffix in folder.tensors}
+        check_specs(found, expected, folder.folder)
+        self._folder, self._suffix = folder, suffix
+        self.specs: Mapping[str, TensorSpec] = found
+        self.bundles = [(name,) for name in found]
+
+    def read(self, name: str) -> Tensor:
+        """See `WeightSource`."""
+        return self._folder.read(name + self._suffix)
+
+
+def check_specs(found: Mapping[str, TensorSpec], expected: Mapping[str, Iterable[int]], folder: Path) -> None:
+    """Raise ConfigError unless every expected parameter is there in its shape."""
+    for name, shape in expected.items():
+        if name not in found:
+            raise ConfigError(f"{folder} lacks {name}; is it of the model whose config.json is used?")
+        if found[name].shape != tuple(shape):
+            raise ConfigError(
+                f"{folder} holds {name} in the shape {list(found[name].shape)}, but config.json describes {list(shape)}; "
+                "it is of another model."
+            )
+
+
+def _fsdp_optimizer(folder: Path, config: PretrainedConfig) -> OptimizerState | None:
+    if not (folder / "lr_scheduler" / METADATA).is_file():
+        return None
+    num_steps = int(DcpFolder(folder / "lr_scheduler").read(NUM_STEPS))
+    moments: Mapping[str, WeightSource] = {}
+    if num_steps:
+        stored = DcpFolder(folder / "optimizer")
+        moments = {moment: DcpWeights(stored, config, suffix=f".{moment}") for moment in MOMENTS}
+    return OptimizerState(masters=DcpWeights(DcpFolder(folder / "model"), config), moments=moments, num_steps=num_steps)
+
+
+def _torch_dist_optimizer(folder: Path, config: PretrainedConfig) -> OptimizerState | None:
+    stored = DcpFolder(folder)
+    num_steps = read_num_steps(stored)
+    if num_steps is None:
+        return None
+    # A model that is trained in float32 is its own masters.
+    prefix = next((prefix for prefix in MASTER_PREFIXES if holds(stored, prefix)), "")
+    moments = {
+        moment: TorchDistWeights(stored, config, prefix=prefix)
+        for moment, prefix in MOMENT_PREFIXES.items()
+        if holds(stored, prefix)
+    }
+    return OptimizerState(masters=TorchDistWeights(stored, config, prefix=prefix), moments=moments, num_steps=num_steps)

@@ -1,0 +1,166 @@
+"""Checkpoints that are written tensor by tensor, by any number of ranks that each write their jobs.
+
+target = HfTarget | TorchDistTarget | FsdpTarget
+target.jobs                       the same list on every rank
+target.write(job, tensors)        for the jobs that are this rank's
+target.close() -> records         of this rank; target.finish(records of all ranks), by the main rank
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from qwench.checkpoints.formats.dcp_writer import DcpWriter, Written, write_metadata
+from qwench.checkpoints.formats.sources import MOMENTS, NUM_STEPS
+from qwench.checkpoints.formats.torch_dist import MASTER_PREFIXES, MOMENT_PREFIXES, write_common_files, write_extra_states
+from qwench.checkpoints.jobs import Job, Stream
+from qwench.models.hf import write_companions
+from qwench.models.megatron_names import rules, to_megatron
+from qwench.models.safetensors_files import SafetensorsWriter, TensorSpec
+from qwench.models.shards import shard_name, write_index
+
+WEIGHTS = "weights"
+MASTERS = "masters"
+
+
+class Target(Protocol):
+    """See the module docstring."""
+
+    @property
+    def jobs(self) -> Sequence[Job]:
+        """Everything there is to write."""
+        ...
+
+    def write(self, job: Job, tensors: Sequence[Tensor]) -> None:
+        """Write the tensors of a job, given in the order of its names."""
+        ...
+
+    def close(self) -> Mapping[str, Sequence[Written]]:
+        """Close this rank's files, and return what it wrote to each folder."""
+        ...
+
+    def finish(self, records: Sequence[Mapping[str, Sequence[Written]]]) -> None:
+        """Write what there is only one of, from the records of all ranks."""
+        ...
+
+
+class HfTarget:
+    """A Hugging Face folder."""
+
+    def __init__(self, folder: Path, weights: Stream, *, hf_folder: Path, max_shard_bytes: int) -> None:
+        """Cut the weights into shards; `hf_folder` has config.json and the tokenizer."""
+        self._folder, self._hf_folder = folder, hf_folder
+        self._shards: list[dict[str, TensorSpec]] = [{}]
+        filled = 0
+        for name in weights.source.specs:
+            spec = weights.spec(name)
+            if self._shards[-1] and filled + spec.nbytes > max_shard_bytes:
+                self._shards.append({})
+                filled = 0
+            self._shards[-1][name] = spec
+            filled += spec.nbytes
+        self._writers: dict[int, SafetensorsWriter] = {}
+        shard_of = {name: i for i, shard in enumerate(self._shards) for name in shard}
+        self.jobs = [
+            Job(stream=weights, names=tuple(names), unit=i)
+            for bundle in weights.source.bundles
+            for i, names in groupby(bundle, key=shard_of.__getitem__)
+        ]
+
+    def write(self, job: Job, tensors: Sequence[Tensor]) -> None:
+        """See `Target`."""
+        if job.unit not in self._writers:
+            file = self._folder / shard_name(job.unit, len(self._shards))
+            self._writers[job.unit] = SafetensorsWriter(file, self._shards[job.unit])
+        for name, tensor in zip(job.names, tensors, strict=True):
+            self._writers[job.unit].write(name, tensor)
+
+    def close(self) -> Mapping[str, Sequence[Written]]:
+        """See `Target`."""
+        for writer in self._writers.values():
+            writer.close()
+        return {}
+
+    def finish(self, records: Sequence[Mapping[str, Sequence[Written]]]) -> None:
+        """See `Target`."""
+        if len(self._shards) > 1:
+            write_index(self._folder, [{name: spec.nbytes for name, spec in shard.items()} for shard in self._shards])
+        dtypes = {name: spec.dtype for shard in self._shards for name, spec in shard.items()}
+        write_companions(self._folder, self._hf_folder, dtypes)
+
+
+class TorchDistTarget:
+    """A torch_dist checkpoint, directly in a folder."""
+
+    def __init__(
+        self, folder: Path, streams: Sequence[Stream], config: PretrainedConfig, *, rank: int, num_steps: int | None
+    ) -> None:
+        """Give each stream its keys; `num_steps` is None where there is no optimizer."""
+        self._folder, self._config, self._num_steps = folder, config, num_steps
+        self._prefixes = {WEIGHTS: "", MASTERS: MASTER_PREFIXES[0], **MOMENT_PREFIXES}
+        self._writer = DcpWriter(folder, rank)
+        if rank == 0:
+            write_extra_states(self._writer, config)
+        pairs = [(stream, rule) for stream in streams for rule in rules(config)]
+        self.jobs = [Job(stream=stream, names=rule.hf_names, unit=i, rule=rule) for i, (stream, rule) in enumerate(pairs)]
+
+    def write(self, job: Job, tensors: Sequence[Tensor]) -> None:
+        """See `Target`."""
+        rule = job.rule
+        assert rule is not None, "jobs are those of this target"
+        whole = to_megatron(rule, tensors, self._config)
+        key = self._prefixes[job.stream.kind] + rule.checkpoint_key
+        self._writer.add(key, whole, layer=rule.layer, num_layers=self._config.num_hidden_layers)
+
+    def close(self) -> Mapping[str, Sequence[Written]]:
+        """See `Target`."""
+        self._writer.close()
+        return {".": self._writer.written}
+
+    def finish(self, records: Sequence[Mapping[str, Sequence[Written]]]) -> None:
+        """See `Target`."""
+        write_common_files(self._folder, num_steps=self._num_steps, config=self._config)
+        write_metadata(self._folder, [record["."] for record in records], flat_keys=False)
+
+
+class FsdpTarget:
+    """A checkpoint of --train-backend fsdp: float32 masters, moments, step count."""
+
+    def __init__(self, folder: Path, streams: Sequence[Stream], *, rank: int, num_steps: int | None) -> None:
+        """Give each stream its folder; the stream of kind WEIGHTS is that of the masters."""
+        self._folder, self._num_steps = folder, num_steps
+        homes = {WEIGHTS: ("model", ""), **{moment: ("optimizer", f".{moment}") for moment in MOMENTS}}
+        self._homes = {stream.kind: homes[stream.kind] for stream in streams}
+        used = sorted({home for home, _ in self._homes.values()})
+        self._writers = {home: DcpWriter(folder / home, rank) for home in used}
+        pairs = [(stream, bundle) for stream in streams for bundle in stream.source.bundles]
+        self.jobs = [Job(stream=stream, names=bundle, unit=i) for i, (stream, bundle) in enumerate(pairs)]
+
+    def write(self, job: Job, tensors: Sequence[Tensor]) -> None:
+        """See `Target`."""
+        home, suffix = self._homes[job.stream.kind]
+        for name, tensor in zip(job.names, tensors, strict=True):
+            self._writers[home].add(name + suffix, tensor)
+
+    def close(self) -> Mapping[str, Sequence[Written]]:
+        """See `Target`."""
+        for writer in self._writers.values():
+            writer.close()
+        return {home: writer.written for home, writer in self._writers.items()}
+
+    def finish(self, records: Sequence[Mapping[str, Sequence[Written]]]) -> None:
+        """See `Target`."""
+        for home in self._writers:
+            write_metadata(self._folder / home, [record[home] for record in records], flat_keys=True)
+        if self._num_steps is not None:
+            counter = DcpWriter(self._folder / "lr_scheduler", 0)
+            counter.add(NUM_STEPS, torch.tensor(self._num_steps))
+            counter.close()
+            write_metadata(self._folder / "lr_scheduler", [counter.written], flat_keys=True)

@@ -1,0 +1,105 @@
+"""Which trainer rank and which engine gets which device of a cluster; plain arithmetic on what was granted.
+
+one bundle for each node of the trainer, of --actor-num-gpus-per-node devices; apart from it, one for each engine
+colocated, engines of 2:    node 10.0.0.1: rank 0 1 | 2 3     node 10.0.0.2: rank 4 5 | 6 7
+                            engine              0     1               engine 2     3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+from qwench.config.sections.cluster import ClusterConfig
+from qwench.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bundles:
+    """What is asked of a cluster: numbers of devices that must be on one node each."""
+
+    trainer: tuple[int, ...]
+    engines: tuple[int, ...]
+    """Empty where the engines use the trainer's devices."""
+
+    @property
+    def num_devices(self) -> int:
+        """Return how many devices that is in all."""
+        return sum(self.trainer) + sum(self.engines)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seat:
+    """One device that was granted."""
+
+    node_id: str
+    address: str
+    """IP address of the node."""
+    device: int
+    """Its number among the devices that processes of this node see; 0 for every CPU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnginePlace:
+    """Where one engine runs."""
+
+    node_id: str
+    address: str
+    devices: tuple[int, ...]
+    """Their numbers, as `Seat.device`; empty on a CPU."""
+
+
+def plan_bundles(cluster: ClusterConfig, *, trains: bool, num_engines: int, devices_per_engine: int) -> Bundles:
+    """Return what to ask of a cluster.
+
+    Args:
+        trains: there is a trainer; without one, engines are always by themselves.
+        num_engines: 0 where nothing is generated.
+
+    Raises:
+        ConfigError: an engine would span two nodes.
+    """
+    apart = not (trains and cluster.shares_devices)
+    if not apart and num_engines and cluster.actor_num_gpus_per_node % devices_per_engine:
+        raise ConfigError(
+            f"--rollout-num-gpus-per-engine {devices_per_engine} does not divide --actor-num-gpus-per-node "
+            f"{cluster.actor_num_gpus_per_node}, and an engine lives on one node; choose a divisor."
+        )
+    return Bundles(
+        trainer=(cluster.actor_num_gpus_per_node,) * cluster.actor_num_nodes if trains else (),
+        engines=(devices_per_engine,) * num_engines if apart else (),
+    )
+
+
+def order_of(seats: Sequence[Seat]) -> list[int]:
+    """Return the positions of seats in the order of ranks: by node (its IP address as a number), then by device.
+
+    Neighbouring ranks thus share a node, as tensor parallelism and engines need it.
+    """
+
+    def key(position: int) -> tuple[int, int, str, int]:
+        seat = seats[position]
+        address = ip_address(seat.address)
+        return address.version, int(address), seat.node_id, seat.device
+
+    return sorted(range(len(seats)), key=key)
+
+
+def engine_places(seats: Sequence[Seat], *, devices_per_engine: int, with_numbers: bool) -> list[EnginePlace]:
+    """Divide the trainer's devices, in order of ranks, among engines; CPUs have no numbers."""
+    places = []
+    for start in range(0, len(seats), devices_per_engine):
+        mine = seats[start : start + devices_per_engine]
+        assert len({seat.node_id for seat in mine}) == 1, f"an engine would span nodes: {mine}"
+        devices = tuple(seat.device for seat in mine) if with_numbers else ()
+        places.append(EnginePlace(node_id=mine[0].node_id, address=mine[0].address, devices=devices))
+    return places
+
+
+def device_number(granted: str, visible: str | None) -> int:
+    """Return the number, in a process that sees the devices `visible`, of the one that Ray calls `granted`.
+
+    device_number("5", "4,5,6,7") -> 1; device_number("5", None) -> 5
+    """
+    return int(granted) if not visible else visible.split(",").index(granted)

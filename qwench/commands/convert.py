@@ -1,0 +1,143 @@
+"""`qwench convert`, and slime's two converters by their own flags: one conversion, alone or shared by the ranks of torchrun."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from qwench.checkpoints.convert import Conversion, Converted, Converter, Ranks
+from qwench.checkpoints.formats.sources import find_checkpoint
+from qwench.checkpoints.verify import largest_logit_difference
+from qwench.config.sections.convert import ConvertConfig, HfToTorchDistConfig, TorchDistToHfConfig
+from qwench.errors import CheckpointError, ConfigError
+from qwench.models.hf import load_hf_config, load_tokenizer
+from qwench.models.registry import check_architecture
+from qwench.observability.console import Console, QuietConsole, open_console
+from qwench.training.process_group import init_process_group, leave_process_group
+
+_COLLECTIVE_TIMEOUT_S = 3600.0
+"""The slowest rank may write its share long after the fastest."""
+_DTYPES: Mapping[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def convert(config: ConvertConfig) -> None:
+    """Run `qwench convert`."""
+    source = find_checkpoint(config.input, step=config.ckpt_step, flag="--input")
+    hf_folder = config.hf_checkpoint or source
+    if not (hf_folder / "config.json").is_file():
+        raise ConfigError(f"{hf_folder} has no config.json; give the model's Hugging Face folder with --hf-checkpoint.")
+    conversion = Conversion(
+        source=source,
+        output=config.output,
+        to=config.to,
+        hf_folder=hf_folder,
+        config=load_hf_config(hf_folder),
+        dtype=None if config.dtype is None else _DTYPES[config.dtype],
+        with_optimizer=not config.weights_only,
+        max_shard_bytes=int(config.max_shard_gb * 1e9),
+    )
+    _run(conversion, verify=config.verify)
+
+
+def convert_hf_to_torch_dist(config: HfToTorchDistConfig) -> None:
+    """Run `tools/convert_hf_to_torch_dist.py`."""
+    folder = config.files.hf_checkpoint
+    hf_config = load_hf_config(folder)
+    check_architecture(config.architecture, hf_config)
+    _run(Conversion(source=folder, output=config.files.save, to="torch_dist", hf_folder=folder, config=hf_config))
+
+
+def convert_torch_dist_to_hf(config: TorchDistToHfConfig) -> None:
+    """Run `tools/convert_torch_dist_to_hf.py`."""
+    hf_config = load_hf_config(config.origin_hf_dir)
+    if config.vocab_size not in (None, hf_config.vocab_size):
+        raise ConfigError(
+            f"--vocab-size ({config.vocab_size}) contradicts config.json ({hf_config.vocab_size}); correct or remove the flag."
+        )
+    conversion = Conversion(
+        source=find_checkpoint(config.input_dir, flag="--input-dir"),
+        output=config.output_dir,
+        to="hf",
+        hf_folder=config.origin_hf_dir,
+        config=hf_config,
+        max_shard_bytes=config.chunk_size,
+        replace=config.force,
+    )
+    _run(conversion)
+
+
+def _run(conversion: Conversion, *, verify: bool = False) -> None:
+    """Convert on all ranks, and say on the main rank what was done and how fast."""
+    ranks = _join_ranks()
+    console = open_console() if ranks.rank == 0 else QuietConsole()
+    converter = Converter(conversion)
+    if verify:
+        load_tokenizer(conversion.hf_folder)  # its absence is the user's mistake, so it is found before the work
+    began = time.perf_counter()
+    with console.progress(f"{conversion.source} -> {conversion.output} (MB)", total=_megabytes(2 * converter.nbytes)) as bar:
+        converted = converter.run(ranks, _in_megabytes(bar.advance, ranks.size))
+    peaks = ranks.gather_typed(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    _report(console, conversion, converted, seconds=time.perf_counter() - began, peaks=peaks)
+    if verify and ranks.rank == 0:
+        _verify(console, conversion, converter.weight_dtype)
+    ranks.barrier()
+    leave_process_group()
+
+
+def _join_ranks() -> Ranks:
+    """Join the other ranks of torchrun, if there are any."""
+    if "RANK" not in os.environ:
+        return Ranks()
+    init_process_group(torch.device("cpu"), environ=os.environ, timeout_s=_COLLECTIVE_TIMEOUT_S)
+
+    def gather(value: object) -> Sequence[object]:
+        values: list[object] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
+    return Ranks(rank=dist.get_rank(), size=dist.get_world_size(), gather=gather)
+
+
+def _in_megabytes(advance: Callable[[int], None], num_ranks: int) -> Callable[[int], None]:
+    """Return a function that is told bytes of one rank, and advances the bar of all, which are about equally fast."""
+    seen = 0
+
+    def add(nbytes: int) -> None:
+        nonlocal seen
+        before, seen = _megabytes(seen), seen + nbytes * num_ranks
+        advance(_megabytes(seen) - before)
+
+    return add
+
+
+def _megabytes(nbytes: int) -> int:
+    return nbytes // 10**6
+
+
+def _report(console: Console, conversion: Conversion, converted: Converted, *, seconds: float, peaks: Sequence[int]) -> None:
+    optimizer = ", with the optimizer's state" if converted.with_optimizer else ""
+    console.say(
+        f"wrote {conversion.output} ({conversion.to}{optimizer}): {converted.num_tensors} tensors, "
+        f"{converted.nbytes / 1e9:.2f} GB in {seconds:.1f} s ({converted.nbytes / 1e9 / seconds:.2f} GB/s); every tensor was "
+        f"read back and has the checksum it was written with; peak memory {max(peaks) / 1e9:.2f} GB per process"
+    )
+
+
+def _verify(console: Console, conversion: Conversion, dtype: torch.dtype) -> None:
+    """Compare logits.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    output = find_checkpoint(conversion.output)
+    difference = largest_logit_difference(conversion.source, output, hf_folder=conversion.hf_folder, dtype=dtype)
+    if difference != 0.0:
+        raise CheckpointError(
+            f"the logits of {conversion.source} and {output} differ by up to {difference:g}; do not use the latter."
+        )
+    console.say("verified: Hugging Face's model computes the same logits, bit by bit, with what was read and what was written")

@@ -1,0 +1,180 @@
+"""`qwench reward check FILE`: grade a jsonl of responses and labels, and show the reasons of the verdicts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qwench.config.sections.reward import RewardConfig
+from qwench.errors import ConfigError, RewardError
+from qwench.rewards.pool import RewardPool
+from qwench.rewards.registry import build_pool
+from qwench.samples import Json, Prompt, Sample, Verdict
+
+_IN_FLIGHT = 256  # rows graded at once, so that a file of any size fits in memory
+_EXAMPLE_CHARS = 60
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One line of the file."""
+
+    line: int
+    """Counts from 1, as editors do."""
+    sample: Sample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReasonSummary:
+    """The verdicts with one reason."""
+
+    reason: str
+    count: int
+    mean_score: float
+    example: Row
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """The verdicts on a file."""
+
+    num_responses: int
+    mean_score: float
+    reasons: tuple[ReasonSummary, ...]
+    """Most frequent first."""
+
+
+def check_file(
+    path: Path,
+    *,
+    config: RewardConfig,
+    response_key: str = "response",
+    label_key: str = "label",
+    console: Console | None = None,
+) -> Summary:
+    """Grade every line of a jsonl and print a table of the reasons.
+
+    A line holds the response, the label, and optionally `prompt` and `metadata` (whose `rm_type` wins over the flag).
+
+    Raises:
+        ConfigError: the file or a line cannot be read or graded; names the file and the line.
+    """
+    pool = build_pool(config)
+    try:
+        summary = asyncio.run(_grade(path, pool, response_key=response_key, label_key=label_key))
+    finally:
+        pool.close()
+    (console or Console()).print(render(summary, title=f"{path.name}: {config.custom_rm_path or config.rm_type or 'by row'}"))
+    return summary
+
+
+def render(summary: Summary, *, title: str) -> Table:
+    """Return the summary as a table: one line for each reason, and the total."""
+    table = Table(title=title, show_footer=True)
+    table.add_column("reason", footer="all")
+    table.add_column("count", justify="right", footer=f"{summary.num_responses}")
+    table.add_column("share", justify="right", footer="100.0 %")
+    table.add_column("mean score", justify="right", footer=f"{summary.mean_score:.3f}")
+    table.add_column("example (line: label <- end of the response)")
+    for row in summary.reasons:
+        share = f"{100 * row.count / summary.num_responses:.1f} %"
+        table.add_row(row.reason, f"{row.count}", share, f"{row.mean_score:.3f}", _example(row.example))
+    return table
+
+
+async def _grade(path: Path, pool: RewardPool, *, response_key: str, label_key: str) -> Summary:
+    by_reason: dict[str, list[float]] = defaultdict(list)
+    examples: dict[str, Row] = {}
+    for rows in _batches(read_rows(path, response_key=response_key, label_key=label_key)):
+        verdicts = await asyncio.gather(*(_grade_row(path, row, pool) for row in rows))
+        for row, verdict in zip(rows, verdicts, strict=True):
+            by_reason[verdict.reason].append(verdict.score)
+            examples.setdefault(verdict.reason, row)
+    if not examples:
+        raise ConfigError(f"{path} has no lines; there is nothing to grade.")
+    scores = [score for scores in by_reason.values() for score in scores]
+    reasons = (
+        ReasonSummary(reason=reason, count=len(scores), mean_score=sum(scores) / len(scores), example=examples[reason])
+        for reason, scores in by_reason.items()
+    )
+    return Summary(
+        num_responses=len(scores),
+        mean_score=sum(scores) / len(scores),
+        reasons=tuple(sorted(reasons, key=lambda row: (-row.count, row.reason))),
+    )
+
+
+async def _grade_row(path: Path, row: Row, pool: RewardPool) -> Verdict:
+    try:
+        return await pool.grade(row.sample)
+    except (RewardError, ConfigError) as error:
+        raise ConfigError(f"{path}, line {row.line}: {error}") from error
+
+
+def read_rows(path: Path, *, response_key: str, label_key: str) -> Iterator[Row]:
+    """Yield the lines of a jsonl as finished samples; blank lines are skipped.
+
+    Raises:
+        ConfigError: the file cannot be opened, or a line is no record with a response and a label.
+    """
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    where = f"{path}, line {number}"
+                    sample = _sample(_record(line, where), number, where, response_key=response_key, label_key=label_key)
+                    yield Row(line=number, sample=sample)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def _record(line: str, where: str) -> Mapping[str, Json]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: not JSON ({error}).") from error
+    if not isinstance(record, dict):
+        raise ConfigError(f"{where}: expected an object with a response and a label, got {line.strip()[:40]}.")
+    return record
+
+
+def _sample(record: Mapping[str, Json], number: int, where: str, *, response_key: str, label_key: str) -> Sample:
+    for key in (response_key, label_key):
+        if key not in record:
+            raise ConfigError(f"{where}: no key {key!r}; the line has: {', '.join(record) or 'nothing'}.")
+    response, label = record[response_key], record[label_key]
+    if not isinstance(response, str):
+        raise ConfigError(f"{where}: {response_key!r} must be a string, got {json.dumps(response)[:40]}.")
+    if isinstance(label, bool) or not isinstance(label, str | int | float):
+        raise ConfigError(f"{where}: {label_key!r} must be a string or a number, got {json.dumps(label)[:40]}.")
+    metadata = record.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise ConfigError(f"{where}: 'metadata' must be an object, got {json.dumps(metadata)[:40]}.")
+    messages = record.get("prompt", "")
+    prompt = Prompt(text=str(messages), token_ids=(), label=str(label), messages=messages, metadata=metadata)
+    return Sample(prompt=prompt, sample_id=number, group_id=number, response=response)
+
+
+def _batches(rows: Iterator[Row]) -> Iterator[Sequence[Row]]:
+    batch: list[Row] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == _IN_FLIGHT:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _example(row: Row) -> Text:
+    response = " ".join(row.sample.response.split())
+    end = response if len(response) <= _EXAMPLE_CHARS else "..." + response[-_EXAMPLE_CHARS:]
+    return Text(f"{row.line}: {row.sample.prompt.label} <- {end}")

@@ -1,0 +1,167 @@
+"""From command-line words to a normal form: each known flag once, in one spelling, with its values checked.
+
+    --lr 1e-5 --no_colocate --lr=1e-6 --sglang-page-size 1
+        -> given:     {lr: ["1e-6"], colocate: ["false"], embedded-page-size: ["1"]}
+           sglang:    {page-size: ["1"]}
+
+Order of precedence, lowest first: the verb's defaults, `--config FILE.yaml`, the command line; in each the last wins.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from qwench.config.command_line import compat
+from qwench.config.command_line.flags import Flag, yaml_words
+from qwench.errors import ConfigError
+
+SGLANG_PREFIX = "sglang-"
+ROUTER_PREFIX = "router-"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Occurrence:
+    """A flag as it was given once."""
+
+    name: str
+    """In lower dashes, without the leading ones."""
+    values: tuple[str, ...]
+    origin: str = ""
+    """Name of the file it stands in; empty for the command line."""
+
+    def error(self, problem: str) -> ConfigError:
+        """Return the user's mistake, with the place where it was made."""
+        return ConfigError(f"{self.origin}: {problem}" if self.origin else problem)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Given:
+    """What was given, sorted by where it goes."""
+
+    flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    sglang: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    router: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def split_words(words: Sequence[str]) -> list[Occurrence]:
+    """Cut command-line words into flags with their values, and put the content of `--config FILE.yaml` in front.
+
+    A flag begins with two dashes and a letter; everything up to the next flag is its value. `--flag=value` gives one value.
+    """
+    occurrences: list[Occurrence] = []
+    for word in words:
+        if word.startswith("--") and word[2:3].isalpha():
+            name, equals, value = word[2:].partition("=")
+            occurrences.append(Occurrence(name=name.replace("_", "-"), values=(value,) if equals else ()))
+        elif occurrences:
+            last = occurrences.pop()
+            occurrences.append(Occurrence(name=last.name, values=(*last.values, word)))
+        else:
+            raise ConfigError(f"unexpected argument {word!r}; settings are given as --flag value")
+    from_files = [entry for item in occurrences if item.name == "config" for entry in read_yaml(item)]
+    return from_files + [item for item in occurrences if item.name != "config"]
+
+
+def read_yaml(config_flag: Occurrence) -> list[Occurrence]:
+    """Read the flags of `--config FILE.yaml`, a mapping of flag names to values."""
+    if len(config_flag.values) != 1:
+        raise ConfigError(f"--config expects one YAML file, got {' '.join(config_flag.values) or 'none'}")
+    path = Path(config_flag.values[0])
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config: cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config: {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config: {path} must map flag names to values, like `lr: 1e-6`")
+    return [
+        Occurrence(name=str(key).replace("_", "-"), values=yaml_words(value), origin=str(path))
+        for key, value in content.items()
+    ]
+
+
+def sort_flags(occurrences: Iterable[Occurrence], table: Mapping[str, Flag]) -> Given:
+    """Give every occurrence its fate: a field's flag, passed through, accepted as neutral, or refused."""
+    given = Given()
+    for item in _expand_shorthands(occurrences):
+        flag, values = _find_flag(item, table)
+        if flag is not None:
+            given.flags[flag.name] = _checked_values(item, flag, values)
+        elif item.name.startswith(SGLANG_PREFIX) and "rollout-engine" in table:
+            given.sglang[item.name.removeprefix(SGLANG_PREFIX)] = item.values
+        elif item.name.startswith(ROUTER_PREFIX) and "rollout-engine" in table:
+            given.router[item.name.removeprefix(ROUTER_PREFIX)] = item.values
+        else:
+            _accept_neutral(item, table)
+    _apply_embedded_aliases(given, table)
+    return given
+
+
+def _expand_shorthands(occurrences: Iterable[Occurrence]) -> Iterable[Occurrence]:
+    """Put what a shorthand stands for before everything else, so that the flags themselves win over it."""
+    occurrences = list(occurrences)
+    for item in occurrences:
+        if item.name in compat.SHORTHANDS:
+            if len(item.values) != 1:
+                raise item.error(f"--{item.name} expects one value, got {' '.join(item.values) or 'none'}")
+            for name, template in compat.SHORTHANDS[item.name].items():
+                yield Occurrence(name=name, values=(template.replace("{value}", item.values[0]),), origin=item.origin)
+    yield from (item for item in occurrences if item.name not in compat.SHORTHANDS)
+
+
+def _find_flag(item: Occurrence, table: Mapping[str, Flag]) -> tuple[Flag | None, tuple[str, ...]]:
+    """Find the field's flag, and turn the switches --flag and --no-flag into the values true and false."""
+    flag, switched_on = table.get(item.name), True
+    if flag is None and item.name.startswith("no-"):
+        flag, switched_on = table.get(item.name.removeprefix("no-")), False
+        flag = flag if flag is not None and flag.is_switch else None
+    if flag is None or not flag.is_switch:
+        return flag, item.values
+    if not item.values:
+        return flag, (str(switched_on).lower(),)
+    if not switched_on:
+        raise item.error(f"--{item.name} takes no value, got {' '.join(item.values)}")
+    return flag, item.values
+
+
+def _checked_values(item: Occurrence, flag: Flag, values: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        if flag.name.endswith("-path"):
+            values = tuple(compat.our_import_path(path) for path in values)
+        flag.parse(values)
+    except ValueError as error:
+        raise item.error(f"--{item.name} {error}") from None
+    return values
+
+
+def _accept_neutral(item: Occurrence, table: Mapping[str, Flag]) -> None:
+    """Accept a flag that has one harmless value at that value; refuse it otherwise, and every flag that is not known."""
+    neutral = compat.neutral_flag(item.name)
+    if neutral is None:
+        raise item.error(_unknown(item.name, table))
+    if not neutral.accepts(item.name, item.values):
+        raise item.error(neutral.refusal(item.name, item.values))
+
+
+def _unknown(name: str, table: Mapping[str, Flag]) -> str:
+    close = difflib.get_close_matches(name, [*table, *compat.NEUTRAL_BY_NAME], n=1)
+    hint = f"; did you mean --{close[0]}?" if close else "; see --help"
+    return f"unknown flag --{name}{hint}"
+
+
+def _apply_embedded_aliases(given: Given, table: Mapping[str, Flag]) -> None:
+    for sglang_name, name in compat.EMBEDDED_ALIASES.items():
+        values = given.sglang.get(sglang_name)
+        if values is None or name in given.flags:
+            continue
+        try:
+            table[name].parse(values)
+        except ValueError as error:
+            raise ConfigError(f"--{SGLANG_PREFIX}{sglang_name} {error}") from None
+        given.flags[name] = values

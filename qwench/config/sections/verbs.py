@@ -1,0 +1,94 @@
+"""Settings of the small verbs: reward check, make-model, quickstart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from qwench.config.sections.reward import RewardConfig
+from qwench.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ColumnsConfig:
+    """Columns of a file of responses."""
+
+    response_key: str = "response"
+    """Column with the response."""
+    label_key: str = "label"
+    """Column with the answer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardCheckConfig:
+    """How `qwench reward check` grades."""
+
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MakeModelConfig:
+    """What `qwench make-model` writes: a Hugging Face checkpoint with random weights."""
+
+    output: Path
+    """Folder to write, which must not hold anything yet."""
+    size: str = "tiny"
+    """tiny, 30M, 60M, or the name of a Qwen3 size: 0.6B, 1.7B, 4B, 4B-Instruct-2507, 8B, 14B, 32B."""
+    tokenizer: Literal["tiny", "qwen"] = "tiny"
+    """tiny: about 270 tokens, made on the spot; qwen: Qwen3's own, from a tiktoken file."""
+    qwen_tiktoken: Path | None = None
+    """File of --tokenizer qwen. None: the one in the installed package dashscope."""
+    seed: int = 0
+    """Seed of the weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuickstartConfig:
+    """Where `qwench quickstart` works."""
+
+    output: Path = Path("runs/quickstart")
+    """Folder for data, checkpoints and curves, which must not exist yet."""
+    seed: int = 0
+    """Seed of data, weights and training."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DownloadConfig:
+    """What `qwench download` fetches, and where to."""
+
+    output: Path
+    """Folder under which each repository gets one of its own, named as it is: MODEL_DIR or DATA_DIR of the recipes."""
+    kind: Literal["model", "dataset"] = "model"
+    """What the repositories hold."""
+    revision: str | None = None
+    """Branch, tag or commit. None: the newest."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DoctorConfig:
+    """What `qwench doctor` looks at besides the machine."""
+
+    output: Path = Path("runs")
+    """Folder that runs would write to."""
+
+
+def split_names(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take the names out of `NAME ... --flag ...`."""
+    first_flag = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    return list(words[:first_flag]), list(words[first_flag:])
+
+
+def split_file(words: Sequence[str], *, usage: str) -> tuple[Path, list[str]]:
+    """Take the file out of `FILE --flag ...`; a call for help gets a path that is never read.
+
+    Raises:
+        ConfigError: no file is given in front of the flags.
+    """
+    if words and not words[0].startswith("-"):
+        return Path(words[0]), list(words[1:])
+    if "-h" in words or "--help" in words:
+        return Path(), list(words)
+    raise ConfigError(f"a file is missing; usage: {usage}")

@@ -1,0 +1,1 @@
+"""One forward pass and one sampled token for every scheduled request."""

@@ -1,0 +1,156 @@
+"""Draws the next tokens of all rows at once, each by its own parameters, and their log-probs.
+
+The draw of a token depends on its row's logits, the request's seed and the token's position in the response, on nothing else: a
+counter-based hash gives one uniform number, and the inverse of the cumulative distribution turns it into a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qwench.engines.embedded.scheduling.request import RunningRequest
+
+CDF_BLOCK = 128
+"""Vocabulary entries of one block of the two-level inverse CDF: only one block per row is summed in float64."""
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingRows:
+    """Parameters of the rows to draw, on the host."""
+
+    temperature: np.ndarray
+    """[S] float32; 0 is greedy."""
+    top_p: np.ndarray
+    top_k: np.ndarray
+    """[S]; below 1 is off."""
+    min_p: np.ndarray
+    uniforms: np.ndarray
+    """[S] float64 in [0, 1)."""
+    forbidden: Sequence[tuple[int, int]] = ()
+    """(row, token) pairs that must not be drawn: stop tokens before `min_new_tokens`."""
+
+
+def sampling_rows(requests: Sequence[RunningRequest]) -> SamplingRows:
+    """Collect the parameters of the next token of each request."""
+    params = [request.request.sampling for request in requests]
+    positions = np.array([request.num_output for request in requests], dtype=np.uint64)
+    seeds = np.array([request.seed for request in requests], dtype=np.uint64)
+    return SamplingRows(
+        temperature=np.array([p.temperature for p in params], dtype=np.float32),
+        top_p=np.array([p.top_p for p in params], dtype=np.float32),
+        top_k=np.array([p.top_k for p in params], dtype=np.int64),
+        min_p=np.array([p.min_p for p in params], dtype=np.float32),
+        uniforms=uniform(seeds, positions),
+        forbidden=[
+            (row, token)
+            for row, request in enumerate(requests)
+            if params[row].min_new_tokens > request.num_output
+            for token in request.stop_ids
+        ],
+    )
+
+
+def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Return float64 numbers in [0, 1), a pure function of two uint64 each.
+
+    Source: the finaliser of SplitMix64 (Steele, Lea, Flood 2014), applied to seed and position in turn.
+    """
+    with np.errstate(over="ignore"):
+        mixed = _mix(_mix(seeds + _GOLDEN) + (positions + np.uint64(1)) * _GOLDEN)
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def sample(logits_SV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
+    """Return tokens [S] int64 and their log-probs [S] float32; the logits are float32.
+
+    Log-probs are those of the whole vocabulary at the sampling temperature (1 where greedy), before anything is cut off.
+    """
+    device = logits_SV.device
+    greedy = rows.temperature == 0
+    scaled = logits_SV
+    if not np.all(greedy | (rows.temperature == 1)):
+        scaled = scaled / torch.from_numpy(np.where(greedy, np.float32(1), rows.temperature)).to(device)[:, None]
+    normaliser_S1 = scaled.logsumexp(dim=-1, keepdim=True)
+    allowed = scaled
+    if rows.forbidden:
+        allowed = scaled.clone()
+        forbidden = torch.tensor(rows.forbidden, device=device)
+        allowed[forbidden[:, 0], forbidden[:, 1]] = float("-inf")
+    if greedy.all():
+        tokens = allowed.argmax(dim=-1)
+    else:
+        tokens = _draw(allowed, normaliser_S1, rows)
+        if greedy.any():
+            tokens = torch.where(torch.from_numpy(greedy).to(device), allowed.argmax(dim=-1), tokens)
+    log_probs = scaled.gather(-1, tokens[:, None]) - normaliser_S1
+    return tokens, log_probs.squeeze(-1)
+
+
+def truncate(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Zero what top-k, top-p and min-p cut off, each judged on the same normalised distribution [S, V].
+
+    top-p keeps the smallest set of most likely tokens whose mass reaches it; min-p keeps tokens with at least that share of
+    the most likely one's probability; the most likely token always stays.
+    """
+    probs = probs / probs.sum(dim=-1, keepdim=True)
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+    mass_before = ordered.cumsum(dim=-1) - ordered
+    rank = torch.arange(probs.shape[-1], device=probs.device)
+    vocabulary = torch.full_like(top_k, probs.shape[-1])
+    kept = rank < torch.where(top_k < 1, vocabulary, top_k)[:, None]
+    kept &= (mass_before < top_p[:, None]) | (top_p[:, None] >= 1)
+    kept &= ordered >= min_p[:, None] * ordered[:, :1]
+    kept[:, 0] = True
+    return torch.zeros_like(probs).scatter_(-1, order, ordered * kept)
+
+
+def _draw(allowed: Tensor, normaliser_S1: Tensor, rows: SamplingRows) -> Tensor:
+    device = allowed.device
+    probs = (allowed - normaliser_S1).exp()
+    cut = (rows.temperature > 0) & ((rows.top_k >= 1) | (rows.top_p < 1) | (rows.min_p > 0))
+    if cut.any():
+        index = torch.from_numpy(cut.nonzero()[0]).to(device)
+        limits = [torch.from_numpy(values[cut]).to(device) for values in (rows.top_k, rows.top_p, rows.min_p)]
+        probs[index] = truncate(probs[index], *limits)
+    return inverse_cdf(probs, torch.from_numpy(rows.uniforms).to(device))
+
+
+def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Return, for each row of non-negative weights [S, V], the first index whose share of the running sum exceeds the uniform.
+
+    Entries of weight 0 are never returned.
+    """
+    padding = -weights.shape[-1] % CDF_BLOCK
+    blocks = functional.pad(weights, (0, padding)).unflatten(-1, (-1, CDF_BLOCK))
+    block, rest = _locate(blocks.sum(dim=-1).double(), uniforms)
+    chosen = blocks.gather(1, block[:, None, None].expand(-1, 1, CDF_BLOCK)).squeeze(1).double()
+    inside, _ = _locate(chosen, rest)
+    return block * CDF_BLOCK + inside
+
+
+def _locate(weights: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the index where each share of the row's sum falls, and how far into that entry it falls, in [0, 1)."""
+    running = weights.cumsum(dim=-1)
+    total = running[:, -1:]
+    target = shares[:, None] * total
+    # Rounding may put the target on the total: then the entry that completes it, the last of positive weight, is meant.
+    index = ((running > target) | (running >= total)).int().argmax(dim=-1, keepdim=True)
+    weight = weights.gather(-1, index)
+    before = running.gather(-1, index) - weight
+    rest = ((target - before) / weight).clamp(0.0, 1.0 - 2.0**-53)
+    return index.squeeze(-1), rest.squeeze(-1)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * _MIX_1
+    x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,208 @@
+"""The engine's weights: its own storage, or live tensors of the trainer that it only looks at.
+
+Own storage is one flat buffer in the order of the engine's parameters, so q, k, v (and gate, up) lie back to back and the model
+can multiply them as one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from qwench.engines.embedded.compute.parameters import Parameter, lay_out
+from qwench.engines.protocol import Portion
+from qwench.errors import WeightSyncError
+from qwench.models.fp8 import FP8_DTYPE, is_scale_name
+from qwench.wire.checksum import PendingChecksums
+from qwench.wire.flat_bucket import copy_all
+from qwench.wire.portions import WeightBucket
+
+BUCKET_BYTES = 256 * 2**20
+TIED_HEAD = "lm_head.weight"
+
+
+class WeightStore:
+    """Holds weights by Hugging Face name: absent, owned or aliased; `ready` when they are whole."""
+
+    def __init__(self, parameters: dict[str, Parameter], *, tied_head: bool, device: torch.device) -> None:
+        """Make a store for these tensors, without memory for them yet."""
+        self._parameters = parameters
+        self._tied_head = tied_head
+        self._device = device
+        self._tensors: Mapping[str, Tensor] = {}
+        self._owned = False
+        self._received: set[str] = set()
+        self._checksums = PendingChecksums()
+        self._received_head = False
+        self._expected = Portion(version=0, index=0, final=False)
+        self.ready = False
+        self.layout = 0
+        """Counts moves of the tensors in memory: who bound to them must bind again when it changes."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return the weights; empty while they are absent."""
+        return self._tensors
+
+    def allocate(self) -> None:
+        """Take memory for own weights; they are not ready before they are copied in."""
+        offsets, size_bytes = lay_out(self._parameters)
+        buffer = torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
+        self._tensors = {
+            name: buffer[offsets[name] : offsets[name] + parameter.num_bytes].view(parameter.dtype).view(parameter.shape)
+            for name, parameter in self._parameters.items()
+        }
+        self._owned, self.ready = True, False
+        self.layout += 1
+
+    def drop(self) -> None:
+        """Give own memory back, or let go of aliased tensors."""
+        self._tensors, self._owned, self.ready = {}, False, False
+        self.layout += 1
+
+    def adopt(self, weights: Mapping[str, Tensor]) -> None:
+        """Use live tensors as they are, without copying them.
+
+        Raises:
+            WeightSyncError: a missing or unknown name, or another shape, dtype or device than the engine's.
+        """
+        named = {name: tensor.detach() for name, tensor in weights.items() if not self._is_tied_copy(name)}
+        self._check_complete(set(named))
+        for name, tensor in named.items():
+            self._check(name, tensor)
+            wanted = self._parameters[name].dtype
+            if tensor.dtype != wanted or tensor.device.type != self._device.type:
+                raise WeightSyncError(
+                    f"weight {name!r} cannot be aliased: it is {tensor.dtype} on {tensor.device}, the engine's is {wanted} "
+                    f"on {self._device}; copy it by update_weights instead."
+                )
+        if _addresses(named) != _addresses(self._tensors):
+            self.layout += 1
+        self._tensors, self._owned, self.ready = named, False, True
+
+    def load(self, buckets: Iterable[WeightBucket]) -> dict[str, int]:
+        """Copy all weights in and return the checksum of each as it is held now.
+
+        Raises:
+            WeightSyncError: see `adopt`. Unless the very first bucket was refused, the weights are then not ready.
+        """
+        self.begin()
+        for bucket in buckets:
+            self.load_bucket(bucket)
+        return self.finish()
+
+    def take(self, bucket: WeightBucket, portion: Portion) -> dict[str, int] | None:
+        """Copy one bucket of a publication in; after the final one return the checksum of each weight as it is held now.
+
+        The bucket's memory is its sender's again when this returns.
+
+        Raises:
+            WeightSyncError: see `load`; or a bucket before this one did not arrive.
+        """
+        if portion.index == 0:
+            self.begin()
+        elif (portion.version, portion.index) != (self._expected.version, self._expected.index):
+            raise WeightSyncError(
+                f"bucket {portion.index} of weight version {portion.version} arrived when bucket {self._expected.index} of "
+                f"version {self._expected.version} was next; publish all weights again."
+            )
+        self.load_bucket(bucket)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        self._expected = Portion(version=portion.version, index=portion.index + 1, final=False)
+        return self.finish() if portion.final else None
+
+    def begin(self) -> None:
+        """Expect all weights from now on; what is held stays in use until the first of them is here."""
+        self._received, self._checksums, self._received_head = set(), PendingChecksums(), False
+
+    def load_bucket(self, bucket: WeightBucket) -> None:
+        """Copy some weights in; the weights are not ready again before `finish`.
+
+        Raises:
+            WeightSyncError: see `adopt`; nothing of this bucket was copied.
+        """
+        wanted = [(name, tensor) for name, tensor in bucket if not self._is_tied_copy(name)]
+        for name, tensor in wanted:
+            self._check(name, tensor)
+        if not self._owned:
+            # Never write into aliased tensors: they are the trainer's.
+            self.allocate()
+        self.ready = False
+        copy_all([self._tensors[name] for name, _ in wanted], [tensor.detach() for _, tensor in wanted])
+        self._received |= {name for name, _ in wanted}
+        self._checksums.add((name, self._tensors[name]) for name, _ in wanted)
+        self._received_head = self._received_head or len(wanted) < len(bucket)
+
+    def finish(self) -> dict[str, int]:
+        """Return the checksum of each weight received since `begin`; the weights are ready.
+
+        Raises:
+            WeightSyncError: one is missing.
+        """
+        self._check_complete(self._received)
+        checksums = self._checksums.read()
+        self.ready = True
+        if self._received_head:
+            checksums[TIED_HEAD] = checksums["model.embed_tokens.weight"]
+        return checksums
+
+    def _is_tied_copy(self, name: str) -> bool:
+        return self._tied_head and name == TIED_HEAD
+
+    def _check(self, name: str, tensor: Tensor) -> None:
+        parameter = self._parameters.get(name)
+        if parameter is None and is_scale_name(name):
+            raise WeightSyncError(
+                f"weight {name!r} is of a model in FP8; this engine's is not: send what the weights stand for."
+            )
+        if parameter is None:
+            raise WeightSyncError(f"the engine's model has no weight {name!r}; the trainer's model is another one.")
+        if tuple(tensor.shape) != parameter.shape:
+            raise WeightSyncError(
+                f"weight {name!r} has shape {tuple(tensor.shape)}; the engine's model wants {parameter.shape}."
+            )
+        if FP8_DTYPE in (tensor.dtype, parameter.dtype) and tensor.dtype != parameter.dtype:
+            raise WeightSyncError(f"weight {name!r} came as {tensor.dtype}; the engine holds it as {parameter.dtype}.")
+
+    def _check_complete(self, received: set[str]) -> None:
+        missing = [name for name in self._parameters if name not in received]
+        if missing:
+            listed = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+            raise WeightSyncError(
+                f"{len(missing)} of {len(self._parameters)} weights did not arrive: {listed}; publish all of them."
+            )
+        unknown = sorted(received - set(self._parameters))
+        if unknown:
+            raise WeightSyncError(f"the engine's model has no weight {unknown[0]!r}; the trainer's model is another one.")
+
+
+def read_safetensors(folder: Path) -> Iterator[WeightBucket]:
+    """Read a checkpoint folder's safetensors files in bounded buckets.
+
+    Raises:
+        WeightSyncError: there are none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise WeightSyncError(f"{folder} has no *.safetensors files; give a Hugging Face checkpoint folder.")
+    bucket: list[tuple[str, Tensor]] = []
+    size_bytes = 0
+    for file in files:
+        with safe_open(file, framework="pt") as reader:
+            for name in reader.keys():  # noqa: SIM118 - not a dict
+                bucket.append((name, reader.get_tensor(name)))
+                size_bytes += bucket[-1][1].nbytes
+                if size_bytes >= BUCKET_BYTES:
+                    yield bucket
+                    bucket, size_bytes = [], 0
+    if bucket:
+        yield bucket
+
+
+def _addresses(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()}

@@ -1,0 +1,260 @@
+"""SGLang's HTTP API in front of the embedded engine.
+
+Clients written for SGLang find the same paths, bodies and answers. Whatever changes weights, memory or others' requests needs
+the run's bearer token when there is one; how weights come is in `weight_routes`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import orjson
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+
+from qwench.engines.embedded.engine import EmbeddedEngine
+from qwench.engines.embedded.http.api import GenerateBody, Json, no_stop_trims, to_response
+from qwench.engines.embedded.http.weight_routes import WeightRoutes
+from qwench.engines.protocol import GenerateRequest, GenerateResult, MemoryTag, SamplingParams
+from qwench.errors import EngineError, WeightSyncError
+from qwench.wire.addresses import placement_of
+
+DISCONNECT_POLL_S = 1.0
+HEALTH_TIMEOUT_S = 20.0
+
+
+class AbortBody(BaseModel):
+    """Body of `/abort_request`."""
+
+    rid: str | None = None
+    abort_all: bool = False
+
+
+class PauseBody(BaseModel):
+    """Body of `/pause_generation`."""
+
+    mode: str = "abort"
+
+
+class MemoryBody(BaseModel):
+    """Body of `/release_memory_occupation` and `/resume_memory_occupation`."""
+
+    tags: list[str] | None = None
+
+
+class EngineServer:
+    """The handlers of one engine; `app` is what a web server runs."""
+
+    def __init__(self, engine: EmbeddedEngine, *, model_path: str, token: str | None = None) -> None:
+        self._engine = engine
+        self._model_path = model_path
+        self._token = token
+        self._num_health_checks = 0
+        self._weight_routes = WeightRoutes(engine, device=engine.device, on_new_folder=self._note_folder)
+
+    def app(self) -> FastAPI:
+        """Build the application; its end closes the engine."""
+
+        @asynccontextmanager
+        async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+            yield
+            await self._engine.close()
+
+        app = FastAPI(title="Qwench embedded engine", lifespan=lifespan)
+        app.add_exception_handler(RequestValidationError, _answer_invalid)
+        app.add_exception_handler(EngineError, self._answer_engine_error)
+        app.add_exception_handler(WeightSyncError, _answer_weight_error)
+        app.include_router(self._generation_routes())
+        app.include_router(self._information_routes())
+        app.include_router(self._guarded_routes())
+        return app
+
+    def _generation_routes(self) -> APIRouter:
+        router = APIRouter()
+        router.add_api_route("/generate", self.generate, methods=["POST", "PUT"])
+        return router
+
+    def _information_routes(self) -> APIRouter:
+        router = APIRouter()
+        routes: dict[str, Callable[[], Awaitable[Response]]] = {
+            "/health": self.health,
+            "/health_generate": self.health_generate,
+            "/get_model_info": self.model_info,
+            "/model_info": self.model_info,
+            "/get_server_info": self.server_info,
+            "/server_info": self.server_info,
+            "/get_weight_version": self.get_weight_version,
+        }
+        for path, handler in routes.items():
+            router.add_api_route(path, handler, methods=["GET"])
+        return router
+
+    def _guarded_routes(self) -> APIRouter:
+        router = APIRouter(dependencies=[Depends(self._check_token)])
+        self._weight_routes.add_to(router)
+        for path, handler in (
+            ("/abort_request", self.abort_request),
+            ("/pause_generation", self.pause_generation),
+            ("/continue_generation", self.continue_generation),
+        ):
+            router.add_api_route(path, handler, methods=["POST"])
+        router.add_api_route("/flush_cache", self.flush_cache, methods=["GET", "POST"])
+        router.add_api_route("/release_memory_occupation", self.release_memory_occupation, methods=["GET", "POST"])
+        router.add_api_route("/resume_memory_occupation", self.resume_memory_occupation, methods=["GET", "POST"])
+        return router
+
+    async def generate(self, body: GenerateBody, http: Request) -> Response:
+        """Answer one prompt by an object, a list of prompts by a list."""
+        tokenizer = self._engine.tokenizer
+        requests = body.to_requests(tokenizer)
+        results = await _unless_disconnected(
+            [asyncio.ensure_future(self._engine.generate(request)) for request in requests], http
+        )
+        trims = no_stop_trims(body, len(requests))
+        answers = [
+            to_response(request, result, body=body, no_stop_trim=keep, tokenizer=tokenizer)
+            for request, result, keep in zip(requests, results, trims, strict=True)
+        ]
+        return _json(answers if body.is_batch else answers[0])
+
+    async def abort_request(self, body: AbortBody) -> Response:
+        """End one request or all; an unknown id is no error."""
+        if body.rid is None and not body.abort_all:
+            raise HTTPException(400, "send rid, or abort_all: true.")
+        await self._engine.abort(None if body.abort_all else body.rid)
+        return Response()
+
+    async def pause_generation(self, body: PauseBody) -> Response:
+        """Hold generation: `abort` ends what runs, `in_place` keeps it where it is."""
+        if body.mode not in ("abort", "in_place"):
+            raise HTTPException(400, f"mode {body.mode!r} is not supported; known: abort, in_place.")
+        await self._engine.pause()
+        if body.mode == "abort":
+            await self._engine.abort()
+        return _json({"status": "ok", "message": "generation is paused"})
+
+    async def continue_generation(self) -> Response:
+        """Go on after a pause."""
+        await self._engine.resume()
+        return _json({"status": "ok", "message": "generation goes on"})
+
+    async def flush_cache(self) -> Response:
+        """Forget cached prefixes."""
+        await self._engine.flush_cache()
+        return Response("Cache flushed.\n")
+
+    async def health(self) -> Response:
+        """Answer 200 when the engine can generate, else 503."""
+        return Response(status_code=200 if await self._engine.health() else 503)
+
+    async def health_generate(self) -> Response:
+        """Generate one token; 503 when that fails or takes too long."""
+        self._num_health_checks += 1
+        probe = GenerateRequest(
+            request_id=f"health-{self._num_health_checks}",
+            input_ids=[0],
+            sampling=SamplingParams(max_new_tokens=1, temperature=0.0),
+        )
+        try:
+            await asyncio.wait_for(self._engine.generate(probe), HEALTH_TIMEOUT_S)
+        except (EngineError, TimeoutError) as cause:
+            return Response(str(cause), status_code=503)
+        return Response()
+
+    async def model_info(self) -> Response:
+        """Say what is served; the sizes are our addition."""
+        sizes = self._engine.architecture
+        return _json(
+            {
+                "model_path": self._model_path,
+                "is_generation": True,
+                "weight_version": str(await self._engine.weight_version()),
+                "vocab_size": sizes.vocab_size,
+                "hidden_size": sizes.hidden_size,
+                "num_hidden_layers": sizes.num_layers,
+            }
+        )
+
+    async def server_info(self) -> Response:
+        """Say where the engine is, how large and how busy."""
+        return _json(
+            {
+                "model_path": self._model_path,
+                "weight_version": str(await self._engine.weight_version()),
+                "placement": placement_of(self._engine.device),
+                "context_length": self._engine.architecture.max_positions,
+                "stats": await self._engine.stats(),
+            }
+        )
+
+    async def get_weight_version(self) -> Response:
+        """Say which weights are in use."""
+        return _json({"weight_version": str(await self._engine.weight_version())})
+
+    async def release_memory_occupation(self, body: MemoryBody | None = None) -> Response:
+        """Give memory back."""
+        await self._engine.sleep(_tags(body))
+        return Response()
+
+    async def resume_memory_occupation(self, body: MemoryBody | None = None) -> Response:
+        """Take memory again."""
+        await self._engine.wake(_tags(body))
+        return Response()
+
+    def _note_folder(self, folder: str) -> None:
+        self._model_path = folder
+
+    async def _check_token(self, http: Request) -> None:
+        given = http.headers.get("authorization", "")
+        if self._token is not None and not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
+            raise HTTPException(401, "this endpoint needs the run's token: Authorization: Bearer ...")
+
+    async def _answer_engine_error(self, _: Request, error: Exception) -> Response:
+        # A healthy engine refused the request; an unhealthy one failed it.
+        return _error(400 if await self._engine.health() else 503, str(error))
+
+
+async def _unless_disconnected(tasks: list[asyncio.Future[GenerateResult]], http: Request) -> list[GenerateResult]:
+    """Wait for all tasks, or cancel them when one fails or nobody waits for the answer any more."""
+    work = asyncio.gather(*tasks)
+    try:
+        while not work.done():
+            await asyncio.wait([work], timeout=DISCONNECT_POLL_S)
+            if not work.done() and await http.is_disconnected():
+                raise HTTPException(499, "the client went away.")
+        return work.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _tags(body: MemoryBody | None) -> list[MemoryTag]:
+    known = {tag.value for tag in MemoryTag}
+    if body is None or body.tags is None:
+        return list(MemoryTag)
+    unknown = sorted(set(body.tags) - known)
+    if unknown:
+        raise HTTPException(400, f"unknown tags {unknown}; known: {', '.join(sorted(known))}.")
+    return [MemoryTag(tag) for tag in body.tags]
+
+
+def _json(content: Json | list[Json], status_code: int = 200) -> Response:
+    return Response(orjson.dumps(content), status_code=status_code, media_type="application/json")
+
+
+def _error(status_code: int, message: str) -> Response:
+    return _json({"error": {"message": message}}, status_code)
+
+
+async def _answer_invalid(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problems = "; ".join(f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}" for problem in error.errors())
+    return _error(400, problems)
+
+
+async def _answer_weight_error(_: Request, error: Exception) -> Response:
+    return _json({"success": False, "message": str(error)}, 400)

@@ -1,0 +1,81 @@
+"""Runs the embedded engine's HTTP server: in the foreground for `qwench serve`, or in a thread beside other work."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+import uvicorn
+
+from qwench.engines.embedded.engine import EmbeddedEngine
+from qwench.engines.embedded.http.server import EngineServer
+from qwench.engines.embedded.settings import EmbeddedSettings
+from qwench.engines.fleet.servers import check_port_is_free
+from qwench.errors import EngineError
+
+LOOPBACK = "127.0.0.1"
+START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 30.0
+
+
+def serve(
+    checkpoint: str | Path, settings: EmbeddedSettings, *, host: str = LOOPBACK, port: int = 30_000, token: str | None = None
+) -> None:
+    """Load a checkpoint and serve it until interrupted.
+
+    Args:
+        checkpoint: Hugging Face folder with tokenizer.
+        settings: of the engine.
+        host: address to listen on; only this machine reaches the default.
+        port: to listen on.
+        token: what clients must show to change weights or memory. None: anyone who reaches the port may.
+
+    Raises:
+        ConfigError: a model this engine cannot run.
+        EngineError: an open port without a token, or one that is taken.
+    """
+    if host not in (LOOPBACK, "localhost", "::1") and token is None:
+        raise EngineError(f"--host {host} lets other machines change this engine's weights; set a token too.")
+    check_port_is_free("the server", host, port, flag="--port")
+    engine = EmbeddedEngine.from_checkpoint(checkpoint, settings)
+    app = EngineServer(engine, model_path=str(checkpoint), token=token).app()
+    uvicorn.run(app, host=host, port=port, log_level="info")
+
+
+class ServerThread:
+    """A server on a free port of this machine, in a thread of this process; a context manager.
+
+    The engine belongs to the thread's event loop: use it only through HTTP meanwhile.
+    """
+
+    def __init__(self, engine: EmbeddedEngine, *, model_path: str = "", token: str | None = None) -> None:
+        self._socket = socket.create_server((LOOPBACK, 0))
+        app = EngineServer(engine, model_path=model_path, token=token).app()
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._socket]}, name="qwench-engine-server", daemon=True
+        )
+
+    @property
+    def base_url(self) -> str:
+        """Return where it listens."""
+        return f"http://{LOOPBACK}:{self._socket.getsockname()[1]}"
+
+    def __enter__(self) -> ServerThread:
+        """Start, and return when requests are answered."""
+        self._thread.start()
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self._server.started:
+            if not self._thread.is_alive() or time.monotonic() > deadline:
+                raise EngineError(f"the engine's server did not start within {START_TIMEOUT_S:g} s; see its log.")
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop the server and its engine."""
+        self._server.should_exit = True
+        self._thread.join(STOP_TIMEOUT_S)
+        self._socket.close()

@@ -1,0 +1,273 @@
+"""How the embedded engine's server receives weights.
+
+    /update_weights_from_tensor       one bucket: in a buffer that this process can open, or as safetensors in the body
+    /update_weights_from_distributed  one bucket: broadcast in a group made by /init_weights_update_group
+    /update_weights_from_disk         all weights: from a checkpoint folder
+
+A bucket says which one of its publication it is, and may be sent while the one before it is loaded; after the final one the
+answer has the version and every tensor's checksum. Nothing is unpickled: that would run the sender's code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+from fastapi import APIRouter, HTTPException, Request, Response
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from qwench.engines.embedded.compute.weights import read_safetensors
+from qwench.engines.embedded.engine import EmbeddedEngine
+from qwench.engines.embedded.http.turns import Turns
+from qwench.engines.protocol import Portion, WeightReceipt
+from qwench.errors import WeightSyncError
+from qwench.wire.flat_bucket import entries_from_json, lay_out, size_bytes, unflatten
+from qwench.wire.portions import WeightBucket
+from qwench.wire.shared_buffer import OpenBuffers
+from qwench.wire.weight_group import WeightGroup, reach_store
+
+SAFETENSORS_BODY = "application/octet-stream"
+JSON_BODY = "application/json"
+GROUP_TIMEOUT_S = 600.0
+_PICKLES = "serialized_named_tensors"
+
+
+class PortionBody(BaseModel):
+    """Which bucket this is; SGLang's own clients send neither `index` nor `final`, one request brings them everything."""
+
+    model_config = ConfigDict(extra="ignore")  # flush_cache and the like: a publication always drops cached prefixes
+
+    weight_version: str
+    index: int = 0
+    final: bool = True
+
+    def portion(self) -> Portion:
+        """Return it in the engine's terms."""
+        return Portion(version=read_version(self.weight_version), index=self.index, final=self.final)
+
+
+class SharedBody(PortionBody):
+    """A bucket in memory that this process can open."""
+
+    shared_buffer: dict[str, Any]  # see `shared_buffer.Handle`
+    entries: list[dict[str, Any]]  # see `flat_bucket.entries_to_json`
+
+
+class BroadcastBody(PortionBody):
+    """A bucket that the group's rank 0 broadcasts; its tensors in the order in which they lie in the buffer."""
+
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+    group_name: str = "weight_update_group"
+    load_format: str | None = None
+
+
+class GroupBody(BaseModel):
+    """Body of `/init_weights_update_group`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    master_address: str
+    master_port: int
+    rank_offset: int
+    world_size: int
+    group_name: str = "weight_update_group"
+    backend: str = "nccl"
+    timeout_s: float = GROUP_TIMEOUT_S
+    """Our addition: of joining and of each broadcast."""
+
+
+class GroupNameBody(BaseModel):
+    """Body of `/destroy_weights_update_group`."""
+
+    group_name: str = "weight_update_group"
+
+
+class DiskBody(BaseModel):
+    """Body of `/update_weights_from_disk`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model_path: str
+    weight_version: str | None = None
+
+
+class WeightRoutes:
+    """The handlers that change the weights of one engine."""
+
+    def __init__(self, engine: EmbeddedEngine, *, device: torch.device, on_new_folder: Callable[[str], None]) -> None:
+        self._engine = engine
+        self._device = device
+        self._on_new_folder = on_new_folder
+        self._groups: dict[str, WeightGroup] = {}
+        self._turns = Turns()
+        self._buffers = OpenBuffers()
+        """Of the publication under way; let go of when it ends, fails, or another one begins."""
+
+    def add_to(self, router: APIRouter) -> None:
+        """Add the paths to a router that lets only those in who may change weights."""
+        for path, handler in (
+            ("/update_weights_from_tensor", self.update_from_tensor),
+            ("/update_weights_from_distributed", self.update_from_distributed),
+            ("/update_weights_from_disk", self.update_from_disk),
+            ("/init_weights_update_group", self.init_group),
+            ("/destroy_weights_update_group", self.destroy_group),
+        ):
+            router.add_api_route(path, handler, methods=["POST"])
+
+    async def update_from_tensor(self, http: Request, weight_version: str = "", index: int = 0, final: bool = True) -> Response:
+        """Load one bucket; safetensors say in the query which one, shared buffers in the JSON."""
+        content_type = http.headers.get("content-type", "").split(";")[0].strip()
+        if content_type == JSON_BODY:
+            return await self._update_from_shared(await http.body())
+        if content_type != SAFETENSORS_BODY:
+            raise HTTPException(415, f"send weights as {SAFETENSORS_BODY} (safetensors) or {JSON_BODY} (a shared buffer).")
+        portion = Portion(version=read_version(weight_version), index=index, final=final)
+        body = await http.body()
+        await self._turns.come(portion)
+        return await self._load(lambda: _read_safetensors(body), portion)
+
+    async def update_from_distributed(self, body: BroadcastBody) -> Response:
+        """Load one bucket that arrives in a group."""
+        group = self._groups.get(body.group_name)
+        if group is None:
+            raise WeightSyncError(f"there is no weight group {body.group_name!r}; call /init_weights_update_group first.")
+        if body.load_format != "flattened_bucket":
+            raise WeightSyncError(f"load_format must be flattened_bucket, got {body.load_format!r}.")
+        entries = lay_out(zip(body.names, map(_dtype, body.dtypes), body.shapes, strict=True))
+        if [entry.name for entry in entries] != body.names:
+            raise WeightSyncError("a flattened bucket lists its tensors from the widest dtype to the narrowest.")
+        portion = body.portion()
+        await self._turns.come(portion)
+        # It arrives beside the engine's memory while the engine still loads the bucket before it.
+        buffer = torch.empty(size_bytes(entries), dtype=torch.uint8, device=self._device)
+        wait_for_arrival = await asyncio.to_thread(group.start, buffer)
+
+        def receive() -> WeightBucket:
+            wait_for_arrival()
+            return unflatten(buffer, entries)
+
+        return await self._load(receive, portion)
+
+    async def update_from_disk(self, body: DiskBody) -> Response:
+        """Load a checkpoint folder of this machine."""
+        self._buffers.close()
+        version = read_version(body.weight_version) if body.weight_version else await self._engine.weight_version() + 1
+        receipt = await self._engine.update_weights(read_safetensors(Path(body.model_path)), version=version)
+        self._on_new_folder(body.model_path)
+        return _confirm(receipt)
+
+    async def init_group(self, body: GroupBody) -> Response:
+        """Join a group in which weights will be broadcast; one of that name that is here already is left."""
+        self._buffers.close()
+        await self.destroy_group(GroupNameBody(group_name=body.group_name))
+
+        def join() -> WeightGroup:
+            store = reach_store(body.master_address, body.master_port, timeout_s=body.timeout_s)
+            return WeightGroup(
+                store,
+                name=body.group_name,
+                rank=body.rank_offset,
+                size=body.world_size,
+                backend=body.backend,
+                timeout_s=body.timeout_s,
+            )
+
+        self._groups[body.group_name] = await asyncio.to_thread(join)
+        return _json({"success": True, "message": f"joined weight group {body.group_name!r}"})
+
+    async def destroy_group(self, body: GroupNameBody) -> Response:
+        """Leave a group."""
+        group = self._groups.pop(body.group_name, None)
+        if group is None:
+            return _json({"success": False, "message": f"there is no weight group {body.group_name!r}"}, 400)
+        await asyncio.to_thread(group.close)
+        return _json({"success": True, "message": f"left weight group {body.group_name!r}"})
+
+    async def _update_from_shared(self, content: bytes) -> Response:
+        body = _read_shared(content)
+        entries = entries_from_json(body.entries)
+
+        portion = body.portion()
+
+        def read() -> WeightBucket:
+            if portion.index == 0:
+                self._buffers.close()  # of a publication that was not finished
+            buffer = self._buffers.open(body.shared_buffer)
+            if buffer.numel() < size_bytes(entries):
+                raise WeightSyncError(f"a shared buffer of {buffer.numel()} bytes cannot hold {size_bytes(entries)}.")
+            return unflatten(buffer, entries)
+
+        await self._turns.come(portion)
+        return await self._load(read, portion)
+
+    async def _load(self, read: Callable[[], WeightBucket], portion: Portion) -> Response:
+        """Load a bucket whose turn it is; `read` returns it, and is called when the one before it is loaded."""
+        self._turns.go(portion)
+        try:
+            receipt = await self._engine.receive_bucket(read, portion)  # first come, first served
+        except BaseException:
+            self._turns.reset()
+            self._buffers.close()
+            raise
+        if receipt is not None:
+            self._buffers.close()
+        return _answer(receipt, portion)
+
+
+def _read_shared(content: bytes) -> SharedBody:
+    try:
+        described = orjson.loads(content)
+        if _PICKLES in described:
+            raise HTTPException(415, f"{_PICKLES} are pickles, which run code; send a shared buffer or safetensors.")
+        return SharedBody.model_validate(described)
+    except (orjson.JSONDecodeError, TypeError, ValidationError) as cause:
+        raise HTTPException(400, f"the body does not describe a shared buffer: {cause}") from cause
+
+
+def read_version(text: str) -> int:
+    """Return the version that a request names.
+
+    Raises:
+        HTTPException: 400, it is not a number from 0 on.
+    """
+    if not text.isdecimal():
+        raise HTTPException(400, f"weight_version must be a number from 0 on, got {text!r}.")
+    return int(text)
+
+
+def _read_safetensors(body: bytes) -> list[tuple[str, Tensor]]:
+    try:
+        return list(load_safetensors(body).items())
+    except SafetensorError as cause:
+        raise WeightSyncError(f"the body is not safetensors: {cause}") from cause
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise WeightSyncError(f"{name!r} is not a dtype.")
+    return dtype
+
+
+def _answer(receipt: WeightReceipt | None, portion: Portion) -> Response:
+    if receipt is None:
+        return _json({"success": True, "message": f"bucket {portion.index} of weight version {portion.version} is here"})
+    return _confirm(receipt)
+
+
+def _confirm(receipt: WeightReceipt) -> Response:
+    message = f"weight version {receipt.version} is in use"
+    return _json({"success": True, "message": message, "weight_version": receipt.version, "checksums": receipt.checksums})
+
+
+def _json(content: dict[str, Any], status_code: int = 200) -> Response:
+    return Response(orjson.dumps(content), status_code=status_code, media_type=JSON_BODY)

@@ -1,0 +1,82 @@
+"""Checks requests as they arrive and turns them into the engine's own state."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from qwench.engines.embedded.compute.sampler import uniform
+from qwench.engines.embedded.scheduling.request import RunningRequest
+from qwench.engines.embedded.scheduling.stopping import check_stop_strings, stop_ids_of
+from qwench.engines.protocol import GenerateRequest
+from qwench.errors import EngineError
+
+
+class Admission:
+    """Knows what every request must satisfy; draws seeds for those that bring none."""
+
+    def __init__(
+        self, *, vocab_size: int, eos_ids: frozenset[int], tokenizer: PreTrainedTokenizerBase | None, seed: int
+    ) -> None:
+        self._vocab_size = vocab_size
+        self._eos_ids = eos_ids
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self.num_accepted = 0
+
+    def accept(self, request: GenerateRequest, *, max_request_tokens: int) -> RunningRequest:
+        """Return the state of a new request.
+
+        Raises:
+            EngineError: it can never run.
+        """
+        check_stop_strings(request.sampling, self._tokenizer)
+        self._check_numbers(request)
+        num_prompt = len(request.input_ids)
+        room = max_request_tokens - num_prompt
+        if room < 1:
+            raise EngineError(
+                f"the prompt of request {request.request_id!r} ({num_prompt} tokens) leaves no room for a response: "
+                f"the engine holds {max_request_tokens} tokens; shorten the prompt or raise --embedded-kv-cache-tokens."
+            )
+        self.num_accepted += 1
+        return RunningRequest(
+            request=request,
+            seed=self._seed_of(request),
+            max_new_tokens=min(request.sampling.max_new_tokens, room),
+            stop_ids=stop_ids_of(request.sampling, self._eos_ids),
+            future=asyncio.get_running_loop().create_future(),
+            tokens=list(request.input_ids),
+            num_prompt=num_prompt,
+        )
+
+    def _check_numbers(self, request: GenerateRequest) -> None:
+        sampling, name = request.sampling, f"request {request.request_id!r}"
+        if sampling.max_new_tokens < 1:
+            raise EngineError(f"{name} asks for {sampling.max_new_tokens} new tokens; at least 1 is needed.")
+        if not sampling.temperature >= 0:
+            raise EngineError(f"{name} has temperature {sampling.temperature}; it must be 0 (greedy) or more.")
+        if not 0 < sampling.top_p <= 1 or not 0 <= sampling.min_p <= 1:
+            raise EngineError(f"{name} has top_p {sampling.top_p}, min_p {sampling.min_p}; they must lie in (0, 1] and [0, 1].")
+        if not request.input_ids:
+            raise EngineError(f"{name} has an empty prompt; at least one token is needed.")
+        if min(request.input_ids) < 0 or max(request.input_ids) >= self._vocab_size:
+            raise EngineError(
+                f"the prompt of {name} has token ids outside [0, {self._vocab_size}); tokenizer and model differ."
+            )
+
+    def _seed_of(self, request: GenerateRequest) -> int:
+        if request.sampling.seed is not None:
+            return request.sampling.seed % 2**64
+        own = uniform(np.array([self._seed % 2**64], dtype=np.uint64), np.array([self.num_accepted], dtype=np.uint64))
+        return int(own[0] * 2.0**53)
+
+
+def eos_ids_of(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """Collect the end-of-sequence ids that config and tokenizer name."""
+    ids: set[int] = set()
+    for source in (config.eos_token_id, tokenizer.eos_token_id if tokenizer is not None else None):
+        ids.update([source] if isinstance(source, int) else source or [])
+    return frozenset(ids)

@@ -1,0 +1,268 @@
+"""Decides what the next forward pass computes: continuous batching over a paged pool.
+
+    waiting --admit--> prefilling --last chunk--> decoding --finish--> out
+       ^------------------ preempt: pages ran out, latest first ------|
+
+Equal prompts are prefilled once: the first is admitted with its siblings as followers, and when its prefill ends they fork
+its pages (full ones shared, the partly filled last one copied) and sample from the same logits, each with its own seed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qwench.engines.embedded.scheduling.kv_cache import PagePool
+from qwench.engines.embedded.scheduling.request import RunningRequest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefillChunk:
+    """Tokens [start, start + count) of one request, computed in this step."""
+
+    request: RunningRequest
+    start: int
+    count: int
+    is_last: bool
+    """The chunk ends the tokens known so far, so the next one can be sampled after it."""
+
+
+@dataclass(kw_only=True, slots=True)
+class StepPlan:
+    """One forward pass: a token of each decoding request, then the prefill chunks."""
+
+    decodes: list[RunningRequest] = field(default_factory=list)
+    """Shortest first, so that attention can pad little."""
+    prefills: list[PrefillChunk] = field(default_factory=list)
+    followers: list[list[RunningRequest]] = field(default_factory=list)
+    """For each prefill chunk: the siblings that fork from it in this step."""
+    page_copies: list[tuple[int, int]] = field(default_factory=list)
+    """(source, target) after the forward pass."""
+    num_preempted: int = 0
+    """How many requests had to leave to make room for this step."""
+
+    @property
+    def sampling(self) -> list[RunningRequest]:
+        """Return the requests that get a token: decodes, then each finished prefill followed by its siblings."""
+        prefilled = zip(self.prefills, self.followers, strict=True)
+        groups = [[chunk.request, *forks] for chunk, forks in prefilled if chunk.is_last]
+        return self.decodes + [request for group in groups for request in group]
+
+
+class Scheduler:
+    """Holds all unfinished requests. `plan` and `commit` alternate; `add` and `remove` come between."""
+
+    def __init__(self, pool: PagePool, *, max_running: int, max_request_tokens: int, prefill_chunk_tokens: int) -> None:
+        self.pool = pool
+        max_pages = -(-max_request_tokens // pool.page_size)
+        self.page_table = np.zeros((max_running, max_pages), dtype=np.int32)
+        self._chunk_tokens = prefill_chunk_tokens
+        self._free_rows = list(range(max_running - 1, -1, -1))
+        self._waiting: OrderedDict[str, RunningRequest] = OrderedDict()
+        self._siblings: dict[bytes, OrderedDict[str, RunningRequest]] = {}
+        self._prefilling: list[RunningRequest] = []
+        self._decoding: list[RunningRequest] = []
+        self._arrivals = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Return how many requests hold no row."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Return how many requests hold a row, followers included."""
+        return len(self._decoding) + sum(1 + len(request.followers) for request in self._prefilling)
+
+    def unfinished(self) -> list[RunningRequest]:
+        """Return all requests held here."""
+        prefilling = [request for leader in self._prefilling for request in (leader, *leader.followers)]
+        return [*self._waiting.values(), *prefilling, *self._decoding]
+
+    def add(self, request: RunningRequest) -> None:
+        """Queue a new request."""
+        self._waiting[request.request.request_id] = request
+        self._siblings.setdefault(_prompt_key(request), OrderedDict())[request.request.request_id] = request
+
+    def remove(self, request: RunningRequest) -> None:
+        """Take out a request at any point of its life and free what it holds."""
+        if request.row < 0:
+            self._leave_queue(request)
+            return
+        if request in self._decoding:
+            self._decoding.remove(request)
+        elif request in self._prefilling:
+            self._replace_leader(request)
+        else:
+            leader = next(leader for leader in self._prefilling if request in leader.followers)
+            leader.followers.remove(request)
+        self._free(request)
+
+    def plan(self) -> StepPlan:
+        """Choose the work of the next forward pass and take the pages it needs."""
+        plan = StepPlan()
+        plan.num_preempted = self._extend_decoding()
+        plan.decodes = sorted(self._decoding, key=lambda request: request.num_computed)
+        budget = self._chunk_tokens
+        for request in self._prefilling:
+            budget -= self._plan_chunk(plan, request, budget)
+        while budget > 0 and self._waiting and plan.num_preempted == 0:
+            admitted = self._admit_next()
+            if admitted is None:
+                break
+            budget -= self._plan_chunk(plan, admitted, budget)
+        return plan
+
+    def commit(self, plan: StepPlan) -> None:
+        """Note that the plan's keys and values are in the cache; call before appending the sampled tokens."""
+        for request in plan.decodes:
+            request.num_computed += 1
+        for chunk, forks in zip(plan.prefills, plan.followers, strict=True):
+            request = chunk.request
+            request.num_computed += chunk.count
+            if chunk.is_last:
+                self.pool.remember(request.tokens, request.pages, epoch=request.epoch)
+                self._prefilling.remove(request)
+                for fork in forks:
+                    fork.num_computed = request.num_computed
+                self._decoding.extend((request, *forks))
+
+    def finish(self, requests: list[RunningRequest]) -> None:
+        """Take finished requests out of the decoding set; their full pages stay cached for a continuation."""
+        if not requests:
+            return
+        finished = set(map(id, requests))
+        self._decoding = [request for request in self._decoding if id(request) not in finished]
+        for request in requests:
+            self.pool.remember(request.tokens[: request.num_computed], request.pages, epoch=request.epoch)
+            self._free(request)
+
+    def _extend_decoding(self) -> int:
+        """Give each decoding request room for one token, oldest first; return how many of the latest were preempted for it."""
+        num_preempted = 0
+        for request in list(self._decoding):
+            if request.row < 0 or request.num_computed < len(request.pages) * self.pool.page_size:
+                continue
+            while self.pool.num_free == 0 and request.row >= 0:
+                self._preempt_latest()
+                num_preempted += 1
+            if request.row >= 0:
+                self._grow(request, 1)
+        return num_preempted
+
+    def _plan_chunk(self, plan: StepPlan, request: RunningRequest, budget: int) -> int:
+        count = min(budget, len(request.tokens) - request.num_computed)
+        if count <= 0:
+            return 0
+        end = request.num_computed + count
+        chunk = PrefillChunk(request=request, start=request.num_computed, count=count, is_last=end == len(request.tokens))
+        plan.prefills.append(chunk)
+        plan.followers.append(self._fork_followers(plan, request) if chunk.is_last else [])
+        return count
+
+    def _fork_followers(self, plan: StepPlan, leader: RunningRequest) -> list[RunningRequest]:
+        followers, leader.followers = leader.followers, []
+        num_full = len(leader.tokens) // self.pool.page_size
+        num_partial = len(leader.pages) - num_full
+        forks = []
+        for follower in followers:
+            if self.pool.num_free < num_partial:
+                self._requeue(follower)
+                continue
+            follower.pages = leader.pages[:num_full]
+            self.pool.retain(follower.pages)
+            follower.epoch = leader.epoch
+            follower.cached_tokens = len(leader.tokens)
+            self.page_table[follower.row, :num_full] = follower.pages
+            self._grow(follower, num_partial)
+            plan.page_copies.extend(zip(leader.pages[num_full:], follower.pages[num_full:], strict=True))
+            forks.append(follower)
+        return forks
+
+    def _admit_next(self) -> RunningRequest | None:
+        """Admit the first waiting request and as many of its siblings as there is room for."""
+        request = next(iter(self._waiting.values()))
+        if not self._free_rows:
+            return None
+        matched = self.pool.match(request.tokens)
+        num_new = -(-len(request.tokens) // self.pool.page_size) - len(matched)
+        # One page for each running request, or the newcomers would push them out again at once.
+        room = self.pool.num_free - num_new - self.num_running
+        if room < 0 and (self.num_running > 0 or self.pool.num_free < num_new):
+            self.pool.release(matched)
+            return None
+        self._seat(request)
+        request.pages = matched
+        request.epoch = self.pool.epoch
+        request.num_computed = len(matched) * self.pool.page_size
+        if request.num_output == 0:
+            request.cached_tokens = request.num_computed
+        self.page_table[request.row, : len(matched)] = matched
+        self._grow(request, num_new)
+        self._prefilling.append(request)
+        for sibling in list(self._siblings.get(_prompt_key(request), {}).values())[: max(room - 1, 0)]:
+            if not self._free_rows:
+                break
+            self._seat(sibling)
+            request.followers.append(sibling)
+        return request
+
+    def _seat(self, request: RunningRequest) -> None:
+        self._leave_queue(request)
+        request.row = self._free_rows.pop()
+        request.arrival = self._arrivals
+        self._arrivals += 1
+
+    def _grow(self, request: RunningRequest, count: int) -> None:
+        pages = self.pool.allocate(count)
+        self.page_table[request.row, len(request.pages) : len(request.pages) + count] = pages
+        request.pages.extend(pages)
+
+    def _preempt_latest(self) -> None:
+        victim = max([*self._decoding, *self._prefilling], key=lambda request: request.arrival)
+        if victim in self._prefilling:
+            self._prefilling.remove(victim)
+            for follower in reversed(victim.followers):
+                self._requeue(follower)
+            victim.followers = []
+        else:
+            self._decoding.remove(victim)
+        self._requeue(victim)
+
+    def _requeue(self, request: RunningRequest) -> None:
+        """Put a request back in front of the queue; it will be computed again from its first token."""
+        self._free(request)
+        self.add(request)
+        self._waiting.move_to_end(request.request.request_id, last=False)
+
+    def _replace_leader(self, leader: RunningRequest) -> None:
+        """Let the first follower take over a prefill whose leader leaves."""
+        index = self._prefilling.index(leader)
+        if not leader.followers:
+            del self._prefilling[index]
+            return
+        heir, *heir.followers = leader.followers
+        heir.pages, heir.num_computed, heir.epoch = leader.pages, leader.num_computed, leader.epoch
+        heir.cached_tokens = leader.cached_tokens
+        self.page_table[heir.row, : len(heir.pages)] = heir.pages
+        leader.pages, leader.followers = [], []
+        self._prefilling[index] = heir
+
+    def _leave_queue(self, request: RunningRequest) -> None:
+        del self._waiting[request.request.request_id]
+        key = _prompt_key(request)
+        del self._siblings[key][request.request.request_id]
+        if not self._siblings[key]:
+            del self._siblings[key]
+
+    def _free(self, request: RunningRequest) -> None:
+        self.pool.release(request.pages)
+        self._free_rows.append(request.row)
+        request.pages, request.num_computed, request.row, request.epoch = [], 0, -1, -1
+
+
+def _prompt_key(request: RunningRequest) -> bytes:
+    """Return what equal for requests that can share a prefill: all tokens, so a preempted one shares with nobody."""
+    return np.asarray(request.tokens, dtype=np.int32).tobytes()

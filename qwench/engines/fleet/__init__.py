@@ -1,0 +1,1 @@
+"""The engines of a run as one pool: dispatch, health, restarts, the router."""

@@ -1,0 +1,143 @@
+"""Sends each request to an engine, and to another one when that is lost.
+
+A request whose engine was lost has returned nothing, so that asking another engine for it uses nothing twice. A response is
+used only if its weights were published while it was asked for: an engine that was started again cannot slip old ones in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from itertools import count
+
+from qwench.engines.client import OF_A_ROUTER, HttpEngine
+from qwench.engines.fleet.health import Supervisor
+from qwench.engines.fleet.members import Member, Members, MemberState
+from qwench.engines.fleet.router import Router
+from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult
+from qwench.errors import EngineLostError, WeightSyncError
+
+MAX_ATTEMPTS = 6
+"""Engines that may be lost under one request before the run ends."""
+RETRY_WAIT_S = 0.5
+
+
+class Dispatcher:
+    """Routes requests to ready members, through the router when there is one. Used on one event loop."""
+
+    def __init__(
+        self,
+        members: Members,
+        *,
+        router: Router | None,
+        supervisor: Supervisor | None,
+        hopes_for_weights: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Keep what routing needs.
+
+        Args:
+            hopes_for_weights: whether somebody publishes again when no engine holds the current weights.
+        """
+        self._members = members
+        self._hopes_for_weights = hopes_for_weights
+        self._router = router
+        self._routed = None if router is None else HttpEngine(router.base_url, lost_statuses=OF_A_ROUTER)
+        self._supervisor = supervisor
+        self.version: int | None = None
+        """Of the weights published last. None: nothing was published yet."""
+        self.publishing: int | None = None
+        """Version on its way to the engines; some may hold it already."""
+        self._names: dict[str, str] = {}
+        """Open request -> the name under which an engine was asked last; a second attempt has another one than the first."""
+        self._aborted: set[str] = set()
+        """Open requests that were asked to end: their engine may be lost before it hears of it."""
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """Generate on some ready engine; with supervision, again on another one when it is lost.
+
+        Raises:
+            EngineError: the engine failed or refused, or none is left.
+            WeightSyncError: the response is of other weights than those published.
+        """
+        oldest = self.version
+        self._names[request.request_id] = request.request_id
+        try:
+            result = await self._generate_somewhere(request)
+        finally:
+            del self._names[request.request_id]
+            self._aborted.discard(request.request_id)
+        self._check_versions(result, oldest)
+        return replace(result, request_id=request.request_id)
+
+    async def abort(self, request_id: str | None = None) -> None:
+        """End one request where it runs, or all requests everywhere."""
+        self._aborted |= self._names.keys() if request_id is None else {request_id} & self._names.keys()
+        await self._members.notify()
+        name = None if request_id is None else self._names.get(request_id)
+        if request_id is None or name is not None:
+            await self._members.each(lambda member: self._abort_on(member, name))
+
+    async def close(self) -> None:
+        """Close connections."""
+        if self._routed is not None:
+            await self._routed.close()
+
+    async def _generate_somewhere(self, request: GenerateRequest) -> GenerateResult:
+        """Try engine after engine."""
+        for attempt in count(1):
+            await self._members.wait_until(lambda: self._may_send(request.request_id))
+            if request.request_id in self._aborted:
+                break
+            name = request.request_id if attempt == 1 else f"{request.request_id}~{attempt}"
+            self._names[request.request_id] = name
+            try:
+                return await self._generate_on(self._members.least_loaded(), replace(request, request_id=name))
+            except EngineLostError:
+                if self._supervisor is None or attempt == MAX_ATTEMPTS:
+                    raise
+            await asyncio.sleep(RETRY_WAIT_S * (attempt - 1))
+        return GenerateResult(
+            request_id=request.request_id, output_ids=(), log_probs=(), finish_reason=FinishReason.ABORT, weight_versions=()
+        )
+
+    def _may_send(self, request_id: str) -> bool:
+        """Tell whether waiting is over: an engine is ready, or none ever will be, or nobody wants the response any more."""
+        if request_id in self._aborted or self._members.any_in(MemberState.READY):
+            return True
+        return not (self._members.any_in(MemberState.LOST) or self._hopes_for_weights())
+
+    async def _generate_on(self, member: Member, request: GenerateRequest) -> GenerateResult:
+        """Send the request to the member, or to the router; without an answer, find out which engine is lost."""
+        member.in_flight.add(request.request_id)
+        try:
+            if self._routed is not None and self._router is not None and self._router.is_running():
+                return await self._routed.generate(request)
+            if self._supervisor is None:
+                return await member.engine.generate(request)
+            return await member.until_lost(member.engine.generate(request))
+        except EngineLostError:
+            if self._supervisor is not None:
+                # Through a router, nobody says which engine it was.
+                await (self._supervisor.examine(member) if self._routed is None else self._supervisor.examine_all())
+            raise
+        finally:
+            member.in_flight.discard(request.request_id)
+
+    async def _abort_on(self, member: Member, name: str | None) -> None:
+        """Pass an abort on to a member that may have the request; the router does not say where it went."""
+        if name is None or self._routed is not None or name in member.in_flight:
+            with suppress(EngineLostError):
+                await member.engine.abort(name)
+
+    def _check_versions(self, result: GenerateResult, oldest: int | None) -> None:
+        if self.version is None or oldest is None:
+            return
+        newest = max(self.version, self.publishing or 0)
+        wrong = [version for version in result.weight_versions if not oldest <= version <= newest]
+        if wrong:
+            raise WeightSyncError(
+                f"request {result.request_id} was answered by weight version {wrong[0]}; "
+                f"the engines are meant to hold {oldest} to {newest}."
+            )

@@ -1,0 +1,212 @@
+"""Watches engines, and starts those again that died or do not answer.
+
+    every poll:      has the server's process ended?
+    every interval:  does the engine answer a health check within its timeout?
+    lost:            out of the router, killed, started again; it generates after the next publication (`engines.fleet.members`)
+
+Checks are held while engines sleep or receive weights: they cannot generate then, which is what a check asks of them. One that
+fails meanwhile is lost if it answers nothing at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+from qwench.engines.client import HttpEngine
+from qwench.engines.fleet.members import Member, Members, MemberState
+from qwench.engines.fleet.router import Router
+from qwench.errors import EngineError, EngineLostError, QwenchError
+
+POLL_S = 1.0
+MAX_STARTS = 3
+"""Attempts to start a lost engine before the run ends."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HealthRules:
+    """When an engine is checked and when it counts as lost."""
+
+    first_wait_s: float = 0.0
+    """Before the first check, also of the first after the engines slept."""
+    interval_s: float = 30.0
+    timeout_s: float = 30.0
+
+
+class Supervisor:
+    """Watches the members of a pool; `start` to `close`, on the pool's event loop."""
+
+    def __init__(
+        self,
+        members: Members,
+        rules: HealthRules,
+        *,
+        router: Router | None,
+        say: Callable[[str], None],
+        needs_publication: Callable[[], bool],
+    ) -> None:
+        """Keep what it takes to restart an engine.
+
+        Args:
+            router: must not send anything to a lost engine.
+            say: tells the user.
+            needs_publication: whether the weights that an engine starts with are not the current ones.
+        """
+        self._members = members
+        self._rules = rules
+        self._say = say
+        self._needs_publication = needs_publication
+        self._router = router
+        self._examinations: dict[Member, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._holds = 0
+        self._next_check_s = 0.0
+        self.num_restarts = 0
+        self.num_lost = 0
+        """How often an engine was found to be lost."""
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._next_check_s = time.monotonic() + self._rules.first_wait_s
+        self._spawn(self._watch)
+
+    async def close(self) -> None:
+        """End watching and restarting."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def hold(self) -> None:
+        """Check nothing until `release` was called as often; returns when no check is under way."""
+        self._holds += 1
+        await asyncio.gather(*self._examinations.values())
+
+    async def release(self) -> None:
+        """Check again."""
+        assert self._holds > 0, "release without hold"
+        self._holds -= 1
+        self._next_check_s = time.monotonic() + self._rules.first_wait_s
+
+    async def examine(self, member: Member) -> None:
+        """Find out now whether a member that failed a request is lost."""
+        if member not in self._examinations:
+            task = self._spawn(partial(self._examine, member))
+            self._examinations[member] = task
+            task.add_done_callback(lambda _: self._examinations.pop(member))
+        await asyncio.shield(self._examinations[member])
+
+    async def examine_all(self) -> None:
+        """Find out now which members are lost."""
+        await self._members.each(self.examine)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(min(POLL_S, self._rules.interval_s))
+            if self._holds:
+                continue
+            if time.monotonic() >= self._next_check_s:
+                self._next_check_s = time.monotonic() + self._rules.interval_s
+                for member in self._members:
+                    # One that does not answer must not delay the others' checks.
+                    self._spawn(partial(self.examine, member))
+            else:
+                for member in self._members:
+                    if member.state is not MemberState.LOST and not await _has_process(member):
+                        await self._lose(member, "its process has ended")
+
+    async def _examine(self, member: Member) -> None:
+        if member.state is MemberState.LOST:
+            return
+        if not await _has_process(member):
+            await self._lose(member, "its process has ended")
+        elif not await (self._responds(member) if self._holds else self._answers(member)):
+            await self._lose(member, f"it failed a health check, or did not answer it within {self._rules.timeout_s:g} s")
+
+    async def _answers(self, member: Member) -> bool:
+        try:
+            return await asyncio.wait_for(member.engine.health(), self._rules.timeout_s)
+        except TimeoutError:
+            return False
+
+    async def _responds(self, member: Member) -> bool:
+        """Tell whether there is any answer: one that sleeps or has no weights cannot do more."""
+        try:
+            await asyncio.wait_for(member.engine.stats(), self._rules.timeout_s)
+        except (TimeoutError, EngineLostError):
+            return False
+        except EngineError:
+            return True
+        return True
+
+    async def _lose(self, member: Member, reason: str) -> None:
+        if member.state is MemberState.LOST:
+            return
+        self.num_lost += 1
+        self._say(f"{member.label} is lost: {reason}; its requests go to other engines while it is started again")
+        await self._members.set_state(member, MemberState.LOST)
+        self._spawn(partial(self._recover, member))
+
+    async def _recover(self, member: Member) -> None:
+        if self._router is not None:
+            with suppress(EngineError):  # a router that is gone sends nothing there
+                await self._router.remove(member.url)
+        await (self._wait_for_others_server(member) if member.server is None else self._restart(member))
+        self.num_restarts += 1
+        member.asleep = False
+        if isinstance(member.engine, HttpEngine):
+            member.engine.note_restart()
+        stale = self._needs_publication()
+        self._say(f"{member.label} is up again" + ("; it takes part from the next publication of weights on" if stale else ""))
+        if not stale and self._router is not None:
+            await self._router.add(member.url)
+        await self._members.set_state(member, MemberState.STALE if stale else MemberState.READY)
+
+    async def _restart(self, member: Member) -> None:
+        server = member.server
+        assert server is not None, "somebody else's server is theirs to start"
+        for attempt in range(1, MAX_STARTS + 1):
+            try:
+                await asyncio.to_thread(server.stop)
+                url = await asyncio.to_thread(server.start)
+                break
+            except EngineError as error:
+                if attempt == MAX_STARTS:
+                    raise EngineError(
+                        f"{member.label} was lost and did not start again ({attempt} attempts): {error}"
+                    ) from error
+                self._say(f"{member.label} did not start: {error}")
+        assert url == member.url, f"{member.label} moved to {url}"
+
+    async def _wait_for_others_server(self, member: Member) -> None:
+        deadline = time.monotonic() + MAX_STARTS * (self._rules.interval_s + self._rules.timeout_s)
+        while not await self._answers(member):
+            if time.monotonic() > deadline:
+                raise EngineError(
+                    f"{member.label} is lost and did not come back; it was not started by this run, so start it again yourself."
+                )
+            await asyncio.sleep(min(POLL_S, self._rules.interval_s))
+
+    def _spawn(self, work: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
+        """Run something in the background; a failure of it ends the pool."""
+
+        async def guarded() -> None:
+            try:
+                await work()
+            except QwenchError as error:
+                await self._members.fail(error)
+            except Exception as error:  # noqa: BLE001 - who waits for this would wait for ever
+                await self._members.fail(EngineError(f"watching the engines failed: {error!r}"))
+
+        task = asyncio.get_running_loop().create_task(guarded())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+async def _has_process(member: Member) -> bool:
+    return member.server is None or await asyncio.to_thread(member.server.is_running)

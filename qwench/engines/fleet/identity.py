@@ -1,0 +1,70 @@
+"""Whether a server that somebody else started serves the model that is trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwench.engines.client import HttpEngine
+from qwench.errors import ConfigError
+from qwench.wire.addresses import Dialect
+
+PROBE = "Let $x_1 = \\frac{34}{7}$.\n\n  Then 12,345 + 6 = ? <think>Hmm</think> Gr\u00fc\u00dfe, \u4e16\u754c! f(a):\n\tpass"
+"""Text that tokenizers of different vocabularies cut differently."""
+_COMPARED = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelIdentity:
+    """What an engine must agree with the trainer about."""
+
+    model_type: str
+    sizes: Mapping[str, int]
+    """vocab_size, hidden_size and num_hidden_layers, as in config.json."""
+    encode: Callable[[str], Sequence[int]]
+    """Text to token ids, without special tokens."""
+    context_len: int | None = None
+    """Tokens that prompt and response may have together. None: whatever the model has."""
+
+
+async def check_serves(engine: HttpEngine, identity: ModelIdentity) -> Dialect:
+    """Compare what a server says of its model with what is trained, and return whose server it is.
+
+    The embedded engine's server tells its sizes. SGLang's tells where its checkpoint lies, which may be on another machine, and
+    how its tokenizer cuts a text.
+
+    Raises:
+        ConfigError: the server has another model, another vocabulary or too short a context.
+        EngineError: it cannot be reached, or does not speak SGLang's API.
+    """
+    info = await engine.model_info()
+    dialect: Dialect = "embedded" if "vocab_size" in info else "sglang"
+    told = _read_config(str(info["model_path"])) | {name: info[name] for name in _COMPARED if info.get(name)}
+    for name, ours in {"model_type": identity.model_type, **identity.sizes}.items():
+        if name in told and told[name] != ours:
+            raise _wrong(engine, info, f"{name} {told[name]}", str(ours))
+    if dialect == "sglang" and await engine.tokenize(PROBE) != list(identity.encode(PROBE)):
+        raise _wrong(engine, info, "a tokenizer that cuts text in another way", "the same tokens")
+    context_len = (await engine.server_info()).get("context_length")
+    if context_len is not None and identity.context_len is not None and context_len < identity.context_len:
+        raise _wrong(engine, info, f"a context of {context_len} tokens", f"--rollout-max-context-len {identity.context_len}")
+    return dialect
+
+
+def _wrong(engine: HttpEngine, info: Mapping[str, Any], theirs: str, ours: str) -> ConfigError:  # the server's JSON
+    return ConfigError(
+        f"--rollout-external-engine-addrs: the engine at {engine.base_url} serves {info['model_path']} with {theirs}; "
+        f"this run needs {ours}. Serve the folder of --hf-checkpoint there."
+    )
+
+
+def _read_config(model_path: str) -> dict[str, Any]:  # config.json has no closed type
+    """Return what config.json says, if the folder is on this machine."""
+    path = Path(model_path) / "config.json"
+    if not path.is_file():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {name: content[name] for name in _COMPARED if name in content}

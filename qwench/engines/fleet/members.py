@@ -1,0 +1,151 @@
+"""The engines of a pool and what becomes of them.
+
+    ready --dies, or does not answer--> lost --is up again--> stale --next publication--> ready
+
+Only ready engines generate: a stale one holds the weights that it was started with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from qwench.engines.fleet.servers import Server
+from qwench.engines.protocol import Engine
+from qwench.errors import EngineError, EngineLostError, QwenchError
+
+Result = TypeVar("Result")
+
+
+class MemberState(StrEnum):
+    """See the module docstring."""
+
+    READY = "ready"
+    LOST = "lost"
+    STALE = "stale"
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Member:
+    """One engine with its server and the requests it works on."""
+
+    engine: Engine
+    server: Server | None = None
+    """None: the engine lives in this process, or its server is somebody else's."""
+    url: str = ""
+    """Where the server listens; empty for an engine of this process."""
+    state: MemberState = MemberState.READY
+    asleep: bool = False
+    """It has given memory back."""
+    in_flight: set[str] = field(default_factory=set)
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set while the state is lost."""
+
+    @property
+    def label(self) -> str:
+        """Return its name in messages."""
+        return repr(self.engine) if self.server is None else f"{self.server.label} ({self.url})"
+
+    async def until_lost(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Return the result of `work`, or give up on it when the engine is lost.
+
+        Raises:
+            EngineLostError: the engine was lost first. Errors of `work` come through as they are.
+        """
+        working, lost = asyncio.ensure_future(work), asyncio.ensure_future(self.lost.wait())
+        try:
+            await asyncio.wait((working, lost), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                working.add_done_callback(_ignore_outcome)
+                working.cancel()
+                raise EngineLostError(f"{self.label} was lost before it answered.")
+            return working.result()
+        except asyncio.CancelledError:
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+            raise
+        finally:
+            lost.cancel()
+
+
+class Members:
+    """All members, and waiting for what happens to them. Used on one event loop."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        assert members, "a pool needs at least one engine"
+        self._members = tuple(members)
+        self._changed = asyncio.Condition()
+        self._failure: QwenchError | None = None
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    async def set_state(self, member: Member, state: MemberState) -> None:
+        """Move a member on and wake who waits for that."""
+        member.state = state
+        if state is MemberState.LOST:
+            member.lost.set()
+        else:
+            member.lost.clear()
+        await self.notify()
+
+    async def fail(self, error: QwenchError) -> None:
+        """Give up on the pool: everyone who waits, now or later, gets `error`."""
+        self._failure = error
+        await self.notify()
+
+    async def notify(self) -> None:
+        """Let everyone who waits look again."""
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for a change after which `condition` holds.
+
+        Raises:
+            QwenchError: the pool was given up.
+        """
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._failure is not None or condition())
+        if self._failure is not None:
+            raise self._failure
+
+    async def settled(self) -> None:
+        """Wait until no engine is lost any more; how long that takes is bounded by the deadline of its restart."""
+        await self.wait_until(lambda: not self.any_in(MemberState.LOST))
+
+    def any_in(self, state: MemberState) -> bool:
+        """Tell whether some member is in `state`."""
+        return any(member.state is state for member in self._members)
+
+    def least_loaded(self) -> Member:
+        """Return the ready member with the fewest requests in flight; siblings of a group thus spread evenly.
+
+        Raises:
+            EngineError: none is ready.
+        """
+        ready = [member for member in self._members if member.state is MemberState.READY]
+        if not ready:
+            raise EngineError(
+                "no engine holds the current weights: all were started again; resume the run by the same command."
+            )
+        return min(ready, key=lambda member: len(member.in_flight))
+
+    async def each(self, call: Callable[[Member], Awaitable[Result]]) -> list[Result]:
+        """Call something for all members at once; when all have ended, return what came of it or raise the first error."""
+        outcomes = await asyncio.gather(*(call(member) for member in self._members), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
+
+
+def _ignore_outcome(task: asyncio.Future[Any]) -> None:
+    if not task.cancelled():
+        task.exception()

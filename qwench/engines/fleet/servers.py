@@ -1,0 +1,270 @@
+"""Server processes of engines: start until healthy, watch, end exactly what was started.
+
+    new --start--> starting --/health answers 200--> running --stop, or its death--> ended --start--> ...
+
+A server keeps its address over restarts, so that whoever knows it need not be told.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from qwench.errors import EngineError
+from qwench.wire.addresses import Placement
+
+HEALTH_POLL_S = 0.2
+HEALTH_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 10.0
+COLLECT_TIMEOUT_S = 2.0
+LOG_TAIL_LINES = 20
+_OF_OUR_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""A server that finds these takes itself for a rank of the trainer; torchrun's own variables begin with the prefix below."""
+_TORCHRUN_PREFIX = "TORCHELASTIC_"
+
+
+class Server(Protocol):
+    """One engine's server, wherever it runs. All methods block and may be called from any thread."""
+
+    @property
+    def label(self) -> str:
+        """Return its name in messages."""
+        ...
+
+    @property
+    def placement(self) -> Placement | None:
+        """Return the machine and the devices its weights lie on; None: not known."""
+        ...
+
+    def start(self) -> str:
+        """Start it, also again after its death, and return its base URL once it can generate.
+
+        Raises:
+            EngineError: it died, or was not ready within its deadline.
+        """
+        ...
+
+    def stop(self) -> None:
+        """End every process of it; harmless when there is none."""
+        ...
+
+    def is_running(self) -> bool:
+        """Tell whether its process lives."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerCommand:
+    """How to start one server; picklable, so that it can be started on another machine."""
+
+    label: str
+    argv: tuple[str, ...]
+    """Without `--host` and `--port`."""
+    environ: Mapping[str, str]
+    """The whole environment of the process."""
+    log_file: Path
+    """Takes standard output and standard error; a restart appends."""
+    private_files: Mapping[Path, str] = field(default_factory=dict)
+    """What only this user may read, such as a token, which a command line would show to everyone; gone when the server ends."""
+    host: str = "127.0.0.1"
+    """Address that it listens on and is reached at."""
+    port: int | None = None
+    """None: one that is free at the first start."""
+    start_timeout_s: float = 1800.0
+
+
+class ServerProcess:
+    """See `Server`. The processes end with this one, however it ends (`engines.fleet.tether`)."""
+
+    def __init__(self, command: ServerCommand, *, placement: Placement | None = None) -> None:
+        self._command = command
+        self._placement = placement
+        self._port = command.port
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        """Guards the fields; never held while waiting."""
+
+    def __repr__(self) -> str:
+        return f"ServerProcess({self._command.label})"
+
+    @property
+    def label(self) -> str:
+        """See `Server.label`."""
+        return self._command.label
+
+    @property
+    def placement(self) -> Placement | None:
+        """See `Server.placement`."""
+        return self._placement
+
+    @property
+    def process_group(self) -> int | None:
+        """Return the id of the group that all its processes belong to; None while there are none."""
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> str:
+        """See `Server.start`."""
+        self.launch()
+        return self.wait_until_healthy()
+
+    def launch(self) -> None:
+        """Start the process and return at once.
+
+        Raises:
+            EngineError: the port is taken.
+        """
+        with self._lock:
+            assert self._process is None, f"{self.label} runs already"
+            self._port = _free_port(self.label, self._command.host, self._port)
+            self._command.log_file.parent.mkdir(parents=True, exist_ok=True)
+            for path, text in self._command.private_files.items():
+                _write_privately(path, text)
+            address = ["--host", self._command.host, "--port", str(self._port)]
+            argv = [sys.executable, "-m", "qwench.engines.fleet.tether", *self._command.argv, *address]
+            with self._command.log_file.open("ab") as log:
+                self._process = subprocess.Popen(
+                    argv,
+                    env=dict(self._command.environ),
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+
+    def wait_until_healthy(self) -> str:
+        """Wait for `/health` to answer 200 and return the base URL.
+
+        Raises:
+            EngineError: see `Server.start`; nothing of it is left running then.
+        """
+        url = f"http://{self._command.host}:{self._port}"
+        deadline = time.monotonic() + self._command.start_timeout_s
+        while not _is_healthy(url, timeout_s=max(min(HEALTH_TIMEOUT_S, deadline - time.monotonic()), HEALTH_POLL_S)):
+            if not self.is_running():
+                self.stop()
+                raise EngineError(f"{self.label} ended while it started; {self._log_tail()}")
+            if time.monotonic() > deadline:
+                self.stop()
+                raise EngineError(f"{self.label} was not ready within {self._command.start_timeout_s:g} s; {self._log_tail()}")
+            time.sleep(HEALTH_POLL_S)
+        return url
+
+    def is_running(self) -> bool:
+        """See `Server.is_running`."""
+        with self._lock:
+            return self._process is not None and not _has_ended(self._process)
+
+    def stop(self) -> None:
+        """See `Server.stop`."""
+        with self._lock:
+            process, self._process = self._process, None
+        if process is None:
+            return
+        for path in self._command.private_files:
+            path.unlink(missing_ok=True)
+        # The leader is not reaped before the last signal, so its number cannot belong to another group meanwhile.
+        _signal_group(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while not _has_ended(process) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        _signal_group(process.pid, signal.SIGKILL)
+        process.wait()
+        assert process.stdin is not None, "the tether has a pipe"
+        process.stdin.close()
+        _wait_for_end_of_group(process.pid)
+
+    def _log_tail(self) -> str:
+        return f"the end of {self._command.log_file}: {tail(self._command.log_file)}"
+
+
+def server_environ(environ: Mapping[str, str], **changes: str) -> dict[str, str]:
+    """Return an environment for a server: `environ` without what makes a process a rank of the trainer, and with `changes`."""
+    kept = {name: text for name, text in environ.items() if name not in _OF_OUR_RANK and not name.startswith(_TORCHRUN_PREFIX)}
+    return kept | changes
+
+
+def visible_devices(gpu_ids: Sequence[int], environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that show a process only these of the GPUs that we see; none when `gpu_ids` is empty."""
+    if not gpu_ids:
+        return {}
+    name = next((one for one in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES") if environ.get(one)), "CUDA_VISIBLE_DEVICES")
+    ours = environ[name].split(",") if environ.get(name) else [str(i) for i in range(max(gpu_ids) + 1)]
+    if max(gpu_ids) >= len(ours):
+        raise EngineError(
+            f"an engine needs GPU {max(gpu_ids)} of this machine, but {name}={','.join(ours)}; ask for fewer GPUs."
+        )
+    return {name: ",".join(ours[i] for i in gpu_ids)}
+
+
+def tail(path: Path, num_lines: int = LOG_TAIL_LINES) -> str:
+    """Return the last lines of a text file."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return "\n".join(lines[-num_lines:]) or "(empty)"
+
+
+def check_port_is_free(label: str, host: str, port: int, *, flag: str | None = None) -> None:
+    """Make sure that nobody listens on a port.
+
+    Raises:
+        EngineError: somebody does, or the host is not an address of this machine.
+    """
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as cause:
+        advice = f"choose another with {flag}" if flag is not None else "end what holds it"
+        raise EngineError(f"{label} cannot listen on {host}:{port} ({cause.strerror}); {advice}.") from cause
+
+
+def _write_privately(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _free_port(label: str, host: str, port: int | None) -> int:
+    if port is not None:
+        check_port_is_free(label, host, port)
+        return port
+    with socket.create_server((host, 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def _is_healthy(url: str, *, timeout_s: float) -> bool:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(f"{url}/health", timeout=timeout_s) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Tell whether a child has ended, and leave it to be reaped where the system can."""
+    if not hasattr(os, "waitid"):
+        return process.poll() is not None
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
+def _wait_for_end_of_group(group: int) -> None:
+    """Wait until killed processes are gone and their ports and GPU memory free; not long, for nobody may collect orphans."""
+    deadline = time.monotonic() + COLLECT_TIMEOUT_S
+    with suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.02)

@@ -1,0 +1,54 @@
+"""A command that ends with its owner: `python -m qwench.engines.fleet.tether COMMAND ...`, with a pipe as standard input.
+
+    owner ---pipe---> tether ---> COMMAND ---> whatever it starts          all but the owner in one process group
+
+The pipe closes when the owner ends, however it ends (SIGKILL too); the tether then kills the whole group. Should the tether
+itself be killed (Ray does that to what a dead actor started), Linux ends the command.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from functools import partial
+from types import FrameType
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command to its end and return its exit code."""
+    # Signals for the group are the command's to act on. A handler, unlike SIG_IGN, is not inherited by it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave_to_command)
+    end_with_tether = partial(_end_with_parent, os.getpid()) if sys.platform == "linux" else None
+    command = subprocess.Popen(argv, stdin=subprocess.DEVNULL, preexec_fn=end_with_tether)  # no other thread runs yet
+    threading.Thread(target=_end_with_owner, name="qwench-tether", daemon=True).start()
+    code = command.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _leave_to_command(number: int, frame: FrameType | None) -> None:
+    return
+
+
+def _end_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when `parent` ends; between fork and exec."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before that
+        os._exit(1)
+
+
+def _end_with_owner() -> None:
+    sys.stdin.buffer.read()
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    # Not sys.exit: the interpreter would wait for the thread's lock on standard input.
+    os._exit(main(sys.argv[1:]))

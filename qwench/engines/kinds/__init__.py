@@ -1,0 +1,1 @@
+"""What differs between kinds of engine; one file a kind."""

@@ -1,0 +1,128 @@
+"""Stock SGLang servers: how to start one, and which of its flags are the user's.
+
+Written against SGLang 0.5.16: `python -m sglang.launch_server`, whose `--admin-api-key` protects the endpoints that change
+weights or memory, and whose `--enable-memory-saver` lets it give memory back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwench.engines.fleet.servers import ServerCommand, server_environ, visible_devices
+from qwench.engines.kinds.passthrough_flags import check_words, refuse_owned
+
+_ONE_SERVER = "an engine is one server of --rollout-num-gpus-per-engine GPUs on one node; --rollout-num-gpus gives more engines"
+_ADDRESS = "addresses are chosen by Qwench; give servers that run already by --rollout-external-engine-addrs"
+_PRIVATE = "each run has a token of its own"
+OWN_FLAGS: Mapping[str, str] = {
+    **dict.fromkeys(("model-path", "model", "tokenizer-path"), "use --hf-checkpoint"),
+    "config": "give the flags themselves, or qwench's --config",
+    "tp-size": "use --rollout-num-gpus-per-engine",
+    "tensor-parallel-size": "use --rollout-num-gpus-per-engine",
+    "tp": "use --rollout-num-gpus-per-engine",
+    **dict.fromkeys(
+        ("dp-size", "data-parallel-size", "pp-size", "pipeline-parallel-size", "ep-size", "expert-parallel-size", "nnodes",
+         "node-rank", "dist-init-addr", "nccl-init-addr"),
+        _ONE_SERVER,
+    ),
+    **dict.fromkeys(("base-gpu-id", "gpu-id-step"), "GPUs are placed by Qwench; use CUDA_VISIBLE_DEVICES"),
+    **dict.fromkeys(("host", "port", "nccl-port", "grpc-port"), _ADDRESS),
+    **dict.fromkeys(("router-ip", "router-port"), "use --use-sglang-router and --router-port, which start a router"),
+    "enable-memory-saver": "use --colocate or --offload-rollout",
+    "enable-weights-cpu-backup": "weights are published again after memory was given back",
+    "dtype": "use --train-dtype: engines compute in the dtype that is published",
+    "random-seed": "use --rollout-seed",
+    "trust-remote-code": "models are those that transformers knows",
+    "weight-version": "it is the number of rollouts learned from",
+    "api-key": _PRIVATE,
+    "admin-api-key": _PRIVATE,
+    "skip-tokenizer-init": "stop words need the tokenizer",
+    "is-embedding": "an engine generates",
+}  # fmt: skip
+"""SGLang's flags, without their prefix, that are ours to set -> what to use instead."""
+
+_PARSER_PROGRAM = """
+from sglang.srt.server_args import ServerArgs
+ServerArgs.add_cli_args(parser)
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SglangSettings:
+    """What all SGLang engines of a run share; picklable."""
+
+    model_folder: Path
+    tp_size: int
+    dtype: str
+    """`bfloat16` or `float32`, as SGLang spells it."""
+    memory_saver: bool
+    """Whether memory must be released while the trainer works."""
+    seed: int
+    deterministic: bool
+    """Batch-invariant kernels and sampling by the request's seed."""
+    serves_checkpoint: bool
+    """Whether the weights in `model_folder` are to be used as version 0, before any publication."""
+    words: tuple[str, ...]
+    """The user's --sglang-* flags, without that prefix."""
+
+
+def check_sglang_words(words: Sequence[str]) -> None:
+    """Refuse flags that are ours, and let the installed SGLang read the others.
+
+    Raises:
+        ConfigError: SGLang is not installed, or a flag is not the user's to set or unknown to it.
+    """
+    refuse_owned(words, OWN_FLAGS, prefix="sglang")
+    # The model's folder is the one argument that SGLang's parser insists on.
+    check_words([*words, "--model-path", "."], prefix="sglang", parser_program=_PARSER_PROGRAM, package="sglang")
+
+
+def sglang_command(
+    settings: SglangSettings,
+    *,
+    index: int,
+    gpu_ids: Sequence[int],
+    environ: Mapping[str, str],
+    log_folder: Path,
+    token: str,
+    start_timeout_s: float,
+    host: str = "127.0.0.1",
+) -> ServerCommand:
+    """Return how to start engine `index`.
+
+    Args:
+        gpu_ids: its GPUs, counted among those that `environ` shows; empty: all of them.
+        environ: of the process that starts it.
+        token: what clients must show to change weights or memory.
+        host: address it listens on and is reached at.
+    """
+    assert not gpu_ids or len(gpu_ids) == settings.tp_size, f"{len(gpu_ids)} GPUs for tp {settings.tp_size}"
+    argv = [sys.executable, "-m", "sglang.launch_server", *settings.words]
+    argv += ["--model-path", str(settings.model_folder), "--tp-size", str(settings.tp_size), "--dtype", settings.dtype]
+    # Engines that sampled with one seed would draw the same for requests that bring none.
+    argv += ["--random-seed", str(settings.seed + index)]
+    # SGLang reads the token from this file: other users of the machine see command lines. Another run may use the same folder.
+    secrets = log_folder / f".engine-{index}-{os.getpid()}.yaml"
+    argv += ["--config", str(secrets)]
+    if settings.memory_saver:
+        argv += ["--enable-memory-saver"]
+    if settings.deterministic:
+        argv += ["--enable-deterministic-inference"]
+    if settings.serves_checkpoint:
+        # Otherwise it stays a word that is no number, and the client refuses answers of weights never published.
+        argv += ["--weight-version", "0"]
+    return ServerCommand(
+        label=f"SGLang engine {index}",
+        argv=tuple(argv),
+        # Log-probs must be those at the sampling temperature.
+        environ=server_environ(environ, SGLANG_RETURN_ORIGINAL_LOGPROB="0", **visible_devices(gpu_ids, environ)),
+        log_file=log_folder / f"engine-{index}.log",
+        private_files={secrets: f"admin-api-key: {json.dumps(token)}\n"},
+        host=host,
+        start_timeout_s=start_timeout_s,
+    )

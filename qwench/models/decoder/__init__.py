@@ -1,0 +1,1 @@
+"""Pieces of a decoder layer that trainer and engine share."""

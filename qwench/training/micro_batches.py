@@ -1,0 +1,99 @@
+"""How a rollout is cut: samples -> steps (executions in order) -> micro-batches of this rank.
+
+    executions 0 1 2 3 4 5 6, 3 in a step      steps [0 1 2] [3 4 5], execution 6 is dropped
+    a step's samples -> bins under the token cap -> dealt to the data-parallel ranks -> this rank's are packed
+
+Every rank plans for all ranks, so all agree without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from qwench.config.sections.training import TrainingConfig
+from qwench.data.balance import SequenceCost, balance
+from qwench.data.packing import Bin, deal, pack_by_count, pack_by_tokens
+from qwench.errors import TrainingError
+from qwench.training.batch import MicroBatch, RolloutBatch, idle, pack
+from qwench.training.trainer import ParallelRank
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepPlan:
+    """Which samples are learned from, and in which step."""
+
+    order: Sequence[int]
+    """Positions of the samples that are kept, step after step, the samples of an execution side by side."""
+    steps: Sequence[range]
+    """Each step's part of `order`."""
+    num_dropped: int
+    """Trailing executions that do not fill a step."""
+
+
+def plan_steps(execution_ids: Tensor, *, global_batch_size: int) -> StepPlan:
+    """Put `global_batch_size` executions, in order of their first sample, into each step.
+
+    Raises:
+        TrainingError: there are too few executions for one step.
+    """
+    samples_of: dict[int, list[int]] = {}
+    for i, execution_id in enumerate(execution_ids.tolist()):
+        samples_of.setdefault(execution_id, []).append(i)
+    executions = list(samples_of.values())
+    num_steps = len(executions) // global_batch_size
+    if num_steps == 0:
+        raise TrainingError(
+            f"the rollout has {len(executions)} executions, --global-batch-size wants {global_batch_size} for one step; "
+            "lower it or generate more samples for each rollout."
+        )
+    order: list[int] = []
+    steps: list[range] = []
+    for k in range(num_steps):
+        start = len(order)
+        for members in executions[k * global_batch_size : (k + 1) * global_batch_size]:
+            order.extend(members)
+        steps.append(range(start, len(order)))
+    return StepPlan(order=order, steps=steps, num_dropped=len(executions) - num_steps * global_batch_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatching:
+    """Packs samples into micro-batches, as many on every rank."""
+
+    parallel: ParallelRank
+    samples_per_bin: int
+    max_tokens: int | None
+    """Cap on a micro-batch's tokens on all context-parallel ranks together; None: `samples_per_bin` samples in each."""
+    cost: SequenceCost | None
+    """What `--balance-data` evens out; None: dealt in turn."""
+
+    @classmethod
+    def from_config(
+        cls, config: TrainingConfig, parallel: ParallelRank, *, cost: SequenceCost | None, with_gradient: bool
+    ) -> MicroBatching:
+        """Read the flags; passes without gradient may have a larger cap."""
+        cap = config.max_tokens_per_gpu if with_gradient else config.log_probs_max_tokens_per_gpu or config.max_tokens_per_gpu
+        assert cost is not None or not config.balance_data, "--balance-data needs the cost of a sequence"
+        return cls(
+            parallel=parallel,
+            samples_per_bin=config.micro_batch_size,
+            max_tokens=cap * parallel.cp_size if config.use_dynamic_batch_size and cap is not None else None,
+            cost=cost if config.balance_data else None,
+        )
+
+    def own_bins(self, lengths: Sequence[int]) -> list[Bin]:
+        """Return this rank's bins of sample indices; where there are fewer samples than ranks, some bins are empty."""
+        dp_size = self.parallel.dp_size
+        if self.max_tokens is not None:
+            bins = pack_by_tokens(lengths, max_tokens=self.max_tokens, multiple_of=dp_size)
+        else:
+            bins = pack_by_count(lengths, samples_per_bin=self.samples_per_bin, multiple_of=dp_size)
+        shares = deal(bins, dp_size) if self.cost is None else balance(bins, lengths, dp_size=dp_size, cost=self.cost)
+        return shares[self.parallel.dp_rank]
+
+    def pack(self, batch: RolloutBatch) -> list[MicroBatch]:
+        """Return this rank's micro-batches; an idle one stands for an empty bin."""
+        return [pack(batch, members) if members else idle(batch) for members in self.own_bins(batch.lengths)]

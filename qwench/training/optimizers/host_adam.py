@@ -1,0 +1,258 @@
+"""AdamW whose float32 masters and moments live on the host, all of them or a share; shared by both backends.
+
+    parameter (device, its own dtype)   decoupled_grad or grad (device, float32)
+    state, for a parameter on the host: master_param float32, exp_avg, exp_avg_sq float32 or bfloat16, all on the host
+    state, for one on the device:       the same there; a float32 parameter is its own master
+
+A step computes in float32 whatever the moments are stored in: bfloat16 moments are widened a bucket at a time, and rounded to
+nearest when they are stored. Parameters are the rounded masters.
+
+It stands in for megatron-core's HybridDeviceOptimizer, which keeps moments in float32 only, and whose masters do not follow
+weights that are loaded; and for Transformer Engine's FusedAdam: megatron-core's DistributedOptimizer calls `get_unscaled_state`
+and `set_scaled_state` on an optimizer that holds the masters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from qwench.training.optimizers.adam import MASTER, MOMENTS, AdamSettings
+from qwench.training.optimizers.pinned_buckets import HostCopies, Span, buckets_of, cut
+
+BUCKET_ELEMENTS = 1 << 24
+"""Elements stepped at a time: 64 MiB of gradients, some milliseconds of copies."""
+_HOST = torch.device("cpu")
+
+
+class HostAdam(torch.optim.AdamW):
+    """See the module docstring. Life: construct -> reset -> (step | restart | masters and moments loaded)*."""
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        offload_fraction: float = 1.0,
+        overlap: bool = True,
+        moments_dtype: torch.dtype = torch.float32,
+        bucket_elements: int = BUCKET_ELEMENTS,
+    ) -> None:
+        """Take parameters or groups of them, as torch's AdamW does; no state is made before `reset`.
+
+        Args:
+            offload_fraction: Share of the elements, first groups first, whose state is on the host; the parameter that
+                crosses the share is offloaded as a whole.
+            overlap: Copy gradients and weights while the host computes; the numbers do not depend on it.
+            moments_dtype: What the moments are stored in.
+            bucket_elements: Bounds the buffers: at most three buckets of gradients and of weights, pinned, and one of moments.
+        """
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self._offload_fraction = offload_fraction
+        self._overlap = overlap
+        self._moments_dtype = moments_dtype
+        self._bucket_elements = bucket_elements
+        self._num_steps = torch.tensor(0.0)
+        self._on_host: set[Tensor] = set()
+        self._host_buckets: list[list[Span]] = []
+        self._device_buckets: list[list[Span]] = []
+        self._group_index: dict[Tensor, int] = {}
+        self._copies: HostCopies | None = None
+        self._widened: Mapping[str, Tensor] = {}
+
+    @classmethod
+    def from_settings(cls, groups: Iterable[dict[str, Any]], settings: AdamSettings, *, lr: float) -> HostAdam:
+        """Take groups of parameters, and the constants from the flags."""
+        return cls(
+            groups,
+            lr=lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            offload_fraction=settings.offload_fraction,
+            overlap=settings.overlap_copies,
+            moments_dtype=settings.moments_dtype,
+        )
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Begin anew with the parameters as they are: masters equal to them, moments of zero, no steps done."""
+        self._on_host = self._choose_offloaded()
+        self.state.clear()
+        for param in self._params():
+            on_host = param in self._on_host
+            device = _HOST if on_host else param.device
+            is_master = param.dtype == torch.float32 and not on_host
+            master = param.detach() if is_master else param.detach().to(device, torch.float32, copy=True)
+            moments = {name: torch.zeros(param.shape, dtype=self._moments_dtype, device=device) for name in MOMENTS}
+            self.state[param] = {"step": self._num_steps, MASTER: master, **moments}
+        self._count_steps(0)
+        self._lay_out_buckets()
+
+    def restart(self, num_steps: int) -> None:
+        """Set the moments to zero and the step count to `num_steps`; masters stay."""
+        for state in self.state.values():
+            for name in MOMENTS:
+                state[name].zero_()
+        self._count_steps(num_steps)
+
+    @torch.no_grad()
+    def reload_masters(self) -> None:
+        """Set the masters to the parameters, which were changed from outside."""
+        for param in self._params():
+            self.state[param][MASTER].copy_(param.detach())
+
+    @torch.no_grad()
+    def reload_weights(self) -> None:
+        """Set the parameters to the rounded masters, which were changed from outside."""
+        for param in self._params():
+            param.detach().copy_(self.state[param][MASTER].to(param.dtype))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # a closure has no use here
+        """Update masters, moments and parameters by the gradients, which every parameter must have."""
+        assert closure is None, "gradients are computed before the step"
+        assert self.state, "reset comes first"
+        self._count_steps(int(self._num_steps) + 1)
+        for bucket in self._device_buckets:
+            self._update(bucket, [span.of(_gradient(span.param)) for span in bucket])
+            for span, master in zip(bucket, self._cut_states(bucket, MASTER), strict=True):
+                if span.param.dtype != torch.float32:
+                    span.of(span.param).copy_(master)
+        if self._copies is not None:
+            self._copies.run(self._host_buckets, _gradient, self._update_on_host)
+
+    def device_tensors(self) -> list[Tensor]:
+        """Return masters and moments that take memory of the device besides the parameters."""
+        tensors: list[Tensor] = []
+        for param, state in self.state.items():
+            if param not in self._on_host:
+                names = MOMENTS if param.dtype == torch.float32 else (MASTER, *MOMENTS)
+                tensors += [state[name] for name in names]
+        return tensors
+
+    def get_unscaled_state(self, param: Tensor, name: str) -> Tensor:
+        """Return a state of `param` in float32."""
+        state: Tensor = self.state[param][name]
+        return state.to(torch.float32)
+
+    @torch.no_grad()
+    def set_scaled_state(self, param: Tensor, name: str, value: Tensor) -> None:
+        """Write a state of `param`, rounded to what it is stored in."""
+        self.state[param][name].copy_(value)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Read what `state_dict` returned, exactly: torch's own would cast every state to its parameter's dtype and device.
+
+        A state without parameters is that of an optimizer that was never reset, and resets this one.
+        """
+        if not self.state or not state_dict["state"]:
+            self.reset()
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for param, index in zip(group["params"], saved["params"], strict=True):
+                for name, value in state_dict["state"].get(index, {}).items():
+                    if name != "step":
+                        self.set_scaled_state(param, name, value)
+            group.update({name: value for name, value in saved.items() if name != "params"})
+        self._count_steps(int(self.param_groups[0].get("step", 0)))
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _choose_offloaded(self) -> set[Tensor]:
+        """Choose as megatron-core's HybridDeviceOptimizer does: in order, until the share is reached."""
+        params = self._params()
+        wanted = self._offload_fraction * sum(param.numel() for param in params)
+        chosen: set[Tensor] = set()
+        num_elements = 0
+        for param in params:
+            if num_elements < wanted:
+                chosen.add(param)
+                num_elements += param.numel()
+        return chosen
+
+    def _lay_out_buckets(self) -> None:
+        self._host_buckets, self._device_buckets, self._group_index = [], [], {}
+        for index, group in enumerate(self.param_groups):
+            for on_host, buckets in ((True, self._host_buckets), (False, self._device_buckets)):
+                params = [param for param in group["params"] if (param in self._on_host) == on_host]
+                buckets += buckets_of(params, max_elements=self._bucket_elements)
+            self._group_index.update(dict.fromkeys(group["params"], index))
+        self._copies, self._widened = None, {}
+        if not self._host_buckets:
+            return
+        largest = max(sum(span.stop - span.start for span in bucket) for bucket in self._host_buckets)
+        [kind] = {(span.param.device, span.param.dtype) for bucket in self._host_buckets for span in bucket}
+        self._copies = HostCopies(max_elements=largest, weight_dtype=kind[1], device=kind[0], overlap=self._overlap)
+        if self._moments_dtype != torch.float32:
+            self._widened = {name: torch.empty(largest, dtype=torch.float32) for name in MOMENTS}
+
+    def _update_on_host(self, bucket: Sequence[Span], gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+        self._update(bucket, gradients)
+        for weight, master in zip(weights, self._cut_states(bucket, MASTER), strict=True):
+            weight.copy_(master)
+
+    def _update(self, bucket: Sequence[Span], gradients: Sequence[Tensor]) -> None:
+        """Step masters and moments of a bucket where they are; torch's fused kernel uses all cores, or the device."""
+        group = self.param_groups[self._group_index[bucket[0].param]]
+        masters = self._cut_states(bucket, MASTER)
+        exp_avgs, exp_avg_sqs = (self._widen(bucket, name) for name in MOMENTS)
+        done = torch.full((len(bucket),), float(self._num_steps) - 1, dtype=torch.float32, device=masters[0].device)
+        beta1, beta2 = group["betas"]
+        adamw(
+            masters,
+            list(gradients),
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            list(done.unbind()),
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        if self._moments_dtype != torch.float32:
+            for name, widened in zip(MOMENTS, (exp_avgs, exp_avg_sqs), strict=True):
+                for stored, moment in zip(self._cut_states(bucket, name), widened, strict=True):
+                    stored.copy_(moment)
+
+    def _widen(self, bucket: Sequence[Span], name: str) -> list[Tensor]:
+        """Return a moment of the bucket in float32: itself, or a copy."""
+        stored = self._cut_states(bucket, name)
+        if self._moments_dtype == torch.float32:
+            return stored
+        if bucket[0].param not in self._on_host:
+            return [moment.float() for moment in stored]
+        return [wide.copy_(moment) for wide, moment in zip(cut(self._widened[name], bucket), stored, strict=True)]
+
+    def _cut_states(self, bucket: Sequence[Span], name: str) -> list[Tensor]:
+        return [span.of(self.state[span.param][name]) for span in bucket]
+
+    def _count_steps(self, num_steps: int) -> None:
+        """Keep the count where torch's AdamW has it (per parameter), and where Transformer Engine's has it (per group)."""
+        self._num_steps.fill_(num_steps)
+        for state in self.state.values():
+            state["step"] = self._num_steps
+        for group in self.param_groups:
+            group["step"] = num_steps
+
+
+def _gradient(param: Tensor) -> Tensor:
+    """Return the gradient; Megatron leaves it in `decoupled_grad` where its dtype is not the parameter's, and so do we."""
+    gradient = getattr(param, "decoupled_grad", None)
+    if gradient is None:
+        gradient = param.grad
+    assert isinstance(gradient, Tensor), "every parameter has a gradient"
+    return gradient

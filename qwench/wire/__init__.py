@@ -1,0 +1,1 @@
+"""What crosses a process: addresses, portions, flat buckets, shared buffers, weight groups, checksums."""

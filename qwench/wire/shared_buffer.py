@@ -1,0 +1,165 @@
+"""Bytes that another process of this machine can read without a copy.
+
+    sender:   SharedBuffer.allocate(n, device) -> (fill .tensor -> send .handle() as JSON)* ... close()
+    receiver: OpenBuffers.open(handle) -> tensor over the same bytes ... close()
+
+On a GPU the handle is CUDA's own (one for each buffer), on a CPU the name of a file in memory. Neither is a pickle: opening one
+runs no code of the sender.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import tempfile
+from base64 import b64decode, b64encode
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwench.errors import WeightSyncError
+from qwench.wire.addresses import device_name, local_gpu
+
+Handle = dict[str, Any]  # a JSON object has no closed type
+_PREFIX = "qwench-weights-"
+_BINARY_FIELDS = ("storage", "counter", "event")
+
+
+class SharedBuffer:
+    """Owns the bytes until `close`; every receiver must have let go by then."""
+
+    def __init__(self, tensor: Tensor, file: Path | None) -> None:
+        self.tensor = tensor
+        """[num_bytes] uint8."""
+        self.file = file
+        """Whose content the tensor is; None on a GPU."""
+
+    @classmethod
+    def allocate(cls, num_bytes: int, device: torch.device) -> SharedBuffer:
+        """Take memory: of the GPU, or a new file that only this user can open."""
+        if device.type == "cuda":
+            return cls(torch.empty(num_bytes, dtype=torch.uint8, device=device), None)
+        descriptor, name = tempfile.mkstemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_memory_folder())
+        try:
+            _reserve(descriptor, num_bytes)
+        except OSError as cause:
+            Path(name).unlink()
+            raise WeightSyncError(
+                f"{_memory_folder()} has no room for a bucket of weights of {num_bytes} bytes ({cause.strerror}); make it "
+                "larger (docker run --shm-size), or lower --update-weight-buffer-size."
+            ) from cause
+        finally:
+            os.close(descriptor)
+        return cls(torch.from_file(name, shared=True, size=num_bytes, dtype=torch.uint8), Path(name))
+
+    def handle(self) -> Handle:
+        """Return what one receiver opens, once; what was written before is there when it does."""
+        if self.file is not None:
+            return {"kind": "file", "path": str(self.file), "num_bytes": self.tensor.numel()}
+        self.wait_for_writes()
+        _, storage, num_bytes, offset, counter, counter_offset, event, sync = self.tensor.untyped_storage()._share_cuda_()
+        return {
+            "kind": "cuda",
+            "device": device_name(self.tensor.device),
+            "num_bytes": num_bytes,
+            "offset": offset,
+            "counter_offset": counter_offset,
+            "sync": sync,
+            **{name: b64encode(value).decode() for name, value in zip(_BINARY_FIELDS, (storage, counter, event), strict=True)},
+        }
+
+    def wait_for_writes(self) -> None:
+        """Return when what this process wrote is there for others."""
+        if self.tensor.is_cuda:
+            torch.cuda.current_stream(self.tensor.device).synchronize()
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+        shared = self.tensor.is_cuda
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+        if shared:
+            torch.cuda.ipc_collect()  # PyTorch keeps shared blocks until it is asked whether anybody still reads them
+
+
+class OpenBuffers:
+    """What a receiver has open: senders use few buffers in turn, and opening one on a GPU takes as long as reading it."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+
+    def open(self, handle: Handle) -> Tensor:
+        """See `open_buffer`; the same handle gives the same tensor."""
+        key = json.dumps(handle, sort_keys=True)
+        if key not in self._tensors:
+            self._tensors[key] = open_buffer(handle)
+        return self._tensors[key]
+
+    def close(self) -> None:
+        """Let go of the senders' memory."""
+        self._tensors.clear()
+
+
+def remove_buffers_of(pid: int) -> None:
+    """Remove the files of a process that has ended, where it was killed before it could."""
+    for path in _memory_folder().glob(f"{_PREFIX}{pid}-*"):
+        path.unlink(missing_ok=True)
+
+
+def open_buffer(handle: Handle) -> Tensor:
+    """Return the bytes [num_bytes] uint8 behind a handle; the memory is the sender's, so copy what shall last.
+
+    Raises:
+        WeightSyncError: it is not a handle, or one of another machine, user or GPU.
+    """
+    try:
+        return _open_file(handle) if handle["kind"] == "file" else _open_cuda(handle)
+    except (KeyError, TypeError, ValueError, OSError, RuntimeError) as cause:
+        raise WeightSyncError(
+            f"the shared buffer of a publication cannot be opened: {cause!r}; sender and engine must run on one machine, as "
+            "one user, and see the same GPU."
+        ) from cause
+
+
+def _reserve(descriptor: int, num_bytes: int) -> None:
+    """Take the memory of a file now: one that is only made long ends the process when it is written and there is none left."""
+    if num_bytes and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    else:
+        os.ftruncate(descriptor, num_bytes)
+
+
+def _open_file(handle: Handle) -> Tensor:
+    path = Path(handle["path"])
+    if path.parent != _memory_folder() or not path.name.startswith(_PREFIX):
+        raise ValueError(f"{path} is not a shared buffer")
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_size != handle["num_bytes"]:
+        raise ValueError(f"{path} is not this user's file of {handle['num_bytes']} bytes")
+    return torch.from_file(str(path), shared=True, size=status.st_size, dtype=torch.uint8)
+
+
+def _open_cuda(handle: Handle) -> Tensor:
+    device = local_gpu(handle["device"])
+    storage_handle, counter, event = (b64decode(handle[name]) for name in _BINARY_FIELDS)
+    storage = torch.UntypedStorage._new_shared_cuda(
+        device.index,
+        storage_handle,
+        handle["num_bytes"],
+        handle["offset"],
+        counter,
+        handle["counter_offset"],
+        event,
+        handle["sync"],
+    )
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+
+
+def _memory_folder() -> Path:
+    """Return a folder that lies in memory where there is one."""
+    memory = Path("/dev/shm")
+    return memory if memory.is_dir() else Path(tempfile.gettempdir())

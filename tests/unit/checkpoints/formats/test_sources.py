@@ -1,0 +1,204 @@
+"""Checkpoints of every format give the same weights, and what is no whole checkpoint of the model is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PretrainedConfig, Qwen3Config
+
+from qwench.checkpoints.formats.dcp_reader import DcpFolder
+from qwench.checkpoints.formats.dcp_writer import DcpWriter, write_metadata
+from qwench.checkpoints.formats.sources import find_checkpoint, open_optimizer_state, open_weights
+from qwench.errors import CheckpointError, ConfigError
+from qwench.models.hf import expected_weights
+from qwench.models.megatron_names import rules, to_megatron
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+CONFIG = Qwen3Config(
+    vocab_size=12,
+    hidden_size=8,
+    intermediate_size=6,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    tie_word_embeddings=False,
+)
+
+
+@pytest.fixture
+def weights() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in expected_weights(CONFIG).items()}
+
+
+def write_hf(folder: Path, weights: dict[str, Tensor], config: PretrainedConfig = CONFIG) -> Path:
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_fsdp(folder: Path, weights: dict[str, Tensor], *, num_steps: int | None = None) -> Path:
+    dcp.save({name: tensor.float() for name, tensor in weights.items()}, checkpoint_id=folder / "model")
+    if num_steps is not None:
+        values = {"exp_avg": 0.5, "exp_avg_sq": 0.25}
+        moments = {f"{name}.{moment}": torch.full(w.shape, values[moment]) for name, w in weights.items() for moment in values}
+        dcp.save(moments, checkpoint_id=folder / "optimizer")
+        dcp.save({"num_steps": torch.tensor(num_steps)}, checkpoint_id=folder / "lr_scheduler")
+    return folder
+
+
+def write_torch_dist(folder: Path, weights: dict[str, Tensor], *, padded_vocab: int = 12, num_layers: int = 3) -> Path:
+    """Write as torch's own `dcp.save` does: all layers of a weight in one chunk."""
+    stacked: dict[str, list[Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    for rule in rules(CONFIG):
+        tensor = to_megatron(rule, [weights[name] for name in rule.hf_names], CONFIG)
+        if rule.kind == "vocab":
+            tensor = torch.cat([tensor, torch.full((padded_vocab - 12, 8), 7.0).bfloat16()])
+        if rule.layer is None:
+            whole[rule.checkpoint_key] = tensor
+        elif rule.layer < num_layers:
+            stacked.setdefault(rule.checkpoint_key, []).append(tensor)
+    dcp.save(whole | {key: torch.stack(layers) for key, layers in stacked.items()}, checkpoint_id=folder)
+    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+    return folder
+
+
+def assert_gives(folder: Path, weights: dict[str, Tensor]) -> None:
+    source = open_weights(folder, CONFIG)
+    assert set(source.specs) == set(weights)
+    for name, spec in source.specs.items():
+        tensor = source.read(name)
+        assert tensor.is_contiguous() and tensor.dtype == spec.dtype and tuple(tensor.shape) == spec.shape
+        assert torch.equal(tensor, weights[name].to(spec.dtype)), name
+
+
+def test_all_formats_give_the_weights(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    assert_gives(write_hf(tmp_path / "hf", weights), weights)
+    assert_gives(write_fsdp(tmp_path / "fsdp", weights), weights)
+    assert_gives(write_torch_dist(tmp_path / "torch_dist", weights), weights)
+    assert_gives(write_torch_dist(tmp_path / "padded", weights, padded_vocab=16), weights)
+
+
+def test_a_weight_can_be_read_twice(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    source = open_weights(write_torch_dist(tmp_path / "a", weights), CONFIG)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    assert torch.equal(source.read(name), source.read(name))
+
+
+def test_the_parent_is_enough(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    write_torch_dist(tmp_path / "megatron" / "release", weights)
+    (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").write_text("release")
+    write_fsdp(tmp_path / "ours" / "iter_0000020", weights)
+    (tmp_path / "ours" / "latest_checkpointed_iteration.txt").write_text("20\n")
+    assert_gives(tmp_path / "megatron", weights)
+    assert_gives(tmp_path / "ours", weights)
+    assert find_checkpoint(tmp_path / "ours", step=20) == tmp_path / "ours" / "iter_0000020"
+    with pytest.raises(ConfigError, match="iter_0000030"):
+        find_checkpoint(tmp_path / "ours", step=30)
+
+
+@pytest.mark.parametrize(("pointer", "message"), [("40", "no iter_0000040"), ("newest", "must be release or a number")])
+def test_a_pointer_to_nothing_is_named(tmp_path: Path, pointer: str, message: str) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(pointer)
+    with pytest.raises(ConfigError, match=message):
+        open_weights(tmp_path, CONFIG)
+
+
+def test_optimizer_state_is_found_by_name(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    state = open_optimizer_state(write_fsdp(tmp_path / "iter", weights, num_steps=7), CONFIG)
+    assert state is not None and state.num_steps == 7
+    name = "model.layers.2.mlp.down_proj.weight"
+    assert torch.equal(state.masters.read(name), weights[name].float())
+    assert torch.equal(state.moments["exp_avg"].read(name), torch.full((8, 6), 0.5))
+    assert torch.equal(state.moments["exp_avg_sq"].read(name), torch.full((8, 6), 0.25))
+    assert open_optimizer_state(write_fsdp(tmp_path / "without", weights), CONFIG) is None
+
+
+def test_other_architectures_are_refused(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    wider = {**weights, "model.layers.0.mlp.down_proj.weight": torch.zeros(8, 7).bfloat16()}
+    with pytest.raises(ConfigError, match=r"down_proj.weight in the shape \[8, 7\], but config.json describes \[8, 6\]"):
+        open_weights(write_hf(tmp_path / "wider", wider), CONFIG)
+    lacking = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
+    with pytest.raises(ConfigError, match=r"lacks lm_head\.weight"):
+        open_weights(write_fsdp(tmp_path / "tied", lacking), CONFIG)
+    with pytest.raises(ConfigError, match=r"has 2 layers, but config\.json describes 3"):
+        open_weights(write_torch_dist(tmp_path / "shallow", weights, num_layers=2), CONFIG)
+    deeper = Qwen3Config(**{**CONFIG.to_dict(), "intermediate_size": 5})
+    with pytest.raises(ConfigError, match=r"mlp.linear_fc1.weight in the shape \[3, 12, 8\]"):
+        open_weights(write_torch_dist(tmp_path / "narrow", weights), deeper)
+
+
+def test_half_written_checkpoints_are_refused(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    hf = write_hf(tmp_path / "hf", weights)
+    os.truncate(hf / "model.safetensors", (hf / "model.safetensors").stat().st_size - 10)
+    with pytest.raises(CheckpointError, match="half-written"):
+        open_weights(hf, CONFIG)
+    cut = write_torch_dist(tmp_path / "cut", weights)
+    os.truncate(cut / "__0_0.distcp", 1000)
+    with pytest.raises(CheckpointError, match="cut short"):
+        open_weights(cut, CONFIG)
+    gone = write_fsdp(tmp_path / "gone", weights)
+    (gone / "model" / "__0_0.distcp").unlink()
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp is missing"):
+        open_weights(gone, CONFIG)
+    begun = write_torch_dist(tmp_path / "begun", weights)
+    (begun / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match="not finished"):
+        open_weights(begun, CONFIG)
+    with pytest.raises(CheckpointError, match="not finished"):
+        open_weights(write_hf(tmp_path / "hf.writing", weights), CONFIG)
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no checkpoint"):
+        open_weights(tmp_path, CONFIG)
+    with pytest.raises(ConfigError, match="there is no folder"):
+        open_weights(tmp_path / "absent", CONFIG)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(CheckpointError, match="no part of the format"):
+        DcpFolder(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_written_is_read_by_torch_and_by_us(tmp_path: Path) -> None:
+    layers, norm = torch.arange(24.0).reshape(2, 3, 4), torch.arange(5).bfloat16()
+    folders = [DcpWriter(tmp_path, rank) for rank in (0, 1)]
+    folders[0].add("layers", layers[0], layer=0, num_layers=2)
+    folders[1].add("layers", layers[1], layer=1, num_layers=2)
+    folders[1].add("norm", norm)
+    for writer in folders:
+        writer.close()
+    write_metadata(tmp_path, [writer.written for writer in folders], flat_keys=True)
+    found = {"layers": torch.zeros(2, 3, 4), "norm": torch.zeros(5).bfloat16()}
+    dcp.load(found, checkpoint_id=tmp_path)
+    ours = DcpFolder(tmp_path)
+    for whole in (found, {"layers": ours.read("layers"), "norm": ours.read("norm")}):
+        assert torch.equal(whole["layers"], layers) and torch.equal(whole["norm"], norm)
+    assert torch.equal(ours.read("layers", layer=1), layers[1])
+
+
+def test_chunks_that_do_not_cover_a_tensor_are_noticed(tmp_path: Path) -> None:
+    writer = DcpWriter(tmp_path, 0)
+    writer.add("layers", torch.ones(3), layer=1, num_layers=2)
+    writer.close()
+    write_metadata(tmp_path, [writer.written], flat_keys=False)
+    with pytest.raises(CheckpointError, match="holds 3 of 6 elements of layers"):
+        DcpFolder(tmp_path).read("layers")

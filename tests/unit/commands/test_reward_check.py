@@ -1,0 +1,101 @@
+"""`qwench reward check` and the rule of the degenerate first rollout."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from qwench.commands.reward_check import Summary, check_file
+from qwench.config.sections.reward import RewardConfig
+from qwench.errors import ConfigError
+from qwench.rewards.degenerate import degenerate_reason
+from qwench.samples import Verdict
+
+
+def check(path: Path, **options: str) -> tuple[Summary, str]:
+    written = io.StringIO()
+    config = RewardConfig(rm_type="deepscaler", reward_num_workers=1)
+    summary = check_file(path, config=config, console=Console(file=written, width=120), **options)
+    return summary, written.getvalue()
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_table_counts_reasons_with_share_score_and_one_example(tmp_path: Path) -> None:
+    right = {"response": r"</think>\boxed{34}", "label": 34}
+    rows = [{"response": "34", "label": "34"}, right, right, {**right, "label": 35, "metadata": {"rm_type": "math"}}]
+    summary, table = check(write(tmp_path / "rows.jsonl", *rows))
+    assert (summary.num_responses, summary.mean_score) == (4, 0.5)
+    assert [(row.reason, row.count, row.mean_score, row.example.line) for row in summary.reasons] == [
+        ("exact", 2, 1.0, 2),
+        ("no_think_marker", 1, 0.0, 1),
+        ("wrong", 1, 0.0, 4),
+    ]
+    for cell in ("exact", "50.0 %", "25.0 %", "0.500", r"2: 34 <- </think>\boxed{34}"):
+        assert cell in table
+
+
+def test_column_names_can_be_chosen(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", {"output": r"</think>\boxed{1}", "answer": "1"})
+    assert check(path, response_key="output", label_key="answer")[0].mean_score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{not json", "not JSON"),
+        ("[1, 2]", "expected an object"),
+        ({"response": "x"}, "no key 'label'; the line has: response"),
+        ({"response": 3, "label": "3"}, "'response' must be a string"),
+        ({"response": "x", "label": None}, "'label' must be a string or a number, got null"),
+        ({"response": "x", "label": "1", "metadata": 3}, "'metadata' must be an object"),
+        ({"response": "x", "label": "x", "metadata": {"rm_type": "dapo"}}, "compares integers"),
+        ({"response": "x", "label": "x", "metadata": {"rm_type": "daqo"}}, "'daqo' is unknown"),
+    ],
+)
+def test_bad_line_is_named_with_its_file_and_number(tmp_path: Path, row: object, message: str) -> None:
+    path = write(tmp_path / "rows.jsonl", {"response": "x", "label": "1"}, "", row)
+    with pytest.raises(ConfigError, match=f"rows.jsonl, line 3: .*{message}"):
+        check(path)
+
+
+def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none.jsonl cannot be read"):
+        check(tmp_path / "none.jsonl")
+    with pytest.raises(ConfigError, match="nothing to grade"):
+        check(write(tmp_path / "empty.jsonl", ""))
+
+
+def verdicts(**counts: int) -> list[Verdict]:
+    """Return so many verdicts with each reason; `exact` scores 1, all others 0."""
+    return [Verdict(score=float(reason == "exact"), reason=reason) for reason, count in counts.items() for _ in range(count)]
+
+
+def test_one_cause_of_nearly_all_zeros_is_named_with_advice() -> None:
+    advice = degenerate_reason(verdicts(no_think_marker=92, wrong=8))
+    assert advice is not None
+    assert "92 of 100" in advice
+    assert "--rm-type math" in advice
+    assert "--allow-degenerate-rewards" in advice
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        verdicts(no_think_marker=90, wrong=10),
+        verdicts(wrong=100),
+        verdicts(exact=50, no_box=50),
+        verdicts(exact=10),
+        [],
+    ],
+    ids=["exactly 90 % have the cause", "hard data", "half are right", "all are right", "no rollout"],
+)
+def test_rewards_that_answers_may_deserve_are_not_degenerate(rewards: list[Verdict]) -> None:
+    assert degenerate_reason(rewards) is None

@@ -1,0 +1,145 @@
+import pytest
+
+from qwench.config import Config
+from qwench.config.command_line.argv import Given, Occurrence, sort_flags, split_words
+from qwench.config.command_line.flags import flag_table
+from qwench.config.sections.verbs import MakeModelConfig
+from qwench.errors import ConfigError
+
+TABLE = flag_table(Config)
+
+
+def sort(*words: str) -> Given:
+    return sort_flags(split_words(words), TABLE)
+
+
+def test_words_up_to_the_next_flag_are_the_flags_values():
+    assert split_words(["--rollout-stop", "a", "-b", "--top_k=-1", "--colocate", "--x=a=b"]) == [
+        Occurrence(name="rollout-stop", values=("a", "-b")),
+        Occurrence(name="top-k", values=("-1",)),
+        Occurrence(name="colocate", values=()),
+        Occurrence(name="x", values=("a=b",)),
+    ]
+
+
+def test_a_word_before_the_first_flag_is_refused():
+    with pytest.raises(ConfigError, match="unexpected argument 'model'"):
+        split_words(["model", "--lr", "1"])
+
+
+def test_the_last_of_repeated_flags_wins_also_between_a_switch_and_its_negation():
+    given = sort("--lr", "1", "--colocate", "--lr=2", "--no-colocate", "--rollout-stop", "a", "b", "--rollout_stop", "c")
+    assert given.flags == {"lr": ("2",), "colocate": ("false",), "rollout-stop": ("c",)}
+
+
+def test_a_flag_whose_own_name_begins_with_no_is_not_a_negation():
+    assert sort("--no-load-optim").flags == {"no-load-optim": ("true",)}
+    assert sort("--no-no-load-optim").flags == {"no-load-optim": ("false",)}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learning-rat", "1"], "unknown flag --learning-rat; see --help"),
+        (["--max-token-per-gpu", "1"], "unknown flag --max-token-per-gpu; did you mean --max-tokens-per-gpu?"),
+        (["--no-lr"], "unknown flag --no-lr"),
+        (["--lr"], "--lr expects one value, got none"),
+        (["--lr", "1", "2"], "--lr expects one value, got 1 2"),
+        (["--seed", "x"], "--seed must be an integer, got 'x'"),
+        (["--colocate", "x"], "--colocate takes no value, or true or false; got 'x'"),
+        (["--no-colocate", "true"], "--no-colocate takes no value, got true"),
+        (["--moe-router-topk", "8"], "--moe-router-topk 8 is not supported: Qwench trains dense models"),
+        (["--hidden-dropout", "0.1"], "--hidden-dropout 0.1 is not supported: Qwen3 has no dropout; leave it out or give 0"),
+        (["--no-bf16"], "--no-bf16 is not supported: training is in bfloat16"),
+        (["--use-opd"], "--use-opd is not supported: on-policy distillation"),
+        (["--sglang-page-size", "big"], "--sglang-page-size must be an integer, got 'big'"),
+        (["--custom-rm-path", "slime.rollout.x.y"], "--custom-rm-path slime.rollout.x.y is called in another way"),
+        (["--dump-details"], "--dump-details expects one value, got none"),
+    ],
+)
+def test_a_wrong_flag_is_named_with_what_to_do(words, message):
+    with pytest.raises(ConfigError) as caught:
+        sort(*words)
+    assert str(caught.value).startswith(message)
+
+
+def test_neutral_flags_are_accepted_in_every_spelling_of_their_value_and_leave_nothing():
+    assert sort("--attention-dropout", "0.0", "--hidden-dropout=0", "--bf16", "--no-fp16", "--use-opd", "false") == Given()
+
+
+def test_sglang_and_router_flags_pass_through_and_the_last_wins():
+    given = sort("--sglang-cuda-graph-bs", "1", "2", "--router-policy", "random", "--sglang-cuda-graph-bs", "4", "--sglang-x")
+    assert given.sglang == {"cuda-graph-bs": ("4",), "x": ()}
+    assert given.router == {"policy": ("random",)}
+    assert given.flags == {}
+
+
+def test_sglang_flags_that_are_fields_do_not_pass_through():
+    given = sort("--sglang-server-concurrency", "8", "--sglang-enable-deterministic-inference")
+    assert given.flags == {"sglang-server-concurrency": ("8",), "sglang-enable-deterministic-inference": ("true",)}
+    assert given.sglang == {}
+
+
+def test_a_verb_without_engines_passes_nothing_through():
+    with pytest.raises(ConfigError, match="unknown flag --sglang-page-size"):
+        sort_flags(split_words(["--sglang-page-size", "1"]), flag_table(MakeModelConfig))
+
+
+def test_sglang_flags_that_the_embedded_engine_honours_set_its_own_flag_unless_that_is_given():
+    assert sort("--sglang-mem-fraction-static", "0.7").flags == {"embedded-mem-fraction": ("0.7",)}
+    given = sort("--embedded-mem-fraction", "0.5", "--sglang-mem-fraction-static", "0.7")
+    assert given.flags == {"embedded-mem-fraction": ("0.5",)}
+    assert given.sglang == {"mem-fraction-static": ("0.7",)}
+
+
+def test_a_shorthand_gives_way_to_the_flags_it_stands_for_wherever_they_stand():
+    expansion = {"save-debug-rollout-data": ("d/rollout_data/{rollout_id}.jsonl",)}
+    assert sort("--dump-details", "d").flags == expansion
+    given = sort("--save-debug-rollout-data", "r/{rollout_id}", "--dump-details", "d")
+    assert given.flags == {"save-debug-rollout-data": ("r/{rollout_id}",)}
+
+
+def test_yaml_comes_before_the_command_line_wherever_it_is_named(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "lr: 1e-6\nmax_tokens_per_gpu: 9216\ncolocate: true\nrollout-stop: [a, b]\nsave: null\n"
+        "train_env_vars: {A: '1'}\nsglang-attention-backend: fa3\n"
+    )
+    given = sort("--lr", "2e-6", "--config", str(file))
+    assert given.flags == {
+        "lr": ("2e-6",),
+        "max-tokens-per-gpu": ("9216",),
+        "colocate": ("true",),
+        "rollout-stop": ("a", "b"),
+        "save": ("None",),
+        "train-env-vars": ('{"A": "1"}',),
+    }
+    assert given.sglang == {"attention-backend": ("fa3",)}
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("learning_rate_: 1\n", "unknown flag --learning-rate-"),
+        ("seed: soon\n", "--seed must be an integer, got 'soon'"),
+        ("use_opd: true\n", "--use-opd true is not supported"),
+    ],
+)
+def test_a_wrong_yaml_key_is_named_with_its_file(tmp_path, content, problem):
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        sort("--config", str(file))
+    assert str(caught.value).startswith(f"{file}: {problem}")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"), [("- lr\n", "must map flag names to values"), ("a: [\n", "is not YAML"), (None, "cannot read")]
+)
+def test_a_file_that_is_no_yaml_mapping_is_refused(tmp_path, content, problem):
+    file = tmp_path / "run.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match=problem) as caught:
+        sort("--config", str(file))
+    assert str(file) in str(caught.value)

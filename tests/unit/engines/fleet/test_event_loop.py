@@ -1,0 +1,94 @@
+"""The event loop in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from qwench.engines.fleet.event_loop import EventLoopThread
+from qwench.errors import EngineError
+
+
+@pytest.fixture
+def loop():
+    thread = EventLoopThread()
+    yield thread
+    thread.close()
+
+
+def test_result_and_error_come_through(loop):
+    async def double(value):
+        await asyncio.sleep(0)
+        return 2 * value
+
+    async def fail():
+        raise KeyError("inside")
+
+    assert loop.run(double(4), label="double", timeout_s=5) == 8
+    with pytest.raises(KeyError, match="inside"):
+        loop.run(fail(), label="fail", timeout_s=5)
+
+
+def test_missed_deadline_names_what_was_waited_for_and_cancels_it(loop):
+    events = []
+
+    async def wait_for_ever():
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            events.append("cancelled")
+            raise
+
+    with pytest.raises(EngineError, match=r"publish did not end within 0\.05 s"):
+        loop.run(wait_for_ever(), label="publish", timeout_s=0.05)
+    loop.run(asyncio.sleep(0), label="turn", timeout_s=5)
+    assert events == ["cancelled"]
+
+
+def test_own_timeout_error_of_a_coroutine_is_not_mistaken_for_the_deadline(loop):
+    async def fail():
+        raise TimeoutError("my own")
+
+    with pytest.raises(TimeoutError, match="my own"):
+        loop.run(fail(), label="fail", timeout_s=5)
+
+
+def test_close_cancels_what_runs_and_refuses_more():
+    thread = EventLoopThread()
+    events = []
+
+    async def background():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            events.append("ended")
+
+    async def start():
+        events.append(asyncio.ensure_future(background()))
+        await asyncio.sleep(0)
+
+    thread.run(start(), label="start", timeout_s=5)
+    thread.close()
+    thread.close()
+    assert events[1:] == ["ended"]
+    with pytest.raises(EngineError, match="closed already"):
+        thread.run(start(), label="start", timeout_s=5)
+
+
+def test_the_waiting_thread_does_something_meanwhile(loop):
+    released = asyncio.Event()
+
+    async def wait_for_release():
+        await released.wait()
+        return "released"
+
+    calls = []
+
+    def release():
+        calls.append(threading.current_thread())
+        loop.loop.call_soon_threadsafe(released.set)
+
+    assert loop.run(wait_for_release(), label="wait", timeout_s=20, meanwhile=release) == "released"
+    assert set(calls) == {threading.current_thread()}

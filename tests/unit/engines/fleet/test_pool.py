@@ -1,0 +1,70 @@
+"""Routing and steering of several engines; the engines are real and tiny."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from qwench.engines.fleet.event_loop import EventLoopThread
+from qwench.engines.fleet.pool import EnginePool
+from qwench.engines.protocol import FinishReason, MemoryTag
+from qwench.errors import EngineError, WeightSyncError
+from tests.contract.engine_hosts import ask, make_engine, make_model, prompt_of
+
+
+@pytest.fixture
+def pool():
+    model = make_model("qwen3")
+    pool = EnginePool([make_engine(model), make_engine(model), make_engine(model)], EventLoopThread())
+    yield pool
+    pool.close()
+
+
+def run(pool, coroutine):
+    return pool.run(coroutine, label="test", timeout_s=20)
+
+
+def test_requests_spread_evenly(pool):
+    async def scenario():
+        requests = [ask(f"r{i}", prompt_of(4), seed=i, max_new_tokens=5, ignore_eos=True) for i in range(9)]
+        await asyncio.gather(*(pool.generate(request) for request in requests))
+        return [(await engine.stats()).generated_tokens for engine in pool.engines], (await pool.stats()).generated_tokens
+
+    assert run(pool, scenario()) == ([15, 15, 15], 45)
+
+
+def test_abort_finds_the_engine_of_a_request(pool):
+    async def scenario():
+        running = [
+            asyncio.ensure_future(pool.generate(ask(f"r{i}", prompt_of(4), max_new_tokens=400, ignore_eos=True)))
+            for i in range(4)
+        ]
+        await asyncio.sleep(0)
+        await pool.abort("r3")
+        first = await running[3]
+        await pool.abort()
+        return first, await asyncio.gather(*running[:3])
+
+    first, others = run(pool, scenario())
+    assert first.request_id == "r3" and first.finish_reason is FinishReason.ABORT
+    assert {other.finish_reason for other in others} == {FinishReason.ABORT}
+
+
+def test_versions_and_health_are_confirmed(pool):
+    weights = [list(make_model("qwen3", seed=2).named_parameters())]
+    run(pool, pool.check_versions(0))
+    run(pool, pool.check_health())
+    run(pool, pool.engines[1].update_weights(weights, version=3))
+    with pytest.raises(WeightSyncError, match="holds weight version 3; 0 was published"):
+        run(pool, pool.check_versions(0))
+    pool.sleep([MemoryTag.WEIGHTS])
+    with pytest.raises(EngineError, match="not healthy"):
+        run(pool, pool.check_health())
+
+
+def test_sleep_and_wake_reach_all(pool):
+    pool.sleep([MemoryTag.KV_CACHE])
+    assert run(pool, pool.stats()).num_pages == 0
+    pool.wake([MemoryTag.KV_CACHE])
+    assert run(pool, pool.stats()).num_pages == 3 * 1024

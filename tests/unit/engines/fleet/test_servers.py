@@ -1,0 +1,169 @@
+"""Server processes: real ones, but small and quick to start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qwench.engines.fleet.servers import ServerCommand, ServerProcess, server_environ, tail, visible_devices
+from qwench.errors import EngineError
+
+DEADLINE_S = 30.0
+
+HEALTHY = """
+import http.server, os, subprocess, sys
+port = int(sys.argv[sys.argv.index("--port") + 1])
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.send_header("Content-Length", "0"); self.end_headers()
+    def log_message(self, *arguments):
+        pass
+helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("pids", os.getpid(), helper.pid, flush=True)
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+SILENT = """
+import socket, sys, time
+listener = socket.create_server(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])))
+time.sleep(600)
+"""
+DYING = "print('no such model'); raise SystemExit(3)"
+
+
+def command(folder: Path, program: str, **changes) -> ServerCommand:
+    fields = {"label": "engine 0", "argv": (sys.executable, "-c", program), "environ": dict(os.environ)}
+    return ServerCommand(**(fields | {"log_file": folder / "engine.log", "start_timeout_s": DEADLINE_S} | changes))
+
+
+def pids(folder: Path) -> list[int]:
+    """Return the pids that the server that was started last wrote to its log."""
+    lines = [line for line in (folder / "engine.log").read_text().splitlines() if line.startswith("pids ")]
+    return [int(word) for word in lines[-1].split()[1:]]
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_server_starts_stops_with_all_its_processes_and_starts_again_at_its_address(tmp_path):
+    server = ServerProcess(command(tmp_path, HEALTHY))
+    first = server.start()
+    started = pids(tmp_path)
+    assert server.is_running() and all(map(is_alive, started))
+    server.stop()
+    server.stop()
+    assert not server.is_running() and not any(map(is_alive, started))
+    assert server.start() == first
+    os.kill(pids(tmp_path)[0], signal.SIGKILL)
+    wait_until(lambda: not server.is_running())
+    server.stop()
+    assert not any(map(is_alive, pids(tmp_path)))
+
+
+def test_private_files_are_this_users_alone_and_last_as_long_as_the_server(tmp_path):
+    private = tmp_path / "logs" / ".secrets.yaml"
+    fields = {"log_file": tmp_path / "logs" / "engine.log", "private_files": {private: "token: x\n"}}
+    server = ServerProcess(command(tmp_path, HEALTHY, **fields))
+    for _ in range(2):
+        server.start()
+        assert private.read_text() == "token: x\n" and private.stat().st_mode & 0o777 == 0o600
+        server.stop()
+        assert not private.exists()
+
+
+def test_a_server_that_dies_at_the_start_shows_the_end_of_its_log(tmp_path):
+    server = ServerProcess(command(tmp_path, DYING))
+    with pytest.raises(EngineError, match=r"(?s)engine 0 ended while it started.*no such model"):
+        server.start()
+    assert not server.is_running()
+
+
+def test_a_server_that_accepts_and_never_answers_is_given_up_at_its_deadline(tmp_path):
+    server = ServerProcess(command(tmp_path, SILENT, start_timeout_s=1.0))
+    with pytest.raises(EngineError, match="engine 0 was not ready within 1 s"):
+        server.start()
+    assert not server.is_running()
+
+
+def test_a_port_that_is_taken_is_named(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(EngineError, match=rf"engine 0 cannot listen on 127\.0\.0\.1:{port}"):
+            ServerProcess(command(tmp_path, HEALTHY, port=port)).start()
+
+
+OWNER = """
+import pathlib, sys, time
+from tests.unit.engines.fleet.test_servers import HEALTHY, ServerProcess, command
+ServerProcess(command(pathlib.Path(sys.argv[1]), HEALTHY)).start()
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_server_ends_with_an_owner_that_was_killed(tmp_path):
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert owner.stdout.readline() == "up\n"
+        started = pids(tmp_path)
+        assert all(map(is_alive, started))
+    finally:
+        owner.kill()
+        owner.communicate()
+    wait_until(lambda: not any(map(is_alive, started)))
+
+
+def test_a_server_ends_with_a_tether_that_was_killed(tmp_path):
+    server = ServerProcess(command(tmp_path, HEALTHY))
+    server.start()
+    leader, _ = pids(tmp_path)
+    os.kill(server.process_group, signal.SIGKILL)
+    wait_until(lambda: not is_alive(leader))
+    server.stop()
+    assert not any(map(is_alive, pids(tmp_path)))
+
+
+def test_a_servers_environment_has_nothing_of_the_trainers_rank():
+    ours = {"PATH": "/bin", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "TORCHELASTIC_RUN_ID": "x"}
+    assert server_environ(ours, QWENCH_TOKEN="t") == {"PATH": "/bin", "QWENCH_TOKEN": "t"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "gpu_ids", "expected"),
+    [
+        ({}, [], {}),
+        ({}, [2, 3], {"CUDA_VISIBLE_DEVICES": "2,3"}),
+        ({"CUDA_VISIBLE_DEVICES": "4,5,6"}, [0, 2], {"CUDA_VISIBLE_DEVICES": "4,6"}),
+        ({"HIP_VISIBLE_DEVICES": "1,0"}, [0], {"HIP_VISIBLE_DEVICES": "1"}),
+    ],
+)
+def test_gpus_are_counted_among_those_that_the_starter_sees(environ, gpu_ids, expected):
+    assert visible_devices(gpu_ids, environ) == expected
+
+
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(EngineError, match="needs GPU 3"):
+        visible_devices([3], {"CUDA_VISIBLE_DEVICES": "0,1"})
+
+
+def test_tail_is_the_end_of_a_file(tmp_path):
+    (tmp_path / "log").write_text("".join(f"line {i}\n" for i in range(50)))
+    assert tail(tmp_path / "log", 2) == "line 48\nline 49"
+    assert tail(tmp_path / "none") == "(empty)"

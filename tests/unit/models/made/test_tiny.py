@@ -1,0 +1,68 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qwench.errors import ConfigError
+from qwench.models.made.tiny import make_checkpoint, random_weights
+from qwench.models.made.tokenizers import build_small_tokenizer
+
+TOKENIZER = build_small_tokenizer()
+
+
+def test_tiny_checkpoint_loads_in_transformers_and_generates(tmp_path):
+    make_checkpoint(tmp_path, size="tiny", tokenizer=TOKENIZER, seed=3)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert model.config.model_type == "qwen3"
+    assert model.config.vocab_size >= len(tokenizer)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) < 3e6
+    output = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    assert output.shape == (1, 5)
+
+
+def test_stop_ids_are_end_of_turn_and_end_of_text(tmp_path):
+    make_checkpoint(tmp_path, size="tiny", tokenizer=TOKENIZER)
+    stop_ids = json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"]
+    assert TOKENIZER.convert_ids_to_tokens(stop_ids) == ["<|im_end|>", "<|endoftext|>"]
+
+
+def test_weights_are_normal_with_norms_of_one(tmp_path):
+    config = make_checkpoint(tmp_path, size="tiny", tokenizer=TOKENIZER)
+    weights = dict(random_weights(config, seed=0, dtype=torch.float32))
+    matrices = [weight.flatten() for name, weight in weights.items() if not name.endswith("norm.weight")]
+    norms = [weight for name, weight in weights.items() if name.endswith("norm.weight")]
+    assert len(norms) == 4 * 4 + 1
+    assert all(bool((norm == 1).all()) for norm in norms)
+    values = torch.cat(matrices)
+    # 1.8M values: the standard error of the deviation is 0.02 / sqrt(3.6e6) = 1e-5.
+    assert abs(values.std().item() - 0.02) < 1e-4
+    assert abs(values.mean().item()) < 1e-4
+
+
+def test_same_seed_same_bytes_and_another_seed_differs(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        make_checkpoint(tmp_path / name, size="tiny", tokenizer=TOKENIZER, seed=seed)
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_folder_that_is_not_empty_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(ConfigError, match="not an empty folder"):
+        make_checkpoint(tmp_path, size="tiny", tokenizer=TOKENIZER)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_unknown_size_lists_the_known_ones(tmp_path):
+    with pytest.raises(ConfigError, match=r"'5B'; known: tiny, 30M, 60M, 0\.6B"):
+        make_checkpoint(tmp_path / "model", size="5B", tokenizer=TOKENIZER)
+    assert not (tmp_path / "model").exists()
+
+
+def test_older_readers_find_the_rotary_base_at_the_top_level(tmp_path):
+    make_checkpoint(tmp_path, size="tiny", tokenizer=TOKENIZER)
+    assert json.loads((tmp_path / "config.json").read_text())["rope_theta"] == 1e6

@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from qwench.config.sections.training import TrainingConfig
+from qwench.data.balance import SequenceCost
+from qwench.errors import TrainingError
+from qwench.training.micro_batches import MicroBatching, plan_steps
+from qwench.training.trainer import ParallelRank
+
+LINEAR = SequenceCost(linear=1.0, quadratic=0.0)
+
+
+def test_steps_count_executions_not_samples_and_drop_what_does_not_fill_one():
+    plan = plan_steps(torch.tensor([5, 5, 3, 8, 8, 8, 1, 9]), global_batch_size=2)
+    assert plan.order == [0, 1, 2, 3, 4, 5, 6]
+    assert [list(step) for step in plan.steps] == [[0, 1, 2], [3, 4, 5, 6]]
+    assert plan.num_dropped == 1
+
+
+def test_samples_of_an_execution_stay_together():
+    plan = plan_steps(torch.tensor([0, 1, 0, 1]), global_batch_size=1)
+    assert plan.order == [0, 2, 1, 3]
+    assert plan.steps == [range(0, 2), range(2, 4)]
+
+
+def test_too_few_executions_for_a_step_is_an_error():
+    with pytest.raises(TrainingError, match="3 executions, --global-batch-size wants 4"):
+        plan_steps(torch.tensor([0, 1, 2]), global_batch_size=4)
+
+
+def _shares(lengths, dp_size, *, with_gradient=True, cp_size=1, **flags):
+    config = TrainingConfig(**flags)
+    return [
+        MicroBatching.from_config(
+            config, ParallelRank(dp_rank=rank, dp_size=dp_size, cp_size=cp_size), cost=LINEAR, with_gradient=with_gradient
+        ).own_bins(lengths)
+        for rank in range(dp_size)
+    ]
+
+
+def test_fixed_micro_batch_size_is_dealt_in_turn():
+    assert _shares([1] * 8, 2, micro_batch_size=2) == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+
+
+def test_token_cap_counts_all_context_parallel_ranks():
+    flags = {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 50}
+    assert _shares([40, 40, 20], 1, **flags) == [[[0], [1], [2]]]
+    assert _shares([40, 40, 20], 1, cp_size=2, **flags) == [[[0, 1, 2]]]
+
+
+def test_passes_without_gradient_may_have_their_own_cap():
+    flags = {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 50}
+    assert _shares([40, 40], 1, with_gradient=False, **flags) == [[[0], [1]]]
+    assert _shares([40, 40], 1, with_gradient=False, log_probs_max_tokens_per_gpu=80, **flags) == [[[0, 1]]]
+    assert _shares([40, 40], 1, with_gradient=True, log_probs_max_tokens_per_gpu=80, **flags) == [[[0], [1]]]
+
+
+def test_balanced_shares_are_as_many_and_even():
+    shares = _shares([100, 10, 90, 20], 2, micro_batch_size=1, balance_data=True)
+    assert sorted(sum([100, 10, 90, 20][i] for members in share for i in members) for share in shares) == [110, 110]
+
+
+def test_rank_without_samples_gets_an_empty_bin():
+    assert _shares([10], 3) == [[[0]], [[]], [[]]]

@@ -1,0 +1,35 @@
+"""The name by which processes know that they run on one machine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import uuid
+
+import pytest
+
+from qwench.wire.addresses import host_name
+
+RANDOM_NODE = 0x0100_0000_0000
+"""The bit that says that a node id is no network card's."""
+
+
+def test_every_process_of_this_machine_gets_the_same_name() -> None:
+    asked = [sys.executable, "-c", "from qwench.wire.addresses import host_name; print(host_name())"]
+    assert subprocess.run(asked, capture_output=True, text=True, check=True, timeout=120).stdout.strip() == host_name()
+
+
+def test_without_a_network_card_the_name_does_not_change_with_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = set()
+    for drawn in (1, 2):
+        monkeypatch.setattr(uuid, "getnode", lambda drawn=drawn: RANDOM_NODE | drawn)
+        names.add(host_name())
+    assert len(names) == 1
+
+
+def test_machines_of_one_name_with_different_cards_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = set()
+    for card in (0x0242_AC11_0002, 0x0242_AC11_0003):
+        monkeypatch.setattr(uuid, "getnode", lambda card=card: card)
+        names.add(host_name())
+    assert len(names) == 2
