@@ -1,0 +1,86 @@
+"""Training methods by name, and the facts that flags are checked against. Imports without torch.
+
+    name                             rewards        advantages                    ratio      loss
+    grpo                             (r - m) / s    one value per sample          token      ppo_clip
+    gspo                             (r - m) / s    one value per sample          sequence   ppo_clip
+    cispo                            (r - m) / s    one value per sample          token      cispo
+    reinforce_plus_plus              r              discounted, KL per token      token      ppo_clip
+    reinforce_plus_plus_baseline     r - m          KL per token                  token      ppo_clip
+    sft                              none           none                          none       -log p
+
+r is a reward, m and s are the mean and the standard deviation of its group. A method's advantages and loss are in
+`algorithms/methods/<name>.py`; its line below registers it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qwench.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodFacts:
+    """Which flags have an effect on a method."""
+
+    policy_gradient: bool = True
+    """Learns from sampled and graded responses. False: flags of rewards, KL, clipping and engine log-probs have no effect."""
+    compares_groups: bool = True
+    """Rewards are compared within their group (`--disable-rewards-normalization`)."""
+    divides_by_std: bool = False
+    """Rewards are divided by their group's standard deviation (`--disable-grpo-std-normalization`)."""
+    token_kl: bool = False
+    """The KL of a token enters its advantage (`--kl-coef`)."""
+    discounts: bool = False
+    """Rewards are discounted for each token (`--gamma`)."""
+    requires_whitening: bool = False
+    """`--normalize-advantages` is part of the method."""
+    clips_weights: bool = False
+    """The clip bounds a weight instead of the loss: `--eps-clip-c` has no effect, `--eps-clip` may be 1 or more."""
+
+    def needs_reference(self, *, use_kl_loss: bool, kl_coef: float) -> bool:
+        """Tell whether log-probs of the reference are used."""
+        return self.policy_gradient and (use_kl_loss or (self.token_kl and kl_coef != 0))
+
+
+METHODS: Mapping[str, MethodFacts] = {
+    "grpo": MethodFacts(divides_by_std=True),
+    "gspo": MethodFacts(divides_by_std=True),
+    "cispo": MethodFacts(divides_by_std=True, clips_weights=True),
+    "reinforce_plus_plus": MethodFacts(compares_groups=False, token_kl=True, discounts=True, requires_whitening=True),
+    "reinforce_plus_plus_baseline": MethodFacts(token_kl=True, requires_whitening=True),
+    "sft": MethodFacts(policy_gradient=False, compares_groups=False),
+}
+
+
+def estimator_names() -> list[str]:
+    """Return what `--advantage-estimator` accepts."""
+    return [name for name, facts in METHODS.items() if facts.policy_gradient]
+
+
+def check_estimator(name: str) -> None:
+    """Check the value of `--advantage-estimator`.
+
+    Raises:
+        ConfigError: no method has this name.
+    """
+    known = ", ".join(estimator_names())
+    if name == "ppo":
+        raise ConfigError(f"--advantage-estimator 'ppo' needs a critic, which is not built yet; known: {known}.")
+    if name not in estimator_names():
+        raise ConfigError(f"unknown --advantage-estimator {name!r}; known: {known}.")
+
+
+def method_name(loss_type: str, advantage_estimator: str) -> str:
+    """Return the method that `--loss-type` and `--advantage-estimator` choose together.
+
+    Raises:
+        ConfigError: nothing can be trained with this loss.
+    """
+    if loss_type == "policy_loss":
+        check_estimator(advantage_estimator)
+        return advantage_estimator
+    if loss_type == "sft_loss":
+        return "sft"
+    raise ConfigError(f"--loss-type {loss_type!r} cannot be trained; known: policy_loss, sft_loss.")

@@ -1,0 +1,52 @@
+import pytest
+
+from qwench.errors import ConfigError
+from qwench.estimators import METHODS, check_estimator, estimator_names, method_name
+
+
+def test_only_the_reinforce_methods_use_the_kl_of_tokens_and_require_whitening():
+    assert {name for name, facts in METHODS.items() if facts.token_kl} == {
+        "reinforce_plus_plus",
+        "reinforce_plus_plus_baseline",
+    }
+    assert {name for name, facts in METHODS.items() if facts.requires_whitening} == {
+        name for name, facts in METHODS.items() if facts.token_kl
+    }
+
+
+def test_only_methods_that_compare_groups_divide_by_their_deviation():
+    assert all(facts.compares_groups for facts in METHODS.values() if facts.divides_by_std)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "needed"),
+    [
+        ("grpo", {"use_kl_loss": False, "kl_coef": 0.0}, False),
+        ("grpo", {"use_kl_loss": True, "kl_coef": 0.0}, True),
+        ("grpo", {"use_kl_loss": False, "kl_coef": 0.1}, False),
+        ("reinforce_plus_plus", {"use_kl_loss": False, "kl_coef": 0.1}, True),
+        ("sft", {"use_kl_loss": True, "kl_coef": 0.1}, False),
+    ],
+)
+def test_a_reference_is_needed_where_a_kl_has_an_effect(name, flags, needed):
+    assert METHODS[name].needs_reference(**flags) == needed
+
+
+def test_loss_type_and_estimator_choose_the_method():
+    assert method_name("policy_loss", "cispo") == "cispo"
+    assert method_name("sft_loss", "cispo") == "sft"
+    with pytest.raises(ConfigError, match="--loss-type 'custom_loss' cannot be trained; known: policy_loss, sft_loss"):
+        method_name("custom_loss", "grpo")
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ConfigError, match="unknown --advantage-estimator 'grp0'; known: grpo, gspo, cispo"):
+        check_estimator("grp0")
+
+
+def test_sft_is_no_estimator_and_ppo_lacks_its_critic():
+    assert "sft" not in estimator_names()
+    with pytest.raises(ConfigError, match="unknown --advantage-estimator 'sft'"):
+        check_estimator("sft")
+    with pytest.raises(ConfigError, match="needs a critic"):
+        check_estimator("ppo")
