@@ -24,7 +24,7 @@ def load_function(path: str, *, flag: str, num_arguments: int = 1, called_as: st
     """
     module_name, _, name = path.rpartition(".")
     try:
-        function = getattr(importlib.import_module(module_name), name)
+        function: Function = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{flag} {path!r} cannot be imported ({error}); is its folder on PYTHONPATH?") from error
     if not callable(function):

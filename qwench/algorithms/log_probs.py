@@ -38,8 +38,10 @@ def token_log_probs(
     Returns:
         log-probs [T] float32; entropy [T] float32 or None. Both carry gradients to `hidden` and `head_weight`.
     """
-    log_probs, entropy = _ChunkedHead.apply(hidden, head_weight, labels, temperature, chunk_tokens, with_entropy, compiled)
-    return log_probs, entropy
+    outputs: tuple[Tensor, Tensor | None] = _ChunkedHead.apply(  # type: ignore[no-untyped-call]  # torch does not annotate it
+        hidden, head_weight, labels, temperature, chunk_tokens, with_entropy, compiled
+    )
+    return outputs
 
 
 def head_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def read_manifest(folder: Path) -> Mapping[str, Json]:
         CheckpointError: the folder is not as it was written; the message says where.
     """
     try:
-        content = json.loads((folder / META).read_text(encoding="utf-8"))
+        content: Mapping[str, Json] = json.loads((folder / META).read_text(encoding="utf-8"))
         files: Mapping[str, Mapping[str, Json]] = content["files"]
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} has no {META}") from error

@@ -167,7 +167,7 @@ class RayRanks:
         """Take over numbered actors; the rendezvous is kept as long as they may need it."""
         self._actors = list(actors)
         self._rendezvous = rendezvous
-        self._pending: dict[ray.ObjectRef, int] = {}
+        self._pending: dict[ray.ObjectRef[News], int] = {}
 
     @property
     def size(self) -> int:
@@ -259,7 +259,7 @@ def _connect(address: str | None) -> None:
         raise ConfigError(f"there is no Ray cluster at RAY_ADDRESS={address} ({_first_line(cause)}); {advice}.") from cause
 
 
-def _all(references: Sequence[ray.ObjectRef], *, label: str) -> list[Any]:
+def _all(references: Sequence[ray.ObjectRef[Any]], *, label: str) -> list[Any]:
     try:
         answers: list[Any] = ray.get(list(references), timeout=ACTOR_TIMEOUT_S)
     except GetTimeoutError as cause:
@@ -269,7 +269,7 @@ def _all(references: Sequence[ray.ObjectRef], *, label: str) -> list[Any]:
     return answers
 
 
-def _news(answer: ray.ObjectRef) -> News:
+def _news(answer: ray.ObjectRef[News]) -> News:
     try:
         news: News = ray.get(answer)
     except RayError as error:

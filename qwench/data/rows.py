@@ -40,7 +40,7 @@ class Row:
             raise ConfigError(f"{self.place}: key {key!r} ({flag}) {state}; the row has: {', '.join(self.values)}.")
         return value
 
-    def decode(self, key: str | None, kind: type[list] | type[dict]) -> Json:
+    def decode(self, key: str | None, kind: type[list[Json]] | type[dict[str, Json]]) -> Json:
         """Return the list or record under an optional key, given as such or as JSON text; None when absent.
 
         Raises:

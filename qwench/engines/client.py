@@ -23,11 +23,11 @@ from qwench.engines.protocol import (
     GenerateResult,
     MemoryTag,
     SamplingParams,
-    WeightBucket,
     WeightReceipt,
 )
 from qwench.errors import EngineError, EngineLostError, WeightSyncError
 from qwench.wire.addresses import Dialect, EngineAddress, Placement
+from qwench.wire.portions import WeightBucket
 
 Json = Any  # what a server answers has no closed type
 CONNECT_ATTEMPTS = 4

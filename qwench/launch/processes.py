@@ -13,7 +13,6 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Literal, Protocol
 
@@ -42,8 +41,10 @@ Launcher = Literal["inside", "local", "ray"]
 class Processes(Protocol):
     """What starts ranks and servers, and ends them when it is closed."""
 
-    has_gpus: bool
-    """The devices of learner and engines are GPUs."""
+    @property
+    def has_gpus(self) -> bool:
+        """Tell whether the devices of learner and engines are GPUs."""
+        ...
 
     def start_ranks(self) -> Ranks | None:
         """Start the trainer's ranks; None: the learner is in this process."""
@@ -63,12 +64,12 @@ class LocalProcesses:
         Raises:
             ConfigError: there are too few.
         """
-        self.has_gpus = torch.cuda.is_available()
+        self._has_gpus = torch.cuda.is_available()
         self._inputs = inputs
         self._bundles = bundles
         self._ranks_inside = ranks_inside
         there = torch.cuda.device_count()
-        if self.has_gpus and there < bundles.num_devices:
+        if self._has_gpus and there < bundles.num_devices:
             raise ConfigError(
                 f"the run needs {bundles.num_devices} GPUs ({sum(bundles.trainer)} for the trainer, {sum(bundles.engines)} for "
                 f"engines apart from it), and this machine has {there}; ask for fewer, or use a Ray cluster (--launcher ray)."
@@ -94,6 +95,11 @@ class LocalProcesses:
             self._server(make, range(first + i * devices_per_engine, first + (i + 1) * devices_per_engine))
             for i, make in enumerate(makers)
         ]
+
+    @property
+    def has_gpus(self) -> bool:
+        """Tell whether this machine has GPUs."""
+        return self._has_gpus
 
     def _server(self, make: CommandMaker, devices: Sequence[int]) -> Server:
         gpu_ids = list(devices) if self.has_gpus else []
@@ -121,16 +127,17 @@ def open_processes(inputs: Inputs, started: ExitStack, *, trains: bool, generate
         return LocalProcesses(inputs, bundles, ranks_inside=launcher == "inside")
     if find_spec("ray") is None:
         raise ConfigError("--launcher ray needs Ray, which is not installed; pip install 'qwench[ray]'.")
+    from qwench.cluster.ray import RayCluster  # noqa: PLC0415  # Ray is optional
+
     environ = trainer_environment(config.cluster, config.parallel, config.training, {})
     with inputs.console.phase("start actors"):
-        cluster = import_module("qwench.cluster.ray").RayCluster(  # late: only here is Ray needed
+        cluster = RayCluster(
             address=os.environ.get("RAY_ADDRESS"), environ={name: os.environ.get(name, text) for name, text in environ.items()}
         )
         started.callback(cluster.close)
         cluster.reserve(bundles)
-    processes: Processes = cluster
-    check_turns(config, on_gpus=processes.has_gpus)
-    return processes
+    check_turns(config, on_gpus=cluster.has_gpus)
+    return cluster
 
 
 def check_turns(config: Config, *, on_gpus: bool) -> None:

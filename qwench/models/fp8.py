@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +84,12 @@ def scale_shape(shape: Sequence[int]) -> tuple[int, int]:
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return a matrix [n, k] in e4m3 and its scales; computed where it lies, from its bfloat16 rounding."""
     if _has_kernels(weight):
-        return _kernels().quantize(weight)
+        from qwench.models import fp8_triton  # noqa: PLC0415  # Triton exists only where CUDA does
+
+        values = torch.empty(weight.shape, dtype=FP8_DTYPE, device=weight.device)
+        scales = torch.empty(scale_shape(weight.shape), dtype=SCALE_DTYPE, device=weight.device)
+        fp8_triton.quantize(weight.detach(), values, scales, largest=LARGEST, block=BLOCK)
+        return values, scales
     rows, columns = weight.shape
     block_rows, block_columns = scale_shape(weight.shape)
     values = weight.detach().bfloat16().float()
@@ -102,7 +105,11 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the matrix [n, k] that an e4m3 matrix and its scales stand for, multiplied in float32 and rounded to `dtype`."""
     if _has_kernels(weight):
-        return _kernels().dequantize(weight, scale, dtype)
+        from qwench.models import fp8_triton  # noqa: PLC0415  # Triton exists only where CUDA does
+
+        matrix = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        fp8_triton.dequantize(weight, scale, matrix, block=BLOCK)
+        return matrix
     rows, columns = weight.shape
     spread = scale.float().repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
     return (weight.float() * spread).to(dtype)
@@ -124,8 +131,3 @@ def quantized(buckets: Iterable[Sequence[tuple[str, Tensor]]]) -> Iterator[list[
 def _has_kernels(weight: Tensor) -> bool:
     """Tell whether Triton knows e4m3 there: from compute capability 8.9 on; AMD's GPUs before gfx950 have another format."""
     return weight.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(weight.device) >= (8, 9)
-
-
-def _kernels() -> Any:  # a module that mypy does not check
-    # Imported late on purpose: Triton exists only where CUDA does.
-    return import_module("qwench.models.fp8_triton")

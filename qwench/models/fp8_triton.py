@@ -9,8 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwench.models.fp8 import BLOCK, FP8_DTYPE, LARGEST, SCALE_DTYPE, scale_shape
-
 
 @triton.jit
 def _block_of(rows, columns, block: tl.constexpr):
@@ -41,20 +39,15 @@ def _dequantize_kernel(values, scales, weight, rows, columns, block: tl.constexp
     tl.store(weight + place, value.to(weight.dtype.element_ty), mask=exists)
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """See `fp8.quantize`."""
-    weight = weight.detach().contiguous()
-    values = torch.empty(weight.shape, dtype=FP8_DTYPE, device=weight.device)
-    scales = torch.empty(scale_shape(weight.shape), dtype=SCALE_DTYPE, device=weight.device)
+def quantize(weight: Tensor, values: Tensor, scales: Tensor, *, largest: float, block: int) -> None:
+    """Fill `values` [n, k] and `scales` from a matrix [n, k]; see `fp8.quantize`."""
     with torch.cuda.device(weight.device):
-        _quantize_kernel[tuple(scales.shape)](weight, values, scales, *weight.shape, LARGEST, BLOCK, num_warps=8)
-    return values, scales
+        _quantize_kernel[tuple(scales.shape)](weight.contiguous(), values, scales, *weight.shape, largest, block, num_warps=8)
 
 
-def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """See `fp8.dequantize`."""
-    weight, scale = weight.contiguous(), scale.contiguous()
-    values = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+def dequantize(values: Tensor, scales: Tensor, weight: Tensor, *, block: int) -> None:
+    """Fill `weight` [n, k] from its values and scales; see `fp8.dequantize`."""
     with torch.cuda.device(weight.device):
-        _dequantize_kernel[tuple(scale.shape)](weight, scale, values, *weight.shape, BLOCK, num_warps=8)
-    return values
+        _dequantize_kernel[tuple(scales.shape)](
+            values.contiguous(), scales.contiguous(), weight, *weight.shape, block, num_warps=8
+        )

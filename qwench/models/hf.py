@@ -75,7 +75,7 @@ def load_hf_config(path: Path) -> PretrainedConfig:
         raise ConfigError(f"{path}/config.json asks for sliding-window attention, which is not supported.")
     is_fp8_config(raw, where=str(path))
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
         raise ConfigError(f"{path}/config.json cannot be read as a {model_type} configuration: {_one_line(error)}") from error
     # How weights are stored is no property of the model, and transformers would look for kernels of its own.
@@ -125,7 +125,8 @@ def load_model(
         # transformers would go on with random values in their place.
         names = sorted(report["missing_keys"])
         raise ConfigError(f"{path} lacks {len(names)} weights of its architecture, such as {names[0]}; is it complete?")
-    return model.to(device).eval()
+    ready: PreTrainedModel = model.to(device).eval()
+    return ready
 
 
 def model_of(config: PretrainedConfig, weights: dict[str, Tensor], *, dtype: torch.dtype) -> PreTrainedModel:
@@ -137,8 +138,8 @@ def model_of(config: PretrainedConfig, weights: dict[str, Tensor], *, dtype: tor
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # Any: as in `load_model`
     model: PreTrainedModel = model_class.from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, attn_implementation="sdpa"
-    )
-    return model.eval()
+    ).eval()
+    return model
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -80,7 +80,7 @@ def find_size(name: str) -> ModelSize:
 
 def head_dim(config: PretrainedConfig) -> int:
     """Return K; Llama and Qwen2 may leave it to follow from the hidden size."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(getattr(config, "head_dim", 0) or config.hidden_size // config.num_attention_heads)
 
 
 def rope_theta(config: PretrainedConfig) -> float | None:
@@ -101,12 +101,12 @@ def num_parameters(config: PretrainedConfig) -> int:
         attention += q_size + 2 * kv_size + D
     mlp = 3 * D * F + (2 * F + D if getattr(config, "mlp_bias", False) else 0)
     embeddings = config.vocab_size * D * (1 if config.tie_word_embeddings else 2)
-    return config.num_hidden_layers * (attention + mlp + 2 * D) + D + embeddings
+    return int(config.num_hidden_layers * (attention + mlp + 2 * D) + D + embeddings)
 
 
 def kv_bytes_per_token(config: PretrainedConfig, *, element_bytes: int = 2) -> int:
     """Return the bytes that keys and values of one token take over all layers."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * element_bytes
+    return int(2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * element_bytes)
 
 
 def has_qk_norm(config: PretrainedConfig) -> bool:

@@ -71,7 +71,7 @@ def custom_rollout(path: str, context: RolloutContext) -> MakeRollout:
     function = load_rollout_function(path)
 
     async def make(rollout_id: int) -> Rollout:
-        rollout = await function(rollout_id, context)
+        rollout: Rollout = await function(rollout_id, context)
         _check_rollout(path, rollout, rollout_id)
         return rollout
 

@@ -10,7 +10,6 @@ depends on no device and no order of summation, and it costs a GPU one multiplic
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -77,9 +76,9 @@ def _words(tensor: Tensor) -> Tensor:
 def _word_sums(words: Sequence[Tensor]) -> Tensor:
     """Return the sum of each tensor's words times their factors, [len(words)] int64 on their device."""
     if words[0].is_cuda:
-        # Imported late on purpose: Triton exists only where CUDA (or ROCm) does.
-        sums: Tensor = import_module("qwench.wire.checksum_triton").word_sums(words, factor=FACTOR)
-        return sums
+        from qwench.wire import checksum_triton  # noqa: PLC0415  # Triton exists only where CUDA (or ROCm) does
+
+        return checksum_triton.word_sums(words, factor=FACTOR)
     return torch.stack([_word_sum(one) for one in words])
 
 

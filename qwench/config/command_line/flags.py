@@ -76,7 +76,7 @@ def metavar(annotation: Any) -> str:
         return f"{metavar(get_args(kind)[0])} ..."
     if get_origin(kind) is Mapping:
         return "JSON"
-    return {bool: "[true|false]", str: "TEXT", Path: "PATH"}.get(kind, kind.__name__.upper())
+    return {bool: "[true|false]", str: "TEXT", Path: "PATH"}.get(kind) or str(kind.__name__).upper()
 
 
 def parse_value(annotation: Any, values: Sequence[str]) -> Any:

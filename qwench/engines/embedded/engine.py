@@ -39,12 +39,12 @@ from qwench.engines.protocol import (
     GenerateResult,
     MemoryTag,
     Portion,
-    WeightBucket,
     WeightReceipt,
 )
 from qwench.errors import EngineError
 from qwench.models.architecture import Architecture, architecture_from_config
 from qwench.models.hf import is_fp8_checkpoint, load_hf_config, load_tokenizer, stop_token_ids
+from qwench.wire.portions import WeightBucket
 
 QUIET_TURNS = 10
 """Turns of the event loop without a new request after which an inline engine believes that no more will come now."""

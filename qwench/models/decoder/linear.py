@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 
 from torch import Tensor
 from torch.nn import functional
@@ -55,7 +54,8 @@ class Projection:
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return x [T, K] times each matrix, in one product if they are fused."""
         if len(self._matrices) == 1:
-            return self._matrices[0](x).split(self._sizes, dim=-1)
+            parts: tuple[Tensor, ...] = self._matrices[0](x).split(self._sizes, dim=-1)
+            return parts
         return tuple(matrix(x) for matrix in self._matrices)
 
 
@@ -65,10 +65,9 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     The matrix is halved in memory and in what decoding reads; the product is that with the weights that it stands for.
     """
     if x.is_cuda:
-        # Imported late on purpose: Triton exists only where CUDA (or ROCm) does.
-        kernel = import_module("qwench.models.decoder.linear_triton")
-        y: Tensor = kernel.fp8_linear(x, weight, scale)
-        return y
+        from qwench.models.decoder import linear_triton  # noqa: PLC0415  # Triton exists only where CUDA (or ROCm) does
+
+        return linear_triton.fp8_linear(x, weight, scale)
     return functional.linear(x, dequantize(weight, scale, x.dtype))
 
 

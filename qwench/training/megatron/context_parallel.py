@@ -113,13 +113,13 @@ def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
 
 def gather_keys(tokens: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return [cp * t, ...], all ranks' tokens [t, ...], rank after rank; gradients of all ranks' uses are summed."""
-    gathered: Tensor = _Gather.apply(tokens, group, True)
+    gathered: Tensor = _Gather.apply(tokens, group, True)  # type: ignore[no-untyped-call]  # torch does not annotate it
     return gathered
 
 
 def gather_results(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return [cp * t, ...] as `gather_keys` does, for uses that are the same on all ranks: a gradient is counted once."""
-    gathered: Tensor = _Gather.apply(values, group, False)
+    gathered: Tensor = _Gather.apply(values, group, False)  # type: ignore[no-untyped-call]  # torch does not annotate it
     return gathered
 
 

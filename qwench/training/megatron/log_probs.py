@@ -67,7 +67,7 @@ def parallel_log_probs(
         log-probs [n] float32; entropy [n] float32 or None. The gradient to `hidden` is this rank's share, of which the group's
         sum is the whole; that to `head_weight` is whole.
     """
-    outputs: tuple[Tensor, Tensor | None] = _ShardedHead.apply(
+    outputs: tuple[Tensor, Tensor | None] = _ShardedHead.apply(  # type: ignore[no-untyped-call]  # torch does not annotate it
         hidden, head_weight, labels, shard, temperature, chunk_tokens, with_entropy
     )
     return outputs

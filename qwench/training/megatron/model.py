@@ -219,10 +219,10 @@ def build_model(config: PretrainedConfig, layout: ParallelLayout, settings: Mode
         ConfigError: the model or the attention backend is not supported here.
     """
     varlen = uses_varlen_kernel(settings.attention_backend, device=device, dtype=settings.param_dtype)
-    model = PolicyModel(
+    model: PolicyModel = PolicyModel(
         transformer_config(config, layout, settings), architecture_from_config(config), layout, settings, varlen=varlen
-    )
-    return model.to(device)
+    ).to(device)
+    return model
 
 
 def local_parameters(model: PolicyModel, config: PretrainedConfig) -> list[tuple[WeightRule, nn.Parameter]]:

@@ -115,4 +115,5 @@ def _sum_gradients(models: Sequence[DistributedDataParallel], _num_tokens: Tenso
 
 
 def _device(model: DistributedDataParallel) -> torch.device:
-    return next(model.parameters()).device
+    parameter: Tensor = next(model.parameters())
+    return parameter.device

@@ -153,4 +153,5 @@ class HostCopies:
 def cut(buffer: Tensor, bucket: Sequence[Span]) -> Sequence[Tensor]:
     """Return one piece of a flat buffer for each span, back to back."""
     sizes = [span.stop - span.start for span in bucket]
-    return buffer[: sum(sizes)].split(sizes)
+    pieces: tuple[Tensor, ...] = buffer[: sum(sizes)].split(sizes)
+    return pieces

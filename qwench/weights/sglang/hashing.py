@@ -8,8 +8,6 @@ Source: SGLang 0.5.16, kernels/ops/memory/gpu_tensor_hash.py.
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -38,9 +36,9 @@ def sum_of_tiles(tensor: Tensor) -> Tensor:
     missing = -octets.numel() % 4
     words = (functional.pad(octets, (0, missing)) if missing else octets).view(torch.int32)
     if words.is_cuda:
-        # Imported late on purpose: Triton exists only where CUDA (or ROCm) does.
-        tiles: Tensor = import_module("qwench.weights.sglang.hashing_triton").tiles(words)
-        return tiles.sum()
+        from qwench.weights.sglang import hashing_triton  # noqa: PLC0415  # Triton exists only where CUDA (or ROCm) does
+
+        return hashing_triton.tiles(words, TILE_WORDS, (*SEEDS, *PLACE_FACTORS, *PLACE_TURNS, *MIX_FACTORS)).sum()
     total = torch.zeros((), dtype=torch.int64)
     step = TILE_WORDS * _TILES_AT_ONCE
     for start in range(0, words.numel(), step):

@@ -9,8 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwench.weights.sglang.hashing import MIX_FACTORS, PLACE_FACTORS, PLACE_TURNS, SEEDS, TILE_WORDS
-
 _BLOCK = 1024
 
 
@@ -61,13 +59,15 @@ def _tile_kernel(
     tl.store(tiles + program, (upper_sum << 32) | lower_sum)
 
 
-def tiles(words: Tensor) -> Tensor:
-    """Return [number of tiles] int64, the 64 bits of each tile of `words` [n] int32."""
-    num_tiles = -(-words.numel() // TILE_WORDS)
+def tiles(words: Tensor, tile_words: int, constants: tuple[int, ...]) -> Tensor:
+    """Return [number of tiles] int64, the 64 bits of each tile of `words` [n] int32.
+
+    Args:
+        constants: Two seeds, two place factors, two turns and two mix factors, as `hashing` names them.
+    """
+    num_tiles = -(-words.numel() // tile_words)
     found = torch.empty(num_tiles, dtype=torch.int64, device=words.device)
     if num_tiles:
         with torch.cuda.device(words.device):
-            _tile_kernel[(num_tiles,)](
-                words, found, words.numel(), TILE_WORDS, _BLOCK, *SEEDS, *PLACE_FACTORS, *PLACE_TURNS, *MIX_FACTORS
-            )
+            _tile_kernel[(num_tiles,)](words, found, words.numel(), tile_words, _BLOCK, *constants)
     return found

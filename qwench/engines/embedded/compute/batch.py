@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from qwench.engines.embedded.scheduling.scheduler import StepPlan
 
-IntArray = np.ndarray
+IntArray = npt.NDArray[np.integer]
 """int32, on the host."""
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import numpy as np
 import torch
 
@@ -116,8 +114,7 @@ class Runner:
 
     def _make_attention(self) -> Attention:
         if self._device.type == "cuda":
-            # Imported late on purpose: Triton exists only where CUDA (or ROCm) does.
-            cuda = import_module("qwench.engines.embedded.compute.attention_cuda")
-            attention: Attention = cuda.CudaAttention(self._settings.page_size, self._settings.resolved_dtype, self._device)
-            return attention
+            from qwench.engines.embedded.compute import attention_cuda  # noqa: PLC0415  # Triton exists only with CUDA or ROCm
+
+            return attention_cuda.CudaAttention(self._settings.page_size, self._settings.resolved_dtype, self._device)
         return TorchAttention(self._settings.page_size, self._settings.resolved_dtype, self._device)

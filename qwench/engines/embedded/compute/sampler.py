@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -59,7 +60,7 @@ def sampling_rows(requests: Sequence[RunningRequest]) -> SamplingRows:
     )
 
 
-def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+def uniform(seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
     """Return float64 numbers in [0, 1), a pure function of two uint64 each.
 
     Source: the finaliser of SplitMix64 (Steele, Lea, Flood 2014), applied to seed and position in turn.
@@ -150,7 +151,7 @@ def _locate(weights: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     return index.squeeze(-1), rest.squeeze(-1)
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2
     return x ^ (x >> np.uint64(31))
