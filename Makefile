@@ -28,6 +28,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/python tests/sizes.py
+	$(BIN)/python tests/structure.py
 	$(BIN)/mypy
 	$(PYTEST) tests/unit
 

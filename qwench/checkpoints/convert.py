@@ -21,9 +21,9 @@ from transformers import PretrainedConfig
 
 from qwench.checkpoints.formats.fp8 import QuantizedSource, StoredTensors
 from qwench.checkpoints.formats.iterations import POINTER, RELEASE, Iterations
+from qwench.checkpoints.formats.jobs import Job, Stream, read_ahead, share
 from qwench.checkpoints.formats.sources import Format, HfWeights, WeightSource, find_format, open_optimizer_state, open_weights
 from qwench.checkpoints.formats.targets import MASTERS, WEIGHTS, FsdpTarget, HfTarget, Target, TorchDistTarget
-from qwench.checkpoints.jobs import Job, Stream, read_ahead, share
 from qwench.checkpoints.run_state import RunState
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import TEMPORARY_SUFFIX, check_can_hold, is_occupied, nearest_existing, replace_folder, writing_back

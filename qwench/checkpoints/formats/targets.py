@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from qwench.checkpoints.formats.dcp_writer import DcpWriter, Written, write_metadata
+from qwench.checkpoints.formats.jobs import Job, Stream
 from qwench.checkpoints.formats.sources import MOMENTS, NUM_STEPS
 from qwench.checkpoints.formats.torch_dist import MASTER_PREFIXES, MOMENT_PREFIXES, write_common_files, write_extra_states
-from qwench.checkpoints.jobs import Job, Stream
 from qwench.models.hf import write_companions
 from qwench.models.megatron_names import rules, to_megatron
 from qwench.models.safetensors_files import SafetensorsWriter, TensorSpec

@@ -10,18 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from qwench.engines.embedded.scheduling.request import RunningRequest
+from qwench.engines.embedded.scheduling.uniform import uniform
 
 CDF_BLOCK = 128
 """Vocabulary entries of one block of the two-level inverse CDF: only one block per row is summed in float64."""
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,16 +55,6 @@ def sampling_rows(requests: Sequence[RunningRequest]) -> SamplingRows:
             for token in request.stop_ids
         ],
     )
-
-
-def uniform(seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
-    """Return float64 numbers in [0, 1), a pure function of two uint64 each.
-
-    Source: the finaliser of SplitMix64 (Steele, Lea, Flood 2014), applied to seed and position in turn.
-    """
-    with np.errstate(over="ignore"):
-        mixed = _mix(_mix(seeds + _GOLDEN) + (positions + np.uint64(1)) * _GOLDEN)
-    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def sample(logits_SV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
@@ -149,9 +136,3 @@ def _locate(weights: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     before = running.gather(-1, index) - weight
     rest = ((target - before) / weight).clamp(0.0, 1.0 - 2.0**-53)
     return index.squeeze(-1), rest.squeeze(-1)
-
-
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    x = (x ^ (x >> np.uint64(30))) * _MIX_1
-    x = (x ^ (x >> np.uint64(27))) * _MIX_2
-    return x ^ (x >> np.uint64(31))

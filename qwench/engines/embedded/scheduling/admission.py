@@ -7,9 +7,9 @@ import asyncio
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from qwench.engines.embedded.compute.sampler import uniform
 from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.embedded.scheduling.stopping import check_stop_strings, stop_ids_of
+from qwench.engines.embedded.scheduling.uniform import uniform
 from qwench.engines.protocol import GenerateRequest
 from qwench.errors import EngineError
 

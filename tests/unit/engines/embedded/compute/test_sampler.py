@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwench.engines.embedded.compute.sampler import CDF_BLOCK, SamplingRows, inverse_cdf, sample, truncate, uniform
+from qwench.engines.embedded.compute.sampler import CDF_BLOCK, SamplingRows, inverse_cdf, sample, truncate
+from qwench.engines.embedded.scheduling.uniform import uniform
 
 MASK = 2**64 - 1
 
