@@ -166,11 +166,10 @@ class Scheduler:
         followers, leader.followers = leader.followers, []
         num_full = len(leader.tokens) // self.pool.page_size
         num_partial = len(leader.pages) - num_full
-        forks = []
+        forks: list[RunningRequest] = []
         for follower in followers:
             if self.pool.num_free < num_partial:
-                self._requeue(follower)
-                continue
+                break
             follower.pages = leader.pages[:num_full]
             self.pool.retain(follower.pages)
             follower.epoch = leader.epoch
@@ -179,6 +178,8 @@ class Scheduler:
             self._grow(follower, num_partial)
             plan.page_copies.extend(zip(leader.pages[num_full:], follower.pages[num_full:], strict=True))
             forks.append(follower)
+        for follower in reversed(followers[len(forks) :]):
+            self._requeue(follower)
         return forks
 
     def _admit_next(self) -> RunningRequest | None:

@@ -1,4 +1,4 @@
-"""What the scheduler puts into a step; the forward pass is played by appending a token."""
+"""What the scheduler puts into a step; the forward pass is played by noting the tokens behind every key, and appending one."""
 
 from __future__ import annotations
 
@@ -29,16 +29,49 @@ def make_request(tokens, max_new_tokens=4):
     )
 
 
+class PlayedScheduler(Scheduler):
+    """Notes at each place of each page the tokens whose key it holds, and checks that every step reads its own."""
+
+    def __init__(self, pool, **options):
+        super().__init__(pool, **options)
+        self.contents = {}
+
+    def play(self, plan):
+        chunks = [(chunk.request, chunk.start, chunk.start + chunk.count) for chunk in plan.prefills]
+        for request, start, end in [*((one, len(one.tokens) - 1, len(one.tokens)) for one in plan.decodes), *chunks]:
+            for position in range(start, end):
+                self.contents[self._place(request, position)] = request.tokens[: position + 1]
+        for request, _, end in chunks:
+            self._check(request, end)
+        for source, target in plan.page_copies:
+            for slot in range(self.pool.page_size):
+                self.contents[target, slot] = self.contents.get((source, slot))
+        for request in plan.sampling:
+            self._check(request, len(request.tokens))
+
+    def _check(self, request, end):
+        for position in range(end):
+            assert self.contents[self._place(request, position)] == request.tokens[: position + 1]
+
+    def _place(self, request, position):
+        page = self.page_table[request.row, position // self.pool.page_size]
+        assert page == request.pages[position // self.pool.page_size] and 0 < page
+        return int(page), position % self.pool.page_size
+
+
 def make_scheduler(num_pages=65, *, page_size=4, max_running=8, chunk=100, prefix_cache=True):
     pool = PagePool(num_pages, page_size, prefix_cache=prefix_cache)
-    return Scheduler(pool, max_running=max_running, max_request_tokens=(num_pages - 1) * page_size, prefill_chunk_tokens=chunk)
+    most = (num_pages - 1) * page_size
+    return PlayedScheduler(pool, max_running=max_running, max_request_tokens=most, prefill_chunk_tokens=chunk)
 
 
 def step(scheduler):
     """Run one step, in which every sampled token is the number of tokens before it."""
     plan = scheduler.plan()
+    scheduler.play(plan)
     sampling = plan.sampling
     scheduler.commit(plan)
+    assert scheduler.num_running <= len(scheduler.page_table)
     for request in sampling:
         request.tokens.append(len(request.tokens))
     scheduler.finish([request for request in sampling if request.num_output == request.max_new_tokens])
@@ -106,29 +139,82 @@ def test_latest_is_preempted_when_pages_run_out_and_starts_again_with_its_tokens
     assert new.tokens == [5, 6, 7, *range(3, 15)]
 
 
-@settings(max_examples=60, deadline=None)
+def test_siblings_short_of_pages_wait_in_their_order_before_the_others_and_are_served():
+    scheduler = make_scheduler(num_pages=12, chunk=1, prefix_cache=False)
+    early = [make_request([20] * 3, 12) for _ in range(2)]
+    siblings, late = [make_request([21] * 10, 4) for _ in range(4)], make_request([22] * 9, 4)
+    for request in [*early, *siblings, late]:
+        scheduler.add(request)
+    for _ in range(13):
+        step(scheduler)
+    assert siblings[0].num_output == 1
+    assert scheduler.unfinished()[:4] == [*siblings[1:], late] and scheduler.num_waiting == 4
+    serve_all(scheduler)
+    assert [request.num_output for request in [*early, *siblings, late]] == [12] * 2 + [4] * 5
+
+
+def test_a_preempted_prefill_waits_with_its_siblings_in_their_order():
+    scheduler = make_scheduler(num_pages=13, chunk=1, prefix_cache=False)
+    early, siblings = [make_request([20] * 3, 20) for _ in range(2)], [make_request([21] * 14, 2) for _ in range(4)]
+    for request in [*early, *siblings]:
+        scheduler.add(request)
+    assert sum(step(scheduler)[0].num_preempted for _ in range(17)) == 1
+    assert scheduler.unfinished() == [*siblings, *early] and scheduler.num_waiting == 4
+    assert all((request.num_computed, request.pages, request.followers) == (0, [], []) for request in siblings)
+    serve_all(scheduler)
+    assert [request.num_output for request in [*early, *siblings]] == [20] * 2 + [2] * 4
+
+
+def serve_all(scheduler, removed=()):
+    """Run until nothing is left; `removed` are (step, request) to take out on the way."""
+    for steps in range(3000):
+        for at, request in removed:
+            if at == steps and request in scheduler.unfinished():
+                scheduler.remove(request)
+        if not scheduler.unfinished():
+            return
+        step(scheduler)
+    raise AssertionError("some request is never served")
+
+
+jobs_of_all_kinds = st.lists(
+    st.tuples(st.integers(1, 20), st.integers(0, 2), st.integers(1, 12), st.integers(1, 4), st.integers(0, 12)),
+    min_size=1,
+    max_size=8,
+)
+"""Prompt length, which prompt, new tokens, copies, and the step at which the last copy is removed: 0 for none."""
+
+
+@st.composite
+def siblings_in_little_room(draw):
+    """Siblings behind a long prefill, and requests that take the pages meanwhile: (jobs, pages, running, chunk)."""
+    early = [(draw(st.integers(1, 8)), 0, draw(st.integers(8, 14)), draw(st.integers(1, 3)), 0)]
+    length, copies = draw(st.integers(5, 16)), draw(st.integers(2, 5))
+    jobs = [*early, (length, 1, draw(st.integers(1, 8)), copies, draw(st.integers(0, 12)))]
+    least = max((length + 8 + 3) // 4, (8 + 14 + 3) // 4)
+    return jobs, draw(st.integers(least + 1, least + 8)), 8, draw(st.integers(1, 3))
+
+
 @given(
-    st.lists(st.tuples(st.integers(1, 20), st.integers(0, 2), st.integers(1, 12), st.integers(0, 6)), min_size=1, max_size=12),
-    st.integers(9, 30),
-    st.integers(1, 5),
-    st.integers(1, 30),
+    st.one_of(
+        st.tuples(jobs_of_all_kinds, st.integers(9, 30), st.integers(1, 8), st.integers(1, 30)), siblings_in_little_room()
+    ),
     st.booleans(),
 )
-def test_every_request_ends_with_its_tokens_and_all_pages_come_back(jobs, num_pages, max_running, chunk, prefix_cache):
+@settings(max_examples=200, deadline=None)
+def test_every_request_ends_with_its_tokens_and_all_pages_come_back(scene, prefix_cache):
+    jobs, num_pages, max_running, chunk = scene
     scheduler = make_scheduler(num_pages, max_running=max_running, chunk=chunk, prefix_cache=prefix_cache)
-    requests = [(make_request([20 + kind] * length, new), life) for length, kind, new, life in jobs]
-    for request, _ in requests:
+    requests, removed = [], []
+    for length, kind, new, copies, at in jobs:
+        requests += [make_request([20 + kind] * length, new) for _ in range(copies)]
+        removed += [(at, requests[-1])] if at else []
+    for request in requests:
         scheduler.add(request)
-    for steps in range(3000):
-        if not scheduler.unfinished():
-            break
-        for request, life in requests:
-            if life == 1 and steps == 2 and request in scheduler.unfinished():
-                scheduler.remove(request)
-        plan, _ = step(scheduler)
-        assert sum(chunk_.count for chunk_ in plan.prefills) <= chunk
-    assert scheduler.unfinished() == [] and scheduler.num_running == 0
+    serve_all(scheduler, removed)
+    assert scheduler.unfinished() == [] and scheduler.num_running == scheduler.num_waiting == 0
     assert scheduler.pool.num_free == num_pages - 1
-    for (request, life), (length, _, new, _) in zip(requests, jobs, strict=True):
-        if life != 1:
-            assert request.tokens[length:] == list(range(length, length + new))
+    for request in requests:
+        if request not in [one for _, one in removed]:
+            length = request.num_prompt
+            assert request.tokens[length:] == list(range(length, length + request.max_new_tokens))
