@@ -117,13 +117,15 @@ class FakeEngine:
         self.closed = True
 
     async def _write(self, context: str, request: GenerateRequest) -> tuple[str, FinishReason]:
-        """Write one character a tick and look for an abort between them."""
+        """Wait the ticks, write one character a tick, and look for an abort at each of them."""
         aborted = self._aborted[request.request_id]
         ticks = self._ticks(context, request)
         full, reason = _cut(self._reply(context, request), request)
         if ticks is None:
             await aborted.wait()
         for _ in range(ticks or 0):
+            if aborted.is_set():
+                break
             await asyncio.sleep(0)
         for written in range(len(full)):
             if aborted.is_set():

@@ -22,6 +22,7 @@ def test_truncated_importance_clamps_to_its_bounds():
 
 def test_icepop_drops_what_is_outside_its_bounds():
     assert icepop(LOG_RATIO, low=0.6, high=2.0).tolist() == [0.0, 1.0, 0.0]
+    assert icepop(torch.zeros(1), low=1.0, high=2.0).tolist() == icepop(torch.zeros(1), low=0.5, high=1.0).tolist() == [1.0]
     assert icepop(LOG_RATIO, low=0.4, high=5.0).tolist() == pytest.approx([0.5, 1.0, 3.0])
 
 
@@ -48,15 +49,17 @@ def test_effective_sample_ratio_is_one_on_policy_and_falls_with_uneven_weights()
 
 
 def test_off_policy_masking_needs_a_negative_advantage_and_a_drift_above_delta():
-    old = torch.tensor([0.2, 0.0, 0.2, 0.0, -0.2, 0.0])
-    new = torch.zeros(6, requires_grad=True)
-    advantages = torch.tensor([-1.0, -1.0, 1.0, 1.0, -1.0, -1.0])
+    old = torch.tensor([-0.5, -1.0, -0.5, -1.0, -1.5, -1.0])
+    new = torch.tensor([-1.0, -1.0, -1.0, -1.0, -1.0, -1.0], requires_grad=True)
     ids = torch.tensor([0, 0, 1, 1, 2, 2])
     mask = torch.ones(6, dtype=torch.bool)
-    # Drifts (mean of old - new): 0.1, 0.1, -0.1.
-    found = off_policy_sequences(new, old, advantages, mask, ids, delta=0.05)
+    # Drifts (mean of old - new): 0.25, 0.25, -0.25.
+    advantages = torch.tensor([-1.0, -1.0, 1.0, 0.0, -1.0, -1.0])
+    found = off_policy_sequences(new, old, advantages, mask, ids, delta=0.125)
     assert found.tolist() == [True, True, False, False, False, False]
-    assert not off_policy_sequences(new, old, advantages, mask, ids, delta=0.15).any()
+    assert not off_policy_sequences(new, old, advantages, mask, ids, delta=0.25).any()
+    back = off_policy_sequences(old, new.detach(), advantages, mask, ids, delta=0.125)
+    assert back.tolist() == [False, False, False, False, True, True]
 
 
 def test_off_policy_drift_ignores_masked_tokens():

@@ -62,5 +62,10 @@ def slow_plain(sample: Sample) -> float:
     return 1.0
 
 
+async def slow_group(samples: Sequence[Sample]) -> list[float]:
+    await asyncio.sleep(60)
+    return [1.0] * len(samples)
+
+
 async def signature_of_slime(args: object, sample: Sample, **kwargs: object) -> float:
     return 1.0

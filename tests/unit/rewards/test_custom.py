@@ -66,6 +66,12 @@ def test_late_function_gets_timeout(name: str) -> None:
     assert grade(name, timeout_s=0.1) == Verdict(score=0.0, reason="timeout")
 
 
+def test_late_group_reward_gives_every_sample_a_timeout() -> None:
+    pool = pool_for("slow_group", key="helpful", timeout_s=0.1)
+    verdicts = asyncio.run(pool.grade_group([finished("a"), finished("b"), finished("c")]))
+    assert verdicts == [Verdict(score=0.0, reason="timeout")] * 3
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qwench.rewards import latex, mathd
 from qwench.rewards.answers import last_box
-from qwench.rewards.expressions import MAX_ANSWER_CHARS, Question, compare
+from qwench.rewards.expressions import MAX_ANSWER_CHARS, Question, compare, normal_expression
 from qwench.rewards.integers import as_integer
 from qwench.rewards.sympy_grader import settle
 
@@ -55,6 +55,27 @@ def test_last_box_holds_what_was_boxed(text: str) -> None:
         assert last_box(f"\\boxed{{1}} and \\boxed{{{text}}} end }}") == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [
+        ("34", None),
+        ("", None),
+        (r"\boxed", None),
+        (r"\boxed 34", None),
+        (r"\boxed 3{4}", None),
+        ("12345{6}", None),
+        (r"\boxed{34", None),
+        (r"\boxed{1} then \boxed{34", None),
+        (r"\boxed{1} then \boxed 34", None),
+        (r"\boxed{}", ""),
+        (r"\boxed{34}", "34"),
+        (r"\boxed{\frac{1}{2}}}", r"\frac{1}{2}"),
+    ],
+)
+def test_last_box_is_the_text_within_its_braces_or_none(text: str, held: str | None) -> None:
+    assert last_box(text) == held
+
+
 def balanced(text: str) -> bool:
     depth = 0
     for char in text:
@@ -88,6 +109,37 @@ def test_mathd_normal_form(answer: str, form: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("answer", "form"),
+    [
+        (r"\text{Seven Apples}", "sevenapples"),
+        ("{x+1}", "x+1"),
+        ("{x+1", "x+1"),
+        (r"{\pi/4}", "pi/4"),
+        (r"1,\! 000", "1000"),
+        ("034.0", "34"),
+        ("3 1/2", "3+1/2"),
+        ("- 5", "-5"),
+        (r"\$5", "5"),
+        ("5 million", "5*10^6"),
+        ("5 billion", "5*10^9"),
+        ("5 trillion", "5*10^12"),
+        ("1 or 2", "1,2"),
+        ("1 and 2", "1,2"),
+        ("50%", "50"),
+        (r"50\%", "50"),
+        ("12 feet^2", "12"),
+        (r"90^{\circ}", "90"),
+        ("X + Y", "x+y"),
+        (r"2\frac{1}{2}", "2+1/2"),
+        (r"\frac{1}", r"\frac1"),
+        (r"\sqrt", r"\sqrt"),
+    ],
+)
+def test_normal_expression(answer: str, form: str) -> None:
+    assert normal_expression(answer) == form
+
+
+@pytest.mark.parametrize(
     ("source", "expression"),
     [
         (r"\frac{1}{2}", "1/2"),
@@ -115,6 +167,11 @@ def test_answers_beyond_the_length_limit_are_right_only_as_the_label_itself() ->
     long = "+".join(["1"] * MAX_ANSWER_CHARS)
     assert compare(long, long).score == 1.0  # type: ignore[union-attr]  # the same text is no question
     assert compare(long, "x").reason == "unparseable"  # type: ignore[union-attr]  # too long to be one
+
+
+def test_more_than_two_letters_are_prose() -> None:
+    assert compare("x+y+1", "1+y+x") == Question(pairs=(("x+y+1", "1+y+x"),))
+    assert compare("x+y+z", "z+y+x").reason == "wrong"  # type: ignore[union-attr]  # prose is no question
 
 
 @pytest.mark.parametrize("code", ["__import__('os').getcwd()", "open('/etc/passwd')", "exit()", "().__class__"])

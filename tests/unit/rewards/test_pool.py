@@ -15,10 +15,11 @@ import pytest
 
 from qwench.config.sections.reward import RewardConfig
 from qwench.errors import ConfigError, RewardError
+from qwench.rewards.expressions import Question
 from qwench.rewards.pool import RewardPool
 from qwench.rewards.registry import build_pool
-from qwench.rewards.scores import pick_score
 from qwench.rewards.spec import RewardSpec
+from qwench.rewards.worker_process import WorkerProcess
 from qwench.samples import Prompt, Verdict
 from tests.unit.rewards.samples import finished
 
@@ -105,6 +106,13 @@ def test_close_ends_the_workers_and_a_grading_under_way() -> None:
         os.kill(pid, 0)
     assert bystander.poll() is None
     bystander.communicate(b"\n")
+
+
+def test_a_stopped_worker_starts_no_process() -> None:
+    worker = WorkerProcess(timeout_s=30.0)
+    worker.stop()
+    verdict = worker.settle(Question(pairs=(("x+1", "1+x"),)))
+    assert (verdict.reason, verdict.extra, worker._process) == ("grader_error", {"error": "the reward pool was closed"}, None)
 
 
 def test_pool_works_in_a_script_without_a_main_guard(tmp_path: Path) -> None:
@@ -205,12 +213,3 @@ def test_random_reward_is_fixed_by_the_sample_id_and_near_one_half(pool: RewardP
     first, second = (asyncio.run(pool.grade_group(samples)) for _ in range(2))
     assert first == second
     assert 160 <= sum(verdict.score for verdict in first) <= 240  # 200 +- 4 standard deviations
-
-
-def test_reward_key_picks_a_number_of_the_record() -> None:
-    verdict = Verdict(score=-1.0, reason="wrong", extra={"score": -1.0, "acc": False, "pred": "3"})
-    assert pick_score(verdict, None).score == -1.0
-    assert pick_score(verdict, "score").score == -1.0
-    assert pick_score(verdict, "acc").score == 0.0
-    with pytest.raises(RewardError, match="known: score, acc"):
-        pick_score(verdict, "pred")

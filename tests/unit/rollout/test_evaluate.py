@@ -41,8 +41,8 @@ def test_score_is_the_plain_mean_and_sets_are_apart():
 
 
 def test_response_that_could_not_be_graded_counts_as_zero_and_is_reported():
-    metrics = run([eval_set("s", "ab")], lambda s: Verdict(score=1.0, reason="timeout") if s.prompt.text == "a" else 1.0)
-    assert (metrics["eval/s"], metrics["eval/s-none_reward_ratio"]) == (0.5, 0.5)
+    metrics = run([eval_set("s", "abcd")], lambda s: Verdict(score=1.0, reason="timeout") if s.prompt.text == "a" else 1.0)
+    assert (metrics["eval/s"], metrics["eval/s-none_reward_ratio"]) == (0.75, 0.25)
 
 
 def test_truncated_responses_are_reported():

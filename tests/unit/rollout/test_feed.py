@@ -60,6 +60,16 @@ def test_finished_groups_are_kept_unless_masking_leaves_them_nothing_to_train_on
     assert prompts_of(feed.state().unfinished) == kept
 
 
+def test_a_half_finished_group_is_kept_when_its_earlier_tokens_leave_the_loss():
+    feed = GroupFeed(letters_source(), mask_off_policy=True)
+    half = group("z", size=2, group_id=102)
+    half.samples[0].append([ord("x")], log_probs=[-1.0], version=2)
+    half.samples[0].status, half.samples[1].status = Status.COMPLETED, Status.ABORTED
+    feed.put_back([half])
+    (kept,) = feed.state().unfinished
+    assert [sample.status for sample in kept.samples] == [Status.COMPLETED, Status.ABORTED]
+
+
 def test_state_survives_json():
     feed = GroupFeed(letters_source())
     feed.next_groups(2)

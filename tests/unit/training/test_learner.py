@@ -90,6 +90,16 @@ def test_old_log_probs_are_computed_only_when_they_differ_from_the_updates_own(g
     assert ("rollout/log_probs" in learned.metrics) == recomputed
 
 
+def test_passes_without_a_gradient_have_their_own_token_cap():
+    caps = {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 20, "log_probs_max_tokens_per_gpu": 10**6}
+    rollout = _rollout()
+    backend, _ = _learn(rollout, training=caps, use_kl_loss=True)
+    assert [call for call in backend.calls if call in ("log_probs", "update")] == ["log_probs", "update"]
+    total = sum(len(sample.tokens) for sample in rollout.samples)
+    assert total > 2 * 20
+    assert backend.num_micro_batches[0] == 1 and backend.num_micro_batches[1] >= total / 20
+
+
 def test_kl_in_the_reward_needs_both_policies_log_probs():
     flags = {"advantage_estimator": "reinforce_plus_plus", "normalize_advantages": True, "kl_coef": 0.1}
     backend, _ = _learn(_rollout(), **flags)

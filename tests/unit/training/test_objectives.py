@@ -121,22 +121,39 @@ VARIANTS = {
     "unbiased_kl": {"use_kl_loss": True, "kl_loss_coef": 0.3, "kl_loss_type": "k3", "use_unbiased_kl": True},
     "entropy": {"entropy_coef": 0.2},
     "opsm": {"use_opsm": True, "opsm_delta": 0.01},
+    "opsm_with_engine_log_probs_as_old": {"use_opsm": True, "opsm_delta": 0.01, "use_rollout_logprobs": True},
 }
+RATIO_OF_OLD = {"clip_higher_dual_clip", "gspo", "opsm", "unbiased_kl"}
+"""Without old log-probs their ratios are 1: nothing is clipped, dropped or weighted."""
+CASES = [(name, with_old) for with_old in (True, False) for name in VARIANTS if with_old or name not in RATIO_OF_OLD]
 
 
-@pytest.mark.parametrize("with_old", [True, False], ids=["old", "no_old"])
-@pytest.mark.parametrize("name", VARIANTS)
+def _case(name, with_old):
+    """Return a variant's config, its batch, the current log-probs and the entropy."""
+    config, batch = AlgorithmConfig(**VARIANTS[name]), _batch(seed=1, with_old=with_old)
+    return config, batch, _current(batch), 1.7 if config.entropy_coef else None
+
+
+@pytest.mark.parametrize(("name", "with_old"), CASES)
 def test_policy_loss_and_metrics_equal_a_loop_over_tokens(name, with_old):
-    config = AlgorithmConfig(**VARIANTS[name])
-    batch = _batch(with_old=with_old)
-    current = _current(batch)
-    entropy = 1.7 if config.entropy_coef else None
+    config, batch, current, entropy = _case(name, with_old)
     loss, metrics = _evaluate(config, batch, current, [[0, 1, 2, 3]], entropy_value=entropy)
     expected = _plain(config, batch, current, entropy)
     assert loss == pytest.approx(expected["loss"], rel=1e-5, abs=1e-6)
     if entropy is not None:
         expected["entropy_loss"] = entropy * sum(float(weights.sum()) for weights in batch.loss_weights)
     assert metrics == pytest.approx({metric: expected[metric] for metric in metrics}, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("with_old", [True, False], ids=["old", "no_old"])
+def test_every_variant_computes_something_else(with_old):
+    results = []
+    for name in (name for name, old in CASES if old == with_old):
+        config, batch, current, entropy = _case(name, with_old)
+        results.append(_evaluate(config, batch, current, [[0, 1, 2, 3]], entropy_value=entropy))
+        fractions = [value for metric, value in results[-1][1].items() if metric in ("opsm_clipfrac", "tis_clipfrac")]
+        assert all(fraction > 0 for fraction in fractions) or config.get_mismatch_metrics, name
+    assert all(results.count(result) == 1 for result in results)
 
 
 def test_metrics_are_those_the_flags_ask_for():

@@ -213,6 +213,18 @@ def test_what_sleeps_is_what_is_on_the_device_besides_the_weights():
     assert sum(tensor.nbytes for tensor in optimizer.device_tensors()) == 508 * 8
 
 
+def test_the_state_of_an_optimizer_that_was_never_reset_resets_one_that_has_stepped():
+    never_reset = HostAdam(_groups(_params()), **_CONSTANTS)
+    optimizer, params = _trained(dtype=torch.bfloat16)
+    stepped = [param.detach().clone() for param in params]
+    optimizer.load_state_dict(never_reset.state_dict())
+    for param, value in zip(params, stepped, strict=True):
+        state = optimizer.state[param]
+        assert torch.equal(param, value) and torch.equal(state["master_param"], value.float())
+        assert not state["exp_avg"].any() and not state["exp_avg_sq"].any() and state["step"] == 0
+    assert [group["step"] for group in optimizer.param_groups] == [0, 0]
+
+
 def test_parameters_may_be_replaced_before_a_state_without_parameters_is_loaded():
     """As megatron-core's DistributedOptimizer does: it takes the optimizer of whole parameters, and gives it its shards."""
     whole, shards = _params(), _params([(64,), (9,)], torch.bfloat16)

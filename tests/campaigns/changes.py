@@ -1,0 +1,167 @@
+"""The small changes that `mutations.py` makes: what they are called, and the node that takes the old one's place."""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections.abc import Iterator
+
+Change = tuple[str, ast.AST | None]
+"""The kind and the new node; None removes a statement."""
+
+_COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
+    ast.Lt: (ast.LtE, ast.GtE),
+    ast.LtE: (ast.Lt, ast.Gt),
+    ast.Gt: (ast.GtE, ast.LtE),
+    ast.GtE: (ast.Gt, ast.Lt),
+    ast.Eq: (ast.NotEq,),
+    ast.NotEq: (ast.Eq,),
+    ast.Is: (ast.IsNot,),
+    ast.IsNot: (ast.Is,),
+    ast.In: (ast.NotIn,),
+    ast.NotIn: (ast.In,),
+}
+_ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+}
+_NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "sorted": "list", "reversed": "list"}
+_CALLS_WITHOUT_MEANING = ("_log", "logger", "_logger", "log", "logging", "warnings")
+
+
+def code_of(tree: ast.AST) -> Iterator[ast.AST]:
+    """Return the nodes that compute: no annotations, no messages of errors, no log lines."""
+    yield tree
+    for field, value in ast.iter_fields(tree):
+        silent = field in ("annotation", "returns", "decorator_list", "msg") or (field == "exc" and isinstance(tree, ast.Raise))
+        if silent or (isinstance(tree, ast.Assign) and _is_alias(tree)):
+            continue
+        for node in value if isinstance(value, list) else [value]:
+            if isinstance(node, ast.AST) and not (isinstance(node, ast.Expr) and _says_something(node.value)):
+                yield from code_of(node)
+
+
+def _is_alias(node: ast.Assign) -> bool:
+    """Tell whether a statement names a type, as `Loss = Callable[..., Tensor]`."""
+    target, value = node.targets[0], node.value
+    return (
+        isinstance(value, ast.Subscript) and isinstance(target, ast.Name) and target.id[0].isupper() and not target.id.isupper()
+    )
+
+
+def changes_of(node: ast.AST) -> Iterator[Change]:
+    """Return the changes of one node, always in the same order."""
+    yield from _of_operators(node)
+    yield from _of_conditions(node)
+    yield from _of_calls(node)
+    yield from _of_statements(node)
+
+
+def _changed(node: ast.AST, **fields: object) -> ast.AST:
+    result = copy.copy(node)
+    for name, value in fields.items():
+        setattr(result, name, value)
+    return result
+
+
+def _of_operators(node: ast.AST) -> Iterator[Change]:
+    match node:
+        case ast.Compare(ops=[first, *rest]):
+            for turned in _COMPARISONS[type(first)]:
+                yield "comparison", _changed(node, ops=[turned(), *rest])
+        case ast.BinOp(op=operator, left=left) if type(operator) in _ARITHMETIC and not _is_text(left):
+            yield "arithmetic", _changed(node, op=_ARITHMETIC[type(operator)]())
+        case ast.AugAssign(op=operator) if type(operator) in _ARITHMETIC:
+            yield "arithmetic", _changed(node, op=_ARITHMETIC[type(operator)]())
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            yield "sign", operand
+        case ast.Constant(value=bool(value)):
+            yield "constant", _changed(node, value=not value)
+        case ast.Constant(value=int(value)):
+            yield "off by one", _changed(node, value=value + 1)
+        case ast.Constant(value=float(value)):
+            yield "constant", _changed(node, value=2 * value + 1.0)
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def _of_conditions(node: ast.AST) -> Iterator[Change]:
+    match node:
+        case ast.If(test=test) | ast.IfExp(test=test) if not _is_type_checking(test):
+            yield "negated condition", _changed(node, test=_negated(test))
+        case ast.BoolOp(op=operator):
+            yield "and/or", _changed(node, op=ast.Or() if isinstance(operator, ast.And) else ast.And())
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            yield "dropped not", operand
+        case ast.comprehension(ifs=[first, *rest]):
+            yield "dropped filter", _changed(node, ifs=rest)
+            yield "negated filter", _changed(node, ifs=[_negated(first), *rest])
+
+
+def _is_type_checking(test: ast.expr) -> bool:
+    return isinstance(test, ast.Name) and test.id == "TYPE_CHECKING"
+
+
+def _negated(test: ast.expr) -> ast.expr:
+    return ast.UnaryOp(op=ast.Not(), operand=test)
+
+
+def _of_calls(node: ast.AST) -> Iterator[Change]:
+    match node:
+        case ast.Call(func=ast.Name(id=name)) if name in _NAMES:
+            yield name, _changed(node, func=ast.Name(id=_NAMES[name], ctx=ast.Load()), keywords=_kept(node))
+        case ast.Call(args=[first, second, *rest]) if not _says_something(node):
+            yield "swapped arguments", _changed(node, args=[second, first, *rest])
+    match node:
+        case ast.keyword(arg="reverse", value=value):
+            yield "reverse", _changed(node, value=_negated(value))
+
+
+def _kept(call: ast.Call) -> list[ast.keyword]:
+    return [] if isinstance(call.func, ast.Name) and call.func.id == "sorted" else call.keywords
+
+
+def _of_statements(node: ast.AST) -> Iterator[Change]:
+    match node:
+        case ast.Return(value=ast.expr() as value) if not (isinstance(value, ast.Constant) and value.value is None):
+            yield "dropped return", _changed(node, value=ast.Constant(value=None))
+        case ast.Expr(value=ast.Call() | ast.Await(value=ast.Call())) if not _says_something(node.value):
+            yield "removed line", ast.Pass()
+        case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]) | ast.AugAssign() | ast.Delete():
+            yield "removed line", ast.Pass()
+        case ast.Raise():
+            yield "dropped raise", ast.Pass()
+        case ast.Break():
+            yield "break", ast.Continue()
+        case ast.Continue():
+            yield "continue", ast.Break()
+        case ast.With(items=[item], body=body) if item.optional_vars is None:
+            yield "removed with", ast.If(test=ast.Constant(value=1), body=body, orelse=[])
+        case ast.AsyncWith(items=[item], body=body) if item.optional_vars is None:
+            yield "removed with", ast.If(test=ast.Constant(value=1), body=body, orelse=[])
+        case ast.Try(finalbody=[_, *_]):
+            yield "removed finally", _without_finally(node)
+
+
+def _without_finally(node: ast.Try) -> ast.AST:
+    if node.handlers:
+        return _changed(node, finalbody=[])
+    return ast.If(test=ast.Constant(value=1), body=node.body, orelse=[])
+
+
+def _says_something(call: ast.AST) -> bool:
+    """Tell whether a call logs or warns: its words are not tested."""
+    while isinstance(call, ast.Await):
+        call = call.value
+    target = call.func if isinstance(call, ast.Call) else call
+    while isinstance(target, ast.Attribute):
+        target = target.value
+    return isinstance(target, ast.Name) and target.id in _CALLS_WITHOUT_MEANING

@@ -1,0 +1,56 @@
+"""What meta.json notices: files that are missing or are not as they were written."""
+
+from pathlib import Path
+
+import pytest
+
+from qwench.checkpoints.manifest import read_manifest, write_manifest
+from qwench.errors import CheckpointError
+
+HASHED_BYTES = 16 * 1024 * 1024
+
+
+def _folder(tmp_path: Path, size: int) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "shard").write_bytes(bytes(size))
+    write_manifest(tmp_path, {"iteration": 3})
+    return tmp_path / "model" / "shard"
+
+
+def _change_last_byte(file: Path) -> None:
+    with file.open("r+b") as stream:
+        stream.seek(-1, 2)
+        stream.write(b"x")
+
+
+@pytest.mark.parametrize("size", [1, 40_000, HASHED_BYTES])
+def test_one_changed_byte_is_found(tmp_path: Path, size: int):
+    file = _folder(tmp_path, size)
+    content = read_manifest(tmp_path)
+    assert content["iteration"] == 3 and content["files"]["model/shard"]["size"] == size
+    _change_last_byte(file)
+    with pytest.raises(CheckpointError, match=r"model/shard has sha256 \w+, not \w+ as written"):
+        read_manifest(tmp_path)
+
+
+def test_only_the_size_of_a_larger_file_is_compared(tmp_path: Path):
+    file = _folder(tmp_path, HASHED_BYTES + 1)
+    _change_last_byte(file)
+    assert read_manifest(tmp_path)["files"] == {"model/shard": {"size": HASHED_BYTES + 1}}
+    file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=f"model/shard has size 0, not {HASHED_BYTES + 1} as written"):
+        read_manifest(tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    _folder(tmp_path, 1).unlink()
+    with pytest.raises(CheckpointError, match="model/shard is missing"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "has no meta.json"), ("{", "cannot be read"), ("{}", "cannot be read")])
+def test_a_manifest_that_cannot_be_read_is_refused(tmp_path: Path, text: str | None, message: str):
+    if text is not None:
+        (tmp_path / "meta.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        read_manifest(tmp_path)

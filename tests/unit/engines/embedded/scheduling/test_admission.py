@@ -1,0 +1,97 @@
+"""What a request must satisfy, and the seed it gets."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from qwench.engines.embedded.scheduling.admission import Admission, eos_ids_of
+from qwench.engines.protocol import GenerateRequest, SamplingParams
+from qwench.errors import EngineError
+
+
+def admission(seed: int = 0) -> Admission:
+    return Admission(vocab_size=10, eos_ids=frozenset({9}), tokenizer=None, seed=seed)
+
+
+def accepted(admission: Admission, *, prompt=(1, 2, 3), room: int = 8, max_new_tokens: int = 4, **sampling):
+    request = GenerateRequest(
+        request_id="r", input_ids=list(prompt), sampling=SamplingParams(max_new_tokens=max_new_tokens, **sampling)
+    )
+
+    async def accept():
+        return admission.accept(request, max_request_tokens=room)
+
+    return asyncio.run(accept())
+
+
+def seeds(engine_seed: int, n: int = 4) -> list[int]:
+    one = admission(engine_seed)
+    return [accepted(one).seed for _ in range(n)]
+
+
+def test_requests_without_a_seed_draw_theirs_from_the_engines_seed_and_their_number():
+    assert seeds(5) == seeds(5)
+    drawn = [*seeds(5), *seeds(6), *seeds(7)]
+    assert len(set(drawn)) == 12
+    assert all(0 <= seed < 2**53 for seed in drawn) and max(drawn) > 2**40
+    assert seeds(5) == seeds(5 + 2**64) and seeds(-1) == seeds(2**64 - 1)
+
+
+def test_a_request_keeps_its_own_seed():
+    assert [accepted(admission(3), seed=seed).seed for seed in (0, 7, 2**64 + 7, -1)] == [0, 7, 7, 2**64 - 1]
+
+
+def test_the_response_is_bounded_by_the_room_behind_the_prompt():
+    one = accepted(admission(), room=5, max_new_tokens=4)
+    assert (one.tokens, one.num_prompt, one.max_new_tokens, one.stop_ids) == ([1, 2, 3], 3, 2, frozenset({9}))
+    assert accepted(admission(), room=7, max_new_tokens=3).max_new_tokens == 3
+    assert accepted(admission(), room=4).max_new_tokens == 1
+    with pytest.raises(EngineError, match=r"\(3 tokens\) leaves no room for a response: the engine holds 3 tokens"):
+        accepted(admission(), room=3)
+
+
+def test_only_accepted_requests_are_counted():
+    one = admission()
+    with pytest.raises(EngineError):
+        accepted(one, room=1)
+    accepted(one)
+    accepted(one)
+    assert one.num_accepted == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_new_tokens": 0}, "asks for 0 new tokens"),
+        ({"temperature": -0.1}, "has temperature -0.1"),
+        ({"temperature": float("nan")}, "has temperature nan"),
+        ({"top_p": 0.0}, "has top_p 0.0"),
+        ({"top_p": 1.1}, "has top_p 1.1"),
+        ({"min_p": -0.1}, "min_p -0.1"),
+        ({"min_p": 1.1}, "min_p 1.1"),
+        ({"prompt": ()}, "has an empty prompt"),
+        ({"prompt": (1, -1)}, r"token ids outside \[0, 10\)"),
+        ({"prompt": (10, 1)}, r"token ids outside \[0, 10\)"),
+        ({"stop": ("x",)}, "need a tokenizer"),
+    ],
+)
+def test_a_request_that_can_never_run_is_refused(fields: dict, message: str):
+    with pytest.raises(EngineError, match=message):
+        accepted(admission(), **fields)
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0.0}, {"top_p": 1.0}, {"min_p": 1.0}, {"min_p": 0.0}, {"prompt": (0, 9)}])
+def test_the_ends_of_the_allowed_ranges_are_accepted(fields: dict):
+    assert accepted(admission(), max_new_tokens=1, **fields).max_new_tokens == 1
+
+
+def test_end_of_sequence_ids_come_from_config_and_tokenizer():
+    def ids(config, tokenizer=None):
+        named = None if tokenizer is None else SimpleNamespace(eos_token_id=tokenizer)
+        return eos_ids_of(SimpleNamespace(eos_token_id=config), named)
+
+    assert ids(3) == {3} and ids([3, 4]) == {3, 4} and ids(None) == frozenset()
+    assert ids([3, 4], 5) == {3, 4, 5} and ids(None, 0) == {0}
