@@ -1,7 +1,7 @@
 """How many small changes of a module its tests notice. Run by hand; it prints the changes that no test noticed.
 
-    python tests/campaigns/mutations.py qwench/rewards/pool.py --sample 20
-    python tests/campaigns/mutations.py qwench/weights/publish.py --tests tests/contract/test_weight_transports.py
+    python -m tests.campaigns.mutations qwench/rewards/pool.py --sample 20
+    python -m tests.campaigns.mutations qwench/samples.py --tests tests/unit/rollout/test_groups.py
 
 The tests run on a copy of the tree. Every change runs in a fork of a process that has imported the heavy libraries.
 """
@@ -23,10 +23,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+import pytest
+
 from tests.campaigns.changes import changes_of, code_of
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "torch.distributed", "transformers", "pytest", "hypothesis", "sympy", "aiohttp", "fastapi", "uvicorn", "tyro")
+HEAVY = ("torch", "torch.distributed", "transformers", "hypothesis", "sympy", "aiohttp", "fastapi", "uvicorn", "tyro")
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,6 @@ def outcome(tests: list[str], timeout_s: float) -> tuple[bool, float]:
 
 
 def _run_tests(tests: list[str]) -> None:
-    import pytest
-
     code = 1
     try:
         os.setsid()

@@ -55,7 +55,7 @@ class PlayedScheduler(Scheduler):
 
     def _place(self, request, position):
         page = self.page_table[request.row, position // self.pool.page_size]
-        assert page == request.pages[position // self.pool.page_size] and 0 < page
+        assert page == request.pages[position // self.pool.page_size] and page > 0
         return int(page), position % self.pool.page_size
 
 
