@@ -169,6 +169,7 @@ def train(run: Run) -> None:
                 with rollouts.drained():
                     publish(run, learner, version=rollout_id + 1)
     evaluate_if_due(run, schedule.num_rollout)
+    run.checkpoints.finish()
 
 
 def generate(run: Run) -> None:

@@ -7,11 +7,16 @@ What still has a temporary name was never finished.
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from threading import Event
 
@@ -19,7 +24,60 @@ from qwench.errors import ConfigError
 
 TEMPORARY_SUFFIX = ".writing"
 """Ends the name of what is not complete yet; a later start may delete it."""
+LOCK = "qwench.lock"
+"""In a folder that one run at a time may write to. It holds who has it; the kernel releases it when that process ends."""
 _WRITE_BACK_PAUSE_S = 0.05
+
+
+class FolderLock:
+    """A folder that this process alone writes to, from construction to `release` or its end.
+
+    The lock is the kernel's (POSIX): a killed process leaves no lock behind, only the file. One process may take it twice.
+    """
+
+    def __init__(self, folder: Path, *, flag: str) -> None:
+        """Take the lock of `folder`, which exists.
+
+        Args:
+            flag: the flag that named the folder, for messages.
+
+        Raises:
+            ConfigError: another process has it; the message names host, process and start time.
+            OSError: the file cannot be written.
+        """
+        path = folder / LOCK
+        self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.release()
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise ConfigError(
+                    f"{flag} {folder} is in use by {_owner(path)}; give another folder, or end it first."
+                ) from error
+            raise
+        owner = {
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "since": datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(owner).encode() + b"\n", 0)
+
+    def release(self) -> None:
+        """Give the folder free for another process."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _owner(path: Path) -> str:
+    """Return who has the lock, as the file says; it may be read while it is written."""
+    try:
+        owner = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

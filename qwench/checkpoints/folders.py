@@ -7,6 +7,7 @@ empty folder or one with an equal identity is written to.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,31 +15,39 @@ from transformers import PretrainedConfig
 
 from qwench.checkpoints.formats.iterations import POINTER, Iterations
 from qwench.checkpoints.formats.sources import find_checkpoint, find_format, is_checkpoint, open_weights
-from qwench.checkpoints.manifest import META
+from qwench.checkpoints.manifest import META, read_manifest
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import CheckpointError, ConfigError
-from qwench.files import TEMPORARY_SUFFIX, write_atomically
+from qwench.files import LOCK, TEMPORARY_SUFFIX, FolderLock, write_atomically
 from qwench.models.hf import check_export_folder
 from qwench.samples import Json
 
 MARKER = "qwench_run.json"
 
 
-def check_save_folder(config: CheckpointConfig, identity: Mapping[str, Json]) -> None:
-    """Make sure that --save can be written to and belongs to this run, and mark it; nothing of others is touched.
+def open_save_folder(config: CheckpointConfig, identity: Mapping[str, Json]) -> FolderLock | None:
+    """Check --save, lock it, remove what a killed run left half-written, and mark it as this run's.
+
+    The leftovers go before anything is written: they may be what fills the disk.
 
     Raises:
-        ConfigError: it cannot be written to, holds files that are not ours, or another run's checkpoints.
+        ConfigError: it cannot be written to, another process has it, it holds files that are not ours, or another run's
+            checkpoints. Nothing of others is touched.
     """
     if config.save is None:
-        return
-    _check_export_folder(config)
+        return None
+    _check_export_folders(config)
     try:
         config.save.mkdir(parents=True, exist_ok=True)
         _check_ours(config.save, identity)
-        write_atomically(config.save / MARKER, json.dumps(dict(identity), indent=1) + "\n")
+        lock = FolderLock(config.save, flag="--save")
+        Iterations(config.save).clean()
+        content = json.dumps(dict(identity), indent=1) + "\n"
+        if not _holds(config.save / MARKER, content):
+            write_atomically(config.save / MARKER, content)
     except OSError as error:
         raise ConfigError(f"--save {config.save} cannot be written to ({error}); give another folder.") from error
+    return lock
 
 
 def check_load_folder(config: CheckpointConfig, identity: Mapping[str, Json]) -> None:
@@ -136,24 +145,70 @@ def hf_folder(template: str, rollout_id: int) -> Path:
         raise ConfigError(f"--save-hf {template!r} has a placeholder other than {{rollout_id}}; use only that one.") from error
 
 
-def _check_export_folder(config: CheckpointConfig) -> None:
-    """Refuse a --save-hf that would replace a model of the user's; with a placeholder, the first rollout's stands for all."""
-    if config.save_hf is not None:
-        try:
-            check_export_folder(hf_folder(config.save_hf, 0))
-        except CheckpointError as error:
-            raise ConfigError(f"--save-hf {config.save_hf}: {error}") from error
+def _check_export_folders(config: CheckpointConfig) -> None:
+    """Refuse a --save-hf that is --save, or that would replace what no export wrote, at any rollout."""
+    if config.save_hf is None:
+        return
+    first = hf_folder(config.save_hf, 0)
+    if is_save_folder(config, first):
+        raise ConfigError(f"--save and --save-hf name the same folder, {config.save}; give --save-hf one of its own.")
+    try:
+        for folder in {first, *_existing(config.save_hf)}:
+            check_export_folder(folder)
+    except CheckpointError as error:
+        raise ConfigError(f"--save-hf {config.save_hf}: {error}") from error
+
+
+def _existing(template: str) -> list[Path]:
+    """Return the folders that are there and that --save-hf will name at some rollout."""
+    pattern = re.compile(re.escape(template).replace(re.escape("{rollout_id}"), r"\d+"))
+    # Only the template's own parent is listed; a placeholder in a folder above it is checked when the export is written.
+    parent = Path(template).parent
+    paths = parent.iterdir() if parent.is_dir() else ()
+    return sorted(path for path in paths if pattern.fullmatch(str(path)))
 
 
 def _check_ours(folder: Path, identity: Mapping[str, Json]) -> None:
-    if (folder / MARKER).is_file():
-        check_identity(_read_marker(folder, flag="--save"), identity, what=f"--save {folder}")
+    written = _written_identity(folder)
+    if written is not None:
+        check_identity(written, identity, what=f"--save {folder}")
         return
-    foreign = sorted(path.name for path in folder.iterdir() if path.name != MARKER + TEMPORARY_SUFFIX)
+    own = {LOCK, MARKER + TEMPORARY_SUFFIX}
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in own)
     if foreign:
         raise ConfigError(
             f"--save {folder} holds files that are not of a Qwench run ({', '.join(foreign[:3])}); give an empty or new folder."
         )
+
+
+def _written_identity(folder: Path) -> Mapping[str, Json] | None:
+    """Return the identity of the run that wrote `folder`; None: no run of ours did.
+
+    The marker says it. Where that is damaged or lost, each checkpoint says it too.
+    """
+    try:
+        return _read_marker(folder, flag="--save") if (folder / MARKER).is_file() else _identity_of_newest(folder)
+    except ConfigError:
+        found = _identity_of_newest(folder)
+        if found is None:
+            raise
+        return found
+
+
+def _identity_of_newest(folder: Path) -> Mapping[str, Json] | None:
+    iterations = Iterations(folder)
+    for number in iterations.newest_first():
+        try:
+            identity = read_manifest(iterations.folder(number), with_content=False)["identity"]
+        except CheckpointError:
+            continue
+        if isinstance(identity, dict):
+            return identity
+    return None
+
+
+def _holds(path: Path, content: str) -> bool:
+    return path.is_file() and path.read_text(encoding="utf-8", errors="replace") == content
 
 
 def _read_marker(folder: Path, *, flag: str) -> Mapping[str, Json]:

@@ -11,25 +11,28 @@ command started again continues from --save.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import orjson
+from safetensors import SafetensorError
 
 from qwench.checkpoints.folders import (
     check_identity,
     check_load_folder,
-    check_save_folder,
     foreign_checkpoint,
     hf_folder,
     is_save_folder,
+    open_save_folder,
 )
 from qwench.checkpoints.formats.dcp_reader import METADATA, DcpFolder
 from qwench.checkpoints.formats.iterations import Iterations
 from qwench.checkpoints.manifest import read_manifest, write_manifest
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import CheckpointError, ConfigError
+from qwench.files import nearest_existing
 from qwench.observability.console import Console
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Json
@@ -102,9 +105,9 @@ class CheckpointManager:
         self._is_main = is_main
         self._barrier = barrier
         self._iterations = Iterations(config.save) if config.save is not None else None
+        self._failed_exports: list[str] = []
         check_load_folder(config, identity)
-        if is_main:
-            check_save_folder(config, identity)
+        self._lock = open_save_folder(config, identity) if is_main else None
 
     def restore(self, learner: SavesTraining, rollouts: SavesRollouts) -> int:
         """Load the newest whole checkpoint, if there is one, and return the id of the first rollout to do.
@@ -113,14 +116,14 @@ class CheckpointManager:
             CheckpointError: there are checkpoints, but all of them are damaged.
             ConfigError: the checkpoint is of another model or algorithm, or has no optimizer and --no-load-optim is not given.
         """
-        if self._is_main and self._iterations is not None:
-            self._iterations.clean()
         self._barrier()
         for source in self._sources():
             found = self._newest_whole(source)
             if found is not None:
                 iteration, meta = found
                 self._load(source.folder(iteration), meta, learner, rollouts)
+                if source is self._iterations:
+                    self._export_again(iteration - 1, learner)
                 return iteration
         foreign = foreign_checkpoint(self._config)
         if foreign is not None:
@@ -132,22 +135,33 @@ class CheckpointManager:
         return 0
 
     def save(self, next_rollout_id: int, learner: SavesTraining, rollouts: SavesRollouts) -> None:
-        """Write a checkpoint that resumes with `next_rollout_id`, then delete old ones; without --save do nothing.
+        """Write a checkpoint that resumes with `next_rollout_id`, delete old ones, then export; without --save do nothing.
 
         Raises:
-            CheckpointError: it could not be written; the checkpoints before it are untouched.
+            CheckpointError: it could not be written; the checkpoints before it are untouched, what was written is removed.
         """
         if self._iterations is None:
             return
         with self._timer.phase("save"), self._console.phase("save"):
             try:
-                # The export comes first: then a checkpoint never lacks the export that was to go with it.
-                self._export(next_rollout_id - 1, learner)
                 self._write(self._iterations, next_rollout_id, learner, rollouts)
             except OSError as error:
-                raise CheckpointError(
-                    f"checkpoint {next_rollout_id} could not be written to --save {self._config.save} ({error})."
-                ) from error
+                raise self._not_written(self._iterations, next_rollout_id, error) from error
+            self._export(next_rollout_id - 1, learner)
+
+    def finish(self) -> None:
+        """Give the folder free, and say at the end of a run which exports are missing.
+
+        Raises:
+            CheckpointError: an export of --save-hf failed; the checkpoints are whole.
+        """
+        if self._lock is not None:
+            self._lock.release()
+        if self._failed_exports:
+            raise CheckpointError(
+                f"--save-hf: {len(self._failed_exports)} exports failed, the last: {self._failed_exports[-1]}. The checkpoints "
+                f"in --save {self._config.save} are whole: `qwench convert` makes exports of them."
+            )
 
     def _sources(self) -> list[Iterations]:
         """Return where to look for what runs saved: the own folder first, because the same command may have run before."""
@@ -187,15 +201,39 @@ class CheckpointManager:
         rollouts.load_state_dict(json.loads((folder / _ROLLOUTS).read_bytes()))
 
     def _export(self, rollout_id: int, learner: SavesTraining) -> None:
-        """Write the Hugging Face folder of --save-hf; the other ranks only take part in gathering the weights."""
+        """Write the Hugging Face folder of --save-hf. A failure costs the export only: it is said now and at the end.
+
+        The other ranks only take part in gathering the weights.
+        """
         if self._config.save_hf is None or self._write_hf is None:
             return
         buckets = learner.weights(bucket_bytes=_EXPORT_BUCKET_BYTES)
+        folder = hf_folder(self._config.save_hf, rollout_id)
         if self._is_main:
-            self._write_hf(hf_folder(self._config.save_hf, rollout_id), buckets)
-        else:
-            for _ in buckets:
-                pass
+            try:
+                self._write_hf(folder, buckets)
+            except (OSError, CheckpointError, SafetensorError) as error:
+                self._failed_exports.append(f"{folder}: {error}{_room(folder)}")
+                self._console.say(f"warning: the export to --save-hf {self._failed_exports[-1]}")
+        for _ in buckets:  # gathering is collective: every rank goes to its end
+            pass
+
+    def _export_again(self, rollout_id: int, learner: SavesTraining) -> None:
+        """Write the export that a run killed after its checkpoint did not write."""
+        if self._config.save_hf is not None and not hf_folder(self._config.save_hf, rollout_id).exists():
+            self._export(rollout_id, learner)
+
+    def _not_written(self, iterations: Iterations, iteration: int, error: OSError) -> CheckpointError:
+        """Remove what was written of a checkpoint, and return the error that says so, with the room there is."""
+        temporary = iterations.temporary(iteration)
+        size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+        room = _room(temporary)
+        if self._is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return CheckpointError(
+            f"checkpoint {iteration} could not be written to --save {self._config.save} ({error}{room}, "
+            f"{_gib(size)} of it were written and are removed). Make room; the same command resumes from the checkpoint before."
+        )
 
     def _write(self, iterations: Iterations, iteration: int, learner: SavesTraining, rollouts: SavesRollouts) -> None:
         folder = iterations.temporary(iteration)
@@ -217,7 +255,7 @@ class CheckpointManager:
     def _prune(self, iterations: Iterations, newest: int) -> None:
         """Delete old checkpoints, once the newest was read back as it was written."""
         if self._config.keep_checkpoints is not None:
-            read_manifest(iterations.folder(newest))
+            read_manifest(iterations.folder(newest), with_content=False)
             iterations.prune(self._config.keep_checkpoints)
 
 
@@ -235,6 +273,18 @@ def _check_all_is_here(folder: Path) -> None:
             DcpFolder(metadata.parent)
         except CheckpointError as error:
             raise CheckpointError(f"{error} {advice}") from error
+
+
+def _room(place: Path) -> str:
+    """Return how much room the disk of `place` has, for messages; nothing where that cannot be told."""
+    try:
+        return f", {_gib(shutil.disk_usage(nearest_existing(place)).free)} free"
+    except OSError:
+        return ""
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.3f} GiB"
 
 
 def _to_json(state: Mapping[str, Json]) -> bytes:

@@ -1,51 +1,117 @@
-"""meta.json of a checkpoint: what it is, and the size and hash of every file, so that damage is found before loading."""
+"""meta.json of a checkpoint: what it is, and the size and CRC-32 of every file, so that damage is found before loading.
+
+Each trainer rank computes the CRC-32 of the tensor files that it wrote, while they are in the page cache, and leaves them in
+`__<rank>.crc32.json` beside the files (`note_checksums`). The driver takes them from there: it reads no tensor file that
+another rank, perhaps on another node, has written.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
+import os
+import zlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qwench import __version__
 from qwench.errors import CheckpointError
+from qwench.files import write_atomically
 from qwench.samples import Json
 
 META = "meta.json"
-_MAX_HASHED_BYTES = 16 * 1024**2
-"""Larger files (the tensors) are checked by size only: reading them twice would double the time of a resume."""
+_NOTES = ".crc32.json"
+_SELF = "crc32"
+_BLOCK_BYTES = 8 * 1024**2
+_MAX_THREADS = 16  # zlib releases the interpreter's lock; more threads than a disk serves gain nothing
+
+
+def note_checksums(folder: Path, files: Iterable[Path], *, rank: int) -> None:
+    """Write the CRC-32 of `files`, which lie in `folder` and were written by `rank`, beside them."""
+    sums = _checksums([path for path in files if path.is_file()])
+    notes = {path.name: value for path, value in sums.items()}
+    write_atomically(folder / f"__{rank}{_NOTES}", json.dumps(notes) + "\n")
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Json]) -> None:
-    """Write meta.json for everything that lies in `folder` now."""
-    files = {str(path.relative_to(folder)): _fingerprint(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    content = {"qwench_version": __version__, **facts, "files": files}
+    """Write meta.json for every file that lies in `folder` now."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    noted = _noted(paths)
+    sums = noted | _checksums([path for path in paths if path not in noted])
+    files: Json = {path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "crc32": sums[path]} for path in paths}
+    content: dict[str, Json] = {"qwench_version": __version__, **facts, "files": files}
+    content[_SELF] = _own_checksum(content)
     (folder / META).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def read_manifest(folder: Path) -> Mapping[str, Json]:
-    """Read meta.json after comparing every file with it.
+def read_manifest(folder: Path, *, with_content: bool = True) -> Mapping[str, Json]:
+    """Read meta.json and compare every file with it.
+
+    Args:
+        with_content: False: compare names and sizes only, which reads no file.
 
     Raises:
-        CheckpointError: the folder is not as it was written; the message says where.
+        CheckpointError: a file is missing, has another size or another CRC-32; the message names it.
     """
-    try:
-        content: Mapping[str, Json] = json.loads((folder / META).read_text(encoding="utf-8"))
-        files: Mapping[str, Mapping[str, Json]] = content["files"]
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no {META}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / META} cannot be read ({error})") from error
+    content, files = _read_meta(folder)
     for name, written in files.items():
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name} is missing")
-        found = _fingerprint(folder / name)
-        for kind, value in written.items():
-            if found.get(kind) != value:
-                raise CheckpointError(f"{folder / name} has {kind} {found.get(kind)}, not {value} as written")
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        if path.stat().st_size != written["size"]:
+            raise CheckpointError(f"{path} has size {path.stat().st_size}, not {written['size']} as written")
+    if with_content:
+        found = _checksums([folder / name for name in files])
+        for path, value in found.items():
+            written_sum = files[path.relative_to(folder).as_posix()]["crc32"]
+            if value != written_sum:
+                raise CheckpointError(f"{path} is damaged: its CRC-32 is {value:08x}, not {written_sum:08x} as written")
     return content
 
 
-def _fingerprint(path: Path) -> dict[str, Json]:
-    size = path.stat().st_size
-    return {"size": size} | ({"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} if size <= _MAX_HASHED_BYTES else {})
+def _read_meta(folder: Path) -> tuple[Mapping[str, Json], Mapping[str, Mapping[str, int]]]:
+    """Return meta.json and its table of files."""
+    try:
+        content = json.loads((folder / META).read_text(encoding="utf-8"))
+        written = content.pop(_SELF)
+        files = {name: {"size": int(entry["size"]), "crc32": int(entry["crc32"])} for name, entry in content["files"].items()}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} has no {META}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / META} cannot be read ({error})") from error
+    if written != _own_checksum(content):
+        raise CheckpointError(f"{folder / META} is damaged: it is not as it was written")
+    return content, files
+
+
+def _own_checksum(content: Mapping[str, Json]) -> int:
+    """Return the CRC-32 of the canonical JSON of meta.json's other members."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _noted(paths: Iterable[Path]) -> dict[Path, int]:
+    """Return the checksums that ranks left beside their files."""
+    found: dict[Path, int] = {}
+    for notes in (path for path in paths if path.name.endswith(_NOTES)):
+        for name, value in json.loads(notes.read_text(encoding="utf-8")).items():
+            found[notes.parent / name] = value
+    return found
+
+
+def _checksums(paths: list[Path]) -> dict[Path, int]:
+    """Return the CRC-32 of each file; the files are read side by side."""
+    threads = max(1, min(_MAX_THREADS, len(paths), os.cpu_count() or 1))
+    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="checksum") as pool:
+        return dict(zip(paths, pool.map(_checksum, paths), strict=True))
+
+
+def _checksum(path: Path) -> int:
+    value, block = 0, bytearray(_BLOCK_BYTES)
+    view = memoryview(block)
+    try:
+        with path.open("rb", buffering=0) as stream:
+            while count := stream.readinto(block):
+                value = zlib.crc32(view[:count], value)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
+    return value

@@ -1,31 +1,78 @@
-"""Reading checkpoints into live tensors, the same for every training backend."""
+"""Tensors in folders of torch.distributed.checkpoint, the same for every training backend.
+
+Each rank notes the CRC-32 of what it wrote (`checkpoints.manifest`). Reading runs no code of the folder: its metadata is
+unpickled with the classes of the format alone, and only tensors are read.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, Metadata, ReadItem
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PretrainedConfig
 
+from qwench.checkpoints.formats.dcp_reader import METADATA, read_metadata
 from qwench.checkpoints.formats.sources import OptimizerState, open_optimizer_state
+from qwench.checkpoints.manifest import note_checksums
 from qwench.errors import CheckpointError
+
+
+def save_tensors(folder: Path, tensors: Mapping[str, object], *, flat_keys: bool = True) -> None:
+    """Write `tensors` under `folder`; each rank notes the checksums of the files that it wrote. Collective.
+
+    Args:
+        flat_keys: record, as FSDP's tools expect, that each key is a path of one name. Megatron's readers expect none.
+
+    Raises:
+        OSError: the folder cannot hold them.
+    """
+    try:
+        dcp.save(dict(tensors), checkpoint_id=folder, planner=DefaultSavePlanner(flatten_state_dict=flat_keys))
+    except (CheckpointException, RuntimeError) as error:
+        # torch reports a full disk as the RuntimeError of its archive writer.
+        raise OSError(_reason(error)) from error
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    note_checksums(folder, sorted(folder.glob(f"__{rank}_*.distcp")), rank=rank)
 
 
 def load_in_place(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Read a folder of torch.distributed.checkpoint into `tensors`, however they were sharded; collective.
 
     Raises:
-        CheckpointError: files are missing, damaged, or of another model.
+        CheckpointError: files are missing, damaged, of another model, or hold something other than tensors.
     """
     try:
-        dcp.load(dict(tensors), checkpoint_id=folder, planner=DefaultLoadPlanner(flatten_state_dict=False))
+        dcp.load(dict(tensors), storage_reader=_SafeReader(folder), planner=_TensorsOnly(flatten_state_dict=False))
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[-1].strip()
-        raise CheckpointError(f"cannot read the checkpoint {folder}: {reason}. Is it whole, and of the same model?") from error
+        raise CheckpointError(
+            f"cannot read the checkpoint {folder}: {_reason(error)}. Is it whole, and of the same model?"
+        ) from error
+
+
+class _SafeReader(FileSystemReader):
+    """Unpickles `.metadata` with nothing but the classes of the format: a folder cannot run code."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._folder = folder
+
+    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:  # torch's own signature
+        """Return the metadata of the folder."""
+        return read_metadata(self._folder / METADATA)
+
+
+class _TensorsOnly(DefaultLoadPlanner):
+    """Reads tensors; torch would unpickle any object that stands where a tensor is asked for."""
+
+    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
+        """Refuse what is not a tensor."""
+        raise CheckpointError(f"{read_item.storage_index.fqn} is a pickled object instead of a tensor")
 
 
 def open_saved_optimizer(folder: Path, config: PretrainedConfig) -> OptimizerState:
@@ -43,3 +90,7 @@ def open_saved_optimizer(folder: Path, config: PretrainedConfig) -> OptimizerSta
 def saved_without_optimizer(folder: Path) -> CheckpointError:
     """Return the error that says so."""
     return CheckpointError(f"{folder} was saved without its optimizer; pass --no-load-optim to start with a fresh one.")
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[-1].strip()

@@ -11,6 +11,8 @@ import math
 import pickle
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
+from enum import Enum
 from pathlib import Path, PosixPath
 from typing import IO, Any, cast
 
@@ -59,7 +61,7 @@ class DcpFolder:
             CheckpointError: it is missing, damaged or half-written.
         """
         self.folder = folder
-        metadata = _read_metadata(folder / METADATA)
+        metadata = read_metadata(folder / METADATA)
         self._chunks: dict[str, list[ChunkStorageMetadata]] = {}
         self.tensors: dict[str, TensorSpec] = {}
         self.objects: set[str] = set()
@@ -186,9 +188,14 @@ class _FormatUnpickler(pickle.Unpickler):
         if module.startswith("megatron."):
             return _Foreign
         for home in _FORMAT_MODULES:
-            if module == home.__name__ and isinstance(found := getattr(home, name, None), type):
+            if module == home.__name__ and _is_record(found := getattr(home, name, None), module):
                 return found
         raise pickle.UnpicklingError(f"{module}.{name} is no part of the format")
+
+
+def _is_record(found: object, module: str) -> bool:
+    """Tell whether it is plain data that the module itself defines: the same modules hold readers, writers and imports."""
+    return isinstance(found, type) and found.__module__ == module and (is_dataclass(found) or issubclass(found, Enum))
 
 
 class _Foreign:
@@ -201,7 +208,12 @@ class _Foreign:
         pass
 
 
-def _read_metadata(file: Path) -> Metadata:
+def read_metadata(file: Path) -> Metadata:
+    """Unpickle `.metadata` with nothing but the classes of the format.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or names anything else, such as code to run.
+    """
     try:
         with file.open("rb") as stream:
             metadata = _FormatUnpickler(stream).load()

@@ -14,18 +14,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from qwench.training.fsdp.optimizer import MasterOptimizer
-from qwench.training.resuming import load_in_place, saved_without_optimizer
+from qwench.training.resuming import load_in_place, save_tensors, saved_without_optimizer
 
 _NUM_STEPS = "num_steps"
 
 
 def save_model(folder: Path, weights: Mapping[str, Tensor]) -> None:
     """Write masters, or the weights of a reference; collective."""
-    dcp.save({name: weight.detach() for name, weight in weights.items()}, checkpoint_id=folder / "model")
+    save_tensors(folder / "model", {name: weight.detach() for name, weight in weights.items()})
 
 
 def load_model(folder: Path, optimizer: MasterOptimizer) -> None:
@@ -36,8 +35,8 @@ def load_model(folder: Path, optimizer: MasterOptimizer) -> None:
 
 def save_optimizer(folder: Path, optimizer: MasterOptimizer) -> None:
     """Write moments and step count; collective."""
-    dcp.save(dict(optimizer.moments()), checkpoint_id=folder / "optimizer")
-    dcp.save({_NUM_STEPS: torch.tensor(optimizer.num_steps)}, checkpoint_id=folder / "lr_scheduler")
+    save_tensors(folder / "optimizer", optimizer.moments())
+    save_tensors(folder / "lr_scheduler", {_NUM_STEPS: torch.tensor(optimizer.num_steps)})
 
 
 def load_optimizer(folder: Path, optimizer: MasterOptimizer) -> None:

@@ -17,9 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import DefaultSavePlanner
 
 from qwench.checkpoints.formats.dcp_reader import DcpFolder
 from qwench.checkpoints.formats.pieces import Piece, PiecedTensor
@@ -29,7 +27,7 @@ from qwench.models.megatron_names import WeightRule, to_megatron, tp_shard
 from qwench.training.megatron.optimizer import MasterOptimizer
 from qwench.training.megatron.stages import TensorPlace
 from qwench.training.optimizers.adam import MASTER, MOMENTS
-from qwench.training.resuming import load_in_place
+from qwench.training.resuming import load_in_place, save_tensors
 
 _STATE_KEYS = {MASTER: "optimizer.state.param."} | {moment: f"optimizer.state.{moment}." for moment in MOMENTS}
 """Where Megatron's `fully_reshardable` optimizer state is stored, before the key of the weight."""
@@ -43,7 +41,7 @@ def save(folder: Path, weights: NamedWeights, optimizer: MasterOptimizer | None,
         tensors |= _state_tensors(weights, optimizer, place)
     if is_main:
         tensors |= {key: [None] for key in extra_states(place.config)}
-    dcp.save(tensors, checkpoint_id=folder, planner=DefaultSavePlanner(flatten_state_dict=False))
+    save_tensors(folder, tensors, flat_keys=False)
     if not is_main:
         return
     if optimizer is None:

@@ -1,8 +1,11 @@
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from qwench.checkpoints.folders import check_load_folder, check_save_folder
+from qwench.checkpoints.folders import check_load_folder, open_save_folder
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import ConfigError
@@ -20,25 +23,26 @@ def test_new_and_empty_folders_are_marked_and_accepted_again(tmp_path):
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "deep" / "new", tmp_path / "empty"):
         config = CheckpointConfig(save=folder)
-        check_save_folder(config, IDENTITY)
-        check_save_folder(config, IDENTITY)
-        assert [path.name for path in folder.iterdir()] == ["qwench_run.json"]
+        open_save_folder(config, IDENTITY)
+        open_save_folder(config, IDENTITY)
+        assert sorted(path.name for path in folder.iterdir()) == ["qwench.lock", "qwench_run.json"]
 
 
 def test_foreign_folder_is_refused_and_left_as_it_is(tmp_path):
     (tmp_path / "thesis.tex").write_text("chapter 1")
     before = content_of(tmp_path)
     with pytest.raises(ConfigError, match=r"--save .* not of a Qwench run \(thesis.tex\)"):
-        check_save_folder(CheckpointConfig(save=tmp_path), IDENTITY)
+        open_save_folder(CheckpointConfig(save=tmp_path), IDENTITY)
     assert content_of(tmp_path) == before
 
 
 @pytest.mark.parametrize(("fact", "other"), [("algorithm", "sft"), ("num_layers", 28), ("hidden_size", 64)])
 def test_folder_of_another_run_is_refused_by_the_fact_that_differs(tmp_path, fact, other):
-    check_save_folder(CheckpointConfig(save=tmp_path), IDENTITY)
+    open_save_folder(CheckpointConfig(save=tmp_path), IDENTITY)
+    (tmp_path / "qwench.lock").unlink()
     before = content_of(tmp_path)
     with pytest.raises(ConfigError, match=rf"--save .* is of a run with {fact} .*, this one has {other!r}"):
-        check_save_folder(CheckpointConfig(save=tmp_path), IDENTITY | {fact: other})
+        open_save_folder(CheckpointConfig(save=tmp_path), IDENTITY | {fact: other})
     assert content_of(tmp_path) == before
 
 
@@ -46,20 +50,20 @@ def test_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(ConfigError, match=r"--save .* cannot be written to"):
-            check_save_folder(CheckpointConfig(save=folder), IDENTITY)
+            open_save_folder(CheckpointConfig(save=folder), IDENTITY)
 
 
 @pytest.mark.parametrize("marker", ["not json", "[1]"])
 def test_damaged_marker_is_refused(tmp_path, marker):
     (tmp_path / "qwench_run.json").write_text(marker)
     with pytest.raises(ConfigError, match=r"--save .*: qwench_run.json"):
-        check_save_folder(CheckpointConfig(save=tmp_path), IDENTITY)
+        open_save_folder(CheckpointConfig(save=tmp_path), IDENTITY)
 
 
 def test_kill_while_the_marker_was_written_leaves_an_empty_folder(tmp_path):
     (tmp_path / "qwench_run.json.writing").write_text('{"algo')
-    check_save_folder(CheckpointConfig(save=tmp_path), IDENTITY)
-    assert [path.name for path in tmp_path.iterdir()] == ["qwench_run.json"]
+    open_save_folder(CheckpointConfig(save=tmp_path), IDENTITY)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["qwench.lock", "qwench_run.json"]
 
 
 def test_export_over_a_model_of_the_user_is_refused_at_the_start(tmp_path):
@@ -68,13 +72,13 @@ def test_export_over_a_model_of_the_user_is_refused_at_the_start(tmp_path):
     (base / "config.json").write_text("{}")
     before = content_of(tmp_path)
     with pytest.raises(ConfigError, match=r"--save-hf .*base: .* was not written by an export"):
-        check_save_folder(CheckpointConfig(save=tmp_path / "run", save_hf=str(base)), IDENTITY)
+        open_save_folder(CheckpointConfig(save=tmp_path / "run", save_hf=str(base)), IDENTITY)
     assert content_of(tmp_path) == before
 
 
 def test_export_template_with_an_unknown_placeholder_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"placeholder other than \{rollout_id\}"):
-        check_save_folder(CheckpointConfig(save=tmp_path / "run", save_hf="hf_{step}"), IDENTITY)
+        open_save_folder(CheckpointConfig(save=tmp_path / "run", save_hf="hf_{step}"), IDENTITY)
 
 
 def test_checkpoint_of_another_model_is_refused_by_load_before_anything_is_loaded(tmp_path):
@@ -82,3 +86,59 @@ def test_checkpoint_of_another_model_is_refused_by_load_before_anything_is_loade
     manager.save(1, CountingLearner(), CountingRollouts())
     with pytest.raises(ConfigError, match=r"--load .* is of a run with num_layers 28, this one has 2"):
         check_load_folder(CheckpointConfig(load=tmp_path), IDENTITY)
+
+
+def test_save_and_save_hf_may_not_be_one_folder(tmp_path):
+    config = CheckpointConfig(save=tmp_path / "run", save_hf=str(tmp_path / "x" / ".." / "run"))
+    with pytest.raises(ConfigError, match="--save and --save-hf name the same folder"):
+        open_save_folder(config, IDENTITY)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_export_folder_of_a_later_rollout_is_checked_at_the_start(tmp_path):
+    (tmp_path / "hf_12").mkdir()
+    (tmp_path / "hf_12" / "notes.txt").write_text("mine")
+    (tmp_path / "hf_last").mkdir()
+    (tmp_path / "hf_last" / "notes.txt").write_text("no rollout is called so")
+    config = CheckpointConfig(save=tmp_path / "run", save_hf=str(tmp_path / "hf_{rollout_id}"))
+    with pytest.raises(ConfigError, match=r"--save-hf .*hf_12 exists and was not written by an export"):
+        open_save_folder(config, IDENTITY)
+
+
+HOLDS_THE_LOCK = """
+import sys, time
+from pathlib import Path
+from qwench.files import FolderLock
+lock = FolderLock(Path(sys.argv[1]), flag="--save")
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_folder_that_another_process_writes_to_is_refused_and_free_after_its_kill(tmp_path):
+    folder = tmp_path / "run"
+    open_save_folder(CheckpointConfig(save=folder), IDENTITY).release()
+    (folder / "iter_0000001.writing").mkdir()
+    other = subprocess.Popen([sys.executable, "-c", HOLDS_THE_LOCK, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=rf"--save .* is in use by process {other.pid} on .+ since \d{{4}}-"):
+            open_save_folder(CheckpointConfig(save=folder), IDENTITY)
+        assert (folder / "iter_0000001.writing").is_dir(), "what the other run writes is not touched"
+    finally:
+        other.kill()
+        other.wait()
+    open_save_folder(CheckpointConfig(save=folder), IDENTITY)
+    assert not (folder / "iter_0000001.writing").exists()
+
+
+@pytest.mark.parametrize("damage", ["gone", "rubbish"])
+def test_a_folder_without_its_marker_is_known_by_its_checkpoints(tmp_path, damage):
+    config = CheckpointConfig(save=tmp_path)
+    CheckpointManager(config, IDENTITY, RecordingConsole()).save(1, CountingLearner(), CountingRollouts())
+    marker = tmp_path / "qwench_run.json"
+    marker.unlink() if damage == "gone" else marker.write_text("rub")
+    with pytest.raises(ConfigError, match="is of a run with num_layers 2, this one has 3"):
+        open_save_folder(config, IDENTITY | {"num_layers": 3})
+    open_save_folder(config, IDENTITY)
+    assert json.loads(marker.read_text()) == IDENTITY

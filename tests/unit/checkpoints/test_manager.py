@@ -6,6 +6,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from qwench.checkpoints.manager import CheckpointManager
+from qwench.checkpoints.manifest import note_checksums
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import CheckpointError, ConfigError
 from qwench.wire.portions import WeightBucket
@@ -32,7 +33,7 @@ def restored(**flags) -> tuple[int, int, int]:
 
 
 def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != "qwench.lock")
 
 
 def test_same_command_continues_from_its_last_save(tmp_path):
@@ -139,10 +140,19 @@ def test_nothing_is_deleted_when_the_new_checkpoint_is_not_as_it_was_written(tmp
     assert restored(save=tmp_path) == (1, 101, 1)
 
 
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    place = content.index(b"0") if path.suffix == ".json" else len(content) // 2
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
 DAMAGES = {
     "file missing": lambda folder: (folder / "optimizer" / "__0_0.distcp").unlink(),
     "file cut short": lambda folder: (folder / "model" / "__0_0.distcp").write_bytes(b"103\n"),
     "byte flipped": lambda folder: (folder / "rng.pt").write_bytes(b"rnG"),
+    "bit flipped in tensors": lambda folder: flip_a_bit(folder / "model" / "__0_0.distcp"),
+    "bit flipped in meta.json": lambda folder: flip_a_bit(folder / "meta.json"),
     "no meta.json": lambda folder: (folder / "meta.json").unlink(),
     "meta.json cut short": lambda folder: (folder / "meta.json").write_text('{"files": {'),
 }
@@ -167,6 +177,35 @@ def test_all_damaged_is_an_error_and_never_a_fresh_start(tmp_path):
     DAMAGES["no meta.json"](tmp_path / "iter_0000002")
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole \(damaged: 2\)"):
         restored(save=tmp_path)
+
+
+def test_a_bit_flipped_in_a_file_over_16_mib_is_found(tmp_path):
+    class Large(CountingLearner):
+        def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
+            super().save(folder, with_optimizer=with_optimizer)
+            (folder / "optimizer" / "__0_0.distcp").write_bytes(bytes(17 * 1024**2))
+
+    save_all(manager_of(save=tmp_path), 2)
+    manager_of(save=tmp_path).save(3, Large(103), CountingRollouts(3))
+    with (tmp_path / "iter_0000003" / "optimizer" / "__0_0.distcp").open("r+b") as stream:
+        stream.seek(16_999_999)
+        stream.write(b"\x10")
+    assert restored(save=tmp_path) == (2, 102, 2)
+
+
+def test_checksums_that_ranks_noted_are_what_the_files_are_compared_with(tmp_path):
+    class Notes(CountingLearner):
+        """Notes a checksum, then its file changes on the way to the disk."""
+
+        def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
+            super().save(folder, with_optimizer=with_optimizer)
+            file = folder / "model" / "__0_0.distcp"
+            note_checksums(file.parent, [file], rank=0)
+            file.write_bytes(file.read_bytes().replace(b"103", b"113"))
+
+    save_all(manager_of(save=tmp_path), 2)
+    manager_of(save=tmp_path).save(3, Notes(103), CountingRollouts(3))
+    assert restored(save=tmp_path) == (2, 102, 2)
 
 
 @pytest.mark.parametrize("pointer", [None, "rubbish"])
@@ -203,8 +242,10 @@ def test_full_disk_leaves_the_checkpoints_before_it(tmp_path):
 
     manager = manager_of(save=tmp_path)
     save_all(manager, 1)
-    with pytest.raises(CheckpointError, match=r"checkpoint 2 could not be written .* No space left on device"):
+    said = r"checkpoint 2 could not be written .* No space left on device, .* GiB free, 0.000 GiB of it were written and are"
+    with pytest.raises(CheckpointError, match=said):
         manager.save(2, FullDisk(), CountingRollouts())
+    assert not (tmp_path / "iter_0000002.writing").exists()
     assert restored(save=tmp_path) == (1, 101, 1)
     assert names_in(tmp_path) == ["iter_0000001", "latest_checkpointed_iteration.txt", "qwench_run.json"]
 
@@ -225,7 +266,48 @@ def test_export_goes_with_every_checkpoint_under_the_last_rollouts_id(tmp_path):
 
     config = CheckpointConfig(save=tmp_path, save_hf=str(tmp_path / "hf_{rollout_id}"))
     CheckpointManager(config, IDENTITY, RecordingConsole(), write_hf=write_hf).save(20, CountingLearner(7), CountingRollouts())
-    assert written == [(tmp_path / "hf_19", 7, False)]  # before the checkpoint, so that none lacks its export
+    assert written == [(tmp_path / "hf_19", 7, True)]  # after the checkpoint: nothing optional can cost it
+
+
+def test_a_failed_export_costs_only_itself_and_is_said_at_the_end(tmp_path):
+    gathered: list[str] = []
+
+    class Gathers(CountingLearner):
+        def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
+            yield []
+            gathered.append("to the end")
+
+    def write_hf(folder: Path, buckets: Iterator[WeightBucket]) -> None:
+        next(buckets)
+        raise OSError(28, "No space left on device")
+
+    console = RecordingConsole()
+    config = CheckpointConfig(save=tmp_path, save_hf=str(tmp_path / "hf_{rollout_id}"))
+    manager = CheckpointManager(config, IDENTITY, console, write_hf=write_hf)
+    manager.save(3, Gathers(103), CountingRollouts(3))
+    assert gathered == ["to the end"]
+    warning = console.events[-1][1]
+    assert warning.startswith(f"warning: the export to --save-hf {tmp_path}/hf_2: [Errno 28] No space left on device, ")
+    with pytest.raises(CheckpointError, match=r"--save-hf: 1 exports failed, the last: .*hf_2.* are whole"):
+        manager.finish()
+    assert restored(save=tmp_path) == (3, 103, 3)
+
+
+def test_an_export_that_a_kill_prevented_is_written_on_resume(tmp_path):
+    written: list[Path] = []
+
+    def write_hf(folder: Path, buckets: Iterator[WeightBucket]) -> None:
+        written.append(folder)
+        folder.mkdir()
+        list(buckets)
+
+    save_all(manager_of(save=tmp_path / "run"), 3)
+    for _ in range(2):
+        config = CheckpointConfig(save=tmp_path / "run", save_hf=str(tmp_path / "hf_{rollout_id}"))
+        CheckpointManager(config, IDENTITY, RecordingConsole(), write_hf=write_hf).restore(
+            CountingLearner(), CountingRollouts()
+        )
+    assert written == [tmp_path / "hf_2"]
 
 
 def test_other_ranks_take_part_in_collectives_and_touch_no_files(tmp_path):
@@ -249,7 +331,7 @@ def test_other_ranks_take_part_in_collectives_and_touch_no_files(tmp_path):
     )
     manager.save(3, OtherRank(), CountingRollouts())
     assert events == [
-        *["gather first bucket", "gather to the end"],
         *["barrier", "save iter_0000003.writing", "barrier", "barrier"],
+        *["gather first bucket", "gather to the end"],
     ]
     assert names_in(tmp_path) == []

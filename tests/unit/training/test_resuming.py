@@ -1,0 +1,79 @@
+import json
+import pickle
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+
+from qwench.errors import CheckpointError
+from qwench.training.resuming import load_in_place, save_tensors
+
+
+class Runs:
+    """Unpickled, it makes a file: what a hostile folder would do with any command."""
+
+    def __init__(self, trace: Path) -> None:
+        self._trace = trace
+
+    def __reduce__(self):
+        return (Path.touch, (self._trace,))
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    save_tensors(tmp_path, {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(7)})
+    read = {"a": torch.zeros(2, 3), "b": torch.tensor(0)}
+    load_in_place(tmp_path, read)
+    assert read["a"].tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]] and int(read["b"]) == 7
+
+
+def test_a_rank_notes_the_checksum_of_the_file_it_wrote(tmp_path):
+    save_tensors(tmp_path, {"a": torch.arange(6.0)})
+    written = (tmp_path / "__0_0.distcp").read_bytes()
+    assert json.loads((tmp_path / "__0.crc32.json").read_text()) == {"__0_0.distcp": zlib.crc32(written)}
+
+
+def test_metadata_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
+    save_tensors(tmp_path / "saved", {"a": torch.zeros(3)})
+    (tmp_path / "saved" / ".metadata").write_bytes(pickle.dumps(Runs(tmp_path / "trace")))
+    with pytest.raises(CheckpointError, match=r"cannot be read .*pathlib.*touch|is no part of the format"):
+        load_in_place(tmp_path / "saved", {"a": torch.zeros(3)})
+    assert not (tmp_path / "trace").exists()
+
+
+def test_metadata_may_not_make_readers_and_writers(tmp_path):
+    class Writes:
+        def __reduce__(self):
+            return (dcp.FileSystemWriter, (tmp_path / "elsewhere",))
+
+    save_tensors(tmp_path / "saved", {"a": torch.zeros(3)})
+    (tmp_path / "saved" / ".metadata").write_bytes(pickle.dumps(Writes()))
+    with pytest.raises(CheckpointError, match="FileSystemWriter is no part of the format"):
+        load_in_place(tmp_path / "saved", {"a": torch.zeros(3)})
+
+
+def test_an_object_in_place_of_a_tensor_is_refused_and_runs_nothing(tmp_path):
+    folder = tmp_path / "saved"
+    save_tensors(folder, {"a": torch.zeros(3)})
+    metadata: Metadata = pickle.loads((folder / ".metadata").read_bytes())
+    (index,) = metadata.storage_data
+    info = metadata.storage_data.pop(index)
+    torch.save(Runs(tmp_path / "trace"), folder / info.relative_path)
+    info.offset, info.length = 0, (folder / info.relative_path).stat().st_size
+    metadata.storage_data[MetadataIndex("a")] = info
+    metadata.state_dict_metadata["a"] = BytesStorageMetadata()
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="a is a pickled object instead of a tensor"):
+        load_in_place(folder, {"a": torch.zeros(3)})
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(dcp, "save", full)
+    with pytest.raises(OSError, match="unexpected pos 704 vs 598"):
+        save_tensors(tmp_path, {"a": torch.zeros(3)})
