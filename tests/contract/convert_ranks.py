@@ -25,6 +25,7 @@ from qwench.models.megatron_names import rules, to_megatron, tp_shard
 from qwench.training.megatron.groups import is_first_stage, is_last_stage, join_groups, leave_groups
 from qwench.training.megatron.layout import ParallelLayout
 from qwench.training.megatron.model import ModelSettings, transformer_config
+from tests.deadlines import patient
 
 WORLD_SIZE = 4
 MODELS = ("tied", "untied", "biased")
@@ -40,7 +41,7 @@ SAVES = (
     ("biased", (2, 1)),
 )
 """Not all, because megatron-core starts processes for every save."""
-_TIMEOUT_S = 270
+_TIMEOUT_S = patient(270)
 
 
 def saved_as(model: str, layout: tuple[int, int]) -> str:

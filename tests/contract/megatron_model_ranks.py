@@ -31,10 +31,11 @@ from qwench.training.megatron.model import (
 )
 from tests.contract import train_backend_cases as batches
 from tests.contract.rank_processes import CPU, joined, run_to_end
+from tests.deadlines import patient
 
 WORLD_SIZE = 4
 TEMPERATURE = 0.8
-_TIMEOUT_S = 270
+_TIMEOUT_S = patient(270)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from qwench.checkpoints.convert import Conversion, Converter, Ranks
 from qwench.checkpoints.formats.sources import Format
 from qwench.models.hf import load_hf_config
 from tests.contract import convert_ranks
+from tests.deadlines import patient
 from tests.fakes import cuda_stand_in
 
 _SIZES = {
@@ -62,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, "-m", convert_ranks.__name__, str(folder)],
         env=cuda_stand_in.environment(os.environ) | {"OMP_NUM_THREADS": "1"},
         check=True,
-        timeout=290,
+        timeout=patient(290),
     )
     return folder
 

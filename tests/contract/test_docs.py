@@ -20,6 +20,7 @@ from qwench.config.sections.verbs import (
     split_names,
 )
 from tests.contract.test_scripts import SCRIPTS, expand, stage, world
+from tests.deadlines import patient
 
 __all__ = ["stage", "world"]  # fixtures
 
@@ -94,7 +95,7 @@ def _python(words: Sequence[str], stage: Path, world: dict[str, str]) -> None:
 
 
 def _make(words: Sequence[str], stage: Path, world: dict[str, str]) -> None:
-    done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, timeout=patient(60))
     assert done.returncode == 0, done.stderr
 
 

@@ -21,6 +21,7 @@ from qwench.errors import EngineError
 from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.wire.checksum import tensor_checksum
 from tests.contract.engine_hosts import ask, make_engine, make_model, prompt_of
+from tests.deadlines import patient
 
 TOKEN = "secret"
 
@@ -42,7 +43,7 @@ def call(server, path, body=None, *, method="POST", token=None, content_type="ap
     headers = {"Content-Type": content_type} | ({"Authorization": f"Bearer {token}"} if token else {})
     request = urllib.request.Request(server.base_url + path, data=raw, headers=headers, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=20) as response:
+        with urllib.request.urlopen(request, timeout=patient(20)) as response:
             status, content = response.status, response.read()
     except urllib.error.HTTPError as error:
         status, content = error.code, error.read()

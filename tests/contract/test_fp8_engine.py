@@ -22,6 +22,7 @@ from qwench.weights.settings import PublicationSettings
 from qwench.weights.transports import CopyTransport, choose_transport
 from qwench.wire.addresses import EngineAddress
 from tests.contract.engine_hosts import ask, generate_all, make_model, prompt_of, reference_log_probs
+from tests.deadlines import patient
 
 NUM_SEQUENCES, PROMPT_LENGTH, RESPONSE_LENGTH = 24, 8, 16
 FIRST_TOKEN, NUM_TOKENS = 20, 256
@@ -120,7 +121,9 @@ def test_every_transport_quantizes_on_the_way(tmp_path, transport):
 
     with ServerThread(fp8_engine(model), token="secret") as server:
         address = EngineAddress(base_url=server.base_url, token="secret", dialect="embedded", placement=None)
-        settings = PublicationSettings(bucket_bytes=9_000, transport=transport, model_folder=source, fp8=True, timeout_s=30)
+        settings = PublicationSettings(
+            bucket_bytes=9_000, transport=transport, model_folder=source, fp8=True, timeout_s=patient(30)
+        )
         publish_from_rank(Source(model), [address], 6, settings)
         result = asyncio.run(generate(HttpEngine(server.base_url)))
     assert set(result.weight_versions) == {6}

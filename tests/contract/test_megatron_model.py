@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qw
 from qwench.models.megatron_names import rules, to_hf, tp_join
 from tests.contract import megatron_model_ranks as ranks
 from tests.contract.megatron_model_ranks import CASES, TEMPERATURE, Case
+from tests.deadlines import patient
 from tests.fakes import cuda_stand_in
 
 _SIZES = {
@@ -52,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, "-m", ranks.__name__, str(folder)],
         env=cuda_stand_in.environment(os.environ) | {"OMP_NUM_THREADS": "1"},
         check=True,
-        timeout=290,
+        timeout=patient(290),
     )
     return folder
 

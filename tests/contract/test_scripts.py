@@ -13,6 +13,7 @@ from qwench.config.command_line.parse import parse_sft, parse_train
 from qwench.models.hf import load_hf_config
 from qwench.models.registry import check_architecture, find_size
 from tests.contract.recipes import RUN_QWEN3_4B, RUN_QWEN3_4B_BASE_SFT, RUN_QWEN3_32B
+from tests.deadlines import patient
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 STORED = Path(__file__).parent / "argv"
@@ -50,7 +51,9 @@ def expand(script: Path, stage: Path, *more: str, **environment: str) -> list[st
     """Return the words after `qwench` that the script comes to."""
     environment = {"MODEL_DIR": "/models", "DATA_DIR": "/data", "OUTPUT_DIR": "/runs", **environment}
     path = {"PATH": f"{stage}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", script, *more], env={**path, **environment}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", script, *more], env={**path, **environment}, capture_output=True, text=True, timeout=patient(60)
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -146,7 +149,9 @@ def test_amd_counts_the_visible_gpus(stage: Path):
 def test_instruct_2507_differs_from_4b_in_its_rotary_base():
     def arguments(name: str) -> list[str]:
         command = f'source {SCRIPTS}/models/{name}.sh; printf "%s\\n" "${{MODEL_ARGS[@]}}"'
-        return subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=60).stdout.split()
+        return subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, check=True, timeout=patient(60)
+        ).stdout.split()
 
     plain, instruct = arguments("qwen3-4B"), arguments("qwen3-4B-Instruct-2507")
     assert [(a, b) for a, b in zip(plain, instruct, strict=True) if a != b] == [("1000000", "5000000")]

@@ -22,6 +22,7 @@ from tests.contract.train_backend_checks import (
     read_records,
 )
 from tests.contract.train_backend_ranks import Case, run_world
+from tests.deadlines import patient
 
 STEPPED = list(layouts.first_steps())
 RESUMED = list(layouts.resumed())
@@ -166,7 +167,7 @@ def test_a_resumed_run_in_bfloat16_is_bit_for_bit_the_one_that_was_not_interrupt
 def _in_a_process(function: Callable[..., dict], *arguments: object) -> dict:
     """Run in a process of its own, since the stand-in for CUDA is not for this one."""
     with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
-        return pool.submit(function, *arguments).result(timeout=60)
+        return pool.submit(function, *arguments).result(timeout=patient(60))
 
 
 @pytest.mark.parametrize("model", ["tied", "untied"])

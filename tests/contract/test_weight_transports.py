@@ -32,6 +32,7 @@ from qwench.wire.portions import WeightBucket, bucketed
 from qwench.wire.shared_buffer import SharedBuffer
 from tests.contract.engine_hosts import ask, distribution, make_engine, make_model, prompt_of
 from tests.contract.weight_ranks import Publication, publish_from_ranks
+from tests.deadlines import patient
 
 TOKEN = "secret"
 TRANSPORTS = ("ipc", "broadcast", "disk")
@@ -72,7 +73,7 @@ def servers(model_folder, tmp_path_factory) -> Iterator[list[ServerProcess]]:
             environ=server_environ(os.environ, OMP_NUM_THREADS="1"),
             log_folder=tmp_path_factory.mktemp("logs"),
             token=TOKEN,
-            start_timeout_s=120,
+            start_timeout_s=patient(120),
         )
         for index in range(2)
     ]
@@ -94,7 +95,9 @@ def address_of(url: str, *, token: str = TOKEN, placement: Placement | None = No
 
 
 def settings(transport: str, model_folder: Path, **changes) -> PublicationSettings:
-    made = PublicationSettings(bucket_bytes=SMALL_BUCKETS, transport=transport, model_folder=model_folder, timeout_s=30)
+    made = PublicationSettings(
+        bucket_bytes=SMALL_BUCKETS, transport=transport, model_folder=model_folder, timeout_s=patient(30)
+    )
     return replace(made, **changes)
 
 
@@ -304,7 +307,7 @@ def call(url: str, body: dict) -> str:
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
     request = urllib.request.Request(url + "/update_weights_from_tensor", data=json.dumps(body).encode(), headers=headers)
     try:
-        urllib.request.urlopen(request, timeout=20)
+        urllib.request.urlopen(request, timeout=patient(20))
     except urllib.error.HTTPError as refused:
         return refused.read().decode()
     raise AssertionError("the server took it")
@@ -332,7 +335,7 @@ class damaging_proxy:  # noqa: N801 - used as a function
                         buffer.write(bytes([first ^ 1]))
                 headers = {name: self.headers[name] for name in ("Content-Type", "Authorization") if name in self.headers}
                 request = urllib.request.Request(target + self.path, data=body, headers=headers, method=self.command)
-                with urllib.request.urlopen(request, timeout=20) as answer:
+                with urllib.request.urlopen(request, timeout=patient(20)) as answer:
                     content = answer.read()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(content)))

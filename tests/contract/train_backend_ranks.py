@@ -26,9 +26,10 @@ from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.trainer import TokenLoss, TrainBackend
 from tests.contract import train_backend_cases as cases
 from tests.contract.rank_processes import CPU, joined, run_to_end
+from tests.deadlines import patient
 from tests.fakes import cuda_stand_in
 
-_TIMEOUT_S = 300
+_TIMEOUT_S = patient(300)
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.contract.train_backend_ranks"])
 _SCHEDULE = LrSchedule(peak=cases.PEAK_LR, warmup_steps=2)

@@ -18,8 +18,9 @@ from qwench.training.optimizers.schedule import LrSchedule
 from qwench.weights.rank_publication import publish_from_rank
 from qwench.weights.settings import PublicationSettings
 from qwench.wire.addresses import EngineAddress
+from tests.deadlines import patient
 
-_TIMEOUT_S = 120
+_TIMEOUT_S = patient(120)
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.contract.weight_ranks"])
 

@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-DEADLINE_S = 200.0
+from tests.deadlines import patient
+
+DEADLINE_S = patient(200)
 
 
 def wait_for(what: str, condition: Callable[[], bool]) -> None:

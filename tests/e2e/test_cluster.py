@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qwench import cli
+from tests.deadlines import patient
 from tests.e2e.conftest import DIGITS, ONE_THREAD, REPOSITORY, Workspace, column
 from tests.e2e.processes import descendants, rank_process, wait_for
 from tests.fakes import cuda_stand_in
@@ -61,7 +62,7 @@ def test_dead_rank_ends_the_run_and_the_same_command_resumes(workspace: Workspac
     victim = rank_process(driver.pid, 1)
     assert victim is not None, driver.communicate()[1]
     os.kill(victim, signal.SIGKILL)
-    _, errors = driver.communicate(timeout=30)
+    _, errors = driver.communicate(timeout=patient(30))
     assert driver.returncode == 1, errors
     assert errors.count("\n") == 1, errors
     assert "trainer rank 1 of 2 was ended by SIGKILL" in errors and "resumes" in errors, errors

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from qwench import cli
+from tests.deadlines import patient
 from tests.e2e.conftest import DIGITS, REPOSITORY, Workspace, column, read_metrics
 
 MODEL_ARGS = shlex.split("""
@@ -21,7 +22,7 @@ MODEL_ARGS = shlex.split("""
 --num-query-groups 2 --use-rotary-position-embeddings --disable-bias-linear --normalization RMSNorm --norm-epsilon 1e-6
 --rotary-base 1000000 --kv-channels 32 --qk-layernorm
 """)
-DEADLINE_S = 120.0
+DEADLINE_S = patient(120)
 
 
 def run(*words: object, ok: bool = True) -> subprocess.CompletedProcess[str]:

@@ -28,10 +28,11 @@ from qwench.launch.engines import command_makers, serve_words
 from qwench.launch.generation import Generation, build_generation
 from qwench.launch.inputs import read_inputs, read_training_prompts
 from qwench.samples import Rollout, Sample
+from tests.deadlines import patient
 from tests.e2e.conftest import ONE_THREAD, InProcess, Workspace, column, run_qwench
 
 TOKEN = "secret"
-DEADLINE_S = 90.0
+DEADLINE_S = patient(90)
 NUM_PROMPTS, SIBLINGS = 10, 3
 RESPONSE_LEN = 160
 WATCHED = {

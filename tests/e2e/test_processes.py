@@ -18,9 +18,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qwench import cli
+from tests.deadlines import patient
 from tests.e2e.conftest import ONE_THREAD, REPOSITORY, Workspace, column, run_python
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = patient(60)
 
 
 def test_two_ranks_have_the_losses_of_one(workspace: Workspace, tmp_path: Path) -> None:
@@ -55,7 +56,7 @@ def wait_until_healthy(process: subprocess.Popen[str], address: str) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         try:
-            urllib.request.urlopen(f"{address}/health", timeout=5).close()
+            urllib.request.urlopen(f"{address}/health", timeout=patient(5)).close()
             return
         except (urllib.error.URLError, ConnectionError):
             assert process.poll() is None, process.communicate()[1]
@@ -69,7 +70,7 @@ def test_server_samples_with_the_log_probs_of_transformers(server: str, workspac
     request = urllib.request.Request(
         f"{server}/generate", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with urllib.request.urlopen(request, timeout=patient(60)) as response:
         answer = json.load(response)
     log_probs, sampled = zip(*((entry[0], entry[1]) for entry in answer["meta_info"]["output_token_logprobs"]), strict=True)
     assert 0 < len(sampled) <= 16

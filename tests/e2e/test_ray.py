@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 
 from qwench import cli
+from tests.deadlines import patient
 from tests.e2e.conftest import DIGITS, ONE_THREAD, REPOSITORY, Workspace, column
 from tests.e2e.processes import descendants, wait_for
 from tests.fakes import cuda_stand_in
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = patient(120)
 RAY = str(Path(sys.executable).with_name("ray"))
 ENVIRON = {**ONE_THREAD, "RAY_AUTH_MODE": "disabled"}  # or a token in the home folder, if there is one, switches it on
 STAND_IN = {"PYTHONPATH": cuda_stand_in.environment({})["PYTHONPATH"]}
@@ -55,7 +56,7 @@ def servers_of(model: Path) -> list[int]:
 def answers(url: str) -> bool:
     """Tell whether somebody answers there."""
     try:
-        with urllib.request.urlopen(url, timeout=5) as response:
+        with urllib.request.urlopen(url, timeout=patient(5)) as response:
             return response.status == 200
     except OSError:
         return False
@@ -144,7 +145,7 @@ def test_death_of_a_process_ends_the_run_and_leaves_nothing(
     assert len(node.actors("EngineActor")) == len(servers_of(workspace.model)) // 2 == 2, driver.communicate()[1]
     _, rank = node.actors("TrainerActor")
     os.kill(driver.pid if victim == "driver" else rank, signal.SIGKILL)
-    _, errors = driver.communicate(timeout=60)
+    _, errors = driver.communicate(timeout=patient(60))
     if victim == "rank":
         assert driver.returncode == 1, errors
         message = [line for line in errors.splitlines() if line.startswith("qwench: ")]

@@ -18,6 +18,7 @@ from torch import Tensor
 from qwench.errors import TrainingError
 from qwench.training.batch import MicroBatch
 from qwench.training.trainer import LossFunction, ParallelRank, StepResult
+from tests.deadlines import patient
 
 Result = TypeVar("Result")
 
@@ -122,7 +123,7 @@ class TableBackend:
 
 def run_ranks(dp_size: int, run: Callable[[ParallelRank, Callable[[Tensor], Tensor]], Result]) -> list[Result]:
     """Call `run(parallel, all_reduce_sum)` once for each rank, all at the same time, and return the results by rank."""
-    barrier = Barrier(dp_size, timeout=20)
+    barrier = Barrier(dp_size, timeout=patient(20))
     slots: list[Tensor] = [torch.zeros(())] * dp_size
 
     def one(dp_rank: int) -> Result:

@@ -25,6 +25,7 @@ from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.trainer import TokenLoss, TrainBackend
 from tests.contract import train_backend_cases as cases
 from tests.contract.rank_processes import run_to_end
+from tests.deadlines import patient
 
 pytest.importorskip("megatron.core")
 
@@ -32,7 +33,7 @@ _CUDA = [pytest.mark.gpu(1), pytest.mark.skipif(not torch.cuda.is_available(), r
 _ALL_SAMPLES = [[6, 1], [7, 3, 0, 5], [2, 4]]
 _LAYOUTS = {"tp1": (1, {}), "tp2": (2, {"tp": 2, "sequence_parallel": True}), "cp2": (2, {"cp": 2})}
 _MODELS = ("tied", "untied")
-_TIMEOUT_S = 240
+_TIMEOUT_S = patient(240)
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=_CUDA)])

@@ -67,7 +67,7 @@ def test_ungraded_sibling_need_not_agree_with_its_execution():
     assert got.tolist() == [0.5, 0.0, -0.5]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 4), st.sampled_from([-1.0, 0.0, 0.5, 1.0])), min_size=1, max_size=30), st.randoms())
 def test_uneven_groups_in_any_order_equal_a_plain_loop(entries, shuffler):
     shuffler.shuffle(entries)

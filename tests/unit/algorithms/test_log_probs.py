@@ -48,7 +48,7 @@ def test_hand_computed_log_prob_and_entropy():
     temperature=st.sampled_from([0.3, 1.0, 1.7]),
     with_entropy=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_chunking_equals_full_logits_with_gradients(num_tokens, chunk_tokens, temperature, with_entropy):
     hidden, weight, labels = _inputs(num_tokens, seed=num_tokens)
     chunked = token_log_probs(

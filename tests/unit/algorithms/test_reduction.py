@@ -27,7 +27,7 @@ def test_token_mean_by_hand_counts_an_empty_sample_as_one_token():
     assert [row.tolist() for row in got] == [[0.25, 0.25, 0.0], [0.25], [0.0, 0.0]]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 3), st.lists(st.booleans(), max_size=6)), min_size=1, max_size=10))
 def test_weighted_sum_equals_the_two_level_mean(rows):
     generator = torch.Generator().manual_seed(len(rows))

@@ -19,10 +19,11 @@ from qwench.cluster.workers import RemoteLearner, WorkerGroup
 from qwench.errors import TrainingError
 from qwench.observability.console import QuietConsole
 from qwench.samples import Group, Prompt, Rollout, Sample
+from tests.deadlines import patient
 from tests.unit.cluster import learners
 
 REPOSITORY = Path(__file__).parents[3]
-DEADLINE_S = 60.0
+DEADLINE_S = patient(60)
 ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

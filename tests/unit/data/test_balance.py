@@ -15,7 +15,7 @@ def test_partition_by_hand():
     assert sorted(sum([9, 1, 8, 2, 4, 3][i] for i in part) for part in parts) == [13, 14]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.integers(1, 5), st.integers(0, 6), st.data())
 def test_every_index_once_in_parts_of_equal_count(num_parts, per_part, data):
     costs = data.draw(st.lists(st.floats(0, 1e6), min_size=num_parts * per_part, max_size=num_parts * per_part))
@@ -25,7 +25,7 @@ def test_every_index_once_in_parts_of_equal_count(num_parts, per_part, data):
     assert parts == partition_equally(list(costs), num_parts)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 1000), min_size=8, max_size=8))
 def test_two_parts_are_within_the_largest_cost_of_the_best_equal_split(costs):
     best = min(abs(sum(costs) - 2 * sum(costs[i] for i in half)) for half in combinations(range(8), 4))

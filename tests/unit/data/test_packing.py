@@ -35,7 +35,7 @@ def test_deal_goes_round():
     assert deal([[0], [1], [2], [3]], 2) == [[[0], [2]], [[1], [3]]]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(LENGTHS, st.integers(1, 80), st.integers(1, 7))
 def test_packing_by_tokens_keeps_every_sample_once_under_the_cap_in_an_even_count(lengths, max_tokens, dp_size):
     bins = pack_by_tokens(lengths, max_tokens=max_tokens, multiple_of=dp_size)
@@ -46,7 +46,7 @@ def test_packing_by_tokens_keeps_every_sample_once_under_the_cap_in_an_even_coun
     assert bins == pack_by_tokens(list(lengths), max_tokens=max_tokens, multiple_of=dp_size)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(LENGTHS, st.integers(1, 9), st.integers(1, 7))
 def test_packing_by_count_keeps_every_sample_once_with_equal_counts_on_every_rank(lengths, samples_per_bin, dp_size):
     bins = pack_by_count(lengths, samples_per_bin=samples_per_bin, multiple_of=dp_size)

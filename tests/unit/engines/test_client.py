@@ -11,6 +11,7 @@ import pytest
 
 from qwench.engines.client import OF_A_ROUTER, HttpEngine
 from qwench.errors import EngineError, EngineLostError
+from tests.deadlines import patient
 
 
 class Failing(BaseHTTPRequestHandler):
@@ -38,7 +39,7 @@ def failure_of(url: str, status: int, **options) -> type[EngineError]:
     async def ask() -> None:
         engine = HttpEngine(url, **options)
         try:
-            await engine.post(f"/{status}", {}, timeout_s=10)
+            await engine.post(f"/{status}", {}, timeout_s=patient(10))
         finally:
             await engine.close()
 

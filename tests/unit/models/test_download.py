@@ -6,6 +6,7 @@ import pytest
 
 from qwench.errors import ConfigError
 from qwench.models.download import download
+from tests.deadlines import patient
 from tests.fakes.hub import serve_hub
 
 FILES = {"config.json": b'{"model_type": "qwen3"}', "model.safetensors": b"weights", "pytorch_model.bin": b"old weights"}
@@ -14,7 +15,7 @@ FILES = {"config.json": b'{"model_type": "qwen3"}', "model.safetensors": b"weigh
 def run(address, *words):
     environ = {**os.environ, "HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, "-m", "qwench", "download", *words]
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=patient(120))
 
 
 def test_a_repository_arrives_without_what_nobody_reads_and_is_fetched_once(tmp_path):

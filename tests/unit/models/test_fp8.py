@@ -50,7 +50,7 @@ def test_a_block_of_zeros_stays_zero():
     assert torch.equal(dequantize(values, scale, torch.bfloat16), torch.zeros(3, 5, dtype=torch.bfloat16))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 1000), st.floats(1e-4, 1e3))
 def test_every_value_is_the_nearest_that_its_block_can_hold(rows, columns, seed, size):
     """Against the definition: block by block in float64, with the grid of e4m3 written out."""

@@ -99,7 +99,7 @@ def test_biases_that_megatron_is_not_built_with_are_refused(setting: str) -> Non
         rules(config)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(groups=st.sampled_from([1, 2, 4]), per_group=st.integers(1, 3), size=st.sampled_from([1, 2, 4]), seed=st.integers(0, 99))
 def test_converting_and_sharding_are_undone_exactly(groups: int, per_group: int, size: int, seed: int) -> None:
     config = qwen3(heads=groups * per_group, groups=groups, layers=1, tied=False)

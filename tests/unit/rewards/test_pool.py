@@ -21,6 +21,7 @@ from qwench.rewards.registry import build_pool
 from qwench.rewards.spec import RewardSpec
 from qwench.rewards.worker_process import WorkerProcess
 from qwench.samples import Prompt, Verdict
+from tests.deadlines import patient
 from tests.unit.rewards.samples import finished
 
 HANGS = finished(r"\boxed{9**9**9}", "0.5")
@@ -88,7 +89,7 @@ def test_worker_that_died_idle_is_replaced_unnoticed(pool: RewardPool) -> None:
 
 
 def test_close_ends_the_workers_and_a_grading_under_way() -> None:
-    pool = RewardPool(RewardSpec(rm_type="math"), num_workers=1, timeout_s=60.0)
+    pool = RewardPool(RewardSpec(rm_type="math"), num_workers=1, timeout_s=patient(60))
     bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     asyncio.run(pool.grade(NEEDS_ALGEBRA))
     pid = worker_pid(pool)

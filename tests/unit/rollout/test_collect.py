@@ -219,7 +219,7 @@ def test_filter_with_another_answer_is_refused():
         collect(FakeEngine(write_ok), group_filter=lambda group: True)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     engine_ticks=st.lists(st.integers(0, 30), min_size=12, max_size=12),
     grader_ticks=st.lists(st.integers(0, 30), min_size=12, max_size=12),

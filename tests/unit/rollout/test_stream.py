@@ -12,6 +12,7 @@ from qwench.rollout.feed import GroupFeed
 from qwench.rollout.metrics import MetricOptions
 from qwench.rollout.stream import RolloutStream, StreamOptions
 from qwench.samples import Verdict
+from tests.deadlines import patient
 from tests.fakes.engine import FakeEngine
 from tests.fakes.grader import FakeGrader
 from tests.unit.rollout.scene import by_letter, letters_source, make_collector, prompts_of, write_ok
@@ -76,7 +77,7 @@ def test_next_rollout_is_generated_while_the_last_one_is_learned_from():
 
     with open_stream(make=make, options={"rollouts_ahead": 1}) as stream:
         stream.take(0)
-        assert reached.wait(timeout=20), "nothing was generated ahead"
+        assert reached.wait(timeout=patient(20)), "nothing was generated ahead"
 
 
 def test_in_turn_nothing_is_generated_before_it_is_asked_for():
@@ -166,7 +167,7 @@ def test_deadline_names_the_rollout_and_ends_its_requests():
     with open_stream(engine, options={"timeout_s": 0.1}) as stream:
         with pytest.raises(EngineError, match=r"rollout 4 did not end within 0.1 s"):
             stream.take(4)
-        stream._engines.run(asyncio.sleep(0.01), label="let it end", timeout_s=5)
+        stream._engines.run(asyncio.sleep(0.01), label="let it end", timeout_s=patient(5))
         assert engine.num_running == 0
 
 

@@ -35,7 +35,7 @@ def test_packing_shifts_response_columns_onto_the_positions_that_predict_them():
     assert micro_batch.old_log_probs is None
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 6)), min_size=1, max_size=6), st.randoms())
 def test_unpack_inverts_pack(shapes, shuffler):
     samples = [

@@ -168,7 +168,7 @@ def test_metrics_are_those_the_flags_ask_for():
     assert names(use_tis=True) == always | {"tis", "tis_clipfrac", "tis_abs", "ois", "ess_ratio"}
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.permutations(range(4)), st.lists(st.booleans(), min_size=3, max_size=3), st.sampled_from(sorted(VARIANTS)))
 def test_order_and_micro_batches_do_not_change_loss_and_metrics(order, cuts, name):
     config, batch = AlgorithmConfig(**VARIANTS[name]), _batch(seed=3)

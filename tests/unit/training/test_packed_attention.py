@@ -23,7 +23,7 @@ def _plain(query, key, value, scale):
 
 
 @given(pieces=PIECES, query_heads=st.sampled_from([2, 4]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_each_piece_attends_as_if_alone(pieces, query_heads):
     query_lengths = [queries for queries, _ in pieces]
     key_lengths = [queries + earlier for queries, earlier in pieces]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from qwench.training.fsdp.mesh import build_mesh
 from qwench.training.process_group import init_process_group
+from tests.deadlines import patient
 
 _CPU = torch.device("cpu")
 _SCRIPT = """
@@ -33,9 +34,9 @@ def _free_port() -> str:
 @pytest.mark.parametrize("launched", [False, True], ids=["alone", "by-a-launcher"])
 def test_a_group_of_one(launched: bool):
     address = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-    init_process_group(_CPU, environ=address if launched else {}, timeout_s=30)
+    init_process_group(_CPU, environ=address if launched else {}, timeout_s=patient(30))
     try:
-        init_process_group(_CPU, environ={}, timeout_s=30)  # a second call finds it
+        init_process_group(_CPU, environ={}, timeout_s=patient(30))  # a second call finds it
         assert (dist.get_rank(), dist.get_world_size(), dist.get_backend()) == (0, 1, "gloo")
         mesh = build_mesh(_CPU, dp_replicate=1)
         assert (mesh.mesh_dim_names, mesh.size()) == (("dp_shard",), 1)
@@ -48,5 +49,5 @@ def test_two_ranks_under_torchrun(tmp_path: Path):
     script.write_text(_SCRIPT)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command = [*torchrun, "--master-addr=127.0.0.1", f"--master-port={_free_port()}", str(script)]
-    finished = subprocess.run(command, cwd=Path(__file__).parents[4], capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(command, cwd=Path(__file__).parents[4], capture_output=True, text=True, timeout=patient(120))
     assert finished.returncode == 0, finished.stderr

@@ -13,6 +13,7 @@ from qwench.engines.protocol import Portion
 from qwench.errors import WeightSyncError
 from qwench.weights import broadcast
 from qwench.weights.broadcast import BroadcastLink
+from tests.deadlines import patient
 
 TENSOR = torch.zeros(1)
 PORTION = Portion(version=1, index=0, final=True)
@@ -77,7 +78,7 @@ def test_its_own_failure_is_not_replaced_by_what_engines_say_of_it_later(loop, m
     monkeypatch.setattr(broadcast, "_GRACE_S", 0.05)
     group, engine = BrokenGroup(by_itself=True), Engine(after_s=60.0, refusal="a broadcast did not end within 60 s")
     with pytest.raises(WeightSyncError, match="no route to host"):
-        link_with(group, engine).start(TENSOR, [], PORTION, [engine], loop=loop, timeout_s=60)
+        link_with(group, engine).start(TENSOR, [], PORTION, [engine], loop=loop, timeout_s=patient(60))
     assert group.closed
 
 
@@ -85,9 +86,9 @@ def test_an_engine_that_refused_a_later_buffer_is_named(loop):
     """The group is given up for the second buffer while rank 0 still waits for the first."""
     group, fine = BrokenGroup(by_itself=False), Engine(after_s=0.0)
     link = link_with(group, fine)
-    link.start(TENSOR, [], PORTION, [fine], loop=loop, timeout_s=60)
+    link.start(TENSOR, [], PORTION, [fine], loop=loop, timeout_s=patient(60))
     refusing = Engine(after_s=0.05, refusal="weight 'x' has another shape")
-    link.start(TENSOR, [], PORTION, [refusing], loop=loop, timeout_s=60)
+    link.start(TENSOR, [], PORTION, [refusing], loop=loop, timeout_s=patient(60))
     with pytest.raises(WeightSyncError, match="weight 'x' has another shape"):
         link.wait()
     assert group.gave_up and group.closed
@@ -99,6 +100,6 @@ def test_what_one_publication_failed_of_is_not_said_of_the_next(loop, monkeypatc
     link = link_with(group, slow)
     for _ in range(2):
         with pytest.raises(WeightSyncError, match="no route to host"):
-            link.start(TENSOR, [], PORTION, [slow], loop=loop, timeout_s=60)
+            link.start(TENSOR, [], PORTION, [slow], loop=loop, timeout_s=patient(60))
         time.sleep(0.3)
         link._group, link._members = BrokenGroup(by_itself=True), (slow.address,)

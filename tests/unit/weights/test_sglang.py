@@ -13,6 +13,7 @@ from qwench.weights.sglang.hashing import sglang_hash
 from qwench.wire.addresses import EngineAddress, Placement, host_name
 from qwench.wire.portions import bucketed
 from tests.contract.engine_hosts import make_model
+from tests.deadlines import patient
 from tests.fakes.sglang_server import FakeSglang, numpy_hash
 
 TOKEN = "secret"
@@ -48,7 +49,7 @@ def serve(source, *, tp_size=1):
 def publish(source, fake, *, version=7, bucket_bytes=5_000, token=TOKEN):
     placement = Placement(host=host_name(), devices=("cpu",) * fake.tp_size)
     address = EngineAddress(base_url=fake.base_url, token=token, dialect="sglang", placement=placement)
-    publish_from_rank(source, [address], version, PublicationSettings(bucket_bytes=bucket_bytes, timeout_s=20))
+    publish_from_rank(source, [address], version, PublicationSettings(bucket_bytes=bucket_bytes, timeout_s=patient(20)))
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])

@@ -9,6 +9,7 @@ import uuid
 import pytest
 
 from qwench.wire.addresses import host_name
+from tests.deadlines import patient
 
 RANDOM_NODE = 0x0100_0000_0000
 """The bit that says that a node id is no network card's."""
@@ -16,7 +17,7 @@ RANDOM_NODE = 0x0100_0000_0000
 
 def test_every_process_of_this_machine_gets_the_same_name() -> None:
     asked = [sys.executable, "-c", "from qwench.wire.addresses import host_name; print(host_name())"]
-    assert subprocess.run(asked, capture_output=True, text=True, check=True, timeout=120).stdout.strip() == host_name()
+    assert subprocess.run(asked, capture_output=True, text=True, check=True, timeout=patient(120)).stdout.strip() == host_name()
 
 
 def test_without_a_network_card_the_name_does_not_change_with_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from qwench.wire.buffer_ring import BufferRing
 from qwench.wire.flat_bucket import entries_from_json, unflatten
 from qwench.wire.portions import WeightBucket
 from qwench.wire.shared_buffer import open_buffer
+from tests.deadlines import patient
 
 CPU = torch.device("cpu")
 NUM_BUCKETS = 40
@@ -90,7 +91,7 @@ def test_no_buffer_is_filled_again_before_every_engine_has_read_it(monkeypatch):
 
     monkeypatch.setattr(rank_publication, "_connect", connect)
     addresses = [EngineAddress(base_url=f"http://{name}", token=None, dialect="embedded", placement=None) for name in "ab"]
-    publish_from_rank(Numbers(), addresses, 1, PublicationSettings(timeout_s=20))
+    publish_from_rank(Numbers(), addresses, 1, PublicationSettings(timeout_s=patient(20)))
     for reader in readers:
         assert reader.read == list(range(NUM_BUCKETS)) and reader.damaged == []
         assert reader.most_under_way == 2 and len(reader.files) == 3

@@ -25,7 +25,7 @@ def plain_checksum(content: bytes, num_elements: int, element_size: int) -> int:
     return signed(total * 6_364_136_223_846_793_005 + num_elements * 16 + element_size, 64)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=200), st.sampled_from([torch.uint8, torch.int16, torch.int32, torch.int64]), st.integers(1, 60))
 def test_checksum_equals_the_sum_in_unbounded_integers(content, dtype, words_at_once):
     content = content[: len(content) // dtype.itemsize * dtype.itemsize]
@@ -38,7 +38,7 @@ def test_checksum_equals_the_sum_in_unbounded_integers(content, dtype, words_at_
         checksum._WORDS_AT_ONCE = before
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=2, max_size=50), st.data())
 def test_any_swap_and_any_changed_word_change_it(values, data):
     first, second = data.draw(st.lists(st.integers(0, len(values) - 1), min_size=2, max_size=2, unique=True))

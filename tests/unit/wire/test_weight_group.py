@@ -10,6 +10,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from qwench.errors import WeightSyncError
 from qwench.wire.weight_group import WeightGroup, listening_store, reach_store
+from tests.deadlines import patient
 
 
 def run_together(*works):
@@ -31,14 +32,14 @@ def run_together(*works):
 
 
 def test_three_members_hold_what_rank_0_had():
-    store, port = listening_store("127.0.0.1", timeout_s=30)
+    store, port = listening_store("127.0.0.1", timeout_s=patient(30))
     held = {rank: torch.full((1000,), rank, dtype=torch.uint8) for rank in range(3)}
     held[0] = torch.arange(1000).remainder(251).to(torch.uint8)
     sent = held[0].clone()
 
     def member(rank):
-        own = store if rank == 0 else reach_store("127.0.0.1", port, timeout_s=30)
-        group = WeightGroup(own, name="g", rank=rank, size=3, backend="gloo", timeout_s=30)
+        own = store if rank == 0 else reach_store("127.0.0.1", port, timeout_s=patient(30))
+        group = WeightGroup(own, name="g", rank=rank, size=3, backend="gloo", timeout_s=patient(30))
         group.start(held[rank])()
         group.close()
 
@@ -48,11 +49,11 @@ def test_three_members_hold_what_rank_0_had():
 
 def test_a_member_made_by_pytorchs_own_helper_is_understood():
     """SGLang makes its side by `rendezvous` and `_new_process_group_helper`, as OpenRLHF first did."""
-    store, port = listening_store("127.0.0.1", timeout_s=30)
+    store, port = listening_store("127.0.0.1", timeout_s=patient(30))
     received = torch.zeros(16, dtype=torch.uint8)
 
     def ours():
-        group = WeightGroup(store, name="weights", rank=0, size=2, backend="gloo", timeout_s=30)
+        group = WeightGroup(store, name="weights", rank=0, size=2, backend="gloo", timeout_s=patient(30))
         group.start(torch.arange(16, dtype=torch.uint8))()
         group.close()
 
@@ -77,11 +78,13 @@ def test_who_does_not_come_is_waited_for_no_longer_than_told():
 
 
 def test_a_broadcast_can_be_given_up_or_ends_at_its_deadline():
-    store, port = listening_store("127.0.0.1", timeout_s=30)
+    store, port = listening_store("127.0.0.1", timeout_s=patient(30))
     joined = threading.Barrier(2)
 
     def waiting():
-        group = WeightGroup(reach_store("127.0.0.1", port, timeout_s=30), name="g", rank=1, size=2, backend="gloo", timeout_s=1)
+        group = WeightGroup(
+            reach_store("127.0.0.1", port, timeout_s=patient(30)), name="g", rank=1, size=2, backend="gloo", timeout_s=1
+        )
         joined.wait(30)
         with pytest.raises(WeightSyncError, match="rank 1 of 2: a broadcast"):
             group.start(torch.zeros(4, dtype=torch.uint8))()
@@ -92,7 +95,7 @@ def test_a_broadcast_can_be_given_up_or_ends_at_its_deadline():
         group.close()
 
     def silent():
-        group = WeightGroup(store, name="g", rank=0, size=2, backend="gloo", timeout_s=30)
+        group = WeightGroup(store, name="g", rank=0, size=2, backend="gloo", timeout_s=patient(30))
         joined.wait(30)
         joined.wait(30)
         group.close()

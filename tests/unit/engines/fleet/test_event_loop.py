@@ -9,6 +9,7 @@ import pytest
 
 from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.errors import EngineError
+from tests.deadlines import patient
 
 
 @pytest.fixture
@@ -26,9 +27,9 @@ def test_result_and_error_come_through(loop):
     async def fail():
         raise KeyError("inside")
 
-    assert loop.run(double(4), label="double", timeout_s=5) == 8
+    assert loop.run(double(4), label="double", timeout_s=patient(5)) == 8
     with pytest.raises(KeyError, match="inside"):
-        loop.run(fail(), label="fail", timeout_s=5)
+        loop.run(fail(), label="fail", timeout_s=patient(5))
 
 
 def test_missed_deadline_names_what_was_waited_for_and_cancels_it(loop):
@@ -43,7 +44,7 @@ def test_missed_deadline_names_what_was_waited_for_and_cancels_it(loop):
 
     with pytest.raises(EngineError, match=r"publish did not end within 0\.05 s"):
         loop.run(wait_for_ever(), label="publish", timeout_s=0.05)
-    loop.run(asyncio.sleep(0), label="turn", timeout_s=5)
+    loop.run(asyncio.sleep(0), label="turn", timeout_s=patient(5))
     assert events == ["cancelled"]
 
 
@@ -52,7 +53,7 @@ def test_own_timeout_error_of_a_coroutine_is_not_mistaken_for_the_deadline(loop)
         raise TimeoutError("my own")
 
     with pytest.raises(TimeoutError, match="my own"):
-        loop.run(fail(), label="fail", timeout_s=5)
+        loop.run(fail(), label="fail", timeout_s=patient(5))
 
 
 def test_close_cancels_what_runs_and_refuses_more():
@@ -69,12 +70,12 @@ def test_close_cancels_what_runs_and_refuses_more():
         events.append(asyncio.ensure_future(background()))
         await asyncio.sleep(0)
 
-    thread.run(start(), label="start", timeout_s=5)
+    thread.run(start(), label="start", timeout_s=patient(5))
     thread.close()
     thread.close()
     assert events[1:] == ["ended"]
     with pytest.raises(EngineError, match="closed already"):
-        thread.run(start(), label="start", timeout_s=5)
+        thread.run(start(), label="start", timeout_s=patient(5))
 
 
 def test_the_waiting_thread_does_something_meanwhile(loop):
@@ -90,5 +91,5 @@ def test_the_waiting_thread_does_something_meanwhile(loop):
         calls.append(threading.current_thread())
         loop.loop.call_soon_threadsafe(released.set)
 
-    assert loop.run(wait_for_release(), label="wait", timeout_s=20, meanwhile=release) == "released"
+    assert loop.run(wait_for_release(), label="wait", timeout_s=patient(20), meanwhile=release) == "released"
     assert set(calls) == {threading.current_thread()}

@@ -11,6 +11,7 @@ from qwench.engines.fleet.pool import EnginePool
 from qwench.engines.protocol import FinishReason, MemoryTag
 from qwench.errors import EngineError, WeightSyncError
 from tests.contract.engine_hosts import ask, make_engine, make_model, prompt_of
+from tests.deadlines import patient
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def pool():
 
 
 def run(pool, coroutine):
-    return pool.run(coroutine, label="test", timeout_s=20)
+    return pool.run(coroutine, label="test", timeout_s=patient(20))
 
 
 def test_requests_spread_evenly(pool):

@@ -14,8 +14,9 @@ import pytest
 
 from qwench.engines.fleet.servers import ServerCommand, ServerProcess, server_environ, tail, visible_devices
 from qwench.errors import EngineError
+from tests.deadlines import patient
 
-DEADLINE_S = 30.0
+DEADLINE_S = patient(30)
 
 HEALTHY = """
 import http.server, os, subprocess, sys

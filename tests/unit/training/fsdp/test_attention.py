@@ -20,7 +20,7 @@ def _plain_causal(query, key, value, scaling):
 
 
 @given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5), query_heads=st.sampled_from([2, 4]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_padded_attention_equals_each_sequence_alone(lengths, query_heads):
     draw = torch.Generator().manual_seed(sum(lengths))
     num_tokens = sum(lengths)

@@ -16,6 +16,7 @@ from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import init_process_group
 from qwench.training.trainer import TokenLoss
 from tests.contract.train_backend_cases import write_model
+from tests.deadlines import patient
 
 _CPU = torch.device("cpu")
 _ADAM = AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0, clip_grad=0.0)
@@ -23,7 +24,7 @@ _ADAM = AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0, clip_grad=0.
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group() -> Iterator[None]:
-    init_process_group(_CPU, environ={}, timeout_s=60)
+    init_process_group(_CPU, environ={}, timeout_s=patient(60))
     yield
     dist.destroy_process_group()
 

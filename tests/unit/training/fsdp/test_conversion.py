@@ -15,6 +15,7 @@ from qwench.training.fsdp.conversion import load_causal_lm
 from qwench.training.optimizers.adam import AdamSettings
 from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import init_process_group, leave_process_group
+from tests.deadlines import patient
 
 _CPU = torch.device("cpu")
 
@@ -41,7 +42,7 @@ def test_weights_take_no_memory_before_they_are_shards_which_are_those_of_the_ch
     assert {parameter.untyped_storage().nbytes() for parameter in model.parameters()} <= {2, 4}
     settings = FsdpSettings(param_dtype=torch.bfloat16)
     adam = AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1, clip_grad=1.0, offload_fraction=offload_fraction)
-    init_process_group(_CPU, environ={}, timeout_s=60)
+    init_process_group(_CPU, environ={}, timeout_s=patient(60))
     try:
         backend = FsdpBackend.build(
             tmp_path / kind, settings=settings, adam=adam, schedule=LrSchedule(peak=1e-3), device=_CPU, hf_config=config

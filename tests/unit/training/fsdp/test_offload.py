@@ -17,6 +17,7 @@ from qwench.training.optimizers.adam import AdamSettings
 from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import init_process_group
 from qwench.training.trainer import TokenLoss
+from tests.deadlines import patient
 
 _CPU = torch.device("cpu")
 _BF16 = torch.bfloat16
@@ -31,7 +32,7 @@ _VARIANTS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group() -> Iterator[None]:
-    init_process_group(_CPU, environ={}, timeout_s=60)
+    init_process_group(_CPU, environ={}, timeout_s=patient(60))
     yield
     dist.destroy_process_group()
 

@@ -13,13 +13,14 @@ from qwench.training.fsdp.mesh import build_mesh
 from qwench.training.fsdp.parallelize import parallelize
 from qwench.training.fsdp.policy import Policy
 from qwench.training.process_group import init_process_group
+from tests.deadlines import patient
 
 _CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group() -> Iterator[None]:
-    init_process_group(_CPU, environ={}, timeout_s=60)
+    init_process_group(_CPU, environ={}, timeout_s=patient(60))
     yield
     dist.destroy_process_group()
 

@@ -11,6 +11,7 @@ import torch
 
 from qwench.errors import ConfigError
 from qwench.training.megatron.platform import check_transformer_impl
+from tests.deadlines import patient
 from tests.fakes import cuda_stand_in
 
 _CHECK = """
@@ -26,7 +27,7 @@ except ConfigError as error:
 
 def _check(environment: dict[str, str]) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", _CHECK], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", _CHECK], env=environment, capture_output=True, text=True, timeout=patient(120), check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

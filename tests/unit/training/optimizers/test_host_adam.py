@@ -97,7 +97,7 @@ def test_the_share_is_reached_in_order_of_the_groups(fraction: float, on_host: i
     bf16_moments=st.booleans(),
     bf16_weights=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_buckets_shares_and_overlap_do_not_change_a_bit(sizes, bucket_lanes, fraction, overlap, bf16_moments, bf16_weights):
     def train(**options) -> list[Tensor]:
         params = _params([(size,) for size in sizes], torch.bfloat16 if bf16_weights else torch.float32)

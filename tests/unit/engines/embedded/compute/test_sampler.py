@@ -44,7 +44,7 @@ def test_inverse_cdf_by_hand():
         assert inverse_cdf(weights, torch.tensor([share], dtype=torch.float64)).item() == expected
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 3 * CDF_BLOCK + 5), st.integers(0, 10_000))
 def test_inverse_cdf_equals_a_search_in_the_running_sum(size, seed):
     generator = torch.Generator().manual_seed(seed)

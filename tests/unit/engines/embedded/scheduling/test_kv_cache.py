@@ -56,7 +56,7 @@ def test_shared_page_is_free_only_when_all_have_released_it():
     assert pool.num_free == 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["take", "drop", "flush"]), st.lists(st.integers(0, 1), min_size=1, max_size=9)), max_size=40

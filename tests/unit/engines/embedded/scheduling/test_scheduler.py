@@ -201,7 +201,7 @@ def siblings_in_little_room(draw):
     ),
     st.booleans(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_request_ends_with_its_tokens_and_all_pages_come_back(scene, prefix_cache):
     jobs, num_pages, max_running, chunk = scene
     scheduler = make_scheduler(num_pages, max_running=max_running, chunk=chunk, prefix_cache=prefix_cache)
