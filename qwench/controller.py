@@ -30,8 +30,8 @@ class Rollouts(Protocol):
         """Return the next rollout; ids are asked for in order."""
         ...
 
-    def drained(self) -> AbstractContextManager[None]:
-        """Hold generation still inside the block."""
+    def paused(self) -> AbstractContextManager[None]:
+        """Finish the rollouts that have begun; no token is sampled inside the block."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -164,9 +164,10 @@ def train(run: Run) -> None:
             # Logged before it is saved: a run killed in between learns from the rollout again, and logs it once.
             run.metrics.log(rollout_id, {**rollout.metrics, **learned.metrics, **run.timer.take()}, steps=learned.steps)
             if schedule.save_due(rollout_id):
-                run.checkpoints.save(rollout_id + 1, learner, rollouts)
+                with rollouts.paused():  # so that what is generated ahead is saved whole, as the weights of now sampled it
+                    run.checkpoints.save(rollout_id + 1, learner, rollouts)
             if schedule.publish_due(rollout_id):
-                with rollouts.drained():
+                with rollouts.paused():
                     publish(run, learner, version=rollout_id + 1)
     evaluate_if_due(run, schedule.num_rollout)
     run.checkpoints.finish()

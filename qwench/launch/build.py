@@ -29,9 +29,9 @@ from qwench.observability.metrics import MetricLog, Sink
 from qwench.observability.timing import PhaseTimer
 from qwench.observability.tracking import JsonlSink, TableSink, TensorBoardSink, WandbSink
 from qwench.rewards.registry import reward_spec
-from qwench.rollout.assembly import check_functions
+from qwench.rollout.functions import load_functions
 from qwench.rollout.probe import GreedyProbe
-from qwench.rollout.recorded import ReplayStream, SftStream
+from qwench.rollout.stream import ReplayStream, SftStream
 from qwench.samples import Json
 from qwench.training.process_group import barrier
 from qwench.weights.settings import PublicationSettings
@@ -51,7 +51,7 @@ def build(config: Config) -> Run:
     loaded = read_training_prompts(inputs)
     eval_prompts = {name: prompts.prompts for name, prompts in read_eval_prompts(inputs).items()}
     spec = reward_spec(config.reward)
-    check_functions(config.rollout, config.evaluation)
+    load_functions(config.rollout, config.evaluation)
     for prompts in (loaded.prompts, *eval_prompts.values()):
         spec.check_prompts(prompts)
     batch = inputs.resolved.batch

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qwench.data.prompts import PromptSource
+from qwench.config.eval_settings import EvalSettings
 from qwench.engines.fleet.pool import EnginePool
 from qwench.engines.fleet.servers import Server
 from qwench.launch.engines import build_pool
 from qwench.launch.inputs import Inputs
 from qwench.rewards.pool import RewardPool
 from qwench.rewards.registry import build_pool as build_reward_pool
-from qwench.rollout.assembly import Surroundings, build_evaluator, build_stream
-from qwench.rollout.evaluate import Evaluator
+from qwench.rollout.buffer import GroupBuffer, GroupSource
+from qwench.rollout.collect import Collector
+from qwench.rollout.evaluate import EvalSet, Evaluator
+from qwench.rollout.functions import MakeRollout, RolloutContext, RolloutFunctions, checked_rollout, load_functions
+from qwench.rollout.groups import GroupRunner
+from qwench.rollout.sampling import Sampling
 from qwench.rollout.stream import RolloutStream
 from qwench.samples import Prompt
 
@@ -28,49 +32,57 @@ class Generation:
     eval_grader: RewardPool
     """The same one, unless evaluations have another --eval-reward-key."""
 
-    def stream(self, source: PromptSource, *, num_rollouts: int) -> RolloutStream:
-        """Return the stream of training rollouts over `source`."""
+    def stream(self, source: GroupSource, *, num_rollouts: int) -> RolloutStream:
+        """Return the stream of training rollouts over `source`.
+
+        Raises:
+            ConfigError: a function named by import path cannot be loaded or has another signature.
+        """
         config = self.inputs.config
-        return build_stream(
-            config.rollout,
-            config.reward,
+        functions = load_functions(config.rollout, config.evaluation)
+        buffer = GroupBuffer(
+            source,
+            max_staleness=config.rollout.rollouts_ahead,
+            buffer_filter=functions.buffer_filter,
+            mask_off_policy=config.rollout.mask_offpolicy_in_partial_rollout,
+        )
+        return RolloutStream(
+            self.engines,
+            self._make_rollout(buffer, functions),
+            buffer,
             config.logging,
-            config.debug,
-            engines=self.engines,
-            source=source,
-            grader=self.grader,
             num_rollouts=num_rollouts,
-            surroundings=self.surroundings,
+            num_gpus=len(self.engines.engines) * config.cluster.rollout_num_gpus_per_engine,
+            allow_degenerate_rewards=config.reward.allow_degenerate_rewards,
+            save_template=config.debug.save_debug_rollout_data,
         )
 
     def evaluator(self, prompts: Mapping[str, Sequence[Prompt]]) -> Evaluator:
-        """Return the evaluator of the sets in `prompts`."""
-        config = self.inputs.config
-        return build_evaluator(
-            config.evaluation,
-            config.rollout,
-            config.reward,
-            config.logging,
-            settings=self.inputs.resolved.eval_sets,
-            prompts=prompts,
-            grader=self.eval_grader,
-            surroundings=self.surroundings,
-        )
+        """Return the evaluator of the sets in `prompts`.
 
-    @property
-    def surroundings(self) -> Surroundings:
-        """Return what the flags say of the place where samples are made."""
+        Raises:
+            ConfigError: a function named by import path cannot be loaded or has another signature.
+        """
         config = self.inputs.config
-        num_engines = len(self.engines.engines)
-        return Surroundings(
+        functions = load_functions(config.rollout, config.evaluation)
+        return Evaluator(
+            [
+                EvalSet(
+                    name=one.name,
+                    prompts=prompts[one.name],
+                    n_samples_per_prompt=one.n_samples_per_prompt,
+                    sampling=self._eval_sampling(one),
+                )
+                for one in self.inputs.resolved.eval_sets
+            ],
             tokenizer=self.inputs.tokenizer,
+            grader=self.eval_grader,
+            concurrency=self._concurrency,
             console=self.inputs.console,
-            model_context_len=self.inputs.hf_config.max_position_embeddings,
-            concurrency=config.engine.sglang_server_concurrency * num_engines,
-            num_gpus=num_engines * config.cluster.rollout_num_gpus_per_engine,
-            seed=config.data.rollout_seed,
-            seed_by_position=config.engine.sglang_enable_deterministic_inference,
-            deterministic=config.training.deterministic_mode,
+            group_rm=config.reward.group_rm,
+            generate=functions.generate,
+            function=functions.evaluate,
+            log_passrate=config.logging.log_passrate,
         )
 
     def close(self) -> None:
@@ -78,6 +90,74 @@ class Generation:
         self.grader.close()
         self.eval_grader.close()
         self.engines.close()
+
+    def _make_rollout(self, buffer: GroupBuffer, functions: RolloutFunctions) -> MakeRollout:
+        """Return what makes a rollout: the user's own function, or the built-in collector."""
+        config = self.inputs.config
+        assert config.rollout.rollout_batch_size is not None, "preflight checks that --rollout-batch-size is given"
+        runner = GroupRunner(
+            self.engines,
+            tokenizer=self.inputs.tokenizer,
+            sampling=self._training_sampling(),
+            grader=self.grader,
+            concurrency=self._concurrency,
+            group_rm=config.reward.group_rm,
+            generate=functions.generate,
+        )
+        if functions.make_rollout is not None:
+            context = RolloutContext(runner=runner, buffer=buffer, num_groups=config.rollout.rollout_batch_size)
+            return checked_rollout(functions.make_rollout, context)
+        deterministic = config.training.deterministic_mode
+        console = self.inputs.console
+        return Collector(runner, buffer, config.rollout, functions, console=console, deterministic=deterministic).collect
+
+    def _training_sampling(self) -> Sampling:
+        config = self.inputs.config
+        rollout = config.rollout
+        assert rollout.rollout_max_response_len is not None, "preflight checks that --rollout-max-response-len is given"
+        return Sampling(
+            max_response_len=rollout.rollout_max_response_len,
+            max_context_len=self._context_len(rollout.rollout_max_context_len),
+            temperature=rollout.rollout_temperature,
+            top_p=rollout.rollout_top_p,
+            top_k=rollout.rollout_top_k,
+            min_p=rollout.rollout_min_p,
+            min_new_tokens=rollout.rollout_min_new_tokens,
+            stop=rollout.rollout_stop,
+            stop_token_ids=rollout.rollout_stop_token_ids,
+            ignore_eos=rollout.rollout_ignore_eos,
+            skip_special_tokens=rollout.rollout_skip_special_tokens,
+            seed=config.data.rollout_seed,
+            seed_by_position=config.engine.sglang_enable_deterministic_inference,
+        )
+
+    def _eval_sampling(self, settings: EvalSettings) -> Sampling:
+        config = self.inputs.config
+        context_len = self._context_len(settings.max_context_len)
+        return Sampling(
+            max_response_len=settings.max_response_len or context_len,
+            max_context_len=context_len,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            min_p=config.rollout.rollout_min_p,
+            min_new_tokens=settings.min_new_tokens,
+            stop=settings.stop,
+            stop_token_ids=settings.stop_token_ids,
+            skip_special_tokens=config.rollout.rollout_skip_special_tokens,
+            seed=config.data.rollout_seed,
+            seed_by_position=config.engine.sglang_enable_deterministic_inference,
+        )
+
+    @property
+    def _concurrency(self) -> int:
+        """Return how many samples may be in flight at once, over all engines."""
+        return self.inputs.config.engine.sglang_server_concurrency * len(self.engines.engines)
+
+    def _context_len(self, asked: int | None) -> int:
+        """Bound what was asked by what the model can do."""
+        model_context_len: int = self.inputs.hf_config.max_position_embeddings
+        return min(asked or model_context_len, model_context_len)
 
 
 def build_generation(

@@ -24,8 +24,8 @@ from qwench.launch.inputs import read_eval_prompts, read_inputs
 from qwench.launch.processes import make_servers, open_processes
 from qwench.observability.summary import summarize
 from qwench.rewards.registry import reward_spec
-from qwench.rollout.assembly import check_functions
 from qwench.rollout.evaluate import EvalResult
+from qwench.rollout.functions import load_functions
 from qwench.training.process_group import leave_process_group
 
 
@@ -48,7 +48,7 @@ def evaluate(config: Config) -> None:
     spec = reward_spec(config.reward)
     for rows in prompts.values():
         spec.check_prompts(rows)
-    check_functions(config.rollout, config.evaluation)
+    load_functions(config.rollout, config.evaluation)
     with ExitStack() as started:
         processes = open_processes(inputs, started, trains=False, generates=True)
         servers, token = make_servers(inputs, processes, with_weights=True)

@@ -13,39 +13,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from qwench.config.sections.rollout import RolloutConfig
 from qwench.errors import QwenchError
 from qwench.observability.console import Console, Progress
-from qwench.rollout.feed import GroupFeed
-from qwench.rollout.filters import FilterResult, GroupFilter, check_no_aborted
-from qwench.rollout.groups import GroupRunner
-from qwench.rollout.tasks import cancel_and_wait
-from qwench.samples import Group, Rollout, Sample
-
-SampleFilter = Callable[[Sample, Group], bool]
-"""(sample, its group) -> false: the sample counts in its group's reward statistics but is not trained on."""
-
-AllGroupsHook = Callable[[Sequence[Group]], None]
-"""Gets every group that finished in a rollout, dropped and surplus ones too."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CollectRules:
-    """How many groups a rollout has and what becomes of the others."""
-
-    num_groups: int
-    """--rollout-batch-size"""
-    over_sampling: int
-    """--over-sampling-batch-size: groups submitted at once, at least `num_groups`."""
-    max_rounds: int
-    """--dynamic-sampling-max-rounds: submissions before rejected groups are used after all."""
-    group_filter: GroupFilter | None = None
-    sample_filter: SampleFilter | None = None
-    on_all_groups: AllGroupsHook | None = None
-    partial_rollout: bool = False
-    deterministic: bool = False
+from qwench.rollout.buffer import GroupBuffer
+from qwench.rollout.filters import FilterResult, check_no_aborted
+from qwench.rollout.functions import RolloutFunctions
+from qwench.rollout.groups import GroupRunner, cancel_and_wait
+from qwench.samples import Group, Rollout
 
 
 @dataclass(kw_only=True, slots=True)
@@ -68,11 +46,24 @@ class _Tally:
 
 
 class Collector:
-    """Makes rollouts out of the feed's groups."""
+    """Makes rollouts of the buffer's groups."""
 
-    def __init__(self, runner: GroupRunner, feed: GroupFeed, rules: CollectRules, *, console: Console) -> None:
-        assert rules.over_sampling >= rules.num_groups > 0, f"{rules.over_sampling} groups at once, {rules.num_groups} wanted"
-        self._runner, self._feed, self._rules, self._console = runner, feed, rules, console
+    def __init__(
+        self,
+        runner: GroupRunner,
+        buffer: GroupBuffer,
+        rollout: RolloutConfig,
+        functions: RolloutFunctions,
+        *,
+        console: Console,
+        deterministic: bool = False,
+    ) -> None:
+        assert rollout.rollout_batch_size is not None, "preflight checks that --rollout-batch-size is given"
+        self._runner, self._buffer, self._functions, self._console = runner, buffer, functions, console
+        self._num_groups = rollout.rollout_batch_size
+        self._over_sampling = rollout.over_sampling_batch_size or self._num_groups
+        self._max_rounds = rollout.dynamic_sampling_max_rounds
+        self._partial_rollout, self._deterministic = rollout.partial_rollout, deterministic
 
     async def collect(self, rollout_id: int) -> Rollout:
         """Generate, grade and filter until there are enough groups.
@@ -83,8 +74,8 @@ class Collector:
         tally = _Tally()
         pending: set[asyncio.Task[Group]] = set()
         try:
-            with self._console.progress(f"generate rollout {rollout_id}", total=self._rules.num_groups) as progress:
-                while len(tally.accepted) < self._rules.num_groups:
+            with self._console.progress(f"generate rollout {rollout_id}", total=self._num_groups) as progress:
+                while len(tally.accepted) < self._num_groups:
                     self._submit(rollout_id, tally, pending)
                     if not pending:
                         self._use_rejected(rollout_id, tally)
@@ -98,24 +89,25 @@ class Collector:
 
     def _submit(self, rollout_id: int, tally: _Tally, pending: set[asyncio.Task[Group]]) -> None:
         """Start groups while those accepted and in flight are too few and rounds are left."""
-        rules = self._rules
-        while len(tally.accepted) + len(pending) < rules.num_groups and tally.rounds < rules.max_rounds:
+        while len(tally.accepted) + len(pending) < self._num_groups and tally.rounds < self._max_rounds:
             tally.rounds += 1
-            for group in self._feed.next_groups(rules.over_sampling):
+            for group in self._buffer.next_groups(self._over_sampling):
                 pending.add(asyncio.create_task(self._runner.run(group, rollout_id=rollout_id), name=f"group {group.group_id}"))
 
     async def _wait(self, pending: set[asyncio.Task[Group]]) -> list[Group]:
         """Wait for some group (deterministic: all) and return what finished, in order; raise what failed."""
-        until = asyncio.FIRST_EXCEPTION if self._rules.deterministic else asyncio.FIRST_COMPLETED
+        until = asyncio.FIRST_EXCEPTION if self._deterministic else asyncio.FIRST_COMPLETED
         done, _ = await asyncio.wait(pending, return_when=until)
         groups = [task.result() for task in done]
         pending -= done
+        for group in groups:
+            self._buffer.update(group)
         return sorted(groups, key=lambda group: group.group_id)
 
     def _judge(self, groups: Sequence[Group], tally: _Tally, progress: Progress) -> None:
         """Sort finished groups into accepted, rejected, unusable and surplus."""
         for group in groups:
-            if len(tally.accepted) == self._rules.num_groups:
+            if len(tally.accepted) == self._num_groups:
                 tally.surplus.append(group)
                 continue
             usable = check_no_aborted(group)
@@ -128,16 +120,16 @@ class Collector:
                 tally.drops[verdict.reason] += 1
 
     def _apply_filter(self, group: Group) -> FilterResult:
-        if self._rules.group_filter is None:
+        if self._functions.group_filter is None:
             return FilterResult(keep=True)
-        result = self._rules.group_filter(group)
+        result = self._functions.group_filter(group)
         if not isinstance(result, FilterResult):
             raise QwenchError(f"--dynamic-sampling-filter-path must return a FilterResult, got {result!r}.")
         return result
 
     def _use_rejected(self, rollout_id: int, tally: _Tally) -> None:
         """Fill the rollout with rejected groups, the oldest first: without end it would wait for a signal that is not there."""
-        missing = self._rules.num_groups - len(tally.accepted)
+        missing = self._num_groups - len(tally.accepted)
         if missing > len(tally.rejected):
             raise QwenchError(
                 f"rollout {rollout_id}: {len(tally.unusable)} groups came back aborted in {tally.rounds} rounds, so that "
@@ -146,7 +138,7 @@ class Collector:
         zeros, ones = reward_shares(tally.judged)
         self._console.say(
             f"rollout {rollout_id}: after {tally.rounds} rounds the dynamic filter kept only {len(tally.accepted)} of "
-            f"{self._rules.num_groups} groups; using {missing} rejected ones. All rewards 0 in {zeros:.0%} of the groups, "
+            f"{self._num_groups} groups; using {missing} rejected ones. All rewards 0 in {zeros:.0%} of the groups, "
             f"all 1 in {ones:.0%}: the task is too hard or too easy for this policy."
         )
         tally.rejected.sort(key=lambda group: group.group_id)
@@ -155,22 +147,31 @@ class Collector:
 
     def _finish(self, rollout_id: int, tally: _Tally) -> Rollout:
         """Order and mask the accepted groups, keep the surplus, and count."""
-        rules = self._rules
-        if rules.partial_rollout:
-            self._feed.put_back(sorted(tally.surplus, key=lambda group: group.group_id))
-        if rules.on_all_groups is not None:
+        if self._partial_rollout:
+            self._buffer.put_back(sorted(tally.surplus, key=lambda group: group.group_id))
+        if self._functions.on_all_groups is not None:
             finished = [group for group in (*tally.judged, *tally.surplus) if check_no_aborted(group).keep]
-            rules.on_all_groups(sorted(finished, key=lambda group: group.group_id))
+            self._functions.on_all_groups(sorted(finished, key=lambda group: group.group_id))
         groups = sorted(tally.accepted, key=lambda group: group.samples[0].sample_id)
         for group in groups:
             self._mask_untrainable(group)
-        return Rollout(rollout_id=rollout_id, groups=groups, metrics=_filter_metrics(tally, rules))
+        return Rollout(rollout_id=rollout_id, groups=groups, metrics=self._filter_metrics(tally))
 
     def _mask_untrainable(self, group: Group) -> None:
-        keep = self._rules.sample_filter
+        keep = self._functions.sample_filter
         for sample in group.samples:
             if not sample.graded or (keep is not None and not keep(sample, group)):
                 sample.mask_out()
+
+    def _filter_metrics(self, tally: _Tally) -> dict[str, float]:
+        metrics = {f"rollout/dynamic_filter/drop_{reason}": float(count) for reason, count in sorted(tally.drops.items())}
+        metrics["rollout/surplus_groups"] = float(len(tally.surplus))
+        if self._functions.group_filter is not None:
+            zeros, ones = reward_shares(tally.judged)
+            metrics["rollout/dynamic_filter/all_zero_share"] = zeros
+            metrics["rollout/dynamic_filter/all_one_share"] = ones
+            metrics["rollout/dynamic_filter/rounds"] = float(tally.rounds)
+        return metrics
 
 
 def reward_shares(groups: Sequence[Group]) -> tuple[float, float]:
@@ -178,14 +179,3 @@ def reward_shares(groups: Sequence[Group]) -> tuple[float, float]:
     zeros = sum(set(group.rewards) == {0.0} for group in groups)
     ones = sum(set(group.rewards) == {1.0} for group in groups)
     return zeros / max(len(groups), 1), ones / max(len(groups), 1)
-
-
-def _filter_metrics(tally: _Tally, rules: CollectRules) -> dict[str, float]:
-    metrics = {f"rollout/dynamic_filter/drop_{reason}": float(count) for reason, count in sorted(tally.drops.items())}
-    metrics["rollout/surplus_groups"] = float(len(tally.surplus))
-    if rules.group_filter is not None:
-        zeros, ones = reward_shares(tally.judged)
-        metrics["rollout/dynamic_filter/all_zero_share"] = zeros
-        metrics["rollout/dynamic_filter/all_one_share"] = ones
-        metrics["rollout/dynamic_filter/rounds"] = float(tally.rounds)
-    return metrics

@@ -18,10 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from qwench.engines.fleet.pool import EnginePool
 from qwench.observability.console import Console
 from qwench.rollout.generate import GenerateFunction, generate_single_turn
-from qwench.rollout.groups import Grader, GroupRunner
-from qwench.rollout.metrics import pass_rates, sample_metrics, with_prefix
+from qwench.rollout.groups import Grader, GroupRunner, gather_or_cancel
+from qwench.rollout.sample_metrics import pass_rates, sample_metrics, with_prefix
 from qwench.rollout.sampling import Sampling
-from qwench.rollout.tasks import gather_or_cancel
 from qwench.samples import Group, Prompt, Sample
 
 

@@ -6,11 +6,11 @@ metric `rollout/dynamic_filter/drop_<reason>`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import stdev
 
-from qwench.samples import Group, Status
+from qwench.samples import Group, Sample, Status
 
 _MIN_STD = 1e-6
 
@@ -25,6 +25,10 @@ class FilterResult:
 
 
 GroupFilter = Callable[[Group], FilterResult]
+SampleFilter = Callable[[Sample, Group], bool]
+"""(sample, its group) -> false: the sample counts in its group's reward statistics but is not trained on."""
+AllGroupsHook = Callable[[Sequence[Group]], None]
+"""Gets every group that finished in a rollout, dropped and surplus ones too."""
 KEEP = FilterResult(keep=True)
 
 

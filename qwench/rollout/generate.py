@@ -8,14 +8,17 @@ engine's; text is decoded from them and never tokenised again.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count, groupby
+from typing import Protocol
+from uuid import uuid4
 
 from transformers import PreTrainedTokenizerBase
 
-from qwench.engines.protocol import FinishReason, GenerateResult
-from qwench.rollout.requests import Requests
+from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult, SamplingParams
+from qwench.errors import EngineError
 from qwench.rollout.sampling import Sampling
 from qwench.samples import Sample, Status
 
@@ -24,6 +27,63 @@ _STATUS_OF = {
     FinishReason.LENGTH: Status.TRUNCATED,
     FinishReason.ABORT: Status.ABORTED,
 }
+
+
+class TokenSource(Protocol):
+    """The part of an engine, or of a pool of engines, that generation needs."""
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """Return the response; an aborted request returns what it has."""
+        ...
+
+    async def abort(self, request_id: str | None = None) -> None:
+        """End one request, or all when None."""
+        ...
+
+
+class Requests:
+    """The requests that one user of the engines has under way.
+
+    A rollout ahead of training and an evaluation share the engines: aborting one user's requests must not touch the other's.
+    """
+
+    def __init__(self, engines: TokenSource) -> None:
+        self._engines = engines
+        self._in_flight: set[str] = set()
+        self._ids = (f"{uuid4().hex[:8]}-{i}" for i in count())  # the prefix keeps runs on one server apart
+        self.aborting = False
+        """While true, `send` answers at once with an empty aborted response."""
+
+    async def send(self, input_ids: list[int], sampling: SamplingParams) -> GenerateResult:
+        """Generate one response.
+
+        Raises:
+            EngineError: the engine failed, or its per-token lists differ in length.
+        """
+        request = GenerateRequest(request_id=next(self._ids), input_ids=input_ids, sampling=sampling)
+        if self.aborting:
+            return GenerateResult(
+                request_id=request.request_id, output_ids=(), log_probs=(), finish_reason=FinishReason.ABORT, weight_versions=()
+            )
+        self._in_flight.add(request.request_id)
+        try:
+            result = await self._engines.generate(request)
+        except asyncio.CancelledError:
+            await self._engines.abort(request.request_id)
+            raise
+        finally:
+            self._in_flight.discard(request.request_id)
+        lengths = (len(result.output_ids), len(result.log_probs), len(result.weight_versions))
+        if len(set(lengths)) > 1:
+            raise EngineError(
+                f"request {request.request_id}: the engine returned {lengths[0]} tokens, {lengths[1]} log-probs and "
+                f"{lengths[2]} weight versions; it must return one of each for every token."
+            )
+        return result
+
+    async def abort_in_flight(self) -> None:
+        """Ask the engines to end every request under way."""
+        await asyncio.gather(*(self._engines.abort(request_id) for request_id in sorted(self._in_flight)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,18 +9,17 @@ Grading needs no slot, so that slow rewards do not hold the engines up.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Collection, Coroutine, Iterable, Sequence
+from typing import Any, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from qwench.errors import QwenchError
-from qwench.rollout.generate import GenerateContext, GenerateFunction, generate_single_turn
-from qwench.rollout.requests import Requests, TokenSource
+from qwench.rollout.generate import GenerateContext, GenerateFunction, Requests, TokenSource, generate_single_turn
 from qwench.rollout.sampling import Sampling
-from qwench.rollout.tasks import gather_or_cancel
 from qwench.samples import Group, Sample, Status, Verdict
 
+Result = TypeVar("Result")
 _UNFINISHED = (Status.PENDING, Status.ABORTED)
 
 
@@ -158,3 +157,19 @@ def _check_generated(sample: Sample) -> None:
             f"{label} has {sample.response_length} response tokens, but {columns[0]} mask entries, {columns[1]} log-probs and "
             f"{columns[2]} weight versions; use Sample.append, which keeps them equal."
         )
+
+
+async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """Return all results in order; the first error cancels the others, waits for their end and is raised."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        await cancel_and_wait(tasks)
+
+
+async def cancel_and_wait(tasks: Collection[asyncio.Future[Result]]) -> None:
+    """Cancel what is not done and wait until all are; their errors are theirs to report."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

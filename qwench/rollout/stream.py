@@ -1,12 +1,11 @@
-"""Rollouts one after the other, generated in turn with training or one ahead of it.
+"""Rollouts one after the other: generated in step with training or ahead of it, replayed, or read.
 
-    rollouts_ahead 0:   take(0) learn publish | take(1) learn publish | ...
-    rollouts_ahead 1:   take(0) learn ....... publish | take(1) learn ...
-                             `- generates 1 -'             `- generates 2 -
+    bound 0:   take(0) learn publish | take(1) learn publish | ...
+    bound 1:   take(0) learn ....... publish | take(1) learn ....... publish | ...
+                       `- generates 1 -'               `- generates 2 -'
 
-`drained()` waits for the rollout that is being generated, so that one rollout is never sampled by two weight versions unless
-`--partial-rollout` carries unfinished groups over. The state is that after the rollouts *taken*: what is generated ahead is
-generated again after a resume.
+`take(i)` permits the rollouts up to i + bound to begin, and `paused()` waits for those that have begun. So rollout i is sampled
+by one weight version, that of `bound` rollouts before, unless `--partial-rollout` carries unfinished groups over.
 """
 
 from __future__ import annotations
@@ -15,117 +14,118 @@ import asyncio
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
+from qwench.config.sections.logging import LoggingConfig
+from qwench.data.sft import SftSource
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import RewardError
-from qwench.observability.dumps import save_rollout
+from qwench.observability.dumps import load_rollout, save_rollout
 from qwench.rewards.degenerate import degenerate_reason
-from qwench.rollout.custom import MakeRollout
-from qwench.rollout.feed import GroupFeed
-from qwench.rollout.metrics import MetricOptions, describe_rollout
-from qwench.rollout.tasks import cancel_and_wait
+from qwench.rollout.buffer import GroupBuffer
+from qwench.rollout.functions import MakeRollout
+from qwench.rollout.groups import cancel_and_wait
+from qwench.rollout.sample_metrics import describe_rollout
 from qwench.samples import Json, Rollout
 
-_START_TIMEOUT_S = 60.0
-_END_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StreamOptions:
-    """How the stream runs."""
-
-    num_rollouts: int
-    """Of the whole run: nothing is generated ahead beyond the last."""
-    rollouts_ahead: int = 0
-    timeout_s: float | None = None
-    """Deadline of one rollout. None: as long as it takes."""
-    allow_degenerate_rewards: bool = False
-    save_template: str | None = None
-    """--save-debug-rollout-data"""
-    metrics: MetricOptions
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Started:
-    rollout_id: int
-    task: asyncio.Task[Rollout]
+_CONTROL_TIMEOUT_S = 60.0
 
 
 class RolloutStream:
-    """Hands out scored rollouts; called from the main thread, generates on the engines' event loop."""
+    """Hands out scored rollouts. The main thread calls it; it generates on the engines' event loop."""
 
-    def __init__(self, engines: EnginePool, make: MakeRollout, feed: GroupFeed, options: StreamOptions) -> None:
-        assert options.rollouts_ahead in (0, 1), f"{options.rollouts_ahead} rollouts ahead"
-        self._engines, self._make, self._feed, self._options = engines, make, feed, options
-        self._ahead: _Started | None = None
-        self._state = feed.state()
-        self._check_rewards = not options.allow_degenerate_rewards
+    def __init__(
+        self,
+        engines: EnginePool,
+        make: MakeRollout,
+        buffer: GroupBuffer,
+        logging: LoggingConfig,
+        *,
+        num_rollouts: int,
+        num_gpus: int = 1,
+        timeout_s: float | None = None,
+        allow_degenerate_rewards: bool = False,
+        save_template: str | None = None,
+    ) -> None:
+        """Generate nothing yet.
+
+        Args:
+            num_rollouts: of the whole run; nothing is generated beyond the last.
+            num_gpus: of all engines together, for the speed metrics.
+            timeout_s: deadline of one rollout. None: no deadline.
+            save_template: --save-debug-rollout-data
+        """
+        self._engines, self._make, self._buffer, self._logging = engines, make, buffer, logging
+        self._num_rollouts, self._num_gpus, self._timeout_s = num_rollouts, num_gpus, timeout_s
+        self._save_template = save_template
+        self._check_rewards = not allow_degenerate_rewards
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        """Rollouts that have begun and are not taken, in order."""
 
     def take(self, rollout_id: int) -> Rollout:
-        """Return a rollout, generating it now if it was not ahead of time.
+        """Return a rollout; generate it now if it is not finished yet.
 
         Raises:
             EngineError: an engine failed, or the deadline passed.
             RewardError: a reward function failed, or the first rollout's rewards teach nothing.
         """
-        started = self._ahead or self._start(rollout_id)
-        assert started.rollout_id == rollout_id, f"rollout {rollout_id} taken, {started.rollout_id} generated"
-        self._ahead = None
-        rollout = self._engines.attend(_result(started.task), label=f"rollout {rollout_id}", timeout_s=self._options.timeout_s)
-        self._state = self._feed.state()  # before the next rollout draws from the feed
-        if self._options.save_template is not None:
-            save_rollout(self._options.save_template, rollout)
+        rollout = self._engines.attend(self._take(rollout_id), label=f"rollout {rollout_id}", timeout_s=self._timeout_s)
+        if self._save_template is not None:
+            save_rollout(self._save_template, rollout)
         self._stop_if_degenerate(rollout)
-        if self._options.rollouts_ahead and rollout_id + 1 < self._options.num_rollouts:
-            self._ahead = self._start(rollout_id + 1)
         return rollout
 
     @contextmanager
-    def drained(self) -> Iterator[None]:
-        """Wait until nothing is generated, and keep it so inside the block.
+    def paused(self) -> Iterator[None]:
+        """Finish the rollouts that have begun; no token is sampled inside the block.
 
         Raises:
-            QwenchError: what was generated ahead failed.
+            QwenchError: one of them failed.
         """
-        if self._ahead is not None:
-            label = f"rollout {self._ahead.rollout_id}, which must end before weights are published,"
-            self._engines.attend(_result(self._ahead.task), label=label, timeout_s=self._options.timeout_s)
+        if self._tasks:
+            label = f"rollout {max(self._tasks)}, which must end before weights are saved or published,"
+            self._engines.attend(_all_results([*self._tasks.values()]), label=label, timeout_s=self._timeout_s)
         yield
 
     def state_dict(self) -> dict[str, Json]:
-        """Return the data cursor and the unfinished groups after the rollouts taken so far, JSON-compatible."""
-        return self._state.to_record()
+        """Return the state of the buffer, JSON-compatible: data cursor, waiting, unfinished and finished groups."""
+        return self._engines.run(self._state(), label="state of the rollouts", timeout_s=_CONTROL_TIMEOUT_S)
 
     def load_state_dict(self, state: Mapping[str, Json]) -> None:
-        """Go on from a saved state; only before the first `take`."""
-        assert self._ahead is None, "a rollout is under way"
-        self._feed.load_record(state)
-        self._state = self._feed.state()
-        self._check_rewards = False  # a run that was saved has passed it
+        """Continue from a saved state; only before the first `take`."""
+        assert not self._tasks, "a rollout is under way"
+        self._buffer.load_state_dict(state)
+        self._check_rewards = False  # the run that saved it passed the check
 
     def close(self) -> None:
-        """End what is generated ahead."""
-        if self._ahead is not None:
-            started, self._ahead = self._ahead, None
-            label = f"end of rollout {started.rollout_id}"
-            self._engines.run(cancel_and_wait([started.task]), label=label, timeout_s=_END_TIMEOUT_S)
+        """Cancel what is being generated."""
+        tasks, self._tasks = self._tasks, {}
+        if tasks:
+            label = f"end of rollout {max(tasks)}"
+            self._engines.run(cancel_and_wait([*tasks.values()]), label=label, timeout_s=_CONTROL_TIMEOUT_S)
 
-    def _start(self, rollout_id: int) -> _Started:
-        async def spawn() -> asyncio.Task[Rollout]:
-            return asyncio.create_task(self._generate(rollout_id), name=f"rollout {rollout_id}")
+    async def _take(self, rollout_id: int) -> Rollout:
+        for due in self._buffer.begin(rollout_id, last=self._num_rollouts - 1):
+            before = self._tasks.get(due - 1)
+            self._tasks[due] = asyncio.create_task(self._generate(due, before), name=f"rollout {due}")
+        if rollout_id in self._tasks:
+            await self._tasks.pop(rollout_id)
+        return self._buffer.take(rollout_id)
 
-        task = self._engines.run(spawn(), label=f"start of rollout {rollout_id}", timeout_s=_START_TIMEOUT_S)
-        return _Started(rollout_id=rollout_id, task=task)
-
-    async def _generate(self, rollout_id: int) -> Rollout:
+    async def _generate(self, rollout_id: int, before: asyncio.Task[None] | None) -> None:
+        """Make a rollout once the one before has ended."""
+        if before is not None:
+            await before
         started_at = time.monotonic()
         rollout = await self._make(rollout_id)
         seconds = time.monotonic() - started_at
-        return rollout.with_metrics(describe_rollout(rollout.groups, seconds=seconds, options=self._options.metrics))
+        metrics = describe_rollout(rollout.groups, self._logging, seconds=seconds, num_gpus=self._num_gpus)
+        self._buffer.finish(rollout.with_metrics(metrics))
+
+    async def _state(self) -> dict[str, Json]:
+        return self._buffer.state_dict()
 
     def _stop_if_degenerate(self, rollout: Rollout) -> None:
-        """Look at the first rollout of a run: rewards that cannot rise are found before hours are spent on them."""
+        """Check the first rollout of a run: rewards that cannot rise are found before hours are spent on them."""
         if not self._check_rewards:
             return
         self._check_rewards = False
@@ -134,5 +134,65 @@ class RolloutStream:
             raise RewardError(f"rollout {rollout.rollout_id}: {reason}")
 
 
-async def _result(task: asyncio.Task[Rollout]) -> Rollout:
-    return await task
+class _StreamWithoutEngines:
+    """A stream that generates nothing: there is nothing to pause or to cancel."""
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Return at once."""
+        yield
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class ReplayStream(_StreamWithoutEngines):
+    """Reads the rollouts that `--save-debug-rollout-data` wrote."""
+
+    def __init__(self, template: str, *, subsample: float | None = None) -> None:
+        """Keep where the rollouts are.
+
+        Args:
+            template: path with {rollout_id} (--load-debug-rollout-data).
+            subsample: share of the groups to keep. None: all.
+        """
+        self._template, self._subsample = template, subsample
+
+    def take(self, rollout_id: int) -> Rollout:
+        """Return a recorded rollout.
+
+        Raises:
+            ConfigError: there is none of this id.
+        """
+        return load_rollout(self._template, rollout_id, subsample=self._subsample)
+
+    def state_dict(self) -> dict[str, Json]:
+        """Return nothing: the rollout id alone says what comes next."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Json]) -> None:
+        """Ignore the cursor of a run that generated: no prompts are drawn here."""
+
+
+class SftStream(_StreamWithoutEngines):
+    """Reads conversations."""
+
+    def __init__(self, source: SftSource) -> None:
+        self._source = source
+
+    def take(self, rollout_id: int) -> Rollout:
+        """Return the next conversations as a rollout."""
+        return self._source.take(rollout_id)
+
+    def state_dict(self) -> dict[str, Json]:
+        """Return the data cursor, JSON-compatible."""
+        return self._source.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Json]) -> None:
+        """Continue from a saved cursor."""
+        self._source.load_state_dict(state)
+
+
+async def _all_results(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        await task

@@ -73,6 +73,21 @@ def test_killed_run_continues_its_unfinished_groups(workspace: Workspace, tmp_pa
     assert read_metrics(save) == read_metrics(whole)
 
 
+@pytest.mark.parametrize("moment", ["generation", "saved"])
+def test_killed_run_ahead_of_itself_continues_with_the_rollout_that_was_in_flight(
+    moment: str, workspace: Workspace, tmp_path: Path
+) -> None:
+    def job_ahead(save: Path) -> list[str]:
+        return workspace.train_argv(save, **DIGITS, rollouts_ahead=1, num_rollout=4)
+
+    whole, save = tmp_path / "whole", tmp_path / "run"
+    cli.run(job_ahead(whole))
+    assert column(whole, "rollout/weight_version/max") == [0, 0, 1, 2]
+    kill(moment, job_ahead(save))
+    cli.run(job_ahead(save))
+    assert read_metrics(save) == read_metrics(whole)
+
+
 def kill(moment: str, argv: list[str]) -> None:
     """Run until death."""
     killed = run_python(["-m", "tests.e2e.dying_run", moment, str(DIES_IN), *argv])

@@ -29,7 +29,7 @@ def test_rollouts_ahead_are_sampled_by_the_weights_before(workspace: Workspace, 
     assert {path.parent.name for path in curves.glob("*/events.*")} == {"rollout", "train"}
 
 
-def test_run_ahead_of_itself_resumes_with_the_prompts_that_were_not_learned_from(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_longer_run_goes_on_after_the_last_rollout_of_a_shorter_one(workspace: Workspace, tmp_path: Path) -> None:
     sampled_by = {}
     for name, lengths in (("whole", [3]), ("resumed", [2, 3])):
         recorded = str(tmp_path / f"{name}_{{rollout_id}}.jsonl")
@@ -39,7 +39,7 @@ def test_run_ahead_of_itself_resumes_with_the_prompts_that_were_not_learned_from
         samples = read_samples(recorded, 2)
         assert [sample["sample_id"] for sample in samples] == list(range(32, 48))
         sampled_by[name] = {version for sample in samples for version in sample["weight_versions"]}
-    # What was being generated when the first part ended is generated again, by the weights of the checkpoint.
+    # The shorter run generated nothing beyond its end, so the longer one samples rollout 2 with the weights of the checkpoint.
     assert sampled_by == {"whole": {1}, "resumed": {2}}
     for metric in ("train/loss", "train/grad_norm"):
         assert column(tmp_path / "resumed", metric)[:4] == column(tmp_path / "whole", metric)[:4]

@@ -3,10 +3,12 @@
 import string
 from collections.abc import Callable
 
+from qwench.config.sections.rollout import RolloutConfig
 from qwench.data.prompts import PromptSource
 from qwench.engines.protocol import GenerateRequest
-from qwench.rollout.collect import Collector, CollectRules
-from qwench.rollout.feed import GroupFeed
+from qwench.rollout.buffer import GroupBuffer
+from qwench.rollout.collect import Collector
+from qwench.rollout.functions import RolloutFunctions
 from qwench.rollout.groups import GroupRunner
 from qwench.rollout.sampling import Sampling
 from qwench.samples import Group, Prompt, Sample
@@ -47,11 +49,23 @@ def make_runner(engine: FakeEngine, grader: FakeGrader, **options) -> GroupRunne
     return GroupRunner(engine, tokenizer=CharTokenizer(), grader=grader, **settings)
 
 
-def make_collector(engine: FakeEngine, grader: FakeGrader, *, feed: GroupFeed | None = None, **rules) -> Collector:
-    settings = {"num_groups": 2, "over_sampling": rules.get("num_groups", 2), "max_rounds": 10, **rules}
-    console = settings.pop("console", RecordingConsole())
-    feed = feed or GroupFeed(letters_source())
-    return Collector(make_runner(engine, grader), feed, CollectRules(**settings), console=console)
+def make_collector(
+    engine: FakeEngine, grader: FakeGrader, *, buffer: GroupBuffer | None = None, console=None, deterministic=False, **rules
+) -> Collector:
+    flags = {
+        "rollout_batch_size": rules.pop("num_groups", 2),
+        "over_sampling_batch_size": rules.pop("over_sampling", None),
+        "dynamic_sampling_max_rounds": rules.pop("max_rounds", 10),
+        "partial_rollout": rules.pop("partial_rollout", False),
+    }
+    return Collector(
+        make_runner(engine, grader),
+        buffer or GroupBuffer(letters_source()),
+        RolloutConfig(**flags),
+        RolloutFunctions(**rules),
+        console=console or RecordingConsole(),
+        deterministic=deterministic,
+    )
 
 
 def prompts_of(groups: list[Group]) -> str:

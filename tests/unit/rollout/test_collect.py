@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwench.errors import EngineError, QwenchError, RewardError
-from qwench.rollout.feed import GroupFeed
+from qwench.rollout.buffer import GroupBuffer
 from qwench.rollout.filters import FilterResult, check_reward_nonzero_std
 from qwench.samples import Status, Verdict
 from tests.fakes.console import RecordingConsole
@@ -37,29 +37,29 @@ def test_rollout_has_the_groups_in_order_of_their_samples_whatever_ends_first():
 
 
 def test_without_over_sampling_nothing_more_is_submitted():
-    feed = GroupFeed(letters_source())
-    collect(FakeEngine(write_ok), num_groups=3, feed=feed)
-    assert prompts_of(feed.next_groups(1)) == "d"
+    buffer = GroupBuffer(letters_source())
+    collect(FakeEngine(write_ok), num_groups=3, buffer=buffer)
+    assert prompts_of(buffer.next_groups(1)) == "d"
 
 
 def test_first_groups_to_finish_are_taken_and_the_surplus_is_ended_and_discarded():
     engine = FakeEngine(write_ok, ticks=by_letter({"a": None, "c": None}))
-    feed = GroupFeed(letters_source())
-    rollout = collect(engine, num_groups=2, over_sampling=4, feed=feed)
+    buffer = GroupBuffer(letters_source())
+    rollout = collect(engine, num_groups=2, over_sampling=4, buffer=buffer)
     assert prompts_of(rollout.groups) == "bd"
     assert sorted(event for event in engine.events if event[0] == "abort") == [("abort", "a"), ("abort", "c")]
     assert engine.num_running == 0
-    assert (feed.state().unfinished, prompts_of(feed.next_groups(1))) == ((), "e")
+    assert (buffer.waiting, prompts_of(buffer.next_groups(1))) == ((), "e")
     assert rollout.metrics["rollout/surplus_groups"] == 2
 
 
 def test_dropped_groups_are_replaced_by_a_further_submission_and_counted():
-    feed = GroupFeed(letters_source())
-    rollout = collect(FakeEngine(write_ok), num_groups=3, feed=feed, group_filter=drop("ac"))
+    buffer = GroupBuffer(letters_source())
+    rollout = collect(FakeEngine(write_ok), num_groups=3, buffer=buffer, group_filter=drop("ac"))
     assert prompts_of(rollout.groups) == "bde"
     assert rollout.metrics["rollout/dynamic_filter/drop_unwanted"] == 2
     assert rollout.metrics["rollout/dynamic_filter/rounds"] == 2
-    assert prompts_of(feed.next_groups(1)) == "g"
+    assert prompts_of(buffer.next_groups(1)) == "g"
 
 
 def test_no_further_submission_while_enough_groups_are_in_flight():
@@ -71,18 +71,18 @@ def test_no_further_submission_while_enough_groups_are_in_flight():
 def test_partial_rollout_keeps_all_surplus_groups_and_uses_them_first():
     waiting = {"b": None, "c": None}
     engine = FakeEngine(write_ok, ticks=lambda text, request: waiting.get(text[0], 0))
-    feed = GroupFeed(letters_source())
-    collector = make_collector(engine, FakeGrader(lambda sample: 1.0), over_sampling=4, partial_rollout=True, feed=feed)
+    buffer = GroupBuffer(letters_source())
+    collector = make_collector(engine, FakeGrader(lambda sample: 1.0), over_sampling=4, partial_rollout=True, buffer=buffer)
 
     async def twice():
         first = await collector.collect(0)
-        kept = feed.state().unfinished
+        kept = [(prompts_of([group]), group.samples[0].status) for group in buffer.waiting]
         waiting.clear()
         return first, kept, await collector.collect(1)
 
     first, kept, second = asyncio.run(twice())
     assert prompts_of(first.groups) == "ad"
-    assert (prompts_of(kept), [group.samples[0].status for group in kept]) == ("bc", [Status.ABORTED] * 2)
+    assert kept == [("b", Status.ABORTED), ("c", Status.ABORTED)]
     starts = [text for event, text in engine.events if event == "start"]
     assert starts == ["a", "b", "c", "d", "b", "c", "e", "f"]
     assert prompts_of(second.groups) == "bc"
@@ -90,8 +90,8 @@ def test_partial_rollout_keeps_all_surplus_groups_and_uses_them_first():
 
 def test_partial_rollout_keeps_finished_surplus_groups_with_their_rewards():
     grader = FakeGrader(lambda sample: 1.0)
-    feed = GroupFeed(letters_source())
-    collector = make_collector(FakeEngine(write_ok), grader, num_groups=1, over_sampling=3, partial_rollout=True, feed=feed)
+    buffer = GroupBuffer(letters_source())
+    collector = make_collector(FakeEngine(write_ok), grader, num_groups=1, over_sampling=3, partial_rollout=True, buffer=buffer)
 
     async def twice():
         return [await collector.collect(0), await collector.collect(1)]
@@ -103,14 +103,14 @@ def test_partial_rollout_keeps_finished_surplus_groups_with_their_rewards():
 
 def test_response_continued_in_the_next_rollout_can_train_on_its_new_tokens_alone():
     engine = FakeEngine(lambda text, request: "x" * {"a": 3, "b": 20}.get(text[0], 60))
-    feed = GroupFeed(letters_source(), mask_off_policy=True)
+    buffer = GroupBuffer(letters_source(), mask_off_policy=True)
     collector = make_collector(
-        engine, FakeGrader(lambda sample: 1.0), num_groups=1, over_sampling=2, partial_rollout=True, feed=feed
+        engine, FakeGrader(lambda sample: 1.0), num_groups=1, over_sampling=2, partial_rollout=True, buffer=buffer
     )
 
     async def twice():
         await collector.collect(0)
-        old = feed.state().unfinished[0].samples[0].response_length
+        old = buffer.waiting[0].samples[0].response_length
         engine.version = 1
         return old, await collector.collect(1)
 
@@ -227,7 +227,7 @@ def test_filter_with_another_answer_is_refused():
 )
 def test_deterministic_rollout_does_not_depend_on_any_timing(engine_ticks, grader_ticks, partial):
     def run(ticks_of_engine, ticks_of_grader):
-        feed = GroupFeed(letters_source(12))
+        buffer = GroupBuffer(letters_source(12))
         engine = FakeEngine(write_ok, ticks=lambda text, request: ticks_of_engine[ord(text[0]) - 97])
         grader = FakeGrader(lambda sample: 1.0, ticks=lambda sample: ticks_of_grader[ord(letter(sample)) - 97])
         rollout = collect(
@@ -238,11 +238,11 @@ def test_deterministic_rollout_does_not_depend_on_any_timing(engine_ticks, grade
             group_filter=drop("abd"),
             deterministic=True,
             partial_rollout=partial,
-            feed=feed,
+            buffer=buffer,
         )
-        return rollout, feed.state()
+        return rollout, buffer.state_dict()
 
     rollout, state = run(engine_ticks, grader_ticks)
     assert (rollout, state) == run([0] * 12, [0] * 12)
     assert prompts_of(rollout.groups) == "ce"
-    assert prompts_of(state.unfinished) == ("fgh" if partial else "")
+    assert [group["group_id"] for group in state["unfinished"]] == ([5, 6, 7] if partial else [])

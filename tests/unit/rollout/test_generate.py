@@ -5,8 +5,7 @@ import pytest
 
 from qwench.engines.protocol import FinishReason, GenerateResult
 from qwench.errors import EngineError
-from qwench.rollout.generate import GenerateContext
-from qwench.rollout.requests import Requests
+from qwench.rollout.generate import GenerateContext, Requests
 from qwench.rollout.sampling import Sampling
 from qwench.samples import Status
 from tests.fakes.engine import CharTokenizer, FakeEngine, log_prob_of

@@ -1,24 +1,30 @@
-from contextlib import closing
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from transformers import PretrainedConfig
 
+from qwench.config import Config
 from qwench.config.eval_settings import EvalSettings
 from qwench.config.sections.debug import DebugConfig
+from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.logging import LoggingConfig
-from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import ConfigError
-from qwench.rollout.assembly import Surroundings, build_evaluator, build_stream
+from qwench.launch.generation import Generation
+from qwench.launch.inputs import Inputs
 from qwench.samples import Rollout
 from tests.fakes.console import RecordingConsole
 from tests.fakes.engine import CharTokenizer, FakeEngine
 from tests.fakes.grader import FakeGrader
 from tests.unit.rollout.scene import letters_source, prompt, prompts_of, write_ok
 
-HERE = "tests.unit.rollout.test_assembly"
+HERE = "tests.unit.launch.test_generation"
 SEEN = []
 
 
@@ -49,44 +55,36 @@ def remember(groups):
     SEEN.append(prompts_of(groups))
 
 
-def surroundings(**values):
-    settings = {"model_context_len": 50, "concurrency": 8, "num_gpus": 1, "seed": 42, **values}
-    return Surroundings(tokenizer=CharTokenizer(), console=RecordingConsole(), **settings)
-
-
-def take(engine=None, *, debug=None, logging=None, around=None, source=None, **flags):
-    flags = {"rollout_batch_size": 2, "rollout_max_response_len": 9, **flags}
-    engine = engine or FakeEngine(write_ok)
+@contextmanager
+def open_generation(engine, config, *, model_context_len=50, eval_sets=()):
+    """Yield the generation of a run around a fake engine."""
+    resolved = replace(config.resolve(), eval_sets=tuple(eval_sets))
+    inputs = Inputs(
+        config=config, resolved=resolved, model_folder=Path(), tokenizer=CharTokenizer(), console=RecordingConsole(),
+        hf_config=PretrainedConfig(max_position_embeddings=model_context_len), device=torch.device("cpu"), dtype=torch.float32,
+        rank=0,
+    )  # fmt: skip
+    grader = FakeGrader(lambda sample: 1.0)
     with closing(EnginePool([engine], EventLoopThread())) as engines:
-        stream = build_stream(
-            RolloutConfig(**flags),
-            RewardConfig(),
-            logging or LoggingConfig(),
-            debug or DebugConfig(),
-            engines=engines,
-            source=source or letters_source(n=2),
-            grader=FakeGrader(lambda sample: 1.0),
-            num_rollouts=3,
-            surroundings=around or surroundings(),
-        )
-        with closing(stream):
-            return stream.take(0)
+        yield Generation(inputs=inputs, engines=engines, grader=grader, eval_grader=grader)
 
 
-def evaluate(evaluation, settings, **options):
+def take(engine=None, *, source=None, model_context_len=50, sections=None, **flags):
+    rollout = RolloutConfig(**{"rollout_batch_size": 2, "rollout_max_response_len": 9, **flags})
+    config = Config(rollout=rollout, **(sections or {}))
+    with (
+        open_generation(engine or FakeEngine(write_ok), config, model_context_len=model_context_len) as generation,
+        closing(generation.stream(source or letters_source(n=2), num_rollouts=3)) as stream,
+    ):
+        return stream.take(0)
+
+
+def evaluate(settings, **evaluation):
     engine = FakeEngine(write_ok)
-    with closing(EnginePool([engine], EventLoopThread())) as engines:
-        evaluator = build_evaluator(
-            evaluation,
-            RolloutConfig(),
-            RewardConfig(),
-            LoggingConfig(),
-            settings=settings,
-            prompts={one.name: [prompt("abc")] for one in settings},
-            grader=FakeGrader(lambda sample: 1.0),
-            surroundings=surroundings(**options),
-        )
-        return evaluator.evaluate(engines), engine.requests
+    config = Config(rollout=RolloutConfig(rollout_batch_size=2), evaluation=EvalConfig(**evaluation))
+    with open_generation(engine, config, eval_sets=settings) as generation:
+        evaluator = generation.evaluator({one.name: [prompt("abc")] for one in settings})
+        return evaluator.evaluate(generation.engines), engine.requests
 
 
 def eval_settings(**values):
@@ -108,13 +106,13 @@ def test_flags_reach_the_requests():
 
 def test_model_context_bounds_the_response():
     engine = FakeEngine(write_ok)
-    take(engine, rollout_max_context_len=100, around=surroundings(model_context_len=5))
+    take(engine, rollout_max_context_len=100, model_context_len=5)
     assert engine.requests[0].sampling.max_new_tokens == 4
 
 
 def test_deterministic_inference_seeds_by_position():
     engine = FakeEngine(write_ok)
-    take(engine, around=surroundings(seed_by_position=True))
+    take(engine, sections={"engine": EngineConfig(sglang_enable_deterministic_inference=True)})
     assert [request.sampling.seed for request in engine.requests] == [42, 43, 42, 43]
 
 
@@ -148,7 +146,7 @@ def test_filters_and_hooks_come_from_their_flags():
 
 def test_optional_metrics_and_recording_come_from_their_flags(tmp_path):
     debug = DebugConfig(save_debug_rollout_data=f"{tmp_path}/{{rollout_id}}.jsonl")
-    rollout = take(logging=LoggingConfig(log_passrate=True), debug=debug)
+    rollout = take(sections={"logging": LoggingConfig(log_passrate=True), "debug": debug})
     assert rollout.metrics["passrate/pass@2"] == 1.0
     assert (tmp_path / "0.jsonl").is_file()
 
@@ -170,7 +168,7 @@ def test_path_that_cannot_be_imported_names_its_flag(flag):
 
 
 def test_an_evaluation_set_is_sampled_by_its_settings():
-    metrics, (request,) = evaluate(EvalConfig(), [eval_settings()])
+    metrics, (request,) = evaluate([eval_settings()])
     sampling = request.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_new_tokens) == (0.0, 0.9, 5, 2)
     assert (sampling.max_new_tokens, sampling.stop, sampling.stop_token_ids) == (20, ("</s>",), (7,))
@@ -178,16 +176,16 @@ def test_an_evaluation_set_is_sampled_by_its_settings():
 
 
 def test_evaluation_without_a_length_goes_to_the_end_of_the_context():
-    _, (request,) = evaluate(EvalConfig(), [eval_settings(max_response_len=None, max_context_len=30)])
+    _, (request,) = evaluate([eval_settings(max_response_len=None, max_context_len=30)])
     assert request.sampling.max_new_tokens == 27
 
 
 def test_sets_have_their_own_number_of_samples_and_sampling():
     settings = [eval_settings(name="a", n_samples_per_prompt=3), eval_settings(name="b", max_response_len=4, min_new_tokens=0)]
-    _, requests = evaluate(EvalConfig(), settings)
+    _, requests = evaluate(settings)
     assert [request.sampling.max_new_tokens for request in requests] == [20, 20, 20, 4]
 
 
 def test_custom_evaluation_function_replaces_the_built_in_one():
-    metrics, requests = evaluate(EvalConfig(eval_function_path=f"{HERE}.constant"), [eval_settings()])
+    metrics, requests = evaluate([eval_settings()], eval_function_path=f"{HERE}.constant")
     assert (metrics, requests) == ({"eval/x": 0.5}, [])

@@ -2,20 +2,22 @@ import asyncio
 
 import pytest
 
+from qwench.config.sections.evaluation import EvalConfig
+from qwench.config.sections.rollout import RolloutConfig
 from qwench.errors import ConfigError, QwenchError
-from qwench.rollout.custom import RolloutContext, custom_rollout, load_async
-from qwench.rollout.feed import GroupFeed
+from qwench.rollout.buffer import GroupBuffer
+from qwench.rollout.functions import RolloutContext, checked_rollout, load_functions
 from qwench.samples import Group, Rollout, Status
 from tests.fakes.engine import FakeEngine
 from tests.fakes.grader import FakeGrader
 from tests.unit.rollout.scene import by_letter, letters_source, make_runner, prompts_of, write_ok
 
-HERE = "tests.unit.rollout.test_custom"
+HERE = "tests.unit.rollout.test_functions"
 
 
 def context(engine=None, num_groups=2):
     runner = make_runner(engine or FakeEngine(write_ok), FakeGrader(lambda sample: 1.0))
-    return RolloutContext(runner=runner, feed=GroupFeed(letters_source()), num_groups=num_groups)
+    return RolloutContext(runner=runner, buffer=GroupBuffer(letters_source()), num_groups=num_groups)
 
 
 async def first_done(rollout_id, context):
@@ -50,14 +52,18 @@ async def one_argument(sample):
 
 
 def make(name, of=None):
-    return asyncio.run(custom_rollout(f"{HERE}.{name}", of or context())(3))
+    return asyncio.run(checked_rollout(load(f"{HERE}.{name}").make_rollout, of or context())(3))
 
 
-def test_custom_rollout_uses_runner_and_feed():
+def load(path):
+    return load_functions(RolloutConfig(rollout_function_path=path), EvalConfig())
+
+
+def test_custom_rollout_uses_runner_and_buffer():
     of = context(FakeEngine(write_ok, ticks=by_letter({"a": None})))
     rollout = make("first_done", of)
     assert (rollout.rollout_id, prompts_of(rollout.groups), rollout.groups[0].rewards) == (3, "b", [1.0])
-    (left,) = of.feed.state().unfinished
+    (left,) = of.buffer.waiting
     assert (prompts_of([left]), left.samples[0].status) == ("a", Status.ABORTED)
     assert isinstance(left, Group)
 
@@ -82,9 +88,9 @@ def test_custom_rollout_that_returns_something_else_is_refused(name, message):
         (f"{HERE}.missing", "cannot be imported"),
         (f"{HERE}.HERE", "is no function but a str"),
         (f"{HERE}.not_async", "is not async; define it with `async def`"),
-        (f"{HERE}.one_argument", r"has the signature \(sample\), but is called as await fn\(a, b\)"),
+        (f"{HERE}.one_argument", r"has the signature \(sample\), but is called as await fn\(rollout_id, context\)"),
     ],
 )
 def test_function_that_cannot_be_used_is_a_config_error_that_names_the_flag(path, message):
-    with pytest.raises(ConfigError, match=f"--some-path .*{message}"):
-        load_async(path, flag="--some-path", num_arguments=2, called_as="await fn(a, b)")
+    with pytest.raises(ConfigError, match=f"--rollout-function-path .*{message}"):
+        load(path)

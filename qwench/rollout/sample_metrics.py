@@ -8,11 +8,11 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from math import comb
 from statistics import fmean, median
 
+from qwench.config.sections.logging import LoggingConfig
 from qwench.rollout.filters import reward_label
 from qwench.samples import Group, Sample, Status
 
@@ -21,27 +21,14 @@ _REPETITION_WINDOW = 10_000
 _REPETITION_RATIO = 10
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MetricOptions:
-    """Which metrics are wanted besides those that always are."""
-
-    num_gpus: int = 1
-    """Of all engines together; a CPU engine counts as one."""
-    log_passrate: bool = False
-    log_correct_samples: bool = False
-    log_multi_turn: bool = False
-    reward_category: str | None = None
-    """Key of the verdicts' extra values whose shares are reported as error_cat/<value> (--log-reward-category)."""
-
-
-def describe_rollout(groups: Sequence[Group], *, seconds: float, options: MetricOptions) -> dict[str, float]:
-    """Return all metrics of a rollout that took `seconds` to generate."""
+def describe_rollout(groups: Sequence[Group], logging: LoggingConfig, *, seconds: float, num_gpus: int = 1) -> dict[str, float]:
+    """Return all metrics of a rollout that took `seconds` on `num_gpus` engine GPUs (a CPU engine counts as one)."""
     samples = [sample for group in groups for sample in group.samples]
     return {
         **rollout_metrics(groups),
-        **with_prefix("rollout/", _optional_metrics(samples, options)),
-        **with_prefix("passrate/", pass_rates(groups) if options.log_passrate else {}),
-        **speed_metrics(samples, seconds=seconds, num_gpus=options.num_gpus),
+        **with_prefix("rollout/", _optional_metrics(samples, logging)),
+        **with_prefix("passrate/", pass_rates(groups) if logging.log_passrate else {}),
+        **speed_metrics(samples, seconds=seconds, num_gpus=num_gpus),
     }
 
 
@@ -141,15 +128,15 @@ def _weight_version_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     return {**with_prefix("weight_version/", _statistics(oldest)), "weight_version/mixed_version_ratio": mixed}
 
 
-def _optional_metrics(samples: Sequence[Sample], options: MetricOptions) -> dict[str, float]:
+def _optional_metrics(samples: Sequence[Sample], logging: LoggingConfig) -> dict[str, float]:
     metrics: dict[str, float] = {}
-    if options.reward_category is not None:
+    if logging.log_reward_category is not None:
         extras = [sample.verdict.extra for sample in samples if sample.verdict is not None]
-        values = Counter(str(extra.get(options.reward_category)) for extra in extras)
+        values = Counter(str(extra.get(logging.log_reward_category)) for extra in extras)
         metrics.update({f"error_cat/{value}": count / len(samples) for value, count in sorted(values.items())})
-    if options.log_correct_samples and (correct := [trained_length(s) for s in samples if s.reward == 1]):
+    if logging.log_correct_samples and (correct := [trained_length(s) for s in samples if s.reward == 1]):
         metrics.update(with_prefix("correct_response_len/", _statistics(correct)))
-    if options.log_multi_turn:
+    if logging.log_multi_turn:
         turns = [_turn_lengths(sample) for sample in samples]
         metrics.update(with_prefix("multi_turn/round_number/", _statistics([len(lengths) for lengths in turns])))
         if any(turns):

@@ -18,9 +18,14 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from qwench.config.sections.evaluation import EvalConfig
+from qwench.config.sections.rollout import RolloutConfig
 from qwench.errors import ConfigError, QwenchError
 from qwench.plugins import Function, load_function
-from qwench.rollout.feed import GroupFeed
+from qwench.rollout.buffer import BufferFilter, GroupBuffer, oldest_first
+from qwench.rollout.evaluate import EvalFunction
+from qwench.rollout.filters import AllGroupsHook, GroupFilter, SampleFilter
+from qwench.rollout.generate import GenerateFunction, generate_single_turn
 from qwench.rollout.groups import GroupRunner
 from qwench.rollout.sampling import Sampling
 from qwench.samples import Group, Rollout
@@ -31,7 +36,7 @@ class RolloutContext:
     """What a `--rollout-function-path` function may use to make a rollout."""
 
     runner: GroupRunner
-    feed: GroupFeed
+    buffer: GroupBuffer
     num_groups: int
     """--rollout-batch-size; the function may return another number of groups if the batch sizes allow it."""
 
@@ -47,11 +52,11 @@ class RolloutContext:
 
     def next_groups(self, num_groups: int) -> list[Group]:
         """Return groups of pending samples: unfinished ones first, then the data set's next prompts."""
-        return self.feed.next_groups(num_groups)
+        return self.buffer.next_groups(num_groups)
 
     def put_back(self, groups: list[Group]) -> None:
         """Keep groups for a later rollout."""
-        self.feed.put_back(groups)
+        self.buffer.put_back(groups)
 
     async def run_group(self, group: Group, *, rollout_id: int) -> Group:
         """Generate and grade a group within the bound on samples in flight."""
@@ -64,37 +69,60 @@ class RolloutContext:
 
 MakeRollout = Callable[[int], Awaitable[Rollout]]
 """rollout_id -> a scored rollout, on the engines' event loop."""
+RolloutFunction = Callable[[int, RolloutContext], Awaitable[Rollout]]
 
 
-def custom_rollout(path: str, context: RolloutContext) -> MakeRollout:
-    """Load a `--rollout-function-path` function and check what it returns."""
-    function = load_rollout_function(path)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutFunctions:
+    """The user's functions that the flags name, and the built-in ones where they name none."""
+
+    generate: GenerateFunction = generate_single_turn
+    make_rollout: RolloutFunction | None = None
+    group_filter: GroupFilter | None = None
+    sample_filter: SampleFilter | None = None
+    buffer_filter: BufferFilter = oldest_first
+    on_all_groups: AllGroupsHook | None = None
+    evaluate: EvalFunction | None = None
+
+
+def load_functions(rollout: RolloutConfig, evaluation: EvalConfig) -> RolloutFunctions:
+    """Load every function that the flags name by import path.
+
+    Raises:
+        ConfigError: a function cannot be loaded or has another signature.
+    """
+    called_as = "await fn(sample, context)"
+    generate = _load_async(rollout.custom_generate_function_path, "--custom-generate-function-path", called_as)
+    return RolloutFunctions(
+        generate=generate or generate_single_turn,
+        make_rollout=_load_async(rollout.rollout_function_path, "--rollout-function-path", "await fn(rollout_id, context)"),
+        group_filter=_load(rollout.dynamic_sampling_filter_path, "--dynamic-sampling-filter-path", 1, "fn(group)"),
+        sample_filter=_load(rollout.rollout_sample_filter_path, "--rollout-sample-filter-path", 2, "fn(sample, group)"),
+        buffer_filter=_load(rollout.buffer_filter_path, "--buffer-filter-path", 2, "fn(groups, num_groups)") or oldest_first,
+        on_all_groups=_load(rollout.rollout_all_samples_process_path, "--rollout-all-samples-process-path", 1, "fn(groups)"),
+        evaluate=_load_async(evaluation.eval_function_path, "--eval-function-path", "await fn(sets, run_set)"),
+    )
+
+
+def checked_rollout(function: RolloutFunction, context: RolloutContext) -> MakeRollout:
+    """Return a `--rollout-function-path` function bound to its context; what it returns is checked."""
 
     async def make(rollout_id: int) -> Rollout:
-        rollout: Rollout = await function(rollout_id, context)
-        _check_rollout(path, rollout, rollout_id)
+        rollout = await function(rollout_id, context)
+        _check_rollout(f"{function.__module__}.{function.__qualname__}", rollout, rollout_id)
         return rollout
 
     return make
 
 
-def load_rollout_function(path: str) -> Function:
-    """Load a `--rollout-function-path` function.
-
-    Raises:
-        ConfigError: see `load_async`.
-    """
-    return load_async(path, flag="--rollout-function-path", num_arguments=2, called_as="await fn(rollout_id, context)")
+def _load(path: str | None, flag: str, num_arguments: int, called_as: str) -> Function | None:
+    return None if path is None else load_function(path, flag=flag, num_arguments=num_arguments, called_as=called_as)
 
 
-def load_async(path: str, *, flag: str, num_arguments: int, called_as: str) -> Function:
-    """Load a function as `plugins.load_function` does, and refuse one that is not `async def`.
-
-    Raises:
-        ConfigError: it cannot be imported, has another signature, or would block the event loop.
-    """
-    function = load_function(path, flag=flag, num_arguments=num_arguments, called_as=called_as)
-    if not inspect.iscoroutinefunction(function):
+def _load_async(path: str | None, flag: str, called_as: str) -> Function | None:
+    """Load a function of two arguments, and refuse one that is not `async def`: it would block the event loop."""
+    function = _load(path, flag, 2, called_as)
+    if function is not None and not inspect.iscoroutinefunction(function):
         raise ConfigError(f"{flag} {path!r} is not async; define it with `async def`, it is called as {called_as}.")
     return function
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwench.rollout.metrics import (
-    MetricOptions,
+from qwench.config.sections.logging import LoggingConfig
+from qwench.rollout.sample_metrics import (
     describe_rollout,
     is_repetitive,
     pass_at_k,
@@ -153,9 +153,9 @@ def test_optional_metrics_appear_only_when_asked_for():
     groups = groups_of([1, 0])
     groups[0].samples[0].append([1], log_probs=None, version=-1)
     groups[0].samples[0].append([1], log_probs=[-1.0], version=0)
-    plain = describe_rollout(groups, seconds=1.0, options=MetricOptions())
-    options = MetricOptions(log_passrate=True, log_correct_samples=True, log_multi_turn=True, reward_category="kind")
-    full = describe_rollout(groups, seconds=1.0, options=options)
+    plain = describe_rollout(groups, LoggingConfig(), seconds=1.0)
+    logging = LoggingConfig(log_passrate=True, log_correct_samples=True, log_multi_turn=True, log_reward_category="kind")
+    full = describe_rollout(groups, logging, seconds=1.0)
     extra = {name: value for name, value in full.items() if name not in plain}
     assert extra == {
         "rollout/error_cat/k3": 1.0,

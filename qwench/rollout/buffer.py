@@ -1,0 +1,161 @@
+"""Every group between the data order and training, and what a checkpoint keeps of it.
+
+    data order --next_groups--> in flight --finish--> finished --take--> taken
+                     ^              |`----finish----> dropped (rejected by a filter, surplus)
+         waiting ----'<--put_back---'                 cut off, continued in a later rollout (--partial-rollout)
+
+Generation may be `max_staleness` rollouts ahead of training: 0 is synchronous, 1 is one ahead. The state holds the groups
+with their tokens, log-probs and weight versions, so that a resumed run loses no group and takes none twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from qwench.errors import QwenchError
+from qwench.samples import Group, Json, Rollout, Status
+
+
+class GroupSource(Protocol):
+    """The part of `data.prompts.PromptSource` that rollouts need."""
+
+    def next_groups(self, n: int) -> list[Group]:
+        """Return the next `n` groups of pending samples."""
+        ...
+
+    def state_dict(self) -> dict[str, Json]:
+        """Return the cursor, JSON-compatible."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Json]) -> None:
+        """Continue from a saved cursor."""
+        ...
+
+
+BufferFilter = Callable[[Sequence[Group], int], Sequence[Group]]
+"""(waiting groups, oldest first; how many are wanted) -> those to continue now; the others keep waiting."""
+
+
+def oldest_first(groups: Sequence[Group], num_groups: int) -> Sequence[Group]:
+    """Continue the groups that have waited longest."""
+    return groups[:num_groups]
+
+
+class GroupBuffer:
+    """Owns the groups of a run; see the module docstring. Every method runs on the engines' event loop."""
+
+    def __init__(
+        self,
+        source: GroupSource,
+        *,
+        max_staleness: int = 0,
+        buffer_filter: BufferFilter = oldest_first,
+        mask_off_policy: bool = False,
+    ) -> None:
+        """Start at the source's first prompt, with nothing waiting.
+
+        Args:
+            max_staleness: rollouts that generation may be ahead of training (--rollouts-ahead).
+            mask_off_policy: take the tokens that an earlier rollout generated out of the loss.
+        """
+        self._source, self._max_staleness = source, max_staleness
+        self._buffer_filter, self._mask_off_policy = buffer_filter, mask_off_policy
+        self._next_rollout_id: int | None = None
+        """The first rollout that has not begun. None: the first one that is taken."""
+        self._waiting: list[Group] = []
+        self._interrupted: list[Group] = []
+        """In flight when the state was saved; they go first."""
+        self._in_flight: dict[int, Group] = {}
+        self._finished: dict[int, Rollout] = {}
+
+    @property
+    def waiting(self) -> Sequence[Group]:
+        """Return the groups that an earlier rollout left unfinished, the oldest first."""
+        return tuple(self._waiting)
+
+    @property
+    def in_flight(self) -> Sequence[Group]:
+        """Return the groups that are being generated or filtered, in the order they were handed out."""
+        return tuple(self._in_flight.values())
+
+    @property
+    def finished(self) -> Sequence[Rollout]:
+        """Return the rollouts that training has not taken yet, in order."""
+        return tuple(self._finished.values())
+
+    def begin(self, rollout_id: int, *, last: int) -> range:
+        """Return the rollouts that may begin once training asks for `rollout_id`: the staleness bound.
+
+        Args:
+            last: the last rollout of the run; nothing begins beyond it.
+        """
+        first = rollout_id if self._next_rollout_id is None else self._next_rollout_id
+        begun = range(first, max(rollout_id, min(rollout_id + self._max_staleness, last)) + 1)
+        self._next_rollout_id = max(first, begun.stop)
+        return begun
+
+    def next_groups(self, num_groups: int) -> list[Group]:
+        """Hand out `num_groups` groups: interrupted ones, then waiting ones, then the data order's next."""
+        groups, self._interrupted = self._interrupted[:num_groups], self._interrupted[num_groups:]
+        groups += self._pick_waiting(num_groups - len(groups))
+        groups += self._source.next_groups(num_groups - len(groups))
+        self._in_flight.update((group.group_id, group) for group in groups)
+        return groups
+
+    def update(self, group: Group) -> None:
+        """Note a group in flight as generation and grading left it."""
+        self._in_flight[group.group_id] = group
+
+    def put_back(self, groups: Sequence[Group]) -> None:
+        """Keep groups for a later rollout; finished ones too, unless masking would leave them nothing to train on."""
+        for group in groups:
+            self._in_flight.pop(group.group_id, None)
+        self._waiting.extend(group for group in groups if not (self._mask_off_policy and _is_finished(group)))
+
+    def finish(self, rollout: Rollout) -> None:
+        """Keep a rollout for training, and drop the groups in flight that are not in it."""
+        self._in_flight.clear()
+        self._finished[rollout.rollout_id] = rollout
+
+    def take(self, rollout_id: int) -> Rollout:
+        """Hand a finished rollout to training; the buffer forgets it."""
+        assert next(iter(self._finished), None) == rollout_id, f"rollout {rollout_id} taken, finished: {[*self._finished]}"
+        return self._finished.pop(rollout_id)
+
+    def state_dict(self) -> dict[str, Json]:
+        """Return the state of this moment, JSON-compatible. Later changes of the groups do not reach it."""
+        return {
+            "source": self._source.state_dict(),
+            "unfinished": [group.to_record() for group in self._waiting],
+            "in_flight": [group.to_record() for group in (*self.in_flight, *self._interrupted)],
+            "finished": [rollout.to_record() for rollout in self.finished],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Json]) -> None:
+        """Continue from what `state_dict` returned; a state without groups in flight may leave them out."""
+        self._source.load_state_dict(state["source"])
+        self._waiting = [Group.from_record(record) for record in state["unfinished"]]
+        self._interrupted = [Group.from_record(record) for record in state.get("in_flight", ())]
+        rollouts = [Rollout.from_record(record) for record in state.get("finished", ())]
+        self._finished = {rollout.rollout_id: rollout for rollout in rollouts}
+        self._next_rollout_id = rollouts[-1].rollout_id + 1 if rollouts else None
+
+    def _pick_waiting(self, num_groups: int) -> list[Group]:
+        if not self._waiting or not num_groups:
+            return []
+        picked = list(self._buffer_filter(self.waiting, num_groups))
+        picked_ids = {group.group_id for group in picked}
+        if len(picked) > num_groups or not picked_ids <= {group.group_id for group in self._waiting}:
+            raise QwenchError(
+                f"--buffer-filter-path must return at most {num_groups} of the groups it was given, got {sorted(picked_ids)}."
+            )
+        self._waiting = [group for group in self._waiting if group.group_id not in picked_ids]
+        if self._mask_off_policy:
+            for sample in (sample for group in picked for sample in group.samples):
+                sample.mask_out()
+        return picked
+
+
+def _is_finished(group: Group) -> bool:
+    return all(sample.status in (Status.COMPLETED, Status.TRUNCATED) for sample in group.samples)
