@@ -1,7 +1,7 @@
 """Save the whole state of a run, and find it again.
 
     iter_0000020/model, optimizer, lr_scheduler, rng.pt     written by the learner, all ranks together
-                 rollouts.json                              where in the data, and samples begun but not finished
+                 rollouts.json                              position in the data; groups unfinished, in flight, finished ahead
                  meta.json                                  identity and manifest; written last
 
 A kill at any moment leaves the previous checkpoint or the new one, never a state that looks whole and is not. The same
