@@ -161,7 +161,7 @@ def test_state_can_be_taken_in_the_middle_of_a_rollout_and_nothing_is_lost():
 
     with open_stream(engine, score=score, ahead=1) as stream:
         stream.take(0)
-        assert graded.wait(timeout=20)
+        assert graded.wait(timeout=patient(20))
         state = stream.state_dict()
     assert [group["group_id"] for group in state["in_flight"]] == [2, 3]
     with resume(state, ahead=1) as stream:
