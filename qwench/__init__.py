@@ -1,3 +1,3 @@
 """Post-train Qwen3 with reinforcement learning and supervised fine-tuning."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
