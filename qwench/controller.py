@@ -47,16 +47,8 @@ class Rollouts(Protocol):
         ...
 
 
-class Learns(SavesTraining, WeightSource, Protocol):
-    """A learner in this process (`training.learner.Learner`) or on many ranks (`cluster.workers.RemoteLearner`)."""
-
-    def learn(self, rollout: Rollout) -> Learned:
-        """Improve the policy on one rollout."""
-        ...
-
-    def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
-        """Return the log-probs [R] of each sample's response."""
-        ...
+class StateProtocol(SavesTraining, WeightSource, Protocol):
+    """The models of the run, in this process (`training.state.TrainingState`) or on ranks (`cluster.workers.RemoteState`)."""
 
     def sleep(self) -> None:
         """Give device memory back."""
@@ -71,18 +63,35 @@ class Learns(SavesTraining, WeightSource, Protocol):
         ...
 
 
+class LearnerProtocol(Protocol):
+    """A learner in this process (`training.learner.Learner`) or on many ranks (`cluster.workers.RemoteLearner`)."""
+
+    @property
+    def state(self) -> StateProtocol:
+        """Return the models that it improves."""
+        ...
+
+    def learn(self, rollout: Rollout) -> Learned:
+        """Improve the policy on one rollout."""
+        ...
+
+    def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
+        """Return the log-probs [R] of each sample's response."""
+        ...
+
+
 class Gpus(Protocol):
     """Who holds device memory, and when (`cluster.gpus`)."""
 
     weights_may_alias: bool
 
-    def held_by(self, learner: Learns) -> AbstractContextManager[None]:
+    def held_by(self, learner: StateProtocol) -> AbstractContextManager[None]:
         """Give the devices to the learner inside the context."""
         ...
 
 
-class Evaluates(Protocol):
-    """Whatever measures the policy through the engines."""
+class Evaluator(Protocol):
+    """A measurement of the policy through the engines (`rollout.evaluate`)."""
 
     def evaluate(self, engines: EnginePool) -> Mapping[str, float]:
         """Return `eval/...` metrics."""
@@ -128,12 +137,12 @@ class Run:
     """Everything a run consists of, as `launch.build` chose it."""
 
     schedule: Schedule
-    learner: Learns | None
+    learner: LearnerProtocol | None
     """None: rollouts are only generated."""
     rollouts: Rollouts
     engines: EnginePool | None
     gpus: Gpus
-    evaluator: Evaluates | None
+    evaluator: Evaluator | None
     checkpoints: CheckpointManager
     metrics: MetricLog
     timer: PhaseTimer
@@ -148,9 +157,9 @@ def train(run: Run) -> None:
     """Learn from every rollout of the schedule, evaluating, saving and publishing when due."""
     learner, rollouts, gpus, schedule = run.learner, run.rollouts, run.gpus, run.schedule
     assert learner is not None, "a run that only generates has no learner"
-    first = run.checkpoints.restore(learner, rollouts)
+    first = run.checkpoints.restore(learner.state, rollouts)
     run.metrics.resume(first)
-    with gpus.held_by(learner):
+    with gpus.held_by(learner.state):
         publish(run, learner, version=first)
     offer_weights(run, learner, version=first)
     probe_engines(run, learner, version=first)
@@ -158,14 +167,14 @@ def train(run: Run) -> None:
         evaluate_if_due(run, rollout_id)
         with run.timer.phase("train_wait"):
             rollout = rollouts.take(rollout_id)
-        with gpus.held_by(learner):
+        with gpus.held_by(learner.state):
             learned = learner.learn(rollout)
             offer_weights(run, learner, version=rollout_id + 1)
             # Logged before it is saved: a run killed in between learns from the rollout again, and logs it once.
             run.metrics.log(rollout_id, {**rollout.metrics, **learned.metrics, **run.timer.take()}, steps=learned.steps)
             if schedule.save_due(rollout_id):
                 with rollouts.paused():  # so that what is generated ahead is saved whole, as the weights of now sampled it
-                    run.checkpoints.save(rollout_id + 1, learner, rollouts)
+                    run.checkpoints.save(rollout_id + 1, learner.state, rollouts)
             if schedule.publish_due(rollout_id):
                 with rollouts.paused():
                     publish(run, learner, version=rollout_id + 1)
@@ -180,12 +189,12 @@ def generate(run: Run) -> None:
         run.metrics.log(rollout_id, {**rollout.metrics, **run.timer.take()})
 
 
-def publish(run: Run, learner: Learns, *, version: int) -> None:
+def publish(run: Run, learner: LearnerProtocol, *, version: int) -> None:
     """Bring the learner's weights to the engines; `version` is the number of rollouts learned from."""
 
     def send() -> None:
         publish_weights(
-            learner,
+            learner.state,
             run.engines,
             version=version,
             settings=run.publication,
@@ -198,24 +207,24 @@ def publish(run: Run, learner: Learns, *, version: int) -> None:
         run.engines.publish(send, version=version)
 
 
-def offer_weights(run: Run, learner: Learns, *, version: int) -> None:
+def offer_weights(run: Run, learner: LearnerProtocol, *, version: int) -> None:
     """Let the engines have these weights again when all of them were lost and started anew while they generate."""
 
     def republish() -> None:
-        with run.gpus.held_by(learner):
+        with run.gpus.held_by(learner.state):
             publish(run, learner, version=version)
 
     if run.engines is not None:
         run.engines.republish = republish
 
 
-def probe_engines(run: Run, learner: Learns, *, version: int) -> None:
+def probe_engines(run: Run, learner: LearnerProtocol, *, version: int) -> None:
     """Make sure that engines which compute in FP8 say what the learner's weights would say."""
     if run.probe is None or run.engines is None:
         return
     with run.timer.phase("probe"):
         samples = run.probe.ask(run.engines)
-        with run.gpus.held_by(learner):
+        with run.gpus.held_by(learner.state):
             scored = learner.log_probs(samples, TEMPERATURE)
     run.metrics.log(version, run.probe.compare(samples, scored))
 

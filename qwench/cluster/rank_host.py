@@ -1,20 +1,20 @@
 """The rank's side: holds the learner of one trainer rank and does what the driver calls for.
 
-    build -> (learn | open_weights, next_bucket* | run)* -> close
+    build -> (learn | log_probs | open_weights, next_bucket* | run)* -> close
 
 Every rank is given the same calls in the same order, so that the learner's collective methods meet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwench.cluster.buckets import PackedBucket, pack
 from qwench.cluster.messages import Answer, Call, Failure
 from qwench.observability.timing import PhaseTimer
-from qwench.samples import Rollout
+from qwench.samples import Rollout, Sample
 from qwench.training.learner import Learned, Learner
 from qwench.training.process_group import leave_process_group
 from qwench.wire.portions import WeightBucket
@@ -59,9 +59,14 @@ class RankHost:
         times = {name: value for name, value in self._timer.take().items() if name not in _OF_THE_DRIVER}
         return Learned(metrics={**learned.metrics, **times}, steps=learned.steps) if self._is_main else None
 
+    def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]] | None:
+        """Score the responses of samples."""
+        scored = self._held.log_probs(samples, temperature)
+        return scored if self._is_main else None
+
     def open_weights(self, bucket_bytes: int) -> None:
         """Begin to gather the weights."""
-        self._buckets = self._held.weights(bucket_bytes=bucket_bytes)
+        self._buckets = self._held.state.weights(bucket_bytes=bucket_bytes)
 
     def next_bucket(self) -> PackedBucket | bool:
         """Gather one more bucket: the main rank returns it, the others whether there was one."""
@@ -71,13 +76,13 @@ class RankHost:
         return pack(bucket, folder=self._exchange_folder) if self._is_main else True
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return what `function(learner, *arguments)` returns."""
-        return function(self._held, *arguments)
+        """Return what `function(state, *arguments)` returns; `state` is this rank's `TrainingState`."""
+        return function(self._held.state, *arguments)
 
     def close(self) -> None:
         """Part from the other ranks."""
         if self._learner is not None:
-            self._learner.close()
+            self._learner.state.close()
             self._learner = None
         leave_process_group()
 

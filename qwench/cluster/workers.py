@@ -144,12 +144,13 @@ class WorkerGroup:
 
 
 class RemoteLearner:
-    """`training.learner.Learner` to whoever holds it, on every rank of a group."""
+    """`training.learner.Learner` for the driver: every rank of a group learns."""
 
     def __init__(self, group: WorkerGroup, build_learner: BuildLearner, *, console: Console) -> None:
         """Build the learner of every rank."""
         self._group = group
         self._console = console
+        self.state = RemoteState(group)
         with console.phase("start trainer ranks"):
             group.call("build", build_learner, label="build the trainer", timeout_s=BUILD_TIMEOUT_S)
 
@@ -163,17 +164,26 @@ class RemoteLearner:
     def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
         """See `Learner.log_probs`."""
         label = f"score {len(samples)} samples"
-        ask = methodcaller("log_probs", samples, temperature)
-        scored: list[list[float]] = self.on_ranks(ask, label=label, timeout_s=LEARN_TIMEOUT_S)[0]
+        scored: list[list[float]] = self._group.call("log_probs", samples, temperature, label=label, timeout_s=LEARN_TIMEOUT_S)[
+            0
+        ]
         return scored
 
+
+class RemoteState:
+    """`training.state.TrainingState` for the driver: the state of every rank of a group."""
+
+    def __init__(self, group: WorkerGroup) -> None:
+        """Take ranks that build their learner before the first call."""
+        self._group = group
+
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
-        """See `Learner.save`; every rank must see the same `folder`."""
+        """See `TrainingState.save`; every rank must see the same `folder`."""
         save = methodcaller("save", folder, with_optimizer=with_optimizer)
         self.on_ranks(save, label=f"save to {folder}", timeout_s=CHECKPOINT_TIMEOUT_S)
 
     def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
-        """See `Learner.load`; every rank must see the same `folder`."""
+        """See `TrainingState.load`; every rank must see the same `folder`."""
         load = methodcaller("load", folder, weights_only=weights_only, with_rng=with_rng)
         self.on_ranks(load, label=f"load {folder}", timeout_s=CHECKPOINT_TIMEOUT_S)
 
@@ -188,27 +198,27 @@ class RemoteLearner:
         return None
 
     def publish(self, addresses: Sequence[EngineAddress], version: int, settings: PublicationSettings) -> None:
-        """See `Learner.publish`."""
+        """See `TrainingState.publish`."""
         publish = methodcaller("publish", addresses, version, settings)
         self.on_ranks(publish, label=f"publish weight version {version}", timeout_s=settings.total_timeout_s)
 
     def on_ranks(self, function: Callable[..., Any], *arguments: Any, label: str, timeout_s: float) -> list[Any]:
-        """Return what `function(learner, *arguments)` returns on each rank, all at the same time.
+        """Return what `function(state, *arguments)` returns on each rank, all at the same time.
 
-        This is how methods of `Learner` are called. Function, arguments and results must be picklable.
+        This is how methods of `TrainingState` are called. Function, arguments and results must be picklable.
         """
         return self._group.call("run", function, *arguments, label=label, timeout_s=timeout_s)
 
     def release_cache(self) -> None:
-        """See `Learner.release_cache`."""
+        """See `TrainingState.release_cache`."""
         self.on_ranks(methodcaller("release_cache"), label="free the trainer's cache", timeout_s=MEMORY_TIMEOUT_S)
 
     def sleep(self) -> None:
-        """See `Learner.sleep`."""
+        """See `TrainingState.sleep`."""
         self.on_ranks(methodcaller("sleep"), label="move the trainer to the host", timeout_s=MEMORY_TIMEOUT_S)
 
     def wake(self) -> None:
-        """See `Learner.wake`."""
+        """See `TrainingState.wake`."""
         self.on_ranks(methodcaller("wake"), label="move the trainer to its device", timeout_s=MEMORY_TIMEOUT_S)
 
 

@@ -1,4 +1,4 @@
-"""The training backend that the flags choose, loaded and ready to train."""
+"""The trainer that the flags choose, loaded and ready to train."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from qwench.checkpoints.folders import starting_weights
 from qwench.config import Config
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.launch.inputs import Inputs, parallel_layout
-from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
+from qwench.training.fsdp.fsdp_trainer import FsdpSettings, FsdpTrainer
 from qwench.training.megatron.platform import check_platform
 from qwench.training.optimizers.adam import AdamSettings
 from qwench.training.optimizers.schedule import LrSchedule
-from qwench.training.trainer import TrainBackend
+from qwench.training.trainer import Trainer
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 DEFAULT_HEAD_CHUNK_TOKENS = 4096
 
 
-def build_backend(inputs: Inputs, *, total_steps: int) -> TrainBackend:
+def build_trainer(inputs: Inputs, *, total_steps: int) -> Trainer:
     """Load the model, or this rank's part of it; after `init_process_group`, collective.
 
     Raises:
@@ -28,7 +28,7 @@ def build_backend(inputs: Inputs, *, total_steps: int) -> TrainBackend:
     if inputs.config.backend == "megatron":
         return _build_megatron(inputs, total_steps=total_steps)
     config = inputs.config
-    return FsdpBackend.build(
+    return FsdpTrainer.build(
         starting_weights(config.checkpoint) or inputs.model_folder,
         settings=_fsdp_settings(inputs),
         adam=adam_settings(config.optimizer),
@@ -38,9 +38,9 @@ def build_backend(inputs: Inputs, *, total_steps: int) -> TrainBackend:
     )
 
 
-def _build_megatron(inputs: Inputs, *, total_steps: int) -> TrainBackend:
+def _build_megatron(inputs: Inputs, *, total_steps: int) -> Trainer:
     check_platform()  # before the imports: a machine without megatron-core hears what is missing
-    from qwench.training.megatron.backend import MegatronBackend, MegatronSettings  # noqa: PLC0415  # megatron-core is optional
+    from qwench.training.megatron.megatron_trainer import MegatronSettings, MegatronTrainer  # noqa: PLC0415  # megatron-core is optional
     from qwench.training.megatron.model import ModelSettings  # noqa: PLC0415
 
     config, training = inputs.config, inputs.config.training
@@ -53,7 +53,7 @@ def _build_megatron(inputs: Inputs, *, total_steps: int) -> TrainBackend:
         log_probs_chunk_size=_head_chunk_tokens(config),
         deterministic=training.deterministic_mode,
     )
-    return MegatronBackend.build(
+    return MegatronTrainer.build(
         starting_weights(config.checkpoint) or inputs.model_folder,
         settings=MegatronSettings(
             layout=parallel_layout(config.parallel), model=model, collective_timeout_s=COLLECTIVE_TIMEOUT_S

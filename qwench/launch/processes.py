@@ -25,7 +25,7 @@ from qwench.cluster.rendezvous import LOOPBACK
 from qwench.cluster.workers import Ranks, RemoteLearner, WorkerGroup
 from qwench.config import Config
 from qwench.config.environment import engine_environment, trainer_environment
-from qwench.controller import Learns
+from qwench.controller import LearnerProtocol
 from qwench.engines.fleet.servers import Server, ServerProcess
 from qwench.errors import ConfigError
 from qwench.launch.engines import CommandMaker, command_makers
@@ -218,12 +218,14 @@ def take_turns(config: Config, processes: Processes, servers: Sequence[Server] |
     return processes.has_gpus or servers is not None
 
 
-def start_learner(inputs: Inputs, processes: Processes, timer: PhaseTimer, started: ExitStack, *, num_rollout: int) -> Learns:
+def start_learner(
+    inputs: Inputs, processes: Processes, timer: PhaseTimer, started: ExitStack, *, num_rollout: int
+) -> LearnerProtocol:
     """Build the learner where the launcher says; `started` gets what ends its processes."""
     ranks = processes.start_ranks()
     if ranks is None:
         learner = build_learner(inputs, timer, num_rollout=num_rollout)
-        started.callback(learner.close)
+        started.callback(learner.state.close)
         return learner
     group = WorkerGroup(ranks)
     started.callback(group.close)

@@ -7,25 +7,32 @@ import os
 import torch
 from transformers import PretrainedConfig
 
+from qwench.algorithms.methods import build_method
 from qwench.config.sections.reward import RewardConfig
 from qwench.data.balance import SequenceCost
-from qwench.launch.backends import COLLECTIVE_TIMEOUT_S, build_backend
+from qwench.launch.backends import COLLECTIVE_TIMEOUT_S, build_trainer
 from qwench.launch.inputs import Inputs
 from qwench.models.registry import head_dim
 from qwench.observability.timing import PhaseTimer
 from qwench.plugins import load_function
 from qwench.training.learner import Learner, RewardPostProcess
 from qwench.training.process_group import init_process_group
+from qwench.training.reference import Reference
+from qwench.training.state import TrainingState
 
 
 def build_learner(inputs: Inputs, timer: PhaseTimer, *, num_rollout: int) -> Learner:
-    """Load the model into a training backend and put the algorithm on top."""
+    """Load the policy, and the reference when the method needs one, and put the algorithm on top."""
     config = inputs.config
     torch.manual_seed(config.training.seed)
     init_process_group(inputs.device, environ=os.environ, timeout_s=COLLECTIVE_TIMEOUT_S)
+    method = build_method(config.algorithm)
+    policy = build_trainer(inputs, total_steps=num_rollout * inputs.resolved.num_steps_per_rollout)
+    holds_reference = method.facts.needs_reference(use_kl_loss=config.algorithm.use_kl_loss, kl_coef=config.algorithm.kl_coef)
+    reference = Reference(policy) if holds_reference else None
     return Learner(
-        build_backend(inputs, total_steps=num_rollout * inputs.resolved.num_steps_per_rollout),
-        algorithm=config.algorithm,
+        TrainingState(policy, reference, reference_moves=config.algorithm.ref_update_interval is not None),
+        method,
         training=inputs.training,
         temperature=config.rollout.rollout_temperature,
         timer=timer,

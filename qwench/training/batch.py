@@ -1,4 +1,4 @@
-"""Columns of a rollout, and packed micro-batches made of them.
+"""Packing: response-aligned columns of samples into label-aligned columns of a micro-batch, and back.
 
 A sample of prompt `p0 p1` and response `r0 r1 r2` becomes, in a micro-batch,
 
@@ -6,136 +6,18 @@ A sample of prompt `p0 p1` and response `r0 r1 r2` becomes, in a micro-batch,
     labels     p1 r0 r1 r2 --
     loss_mask   0  1  1  1  0        label-aligned: position t predicts labels[t]
 
-`RolloutBatch` columns are response-aligned [R]; `MicroBatch` columns are packed and label-aligned [T]. Only `pack` and its
-inverse `unpack` convert.
+Only `pack` and its inverse `unpack` convert.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from qwench.samples import Sample
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RolloutBatch:
-    """B samples as columns; the per-token columns are lists of response-aligned tensors on the CPU."""
-
-    tokens: list[Tensor]
-    """B x [L] int64, prompt then response."""
-    loss_mask: list[Tensor]
-    """B x [R] bool."""
-    rewards: Tensor
-    """[B] float32."""
-    graded: Tensor
-    """[B] bool; false where the reward is no judgement, because the grader failed or ran out of time."""
-    group_ids: Tensor
-    """[B] int64, equal for the samples of one prompt."""
-    execution_ids: Tensor
-    """[B] int64, equal for samples that one execution returned; losses are averaged over executions."""
-    rollout_log_probs: list[Tensor] | None = None
-    """B x [R] float32 of the sampling engine; None when nothing was sampled (SFT)."""
-    old_log_probs: list[Tensor] | None = None
-    """B x [R] float32 of the policy before this rollout's first step."""
-    ref_log_probs: list[Tensor] | None = None
-    """B x [R] float32 of the reference."""
-    advantages: list[Tensor] | None = None
-    """B x [R] float32."""
-    loss_weights: list[Tensor] | None = None
-    """B x [R] float32: the share of each token in the step's loss, so that loss = sum over all tokens of weight * token loss,
-    whatever the micro-batches and ranks (see `algorithms.reduction`)."""
-
-    @classmethod
-    def from_samples(cls, samples: Sequence[Sample]) -> RolloutBatch:
-        """Read samples; one without tokens to train on keeps its place with an all-false mask.
-
-        Samples that an engine drew must be graded; those read from a data set (SFT) have no log-probs and need no reward.
-        """
-        sampled = any(any(sample.loss_mask) and any(sample.rollout_log_probs) for sample in samples)
-        for sample in samples:
-            _check(sample, sampled=sampled)
-        return cls(
-            tokens=[torch.tensor(sample.tokens, dtype=torch.int64) for sample in samples],
-            loss_mask=[torch.tensor(sample.loss_mask, dtype=torch.bool) for sample in samples],
-            rewards=torch.tensor([float(sample.reward or 0.0) for sample in samples], dtype=torch.float32),
-            graded=torch.tensor([sample.graded for sample in samples], dtype=torch.bool),
-            group_ids=torch.tensor([sample.group_id for sample in samples], dtype=torch.int64),
-            execution_ids=torch.tensor([sample.execution_id for sample in samples], dtype=torch.int64),
-            rollout_log_probs=[torch.tensor(s.rollout_log_probs, dtype=torch.float32) for s in samples] if sampled else None,
-        )
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Return L of each sample."""
-        return [len(tokens) for tokens in self.tokens]
-
-    def select(self, indices: Sequence[int]) -> RolloutBatch:
-        """Return the samples at `indices`, in that order, with every column."""
-        picked: dict[str, Tensor | list[Tensor] | None] = {}
-        for column in fields(self):
-            value = getattr(self, column.name)
-            picked[column.name] = value[list(indices)] if isinstance(value, Tensor) else value and [value[i] for i in indices]
-        return RolloutBatch(**picked)  # type: ignore[arg-type]  # the loop keeps every column's own type
-
-    def with_columns(self, **columns: list[Tensor] | Tensor) -> RolloutBatch:
-        """Return the batch with columns set."""
-        return replace(self, **columns)  # type: ignore[arg-type]  # checked by the dataclass's own field names
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MicroBatch:
-    """S packed sequences for one forward on one rank; position t predicts `labels[t]`."""
-
-    tokens: Tensor
-    """[T] int64, sequences back to back."""
-    positions: Tensor
-    """[T] int64, from 0 in each sequence."""
-    labels: Tensor
-    """[T] int64, the next token of the same sequence; 0 at each sequence's last position."""
-    cu_seqlens: Tensor
-    """[S + 1] int32 on the host, starts of the sequences and the end."""
-    loss_mask: Tensor
-    """[T] bool, true where the label is trained on."""
-    loss_weights: Tensor | None = None
-    """[T] float32, 0 where loss_mask is false."""
-    rollout_log_probs: Tensor | None = None
-    """[T] float32; this and the other optional columns are 0 outside the response."""
-    old_log_probs: Tensor | None = None
-    ref_log_probs: Tensor | None = None
-    advantages: Tensor | None = None
-    indices: tuple[int, ...] = ()
-    """S positions of the sequences in the batch that was packed; empty in an idle micro-batch."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Return T."""
-        return int(self.tokens.shape[0])
-
-    @property
-    def lengths(self) -> list[int]:
-        """Return the S sequence lengths."""
-        return self.cu_seqlens.diff().tolist()
-
-    @property
-    def sequence_ids(self) -> Tensor:
-        """Return [T] int64, which of the S sequences a position belongs to."""
-        return torch.repeat_interleave(torch.arange(len(self.lengths)), self.cu_seqlens.diff().long()).to(self.tokens.device)
-
-    def to(self, device: torch.device) -> MicroBatch:
-        """Move every column but `cu_seqlens` to `device`."""
-        columns = {column.name: getattr(self, column.name) for column in fields(self)}
-        for name, value in columns.items():
-            if isinstance(value, Tensor) and name != "cu_seqlens":
-                columns[name] = value.to(device, non_blocking=True)
-        return MicroBatch(**columns)
-
+from qwench.algorithms.columns import MicroBatch, RolloutBatch
 
 _PACKED_COLUMNS = ("loss_weights", "rollout_log_probs", "old_log_probs", "ref_log_probs", "advantages")
 
@@ -180,13 +62,3 @@ def _label_aligned(column: Tensor, length: int) -> Tensor:
     aligned = column.new_zeros(length)
     aligned[length - 1 - len(column) : length - 1] = column
     return aligned
-
-
-def _check(sample: Sample, *, sampled: bool) -> None:
-    """Assert what `pack` relies on."""
-    where = f"sample {sample.sample_id}"
-    assert len(sample.loss_mask) == sample.response_length, f"{where}: mask and response differ"
-    assert len(sample.tokens) > sample.response_length, f"{where}: nothing predicts the first response token"
-    if sampled:
-        assert sample.reward is not None, f"{where} is not graded"
-        assert len(sample.rollout_log_probs) == sample.response_length, f"{where}: log-probs and response differ"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from qwench.algorithms.columns import RolloutBatch
 from qwench.samples import Sample, Status
-from qwench.training.batch import RolloutBatch
 
 
 def rollout_metrics(samples: Sequence[Sample], batch: RolloutBatch) -> dict[str, float]:

@@ -1,14 +1,17 @@
-"""What a training backend is: micro-batches in, log-probs and updated weights out.
+"""The contract of a trainer: one model on this rank's devices. Micro-batches in, scores, gradients and steps out.
 
-Every rank of a backend holds one `TrainBackend`; methods are collective unless said otherwise, so all ranks call them in the
-same order with the same number of micro-batches (a rank without work brings micro-batches of weight zero).
+Every rank holds one `Trainer` of a model. Its methods are collective unless their docstrings say otherwise: all ranks call
+them in the same order with the same number of micro-batches. A rank without work brings micro-batches of weight zero.
+
+    trained      float32 masters              what `optim_step` updates and `save` writes
+    held         the weights on the device    what `forward` computes with; the rounding of the masters
+    published    `weights`                    held weights, whole, under their Hugging Face names
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,23 +19,27 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qwench.algorithms.columns import LossFunction, MicroBatch
 from qwench.errors import TrainingError
-from qwench.training.batch import MicroBatch
+from qwench.training.offload import HostCopy
 from qwench.wire.portions import WeightBucket
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TokenLoss:
-    """A micro-batch's contribution to the step: sums over its tokens, already divided by the step's global counts."""
+class Scores:
+    """What a model says of the labels of micro-batches, without gradient."""
 
-    loss: Tensor
-    """Scalar float32 that carries the gradient."""
-    metrics: Mapping[str, Tensor]
-    """Detached scalar float32 sums, to be added over micro-batches and data-parallel ranks."""
+    log_probs: list[Tensor]
+    """[T] float32 for each micro-batch, on the CPU. Positions outside `loss_mask` are not computed and read 0."""
 
 
-LossFunction = Callable[[Tensor, Tensor | None, MicroBatch], TokenLoss]
-"""(log_probs [T] float32, entropy [T] float32 or None, micro_batch) -> TokenLoss."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sums:
+    """Loss and metrics of one step, summed over micro-batches and ranks; equal on every rank."""
+
+    loss: float
+    metrics: Mapping[str, float]
+    """Sums, and the peaks: the largest values of all micro-batches and ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,19 +56,19 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelRank:
-    """Where this rank stands in the data-parallel layout."""
+    """The position of this rank in the data-parallel layout."""
 
     dp_rank: int = 0
     dp_size: int = 1
     cp_size: int = 1
     num_ranks: int = 1
-    """All of them, of whatever kind."""
+    """World size: DP x TP x PP x CP."""
     is_main: bool = True
     """True on the one rank that logs and writes single files."""
 
 
 def stop_unless_finite(loss: float, grad_norm: float, *, step: int, drop_gradients: Callable[[], None]) -> None:
-    """Drop the gradients and raise TrainingError if the step went wrong; both numbers are equal on every rank, so all agree."""
+    """Drop the gradients and raise TrainingError unless both numbers, equal on every rank, are finite."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
     drop_gradients()
@@ -71,43 +78,54 @@ def stop_unless_finite(loss: float, grad_norm: float, *, step: int, drop_gradien
     )
 
 
-class TrainBackend(Protocol):
+class Scorer(Protocol):
+    """A model that scores: a trainer, or a view of one (`training.reference`)."""
+
+    def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:
+        """Score the labels under the model's weights."""
+        ...
+
+
+class Trainer(Scorer, Protocol):
     """See the module docstring."""
 
     parallel: ParallelRank
     device: torch.device
 
-    def log_probs(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[Tensor]:
-        """Return [T] float32 per micro-batch on the CPU: log-prob of `labels` under the held weights, no gradient.
+    def forward_backward(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        loss: LossFunction,
+        *,
+        temperature: float,
+        with_entropy: bool,
+        after_each: Callable[[], None],
+    ) -> Sums:
+        """Add up the gradients of the micro-batches for the next `optim_step`.
 
-        Positions outside `loss_mask` are not computed and read 0.
+        Args:
+            after_each: called after each micro-batch of this rank.
         """
         ...
 
-    def update(
-        self, micro_batches: Sequence[MicroBatch], loss: LossFunction, *, temperature: float, with_entropy: bool
-    ) -> StepResult:
-        """Forward, loss and backward of each micro-batch, then one optimizer step.
+    def optim_step(self, sums: Sums) -> StepResult:
+        """Clip, update and drop the gradients that `forward_backward` summed.
 
         Raises:
-            TrainingError: the summed loss or the gradient norm is not finite; nothing was stepped.
+            TrainingError: the loss or the gradient norm is not finite; nothing was stepped.
         """
         ...
 
     def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
-        """Yield all weights under Hugging Face names as full tensors in the publication dtype, in buckets; collective."""
+        """Yield all weights under Hugging Face names as full tensors in the publication dtype, in buckets."""
         ...
 
     def shared_weights(self) -> Mapping[str, Tensor] | None:
         """Return the live full tensors when they are this process's own, in the publication dtype; else None. Local."""
         ...
 
-    def snapshot_reference(self) -> None:
-        """Keep a copy of the held weights on the host as the reference."""
-        ...
-
-    def reference(self) -> AbstractContextManager[None]:
-        """Hold the reference's weights inside the context (for `log_probs`), the policy's again after it."""
+    def copy_held_weights(self) -> HostCopy:
+        """Copy the held weights to the host, in the dtype that a forward computes with."""
         ...
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
@@ -119,14 +137,15 @@ class TrainBackend(Protocol):
         ...
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
-        """Write model, RNG and, unless told otherwise, optimizer and schedule under the empty `folder`; collective.
+        """Write model, RNG and, unless told otherwise, optimizer and schedule under the empty `folder`."""
+        ...
 
-        Inside `reference`, without the optimizer, the model is the reference.
-        """
+    def save_held_weights(self, folder: Path) -> None:
+        """Write the held weights alone under the empty `folder`, as a model that `load` reads with `weights_only`."""
         ...
 
     def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
-        """Read what `save` wrote; `weights_only` leaves optimizer, schedule and RNG fresh; collective."""
+        """Read what `save` wrote; `weights_only` leaves optimizer, schedule and RNG fresh."""
         ...
 
     def sleep(self) -> None:

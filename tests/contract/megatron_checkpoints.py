@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from qwench.checkpoints.formats.dcp_reader import DcpFolder
 from qwench.errors import CheckpointError, ConfigError
-from qwench.training.megatron.backend import MegatronBackend
+from qwench.training.megatron.megatron_trainer import MegatronTrainer
 from tests.contract.train_backend_layouts import megatron
 from tests.contract.train_backend_ranks import BUILDERS
 
@@ -22,7 +22,7 @@ from tests.contract.train_backend_ranks import BUILDERS
 def read_with_megatron_core(folder: Path, saved: str, model: str) -> dict:
     """Load a checkpoint by megatron-core's `dist_checkpointing` and its optimizer, as Megatron-LM does."""
 
-    def load(backend: MegatronBackend) -> dict:
+    def load(backend: MegatronTrainer) -> dict:
         stage, optimizer = backend._model, backend._optimizer._sharded
         model_state = stage.sharded_state_dict()
         kind = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -44,7 +44,7 @@ def read_with_megatron_core(folder: Path, saved: str, model: str) -> dict:
 def read_with_the_backend(folder: Path, saved: str, model: str) -> dict:
     """Load the same by the backend's own reader."""
 
-    def load(backend: MegatronBackend) -> dict:
+    def load(backend: MegatronTrainer) -> dict:
         backend.load(folder / f"{saved}.checkpoint")
         return {"state": _state(backend)}
 
@@ -54,7 +54,7 @@ def read_with_the_backend(folder: Path, saved: str, model: str) -> dict:
 def read_damaged(folder: Path, saved: str, model: str) -> dict:
     """Try to load checkpoints that are damaged, half-written, without an optimizer, or of another model."""
 
-    def load(backend: MegatronBackend) -> dict:
+    def load(backend: MegatronTrainer) -> dict:
         before = backend._weight_buffers()[0].clone()
         messages = {}
         for name, damage in _DAMAGES.items():
@@ -94,7 +94,7 @@ _DAMAGES: dict[str, Callable[[Path], None]] = {
 }
 
 
-def _message_of(backend: MegatronBackend, folder: Path) -> str:
+def _message_of(backend: MegatronTrainer, folder: Path) -> str:
     try:
         backend.load(folder)
     except (CheckpointError, ConfigError) as error:
@@ -107,17 +107,17 @@ def _new_folder(folder: Path) -> Path:
     return folder
 
 
-def _state(backend: MegatronBackend) -> list[dict[str, torch.Tensor]]:
+def _state(backend: MegatronTrainer) -> list[dict[str, torch.Tensor]]:
     return [{name: values.clone() for name, values in shard.state.items()} for shard in backend._optimizer.owned_shards()]
 
 
-def _alone(folder: Path, model: str, load: Callable[[MegatronBackend], dict]) -> dict:
+def _alone(folder: Path, model: str, load: Callable[[MegatronTrainer], dict]) -> dict:
     """Build the backend on one rank for `load`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     _, case = megatron("alone", model, on="one")
     with BUILDERS["megatron"](folder / model, case) as backend:
-        assert isinstance(backend, MegatronBackend)
+        assert isinstance(backend, MegatronTrainer)
         record = load(backend)
     dist.destroy_process_group()
     return record

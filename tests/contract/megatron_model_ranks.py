@@ -15,9 +15,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from qwench.algorithms.columns import MicroBatch
 from qwench.checkpoints.formats.sources import open_weights
 from qwench.models.hf import load_hf_config
-from qwench.training.batch import MicroBatch, idle
+from qwench.training.batch import idle
 from qwench.training.megatron.groups import is_first_stage, is_last_stage, join_groups, leave_groups
 from qwench.training.megatron.layout import ParallelLayout, check_layout
 from qwench.training.megatron.model import (

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from qwench.training.batch import MicroBatch, RolloutBatch, pack
-from qwench.training.trainer import TokenLoss
+from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
+from qwench.training.batch import pack
 
 TEMPERATURE = 0.8
 EPS_CLIP = 0.2

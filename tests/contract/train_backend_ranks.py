@@ -14,20 +14,23 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from qwench.algorithms.columns import MicroBatch, TokenLoss
 from qwench.errors import TrainingError
-from qwench.training.batch import MicroBatch, unpack
-from qwench.training.fsdp.backend import WHOLE_GRADIENT_BYTES, FsdpBackend, FsdpSettings
-from qwench.training.megatron.backend import MegatronBackend, MegatronSettings
+from qwench.training.batch import unpack
+from qwench.training.fsdp.fsdp_trainer import WHOLE_GRADIENT_BYTES, FsdpSettings, FsdpTrainer
 from qwench.training.megatron.groups import leave_groups
 from qwench.training.megatron.layout import ParallelLayout
+from qwench.training.megatron.megatron_trainer import MegatronSettings, MegatronTrainer
 from qwench.training.megatron.model import ModelSettings
 from qwench.training.optimizers.adam import AdamSettings
 from qwench.training.optimizers.schedule import LrSchedule
-from qwench.training.trainer import TokenLoss, TrainBackend
+from qwench.training.reference import Reference
+from qwench.training.trainer import Scorer, Trainer
 from tests.contract import train_backend_cases as cases
 from tests.contract.rank_processes import CPU, joined, run_to_end
 from tests.deadlines import patient
 from tests.fakes import cuda_stand_in
+from tests.fakes.trainer import take_step
 
 _TIMEOUT_S = patient(300)
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -64,9 +67,9 @@ class Case:
 
 
 @contextmanager
-def build_fsdp(model_folder: Path, case: Case, device: torch.device = CPU) -> Iterator[TrainBackend]:
+def build_fsdp(model_folder: Path, case: Case, device: torch.device = CPU) -> Iterator[Trainer]:
     """Build the FSDP2 backend with the constants of the plain loop."""
-    yield FsdpBackend.build(
+    yield FsdpTrainer.build(
         model_folder,
         settings=FsdpSettings(
             param_dtype=torch.bfloat16 if case.bf16 else torch.float32,
@@ -82,11 +85,11 @@ def build_fsdp(model_folder: Path, case: Case, device: torch.device = CPU) -> It
 
 
 @contextmanager
-def build_megatron(model_folder: Path, case: Case, device: torch.device = CPU) -> Iterator[TrainBackend]:
+def build_megatron(model_folder: Path, case: Case, device: torch.device = CPU) -> Iterator[Trainer]:
     """Build the Megatron backend with the constants of the plain loop, and leave its groups afterwards."""
     if device.type == "cpu":
         cuda_stand_in.install()
-    yield MegatronBackend.build(
+    yield MegatronTrainer.build(
         model_folder,
         settings=MegatronSettings(
             layout=case.layout,
@@ -104,7 +107,7 @@ def build_megatron(model_folder: Path, case: Case, device: torch.device = CPU) -
     leave_groups()
 
 
-BUILDERS: dict[str, Callable[[Path, Case, torch.device], AbstractContextManager[TrainBackend]]] = {
+BUILDERS: dict[str, Callable[[Path, Case, torch.device], AbstractContextManager[Trainer]]] = {
     "fsdp": build_fsdp,
     "megatron": build_megatron,
 }
@@ -140,11 +143,11 @@ def _run_case(case: Case, folder: Path, device: torch.device) -> dict[str, objec
         return _run_non_finite(backend, case) if case.non_finite else _run_steps(backend, case, folder)
 
 
-def _run_steps(backend: TrainBackend, case: Case, folder: Path) -> dict[str, object]:
+def _run_steps(backend: Trainer, case: Case, folder: Path) -> dict[str, object]:
     if case.load:
         backend.load(folder / f"{case.load}.checkpoint", weights_only=case.weights_only)
     mine = cases.micro_batches(cases.make_batch(), case.bins[backend.parallel.dp_rank])
-    backend.snapshot_reference()
+    reference_model = Reference(backend)
     scored = _log_probs(backend, mine)
     reduced_before: list[bool] = []
 
@@ -153,10 +156,9 @@ def _run_steps(backend: TrainBackend, case: Case, folder: Path) -> dict[str, obj
         return cases.clipped_loss(*inputs)  # type: ignore[arg-type]  # passed on as they came
 
     steps = [
-        backend.update(mine, watched_loss, temperature=cases.TEMPERATURE, with_entropy=True) for _ in range(case.num_steps)
+        take_step(backend, mine, watched_loss, temperature=cases.TEMPERATURE, with_entropy=True) for _ in range(case.num_steps)
     ]
-    with backend.reference():
-        reference = _log_probs(backend, mine)
+    reference = _log_probs(reference_model, mine)
     if case.save:
         checkpoint = folder / f"{case.name}.checkpoint"
         checkpoint.mkdir(exist_ok=True)
@@ -173,9 +175,9 @@ def _run_steps(backend: TrainBackend, case: Case, folder: Path) -> dict[str, obj
     }
 
 
-def _log_probs(backend: TrainBackend, micro_batches: list[MicroBatch]) -> dict[int, torch.Tensor]:
+def _log_probs(backend: Scorer, micro_batches: list[MicroBatch]) -> dict[int, torch.Tensor]:
     """Return the log-probs of each sample by its place in the batch."""
-    packed = backend.log_probs(micro_batches, temperature=cases.TEMPERATURE)
+    packed = backend.forward(micro_batches, temperature=cases.TEMPERATURE).log_probs
     return {
         index: values
         for micro_batch, column in zip(micro_batches, packed, strict=True)
@@ -185,7 +187,7 @@ def _log_probs(backend: TrainBackend, micro_batches: list[MicroBatch]) -> dict[i
     }
 
 
-def _run_non_finite(backend: TrainBackend, case: Case) -> dict[str, object]:
+def _run_non_finite(backend: Trainer, case: Case) -> dict[str, object]:
     """Spoil one rank's last micro-batch, then go on with a good step."""
     mine = cases.micro_batches(cases.make_batch(), case.bins[backend.parallel.dp_rank])
     calls: list[int] = []
@@ -199,11 +201,11 @@ def _run_non_finite(backend: TrainBackend, case: Case) -> dict[str, object]:
     before = _all_weights(backend)
     message = ""
     try:
-        backend.update(mine, spoiled, temperature=cases.TEMPERATURE, with_entropy=True)
+        take_step(backend, mine, spoiled, temperature=cases.TEMPERATURE, with_entropy=True)
     except TrainingError as error:
         message = str(error)
     after = _all_weights(backend)
-    first = backend.update(mine, cases.clipped_loss, temperature=cases.TEMPERATURE, with_entropy=True)
+    first = take_step(backend, mine, cases.clipped_loss, temperature=cases.TEMPERATURE, with_entropy=True)
     return {"message": message, "before": before, "after": after, "next": asdict(first)}
 
 
@@ -218,10 +220,10 @@ def _adam(case: Case) -> AdamSettings:
     )
 
 
-def _has_gradient_shards(backend: TrainBackend) -> bool:
+def _has_gradient_shards(backend: Trainer) -> bool:
     """Tell whether FSDP2 has reduced gradients of earlier micro-batches; before that, they are whole on every rank."""
-    return isinstance(backend, FsdpBackend) and any(weight.grad is not None for weight in backend._weights.values())
+    return isinstance(backend, FsdpTrainer) and any(weight.grad is not None for weight in backend._weights.values())
 
 
-def _all_weights(backend: TrainBackend) -> dict[str, torch.Tensor]:
+def _all_weights(backend: Trainer) -> dict[str, torch.Tensor]:
     return {name: tensor.cpu().clone() for bucket in backend.weights(bucket_bytes=1 << 14) for name, tensor in bucket}

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from qwench.errors import QwenchError
-from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
+from qwench.training.fsdp.fsdp_trainer import FsdpSettings, FsdpTrainer
 from qwench.training.optimizers.adam import AdamSettings
 from qwench.training.optimizers.schedule import LrSchedule
 from qwench.weights.rank_publication import publish_from_rank
@@ -58,7 +58,7 @@ def _run(folder: Path, publications: Sequence[Publication], rank: int, num_ranks
     dist.init_process_group(
         "gloo", store=dist.FileStore(str(store), num_ranks), rank=rank, world_size=num_ranks, timeout=timeout
     )
-    backend = FsdpBackend.build(
+    backend = FsdpTrainer.build(
         folder,
         settings=FsdpSettings(param_dtype=torch.float32),
         adam=AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1, clip_grad=1.0),

@@ -9,12 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from qwench.training.batch import MicroBatch, RolloutBatch, pack, unpack
-from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
+from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
+from qwench.training.batch import pack, unpack
+from qwench.training.fsdp.fsdp_trainer import FsdpSettings, FsdpTrainer
 from qwench.training.optimizers.adam import AdamSettings
 from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import init_process_group
-from qwench.training.trainer import TokenLoss
+from qwench.training.reference import Reference
+from tests.fakes.trainer import take_step
 
 pytestmark = [
     pytest.mark.gpu(1),
@@ -44,8 +46,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _build(folder: Path, device: torch.device, **settings) -> FsdpBackend:
-    return FsdpBackend.build(
+def _build(folder: Path, device: torch.device, **settings) -> FsdpTrainer:
+    return FsdpTrainer.build(
         folder,
         settings=FsdpSettings(param_dtype=torch.bfloat16, head_chunk_tokens=100, **settings),
         adam=AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1, clip_grad=1.0),
@@ -77,8 +79,8 @@ def _mean_loss(log_probs: Tensor, entropy: Tensor | None, micro_batch: MicroBatc
     return TokenLoss(loss=loss, metrics={"entropy": entropy.detach().sum() / num_trained})
 
 
-def _train(backend: FsdpBackend, steps: int) -> list[float]:
-    return [backend.update(_micro_batches(), _mean_loss, temperature=0.9, with_entropy=True).loss for _ in range(steps)]
+def _train(backend: FsdpTrainer, steps: int) -> list[float]:
+    return [take_step(backend, _micro_batches(), _mean_loss, temperature=0.9, with_entropy=True).loss for _ in range(steps)]
 
 
 def _plain_log_probs(folder: Path, device: torch.device) -> list[Tensor]:
@@ -99,7 +101,7 @@ def test_log_probs_equal_those_of_single_sequences_in_float32(
     backend = _build(model_folder, device, attention=attention, torch_compile=torch_compile)
     expected = _plain_log_probs(model_folder, device)
     micro_batches = _micro_batches()
-    for micro_batch, packed in zip(micro_batches, backend.log_probs(micro_batches, temperature=0.9), strict=True):
+    for micro_batch, packed in zip(micro_batches, backend.forward(micro_batches, temperature=0.9).log_probs, strict=True):
         responses = unpack(packed, micro_batch, [_LENGTHS[i] - _PROMPT for i in micro_batch.indices])
         for index, log_probs in zip(micro_batch.indices, responses, strict=True):
             assert (log_probs - expected[index]).abs().mean() < 0.02
@@ -143,13 +145,13 @@ def test_sleep_gives_the_memory_back_and_wake_restores_every_bit(model_folder: P
 
 def test_the_reference_takes_no_second_model_on_the_device(model_folder: Path, device: torch.device) -> None:
     backend = _build(model_folder, device, attention="varlen")
-    first = backend.log_probs(_micro_batches(), temperature=0.9)
-    backend.snapshot_reference()
+    first = backend.forward(_micro_batches(), temperature=0.9).log_probs
+    reference_model = Reference(backend)
     _train(backend, steps=2)
     largest = max(tensor.numel() for bucket in backend.weights(bucket_bytes=1 << 24) for _, tensor in bucket)
     held = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    with backend.reference():
+    with reference_model._weights.swapped_in():
         assert torch.cuda.max_memory_allocated(device) <= held + 4 * largest
-        referenced = backend.log_probs(_micro_batches(), temperature=0.9)
+    referenced = reference_model.forward(_micro_batches(), temperature=0.9).log_probs
     assert all(torch.equal(scored, wanted) for scored, wanted in zip(referenced, first, strict=True))

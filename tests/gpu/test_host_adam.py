@@ -14,13 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from qwench.training.batch import MicroBatch, RolloutBatch, pack
-from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
+from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
+from qwench.training.batch import pack
+from qwench.training.fsdp.fsdp_trainer import FsdpSettings, FsdpTrainer
 from qwench.training.optimizers.adam import AdamSettings
 from qwench.training.optimizers.host_adam import HostAdam
 from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import init_process_group
-from qwench.training.trainer import TokenLoss
+from tests.fakes.trainer import take_step
 
 _DEVICES = [
     pytest.param("cpu", id="cpu"),
@@ -91,9 +92,9 @@ def test_host_and_device_step_alike(device: torch.device, fraction: float) -> No
         torch.testing.assert_close(master, reference.state[wanted]["master_param"], rtol=1e-3, atol=1e-4)
 
 
-def _build(folder: Path, device: torch.device, adam: AdamSettings) -> FsdpBackend:
+def _build(folder: Path, device: torch.device, adam: AdamSettings) -> FsdpTrainer:
     settings = FsdpSettings(param_dtype=torch.bfloat16, gradient_checkpointing=True)
-    return FsdpBackend.build(folder, settings=settings, adam=adam, schedule=LrSchedule(peak=1e-4), device=device)
+    return FsdpTrainer.build(folder, settings=settings, adam=adam, schedule=LrSchedule(peak=1e-4), device=device)
 
 
 def _micro_batches() -> list[MicroBatch]:
@@ -113,8 +114,8 @@ def _mean_loss(log_probs: Tensor, entropy: Tensor | None, micro_batch: MicroBatc
     return TokenLoss(loss=-log_probs.sum() / (sum(_LENGTHS) - _PROMPT * len(_LENGTHS)), metrics={})
 
 
-def _losses(backend: FsdpBackend, steps: int) -> list[float]:
-    return [backend.update(_micro_batches(), _mean_loss, temperature=1.0, with_entropy=False).loss for _ in range(steps)]
+def _losses(backend: FsdpTrainer, steps: int) -> list[float]:
+    return [take_step(backend, _micro_batches(), _mean_loss, temperature=1.0, with_entropy=False).loss for _ in range(steps)]
 
 
 def test_an_offloaded_backend_trains_sleeps_and_resumes_as_one_on_the_device(

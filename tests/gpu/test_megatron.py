@@ -18,14 +18,16 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from qwench.training.batch import MicroBatch, RolloutBatch, pack
-from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
+from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
+from qwench.training.batch import pack
+from qwench.training.fsdp.fsdp_trainer import FsdpSettings, FsdpTrainer
 from qwench.training.optimizers.adam import AdamSettings
 from qwench.training.optimizers.schedule import LrSchedule
-from qwench.training.trainer import TokenLoss, TrainBackend
+from qwench.training.trainer import Trainer
 from tests.contract import train_backend_cases as cases
 from tests.contract.rank_processes import run_to_end
 from tests.deadlines import patient
+from tests.fakes.trainer import take_step
 
 pytest.importorskip("megatron.core")
 
@@ -103,12 +105,12 @@ def _join(rank: int, world_size: int, device: str, folder: Path) -> torch.device
     return torch.device(device, 0) if device == "cuda" else torch.device(device)
 
 
-def _megatron(folder: Path, device: torch.device, layout: str, dtype: torch.dtype, adam: AdamSettings) -> TrainBackend:
-    from qwench.training.megatron.backend import MegatronBackend, MegatronSettings  # noqa: PLC0415  # after the stand-in
+def _megatron(folder: Path, device: torch.device, layout: str, dtype: torch.dtype, adam: AdamSettings) -> Trainer:
     from qwench.training.megatron.layout import ParallelLayout  # noqa: PLC0415
+    from qwench.training.megatron.megatron_trainer import MegatronSettings, MegatronTrainer  # noqa: PLC0415  # after the stand-in
     from qwench.training.megatron.model import ModelSettings  # noqa: PLC0415
 
-    return MegatronBackend.build(
+    return MegatronTrainer.build(
         folder,
         settings=MegatronSettings(
             layout=ParallelLayout(**_LAYOUTS[layout][1]), model=ModelSettings(param_dtype=dtype, log_probs_chunk_size=7)
@@ -128,7 +130,7 @@ def _steps_of_a_rank(rank: int, world_size: int, device_name: str, layout: str, 
         backend = _megatron(folder / model, device, layout, torch.float32, adam)
         batch = cases.micro_batches(cases.make_batch(), _ALL_SAMPLES)
         steps = [
-            backend.update(batch, cases.clipped_loss, temperature=cases.TEMPERATURE, with_entropy=True)
+            take_step(backend, batch, cases.clipped_loss, temperature=cases.TEMPERATURE, with_entropy=True)
             for _ in range(cases.NUM_STEPS)
         ]
         weights = {name: tensor.cpu() for bucket in backend.weights(bucket_bytes=1 << 14) for name, tensor in bucket}
@@ -141,7 +143,7 @@ def _bfloat16_beside_fsdp(rank: int, world_size: int, device_name: str, layout: 
     device = _join(rank, world_size, device_name, folder)
     adam = AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1, clip_grad=1.0)
     schedule = LrSchedule(peak=cases.PEAK_LR, warmup_steps=2)
-    fsdp = FsdpBackend.build(
+    fsdp = FsdpTrainer.build(
         folder / "model",
         settings=FsdpSettings(param_dtype=torch.bfloat16, attention="varlen"),
         adam=adam,
@@ -158,7 +160,7 @@ def _bfloat16_beside_fsdp(rank: int, world_size: int, device_name: str, layout: 
     dist.destroy_process_group()
 
 
-def _bfloat16_steps(backend: TrainBackend) -> dict[str, object]:
+def _bfloat16_steps(backend: Trainer) -> dict[str, object]:
     draw = torch.Generator().manual_seed(0)
     lengths, prompt = (40, 7, 133, 64, 3, 96), 2
     batch = RolloutBatch(
@@ -170,8 +172,8 @@ def _bfloat16_steps(backend: TrainBackend) -> dict[str, object]:
         execution_ids=torch.arange(len(lengths)),
     )
     micro_batches = [pack(batch, [0, 3, 1]), pack(batch, [2, 5, 4])]
-    scored = torch.cat(backend.log_probs(micro_batches, temperature=1.0))
-    steps = [backend.update(micro_batches, _mean_loss, temperature=1.0, with_entropy=True) for _ in range(3)]
+    scored = torch.cat(backend.forward(micro_batches, temperature=1.0).log_probs)
+    steps = [take_step(backend, micro_batches, _mean_loss, temperature=1.0, with_entropy=True) for _ in range(3)]
     return {"log_probs": scored, "losses": [step.loss for step in steps], "grad_norms": [step.grad_norm for step in steps]}
 
 
@@ -180,7 +182,7 @@ def _mean_loss(log_probs: Tensor, entropy: Tensor | None, micro_batch: MicroBatc
     return TokenLoss(loss=-(log_probs + 0.01 * entropy).sum() / 331, metrics={"entropy": entropy.detach().sum() / 331})
 
 
-def _lend_memory(backend: TrainBackend) -> dict[str, object]:
+def _lend_memory(backend: Trainer) -> dict[str, object]:
     before = {name: tensor.clone().cpu() for bucket in backend.weights(bucket_bytes=1 << 24) for name, tensor in bucket}
     awake = torch.cuda.memory_allocated()
     backend.sleep()

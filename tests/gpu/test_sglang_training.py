@@ -15,22 +15,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
 from qwench.engines.client import HttpEngine
 from qwench.engines.fleet.servers import ServerProcess
 from qwench.engines.kinds.sglang import SglangSettings, sglang_command
 from qwench.engines.protocol import GenerateRequest, GenerateResult, MemoryTag
 from qwench.models.made.tiny import make_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
-from qwench.training.batch import MicroBatch, RolloutBatch, pack
-from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
+from qwench.training.batch import pack
+from qwench.training.fsdp.fsdp_trainer import FsdpSettings, FsdpTrainer
 from qwench.training.optimizers.adam import AdamSettings
 from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import init_process_group
-from qwench.training.trainer import TokenLoss
 from qwench.weights.rank_publication import publish_from_rank
 from qwench.weights.settings import PublicationSettings
 from qwench.wire.addresses import EngineAddress, Placement, gpu_names, host_name
 from tests.contract.engine_hosts import ask, generate_all, prompt_of
+from tests.fakes.trainer import take_step
 
 pytestmark = [
     pytest.mark.gpu(1),
@@ -50,7 +51,7 @@ Result = TypeVar("Result")
 class Scene:
     """Trainer and server of one model's size; the server holds no weights that were published before a test does so."""
 
-    backend: FsdpBackend
+    backend: FsdpTrainer
     address: EngineAddress
     folder: Path
 
@@ -84,7 +85,7 @@ class Scene:
         """Sample, and return the mean difference between the server's log-probs and the trainer's."""
         results = self.drive(lambda engine: generate_all(engine, REQUESTS))
         batch = batch_of(REQUESTS, results)
-        scored = self.backend.log_probs([pack(batch, list(range(len(results))))], temperature=1.0)[0]
+        scored = self.backend.forward([pack(batch, list(range(len(results))))], temperature=1.0).log_probs[0]
         return float((scored[scored != 0] - torch.cat(batch.rollout_log_probs or [])).abs().mean())
 
 
@@ -111,7 +112,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     folder, device = tmp_path_factory.mktemp("sglang") / "model", torch.device("cuda", 0)
     make_checkpoint(folder, size="0.6B", tokenizer=build_small_tokenizer(), device=device)
     init_process_group(device, environ={}, timeout_s=120)
-    backend = FsdpBackend.build(
+    backend = FsdpTrainer.build(
         folder,
         settings=FsdpSettings(param_dtype=torch.bfloat16, attention="varlen", gradient_checkpointing=True),
         adam=AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1, clip_grad=1.0),
@@ -151,7 +152,7 @@ def test_the_server_lends_its_memory_to_a_training_step_and_then_samples_from_th
     free = [torch.cuda.mem_get_info()[0]]
     scene.drive(lambda engine: engine.sleep([MemoryTag.KV_CACHE, MemoryTag.WEIGHTS]))
     free.append(torch.cuda.mem_get_info()[0])
-    steps = [scene.backend.update([batch], likelihood, temperature=1.0, with_entropy=False) for _ in range(2)]
+    steps = [take_step(scene.backend, [batch], likelihood, temperature=1.0, with_entropy=False) for _ in range(2)]
     scene.drive(lambda engine: engine.wake([MemoryTag.WEIGHTS]))
     scene.publish(4, "ipc")
     scene.drive(lambda engine: engine.wake([MemoryTag.KV_CACHE]))

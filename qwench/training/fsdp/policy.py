@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qwench.algorithms.columns import MicroBatch
 from qwench.algorithms.log_probs import token_log_probs
-from qwench.training.batch import MicroBatch
 from qwench.training.fsdp.attention import packed_inputs
 
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers import PretrainedConfig
 
+from qwench.algorithms.columns import MicroBatch
 from qwench.checkpoints.formats.sources import WeightSource
 from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture, architecture_from_config
 from qwench.models.megatron_names import WeightRule, rules, to_megatron, tp_shard
-from qwench.training.batch import MicroBatch
 from qwench.training.megatron.attention import PackedTokens, uses_varlen_kernel
 from qwench.training.megatron.context_parallel import SequenceSplit, gather_results, split_sequences
 from qwench.training.megatron.groups import is_first_stage, is_last_stage

@@ -16,35 +16,17 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from qwench.training.batch import MicroBatch
+from qwench.algorithms.columns import MicroBatch
 from qwench.training.megatron.groups import is_last_stage
 from qwench.training.megatron.model import TokenScores
-from qwench.training.trainer import LossFunction, TokenLoss
 
 
 def score(model: DistributedDataParallel, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[Tensor]:
     """Return log-probs [T] float32 of each micro-batch on the CPU, without gradient; collective."""
-    found = _run(model, micro_batches, _keep_log_probs, temperature=temperature, with_entropy=False, forward_only=True)
+    found = run(model, micro_batches, _keep_log_probs, temperature=temperature, with_entropy=False, forward_only=True)
     lengths = [micro_batch.num_tokens for micro_batch in micro_batches]
     scored = torch.cat(found) if is_last_stage() else torch.empty(sum(lengths), device=_device(model))
     return list(broadcast_from_last_stage(scored).cpu().split(lengths))
-
-
-def accumulate_gradients(
-    model: DistributedDataParallel,
-    micro_batches: Sequence[MicroBatch],
-    loss: LossFunction,
-    *,
-    temperature: float,
-    with_entropy: bool,
-) -> list[TokenLoss]:
-    """Add up the gradients of the micro-batches over all ranks, in the gradient buffers; collective.
-
-    Returns:
-        the contributions of this rank's micro-batches on the last stage, nothing on the others.
-    """
-    loss_of = partial(_loss_of, loss, _device(model))
-    return _run(model, micro_batches, loss_of, temperature=temperature, with_entropy=with_entropy, forward_only=False)
 
 
 def broadcast_from_last_stage(values: Tensor) -> Tensor:
@@ -64,7 +46,7 @@ def broadcast_names_from_last_stage(names: Sequence[str]) -> list[str]:
     return box[0]
 
 
-def _run(
+def run(
     model: DistributedDataParallel,
     micro_batches: Sequence[MicroBatch],
     judge: Callable[..., Any],
@@ -98,15 +80,6 @@ def _run(
 def _keep_log_probs(_micro_batch: MicroBatch, scores: TokenScores, *, non_loss_data: bool) -> Tensor:
     assert non_loss_data, "scoring has no loss"
     return scores.log_probs
-
-
-def _loss_of(
-    loss: LossFunction, device: torch.device, micro_batch: MicroBatch, scores: TokenScores
-) -> tuple[Tensor, Tensor, TokenLoss]:
-    """Return the loss as the schedules want it: with three values, and calculate_per_token_loss, nothing is rescaled."""
-    contribution = loss(scores.log_probs, scores.entropy, micro_batch.to(device))
-    kept = TokenLoss(loss=contribution.loss.detach(), metrics=contribution.metrics)
-    return contribution.loss, torch.zeros((), dtype=torch.int, device=device), kept
 
 
 def _sum_gradients(models: Sequence[DistributedDataParallel], _num_tokens: Tensor | None = None, **groups: Any) -> None:

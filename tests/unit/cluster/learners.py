@@ -31,6 +31,7 @@ class ReportingLearner:
     def __init__(self, timer: PhaseTimer) -> None:
         self.timer = timer
         self.rank = int(os.environ["RANK"])
+        self.state = self
 
     def learn(self, rollout: Rollout) -> Learned:
         if self.rank == 1:
@@ -49,7 +50,7 @@ class ReportingLearner:
         (folder / f"rank_{self.rank}").write_text(str(with_optimizer))
 
     def close(self) -> None:
-        """Nothing stands between calls."""
+        """Close nothing."""
 
 
 RAISES, DIES, EXITS = 1, 2, 3

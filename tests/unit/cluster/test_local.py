@@ -66,10 +66,10 @@ def test_ranks_learn_save_and_give_their_weights(launched: Launched, tmp_path: P
     assert learned.metrics["perf/actor_train_time"] >= 0
     assert "perf/step_time" not in learned.metrics, "only the driver knows how long a step took"
 
-    launched.learner.save(tmp_path, with_optimizer=False)
+    launched.learner.state.save(tmp_path, with_optimizer=False)
     assert [(tmp_path / f"rank_{rank}").read_text() for rank in (0, 1)] == ["False", "False"]
 
-    buckets = list(launched.learner.weights(bucket_bytes=1))
+    buckets = list(launched.learner.state.weights(bucket_bytes=1))
     assert [name for bucket in buckets for name, _ in bucket] == list(learners.TENSORS)
     for bucket in buckets:
         for name, tensor in bucket:
@@ -77,7 +77,7 @@ def test_ranks_learn_save_and_give_their_weights(launched: Launched, tmp_path: P
             torch.testing.assert_close(tensor, learners.TENSORS[name], rtol=0, atol=0)
     assert not [path for path in launched.ranks._folder.iterdir() if not path.name.startswith("call_")], "no bucket is left"
 
-    answers = launched.learner.on_ranks(learners.where, "here", label="ask", timeout_s=DEADLINE_S)
+    answers = launched.learner.state.on_ranks(learners.where, "here", label="ask", timeout_s=DEADLINE_S)
     assert answers == [(0, "here", "0"), (1, "here", "1")]
 
     launched.group.close()
@@ -110,14 +110,14 @@ def test_trouble_on_one_rank_ends_all(launched: Launched, how: int, words: list[
 
 def test_what_a_dead_rank_started_ends_too(launched: Launched, tmp_path: Path):
     with pytest.raises(TrainingError, match="rank 1 of 2 was ended by SIGKILL"):
-        launched.learner.on_ranks(learners.leave_a_helper, tmp_path / "helper", label="ask", timeout_s=DEADLINE_S)
+        launched.learner.state.on_ranks(learners.leave_a_helper, tmp_path / "helper", label="ask", timeout_s=DEADLINE_S)
     assert_gone([int((tmp_path / "helper").read_text())])
 
 
 def test_rank_that_is_late_ends_the_run(launched: Launched):
     os.kill(launched.pids[1], signal.SIGSTOP)
     with pytest.raises(TrainingError, match=r"ask: no answer from trainer rank 1 of 2 within 0.5 s"):
-        launched.learner.on_ranks(learners.where, "here", label="ask", timeout_s=0.5)
+        launched.learner.state.on_ranks(learners.where, "here", label="ask", timeout_s=0.5)
 
 
 def test_ranks_end_with_a_driver_that_is_killed(tmp_path: Path):

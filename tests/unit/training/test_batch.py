@@ -3,8 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwench.algorithms.columns import RolloutBatch
 from qwench.samples import Prompt, Sample
-from qwench.training.batch import RolloutBatch, idle, pack, unpack
+from qwench.training.batch import idle, pack, unpack
 
 
 def _sample(prompt, response, *, mask=None, log_probs=None, reward=1.0, sample_id=0, **fields):

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from qwench.algorithms.methods import build_method
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.data.balance import SequenceCost
@@ -11,12 +12,15 @@ from qwench.errors import RewardError, TrainingError
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Group, Prompt, Rollout, Sample, Status
 from qwench.training.learner import Learner
-from tests.fakes.backend import TableBackend, run_ranks
+from qwench.training.reference import Reference
+from qwench.training.state import TrainingState
 from tests.fakes.console import RecordingConsole
+from tests.fakes.trainer import TableTrainer, run_ranks
 
 V = 6
 TABLE = torch.randn(V, V, generator=torch.Generator().manual_seed(5))
 TEMPERATURE = 0.7
+STEP = ["forward_backward", "optim_step"]
 
 
 def _rollout(num_groups=2, group_size=4, *, seed=0, rollout_id=0, off_policy=0.1):
@@ -46,9 +50,12 @@ def _rollout(num_groups=2, group_size=4, *, seed=0, rollout_id=0, off_policy=0.1
 
 def _learner(backend=None, *, global_batch_size=8, training=None, console=None, timer=None, **algorithm):
     hook = algorithm.pop("reward_post_process", None)
+    backend = backend or TableTrainer(TABLE)
+    section = AlgorithmConfig(**algorithm)
+    reference = Reference(backend) if section.needs_reference else None
     return Learner(
-        backend or TableBackend(TABLE),
-        algorithm=AlgorithmConfig(**algorithm),
+        TrainingState(backend, reference, reference_moves=section.ref_update_interval is not None),
+        build_method(section),
         training=TrainingConfig(global_batch_size=global_batch_size, **(training or {})),
         temperature=TEMPERATURE,
         timer=timer or PhaseTimer(),
@@ -59,14 +66,14 @@ def _learner(backend=None, *, global_batch_size=8, training=None, console=None, 
 
 
 def _learn(rollout, **kwargs):
-    backend = kwargs.pop("backend", None) or TableBackend(TABLE)
+    backend = kwargs.pop("backend", None) or TableTrainer(TABLE)
     learned = _learner(backend, **kwargs).learn(rollout)
     return backend, learned
 
 
 def test_calls_with_reference_and_two_steps_come_in_order():
     backend, learned = _learn(_rollout(), global_batch_size=4, use_kl_loss=True)
-    assert backend.calls == ["snapshot_reference", "reference", "log_probs", "policy", "log_probs", "update", "update"]
+    assert backend.calls == ["copy_held_weights", "forward", "forward", *STEP, *STEP]
     assert len(learned.steps) == 2
 
 
@@ -86,7 +93,7 @@ def test_calls_with_reference_and_two_steps_come_in_order():
 )
 def test_old_log_probs_are_computed_only_when_they_differ_from_the_updates_own(global_batch_size, flags, recomputed):
     backend, learned = _learn(_rollout(), global_batch_size=global_batch_size, **flags)
-    assert ("log_probs" in backend.calls) == recomputed
+    assert ("forward" in backend.calls) == recomputed
     assert ("rollout/log_probs" in learned.metrics) == recomputed
 
 
@@ -103,7 +110,7 @@ def test_passes_without_a_gradient_have_their_own_token_cap():
 def test_kl_in_the_reward_needs_both_policies_log_probs():
     flags = {"advantage_estimator": "reinforce_plus_plus", "normalize_advantages": True, "kl_coef": 0.1}
     backend, _ = _learn(_rollout(), **flags)
-    assert backend.calls == ["snapshot_reference", "reference", "log_probs", "policy", "log_probs", "update"]
+    assert backend.calls == ["copy_held_weights", "forward", "forward", *STEP]
 
 
 def _plain_grpo(rollout, table, *, eps=0.2):
@@ -178,7 +185,7 @@ def test_ranks_and_micro_batches_change_neither_weights_nor_metrics(name):
     for dp_size, training in LAYOUTS:
 
         def run(parallel, all_reduce_sum, training=training):
-            backend = TableBackend(TABLE, parallel=parallel, all_reduce_sum=all_reduce_sum)
+            backend = TableTrainer(TABLE, parallel=parallel, all_reduce_sum=all_reduce_sum)
             return _learn(rollout, backend=backend, training=training, **flags)
 
         ranks = run_ranks(dp_size, run)
@@ -212,7 +219,7 @@ def test_trailing_executions_that_fill_no_step_are_dropped_and_counted():
     console = RecordingConsole()
     rollout = _rollout()
     backend, learned = _learn(rollout, global_batch_size=3, console=console)
-    assert backend.calls == ["log_probs", "update", "update"]
+    assert backend.calls == ["forward", *STEP, *STEP]
     assert learned.metrics["rollout/dropped_executions"] == 2.0
     assert learned.metrics["rollout/raw_reward"] == pytest.approx(sum(s.reward for s in rollout.samples[:6]) / 6)
     assert console.events == [
@@ -292,7 +299,7 @@ def test_sft_step_is_the_mean_negative_log_likelihood_of_all_trained_tokens():
         for k, trained in enumerate(sample.loss_mask, len(sample.tokens) - sample.response_length)
         if trained
     ]
-    assert backend.calls == ["update"]
+    assert backend.calls == STEP
     assert set(learned.steps[0]) == {"train/loss", "train/grad_norm", "train/lr-pg_0"}
     assert learned.steps[0]["train/loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
@@ -300,7 +307,7 @@ def test_sft_step_is_the_mean_negative_log_likelihood_of_all_trained_tokens():
 def test_nan_stops_before_the_weights_change():
     rollout = _rollout()
     rollout.samples[0].rollout_log_probs[0] = math.nan
-    backend = TableBackend(TABLE)
+    backend = TableTrainer(TABLE)
     with pytest.raises(TrainingError, match="not finite"):
         _learn(rollout, backend=backend, use_tis=True)
     assert torch.equal(backend.table.detach(), TABLE)
@@ -316,11 +323,11 @@ def test_corrections_without_the_engines_log_probs_are_an_error(flag, field):
 
 
 def test_reference_becomes_the_policy_at_its_interval():
-    backend = TableBackend(TABLE)
+    backend = TableTrainer(TABLE)
     learner = _learner(backend, use_kl_loss=True, ref_update_interval=2)
     learned = [learner.learn(_rollout(seed=i, rollout_id=i)) for i in range(3)]
-    assert [call for call in backend.calls if call in ("snapshot_reference", "update")] == [
-        "snapshot_reference", "update", "update", "snapshot_reference", "update",
+    assert [call for call in backend.calls if call in ("copy_held_weights", "optim_step")] == [
+        "copy_held_weights", "optim_step", "optim_step", "copy_held_weights", "optim_step",
     ]  # fmt: skip
     kl = [step["train/kl_loss"] for one in learned for step in one.steps]
     assert kl[0] == pytest.approx(0.0, abs=1e-6)
@@ -345,33 +352,33 @@ def test_phases_are_timed():
     assert {"perf/train_time", "perf/ref_log_probs_time", "perf/log_probs_time", "perf/actor_train_time"} <= set(timer.take())
 
 
-def test_saved_learner_is_loaded_with_its_weights(tmp_path):
+def test_saved_state_is_loaded_with_its_weights(tmp_path):
     backend, _ = _learn(_rollout())
-    _learner(backend).save(tmp_path)
-    other = TableBackend(TABLE)
-    learner = _learner(other)
-    learner.load(tmp_path)
+    _learner(backend).state.save(tmp_path)
+    other = TableTrainer(TABLE)
+    state = _learner(other).state
+    state.load(tmp_path)
     assert torch.equal(other.table, backend.table)
-    assert torch.equal(learner.shared_weights()["table"], backend.table)
-    assert [name for bucket in learner.weights(bucket_bytes=1) for name, _ in bucket] == ["table"]
-    learner.sleep()
-    learner.wake()
+    assert torch.equal(state.shared_weights()["table"], backend.table)
+    assert [name for bucket in state.weights(bucket_bytes=1) for name, _ in bucket] == ["table"]
+    state.sleep()
+    state.wake()
     assert other.calls == ["sleep", "wake"]
 
 
 def test_reference_that_moves_is_saved_and_loaded_with_the_policy(tmp_path):
     flags = {"use_kl_loss": True, "kl_loss_coef": 0.1, "ref_update_interval": 2}
-    first, second = TableBackend(TABLE), TableBackend(TABLE)
+    first, second = TableTrainer(TABLE), TableTrainer(TABLE)
     learner, resumed = _learner(first, **flags), _learner(second, **flags)
     for i in range(3):
         learner.learn(_rollout(seed=i, rollout_id=i))
-    learner.save(tmp_path)
-    resumed.load(tmp_path)
+    learner.state.save(tmp_path)
+    resumed.state.load(tmp_path)
     expected, got = (one.learn(_rollout(seed=3, rollout_id=3)) for one in (learner, resumed))
     assert got.steps == expected.steps
     assert torch.equal(first.table, second.table)
 
 
 def test_reference_that_stays_is_not_saved(tmp_path):
-    _learner(use_kl_loss=True).save(tmp_path)
+    _learner(use_kl_loss=True).state.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["table.pt"]

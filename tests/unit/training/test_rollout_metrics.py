@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from qwench.algorithms.columns import RolloutBatch
 from qwench.samples import Prompt, Sample, Status, Verdict
-from qwench.training.batch import RolloutBatch
 from qwench.training.rollout_metrics import rollout_metrics
 
 

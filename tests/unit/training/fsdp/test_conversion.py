@@ -10,8 +10,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from qwench import cli
 from qwench.models.hf import load_hf_config
-from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
 from qwench.training.fsdp.conversion import load_causal_lm
+from qwench.training.fsdp.fsdp_trainer import FsdpSettings, FsdpTrainer
 from qwench.training.optimizers.adam import AdamSettings
 from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import init_process_group, leave_process_group
@@ -44,7 +44,7 @@ def test_weights_take_no_memory_before_they_are_shards_which_are_those_of_the_ch
     adam = AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1, clip_grad=1.0, offload_fraction=offload_fraction)
     init_process_group(_CPU, environ={}, timeout_s=patient(60))
     try:
-        backend = FsdpBackend.build(
+        backend = FsdpTrainer.build(
             tmp_path / kind, settings=settings, adam=adam, schedule=LrSchedule(peak=1e-3), device=_CPU, hf_config=config
         )
         held = {name: tensor.clone() for bucket in backend.weights(bucket_bytes=1 << 20) for name, tensor in bucket}

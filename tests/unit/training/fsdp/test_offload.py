@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from qwench.training.batch import MicroBatch, RolloutBatch, pack
-from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
+from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
+from qwench.training.batch import pack
+from qwench.training.fsdp.fsdp_trainer import FsdpSettings, FsdpTrainer
 from qwench.training.optimizers.adam import AdamSettings
 from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import init_process_group
-from qwench.training.trainer import TokenLoss
+from qwench.training.reference import Reference
 from tests.deadlines import patient
+from tests.fakes.trainer import take_step
 
 _CPU = torch.device("cpu")
 _BF16 = torch.bfloat16
@@ -47,8 +49,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _build(folder: Path, adam: AdamSettings, dtype: torch.dtype = _BF16, lr: float = 1e-3) -> FsdpBackend:
-    return FsdpBackend.build(
+def _build(folder: Path, adam: AdamSettings, dtype: torch.dtype = _BF16, lr: float = 1e-3) -> FsdpTrainer:
+    return FsdpTrainer.build(
         folder, settings=FsdpSettings(param_dtype=dtype), adam=adam, schedule=LrSchedule(peak=lr), device=_CPU
     )
 
@@ -70,16 +72,16 @@ def _mean_loss(log_probs: Tensor, entropy: Tensor | None, micro_batch: MicroBatc
     return TokenLoss(loss=-log_probs.sum() / 13, metrics={})
 
 
-def _train(backend: FsdpBackend, steps: int) -> list[tuple[float, float]]:
-    results = [backend.update(_micro_batches(), _mean_loss, temperature=1.0, with_entropy=False) for _ in range(steps)]
+def _train(backend: FsdpTrainer, steps: int) -> list[tuple[float, float]]:
+    results = [take_step(backend, _micro_batches(), _mean_loss, temperature=1.0, with_entropy=False) for _ in range(steps)]
     return [(result.loss, result.grad_norm) for result in results]
 
 
-def _published(backend: FsdpBackend) -> dict[str, Tensor]:
+def _published(backend: FsdpTrainer) -> dict[str, Tensor]:
     return {name: tensor.clone() for bucket in backend.weights(bucket_bytes=1 << 20) for name, tensor in bucket}
 
 
-def _masters(backend: FsdpBackend) -> dict[str, Tensor]:
+def _masters(backend: FsdpTrainer) -> dict[str, Tensor]:
     return {name: _whole(master).clone() for name, master in backend._optimizer.masters().items()}
 
 
@@ -157,24 +159,22 @@ def test_weights_that_are_loaded_alone_become_the_masters_of_a_fresh_optimizer(m
 
 def test_the_reference_does_not_disturb_masters_on_the_host(model_folder: Path):
     backend, undisturbed = _build(model_folder, _OFFLOADED), _build(model_folder, _OFFLOADED)
-    backend.snapshot_reference()
-    first = backend.log_probs(_micro_batches(), temperature=1.0)
+    reference_model = Reference(backend)
+    first = backend.forward(_micro_batches(), temperature=1.0).log_probs
     assert _train(backend, steps=2) == _train(undisturbed, steps=2)
-    with backend.reference():
-        assert all(map(torch.equal, backend.log_probs(_micro_batches(), temperature=1.0), first))
+    assert all(map(torch.equal, reference_model.forward(_micro_batches(), temperature=1.0).log_probs, first))
     assert _train(backend, steps=2) == _train(undisturbed, steps=2)
     _assert_equal(_masters(backend), _masters(undisturbed))
 
 
 @pytest.mark.parametrize("adam", [_ON_DEVICE, _OFFLOADED], ids=["on device", "on host"])
-def test_what_is_saved_while_the_reference_is_held_is_the_reference(model_folder: Path, tmp_path: Path, adam: AdamSettings):
+def test_a_saved_reference_is_not_the_policy(model_folder: Path, tmp_path: Path, adam: AdamSettings):
     backend = _build(model_folder, adam)
     reference = _published(backend)
-    backend.snapshot_reference()
+    reference_model = Reference(backend)
     _train(backend, steps=2)
     policy = _published(backend)
-    with backend.reference():
-        backend.save(tmp_path, with_optimizer=False)
+    reference_model.save(tmp_path)
     fresh = _build(model_folder, adam)
     fresh.load(tmp_path, weights_only=True)
     _assert_equal(_published(fresh), reference)

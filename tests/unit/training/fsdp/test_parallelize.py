@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from qwench.training.batch import RolloutBatch, pack
+from qwench.algorithms.columns import RolloutBatch
+from qwench.training.batch import pack
 from qwench.training.fsdp.attention import install_attention
 from qwench.training.fsdp.mesh import build_mesh
 from qwench.training.fsdp.parallelize import parallelize

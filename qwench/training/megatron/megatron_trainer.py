@@ -1,4 +1,4 @@
-"""`TrainBackend` with megatron-core: tensor, pipeline, context and data parallel, over the model of `model.PolicyModel`.
+"""The `Trainer` on megatron-core: tensor, pipeline, context and data parallel, over the model of `model.PolicyModel`.
 
     weights    param_dtype, in one contiguous buffer a rank; all data-parallel ranks hold the same
     gradients  float32, summed over micro-batches in a buffer and over ranks once a step
@@ -9,9 +9,8 @@ What the forward computes with, and what is published, are the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,16 +20,17 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from qwench.algorithms.columns import LossFunction, MicroBatch, TokenLoss
 from qwench.checkpoints.formats.sources import open_weights
 from qwench.models.hf import load_hf_config
 from qwench.training import rng
-from qwench.training.batch import MicroBatch
 from qwench.training.megatron import checkpoint, pipeline
 from qwench.training.megatron.groups import join_groups
 from qwench.training.megatron.layout import ParallelLayout, check_layout
 from qwench.training.megatron.model import (
     ModelSettings,
     PolicyModel,
+    TokenScores,
     build_model,
     load_weights,
     local_parameters,
@@ -45,7 +45,7 @@ from qwench.training.optimizers.adam import AdamSettings
 from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import largest_of_ranks
 from qwench.training.resuming import open_saved_optimizer
-from qwench.training.trainer import LossFunction, ParallelRank, StepResult, TokenLoss, stop_unless_finite
+from qwench.training.trainer import ParallelRank, Scores, StepResult, Sums, stop_unless_finite
 from qwench.wire.portions import WeightBucket, bucketed
 
 
@@ -58,8 +58,8 @@ class MegatronSettings:
     collective_timeout_s: float = 1800.0
 
 
-class MegatronBackend:
-    """See the module docstring. Life: build -> (log_probs | update | weights | ...)*, with sleep -> wake in between."""
+class MegatronTrainer:
+    """See the module docstring. Life: build -> (forward | forward_backward, optim_step | ...)*; sleep -> wake in between."""
 
     def __init__(
         self,
@@ -86,7 +86,6 @@ class MegatronBackend:
         self._loaded = [*self._weights, *tied_head(model, config)]
         self._whole = WholeWeights(self._weights, config)
         self._dp_group = parallel_state.get_data_parallel_group()
-        self._reference: HostCopy | None = None
         self._asleep: HostCopy | None = None
 
     @classmethod
@@ -99,7 +98,7 @@ class MegatronBackend:
         schedule: LrSchedule,
         device: torch.device,
         hf_config: PretrainedConfig | None = None,
-    ) -> MegatronBackend:
+    ) -> MegatronTrainer:
         """Divide the ranks (after `init_process_group`) and load a checkpoint of any format; collective.
 
         Args:
@@ -123,25 +122,43 @@ class MegatronBackend:
         return cls(model, config, layout=settings.layout, parallel=parallel, device=device, adam=adam, schedule=schedule)
 
     @torch.no_grad()
-    def log_probs(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[Tensor]:
-        """Return [T] float32 per micro-batch on the CPU; 0 where loss_mask is false. See `TrainBackend`."""
+    def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:
+        """Return the log-probs of the labels. See `Trainer`."""
         self._assert_awake()
-        return pipeline.score(self._ddp, micro_batches, temperature=temperature)
+        return Scores(log_probs=pipeline.score(self._ddp, micro_batches, temperature=temperature))
 
-    def update(
-        self, micro_batches: Sequence[MicroBatch], loss: LossFunction, *, temperature: float, with_entropy: bool
-    ) -> StepResult:
-        """Take one optimizer step. See `TrainBackend`."""
+    def forward_backward(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        loss: LossFunction,
+        *,
+        temperature: float,
+        with_entropy: bool,
+        after_each: Callable[[], None],
+    ) -> Sums:
+        """Add up the gradients of the micro-batches. See `Trainer`."""
         self._assert_awake()
         assert micro_batches, "every rank brings at least one micro-batch, of weight zero if it has no work"
-        contributions = pipeline.accumulate_gradients(
-            self._ddp, micro_batches, loss, temperature=temperature, with_entropy=with_entropy
+
+        def loss_of(micro_batch: MicroBatch, scores: TokenScores) -> tuple[Tensor, Tensor, TokenLoss]:
+            """Return three values: with them and calculate_per_token_loss, the schedules rescale nothing."""
+            contribution = loss(scores.log_probs, scores.entropy, micro_batch.to(self.device))
+            after_each()
+            kept = replace(contribution, loss=contribution.loss.detach())
+            return contribution.loss, torch.zeros((), dtype=torch.int, device=self.device), kept
+
+        # On the last stage the contributions of this rank's micro-batches, on the others nothing.
+        contributions = pipeline.run(
+            self._ddp, micro_batches, loss_of, temperature=temperature, with_entropy=with_entropy, forward_only=False
         )
-        loss_sum, metrics = self._sum_over_step(contributions)
+        return self._sum_over_step(contributions)
+
+    def optim_step(self, sums: Sums) -> StepResult:
+        """Update by the summed gradients. See `Trainer`."""
         grad_norm = self._optimizer.grad_norm()
-        stop_unless_finite(loss_sum, grad_norm, step=self._optimizer.num_steps, drop_gradients=self._optimizer.drop_gradients)
+        stop_unless_finite(sums.loss, grad_norm, step=self._optimizer.num_steps, drop_gradients=self._optimizer.drop_gradients)
         learning_rates = self._optimizer.step(grad_norm)
-        return StepResult(loss=loss_sum, grad_norm=grad_norm, learning_rates=learning_rates, metrics=metrics)
+        return StepResult(loss=sums.loss, grad_norm=grad_norm, learning_rates=learning_rates, metrics=sums.metrics)
 
     def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
         """Return buckets of at most `bucket_bytes` (or one larger tensor), gathered as they are asked for; collective."""
@@ -152,18 +169,10 @@ class MegatronBackend:
         """Return None: Megatron's tensors are laid out otherwise than the published ones."""
         return None
 
-    def snapshot_reference(self) -> None:
-        """Keep the held weights on the host."""
+    def copy_held_weights(self) -> HostCopy:
+        """Copy the weight buffers to the host."""
         self._assert_awake()
-        self._reference = HostCopy(self._weight_buffers())
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Hold the reference inside the context; the policy waits on the host, so that no second model is on the device."""
-        self._assert_awake()
-        assert self._reference is not None, "snapshot_reference comes first"
-        with self._reference.swapped_in():
-            yield
+        return HostCopy(self._weight_buffers())
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Return the sum over the data-parallel ranks, on the device of `values`."""
@@ -182,7 +191,13 @@ class MegatronBackend:
         checkpoint.save(folder, self._weights, optimizer, self._place, is_main=self.parallel.is_main)
         if self.parallel.is_main:
             rng.save_rng(folder)
-        dist.barrier()  # of all ranks: nobody reports a saved checkpoint that the main rank is still writing
+        dist.barrier()  # of all ranks: no rank reports a saved checkpoint that the main rank is still writing
+
+    def save_held_weights(self, folder: Path) -> None:
+        """Write the weights as they are; collective."""
+        self._assert_awake()
+        checkpoint.save(folder, self._weights, None, self._place, is_main=self.parallel.is_main)
+        dist.barrier()
 
     def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
         """Read what a backend saved, this one in any layout or the other one; collective.
@@ -230,14 +245,20 @@ class MegatronBackend:
         self._asleep = None
         self._optimizer.drop_gradients()
 
-    def _sum_over_step(self, contributions: Sequence[TokenLoss]) -> tuple[float, dict[str, float]]:
-        """Add loss and metrics over micro-batches and data-parallel ranks, and tell every stage."""
-        names = pipeline.broadcast_names_from_last_stage(sorted(contributions[0].metrics) if contributions else ())
+    def _sum_over_step(self, contributions: Sequence[TokenLoss]) -> Sums:
+        """Add loss and metrics over micro-batches and data-parallel ranks, find the peaks, and tell every stage."""
+        first = contributions[0] if contributions else None
+        names = pipeline.broadcast_names_from_last_stage(sorted(first.metrics) if first else ())
+        peaks = pipeline.broadcast_names_from_last_stage(sorted(first.peaks) if first else ())
         sums = torch.zeros(1 + len(names), dtype=torch.float64, device=self.device)
         for contribution in contributions:
             sums += torch.stack([contribution.loss, *(contribution.metrics[name] for name in names)]).double()
         loss_sum, *metrics = pipeline.broadcast_from_last_stage(self.all_reduce_sum(sums)).tolist()
-        return loss_sum, dict(zip(names, metrics, strict=True))
+        found = dict(zip(names, metrics, strict=True))
+        for name in peaks:
+            own = [contribution.peaks[name] for contribution in contributions]
+            found[name] = self.max_over_ranks(float(torch.stack(own).max()) if own else 0.0)
+        return Sums(loss=loss_sum, metrics=found)
 
     def _weight_buffers(self) -> list[Tensor]:
         return [buffer.param_data for buffer in self._ddp.buffers]

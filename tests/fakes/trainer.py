@@ -1,13 +1,13 @@
-"""A training backend without a transformer: the next token depends on the last one alone, through a [V, V] table of logits.
+"""A trainer without a transformer: the next token depends on the last one alone, through a [V, V] table of logits.
 
 Several of them can be the data-parallel ranks of one run, in threads of this process.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Barrier
 from typing import TypeVar
@@ -15,15 +15,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from qwench.algorithms.columns import LossFunction, MicroBatch
 from qwench.errors import TrainingError
-from qwench.training.batch import MicroBatch
-from qwench.training.trainer import LossFunction, ParallelRank, StepResult
+from qwench.training.offload import HostCopy
+from qwench.training.trainer import ParallelRank, Scores, StepResult, Sums, Trainer
 from tests.deadlines import patient
 
 Result = TypeVar("Result")
 
 
-class TableBackend:
+class TableTrainer:
     """Plain gradient descent on the table; `calls` records what was asked, in order."""
 
     def __init__(
@@ -41,40 +42,50 @@ class TableBackend:
         self.num_micro_batches: list[int] = []
         self._lr = lr
         self._all_reduce_sum = all_reduce_sum
-        self._reference: Tensor | None = None
 
-    def log_probs(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[Tensor]:
-        self.calls.append("log_probs")
+    def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:
+        self.calls.append("forward")
         self.num_micro_batches.append(len(micro_batches))
         with torch.no_grad():
-            return [self._forward(micro_batch, temperature)[0] for micro_batch in micro_batches]
+            return Scores(log_probs=[self._forward(micro_batch, temperature)[0] for micro_batch in micro_batches])
 
-    def update(
-        self, micro_batches: Sequence[MicroBatch], loss: LossFunction, *, temperature: float, with_entropy: bool
-    ) -> StepResult:
-        self.calls.append("update")
+    def forward_backward(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        loss: LossFunction,
+        *,
+        temperature: float,
+        with_entropy: bool,
+        after_each: Callable[[], None],
+    ) -> Sums:
+        self.calls.append("forward_backward")
         self.num_micro_batches.append(len(micro_batches))
         self.table.grad = None
-        total, metrics = torch.zeros(()), {}
+        total, metrics, peaks = torch.zeros(()), dict[str, Tensor](), dict[str, float]()
         for micro_batch in micro_batches:
             log_probs, entropy = self._forward(micro_batch, temperature)
             result = loss(log_probs, entropy if with_entropy else None, micro_batch)
             result.loss.backward()
+            after_each()
             total = total + result.loss.detach()
             for name, value in result.metrics.items():
                 metrics[name] = metrics.get(name, torch.zeros(())) + value
+            for name, value in result.peaks.items():
+                peaks[name] = max(peaks.get(name, 0.0), float(value))
+        loss_sum, *sums = self._all_reduce_sum(torch.stack([total, *metrics.values()])).tolist()
+        largest = {name: self.max_over_ranks(value) for name, value in peaks.items()}
+        return Sums(loss=loss_sum, metrics=dict(zip(metrics, sums, strict=True)) | largest)
+
+    def optim_step(self, sums: Sums) -> StepResult:
+        self.calls.append("optim_step")
+        assert self.table.grad is not None, "forward_backward comes first"
         gradient = self._all_reduce_sum(self.table.grad)
-        sums = self._all_reduce_sum(torch.stack([total, *metrics.values()])).tolist()
-        if not torch.isfinite(torch.tensor(sums[0])) or not torch.isfinite(gradient).all():
+        if not math.isfinite(sums.loss) or not torch.isfinite(gradient).all():
             raise TrainingError("the loss or the gradient norm is not finite")
         with torch.no_grad():
             self.table -= self._lr * gradient
-        return StepResult(
-            loss=sums[0],
-            grad_norm=float(gradient.norm()),
-            learning_rates=[self._lr],
-            metrics=dict(zip(metrics, sums[1:], strict=True)),
-        )
+        self.table.grad = None
+        return StepResult(loss=sums.loss, grad_norm=float(gradient.norm()), learning_rates=[self._lr], metrics=sums.metrics)
 
     def weights(self, *, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         yield [("table", self.table.detach())]
@@ -82,18 +93,9 @@ class TableBackend:
     def shared_weights(self) -> dict[str, Tensor]:
         return {"table": self.table.detach()}
 
-    def snapshot_reference(self) -> None:
-        self.calls.append("snapshot_reference")
-        self._reference = self.table.detach().clone()
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        assert self._reference is not None, "no reference was kept"
-        self.calls.append("reference")
-        policy, self.table = self.table, self._reference
-        yield
-        self.table = policy
-        self.calls.append("policy")
+    def copy_held_weights(self) -> HostCopy:
+        self.calls.append("copy_held_weights")
+        return HostCopy([self.table])
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         return self._all_reduce_sum(values)
@@ -104,10 +106,14 @@ class TableBackend:
         return float(self._all_reduce_sum(places).max())
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
+        self.save_held_weights(folder)
+
+    def save_held_weights(self, folder: Path) -> None:
         torch.save(self.table.detach(), folder / "table.pt")
 
     def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
-        self.table = torch.load(folder / "table.pt").requires_grad_()
+        with torch.no_grad():
+            self.table.copy_(torch.load(folder / "table.pt"))
 
     def sleep(self) -> None:
         self.calls.append("sleep")
@@ -142,3 +148,13 @@ def run_ranks(dp_size: int, run: Callable[[ParallelRank, Callable[[Tensor], Tens
 
     with ThreadPoolExecutor(dp_size) as pool:
         return list(pool.map(one, range(dp_size)))
+
+
+def take_step(
+    trainer: Trainer, micro_batches: Sequence[MicroBatch], loss: LossFunction, *, temperature: float, with_entropy: bool
+) -> StepResult:
+    """Take one optimizer step by the loss of the micro-batches."""
+    sums = trainer.forward_backward(
+        micro_batches, loss, temperature=temperature, with_entropy=with_entropy, after_each=lambda: None
+    )
+    return trainer.optim_step(sums)

@@ -1,4 +1,4 @@
-"""`TrainBackend` with the Hugging Face module and FSDP2, on one rank or many, CPU or GPU.
+"""The `Trainer` of the Hugging Face module under FSDP2, on one rank or many, CPU or GPU.
 
 One path for every number of ranks: a group of one is a mesh of one. What the forward computes with, and what is published, is
 the rounding of float32 masters to `param_dtype`. The shards on the device are those masters; when the optimizer is offloaded to
@@ -7,9 +7,8 @@ the host the masters are there, and the shards are the rounded weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,9 +19,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
+from qwench.algorithms.columns import LossFunction, MicroBatch, TokenLoss
 from qwench.models.hf import load_hf_config
 from qwench.training import rng
-from qwench.training.batch import MicroBatch
 from qwench.training.fsdp import checkpoint
 from qwench.training.fsdp.attention import install_attention
 from qwench.training.fsdp.conversion import fill_shards, is_foreign, load_causal_lm, load_converted
@@ -35,7 +34,7 @@ from qwench.training.offload import HostCopy
 from qwench.training.optimizers.adam import AdamSettings
 from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import largest_of_ranks
-from qwench.training.trainer import LossFunction, ParallelRank, StepResult, TokenLoss, stop_unless_finite
+from qwench.training.trainer import ParallelRank, Scores, StepResult, Sums, stop_unless_finite
 from qwench.wire.portions import WeightBucket, bucketed
 
 WHOLE_GRADIENT_BYTES = 4 << 30
@@ -59,8 +58,8 @@ class FsdpSettings:
     whole_gradient_bytes: int = WHOLE_GRADIENT_BYTES
 
 
-class FsdpBackend:
-    """See the module docstring. Life: build -> (log_probs | update | weights | ...)*, with sleep -> wake in between."""
+class FsdpTrainer:
+    """See the module docstring. Life: build -> (forward | forward_backward, optim_step | ...)*; sleep -> wake in between."""
 
     def __init__(
         self, policy: Policy, optimizer: MasterOptimizer, *, device: torch.device, mesh: DeviceMesh, settings: FsdpSettings
@@ -78,9 +77,7 @@ class FsdpBackend:
         whole_bytes = sum(weight.numel() for weight in self._weights.values()) * MASTER_DTYPE.itemsize
         self._reduces_every_micro_batch = mesh["dp_shard"].size() > 1 and whole_bytes > settings.whole_gradient_bytes
         self._dp_group = dist.group.WORLD
-        self._reference: HostCopy | None = None
         self._asleep: HostCopy | None = None
-        self._holds_reference = False
 
     @classmethod
     def build(
@@ -92,7 +89,7 @@ class FsdpBackend:
         schedule: LrSchedule,
         device: torch.device,
         hf_config: PretrainedConfig | None = None,
-    ) -> FsdpBackend:
+    ) -> FsdpTrainer:
         """Load a checkpoint of any format and shard it over all ranks (after `init_process_group`); collective.
 
         Args:
@@ -131,17 +128,23 @@ class FsdpBackend:
         return cls(policy, optimizer, device=device, mesh=mesh, settings=settings)
 
     @torch.no_grad()
-    def log_probs(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[Tensor]:
-        """Return [T] float32 per micro-batch on the CPU; 0 where loss_mask is false. See `TrainBackend`."""
+    def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:
+        """Return the log-probs of the labels. See `Trainer`."""
         self._assert_awake()
         scored = [self._policy(micro_batch, temperature=temperature)[0] for micro_batch in micro_batches]
         self._fsdp.reshard()  # FSDP2 keeps the root's weights whole after a forward, waiting for a backward
-        return [log_probs.cpu() for log_probs in scored]
+        return Scores(log_probs=[log_probs.cpu() for log_probs in scored])
 
-    def update(
-        self, micro_batches: Sequence[MicroBatch], loss: LossFunction, *, temperature: float, with_entropy: bool
-    ) -> StepResult:
-        """Take one optimizer step. See `TrainBackend`."""
+    def forward_backward(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        loss: LossFunction,
+        *,
+        temperature: float,
+        with_entropy: bool,
+        after_each: Callable[[], None],
+    ) -> Sums:
+        """Add up the gradients of the micro-batches. See `Trainer`."""
         self._assert_awake()
         assert micro_batches, "every rank brings at least one micro-batch, of weight zero if it has no work"
         contributions: list[TokenLoss] = []
@@ -150,12 +153,16 @@ class FsdpBackend:
             log_probs, entropy = self._policy(micro_batch, temperature=temperature, with_entropy=with_entropy)
             contribution = loss(log_probs, entropy, micro_batch.to(self.device))
             contribution.loss.backward()
-            contributions.append(TokenLoss(loss=contribution.loss.detach(), metrics=contribution.metrics))
-        loss_sum, metrics = self._sum_over_step(contributions)
+            contributions.append(replace(contribution, loss=contribution.loss.detach()))
+            after_each()
+        return self._sum_over_step(contributions)
+
+    def optim_step(self, sums: Sums) -> StepResult:
+        """Update by the summed gradients. See `Trainer`."""
         grad_norm = float(self._optimizer.grad_norm())
-        stop_unless_finite(loss_sum, grad_norm, step=self._optimizer.num_steps, drop_gradients=self._optimizer.drop_gradients)
+        stop_unless_finite(sums.loss, grad_norm, step=self._optimizer.num_steps, drop_gradients=self._optimizer.drop_gradients)
         learning_rates = self._optimizer.step(grad_norm)
-        return StepResult(loss=loss_sum, grad_norm=grad_norm, learning_rates=learning_rates, metrics=metrics)
+        return StepResult(loss=sums.loss, grad_norm=grad_norm, learning_rates=learning_rates, metrics=sums.metrics)
 
     def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
         """Return buckets of at most `bucket_bytes` (or one larger tensor), gathered as they are asked for; collective."""
@@ -170,25 +177,10 @@ class FsdpBackend:
             return None
         return {name: local_shard(weight) for name, weight in self._weights.items()}
 
-    def snapshot_reference(self) -> None:
-        """Keep the held weights on the host, in `param_dtype`: that is exactly what a forward computes with."""
+    def copy_held_weights(self) -> HostCopy:
+        """Copy the shards to the host in `param_dtype`: exactly what a forward computes with."""
         self._assert_awake()
-        self._reference = HostCopy(self._shards(), dtype=self._param_dtype)
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Hold the reference inside the context; the policy waits on the host, so that no second model is on the device.
-
-        Whoever computes with `shared_weights` sees the reference meanwhile, and must stand still.
-        """
-        self._assert_awake()
-        assert self._reference is not None, "snapshot_reference comes first"
-        with self._reference.swapped_in():
-            self._holds_reference = True
-            try:
-                yield
-            finally:
-                self._holds_reference = False
+        return HostCopy(self._shards(), dtype=self._param_dtype)
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Return the sum over the data-parallel ranks, on the device of `values`."""
@@ -203,14 +195,17 @@ class FsdpBackend:
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Write the layout described in `checkpoint`; collective."""
         self._assert_awake()
-        assert not (with_optimizer and self._holds_reference), "the optimizer is the policy's"
-        # Masters on the host stay the policy's while the reference is held.
-        checkpoint.save_model(folder, self._weights if self._holds_reference else self._optimizer.masters())
+        checkpoint.save_model(folder, self._optimizer.masters())
         if with_optimizer:
             checkpoint.save_optimizer(folder, self._optimizer)
         if self.parallel.is_main:
             rng.save_rng(folder)
-        dist.barrier(group=self._dp_group)  # nobody reports a saved checkpoint that the main rank is still writing
+        dist.barrier(group=self._dp_group)  # no rank reports a saved checkpoint that the main rank is still writing
+
+    def save_held_weights(self, folder: Path) -> None:
+        """Write the shards as they are, whatever the masters on the host are; collective."""
+        self._assert_awake()
+        checkpoint.save_model(folder, self._weights)
 
     def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
         """Read what `save` wrote, here with any number of ranks or in the Megatron backend; collective.
@@ -254,12 +249,15 @@ class FsdpBackend:
         self._fsdp.set_requires_all_reduce(is_last)
         self._fsdp.set_is_last_backward(reduces)
 
-    def _sum_over_step(self, contributions: Sequence[TokenLoss]) -> tuple[float, dict[str, float]]:
-        """Add loss and metrics over micro-batches and ranks."""
-        names = sorted(contributions[0].metrics)
+    def _sum_over_step(self, contributions: Sequence[TokenLoss]) -> Sums:
+        """Add loss and metrics over micro-batches and ranks, and find the peaks."""
+        names, peaks = sorted(contributions[0].metrics), sorted(contributions[0].peaks)
         rows = [torch.stack([c.loss, *(c.metrics[name] for name in names)]) for c in contributions]
         loss_sum, *metrics = self.all_reduce_sum(torch.stack(rows).double().sum(0)).tolist()
-        return loss_sum, dict(zip(names, metrics, strict=True))
+        found = dict(zip(names, metrics, strict=True))
+        for name in peaks:
+            found[name] = self.max_over_ranks(float(torch.stack([c.peaks[name] for c in contributions]).max()))
+        return Sums(loss=loss_sum, metrics=found)
 
     def _shards(self) -> list[Tensor]:
         return [local_shard(weight) for weight in self._weights.values()]

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from qwench.algorithms.columns import MicroBatch, RolloutBatch
 from qwench.config.sections.training import TrainingConfig
 from qwench.data.balance import SequenceCost, balance
 from qwench.data.packing import Bin, deal, pack_by_count, pack_by_tokens
 from qwench.errors import TrainingError
-from qwench.training.batch import MicroBatch, RolloutBatch, idle, pack
+from qwench.training.batch import idle, pack
 from qwench.training.trainer import ParallelRank
 
 
@@ -31,6 +32,10 @@ class StepPlan:
     """Each step's part of `order`."""
     num_dropped: int
     """Trailing executions that do not fill a step."""
+
+    def batches(self, batch: RolloutBatch) -> list[RolloutBatch]:
+        """Cut a batch that has the samples in `order` into its steps."""
+        return [batch.select(step) for step in self.steps]
 
 
 def plan_steps(execution_ids: Tensor, *, global_batch_size: int) -> StepPlan:

@@ -8,15 +8,17 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
 from qwench.errors import CheckpointError, ConfigError
-from qwench.training.batch import MicroBatch, RolloutBatch, pack
-from qwench.training.fsdp.backend import FsdpBackend, FsdpSettings
+from qwench.training.batch import pack
+from qwench.training.fsdp.fsdp_trainer import FsdpSettings, FsdpTrainer
 from qwench.training.optimizers.adam import AdamSettings
 from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import init_process_group
-from qwench.training.trainer import TokenLoss
+from qwench.training.reference import Reference
 from tests.contract.train_backend_cases import write_model
 from tests.deadlines import patient
+from tests.fakes.trainer import take_step
 
 _CPU = torch.device("cpu")
 _ADAM = AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0, clip_grad=0.0)
@@ -41,9 +43,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _build(
     folder: Path, *, lr: float = 1e-3, adam: AdamSettings = _ADAM, dtype: torch.dtype = torch.float32, **settings
-) -> FsdpBackend:
+) -> FsdpTrainer:
     chosen = FsdpSettings(param_dtype=dtype, **settings)
-    return FsdpBackend.build(folder, settings=chosen, adam=adam, schedule=LrSchedule(peak=lr), device=_CPU)
+    return FsdpTrainer.build(folder, settings=chosen, adam=adam, schedule=LrSchedule(peak=lr), device=_CPU)
 
 
 def _micro_batches() -> list[MicroBatch]:
@@ -63,11 +65,11 @@ def _mean_loss(log_probs, entropy, micro_batch) -> TokenLoss:
     return TokenLoss(loss=-log_probs.sum() / 13, metrics={})
 
 
-def _train(backend: FsdpBackend, steps: int = 1) -> list[float]:
-    return [backend.update(_micro_batches(), _mean_loss, temperature=1.0, with_entropy=False).loss for _ in range(steps)]
+def _train(backend: FsdpTrainer, steps: int = 1) -> list[float]:
+    return [take_step(backend, _micro_batches(), _mean_loss, temperature=1.0, with_entropy=False).loss for _ in range(steps)]
 
 
-def _published(backend: FsdpBackend) -> dict[str, torch.Tensor]:
+def _published(backend: FsdpTrainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for bucket in backend.weights(bucket_bytes=1 << 20) for name, tensor in bucket}
 
 
@@ -90,13 +92,12 @@ def test_masters_keep_steps_that_bfloat16_would_lose(model_folder: Path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reference_scores_as_the_policy_did_and_the_policy_comes_back_exactly(model_folder: Path, dtype: torch.dtype):
     backend, undisturbed = _build(model_folder, dtype=dtype), _build(model_folder, dtype=dtype)
-    first = backend.log_probs(_micro_batches(), temperature=0.7)
-    backend.snapshot_reference()
+    first = backend.forward(_micro_batches(), temperature=0.7).log_probs
+    reference_model = Reference(backend)
     assert _train(backend, steps=2) == _train(undisturbed, steps=2)
-    with backend.reference():
-        referenced = backend.log_probs(_micro_batches(), temperature=0.7)
+    referenced = reference_model.forward(_micro_batches(), temperature=0.7).log_probs
     assert all(torch.equal(scored, wanted) for scored, wanted in zip(referenced, first, strict=True))
-    assert not torch.equal(backend.log_probs(_micro_batches(), temperature=0.7)[0], first[0])
+    assert not torch.equal(backend.forward(_micro_batches(), temperature=0.7).log_probs[0], first[0])
     # Masters restored in bfloat16 only would show within these steps.
     assert _train(backend, steps=3) == _train(undisturbed, steps=3)
     assert all(torch.equal(_published(undisturbed)[name], tensor) for name, tensor in _published(backend).items())

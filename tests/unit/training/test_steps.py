@@ -4,7 +4,7 @@ import torch
 from qwench.config.sections.training import TrainingConfig
 from qwench.data.balance import SequenceCost
 from qwench.errors import TrainingError
-from qwench.training.micro_batches import MicroBatching, plan_steps
+from qwench.training.steps import MicroBatching, plan_steps
 from qwench.training.trainer import ParallelRank
 
 LINEAR = SequenceCost(linear=1.0, quadratic=0.0)

@@ -3,9 +3,11 @@ import math
 import pytest
 import torch
 
+from qwench.algorithms.columns import RolloutBatch
+from qwench.algorithms.method import Needs
+from qwench.algorithms.methods import build_method
 from qwench.config.sections.algorithm import AlgorithmConfig
-from qwench.training.batch import RolloutBatch
-from qwench.training.targets import normalized_rewards, token_advantages
+from qwench.estimators import METHODS
 
 
 def _batch(rewards, *, group_ids=None, graded=None, response_lengths=None, **columns):
@@ -21,6 +23,10 @@ def _batch(rewards, *, group_ids=None, graded=None, response_lengths=None, **col
     )
 
 
+def _advantages(batch, config):
+    return build_method(config).targets(batch)["advantages"]
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -32,12 +38,12 @@ def _batch(rewards, *, group_ids=None, graded=None, response_lengths=None, **col
     ],
 )
 def test_rewards_are_compared_within_their_group(flags, expected):
-    got = normalized_rewards(_batch([1.0, 0.0]), AlgorithmConfig(**flags))
+    got = build_method(AlgorithmConfig(**flags)).rewards(_batch([1.0, 0.0]))
     assert got.tolist() == pytest.approx([expected, -expected])
 
 
 def test_ungraded_sample_is_not_part_of_its_group():
-    got = normalized_rewards(_batch([1.0, 0.0, 0.0], graded=[True, True, False]), AlgorithmConfig())
+    got = build_method(AlgorithmConfig()).rewards(_batch([1.0, 0.0, 0.0], graded=[True, True, False]))
     assert got.tolist() == pytest.approx([0.5 / (math.sqrt(0.5) + 1e-6), -0.5 / (math.sqrt(0.5) + 1e-6), 0.0])
 
 
@@ -46,16 +52,16 @@ def test_ungraded_sample_is_not_part_of_its_group():
     [{"disable_rewards_normalization": True}, {"advantage_estimator": "reinforce_plus_plus", "normalize_advantages": True}],
 )
 def test_raw_rewards_where_the_flags_or_the_estimator_say_so(flags):
-    assert normalized_rewards(_batch([1.0, 0.0]), AlgorithmConfig(**flags)).tolist() == [1.0, 0.0]
+    assert build_method(AlgorithmConfig(**flags)).rewards(_batch([1.0, 0.0])).tolist() == [1.0, 0.0]
 
 
 def test_grpo_gives_each_token_its_samples_reward():
-    got = token_advantages(_batch([0.5, -2.0], response_lengths=[1, 3]), AlgorithmConfig())
+    got = _advantages(_batch([0.5, -2.0], response_lengths=[1, 3]), AlgorithmConfig())
     assert [column.tolist() for column in got] == [[0.5], [-2.0, -2.0, -2.0]]
 
 
 def test_whitening_on_request():
-    got = torch.cat(token_advantages(_batch([1.0, 3.0], response_lengths=[1, 1]), AlgorithmConfig(normalize_advantages=True)))
+    got = torch.cat(_advantages(_batch([1.0, 3.0], response_lengths=[1, 1]), AlgorithmConfig(normalize_advantages=True)))
     assert got.tolist() == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2)], rel=1e-6)
 
 
@@ -65,7 +71,7 @@ def test_reinforce_plus_plus_discounts_reward_and_token_kl_before_whitening():
     )
     batch = _batch([1.0], old_log_probs=[torch.tensor([-1.0, -2.0])], ref_log_probs=[torch.tensor([-2.0, -1.0])])
     # KL 1, -1: token rewards -0.5, 0.5 + 1; returns 0.25, 1.5; whitened: -+ 1 / sqrt(2).
-    got = token_advantages(batch, config)[0].tolist()
+    got = _advantages(batch, config)[0].tolist()
     assert got == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2)], rel=1e-6)
 
 
@@ -75,4 +81,20 @@ def test_baseline_takes_the_engines_log_probs_as_the_old_policys_when_told_to():
     )
     batch = _batch([0.0], rollout_log_probs=[torch.tensor([-1.0, -2.0])], ref_log_probs=[torch.tensor([-1.0, -1.0])])
     # KL 0, -1: advantages 0, 1.
-    assert token_advantages(batch, config)[0].tolist() == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2)], rel=1e-6)
+    assert _advantages(batch, config)[0].tolist() == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2)], rel=1e-6)
+
+
+def test_every_method_has_its_file():
+    for name in METHODS:
+        loss_type = "sft_loss" if name == "sft" else "policy_loss"
+        whitened = METHODS[name].requires_whitening
+        section = AlgorithmConfig(
+            loss_type=loss_type, advantage_estimator="grpo" if name == "sft" else name, normalize_advantages=whitened
+        )
+        assert type(build_method(section)).__module__ == f"qwench.algorithms.methods.{name}"
+
+
+def test_supervised_fine_tuning_needs_nothing_and_has_no_targets():
+    method = build_method(AlgorithmConfig(loss_type="sft_loss"))
+    assert method.needs(num_steps=4) == Needs()
+    assert method.targets(_batch([1.0])) == {}

@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwench.algorithms.columns import RolloutBatch
+from qwench.algorithms.methods import build_method
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.errors import ConfigError
-from qwench.training.batch import RolloutBatch, idle, pack
-from qwench.training.objectives import LossObserver, build_loss
+from qwench.training.batch import idle, pack
 
 LENGTHS = [(2, 3), (1, 1), (3, 4), (1, 2)]  # prompt and response of each sample
 
@@ -45,7 +46,7 @@ def _current(batch, seed=7):
 def _evaluate(config, batch, current, bins, *, entropy_value=None):
     """Sum the loss and metrics over micro-batches whose current log-probs are given; return (loss, metrics)."""
     loss, metrics = torch.zeros(()), {}
-    function = build_loss(config)
+    function = build_method(config).loss
     for members in bins:
         micro_batch = pack(batch, members)
         log_probs = pack(batch.with_columns(ref_log_probs=current), members).ref_log_probs
@@ -188,7 +189,7 @@ def test_masked_positions_cannot_spread_nan_into_loss_or_gradient():
     batch = _batch().with_columns(loss_mask=[torch.tensor([True, False, True]), *_batch().loss_mask[1:]])
     batch = batch.with_columns(loss_weights=[mask.float() for mask in batch.loss_mask])
     config = AlgorithmConfig(use_tis=True, use_kl_loss=True, kl_loss_coef=0.1, kl_loss_type="k2")
-    loss = build_loss(config)
+    loss = build_method(config).loss
 
     def gradient(values):
         poisoned = {name: [column.clone() for column in getattr(batch, name)] for name in ("old_log_probs", "ref_log_probs")}
@@ -213,13 +214,15 @@ def test_nan_in_a_trained_token_makes_the_loss_nan(column):
     position = int(micro_batch.loss_mask.nonzero()[0])
     log_probs = torch.full((micro_batch.num_tokens,), -1.0)
     (log_probs if column == "log_probs" else getattr(micro_batch, column))[position] = math.nan
-    assert torch.isnan(build_loss(config)(log_probs, None, micro_batch).loss)
+    assert torch.isnan(build_method(config).loss(log_probs, None, micro_batch).loss)
 
 
 def test_idle_micro_batch_has_loss_zero_and_a_gradient_of_zero():
     nothing = idle(_batch())
     log_probs = torch.full((nothing.num_tokens,), -1.0, requires_grad=True)
-    result = build_loss(AlgorithmConfig(use_tis=True, use_kl_loss=True, advantage_estimator="gspo"))(log_probs, None, nothing)
+    result = build_method(AlgorithmConfig(use_tis=True, use_kl_loss=True, advantage_estimator="gspo")).loss(
+        log_probs, None, nothing
+    )
     result.loss.backward()
     assert result.loss.item() == 0.0
     assert set(map(float, result.metrics.values())) == {0.0}
@@ -235,19 +238,17 @@ def test_sft_loss_is_the_weighted_negative_log_likelihood():
     assert metrics == {}
 
 
-def test_observer_keeps_the_largest_difference_over_trained_tokens_of_all_micro_batches():
+def test_the_peak_is_the_largest_difference_over_trained_tokens():
     batch = _batch()
     batch.old_log_probs[2][:] = batch.rollout_log_probs[2] + torch.where(batch.loss_mask[2], 0.0, 50.0)
     batch.old_log_probs[2][batch.loss_mask[2].nonzero()[0]] -= 5.0
-    calls = []
-    observer = LossObserver(build_loss(AlgorithmConfig()), after_each=lambda: calls.append(1), device=torch.device("cpu"))
-    for members in ([0, 1], [2], [3]):
-        micro_batch = pack(batch, members)
-        observer(torch.zeros(micro_batch.num_tokens), None, micro_batch)
-    assert float(observer.largest_difference) == pytest.approx(5.0)
-    assert len(calls) == 3
+    micro_batch = pack(batch, [2])
+    result = build_method(AlgorithmConfig()).loss(torch.zeros(micro_batch.num_tokens), None, micro_batch)
+    assert {name: float(peak) for name, peak in result.peaks.items()} == {
+        "train_rollout_logprob_abs_diff_max": pytest.approx(5.0)
+    }
 
 
 def test_custom_loss_is_refused():
     with pytest.raises(ConfigError, match="--loss-type 'custom_loss'"):
-        build_loss(AlgorithmConfig(loss_type="custom_loss"))
+        build_method(AlgorithmConfig(loss_type="custom_loss"))

@@ -1,0 +1,89 @@
+"""The contract of a training method: what it needs scored, the targets of a rollout, and the loss of a micro-batch.
+
+    rewards(batch)     [B], compared within whole groups             before samples that fill no step are dropped
+    needs(num_steps)   what must be scored before the targets
+    targets(batch)     columns for the loss: advantages
+    loss(...)          sum_t weight_t * loss_t of a micro-batch
+
+The weights are those of the whole step (`algorithms.reduction`), for the loss and for every metric, so that sums over
+micro-batches and ranks are the step's values. No loss waits for the device. A NaN in a trained token makes the loss NaN, and
+the trainer stops before the optimizer step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
+from qwench.algorithms.reduction import execution_mean_weights, token_mean_weights
+from qwench.config.sections.algorithm import AlgorithmConfig
+from qwench.estimators import METHODS, MethodFacts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """What a method must have of a rollout before its targets and its loss."""
+
+    old_log_probs: bool = False
+    """A pass of the policy before the first step. Without it, the loss takes its own log-probs, without gradient."""
+    rollout_log_probs: Sequence[str] = ()
+    """The flags that need the engine's log-probs."""
+    entropy: bool = False
+    """The loss takes the entropy of every trained token."""
+
+
+class Method(ABC):
+    """See the module docstring. A subclass names itself: `class Grpo(PolicyGradient, name="grpo")`."""
+
+    by_name: ClassVar[dict[str, type[Method]]] = {}
+    facts: ClassVar[MethodFacts]
+
+    def __init_subclass__(cls, *, name: str | None = None) -> None:
+        """Register under a name of `estimators.METHODS`; a base class has none."""
+        if name is not None:
+            Method.by_name[name] = cls
+            cls.facts = METHODS[name]
+
+    def __init__(self, section: AlgorithmConfig) -> None:
+        self.section = section
+
+    @abstractmethod
+    def needs(self, *, num_steps: int) -> Needs:
+        """Return what must be there of a rollout that takes `num_steps` optimizer steps."""
+
+    def rewards(self, batch: RolloutBatch) -> Tensor:
+        """Return [B] float32 rewards, compared within their group where the method does that."""
+        return batch.rewards
+
+    def targets(self, batch: RolloutBatch) -> Mapping[str, list[Tensor]]:
+        """Return the columns B x [R] that the loss reads besides those of the batch."""
+        return {}
+
+    def token_weights(self, batch: RolloutBatch) -> list[Tensor]:
+        """Return B x [R] float32: the share of each token in the loss of a step of these samples."""
+        if self.section.calculate_per_token_loss:
+            return token_mean_weights(batch.loss_mask)
+        return execution_mean_weights(batch.loss_mask, batch.execution_ids)
+
+    @abstractmethod
+    def loss(self, log_probs: Tensor, entropy: Tensor | None, micro_batch: MicroBatch) -> TokenLoss:
+        """Return the micro-batch's share of the step's loss; [T] columns in."""
+
+
+def weighted_sums(
+    loss: Tensor, values: Mapping[str, Tensor], micro_batch: MicroBatch, *, peaks: Mapping[str, Tensor]
+) -> TokenLoss:
+    """Sum [T] losses and metrics with the step's token weights, and take the largest of each [T] column of `peaks`."""
+    weights = micro_batch.loss_weights
+    assert weights is not None, "a loss needs token weights"
+    trained = micro_batch.loss_mask
+    return TokenLoss(
+        loss=(loss.where(trained, 0.0) * weights).sum(),
+        metrics={name: (column.detach().float().where(trained, 0.0) * weights).sum() for name, column in values.items()},
+        peaks={name: column.detach().where(trained, 0.0).max() for name, column in peaks.items()},
+    )

@@ -1,0 +1,191 @@
+"""What the policy-gradient methods share: group rewards, one advantage a sample, and the loss with its terms.
+
+    sum_t weight_t * (surrogate_t - entropy_coef * entropy_t + kl_loss_coef * KL_t)
+
+A method overrides the step in which it differs: `compare`, `advantages`, `log_ratio` or `surrogate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwench.algorithms.advantages import normalize_by_group, spread, whiten
+from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
+from qwench.algorithms.corrections import (
+    effective_sample_ratio,
+    icepop,
+    importance_metrics,
+    mismatch_metrics,
+    off_policy_sequences,
+    truncated_importance,
+)
+from qwench.algorithms.kl import kl_estimate
+from qwench.algorithms.losses import ppo_clip, token_log_ratio
+from qwench.algorithms.method import Method, Needs, weighted_sums
+
+
+class PolicyGradient(Method):
+    """See the module docstring."""
+
+    always_scores_old = False
+    """Score the old policy also where one step would compare it with itself."""
+
+    def needs(self, *, num_steps: int) -> Needs:
+        """Return the log-probs that ratios, the KL in the reward and the corrections compare."""
+        section = self.section
+        of_engine = {
+            "--use-tis": section.use_tis,
+            "--use-rollout-logprobs": section.use_rollout_logprobs,
+            "--get-mismatch-metrics": section.get_mismatch_metrics,
+        }
+        compares_old = num_steps > 1 or section.kl_coef != 0 or self.always_scores_old
+        return Needs(
+            old_log_probs=section.get_mismatch_metrics or (compares_old and not section.use_rollout_logprobs),
+            rollout_log_probs=[flag for flag, given in of_engine.items() if given],
+            entropy=section.entropy_coef != 0 or section.observe_training_entropy,
+        )
+
+    def rewards(self, batch: RolloutBatch) -> Tensor:
+        """Return rewards as `compare` leaves them, raw ones where the method or the flags say so."""
+        if not self.facts.compares_groups or self.section.disable_rewards_normalization:
+            return batch.rewards
+        return self.compare(batch)
+
+    def compare(self, batch: RolloutBatch) -> Tensor:
+        """Return [B] float32 rewards less their group's mean, divided by its standard deviation where the method does that."""
+        divide = self.facts.divides_by_std and not self.section.disable_grpo_std_normalization
+        return normalize_by_group(batch.rewards, batch.group_ids, batch.execution_ids, batch.graded, divide_by_std=divide)
+
+    def targets(self, batch: RolloutBatch) -> Mapping[str, list[Tensor]]:
+        """Return the advantages, whitened where asked for."""
+        advantages = self.advantages(batch)
+        return {"advantages": whiten(advantages, batch.loss_mask) if self.section.normalize_advantages else advantages}
+
+    def advantages(self, batch: RolloutBatch) -> list[Tensor]:
+        """Return B x [R] float32: every token has its sample's reward."""
+        return spread(batch.rewards, batch.loss_mask)
+
+    def loss(self, log_probs: Tensor, entropy: Tensor | None, micro_batch: MicroBatch) -> TokenLoss:
+        """Return the micro-batch's share of the loss and its metrics."""
+        section = self.section
+        tokens = Tokens.of(log_probs, micro_batch, old_is_rollout=section.use_rollout_logprobs)
+        log_ratio = self.log_ratio(tokens)
+        loss, clipped = self.surrogate(log_ratio, tokens)
+        values, peaks = {"pg_clipfrac": clipped, "ppo_kl": -log_ratio}, dict[str, Tensor]()
+        if section.use_opsm:
+            loss, values["opsm_clipfrac"] = self._drop_off_policy(loss, tokens)
+        if section.use_tis or section.get_mismatch_metrics:
+            weights, metrics = self._importance(tokens)
+            values |= metrics
+            values["ois"] = log_ratio.exp()
+            values["ess_ratio"] = effective_sample_ratio(log_ratio.detach(), tokens.mask, tokens.sequence_ids)
+            loss = loss * weights if section.use_tis else loss
+        if tokens.rollout_log_probs is not None:
+            values |= mismatch_metrics(tokens.trainer_log_probs, tokens.rollout_log_probs)
+            peaks["train_rollout_logprob_abs_diff_max"] = (tokens.trainer_log_probs - tokens.rollout_log_probs).abs()
+        values["pg_loss"] = loss
+        if entropy is not None:
+            values["entropy_loss"] = entropy
+            loss = loss - section.entropy_coef * entropy
+        if section.use_kl_loss:
+            values["kl_loss"] = kl = self._kl(tokens)
+            loss = loss + section.kl_loss_coef * kl
+        return weighted_sums(loss, values, micro_batch, peaks=peaks)
+
+    def log_ratio(self, tokens: Tokens) -> Tensor:
+        """Return [T] log(new / old), carrying the gradient."""
+        return token_log_ratio(tokens.log_probs, tokens.old_log_probs)
+
+    def surrogate(self, log_ratio: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Return the loss [T], and [T] bool where its clip was active."""
+        low, high = self.clip_range
+        return ppo_clip(log_ratio, tokens.advantages, eps_low=low, eps_high=high, eps_dual=self.section.eps_clip_c)
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """Return how far the ratio may go below and above 1."""
+        section = self.section
+        return section.eps_clip, section.eps_clip if section.eps_clip_high is None else section.eps_clip_high
+
+    def token_kl(self, batch: RolloutBatch) -> list[Tensor]:
+        """Return B x [R] KL between the policy that started this rollout's steps and the reference; 0 when it has no weight."""
+        section = self.section
+        if section.kl_coef == 0:
+            return [torch.zeros(len(mask)) for mask in batch.loss_mask]
+        old_log_probs = batch.rollout_log_probs if section.use_rollout_logprobs else batch.old_log_probs
+        assert old_log_probs is not None, "--kl-coef needs the old policy's log-probs"
+        assert batch.ref_log_probs is not None, "--kl-coef needs the reference's log-probs"
+        pairs = zip(old_log_probs, batch.ref_log_probs, strict=True)
+        return [kl_estimate(old, ref, kind=section.kl_loss_type) for old, ref in pairs]
+
+    def _drop_off_policy(self, loss: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        dropped = off_policy_sequences(
+            tokens.log_probs,
+            tokens.old_log_probs,
+            tokens.advantages,
+            tokens.mask,
+            tokens.sequence_ids,
+            delta=self.section.opsm_delta,
+        )
+        # A product, not a choice: a NaN must reach the sum.
+        return loss * ~dropped, dropped
+
+    def _importance(self, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
+        assert tokens.rollout_log_probs is not None, "importance weights need the engine's log-probs"
+        log_ratio = token_log_ratio(tokens.trainer_log_probs, tokens.rollout_log_probs)
+        bound = icepop if self.section.tis_mode == "icepop" else truncated_importance
+        weights = bound(log_ratio, low=self.section.tis_clip_low, high=self.section.tis_clip)
+        return weights, importance_metrics(log_ratio, weights)
+
+    def _kl(self, tokens: Tokens) -> Tensor:
+        assert tokens.ref_log_probs is not None, "the KL term needs the reference's log-probs"
+        log_ratio = token_log_ratio(tokens.log_probs, tokens.old_log_probs) if self.section.use_unbiased_kl else None
+        return kl_estimate(tokens.log_probs, tokens.ref_log_probs, kind=self.section.kl_loss_type, log_ratio=log_ratio)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """The [T] float32 columns a policy loss compares, 0 where nothing is trained so that no masked value can spread."""
+
+    log_probs: Tensor
+    old_log_probs: Tensor
+    """What the ratio is taken against: the trainer's own, or with --use-rollout-logprobs the engine's."""
+    trainer_log_probs: Tensor
+    """The trainer's, before this rollout's first step; the current ones when there is only one step and no pass was spent."""
+    rollout_log_probs: Tensor | None
+    ref_log_probs: Tensor | None
+    advantages: Tensor
+    micro_batch: MicroBatch
+
+    @property
+    def mask(self) -> Tensor:
+        """Return [T] bool, true where the label is trained on."""
+        return self.micro_batch.loss_mask
+
+    @property
+    def sequence_ids(self) -> Tensor:
+        """Return [T] int64."""
+        return self.micro_batch.sequence_ids
+
+    @classmethod
+    def of(cls, log_probs: Tensor, micro_batch: MicroBatch, *, old_is_rollout: bool) -> Tokens:
+        """Mask the columns of `micro_batch`."""
+        mask = micro_batch.loss_mask
+        assert micro_batch.advantages is not None, "the policy loss needs advantages"
+        log_probs = log_probs.where(mask, 0.0)
+        trainer = log_probs.detach() if micro_batch.old_log_probs is None else micro_batch.old_log_probs.where(mask, 0.0)
+        rollout = None if micro_batch.rollout_log_probs is None else micro_batch.rollout_log_probs.where(mask, 0.0)
+        assert rollout is not None or not old_is_rollout, "--use-rollout-logprobs needs the engine's log-probs"
+        return cls(
+            log_probs=log_probs,
+            old_log_probs=rollout if old_is_rollout and rollout is not None else trainer,
+            trainer_log_probs=trainer,
+            rollout_log_probs=rollout,
+            ref_log_probs=None if micro_batch.ref_log_probs is None else micro_batch.ref_log_probs.where(mask, 0.0),
+            advantages=micro_batch.advantages.where(mask, 0.0),
+            micro_batch=micro_batch,
+        )

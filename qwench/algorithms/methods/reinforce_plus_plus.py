@@ -1,0 +1,21 @@
+"""REINFORCE++: raw rewards at the last trained token, the KL of every token, discounted, and whitened over the rollout.
+
+Source: arXiv 2501.03262.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qwench.algorithms.advantages import reinforce_plus_plus
+from qwench.algorithms.columns import RolloutBatch
+from qwench.algorithms.methods.policy_gradient import PolicyGradient
+
+
+class ReinforcePlusPlus(PolicyGradient, name="reinforce_plus_plus"):
+    """See the module docstring."""
+
+    def advantages(self, batch: RolloutBatch) -> list[Tensor]:
+        """Return each token's discounted sum of rewards to come."""
+        kl_coef, gamma = self.section.kl_coef, self.section.gamma
+        return reinforce_plus_plus(batch.rewards, batch.loss_mask, self.token_kl(batch), kl_coef=kl_coef, gamma=gamma)

@@ -1,0 +1,20 @@
+"""REINFORCE++-baseline: rewards less their group's mean, less the KL of every token, whitened over the rollout.
+
+Source: arXiv 2501.03262.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qwench.algorithms.advantages import reinforce_plus_plus_baseline
+from qwench.algorithms.columns import RolloutBatch
+from qwench.algorithms.methods.policy_gradient import PolicyGradient
+
+
+class ReinforcePlusPlusBaseline(PolicyGradient, name="reinforce_plus_plus_baseline"):
+    """See the module docstring."""
+
+    def advantages(self, batch: RolloutBatch) -> list[Tensor]:
+        """Return each token's centred reward less its KL."""
+        return reinforce_plus_plus_baseline(batch.rewards, batch.loss_mask, self.token_kl(batch), kl_coef=self.section.kl_coef)

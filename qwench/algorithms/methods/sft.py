@@ -1,0 +1,22 @@
+"""Supervised fine-tuning: the negative log-likelihood of the trained tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qwench.algorithms.columns import MicroBatch, TokenLoss
+from qwench.algorithms.losses import negative_log_likelihood
+from qwench.algorithms.method import Method, Needs, weighted_sums
+
+
+class Sft(Method, name="sft"):
+    """See the module docstring."""
+
+    def needs(self, *, num_steps: int) -> Needs:
+        """Return that nothing is scored; the entropy is computed where it is asked for."""
+        return Needs(entropy=self.section.observe_training_entropy)
+
+    def loss(self, log_probs: Tensor, entropy: Tensor | None, micro_batch: MicroBatch) -> TokenLoss:
+        """Return the micro-batch's share of the loss."""
+        loss = negative_log_likelihood(log_probs.where(micro_batch.loss_mask, 0.0))
+        return weighted_sums(loss, {} if entropy is None else {"entropy_loss": entropy}, micro_batch, peaks={})

@@ -1,0 +1,41 @@
+"""The reference of a policy: frozen weights that are scored with the policy's own model.
+
+The copy waits on the host. The model holds it during `forward` and `save` alone, and the policy's weights wait on the host in
+that time: no second model takes device memory. Nothing else may compute with the policy's weights in that time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwench.algorithms.columns import MicroBatch
+from qwench.training.trainer import Scores, Trainer
+
+
+class Reference:
+    """A view of a trainer, with weights of its own; scores as a `Trainer` does. All methods are collective."""
+
+    def __init__(self, policy: Trainer) -> None:
+        """Begin with the weights that `policy` holds."""
+        self._policy = policy
+        self._weights = policy.copy_held_weights()
+
+    def update(self) -> None:
+        """Become the policy as it is now."""
+        self._weights = self._policy.copy_held_weights()
+
+    def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:
+        """Score the labels under the reference's weights."""
+        with self._weights.swapped_in():
+            return self._policy.forward(micro_batches, temperature=temperature)
+
+    def save(self, folder: Path) -> None:
+        """Write the weights under the empty `folder`."""
+        with self._weights.swapped_in():
+            self._policy.save_held_weights(folder)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote. The policy holds these weights afterwards: load the policy next."""
+        self._policy.load(folder, weights_only=True)
+        self.update()
