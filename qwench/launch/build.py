@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from qwench import __version__
 from qwench.checkpoints.folders import check_weights
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.cluster.gpus import ColocatedGpus, DedicatedGpus
@@ -25,6 +28,7 @@ from qwench.launch.processes import make_servers, open_processes, start_learner,
 from qwench.launch.trainer import load_reward_post_process
 from qwench.models.hf import is_fp8_checkpoint, write_hf_checkpoint
 from qwench.observability.dumps import check_recorded
+from qwench.observability.log import open_driver_log, write_driver_log
 from qwench.observability.metrics import MetricLog, Sink
 from qwench.observability.timing import PhaseTimer
 from qwench.observability.tracking import JsonlSink, TableSink, TensorBoardSink, WandbSink
@@ -36,6 +40,8 @@ from qwench.samples import Json
 from qwench.training.process_group import barrier
 from qwench.weights.settings import PublicationSettings
 from qwench.wire.portions import WeightBucket
+
+_logger = logging.getLogger(__name__)
 
 
 def build(config: Config) -> Run:
@@ -110,9 +116,12 @@ def build_sft(config: Config) -> Run:
         max_len=config.rollout.rollout_max_context_len,
     )
     if loaded.num_too_long or loaded.num_untrained:
-        inputs.console.say(
-            f"--prompt-data: dropped {loaded.num_too_long} conversations longer than --rollout-max-context-len and "
-            f"{loaded.num_untrained} without a token to train on; {len(loaded.examples)} are left"
+        _logger.warning(
+            "--prompt-data: dropped %d conversations longer than --rollout-max-context-len and %d without a token to train on; "
+            "%d are left",
+            loaded.num_too_long,
+            loaded.num_untrained,
+            len(loaded.examples),
         )
     batch_size = inputs.resolved.batch.rollout_batch_size
     seed, shuffle = config.data.rollout_seed, config.data.rollout_shuffle
@@ -127,6 +136,8 @@ def build_sft(config: Config) -> Run:
 def _begin(config: Config) -> Inputs:
     transformers_logging.disable_progress_bar()  # it would draw over the live line
     inputs = read_inputs(config)
+    open_driver_log(config.logging.log_level, inputs.console)
+    _logger.info("qwench %s, process %d on %s", __version__, os.getpid(), socket.gethostname())
     check_weights(config.checkpoint, inputs.hf_config)
     return inputs
 
@@ -180,10 +191,12 @@ def _schedule(inputs: Inputs, *, rollouts_per_epoch: int | None) -> Schedule:
 
 
 def _checkpoints(inputs: Inputs, timer: PhaseTimer) -> CheckpointManager:
+    """Open the checkpoints, and then the log file: before, the folder may belong to another run."""
+
     def write_hf(folder: Path, buckets: Iterator[WeightBucket]) -> None:
         write_hf_checkpoint(folder, buckets, source=inputs.model_folder)
 
-    return CheckpointManager(
+    checkpoints = CheckpointManager(
         inputs.config.checkpoint,
         _identity(inputs.hf_config, inputs.config),
         inputs.console,
@@ -192,6 +205,9 @@ def _checkpoints(inputs: Inputs, timer: PhaseTimer) -> CheckpointManager:
         is_main=inputs.is_main,
         barrier=barrier,
     )
+    if inputs.resolved.log_dir is not None:
+        write_driver_log(inputs.resolved.log_dir)
+    return checkpoints
 
 
 def _identity(hf_config: PretrainedConfig, config: Config) -> dict[str, Json]:

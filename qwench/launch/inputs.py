@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from qwench.models.registry import check_architecture
 from qwench.observability.console import Console, QuietConsole, open_console
 from qwench.rewards.graders import needs_label
 from qwench.training.megatron.layout import ParallelLayout, check_layout
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,7 +133,7 @@ def read_training_prompts(inputs: Inputs) -> LoadedPrompts:
         max_prompt_len=config.data.rollout_max_prompt_len,
         require_label=needs_labels(config),
     )
-    say_dropped(inputs.console, "--prompt-data", loaded, config.data.rollout_max_prompt_len)
+    _log_dropped("--prompt-data", loaded, config.data.rollout_max_prompt_len)
     return loaded
 
 
@@ -150,7 +153,7 @@ def read_eval_prompts(inputs: Inputs) -> dict[str, LoadedPrompts]:
             max_prompt_len=settings.max_prompt_len,
             require_label="rm_type" not in settings.metadata_overrides and needs_labels(config),
         )
-        say_dropped(inputs.console, f"evaluation set {settings.name}", loaded, settings.max_prompt_len)
+        _log_dropped(f"evaluation set {settings.name}", loaded, settings.max_prompt_len)
         sets[settings.name] = loaded.with_metadata(settings.metadata_overrides)
     return sets
 
@@ -161,8 +164,8 @@ def needs_labels(config: Config) -> bool:
     return reward.custom_rm_path is None and reward.rm_type is not None and needs_label(reward.rm_type)
 
 
-def say_dropped(console: Console, flag: str, loaded: LoadedPrompts, limit: int | None) -> None:
-    """Report prompts over the limit; silence would hide a wrong limit."""
+def _log_dropped(flag: str, loaded: LoadedPrompts, limit: int | None) -> None:
+    """Warn of prompts over the limit; silence would hide a wrong limit."""
     if loaded.num_dropped:
         total = loaded.num_dropped + len(loaded.prompts)
-        console.say(f"{flag}: dropped {loaded.num_dropped} of {total} prompts longer than {limit} tokens")
+        _logger.warning("%s: dropped %d of %d prompts longer than %s tokens", flag, loaded.num_dropped, total, limit)

@@ -31,6 +31,7 @@ from qwench.errors import ConfigError
 from qwench.launch.engines import CommandMaker, command_makers
 from qwench.launch.inputs import Inputs, read_inputs
 from qwench.launch.trainer import build_learner
+from qwench.observability.log import open_process_log
 from qwench.observability.timing import PhaseTimer
 from qwench.training.learner import Learner
 from qwench.wire.addresses import Placement, gpu_names, host_name
@@ -236,4 +237,6 @@ def start_learner(
 def build_rank(config: Config, num_rollout: int, timer: PhaseTimer) -> Learner:
     """Build the learner of one rank, in its own process, from the configuration that the driver was given."""
     transformers_logging.disable_progress_bar()
-    return build_learner(read_inputs(config), timer, num_rollout=num_rollout)
+    inputs = read_inputs(config)
+    open_process_log(config.logging.log_level, f"rank {inputs.rank}", to_stdout=inputs.is_main)
+    return build_learner(inputs, timer, num_rollout=num_rollout)

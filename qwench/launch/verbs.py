@@ -22,6 +22,7 @@ from qwench.launch.engines import embedded_settings
 from qwench.launch.generation import build_generation
 from qwench.launch.inputs import read_eval_prompts, read_inputs
 from qwench.launch.processes import make_servers, open_processes
+from qwench.observability.log import open_driver_log, open_process_log
 from qwench.observability.summary import summarize
 from qwench.rewards.registry import reward_spec
 from qwench.rollout.evaluate import EvalResult
@@ -44,6 +45,7 @@ def sft(config: Config) -> None:
 def evaluate(config: Config) -> None:
     """Run `qwench eval`: print each set's metrics, and write them and every response to --eval-output."""
     inputs = read_inputs(config)
+    open_driver_log(config.logging.log_level, inputs.console)
     prompts = {name: loaded.prompts for name, loaded in read_eval_prompts(inputs).items()}
     spec = reward_spec(config.reward)
     for rows in prompts.values():
@@ -70,6 +72,7 @@ def serve(config: ServeConfig) -> None:
     inputs = read_inputs(
         Config(model=config.model, engine=config.engine, rollout=replace(Config().rollout, rollout_batch_size=1))
     )
+    open_process_log("info", f"engine at port {config.server.port}")
     serve_engine(
         config.model.hf_checkpoint,
         embedded_settings(inputs),

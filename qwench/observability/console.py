@@ -5,6 +5,7 @@ On a terminal the live part is redrawn in place; elsewhere (CI, log files) each 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,6 +13,8 @@ from threading import RLock
 from typing import Protocol
 
 import rich.console
+from rich.highlighter import NullHighlighter
+from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     ProgressColumn,
@@ -58,6 +61,10 @@ class Console(Protocol):
         """Show the metrics of a rollout that are worth a look."""
         ...
 
+    def log_handler(self) -> logging.Handler:
+        """Return a handler that shows log records here."""
+        ...
+
 
 def open_console() -> Console:
     """Return a console for standard output: live on a terminal, plain lines elsewhere."""
@@ -98,6 +105,10 @@ class LiveConsole:
         for group in groups:
             table.add_row(group.title, "  ".join(f"[dim]{label}[/dim] {value}" for label, value in group.values.items()))
         self._output.print(table)
+
+    def log_handler(self) -> logging.Handler:
+        """Return rich's handler, which prints above the live part."""
+        return RichHandler(console=self._output, show_path=False, markup=False, highlighter=NullHighlighter())
 
     @contextmanager
     def _task(self, description: str, *, total: int | None) -> Iterator[_LiveBar]:
@@ -175,6 +186,22 @@ class PlainConsole:
             shown = "; ".join(f"{group.title}: " + " ".join(f"{k} {v}" for k, v in group.values.items()) for group in groups)
             self.say(f"rollout {rollout_id} | {shown}")
 
+    def log_handler(self) -> logging.Handler:
+        """Return a handler that prints one line for each record."""
+        return _LineHandler(self)
+
+
+class _LineHandler(logging.Handler):
+    """Shows the message, after its level where that is not INFO: `warning: the disk is nearly full`."""
+
+    def __init__(self, console: PlainConsole) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        self._console.say(level + self.format(record))
+
 
 class _PlainBar:
     def __init__(self, console: PlainConsole, description: str, total: int, clock: Callable[[], float]) -> None:
@@ -207,6 +234,10 @@ class QuietConsole:
 
     def table(self, rollout_id: int, metrics: Mapping[str, float]) -> None:
         """Show nothing."""
+
+    def log_handler(self) -> logging.Handler:
+        """Return a handler that shows nothing."""
+        return logging.NullHandler()
 
 
 class _QuietBar:

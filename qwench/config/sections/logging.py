@@ -1,4 +1,4 @@
-"""Where metrics go."""
+"""Where messages and metrics go."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from qwench.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoggingConfig:
-    """Sinks of metrics and optional extra metrics."""
+    """Log level, sinks of metrics and optional extra metrics."""
 
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Lowest level of messages on the console, in driver.log and in the logs of ranks."""
     log_dir: Path | None = None
-    """Folder of metrics.jsonl and TensorBoard files. None: the folder of --save, else no files."""
+    """Folder of metrics.jsonl, driver.log and TensorBoard files. None: the folder of --save, else no files."""
     use_tensorboard: bool = False
     """Write TensorBoard files."""
     tb_project_name: str | None = None

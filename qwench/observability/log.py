@@ -1,0 +1,61 @@
+"""The log of a process: the standard library's `logging`, with one line for each event.
+
+    driver      console, and <folder of the metrics>/driver.log
+    rank n      standard output (rank 0, which the driver shows) or standard error (<folder>/ranks/<n>.log)
+    engine      standard error of its server (<folder>/engines/<n>.log)
+
+A module logs by `logging.getLogger(__name__)`; the verb that runs opens the log.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from logging.handlers import MemoryHandler
+from pathlib import Path
+
+from qwench.observability.console import Console
+
+DRIVER_LOG = "driver.log"
+_FILE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_KEPT_RECORDS = 10_000
+_NEVER = logging.CRITICAL + 1
+_PACKAGE = logging.getLogger("qwench")
+
+
+def open_driver_log(level: str, console: Console) -> None:
+    """Show messages of the package on the console, and keep them for `write_driver_log`; an earlier log of this process closes.
+
+    Args:
+        level: The lowest one that is shown: debug, info, warning or error.
+    """
+    _replace_handlers(level, [console.log_handler(), MemoryHandler(_KEPT_RECORDS, flushLevel=_NEVER)])
+
+
+def write_driver_log(folder: Path) -> None:
+    """Append what was logged so far, and what follows, to `driver.log` in a folder that belongs to this run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(folder / DRIVER_LOG, encoding="utf-8")
+    file.setFormatter(logging.Formatter(_FILE_FORMAT))
+    for kept in [handler for handler in _PACKAGE.handlers if isinstance(handler, MemoryHandler)]:
+        kept.setTarget(file)
+        kept.close()
+        _PACKAGE.removeHandler(kept)
+    _PACKAGE.addHandler(file)
+
+
+def open_process_log(level: str, name: str, *, to_stdout: bool = False) -> None:
+    """Write messages of the package with the name of this process, such as `rank 3`, on one of its standard streams."""
+    handler = logging.StreamHandler(sys.stdout if to_stdout else sys.stderr)
+    text = "%(message)s" if to_stdout else f"[{name}] {_FILE_FORMAT}"
+    handler.setFormatter(logging.Formatter(text))
+    _replace_handlers(level, [handler])
+
+
+def _replace_handlers(level: str, handlers: list[logging.Handler]) -> None:
+    for old in list(_PACKAGE.handlers):
+        _PACKAGE.removeHandler(old)
+        old.close()
+    for handler in handlers:
+        _PACKAGE.addHandler(handler)
+    _PACKAGE.setLevel(level.upper())

@@ -1,0 +1,71 @@
+"""One line for each event, on the console and in the driver's file."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import rich.console
+
+from qwench.observability.console import LiveConsole, PlainConsole
+from qwench.observability.log import DRIVER_LOG, open_driver_log, open_process_log, write_driver_log
+
+_logger = logging.getLogger("qwench.somewhere")
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    package = logging.getLogger("qwench")
+    handlers, level = list(package.handlers), package.level
+    yield
+    for handler in [handler for handler in package.handlers if handler not in handlers]:
+        package.removeHandler(handler)
+        handler.close()
+    package.setLevel(level)
+
+
+def test_a_plain_console_shows_one_line_for_each_message_and_names_the_level_of_warnings() -> None:
+    shown = io.StringIO()
+    open_driver_log("info", PlainConsole(rich.console.Console(file=shown, width=40)))
+    _logger.debug("not shown")
+    _logger.info("resuming from %s", "a [folder] " + "x" * 60)
+    _logger.warning("engine 1 is lost")
+    assert shown.getvalue() == f"resuming from a [folder] {'x' * 60}\nwarning: engine 1 is lost\n"
+
+
+def test_a_terminal_shows_the_message() -> None:
+    shown = io.StringIO()
+    open_driver_log("warning", LiveConsole(rich.console.Console(file=shown, force_terminal=True, no_color=True, width=80)))
+    _logger.info("not shown")
+    _logger.warning("engine [1] is lost")
+    assert re.search(r"WARNING.*engine \[1\] is lost", shown.getvalue()) and "not shown" not in shown.getvalue()
+
+
+def test_the_file_has_what_was_logged_before_it_was_opened_and_a_second_run_appends(tmp_path: Path) -> None:
+    console = PlainConsole(rich.console.Console(file=io.StringIO()))
+    for run in ("first", "second"):
+        open_driver_log("info", console)
+        _logger.info("%s begins", run)
+        write_driver_log(tmp_path / "run")
+        _logger.error("%s ends", run)
+    lines = (tmp_path / "run" / DRIVER_LOG).read_text().splitlines()
+    assert [re.sub(r"^\S+ \S+ ", "", line) for line in lines] == [
+        "INFO qwench.somewhere: first begins",
+        "ERROR qwench.somewhere: first ends",
+        "INFO qwench.somewhere: second begins",
+        "ERROR qwench.somewhere: second ends",
+    ]
+
+
+def test_a_rank_writes_its_name_and_the_main_rank_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    open_process_log("debug", "rank 3")
+    _logger.debug("built")
+    open_process_log("debug", "rank 0", to_stdout=True)
+    _logger.info("built too")
+    out, err = capsys.readouterr()
+    assert out == "built too\n"
+    assert re.fullmatch(r"\[rank 3\] \S+ \S+ DEBUG qwench\.somewhere: built\n", err)
