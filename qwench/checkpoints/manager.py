@@ -11,6 +11,7 @@ command started again continues from --save.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -38,6 +39,7 @@ from qwench.observability.timing import PhaseTimer
 from qwench.samples import Json
 from qwench.wire.portions import WeightBucket
 
+_logger = logging.getLogger(__name__)
 _ROLLOUTS = "rollouts.json"
 _EXPORT_BUCKET_BYTES = 512 * 1024**2
 
@@ -127,11 +129,11 @@ class CheckpointManager:
                 return iteration
         foreign = foreign_checkpoint(self._config)
         if foreign is not None:
-            self._console.say(f"{foreign} is no run's: starting at rollout 0 with its weights, and with a fresh optimizer")
+            _logger.info("%s is no run's: starting at rollout 0 with its weights and a fresh optimizer", foreign)
             learner.load(foreign, weights_only=True, with_rng=False)
         elif self._config.load is not None:
             start = f"the weights of --ref-load {self._config.ref_load}" if self._config.ref_load else "--hf-checkpoint"
-            self._console.say(f"no checkpoint in --load {self._config.load}: starting at rollout 0 from {start}")
+            _logger.info("no checkpoint in --load %s: starting at rollout 0 from %s", self._config.load, start)
         return 0
 
     def save(self, next_rollout_id: int, learner: SavesTraining, rollouts: SavesRollouts) -> None:
@@ -183,7 +185,7 @@ class CheckpointManager:
             try:
                 return iteration, read_manifest(source.folder(iteration))
             except CheckpointError as error:
-                self._console.say(f"warning: checkpoint {iteration} is damaged and passed over: {error}")
+                _logger.warning("checkpoint %d is damaged and passed over: %s", iteration, error)
         if candidates:
             raise CheckpointError(
                 f"no checkpoint in {source.root} is whole (damaged: {', '.join(map(str, candidates))}); restore the files "
@@ -196,7 +198,7 @@ class CheckpointManager:
         weights_only = self._config.no_load_optim
         if not weights_only and not meta["has_optimizer"]:
             raise ConfigError(f"{folder} was written with --no-save-optim and has no optimizer; give --no-load-optim.")
-        self._console.say(f"resuming from {folder}")
+        _logger.info("resuming from %s", folder)
         learner.load(folder, weights_only=weights_only, with_rng=not self._config.no_load_rng)
         rollouts.load_state_dict(json.loads((folder / _ROLLOUTS).read_bytes()))
 
@@ -214,7 +216,7 @@ class CheckpointManager:
                 self._write_hf(folder, buckets)
             except (OSError, CheckpointError, SafetensorError) as error:
                 self._failed_exports.append(f"{folder}: {error}{_room(folder)}")
-                self._console.say(f"warning: the export to --save-hf {self._failed_exports[-1]}")
+                _logger.warning("the export to --save-hf %s", self._failed_exports[-1])
         for _ in buckets:  # gathering is collective: every rank goes to its end
             pass
 

@@ -12,6 +12,7 @@ graders' timing decides which groups are trained on.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from qwench.rollout.filters import FilterResult, check_no_aborted
 from qwench.rollout.functions import RolloutFunctions
 from qwench.rollout.groups import GroupRunner, cancel_and_wait
 from qwench.samples import Group, Rollout
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -136,7 +139,7 @@ class Collector:
                 f"{missing} are missing; look at the engine's log, or at what the custom generate function aborts."
             )
         zeros, ones = reward_shares(tally.judged)
-        self._console.say(
+        _logger.warning(
             f"rollout {rollout_id}: after {tally.rounds} rounds the dynamic filter kept only {len(tally.accepted)} of "
             f"{self._num_groups} groups; using {missing} rejected ones. All rewards 0 in {zeros:.0%} of the groups, "
             f"all 1 in {ones:.0%}: the task is too hard or too easy for this policy."

@@ -1,3 +1,4 @@
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,15 +10,15 @@ from qwench.checkpoints.manager import CheckpointManager
 from qwench.checkpoints.manifest import note_checksums
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import CheckpointError, ConfigError
+from qwench.observability.console import QuietConsole
 from qwench.wire.portions import WeightBucket
-from tests.fakes.console import RecordingConsole
 from tests.fakes.learner import CountingLearner, CountingRollouts
 
 IDENTITY = {"algorithm": "grpo", "num_layers": 2}
 
 
 def manager_of(**flags) -> CheckpointManager:
-    return CheckpointManager(CheckpointConfig(**flags), IDENTITY, RecordingConsole())
+    return CheckpointManager(CheckpointConfig(**flags), IDENTITY, QuietConsole())
 
 
 def save_all(manager: CheckpointManager, *next_rollout_ids: int) -> None:
@@ -159,15 +160,16 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_damaged_newest_is_passed_over_with_a_warning(tmp_path, damage):
+def test_damaged_newest_is_passed_over_with_a_warning(tmp_path, caplog, damage):
     save_all(manager_of(save=tmp_path), 2, 3)
     damage(tmp_path / "iter_0000003")
-    console = RecordingConsole()
     learner, rollouts = CountingLearner(), CountingRollouts()
-    assert CheckpointManager(CheckpointConfig(save=tmp_path), IDENTITY, console).restore(learner, rollouts) == 2
+    caplog.clear()
+    assert CheckpointManager(CheckpointConfig(save=tmp_path), IDENTITY, QuietConsole()).restore(learner, rollouts) == 2
     assert learner.value == 102
-    assert console.events[0][1].startswith("warning: checkpoint 3 is damaged and passed over: ")
-    assert console.events[1] == ("say", f"resuming from {tmp_path / 'iter_0000002'}")
+    (_, _, damaged), resumed = caplog.record_tuples
+    assert damaged.startswith("checkpoint 3 is damaged and passed over: ")
+    assert resumed == ("qwench.checkpoints.manager", logging.INFO, f"resuming from {tmp_path / 'iter_0000002'}")
     save_all(manager_of(save=tmp_path), 3)  # the repeated rollout's checkpoint takes the damaged one's place
     assert restored(save=tmp_path) == (3, 103, 3)
 
@@ -216,15 +218,14 @@ def test_lost_pointer_means_the_newest_whole_folder(tmp_path, pointer):
     assert restored(save=tmp_path) == (3, 103, 3)
 
 
-def test_empty_load_is_an_error_unless_there_is_something_else_to_start_from(tmp_path):
+def test_empty_load_is_an_error_unless_there_is_something_else_to_start_from(tmp_path, caplog):
     flags = {"load": tmp_path / "absent", "save": tmp_path / "run"}
     with pytest.raises(ConfigError, match=r"--load .*absent has no checkpoint; give .* --ref-load"):
         manager_of(**flags)
-    console = RecordingConsole()
-    manager = CheckpointManager(CheckpointConfig(**flags, ref_load=tmp_path / "base"), IDENTITY, console)
+    manager = CheckpointManager(CheckpointConfig(**flags, ref_load=tmp_path / "base"), IDENTITY, QuietConsole())
     assert manager.restore(CountingLearner(), CountingRollouts()) == 0
     start = f"starting at rollout 0 from the weights of --ref-load {tmp_path / 'base'}"
-    assert console.events == [("say", f"no checkpoint in --load {tmp_path / 'absent'}: {start}")]
+    assert caplog.messages == [f"no checkpoint in --load {tmp_path / 'absent'}: {start}"]
     assert restored(load=tmp_path / "run", save=tmp_path / "deep" / ".." / "run") == (0, 0, 0)
 
 
@@ -265,11 +266,11 @@ def test_export_goes_with_every_checkpoint_under_the_last_rollouts_id(tmp_path):
         written.append((folder, value, (tmp_path / "iter_0000020").exists()))
 
     config = CheckpointConfig(save=tmp_path, save_hf=str(tmp_path / "hf_{rollout_id}"))
-    CheckpointManager(config, IDENTITY, RecordingConsole(), write_hf=write_hf).save(20, CountingLearner(7), CountingRollouts())
+    CheckpointManager(config, IDENTITY, QuietConsole(), write_hf=write_hf).save(20, CountingLearner(7), CountingRollouts())
     assert written == [(tmp_path / "hf_19", 7, True)]  # after the checkpoint: nothing optional can cost it
 
 
-def test_a_failed_export_costs_only_itself_and_is_said_at_the_end(tmp_path):
+def test_a_failed_export_costs_only_itself_and_is_said_at_the_end(tmp_path, caplog):
     gathered: list[str] = []
 
     class Gathers(CountingLearner):
@@ -281,13 +282,11 @@ def test_a_failed_export_costs_only_itself_and_is_said_at_the_end(tmp_path):
         next(buckets)
         raise OSError(28, "No space left on device")
 
-    console = RecordingConsole()
     config = CheckpointConfig(save=tmp_path, save_hf=str(tmp_path / "hf_{rollout_id}"))
-    manager = CheckpointManager(config, IDENTITY, console, write_hf=write_hf)
+    manager = CheckpointManager(config, IDENTITY, QuietConsole(), write_hf=write_hf)
     manager.save(3, Gathers(103), CountingRollouts(3))
     assert gathered == ["to the end"]
-    warning = console.events[-1][1]
-    assert warning.startswith(f"warning: the export to --save-hf {tmp_path}/hf_2: [Errno 28] No space left on device, ")
+    assert caplog.messages[-1].startswith(f"the export to --save-hf {tmp_path}/hf_2: [Errno 28] No space left on device, ")
     with pytest.raises(CheckpointError, match=r"--save-hf: 1 exports failed, the last: .*hf_2.* are whole"):
         manager.finish()
     assert restored(save=tmp_path) == (3, 103, 3)
@@ -304,9 +303,7 @@ def test_an_export_that_a_kill_prevented_is_written_on_resume(tmp_path):
     save_all(manager_of(save=tmp_path / "run"), 3)
     for _ in range(2):
         config = CheckpointConfig(save=tmp_path / "run", save_hf=str(tmp_path / "hf_{rollout_id}"))
-        CheckpointManager(config, IDENTITY, RecordingConsole(), write_hf=write_hf).restore(
-            CountingLearner(), CountingRollouts()
-        )
+        CheckpointManager(config, IDENTITY, QuietConsole(), write_hf=write_hf).restore(CountingLearner(), CountingRollouts())
     assert written == [tmp_path / "hf_2"]
 
 
@@ -327,7 +324,7 @@ def test_other_ranks_take_part_in_collectives_and_touch_no_files(tmp_path):
 
     config = CheckpointConfig(save=tmp_path, save_hf=str(tmp_path / "hf"))
     manager = CheckpointManager(
-        config, IDENTITY, RecordingConsole(), write_hf=write_hf, is_main=False, barrier=lambda: events.append("barrier")
+        config, IDENTITY, QuietConsole(), write_hf=write_hf, is_main=False, barrier=lambda: events.append("barrier")
     )
     manager.save(3, OtherRank(), CountingRollouts())
     assert events == [

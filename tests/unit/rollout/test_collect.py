@@ -8,7 +8,6 @@ from qwench.errors import EngineError, QwenchError, RewardError
 from qwench.rollout.buffer import GroupBuffer
 from qwench.rollout.filters import FilterResult, check_reward_nonzero_std
 from qwench.samples import Status, Verdict
-from tests.fakes.console import RecordingConsole
 from tests.fakes.engine import FakeEngine
 from tests.fakes.grader import FakeGrader
 from tests.unit.rollout.scene import by_letter, letters_source, make_collector, prompts_of, write_ok
@@ -122,16 +121,15 @@ def test_response_continued_in_the_next_rollout_can_train_on_its_new_tokens_alon
     assert sample.weight_versions == [-1] * old + [1] * new
 
 
-def test_filter_that_keeps_nothing_ends_after_its_rounds_with_the_oldest_groups_and_a_warning():
-    console = RecordingConsole()
+def test_filter_that_keeps_nothing_ends_after_its_rounds_with_the_oldest_groups_and_a_warning(caplog):
     grader = FakeGrader(lambda sample: 1.0 if letter(sample) == "b" else 0.0)
-    rollout = collect(FakeEngine(write_ok), grader=grader, max_rounds=2, group_filter=check_reward_nonzero_std, console=console)
+    rollout = collect(FakeEngine(write_ok), grader=grader, max_rounds=2, group_filter=check_reward_nonzero_std)
     assert prompts_of(rollout.groups) == "ab"
     assert rollout.metrics["rollout/dynamic_filter/drop_zero_std_0.0"] == 3
     assert rollout.metrics["rollout/dynamic_filter/drop_zero_std_1.0"] == 1
     assert rollout.metrics["rollout/dynamic_filter/all_zero_share"] == 0.75
     assert rollout.metrics["rollout/dynamic_filter/all_one_share"] == 0.25
-    ((_, warning),) = console.events
+    (warning,) = caplog.messages
     assert "after 2 rounds the dynamic filter kept only 0 of 2 groups; using 2 rejected ones" in warning
     assert "All rewards 0 in 75% of the groups, all 1 in 25%" in warning
 
