@@ -67,7 +67,7 @@ def check_estimator(name: str) -> None:
     """
     known = ", ".join(estimator_names())
     if name == "ppo":
-        raise ConfigError(f"--advantage-estimator 'ppo' needs a critic, which is not built yet; known: {known}.")
+        raise ConfigError(f"--advantage-estimator ppo is not supported: there is no critic; known: {known}.")
     if name not in estimator_names():
         raise ConfigError(f"unknown --advantage-estimator {name!r}; known: {known}.")
 

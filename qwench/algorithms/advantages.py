@@ -1,13 +1,13 @@
 """Rewards to advantages: group normalisation, spreading over response tokens, REINFORCE++ returns, whitening.
 
-    rewards [B] --normalize_by_group--> [B] --spread | reinforce_*--> B x [R] --whiten--> B x [R]
+    rewards [B] --compare_in_groups--> [B] --spread | reinforce_*--> B x [R] --whiten--> B x [R]
 
 Everything here works on the columns of a whole rollout, so that no result depends on ranks or micro-batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -21,10 +21,14 @@ WHITEN_EPS = 1e-8
 """Added to the variance of all advantages before the reciprocal root."""
 
 
-def normalize_by_group(
-    rewards: Tensor, group_ids: Tensor, execution_ids: Tensor, graded: Tensor, *, divide_by_std: bool
+GroupComparison = Callable[[Tensor, Tensor], Tensor]
+"""(rewards of a group's samples, rewards of its executions), float64 -> compared rewards of the samples."""
+
+
+def compare_in_groups(
+    rewards: Tensor, group_ids: Tensor, execution_ids: Tensor, graded: Tensor, compare: GroupComparison
 ) -> Tensor:
-    """Subtract from each reward the mean of its group, and divide by the group's standard deviation when asked.
+    """Replace each reward by what `compare` makes of it in its group.
 
     An execution counts once however many samples it returned. Groups may have any size; a group of one, or one whose rewards
     are all equal, gets exactly 0.
@@ -36,23 +40,33 @@ def normalize_by_group(
         graded: [B] bool; other samples have no reward: they get 0 and their group is treated as if they were not there.
 
     Returns:
-        [B] float32, (reward - mean) or (reward - mean) / (std + 1e-6) with Bessel's correction (ddof 1).
+        [B] float32.
 
     Raises:
         RewardError: two samples of one execution disagree.
-
-    Source: GRPO (arXiv 2402.03300) section 4.1.2; without the division Dr. GRPO (arXiv 2503.20783).
     """
     first_of_execution = _first_of_each_execution(rewards, group_ids, execution_ids, graded)
-    normalized = torch.zeros_like(rewards, dtype=torch.float64)
+    compared = torch.zeros_like(rewards, dtype=torch.float64)
     for group_id in group_ids[graded].unique():
         members = (group_ids == group_id) & graded
         scores = rewards[members & first_of_execution].double()
         if scores.min() == scores.max():
             continue  # a mean of equal floats may be off by an ulp, which the tiny deviation would blow up
-        centered = rewards[members].double() - scores.mean()
-        normalized[members] = centered / (scores.std(correction=1) + STD_EPS) if divide_by_std else centered
-    return normalized.to(torch.float32)
+        compared[members] = compare(rewards[members].double(), scores)
+    return compared.to(torch.float32)
+
+
+def center(rewards: Tensor, scores: Tensor) -> Tensor:
+    """Return reward - mean of the group. Source: Dr. GRPO (arXiv 2503.20783)."""
+    return rewards - scores.mean()
+
+
+def standardize(rewards: Tensor, scores: Tensor) -> Tensor:
+    """Return (reward - mean) / (std + 1e-6) with Bessel's correction (ddof 1).
+
+    Source: GRPO (arXiv 2402.03300) section 4.1.2.
+    """
+    return center(rewards, scores) / (scores.std(correction=1) + STD_EPS)
 
 
 def spread(rewards: Tensor, loss_mask: Sequence[Tensor]) -> list[Tensor]:

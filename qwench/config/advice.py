@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from qwench.config.command_line.compat import EMBEDDED_ALIASES
 from qwench.config.command_line.flags import flag_name
 from qwench.config.config import Config
-from qwench.config.sections.algorithm import SAMPLE_ESTIMATORS, AlgorithmConfig
+from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.engine import EngineConfig
+from qwench.estimators import METHODS
 
 
 def warnings(config: Config, *, trains: bool = True) -> Iterator[str]:
@@ -92,7 +93,7 @@ def _unused_by_embedded_engine(config: Config) -> Iterator[str]:
 
 
 def _compares_siblings(algorithm: AlgorithmConfig) -> bool:
-    centred = algorithm.advantage_estimator in (*SAMPLE_ESTIMATORS, "reinforce_plus_plus_baseline")
+    centred = METHODS[algorithm.advantage_estimator].compares_groups
     return algorithm.loss_type == "policy_loss" and centred and not algorithm.disable_rewards_normalization
 
 

@@ -48,5 +48,5 @@ def test_sft_is_no_estimator_and_ppo_lacks_its_critic():
     assert "sft" not in estimator_names()
     with pytest.raises(ConfigError, match="unknown --advantage-estimator 'sft'"):
         check_estimator("sft")
-    with pytest.raises(ConfigError, match="needs a critic"):
+    with pytest.raises(ConfigError, match="--advantage-estimator ppo is not supported: there is no critic"):
         check_estimator("ppo")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwench.algorithms.advantages import normalize_by_group, spread, whiten
+from qwench.algorithms.advantages import center, compare_in_groups, spread, standardize, whiten
 from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
 from qwench.algorithms.corrections import (
     effective_sample_ratio,
@@ -53,12 +53,12 @@ class PolicyGradient(Method):
         """Return rewards as `compare` leaves them, raw ones where the method or the flags say so."""
         if not self.facts.compares_groups or self.section.disable_rewards_normalization:
             return batch.rewards
-        return self.compare(batch)
+        return compare_in_groups(batch.rewards, batch.group_ids, batch.execution_ids, batch.graded, self.compare)
 
-    def compare(self, batch: RolloutBatch) -> Tensor:
-        """Return [B] float32 rewards less their group's mean, divided by its standard deviation where the method does that."""
-        divide = self.facts.divides_by_std and not self.section.disable_grpo_std_normalization
-        return normalize_by_group(batch.rewards, batch.group_ids, batch.execution_ids, batch.graded, divide_by_std=divide)
+    def compare(self, rewards: Tensor, scores: Tensor) -> Tensor:
+        """Compare the rewards of a group's samples with those of its executions (`scores`)."""
+        divides = self.facts.divides_by_std and not self.section.disable_grpo_std_normalization
+        return standardize(rewards, scores) if divides else center(rewards, scores)
 
     def targets(self, batch: RolloutBatch) -> Mapping[str, list[Tensor]]:
         """Return the advantages, whitened where asked for."""

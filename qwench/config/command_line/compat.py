@@ -269,13 +269,6 @@ def check_supported(config: Config) -> None:
             raise ConfigError(problem)
 
 
-def _estimator(config: Config) -> str | None:
-    estimator = config.algorithm.advantage_estimator
-    if estimator == "ppo":
-        return f"--advantage-estimator {estimator} is not supported: {CRITIC}; use grpo"
-    return None
-
-
 def _loss(config: Config) -> str | None:
     if config.algorithm.loss_type == "custom_loss":
         return f"--loss-type custom_loss is not supported: {PLUGIN}; use policy_loss or sft_loss"
@@ -298,7 +291,6 @@ def _optimizer(config: Config) -> str | None:
 
 
 NOT_YET: tuple[Callable[[Config], str | None], ...] = (
-    _estimator,
     _loss,
     _loss_mask,
     _optimizer,

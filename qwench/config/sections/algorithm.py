@@ -7,22 +7,19 @@ from typing import Literal
 
 from qwench.config.checks import check_fraction, check_not_negative, check_positive
 from qwench.errors import ConfigError
+from qwench.estimators import METHODS, check_estimator
 
-AdvantageEstimator = Literal["grpo", "gspo", "cispo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo"]
 KlType = Literal["k1", "k2", "k3", "low_var_kl"]
 TisMode = Literal["truncate", "icepop"]
 LossType = Literal["policy_loss", "sft_loss", "custom_loss"]
-
-SAMPLE_ESTIMATORS = ("grpo", "gspo", "cispo")
-"""Those that give every token of a sample one advantage, in which the KL of a token has no place."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AlgorithmConfig:
     """The estimator and its constants."""
 
-    advantage_estimator: AdvantageEstimator = "grpo"
-    """How rewards become advantages (gspo and cispo also change the policy loss)."""
+    advantage_estimator: str = "grpo"
+    """The method: grpo or another name of qwench.estimators. It sets how rewards become advantages, and the policy loss."""
     loss_type: LossType = "policy_loss"
     """policy_loss: reinforcement learning; sft_loss: supervised fine-tuning (what qwench sft sets)."""
     calculate_per_token_loss: bool = False
@@ -77,6 +74,7 @@ class AlgorithmConfig:
     """Mean log-ratio of a sequence above which --use-opsm drops it."""
 
     def __post_init__(self) -> None:
+        check_estimator(self.advantage_estimator)
         for flag, value in (
             ("--eps-clip", self.eps_clip),
             ("--eps-clip-high", self.eps_clip_high),
@@ -97,9 +95,10 @@ class AlgorithmConfig:
         self._check_advantages()
 
     def _check_clipping(self) -> None:
-        if self.advantage_estimator == "cispo":
+        if METHODS[self.advantage_estimator].clips_weights:
             if self.eps_clip_c is not None:
-                raise ConfigError(f"--eps-clip-c ({self.eps_clip_c}) has no effect on cispo, which clips weights, not losses")
+                name = self.advantage_estimator
+                raise ConfigError(f"--eps-clip-c ({self.eps_clip_c}) has no effect on {name}, which clips weights, not losses")
         elif self.eps_clip >= 1:
             raise ConfigError(f"--eps-clip must be less than 1, got {self.eps_clip}; only cispo may leave the ratio free below")
         if self.eps_clip_c is not None and not self.eps_clip_c > 1:
@@ -116,7 +115,7 @@ class AlgorithmConfig:
             raise ConfigError(f"--kl-loss-coef ({self.kl_loss_coef}) has no effect without --use-kl-loss; add it")
         if self.use_unbiased_kl and not self.use_kl_loss:
             raise ConfigError("--use-unbiased-kl has no effect without --use-kl-loss; add it")
-        if self.kl_coef and self.advantage_estimator in SAMPLE_ESTIMATORS:
+        if self.kl_coef and not METHODS[self.advantage_estimator].token_kl:
             raise ConfigError(
                 f"--kl-coef ({self.kl_coef}) has no effect on {self.advantage_estimator}; use --use-kl-loss and --kl-loss-coef"
             )
@@ -134,9 +133,9 @@ class AlgorithmConfig:
             raise ConfigError(f"--tis-mode {self.tis_mode} has no effect without --use-tis; add it")
 
     def _check_advantages(self) -> None:
-        if self.advantage_estimator.startswith("reinforce_plus_plus") and not self.normalize_advantages:
+        if METHODS[self.advantage_estimator].requires_whitening and not self.normalize_advantages:
             raise ConfigError(f"--advantage-estimator {self.advantage_estimator} requires --normalize-advantages; add it")
-        if self.gamma != 1.0 and self.advantage_estimator not in ("reinforce_plus_plus", "ppo"):
+        if self.gamma != 1.0 and not METHODS[self.advantage_estimator].discounts:
             raise ConfigError(f"--gamma ({self.gamma}) has no effect on {self.advantage_estimator}; leave it out")
         if self.disable_compute_advantages_and_returns and self.loss_type != "sft_loss":
             raise ConfigError(

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwench.algorithms.advantages import (
-    normalize_by_group,
+    center,
+    compare_in_groups,
     reinforce_plus_plus,
     reinforce_plus_plus_baseline,
     spread,
+    standardize,
     whiten,
 )
 from qwench.errors import RewardError
@@ -19,12 +21,12 @@ from qwench.errors import RewardError
 
 def _normalize(rewards, groups, executions=None, graded=None, divide_by_std=True):
     executions = executions if executions is not None else list(range(len(rewards)))
-    return normalize_by_group(
+    return compare_in_groups(
         torch.tensor(rewards, dtype=torch.float32),
         torch.tensor(groups),
         torch.tensor(executions),
         torch.tensor(graded if graded is not None else [True] * len(rewards)),
-        divide_by_std=divide_by_std,
+        standardize if divide_by_std else center,
     )
 
 

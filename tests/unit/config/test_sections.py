@@ -52,6 +52,8 @@ REFUSED = [
     (AlgorithmConfig, {"kl_loss_coef": 0.2}, "--kl-loss-coef (0.2) has no effect without --use-kl-loss"),
     (AlgorithmConfig, {"use_tis": True, "use_rollout_logprobs": True}, "--use-rollout-logprobs leaves nothing for --use-tis"),
     (AlgorithmConfig, {"tis_clip": 2.0, "tis_clip_low": 3.0}, "--tis-clip-low (3.0) is greater than --tis-clip (2.0)"),
+    (AlgorithmConfig, {"advantage_estimator": "grp0"}, "unknown --advantage-estimator 'grp0'; known: grpo, gspo"),
+    (AlgorithmConfig, {"advantage_estimator": "ppo"}, "--advantage-estimator ppo is not supported"),
     (AlgorithmConfig, {"advantage_estimator": "reinforce_plus_plus"}, "--advantage-estimator reinforce_plus_plus requires"),
     (AlgorithmConfig, {"disable_compute_advantages_and_returns": True}, "--disable-compute-advantages-and-returns is for"),
     (OptimizerConfig, {"lr": 0.0}, "--lr must be greater than 0"),

@@ -11,7 +11,6 @@ from qwench.config.command_line.flags import flag_table
 from qwench.errors import ConfigError
 
 NOT_YET = [
-    ({"algorithm": AlgorithmConfig(advantage_estimator="ppo")}, "--advantage-estimator ppo is not supported"),
     ({"algorithm": AlgorithmConfig(loss_type="custom_loss")}, "--loss-type custom_loss is not supported"),
     ({"data": DataConfig(loss_mask_type="qwen3_5")}, "--loss-mask-type qwen3_5 is not supported"),
     ({"optimizer": OptimizerConfig(optimizer="sgd")}, "--optimizer sgd is not supported; use adam"),
