@@ -52,6 +52,8 @@ class Prompt:
     """The row's raw input, before the chat template."""
     tools: Sequence[Json] | None = None
     metadata: Mapping[str, Json] = field(default_factory=dict)
+    place: str = field(default="", compare=False)
+    """Where the row stands, for messages: `train.jsonl:12`."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,32 +1,96 @@
-"""Chat templates: messages of a row to the text the model reads."""
+"""Chat templates: messages of a row to the text the model reads.
+
+What a row says reaches the model, or the row is refused with file and line: templates skip what they do not know.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from qwench.data.rows import check_text
 from qwench.errors import ConfigError
 from qwench.samples import Json, Message
 
+_MAY_SAY_NOTHING = frozenset({"system", "tool"})
+"""Roles whose empty text loses nothing: no instructions, a call that returned nothing."""
+
 
 def as_messages(value: Json, *, place: str) -> list[Message]:
-    """Return a row's input as messages; text is one user message.
+    """Return a row's input as messages, each with text as its content.
+
+    Text is one user message, unless it is the JSON of messages. Content in text parts, as OpenAI and Hugging Face write it,
+    is joined.
 
     Raises:
         ConfigError: neither text nor a list of records with a `role` and something said.
     """
     if isinstance(value, str):
-        return [{"role": "user", "content": value}]
+        value = _messages_in_json(value) or [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value:
         raise ConfigError(f"{place}: messages must be text or a list of them that is not empty, got {_brief(value)}.")
-    for message in value:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ConfigError(f"{place}: a message must be a record with `role` and `content`, got {_brief(message)}.")
-        if "content" not in message and "tool_calls" not in message:
-            raise ConfigError(f"{place}: a message must have `content` or `tool_calls`, got {_brief(message)}.")
-    return value
+    return [_message(message, place=place) for message in value]
+
+
+def as_prompt(value: Json, *, place: str) -> list[Message]:
+    """Return messages that the policy is to answer.
+
+    Raises:
+        ConfigError: as `as_messages`, and where the last message is an answer already.
+    """
+    messages = as_messages(value, place=place)
+    if messages[-1]["role"] == "assistant":
+        raise ConfigError(f"{place}: the conversation ends with an assistant turn; end a prompt with what is to be answered.")
+    return messages
+
+
+def _messages_in_json(text: str) -> list[Json] | None:
+    """Return the messages that a text holds as JSON; None: it is a text like any other."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        found: Json = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, list) or not found:
+        return None
+    return found if all(isinstance(one, Mapping) and {"role", "content"} <= set(one) for one in found) else None
+
+
+def _message(message: Json, *, place: str) -> Message:
+    """Return one message with its content as text."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ConfigError(f"{place}: a message must be a record with `role` and `content`, got {_brief(message)}.")
+    content = message.get("content")
+    calls = message.get("tool_calls")
+    if content is None:
+        if "content" in message and "tool_calls" not in message:
+            raise ConfigError(f"{place}: the content of a message must be text or text parts, got null.")
+        if not calls:
+            raise ConfigError(
+                f"{place}: a message says nothing (content and tool_calls are null or absent): {_brief(message)}."
+            )
+        return message
+    text = _text(content, place=place)
+    if not text.strip() and not calls and not message.get("reasoning_content") and message["role"] not in _MAY_SAY_NOTHING:
+        raise ConfigError(f"{place}: a message of role {message['role']!r} is empty.")
+    return {**message, "content": text}
+
+
+def _text(content: Json, *, place: str) -> str:
+    """Return content as text; parts are joined."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and content and all(isinstance(part, Mapping) for part in content):
+        parts = [cast(Mapping[str, Json], part) for part in content]
+        texts = [part.get("text") if part.get("type", "text") == "text" else None for part in parts]
+        if all(isinstance(text, str) for text in texts):
+            return "".join(cast(list[str], texts))
+    raise ConfigError(f"{place}: the content of a message must be text or text parts, got {_brief(content)}.")
 
 
 class ChatRenderer:
@@ -45,6 +109,8 @@ class ChatRenderer:
             )
         self._tokenizer = tokenizer
         self._template_kwargs = dict(template_kwargs or {})
+        self._writes: dict[str, bool] = {}
+        """Roles met so far, and whether the template writes them."""
 
     def render(
         self,
@@ -57,8 +123,34 @@ class ChatRenderer:
         """Return the text of a conversation.
 
         Raises:
-            ConfigError: the template cannot render these messages; the message names `place`.
+            ConfigError: the template cannot render these messages, or would skip one; the message names `place`.
         """
+        for message in messages:
+            self._check_role(str(message["role"]), place=place)
+        text = self._apply(messages, tools, add_generation_prompt=add_generation_prompt, place=place)
+        check_text(text, place=place)
+        return text
+
+    def _check_role(self, role: str, *, place: str) -> None:
+        """Refuse a role that the template does not write; each is tried once, with a text that must occur."""
+        if role not in self._writes:
+            before: list[Message] = [{"role": "user", "content": "x"}]
+            probe: Message = {"role": role, "content": _PROBE}
+            try:
+                text = self._apply(
+                    [probe] if role == "system" else [*before, probe], None, add_generation_prompt=False, place=""
+                )
+                self._writes[role] = _PROBE in text
+            except ConfigError:
+                self._writes[role] = True  # the template has its own words for it, about the row itself
+        if not self._writes[role]:
+            raise ConfigError(
+                f"{place}: role {role!r} is not one that the chat template writes; rename it (user, assistant ...)."
+            )
+
+    def _apply(
+        self, messages: Sequence[Message], tools: Sequence[Json] | None, *, add_generation_prompt: bool, place: str
+    ) -> str:
         try:
             text = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
@@ -71,6 +163,9 @@ class ChatRenderer:
             raise ConfigError(f"{place}: the chat template cannot render these messages ({error}).") from error
         assert isinstance(text, str), "one conversation renders to one text"
         return text
+
+
+_PROBE = "\ue001probe\ue001"
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

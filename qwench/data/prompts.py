@@ -6,15 +6,15 @@ PromptSource(prompts).next_groups(32)                           epoch after epoc
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from qwench.data.chat import ChatRenderer, as_messages, tokenize
+from qwench.data.chat import ChatRenderer, as_prompt, tokenize
 from qwench.data.cursor import DataCursor, Draw, fingerprint
-from qwench.data.rows import Row, read_rows
+from qwench.data.labels import read_label
+from qwench.data.rows import Row, check_text, read_rows
 from qwench.errors import ConfigError
 from qwench.samples import Group, Json, Prompt, Sample
 
@@ -61,14 +61,18 @@ def load_prompts(
         Prompt(
             text=_render(row, input_key, row.decode(tool_key, list), renderer),
             token_ids=(),
-            label=_label(row, label_key, required=require_label),
+            label=read_label(row, label_key, required=require_label),
             messages=row.values[input_key],
             tools=row.decode(tool_key, list),
             metadata=row.decode(metadata_key, dict) or {},
+            place=row.place,
         )
         for row in read_rows(spec)
     ]
     token_ids = tokenize(tokenizer, [prompt.text for prompt in untokenised])
+    for prompt, ids in zip(untokenised, token_ids, strict=True):
+        if not ids or not prompt.text.strip():
+            raise ConfigError(f"{prompt.place}: the prompt is empty.")
     prompts = [
         replace(prompt, token_ids=tuple(ids))
         for prompt, ids in zip(untokenised, token_ids, strict=True)
@@ -91,7 +95,7 @@ class PromptSource:
         self._n_samples_per_prompt = n_samples_per_prompt
         self._cursor = DataCursor(
             len(prompts),
-            fingerprint=fingerprint(*([prompts[i].text, prompts[i].label] for i in (0, -1))),
+            fingerprint=fingerprint(*([prompt.text, prompt.label] for prompt in prompts)),
             samples_per_row=n_samples_per_prompt,
             shuffle=shuffle,
             seed=seed,
@@ -130,16 +134,9 @@ class PromptSource:
 def _render(row: Row, input_key: str, tools: Json, renderer: ChatRenderer | None) -> str:
     value = row.require(input_key, flag="--input-key")
     if renderer is not None:
-        messages = as_messages(value, place=row.place)
+        messages = as_prompt(value, place=row.place)
         return renderer.render(messages, tools=tools, add_generation_prompt=True, place=row.place)
     if not isinstance(value, str):
         raise ConfigError(f"{row.place}: key {input_key!r} is not text; a list of messages needs --apply-chat-template.")
+    check_text(value, place=row.place)
     return value
-
-
-def _label(row: Row, label_key: str | None, *, required: bool) -> str | None:
-    """Return the label as text; numbers keep their plain form, records become JSON."""
-    if label_key is None or (not required and label_key in row.values and row.values[label_key] is None):
-        return None
-    label = row.require(label_key, flag="--label-key")
-    return json.dumps(label, ensure_ascii=False) if isinstance(label, dict | list) else str(label)

@@ -1,14 +1,21 @@
-"""Rows of jsonl and parquet files, with the place each came from for error messages.
+"""Rows of jsonl, json, csv and parquet files, with the place each came from for error messages.
 
 A data set is named by `path` or `path@[start:stop]`, a Python slice of its rows: `train.jsonl@[:1000]`, `math.parquet@[-200:]`.
+The path may be a folder, or a pattern such as `data/*.parquet`: its files follow one another in the order of their names.
+
+Values are plain JSON. What a file format adds or types in its way is undone here: nulls that parquet gives to records of
+different shape, bytes, dates and decimals.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow
@@ -17,6 +24,9 @@ import pyarrow.parquet
 from qwench.errors import ConfigError
 from qwench.samples import Json
 
+_UNENCODABLE = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
+"""Escapes of surrogates, which may stand alone, and of NUL: a line with one is looked at again."""
+_PATTERN_CHARACTERS = frozenset("*?[")
 _SPEC = re.compile(r"(?P<path>.*)@\[(?P<start>-?\d*):(?P<stop>-?\d*)\]")
 
 
@@ -50,7 +60,7 @@ class Row:
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{self.place}: key {key!r} holds text that is not JSON ({error}).") from error
         if value is not None and not isinstance(value, kind):
             raise ConfigError(f"{self.place}: key {key!r} must hold a {kind.__name__}, got a {type(value).__name__}.")
@@ -61,18 +71,12 @@ def read_rows(spec: str) -> list[Row]:
     """Read the rows that `spec` names.
 
     Raises:
-        ConfigError: no such file, another format than jsonl or parquet, an unreadable line, or no rows.
+        ConfigError: no such file, an unknown format, an unreadable row, or no rows.
     """
     path, wanted = parse_spec(spec)
-    if not path.is_file():
-        raise ConfigError(f"there is no data file {path}; give an existing .jsonl or .parquet file.")
-    match path.suffix:
-        case ".jsonl":
-            rows = _read_jsonl(path, wanted)
-        case ".parquet":
-            rows = _read_parquet(path, wanted)
-        case suffix:
-            raise ConfigError(f"{path} has the unknown format {suffix!r}; convert it to .jsonl or .parquet.")
+    files = _files(path)
+    # The rows of a single large file outside the slice are never decoded.
+    rows = _READERS[path.suffix](path, wanted) if files == [path] else _join(files)[wanted]
     if not rows:
         raise ConfigError(f"the data set {spec} has no rows.")
     return rows
@@ -87,22 +91,129 @@ def parse_spec(spec: str) -> tuple[Path, slice]:
     return Path(match["path"]).expanduser(), slice(start, stop)
 
 
+def _files(path: Path) -> list[Path]:
+    """Return the files that a path, a folder or a pattern names, in the order of their names.
+
+    Raises:
+        ConfigError: there is none, or one has a format that is not read.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in _READERS)
+        if not files:
+            raise ConfigError(f"the folder {path} has no data files; they end in {_known_formats()}.")
+        return files
+    if not path.exists() and _PATTERN_CHARACTERS & set(path.name):
+        files = sorted(path.parent.glob(path.name))
+    else:
+        files = [path]
+    for file in files:
+        if not file.is_file():
+            raise ConfigError(f"there is no data file {file}; give an existing file or folder of {_known_formats()}.")
+        if file.suffix not in _READERS:
+            raise ConfigError(f"{file} has the unknown format {file.suffix!r}; convert it to {_known_formats()}.")
+    if not files:
+        raise ConfigError(f"no data file is called {path}; give an existing file or folder of {_known_formats()}.")
+    return files
+
+
+def _join(files: list[Path]) -> list[Row]:
+    return [row for file in files for row in _READERS[file.suffix](file, slice(None))]
+
+
+def _known_formats() -> str:
+    return ", ".join(_READERS)
+
+
 def _read_jsonl(path: Path, wanted: slice) -> list[Row]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text ({error}).") from error
+    lines = _read_text(path).split("\n")
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     return [_parse_line(f"{path}:{number}", line) for number, line in numbered[wanted]]
 
 
-def _parse_line(place: str, line: str) -> Row:
+def _read_json(path: Path, wanted: slice) -> list[Row]:
+    """Read one array of records."""
+    values = _parse_json(str(path), _read_text(path))
+    if not isinstance(values, list):
+        raise ConfigError(f"{path} holds a JSON {type(values).__name__}; it must be an array of objects with named keys.")
+    return [_row(f"{path} row {number}", record) for number, record in list(enumerate(values, start=1))[wanted]]
+
+
+def _read_csv(path: Path, wanted: slice) -> list[Row]:
+    """Read a table whose first line names the columns; every value is text, an empty one is null."""
+    reader = csv.DictReader(_read_text(path).splitlines(keepends=True), strict=True)
+    rows: list[Row] = []
     try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{place} is not JSON ({error.msg} at column {error.colno}); fix or remove the line.") from error
+        for number, record in enumerate(reader, start=1):
+            place = f"{path} row {number}"
+            if None in record or None in record.values():
+                raise ConfigError(f"{place} has another number of columns than the first line.")
+            rows.append(_row(place, {key: value or None for key, value in record.items()}))
+    except csv.Error as error:
+        raise ConfigError(f"{path}:{reader.line_num} is not CSV ({error}).") from error
+    return rows[wanted]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error}).") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error}).") from error
+
+
+def _parse_line(place: str, line: str) -> Row:
+    values = _parse_json(place, line)
     if not isinstance(values, dict):
         raise ConfigError(f"{place} holds a JSON {type(values).__name__}; each line must be an object with named keys.")
+    return Row(values=values, place=place)
+
+
+def _parse_json(place: str, text: str) -> Json:
+    try:
+        values: Json = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{place} is not JSON ({error.msg} at column {error.colno}); fix or remove the line.") from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; records in records without end
+        raise ConfigError(f"{place} cannot be read ({error}); fix or remove the line.") from error
+    if _UNENCODABLE.search(text):
+        check_text(json.dumps(values, ensure_ascii=False), place=place)
+        if any("\0" in text for text in _texts(values)):
+            raise ConfigError(f"{place} holds a NUL character, which is no text; remove it.")
+    return values
+
+
+def _texts(value: Json) -> Iterator[str]:
+    """Yield every text in a value, keys too."""
+    match value:
+        case str():
+            yield value
+        case Mapping():
+            for key, member in value.items():
+                yield key
+                yield from _texts(member)
+        case list():
+            for member in value:
+                yield from _texts(member)
+
+
+def check_text(text: str, *, place: str) -> None:
+    """Check that text can be encoded as UTF-8.
+
+    Raises:
+        ConfigError: it holds half of a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{place} holds half of a surrogate pair (U+{ord(text[error.start]):04X}), which is no text; fix the character."
+        ) from error
+
+
+def _row(place: str, values: object) -> Row:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{place} is a {type(values).__name__}; each row must be an object with named keys.")
     return Row(values=values, place=place)
 
 
@@ -112,12 +223,47 @@ def _read_parquet(path: Path, wanted: slice) -> list[Row]:
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"{path} is not a readable parquet file ({error}).") from error
     start, stop, _ = wanted.indices(table.num_rows)
-    return [
-        Row(values=values, place=f"{path} row {number}")
-        for number, values in enumerate(_records(table.slice(start, max(stop - start, 0))), start=start + 1)
-    ]
+    rows = []
+    for number, record in enumerate(_records(table.slice(start, max(stop - start, 0))), start=start + 1):
+        place = f"{path} row {number}"
+        rows.append(_row(place, {key: _plain(value, place=f"{place}: key {key!r}") for key, value in record.items()}))
+    return rows
 
 
-def _records(table: pyarrow.Table) -> Iterator[dict[str, Json]]:
+def _records(table: pyarrow.Table) -> Iterator[dict[str, object]]:
     for batch in table.to_batches(max_chunksize=10_000):
         yield from batch.to_pylist()
+
+
+def _plain(value: object, *, place: str) -> Json:
+    """Return a parquet value as JSON: no null members of records, no bytes, no dates, no decimals."""
+    match value:
+        case None | bool() | int() | float():
+            return value
+        case str():
+            check_text(value, place=place)
+            return value
+        case Mapping():
+            # Arrow gives all records of a column one schema: a null member was not in the record, or says nothing.
+            return {str(key): _plain(member, place=place) for key, member in value.items() if member is not None}
+        case list() | tuple():
+            return [_plain(member, place=place) for member in value]
+        case bytes():
+            try:
+                return value.decode()
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{place} holds bytes that are not UTF-8 text ({error}).") from error
+        case date() | datetime() | time():
+            return value.isoformat()
+        case Decimal() | timedelta():
+            return str(value)
+        case _:
+            raise ConfigError(f"{place} holds a {type(value).__name__}, which is no JSON; store it as text or as a number.")
+
+
+_READERS: Mapping[str, Callable[[Path, slice], list[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".json": _read_json,
+    ".csv": _read_csv,
+}

@@ -14,7 +14,8 @@ from itertools import groupby, islice
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
-from qwench.data.chat import as_messages, tokenize
+from qwench.data.chat import tokenize
+from qwench.data.conversations import as_conversation
 from qwench.data.cursor import DataCursor, Draw, fingerprint
 from qwench.data.masks import Segment, build_mask_function
 from qwench.data.rows import Row, read_rows
@@ -87,7 +88,7 @@ def load_sft(
     examples: list[SftExample] = []
     num_too_long = num_untrained = 0
     for chunk in _chunks(read_rows(spec)):
-        conversations = [as_messages(row.require(input_key, flag="--input-key"), place=row.place) for row in chunk]
+        conversations = [as_conversation(row, input_key=input_key) for row in chunk]
         segmented = [
             mask(messages, row.decode(tool_key, list), row.place) for messages, row in zip(conversations, chunk, strict=True)
         ]
@@ -102,8 +103,9 @@ def load_sft(
                 examples.append(example)
     if not examples:
         raise ConfigError(
-            f"no conversation of {spec} can be trained on: {num_too_long} are longer than the limit of {max_len} tokens, "
-            f"{num_untrained} have no assistant turn to learn from."
+            f"no conversation of {spec} can be trained on: "
+            + (f"{num_too_long} are longer than the limit of {max_len} tokens, " if max_len is not None else "")
+            + f"{num_untrained} have no assistant turn to learn from."
         )
     return LoadedSft(examples=examples, num_too_long=num_too_long, num_untrained=num_untrained)
 
@@ -114,8 +116,8 @@ class SftSource:
     def __init__(self, examples: Sequence[SftExample], *, rollout_batch_size: int, shuffle: bool, seed: int) -> None:
         self._examples = examples
         self._rollout_batch_size = rollout_batch_size
-        ends = (list(examples[i].tokens) for i in (0, -1))
-        self._cursor = DataCursor(len(examples), fingerprint=fingerprint(*ends), samples_per_row=1, shuffle=shuffle, seed=seed)
+        content = fingerprint(*(example.tokens.tolist() for example in examples))
+        self._cursor = DataCursor(len(examples), fingerprint=content, samples_per_row=1, shuffle=shuffle, seed=seed)
 
     @property
     def epoch(self) -> int:

@@ -102,9 +102,10 @@ def test_template_without_prompt_and_marker_trains_on_the_answer():
 
 def test_template_that_hides_the_answer_is_refused():
     tokenizer = build_small_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}{{ m.content | length }}{% endfor %}"
+    short = "{{ m.content if m.content | length < 9 else '' }}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}" + short + "{% endfor %}"
     with pytest.raises(ConfigError, match="here: no loss mask can be derived"):
-        segments(None, [user("q"), assistant("answer")], tokenizer=tokenizer)
+        segments(None, [user("q"), assistant("a long answer")], tokenizer=tokenizer)
 
 
 def test_qwen_renders_each_message_alone_and_strips_the_default_system_message():

@@ -116,7 +116,8 @@ def test_malformed_messages_are_refused_by_line(tmp_path, value):
 
 def test_messages_the_template_cannot_render_are_refused_by_line(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.jsonl:1: the chat template cannot render"):
-        load(tmp_path, [{"prompt": [{"role": "system", "content": None}]}], apply_chat_template=True)
+        calls = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [1]}, {"role": "user", "content": "y"}]
+        load(tmp_path, [{"prompt": calls}], apply_chat_template=True)
 
 
 def test_tokenizer_without_a_template_is_refused(tmp_path):
@@ -163,3 +164,106 @@ def test_source_resumes_and_refuses_another_data_set():
     assert restored.next_groups(3) == source.next_groups(3)
     with pytest.raises(CheckpointError, match="first and last rows"):
         make_source(["a", "b", "x"]).load_state_dict(state)
+
+
+def test_content_in_text_parts_is_joined(tmp_path):
+    parts = [{"type": "text", "text": "What is "}, {"text": "2+5?"}]
+    prompt = load_one(tmp_path, {"prompt": [{"role": "user", "content": parts}]}, apply_chat_template=True)
+    assert prompt.text == "<|im_start|>user\nWhat is 2+5?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_messages_as_json_text_are_read_as_messages(tmp_path):
+    text = json.dumps([{"role": "system", "content": "Add."}, {"role": "user", "content": "2+5?"}])
+    prompt = load_one(tmp_path, {"prompt": text}, apply_chat_template=True)
+    assert prompt.text == "<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n2+5?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("text", ["[2, 5]", "[1, 2] + [3]", '[{"x": 1}]', "[]"])
+def test_text_that_only_looks_like_messages_stays_text(tmp_path, text):
+    prompt = load_one(tmp_path, {"prompt": text}, apply_chat_template=True)
+    assert prompt.text == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ([{"role": "user", "content": 3.5}], "must be text or text parts, got 3.5"),
+        ([{"role": "user", "content": None}], "must be text or text parts, got null"),
+        ([{"role": "user", "content": False}], "must be text or text parts, got False"),
+        ([{"role": "user", "content": {"text": "hi"}}], "must be text or text parts"),
+        ([{"role": "user", "content": ["hi"]}], "must be text or text parts"),
+        ([{"role": "user", "content": []}], "must be text or text parts"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x.png"}]}], "must be text or text parts"),
+        ([{"role": "user", "content": [{"type": "text", "text": 7}]}], "must be text or text parts"),
+        ([{"role": "user", "content": " \n"}], "a message of role 'user' is empty"),
+        ([{"role": "user"}], "a message says nothing"),
+        ([{"role": "user", "content": None, "tool_calls": None}], "a message says nothing"),
+        ([{"role": "user", "content": None, "tool_calls": []}], "a message says nothing"),
+        ([{"role": "human", "content": "hi"}], "role 'human' is not one that the chat template writes"),
+        ([{"role": "User", "content": "hi"}], "role 'User' is not one that the chat template writes"),
+        ([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "It is"}], "ends with an assistant turn"),
+    ],
+)
+def test_what_would_not_reach_the_model_is_refused_by_line(tmp_path, messages, problem):
+    rows = [{"prompt": [{"role": "user", "content": "fine"}]}, {"prompt": messages}]
+    with pytest.raises(ConfigError, match=rf"data\.jsonl:2: .*{problem}"):
+        load(tmp_path, rows, apply_chat_template=True)
+
+
+def test_an_empty_system_message_and_a_tool_that_returned_nothing_are_kept(tmp_path):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    messages = [{"role": "system", "content": ""}, {"role": "user", "content": "go"}, call, {"role": "tool", "content": ""}]
+    assert "<tool_response>\n\n</tool_response>" in load_one(tmp_path, {"prompt": messages}, apply_chat_template=True).text
+
+
+@pytest.mark.parametrize("prompt", ["", "   \n"])
+def test_an_empty_prompt_is_refused_by_line(tmp_path, prompt):
+    with pytest.raises(ConfigError, match=r"data\.jsonl:3: the prompt is empty"):
+        load(tmp_path, [{"prompt": "a"}, {"prompt": "b"}, {"prompt": prompt}])
+
+
+def test_a_prompt_knows_its_row(tmp_path):
+    assert [prompt.place.rsplit("/")[-1] for prompt in load(tmp_path, [{"prompt": "a"}, {"prompt": "b"}]).prompts] == [
+        "data.jsonl:1",
+        "data.jsonl:2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("label", "problem"),
+    [
+        (["7"], r"must be a string or a number, got \[\"7\"\]"),
+        ({"ground_truth": "7"}, "must be a string or a number"),
+        (True, "must be a string or a number, got true"),
+        (" \t", "is blank"),
+        ("", "is blank"),
+        ("\\boxed{7", "has a box that does not end"),
+        (float("nan"), "is nan: no answer can match it"),
+        (float("inf"), "is inf: no answer can match it"),
+        (None, "is null"),
+    ],
+)
+def test_a_label_that_no_answer_can_match_is_refused_by_line(tmp_path, label, problem):
+    rows = [{"prompt": "a", "label": "1"}, {"prompt": "b", "label": label}]
+    with pytest.raises(ConfigError, match=rf"data\.jsonl:2: key 'label' \(--label-key\) {problem}"):
+        load(tmp_path, rows, label_key="label", require_label=True)
+
+
+@pytest.mark.parametrize(("label", "read"), [("2+5=7\n#### 7", "7"), ("#### 1,000", "1,000"), ("a #### 1\n#### -2", "-2")])
+def test_the_answer_of_gsm8ks_solutions_is_read(tmp_path, label, read):
+    assert load_one(tmp_path, {"prompt": "a", "label": label}, label_key="label", require_label=True).label == read
+
+
+def test_a_custom_reward_gets_any_label(tmp_path):
+    rows = [{"prompt": "a", "label": {"x": [1]}}, {"prompt": "b", "label": " "}, {"prompt": "c", "label": "#### 7"}]
+    labels = [prompt.label for prompt in load(tmp_path, rows, label_key="label").prompts]
+    assert labels == ['{"x": [1]}', " ", "#### 7"]
+
+
+def test_another_data_set_of_equal_ends_is_told_apart(tmp_path):
+    def position(middle: str) -> dict:
+        prompts = load(tmp_path, [{"prompt": "a"}, {"prompt": middle}, {"prompt": "z"}]).prompts
+        return PromptSource(prompts, n_samples_per_prompt=1, shuffle=False, seed=0).state_dict()
+
+    assert position("m") == position("m")
+    assert position("m") != position("n")

@@ -1,4 +1,6 @@
 import json
+from datetime import date, datetime
+from decimal import Decimal
 
 import pyarrow
 import pyarrow.parquet
@@ -80,9 +82,9 @@ def test_line_that_is_no_record_is_refused(tmp_path):
 def test_missing_file_unknown_format_and_empty_data_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"no data file .*none\.jsonl"):
         read_rows(str(tmp_path / "none.jsonl"))
-    (tmp_path / "data.csv").write_text("a,b\n")
-    with pytest.raises(ConfigError, match=r"unknown format '\.csv'"):
-        read_rows(str(tmp_path / "data.csv"))
+    (tmp_path / "data.xlsx").write_text("a,b\n")
+    with pytest.raises(ConfigError, match=r"unknown format '\.xlsx'; convert it to \.jsonl, \.parquet, \.json, \.csv"):
+        read_rows(str(tmp_path / "data.xlsx"))
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ConfigError, match="has no rows"):
         read_rows(str(tmp_path / "empty.jsonl"))
@@ -114,3 +116,71 @@ def test_optional_json_text_is_decoded_and_other_kinds_refused(tmp_path):
         row.decode("meta", dict)
     with pytest.raises(ConfigError, match=r"key 'broken' holds text that is not JSON"):
         row.decode("broken", list)
+
+
+def test_csv_and_json_arrays_are_read(tmp_path):
+    (tmp_path / "a.csv").write_text('q,a\n"2+5, please",7\n"two\nlines",\n')
+    assert [row.values for row in read_rows(str(tmp_path / "a.csv"))] == [
+        {"q": "2+5, please", "a": "7"},
+        {"q": "two\nlines", "a": None},
+    ]
+    (tmp_path / "a.json").write_text('[{"q": 1}, {"q": 2}]')
+    rows = read_rows(str(tmp_path / "a.json@[1:]"))
+    assert [(row.values, row.place.rsplit("/")[-1]) for row in rows] == [({"q": 2}, "a.json row 2")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.csv", "q,a\n1,2,3\n", "row 1 has another number of columns"),
+        ("a.csv", "q,a\n1\n", "row 1 has another number of columns"),
+        ("a.json", '{"q": 1}', "holds a JSON dict; it must be an array"),
+        ("a.json", "[1]", "row 1 is a int; each row must be an object"),
+        ("a.jsonl", '{"q": "\\ud83d alone"}', r"a\.jsonl:1 holds half of a surrogate pair \(U\+D83D\)"),
+        ("a.jsonl", '{"q": "nul \\u0000"}', r"a\.jsonl:1 holds a NUL character"),
+        ("a.jsonl", '{"q": 1' + "0" * 5000 + "}", r"a\.jsonl:1 cannot be read \(Exceeds the limit"),
+        ("a.jsonl", '{"q": ' + "[" * 100_000 + "}", r"a\.jsonl:1 (cannot be read|is not JSON)"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_one_line(tmp_path, name, content, problem):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=problem):
+        read_rows(str(tmp_path / name))
+
+
+def test_a_surrogate_pair_is_a_character(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"q": "\\ud83d\\ude00 C:\\\\u0000"}\n')
+    assert read_rows(str(tmp_path / "a.jsonl"))[0].values == {"q": "\U0001f600 C:\\u0000"}
+
+
+def test_files_of_a_folder_or_pattern_follow_one_another(tmp_path):
+    for name, value in (("b.jsonl", 2), ("a.jsonl", 1), ("c.json", 3)):
+        (tmp_path / name).write_text(json.dumps({"n": value} if name != "c.json" else [{"n": value}]))
+    (tmp_path / "README.md").write_text("no data")
+    assert [row.values["n"] for row in read_rows(str(tmp_path))] == [1, 2, 3]
+    assert [row.values["n"] for row in read_rows(f"{tmp_path}/*.jsonl@[1:]")] == [2]
+    with pytest.raises(ConfigError, match=r"no data file is called .*/\*\.csv"):
+        read_rows(f"{tmp_path}/*.csv")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"the folder .*empty has no data files"):
+        read_rows(str(tmp_path / "empty"))
+
+
+def test_nulls_that_parquet_adds_to_records_are_no_part_of_the_data(tmp_path):
+    records = [{"args": {"x": 6}, "calls": [{"f": "a"}, {"g": 1}], "note": None}, {"args": {"y": 7}, "calls": [], "note": "n"}]
+    assert [row.values for row in read_rows(write_parquet(tmp_path / "a.parquet", records))] == [
+        {"args": {"x": 6}, "calls": [{"f": "a"}, {"g": 1}], "note": None},
+        {"args": {"y": 7}, "calls": [], "note": "n"},
+    ]
+
+
+def test_typed_values_of_parquet_become_text(tmp_path):
+    values = {"b": b"7", "d": date(2026, 2, 3), "c": Decimal("1.50"), "m": {"t": datetime(2026, 2, 3, 4, 5)}}
+    assert read_rows(write_parquet(tmp_path / "a.parquet", [values]))[0].values == {
+        "b": "7",
+        "d": "2026-02-03",
+        "c": "1.50",
+        "m": {"t": "2026-02-03T04:05:00"},
+    }
+    with pytest.raises(ConfigError, match=r"b\.parquet row 1: key 'b' holds bytes that are not UTF-8"):
+        read_rows(write_parquet(tmp_path / "b.parquet", [{"b": b"\xff"}]))

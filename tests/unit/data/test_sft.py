@@ -127,3 +127,54 @@ def test_long_preview_is_cut_and_says_so(tmp_path):
     sample = first_sample(load(tmp_path, [conversation("1" * 50)]))
     preview = Text.from_markup(render_mask_preview(sample, TOKENIZER, max_tokens=10))
     assert preview.plain == TOKENIZER.decode(sample.tokens[:10]) + f" ... ({len(sample.tokens) - 10} more tokens)"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "the answer"}]},
+        {"messages": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "the answer"}]},
+        {"prompt": "q", "completion": "the answer"},
+        {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "the answer"}]},
+        {"instruction": "q", "input": "", "output": "the answer"},
+        {"instruction": "q", "output": [{"no": "text"}], "messages": conversation("the answer")["messages"]},
+    ],
+)
+def test_the_forms_of_conversations_train_on_the_same_answer(tmp_path, row):
+    sample = first_sample(load(tmp_path, [row]))
+    expected = first_sample(load(tmp_path, [conversation("the answer")]))
+    assert (sample.tokens, sample.loss_mask) == (expected.tokens, expected.loss_mask)
+
+
+def test_the_input_of_alpaca_follows_its_instruction(tmp_path):
+    sample = first_sample(load(tmp_path, [{"instruction": "Add.", "input": "2+5", "output": "7"}]))
+    assert "user\nAdd.\n\n2+5<|im_end|>" in sample.prompt.text
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"conversations": [{"from": "bing", "value": "q"}]}, "`from` 'bing' is unknown; known: human"),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt"}]}, "content of a message must be text"),
+        ({"prompt": "q", "completion": 7}, "messages must be text or a list of them"),
+        ({"prompt": "q", "completion": ""}, "a message of role 'assistant' is empty"),
+        ({"instruction": 1, "output": "7"}, "key 'instruction' must be text"),
+        ({"question": "q", "answer": "7"}, r"key 'messages' \(--input-key\) is missing; the row has: question, answer"),
+        (conversation(7), "must be text or text parts, got 7"),
+        (conversation({"text": "seven"}), "must be text or text parts"),
+        (conversation(None), "must be text or text parts, got null"),
+        (conversation(""), "a message of role 'assistant' is empty"),
+        ({"messages": [{"role": "human", "content": "q"}, {"role": "assistant", "content": "a"}]}, "role 'human' is not one"),
+    ],
+)
+def test_a_conversation_that_would_train_on_nothing_is_refused_by_line(tmp_path, row, problem):
+    with pytest.raises(ConfigError, match=rf"sft\.jsonl:2: .*{problem}"):
+        load(tmp_path, [conversation("fine"), row])
+
+
+def test_an_answer_in_text_parts_is_trained_whole(tmp_path):
+    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "answer"}]
+    assert (
+        first_sample(load(tmp_path, [conversation(parts)])).tokens
+        == first_sample(load(tmp_path, [conversation("the answer")])).tokens
+    )

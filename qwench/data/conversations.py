@@ -1,0 +1,87 @@
+"""The forms in which data sets write a conversation: messages, ShareGPT, prompt and completion, Alpaca.
+
+    messages       {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
+    ShareGPT       {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]}
+    completion     {"prompt": "2+2?" or messages, "completion": "4" or messages}
+    Alpaca         {"instruction": "Add.", "input": "2+2", "output": "4"}
+
+The key of --input-key comes first. Where a row lacks it, its other keys tell the form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from qwench.data.chat import as_messages
+from qwench.data.rows import Row
+from qwench.errors import ConfigError
+from qwench.samples import Json, Message
+
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+def as_conversation(row: Row, *, input_key: str) -> list[Message]:
+    """Return the messages of a row of fine-tuning data.
+
+    Raises:
+        ConfigError: the row has no conversation in a form that is read, or one of its texts is empty.
+    """
+    for keys, read in _FORMS:
+        if input_key not in keys and row.values.get(input_key) is not None:
+            continue
+        if all(row.values.get(key) is not None for key in keys):
+            return read(row)
+    value = row.require(input_key, flag="--input-key")
+    return _sharegpt(value, place=row.place) if _is_sharegpt(value) else as_messages(value, place=row.place)
+
+
+def _is_sharegpt(value: Json) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, Mapping) and "from" in one for one in value)
+
+
+def _sharegpt(value: Json, *, place: str) -> list[Message]:
+    assert isinstance(value, list), "the form was recognised"
+    messages: list[Json] = []
+    for one in value:
+        assert isinstance(one, Mapping), "the form was recognised"
+        role = _SHAREGPT_ROLES.get(str(one["from"]))
+        if role is None:
+            raise ConfigError(f"{place}: `from` {one['from']!r} is unknown; known: {', '.join(_SHAREGPT_ROLES)}.")
+        messages.append({"role": role, "content": one.get("value")})
+    return as_messages(messages, place=place)
+
+
+def _prompt_and_completion(row: Row) -> list[Message]:
+    prompt, completion = row.values["prompt"], row.values["completion"]
+    answer: Json = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    return [*as_messages(prompt, place=row.place), *as_messages(answer, place=row.place)]
+
+
+def _alpaca(row: Row) -> list[Message]:
+    for key in ("instruction", "input", "output"):
+        if row.values.get(key) is not None and not isinstance(row.values[key], str):
+            raise ConfigError(f"{row.place}: key {key!r} must be text.")
+    asked = [str(row.values[key]) for key in ("instruction", "input") if row.values.get(key)]
+    system: list[Json] = [{"role": "system", "content": row.values["system"]}] if row.values.get("system") else []
+    said: list[Json] = [{"role": "user", "content": "\n\n".join(asked)}, {"role": "assistant", "content": row.values["output"]}]
+    return as_messages([*system, *said], place=row.place)
+
+
+def _sharegpt_column(row: Row) -> list[Message]:
+    value = row.values["conversations"]
+    return _sharegpt(value, place=row.place) if _is_sharegpt(value) else as_messages(value, place=row.place)
+
+
+_FORMS: tuple[tuple[tuple[str, ...], Callable[[Row], list[Message]]], ...] = (
+    (("conversations",), _sharegpt_column),
+    (("prompt", "completion"), _prompt_and_completion),
+    (("instruction", "output"), _alpaca),
+)
