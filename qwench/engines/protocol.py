@@ -111,7 +111,7 @@ class WeightReceipt:
 
     version: int
     checksums: Mapping[str, int] = field(default_factory=dict)
-    """Name of each received tensor -> `wire.checksum.tensor_checksum` of what the engine holds."""
+    """Name of each received tensor -> `wire.checksum.tensor_checksums` of what the engine holds."""
 
 
 class Engine(Protocol):

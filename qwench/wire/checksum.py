@@ -50,11 +50,6 @@ class PendingChecksums:
         }
 
 
-def tensor_checksum(tensor: Tensor) -> int:
-    """Return the checksum of one tensor; it is that of a contiguous copy."""
-    return tensor_checksums([("", tensor)])[""]
-
-
 def tensor_checksums(named: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
     """Return the checksum of each tensor by its name."""
     pending = PendingChecksums()

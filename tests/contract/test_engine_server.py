@@ -19,7 +19,7 @@ from qwench.engines.embedded.http.serving import ServerThread, serve
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.errors import EngineError
 from qwench.models.made.tokenizers import build_small_tokenizer
-from qwench.wire.checksum import tensor_checksum
+from tests.checksums import tensor_checksum
 from tests.contract.engine_hosts import ask, make_engine, make_model, prompt_of
 from tests.deadlines import patient
 

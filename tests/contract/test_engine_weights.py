@@ -9,7 +9,7 @@ import torch
 
 from qwench.engines.protocol import Engine, MemoryTag
 from qwench.errors import EngineError, WeightSyncError
-from qwench.wire.checksum import tensor_checksum
+from tests.checksums import tensor_checksum
 from tests.contract.engine_hosts import HOSTS, LONG, ask, drive, make_engine, make_model, prompt_of, reference_log_probs
 
 every_host = pytest.mark.parametrize("host", HOSTS)

@@ -14,11 +14,11 @@ from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.rank_publication import publish_from_rank
 from qwench.weights.settings import PublicationSettings
-from qwench.weights.sglang.hashing import sglang_hash
 from qwench.wire.addresses import EngineAddress
-from qwench.wire.checksum import tensor_checksum, tensor_checksums
+from qwench.wire.checksum import tensor_checksums
 from qwench.wire.portions import bucketed
 from qwench.wire.shared_buffer import SharedBuffer, open_buffer
+from tests.checksums import sglang_hash, tensor_checksum
 from tests.contract.engine_hosts import make_model
 from tests.fakes.sglang_server import numpy_hash
 

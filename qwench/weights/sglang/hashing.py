@@ -25,11 +25,6 @@ _U32 = 0xFFFFFFFF
 _U64 = 0xFFFFFFFFFFFFFFFF
 
 
-def sglang_hash(tensor: Tensor) -> int:
-    """Return SGLang's unsigned 64-bit hash of a tensor."""
-    return finished_hash(int(sum_of_tiles(tensor)))
-
-
 def sum_of_tiles(tensor: Tensor) -> Tensor:
     """Return the sum of all tiles, modulo 2**64, as [] int64 on the tensor's device; `finished_hash` makes the hash of it."""
     octets = tensor.detach().contiguous().view(-1).view(torch.uint8)

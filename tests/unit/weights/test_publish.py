@@ -9,8 +9,8 @@ from qwench.engines.protocol import WeightReceipt
 from qwench.errors import WeightSyncError
 from qwench.weights.publish import publish_weights
 from qwench.weights.settings import PublicationSettings
-from qwench.wire.checksum import tensor_checksum
 from qwench.wire.portions import WeightBucket, bucketed
+from tests.checksums import tensor_checksum
 
 WEIGHTS = {"embed": torch.arange(6.0).view(2, 3), "norm": torch.ones(3), "head": torch.arange(4.0)}
 

@@ -9,9 +9,9 @@ from qwench.errors import EngineError, WeightSyncError
 from qwench.models.fp8 import quantized
 from qwench.weights.rank_publication import publish_from_rank
 from qwench.weights.settings import PublicationSettings
-from qwench.weights.sglang.hashing import sglang_hash
 from qwench.wire.addresses import EngineAddress, Placement, host_name
 from qwench.wire.portions import bucketed
+from tests.checksums import sglang_hash
 from tests.contract.engine_hosts import make_model
 from tests.deadlines import patient
 from tests.fakes.sglang_server import FakeSglang, numpy_hash

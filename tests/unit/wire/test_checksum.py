@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwench.wire import checksum
-from qwench.wire.checksum import PendingChecksums, tensor_checksum, tensor_checksums
+from qwench.wire.checksum import PendingChecksums, tensor_checksums
+from tests.checksums import tensor_checksum
 
 
 def signed(value: int, bits: int) -> int:
