@@ -50,6 +50,7 @@ METHODS: Mapping[str, MethodFacts] = {
     "cispo": MethodFacts(divides_by_std=True, clips_weights=True),
     "reinforce_plus_plus": MethodFacts(compares_groups=False, token_kl=True, discounts=True, requires_whitening=True),
     "reinforce_plus_plus_baseline": MethodFacts(token_kl=True, requires_whitening=True),
+    "rloo": MethodFacts(),
     "sft": MethodFacts(policy_gradient=False, compares_groups=False),
 }
 
