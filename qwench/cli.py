@@ -15,7 +15,7 @@ from qwench import __version__
 from qwench.errors import ConfigError, QwenchError
 
 if TYPE_CHECKING:
-    from qwench.config import Config
+    from qwench.config import Config, RunPlan
 
 EXIT_CLOSED_OUTPUT = 141  # 128 + SIGPIPE, what a shell reports of other programs
 
@@ -90,10 +90,11 @@ def train(words: Sequence[str]) -> None:
     _set_environment(config)
     from qwench import launch
 
+    plan = launch.plan_inputs(config, trains=True)
     if config.algorithm.loss_type == "sft_loss":
-        launch.sft(config)
+        launch.sft(config, plan)
     else:
-        launch.train(config)
+        launch.train(config, plan)
 
 
 def sft(words: Sequence[str]) -> None:
@@ -106,7 +107,7 @@ def sft(words: Sequence[str]) -> None:
     _set_environment(config)
     from qwench import launch
 
-    launch.sft(config)
+    launch.sft(config, launch.plan_inputs(config, trains=True))
 
 
 def evaluate(words: Sequence[str]) -> None:
@@ -119,7 +120,7 @@ def evaluate(words: Sequence[str]) -> None:
     _set_environment(config)
     from qwench import launch
 
-    launch.evaluate(config)
+    launch.evaluate(config, launch.plan_inputs(config, trains=False))
 
 
 def serve(words: Sequence[str]) -> None:
@@ -275,18 +276,18 @@ def _ends_as_dry_run(config: Config, *, trains: bool = True) -> bool:
     for warning in warnings(config, trains=trains):
         _say(f"qwench: warning: {warning}")
     if config.debug.dry_run:
-        from qwench.launch.inputs import check_model
+        from qwench.launch.inputs import plan_inputs
 
-        _show(config)
-        check_model(config)
+        _show(config, plan_inputs(config, trains=trains))
     return config.debug.dry_run
 
 
-def _show(config: Config) -> None:
+def _show(config: Config, plan: RunPlan) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from qwench.config.report import derived_lines, settings_by_section
+    from qwench.config.plan import plan_lines
+    from qwench.config.report import settings_by_section
 
     console = Console(soft_wrap=True)
     for section, settings in settings_by_section(config).items():
@@ -294,8 +295,8 @@ def _show(config: Config) -> None:
         for setting in settings:
             style = "dim" if setting.is_default else "green"
             console.print(Text(f"  {setting.flag} {setting.value}", style=style))
-    console.print(Text("derived", style="bold"))
-    for line in derived_lines(config, config.resolve()):
+    console.print(Text("plan", style="bold"))
+    for line in plan_lines(config, plan):
         console.print(Text(f"  {line}"))
 
 

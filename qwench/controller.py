@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from qwench.checkpoints.manager import CheckpointManager, SavesTraining
+from qwench.config.plan import RunPlan
 from qwench.engines.fleet.pool import EnginePool
 from qwench.observability.metrics import MetricLog
 from qwench.observability.timing import PhaseTimer
@@ -99,44 +100,10 @@ class Evaluator(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Schedule:
-    """What is due after which rollout."""
-
-    num_rollout: int
-    rollouts_per_epoch: int | None
-    save_interval: int | None
-    eval_interval: int | None
-    eval_before_train: bool
-    update_weights_interval: int
-
-    def eval_due(self, rollout_id: int) -> bool:
-        """Tell whether to evaluate the weights that this rollout starts from (or, at the end, that no rollout follows)."""
-        if self.eval_interval is None:
-            return False
-        return self.eval_before_train if rollout_id == 0 else self._ends(rollout_id - 1, self.eval_interval)
-
-    def save_due(self, rollout_id: int) -> bool:
-        """Tell whether to save after this rollout; the last one always is."""
-        return self.save_interval is not None and (
-            rollout_id + 1 == self.num_rollout or self._ends(rollout_id, self.save_interval)
-        )
-
-    def publish_due(self, rollout_id: int) -> bool:
-        """Tell whether the engines get the weights after this rollout; before an evaluation and at the end they always do."""
-        is_last = rollout_id + 1 == self.num_rollout
-        return is_last or (rollout_id + 1) % self.update_weights_interval == 0 or self.eval_due(rollout_id + 1)
-
-    def _ends(self, rollout_id: int, interval: int) -> bool:
-        """Tell whether this rollout ends an interval or an epoch."""
-        epoch_ends = self.rollouts_per_epoch is not None and (rollout_id + 1) % self.rollouts_per_epoch == 0
-        return (rollout_id + 1) % interval == 0 or epoch_ends
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """Everything a run consists of, as `launch.build` chose it."""
 
-    schedule: Schedule
+    plan: RunPlan
     learner: LearnerProtocol | None
     """None: rollouts are only generated."""
     rollouts: Rollouts
@@ -155,7 +122,7 @@ class Run:
 
 def train(run: Run) -> None:
     """Learn from every rollout of the schedule, evaluating, saving and publishing when due."""
-    learner, rollouts, gpus, schedule = run.learner, run.rollouts, run.gpus, run.schedule
+    learner, rollouts, gpus, schedule = run.learner, run.rollouts, run.gpus, run.plan.schedule
     assert learner is not None, "a run that only generates has no learner"
     first = run.checkpoints.restore(learner.state, rollouts)
     run.metrics.resume(first)
@@ -163,7 +130,7 @@ def train(run: Run) -> None:
         publish(run, learner, version=first)
     offer_weights(run, learner, version=first)
     probe_engines(run, learner, version=first)
-    for rollout_id in range(first, schedule.num_rollout):
+    for rollout_id in range(first, run.plan.num_rollout):
         evaluate_if_due(run, rollout_id)
         with run.timer.phase("train_wait"):
             rollout = rollouts.take(rollout_id)
@@ -178,13 +145,13 @@ def train(run: Run) -> None:
             if schedule.publish_due(rollout_id):
                 with rollouts.paused():
                     publish(run, learner, version=rollout_id + 1)
-    evaluate_if_due(run, schedule.num_rollout)
+    evaluate_if_due(run, run.plan.num_rollout)
     run.checkpoints.finish()
 
 
 def generate(run: Run) -> None:
     """Only generate and grade the rollouts of the schedule, with the weights that the engines started with."""
-    for rollout_id in range(run.schedule.num_rollout):
+    for rollout_id in range(run.plan.num_rollout):
         rollout = run.rollouts.take(rollout_id)
         run.metrics.log(rollout_id, {**rollout.metrics, **run.timer.take()})
 
@@ -231,7 +198,7 @@ def probe_engines(run: Run, learner: LearnerProtocol, *, version: int) -> None:
 
 def evaluate_if_due(run: Run, rollout_id: int) -> None:
     """Log what the evaluation sets say of the weights that learned from `rollout_id` rollouts."""
-    if run.evaluator is not None and run.engines is not None and run.schedule.eval_due(rollout_id):
+    if run.evaluator is not None and run.engines is not None and run.plan.schedule.eval_due(rollout_id):
         with run.timer.phase("eval"):
             evaluated = run.evaluator.evaluate(run.engines)
         run.metrics.log(rollout_id, evaluated)

@@ -27,6 +27,7 @@ from qwench.checkpoints.formats.targets import MASTERS, WEIGHTS, FsdpTarget, HfT
 from qwench.checkpoints.run_state import RunState
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import TEMPORARY_SUFFIX, check_can_hold, is_occupied, nearest_existing, replace_folder, writing_back
+from qwench.models.hf import architecture_of
 from qwench.models.safetensors_files import as_bytes
 
 T = TypeVar("T")
@@ -94,10 +95,11 @@ class Converter:
             CheckpointError: the source is damaged or half-written.
         """
         self._conversion = conversion
+        self._model = architecture_of(conversion.config)
         self._source_format = find_format(conversion.source)
-        self.weights = open_weights(conversion.source, conversion.config)
+        self.weights = open_weights(conversion.source, self._model)
         wants_state = conversion.with_optimizer and not self._writes_weights_alone
-        self._state = open_optimizer_state(conversion.source, conversion.config) if wants_state else None
+        self._state = open_optimizer_state(conversion.source, self._model) if wants_state else None
         # Without its optimizer a run is not resumed but begun.
         self._run_state = RunState.read(conversion.source) if self._state is not None else None
         self.streams = self._make_streams()
@@ -174,7 +176,7 @@ class Converter:
                 shard_bytes = self._conversion.max_shard_bytes
                 return HfTarget(folder, weights, hf_folder=self._conversion.hf_folder, max_shard_bytes=shard_bytes)
             case "torch_dist":
-                return TorchDistTarget(folder, self.streams, self._conversion.config, rank=rank, num_steps=num_steps)
+                return TorchDistTarget(folder, self.streams, self._model, rank=rank, num_steps=num_steps)
             case "fsdp":
                 return FsdpTarget(folder, self.streams, rank=rank, num_steps=num_steps)
 
@@ -213,13 +215,12 @@ class Converter:
 
     def _written_sources(self, folder: Path) -> Mapping[str, WeightSource]:
         """Open what was written, by kind."""
-        config = self._conversion.config
         if self._conversion.to == "fp8":
             return {WEIGHTS: StoredTensors(folder)}
         if self._conversion.to == "hf":
-            return {WEIGHTS: HfWeights(folder, config)}
-        sources: dict[str, WeightSource] = {WEIGHTS: open_weights(folder, config)}
-        state = open_optimizer_state(folder, config) if self._state is not None else None
+            return {WEIGHTS: HfWeights(folder, self._model)}
+        sources: dict[str, WeightSource] = {WEIGHTS: open_weights(folder, self._model)}
+        state = open_optimizer_state(folder, self._model) if self._state is not None else None
         return sources if state is None else {**sources, MASTERS: state.masters, **state.moments}
 
     def _complete(self, partial: Path) -> None:

@@ -11,14 +11,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from transformers import PretrainedConfig
-
 from qwench.checkpoints.formats.iterations import POINTER, Iterations
 from qwench.checkpoints.formats.sources import find_checkpoint, find_format, is_checkpoint, open_weights
 from qwench.checkpoints.manifest import META, read_manifest
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import LOCK, TEMPORARY_SUFFIX, FolderLock, write_atomically
+from qwench.models.architecture import Architecture
 from qwench.models.hf import check_export_folder
 from qwench.samples import Json
 
@@ -107,7 +106,7 @@ def starting_weights(config: CheckpointConfig) -> Path | None:
     return find_checkpoint(config.ref_load, step=config.ref_ckpt_step, flag="--ref-load")
 
 
-def check_weights(config: CheckpointConfig, model: PretrainedConfig) -> None:
+def check_weights(config: CheckpointConfig, model: Architecture) -> None:
     """Make sure that weights of --ref-load, and of a foreign --load, are whole and of this model, from headers alone.
 
     Raises:

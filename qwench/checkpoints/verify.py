@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwench.checkpoints.formats.sources import find_format, open_weights
-from qwench.models.hf import load_hf_config, load_model, load_tokenizer, model_of
+from qwench.models.hf import architecture_of, load_hf_config, load_model, load_tokenizer, model_of
 
 PROMPTS = ("The capital of France is", "def add(a, b):\n    return", "Question: What is 12 + 30?\nAnswer:")
 
@@ -40,12 +40,12 @@ def _load(folder: Path, *, hf_folder: Path, dtype: torch.dtype) -> PreTrainedMod
     if find_format(folder) == "hf":
         return load_model(folder, dtype=dtype)
     config = load_hf_config(hf_folder)
-    source = open_weights(folder, config)
+    source = open_weights(folder, architecture_of(config))
     return model_of(config, {name: source.read(name) for name in source.specs}, dtype=dtype)
 
 
 def _fill(model: nn.Module, folder: Path, *, hf_folder: Path) -> None:
-    source = open_weights(folder, load_hf_config(hf_folder))
+    source = open_weights(folder, architecture_of(load_hf_config(hf_folder)))
     for name, parameter in model.named_parameters():
         parameter.copy_(source.read(name))
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 
+from qwench.config.plan import DevicePlan
 from qwench.config.sections.cluster import ClusterConfig
-from qwench.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,25 +50,11 @@ class EnginePlace:
     """Their numbers, as `Seat.device`; empty on a CPU."""
 
 
-def plan_bundles(cluster: ClusterConfig, *, trains: bool, num_engines: int, devices_per_engine: int) -> Bundles:
-    """Return what to ask of a cluster.
-
-    Args:
-        trains: there is a trainer; without one, engines are always by themselves.
-        num_engines: 0 where nothing is generated.
-
-    Raises:
-        ConfigError: an engine would span two nodes.
-    """
-    apart = not (trains and cluster.shares_devices)
-    if not apart and num_engines and cluster.actor_num_gpus_per_node % devices_per_engine:
-        raise ConfigError(
-            f"--rollout-num-gpus-per-engine {devices_per_engine} does not divide --actor-num-gpus-per-node "
-            f"{cluster.actor_num_gpus_per_node}, and an engine lives on one node; choose a divisor."
-        )
+def plan_bundles(cluster: ClusterConfig, devices: DevicePlan) -> Bundles:
+    """Return what to ask of a cluster."""
     return Bundles(
-        trainer=(cluster.actor_num_gpus_per_node,) * cluster.actor_num_nodes if trains else (),
-        engines=(devices_per_engine,) * num_engines if apart else (),
+        trainer=(cluster.actor_num_gpus_per_node,) * cluster.actor_num_nodes if devices.trains else (),
+        engines=() if devices.shared else (devices.devices_per_engine,) * devices.num_engines,
     )
 
 

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from qwench.checkpoints.convert import Conversion, Converted, Converter, Ranks
 from qwench.checkpoints.formats.sources import find_checkpoint
 from qwench.checkpoints.verify import largest_logit_difference
+from qwench.config.model_flags import check_model_flags
 from qwench.config.sections.convert import ConvertConfig, HfToTorchDistConfig, TorchDistToHfConfig
 from qwench.errors import CheckpointError, ConfigError
-from qwench.models.hf import load_hf_config, load_tokenizer
-from qwench.models.registry import check_architecture
+from qwench.models.hf import architecture_of, load_hf_config, load_tokenizer
 from qwench.observability.console import Console, QuietConsole, open_console
 from qwench.training.process_group import init_process_group, leave_process_group
 
@@ -48,7 +48,7 @@ def convert_hf_to_torch_dist(config: HfToTorchDistConfig) -> None:
     """Run `tools/convert_hf_to_torch_dist.py`."""
     folder = config.files.hf_checkpoint
     hf_config = load_hf_config(folder)
-    check_architecture(config.architecture, hf_config)
+    check_model_flags(config.architecture, architecture_of(hf_config))
     _run(Conversion(source=folder, output=config.files.save, to="torch_dist", hf_folder=folder, config=hf_config))
 
 

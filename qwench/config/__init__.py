@@ -1,7 +1,7 @@
 """Configuration: one frozen dataclass for each section, turned into flat flags."""
 
 from qwench.config.config import Config
-from qwench.config.plan import Resolved
+from qwench.config.plan import RunPlan, plan_run
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.architecture import ArchitectureConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
@@ -33,10 +33,11 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
-    "Resolved",
     "RewardConfig",
     "RolloutConfig",
+    "RunPlan",
     "ServeConfig",
     "ServerConfig",
     "TrainingConfig",
+    "plan_run",
 ]

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qwench.config.command_line.compat import check_supported
-from qwench.config.plan import Resolved, resolve
 from qwench.config.rules import check_sections
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.architecture import ArchitectureConfig
@@ -52,12 +51,4 @@ class Config:
     @property
     def backend(self) -> Literal["megatron", "fsdp"]:
         """Return the training backend: the one given, or the one the layout needs."""
-        return self.training.train_backend or ("megatron" if self.parallel.model_parallel_size > 1 else "fsdp")
-
-    def resolve(self) -> Resolved:
-        """Return the values that follow from those given; needs no device, and no file but that of --eval-config.
-
-        Raises:
-            ConfigError: --rollout-batch-size was not given, or --eval-config cannot be read.
-        """
-        return resolve(self)
+        return self.training.train_backend or ("megatron" if self.parallel.layout.model_ranks > 1 else "fsdp")

@@ -1,161 +1,217 @@
-"""Values that follow from the configuration.
+"""The plan of a run: everything that follows from the flags and the model's config.json, derived once.
 
-rollout_batch_size x n_samples_per_prompt = global_batch_size x num_steps_per_rollout
-world_size = tp_size x pp_size x cp_size x dp_size
+`launch.build`, the learner and the rollouts take the plan; `--dry-run` prints it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
+from qwench.config.batch import BatchPlan, plan_batch
+from qwench.config.config import Config
 from qwench.config.eval_settings import EvalSettings, resolve_eval_sets
-from qwench.config.sections.parallel import ParallelConfig
-from qwench.config.sections.rollout import RolloutConfig
-from qwench.config.sections.training import TrainingConfig
+from qwench.config.layout import ParallelLayout, check_layout, data_parallel_size
+from qwench.config.model_flags import check_model_flags
+from qwench.config.schedule import Schedule
 from qwench.errors import ConfigError
+from qwench.estimators import METHODS, method_name
+from qwench.models.architecture import Architecture, refuse_output_biases
+from qwench.models.memory import FLOAT32_BYTES, RankBytes, SequenceCost, StateBytes, fsdp_bytes, megatron_bytes
 
-if TYPE_CHECKING:
-    from qwench.config.config import Config
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BatchPlan:
-    """The batch identity of the module docstring, with all its terms known."""
-
-    rollout_batch_size: int
-    n_samples_per_prompt: int
-    global_batch_size: int
-    num_steps_per_rollout: int
-
-    @property
-    def samples_per_rollout(self) -> int:
-        """Return both sides of the identity."""
-        return self.rollout_batch_size * self.n_samples_per_prompt
-
-    def __str__(self) -> str:
-        return (
-            f"rollout_batch_size {self.rollout_batch_size} x n_samples_per_prompt {self.n_samples_per_prompt}"
-            f" = global_batch_size {self.global_batch_size} x num_steps_per_rollout {self.num_steps_per_rollout}"
-        )
+BFLOAT16_BYTES = 2
+FORWARD_AND_BACKWARD = 3
+"""Passes, in units of a forward: a backward computes two products for each one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Resolved:
-    """Derived values; see the module docstring for how they hang together."""
+class DevicePlan:
+    """Who computes on which devices."""
 
-    num_rollout: int | None
-    """None: --num-epoch decides, which takes the size of the data set."""
-    batch: BatchPlan
-    samples_per_rollout: int
-    global_batch_size: int
-    num_steps_per_rollout: int
-    over_sampling_batch_size: int
-    world_size: int
-    dp_size: int
-    tp_size: int
-    pp_size: int
-    cp_size: int
-    max_tokens_per_micro_batch: int | None
-    """Tokens of all context-parallel ranks together; None: micro-batches are counted in samples."""
-    log_probs_max_tokens_per_micro_batch: int | None
-    """The same for passes without gradient."""
-    colocate: bool
+    trains: bool
+    generates: bool
+    shared: bool
+    """Trainer and engines use the same devices. False also where one of them is missing."""
+    num_engines: int
+    """Engines that the run starts; 0: none, or those of --rollout-external-engine-addrs."""
+    devices_per_engine: int
     offload_train: bool
     offload_rollout: bool
-    needs_reference: bool
-    normalize_by_std: bool
-    """Whether a group's rewards are divided by their standard deviation, as far as the estimator does that."""
-    eps_clip_high: float
-    entropy_wanted: bool
-    log_dir: Path | None
+    weights_may_alias: bool
+    """An engine in this process may sample from the trainer's own tensors: it never generates while they change."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunPlan:
+    """See the module docstring."""
+
+    model: Architecture
+    batch: BatchPlan
+    layout: ParallelLayout
+    dp_size: int
+    micro_batch_tokens: int | None
+    """Tokens of all context-parallel ranks together; None: micro-batches are counted in samples."""
+    score_tokens: int | None
+    """The same for passes without gradient."""
+    devices: DevicePlan
+    schedule: Schedule
+    holds_reference: bool
     eval_sets: tuple[EvalSettings, ...]
     eval_reward_key: str | None
     """Which value of a reward that returns a record is the score of an evaluation. None: its own score."""
+    log_dir: Path | None
+    rank_bytes: RankBytes
+    """Of each trainer rank, activations apart."""
+    cost: SequenceCost
+    """Forward FLOPs of a sequence, of all ranks together."""
+
+    @property
+    def num_rollout(self) -> int:
+        """Return the number of rollouts of the run; with --num-epoch, after `with_epochs_of`."""
+        return self.schedule.num_rollout
+
+    @property
+    def num_steps(self) -> int:
+        """Return the number of optimizer steps of the run."""
+        return self.num_rollout * self.batch.num_steps_per_rollout
+
+    def with_epochs_of(self, rollouts_per_epoch: int) -> RunPlan:
+        """Return the plan for a data set that fills so many rollouts."""
+        return replace(self, schedule=replace(self.schedule, rollouts_per_epoch=rollouts_per_epoch))
 
 
-def resolve(config: Config) -> Resolved:
-    """Derive what follows from the configuration.
+def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpus: bool = True) -> RunPlan:
+    """Derive what follows from the flags and the model.
+
+    Args:
+        trains: the verb trains; `qwench eval` does not.
+        on_gpus: the trainer computes on GPUs, which decides what --train-dtype auto means.
 
     Raises:
-        ConfigError: --rollout-batch-size was not given, or --eval-config cannot be read.
+        ConfigError: the flags contradict config.json, or the layout does not fit the model.
     """
-    batch = plan_batch(config.rollout, config.training)
-    training, parallel, cluster, algorithm = config.training, config.parallel, config.cluster, config.algorithm
-    log_probs_tokens = training.log_probs_max_tokens_per_gpu or training.max_tokens_per_gpu
-    cp_size = parallel.context_parallel_size
-    return Resolved(
-        num_rollout=config.rollout.num_rollout,
-        batch=batch,
-        samples_per_rollout=batch.samples_per_rollout,
-        global_batch_size=batch.global_batch_size,
-        num_steps_per_rollout=batch.num_steps_per_rollout,
-        over_sampling_batch_size=config.rollout.over_sampling_batch_size or batch.rollout_batch_size,
-        world_size=cluster.world_size,
-        dp_size=data_parallel_size(cluster.world_size, parallel),
-        tp_size=parallel.tensor_model_parallel_size,
-        pp_size=parallel.pipeline_model_parallel_size,
-        cp_size=cp_size,
-        max_tokens_per_micro_batch=training.max_tokens_per_gpu * cp_size if training.max_tokens_per_gpu else None,
-        log_probs_max_tokens_per_micro_batch=log_probs_tokens * cp_size if log_probs_tokens else None,
-        colocate=cluster.shares_devices,
-        offload_train=_offloads(cluster.offload_train, cluster.offload, cluster.shares_devices),
-        offload_rollout=_offloads(cluster.offload_rollout, cluster.offload, cluster.shares_devices),
-        needs_reference=algorithm.needs_reference,
-        normalize_by_std=not algorithm.disable_grpo_std_normalization and batch.n_samples_per_prompt > 1,
-        eps_clip_high=algorithm.eps_clip if algorithm.eps_clip_high is None else algorithm.eps_clip_high,
-        entropy_wanted=algorithm.entropy_coef != 0 or algorithm.observe_training_entropy,
-        log_dir=config.logging.log_dir or config.checkpoint.save,
+    check_model_flags(config.architecture, model)
+    layout, world_size = config.parallel.layout, config.cluster.world_size
+    if config.backend == "megatron":
+        check_layout(layout, model, world_size=world_size)
+        refuse_output_biases(model)
+    training, algorithm = config.training, config.algorithm
+    dp_size = data_parallel_size(layout, world_size=world_size)
+    devices = _plan_devices(config, trains=trains)
+    method = METHODS[method_name(algorithm.loss_type, algorithm.advantage_estimator)]
+    holds_reference = devices.trains and method.needs_reference(use_kl_loss=algorithm.use_kl_loss, kl_coef=algorithm.kl_coef)
+    score_tokens = training.log_probs_max_tokens_per_gpu or training.max_tokens_per_gpu
+    return RunPlan(
+        model=model,
+        batch=plan_batch(config.rollout, training),
+        layout=layout,
+        dp_size=dp_size,
+        micro_batch_tokens=training.max_tokens_per_gpu * layout.cp if training.max_tokens_per_gpu else None,
+        score_tokens=score_tokens * layout.cp if training.use_dynamic_batch_size and score_tokens else None,
+        devices=devices,
+        schedule=Schedule(rollout=config.rollout, evaluation=config.evaluation, checkpoint=config.checkpoint),
+        holds_reference=holds_reference,
         eval_sets=resolve_eval_sets(config.evaluation, config.rollout, config.data),
         eval_reward_key=config.evaluation.eval_reward_key or config.reward.reward_key,
+        log_dir=config.logging.log_dir or config.checkpoint.save,
+        rank_bytes=_rank_bytes(config, model, dp_size=dp_size, holds_reference=holds_reference, on_gpus=on_gpus),
+        cost=SequenceCost.of_model(model),
     )
 
 
-def plan_batch(rollout: RolloutConfig, training: TrainingConfig) -> BatchPlan:
-    """Fill in what is missing of the batch identity.
+def train_dtype(config: Config, *, on_gpus: bool) -> Literal["bfloat16", "float32"]:
+    """Return what --train-dtype means for a trainer on such devices; weights are published in it."""
+    if config.model.train_dtype != "auto":
+        return config.model.train_dtype
+    return "bfloat16" if on_gpus else "float32"
+
+
+def _plan_devices(config: Config, *, trains: bool) -> DevicePlan:
+    """Divide the devices between trainer and engines.
 
     Raises:
-        ConfigError: a term that is needed is missing, or the terms that were given do not fit.
+        ConfigError: an engine would span two nodes.
     """
-    if rollout.rollout_batch_size is None:
-        raise ConfigError("--rollout-batch-size is required: the number of prompts in a rollout")
-    prompts, siblings = rollout.rollout_batch_size, rollout.n_samples_per_prompt
-    samples, per_step, steps = prompts * siblings, training.global_batch_size, training.num_steps_per_rollout
-    have = f"--rollout-batch-size {prompts} x --n-samples-per-prompt {siblings} = {samples} samples"
-    if per_step is not None and steps is not None and per_step * steps != samples:
+    cluster, debug, rollout = config.cluster, config.debug, config.rollout
+    generates = config.algorithm.loss_type != "sft_loss" and debug.load_debug_rollout_data is None
+    per_engine = cluster.rollout_num_gpus_per_engine if config.engine.rollout_engine == "sglang" else 1
+    num_devices = cluster.world_size if cluster.shares_devices else cluster.rollout_num_gpus or 0
+    starts_engines = generates and not config.engine.rollout_external_engine_addrs
+    shared = generates and trains and not debug.debug_rollout_only and cluster.shares_devices
+    if shared and starts_engines and cluster.actor_num_gpus_per_node % per_engine:
         raise ConfigError(
-            f"{have}, but --global-batch-size {per_step} x --num-steps-per-rollout {steps} = {per_step * steps}; "
-            "leave one of the two out"
+            f"--rollout-num-gpus-per-engine {per_engine} does not divide --actor-num-gpus-per-node "
+            f"{cluster.actor_num_gpus_per_node}, and an engine lives on one node; choose a divisor."
         )
-    if per_step is not None and samples % per_step:
-        raise ConfigError(f"{have}, which --global-batch-size {per_step} does not divide; choose a divisor of {samples}")
-    if steps is not None and samples % steps:
-        raise ConfigError(f"{have}, which --num-steps-per-rollout {steps} does not divide; choose a divisor of {samples}")
-    per_step = per_step or samples // (steps or 1)
-    return BatchPlan(
-        rollout_batch_size=prompts,
-        n_samples_per_prompt=siblings,
-        global_batch_size=per_step,
-        num_steps_per_rollout=samples // per_step,
+    return DevicePlan(
+        trains=trains and not debug.debug_rollout_only,
+        generates=generates,
+        shared=shared,
+        num_engines=num_devices // per_engine if starts_engines else 0,
+        devices_per_engine=per_engine,
+        offload_train=_offloads(cluster.offload_train, cluster.offload, cluster.shares_devices),
+        offload_rollout=_offloads(cluster.offload_rollout, cluster.offload, cluster.shares_devices),
+        weights_may_alias=generates and rollout.rollouts_ahead == 0 and rollout.update_weights_interval == 1,
     )
-
-
-def data_parallel_size(world_size: int, parallel: ParallelConfig) -> int:
-    """Return the number of copies of the model.
-
-    Raises:
-        ConfigError: the parallel sizes do not divide the world size.
-    """
-    if world_size % parallel.model_parallel_size:
-        raise ConfigError(
-            f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} x "
-            f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size} x "
-            f"--context-parallel-size {parallel.context_parallel_size} = {parallel.model_parallel_size} does not divide the "
-            f"{world_size} ranks of --actor-num-nodes x --actor-num-gpus-per-node"
-        )
-    return world_size // parallel.model_parallel_size
 
 
 def _offloads(asked: bool | None, both: bool, shares_devices: bool) -> bool:
     return both or (shares_devices if asked is None else asked)
+
+
+def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_reference: bool, on_gpus: bool) -> RankBytes:
+    optimizer, layout = config.optimizer, config.parallel.layout
+    state = StateBytes(
+        param=BFLOAT16_BYTES if train_dtype(config, on_gpus=on_gpus) == "bfloat16" else FLOAT32_BYTES,
+        moment=BFLOAT16_BYTES if optimizer.use_precision_aware_optimizer else FLOAT32_BYTES,
+        offloaded=optimizer.optimizer_offload_fraction if optimizer.optimizer_cpu_offload else 0.0,
+    )
+    if config.backend == "fsdp":
+        num_shards = dp_size // config.parallel.dp_replicate
+        return fsdp_bytes(model, state, num_shards=num_shards, holds_reference=holds_reference)
+    return megatron_bytes(
+        model, state, tp=layout.tp, pp=layout.pp, num_replicas=dp_size * layout.cp, holds_reference=holds_reference
+    )
+
+
+def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
+    """Yield what `--dry-run` prints of the plan, one fact a line."""
+    layout, devices, held = plan.layout, plan.devices, plan.rank_bytes
+    yield str(plan.batch)
+    yield f"world_size {config.cluster.world_size} = TP {layout.tp} x PP {layout.pp} x CP {layout.cp} x DP {plan.dp_size}"
+    yield f"micro-batches: {_micro_batches(config, plan)}"
+    yield f"rollouts: {config.rollout.num_rollout or f'those of {config.rollout.num_epoch} epochs'}"
+    if devices.trains and devices.generates:
+        yield f"devices: {'shared by trainer and engines' if devices.shared else 'trainer and engines apart'}"
+    if devices.generates:
+        yield f"engines: {_engines(devices)}"
+    if devices.trains:
+        yield f"reference model: {'held' if plan.holds_reference else 'not needed'}"
+        yield (
+            f"each trainer rank, activations apart: {_gib(held.device)} GiB on the device ({_gib(held.weights)} weights, "
+            f"{_gib(held.gradients)} gradients, {_gib(held.optimizer)} optimizer), {_gib(held.host)} GiB on the host"
+        )
+        yield f"computation: {_giga(plan.cost.linear * FORWARD_AND_BACKWARD)} GFLOP a trained token, attention apart"
+
+
+def _engines(devices: DevicePlan) -> str:
+    if not devices.num_engines:
+        return "those of --rollout-external-engine-addrs"
+    return f"{devices.num_engines}, of {devices.devices_per_engine} device{'s' * (devices.devices_per_engine > 1)} each"
+
+
+def _micro_batches(config: Config, plan: RunPlan) -> str:
+    if plan.micro_batch_tokens is not None:
+        return f"packed up to {plan.micro_batch_tokens} tokens, as many on each of the {plan.dp_size} DP ranks"
+    per_rank = -(-plan.batch.global_batch_size // (config.training.micro_batch_size * plan.dp_size))
+    return f"{per_rank} of {config.training.micro_batch_size} samples in each step on each of the {plan.dp_size} DP ranks"
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f}"
+
+
+def _giga(flops: float) -> str:
+    return f"{flops / 1e9:.3g}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from qwench.config.batch import plan_batch
 from qwench.config.command_line.compat import SFT_ROLLOUT
-from qwench.config.plan import data_parallel_size, plan_batch
+from qwench.config.layout import data_parallel_size
 from qwench.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def transformer_impl_is_megatrons(config: Config) -> str | None:
 
 def replicas_divide_ranks(config: Config) -> str | None:
     """Replicated and sharded data parallelism multiply to the data-parallel size."""
-    dp_size = data_parallel_size(config.cluster.world_size, config.parallel)
+    dp_size = data_parallel_size(config.parallel.layout, world_size=config.cluster.world_size)
     if dp_size % config.parallel.dp_replicate:
         return f"--dp-replicate {config.parallel.dp_replicate} does not divide the {dp_size} data-parallel ranks"
     return None
@@ -134,6 +135,15 @@ def engines_divide_gpus(config: Config) -> str | None:
     return None
 
 
+def recorded_rollouts_are_counted(config: Config) -> str | None:
+    """Recorded rollouts have no epochs."""
+    if config.debug.load_debug_rollout_data is None or config.algorithm.loss_type == "sft_loss":
+        return None
+    if config.rollout.num_epoch is not None and config.rollout.num_rollout is None:
+        return "--num-rollout is required here: recorded rollouts have no epochs"
+    return None
+
+
 def fine_tuning_has_one_response(config: Config) -> str | None:
     """A conversation is its own response."""
     if config.algorithm.loss_type == "sft_loss" and config.rollout.n_samples_per_prompt != 1:
@@ -167,6 +177,7 @@ RULES: tuple[Rule, ...] = (
     recompute_is_switched_on,
     response_fits_context,
     engines_divide_gpus,
+    recorded_rollouts_are_counted,
     fine_tuning_has_one_response,
     fine_tuning_rollout_has_its_loss,
     partial_run_has_its_input,

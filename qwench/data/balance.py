@@ -7,44 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwench.data.packing import Bin
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SequenceCost:
-    """Forward FLOPs of one sequence of L tokens in a dense transformer: linear * L + quadratic * L^2."""
-
-    linear: float
-    """FLOPs per token of all matrix products but attention's: 2 for each weight."""
-    quadratic: float
-    """FLOPs per pair of tokens of causal attention, scores and values."""
-    head: float = 0.0
-    """FLOPs per token of the output layer alone, which `linear` has in it."""
-
-    @classmethod
-    def of_transformer(
-        cls,
-        *,
-        num_layers: int,
-        hidden_size: int,
-        ffn_size: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        vocab_size: int,
-    ) -> SequenceCost:
-        """Count the FLOPs of a model with gated feed-forward layers and grouped-query attention."""
-        attention_weights = hidden_size * head_dim * (2 * num_heads + 2 * num_kv_heads)
-        layer_weights = attention_weights + 3 * hidden_size * ffn_size
-        return cls(
-            linear=2.0 * (num_layers * layer_weights + hidden_size * vocab_size),
-            # Two products of 2 * head_dim FLOPs for each pair and head; half of the pairs are causal.
-            quadratic=2.0 * num_layers * num_heads * head_dim,
-            head=2.0 * hidden_size * vocab_size,
-        )
-
-    def of(self, length: int) -> float:
-        """Return the FLOPs of `length` tokens."""
-        return self.linear * length + self.quadratic * length * length
+from qwench.models.memory import SequenceCost
 
 
 def balance(bins: Sequence[Bin], lengths: Sequence[int], *, dp_size: int, cost: SequenceCost) -> list[list[Bin]]:

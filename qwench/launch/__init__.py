@@ -8,6 +8,7 @@ verbs       what `qwench train`, `sft`, `eval` and `serve` do
 """
 
 from qwench.launch.build import build, build_sft
+from qwench.launch.inputs import plan_inputs
 from qwench.launch.verbs import evaluate, serve, sft, train
 
-__all__ = ["build", "build_sft", "evaluate", "serve", "sft", "train"]
+__all__ = ["build", "build_sft", "evaluate", "plan_inputs", "serve", "sft", "train"]

@@ -7,7 +7,7 @@ import torch
 from qwench.checkpoints.folders import starting_weights
 from qwench.config import Config
 from qwench.config.sections.optimizer import OptimizerConfig
-from qwench.launch.inputs import Inputs, parallel_layout
+from qwench.launch.inputs import Inputs
 from qwench.training.fsdp.fsdp_trainer import FsdpSettings, FsdpTrainer
 from qwench.training.megatron.platform import check_platform
 from qwench.training.optimizers.adam import AdamSettings
@@ -18,7 +18,7 @@ COLLECTIVE_TIMEOUT_S = 1800.0
 DEFAULT_HEAD_CHUNK_TOKENS = 4096
 
 
-def build_trainer(inputs: Inputs, *, total_steps: int) -> Trainer:
+def build_trainer(inputs: Inputs) -> Trainer:
     """Load the model, or this rank's part of it; after `init_process_group`, collective.
 
     Raises:
@@ -26,19 +26,19 @@ def build_trainer(inputs: Inputs, *, total_steps: int) -> Trainer:
         CheckpointError: the checkpoint that training starts from is damaged.
     """
     if inputs.config.backend == "megatron":
-        return _build_megatron(inputs, total_steps=total_steps)
+        return _build_megatron(inputs)
     config = inputs.config
     return FsdpTrainer.build(
         starting_weights(config.checkpoint) or inputs.model_folder,
         settings=_fsdp_settings(inputs),
         adam=adam_settings(config.optimizer),
-        schedule=lr_schedule(config.optimizer, total_steps=total_steps),
+        schedule=lr_schedule(config.optimizer, total_steps=inputs.plan.num_steps),
         device=inputs.device,
         hf_config=inputs.hf_config,
     )
 
 
-def _build_megatron(inputs: Inputs, *, total_steps: int) -> Trainer:
+def _build_megatron(inputs: Inputs) -> Trainer:
     check_platform()  # before the imports: a machine without megatron-core hears what is missing
     from qwench.training.megatron.megatron_trainer import MegatronSettings, MegatronTrainer  # noqa: PLC0415  # megatron-core is optional
     from qwench.training.megatron.model import ModelSettings  # noqa: PLC0415
@@ -55,13 +55,11 @@ def _build_megatron(inputs: Inputs, *, total_steps: int) -> Trainer:
     )
     return MegatronTrainer.build(
         starting_weights(config.checkpoint) or inputs.model_folder,
-        settings=MegatronSettings(
-            layout=parallel_layout(config.parallel), model=model, collective_timeout_s=COLLECTIVE_TIMEOUT_S
-        ),
+        settings=MegatronSettings(layout=inputs.plan.layout, model=model, collective_timeout_s=COLLECTIVE_TIMEOUT_S),
         adam=adam_settings(config.optimizer),
-        schedule=lr_schedule(config.optimizer, total_steps=total_steps),
+        schedule=lr_schedule(config.optimizer, total_steps=inputs.plan.num_steps),
         device=inputs.device,
-        hf_config=inputs.hf_config,
+        architecture=inputs.plan.model,
     )
 
 

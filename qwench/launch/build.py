@@ -9,23 +9,22 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from qwench import __version__
 from qwench.checkpoints.folders import check_weights
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.cluster.gpus import ColocatedGpus, DedicatedGpus
-from qwench.config import Config
-from qwench.controller import Run, Schedule
+from qwench.config import Config, RunPlan
+from qwench.controller import Run
 from qwench.data.prompts import PromptSource
 from qwench.data.sft import SftSource, load_sft, render_mask_preview
 from qwench.engines.fleet.pool import EnginePool
-from qwench.errors import ConfigError
 from qwench.launch.generation import build_generation
 from qwench.launch.inputs import Inputs, read_eval_prompts, read_inputs, read_training_prompts
 from qwench.launch.processes import make_servers, open_processes, start_learner, take_turns
 from qwench.launch.trainer import load_reward_post_process
+from qwench.models.architecture import Architecture
 from qwench.models.hf import is_fp8_checkpoint, write_hf_checkpoint
 from qwench.observability.dumps import check_recorded
 from qwench.observability.log import open_driver_log, write_driver_log
@@ -44,13 +43,13 @@ from qwench.wire.portions import WeightBucket
 _logger = logging.getLogger(__name__)
 
 
-def build(config: Config) -> Run:
+def build(config: Config, plan: RunPlan) -> Run:
     """Build a reinforcement-learning run; everything that can be wrong with files and flags is found before a model loads.
 
     Raises:
         ConfigError: the user's mistake.
     """
-    inputs = _begin(config)
+    inputs = _begin(config, plan)
     load_reward_post_process(config.reward)
     if config.debug.load_debug_rollout_data is not None:
         return _build_replay(inputs, config.debug.load_debug_rollout_data)
@@ -60,20 +59,19 @@ def build(config: Config) -> Run:
     load_functions(config.rollout, config.evaluation)
     for prompts in (loaded.prompts, *eval_prompts.values()):
         spec.check_prompts(prompts)
-    batch = inputs.resolved.batch
+    batch = plan.batch
     source = PromptSource(
         loaded.prompts,
         n_samples_per_prompt=batch.n_samples_per_prompt,
         shuffle=config.data.rollout_shuffle,
         seed=config.data.rollout_seed,
     )
-    per_epoch = source.num_rollouts_per_epoch(batch.rollout_batch_size)
-    schedule = _schedule(inputs, rollouts_per_epoch=per_epoch)
+    inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch(batch.rollout_batch_size))
     timer = PhaseTimer()
     checkpoints = _checkpoints(inputs, timer)
-    only_generate = config.debug.debug_rollout_only
+    only_generate = not plan.devices.trains
     with ExitStack() as started:
-        processes = open_processes(inputs, started, trains=not only_generate, generates=True)
+        processes = open_processes(inputs, started)
         servers, token = make_servers(inputs, processes, with_weights=only_generate)
         generation = build_generation(inputs, with_weights=only_generate, servers=servers, token=token)
         started.callback(generation.close)
@@ -81,11 +79,11 @@ def build(config: Config) -> Run:
         learner = None
         if not only_generate:
             gpus.make_room()
-            learner = start_learner(inputs, processes, timer, started, num_rollout=schedule.num_rollout)
+            learner = start_learner(inputs, processes, timer, started)
         return Run(
-            schedule=schedule,
+            plan=inputs.plan,
             learner=learner,
-            rollouts=generation.stream(source, num_rollouts=schedule.num_rollout),
+            rollouts=generation.stream(source, num_rollouts=inputs.plan.num_rollout),
             engines=generation.engines,
             gpus=gpus,
             evaluator=generation.evaluator(eval_prompts) if eval_prompts else None,
@@ -98,13 +96,13 @@ def build(config: Config) -> Run:
         )
 
 
-def build_sft(config: Config) -> Run:
+def build_sft(config: Config, plan: RunPlan) -> Run:
     """Build a fine-tuning run: the same loop over conversations, without engines.
 
     Raises:
         ConfigError: the user's mistake.
     """
-    inputs = _begin(config)
+    inputs = _begin(config, plan)
     assert config.data.prompt_data is not None, "preflight checks that --prompt-data is given"
     loaded = load_sft(
         config.data.prompt_data,
@@ -123,40 +121,38 @@ def build_sft(config: Config) -> Run:
             loaded.num_untrained,
             len(loaded.examples),
         )
-    batch_size = inputs.resolved.batch.rollout_batch_size
+    batch_size = plan.batch.rollout_batch_size
     seed, shuffle = config.data.rollout_seed, config.data.rollout_shuffle
     source = SftSource(loaded.examples, rollout_batch_size=batch_size, shuffle=shuffle, seed=seed)
     preview = SftSource(loaded.examples, rollout_batch_size=1, shuffle=shuffle, seed=seed).take(0).samples[0]
     shown = render_mask_preview(preview, inputs.tokenizer)
     inputs.console.say(f"first conversation, trained tokens in bold:\n{shown}", markup=True)
-    schedule = _schedule(inputs, rollouts_per_epoch=source.num_rollouts_per_epoch())
-    return _without_engines(inputs, SftStream(source), schedule)
+    return _without_engines(inputs.with_epochs_of(source.num_rollouts_per_epoch()), SftStream(source))
 
 
-def _begin(config: Config) -> Inputs:
+def _begin(config: Config, plan: RunPlan) -> Inputs:
     transformers_logging.disable_progress_bar()  # it would draw over the live line
-    inputs = read_inputs(config)
+    inputs = read_inputs(config, plan)
     open_driver_log(config.logging.log_level, inputs.console)
     _logger.info("qwench %s, process %d on %s", __version__, os.getpid(), socket.gethostname())
-    check_weights(config.checkpoint, inputs.hf_config)
+    check_weights(config.checkpoint, plan.model)
     return inputs
 
 
 def _build_replay(inputs: Inputs, template: str) -> Run:
-    schedule = _schedule(inputs, rollouts_per_epoch=None)
-    check_recorded(template, num_rollout=schedule.num_rollout)
+    check_recorded(template, num_rollout=inputs.plan.num_rollout)
     rollouts = ReplayStream(template, subsample=inputs.config.debug.load_debug_rollout_data_subsample)
-    return _without_engines(inputs, rollouts, schedule)
+    return _without_engines(inputs, rollouts)
 
 
-def _without_engines(inputs: Inputs, rollouts: ReplayStream | SftStream, schedule: Schedule) -> Run:
+def _without_engines(inputs: Inputs, rollouts: ReplayStream | SftStream) -> Run:
     timer = PhaseTimer()
     checkpoints = _checkpoints(inputs, timer)
     with ExitStack() as started:
-        processes = open_processes(inputs, started, trains=True, generates=False)
+        processes = open_processes(inputs, started)
         return Run(
-            schedule=schedule,
-            learner=start_learner(inputs, processes, timer, started, num_rollout=schedule.num_rollout),
+            plan=inputs.plan,
+            learner=start_learner(inputs, processes, timer, started),
             rollouts=rollouts,
             engines=None,
             gpus=DedicatedGpus(weights_may_alias=False),
@@ -169,27 +165,6 @@ def _without_engines(inputs: Inputs, rollouts: ReplayStream | SftStream, schedul
         )
 
 
-def _schedule(inputs: Inputs, *, rollouts_per_epoch: int | None) -> Schedule:
-    config = inputs.config
-    num_rollout = config.rollout.num_rollout
-    if num_rollout is None:
-        if rollouts_per_epoch is None:
-            raise ConfigError("--num-rollout is required here: recorded rollouts have no epochs")
-        assert config.rollout.num_epoch is not None, "preflight checks that one of the two is given"
-        num_rollout = config.rollout.num_epoch * rollouts_per_epoch
-    save_interval = config.checkpoint.save_interval
-    if save_interval is None and config.checkpoint.save is not None:
-        save_interval = num_rollout  # the end of the run is always worth keeping
-    return Schedule(
-        num_rollout=num_rollout,
-        rollouts_per_epoch=rollouts_per_epoch,
-        save_interval=save_interval,
-        eval_interval=config.evaluation.eval_interval,
-        eval_before_train=not config.evaluation.skip_eval_before_train,
-        update_weights_interval=config.rollout.update_weights_interval,
-    )
-
-
 def _checkpoints(inputs: Inputs, timer: PhaseTimer) -> CheckpointManager:
     """Open the checkpoints, and then the log file: before, the folder may belong to another run."""
 
@@ -198,41 +173,40 @@ def _checkpoints(inputs: Inputs, timer: PhaseTimer) -> CheckpointManager:
 
     checkpoints = CheckpointManager(
         inputs.config.checkpoint,
-        _identity(inputs.hf_config, inputs.config),
+        _identity(inputs.plan.model, inputs.config),
         inputs.console,
         write_hf=write_hf,
         timer=timer,
         is_main=inputs.is_main,
         barrier=barrier,
     )
-    if inputs.resolved.log_dir is not None:
-        write_driver_log(inputs.resolved.log_dir)
+    if inputs.plan.log_dir is not None:
+        write_driver_log(inputs.plan.log_dir)
     return checkpoints
 
 
-def _identity(hf_config: PretrainedConfig, config: Config) -> dict[str, Json]:
+def _identity(model: Architecture, config: Config) -> dict[str, Json]:
     """Return what a run and the checkpoint it resumes from must share."""
     return {
-        "model_type": hf_config.model_type,
-        "num_hidden_layers": hf_config.num_hidden_layers,
-        "hidden_size": hf_config.hidden_size,
-        "vocab_size": hf_config.vocab_size,
+        "model_type": model.model_type,
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "vocab_size": model.vocab_size,
         "loss_type": config.algorithm.loss_type,
     }
 
 
 def _gpus(inputs: Inputs, engines: EnginePool, timer: PhaseTimer, *, take_turns: bool) -> ColocatedGpus | DedicatedGpus:
     """Return who holds devices when."""
-    rollout, resolved = inputs.config.rollout, inputs.resolved
-    may_alias = rollout.rollouts_ahead == 0 and rollout.update_weights_interval == 1
-    if not take_turns or rollout.rollouts_ahead > 0:
-        return DedicatedGpus(weights_may_alias=may_alias)
+    devices = inputs.plan.devices
+    if not take_turns or inputs.config.rollout.rollouts_ahead > 0:
+        return DedicatedGpus(weights_may_alias=devices.weights_may_alias)
     return ColocatedGpus(
         engines,
         timer,
-        offload_rollout=resolved.offload_rollout,
-        offload_train=resolved.offload_train,
-        weights_may_alias=may_alias,
+        offload_rollout=devices.offload_rollout,
+        offload_train=devices.offload_train,
+        weights_may_alias=devices.weights_may_alias,
     )
 
 
@@ -253,8 +227,8 @@ def _metric_log(inputs: Inputs) -> MetricLog:
     logging, sinks = inputs.config.logging, list[Sink]()
     if inputs.is_main:
         sinks.append(TableSink(inputs.console))
-        if inputs.resolved.log_dir is not None:
-            sinks.append(JsonlSink(inputs.resolved.log_dir / "metrics.jsonl"))
+        if inputs.plan.log_dir is not None:
+            sinks.append(JsonlSink(inputs.plan.log_dir / "metrics.jsonl"))
         if logging.use_tensorboard:
             sinks.append(TensorBoardSink(_tensorboard_folder(inputs)))
         if logging.use_wandb:
@@ -270,10 +244,10 @@ def _metric_log(inputs: Inputs) -> MetricLog:
                     key=logging.wandb_key or os.environ.get("WANDB_API_KEY"),
                 )
             )
-    return MetricLog(sinks, num_steps_per_rollout=inputs.resolved.num_steps_per_rollout)
+    return MetricLog(sinks, num_steps_per_rollout=inputs.plan.batch.num_steps_per_rollout)
 
 
 def _tensorboard_folder(inputs: Inputs) -> Path:
     logging = inputs.config.logging
-    base = (inputs.resolved.log_dir or Path("runs")) / "tensorboard"
+    base = (inputs.plan.log_dir or Path("runs")) / "tensorboard"
     return base.joinpath(*(level for level in (logging.tb_project_name, logging.tb_experiment_name) if level is not None))

@@ -23,7 +23,6 @@ from qwench.engines.fleet.servers import Server, ServerCommand, ServerProcess, s
 from qwench.engines.kinds.embedded import TOKEN_VARIABLE, embedded_command
 from qwench.engines.kinds.sglang import SglangSettings, check_sglang_words, sglang_command
 from qwench.launch.inputs import Inputs, publication_dtype
-from qwench.models.architecture import architecture_from_config
 from qwench.models.hf import is_fp8_checkpoint, stop_token_ids
 
 
@@ -151,7 +150,7 @@ def sglang_settings(inputs: Inputs, *, serves_checkpoint: bool, on_gpus: bool) -
         model_folder=inputs.model_folder.absolute(),
         tp_size=config.cluster.rollout_num_gpus_per_engine,
         dtype=str(dtype).removeprefix("torch."),
-        memory_saver=inputs.resolved.offload_rollout,
+        memory_saver=inputs.plan.devices.offload_rollout,
         seed=config.data.rollout_seed,
         deterministic=config.engine.sglang_enable_deterministic_inference,
         serves_checkpoint=serves_checkpoint,
@@ -164,7 +163,7 @@ def _embedded_engine(inputs: Inputs, *, with_weights: bool) -> EmbeddedEngine:
     if with_weights:
         return EmbeddedEngine.from_checkpoint(inputs.model_folder, settings, tokenizer=inputs.tokenizer)
     return EmbeddedEngine(
-        architecture_from_config(inputs.hf_config),
+        inputs.plan.model,
         settings,
         eos_ids=frozenset(stop_token_ids(inputs.model_folder, inputs.tokenizer)),
         tokenizer=inputs.tokenizer,
@@ -195,11 +194,11 @@ def _start_servers(inputs: Inputs, servers: Sequence[Server], token: str | None)
 
 def _reach_external(inputs: Inputs, loop: EventLoopThread) -> list[Member]:
     """Connect to engines that run already, and make sure that they serve this model."""
-    config, token = inputs.config, os.environ.get(TOKEN_VARIABLE)
+    config, model, token = inputs.config, inputs.plan.model, os.environ.get(TOKEN_VARIABLE)
     timeout_s = config.engine.rollout_health_check_timeout
     identity = ModelIdentity(
-        model_type=inputs.hf_config.model_type,
-        sizes={name: getattr(inputs.hf_config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")},
+        model_type=model.model_type,
+        sizes={"vocab_size": model.vocab_size, "hidden_size": model.hidden_size, "num_hidden_layers": model.num_layers},
         encode=lambda text: inputs.tokenizer.encode(text, add_special_tokens=False),
         context_len=config.rollout.rollout_max_context_len,
     )
@@ -230,4 +229,4 @@ def _start_router(inputs: Inputs, undo: ExitStack) -> Router:
 
 
 def _log_folder(inputs: Inputs) -> Path:
-    return ((inputs.resolved.log_dir or Path("runs")) / "engines").absolute()
+    return ((inputs.plan.log_dir or Path("runs")) / "engines").absolute()

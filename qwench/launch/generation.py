@@ -73,7 +73,7 @@ class Generation:
                     n_samples_per_prompt=one.n_samples_per_prompt,
                     sampling=self._eval_sampling(one),
                 )
-                for one in self.inputs.resolved.eval_sets
+                for one in self.inputs.plan.eval_sets
             ],
             tokenizer=self.inputs.tokenizer,
             grader=self.eval_grader,
@@ -156,7 +156,7 @@ class Generation:
 
     def _context_len(self, asked: int | None) -> int:
         """Bound what was asked by what the model can do."""
-        model_context_len: int = self.inputs.hf_config.max_position_embeddings
+        model_context_len = self.inputs.plan.model.max_positions
         return min(asked or model_context_len, model_context_len)
 
 
@@ -165,7 +165,7 @@ def build_generation(
 ) -> Generation:
     """Make the engines (see `engines.build_pool`) and the graders."""
     reward = inputs.config.reward
-    eval_reward = replace(reward, reward_key=inputs.resolved.eval_reward_key)
+    eval_reward = replace(reward, reward_key=inputs.plan.eval_reward_key)
     engines = build_pool(inputs, with_weights=with_weights, servers=servers, token=token)
     grader = build_reward_pool(reward)
     return Generation(

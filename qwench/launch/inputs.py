@@ -11,25 +11,22 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qwench.config import Config
-from qwench.config.plan import Resolved
-from qwench.config.sections.parallel import ParallelConfig
+from qwench.config.plan import RunPlan, plan_run, train_dtype
 from qwench.config.sections.training import TrainingConfig
 from qwench.data.prompts import LoadedPrompts, load_prompts
-from qwench.models.hf import load_hf_config, load_tokenizer
-from qwench.models.registry import check_architecture
+from qwench.models.hf import architecture_of, load_hf_config, load_tokenizer
 from qwench.observability.console import Console, QuietConsole, open_console
 from qwench.rewards.graders import needs_label
-from qwench.training.megatron.layout import ParallelLayout, check_layout
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """A checked configuration and the small files it names."""
+    """A checked configuration, its plan, and the small files it names."""
 
     config: Config
-    resolved: Resolved
+    plan: RunPlan
     model_folder: Path
     hf_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
@@ -47,29 +44,42 @@ class Inputs:
     @property
     def training(self) -> TrainingConfig:
         """Return the training section with the batch identity filled in."""
+        batch = self.plan.batch
         return replace(
             self.config.training,
-            global_batch_size=self.resolved.global_batch_size,
-            num_steps_per_rollout=self.resolved.num_steps_per_rollout,
+            global_batch_size=batch.global_batch_size,
+            num_steps_per_rollout=batch.num_steps_per_rollout,
         )
 
+    def with_epochs_of(self, rollouts_per_epoch: int) -> Inputs:
+        """Return the inputs with the plan for a data set that fills so many rollouts."""
+        return replace(self, plan=self.plan.with_epochs_of(rollouts_per_epoch))
 
-def read_inputs(config: Config) -> Inputs:
-    """Check the configuration against the model's folder and this machine.
+
+def plan_inputs(config: Config, *, trains: bool) -> RunPlan:
+    """Read the model's config.json and plan the run, as both a start and a dry run do.
 
     Raises:
-        ConfigError: something does not fit; nothing was loaded.
+        ConfigError: the flags do not fit the model.
     """
-    hf_config = check_model(config)
-    folder = config.model.hf_checkpoint
-    assert folder is not None, "check_model has read it"
+    model = architecture_of(load_hf_config(_model_folder(config)))
+    return plan_run(config, model, trains=trains, on_gpus=local_device().type == "cuda")
+
+
+def read_inputs(config: Config, plan: RunPlan) -> Inputs:
+    """Read the model's small files and look at this machine.
+
+    Raises:
+        ConfigError: a file cannot be read; nothing was loaded.
+    """
+    folder = _model_folder(config)
     rank = int(os.environ.get("RANK", "0"))
     device = local_device()
     return Inputs(
         config=config,
-        resolved=config.resolve(),
+        plan=plan,
         model_folder=folder,
-        hf_config=hf_config,
+        hf_config=load_hf_config(folder),
         tokenizer=load_tokenizer(folder),
         device=device,
         dtype=publication_dtype(config, on_gpu=device.type == "cuda"),
@@ -78,29 +88,9 @@ def read_inputs(config: Config) -> Inputs:
     )
 
 
-def check_model(config: Config) -> PretrainedConfig:
-    """Return the model's config.json, after comparing the flags of architecture and parallelism with it.
-
-    Raises:
-        ConfigError: they do not fit.
-    """
-    folder = config.model.hf_checkpoint
-    assert folder is not None, "preflight checks that --hf-checkpoint is given"
-    hf_config = load_hf_config(folder)
-    check_architecture(config.architecture, hf_config)
-    if config.backend == "megatron":
-        check_layout(parallel_layout(config.parallel), hf_config, world_size=config.cluster.world_size)
-    return hf_config
-
-
-def parallel_layout(parallel: ParallelConfig) -> ParallelLayout:
-    """Translate the parallel sizes for Megatron."""
-    return ParallelLayout(
-        tp=parallel.tensor_model_parallel_size,
-        pp=parallel.pipeline_model_parallel_size,
-        cp=parallel.context_parallel_size,
-        sequence_parallel=parallel.splits_sequence,
-    )
+def _model_folder(config: Config) -> Path:
+    assert config.model.hf_checkpoint is not None, "preflight checks that --hf-checkpoint is given"
+    return config.model.hf_checkpoint
 
 
 def local_device() -> torch.device:
@@ -112,9 +102,7 @@ def local_device() -> torch.device:
 
 def publication_dtype(config: Config, *, on_gpu: bool) -> torch.dtype:
     """Return what --train-dtype means for a trainer on such devices."""
-    if config.model.train_dtype == "auto":
-        return torch.bfloat16 if on_gpu else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.train_dtype]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[train_dtype(config, on_gpus=on_gpu)]
 
 
 def read_training_prompts(inputs: Inputs) -> LoadedPrompts:
@@ -140,7 +128,7 @@ def read_training_prompts(inputs: Inputs) -> LoadedPrompts:
 def read_eval_prompts(inputs: Inputs) -> dict[str, LoadedPrompts]:
     """Read every set of --eval-prompt-data or --eval-config."""
     config, sets = inputs.config, dict[str, LoadedPrompts]()
-    for settings in inputs.resolved.eval_sets:
+    for settings in inputs.plan.eval_sets:
         loaded = load_prompts(
             settings.path,
             input_key=settings.input_key,

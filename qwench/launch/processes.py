@@ -23,7 +23,7 @@ from qwench.cluster.bundles import Bundles, plan_bundles
 from qwench.cluster.local import LocalRanks
 from qwench.cluster.rendezvous import LOOPBACK
 from qwench.cluster.workers import Ranks, RemoteLearner, WorkerGroup
-from qwench.config import Config
+from qwench.config import Config, RunPlan
 from qwench.config.environment import engine_environment, trainer_environment
 from qwench.controller import LearnerProtocol
 from qwench.engines.fleet.servers import Server, ServerProcess
@@ -80,7 +80,7 @@ class LocalProcesses:
         """See `Processes.start_ranks`."""
         if self._ranks_inside:
             return None
-        config, log_dir = self._inputs.config, self._inputs.resolved.log_dir
+        config, log_dir = self._inputs.config, self._inputs.plan.log_dir
         return LocalRanks(
             config.cluster.world_size,
             environ={**os.environ, **trainer_environment(config.cluster, config.parallel, config.training, os.environ)},
@@ -111,18 +111,15 @@ class LocalProcesses:
         return ServerProcess(make(gpu_ids=gpu_ids, environ=environ, host=LOOPBACK), placement=placement)
 
 
-def open_processes(inputs: Inputs, started: ExitStack, *, trains: bool, generates: bool) -> Processes:
+def open_processes(inputs: Inputs, started: ExitStack) -> Processes:
     """Choose the launcher, and reserve what the run needs; `started` gets what gives it back.
 
     Raises:
         ConfigError: there are too few devices, or no cluster.
     """
-    config = inputs.config
-    launcher = choose_launcher(config, os.environ, generates=generates)
-    num_engines = count_engines(config) if generates and not config.engine.rollout_external_engine_addrs else 0
-    bundles = plan_bundles(
-        config.cluster, trains=trains, num_engines=num_engines, devices_per_engine=devices_per_engine(config)
-    )
+    config, devices = inputs.config, inputs.plan.devices
+    launcher = choose_launcher(config, os.environ, generates=devices.generates)
+    bundles = plan_bundles(config.cluster, devices)
     if launcher != "ray":
         check_turns(config, on_gpus=torch.cuda.is_available())
         return LocalProcesses(inputs, bundles, ranks_inside=launcher == "inside")
@@ -180,25 +177,13 @@ def choose_launcher(config: Config, environ: Mapping[str, str], *, generates: bo
     return "local" if cluster.world_size > 1 else "inside"
 
 
-def count_engines(config: Config) -> int:
-    """Return how many engines the devices are good for."""
-    cluster = config.cluster
-    num_devices = cluster.world_size if cluster.shares_devices else cluster.rollout_num_gpus
-    return (num_devices or 0) // devices_per_engine(config)
-
-
-def devices_per_engine(config: Config) -> int:
-    """Return the GPUs of one engine; the embedded one has one."""
-    return config.cluster.rollout_num_gpus_per_engine if config.engine.rollout_engine == "sglang" else 1
-
-
 def make_servers(inputs: Inputs, processes: Processes, *, with_weights: bool) -> tuple[Sequence[Server] | None, str | None]:
     """Return the engines' servers and the token that they ask for; None: one embedded engine in this process is enough.
 
     Args:
         with_weights: the engines sample with the checkpoint's weights; else only after the first publication.
     """
-    config = inputs.config
+    config, devices = inputs.config, inputs.plan.devices
     if config.engine.rollout_external_engine_addrs:
         return None, None
     in_here = isinstance(processes, LocalProcesses) and config.cluster.shares_devices
@@ -207,9 +192,9 @@ def make_servers(inputs: Inputs, processes: Processes, *, with_weights: bool) ->
         return None, None
     token = secrets.token_hex()
     makers = command_makers(
-        inputs, num_engines=count_engines(config), token=token, with_weights=with_weights, on_gpus=processes.has_gpus
+        inputs, num_engines=devices.num_engines, token=token, with_weights=with_weights, on_gpus=processes.has_gpus
     )
-    return processes.make_servers(makers, devices_per_engine=devices_per_engine(config)), token
+    return processes.make_servers(makers, devices_per_engine=devices.devices_per_engine), token
 
 
 def take_turns(config: Config, processes: Processes, servers: Sequence[Server] | None) -> bool:
@@ -219,24 +204,22 @@ def take_turns(config: Config, processes: Processes, servers: Sequence[Server] |
     return processes.has_gpus or servers is not None
 
 
-def start_learner(
-    inputs: Inputs, processes: Processes, timer: PhaseTimer, started: ExitStack, *, num_rollout: int
-) -> LearnerProtocol:
+def start_learner(inputs: Inputs, processes: Processes, timer: PhaseTimer, started: ExitStack) -> LearnerProtocol:
     """Build the learner where the launcher says; `started` gets what ends its processes."""
     ranks = processes.start_ranks()
     if ranks is None:
-        learner = build_learner(inputs, timer, num_rollout=num_rollout)
+        learner = build_learner(inputs, timer)
         started.callback(learner.state.close)
         return learner
     group = WorkerGroup(ranks)
     started.callback(group.close)
-    build: Callable[[PhaseTimer], Learner] = partial(build_rank, inputs.config, num_rollout)
+    build: Callable[[PhaseTimer], Learner] = partial(build_rank, inputs.config, inputs.plan)
     return RemoteLearner(group, build, console=inputs.console)
 
 
-def build_rank(config: Config, num_rollout: int, timer: PhaseTimer) -> Learner:
+def build_rank(config: Config, plan: RunPlan, timer: PhaseTimer) -> Learner:
     """Build the learner of one rank, in its own process, from the configuration that the driver was given."""
     transformers_logging.disable_progress_bar()
-    inputs = read_inputs(config)
+    inputs = read_inputs(config, plan)
     open_process_log(config.logging.log_level, f"rank {inputs.rank}", to_stdout=inputs.is_main)
-    return build_learner(inputs, timer, num_rollout=num_rollout)
+    return build_learner(inputs, timer)

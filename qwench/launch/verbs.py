@@ -6,13 +6,12 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import orjson
 
 from qwench import controller
-from qwench.config import Config
+from qwench.config import Config, RolloutConfig, RunPlan
 from qwench.config.sections.serve import ServeConfig
 from qwench.controller import Run
 from qwench.engines.embedded.http.serving import serve as serve_engine
@@ -20,7 +19,7 @@ from qwench.files import write_atomically
 from qwench.launch.build import build, build_sft
 from qwench.launch.engines import embedded_settings
 from qwench.launch.generation import build_generation
-from qwench.launch.inputs import read_eval_prompts, read_inputs
+from qwench.launch.inputs import plan_inputs, read_eval_prompts, read_inputs
 from qwench.launch.processes import make_servers, open_processes
 from qwench.observability.log import open_driver_log, open_process_log
 from qwench.observability.summary import summarize
@@ -30,21 +29,21 @@ from qwench.rollout.functions import load_functions
 from qwench.training.process_group import leave_process_group
 
 
-def train(config: Config) -> None:
+def train(config: Config, plan: RunPlan) -> None:
     """Run `qwench train`."""
-    _drive(build(config), only_generate=config.debug.debug_rollout_only)
+    _drive(build(config, plan), only_generate=not plan.devices.trains)
     leave_process_group()
 
 
-def sft(config: Config) -> None:
+def sft(config: Config, plan: RunPlan) -> None:
     """Run `qwench sft`."""
-    _drive(build_sft(config), only_generate=False)
+    _drive(build_sft(config, plan), only_generate=False)
     leave_process_group()
 
 
-def evaluate(config: Config) -> None:
+def evaluate(config: Config, plan: RunPlan) -> None:
     """Run `qwench eval`: print each set's metrics, and write them and every response to --eval-output."""
-    inputs = read_inputs(config)
+    inputs = read_inputs(config, plan)
     open_driver_log(config.logging.log_level, inputs.console)
     prompts = {name: loaded.prompts for name, loaded in read_eval_prompts(inputs).items()}
     spec = reward_spec(config.reward)
@@ -52,7 +51,7 @@ def evaluate(config: Config) -> None:
         spec.check_prompts(rows)
     load_functions(config.rollout, config.evaluation)
     with ExitStack() as started:
-        processes = open_processes(inputs, started, trains=False, generates=True)
+        processes = open_processes(inputs, started)
         servers, token = make_servers(inputs, processes, with_weights=True)
         generation = build_generation(inputs, with_weights=True, servers=servers, token=token)
         started.callback(generation.close)
@@ -69,9 +68,8 @@ def evaluate(config: Config) -> None:
 def serve(config: ServeConfig) -> None:
     """Run `qwench serve`; clients show QWENCH_TOKEN, if it is set, to change weights or memory."""
     assert config.model.hf_checkpoint is not None, "preflight checks that --hf-checkpoint is given"
-    inputs = read_inputs(
-        Config(model=config.model, engine=config.engine, rollout=replace(Config().rollout, rollout_batch_size=1))
-    )
+    run = Config(model=config.model, engine=config.engine, rollout=RolloutConfig(rollout_batch_size=1))
+    inputs = read_inputs(run, plan_inputs(run, trains=False))
     open_process_log("info", f"engine at port {config.server.port}")
     serve_engine(
         config.model.hf_checkpoint,

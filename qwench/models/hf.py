@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -28,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from qwench import __version__
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import TEMPORARY_SUFFIX, is_occupied, replace_folder
+from qwench.models.architecture import MODEL_TYPES, Architecture, read_architecture
 from qwench.models.fp8 import (
     QUANTIZATION_CONFIG,
     dequantize,
@@ -39,8 +39,6 @@ from qwench.models.fp8 import (
 from qwench.models.safetensors_files import find_tensors, read_tensor
 from qwench.models.shards import DEFAULT_SHARD_BYTES, write_shards
 from qwench.samples import Json
-
-SUPPORTED_MODEL_TYPES = ("qwen3", "qwen2", "llama")
 
 _COPIED_FILES = (
     "generation_config.json",
@@ -67,10 +65,8 @@ def load_hf_config(path: Path) -> PretrainedConfig:
     path = Path(path)
     raw = _read_json(path / "config.json")
     model_type = raw.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise ConfigError(
-            f"{path}/config.json has model_type {model_type!r}; supported are dense {', '.join(SUPPORTED_MODEL_TYPES)}."
-        )
+    if model_type not in MODEL_TYPES:
+        raise ConfigError(f"{path}/config.json has model_type {model_type!r}; supported are dense {', '.join(MODEL_TYPES)}.")
     if raw.get("use_sliding_window"):
         raise ConfigError(f"{path}/config.json asks for sliding-window attention, which is not supported.")
     is_fp8_config(raw, where=str(path))
@@ -81,6 +77,15 @@ def load_hf_config(path: Path) -> PretrainedConfig:
     # How weights are stored is no property of the model, and transformers would look for kernels of its own.
     vars(config).pop("quantization_config", None)
     return config
+
+
+def architecture_of(config: PretrainedConfig) -> Architecture:
+    """Return what a configuration says of the model; the only way from transformers' names to ours.
+
+    Raises:
+        ConfigError: a model that neither the engine nor the trainer would reproduce.
+    """
+    return read_architecture(config.to_dict())
 
 
 def is_fp8_checkpoint(path: Path) -> bool:
@@ -230,12 +235,6 @@ def check_export_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} exists and was not written by an export; choose another --save-hf folder.")
 
 
-def expected_weights(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of a model's parameters, in the order of its layers; a tied output layer is not one."""
-    with torch.device("meta"):
-        return {name: tuple(weight.shape) for name, weight in AutoModelForCausalLM.from_config(config).named_parameters()}
-
-
 def _dequantized(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return all weights of an FP8 folder as what they stand for."""
     stored = find_tensors(folder)
@@ -255,7 +254,7 @@ def _untied(buckets: Iterable[Sequence[tuple[str, Tensor]]], *, tied: bool) -> I
 
 
 def _check_complete(written: Iterable[str], config: PretrainedConfig, folder: Path) -> None:
-    expected, got = set(expected_weights(config)), set(written)
+    expected, got = set(architecture_of(config).parameter_shapes()), set(written)
     if expected != got:
         differing = expected ^ got
         name = min(differing)

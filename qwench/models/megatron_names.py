@@ -18,10 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PretrainedConfig
 
-from qwench.errors import ConfigError
-from qwench.models.registry import has_qk_norm, head_dim
+from qwench.models.architecture import Architecture, refuse_output_biases
 
 Kind = Literal["plain", "vocab", "qkv", "gate_up"]
 
@@ -43,13 +41,13 @@ class WeightRule:
     kind: Kind = "plain"
 
 
-def rules(config: PretrainedConfig) -> list[WeightRule]:
+def rules(model: Architecture) -> list[WeightRule]:
     """Return a rule for every parameter of the model, in the order of its layers.
 
     Raises:
         ConfigError: the model has biases that Megatron's layers are not built with.
     """
-    _check_biases(config)
+    refuse_output_biases(model)
     found = [
         WeightRule(
             megatron_name="embedding.word_embeddings.weight",
@@ -59,8 +57,8 @@ def rules(config: PretrainedConfig) -> list[WeightRule]:
             kind="vocab",
         )
     ]
-    for layer in range(config.num_hidden_layers):
-        found += _layer_rules(config, layer)
+    for layer in range(model.num_layers):
+        found += _layer_rules(model, layer)
     found.append(
         WeightRule(
             megatron_name="decoder.final_layernorm.weight",
@@ -68,7 +66,7 @@ def rules(config: PretrainedConfig) -> list[WeightRule]:
             checkpoint_key="decoder.final_layernorm.weight",
         )
     )
-    if not config.tie_word_embeddings:
+    if not model.tied_head:
         found.append(
             WeightRule(
                 megatron_name="output_layer.weight",
@@ -81,14 +79,14 @@ def rules(config: PretrainedConfig) -> list[WeightRule]:
     return found
 
 
-def to_megatron(rule: WeightRule, hf_tensors: Sequence[Tensor], config: PretrainedConfig) -> Tensor:
+def to_megatron(rule: WeightRule, hf_tensors: Sequence[Tensor], model: Architecture) -> Tensor:
     """Return the whole Megatron tensor made of `hf_tensors`, given in the order of `rule.hf_names`.
 
     A plain tensor is returned as it is, not copied. Optimizer moments of the weights convert alike.
     """
     assert len(hf_tensors) == len(rule.hf_names), f"{rule.megatron_name} is made of {', '.join(rule.hf_names)}"
     if rule.kind == "qkv":
-        groups = config.num_key_value_heads
+        groups = model.num_kv_heads
         by_group = [tensor.reshape(groups, tensor.shape[0] // groups, *tensor.shape[1:]) for tensor in hf_tensors]
         return torch.cat(by_group, dim=1).flatten(0, 1)
     if rule.kind == "gate_up":
@@ -96,20 +94,20 @@ def to_megatron(rule: WeightRule, hf_tensors: Sequence[Tensor], config: Pretrain
     return hf_tensors[0]
 
 
-def to_hf(rule: WeightRule, tensor: Tensor, config: PretrainedConfig) -> dict[str, Tensor]:
+def to_hf(rule: WeightRule, tensor: Tensor, model: Architecture) -> dict[str, Tensor]:
     """Return the Hugging Face tensors inside a whole Megatron tensor, contiguous; rows that pad the vocabulary are cut off.
 
     What is contiguous in the Megatron tensor shares its memory.
     """
     if rule.kind == "qkv":
-        groups, size = config.num_key_value_heads, head_dim(config)
+        groups, size = model.num_kv_heads, model.head_dim
         by_group = tensor.reshape(groups, tensor.shape[0] // groups, *tensor.shape[1:])
-        queries = config.num_attention_heads // groups * size
+        queries = model.num_heads // groups * size
         parts = [part.flatten(0, 1) for part in by_group.split([queries, size, size], dim=1)]
     elif rule.kind == "gate_up":
         parts = list(tensor.chunk(2))
     elif rule.kind == "vocab":
-        parts = [tensor[: config.vocab_size]]
+        parts = [tensor[: model.vocab_size]]
     else:
         parts = [tensor]
     return {name: part.contiguous() for name, part in zip(rule.hf_names, parts, strict=True)}
@@ -142,16 +140,16 @@ def tp_join(rule: WeightRule, shards: Sequence[Tensor]) -> Tensor:
     return torch.cat(tuple(shards), dim=rule.tp_dim)
 
 
-def _layer_rules(config: PretrainedConfig, layer: int) -> list[WeightRule]:
+def _layer_rules(model: Architecture, layer: int) -> list[WeightRule]:
     attention = [f"self_attn.{part}_proj" for part in "qkv"]
     found = [
         _layer_rule(layer, "input_layernorm.weight", ["input_layernorm.weight"], "self_attention.linear_qkv.layer_norm_weight"),
         _layer_rule(layer, "self_attention.linear_qkv.weight", [f"{name}.weight" for name in attention], tp_dim=0, kind="qkv"),
     ]
-    if _has_qkv_bias(config):
+    if model.qkv_bias:
         biases = [f"{name}.bias" for name in attention]
         found.append(_layer_rule(layer, "self_attention.linear_qkv.bias", biases, tp_dim=0, kind="qkv"))
-    if has_qk_norm(config):
+    if model.qk_norm:
         found += [
             _layer_rule(layer, f"self_attention.{part}_layernorm.weight", [f"self_attn.{part}_norm.weight"]) for part in "qk"
         ]
@@ -187,16 +185,3 @@ def _share(tensor: Tensor, dim: int, rank: int, size: int) -> Tensor:
     """Return the rank's equal part of a dimension; layouts that do not divide are refused before a model is built."""
     assert tensor.shape[dim] % size == 0, f"{tensor.shape[dim]} does not divide over {size} tensor-parallel ranks"
     return tensor.chunk(size, dim)[rank]
-
-
-def _has_qkv_bias(config: PretrainedConfig) -> bool:
-    return config.model_type == "qwen2"
-
-
-def _check_biases(config: PretrainedConfig) -> None:
-    for setting in ("attention_bias", "mlp_bias"):
-        if getattr(config, setting, False):
-            raise ConfigError(
-                f"config.json has {setting} true, and such a model is not converted to Megatron's layers; "
-                "train it with --train-backend fsdp."
-            )

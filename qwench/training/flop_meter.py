@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from qwench.data.balance import SequenceCost
+from qwench.models.memory import SequenceCost
 from qwench.observability.timing import PhaseTimer
 
 FORWARD = 1

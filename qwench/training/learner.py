@@ -16,8 +16,8 @@ from torch import Tensor
 from qwench.algorithms.columns import RolloutBatch
 from qwench.algorithms.method import Method, Needs
 from qwench.config.sections.training import TrainingConfig
-from qwench.data.balance import SequenceCost
 from qwench.errors import RewardError, TrainingError
+from qwench.models.memory import SequenceCost
 from qwench.observability.console import Console
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout, Sample

@@ -15,12 +15,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, Metadata, ReadItem
 from torch.distributed.checkpoint.api import CheckpointException
-from transformers import PretrainedConfig
 
 from qwench.checkpoints.formats.dcp_reader import METADATA, read_metadata
 from qwench.checkpoints.formats.sources import OptimizerState, open_optimizer_state
 from qwench.checkpoints.manifest import note_checksums
 from qwench.errors import CheckpointError
+from qwench.models.architecture import Architecture
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, object], *, flat_keys: bool = True) -> None:
@@ -75,13 +75,13 @@ class _TensorsOnly(DefaultLoadPlanner):
         raise CheckpointError(f"{read_item.storage_index.fqn} is a pickled object instead of a tensor")
 
 
-def open_saved_optimizer(folder: Path, config: PretrainedConfig) -> OptimizerState:
+def open_saved_optimizer(folder: Path, model: Architecture) -> OptimizerState:
     """Open the optimizer state of a checkpoint of any format.
 
     Raises:
         ConfigError, CheckpointError: as `open_optimizer_state`, and where the checkpoint has none.
     """
-    state = open_optimizer_state(folder, config)
+    state = open_optimizer_state(folder, model)
     if state is None:
         raise saved_without_optimizer(folder)
     return state

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from qwench.algorithms.columns import MicroBatch, RolloutBatch
 from qwench.config.sections.training import TrainingConfig
-from qwench.data.balance import SequenceCost, balance
+from qwench.data.balance import balance
 from qwench.data.packing import Bin, deal, pack_by_count, pack_by_tokens
 from qwench.errors import TrainingError
+from qwench.models.memory import SequenceCost
 from qwench.training.batch import idle, pack
 from qwench.training.trainer import ParallelRank
 

@@ -20,10 +20,10 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from transformers import PretrainedConfig
 
 from qwench.checkpoints.formats.sources import open_weights
-from qwench.models.hf import load_hf_config
+from qwench.config.layout import ParallelLayout
+from qwench.models.hf import architecture_of, load_hf_config
 from qwench.models.megatron_names import rules, to_megatron, tp_shard
 from qwench.training.megatron.groups import is_first_stage, is_last_stage, join_groups, leave_groups
-from qwench.training.megatron.layout import ParallelLayout
 from qwench.training.megatron.model import ModelSettings, transformer_config
 from tests.deadlines import patient
 
@@ -99,7 +99,7 @@ def _stage(config: PretrainedConfig, layout: tuple[int, int]) -> GPTModel:
     tp, pp = layout
     settings = ModelSettings(param_dtype=torch.bfloat16)
     stage = GPTModel(
-        config=transformer_config(config, ParallelLayout(tp=tp, pp=pp), settings),
+        config=transformer_config(architecture_of(config), ParallelLayout(tp=tp, pp=pp), settings),
         transformer_layer_spec=get_gpt_layer_local_spec(qk_layernorm=config.model_type == "qwen3", normalization="RMSNorm"),
         vocab_size=config.vocab_size + -config.vocab_size % tp,
         max_sequence_length=32,
@@ -123,17 +123,17 @@ def _load(stage: GPTModel, folder: Path) -> None:
 def _compare(stage: GPTModel, hf_folder: Path, layout: tuple[int, int]) -> None:
     """Compare every parameter of the stage with the Hugging Face checkpoint, bit by bit."""
     config = load_hf_config(hf_folder)
-    source = open_weights(hf_folder, config)
+    source = open_weights(hf_folder, architecture_of(config))
     by_name = dict(stage.named_parameters())
     first = stage.decoder.layers[0].layer_number - 1
     compared = 0
-    for rule in rules(config):
+    for rule in rules(architecture_of(config)):
         local = rule.megatron_name
         if rule.layer is not None:
             local = local.replace(f"layers.{rule.layer}.", f"layers.{rule.layer - first}.", 1)
         tied_copy = "output_layer.weight" if rule.kind == "vocab" and config.tie_word_embeddings else local
         for name in {local, tied_copy} & by_name.keys():
-            whole = to_megatron(rule, [source.read(hf_name) for hf_name in rule.hf_names], config)
+            whole = to_megatron(rule, [source.read(hf_name) for hf_name in rule.hf_names], architecture_of(config))
             expected = tp_shard(rule, whole, parallel_state.get_tensor_model_parallel_rank(), layout[0])
             assert torch.equal(by_name[name], expected), f"{name} of {hf_folder.name} in {layout} differs"
             compared += 1

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from qwench.algorithms.columns import MicroBatch
 from qwench.checkpoints.formats.sources import open_weights
-from qwench.models.hf import load_hf_config
+from qwench.config.layout import ParallelLayout, check_layout
+from qwench.models.hf import architecture_of, load_hf_config
 from qwench.training.batch import idle
 from qwench.training.megatron.groups import is_first_stage, is_last_stage, join_groups, leave_groups
-from qwench.training.megatron.layout import ParallelLayout, check_layout
 from qwench.training.megatron.model import (
     ModelSettings,
     PolicyModel,
@@ -106,17 +106,17 @@ def _run_rank(rank: int, folder: Path) -> None:
 
 def _run_case(case: Case, folder: Path) -> dict[str, object]:
     config = load_hf_config(folder / case.model)
-    check_layout(case.layout, config, world_size=WORLD_SIZE)
+    check_layout(case.layout, architecture_of(config), world_size=WORLD_SIZE)
     parallel = join_groups(case.layout)
     settings = ModelSettings(
         param_dtype=torch.float32,
         recompute_granularity=case.recompute,  # type: ignore[arg-type]  # written above
         log_probs_chunk_size=7,
     )
-    model = build_model(config, case.layout, settings, CPU)
-    load_weights(model, open_weights(folder / case.model, config), config, case.layout)
+    model = build_model(architecture_of(config), case.layout, settings, CPU)
+    load_weights(model, open_weights(folder / case.model, architecture_of(config)), architecture_of(config), case.layout)
     scores = [_forward_and_backward(model, micro_batch) for micro_batch in micro_batches()]
-    parameters = [(rule.megatron_name, weight) for rule, weight in local_parameters(model, config)]
+    parameters = [(rule.megatron_name, weight) for rule, weight in local_parameters(model, architecture_of(config))]
     parameters += [("copied head", weight) for _, weight in tied_head(model, config)]
     return {
         "place": {

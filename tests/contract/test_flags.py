@@ -13,9 +13,11 @@ from qwench.config import Config
 from qwench.config.command_line.compat import SHORTHANDS, neutral_flag
 from qwench.config.command_line.flags import flag_table, metavar, parse_value, takes_many
 from qwench.config.command_line.parse import parse_flags
+from qwench.config.plan import plan_run
 from qwench.errors import ConfigError
 from qwench.estimators import estimator_names
 from tests.contract.recipes import RUN_QWEN3_4B, RUN_QWEN3_4B_BASE_SFT, RUN_QWEN3_32B
+from tests.unit.config.architectures import QWEN3_4B
 
 HERE = ["--train-backend", "fsdp", "--rollout-engine", "embedded", "--tensor-model-parallel-size", "1"]
 TABLE = flag_table(Config)
@@ -93,12 +95,12 @@ def test_no_flag_is_accepted_and_then_read_by_nothing():
 
 def test_the_4b_recipe_parses_on_the_parts_that_exist():
     config = parse(RUN_QWEN3_4B + HERE)
-    resolved = config.resolve()
+    resolved = plan_run(config, QWEN3_4B)
     assert str(resolved.batch) == (
         "rollout_batch_size 32 x n_samples_per_prompt 8 = global_batch_size 256 x num_steps_per_rollout 1"
     )
-    assert (resolved.world_size, resolved.dp_size, resolved.max_tokens_per_micro_batch) == (8, 8, 9216)
-    assert (resolved.eps_clip_high, resolved.needs_reference, resolved.colocate) == (0.28, True, True)
+    assert (config.cluster.world_size, resolved.dp_size, resolved.micro_batch_tokens) == (8, 8, 9216)
+    assert (config.algorithm.eps_clip_high, resolved.holds_reference, resolved.devices.shared) == (0.28, True, True)
     (aime,) = resolved.eval_sets
     assert (aime.name, aime.path, aime.n_samples_per_prompt) == ("aime", "/root/aime-2024/aime-2024.jsonl", 16)
     assert (aime.max_response_len, aime.temperature) == (16384, 1.0)
@@ -131,7 +133,7 @@ def test_the_sft_recipe_parses_and_means_fine_tuning():
     assert config.algorithm.loss_type == "sft_loss"
     assert config.algorithm.calculate_per_token_loss
     assert config.data.input_key == "messages"
-    assert config.resolve().global_batch_size == 128
+    assert plan_run(config, QWEN3_4B).batch.global_batch_size == 128
     with pytest.raises(ConfigError, match="needs --loss-type sft_loss"):
         parse(["--rollout-function-path", "slime.rollout.sft_rollout.generate_rollout"])
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from qwench.models.hf import architecture_of
 from qwench.models.megatron_names import rules, to_hf, tp_join
 from tests.contract import megatron_model_ranks as ranks
 from tests.contract.megatron_model_ranks import CASES, TEMPERATURE, Case
@@ -102,7 +103,7 @@ def test_the_shares_of_the_ranks_add_up_to_the_gradients(folder: Path, plain: di
     _, expected, config = plain[case.model]
     records = [record for record in _records(folder, case) if record["place"]["dp"] == 0]
     gradients: dict[str, torch.Tensor] = {}
-    for rule in rules(config):
+    for rule in rules(architecture_of(config)):
         shards = [_sum_of_shares(records, rule.megatron_name, tp_rank) for tp_rank in range(case.layout.tp)]
         if rule.megatron_name == "embedding.word_embeddings.weight" and case.model == "tied" and case.layout.pp > 1:
             copies = [_sum_of_shares(records, "copied head", tp_rank) for tp_rank in range(case.layout.tp)]
@@ -111,7 +112,7 @@ def test_the_shares_of_the_ranks_add_up_to_the_gradients(folder: Path, plain: di
         if rule.tp_dim is None and (case.layout.sequence_parallel or "self_attention" in rule.megatron_name):
             # Each tensor-parallel rank saw its own tokens, or its own heads.
             whole = torch.stack(shards).sum(0)
-        gradients |= to_hf(rule, whole, config)
+        gradients |= to_hf(rule, whole, architecture_of(config))
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(

@@ -10,8 +10,9 @@ import pytest
 from qwench.cli import main
 from qwench.config.command_line.argv import split_words
 from qwench.config.command_line.parse import parse_sft, parse_train
-from qwench.models.hf import load_hf_config
-from qwench.models.registry import check_architecture, find_size
+from qwench.config.model_flags import check_model_flags
+from qwench.models.hf import architecture_of, load_hf_config
+from qwench.models.registry import find_size
 from tests.contract.recipes import RUN_QWEN3_4B, RUN_QWEN3_4B_BASE_SFT, RUN_QWEN3_32B
 from tests.deadlines import patient
 
@@ -83,8 +84,8 @@ def test_a_script_passes_its_dry_run(script: Path, stage: Path, world: dict[str,
         main([verb, *words])
     assert ended.value.code == 0
     config = {"train": parse_train, "sft": parse_sft}[verb](words)
-    check_architecture(config.architecture, load_hf_config(config.model.hf_checkpoint))
-    assert config.resolve().world_size == (4 if "4xgpu" in script.name else 8)
+    check_model_flags(config.architecture, architecture_of(load_hf_config(config.model.hf_checkpoint)))
+    assert config.cluster.world_size == (4 if "4xgpu" in script.name else 8)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qwench.checkpoints.formats.sources import open_weights
-from qwench.models.hf import load_hf_config
+from qwench.models.hf import architecture_of, load_hf_config
 from tests.contract import megatron_checkpoints
 from tests.contract import train_backend_cases as cases
 from tests.contract import train_backend_layouts as layouts
@@ -118,7 +118,7 @@ def test_context_parallel_ranks_are_no_data_parallel_ranks(folder: Path) -> None
 @pytest.mark.parametrize("case", [case for _, case in STEPPED if case.save], ids=lambda case: case.name)
 def test_what_is_published_is_bit_for_bit_what_a_conversion_reads_from_the_checkpoint(folder: Path, case: Case) -> None:
     [record] = read_records(folder, case, 1)
-    source = open_weights(folder / f"{case.name}.checkpoint", load_hf_config(folder / case.model))
+    source = open_weights(folder / f"{case.name}.checkpoint", architecture_of(load_hf_config(folder / case.model)))
     assert sorted(record["weights"]) == sorted(source.specs)
     for name, weight in record["weights"].items():
         assert torch.equal(source.read(name), weight), name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import cycle
 
-from qwench.training.megatron.layout import ParallelLayout
+from qwench.config.layout import ParallelLayout
 from tests.contract.train_backend_ranks import Case
 
 BINS = {

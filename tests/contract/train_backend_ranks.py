@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 
 from qwench.algorithms.columns import MicroBatch, TokenLoss
+from qwench.config.layout import ParallelLayout
 from qwench.errors import TrainingError
 from qwench.training.batch import unpack
 from qwench.training.fsdp.fsdp_trainer import WHOLE_GRADIENT_BYTES, FsdpSettings, FsdpTrainer
 from qwench.training.megatron.groups import leave_groups
-from qwench.training.megatron.layout import ParallelLayout
 from qwench.training.megatron.megatron_trainer import MegatronSettings, MegatronTrainer
 from qwench.training.megatron.model import ModelSettings
 from qwench.training.optimizers.adam import AdamSettings

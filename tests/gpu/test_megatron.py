@@ -106,7 +106,7 @@ def _join(rank: int, world_size: int, device: str, folder: Path) -> torch.device
 
 
 def _megatron(folder: Path, device: torch.device, layout: str, dtype: torch.dtype, adam: AdamSettings) -> Trainer:
-    from qwench.training.megatron.layout import ParallelLayout  # noqa: PLC0415
+    from qwench.config.layout import ParallelLayout  # noqa: PLC0415
     from qwench.training.megatron.megatron_trainer import MegatronSettings, MegatronTrainer  # noqa: PLC0415  # after the stand-in
     from qwench.training.megatron.model import ModelSettings  # noqa: PLC0415
 

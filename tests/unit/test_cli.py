@@ -126,7 +126,9 @@ def test_the_environment_of_the_trainer_is_set_before_anything_heavy_is_imported
         "import os, sys, types\n"
         "from qwench import cli\n"
         "launch = types.ModuleType('qwench.launch')\n"
-        "launch.train = lambda config: print(os.environ['A'], os.environ['CUBLAS_WORKSPACE_CONFIG'], 'torch' in sys.modules)\n"
+        "launch.plan_inputs = lambda config, trains: None\n"
+        "launch.train = lambda config, plan: "
+        "print(os.environ['A'], os.environ['CUBLAS_WORKSPACE_CONFIG'], 'torch' in sys.modules)\n"
         "sys.modules['qwench.launch'] = launch\n"
         "cli.main(sys.argv[1:])"
     )

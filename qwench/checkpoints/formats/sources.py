@@ -16,7 +16,6 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from qwench.checkpoints.formats.dcp_reader import METADATA, DcpFolder
 from qwench.checkpoints.formats.iterations import POINTER, RELEASE, Iterations
@@ -30,8 +29,8 @@ from qwench.checkpoints.formats.torch_dist import (
 )
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import TEMPORARY_SUFFIX
+from qwench.models.architecture import Architecture
 from qwench.models.fp8 import dequantize, scale_name
-from qwench.models.hf import expected_weights
 from qwench.models.safetensors_files import StoredTensor, TensorSpec, find_tensors, read_tensor
 
 Format = Literal["hf", "torch_dist", "fsdp"]
@@ -133,11 +132,11 @@ def is_checkpoint(folder: Path) -> bool:
     return True
 
 
-def open_weights(folder: Path, config: PretrainedConfig) -> WeightSource:
+def open_weights(folder: Path, model: Architecture) -> WeightSource:
     """Open the weights of a checkpoint of any format, or of the newest one under `folder`.
 
     Args:
-        config: Of the model that they must be of.
+        model: Of which they must be.
 
     Raises:
         ConfigError: there is no checkpoint, or it is of another architecture.
@@ -146,14 +145,14 @@ def open_weights(folder: Path, config: PretrainedConfig) -> WeightSource:
     folder = find_checkpoint(folder)
     match find_format(folder):
         case "hf":
-            return HfWeights(folder, config)
+            return HfWeights(folder, model)
         case "fsdp":
-            return DcpWeights(DcpFolder(folder / "model"), config)
+            return DcpWeights(DcpFolder(folder / "model"), model)
         case "torch_dist":
-            return TorchDistWeights(DcpFolder(folder), config)
+            return TorchDistWeights(DcpFolder(folder), model)
 
 
-def open_optimizer_state(folder: Path, config: PretrainedConfig) -> OptimizerState | None:
+def open_optimizer_state(folder: Path, model: Architecture) -> OptimizerState | None:
     """Open the optimizer state of a checkpoint, or of the newest one under `folder`; None: it has none.
 
     Raises:
@@ -164,18 +163,18 @@ def open_optimizer_state(folder: Path, config: PretrainedConfig) -> OptimizerSta
         case "hf":
             return None
         case "fsdp":
-            return _fsdp_optimizer(folder, config)
+            return _fsdp_optimizer(folder, model)
         case "torch_dist":
-            return _torch_dist_optimizer(folder, config)
+            return _torch_dist_optimizer(folder, model)
 
 
 class HfWeights:
     """The safetensors of a Hugging Face folder; FP8 weights are read as the bfloat16 that they stand for."""
 
-    def __init__(self, folder: Path, config: PretrainedConfig) -> None:
+    def __init__(self, folder: Path, model: Architecture) -> None:
         """Find every parameter of the model; what else the files hold is left alone."""
         stored = find_tensors(folder)
-        expected = expected_weights(config)
+        expected = model.parameter_shapes()
         check_specs({name: tensor.spec for name, tensor in stored.items()}, expected, folder)
         self._stored: dict[str, StoredTensor] = {name: stored[name] for name in expected}
         self._scales = {name: stored[scale_name(name)] for name in expected if scale_name(name) in stored}
@@ -195,9 +194,9 @@ class HfWeights:
 class DcpWeights:
     """A folder of torch.distributed.checkpoint with Hugging Face names, which may end in `suffix`."""
 
-    def __init__(self, folder: DcpFolder, config: PretrainedConfig, *, suffix: str = "") -> None:
+    def __init__(self, folder: DcpFolder, model: Architecture, *, suffix: str = "") -> None:
         """Find every parameter of the model."""
-        expected = expected_weights(config)
+        expected = model.parameter_shapes()
         found = {name: folder.tensors[name + suffix] for name in expected if name + suffix in folder.tensors}
         check_specs(found, expected, folder.folder)
         self._folder, self._suffix = folder, suffix
@@ -221,18 +220,18 @@ def check_specs(found: Mapping[str, TensorSpec], expected: Mapping[str, Iterable
             )
 
 
-def _fsdp_optimizer(folder: Path, config: PretrainedConfig) -> OptimizerState | None:
+def _fsdp_optimizer(folder: Path, model: Architecture) -> OptimizerState | None:
     if not (folder / "lr_scheduler" / METADATA).is_file():
         return None
     num_steps = int(DcpFolder(folder / "lr_scheduler").read(NUM_STEPS))
     moments: Mapping[str, WeightSource] = {}
     if num_steps:
         stored = DcpFolder(folder / "optimizer")
-        moments = {moment: DcpWeights(stored, config, suffix=f".{moment}") for moment in MOMENTS}
-    return OptimizerState(masters=DcpWeights(DcpFolder(folder / "model"), config), moments=moments, num_steps=num_steps)
+        moments = {moment: DcpWeights(stored, model, suffix=f".{moment}") for moment in MOMENTS}
+    return OptimizerState(masters=DcpWeights(DcpFolder(folder / "model"), model), moments=moments, num_steps=num_steps)
 
 
-def _torch_dist_optimizer(folder: Path, config: PretrainedConfig) -> OptimizerState | None:
+def _torch_dist_optimizer(folder: Path, model: Architecture) -> OptimizerState | None:
     stored = DcpFolder(folder)
     num_steps = read_num_steps(stored)
     if num_steps is None:
@@ -240,8 +239,8 @@ def _torch_dist_optimizer(folder: Path, config: PretrainedConfig) -> OptimizerSt
     # A model that is trained in float32 is its own masters.
     prefix = next((prefix for prefix in MASTER_PREFIXES if holds(stored, prefix)), "")
     moments = {
-        moment: TorchDistWeights(stored, config, prefix=prefix)
+        moment: TorchDistWeights(stored, model, prefix=prefix)
         for moment, prefix in MOMENT_PREFIXES.items()
         if holds(stored, prefix)
     }
-    return OptimizerState(masters=TorchDistWeights(stored, config, prefix=prefix), moments=moments, num_steps=num_steps)
+    return OptimizerState(masters=TorchDistWeights(stored, model, prefix=prefix), moments=moments, num_steps=num_steps)

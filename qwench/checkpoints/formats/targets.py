@@ -15,12 +15,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from qwench.checkpoints.formats.dcp_writer import DcpWriter, Written, write_metadata
 from qwench.checkpoints.formats.jobs import Job, Stream
 from qwench.checkpoints.formats.sources import MOMENTS, NUM_STEPS
 from qwench.checkpoints.formats.torch_dist import MASTER_PREFIXES, MOMENT_PREFIXES, write_common_files, write_extra_states
+from qwench.models.architecture import Architecture
 from qwench.models.hf import write_companions
 from qwench.models.megatron_names import rules, to_megatron
 from qwench.models.safetensors_files import SafetensorsWriter, TensorSpec
@@ -100,24 +100,24 @@ class TorchDistTarget:
     """A torch_dist checkpoint, directly in a folder."""
 
     def __init__(
-        self, folder: Path, streams: Sequence[Stream], config: PretrainedConfig, *, rank: int, num_steps: int | None
+        self, folder: Path, streams: Sequence[Stream], model: Architecture, *, rank: int, num_steps: int | None
     ) -> None:
         """Give each stream its keys; `num_steps` is None where there is no optimizer."""
-        self._folder, self._config, self._num_steps = folder, config, num_steps
+        self._folder, self._model, self._num_steps = folder, model, num_steps
         self._prefixes = {WEIGHTS: "", MASTERS: MASTER_PREFIXES[0], **MOMENT_PREFIXES}
         self._writer = DcpWriter(folder, rank)
         if rank == 0:
-            write_extra_states(self._writer, config)
-        pairs = [(stream, rule) for stream in streams for rule in rules(config)]
+            write_extra_states(self._writer, model)
+        pairs = [(stream, rule) for stream in streams for rule in rules(model)]
         self.jobs = [Job(stream=stream, names=rule.hf_names, unit=i, rule=rule) for i, (stream, rule) in enumerate(pairs)]
 
     def write(self, job: Job, tensors: Sequence[Tensor]) -> None:
         """See `Target`."""
         rule = job.rule
         assert rule is not None, "jobs are those of this target"
-        whole = to_megatron(rule, tensors, self._config)
+        whole = to_megatron(rule, tensors, self._model)
         key = self._prefixes[job.stream.kind] + rule.checkpoint_key
-        self._writer.add(key, whole, layer=rule.layer, num_layers=self._config.num_hidden_layers)
+        self._writer.add(key, whole, layer=rule.layer, num_layers=self._model.num_layers)
 
     def close(self) -> Mapping[str, Sequence[Written]]:
         """See `Target`."""
@@ -126,7 +126,7 @@ class TorchDistTarget:
 
     def finish(self, records: Sequence[Mapping[str, Sequence[Written]]]) -> None:
         """See `Target`."""
-        write_common_files(self._folder, num_steps=self._num_steps, config=self._config)
+        write_common_files(self._folder, num_steps=self._num_steps, model=self._model)
         write_metadata(self._folder, [record["."] for record in records], flat_keys=False)
 
 

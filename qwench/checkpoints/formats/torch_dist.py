@@ -25,15 +25,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from qwench import __version__
 from qwench.checkpoints.formats.dcp_reader import DcpFolder
 from qwench.checkpoints.formats.dcp_writer import DcpWriter
 from qwench.errors import CheckpointError, ConfigError
-from qwench.models.hf import expected_weights
+from qwench.models.architecture import Architecture
 from qwench.models.megatron_names import WeightRule, rules, to_hf
-from qwench.models.registry import has_qk_norm, head_dim
 from qwench.models.safetensors_files import TensorSpec
 
 CONFIG_FILE = "metadata.json"
@@ -61,18 +59,18 @@ class _Held(threading.local):
 class TorchDistWeights:
     """The weights, or with `prefix` the optimizer's tensors of one kind, under Hugging Face names."""
 
-    def __init__(self, folder: DcpFolder, config: PretrainedConfig, *, prefix: str = "") -> None:
+    def __init__(self, folder: DcpFolder, model: Architecture, *, prefix: str = "") -> None:
         """Find the tensor of every rule.
 
         Raises:
             ConfigError: a tensor is missing or of another shape.
         """
-        self._folder, self._config = folder, config
-        self._shapes = expected_weights(config)
+        self._folder, self._model = folder, model
+        self._shapes = model.parameter_shapes()
         self._places: dict[str, tuple[WeightRule, str, int | None]] = {}
         self.specs: dict[str, TensorSpec] = {}
         self.bundles: list[tuple[str, ...]] = []
-        for rule in rules(config):
+        for rule in rules(model):
             key, layer = self._find(rule, prefix)
             self.bundles.append(rule.hf_names)
             for name in rule.hf_names:
@@ -87,7 +85,7 @@ class TorchDistWeights:
         held = self._held
         if name not in held.parts:
             held.parts = {}  # not two Megatron tensors at a time
-            held.parts = to_hf(rule, self._folder.read(key, layer=layer), self._config)
+            held.parts = to_hf(rule, self._folder.read(key, layer=layer), self._model)
         return held.parts.pop(name)
 
     def _find(self, rule: WeightRule, prefix: str) -> tuple[str, int | None]:
@@ -116,7 +114,7 @@ class TorchDistWeights:
 
     def _check_num_layers(self, prefix: str) -> None:
         """Find layers that config.json does not know; too few would have been missed by `_find` only for own keys."""
-        expected = self._config.num_hidden_layers
+        expected = self._model.num_layers
         stacked = {key for _, key, layer in self._places.values() if layer is not None}
         wrong = [key for key in sorted(stacked) if self._folder.tensors[key].shape[0] != expected]
         more = f"{prefix}{_STACKED}{expected}.mlp.linear_fc2.weight"
@@ -153,18 +151,18 @@ def write_common_files(
     num_steps: int | None,
     iteration: int = 0,
     groups: Sequence[Mapping[str, object]] = ({},),
-    config: PretrainedConfig | None = None,
+    model: Architecture | None = None,
 ) -> None:
     """Write what lies beside the tensors, as Megatron-LM does; weights that start a run are of iteration 0.
 
     Args:
         num_steps: Of the optimizer, if its state is in the checkpoint.
         groups: Constants of the optimizer's parameter groups, by which megatron-core finds its own again.
-        config: Of the model, for the scripts of Megatron-LM, which want its shape; megatron-core does without.
+        model: For the scripts of Megatron-LM, which want its shape; megatron-core does without.
     """
     common: dict[str, object] = {"checkpoint_version": 3.0, "iteration": iteration, "qwench_version": __version__}
-    if config is not None:
-        common["args"] = megatron_args(config)
+    if model is not None:
+        common["args"] = megatron_args(model)
     if num_steps is not None:
         common["optimizer"] = {
             "optimizer": {"param_groups": [{**group, "step": num_steps} for group in groups]},
@@ -174,19 +172,19 @@ def write_common_files(
     (folder / CONFIG_FILE).write_text(json.dumps(_CONFIG))
 
 
-def megatron_args(config: PretrainedConfig) -> Namespace:
+def megatron_args(model: Architecture) -> Namespace:
     """Return what Megatron-LM looks up, and compares with its own flags, in the `args` of a checkpoint."""
     return Namespace(
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.intermediate_size,
-        num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_key_value_heads,
-        kv_channels=head_dim(config),
-        max_position_embeddings=config.max_position_embeddings,
-        vocab_size=config.vocab_size,
-        padded_vocab_size=config.vocab_size,
-        untie_embeddings_and_output_weights=not config.tie_word_embeddings,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.head_dim,
+        max_position_embeddings=model.max_positions,
+        vocab_size=model.vocab_size,
+        padded_vocab_size=model.vocab_size,
+        untie_embeddings_and_output_weights=not model.tied_head,
         tensor_model_parallel_size=1,
         pipeline_model_parallel_size=1,
         no_save_optim=True,
@@ -194,18 +192,18 @@ def megatron_args(config: PretrainedConfig) -> Namespace:
     )
 
 
-def write_extra_states(writer: DcpWriter, config: PretrainedConfig) -> None:
+def write_extra_states(writer: DcpWriter, model: Architecture) -> None:
     """Write the entries that a model of Transformer Engine's or Megatron's own layers asks for at load; all are empty."""
     # Megatron stores a list, with one element for each part of the object that a rank holds.
-    for key in extra_states(config):
+    for key in extra_states(model):
         writer.add_object(key, [None])
 
 
-def extra_states(config: PretrainedConfig) -> Iterator[str]:
+def extra_states(model: Architecture) -> Iterator[str]:
     """Return the keys of the entries that modules ask for beside their tensors."""
-    layers = config.num_hidden_layers
+    layers = model.num_layers
     modules = ["self_attention.core_attention", "self_attention.linear_qkv", "self_attention.linear_proj"]
-    modules += ["self_attention.q_layernorm", "self_attention.k_layernorm"] if has_qk_norm(config) else []
+    modules += ["self_attention.q_layernorm", "self_attention.k_layernorm"] if model.qk_norm else []
     modules += ["mlp.linear_fc1", "mlp.linear_fc2"]
     for module in modules:
         for layer in range(layers):

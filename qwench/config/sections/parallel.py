@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from qwench.config.checks import check_positive
+from qwench.config.layout import ParallelLayout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,11 +33,11 @@ class ParallelConfig:
                 check_positive(f"--{item.name.replace('_', '-')}", getattr(self, item.name))
 
     @property
-    def splits_sequence(self) -> bool:
-        """Tell whether the ranks of a tensor-parallel group share the activations between the matrices."""
-        return self.tensor_model_parallel_size > 1
-
-    @property
-    def model_parallel_size(self) -> int:
-        """Return the number of ranks that hold one copy of the model and one sequence."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+    def layout(self) -> ParallelLayout:
+        """Return how the ranks of one copy of the model divide it; activations are always split where matrices are."""
+        return ParallelLayout(
+            tp=self.tensor_model_parallel_size,
+            pp=self.pipeline_model_parallel_size,
+            cp=self.context_parallel_size,
+            sequence_parallel=self.tensor_model_parallel_size > 1,
+        )

@@ -42,8 +42,8 @@ from qwench.engines.protocol import (
     WeightReceipt,
 )
 from qwench.errors import EngineError
-from qwench.models.architecture import Architecture, architecture_from_config
-from qwench.models.hf import is_fp8_checkpoint, load_hf_config, load_tokenizer, stop_token_ids
+from qwench.models.architecture import Architecture
+from qwench.models.hf import architecture_of, is_fp8_checkpoint, load_hf_config, load_tokenizer, stop_token_ids
 from qwench.wire.portions import WeightBucket
 
 QUIET_TURNS = 10
@@ -113,7 +113,7 @@ class EmbeddedEngine:
             config, tokenizer = load_hf_config(Path(source)), tokenizer or load_tokenizer(Path(source))
             eos_ids = frozenset(stop_token_ids(Path(source), tokenizer))
             settings = replace(settings, fp8=is_fp8_checkpoint(Path(source)))
-        engine = cls(architecture_from_config(config), settings, eos_ids=eos_ids, tokenizer=tokenizer)
+        engine = cls(architecture_of(config), settings, eos_ids=eos_ids, tokenizer=tokenizer)
         if weights is not None:
             engine._weights.load([list(weights.items())])
         elif not isinstance(source, PretrainedConfig):

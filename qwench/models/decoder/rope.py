@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies from a config, tables of cosines and sines, rotation.
+"""Rotary position embedding: tables of cosines and sines, rotation.
 
 Source: RoFormer (arXiv 2104.09864); the llama3 scaling is Llama 3.1's, as transformers' `modeling_rope_utils` states it.
 """
@@ -6,56 +6,11 @@ Source: RoFormer (arXiv 2104.09864); the llama3 scaling is Llama 3.1's, as trans
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
-from qwench.errors import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Llama3Scaling:
-    """Stretch low frequencies by `factor`, keep high ones, blend between."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RopeSpec:
-    """What fixes the rotation of a position."""
-
-    head_dim: int
-    theta: float
-    scaling: Llama3Scaling | None = None
-
-
-def rope_from_config(config: PretrainedConfig, head_dim: int) -> RopeSpec:
-    """Read the rotary parameters of a Hugging Face config, old layout (rope_theta, rope_scaling) or new (rope_parameters).
-
-    Raises:
-        ConfigError: a kind of scaling that is not implemented.
-    """
-    parameters = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
-    theta = float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10_000.0)
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError("config.json has a partial_rotary_factor, but only whole heads are rotated; choose another model.")
-    if kind == "default":
-        return RopeSpec(head_dim=head_dim, theta=theta)
-    if kind == "llama3":
-        scaling = Llama3Scaling(
-            factor=float(parameters["factor"]),
-            low_freq_factor=float(parameters["low_freq_factor"]),
-            high_freq_factor=float(parameters["high_freq_factor"]),
-            original_max_positions=int(parameters["original_max_position_embeddings"]),
-        )
-        return RopeSpec(head_dim=head_dim, theta=theta, scaling=scaling)
-    raise ConfigError(f"config.json has the rope type {kind!r}; known: default, llama3. Choose another model.")
+from qwench.models.architecture import RopeSpec
 
 
 def rope_table(spec: RopeSpec, num_positions: int, device: torch.device) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from qwench.checkpoints.formats.sources import WeightSource, find_checkpoint, find_format, open_weights
 from qwench.checkpoints.formats.torch_dist import CONFIG_FILE
-from qwench.models.hf import load_hf_config, load_model, model_of
+from qwench.models.hf import architecture_of, load_hf_config, load_model, model_of
 from qwench.training.fsdp.optimizer import MasterOptimizer
 from qwench.training.resuming import open_saved_optimizer
 
@@ -39,7 +39,7 @@ def load_causal_lm(folder: Path, config: PretrainedConfig) -> tuple[PreTrainedMo
     if find_format(folder) == "hf":
         stored = load_hf_config(folder).dtype
         return load_model(folder, dtype=stored if isinstance(stored, torch.dtype) else torch.float32), None
-    source = open_weights(folder, config)
+    source = open_weights(folder, architecture_of(config))
     dtype = next(iter(source.specs.values())).dtype
     shapes = {name: torch.zeros((), dtype=dtype).expand(spec.shape) for name, spec in source.specs.items()}
     return model_of(config, shapes, dtype=dtype), source
@@ -58,8 +58,9 @@ def load_converted(folder: Path, optimizer: MasterOptimizer, config: PretrainedC
         CheckpointError: files are missing or damaged.
         ConfigError: it is of another model.
     """
-    weights = open_weights(folder, config)
-    state = None if weights_only else open_saved_optimizer(folder, config)
+    model = architecture_of(config)
+    weights = open_weights(folder, model)
+    state = None if weights_only else open_saved_optimizer(folder, model)
     _fill(optimizer.masters(), weights if state is None else state.masters)
     optimizer.round_masters()
     if state is not None:

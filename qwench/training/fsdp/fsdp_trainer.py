@@ -21,6 +21,7 @@ from transformers import PretrainedConfig
 
 from qwench.algorithms.columns import LossFunction, MicroBatch, TokenLoss
 from qwench.models.hf import load_hf_config
+from qwench.models.memory import WHOLE_GRADIENT_BYTES
 from qwench.training import rng
 from qwench.training.fsdp import checkpoint
 from qwench.training.fsdp.attention import install_attention
@@ -36,10 +37,6 @@ from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import largest_of_ranks
 from qwench.training.trainer import ParallelRank, Scores, StepResult, Sums, stop_unless_finite
 from qwench.wire.portions import WeightBucket, bucketed
-
-WHOLE_GRADIENT_BYTES = 4 << 30
-"""Float32 gradients of a whole model up to this size (a billion weights) stay whole on every rank until the step's last
-micro-batch; beyond it, each micro-batch is reduced into shards: more traffic, less memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from qwench.errors import ConfigError
-from qwench.models.decoder.rope import RopeSpec, rope_table, rotate
+from qwench.models.architecture import RopeSpec
+from qwench.models.decoder.rope import rope_table, rotate
 from qwench.training.megatron.context_parallel import SequenceSplit, gather_keys
 from qwench.training.packed_attention import PackedAttention
 

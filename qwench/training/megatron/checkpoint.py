@@ -40,7 +40,7 @@ def save(folder: Path, weights: NamedWeights, optimizer: MasterOptimizer | None,
     if optimizer is not None:
         tensors |= _state_tensors(weights, optimizer, place)
     if is_main:
-        tensors |= {key: [None] for key in extra_states(place.config)}
+        tensors |= {key: [None] for key in extra_states(place.model)}
     save_tensors(folder, tensors, flat_keys=False)
     if not is_main:
         return
@@ -84,7 +84,7 @@ def convert_state(state: OptimizerState, weights: NamedWeights, optimizer: Maste
     for shard in optimizer.owned_shards():
         rule = rule_of[shard.weight]
         for name, source in sources.items():
-            whole = to_megatron(rule, [source.read(hf_name) for hf_name in rule.hf_names], place.config)
+            whole = to_megatron(rule, [source.read(hf_name) for hf_name in rule.hf_names], place.model)
             local = tp_shard(rule, whole, place.tp_rank, place.tp_size)
             shard.state[name].copy_(local.reshape(-1)[shard.start : shard.stop])
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from qwench.training.megatron.layout import ParallelLayout
+from qwench.config.layout import ParallelLayout
 from qwench.training.trainer import ParallelRank
 
 

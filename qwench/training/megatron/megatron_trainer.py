@@ -18,15 +18,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from qwench.algorithms.columns import LossFunction, MicroBatch, TokenLoss
 from qwench.checkpoints.formats.sources import open_weights
-from qwench.models.hf import load_hf_config
+from qwench.config.layout import ParallelLayout, check_layout
+from qwench.models.architecture import Architecture
+from qwench.models.hf import architecture_of, load_hf_config
 from qwench.training import rng
 from qwench.training.megatron import checkpoint, pipeline
 from qwench.training.megatron.groups import join_groups
-from qwench.training.megatron.layout import ParallelLayout, check_layout
 from qwench.training.megatron.model import (
     ModelSettings,
     PolicyModel,
@@ -64,7 +64,7 @@ class MegatronTrainer:
     def __init__(
         self,
         model: PolicyModel,
-        config: PretrainedConfig,
+        config: Architecture,
         *,
         layout: ParallelLayout,
         parallel: ParallelRank,
@@ -77,7 +77,7 @@ class MegatronTrainer:
         self.parallel = parallel
         self._config = config
         self._layout = layout
-        self._place = TensorPlace(config=config, tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=layout.tp)
+        self._place = TensorPlace(model=config, tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=layout.tp)
         self._model = model
         self._ddp: DistributedDataParallel = wrap_in_ddp(model)
         self._optimizer = MasterOptimizer(self._ddp, adam, schedule)
@@ -97,13 +97,13 @@ class MegatronTrainer:
         adam: AdamSettings,
         schedule: LrSchedule,
         device: torch.device,
-        hf_config: PretrainedConfig | None = None,
+        architecture: Architecture | None = None,
     ) -> MegatronTrainer:
         """Divide the ranks (after `init_process_group`) and load a checkpoint of any format; collective.
 
         Args:
             model_folder: A checkpoint that `checkpoints.formats.sources` knows.
-            hf_config: Of the model; None: config.json in `model_folder`.
+            architecture: Of the model; None: that of config.json in `model_folder`.
 
         Raises:
             ConfigError: megatron-core is missing, or the layout does not fit the model or the ranks.
@@ -113,7 +113,7 @@ class MegatronTrainer:
         check_transformer_impl(settings.model.transformer_impl)
         if settings.model.deterministic:
             torch.use_deterministic_algorithms(True)
-        config = hf_config or load_hf_config(model_folder)
+        config = architecture or architecture_of(load_hf_config(model_folder))
         check_layout(settings.layout, config, world_size=dist.get_world_size())
         source = open_weights(model_folder, config)
         parallel = join_groups(settings.layout, timeout_s=settings.collective_timeout_s)

@@ -19,17 +19,16 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, 
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from transformers import PretrainedConfig
 
 from qwench.algorithms.columns import MicroBatch
 from qwench.checkpoints.formats.sources import WeightSource
+from qwench.config.layout import ParallelLayout
 from qwench.errors import ConfigError
-from qwench.models.architecture import Architecture, architecture_from_config
+from qwench.models.architecture import Architecture, refuse_output_biases
 from qwench.models.megatron_names import WeightRule, rules, to_megatron, tp_shard
 from qwench.training.megatron.attention import PackedTokens, uses_varlen_kernel
 from qwench.training.megatron.context_parallel import SequenceSplit, gather_results, split_sequences
 from qwench.training.megatron.groups import is_first_stage, is_last_stage
-from qwench.training.megatron.layout import ParallelLayout
 from qwench.training.megatron.log_probs import VocabShard, parallel_log_probs
 from qwench.training.megatron.spec import block_spec
 
@@ -159,14 +158,13 @@ class PolicyModel(GPTModel):
         return weight
 
 
-def transformer_config(config: PretrainedConfig, layout: ParallelLayout, settings: ModelSettings) -> TransformerConfig:
+def transformer_config(architecture: Architecture, layout: ParallelLayout, settings: ModelSettings) -> TransformerConfig:
     """Return megatron-core's configuration of the model.
 
     Raises:
         ConfigError: a kind of model that megatron-core would not compute as transformers does.
     """
-    architecture = architecture_from_config(config)
-    rules(config)  # refuses biases
+    refuse_output_biases(architecture)
     full = settings.recompute_granularity == "full"
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -209,7 +207,9 @@ def transformer_config(config: PretrainedConfig, layout: ParallelLayout, setting
     )
 
 
-def build_model(config: PretrainedConfig, layout: ParallelLayout, settings: ModelSettings, device: torch.device) -> PolicyModel:
+def build_model(
+    architecture: Architecture, layout: ParallelLayout, settings: ModelSettings, device: torch.device
+) -> PolicyModel:
     """Build this rank's stage (after `join_groups`), with weights that `load_weights` fills; collective.
 
     Args:
@@ -220,12 +220,12 @@ def build_model(config: PretrainedConfig, layout: ParallelLayout, settings: Mode
     """
     varlen = uses_varlen_kernel(settings.attention_backend, device=device, dtype=settings.param_dtype)
     model: PolicyModel = PolicyModel(
-        transformer_config(config, layout, settings), architecture_from_config(config), layout, settings, varlen=varlen
+        transformer_config(architecture, layout, settings), architecture, layout, settings, varlen=varlen
     ).to(device)
     return model
 
 
-def local_parameters(model: PolicyModel, config: PretrainedConfig) -> list[tuple[WeightRule, nn.Parameter]]:
+def local_parameters(model: PolicyModel, architecture: Architecture) -> list[tuple[WeightRule, nn.Parameter]]:
     """Return this stage's parameters with their rules, in the order of the model.
 
     The copy of a tied embedding on the last of several stages is left out; see `tied_head`.
@@ -233,31 +233,31 @@ def local_parameters(model: PolicyModel, config: PretrainedConfig) -> list[tuple
     by_name = dict(model.named_parameters())
     offset = model.decoder.layers[0].layer_number - 1
     found = []
-    for rule in rules(config):
+    for rule in rules(architecture):
         parameter = next((by_name[name] for name in _local_names(rule, offset) if name in by_name), None)
         if parameter is not None:
             found.append((rule, parameter))
     return found
 
 
-def tied_head(model: PolicyModel, config: PretrainedConfig) -> list[tuple[WeightRule, nn.Parameter]]:
+def tied_head(model: PolicyModel, architecture: Architecture) -> list[tuple[WeightRule, nn.Parameter]]:
     """Return the copy of a tied embedding on the last of several stages with the embedding's rule; else nothing."""
     if not (model.post_process and not model.pre_process and model.share_embeddings_and_output_weights):
         return []
-    embedding = next(rule for rule in rules(config) if rule.kind == "vocab")
+    embedding = next(rule for rule in rules(architecture) if rule.kind == "vocab")
     return [(embedding, model.output_layer.weight)]
 
 
 @torch.no_grad()
-def load_weights(model: PolicyModel, source: WeightSource, config: PretrainedConfig, layout: ParallelLayout) -> None:
+def load_weights(model: PolicyModel, source: WeightSource, architecture: Architecture, layout: ParallelLayout) -> None:
     """Copy this rank's share of a checkpoint into the stage, in its dtype; every rank reads for itself.
 
     Raises:
         ConfigError: a tensor has another shape than config.json implies.
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
-    for rule, parameter in [*local_parameters(model, config), *tied_head(model, config)]:
-        whole = to_megatron(rule, [source.read(name) for name in rule.hf_names], config)
+    for rule, parameter in [*local_parameters(model, architecture), *tied_head(model, architecture)]:
+        whole = to_megatron(rule, [source.read(name) for name in rule.hf_names], architecture)
         shard = tp_shard(rule, whole, rank, layout.tp)
         if shard.shape != parameter.shape:
             raise ConfigError(

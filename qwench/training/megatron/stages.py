@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from math import prod
 
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from qwench.checkpoints.formats.pieces import Piece, rectangles
+from qwench.models.architecture import Architecture
 from qwench.models.megatron_names import WeightRule
 
 
@@ -22,7 +22,7 @@ from qwench.models.megatron_names import WeightRule
 class TensorPlace:
     """Which tensor-parallel share of the model a rank holds."""
 
-    config: PretrainedConfig
+    model: Architecture
     tp_rank: int = 0
     tp_size: int = 1
 
@@ -32,8 +32,8 @@ class TensorPlace:
         if rule.tp_dim is not None:
             sizes[rule.tp_dim] *= self.tp_size
         if rule.kind == "vocab":
-            sizes[0] = self.config.vocab_size  # rows that pad the vocabulary are not stored
-        return tuple(sizes) if rule.layer is None else (self.config.num_hidden_layers, *sizes)
+            sizes[0] = self.model.vocab_size  # rows that pad the vocabulary are not stored
+        return tuple(sizes) if rule.layer is None else (self.model.num_layers, *sizes)
 
     def pieces(self, rule: WeightRule, local_shape: Sequence[int], start: int, values: Tensor) -> Iterator[Piece]:
         """Place `values`, the flat range of the local tensor that begins at `start`, in the checkpoint tensor."""
@@ -60,5 +60,5 @@ class TensorPlace:
         if rule.tp_dim is not None:
             shift[rule.tp_dim] = self.tp_rank * shape[rule.tp_dim]
         if rule.kind == "vocab":
-            size = max(0, min(size, (self.config.vocab_size - shift[0]) * prod(shape[1:])))
+            size = max(0, min(size, (self.model.vocab_size - shift[0]) * prod(shape[1:])))
         yield 0, size, tuple(shift)

@@ -11,15 +11,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
+from qwench.models.architecture import Architecture
 from qwench.models.megatron_names import WeightRule, rules, to_hf, tp_join
 
 
 class WholeWeights:
     """Gathers the weights of all stages, in the order of the model; every rank gets each tensor."""
 
-    def __init__(self, own: Sequence[tuple[WeightRule, nn.Parameter]], config: PretrainedConfig) -> None:
+    def __init__(self, own: Sequence[tuple[WeightRule, nn.Parameter]], config: Architecture) -> None:
         """Agree on which stage holds which weight; collective over the pipeline."""
         self._config = config
         self._own = {rule.megatron_name: weight for rule, weight in own}

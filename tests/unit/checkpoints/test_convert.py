@@ -25,7 +25,7 @@ from qwench.checkpoints.formats.targets import WEIGHTS, FsdpTarget, HfTarget
 from qwench.checkpoints.manifest import read_manifest, write_manifest
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.fp8 import quantized
-from qwench.models.hf import expected_weights, load_hf_config, write_hf_checkpoint
+from qwench.models.hf import architecture_of, load_hf_config, write_hf_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 SHAPE = {
@@ -43,7 +43,10 @@ def write_hf(folder: Path, *, tied: bool = True, seed: int = 1) -> Path:
     config = Qwen3Config(**SHAPE, tie_word_embeddings=tied, dtype="bfloat16")
     config.save_pretrained(folder)
     generator = torch.Generator().manual_seed(seed)
-    weights = [(name, torch.randn(shape, generator=generator).bfloat16()) for name, shape in expected_weights(config).items()]
+    weights = [
+        (name, torch.randn(shape, generator=generator).bfloat16())
+        for name, shape in architecture_of(config).parameter_shapes().items()
+    ]
     write_hf_checkpoint(folder.with_name(folder.name + "-full"), [weights], source=folder)
     shutil.rmtree(folder)
     return folder.with_name(folder.name + "-full").rename(folder)
@@ -65,7 +68,7 @@ def run(source: Path, output: Path, to: Format, *, hf: Path, shard_bytes: int = 
 def write_run(root: Path, hf: Path) -> Path:
     """Write what a run of the FSDP backend leaves: masters that are no bfloat16 values, moments, where it stood."""
     folder = root / "iter_0000020"
-    source = open_weights(hf, load_hf_config(hf))
+    source = open_weights(hf, architecture_of(load_hf_config(hf)))
     masters = {name: source.read(name).float() * 1.0001 for name in source.specs}
     dcp.save(masters, checkpoint_id=folder / "model")
     moments = {f"{name}.exp_avg": master * 0.5 for name, master in masters.items()}
@@ -88,7 +91,9 @@ def test_there_and_back_gives_the_same_file(tmp_path: Path, tied: bool) -> None:
     assert (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").read_text() == "release"
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (hf / name).read_bytes()
-    assert open_weights(tmp_path / "fsdp", load_hf_config(hf)).specs["model.norm.weight"].dtype == torch.float32
+    assert (
+        open_weights(tmp_path / "fsdp", architecture_of(load_hf_config(hf))).specs["model.norm.weight"].dtype == torch.float32
+    )
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 300])
@@ -109,8 +114,8 @@ def test_fp8_is_what_publication_makes_of_the_same_weights(tmp_path: Path, shard
 def test_what_is_stored_or_quantized_as_one_is_one_job(tmp_path: Path) -> None:
     hf = write_hf(tmp_path / "hf")
     run(hf, tmp_path / "megatron", "torch_dist", hf=hf)
-    megatron = open_weights(tmp_path / "megatron", load_hf_config(hf))
-    fp8 = QuantizedSource(open_weights(hf, load_hf_config(hf)), dtype=None)
+    megatron = open_weights(tmp_path / "megatron", architecture_of(load_hf_config(hf)))
+    fp8 = QuantizedSource(open_weights(hf, architecture_of(load_hf_config(hf))), dtype=None)
     gate, up = (f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up"))
 
     def to_hf(source: WeightSource, *, shard_bytes: int = 10**9) -> list[tuple[str, ...]]:
@@ -153,12 +158,12 @@ def test_optimizer_and_run_go_along(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", hf)
     assert run(folder, tmp_path / "megatron", "torch_dist", hf=hf).with_optimizer
     assert run(tmp_path / "megatron" / "iter_0000020", tmp_path / "back", "fsdp", hf=hf).with_optimizer
-    before = open_optimizer_state(tmp_path / "run", config)
+    before = open_optimizer_state(tmp_path / "run", architecture_of(config))
     for name in ("megatron", "back"):
-        state = open_optimizer_state(tmp_path / name, config)
+        state = open_optimizer_state(tmp_path / name, architecture_of(config))
         assert before is not None and state is not None
         assert state.num_steps == 40
-        for weight in expected_weights(config):
+        for weight in architecture_of(config).parameter_shapes():
             assert torch.equal(state.masters.read(weight), before.masters.read(weight))
             for moment in ("exp_avg", "exp_avg_sq"):
                 assert torch.equal(state.moments[moment].read(weight), before.moments[moment].read(weight))
@@ -167,7 +172,7 @@ def test_optimizer_and_run_go_along(tmp_path: Path) -> None:
         assert (tmp_path / name / "iter_0000020" / "rollouts.json").read_text() == '{"cursor": 3}'
         assert (tmp_path / name / MARKER).is_file()
     # What is computed with are the masters' roundings.
-    weights = open_weights(tmp_path / "megatron", config)
+    weights = open_weights(tmp_path / "megatron", architecture_of(config))
     assert torch.equal(weights.read("model.norm.weight"), before.masters.read("model.norm.weight").bfloat16())
 
 

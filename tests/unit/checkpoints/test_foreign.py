@@ -11,7 +11,7 @@ from qwench.checkpoints.folders import check_weights, foreign_checkpoint, starti
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import CheckpointError, ConfigError
-from qwench.models.hf import load_hf_config
+from qwench.models.hf import architecture_of, load_hf_config
 from tests.fakes.learner import CountingRollouts
 from tests.unit.checkpoints.test_convert import SHAPE, run, write_hf
 from tests.unit.checkpoints.test_manager import manager_of, save_all
@@ -91,7 +91,7 @@ def test_ref_load_takes_the_parent_and_a_step(megatron: Path, model: PretrainedC
     assert starting_weights(CheckpointConfig()) is None
     assert starting_weights(CheckpointConfig(ref_load=megatron)) == megatron / "release"
     assert starting_weights(CheckpointConfig(ref_load=megatron, ref_ckpt_step=7)) == megatron / "iter_0000007"
-    check_weights(CheckpointConfig(ref_load=megatron, load=megatron), model)
+    check_weights(CheckpointConfig(ref_load=megatron, load=megatron), architecture_of(model))
     with pytest.raises(ConfigError, match=r"--ref-load .* has no checkpoint of iteration 9"):
         starting_weights(CheckpointConfig(ref_load=megatron, ref_ckpt_step=9))
     with pytest.raises(ConfigError, match="give --ref-load"):
@@ -102,4 +102,4 @@ def test_ref_load_takes_the_parent_and_a_step(megatron: Path, model: PretrainedC
 def test_weights_of_another_model_are_refused_by_flag(megatron: Path, flag: str) -> None:
     deeper = Qwen3Config(**{**SHAPE, "num_hidden_layers": 3}, tie_word_embeddings=True)
     with pytest.raises(ConfigError, match=rf"--{flag.replace('_', '-')}: .* has 2 layers, but config\.json describes 3"):
-        check_weights(CheckpointConfig(**{flag: megatron}), deeper)
+        check_weights(CheckpointConfig(**{flag: megatron}), architecture_of(deeper))

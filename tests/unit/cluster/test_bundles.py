@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 
 from qwench.cluster.bundles import Bundles, Seat, device_number, engine_places, order_of, plan_bundles
 from qwench.config import ClusterConfig
-from qwench.errors import ConfigError
+from qwench.config.plan import DevicePlan
+
+SHARED = {"trains": True, "generates": True, "shared": True}
+APART = {"trains": True, "generates": True, "shared": False}
+TRAINS = {"trains": True, "generates": False, "shared": False}
+GENERATES = {"trains": False, "generates": True, "shared": False}
 
 
 def seat(address: str, device: int) -> Seat:
@@ -16,29 +21,30 @@ def seat(address: str, device: int) -> Seat:
 
 
 @pytest.mark.parametrize(
-    ("cluster", "trains", "num_engines", "size", "expected"),
+    ("cluster", "roles", "num_engines", "size", "expected"),
     [
-        ({"actor_num_gpus_per_node": 8, "colocate": True}, True, 4, 2, Bundles(trainer=(8,), engines=())),
-        ({"actor_num_gpus_per_node": 8, "actor_num_nodes": 2}, True, 2, 8, Bundles(trainer=(8, 8), engines=())),
-        ({"actor_num_gpus_per_node": 4, "rollout_num_gpus": 4}, True, 2, 2, Bundles(trainer=(4,), engines=(2, 2))),
-        ({"actor_num_gpus_per_node": 4}, True, 0, 1, Bundles(trainer=(4,), engines=())),
-        ({"actor_num_gpus_per_node": 4}, False, 2, 2, Bundles(trainer=(), engines=(2, 2))),
+        ({"actor_num_gpus_per_node": 8, "colocate": True}, SHARED, 4, 2, Bundles(trainer=(8,), engines=())),
+        ({"actor_num_gpus_per_node": 8, "actor_num_nodes": 2}, SHARED, 2, 8, Bundles(trainer=(8, 8), engines=())),
+        ({"actor_num_gpus_per_node": 4, "rollout_num_gpus": 4}, APART, 2, 2, Bundles(trainer=(4,), engines=(2, 2))),
+        ({"actor_num_gpus_per_node": 4}, TRAINS, 0, 1, Bundles(trainer=(4,), engines=())),
+        ({"actor_num_gpus_per_node": 4}, GENERATES, 2, 2, Bundles(trainer=(), engines=(2, 2))),
     ],
 )
-def test_bundles_of_a_layout(cluster, trains, num_engines, size, expected):
-    planned = plan_bundles(ClusterConfig(**cluster), trains=trains, num_engines=num_engines, devices_per_engine=size)
-    assert planned == expected
+def test_bundles_of_a_layout(cluster, roles, num_engines, size, expected):
+    devices = DevicePlan(
+        **roles,
+        num_engines=num_engines,
+        devices_per_engine=size,
+        offload_train=False,
+        offload_rollout=False,
+        weights_may_alias=False,
+    )
+    assert plan_bundles(ClusterConfig(**cluster), devices) == expected
 
 
 def test_devices_are_counted_once_where_they_are_shared():
     assert Bundles(trainer=(4, 4), engines=(2,)).num_devices == 10
     assert Bundles(trainer=(4, 4), engines=()).num_devices == 8
-
-
-def test_engine_across_nodes_is_refused():
-    cluster = ClusterConfig(actor_num_nodes=2, actor_num_gpus_per_node=3, colocate=True)
-    with pytest.raises(ConfigError, match="--rollout-num-gpus-per-engine 2 does not divide --actor-num-gpus-per-node 3"):
-        plan_bundles(cluster, trains=True, num_engines=3, devices_per_engine=2)
 
 
 def test_ranks_are_ordered_by_address_as_a_number_and_by_device():

@@ -3,7 +3,9 @@ import pytest
 from qwench.config import Config, EvalConfig, RolloutConfig
 from qwench.config.eval_file import EvalSetConfig, read_eval_file
 from qwench.config.eval_settings import EvalSettings
+from qwench.config.plan import plan_run
 from qwench.errors import ConfigError
+from tests.unit.config.architectures import QWEN3_4B
 
 SETS = """
 eval:
@@ -36,7 +38,7 @@ def write(tmp_path):
 
 def settings_of(path, **flags) -> dict[str, EvalSettings]:
     rollout = RolloutConfig(rollout_batch_size=1, rollout_max_response_len=9, rollout_stop=("x",))
-    resolved = Config(rollout=rollout, evaluation=EvalConfig(eval_config=path, **flags)).resolve()
+    resolved = plan_run(Config(rollout=rollout, evaluation=EvalConfig(eval_config=path, **flags)), QWEN3_4B)
     return {one.name: one for one in resolved.eval_sets}
 
 

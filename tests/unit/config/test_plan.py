@@ -4,19 +4,31 @@ from hypothesis import strategies as st
 
 from qwench.config import (
     AlgorithmConfig,
+    ArchitectureConfig,
     CheckpointConfig,
     ClusterConfig,
     Config,
     DataConfig,
+    DebugConfig,
+    EngineConfig,
     EvalConfig,
     LoggingConfig,
+    ModelConfig,
     ParallelConfig,
     RewardConfig,
     RolloutConfig,
     TrainingConfig,
 )
-from qwench.config.plan import data_parallel_size, plan_batch
+from qwench.config.batch import plan_batch
+from qwench.config.layout import data_parallel_size
+from qwench.config.plan import RunPlan, plan_lines, plan_run, train_dtype
 from qwench.errors import ConfigError
+from tests.unit.config.architectures import QWEN3_4B
+
+
+def planned(**sections) -> RunPlan:
+    sections.setdefault("rollout", BATCH)
+    return plan_run(Config(**sections), QWEN3_4B)
 
 
 def plan(prompts: int, siblings: int, per_step: int | None = None, steps: int | None = None):
@@ -32,7 +44,7 @@ def plan(prompts: int, siblings: int, per_step: int | None = None, steps: int | 
 def test_what_is_missing_of_the_batch_identity_is_derived(per_step, steps, expected):
     batch = plan(32, 8, per_step, steps)
     assert (batch.global_batch_size, batch.num_steps_per_rollout) == expected
-    assert batch.samples_per_rollout == 256
+    assert (batch.rollout_batch_size, batch.n_samples_per_prompt) == (32, 8)
 
 
 @given(st.integers(1, 64), st.integers(1, 16), st.none() | st.integers(1, 64), st.none() | st.integers(1, 16))
@@ -62,16 +74,16 @@ def test_terms_that_do_not_fit_are_refused_with_both_products():
         plan(32, 8, None, 3)
 
 
-def test_without_a_rollout_batch_size_nothing_can_be_resolved():
+def test_without_a_rollout_batch_size_nothing_can_be_planned():
     with pytest.raises(ConfigError, match="--rollout-batch-size is required"):
-        Config().resolve()
+        plan_run(Config(), QWEN3_4B)
 
 
 def test_ranks_that_are_left_over_are_data_parallel():
-    sizes = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, context_parallel_size=1)
-    assert data_parallel_size(16, sizes) == 4
-    with pytest.raises(ConfigError, match="= 4 does not divide the 6 ranks of --actor-num-nodes x --actor-num-gpus-per-node"):
-        data_parallel_size(6, sizes)
+    layout = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, context_parallel_size=1).layout
+    assert data_parallel_size(layout, world_size=16) == 4
+    with pytest.raises(ConfigError, match=r"\(4 ranks .* the 6 trainer ranks of --actor-num-nodes x --actor-num-gpus-per-node"):
+        data_parallel_size(layout, world_size=6)
 
 
 BATCH = RolloutConfig(rollout_batch_size=4, n_samples_per_prompt=2, rollout_max_response_len=100, rollout_temperature=0.7)
@@ -84,7 +96,7 @@ def test_evaluation_falls_back_to_the_values_of_the_rollout():
         reward=RewardConfig(reward_key="score"),
         evaluation=EvalConfig(eval_prompt_data=("a", "x.jsonl", "b", "y.jsonl@[0:2]")),
     )
-    settings, other = config.resolve().eval_sets
+    settings, other = plan_run(config, QWEN3_4B).eval_sets
     assert (settings.temperature, settings.top_p, settings.top_k, settings.min_new_tokens) == (0.7, 1.0, -1, 0)
     assert (settings.max_response_len, settings.max_prompt_len, settings.max_context_len) == (100, 50, None)
     assert (settings.input_key, settings.label_key, settings.tool_key, settings.metadata_key) == (
@@ -95,7 +107,7 @@ def test_evaluation_falls_back_to_the_values_of_the_rollout():
     )
     assert (settings.n_samples_per_prompt, settings.stop, settings.stop_token_ids) == (1, (), ())
     assert [(one.name, one.path) for one in (settings, other)] == [("a", "x.jsonl"), ("b", "y.jsonl@[0:2]")]
-    assert config.resolve().eval_reward_key == "score"
+    assert plan_run(config, QWEN3_4B).eval_reward_key == "score"
 
 
 def test_values_of_evaluation_win_also_when_they_are_zero():
@@ -110,7 +122,7 @@ def test_values_of_evaluation_win_also_when_they_are_zero():
         eval_reward_key="acc",
     )
     rollout = RolloutConfig(rollout_batch_size=1, rollout_min_new_tokens=3, rollout_max_response_len=9)
-    resolved = Config(rollout=rollout, evaluation=evaluation).resolve()
+    resolved = planned(rollout=rollout, evaluation=evaluation)
     (settings,) = resolved.eval_sets
     assert (settings.temperature, settings.top_p, settings.top_k, settings.min_new_tokens) == (0.0, 0.9, 5, 0)
     assert (settings.max_response_len, settings.label_key, resolved.eval_reward_key) == (7, "l", "acc")
@@ -123,40 +135,124 @@ def test_values_of_evaluation_win_also_when_they_are_zero():
         (ClusterConfig(colocate=True, offload_train=False), (True, False, True)),
         (ClusterConfig(offload_train=False, offload_rollout=False), (True, False, False)),
         (ClusterConfig(offload=True, offload_train=False), (True, True, True)),
+        (ClusterConfig(rollout_num_gpus=2), (False, False, False)),
     ],
 )
 def test_memory_is_shared_and_offloaded_where_devices_are_shared(cluster, expected):
-    resolved = Config(rollout=BATCH, cluster=cluster).resolve()
-    assert (resolved.colocate, resolved.offload_train, resolved.offload_rollout) == expected
+    devices = planned(cluster=cluster).devices
+    assert (devices.shared, devices.offload_train, devices.offload_rollout) == expected
 
 
-def test_token_budgets_default_to_each_other():
+def test_token_budgets_default_to_each_other_and_grow_with_context_parallelism():
     training = TrainingConfig(use_dynamic_batch_size=True, max_tokens_per_gpu=100)
-    resolved = Config(rollout=BATCH, training=training).resolve()
-    assert (resolved.max_tokens_per_micro_batch, resolved.log_probs_max_tokens_per_micro_batch) == (100, 100)
+    resolved = planned(training=training)
+    assert (resolved.micro_batch_tokens, resolved.score_tokens) == (100, 100)
     training = TrainingConfig(use_dynamic_batch_size=True, max_tokens_per_gpu=100, log_probs_max_tokens_per_gpu=300)
-    resolved = Config(rollout=BATCH, training=training).resolve()
-    assert (resolved.max_tokens_per_micro_batch, resolved.log_probs_max_tokens_per_micro_batch) == (100, 300)
-    assert Config(rollout=BATCH).resolve().max_tokens_per_micro_batch is None
+    resolved = planned(training=training)
+    assert (resolved.micro_batch_tokens, resolved.score_tokens) == (100, 300)
+    ranks, parallel = ClusterConfig(actor_num_gpus_per_node=2), ParallelConfig(context_parallel_size=2)
+    resolved = planned(training=training, cluster=ranks, parallel=parallel)
+    assert (resolved.micro_batch_tokens, resolved.score_tokens, resolved.dp_size) == (200, 600, 1)
+    assert planned().micro_batch_tokens is None
 
 
-def test_a_group_of_one_is_never_divided_by_its_spread():
-    alone = RolloutConfig(rollout_batch_size=4, n_samples_per_prompt=1)
-    assert not Config(rollout=alone).resolve().normalize_by_std
-    assert Config(rollout=BATCH).resolve().normalize_by_std
-    assert not Config(rollout=BATCH, algorithm=AlgorithmConfig(disable_grpo_std_normalization=True)).resolve().normalize_by_std
+def test_engines_share_the_ranks_devices_or_have_their_own():
+    sglang = EngineConfig(rollout_engine="sglang")
+    shared = planned(engine=sglang, cluster=ClusterConfig(actor_num_gpus_per_node=4, rollout_num_gpus_per_engine=2)).devices
+    assert (shared.shared, shared.num_engines, shared.devices_per_engine) == (True, 2, 2)
+    apart = planned(engine=sglang, cluster=ClusterConfig(rollout_num_gpus=6, rollout_num_gpus_per_engine=2)).devices
+    assert (apart.shared, apart.num_engines, apart.devices_per_engine) == (False, 3, 2)
+    assert planned(cluster=ClusterConfig(rollout_num_gpus=3)).devices.num_engines == 3
+    external = EngineConfig(rollout_external_engine_addrs=("a:1",))
+    assert planned(engine=external).devices.num_engines == 0
 
 
-def test_smaller_derivations(tmp_path):
-    resolved = Config(rollout=BATCH, checkpoint=CheckpointConfig(save=tmp_path)).resolve()
-    assert (resolved.eps_clip_high, resolved.over_sampling_batch_size, resolved.log_dir) == (0.2, 4, tmp_path)
-    assert (resolved.entropy_wanted, resolved.needs_reference) == (False, False)
+def test_an_engine_that_would_span_two_nodes_is_refused():
+    cluster = ClusterConfig(actor_num_nodes=2, actor_num_gpus_per_node=3, rollout_num_gpus_per_engine=2)
+    with pytest.raises(ConfigError, match="--rollout-num-gpus-per-engine 2 does not divide --actor-num-gpus-per-node 3"):
+        planned(cluster=cluster, engine=EngineConfig(rollout_engine="sglang"))
+
+
+def test_verbs_that_only_train_or_only_generate_have_the_devices_alone():
+    tuning = planned(rollout=RolloutConfig(rollout_batch_size=4), algorithm=AlgorithmConfig(loss_type="sft_loss")).devices
+    assert (tuning.trains, tuning.generates, tuning.shared, tuning.num_engines) == (True, False, False, 0)
+    only = planned(debug=DebugConfig(debug_rollout_only=True)).devices
+    assert (only.trains, only.generates, only.shared, only.num_engines) == (False, True, False, 1)
+    evaluation = plan_run(Config(rollout=BATCH), QWEN3_4B, trains=False)
+    assert (evaluation.devices.trains, evaluation.devices.num_engines, evaluation.holds_reference) == (False, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "expected"),
+    [({}, True), ({"rollouts_ahead": 1}, False), ({"update_weights_interval": 2}, False)],
+)
+def test_engines_may_use_the_trainers_tensors_where_generation_never_meets_a_step(rollout, expected):
+    assert planned(rollout=RolloutConfig(rollout_batch_size=4, **rollout)).devices.weights_may_alias is expected
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "expected"),
+    [
+        (AlgorithmConfig(), False),
+        (AlgorithmConfig(use_kl_loss=True), True),
+        (AlgorithmConfig(advantage_estimator="reinforce_plus_plus", normalize_advantages=True, kl_coef=0.1), True),
+    ],
+)
+def test_the_reference_is_held_where_its_log_probs_are_used(algorithm, expected):
+    resolved = planned(algorithm=algorithm)
+    assert resolved.holds_reference is expected
+    assert (resolved.rank_bytes.host_reference > 0) is expected
+
+
+def test_metrics_go_where_checkpoints_go_unless_told_otherwise(tmp_path):
+    assert planned(checkpoint=CheckpointConfig(save=tmp_path)).log_dir == tmp_path
+    logging = LoggingConfig(log_dir=tmp_path / "logs")
+    assert planned(checkpoint=CheckpointConfig(save=tmp_path), logging=logging).log_dir == tmp_path / "logs"
+
+
+def test_epochs_become_rollouts_once_the_data_set_is_known():
+    resolved = planned(rollout=RolloutConfig(rollout_batch_size=4, num_epoch=3), training=TrainingConfig(global_batch_size=2))
+    assert (resolved.with_epochs_of(5).num_rollout, resolved.with_epochs_of(5).num_steps) == (15, 30)
+    both = planned(rollout=RolloutConfig(rollout_batch_size=4, num_epoch=3, num_rollout=7))
+    assert both.with_epochs_of(5).num_rollout == 7
+
+
+def test_flags_that_contradict_the_model_are_refused():
+    with pytest.raises(ConfigError, match=r"--num-layers \(28\) contradicts"):
+        planned(architecture=ArchitectureConfig(num_layers=28))
+    cluster, parallel = ClusterConfig(actor_num_gpus_per_node=3), ParallelConfig(tensor_model_parallel_size=3)
+    with pytest.raises(ConfigError, match=r"--tensor-model-parallel-size \(3\) does not divide the model's 32 attention heads"):
+        planned(cluster=cluster, parallel=parallel)
+
+
+def test_train_dtype_auto_is_bfloat16_on_gpus_and_float32_elsewhere():
+    on_gpus, on_cpus = (plan_run(Config(rollout=BATCH), QWEN3_4B, on_gpus=there) for there in (True, False))
+    # FSDP2's weights are float32 masters on either; the reference is in the training dtype.
+    assert on_gpus.rank_bytes.weights == on_cpus.rank_bytes.weights
+    assert [train_dtype(Config(), on_gpus=there) for there in (True, False)] == ["bfloat16", "float32"]
+    assert train_dtype(Config(model=ModelConfig(train_dtype="bfloat16")), on_gpus=False) == "bfloat16"
+
+
+def test_the_plan_states_the_identities_with_their_numbers():
     config = Config(
-        rollout=BATCH,
-        algorithm=AlgorithmConfig(eps_clip=0.1, eps_clip_high=0.3, observe_training_entropy=True, use_kl_loss=True),
-        checkpoint=CheckpointConfig(save=tmp_path),
-        logging=LoggingConfig(log_dir=tmp_path / "logs"),
+        rollout=RolloutConfig(rollout_batch_size=32, n_samples_per_prompt=8, num_rollout=5),
+        training=TrainingConfig(global_batch_size=64, micro_batch_size=4),
+        cluster=ClusterConfig(actor_num_gpus_per_node=2),
+        algorithm=AlgorithmConfig(use_kl_loss=True),
     )
-    resolved = config.resolve()
-    assert (resolved.eps_clip_high, resolved.log_dir) == (0.3, tmp_path / "logs")
-    assert (resolved.entropy_wanted, resolved.needs_reference) == (True, True)
+    assert list(plan_lines(config, plan_run(config, QWEN3_4B))) == [
+        "rollout_batch_size 32 x n_samples_per_prompt 8 = global_batch_size 64 x num_steps_per_rollout 4",
+        "world_size 2 = TP 1 x PP 1 x CP 1 x DP 2",
+        "micro-batches: 8 of 4 samples in each step on each of the 2 DP ranks",
+        "rollouts: 5",
+        "devices: shared by trainer and engines",
+        "engines: 2, of 1 device each",
+        "reference model: held",
+        "each trainer rank, activations apart: 29.97 GiB on the device (7.49 weights, 7.49 gradients, 14.98 optimizer), "
+        "3.75 GiB on the host",
+        "computation: 24.1 GFLOP a trained token, attention apart",
+    ]
+    packed = Config(rollout=BATCH, training=TrainingConfig(use_dynamic_batch_size=True, max_tokens_per_gpu=100))
+    assert "micro-batches: packed up to 100 tokens, as many on each of the 1 DP ranks" in plan_lines(
+        packed, plan_run(packed, QWEN3_4B)
+    )

@@ -1,13 +1,16 @@
 import pytest
 
 from qwench.config.command_line.parse import parse_eval, parse_serve, parse_sft, parse_train
+from qwench.config.plan import plan_run
 from qwench.errors import ConfigError
+from tests.unit.config.architectures import QWEN3_4B
 from tests.unit.config.words import flat, words_of
 
 
 def test_a_complete_command_line_passes(files):
     config = parse_train(flat(words_of(files)))
-    assert config.resolve().samples_per_rollout == 8
+    batch = plan_run(config, QWEN3_4B).batch
+    assert batch.rollout_batch_size * batch.n_samples_per_prompt == 8
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,7 @@ def test_evaluation_needs_sets_and_a_length_and_may_restrict_sampling(files):
     words += ["--eval-prompt-data", "e", str(files / "train.jsonl")]
     with pytest.raises(ConfigError, match="--eval-max-response-len is required"):
         parse_eval(words)
-    assert parse_eval([*words, "--eval-max-response-len", "9"]).resolve().eval_sets[0].top_p == 0.9
+    assert plan_run(parse_eval([*words, "--eval-max-response-len", "9"]), QWEN3_4B).eval_sets[0].top_p == 0.9
 
 
 def test_sets_of_a_file_are_checked_before_anything_starts(files):

@@ -35,7 +35,7 @@ REFUSED = [
         {"parallel": ParallelConfig(context_parallel_size=2), "cluster": EIGHT, "training": FSDP},
         "--context-parallel-size 2 needs --train-backend megatron",
     ),
-    ({"parallel": ParallelConfig(tensor_model_parallel_size=3), "cluster": EIGHT}, "--tensor-model-parallel-size 3 x"),
+    ({"parallel": ParallelConfig(tensor_model_parallel_size=3), "cluster": EIGHT}, "--tensor-model-parallel-size 3 (3 ranks"),
     ({"training": MEGATRON, "model": ModelConfig(attn_implementation="varlen")}, "--attn-implementation varlen needs"),
     ({"training": MEGATRON, "parallel": ParallelConfig(dp_replicate=2), "cluster": EIGHT}, "--dp-replicate 2 needs"),
     ({"training": TrainingConfig(train_backend="megatron", torch_compile=True)}, "--torch-compile needs --train-backend fsdp"),

@@ -130,4 +130,4 @@ def test_facts_that_sections_know_of_themselves():
     assert ClusterConfig(actor_num_nodes=2, actor_num_gpus_per_node=4).world_size == 8
     assert not ClusterConfig(rollout_num_gpus=2).shares_devices
     assert ClusterConfig(rollout_num_gpus=2, colocate=True).shares_devices
-    assert ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=3).model_parallel_size == 6
+    assert ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=3).layout.model_ranks == 6

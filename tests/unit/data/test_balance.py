@@ -1,10 +1,10 @@
 from itertools import combinations
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwench.data.balance import SequenceCost, balance, partition_equally
+from qwench.data.balance import balance, partition_equally
+from qwench.models.memory import SequenceCost
 
 LINEAR = SequenceCost(linear=1.0, quadratic=0.0)
 
@@ -46,13 +46,3 @@ def test_quadratic_cost_tells_one_long_sequence_from_many_short_ones():
     bins, lengths = [[0], [1], [2, 3], [4, 5]], [10, 10, 5, 5, 5, 5]
     for share in balance(bins, lengths, dp_size=2, cost=cost):
         assert sorted(sum(cost.of(lengths[i]) for i in members) for members in share) == [50.0, 100.0]
-
-
-def test_cost_of_a_small_transformer_by_hand():
-    cost = SequenceCost.of_transformer(
-        num_layers=2, hidden_size=8, ffn_size=16, num_heads=4, num_kv_heads=2, head_dim=3, vocab_size=100
-    )
-    # Per layer: q 8*12, k and v 8*6 each, out 12*8 = 288; feed-forward 3*8*16 = 384; head 800.
-    assert cost.linear == 2 * (2 * (288 + 384) + 800)
-    # Per layer and ordered pair of tokens: 4 heads * 2 products * 2 * 3 FLOPs, half of them causal.
-    assert cost.of(10) == pytest.approx(cost.linear * 10 + 2 * 4 * 2 * 2 * 3 / 2 * 100)

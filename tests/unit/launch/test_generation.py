@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 from qwench.config import Config
 from qwench.config.eval_settings import EvalSettings
+from qwench.config.plan import plan_run
 from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.evaluation import EvalConfig
@@ -22,6 +23,7 @@ from qwench.samples import Rollout
 from tests.fakes.console import RecordingConsole
 from tests.fakes.engine import CharTokenizer, FakeEngine
 from tests.fakes.grader import FakeGrader
+from tests.unit.config.architectures import QWEN3_4B
 from tests.unit.rollout.scene import letters_source, prompt, prompts_of, write_ok
 
 HERE = "tests.unit.launch.test_generation"
@@ -58,10 +60,11 @@ def remember(groups):
 @contextmanager
 def open_generation(engine, config, *, model_context_len=50, eval_sets=()):
     """Yield the generation of a run around a fake engine."""
-    resolved = replace(config.resolve(), eval_sets=tuple(eval_sets))
+    plan = plan_run(config, replace(QWEN3_4B, max_positions=model_context_len))
     inputs = Inputs(
-        config=config, resolved=resolved, model_folder=Path(), tokenizer=CharTokenizer(), console=RecordingConsole(),
-        hf_config=PretrainedConfig(max_position_embeddings=model_context_len), device=torch.device("cpu"), dtype=torch.float32,
+        config=config, plan=replace(plan, eval_sets=tuple(eval_sets)), model_folder=Path(),
+        tokenizer=CharTokenizer(), console=RecordingConsole(),
+        hf_config=PretrainedConfig(), device=torch.device("cpu"), dtype=torch.float32,
         rank=0,
     )  # fmt: skip
     grader = FakeGrader(lambda sample: 1.0)

@@ -1,12 +1,12 @@
-"""Which launcher the flags and the environment mean, and how many engines there are."""
+"""Which launcher the flags and the environment mean."""
 
 import pytest
 import torch
 
-from qwench.config import ClusterConfig, Config, EngineConfig, ModelConfig, RolloutConfig
+from qwench.config import ClusterConfig, Config, ModelConfig, RolloutConfig
 from qwench.errors import ConfigError
 from qwench.launch.inputs import publication_dtype
-from qwench.launch.processes import check_turns, choose_launcher, count_engines
+from qwench.launch.processes import check_turns, choose_launcher
 
 RAY = {"RAY_ADDRESS": "10.0.0.1:6379"}
 
@@ -41,20 +41,6 @@ def test_torchrun_is_refused_where_it_cannot_be_meant(ranks, generates, message)
     config = Config(cluster=ClusterConfig(actor_num_gpus_per_node=ranks))
     with pytest.raises(ConfigError, match=message):
         choose_launcher(config, {"WORLD_SIZE": "2"}, generates=generates)
-
-
-@pytest.mark.parametrize(
-    ("engine", "cluster", "expected"),
-    [
-        ("sglang", {"actor_num_gpus_per_node": 8, "rollout_num_gpus_per_engine": 2, "colocate": True}, 4),
-        ("sglang", {"actor_num_gpus_per_node": 4, "rollout_num_gpus_per_engine": 2, "rollout_num_gpus": 2}, 1),
-        ("embedded", {"actor_num_gpus_per_node": 4, "rollout_num_gpus_per_engine": 2}, 4),
-        ("embedded", {"rollout_num_gpus": 3}, 3),
-    ],
-)
-def test_number_of_engines(engine, cluster, expected):
-    config = Config(engine=EngineConfig(rollout_engine=engine), cluster=ClusterConfig(**cluster))
-    assert count_engines(config) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,33 @@
-"""Which configurations the embedded engine accepts."""
+"""What config.json means: parameters as transformers has them, and models that are refused."""
 
 from __future__ import annotations
 
 import pytest
-from transformers import Qwen3Config
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from qwench.errors import ConfigError
-from qwench.models.architecture import architecture_from_config
+from qwench.models.architecture import Llama3Scaling, RopeSpec
+from qwench.models.hf import architecture_of
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 10}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True),
+        Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8, tie_word_embeddings=False, attention_bias=True),
+        Qwen2Config(**SIZES, num_key_value_heads=2),
+        LlamaConfig(**SIZES, attention_bias=True),
+        LlamaConfig(**SIZES, mlp_bias=True),
+    ],
+)
+def test_parameters_are_those_of_the_module_in_its_order(config: PretrainedConfig) -> None:
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config)
+    expected = [(name, tuple(weight.shape)) for name, weight in module.named_parameters()]
+    assert list(architecture_of(config).parameter_shapes().items()) == expected
 
 
 @pytest.mark.parametrize(
@@ -17,9 +38,27 @@ from qwench.models.architecture import architecture_from_config
         ({"use_sliding_window": True}, "full attention"),
     ],
 )
-def test_models_the_forward_pass_would_not_reproduce_are_refused(change, message):
+def test_models_the_forward_pass_would_not_reproduce_are_refused(change: dict[str, object], message: str) -> None:
     config = Qwen3Config()
     for name, value in change.items():
         setattr(config, name, value)
+    if "model_type" in change:
+        config.to_dict = lambda: {**Qwen3Config().to_dict(), **change}  # transformers writes the class's own type
     with pytest.raises(ConfigError, match=message):
-        architecture_from_config(config)
+        architecture_of(config)
+
+
+def test_rotary_parameters_are_read_with_their_scaling() -> None:
+    scaling = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    assert architecture_of(LlamaConfig(**SIZES, rope_parameters=scaling)).rope == RopeSpec(
+        head_dim=16,
+        theta=5e5,
+        scaling=Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=64),
+    )

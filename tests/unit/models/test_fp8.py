@@ -18,7 +18,7 @@ from qwench.models.fp8 import (
     quantized,
     scale_shape,
 )
-from qwench.models.hf import is_fp8_checkpoint, load_hf_config, load_model, write_hf_checkpoint
+from qwench.models.hf import architecture_of, is_fp8_checkpoint, load_hf_config, load_model, write_hf_checkpoint
 from qwench.models.made.tiny import make_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
 
@@ -136,7 +136,7 @@ def test_training_reads_an_fp8_folder_as_what_it_stands_for(folders):
     assert is_fp8_checkpoint(fp8) and not is_fp8_checkpoint(plain)
     stored = load_file(fp8 / "model.safetensors")
     model = load_model(fp8, dtype=torch.float32)
-    source = open_weights(fp8, load_hf_config(fp8))
+    source = open_weights(fp8, architecture_of(load_hf_config(fp8)))
     assert set(source.specs) == {name for name in stored if not name.endswith("_scale_inv")}
     for name, parameter in model.named_parameters():
         expected = stored[name].float()

@@ -6,15 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from qwench.errors import ConfigError
-from qwench.models.hf import expected_weights
+from qwench.models.architecture import Architecture
+from qwench.models.hf import architecture_of
 from qwench.models.megatron_names import WeightRule, rules, to_hf, to_megatron, tp_join, tp_shard
 
 
-def qwen3(*, heads: int = 4, groups: int = 2, layers: int = 2, tied: bool = True, vocab_size: int = 10) -> Qwen3Config:
-    return Qwen3Config(
+def qwen3(*, heads: int = 4, groups: int = 2, layers: int = 2, tied: bool = True, vocab_size: int = 10) -> Architecture:
+    config = Qwen3Config(
         vocab_size=vocab_size,
         hidden_size=6,
         intermediate_size=8,
@@ -24,10 +25,11 @@ def qwen3(*, heads: int = 4, groups: int = 2, layers: int = 2, tied: bool = True
         head_dim=2,
         tie_word_embeddings=tied,
     )
+    return architecture_of(config)
 
 
-def rule_of(config: PretrainedConfig, name: str) -> WeightRule:
-    return next(rule for rule in rules(config) if rule.megatron_name == name)
+def rule_of(model: Architecture, name: str) -> WeightRule:
+    return next(rule for rule in rules(model) if rule.megatron_name == name)
 
 
 def test_qkv_is_interleaved_by_query_group() -> None:
@@ -54,12 +56,12 @@ def test_output_projections_are_split_by_columns() -> None:
 
 
 def test_a_vocabulary_is_padded_with_zero_rows_only_where_it_must() -> None:
-    config = qwen3(vocab_size=3)
-    rule = rule_of(config, "embedding.word_embeddings.weight")
+    model = qwen3(vocab_size=3)
+    rule = rule_of(model, "embedding.word_embeddings.weight")
     rows = torch.tensor([[1], [2], [3]])
     shards = [tp_shard(rule, rows, rank, 2) for rank in (0, 1)]
     assert [shard.tolist() for shard in shards] == [[[1], [2]], [[3], [0]]]
-    assert to_hf(rule, tp_join(rule, shards), config)["model.embed_tokens.weight"].tolist() == rows.tolist()
+    assert to_hf(rule, tp_join(rule, shards), model)["model.embed_tokens.weight"].tolist() == rows.tolist()
 
 
 def test_names_in_checkpoints_are_those_of_the_transformer_engine_spec() -> None:
@@ -76,19 +78,23 @@ def test_names_in_checkpoints_are_those_of_the_transformer_engine_spec() -> None
 
 
 @pytest.mark.parametrize(
-    "config",
+    "model",
     [
         qwen3(tied=True),
         qwen3(tied=False),
-        Qwen2Config(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
-        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
+        *(
+            architecture_of(
+                family(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+            )
+            for family in (Qwen2Config, LlamaConfig)
+        ),
     ],
     ids=["qwen3-tied", "qwen3-untied", "qwen2", "llama"],
 )
-def test_every_parameter_has_exactly_one_rule(config: PretrainedConfig) -> None:
-    named = [name for rule in rules(config) for name in rule.hf_names]
+def test_every_parameter_has_exactly_one_rule(model: Architecture) -> None:
+    named = [name for rule in rules(model) for name in rule.hf_names]
     assert len(named) == len(set(named))
-    assert set(named) == set(expected_weights(config))
+    assert set(named) == set(model.parameter_shapes())
 
 
 @pytest.mark.parametrize("setting", ["attention_bias", "mlp_bias"])
@@ -96,29 +102,29 @@ def test_biases_that_megatron_is_not_built_with_are_refused(setting: str) -> Non
     config = LlamaConfig(num_hidden_layers=1)
     setattr(config, setting, True)
     with pytest.raises(ConfigError, match=setting):
-        rules(config)
+        rules(architecture_of(config))
 
 
 @settings(max_examples=30)
 @given(groups=st.sampled_from([1, 2, 4]), per_group=st.integers(1, 3), size=st.sampled_from([1, 2, 4]), seed=st.integers(0, 99))
 def test_converting_and_sharding_are_undone_exactly(groups: int, per_group: int, size: int, seed: int) -> None:
-    config = qwen3(heads=groups * per_group, groups=groups, layers=1, tied=False)
+    model = qwen3(heads=groups * per_group, groups=groups, layers=1, tied=False)
     generator = torch.Generator().manual_seed(seed)
     shapes = {
         "q_proj": (groups * per_group * 2, 6), "k_proj": (groups * 2, 6), "v_proj": (groups * 2, 6), "norm": (6,),
         "gate_proj": (8, 6), "up_proj": (8, 6), "down_proj": (6, 8), "embed_tokens": (10, 6), "lm_head": (10, 6),
         "o_proj": (6, groups * per_group * 2 * 2), "_layernorm": (6,),
     }  # fmt: skip
-    for rule in rules(config):
+    for rule in rules(model):
         shape = [next(shapes[key] for key in shapes if key in name) for name in rule.hf_names]
         tensors = [torch.randint(-(2**31), 2**31, dims, generator=generator) for dims in shape]
-        whole = to_megatron(rule, tensors, config)
+        whole = to_megatron(rule, tensors, model)
         if rule.kind != "qkv" or groups % size == 0:
             shards = [tp_shard(rule, whole, rank, size) for rank in range(size)]
             joined = tp_join(rule, shards)
             assert torch.equal(joined[: whole.shape[0]], whole)
             assert all(shard.is_contiguous() for shard in shards)
             whole = joined
-        back = to_hf(rule, whole, config)
+        back = to_hf(rule, whole, model)
         assert list(back) == list(rule.hf_names)
         assert all(torch.equal(back[name], tensor) for name, tensor in zip(rule.hf_names, tensors, strict=True))

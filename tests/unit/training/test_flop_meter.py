@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import count
 
-from qwench.data.balance import SequenceCost
+from qwench.models.memory import SequenceCost
 from qwench.observability.timing import PhaseTimer
 from qwench.training.flop_meter import FORWARD, FORWARD_AND_BACKWARD, FlopMeter
 

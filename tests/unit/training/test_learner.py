@@ -7,8 +7,8 @@ import torch
 from qwench.algorithms.methods import build_method
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.training import TrainingConfig
-from qwench.data.balance import SequenceCost
 from qwench.errors import RewardError, TrainingError
+from qwench.models.memory import SequenceCost
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Group, Prompt, Rollout, Sample, Status
 from qwench.training.learner import Learner

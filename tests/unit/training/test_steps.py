@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from qwench.config.sections.training import TrainingConfig
-from qwench.data.balance import SequenceCost
 from qwench.errors import TrainingError
+from qwench.models.memory import SequenceCost
 from qwench.training.steps import MicroBatching, plan_steps
 from qwench.training.trainer import ParallelRank
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from qwench.checkpoints.formats.dcp_reader import DcpFolder
 from qwench.checkpoints.formats.dcp_writer import DcpWriter, write_metadata
 from qwench.checkpoints.formats.sources import find_checkpoint, open_optimizer_state, open_weights
 from qwench.errors import CheckpointError, ConfigError
-from qwench.models.hf import expected_weights
+from qwench.models.hf import architecture_of
 from qwench.models.megatron_names import rules, to_megatron
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -32,12 +33,13 @@ CONFIG = Qwen3Config(
     head_dim=4,
     tie_word_embeddings=False,
 )
+MODEL = architecture_of(CONFIG)
 
 
 @pytest.fixture
 def weights() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
-    return {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in expected_weights(CONFIG).items()}
+    return {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in MODEL.parameter_shapes().items()}
 
 
 def write_hf(folder: Path, weights: dict[str, Tensor], config: PretrainedConfig = CONFIG) -> Path:
@@ -61,8 +63,8 @@ def write_torch_dist(folder: Path, weights: dict[str, Tensor], *, padded_vocab: 
     """Write as torch's own `dcp.save` does: all layers of a weight in one chunk."""
     stacked: dict[str, list[Tensor]] = {}
     whole: dict[str, Tensor] = {}
-    for rule in rules(CONFIG):
-        tensor = to_megatron(rule, [weights[name] for name in rule.hf_names], CONFIG)
+    for rule in rules(MODEL):
+        tensor = to_megatron(rule, [weights[name] for name in rule.hf_names], MODEL)
         if rule.kind == "vocab":
             tensor = torch.cat([tensor, torch.full((padded_vocab - 12, 8), 7.0).bfloat16()])
         if rule.layer is None:
@@ -75,7 +77,7 @@ def write_torch_dist(folder: Path, weights: dict[str, Tensor], *, padded_vocab: 
 
 
 def assert_gives(folder: Path, weights: dict[str, Tensor]) -> None:
-    source = open_weights(folder, CONFIG)
+    source = open_weights(folder, MODEL)
     assert set(source.specs) == set(weights)
     for name, spec in source.specs.items():
         tensor = source.read(name)
@@ -91,7 +93,7 @@ def test_all_formats_give_the_weights(tmp_path: Path, weights: dict[str, Tensor]
 
 
 def test_a_weight_can_be_read_twice(tmp_path: Path, weights: dict[str, Tensor]) -> None:
-    source = open_weights(write_torch_dist(tmp_path / "a", weights), CONFIG)
+    source = open_weights(write_torch_dist(tmp_path / "a", weights), MODEL)
     name = "model.layers.1.self_attn.k_proj.weight"
     assert torch.equal(source.read(name), source.read(name))
 
@@ -112,29 +114,29 @@ def test_the_parent_is_enough(tmp_path: Path, weights: dict[str, Tensor]) -> Non
 def test_a_pointer_to_nothing_is_named(tmp_path: Path, pointer: str, message: str) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text(pointer)
     with pytest.raises(ConfigError, match=message):
-        open_weights(tmp_path, CONFIG)
+        open_weights(tmp_path, MODEL)
 
 
 def test_optimizer_state_is_found_by_name(tmp_path: Path, weights: dict[str, Tensor]) -> None:
-    state = open_optimizer_state(write_fsdp(tmp_path / "iter", weights, num_steps=7), CONFIG)
+    state = open_optimizer_state(write_fsdp(tmp_path / "iter", weights, num_steps=7), MODEL)
     assert state is not None and state.num_steps == 7
     name = "model.layers.2.mlp.down_proj.weight"
     assert torch.equal(state.masters.read(name), weights[name].float())
     assert torch.equal(state.moments["exp_avg"].read(name), torch.full((8, 6), 0.5))
     assert torch.equal(state.moments["exp_avg_sq"].read(name), torch.full((8, 6), 0.25))
-    assert open_optimizer_state(write_fsdp(tmp_path / "without", weights), CONFIG) is None
+    assert open_optimizer_state(write_fsdp(tmp_path / "without", weights), MODEL) is None
 
 
 def test_other_architectures_are_refused(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     wider = {**weights, "model.layers.0.mlp.down_proj.weight": torch.zeros(8, 7).bfloat16()}
     with pytest.raises(ConfigError, match=r"down_proj.weight in the shape \[8, 7\], but config.json describes \[8, 6\]"):
-        open_weights(write_hf(tmp_path / "wider", wider), CONFIG)
+        open_weights(write_hf(tmp_path / "wider", wider), MODEL)
     lacking = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
     with pytest.raises(ConfigError, match=r"lacks lm_head\.weight"):
-        open_weights(write_fsdp(tmp_path / "tied", lacking), CONFIG)
+        open_weights(write_fsdp(tmp_path / "tied", lacking), MODEL)
     with pytest.raises(ConfigError, match=r"has 2 layers, but config\.json describes 3"):
-        open_weights(write_torch_dist(tmp_path / "shallow", weights, num_layers=2), CONFIG)
-    deeper = Qwen3Config(**{**CONFIG.to_dict(), "intermediate_size": 5})
+        open_weights(write_torch_dist(tmp_path / "shallow", weights, num_layers=2), MODEL)
+    deeper = replace(MODEL, ffn_hidden_size=5)
     with pytest.raises(ConfigError, match=r"mlp.linear_fc1.weight in the shape \[3, 12, 8\]"):
         open_weights(write_torch_dist(tmp_path / "narrow", weights), deeper)
 
@@ -143,28 +145,28 @@ def test_half_written_checkpoints_are_refused(tmp_path: Path, weights: dict[str,
     hf = write_hf(tmp_path / "hf", weights)
     os.truncate(hf / "model.safetensors", (hf / "model.safetensors").stat().st_size - 10)
     with pytest.raises(CheckpointError, match="half-written"):
-        open_weights(hf, CONFIG)
+        open_weights(hf, MODEL)
     cut = write_torch_dist(tmp_path / "cut", weights)
     os.truncate(cut / "__0_0.distcp", 1000)
     with pytest.raises(CheckpointError, match="cut short"):
-        open_weights(cut, CONFIG)
+        open_weights(cut, MODEL)
     gone = write_fsdp(tmp_path / "gone", weights)
     (gone / "model" / "__0_0.distcp").unlink()
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp is missing"):
-        open_weights(gone, CONFIG)
+        open_weights(gone, MODEL)
     begun = write_torch_dist(tmp_path / "begun", weights)
     (begun / ".metadata").unlink()
     with pytest.raises(CheckpointError, match="not finished"):
-        open_weights(begun, CONFIG)
+        open_weights(begun, MODEL)
     with pytest.raises(CheckpointError, match="not finished"):
-        open_weights(write_hf(tmp_path / "hf.writing", weights), CONFIG)
+        open_weights(write_hf(tmp_path / "hf.writing", weights), MODEL)
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no checkpoint"):
-        open_weights(tmp_path, CONFIG)
+        open_weights(tmp_path, MODEL)
     with pytest.raises(ConfigError, match="there is no folder"):
-        open_weights(tmp_path / "absent", CONFIG)
+        open_weights(tmp_path / "absent", MODEL)
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:

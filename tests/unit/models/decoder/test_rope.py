@@ -8,7 +8,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from qwench.errors import ConfigError
-from qwench.models.decoder.rope import rope_from_config, rope_table, rotate
+from qwench.models.architecture import read_rope
+from qwench.models.decoder.rope import rope_table, rotate
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -29,7 +30,7 @@ def test_rotation_equals_transformers(parameters):
     q = torch.randn(5, 4, 16)
     cos, sin = LlamaRotaryEmbedding(config)(q, positions[None])
     expected, _ = apply_rotary_pos_emb(q.transpose(0, 1)[None], q.transpose(0, 1)[None], cos, sin)
-    table = rope_table(rope_from_config(config, 16), 512, torch.device("cpu"))
+    table = rope_table(read_rope(config.to_dict(), 16), 512, torch.device("cpu"))
     rotated = rotate(q, *table[positions].unsqueeze(1).chunk(2, dim=-1))
     torch.testing.assert_close(rotated, expected[0].transpose(0, 1), atol=1e-5, rtol=1e-5)
 
@@ -37,4 +38,4 @@ def test_rotation_equals_transformers(parameters):
 def test_unknown_scaling_is_refused():
     config = LlamaConfig(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0})
     with pytest.raises(ConfigError, match="'yarn'"):
-        rope_from_config(config, 128)
+        read_rope(config.to_dict(), 128)

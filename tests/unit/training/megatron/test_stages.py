@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from qwench.models.hf import architecture_of
 from qwench.models.megatron_names import WeightRule, rules, to_megatron, tp_shard
 from qwench.training.megatron.stages import TensorPlace
 
@@ -24,13 +25,14 @@ CONFIG = Qwen3Config(
     head_dim=2,
     tie_word_embeddings=False,
 )
+MODEL = architecture_of(CONFIG)
 
 
 def _whole_tensors() -> list[tuple[WeightRule, Tensor]]:
     torch.manual_seed(0)
     weights = Qwen3ForCausalLM(CONFIG).state_dict()
     return [
-        (rule, to_megatron(rule, [torch.randn_like(weights[name]) for name in rule.hf_names], CONFIG)) for rule in rules(CONFIG)
+        (rule, to_megatron(rule, [torch.randn_like(weights[name]) for name in rule.hf_names], MODEL)) for rule in rules(MODEL)
     ]
 
 
@@ -54,7 +56,7 @@ def test_shards_of_shards_lie_in_the_checkpoint_where_the_whole_tensor_has_them(
     expected = _stored(WHOLE)
     found = {key: torch.full_like(tensor, float("nan")) for key, tensor in expected.items()}
     for tp_rank in range(tp_size):
-        place = TensorPlace(config=CONFIG, tp_rank=tp_rank, tp_size=tp_size)
+        place = TensorPlace(model=MODEL, tp_rank=tp_rank, tp_size=tp_size)
         for rule, whole in WHOLE:
             local = tp_shard(rule, whole, tp_rank, tp_size)
             assert place.stored_shape(rule, local.shape) == expected[rule.checkpoint_key].shape

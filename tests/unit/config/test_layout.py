@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from transformers import Qwen3Config
 
+from qwench.config.layout import ParallelLayout, check_layout
 from qwench.errors import ConfigError
-from qwench.training.megatron.layout import ParallelLayout, check_layout
-
-_QWEN3_4B = Qwen3Config(num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, intermediate_size=9728)
+from tests.unit.config.architectures import QWEN3_4B
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ _QWEN3_4B = Qwen3Config(num_hidden_layers=36, num_attention_heads=32, num_key_va
     ],
 )
 def test_layouts_that_divide_are_accepted(layout, world_size):
-    check_layout(layout, _QWEN3_4B, world_size=world_size)
+    check_layout(layout, QWEN3_4B, world_size=world_size)
 
 
 @pytest.mark.parametrize(
@@ -37,14 +37,13 @@ def test_layouts_that_divide_are_accepted(layout, world_size):
         (ParallelLayout(cp=4), {}, 2, r"--context-parallel-size 4 .* does not divide the 2 trainer ranks"),
         (ParallelLayout(tp=3), {}, 3, r"--tensor-model-parallel-size \(3\) does not divide the model's 32 attention heads"),
         (ParallelLayout(tp=16), {}, 16, r"\(16\) does not divide the model's 8 key-value heads; choose a divisor of 8"),
-        (ParallelLayout(tp=8), {"intermediate_size": 9732}, 8, r"\(8\) does not divide the model's 9732 columns of the MLP"),
+        (ParallelLayout(tp=8), {"ffn_hidden_size": 9732}, 8, r"\(8\) does not divide the model's 9732 columns of the MLP"),
         (ParallelLayout(pp=8), {}, 8, r"--pipeline-model-parallel-size \(8\) does not divide the model's 36 layers"),
     ],
 )
 def test_a_layout_that_does_not_divide_is_refused_in_one_line(layout, changes, world_size, message):
-    config = Qwen3Config(**(_QWEN3_4B.to_dict() | changes))
     with pytest.raises(ConfigError, match=message) as caught:
-        check_layout(layout, config, world_size=world_size)
+        check_layout(layout, replace(QWEN3_4B, **changes), world_size=world_size)
     assert "\n" not in str(caught.value)
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig
-
 from qwench.errors import ConfigError
+from qwench.models.architecture import Architecture
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +21,7 @@ class ParallelLayout:
     pp: int = 1
     cp: int = 1
     sequence_parallel: bool = False
-    """Split what lies between the matrices by tokens over the tensor-parallel ranks; means nothing with `tp` 1."""
+    """Split activations between the matrices by tokens over the tensor-parallel ranks; no effect with `tp` 1."""
 
     @property
     def model_ranks(self) -> int:
@@ -35,7 +34,7 @@ class ParallelLayout:
         return self.tp if self.sequence_parallel else 1
 
 
-def check_layout(layout: ParallelLayout, config: PretrainedConfig, *, world_size: int) -> None:
+def check_layout(layout: ParallelLayout, model: Architecture, *, world_size: int) -> None:
     """Make sure that the ranks, and the model's heads and layers, divide evenly.
 
     Raises:
@@ -44,19 +43,29 @@ def check_layout(layout: ParallelLayout, config: PretrainedConfig, *, world_size
     for flag, size in _flags(layout).items():
         if size < 1:
             raise ConfigError(f"{flag} ({size}) must be at least 1.")
+    data_parallel_size(layout, world_size=world_size)
+    for what, count in (
+        ("attention heads", model.num_heads),
+        ("key-value heads", model.num_kv_heads),
+        ("columns of the MLP", model.ffn_hidden_size),
+    ):
+        _check_divides("--tensor-model-parallel-size", layout.tp, what, count)
+    _check_divides("--pipeline-model-parallel-size", layout.pp, "layers", model.num_layers)
+
+
+def data_parallel_size(layout: ParallelLayout, *, world_size: int) -> int:
+    """Return the number of copies of the model.
+
+    Raises:
+        ConfigError: the parallel sizes do not divide the world size.
+    """
     if world_size % layout.model_ranks:
         sizes = " x ".join(f"{flag} {size}" for flag, size in _flags(layout).items() if size > 1)
         raise ConfigError(
-            f"{sizes} ({layout.model_ranks} ranks for one copy of the model) does not divide the {world_size} trainer ranks; "
-            "change the layout or the number of GPUs."
+            f"{sizes} ({layout.model_ranks} ranks for one copy of the model) does not divide the {world_size} trainer ranks "
+            "of --actor-num-nodes x --actor-num-gpus-per-node; change the layout or the number of GPUs."
         )
-    for what, count in (
-        ("attention heads", config.num_attention_heads),
-        ("key-value heads", config.num_key_value_heads),
-        ("columns of the MLP", config.intermediate_size),
-    ):
-        _check_divides("--tensor-model-parallel-size", layout.tp, what, count)
-    _check_divides("--pipeline-model-parallel-size", layout.pp, "layers", config.num_hidden_layers)
+    return world_size // layout.model_ranks
 
 
 def _flags(layout: ParallelLayout) -> dict[str, int]:

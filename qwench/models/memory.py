@@ -1,0 +1,133 @@
+"""Bytes and FLOPs of a dense decoder, by plain arithmetic on its shapes.
+
+What a rank holds for each parameter it has, in bytes (p: of the training dtype; m: of a moment):
+
+    FSDP2      weights 4 (they are the masters), or p with --optimizer-cpu-offload; gradients 4; masters and moments
+               2m, or 4 + 2m with --optimizer-cpu-offload
+    Megatron   weights p; gradients 4; masters and moments 4 + 2m, shared by the data- and context-parallel ranks
+    reference  p, on the host
+
+Activations are not counted: they depend on the lengths of the samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+from qwench.models.architecture import Architecture
+
+FLOAT32_BYTES = 4
+WHOLE_GRADIENT_BYTES = 4 << 30
+"""FSDP2: float32 gradients of a whole model up to this size (a billion weights) stay whole on every rank until the last
+micro-batch of the step. Larger ones are reduced into shards after each micro-batch: more traffic, less memory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceCost:
+    """Forward FLOPs of one sequence of L tokens in a dense transformer: linear * L + quadratic * L^2."""
+
+    linear: float
+    """FLOPs per token of all matrix products but attention's: 2 for each weight."""
+    quadratic: float
+    """FLOPs per pair of tokens of causal attention, scores and values."""
+    head: float = 0.0
+    """FLOPs per token of the output layer alone, which `linear` has in it."""
+
+    @classmethod
+    def of_model(cls, model: Architecture) -> SequenceCost:
+        """Count the FLOPs of a model."""
+        matrices = sum(prod(shape) for shape in model.layer_shapes().values() if len(shape) > 1)
+        head = model.hidden_size * model.vocab_size
+        return cls(
+            linear=2.0 * (model.num_layers * matrices + head),
+            # Two products of 2 * head_dim FLOPs for each pair and head; half of the pairs are causal.
+            quadratic=2.0 * model.num_layers * model.num_heads * model.head_dim,
+            head=2.0 * head,
+        )
+
+    def of(self, length: int) -> float:
+        """Return the FLOPs of `length` tokens."""
+        return self.linear * length + self.quadratic * length * length
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StateBytes:
+    """How many bytes one element of each kind takes, and where optimizer states are."""
+
+    param: int
+    """Of the training dtype."""
+    moment: int
+    offloaded: float
+    """Share of masters and moments on the host."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankBytes:
+    """Bytes that one trainer rank holds between steps; gradients during a step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """Masters and moments on the device."""
+    host_optimizer: int
+    host_reference: int
+
+    @property
+    def device(self) -> int:
+        """Return the bytes on the device during a step, activations apart."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def host(self) -> int:
+        """Return the bytes on the host."""
+        return self.host_optimizer + self.host_reference
+
+
+def num_parameters(model: Architecture) -> int:
+    """Count the parameters; tied embeddings count once."""
+    return _count(model.parameter_shapes().values())
+
+
+def kv_bytes_per_token(model: Architecture, *, element_bytes: int = 2) -> int:
+    """Return the bytes that keys and values of one token take over all layers."""
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * element_bytes
+
+
+def fsdp_bytes(model: Architecture, state: StateBytes, *, num_shards: int, holds_reference: bool) -> RankBytes:
+    """Return what an FSDP2 rank holds when `num_shards` ranks share one copy of the model."""
+    whole = num_parameters(model)
+    owned = -(-whole // num_shards)
+    masters = FLOAT32_BYTES if state.offloaded and state.param != FLOAT32_BYTES else 0
+    weights = state.param if state.offloaded else FLOAT32_BYTES
+    keeps_whole_gradient = whole * FLOAT32_BYTES <= WHOLE_GRADIENT_BYTES
+    return RankBytes(
+        weights=owned * weights,
+        gradients=(whole if keeps_whole_gradient else owned) * FLOAT32_BYTES,
+        optimizer=round(owned * (masters + 2 * state.moment) * (1 - state.offloaded)),
+        host_optimizer=round(owned * (FLOAT32_BYTES + 2 * state.moment) * state.offloaded),
+        host_reference=owned * state.param if holds_reference else 0,
+    )
+
+
+def megatron_bytes(
+    model: Architecture, state: StateBytes, *, tp: int, pp: int, num_replicas: int, holds_reference: bool
+) -> RankBytes:
+    """Return what a rank of Megatron's largest stage holds; `num_replicas` (data x context parallel) share its states."""
+    layer = sum(prod(shape) // (tp if len(shape) > 1 else 1) for shape in model.layer_shapes().values())
+    embedding = -(-model.vocab_size // tp) * model.hidden_size
+    held = model.num_layers // pp * layer + embedding * (2 if pp == 1 and not model.tied_head else 1) + model.hidden_size
+    owned = -(-held // num_replicas)
+    masters = FLOAT32_BYTES if state.param != FLOAT32_BYTES else 0
+    return RankBytes(
+        weights=held * state.param,
+        gradients=held * FLOAT32_BYTES,
+        optimizer=round(owned * (masters + 2 * state.moment) * (1 - state.offloaded)),
+        host_optimizer=round(owned * (FLOAT32_BYTES + 2 * state.moment) * state.offloaded),
+        host_reference=held * state.param if holds_reference else 0,
+    )
+
+
+def _count(shapes: Iterable[tuple[int, ...]]) -> int:
+    return sum(map(prod, shapes))

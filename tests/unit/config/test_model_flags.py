@@ -1,0 +1,71 @@
+from dataclasses import fields, replace
+
+import pytest
+
+from qwench.config.model_flags import check_model_flags
+from qwench.config.sections.architecture import ArchitectureConfig
+from qwench.errors import ConfigError
+from tests.unit.config.architectures import QWEN3_4B
+
+# MODEL_ARGS of a Qwen3-4B launch script.
+SCRIPT_4B = {
+    "swiglu": True,
+    "num_layers": 36,
+    "hidden_size": 2560,
+    "ffn_hidden_size": 9728,
+    "num_attention_heads": 32,
+    "group_query_attention": True,
+    "num_query_groups": 8,
+    "use_rotary_position_embeddings": True,
+    "disable_bias_linear": True,
+    "normalization": "RMSNorm",
+    "norm_epsilon": 1e-6,
+    "rotary_base": 1_000_000.0,
+    "vocab_size": 151_936,
+    "kv_channels": 128,
+    "qk_layernorm": True,
+}
+
+
+def test_a_launch_script_that_tells_the_truth_passes():
+    check_model_flags(ArchitectureConfig(**SCRIPT_4B), QWEN3_4B)
+    check_model_flags(ArchitectureConfig(), QWEN3_4B)
+
+
+WRONG_VALUES = {
+    "num_layers": (28, "36"),
+    "hidden_size": (1024, "2560"),
+    "ffn_hidden_size": (3072, "9728"),
+    "num_attention_heads": (16, "32"),
+    "num_query_groups": (4, "8"),
+    "group_query_attention": (False, "True"),
+    "kv_channels": (80, "128"),
+    "vocab_size": (32_000, "151936"),
+    "max_position_embeddings": (4096, "40960"),
+    "rotary_base": (5e6, r"1000000\.0"),
+    "rotary_percent": (0.5, r"1\.0"),
+    "use_rotary_position_embeddings": (False, "True"),
+    "position_embedding_type": ("learned_absolute", "rope"),
+    "swiglu": (False, "True"),
+    "qk_layernorm": (False, "True"),
+    "normalization": ("LayerNorm", "RMSNorm"),
+    "norm_epsilon": (1e-5, "1e-06"),
+    "disable_bias_linear": (False, "True"),
+    "add_qkv_bias": (True, "False"),
+    "untie_embeddings_and_output_weights": (True, "False"),
+}
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(ArchitectureConfig)])
+def test_every_flag_that_contradicts_is_refused_by_name(name):
+    wrong, fact = WRONG_VALUES[name]
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(ConfigError, match=rf"{flag} \({wrong}\) contradicts the checkpoint's config\.json \({fact}\)"):
+        check_model_flags(ArchitectureConfig(**{name: wrong}), QWEN3_4B)
+
+
+def test_biases_of_queries_keys_and_values_are_a_flag_of_their_own():
+    qwen2 = replace(QWEN3_4B, model_type="qwen2", qkv_bias=True, qk_norm=False)
+    check_model_flags(ArchitectureConfig(add_qkv_bias=True, disable_bias_linear=True, qk_layernorm=False), qwen2)
+    llama = replace(qwen2, model_type="llama", attention_output_bias=True)
+    check_model_flags(ArchitectureConfig(add_qkv_bias=True, disable_bias_linear=False), llama)

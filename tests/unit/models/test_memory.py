@@ -1,0 +1,81 @@
+"""Bytes and FLOPs, worked out by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from qwench.models.hf import architecture_of
+from qwench.models.memory import (
+    RankBytes,
+    SequenceCost,
+    StateBytes,
+    fsdp_bytes,
+    kv_bytes_per_token,
+    megatron_bytes,
+    num_parameters,
+)
+from qwench.models.registry import SIZES
+from tests.unit.config.architectures import QWEN3_4B
+
+BF16 = StateBytes(param=2, moment=4, offloaded=0.0)
+# hidden 4, 2 heads of 2 over 1 group, ffn 8, vocab 10, 4 layers: a layer has 192 - 16 = 144 + ... see below.
+SMALL = replace(
+    QWEN3_4B,
+    num_layers=4,
+    hidden_size=4,
+    ffn_hidden_size=8,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=2,
+    vocab_size=10,
+)
+MATRICES = 4 * 4 + 2 * 4 + 2 * 4 + 4 * 4 + 3 * 4 * 8  # q, k, v, o, MLP: 144
+NORMS = 4 + 4 + 2 + 2  # of inputs, of queries and keys
+PARAMETERS = 4 * (MATRICES + NORMS) + 10 * 4 + 4  # 668
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("0.6B", 114_688), ("1.7B", 114_688), ("4B", 147_456), ("8B", 147_456), ("14B", 163_840), ("32B", 262_144)],
+)
+def test_kv_bytes_per_token_in_bf16(size, expected):
+    assert kv_bytes_per_token(architecture_of(SIZES[size].to_config(vocab_size=151_936))) == expected
+
+
+def test_tied_embeddings_count_once():
+    assert num_parameters(SMALL) == PARAMETERS == 668
+    assert num_parameters(replace(SMALL, tied_head=False)) == 668 + 40
+
+
+def test_flops_are_two_for_each_weight_of_a_matrix_and_four_head_dims_for_a_causal_pair_of_two():
+    cost = SequenceCost.of_model(SMALL)
+    assert cost.linear == 2 * (4 * MATRICES + 40)
+    assert cost.head == 2 * 40
+    assert cost.quadratic == 2 * 4 * 2 * 2  # 2 products x 2 FLOPs x half of the pairs, for 4 layers of 2 heads of size 2
+    assert cost.of(3) == 3 * cost.linear + 9 * cost.quadratic
+
+
+def test_fsdp_ranks_hold_masters_as_their_weights():
+    held = fsdp_bytes(SMALL, BF16, num_shards=2, holds_reference=True)
+    # A small gradient stays whole on every rank until the last micro-batch.
+    assert held == RankBytes(weights=334 * 4, gradients=668 * 4, optimizer=334 * 8, host_optimizer=0, host_reference=334 * 2)
+    assert held.device == 334 * 12 + 668 * 4
+
+
+def test_fsdp_ranks_that_offload_keep_rounded_weights_and_host_masters():
+    held = fsdp_bytes(SMALL, StateBytes(param=2, moment=2, offloaded=1.0), num_shards=1, holds_reference=False)
+    assert held == RankBytes(weights=668 * 2, gradients=668 * 4, optimizer=0, host_optimizer=668 * 8, host_reference=0)
+
+
+def test_large_gradients_are_sharded():
+    held = fsdp_bytes(QWEN3_4B, BF16, num_shards=8, holds_reference=False)
+    assert held.gradients == -(-num_parameters(QWEN3_4B) // 8) * 4
+
+
+def test_megatron_ranks_hold_a_share_of_a_stage():
+    held = megatron_bytes(SMALL, BF16, tp=2, pp=2, num_replicas=2, holds_reference=True)
+    stage = 2 * (MATRICES // 2 + NORMS) + 5 * 4 + 4  # two layers, half the embedding, the last norm: 192
+    assert held == RankBytes(
+        weights=stage * 2, gradients=stage * 4, optimizer=stage // 2 * 12, host_optimizer=0, host_reference=stage * 2
+    )
+    assert megatron_bytes(SMALL, BF16, tp=1, pp=1, num_replicas=1, holds_reference=False).device == 668 * 18
