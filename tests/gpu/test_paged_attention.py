@@ -10,6 +10,7 @@ import torch
 
 from qwench.engines.embedded.compute.attention import TorchAttention
 from qwench.engines.embedded.compute.batch import Chunks, StepBatch
+from qwench.engines.embedded.compute.decode_work import DecodeWork, pack_decode_work
 from tests.contract.engine_hosts import ask, generate_all, make_engine, make_model, prompt_of, reference_log_probs
 
 pytestmark = [pytest.mark.gpu(1), pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -29,7 +30,11 @@ def chunks_of(starts: list[int], counts: list[int], tables: np.ndarray) -> Chunk
     return Chunks(starts=np.array(starts, dtype=np.int32), counts=np.array(counts, dtype=np.int32), tables=tables)
 
 
-def batch_of(decodes: Chunks, prefills: Chunks) -> StepBatch:
+def batch_of(decodes: Chunks, prefills: Chunks, max_sharing: int = 1) -> StepBatch:
+    rows = len(decodes.counts)
+    packed, size = pack_decode_work(
+        decodes.lengths, decodes.tables, page_size=PAGE_SIZE, num_rows=rows, max_sharing=max_sharing
+    )
     unused = torch.zeros(0, dtype=torch.int64, device=DEVICE)
     return StepBatch(
         token_ids=unused,
@@ -37,9 +42,8 @@ def batch_of(decodes: Chunks, prefills: Chunks) -> StepBatch:
         slots=unused,
         logit_tokens=unused,
         decodes=decodes,
-        decode_tables=torch.from_numpy(np.ascontiguousarray(decodes.tables)).to(DEVICE),
-        decode_lengths=torch.from_numpy(decodes.lengths).to(DEVICE),
         prefills=prefills,
+        work=DecodeWork.view(torch.from_numpy(packed).to(DEVICE), num_rows=rows, size=size),
     )
 
 
@@ -62,6 +66,23 @@ def test_cuda_attention_equals_the_reference(attention_cuda, heads, kv_heads, he
         attention.prepare(batch)
         outputs.append(attention(q_THK, keys, values))
     torch.testing.assert_close(outputs[0], outputs[1], atol=tolerance, rtol=tolerance)
+
+
+def test_shared_chunks_change_no_bit(attention_cuda):
+    torch.manual_seed(0)
+    lengths = [700] * 11 + [300, 1000]
+    tables = np.random.default_rng(0).permutation(len(lengths) * 64).reshape(-1, 64).astype(np.int32)
+    tables[:9, :32] = tables[0, :32]
+    keys, values = torch.randn(2, tables.size, PAGE_SIZE, 8, 128, device=DEVICE, dtype=torch.bfloat16)
+    q_THK = torch.randn(len(lengths), 16, 128, device=DEVICE, dtype=torch.bfloat16)
+    decodes = chunks_of([length - 1 for length in lengths], [1] * len(lengths), tables)
+    none = chunks_of([], [], np.zeros((0, 1), dtype=np.int32))
+    outputs = []
+    for max_sharing in (1, 8):
+        attention = attention_cuda.CudaAttention(PAGE_SIZE, torch.bfloat16, DEVICE)
+        attention.prepare(batch_of(decodes, none, max_sharing))
+        outputs.append(attention(q_THK, keys, values))
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("graphs", [False, True])

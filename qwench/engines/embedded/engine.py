@@ -4,27 +4,28 @@ Requests join and leave between forward passes. One task steps while there is wo
 
     generate() -> scheduler.add ----.                       .--> future of generate()
                                     v                       |
-    step task:  [ plan -> forward pass in a worker thread -> commit ]  repeat
+    step task:  [ plan n -> a worker thread launches n, waits for n - 1 -> take the tokens of n - 1 ]  repeat
                                     ^
-    update_weights, sleep, abort ... wait for the lock between two steps
+    abort: between two steps;  update_weights, sleep, pause: between two steps, with no step in flight (see `pipeline`)
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from qwench.engines.embedded.compute.in_flight import InFlight, Sampled
 from qwench.engines.embedded.compute.parameters import list_parameters
 from qwench.engines.embedded.compute.runner import Runner
 from qwench.engines.embedded.compute.weights import WeightStore, read_safetensors
+from qwench.engines.embedded.pipeline import StepPipeline, Worker
 from qwench.engines.embedded.scheduling.admission import Admission, eos_ids_of
 from qwench.engines.embedded.scheduling.counters import count_step
 from qwench.engines.embedded.scheduling.kv_cache import PagePool
@@ -48,7 +49,6 @@ from qwench.wire.portions import WeightBucket
 
 QUIET_TURNS = 10
 """Turns of the event loop without a new request after which an inline engine believes that no more will come now."""
-Result = TypeVar("Result")
 
 
 class EmbeddedEngine:
@@ -78,12 +78,13 @@ class EmbeddedEngine:
         self._runner = Runner(architecture, settings, self._weights)
         self._scheduler: Scheduler | None = None
         self._requests: dict[str, RunningRequest] = {}
-        self._executor = None if settings.inline else ThreadPoolExecutor(1, thread_name_prefix="qwench-engine")
+        self._worker = Worker(inline=settings.inline)
+        self._pipeline = StepPipeline(self._runner, self._worker, self._take, overlap=settings.resolved_overlap)
         self._between_steps = asyncio.Lock()
         self._stepping: asyncio.Task[None] | None = None
         self._paused = False
         self._kv_asleep = False
-        self._failure: EngineError | None = None
+        self._failure: Exception | None = None
         self._stats = EngineStats()
 
     @classmethod
@@ -168,7 +169,7 @@ class EmbeddedEngine:
     async def pause(self) -> None:
         """See `Engine.pause`."""
         self._paused = True
-        async with self._between_steps:
+        async with self._at_rest():
             pass
 
     async def resume(self) -> None:
@@ -178,9 +179,9 @@ class EmbeddedEngine:
 
     async def update_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> WeightReceipt:
         """See `Engine.update_weights`; `buckets` is consumed between two steps."""
-        async with self._between_steps:
+        async with self._at_rest():
             try:
-                checksums = await self._call(lambda: self._weights.load(buckets))
+                checksums = await self._worker.call(lambda: self._weights.load(buckets))
             finally:
                 self._forget_old_weights()
             self._version = version
@@ -198,9 +199,9 @@ class EmbeddedEngine:
         Raises:
             WeightSyncError: see `update_weights`; or a bucket before this one is missing.
         """
-        async with self._between_steps:
+        async with self._at_rest():
             try:
-                checksums = await self._call(lambda: self._weights.take(read(), portion))
+                checksums = await self._worker.call(lambda: self._weights.take(read(), portion))
             finally:
                 self._forget_old_weights()
             if checksums is None:
@@ -215,7 +216,7 @@ class EmbeddedEngine:
         Raises:
             WeightSyncError: names, shapes, dtype or device are not the engine's own; then copy instead.
         """
-        async with self._between_steps:
+        async with self._at_rest():
             self._weights.adopt(weights)
             self._forget_old_weights()
             self._version = version
@@ -224,7 +225,7 @@ class EmbeddedEngine:
 
     async def sleep(self, tags: Sequence[MemoryTag]) -> None:
         """See `Engine.sleep`."""
-        async with self._between_steps:
+        async with self._at_rest():
             self._drop_aborted()
             if self._requests:
                 raise EngineError(
@@ -241,7 +242,7 @@ class EmbeddedEngine:
 
     async def wake(self, tags: Sequence[MemoryTag]) -> None:
         """See `Engine.wake`; weights get their memory when they are published."""
-        async with self._between_steps:
+        async with self._at_rest():
             if MemoryTag.KV_CACHE in tags:
                 self._kv_asleep = False
                 self._ensure_scheduler()
@@ -280,10 +281,7 @@ class EmbeddedEngine:
             self._weights.drop()
             self._scheduler = None
             self._runner.drop_kv_cache()
-        if self._executor is not None:
-            self._executor.shutdown(wait=False)
-
-    # Steps
+        self._worker.close()
 
     def _start_stepping(self) -> None:
         if self._stepping is None and self._requests and not self._paused and self._weights.ready:
@@ -295,30 +293,43 @@ class EmbeddedEngine:
                 await self._let_requests_arrive()
                 async with self._between_steps:
                     self._drop_aborted()
-                    if self._paused or not self._requests or not self._weights.ready:
-                        self._stepping = None
-                        return
-                    await self._step()
-        except Exception as cause:  # noqa: BLE001 - whatever broke a step must reach every caller, or they wait for ever
-            failure = EngineError(f"the embedded engine failed in a step: {type(cause).__name__}: {cause}")
-            failure.__cause__ = cause
+                    if self._must_rest():
+                        await self._pipeline.drain()
+                    if self._must_rest():
+                        break
+                    await self._pipeline.step(self._ensure_scheduler())
+        except Exception as cause:  # noqa: BLE001 - every caller must hear of it, or they wait for ever
+            self._fail(cause)
+        finally:
             self._stepping = None
-            self._fail(failure)
 
-    async def _step(self) -> None:
-        scheduler = self._ensure_scheduler()
-        plan = scheduler.plan()
-        tokens, log_probs = await self._call(lambda: self._runner.execute(plan, scheduler.page_table))
-        scheduler.commit(plan)
+    def _must_rest(self) -> bool:
+        return self._paused or not self._requests or not self._weights.ready
+
+    @asynccontextmanager
+    async def _at_rest(self) -> AsyncIterator[None]:
+        """Hold back the next step, with none in flight."""
+        async with self._between_steps:
+            try:
+                await self._pipeline.drain()
+            except Exception as cause:  # noqa: BLE001 - see _step_until_idle
+                self._fail(cause)
+            yield
+
+    def _take(self, scheduler: Scheduler, step: InFlight, sampled: Sampled) -> None:
         finished = []
-        sampling = plan.sampling
-        for running, token, log_prob in zip(sampling, tokens, log_probs, strict=True):
+        num_taken = 0
+        for running, token, log_prob in zip(step.requests, *sampled, strict=True):
+            running.pending -= 1
+            if running.row < 0:
+                continue  # it ended after this step was launched
+            num_taken += 1
             running.tokens.append(token)
             running.log_probs.append(log_prob)
-            running.weight_versions.append(self._version)
+            running.weight_versions.append(self._version)  # weights change only when no step is in flight
             if running.finish_reason is None and update_finish(running, self._tokenizer):
                 finished.append(running)
-        self._stats = count_step(self._stats, plan, num_sampled=len(sampling))
+        self._stats = count_step(self._stats, step.plan, step.requests, num_sampled=num_taken)
         scheduler.finish(finished)
         for running in finished:
             self._resolve(running)
@@ -331,19 +342,6 @@ class EmbeddedEngine:
             num_arrived = self._admission.num_accepted
             await asyncio.sleep(0)
             quiet = quiet + 1 if num_arrived == self._admission.num_accepted else 0
-
-    async def _call(self, work: Callable[[], Result]) -> Result:
-        """Run work that blocks: in the worker thread, or right here when inline. Cancellation waits for its end."""
-        if self._executor is None:
-            return work()
-        future = asyncio.get_running_loop().run_in_executor(self._executor, work)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            await asyncio.wait([future])
-            raise
-
-    # Requests
 
     def _accept(self, request: GenerateRequest) -> RunningRequest:
         """Check a request and make its state."""
@@ -369,14 +367,18 @@ class EmbeddedEngine:
             return
         running.future.set_result(running.to_result(self._tokenizer))
 
-    def _fail(self, failure: EngineError) -> None:
+    def _fail(self, cause: Exception) -> None:
+        """End all requests, now and later, with an error."""
+        failure = cause
+        if not isinstance(cause, EngineError):
+            failure = EngineError(f"the embedded engine failed in a step: {type(cause).__name__}: {cause}")
+            failure.__cause__ = cause
+        self._pipeline.drop()
         self._failure = self._failure or failure
         for running in self._requests.values():
             if not running.future.done():
                 running.future.set_exception(failure)
         self._requests.clear()
-
-    # Memory
 
     def _ensure_scheduler(self) -> Scheduler:
         if self._scheduler is None:

@@ -34,6 +34,14 @@ class EmbeddedSettings:
     cuda_graphs: bool = True
     """Capture decode steps as CUDA graphs (no effect on a CPU)."""
 
+    overlap: bool | None = None
+    """Launch a step before the tokens of the one before it are known. None: on a GPU, where the host is hidden by it."""
+
+    @property
+    def resolved_overlap(self) -> bool:
+        """Tell whether a step is in flight while the next one is planned."""
+        return self.overlap if self.overlap is not None else torch.device(self.device).type == "cuda"
+
     @property
     def resolved_dtype(self) -> torch.dtype:
         """Return the dtype of weights and KV cache."""

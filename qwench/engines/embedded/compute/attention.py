@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qwench.engines.embedded.compute.batch import Chunks, IntArray, StepBatch
+from qwench.engines.embedded.compute.batch import Chunks, StepBatch
+from qwench.engines.embedded.compute.decode_work import IntArray
 
 BLOCK_GROWTH = 1.5
 """A block of decodes is closed when the next row needs this many times the pages of its first (plus BLOCK_SLACK)."""

@@ -67,8 +67,8 @@ class CudaAttention:
         output = torch.empty_like(q_THK, memory_format=torch.contiguous_format)
         num_decodes = self._batch.num_decodes
         if num_decodes > 0:
-            tables, lengths = self._batch.decode_tables, self._batch.decode_lengths
-            paged_decode(q_THK[:num_decodes], keys, values, tables, lengths, output[:num_decodes])
+            assert self._batch.work is not None
+            paged_decode(q_THK[:num_decodes], keys, values, self._batch.work, output[:num_decodes])
         if self._prefills is not None:
             output[num_decodes:] = self._attend_prefills(self._prefills, q_THK[num_decodes:], keys, values)
         elif self._reference is not None and len(self._batch.prefills.counts) > 0:

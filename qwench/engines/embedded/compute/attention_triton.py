@@ -2,13 +2,17 @@
 # ruff: noqa: ANN001, ANN202 - in kernels, annotations mean something else to Triton
 """Decode attention over a paged cache as two Triton kernels: one token of each row against all its pages.
 
-    grid (row, kv head, chunk):  softmax over one chunk of CHUNK_TOKENS tokens -> partial output and log-sum-exp
-    grid (row, head):            merge the row's chunks by their log-sum-exps
+    grid (item of a work list, kv head):    softmax over one chunk of tokens -> partial output and log-sum-exp
+    grid (row, head):                      merge the row's chunks by their log-sum-exps
 
-All query heads of a kv head are computed together, so keys and values are read once. Chunks are of fixed size whatever the
-batch is, so a row's result does not depend on the others'.
+An item is one chunk of CHUNK_TOKENS tokens, of one row or of neighbouring rows that share its pages: their queries then stand
+in one tile, and the chunk is read once. Programs beyond the list's end do nothing, so a captured graph serves shorter lists.
+Chunks lie at fixed positions and every row has its own line in all products, so a row's bits do not depend on the other rows.
 
-Source of the split: Flash-Decoding (Dao, Haziza, Massa, Sizov 2023).
+Bytes: 2 K kv_heads itemsize for each token of each item; 8 (K + 1) H for each row and chunk of partial results. FLOPs: 4 K H
+a token and row.
+
+Source of the split: Flash-Decoding (Dao, Haziza, Massa, Sizov 2023); of the shared chunks: Hydragen (Juravsky et al. 2024).
 """
 
 from __future__ import annotations
@@ -18,103 +22,120 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK_TOKENS = 512
-BLOCK_TOKENS = 64
-SMALLEST_DOT = 16
-"""Least rows and columns of a tensor-core product."""
+from qwench.engines.embedded.compute.decode_work import CHUNK_TOKENS, DecodeWork
+
+BLOCK_TOKENS = 32
+NUM_WARPS = 4
+NUM_STAGES = 2
+TILE_ROWS = 16
+"""Least rows of a tensor-core product: the queries of a kv head, of as many sharing rows as fit."""
+MERGED_CHUNKS = 16
+"""Chunks that the merging kernel loads at once."""
 
 
-def paged_decode(q_NHK: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, output: Tensor) -> None:
-    """Write each row's attention over its first `lengths` cached tokens to `output`.
+def paged_decode(q_NHK: Tensor, keys: Tensor, values: Tensor, work: DecodeWork, output: Tensor) -> None:
+    """Write each row's attention over its first `work.lengths` cached tokens to `output`.
 
     Args:
         q_NHK: [N, H, K], one query token of each row.
-        keys: [pages, page_size, kv_heads, K], as `values`; the innermost dimension is dense.
-        tables: [N, pages] int32; its width sizes the grid, entries beyond a row's length are not read.
-        lengths: [N] int32, at least 1.
+        keys: [pages, page_size, kv_heads, K] dense, as `values`.
+        work: page tables, lengths and the list of items.
         output: [N, H, K] dense.
     """
     num_rows, num_heads, head_dim = q_NHK.shape
     _, page_size, num_kv_heads, _ = keys.shape
-    num_chunks = triton.cdiv(tables.shape[1] * page_size, CHUNK_TOKENS)
     group = num_heads // num_kv_heads
-    head_pad = max(triton.next_power_of_2(head_dim), SMALLEST_DOT)
-    partial = torch.empty((num_rows, num_heads, num_chunks, head_dim), dtype=torch.float32, device=q_NHK.device)
-    partial_lse = torch.empty((num_rows, num_heads, num_chunks), dtype=torch.float32, device=q_NHK.device)
-    assert q_NHK.stride(2) == keys.stride(3) == values.stride(3) == 1 and keys.stride() == values.stride()
-    assert output.is_contiguous()
-    _attend_chunk[(num_rows, num_kv_heads, num_chunks)](
+    head_pad = max(triton.next_power_of_2(head_dim), TILE_ROWS)
+    partial = torch.empty((work.size.slots, num_heads, head_dim), dtype=torch.float32, device=q_NHK.device)
+    partial_lse = torch.empty((work.size.slots, num_heads), dtype=torch.float32, device=q_NHK.device)
+    assert q_NHK.stride(2) == 1 and keys.is_contiguous() and values.is_contiguous() and output.is_contiguous()
+    _attend_items[(work.size.items * num_kv_heads,)](
         q_NHK,
         keys,
         values,
-        tables,
-        lengths,
+        work.tables,
+        work.header,
+        work.lengths,
+        work.first_slots,
         partial,
         partial_lse,
         head_dim**-0.5,
         q_NHK.stride(0),
         q_NHK.stride(1),
-        keys.stride(0),
-        keys.stride(1),
-        keys.stride(2),
-        tables.stride(0),
-        num_chunks,
+        KV_HEADS=num_kv_heads,
         GROUP=group,
-        GROUP_PAD=max(triton.next_power_of_2(group), SMALLEST_DOT),
+        TILE=max(triton.next_power_of_2(group), TILE_ROWS),
         HEAD_DIM=head_dim,
         HEAD_PAD=head_pad,
         PAGE_SIZE=page_size,
         CHUNK=CHUNK_TOKENS,
         BLOCK=BLOCK_TOKENS,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
     )
     _merge_chunks[(num_rows, num_heads)](
-        partial, partial_lse, lengths, output, num_chunks, HEAD_DIM=head_dim, HEAD_PAD=head_pad, CHUNK=CHUNK_TOKENS
+        partial,
+        partial_lse,
+        work.lengths,
+        work.first_slots,
+        output,
+        HEAD_DIM=head_dim,
+        HEAD_PAD=head_pad,
+        CHUNK=CHUNK_TOKENS,
+        STEP=MERGED_CHUNKS,
+        num_warps=2,
     )
 
 
 @triton.jit
-def _attend_chunk(
+def _attend_items(
     q_pointer,
     key_pointer,
     value_pointer,
     table_pointer,
+    header_pointer,
     length_pointer,
+    first_slot_pointer,
     partial_pointer,
     lse_pointer,
     scale,
     q_row_stride,
     q_head_stride,
-    page_stride,
-    token_stride,
-    kv_head_stride,
-    table_stride,
-    num_chunks,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
+    TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, kv_head, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    length = tl.load(length_pointer + row)
-    start = chunk * CHUNK
-    if start < length:
-        head = tl.arange(0, GROUP_PAD)
-        dim = tl.arange(0, HEAD_PAD)
-        q_mask = (head < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
-        q_head = kv_head * GROUP + head
-        q = tl.load(q_pointer + row * q_row_stride + q_head[:, None] * q_head_stride + dim[None, :], mask=q_mask, other=0.0)
-        running_max = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-        running_sum = tl.zeros([GROUP_PAD], tl.float32)
-        total = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
-        # The first block of a chunk that is entered holds at least one valid token, so the maximum is finite after it.
-        for offset in range(start, tl.minimum(start + CHUNK, length), BLOCK):
+    num_items = tl.load(header_pointer)
+    table_stride = tl.load(header_pointer + 1)
+    item_pointer = table_pointer + tl.load(header_pointer + 2)
+    line, dim = tl.arange(0, TILE), tl.arange(0, HEAD_PAD)
+    index = tl.program_id(0)
+    if index < num_items * KV_HEADS:
+        kv_head = index % KV_HEADS
+        item = item_pointer + index // KV_HEADS * 3
+        first_row, num_rows, chunk = tl.load(item).to(tl.int64), tl.load(item + 1), tl.load(item + 2)
+        # All rows of an item with several rows hold the whole chunk, so the first one's length bounds it.
+        start = chunk * CHUNK
+        end = tl.minimum(start + CHUNK, tl.load(length_pointer + first_row))
+        row, q_head = first_row + line // GROUP, kv_head * GROUP + line % GROUP
+        used = line < num_rows * GROUP
+        q_mask = used[:, None] & (dim < HEAD_DIM)[None, :]
+        q_offset = row * q_row_stride + q_head * q_head_stride
+        q = tl.load(q_pointer + q_offset[:, None] + dim[None, :], mask=q_mask, other=0.0)
+        running_max = tl.full([TILE], float("-inf"), tl.float32)
+        running_sum = tl.zeros([TILE], tl.float32)
+        total = tl.zeros([TILE, HEAD_PAD], tl.float32)
+        # An item holds at least one token, so the maximum is finite after the first block.
+        for offset in range(start, end, BLOCK):
             token = offset + tl.arange(0, BLOCK)
-            valid = token < length
-            page = tl.load(table_pointer + row * table_stride + token // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
-            base = page * page_stride + (token % PAGE_SIZE) * token_stride + kv_head * kv_head_stride
+            valid = token < end
+            page = tl.load(table_pointer + first_row * table_stride + token // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
+            base = ((page * PAGE_SIZE + token % PAGE_SIZE) * KV_HEADS + kv_head) * HEAD_DIM
             kv_mask = valid[:, None] & (dim < HEAD_DIM)[None, :]
             keys = tl.load(key_pointer + base[:, None] + dim[None, :], mask=kv_mask, other=0.0)
             scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
@@ -126,9 +147,10 @@ def _attend_chunk(
             values = tl.load(value_pointer + base[:, None] + dim[None, :], mask=kv_mask, other=0.0)
             total = total * decay[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
             running_max = new_max
-        slot = (row * tl.num_programs(1) * GROUP + q_head) * num_chunks + chunk
-        tl.store(partial_pointer + slot[:, None] * HEAD_DIM + dim[None, :], total / running_sum[:, None], mask=q_mask)
-        tl.store(lse_pointer + slot, running_max + tl.log(running_sum), mask=head < GROUP)
+        slot = tl.load(first_slot_pointer + row, mask=used, other=0).to(tl.int64) + chunk
+        place = slot * (KV_HEADS * GROUP) + q_head
+        tl.store(partial_pointer + place[:, None] * HEAD_DIM + dim[None, :], total / running_sum[:, None], mask=q_mask)
+        tl.store(lse_pointer + place, running_max + tl.log(running_sum), mask=used)
 
 
 @triton.jit
@@ -136,27 +158,31 @@ def _merge_chunks(
     partial_pointer,
     lse_pointer,
     length_pointer,
+    first_slot_pointer,
     output_pointer,
-    num_chunks,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row_head = row * tl.num_programs(1) + head
+    row, head, num_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    num_chunks = tl.cdiv(tl.load(length_pointer + row), CHUNK)
+    first_slot = tl.load(first_slot_pointer + row).to(tl.int64)
     dim = tl.arange(0, HEAD_PAD)
-    # A row's first chunk always exists.
-    running_max = tl.load(lse_pointer + row_head * num_chunks)
-    running_sum = tl.full([], 1.0, tl.float32)
-    total = tl.load(partial_pointer + row_head * num_chunks * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
-    for chunk in range(1, tl.cdiv(tl.load(length_pointer + row), CHUNK)):
-        slot = row_head * num_chunks + chunk
-        lse = tl.load(lse_pointer + slot)
-        partial = tl.load(partial_pointer + slot * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
-        new_max = tl.maximum(running_max, lse)
-        decay, weight = tl.exp(running_max - new_max), tl.exp(lse - new_max)
-        total = total * decay + partial * weight
-        running_sum = running_sum * decay + weight
+    running_max = tl.full([], float("-inf"), tl.float32)
+    running_sum = tl.zeros([], tl.float32)
+    total = tl.zeros([HEAD_PAD], tl.float32)
+    for start in range(0, num_chunks, STEP):
+        chunk = start + tl.arange(0, STEP)
+        exists = chunk < num_chunks
+        place = (first_slot + chunk) * num_heads + head
+        lse = tl.load(lse_pointer + place, mask=exists, other=float("-inf"))
+        mask = exists[:, None] & (dim < HEAD_DIM)[None, :]
+        partial = tl.load(partial_pointer + place[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
+        new_max = tl.maximum(running_max, tl.max(lse, axis=0))
+        decay, weights = tl.exp(running_max - new_max), tl.exp(lse - new_max)
+        total = total * decay + tl.sum(partial * weights[:, None], axis=0)
+        running_sum = running_sum * decay + tl.sum(weights, axis=0)
         running_max = new_max
     merged = (total / running_sum).to(output_pointer.dtype.element_ty)
-    tl.store(output_pointer + row_head * HEAD_DIM + dim, merged, mask=dim < HEAD_DIM)
+    tl.store(output_pointer + (row * num_heads + head) * HEAD_DIM + dim, merged, mask=dim < HEAD_DIM)

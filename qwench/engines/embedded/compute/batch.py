@@ -1,6 +1,8 @@
 """The tensors of one forward pass, packed from a step plan.
 
 tokens:   [ d0 d1 d2 | p p p p p | p p p ]     one token of each decoding request, then the prefill chunks
+
+The token of a decoding request may still be on its way to the host: the device keeps each row's latest token.
 """
 
 from __future__ import annotations
@@ -9,14 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qwench.engines.embedded.compute.decode_work import DecodeWork, IntArray, WorkSize, pack_decode_work
 from qwench.engines.embedded.scheduling.scheduler import StepPlan
-
-IntArray = npt.NDArray[np.integer]
-"""int32, on the host."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,14 +43,12 @@ class StepBatch:
     """[T]"""
     slots: Tensor
     """[T] page * page_size + offset, where keys and values go."""
-    logit_tokens: Tensor
-    """[U] packed tokens whose logits are wanted."""
+    logit_tokens: Tensor | None
+    """[U] packed tokens whose logits are wanted; None: all."""
     decodes: Chunks
-    decode_tables: Tensor
-    """[N, pages] int32 on the device."""
-    decode_lengths: Tensor
-    """[N] int32 on the device."""
     prefills: Chunks
+    work: DecodeWork | None
+    """What the CUDA kernel needs to know of the decodes."""
 
     @property
     def num_decodes(self) -> int:
@@ -59,34 +56,71 @@ class StepBatch:
         return len(self.decodes.counts)
 
 
-def build_batch(plan: StepPlan, page_table: IntArray, page_size: int, device: torch.device) -> StepBatch:
-    """Pack a plan into tensors with one transfer to the device."""
-    chunks = plan.prefills
-    rows = np.array([r.row for r in plan.decodes] + [c.request.row for c in chunks], dtype=np.int32)
-    starts = np.array([r.num_computed for r in plan.decodes] + [c.start for c in chunks], dtype=np.int32)
-    counts = np.array([1] * len(plan.decodes) + [c.count for c in chunks], dtype=np.int32)
-    token_ids = [r.tokens[-1] for r in plan.decodes]
-    for chunk in chunks:
-        token_ids.extend(chunk.request.tokens[chunk.start : chunk.start + chunk.count])
-    ends = np.cumsum(counts, dtype=np.int32)
-    positions = np.arange(len(token_ids), dtype=np.int32) - np.repeat(ends - counts - starts, counts)
-    slots = page_table[np.repeat(rows, counts), positions // page_size] * page_size + positions % page_size
-    wanted = np.array([True] * len(plan.decodes) + [c.is_last for c in chunks], dtype=bool)
-    num_decodes = len(plan.decodes)
-    decodes = _select_chunks(rows[:num_decodes], starts[:num_decodes], counts[:num_decodes], page_table, page_size)
-    prefills = _select_chunks(rows[num_decodes:], starts[num_decodes:], counts[num_decodes:], page_table, page_size)
-    host = [np.array(token_ids, dtype=np.int32), positions, slots, ends[wanted] - 1, decodes.tables, decodes.lengths]
-    tokens, positions_, slots_, logit_tokens, tables, lengths = to_device(host, device)
-    return StepBatch(
-        token_ids=tokens,
-        positions=positions_.long(),
-        slots=slots_.long(),
-        logit_tokens=logit_tokens.long(),
-        decodes=decodes,
-        decode_tables=tables,
-        decode_lengths=lengths,
-        prefills=prefills,
-    )
+class BatchBuilder:
+    """Packs plans for one device."""
+
+    def __init__(self, *, page_size: int, max_sharing: int, device: torch.device) -> None:
+        """`max_sharing`: how many rows' queries fit into one tile of the decode kernel."""
+        self._page_size = page_size
+        self._max_sharing = max_sharing
+        self._device = device
+
+    def build(self, plan: StepPlan, page_table: IntArray, last_tokens: Tensor) -> StepBatch:
+        """Pack a plan; on a GPU two transfers bring it there, and none is waited for."""
+        decodes, prefills = self.decodes(plan, page_table), self._prefills(plan, page_table)
+        counts = np.concatenate((decodes.counts, prefills.counts))
+        starts = np.concatenate((decodes.starts, prefills.starts))
+        ends = np.cumsum(counts, dtype=np.int32)
+        positions = np.arange(counts.sum(), dtype=np.int32) - np.repeat(ends - counts - starts, counts)
+        rows = np.array([r.row for r in plan.decodes] + [c.request.row for c in plan.prefills], dtype=np.int32)
+        slots = page_table[np.repeat(rows, counts), positions // self._page_size] * self._page_size
+        slots += positions % self._page_size
+        wanted = np.array([True] * len(plan.decodes) + [chunk.is_last for chunk in plan.prefills], dtype=bool)
+        known = [token for c in plan.prefills for token in c.request.tokens[c.start : c.start + c.count]]
+        host = [rows[: len(plan.decodes)], np.array(known, dtype=np.int32), positions, slots, ends[wanted] - 1]
+        decoding, known_, positions_, slots_, logit_tokens = to_device(host, self._device)
+        return StepBatch(
+            token_ids=torch.cat((last_tokens[decoding], known_)) if known else last_tokens[decoding],
+            positions=positions_,
+            slots=slots_ if self._device.type == "cuda" else slots_.long(),
+            logit_tokens=logit_tokens if len(plan.prefills) > 0 else None,
+            decodes=decodes,
+            prefills=prefills,
+            work=self._work(decodes) if self._device.type == "cuda" and len(plan.decodes) > 0 else None,
+        )
+
+    def decodes(self, plan: StepPlan, page_table: IntArray) -> Chunks:
+        """Return the decodes of a plan: one token each."""
+        rows = np.array([request.row for request in plan.decodes], dtype=np.int64)
+        starts = np.array([request.num_computed for request in plan.decodes], dtype=np.int32)
+        return self._chunks(rows, starts, np.ones(len(rows), dtype=np.int32), page_table)
+
+    def pack_work(self, decodes: Chunks, num_rows: int) -> tuple[IntArray, WorkSize]:
+        """See `decode_work.pack_decode_work`."""
+        return pack_decode_work(
+            decodes.lengths, decodes.tables, page_size=self._page_size, num_rows=num_rows, max_sharing=self._max_sharing
+        )
+
+    def slots_of(self, decodes: Chunks) -> IntArray:
+        """Return where the decodes' keys and values go."""
+        starts = decodes.starts
+        pages = decodes.tables[np.arange(len(starts)), starts // self._page_size]
+        slots: IntArray = pages * self._page_size + starts % self._page_size
+        return slots
+
+    def _work(self, decodes: Chunks) -> DecodeWork:
+        packed, size = self.pack_work(decodes, len(decodes.counts))
+        return DecodeWork.view(to_device([packed], self._device)[0], num_rows=len(decodes.counts), size=size)
+
+    def _prefills(self, plan: StepPlan, page_table: IntArray) -> Chunks:
+        chunks = plan.prefills
+        rows = np.array([chunk.request.row for chunk in chunks], dtype=np.int64)
+        starts = np.array([chunk.start for chunk in chunks], dtype=np.int32)
+        return self._chunks(rows, starts, np.array([chunk.count for chunk in chunks], dtype=np.int32), page_table)
+
+    def _chunks(self, rows: IntArray, starts: IntArray, counts: IntArray, page_table: IntArray) -> Chunks:
+        num_pages = -(-int((starts + counts).max(initial=1)) // self._page_size)
+        return Chunks(starts=starts, counts=counts, tables=page_table[rows, :num_pages])
 
 
 def logit_rows(plan: StepPlan) -> IntArray | None:
@@ -104,8 +138,3 @@ def to_device(arrays: Sequence[IntArray], device: torch.device) -> list[Tensor]:
     flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]).astype(np.int32, copy=False))
     pieces = flat.pin_memory().to(device, non_blocking=True).split([array.size for array in arrays])
     return [piece.view(array.shape) for piece, array in zip(pieces, arrays, strict=True)]
-
-
-def _select_chunks(rows: IntArray, starts: IntArray, counts: IntArray, page_table: IntArray, page_size: int) -> Chunks:
-    num_pages = -(-int((starts + counts).max(initial=1)) // page_size)
-    return Chunks(starts=starts, counts=counts, tables=page_table[rows, :num_pages])

@@ -1,15 +1,16 @@
-"""Executes step plans: owns the memory of the KV cache and puts model, attention, graphs and sampler together."""
+"""Executes step plans: owns the memory of the KV cache, and binds a decoder to it and to the weights."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from qwench.engines.embedded.compute.attention import Attention, TorchAttention
-from qwench.engines.embedded.compute.batch import IntArray, build_batch, logit_rows, to_device
-from qwench.engines.embedded.compute.graphs import EagerForward, Forward, GraphForward
+from qwench.engines.embedded.compute.batch import logit_rows, to_device
+from qwench.engines.embedded.compute.decode_work import IntArray
+from qwench.engines.embedded.compute.decoder import Decoder
+from qwench.engines.embedded.compute.in_flight import InFlight, Sampled
 from qwench.engines.embedded.compute.model import DecoderModel
-from qwench.engines.embedded.compute.sampler import sample, sampling_rows
+from qwench.engines.embedded.compute.sampler import draws_of
 from qwench.engines.embedded.compute.weights import WeightStore
 from qwench.engines.embedded.scheduling.kv_cache import KVCache, page_bytes
 from qwench.engines.embedded.scheduling.scheduler import StepPlan
@@ -29,8 +30,9 @@ class Runner:
         self._weights = weights
         self._device = torch.device(settings.device)
         self._kv_cache: KVCache | None = None
-        self._forward: Forward | None = None
+        self._decoder: Decoder | None = None
         self._bound_layout = -1
+        self._last_tokens = torch.zeros(0, dtype=torch.int32)
 
     def choose_num_pages(self) -> int:
         """Return how many pages the pool shall have (scratch page included), from the settings or the free memory."""
@@ -60,11 +62,14 @@ class Runner:
             dtype=self._settings.resolved_dtype,
             device=self._device,
         )
+        # One row more, for padding.
+        num_rows = self._settings.max_running_requests + 1
+        self._last_tokens = torch.zeros(num_rows, dtype=torch.int32, device=self._device)
         self.forget_bindings()
 
     def drop_kv_cache(self) -> None:
         """Give the KV memory back, graphs included."""
-        self._kv_cache = self._forward = None
+        self._kv_cache = self._decoder = None
         self.release_cached_memory()
 
     def release_cached_memory(self) -> None:
@@ -73,48 +78,46 @@ class Runner:
             torch.cuda.empty_cache()
 
     def forget_bindings(self) -> None:
-        """Let go of what was built on weights or KV memory that are given back."""
-        self._forward = None
+        """Drop what was built on weights or KV memory that are given back."""
+        self._decoder = None
+
+    def advance(self, plan: StepPlan | None, page_table: IntArray, before: InFlight | None) -> tuple[InFlight | None, Sampled]:
+        """Launch a step, if there is one, then wait for what the step before it sampled, if there was one."""
+        launched = None if plan is None else self.launch(plan, page_table)
+        return launched, ((), ()) if before is None else before.wait()
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan, page_table: IntArray) -> tuple[list[int], list[float]]:
-        """Run one forward pass; return a token and its log-prob for each request of `plan.sampling`."""
-        assert self._kv_cache is not None
-        forward = self._bind(page_table)
-        batch = build_batch(plan, page_table, self._settings.page_size, self._device)
-        logits = forward(batch)
-        if plan.page_copies:
-            sources, targets = to_device([np.array(side) for side in zip(*plan.page_copies, strict=True)], self._device)
-            self._kv_cache.copy_pages(sources.long(), targets.long())
-        requests = plan.sampling
-        if not requests:
-            return [], []
-        rows = logit_rows(plan)
-        if rows is not None:
-            logits = logits[to_device([rows], self._device)[0].long()]
-        tokens, log_probs = sample(logits, sampling_rows(requests))
-        # Token ids are exact in float64, so one transfer (the step's only wait for the device) brings both.
-        drawn = torch.stack((tokens.double(), log_probs.double())).cpu()
-        return drawn[0].long().tolist(), drawn[1].tolist()
+    def launch(self, plan: StepPlan, page_table: IntArray) -> InFlight:
+        """Start one forward pass and the sampling of a token for each request of `plan.sampling`.
 
-    def _bind(self, page_table: IntArray) -> Forward:
-        """Return the forward pass over the current weights and KV memory; a new one when the weights moved."""
-        if self._forward is None or self._bound_layout != self._weights.layout:
+        A GPU works on after this returns, so the next step can be planned and launched meanwhile.
+        """
+        decoder = self._bind(page_table)
+        requests = plan.sampling
+        draws = draws_of(requests)
+        if decoder.graphs is not None and not plan.prefills:
+            step = decoder.graphs(decoder.builder.decodes(plan, page_table), draws)
+            logits, drawn = step.logits, step.drawn[:, : len(requests)]
+        else:
+            logits = decoder.forward(decoder.builder.build(plan, page_table, decoder.last_tokens))
+            if plan.page_copies:
+                sources, targets = to_device([np.array(side) for side in zip(*plan.page_copies, strict=True)], self._device)
+                decoder.kv_cache.copy_pages(sources.long(), targets.long())
+            rows = logit_rows(plan)
+            if rows is not None:
+                logits = logits[to_device([rows], self._device)[0]]
+            drawn = decoder.draw(logits, draws)
+        decoder.draw_limited(logits, draws, drawn)
+        return InFlight.of(plan, requests, drawn)
+
+    def _bind(self, page_table: IntArray) -> Decoder:
+        """Return the decoder over the current weights and KV memory; a new one when the weights moved."""
+        if self._decoder is None or self._bound_layout != self._weights.layout:
             assert self._kv_cache is not None
             self._bound_layout = self._weights.layout
-            max_rows, max_pages = page_table.shape
+            group = self._architecture.num_heads // self._architecture.num_kv_heads
             model = DecoderModel(self._architecture, self._weights.tensors, self._device)
-            eager = EagerForward(model, self._kv_cache, self._make_attention())
-            self._forward = eager
-            if self._device.type == "cuda" and self._settings.cuda_graphs:
-                self._forward = GraphForward(
-                    eager, max_rows=max_rows, max_pages=max_pages, page_size=self._settings.page_size, device=self._device
-                )
-        return self._forward
-
-    def _make_attention(self) -> Attention:
-        if self._device.type == "cuda":
-            from qwench.engines.embedded.compute import attention_cuda  # noqa: PLC0415  # Triton exists only with CUDA or ROCm
-
-            return attention_cuda.CudaAttention(self._settings.page_size, self._settings.resolved_dtype, self._device)
-        return TorchAttention(self._settings.page_size, self._settings.resolved_dtype, self._device)
+            self._decoder = Decoder(
+                model, self._kv_cache, self._settings, last_tokens=self._last_tokens, group=group, max_pages=page_table.shape[1]
+            )
+        return self._decoder

@@ -36,11 +36,86 @@ class SamplingRows:
     forbidden: Sequence[tuple[int, int]] = ()
     """(row, token) pairs that must not be drawn: stop tokens before `min_new_tokens`."""
 
+    def select(self, which: np.ndarray) -> SamplingRows:
+        """Return the parameters of some of the rows."""
+        place = {row: index for index, row in enumerate(which.tolist())}
+        return SamplingRows(
+            temperature=self.temperature[which],
+            top_p=self.top_p[which],
+            top_k=self.top_k[which],
+            min_p=self.min_p[which],
+            uniforms=self.uniforms[which],
+            forbidden=[(place[row], token) for row, token in self.forbidden if row in place],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draws:
+    """What drawing the next tokens takes: each request's parameters, and its row in the scheduler's table."""
+
+    params: SamplingRows
+    rows: np.ndarray
+    """[S] int32"""
+
+    @property
+    def limited(self) -> np.ndarray:
+        """Return the indices of requests whose support is limited; only `sample` draws for them."""
+        params = self.params
+        limited = (params.top_k >= 1) | (params.top_p < 1) | (params.min_p > 0)
+        limited[[row for row, _ in params.forbidden]] = True
+        return np.flatnonzero(limited)
+
+    def packed(self, num_rows: int, *, scratch_row: int) -> np.ndarray:
+        """Return `DrawInputs` in one int32 array, with padding that draws for the scratch row."""
+        padding = num_rows - len(self.rows)
+        columns = (self.params.uniforms, 0.0), (self.params.temperature, 1.0), (self.rows, scratch_row)
+        return np.concatenate([np.pad(column, (0, padding), constant_values=fill).view(np.int32) for column, fill in columns])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrawInputs:
+    """Device tensors of `Draws`."""
+
+    uniforms: Tensor
+    """[R] float64"""
+    temperature: Tensor
+    """[R] float32"""
+    rows: Tensor
+    """[R] int32"""
+
+    @classmethod
+    def view(cls, buffer: Tensor, num_rows: int) -> DrawInputs:
+        """Return the parts of a packed array on the device."""
+        uniforms, temperature, rows = buffer.split([2 * num_rows, num_rows, num_rows])
+        return cls(uniforms=uniforms.view(torch.float64), temperature=temperature.view(torch.float32), rows=rows)
+
+
+def draws_of(requests: Sequence[RunningRequest]) -> Draws:
+    """Collect the draws of the next token of each request."""
+    rows = np.array([request.row for request in requests], dtype=np.int32)
+    return Draws(params=sampling_rows(requests), rows=rows)
+
+
+def draw_limited(logits_SV: Tensor, draws: Draws, which: np.ndarray, last_tokens: Tensor, drawn: Tensor) -> None:
+    """Draw for some of the requests; write tokens to their rows of `last_tokens`, and tokens and log-prob bits to `drawn`.
+
+    Args:
+        which: indices of the requests.
+        last_tokens: [rows] int32
+        drawn: [2, S] int32
+    """
+    if len(which) == 0:
+        return
+    index, rows = (torch.from_numpy(array).to(logits_SV.device) for array in (which, draws.rows[which].astype(np.int64)))
+    tokens, log_probs = sample(logits_SV[index], draws.params.select(which))
+    last_tokens[rows] = tokens.int()
+    drawn[0, index], drawn[1, index] = tokens.int(), log_probs.view(torch.int32)
+
 
 def sampling_rows(requests: Sequence[RunningRequest]) -> SamplingRows:
     """Collect the parameters of the next token of each request."""
     params = [request.request.sampling for request in requests]
-    positions = np.array([request.num_output for request in requests], dtype=np.uint64)
+    positions = np.array([request.num_sampled for request in requests], dtype=np.uint64)
     seeds = np.array([request.seed for request in requests], dtype=np.uint64)
     return SamplingRows(
         temperature=np.array([p.temperature for p in params], dtype=np.float32),
@@ -51,7 +126,7 @@ def sampling_rows(requests: Sequence[RunningRequest]) -> SamplingRows:
         forbidden=[
             (row, token)
             for row, request in enumerate(requests)
-            if params[row].min_new_tokens > request.num_output
+            if params[row].min_new_tokens > request.num_sampled
             for token in request.stop_ids
         ],
     )
@@ -136,3 +211,6 @@ def _locate(weights: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     before = running.gather(-1, index) - weight
     rest = ((target - before) / weight).clamp(0.0, 1.0 - 2.0**-53)
     return index.squeeze(-1), rest.squeeze(-1)
+
+
+NO_DRAWS = draws_of([])

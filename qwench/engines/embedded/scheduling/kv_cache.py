@@ -133,11 +133,8 @@ class KVCache:
         shape = (architecture.num_layers, 2, num_pages, page_size, architecture.num_kv_heads, architecture.head_dim)
         # Zeros, not empty memory: reference attention multiplies masked values by 0, and 0 * nan is nan.
         self._storage = torch.zeros(shape, dtype=dtype, device=device)
-        self.page_size = page_size
-
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return one layer's keys and values, each [pages, page_size, kv_heads, head_dim]."""
-        return self._storage[index, 0], self._storage[index, 1]
+        self.layers = [(layer[0], layer[1]) for layer in self._storage]
+        """Each layer's keys and values, [pages, page_size, kv_heads, head_dim]."""
 
     def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
         """Copy whole pages in all layers."""

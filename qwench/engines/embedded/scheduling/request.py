@@ -14,7 +14,7 @@ from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResul
 class RunningRequest:
     """State of a request: waiting -> prefilling (alone, or following a sibling) -> decoding -> finished.
 
-    `tokens[:num_computed]` have their keys and values in `pages`. Preemption forgets those and sends it back to waiting.
+    The first `num_computed` tokens have their keys and values in `pages`. Preemption frees those and sends it back to waiting.
     """
 
     request: GenerateRequest
@@ -29,6 +29,8 @@ class RunningRequest:
     log_probs: list[float] = field(default_factory=list)
     weight_versions: list[int] = field(default_factory=list)
     num_computed: int = 0
+    pending: int = 0
+    """Tokens that launched steps will sample, and that have not come back to the host."""
     pages: list[int] = field(default_factory=list)
     row: int = -1
     """Its row in the scheduler's table; -1 while waiting."""
@@ -47,6 +49,16 @@ class RunningRequest:
     def num_output(self) -> int:
         """Return the number of response tokens."""
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_sampled(self) -> int:
+        """Return the number of response tokens, pending ones included."""
+        return self.num_output + self.pending
+
+    @property
+    def is_full(self) -> bool:
+        """Tell whether no more tokens are wanted than are sampled or pending."""
+        return self.num_sampled >= self.max_new_tokens
 
     @property
     def output_ids(self) -> list[int]:

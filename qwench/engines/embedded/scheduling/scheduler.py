@@ -104,7 +104,7 @@ class Scheduler:
         """Choose the work of the next forward pass and take the pages it needs."""
         plan = StepPlan()
         plan.num_preempted = self._extend_decoding()
-        plan.decodes = sorted(self._decoding, key=lambda request: request.num_computed)
+        plan.decodes = sorted(self._continuing(), key=lambda request: request.num_computed)
         budget = self._chunk_tokens
         for request in self._prefilling:
             budget -= self._plan_chunk(plan, request, budget)
@@ -115,8 +115,12 @@ class Scheduler:
             budget -= self._plan_chunk(plan, admitted, budget)
         return plan
 
+    def must_preempt(self) -> bool:
+        """Tell whether the next plan preempts a request; no token may be pending then."""
+        return sum(map(self._needs_page, self._continuing())) > self.pool.num_free
+
     def commit(self, plan: StepPlan) -> None:
-        """Note that the plan's keys and values are in the cache; call before appending the sampled tokens."""
+        """Note that the plan is launched: later steps find its keys and values. Call it before its tokens are appended."""
         for request in plan.decodes:
             request.num_computed += 1
         for chunk, forks in zip(plan.prefills, plan.followers, strict=True):
@@ -136,14 +140,21 @@ class Scheduler:
         finished = set(map(id, requests))
         self._decoding = [request for request in self._decoding if id(request) not in finished]
         for request in requests:
-            self.pool.remember(request.tokens[: request.num_computed], request.pages, epoch=request.epoch)
+            # The last token's keys are not there, or come from a step that was launched before the request ended.
+            self.pool.remember(request.tokens[:-1], request.pages, epoch=request.epoch)
             self._free(request)
+
+    def _continuing(self) -> list[RunningRequest]:
+        return [request for request in self._decoding if not request.is_full]
+
+    def _needs_page(self, request: RunningRequest) -> bool:
+        return request.num_computed >= len(request.pages) * self.pool.page_size
 
     def _extend_decoding(self) -> int:
         """Give each decoding request room for one token, oldest first; return how many of the latest were preempted for it."""
         num_preempted = 0
-        for request in list(self._decoding):
-            if request.row < 0 or request.num_computed < len(request.pages) * self.pool.page_size:
+        for request in self._continuing():
+            if request.row < 0 or not self._needs_page(request):
                 continue
             while self.pool.num_free == 0 and request.row >= 0:
                 self._preempt_latest()

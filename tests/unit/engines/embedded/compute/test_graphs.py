@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwench.engines.embedded.compute.graphs import bucket_of, page_bucket_of
+from qwench.engines.embedded.compute.graphs import bucket_of
 
 
 @given(st.integers(1, 512), st.integers(1, 512))
@@ -18,4 +18,3 @@ def test_bucket_holds_the_rows_and_wastes_little(rows, max_rows):
 
 def test_buckets_by_hand():
     assert [bucket_of(rows, 40) for rows in (1, 2, 3, 8, 9, 17, 33, 40)] == [1, 2, 4, 8, 16, 32, 40, 40]
-    assert [page_bucket_of(pages, 300) for pages in (1, 64, 65, 200, 257)] == [64, 64, 128, 256, 300]

@@ -1,0 +1,104 @@
+"""A forward pass and the draw after it, bound to weights and KV memory: eager, and for decode-only steps on CUDA as graphs."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwench.engines.embedded.compute.attention import Attention, TorchAttention
+from qwench.engines.embedded.compute.batch import BatchBuilder, Chunks, StepBatch, to_device
+from qwench.engines.embedded.compute.graphs import DecodeGraphs, DecodeInputs, Drawn
+from qwench.engines.embedded.compute.model import DecoderModel
+from qwench.engines.embedded.compute.sampler import DrawInputs, Draws, draw_limited
+from qwench.engines.embedded.scheduling.kv_cache import KVCache
+from qwench.engines.embedded.settings import EmbeddedSettings
+
+TILE_ROWS = 16
+"""Rows of the decode kernel's tile: queries of one kv head, of as many rows as fit."""
+
+
+class Decoder:
+    """Runs steps over weights and a KV cache that stay where they are; make a new one when they move."""
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        kv_cache: KVCache,
+        settings: EmbeddedSettings,
+        *,
+        last_tokens: Tensor,
+        group: int,
+        max_pages: int,
+    ) -> None:
+        """Bind them together.
+
+        Args:
+            last_tokens: int32, the latest token of each row of the scheduler's table, and of a last row for padding.
+            group: query heads of a kv head.
+            max_pages: pages of a row of the table.
+        """
+        device = torch.device(settings.device)
+        self.kv_cache = kv_cache
+        self.last_tokens = last_tokens
+        self.builder = BatchBuilder(page_size=settings.page_size, max_sharing=max(TILE_ROWS // group, 1), device=device)
+        self.graphs: DecodeGraphs | None = None
+        self._model = model
+        self._device = device
+        self._scratch_row = len(last_tokens) - 1
+        self._attention = _make_attention(settings, device)
+        if device.type == "cuda" and settings.cuda_graphs:
+            self.graphs = DecodeGraphs(
+                self._decode, self.builder, max_rows=self._scratch_row, max_pages=max_pages, device=device
+            )
+
+    def forward(self, batch: StepBatch) -> Tensor:
+        """Store keys and values of the batch's tokens and return the logits [U, V] of `batch.logit_tokens`."""
+        self._attention.prepare(batch)
+        return self._model.forward(
+            batch.token_ids, batch.positions, batch.slots, self.kv_cache, self._attention, batch.logit_tokens
+        )
+
+    def draw(self, logits_SV: Tensor, draws: Draws) -> Tensor:
+        """Return tokens and log-probs [2, S] of requests whose support is not limited, and write `last_tokens`."""
+        drawn = torch.empty((2, len(draws.rows)), dtype=torch.int32, device=self._device)
+        if self._device.type == "cuda" and len(draws.rows) > 0:
+            packed = draws.packed(len(draws.rows), scratch_row=self._scratch_row)
+            self._draw(logits_SV, DrawInputs.view(to_device([packed], self._device)[0], len(draws.rows)), drawn)
+        return drawn
+
+    def draw_limited(self, logits_SV: Tensor, draws: Draws, drawn: Tensor) -> None:
+        """Draw for the requests that `draw` has left out: those with a limited support, or on a CPU all."""
+        which = draws.limited if self._device.type == "cuda" else np.arange(len(draws.rows))
+        draw_limited(logits_SV, draws, which, self.last_tokens, drawn)
+
+    def _draw(self, logits_SV: Tensor, inputs: DrawInputs, drawn: Tensor) -> None:
+        import qwench.engines.embedded.compute.sampler_triton as kernels  # noqa: PLC0415  # Triton comes with CUDA only
+
+        kernels.draw(logits_SV, inputs.temperature, inputs.uniforms, inputs.rows, self.last_tokens, drawn)
+
+    def _decode(self, inputs: DecodeInputs) -> Drawn:
+        """The pass that graphs capture: one token of each row, drawn at once."""
+        num_rows = len(inputs.slots)
+        nothing = np.zeros(0, dtype=np.int32)
+        batch = StepBatch(
+            token_ids=self.last_tokens[inputs.draws.rows],
+            positions=inputs.work.lengths - 1,
+            slots=inputs.slots,
+            logit_tokens=None,
+            decodes=Chunks(starts=nothing, counts=np.ones(num_rows, dtype=np.int32), tables=nothing),
+            prefills=Chunks(starts=nothing, counts=nothing, tables=nothing),
+            work=inputs.work,
+        )
+        logits = self.forward(batch)
+        drawn = torch.empty((2, num_rows), dtype=torch.int32, device=self._device)
+        self._draw(logits, inputs.draws, drawn)
+        return Drawn(logits=logits, drawn=drawn)
+
+
+def _make_attention(settings: EmbeddedSettings, device: torch.device) -> Attention:
+    if device.type != "cuda":
+        return TorchAttention(settings.page_size, settings.resolved_dtype, device)
+    import qwench.engines.embedded.compute.attention_cuda as cuda  # noqa: PLC0415  # Triton comes with CUDA only
+
+    return cuda.CudaAttention(settings.page_size, settings.resolved_dtype, device)

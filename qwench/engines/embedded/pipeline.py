@@ -1,0 +1,87 @@
+"""Steps launched one ahead of those whose tokens were taken.
+
+    without overlap:  launch 0, take 0, launch 1, take 1 ...
+    with overlap:     launch 0, launch 1, take 0, launch 2, take 1 ...
+
+Step n - 1 is taken exactly after step n was launched, even when its tokens are there earlier: batches depend on the requests
+alone. A response that a stop token or string ends takes part in one step more, whose token is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from qwench.engines.embedded.compute.in_flight import InFlight, Sampled
+from qwench.engines.embedded.compute.runner import Runner
+from qwench.engines.embedded.scheduling.scheduler import Scheduler, StepPlan
+
+Result = TypeVar("Result")
+Take = Callable[[Scheduler, InFlight, Sampled], None]
+
+
+class Worker:
+    """Runs work that blocks: in a thread, or inline on the event loop itself."""
+
+    def __init__(self, *, inline: bool) -> None:
+        self._executor = None if inline else ThreadPoolExecutor(1, thread_name_prefix="qwench-engine")
+
+    async def call(self, work: Callable[[], Result]) -> Result:
+        """Return what `work` returns. Cancellation waits for its end."""
+        if self._executor is None:
+            return work()
+        future = asyncio.get_running_loop().run_in_executor(self._executor, work)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait([future])
+            raise
+
+    def close(self) -> None:
+        """End the thread after its current work."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=False)
+
+
+class StepPipeline:
+    """Holds the step in flight."""
+
+    def __init__(self, runner: Runner, worker: Worker, take: Take, *, overlap: bool) -> None:
+        """`take` receives what a step sampled."""
+        self._runner = runner
+        self._worker = worker
+        self._take = take
+        self._overlap = overlap
+        self._in_flight: tuple[Scheduler, InFlight] | None = None
+
+    async def step(self, scheduler: Scheduler) -> None:
+        """Launch the next step, and take the one before it; without overlap take the new one too."""
+        if scheduler.must_preempt():
+            await self.drain()  # a request's tokens must be known before it is preempted
+        plan = scheduler.plan()
+        await self._advance(scheduler, plan if plan.decodes or plan.prefills else None)
+        if not self._overlap:
+            await self.drain()
+
+    async def drain(self) -> None:
+        """Take the step in flight: then nothing runs, and all that was sampled is known."""
+        if self._in_flight is not None:
+            await self._advance(self._in_flight[0], None)
+
+    def drop(self) -> None:
+        """Forget the step in flight."""
+        self._in_flight = None
+
+    async def _advance(self, scheduler: Scheduler, plan: StepPlan | None) -> None:
+        before, self._in_flight = self._in_flight, None
+        in_flight = None if before is None else before[1]
+        launched, sampled = await self._worker.call(lambda: self._runner.advance(plan, scheduler.page_table, in_flight))
+        if launched is not None:
+            scheduler.commit(launched.plan)
+            for running in launched.requests:
+                running.pending += 1
+            self._in_flight = scheduler, launched
+        if in_flight is not None:
+            self._take(scheduler, in_flight, sampled)
