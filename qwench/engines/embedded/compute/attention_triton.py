@@ -3,7 +3,7 @@
 """Decode attention over a paged cache as two Triton kernels: one token of each row against all its pages.
 
     grid (item of a work list, kv head):    softmax over one chunk of tokens -> partial output and log-sum-exp
-    grid (row, head):                      merge the row's chunks by their log-sum-exps
+    grid (row, kv head):                   merge the row's chunks by their log-sum-exps
 
 An item is one chunk of CHUNK_TOKENS tokens, of one row or of neighbouring rows that share its pages: their queries then stand
 in one tile, and the chunk is read once. Programs beyond the list's end do nothing, so a captured graph serves shorter lists.
@@ -29,7 +29,7 @@ NUM_WARPS = 4
 NUM_STAGES = 2
 TILE_ROWS = 16
 """Least rows of a tensor-core product: the queries of a kv head, of as many sharing rows as fit."""
-MERGED_CHUNKS = 16
+MERGED_CHUNKS = 4
 """Chunks that the merging kernel loads at once."""
 
 
@@ -37,7 +37,7 @@ def paged_decode(q_NHK: Tensor, keys: Tensor, values: Tensor, work: DecodeWork, 
     """Write each row's attention over its first `work.lengths` cached tokens to `output`.
 
     Args:
-        q_NHK: [N, H, K], one query token of each row.
+        q_NHK: [N, H, K] dense, one query token of each row.
         keys: [pages, page_size, kv_heads, K] dense, as `values`.
         work: page tables, lengths and the list of items.
         output: [N, H, K] dense.
@@ -48,7 +48,7 @@ def paged_decode(q_NHK: Tensor, keys: Tensor, values: Tensor, work: DecodeWork, 
     head_pad = max(triton.next_power_of_2(head_dim), TILE_ROWS)
     partial = torch.empty((work.size.slots, num_heads, head_dim), dtype=torch.float32, device=q_NHK.device)
     partial_lse = torch.empty((work.size.slots, num_heads), dtype=torch.float32, device=q_NHK.device)
-    assert q_NHK.stride(2) == 1 and keys.is_contiguous() and values.is_contiguous() and output.is_contiguous()
+    assert all(tensor.is_contiguous() for tensor in (q_NHK, keys, values, output))
     _attend_items[(work.size.items * num_kv_heads,)](
         q_NHK,
         keys,
@@ -60,8 +60,6 @@ def paged_decode(q_NHK: Tensor, keys: Tensor, values: Tensor, work: DecodeWork, 
         partial,
         partial_lse,
         head_dim**-0.5,
-        q_NHK.stride(0),
-        q_NHK.stride(1),
         KV_HEADS=num_kv_heads,
         GROUP=group,
         TILE=max(triton.next_power_of_2(group), TILE_ROWS),
@@ -73,17 +71,19 @@ def paged_decode(q_NHK: Tensor, keys: Tensor, values: Tensor, work: DecodeWork, 
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )
-    _merge_chunks[(num_rows, num_heads)](
+    _merge_chunks[(num_rows, num_kv_heads)](
         partial,
         partial_lse,
         work.lengths,
         work.first_slots,
         output,
+        GROUP=group,
+        GROUP_PAD=triton.next_power_of_2(group),
         HEAD_DIM=head_dim,
         HEAD_PAD=head_pad,
         CHUNK=CHUNK_TOKENS,
         STEP=MERGED_CHUNKS,
-        num_warps=2,
+        num_warps=4,
     )
 
 
@@ -99,8 +99,6 @@ def _attend_items(
     partial_pointer,
     lse_pointer,
     scale,
-    q_row_stride,
-    q_head_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
@@ -110,12 +108,11 @@ def _attend_items(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    num_items = tl.load(header_pointer)
     table_stride = tl.load(header_pointer + 1)
     item_pointer = table_pointer + tl.load(header_pointer + 2)
     line, dim = tl.arange(0, TILE), tl.arange(0, HEAD_PAD)
     index = tl.program_id(0)
-    if index < num_items * KV_HEADS:
+    if index < tl.load(header_pointer) * KV_HEADS:
         kv_head = index % KV_HEADS
         item = item_pointer + index // KV_HEADS * 3
         first_row, num_rows, chunk = tl.load(item).to(tl.int64), tl.load(item + 1), tl.load(item + 2)
@@ -125,7 +122,7 @@ def _attend_items(
         row, q_head = first_row + line // GROUP, kv_head * GROUP + line % GROUP
         used = line < num_rows * GROUP
         q_mask = used[:, None] & (dim < HEAD_DIM)[None, :]
-        q_offset = row * q_row_stride + q_head * q_head_stride
+        q_offset = (row * (KV_HEADS * GROUP) + q_head) * HEAD_DIM
         q = tl.load(q_pointer + q_offset[:, None] + dim[None, :], mask=q_mask, other=0.0)
         running_max = tl.full([TILE], float("-inf"), tl.float32)
         running_sum = tl.zeros([TILE], tl.float32)
@@ -160,29 +157,33 @@ def _merge_chunks(
     length_pointer,
     first_slot_pointer,
     output_pointer,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    row, head, num_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    row, kv_head, num_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1) * GROUP
     num_chunks = tl.cdiv(tl.load(length_pointer + row), CHUNK)
     first_slot = tl.load(first_slot_pointer + row).to(tl.int64)
-    dim = tl.arange(0, HEAD_PAD)
-    running_max = tl.full([], float("-inf"), tl.float32)
-    running_sum = tl.zeros([], tl.float32)
-    total = tl.zeros([HEAD_PAD], tl.float32)
+    group, dim = tl.arange(0, GROUP_PAD), tl.arange(0, HEAD_PAD)
+    head = kv_head * GROUP + group
+    mask = (group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    running_max = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    running_sum = tl.zeros([GROUP_PAD], tl.float32)
+    total = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
     for start in range(0, num_chunks, STEP):
-        chunk = start + tl.arange(0, STEP)
-        exists = chunk < num_chunks
-        place = (first_slot + chunk) * num_heads + head
-        lse = tl.load(lse_pointer + place, mask=exists, other=float("-inf"))
-        mask = exists[:, None] & (dim < HEAD_DIM)[None, :]
-        partial = tl.load(partial_pointer + place[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
-        new_max = tl.maximum(running_max, tl.max(lse, axis=0))
-        decay, weights = tl.exp(running_max - new_max), tl.exp(lse - new_max)
-        total = total * decay + tl.sum(partial * weights[:, None], axis=0)
-        running_sum = running_sum * decay + tl.sum(weights, axis=0)
-        running_max = new_max
-    merged = (total / running_sum).to(output_pointer.dtype.element_ty)
-    tl.store(output_pointer + (row * num_heads + head) * HEAD_DIM + dim, merged, mask=dim < HEAD_DIM)
+        for chunk in tl.static_range(STEP):  # unrolled, so that all loads are under way at once
+            exists = start + chunk < num_chunks
+            place = (first_slot + start + chunk) * num_heads + head
+            lse = tl.load(lse_pointer + place, mask=exists & (group < GROUP), other=float("-inf"))
+            partial = tl.load(partial_pointer + place[:, None] * HEAD_DIM + dim[None, :], mask=exists & mask, other=0.0)
+            # A row's first chunk always exists, so the maximum is finite after it.
+            new_max = tl.where(group < GROUP, tl.maximum(running_max, lse), 0.0)
+            decay, weight = tl.exp(running_max - new_max), tl.exp(lse - new_max)
+            total = total * decay[:, None] + partial * weight[:, None]
+            running_sum = running_sum * decay + weight
+            running_max = new_max
+    merged = (total / running_sum[:, None]).to(output_pointer.dtype.element_ty)
+    tl.store(output_pointer + (row * num_heads + head)[:, None] * HEAD_DIM + dim[None, :], merged, mask=mask)
