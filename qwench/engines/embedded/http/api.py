@@ -13,9 +13,12 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerBase
 
+from qwench.engines.embedded.scheduling.stopping import check_encodable
 from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult, SamplingParams
 from qwench.errors import EngineError
 
+_MAX_ID_CHARS = 256
+_MAX_CHARS_OF_A_TOKEN = 128  # of Qwen's vocabulary: runs of spaces
 Json = dict[str, Any]  # a JSON object has no closed type
 
 
@@ -98,11 +101,14 @@ class GenerateBody(BaseModel):
         prompts = self.text if self.text is not None else self.input_ids
         return isinstance(prompts, list) and bool(prompts) and not isinstance(prompts[0], int)
 
-    def to_requests(self, tokenizer: PreTrainedTokenizerBase | None) -> list[GenerateRequest]:
-        """Return one request for each prompt.
+    def to_requests(self, tokenizer: PreTrainedTokenizerBase | None, *, max_tokens: int) -> list[GenerateRequest]:
+        """Return one request for each prompt; tokenises, so it may take a while.
+
+        Args:
+            max_tokens: the positions of the model, which bound what is worth tokenising.
 
         Raises:
-            EngineError: contradictory or unsupported fields.
+            EngineError: contradictory, unsupported or oversized fields.
         """
         if self.stream:
             raise EngineError("stream is not supported; send stream: false.")
@@ -111,25 +117,34 @@ class GenerateBody(BaseModel):
         for name in ("background", "return_text_in_logprobs", "return_hidden_states", "return_bytes", "return_entropy"):
             if getattr(self, name):
                 raise EngineError(f"{name} is not supported; send {name}: false.")
-        prompts = self._prompts(tokenizer)
+        prompts = self._prompts(tokenizer, max_chars=max_tokens * _MAX_CHARS_OF_A_TOKEN)
         sampling = self.sampling_params if isinstance(self.sampling_params, list) else [self.sampling_params] * len(prompts)
+        if not prompts:
+            raise EngineError("there is no prompt in the list; send at least one.")
         ids = [self.rid] if isinstance(self.rid, str) else self.rid or [uuid4().hex for _ in prompts]
         if not len(prompts) == len(sampling) == len(ids):
             raise EngineError(
                 f"got {len(prompts)} prompts, {len(sampling)} sampling_params and {len(ids)} rid; send as many of each."
             )
+        for request_id in ids:
+            if not 0 < len(request_id) <= _MAX_ID_CHARS or not request_id.isprintable():
+                raise EngineError(f"rid {request_id[:40]!r} is no id: 1 to {_MAX_ID_CHARS} printable characters.")
         return [
             GenerateRequest(request_id=request_id, input_ids=prompt, sampling=one.to_params())
             for request_id, prompt, one in zip(ids, prompts, sampling, strict=True)
         ]
 
-    def _prompts(self, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
+    def _prompts(self, tokenizer: PreTrainedTokenizerBase | None, *, max_chars: int) -> list[list[int]]:
         if (self.text is None) == (self.input_ids is None):
             raise EngineError("send either text or input_ids.")
         if self.text is not None:
             if tokenizer is None:
                 raise EngineError("this server has no tokenizer; send input_ids.")
             texts = [self.text] if isinstance(self.text, str) else self.text
+            for text in texts:
+                if len(text) > max_chars:
+                    raise EngineError(f"a text of {len(text)} characters is longer than any prompt of this model.")
+                check_encodable(text, what="text")
             return [list(tokenizer(text)["input_ids"]) for text in texts]
         # pydantic has made sure that it is one of the two forms.
         rows: list[Any] = self.input_ids or []

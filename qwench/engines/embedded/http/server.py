@@ -18,13 +18,21 @@ from pydantic import BaseModel
 
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.http.api import GenerateBody, Json, no_stop_trims, to_response
+from qwench.engines.embedded.http.border import Border
 from qwench.engines.embedded.http.weight_routes import WeightRoutes
 from qwench.engines.protocol import GenerateRequest, GenerateResult, MemoryTag, SamplingParams
 from qwench.errors import EngineError, WeightSyncError
 from qwench.wire.addresses import placement_of
+from qwench.wire.portions import DEFAULT_BUCKET_BYTES
 
 DISCONNECT_POLL_S = 1.0
 HEALTH_TIMEOUT_S = 20.0
+
+
+MAX_PROMPTS = 64
+"""How many prompts of the model's full length a body of `/generate` has room for."""
+_BYTES_OF_A_TOKEN = 12
+"""Of a token id and its comma in JSON, or of the text of a token."""
 
 
 class AbortBody(BaseModel):
@@ -49,10 +57,19 @@ class MemoryBody(BaseModel):
 class EngineServer:
     """The handlers of one engine; `app` is what a web server runs."""
 
-    def __init__(self, engine: EmbeddedEngine, *, model_path: str, token: str | None = None) -> None:
+    def __init__(
+        self, engine: EmbeddedEngine, *, model_path: str, token: str | None = None, loopback_only: bool = True
+    ) -> None:
+        """Serve `engine`.
+
+        Args:
+            token: None or empty: whoever reaches the server may change weights and memory.
+            loopback_only: the server listens for this machine alone.
+        """
         self._engine = engine
+        self._loopback_only = loopback_only
         self._model_path = model_path
-        self._token = token
+        self._token = token or None
         self._num_health_checks = 0
         self._weight_routes = WeightRoutes(engine, device=engine.device, on_new_folder=self._note_folder)
 
@@ -71,6 +88,13 @@ class EngineServer:
         app.include_router(self._generation_routes())
         app.include_router(self._information_routes())
         app.include_router(self._guarded_routes())
+        sizes = self._engine.architecture
+        app.add_middleware(
+            Border,
+            body_limits={"/update_weights_from_tensor": _weight_body_bytes(sizes.vocab_size * sizes.hidden_size)},
+            default_limit=max(2**20, MAX_PROMPTS * _BYTES_OF_A_TOKEN * sizes.max_positions),
+            loopback_only=self._loopback_only,
+        )
         return app
 
     def _generation_routes(self) -> APIRouter:
@@ -110,7 +134,8 @@ class EngineServer:
     async def generate(self, body: GenerateBody, http: Request) -> Response:
         """Answer one prompt by an object, a list of prompts by a list."""
         tokenizer = self._engine.tokenizer
-        requests = body.to_requests(tokenizer)
+        # Tokenising a long text takes a while, in which the other requests go on.
+        requests = await asyncio.to_thread(body.to_requests, tokenizer, max_tokens=self._engine.architecture.max_positions)
         results = await _unless_disconnected(
             [asyncio.ensure_future(self._engine.generate(request)) for request in requests], http
         )
@@ -210,7 +235,8 @@ class EngineServer:
 
     async def _check_token(self, http: Request) -> None:
         given = http.headers.get("authorization", "")
-        if self._token is not None and not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
+        # Header bytes reach us as Latin-1, whatever they encode.
+        if self._token is not None and not hmac.compare_digest(given.encode("latin-1"), f"Bearer {self._token}".encode()):
             raise HTTPException(401, "this endpoint needs the run's token: Authorization: Bearer ...")
 
     async def _answer_engine_error(self, _: Request, error: Exception) -> Response:
@@ -230,6 +256,11 @@ async def _unless_disconnected(tasks: list[asyncio.Future[GenerateResult]], http
     finally:
         for task in tasks:
             task.cancel()
+
+
+def _weight_body_bytes(largest_tensor: int) -> int:
+    """Return how large a bucket of safetensors may be: the largest tensor in float32, or what senders pack together."""
+    return max(4 * largest_tensor, 2 * DEFAULT_BUCKET_BYTES) + 2**20
 
 
 def _tags(body: MemoryBody | None) -> list[MemoryTag]:

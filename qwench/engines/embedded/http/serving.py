@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
@@ -11,12 +12,14 @@ from types import TracebackType
 import uvicorn
 
 from qwench.engines.embedded.engine import EmbeddedEngine
+from qwench.engines.embedded.http.border import HeaderDeadline
 from qwench.engines.embedded.http.server import EngineServer
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.fleet.servers import check_port_is_free
 from qwench.errors import EngineError
 
 LOOPBACK = "127.0.0.1"
+_LOOPBACK_HOSTS = (LOOPBACK, "localhost", "::1")
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 30.0
 
@@ -31,18 +34,22 @@ def serve(
         settings: of the engine.
         host: address to listen on; only this machine reaches the default.
         port: to listen on.
-        token: what clients must show to change weights or memory. None: anyone who reaches the port may.
+        token: what clients must show to change weights or memory. None or empty: anyone who reaches the port may.
 
     Raises:
         ConfigError: a model this engine cannot run.
         EngineError: an open port without a token, or one that is taken.
     """
-    if host not in (LOOPBACK, "localhost", "::1") and token is None:
+    token = token or None  # an empty one would be no secret
+    if host not in _LOOPBACK_HOSTS and token is None:
         raise EngineError(f"--host {host} lets other machines change this engine's weights; set a token too.")
     check_port_is_free("the server", host, port, flag="--port")
     engine = EmbeddedEngine.from_checkpoint(checkpoint, settings)
-    app = EngineServer(engine, model_path=str(checkpoint), token=token).app()
-    uvicorn.run(app, host=host, port=port, log_level="info")
+    loopback_only = host in _LOOPBACK_HOSTS
+    app = EngineServer(engine, model_path=str(checkpoint), token=token, loopback_only=loopback_only).app()
+    if token is None:
+        logging.getLogger("uvicorn.error").info("no token is set: every program of this machine may change weights and memory")
+    uvicorn.run(app, host=host, port=port, log_level="info", http=HeaderDeadline)
 
 
 class ServerThread:
@@ -54,7 +61,9 @@ class ServerThread:
     def __init__(self, engine: EmbeddedEngine, *, model_path: str = "", token: str | None = None) -> None:
         self._socket = socket.create_server((LOOPBACK, 0))
         app = EngineServer(engine, model_path=model_path, token=token).app()
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        self._server = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, http=HeaderDeadline)
+        )
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self._socket]}, name="qwench-engine-server", daemon=True
         )

@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 import torch
 from fastapi import APIRouter, HTTPException, Request, Response
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
@@ -36,6 +36,9 @@ from qwench.wire.weight_group import WeightGroup, reach_store
 SAFETENSORS_BODY = "application/octet-stream"
 JSON_BODY = "application/json"
 GROUP_TIMEOUT_S = 600.0
+MAX_GROUPS = 4
+"""Joined or being joined at once: each join holds a thread until the others have come."""
+_MAX_VERSION_DIGITS = 18
 _PICKLES = "serialized_named_tensors"
 
 
@@ -76,12 +79,12 @@ class GroupBody(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     master_address: str
-    master_port: int
-    rank_offset: int
-    world_size: int
+    master_port: int = Field(ge=1, le=65_535)
+    rank_offset: int = Field(ge=0, lt=2**31)
+    world_size: int = Field(ge=1, lt=2**31)
     group_name: str = "weight_update_group"
     backend: str = "nccl"
-    timeout_s: float = GROUP_TIMEOUT_S
+    timeout_s: float = Field(default=GROUP_TIMEOUT_S, gt=0, le=86_400)
     """Our addition: of joining and of each broadcast."""
 
 
@@ -108,6 +111,7 @@ class WeightRoutes:
         self._device = device
         self._on_new_folder = on_new_folder
         self._groups: dict[str, WeightGroup] = {}
+        self._num_joining = 0
         self._turns = Turns()
         self._buffers = OpenBuffers()
         """Of the publication under way; let go of when it ends, fails, or another one begins."""
@@ -161,7 +165,10 @@ class WeightRoutes:
         """Load a checkpoint folder of this machine."""
         self._buffers.close()
         version = read_version(body.weight_version) if body.weight_version else await self._engine.weight_version() + 1
-        receipt = await self._engine.update_weights(read_safetensors(Path(body.model_path)), version=version)
+        try:
+            receipt = await self._engine.update_weights(read_safetensors(Path(body.model_path)), version=version)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise WeightSyncError(f"model_path {body.model_path[:200]!r} cannot be read ({error}).") from error
         self._on_new_folder(body.model_path)
         return _confirm(receipt)
 
@@ -169,6 +176,8 @@ class WeightRoutes:
         """Join a group in which weights will be broadcast; one of that name that is here already is left."""
         self._buffers.close()
         await self.destroy_group(GroupNameBody(group_name=body.group_name))
+        if len(self._groups) + self._num_joining >= MAX_GROUPS:
+            raise WeightSyncError(f"this engine is in {MAX_GROUPS} weight groups or waits to join them; destroy one first.")
 
         def join() -> WeightGroup:
             store = reach_store(body.master_address, body.master_port, timeout_s=body.timeout_s)
@@ -181,7 +190,11 @@ class WeightRoutes:
                 timeout_s=body.timeout_s,
             )
 
-        self._groups[body.group_name] = await asyncio.to_thread(join)
+        self._num_joining += 1
+        try:
+            self._groups[body.group_name] = await asyncio.to_thread(join)
+        finally:
+            self._num_joining -= 1
         return _json({"success": True, "message": f"joined weight group {body.group_name!r}"})
 
     async def destroy_group(self, body: GroupNameBody) -> Response:
@@ -239,8 +252,8 @@ def read_version(text: str) -> int:
     Raises:
         HTTPException: 400, it is not a number from 0 on.
     """
-    if not text.isdecimal():
-        raise HTTPException(400, f"weight_version must be a number from 0 on, got {text!r}.")
+    if not (text.isascii() and text.isdecimal() and len(text) <= _MAX_VERSION_DIGITS):
+        raise HTTPException(400, f"weight_version must be a number from 0 on, of at most 18 digits, got {text[:40]!r}.")
     return int(text)
 
 

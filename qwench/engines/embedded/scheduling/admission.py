@@ -8,10 +8,15 @@ import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qwench.engines.embedded.scheduling.request import RunningRequest
-from qwench.engines.embedded.scheduling.stopping import check_stop_strings, stop_ids_of
+from qwench.engines.embedded.scheduling.stopping import MAX_STOPS, check_stop_strings, stop_ids_of
 from qwench.engines.embedded.scheduling.uniform import uniform
 from qwench.engines.protocol import GenerateRequest
 from qwench.errors import EngineError
+
+MIN_TEMPERATURE = 1e-6
+"""Below it, logits divided by it leave float32."""
+MAX_TEMPERATURE = 1e6
+MAX_TOP_K = 2**31 - 1
 
 
 class Admission:
@@ -55,9 +60,18 @@ class Admission:
     def _check_numbers(self, request: GenerateRequest) -> None:
         sampling, name = request.sampling, f"request {request.request_id!r}"
         if sampling.max_new_tokens < 1:
-            raise EngineError(f"{name} asks for {sampling.max_new_tokens} new tokens; at least 1 is needed.")
-        if not sampling.temperature >= 0:
-            raise EngineError(f"{name} has temperature {sampling.temperature}; it must be 0 (greedy) or more.")
+            raise EngineError(f"{name} has max_new_tokens {sampling.max_new_tokens}; at least 1 is needed.")
+        if sampling.temperature != 0 and not MIN_TEMPERATURE <= sampling.temperature <= MAX_TEMPERATURE:
+            raise EngineError(
+                f"{name} has temperature {sampling.temperature}; it must be 0 (greedy) or lie in "
+                f"[{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]."
+            )
+        if not -1 <= sampling.top_k <= MAX_TOP_K:
+            raise EngineError(f"{name} has top_k {sampling.top_k}; it must lie in [1, {MAX_TOP_K}], or be -1 or 0 for off.")
+        if not 0 <= sampling.min_new_tokens <= sampling.max_new_tokens:
+            raise EngineError(f"{name} has min_new_tokens {sampling.min_new_tokens}; it must lie in [0, max_new_tokens].")
+        if len(sampling.stop_token_ids) > MAX_STOPS or any(not 0 <= i < self._vocab_size for i in sampling.stop_token_ids):
+            raise EngineError(f"{name} has stop_token_ids outside [0, {self._vocab_size}), or more than {MAX_STOPS} of them.")
         if not 0 < sampling.top_p <= 1 or not 0 <= sampling.min_p <= 1:
             raise EngineError(f"{name} has top_p {sampling.top_p}, min_p {sampling.min_p}; they must lie in (0, 1] and [0, 1].")
         if not request.input_ids:

@@ -8,6 +8,10 @@ from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.protocol import FinishReason, SamplingParams
 from qwench.errors import EngineError
 
+MAX_STOPS = 256
+"""Of stop strings, and of stop tokens, in one request."""
+MAX_STOP_CHARS = 16_384
+
 
 def stop_ids_of(sampling: SamplingParams, eos_ids: frozenset[int]) -> frozenset[int]:
     """Return the tokens that end a response; as in SGLang, `ignore_eos` also disables the explicit stop tokens."""
@@ -26,6 +30,22 @@ def check_stop_strings(sampling: SamplingParams, tokenizer: PreTrainedTokenizerB
         )
     if "" in sampling.stop:
         raise EngineError("an empty stop string would end every response at once; leave it out.")
+    if len(sampling.stop) > MAX_STOPS or sum(map(len, sampling.stop)) > MAX_STOP_CHARS:
+        raise EngineError(f"stop strings: at most {MAX_STOPS}, of {MAX_STOP_CHARS} characters together.")
+    for text in sampling.stop:
+        check_encodable(text, what="stop string")
+
+
+def check_encodable(text: str, *, what: str) -> None:
+    """Check that text is UTF-8.
+
+    Raises:
+        EngineError: it holds half of a surrogate pair, which JSON can spell and no tokenizer reads.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise EngineError(f"a {what} holds half of a surrogate pair at character {error.start}.") from error
 
 
 def update_finish(request: RunningRequest, tokenizer: PreTrainedTokenizerBase | None) -> bool:

@@ -65,7 +65,7 @@ def test_only_accepted_requests_are_counted():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"max_new_tokens": 0}, "asks for 0 new tokens"),
+        ({"max_new_tokens": 0}, "has max_new_tokens 0; at least 1 is needed"),
         ({"temperature": -0.1}, "has temperature -0.1"),
         ({"temperature": float("nan")}, "has temperature nan"),
         ({"top_p": 0.0}, "has top_p 0.0"),
