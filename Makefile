@@ -4,9 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 # Two processes of one thread each suit a small machine; a file's tests share its fixtures, so they stay in one process.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=
 
-.PHONY: setup quickstart test check format clean
+.PHONY: setup quickstart test check coverage format clean
 
 setup: $(STAMP)
 
@@ -21,7 +21,8 @@ quickstart: setup
 	$(BIN)/qwench quickstart
 
 test: check
-	$(PYTEST) tests/contract tests/e2e
+	$(PYTEST) --cov-append tests/contract tests/e2e
+	$(BIN)/coverage report --format=total --fail-under=90
 
 check: setup
 	$(BIN)/ruff check .
@@ -29,8 +30,13 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/python tests/sizes.py
 	$(BIN)/python tests/structure.py
+	$(BIN)/vulture
 	$(BIN)/mypy
 	$(PYTEST) tests/unit
+
+# What the last `make test` did not run, by file and line.
+coverage: setup
+	$(BIN)/coverage report --show-missing
 
 format: setup
 	$(BIN)/ruff format .
