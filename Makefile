@@ -30,7 +30,7 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/python tests/sizes.py
 	$(BIN)/python tests/structure.py
-	$(BIN)/vulture
+	$(BIN)/python tests/unused.py
 	$(BIN)/mypy
 	$(PYTEST) tests/unit
 
