@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qwench.models.architecture import Architecture
+from qwench.models.memory import kv_bytes_per_token
 
 SCRATCH_PAGE = 0
 _ROOT = 0
@@ -143,4 +144,4 @@ class KVCache:
 
 def page_bytes(architecture: Architecture, page_size: int, dtype: torch.dtype) -> int:
     """Return the bytes of one page over all layers."""
-    return 2 * architecture.num_layers * page_size * architecture.num_kv_heads * architecture.head_dim * dtype.itemsize
+    return page_size * kv_bytes_per_token(architecture, element_bytes=dtype.itemsize)
