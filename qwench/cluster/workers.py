@@ -24,6 +24,7 @@ from qwench.cluster.messages import Answer, Call, Death, Failure, News
 from qwench.cluster.rank_host import BuildLearner
 from qwench.errors import QwenchError, TrainingError
 from qwench.observability.console import Console
+from qwench.observability.waiting import waiting
 from qwench.samples import Rollout, Sample
 from qwench.training.learner import Learned
 from qwench.weights.settings import PublicationSettings
@@ -120,17 +121,22 @@ class WorkerGroup:
         answers: dict[int, Any] = {}
         problems: list[tuple[int, Failure | Death]] = []
         deadline = self._clock() + timeout_s
-        while len(answers) + len(problems) < self._ranks.size and (left_s := deadline - self._clock()) > 0:
-            for rank, news in self._ranks.receive(left_s):
-                if isinstance(news, Answer):
-                    answers[rank] = news.value
-                else:
-                    problems.append((rank, news))
-            if problems:
-                deadline = min(deadline, self._clock() + self._grace_s)
+
+        def late() -> str:
+            ranks = ", ".join(str(rank) for rank in range(self._ranks.size) if rank not in answers)
+            return f"no answer from trainer rank {ranks} of {self._ranks.size}"
+
+        with waiting(label, late):
+            while len(answers) + len(problems) < self._ranks.size and (left_s := deadline - self._clock()) > 0:
+                for rank, news in self._ranks.receive(left_s):
+                    if isinstance(news, Answer):
+                        answers[rank] = news.value
+                    else:
+                        problems.append((rank, news))
+                if problems:
+                    deadline = min(deadline, self._clock() + self._grace_s)
         if not problems and len(answers) < self._ranks.size:
-            late = ", ".join(str(rank) for rank in range(self._ranks.size) if rank not in answers)
-            raise TrainingError(f"{label}: no answer from trainer rank {late} of {self._ranks.size} within {timeout_s:g} s.")
+            raise TrainingError(f"{label}: {late()} within {timeout_s:g} s.")
         return answers, problems
 
     def _as_error(self, rank: int, problem: Failure | Death, label: str) -> Exception:
