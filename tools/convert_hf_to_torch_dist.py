@@ -6,7 +6,8 @@ torchrun --nproc-per-node 8 tools/convert_hf_to_torch_dist.py ...
 
 from __future__ import annotations
 
-from qwench.cli import convert_hf_to_torch_dist, main
+from qwench.cli import main
+from qwench.commands.convert import convert_hf_to_torch_dist
 
 if __name__ == "__main__":
     main(command=convert_hf_to_torch_dist)

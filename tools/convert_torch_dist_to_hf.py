@@ -5,7 +5,8 @@ python tools/convert_torch_dist_to_hf.py --input-dir run/iter_0000020 --output-d
 
 from __future__ import annotations
 
-from qwench.cli import convert_torch_dist_to_hf, main
+from qwench.cli import main
+from qwench.commands.convert import convert_torch_dist_to_hf
 
 if __name__ == "__main__":
     main(command=convert_torch_dist_to_hf)

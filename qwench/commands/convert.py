@@ -13,6 +13,7 @@ import torch.distributed as dist
 from qwench.checkpoints.convert import Conversion, Converted, Converter, Ranks
 from qwench.checkpoints.formats.sources import find_checkpoint
 from qwench.checkpoints.verify import largest_logit_difference
+from qwench.config.command_line.parse import parse_flags
 from qwench.config.model_flags import check_model_flags
 from qwench.config.sections.convert import ConvertConfig, HfToTorchDistConfig, TorchDistToHfConfig
 from qwench.errors import CheckpointError, ConfigError
@@ -25,8 +26,9 @@ _COLLECTIVE_TIMEOUT_S = 3600.0
 _DTYPES: Mapping[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def convert(config: ConvertConfig) -> None:
+def run(words: Sequence[str]) -> None:
     """Run `qwench convert`."""
+    config = parse_flags(ConvertConfig, words, prog="qwench convert")
     source = find_checkpoint(config.input, step=config.ckpt_step, flag="--input")
     hf_folder = config.hf_checkpoint or source
     if not (hf_folder / "config.json").is_file():
@@ -44,16 +46,19 @@ def convert(config: ConvertConfig) -> None:
     _run(conversion, verify=config.verify)
 
 
-def convert_hf_to_torch_dist(config: HfToTorchDistConfig) -> None:
-    """Run `tools/convert_hf_to_torch_dist.py`."""
+def convert_hf_to_torch_dist(words: Sequence[str]) -> None:
+    """Run `tools/convert_hf_to_torch_dist.py`, by slime's command line."""
+    config = parse_flags(HfToTorchDistConfig, words, prog="convert_hf_to_torch_dist.py")
     folder = config.files.hf_checkpoint
     hf_config = load_hf_config(folder)
     check_model_flags(config.architecture, architecture_of(hf_config))
     _run(Conversion(source=folder, output=config.files.save, to="torch_dist", hf_folder=folder, config=hf_config))
 
 
-def convert_torch_dist_to_hf(config: TorchDistToHfConfig) -> None:
-    """Run `tools/convert_torch_dist_to_hf.py`."""
+def convert_torch_dist_to_hf(words: Sequence[str]) -> None:
+    """Run `tools/convert_torch_dist_to_hf.py`, by slime's command line."""
+    long_words = ["--force" if word == "-f" else word for word in words]
+    config = parse_flags(TorchDistToHfConfig, long_words, prog="convert_torch_dist_to_hf.py")
     hf_config = load_hf_config(config.origin_hf_dir)
     if config.vocab_size not in (None, hf_config.vocab_size):
         raise ConfigError(

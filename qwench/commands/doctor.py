@@ -19,6 +19,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from qwench.config.command_line.parse import parse_flags
+from qwench.config.sections.verbs import DoctorConfig
+
 GIB = 2**30
 _MIN_FREE_DISK_GIB = 50
 _MIN_SHARED_MEMORY_GIB = 8
@@ -88,6 +91,12 @@ PACKAGES = (
     ),
     Package(name="wandb", tested=(), wanted_for="--use-wandb", install='pip install "qwench[wandb]"'),
 )
+
+
+def run(words: Sequence[str]) -> None:
+    """Run `qwench doctor`."""
+    config = parse_flags(DoctorConfig, words, prog="qwench doctor")
+    sys.stdout.write(render(examine(config.output)))
 
 
 def examine(folder: Path) -> list[Finding]:

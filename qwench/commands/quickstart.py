@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from qwench.config.command_line.parse import parse_flags
+from qwench.config.sections.verbs import QuickstartConfig
 from qwench.errors import QwenchError
 from qwench.observability.console import open_console
 from qwench.observability.plots import plot_curves
@@ -99,7 +101,13 @@ def _write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
 
 
-def main(folder: Path, *, seed: int = 0) -> None:
+def run(words: Sequence[str]) -> None:
+    """Run `qwench quickstart`."""
+    config = parse_flags(QuickstartConfig, words, prog="qwench quickstart")
+    tour(config.output, seed=config.seed)
+
+
+def tour(folder: Path, *, seed: int = 0) -> None:
     """Run the whole quickstart under `folder`, which must not exist yet, and say where everything lies.
 
     Raises:

@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qwench.config.command_line.parse import parse_flags
 from qwench.config.sections.reward import RewardConfig
+from qwench.config.sections.verbs import RewardCheckConfig, split_file
 from qwench.errors import ConfigError, RewardError
 from qwench.rewards.pool import RewardPool
 from qwench.rewards.registry import build_pool
@@ -50,6 +52,19 @@ class Summary:
     mean_score: float
     reasons: tuple[ReasonSummary, ...]
     """Most frequent first."""
+
+
+def run(words: Sequence[str]) -> None:
+    """Run `qwench reward check FILE`.
+
+    Raises:
+        ConfigError: another command than check, or see `check_file`.
+    """
+    if not words or words[0] != "check":
+        raise ConfigError(f"qwench reward has one command, check; got {' '.join(words[:1]) or 'none'}")
+    file, flags = split_file(words[1:], usage="qwench reward check FILE --rm-type NAME")
+    config = parse_flags(RewardCheckConfig, flags, prog="qwench reward check FILE")
+    check_file(file, config=config.reward, response_key=config.columns.response_key, label_key=config.columns.label_key)
 
 
 def check_file(

@@ -44,12 +44,14 @@ _logger = logging.getLogger(__name__)
 
 
 def build(config: Config, plan: RunPlan) -> Run:
-    """Build a reinforcement-learning run; everything that can be wrong with files and flags is found before a model loads.
+    """Build a run; everything that can be wrong with files and flags is found before a model loads.
 
     Raises:
         ConfigError: the user's mistake.
     """
     inputs = _begin(config, plan)
+    if config.algorithm.loss_type == "sft_loss":
+        return _build_sft(inputs)
     load_reward_post_process(config.reward)
     if config.debug.load_debug_rollout_data is not None:
         return _build_replay(inputs, config.debug.load_debug_rollout_data)
@@ -80,15 +82,18 @@ def build(config: Config, plan: RunPlan) -> Run:
         if not only_generate:
             gpus.make_room()
             learner = start_learner(inputs, processes, timer, started)
+        metrics, rollouts = _metric_log(inputs), generation.stream(source, num_rollouts=inputs.plan.num_rollout)
+        started.callback(metrics.close)
+        started.callback(rollouts.close)
         return Run(
             plan=inputs.plan,
             learner=learner,
-            rollouts=generation.stream(source, num_rollouts=inputs.plan.num_rollout),
+            rollouts=rollouts,
             engines=generation.engines,
             gpus=gpus,
             evaluator=generation.evaluator(eval_prompts) if eval_prompts else None,
             checkpoints=checkpoints,
-            metrics=_metric_log(inputs),
+            metrics=metrics,
             timer=timer,
             publication=_publication(inputs),
             probe=GreedyProbe(loaded.prompts) if is_fp8_checkpoint(inputs.model_folder) else None,
@@ -96,13 +101,9 @@ def build(config: Config, plan: RunPlan) -> Run:
         )
 
 
-def build_sft(config: Config, plan: RunPlan) -> Run:
-    """Build a fine-tuning run: the same loop over conversations, without engines.
-
-    Raises:
-        ConfigError: the user's mistake.
-    """
-    inputs = _begin(config, plan)
+def _build_sft(inputs: Inputs) -> Run:
+    """Build a fine-tuning run: the same loop over conversations, without engines."""
+    config, plan = inputs.config, inputs.plan
     assert config.data.prompt_data is not None, "preflight checks that --prompt-data is given"
     loaded = load_sft(
         config.data.prompt_data,
@@ -150,15 +151,18 @@ def _without_engines(inputs: Inputs, rollouts: ReplayStream | SftStream) -> Run:
     checkpoints = _checkpoints(inputs, timer)
     with ExitStack() as started:
         processes = open_processes(inputs, started)
+        learner, metrics = start_learner(inputs, processes, timer, started), _metric_log(inputs)
+        started.callback(metrics.close)
+        started.callback(rollouts.close)
         return Run(
             plan=inputs.plan,
-            learner=start_learner(inputs, processes, timer, started),
+            learner=learner,
             rollouts=rollouts,
             engines=None,
             gpus=DedicatedGpus(weights_may_alias=False),
             evaluator=None,
             checkpoints=checkpoints,
-            metrics=_metric_log(inputs),
+            metrics=metrics,
             timer=timer,
             publication=_publication(inputs),
             close=started.pop_all().close,

@@ -15,6 +15,7 @@ import torch
 
 from qwench import cli
 from qwench.commands.quickstart import write_data
+from tests.verbs import run_verb
 
 REPOSITORY = Path(__file__).parents[2]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -108,7 +109,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Build the inputs once."""
     folder = tmp_path_factory.mktemp("workspace")
     write_data(folder, seed=0, num_demos=256, num_prompts=40, num_held_out=16)
-    cli.run(["make-model", "--size", "tiny", "--output", str(folder / "model"), "--seed", "0"])
+    run_verb(["make-model", "--size", "tiny", "--output", str(folder / "model"), "--seed", "0"])
     return Workspace(folder / "model", folder / "sft.jsonl", folder / "train.jsonl", folder / "test.jsonl")
 
 

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from qwench.commands.start import prepare
 from qwench.config.command_line.parse import parse_train
 from qwench.controller import Run, train
-from qwench.launch import build
+from qwench.launch.build import build
 
 REQUESTS_BEFORE_DEATH = 10
 
@@ -77,6 +78,7 @@ def die_around(owner: Any, name: str, is_time: Callable[[], bool], *, after: boo
 
 if __name__ == "__main__":
     moment, rollout_id, _, *flags = sys.argv[1:]
-    built = build(parse_train(flags))
+    config = parse_train(flags)
+    built = build(config, prepare(config))
     arrange_death(built, moment, int(rollout_id))
     train(built)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qwench import cli
 from tests.e2e.conftest import InProcess, Workspace, column
+from tests.verbs import run_verb
 
 GOOD_ROW = {"prompt": "1+1=?", "label": "2"}
 
@@ -142,14 +142,14 @@ def test_unwritable_folder_is_refused(inputs: Workspace, tmp_path: Path, in_proc
 def test_long_prompts_are_dropped_and_counted(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long_row = {"prompt": "1+1+1+1+1+1+1+1+1+1+1+1=?", "label": "12"}
     data = write_rows(tmp_path / "data.jsonl", *[GOOD_ROW] * 8, *[long_row] * 2)
-    cli.run(workspace.train_argv(None, prompt_data=data, rollout_max_prompt_len=20, num_rollout=1, save_interval=None))
+    run_verb(workspace.train_argv(None, prompt_data=data, rollout_max_prompt_len=20, num_rollout=1, save_interval=None))
     shown = capsys.readouterr()
     assert "dropped 2 of 10" in shown.out + shown.err
 
 
 def test_non_finite_loss_stops_before_the_step(workspace: Workspace, tmp_path: Path, in_process: InProcess) -> None:
     save = tmp_path / "run"
-    cli.run(workspace.train_argv(save, num_rollout=1))
+    run_verb(workspace.train_argv(save, num_rollout=1))
     saved = contents(save / "iter_0000001")
     code, error = in_process(workspace.train_argv(save, num_rollout=3, lr=1e38))
     assert code == 1, error

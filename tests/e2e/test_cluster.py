@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from qwench import cli
 from tests.deadlines import patient
 from tests.e2e.conftest import DIGITS, ONE_THREAD, REPOSITORY, Workspace, column
 from tests.e2e.processes import descendants, rank_process, wait_for
 from tests.fakes import cuda_stand_in
+from tests.verbs import run_verb
 
 TWO_RANKS = {"actor_num_gpus_per_node": 2}
 
@@ -25,7 +25,7 @@ def recorded(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> 
     """Record three rollouts of a run on one rank, in `one` beside them, and return where."""
     folder = tmp_path_factory.mktemp("recorded")
     rollouts = str(folder / "{rollout_id}.jsonl")
-    cli.run(workspace.train_argv(folder / "one", **DIGITS, save_debug_rollout_data=rollouts))
+    run_verb(workspace.train_argv(folder / "one", **DIGITS, save_debug_rollout_data=rollouts))
     return rollouts
 
 
@@ -42,7 +42,7 @@ def assert_same_learning(one: Path, many: Path, *, rel: float = 1e-5) -> None:
 
 
 def test_two_ranks_learn_the_numbers_of_one(workspace: Workspace, recorded: str, tmp_path: Path) -> None:
-    cli.run(replay_argv(workspace, recorded, tmp_path))
+    run_verb(replay_argv(workspace, recorded, tmp_path))
     assert_same_learning(Path(recorded).parent / "one", tmp_path)
     assert (tmp_path / "ranks" / "rank_1.log").exists()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -68,7 +68,7 @@ def test_dead_rank_ends_the_run_and_the_same_command_resumes(workspace: Workspac
     assert "trainer rank 1 of 2 was ended by SIGKILL" in errors and "resumes" in errors, errors
     assert not started & set(descendants(1))
 
-    cli.run(argv)
+    run_verb(argv)
     assert_same_learning(Path(recorded).parent / "one", tmp_path)
 
 
@@ -78,8 +78,8 @@ def test_megatron_on_two_tensor_parallel_ranks_generates_and_learns_what_fsdp_do
     for name, text in cuda_stand_in.environment(os.environ).items():
         monkeypatch.setenv(name, text)
     flags = {**DIGITS, **TWO_RANKS, "train_backend": "megatron", "tensor_model_parallel_size": 2}
-    cli.run(workspace.train_argv(tmp_path, **flags, num_rollout=2))
-    cli.run(workspace.train_argv(tmp_path, **flags, num_rollout=3))
+    run_verb(workspace.train_argv(tmp_path, **flags, num_rollout=2))
+    run_verb(workspace.train_argv(tmp_path, **flags, num_rollout=3))
     # Adam's first steps are near sign(gradient): rounding differs by backend, and grows a little from step to step.
     assert_same_learning(Path(recorded).parent / "one", tmp_path, rel=1e-4)
     one = column(Path(recorded).parent / "one", "rollout/raw_reward")

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwench import cli
 from tests.deadlines import patient
 from tests.e2e.conftest import DIGITS, REPOSITORY, Workspace, column, read_metrics
+from tests.verbs import run_verb
 
 MODEL_ARGS = shlex.split("""
 --swiglu --num-layers 4 --hidden-size 128 --ffn-hidden-size 512 --num-attention-heads 4 --group-query-attention
@@ -77,12 +77,12 @@ def test_two_processes_write_shards_and_logits_agree(hf: Path, tmp_path: Path) -
 def test_a_run_starts_from_what_was_converted(workspace: Workspace, tmp_path: Path, flag: str) -> None:
     """Equal metrics mean equal weights: all draws depend on the seed and the weights only."""
     other, converted = tmp_path / "other", tmp_path / "converted"
-    cli.run(["make-model", "--size", "tiny", "--output", str(other), "--seed", "1"])
-    cli.run(["convert", "--input", str(workspace.model), "--output", str(converted), "--to", "torch_dist"])
+    run_verb(["make-model", "--size", "tiny", "--output", str(other), "--seed", "1"])
+    run_verb(["convert", "--input", str(workspace.model), "--output", str(converted), "--to", "torch_dist"])
     folders = [tmp_path / name for name in ("plain", "from_converted", "from_other")]
     starts = [{}, {"hf_checkpoint": other, flag: converted}, {"hf_checkpoint": other}]
     for folder, start in zip(folders, starts, strict=True):
-        cli.run(workspace.train_argv(folder, **DIGITS, num_rollout=1, **start))
+        run_verb(workspace.train_argv(folder, **DIGITS, num_rollout=1, **start))
     plain, from_converted, from_other = map(read_metrics, folders)
     assert plain == from_converted != from_other
 
@@ -90,11 +90,11 @@ def test_a_run_starts_from_what_was_converted(workspace: Workspace, tmp_path: Pa
 def test_a_run_goes_on_from_its_converted_checkpoint(workspace: Workspace, tmp_path: Path) -> None:
     """Optimizer, random numbers and place in the data go along: the second rollout is that of a run that never stopped."""
     whole, begun, converted, resumed = (tmp_path / name for name in ("whole", "begun", "converted", "resumed"))
-    cli.run(workspace.train_argv(whole, **DIGITS, num_rollout=2))
-    cli.run(workspace.train_argv(begun, **DIGITS, num_rollout=1))
+    run_verb(workspace.train_argv(whole, **DIGITS, num_rollout=2))
+    run_verb(workspace.train_argv(begun, **DIGITS, num_rollout=1))
     hf = ["--hf-checkpoint", str(workspace.model)]
-    cli.run(["convert", "--input", str(begun), "--output", str(converted), "--to", "torch_dist", *hf])
-    cli.run(workspace.train_argv(resumed, **DIGITS, num_rollout=2, load=converted))
+    run_verb(["convert", "--input", str(begun), "--output", str(converted), "--to", "torch_dist", *hf])
+    run_verb(workspace.train_argv(resumed, **DIGITS, num_rollout=2, load=converted))
     for name in ("train/loss", "train/grad_norm", "rollout/raw_reward"):
         both, second = column(whole, name), column(resumed, name)
         assert second == both[len(both) // 2 :]

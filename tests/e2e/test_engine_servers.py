@@ -18,7 +18,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qwench import cli
 from qwench.config.command_line.parse import parse_train
 from qwench.data.prompts import PromptSource
 from qwench.engines.fleet.pool import EnginePool
@@ -30,6 +29,7 @@ from qwench.launch.inputs import read_inputs, read_training_prompts
 from qwench.samples import Rollout, Sample
 from tests.deadlines import patient
 from tests.e2e.conftest import ONE_THREAD, InProcess, Workspace, column, run_qwench
+from tests.verbs import run_verb
 
 TOKEN = "secret"
 DEADLINE_S = patient(90)
@@ -199,7 +199,7 @@ def test_a_run_uses_an_engine_that_runs_already_and_leaves_it_running(
 ) -> None:
     monkeypatch.setenv("QWENCH_TOKEN", TOKEN)
     save = tmp_path / "run"
-    cli.run(workspace.train_argv(save, rollout_external_engine_addrs=served.address, deterministic_mode=None))
+    run_verb(workspace.train_argv(save, rollout_external_engine_addrs=served.address, deterministic_mode=None))
     assert column(save, "rollout/step") == [0, 1, 2]
     assert column(save, "train/train_rollout_logprob_abs_diff") == pytest.approx([0.0] * 6, abs=1e-4)
     assert served.process.is_running()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qwench import cli
 from tests.e2e.conftest import DIGITS, Workspace, column, read_metrics
+from tests.verbs import run_verb
 
 WHITENED = {"normalize_advantages": (), "kl_coef": 0.01}
 BY_SAMPLES = {"use_dynamic_batch_size": None, "max_tokens_per_gpu": None, "micro_batch_size": 2}
@@ -37,7 +37,7 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_algorithm_runs_and_reports_what_it_does(workspace: Workspace, tmp_path: Path, name: str) -> None:
     flags, reported = VARIANTS[name]
-    cli.run(workspace.train_argv(tmp_path, **DIGITS, **{"num_rollout": 2, **flags}))
+    run_verb(workspace.train_argv(tmp_path, **DIGITS, **{"num_rollout": 2, **flags}))
     names = set().union(*read_metrics(tmp_path))
     assert reported <= names
     assert len(column(tmp_path, "train/loss")) == 4
@@ -45,7 +45,7 @@ def test_algorithm_runs_and_reports_what_it_does(workspace: Workspace, tmp_path:
 
 
 def test_only_the_newest_checkpoint_is_kept_and_tensorboard_is_written(workspace: Workspace, tmp_path: Path) -> None:
-    cli.run(workspace.train_argv(tmp_path, **DIGITS, num_rollout=2, keep_checkpoints=1, use_tensorboard=()))
+    run_verb(workspace.train_argv(tmp_path, **DIGITS, num_rollout=2, keep_checkpoints=1, use_tensorboard=()))
     assert [folder.name for folder in tmp_path.glob("iter_*")] == ["iter_0000002"]
     assert {folder.name for folder in (tmp_path / "tensorboard").iterdir()} == {"train", "rollout"}
 
@@ -61,7 +61,7 @@ def test_sets_of_a_file_have_their_own_rewards_lengths_and_samples(workspace: Wo
         """
     )
     flags = {"eval_prompt_data": None, "eval_config": tmp_path / "sets.yaml", "rm_type": None}
-    cli.run(workspace.eval_argv(workspace.model, tmp_path / "out", **flags))
+    run_verb(workspace.eval_argv(workspace.model, tmp_path / "out", **flags))
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     # dapo gives -1 for a wrong answer, math 0; a random model answers nothing right.
     assert (metrics["eval/first"], metrics["eval/second"]) == (-1.0, 0.0)
@@ -72,6 +72,6 @@ def test_sets_of_a_file_have_their_own_rewards_lengths_and_samples(workspace: Wo
 def test_evaluation_may_score_another_value_of_the_reward(workspace: Workspace, tmp_path: Path) -> None:
     flags = {"rm_type": "dapo", "eval_reward_key": "acc", "eval_max_response_len": 4, "eval_interval": 1}
     held_out = ("held_out", f"{workspace.test_data}@[0:2]")
-    cli.run(workspace.train_argv(tmp_path, num_rollout=1, eval_prompt_data=held_out, reward_key="score", **flags))
+    run_verb(workspace.train_argv(tmp_path, num_rollout=1, eval_prompt_data=held_out, reward_key="score", **flags))
     assert column(tmp_path, "eval/held_out") == [0.0, 0.0]
     assert column(tmp_path, "rollout/raw_reward") == [-1.0]

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwench import cli
 from qwench.models.hf import load_model
 from tests.contract.test_fp8_engine import by_hand
 from tests.e2e.conftest import DIGITS, InProcess, Workspace, column
+from tests.verbs import run_verb
 
 
 @pytest.fixture(scope="module")
 def fp8_model(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("fp8") / "model"
-    cli.run(["convert", "--input", str(workspace.model), "--output", str(output), "--to", "fp8"])
+    run_verb(["convert", "--input", str(workspace.model), "--output", str(output), "--to", "fp8"])
     return output
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qwench import cli
 from tests.e2e.conftest import DIGITS, Workspace, column, read_metrics, run_python, run_qwench
+from tests.verbs import run_verb
 
 ONE, TWO = "iter_0000001", "iter_0000002"
 DIES_IN = 1  # the rollout of this id
@@ -46,7 +46,7 @@ def job_with_leftovers(workspace: Workspace, save: Path) -> list[str]:
 def uninterrupted(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     """Return the metrics of the whole run."""
     save = tmp_path_factory.mktemp("uninterrupted") / "run"
-    cli.run(job(workspace, save))
+    run_verb(job(workspace, save))
     assert column(save, "train/step") == [0, 1, 2, 3, 4, 5]
     assert column(save, "eval/step") == [0, 1, 2, 3]
     assert min(column(save, "train/grad_norm")) > 0, "a run that learns nothing would prove nothing"
@@ -66,10 +66,10 @@ def test_killed_run_continues_with_equal_metrics(
 
 def test_killed_run_continues_its_unfinished_groups(workspace: Workspace, tmp_path: Path) -> None:
     whole, save = tmp_path / "whole", tmp_path / "run"
-    cli.run(job_with_leftovers(workspace, whole))
+    run_verb(job_with_leftovers(workspace, whole))
     assert column(whole, "rollout/weight_version/min") == [0, 0, 1], "each rollout begins with groups of the one before"
     kill("generation", job_with_leftovers(workspace, save))
-    cli.run(job_with_leftovers(workspace, save))
+    run_verb(job_with_leftovers(workspace, save))
     assert read_metrics(save) == read_metrics(whole)
 
 
@@ -81,10 +81,10 @@ def test_killed_run_ahead_of_itself_continues_with_the_rollout_that_was_in_fligh
         return workspace.train_argv(save, **DIGITS, rollouts_ahead=1, num_rollout=4)
 
     whole, save = tmp_path / "whole", tmp_path / "run"
-    cli.run(job_ahead(whole))
+    run_verb(job_ahead(whole))
     assert column(whole, "rollout/weight_version/max") == [0, 0, 1, 2]
     kill(moment, job_ahead(save))
-    cli.run(job_ahead(save))
+    run_verb(job_ahead(save))
     assert read_metrics(save) == read_metrics(whole)
 
 

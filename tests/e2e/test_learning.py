@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qwench import cli
 from tests.e2e.conftest import DIGITS, Workspace, column
+from tests.verbs import run_verb
 
 SFT_STEPS = 20
 BATCH = 8
@@ -39,7 +39,7 @@ def tuned(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Run
     """Fine-tune for some steps and, after an export, one more."""
     folder = tmp_path_factory.mktemp("tuned")
     run = Run(folder / "run", str(folder / "hf_{rollout_id}"))
-    cli.run(workspace.sft_argv(run.save, num_rollout=SFT_STEPS + 1, save_interval=SFT_STEPS, save_hf=run.exports))
+    run_verb(workspace.sft_argv(run.save, num_rollout=SFT_STEPS + 1, save_interval=SFT_STEPS, save_hf=run.exports))
     return run
 
 
@@ -49,7 +49,7 @@ def reinforced(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("reinforced")
     run = Run(folder / "run", str(folder / "hf_{rollout_id}"), str(folder / "rollout_{rollout_id}.jsonl"))
     flags = {"save_interval": RL_ROLLOUTS - 1, "save_hf": run.exports, "save_debug_rollout_data": run.recorded}
-    cli.run(digits_argv(workspace, run.save, **flags))
+    run_verb(digits_argv(workspace, run.save, **flags))
     return run
 
 
@@ -94,7 +94,7 @@ def plain_token_losses(model, tokenizer, messages) -> torch.Tensor:
 
 
 def test_evaluation_writes_the_score_and_every_response(workspace: Workspace, tuned: Run, tmp_path: Path) -> None:
-    cli.run(workspace.eval_argv(tuned.export(SFT_STEPS), tmp_path / "eval", n_samples_per_eval_prompt=2))
+    run_verb(workspace.eval_argv(tuned.export(SFT_STEPS), tmp_path / "eval", n_samples_per_eval_prompt=2))
     score = json.loads((tmp_path / "eval" / "metrics.json").read_text())["eval/held_out"]
     responses = [json.loads(line) for line in (tmp_path / "eval" / "held_out.jsonl").read_text().splitlines()]
     asked = [json.loads(line)["label"] for line in workspace.test_data.read_text().splitlines()]
@@ -129,7 +129,7 @@ def test_sampled_tokens_have_the_log_probs_of_the_exported_model(reinforced: Run
 
 
 def test_recorded_rollouts_train_to_the_same_numbers(workspace: Workspace, reinforced: Run, tmp_path: Path) -> None:
-    cli.run(digits_argv(workspace, tmp_path / "run", num_rollout=3, load_debug_rollout_data=reinforced.recorded))
+    run_verb(digits_argv(workspace, tmp_path / "run", num_rollout=3, load_debug_rollout_data=reinforced.recorded))
     for name in ("train/loss", "train/grad_norm", "rollout/raw_reward"):
         assert column(tmp_path / "run", name) == column(reinforced.save, name)[: len(column(tmp_path / "run", name))]
     assert len(column(tmp_path / "run", "train/loss")) == 6
@@ -138,7 +138,7 @@ def test_recorded_rollouts_train_to_the_same_numbers(workspace: Workspace, reinf
 def test_generation_alone_makes_the_first_rollout_of_the_run(workspace: Workspace, reinforced: Run, tmp_path: Path) -> None:
     recorded = str(tmp_path / "rollout_{rollout_id}.jsonl")
     flags = {"debug_rollout_only": (), "num_rollout": 1, "lr": None, "save_debug_rollout_data": recorded}
-    cli.run(digits_argv(workspace, tmp_path / "run", **flags))
+    run_verb(digits_argv(workspace, tmp_path / "run", **flags))
     alone, first = (read_recorded(template, 0) for template in (recorded, reinforced.recorded))
     assert [sample["tokens"] for sample in alone] == [sample["tokens"] for sample in first]
     assert column(tmp_path / "run", "train/loss") == []

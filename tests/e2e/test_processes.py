@@ -17,16 +17,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qwench import cli
 from tests.deadlines import patient
 from tests.e2e.conftest import ONE_THREAD, REPOSITORY, Workspace, column, run_python
+from tests.verbs import run_verb
 
 START_TIMEOUT_S = patient(60)
 
 
 def test_two_ranks_have_the_losses_of_one(workspace: Workspace, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    cli.run(workspace.sft_argv(one))
+    run_verb(workspace.sft_argv(one))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qwench"]
     finished = run_python([*torchrun, *workspace.sft_argv(two, actor_num_gpus_per_node=2)])
     assert finished.returncode == 0, finished.stderr[-3000:]

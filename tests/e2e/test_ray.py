@@ -21,6 +21,7 @@ from tests.deadlines import patient
 from tests.e2e.conftest import DIGITS, ONE_THREAD, REPOSITORY, Workspace, column
 from tests.e2e.processes import descendants, wait_for
 from tests.fakes import cuda_stand_in
+from tests.verbs import run_verb
 
 START_TIMEOUT_S = patient(120)
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -92,7 +93,7 @@ def node() -> Iterator[RayNode]:
 def one_rank(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run the same job in one process."""
     save = tmp_path_factory.mktemp("one")
-    cli.run(workspace.train_argv(save, **DIGITS, num_rollout=2))
+    run_verb(workspace.train_argv(save, **DIGITS, num_rollout=2))
     return save
 
 
@@ -110,7 +111,7 @@ def test_two_ranks_and_two_servers_learn_the_numbers_of_one_process(
     monkeypatch.setenv("RAY_ADDRESS", node.address)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("PYTHONPATH", "")  # --train-env-vars writes to it, which the end of the test undoes
-    cli.run(workspace.train_argv(tmp_path, **{**DIGITS, "num_rollout": 2, **layout, **BACKENDS[backend]}))
+    run_verb(workspace.train_argv(tmp_path, **{**DIGITS, "num_rollout": 2, **layout, **BACKENDS[backend]}))
     assert len(list((tmp_path / "engines").glob("engine-*.log"))) == 2
     for name in ("train/loss", "train/grad_norm", "rollout/raw_reward", "rollout/response_len/mean"):
         assert column(tmp_path, name) == pytest.approx(column(one_rank, name), rel=1e-4, abs=1e-6), name

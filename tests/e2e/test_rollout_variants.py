@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from qwench import cli
 from tests.e2e.conftest import DIGITS, Workspace, column
+from tests.verbs import run_verb
 
 FILTER = "qwench.rollout.filters.check_reward_nonzero_std"
 
@@ -21,7 +21,7 @@ def test_rollouts_ahead_are_sampled_by_the_weights_before(workspace: Workspace, 
     recorded = str(tmp_path / "rollout_{rollout_id}.jsonl")
     flags = {"rollouts_ahead": 1, "num_rollout": 4, "save_debug_rollout_data": recorded, "use_tensorboard": (),
              "tb_project_name": "digits"}  # fmt: skip
-    cli.run(workspace.train_argv(tmp_path / "run", **DIGITS, **flags))
+    run_verb(workspace.train_argv(tmp_path / "run", **DIGITS, **flags))
     sampled_by = [{v for sample in read_samples(recorded, i) for v in sample["weight_versions"]} for i in range(4)]
     assert sampled_by == [{0}, {0}, {1}, {2}]
     assert column(tmp_path / "run", "train/step") == list(range(8))
@@ -35,7 +35,7 @@ def test_a_longer_run_goes_on_after_the_last_rollout_of_a_shorter_one(workspace:
         recorded = str(tmp_path / f"{name}_{{rollout_id}}.jsonl")
         for num_rollout in lengths:
             flags = {"rollouts_ahead": 1, "num_rollout": num_rollout, "save_debug_rollout_data": recorded}
-            cli.run(workspace.train_argv(tmp_path / name, **DIGITS, **flags))
+            run_verb(workspace.train_argv(tmp_path / name, **DIGITS, **flags))
         samples = read_samples(recorded, 2)
         assert [sample["sample_id"] for sample in samples] == list(range(32, 48))
         sampled_by[name] = {version for sample in samples for version in sample["weight_versions"]}
@@ -50,7 +50,7 @@ def test_surplus_of_over_sampling_continues_in_the_next_rollout(workspace: Works
     flags = {"partial_rollout": (), "mask_offpolicy_in_partial_rollout": (), "over_sampling_batch_size": 8,
              "dynamic_sampling_filter_path": FILTER, "rollout_max_response_len": 40, "deterministic_mode": None,
              "save_debug_rollout_data": recorded, "num_rollout": 4, "embedded_max_running_requests": 8}  # fmt: skip
-    cli.run(workspace.train_argv(tmp_path / "run", **DIGITS, **flags))
+    run_verb(workspace.train_argv(tmp_path / "run", **DIGITS, **flags))
     assert column(tmp_path / "run", "rollout/surplus_groups")[0] > 0
     rollouts = [read_samples(recorded, rollout_id) for rollout_id in range(4)]
     groups = [{sample["group_id"] for sample in samples} for samples in rollouts]
@@ -68,6 +68,6 @@ def test_surplus_of_over_sampling_continues_in_the_next_rollout(workspace: Works
 
 def test_groups_with_equal_rewards_are_replaced(workspace: Workspace, tmp_path: Path) -> None:
     flags = {"dynamic_sampling_filter_path": FILTER, "n_samples_per_prompt": 2, "rollout_max_response_len": 4}
-    cli.run(workspace.train_argv(tmp_path / "run", **DIGITS, **flags))
+    run_verb(workspace.train_argv(tmp_path / "run", **DIGITS, **flags))
     assert sum(column(tmp_path / "run", "rollout/dynamic_filter/drop_zero_std_0.0")) > 0
     assert all(column(tmp_path / "run", "train/grad_norm"))

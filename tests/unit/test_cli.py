@@ -8,9 +8,9 @@ from qwench import __version__, cli
 from qwench.errors import ConfigError, EngineError
 
 
-def run(*words: str) -> int:
+def run(*words: str, command: cli.Command | None = None) -> int:
     with pytest.raises(SystemExit) as ended:
-        cli.main(words)
+        cli.main(words, command=command)
     return ended.value.code
 
 
@@ -83,15 +83,13 @@ def verb_that_raises(error: BaseException):
     return verb
 
 
-def test_a_failed_run_is_one_line_and_exit_code_1(capsys, monkeypatch):
-    monkeypatch.setitem(cli.VERBS, "train", verb_that_raises(EngineError("engine 3 did not\nanswer")))
-    assert run("train") == 1
+def test_a_failed_run_is_one_line_and_exit_code_1(capsys):
+    assert run(command=verb_that_raises(EngineError("engine 3 did not\nanswer"))) == 1
     assert capsys.readouterr().err == "qwench: engine 3 did not answer\n"
 
 
-def test_an_interrupted_run_has_exit_code_130(capsys, monkeypatch):
-    monkeypatch.setitem(cli.VERBS, "train", verb_that_raises(KeyboardInterrupt()))
-    assert run("train") == 130
+def test_an_interrupted_run_has_exit_code_130(capsys):
+    assert run(command=verb_that_raises(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "qwench: interrupted\n"
 
 
@@ -125,11 +123,12 @@ def test_the_environment_of_the_trainer_is_set_before_anything_heavy_is_imported
     code = (
         "import os, sys, types\n"
         "from qwench import cli\n"
-        "launch = types.ModuleType('qwench.launch')\n"
-        "launch.plan_inputs = lambda config, trains: None\n"
-        "launch.train = lambda config, plan: "
-        "print(os.environ['A'], os.environ['CUBLAS_WORKSPACE_CONFIG'], 'torch' in sys.modules)\n"
-        "sys.modules['qwench.launch'] = launch\n"
+        "inputs = types.ModuleType('qwench.launch.inputs')\n"
+        "def plan_inputs(config, trains):\n"
+        "    print(os.environ['A'], os.environ['CUBLAS_WORKSPACE_CONFIG'], 'torch' in sys.modules)\n"
+        "    sys.exit()\n"
+        "inputs.plan_inputs = plan_inputs\n"
+        "sys.modules['qwench.launch.inputs'] = inputs\n"
         "cli.main(sys.argv[1:])"
     )
     words = ["train", *recipe, "--deterministic-mode", "--train-env-vars", '{"A": "b"}']

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from qwench import cli
 from qwench.models.hf import load_hf_config
 from qwench.training.fsdp.conversion import load_causal_lm
 from qwench.training.fsdp.fsdp_trainer import FsdpSettings, FsdpTrainer
@@ -16,6 +15,7 @@ from qwench.training.optimizers.adam import AdamSettings
 from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import init_process_group, leave_process_group
 from tests.deadlines import patient
+from tests.verbs import run_verb
 
 _CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ def hf_folder(tmp_path: Path) -> Path:
 def test_weights_take_no_memory_before_they_are_shards_which_are_those_of_the_checkpoint(
     hf_folder: Path, tmp_path: Path, kind: str, offload_fraction: float
 ) -> None:
-    cli.run(["convert", "--input", str(hf_folder), "--output", str(tmp_path / kind), "--to", kind])
+    run_verb(["convert", "--input", str(hf_folder), "--output", str(tmp_path / kind), "--to", kind])
     config = load_hf_config(hf_folder)
     model, source = load_causal_lm(tmp_path / kind, config)
     assert source is not None

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
+from qwench.commands.download import download
 from qwench.errors import ConfigError
-from qwench.models.download import download
 from tests.deadlines import patient
 from tests.fakes.hub import serve_hub
 

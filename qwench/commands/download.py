@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from qwench.config.command_line.parse import parse_flags
+from qwench.config.sections.verbs import DownloadConfig, split_names
 from qwench.errors import ConfigError, DownloadError
 
 # What neither training nor inference reads.
 _LEFT_OUT = ("*.bin", "*.pth", "*.gguf", "*.onnx", "original/*")
+
+
+def run(words: Sequence[str]) -> None:
+    """Run `qwench download OWNER/NAME ... --output DIR`, and print the folders."""
+    names, flags = split_names(words)
+    config = parse_flags(DownloadConfig, flags, prog="qwench download OWNER/NAME ...")
+    for folder in download(names, output=config.output, kind=config.kind, revision=config.revision):
+        sys.stdout.write(f"{folder}\n")
 
 
 def download(repositories: Sequence[str], *, output: Path, kind: str, revision: str | None = None) -> list[Path]:

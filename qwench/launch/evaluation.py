@@ -1,4 +1,4 @@
-"""What the verbs of the command line do."""
+"""`qwench eval` and `qwench serve`: engines with the checkpoint's own weights, without a trainer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from pathlib import Path
 
 import orjson
 
-from qwench import controller
 from qwench.config import Config, RolloutConfig, RunPlan
 from qwench.config.sections.serve import ServeConfig
-from qwench.controller import Run
 from qwench.engines.embedded.http.serving import serve as serve_engine
 from qwench.files import write_atomically
-from qwench.launch.build import build, build_sft
 from qwench.launch.engines import embedded_settings
 from qwench.launch.generation import build_generation
 from qwench.launch.inputs import plan_inputs, read_eval_prompts, read_inputs
@@ -26,23 +23,10 @@ from qwench.observability.summary import summarize
 from qwench.rewards.registry import reward_spec
 from qwench.rollout.evaluate import EvalResult
 from qwench.rollout.functions import load_functions
-from qwench.training.process_group import leave_process_group
-
-
-def train(config: Config, plan: RunPlan) -> None:
-    """Run `qwench train`."""
-    _drive(build(config, plan), only_generate=not plan.devices.trains)
-    leave_process_group()
-
-
-def sft(config: Config, plan: RunPlan) -> None:
-    """Run `qwench sft`."""
-    _drive(build_sft(config, plan), only_generate=False)
-    leave_process_group()
 
 
 def evaluate(config: Config, plan: RunPlan) -> None:
-    """Run `qwench eval`: print each set's metrics, and write them and every response to --eval-output."""
+    """Print the metrics of each set, and write them and every response to --eval-output."""
     inputs = read_inputs(config, plan)
     open_driver_log(config.logging.log_level, inputs.console)
     prompts = {name: loaded.prompts for name, loaded in read_eval_prompts(inputs).items()}
@@ -66,7 +50,7 @@ def evaluate(config: Config, plan: RunPlan) -> None:
 
 
 def serve(config: ServeConfig) -> None:
-    """Run `qwench serve`; clients show QWENCH_TOKEN, if it is set, to change weights or memory."""
+    """Serve the embedded engine; clients show QWENCH_TOKEN, if it is set, to change weights or memory."""
     assert config.model.hf_checkpoint is not None, "preflight checks that --hf-checkpoint is given"
     run = Config(model=config.model, engine=config.engine, rollout=RolloutConfig(rollout_batch_size=1))
     inputs = read_inputs(run, plan_inputs(run, trains=False))
@@ -78,15 +62,6 @@ def serve(config: ServeConfig) -> None:
         port=config.server.port,
         token=os.environ.get("QWENCH_TOKEN"),
     )
-
-
-def _drive(run: Run, *, only_generate: bool) -> None:
-    try:
-        controller.generate(run) if only_generate else controller.train(run)
-    finally:
-        run.rollouts.close()
-        run.metrics.close()
-        run.close()
 
 
 def _write_results(folder: Path, metrics: dict[str, float], results: Sequence[EvalResult]) -> None:

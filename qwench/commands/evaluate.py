@@ -1,0 +1,19 @@
+"""`qwench eval`: score a model on evaluation sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qwench.commands.start import prepare
+from qwench.config.command_line.parse import parse_eval
+
+
+def run(words: Sequence[str]) -> None:
+    """Evaluate the checkpoint, and print its metrics."""
+    config = parse_eval(words)
+    plan = prepare(config, trains=False)
+    if config.debug.dry_run:
+        return
+    from qwench.launch.evaluation import evaluate  # PyTorch: `prepare` sets its environment first
+
+    evaluate(config, plan)

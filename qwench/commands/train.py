@@ -1,0 +1,28 @@
+"""`qwench train`: reinforcement learning, or fine-tuning with --loss-type sft_loss as slime's SFT recipe asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+
+from qwench.commands.start import prepare
+from qwench.config import Config
+from qwench.config.command_line.parse import parse_train
+
+
+def run(words: Sequence[str], *, parse: Callable[[Sequence[str]], Config] = parse_train) -> None:
+    """Build the run and train; with --debug-rollout-only, generate alone."""
+    config = parse(words)
+    plan = prepare(config)
+    if config.debug.dry_run:
+        return
+    from qwench import controller  # PyTorch: `prepare` sets its environment first
+    from qwench.launch.build import build
+    from qwench.training.process_group import leave_process_group
+
+    with closing(build(config, plan)) as built:
+        if plan.devices.trains:
+            controller.train(built)
+        else:
+            controller.generate(built)
+    leave_process_group()
