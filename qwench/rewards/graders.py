@@ -19,7 +19,12 @@ TextGrader = Callable[[str, str], Verdict | Question]
 """The same from (response, label)."""
 
 BOX_PREFIX = "boxed_"
-TEXT_GRADERS: dict[str, TextGrader] = {"deepscaler": deepscaler.grade, "math": math.grade, "dapo": dapo.grade, "f1": f1.grade}
+TEXT_GRADERS: dict[str, TextGrader] = {
+    "deepscaler": deepscaler.grade,
+    "math": math.grade,
+    "dapo": dapo.grade,
+    "f1": f1.grade,
+}
 RANDOM = "random"
 GPQA = "gpqa"
 _LOOKS_FOR_A_BOX = ("deepscaler", "math")
