@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from qwench.rewards import latex, mathd
-from qwench.rewards.integers import as_integer, without_thousands_commas
+from qwench.rewards.integers import as_integer, is_same_number, without_thousands_commas
 from qwench.samples import Verdict
 
 MAX_ANSWER_CHARS = 1000
@@ -40,6 +41,8 @@ _MIXED_NUMBER = re.compile(r"([0-9]) +([0-9])")
 _FRACTION = re.compile(r"-?[0-9]+.?/0*[1-9][0-9]*.?")
 _BRACKETS = frozenset("()[]")
 _POWER_TOWER = re.compile(r"\^[0-9]+\^|\^[0-9][0-9]+|\^\(")
+_NO_MATHS = re.compile(r"""['"`\\@#$&;:?]|__|[^\W\d]\w*\.\w|[)\]]\.[^\W\d]""")
+"""Quotes, escapes, attribute access and other marks of code: no such text reaches a worker."""
 _MAX_UNKNOWN_LETTERS = 2  # more is prose, or a function sympy would search long for
 
 
@@ -48,7 +51,7 @@ class Question:
     """Pairs of expressions, all of which must be equal for the answer to be right."""
 
     pairs: tuple[tuple[str, str], ...]
-    """(expression of the answer, expression of the label), already in sympy's syntax but for `^`."""
+    """(expression of the answer, expression of the label), in the syntax of `formula`."""
 
 
 def compare(answer: str, label: str) -> Verdict | Question:
@@ -58,7 +61,9 @@ def compare(answer: str, label: str) -> Verdict | Question:
         return Verdict(score=1.0, reason="exact")
     answer_integer, label_integer = as_integer(answer), as_integer(label)
     if answer_integer is not None and label_integer is not None:
-        return _right("exact") if answer_integer == label_integer else _wrong("wrong")
+        if answer_integer != label_integer:
+            return _wrong("wrong")
+        return _right("exact" if is_same_number(answer, label) else "within_tolerance")
     if len(answer) > MAX_ANSWER_CHARS:
         return _wrong("unparseable")
     if mathd.normal_form(answer) == mathd.normal_form(label):
@@ -66,6 +71,7 @@ def compare(answer: str, label: str) -> Verdict | Question:
     return _compare_expressions(normal_expression(answer), normal_expression(label))
 
 
+@lru_cache(maxsize=4096)  # a group's samples share their label, and many of them their answer
 def normal_expression(answer: str) -> str:
     """Return an answer without units, currency, LaTeX, spaces and capitals."""
     if wrapped := _ALL_TEXT.search(answer):
@@ -92,7 +98,7 @@ def _integer_as_digits(text: str) -> str:
 def _without_latex(text: str) -> str:
     try:
         return latex.to_expression(text)
-    except ValueError:  # broken LaTeX may still be equal as text
+    except Exception:  # noqa: BLE001 - pylatexenc on a model's text raises anything; broken LaTeX may still be equal as text
         return text
 
 
@@ -106,6 +112,8 @@ def _compare_expressions(answer: str, label: str) -> Verdict | Question:
     pairs = tuple(pair for pair in zip(answers, labels, strict=True) if not _same_text(*pair))
     if any(_differs_at_sight(*pair) for pair in pairs):
         return _wrong("wrong")
+    if any(_NO_MATHS.search(text) for pair in pairs for text in pair):
+        return _wrong("unparseable")
     if any(_POWER_TOWER.search(f"({theirs})-({ours})") for theirs, ours in pairs):
         return _wrong("unparseable")
     return Question(pairs=pairs) if pairs else _right("normal_form_equal")

@@ -20,11 +20,22 @@ def as_integer(text: str) -> int | None:
 
     A number within 1e-7 of an integer counts as that integer. No float is involved: all digits count.
     """
+    number = _as_number(text)
+    if number is None:
+        return None
+    nearest = round(number)
+    return nearest if abs(number - nearest) <= _TOLERANCE else None
+
+
+def is_same_number(left: str, right: str) -> bool:
+    """Tell whether both texts write the same number, to the last digit."""
+    number = _as_number(left)
+    return number is not None and number == _as_number(right)
+
+
+def _as_number(text: str) -> Decimal | None:
     try:
         number = Decimal(without_thousands_commas(text))
     except InvalidOperation:
         return None
-    if not number.is_finite() or number.adjusted() > _MAX_DIGITS:
-        return None
-    nearest = round(number)
-    return nearest if abs(number - nearest) <= _TOLERANCE else None
+    return number if number.is_finite() and number.adjusted() <= _MAX_DIGITS else None

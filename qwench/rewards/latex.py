@@ -1,8 +1,20 @@
-r"""Turn LaTeX maths into the plain expression that sympy reads: `\frac{\sqrt{3}}{x+1}` -> ` sqrt(3)/(x+1)`."""
+r"""Turn LaTeX maths into the plain expression that `formula` reads: `\frac{\sqrt{3}}{x+1}` -> ` sqrt(3)/(x+1)`.
+
+Symbols, fonts and spaces mean what pylatexenc's tables say, as in slime's grader. A small reader takes fractions, roots, text
+and commands without arguments, in microseconds. All other LaTeX goes through pylatexenc. Both write fractions and roots alike.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
+from functools import lru_cache
+
+from pylatexenc.latex2text import LatexNodes2Text, MacroTextSpec
+from pylatexenc.latex2text import get_default_latex_context_db as default_texts
+from pylatexenc.latexwalker import LatexMacroNode, LatexWalker
+from pylatexenc.latexwalker import get_default_latex_context_db as default_syntax
+from pylatexenc.macrospec import LatexContextDb, MacroSpec
 
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|[{}]|[^\\{}]", re.DOTALL)
 _MAX_DEPTH = 40  # braces within braces; answers have a few, and Python's stack has an end
@@ -13,26 +25,67 @@ _WORDS = {
     "cdot": "*",
     "times": "*",
     "div": "/",
+    "ne": "\N{NOT EQUAL TO}",
+    "leqslant": "\N{LESS-THAN OR EQUAL TO}",
+    "geqslant": "\N{GREATER-THAN OR EQUAL TO}",
     "left": "",
     "right": "",
     "displaystyle": "",
     "quad": " ",
     "qquad": " ",
 }
-_SYMBOLS = {"\\\\": "\n", "\\!": "", "\\%": "%", "\\$": "$"}
-_UNARY_WRAPPERS = frozenset({"text", "mathrm", "mathbf", "textbf", "textit", "mbox", "operatorname", "boxed", "overline"})
-_FRACTIONS = frozenset({"frac", "dfrac", "tfrac", "cfrac"})
+_SYMBOLS = {
+    "\\\\": "\n",
+    "\\!": "",
+    "\\%": "%",
+    "\\$": "$",
+    "\\,": " ",
+    "\\;": " ",
+    "\\:": " ",
+    "\\ ": " ",
+    "\\{": " ",
+    "\\}": " ",
+}
+_PLAIN = frozenset(
+    {
+        *("text", "textbf", "textit", "mathrm", "mathbf", "mathit", "mathsf", "mathtt", "boldsymbol", "bm", "pmb"),
+        *("mbox", "fbox", "boxed", "operatorname", "overline"),
+    }
+)
+"""Commands of which only the argument counts."""
+_FRACTIONS = frozenset({"frac", "dfrac", "tfrac", "cfrac", "nicefrac", "sfrac"})
+_COMMAND = re.compile(r"\\(?:([a-zA-Z]+)|(.))", re.DOTALL)
+_SPECIAL = re.compile(r"[&#`']|--")
+"""What pylatexenc reads as more than itself."""
 _SUM = re.compile(r"(?<=.)[+-]")
 _ATOM = re.compile(r"-?[\d.,]+|[a-zA-Z]|pi|sqrt\([^()]*\)|\([^()]*\)")
 
+_SILENT = ("input", "include", "today")
+"""Commands that would read a file, or that mean another text every day."""
+_UNICODE = str.maketrans(
+    {
+        "\N{SQUARE ROOT}": "sqrt",
+        "\N{GREEK SMALL LETTER PI}": "pi",
+        "\N{INFINITY}": "oo",
+        "\N{UNION}": "U",
+        "\N{MIDDLE DOT}": "*",
+        "\N{MULTIPLICATION SIGN}": "*",
+        "\N{DIVISION SIGN}": "/",
+    }
+)
+
 
 def to_expression(latex: str) -> str:
-    """Return `latex` as a plain expression; commands without a meaning here keep their name.
+    """Return `latex` as a plain expression; a command that neither we nor pylatexenc know is left out.
 
     Raises:
         ValueError: a command lacks its argument, or braces nest too deeply.
     """
-    return _Reader(latex).sequence(depth=0).strip()
+    simple = not _SPECIAL.search(latex) and all(
+        _is_simple(name) if name else f"\\{symbol}" in _SYMBOLS for name, symbol in _COMMAND.findall(latex)
+    )
+    expression = _Reader(latex).sequence(depth=0) if simple else _by_library(latex)
+    return expression.translate(_UNICODE).strip()
 
 
 class _Reader:
@@ -49,8 +102,10 @@ class _Reader:
         written: list[str] = []
         while self._next < len(self._tokens):
             token = self._take()
-            if token == "}":
+            if token == "}" and depth:
                 break
+            if token == "}":  # it closes nothing
+                continue
             written.append(self._meaning(token, depth))
         return "".join(written)
 
@@ -64,15 +119,15 @@ class _Reader:
         if token == "{":
             return self.sequence(depth=depth + 1)
         if not token.startswith("\\"):
-            return token
+            return " " if token == "~" else token
         name = token[1:]
         if name in _FRACTIONS:
-            return self._fraction(depth)
+            return _fraction(self._argument(depth), self._argument(depth))
         if name == "sqrt":
             return self._root(depth)
-        if name in _UNARY_WRAPPERS:
+        if name in _PLAIN:
             return self._argument(depth)
-        return _WORDS.get(name, name) if name.isalpha() else _SYMBOLS.get(token, " ")
+        return _SYMBOLS[token] if token in _SYMBOLS else _symbol(name) or ""
 
     def _argument(self, depth: int) -> str:
         token = self._take()
@@ -80,17 +135,87 @@ class _Reader:
             token = self._take()
         return self._meaning(token, depth + 1)
 
-    def _fraction(self, depth: int) -> str:
-        """Read two arguments; the space in front keeps the whole part of a mixed number apart."""
-        above, below = self._argument(depth), self._argument(depth)
-        above = f"({above})" if _SUM.search(above) else above
-        below = below if _ATOM.fullmatch(below) else f"({below})"
-        return f" {above}/{below}"
-
     def _root(self, depth: int) -> str:
         if self._tokens[self._next : self._next + 1] != ["["]:
-            return f"sqrt({self._argument(depth)})"
+            return _root(self._argument(depth), None)
         index = ""
         while (token := self._take()) != "]":
             index += token
-        return f"({self._argument(depth)})**(1/({index.removeprefix('[')}))"
+        return _root(self._argument(depth), index.removeprefix("["))
+
+
+def _is_simple(name: str) -> bool:
+    """Tell whether the small reader knows the command."""
+    return name in _PLAIN or name in _FRACTIONS or name == "sqrt" or _symbol(name) is not None
+
+
+@lru_cache(maxsize=1024)
+def _symbol(name: str) -> str | None:
+    """Return the text of a command without arguments; None: it has some, or a function makes its text."""
+    if name in _WORDS:
+        return _WORDS[name]
+    if name in ("begin", "end"):
+        return None
+    syntax, texts = _library()
+    arguments, text = syntax.get_macro_spec(name), texts.latex_context.get_macro_spec(name)
+    if arguments is not None and arguments.args_parser.argspec:
+        return None
+    if text is None or not text.simplify_repl:
+        return ""  # unknown, or a font that takes effect from here on
+    return text.simplify_repl if isinstance(text.simplify_repl, str) else None
+
+
+def _fraction(above: str, below: str) -> str:
+    """Write a fraction; the space in front keeps the whole part of a mixed number apart."""
+    above = f"({above})" if _SUM.search(above) else above
+    below = below if _ATOM.fullmatch(below) else f"({below})"
+    return f" {above}/{below}"
+
+
+def _root(radicand: str, index: str | None) -> str:
+    return f"sqrt({radicand})" if index is None else f"({radicand})**(1/({index}))"
+
+
+def _by_library(latex: str) -> str:
+    if latex.count("{") + latex.count("\\") > _MAX_DEPTH * 5 or _depth(latex) > _MAX_DEPTH:
+        raise ValueError(f"braces nest more than {_MAX_DEPTH} deep")
+    syntax, texts = _library()
+    nodes, _, _ = LatexWalker(latex, latex_context=syntax).get_latex_nodes()
+    return str(texts.nodelist_to_text(nodes))
+
+
+def _depth(latex: str) -> int:
+    depth = deepest = 0
+    for character in latex:
+        depth += (character in "{[(") - (character in "}])")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+@lru_cache(maxsize=1)
+def _library() -> tuple[LatexContextDb, LatexNodes2Text]:
+    """Return pylatexenc's syntax of commands, and what writes them as text; both take a while to build."""
+    logging.getLogger("pylatexenc").setLevel(logging.CRITICAL)  # it warns of broken LaTeX, which models write every day
+    syntax = default_syntax()
+    fractions = [MacroSpec(name, "{{") for name in _FRACTIONS]
+    plain = [MacroSpec(name, "{") for name in _PLAIN]
+    syntax.add_context_category("answers", macros=[*fractions, *plain, MacroSpec("sqrt", "[{")], prepend=True)
+    texts = default_texts()
+    macros = [
+        *(MacroTextSpec(name, simplify_repl=_library_fraction) for name in _FRACTIONS),
+        *(MacroTextSpec(name, discard=False) for name in _PLAIN),
+        *(MacroTextSpec(name, discard=True) for name in _SILENT),
+        MacroTextSpec("sqrt", simplify_repl=_library_root),
+    ]
+    texts.add_context_category("answers", macros=macros, prepend=True)
+    return syntax, LatexNodes2Text(latex_context=texts)
+
+
+def _library_fraction(node: LatexMacroNode, l2tobj: LatexNodes2Text) -> str:
+    above, below = (str(l2tobj.node_arg_to_text(node, k)).translate(_UNICODE) for k in range(2))
+    return _fraction(above, below)
+
+
+def _library_root(node: LatexMacroNode, l2tobj: LatexNodes2Text) -> str:
+    index, radicand = (str(l2tobj.node_arg_to_text(node, k)).translate(_UNICODE) for k in range(2))
+    return _root(radicand, index or None)

@@ -1,12 +1,14 @@
-"""The process that does algebra for the reward pool: `python -m qwench.rewards.worker`, driven over its standard streams.
+"""The process that does algebra for the reward pool, driven over its standard streams.
 
-    starts -> says it is ready -> waits -> answers -> waits ... -> end of input: exits
+    starts -> imports sympy, says it is ready -> forks a child, which answers some questions and ends -> forks the next ...
 
-The pool kills a worker that is late; an alarm ends a busy one whose pool is gone.
+So nothing that a question leaves behind outlives a few hundred others. The pool kills a worker that is late; an alarm ends a
+busy one whose pool is gone.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
@@ -18,8 +20,11 @@ from qwench.rewards.sympy_grader import settle
 from qwench.samples import Json
 
 MEMORY_LIMIT_BYTES = 4 * 2**30
-"""Address space of one worker: 99**99**99 must not take the trainer's memory."""
+"""Address space of one worker: a large power must not take the trainer's memory."""
+QUESTIONS_PER_CHILD = 200
 _ALARM_FACTOR = 3.0  # times the deadline: the pool always kills first while it lives
+_MORE_TO_COME, _END_OF_INPUT = 0, 1
+_PR_SET_PDEATHSIG = 1  # Linux: the signal that a child gets when its parent dies
 
 
 def main() -> None:
@@ -31,11 +36,31 @@ def main() -> None:
     os.dup2(2, 1)  # whatever a library prints must not get between the messages
     settle([("x+1", "1+x")])  # fills sympy's caches, so the first answer's deadline need not pay for them
     _send(answers, {"ready": True})
-    while (question := _receive(questions)) is not None:
+    while _serve_in_child(questions, answers) == _MORE_TO_COME:
+        pass
+
+
+def _serve_in_child(questions: BinaryIO, answers: BinaryIO) -> int:
+    """Fork a child that answers; return its exit code once it has ended."""
+    child = os.fork()
+    if child == 0:
+        with suppress(AttributeError, OSError):  # no Linux: the alarm has to do
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        os._exit(_serve(questions, answers))
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def _serve(questions: BinaryIO, answers: BinaryIO) -> int:
+    for _ in range(QUESTIONS_PER_CHILD):
+        question = _receive(questions)
+        if question is None:
+            return _END_OF_INPUT
         signal.setitimer(signal.ITIMER_REAL, _ALARM_FACTOR * question["deadline_s"])
         answer = _answer(question)
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         _send(answers, answer)
+    return _MORE_TO_COME
 
 
 def _answer(question: Json) -> Json:
@@ -54,7 +79,3 @@ def _receive(stream: BinaryIO) -> Json:
 def _send(stream: BinaryIO, message: Json) -> None:
     stream.write(encode(message))
     stream.flush()
-
-
-if __name__ == "__main__":
-    main()

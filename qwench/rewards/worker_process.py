@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from qwench.rewards.expressions import Question
 from qwench.rewards.protocol import HEADER, decode, encode
 from qwench.samples import Json, Verdict
 
+_PROGRAM = "import sys; sys.path[:0] = sys.argv[1:]; from qwench.rewards.worker import main; main()"
 _START_TIMEOUT_S = 120.0  # importing sympy takes a second, and far longer on a cold network file system
 
 
@@ -55,7 +57,7 @@ class WorkerProcess:
         with self._lock:
             self._stopped = True
             if self._process is not None:
-                self._process.kill()
+                _kill(self._process)
 
     def release(self) -> None:
         """Collect the stopped process and its pipes, when no thread is in `settle` any more."""
@@ -104,25 +106,33 @@ class _WorkerDiedError(Exception):
 
 
 def _start(stderr: int) -> subprocess.Popen[bytes]:
-    package_root = str(Path(qwench.__file__).parents[1])
-    search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+    """Start a worker that sees nothing of this process: no environment, and the search path of the package alone."""
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    search_path = [str(Path(qwench.__file__).parents[1]), *filter(None, given)]
     return subprocess.Popen(
         # -P: a file of the user's folder must not shadow a module of the standard library.
-        [sys.executable, "-P", "-m", "qwench.rewards.worker"],
+        [sys.executable, "-EP", "-c", _PROGRAM, *search_path],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,
-        env={**os.environ, "PYTHONPATH": search_path},
+        env={},
+        start_new_session=True,  # so that its children can be killed with it
     )
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
+    _kill(process)
     process.wait()
     for pipe in (process.stdin, process.stdout):
         assert pipe is not None, "workers are started with pipes"
         with suppress(BrokenPipeError):  # closing flushes what the dead worker did not read
             pipe.close()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill the worker and its children, also those that outlived it."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _receive(process: subprocess.Popen[bytes], *, deadline: float) -> Json:

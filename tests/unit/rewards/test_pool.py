@@ -24,7 +24,8 @@ from qwench.samples import Prompt, Verdict
 from tests.deadlines import patient
 from tests.unit.rewards.samples import finished
 
-HANGS = finished(r"\boxed{9**9**9}", "0.5")
+HANGS = finished(r"\boxed{(x+y)^9(x-y)^9(x+2y)^9(x+3)^9(y+5)^9(x+y+7)^9}", "0.5")
+"""A product of which sympy takes minutes to simplify."""
 NEEDS_ALGEBRA = finished(r"\boxed{x+1}", "1+x")
 QUICK = finished(r"\boxed{34}", "34")
 
