@@ -31,7 +31,7 @@ class Verdict:
 
     score: float
     reason: str
-    """One of the reward's own words: exact, within_tolerance, sympy_equal, wrong, no_think_marker, no_box, unparseable, timeout ..."""
+    """One of the reward's own words: exact, within_tolerance, sympy_equal, wrong, no_think_marker, no_box, timeout ..."""
     extra: Mapping[str, Json] = field(default_factory=dict)
     """Further values of a reward that returns a record (dapo: acc, pred); `--reward-key` picks one as the score."""
 

@@ -1,6 +1,7 @@
 import asyncio
 import json
 import threading
+from array import array
 from contextlib import closing, contextmanager
 
 import pytest
@@ -266,7 +267,7 @@ def test_replay_accepts_the_state_of_a_run_that_generated(tmp_path):
 
 def conversations():
     return SftSource(
-        [SftExample(tokens=[1, 2, i], loss_mask=b"\x01", prompt_text="", messages=[]) for i in range(10, 15)],
+        [SftExample(tokens=array("i", [1, 2, i]), loss_mask=b"\x01", prompt_text="", messages=[]) for i in range(10, 15)],
         rollout_batch_size=2,
         shuffle=True,
         seed=1,
