@@ -24,19 +24,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qwench.config.sections.engine import EngineConfig
 from qwench.engines.embedded.compute.weights import read_safetensors
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.fleet.servers import ServerProcess, server_environ
 from qwench.engines.kinds.embedded import embedded_command
+from qwench.engines.kinds.kind import ServerOrder
 from qwench.models.hf import load_hf_config
 from qwench.models.made.tiny import make_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.weights.broadcast import BroadcastLink
-from qwench.weights.quantize import QuantizedWeights
-from qwench.weights.rank_publication import publish_from_rank
-from qwench.weights.settings import PublicationSettings
-from qwench.weights.transports import AliasTransport, CopyTransport
+from qwench.weights.local import QuantizedWeights, send_alias, send_copies
+from qwench.weights.remote import PublicationPlan, publish_from_rank
 from qwench.wire.addresses import EngineAddress
 from qwench.wire.checksum import tensor_checksums
 from qwench.wire.portions import WeightBucket, bucketed
@@ -108,17 +108,17 @@ def check(source: Weights) -> None:
 def in_process(
     source: Weights, folder: Path, args: argparse.Namespace, dtype: torch.dtype
 ) -> Iterator[tuple[str, list[float]]]:
-    transports = {
-        "aliased": AliasTransport(source.tensors),
-        "copied": CopyTransport(source, bucket_bytes=args.bucket_bytes),
-        "fp8": CopyTransport(QuantizedWeights(source), bucket_bytes=args.bucket_bytes),
+    senders = {
+        "aliased": partial(send_alias, source.tensors),
+        "copied": partial(send_copies, source, bucket_bytes=args.bucket_bytes),
+        "fp8": partial(send_copies, QuantizedWeights(source), bucket_bytes=args.bucket_bytes),
     }
-    for way, transport in transports.items():
+    for way, send in senders.items():
         if way not in args.ways:
             continue
         settings = EmbeddedSettings(device=args.device, dtype=dtype, kv_cache_tokens=KV_TOKENS, fp8=way == "fp8")
         engine = EmbeddedEngine.from_checkpoint(load_hf_config(folder), settings)
-        publish = partial(transport.publish, engine, version=1)
+        publish = partial(send, engines=[engine], version=1)
         yield way, timed(lambda publish=publish: asyncio.run(publish()), rounds=args.rounds, device=source.device)
         asyncio.run(engine.close())
 
@@ -129,25 +129,36 @@ def to_a_server(
     wanted = [way for way in ways if way in args.ways]
     if not wanted or gpu >= max(torch.cuda.device_count(), 1):
         return
+    order = ServerOrder(
+        engine=EngineConfig(embedded_kv_cache_tokens=KV_TOKENS, engine_start_timeout=600.0),
+        model_folder=folder,
+        dtype=str(next(iter(source.tensors.values())).dtype).removeprefix("torch."),
+        devices_per_engine=1,
+        releases_memory=False,
+        seed=0,
+        serves_checkpoint=False,
+        log_folder=args.output,
+        token=TOKEN,
+    )
     server = ServerProcess(
         embedded_command(
-            ("--hf-checkpoint", str(folder), "--embedded-kv-cache-tokens", str(KV_TOKENS)),
+            order,
             index=gpu,
             gpu_ids=(gpu,) if args.device.startswith("cuda") else (),
             environ=server_environ(os.environ),
-            log_folder=args.output,
-            token=TOKEN,
-            start_timeout_s=600,
         )
     )
     link = BroadcastLink()
     try:
-        address = EngineAddress(base_url=server.start(), token=TOKEN, dialect="embedded", placement=None)
+        address = EngineAddress(base_url=server.start(), token=TOKEN, kind="embedded", placement=None)
         for way in wanted:
-            settings = PublicationSettings(
-                bucket_bytes=args.bucket_bytes, transport=way, disk_folder=args.output, model_folder=folder
+            flags = EngineConfig(
+                update_weight_buffer_size=args.bucket_bytes,
+                update_weight_transport=way,
+                update_weight_disk_dir=str(args.output),
             )
-            publish = partial(publish_from_rank, source, [address], 1, settings, link=link)
+            plan = PublicationPlan(engine=flags, model_folder=folder)
+            publish = partial(publish_from_rank, source, [address], 1, plan, link=link)
             # A disk is slow enough to be timed once.
             yield way, timed(publish, rounds=1 if way == "disk" else args.rounds, device=source.device)
     finally:

@@ -13,15 +13,13 @@ from typing import Any, Protocol
 
 from qwench.checkpoints.manager import CheckpointManager, SavesTraining
 from qwench.config.plan import RunPlan
-from qwench.engines.fleet.pool import EnginePool
+from qwench.engines.fleet.pool import EnginePool, Waiter
 from qwench.observability.metrics import MetricLog
 from qwench.observability.timing import PhaseTimer
 from qwench.rollout.probe import TEMPERATURE, GreedyProbe
 from qwench.samples import Rollout, Sample
 from qwench.training.learner import Learned
-from qwench.weights.publish import publish_weights
-from qwench.weights.settings import PublicationSettings
-from qwench.weights.transports import WeightSource
+from qwench.weights.publisher import PublishedModel, Publisher
 
 
 class Rollouts(Protocol):
@@ -48,20 +46,8 @@ class Rollouts(Protocol):
         ...
 
 
-class StateProtocol(SavesTraining, WeightSource, Protocol):
+class StateProtocol(SavesTraining, PublishedModel, Protocol):
     """The models of the run, in this process (`training.state.TrainingState`) or on ranks (`cluster.workers.RemoteState`)."""
-
-    def sleep(self) -> None:
-        """Give device memory back."""
-        ...
-
-    def wake(self) -> None:
-        """Take it again."""
-        ...
-
-    def release_cache(self) -> None:
-        """Give back what holds nothing but is kept for later."""
-        ...
 
 
 class LearnerProtocol(Protocol):
@@ -86,7 +72,7 @@ class Gpus(Protocol):
 
     weights_may_alias: bool
 
-    def held_by(self, learner: StateProtocol) -> AbstractContextManager[None]:
+    def held_by(self, model: PublishedModel) -> AbstractContextManager[None]:
         """Give the devices to the learner inside the context."""
         ...
 
@@ -94,7 +80,7 @@ class Gpus(Protocol):
 class Evaluator(Protocol):
     """A measurement of the policy through the engines (`rollout.evaluate`)."""
 
-    def evaluate(self, engines: EnginePool) -> Mapping[str, float]:
+    def evaluate(self, engines: EnginePool, waiter: Waiter | None = None) -> Mapping[str, float]:
         """Return `eval/...` metrics."""
         ...
 
@@ -113,7 +99,8 @@ class Run:
     checkpoints: CheckpointManager
     metrics: MetricLog
     timer: PhaseTimer
-    publication: PublicationSettings
+    publisher: Publisher | None
+    """None: rollouts are only generated."""
     probe: GreedyProbe | None = None
     """Compares FP8 engines with the learner after the first publication."""
     close: Callable[[], None] = lambda: None
@@ -122,13 +109,12 @@ class Run:
 
 def train(run: Run) -> None:
     """Learn from every rollout of the schedule, evaluating, saving and publishing when due."""
-    learner, rollouts, gpus, schedule = run.learner, run.rollouts, run.gpus, run.plan.schedule
-    assert learner is not None, "a run that only generates has no learner"
+    learner, rollouts, gpus, schedule, publisher = run.learner, run.rollouts, run.gpus, run.plan.schedule, run.publisher
+    assert learner is not None and publisher is not None, "a run that only generates has no learner"
     first = run.checkpoints.restore(learner.state, rollouts)
     run.metrics.resume(first)
     with gpus.held_by(learner.state):
-        publish(run, learner, version=first)
-    offer_weights(run, learner, version=first)
+        publisher.publish(version=first)
     probe_engines(run, learner, version=first)
     for rollout_id in range(first, run.plan.num_rollout):
         evaluate_if_due(run, rollout_id)
@@ -136,7 +122,7 @@ def train(run: Run) -> None:
             rollout = rollouts.take(rollout_id)
         with gpus.held_by(learner.state):
             learned = learner.learn(rollout)
-            offer_weights(run, learner, version=rollout_id + 1)
+            publisher.advance(version=rollout_id + 1)
             # Logged before it is saved: a run killed in between learns from the rollout again, and logs it once.
             run.metrics.log(rollout_id, {**rollout.metrics, **learned.metrics, **run.timer.take()}, steps=learned.steps)
             if schedule.save_due(rollout_id):
@@ -144,7 +130,7 @@ def train(run: Run) -> None:
                     run.checkpoints.save(rollout_id + 1, learner.state, rollouts)
             if schedule.publish_due(rollout_id):
                 with rollouts.paused():
-                    publish(run, learner, version=rollout_id + 1)
+                    publisher.publish(version=rollout_id + 1)
     evaluate_if_due(run, run.plan.num_rollout)
     run.checkpoints.finish()
 
@@ -154,35 +140,6 @@ def generate(run: Run) -> None:
     for rollout_id in range(run.plan.num_rollout):
         rollout = run.rollouts.take(rollout_id)
         run.metrics.log(rollout_id, {**rollout.metrics, **run.timer.take()})
-
-
-def publish(run: Run, learner: LearnerProtocol, *, version: int) -> None:
-    """Bring the learner's weights to the engines; `version` is the number of rollouts learned from."""
-
-    def send() -> None:
-        publish_weights(
-            learner.state,
-            run.engines,
-            version=version,
-            settings=run.publication,
-            weights_may_alias=run.gpus.weights_may_alias,
-        )
-
-    with run.timer.phase("update_weights"):
-        if run.engines is None:
-            return
-        run.engines.publish(send, version=version)
-
-
-def offer_weights(run: Run, learner: LearnerProtocol, *, version: int) -> None:
-    """Let the engines have these weights again when all of them were lost and started anew while they generate."""
-
-    def republish() -> None:
-        with run.gpus.held_by(learner.state):
-            publish(run, learner, version=version)
-
-    if run.engines is not None:
-        run.engines.republish = republish
 
 
 def probe_engines(run: Run, learner: LearnerProtocol, *, version: int) -> None:
@@ -200,5 +157,5 @@ def evaluate_if_due(run: Run, rollout_id: int) -> None:
     """Log what the evaluation sets say of the weights that learned from `rollout_id` rollouts."""
     if run.evaluator is not None and run.engines is not None and run.plan.schedule.eval_due(rollout_id):
         with run.timer.phase("eval"):
-            evaluated = run.evaluator.evaluate(run.engines)
+            evaluated = run.evaluator.evaluate(run.engines, run.publisher)
         run.metrics.log(rollout_id, evaluated)

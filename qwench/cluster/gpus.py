@@ -44,7 +44,7 @@ class DedicatedGpus:
         """Do nothing."""
 
     @contextmanager
-    def held_by(self, learner: Sleeper) -> Iterator[None]:
+    def held_by(self, model: Sleeper) -> Iterator[None]:
         """Do nothing around the block."""
         yield
 
@@ -73,17 +73,17 @@ class ColocatedGpus:
             self._has_room = True
 
     @contextmanager
-    def held_by(self, learner: Sleeper) -> Iterator[None]:
+    def held_by(self, model: Sleeper) -> Iterator[None]:
         """Give the device to the learner inside the block, to the engines after it."""
         with self._timer.phase("offload"):
             self.make_room()
-            learner.wake()
+            model.wake()
         yield
         with self._timer.phase("offload"):
             if self._offload_train:
-                learner.sleep()
+                model.sleep()
             else:
-                learner.release_cache()
+                model.release_cache()
             if self._engine_tags:
                 self._engines.wake(self._engine_tags)
                 self._has_room = False

@@ -25,8 +25,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from qwench.cluster.bundles import Bundles, EnginePlace, Seat, engine_places, order_of
 from qwench.cluster.messages import Call, Death, News
-from qwench.cluster.ray_actors import CommandMaker, EngineActor, TrainerActor
+from qwench.cluster.ray_actors import EngineActor, TrainerActor
 from qwench.cluster.rendezvous import Rendezvous
+from qwench.engines.fleet.servers import CommandMaker
 from qwench.errors import ConfigError, EngineError, TrainingError
 from qwench.wire.addresses import Placement
 

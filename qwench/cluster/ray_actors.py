@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import ray
@@ -12,11 +12,8 @@ import torch
 from qwench.cluster.bundles import EnginePlace, Seat, device_number
 from qwench.cluster.messages import Answer, Call, Failure
 from qwench.cluster.rank_host import RankHost
-from qwench.engines.fleet.servers import ServerCommand, ServerProcess
+from qwench.engines.fleet.servers import CommandMaker, ServerProcess
 from qwench.wire.addresses import Placement, gpu_names, host_name
-
-CommandMaker = Callable[..., ServerCommand]
-"""make(gpu_ids=, environ=, host=) -> command, as `launch.engines.CommandMaker`; picklable, called on the engine's node."""
 
 
 class TrainerActor:

@@ -27,7 +27,7 @@ from qwench.observability.console import Console
 from qwench.observability.waiting import waiting
 from qwench.samples import Rollout, Sample
 from qwench.training.learner import Learned
-from qwench.weights.settings import PublicationSettings
+from qwench.weights.remote import PublicationPlan
 from qwench.wire.addresses import EngineAddress
 from qwench.wire.portions import WeightBucket
 
@@ -203,10 +203,10 @@ class RemoteState:
         """Return None: no tensor of a rank is one of this process."""
         return None
 
-    def publish(self, addresses: Sequence[EngineAddress], version: int, settings: PublicationSettings) -> None:
+    def publish(self, addresses: Sequence[EngineAddress], version: int, plan: PublicationPlan) -> None:
         """See `TrainingState.publish`."""
-        publish = methodcaller("publish", addresses, version, settings)
-        self.on_ranks(publish, label=f"publish weight version {version}", timeout_s=settings.total_timeout_s)
+        publish = methodcaller("publish", addresses, version, plan)
+        self.on_ranks(publish, label=f"publish weight version {version}", timeout_s=plan.total_timeout_s)
 
     def on_ranks(self, function: Callable[..., Any], *arguments: Any, label: str, timeout_s: float) -> list[Any]:
         """Return what `function(state, *arguments)` returns on each rank, all at the same time.

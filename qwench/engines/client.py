@@ -26,7 +26,7 @@ from qwench.engines.protocol import (
     WeightReceipt,
 )
 from qwench.errors import EngineError, EngineLostError, WeightSyncError
-from qwench.wire.addresses import Dialect, EngineAddress, Placement
+from qwench.wire.addresses import EngineAddress, Placement
 from qwench.wire.portions import WeightBucket
 
 Json = Any  # what a server answers has no closed type
@@ -51,17 +51,22 @@ class HttpEngine:
         base_url: str,
         *,
         token: str | None = None,
-        dialect: Dialect = "embedded",
+        kind: str = "",
         placement: Placement | None = None,
         generate_timeout_s: float = 3600.0,
         weights_timeout_s: float = 600.0,
         health_timeout_s: float = HEALTH_TIMEOUT_S,
         lost_statuses: Sequence[int] = NOT_READY,
     ) -> None:
-        """Take an address; `lost_statuses` are the answers that mean that nobody is there."""
+        """Take an address.
+
+        Args:
+            kind: `EngineKind.name`, for the publisher; this client treats all kinds alike.
+            lost_statuses: the HTTP statuses that mean that the server is gone or not ready.
+        """
         self._lost_statuses = lost_statuses
         self._base_url = base_url.rstrip("/")
-        self.address = EngineAddress(base_url=self._base_url, token=token, dialect=dialect, placement=placement)
+        self.address = EngineAddress(base_url=self._base_url, token=token, kind=kind, placement=placement)
         self._headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
         self._generate_timeout_s = generate_timeout_s
         self._weights_timeout_s = weights_timeout_s
@@ -160,13 +165,6 @@ class HttpEngine:
             EngineError: the server's version is not one of ours.
         """
         return self._read_version((await self.model_info())["weight_version"])
-
-    async def placement(self) -> Placement | None:
-        """Return where the engine holds its weights, as far as that is known."""
-        if self.address.placement is not None or self.address.dialect != "embedded":
-            return self.address.placement
-        said = (await self._get("/server_info"))["placement"]
-        return Placement(host=said["host"], devices=tuple(said["devices"]))
 
     async def model_info(self) -> dict[str, Json]:
         """Return what the server says of the model it serves.

@@ -12,8 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from torch import Tensor
+
+from qwench.wire.addresses import EngineAddress
 from qwench.wire.portions import WeightBucket
 
 
@@ -171,4 +174,23 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """End everything this engine started."""
+        ...
+
+
+@runtime_checkable
+class AdoptingEngine(Engine, Protocol):
+    """An engine of this process that can compute with tensors it does not own."""
+
+    async def adopt_weights(self, weights: Mapping[str, Tensor], *, version: int) -> WeightReceipt:
+        """Use the given live tensors from now on, drop cached prefixes, and confirm."""
+        ...
+
+
+@runtime_checkable
+class AddressedEngine(Engine, Protocol):
+    """An engine behind a server, which any process can reach."""
+
+    @property
+    def address(self) -> EngineAddress:
+        """Return how to reach its server."""
         ...

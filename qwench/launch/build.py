@@ -16,7 +16,7 @@ from qwench.checkpoints.folders import check_weights
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.cluster.gpus import ColocatedGpus, DedicatedGpus
 from qwench.config import Config, RunPlan
-from qwench.controller import Run
+from qwench.controller import LearnerProtocol, Run
 from qwench.data.prompts import PromptSource
 from qwench.data.sft import SftSource, load_sft, render_mask_preview
 from qwench.engines.fleet.pool import EnginePool
@@ -37,7 +37,8 @@ from qwench.rollout.probe import GreedyProbe
 from qwench.rollout.stream import ReplayStream, SftStream
 from qwench.samples import Json
 from qwench.training.process_group import barrier
-from qwench.weights.settings import PublicationSettings
+from qwench.weights.publisher import Publisher
+from qwench.weights.remote import PublicationPlan
 from qwench.wire.portions import WeightBucket
 
 _logger = logging.getLogger(__name__)
@@ -78,11 +79,13 @@ def build(config: Config, plan: RunPlan) -> Run:
         generation = build_generation(inputs, with_weights=only_generate, servers=servers, token=token)
         started.callback(generation.close)
         gpus = _gpus(inputs, generation.engines, timer, take_turns=take_turns(config, processes, servers))
-        learner = None
+        learner = publisher = None
         if not only_generate:
             gpus.make_room()
             learner = start_learner(inputs, processes, timer, started)
-        metrics, rollouts = _metric_log(inputs), generation.stream(source, num_rollouts=inputs.plan.num_rollout)
+            publisher = _publisher(inputs, learner, generation.engines, gpus, timer)
+        metrics = _metric_log(inputs)
+        rollouts = generation.stream(source, num_rollouts=inputs.plan.num_rollout, waiter=publisher)
         started.callback(metrics.close)
         started.callback(rollouts.close)
         return Run(
@@ -95,7 +98,7 @@ def build(config: Config, plan: RunPlan) -> Run:
             checkpoints=checkpoints,
             metrics=metrics,
             timer=timer,
-            publication=_publication(inputs),
+            publisher=publisher,
             probe=GreedyProbe(loaded.prompts) if is_fp8_checkpoint(inputs.model_folder) else None,
             close=started.pop_all().close,
         )
@@ -154,17 +157,18 @@ def _without_engines(inputs: Inputs, rollouts: ReplayStream | SftStream) -> Run:
         learner, metrics = start_learner(inputs, processes, timer, started), _metric_log(inputs)
         started.callback(metrics.close)
         started.callback(rollouts.close)
+        gpus = DedicatedGpus(weights_may_alias=False)
         return Run(
             plan=inputs.plan,
             learner=learner,
             rollouts=rollouts,
             engines=None,
-            gpus=DedicatedGpus(weights_may_alias=False),
+            gpus=gpus,
             evaluator=None,
             checkpoints=checkpoints,
             metrics=metrics,
             timer=timer,
-            publication=_publication(inputs),
+            publisher=_publisher(inputs, learner, None, gpus, timer),
             close=started.pop_all().close,
         )
 
@@ -214,16 +218,13 @@ def _gpus(inputs: Inputs, engines: EnginePool, timer: PhaseTimer, *, take_turns:
     )
 
 
-def _publication(inputs: Inputs) -> PublicationSettings:
-    engine = inputs.config.engine
-    return PublicationSettings(
-        bucket_bytes=engine.update_weight_buffer_size,
-        transport=engine.update_weight_transport,
-        disk_folder=None if engine.update_weight_disk_dir is None else Path(engine.update_weight_disk_dir),
-        keep_disk_files=engine.update_weight_disk_keep_files,
-        model_folder=inputs.model_folder,
-        fp8=is_fp8_checkpoint(inputs.model_folder),
+def _publisher(
+    inputs: Inputs, learner: LearnerProtocol, engines: EnginePool | None, gpus: ColocatedGpus | DedicatedGpus, timer: PhaseTimer
+) -> Publisher:
+    plan = PublicationPlan(
+        engine=inputs.config.engine, model_folder=inputs.model_folder, fp8=is_fp8_checkpoint(inputs.model_folder)
     )
+    return Publisher(learner.state, engines, plan, gpus=gpus, timer=timer, say=inputs.console.say)
 
 
 def _metric_log(inputs: Inputs) -> MetricLog:

@@ -3,63 +3,59 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from qwench.engines.client import HttpEngine
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.fleet.event_loop import EventLoopThread
-from qwench.engines.fleet.health import HealthRules
-from qwench.engines.fleet.identity import ModelIdentity, check_serves
 from qwench.engines.fleet.members import Member
 from qwench.engines.fleet.pool import EnginePool
-from qwench.engines.fleet.router import Router, check_router_words, router_command
-from qwench.engines.fleet.servers import Server, ServerCommand, ServerProcess, server_environ
-from qwench.engines.kinds.embedded import TOKEN_VARIABLE, embedded_command
-from qwench.engines.kinds.sglang import SglangSettings, check_sglang_words, sglang_command
+from qwench.engines.fleet.servers import CommandMaker, Server, ServerProcess, server_environ
+from qwench.engines.kinds import KINDS
+from qwench.engines.kinds.embedded import TOKEN_VARIABLE
+from qwench.engines.kinds.identity import ModelIdentity, check_serves
+from qwench.engines.kinds.kind import ServerOrder
+from qwench.engines.kinds.sglang_router import SglangRouter, check_router_words, router_command
 from qwench.launch.inputs import Inputs, publication_dtype
 from qwench.models.hf import is_fp8_checkpoint, stop_token_ids
 
 
-class CommandMaker(Protocol):
-    """Makes one engine's command where the server will run; picklable."""
-
-    def __call__(self, *, gpu_ids: Sequence[int], environ: Mapping[str, str], host: str) -> ServerCommand:
-        """Return the command.
-
-        Args:
-            gpu_ids: the engine's GPUs, counted among those that `environ` shows; empty on a CPU.
-            environ: of the process that starts the server.
-            host: address that it listens on and is reached at.
-        """
-        ...
-
-
 def command_makers(inputs: Inputs, *, num_engines: int, token: str, with_weights: bool, on_gpus: bool) -> list[CommandMaker]:
-    """Return for each engine how to start it.
+    """Return for each engine how to start its server.
 
     Args:
-        on_gpus: the devices of the run are GPUs, whatever this machine has.
-        token: what clients must show to change weights or memory.
+        on_gpus: the devices of the run are GPUs; this machine may have none.
+        token: clients show it to change weights or memory.
         with_weights: the engines sample with the checkpoint's weights; else only after the first publication.
 
     Raises:
-        ConfigError: SGLang is not installed, or does not take the --sglang-* flags.
+        ConfigError: the kind of engine is not installed, or does not take the flags that pass through to it.
     """
-    engine = inputs.config.engine
-    folder, timeout_s = _log_folder(inputs), engine.engine_start_timeout
-    if engine.rollout_engine == "sglang":
-        check_sglang_words(engine.sglang_args)
-        settings = sglang_settings(inputs, serves_checkpoint=with_weights, on_gpus=on_gpus)
-        make = partial(sglang_command, settings, log_folder=folder, token=token, start_timeout_s=timeout_s)
-        return [partial(make, index=index) for index in range(num_engines)]
-    make_embedded = partial(embedded_command, serve_words(inputs), log_folder=folder, token=token, start_timeout_s=timeout_s)
-    return [partial(make_embedded, index=index) for index in range(num_engines)]
+    kind = KINDS[inputs.config.engine.rollout_engine]
+    kind.check_flags(inputs.config.engine)
+    order = server_order(inputs, token=token, with_weights=with_weights, on_gpus=on_gpus)
+    return [partial(kind.command, order, index=index) for index in range(num_engines)]
+
+
+def server_order(inputs: Inputs, *, token: str, with_weights: bool, on_gpus: bool) -> ServerOrder:
+    """Return what all servers of the run share; see `command_makers`."""
+    config = inputs.config
+    return ServerOrder(
+        engine=config.engine,
+        model_folder=inputs.model_folder.absolute(),
+        dtype=str(publication_dtype(config, on_gpu=on_gpus)).removeprefix("torch."),
+        devices_per_engine=inputs.plan.devices.devices_per_engine,
+        releases_memory=inputs.plan.devices.offload_rollout,
+        seed=config.data.rollout_seed,
+        serves_checkpoint=with_weights,
+        log_folder=_log_folder(inputs),
+        token=token,
+    )
 
 
 def build_pool(inputs: Inputs, *, with_weights: bool, servers: Sequence[Server] | None, token: str | None) -> EnginePool:
@@ -93,21 +89,12 @@ def build_pool(inputs: Inputs, *, with_weights: bool, servers: Sequence[Server] 
             members,
             loop,
             router=router,
-            health=health_rules(inputs) if engine.use_fault_tolerance and members[0].url else None,
+            health=engine if engine.use_fault_tolerance and members[0].url else None,
+            can_republish=not with_weights,
             say=inputs.console.say,
         )
         undo.pop_all()
     return pool
-
-
-def health_rules(inputs: Inputs) -> HealthRules:
-    """Translate the flags of --use-fault-tolerance."""
-    engine = inputs.config.engine
-    return HealthRules(
-        first_wait_s=engine.rollout_health_check_first_wait,
-        interval_s=engine.rollout_health_check_interval,
-        timeout_s=engine.rollout_health_check_timeout,
-    )
 
 
 def embedded_settings(inputs: Inputs) -> EmbeddedSettings:
@@ -124,37 +111,6 @@ def embedded_settings(inputs: Inputs) -> EmbeddedSettings:
         device=str(inputs.device),
         inline=inputs.config.training.deterministic_mode,
         seed=inputs.config.data.rollout_seed,
-    )
-
-
-def serve_words(inputs: Inputs) -> list[str]:
-    """Spell the flags that concern the embedded engine for `qwench serve`."""
-    engine = inputs.config.engine
-    flags: dict[str, object] = {
-        "hf-checkpoint": inputs.model_folder.absolute(),
-        "train-dtype": inputs.config.model.train_dtype,
-        "embedded-page-size": engine.embedded_page_size,
-        "embedded-max-running-requests": engine.embedded_max_running_requests,
-        "embedded-prefill-chunk-tokens": engine.embedded_prefill_chunk_tokens,
-        "embedded-kv-cache-tokens": engine.embedded_kv_cache_tokens,
-        "embedded-mem-fraction": engine.embedded_mem_fraction,
-    }
-    return [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
-
-
-def sglang_settings(inputs: Inputs, *, serves_checkpoint: bool, on_gpus: bool) -> SglangSettings:
-    """Translate the flags that concern SGLang."""
-    config = inputs.config
-    dtype = publication_dtype(config, on_gpu=on_gpus)
-    return SglangSettings(
-        model_folder=inputs.model_folder.absolute(),
-        tp_size=config.cluster.rollout_num_gpus_per_engine,
-        dtype=str(dtype).removeprefix("torch."),
-        memory_saver=inputs.plan.devices.offload_rollout,
-        seed=config.data.rollout_seed,
-        deterministic=config.engine.sglang_enable_deterministic_inference,
-        serves_checkpoint=serves_checkpoint,
-        words=config.engine.sglang_args,
     )
 
 
@@ -184,7 +140,7 @@ def _start_servers(inputs: Inputs, servers: Sequence[Server], token: str | None)
         client = HttpEngine(
             url,
             token=token,
-            dialect=engine.rollout_engine,
+            kind=engine.rollout_engine,
             placement=server.placement,
             health_timeout_s=engine.rollout_health_check_timeout,
         )
@@ -205,9 +161,9 @@ def _reach_external(inputs: Inputs, loop: EventLoopThread) -> list[Member]:
 
     async def connect(url: str) -> Member:
         engine = HttpEngine(url, token=token)
-        dialect = await check_serves(engine, identity)
+        kind = await check_serves(engine, identity)
         await engine.close()
-        return Member(engine=HttpEngine(url, token=token, dialect=dialect, health_timeout_s=timeout_s), url=url)
+        return Member(engine=HttpEngine(url, token=token, kind=kind.name, health_timeout_s=timeout_s), url=url)
 
     members = []
     for address in config.engine.rollout_external_engine_addrs:
@@ -217,13 +173,13 @@ def _reach_external(inputs: Inputs, loop: EventLoopThread) -> list[Member]:
     return members
 
 
-def _start_router(inputs: Inputs, undo: ExitStack) -> Router:
+def _start_router(inputs: Inputs, undo: ExitStack) -> SglangRouter:
     command = router_command(
         inputs.config.engine.router_args, environ=server_environ(os.environ), log_folder=_log_folder(inputs)
     )
     process = ServerProcess(command)
     undo.callback(process.stop)
-    router = Router(process)
+    router = SglangRouter(process)
     router.start()
     return router
 

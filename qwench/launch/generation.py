@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qwench.config.eval_settings import EvalSettings
-from qwench.engines.fleet.pool import EnginePool
+from qwench.engines.fleet.pool import EnginePool, Waiter
 from qwench.engines.fleet.servers import Server
 from qwench.launch.engines import build_pool
 from qwench.launch.inputs import Inputs
@@ -32,7 +32,7 @@ class Generation:
     eval_grader: RewardPool
     """The same one, unless evaluations have another --eval-reward-key."""
 
-    def stream(self, source: GroupSource, *, num_rollouts: int) -> RolloutStream:
+    def stream(self, source: GroupSource, *, num_rollouts: int, waiter: Waiter | None = None) -> RolloutStream:
         """Return the stream of training rollouts over `source`.
 
         Raises:
@@ -55,6 +55,7 @@ class Generation:
             num_gpus=len(self.engines.engines) * config.cluster.rollout_num_gpus_per_engine,
             allow_degenerate_rewards=config.reward.allow_degenerate_rewards,
             save_template=config.debug.save_debug_rollout_data,
+            waiter=waiter,
         )
 
     def evaluator(self, prompts: Mapping[str, Sequence[Prompt]]) -> Evaluator:

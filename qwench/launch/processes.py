@@ -26,9 +26,10 @@ from qwench.cluster.workers import Ranks, RemoteLearner, WorkerGroup
 from qwench.config import Config, RunPlan
 from qwench.config.environment import engine_environment, trainer_environment
 from qwench.controller import LearnerProtocol
-from qwench.engines.fleet.servers import Server, ServerProcess
+from qwench.engines.fleet.servers import CommandMaker, Server, ServerProcess
+from qwench.engines.kinds import KINDS
 from qwench.errors import ConfigError
-from qwench.launch.engines import CommandMaker, command_makers
+from qwench.launch.engines import command_makers
 from qwench.launch.inputs import Inputs, read_inputs
 from qwench.launch.trainer import build_learner
 from qwench.observability.log import open_process_log
@@ -188,7 +189,7 @@ def make_servers(inputs: Inputs, processes: Processes, *, with_weights: bool) ->
         return None, None
     in_here = isinstance(processes, LocalProcesses) and config.cluster.shares_devices
     enough = config.cluster.world_size == 1 or not processes.has_gpus
-    if in_here and enough and config.engine.rollout_engine == "embedded":
+    if in_here and enough and KINDS[config.engine.rollout_engine].runs_in_process:
         return None, None
     token = secrets.token_hex()
     makers = command_makers(

@@ -15,7 +15,7 @@ from statistics import fmean
 
 from transformers import PreTrainedTokenizerBase
 
-from qwench.engines.fleet.pool import EnginePool
+from qwench.engines.fleet.pool import EnginePool, Waiter
 from qwench.observability.console import Console
 from qwench.rollout.generate import GenerateFunction, generate_single_turn
 from qwench.rollout.groups import Grader, GroupRunner, gather_or_cancel
@@ -94,24 +94,24 @@ class Evaluator:
         self._console, self._group_rm, self._generate = console, group_rm, generate
         self._function, self._log_passrate = function, log_passrate
 
-    def evaluate(self, engines: EnginePool) -> dict[str, float]:
-        """Return the `eval/...` metrics of all sets.
+    def evaluate(self, engines: EnginePool, waiter: Waiter | None = None) -> dict[str, float]:
+        """Return the `eval/...` metrics of all sets; `waiter` waits for the engines instead of the pool.
 
         Raises:
             QwenchError: an engine or a reward failed.
         """
         if self._function is None:
-            return self.summarize(self.run(engines))
+            return self.summarize(self.run(engines, waiter))
 
         async def call(function: EvalFunction) -> Mapping[str, float]:
             return await function(self._sets, lambda eval_set: self._run_set(engines, eval_set))
 
-        return dict(engines.attend(call(self._function), label="evaluation", timeout_s=None))
+        return dict((waiter or engines).attend(call(self._function), label="evaluation", timeout_s=None))
 
-    def run(self, engines: EnginePool) -> list[EvalResult]:
+    def run(self, engines: EnginePool, waiter: Waiter | None = None) -> list[EvalResult]:
         """Answer and grade all sets, and keep every sample."""
         return [
-            engines.attend(self._run_set(engines, eval_set), label=f"evaluation of {eval_set.name}", timeout_s=None)
+            (waiter or engines).attend(self._run_set(engines, eval_set), label=f"evaluation of {eval_set.name}", timeout_s=None)
             for eval_set in self._sets
         ]
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 from qwench.config.sections.logging import LoggingConfig
 from qwench.data.sft import SftSource
-from qwench.engines.fleet.pool import EnginePool
+from qwench.engines.fleet.pool import EnginePool, Waiter
 from qwench.errors import RewardError
 from qwench.observability.dumps import load_rollout, save_rollout
 from qwench.rewards.degenerate import degenerate_reason
@@ -45,6 +45,7 @@ class RolloutStream:
         timeout_s: float | None = None,
         allow_degenerate_rewards: bool = False,
         save_template: str | None = None,
+        waiter: Waiter | None = None,
     ) -> None:
         """Generate nothing yet.
 
@@ -53,10 +54,12 @@ class RolloutStream:
             num_gpus: of all engines together, for the speed metrics.
             timeout_s: deadline of one rollout. None: no deadline.
             save_template: --save-debug-rollout-data
+            waiter: waits for the engines instead of the pool.
         """
         self._engines, self._make, self._buffer, self._logging = engines, make, buffer, logging
         self._num_rollouts, self._num_gpus, self._timeout_s = num_rollouts, num_gpus, timeout_s
         self._save_template = save_template
+        self._waiter: Waiter = waiter or engines
         self._check_rewards = not allow_degenerate_rewards
         self._tasks: dict[int, asyncio.Task[None]] = {}
         """Rollouts that have begun and are not taken, in order."""
@@ -68,7 +71,7 @@ class RolloutStream:
             EngineError: an engine failed, or the deadline passed.
             RewardError: a reward function failed, or the first rollout's rewards teach nothing.
         """
-        rollout = self._engines.attend(self._take(rollout_id), label=f"rollout {rollout_id}", timeout_s=self._timeout_s)
+        rollout = self._waiter.attend(self._take(rollout_id), label=f"rollout {rollout_id}", timeout_s=self._timeout_s)
         if self._save_template is not None:
             save_rollout(self._save_template, rollout)
         self._stop_if_degenerate(rollout)
@@ -83,7 +86,7 @@ class RolloutStream:
         """
         if self._tasks:
             label = f"rollout {max(self._tasks)}, which must end before weights are saved or published,"
-            self._engines.attend(_all_results([*self._tasks.values()]), label=label, timeout_s=self._timeout_s)
+            self._waiter.attend(_all_results([*self._tasks.values()]), label=label, timeout_s=self._timeout_s)
         yield
 
     def state_dict(self) -> dict[str, Json]:

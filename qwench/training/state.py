@@ -15,8 +15,7 @@ from torch import Tensor
 from qwench.training.reference import Reference
 from qwench.training.trainer import Trainer
 from qwench.weights.broadcast import BroadcastLink
-from qwench.weights.rank_publication import publish_from_rank
-from qwench.weights.settings import PublicationSettings
+from qwench.weights.remote import PublicationPlan, publish_from_rank
 from qwench.wire.addresses import EngineAddress
 from qwench.wire.portions import WeightBucket
 
@@ -53,9 +52,9 @@ class TrainingState:
         """Return the policy's live tensors when this process owns them whole in the publication dtype; else None."""
         return self.policy.shared_weights()
 
-    def publish(self, addresses: Sequence[EngineAddress], version: int, settings: PublicationSettings) -> None:
+    def publish(self, addresses: Sequence[EngineAddress], version: int, plan: PublicationPlan) -> None:
         """Bring the policy's weights to engines in other processes under `version`. See `publish_from_rank`."""
-        publish_from_rank(self, addresses, version, settings, link=self._link)
+        publish_from_rank(self, addresses, version, plan, link=self._link)
 
     def release_cache(self) -> None:
         """Free device memory that torch caches."""

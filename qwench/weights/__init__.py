@@ -1,11 +1,11 @@
 """How the trained weights reach the engines that sample with them.
 
-publish           brings a version to all engines of a run: those of this process by `transports`, others by `rank_publication`
-transports        alias and copy, inside one process
-rank_publication  what every trainer rank does for engines in other processes: plan, send, confirm
-    routes        which way each engine is reached: CUDA IPC, broadcast, disk
-    ipc_sender    buckets that engines on the same device open; broadcast: the group with engines elsewhere
-    buffer_ring   where buckets lie meanwhile
-    receivers     an engine as its sender sees it, and `checks`, what it must hold afterwards; SGLang's are in `sglang`
-buckets           weights in portions; quantize: in FP8
+publisher   the one owner: publishes a version to all engines of a run, and again after every engine was restarted
+local       alias and copy, to an engine of this process
+remote      what every trainer rank does for engines in other processes: plan, send, confirm
+routes      the transport of each engine: CUDA IPC, broadcast or disk
+broadcast   the process group of rank 0 and the engines on other devices
+exchange    messages between the trainer ranks during a publication
+
+A receiver, which sends buckets to one kind of server, belongs to its kind (`engines.kinds`).
 """

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from qwench.engines.fleet.event_loop import EventLoopThread
+from qwench.engines.kinds.receiver import HttpReceiver, Receiver
 from qwench.engines.protocol import Portion
 from qwench.errors import EngineError, WeightSyncError
-from qwench.weights.receivers import HttpReceiver, Receiver
 from qwench.wire.addresses import EngineAddress
 from qwench.wire.flat_bucket import TensorEntry
 from qwench.wire.weight_group import WeightGroup, backend_for, listening_store
@@ -206,7 +206,7 @@ def address_towards(base_urls: Sequence[str]) -> str:
     return address
 
 
-async def _all(coroutines: Any) -> list[Any]:  # an iterable of awaitables of whatever kind
+async def _all(coroutines: Any) -> list[Any]:  # awaitables of several result types
     """Await all; the first error is raised at once, and what still runs is cancelled."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:

@@ -1,7 +1,7 @@
-"""Which way the weights go to an engine in another process, by where it and the trainer's ranks run.
+"""The transport of the weights to each engine in another process, by where it and the trainer's ranks run.
 
 same machine, each of its devices is one of a trainer rank's    ipc        the engine opens that rank's bucket in place
-other devices of the same kind, or nobody knows where           broadcast  rank 0 broadcasts to all such engines at once
+other devices of the same kind, or an unknown place            broadcast  rank 0 broadcasts to all such engines at once
 another kind of device                                          disk       rank 0 writes a checkpoint, the engine reads it
 """
 
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwench.errors import WeightSyncError
-from qwench.weights.settings import TransportName
 from qwench.wire.addresses import EngineAddress, Placement
 
 
@@ -31,7 +30,7 @@ def plan_routes(
     placements: Sequence[Placement | None],
     ranks: Sequence[Placement],
     *,
-    transport: TransportName,
+    transport: str,
 ) -> list[Route]:
     """Return a route for each engine; the same on every rank that asks with the same arguments.
 
@@ -47,7 +46,7 @@ def plan_routes(
     return [_route(address, placement, ranks, transport) for address, placement in zip(addresses, placements, strict=True)]
 
 
-def _route(address: EngineAddress, placement: Placement | None, ranks: Sequence[Placement], transport: TransportName) -> Route:
+def _route(address: EngineAddress, placement: Placement | None, ranks: Sequence[Placement], transport: str) -> Route:
     neighbours = None if placement is None else _neighbours(placement, ranks)
     if transport == "ipc" and neighbours is None:
         raise WeightSyncError(

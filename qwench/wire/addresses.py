@@ -7,15 +7,12 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 CPU = "cpu"
 _RANDOM_NODE_BIT = 1 << 40
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-Dialect = Literal["embedded", "sglang"]
-"""Whose server it is: both speak SGLang's API, but take weights in different forms."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,11 +36,12 @@ class EngineAddress:
 
     base_url: str
     token: str | None
-    dialect: Dialect
+    kind: str
+    """Name of its `engines.kinds.kind.EngineKind`: kinds take weights in different forms."""
     placement: Placement | None
-    """None: not known here; our own server says it in `/server_info`."""
+    """None: not known here; `qwench serve` says it in `/server_info`."""
     start: int = 0
-    """How often the server was started again: a new one is in no group that the old one was in."""
+    """How many times the server restarted: a new process is in none of the old one's groups."""
 
 
 def host_name() -> str:

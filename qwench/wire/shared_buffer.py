@@ -163,3 +163,40 @@ def _memory_folder() -> Path:
     """Return a folder that lies in memory where there is one."""
     memory = Path("/dev/shm")
     return memory if memory.is_dir() else Path(tempfile.gettempdir())
+
+
+class BufferRing:
+    """Shared buffers that the buckets of a publication use in turn: one is filled while engines still read earlier ones.
+
+    Owns the buffers until `close`.
+    """
+
+    def __init__(self, size: int, *, bucket_bytes: int) -> None:
+        """Make room for `size` buffers; each takes memory when it is first used.
+
+        Args:
+            bucket_bytes: of a bucket that is full. On a GPU every buffer has room for one: receivers keep those open that
+                larger ones replace.
+        """
+        self._bucket_bytes = bucket_bytes
+        self._buffers: list[SharedBuffer | None] = [None] * size
+        self._turn = 0
+
+    def next(self, num_bytes: int, device: torch.device) -> SharedBuffer:
+        """Return a buffer of at least this size; no engine may still read what was in it `size` buckets ago."""
+        place, self._turn = self._turn, (self._turn + 1) % len(self._buffers)
+        buffer = self._buffers[place]
+        if buffer is None or buffer.tensor.numel() < num_bytes:
+            self._buffers[place] = None
+            if buffer is not None:
+                buffer.close()
+            least_bytes = self._bucket_bytes if device.type == "cuda" else 0
+            buffer = self._buffers[place] = SharedBuffer.allocate(max(num_bytes, least_bytes), device)
+        return buffer
+
+    def close(self) -> None:
+        """Give the memory back."""
+        for place, buffer in enumerate(self._buffers):
+            self._buffers[place] = None
+            if buffer is not None:
+                buffer.close()

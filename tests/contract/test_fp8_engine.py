@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from qwench.config.sections.engine import EngineConfig
 from qwench.engines.client import HttpEngine
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.http.serving import ServerThread
@@ -16,10 +17,8 @@ from qwench.errors import WeightSyncError
 from qwench.models.fp8 import BLOCK, is_quantized_name, quantized
 from qwench.models.hf import write_hf_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
-from qwench.weights.quantize import QuantizedWeights
-from qwench.weights.rank_publication import publish_from_rank
-from qwench.weights.settings import PublicationSettings
-from qwench.weights.transports import CopyTransport, choose_transport
+from qwench.weights.local import QuantizedWeights, send_copies, shared_weights_for
+from qwench.weights.remote import PublicationPlan, publish_from_rank
 from qwench.wire.addresses import EngineAddress
 from tests.contract.engine_hosts import ask, generate_all, make_model, prompt_of, reference_log_probs
 from tests.deadlines import patient
@@ -73,7 +72,7 @@ def test_log_probs_are_those_of_the_weights_that_it_stands_for(family):
 
     async def scenario():
         engine = fp8_engine(model)
-        await CopyTransport(QuantizedWeights(Source(model)), bucket_bytes=1).publish(engine, version=3)
+        await send_copies(QuantizedWeights(Source(model)), [engine], version=3, bucket_bytes=1)
         results = await generate_all(engine, requests)
         await engine.close()
         return results
@@ -90,8 +89,7 @@ def test_an_fp8_engine_never_uses_the_trainers_tensors_and_takes_no_plain_ones()
 
     async def scenario():
         engine = fp8_engine(model)
-        transport = choose_transport(QuantizedWeights(Source(model)), [engine], weights_may_alias=True, bucket_bytes=1)
-        assert isinstance(transport, CopyTransport)
+        assert shared_weights_for([engine], QuantizedWeights(Source(model))) is None
         with pytest.raises(WeightSyncError, match=r"'model.layers.0.self_attn.q_proj.weight' came as torch.float32"):
             await engine.update_weights(Source(model).weights(bucket_bytes=1), version=1)
         with pytest.raises(WeightSyncError, match="did not arrive"):
@@ -120,10 +118,9 @@ def test_every_transport_quantizes_on_the_way(tmp_path, transport):
         return result
 
     with ServerThread(fp8_engine(model), token="secret") as server:
-        address = EngineAddress(base_url=server.base_url, token="secret", dialect="embedded", placement=None)
-        settings = PublicationSettings(
-            bucket_bytes=9_000, transport=transport, model_folder=source, fp8=True, timeout_s=patient(30)
-        )
+        address = EngineAddress(base_url=server.base_url, token="secret", kind="embedded", placement=None)
+        flags = EngineConfig(update_weight_buffer_size=9_000, update_weight_transport=transport)
+        settings = PublicationPlan(engine=flags, model_folder=source, fp8=True, timeout_s=patient(30))
         publish_from_rank(Source(model), [address], 6, settings)
         result = asyncio.run(generate(HttpEngine(server.base_url)))
     assert set(result.weight_versions) == {6}

@@ -18,14 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from qwench.config.sections.engine import EngineConfig
 from qwench.engines.client import HttpEngine
 from qwench.engines.fleet.servers import ServerProcess, server_environ
 from qwench.engines.kinds.embedded import embedded_command
 from qwench.errors import EngineError, EngineLostError, WeightSyncError
 from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.weights.broadcast import BroadcastLink
-from qwench.weights.rank_publication import publish_from_rank
-from qwench.weights.settings import PublicationSettings
+from qwench.weights.remote import PublicationPlan, publish_from_rank
 from qwench.wire.addresses import EngineAddress, Placement, host_name
 from qwench.wire.flat_bucket import entries_of, entries_to_json, flatten_into, size_bytes
 from qwench.wire.portions import WeightBucket, bucketed
@@ -33,6 +33,7 @@ from qwench.wire.shared_buffer import SharedBuffer
 from tests.contract.engine_hosts import ask, distribution, make_engine, make_model, prompt_of
 from tests.contract.weight_ranks import Publication, publish_from_ranks
 from tests.deadlines import patient
+from tests.fakes.orders import server_order
 
 TOKEN = "secret"
 TRANSPORTS = ("ipc", "broadcast", "disk")
@@ -64,17 +65,10 @@ def model_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def servers(model_folder, tmp_path_factory) -> Iterator[list[ServerProcess]]:
-    words = ("--hf-checkpoint", str(model_folder), "--embedded-kv-cache-tokens", "4096")
+    logs = tmp_path_factory.mktemp("logs")
+    order = server_order(model_folder, logs, token=TOKEN, embedded_kv_cache_tokens=4096, engine_start_timeout=patient(120))
     commands = [
-        embedded_command(
-            words,
-            index=index,
-            gpu_ids=(),
-            environ=server_environ(os.environ, OMP_NUM_THREADS="1"),
-            log_folder=tmp_path_factory.mktemp("logs"),
-            token=TOKEN,
-            start_timeout_s=patient(120),
-        )
+        embedded_command(order, index=index, gpu_ids=(), environ=server_environ(os.environ, OMP_NUM_THREADS="1"))
         for index in range(2)
     ]
     started = [ServerProcess(command) for command in commands]
@@ -91,14 +85,12 @@ def servers(model_folder, tmp_path_factory) -> Iterator[list[ServerProcess]]:
 
 
 def address_of(url: str, *, token: str = TOKEN, placement: Placement | None = None) -> EngineAddress:
-    return EngineAddress(base_url=url, token=token, dialect="embedded", placement=placement)
+    return EngineAddress(base_url=url, token=token, kind="embedded", placement=placement)
 
 
-def settings(transport: str, model_folder: Path, **changes) -> PublicationSettings:
-    made = PublicationSettings(
-        bucket_bytes=SMALL_BUCKETS, transport=transport, model_folder=model_folder, timeout_s=patient(30)
-    )
-    return replace(made, **changes)
+def settings(transport: str, model_folder: Path, *, timeout_s: float = patient(30), **flags) -> PublicationPlan:
+    sizes = {"update_weight_buffer_size": SMALL_BUCKETS, "update_weight_transport": transport}
+    return PublicationPlan(engine=EngineConfig(**(sizes | flags)), model_folder=model_folder, timeout_s=timeout_s)
 
 
 def generated(url: str):
@@ -171,14 +163,14 @@ def num_joins(server: ServerProcess) -> int:
 
 def test_one_bucket_is_first_and_last(servers, model_folder):
     source = Source(seed=20)
-    one_bucket = settings("ipc", model_folder, bucket_bytes=2**30)
+    one_bucket = settings("ipc", model_folder, update_weight_buffer_size=2**30)
     publish_from_rank(source, [address_of(servers[0].url)], 20, one_bucket)
     assert_holds(servers[0].url, source, 20)
 
 
 def test_disk_files_are_kept_on_request_and_gone_otherwise(servers, model_folder, tmp_path):
     for keep in (True, False):
-        into = settings("disk", model_folder, disk_folder=tmp_path, keep_disk_files=keep)
+        into = settings("disk", model_folder, update_weight_disk_dir=str(tmp_path), update_weight_disk_keep_files=keep)
         publish_from_rank(Source(seed=21), [address_of(servers[0].url)], 21 + keep, into)
     assert [path.name for path in tmp_path.iterdir()] == ["weights_0000022"]
 
@@ -187,10 +179,10 @@ def test_several_ranks_publish_their_shards_and_fail_together(servers, model_fol
     addresses = [address_of(server.url) for server in servers]
     stranger = [addresses[0], replace(addresses[1], token="guess")]
     publications = [
-        Publication(addresses=addresses, version=30 + index, settings=settings(transport, model_folder))
+        Publication(addresses=addresses, version=30 + index, plan=settings(transport, model_folder))
         for index, transport in enumerate(TRANSPORTS)
     ]
-    refused = Publication(addresses=stranger, version=40, settings=settings("ipc", model_folder))
+    refused = Publication(addresses=stranger, version=40, plan=settings("ipc", model_folder))
     outcomes = publish_from_ranks(
         model_folder, [*publications[:2], refused, publications[2]], num_ranks=2, work_folder=tmp_path
     )

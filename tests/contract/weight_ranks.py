@@ -15,8 +15,7 @@ from qwench.errors import QwenchError
 from qwench.training.fsdp.fsdp_trainer import FsdpSettings, FsdpTrainer
 from qwench.training.optimizers.adam import AdamSettings
 from qwench.training.optimizers.schedule import LrSchedule
-from qwench.weights.rank_publication import publish_from_rank
-from qwench.weights.settings import PublicationSettings
+from qwench.weights.remote import PublicationPlan, publish_from_rank
 from qwench.wire.addresses import EngineAddress
 from tests.deadlines import patient
 
@@ -31,7 +30,7 @@ class Publication:
 
     addresses: Sequence[EngineAddress]
     version: int
-    settings: PublicationSettings
+    plan: PublicationPlan
 
 
 def publish_from_ranks(
@@ -68,7 +67,7 @@ def _run(folder: Path, publications: Sequence[Publication], rank: int, num_ranks
     outcomes = []
     for publication in publications:
         try:
-            publish_from_rank(backend, publication.addresses, publication.version, publication.settings)
+            publish_from_rank(backend, publication.addresses, publication.version, publication.plan)
             outcomes.append("ok")
         except QwenchError as failure:
             outcomes.append(str(failure))

@@ -11,22 +11,28 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qwench.cluster.gpus import DedicatedGpus
 from qwench.config.command_line.parse import parse_train
+from qwench.config.sections.engine import EngineConfig
 from qwench.data.prompts import PromptSource
 from qwench.engines.fleet.pool import EnginePool
 from qwench.engines.fleet.servers import ServerProcess
 from qwench.engines.kinds.embedded import embedded_command
-from qwench.launch.engines import command_makers, serve_words
+from qwench.launch.engines import command_makers, server_order
 from qwench.launch.generation import Generation, build_generation
 from qwench.launch.inputs import read_inputs, read_training_prompts
+from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout, Sample
+from qwench.weights.publisher import Publisher
+from qwench.weights.remote import PublicationPlan
+from qwench.wire.addresses import EngineAddress
 from tests.deadlines import patient
 from tests.e2e.conftest import ONE_THREAD, InProcess, Workspace, column, run_qwench
 from tests.verbs import run_verb
@@ -53,15 +59,25 @@ class Scene:
     def pool(self) -> EnginePool:
         return self.generation.engines
 
-    def publish(self, model: PreTrainedModel, version: int) -> None:
-        """Bring a model's weights to both engines over their sockets."""
-        bucket = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+    def publisher_of(self, model: PreTrainedModel) -> Publisher:
+        """Return what brings a model's weights to both engines over their sockets."""
+        plan, gpus = PublicationPlan(engine=EngineConfig()), DedicatedGpus(weights_may_alias=False)
+        published = Published(self.pool, model)
+        return Publisher(published, self.pool, plan, gpus=gpus, timer=PhaseTimer(), say=lambda text: None)  # type: ignore[arg-type]
 
-        def send() -> None:
-            for engine in self.pool.engines:
-                self.pool.run(engine.update_weights([bucket], version=version), label="send", timeout_s=DEADLINE_S)
 
-        self.pool.publish(send, version=version)
+@dataclass
+class Published:
+    """A model that sends its weights itself."""
+
+    pool: EnginePool
+    model: PreTrainedModel
+
+    def publish(self, addresses: Sequence[EngineAddress], version: int, plan: PublicationPlan) -> None:
+        bucket = [(name, parameter.detach()) for name, parameter in self.model.named_parameters()]
+        assert len(addresses) == 2
+        for engine in self.pool.engines:
+            self.pool.run(engine.update_weights([bucket], version=version), label="send", timeout_s=DEADLINE_S)
 
 
 @pytest.fixture(params=[True, False], ids=["router", "least loaded"])
@@ -134,7 +150,7 @@ def test_a_rollout_survives_the_death_of_a_server_which_comes_back_with_current_
     scene: Scene, models: list[PreTrainedModel]
 ) -> None:
     stream = scene.generation.stream(scene.source, num_rollouts=2)
-    scene.publish(models[0], version=1)
+    scene.publisher_of(models[0]).publish(version=1)
     generated = threading.Event()
     with ThreadPoolExecutor() as threads:
         taken = threads.submit(stream.take, 0)
@@ -143,7 +159,7 @@ def test_a_rollout_survives_the_death_of_a_server_which_comes_back_with_current_
         first = taken.result(DEADLINE_S)
     check_rollout(first, models[0], version=1)
 
-    scene.publish(models[1], version=2)
+    scene.publisher_of(models[1]).publish(version=2)
     assert scene.pool.num_restarts == 1
     assert all(server.is_running() for server in scene.servers)
     before = [scene.pool.run(engine.stats(), label="stats", timeout_s=DEADLINE_S) for engine in scene.pool.engines]
@@ -157,9 +173,9 @@ def test_a_rollout_survives_the_death_of_a_server_which_comes_back_with_current_
 def test_a_rollout_survives_the_death_of_all_servers_and_gets_its_weights_again(
     scene: Scene, models: list[PreTrainedModel]
 ) -> None:
-    stream = scene.generation.stream(scene.source, num_rollouts=1)
-    scene.publish(models[0], version=1)
-    scene.pool.republish = lambda: scene.publish(models[0], version=1)
+    publisher = scene.publisher_of(models[0])
+    stream = scene.generation.stream(scene.source, num_rollouts=1, waiter=publisher)
+    publisher.publish(version=1)
     generated = threading.Event()
     with ThreadPoolExecutor() as threads:
         taken = threads.submit(stream.take, 0)
@@ -185,10 +201,8 @@ def served(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> It
     """Serve the workspace's model, asking for a token."""
     inputs = read_inputs(parse_train(workspace.train_argv(None, save_interval=None, engine_start_timeout=DEADLINE_S)[1:]))
     log_folder = tmp_path_factory.mktemp("logs")
-    words = serve_words(inputs)
-    command = embedded_command(
-        words, index=0, gpu_ids=(), environ=ONE_THREAD, log_folder=log_folder, token=TOKEN, start_timeout_s=DEADLINE_S
-    )
+    order = replace(server_order(inputs, token=TOKEN, with_weights=True, on_gpus=False), log_folder=log_folder)
+    command = embedded_command(order, index=0, gpu_ids=(), environ=ONE_THREAD)
     process = ServerProcess(command)
     yield Served(process.start().removeprefix("http://"), process)
     process.stop()

@@ -19,19 +19,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qwench.config.sections.engine import EngineConfig
 from qwench.engines.client import HttpEngine
 from qwench.engines.fleet.event_loop import EventLoopThread
-from qwench.engines.fleet.health import HealthRules
-from qwench.engines.fleet.identity import ModelIdentity, check_serves
 from qwench.engines.fleet.members import Member
 from qwench.engines.fleet.pool import EnginePool
 from qwench.engines.fleet.servers import ServerProcess
-from qwench.engines.kinds.sglang import SglangSettings, check_sglang_words, sglang_command
+from qwench.engines.kinds.identity import ModelIdentity, check_serves
+from qwench.engines.kinds.sglang import check_sglang_words, sglang_command
 from qwench.engines.protocol import Engine, FinishReason, GenerateRequest, GenerateResult, MemoryTag
 from qwench.errors import ConfigError, EngineError
 from qwench.models.made.tiny import make_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
 from tests.contract.engine_hosts import ask, generate_all, prompt_of, reference_log_probs
+from tests.fakes.orders import server_order
 
 pytestmark = [
     pytest.mark.gpu(1),
@@ -61,7 +62,7 @@ class Served:
         """Run a scenario against the server."""
 
         async def run() -> Result:
-            engine = HttpEngine(self.url, token=TOKEN, dialect="sglang")
+            engine = HttpEngine(self.url, token=TOKEN, kind="sglang")
             try:
                 return await scenario(engine)
             finally:
@@ -81,13 +82,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     for seed, one in enumerate(folders):
         make_checkpoint(one, size="30M", tokenizer=build_small_tokenizer(), seed=seed)
     check_sglang_words(WORDS)
-    settings = SglangSettings(
-        model_folder=folders[0], tp_size=1, dtype="bfloat16", memory_saver=True, seed=0, deterministic=False,
-        serves_checkpoint=True, words=WORDS,
+    order = server_order(
+        folders[0], folder, token=TOKEN, dtype="bfloat16", releases_memory=True, seed=0, serves_checkpoint=True,
+        sglang_args=WORDS, engine_start_timeout=600.0,
     )  # fmt: skip
-    command = sglang_command(
-        settings, index=0, gpu_ids=(0,), environ=os.environ, log_folder=folder, token=TOKEN, start_timeout_s=600
-    )
+    command = sglang_command(order, index=0, gpu_ids=(0,), environ=os.environ)
     process = ServerProcess(command)
     yield Served(process, process.start(), folders)
     process.stop()
@@ -230,7 +229,7 @@ def test_memory_is_not_released_under_a_running_request(served):
 
 def test_weights_and_memory_need_the_token(served):
     async def scenario(engine: Engine):
-        stranger = HttpEngine(served.url, token="guess", dialect="sglang")
+        stranger = HttpEngine(served.url, token="guess", kind="sglang")
         with pytest.raises(EngineError, match=r"40[13]"):
             await stranger.sleep([MemoryTag.KV_CACHE])
         await stranger.close()
@@ -248,15 +247,15 @@ def test_its_model_is_told_from_another(served):
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    assert served.drive(lambda engine: check_serves(engine, identity(encode))) == "sglang"
+    assert served.drive(lambda engine: check_serves(engine, identity(encode))).name == "sglang"
     for other in (identity(encode, vocab_size=99), identity(lambda text: [*encode(text), 1])):
         with pytest.raises(ConfigError, match="--rollout-external-engine-addrs"):
             served.drive(lambda engine, other=other: check_serves(engine, other))
 
 
 def test_a_killed_server_is_started_again_and_answers_what_it_owed(served):
-    client = HttpEngine(served.url, token=TOKEN, dialect="sglang")
-    rules = HealthRules(interval_s=5.0, timeout_s=30.0)
+    client = HttpEngine(served.url, token=TOKEN, kind="sglang")
+    rules = EngineConfig(rollout_health_check_interval=5.0, rollout_health_check_timeout=30.0)
     said: list[str] = []
     pool = EnginePool(
         [Member(engine=client, server=served.process, url=served.url)], EventLoopThread(), health=rules, say=said.append

@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
+from qwench.config.sections.engine import EngineConfig
 from qwench.engines.client import HttpEngine
 from qwench.engines.fleet.servers import ServerProcess
-from qwench.engines.kinds.sglang import SglangSettings, sglang_command
+from qwench.engines.kinds.sglang import sglang_command
 from qwench.engines.protocol import GenerateRequest, GenerateResult, MemoryTag
 from qwench.models.made.tiny import make_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
@@ -27,10 +28,10 @@ from qwench.training.fsdp.fsdp_trainer import FsdpSettings, FsdpTrainer
 from qwench.training.optimizers.adam import AdamSettings
 from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import init_process_group
-from qwench.weights.rank_publication import publish_from_rank
-from qwench.weights.settings import PublicationSettings
+from qwench.weights.remote import PublicationPlan, publish_from_rank
 from qwench.wire.addresses import EngineAddress, Placement, gpu_names, host_name
 from tests.contract.engine_hosts import ask, generate_all, prompt_of
+from tests.fakes.orders import server_order
 from tests.fakes.trainer import take_step
 
 pytestmark = [
@@ -59,7 +60,7 @@ class Scene:
         """Run a scenario against the server."""
 
         async def run() -> Result:
-            engine = HttpEngine(self.address.base_url, token=TOKEN, dialect="sglang", placement=self.address.placement)
+            engine = HttpEngine(self.address.base_url, token=TOKEN, kind="sglang", placement=self.address.placement)
             try:
                 return await scenario(engine)
             finally:
@@ -69,8 +70,9 @@ class Scene:
 
     def publish(self, version: int, transport: str) -> None:
         """Bring the trainer's weights to the server, which confirms every tensor."""
-        settings = PublicationSettings(transport=transport, model_folder=self.folder, timeout_s=120)  # type: ignore[arg-type]
-        publish_from_rank(self.backend, [self.address], version, settings)
+        flags = EngineConfig(update_weight_transport=transport)  # type: ignore[arg-type]
+        plan = PublicationPlan(engine=flags, model_folder=self.folder, timeout_s=120)
+        publish_from_rank(self.backend, [self.address], version, plan)
 
     def checksums(self) -> dict[str, str]:
         """Return what the server says it holds, tensor by tensor."""
@@ -119,17 +121,15 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         schedule=LrSchedule(peak=1e-4),
         device=device,
     )
-    settings = SglangSettings(
-        model_folder=folder, tp_size=1, dtype="bfloat16", memory_saver=True, seed=0, deterministic=False,
-        serves_checkpoint=False, words=WORDS,
+    order = server_order(
+        folder, folder.parent, token=TOKEN, dtype="bfloat16", releases_memory=True, seed=0, sglang_args=WORDS,
+        engine_start_timeout=600.0,
     )  # fmt: skip
-    command = sglang_command(
-        settings, index=0, gpu_ids=(0,), environ=os.environ, log_folder=folder.parent, token=TOKEN, start_timeout_s=600
-    )
+    command = sglang_command(order, index=0, gpu_ids=(0,), environ=os.environ)
     process = ServerProcess(command)
     try:
         placement = Placement(host=host_name(), devices=gpu_names([0]))
-        address = EngineAddress(base_url=process.start(), token=TOKEN, dialect="sglang", placement=placement)
+        address = EngineAddress(base_url=process.start(), token=TOKEN, kind="sglang", placement=placement)
         yield Scene(backend, address, folder)
     finally:
         process.stop()

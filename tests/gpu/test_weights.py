@@ -8,18 +8,19 @@ import os
 import pytest
 import torch
 
+from qwench.config.sections.engine import EngineConfig
 from qwench.engines.fleet.servers import ServerProcess, server_environ
 from qwench.engines.kinds.embedded import embedded_command
 from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.weights.broadcast import BroadcastLink
-from qwench.weights.rank_publication import publish_from_rank
-from qwench.weights.settings import PublicationSettings
+from qwench.weights.remote import PublicationPlan, publish_from_rank
 from qwench.wire.addresses import EngineAddress
 from qwench.wire.checksum import tensor_checksums
 from qwench.wire.portions import bucketed
 from qwench.wire.shared_buffer import SharedBuffer, open_buffer
 from tests.checksums import sglang_hash, tensor_checksum
 from tests.contract.engine_hosts import make_model
+from tests.fakes.orders import server_order
 from tests.fakes.sglang_server import numpy_hash
 
 pytestmark = [pytest.mark.gpu(1), pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -89,13 +90,10 @@ def serving(tmp_path_factory, *, gpu: int):
     make_model("qwen3", seed=3).bfloat16().save_pretrained(folder)
     build_small_tokenizer().save_pretrained(folder)
     command = embedded_command(
-        ("--hf-checkpoint", str(folder), "--embedded-kv-cache-tokens", "4096"),
+        server_order(folder, folder, dtype="bfloat16", embedded_kv_cache_tokens=4096, engine_start_timeout=300.0),
         index=0,
         gpu_ids=(gpu,),
         environ=server_environ(os.environ),
-        log_folder=folder,
-        token="secret",
-        start_timeout_s=300,
     )
     process = ServerProcess(command)
     try:
@@ -119,11 +117,12 @@ def test_a_server_on_another_gpu_holds_what_was_broadcast(distant_server):
 def publish_twice(url, folder, *, transport: str) -> None:
     """Publish, which raises when the engine's version or the checksum of one of its tensors is another."""
     source = Source(make_model("qwen3", seed=len(transport)).cuda().bfloat16())
-    address = EngineAddress(base_url=url, token="secret", dialect="embedded", placement=None)
-    settings = PublicationSettings(bucket_bytes=20_000, transport=transport, model_folder=folder, timeout_s=60)
+    address = EngineAddress(base_url=url, token="secret", kind="embedded", placement=None)
+    flags = EngineConfig(update_weight_buffer_size=20_000, update_weight_transport=transport)
+    plan = PublicationPlan(engine=flags, model_folder=folder, timeout_s=60)
     link = BroadcastLink()
     try:
         for version in (4, 5):
-            publish_from_rank(source, [address], version, settings, link=link)
+            publish_from_rank(source, [address], version, plan, link=link)
     finally:
         link.close()

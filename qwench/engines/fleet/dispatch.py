@@ -1,13 +1,12 @@
 """Sends each request to an engine, and to another one when that is lost.
 
-A request whose engine was lost has returned nothing, so that asking another engine for it uses nothing twice. A response is
-used only if its weights were published while it was asked for: an engine that was started again cannot slip old ones in.
+A request whose engine was lost has returned nothing, so a retry on another engine uses nothing twice. A response is used only
+if its weights were published while the request was open: a restarted engine cannot answer with old weights.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
@@ -33,22 +32,18 @@ class Dispatcher:
         *,
         router: Router | None,
         supervisor: Supervisor | None,
-        hopes_for_weights: Callable[[], bool] = lambda: False,
+        can_republish: bool = False,
     ) -> None:
         """Keep what routing needs.
 
         Args:
-            hopes_for_weights: whether somebody publishes again when no engine holds the current weights.
+            can_republish: the publisher publishes again when no engine holds the current weights.
         """
         self._members = members
-        self._hopes_for_weights = hopes_for_weights
+        self._can_republish = can_republish
         self._router = router
         self._routed = None if router is None else HttpEngine(router.base_url, lost_statuses=OF_A_ROUTER)
         self._supervisor = supervisor
-        self.version: int | None = None
-        """Of the weights published last. None: nothing was published yet."""
-        self.publishing: int | None = None
-        """Version on its way to the engines; some may hold it already."""
         self._names: dict[str, str] = {}
         """Open request -> the name under which an engine was asked last; a second attempt has another one than the first."""
         self._aborted: set[str] = set()
@@ -61,7 +56,7 @@ class Dispatcher:
             EngineError: the engine failed or refused, or none is left.
             WeightSyncError: the response is of other weights than those published.
         """
-        oldest = self.version
+        oldest = self._members.version
         self._names[request.request_id] = request.request_id
         try:
             result = await self._generate_somewhere(request)
@@ -103,13 +98,13 @@ class Dispatcher:
         )
 
     def _may_send(self, request_id: str) -> bool:
-        """Tell whether waiting is over: an engine is ready, or none ever will be, or nobody wants the response any more."""
+        """Tell whether waiting is over: an engine is ready, or none ever will be, or the request was aborted."""
         if request_id in self._aborted or self._members.any_in(MemberState.READY):
             return True
-        return not (self._members.any_in(MemberState.LOST) or self._hopes_for_weights())
+        return not (self._members.any_in(MemberState.LOST) or self._can_republish)
 
     async def _generate_on(self, member: Member, request: GenerateRequest) -> GenerateResult:
-        """Send the request to the member, or to the router; without an answer, find out which engine is lost."""
+        """Send the request to the member or to the router. Without an answer, look for the lost engine."""
         member.in_flight.add(request.request_id)
         try:
             if self._routed is not None and self._router is not None and self._router.is_running():
@@ -119,22 +114,23 @@ class Dispatcher:
             return await member.until_lost(member.engine.generate(request))
         except EngineLostError:
             if self._supervisor is not None:
-                # Through a router, nobody says which engine it was.
+                # A router does not say which engine it was.
                 await (self._supervisor.examine(member) if self._routed is None else self._supervisor.examine_all())
             raise
         finally:
             member.in_flight.discard(request.request_id)
 
     async def _abort_on(self, member: Member, name: str | None) -> None:
-        """Pass an abort on to a member that may have the request; the router does not say where it went."""
+        """Abort on a member that may have the request; the router does not say where it went."""
         if name is None or self._routed is not None or name in member.in_flight:
             with suppress(EngineLostError):
                 await member.engine.abort(name)
 
     def _check_versions(self, result: GenerateResult, oldest: int | None) -> None:
-        if self.version is None or oldest is None:
+        version = self._members.version
+        if version is None or oldest is None:
             return
-        newest = max(self.version, self.publishing or 0)
+        newest = max(version, self._members.publishing or 0)
         wrong = [version for version in result.weight_versions if not oldest <= version <= newest]
         if wrong:
             raise WeightSyncError(

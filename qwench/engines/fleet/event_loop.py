@@ -6,18 +6,51 @@ main thread: loop.run(coroutine, label="publish weights", timeout_s=600) ---> lo
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 import time
-from collections.abc import Callable, Coroutine
-from concurrent.futures import Future, wait
-from typing import Any, TypeVar
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager, suppress
+from typing import Any, Generic, TypeVar
 
 from qwench.errors import EngineError
 
 Result = TypeVar("Result")
 JOIN_TIMEOUT_S = 10.0
-TURN_S = 0.5
+
+
+class Work(Generic[Result]):
+    """A coroutine under way on the loop, with a deadline that counts from its start."""
+
+    def __init__(self, loop: EventLoopThread, future: Future[Result], *, label: str, timeout_s: float | None) -> None:
+        self._loop = loop
+        self._future = future
+        self._label = label
+        self._timeout_s = timeout_s
+        self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+
+    def ends_before(self, event: Coroutine[Any, Any, None]) -> bool:
+        """Wait until the work ends or `event` returns, and tell whether the work has ended.
+
+        Raises:
+            EngineError: the deadline passed. An error of `event` comes through as it is.
+        """
+        other = self._loop.start(event)
+        try:
+            left_s = None if self._deadline_s is None else max(self._deadline_s - time.monotonic(), 0)
+            futures: list[Future[Any]] = [self._future, other]
+            if not wait(futures, timeout=left_s, return_when=FIRST_COMPLETED).done:
+                raise _too_late(self._label, self._timeout_s)
+            if self._future.done():
+                return True
+            other.result()
+            return False
+        finally:
+            other.cancel()
+
+    def result(self) -> Result:
+        """Return the result of work that has ended, or raise its error."""
+        return self._future.result(0)
 
 
 class EventLoopThread:
@@ -25,75 +58,64 @@ class EventLoopThread:
 
     def __init__(self, name: str = "qwench-engines") -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run_forever, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """Return the loop, for code that must schedule on it."""
-        return self._loop
-
-    def run(
-        self,
-        coroutine: Coroutine[Any, Any, Result],
-        *,
-        label: str,
-        timeout_s: float | None,
-        meanwhile: Callable[[], None] | None = None,
-    ) -> Result:
+    def run(self, coroutine: Coroutine[Any, Any, Result], *, label: str, timeout_s: float | None) -> Result:
         """Run a coroutine on the loop and wait for its result.
-
-        Args:
-            meanwhile: called again and again by the waiting thread; its errors end the wait.
 
         Raises:
             EngineError: the deadline passed; the coroutine is cancelled. Its own errors come through as they are.
         """
-        assert threading.current_thread() is not self._thread, f"{label}: would wait for the loop it runs on"
-        if self._loop.is_closed():
-            coroutine.close()
-            raise EngineError(f"{label}: the engines are closed already.")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        future = self._submit(coroutine, label=label)
         try:
-            _wait(future, label=label, timeout_s=timeout_s, meanwhile=meanwhile)
-        except BaseException:
+            if not wait([future], timeout=timeout_s).done:
+                raise _too_late(label, timeout_s)
+            return future.result(0)
+        finally:
+            future.cancel()  # no effect on one that has ended
+
+    @contextmanager
+    def under_way(
+        self, coroutine: Coroutine[Any, Any, Result], *, label: str, timeout_s: float | None
+    ) -> Iterator[Work[Result]]:
+        """Run a coroutine on the loop inside the block; cancel it if the block ends first."""
+        future = self._submit(coroutine, label=label)
+        try:
+            yield Work(self, future, label=label, timeout_s=timeout_s)
+        finally:
             future.cancel()
-            raise
-        return future.result()
 
     def start(self, coroutine: Coroutine[Any, Any, Result]) -> Future[Result]:
-        """Run a coroutine on the loop, which must give itself a deadline, and return at once."""
+        """Run a coroutine that has its own deadline on the loop, and return at once."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def close(self) -> None:
         """Cancel what still runs, stop the loop and end the thread. Safe to call twice."""
         if self._loop.is_closed():
             return
+        with suppress(TimeoutError):
+            self.start(_cancel_all_others()).result(JOIN_TIMEOUT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(JOIN_TIMEOUT_S)
-
-    def _run_forever(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        try:
-            self._loop.run_forever()
-            pending = asyncio.all_tasks(self._loop)
-            for task in pending:
-                task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
-            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-        finally:
+        if not self._thread.is_alive():
             self._loop.close()
 
+    def _submit(self, coroutine: Coroutine[Any, Any, Result], *, label: str) -> Future[Result]:
+        assert threading.current_thread() is not self._thread, f"{label}: would wait for the loop it runs on"
+        if self._loop.is_closed():
+            coroutine.close()
+            raise EngineError(f"{label}: the engines are closed already.")
+        return self.start(coroutine)
 
-def _wait(future: Future[Any], *, label: str, timeout_s: float | None, meanwhile: Callable[[], None] | None) -> None:
-    """Wait until the future is done; a thread that has something to do meanwhile does it in turns."""
-    deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
-    turn_s = math.inf if meanwhile is None else TURN_S
-    while True:
-        patience_s = min(turn_s, deadline - time.monotonic())
-        if wait([future], timeout=None if patience_s == math.inf else patience_s).done:
-            return
-        if time.monotonic() >= deadline:
-            raise EngineError(f"{label} did not end within {timeout_s:g} s; see the engine's log or raise its timeout.")
-        if meanwhile is not None:
-            meanwhile()
+
+async def _cancel_all_others() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()
+
+
+def _too_late(label: str, timeout_s: float | None) -> EngineError:
+    return EngineError(f"{label} did not end within {timeout_s:g} s; see the engine's log or raise its timeout.")

@@ -1,11 +1,11 @@
-"""Watches engines, and starts those again that died or do not answer.
+"""Watches engines, and restarts those that died or do not answer.
 
     every poll:      has the server's process ended?
     every interval:  does the engine answer a health check within its timeout?
-    lost:            out of the router, killed, started again; it generates after the next publication (`engines.fleet.members`)
+    lost:            out of the router, killed, restarted; it generates after the next publication (`engines.fleet.members`)
 
-Checks are held while engines sleep or receive weights: they cannot generate then, which is what a check asks of them. One that
-fails meanwhile is lost if it answers nothing at all.
+Checks are held while engines sleep or receive weights, because they cannot generate then. An engine that fails a request during
+that time is lost if it answers nothing at all.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 
+from qwench.config.sections.engine import EngineConfig
 from qwench.engines.client import HttpEngine
 from qwench.engines.fleet.members import Member, Members, MemberState
 from qwench.engines.fleet.router import Router
@@ -27,39 +27,29 @@ MAX_STARTS = 3
 """Attempts to start a lost engine before the run ends."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HealthRules:
-    """When an engine is checked and when it counts as lost."""
-
-    first_wait_s: float = 0.0
-    """Before the first check, also of the first after the engines slept."""
-    interval_s: float = 30.0
-    timeout_s: float = 30.0
-
-
 class Supervisor:
     """Watches the members of a pool; `start` to `close`, on the pool's event loop."""
 
     def __init__(
         self,
         members: Members,
-        rules: HealthRules,
+        rules: EngineConfig,
         *,
         router: Router | None,
         say: Callable[[str], None],
-        needs_publication: Callable[[], bool],
     ) -> None:
-        """Keep what it takes to restart an engine.
+        """Keep what a restart needs.
 
         Args:
+            rules: the --rollout-health-check-* flags.
             router: must not send anything to a lost engine.
-            say: tells the user.
-            needs_publication: whether the weights that an engine starts with are not the current ones.
+            say: shows a message to the user.
         """
         self._members = members
-        self._rules = rules
+        self._first_wait_s = rules.rollout_health_check_first_wait
+        self._interval_s = rules.rollout_health_check_interval
+        self._timeout_s = rules.rollout_health_check_timeout
         self._say = say
-        self._needs_publication = needs_publication
         self._router = router
         self._examinations: dict[Member, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -67,11 +57,11 @@ class Supervisor:
         self._next_check_s = 0.0
         self.num_restarts = 0
         self.num_lost = 0
-        """How often an engine was found to be lost."""
+        """How many times an engine was lost."""
 
     def start(self) -> None:
         """Begin to watch."""
-        self._next_check_s = time.monotonic() + self._rules.first_wait_s
+        self._next_check_s = time.monotonic() + self._first_wait_s
         self._spawn(self._watch)
 
     async def close(self) -> None:
@@ -90,10 +80,10 @@ class Supervisor:
         """Check again."""
         assert self._holds > 0, "release without hold"
         self._holds -= 1
-        self._next_check_s = time.monotonic() + self._rules.first_wait_s
+        self._next_check_s = time.monotonic() + self._first_wait_s
 
     async def examine(self, member: Member) -> None:
-        """Find out now whether a member that failed a request is lost."""
+        """Check now whether a member that failed a request is lost."""
         if member not in self._examinations:
             task = self._spawn(partial(self._examine, member))
             self._examinations[member] = task
@@ -101,16 +91,16 @@ class Supervisor:
         await asyncio.shield(self._examinations[member])
 
     async def examine_all(self) -> None:
-        """Find out now which members are lost."""
+        """Check now which members are lost."""
         await self._members.each(self.examine)
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(min(POLL_S, self._rules.interval_s))
+            await asyncio.sleep(min(POLL_S, self._interval_s))
             if self._holds:
                 continue
             if time.monotonic() >= self._next_check_s:
-                self._next_check_s = time.monotonic() + self._rules.interval_s
+                self._next_check_s = time.monotonic() + self._interval_s
                 for member in self._members:
                     # One that does not answer must not delay the others' checks.
                     self._spawn(partial(self.examine, member))
@@ -125,18 +115,18 @@ class Supervisor:
         if not await _has_process(member):
             await self._lose(member, "its process has ended")
         elif not await (self._responds(member) if self._holds else self._answers(member)):
-            await self._lose(member, f"it failed a health check, or did not answer it within {self._rules.timeout_s:g} s")
+            await self._lose(member, f"it failed a health check, or did not answer it within {self._timeout_s:g} s")
 
     async def _answers(self, member: Member) -> bool:
         try:
-            return await asyncio.wait_for(member.engine.health(), self._rules.timeout_s)
+            return await asyncio.wait_for(member.engine.health(), self._timeout_s)
         except TimeoutError:
             return False
 
     async def _responds(self, member: Member) -> bool:
-        """Tell whether there is any answer: one that sleeps or has no weights cannot do more."""
+        """Tell whether the engine answers at all: one that sleeps or has no weights cannot do more."""
         try:
-            await asyncio.wait_for(member.engine.stats(), self._rules.timeout_s)
+            await asyncio.wait_for(member.engine.stats(), self._timeout_s)
         except (TimeoutError, EngineLostError):
             return False
         except EngineError:
@@ -147,7 +137,7 @@ class Supervisor:
         if member.state is MemberState.LOST:
             return
         self.num_lost += 1
-        self._say(f"{member.label} is lost: {reason}; its requests go to other engines while it is started again")
+        self._say(f"{member.label} is lost: {reason}; its requests go to other engines while it restarts")
         await self._members.set_state(member, MemberState.LOST)
         self._spawn(partial(self._recover, member))
 
@@ -160,7 +150,7 @@ class Supervisor:
         member.asleep = False
         if isinstance(member.engine, HttpEngine):
             member.engine.note_restart()
-        stale = self._needs_publication()
+        stale = self._members.version is not None  # then the weights that it starts with are not the current ones
         self._say(f"{member.label} is up again" + ("; it takes part from the next publication of weights on" if stale else ""))
         if not stale and self._router is not None:
             await self._router.add(member.url)
@@ -168,7 +158,7 @@ class Supervisor:
 
     async def _restart(self, member: Member) -> None:
         server = member.server
-        assert server is not None, "somebody else's server is theirs to start"
+        assert server is not None, "a server that this run did not start is not restarted"
         for attempt in range(1, MAX_STARTS + 1):
             try:
                 await asyncio.to_thread(server.stop)
@@ -183,23 +173,23 @@ class Supervisor:
         assert url == member.url, f"{member.label} moved to {url}"
 
     async def _wait_for_others_server(self, member: Member) -> None:
-        deadline = time.monotonic() + MAX_STARTS * (self._rules.interval_s + self._rules.timeout_s)
+        deadline = time.monotonic() + MAX_STARTS * (self._interval_s + self._timeout_s)
         while not await self._answers(member):
             if time.monotonic() > deadline:
                 raise EngineError(
-                    f"{member.label} is lost and did not come back; it was not started by this run, so start it again yourself."
+                    f"{member.label} is lost and did not come back; it was not started by this run, so restart it yourself."
                 )
-            await asyncio.sleep(min(POLL_S, self._rules.interval_s))
+            await asyncio.sleep(min(POLL_S, self._interval_s))
 
     def _spawn(self, work: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
-        """Run something in the background; a failure of it ends the pool."""
+        """Run work in the background; its failure ends the pool."""
 
         async def guarded() -> None:
             try:
                 await work()
             except QwenchError as error:
                 await self._members.fail(error)
-            except Exception as error:  # noqa: BLE001 - who waits for this would wait for ever
+            except Exception as error:  # noqa: BLE001 - tasks that wait for it would wait for ever
                 await self._members.fail(EngineError(f"watching the engines failed: {error!r}"))
 
         task = asyncio.get_running_loop().create_task(guarded())

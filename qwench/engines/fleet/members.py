@@ -1,4 +1,4 @@
-"""The engines of a pool and what becomes of them.
+"""The engines of a pool and their states.
 
     ready --dies, or does not answer--> lost --is up again--> stale --next publication--> ready
 
@@ -34,7 +34,7 @@ class Member:
 
     engine: Engine
     server: Server | None = None
-    """None: the engine lives in this process, or its server is somebody else's."""
+    """None: the engine lives in this process, or this run did not start its server."""
     url: str = ""
     """Where the server listens; empty for an engine of this process."""
     state: MemberState = MemberState.READY
@@ -50,7 +50,7 @@ class Member:
         return repr(self.engine) if self.server is None else f"{self.server.label} ({self.url})"
 
     async def until_lost(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Return the result of `work`, or give up on it when the engine is lost.
+        """Return the result of `work`; cancel it when the engine is lost.
 
         Raises:
             EngineLostError: the engine was lost first. Errors of `work` come through as they are.
@@ -79,6 +79,10 @@ class Members:
         self._members = tuple(members)
         self._changed = asyncio.Condition()
         self._failure: QwenchError | None = None
+        self.version: int | None = None
+        """Of the weights published last. None: nothing was published yet."""
+        self.publishing: int | None = None
+        """Version on its way to the engines; some may hold it already."""
 
     def __iter__(self) -> Iterator[Member]:
         return iter(self._members)
@@ -87,7 +91,7 @@ class Members:
         return len(self._members)
 
     async def set_state(self, member: Member, state: MemberState) -> None:
-        """Move a member on and wake who waits for that."""
+        """Set a member's state and wake the tasks that wait for it."""
         member.state = state
         if state is MemberState.LOST:
             member.lost.set()
@@ -96,12 +100,12 @@ class Members:
         await self.notify()
 
     async def fail(self, error: QwenchError) -> None:
-        """Give up on the pool: everyone who waits, now or later, gets `error`."""
+        """Give up the pool: every wait, now or later, raises `error`."""
         self._failure = error
         await self.notify()
 
     async def notify(self) -> None:
-        """Let everyone who waits look again."""
+        """Make every waiting task check its condition again."""
         async with self._changed:
             self._changed.notify_all()
 
@@ -117,7 +121,7 @@ class Members:
             raise self._failure
 
     async def settled(self) -> None:
-        """Wait until no engine is lost any more; how long that takes is bounded by the deadline of its restart."""
+        """Wait until no engine is lost any more; each restart has its own deadline."""
         await self.wait_until(lambda: not self.any_in(MemberState.LOST))
 
     def any_in(self, state: MemberState) -> bool:
@@ -132,9 +136,7 @@ class Members:
         """
         ready = [member for member in self._members if member.state is MemberState.READY]
         if not ready:
-            raise EngineError(
-                "no engine holds the current weights: all were started again; resume the run by the same command."
-            )
+            raise EngineError("no engine holds the current weights: all were restarted; resume the run by the same command.")
         return min(ready, key=lambda member: len(member.in_flight))
 
     async def each(self, call: Callable[[Member], Awaitable[Result]]) -> list[Result]:

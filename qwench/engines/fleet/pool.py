@@ -1,7 +1,7 @@
 """The engines of a run as one, and the way for synchronous code to steer them all.
 
 generate, abort          `dispatch`: to a ready engine, again to another one when it is lost
-publish, sleep, wake     to every engine; those being started again are waited for
+receiving, sleep, wake   every engine; waits for engines that are being restarted
 health                   watches them, when asked to
 """
 
@@ -11,11 +11,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
+from qwench.config.sections.engine import EngineConfig
 from qwench.engines.fleet.dispatch import Dispatcher
 from qwench.engines.fleet.event_loop import EventLoopThread
-from qwench.engines.fleet.health import HealthRules, Supervisor
+from qwench.engines.fleet.health import Supervisor
 from qwench.engines.fleet.members import Member, Members, MemberState
 from qwench.engines.fleet.router import Router
 from qwench.engines.protocol import Engine, EngineStats, GenerateRequest, GenerateResult, MemoryTag
@@ -27,11 +28,23 @@ CONTROL_TIMEOUT_S = 120.0
 Result = TypeVar("Result")
 
 
+class Waiter(Protocol):
+    """Waits for generation: the pool itself, or a publisher, which republishes when restarted engines need it."""
+
+    def attend(self, coroutine: Coroutine[Any, Any, Result], *, label: str, timeout_s: float | None) -> Result:
+        """Run a coroutine that generates on the engines' loop and wait for its result."""
+        ...
+
+
+class EngineRestartedError(EngineLostError):
+    """An engine was lost during a publication and is being restarted; publish again."""
+
+
 class EnginePool:
     """Engines that live on one event loop.
 
-    Coroutine methods are awaited on that loop; `run`, `attend`, `publish`, `sleep`, `wake` and `close` are called from other
-    threads and wait.
+    Coroutine methods are awaited on that loop; `run`, `receiving`, `sleep`, `wake` and `close` are called from other threads
+    and wait.
     """
 
     def __init__(
@@ -40,38 +53,25 @@ class EnginePool:
         loop: EventLoopThread,
         *,
         router: Router | None = None,
-        health: HealthRules | None = None,
+        health: EngineConfig | None = None,
+        can_republish: bool = False,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Take over engines, their servers, router and loop: `close` ends them all.
 
         Args:
             router: running; sends requests to the engines instead of this pool.
-            health: watch the engines and start lost ones again. None: a lost engine ends the run.
-            say: tells the user what became of an engine.
+            health: watch the engines by these --rollout-health-check-* flags and restart lost ones. None: a lost engine ends
+                the run.
+            can_republish: the run has a trainer, which publishes again when no engine holds the current weights.
+            say: shows a message to the user.
         """
         self._members = Members([one if isinstance(one, Member) else Member(engine=one) for one in members])
-        self._loop = loop
+        self.loop = loop
+        """Where the engines live."""
         self._say = say
-        self._supervisor = (
-            None
-            if health is None
-            else Supervisor(
-                self._members,
-                health,
-                router=router,
-                say=say,
-                needs_publication=lambda: self._dispatcher.version is not None,
-            )
-        )
-        self.republish: Callable[[], None] | None = None
-        """Publishes the learner's weights again; called by a thread in `attend` when no engine is left that has any."""
-        self._dispatcher = Dispatcher(
-            self._members,
-            router=router,
-            supervisor=self._supervisor,
-            hopes_for_weights=lambda: self.republish is not None,
-        )
+        self._supervisor = None if health is None else Supervisor(self._members, health, router=router, say=say)
+        self._dispatcher = Dispatcher(self._members, router=router, supervisor=self._supervisor, can_republish=can_republish)
         self._router = router
         self._unrouted = list(self._members)
         self._tags_asleep: Sequence[MemoryTag] = ()
@@ -135,29 +135,38 @@ class EnginePool:
 
     def run(self, coroutine: Coroutine[Any, Any, Result], *, label: str, timeout_s: float | None) -> Result:
         """Run a coroutine on the engines' loop and wait for its result; see `EventLoopThread.run`."""
-        return self._loop.run(coroutine, label=label, timeout_s=timeout_s)
+        return self.loop.run(coroutine, label=label, timeout_s=timeout_s)
 
-    def attend(self, coroutine: Coroutine[Any, Any, Result], *, label: str, timeout_s: float | None) -> Result:
-        """Run a coroutine that generates and wait for its result; see `EventLoopThread.run`.
+    attend = run
+    """Without a publisher, waiting for generation is like any other wait (`weights.publisher.Publisher.attend`)."""
 
-        When every engine was started again, none holds the current weights, and what is generated would wait for ever: then the
-        thread that waits for it publishes them again.
-        """
-        return self._loop.run(coroutine, label=label, timeout_s=timeout_s, meanwhile=self._supply_weights)
-
-    def publish(self, send: Callable[[], None], *, version: int) -> None:
-        """Bring a version to every engine by `send`, confirm that each holds it, and let restarted ones generate again.
-
-        An engine that is being started again is waited for. One that is lost meanwhile, because its process ended or answers
-        nothing any more, makes the publication begin again, once.
+    async def lose_weights(self) -> None:
+        """Return when every engine was restarted, so that none holds the current weights.
 
         Raises:
-            WeightSyncError: an engine holds another version afterwards.
-            EngineError: an engine did not come back, or was lost again. Errors of `send` come through as they are.
+            QwenchError: the pool was given up.
         """
-        self._dispatcher.publishing = version
+        await self._members.wait_until(lambda: all(member.state is MemberState.STALE for member in self._members))
+
+    @contextmanager
+    def receiving(self, version: int) -> Iterator[None]:
+        """Receive weights inside the block, then confirm that every engine holds `version`; restarted engines generate again.
+
+        Waits first for engines that are being restarted. Nothing may be generating.
+
+        Raises:
+            EngineRestartedError: an engine was lost in the block (its process ended, or it answers nothing).
+            WeightSyncError: an engine holds another version afterwards.
+            EngineError: an engine did not restart. Errors of the block come through as they are.
+        """
+        self._members.publishing = version
         with self._unwatched():
-            self._again_if_lost(lambda: self._send(send), what=f"weight version {version} is published again")
+            try:
+                self._put_to_sleep()  # engines that were restarted while the others sleep
+                yield
+            except EngineLostError as error:
+                self._raise_unless_restarting(error)
+                raise EngineRestartedError(str(error)) from error
             self.run(self._confirm(version), label=f"confirm weight version {version}", timeout_s=CONTROL_TIMEOUT_S)
 
     def sleep(self, tags: Sequence[MemoryTag]) -> None:
@@ -168,16 +177,21 @@ class EnginePool:
         """
         self._hold()
         self._tags_asleep = tags
-        self._again_if_lost(self._put_to_sleep, what="engines are put to sleep again")
+        try:
+            self._put_to_sleep()
+        except EngineLostError as error:
+            self._raise_unless_restarting(error)
+            self._say(f"engines are put to sleep again: {error}")
+            self._put_to_sleep()
 
     def wake(self, tags: Sequence[MemoryTag]) -> None:
         """Take the memory of `tags` again everywhere."""
-
-        def wake_each() -> None:
-            self._settle()
-            self.run(self._members.each(lambda one: _wake(one, tags)), label="wake engines", timeout_s=MEMORY_TIMEOUT_S)
-
-        self._again_if_lost(wake_each, what="engines are woken again")
+        try:
+            self._wake(tags)
+        except EngineLostError as error:
+            self._raise_unless_restarting(error)
+            self._say(f"engines are woken again: {error}")
+            self._wake(tags)
         self._tags_asleep = ()
         self.run(self._route(), label="route requests again", timeout_s=CONTROL_TIMEOUT_S)
         self._release()
@@ -187,15 +201,10 @@ class EnginePool:
         try:
             self.run(self._end(), label="close engines", timeout_s=CLOSE_TIMEOUT_S)
         finally:
-            self._loop.close()
+            self.loop.close()
 
     async def _each(self, call: Callable[[Engine], Awaitable[Result]]) -> list[Result]:
         return await self._members.each(lambda member: call(member.engine))
-
-    def _supply_weights(self) -> None:
-        if self.republish is not None and all(member.state is MemberState.STALE for member in self._members):
-            self._say("no engine holds the current weights any more; they are published again")
-            self.republish()
 
     async def _begin(self) -> None:
         await self._route()
@@ -211,9 +220,9 @@ class EnginePool:
         await self._members.each(_close_member)
 
     async def _confirm(self, version: int) -> None:
-        """Make sure that everyone holds the version, and let everyone generate."""
+        """Make sure that every engine holds the version, and make stale engines ready."""
         await self.check_versions(version)
-        self._dispatcher.version, self._dispatcher.publishing = version, None
+        self._members.version, self._members.publishing = version, None
         for member in self._members:
             if member.state is MemberState.STALE:
                 await self._members.set_state(member, MemberState.READY)
@@ -222,15 +231,11 @@ class EnginePool:
             await self._route()
 
     async def _route(self) -> None:
-        """Let the router send requests to members it does not know yet; it checks their health, so they must be awake."""
+        """Add new members to the router. It checks their health, so they must be awake."""
         while self._unrouted:
             member = self._unrouted.pop()
             if self._router is not None and member.state is MemberState.READY:
                 await self._router.add(member.url)
-
-    def _send(self, send: Callable[[], None]) -> None:
-        self._put_to_sleep()  # those that were started anew while the others sleep
-        send()
 
     def _put_to_sleep(self) -> None:
         self._settle()
@@ -238,20 +243,19 @@ class EnginePool:
             sleeping = self._members.each(lambda one: _sleep(one, tags))
             self.run(sleeping, label="put engines to sleep", timeout_s=MEMORY_TIMEOUT_S)
 
-    def _again_if_lost(self, work: Callable[[], None], *, what: str) -> None:
-        """Do the work; when an engine turns out to be lost in it, have it started anew and do the work again, once."""
-        try:
-            work()
-        except EngineLostError as error:
-            supervisor = self._supervisor
-            if supervisor is None:
-                raise
-            num_lost = supervisor.num_lost
-            self.run(supervisor.examine_all(), label="look for lost engines", timeout_s=CONTROL_TIMEOUT_S)
-            if supervisor.num_lost == num_lost:
-                raise
-            self._say(f"{what}: {error}")
-            work()
+    def _wake(self, tags: Sequence[MemoryTag]) -> None:
+        self._settle()
+        self.run(self._members.each(lambda one: _wake(one, tags)), label="wake engines", timeout_s=MEMORY_TIMEOUT_S)
+
+    def _raise_unless_restarting(self, error: EngineLostError) -> None:
+        """Look for lost engines, which are then restarted; if there is none, the error has another reason."""
+        supervisor = self._supervisor
+        if supervisor is None:
+            raise error
+        num_lost = supervisor.num_lost
+        self.run(supervisor.examine_all(), label="look for lost engines", timeout_s=CONTROL_TIMEOUT_S)
+        if supervisor.num_lost == num_lost:
+            raise error
 
     def _settle(self) -> None:
         """Wait for engines that are being started again; each start has a deadline of its own."""

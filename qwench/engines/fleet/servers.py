@@ -2,7 +2,7 @@
 
     new --start--> starting --/health answers 200--> running --stop, or its death--> ended --start--> ...
 
-A server keeps its address over restarts, so that whoever knows it need not be told.
+A server keeps its address over restarts.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ STOP_TIMEOUT_S = 10.0
 COLLECT_TIMEOUT_S = 2.0
 LOG_TAIL_LINES = 20
 _OF_OUR_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""A server that finds these takes itself for a rank of the trainer; torchrun's own variables begin with the prefix below."""
+"""A server that finds these takes itself for a trainer rank; torchrun's other variables begin with the prefix below."""
 _TORCHRUN_PREFIX = "TORCHELASTIC_"
 
 
 class Server(Protocol):
-    """One engine's server, wherever it runs. All methods block and may be called from any thread."""
+    """One engine's server, on this machine or another one. All methods block; any thread may call them."""
 
     @property
     def label(self) -> str:
@@ -48,7 +48,7 @@ class Server(Protocol):
         ...
 
     def start(self) -> str:
-        """Start it, also again after its death, and return its base URL once it can generate.
+        """Start or restart it, and return its base URL once it can generate.
 
         Raises:
             EngineError: it died, or was not ready within its deadline.
@@ -56,11 +56,11 @@ class Server(Protocol):
         ...
 
     def stop(self) -> None:
-        """End every process of it; harmless when there is none."""
+        """End all its processes; no effect when there is none."""
         ...
 
     def is_running(self) -> bool:
-        """Tell whether its process lives."""
+        """Tell whether its process is alive."""
         ...
 
 
@@ -76,7 +76,7 @@ class ServerCommand:
     log_file: Path
     """Takes standard output and standard error; a restart appends."""
     private_files: Mapping[Path, str] = field(default_factory=dict)
-    """What only this user may read, such as a token, which a command line would show to everyone; gone when the server ends."""
+    """Files that only this user may read, such as a token: all users see command lines. Deleted with the server."""
     host: str = "127.0.0.1"
     """Address that it listens on and is reached at."""
     port: int | None = None
@@ -84,8 +84,22 @@ class ServerCommand:
     start_timeout_s: float = 1800.0
 
 
+class CommandMaker(Protocol):
+    """Makes one server's command on the machine where the server will run; picklable."""
+
+    def __call__(self, *, gpu_ids: Sequence[int], environ: Mapping[str, str], host: str) -> ServerCommand:
+        """Return the command.
+
+        Args:
+            gpu_ids: the engine's GPUs, counted among those that `environ` shows; empty on a CPU.
+            environ: of the process that starts the server.
+            host: address that the server listens on and is reached at.
+        """
+        ...
+
+
 class ServerProcess:
-    """See `Server`. The processes end with this one, however it ends (`engines.fleet.tether`)."""
+    """See `Server`. Its processes end when this process does, also when it is killed (`engines.fleet.tether`)."""
 
     def __init__(self, command: ServerCommand, *, placement: Placement | None = None) -> None:
         self._command = command
@@ -214,10 +228,10 @@ def tail(path: Path, num_lines: int = LOG_TAIL_LINES) -> str:
 
 
 def check_port_is_free(label: str, host: str, port: int, *, flag: str | None = None) -> None:
-    """Make sure that nobody listens on a port.
+    """Check that no process listens on a port.
 
     Raises:
-        EngineError: somebody does, or the host is not an address of this machine.
+        EngineError: a process does, or the host is not an address of this machine.
     """
     try:
         socket.create_server((host, port)).close()
@@ -262,7 +276,7 @@ def _signal_group(group: int, number: signal.Signals) -> None:
 
 
 def _wait_for_end_of_group(group: int) -> None:
-    """Wait until killed processes are gone and their ports and GPU memory free; not long, for nobody may collect orphans."""
+    """Wait until killed processes have freed ports and GPU memory. Briefly: orphans may never be collected."""
     deadline = time.monotonic() + COLLECT_TIMEOUT_S
     with suppress(ProcessLookupError):
         while time.monotonic() < deadline:

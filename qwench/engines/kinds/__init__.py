@@ -1,1 +1,10 @@
-"""What differs between kinds of engine; one file a kind."""
+"""What differs between kinds of engine; one file a kind, one entry here."""
+
+from collections.abc import Mapping
+
+from qwench.engines.kinds.embedded import EMBEDDED
+from qwench.engines.kinds.kind import EngineKind
+from qwench.engines.kinds.sglang import SGLANG
+
+KINDS: Mapping[str, EngineKind] = {kind.name: kind for kind in (EMBEDDED, SGLANG)}
+"""In this order they are asked whether a server is one of theirs."""

@@ -10,11 +10,12 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
+from qwench.config.sections.engine import EngineConfig
 from qwench.engines.fleet.servers import ServerCommand, server_environ, visible_devices
+from qwench.engines.kinds.kind import EngineKind, ServerOrder
 from qwench.engines.kinds.passthrough_flags import check_words, refuse_owned
+from qwench.engines.kinds.sglang_receiver import SglangReceiver
 
 _ONE_SERVER = "an engine is one server of --rollout-num-gpus-per-engine GPUs on one node; --rollout-num-gpus gives more engines"
 _ADDRESS = "addresses are chosen by Qwench; give servers that run already by --rollout-external-engine-addrs"
@@ -52,68 +53,40 @@ ServerArgs.add_cli_args(parser)
 """
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SglangSettings:
-    """What all SGLang engines of a run share; picklable."""
-
-    model_folder: Path
-    tp_size: int
-    dtype: str
-    """`bfloat16` or `float32`, as SGLang spells it."""
-    memory_saver: bool
-    """Whether memory must be released while the trainer works."""
-    seed: int
-    deterministic: bool
-    """Batch-invariant kernels and sampling by the request's seed."""
-    serves_checkpoint: bool
-    """Whether the weights in `model_folder` are to be used as version 0, before any publication."""
-    words: tuple[str, ...]
-    """The user's --sglang-* flags, without that prefix."""
-
-
 def check_sglang_words(words: Sequence[str]) -> None:
-    """Refuse flags that are ours, and let the installed SGLang read the others.
+    """Refuse the flags that Qwench sets, and check the others with the parser of the installed SGLang.
 
     Raises:
-        ConfigError: SGLang is not installed, or a flag is not the user's to set or unknown to it.
+        ConfigError: SGLang is not installed, or does not know a flag, or Qwench sets it.
     """
     refuse_owned(words, OWN_FLAGS, prefix="sglang")
     # The model's folder is the one argument that SGLang's parser insists on.
     check_words([*words, "--model-path", "."], prefix="sglang", parser_program=_PARSER_PROGRAM, package="sglang")
 
 
-def sglang_command(
-    settings: SglangSettings,
-    *,
-    index: int,
-    gpu_ids: Sequence[int],
-    environ: Mapping[str, str],
-    log_folder: Path,
-    token: str,
-    start_timeout_s: float,
-    host: str = "127.0.0.1",
-) -> ServerCommand:
-    """Return how to start engine `index`.
+def check_flags(engine: EngineConfig) -> None:
+    """See `check_sglang_words`."""
+    check_sglang_words(engine.sglang_args)
 
-    Args:
-        gpu_ids: its GPUs, counted among those that `environ` shows; empty: all of them.
-        environ: of the process that starts it.
-        token: what clients must show to change weights or memory.
-        host: address it listens on and is reached at.
-    """
-    assert not gpu_ids or len(gpu_ids) == settings.tp_size, f"{len(gpu_ids)} GPUs for tp {settings.tp_size}"
-    argv = [sys.executable, "-m", "sglang.launch_server", *settings.words]
-    argv += ["--model-path", str(settings.model_folder), "--tp-size", str(settings.tp_size), "--dtype", settings.dtype]
+
+def sglang_command(
+    order: ServerOrder, *, index: int, gpu_ids: Sequence[int], environ: Mapping[str, str], host: str = "127.0.0.1"
+) -> ServerCommand:
+    """Return how to start engine `index`; see `EngineKind.command`."""
+    engine, tp_size = order.engine, order.devices_per_engine
+    assert not gpu_ids or len(gpu_ids) == tp_size, f"{len(gpu_ids)} GPUs for tp {tp_size}"
+    argv = [sys.executable, "-m", "sglang.launch_server", *engine.sglang_args]
+    argv += ["--model-path", str(order.model_folder), "--tp-size", str(tp_size), "--dtype", order.dtype]
     # Engines that sampled with one seed would draw the same for requests that bring none.
-    argv += ["--random-seed", str(settings.seed + index)]
+    argv += ["--random-seed", str(order.seed + index)]
     # SGLang reads the token from this file: other users of the machine see command lines. Another run may use the same folder.
-    secrets = log_folder / f".engine-{index}-{os.getpid()}.yaml"
+    secrets = order.log_folder / f".engine-{index}-{os.getpid()}.yaml"
     argv += ["--config", str(secrets)]
-    if settings.memory_saver:
+    if order.releases_memory:
         argv += ["--enable-memory-saver"]
-    if settings.deterministic:
+    if engine.sglang_enable_deterministic_inference:
         argv += ["--enable-deterministic-inference"]
-    if settings.serves_checkpoint:
+    if order.serves_checkpoint:
         # Otherwise it stays a word that is no number, and the client refuses answers of weights never published.
         argv += ["--weight-version", "0"]
     return ServerCommand(
@@ -121,8 +94,19 @@ def sglang_command(
         argv=tuple(argv),
         # Log-probs must be those at the sampling temperature.
         environ=server_environ(environ, SGLANG_RETURN_ORIGINAL_LOGPROB="0", **visible_devices(gpu_ids, environ)),
-        log_file=log_folder / f"engine-{index}.log",
-        private_files={secrets: f"admin-api-key: {json.dumps(token)}\n"},
+        log_file=order.log_folder / f"engine-{index}.log",
+        private_files={secrets: f"admin-api-key: {json.dumps(order.token)}\n"},
         host=host,
-        start_timeout_s=start_timeout_s,
+        start_timeout_s=engine.engine_start_timeout,
     )
+
+
+SGLANG = EngineKind(
+    name="sglang",
+    runs_in_process=False,
+    check_flags=check_flags,
+    command=sglang_command,
+    receiver=SglangReceiver,
+    answers=lambda model_info: True,
+)
+"""A server with this HTTP API that is of no other kind is taken for SGLang."""

@@ -16,6 +16,7 @@ class ScriptedEngine(FakeEngine):
     def __init__(self, name: str, **options) -> None:
         super().__init__(lambda context, request: name, **options)
         self.name = name
+        self.address = name  # as if its server were elsewhere
         self.down = False
         self.hangs = False
         self.asleep = False

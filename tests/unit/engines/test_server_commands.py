@@ -9,26 +9,24 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qwench.engines.fleet.router import check_router_words, router_command
 from qwench.engines.kinds.embedded import embedded_command
+from qwench.engines.kinds.kind import ServerOrder
 from qwench.engines.kinds.passthrough_flags import check_words
-from qwench.engines.kinds.sglang import OWN_FLAGS, SglangSettings, check_sglang_words, sglang_command
+from qwench.engines.kinds.sglang import OWN_FLAGS, check_sglang_words, sglang_command
+from qwench.engines.kinds.sglang_router import check_router_words, router_command
 from qwench.errors import ConfigError
+from tests.fakes.orders import server_order
 
 PARSER = "parser.add_argument('--size', type=int); parser.add_argument('--fast', action='store_true')"
 
 
-def settings(**changes) -> SglangSettings:
-    fields = {
-        "model_folder": Path("/models/qwen3"), "tp_size": 2, "dtype": "bfloat16", "memory_saver": False, "seed": 42,
-        "deterministic": False, "serves_checkpoint": False, "words": ("--mem-fraction-static", "0.7"),
-    }  # fmt: skip
-    return SglangSettings(**(fields | changes))
+def order(**changes) -> ServerOrder:
+    fields = {"dtype": "bfloat16", "devices_per_engine": 2, "sglang_args": ("--mem-fraction-static", "0.7")}
+    return server_order(Path("/models/qwen3"), Path("logs"), **(fields | changes))
 
 
-def command(of: SglangSettings, **changes):
-    fields = {"index": 1, "gpu_ids": (2, 3), "environ": {"PATH": "/bin"}, "log_folder": Path("logs"), "token": "secret"}
-    return sglang_command(of, **(fields | {"start_timeout_s": 60.0} | changes))
+def command(of: ServerOrder, **changes):
+    return sglang_command(of, **({"index": 1, "gpu_ids": (2, 3), "environ": {"PATH": "/bin"}} | changes))
 
 
 def value_of(argv: tuple[str, ...], flag: str) -> str:
@@ -36,7 +34,7 @@ def value_of(argv: tuple[str, ...], flag: str) -> str:
 
 
 def test_an_sglang_server_gets_its_model_its_gpus_and_the_users_flags():
-    made = command(settings())
+    made = command(order())
     assert made.argv[1:5] == ("-m", "sglang.launch_server", "--mem-fraction-static", "0.7")
     expected = {"--model-path": "/models/qwen3", "--tp-size": "2", "--dtype": "bfloat16"}
     assert {flag: value_of(made.argv, flag) for flag in expected} == expected
@@ -51,20 +49,20 @@ def test_an_sglang_server_gets_its_model_its_gpus_and_the_users_flags():
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ("memory_saver", ["--enable-memory-saver"]),
-        ("deterministic", ["--enable-deterministic-inference"]),
+        ("releases_memory", ["--enable-memory-saver"]),
+        ("sglang_enable_deterministic_inference", ["--enable-deterministic-inference"]),
         ("serves_checkpoint", ["--weight-version", "0"]),
     ],
 )
 def test_what_a_run_needs_is_switched_on(changed, words):
-    assert words[0] not in command(settings()).argv
-    argv = command(settings(**{changed: True})).argv
+    assert words[0] not in command(order()).argv
+    argv = command(order(**{changed: True})).argv
     at = argv.index(words[0])
     assert list(argv[at : at + len(words)]) == words
 
 
 def test_engines_draw_apart_from_each_other():
-    assert {value_of(command(settings(), index=i).argv, "--random-seed") for i in range(3)} == {"42", "43", "44"}
+    assert {value_of(command(order(), index=i).argv, "--random-seed") for i in range(3)} == {"42", "43", "44"}
 
 
 @pytest.mark.parametrize("name", sorted(OWN_FLAGS))
@@ -112,8 +110,10 @@ def test_the_installed_router_takes_our_defaults(tmp_path):
 
 def test_an_embedded_server_gets_its_flags_and_token():
     made = embedded_command(
-        ["--hf-checkpoint", "m"], index=0, gpu_ids=(), environ={"A": "b", "RANK": "1"}, log_folder=Path("logs"), token="secret",
-        start_timeout_s=9.0,
+        server_order(Path("m"), Path("logs"), embedded_page_size=32, engine_start_timeout=9.0), index=0, gpu_ids=(),
+        environ={"A": "b", "RANK": "1"},
     )  # fmt: skip
-    assert made.argv[1:] == ("-m", "qwench", "serve", "--hf-checkpoint", "m")
+    assert made.argv[1:6] == ("-m", "qwench", "serve", "--hf-checkpoint", "m")
+    assert value_of(made.argv, "--train-dtype") == "float32" and value_of(made.argv, "--embedded-page-size") == "32"
+    assert "--embedded-kv-cache-tokens" not in made.argv and "secret" not in made.argv
     assert made.environ == {"A": "b", "QWENCH_TOKEN": "secret"} and made.start_timeout_s == 9.0

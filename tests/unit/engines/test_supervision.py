@@ -8,24 +8,31 @@ from collections.abc import Iterator
 
 import pytest
 
+from qwench.cluster.gpus import DedicatedGpus
+from qwench.config.sections.engine import EngineConfig
 from qwench.engines.fleet.event_loop import EventLoopThread
-from qwench.engines.fleet.health import MAX_STARTS, HealthRules
+from qwench.engines.fleet.health import MAX_STARTS
 from qwench.engines.fleet.members import Member
 from qwench.engines.fleet.pool import EnginePool
 from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult, MemoryTag, SamplingParams
 from qwench.errors import EngineError, EngineLostError, WeightSyncError
+from qwench.observability.timing import PhaseTimer
+from qwench.weights.publisher import Publisher
+from qwench.weights.remote import PublicationPlan
 from tests.deadlines import patient
 from tests.unit.engines.scripted import ScriptedEngine, ScriptedServer
 
 DEADLINE_S = patient(20)
-RARELY = HealthRules(interval_s=600.0, timeout_s=patient(0.2))
-OFTEN = HealthRules(interval_s=0.05, timeout_s=patient(0.2))
+RARELY = EngineConfig(rollout_health_check_interval=600.0, rollout_health_check_timeout=patient(0.2))
+OFTEN = EngineConfig(rollout_health_check_interval=0.05, rollout_health_check_timeout=patient(0.2))
 
 
 class Scene:
     """Two engines a and b with their servers."""
 
-    def __init__(self, *, health: HealthRules | None, ticks=lambda context, request: 0, servers: bool = True) -> None:
+    def __init__(
+        self, *, health: EngineConfig | None, ticks=lambda context, request: 0, servers: bool = True, **options
+    ) -> None:
         self.a, self.b = ScriptedEngine("a", ticks=ticks), ScriptedEngine("b", ticks=ticks)
         self.servers = {engine.name: ScriptedServer(engine) for engine in (self.a, self.b)}
         self.said: list[str] = []
@@ -33,19 +40,24 @@ class Scene:
             Member(engine=engine, server=self.servers[engine.name] if servers else None, url=engine.name)
             for engine in (self.a, self.b)
         ]
-        self.pool = EnginePool(members, EventLoopThread(), health=health, say=self.said.append)
+        self.pool = EnginePool(members, EventLoopThread(), health=health, say=self.said.append, **options)
+        self.publisher = self.publishing(self)
 
     def run(self, coroutine):
         return self.pool.run(coroutine, label="test", timeout_s=DEADLINE_S)
 
-    def publish(self, version: int) -> None:
-        def send() -> None:
-            for engine in (self.a, self.b):
-                if engine.down or engine.hangs:
-                    raise EngineLostError(f"{engine.name} is down, or did not answer in time")
-                self.run(engine.update_weights([], version=version))
+    def publishing(self, model) -> Publisher:
+        """Return a publisher whose model sends by its own `publish`."""
+        plan, gpus = PublicationPlan(engine=EngineConfig()), DedicatedGpus(weights_may_alias=False)
+        return Publisher(model, self.pool, plan, gpus=gpus, timer=PhaseTimer(), say=self.said.append)
 
-        self.pool.publish(send, version=version)
+    def publish(self, addresses, version: int, plan: PublicationPlan) -> None:
+        """Send to both engines, as a model does."""
+        assert list(addresses) == ["a", "b"]
+        for engine in (self.a, self.b):
+            if engine.down or engine.hangs:
+                raise EngineLostError(f"{engine.name} is down, or did not answer in time")
+            self.run(engine.update_weights([], version=version))
 
     def generate(self, name: str = "r") -> GenerateResult:
         return self.run(self.pool.generate(request(name)))
@@ -76,7 +88,7 @@ def make_scene() -> Iterator[type[Scene]]:
 
 def test_a_request_of_a_lost_engine_goes_to_another_one_under_its_own_name(make_scene):
     scene = make_scene(health=RARELY)
-    scene.publish(1)
+    scene.publisher.publish(version=1)
     scene.a.down = True
     results = [scene.generate(f"r{i}") for i in range(4)]
     assert [(result.request_id, result.text) for result in results] == [(f"r{i}", "b") for i in range(4)]
@@ -84,13 +96,13 @@ def test_a_request_of_a_lost_engine_goes_to_another_one_under_its_own_name(make_
 
 def test_a_restarted_engine_generates_only_after_the_next_publication(make_scene):
     scene = make_scene(health=RARELY)
-    scene.publish(1)
+    scene.publisher.publish(version=1)
     scene.a.down = True
     assert scene.generate().text == "b"
     scene.wait_until(lambda: scene.pool.num_restarts == 1)
     assert scene.servers["a"].events == ["stop", "start"]
     assert {scene.generate(f"r{i}").text for i in range(4)} == {"b"}
-    scene.publish(2)
+    scene.publisher.publish(version=2)
     assert scene.a.version == scene.b.version == 2
     assert scene.generate().text == "a"
 
@@ -105,10 +117,10 @@ def test_an_engine_that_serves_its_checkpoint_is_used_again_at_once(make_scene):
 
 def test_an_engine_that_hangs_is_given_up_with_its_requests(make_scene):
     scene = make_scene(health=OFTEN)
-    scene.publish(1)
+    scene.publisher.publish(version=1)
     scene.a.hangs = True
     assert scene.generate().text == "b"
-    assert f"did not answer it within {OFTEN.timeout_s:g} s" in scene.said[0]
+    assert f"did not answer it within {OFTEN.rollout_health_check_timeout:g} s" in scene.said[0]
 
 
 def test_requests_wait_while_every_engine_is_started_again(make_scene):
@@ -126,12 +138,12 @@ def test_without_supervision_a_lost_engine_ends_the_run(make_scene):
 
 def test_an_engine_that_does_not_start_again_ends_the_run_with_the_reason(make_scene):
     scene = make_scene(health=RARELY)
-    scene.publish(1)
+    scene.publisher.publish(version=1)
     scene.servers["a"].failures = MAX_STARTS
     scene.a.down = True
     scene.generate()
     with pytest.raises(EngineError, match=r"server of a \(a\) was lost and did not start again \(3 attempts\): no GPU today"):
-        scene.publish(2)
+        scene.publisher.publish(version=2)
 
 
 def test_a_start_that_fails_once_is_tried_again(make_scene):
@@ -146,9 +158,9 @@ def test_a_start_that_fails_once_is_tried_again(make_scene):
 @pytest.mark.parametrize("fault", ["down", "hangs"])
 def test_publication_waits_for_a_restart_and_begins_again_when_an_engine_is_lost_in_it(make_scene, fault):
     scene = make_scene(health=RARELY)
-    scene.publish(1)
+    scene.publisher.publish(version=1)
     setattr(scene.a, fault, True)
-    scene.publish(2)
+    scene.publisher.publish(version=2)
     assert scene.a.version == scene.b.version == 2
     assert scene.servers["a"].events == ["stop", "start"]
     assert scene.generate().text == "a"
@@ -158,23 +170,24 @@ def test_a_publication_that_fails_with_every_engine_answering_is_not_tried_again
     scene = make_scene(health=RARELY)
     sent = []
 
-    def send() -> None:
-        sent.append(1)
-        raise EngineLostError("the connection broke off")
+    class Model:
+        def publish(self, addresses, version, plan) -> None:
+            sent.append(version)
+            raise EngineLostError("the connection broke off")
 
     with pytest.raises(EngineLostError, match="broke off"):
-        scene.pool.publish(send, version=1)
+        scene.publishing(Model()).publish(version=1)
     assert sent == [1]
 
 
 def test_something_unforeseen_in_a_restart_ends_the_run_instead_of_hanging(make_scene):
     scene = make_scene(health=RARELY)
-    scene.publish(1)
+    scene.publisher.publish(version=1)
     scene.servers["a"].broken = OSError("too many open files")
     scene.a.down = True
     scene.generate()
     with pytest.raises(EngineError, match="too many open files"):
-        scene.publish(2)
+        scene.publisher.publish(version=2)
 
 
 def test_an_abort_reaches_a_request_whose_engine_is_gone(make_scene):
@@ -194,7 +207,7 @@ def test_an_abort_reaches_a_request_whose_engine_is_gone(make_scene):
 
 def test_a_response_of_weights_that_were_not_published_is_refused(make_scene):
     scene = make_scene(health=RARELY)
-    scene.publish(3)
+    scene.publisher.publish(version=3)
     scene.a.version = scene.b.version = 2
     with pytest.raises(WeightSyncError, match="answered by weight version 2; the engines are meant to hold 3 to 3"):
         scene.generate()
@@ -202,8 +215,11 @@ def test_a_response_of_weights_that_were_not_published_is_refused(make_scene):
 
 def test_publication_finds_an_engine_that_kept_another_version(make_scene):
     scene = make_scene(health=RARELY)
-    with pytest.raises(WeightSyncError, match=r"server of b \(b\) holds weight version 0; 1 was published"):
-        scene.pool.publish(lambda: scene.run(scene.a.update_weights([], version=1)), version=1)
+    with (
+        pytest.raises(WeightSyncError, match=r"server of b \(b\) holds weight version 0; 1 was published"),
+        scene.pool.receiving(1),
+    ):
+        scene.run(scene.a.update_weights([], version=1))
 
 
 def test_engines_are_not_checked_while_they_sleep(make_scene):
@@ -237,10 +253,10 @@ def test_an_engine_that_is_lost_when_all_are_put_to_sleep_is_started_again_and_s
 
 def test_an_engine_started_again_while_the_others_sleep_is_put_to_sleep_before_weights_come(make_scene):
     scene = make_scene(health=RARELY)
-    scene.publish(1)
+    scene.publisher.publish(version=1)
     scene.pool.sleep([MemoryTag.KV_CACHE])
     scene.a.down = True
-    scene.publish(2)
+    scene.publisher.publish(version=2)
     assert scene.a.asleep and scene.b.asleep and scene.a.version == scene.b.version == 2
     scene.pool.wake([MemoryTag.KV_CACHE])
     assert scene.a.memory_events == ["sleep", "sleep", "wake"] and scene.b.memory_events == ["sleep", "wake"]
@@ -259,18 +275,17 @@ def test_a_server_of_somebody_else_is_waited_for_but_not_for_ever(make_scene):
 
 
 def test_weights_are_published_again_when_no_engine_is_left_that_has_them(make_scene):
-    scene = make_scene(health=RARELY)
-    scene.publish(4)
-    scene.pool.republish = lambda: scene.publish(4)
+    scene = make_scene(health=RARELY, can_republish=True)
+    scene.publisher.publish(version=4)
     scene.a.down = scene.b.down = True
-    result = scene.pool.attend(scene.pool.generate(request("r")), label="test", timeout_s=DEADLINE_S)
+    result = scene.publisher.attend(scene.pool.generate(request("r")), label="test", timeout_s=DEADLINE_S)
     assert result.request_id == "r" and set(result.weight_versions) == {4}
     assert scene.pool.num_restarts == 2
 
 
 def test_without_anybody_to_publish_again_the_run_ends(make_scene):
     scene = make_scene(health=RARELY)
-    scene.publish(4)
+    scene.publisher.publish(version=4)
     scene.a.down = scene.b.down = True
     with pytest.raises(EngineError, match="no engine holds the current weights"):
         scene.generate()

@@ -1,14 +1,18 @@
 import asyncio
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 
+from qwench.cluster.gpus import DedicatedGpus
+from qwench.config.sections.engine import EngineConfig
 from qwench.engines.protocol import WeightReceipt
 from qwench.errors import WeightSyncError
-from qwench.weights.publish import publish_weights
-from qwench.weights.settings import PublicationSettings
+from qwench.observability.timing import PhaseTimer
+from qwench.weights.publisher import Publisher
+from qwench.weights.remote import PublicationPlan
 from qwench.wire.portions import WeightBucket, bucketed
 from tests.checksums import tensor_checksum
 
@@ -68,13 +72,24 @@ class Pool:
         self.engines = list(engines)
         self.labels: list[str] = []
 
+    @property
+    def loop(self) -> "Pool":
+        return self
+
+    @contextmanager
+    def receiving(self, version: int) -> Iterator[None]:
+        yield
+
     def run(self, coroutine, *, label: str, timeout_s: float) -> None:
         self.labels.append(label)
         asyncio.run(asyncio.wait_for(coroutine, timeout_s))
 
 
-def publish(source, pool, *, version, weights_may_alias=True, settings=PublicationSettings()) -> None:  # noqa: B008 - frozen
-    publish_weights(source, pool, version=version, settings=settings, weights_may_alias=weights_may_alias)
+def publish(source, pool, *, version, weights_may_alias=True, bucket_bytes=512 * 1024**2) -> None:
+    plan = PublicationPlan(engine=EngineConfig(update_weight_buffer_size=bucket_bytes))
+    gpus = DedicatedGpus(weights_may_alias=weights_may_alias)
+    publisher = Publisher(source, pool, plan, gpus=gpus, timer=PhaseTimer(), say=lambda text: None)
+    publisher.publish(version=version)
 
 
 def holds_copy(engine: CopyingEngine, source: Source) -> bool:
@@ -86,7 +101,7 @@ def holds_copy(engine: CopyingEngine, source: Source) -> bool:
 
 def test_every_engine_gets_a_copy_in_buckets():
     source, pool = Source(shared=False), Pool(CopyingEngine(), CopyingEngine())
-    publish(source, pool, version=3, settings=PublicationSettings(bucket_bytes=24))
+    publish(source, pool, version=3, bucket_bytes=24)
     assert all(holds_copy(engine, source) for engine in pool.engines)
     assert [engine.bucket_sizes for engine in pool.engines] == [[1, 1, 1], [1, 1, 1]]  # 24, 12 and 16 bytes
     assert pool.labels == ["publish weight version 3"]
@@ -113,7 +128,7 @@ def test_weights_are_copied_where_aliasing_is_not_possible_or_not_safe(shared, m
 
 def test_without_engines_nothing_happens():
     source = Source(shared=False)
-    source.weights = None  # whoever asks for them fails
+    source.weights = None  # a call fails
     publish(source, None, version=0)
 
 

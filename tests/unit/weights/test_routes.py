@@ -9,7 +9,7 @@ CPU_RANK = [Placement(host="a", devices=("cpu",))]
 
 
 def route(placement, ranks, transport="nccl"):
-    address = EngineAddress(base_url="http://e", token=None, dialect="sglang", placement=placement)
+    address = EngineAddress(base_url="http://e", token=None, kind="sglang", placement=placement)
     (planned,) = plan_routes([address], [placement], ranks, transport=transport)
     return planned.transport, planned.ranks
 

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwench.config.sections.engine import EngineConfig
 from qwench.errors import EngineError, WeightSyncError
 from qwench.models.fp8 import quantized
-from qwench.weights.rank_publication import publish_from_rank
-from qwench.weights.settings import PublicationSettings
+from qwench.weights.remote import PublicationPlan, publish_from_rank
 from qwench.wire.addresses import EngineAddress, Placement, host_name
 from qwench.wire.portions import bucketed
 from tests.checksums import sglang_hash
@@ -48,8 +48,13 @@ def serve(source, *, tp_size=1):
 
 def publish(source, fake, *, version=7, bucket_bytes=5_000, token=TOKEN):
     placement = Placement(host=host_name(), devices=("cpu",) * fake.tp_size)
-    address = EngineAddress(base_url=fake.base_url, token=token, dialect="sglang", placement=placement)
-    publish_from_rank(source, [address], version, PublicationSettings(bucket_bytes=bucket_bytes, timeout_s=patient(20)))
+    address = EngineAddress(base_url=fake.base_url, token=token, kind="sglang", placement=placement)
+    publish_from_rank(
+        source,
+        [address],
+        version,
+        PublicationPlan(engine=EngineConfig(update_weight_buffer_size=bucket_bytes), timeout_s=patient(20)),
+    )
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])

@@ -5,20 +5,20 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import orjson
 import torch
 
+from qwench.config.sections.engine import EngineConfig
+from qwench.engines.kinds.embedded import EMBEDDED, EmbeddedReceiver
 from qwench.engines.protocol import Portion
-from qwench.weights import rank_publication
-from qwench.weights.rank_publication import publish_from_rank
-from qwench.weights.receivers import EmbeddedReceiver
-from qwench.weights.settings import PublicationSettings
+from qwench.weights import remote
+from qwench.weights.remote import PublicationPlan, publish_from_rank
 from qwench.wire.addresses import EngineAddress, placement_of
-from qwench.wire.buffer_ring import BufferRing
 from qwench.wire.flat_bucket import entries_from_json, unflatten
 from qwench.wire.portions import WeightBucket
-from qwench.wire.shared_buffer import open_buffer
+from qwench.wire.shared_buffer import BufferRing, open_buffer
 from tests.deadlines import patient
 
 CPU = torch.device("cpu")
@@ -89,9 +89,9 @@ def test_no_buffer_is_filled_again_before_every_engine_has_read_it(monkeypatch):
         readers.append(LateReader(address, timeout_s=timeout_s))
         return readers[-1]
 
-    monkeypatch.setattr(rank_publication, "_connect", connect)
-    addresses = [EngineAddress(base_url=f"http://{name}", token=None, dialect="embedded", placement=None) for name in "ab"]
-    publish_from_rank(Numbers(), addresses, 1, PublicationSettings(timeout_s=patient(20)))
+    monkeypatch.setattr(remote, "KINDS", {"embedded": replace(EMBEDDED, receiver=connect)})
+    addresses = [EngineAddress(base_url=f"http://{name}", token=None, kind="embedded", placement=None) for name in "ab"]
+    publish_from_rank(Numbers(), addresses, 1, PublicationPlan(engine=EngineConfig(), timeout_s=patient(20)))
     for reader in readers:
         assert reader.read == list(range(NUM_BUCKETS)) and reader.damaged == []
         assert reader.most_under_way == 2 and len(reader.files) == 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 
 import pytest
 
@@ -78,18 +77,38 @@ def test_close_cancels_what_runs_and_refuses_more():
         thread.run(start(), label="start", timeout_s=patient(5))
 
 
-def test_the_waiting_thread_does_something_meanwhile(loop):
+def test_waiting_for_work_ends_with_an_event_that_comes_first_and_goes_on_afterwards(loop):
     released = asyncio.Event()
 
     async def wait_for_release():
         await released.wait()
         return "released"
 
-    calls = []
+    async def release():
+        released.set()
 
-    def release():
-        calls.append(threading.current_thread())
-        loop.loop.call_soon_threadsafe(released.set)
+    with loop.under_way(wait_for_release(), label="wait", timeout_s=patient(20)) as work:
+        assert not work.ends_before(asyncio.sleep(0))
+        loop.run(release(), label="release", timeout_s=patient(5))
+        assert work.ends_before(asyncio.Event().wait())
+        assert work.result() == "released"
 
-    assert loop.run(wait_for_release(), label="wait", timeout_s=patient(20), meanwhile=release) == "released"
-    assert set(calls) == {threading.current_thread()}
+
+def test_work_is_cancelled_with_its_block_and_at_its_deadline(loop):
+    events = []
+
+    async def wait_for_ever(name):
+        try:
+            await asyncio.Event().wait()
+        finally:
+            events.append(name)
+
+    with pytest.raises(KeyError), loop.under_way(wait_for_ever("block"), label="wait", timeout_s=patient(20)):
+        raise KeyError
+    with (
+        pytest.raises(EngineError, match=r"rollout 3 did not end within 0\.05 s"),
+        loop.under_way(wait_for_ever("deadline"), label="rollout 3", timeout_s=0.05) as work,
+    ):
+        work.ends_before(asyncio.Event().wait())
+    loop.run(asyncio.sleep(0), label="turn", timeout_s=patient(5))
+    assert events == ["block", "deadline"]

@@ -8,18 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwench.engines.kinds.receiver import HttpReceiver, Json, broadcast_fields
+from qwench.engines.kinds.sglang_ledger import SglangLedger
+from qwench.engines.kinds.sglang_payload import flattened_bucket_payload
+from qwench.engines.ledger import Ledger, check_version
 from qwench.engines.protocol import Portion
 from qwench.errors import WeightSyncError
-from qwench.weights.checks import Ledger, check_version
-from qwench.weights.receivers import HttpReceiver, Json, broadcast_fields
-from qwench.weights.sglang.checksums import SglangLedger
-from qwench.weights.sglang.payload import flattened_bucket_payload
 from qwench.wire.flat_bucket import TensorEntry
 from qwench.wire.shared_buffer import SharedBuffer
 
 
 class SglangReceiver(HttpReceiver):
-    """See the module docstring and `receivers.Receiver`."""
+    """See the module docstring and `receiver.Receiver`."""
 
     async def open(self) -> None:
         """Learn the size of tensor parallelism."""

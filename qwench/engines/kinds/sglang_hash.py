@@ -31,9 +31,9 @@ def sum_of_tiles(tensor: Tensor) -> Tensor:
     missing = -octets.numel() % 4
     words = (functional.pad(octets, (0, missing)) if missing else octets).view(torch.int32)
     if words.is_cuda:
-        from qwench.weights.sglang import hashing_triton  # noqa: PLC0415  # Triton exists only where CUDA (or ROCm) does
+        from qwench.engines.kinds import sglang_hash_triton  # noqa: PLC0415  # Triton exists only where CUDA (or ROCm) does
 
-        return hashing_triton.tiles(words, TILE_WORDS, (*SEEDS, *PLACE_FACTORS, *PLACE_TURNS, *MIX_FACTORS)).sum()
+        return sglang_hash_triton.tiles(words, TILE_WORDS, (*SEEDS, *PLACE_FACTORS, *PLACE_TURNS, *MIX_FACTORS)).sum()
     total = torch.zeros((), dtype=torch.int64)
     step = TILE_WORDS * _TILES_AT_ONCE
     for start in range(0, words.numel(), step):

@@ -1,4 +1,4 @@
-"""Does an engine hold what was sent to it?"""
+"""What was sent to an engine in one publication, and whether the engine holds exactly that."""
 
 from __future__ import annotations
 

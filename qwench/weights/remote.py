@@ -1,4 +1,4 @@
-"""Publication to engines in other processes, as every trainer rank runs it.
+"""Publication to engines in other processes; every trainer rank runs it.
 
     weights() on all ranks -> first bucket -> routes -> for each bucket: offer, load -> every engine confirms
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -19,45 +20,66 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qwench.config.sections.engine import EngineConfig
 from qwench.engines.fleet.event_loop import EventLoopThread
+from qwench.engines.kinds import KINDS
+from qwench.engines.kinds.receiver import Receiver
+from qwench.engines.ledger import Ledger, noted
 from qwench.engines.protocol import Portion
 from qwench.errors import QwenchError, WeightSyncError
 from qwench.models.hf import write_hf_checkpoint
 from qwench.weights.broadcast import BroadcastLink
-from qwench.weights.checks import Ledger, noted
-from qwench.weights.ipc_sender import IpcSender, Served
-from qwench.weights.quantize import as_published
-from qwench.weights.ranks import Message, Ranks
-from qwench.weights.receivers import EmbeddedReceiver, Receiver
+from qwench.weights.exchange import Message, RankExchange
+from qwench.weights.local import QuantizedWeights, WeightSource
 from qwench.weights.routes import Route, plan_routes
-from qwench.weights.settings import PublicationSettings
-from qwench.weights.sglang.receiver import SglangReceiver
-from qwench.weights.transports import WeightSource
 from qwench.wire.addresses import EngineAddress, Placement, placement_of
-from qwench.wire.buffer_ring import BufferRing
 from qwench.wire.flat_bucket import TensorEntry, entries_of, flatten_into, size_bytes
 from qwench.wire.portions import WeightBucket
+from qwench.wire.shared_buffer import BufferRing, SharedBuffer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublicationPlan:
+    """What all publications of a run have in common; picklable."""
+
+    engine: EngineConfig
+    """The --update-weight-* flags."""
+    model_folder: Path | None = None
+    """Its config and tokenizer files are added to weights that are published from disk."""
+    fp8: bool = False
+    """Engines hold block-wise FP8: quantize what is published."""
+    timeout_s: float = 600.0
+    """For one engine to take one bucket (or, from disk, everything)."""
+
+    @property
+    def total_timeout_s(self) -> float:
+        """Return the deadline of everything. Each step has its own deadline, whose message says more."""
+        return 2 * self.timeout_s
+
+    def source_of(self, source: WeightSource) -> WeightSource:
+        """Return the source of what engines get."""
+        return QuantizedWeights(source) if self.fp8 else source
 
 
 def publish_from_rank(
     source: WeightSource,
     addresses: Sequence[EngineAddress],
     version: int,
-    settings: PublicationSettings,
+    plan: PublicationPlan,
     *,
     link: BroadcastLink | None = None,
 ) -> None:
     """Make the engines at `addresses` hold the source's weights under `version`; collective over the trainer's ranks.
 
     Args:
-        link: stands from one publication to the next; None: it is made for this one.
+        link: kept from one publication to the next; None: a link for this one.
 
     Raises:
         WeightSyncError: an engine refused the weights, holds something else afterwards, or cannot be reached that way.
         EngineLostError: an engine is gone or did not answer within its deadline.
     """
-    source = as_published(source, fp8=settings.fp8)
-    buckets = iter(source.weights(bucket_bytes=settings.bucket_bytes))
+    source, bucket_bytes = plan.source_of(source), plan.engine.update_weight_buffer_size
+    buckets = iter(source.weights(bucket_bytes=bucket_bytes))
     first = next(buckets, None)
     assert first, "a model without weights cannot be published"
     with ExitStack() as stack:
@@ -66,17 +88,61 @@ def publish_from_rank(
         if link is None:
             link = BroadcastLink()
             stack.callback(link.close)
-        publication = _Publication(loop, link, addresses, version, settings)
+        publication = _Publication(loop, link, addresses, version, plan)
         stack.callback(publication.close)
-        publication.plan(first[0][1].device)
+        publication.choose_routes(first[0][1].device)
         buckets = chain([first], buckets)
-        del first  # the chain lets go of a bucket when the next one comes
+        del first  # the chain drops a bucket when the next one comes
         if publication.serves("ipc", "broadcast"):
             publication.send(buckets)
-            buckets = source.weights(bucket_bytes=settings.bucket_bytes)
+            buckets = source.weights(bucket_bytes=bucket_bytes)
         if publication.serves("disk"):
             publication.send_folder(buckets)
         publication.confirm()
+
+
+_Served = Sequence[tuple[int, Route, Receiver]]
+"""Number, route and connection of each engine that this rank takes part in serving."""
+
+
+class _IpcSender:
+    """Offers this rank's buckets to the engines on its device, and asks those whose first rank it serves to load them."""
+
+    def __init__(self, rank: int, served: _Served, loop: EventLoopThread) -> None:
+        self._rank = rank
+        self._served = served
+        self._loop = loop
+        self._loading: list[list[Future[None]]] = []
+        """Of each bucket that was started: the engines' answers."""
+
+    def offers(self, buffer: SharedBuffer, entries: Sequence[TensorEntry]) -> dict[str, str]:
+        """Return what the engines' ranks on this rank's device need, by `engine:tensor-parallel rank`."""
+        return {
+            f"{number}:{tp_rank}": receiver.offer(buffer, entries)
+            for number, route, receiver in self._served
+            for tp_rank, rank in enumerate(route.ranks)
+            if rank == self._rank
+        }
+
+    def start(self, offers: Mapping[str, str], portion: Portion) -> None:
+        """Ask engines to load what all ranks offered."""
+        answers = []
+        for number, route, receiver in self._served:
+            if route.ranks[0] == self._rank:
+                own = [offers[f"{number}:{tp_rank}"] for tp_rank in range(len(route.ranks))]
+                answers.append(self._loop.start(receiver.take_shared(own, portion)))
+        self._loading.append(answers)
+
+    def wait(self, *, left: int = 0) -> None:
+        """Return when the engines have loaded all buckets but the `left` newest.
+
+        Raises:
+            WeightSyncError: one refused it.
+            EngineError: one failed or did not answer in time.
+        """
+        while len(self._loading) > left:
+            for answer in self._loading.pop(0):
+                answer.result()
 
 
 @dataclass
@@ -85,7 +151,7 @@ class _Parcel:
 
     entries: Sequence[TensorEntry] = ()
     offers: dict[str, str] = field(default_factory=dict)
-    """See `IpcSender.offers`."""
+    """See `_IpcSender.offers`."""
     content: Tensor | None = None
     """The flat bucket, if this rank sends any; it lies in a buffer of the ring."""
 
@@ -99,15 +165,15 @@ class _Publication:
         link: BroadcastLink,
         addresses: Sequence[EngineAddress],
         version: int,
-        settings: PublicationSettings,
+        plan: PublicationPlan,
     ) -> None:
-        self._ranks = Ranks()
+        self._exchange = RankExchange()
         self._loop = loop
         self._link = link
         self._addresses = addresses
         self._version = version
-        self._settings = settings
-        self._receivers = [_connect(address, timeout_s=settings.timeout_s) for address in addresses]
+        self._plan = plan
+        self._receivers = [KINDS[address.kind].receiver(address, timeout_s=plan.timeout_s) for address in addresses]
         self._routes: list[Route] = []
         self._ledgers: dict[str, Ledger] = {}
 
@@ -115,29 +181,29 @@ class _Publication:
         """Tell whether an engine gets its weights one of these ways."""
         return any(route.transport in transports for route in self._routes)
 
-    def plan(self, device: torch.device) -> None:
+    def choose_routes(self, device: torch.device) -> None:
         """Choose every engine's route; rank 0 asks the engines where they are."""
         engines: list[Message | None] = []
         failure = None
-        if self._ranks.rank == 0:
+        if self._exchange.rank == 0:
             failure = _failure_of(lambda: engines.extend(self._ask_placements()))
-        told = self._ranks.exchange({"rank": asdict(placement_of(device)), "engines": engines}, failure=failure)
+        told = self._exchange.gather({"rank": asdict(placement_of(device)), "engines": engines}, failure=failure)
         self._routes = plan_routes(
             self._addresses,
             [None if engine is None else _placement(engine) for engine in told[0]["engines"]],
             [_placement(one["rank"]) for one in told],
-            transport=self._settings.transport,
+            transport=self._plan.engine.update_weight_transport,
         )
-        self._ranks.exchange({}, failure=_failure_of(self._open))
+        self._exchange.gather({}, failure=_failure_of(self._open))
 
     def send(self, buckets: Iterable[WeightBucket]) -> None:
         """Bring every bucket to the engines that take buckets; as many are under way at once as every engine takes.
 
         A buffer is filled again when every rank knows that all engines have loaded what was in it.
         """
-        ipc = IpcSender(self._ranks.rank, self._served("ipc"), self._loop)
+        ipc = _IpcSender(self._exchange.rank, self._served("ipc"), self._loop)
         window = self._window()
-        ring = BufferRing(window + 1, bucket_bytes=self._settings.bucket_bytes)
+        ring = BufferRing(window + 1, bucket_bytes=self._plan.engine.update_weight_buffer_size)
 
         def wait(left: int) -> QwenchError | None:
             return _failure_of(lambda: ipc.wait(left=left)) or _failure_of(lambda: self._link.wait(left=left))
@@ -149,11 +215,11 @@ class _Publication:
                 failure = failure or _failure_of(lambda: self._pack(parcel, bucket, ring, ipc))  # noqa: B023 - called here
                 # The first bucket begins a publication, also one that comes again: no other may overtake it.
                 left = 0 if portion.index == 1 else window - 1
-                told = self._ranks.exchange({"offers": parcel.offers}, failure=failure or wait(left=left))
+                told = self._exchange.gather({"offers": parcel.offers}, failure=failure or wait(left=left))
                 ipc.start({key: offer for one in told for key, offer in one["offers"].items()}, portion)
                 if parcel.content is not None and self._sends_broadcasts:
                     failure = _failure_of(lambda: self._start_broadcast(parcel, portion))  # noqa: B023 - called here
-            self._ranks.exchange({}, failure=failure or wait(left=0))
+            self._exchange.gather({}, failure=failure or wait(left=0))
         except BaseException:
             self._link.abandon()
             raise
@@ -161,18 +227,18 @@ class _Publication:
             ring.close()
 
     def send_folder(self, buckets: Iterable[WeightBucket]) -> None:
-        """Write a checkpoint on rank 0 and let the engines that need one read it."""
+        """Write a checkpoint on rank 0; the engines that need one read it."""
         served = self._served("disk")
         failure = None
-        if self._ranks.rank == 0:
+        if self._exchange.rank == 0:
             failure = _failure_of(lambda: self._write_and_load(buckets, served))
         else:
             for _ in buckets:
                 pass
-        self._ranks.exchange({}, failure=failure)
+        self._exchange.gather({}, failure=failure)
 
     def confirm(self) -> None:
-        """Let every engine say what it holds now, to the rank that served it."""
+        """Ask every engine what it holds now; the rank that served it asks."""
 
         async def ask() -> None:
             confirming = (
@@ -180,20 +246,20 @@ class _Publication:
             )
             await asyncio.gather(*confirming)
 
-        label, timeout_s = f"confirm weight version {self._version}", 2 * self._settings.timeout_s
-        self._ranks.exchange({}, failure=_failure_of(lambda: self._loop.run(ask(), label=label, timeout_s=timeout_s)))
+        label, timeout_s = f"confirm weight version {self._version}", 2 * self._plan.timeout_s
+        self._exchange.gather({}, failure=_failure_of(lambda: self._loop.run(ask(), label=label, timeout_s=timeout_s)))
 
     def close(self) -> None:
-        """End connections."""
+        """Close the connections to the engines."""
 
         async def close() -> None:
             await asyncio.gather(*(receiver.close() for receiver in self._receivers))
 
-        self._loop.run(close(), label="close connections to engines", timeout_s=self._settings.timeout_s)
+        self._loop.run(close(), label="close connections to engines", timeout_s=self._plan.timeout_s)
 
     @property
     def _sends_broadcasts(self) -> bool:
-        return self._ranks.rank == 0 and self.serves("broadcast")
+        return self._exchange.rank == 0 and self.serves("broadcast")
 
     def _window(self) -> int:
         """Return how many buckets every engine takes at once; the same on all ranks."""
@@ -202,29 +268,29 @@ class _Publication:
 
     def _asked(self) -> list[Receiver]:
         """Return the engines whose requests this rank sends."""
-        return [receiver for _, route, receiver in self._served() if route.ranks[0] == self._ranks.rank]
+        return [receiver for _, route, receiver in self._served() if route.ranks[0] == self._exchange.rank]
 
-    def _served(self, *transports: str) -> Served:
+    def _served(self, *transports: str) -> _Served:
         """Return the engines that this rank takes part in serving."""
         numbered = enumerate(zip(self._routes, self._receivers, strict=True))
         return [
             (number, route, receiver)
             for number, (route, receiver) in numbered
-            if self._ranks.rank in route.ranks and (not transports or route.transport in transports)
+            if self._exchange.rank in route.ranks and (not transports or route.transport in transports)
         ]
 
     def _ask_placements(self) -> list[Message | None]:
         async def ask() -> list[Placement | None]:
             return list(await asyncio.gather(*(receiver.placement() for receiver in self._receivers)))
 
-        known = self._loop.run(ask(), label="ask engines where they run", timeout_s=self._settings.timeout_s)
+        known = self._loop.run(ask(), label="ask engines where they run", timeout_s=self._plan.timeout_s)
         return [None if one is None else asdict(one) for one in known]
 
     def _open(self) -> None:
         async def open_each() -> None:
             await asyncio.gather(*(receiver.open() for receiver in self._asked()))
 
-        self._loop.run(open_each(), label="ask engines for their size", timeout_s=self._settings.timeout_s)
+        self._loop.run(open_each(), label="ask engines for their size", timeout_s=self._plan.timeout_s)
         self._ledgers = {receiver.ledger_kind: receiver.make_ledger() for receiver in self._asked()}
 
     def _numbered(self, buckets: Iterable[WeightBucket]) -> Iterator[tuple[Portion, WeightBucket]]:
@@ -236,7 +302,7 @@ class _Publication:
             yield Portion(version=self._version, index=index, final=following is None), bucket
             index, bucket = index + 1, following
 
-    def _pack(self, parcel: _Parcel, bucket: WeightBucket, ring: BufferRing, ipc: IpcSender) -> None:
+    def _pack(self, parcel: _Parcel, bucket: WeightBucket, ring: BufferRing, ipc: _IpcSender) -> None:
         """Copy a bucket into a buffer, if this rank sends any."""
         if not self._served("ipc") and not self._sends_broadcasts:
             return
@@ -249,31 +315,27 @@ class _Publication:
     def _start_broadcast(self, parcel: _Parcel, portion: Portion) -> None:
         assert parcel.content is not None, "rank 0 packs what it sends"
         receivers = [receiver for _, _, receiver in self._served("broadcast")]
-        timeout_s = self._settings.timeout_s
+        timeout_s = self._plan.timeout_s
         self._link.start(parcel.content, parcel.entries, portion, receivers, loop=self._loop, timeout_s=timeout_s)
 
-    def _write_and_load(self, buckets: Iterable[WeightBucket], served: Served) -> None:
-        settings = self._settings
-        if settings.model_folder is None:
+    def _write_and_load(self, buckets: Iterable[WeightBucket], served: _Served) -> None:
+        plan, engine = self._plan, self._plan.engine
+        if plan.model_folder is None:
             raise WeightSyncError("publication from disk needs the folder of --hf-checkpoint, for the config.")
-        parent = settings.disk_folder or Path(tempfile.mkdtemp(prefix="qwench-weights-"))
+        shared = engine.update_weight_disk_dir
+        parent = Path(shared) if shared is not None else Path(tempfile.mkdtemp(prefix="qwench-weights-"))
         folder = parent / f"weights_{self._version:07d}"
         try:
-            write_hf_checkpoint(folder, noted(buckets, self._ledgers.values()), source=settings.model_folder)
+            write_hf_checkpoint(folder, noted(buckets, self._ledgers.values()), source=plan.model_folder)
 
             async def load() -> None:
                 loading = (receiver.take_folder(folder.resolve(), version=self._version) for _, _, receiver in served)
                 await asyncio.gather(*loading)
 
-            self._loop.run(load(), label="load weights from disk", timeout_s=2 * settings.timeout_s)
+            self._loop.run(load(), label="load weights from disk", timeout_s=2 * plan.timeout_s)
         finally:
-            if not settings.keep_disk_files:
-                shutil.rmtree(folder if settings.disk_folder is not None else parent, ignore_errors=True)
-
-
-def _connect(address: EngineAddress, *, timeout_s: float) -> Receiver:
-    receiver = SglangReceiver if address.dialect == "sglang" else EmbeddedReceiver
-    return receiver(address, timeout_s=timeout_s)
+            if not engine.update_weight_disk_keep_files:
+                shutil.rmtree(folder if shared is not None else parent, ignore_errors=True)
 
 
 def _failure_of(work: Callable[[], None]) -> QwenchError | None:

@@ -1,4 +1,4 @@
-"""Whether a server that somebody else started serves the model that is trained."""
+"""Whether a server that this run did not start serves the model that is trained."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qwench.engines.client import HttpEngine
+from qwench.engines.kinds import KINDS
+from qwench.engines.kinds.kind import EngineKind
 from qwench.errors import ConfigError
-from qwench.wire.addresses import Dialect
 
 PROBE = "Let $x_1 = \\frac{34}{7}$.\n\n  Then 12,345 + 6 = ? <think>Hmm</think> Gr\u00fc\u00dfe, \u4e16\u754c! f(a):\n\tpass"
 """Text that tokenizers of different vocabularies cut differently."""
@@ -27,31 +28,31 @@ class ModelIdentity:
     encode: Callable[[str], Sequence[int]]
     """Text to token ids, without special tokens."""
     context_len: int | None = None
-    """Tokens that prompt and response may have together. None: whatever the model has."""
+    """Tokens that prompt and response may have together. None: as many as the model has."""
 
 
-async def check_serves(engine: HttpEngine, identity: ModelIdentity) -> Dialect:
-    """Compare what a server says of its model with what is trained, and return whose server it is.
+async def check_serves(engine: HttpEngine, identity: ModelIdentity) -> EngineKind:
+    """Compare what a server says of its model with what is trained, and return the kind of the server.
 
-    The embedded engine's server tells its sizes. SGLang's tells where its checkpoint lies, which may be on another machine, and
-    how its tokenizer cuts a text.
+    `qwench serve` tells the sizes of its model. Another server tells where its checkpoint is, which may be on another machine,
+    and its tokenizer is asked to cut a text.
 
     Raises:
         ConfigError: the server has another model, another vocabulary or too short a context.
-        EngineError: it cannot be reached, or does not speak SGLang's API.
+        EngineError: it cannot be reached, or has another HTTP API.
     """
     info = await engine.model_info()
-    dialect: Dialect = "embedded" if "vocab_size" in info else "sglang"
+    kind = next(kind for kind in KINDS.values() if kind.answers(info))
     told = _read_config(str(info["model_path"])) | {name: info[name] for name in _COMPARED if info.get(name)}
     for name, ours in {"model_type": identity.model_type, **identity.sizes}.items():
         if name in told and told[name] != ours:
             raise _wrong(engine, info, f"{name} {told[name]}", str(ours))
-    if dialect == "sglang" and await engine.tokenize(PROBE) != list(identity.encode(PROBE)):
+    if not kind.runs_in_process and await engine.tokenize(PROBE) != list(identity.encode(PROBE)):
         raise _wrong(engine, info, "a tokenizer that cuts text in another way", "the same tokens")
     context_len = (await engine.server_info()).get("context_length")
     if context_len is not None and identity.context_len is not None and context_len < identity.context_len:
         raise _wrong(engine, info, f"a context of {context_len} tokens", f"--rollout-max-context-len {identity.context_len}")
-    return dialect
+    return kind
 
 
 def _wrong(engine: HttpEngine, info: Mapping[str, Any], theirs: str, ours: str) -> ConfigError:  # the server's JSON

@@ -63,7 +63,7 @@ def tiles(words: Tensor, tile_words: int, constants: tuple[int, ...]) -> Tensor:
     """Return [number of tiles] int64, the 64 bits of each tile of `words` [n] int32.
 
     Args:
-        constants: Two seeds, two place factors, two turns and two mix factors, as `hashing` names them.
+        constants: Two seeds, two place factors, two turns and two mix factors, as `sglang_hash` names them.
     """
     num_tiles = -(-words.numel() // tile_words)
     found = torch.empty(num_tiles, dtype=torch.int64, device=words.device)

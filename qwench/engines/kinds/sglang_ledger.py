@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qwench.engines.kinds.sglang_hash import finished_hash, sum_of_tiles
 from qwench.models.fp8 import FP8_DTYPE, dequantize, is_scale_name, scale_name, weight_name
-from qwench.weights.sglang.hashing import finished_hash, sum_of_tiles
 from qwench.wire.portions import WeightBucket
 
 _FUSED = {

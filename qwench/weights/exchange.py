@@ -1,4 +1,4 @@
-"""The trainer's ranks as one: what each tells the others during a publication."""
+"""Messages between the trainer ranks during a publication."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwench.errors import EngineLostError, QwenchError, WeightSyncError
 Message = dict[str, Any]  # a JSON object has no closed type
 
 
-class Ranks:
+class RankExchange:
     """All ranks of the trainer; alone when there is no process group. Messages are JSON: nothing is unpickled."""
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Ranks:
         self.rank = dist.get_rank() if joined else 0
         self.size = dist.get_world_size() if joined else 1
 
-    def exchange(self, message: Message, *, failure: QwenchError | None = None) -> list[Message]:
+    def gather(self, message: Message, *, failure: QwenchError | None = None) -> list[Message]:
         """Return every rank's message, in the order of ranks; collective.
 
         Args:

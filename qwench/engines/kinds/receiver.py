@@ -1,0 +1,153 @@
+"""An engine's server as a receiver of weights: the protocol, and what all servers with this HTTP API have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from qwench.engines.client import HttpEngine
+from qwench.engines.ledger import Ledger
+from qwench.engines.protocol import Portion
+from qwench.errors import EngineError, EngineLostError
+from qwench.wire.addresses import EngineAddress, Placement
+from qwench.wire.flat_bucket import TensorEntry
+from qwench.wire.shared_buffer import SharedBuffer
+
+Json = dict[str, Any]  # a JSON object has no closed type
+_LEAVE_TIMEOUT_S = 30.0
+_NO_GROUP = ("there is no weight group", "does not exist")
+
+
+class Receiver(Protocol):
+    """See the module docstring. Every request ends within the deadline given at the start, or raises.
+
+    open -> take_shared | take_broadcast of each bucket in turn, or take_folder once -> confirm -> close
+    """
+
+    address: EngineAddress
+    num_ranks: int
+    """How many processes hold a part of the weights; known after `open`."""
+
+    async def open(self) -> None:
+        """Learn what must be known before anything is sent."""
+        ...
+
+    def window(self, transport: str) -> int:
+        """Return how many buckets may be under way to it at once."""
+        ...
+
+    async def placement(self) -> Placement | None:
+        """Return where the engine runs, if it is known."""
+        ...
+
+    @property
+    def ledger_kind(self) -> str:
+        """Return a name that engines share exactly when one ledger serves them."""
+        ...
+
+    def make_ledger(self) -> Ledger:
+        """Return a ledger for `confirm`."""
+        ...
+
+    def offer(self, buffer: SharedBuffer, entries: Sequence[TensorEntry]) -> str:
+        """Return what one of the engine's ranks needs to open the buffer; for one rank, once."""
+        ...
+
+    async def take_shared(self, offers: Sequence[str], portion: Portion) -> None:
+        """Ask the engine to load a bucket; `offers` are for its ranks in order. The buffer must last until this returns."""
+        ...
+
+    async def join(self, group: str, *, address: str, port: int, rank: int, size: int, backend: str, timeout_s: float) -> None:
+        """Join the engine's ranks to a weight group as `rank`, `rank + 1`, ..."""
+        ...
+
+    async def leave(self, group: str) -> None:
+        """Remove the engine from a weight group, if it is in one."""
+        ...
+
+    async def take_broadcast(self, group: str, entries: Sequence[TensorEntry], portion: Portion) -> None:
+        """Ask the engine to load a bucket that rank 0 broadcasts at the same time."""
+        ...
+
+    async def take_folder(self, folder: Path, *, version: int) -> None:
+        """Ask the engine to load a checkpoint."""
+        ...
+
+    async def confirm(self, ledger: Ledger, *, version: int) -> None:
+        """Check that the engine holds what the ledger noted, under this version.
+
+        Raises:
+            WeightSyncError: it does not.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Close the connection."""
+        ...
+
+
+class HttpReceiver:
+    """See the module docstring."""
+
+    def __init__(self, address: EngineAddress, *, timeout_s: float) -> None:
+        self.engine = HttpEngine(address.base_url, token=address.token, kind=address.kind, placement=address.placement)
+        self.address = address
+        self.num_ranks = 1
+        self._timeout_s = timeout_s
+
+    def window(self, transport: str) -> int:
+        """See `Receiver`; a server that does not order requests takes one at a time."""
+        return 1
+
+    async def placement(self) -> Placement | None:
+        """See `Receiver`; what the run knows."""
+        return self.address.placement
+
+    async def join(self, group: str, *, address: str, port: int, rank: int, size: int, backend: str, timeout_s: float) -> None:
+        """See `Receiver`."""
+        body = {
+            "master_address": address,
+            "master_port": port,
+            "rank_offset": rank,
+            "world_size": size,
+            "group_name": group,
+            "backend": backend,
+        }
+        await self.ask("/init_weights_update_group", {**body, **self.own_fields(timeout_s=timeout_s)})
+
+    async def leave(self, group: str) -> None:
+        """See `Receiver`."""
+        try:
+            await self.engine.post(
+                "/destroy_weights_update_group", {"group_name": group}, timeout_s=min(_LEAVE_TIMEOUT_S, self._timeout_s)
+            )
+        except EngineLostError:
+            raise
+        except EngineError as refused:
+            if not any(words in str(refused) for words in _NO_GROUP):
+                raise
+
+    async def close(self) -> None:
+        """See `Receiver`."""
+        await self.engine.close()
+
+    async def ask(self, path: str, body: Mapping[str, Any]) -> Json:
+        """Send a request that changes weights and return the answer."""
+        answer = await self.engine.post(path, body, timeout_s=self._timeout_s)
+        return answer if isinstance(answer, dict) else {}
+
+    def own_fields(self, **fields: Any) -> Json:
+        """Return fields that only Qwench's server knows."""
+        return {}
+
+
+def broadcast_fields(group: str, entries: Sequence[TensorEntry]) -> Json:
+    """Return what SGLang's API says of a bucket that is broadcast as one flat buffer."""
+    return {
+        "names": [entry.name for entry in entries],
+        "dtypes": [entry.dtype for entry in entries],
+        "shapes": [list(entry.shape) for entry in entries],
+        "group_name": group,
+        "load_format": "flattened_bucket",
+    }

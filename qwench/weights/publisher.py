@@ -1,0 +1,135 @@
+"""The one owner of bringing the trainer's weights to the engines, restarted engines included.
+
+publish:    pool.receiving(version): engines in other processes by `remote`, engines of this process by `local`
+attend:     wait for generation; when every engine was restarted, none has the weights: republish, then wait again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar
+
+from qwench.engines.fleet.pool import EnginePool, EngineRestartedError
+from qwench.engines.protocol import AddressedEngine
+from qwench.observability.timing import PhaseTimer
+from qwench.weights.local import WeightSource, send_alias, send_copies, shared_weights_for
+from qwench.weights.remote import PublicationPlan
+from qwench.wire.addresses import EngineAddress
+
+Result = TypeVar("Result")
+
+
+class PublishedModel(WeightSource, Protocol):
+    """The trained model as the publisher needs it: its weights, and its memory on the devices."""
+
+    def sleep(self) -> None:
+        """Give device memory back."""
+        ...
+
+    def wake(self) -> None:
+        """Take device memory again."""
+        ...
+
+    def release_cache(self) -> None:
+        """Give back cached device memory that holds nothing."""
+        ...
+
+    def publish(self, addresses: Sequence[EngineAddress], version: int, plan: PublicationPlan) -> None:
+        """Run `publish_from_rank` on every trainer rank."""
+        ...
+
+
+class Devices(Protocol):
+    """Who holds device memory, and when (`cluster.gpus`)."""
+
+    weights_may_alias: bool
+
+    def held_by(self, model: PublishedModel) -> AbstractContextManager[None]:
+        """Give the devices to the learner inside the context."""
+        ...
+
+
+class Publisher:
+    """See the module docstring. Called by the thread of the main loop."""
+
+    def __init__(
+        self,
+        model: PublishedModel,
+        pool: EnginePool | None,
+        plan: PublicationPlan,
+        *,
+        gpus: Devices,
+        timer: PhaseTimer,
+        say: Callable[[str], None],
+    ) -> None:
+        """Keep both ends.
+
+        Args:
+            pool: None: a run without engines; publishing does nothing.
+            say: shows a message to the user.
+        """
+        self._model = model
+        self._pool = pool
+        self._plan = plan
+        self._gpus = gpus
+        self._timer = timer
+        self._say = say
+        self._version = 0
+
+    def advance(self, *, version: int) -> None:
+        """Note that the learner now holds `version`, the number of rollouts it learned from."""
+        self._version = version
+
+    def publish(self, *, version: int) -> None:
+        """Make every engine sample with the learner's weights from now on, under `version`.
+
+        Nothing may be generating. An engine that is lost meanwhile is restarted, and the publication begins again, once.
+
+        Raises:
+            WeightSyncError: an engine holds other weights than those sent.
+            EngineError: an engine did not answer in time, or did not restart.
+        """
+        self.advance(version=version)
+        with self._timer.phase("update_weights"):
+            if self._pool is None:
+                return
+            try:
+                self._send(self._pool, version)
+            except EngineRestartedError as error:
+                self._say(f"weight version {version} is published again: {error}")
+                self._send(self._pool, version)
+
+    def republish(self) -> None:
+        """Publish the current weights again, after every engine was restarted while it generated."""
+        self._say("no engine holds the current weights any more; they are published again")
+        with self._gpus.held_by(self._model):
+            self.publish(version=self._version)
+
+    def attend(self, coroutine: Coroutine[Any, Any, Result], *, label: str, timeout_s: float | None) -> Result:
+        """Run a coroutine that generates on the engines' loop and wait for its result; republish when it needs that.
+
+        Raises:
+            EngineError: the deadline passed; the coroutine is cancelled. Its own errors come through as they are.
+        """
+        assert self._pool is not None, "a run without engines generates nothing"
+        with self._pool.loop.under_way(coroutine, label=label, timeout_s=timeout_s) as work:
+            while not work.ends_before(self._pool.lose_weights()):
+                self.republish()
+            return work.result()
+
+    def _send(self, pool: EnginePool, version: int) -> None:
+        """Send the weights to all engines, once."""
+        plan = self._plan
+        with pool.receiving(version):
+            if addresses := [engine.address for engine in pool.engines if isinstance(engine, AddressedEngine)]:
+                self._model.publish(addresses, version, plan)
+            if local := [engine for engine in pool.engines if not isinstance(engine, AddressedEngine)]:
+                source = plan.source_of(self._model)
+                shared = shared_weights_for(local, source) if self._gpus.weights_may_alias else None
+                sending = (
+                    send_copies(source, local, version=version, bucket_bytes=plan.engine.update_weight_buffer_size)
+                    if shared is None
+                    else send_alias(shared, local, version=version)
+                )
+                pool.loop.run(sending, label=f"publish weight version {version}", timeout_s=plan.total_timeout_s)

@@ -1,1 +1,0 @@
-"""SGLang as a receiver of weights: what it takes, and what it must report to hold afterwards."""
