@@ -18,9 +18,10 @@ def run(words: Sequence[str], *, parse: Callable[[Sequence[str]], Config] = pars
         return
     from qwench import controller  # PyTorch: `prepare` sets its environment first
     from qwench.launch.build import build
+    from qwench.observability.log import failures_logged
     from qwench.training.process_group import leave_process_group
 
-    with closing(build(config, plan)) as built:
+    with closing(build(config, plan)) as built, failures_logged():
         if plan.devices.trains:
             controller.train(built)
         else:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
@@ -42,6 +44,21 @@ def write_driver_log(folder: Path) -> None:
         kept.close()
         _PACKAGE.removeHandler(kept)
     _PACKAGE.addHandler(file)
+
+
+@contextmanager
+def failures_logged() -> Iterator[None]:
+    """Write an error that ends the block to `driver.log`, with its traceback; the command line shows it too."""
+    try:
+        yield
+    except BaseException as error:
+        record = _PACKAGE.makeRecord(
+            _PACKAGE.name, logging.CRITICAL, __file__, 0, "the run failed", (), (type(error), error, error.__traceback__)
+        )
+        for handler in _PACKAGE.handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.handle(record)
+        raise
 
 
 def open_process_log(level: str, name: str, *, to_stdout: bool = False) -> None:

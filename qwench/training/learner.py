@@ -6,6 +6,7 @@ Log-probs are gathered as soon as they are computed, so that everything between 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from qwench.training.rollout_metrics import rollout_metrics
 from qwench.training.state import TrainingState
 from qwench.training.steps import MicroBatching, StepPlan, plan_steps
 from qwench.training.trainer import Scorer, StepResult
+
+_logger = logging.getLogger(__name__)
+
 
 RewardPostProcess = Callable[[Sequence[Sample]], Sequence[float]]
 """`--custom-reward-post-process-path`: samples of a rollout in, the reward that each one's advantages are made of out."""
@@ -118,9 +122,11 @@ class Learner:
         assert global_batch_size is not None, "--global-batch-size is derived before a learner is made"
         plan = plan_steps(batch.execution_ids, global_batch_size=global_batch_size)
         if plan.num_dropped:
-            self._console.say(
-                f"rollout {rollout.rollout_id}: {plan.num_dropped} trailing executions do not fill a step of "
-                f"--global-batch-size {global_batch_size} and are dropped"
+            _logger.warning(
+                "rollout %d: %d trailing executions do not fill a step of --global-batch-size %d and are dropped",
+                rollout.rollout_id,
+                plan.num_dropped,
+                global_batch_size,
             )
         return batch.select(plan.order), plan
 

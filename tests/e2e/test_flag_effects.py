@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qwench import __version__
 from tests.e2e.conftest import DIGITS, Workspace, column, read_metrics
 from tests.verbs import run_verb
 
@@ -48,6 +49,7 @@ def test_only_the_newest_checkpoint_is_kept_and_tensorboard_is_written(workspace
     run_verb(workspace.train_argv(tmp_path, **DIGITS, num_rollout=2, keep_checkpoints=1, use_tensorboard=()))
     assert [folder.name for folder in tmp_path.glob("iter_*")] == ["iter_0000002"]
     assert {folder.name for folder in (tmp_path / "tensorboard").iterdir()} == {"train", "rollout"}
+    assert f"qwench.launch.build: qwench {__version__}, process " in (tmp_path / "driver.log").read_text()
 
 
 def test_sets_of_a_file_have_their_own_rewards_lengths_and_samples(workspace: Workspace, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import rich.console
 
 from qwench.observability.console import LiveConsole, PlainConsole
-from qwench.observability.log import DRIVER_LOG, open_driver_log, open_process_log, write_driver_log
+from qwench.observability.log import DRIVER_LOG, failures_logged, open_driver_log, open_process_log, write_driver_log
 
 _logger = logging.getLogger("qwench.somewhere")
 
@@ -69,3 +69,14 @@ def test_a_rank_writes_its_name_and_the_main_rank_plain_lines(capsys: pytest.Cap
     out, err = capsys.readouterr()
     assert out == "built too\n"
     assert re.fullmatch(r"\[rank 3\] \S+ \S+ DEBUG qwench\.somewhere: built\n", err)
+
+
+def test_an_error_that_ends_a_run_is_in_the_file_with_its_traceback_and_not_twice_on_the_console(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    open_driver_log("error", PlainConsole(rich.console.Console(file=shown)))
+    write_driver_log(tmp_path)
+    with pytest.raises(ValueError, match="no gradient"), failures_logged():
+        raise ValueError("no gradient")
+    text = (tmp_path / DRIVER_LOG).read_text()
+    assert "CRITICAL qwench: the run failed\nTraceback" in text and text.endswith("ValueError: no gradient\n")
+    assert shown.getvalue() == ""

@@ -215,16 +215,13 @@ def test_order_of_samples_within_a_step_does_not_change_the_weights():
     torch.testing.assert_close(first.table, second.table, rtol=1e-5, atol=1e-6)
 
 
-def test_trailing_executions_that_fill_no_step_are_dropped_and_counted():
-    console = RecordingConsole()
+def test_trailing_executions_that_fill_no_step_are_dropped_and_counted(caplog):
     rollout = _rollout()
-    backend, learned = _learn(rollout, global_batch_size=3, console=console)
+    backend, learned = _learn(rollout, global_batch_size=3)
     assert backend.calls == ["forward", *STEP, *STEP]
     assert learned.metrics["rollout/dropped_executions"] == 2.0
     assert learned.metrics["rollout/raw_reward"] == pytest.approx(sum(s.reward for s in rollout.samples[:6]) / 6)
-    assert console.events == [
-        ("say", "rollout 0: 2 trailing executions do not fill a step of --global-batch-size 3 and are dropped")
-    ]
+    assert caplog.messages == ["rollout 0: 2 trailing executions do not fill a step of --global-batch-size 3 and are dropped"]
 
 
 def test_dropped_samples_still_count_in_their_groups_mean():
