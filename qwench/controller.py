@@ -112,7 +112,7 @@ def train(run: Run) -> None:
     learner, rollouts, gpus, schedule, publisher = run.learner, run.rollouts, run.gpus, run.plan.schedule, run.publisher
     assert learner is not None and publisher is not None, "a run that only generates has no learner"
     first = run.checkpoints.restore(learner.state, rollouts)
-    run.metrics.resume(first)
+    run.metrics.resume(first, run.checkpoints.train_steps(first))
     with gpus.held_by(learner.state):
         publisher.publish(version=first)
     probe_engines(run, learner, version=first)

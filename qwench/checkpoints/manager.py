@@ -14,6 +14,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +32,7 @@ from qwench.checkpoints.folders import (
 from qwench.checkpoints.formats.dcp_reader import METADATA, DcpFolder
 from qwench.checkpoints.formats.iterations import Iterations
 from qwench.checkpoints.manifest import read_manifest, write_manifest
+from qwench.checkpoints.saved import Saved
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import nearest_existing
@@ -86,6 +88,8 @@ class CheckpointManager:
         *,
         write_hf: HfWriter | None = None,
         timer: PhaseTimer | None = None,
+        flags: Mapping[str, str] | None = None,
+        steps_per_rollout: int = 1,
         is_main: bool = True,
         barrier: Callable[[], None] = lambda: None,
     ) -> None:
@@ -93,6 +97,8 @@ class CheckpointManager:
 
         Args:
             identity: Facts, JSON-compatible, that a checkpoint and the run that resumes from it must share.
+            flags: The run's flags by name, kept with each checkpoint; a resumed run says which have changed.
+            steps_per_rollout: Optimizer steps of a rollout in this run.
             barrier: Waits for all ranks of the learner.
 
         Raises:
@@ -108,25 +114,50 @@ class CheckpointManager:
         self._barrier = barrier
         self._iterations = Iterations(config.save) if config.save is not None else None
         self._failed_exports: list[str] = []
+        self._flags = dict(flags or {})
+        self._steps_per_rollout = steps_per_rollout
         check_load_folder(config, identity)
         self._lock = open_save_folder(config, identity) if is_main else None
 
-    def restore(self, learner: SavesTraining, rollouts: SavesRollouts) -> int:
-        """Load the newest whole checkpoint, if there is one, and return the id of the first rollout to do.
+    @cached_property
+    def saved(self) -> Saved | None:
+        """The newest whole checkpoint, found and verified once; None: there is none.
 
         Raises:
             CheckpointError: there are checkpoints, but all of them are damaged.
             ConfigError: the checkpoint is of another model or algorithm, or has no optimizer and --no-load-optim is not given.
         """
-        self._barrier()
         for source in self._sources():
             found = self._newest_whole(source)
             if found is not None:
                 iteration, meta = found
-                self._load(source.folder(iteration), meta, learner, rollouts)
-                if source is self._iterations:
-                    self._export_again(iteration - 1, learner)
-                return iteration
+                folder = source.folder(iteration)
+                check_identity(meta["identity"], self._identity, what=str(folder))
+                if not self._config.no_load_optim and not meta["has_optimizer"]:
+                    raise ConfigError(f"{folder} was written with --no-save-optim and has no optimizer; give --no-load-optim.")
+                rollouts = json.loads((folder / _ROLLOUTS).read_bytes())
+                own = source is self._iterations
+                return Saved(folder=folder, iteration=iteration, meta=meta, rollouts=rollouts, is_own=own)
+        return None
+
+    def train_steps(self, rollout_id: int) -> int:
+        """Return how many optimizer steps come before a rollout, those of the run before a resume counted in."""
+        first, steps = (0, 0) if self.saved is None else (self.saved.iteration, self.saved.train_steps(self._steps_per_rollout))
+        return steps + (rollout_id - first) * self._steps_per_rollout
+
+    def restore(self, learner: SavesTraining, rollouts: SavesRollouts) -> int:
+        """Load the newest whole checkpoint, if there is one, and return the id of the first rollout to do.
+
+        Raises:
+            QwenchError: see `saved`.
+        """
+        self._barrier()
+        saved = self.saved
+        if saved is not None:
+            self._load(saved, learner, rollouts)
+            if saved.is_own:
+                self._export_again(saved.iteration - 1, learner)
+            return saved.iteration
         foreign = foreign_checkpoint(self._config)
         if foreign is not None:
             _logger.info("%s is no run's: starting at rollout 0 with its weights and a fresh optimizer", foreign)
@@ -193,14 +224,12 @@ class CheckpointManager:
             )
         return None
 
-    def _load(self, folder: Path, meta: Mapping[str, Json], learner: SavesTraining, rollouts: SavesRollouts) -> None:
-        check_identity(meta["identity"], self._identity, what=str(folder))
-        weights_only = self._config.no_load_optim
-        if not weights_only and not meta["has_optimizer"]:
-            raise ConfigError(f"{folder} was written with --no-save-optim and has no optimizer; give --no-load-optim.")
-        _logger.info("resuming from %s", folder)
-        learner.load(folder, weights_only=weights_only, with_rng=not self._config.no_load_rng)
-        rollouts.load_state_dict(json.loads((folder / _ROLLOUTS).read_bytes()))
+    def _load(self, saved: Saved, learner: SavesTraining, rollouts: SavesRollouts) -> None:
+        _logger.info("resuming from %s", saved.folder)
+        for line in saved.changes(self._flags):
+            _logger.info(line)
+        learner.load(saved.folder, weights_only=self._config.no_load_optim, with_rng=not self._config.no_load_rng)
+        rollouts.load_state_dict(saved.rollouts)
 
     def _export(self, rollout_id: int, learner: SavesTraining) -> None:
         """Write the Hugging Face folder of --save-hf. A failure costs the export only: it is said now and at the end.
@@ -248,7 +277,8 @@ class CheckpointManager:
         if self._is_main:
             _check_all_is_here(folder)
             (folder / _ROLLOUTS).write_bytes(_to_json(rollouts.state_dict()))
-            facts = {"iteration": iteration, "identity": self._identity, "has_optimizer": has_optimizer}
+            facts: dict[str, Json] = {"iteration": iteration, "identity": self._identity, "has_optimizer": has_optimizer}
+            facts |= {"train_steps": self.train_steps(iteration), "flags": self._flags}
             write_manifest(folder, facts)
             iterations.complete(iteration)
             self._prune(iterations, iteration)

@@ -34,6 +34,12 @@ def settings_by_section(config: Config) -> dict[str, list[Setting]]:
     return shown
 
 
+def flag_values(config: Config) -> dict[str, str]:
+    """Return every flag with its value as text; secrets are left out."""
+    settings = (setting for section in settings_by_section(config).values() for setting in section)
+    return {setting.flag: setting.value for setting in settings if setting.flag.removeprefix("--") not in _SECRET_FLAGS}
+
+
 def _text(field_name: str, value: object) -> str:
     if flag_name(field_name) in _SECRET_FLAGS and value is not None:
         return "(not shown)"

@@ -70,6 +70,8 @@ class DataCursor:
             "sample_index": self._sample_index,
             "num_rows": self._num_rows,
             "fingerprint": self._fingerprint,
+            "shuffle": self._shuffle,
+            "seed": self._seed,
         }
 
     def load_state_dict(self, state: Mapping[str, Json]) -> None:
@@ -81,8 +83,16 @@ class DataCursor:
         if (state["num_rows"], state["fingerprint"]) != (self._num_rows, self._fingerprint):
             raise CheckpointError(
                 f"the checkpoint's data cursor belongs to a data set of {state['num_rows']} rows, but this run's data set has "
-                f"{self._num_rows} rows or other first and last rows; resume with the same data, keys and length limit."
+                f"{self._num_rows} rows or other rows; resume with the same data, keys and length limit."
             )
+        shuffle, seed = state.get("shuffle", self._shuffle), state.get("seed", self._seed)
+        if shuffle != self._shuffle:
+            before, now = ("on", "off") if shuffle else ("off", "on")
+            raise CheckpointError(
+                f"--rollout-shuffle was {before} and is {now}: the data order would change; resume as it began."
+            )
+        if shuffle and seed != self._seed:
+            raise CheckpointError(f"--rollout-seed was {seed} and is {self._seed}: the data order would change; give {seed}.")
         self._epoch, self._offset = state["epoch"], state["offset"]
         self._group_index, self._sample_index = state["group_index"], state["sample_index"]
         self._order = self._order_of(self._epoch)

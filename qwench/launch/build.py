@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,12 +14,15 @@ from transformers.utils import logging as transformers_logging
 from qwench import __version__
 from qwench.checkpoints.folders import check_weights
 from qwench.checkpoints.manager import CheckpointManager
+from qwench.checkpoints.saved import Saved
 from qwench.cluster.gpus import ColocatedGpus, DedicatedGpus
 from qwench.config import Config, RunPlan
+from qwench.config.report import flag_values
 from qwench.controller import LearnerProtocol, Run
 from qwench.data.prompts import PromptSource
 from qwench.data.sft import SftSource, load_sft, render_mask_preview
 from qwench.engines.fleet.pool import EnginePool
+from qwench.errors import CheckpointError, ConfigError
 from qwench.launch.generation import build_generation
 from qwench.launch.inputs import Inputs, read_eval_prompts, read_inputs, read_training_prompts
 from qwench.launch.processes import make_servers, open_processes, start_learner, take_turns
@@ -72,6 +75,7 @@ def build(config: Config, plan: RunPlan) -> Run:
     inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch(batch.rollout_batch_size))
     timer = PhaseTimer()
     checkpoints = _checkpoints(inputs, timer)
+    check_resumes(checkpoints.saved, source, num_rollout=inputs.plan.num_rollout)
     only_generate = not plan.devices.trains
     with ExitStack() as started:
         processes = open_processes(inputs, started)
@@ -131,7 +135,7 @@ def _build_sft(inputs: Inputs) -> Run:
     preview = SftSource(loaded.examples, rollout_batch_size=1, shuffle=shuffle, seed=seed).take(0).samples[0]
     shown = render_mask_preview(preview, inputs.tokenizer)
     inputs.console.say(f"first conversation, trained tokens in bold:\n{shown}", markup=True)
-    return _without_engines(inputs.with_epochs_of(source.num_rollouts_per_epoch()), SftStream(source))
+    return _without_engines(inputs.with_epochs_of(source.num_rollouts_per_epoch()), SftStream(source), source)
 
 
 def _begin(config: Config, plan: RunPlan) -> Inputs:
@@ -149,9 +153,11 @@ def _build_replay(inputs: Inputs, template: str) -> Run:
     return _without_engines(inputs, rollouts)
 
 
-def _without_engines(inputs: Inputs, rollouts: ReplayStream | SftStream) -> Run:
+def _without_engines(inputs: Inputs, rollouts: ReplayStream | SftStream, source: SftSource | None = None) -> Run:
     timer = PhaseTimer()
     checkpoints = _checkpoints(inputs, timer)
+    if source is not None:
+        check_resumes(checkpoints.saved, source, num_rollout=inputs.plan.num_rollout)
     with ExitStack() as started:
         processes = open_processes(inputs, started)
         learner, metrics = start_learner(inputs, processes, timer, started), _metric_log(inputs)
@@ -186,11 +192,32 @@ def _checkpoints(inputs: Inputs, timer: PhaseTimer) -> CheckpointManager:
         write_hf=write_hf,
         timer=timer,
         is_main=inputs.is_main,
+        flags=flag_values(inputs.config),
+        steps_per_rollout=inputs.plan.batch.num_steps_per_rollout,
         barrier=barrier,
     )
     if inputs.plan.log_dir is not None:
         write_driver_log(inputs.plan.log_dir)
     return checkpoints
+
+
+def check_resumes(saved: Saved | None, source: PromptSource | SftSource, *, num_rollout: int) -> None:
+    """Check before a model loads that the run can continue from what was saved.
+
+    Raises:
+        ConfigError: it has done more rollouts than asked for, or read other data, or in another order.
+    """
+    if saved is None:
+        return
+    if (done := saved.check_length(num_rollout)) is not None:
+        _logger.info(done)
+    cursor = saved.rollouts.get("source", saved.rollouts)
+    if not isinstance(cursor, Mapping) or "num_rows" not in cursor:
+        return  # recorded rollouts have no cursor
+    try:
+        source.load_state_dict(cursor)
+    except CheckpointError as error:
+        raise ConfigError(f"{saved.folder}: {error}") from error
 
 
 def _identity(model: Architecture, config: Config) -> dict[str, Json]:

@@ -1,7 +1,7 @@
 """Where measured numbers go: one log, three x-axes, any number of sinks.
 
     eval/...            over eval/step    = rollout id
-    one dict per step   over train/step   = rollout id * steps per rollout + i
+    one dict per step   over train/step   = steps of the rollouts before + i
     everything else     over rollout/step = rollout id
 
 A rollout is logged before the checkpoint that follows it, so that a run killed between the two logs it again, and once.
@@ -54,14 +54,23 @@ class MetricLog:
     def __init__(self, sinks: Sequence[Sink], *, num_steps_per_rollout: int) -> None:
         self._sinks = tuple(sinks)
         self._num_steps_per_rollout = num_steps_per_rollout
+        self._first_rollout_id = self._first_step = 0
 
-    def resume(self, first_rollout_id: int) -> None:
-        """Forget what a killed run logged of rollouts (and evaluations) that will now be repeated."""
-        first_steps = {
-            Axis.ROLLOUT: first_rollout_id,
-            Axis.EVAL: first_rollout_id,
-            Axis.TRAIN: first_rollout_id * self._num_steps_per_rollout,
-        }
+    def step_of(self, rollout_id: int) -> int:
+        """Return the position of a rollout's first optimizer step on its axis.
+
+        Steps before a resume keep their positions, also those of a run with another number of steps per rollout.
+        """
+        return self._first_step + (rollout_id - self._first_rollout_id) * self._num_steps_per_rollout
+
+    def resume(self, first_rollout_id: int, first_step: int) -> None:
+        """Forget what a killed run logged of rollouts (and evaluations) that will now be repeated.
+
+        Args:
+            first_step: position of the first optimizer step that comes.
+        """
+        self._first_rollout_id, self._first_step = first_rollout_id, first_step
+        first_steps = {Axis.ROLLOUT: first_rollout_id, Axis.EVAL: first_rollout_id, Axis.TRAIN: first_step}
         for sink in self._sinks:
             sink.drop_from(first_steps)
 
@@ -70,7 +79,7 @@ class MetricLog:
         assert len(steps) <= self._num_steps_per_rollout, (
             f"rollout {rollout_id} brought {len(steps)} steps, the log expects at most {self._num_steps_per_rollout}"
         )
-        first_step = rollout_id * self._num_steps_per_rollout
+        first_step = self.step_of(rollout_id)
         records = [Record(axis=Axis.TRAIN, step=first_step + i, metrics=_floats(step)) for i, step in enumerate(steps)]
         evaluated = {name: value for name, value in metrics.items() if name.startswith("eval/")}
         others = {name: value for name, value in metrics.items() if name not in evaluated}

@@ -69,6 +69,24 @@ def test_state_of_another_data_set_is_refused(other):
         other.load_state_dict(make_cursor(5).state_dict())
 
 
+@pytest.mark.parametrize(
+    ("shuffled", "other", "problem"),
+    [
+        (True, DataCursor(5, fingerprint="f", samples_per_row=2, shuffle=True, seed=7), "--rollout-seed was 42 and is 7"),
+        (True, make_cursor(5, shuffle=False), "--rollout-shuffle was on and is off"),
+        (False, make_cursor(5), "--rollout-shuffle was off and is on"),
+    ],
+)
+def test_a_state_of_another_order_is_refused_by_its_flag(shuffled, other, problem):
+    with pytest.raises(CheckpointError, match=problem):
+        other.load_state_dict(make_cursor(5, shuffle=shuffled).state_dict())
+
+
+def test_without_shuffling_another_seed_changes_nothing():
+    other = DataCursor(5, fingerprint="f", samples_per_row=2, shuffle=False, seed=7)
+    other.load_state_dict(make_cursor(5, shuffle=False).state_dict())
+
+
 def test_rollouts_per_epoch_are_whole_and_at_least_one():
     assert make_cursor(100).num_rollouts_per_epoch(32) == 3
     assert make_cursor(5).num_rollouts_per_epoch(32) == 1

@@ -42,7 +42,7 @@ def test_resumed_file_has_each_rollout_once(tmp_path):
         file.write('{"rollout/step": 4, "rollout/raw_rew')  # the kill came in the middle of a line
 
     resumed = MetricLog([JsonlSink(path)], num_steps_per_rollout=2)
-    resumed.resume(2)
+    resumed.resume(2, first_step=4)
     for rollout_id in range(2, 5):
         log_rollout(resumed, rollout_id, loss=20.0)
     resumed.close()
@@ -75,7 +75,7 @@ def test_tensorboard_shows_the_repeated_rollouts_of_a_resumed_run(tmp_path):
         log_rollout(killed, rollout_id, loss=10.0)
     killed.close()
     resumed = MetricLog([TensorBoardSink(tmp_path)], num_steps_per_rollout=2)
-    resumed.resume(1)
+    resumed.resume(1, first_step=2)
     log_rollout(resumed, 1, loss=20.0)
     resumed.close()
 

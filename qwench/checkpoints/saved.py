@@ -1,0 +1,71 @@
+"""The checkpoint that a run resumes from. Before a model loads, it says what must fit and what has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwench.errors import ConfigError
+from qwench.samples import Json
+
+_WITHOUT_EFFECT = frozenset(
+    {"--save", "--load", "--save-hf", "--save-interval", "--keep-checkpoints"}
+    | {"--ckpt-step", "--log-dir", "--log-level", "--dry-run"}
+)
+"""Flags that name places and reports: another value changes no number."""
+_MEANINGS = {
+    "--num-rollout": "a decaying learning rate is spread over the new length",
+    "--num-epoch": "a decaying learning rate is spread over the new length",
+    "--lr": "from the next step on",
+    "--global-batch-size": "other steps per rollout; their positions on the x-axis go on from the last one",
+    "--rollout-batch-size": "other steps per rollout; their positions on the x-axis go on from the last one",
+    "--hf-checkpoint": "its tokenizer and config are used, its weights are not",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saved:
+    """A whole checkpoint of a run."""
+
+    folder: Path
+    iteration: int
+    """Rollouts learned from, and so the id of the next one."""
+    meta: Mapping[str, Json]
+    rollouts: Mapping[str, Json]
+    """State of the rollouts, as their `state_dict` returned it."""
+    is_own: bool
+    """It lies in --save, not in --load."""
+
+    def train_steps(self, steps_per_rollout: int) -> int:
+        """Return the optimizer steps that the run has taken; of older checkpoints, what the run's arithmetic gives."""
+        steps = self.meta.get("train_steps")
+        return steps if isinstance(steps, int) else self.iteration * steps_per_rollout
+
+    def check_length(self, num_rollout: int) -> str | None:
+        """Return what there is to say where the run is done already.
+
+        Raises:
+            ConfigError: it has done more than --num-rollout.
+        """
+        if self.iteration > num_rollout:
+            raise ConfigError(
+                f"--num-rollout {num_rollout} is less than the {self.iteration} rollouts that {self.folder} has done; give a "
+                "larger one, or --ckpt-step to go back to an earlier checkpoint."
+            )
+        if self.iteration == num_rollout:
+            return f"rollouts 0 to {num_rollout - 1} are done (--num-rollout {num_rollout}): nothing to do"
+        return None
+
+    def changes(self, flags: Mapping[str, str]) -> list[str]:
+        """Return one line for each flag whose value is another than that of the run that saved this."""
+        before = self.meta.get("flags")
+        if not isinstance(before, Mapping):
+            return []
+        lines = []
+        for flag in sorted({*before, *flags} - _WITHOUT_EFFECT):
+            old, new = before.get(flag, "-"), flags.get(flag, "-")
+            if old != new:
+                meaning = f" ({_MEANINGS[flag]})" if flag in _MEANINGS else ""
+                lines.append(f"changed since checkpoint {self.iteration}: {flag} {old} -> {new}{meaning}")
+        return lines

@@ -1,0 +1,64 @@
+import logging
+
+import pytest
+
+from qwench.checkpoints.manager import CheckpointManager
+from qwench.config.sections.checkpoint import CheckpointConfig
+from qwench.errors import ConfigError
+from tests.fakes.console import RecordingConsole
+from tests.fakes.learner import CountingLearner, CountingRollouts
+
+
+def manager_of(folder, *, steps_per_rollout: int = 1, **flags: str) -> CheckpointManager:
+    given = {f"--{name.replace('_', '-')}": value for name, value in flags.items()}
+    config = CheckpointConfig(save=folder)
+    return CheckpointManager(config, {}, RecordingConsole(), flags=given, steps_per_rollout=steps_per_rollout)
+
+
+def save(manager: CheckpointManager, *ids: int) -> None:
+    for i in ids:
+        manager.save(i, CountingLearner(i), CountingRollouts(i))
+
+
+def test_a_fresh_run_has_nothing_saved(tmp_path):
+    assert manager_of(tmp_path).saved is None
+    assert manager_of(tmp_path, steps_per_rollout=3).train_steps(4) == 12
+
+
+def test_the_newest_checkpoint_is_known_before_anything_is_loaded(tmp_path):
+    save(manager_of(tmp_path), 1, 2)
+    saved = manager_of(tmp_path).saved
+    assert (saved.iteration, saved.folder, saved.is_own) == (2, tmp_path / "iter_0000002", True)
+    assert saved.rollouts["taken"] == 2
+
+
+def test_steps_go_on_from_those_taken_when_a_rollout_has_another_number_of_them(tmp_path):
+    save(manager_of(tmp_path, steps_per_rollout=4), 3)
+    resumed = manager_of(tmp_path, steps_per_rollout=2)
+    assert [resumed.train_steps(rollout_id) for rollout_id in (3, 4, 5)] == [12, 14, 16]
+    save(resumed, 5)
+    assert manager_of(tmp_path, steps_per_rollout=8).train_steps(6) == 16 + 8
+
+
+def test_each_flag_that_changed_is_one_line(tmp_path, caplog):
+    save(manager_of(tmp_path, lr="1e-4", num_rollout="3", seed="1", save="a", gone="x"), 1)
+    with caplog.at_level(logging.INFO):
+        manager_of(tmp_path, lr="1e-6", num_rollout="6", seed="1", save="b", new="y").restore(
+            CountingLearner(), CountingRollouts()
+        )
+    assert [record.getMessage() for record in caplog.records] == [
+        f"resuming from {tmp_path / 'iter_0000001'}",
+        "changed since checkpoint 1: --gone x -> -",
+        "changed since checkpoint 1: --lr 1e-4 -> 1e-6 (from the next step on)",
+        "changed since checkpoint 1: --new - -> y",
+        "changed since checkpoint 1: --num-rollout 3 -> 6 (a decaying learning rate is spread over the new length)",
+    ]
+
+
+def test_a_finished_run_says_so_and_a_shorter_one_is_refused(tmp_path):
+    save(manager_of(tmp_path), 3)
+    saved = manager_of(tmp_path).saved
+    assert saved.check_length(4) is None
+    assert saved.check_length(3) == "rollouts 0 to 2 are done (--num-rollout 3): nothing to do"
+    with pytest.raises(ConfigError, match="--num-rollout 2 is less than the 3 rollouts"):
+        saved.check_length(2)
