@@ -47,7 +47,7 @@ class PackedBucket:
 
 
 def pack(bucket: WeightBucket, *, folder: Path | None) -> PackedBucket:
-    """Copy a bucket's tensors, from whatever device, into a new file of `folder`, or into an array if there is no folder.
+    """Copy a bucket's tensors, from any device, into a new file of `folder`, or into an array if there is no folder.
 
     Raises:
         OSError: the folder has no room.

@@ -1,7 +1,7 @@
 """A process that this one starts, talks to through a pipe, and outlives by no means: the side of the one who starts it.
 
 The child holds one end of the pipe; when the other end is gone, with us or without, it ends itself and everything it started
-(`cluster.rank_process`). It leads a process group of its own, so that ending it never touches anything else, and Ctrl-C reaches
+(`cluster.rank_process`). It leads its own process group, so that ending it never touches anything else, and Ctrl-C reaches
 only the driver, which decides what to do.
 """
 
@@ -38,7 +38,7 @@ class ChildProcess:
             module: what to run.
             environ: its whole environment.
             log_file: takes what it writes; None: nothing does.
-            say: is given each line of its standard output (libraries warn on the other one); None: nobody is.
+            say: is given each line of its standard output (libraries warn on standard error); None: lines are dropped.
         """
         self.connection, theirs = Pipe()
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
@@ -121,7 +121,7 @@ class ChildProcess:
 
 
 def parent_connection(argument: str) -> Connection:
-    """Return the child's end of the pipe, named by the argument it was started with; nobody inherits it."""
+    """Return the child's end of the pipe, named by the argument it was started with; no other process inherits it."""
     descriptor = int(argument)
     os.set_inheritable(descriptor, False)
     return Connection(descriptor)

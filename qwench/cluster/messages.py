@@ -2,7 +2,7 @@
 
     driver: Call(method, arguments) ---> rank: RankHost.answer(call) ---> driver: Answer(value) or Failure(error, traceback)
 
-Both ends are processes of one run: they were started by it and talk through pipes that nobody else holds (or through Ray).
+Both ends are processes of one run: they were started by it and talk through pipes that no other process holds (or through Ray).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The process of one trainer rank on this machine: `python -m qwench.cluster.rank_process FD`, started by `cluster.local`.
 
-A thread of its own listens to the driver: when the driver is gone, the rank ends at once, also in the middle of a collective.
+A second thread listens to the driver: when the driver is gone, the rank ends at once, also in the middle of a collective.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ class RayCluster:
         return RayRanks(self._trainers, rendezvous)
 
     def make_servers(self, makers: Sequence[CommandMaker], *, devices_per_engine: int) -> list[RayServer]:
-        """Return a server for each maker, not started yet: on devices of its own, or on the trainer's in order of ranks."""
+        """Return a server for each maker, not started yet: on separate devices, or on the trainer's in order of ranks."""
         if self._bundles.engines:
             first = len(self._bundles.trainer)
             actors = [
@@ -211,7 +211,7 @@ class RayServer:
 
     def start(self) -> str:
         """See `Server.start`."""
-        return str(self._ask(self._actor.start, timeout_s=None))  # the server has a deadline of its own
+        return str(self._ask(self._actor.start, timeout_s=None))  # the server has its own deadline
 
     def stop(self) -> None:
         """See `Server.stop`."""
@@ -253,7 +253,7 @@ def _connect(address: str | None) -> None:
     try:
         if address not in ("auto", "local"):
             host, _, port = address.rpartition(":")
-            # Ray itself waits for minutes where nobody listens.
+            # Ray itself waits for minutes where no cluster listens.
             socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
         ray.init(address, namespace=namespace, logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError) as cause:

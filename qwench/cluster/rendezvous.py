@@ -1,4 +1,4 @@
-"""The store through which trainer ranks find each other, kept by the driver on a port that nobody can take in between."""
+"""The store through which trainer ranks find each other, on a port that the driver holds from the start."""
 
 from __future__ import annotations
 

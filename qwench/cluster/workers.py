@@ -32,7 +32,7 @@ from qwench.wire.addresses import EngineAddress
 from qwench.wire.portions import WeightBucket
 
 BUILD_TIMEOUT_S = 3600.0
-LEARN_TIMEOUT_S = 12 * 3600.0  # a collective in which ranks wait for each other has a much shorter one of its own
+LEARN_TIMEOUT_S = 12 * 3600.0  # a collective in which ranks wait for each other has its own, much shorter one
 CHECKPOINT_TIMEOUT_S = 3600.0
 BUCKET_TIMEOUT_S = 600.0
 MEMORY_TIMEOUT_S = 300.0
@@ -57,7 +57,7 @@ class Ranks(Protocol):
         ...
 
     def end(self) -> None:
-        """End every process at once, whatever it is doing; harmless twice."""
+        """End every process at once, also in the middle of a call; harmless twice."""
         ...
 
 
@@ -100,7 +100,7 @@ class WorkerGroup:
             return [answers[rank] for rank in range(self._ranks.size)]
 
     def close(self) -> None:
-        """Let the ranks part from each other, then end them. Safe to call twice, and while a call is under way."""
+        """Destroy the ranks' process group, then end the ranks. Safe to call twice, and while a call is under way."""
         if self._lock.acquire(blocking=False):
             self._lock.release()
             with suppress(QwenchError):

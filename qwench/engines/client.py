@@ -192,7 +192,7 @@ class HttpEngine:
         return [int(token) for token in answer["tokens"]]
 
     async def close(self) -> None:
-        """Close the connections; the server is somebody else's."""
+        """Close the connections; the server keeps running."""
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -246,7 +246,7 @@ class HttpEngine:
         *,
         attempts: int = CONNECT_ATTEMPTS,
     ) -> Json:
-        """Send a request and return the decoded answer; connect again a few times if nobody listens yet."""
+        """Send a request and return the decoded answer; connect again a few times if no server listens yet."""
         headers = self._headers | ({"Content-Type": content_type} if content_type is not None else {})
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         for attempt in range(attempts):

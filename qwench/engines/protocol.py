@@ -2,7 +2,7 @@
 
     generate ---> waiting -> running -> finished (stop | length | abort)
     update_weights: only between forward passes; every later token carries the new version
-    sleep/wake:   give memory back and take it again; nothing may be running meanwhile
+    sleep/wake:   give memory back and take it again; no request may be running
 
 Implementations: `engines.embedded` in this process, `engines.client` for any server with SGLang's HTTP API.
 """
@@ -52,7 +52,7 @@ class SamplingParams:
     ignore_eos: bool = False
     skip_special_tokens: bool = False
     seed: int | None = None
-    """Same seed, prompt and weights: same tokens, whatever else is in the batch. None: the engine draws one."""
+    """Same seed, prompt and weights: same tokens, in any batch. None: the engine draws one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

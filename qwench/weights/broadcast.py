@@ -141,7 +141,7 @@ class BroadcastLink:
 
 
 async def _ask(group: WeightGroup, asking: Sequence[Coroutine[Any, Any, None]], refusals: list[Exception]) -> None:
-    """Return when every engine has answered; where one does not take the buffer, nobody needs to wait for it.
+    """Return when every engine has answered; where one refuses the buffer, the others stop waiting for it.
 
     Args:
         refusals: gets what an engine said against it.

@@ -84,7 +84,7 @@ class Publisher:
     def publish(self, *, version: int) -> None:
         """Make every engine sample with the learner's weights from now on, under `version`.
 
-        Nothing may be generating. An engine that is lost meanwhile is restarted, and the publication begins again, once.
+        Nothing may be generating. If an engine is lost, it is restarted, and the publication begins again, once.
 
         Raises:
             WeightSyncError: an engine holds other weights than those sent.

@@ -57,7 +57,7 @@ def host_name() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of a device of this machine; the same in every process, whatever CUDA_VISIBLE_DEVICES shows it."""
+    """Return the name of a device of this machine; the same in every process, under any CUDA_VISIBLE_DEVICES."""
     if device.type == "cpu":
         return CPU
     return str(torch.cuda.get_device_properties(device).uuid)

@@ -24,7 +24,7 @@ _WORDS_AT_ONCE = 1 << 18
 
 
 class PendingChecksums:
-    """Checksums of tensors that come one after the other; a GPU computes them meanwhile and is waited for once."""
+    """Checksums of tensors that come one after the other; a GPU computes them in the background and is waited for once."""
 
     def __init__(self) -> None:
         self._names: list[str] = []

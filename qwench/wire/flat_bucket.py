@@ -26,7 +26,7 @@ _DTYPES = {
 }
 
 _LARGE_BYTES = 2**22
-"""From here on a copy of its own is faster than a share of one kernel."""
+"""From this size on, a separate copy is faster than a share of one kernel."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ DEFAULT_BUCKET_BYTES = 512 * 1024**2
 
 
 def bucketed(tensors: Iterable[tuple[str, Tensor]], *, bucket_bytes: int) -> Iterator[WeightBucket]:
-    """Group named tensors, in order, into buckets of at most `bucket_bytes`; a larger tensor has a bucket of its own.
+    """Group named tensors, in order, into buckets of at most `bucket_bytes`; a larger tensor is a bucket alone.
 
     Only one bucket of `tensors` (and the first tensor of the next) is held at a time.
     """

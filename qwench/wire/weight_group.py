@@ -1,6 +1,6 @@
 """A process group that exists for one thing: rank 0 broadcasts weights to engines.
 
-It stands beside whatever groups a process has already. Store, prefixes and backends are those that `torch.distributed` uses
+It is independent of the groups that a process has already. Store, prefixes and backends are those that `torch.distributed` uses
 for a group of that name, as SGLang builds it, so that either end may be SGLang.
 """
 
@@ -50,7 +50,7 @@ def reach_store(address: str, port: int, *, timeout_s: float) -> dist.TCPStore:
     """Return the store of the group's rank 0.
 
     Raises:
-        WeightSyncError: nobody listens there.
+        WeightSyncError: no store listens there.
     """
     try:
         return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
@@ -65,7 +65,7 @@ class WeightGroup:
         """Join; on gloo this waits for all ranks, on NCCL the first broadcast does.
 
         Raises:
-            WeightSyncError: an unknown backend, or somebody did not come within `timeout_s`.
+            WeightSyncError: an unknown backend, or a member did not join within `timeout_s`.
         """
         if backend not in _DEVICE_OF_BACKEND:
             raise WeightSyncError(f"unknown backend {backend!r} for weights; known: {', '.join(_DEVICE_OF_BACKEND)}.")

@@ -100,11 +100,11 @@ class EnginePool:
         await self._each(lambda engine: engine.pause())
 
     async def resume(self) -> None:
-        """Let all engines go on."""
+        """Continue generation on all engines."""
         await self._each(lambda engine: engine.resume())
 
     async def flush_cache(self) -> None:
-        """Let all engines forget cached prefixes."""
+        """Drop cached prefixes of all engines."""
         await self._each(lambda engine: engine.flush_cache())
 
     async def stats(self) -> EngineStats:
@@ -258,7 +258,7 @@ class EnginePool:
             raise error
 
     def _settle(self) -> None:
-        """Wait for engines that are being started again; each start has a deadline of its own."""
+        """Wait for engines that are being restarted; each start has its own deadline."""
         self.run(self._members.settled(), label="wait for restarted engines", timeout_s=None)
 
     @contextmanager
@@ -285,7 +285,7 @@ async def _sleep(member: Member, tags: Sequence[MemoryTag]) -> None:
 
 
 async def _wake(member: Member, tags: Sequence[MemoryTag]) -> None:
-    """Wake a member, unless it is awake because it was started anew: SGLang dies of being told so twice."""
+    """Wake a member, unless a restart has woken it: a server may die of a second wake."""
     if member.asleep:
         await member.engine.wake(tags)
         member.asleep = False

@@ -187,7 +187,7 @@ class ServerProcess:
             return
         for path in self._command.private_files:
             path.unlink(missing_ok=True)
-        # The leader is not reaped before the last signal, so its number cannot belong to another group meanwhile.
+        # The leader is not reaped before the last signal, so its number cannot belong to another group.
         _signal_group(process.pid, signal.SIGTERM)
         deadline = time.monotonic() + STOP_TIMEOUT_S
         while not _has_ended(process) and time.monotonic() < deadline:

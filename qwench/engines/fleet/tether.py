@@ -1,6 +1,6 @@
 """A command that ends with its owner: `python -m qwench.engines.fleet.tether COMMAND ...`, with a pipe as standard input.
 
-    owner ---pipe---> tether ---> COMMAND ---> whatever it starts          all but the owner in one process group
+    owner ---pipe---> tether ---> COMMAND ---> its own children            all but the owner in one process group
 
 The pipe closes when the owner ends, however it ends (SIGKILL too); the tether then kills the whole group. Should the tether
 itself be killed (Ray does that to what a dead actor started), Linux ends the command.

@@ -36,7 +36,7 @@ def refuse_owned(words: Sequence[str], owned: Mapping[str, str], *, prefix: str)
 
 
 def check_words(words: Sequence[str], *, prefix: str, parser_program: str, package: str) -> None:
-    """Let the installed package read the flags, in a process of its own: importing it here would take seconds and GPU memory.
+    """Check the flags with the parser of the installed package, in another process: an import takes seconds and GPU memory.
 
     Args:
         parser_program: Python lines that import the package and add its flags to `parser`.

@@ -19,7 +19,7 @@ from qwench.engines.kinds.sglang_receiver import SglangReceiver
 
 _ONE_SERVER = "an engine is one server of --rollout-num-gpus-per-engine GPUs on one node; --rollout-num-gpus gives more engines"
 _ADDRESS = "addresses are chosen by Qwench; give servers that run already by --rollout-external-engine-addrs"
-_PRIVATE = "each run has a token of its own"
+_PRIVATE = "each run makes its own token"
 OWN_FLAGS: Mapping[str, str] = {
     **dict.fromkeys(("model-path", "model", "tokenizer-path"), "use --hf-checkpoint"),
     "config": "give the flags themselves, or qwench's --config",

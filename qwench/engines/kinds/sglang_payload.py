@@ -57,7 +57,7 @@ class _Pickler(ForkingPickler):
         super().__init__(content)
         self._file = file
 
-    def reducer_override(self, value: object) -> Any:  # whatever pickle's protocol allows
+    def reducer_override(self, value: object) -> Any:  # pickle's protocol allows several types
         if not isinstance(value, Tensor):
             return NotImplemented
         if self._file is not None:
