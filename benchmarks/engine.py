@@ -36,7 +36,8 @@ from transformers import Qwen3Config
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.protocol import GenerateRequest, SamplingParams
-from qwench.models.architecture import Architecture, architecture_from_config
+from qwench.models.architecture import Architecture
+from qwench.models.hf import architecture_of
 
 # hidden, ffn, layers, heads, kv heads, head dim, tied, vocabulary
 SIZES = {
@@ -55,6 +56,7 @@ COMPONENTS = {
     "products": ("gemm", "nvjet", "cutlass", "splitK", "_split_product", "cublas"),
 }
 PROFILED_STEPS = 20
+TIMED_STEPS = 64
 _loop = asyncio.Runner()
 """One event loop for all engines' runs."""
 
@@ -178,7 +180,7 @@ class Measured:
 
     def __init__(self, size: str, device: str, settings: EmbeddedSettings) -> None:
         config = config_of(size)
-        self.architecture = architecture_from_config(config)
+        self.architecture = architecture_of(config)
         self.engine = EmbeddedEngine.from_checkpoint(config, settings)
         weights = random_weights(self.architecture, device, settings.resolved_dtype)
         _loop.run(self.engine.update_weights([weights], version=1))
@@ -228,8 +230,11 @@ async def profile_steps(engine: EmbeddedEngine, first_step: int, budget: dict[st
     for start, end, name in kernels:
         budget[_component(name, end - start)] += (end - start) / 1e3 / steps
     budget["kernels a step"] = len(kernels) / steps
-    budget["without a kernel"] = (kernels[-1][1] - kernels[0][0] - sum(end - start for start, end, _ in kernels)) / 1e3 / steps
-    budget["step"] = (kernels[-1][1] - kernels[0][0]) / 1e3 / steps
+    busy, until = 0.0, kernels[0][0]
+    for start, end, _ in kernels:  # they may overlap
+        busy, until = busy + max(end - max(start, until), 0.0), max(until, end)
+    budget["without a kernel"] = (until - kernels[0][0] - busy) / 1e3 / steps
+    budget["step"] = (until - kernels[0][0]) / 1e3 / steps
 
 
 def _component(name: str, _duration: float) -> str:
@@ -243,7 +248,7 @@ def _synchronize() -> None:
 
 def measure_load(measured: Measured, ceilings: Ceilings, load: Load, *, rounds: int, profile: bool) -> dict[str, object]:
     """Run a load some times after one more, and compare it with its limit."""
-    _loop.run(measured.run(load))  # captures graphs
+    first = _loop.run(measured.run(load))[0]  # captures graphs
     runs = sorted(_loop.run(measured.run(load)) for _ in range(rounds))
     seconds = runs[len(runs) // 2][0]
     limit = load_limit(measured.architecture, ceilings, load)
@@ -253,6 +258,8 @@ def measure_load(measured: Measured, ceilings: Ceilings, load: Load, *, rounds: 
         "limit tok/s": round(load.num_new / limit),
         "of limit": round(limit / seconds, 3),
         "decode steps": runs[0][1],
+        "seconds": round(seconds, 2),
+        "seconds of the first run": round(first, 2),
     }
     if profile:
         budget: dict[str, float] = defaultdict(float)
@@ -262,22 +269,37 @@ def measure_load(measured: Measured, ceilings: Ceilings, load: Load, *, rounds: 
 
 
 def measure_steps(measured: Measured, ceilings: Ceilings) -> dict[str, object]:
-    """Time decode steps of a given number of rows and context, as the slope between two lengths."""
-    rows_of: dict[str, object] = {}
-    capacity = measured.engine.max_request_tokens, _loop.run(measured.engine.stats()).num_pages * 16
+    """Time decode steps of a given number of rows and context."""
+    table: dict[str, object] = {}
+    num_tokens = _loop.run(measured.engine.stats()).num_pages * 16
     for rows in (64, 256):
         for context in (1024, 2048, 4096):
-            if rows * (context + 64) > capacity[1]:
+            load = Load(prompts=[context - TIMED_STEPS] * rows, responses=[2 * TIMED_STEPS] * rows, samples=1)
+            if num_tokens < rows * (context + 2 * TIMED_STEPS):
                 continue
-            short, long = (Load(prompts=[context - 32] * rows, responses=[new] * rows, samples=1) for new in (4, 68))
-            _loop.run(measured.run(long))
-            times = [sorted(_loop.run(measured.run(load))[0] for _ in range(3))[1] for load in (short, long)]
-            step = (times[1] - times[0]) / 64
-            limit = step_limit(measured.architecture, ceilings, rows, rows * (context + 4.0))
-            rows_of[f"{rows} rows, context {context}"] = {
-                "ms": round(step * 1e3, 3), "limit ms": round(limit * 1e3, 3), "of limit": round(limit / step, 3),
+            timed = sorted(_loop.run(time_steps(measured, load)) for _ in range(3))[1]
+            limit = step_limit(measured.architecture, ceilings, rows, timed[1])
+            table[f"{rows} rows, context {context}"] = {
+                "ms": round(timed[0] * 1e3, 3), "limit ms": round(limit * 1e3, 3), "of limit": round(limit / timed[0], 3),
             }  # fmt: skip
-    return rows_of
+    return table
+
+
+async def time_steps(measured: Measured, load: Load) -> tuple[float, float]:
+    """Return seconds of a decode step, and the cached tokens that one reads, over TIMED_STEPS steps after the prefill."""
+    engine = measured.engine
+    before = await engine.stats()
+    running = asyncio.ensure_future(measured.run(load))
+    while (await engine.stats()).prompt_tokens < before.prompt_tokens + sum(load.prompts):
+        await asyncio.sleep(0.001)
+    for steps in (8, TIMED_STEPS):  # the first ones capture a graph
+        begin, start = await engine.stats(), time.perf_counter()
+        while (now := await engine.stats()).decode_steps < begin.decode_steps + steps:
+            await asyncio.sleep(0)
+        seconds = (time.perf_counter() - start) / (now.decode_steps - begin.decode_steps)
+    generated = (begin.generated_tokens + now.generated_tokens) / 2 - before.generated_tokens
+    await running
+    return seconds, sum(load.prompts) + generated
 
 
 def measure_cpu(size: str, dtype: torch.dtype, rounds: int) -> dict[str, object]:

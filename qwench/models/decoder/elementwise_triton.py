@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwench.models.decoder.early_launch import OPTIONS, wait_for_kernel_before
+
 SILU_BLOCK = 1024
 
 
@@ -35,6 +37,7 @@ def add_rms_norm(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: f
         SIZE=size,
         BLOCK=block,
         num_warps=min(max(block // 256, 1), 8),
+        **OPTIONS,
     )
     return summed, normed
 
@@ -77,6 +80,7 @@ def qk_norm_rope_store(
         HALF=head_dim // 2,
         HALF_PAD=triton.next_power_of_2(head_dim // 2),
         num_warps=1,
+        **OPTIONS,
     )
     return output
 
@@ -86,7 +90,7 @@ def silu_mul(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     num_rows, size = gate_TF.shape
     output = torch.empty((num_rows, size), dtype=gate_TF.dtype, device=gate_TF.device)
     _silu_mul[(num_rows, triton.cdiv(size, SILU_BLOCK))](
-        gate_TF, up_TF, output, gate_TF.stride(0), up_TF.stride(0), SIZE=size, BLOCK=SILU_BLOCK, num_warps=4
+        gate_TF, up_TF, output, gate_TF.stride(0), up_TF.stride(0), SIZE=size, BLOCK=SILU_BLOCK, num_warps=4, **OPTIONS
     )
     return output
 
@@ -105,6 +109,7 @@ def _add_rms_norm(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_kernel_before()
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = column < SIZE
     dtype = normed_pointer.dtype.element_ty
@@ -159,6 +164,7 @@ def _qk_norm_rope_store(
     HALF_PAD: tl.constexpr,
 ):
     """One program: a token's kv head and the query heads that share it."""
+    wait_for_kernel_before()
     token, kv_head, num_kv_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     dtype = output_pointer.dtype.element_ty
     group, half, one = tl.arange(0, GROUP_PAD), tl.arange(0, HALF_PAD), tl.arange(0, 1)
@@ -190,6 +196,7 @@ def _qk_norm_rope_store(
 
 @triton.jit
 def _silu_mul(gate_pointer, up_pointer, output_pointer, gate_stride, up_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    wait_for_kernel_before()
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < SIZE
     dtype = output_pointer.dtype.element_ty

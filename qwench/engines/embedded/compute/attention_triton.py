@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qwench.engines.embedded.compute.decode_work import CHUNK_TOKENS, DecodeWork
+from qwench.models.decoder.early_launch import OPTIONS, wait_for_kernel_before
 
 BLOCK_TOKENS = 32
 NUM_WARPS = 4
@@ -70,6 +71,7 @@ def paged_decode(q_NHK: Tensor, keys: Tensor, values: Tensor, work: DecodeWork, 
         BLOCK=BLOCK_TOKENS,
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
+        **OPTIONS,
     )
     _merge_chunks[(num_rows, num_kv_heads)](
         partial,
@@ -84,6 +86,7 @@ def paged_decode(q_NHK: Tensor, keys: Tensor, values: Tensor, work: DecodeWork, 
         CHUNK=CHUNK_TOKENS,
         STEP=MERGED_CHUNKS,
         num_warps=4,
+        **OPTIONS,
     )
 
 
@@ -108,13 +111,13 @@ def _attend_items(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_kernel_before()
     table_stride = tl.load(header_pointer + 1)
-    item_pointer = table_pointer + tl.load(header_pointer + 2)
     line, dim = tl.arange(0, TILE), tl.arange(0, HEAD_PAD)
     index = tl.program_id(0)
     if index < tl.load(header_pointer) * KV_HEADS:
         kv_head = index % KV_HEADS
-        item = item_pointer + index // KV_HEADS * 3
+        item = table_pointer + tl.load(header_pointer + 2) + index // KV_HEADS * 3
         first_row, num_rows, chunk = tl.load(item).to(tl.int64), tl.load(item + 1), tl.load(item + 2)
         # All rows of an item with several rows hold the whole chunk, so the first one's length bounds it.
         start = chunk * CHUNK
@@ -164,6 +167,7 @@ def _merge_chunks(
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
 ):
+    wait_for_kernel_before()
     row, kv_head, num_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1) * GROUP
     num_chunks = tl.cdiv(tl.load(length_pointer + row), CHUNK)
     first_slot = tl.load(first_slot_pointer + row).to(tl.int64)

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwench.models.decoder.early_launch import OPTIONS, wait_for_kernel_before
+
 BLOCK = 2048
 
 
@@ -34,7 +36,9 @@ def draw(logits_SV: Tensor, temperature: Tensor, uniforms: Tensor, rows: Tensor,
     num_rows, vocab_size = logits_SV.shape
     num_blocks = triton.cdiv(vocab_size, BLOCK)
     maxima, sums = torch.empty((2, num_rows, num_blocks), dtype=torch.float32, device=logits_SV.device)
-    _block_sums[(num_rows, num_blocks)](logits_SV, temperature, maxima, sums, VOCAB=vocab_size, BLOCK=BLOCK, num_warps=4)
+    _block_sums[(num_rows, num_blocks)](
+        logits_SV, temperature, maxima, sums, VOCAB=vocab_size, BLOCK=BLOCK, num_warps=4, **OPTIONS
+    )
     _draw[(num_rows,)](
         logits_SV,
         temperature,
@@ -50,6 +54,7 @@ def draw(logits_SV: Tensor, temperature: Tensor, uniforms: Tensor, rows: Tensor,
         NUM_BLOCKS=num_blocks,
         BLOCKS_PAD=triton.next_power_of_2(num_blocks),
         num_warps=8,
+        **OPTIONS,
     )
 
 
@@ -61,6 +66,7 @@ def _scaled(logits_pointer, temperature, row, column, VOCAB: tl.constexpr):
 
 @triton.jit
 def _block_sums(logits_pointer, temperature_pointer, maximum_pointer, sum_pointer, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    wait_for_kernel_before()
     row, block, num_blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     z = _scaled(logits_pointer, tl.load(temperature_pointer + row), row, block * BLOCK + tl.arange(0, BLOCK), VOCAB)
     maximum = tl.max(z, axis=0)
@@ -98,6 +104,7 @@ def _draw(
     NUM_BLOCKS: tl.constexpr,
     BLOCKS_PAD: tl.constexpr,
 ):
+    wait_for_kernel_before()
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperature_pointer + row)
     blocks = tl.arange(0, BLOCKS_PAD)
