@@ -17,7 +17,6 @@ from qwench.config.layout import ParallelLayout, check_layout, data_parallel_siz
 from qwench.config.model_flags import check_model_flags
 from qwench.config.schedule import Schedule
 from qwench.errors import ConfigError
-from qwench.estimators import METHODS, method_name
 from qwench.models.architecture import Architecture, refuse_output_biases
 from qwench.models.memory import FLOAT32_BYTES, RankBytes, SequenceCost, StateBytes, fsdp_bytes, megatron_bytes
 
@@ -97,11 +96,10 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
     if config.backend == "megatron":
         check_layout(layout, model, world_size=world_size)
         refuse_output_biases(model)
-    training, algorithm = config.training, config.algorithm
+    training = config.training
     dp_size = data_parallel_size(layout, world_size=world_size)
     devices = _plan_devices(config, trains=trains)
-    method = METHODS[method_name(algorithm.loss_type, algorithm.advantage_estimator)]
-    holds_reference = devices.trains and method.needs_reference(use_kl_loss=algorithm.use_kl_loss, kl_coef=algorithm.kl_coef)
+    holds_reference = devices.trains and config.algorithm.needs_reference
     score_tokens = training.log_probs_max_tokens_per_gpu or training.max_tokens_per_gpu
     return RunPlan(
         model=model,

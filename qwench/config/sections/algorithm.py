@@ -2,76 +2,87 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from qwench.config.checks import check_fraction, check_not_negative, check_positive
 from qwench.errors import ConfigError
-from qwench.estimators import METHODS, check_estimator
+from qwench.estimators import METHODS, check_estimator, method_name
 
 KlType = Literal["k1", "k2", "k3", "low_var_kl"]
 TisMode = Literal["truncate", "icepop"]
 LossType = Literal["policy_loss", "sft_loss", "custom_loss"]
 
 
+_TIS_CLIP = 2.0
+_OPSM_DELTA = 1e-4
+_USED_BY_SFT = frozenset({
+    "loss_type",
+    "calculate_per_token_loss",
+    "disable_compute_advantages_and_returns",
+    "observe_training_entropy",
+})  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AlgorithmConfig:
-    """The estimator and its constants."""
+    """The method and its constants."""
 
     advantage_estimator: str = "grpo"
-    """The method: grpo or another name of qwench.estimators. It sets how rewards become advantages, and the policy loss."""
+    """RL method by name (listed in qwench/estimators.py). It computes advantages from rewards and chooses the policy loss."""
     loss_type: LossType = "policy_loss"
-    """policy_loss: reinforcement learning; sft_loss: supervised fine-tuning (what qwench sft sets)."""
+    """policy_loss trains by RL; sft_loss trains on conversations (qwench sft sets it)."""
     calculate_per_token_loss: bool = False
-    """Mean over all tokens of a step, instead of the mean over samples of each sample's mean."""
+    """Average the loss over all tokens of a step. Off: average over each sample's tokens, then over samples."""
     disable_compute_advantages_and_returns: bool = False
-    """No advantages are needed; true of --loss-type sft_loss, and only accepted with it."""
+    """Compute no advantages. Accepted with --loss-type sft_loss only, which needs none."""
     eps_clip: float = 0.2
-    """The policy ratio is clipped at 1 - this."""
+    """Clip the policy ratio below at 1 - this."""
     eps_clip_high: float | None = None
-    """The policy ratio is clipped at 1 + this (clip-higher). None: --eps-clip."""
+    """Clip the policy ratio above at 1 + this (clip-higher). None: --eps-clip."""
     eps_clip_c: float | None = None
-    """Dual clip: bounds the loss of negative advantages at this (> 1) times the advantage. None: off."""
+    """Dual clip: bound the loss of a negative advantage at this factor (> 1) times the advantage. None: off."""
     kl_coef: float = 0.0
-    """Weight of the KL to the reference inside the reward (both REINFORCE++ estimators; grpo has --kl-loss-coef)."""
+    """Weight of the KL to the reference inside the advantages. For the two REINFORCE++ methods; the others use
+    --kl-loss-coef."""
     use_kl_loss: bool = False
-    """Add the KL to the reference to the loss, at weight --kl-loss-coef; loads the reference, also at weight 0."""
+    """Add the KL to the reference to the loss with weight --kl-loss-coef. Loads the reference even at weight 0, for metrics."""
     kl_loss_coef: float = 0.0
-    """Weight of the KL term of the loss."""
+    """Weight of the KL term of the loss. Needs --use-kl-loss."""
     kl_loss_type: KlType = "k1"
-    """Estimator of the KL."""
+    """KL estimator: k1 (log-ratio), k2 (half its square), k3 or low_var_kl (unbiased, low variance)."""
     use_unbiased_kl: bool = False
-    """Weight the KL term by the policy ratio, which makes its gradient unbiased."""
+    """Multiply the KL term by the policy ratio, which makes its gradient unbiased. Needs --use-kl-loss."""
     ref_update_interval: int | None = None
-    """The reference becomes the current policy every so many rollouts. None: it stays what it was."""
+    """Copy the policy into the reference after every this many rollouts. None: the reference never changes."""
     entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
+    """Weight of the entropy bonus in the loss."""
     observe_training_entropy: bool = False
-    """Compute and log the entropy also when its weight is 0."""
+    """Compute and log the policy's entropy when --entropy-coef is 0, too."""
     disable_rewards_normalization: bool = False
-    """Use raw rewards: no subtraction of the group's mean."""
+    """Use raw rewards as advantages: do not subtract the group's mean."""
     disable_grpo_std_normalization: bool = False
-    """Do not divide by the group's standard deviation (always so in groups of one)."""
+    """Do not divide rewards by the group's standard deviation. Groups of one sample are never divided."""
     normalize_advantages: bool = False
-    """Whiten advantages over all tokens of the rollout; both REINFORCE++ estimators require it."""
+    """Whiten advantages over all tokens of the rollout. The two REINFORCE++ methods require it."""
     gamma: float = 1.0
-    """Discount for each token (reinforce_plus_plus)."""
+    """Discount per token, 0 < gamma <= 1 (reinforce_plus_plus)."""
     use_tis: bool = False
-    """Truncated importance sampling: correct for the gap between the engine's and the trainer's log-probs."""
+    """Correct the loss for the gap between engine and trainer log-probs by truncated importance sampling."""
     tis_mode: TisMode = "truncate"
-    """Importance weights outside --tis-clip-low to --tis-clip become the nearer bound (truncate) or 0 (icepop)."""
-    tis_clip: float = 2.0
-    """Upper bound of the importance weight."""
+    """Importance weights outside --tis-clip-low to --tis-clip: truncate moves them to the bound, icepop sets them to 0."""
+    tis_clip: float = _TIS_CLIP
+    """Upper bound of the importance weight of --use-tis."""
     tis_clip_low: float = 0.0
-    """Lower bound of the importance weight."""
+    """Lower bound of the importance weight of --use-tis."""
     use_rollout_logprobs: bool = False
-    """Take the engine's log-probs as the old policy's, instead of recomputing them in the trainer."""
+    """Use the engine's log-probs as the old policy's. Saves one forward pass of the trainer for each rollout."""
     get_mismatch_metrics: bool = False
-    """Log how far the engine's log-probs are from the trainer's without correcting for it."""
+    """Log the gap between engine and trainer log-probs, without a correction."""
     use_opsm: bool = False
-    """Off-policy sequence masking: drop sequences of negative advantage that drifted further than --opsm-delta."""
-    opsm_delta: float = 1e-4
-    """Mean log-ratio of a sequence above which --use-opsm drops it."""
+    """Off-policy sequence masking: drop sequences with a negative advantage and a mean log-ratio above --opsm-delta."""
+    opsm_delta: float = _OPSM_DELTA
+    """Mean log-ratio above which --use-opsm drops a sequence."""
 
     def __post_init__(self) -> None:
         check_estimator(self.advantage_estimator)
@@ -89,10 +100,19 @@ class AlgorithmConfig:
         ):
             check_not_negative(flag, coefficient)
         check_fraction("--gamma", self.gamma)
+        self._check_fine_tuning()
         self._check_clipping()
         self._check_kl()
         self._check_corrections()
         self._check_advantages()
+
+    def _check_fine_tuning(self) -> None:
+        if self.loss_type != "sft_loss":
+            return
+        for item in fields(self):
+            if getattr(self, item.name) != item.default and item.name not in _USED_BY_SFT:
+                flag = "--" + item.name.replace("_", "-")
+                raise ConfigError(f"{flag} has no effect with --loss-type sft_loss, which trains without rewards; leave it out")
 
     def _check_clipping(self) -> None:
         if METHODS[self.advantage_estimator].clips_weights:
@@ -129,13 +149,27 @@ class AlgorithmConfig:
             raise ConfigError("--use-rollout-logprobs leaves nothing for --use-tis to correct; give one of them")
         if self.tis_clip_low > self.tis_clip:
             raise ConfigError(f"--tis-clip-low ({self.tis_clip_low}) is greater than --tis-clip ({self.tis_clip})")
-        if self.tis_mode != "truncate" and not (self.use_tis or self.get_mismatch_metrics):
-            raise ConfigError(f"--tis-mode {self.tis_mode} has no effect without --use-tis; add it")
+        for flag, value, default in (
+            ("--tis-mode", self.tis_mode, "truncate"),
+            ("--tis-clip", self.tis_clip, _TIS_CLIP),
+            ("--tis-clip-low", self.tis_clip_low, 0.0),
+        ):
+            if value != default and not (self.use_tis or self.get_mismatch_metrics):
+                raise ConfigError(f"{flag} {value} has no effect without --use-tis; add it")
+        if self.opsm_delta != _OPSM_DELTA and not self.use_opsm:
+            raise ConfigError(f"--opsm-delta {self.opsm_delta} has no effect without --use-opsm; add it")
 
     def _check_advantages(self) -> None:
-        if METHODS[self.advantage_estimator].requires_whitening and not self.normalize_advantages:
+        method = METHODS[self.advantage_estimator]
+        for flag, given, has_effect in (
+            ("--disable-rewards-normalization", self.disable_rewards_normalization, method.compares_groups),
+            ("--disable-grpo-std-normalization", self.disable_grpo_std_normalization, method.divides_by_std),
+        ):
+            if given and not has_effect:
+                raise ConfigError(f"{flag} has no effect on {self.advantage_estimator}, which does not do it; leave it out")
+        if method.requires_whitening and not self.normalize_advantages:
             raise ConfigError(f"--advantage-estimator {self.advantage_estimator} requires --normalize-advantages; add it")
-        if self.gamma != 1.0 and not METHODS[self.advantage_estimator].discounts:
+        if self.gamma != 1.0 and not method.discounts:
             raise ConfigError(f"--gamma ({self.gamma}) has no effect on {self.advantage_estimator}; leave it out")
         if self.disable_compute_advantages_and_returns and self.loss_type != "sft_loss":
             raise ConfigError(
@@ -144,5 +178,6 @@ class AlgorithmConfig:
 
     @property
     def needs_reference(self) -> bool:
-        """Tell whether log-probs of the reference are wanted."""
-        return self.use_kl_loss or self.kl_coef != 0
+        """Tell whether the method uses log-probs of the reference."""
+        method = METHODS[method_name(self.loss_type, self.advantage_estimator)]
+        return method.needs_reference(use_kl_loss=self.use_kl_loss, kl_coef=self.kl_coef)

@@ -1,4 +1,4 @@
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
@@ -49,6 +49,15 @@ REFUSED = [
     (AlgorithmConfig, {"use_unbiased_kl": True}, "--use-unbiased-kl has no effect without --use-kl-loss"),
     (AlgorithmConfig, {"ref_update_interval": 2}, "--ref-update-interval (2) has no effect without a reference"),
     (AlgorithmConfig, {"tis_mode": "icepop"}, "--tis-mode icepop has no effect without --use-tis"),
+    (AlgorithmConfig, {"tis_clip": 3.0}, "--tis-clip 3.0 has no effect without --use-tis"),
+    (AlgorithmConfig, {"tis_clip_low": 0.5}, "--tis-clip-low 0.5 has no effect without --use-tis"),
+    (AlgorithmConfig, {"opsm_delta": 0.5}, "--opsm-delta 0.5 has no effect without --use-opsm"),
+    (AlgorithmConfig, {"advantage_estimator": "rloo", "disable_grpo_std_normalization": True}, "--disable-grpo-std-"),
+    (
+        AlgorithmConfig,
+        {"advantage_estimator": "reinforce_plus_plus", "normalize_advantages": True, "disable_rewards_normalization": True},
+        "--disable-rewards-normalization has no effect on reinforce_plus_plus",
+    ),
     (AlgorithmConfig, {"kl_loss_coef": 0.2}, "--kl-loss-coef (0.2) has no effect without --use-kl-loss"),
     (AlgorithmConfig, {"use_tis": True, "use_rollout_logprobs": True}, "--use-rollout-logprobs leaves nothing for --use-tis"),
     (AlgorithmConfig, {"tis_clip": 2.0, "tis_clip_low": 3.0}, "--tis-clip-low (3.0) is greater than --tis-clip (2.0)"),
@@ -104,7 +113,8 @@ def test_values_at_the_edge_are_accepted():
     RolloutConfig(
         rollout_top_p=1.0, rollout_top_k=1, rollout_batch_size=8, over_sampling_batch_size=8, rollout_min_new_tokens=0
     )
-    AlgorithmConfig(eps_clip_c=1.01, kl_coef=0.0, use_kl_loss=True, kl_loss_coef=0.1, tis_clip_low=2.0, use_unbiased_kl=True)
+    AlgorithmConfig(eps_clip_c=1.01, kl_coef=0.0, use_kl_loss=True, kl_loss_coef=0.1, use_unbiased_kl=True)
+    AlgorithmConfig(use_tis=True, tis_clip_low=2.0)
     AlgorithmConfig(advantage_estimator="reinforce_plus_plus_baseline", normalize_advantages=True, kl_coef=0.1)
     AlgorithmConfig(advantage_estimator="cispo", eps_clip=1.0, eps_clip_high=4.0, get_mismatch_metrics=True, tis_mode="icepop")
     EvalConfig(eval_interval=1, eval_prompt_data=("a", "x", "b", "x"), eval_temperature=0.0)
@@ -124,6 +134,7 @@ def test_facts_that_sections_know_of_themselves():
     assert AlgorithmConfig(use_kl_loss=True).needs_reference
     assert AlgorithmConfig(advantage_estimator="reinforce_plus_plus", normalize_advantages=True, kl_coef=0.1).needs_reference
     assert not AlgorithmConfig().needs_reference
+    assert not AlgorithmConfig(loss_type="sft_loss").needs_reference
     assert TrainingConfig(recompute_granularity="full").recomputes_layers
     assert TrainingConfig(gradient_checkpointing=True).recomputes_layers
     assert not TrainingConfig(recompute_granularity="selective").recomputes_layers
@@ -131,3 +142,43 @@ def test_facts_that_sections_know_of_themselves():
     assert not ClusterConfig(rollout_num_gpus=2).shares_devices
     assert ClusterConfig(rollout_num_gpus=2, colocate=True).shares_devices
     assert ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=3).layout.model_ranks == 6
+
+
+INERT_IN_FINE_TUNING = {
+    "advantage_estimator": "gspo",
+    "eps_clip": 0.1,
+    "eps_clip_high": 0.3,
+    "eps_clip_c": 3.0,
+    "kl_coef": 0.1,
+    "use_kl_loss": True,
+    "kl_loss_coef": 0.1,
+    "kl_loss_type": "k3",
+    "use_unbiased_kl": True,
+    "ref_update_interval": 2,
+    "entropy_coef": 0.1,
+    "disable_rewards_normalization": True,
+    "disable_grpo_std_normalization": True,
+    "normalize_advantages": True,
+    "gamma": 0.9,
+    "use_tis": True,
+    "tis_mode": "icepop",
+    "tis_clip": 3.0,
+    "tis_clip_low": 0.1,
+    "use_rollout_logprobs": True,
+    "get_mismatch_metrics": True,
+    "use_opsm": True,
+    "opsm_delta": 0.1,
+}
+
+
+@pytest.mark.parametrize("name", INERT_IN_FINE_TUNING)
+def test_flags_of_reinforcement_learning_are_refused_by_name_in_fine_tuning(name):
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(ConfigError, match=f"^{flag} has no effect with --loss-type sft_loss"):
+        AlgorithmConfig(loss_type="sft_loss", **{name: INERT_IN_FINE_TUNING[name]})
+
+
+def test_every_flag_of_the_algorithm_is_used_or_refused_in_fine_tuning():
+    used = {"loss_type", "calculate_per_token_loss", "disable_compute_advantages_and_returns", "observe_training_entropy"}
+    assert {item.name for item in fields(AlgorithmConfig)} == used | INERT_IN_FINE_TUNING.keys()
+    AlgorithmConfig(loss_type="sft_loss", calculate_per_token_loss=True, observe_training_entropy=True)
