@@ -23,9 +23,9 @@ from qwench.data.prompts import PromptSource
 from qwench.data.sft import SftSource, load_sft, render_mask_preview
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import CheckpointError, ConfigError
-from qwench.launch.generation import build_generation
 from qwench.launch.inputs import Inputs, read_eval_prompts, read_inputs, read_training_prompts
-from qwench.launch.processes import make_servers, open_processes, start_learner, take_turns
+from qwench.launch.placement import make_servers, open_processes, start_learner, take_turns
+from qwench.launch.rollouts import build_generation
 from qwench.launch.trainer import load_reward_post_process
 from qwench.models.architecture import Architecture
 from qwench.models.hf import is_fp8_checkpoint, write_hf_checkpoint

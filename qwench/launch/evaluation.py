@@ -15,9 +15,9 @@ from qwench.config.sections.serve import ServeConfig
 from qwench.engines.embedded.http.serving import serve as serve_engine
 from qwench.files import write_atomically
 from qwench.launch.engines import embedded_settings
-from qwench.launch.generation import build_generation
 from qwench.launch.inputs import plan_inputs, read_eval_prompts, read_inputs
-from qwench.launch.processes import make_servers, open_processes
+from qwench.launch.placement import make_servers, open_processes
+from qwench.launch.rollouts import build_generation
 from qwench.observability.log import open_driver_log, open_process_log
 from qwench.observability.summary import summarize
 from qwench.rewards.registry import reward_spec

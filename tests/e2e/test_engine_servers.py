@@ -26,8 +26,8 @@ from qwench.engines.fleet.pool import EnginePool
 from qwench.engines.fleet.servers import ServerProcess
 from qwench.engines.kinds.embedded import embedded_command
 from qwench.launch.engines import command_makers, server_order
-from qwench.launch.generation import Generation, build_generation
 from qwench.launch.inputs import read_inputs, read_training_prompts
+from qwench.launch.rollouts import Generation, build_generation
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout, Sample
 from qwench.weights.publisher import Publisher

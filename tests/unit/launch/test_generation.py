@@ -17,8 +17,8 @@ from qwench.config.sections.rollout import RolloutConfig
 from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import ConfigError
-from qwench.launch.generation import Generation
 from qwench.launch.inputs import Inputs
+from qwench.launch.rollouts import Generation
 from qwench.samples import Rollout
 from tests.fakes.console import RecordingConsole
 from tests.fakes.engine import CharTokenizer, FakeEngine

@@ -6,7 +6,7 @@ import torch
 from qwench.config import ClusterConfig, Config, ModelConfig, RolloutConfig
 from qwench.errors import ConfigError
 from qwench.launch.inputs import publication_dtype
-from qwench.launch.processes import check_turns, choose_launcher
+from qwench.launch.placement import check_turns, choose_launcher
 
 RAY = {"RAY_ADDRESS": "10.0.0.1:6379"}
 
