@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import shutil
@@ -9,15 +10,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 
 from qwench.cluster.buckets import make_exchange_folder
-from qwench.cluster.child import ChildProcess, Say
+from qwench.cluster.child import ChildProcess
 from qwench.cluster.messages import Call, Death, News
 from qwench.cluster.rendezvous import Rendezvous
 from qwench.wire.shared_buffer import remove_buffers_of
 
+_logger = logging.getLogger(__name__)
 _MODULE = "qwench.cluster.rank_process"
 _INLINE_BYTES = 32 * 1024  # fits a pipe's buffer, so that sending never waits for a rank
 _CHECK_INTERVAL_S = 1.0
@@ -37,14 +40,13 @@ class RankStart:
 class LocalRanks:
     """See the module docstring and `workers.Ranks`."""
 
-    def __init__(self, size: int, *, environ: Mapping[str, str], bucket_bytes: int, log_folder: Path | None, say: Say) -> None:
+    def __init__(self, size: int, *, environ: Mapping[str, str], bucket_bytes: int, log_folder: Path | None) -> None:
         """Start `size` processes.
 
         Args:
             environ: The driver's environment; each rank's also says which rank it is.
             bucket_bytes: Size of the buckets of weights that will be asked for.
             log_folder: Takes `rank_<r>.log`, what each rank writes; None: only its last lines are kept.
-            say: Shows what the main rank writes.
         """
         self._rendezvous = Rendezvous()
         self._folder = make_exchange_folder(bucket_bytes)
@@ -59,7 +61,7 @@ class LocalRanks:
                 _MODULE,
                 environ={**threads, **self._rendezvous.environ(rank, size, local_rank=rank)},
                 log_file=log_folder / f"rank_{rank}.log" if log_folder is not None else None,
-                say=(lambda line: say(f"[rank 0] {line}")) if rank == 0 else None,
+                say=partial(_logger.info, "[rank 0] %s") if rank == 0 else None,
             )
             for rank in range(size)
         ]

@@ -251,7 +251,7 @@ def _publisher(
     plan = PublicationPlan(
         engine=inputs.config.engine, model_folder=inputs.model_folder, fp8=is_fp8_checkpoint(inputs.model_folder)
     )
-    return Publisher(learner.state, engines, plan, gpus=gpus, timer=timer, say=inputs.console.say)
+    return Publisher(learner.state, engines, plan, gpus=gpus, timer=timer)
 
 
 def _metric_log(inputs: Inputs) -> MetricLog:

@@ -91,7 +91,6 @@ def build_pool(inputs: Inputs, *, with_weights: bool, servers: Sequence[Server] 
             router=router,
             health=engine if engine.use_fault_tolerance and members[0].url else None,
             can_republish=not with_weights,
-            say=inputs.console.say,
         )
         undo.pop_all()
     return pool

@@ -87,7 +87,6 @@ class LocalProcesses:
             environ={**os.environ, **trainer_environment(config.cluster, config.parallel, config.training, os.environ)},
             bucket_bytes=config.engine.update_weight_buffer_size,
             log_folder=log_dir / "ranks" if log_dir is not None else None,
-            say=self._inputs.console.say,
         )
 
     def make_servers(self, makers: Sequence[CommandMaker], *, devices_per_engine: int) -> Sequence[Server]:

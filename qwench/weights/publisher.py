@@ -6,7 +6,8 @@ attend:     wait for generation; when every engine was restarted, none has the w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
+import logging
+from collections.abc import Coroutine, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +18,7 @@ from qwench.weights.local import WeightSource, send_alias, send_copies, shared_w
 from qwench.weights.remote import PublicationPlan
 from qwench.wire.addresses import EngineAddress
 
+_logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
@@ -61,20 +63,17 @@ class Publisher:
         *,
         gpus: Devices,
         timer: PhaseTimer,
-        say: Callable[[str], None],
     ) -> None:
         """Keep both ends.
 
         Args:
             pool: None: a run without engines; publishing does nothing.
-            say: shows a message to the user.
         """
         self._model = model
         self._pool = pool
         self._plan = plan
         self._gpus = gpus
         self._timer = timer
-        self._say = say
         self._version = 0
 
     def advance(self, *, version: int) -> None:
@@ -97,12 +96,12 @@ class Publisher:
             try:
                 self._send(self._pool, version)
             except EngineRestartedError as error:
-                self._say(f"weight version {version} is published again: {error}")
+                _logger.warning("weight version %d is published again: %s", version, error)
                 self._send(self._pool, version)
 
     def republish(self) -> None:
         """Publish the current weights again, after every engine was restarted while it generated."""
-        self._say("no engine holds the current weights any more; they are published again")
+        _logger.warning("no engine holds the current weights any more; they are published again")
         with self._gpus.held_by(self._model):
             self.publish(version=self._version)
 

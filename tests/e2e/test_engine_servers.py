@@ -63,7 +63,7 @@ class Scene:
         """Return what brings a model's weights to both engines over their sockets."""
         plan, gpus = PublicationPlan(engine=EngineConfig()), DedicatedGpus(weights_may_alias=False)
         published = Published(self.pool, model)
-        return Publisher(published, self.pool, plan, gpus=gpus, timer=PhaseTimer(), say=lambda text: None)  # type: ignore[arg-type]
+        return Publisher(published, self.pool, plan, gpus=gpus, timer=PhaseTimer())  # type: ignore[arg-type]
 
 
 @dataclass

@@ -11,6 +11,7 @@ that time is lost if it answers nothing at all.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -22,6 +23,7 @@ from qwench.engines.fleet.members import Member, Members, MemberState
 from qwench.engines.fleet.router import Router
 from qwench.errors import EngineError, EngineLostError, QwenchError
 
+_logger = logging.getLogger(__name__)
 POLL_S = 1.0
 MAX_STARTS = 3
 """Attempts to start a lost engine before the run ends."""
@@ -36,20 +38,17 @@ class Supervisor:
         rules: EngineConfig,
         *,
         router: Router | None,
-        say: Callable[[str], None],
     ) -> None:
         """Keep what a restart needs.
 
         Args:
             rules: the --rollout-health-check-* flags.
             router: must not send anything to a lost engine.
-            say: shows a message to the user.
         """
         self._members = members
         self._first_wait_s = rules.rollout_health_check_first_wait
         self._interval_s = rules.rollout_health_check_interval
         self._timeout_s = rules.rollout_health_check_timeout
-        self._say = say
         self._router = router
         self._examinations: dict[Member, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -137,7 +136,7 @@ class Supervisor:
         if member.state is MemberState.LOST:
             return
         self.num_lost += 1
-        self._say(f"{member.label} is lost: {reason}; its requests go to other engines while it restarts")
+        _logger.warning("%s is lost: %s; its requests go to other engines while it restarts", member.label, reason)
         await self._members.set_state(member, MemberState.LOST)
         self._spawn(partial(self._recover, member))
 
@@ -151,7 +150,7 @@ class Supervisor:
         if isinstance(member.engine, HttpEngine):
             member.engine.note_restart()
         stale = self._members.version is not None  # then the weights that it starts with are not the current ones
-        self._say(f"{member.label} is up again" + ("; it takes part from the next publication of weights on" if stale else ""))
+        _logger.info("%s is up again%s", member.label, "; it generates after the next publication" if stale else "")
         if not stale and self._router is not None:
             await self._router.add(member.url)
         await self._members.set_state(member, MemberState.STALE if stale else MemberState.READY)
@@ -169,7 +168,7 @@ class Supervisor:
                     raise EngineError(
                         f"{member.label} was lost and did not start again ({attempt} attempts): {error}"
                     ) from error
-                self._say(f"{member.label} did not start: {error}")
+                _logger.warning("%s did not start: %s", member.label, error)
         assert url == member.url, f"{member.label} moved to {url}"
 
     async def _wait_for_others_server(self, member: Member) -> None:

@@ -8,6 +8,7 @@ health                   watches them, when asked to
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -20,8 +21,9 @@ from qwench.engines.fleet.health import Supervisor
 from qwench.engines.fleet.members import Member, Members, MemberState
 from qwench.engines.fleet.router import Router
 from qwench.engines.protocol import Engine, EngineStats, GenerateRequest, GenerateResult, MemoryTag
-from qwench.errors import EngineError, EngineLostError, WeightSyncError
+from qwench.errors import EngineLostError, WeightSyncError
 
+_logger = logging.getLogger(__name__)
 MEMORY_TIMEOUT_S = 120.0
 CLOSE_TIMEOUT_S = 60.0
 CONTROL_TIMEOUT_S = 120.0
@@ -55,7 +57,6 @@ class EnginePool:
         router: Router | None = None,
         health: EngineConfig | None = None,
         can_republish: bool = False,
-        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Take over engines, their servers, router and loop: `close` ends them all.
 
@@ -64,13 +65,11 @@ class EnginePool:
             health: watch the engines by these --rollout-health-check-* flags and restart lost ones. None: a lost engine ends
                 the run.
             can_republish: the run has a trainer, which publishes again when no engine holds the current weights.
-            say: shows a message to the user.
         """
         self._members = Members([one if isinstance(one, Member) else Member(engine=one) for one in members])
         self.loop = loop
         """Where the engines live."""
-        self._say = say
-        self._supervisor = None if health is None else Supervisor(self._members, health, router=router, say=say)
+        self._supervisor = None if health is None else Supervisor(self._members, health, router=router)
         self._dispatcher = Dispatcher(self._members, router=router, supervisor=self._supervisor, can_republish=can_republish)
         self._router = router
         self._unrouted = list(self._members)
@@ -111,16 +110,6 @@ class EnginePool:
         """Return the sum over all engines."""
         stats = await self._each(lambda engine: engine.stats())
         return EngineStats(**{field.name: sum(getattr(one, field.name) for one in stats) for field in fields(EngineStats)})
-
-    async def check_health(self) -> None:
-        """Make sure that every engine can generate.
-
-        Raises:
-            EngineError: one cannot.
-        """
-        for member, healthy in zip(self._members, await self._each(lambda engine: engine.health()), strict=True):
-            if not healthy:
-                raise EngineError(f"{member.label} is not healthy: it lost its weights or failed in a step; see its log.")
 
     async def check_versions(self, version: int) -> None:
         """Make sure that every engine samples with this version.
@@ -181,7 +170,7 @@ class EnginePool:
             self._put_to_sleep()
         except EngineLostError as error:
             self._raise_unless_restarting(error)
-            self._say(f"engines are put to sleep again: {error}")
+            _logger.warning("engines are put to sleep again: %s", error)
             self._put_to_sleep()
 
     def wake(self, tags: Sequence[MemoryTag]) -> None:
@@ -190,7 +179,7 @@ class EnginePool:
             self._wake(tags)
         except EngineLostError as error:
             self._raise_unless_restarting(error)
-            self._say(f"engines are woken again: {error}")
+            _logger.warning("engines are woken again: %s", error)
             self._wake(tags)
         self._tags_asleep = ()
         self.run(self._route(), label="route requests again", timeout_s=CONTROL_TIMEOUT_S)

@@ -36,8 +36,7 @@ class Launched:
     """Two ranks and what they said."""
 
     def __init__(self, log_folder: Path | None) -> None:
-        self.said: list[str] = []
-        self.ranks = LocalRanks(2, environ=ENVIRON, bucket_bytes=64, log_folder=log_folder, say=self.said.append)
+        self.ranks = LocalRanks(2, environ=ENVIRON, bucket_bytes=64, log_folder=log_folder)
         self.group = WorkerGroup(self.ranks)
         self.pids = self.ranks.pids
         self.learner = RemoteLearner(self.group, learners.build, console=QuietConsole())
@@ -60,7 +59,7 @@ def launched(tmp_path: Path) -> Iterator[Launched]:
     assert_gone(launched.pids)
 
 
-def test_ranks_learn_save_and_give_their_weights(launched: Launched, tmp_path: Path):
+def test_ranks_learn_save_and_give_their_weights(launched: Launched, tmp_path: Path, caplog):
     learned = launched.learner.learn(rollout(0, num_tokens=100_000))  # larger than a pipe's buffer
     assert (learned.metrics["rollout/tokens"], learned.metrics["rank"]) == (100_000, 0)
     assert learned.metrics["perf/actor_train_time"] >= 0
@@ -81,7 +80,8 @@ def test_ranks_learn_save_and_give_their_weights(launched: Launched, tmp_path: P
     assert answers == [(0, "here", "0"), (1, "here", "1")]
 
     launched.group.close()
-    assert launched.said == ["[rank 0] rank 0 is built"]
+    records = [*caplog.get_records("setup"), *caplog.get_records("call")]
+    assert [record.getMessage() for record in records] == ["[rank 0] rank 0 is built"]
     assert set((tmp_path / "logs" / "rank_1.log").read_text().splitlines()) == {"rank 1 is built", "a library warns"}
     assert not launched.ranks._folder.exists()
 

@@ -88,7 +88,7 @@ class Pool:
 def publish(source, pool, *, version, weights_may_alias=True, bucket_bytes=512 * 1024**2) -> None:
     plan = PublicationPlan(engine=EngineConfig(update_weight_buffer_size=bucket_bytes))
     gpus = DedicatedGpus(weights_may_alias=weights_may_alias)
-    publisher = Publisher(source, pool, plan, gpus=gpus, timer=PhaseTimer(), say=lambda text: None)
+    publisher = Publisher(source, pool, plan, gpus=gpus, timer=PhaseTimer())
     publisher.publish(version=version)
 
 
