@@ -7,15 +7,20 @@ import os
 import torch
 
 from qwench.algorithms.methods import build_method
+from qwench.checkpoints.folders import starting_weights
 from qwench.config.sections.reward import RewardConfig
-from qwench.launch.backends import COLLECTIVE_TIMEOUT_S, build_trainer
 from qwench.launch.inputs import Inputs
 from qwench.observability.timing import PhaseTimer
 from qwench.plugins import load_function
+from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.learner import Learner, RewardPostProcess
+from qwench.training.megatron.platform import check_platform
 from qwench.training.process_group import init_process_group
 from qwench.training.reference import Reference
 from qwench.training.state import TrainingState
+from qwench.training.trainer import Trainer
+
+COLLECTIVE_TIMEOUT_S = 1800.0
 
 
 def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
@@ -35,6 +40,47 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
         console=inputs.console,
         sequence_cost=inputs.plan.cost,
         reward_post_process=load_reward_post_process(config.reward),
+    )
+
+
+def build_trainer(inputs: Inputs) -> Trainer:
+    """Load the model, or this rank's part of it; after `init_process_group`, collective.
+
+    Raises:
+        ConfigError: the backend cannot run here, or does not fit the model.
+        CheckpointError: the checkpoint that training starts from is damaged.
+    """
+    if inputs.config.backend == "megatron":
+        return _build_megatron(inputs)
+    config = inputs.config
+    return FsdpTrainer.build(
+        starting_weights(config.checkpoint) or inputs.model_folder,
+        training=config.training,
+        optimizer=config.optimizer,
+        total_steps=inputs.plan.num_steps,
+        param_dtype=inputs.dtype,
+        device=inputs.device,
+        attention=config.model.attn_implementation,
+        dp_replicate=config.parallel.dp_replicate,
+        hf_config=inputs.hf_config,
+    )
+
+
+def _build_megatron(inputs: Inputs) -> Trainer:
+    check_platform()  # before the import: a machine without megatron-core hears what is missing
+    from qwench.training.megatron.megatron_trainer import MegatronTrainer  # noqa: PLC0415  # megatron-core is optional
+
+    config = inputs.config
+    return MegatronTrainer.build(
+        starting_weights(config.checkpoint) or inputs.model_folder,
+        training=config.training,
+        optimizer=config.optimizer,
+        total_steps=inputs.plan.num_steps,
+        layout=inputs.plan.layout,
+        param_dtype=inputs.dtype,
+        device=inputs.device,
+        architecture=inputs.plan.model,
+        collective_timeout_s=COLLECTIVE_TIMEOUT_S,
     )
 
 

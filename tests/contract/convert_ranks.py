@@ -21,10 +21,11 @@ from transformers import PretrainedConfig
 
 from qwench.checkpoints.formats.sources import open_weights
 from qwench.config.layout import ParallelLayout
+from qwench.config.sections.training import TrainingConfig
 from qwench.models.hf import architecture_of, load_hf_config
 from qwench.models.megatron_names import rules, to_megatron, tp_shard
 from qwench.training.megatron.groups import is_first_stage, is_last_stage, join_groups, leave_groups
-from qwench.training.megatron.model import ModelSettings, transformer_config
+from qwench.training.megatron.model import transformer_config
 from tests.deadlines import patient
 
 WORLD_SIZE = 4
@@ -97,9 +98,10 @@ def _load_and_save(folder: Path, model: str, layout: tuple[int, int]) -> None:
 def _stage(config: PretrainedConfig, layout: tuple[int, int]) -> GPTModel:
     """Build this rank's stage of megatron-core's own model."""
     tp, pp = layout
-    settings = ModelSettings(param_dtype=torch.bfloat16)
     stage = GPTModel(
-        config=transformer_config(architecture_of(config), ParallelLayout(tp=tp, pp=pp), settings),
+        config=transformer_config(
+            architecture_of(config), ParallelLayout(tp=tp, pp=pp), TrainingConfig(), param_dtype=torch.bfloat16
+        ),
         transformer_layer_spec=get_gpt_layer_local_spec(qk_layernorm=config.model_type == "qwen3", normalization="RMSNorm"),
         vocab_size=config.vocab_size + -config.vocab_size % tp,
         max_sequence_length=32,

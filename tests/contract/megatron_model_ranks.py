@@ -18,11 +18,11 @@ from torch import Tensor
 from qwench.algorithms.columns import MicroBatch
 from qwench.checkpoints.formats.sources import open_weights
 from qwench.config.layout import ParallelLayout, check_layout
+from qwench.config.sections.training import TrainingConfig
 from qwench.models.hf import architecture_of, load_hf_config
 from qwench.training.batch import idle
 from qwench.training.megatron.groups import is_first_stage, is_last_stage, join_groups, leave_groups
 from qwench.training.megatron.model import (
-    ModelSettings,
     PolicyModel,
     TokenScores,
     build_model,
@@ -108,12 +108,11 @@ def _run_case(case: Case, folder: Path) -> dict[str, object]:
     config = load_hf_config(folder / case.model)
     check_layout(case.layout, architecture_of(config), world_size=WORLD_SIZE)
     parallel = join_groups(case.layout)
-    settings = ModelSettings(
-        param_dtype=torch.float32,
+    training = TrainingConfig(
         recompute_granularity=case.recompute,  # type: ignore[arg-type]  # written above
         log_probs_chunk_size=7,
     )
-    model = build_model(architecture_of(config), case.layout, settings, CPU)
+    model = build_model(architecture_of(config), case.layout, training, CPU, param_dtype=torch.float32)
     load_weights(model, open_weights(folder / case.model, architecture_of(config)), architecture_of(config), case.layout)
     scores = [_forward_and_backward(model, micro_batch) for micro_batch in micro_batches()]
     parameters = [(rule.megatron_name, weight) for rule, weight in local_parameters(model, architecture_of(config))]

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
+from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.training.batch import pack
 
 TEMPERATURE = 0.8
@@ -22,6 +23,16 @@ WEIGHT_DECAY = 0.1
 BETAS = (0.9, 0.98)
 ADAM_EPS = 1e-8
 VOCAB = 48
+OPTIMIZER = OptimizerConfig(
+    lr=PEAK_LR,
+    lr_decay_style="constant",
+    lr_warmup_iters=2,
+    adam_beta1=BETAS[0],
+    adam_beta2=BETAS[1],
+    adam_eps=ADAM_EPS,
+    weight_decay=WEIGHT_DECAY,
+    clip_grad=CLIP_GRAD,
+)
 
 # (prompt, response) lengths; the response of sample 2 has a hole (tool output), sample 5 is not trained on at all.
 _SHAPES = ((3, 5), (2, 9), (4, 6), (1, 1), (6, 3), (2, 4), (3, 7), (2, 2))

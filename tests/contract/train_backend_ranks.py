@@ -16,26 +16,25 @@ import torch.distributed as dist
 
 from qwench.algorithms.columns import MicroBatch, TokenLoss
 from qwench.config.layout import ParallelLayout
+from qwench.config.sections.optimizer import OptimizerConfig
+from qwench.config.sections.training import TrainingConfig
 from qwench.errors import TrainingError
 from qwench.training.batch import unpack
-from qwench.training.fsdp.fsdp_trainer import WHOLE_GRADIENT_BYTES, FsdpSettings, FsdpTrainer
+from qwench.training.fsdp.fsdp_trainer import WHOLE_GRADIENT_BYTES, FsdpTrainer
 from qwench.training.megatron.groups import leave_groups
-from qwench.training.megatron.megatron_trainer import MegatronSettings, MegatronTrainer
-from qwench.training.megatron.model import ModelSettings
-from qwench.training.optimizers.adam import AdamSettings
-from qwench.training.optimizers.schedule import LrSchedule
+from qwench.training.megatron.megatron_trainer import MegatronTrainer
 from qwench.training.reference import Reference
 from qwench.training.trainer import Scorer, Trainer
 from tests.contract import train_backend_cases as cases
 from tests.contract.rank_processes import CPU, joined, run_to_end
 from tests.deadlines import patient
 from tests.fakes import cuda_stand_in
+from tests.fakes.sections import offloaded
 from tests.fakes.trainer import take_step
 
 _TIMEOUT_S = patient(300)
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.contract.train_backend_ranks"])
-_SCHEDULE = LrSchedule(peak=cases.PEAK_LR, warmup_steps=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +70,13 @@ def build_fsdp(model_folder: Path, case: Case, device: torch.device = CPU) -> It
     """Build the FSDP2 backend with the constants of the plain loop."""
     yield FsdpTrainer.build(
         model_folder,
-        settings=FsdpSettings(
-            param_dtype=torch.bfloat16 if case.bf16 else torch.float32,
-            dp_replicate=case.dp_replicate,
-            gradient_checkpointing=case.gradient_checkpointing,
-            head_chunk_tokens=7,
-            whole_gradient_bytes=0 if case.reduce_every_micro_batch else WHOLE_GRADIENT_BYTES,
-        ),
-        adam=_adam(case),
-        schedule=_SCHEDULE,
+        training=_training(case),
+        optimizer=_optimizer(case),
+        total_steps=cases.NUM_STEPS,
+        param_dtype=torch.bfloat16 if case.bf16 else torch.float32,
         device=device,
+        dp_replicate=case.dp_replicate,
+        whole_gradient_bytes=0 if case.reduce_every_micro_batch else WHOLE_GRADIENT_BYTES,
     )
 
 
@@ -91,18 +87,13 @@ def build_megatron(model_folder: Path, case: Case, device: torch.device = CPU) -
         cuda_stand_in.install()
     yield MegatronTrainer.build(
         model_folder,
-        settings=MegatronSettings(
-            layout=case.layout,
-            model=ModelSettings(
-                param_dtype=torch.bfloat16 if case.bf16 else torch.float32,
-                recompute_granularity="full" if case.gradient_checkpointing else None,
-                log_probs_chunk_size=7,
-            ),
-            collective_timeout_s=_TIMEOUT_S,
-        ),
-        adam=_adam(case),
-        schedule=_SCHEDULE,
+        training=_training(case),
+        optimizer=_optimizer(case),
+        total_steps=cases.NUM_STEPS,
+        layout=case.layout,
+        param_dtype=torch.bfloat16 if case.bf16 else torch.float32,
         device=device,
+        collective_timeout_s=_TIMEOUT_S,
     )
     leave_groups()
 
@@ -209,15 +200,12 @@ def _run_non_finite(backend: Trainer, case: Case) -> dict[str, object]:
     return {"message": message, "before": before, "after": after, "next": asdict(first)}
 
 
-def _adam(case: Case) -> AdamSettings:
-    return AdamSettings(
-        betas=cases.BETAS,
-        eps=cases.ADAM_EPS,
-        weight_decay=cases.WEIGHT_DECAY,
-        clip_grad=cases.CLIP_GRAD,
-        offload_fraction=case.offload_fraction,
-        overlap_copies=True,
-    )
+def _training(case: Case) -> TrainingConfig:
+    return TrainingConfig(gradient_checkpointing=case.gradient_checkpointing, log_probs_chunk_size=7)
+
+
+def _optimizer(case: Case) -> OptimizerConfig:
+    return offloaded(cases.OPTIMIZER, case.offload_fraction, overlap=True)
 
 
 def _has_gradient_shards(backend: Trainer) -> bool:

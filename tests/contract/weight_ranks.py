@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from qwench.config.sections.training import TrainingConfig
 from qwench.errors import QwenchError
-from qwench.training.fsdp.fsdp_trainer import FsdpSettings, FsdpTrainer
-from qwench.training.optimizers.adam import AdamSettings
-from qwench.training.optimizers.schedule import LrSchedule
+from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.weights.remote import PublicationPlan, publish_from_rank
 from qwench.wire.addresses import EngineAddress
 from tests.deadlines import patient
+from tests.fakes.sections import adamw
 
 _TIMEOUT_S = patient(120)
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -59,9 +59,10 @@ def _run(folder: Path, publications: Sequence[Publication], rank: int, num_ranks
     )
     backend = FsdpTrainer.build(
         folder,
-        settings=FsdpSettings(param_dtype=torch.float32),
-        adam=AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1, clip_grad=1.0),
-        schedule=LrSchedule(peak=1e-3),
+        training=TrainingConfig(),
+        optimizer=adamw(),
+        total_steps=1,
+        param_dtype=torch.float32,
         device=torch.device("cpu"),
     )
     outcomes = []

@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
+from qwench.config.sections.training import TrainingConfig
 from qwench.training.batch import pack, unpack
-from qwench.training.fsdp.fsdp_trainer import FsdpSettings, FsdpTrainer
-from qwench.training.optimizers.adam import AdamSettings
-from qwench.training.optimizers.schedule import LrSchedule
+from qwench.training.fsdp.fsdp_trainer import WHOLE_GRADIENT_BYTES, FsdpTrainer
 from qwench.training.process_group import init_process_group
 from qwench.training.reference import Reference
+from tests.fakes.sections import adamw
 from tests.fakes.trainer import take_step
 
 pytestmark = [
@@ -46,13 +46,18 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _build(folder: Path, device: torch.device, **settings) -> FsdpTrainer:
+def _build(
+    folder: Path, device: torch.device, *, attention: str = "sdpa", whole_gradient_bytes: int = WHOLE_GRADIENT_BYTES, **training
+) -> FsdpTrainer:
     return FsdpTrainer.build(
         folder,
-        settings=FsdpSettings(param_dtype=torch.bfloat16, head_chunk_tokens=100, **settings),
-        adam=AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1, clip_grad=1.0),
-        schedule=LrSchedule(peak=1e-4),
+        training=TrainingConfig(log_probs_chunk_size=100, **training),
+        optimizer=adamw(lr=1e-4),
+        total_steps=1,
+        param_dtype=torch.bfloat16,
         device=device,
+        attention=attention,
+        whole_gradient_bytes=whole_gradient_bytes,
     )
 
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
+from qwench.config.sections.optimizer import OptimizerConfig
+from qwench.config.sections.training import TrainingConfig
 from qwench.training.batch import pack
-from qwench.training.fsdp.fsdp_trainer import FsdpSettings, FsdpTrainer
-from qwench.training.optimizers.adam import AdamSettings
+from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.optimizers.host_adam import HostAdam
-from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import init_process_group
+from tests.fakes.sections import adamw, offloaded
 from tests.fakes.trainer import take_step
 
 _DEVICES = [
@@ -32,8 +33,8 @@ _DEVICES = [
     ),
 ]
 _CONSTANTS = {"lr": 1e-3, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.1}
-_ON_DEVICE = AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1, clip_grad=1.0)
-_OFFLOADED = replace(_ON_DEVICE, offload_fraction=1.0, overlap_copies=True)
+_ON_DEVICE = adamw(lr=1e-4)
+_OFFLOADED = offloaded(_ON_DEVICE, 1.0, overlap=True)
 _VOCAB = 512
 _LENGTHS = (40, 7, 133, 64)
 _PROMPT = 2
@@ -92,9 +93,11 @@ def test_host_and_device_step_alike(device: torch.device, fraction: float) -> No
         torch.testing.assert_close(master, reference.state[wanted]["master_param"], rtol=1e-3, atol=1e-4)
 
 
-def _build(folder: Path, device: torch.device, adam: AdamSettings) -> FsdpTrainer:
-    settings = FsdpSettings(param_dtype=torch.bfloat16, gradient_checkpointing=True)
-    return FsdpTrainer.build(folder, settings=settings, adam=adam, schedule=LrSchedule(peak=1e-4), device=device)
+def _build(folder: Path, device: torch.device, adam: OptimizerConfig) -> FsdpTrainer:
+    training = TrainingConfig(gradient_checkpointing=True)
+    return FsdpTrainer.build(
+        folder, training=training, optimizer=adam, total_steps=1, param_dtype=torch.bfloat16, device=device
+    )
 
 
 def _micro_batches() -> list[MicroBatch]:
@@ -129,7 +132,7 @@ def test_an_offloaded_backend_trains_sleeps_and_resumes_as_one_on_the_device(
     offloaded.wake()
     offloaded.save(tmp_path)
     assert _losses(offloaded, steps=3) == pytest.approx(expected[3:], rel=1e-3)
-    resumed = _build(model_folder, device, replace(_OFFLOADED, offload_fraction=0.5))
+    resumed = _build(model_folder, device, replace(_OFFLOADED, optimizer_offload_fraction=0.5))
     resumed.load(tmp_path)
     assert _losses(resumed, steps=3) == pytest.approx(expected[3:], rel=1e-3)
 

@@ -19,14 +19,15 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
+from qwench.config.sections.optimizer import OptimizerConfig
+from qwench.config.sections.training import TrainingConfig
 from qwench.training.batch import pack
-from qwench.training.fsdp.fsdp_trainer import FsdpSettings, FsdpTrainer
-from qwench.training.optimizers.adam import AdamSettings
-from qwench.training.optimizers.schedule import LrSchedule
+from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.trainer import Trainer
 from tests.contract import train_backend_cases as cases
 from tests.contract.rank_processes import run_to_end
 from tests.deadlines import patient
+from tests.fakes.sections import adamw
 from tests.fakes.trainer import take_step
 
 pytest.importorskip("megatron.core")
@@ -105,18 +106,17 @@ def _join(rank: int, world_size: int, device: str, folder: Path) -> torch.device
     return torch.device(device, 0) if device == "cuda" else torch.device(device)
 
 
-def _megatron(folder: Path, device: torch.device, layout: str, dtype: torch.dtype, adam: AdamSettings) -> Trainer:
+def _megatron(folder: Path, device: torch.device, layout: str, dtype: torch.dtype, optimizer: OptimizerConfig) -> Trainer:
     from qwench.config.layout import ParallelLayout  # noqa: PLC0415
-    from qwench.training.megatron.megatron_trainer import MegatronSettings, MegatronTrainer  # noqa: PLC0415  # after the stand-in
-    from qwench.training.megatron.model import ModelSettings  # noqa: PLC0415
+    from qwench.training.megatron.megatron_trainer import MegatronTrainer  # noqa: PLC0415  # after the stand-in
 
     return MegatronTrainer.build(
         folder,
-        settings=MegatronSettings(
-            layout=ParallelLayout(**_LAYOUTS[layout][1]), model=ModelSettings(param_dtype=dtype, log_probs_chunk_size=7)
-        ),
-        adam=adam,
-        schedule=LrSchedule(peak=cases.PEAK_LR, warmup_steps=2),
+        training=TrainingConfig(log_probs_chunk_size=7),
+        optimizer=optimizer,
+        total_steps=1,
+        layout=ParallelLayout(**_LAYOUTS[layout][1]),
+        param_dtype=dtype,
         device=device,
     )
 
@@ -125,9 +125,8 @@ def _steps_of_a_rank(rank: int, world_size: int, device_name: str, layout: str, 
     device = _join(rank, world_size, device_name, folder)
     from qwench.training.megatron.groups import leave_groups  # noqa: PLC0415  # after the stand-in
 
-    adam = AdamSettings(betas=cases.BETAS, eps=cases.ADAM_EPS, weight_decay=cases.WEIGHT_DECAY, clip_grad=cases.CLIP_GRAD)
     for model in _MODELS:
-        backend = _megatron(folder / model, device, layout, torch.float32, adam)
+        backend = _megatron(folder / model, device, layout, torch.float32, cases.OPTIMIZER)
         batch = cases.micro_batches(cases.make_batch(), _ALL_SAMPLES)
         steps = [
             take_step(backend, batch, cases.clipped_loss, temperature=cases.TEMPERATURE, with_entropy=True)
@@ -141,20 +140,21 @@ def _steps_of_a_rank(rank: int, world_size: int, device_name: str, layout: str, 
 
 def _bfloat16_beside_fsdp(rank: int, world_size: int, device_name: str, layout: str, folder: Path) -> None:
     device = _join(rank, world_size, device_name, folder)
-    adam = AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1, clip_grad=1.0)
-    schedule = LrSchedule(peak=cases.PEAK_LR, warmup_steps=2)
+    optimizer = adamw(lr=cases.PEAK_LR, lr_warmup_iters=2)
     fsdp = FsdpTrainer.build(
         folder / "model",
-        settings=FsdpSettings(param_dtype=torch.bfloat16, attention="varlen"),
-        adam=adam,
-        schedule=schedule,
+        training=TrainingConfig(),
+        optimizer=optimizer,
+        total_steps=1,
+        param_dtype=torch.bfloat16,
         device=device,
+        attention="varlen",
     )
     records = {"fsdp": _bfloat16_steps(fsdp)}
     del fsdp
     gc.collect()
     torch.cuda.empty_cache()
-    megatron = _megatron(folder / "model", device, layout, torch.bfloat16, adam)
+    megatron = _megatron(folder / "model", device, layout, torch.bfloat16, optimizer)
     records["megatron"] = _bfloat16_steps(megatron) | _lend_memory(megatron)
     torch.save(records, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
 from qwench.config.sections.engine import EngineConfig
+from qwench.config.sections.training import TrainingConfig
 from qwench.engines.client import HttpEngine
 from qwench.engines.fleet.servers import ServerProcess
 from qwench.engines.kinds.sglang import sglang_command
@@ -24,14 +25,13 @@ from qwench.engines.protocol import GenerateRequest, GenerateResult, MemoryTag
 from qwench.models.made.tiny import make_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.training.batch import pack
-from qwench.training.fsdp.fsdp_trainer import FsdpSettings, FsdpTrainer
-from qwench.training.optimizers.adam import AdamSettings
-from qwench.training.optimizers.schedule import LrSchedule
+from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.process_group import init_process_group
 from qwench.weights.remote import PublicationPlan, publish_from_rank
 from qwench.wire.addresses import EngineAddress, Placement, gpu_names, host_name
 from tests.contract.engine_hosts import ask, generate_all, prompt_of
 from tests.fakes.orders import server_order
+from tests.fakes.sections import adamw
 from tests.fakes.trainer import take_step
 
 pytestmark = [
@@ -116,10 +116,12 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     init_process_group(device, environ={}, timeout_s=120)
     backend = FsdpTrainer.build(
         folder,
-        settings=FsdpSettings(param_dtype=torch.bfloat16, attention="varlen", gradient_checkpointing=True),
-        adam=AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1, clip_grad=1.0),
-        schedule=LrSchedule(peak=1e-4),
+        training=TrainingConfig(gradient_checkpointing=True),
+        optimizer=adamw(lr=1e-4),
+        total_steps=1,
+        param_dtype=torch.bfloat16,
         device=device,
+        attention="varlen",
     )
     order = server_order(
         folder, folder.parent, token=TOKEN, dtype="bfloat16", releases_memory=True, seed=0, sglang_args=WORDS,

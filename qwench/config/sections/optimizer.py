@@ -76,6 +76,11 @@ class OptimizerConfig:
         self._check_moments()
         self._check_schedule()
 
+    @property
+    def offloaded_share(self) -> float:
+        """Return the share of masters and moments that is on the host."""
+        return self.optimizer_offload_fraction if self.optimizer_cpu_offload else 0.0
+
     def _check_moments(self) -> None:
         if not self.use_precision_aware_optimizer:
             return
@@ -89,6 +94,8 @@ class OptimizerConfig:
     def _check_schedule(self) -> None:
         if self.lr is not None and self.min_lr > self.lr:
             raise ConfigError(f"--min-lr ({self.min_lr}) is greater than --lr ({self.lr})")
+        if self.lr is not None and self.lr_warmup_init > self.lr:
+            raise ConfigError(f"--lr-warmup-init ({self.lr_warmup_init}) is greater than --lr ({self.lr})")
         if self.lr_warmup_fraction is None:
             return
         if not 0 <= self.lr_warmup_fraction < 1:

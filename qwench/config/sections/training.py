@@ -8,6 +8,9 @@ from typing import Literal
 from qwench.config.checks import check_positive
 from qwench.errors import ConfigError
 
+DEFAULT_HEAD_CHUNK_TOKENS = 4096
+"""Of --log-probs-chunk-size -1."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
@@ -65,6 +68,11 @@ class TrainingConfig:
             raise ConfigError("--use-dynamic-batch-size packs by tokens; give the budget with --max-tokens-per-gpu")
         if self.max_tokens_per_gpu is not None and not self.use_dynamic_batch_size:
             raise ConfigError("--max-tokens-per-gpu has no effect without --use-dynamic-batch-size; add it")
+
+    @property
+    def head_chunk_tokens(self) -> int:
+        """Return the number of tokens whose logits exist at a time."""
+        return self.log_probs_chunk_size if self.log_probs_chunk_size > 0 else DEFAULT_HEAD_CHUNK_TOKENS
 
     @property
     def recomputes_layers(self) -> bool:

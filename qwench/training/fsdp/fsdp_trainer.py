@@ -8,7 +8,7 @@ the host the masters are there, and the shards are the rounded weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
 from qwench.algorithms.columns import LossFunction, MicroBatch, TokenLoss
+from qwench.config.sections.optimizer import OptimizerConfig
+from qwench.config.sections.training import TrainingConfig
 from qwench.models.hf import load_hf_config
 from qwench.models.memory import WHOLE_GRADIENT_BYTES
 from qwench.training import rng
@@ -32,34 +34,23 @@ from qwench.training.fsdp.optimizer import MasterOptimizer, local_shard
 from qwench.training.fsdp.parallelize import MASTER_DTYPE, parallelize
 from qwench.training.fsdp.policy import Policy
 from qwench.training.offload import HostCopy
-from qwench.training.optimizers.adam import AdamSettings
-from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import largest_of_ranks
 from qwench.training.trainer import ParallelRank, Scores, StepResult, Sums, stop_unless_finite
 from qwench.wire.portions import WeightBucket, bucketed
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FsdpSettings:
-    """How the policy is computed and laid out."""
-
-    param_dtype: torch.dtype
-    """Of the forward, the backward and what is published."""
-    attention: str = "sdpa"
-    dp_replicate: int = 1
-    gradient_checkpointing: bool = False
-    torch_compile: bool = False
-    head_chunk_tokens: int = 4096
-    """Positions whose logits exist at a time."""
-    deterministic: bool = False
-    whole_gradient_bytes: int = WHOLE_GRADIENT_BYTES
 
 
 class FsdpTrainer:
     """See the module docstring. Life: build -> (forward | forward_backward, optim_step | ...)*; sleep -> wake in between."""
 
     def __init__(
-        self, policy: Policy, optimizer: MasterOptimizer, *, device: torch.device, mesh: DeviceMesh, settings: FsdpSettings
+        self,
+        policy: Policy,
+        optimizer: MasterOptimizer,
+        *,
+        device: torch.device,
+        mesh: DeviceMesh,
+        param_dtype: torch.dtype,
+        whole_gradient_bytes: int,
     ) -> None:
         """Take a policy that is sharded already over `mesh`; use `build`."""
         self.device = device
@@ -69,10 +60,10 @@ class FsdpTrainer:
         self._policy = policy
         self._fsdp: FSDPModule = policy
         self._optimizer = optimizer
-        self._param_dtype = settings.param_dtype
+        self._param_dtype = param_dtype
         self._weights = policy.named_weights()
         whole_bytes = sum(weight.numel() for weight in self._weights.values()) * MASTER_DTYPE.itemsize
-        self._reduces_every_micro_batch = mesh["dp_shard"].size() > 1 and whole_bytes > settings.whole_gradient_bytes
+        self._reduces_every_micro_batch = mesh["dp_shard"].size() > 1 and whole_bytes > whole_gradient_bytes
         self._dp_group = dist.group.WORLD
         self._asleep: HostCopy | None = None
 
@@ -81,48 +72,61 @@ class FsdpTrainer:
         cls,
         model_folder: Path,
         *,
-        settings: FsdpSettings,
-        adam: AdamSettings,
-        schedule: LrSchedule,
+        training: TrainingConfig,
+        optimizer: OptimizerConfig,
+        total_steps: int,
+        param_dtype: torch.dtype,
         device: torch.device,
+        attention: str = "sdpa",
+        dp_replicate: int = 1,
         hf_config: PretrainedConfig | None = None,
+        whole_gradient_bytes: int = WHOLE_GRADIENT_BYTES,
     ) -> FsdpTrainer:
         """Load a checkpoint of any format and shard it over all ranks (after `init_process_group`); collective.
 
         Args:
             model_folder: A checkpoint that `checkpoints.formats.sources` knows.
+            total_steps: Optimizer steps of the run, over which the learning rate decays.
+            param_dtype: Of the forward, the backward and what is published.
             hf_config: Of the model; None: config.json in `model_folder`.
 
         Raises:
             ConfigError: the attention or the layout does not fit the model, device or ranks.
             CheckpointError: the checkpoint is damaged.
         """
-        if settings.deterministic:
+        if training.deterministic_mode:
             torch.use_deterministic_algorithms(True)
-        mesh = build_mesh(device, dp_replicate=settings.dp_replicate)
+        mesh = build_mesh(device, dp_replicate=dp_replicate)
         # In the checkpoint's own dtype: it is cast as shards on the device.
         model, source = load_causal_lm(model_folder, hf_config or load_hf_config(model_folder))
-        install_attention(model, settings.attention, device=device, dtype=settings.param_dtype)
+        install_attention(model, attention, device=device, dtype=param_dtype)
         policy = Policy(
             model,
-            attention=settings.attention,
-            head_chunk_tokens=settings.head_chunk_tokens,
-            compile_head=settings.torch_compile,
+            attention=attention,
+            head_chunk_tokens=training.head_chunk_tokens,
+            compile_head=training.torch_compile,
         )
         parallelize(
             policy,
             mesh,
             device=device,
-            param_dtype=settings.param_dtype,
-            gradient_checkpointing=settings.gradient_checkpointing,
-            torch_compile=settings.torch_compile,
-            stored_dtype=settings.param_dtype if adam.offload_fraction > 0 else MASTER_DTYPE,
+            param_dtype=param_dtype,
+            gradient_checkpointing=training.recomputes_layers,
+            torch_compile=training.torch_compile,
+            stored_dtype=param_dtype if optimizer.offloaded_share > 0 else MASTER_DTYPE,
         )
         weights = policy.named_weights()
         if source is not None:
             fill_shards(weights, source)
-        optimizer = MasterOptimizer(weights, ShardedGradients(policy, weights), adam, schedule)
-        return cls(policy, optimizer, device=device, mesh=mesh, settings=settings)
+        masters = MasterOptimizer(weights, ShardedGradients(policy, weights), optimizer, total_steps=total_steps)
+        return cls(
+            policy,
+            masters,
+            device=device,
+            mesh=mesh,
+            param_dtype=param_dtype,
+            whole_gradient_bytes=whole_gradient_bytes,
+        )
 
     @torch.no_grad()
     def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:

@@ -15,8 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
+from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.training.fsdp.gradients import ShardedGradients
-from qwench.training.optimizers.adam import MASTER, MOMENTS, NORM_EPS, AdamSettings
+from qwench.training.optimizers.adam import MASTER, MOMENTS, NORM_EPS
 from qwench.training.optimizers.host_adam import HostAdam
 from qwench.training.optimizers.schedule import LrSchedule
 
@@ -25,22 +26,27 @@ class MasterOptimizer:
     """Steps the masters, each rank its shards, since AdamW is element-wise."""
 
     def __init__(
-        self, weights: Mapping[str, nn.Parameter], gradients: ShardedGradients, settings: AdamSettings, schedule: LrSchedule
+        self,
+        weights: Mapping[str, nn.Parameter],
+        gradients: ShardedGradients,
+        section: OptimizerConfig,
+        *,
+        total_steps: int,
     ) -> None:
         """Keep `weights` by name; they are sharded already, and `gradients` are theirs."""
         self.num_steps = 0
         self._weights = dict(weights)
         self._shards = {name: local_shard(weight) for name, weight in weights.items()}
         self._gradients = gradients
-        self._schedule = schedule
-        self._clip_grad = settings.clip_grad
+        self._schedule = LrSchedule(section, total_steps=total_steps)
+        self._clip_grad = section.clip_grad
         mesh = _mesh_of(next(iter(weights.values())))
         self._shard_group = mesh.get_group("dp_shard")
         self._host_mesh = mesh if mesh.device_type == "cpu" else _same_ranks_on_the_host(mesh)
         decayed = [shard for name, shard in self._shards.items() if weights[name].ndim > 1]
         kept = [shard for name, shard in self._shards.items() if weights[name].ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-        self._adam = HostAdam.from_settings([group for group in groups if group["params"]], settings, lr=schedule.peak)
+        groups = [{"params": decayed, "weight_decay": section.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        self._adam = HostAdam.from_section([group for group in groups if group["params"]], section)
 
     def grad_norm(self) -> Tensor:
         """Return the norm [] float32 of the whole gradient, on the device; collective over the shards."""

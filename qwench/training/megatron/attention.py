@@ -14,7 +14,6 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from qwench.errors import ConfigError
 from qwench.models.architecture import RopeSpec
 from qwench.models.decoder.rope import rope_table, rotate
 from qwench.training.megatron.context_parallel import SequenceSplit, gather_keys
@@ -87,20 +86,6 @@ class CoreAttention(nn.Module):
         return packed.attention(query, key, value, scale=self._scale).flatten(1)
 
 
-def uses_varlen_kernel(backend: str, *, device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether `--attention-backend` means torch's packed flash kernel here; the other choice is padded rows.
-
-    Raises:
-        ConfigError: the backend is unknown, or cannot run on this device in this dtype.
-    """
-    can_run = device.type == "cuda" and dtype == torch.bfloat16
-    if backend == "auto":
-        return can_run
-    if backend == "flash" and not can_run:
-        raise ConfigError(
-            f"--attention-backend flash computes in bfloat16 on a GPU, but this run uses {dtype} on {device.type}; use "
-            "--attention-backend auto."
-        )
-    if backend not in ("flash", "unfused", "local"):
-        raise ConfigError(f"--attention-backend {backend!r} is not supported; known: auto, flash, unfused, local.")
-    return backend == "flash"
+def uses_varlen_kernel(*, device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether torch's packed flash kernel can run here; the other choice is padded rows."""
+    return device.type == "cuda" and dtype == torch.bfloat16

@@ -10,7 +10,7 @@ What the forward computes with, and what is published, are the weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,13 +22,14 @@ from torch import Tensor
 from qwench.algorithms.columns import LossFunction, MicroBatch, TokenLoss
 from qwench.checkpoints.formats.sources import open_weights
 from qwench.config.layout import ParallelLayout, check_layout
+from qwench.config.sections.optimizer import OptimizerConfig
+from qwench.config.sections.training import TrainingConfig
 from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, load_hf_config
 from qwench.training import rng
 from qwench.training.megatron import checkpoint, pipeline
 from qwench.training.megatron.groups import join_groups
 from qwench.training.megatron.model import (
-    ModelSettings,
     PolicyModel,
     TokenScores,
     build_model,
@@ -41,21 +42,10 @@ from qwench.training.megatron.platform import check_platform, check_transformer_
 from qwench.training.megatron.stages import TensorPlace
 from qwench.training.megatron.weights import WholeWeights
 from qwench.training.offload import HostCopy
-from qwench.training.optimizers.adam import AdamSettings
-from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.process_group import largest_of_ranks
 from qwench.training.resuming import open_saved_optimizer
 from qwench.training.trainer import ParallelRank, Scores, StepResult, Sums, stop_unless_finite
 from qwench.wire.portions import WeightBucket, bucketed
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MegatronSettings:
-    """How the policy is computed and laid out."""
-
-    layout: ParallelLayout
-    model: ModelSettings
-    collective_timeout_s: float = 1800.0
 
 
 class MegatronTrainer:
@@ -69,8 +59,8 @@ class MegatronTrainer:
         layout: ParallelLayout,
         parallel: ParallelRank,
         device: torch.device,
-        adam: AdamSettings,
-        schedule: LrSchedule,
+        optimizer: OptimizerConfig,
+        total_steps: int,
     ) -> None:
         """Take a stage that has its weights; use `build`."""
         self.device = device
@@ -80,7 +70,7 @@ class MegatronTrainer:
         self._place = TensorPlace(model=config, tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=layout.tp)
         self._model = model
         self._ddp: DistributedDataParallel = wrap_in_ddp(model)
-        self._optimizer = MasterOptimizer(self._ddp, adam, schedule)
+        self._optimizer = MasterOptimizer(self._ddp, optimizer, total_steps=total_steps)
         self._weights = local_parameters(model, config)
         # With tied embeddings, the last of several stages computes with a copy of the first one's.
         self._loaded = [*self._weights, *tied_head(model, config)]
@@ -93,16 +83,21 @@ class MegatronTrainer:
         cls,
         model_folder: Path,
         *,
-        settings: MegatronSettings,
-        adam: AdamSettings,
-        schedule: LrSchedule,
+        training: TrainingConfig,
+        optimizer: OptimizerConfig,
+        total_steps: int,
+        layout: ParallelLayout,
+        param_dtype: torch.dtype,
         device: torch.device,
         architecture: Architecture | None = None,
+        collective_timeout_s: float = 1800.0,
     ) -> MegatronTrainer:
         """Divide the ranks (after `init_process_group`) and load a checkpoint of any format; collective.
 
         Args:
             model_folder: A checkpoint that `checkpoints.formats.sources` knows.
+            total_steps: Optimizer steps of the run, over which the learning rate decays.
+            param_dtype: Of weights, activations and what is published.
             architecture: Of the model; None: that of config.json in `model_folder`.
 
         Raises:
@@ -110,16 +105,24 @@ class MegatronTrainer:
             CheckpointError: the checkpoint is damaged.
         """
         check_platform()
-        check_transformer_impl(settings.model.transformer_impl)
-        if settings.model.deterministic:
+        check_transformer_impl(training.transformer_impl)
+        if training.deterministic_mode:
             torch.use_deterministic_algorithms(True)
         config = architecture or architecture_of(load_hf_config(model_folder))
-        check_layout(settings.layout, config, world_size=dist.get_world_size())
+        check_layout(layout, config, world_size=dist.get_world_size())
         source = open_weights(model_folder, config)
-        parallel = join_groups(settings.layout, timeout_s=settings.collective_timeout_s)
-        model = build_model(config, settings.layout, settings.model, device)
-        load_weights(model, source, config, settings.layout)
-        return cls(model, config, layout=settings.layout, parallel=parallel, device=device, adam=adam, schedule=schedule)
+        parallel = join_groups(layout, timeout_s=collective_timeout_s)
+        model = build_model(config, layout, training, device, param_dtype=param_dtype)
+        load_weights(model, source, config, layout)
+        return cls(
+            model,
+            config,
+            layout=layout,
+            parallel=parallel,
+            device=device,
+            optimizer=optimizer,
+            total_steps=total_steps,
+        )
 
     @torch.no_grad()
     def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:

@@ -10,7 +10,6 @@ t are the tokens of one rank: split over context-parallel ranks, and with sequen
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from megatron.core import parallel_state
@@ -23,6 +22,7 @@ from torch.nn.functional import silu
 from qwench.algorithms.columns import MicroBatch
 from qwench.checkpoints.formats.sources import WeightSource
 from qwench.config.layout import ParallelLayout
+from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture, refuse_output_biases
 from qwench.models.megatron_names import WeightRule, rules, to_megatron, tp_shard
@@ -31,26 +31,6 @@ from qwench.training.megatron.context_parallel import SequenceSplit, gather_resu
 from qwench.training.megatron.groups import is_first_stage, is_last_stage
 from qwench.training.megatron.log_probs import VocabShard, parallel_log_probs
 from qwench.training.megatron.spec import block_spec
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSettings:
-    """How the stage is computed."""
-
-    param_dtype: torch.dtype
-    """Of weights and activations."""
-    attention_backend: str = "auto"
-    """--attention-backend; auto is torch's flash kernel where it can run."""
-    transformer_impl: str = "local"
-    recompute_granularity: Literal["full", "selective"] | None = None
-    """full: whole layers are computed again in the backward; selective: the attention kernel."""
-    recompute_method: Literal["uniform", "block"] | None = None
-    """None: uniform."""
-    recompute_num_layers: int | None = None
-    """None: 1."""
-    log_probs_chunk_size: int = 1024
-    """Positions whose logits exist at a time."""
-    deterministic: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,14 +51,14 @@ class PolicyModel(GPTModel):
         config: TransformerConfig,
         architecture: Architecture,
         layout: ParallelLayout,
-        settings: ModelSettings,
+        training: TrainingConfig,
         *,
         varlen: bool,
     ) -> None:
         """Allocate the stage's weights on the current device, without values; use `build_model`."""
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(config, transformer_impl=settings.transformer_impl),
+            transformer_layer_spec=block_spec(config, transformer_impl=training.transformer_impl),
             vocab_size=architecture.vocab_size + -architecture.vocab_size % layout.tp,
             max_sequence_length=architecture.max_positions,
             pre_process=is_first_stage(),
@@ -88,7 +68,7 @@ class PolicyModel(GPTModel):
         )
         self._architecture = architecture
         self._layout = layout
-        self._settings = settings
+        self._head_chunk_tokens = training.head_chunk_tokens
         self._varlen = varlen
 
     def forward(self, micro_batch: MicroBatch, *, temperature: float, with_entropy: bool = False) -> Tensor | TokenScores:
@@ -110,7 +90,7 @@ class PolicyModel(GPTModel):
             split,
             rope=self._architecture.rope,
             varlen=self._varlen,
-            dtype=self._settings.param_dtype,
+            dtype=self.config.params_dtype,
             device=device,
             group=parallel_state.get_context_parallel_group(),
         )
@@ -142,7 +122,7 @@ class PolicyModel(GPTModel):
                 vocab_size=self._architecture.vocab_size,
             ),
             temperature=temperature,
-            chunk_tokens=self._settings.log_probs_chunk_size,
+            chunk_tokens=self._head_chunk_tokens,
             with_entropy=with_entropy,
         )
         merged = split.merged.to(hidden.device, non_blocking=True)
@@ -158,14 +138,16 @@ class PolicyModel(GPTModel):
         return weight
 
 
-def transformer_config(architecture: Architecture, layout: ParallelLayout, settings: ModelSettings) -> TransformerConfig:
+def transformer_config(
+    architecture: Architecture, layout: ParallelLayout, training: TrainingConfig, *, param_dtype: torch.dtype
+) -> TransformerConfig:
     """Return megatron-core's configuration of the model.
 
     Raises:
         ConfigError: a kind of model that megatron-core would not compute as transformers does.
     """
     refuse_output_biases(architecture)
-    full = settings.recompute_granularity == "full"
+    full = training.recomputes_layers
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -186,11 +168,11 @@ def transformer_config(architecture: Architecture, layout: ParallelLayout, setti
         init_method=_leave_as_it_is,
         output_layer_init_method=_leave_as_it_is,
         embedding_init_method=_leave_as_it_is,
-        params_dtype=settings.param_dtype,
-        bf16=settings.param_dtype == torch.bfloat16,
+        params_dtype=param_dtype,
+        bf16=param_dtype == torch.bfloat16,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
-        pipeline_dtype=settings.param_dtype,
+        pipeline_dtype=param_dtype,
         context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence_parallel and layout.tp > 1,
         # Micro-batches have different numbers of tokens; megatron-core allows that with this dispatcher only, experts or not.
@@ -200,15 +182,20 @@ def transformer_config(architecture: Architecture, layout: ParallelLayout, setti
         calculate_per_token_loss=True,
         # The packed kernels compute the softmax in float32 whatever this says.
         attention_softmax_in_fp32=True,
-        recompute_granularity=settings.recompute_granularity,
-        recompute_method=(settings.recompute_method or "uniform") if full else None,
-        recompute_num_layers=(settings.recompute_num_layers or 1) if full else None,
-        deterministic_mode=settings.deterministic,
+        recompute_granularity="full" if full else training.recompute_granularity,
+        recompute_method=(training.recompute_method or "uniform") if full else None,
+        recompute_num_layers=(training.recompute_num_layers or 1) if full else None,
+        deterministic_mode=training.deterministic_mode,
     )
 
 
 def build_model(
-    architecture: Architecture, layout: ParallelLayout, settings: ModelSettings, device: torch.device
+    architecture: Architecture,
+    layout: ParallelLayout,
+    training: TrainingConfig,
+    device: torch.device,
+    *,
+    param_dtype: torch.dtype,
 ) -> PolicyModel:
     """Build this rank's stage (after `join_groups`), with weights that `load_weights` fills; collective.
 
@@ -216,12 +203,11 @@ def build_model(
         device: The current device of megatron-core.
 
     Raises:
-        ConfigError: the model or the attention backend is not supported here.
+        ConfigError: the model is not supported here.
     """
-    varlen = uses_varlen_kernel(settings.attention_backend, device=device, dtype=settings.param_dtype)
-    model: PolicyModel = PolicyModel(
-        transformer_config(architecture, layout, settings), architecture, layout, settings, varlen=varlen
-    ).to(device)
+    config = transformer_config(architecture, layout, training, param_dtype=param_dtype)
+    varlen = uses_varlen_kernel(device=device, dtype=param_dtype)
+    model: PolicyModel = PolicyModel(config, architecture, layout, training, varlen=varlen).to(device)
     return model
 
 

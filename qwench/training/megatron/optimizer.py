@@ -18,7 +18,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
-from qwench.training.optimizers.adam import MASTER, MOMENTS, AdamSettings
+from qwench.config.sections.optimizer import OptimizerConfig as OptimizerSection
+from qwench.training.optimizers.adam import MASTER, MOMENTS
 from qwench.training.optimizers.host_adam import HostAdam
 from qwench.training.optimizers.schedule import LrSchedule
 
@@ -46,24 +47,24 @@ def wrap_in_ddp(model: nn.Module) -> DistributedDataParallel:
 class MasterOptimizer:
     """Steps the float32 masters and writes their rounding into the weights."""
 
-    def __init__(self, model: DistributedDataParallel, settings: AdamSettings, schedule: LrSchedule) -> None:
+    def __init__(self, model: DistributedDataParallel, section: OptimizerSection, *, total_steps: int) -> None:
         """Shard the state of `model`'s weights; masters are copies of the weights as they are now."""
         self.num_steps = 0
         self._model = model
-        self._schedule = schedule
-        self._clip_grad = settings.clip_grad
+        self._schedule = LrSchedule(section, total_steps=total_steps)
+        self._clip_grad = section.clip_grad
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         groups = [
-            _group([weight for weight in weights if weight.ndim > 1], wd_mult=1.0, weight_decay=settings.weight_decay),
+            _group([weight for weight in weights if weight.ndim > 1], wd_mult=1.0, weight_decay=section.weight_decay),
             _group([weight for weight in weights if weight.ndim <= 1], wd_mult=0.0, weight_decay=0.0),
         ]
-        self._adam = HostAdam.from_settings(groups, settings, lr=schedule.peak)
+        self._adam = HostAdam.from_section(groups, section)
         self._config = OptimizerConfig(
             optimizer="adam",
-            lr=schedule.peak,
+            lr=self._schedule.peak,
             bf16=weights[0].dtype == torch.bfloat16,
             params_dtype=weights[0].dtype,
-            clip_grad=settings.clip_grad,
+            clip_grad=section.clip_grad,
             use_distributed_optimizer=True,
         )
         # Masters are the inner optimizer's business. The flag that says so, use_precision_aware_optimizer, sets this field,

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from qwench.training.optimizers.adam import MASTER, MOMENTS, AdamSettings
+from qwench.config.sections.optimizer import OptimizerConfig
+from qwench.training.optimizers.adam import MASTER, MOMENTS
 from qwench.training.optimizers.pinned_buckets import HostCopies, Span, buckets_of, cut
 
 BUCKET_ELEMENTS = 1 << 24
@@ -68,17 +69,18 @@ class HostAdam(torch.optim.AdamW):
         self._widened: Mapping[str, Tensor] = {}
 
     @classmethod
-    def from_settings(cls, groups: Iterable[dict[str, Any]], settings: AdamSettings, *, lr: float) -> HostAdam:
+    def from_section(cls, groups: Iterable[dict[str, Any]], section: OptimizerConfig) -> HostAdam:
         """Take groups of parameters, and the constants from the flags."""
+        assert section.lr is not None, "preflight checks that --lr is given"
         return cls(
             groups,
-            lr=lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            offload_fraction=settings.offload_fraction,
-            overlap=settings.overlap_copies,
-            moments_dtype=settings.moments_dtype,
+            lr=section.lr,
+            betas=(section.adam_beta1, section.adam_beta2),
+            eps=section.adam_eps,
+            weight_decay=section.weight_decay,
+            offload_fraction=section.offloaded_share,
+            overlap=section.overlap_cpu_optimizer_d2h_h2d,
+            moments_dtype=torch.bfloat16 if section.use_precision_aware_optimizer else torch.float32,
         )
 
     @torch.no_grad()

@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from qwench.config.sections.training import TrainingConfig
 from qwench.models.hf import load_hf_config
 from qwench.training.fsdp.conversion import load_causal_lm
-from qwench.training.fsdp.fsdp_trainer import FsdpSettings, FsdpTrainer
-from qwench.training.optimizers.adam import AdamSettings
-from qwench.training.optimizers.schedule import LrSchedule
+from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.process_group import init_process_group, leave_process_group
 from tests.deadlines import patient
+from tests.fakes.sections import adamw, offloaded
 from tests.verbs import run_verb
 
 _CPU = torch.device("cpu")
@@ -40,12 +40,17 @@ def test_weights_take_no_memory_before_they_are_shards_which_are_those_of_the_ch
     model, source = load_causal_lm(tmp_path / kind, config)
     assert source is not None
     assert {parameter.untyped_storage().nbytes() for parameter in model.parameters()} <= {2, 4}
-    settings = FsdpSettings(param_dtype=torch.bfloat16)
-    adam = AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1, clip_grad=1.0, offload_fraction=offload_fraction)
+    optimizer = offloaded(adamw(), offload_fraction)
     init_process_group(_CPU, environ={}, timeout_s=patient(60))
     try:
         backend = FsdpTrainer.build(
-            tmp_path / kind, settings=settings, adam=adam, schedule=LrSchedule(peak=1e-3), device=_CPU, hf_config=config
+            tmp_path / kind,
+            training=TrainingConfig(),
+            optimizer=optimizer,
+            total_steps=1,
+            param_dtype=torch.bfloat16,
+            device=_CPU,
+            hf_config=config,
         )
         held = {name: tensor.clone() for bucket in backend.weights(bucket_bytes=1 << 20) for name, tensor in bucket}
     finally:

@@ -1,6 +1,7 @@
 """The backend on one rank, in this process: precision, reference, sharing, buckets, checkpoints."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,19 +10,20 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
+from qwench.config.sections.optimizer import OptimizerConfig
+from qwench.config.sections.training import TrainingConfig
 from qwench.errors import CheckpointError, ConfigError
 from qwench.training.batch import pack
-from qwench.training.fsdp.fsdp_trainer import FsdpSettings, FsdpTrainer
-from qwench.training.optimizers.adam import AdamSettings
-from qwench.training.optimizers.schedule import LrSchedule
+from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.process_group import init_process_group
 from qwench.training.reference import Reference
 from tests.contract.train_backend_cases import write_model
 from tests.deadlines import patient
+from tests.fakes.sections import adamw
 from tests.fakes.trainer import take_step
 
 _CPU = torch.device("cpu")
-_ADAM = AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0, clip_grad=0.0)
+_ADAM = adamw(weight_decay=0.0, clip_grad=0.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,10 +44,22 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _build(
-    folder: Path, *, lr: float = 1e-3, adam: AdamSettings = _ADAM, dtype: torch.dtype = torch.float32, **settings
+    folder: Path,
+    *,
+    adam: OptimizerConfig = _ADAM,
+    dtype: torch.dtype = torch.float32,
+    training: TrainingConfig | None = None,
+    dp_replicate: int = 1,
 ) -> FsdpTrainer:
-    chosen = FsdpSettings(param_dtype=dtype, **settings)
-    return FsdpTrainer.build(folder, settings=chosen, adam=adam, schedule=LrSchedule(peak=lr), device=_CPU)
+    return FsdpTrainer.build(
+        folder,
+        training=training or TrainingConfig(),
+        optimizer=adam,
+        total_steps=1,
+        param_dtype=dtype,
+        device=_CPU,
+        dp_replicate=dp_replicate,
+    )
 
 
 def _micro_batches() -> list[MicroBatch]:
@@ -74,7 +88,7 @@ def _published(backend: FsdpTrainer) -> dict[str, torch.Tensor]:
 
 
 def test_masters_keep_steps_that_bfloat16_would_lose(model_folder: Path):
-    backend = _build(model_folder, lr=2e-6, dtype=torch.bfloat16)
+    backend = _build(model_folder, adam=replace(_ADAM, lr=2e-6), dtype=torch.bfloat16)
     before = _published(backend)
     _train(backend)
     after_one = _published(backend)
@@ -128,7 +142,7 @@ def test_buckets_respect_their_size_and_hold_everything_once(model_folder: Path)
 
 
 def test_vectors_are_not_decayed(model_folder: Path):
-    decaying = AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=10.0, clip_grad=0.0)
+    decaying = replace(_ADAM, weight_decay=10.0)
     plain, decayed = _build(model_folder), _build(model_folder, adam=decaying)
     before = _published(plain)
     _train(plain)
@@ -230,7 +244,7 @@ def test_replicas_must_divide_the_ranks(model_folder: Path):
 
 def test_deterministic_mode_is_torchs(model_folder: Path):
     try:
-        _build(model_folder, deterministic=True)
+        _build(model_folder, training=TrainingConfig(deterministic_mode=True))
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)

@@ -12,23 +12,24 @@ from torch.distributed.tensor import DTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
+from qwench.config.sections.optimizer import OptimizerConfig
+from qwench.config.sections.training import TrainingConfig
 from qwench.training.batch import pack
-from qwench.training.fsdp.fsdp_trainer import FsdpSettings, FsdpTrainer
-from qwench.training.optimizers.adam import AdamSettings
-from qwench.training.optimizers.schedule import LrSchedule
+from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.process_group import init_process_group
 from qwench.training.reference import Reference
 from tests.deadlines import patient
+from tests.fakes.sections import adamw, offloaded
 from tests.fakes.trainer import take_step
 
 _CPU = torch.device("cpu")
 _BF16 = torch.bfloat16
-_ON_DEVICE = AdamSettings(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1, clip_grad=0.5)
-_OFFLOADED = replace(_ON_DEVICE, offload_fraction=1.0)
+_ON_DEVICE = adamw(clip_grad=0.5)
+_OFFLOADED = offloaded(_ON_DEVICE, 1.0)
 _VARIANTS = {
     "all": _OFFLOADED,
-    "half": replace(_OFFLOADED, offload_fraction=0.5),
-    "overlapped": replace(_OFFLOADED, overlap_copies=True),
+    "half": offloaded(_ON_DEVICE, 0.5),
+    "overlapped": offloaded(_ON_DEVICE, 1.0, overlap=True),
 }
 
 
@@ -49,10 +50,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _build(folder: Path, adam: AdamSettings, dtype: torch.dtype = _BF16, lr: float = 1e-3) -> FsdpTrainer:
-    return FsdpTrainer.build(
-        folder, settings=FsdpSettings(param_dtype=dtype), adam=adam, schedule=LrSchedule(peak=lr), device=_CPU
-    )
+def _build(folder: Path, adam: OptimizerConfig, dtype: torch.dtype = _BF16) -> FsdpTrainer:
+    return FsdpTrainer.build(folder, training=TrainingConfig(), optimizer=adam, total_steps=1, param_dtype=dtype, device=_CPU)
 
 
 def _micro_batches() -> list[MicroBatch]:
@@ -97,7 +96,7 @@ def _assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("adam", _VARIANTS.values(), ids=_VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, _BF16], ids=["float32", "bfloat16"])
-def test_offloading_changes_no_bit(model_folder: Path, adam: AdamSettings, dtype: torch.dtype):
+def test_offloading_changes_no_bit(model_folder: Path, adam: OptimizerConfig, dtype: torch.dtype):
     plain, offloaded = _build(model_folder, _ON_DEVICE, dtype), _build(model_folder, adam, dtype)
     assert _train(offloaded, steps=4) == _train(plain, steps=4)
     _assert_equal(_masters(offloaded), _masters(plain))
@@ -105,7 +104,7 @@ def test_offloading_changes_no_bit(model_folder: Path, adam: AdamSettings, dtype
 
 
 def test_masters_begin_as_the_weights_and_keep_what_bfloat16_would_lose(model_folder: Path):
-    backend = _build(model_folder, _OFFLOADED, lr=2e-6)
+    backend = _build(model_folder, replace(_OFFLOADED, lr=2e-6))
     before = _published(backend)
     _assert_equal(_masters(backend), {name: weight.float() for name, weight in before.items()})
     _train(backend, steps=3)
@@ -120,7 +119,7 @@ def test_masters_begin_as_the_weights_and_keep_what_bfloat16_would_lose(model_fo
 @pytest.mark.parametrize("moments_dtype", [torch.float32, _BF16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
 def test_a_checkpoint_goes_on_bit_for_bit(model_folder: Path, tmp_path: Path, fraction: float, moments_dtype: torch.dtype):
-    adam = replace(_ON_DEVICE, offload_fraction=fraction, moments_dtype=moments_dtype)
+    adam = replace(offloaded(_ON_DEVICE, fraction), use_precision_aware_optimizer=moments_dtype == _BF16)
     backend = _build(model_folder, adam)
     _train(backend, steps=2)
     backend.save(tmp_path)
@@ -168,7 +167,7 @@ def test_the_reference_does_not_disturb_masters_on_the_host(model_folder: Path):
 
 
 @pytest.mark.parametrize("adam", [_ON_DEVICE, _OFFLOADED], ids=["on device", "on host"])
-def test_a_saved_reference_is_not_the_policy(model_folder: Path, tmp_path: Path, adam: AdamSettings):
+def test_a_saved_reference_is_not_the_policy(model_folder: Path, tmp_path: Path, adam: OptimizerConfig):
     backend = _build(model_folder, adam)
     reference = _published(backend)
     reference_model = Reference(backend)
@@ -183,7 +182,10 @@ def test_a_saved_reference_is_not_the_policy(model_folder: Path, tmp_path: Path,
 
 
 def test_bfloat16_moments_change_the_steps_but_little(model_folder: Path):
-    plain, rounded = _build(model_folder, _ON_DEVICE), _build(model_folder, replace(_ON_DEVICE, moments_dtype=_BF16))
+    plain, rounded = (
+        _build(model_folder, _ON_DEVICE),
+        _build(model_folder, replace(_ON_DEVICE, use_precision_aware_optimizer=True)),
+    )
     _train(plain, steps=8)
     _train(rounded, steps=8)
     moments = rounded._optimizer.moments()

@@ -4,43 +4,50 @@ import math
 
 import pytest
 
+from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.errors import ConfigError
 from qwench.training.optimizers.schedule import LrSchedule
 
 
+def _rates(steps, *, style, total_steps=1, **flags):
+    schedule = LrSchedule(OptimizerConfig(lr=1.0, lr_decay_style=style, **flags), total_steps=total_steps)
+    return [schedule.at(step) for step in steps]
+
+
 def test_constant_after_linear_warmup():
-    schedule = LrSchedule(peak=1.0, warmup_steps=4, initial=0.2)
-    assert [schedule.at(step) for step in (0, 1, 2, 4, 5, 1000)] == pytest.approx([0.2, 0.4, 0.6, 1.0, 1.0, 1.0])
+    got = _rates((0, 1, 2, 4, 5, 1000), style="constant", lr_warmup_iters=4, lr_warmup_init=0.2)
+    assert got == pytest.approx([0.2, 0.4, 0.6, 1.0, 1.0, 1.0])
 
 
-def test_linear_falls_from_the_end_of_warmup_to_the_minimum():
-    schedule = LrSchedule(peak=1.0, minimum=0.2, style="linear", warmup_steps=2, decay_steps=10)
-    assert [schedule.at(step) for step in (0, 1, 2, 4, 6, 10, 11, 99)] == pytest.approx(
-        [0.0, 0.5, 1.0, 0.8, 0.6, 0.2, 0.2, 0.2]
-    )
+def test_linear_falls_from_the_end_of_warmup_to_the_minimum_at_the_end_of_the_run():
+    got = _rates((0, 1, 2, 4, 6, 10, 11, 99), style="linear", min_lr=0.2, lr_warmup_iters=2, total_steps=10)
+    assert got == pytest.approx([0.0, 0.5, 1.0, 0.8, 0.6, 0.2, 0.2, 0.2])
+
+
+def test_decay_steps_of_the_flag_win_and_warmup_is_a_share_of_them():
+    got = _rates((0, 1, 2, 6, 10), style="linear", lr_decay_iters=10, lr_warmup_fraction=0.25, total_steps=1000)
+    assert got == pytest.approx([0.0, 0.5, 1.0, 0.5, 0.0])
 
 
 def test_cosine_is_halfway_in_the_middle():
-    schedule = LrSchedule(peak=1.0, minimum=0.1, style="cosine", decay_steps=8)
     quarter = 0.1 + 0.9 * 0.5 * (1 + math.sqrt(0.5))
-    assert [schedule.at(step) for step in (0, 2, 4, 8, 9)] == pytest.approx([1.0, quarter, 0.55, 0.1, 0.1])
+    got = _rates((0, 2, 4, 8, 9), style="cosine", min_lr=0.1, total_steps=8)
+    assert got == pytest.approx([1.0, quarter, 0.55, 0.1, 0.1])
 
 
 def test_inverse_square_root_counts_from_the_end_of_warmup():
-    schedule = LrSchedule(peak=1.0, minimum=0.3, style="inverse-square-root", warmup_steps=4, decay_steps=100)
-    assert [schedule.at(step) for step in (2, 4, 16, 25, 64, 101)] == pytest.approx([0.5, 1.0, 0.5, 0.4, 0.3, 0.3])
+    got = _rates((2, 4, 16, 25, 64, 101), style="inverse-square-root", min_lr=0.3, lr_warmup_iters=4, total_steps=100)
+    assert got == pytest.approx([0.5, 1.0, 0.5, 0.4, 0.3, 0.3])
 
 
 @pytest.mark.parametrize(
-    ("values", "flag"),
+    ("flags", "flag"),
     [
-        ({"style": "WSD"}, "--lr-decay-style 'WSD'; known: constant, linear"),
-        ({"minimum": 2.0}, r"--min-lr \(2.0\)"),
-        ({"initial": 2.0}, r"--lr-warmup-init \(2.0\)"),
-        ({"style": "cosine"}, "--lr-decay-iters"),
-        ({"style": "linear", "warmup_steps": 5, "decay_steps": 5}, "--lr-warmup-iters"),
+        ({"style": "constant", "lr_warmup_init": 2.0}, r"--lr-warmup-init \(2.0\)"),
+        ({"style": "cosine", "lr_warmup_iters": 1}, "--lr-decay-iters"),
+        ({"style": "linear", "lr_warmup_iters": 5, "total_steps": 5}, "--lr-warmup-iters"),
     ],
 )
-def test_contradictions_name_their_flag(values, flag):
+def test_contradictions_name_their_flag(flags, flag):
     with pytest.raises(ConfigError, match=flag):
-        LrSchedule(peak=1.0, **values)
+        _rates((0,), **flags)
