@@ -33,8 +33,9 @@ def main() -> None:
     host = RankHost(start.rank, exchange_folder=start.exchange_folder)
     closed = False
     while not closed:
-        closed, answer = _answer(host, messages.get())
-        driver.send_bytes(_encode(answer))
+        call = _decode(messages.get())
+        closed = isinstance(call, Call) and call.method == "close"
+        driver.send_bytes(_encode(host.answer(call) if isinstance(call, Call) else call))
 
 
 def _listen(driver: Connection, messages: queue.SimpleQueue[bytes], exchange_folder: Path) -> None:
@@ -47,16 +48,16 @@ def _listen(driver: Connection, messages: queue.SimpleQueue[bytes], exchange_fol
         end_own_group()
 
 
-def _answer(host: RankHost, message: bytes) -> tuple[bool, Answer | Failure]:
-    """Return whether the call was the last one, and what came of it."""
+def _decode(message: bytes) -> Call | Failure:
+    """Return the call that was sent, or why it cannot be read here."""
     try:
         call = pickle.loads(message)
         if isinstance(call, Path):
             call = pickle.loads(call.read_bytes())
     except Exception as error:  # noqa: BLE001 - the border of the process: what was sent may name what is not here
-        return False, Failure.of(error)
+        return Failure.of(error)
     assert isinstance(call, Call), f"the driver sends calls, got {call!r}"
-    return call.method == "close", host.answer(call)
+    return call
 
 
 def _encode(answer: Answer | Failure) -> bytes:

@@ -105,18 +105,18 @@ def _run_rank(rank: int, folder: Path) -> None:
 
 
 def _run_case(case: Case, folder: Path) -> dict[str, object]:
-    config = load_hf_config(folder / case.model)
-    check_layout(case.layout, architecture_of(config), world_size=WORLD_SIZE)
+    architecture = architecture_of(load_hf_config(folder / case.model))
+    check_layout(case.layout, architecture, world_size=WORLD_SIZE)
     parallel = join_groups(case.layout)
     training = TrainingConfig(
         recompute_granularity=case.recompute,  # type: ignore[arg-type]  # written above
         log_probs_chunk_size=7,
     )
-    model = build_model(architecture_of(config), case.layout, training, CPU, param_dtype=torch.float32)
-    load_weights(model, open_weights(folder / case.model, architecture_of(config)), architecture_of(config), case.layout)
+    model = build_model(architecture, case.layout, training, CPU, param_dtype=torch.float32)
+    load_weights(model, open_weights(folder / case.model, architecture), architecture, case.layout)
     scores = [_forward_and_backward(model, micro_batch) for micro_batch in micro_batches()]
-    parameters = [(rule.megatron_name, weight) for rule, weight in local_parameters(model, architecture_of(config))]
-    parameters += [("copied head", weight) for _, weight in tied_head(model, config)]
+    parameters = [(rule.megatron_name, weight) for rule, weight in local_parameters(model, architecture)]
+    parameters += [("copied head", weight) for _, weight in tied_head(model, architecture)]
     return {
         "place": {
             "tp": parallel_state.get_tensor_model_parallel_rank(),

@@ -1,0 +1,72 @@
+"""How many functions of the package are between a verb and the arithmetic of the loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import InProcess, Workspace
+from tests.e2e.stack_of_loss import FOLDER
+
+POST_PROCESS = "tests.e2e.stack_of_loss.post_process"
+
+
+def stacks(folder: Path) -> list[list[str]]:
+    """Return what each process of the run wrote down: `file:function`, outermost first."""
+    return [file.read_text().splitlines() for file in sorted(folder.iterdir())]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return where stacks are written."""
+    folder = tmp_path / "stacks"
+    folder.mkdir()
+    monkeypatch.setenv(FOLDER, str(folder))
+    return folder
+
+
+def test_eight_functions_from_the_command_line_to_the_loss(
+    workspace: Workspace, in_process: InProcess, folder: Path, tmp_path: Path
+) -> None:
+    code, errors = in_process(
+        workspace.train_argv(tmp_path / "run", num_rollout=1, custom_reward_post_process_path=POST_PROCESS)
+    )
+    assert code == 0, errors
+    assert stacks(folder) == [
+        [
+            "cli.py:main",
+            "commands/train.py:run",
+            "controller.py:train",
+            "training/learner.py:learn",
+            "training/fsdp/fsdp_trainer.py:forward_backward",
+            "algorithms/methods/policy_gradient.py:loss",
+            "algorithms/methods/policy_gradient.py:surrogate",
+            "algorithms/losses.py:ppo_clip",
+        ]
+    ]
+
+
+def test_eight_functions_on_a_rank_to_the_loss(
+    workspace: Workspace, in_process: InProcess, folder: Path, tmp_path: Path
+) -> None:
+    code, errors = in_process(
+        workspace.train_argv(
+            tmp_path / "run",
+            num_rollout=1,
+            actor_num_gpus_per_node=2,
+            custom_reward_post_process_path=POST_PROCESS,
+        )
+    )
+    assert code == 0, errors
+    on_a_rank = [
+        "cluster/rank_process.py:main",
+        "cluster/rank_host.py:answer",
+        "cluster/rank_host.py:learn",
+        "training/learner.py:learn",
+        "training/fsdp/fsdp_trainer.py:forward_backward",
+        "algorithms/methods/policy_gradient.py:loss",
+        "algorithms/methods/policy_gradient.py:surrogate",
+        "algorithms/losses.py:ppo_clip",
+    ]
+    assert [[name for name in stack if not name.endswith(":<module>")] for stack in stacks(folder)] == [on_a_rank] * 2
