@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import traceback
 from collections.abc import Sequence
@@ -17,17 +16,16 @@ _PACKAGE = str(Path(qwench.__file__).parent)
 
 
 def post_process(samples: Sequence[Sample]) -> list[float]:
-    """Return the raw rewards; from now on `ppo_clip`, the arithmetic of the loss, leaves its stack in a file of its process."""
+    """Return the raw rewards. The next call of `ppo_clip`, the arithmetic of the loss, leaves its stack in a file."""
     original = policy_gradient.ppo_clip
 
-    @functools.wraps(original)
     def recorded(*arguments, **keywords):
+        policy_gradient.ppo_clip = original
         frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(_PACKAGE)]
         names = [f"{Path(frame.filename).relative_to(_PACKAGE)}:{frame.name}" for frame in frames]
         file = Path(os.environ[FOLDER]) / f"{os.getpid()}.txt"
         file.write_text("\n".join([*names, "algorithms/losses.py:ppo_clip"]))
         return original(*arguments, **keywords)
 
-    if original.__module__ == "qwench.algorithms.losses" and not hasattr(original, "__wrapped__"):
-        policy_gradient.ppo_clip = recorded
+    policy_gradient.ppo_clip = recorded
     return [float(sample.reward or 0.0) for sample in samples]
