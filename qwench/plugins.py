@@ -1,32 +1,60 @@
-"""The user's own functions, named on the command line as `package.module.function`."""
+"""The user's own functions, named on the command line: `package.module.function` or `./file.py:function`.
+
+A module is looked for where Python looks, and last in the working folder, so that a user's `random.py` shadows nothing. A file
+is loaded as it stands; modules beside it can be imported too.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
 import inspect
+import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from qwench.errors import ConfigError
 
 Function = Callable[..., Any]  # the user's own; each caller says what it passes and checks what it gets
+_PACKAGE = str(Path(__file__).parent)
+_STANDARD_LIBRARY = str(Path(inspect.__file__).parent)
+
+
+def is_function_path(path: str) -> bool:
+    """Tell whether a text has the form of a function's path."""
+    file, colon, name = path.rpartition(":")
+    if colon:
+        return file.endswith(".py") and name.isidentifier()
+    parts = path.split(".")
+    return len(parts) >= 2 and all(part.isidentifier() for part in parts)
 
 
 def load_function(path: str, *, flag: str, num_arguments: int = 1, called_as: str = "fn(samples)") -> Function:
-    """Import a function and check that it can be called with `num_arguments` positional arguments.
+    """Load a function and check that it can be called with `num_arguments` positional arguments.
 
     Args:
         flag: The flag that named it, for messages.
         called_as: How it is called, for messages.
 
     Raises:
-        ConfigError: it cannot be imported, or has another signature.
+        ConfigError: it cannot be loaded, or has another signature.
     """
-    module_name, _, name = path.rpartition(".")
+    file, colon, name = path.rpartition(":")
+    module_name, _, name = ("", "", name) if colon else path.rpartition(".")
     try:
-        function: Function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{flag} {path!r} cannot be imported ({error}); is its folder on PYTHONPATH?") from error
+        module = _module_of_file(Path(file)) if colon else _module(module_name)
+        function = getattr(module, name)
+    except Exception as error:  # the user's module runs here, and may raise anything
+        place = raised_at(error)
+        described = f"{type(error).__name__}: {error}" + (f", at {place}" if place else "")
+        raise ConfigError(
+            f"{flag} {path!r} cannot be imported ({described}); a module must lie in the working folder or on PYTHONPATH, "
+            "and a file is named as ./file.py:function."
+        ) from error
     if not callable(function):
         raise ConfigError(f"{flag} {path!r} is no function but a {type(function).__name__}.")
     try:
@@ -35,4 +63,51 @@ def load_function(path: str, *, flag: str, num_arguments: int = 1, called_as: st
         raise ConfigError(
             f"{flag} {path!r} has the signature {inspect.signature(function)}, but is called as {called_as}."
         ) from error
-    return function
+    loaded: Function = function
+    return loaded
+
+
+def place_of(function: Function) -> str:
+    """Return the file and line where a function is defined."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return "a file that is not Python" if code is None else f"{code.co_filename}:{code.co_firstlineno}"
+
+
+def raised_at(error: BaseException) -> str | None:
+    """Return file and line of the user's code where an error was raised; None: it was raised outside of it."""
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        return f"{error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith((_PACKAGE, _STANDARD_LIBRARY, "<"))]
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else None
+
+
+def _module(name: str) -> ModuleType:
+    _add_folder(Path.cwd())
+    return importlib.import_module(name)
+
+
+def _module_of_file(file: Path) -> ModuleType:
+    """Load a file under a name of its own; two flags that name the same file get the same module."""
+    path = file.expanduser().resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    _add_folder(path.parent)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, "a .py file has a loader"
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _add_folder(folder: Path) -> None:
+    """Look for modules in a folder too, after every other place."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))

@@ -18,7 +18,6 @@ from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.verbs import RewardCheckConfig, split_file
 from qwench.errors import ConfigError, RewardError
 from qwench.rewards.pool import RewardPool
-from qwench.rewards.registry import build_pool
 from qwench.samples import Json, Prompt, Sample, Verdict
 
 _IN_FLIGHT = 256  # rows graded at once, so that a file of any size fits in memory
@@ -82,7 +81,7 @@ def check_file(
     Raises:
         ConfigError: the file or a line cannot be read or graded; names the file and the line.
     """
-    pool = build_pool(config)
+    pool = RewardPool(config)
     try:
         summary = asyncio.run(_grade(path, pool, response_key=response_key, label_key=label_key))
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qwench.errors import ConfigError
+from qwench.plugins import is_function_path
 
 
 def check_positive(flag: str, value: float | None) -> None:
@@ -30,12 +31,12 @@ def check_top_k(flag: str, value: int | None) -> None:
 
 
 def check_import_path(flag: str, value: str | None) -> None:
-    """Refuse anything but `package.module.name`; whether it can be imported is found out at launch, before any model loads."""
-    if value is None:
-        return
-    parts = value.split(".")
-    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
-        raise ConfigError(f"{flag} must be the import path of a function like my_package.my_module.my_function, got {value!r}")
+    """Refuse anything but `package.module.name` or `file.py:name`; launch finds out whether it loads, before any model does."""
+    if value is not None and not is_function_path(value):
+        raise ConfigError(
+            f"{flag} must be the import path of a function like my_package.my_module.my_function, or a file and a function "
+            f"like ./my_file.py:my_function; got {value!r}"
+        )
 
 
 def check_address(flag: str, value: str) -> None:

@@ -34,7 +34,8 @@ from qwench.observability.log import open_driver_log, write_driver_log
 from qwench.observability.metrics import MetricLog, Sink
 from qwench.observability.timing import PhaseTimer
 from qwench.observability.tracking import JsonlSink, TableSink, TensorBoardSink, WandbSink
-from qwench.rewards.registry import reward_spec
+from qwench.rewards.graders import check_prompts
+from qwench.rewards.pool import check_reward
 from qwench.rollout.functions import load_functions
 from qwench.rollout.probe import GreedyProbe
 from qwench.rollout.stream import ReplayStream, SftStream
@@ -61,10 +62,10 @@ def build(config: Config, plan: RunPlan) -> Run:
         return _build_replay(inputs, config.debug.load_debug_rollout_data)
     loaded = read_training_prompts(inputs)
     eval_prompts = {name: prompts.prompts for name, prompts in read_eval_prompts(inputs).items()}
-    spec = reward_spec(config.reward)
+    check_reward(config.reward)
     load_functions(config.rollout, config.evaluation)
     for prompts in (loaded.prompts, *eval_prompts.values()):
-        spec.check_prompts(prompts)
+        check_prompts(config.reward, prompts)
     batch = plan.batch
     source = PromptSource(
         loaded.prompts,

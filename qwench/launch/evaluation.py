@@ -20,7 +20,8 @@ from qwench.launch.placement import make_servers, open_processes
 from qwench.launch.rollouts import build_generation
 from qwench.observability.log import open_driver_log, open_process_log
 from qwench.observability.summary import summarize
-from qwench.rewards.registry import reward_spec
+from qwench.rewards.graders import check_prompts
+from qwench.rewards.pool import check_reward
 from qwench.rollout.evaluate import EvalResult
 from qwench.rollout.functions import load_functions
 
@@ -30,9 +31,9 @@ def evaluate(config: Config, plan: RunPlan) -> None:
     inputs = read_inputs(config, plan)
     open_driver_log(config.logging.log_level, inputs.console)
     prompts = {name: loaded.prompts for name, loaded in read_eval_prompts(inputs).items()}
-    spec = reward_spec(config.reward)
+    check_reward(config.reward)
     for rows in prompts.values():
-        spec.check_prompts(rows)
+        check_prompts(config.reward, rows)
     load_functions(config.rollout, config.evaluation)
     with ExitStack() as started:
         processes = open_processes(inputs, started)

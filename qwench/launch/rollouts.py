@@ -11,7 +11,6 @@ from qwench.engines.fleet.servers import Server
 from qwench.launch.engines import build_pool
 from qwench.launch.inputs import Inputs
 from qwench.rewards.pool import RewardPool
-from qwench.rewards.registry import build_pool as build_reward_pool
 from qwench.rollout.buffer import GroupBuffer, GroupSource
 from qwench.rollout.collect import Collector
 from qwench.rollout.evaluate import EvalSet, Evaluator
@@ -168,10 +167,10 @@ def build_generation(
     reward = inputs.config.reward
     eval_reward = replace(reward, reward_key=inputs.plan.eval_reward_key)
     engines = build_pool(inputs, with_weights=with_weights, servers=servers, token=token)
-    grader = build_reward_pool(reward)
+    grader = RewardPool(reward)
     return Generation(
         inputs=inputs,
         engines=engines,
         grader=grader,
-        eval_grader=grader if eval_reward == reward else build_reward_pool(eval_reward),
+        eval_grader=grader if eval_reward == reward else RewardPool(eval_reward),
     )

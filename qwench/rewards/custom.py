@@ -1,127 +1,171 @@
-"""`--custom-rm-path package.module.function`: a reward written by the user.
+"""`--custom-rm-path package.module.function` or `./my_reward.py:function`: a reward written by the user.
 
     async def fn(sample: Sample) -> float | Verdict | dict        or a plain function
     async def fn(samples: Sequence[Sample]) -> list of the same   with --group-rm
 
-It runs in the controller's process, where it may keep clients and caches: async on the event loop, plain in a thread. A dict
-holds a number under `score` (or what `--reward-key` names), and may hold the reason as a string under `reason`. What it raises
-ends the run: a broken reward is never a 0. A call that takes longer than `--reward-timeout-s` gets `timeout`.
+It runs in worker processes, which are killed when they are late (`timeout`). A worker that dies, a call that exits or runs out
+of memory, and an answer that is no score count as `grader_error`, with file and line. What the function raises ends the run: a
+broken reward is never a 0. A dict holds a number under `score` (or what `--reward-key` names), and may hold a `reason`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import Any
+import logging
+import os
+import pickle
+import queue
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from qwench.errors import RewardError
-from qwench.plugins import Function, load_function
-from qwench.rewards.scores import Answer, read_answer
-from qwench.samples import Sample, Verdict
+from qwench.plugins import Function, load_function, place_of
+from qwench.rewards.messages import framed
+from qwench.rewards.worker_process import WorkerDiedError, WorkerLateError, WorkerProcess
+from qwench.samples import Json, Sample, Verdict
 
-_FLAG = "--custom-rm-path"
-_MAX_THREADS = 64  # plain functions at work at once; more would only wait for each other
-_TIMEOUT = Verdict(score=0.0, reason="timeout")
+FLAG = "--custom-rm-path"
+CALLS_AT_ONCE = 32
+"""Calls of an async function that one worker has under way together; a plain function has one."""
+_GRACE_S = 2.0  # an async function's own deadlines fire in the worker, before the pool's
+_MAX_WARNINGS = 20
+
+logger = logging.getLogger(__name__)
+Call = Sample | Sequence[Sample]
+"""What the function is called with: a sample, or the samples of a group."""
+_Waiting = tuple[bytes, "Future[Json]"]
+"""The pickled call, and where its answer goes."""
 
 
 class CustomReward:
-    """Calls the user's function and makes verdicts of what it returns.
+    """Grades by the user's function in worker processes.
 
     Raises (on construction):
-        ConfigError: the function cannot be imported, or takes other arguments (slime's take `args` first).
+        ConfigError: the function cannot be loaded, or takes other arguments (slime's take `args` first).
     """
 
-    def __init__(self, path: str, *, key: str | None, timeout_s: float) -> None:
-        self._path = path
-        self._key = key or "score"
-        self._timeout_s = timeout_s
-        self._function = load_reward(path)
-        self._threads = asyncio.Semaphore(_MAX_THREADS)
+    def __init__(self, path: str, *, key: str | None, num_workers: int, timeout_s: float) -> None:
+        function = load_reward(path)
+        self._path, self._place, self._timeout_s = path, place_of(function), timeout_s
+        self._calls_at_once = CALLS_AT_ONCE if inspect.iscoroutinefunction(function) else 1
+        hello = framed(pickle.dumps({"path": path, "key": key or "score", "timeout_s": timeout_s}))
+        self._workers = [
+            WorkerProcess("qwench.rewards.custom_worker", environment=os.environ, hello=hello) for _ in range(num_workers)
+        ]
+        self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+        self._waiting: deque[_Waiting] = deque()
+        # As many threads as workers: a thread that runs always finds an idle worker.
+        self._threads = ThreadPoolExecutor(max_workers=num_workers, thread_name_prefix="custom-reward")
+        self._warned: set[str] = set()
 
     async def grade(self, sample: Sample) -> Verdict:
         """Return the function's verdict on one sample.
 
         Raises:
-            RewardError: the function raised, or returned no score.
+            RewardError: the function raised.
         """
         what = f"sample {sample.sample_id}"
-        answer = await self._call(sample, what)
-        return self._verdict(answer, what)
+        return self._verdict(await self._ask(sample, what), what)
 
     async def grade_group(self, samples: Sequence[Sample]) -> list[Verdict]:
-        """Return the function's verdicts on a group, in order."""
+        """Return the function's verdicts on a group, in order.
+
+        Raises:
+            RewardError: the function raised.
+        """
         what = f"group {samples[0].group_id}"
-        answers = await self._call(samples, what)
-        if answers is _TIMEOUT:
-            return [_TIMEOUT] * len(samples)
-        if not isinstance(answers, Sequence) or len(answers) != len(samples):
-            raise RewardError(f"{_FLAG} {self._path} must return a list of {len(samples)} rewards for {what}, got {answers!r}.")
-        return [self._verdict(answer, what) for answer in answers]
+        answer = await self._ask(list(samples), what)
+        if "group" not in answer:
+            return [self._verdict(answer, what)] * len(samples)
+        return [self._verdict(one, what) for one in answer["group"]]
 
-    async def _call(self, argument: Sample | Sequence[Sample], what: str) -> Answer:
+    def close(self) -> None:
+        """End the workers; a grading under way gets `grader_error`."""
+        for worker in self._workers:
+            worker.stop()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for worker in self._workers:
+            worker.release()
+        while self._waiting:
+            self._waiting.popleft()[1].set_result({"failed": "the reward pool was closed"})
+
+    async def _ask(self, call: Call, what: str) -> Json:
         try:
-            if inspect.iscoroutinefunction(self._function):
-                return await self._before_deadline(self._function(argument))
-            async with self._threads:
-                return await self._before_deadline(_in_thread(self._function, argument))
-        except Exception as error:
-            raise RewardError(f"{_FLAG} {self._path} failed on {what}: {type(error).__name__}: {error}") from error
-
-    async def _before_deadline(self, answer: Answer) -> Answer:
-        try:
-            async with asyncio.timeout(self._timeout_s) as deadline:
-                while inspect.isawaitable(answer):  # a decorated function may return a coroutine from its thread
-                    answer = await answer
-                return answer
-        except TimeoutError:
-            if not deadline.expired():
-                raise  # the function's own, for instance of its HTTP client
-            return _TIMEOUT
-
-    def _verdict(self, answer: Answer, what: str) -> Verdict:
-        verdict = read_answer(answer, key=self._key, source="custom")
-        if verdict is None:
+            pickled = pickle.dumps(call)
+        except Exception as error:  # a class of the user's own in the metadata may raise anything
             raise RewardError(
-                f"{_FLAG} {self._path} must return a finite number, a Verdict or a dict with a number under {self._key!r} "
-                f"(--reward-key) for {what}, got {answer!r}."
-            )
-        return verdict
+                f"{what} cannot be sent to a reward worker ({error}); keep plain values in its metadata, or pass "
+                "--custom-rm-in-process."
+            ) from error
+        answer: Future[Json] = Future()
+        self._waiting.append((pickled, answer))
+        self._threads.submit(self._work)
+        return await asyncio.wrap_future(answer)
+
+    def _work(self) -> None:
+        """Let an idle worker answer the calls that wait longest; another thread may have taken them all."""
+        calls: list[_Waiting] = []
+        while self._waiting and len(calls) < self._calls_at_once:
+            calls.append(self._waiting.popleft())
+        if not calls:
+            return
+        worker = self._idle.get()
+        try:
+            answers = self._answers(worker, [pickled for pickled, _ in calls])
+        except BaseException as error:  # carried to those who wait  # noqa: BLE001
+            for _, future in calls:
+                future.set_exception(error)
+        else:
+            for (_, future), answer in zip(calls, answers, strict=True):
+                future.set_result(answer)
+        finally:
+            self._idle.put(worker)
+
+    def _answers(self, worker: WorkerProcess, calls: list[bytes]) -> list[Json]:
+        deadline_s = self._timeout_s if self._calls_at_once == 1 else self._timeout_s + _GRACE_S
+        try:
+            answer = worker.ask(framed(pickle.dumps(calls)), timeout_s=deadline_s)
+        except WorkerLateError as error:
+            return [{"late": error.place or self._place}] * len(calls)
+        except WorkerDiedError as error:
+            if len(calls) > 1:  # one of them killed it: ask each alone
+                return [answer for call in calls for answer in self._answers(worker, [call])]
+            return [{"failed": f"{error} ({error.place or self._place})"}]
+        if worker.said:
+            logger.info("%s %s: %s", FLAG, self._path, worker.said)
+        return list(answer["calls"])
+
+    def _verdict(self, answer: Json, what: str) -> Verdict:
+        if "raised" in answer:
+            raise RewardError(f"{FLAG} {self._path} failed on {what}: {answer['raised']}")
+        if "late" in answer:
+            self._warn(f"no reward of {what} within {self._timeout_s:g} s ({answer['late']})", kind=answer["late"])
+            return Verdict(score=0.0, reason="timeout", extra={"error": answer["late"]})
+        if "failed" in answer:
+            self._warn(f"no reward of {what}: {answer['failed']}", kind=answer["failed"])
+            return Verdict(score=0.0, reason="grader_error", extra={"error": answer["failed"]})
+        return Verdict(score=answer["score"], reason=answer["reason"], extra=answer["extra"])
+
+    def _warn(self, text: str, *, kind: str) -> None:
+        """Warn once of each kind of failure; all of them are counted in the metrics."""
+        if kind not in self._warned and len(self._warned) < _MAX_WARNINGS:
+            self._warned.add(kind)
+            logger.warning("%s %s: %s", FLAG, self._path, text)
 
 
 def load_reward(path: str) -> Function:
     """Load the user's function.
 
     Raises:
-        ConfigError: it cannot be imported, or takes other arguments.
+        ConfigError: it cannot be loaded, or takes other arguments.
     """
-    return load_function(path, flag=_FLAG, called_as="fn(sample), with --group-rm as fn(samples)")
+    return load_function(path, flag=FLAG, called_as="fn(sample), with --group-rm as fn(samples)")
 
 
-async def _in_thread(function: Callable[[Any], Answer], argument: Sample | Sequence[Sample]) -> Answer:
-    """Await `function(argument)` in a thread of its own, which a caller that stops waiting leaves behind.
-
-    Unlike asyncio.to_thread's, the thread is a daemon and no slot of a pool: one that hangs stops neither others nor the exit.
-    """
-    loop = asyncio.get_running_loop()
-    outcome: asyncio.Future[tuple[Answer, Exception | None]] = loop.create_future()
-
-    def deliver(answer: Answer, error: Exception | None) -> None:
-        if not outcome.done():
-            outcome.set_result((answer, error))
-
-    def work() -> None:
-        try:
-            answer, failure = function(argument), None
-        except Exception as error:  # noqa: BLE001 - carried to the caller
-            answer, failure = None, error
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(deliver, answer, failure)
-
-    threading.Thread(target=work, name="custom-reward", daemon=True).start()
-    answer, failure = await outcome
-    if failure is not None:
-        raise failure
-    return answer
+def score_wanted(key: str) -> str:
+    """Return what a reward function must return, for messages."""
+    return f"must return a finite number, a Verdict or a dict with a number under {key!r} (--reward-key)"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
+from qwench.config.sections.reward import RewardConfig
 from qwench.errors import ConfigError, RewardError
-from qwench.rewards import dapo, deepscaler, f1, gpqa, math
+from qwench.rewards import boxed, dapo, f1, gpqa
 from qwench.rewards.answers import last_box
 from qwench.rewards.expressions import Question
 from qwench.rewards.remote import REMOTE
-from qwench.samples import Prompt, Sample, Verdict
+from qwench.samples import Json, Prompt, Sample, Verdict
 
 Grader = Callable[[Sample], Verdict | Question]
 """Judges a sample in microseconds, or returns what a worker has to decide."""
@@ -20,8 +21,8 @@ TextGrader = Callable[[str, str], Verdict | Question]
 
 BOX_PREFIX = "boxed_"
 TEXT_GRADERS: dict[str, TextGrader] = {
-    "deepscaler": deepscaler.grade,
-    "math": math.grade,
+    "deepscaler": boxed.grade_after_thinking,
+    "math": boxed.grade_last_box,
     "dapo": dapo.grade,
     "f1": f1.grade,
 }
@@ -71,6 +72,39 @@ def is_remote(rm_type: str) -> bool:
 def needs_label(rm_type: str) -> bool:
     """Tell whether a `--rm-type` compares with a label, and with nothing else that a row may bring."""
     return rm_type not in (RANDOM, GPQA, BOX_PREFIX + GPQA) and not is_remote(rm_type)
+
+
+def rm_type_of(reward: RewardConfig, metadata: Mapping[str, Json]) -> str:
+    """Return the `--rm-type` of a row with this metadata; `metadata.rm_type` wins over the flag.
+
+    Raises:
+        ConfigError: neither the row nor the run names one.
+    """
+    chosen = str(metadata.get("rm_type") or reward.rm_type or "").strip()
+    if not chosen:
+        raise ConfigError("no reward is chosen: pass --rm-type or --custom-rm-path, or give every row a metadata.rm_type.")
+    return chosen
+
+
+def check_prompts(reward: RewardConfig, prompts: Iterable[Prompt]) -> None:
+    """Check that every prompt can be graded.
+
+    Raises:
+        ConfigError: a prompt names an unknown reward, or lacks the label its reward needs.
+    """
+    if reward.custom_rm_path is not None:
+        return
+    for row, prompt in enumerate(prompts):
+        rm_type = rm_type_of(reward, prompt.metadata)
+        find_grader(rm_type)
+        if is_remote(rm_type) and reward.rm_url is None:
+            raise ConfigError(f"row {row} of the prompts is graded by {rm_type}; give the server's address by --rm-url.")
+        if needs_label(rm_type) and prompt.label is None:
+            raise ConfigError(f"row {row} of the prompts has no label, which --rm-type {rm_type} needs; pass --label-key.")
+        try:
+            check_label(rm_type, prompt)
+        except RewardError as error:
+            raise ConfigError(f"row {row} of the prompts: {error}") from error
 
 
 def check_label(rm_type: str, prompt: Prompt) -> None:

@@ -12,29 +12,40 @@ question it is needed for.
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from qwench.rewards.custom import CustomReward
+from qwench.config.sections.reward import RewardConfig
+from qwench.rewards.custom import CustomReward, load_reward
 from qwench.rewards.expressions import Question
-from qwench.rewards.graders import find_grader, is_boxed, is_remote
-from qwench.rewards.remote import RemoteReward
+from qwench.rewards.graders import find_grader, is_boxed, is_remote, rm_type_of
+from qwench.rewards.in_process import InProcessReward
+from qwench.rewards.messages import encode
+from qwench.rewards.remote import RemoteReward, check_reachable
 from qwench.rewards.scores import pick_score
-from qwench.rewards.spec import RewardSpec
-from qwench.rewards.worker_process import WorkerProcess
+from qwench.rewards.worker_process import WorkerDiedError, WorkerLateError, WorkerProcess
 from qwench.samples import Sample, Verdict
+
+_MAX_DEFAULT_WORKERS = 16
 
 
 class RewardPool:
     """Turns samples into verdicts; owns its worker processes and ends them in `close`."""
 
-    def __init__(self, reward: RewardSpec, *, num_workers: int, timeout_s: float) -> None:
-        assert num_workers > 0 and timeout_s > 0, f"a pool needs workers and time, got {num_workers} and {timeout_s} s"
-        self._reward = reward
-        self._custom = CustomReward(reward.custom_path, key=reward.key, timeout_s=timeout_s) if reward.custom_path else None
-        self._remote = RemoteReward(reward.url, key=reward.key) if reward.url else None
-        self._workers = [WorkerProcess(timeout_s=timeout_s) for _ in range(num_workers)]
+    def __init__(self, reward: RewardConfig) -> None:
+        """Start no worker yet.
+
+        Raises:
+            ConfigError: see `check_reward`.
+        """
+        check_reward(reward)
+        num_workers = reward.reward_num_workers or min(_MAX_DEFAULT_WORKERS, max(1, (os.cpu_count() or 1) - 1))
+        self._reward, self._timeout_s = reward, reward.reward_timeout_s
+        self._custom = _custom_reward(reward, num_workers)
+        self._remote = RemoteReward(reward.rm_url, key=reward.reward_key) if reward.rm_url else None
+        self._workers = [WorkerProcess("qwench.rewards.algebra_worker", environment={}) for _ in range(num_workers)]
         self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -48,23 +59,25 @@ class RewardPool:
             RewardError: the sample has no label where one is needed, or a custom function or a reward server failed.
         """
         if self._custom is not None:
-            return pick_score(await self._custom.grade(sample), self._reward.key)
-        rm_type = self._reward.type_of(sample)
+            return pick_score(await self._custom.grade(sample), self._reward.reward_key)
+        rm_type = rm_type_of(self._reward, sample.metadata if "rm_type" in sample.metadata else sample.prompt.metadata)
         if self._remote is not None and is_remote(rm_type):
-            return pick_score(await self._remote.grade(sample, boxed=is_boxed(rm_type)), self._reward.key)
+            return pick_score(await self._remote.grade(sample, boxed=is_boxed(rm_type)), self._reward.reward_key)
         outcome = find_grader(rm_type)(sample)
         if isinstance(outcome, Question):
             outcome = await asyncio.get_running_loop().run_in_executor(self._threads, self._settle, outcome)
-        return pick_score(outcome, self._reward.key)
+        return pick_score(outcome, self._reward.reward_key)
 
     async def grade_group(self, samples: Sequence[Sample]) -> list[Verdict]:
         """Return one verdict for each sample of a group; a custom function gets the whole group at once (`--group-rm`)."""
         if self._custom is None:
             return list(await asyncio.gather(*(self.grade(sample) for sample in samples)))
-        return [pick_score(verdict, self._reward.key) for verdict in await self._custom.grade_group(samples)]
+        return [pick_score(verdict, self._reward.reward_key) for verdict in await self._custom.grade_group(samples)]
 
     def close(self) -> None:
         """End the workers; a grading under way gets `grader_error`."""
+        if isinstance(self._custom, CustomReward):
+            self._custom.close()
         for worker in self._workers:
             worker.stop()
         self._threads.shutdown(wait=True, cancel_futures=True)
@@ -74,6 +87,41 @@ class RewardPool:
     def _settle(self, question: Question) -> Verdict:
         worker = self._idle.get()
         try:
-            return worker.settle(question)
+            asked = encode({"pairs": question.pairs, "deadline_s": self._timeout_s})
+            answer = worker.ask(asked, timeout_s=self._timeout_s)
+        except WorkerLateError:
+            return _ungraded("timeout", f"no verdict within {self._timeout_s:g} s")
+        except WorkerDiedError as error:
+            return _ungraded("grader_error", str(error))
         finally:
             self._idle.put(worker)
+        if "error" in answer:
+            return _ungraded("grader_error", answer["error"])
+        return Verdict(score=float(answer["reason"] == "sympy_equal"), reason=answer["reason"])
+
+
+def check_reward(reward: RewardConfig) -> None:
+    """Check the reward that the flags choose.
+
+    Raises:
+        ConfigError: there is no such reward, the custom function cannot be loaded, or the reward server not be reached.
+    """
+    if reward.rm_type is not None:
+        find_grader(reward.rm_type)
+    if reward.custom_rm_path is not None:
+        load_reward(reward.custom_rm_path)
+    elif reward.rm_url is not None:
+        check_reachable(reward.rm_url)
+
+
+def _custom_reward(reward: RewardConfig, num_workers: int) -> CustomReward | InProcessReward | None:
+    path, key, timeout_s = reward.custom_rm_path, reward.reward_key, reward.reward_timeout_s
+    if path is None:
+        return None
+    if reward.custom_rm_in_process:
+        return InProcessReward(path, key=key, timeout_s=timeout_s)
+    return CustomReward(path, key=key, num_workers=num_workers, timeout_s=timeout_s)
+
+
+def _ungraded(reason: str, why: str) -> Verdict:
+    return Verdict(score=0.0, reason=reason, extra={"error": why})

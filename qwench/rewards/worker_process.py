@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import subprocess
@@ -10,47 +11,90 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import qwench
 from qwench.errors import RewardError
-from qwench.rewards.expressions import Question
-from qwench.rewards.protocol import HEADER, decode, encode
-from qwench.samples import Json, Verdict
+from qwench.rewards.messages import HEADER, decode
+from qwench.samples import Json
 
-_PROGRAM = "import sys; sys.path[:0] = sys.argv[1:]; from qwench.rewards.worker import main; main()"
 _START_TIMEOUT_S = 120.0  # importing sympy takes a second, and far longer on a cold network file system
+_PROGRAM = "import sys; sys.path[:0] = sys.argv[2:]; import importlib; importlib.import_module(sys.argv[1]).main()"
+_STACK_WAIT_S = 0.3  # for a late worker to say where it is
+_POLL_S = 1.0  # between looks at whether the worker lives
+_MAX_SAID_BYTES = 16 * 2**20
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<name>\S+)')
+_PACKAGE = str(Path(qwench.__file__).parent)
+
+
+class WorkerLateError(Exception):
+    """The worker did not answer before its deadline; it was killed."""
+
+    place: str | None = None
+    """File and line of the user's code where it was, if the worker could say."""
+
+
+class WorkerDiedError(Exception):
+    """The worker ended before it answered."""
+
+    place: str | None = None
 
 
 class WorkerProcess:
     """not started -> ready -> asked -> ready ...; late (killed) or dead -> not started; stopped at the end.
 
-    One thread at a time calls `settle`; `stop` may be called from any thread, and makes a `settle` under way return.
+    One thread at a time calls `ask`; `stop` may be called from any thread, and makes an `ask` under way return.
     """
 
-    def __init__(self, *, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, module: str, *, environment: Mapping[str, str], hello: bytes = b"") -> None:
+        """Start nothing yet.
+
+        Args:
+            module: its `main` is the worker's program.
+            hello: what a worker hears first.
+        """
+        self._module, self._environment, self._hello = module, dict(environment), hello
         self._process: subprocess.Popen[bytes] | None = None
+        self._output: IO[bytes] | None = None
+        """What the worker writes to its standard error, of all processes so far."""
+        self._read_up_to = 0
         self._stopped = False
         self._lock = threading.Lock()  # between starting a process and stopping for good
+        self.said = ""
+        """What the worker wrote during the last question."""
 
-    def settle(self, question: Question) -> Verdict:
-        """Ask the worker and return its verdict, `timeout` if it is late, `grader_error` if it fails or dies."""
+    def ask(self, message: bytes, *, timeout_s: float) -> Json:
+        """Send a message and return the answer.
+
+        Raises:
+            WorkerLateError: it did not come in time.
+            WorkerDiedError: the worker ended, or the pool is closed.
+            RewardError: a worker could not be started.
+        """
         process = self._ready_process()
         if process is None:
-            return _ungraded("grader_error", "the reward pool was closed")
+            raise WorkerDiedError("the reward pool was closed")
         try:
-            answer = self._ask(process, question)
-        except _WorkerLateError:
+            _send(process, message)
+            answer = _receive(process, deadline=time.monotonic() + timeout_s)
+        except WorkerLateError as error:
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGUSR1)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_STACK_WAIT_S)
             _end(process)
-            return _ungraded("timeout", f"no verdict within {self._timeout_s:g} s")
-        except _WorkerDiedError:
+            error.place = _place(self._new_output())
+            raise
+        except WorkerDiedError:
             _end(process)
-            return _ungraded("grader_error", f"the worker ended with exit code {process.returncode}")
-        if "error" in answer:
-            return _ungraded("grader_error", answer["error"])
-        return Verdict(score=float(answer["reason"] == "sympy_equal"), reason=answer["reason"])
+            died = WorkerDiedError(f"the worker ended with exit code {process.returncode}")
+            died.place = _place(self._new_output())
+            raise died from None
+        self.said = self._new_output()
+        return answer
 
     def stop(self) -> None:
         """Kill the process; it is not started again."""
@@ -60,9 +104,11 @@ class WorkerProcess:
                 _kill(self._process)
 
     def release(self) -> None:
-        """Collect the stopped process and its pipes, when no thread is in `settle` any more."""
+        """Collect the stopped process and its pipes, when no thread is in `ask` any more."""
         if self._process is not None:
             _end(self._process)
+        if self._output is not None:
+            self._output.close()
 
     def _ready_process(self) -> subprocess.Popen[bytes] | None:
         """Return a process that waits for a question, started if need be; None once stopped."""
@@ -73,51 +119,53 @@ class WorkerProcess:
                 if self._process.poll() is None:
                     return self._process
                 _end(self._process)
-            errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed below, outside the lock
-            process = self._process = _start(errors.fileno())
-        with errors:
-            try:
-                _receive(process, deadline=time.monotonic() + _START_TIMEOUT_S)
-            except (_WorkerLateError, _WorkerDiedError) as error:
-                _end(process)
-                if self._stopped:
-                    return None
-                errors.seek(0)
-                said = errors.read().decode(errors="replace").strip()[-2000:]
-                raise RewardError(f"a reward worker did not start within {_START_TIMEOUT_S:g} s: {said}") from error
+            if self._output is None:
+                self._output = tempfile.TemporaryFile()  # noqa: SIM115 - `release` closes it
+            self._new_output()
+            process = self._process = self._start(self._output)
+        try:
+            _send(process, self._hello)
+            _receive(process, deadline=time.monotonic() + _START_TIMEOUT_S)
+        except (WorkerLateError, WorkerDiedError) as error:
+            _end(process)
+            if self._stopped:
+                return None
+            said = self._new_output().strip()[-2000:]
+            raise RewardError(f"a reward worker did not start within {_START_TIMEOUT_S:g} s: {said}") from error
         return process
 
-    def _ask(self, process: subprocess.Popen[bytes], question: Question) -> Json:
-        assert process.stdin is not None, "workers are started with pipes"
-        try:
-            process.stdin.write(encode({"pairs": question.pairs, "deadline_s": self._timeout_s}))
-            process.stdin.flush()
-        except BrokenPipeError as error:
-            raise _WorkerDiedError from error
-        return _receive(process, deadline=time.monotonic() + self._timeout_s)
+    def _start(self, output: IO[bytes]) -> subprocess.Popen[bytes]:
+        given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        search_path = [str(Path(qwench.__file__).parents[1]), *filter(None, given)]
+        return subprocess.Popen(
+            # -P: a file of the user's folder must not shadow a module of the standard library.
+            [sys.executable, "-EP", "-c", _PROGRAM, self._module, *search_path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=output.fileno(),
+            env=self._environment,
+            start_new_session=True,  # so that its children can be killed with it
+        )
+
+    def _new_output(self) -> str:
+        """Return what workers have written since the last call, and keep the file small."""
+        if self._output is None:
+            return ""
+        fd = self._output.fileno()
+        size = os.fstat(fd).st_size
+        start = max(self._read_up_to, size - _MAX_SAID_BYTES)
+        text = os.pread(fd, size - start, start).decode(errors="replace") if size > start else ""
+        self._read_up_to = size
+        return text
 
 
-class _WorkerLateError(Exception):
-    """The worker did not answer before its deadline."""
-
-
-class _WorkerDiedError(Exception):
-    """The worker's end of the pipe is closed."""
-
-
-def _start(stderr: int) -> subprocess.Popen[bytes]:
-    """Start a worker that sees nothing of this process: no environment, and the search path of the package alone."""
-    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    search_path = [str(Path(qwench.__file__).parents[1]), *filter(None, given)]
-    return subprocess.Popen(
-        # -P: a file of the user's folder must not shadow a module of the standard library.
-        [sys.executable, "-EP", "-c", _PROGRAM, *search_path],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        env={},
-        start_new_session=True,  # so that its children can be killed with it
-    )
+def _place(output: str) -> str | None:
+    """Return the innermost frame of the user's code in a stack that faulthandler wrote."""
+    own = (_PACKAGE, str(Path(os.__file__).parent))
+    for frame in _FRAME.finditer(output):
+        if not frame["file"].startswith((*own, "<")):
+            return f"{frame['file']}:{frame['line']} in {frame['name']}"
+    return None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -135,6 +183,15 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def _send(process: subprocess.Popen[bytes], message: bytes) -> None:
+    assert process.stdin is not None, "workers are started with pipes"
+    try:
+        process.stdin.write(message)
+        process.stdin.flush()
+    except BrokenPipeError as error:
+        raise WorkerDiedError from error
+
+
 def _receive(process: subprocess.Popen[bytes], *, deadline: float) -> Json:
     header = _read_exactly(process, HEADER.size, deadline)
     return decode(_read_exactly(process, HEADER.unpack(header)[0], deadline))
@@ -146,14 +203,15 @@ def _read_exactly(process: subprocess.Popen[bytes], size: int, deadline: float) 
     poller.register(process.stdout, select.POLLIN)
     received = b""
     while len(received) < size:
-        if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise _WorkerLateError
+        remaining_s = max(0.0, deadline - time.monotonic())
+        if not poller.poll(min(remaining_s, _POLL_S) * 1000):
+            if process.poll() is not None:  # a child of a dead worker may hold its pipe open
+                raise WorkerDiedError
+            if remaining_s <= _POLL_S:
+                raise WorkerLateError
+            continue
         chunk = os.read(process.stdout.fileno(), size - len(received))
         if not chunk:
-            raise _WorkerDiedError
+            raise WorkerDiedError
         received += chunk
     return received
-
-
-def _ungraded(reason: str, why: str) -> Verdict:
-    return Verdict(score=0.0, reason=reason, extra={"error": why})

@@ -19,7 +19,10 @@ class RewardConfig:
     reward_key: str | None = None
     """Which value of a reward that returns a record is the score (dapo: score)."""
     custom_rm_path: str | None = None
-    """Import path of a reward function of your own; wins over --rm-type."""
+    """Reward function of your own, as package.module.function or ./file.py:function; wins over --rm-type."""
+    custom_rm_in_process: bool = False
+    """Call --custom-rm-path in this process, for a function that holds clients or a model. False: in worker processes, which
+    are killed when they are late."""
     group_rm: bool = False
     """Grade all samples of a group in one call."""
     custom_reward_post_process_path: str | None = None

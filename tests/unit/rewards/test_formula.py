@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qwench.config.sections.reward import RewardConfig
 from qwench.rewards.expressions import Question, compare
 from qwench.rewards.formula import MAX_DEPTH, FormulaError, read_formula
-from qwench.rewards.registry import build_pool
+from qwench.rewards.pool import RewardPool
 from qwench.rewards.sympy_grader import settle
 from tests.unit.rewards.samples import finished
 
@@ -191,7 +191,7 @@ def crafted(command: str) -> str:
 def test_crafted_answers_and_labels_run_nothing_and_forge_nothing(place: str, tmp_path: Path) -> None:
     attack = crafted(f"open('{tmp_path}/ran','w')")
     attacked = (f"\\boxed{{{attack}}}", "0.5") if place == "answer" else ("\\boxed{0.5}", attack)
-    pool = build_pool(RewardConfig(rm_type="math", reward_num_workers=1))
+    pool = RewardPool(RewardConfig(rm_type="math", reward_num_workers=1))
     try:
         verdicts = asyncio.run(
             pool.grade_group([finished(*attacked), finished(r"\boxed{x+2}", "x-1"), finished(r"\boxed{x-1}", "-1+x")])

@@ -15,15 +15,15 @@ import pytest
 
 from qwench.config.sections.reward import RewardConfig
 from qwench.errors import ConfigError, RewardError
-from qwench.rewards.expressions import Question
+from qwench.rewards.graders import check_prompts
+from qwench.rewards.messages import encode
 from qwench.rewards.pool import RewardPool
-from qwench.rewards.registry import build_pool
-from qwench.rewards.spec import RewardSpec
-from qwench.rewards.worker_process import WorkerProcess
+from qwench.rewards.worker_process import WorkerDiedError, WorkerProcess
 from qwench.samples import Prompt, Verdict
 from tests.deadlines import patient
 from tests.unit.rewards.samples import finished
 
+QUESTIONS_PER_CHILD = 200
 HANGS = finished(r"\boxed{(x+y)^9(x-y)^9(x+2y)^9(x+3)^9(y+5)^9(x+y+7)^9}", "0.5")
 """A product of which sympy takes minutes to simplify."""
 NEEDS_ALGEBRA = finished(r"\boxed{x+1}", "1+x")
@@ -32,7 +32,7 @@ QUICK = finished(r"\boxed{34}", "34")
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RewardPool]:
-    pool = RewardPool(RewardSpec(rm_type="math"), num_workers=1, timeout_s=1.0)
+    pool = RewardPool(RewardConfig(rm_type="math", reward_num_workers=1, reward_timeout_s=1.0))
     yield pool
     pool.close()
 
@@ -90,7 +90,7 @@ def test_worker_that_died_idle_is_replaced_unnoticed(pool: RewardPool) -> None:
 
 
 def test_close_ends_the_workers_and_a_grading_under_way() -> None:
-    pool = RewardPool(RewardSpec(rm_type="math"), num_workers=1, timeout_s=patient(60))
+    pool = RewardPool(RewardConfig(rm_type="math", reward_num_workers=1, reward_timeout_s=patient(60)))
     bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     asyncio.run(pool.grade(NEEDS_ALGEBRA))
     pid = worker_pid(pool)
@@ -111,10 +111,24 @@ def test_close_ends_the_workers_and_a_grading_under_way() -> None:
 
 
 def test_a_stopped_worker_starts_no_process() -> None:
-    worker = WorkerProcess(timeout_s=30.0)
+    worker = WorkerProcess("qwench.rewards.algebra_worker", environment={})
     worker.stop()
-    verdict = worker.settle(Question(pairs=(("x+1", "1+x"),)))
-    assert (verdict.reason, verdict.extra, worker._process) == ("grader_error", {"error": "the reward pool was closed"}, None)
+    with pytest.raises(WorkerDiedError, match="the reward pool was closed"):
+        worker.ask(b"", timeout_s=30.0)
+    assert worker._process is None
+
+
+def test_a_worker_has_no_environment_and_answers_of_its_children_are_limited() -> None:
+    worker = WorkerProcess("qwench.rewards.algebra_worker", environment={})
+    try:
+        question = encode({"pairs": [["x+1", "1+x"]], "deadline_s": patient(30.0)})
+        answers = [worker.ask(question, timeout_s=patient(30.0)) for _ in range(QUESTIONS_PER_CHILD + 5)]
+        assert answers == [{"reason": "sympy_equal"}] * (QUESTIONS_PER_CHILD + 5)
+        assert worker._process is not None
+        assert Path(f"/proc/{worker._process.pid}/environ").read_bytes() in (b"", b"LC_CTYPE=C.UTF-8\0")
+    finally:
+        worker.stop()
+        worker.release()
 
 
 def test_pool_works_in_a_script_without_a_main_guard(tmp_path: Path) -> None:
@@ -122,9 +136,9 @@ def test_pool_works_in_a_script_without_a_main_guard(tmp_path: Path) -> None:
     script.write_text(
         "import asyncio\n"
         "from qwench.rewards.pool import RewardPool\n"
-        "from qwench.rewards.spec import RewardSpec\n"
+        "from qwench.config.sections.reward import RewardConfig\n"
         "from qwench.samples import Prompt, Sample\n"
-        "pool = RewardPool(RewardSpec(rm_type='math'), num_workers=2, timeout_s=30.0)\n"
+        "pool = RewardPool(RewardConfig(rm_type='math', reward_num_workers=2))\n"
         "prompt = Prompt(text='', token_ids=(), label='1+x')\n"
         "sample = Sample(prompt=prompt, sample_id=0, group_id=0, response=r'\\boxed{x+1}')\n"
         "print(asyncio.run(pool.grade(sample)).reason)\n"
@@ -144,7 +158,7 @@ def test_pool_works_in_a_script_without_a_main_guard(tmp_path: Path) -> None:
 
 
 def test_rewards_import_without_torch_or_sympy_in_the_controller() -> None:
-    code = "import sys, qwench.rewards.registry, qwench.commands.reward_check; print({'torch', 'sympy'} & set(sys.modules))"
+    code = "import sys, qwench.rewards.pool, qwench.commands.reward_check; print({'torch', 'sympy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
@@ -172,25 +186,25 @@ def test_missing_label_is_an_error_not_a_zero(pool: RewardPool) -> None:
 )
 def test_reward_that_cannot_be_is_refused_with_the_ones_that_can(rm_type: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_pool(RewardConfig(rm_type=rm_type))
+        RewardPool(RewardConfig(rm_type=rm_type))
 
 
 def test_prompts_are_checked_before_the_run() -> None:
     labelled = Prompt(text="", token_ids=(), label="34")
-    RewardSpec(rm_type="math").check_prompts([labelled])
-    RewardSpec(rm_type="random").check_prompts([Prompt(text="", token_ids=())])
+    check_prompts(RewardConfig(rm_type="math"), [labelled])
+    check_prompts(RewardConfig(rm_type="random"), [Prompt(text="", token_ids=())])
     with pytest.raises(ConfigError, match=r"row 1 .*--label-key"):
-        RewardSpec(rm_type="math").check_prompts([labelled, Prompt(text="", token_ids=())])
+        check_prompts(RewardConfig(rm_type="math"), [labelled, Prompt(text="", token_ids=())])
     with pytest.raises(ConfigError, match=r"row 0 .*compares integers"):
-        RewardSpec(rm_type="dapo").check_prompts([Prompt(text="", token_ids=(), label="x")])
+        check_prompts(RewardConfig(rm_type="dapo"), [Prompt(text="", token_ids=(), label="x")])
     with pytest.raises(ConfigError, match="no reward is chosen"):
-        RewardSpec().check_prompts([labelled])
+        check_prompts(RewardConfig(), [labelled])
 
 
 def test_choices_need_no_label_where_metadata_name_the_letter() -> None:
-    RewardSpec(rm_type="gpqa").check_prompts([Prompt(text="", token_ids=(), metadata={"correct_letter": "B"})])
+    check_prompts(RewardConfig(rm_type="gpqa"), [Prompt(text="", token_ids=(), metadata={"correct_letter": "B"})])
     with pytest.raises(ConfigError, match=r"row 0 .*needs the right option as label or metadata\.correct_letter"):
-        RewardSpec(rm_type="gpqa").check_prompts([Prompt(text="", token_ids=())])
+        check_prompts(RewardConfig(rm_type="gpqa"), [Prompt(text="", token_ids=())])
 
 
 @pytest.mark.parametrize(

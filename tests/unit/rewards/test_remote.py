@@ -15,10 +15,9 @@ from qwench.commands.reward_check import check_file
 from qwench.config.sections.reward import RewardConfig
 from qwench.errors import ConfigError, RewardError
 from qwench.rewards import remote
-from qwench.rewards.pool import RewardPool
-from qwench.rewards.registry import build_pool, reward_spec
+from qwench.rewards.graders import check_prompts
+from qwench.rewards.pool import RewardPool, check_reward
 from qwench.rewards.remote import pause_s
-from qwench.rewards.spec import RewardSpec
 from qwench.samples import Prompt, Sample
 
 
@@ -82,7 +81,7 @@ def sample(response: str = "so \\boxed{4}", **metadata) -> Sample:
 
 
 def graded(config: RewardConfig, one: Sample):
-    pool = build_pool(config)
+    pool = RewardPool(config)
     try:
         return asyncio.run(pool.grade(one))
     finally:
@@ -150,17 +149,17 @@ def test_a_server_that_is_not_there_is_found_before_the_run():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
     with pytest.raises(ConfigError, match=rf"the reward server --rm-url {url} cannot be reached: .*; start it"):
-        reward_spec(RewardConfig(rm_type="remote_rm", rm_url=url))
+        check_reward(RewardConfig(rm_type="remote_rm", rm_url=url))
     with pytest.raises(ConfigError, match="row 0 of the prompts is graded by remote_rm; give the server's address by --rm-url"):
-        RewardSpec(rm_type="math").check_prompts([sample(rm_type="remote_rm").prompt])
-    pool = RewardPool(RewardSpec(rm_type="remote_rm"), num_workers=1, timeout_s=1.0)
+        check_prompts(RewardConfig(rm_type="math"), [sample(rm_type="remote_rm").prompt])
+    pool = RewardPool(RewardConfig(rm_type="math", reward_num_workers=1))
     with pytest.raises(RewardError, match="sample 7 is graded by remote_rm, and no --rm-url is given"):
-        asyncio.run(pool.grade(sample()))
+        asyncio.run(pool.grade(sample(rm_type="remote_rm")))
     pool.close()
 
 
 def test_prompts_need_no_label_for_it():
-    RewardSpec(rm_type="remote_rm", url="http://127.0.0.1:1").check_prompts([Prompt(text="", token_ids=())])
+    check_prompts(RewardConfig(rm_type="remote_rm", rm_url="http://127.0.0.1:1"), [Prompt(text="", token_ids=())])
 
 
 def test_reward_check_asks_the_server_for_a_whole_file(serve, tmp_path):

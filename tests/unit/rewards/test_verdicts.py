@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qwench.errors import RewardError
-from qwench.rewards import dapo, deepscaler, math
+from qwench.rewards import boxed, dapo
 from qwench.rewards.expressions import Question
 from qwench.rewards.sympy_grader import settle
 from qwench.samples import Verdict
@@ -67,8 +67,8 @@ def settled(outcome: Verdict | Question) -> Verdict:
 
 @pytest.mark.parametrize(("answer", "label", "score", "reason"), ANSWERS)
 def test_boxed_answer_gets_its_score_and_reason(answer: str, label: str, score: int, reason: str) -> None:
-    boxed = f"so it is \\boxed{{{answer}}}."
-    for verdict in (settled(deepscaler.grade(f"hm</think> {boxed}", label)), settled(math.grade(boxed, label))):
+    box = f"so it is \\boxed{{{answer}}}."
+    for verdict in (settled(boxed.grade_after_thinking(f"hm</think> {box}", label)), settled(boxed.grade_last_box(box, label))):
         assert (verdict.score, verdict.reason) == (score, reason)
 
 
@@ -91,23 +91,23 @@ def test_boxed_answer_gets_its_score_and_reason(answer: str, label: str, score: 
     ],
 )
 def test_deepscaler_reads_the_last_box_after_the_thinking(response: str, score: int, reason: str) -> None:
-    verdict = settled(deepscaler.grade(response, "34"))
+    verdict = settled(boxed.grade_after_thinking(response, "34"))
     assert (verdict.score, verdict.reason) == (score, reason)
 
 
 def test_math_needs_no_think_marker() -> None:
-    assert settled(math.grade(r"<think> \boxed{35} </think> \boxed{34}", "34")).score == 1
-    assert settled(math.grade("34", "34")).reason == "no_box"
+    assert settled(boxed.grade_last_box(r"<think> \boxed{35} </think> \boxed{34}", "34")).score == 1
+    assert settled(boxed.grade_last_box("34", "34")).reason == "no_box"
 
 
 @pytest.mark.parametrize("label", [34, 34.0, r"\boxed{34}", r"the answer is \boxed{34}"])
 def test_label_may_be_a_number_or_boxed(label: object) -> None:
-    assert settled(deepscaler.grade(r"</think>\boxed{34}", str(label))).score == 1
+    assert settled(boxed.grade_after_thinking(r"</think>\boxed{34}", str(label))).score == 1
 
 
 @pytest.mark.parametrize("label", ["", r"\boxed{34"])
 def test_label_without_an_answer_is_told_apart_from_a_wrong_answer(label: str) -> None:
-    assert settled(deepscaler.grade(r"</think>\boxed{34}", label)) == Verdict(score=0.0, reason="empty_label")
+    assert settled(boxed.grade_after_thinking(r"</think>\boxed{34}", label)) == Verdict(score=0.0, reason="empty_label")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import signal
 from contextlib import suppress
 from typing import BinaryIO
 
-from qwench.rewards.protocol import HEADER, decode, encode
+from qwench.rewards.messages import decode, read_body, write_message
 from qwench.rewards.sympy_grader import settle
 from qwench.samples import Json
 
@@ -35,7 +35,7 @@ def main() -> None:
     questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not get between the messages
     settle([("x+1", "1+x")])  # fills sympy's caches, so the first answer's deadline need not pay for them
-    _send(answers, {"ready": True})
+    write_message(answers, {"ready": True})
     while _serve_in_child(questions, answers) == _MORE_TO_COME:
         pass
 
@@ -53,13 +53,14 @@ def _serve_in_child(questions: BinaryIO, answers: BinaryIO) -> int:
 
 def _serve(questions: BinaryIO, answers: BinaryIO) -> int:
     for _ in range(QUESTIONS_PER_CHILD):
-        question = _receive(questions)
-        if question is None:
+        body = read_body(questions)
+        if body is None:
             return _END_OF_INPUT
+        question = decode(body)
         signal.setitimer(signal.ITIMER_REAL, _ALARM_FACTOR * question["deadline_s"])
         answer = _answer(question)
         signal.setitimer(signal.ITIMER_REAL, 0.0)
-        _send(answers, answer)
+        write_message(answers, answer)
     return _MORE_TO_COME
 
 
@@ -68,14 +69,3 @@ def _answer(question: Json) -> Json:
         return {"reason": settle([(answer, label) for answer, label in question["pairs"]])}
     except Exception as error:  # noqa: BLE001 - the border of the process: the pool reports it as grader_error
         return {"error": f"{type(error).__name__}: {error}"}
-
-
-def _receive(stream: BinaryIO) -> Json:
-    """Return the next message, None at the end of input."""
-    header = stream.read(HEADER.size)
-    return decode(stream.read(HEADER.unpack(header)[0])) if len(header) == HEADER.size else None
-
-
-def _send(stream: BinaryIO, message: Json) -> None:
-    stream.write(encode(message))
-    stream.flush()
