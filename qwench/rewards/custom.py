@@ -4,8 +4,10 @@
     async def fn(samples: Sequence[Sample]) -> list of the same   with --group-rm
 
 It runs in worker processes, which are killed when they are late (`timeout`). A worker that dies, a call that exits or runs out
-of memory, and an answer that is no score count as `grader_error`, with file and line. What the function raises ends the run: a
-broken reward is never a 0. A dict holds a number under `score` (or what `--reward-key` names), and may hold a `reason`.
+of memory, and an answer that is no score count as `grader_error`, with file and line. What the function raises ends the run,
+and so does a function that has never returned a score: a broken reward is never a 0.
+
+A dict holds a number under `score` (or what `--reward-key` names), and may hold a `reason`.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ CALLS_AT_ONCE = 32
 """Calls of an async function that one worker has under way together; a plain function has one."""
 _GRACE_S = 2.0  # an async function's own deadlines fire in the worker, before the pool's
 _MAX_WARNINGS = 20
+_MOST_WITHOUT_SCORE = 16
+"""Answers that are no score, before any that is one: such a function is broken, and ends the run."""
 
 logger = logging.getLogger(__name__)
 Call = Sample | Sequence[Sample]
@@ -61,6 +65,7 @@ class CustomReward:
         # As many threads as workers: a thread that runs always finds an idle worker.
         self._threads = ThreadPoolExecutor(max_workers=num_workers, thread_name_prefix="custom-reward")
         self._warned: set[str] = set()
+        self._has_scored, self._num_without_score = False, 0
 
     async def grade(self, sample: Sample) -> Verdict:
         """Return the function's verdict on one sample.
@@ -145,9 +150,14 @@ class CustomReward:
         if "late" in answer:
             self._warn(f"no reward of {what} within {self._timeout_s:g} s ({answer['late']})", kind=answer["late"])
             return Verdict(score=0.0, reason="timeout", extra={"error": answer["late"]})
-        if "failed" in answer:
-            self._warn(f"no reward of {what}: {answer['failed']}", kind=answer["failed"])
-            return Verdict(score=0.0, reason="grader_error", extra={"error": answer["failed"]})
+        failure = answer.get("failed") or answer.get("no_score")
+        if failure is not None:
+            self._num_without_score += "no_score" in answer
+            if self._num_without_score == _MOST_WITHOUT_SCORE and not self._has_scored:
+                raise RewardError(f"{FLAG} {self._path} has never returned a score; it {failure}.")
+            self._warn(f"no reward of {what}: {failure}", kind=failure)
+            return Verdict(score=0.0, reason="grader_error", extra={"error": failure})
+        self._has_scored = True
         return Verdict(score=answer["score"], reason=answer["reason"], extra=answer["extra"])
 
     def _warn(self, text: str, *, kind: str) -> None:

@@ -99,13 +99,13 @@ class _Reward:
 
     def _group_record(self, answers: Answer, count: int) -> Json:
         if not isinstance(answers, Sequence) or isinstance(answers, str | bytes) or len(answers) != count:
-            return {"failed": f"must return a list of {count} rewards, got {answers!r:.200} ({place_of(self._function)})"}
+            return {"no_score": f"must return a list of {count} rewards, got {answers!r:.200} ({place_of(self._function)})"}
         return {"group": [self._record(answer) for answer in answers]}
 
     def _record(self, answer: Answer) -> Json:
         verdict = read_answer(answer, key=self._key, source="custom")
         if verdict is None:
-            return {"failed": f"{score_wanted(self._key)}, got {answer!r:.200} ({place_of(self._function)})"}
+            return {"no_score": f"{score_wanted(self._key)}, got {answer!r:.200} ({place_of(self._function)})"}
         return asdict(verdict)
 
 

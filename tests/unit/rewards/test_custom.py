@@ -174,3 +174,9 @@ def test_a_sample_that_cannot_travel_says_what_to_do() -> None:
     sample.metadata["client"] = lambda: None
     with pytest.raises(RewardError, match="--custom-rm-in-process"):
         grade_all(f"{FUNCTIONS}.half", sample)
+
+
+def test_a_function_that_never_returns_a_score_ends_the_run() -> None:
+    with pytest.raises(RewardError, match=r"has never returned a score; it must return a finite number, .* got '0.5'"):
+        grade_all(f"{HOSTILE}.text", *(finished("x") for _ in range(16)))
+    assert len(grade_all(f"{HOSTILE}.text", *(finished("x") for _ in range(15)))) == 15
