@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import cycle
+from collections.abc import Iterator, Mapping, Sequence
 
 from qwench.config.layout import ParallelLayout
 from tests.contract.train_backend_ranks import Case
@@ -47,42 +46,62 @@ def fsdp(name: str, model: str, *, on: str, **options: object) -> tuple[int, Cas
     return world_size, Case(name=name, model=model, bins=BINS[world_size], **options)  # type: ignore[arg-type]
 
 
-def first_steps() -> Iterator[tuple[int, Case]]:
+SMALL, LARGE = (1, 2), (4,)
+"""World sizes of the two halves of the suite, which take about as long."""
+
+
+def layouts_of(sizes: Sequence[int]) -> list[str]:
+    """Return the names of the layouts of some world sizes."""
+    return [name for name, (world_size, _) in LAYOUTS.items() if world_size in sizes]
+
+
+def first_steps(sizes: Sequence[int]) -> Iterator[tuple[int, Case]]:
     """Yield every layout with tied and untied embeddings; the untied models are saved."""
-    for on in LAYOUTS:
+    for on in layouts_of(sizes):
         yield megatron(f"{on}-tied", "tied", on=on, gradient_checkpointing=on in ("tp2-sp", "pp2"), save=on == "tp2-pp2")
         yield megatron(f"{on}-untied", "untied", on=on, save=True)
-    yield megatron("deep-pp4-tied", "deep-tied", on="pp4")
-    yield megatron("deep-pp4-untied", "deep-untied", on="pp4", save=True)
-    yield fsdp("fsdp-untied", "untied", on="fsdp-2", save=True)
-    yield fsdp("fsdp-tied", "tied", on="fsdp", save=True)
+    if 4 in sizes:
+        yield megatron("deep-pp4-tied", "deep-tied", on="pp4")
+        yield megatron("deep-pp4-untied", "deep-untied", on="pp4", save=True)
+    if 2 in sizes:
+        yield fsdp("fsdp-untied", "untied", on="fsdp-2", save=True)
+        yield fsdp("fsdp-tied", "tied", on="fsdp", save=True)
 
 
 RESUMED_STEPS = 2
 """Enough to need moments, masters and the step count."""
 
 
-def resumed() -> Iterator[tuple[int, Case]]:
+def resumed(sizes: Sequence[int]) -> Iterator[tuple[int, Case]]:
     """Yield every layout from the same checkpoint, from another one's and from FSDP2's, and FSDP2 from every layout's."""
-    others = cycle(LAYOUTS)
-    next(others)
-    for on in LAYOUTS:
+    names = list(LAYOUTS)
+    for on in layouts_of(sizes):
+        other = names[(names.index(on) + 1) % len(names)]
         yield megatron(f"{on}-after-tp2-pp2", "untied", on=on, load="tp2-pp2-untied", num_steps=RESUMED_STEPS)
-        yield megatron(f"{on}-after-another", "untied", on=on, load=f"{next(others)}-untied", num_steps=RESUMED_STEPS)
+        yield megatron(f"{on}-after-another", "untied", on=on, load=f"{other}-untied", num_steps=RESUMED_STEPS)
         yield megatron(f"{on}-after-fsdp", "untied", on=on, load="fsdp-untied", num_steps=RESUMED_STEPS)
         yield fsdp(f"fsdp-after-{on}", "untied", on="fsdp-2", load=f"{on}-untied", num_steps=RESUMED_STEPS)
-    for on in ("pp2", "tp2-pp2"):
-        yield megatron(f"{on}-tied-after-tp2-pp2", "tied", on=on, load="tp2-pp2-tied", num_steps=RESUMED_STEPS)
-        yield megatron(f"{on}-tied-after-fsdp", "tied", on=on, load="fsdp-tied", num_steps=RESUMED_STEPS)
-    yield fsdp("fsdp-tied-after-tp2-pp2", "tied", on="fsdp", load="tp2-pp2-tied", num_steps=RESUMED_STEPS)
-    yield megatron("deep-pp2-after-pp4", "deep-untied", on="pp2", load="deep-pp4-untied", num_steps=RESUMED_STEPS)
+    on = "pp2" if 2 in sizes else "tp2-pp2"
+    yield megatron(f"{on}-tied-after-tp2-pp2", "tied", on=on, load="tp2-pp2-tied", num_steps=RESUMED_STEPS)
+    yield megatron(f"{on}-tied-after-fsdp", "tied", on=on, load="fsdp-tied", num_steps=RESUMED_STEPS)
+    if 4 in sizes:
+        yield fsdp("fsdp-tied-after-tp2-pp2", "tied", on="fsdp", load="tp2-pp2-tied", num_steps=RESUMED_STEPS)
+        yield megatron("deep-pp2-after-pp4", "deep-untied", on="pp2", load="deep-pp4-untied", num_steps=RESUMED_STEPS)
 
 
-def weights_only() -> Iterator[tuple[int, Case]]:
-    """Yield runs of both backends that start from the weights of a checkpoint, with a fresh optimizer."""
-    for source in ("tp2-pp2-untied", "fsdp-untied"):
-        yield megatron(f"weights-of-{source}", "untied", on="tp2", load=source, weights_only=True)
-        yield fsdp(f"fsdp-weights-of-{source}", "untied", on="fsdp", load=source, weights_only=True)
+def saved_elsewhere(sizes: Sequence[int]) -> Iterator[tuple[int, Case]]:
+    """Yield the first steps of the other half whose checkpoints this half resumes."""
+    loaded = {case.load for _, case in resumed(sizes)}
+    others = LARGE if sizes == SMALL else SMALL
+    return (run for run in first_steps(others) if run[1].name in loaded)
+
+
+def weights_only(source: str) -> tuple[tuple[int, Case], tuple[int, Case]]:
+    """Return runs of both backends that start from the weights of a checkpoint, with a fresh optimizer."""
+    return (
+        megatron(f"weights-of-{source}", "untied", on="tp2", load=source, weights_only=True),
+        fsdp(f"fsdp-weights-of-{source}", "untied", on="fsdp", load=source, weights_only=True),
+    )
 
 
 def of_padded() -> tuple[tuple[int, Case], tuple[int, Case]]:
@@ -109,7 +128,7 @@ def bf16_halves() -> tuple[tuple[int, Case], tuple[int, Case]]:
     )
 
 
-def non_finite() -> Iterator[tuple[int, Case]]:
+def non_finite(sizes: Sequence[int]) -> Iterator[tuple[int, Case]]:
     """Yield runs in which one data-parallel rank has a loss of NaN, or the only one has."""
-    for on in ("dp2", "tp2-dp2", "pp2", "cp2"):
+    for on in ("dp2", "pp2", "cp2") if 2 in sizes else ("tp2-dp2",):
         yield megatron(f"{on}-nan", "tied", on=on, non_finite=True)
