@@ -140,6 +140,29 @@ def test_what_is_no_score_ends_the_run_at_once(serve, no_pauses, answer, message
     assert len(server.asked) == 1
 
 
+def test_no_more_than_the_bound_of_requests_is_under_way(monkeypatch):
+    monkeypatch.setattr(remote, "_REQUESTS_AT_ONCE", 3)
+    reward = remote.RemoteReward("http://127.0.0.1:1", key=None)
+    running: list[int] = []
+    most: list[int] = []
+
+    async def post(body) -> float:
+        running.append(1)
+        most.append(len(running))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        running.pop()
+        return 1.0
+
+    monkeypatch.setattr(reward, "_post", post)
+
+    async def grade_all():
+        return await asyncio.gather(*(reward.grade(sample()) for _ in range(10)))
+
+    assert [verdict.score for verdict in asyncio.run(grade_all())] == [1.0] * 10
+    assert max(most) == 3
+
+
 def test_pauses_double_up_to_half_a_minute():
     for attempt, least in enumerate([1, 2, 4, 8, 16, 30, 30, 30, 30]):
         assert least <= pause_s(attempt) < least + 1

@@ -19,6 +19,11 @@ def test_constant_after_linear_warmup():
     assert got == pytest.approx([0.2, 0.4, 0.6, 1.0, 1.0, 1.0])
 
 
+def test_one_step_of_warmup_starts_at_the_initial_rate():
+    assert _rates((0, 1, 2), style="constant", lr_warmup_iters=1, lr_warmup_init=0.2) == [0.2, 1.0, 1.0]
+    assert _rates((0,), style="constant", lr_warmup_init=0.2) == [1.0]
+
+
 def test_linear_falls_from_the_end_of_warmup_to_the_minimum_at_the_end_of_the_run():
     got = _rates((0, 1, 2, 4, 6, 10, 11, 99), style="linear", min_lr=0.2, lr_warmup_iters=2, total_steps=10)
     assert got == pytest.approx([0.0, 0.5, 1.0, 0.8, 0.6, 0.2, 0.2, 0.2])
@@ -38,6 +43,11 @@ def test_cosine_is_halfway_in_the_middle():
 def test_inverse_square_root_counts_from_the_end_of_warmup():
     got = _rates((2, 4, 16, 25, 64, 101), style="inverse-square-root", min_lr=0.3, lr_warmup_iters=4, total_steps=100)
     assert got == pytest.approx([0.5, 1.0, 0.5, 0.4, 0.3, 0.3])
+
+
+def test_inverse_square_root_without_warmup_counts_from_the_first_step():
+    got = _rates((0, 1, 4, 100, 101), style="inverse-square-root", total_steps=100)
+    assert got == pytest.approx([1.0, 1.0, 0.5, 0.1, 0.0])
 
 
 @pytest.mark.parametrize(

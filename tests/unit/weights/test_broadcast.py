@@ -1,0 +1,175 @@
+"""When a buffer may be used again, when a group ends, and which address engines are told to connect to."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+import torch
+
+from qwench.engines.fleet.event_loop import EventLoopThread
+from qwench.engines.protocol import Portion
+from qwench.errors import WeightSyncError
+from qwench.weights.broadcast import BroadcastLink, _all, address_towards
+from tests.deadlines import patient
+
+
+class Group:
+    """Notes when buffers are sent, when rank 0 waits for one to be gone, and its own end."""
+
+    def __init__(self, events: list[str]) -> None:
+        self._events = events
+
+    def start(self, tensor):
+        name = f"buffer {int(tensor)}"
+        self._events.append(f"send {name}")
+        return lambda: self._events.append(f"sent {name}")
+
+    def give_up(self) -> None:
+        self._events.append("give up")
+
+    def close(self) -> None:
+        self._events.append("close")
+
+
+class Engine:
+    """Loads a buffer at once, or never."""
+
+    address = "http://a"
+
+    def __init__(self, events: list[str], *, answers: bool = True) -> None:
+        self._events, self._answers = events, answers
+
+    async def take_broadcast(self, group, entries, portion) -> None:
+        if not self._answers:
+            await asyncio.Event().wait()
+        self._events.append(f"loaded {portion.index}")
+
+
+@pytest.fixture
+def loop():
+    thread = EventLoopThread("test")
+    yield thread
+    thread.close()
+
+
+def send(link: BroadcastLink, index: int, engine: Engine, loop: EventLoopThread) -> None:
+    portion = Portion(version=1, index=index, final=False)
+    link.start(torch.tensor(index), [], portion, [engine], loop=loop, timeout_s=patient(60))
+
+
+def link_of(events: list[str], engine: Engine) -> BroadcastLink:
+    link = BroadcastLink()
+    link._group, link._members = Group(events), (engine.address,)
+    return link
+
+
+def test_a_buffer_is_free_once_every_engine_has_loaded_it_and_rank_0_has_sent_it(loop):
+    events: list[str] = []
+    engine = Engine(events)
+    link = link_of(events, engine)
+    for index in range(3):
+        send(link, index, engine, loop)
+    link.wait(left=2)
+    assert [event for event in events if event.startswith("sent")] == ["sent buffer 0"]
+    assert events.index("loaded 0") < events.index("sent buffer 0")
+    link.wait()
+    assert [event for event in events if event.startswith("sent")] == ["sent buffer 0", "sent buffer 1", "sent buffer 2"]
+    link.wait()
+    assert len(events) == 9
+
+
+def test_a_group_stays_after_a_publication_and_ends_with_one_that_failed(loop):
+    events: list[str] = []
+    fine, silent = Engine(events), Engine(events, answers=False)
+    link = link_of(events, fine)
+    send(link, 0, fine, loop)
+    link.wait()
+    link.abandon()
+    assert "close" not in events
+    send(link, 1, silent, loop)
+    link.abandon()
+    link.abandon()
+    link.wait()
+    assert events[-1] == "close" and events.count("close") == 1 and "sent buffer 1" not in events
+
+
+def test_an_interrupt_ends_the_group(loop):
+    events: list[str] = []
+    engine = Engine(events)
+    link = link_of(events, engine)
+    link._group.start = lambda tensor: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        send(link, 0, engine, loop)
+    assert events[-1] == "close"
+    link.close()
+    assert events.count("close") == 1
+
+
+def test_an_error_cancels_what_still_runs():
+    cancelled: list[str] = []
+
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise WeightSyncError("refused")
+
+    async def waits(name: str) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(name)
+            raise
+
+    async def scenario() -> None:
+        with pytest.raises(WeightSyncError, match="refused"):
+            await _all([waits("a"), fails(), waits("b")])
+        await asyncio.sleep(0)
+
+    asyncio.run(scenario())
+    assert cancelled == ["a", "b"]
+
+
+class RoutedSocket:
+    """Chooses this machine's address as its routes would: loopback for itself, one of its own for others."""
+
+    def __init__(self, family: int, kind: int) -> None:
+        assert (family, kind) == (socket.AF_INET, socket.SOCK_DGRAM)
+        self._own = ""
+
+    def __enter__(self) -> RoutedSocket:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._own = ""
+
+    def connect(self, address: tuple[str, int]) -> None:
+        routes = {"localhost": "127.0.0.1", "127.0.1.1": "127.0.1.1", "node7": "10.0.0.5", "node8": "10.0.0.5"}
+        if address[0] not in routes:
+            raise socket.gaierror("name or service not known")
+        self._own = routes[address[0]]
+
+    def getsockname(self) -> tuple[str, int]:
+        return self._own, 40000
+
+
+@pytest.mark.parametrize(
+    ("hosts", "address"),
+    [
+        ([], "127.0.0.1"),
+        (["localhost"], "127.0.0.1"),
+        (["127.0.1.1", "localhost"], "127.0.0.1"),
+        (["node7"], "10.0.0.5"),
+        (["localhost", "node7"], "10.0.0.5"),
+        (["node8", "localhost"], "10.0.0.5"),
+    ],
+)
+def test_engines_are_told_an_address_that_all_of_them_reach(monkeypatch, hosts, address):
+    monkeypatch.setattr(socket, "socket", RoutedSocket)
+    assert address_towards([f"http://{host}:30000/v1" for host in hosts]) == address
+
+
+def test_an_engine_with_an_unknown_name_is_named(monkeypatch):
+    monkeypatch.setattr(socket, "socket", RoutedSocket)
+    with pytest.raises(WeightSyncError, match="the engine at http://node9:1 cannot be reached from this machine: name or"):
+        address_towards(["http://localhost:1", "http://node9:1"])
