@@ -33,6 +33,29 @@ def test_two_parts_are_within_the_largest_cost_of_the_best_equal_split(costs):
     assert abs(sums[0] - sums[1]) - best <= max(costs) - min(costs)
 
 
+def plain_differencing(costs, num_parts):
+    """Merge the two sets of the largest differences, the earlier made first among equal ones, without a heap."""
+    order = sorted(range(len(costs)), key=lambda i: (costs[i], i))
+    sets = [[(costs[i], [i]) for i in order[start : start + num_parts]] for start in range(0, len(order), num_parts)]
+    while len(sets) > 1:
+        first, second, *others = sorted(sets, key=lambda parts: min(parts)[0] - max(parts)[0])
+        pairs = zip(sorted(first), sorted(second)[::-1], strict=True)
+        sets = [*others, [(a + b, left + right) for (a, left), (b, right) in pairs]]
+    return sorted(indices for _, indices in sets[0])
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.data())
+def test_partition_is_that_of_a_plain_loop_over_sets(num_parts, per_part, data):
+    costs = data.draw(st.lists(st.integers(0, 30), min_size=num_parts * per_part, max_size=num_parts * per_part))
+    assert partition_equally(costs, num_parts) == plain_differencing(costs, num_parts)
+
+
+def test_shares_keep_the_order_of_the_bins():
+    lengths = [9, 1, 8, 2, 4, 3]
+    # Sets (1 2) (3 4) (8 9): the first two make (1+4 2+3), and with the third (9+1+4 8+2+3).
+    assert balance([[i] for i in range(6)], lengths, dp_size=2, cost=LINEAR) == [[[0], [1], [4]], [[2], [3], [5]]]
+
+
 def test_balance_evens_out_what_dealing_in_turn_does_not():
     bins = [[0], [1], [2], [3]]
     lengths = [100, 10, 90, 20]  # in turn: 190 against 30
