@@ -92,3 +92,15 @@ def test_megatron_core_itself_reads_weights_and_optimizer(folder: Path, model: s
         for name, values in like.items():
             assert torch.equal(read[name], values), name
             assert values.abs().max() > 0
+
+
+def test_a_checkpoint_that_cannot_be_read_is_one_clear_error_and_changes_nothing(folder: Path) -> None:
+    record = in_a_process(megatron_checkpoints.read_damaged, folder, "tp2-pp2-untied", "untied")
+    assert record["unchanged"]
+    messages = record["messages"]
+    assert "is cut short" in messages["truncated"]
+    assert "is missing" in messages["file-missing"]
+    assert "not finished" in messages["unfinished"]
+    assert "common.pt cannot be read" in messages["no-step-count"]
+    assert "--no-load-optim" in messages["no-optimizer"]
+    assert "4 layers" in messages["another-model"]

@@ -1,0 +1,173 @@
+"""What the publisher asks of the model, the pool and the devices, and in which order."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from qwench.config.sections.engine import EngineConfig
+from qwench.engines.fleet.event_loop import EventLoopThread
+from qwench.engines.fleet.pool import EngineRestartedError
+from qwench.engines.protocol import WeightReceipt
+from qwench.errors import WeightSyncError
+from qwench.observability.timing import PhaseTimer
+from qwench.weights.publisher import Publisher
+from qwench.weights.remote import PublicationPlan
+from qwench.wire.addresses import EngineAddress
+from tests.fakes.engine import FakeEngine
+
+PLAN = PublicationPlan(engine=EngineConfig(), timeout_s=20.0)
+ADDRESSES = [EngineAddress(base_url=f"http://{name}", token=None, kind="embedded", placement=None) for name in "ab"]
+
+
+class Engine(FakeEngine):
+    """Of this process; adopts the trainer's tensors."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__(lambda context, request: "")
+        self._events = events
+
+    async def adopt_weights(self, weights, *, version: int) -> WeightReceipt:
+        self._events.append(f"adopt {version}")
+        return WeightReceipt(version=version)
+
+
+class ServedEngine(FakeEngine):
+    """Of another process."""
+
+    def __init__(self, address: EngineAddress) -> None:
+        super().__init__(lambda context, request: "")
+        self.address = address
+
+
+class Model:
+    """Fails to reach engines as often as it is told to."""
+
+    def __init__(self, events: list[str], *, failures: int = 0) -> None:
+        self._events, self._failures = events, failures
+        self.published: list[tuple] = []
+
+    def weights(self, *, bucket_bytes: int):
+        yield [("norm", torch.ones(3))]
+
+    def shared_weights(self):
+        return {"norm": torch.ones(3)}
+
+    def publish(self, addresses, version, plan) -> None:
+        self._events.append(f"publish {version}")
+        self.published.append((addresses, version, plan))
+        if self._failures:
+            self._failures -= 1
+            raise EngineRestartedError("b was lost")
+
+
+class Pool:
+    def __init__(self, events: list[str], engines: list) -> None:
+        self._events = events
+        self.engines = engines
+        self.loop = EventLoopThread("test")
+        self.weights_lost = 0
+
+    @contextmanager
+    def receiving(self, version: int):
+        self._events.append(f"receive {version}")
+        yield
+        self._events.append(f"confirmed {version}")
+
+    async def lose_weights(self) -> None:
+        if self.weights_lost:
+            self.weights_lost -= 1
+            return
+        await asyncio.Event().wait()
+
+
+class Gpus:
+    weights_may_alias = True
+
+    def __init__(self, events: list[str]) -> None:
+        self._events = events
+
+    @contextmanager
+    def held_by(self, model):
+        self._events.append("held")
+        yield
+        self._events.append("given back")
+
+
+class Scene:
+    def __init__(self, *kinds: str, failures: int = 0) -> None:
+        self.events: list[str] = []
+        self.said: list[str] = []
+        served = iter(map(ServedEngine, ADDRESSES))
+        engines = [Engine(self.events) if kind == "local" else next(served) for kind in kinds]
+        self.model, self.pool = Model(self.events, failures=failures), Pool(self.events, engines)
+        self.timer = PhaseTimer()
+        self.publisher = Publisher(self.model, self.pool, PLAN, gpus=Gpus(self.events), timer=self.timer, say=self.said.append)
+
+
+@pytest.fixture
+def make_scene():
+    scenes = []
+
+    def make(*kinds: str, **options) -> Scene:
+        scenes.append(Scene(*kinds, **options))
+        return scenes[-1]
+
+    yield make
+    for scene in scenes:
+        scene.pool.loop.close()
+
+
+def test_engines_of_other_processes_are_reached_by_address_and_those_of_this_one_by_their_tensors(make_scene):
+    scene = make_scene("served", "local", "served")
+    scene.publisher.publish(version=3)
+    assert scene.model.published == [(ADDRESSES, 3, PLAN)]
+    assert scene.events == ["receive 3", "publish 3", "adopt 3", "confirmed 3"]
+    assert "perf/update_weights_time" in scene.timer.take() and scene.said == []
+
+
+def test_without_engines_elsewhere_the_model_publishes_nothing_itself(make_scene):
+    scene = make_scene("local")
+    scene.publisher.publish(version=3)
+    assert scene.events == ["receive 3", "adopt 3", "confirmed 3"]
+    only_served = make_scene("served")
+    only_served.publisher.publish(version=3)
+    assert only_served.events == ["receive 3", "publish 3", "confirmed 3"]
+
+
+def test_a_publication_in_which_an_engine_restarts_is_made_again_once(make_scene):
+    scene = make_scene("served", failures=1)
+    scene.publisher.publish(version=4)
+    assert scene.events == ["receive 4", "publish 4", "receive 4", "publish 4", "confirmed 4"]
+    assert scene.said == ["weight version 4 is published again: b was lost"]
+    twice = make_scene("served", failures=2)
+    with pytest.raises(EngineRestartedError):
+        twice.publisher.publish(version=4)
+
+
+def test_generation_goes_on_after_the_weights_were_published_again(make_scene):
+    scene = make_scene("local")
+    scene.publisher.publish(version=1)
+    scene.publisher.advance(version=2)
+    scene.events.clear()
+    scene.pool.weights_lost = 2
+
+    async def generate() -> str:
+        while scene.events.count("given back") < 2:
+            await asyncio.sleep(0)
+        return "text"
+
+    assert scene.publisher.attend(generate(), label="generate", timeout_s=20.0) == "text"
+    assert scene.events == ["held", "receive 2", "adopt 2", "confirmed 2", "given back"] * 2
+    assert len(scene.said) == 2
+
+
+def test_an_error_of_generation_comes_through(make_scene):
+    async def fails() -> None:
+        raise WeightSyncError("an old version")
+
+    with pytest.raises(WeightSyncError, match="an old version"):
+        make_scene("local").publisher.attend(fails(), label="generate", timeout_s=20.0)
