@@ -100,12 +100,11 @@ class Gpus:
 class Scene:
     def __init__(self, *kinds: str, failures: int = 0) -> None:
         self.events: list[str] = []
-        self.said: list[str] = []
         served = iter(map(ServedEngine, ADDRESSES))
         engines = [Engine(self.events) if kind == "local" else next(served) for kind in kinds]
         self.model, self.pool = Model(self.events, failures=failures), Pool(self.events, engines)
         self.timer = PhaseTimer()
-        self.publisher = Publisher(self.model, self.pool, PLAN, gpus=Gpus(self.events), timer=self.timer, say=self.said.append)
+        self.publisher = Publisher(self.model, self.pool, PLAN, gpus=Gpus(self.events), timer=self.timer)
 
 
 @pytest.fixture
@@ -126,7 +125,7 @@ def test_engines_of_other_processes_are_reached_by_address_and_those_of_this_one
     scene.publisher.publish(version=3)
     assert scene.model.published == [(ADDRESSES, 3, PLAN)]
     assert scene.events == ["receive 3", "publish 3", "adopt 3", "confirmed 3"]
-    assert "perf/update_weights_time" in scene.timer.take() and scene.said == []
+    assert "perf/update_weights_time" in scene.timer.take()
 
 
 def test_without_engines_elsewhere_the_model_publishes_nothing_itself(make_scene):
@@ -138,17 +137,17 @@ def test_without_engines_elsewhere_the_model_publishes_nothing_itself(make_scene
     assert only_served.events == ["receive 3", "publish 3", "confirmed 3"]
 
 
-def test_a_publication_in_which_an_engine_restarts_is_made_again_once(make_scene):
+def test_a_publication_in_which_an_engine_restarts_is_made_again_once(make_scene, caplog):
     scene = make_scene("served", failures=1)
     scene.publisher.publish(version=4)
     assert scene.events == ["receive 4", "publish 4", "receive 4", "publish 4", "confirmed 4"]
-    assert scene.said == ["weight version 4 is published again: b was lost"]
+    assert caplog.messages == ["weight version 4 is published again: b was lost"]
     twice = make_scene("served", failures=2)
     with pytest.raises(EngineRestartedError):
         twice.publisher.publish(version=4)
 
 
-def test_generation_goes_on_after_the_weights_were_published_again(make_scene):
+def test_generation_goes_on_after_the_weights_were_published_again(make_scene, caplog):
     scene = make_scene("local")
     scene.publisher.publish(version=1)
     scene.publisher.advance(version=2)
@@ -162,7 +161,7 @@ def test_generation_goes_on_after_the_weights_were_published_again(make_scene):
 
     assert scene.publisher.attend(generate(), label="generate", timeout_s=20.0) == "text"
     assert scene.events == ["held", "receive 2", "adopt 2", "confirmed 2", "given back"] * 2
-    assert len(scene.said) == 2
+    assert len(caplog.messages) == 2
 
 
 def test_an_error_of_generation_comes_through(make_scene):
