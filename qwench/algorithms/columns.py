@@ -35,6 +35,8 @@ class RolloutBatch:
     """[B] int64, equal for samples that one execution returned; losses are averaged over executions."""
     rollout_log_probs: list[Tensor] | None = None
     """B x [R] float32 of the sampling engine; None when nothing was sampled (SFT)."""
+    staleness: list[Tensor] | None = None
+    """B x [R] int64: how many weight versions before this rollout's a token was sampled. None: all by this rollout's."""
     old_log_probs: list[Tensor] | None = None
     """B x [R] float32 of the policy before this rollout's first step."""
     ref_log_probs: list[Tensor] | None = None
@@ -45,11 +47,20 @@ class RolloutBatch:
     """B x [R] float32: the share of each token in the step's loss, so that loss = sum over all tokens of weight * token loss,
     whatever the micro-batches and ranks (see `algorithms.reduction`)."""
 
+    fresh_scale: list[Tensor] | None = None
+    """B x [R] float32: with it a weighted sum over all tokens is the weighted mean over those of the current version: 0 at
+    stale tokens. None: no token is stale."""
+    stale_scale: list[Tensor] | None = None
+    """The same of the stale tokens."""
+
     @classmethod
-    def from_samples(cls, samples: Sequence[Sample]) -> RolloutBatch:
+    def from_samples(cls, samples: Sequence[Sample], *, version: int | None = None) -> RolloutBatch:
         """Read samples; one without tokens to train on keeps its place with an all-false mask.
 
         Samples that an engine drew must be graded; those read from a data set (SFT) have no log-probs and need no reward.
+
+        Args:
+            version: weight version of the policy that will learn. None: staleness does not matter.
         """
         sampled = any(any(sample.loss_mask) and any(sample.rollout_log_probs) for sample in samples)
         for sample in samples:
@@ -62,6 +73,7 @@ class RolloutBatch:
             group_ids=torch.tensor([sample.group_id for sample in samples], dtype=torch.int64),
             execution_ids=torch.tensor([sample.execution_id for sample in samples], dtype=torch.int64),
             rollout_log_probs=[torch.tensor(s.rollout_log_probs, dtype=torch.float32) for s in samples] if sampled else None,
+            staleness=_staleness(samples, version) if sampled and version is not None else None,
         )
 
     def __len__(self) -> int:
@@ -106,6 +118,8 @@ class MicroBatch:
     old_log_probs: Tensor | None = None
     ref_log_probs: Tensor | None = None
     advantages: Tensor | None = None
+    fresh_scale: Tensor | None = None
+    stale_scale: Tensor | None = None
     indices: tuple[int, ...] = ()
     """S positions of the sequences in the batch that was packed; empty in an idle micro-batch."""
 
@@ -147,6 +161,15 @@ class TokenLoss:
 
 LossFunction = Callable[[Tensor, Tensor | None, MicroBatch], TokenLoss]
 """(log_probs [T] float32, entropy [T] float32 or None, micro_batch) -> TokenLoss."""
+
+
+def _staleness(samples: Sequence[Sample], version: int) -> list[Tensor] | None:
+    """Return how many versions old each token is; None where every trained token is of this version."""
+    columns = [
+        torch.tensor([version - of if of >= 0 else 0 for of in sample.weight_versions], dtype=torch.int64) for sample in samples
+    ]
+    masks = [torch.tensor(sample.loss_mask, dtype=torch.bool) for sample in samples]
+    return columns if any(bool(column[mask].any()) for column, mask in zip(columns, masks, strict=True)) else None
 
 
 def _check(sample: Sample, *, sampled: bool) -> None:

@@ -47,11 +47,30 @@ def importance_metrics(log_ratio: Tensor, weights: Tensor) -> dict[str, Tensor]:
     return {"tis": raw, "tis_clipfrac": (weights != raw).float(), "tis_abs": (raw - 1).abs()}
 
 
-def mismatch_metrics(trainer_log_probs: Tensor, rollout_log_probs: Tensor) -> dict[str, Tensor]:
-    """Return per-token [T] float32 values to average: |trainer - engine|, and low_var_kl of KL(engine || trainer)."""
+def mismatch_metrics(
+    trainer_log_probs: Tensor,
+    rollout_log_probs: Tensor,
+    *,
+    fresh_scale: Tensor | None = None,
+    stale_scale: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Return per-token [T] float32 values to average: |trainer - engine|, and low_var_kl of KL(engine || trainer).
+
+    The gap between trainer and engine compares equal weights only. At tokens of older weights the same difference is the drift
+    of the policy since they were sampled, a metric of its own.
+
+    Args:
+        fresh_scale: [T], see `RolloutBatch`. None: every token is of the current weights.
+        stale_scale: [T]
+    """
+    difference = (trainer_log_probs - rollout_log_probs).abs()
+    kl = kl_estimate(rollout_log_probs, trainer_log_probs, kind="low_var_kl")
+    if fresh_scale is None or stale_scale is None:
+        return {"train_rollout_logprob_abs_diff": difference, "train_rollout_kl": kl}
     return {
-        "train_rollout_logprob_abs_diff": (trainer_log_probs - rollout_log_probs).abs(),
-        "train_rollout_kl": kl_estimate(rollout_log_probs, trainer_log_probs, kind="low_var_kl"),
+        "train_rollout_logprob_abs_diff": difference * fresh_scale,
+        "train_rollout_kl": kl * fresh_scale,
+        "rollout_drift_logprob_abs_diff": difference * stale_scale,
     }
 
 

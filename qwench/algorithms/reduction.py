@@ -46,3 +46,27 @@ def token_mean_weights(loss_mask: Sequence[Tensor]) -> list[Tensor]:
     """
     count = sum(max(int(mask.sum()), 1) for mask in loss_mask)
     return [mask.float() / count for mask in loss_mask]
+
+
+def staleness_scales(
+    loss_weights: Sequence[Tensor], loss_mask: Sequence[Tensor], staleness: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return factors with which a step's weighted sum is the weighted mean over its fresh, and over its stale, tokens.
+
+    Args:
+        loss_weights: B x [R] float32, the whole step.
+        loss_mask: B x [R] bool.
+        staleness: B x [R] int64, 0 where a token was sampled by the current weights.
+
+    Returns:
+        Two of B x [R] float32: 1 / (share of the fresh tokens' weight) at fresh tokens and 0 elsewhere; the same of the stale.
+        All 0 where the step has none of the kind.
+    """
+    fresh = [mask & (old == 0) for mask, old in zip(loss_mask, staleness, strict=True)]
+    stale = [mask & (old != 0) for mask, old in zip(loss_mask, staleness, strict=True)]
+    return _scaled_by_share(fresh, loss_weights), _scaled_by_share(stale, loss_weights)
+
+
+def _scaled_by_share(chosen: Sequence[Tensor], loss_weights: Sequence[Tensor]) -> list[Tensor]:
+    share = sum(float(weight[mask].double().sum()) for weight, mask in zip(loss_weights, chosen, strict=True))
+    return [mask.float() / share if share else mask.float() for mask in chosen]

@@ -19,7 +19,10 @@ from torch import Tensor
 
 from qwench.algorithms.columns import MicroBatch, RolloutBatch
 
-_PACKED_COLUMNS = ("loss_weights", "rollout_log_probs", "old_log_probs", "ref_log_probs", "advantages")
+_PACKED_COLUMNS = (
+    *("loss_weights", "rollout_log_probs", "old_log_probs", "ref_log_probs", "advantages"),
+    *("fresh_scale", "stale_scale"),
+)
 
 
 def pack(batch: RolloutBatch, indices: Sequence[int]) -> MicroBatch:

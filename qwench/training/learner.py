@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qwench.algorithms.columns import RolloutBatch
 from qwench.algorithms.method import Method, Needs
+from qwench.algorithms.reduction import staleness_scales
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import RewardError, TrainingError
 from qwench.models.memory import SequenceCost
@@ -89,7 +90,7 @@ class Learner:
             steps, start = list[dict[str, float]](), time.perf_counter()
             with self._meter.phase("actor_train", batch.lengths, num_scored=_num_scored(batch), passes=FORWARD_AND_BACKWARD):
                 for k, step in enumerate(plan.batches(batch), 1):
-                    micro_batches = self._batching.pack(step.with_columns(loss_weights=self.method.token_weights(step)))
+                    micro_batches = self._batching.pack(self._weigh(step))
                     with self._console.progress(f"train {k}/{len(plan.steps)}", total=len(micro_batches)) as progress:
                         sums = self.policy.forward_backward(
                             micro_batches,
@@ -98,7 +99,9 @@ class Learner:
                             with_entropy=needs.entropy,
                             after_each=progress.advance,
                         )
-                        steps.append(_step_metrics(self.policy.optim_step(sums)))
+                        steps.append(_step_metrics(self.policy.optim_step(sums), step))
+                    if (problem := _what_is_amiss(steps[-1], step)) is not None:
+                        _logger.warning("rollout %d, step %d %s", rollout.rollout_id, k, problem)
             seconds = time.perf_counter() - start
             self._update_reference(rollout.rollout_id)
         if batch.old_log_probs is None:
@@ -116,7 +119,8 @@ class Learner:
 
         Rewards are compared in whole groups, also those that lose a member to a dropped step.
         """
-        batch = RolloutBatch.from_samples(rollout.samples)
+        # Weights that learned from n rollouts have version n, and n is the id of the next one.
+        batch = RolloutBatch.from_samples(rollout.samples, version=rollout.rollout_id)
         batch = batch.with_columns(rewards=self._rewards(rollout.samples, batch))
         global_batch_size = self._training.global_batch_size
         assert global_batch_size is not None, "--global-batch-size is derived before a learner is made"
@@ -129,6 +133,15 @@ class Learner:
                 global_batch_size,
             )
         return batch.select(plan.order), plan
+
+    def _weigh(self, step: RolloutBatch) -> RolloutBatch:
+        """Return a step with its tokens' shares in the loss and, where some are stale, in the metrics of either kind."""
+        weights = self.method.token_weights(step)
+        step = step.with_columns(loss_weights=weights)
+        if step.staleness is None:
+            return step
+        fresh, stale = staleness_scales(weights, step.loss_mask, step.staleness)
+        return step.with_columns(fresh_scale=fresh, stale_scale=stale)
 
     def _rewards(self, samples: Sequence[Sample], batch: RolloutBatch) -> Tensor:
         """Return [B] rewards, as the method or the user's function compares them."""
@@ -204,10 +217,28 @@ def _num_scored(batch: RolloutBatch) -> int:
     return sum(int(mask.sum()) for mask in batch.loss_mask)
 
 
-def _step_metrics(result: StepResult) -> dict[str, float]:
+def _step_metrics(result: StepResult, step: RolloutBatch) -> dict[str, float]:
     rates = {f"train/lr-pg_{i}": rate for i, rate in enumerate(result.learning_rates)}
     losses = {f"train/{name}": value for name, value in result.metrics.items()}
-    return {"train/loss": result.loss, "train/grad_norm": result.grad_norm, **rates, **losses}
+    metrics = {"train/loss": result.loss, "train/grad_norm": result.grad_norm, **rates, **losses}
+    return metrics if _is_fresh(step) else _without_gap_to_engine(metrics)
+
+
+def _what_is_amiss(metrics: Mapping[str, float], step: RolloutBatch) -> str | None:
+    """Return why a step taught nothing although it looks like one that did."""
+    if not _num_scored(step):
+        return "has no trained token: nothing was sampled, or all of it is masked; the step changed nothing"
+    advantages = zip(step.advantages or (), step.loss_mask, strict=step.advantages is not None)
+    if metrics["train/grad_norm"] == 0 and any(bool(values[mask].any()) for values, mask in advantages):
+        return "has trained tokens with unequal rewards and gradient 0: the policy is dead, often after too high a --lr"
+    return None
+
+
+def _is_fresh(step: RolloutBatch) -> bool:
+    """Tell whether some trained token was sampled by the weights that train on it, so that there is a gap to measure."""
+    if step.staleness is None:
+        return True
+    return any(bool((old[mask] == 0).any()) for old, mask in zip(step.staleness, step.loss_mask, strict=True))
 
 
 def _without_gap_to_engine(step: Mapping[str, float]) -> dict[str, float]:

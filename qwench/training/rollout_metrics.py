@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from qwench.algorithms.columns import RolloutBatch
@@ -29,6 +30,9 @@ def rollout_metrics(samples: Sequence[Sample], batch: RolloutBatch) -> dict[str,
     }
     if batch.advantages is not None:
         metrics |= _reward_metrics(samples, batch)
+    if batch.staleness is not None:
+        trained = torch.cat([old[mask].double() for old, mask in zip(batch.staleness, batch.loss_mask, strict=True)])
+        metrics |= {"rollout/staleness/mean": float(trained.mean()), "rollout/staleness/max": float(trained.max())}
     columns = {
         "rollout/rollout_log_probs": batch.rollout_log_probs,
         "rollout/log_probs": batch.old_log_probs,

@@ -85,8 +85,15 @@ class PolicyGradient(Method):
             values["ess_ratio"] = effective_sample_ratio(log_ratio.detach(), tokens.mask, tokens.sequence_ids)
             loss = loss * weights if section.use_tis else loss
         if tokens.rollout_log_probs is not None:
-            values |= mismatch_metrics(tokens.trainer_log_probs, tokens.rollout_log_probs)
-            peaks["train_rollout_logprob_abs_diff_max"] = (tokens.trainer_log_probs - tokens.rollout_log_probs).abs()
+            values |= mismatch_metrics(
+                tokens.trainer_log_probs,
+                tokens.rollout_log_probs,
+                fresh_scale=micro_batch.fresh_scale,
+                stale_scale=micro_batch.stale_scale,
+            )
+            difference = (tokens.trainer_log_probs - tokens.rollout_log_probs).abs()
+            fresh = micro_batch.fresh_scale
+            peaks["train_rollout_logprob_abs_diff_max"] = difference if fresh is None else difference * (fresh > 0)
         values["pg_loss"] = loss
         if entropy is not None:
             values["entropy_loss"] = entropy

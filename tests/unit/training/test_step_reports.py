@@ -1,0 +1,68 @@
+"""What a step says of itself: staleness of its tokens, and that it taught nothing."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.fakes.trainer import TableTrainer
+from tests.unit.training.test_learner import TABLE, TEMPERATURE, _learn, _rollout
+
+
+def _distances(sample, chosen):
+    """Return |engine - table| of the sampled tokens at which `chosen(t)` is true."""
+    rows, start = (TABLE / TEMPERATURE).log_softmax(-1), len(sample.tokens) - sample.response_length
+    return [
+        abs(float(rows[sample.tokens[start + t - 1], sample.tokens[start + t]]) - sample.rollout_log_probs[t])
+        for t in range(sample.response_length)
+        if sample.loss_mask[t] and chosen(t)
+    ]
+
+
+def test_tokens_of_older_weights_are_drift_and_not_a_gap():
+    rollout = _rollout(rollout_id=1, off_policy=0.3)  # sampled by version 0, trained by version 1
+    _, learned = _learn(rollout, calculate_per_token_loss=True)
+    (step,) = learned.steps
+    assert not any(name.startswith("train/train_rollout_") for name in step)
+    everything = [value for sample in rollout.samples for value in _distances(sample, lambda _: True)]
+    assert step["train/rollout_drift_logprob_abs_diff"] == pytest.approx(sum(everything) / len(everything), rel=1e-4)
+    assert (learned.metrics["rollout/staleness/mean"], learned.metrics["rollout/staleness/max"]) == (1.0, 1.0)
+
+
+def test_gap_and_drift_are_means_over_the_tokens_of_their_own():
+    rollout = _rollout(rollout_id=2, off_policy=0.3)
+    fresh, stale = [], []
+    for sample in rollout.samples:
+        sample.weight_versions = [2 if t % 2 else 0 for t in range(sample.response_length)]
+        fresh += _distances(sample, lambda t: t % 2)
+        stale += _distances(sample, lambda t: not t % 2)
+    _, learned = _learn(rollout, calculate_per_token_loss=True)
+    (step,) = learned.steps
+    assert step["train/train_rollout_logprob_abs_diff"] == pytest.approx(sum(fresh) / len(fresh), rel=1e-4)
+    assert step["train/train_rollout_logprob_abs_diff_max"] == pytest.approx(max(fresh), rel=1e-4)
+    assert step["train/rollout_drift_logprob_abs_diff"] == pytest.approx(sum(stale) / len(stale), rel=1e-4)
+    assert learned.metrics["rollout/staleness/max"] == 2.0
+
+
+def test_in_step_with_training_nothing_is_stale():
+    _, learned = _learn(_rollout())
+    assert not any("staleness" in name or "drift" in name for name in [*learned.metrics, *learned.steps[0]])
+
+
+def test_a_step_without_a_trained_token_is_said(caplog):
+    rollout = _rollout()
+    for sample in rollout.samples:
+        sample.mask_out()
+    _learn(rollout)
+    assert "rollout 0, step 1 has no trained token" in caplog.text
+
+
+def test_a_dead_policy_is_said(caplog):
+    class Dead(TableTrainer):
+        def optim_step(self, sums):
+            return replace(super().optim_step(sums), grad_norm=0.0)
+
+    _learn(_rollout(), backend=Dead(TABLE))
+    assert "gradient 0: the policy is dead" in caplog.text
+    caplog.clear()
+    _learn(_rollout())
+    assert caplog.text == ""
