@@ -1,15 +1,6 @@
 """Training methods by name, and the facts that flags are checked against. Imports without torch.
 
-    name                             rewards        advantages                    ratio      loss
-    grpo                             (r - m) / s    one value per sample          token      ppo_clip
-    gspo                             (r - m) / s    one value per sample          sequence   ppo_clip
-    cispo                            (r - m) / s    one value per sample          token      cispo
-    reinforce_plus_plus              r              discounted, KL per token      token      ppo_clip
-    reinforce_plus_plus_baseline     r - m          KL per token                  token      ppo_clip
-    sft                              none           none                          none       -log p
-
-r is a reward, m and s are the mean and the standard deviation of its group. A method's advantages and loss are in
-`algorithms/methods/<name>.py`; its line below registers it.
+A method's advantages and loss are in `algorithms/methods/<name>.py`. Its line in `METHODS` registers it.
 """
 
 from __future__ import annotations

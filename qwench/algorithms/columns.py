@@ -45,7 +45,7 @@ class RolloutBatch:
     """B x [R] float32."""
     loss_weights: list[Tensor] | None = None
     """B x [R] float32: the share of each token in the step's loss, so that loss = sum over all tokens of weight * token loss,
-    whatever the micro-batches and ranks (see `algorithms.reduction`)."""
+    for any micro-batches and ranks (see `algorithms.reduction`)."""
 
     fresh_scale: list[Tensor] | None = None
     """B x [R] float32: with it a weighted sum over all tokens is the weighted mean over those of the current version: 0 at

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qwench.cluster.buckets import make_exchange_folder
 from qwench.cluster.child import ChildProcess
-from qwench.cluster.messages import Call, Death, News
+from qwench.cluster.messages import Call, Death, RankReply
 from qwench.cluster.rendezvous import Rendezvous
 from qwench.wire.shared_buffer import remove_buffers_of
 
@@ -92,22 +92,22 @@ class LocalRanks:
         for child in self._children:
             self._send_to(child, message)
 
-    def receive(self, timeout_s: float) -> list[tuple[int, News]]:
+    def receive(self, timeout_s: float) -> list[tuple[int, RankReply]]:
         """Return answers and deaths; see `Ranks.receive`."""
         waiting = {child.connection: rank for rank, child in enumerate(self._children) if rank not in self._reported}
         ready = wait(list(waiting), timeout=min(timeout_s, _CHECK_INTERVAL_S))
-        news: list[tuple[int, News]] = []
+        replies: list[tuple[int, RankReply]] = []
         for connection, rank in waiting.items():
             child = self._children[rank]
             # A rank that has answered and then died is found dead at the next call.
             if connection in ready:
                 try:
-                    news.append((rank, pickle.loads(child.connection.recv_bytes())))
+                    replies.append((rank, pickle.loads(child.connection.recv_bytes())))
                 except (EOFError, OSError):
-                    news.append((rank, self._death(rank)))
+                    replies.append((rank, self._death(rank)))
             elif child.has_ended():
-                news.append((rank, self._death(rank)))
-        return news
+                replies.append((rank, self._death(rank)))
+        return replies
 
     def end(self) -> None:
         """End every process; those that were asked to close may do so themselves. See `Ranks.end`."""

@@ -1,8 +1,8 @@
-"""What the driver and a trainer rank say to each other: a call, and the answer that its result or its error makes.
+"""Messages between the driver and a trainer rank: a call, and a reply with its result or its error.
 
     driver: Call(method, arguments) ---> rank: RankHost.answer(call) ---> driver: Answer(value) or Failure(error, traceback)
 
-Both ends are processes of one run: they were started by it and talk through pipes that no other process holds (or through Ray).
+Both ends are processes of one run. They talk through pipes that no other process holds, or through Ray.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qwench.errors import QwenchError, TrainingError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
-    """One thing that every rank is asked to do."""
+    """A method for every rank to run."""
 
     method: str
     """Of `RankHost`."""
@@ -27,14 +27,14 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """What a call returned on one rank; None where only the main rank's result is of use."""
+    """The result of a call on one rank; None on ranks whose result is not used."""
 
     value: Any = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """What a call raised on one rank."""
+    """The error of a call on one rank."""
 
     error: Exception
     trace: str
@@ -42,7 +42,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
-        """Keep an error as it is if it can travel, else its name and text."""
+        """Keep the error if it can be pickled, else its name and text."""
         trace = "".join(traceback.format_exception(error))
         return cls(error=error if _travels(error) else TrainingError(f"{type(error).__name__}: {error}"), trace=trace)
 
@@ -58,16 +58,16 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Death:
-    """A rank's process ended; there will be no answer."""
+    """A rank's process ended without a reply."""
 
     reason: str
     """How: `was ended by SIGKILL`."""
     output: str = ""
-    """The last lines it wrote, or where they are."""
+    """The last lines of its log, or the path of the log."""
 
 
-News = Answer | Failure | Death
-"""What may come from a rank."""
+RankReply = Answer | Failure | Death
+"""What the driver receives from a rank."""
 
 
 class RankTraceback(Exception):  # noqa: N818 - not an error by itself: the cause of one, so that its traceback is shown

@@ -1,8 +1,8 @@
-"""The rank's side: holds the learner of one trainer rank and does what the driver calls for.
+"""The rank's side: holds the learner of one trainer rank and runs the driver's calls.
 
     build -> (learn | log_probs | open_weights, next_bucket* | run)* -> close
 
-Every rank is given the same calls in the same order, so that the learner's collective methods meet.
+Every rank gets the same calls in the same order, so that collective methods of the learner meet.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qwench.training.process_group import leave_process_group
 from qwench.wire.portions import WeightBucket
 
 BuildLearner = Callable[[PhaseTimer], Learner]
-"""Joins the other ranks and builds this rank's learner; picklable."""
+"""Builds the learner of this rank, collectively; picklable."""
 
 _OF_THE_DRIVER = ("perf/step_time", "perf/wait_time_ratio")
 
@@ -42,7 +42,7 @@ class RankHost:
         self._buckets: Iterator[WeightBucket] = iter(())
 
     def answer(self, call: Call) -> Answer | Failure:
-        """Do what is asked for, and return what came of it."""
+        """Run a call, and return its result or its error."""
         method: Callable[..., Any] = getattr(self, call.method)
         try:
             return Answer(value=method(*call.arguments))
@@ -80,7 +80,7 @@ class RankHost:
         return function(self._held.state, *arguments)
 
     def close(self) -> None:
-        """Part from the other ranks."""
+        """Close the learner's connections and destroy the process group; collective."""
         if self._learner is not None:
             self._learner.state.close()
             self._learner = None

@@ -24,7 +24,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from qwench.cluster.bundles import Bundles, EnginePlace, Seat, engine_places, order_of
-from qwench.cluster.messages import Call, Death, News
+from qwench.cluster.messages import Call, Death, RankReply
 from qwench.cluster.ray_actors import EngineActor, TrainerActor
 from qwench.cluster.rendezvous import Rendezvous
 from qwench.engines.fleet.servers import CommandMaker
@@ -168,7 +168,7 @@ class RayRanks:
         """Take over numbered actors; the rendezvous is kept as long as they may need it."""
         self._actors = list(actors)
         self._rendezvous = rendezvous
-        self._pending: dict[ray.ObjectRef[News], int] = {}
+        self._pending: dict[ray.ObjectRef[RankReply], int] = {}
 
     @property
     def size(self) -> int:
@@ -180,10 +180,10 @@ class RayRanks:
         shared = ray.put(call)
         self._pending = {actor.answer.remote(shared): rank for rank, actor in enumerate(self._actors)}
 
-    def receive(self, timeout_s: float) -> list[tuple[int, News]]:
+    def receive(self, timeout_s: float) -> list[tuple[int, RankReply]]:
         """Return answers and deaths; see `Ranks.receive`."""
         ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=timeout_s)
-        return [(self._pending.pop(answer), _news(answer)) for answer in ready]
+        return [(self._pending.pop(answer), _reply(answer)) for answer in ready]
 
     def end(self) -> None:
         """End every actor; see `Ranks.end`."""
@@ -270,12 +270,12 @@ def _all(references: Sequence[ray.ObjectRef[Any]], *, label: str) -> list[Any]:
     return answers
 
 
-def _news(answer: ray.ObjectRef[News]) -> News:
+def _reply(answer: ray.ObjectRef[RankReply]) -> RankReply:
     try:
-        news: News = ray.get(answer)
+        reply: RankReply = ray.get(answer)
     except RayError as error:
         return Death(reason=f"was lost ({type(error).__name__})", output=_first_line(error))
-    return news
+    return reply
 
 
 def _first_line(error: Exception) -> str:

@@ -1,10 +1,10 @@
-"""The driver's side of several trainer ranks: one learner to the controller, one process for each rank.
+"""The driver's side of several trainer ranks: the controller sees one learner, each rank is a process.
 
     controller -> RemoteLearner -> WorkerGroup.call("learn", rollout) -> Ranks.send -> rank 0, 1, ... each: RankHost.answer
                                                                       <- Ranks.receive <-
 
-Every wait has a deadline and a label. What goes wrong on one rank ends all of them: the others may wait for it in a collective,
-where nothing else reaches them. Only an error that all ranks raise together leaves them as they are.
+Every wait has a deadline and a label. An error on one rank ends all ranks: the others may wait for it in a collective and
+cannot be called. Only an error that all ranks raise leaves the ranks running.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from qwench.cluster.buckets import unpack
-from qwench.cluster.messages import Answer, Call, Death, Failure, News
+from qwench.cluster.messages import Answer, Call, Death, Failure, RankReply
 from qwench.cluster.rank_host import BuildLearner
 from qwench.errors import QwenchError, TrainingError
 from qwench.observability.console import Console
@@ -37,11 +37,11 @@ CHECKPOINT_TIMEOUT_S = 3600.0
 BUCKET_TIMEOUT_S = 600.0
 MEMORY_TIMEOUT_S = 300.0
 CLOSE_TIMEOUT_S = 60.0
-GRACE_S = 2.0  # after the first bad news: what else is under way may say more
+GRACE_S = 2.0  # after the first failure: the failures of other ranks may explain it
 
 
 class Ranks(Protocol):
-    """The processes of a run's trainer ranks, wherever they are. They end when the driver does."""
+    """The processes of a run's trainer ranks, on one machine or on many. They end when the driver ends."""
 
     @property
     def size(self) -> int:
@@ -49,23 +49,23 @@ class Ranks(Protocol):
         ...
 
     def send(self, call: Call) -> None:
-        """Give every rank the same call; none has another one unanswered. Does not wait for them."""
+        """Send the same call to every rank, and do not wait. No rank has an earlier call unanswered."""
         ...
 
-    def receive(self, timeout_s: float) -> Sequence[tuple[int, News]]:
-        """Return what has come, with the rank that it is from; wait for the first at most `timeout_s`."""
+    def receive(self, timeout_s: float) -> Sequence[tuple[int, RankReply]]:
+        """Return the replies so far, each with its rank; wait for the first one at most `timeout_s`."""
         ...
 
     def end(self) -> None:
-        """End every process at once, also in the middle of a call; harmless twice."""
+        """End every process at once, also during a call; a second time does nothing."""
         ...
 
 
 class WorkerGroup:
-    """See the module docstring. Any thread may call; calls follow one another."""
+    """See the module docstring. Any thread may call; calls run one after the other."""
 
     def __init__(self, ranks: Ranks, *, grace_s: float = GRACE_S, clock: Callable[[], float] = time.monotonic) -> None:
-        """Take over ranks that hold nothing yet: `close` ends them."""
+        """Take ranks that have built nothing yet; `close` ends them."""
         self._ranks = ranks
         self._grace_s = grace_s
         self._clock = clock
@@ -73,7 +73,7 @@ class WorkerGroup:
         self._ended = False
 
     def call(self, method: str, *arguments: Any, label: str, timeout_s: float) -> list[Any]:
-        """Have every rank do the same, and return what each answers.
+        """Call a method on every rank, and return the result of each.
 
         Args:
             method: of `RankHost`.
@@ -94,7 +94,7 @@ class WorkerGroup:
                 self._end()
                 raise
             if problems:
-                if answers or len(problems) < self._ranks.size or any(isinstance(news, Death) for _, news in problems):
+                if answers or len(problems) < self._ranks.size or any(isinstance(reply, Death) for _, reply in problems):
                     self._end()
                 raise self._as_error(*min(problems, key=_precedence), label)
             return [answers[rank] for rank in range(self._ranks.size)]
@@ -128,11 +128,11 @@ class WorkerGroup:
 
         with waiting(label, late):
             while len(answers) + len(problems) < self._ranks.size and (left_s := deadline - self._clock()) > 0:
-                for rank, news in self._ranks.receive(left_s):
-                    if isinstance(news, Answer):
-                        answers[rank] = news.value
+                for rank, reply in self._ranks.receive(left_s):
+                    if isinstance(reply, Answer):
+                        answers[rank] = reply.value
                     else:
-                        problems.append((rank, news))
+                        problems.append((rank, reply))
                 if problems:
                     deadline = min(deadline, self._clock() + self._grace_s)
         if not problems and len(answers) < self._ranks.size:
@@ -230,7 +230,7 @@ class RemoteState:
 
 def _precedence(problem: tuple[int, Failure | Death]) -> tuple[int, int]:
     """Put causes first: a dead rank breaks the others' collectives; an error raised on purpose explains itself."""
-    rank, news = problem
-    if isinstance(news, Death):
+    rank, reply = problem
+    if isinstance(reply, Death):
         return 0, rank
-    return (1 if isinstance(news.error, QwenchError) else 2), rank
+    return (1 if isinstance(reply.error, QwenchError) else 2), rank

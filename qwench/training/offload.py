@@ -1,8 +1,8 @@
-"""Copies of device tensors on the host, and lending their device memory to somebody else meanwhile.
+"""Copies of device tensors on the host, and their device memory, which may be freed and taken again.
 
     HostCopy(tensors)  --release()-->  device memory free  --restore()-->  same tensors, same contents
 
-Tensors keep their identity: whoever holds them (FSDP2, the optimizer) notices nothing.
+Tensors keep their identity, so FSDP2 and the optimizer go on with the same objects.
 """
 
 from __future__ import annotations

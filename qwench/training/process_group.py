@@ -35,7 +35,7 @@ def init_process_group(device: torch.device, *, environ: Mapping[str, str], time
 
 
 def barrier() -> None:
-    """Wait until every rank is here; without a process group there is nobody to wait for."""
+    """Wait for all ranks; without a process group do nothing."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -48,10 +48,10 @@ def largest_of_ranks(value: float, device: torch.device) -> float:
 
 
 def leave_process_group() -> None:
-    """Part from the other ranks, together; a process that never joined has nothing to do.
+    """Destroy the default process group; collective. Without a process group do nothing.
 
-    Call it when nothing holds the backend any more: a group ends its threads when its last reference goes, and one that lives
-    until the interpreter ends may abort the process.
+    Call it after the last reference to a trainer is gone. A group ends its threads with its last reference; a group that
+    lives until the interpreter ends may abort the process.
     """
     if dist.is_initialized():
         dist.barrier()

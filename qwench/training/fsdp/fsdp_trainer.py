@@ -204,7 +204,7 @@ class FsdpTrainer:
         dist.barrier(group=self._dp_group)  # no rank reports a saved checkpoint that the main rank is still writing
 
     def save_held_weights(self, folder: Path) -> None:
-        """Write the shards as they are, whatever the masters on the host are; collective."""
+        """Write the shards as they are, not the masters on the host; collective."""
         self._assert_awake()
         checkpoint.save_model(folder, self._weights)
 

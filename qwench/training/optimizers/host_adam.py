@@ -4,7 +4,7 @@
     state, for a parameter on the host: master_param float32, exp_avg, exp_avg_sq float32 or bfloat16, all on the host
     state, for one on the device:       the same there; a float32 parameter is its own master
 
-A step computes in float32 whatever the moments are stored in: bfloat16 moments are widened a bucket at a time, and rounded to
+A step computes in float32 for every dtype of the moments: bfloat16 moments are widened a bucket at a time, and rounded to
 nearest when they are stored. Parameters are the rounded masters.
 
 It stands in for megatron-core's HybridDeviceOptimizer, which keeps moments in float32 only, and whose masters do not follow

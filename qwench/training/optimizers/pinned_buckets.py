@@ -116,7 +116,7 @@ class HostCopies:
         self._to_device = _Lane(device, apart=overlap)
 
     def run(self, buckets: Sequence[Sequence[Span]], gradient: Callable[[Tensor], Tensor], work: Work) -> None:
-        """Do `work` on every bucket; on return, whatever the current stream does next sees the new weights.
+        """Do `work` on every bucket; work queued on the current stream after the return sees the new weights.
 
         Args:
             buckets: At most `max_elements` each.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from qwench.cluster.messages import Answer, Call, Death, Failure, News, RankTraceback
+from qwench.cluster.messages import Answer, Call, Death, Failure, RankReply, RankTraceback
 from qwench.cluster.workers import WorkerGroup
 from qwench.errors import CheckpointError, ConfigError, TrainingError
 
@@ -20,9 +20,9 @@ class Clock:
 
 
 class ScriptedRanks:
-    """Ranks whose news come at set times of a clock that waiting moves on."""
+    """Ranks whose replies come at set times of a clock that waiting moves on."""
 
-    def __init__(self, size: int, clock: Clock, script: Sequence[tuple[float, int, News]]) -> None:
+    def __init__(self, size: int, clock: Clock, script: Sequence[tuple[float, int, RankReply]]) -> None:
         self.size = size
         self.clock = clock
         self.script = sorted(script, key=lambda entry: entry[0])
@@ -32,10 +32,10 @@ class ScriptedRanks:
     def send(self, call: Call) -> None:
         self.calls.append(call)
 
-    def receive(self, timeout_s: float) -> list[tuple[int, News]]:
+    def receive(self, timeout_s: float) -> list[tuple[int, RankReply]]:
         until = self.clock.now + timeout_s
         self.clock.now = min(until, max(self.clock.now, self.script[0][0])) if self.script else until
-        come = [(rank, news) for time, rank, news in self.script if time <= self.clock.now]
+        come = [(rank, reply) for time, rank, reply in self.script if time <= self.clock.now]
         self.script = self.script[len(come) :]
         return come
 
@@ -43,7 +43,7 @@ class ScriptedRanks:
         self.ended += 1
 
 
-def group_of(*script: tuple[float, int, News], size: int = 2) -> tuple[WorkerGroup, ScriptedRanks]:
+def group_of(*script: tuple[float, int, RankReply], size: int = 2) -> tuple[WorkerGroup, ScriptedRanks]:
     clock = Clock()
     ranks = ScriptedRanks(size, clock, script)
     return WorkerGroup(ranks, grace_s=2.0, clock=clock), ranks
