@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qwench.config.command_line.compat import check_supported
-from qwench.config.rules import check_sections
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.architecture import ArchitectureConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
@@ -26,7 +24,7 @@ from qwench.config.sections.training import TrainingConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """Everything a run is told; sections check themselves, and what holds between them is checked here."""
+    """Everything a run is told. Sections check themselves; `checks` holds what must hold between them."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
@@ -43,10 +41,6 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
-
-    def __post_init__(self) -> None:
-        check_supported(self)
-        check_sections(self)
 
     @property
     def backend(self) -> Literal["megatron", "fsdp"]:

@@ -1,5 +1,8 @@
 """The plan of a run: everything that follows from the flags and the model's config.json, derived once.
 
+rollout_batch_size x n_samples_per_prompt = global_batch_size x num_steps_per_rollout
+world_size = tp_size x pp_size x cp_size x dp_size
+
 `launch.build`, the learner and the rollouts take the plan; `--dry-run` prints it.
 """
 
@@ -10,12 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from qwench.config.batch import BatchPlan, plan_batch
 from qwench.config.config import Config
-from qwench.config.eval_settings import EvalSettings, resolve_eval_sets
+from qwench.config.eval_sets import EvalSettings, resolve_eval_sets
 from qwench.config.layout import ParallelLayout, check_layout, data_parallel_size
 from qwench.config.model_flags import check_model_flags
 from qwench.config.schedule import Schedule
+from qwench.config.sections.rollout import RolloutConfig
+from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture, refuse_output_biases
 from qwench.models.memory import FLOAT32_BYTES, RankBytes, SequenceCost, StateBytes, fsdp_bytes, megatron_bytes
@@ -23,6 +27,22 @@ from qwench.models.memory import FLOAT32_BYTES, RankBytes, SequenceCost, StateBy
 BFLOAT16_BYTES = 2
 FORWARD_AND_BACKWARD = 3
 """Passes, in units of a forward: a backward computes two products for each one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchPlan:
+    """The batch identity with all its terms known."""
+
+    rollout_batch_size: int
+    n_samples_per_prompt: int
+    global_batch_size: int
+    num_steps_per_rollout: int
+
+    def __str__(self) -> str:
+        return (
+            f"rollout_batch_size {self.rollout_batch_size} x n_samples_per_prompt {self.n_samples_per_prompt}"
+            f" = global_batch_size {self.global_batch_size} x num_steps_per_rollout {self.num_steps_per_rollout}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +139,35 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
     )
 
 
+def plan_batch(rollout: RolloutConfig, training: TrainingConfig) -> BatchPlan:
+    """Fill in what is missing of the batch identity.
+
+    Raises:
+        ConfigError: a term that is needed is missing, or the terms that were given do not fit.
+    """
+    if rollout.rollout_batch_size is None:
+        raise ConfigError("--rollout-batch-size is required: the number of prompts in a rollout")
+    prompts, siblings = rollout.rollout_batch_size, rollout.n_samples_per_prompt
+    samples, per_step, steps = prompts * siblings, training.global_batch_size, training.num_steps_per_rollout
+    have = f"--rollout-batch-size {prompts} x --n-samples-per-prompt {siblings} = {samples} samples"
+    if per_step is not None and steps is not None and per_step * steps != samples:
+        raise ConfigError(
+            f"{have}, but --global-batch-size {per_step} x --num-steps-per-rollout {steps} = {per_step * steps}; "
+            "leave one of the two out"
+        )
+    if per_step is not None and samples % per_step:
+        raise ConfigError(f"{have}, which --global-batch-size {per_step} does not divide; choose a divisor of {samples}")
+    if steps is not None and samples % steps:
+        raise ConfigError(f"{have}, which --num-steps-per-rollout {steps} does not divide; choose a divisor of {samples}")
+    per_step = per_step or samples // (steps or 1)
+    return BatchPlan(
+        rollout_batch_size=prompts,
+        n_samples_per_prompt=siblings,
+        global_batch_size=per_step,
+        num_steps_per_rollout=samples // per_step,
+    )
+
+
 def train_dtype(config: Config, *, on_gpus: bool) -> Literal["bfloat16", "float32"]:
     """Return what --train-dtype means for a trainer on such devices; weights are published in it."""
     if config.model.train_dtype != "auto":
@@ -164,7 +213,7 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
     state = StateBytes(
         param=BFLOAT16_BYTES if train_dtype(config, on_gpus=on_gpus) == "bfloat16" else FLOAT32_BYTES,
         moment=BFLOAT16_BYTES if optimizer.use_precision_aware_optimizer else FLOAT32_BYTES,
-        offloaded=optimizer.optimizer_offload_fraction if optimizer.optimizer_cpu_offload else 0.0,
+        offloaded=optimizer.offloaded_share,
     )
     if config.backend == "fsdp":
         num_shards = dp_size // config.parallel.dp_replicate

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from qwench.config.command_line.flags import flag_name, flag_table, format_value
+from qwench.config.command_line.flags import flag_name, flag_table
 from qwench.config.config import Config
+from qwench.config.values import format_value
 
 _SECRET_FLAGS = frozenset({"wandb-key"})
 

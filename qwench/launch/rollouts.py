@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qwench.config.eval_settings import EvalSettings
+from qwench.config.eval_sets import EvalSettings
 from qwench.engines.fleet.pool import EnginePool, Waiter
 from qwench.engines.fleet.servers import Server
 from qwench.launch.engines import build_pool

@@ -28,7 +28,7 @@ import pytest
 from tests.campaigns.changes import changes_of, code_of
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "torch.distributed", "transformers", "hypothesis", "sympy", "aiohttp", "fastapi", "uvicorn", "tyro")
+HEAVY = ("torch", "torch.distributed", "transformers", "hypothesis", "sympy", "aiohttp", "fastapi", "uvicorn")
 
 
 @dataclass(frozen=True)

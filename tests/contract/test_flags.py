@@ -11,9 +11,10 @@ import pytest
 
 from qwench.config import Config
 from qwench.config.command_line.compat import SHORTHANDS, neutral_flag
-from qwench.config.command_line.flags import flag_table, metavar, parse_value, takes_many
+from qwench.config.command_line.flags import flag_table
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.plan import plan_run
+from qwench.config.values import metavar, parse_value, takes_many
 from qwench.errors import ConfigError
 from qwench.estimators import estimator_names
 from tests.contract.recipes import RUN_QWEN3_4B, RUN_QWEN3_4B_BASE_SFT, RUN_QWEN3_32B
@@ -79,7 +80,12 @@ def test_a_flag_without_a_field_is_accepted_at_the_default_of_slime_and_otherwis
 READ_BY_THEIR_SECTION_ALONE = {
     "num_gpus_per_node": "the most GPUs of an engine, and of the trainer on one node",
     "disable_compute_advantages_and_returns": "says what --loss-type sft_loss means, and is refused with any other",
+    "gradient_checkpointing": "recomputes_layers",
+    "log_probs_chunk_size": "head_chunk_tokens",
+    "optimizer_cpu_offload": "offloaded_share",
+    "optimizer_offload_fraction": "offloaded_share",
 }
+"""Flag -> its meaning, or the property of its section that others read."""
 
 
 def test_no_flag_is_accepted_and_then_read_by_nothing():
@@ -91,6 +97,9 @@ def test_no_flag_is_accepted_and_then_read_by_nothing():
         names = {item.name for item in fields(section)}
         unread |= {name for name in names if not re.search(rf"[.\"]{name}\b", elsewhere)}
     assert unread == READ_BY_THEIR_SECTION_ALONE.keys()
+    everything = "\n".join(sources.values())
+    properties = [name for name in READ_BY_THEIR_SECTION_ALONE.values() if " " not in name]
+    assert [name for name in properties if f".{name}" not in everything] == []
 
 
 def test_the_4b_recipe_parses_on_the_parts_that_exist():

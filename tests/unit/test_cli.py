@@ -41,7 +41,7 @@ def test_top_level_help_imports_no_library():
     code = "import sys\nfrom qwench import cli\ntry:\n cli.main(['--help'])\nfinally:\n sys.stderr.write(' '.join(sys.modules))"
     modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stderr.split()
     assert "qwench.cli" in modules
-    assert {"torch", "transformers", "tyro", "rich", "yaml", "qwench.config"} & set(modules) == set()
+    assert {"torch", "transformers", "rich", "yaml", "qwench.config"} & set(modules) == set()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""From command-line words to a normal form: each known flag once, in one spelling, with its values checked.
+"""From command-line words to values: each known flag once, parsed.
 
     --lr 1e-5 --no_colocate --lr=1e-6 --sglang-page-size 1
-        -> given:     {lr: ["1e-6"], colocate: ["false"], embedded-page-size: ["1"]}
-           sglang:    {page-size: ["1"]}
+        -> flags:     {lr: 1e-6, colocate: False, embedded-page-size: 1}
+           sglang:    {page-size: ("1",)}
 
 Order of precedence, lowest first: the verb's defaults, `--config FILE.yaml`, the command line; in each the last wins.
 """
@@ -13,11 +13,13 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from qwench.config.command_line import compat
-from qwench.config.command_line.flags import Flag, yaml_words
+from qwench.config.command_line.flags import Flag
+from qwench.config.values import yaml_words
 from qwench.errors import ConfigError
 
 SGLANG_PREFIX = "sglang-"
@@ -43,7 +45,7 @@ class Occurrence:
 class Given:
     """What was given, sorted by where it goes."""
 
-    flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)  # Any: of the type that the flag's annotation names
     sglang: dict[str, tuple[str, ...]] = field(default_factory=dict)
     router: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -92,7 +94,7 @@ def sort_flags(occurrences: Iterable[Occurrence], table: Mapping[str, Flag]) -> 
     for item in _expand_shorthands(occurrences):
         flag, values = _find_flag(item, table)
         if flag is not None:
-            given.flags[flag.name] = _checked_values(item, flag, values)
+            given.flags[flag.name] = _parsed(item, flag, values)
         elif item.name.startswith(SGLANG_PREFIX) and "rollout-engine" in table:
             given.sglang[item.name.removeprefix(SGLANG_PREFIX)] = item.values
         elif item.name.startswith(ROUTER_PREFIX) and "rollout-engine" in table:
@@ -130,14 +132,13 @@ def _find_flag(item: Occurrence, table: Mapping[str, Flag]) -> tuple[Flag | None
     return flag, item.values
 
 
-def _checked_values(item: Occurrence, flag: Flag, values: tuple[str, ...]) -> tuple[str, ...]:
+def _parsed(item: Occurrence, flag: Flag, values: tuple[str, ...]) -> Any:  # as Given.flags
     try:
         if flag.name.endswith("-path"):
             values = tuple(compat.our_import_path(path) for path in values)
-        flag.parse(values)
+        return flag.parse(values)
     except ValueError as error:
         raise item.error(f"--{item.name} {error}") from None
-    return values
 
 
 def _accept_neutral(item: Occurrence, table: Mapping[str, Flag]) -> None:
@@ -161,7 +162,6 @@ def _apply_embedded_aliases(given: Given, table: Mapping[str, Flag]) -> None:
         if values is None or name in given.flags:
             continue
         try:
-            table[name].parse(values)
+            given.flags[name] = table[name].parse(values)
         except ValueError as error:
             raise ConfigError(f"--{SGLANG_PREFIX}{sglang_name} {error}") from None
-        given.flags[name] = values

@@ -1,20 +1,15 @@
 """Flags, values and import paths of slime, miles and Megatron that Qwench takes in another way than by a field.
 
 Nothing is ignored: a flag of theirs is a field with the same meaning, or stands in `NEUTRAL` and is accepted only where it
-changes nothing, or is refused with the reason. `NOT_YET` refuses values of our own fields that arrive with later parts;
-deleting a rule there is all that it takes to allow the value.
+changes nothing, or is refused with the reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from qwench.errors import ConfigError
-
-if TYPE_CHECKING:
-    from qwench.config.config import Config
+from qwench.config.sections.rollout import SFT_ROLLOUT
 
 ON = ("true",)
 OFF = ("false",)
@@ -228,9 +223,6 @@ EMBEDDED_ALIASES: Mapping[str, str] = {
 }
 """SGLang's flag, without its prefix -> the flag of the embedded engine that it also sets, unless that is given itself."""
 
-SFT_ROLLOUT = "qwench.sft"
-"""Stands for slime's SFT rollout function: what --loss-type sft_loss does by itself."""
-
 _FILTERS = "rollout.filter_hub.dynamic_sampling_filters"
 IMPORT_PATHS: Mapping[str, str] = {
     "slime.rollout.sglang_rollout.generate_rollout": "None",
@@ -255,44 +247,3 @@ def our_import_path(path: str) -> str:
     if path.startswith(("slime.", "miles.")):
         raise ValueError(f"{path} is called in another way than functions of Qwench are; port it and name your own module")
     return path
-
-
-def check_supported(config: Config) -> None:
-    """Refuse what the flags allow but no part of Qwench does yet.
-
-    Raises:
-        ConfigError: the first value that cannot be honoured.
-    """
-    for rule in NOT_YET:
-        problem = rule(config)
-        if problem is not None:
-            raise ConfigError(problem)
-
-
-def _loss(config: Config) -> str | None:
-    if config.algorithm.loss_type == "custom_loss":
-        return f"--loss-type custom_loss is not supported: {PLUGIN}; use policy_loss or sft_loss"
-    return None
-
-
-def _loss_mask(config: Config) -> str | None:
-    if config.data.loss_mask_type == "qwen3_5":
-        return "--loss-mask-type qwen3_5 is not supported: it belongs to another family of models; use qwen3"
-    return None
-
-
-def _optimizer(config: Config) -> str | None:
-    optimizer = config.optimizer
-    if optimizer.optimizer != "adam":
-        return f"--optimizer {optimizer.optimizer} is not supported; use adam"
-    if optimizer.lr_decay_style == "WSD":
-        return "--lr-decay-style WSD is not supported; use constant, linear, cosine or inverse-square-root"
-    return None
-
-
-NOT_YET: tuple[Callable[[Config], str | None], ...] = (
-    _loss,
-    _loss_mask,
-    _optimizer,
-)
-"""Each returns what is wrong, or None."""

@@ -9,10 +9,11 @@ from itertools import groupby
 from pathlib import Path
 
 from qwench.config.command_line.compat import EMBEDDED_ALIASES, IMPORT_PATHS, NEUTRAL, REFUSED_PREFIXES, SHORTHANDS
-from qwench.config.command_line.flags import Flag, flag_table, format_value, metavar
+from qwench.config.command_line.flags import Flag, flag_table
 from qwench.config.command_line.parse import EVAL_DEFAULTS, SFT_DEFAULTS
 from qwench.config.config import Config
 from qwench.config.sections.serve import ServeConfig
+from qwench.config.values import format_value, metavar
 
 _INTRODUCTION = """\
 # Flags

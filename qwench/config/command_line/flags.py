@@ -1,4 +1,4 @@
-"""The table of flags, read from the fields of configuration dataclasses, and how their values are spelled.
+"""The table of flags, read from the fields of configuration dataclasses.
 
 field `max_tokens_per_gpu: int | None` -> flag `--max-tokens-per-gpu INT`
 """
@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import ast
 import inspect
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
+
+from qwench.config.values import parse_value, takes_many
 
 NOT_FLAGS = frozenset({"sglang_args", "router_args"})
 """Fields that collect pass-through flags and have no flag of their own."""
-
-TRUE_WORDS = ("true", "yes", "on", "1")
-FALSE_WORDS = ("false", "no", "off", "0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,101 +42,6 @@ class Flag:
         if not takes_many(self.annotation) and len(values) != 1:
             raise ValueError(f"expects one value, got {' '.join(values) or 'none'}")
         return parse_value(self.annotation, values)
-
-
-def strip_none(annotation: Any) -> Any:
-    """Return T for `T | None`, else the annotation itself."""
-    if get_origin(annotation) in (UnionType, Union):  # Literal[...] | None is a typing.Union up to Python 3.13
-        kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
-        assert len(kinds) == 1, f"a field may be T or T | None, not {annotation}"
-        return kinds[0]
-    return annotation
-
-
-def allows_none(annotation: Any) -> bool:
-    """Tell whether the annotation is `T | None`."""
-    return NoneType in get_args(annotation)
-
-
-def takes_many(annotation: Any) -> bool:
-    """Tell whether the annotation takes any number of values."""
-    return get_origin(strip_none(annotation)) is tuple
-
-
-def metavar(annotation: Any) -> str:
-    """Return how the value is shown in help texts."""
-    kind = strip_none(annotation)
-    if get_origin(kind) is Literal:
-        return "{" + ",".join(get_args(kind)) + "}"
-    if get_origin(kind) is tuple:
-        return f"{metavar(get_args(kind)[0])} ..."
-    if get_origin(kind) is Mapping:
-        return "JSON"
-    return {bool: "[true|false]", str: "TEXT", Path: "PATH"}.get(kind) or str(kind.__name__).upper()
-
-
-def parse_value(annotation: Any, values: Sequence[str]) -> Any:
-    """Convert command-line words to a value of `annotation`; raise ValueError that says what was expected."""
-    kind = strip_none(annotation)
-    if get_origin(kind) is tuple:
-        return tuple(_parse_one(get_args(kind)[0], value) for value in values)
-    if allows_none(annotation) and values[0] == "None":
-        return None
-    return _parse_one(kind, values[0])
-
-
-def _parse_one(kind: Any, value: str) -> Any:
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ValueError(f"must be one of {', '.join(get_args(kind))}; got {value!r}")
-        return value
-    if get_origin(kind) is Mapping:
-        return _parse_json_object(value)
-    if kind is bool:
-        return _parse_bool(value)
-    try:
-        return kind(value)
-    except ValueError:
-        noun = {int: "an integer", float: "a number"}[kind]
-        raise ValueError(f"must be {noun}, got {value!r}") from None
-
-
-def _parse_bool(value: str) -> bool:
-    if value.lower() in TRUE_WORDS:
-        return True
-    if value.lower() in FALSE_WORDS:
-        return False
-    raise ValueError(f"takes no value, or true or false; got {value!r}")
-
-
-def _parse_json_object(value: str) -> Mapping[str, Any]:
-    try:
-        parsed = json.loads(value)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"must be a JSON object, got {value!r} ({error})") from None
-    if not isinstance(parsed, dict):
-        raise ValueError(f"must be a JSON object like '{{\"key\": 1}}', got {value!r}")
-    return parsed
-
-
-def format_value(value: Any) -> list[str]:
-    """Return the words that `parse_value` reads back as `value`."""
-    if isinstance(value, tuple):
-        return [str(item) for item in value]
-    if isinstance(value, Mapping):
-        return [json.dumps(dict(value))]
-    return [str(value)]
-
-
-def yaml_words(value: Any) -> tuple[str, ...]:
-    """Return the command-line words of a value in a YAML file."""
-    if isinstance(value, list):
-        return tuple(str(item) for item in value)
-    if isinstance(value, Mapping):
-        return (json.dumps(value),)
-    if isinstance(value, bool):
-        return (str(value).lower(),)
-    return (str(value),)
 
 
 def flag_table(config_type: type) -> Mapping[str, Flag]:

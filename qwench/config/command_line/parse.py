@@ -1,24 +1,20 @@
 """From a command line to a configuration.
 
-words -> argv.sort_flags: one spelling, checked values -> tyro: dataclasses -> preflight: files and required flags
+words -> argv.sort_flags: each flag once, parsed -> dataclasses, which check themselves -> checks: rules, files, required flags
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, TypeVar
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar, get_type_hints
 
-import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
-
+from qwench.config.checks import check_checkpoint, check_eval, check_rules, check_sft, check_train
 from qwench.config.command_line.argv import Given, Occurrence, sort_flags, split_words
-from qwench.config.command_line.flags import Flag, flag_table, format_value, metavar, parse_value
+from qwench.config.command_line.flags import Flag, flag_name, flag_table
+from qwench.config.command_line.help import help_text
 from qwench.config.config import Config
-from qwench.config.preflight import check_checkpoint, check_eval, check_sft, check_train
 from qwench.config.sections.serve import ServeConfig
 from qwench.errors import ConfigError
 
@@ -42,10 +38,7 @@ def parse_train(words: Sequence[str]) -> Config:
         ConfigError: the user's mistake, in one line.
     """
     config = parse_flags(Config, words, prog="qwench train")
-    if config.algorithm.loss_type == "sft_loss":
-        check_sft(config)
-    else:
-        check_train(config)
+    check_train(config)
     return config
 
 
@@ -92,16 +85,19 @@ def parse_flags(
         defaults: flag -> values of lowest precedence.
 
     Raises:
-        ConfigError: an unknown flag, a wrong value, or a section's own check.
+        ConfigError: an unknown flag, a wrong value, a section's own check, or a rule between sections.
     """
     table = flag_table(config_type)
     if "-h" in words or "--help" in words:
-        _tyro(config_type, ["--help"], prog=prog)
+        sys.stdout.write(help_text(prog, table, defaults or {}))
+        sys.exit(0)
     base = [Occurrence(name=name, values=values) for name, values in (defaults or {}).items()]
     given = sort_flags([*base, *split_words(words)], table)
     _check_required(given, table)
-    config = _tyro(config_type, _canonical_words(given, table), prog=prog)
-    return _with_pass_through(config, given)
+    config = _fill(config_type, given)
+    if isinstance(config, Config):
+        check_rules(config)
+    return config
 
 
 def _check_required(given: Given, table: Mapping[str, Flag]) -> None:
@@ -110,62 +106,18 @@ def _check_required(given: Given, table: Mapping[str, Flag]) -> None:
             raise ConfigError(f"--{flag.name} is required: {flag.help}")
 
 
-def _canonical_words(given: Given, table: Mapping[str, Flag]) -> list[str]:
-    """Return one word for each flag; values travel as a JSON list, so that none can be taken for a flag."""
-    words: list[str] = []
-    for name, values in given.flags.items():
-        if table[name].annotation is bool:
-            words.append(f"--{name}" if parse_value(bool, values) else f"--no-{name}")
-        else:
-            words.append(f"--{name}={json.dumps(values)}")
-    return words
-
-
-def _tyro(config_type: type[ConfigT], words: list[str], *, prog: str) -> ConfigT:
-    """Let tyro build the dataclass. Flags and values were checked before, so what it still refuses is shown as it says it."""
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                config_type,
-                prog=prog,
-                args=words,
-                config=(tyro.conf.OmitArgPrefixes,),
-                registry=_registry(flag_table(config_type)),
-                description="Flags may also be given as --flag=value and in --config FILE.yaml. The last one wins.",
-            )
-    except SystemExit as error:
-        if error.code in (None, 0):
-            raise
-        raise ConfigError(" ".join(errors.getvalue().split())) from error
-
-
-def _registry(table: Mapping[str, Flag]) -> ConstructorRegistry:
-    """Teach tyro to read and show values as `flags` does: one home for conversions, and plain names in help texts."""
-    registry = ConstructorRegistry()
-    ours = {flag.annotation for flag in table.values()} - {bool}
-
-    @registry.primitive_rule
-    def rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-        annotation = info.type
-        if annotation not in ours:
-            return None
-        return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar=metavar(annotation),
-            instance_from_str=lambda words: parse_value(annotation, json.loads(words[0])),
-            is_instance=lambda value: True,
-            str_from_instance=lambda value: [" ".join(format_value(value))],
-        )
-
-    return registry
-
-
-def _with_pass_through(config: ConfigT, given: Given) -> ConfigT:
-    if isinstance(config, Config | ServeConfig) and (given.sglang or given.router):
-        engine = replace(config.engine, sglang_args=_passed(given.sglang), router_args=_passed(given.router))
-        return replace(config, engine=engine)
-    return config
+def _fill(config_type: type[ConfigT], given: Given) -> ConfigT:
+    """Make a dataclass of the values that were given; its sections likewise."""
+    hints, arguments = get_type_hints(config_type), dict[str, Any]()  # Any: values of the types that the fields name
+    collected = {"sglang_args": given.sglang, "router_args": given.router}
+    for item in fields(config_type):  # type: ignore[arg-type]  # config_type is a dataclass; TypeVars cannot say so
+        if is_dataclass(hints[item.name]):
+            arguments[item.name] = _fill(hints[item.name], given)
+        elif item.name in collected:
+            arguments[item.name] = _passed(collected[item.name])
+        elif flag_name(item.name) in given.flags:
+            arguments[item.name] = given.flags[flag_name(item.name)]
+    return config_type(**arguments)
 
 
 def _passed(flags: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from qwench.config.checks import check_fraction, check_not_negative, check_positive
+from qwench.config.limits import check_fraction, check_not_negative, check_positive
 from qwench.errors import ConfigError
 from qwench.estimators import METHODS, check_estimator, method_name
 

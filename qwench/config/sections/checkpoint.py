@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwench.config.checks import check_not_negative, check_positive
+from qwench.config.limits import check_not_negative, check_positive
 from qwench.errors import ConfigError
 
 

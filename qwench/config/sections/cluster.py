@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qwench.config.checks import check_not_negative, check_positive
+from qwench.config.limits import check_not_negative, check_positive
 from qwench.errors import ConfigError
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from qwench.config.checks import check_positive
+from qwench.config.limits import check_positive
 from qwench.config.sections.architecture import ArchitectureConfig
 from qwench.errors import ConfigError
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qwench.config.checks import check_positive
+from qwench.config.limits import check_positive
 
 LossMaskType = Literal["qwen", "qwen3", "qwen3_5", "distill_qwen"]
 

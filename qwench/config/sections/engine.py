@@ -7,11 +7,9 @@ router. Those that mean the same to the embedded engine also set its field (`com
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
-from qwench.config.checks import check_address, check_fraction, check_not_negative, check_positive
+from qwench.config.limits import check_address, check_fraction, check_not_negative, check_positive
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,9 +59,9 @@ class EngineConfig:
     """Seconds an engine may take to answer a health check."""
     engine_start_timeout: float = 1800.0
     """Seconds a server may take until it answers: loading weights, capturing graphs."""
-    sglang_args: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    sglang_args: tuple[str, ...] = ()
     """The collected --sglang-* flags and their values, without that prefix."""
-    router_args: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    router_args: tuple[str, ...] = ()
     """The collected --router-* flags and their values, without that prefix."""
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from qwench.config.checks import check_fraction, check_not_negative, check_positive
+from qwench.config.limits import check_fraction, check_not_negative, check_positive
 from qwench.errors import ConfigError
 
 _BFLOAT16_HALF_STEP = 2.0**-8

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from qwench.config.checks import check_positive
 from qwench.config.layout import ParallelLayout
+from qwench.config.limits import check_positive
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwench.config.checks import check_import_path, check_positive
+from qwench.config.limits import check_import_path, check_positive
 from qwench.errors import ConfigError
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwench.config.checks import check_fraction, check_import_path, check_not_negative, check_positive, check_top_k
+from qwench.config.limits import check_fraction, check_import_path, check_not_negative, check_positive, check_top_k
 from qwench.errors import ConfigError
+
+SFT_ROLLOUT = "qwench.sft"
+"""Stands for slime's SFT rollout function: what --loss-type sft_loss does by itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qwench.config.checks import check_positive
+from qwench.config.limits import check_positive
 from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.errors import ConfigError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from qwench.config.checks import check_positive
+from qwench.config.limits import check_positive
 from qwench.errors import ConfigError
 
 DEFAULT_HEAD_CHUNK_TOKENS = 4096

@@ -19,9 +19,8 @@ from qwench.config import (
     RolloutConfig,
     TrainingConfig,
 )
-from qwench.config.batch import plan_batch
 from qwench.config.layout import data_parallel_size
-from qwench.config.plan import RunPlan, plan_lines, plan_run, train_dtype
+from qwench.config.plan import RunPlan, plan_batch, plan_lines, plan_run, train_dtype
 from qwench.errors import ConfigError
 from tests.unit.config.architectures import QWEN3_4B
 

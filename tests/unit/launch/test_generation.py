@@ -7,7 +7,7 @@ import torch
 from transformers import PretrainedConfig
 
 from qwench.config import Config
-from qwench.config.eval_settings import EvalSettings
+from qwench.config.eval_sets import EvalSettings
 from qwench.config.plan import plan_run
 from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.engine import EngineConfig

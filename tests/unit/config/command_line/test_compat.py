@@ -1,28 +1,10 @@
 import pytest
 
 from qwench.config import (
-    AlgorithmConfig,
     Config,
-    DataConfig,
-    OptimizerConfig,
 )
 from qwench.config.command_line.compat import EMBEDDED_ALIASES, NEUTRAL, NEUTRAL_BY_NAME, SHORTHANDS, neutral_flag
 from qwench.config.command_line.flags import flag_table
-from qwench.errors import ConfigError
-
-NOT_YET = [
-    ({"algorithm": AlgorithmConfig(loss_type="custom_loss")}, "--loss-type custom_loss is not supported"),
-    ({"data": DataConfig(loss_mask_type="qwen3_5")}, "--loss-mask-type qwen3_5 is not supported"),
-    ({"optimizer": OptimizerConfig(optimizer="sgd")}, "--optimizer sgd is not supported; use adam"),
-    ({"optimizer": OptimizerConfig(lr_decay_style="WSD")}, "--lr-decay-style WSD is not supported"),
-]
-
-
-@pytest.mark.parametrize(("sections", "message"), NOT_YET, ids=[message.split(" ")[0] for _, message in NOT_YET])
-def test_a_value_that_nothing_honours_yet_is_refused_by_name(sections, message):
-    with pytest.raises(ConfigError) as caught:
-        Config(**sections)
-    assert str(caught.value).startswith(message)
 
 
 def test_no_flag_has_two_fates():

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwench.config import Config, ServeConfig
-from qwench.config.command_line.flags import NOT_FLAGS, flag_table, format_value, metavar, parse_value, takes_many
+from qwench.config.command_line.flags import NOT_FLAGS, flag_table
+from qwench.config.values import format_value, metavar, parse_value, takes_many
 
 
 @dataclass(frozen=True, kw_only=True)

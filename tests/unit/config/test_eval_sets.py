@@ -1,8 +1,7 @@
 import pytest
 
 from qwench.config import Config, EvalConfig, RolloutConfig
-from qwench.config.eval_file import EvalSetConfig, read_eval_file
-from qwench.config.eval_settings import EvalSettings
+from qwench.config.eval_sets import EvalSetConfig, EvalSettings, read_eval_file
 from qwench.config.plan import plan_run
 from qwench.errors import ConfigError
 from tests.unit.config.architectures import QWEN3_4B

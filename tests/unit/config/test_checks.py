@@ -1,4 +1,4 @@
-from types import SimpleNamespace
+import inspect
 
 import pytest
 
@@ -6,14 +6,18 @@ from qwench.config import (
     AlgorithmConfig,
     ClusterConfig,
     Config,
+    DataConfig,
     DebugConfig,
+    EngineConfig,
     ModelConfig,
+    OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
     TrainingConfig,
-    rules,
+    checks,
 )
-from qwench.config.command_line.compat import SFT_ROLLOUT
+from qwench.config.checks import check_rules
+from qwench.config.sections.rollout import SFT_ROLLOUT
 from qwench.errors import ConfigError
 
 EIGHT = ClusterConfig(actor_num_gpus_per_node=8)
@@ -21,6 +25,10 @@ FSDP = TrainingConfig(train_backend="fsdp")
 MEGATRON = TrainingConfig(train_backend="megatron")
 
 REFUSED = [
+    ({"algorithm": AlgorithmConfig(loss_type="custom_loss")}, "--loss-type custom_loss is not supported"),
+    ({"data": DataConfig(loss_mask_type="qwen3_5")}, "--loss-mask-type qwen3_5 is not supported"),
+    ({"optimizer": OptimizerConfig(optimizer="sgd")}, "--optimizer sgd is not supported; use adam"),
+    ({"optimizer": OptimizerConfig(lr_decay_style="WSD")}, "--lr-decay-style WSD is not supported"),
     ({"parallel": ParallelConfig(expert_model_parallel_size=2)}, "--expert-model-parallel-size must be 1, got 2"),
     ({"parallel": ParallelConfig(expert_tensor_parallel_size=2)}, "--expert-tensor-parallel-size must be 1, got 2"),
     (
@@ -69,37 +77,49 @@ REFUSED = [
 @pytest.mark.parametrize(("sections", "message"), REFUSED, ids=[message.split(" ")[0] for _, message in REFUSED])
 def test_sections_that_contradict_each_other_are_refused(sections, message):
     with pytest.raises(ConfigError) as caught:
-        Config(**sections)
+        check_rules(Config(**sections))
     assert str(caught.value).startswith(message)
 
 
 def test_sections_at_the_edge_are_accepted():
-    Config(
-        parallel=ParallelConfig(dp_replicate=4, sequence_parallel=True),
-        cluster=EIGHT,
-        training=TrainingConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
-        rollout=RolloutConfig(rollout_max_response_len=63, rollout_max_context_len=64, rollout_min_new_tokens=63),
-        debug=DebugConfig(debug_train_only=True, load_debug_rollout_data="r/{rollout_id}.jsonl"),
+    check_rules(
+        Config(
+            parallel=ParallelConfig(dp_replicate=4, sequence_parallel=True),
+            cluster=EIGHT,
+            training=TrainingConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+            rollout=RolloutConfig(rollout_max_response_len=63, rollout_max_context_len=64, rollout_min_new_tokens=63),
+            debug=DebugConfig(debug_train_only=True, load_debug_rollout_data="r/{rollout_id}.jsonl"),
+        )
     )
-    Config(
-        algorithm=AlgorithmConfig(loss_type="sft_loss", disable_compute_advantages_and_returns=True),
-        rollout=RolloutConfig(rollout_function_path=SFT_ROLLOUT),
-        debug=DebugConfig(debug_train_only=True),
+    check_rules(
+        Config(
+            algorithm=AlgorithmConfig(loss_type="sft_loss", disable_compute_advantages_and_returns=True),
+            rollout=RolloutConfig(rollout_function_path=SFT_ROLLOUT),
+            debug=DebugConfig(debug_train_only=True),
+        )
     )
 
 
 def test_sglang_engines_of_several_gpus_divide_the_gpus_there_are():
-    # SGLang engines are still refused as a whole, so the rule sees only the sections it reads.
-    sglang = SimpleNamespace(rollout_engine="sglang")
+    sglang = EngineConfig(rollout_engine="sglang")
     shared = ClusterConfig(actor_num_gpus_per_node=8, rollout_num_gpus_per_engine=3)
-    problem = rules.engines_divide_gpus(SimpleNamespace(engine=sglang, cluster=shared))
-    assert problem == "--rollout-num-gpus-per-engine 3 does not divide the 8 GPUs of the engines"
+    with pytest.raises(ConfigError, match="--rollout-num-gpus-per-engine 3 does not divide the 8 GPUs of the engines"):
+        check_rules(Config(engine=sglang, cluster=shared))
     apart = ClusterConfig(actor_num_gpus_per_node=8, rollout_num_gpus=9, rollout_num_gpus_per_engine=3)
-    assert rules.engines_divide_gpus(SimpleNamespace(engine=sglang, cluster=apart)) is None
+    check_rules(Config(engine=sglang, cluster=apart))
+
+
+def test_recorded_rollouts_have_no_epochs():
+    debug = DebugConfig(load_debug_rollout_data="r/{rollout_id}.jsonl")
+    with pytest.raises(ConfigError, match="--num-rollout is required here"):
+        check_rules(Config(debug=debug, rollout=RolloutConfig(num_epoch=2)))
+    check_rules(Config(debug=debug, rollout=RolloutConfig(num_epoch=2, num_rollout=3)))
 
 
 def test_every_rule_is_applied():
-    defined = [
-        name for name, value in vars(rules).items() if callable(value) and getattr(value, "__module__", "") == rules.__name__
-    ]
-    assert {rule.__name__ for rule in rules.RULES} == set(defined) - {"check_sections"}
+    returning_a_problem = {
+        value.__name__
+        for value in vars(checks).values()
+        if inspect.isfunction(value) and value.__module__ == checks.__name__ and value.__annotations__["return"] == "str | None"
+    }
+    assert {rule.__name__ for rule in checks.RULES} == returning_a_problem

@@ -1,0 +1,46 @@
+"""Checks of single values, shared by the sections; each raises a `ConfigError` that quotes the flag the user typed."""
+
+from __future__ import annotations
+
+from qwench.errors import ConfigError
+from qwench.plugins import is_function_path
+
+
+def check_positive(flag: str, value: float | None) -> None:
+    """Refuse a value that is given and not greater than 0."""
+    if value is not None and not value > 0:
+        raise ConfigError(f"{flag} must be greater than 0, got {value}")
+
+
+def check_not_negative(flag: str, value: float | None) -> None:
+    """Refuse a value that is given and less than 0."""
+    if value is not None and not value >= 0:
+        raise ConfigError(f"{flag} must not be negative, got {value}")
+
+
+def check_fraction(flag: str, value: float | None) -> None:
+    """Refuse a value that is given and not in (0, 1]."""
+    if value is not None and not 0 < value <= 1:
+        raise ConfigError(f"{flag} must be greater than 0 and at most 1, got {value}")
+
+
+def check_top_k(flag: str, value: int | None) -> None:
+    """Refuse a top-k that is neither -1 (off) nor at least 1."""
+    if value is not None and value != -1 and value < 1:
+        raise ConfigError(f"{flag} must be at least 1, or -1 for off, got {value}")
+
+
+def check_import_path(flag: str, value: str | None) -> None:
+    """Refuse anything but `package.module.name` or `file.py:name`; launch finds out whether it loads, before any model does."""
+    if value is not None and not is_function_path(value):
+        raise ConfigError(
+            f"{flag} must be the import path of a function like my_package.my_module.my_function, or a file and a function "
+            f"like ./my_file.py:my_function; got {value!r}"
+        )
+
+
+def check_address(flag: str, value: str) -> None:
+    """Refuse anything but `host:port`, with or without `http://`."""
+    host, colon, port = value.removeprefix("http://").rstrip("/").rpartition(":")
+    if not (host and colon and port.isdecimal()):
+        raise ConfigError(f"{flag} must be host:port, got {value!r}")
