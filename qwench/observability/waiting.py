@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
+Describe = Callable[[], str]
+"""Says who is late; called from another thread, and only when the wait is reported."""
 FIRST_REPORT_S = 30.0
 MAX_PAUSE_S = 600.0
 """Between two reports of one wait; the pause doubles until then."""
@@ -27,7 +29,7 @@ _log = logging.getLogger(__name__)
 @dataclass(slots=True)
 class _Wait:
     label: str
-    describe: Callable[[], str]
+    describe: Describe
     since: float
     due: float
 
@@ -42,7 +44,7 @@ class WaitWatcher:
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def watch(self, label: str, describe: Callable[[], str]) -> Iterator[None]:
+    def watch(self, label: str, describe: Describe) -> Iterator[None]:
         """Report the block while it lasts longer than `FIRST_REPORT_S`."""
         now = self._clock()
         wait = _Wait(label=label, describe=describe, since=now, due=now + FIRST_REPORT_S)
@@ -83,11 +85,15 @@ class WaitWatcher:
 _WATCHER = WaitWatcher()
 
 
-def waiting(label: str, describe: Callable[[], str] = lambda: "") -> AbstractContextManager[None]:
+def say_nothing() -> str:
+    """Describe a wait of which no more is known."""
+    return ""
+
+
+def waiting(label: str, describe: Describe = say_nothing) -> AbstractContextManager[None]:
     """Return a context that reports itself while it lasts.
 
     Args:
         label: what is waited for, such as `rollout 3`.
-        describe: says who is late; called from another thread, and only when the wait is reported.
     """
     return _WATCHER.watch(label, describe)

@@ -107,6 +107,14 @@ class GroupBuffer:
         """Note a group in flight as generation and grading left it."""
         self._in_flight[group.group_id] = group
 
+    def describe(self) -> str:
+        """Say how far the groups in flight are; any thread may ask."""
+        groups = list(self._in_flight.values())
+        finished = sum(_is_finished(group) for group in groups)
+        late = [str(sample.sample_id) for group in groups for sample in group.samples if sample.status is Status.PENDING]
+        shown = ", ".join(late[:8]) + (f" and {len(late) - 8} more" if len(late) > 8 else "")
+        return f"{finished} of {len(groups)} groups finished" + (f", samples not finished: {shown}" if late else "")
+
     def put_back(self, groups: Sequence[Group]) -> None:
         """Keep groups for a later rollout; finished ones too, unless masking would leave them nothing to train on."""
         for group in groups:

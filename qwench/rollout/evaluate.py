@@ -106,12 +106,21 @@ class Evaluator:
         async def call(function: EvalFunction) -> Mapping[str, float]:
             return await function(self._sets, lambda eval_set: self._run_set(engines, eval_set))
 
-        return dict((waiter or engines).attend(call(self._function), label="evaluation", timeout_s=None))
+        return dict(
+            (waiter or engines).attend(
+                call(self._function), label="evaluation", timeout_s=None, describe=engines.describe_requests
+            )
+        )
 
     def run(self, engines: EnginePool, waiter: Waiter | None = None) -> list[EvalResult]:
         """Answer and grade all sets, and keep every sample."""
         return [
-            (waiter or engines).attend(self._run_set(engines, eval_set), label=f"evaluation of {eval_set.name}", timeout_s=None)
+            (waiter or engines).attend(
+                self._run_set(engines, eval_set),
+                label=f"evaluation of {eval_set.name}",
+                timeout_s=None,
+                describe=engines.describe_requests,
+            )
             for eval_set in self._sets
         ]
 

@@ -71,7 +71,9 @@ class RolloutStream:
             EngineError: an engine failed, or the deadline passed.
             RewardError: a reward function failed, or the first rollout's rewards teach nothing.
         """
-        rollout = self._waiter.attend(self._take(rollout_id), label=f"rollout {rollout_id}", timeout_s=self._timeout_s)
+        rollout = self._waiter.attend(
+            self._take(rollout_id), label=f"rollout {rollout_id}", timeout_s=self._timeout_s, describe=self._describe
+        )
         if self._save_template is not None:
             save_rollout(self._save_template, rollout)
         self._stop_if_degenerate(rollout)
@@ -105,6 +107,9 @@ class RolloutStream:
         if tasks:
             label = f"end of rollout {max(tasks)}"
             self._engines.run(cancel_and_wait([*tasks.values()]), label=label, timeout_s=_CONTROL_TIMEOUT_S)
+
+    def _describe(self) -> str:
+        return f"{self._buffer.describe()}; {self._engines.describe_requests()}"
 
     async def _take(self, rollout_id: int) -> Rollout:
         for due in self._buffer.begin(rollout_id, last=self._num_rollouts - 1):

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 from qwench.engines.fleet.pool import EnginePool, EngineRestartedError
 from qwench.engines.protocol import AddressedEngine
 from qwench.observability.timing import PhaseTimer
+from qwench.observability.waiting import Describe, say_nothing, waiting
 from qwench.weights.local import WeightSource, send_alias, send_copies, shared_weights_for
 from qwench.weights.remote import PublicationPlan
 from qwench.wire.addresses import EngineAddress
@@ -105,14 +106,22 @@ class Publisher:
         with self._gpus.held_by(self._model):
             self.publish(version=self._version)
 
-    def attend(self, coroutine: Coroutine[Any, Any, Result], *, label: str, timeout_s: float | None) -> Result:
+    def attend(
+        self,
+        coroutine: Coroutine[Any, Any, Result],
+        *,
+        label: str,
+        timeout_s: float | None,
+        describe: Describe = say_nothing,
+    ) -> Result:
         """Run a coroutine that generates on the engines' loop and wait for its result; republish when it needs that.
 
         Raises:
             EngineError: the deadline passed; the coroutine is cancelled. Its own errors come through as they are.
         """
         assert self._pool is not None, "a run without engines generates nothing"
-        with self._pool.loop.under_way(coroutine, label=label, timeout_s=timeout_s) as work:
+        working = self._pool.loop.under_way(coroutine, label=label, timeout_s=timeout_s)
+        with working as work, waiting(label, describe):
             while not work.ends_before(self._pool.lose_weights()):
                 self.republish()
             return work.result()

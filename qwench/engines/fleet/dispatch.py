@@ -7,6 +7,7 @@ if its weights were published while the request was open: a restarted engine can
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
@@ -46,6 +47,8 @@ class Dispatcher:
         self._supervisor = supervisor
         self._names: dict[str, str] = {}
         """Open request -> the name under which an engine was asked last; a second attempt has another one than the first."""
+        self._since: dict[str, float] = {}
+        """Open request -> when it came."""
         self._aborted: set[str] = set()
         """Open requests that were asked to end: their engine may be lost before it hears of it."""
 
@@ -58,13 +61,24 @@ class Dispatcher:
         """
         oldest = self._members.version
         self._names[request.request_id] = request.request_id
+        self._since[request.request_id] = time.monotonic()
         try:
             result = await self._generate_somewhere(request)
         finally:
-            del self._names[request.request_id]
+            del self._names[request.request_id], self._since[request.request_id]
             self._aborted.discard(request.request_id)
         self._check_versions(result, oldest)
         return replace(result, request_id=request.request_id)
+
+    def describe(self) -> str:
+        """Say how many requests are open, and which engine owes the oldest; any thread may ask."""
+        since = dict(self._since)
+        if not since:
+            return "no request is open"
+        oldest = min(since, key=since.__getitem__)
+        name = self._names.get(oldest, oldest)
+        on = next((f" on {member.label}" for member in self._members if name in member.in_flight), "")
+        return f"{len(since)} requests open, the oldest {time.monotonic() - since[oldest]:.0f} s{on}"
 
     async def abort(self, request_id: str | None = None) -> None:
         """End one request where it runs, or all requests everywhere."""

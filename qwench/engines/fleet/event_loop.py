@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 from qwench.errors import EngineError
+from qwench.observability.waiting import Describe, say_nothing, waiting
 
 Result = TypeVar("Result")
 JOIN_TIMEOUT_S = 10.0
@@ -61,7 +62,14 @@ class EventLoopThread:
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
-    def run(self, coroutine: Coroutine[Any, Any, Result], *, label: str, timeout_s: float | None) -> Result:
+    def run(
+        self,
+        coroutine: Coroutine[Any, Any, Result],
+        *,
+        label: str,
+        timeout_s: float | None,
+        describe: Describe = say_nothing,
+    ) -> Result:
         """Run a coroutine on the loop and wait for its result.
 
         Raises:
@@ -69,7 +77,9 @@ class EventLoopThread:
         """
         future = self._submit(coroutine, label=label)
         try:
-            if not wait([future], timeout=timeout_s).done:
+            with waiting(label, describe):
+                done = wait([future], timeout=timeout_s).done
+            if not done:
                 raise _too_late(label, timeout_s)
             return future.result(0)
         finally:

@@ -22,6 +22,7 @@ from qwench.engines.fleet.members import Member, Members, MemberState
 from qwench.engines.fleet.router import Router
 from qwench.engines.protocol import Engine, EngineStats, GenerateRequest, GenerateResult, MemoryTag
 from qwench.errors import EngineLostError, WeightSyncError
+from qwench.observability.waiting import Describe, say_nothing
 
 _logger = logging.getLogger(__name__)
 MEMORY_TIMEOUT_S = 120.0
@@ -33,7 +34,14 @@ Result = TypeVar("Result")
 class Waiter(Protocol):
     """Waits for generation: the pool itself, or a publisher, which republishes when restarted engines need it."""
 
-    def attend(self, coroutine: Coroutine[Any, Any, Result], *, label: str, timeout_s: float | None) -> Result:
+    def attend(
+        self,
+        coroutine: Coroutine[Any, Any, Result],
+        *,
+        label: str,
+        timeout_s: float | None,
+        describe: Describe = say_nothing,
+    ) -> Result:
         """Run a coroutine that generates on the engines' loop and wait for its result."""
         ...
 
@@ -81,6 +89,10 @@ class EnginePool:
         """Return all engines."""
         return tuple(member.engine for member in self._members)
 
+    def describe_requests(self) -> str:
+        """Say how many requests are open, and which engine owes the oldest; any thread may ask."""
+        return self._dispatcher.describe()
+
     @property
     def num_restarts(self) -> int:
         """Return how many lost engines have come back so far."""
@@ -122,9 +134,16 @@ class EnginePool:
             if other != version:
                 raise WeightSyncError(f"{member.label} holds weight version {other}; {version} was published.")
 
-    def run(self, coroutine: Coroutine[Any, Any, Result], *, label: str, timeout_s: float | None) -> Result:
+    def run(
+        self,
+        coroutine: Coroutine[Any, Any, Result],
+        *,
+        label: str,
+        timeout_s: float | None,
+        describe: Describe = say_nothing,
+    ) -> Result:
         """Run a coroutine on the engines' loop and wait for its result; see `EventLoopThread.run`."""
-        return self.loop.run(coroutine, label=label, timeout_s=timeout_s)
+        return self.loop.run(coroutine, label=label, timeout_s=timeout_s, describe=describe)
 
     attend = run
     """Without a publisher, waiting for generation is like any other wait (`weights.publisher.Publisher.attend`)."""

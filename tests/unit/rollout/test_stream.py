@@ -11,6 +11,7 @@ from qwench.data.sft import SftExample, SftSource
 from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import ConfigError, EngineError, RewardError
+from qwench.observability import waiting
 from qwench.rollout.buffer import GroupBuffer
 from qwench.rollout.stream import ReplayStream, RolloutStream, SftStream
 from qwench.samples import Verdict
@@ -283,3 +284,13 @@ def test_sft_stream_resumes_where_it_was():
         second.load_state_dict(first.state_dict())
     first.close()
     assert [[sample.tokens for sample in second.take(i).samples] for i in (2, 3)] == tokens[2:]
+
+
+def test_a_rollout_that_takes_long_says_which_samples_and_which_engine_are_late(caplog, monkeypatch):
+    monkeypatch.setattr(waiting, "FIRST_REPORT_S", 0.2)
+    engine = FakeEngine(write_ok, ticks=lambda context, request: None if context.startswith("b") else 0)
+    too_late = pytest.raises(EngineError, match="rollout 0 did not end within 2 s")
+    with caplog.at_level("WARNING"), open_stream(engine, options={"timeout_s": 2.0}) as stream, too_late:
+        stream.take(0)
+    said = caplog.records[0].getMessage()
+    assert said.startswith("waiting 0 s for rollout 0: 1 of 2 groups finished, samples not finished: ")

@@ -52,6 +52,22 @@ def test_abort_finds_the_engine_of_a_request(pool):
     assert {other.finish_reason for other in others} == {FinishReason.ABORT}
 
 
+def test_open_requests_are_described_by_the_engine_that_owes_the_oldest(pool):
+    async def scenario():
+        running = [
+            asyncio.ensure_future(pool.generate(ask(f"r{i}", prompt_of(4), max_new_tokens=400, ignore_eos=True)))
+            for i in range(2)
+        ]
+        await asyncio.sleep(0)
+        described = pool.describe_requests()
+        await pool.abort()
+        await asyncio.gather(*running)
+        return described
+
+    assert pool.describe_requests() == "no request is open"
+    assert run(pool, scenario()) == f"2 requests open, the oldest 0 s on {pool.engines[0]!r}"
+
+
 def test_versions_are_confirmed(pool):
     weights = [list(make_model("qwen3", seed=2).named_parameters())]
     run(pool, pool.check_versions(0))
