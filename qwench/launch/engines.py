@@ -160,8 +160,10 @@ def _reach_external(inputs: Inputs, loop: EventLoopThread) -> list[Member]:
 
     async def connect(url: str) -> Member:
         engine = HttpEngine(url, token=token)
-        kind = await check_serves(engine, identity)
-        await engine.close()
+        try:
+            kind = await check_serves(engine, identity)
+        finally:
+            await engine.close()
         return Member(engine=HttpEngine(url, token=token, kind=kind.name, health_timeout_s=timeout_s), url=url)
 
     members = []

@@ -26,7 +26,7 @@ from qwench.engines.fleet.pool import EnginePool
 from qwench.engines.fleet.servers import ServerProcess
 from qwench.engines.kinds.embedded import embedded_command
 from qwench.launch.engines import command_makers, server_order
-from qwench.launch.inputs import read_inputs, read_training_prompts
+from qwench.launch.inputs import plan_inputs, read_inputs, read_training_prompts
 from qwench.launch.rollouts import Generation, build_generation
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout, Sample
@@ -85,7 +85,8 @@ def scene(request: pytest.FixtureRequest, workspace: Workspace, tmp_path: Path) 
     flags = {**WATCHED, "use_sglang_router": () if request.param else None, "deterministic_mode": None, "num_rollout": 2,
              "rollout_batch_size": NUM_PROMPTS, "n_samples_per_prompt": SIBLINGS, "global_batch_size": NUM_PROMPTS * SIBLINGS,
              "rollout_max_response_len": RESPONSE_LEN, "max_tokens_per_gpu": 4096}  # fmt: skip
-    inputs = read_inputs(parse_train(workspace.train_argv(tmp_path / "run", **flags)[1:]))
+    config = parse_train(workspace.train_argv(tmp_path / "run", **flags)[1:])
+    inputs = read_inputs(config, plan_inputs(config, trains=True))
     makers = command_makers(inputs, num_engines=2, token=TOKEN, with_weights=False, on_gpus=False)
     servers = [ServerProcess(make(gpu_ids=(), environ=ONE_THREAD, host="127.0.0.1")) for make in makers]
     source = PromptSource(read_training_prompts(inputs).prompts, n_samples_per_prompt=SIBLINGS, shuffle=False, seed=0)
@@ -199,7 +200,8 @@ class Served:
 @pytest.fixture(scope="module")
 def served(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Serve the workspace's model, asking for a token."""
-    inputs = read_inputs(parse_train(workspace.train_argv(None, save_interval=None, engine_start_timeout=DEADLINE_S)[1:]))
+    config = parse_train(workspace.train_argv(None, save_interval=None, engine_start_timeout=DEADLINE_S)[1:])
+    inputs = read_inputs(config, plan_inputs(config, trains=True))
     log_folder = tmp_path_factory.mktemp("logs")
     order = replace(server_order(inputs, token=TOKEN, with_weights=True, on_gpus=False), log_folder=log_folder)
     command = embedded_command(order, index=0, gpu_ids=(), environ=ONE_THREAD)
