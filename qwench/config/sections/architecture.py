@@ -17,35 +17,35 @@ class ArchitectureConfig:
     num_layers: int | None = None
     """Number of decoder layers."""
     hidden_size: int | None = None
-    """Width of the residual stream."""
+    """Width of the hidden states."""
     ffn_hidden_size: int | None = None
-    """Inner width of the feed-forward layers."""
+    """Inner width of the MLP."""
     num_attention_heads: int | None = None
-    """Query heads."""
+    """Number of query heads."""
     num_query_groups: int | None = None
-    """Key-value heads."""
+    """Number of key-value heads."""
     group_query_attention: bool | None = None
-    """Key-value heads are shared by query heads."""
+    """Several query heads share a key-value head."""
     kv_channels: int | None = None
-    """Head dimension."""
+    """Size of an attention head."""
     vocab_size: int | None = None
-    """Rows of the embedding."""
+    """Rows of the embedding, padding included."""
     max_position_embeddings: int | None = None
-    """Longest position the checkpoint was made for."""
+    """Longest position of the model, in tokens."""
     rotary_base: float | None = None
-    """Base of the rotary position embedding."""
+    """Base of the rotary position embedding (rope_theta)."""
     rotary_percent: float | None = None
-    """Share of the head dimension that is rotated; Qwen3: 1."""
+    """Rotated share of an attention head. Only 1 is supported."""
     use_rotary_position_embeddings: bool | None = None
     """Positions are rotary."""
     position_embedding_type: Literal["learned_absolute", "rope", "none"] | None = None
-    """Kind of position embedding."""
+    """Kind of position embedding. Only rope is supported."""
     swiglu: bool | None = None
-    """The feed-forward is gated by SiLU."""
+    """The MLP is gated by SiLU."""
     qk_layernorm: bool | None = None
-    """Queries and keys are normalised for each head."""
+    """Queries and keys are normalised per head."""
     normalization: Literal["LayerNorm", "RMSNorm"] | None = None
-    """Kind of normalisation layer."""
+    """Kind of normalisation layer. Only RMSNorm is supported."""
     norm_epsilon: float | None = None
     """Epsilon of the normalisation layers."""
     disable_bias_linear: bool | None = None
@@ -53,4 +53,4 @@ class ArchitectureConfig:
     add_qkv_bias: bool | None = None
     """The projections to queries, keys and values have a bias (Qwen2.5)."""
     untie_embeddings_and_output_weights: bool | None = None
-    """The output layer has its own weights."""
+    """The output layer has weights other than the embedding's."""

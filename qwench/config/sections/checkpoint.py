@@ -14,30 +14,29 @@ class CheckpointConfig:
     """Folders and intervals of checkpoints."""
 
     load: Path | None = None
-    """Folder of checkpoints to resume from. Without any in it the run starts afresh: from --ref-load, or, when the folder is
-    also --save, from --hf-checkpoint. A checkpoint that no run of Qwench wrote (Hugging Face's, or Megatron's torch_dist)
-    gives the weights of rollout 0."""
+    """Folder of checkpoints to resume from. If it holds none, the run starts fresh from --ref-load, or from --hf-checkpoint if
+    the folder is also --save. A checkpoint from Hugging Face or Megatron (torch_dist) gives the weights of rollout 0."""
     save: Path | None = None
     """Folder to write checkpoints to. None: nothing is saved."""
     save_interval: int | None = None
-    """Save after every so many rollouts, and after the last. None: only after the last."""
+    """Save a checkpoint every this many rollouts, and after the last. None: after the last rollout only."""
     save_hf: str | None = None
-    """Also write a Hugging Face checkpoint with every save; a folder in which {rollout_id} is replaced."""
+    """Folder for a Hugging Face checkpoint, written with every save. {rollout_id} in the name is replaced."""
     keep_checkpoints: int | None = None
-    """Delete all but this many of the newest checkpoints after a verified save. None: keep all."""
+    """Number of newest checkpoints to keep; older ones are deleted after a verified save. None: keep all."""
     ref_load: Path | None = None
-    """Weights of the reference, and of the policy of a fresh run: a checkpoint of Hugging Face, torch_dist or FSDP, or the
-    folder above it. None: --hf-checkpoint."""
+    """Weights of the reference, and of the policy of a fresh run: a checkpoint of Hugging Face, torch_dist or FSDP, or its
+    parent folder. None: --hf-checkpoint."""
     ref_ckpt_step: int | None = None
     """Iteration to read from --ref-load. None: the latest."""
     ckpt_step: int | None = None
-    """Iteration to load from --load. None: the latest."""
+    """Iteration to read from --load. None: the latest."""
     no_load_optim: bool = False
-    """Start with a fresh optimizer."""
+    """Do not load the optimizer state; start with a fresh optimizer."""
     no_load_rng: bool = False
-    """Start with fresh random numbers."""
+    """Do not load the states of the random number generators."""
     no_save_optim: bool = False
-    """Leave the optimizer out of checkpoints; they cannot be resumed exactly."""
+    """Do not save the optimizer state. Such a checkpoint cannot be resumed exactly."""
 
     def __post_init__(self) -> None:
         check_positive("--save-interval", self.save_interval)

@@ -15,29 +15,29 @@ class ClusterConfig:
     """Trainer ranks, engine GPUs and memory sharing."""
 
     actor_num_nodes: int = 1
-    """Nodes of the trainer."""
+    """Number of nodes for the trainer."""
     actor_num_gpus_per_node: int = 1
-    """Trainer ranks on each node (also without GPUs)."""
+    """Trainer ranks on each node, one a GPU. On CPUs: the number of processes."""
     num_gpus_per_node: int = 8
-    """GPUs of one node of the cluster; no engine may be larger."""
+    """GPUs of one node of the cluster. An engine cannot be larger."""
     rollout_num_gpus: int | None = None
-    """GPUs of the engines, besides the trainer's. None: the trainer's own (as with --colocate)."""
+    """GPUs for engines, in addition to the trainer's. None: engines share the trainer's GPUs, as with --colocate."""
     rollout_num_gpus_per_engine: int = 1
-    """GPUs of one engine (its tensor-parallel size)."""
+    """GPUs of one SGLang engine (its tensor-parallel size)."""
     colocate: bool = False
-    """Trainer and engines take turns on the same GPUs."""
+    """Trainer and engines share the same GPUs and use them in turn."""
     offload: bool = False
-    """The same as --offload-train --offload-rollout."""
+    """Same as --offload-train --offload-rollout."""
     offload_train: bool | None = None
-    """Move the trainer to the host while the engines generate. None: only when colocated."""
+    """Move the trainer's state to host memory while the engines generate. None: on when colocated."""
     offload_rollout: bool | None = None
-    """Let the engines give memory back while the trainer learns. None: only when colocated."""
+    """Release the engines' GPU memory while the trainer computes. None: on when colocated."""
     launcher: Literal["auto", "local", "ray"] = "auto"
-    """What starts the processes. local: this machine, one process for each trainer rank; ray: the Ray cluster of the
-    environment's RAY_ADDRESS, else the one that runs on this machine, else one of its own; auto: ray where RAY_ADDRESS is set
-    or there are several nodes, local for several ranks on one node, and this very process for one rank."""
+    """What starts the processes. local: processes of this machine. ray: actors on the Ray cluster of RAY_ADDRESS, else on a
+    running local cluster, else on a new one. auto: ray with several nodes, or with RAY_ADDRESS set and several processes; local
+    with several ranks on one node; no extra process for one rank."""
     train_env_vars: Mapping[str, str] = field(default_factory=dict)
-    """Environment variables of the trainer processes as JSON, set before PyTorch is imported."""
+    """Environment variables of the trainer processes, as JSON. Set before PyTorch is imported."""
 
     def __post_init__(self) -> None:
         for flag, value in (

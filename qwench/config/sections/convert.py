@@ -16,24 +16,25 @@ class ConvertConfig:
     """What `qwench convert` reads and writes. Run it under torchrun to let several processes write."""
 
     input: Path
-    """Checkpoint to read: a Hugging Face folder, or one of torch_dist or FSDP; for the latter two also the folder above it."""
+    """Checkpoint to read: a folder of Hugging Face, torch_dist or FSDP format. For the last two, its parent folder also
+    works."""
     output: Path
-    """Folder to write, which must not hold anything yet."""
+    """Folder to write. Must be new or empty."""
     to: Literal["hf", "torch_dist", "fsdp", "fp8"]
-    """Format to write: hf (safetensors), torch_dist (Megatron), fsdp (float32 masters of --train-backend fsdp) or fp8 (hf
-    with the layers' matrices in FP8, in blocks of 128 x 128 with float32 scales)."""
+    """Output format. hf: safetensors. torch_dist: Megatron. fsdp: float32 masters of --train-backend fsdp. fp8: hf with layer
+    matrices in FP8, in 128 x 128 blocks with float32 scales."""
     hf_checkpoint: Path | None = None
-    """Hugging Face folder with config.json and tokenizer of the model. None: --input, which is one."""
+    """Hugging Face folder with config.json and tokenizer of the model. None: --input."""
     ckpt_step: int | None = None
-    """Iteration to read from the folder above it. None: the latest."""
+    """Iteration to read from the parent folder. None: the latest."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Of the weights to write. None: as they are stored; of an FSDP checkpoint's float32 masters, what config.json says."""
+    """Dtype of the weights to write. None: as stored; for float32 masters of FSDP, the dtype in config.json."""
     weights_only: bool = False
-    """Leave the optimizer's state out where there is some."""
+    """Do not convert the optimizer state."""
     verify: bool = False
-    """Also compare the logits of three prompts, of a model with the weights that were read and with those written."""
+    """Compare the logits of three prompts before and after the conversion."""
     max_shard_gb: float = 2.0
-    """Size of one safetensors file."""
+    """Largest size of one safetensors file, in GB."""
 
     def __post_init__(self) -> None:
         check_positive("--max-shard-gb", self.max_shard_gb)
@@ -50,7 +51,7 @@ class HfToTorchDistFiles:
     hf_checkpoint: Path
     """Hugging Face folder to read."""
     save: Path
-    """Folder to write, which must not hold anything yet."""
+    """Folder to write. Must be new or empty."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,21 +59,21 @@ class IgnoredParallelism:
     """Layouts that the recipes give; a torch_dist checkpoint is the same for all of them."""
 
     tensor_model_parallel_size: int = 1
-    """Without effect: any layout reads what is written."""
+    """No effect: every layout can read the output."""
     pipeline_model_parallel_size: int | None = None
-    """Without effect: processes under torchrun share the layers out between them."""
+    """No effect: processes under torchrun divide the layers among them."""
     context_parallel_size: int = 1
-    """Without effect."""
+    """No effect."""
     expert_model_parallel_size: int = 1
-    """Without effect."""
+    """No effect."""
     expert_tensor_parallel_size: int = 1
-    """Without effect."""
+    """No effect."""
     decoder_first_pipeline_num_layers: int | None = None
-    """Without effect."""
+    """No effect."""
     decoder_last_pipeline_num_layers: int | None = None
-    """Without effect."""
+    """No effect."""
     make_vocab_size_divisible_by: int = 128
-    """Without effect: the vocabulary is written without padding, and padded where it is read."""
+    """No effect: the vocabulary is written without padding, and padded when it is read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,16 +90,16 @@ class TorchDistToHfConfig:
     """What `tools/convert_torch_dist_to_hf.py` takes."""
 
     input_dir: Path
-    """Folder of a torch_dist checkpoint, or the one above it."""
+    """Folder of a torch_dist checkpoint, or its parent folder."""
     output_dir: Path
-    """Folder to write, which must not hold anything yet unless --force is given."""
+    """Folder to write. Must be new or empty unless --force is given."""
     origin_hf_dir: Path
     """Hugging Face folder with config.json and tokenizer of the model."""
     force: bool = False
-    """Replace --output-dir."""
+    """Replace --output-dir if it exists."""
     chunk_size: int = 2 * 10**9
-    """Size of one safetensors file in bytes."""
+    """Largest size of one safetensors file, in bytes."""
     vocab_size: int | None = None
-    """Compared with config.json, which says how many rows of a padded vocabulary are kept."""
+    """Size of the vocabulary without padding. Must equal config.json."""
     model_name: str | None = None
-    """Without effect: config.json says what the model is."""
+    """No effect: config.json describes the model."""

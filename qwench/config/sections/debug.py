@@ -13,17 +13,17 @@ class DebugConfig:
     """Recorded rollouts and partial runs."""
 
     debug_rollout_only: bool = False
-    """Only generate and grade; no trainer."""
+    """Only generate and grade rollouts; start no trainer."""
     debug_train_only: bool = False
-    """Only train, without an engine: on --load-debug-rollout-data, or on conversations (--loss-type sft_loss)."""
+    """Only train, without engines: on --load-debug-rollout-data, or on conversations with --loss-type sft_loss."""
     save_debug_rollout_data: str | None = None
-    """Record every rollout in this file, in which {rollout_id} is replaced."""
+    """File to record each rollout in. {rollout_id} in the name is replaced."""
     load_debug_rollout_data: str | None = None
-    """Train on rollouts recorded in this file, in which {rollout_id} is replaced; no engine is made."""
+    """File of recorded rollouts to train on, without engines. {rollout_id} in the name is replaced."""
     load_debug_rollout_data_subsample: float | None = None
-    """Use this share of a recorded rollout. None: all."""
+    """Share of each recorded rollout to use, 0 < share <= 1. None: all of it."""
     dry_run: bool = False
-    """Print the resolved configuration and end."""
+    """Check the flags against the model, print the configuration and the plan, and exit."""
 
     def __post_init__(self) -> None:
         check_fraction("--load-debug-rollout-data-subsample", self.load_debug_rollout_data_subsample)

@@ -17,48 +17,49 @@ class EngineConfig:
     """Kind, size and supervision of the engines."""
 
     rollout_engine: Literal["embedded", "sglang"] = "embedded"
-    """embedded: Qwench's own engine, in the training process or as servers; sglang: SGLang servers."""
+    """Engine that generates. embedded: Qwench's own, in the training process or as servers. sglang: SGLang servers."""
     embedded_page_size: int = 16
-    """Tokens in one page of the KV cache (also set by --sglang-page-size)."""
+    """Tokens in one page of the KV cache of the embedded engine (--sglang-page-size sets it too)."""
     embedded_max_running_requests: int = 512
-    """Most responses decoded at a time (also set by --sglang-max-running-requests)."""
+    """Largest number of responses that the embedded engine decodes at once (--sglang-max-running-requests sets it too)."""
     embedded_prefill_chunk_tokens: int = 4096
-    """Most prompt tokens in one forward pass (also set by --sglang-chunked-prefill-size)."""
+    """Largest number of prompt tokens in one forward pass of the embedded engine (--sglang-chunked-prefill-size sets it
+    too)."""
     embedded_kv_cache_tokens: int | None = None
-    """Size of the KV cache in tokens. None: what --embedded-mem-fraction allows on a GPU; 65,536 on a CPU."""
+    """Size of the embedded engine's KV cache in tokens. None: from --embedded-mem-fraction on a GPU, 65,536 on a CPU."""
     embedded_mem_fraction: float = 0.8
-    """Share of a GPU's whole memory that may be in use once the KV cache is made: it gets what is free, less (1 - this) of the
-    total (also set by --sglang-mem-fraction-static)."""
+    """Share of the GPU's memory that may be used once the embedded engine's KV cache exists (--sglang-mem-fraction-static sets
+    it too)."""
     sglang_server_concurrency: int = 512
-    """Most requests in flight for each engine, of either kind."""
+    """Largest number of requests in flight per engine, for both kinds of engine."""
     sglang_enable_deterministic_inference: bool = False
     """Seed the sampling: sample i of every group uses --rollout-seed + i."""
     update_weight_buffer_size: int = 512 * 1024**2
-    """Bytes of one bucket of published weights; two to four buffers of this size exist meanwhile, a tensor that is larger takes
-    its own size."""
+    """Size in bytes of one bucket of published weights. Two to four buckets exist at a time; a larger tensor gets a bucket of
+    its size."""
     update_weight_transport: Literal["nccl", "ipc", "broadcast", "disk"] = "nccl"
-    """How weights reach engines in other processes. nccl: as their place allows, in shared memory on the trainer's devices,
-    by NCCL (gloo on CPUs) elsewhere, from disk where neither works; the others: that way only."""
+    """How weights reach engines in other processes. nccl: shared memory on the same device, NCCL (gloo on CPUs) between
+    devices, disk where neither works. ipc, broadcast, disk: only that way."""
     update_weight_disk_dir: str | None = None
-    """Folder that trainer and engines see, for weights published from disk. None: a temporary one of this machine."""
+    """Folder that trainer and engines can read, for weights published by disk. None: a temporary folder of this machine."""
     update_weight_disk_keep_files: bool = False
-    """Keep published weights in --update-weight-disk-dir."""
+    """Keep the weight files in --update-weight-disk-dir after publication."""
     rollout_external_engine_addrs: tuple[str, ...] = ()
-    """Addresses (host:port) of engines that run already, of either kind; they are used as they are, and left running.
-    The environment variable QWENCH_TOKEN holds the token that they ask for, if they do."""
+    """Addresses (host:port) of running engines to use, of either kind. The run does not start or stop them. Set QWENCH_TOKEN to
+    their token if they need one."""
     use_sglang_router: bool = False
-    """Send requests through the sglang-router process instead of to the least loaded engine (also switched on by
-    any --router-* flag)."""
+    """Send requests through an sglang-router process. Off: to the engine with the fewest requests. Any --router-* flag turns it
+    on."""
     use_fault_tolerance: bool = False
-    """Watch the health of engine servers, start lost ones again, and ask other engines for what they owed."""
+    """Check the health of engine servers. Restart dead engines and retry their requests on the others."""
     rollout_health_check_first_wait: float = 0.0
-    """Seconds before the first health check, at the start and after weights or memory were moved."""
+    """Seconds to wait before the first health check after a start, a publication or a change of memory."""
     rollout_health_check_interval: float = 30.0
     """Seconds between health checks."""
     rollout_health_check_timeout: float = 30.0
     """Seconds an engine may take to answer a health check."""
     engine_start_timeout: float = 1800.0
-    """Seconds a server may take until it answers: loading weights, capturing graphs."""
+    """Seconds an engine server may take to start, loading weights and capturing graphs included."""
     sglang_args: tuple[str, ...] = ()
     """The collected --sglang-* flags and their values, without that prefix."""
     router_args: tuple[str, ...] = ()

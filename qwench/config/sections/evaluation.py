@@ -14,39 +14,39 @@ class EvalConfig:
     """Evaluation sets and their sampling; what is None falls back to the rollout's value."""
 
     eval_interval: int | None = None
-    """Evaluate after every so many rollouts, and before the first. None: never."""
+    """Evaluate every this many rollouts, and before the first. None: never."""
     eval_prompt_data: tuple[str, ...] = ()
-    """Sets as name and file in turn: aime /data/aime-2024.jsonl gsm8k /data/test.jsonl."""
+    """Evaluation sets as pairs of name and file, for example aime /data/aime-2024.jsonl gsm8k /data/test.jsonl."""
     eval_config: Path | None = None
-    """YAML file that lists sets with their own columns, reward and sampling, instead of --eval-prompt-data."""
+    """YAML file that lists evaluation sets with their own columns, reward and sampling. Use instead of --eval-prompt-data."""
     n_samples_per_eval_prompt: int = 1
-    """Responses to each prompt; the score is the mean of their rewards."""
+    """Responses per prompt. The score is the mean of their rewards."""
     eval_temperature: float | None = None
-    """Sampling temperature; 0 is greedy."""
+    """Sampling temperature; 0 is greedy. None: --rollout-temperature."""
     eval_top_p: float | None = None
-    """Nucleus sampling."""
+    """Nucleus sampling. None: --rollout-top-p."""
     eval_top_k: int | None = None
-    """Top-k sampling, -1 for off."""
+    """Top-k sampling, -1 for off. None: --rollout-top-k."""
     eval_max_response_len: int | None = None
-    """Most tokens of a response."""
+    """Longest response in tokens. None: --rollout-max-response-len."""
     eval_max_prompt_len: int | None = None
-    """Prompts of more tokens are dropped and counted."""
+    """Longest prompt in tokens; longer ones are dropped and counted. None: --rollout-max-prompt-len."""
     eval_max_context_len: int | None = None
-    """Most tokens of prompt and response together."""
+    """Longest prompt and response together, in tokens. None: --rollout-max-context-len."""
     eval_min_new_tokens: int | None = None
-    """Fewest tokens of a response."""
+    """Shortest response in tokens. None: --rollout-min-new-tokens."""
     eval_input_key: str | None = None
-    """Column with the prompt."""
+    """Column of the prompt. None: --input-key."""
     eval_label_key: str | None = None
-    """Column with the answer."""
+    """Column of the answer. None: --label-key."""
     eval_tool_key: str | None = None
-    """Column with the tools."""
+    """Column of the tools. None: --tool-key."""
     eval_reward_key: str | None = None
-    """Which value of a reward that returns a record is the score."""
+    """Entry that is the score, when a reward returns a record. None: --reward-key."""
     eval_function_path: str | None = None
-    """Import path of an async function that evaluates. None: the built-in one."""
+    """Custom evaluation: an async function, as package.module.function or ./file.py:function. None: the built-in one."""
     eval_output: Path | None = None
-    """Folder for the metrics.json of qwench eval. None: only printed."""
+    """Folder in which qwench eval writes metrics.json and every response. None: only printed."""
     skip_eval_before_train: bool = False
     """Do not evaluate before the first rollout."""
 

@@ -14,9 +14,10 @@ class LoggingConfig:
     """Log level, sinks of metrics and optional extra metrics."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Lowest level of messages on the console, in driver.log and in the logs of ranks."""
+    """Lowest level of the messages on the console, in driver.log and in the logs of the ranks."""
     log_dir: Path | None = None
-    """Folder of metrics.jsonl, driver.log and TensorBoard files. None: the folder of --save, else no files."""
+    """Folder of metrics.jsonl, driver.log and TensorBoard files. None: the folder of --save; without --save no files are
+    written."""
     use_tensorboard: bool = False
     """Write TensorBoard files."""
     tb_project_name: str | None = None
@@ -24,31 +25,31 @@ class LoggingConfig:
     tb_experiment_name: str | None = None
     """Second level of the TensorBoard folder under --log-dir."""
     use_wandb: bool = False
-    """Log to Weights & Biases (needs the package wandb)."""
+    """Log to Weights & Biases. Needs the package wandb and --wandb-project."""
     wandb_project: str | None = None
-    """Project."""
+    """Weights & Biases project."""
     wandb_group: str | None = None
-    """Group, and name of the run."""
+    """Weights & Biases group, and the name of the run."""
     wandb_team: str | None = None
-    """Team (entity)."""
+    """Weights & Biases team (entity)."""
     wandb_key: str | None = None
-    """API key; better given by the environment variable WANDB_API_KEY."""
+    """Weights & Biases API key. The environment variable WANDB_API_KEY is safer."""
     wandb_host: str | None = None
-    """Address of a server of your own."""
+    """URL of a self-hosted Weights & Biases server."""
     wandb_mode: Literal["online", "offline", "disabled"] | None = None
-    """None: Weights & Biases decides."""
+    """Mode of Weights & Biases. None: its own default."""
     wandb_dir: Path | None = None
-    """Folder of its local files."""
+    """Folder of the local files of Weights & Biases."""
     wandb_run_id: str | None = None
-    """Run to continue."""
+    """ID of the Weights & Biases run to continue."""
     log_passrate: bool = False
     """Log pass@k over the groups of each rollout."""
     log_multi_turn: bool = False
     """Log the number of turns and their lengths."""
     log_correct_samples: bool = False
-    """Log the lengths of correct responses apart."""
+    """Log the lengths of correct responses separately."""
     log_reward_category: str | None = None
-    """Log the share of samples by this value of their reward's record. None: off."""
+    """Log the share of samples by this entry of the reward's record. None: off."""
 
     def __post_init__(self) -> None:
         if self.use_wandb and self.wandb_project is None:

@@ -15,10 +15,10 @@ class ModelConfig:
     """The model and its numerics."""
 
     hf_checkpoint: Path | None = None
-    """Folder of a Hugging Face checkpoint: config.json, tokenizer, and the weights a fresh run starts from. Required."""
+    """Folder of a Hugging Face checkpoint with config.json and tokenizer. A fresh run starts from its weights. Required."""
     attn_implementation: AttnImplementation = "sdpa"
-    """Attention kernel of the FSDP2 trainer. sdpa runs everywhere; the others need a GPU, and
-    flash_attention_* their package."""
+    """Attention kernel of the FSDP2 trainer. sdpa runs on every device. The others need a GPU; flash_attention_2 and
+    flash_attention_3 also need their package."""
     train_dtype: TrainDtype = "auto"
-    """Precision of parameters and activations in training; optimizer masters are float32 always. auto:
-    bfloat16 on a GPU, float32 on a CPU."""
+    """Precision of parameters and activations in training. Optimizer masters are always float32. auto: bfloat16 on a GPU,
+    float32 on a CPU."""

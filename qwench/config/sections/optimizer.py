@@ -19,39 +19,39 @@ class OptimizerConfig:
     """AdamW with float32 masters, and a schedule counted in optimizer steps."""
 
     optimizer: Literal["adam", "sgd"] = "adam"
-    """adam is AdamW."""
+    """Optimizer. Only adam (AdamW) is supported."""
     lr: float | None = None
-    """Highest learning rate. Required for training."""
+    """Peak learning rate. Required for training."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
     lr_decay_style: LrDecayStyle = "linear"
     """Shape of the decay from --lr to --min-lr."""
     lr_decay_iters: int | None = None
-    """Steps until --min-lr, warm-up included. None: all steps of the run."""
+    """Optimizer steps until --min-lr, warm-up included. None: all steps of the run."""
     lr_warmup_iters: int = 0
-    """Steps of linear warm-up."""
+    """Optimizer steps of linear warm-up."""
     lr_warmup_fraction: float | None = None
-    """Warm-up as a share of the decay steps; excludes --lr-warmup-iters. None: off."""
+    """Warm-up as a share of the decay steps, 0 <= share < 1. Excludes --lr-warmup-iters. None: off."""
     lr_warmup_init: float = 0.0
-    """Learning rate before the first warm-up step."""
+    """Learning rate at the start of the warm-up."""
     weight_decay: float = 0.01
-    """Decoupled weight decay; norms and biases are not decayed."""
+    """Decoupled weight decay. Norms and biases are not decayed."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.999
     """Decay of the second moment."""
     adam_eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Epsilon added to the root of the second moment."""
     clip_grad: float = 1.0
-    """Largest norm of the whole gradient; 0 turns clipping off."""
+    """Largest global gradient norm; larger gradients are scaled down. 0: off."""
     optimizer_cpu_offload: bool = False
-    """Keep masters and moments on the host and step there; the device has the weights in --train-dtype."""
+    """Keep masters and moments in host memory and step on the CPU. Use it when the GPU has too little memory."""
     optimizer_offload_fraction: float = 1.0
-    """Share of masters and moments that --optimizer-cpu-offload puts on the host."""
+    """Share of masters and moments that --optimizer-cpu-offload puts on the host, 0 < share <= 1."""
     overlap_cpu_optimizer_d2h_h2d: bool = False
-    """Overlap the copies of --optimizer-cpu-offload with its steps: more pinned memory, the same numbers."""
+    """Overlap the copies of --optimizer-cpu-offload with its steps. Needs more pinned memory; the numbers are the same."""
     use_precision_aware_optimizer: bool = False
-    """Store the moments in bfloat16; steps compute in float32."""
+    """Store the moments in bfloat16 to save memory. Steps compute in float32."""
 
     def __post_init__(self) -> None:
         check_positive("--lr", self.lr)

@@ -13,19 +13,19 @@ class ParallelConfig:
     """Parallel sizes; what is left of the world is data-parallel."""
 
     tensor_model_parallel_size: int = 1
-    """Ranks that share each layer's matrices (TP)."""
+    """Ranks that split each layer's matrices (TP). Needs --train-backend megatron."""
     sequence_parallel: bool = False
-    """Split activations outside the matrices along the sequence; always so where --tensor-model-parallel-size is over 1."""
+    """Split activations between the matrices along the sequence. Always on when --tensor-model-parallel-size is above 1."""
     pipeline_model_parallel_size: int = 1
-    """Ranks that share the stack of layers (PP)."""
+    """Ranks that split the stack of layers (PP). Needs --train-backend megatron."""
     context_parallel_size: int = 1
-    """Ranks that share each sequence (CP)."""
+    """Ranks that split each sequence (CP). Needs --train-backend megatron."""
     expert_model_parallel_size: int = 1
-    """Must be 1: dense models only."""
+    """Must be 1: only dense models are trained."""
     expert_tensor_parallel_size: int = 1
-    """Must be 1: dense models only."""
+    """Must be 1: only dense models are trained."""
     dp_replicate: int = 1
-    """FSDP2: copies of the sharded model; parameters are sharded over the remaining data-parallel ranks."""
+    """Copies of the sharded model under FSDP2. Parameters are sharded over the other data-parallel ranks."""
 
     def __post_init__(self) -> None:
         for item in fields(self):

@@ -13,26 +13,26 @@ class RewardConfig:
     """The reward function and its workers."""
 
     rm_type: str | None = None
-    """Built-in reward: deepscaler, math, dapo, f1, gpqa, random, remote_rm; a row's metadata.rm_type wins over it."""
+    """Built-in reward: deepscaler, math, dapo, f1, gpqa, random or remote_rm. A row's metadata.rm_type wins over it."""
     rm_url: str | None = None
-    """Address of the reward server of --rm-type remote_rm."""
+    """URL of the reward server of --rm-type remote_rm."""
     reward_key: str | None = None
-    """Which value of a reward that returns a record is the score (dapo: score)."""
+    """Entry that is the score, when a reward returns a record (dapo: score)."""
     custom_rm_path: str | None = None
-    """Reward function of your own, as package.module.function or ./file.py:function; wins over --rm-type."""
+    """Custom reward function, as package.module.function or ./file.py:function. Wins over --rm-type."""
     custom_rm_in_process: bool = False
-    """Call --custom-rm-path in this process, for a function that holds clients or a model. False: in worker processes, which
-    are killed when they are late."""
+    """Call --custom-rm-path in the driver process. Use it for a function that holds a client or a model. Off: call it in worker
+    processes that are killed on a timeout."""
     group_rm: bool = False
     """Grade all samples of a group in one call."""
     custom_reward_post_process_path: str | None = None
-    """Import path of a function that turns raw rewards into the rewards that advantages are made of."""
+    """Custom function that turns raw rewards into the rewards behind the advantages. None: the method's normalisation."""
     reward_num_workers: int | None = None
-    """Worker processes that grade. None: one for each CPU core but one, at most 16."""
+    """Number of grading processes. None: one per CPU core less one, at most 16."""
     reward_timeout_s: float = 20.0
-    """Seconds a grader may take for one response before its worker is ended and the verdict is `timeout`."""
+    """Seconds to grade one response. After that the worker is killed and the verdict is timeout."""
     allow_degenerate_rewards: bool = False
-    """Go on when one reason explains nearly all zero rewards of the first rollout."""
+    """Continue when one reason explains nearly all zero rewards of the first rollout. Off: stop the run."""
 
     def __post_init__(self) -> None:
         check_positive("--reward-num-workers", self.reward_num_workers)

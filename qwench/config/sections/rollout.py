@@ -16,61 +16,62 @@ class RolloutConfig:
     """Amount, sampling and selection of responses."""
 
     num_rollout: int | None = None
-    """Number of rollouts of the whole run. None: as many as --num-epoch needs."""
+    """Number of rollouts in the run. Wins over --num-epoch. None: as many as --num-epoch needs."""
     num_epoch: int | None = None
-    """Passes over the data set; --num-rollout wins when both are given. None: --num-rollout decides."""
+    """Number of passes over the data set. None: --num-rollout decides."""
     rollout_batch_size: int | None = None
-    """Prompts (groups) in a rollout. Required for training."""
+    """Prompts (groups) per rollout. Required for training."""
     n_samples_per_prompt: int = 1
-    """Responses to each prompt (the size of a group)."""
+    """Responses per prompt (the size of a group)."""
     rollout_temperature: float = 1.0
-    """Sampling temperature; training log-probs are taken at the same temperature."""
+    """Sampling temperature. The trainer computes log-probs at the same temperature."""
     rollout_top_p: float = 1.0
-    """Nucleus sampling; must stay 1 in training."""
+    """Nucleus sampling. Must be 1 in training."""
     rollout_top_k: int = -1
-    """Top-k sampling, -1 for off; must stay -1 in training."""
+    """Top-k sampling, -1 for off. Must be -1 in training."""
     rollout_min_p: float = 0.0
-    """Min-p sampling; must stay 0 in training."""
+    """Min-p sampling. Must be 0 in training."""
     rollout_max_response_len: int | None = None
-    """Most tokens of a response. Required for training."""
+    """Longest response in tokens. Required for training."""
     rollout_max_context_len: int | None = None
-    """Most tokens of prompt and response together. None: the model's own limit."""
+    """Longest prompt and response together, in tokens. None: the model's limit."""
     rollout_min_new_tokens: int = 0
-    """Fewest tokens of a response."""
+    """Shortest response in tokens."""
     rollout_ignore_eos: bool = False
-    """Go on past the end-of-sequence token up to the length limit (for benchmarks)."""
+    """Generate past the end-of-sequence token up to the length limit. For benchmarks."""
     rollout_stop: tuple[str, ...] = ()
-    """Texts that end a response."""
+    """Strings that end a response."""
     rollout_stop_token_ids: tuple[int, ...] = ()
-    """Token ids that end a response, besides the model's own."""
+    """Token ids that end a response, in addition to the model's own."""
     rollout_skip_special_tokens: bool = False
-    """Leave special tokens out of the response text that rewards see."""
+    """Remove special tokens from the response text that rewards read."""
     over_sampling_batch_size: int | None = None
-    """Groups submitted at a time while a rollout is being filled; more than it holds makes dynamic sampling faster. None:
+    """Groups to submit at a time while a rollout fills. Above --rollout-batch-size, dynamic sampling is faster. None:
     --rollout-batch-size."""
     dynamic_sampling_filter_path: str | None = None
-    """Import path of a function that says whether a group is learned from, for instance
-    qwench.rollout.filters.check_reward_nonzero_std."""
+    """Function that decides whether a group is trained on, for example qwench.rollout.filters.check_reward_nonzero_std. None:
+    every group is."""
     dynamic_sampling_max_rounds: int = 10
-    """After this many submissions in one rollout, groups that the filter rejected are taken too, with a warning."""
+    """Submissions in one rollout after which rejected groups are accepted too, with a warning."""
     partial_rollout: bool = False
-    """Keep groups that were cut off at the end of a rollout and continue them in the next."""
+    """Keep groups that are cut off at the end of a rollout, and continue them in the next."""
     mask_offpolicy_in_partial_rollout: bool = False
-    """Do not train on the tokens that older weights sampled in a continued response."""
+    """Do not train on tokens that older weights sampled in a continued response. Needs --partial-rollout."""
     rollouts_ahead: int = 0
-    """Rollouts generated ahead of training. 0: in turn; 1: while the trainer learns from the one before."""
+    """Rollouts that generation runs ahead of training. 0: generate and train in turn. 1: generate while the trainer uses the
+    previous rollout."""
     update_weights_interval: int = 1
-    """Publish weights to the engines every so many rollouts."""
+    """Publish weights to the engines every this many rollouts."""
     custom_generate_function_path: str | None = None
-    """Import path of an async function that generates one sample (multi-turn, tools)."""
+    """Custom async function that generates one sample, for multi-turn or tool use. None: the built-in one."""
     rollout_function_path: str | None = None
-    """Import path of an async function that makes a whole rollout. None: the built-in one."""
+    """Custom async function that generates a whole rollout. None: the built-in one."""
     buffer_filter_path: str | None = None
-    """Import path of a function that picks groups from the buffer of unfinished ones. None: oldest first."""
+    """Custom function that selects groups from the buffer of unfinished groups. None: oldest first."""
     rollout_sample_filter_path: str | None = None
-    """Import path of a function that takes samples of a finished rollout out of the loss."""
+    """Custom function that removes samples of a finished rollout from the loss. None: all are used."""
     rollout_all_samples_process_path: str | None = None
-    """Import path of a function that sees all samples of a rollout, also those not learned from."""
+    """Custom function that receives all samples of a rollout, rejected ones included."""
 
     def __post_init__(self) -> None:
         for flag, value in (

@@ -17,7 +17,7 @@ class ServerConfig:
     """Where the server listens."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; anything but the default lets other machines in."""
+    """Address to listen on. 127.0.0.1: this machine only. 0.0.0.0: all machines."""
     port: int = 30000
     """Port to listen on."""
 

@@ -17,40 +17,41 @@ class TrainingConfig:
     """The training backend and its batches."""
 
     train_backend: Literal["megatron", "fsdp"] | None = None
-    """fsdp: PyTorch FSDP2 over the Hugging Face module; megatron: megatron-core. None: megatron where the layout is more than
-    data-parallel, else fsdp."""
+    """Training backend. fsdp: PyTorch FSDP2. megatron: megatron-core. None: megatron when TP, PP or CP is above 1, else
+    fsdp."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
-    """Layers of the Megatron model: local needs megatron-core alone, transformer_engine that package as well."""
+    """Layers of the Megatron model. local: megatron-core's own. transformer_engine: those of the package Transformer Engine."""
     global_batch_size: int | None = None
-    """Samples in one optimizer step. None: derived from --num-steps-per-rollout."""
+    """Samples per optimizer step. None: derived from --num-steps-per-rollout."""
     num_steps_per_rollout: int | None = None
-    """Optimizer steps on each rollout. None: derived from --global-batch-size, else 1."""
+    """Optimizer steps per rollout. None: derived from --global-batch-size, else 1."""
     micro_batch_size: int = 1
-    """Samples in one micro-batch, unless --use-dynamic-batch-size packs them by tokens."""
+    """Samples per micro-batch. Not used with --use-dynamic-batch-size."""
     use_dynamic_batch_size: bool = False
     """Pack samples into micro-batches of at most --max-tokens-per-gpu tokens."""
     max_tokens_per_gpu: int | None = None
-    """Token budget of one micro-batch on one GPU (x context-parallel size). Needed by --use-dynamic-batch-size."""
+    """Token budget of one micro-batch on one GPU (x context-parallel size). Needs --use-dynamic-batch-size."""
     log_probs_max_tokens_per_gpu: int | None = None
-    """The same for passes without gradient. None: --max-tokens-per-gpu."""
+    """Token budget of one micro-batch in passes without gradient. None: --max-tokens-per-gpu."""
     log_probs_chunk_size: int = -1
-    """Tokens whose logits exist at a time; -1: the backend chooses."""
+    """Tokens whose logits are in memory at a time. -1: 4096."""
     balance_data: bool = False
-    """Give data-parallel ranks equal numbers of samples and nearly equal work."""
+    """Balance the work of data-parallel ranks: equal numbers of micro-batches and nearly equal FLOPs."""
     gradient_checkpointing: bool = False
-    """Recompute each decoder layer in the backward pass (the same as --recompute-granularity full)."""
+    """Recompute each decoder layer in the backward pass to save memory (same as --recompute-granularity full)."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    """Megatron's name for --gradient-checkpointing: full recomputes whole layers, selective the attention kernel. None: off."""
+    """What the backward pass recomputes. full: whole layers. selective: the attention kernel (Megatron). None: nothing."""
     recompute_method: Literal["uniform", "block"] | None = None
-    """Which layers --recompute-granularity full recomputes; uniform: all, in chunks of --recompute-num-layers."""
+    """Which layers --recompute-granularity full recomputes. uniform: all, in chunks of --recompute-num-layers. block: the first
+    --recompute-num-layers."""
     recompute_num_layers: int | None = None
-    """Layers in one recomputed chunk."""
+    """Number of layers in a chunk of --recompute-method."""
     torch_compile: bool = False
-    """Compile each decoder layer."""
+    """Compile each decoder layer with torch.compile (FSDP2)."""
     seed: int = 1234
     """Seed of the trainer's random numbers."""
     deterministic_mode: bool = False
-    """Same numbers in every run on the same hardware, at some cost in speed."""
+    """Give the same numbers in every run on the same hardware. Slower."""
 
     def __post_init__(self) -> None:
         for flag, value in (

@@ -16,9 +16,9 @@ class ColumnsConfig:
     """Columns of a file of responses."""
 
     response_key: str = "response"
-    """Column with the response."""
+    """Column of the response."""
     label_key: str = "label"
-    """Column with the answer."""
+    """Column of the answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,13 +34,13 @@ class MakeModelConfig:
     """What `qwench make-model` writes: a Hugging Face checkpoint with random weights."""
 
     output: Path
-    """Folder to write, which must not hold anything yet."""
+    """Folder to write. Must be new or empty."""
     size: str = "tiny"
-    """tiny, 30M, 60M, or the name of a Qwen3 size: 0.6B, 1.7B, 4B, 4B-Instruct-2507, 8B, 14B, 32B."""
+    """Size of the model: tiny, 30M, 60M, or a Qwen3 size: 0.6B, 1.7B, 4B, 4B-Instruct-2507, 8B, 14B, 32B."""
     tokenizer: Literal["tiny", "qwen"] = "tiny"
-    """tiny: about 270 tokens, made on the spot; qwen: Qwen3's own, from a tiktoken file."""
+    """Tokenizer. tiny: about 270 tokens. qwen: Qwen3's own, from a tiktoken file."""
     qwen_tiktoken: Path | None = None
-    """File of --tokenizer qwen. None: the one in the installed package dashscope."""
+    """Tiktoken file of --tokenizer qwen. None: the file in the package dashscope."""
     seed: int = 0
     """Seed of the weights."""
 
@@ -50,7 +50,7 @@ class QuickstartConfig:
     """Where `qwench quickstart` works."""
 
     output: Path = Path("runs/quickstart")
-    """Folder for data, checkpoints and curves, which must not exist yet."""
+    """Folder for data, checkpoints and curves. Must not exist."""
     seed: int = 0
     """Seed of data, weights and training."""
 
@@ -60,9 +60,9 @@ class DownloadConfig:
     """What `qwench download` fetches, and where to."""
 
     output: Path
-    """Folder under which each repository gets one of its own, named as it is: MODEL_DIR or DATA_DIR of the recipes."""
+    """Parent folder; each repository gets a subfolder with its name. Use as MODEL_DIR or DATA_DIR of the recipes."""
     kind: Literal["model", "dataset"] = "model"
-    """What the repositories hold."""
+    """Kind of the repositories."""
     revision: str | None = None
     """Branch, tag or commit. None: the newest."""
 
@@ -72,7 +72,7 @@ class DoctorConfig:
     """What `qwench doctor` looks at besides the machine."""
 
     output: Path = Path("runs")
-    """Folder that runs would write to."""
+    """Folder of future runs, whose disk is checked."""
 
 
 def split_names(words: Sequence[str]) -> tuple[list[str], list[str]]:
