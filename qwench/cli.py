@@ -6,6 +6,7 @@ was closed by its reader.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -43,6 +44,8 @@ Command = Callable[[Sequence[str]], None]
 
 def main(argv: Sequence[str] | None = None, *, command: Command | None = None) -> NoReturn:
     """Run the verb of the command line, or `command` with all its words, and end the process with its exit code."""
+    if sys.__stderr__ is not None:  # closed by the shell
+        faulthandler.enable(sys.__stderr__)  # a crash of native code says where it was
     words = list(sys.argv[1:] if argv is None else argv)
     with_traceback = "--traceback" in words or os.environ.get("QWENCH_TRACEBACK", "") not in ("", "0")
     words = [word for word in words if word != "--traceback"]

@@ -43,7 +43,7 @@ class ChildProcess:
         self.connection, theirs = Pipe()
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, str(theirs.fileno())],
+            [sys.executable, "-P", "-m", module, str(theirs.fileno())],
             env=dict(environ),
             pass_fds=[theirs.fileno()],
             start_new_session=True,

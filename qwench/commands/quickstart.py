@@ -132,7 +132,7 @@ def tour(folder: Path, *, seed: int = 0) -> None:
 
 def run_command(arguments: Sequence[str]) -> None:
     """Run `qwench ...` in a process of its own, as a user would."""
-    finished = subprocess.run([sys.executable, "-m", "qwench", *arguments], check=False)
+    finished = subprocess.run([sys.executable, "-P", "-m", "qwench", *arguments], check=False)
     if finished.returncode != 0:
         raise QwenchError(
             f"`qwench {shlex.join(arguments)}` ended with exit code {finished.returncode}; see its message above."

@@ -145,7 +145,7 @@ class ServerProcess:
             for path, text in self._command.private_files.items():
                 _write_privately(path, text)
             address = ["--host", self._command.host, "--port", str(self._port)]
-            argv = [sys.executable, "-m", "qwench.engines.fleet.tether", *self._command.argv, *address]
+            argv = [sys.executable, "-P", "-m", "qwench.engines.fleet.tether", *self._command.argv, *address]
             with self._command.log_file.open("ab") as log:
                 self._process = subprocess.Popen(
                     argv,

@@ -33,7 +33,7 @@ def embedded_command(
     """Return how to start engine `index`; see `EngineKind.command`."""
     return ServerCommand(
         label=f"engine server {index}",
-        argv=(sys.executable, "-m", "qwench", "serve", *serve_words(order)),
+        argv=(sys.executable, "-P", "-m", "qwench", "serve", *serve_words(order)),
         environ=server_environ(environ, **{TOKEN_VARIABLE: order.token}, **visible_devices(gpu_ids, environ)),
         log_file=order.log_folder / f"engine-{index}.log",
         host=host,

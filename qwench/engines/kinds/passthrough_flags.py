@@ -50,7 +50,7 @@ def check_words(words: Sequence[str], *, prefix: str, parser_program: str, packa
     )
     try:
         finished = subprocess.run(
-            [sys.executable, "-c", program, *words],
+            [sys.executable, "-P", "-c", program, *words],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

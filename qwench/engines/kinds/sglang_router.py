@@ -64,7 +64,7 @@ def router_command(words: Sequence[str], *, environ: Mapping[str, str], log_fold
         defaults += ["--prometheus-port", str(_unused_port())]
     return ServerCommand(
         label="the router",
-        argv=(sys.executable, "-m", "sglang_router.launch_router", *defaults, *rest),
+        argv=(sys.executable, "-P", "-m", "sglang_router.launch_router", *defaults, *rest),
         environ=environ,
         log_file=log_folder / "router.log",
         host=ADDRESS,

@@ -24,7 +24,7 @@ from tests.unit.cluster import learners
 
 REPOSITORY = Path(__file__).parents[3]
 DEADLINE_S = patient(60)
-ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
 def rollout(rollout_id: int, *, num_tokens: int = 3) -> Rollout:
@@ -84,6 +84,18 @@ def test_ranks_learn_save_and_give_their_weights(launched: Launched, tmp_path: P
     assert [record.getMessage() for record in records] == ["[rank 0] rank 0 is built"]
     assert set((tmp_path / "logs" / "rank_1.log").read_text().splitlines()) == {"rank 1 is built", "a library warns"}
     assert not launched.ranks._folder.exists()
+
+
+def test_ranks_import_nothing_from_the_working_folder_by_accident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "qwench").mkdir()
+    for name in ("queue.py", "random.py", "qwench/__init__.py"):
+        (tmp_path / name).write_text("raise SystemExit('a file of the user ran')\n")
+    monkeypatch.chdir(tmp_path)
+    launched = Launched(None)
+    try:
+        assert launched.learner.learn(rollout(0)).metrics["rollout/tokens"] == 3
+    finally:
+        launched.group.close()
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def value_of(argv: tuple[str, ...], flag: str) -> str:
 
 def test_an_sglang_server_gets_its_model_its_gpus_and_the_users_flags():
     made = command(order())
-    assert made.argv[1:5] == ("-m", "sglang.launch_server", "--mem-fraction-static", "0.7")
+    assert made.argv[1:6] == ("-P", "-m", "sglang.launch_server", "--mem-fraction-static", "0.7")
     expected = {"--model-path": "/models/qwen3", "--tp-size": "2", "--dtype": "bfloat16"}
     assert {flag: value_of(made.argv, flag) for flag in expected} == expected
     assert "secret" not in made.argv
@@ -113,7 +113,7 @@ def test_an_embedded_server_gets_its_flags_and_token():
         server_order(Path("m"), Path("logs"), embedded_page_size=32, engine_start_timeout=9.0), index=0, gpu_ids=(),
         environ={"A": "b", "RANK": "1"},
     )  # fmt: skip
-    assert made.argv[1:6] == ("-m", "qwench", "serve", "--hf-checkpoint", "m")
+    assert made.argv[1:7] == ("-P", "-m", "qwench", "serve", "--hf-checkpoint", "m")
     assert value_of(made.argv, "--train-dtype") == "float32" and value_of(made.argv, "--embedded-page-size") == "32"
     assert "--embedded-kv-cache-tokens" not in made.argv and "secret" not in made.argv
     assert made.environ == {"A": "b", "QWENCH_TOKEN": "secret"} and made.start_timeout_s == 9.0

@@ -1,0 +1,97 @@
+"""Functions of the user's own: where they are found, and that nothing else is found there by accident."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import qwench
+from qwench.errors import ConfigError
+from qwench.plugins import is_function_path, load_function, place_of, raised_at
+
+
+@pytest.fixture(autouse=True)
+def own_search_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def load(path: str, **options):
+    return load_function(path, flag="--some-path", **options)
+
+
+@pytest.mark.parametrize("path", ["a.b", "a.b.c", "./a.py:f", "/x/a.py:f", "a b/c.py:f"])
+def test_forms_of_a_path(path: str) -> None:
+    assert is_function_path(path)
+
+
+@pytest.mark.parametrize("path", ["a", "./a.py", "a.py:", "a.py:1", "a.txt:f", "a..b", ".a.b", "a:b", ""])
+def test_what_is_no_path_of_a_function(path: str) -> None:
+    assert not is_function_path(path)
+
+
+def test_a_file_is_one_module_under_any_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text("CALLS = []\n\ndef f(x):\n    return CALLS\n\ndef g(x):\n    return CALLS\n")
+    monkeypatch.chdir(tmp_path)
+    assert load("./mine.py:f")(1) is load(f"{tmp_path}/mine.py:g")(1)
+
+
+def test_two_files_of_one_name_are_two_modules(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(f"def f(x):\n    return {folder!r}\n")
+    assert [load(f"{tmp_path}/{folder}/mine.py:f")(1) for folder in ("a", "b")] == ["a", "b"]
+
+
+def test_a_file_of_the_working_folder_shadows_no_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fractions.py").write_text("raise SystemExit('the user has a fractions.py too')\n")
+    (tmp_path / "mine.py").write_text("from fractions import Fraction\n\ndef f(x):\n    return Fraction(x, 2)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "fractions", raising=False)
+    assert str(load("mine.f")(1)) == "1/2"
+    assert sys.path[-1] == str(tmp_path)
+
+
+def test_a_file_that_failed_can_be_mended_and_loaded(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("raise KeyError('not yet')\n")
+    with pytest.raises(ConfigError, match=r"--some-path .* cannot be imported \(KeyError: 'not yet', at .*mine\.py:1\)"):
+        load(f"{tmp_path}/mine.py:f")
+    (tmp_path / "mine.py").write_text("def f(x):\n    return 'now it works'\n")
+    assert load(f"{tmp_path}/mine.py:f")(1) == "now it works"
+
+
+def test_a_signature_is_checked(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def f(x, y):\n    pass\n")
+    load(f"{tmp_path}/mine.py:f", num_arguments=2)
+    with pytest.raises(ConfigError, match=r"has the signature \(x, y\), but is called as fn\(samples\)"):
+        load(f"{tmp_path}/mine.py:f")
+
+
+def test_places_are_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("\ndef f(x):\n    return g(x)\n\ndef g(x):\n    return int(x)\n")
+    function = load(f"{tmp_path}/mine.py:f")
+    assert place_of(function) == f"{tmp_path}/mine.py:2"
+    with pytest.raises(ValueError, match="invalid literal") as raised:
+        function("x")
+    assert raised_at(raised.value) == f"{tmp_path}/mine.py:6"
+    assert place_of(len) == "a file that is not Python"
+
+
+def test_no_child_process_looks_for_modules_in_the_working_folder_first() -> None:
+    after = [
+        words[i + 1]
+        for path in Path(qwench.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.List | ast.Tuple) and len(words := [ast.unparse(item) for item in node.elts]) > 1
+        for i, word in enumerate(words[:-1])
+        if word == "sys.executable"
+    ]
+    assert len(after) >= 8
+    assert set(after) <= {"'-P'", "'-EP'"}
