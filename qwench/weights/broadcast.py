@@ -177,14 +177,14 @@ async def _join(device: torch.device, receivers: Sequence[Receiver], *, timeout_
 
 
 async def _leave(members: Sequence[EngineAddress]) -> None:
-    receivers = [HttpReceiver(address, timeout_s=LEAVE_TIMEOUT_S) for address in members]
-    try:
-        # An engine that is gone needs no group to be ended.
-        with suppress(EngineError):
-            await _all(receiver.leave(GROUP_NAME) for receiver in receivers)
-    finally:
-        for receiver in receivers:
+    async def leave(receiver: HttpReceiver) -> None:
+        try:
+            with suppress(EngineError):  # an engine that is gone is in no group
+                await receiver.leave(GROUP_NAME)
+        finally:
             await receiver.close()
+
+    await _all(leave(HttpReceiver(address, timeout_s=LEAVE_TIMEOUT_S)) for address in members)
 
 
 def address_towards(base_urls: Sequence[str]) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 
 import pytest
 import torch
 
 from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.protocol import Portion
-from qwench.errors import WeightSyncError
+from qwench.errors import EngineLostError, WeightSyncError
+from qwench.weights import broadcast
 from qwench.weights.broadcast import BroadcastLink, _all, address_towards
+from qwench.wire.addresses import EngineAddress
 from tests.deadlines import patient
 
 
@@ -105,6 +108,94 @@ def test_an_interrupt_ends_the_group(loop):
     assert events[-1] == "close"
     link.close()
     assert events.count("close") == 1
+
+
+class LeavingEngine:
+    """A connection of its own, over which an engine leaves, unless it is gone."""
+
+    events: list[str] = []
+    gone: set[str] = set()
+
+    def __init__(self, address: str, *, timeout_s: float) -> None:
+        self._address = address
+
+    async def leave(self, group: str) -> None:
+        if self._address in self.gone:
+            raise EngineLostError("gone")
+        await asyncio.sleep(0.01)
+        self.events.append(f"{self._address} left {group}")
+
+    async def close(self) -> None:
+        self.events.append(f"{self._address} closed")
+
+
+@pytest.mark.parametrize("gone", [set(), {"a"}, {"a", "b"}])
+def test_engines_leave_the_group_at_the_end_and_those_that_are_gone_need_not(monkeypatch, gone):
+    monkeypatch.setattr(broadcast, "HttpReceiver", LeavingEngine)
+    monkeypatch.setattr(LeavingEngine, "events", events := [])
+    monkeypatch.setattr(LeavingEngine, "gone", gone)
+    link = BroadcastLink()
+    link._group, link._members = Group(events), ("a", "b")
+    link.close()
+    link.close()
+    left = {f"{name} left qwench_weights" for name in {"a", "b"} - gone}
+    assert "qwench-broadcast" not in [thread.name for thread in threading.enumerate()]
+    assert events[0] == "close" and sorted(events[1:]) == sorted([*left, "a closed", "b closed"])
+
+
+class JoiningEngine:
+    """Notes how it is asked to leave and to join; holds several ranks."""
+
+    def __init__(self, events: list[object], name: str, num_ranks: int) -> None:
+        self._events = events
+        self.address = EngineAddress(base_url=f"http://{name}:1", token=None, kind="embedded", placement=None)
+        self.num_ranks = num_ranks
+
+    async def leave(self, group: str) -> None:
+        self._events.append(f"leave {self.address.base_url}")
+
+    async def join(self, group: str, *, address, port, rank, size, backend, timeout_s) -> None:
+        self._events.append((self.address.base_url, address, port, rank, size, backend, timeout_s))
+
+    async def take_broadcast(self, group, entries, portion) -> None:
+        pass
+
+
+class JoinedGroup(Group):
+    def __init__(self, store, *, name, rank, size, backend, timeout_s) -> None:
+        super().__init__([])
+        self.made = (store, name, rank, size, backend, timeout_s)
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_engines_join_with_their_ranks_in_order_once_and_again_when_one_is_another(monkeypatch, loop):
+    events: list[object] = []
+    monkeypatch.setattr(broadcast, "WeightGroup", JoinedGroup)
+    monkeypatch.setattr(broadcast, "listening_store", lambda address, *, timeout_s: (f"store of {address}", 4000))
+    monkeypatch.setattr(socket, "socket", RoutedSocket)
+    engines = [JoiningEngine(events, name, ranks) for name, ranks in (("node7", 2), ("localhost", 1), ("node8", 3))]
+    link = BroadcastLink()
+
+    def send_to(receivers) -> None:
+        link.start(torch.zeros(1), [], Portion(version=1, index=0, final=True), receivers, loop=loop, timeout_s=300.0)
+        link.wait()
+
+    send_to(engines)
+    first = link._group
+    assert first.made == ("store of 10.0.0.5", "qwench_weights", 0, 7, "gloo", 120.0)
+    assert events[:3] == [f"leave {engine.address.base_url}" for engine in engines]
+    assert events[3:] == [
+        ("http://node7:1", "10.0.0.5", 4000, 1, 7, "gloo", 120.0),
+        ("http://localhost:1", "10.0.0.5", 4000, 3, 7, "gloo", 120.0),
+        ("http://node8:1", "10.0.0.5", 4000, 4, 7, "gloo", 120.0),
+    ]
+    send_to(engines)
+    assert link._group is first and len(events) == 6 and not first.closed
+    send_to(engines[:2])
+    assert first.closed and link._group.made[3] == 4 and len(events) == 10
 
 
 def test_an_error_cancels_what_still_runs():
