@@ -134,6 +134,12 @@ def test_the_server_is_asked_where_it_runs_only_when_the_run_does_not_know():
     assert asyncio.run(unknown.placement()) == Placement(host="b", devices=("cpu", "cpu"))
 
 
+def test_a_receiver_speaks_to_its_address_and_has_one_rank():
+    address = EngineAddress(base_url="http://a:1", token="secret", kind="embedded", placement=HERE)
+    receiver = HttpReceiver(address, timeout_s=1.0)
+    assert (receiver.address, receiver.engine.address, receiver.num_ranks) == (address, address, 1)
+
+
 def test_the_connection_is_closed():
     server = Server()
     asyncio.run(receiver_of(server).close())
