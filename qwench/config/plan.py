@@ -22,11 +22,17 @@ from qwench.config.sections.rollout import RolloutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture, refuse_output_biases
-from qwench.models.memory import FLOAT32_BYTES, RankBytes, SequenceCost, StateBytes, fsdp_bytes, megatron_bytes
+from qwench.models.memory import (
+    FLOAT32_BYTES,
+    FORWARD_AND_BACKWARD,
+    RankBytes,
+    SequenceCost,
+    StateBytes,
+    fsdp_bytes,
+    megatron_bytes,
+)
 
 BFLOAT16_BYTES = 2
-FORWARD_AND_BACKWARD = 3
-"""Passes, in units of a forward: a backward computes two products for each one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,10 +76,14 @@ class RunPlan:
     batch: BatchPlan
     layout: ParallelLayout
     dp_size: int
+    micro_batch_size: int
+    """Samples in a micro-batch, where `micro_batch_tokens` is None."""
     micro_batch_tokens: int | None
     """Tokens of all context-parallel ranks together; None: micro-batches are counted in samples."""
     score_tokens: int | None
     """The same for passes without gradient."""
+    balances_data: bool
+    """Micro-batches are dealt to the data-parallel ranks by their cost."""
     devices: DevicePlan
     schedule: Schedule
     holds_reference: bool
@@ -126,8 +136,10 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
         batch=plan_batch(config.rollout, training),
         layout=layout,
         dp_size=dp_size,
+        micro_batch_size=training.micro_batch_size,
         micro_batch_tokens=training.max_tokens_per_gpu * layout.cp if training.max_tokens_per_gpu else None,
         score_tokens=score_tokens * layout.cp if training.use_dynamic_batch_size and score_tokens else None,
+        balances_data=training.balance_data,
         devices=devices,
         schedule=Schedule(rollout=config.rollout, evaluation=config.evaluation, checkpoint=config.checkpoint),
         holds_reference=holds_reference,
@@ -228,7 +240,7 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
     layout, devices, held = plan.layout, plan.devices, plan.rank_bytes
     yield str(plan.batch)
     yield f"world_size {config.cluster.world_size} = TP {layout.tp} x PP {layout.pp} x CP {layout.cp} x DP {plan.dp_size}"
-    yield f"micro-batches: {_micro_batches(config, plan)}"
+    yield f"micro-batches: {_micro_batches(plan)}"
     yield f"rollouts: {config.rollout.num_rollout or f'those of {config.rollout.num_epoch} epochs'}"
     if devices.trains and devices.generates:
         yield f"devices: {'shared by trainer and engines' if devices.shared else 'trainer and engines apart'}"
@@ -249,11 +261,11 @@ def _engines(devices: DevicePlan) -> str:
     return f"{devices.num_engines}, of {devices.devices_per_engine} device{'s' * (devices.devices_per_engine > 1)} each"
 
 
-def _micro_batches(config: Config, plan: RunPlan) -> str:
+def _micro_batches(plan: RunPlan) -> str:
     if plan.micro_batch_tokens is not None:
         return f"packed up to {plan.micro_batch_tokens} tokens, as many on each of the {plan.dp_size} DP ranks"
-    per_rank = -(-plan.batch.global_batch_size // (config.training.micro_batch_size * plan.dp_size))
-    return f"{per_rank} of {config.training.micro_batch_size} samples in each step on each of the {plan.dp_size} DP ranks"
+    per_rank = -(-plan.batch.global_batch_size // (plan.micro_batch_size * plan.dp_size))
+    return f"{per_rank} of {plan.micro_batch_size} samples in each step on each of the {plan.dp_size} DP ranks"
 
 
 def _gib(num_bytes: int) -> str:

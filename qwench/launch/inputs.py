@@ -12,7 +12,6 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qwench.config import Config
 from qwench.config.plan import RunPlan, plan_run, train_dtype
-from qwench.config.sections.training import TrainingConfig
 from qwench.data.prompts import LoadedPrompts, load_prompts
 from qwench.models.hf import architecture_of, load_hf_config, load_tokenizer
 from qwench.observability.console import Console, QuietConsole, open_console
@@ -40,16 +39,6 @@ class Inputs:
     def is_main(self) -> bool:
         """Tell whether this process logs and writes single files."""
         return self.rank == 0
-
-    @property
-    def training(self) -> TrainingConfig:
-        """Return the training section with the batch identity filled in."""
-        batch = self.plan.batch
-        return replace(
-            self.config.training,
-            global_batch_size=batch.global_batch_size,
-            num_steps_per_rollout=batch.num_steps_per_rollout,
-        )
 
     def with_epochs_of(self, rollouts_per_epoch: int) -> Inputs:
         """Return the inputs with the plan for a data set that fills so many rollouts."""

@@ -34,11 +34,10 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
     return Learner(
         TrainingState(policy, reference, reference_moves=config.algorithm.ref_update_interval is not None),
         method,
-        training=inputs.training,
+        plan=inputs.plan,
         temperature=config.rollout.rollout_temperature,
         timer=timer,
         console=inputs.console,
-        sequence_cost=inputs.plan.cost,
         reward_post_process=load_reward_post_process(config.reward),
     )
 

@@ -19,6 +19,9 @@ from math import prod
 from qwench.models.architecture import Architecture
 
 FLOAT32_BYTES = 4
+FORWARD = 1
+FORWARD_AND_BACKWARD = 3
+"""Passes, in units of a forward: a backward computes two products for each one."""
 WHOLE_GRADIENT_BYTES = 4 << 30
 """FSDP2: float32 gradients of a whole model up to this size (a billion weights) stay whole on every rank until the last
 micro-batch of the step. Larger ones are reduced into shards after each micro-batch: more traffic, less memory."""

@@ -12,10 +12,6 @@ from contextlib import contextmanager
 from qwench.models.memory import SequenceCost
 from qwench.observability.timing import PhaseTimer
 
-FORWARD = 1
-FORWARD_AND_BACKWARD = 3
-"""Passes, in units of a forward: a backward computes two products for each one."""
-
 
 class FlopMeter:
     """Times phases for `timer`, and keeps what rate each reached until `take`."""
@@ -23,12 +19,12 @@ class FlopMeter:
     def __init__(
         self,
         timer: PhaseTimer,
-        cost: SequenceCost | None,
+        cost: SequenceCost,
         *,
         num_ranks: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Without a `cost`, only time is measured; `num_ranks` share the work of a phase."""
+        """Measure phases whose work `num_ranks` share."""
         self._timer = timer
         self._cost = cost
         self._num_ranks = num_ranks
@@ -44,10 +40,9 @@ class FlopMeter:
         start = self._clock()
         with self._timer.phase(name):
             yield
-        if self._cost is not None:
-            without_logits = self._cost.head * (sum(lengths) - num_scored)
-            flops = passes * (sum(self._cost.of(length) for length in lengths) - without_logits)
-            self._rates[f"perf/{name}_tflops"] = flops / self._num_ranks / (self._clock() - start) / 1e12
+        without_logits = self._cost.head * (sum(lengths) - num_scored)
+        flops = passes * (sum(self._cost.of(length) for length in lengths) - without_logits)
+        self._rates[f"perf/{name}_tflops"] = flops / self._num_ranks / (self._clock() - start) / 1e12
 
     def take(self) -> dict[str, float]:
         """Return the rates since the last call."""

@@ -17,14 +17,14 @@ from torch import Tensor
 from qwench.algorithms.columns import RolloutBatch
 from qwench.algorithms.method import Method, Needs
 from qwench.algorithms.reduction import staleness_scales
-from qwench.config.sections.training import TrainingConfig
+from qwench.config.plan import RunPlan
 from qwench.errors import RewardError, TrainingError
-from qwench.models.memory import SequenceCost
+from qwench.models.memory import FORWARD, FORWARD_AND_BACKWARD
 from qwench.observability.console import Console
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout, Sample
 from qwench.training.batch import unpack
-from qwench.training.flop_meter import FORWARD, FORWARD_AND_BACKWARD, FlopMeter
+from qwench.training.flop_meter import FlopMeter
 from qwench.training.rollout_metrics import rollout_metrics
 from qwench.training.state import TrainingState
 from qwench.training.steps import MicroBatching, StepPlan, plan_steps
@@ -55,25 +55,29 @@ class Learner:
         state: TrainingState,
         method: Method,
         *,
-        training: TrainingConfig,
+        plan: RunPlan,
         temperature: float,
         timer: PhaseTimer,
         console: Console,
-        sequence_cost: SequenceCost | None = None,
         reward_post_process: RewardPostProcess | None = None,
     ) -> None:
         self.state = state
         self.policy, self.reference = state.policy, state.reference
         self.method = method
-        self._training = training
+        self._global_batch_size = plan.batch.global_batch_size
         self._temperature = temperature
         self._timer = timer
-        self._meter = FlopMeter(timer, sequence_cost, num_ranks=self.policy.parallel.num_ranks)
+        self._meter = FlopMeter(timer, plan.cost, num_ranks=self.policy.parallel.num_ranks)
         self._console = console
         self._reward_post_process = reward_post_process
         self._batching, self._scoring_batching = (
-            MicroBatching.from_config(training, self.policy.parallel, cost=sequence_cost, with_gradient=with_gradient)
-            for with_gradient in (True, False)
+            MicroBatching(
+                parallel=self.policy.parallel,
+                samples_per_bin=plan.micro_batch_size,
+                max_tokens=max_tokens,
+                cost=plan.cost if plan.balances_data else None,
+            )
+            for max_tokens in (plan.micro_batch_tokens, plan.score_tokens)
         )
 
     def learn(self, rollout: Rollout) -> Learned:
@@ -122,15 +126,13 @@ class Learner:
         # Weights that learned from n rollouts have version n, and n is the id of the next one.
         batch = RolloutBatch.from_samples(rollout.samples, version=rollout.rollout_id)
         batch = batch.with_columns(rewards=self._rewards(rollout.samples, batch))
-        global_batch_size = self._training.global_batch_size
-        assert global_batch_size is not None, "--global-batch-size is derived before a learner is made"
-        plan = plan_steps(batch.execution_ids, global_batch_size=global_batch_size)
+        plan = plan_steps(batch.execution_ids, global_batch_size=self._global_batch_size)
         if plan.num_dropped:
             _logger.warning(
                 "rollout %d: %d trailing executions do not fill a step of --global-batch-size %d and are dropped",
                 rollout.rollout_id,
                 plan.num_dropped,
-                global_batch_size,
+                self._global_batch_size,
             )
         return batch.select(plan.order), plan
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qwench.algorithms.columns import MicroBatch, RolloutBatch
-from qwench.config.sections.training import TrainingConfig
 from qwench.data.balance import balance
 from qwench.data.packing import Bin, deal, pack_by_count, pack_by_tokens
 from qwench.errors import TrainingError
@@ -75,20 +74,6 @@ class MicroBatching:
     """Cap on a micro-batch's tokens on all context-parallel ranks together; None: `samples_per_bin` samples in each."""
     cost: SequenceCost | None
     """What `--balance-data` evens out; None: dealt in turn."""
-
-    @classmethod
-    def from_config(
-        cls, config: TrainingConfig, parallel: ParallelRank, *, cost: SequenceCost | None, with_gradient: bool
-    ) -> MicroBatching:
-        """Read the flags; passes without gradient may have a larger cap."""
-        cap = config.max_tokens_per_gpu if with_gradient else config.log_probs_max_tokens_per_gpu or config.max_tokens_per_gpu
-        assert cost is not None or not config.balance_data, "--balance-data needs the cost of a sequence"
-        return cls(
-            parallel=parallel,
-            samples_per_bin=config.micro_batch_size,
-            max_tokens=cap * parallel.cp_size if config.use_dynamic_batch_size and cap is not None else None,
-            cost=cost if config.balance_data else None,
-        )
 
     def own_bins(self, lengths: Sequence[int]) -> list[Bin]:
         """Return this rank's bins of sample indices; where there are fewer samples than ranks, some bins are empty."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from itertools import count
 
-from qwench.models.memory import SequenceCost
+from qwench.models.memory import FORWARD, FORWARD_AND_BACKWARD, SequenceCost
 from qwench.observability.timing import PhaseTimer
-from qwench.training.flop_meter import FORWARD, FORWARD_AND_BACKWARD, FlopMeter
+from qwench.training.flop_meter import FlopMeter
 
 COST = SequenceCost(linear=3e12, quadratic=1e12, head=2e12)
 LENGTHS = [1, 2]
 """3 + 1 and 6 + 4: 14e12 FLOPs in a forward."""
 
 
-def meter(cost: SequenceCost | None, *, num_ranks: int = 1) -> FlopMeter:
+def meter(cost: SequenceCost, *, num_ranks: int = 1) -> FlopMeter:
     """Return one whose every phase takes two seconds."""
     ticks = count(step=2)
     return FlopMeter(PhaseTimer(), cost, num_ranks=num_ranks, clock=lambda: float(next(ticks)))
@@ -34,12 +34,3 @@ def test_tokens_without_logits_cost_no_output_layer() -> None:
     with meters.phase("log_probs", LENGTHS, num_scored=1, passes=FORWARD):
         pass
     assert meters.take() == {"perf/log_probs_tflops": (14 - 2 * 2) / 2}
-
-
-def test_without_a_cost_only_time_is_measured() -> None:
-    timer = PhaseTimer()
-    unknown = FlopMeter(timer, None, num_ranks=1)
-    with unknown.phase("actor_train", LENGTHS, num_scored=3, passes=FORWARD_AND_BACKWARD):
-        pass
-    assert unknown.take() == {}
-    assert "perf/actor_train_time" in timer.take()

@@ -1,11 +1,15 @@
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from qwench.algorithms.methods import build_method
+from qwench.config import Config
+from qwench.config.plan import plan_run
 from qwench.config.sections.algorithm import AlgorithmConfig
+from qwench.config.sections.rollout import RolloutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import RewardError, TrainingError
 from qwench.models.memory import SequenceCost
@@ -16,6 +20,7 @@ from qwench.training.reference import Reference
 from qwench.training.state import TrainingState
 from tests.fakes.console import RecordingConsole
 from tests.fakes.trainer import TableTrainer, run_ranks
+from tests.unit.config.architectures import QWEN3_4B
 
 V = 6
 TABLE = torch.randn(V, V, generator=torch.Generator().manual_seed(5))
@@ -53,14 +58,19 @@ def _learner(backend=None, *, global_batch_size=8, training=None, console=None, 
     backend = backend or TableTrainer(TABLE)
     section = AlgorithmConfig(**algorithm)
     reference = Reference(backend) if section.needs_reference else None
+    config = Config(
+        rollout=RolloutConfig(rollout_batch_size=global_batch_size),
+        training=TrainingConfig(global_batch_size=global_batch_size, **(training or {})),
+        algorithm=section,
+    )
+    plan = replace(plan_run(config, QWEN3_4B), cost=SequenceCost(linear=1.0, quadratic=0.1))
     return Learner(
         TrainingState(backend, reference, reference_moves=section.ref_update_interval is not None),
         build_method(section),
-        training=TrainingConfig(global_batch_size=global_batch_size, **(training or {})),
+        plan=plan,
         temperature=TEMPERATURE,
         timer=timer or PhaseTimer(),
         console=console or RecordingConsole(),
-        sequence_cost=SequenceCost(linear=1.0, quadratic=0.1),
         reward_post_process=hook,
     )
 

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from qwench.config.sections.training import TrainingConfig
 from qwench.errors import TrainingError
 from qwench.models.memory import SequenceCost
 from qwench.training.steps import MicroBatching, plan_steps
@@ -28,35 +27,26 @@ def test_too_few_executions_for_a_step_is_an_error():
         plan_steps(torch.tensor([0, 1, 2]), global_batch_size=4)
 
 
-def _shares(lengths, dp_size, *, with_gradient=True, cp_size=1, **flags):
-    config = TrainingConfig(**flags)
+def _shares(lengths, dp_size, *, samples=1, max_tokens=None, cost=None):
     return [
-        MicroBatching.from_config(
-            config, ParallelRank(dp_rank=rank, dp_size=dp_size, cp_size=cp_size), cost=LINEAR, with_gradient=with_gradient
+        MicroBatching(
+            parallel=ParallelRank(dp_rank=rank, dp_size=dp_size), samples_per_bin=samples, max_tokens=max_tokens, cost=cost
         ).own_bins(lengths)
         for rank in range(dp_size)
     ]
 
 
 def test_fixed_micro_batch_size_is_dealt_in_turn():
-    assert _shares([1] * 8, 2, micro_batch_size=2) == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+    assert _shares([1] * 8, 2, samples=2) == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
 
 
-def test_token_cap_counts_all_context_parallel_ranks():
-    flags = {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 50}
-    assert _shares([40, 40, 20], 1, **flags) == [[[0], [1], [2]]]
-    assert _shares([40, 40, 20], 1, cp_size=2, **flags) == [[[0, 1, 2]]]
-
-
-def test_passes_without_gradient_may_have_their_own_cap():
-    flags = {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 50}
-    assert _shares([40, 40], 1, with_gradient=False, **flags) == [[[0], [1]]]
-    assert _shares([40, 40], 1, with_gradient=False, log_probs_max_tokens_per_gpu=80, **flags) == [[[0, 1]]]
-    assert _shares([40, 40], 1, with_gradient=True, log_probs_max_tokens_per_gpu=80, **flags) == [[[0], [1]]]
+def test_micro_batches_hold_at_most_their_tokens():
+    assert _shares([40, 40, 20], 1, max_tokens=50) == [[[0], [1], [2]]]
+    assert _shares([40, 40, 20], 1, max_tokens=100) == [[[0, 1, 2]]]
 
 
 def test_balanced_shares_are_as_many_and_even():
-    shares = _shares([100, 10, 90, 20], 2, micro_batch_size=1, balance_data=True)
+    shares = _shares([100, 10, 90, 20], 2, cost=LINEAR)
     assert sorted(sum([100, 10, 90, 20][i] for members in share for i in members) for share in shares) == [110, 110]
 
 
