@@ -143,7 +143,7 @@ class MicroBatch:
         columns = {column.name: getattr(self, column.name) for column in fields(self)}
         for name, value in columns.items():
             if isinstance(value, Tensor) and name != "cu_seqlens":
-                columns[name] = value.to(device, non_blocking=True)
+                columns[name] = on_device(value, device)
         return MicroBatch(**columns)
 
 
@@ -180,3 +180,11 @@ def _check(sample: Sample, *, sampled: bool) -> None:
     if sampled:
         assert sample.reward is not None, f"{where} is not graded"
         assert len(sample.rollout_log_probs) == sample.response_length, f"{where}: log-probs and response differ"
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a copy on the device (or the tensor, if it is there); the host waits for nothing that the device has to do."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        # From ordinary memory a copy waits until the device has done all that came before it.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

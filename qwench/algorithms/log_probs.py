@@ -1,20 +1,21 @@
 """Log-probs and entropy of labels from hidden states, without ever holding all logits.
 
-Logits of at most `chunk_tokens` positions exist at a time; they are computed once in the forward and once more in the
-backward, where the gradient of the head is summed over chunks in float32:
+Logits of at most `chunk_tokens` positions are computed at a time. The backward needs them once more: chunks that fit into
+`kept_bytes` keep theirs, the others compute them again. The gradient of the head is summed over chunks in float32:
 
     hidden [T, D] -> chunks [C, D] -> logits [C, V] float32 / temperature -> log-probs [C], entropy [C]
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from qwench.algorithms import head_elementwise
 
 
 def token_log_probs(
@@ -25,7 +26,8 @@ def token_log_probs(
     temperature: float,
     chunk_tokens: int,
     with_entropy: bool = False,
-    compiled: bool = False,
+    weight_sum: Tensor | None = None,
+    kept_bytes: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """Return log-probs of `labels`, and on request the entropy of the whole distribution, at `temperature`.
 
@@ -33,13 +35,14 @@ def token_log_probs(
         hidden: [T, D], any floating dtype.
         head_weight: [V, D], dtype of `hidden`; see `head_logits` for the product, everything after is float32.
         labels: [T] int64.
-        compiled: Fuse the element-wise work of a chunk by torch.compile.
+        weight_sum: [V, D] float32, to which the backward adds the gradient of the head; None: autograd gets it.
+        kept_bytes: Logits that may wait for the backward.
 
     Returns:
         log-probs [T] float32; entropy [T] float32 or None. Both carry gradients to `hidden` and `head_weight`.
     """
     outputs: tuple[Tensor, Tensor | None] = _ChunkedHead.apply(  # type: ignore[no-untyped-call]  # torch does not annotate it
-        hidden, head_weight, labels, temperature, chunk_tokens, with_entropy, compiled
+        hidden, head_weight, labels, temperature, chunk_tokens, with_entropy, weight_sum, kept_bytes
     )
     return outputs
 
@@ -50,9 +53,19 @@ def head_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
     With CUDA the product of bfloat16 factors is stored as it was accumulated: rounding logits to bfloat16 alone moves log-probs
     by about 0.02 on models whose logits are large. CPU and ROCm have no such product and round.
     """
-    if hidden.is_cuda and torch.version.cuda is not None and hidden.dtype != torch.float32:
+    if _accumulates(hidden):
         return torch.mm(hidden, head_weight.T, out_dtype=torch.float32)
     return (hidden @ head_weight.T).float()
+
+
+def add_product(total: Tensor, grad_TN: Tensor, x_TK: Tensor) -> None:
+    """Add the gradient [N, K] of a matrix to its float32 sum, in the product itself where the device can."""
+    if total.dtype == x_TK.dtype:
+        total.addmm_(grad_TN.T, x_TK)
+    elif _accumulates(x_TK):
+        torch.addmm(total, grad_TN.T, x_TK, out_dtype=total.dtype, out=total)
+    else:
+        total += grad_TN.T @ x_TK
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -65,74 +78,65 @@ class _ChunkedHead(torch.autograd.Function):
         temperature: float,
         chunk_tokens: int,
         with_entropy: bool,
-        compiled: bool,
+        weight_sum: Tensor | None,
+        kept_bytes: int,
     ) -> tuple[Tensor, Tensor | None]:
-        chunk_forward = _compile(_chunk_forward) if compiled else _chunk_forward
-        outputs = [
-            chunk_forward(chunk, weight, chunk_labels, temperature, with_entropy)
-            for chunk, chunk_labels in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
-        ]
-        ctx.save_for_backward(hidden, weight, labels)
-        ctx.temperature, ctx.chunk_tokens, ctx.compiled = temperature, chunk_tokens, compiled
-        log_probs = torch.cat([log_probs for log_probs, _ in outputs])
-        entropy = torch.cat([entropy for _, entropy in outputs if entropy is not None]) if with_entropy else None
-        return log_probs, entropy
+        kernels = _kernels(hidden)
+        kept: list[Tensor | None] = []
+        room = kept_bytes if ctx.needs_input_grad[0] else 0
+        columns = []
+        for chunk, chunk_labels in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True):
+            logits = head_logits(chunk, weight)
+            columns.append(kernels.statistics(logits, chunk_labels, temperature))
+            room -= logits.nbytes
+            kept.append(logits if room >= 0 else None)
+            del logits  # two chunks would exist at a time
+        log_probs, entropy, normalizers = (torch.cat(parts) for parts in zip(*columns, strict=True))
+        ctx.save_for_backward(hidden, weight, labels, entropy, normalizers)
+        ctx.temperature, ctx.chunk_tokens, ctx.weight_sum, ctx.kept = temperature, chunk_tokens, weight_sum, kept
+        ctx.set_materialize_grads(False)
+        return log_probs, entropy if with_entropy else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels = ctx.saved_tensors
-        chunk_backward = _compile(_chunk_backward) if ctx.compiled else _chunk_backward
-        size = ctx.chunk_tokens
+    def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, entropy, normalizers = ctx.saved_tensors
+        if grad_log_probs is None:
+            grad_log_probs = torch.zeros_like(normalizers)
+        kernels, size = _kernels(hidden), ctx.chunk_tokens
         grad_hidden = torch.empty_like(hidden)
-        grad_weight: Tensor | None = None
-        for start in range(0, max(len(hidden), 1), size):
-            part = slice(start, start + size)
-            chunk_grad_entropy = grad_entropy[part] if grad_entropy is not None else None
-            grad_logits = chunk_backward(
-                hidden[part], weight, labels[part], grad_log_probs[part], chunk_grad_entropy, ctx.temperature
+        total = ctx.weight_sum
+        if total is None:
+            total = torch.zeros_like(weight, dtype=torch.float32)
+        for index, logits in enumerate(ctx.kept):
+            part = slice(index * size, (index + 1) * size)
+            if logits is None:
+                logits = head_logits(hidden[part], weight)
+            ctx.kept[index] = None
+            grad_logits = kernels.gradient(
+                logits,
+                labels[part],
+                entropy[part],
+                normalizers[part],
+                grad_log_probs[part],
+                None if grad_entropy is None else grad_entropy[part],
+                temperature=ctx.temperature,
+                dtype=weight.dtype,
             )
-            grad_hidden[part] = grad_logits @ weight
-            chunk_grad_weight = (grad_logits.T @ hidden[part]).float()
-            grad_weight = chunk_grad_weight if grad_weight is None else grad_weight.add_(chunk_grad_weight)
-        assert grad_weight is not None, "the loop runs at least once"
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+            del logits  # its memory holds the gradient now
+            torch.mm(grad_logits, weight, out=grad_hidden[part])
+            add_product(total, grad_logits, hidden[part])
+        return grad_hidden, total.to(weight.dtype) if ctx.weight_sum is None else None, *[None] * 6
 
 
-def _chunk_forward(
-    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return the log-probs [C] and entropy [C] of one chunk."""
-    all_log_probs = _all_log_probs(hidden, weight, temperature)
-    log_probs = all_log_probs.gather(-1, labels[:, None]).squeeze(-1)
-    entropy = -(all_log_probs.exp() * all_log_probs).sum(-1) if with_entropy else None
-    return log_probs, entropy
+def _accumulates(factor: Tensor) -> bool:
+    """Tell whether a product of such factors can be stored in float32, as it was accumulated."""
+    return factor.is_cuda and torch.version.cuda is not None and factor.dtype != torch.float32
 
 
-def _chunk_backward(
-    hidden: Tensor, weight: Tensor, labels: Tensor, grad_log_probs: Tensor, grad_entropy: Tensor | None, temperature: float
-) -> Tensor:
-    """Return the gradient [C, V] of the unscaled logits, in the head's dtype.
+def _kernels(hidden: Tensor) -> ModuleType:
+    if not hidden.is_cuda:
+        return head_elementwise
+    import qwench.algorithms.head_triton as kernels  # noqa: PLC0415 - Triton is installed only with GPU builds of PyTorch
 
-    With p = softmax(z): d log p_y / dz_j = [j = y] - p_j and dH / dz_j = -p_j (log p_j + H).
-    """
-    all_log_probs = _all_log_probs(hidden, weight, temperature)
-    probs = all_log_probs.exp()
-    slope = grad_log_probs[:, None]
-    if grad_entropy is not None:
-        entropy = -(probs * all_log_probs).sum(-1, keepdim=True)
-        slope = all_log_probs.add_(entropy).mul_(grad_entropy[:, None]).add_(slope)
-    grad_logits = probs.mul_(slope).neg_()
-    grad_logits.scatter_add_(-1, labels[:, None], grad_log_probs[:, None])
-    return grad_logits.div_(temperature).to(weight.dtype)
-
-
-def _all_log_probs(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """Return the log-probs [C, V] float32 of the whole vocabulary."""
-    logits = head_logits(hidden, weight).div_(temperature)
-    return logits.sub_(logits.logsumexp(-1, keepdim=True))
-
-
-@cache
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
+    return kernels

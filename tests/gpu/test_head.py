@@ -25,12 +25,12 @@ def test_logits_are_not_rounded_to_bfloat16():
     torch.testing.assert_close(head_logits(hidden, weight), exact, rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_log_probs_and_gradients_equal_those_of_float64_logits(compiled: bool):
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 30])
+def test_log_probs_and_gradients_equal_those_of_float64_logits(kept_bytes: int):
     hidden, weight, labels = _factors()
     hidden.requires_grad_(), weight.requires_grad_()
     log_probs, entropy = token_log_probs(
-        hidden, weight, labels, temperature=0.7, chunk_tokens=40, with_entropy=True, compiled=compiled
+        hidden, weight, labels, temperature=0.7, chunk_tokens=40, with_entropy=True, kept_bytes=kept_bytes
     )
     assert entropy is not None
     (log_probs.mean() + 0.1 * entropy.mean()).backward()

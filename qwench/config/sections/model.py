@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-AttnImplementation = Literal["sdpa", "flash_attention_2", "flash_attention_3", "varlen"]
+AttnImplementation = Literal["sdpa", "flash_attention_2", "flash_attention_3", "varlen", "cudnn"]
 TrainDtype = Literal["auto", "float32", "bfloat16"]
 
 
@@ -17,8 +17,8 @@ class ModelConfig:
     hf_checkpoint: Path | None = None
     """Folder of a Hugging Face checkpoint with config.json and tokenizer. A fresh run starts from its weights. Required."""
     attn_implementation: AttnImplementation = "sdpa"
-    """Attention kernel of the FSDP2 trainer. sdpa runs on every device. The others need a GPU; flash_attention_2 and
-    flash_attention_3 also need their package."""
+    """Attention kernel of the FSDP2 trainer. sdpa runs everywhere; the others need a GPU, and flash_attention_*
+    and cudnn their package. cudnn, the fastest on one GPU, is varlen on several."""
     train_dtype: TrainDtype = "auto"
     """Precision of parameters and activations in training. Optimizer masters are always float32. auto: bfloat16 on a GPU,
     float32 on a CPU."""

@@ -2,6 +2,7 @@
 
     --attn-implementation sdpa                  ours: right-padded to [S, Lmax], causal; runs anywhere
                           varlen                ours: torch.nn.attention.varlen, bfloat16 on CUDA
+                          cudnn                 cuDNN's where one rank trains, varlen elsewhere; needs nvidia-cudnn-frontend
                           flash_attention_2|3   transformers' own, needs the package
 
 The borders of the sequences come as explicit arguments of the model call (`packed_inputs`), under the names transformers uses;
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from qwench.errors import ConfigError
+from qwench.training import cudnn_attention
 from qwench.training.packed_attention import Borders, PaddedRows, attend_padded, attend_varlen
 
 _NAMES = {
     "sdpa": "qwench_sdpa",
     "varlen": "qwench_varlen",
+    "cudnn": "qwench_varlen",  # cuDNN is called where one rank has the whole model (`fsdp.direct`)
     "flash_attention_2": "flash_attention_2",
     "flash_attention_3": "flash_attention_3",
 }
@@ -41,6 +44,8 @@ def install_attention(model: PreTrainedModel, implementation: str, *, device: to
             f"--attn-implementation {implementation} computes in bfloat16 on a GPU, but this run uses {dtype} on "
             f"{device.type}; use --attn-implementation sdpa."
         )
+    if implementation == "cudnn" and not cudnn_attention.is_available():
+        raise ConfigError("--attn-implementation cudnn needs the package nvidia-cudnn-frontend; install it or use varlen.")
     layer_types = set(model.config.to_dict().get("layer_types") or ["full_attention"])
     if layer_types != {"full_attention"}:
         raise ConfigError(

@@ -15,20 +15,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from qwench.algorithms.columns import LossFunction, MicroBatch, TokenLoss
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.training import TrainingConfig
-from qwench.models.hf import load_hf_config
+from qwench.models.hf import architecture_of, load_hf_config
 from qwench.models.memory import WHOLE_GRADIENT_BYTES
 from qwench.training import rng
 from qwench.training.fsdp import checkpoint
 from qwench.training.fsdp.attention import install_attention
 from qwench.training.fsdp.conversion import fill_shards, is_foreign, load_causal_lm, load_converted
-from qwench.training.fsdp.gradients import ShardedGradients
+from qwench.training.fsdp.direct import DirectPolicy, can_be_direct
 from qwench.training.fsdp.mesh import build_mesh
 from qwench.training.fsdp.optimizer import MasterOptimizer, local_shard
 from qwench.training.fsdp.parallelize import MASTER_DTYPE, parallelize
@@ -44,7 +43,7 @@ class FsdpTrainer:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Policy | DirectPolicy,
         optimizer: MasterOptimizer,
         *,
         device: torch.device,
@@ -52,13 +51,11 @@ class FsdpTrainer:
         param_dtype: torch.dtype,
         whole_gradient_bytes: int,
     ) -> None:
-        """Take a policy that is sharded already over `mesh`; use `build`."""
+        """Take a policy that is placed on `mesh` already; use `build`."""
         self.device = device
         rank, size = dist.get_rank(), dist.get_world_size()
         self.parallel = ParallelRank(dp_rank=rank, dp_size=size, num_ranks=size, is_main=rank == 0)
-        assert isinstance(policy, FSDPModule), "parallelize comes first"
         self._policy = policy
-        self._fsdp: FSDPModule = policy
         self._optimizer = optimizer
         self._param_dtype = param_dtype
         self._weights = policy.named_weights()
@@ -100,25 +97,14 @@ class FsdpTrainer:
         # In the checkpoint's own dtype: it is cast as shards on the device.
         model, source = load_causal_lm(model_folder, hf_config or load_hf_config(model_folder))
         install_attention(model, attention, device=device, dtype=param_dtype)
-        policy = Policy(
-            model,
-            attention=attention,
-            head_chunk_tokens=training.head_chunk_tokens,
-            compile_head=training.torch_compile,
-        )
-        parallelize(
-            policy,
-            mesh,
-            device=device,
-            param_dtype=param_dtype,
-            gradient_checkpointing=training.recomputes_layers,
-            torch_compile=training.torch_compile,
-            stored_dtype=param_dtype if optimizer.offloaded_share > 0 else MASTER_DTYPE,
+        stored_dtype = param_dtype if optimizer.offloaded_share > 0 else MASTER_DTYPE
+        policy = _place(
+            model, mesh, training, attention=attention, stored_dtype=stored_dtype, param_dtype=param_dtype, device=device
         )
         weights = policy.named_weights()
         if source is not None:
             fill_shards(weights, source)
-        masters = MasterOptimizer(weights, ShardedGradients(policy, weights), optimizer, total_steps=total_steps)
+        masters = MasterOptimizer(weights, policy.gradients, optimizer, total_steps=total_steps)
         return cls(
             policy,
             masters,
@@ -132,8 +118,9 @@ class FsdpTrainer:
     def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:
         """Return the log-probs of the labels. See `Trainer`."""
         self._assert_awake()
+        self._policy.begin()
         scored = [self._policy(micro_batch, temperature=temperature)[0] for micro_batch in micro_batches]
-        self._fsdp.reshard()  # FSDP2 keeps the root's weights whole after a forward, waiting for a backward
+        self._policy.end_scoring()
         return Scores(log_probs=[log_probs.cpu() for log_probs in scored])
 
     def forward_backward(
@@ -148,9 +135,11 @@ class FsdpTrainer:
         """Add up the gradients of the micro-batches. See `Trainer`."""
         self._assert_awake()
         assert micro_batches, "every rank brings at least one micro-batch, of weight zero if it has no work"
+        self._policy.begin()
         contributions: list[TokenLoss] = []
         for index, micro_batch in enumerate(micro_batches):
-            self._reduce_gradients_in_next_backward(index == len(micro_batches) - 1)
+            is_last = index == len(micro_batches) - 1
+            self._policy.reduce_in_next_backward(whole=is_last or self._reduces_every_micro_batch, is_last=is_last)
             log_probs, entropy = self._policy(micro_batch, temperature=temperature, with_entropy=with_entropy)
             contribution = loss(log_probs, entropy, micro_batch.to(self.device))
             contribution.loss.backward()
@@ -228,6 +217,7 @@ class FsdpTrainer:
         """Move masters, moments and weights to the host; on a CPU there is nowhere to move them, and nothing happens."""
         self._assert_awake()
         self._optimizer.drop_gradients()
+        self._policy.release()
         if self.device.type == "cpu":
             return
         # An engine that computes with our weights still needs them.
@@ -242,13 +232,6 @@ class FsdpTrainer:
             return
         self._asleep.restore()
         self._asleep = None
-
-    def _reduce_gradients_in_next_backward(self, is_last: bool) -> None:
-        """Sum gradients in float32 over the micro-batches, whole or in shards, and over replicas with the last one."""
-        reduces = is_last or self._reduces_every_micro_batch
-        self._fsdp.set_requires_gradient_sync(reduces)
-        self._fsdp.set_requires_all_reduce(is_last)
-        self._fsdp.set_is_last_backward(reduces)
 
     def _sum_over_step(self, contributions: Sequence[TokenLoss]) -> Sums:
         """Add loss and metrics over micro-batches and ranks, and find the peaks."""
@@ -265,6 +248,43 @@ class FsdpTrainer:
 
     def _assert_awake(self) -> None:
         assert self._asleep is None, "wake() comes first"
+
+
+def _place(
+    model: PreTrainedModel,
+    mesh: DeviceMesh,
+    training: TrainingConfig,
+    *,
+    attention: str,
+    stored_dtype: torch.dtype,
+    param_dtype: torch.dtype,
+    device: torch.device,
+) -> Policy | DirectPolicy:
+    """Put the model on its ranks: as it is where one rank has it alone and every part of it is written out, else with FSDP2."""
+    architecture = architecture_of(model.config)
+    if mesh.size() == 1 and can_be_direct(architecture, attention):
+        return DirectPolicy(
+            model,
+            architecture,
+            mesh,
+            device=device,
+            stored_dtype=stored_dtype,
+            param_dtype=param_dtype,
+            attention=attention,
+            head_chunk_tokens=training.head_chunk_tokens,
+            recomputes_layers=training.recomputes_layers,
+        )
+    policy = Policy(model, attention=attention, head_chunk_tokens=training.head_chunk_tokens)
+    parallelize(
+        policy,
+        mesh,
+        device=device,
+        param_dtype=param_dtype,
+        gradient_checkpointing=training.recomputes_layers,
+        torch_compile=training.torch_compile,
+        stored_dtype=stored_dtype,
+    )
+    return policy
 
 
 def _full_tensor(tensor: Tensor) -> Tensor:

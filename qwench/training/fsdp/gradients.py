@@ -9,11 +9,24 @@ honours `Tensor.grad_dtype`, setting that to float32 replaces this.)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+
+class Gradients(Protocol):
+    """Float32 gradients of a rank's part of the weights, in the order of the weights, since the last `drop`."""
+
+    def local(self) -> Sequence[Tensor]:
+        """Return this rank's part of every gradient, float32, on the device."""
+        ...
+
+    def drop(self) -> None:
+        """Forget the gradients and give their memory back."""
+        ...
 
 
 class ShardedGradients:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from qwench.config.sections.optimizer import OptimizerConfig
-from qwench.training.fsdp.gradients import ShardedGradients
+from qwench.training.fsdp.gradients import Gradients
 from qwench.training.optimizers.adam import MASTER, MOMENTS, NORM_EPS
 from qwench.training.optimizers.host_adam import HostAdam
 from qwench.training.optimizers.schedule import LrSchedule
@@ -28,7 +28,7 @@ class MasterOptimizer:
     def __init__(
         self,
         weights: Mapping[str, nn.Parameter],
-        gradients: ShardedGradients,
+        gradients: Gradients,
         section: OptimizerConfig,
         *,
         total_steps: int,

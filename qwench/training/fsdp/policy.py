@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from qwench.algorithms.columns import MicroBatch
+from qwench.algorithms.columns import MicroBatch, on_device
 from qwench.algorithms.log_probs import token_log_probs
 from qwench.training.fsdp.attention import packed_inputs
+from qwench.training.fsdp.gradients import ShardedGradients
 
 
 class Policy(nn.Module):
@@ -17,12 +21,11 @@ class Policy(nn.Module):
     The whole computation is this module's forward, so that hooks of the root (FSDP2's) surround embedding and head too.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, *, attention: str, head_chunk_tokens: int, compile_head: bool) -> None:
+    def __init__(self, causal_lm: PreTrainedModel, *, attention: str, head_chunk_tokens: int) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         self._attention = attention
         self._head_chunk_tokens = head_chunk_tokens
-        self._compile_head = compile_head
         self.eval()  # no dropout: scoring and training are the same function
         assert self.head.bias is None, "a head with a bias has no place in the chunked log-probs"
 
@@ -43,6 +46,32 @@ class Policy(nn.Module):
         """Return the parameters under their Hugging Face names, tied ones once."""
         return dict(self.causal_lm.named_parameters())
 
+    @cached_property
+    def gradients(self) -> ShardedGradients:
+        """Return the gradients of the weights, which are sharded already."""
+        return ShardedGradients(self, self.named_weights())
+
+    def begin(self) -> None:
+        """Prepare passes: FSDP2 rounds each group of weights when it is used."""
+
+    def end_scoring(self) -> None:
+        """Shard the root's weights, which FSDP2 keeps whole after a forward, waiting for a backward."""
+        self._as_fsdp.reshard()
+
+    def reduce_in_next_backward(self, *, whole: bool, is_last: bool) -> None:
+        """Sum gradients in float32 over the micro-batches, whole or in shards, and over replicas with the last one."""
+        self._as_fsdp.set_requires_gradient_sync(whole)
+        self._as_fsdp.set_requires_all_reduce(is_last)
+        self._as_fsdp.set_is_last_backward(whole)
+
+    def release(self) -> None:
+        """Give the memory of rounded weights back: none is held between passes."""
+
+    @property
+    def _as_fsdp(self) -> FSDPModule:
+        assert isinstance(self, FSDPModule), "parallelize comes first"
+        return self
+
     def forward(
         self, micro_batch: MicroBatch, *, temperature: float, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
@@ -54,14 +83,14 @@ class Policy(nn.Module):
         weight = self.head.weight
         device = weight.device
         hidden = self.causal_lm.base_model(
-            input_ids=micro_batch.tokens.to(device, non_blocking=True)[None],
-            position_ids=micro_batch.positions.to(device, non_blocking=True)[None],
+            input_ids=on_device(micro_batch.tokens, device)[None],
+            position_ids=on_device(micro_batch.positions, device)[None],
             use_cache=False,
             **packed_inputs(self._attention, micro_batch.cu_seqlens, device),
         ).last_hidden_state[0]
         trained = micro_batch.loss_mask.nonzero().squeeze(-1)
-        labels = micro_batch.labels[trained].to(device, non_blocking=True)
-        trained = trained.to(device, non_blocking=True)
+        labels = on_device(micro_batch.labels[trained], device)
+        trained = on_device(trained, device)
         log_probs, entropy = token_log_probs(
             hidden.index_select(0, trained),
             weight,
@@ -69,7 +98,6 @@ class Policy(nn.Module):
             temperature=temperature,
             chunk_tokens=self._head_chunk_tokens,
             with_entropy=with_entropy,
-            compiled=self._compile_head,
         )
         nowhere = torch.zeros(micro_batch.num_tokens, dtype=torch.float32, device=device)
         entropy = nowhere.index_copy(0, trained, entropy) if entropy is not None else None

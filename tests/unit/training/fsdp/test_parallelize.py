@@ -32,7 +32,7 @@ def _policy(*, param_dtype: torch.dtype = torch.float32, gradient_checkpointing:
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=True))
     install_attention(model, "sdpa", device=_CPU, dtype=param_dtype)
-    policy = Policy(model, attention="sdpa", head_chunk_tokens=8, compile_head=False)
+    policy = Policy(model, attention="sdpa", head_chunk_tokens=8)
     mesh = build_mesh(_CPU, dp_replicate=1)
     parallelize(
         policy,

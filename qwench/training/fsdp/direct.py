@@ -1,0 +1,227 @@
+"""The policy of a run with one rank: weights where they lie, without FSDP2 between them and the products.
+
+    stored weights, flat --round, once for each pass--> weights in param_dtype, flat --PackedDecoder--> log-probs, entropy
+    float32 sums of gradients, flat <--the products themselves--'
+
+The weights are still DTensors under their Hugging Face names, on a mesh of one, so that optimizer and checkpoints see what
+they see under FSDP2. Matrices that share an input lie back to back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from transformers import PreTrainedModel
+
+from qwench.algorithms.columns import MicroBatch, on_device
+from qwench.algorithms.log_probs import token_log_probs
+from qwench.models.architecture import Architecture
+from qwench.training.memory_budget import ActivationBudget
+from qwench.training.packed_decoder import (
+    DecoderTensors,
+    Forward,
+    Keep,
+    PackedDecoder,
+    Sequences,
+    bind,
+    supports,
+)
+from qwench.training.sequence_attention import attention_of
+
+_ALIGNMENT = 128
+"""Elements; matrices on top of each other have none between them."""
+_STACKED = ("k_proj.weight", "v_proj.weight", "up_proj.weight")
+
+
+_ATTENTIONS = ("sdpa", "varlen", "cudnn")
+
+
+def can_be_direct(architecture: Architecture, attention: str) -> bool:
+    """Tell whether every part of the model, and the attention that the flags name, is written out here."""
+    return supports(architecture) and attention in _ATTENTIONS
+
+
+class FlatTensors:
+    """Tensors of all weights in one piece of memory, in the order in which the decoder wants them."""
+
+    def __init__(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
+        places: dict[str, tuple[int, torch.Size]] = {}
+        end = 0
+        for name, shape in architecture.parameter_shapes().items():
+            start = end if name.endswith(_STACKED) else -(-end // _ALIGNMENT) * _ALIGNMENT
+            places[name] = start, torch.Size(shape)
+            end = start + places[name][1].numel()
+        self.flat = torch.zeros(end, dtype=dtype, device=device)
+        self.by_name = {name: self.flat[start : start + shape.numel()].view(shape) for name, (start, shape) in places.items()}
+        self.bound = bind(self.by_name, architecture)
+
+
+class FlatGradients:
+    """Float32 sums of the gradients since the last `drop`; memory is taken when the first one is asked for."""
+
+    def __init__(self, architecture: Architecture, device: torch.device) -> None:
+        self._architecture = architecture
+        self._device = device
+        self._sums: FlatTensors | None = None
+
+    @property
+    def sums(self) -> DecoderTensors:
+        """Return what the products add to."""
+        return self._made().bound
+
+    def local(self) -> Sequence[Tensor]:
+        """Return every gradient, in the order of the weights' names."""
+        return list(self._made().by_name.values())
+
+    def drop(self) -> None:
+        """Forget the gradients and give their memory back."""
+        self._sums = None
+
+    def _made(self) -> FlatTensors:
+        if self._sums is None:
+            self._sums = FlatTensors(self._architecture, torch.float32, self._device)
+        return self._sums
+
+
+class DirectPolicy:
+    """See the module docstring; called like `fsdp.policy.Policy`."""
+
+    def __init__(
+        self,
+        causal_lm: PreTrainedModel,
+        architecture: Architecture,
+        mesh: DeviceMesh,
+        *,
+        device: torch.device,
+        stored_dtype: torch.dtype,
+        param_dtype: torch.dtype,
+        attention: str,
+        head_chunk_tokens: int,
+        recomputes_layers: bool,
+    ) -> None:
+        """Move the weights of `causal_lm`, which stays as their owner by name."""
+        self.causal_lm = causal_lm
+        self.gradients = FlatGradients(architecture, device)
+        self._architecture = architecture
+        self._device = device
+        self._param_dtype = param_dtype
+        self._attention = attention
+        self._head_chunk_tokens = head_chunk_tokens
+        self._recomputes_layers = recomputes_layers
+        self._decoder = PackedDecoder(architecture, device)
+        self._budget = ActivationBudget(architecture, device, param_dtype)
+        self._trigger = torch.zeros((), device=device, requires_grad=True)
+        self._stored = FlatTensors(architecture, stored_dtype, device)
+        self._rounded: FlatTensors | None = self._stored if stored_dtype == param_dtype else None
+        self._weights = _move_weights(causal_lm, self._stored.by_name, mesh)
+
+    def named_weights(self) -> dict[str, nn.Parameter]:
+        """Return the parameters under their Hugging Face names, in the order of the gradients."""
+        return dict(self._weights)
+
+    def begin(self) -> None:
+        """Round the stored weights for the passes to come."""
+        if self._rounded is None:
+            self._rounded = FlatTensors(self._architecture, self._param_dtype, self._device)
+        if self._rounded is not self._stored:
+            self._rounded.flat.copy_(self._stored.flat)
+
+    def end_scoring(self) -> None:
+        """End a run of forwards: nothing waits for a backward."""
+
+    def reduce_in_next_backward(self, *, whole: bool, is_last: bool) -> None:
+        """Take note of the last micro-batch of a step: the sums of one rank are those of the step."""
+
+    def release(self) -> None:
+        """Give the memory of rounded weights back; `begin` takes it again."""
+        if self._rounded is not self._stored:
+            self._rounded = None
+
+    def __call__(
+        self, micro_batch: MicroBatch, *, temperature: float, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Policy.forward`; `begin` comes first."""
+        assert self._rounded is not None, "begin comes first"
+        weights, device = self._rounded.bound, self._device
+        scored = micro_batch.loss_mask.nonzero().squeeze(-1)
+        labels = on_device(micro_batch.labels[scored], device)
+        scored = on_device(scored, device)
+        sequences = Sequences(
+            tokens=on_device(micro_batch.tokens, device),
+            positions=on_device(micro_batch.positions, device),
+            scored=scored,
+            attention=attention_of(self._attention, micro_batch.lengths, device),
+        )
+        kept_bytes = 0
+        if torch.is_grad_enabled():
+            sums = self.gradients.sums
+            keep, kept_bytes = self._budget.choose(micro_batch.num_tokens, len(labels), recomputes=self._recomputes_layers)
+            hidden = _Decode.apply(  # type: ignore[no-untyped-call]  # torch does not annotate it
+                self._trigger, self._decoder, weights, sums, sequences, keep
+            )
+        else:
+            hidden, _ = self._decoder.forward(weights, sequences, None)
+        log_probs, entropy = token_log_probs(
+            hidden,
+            weights.head,
+            labels,
+            temperature=temperature,
+            chunk_tokens=self._head_chunk_tokens,
+            with_entropy=with_entropy,
+            weight_sum=self.gradients.sums.head if torch.is_grad_enabled() else None,
+            kept_bytes=kept_bytes,
+        )
+        nowhere = torch.zeros(micro_batch.num_tokens, dtype=torch.float32, device=device)
+        entropy = nowhere.index_copy(0, scored, entropy) if entropy is not None else None
+        return nowhere.index_copy(0, scored, log_probs), entropy
+
+
+class _Decode(torch.autograd.Function):
+    """The decoder as one step of autograd; gradients of weights go to their sums, and none comes back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # torch's context object carries whatever is set on it
+        trigger: Tensor,
+        decoder: PackedDecoder,
+        weights: DecoderTensors,
+        sums: DecoderTensors,
+        sequences: Sequences,
+        keep: Keep,
+    ) -> Tensor:
+        """Return the hidden states of the scored positions; `trigger` is what asks for a gradient."""
+        hidden, forward = decoder.forward(weights, sequences, keep)
+        ctx.decoder, ctx.weights, ctx.sums, ctx.forward = decoder, weights, sums, forward
+        return hidden
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_hidden: Tensor) -> tuple[None, ...]:
+        """Run the decoder's backward, once."""
+        forward: Forward = ctx.forward
+        ctx.forward = None
+        ctx.decoder.backward(ctx.weights, ctx.sums, forward, grad_hidden)
+        return (None,) * 6
+
+
+@torch.no_grad()
+def _move_weights(causal_lm: PreTrainedModel, views: Mapping[str, Tensor], mesh: DeviceMesh) -> dict[str, nn.Parameter]:
+    """Copy each weight into its view, and put a DTensor of the view in its place."""
+    placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+    given = dict(causal_lm.named_parameters())
+    assert given.keys() == views.keys(), "the architecture knows every weight"
+    moved: dict[str, nn.Parameter] = {}
+    by_old: dict[nn.Parameter, nn.Parameter] = {}
+    for name, view in views.items():
+        view.copy_(given[name])
+        moved[name] = by_old[given[name]] = nn.Parameter(DTensor.from_local(view, mesh, placements, run_check=False))
+    for module in causal_lm.modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, leaf, by_old[parameter])  # a tied weight in both of its places
+    return moved

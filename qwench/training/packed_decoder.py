@@ -1,0 +1,300 @@
+"""Forward and backward of a dense decoder over packed sequences, written out, with float32 sums of the weights' gradients.
+
+    x, delta --add, norm--> qkv --norm, rotate, attend--> output --add, norm--> gate, up --silu--> down = delta
+
+Nothing is left to autograd, so that products add their weight gradients to the float32 sums themselves, matrices that share an
+input are one product, and what a layer keeps between the passes is chosen here (`Keep`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qwench.algorithms.log_probs import add_product
+from qwench.models.architecture import Architecture
+from qwench.models.decoder import elementwise, gradients
+from qwench.models.decoder.gradients import Heads, QkNorms
+from qwench.models.decoder.rope import rope_table
+
+
+class Keep(Enum):
+    """What a layer keeps for its backward, besides its input."""
+
+    ALL = "all"
+    """Every input of a product and of the attention."""
+    PRODUCTS = "products"
+    """Outputs of products and of the attention; norms, rotations and activations are computed again: 2 to 3 % more time."""
+    NOTHING = "nothing"
+    """The whole forward is computed again, at a third of the products' time."""
+
+
+class Attention(Protocol):
+    """Attention of the sequences of one micro-batch, with its backward."""
+
+    def forward(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, *, scale: float) -> tuple[Tensor, Any]:
+        """Return [T, H, K], and what the backward needs besides inputs and output; rows of values may have strides."""
+        ...
+
+    def backward(
+        self, grad_THK: Tensor, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, output_THK: Tensor, saved: Any, *, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the contiguous gradients of queries, keys and values."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerTensors:
+    """One layer's weights, or the sums of their gradients; matrices with one input on top of each other."""
+
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    qkv: Tensor
+    qk_norms: tuple[Tensor, Tensor] | None
+    output: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderTensors:
+    """A decoder's weights, or the sums of their gradients."""
+
+    embedding: Tensor
+    layers: tuple[LayerTensors, ...]
+    final_norm: Tensor
+    head: Tensor
+    """The embedding itself where it is tied."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Kept:
+    """Of one layer; None: computed again."""
+
+    summed_1: Tensor
+    normed_1: Tensor | None = None
+    qkv: Tensor | None = None
+    q: Tensor | None = None
+    k: Tensor | None = None
+    attended: Tensor | None = None
+    attention_state: Any = None
+    summed_2: Tensor | None = None
+    normed_2: Tensor | None = None
+    gate_up: Tensor | None = None
+    activated: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sequences:
+    """A micro-batch on the device."""
+
+    tokens: Tensor
+    """[T]"""
+    positions: Tensor
+    """[T]"""
+    scored: Tensor
+    """[U] positions in T whose hidden states are asked for, in order."""
+    attention: Attention
+
+
+@dataclass(kw_only=True, slots=True)
+class Forward:
+    """What `PackedDecoder.backward` needs of a forward; used up by it."""
+
+    sequences: Sequences
+    layers: list[_Kept]
+    summed: Tensor
+    """[U, D], what the last norm saw."""
+
+
+class PackedDecoder:
+    """See the module docstring."""
+
+    def __init__(self, architecture: Architecture, device: torch.device) -> None:
+        """Prepare for models of this architecture.
+
+        Raises:
+            AssertionError: it has biases; see `supports`.
+        """
+        assert supports(architecture), "layers with biases are left to the Hugging Face module"
+        self._eps = architecture.norm_eps
+        self._heads = Heads(heads=architecture.num_heads, kv_heads=architecture.num_kv_heads, head_dim=architecture.head_dim)
+        self._scale = architecture.head_dim**-0.5
+        self._rope_of = (architecture.rope, architecture.max_positions)
+        self._rope: Tensor | None = None
+        self._forwards, self._backwards = _kernels(device)
+
+    @torch.no_grad()
+    def forward(self, weights: DecoderTensors, sequences: Sequences, keep: Keep | None) -> tuple[Tensor, Forward | None]:
+        """Return the normed hidden states [U, D] of the scored positions, and what `backward` needs unless `keep` is None."""
+        layers: list[_Kept] = []
+        x: Tensor = functional.embedding(sequences.tokens, weights.embedding)
+        delta: Tensor | None = None
+        for layer in weights.layers:
+            x, delta, kept = self._layer(layer, x, delta, sequences, keep)
+            if keep is not None:
+                layers.append(kept)
+        assert delta is not None, "a decoder has layers"
+        x, delta = x.index_select(0, sequences.scored), delta.index_select(0, sequences.scored)
+        summed, normed = self._forwards.add_rms_norm(x, delta, weights.final_norm, self._eps)
+        return normed, None if keep is None else Forward(sequences=sequences, layers=layers, summed=summed)
+
+    @torch.no_grad()
+    def backward(self, weights: DecoderTensors, sums: DecoderTensors, forward: Forward, grad_hidden: Tensor) -> None:
+        """Add the gradients of the weights to `sums`, from that of the hidden states [U, D]; the forward is used up."""
+        sequences = forward.sequences
+        scored = self._backwards.rms_norm_backward(
+            forward.summed, weights.final_norm, grad_hidden.contiguous(), None, sums.final_norm, self._eps
+        )
+        grad = scored.new_zeros((len(sequences.tokens), scored.shape[1])).index_copy_(0, sequences.scored, scored)
+        for layer, layer_sums in zip(reversed(weights.layers), reversed(sums.layers), strict=True):
+            kept = forward.layers.pop()
+            if kept.qkv is None:
+                _, _, kept = self._layer(layer, kept.summed_1, None, sequences, Keep.ALL)
+            grad = self._layer_backward(layer, layer_sums, kept, sequences, grad)
+        # Sorted, not atomic: equal bits in every run.
+        sums.embedding.index_put_((sequences.tokens,), grad.to(sums.embedding.dtype), accumulate=True)
+
+    def _layer(
+        self, weights: LayerTensors, x: Tensor, delta: Tensor | None, sequences: Sequences, keep: Keep | None
+    ) -> tuple[Tensor, Tensor, _Kept]:
+        """Return the residual, what is to be added to it, and what is kept."""
+        summed_1, normed_1 = self._forwards.add_rms_norm(x, delta, weights.attention_norm, self._eps)
+        qkv = functional.linear(normed_1, weights.qkv)
+        q, k = self._rotated(qkv, weights, None, sequences)
+        attended, state = sequences.attention.forward(q, k, self._values(qkv), scale=self._scale)
+        summed_2, normed_2 = self._forwards.add_rms_norm(
+            summed_1, functional.linear(attended.flatten(1), weights.output), weights.mlp_norm, self._eps
+        )
+        gate_up = functional.linear(normed_2, weights.gate_up)
+        activated = self._forwards.silu_mul(*gate_up.chunk(2, dim=-1))
+        kept = _Kept(summed_1=summed_1)
+        if keep in (Keep.ALL, Keep.PRODUCTS):
+            kept.qkv, kept.attended, kept.attention_state = qkv, attended, state
+            kept.summed_2, kept.gate_up = summed_2, gate_up
+        if keep is Keep.ALL:
+            kept.normed_1, kept.q, kept.k, kept.normed_2, kept.activated = normed_1, q, k, normed_2, activated
+        return summed_2, functional.linear(activated, weights.down), kept
+
+    def _layer_backward(
+        self, weights: LayerTensors, sums: LayerTensors, kept: _Kept, sequences: Sequences, grad: Tensor
+    ) -> Tensor:
+        """Return the gradient of the layer's input from that of its output, both of residual and what is added to it."""
+        grad = self._mlp_backward(weights, sums, kept, grad)
+        assert kept.qkv is not None and kept.attended is not None, "the attention's inputs are kept or computed again"
+        add_product(sums.output, grad, kept.attended.flatten(1))
+        grad_attended = (grad @ weights.output).view_as(kept.attended)
+        q, k = (
+            (kept.q, kept.k) if kept.q is not None and kept.k is not None else self._rotated(kept.qkv, weights, None, sequences)
+        )
+        grads = sequences.attention.backward(
+            grad_attended, q, k, self._values(kept.qkv), kept.attended, kept.attention_state, scale=self._scale
+        )
+        norms = self._norms(weights, sums)
+        grad_qkv = self._backwards.qk_norm_rope_backward(
+            kept.qkv, self._heads, norms, self._rope_table(kept.qkv), sequences.positions, grads, self._eps
+        )
+        normed = kept.normed_1
+        if normed is None:
+            _, normed = self._forwards.add_rms_norm(kept.summed_1, None, weights.attention_norm, self._eps)
+        add_product(sums.qkv, grad_qkv, normed)
+        result: Tensor = self._backwards.rms_norm_backward(
+            kept.summed_1, weights.attention_norm, grad_qkv @ weights.qkv, grad, sums.attention_norm, self._eps
+        )
+        return result
+
+    def _mlp_backward(self, weights: LayerTensors, sums: LayerTensors, kept: _Kept, grad: Tensor) -> Tensor:
+        """Return the gradient of the residual before the MLP."""
+        assert kept.gate_up is not None and kept.summed_2 is not None, "the MLP's inputs are kept or computed again"
+        grad_gate_up, again = self._backwards.silu_mul_backward(
+            kept.gate_up, grad @ weights.down, recompute=kept.activated is None
+        )
+        add_product(sums.down, grad, again if kept.activated is None else kept.activated)
+        normed = kept.normed_2
+        if normed is None:
+            _, normed = self._forwards.add_rms_norm(kept.summed_2, None, weights.mlp_norm, self._eps)
+        add_product(sums.gate_up, grad_gate_up, normed)
+        result: Tensor = self._backwards.rms_norm_backward(
+            kept.summed_2, weights.mlp_norm, grad_gate_up @ weights.gate_up, grad, sums.mlp_norm, self._eps
+        )
+        return result
+
+    def _rotated(
+        self, qkv: Tensor, weights: LayerTensors, sums: LayerTensors | None, sequences: Sequences
+    ) -> tuple[Tensor, Tensor]:
+        norms = self._norms(weights, sums)
+        q, k = self._backwards.qk_norm_rope(qkv, self._heads, norms, self._rope_table(qkv), sequences.positions, self._eps)
+        return q, k
+
+    def _norms(self, weights: LayerTensors, sums: LayerTensors | None) -> QkNorms | None:
+        if weights.qk_norms is None:
+            return None
+        q_sum, k_sum = weights.qk_norms if sums is None or sums.qk_norms is None else sums.qk_norms
+        return QkNorms(q_weight=weights.qk_norms[0], k_weight=weights.qk_norms[1], q_sum=q_sum, k_sum=k_sum)
+
+    def _values(self, qkv: Tensor) -> Tensor:
+        """Return the values [T, kv_heads, K], rows as far apart as those of `qkv`."""
+        values: Tensor = qkv.split(self._heads.sizes, dim=-1)[2].unflatten(-1, (-1, self._heads.head_dim))
+        return values
+
+    def _rope_table(self, like: Tensor) -> Tensor:
+        if self._rope is None:
+            self._rope = rope_table(*self._rope_of, like.device).to(like.dtype)
+        return self._rope
+
+
+def supports(architecture: Architecture) -> bool:
+    """Tell whether the layers have nothing that is not written out here."""
+    return not (architecture.qkv_bias or architecture.attention_output_bias or architecture.mlp_bias)
+
+
+def bind(tensors: Mapping[str, Tensor], architecture: Architecture) -> DecoderTensors:
+    """Arrange tensors under their Hugging Face names; those that share an input lie back to back (see `layout_order`)."""
+    embedding = tensors["model.embed_tokens.weight"]
+    return DecoderTensors(
+        embedding=embedding,
+        layers=tuple(_bind_layer(tensors, f"model.layers.{index}.") for index in range(architecture.num_layers)),
+        final_norm=tensors["model.norm.weight"],
+        head=embedding if architecture.tied_head else tensors["lm_head.weight"],
+    )
+
+
+def layout_order(architecture: Architecture) -> list[str]:
+    """Return the names of all weights in the order in which they lie in memory: q, k, v and gate, up back to back."""
+    return list(architecture.parameter_shapes())
+
+
+def _bind_layer(tensors: Mapping[str, Tensor], prefix: str) -> LayerTensors:
+    def stack(*names: str) -> Tensor:
+        parts = [tensors[f"{prefix}{name}_proj.weight"] for name in names]
+        ends = [part.data_ptr() + part.nbytes for part in parts]
+        assert [part.data_ptr() for part in parts[1:]] == ends[:-1], f"{prefix}: {', '.join(names)} lie back to back"
+        return parts[0].as_strided((sum(len(part) for part in parts), parts[0].shape[1]), parts[0].stride())
+
+    q_norm, k_norm = (tensors.get(f"{prefix}self_attn.{name}.weight") for name in ("q_norm", "k_norm"))
+    return LayerTensors(
+        attention_norm=tensors[prefix + "input_layernorm.weight"],
+        mlp_norm=tensors[prefix + "post_attention_layernorm.weight"],
+        qkv=stack("self_attn.q", "self_attn.k", "self_attn.v"),
+        qk_norms=None if q_norm is None or k_norm is None else (q_norm, k_norm),
+        output=stack("self_attn.o"),
+        gate_up=stack("mlp.gate", "mlp.up"),
+        down=stack("mlp.down"),
+    )
+
+
+def _kernels(device: torch.device) -> tuple[ModuleType, ModuleType]:
+    """Return the element-wise forwards and backwards for a device."""
+    if device.type != "cuda":
+        return elementwise, gradients
+    import qwench.models.decoder.elementwise_triton as forwards  # noqa: PLC0415 - Triton comes with GPU builds of PyTorch
+    import qwench.models.decoder.gradients_triton as backwards  # noqa: PLC0415 - likewise
+
+    return forwards, backwards

@@ -1,0 +1,104 @@
+"""The written-out decoder against autograd through the Hugging Face module, one sequence at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from qwench.models.architecture import Architecture
+from qwench.models.hf import architecture_of
+from qwench.training.fsdp.direct import FlatTensors
+from qwench.training.packed_decoder import Keep, PackedDecoder, Sequences
+from qwench.training.sequence_attention import attention_of
+
+_CPU = torch.device("cpu")
+_LENGTHS = [5, 9, 1, 30]
+_SCORED = torch.tensor([0, 1, 3, 6, 9, 13, 14, 17, 40])
+
+
+def _model(*, tied: bool) -> Qwen3ForCausalLM:
+    """Return a model whose weights are bfloat16 numbers in float32, so that both precisions start from the same."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=tied))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            drawn = weight.uniform_(0.5, 1.5) if name.endswith("norm.weight") else weight.mul_(5)
+            weight.copy_(drawn.bfloat16().float())
+    return model
+
+
+def _tokens() -> list[Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randint(32, (length,), generator=draw) for length in _LENGTHS]
+
+
+def _slopes() -> Tensor:
+    return torch.randn(len(_SCORED), 16, generator=torch.Generator().manual_seed(2)).bfloat16()
+
+
+def _of_autograd(model: Qwen3ForCausalLM) -> tuple[Tensor, dict[str, Tensor]]:
+    hidden = torch.cat([model.model(tokens[None]).last_hidden_state[0] for tokens in _tokens()])[_SCORED]
+    (hidden.float() * _slopes().float()).sum().backward()
+    found = {name: weight.grad.float() for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    return hidden.detach(), found
+
+
+def _written_out(
+    model: Qwen3ForCausalLM, architecture: Architecture, dtype: torch.dtype, keep: Keep
+) -> tuple[Tensor, dict[str, Tensor]]:
+    weights, sums = FlatTensors(architecture, dtype, _CPU), FlatTensors(architecture, torch.float32, _CPU)
+    for name, weight in model.named_parameters():
+        weights.by_name[name].copy_(weight.detach())
+    sequences = Sequences(
+        tokens=torch.cat(_tokens()),
+        positions=torch.cat([torch.arange(length) for length in _LENGTHS]),
+        scored=_SCORED,
+        attention=attention_of("sdpa", _LENGTHS, _CPU),
+    )
+    decoder = PackedDecoder(architecture, _CPU)
+    hidden, forward = decoder.forward(weights.bound, sequences, keep)
+    assert forward is not None
+    decoder.backward(weights.bound, sums.bound, forward, _slopes().to(dtype))
+    return hidden, sums.by_name
+
+
+def _error(got: Tensor, wanted: Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("keep", list(Keep))
+def test_float32_equals_autograd_whatever_is_kept(keep: Keep, tied: bool) -> None:
+    model = _model(tied=tied)
+    hidden, wanted = _of_autograd(model)
+    got_hidden, got = _written_out(model, architecture_of(model.config), torch.float32, keep)
+    torch.testing.assert_close(got_hidden, hidden, rtol=1e-5, atol=1e-5)
+    assert len(wanted) == 3 * 11 + 2
+    for name, gradient in wanted.items():
+        assert _error(got[name], gradient) < 1e-5, name
+
+
+def test_bfloat16_is_as_near_to_float32_as_the_module_in_bfloat16() -> None:
+    model = _model(tied=True)
+    _, wanted = _of_autograd(model)
+    module = _model(tied=True)
+    for weight in module.parameters():  # not module.bfloat16(): that would round the rotary frequencies too
+        weight.data = weight.data.bfloat16()
+    _, rounded = _of_autograd(module)
+    _, got = _written_out(model, architecture_of(model.config), torch.bfloat16, Keep.ALL)
+    assert max(_error(got[name], wanted[name]) for name in wanted) < 1.5 * max(
+        _error(rounded[name], wanted[name]) for name in wanted
+    )
+
+
+def test_recomputing_gives_the_same_bits() -> None:
+    model = _model(tied=True)
+    architecture = architecture_of(model.config)
+    kept, *others = (_written_out(model, architecture, torch.bfloat16, keep)[1] for keep in Keep)
+    for other in others:
+        assert all(torch.equal(kept[name], other[name]) for name in kept)
