@@ -278,31 +278,26 @@ def _qk_norm_rope_backward(
     if HAS_NORM:
         q_weight_1, q_weight_2 = _load_halves(q_weight_pointer, half, inside, HALF)
         k_weight_1, k_weight_2 = _load_halves(k_weight_pointer, half, inside, HALF)
-    q_sum_1 = tl.zeros((HALF_PAD,), tl.float32)
-    q_sum_2 = tl.zeros((HALF_PAD,), tl.float32)
-    k_sum_1 = tl.zeros((HALF_PAD,), tl.float32)
-    k_sum_2 = tl.zeros((HALF_PAD,), tl.float32)
+    zero = tl.zeros((HALF_PAD,), tl.float32)
+    q_sum_1, q_sum_2, k_sum_1, k_sum_2 = zero, zero, zero, zero
     token = program.to(tl.int64)
     while token < num_tokens:
         rope = rope_pointer + tl.load(position_pointer + token).to(tl.int64) * (2 * HALF)
-        cos, sin = _load_halves(rope, half, inside, HALF)
-        cos, sin = cos[None, :], sin[None, :]
+        cos, sin = _load_halves(rope, half[None, :], inside[None, :], HALF)
         row = token * (q_size + 2 * k_size)
         turned_1, turned_2 = _load_halves(grad_q_pointer + token * q_size, q_offset, q_mask, HALF)
         grad_1, grad_2 = turned_1 * cos + turned_2 * sin, turned_2 * cos - turned_1 * sin
         if HAS_NORM:
             first, second = _load_halves(qkv_pointer + row, q_offset, q_mask, HALF)
             grad_1, grad_2, sum_1, sum_2 = _norm_gradients(first, second, q_weight_1, q_weight_2, grad_1, grad_2, eps, HALF)
-            q_sum_1 += sum_1
-            q_sum_2 += sum_2
+            q_sum_1, q_sum_2 = q_sum_1 + sum_1, q_sum_2 + sum_2
         _store_halves(output_pointer + row, q_offset, q_mask, grad_1, grad_2, HALF)
         turned_1, turned_2 = _load_halves(grad_k_pointer + token * k_size, k_offset, k_mask, HALF)
         grad_1, grad_2 = turned_1 * cos + turned_2 * sin, turned_2 * cos - turned_1 * sin
         if HAS_NORM:
             first, second = _load_halves(qkv_pointer + row + q_size, k_offset, k_mask, HALF)
             grad_1, grad_2, sum_1, sum_2 = _norm_gradients(first, second, k_weight_1, k_weight_2, grad_1, grad_2, eps, HALF)
-            k_sum_1 += sum_1
-            k_sum_2 += sum_2
+            k_sum_1, k_sum_2 = k_sum_1 + sum_1, k_sum_2 + sum_2
         _store_halves(output_pointer + row + q_size, k_offset, k_mask, grad_1, grad_2, HALF)
         value_1, value_2 = _load_halves(grad_v_pointer + token * k_size, k_offset, k_mask, HALF)
         _store_halves(output_pointer + row + q_size + k_size, k_offset, k_mask, value_1, value_2, HALF)
