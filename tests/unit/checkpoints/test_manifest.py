@@ -31,6 +31,14 @@ def test_one_changed_byte_is_found(tmp_path: Path, size: int):
         read_manifest(tmp_path)
 
 
+def test_a_changed_byte_before_the_last_block_is_found(tmp_path: Path):
+    file = _folder(tmp_path, 8 * 1024**2 + 1)
+    with file.open("r+b") as stream:
+        stream.write(b"x")
+    with pytest.raises(CheckpointError, match="model/shard is damaged"):
+        read_manifest(tmp_path)
+
+
 def test_a_file_of_another_size_is_named_with_both_sizes(tmp_path: Path):
     _folder(tmp_path, 40_000).write_bytes(b"")
     with pytest.raises(CheckpointError, match="model/shard has size 0, not 40000 as written"):

@@ -167,3 +167,12 @@ def test_weights_are_confirmed_by_version_and_by_every_checksum():
         confirm({"weight_version": "6", "checksums": CHECKSUMS})
     with pytest.raises(WeightSyncError, match=r"tensor 'head' of engine a has checksum 5, .* \(1 of 2 tensors differ\)"):
         confirm({"weight_version": "7", "checksums": {**CHECKSUMS, "head": 5}})
+    with pytest.raises(WeightSyncError, match=r"tensor 'head' of engine a has checksum None, .* \(2 of 2 tensors differ\)"):
+        confirm({"weight_version": "7", "checksums": {}})
+
+
+def test_a_folder_is_loaded_by_its_path_and_version():
+    server = Server({})
+    asyncio.run(receiver_of(server).take_folder(Path("/weights"), version=7))
+    assert server.requests == [("/update_weights_from_disk", {"model_path": "/weights", "weight_version": "7"}, 50.0)]
+    assert receiver_of(server).ledger_kind == "embedded"
