@@ -35,7 +35,7 @@ from transformers import Qwen3Config
 
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.settings import EmbeddedSettings
-from qwench.engines.protocol import GenerateRequest, SamplingParams
+from qwench.engines.protocol import GenerateRequest, MemoryTag, SamplingParams
 from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of
 
@@ -251,6 +251,9 @@ def measure_load(measured: Measured, ceilings: Ceilings, load: Load, *, rounds: 
     first = _loop.run(measured.run(load))[0]  # captures graphs
     runs = sorted(_loop.run(measured.run(load)) for _ in range(rounds))
     seconds = runs[len(runs) // 2][0]
+    _loop.run(measured.engine.sleep([MemoryTag.KV_CACHE]))
+    _loop.run(measured.engine.wake([MemoryTag.KV_CACHE]))
+    awake = _loop.run(measured.run(load))[0]  # captures graphs again
     limit = load_limit(measured.architecture, ceilings, load)
     row: dict[str, object] = {
         "tok/s": round(load.num_new / seconds),
@@ -260,6 +263,7 @@ def measure_load(measured: Measured, ceilings: Ceilings, load: Load, *, rounds: 
         "decode steps": runs[0][1],
         "seconds": round(seconds, 2),
         "seconds of the first run": round(first, 2),
+        "seconds after a sleep": round(awake, 2),
     }
     if profile:
         budget: dict[str, float] = defaultdict(float)
@@ -271,6 +275,7 @@ def measure_load(measured: Measured, ceilings: Ceilings, load: Load, *, rounds: 
 def measure_steps(measured: Measured, ceilings: Ceilings) -> dict[str, object]:
     """Time decode steps of a given number of rows and context."""
     table: dict[str, object] = {}
+    assert measured.engine.max_request_tokens > 0  # takes the memory of the cache
     num_tokens = _loop.run(measured.engine.stats()).num_pages * 16
     for rows in (64, 256):
         for context in (1024, 2048, 4096):

@@ -11,6 +11,7 @@ import torch
 from qwench.engines.embedded.compute.attention import TorchAttention
 from qwench.engines.embedded.compute.batch import Chunks, StepBatch
 from qwench.engines.embedded.compute.decode_work import DecodeWork, pack_decode_work
+from qwench.engines.protocol import MemoryTag
 from tests.contract.engine_hosts import ask, generate_all, make_engine, make_model, prompt_of, reference_log_probs
 
 pytestmark = [pytest.mark.gpu(1), pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -104,3 +105,20 @@ def test_engine_on_cuda_gives_hugging_face_log_probs(graphs, family):
         torch.testing.assert_close(
             torch.tensor(result.log_probs), reference_log_probs(model, request, result), atol=1e-4, rtol=0
         )
+
+
+def test_sleep_frees_the_cache_at_once():
+    async def scenario():
+        engine = make_engine(
+            make_model("qwen3"), device="cuda", dtype=torch.bfloat16, kv_cache_tokens=400_000, max_running_requests=400
+        )
+        before = torch.cuda.memory_allocated()
+        await generate_all(engine, [ask(f"r{i}", prompt_of(5, seed=i), max_new_tokens=20) for i in range(4)])
+        held = torch.cuda.memory_allocated() - before
+        await engine.sleep([MemoryTag.KV_CACHE])
+        left = torch.cuda.memory_allocated() - before
+        await engine.close()
+        return held, left
+
+    held, left = asyncio.run(scenario())
+    assert left < held / 4

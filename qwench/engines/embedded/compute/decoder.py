@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qwench.engines.embedded.compute.attention import Attention, TorchAttention
 from qwench.engines.embedded.compute.batch import BatchBuilder, Chunks, StepBatch, to_device
-from qwench.engines.embedded.compute.graphs import DecodeGraphs, DecodeInputs, Drawn
+from qwench.engines.embedded.compute.graphs import Bucket, DecodeGraphs, DecodeInputs, Drawn
 from qwench.engines.embedded.compute.model import DecoderModel
 from qwench.engines.embedded.compute.sampler import DrawInputs, Draws, draw_limited
 from qwench.engines.embedded.scheduling.kv_cache import KVCache
@@ -30,6 +30,7 @@ class Decoder:
         last_tokens: Tensor,
         group: int,
         max_pages: int,
+        warmed: set[Bucket],
     ) -> None:
         """Bind them together.
 
@@ -37,19 +38,20 @@ class Decoder:
             last_tokens: int32, the latest token of each row of the scheduler's table, and of a last row for padding.
             group: query heads of a kv head.
             max_pages: pages of a row of the table.
+            warmed: see `DecodeGraphs`.
         """
         device = torch.device(settings.device)
         self.kv_cache = kv_cache
         self.last_tokens = last_tokens
         self.builder = BatchBuilder(page_size=settings.page_size, max_sharing=max(TILE_ROWS // group, 1), device=device)
-        self.graphs: DecodeGraphs | None = None
+        self._graphs: DecodeGraphs | None = None
         self._model = model
         self._device = device
         self._scratch_row = len(last_tokens) - 1
         self._attention = _make_attention(settings, device)
         if device.type == "cuda" and settings.cuda_graphs:
-            self.graphs = DecodeGraphs(
-                self._decode, self.builder, max_rows=self._scratch_row, max_pages=max_pages, device=device
+            self._graphs = DecodeGraphs(
+                self.builder, max_rows=self._scratch_row, max_pages=max_pages, warmed=warmed, device=device
             )
 
     def forward(self, batch: StepBatch) -> Tensor:
@@ -58,6 +60,10 @@ class Decoder:
         return self._model.forward(
             batch.token_ids, batch.positions, batch.slots, self.kv_cache, self._attention, batch.logit_tokens
         )
+
+    def replay(self, decodes: Chunks, draws: Draws) -> Drawn | None:
+        """Run a decode-only step as a graph; None without graphs."""
+        return None if self._graphs is None else self._graphs(self._decode, decodes, draws)
 
     def draw(self, logits_SV: Tensor, draws: Draws) -> Tensor:
         """Return tokens and log-probs [2, S] of requests whose support is not limited, and write `last_tokens`."""

@@ -54,35 +54,47 @@ class Drawn:
     drawn: Tensor
 
 
+Bucket = tuple[int, WorkSize]
+"""Rows, and size of the attention's work, that a graph has room for."""
 DecodePass = Callable[[DecodeInputs], Drawn]
 
 
 class DecodeGraphs:
-    """Replays a decode pass from graphs captured on first use of each bucket.
+    """Replays decode passes from graphs captured on first use of each bucket.
 
     Valid as long as weights and KV cache stay where they are; make a new one when they move.
     """
 
     def __init__(
-        self, decode: DecodePass, builder: BatchBuilder, *, max_rows: int, max_pages: int, device: torch.device
+        self,
+        builder: BatchBuilder,
+        *,
+        max_rows: int,
+        max_pages: int,
+        warmed: set[Bucket],
+        device: torch.device,
     ) -> None:
-        self._decode = decode
+        """`warmed`: buckets that ran before, perhaps over other memory; receives those that run now."""
         self._builder = builder
         self._max_rows = max_rows
         self._device = device
         # A row has at most as many items as pages, three numbers each.
         size = 7 * max_rows + HEADER_SIZE + 4 * max_rows * max_pages
         self._buffer = torch.zeros(size, dtype=torch.int32, device=device)
-        self._graphs: dict[tuple[int, WorkSize], tuple[torch.cuda.CUDAGraph, Drawn]] = {}
+        self._warmed = warmed
+        self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Drawn]] = {}
         self._memory = torch.cuda.graph_pool_handle()
 
-    def __call__(self, decodes: Chunks, draws: Draws) -> Drawn:
-        """Run one step."""
+    def __call__(self, decode: DecodePass, decodes: Chunks, draws: Draws) -> Drawn:
+        """Run one step of `decode`, which is the same in every call.
+
+        It is not kept: its owner, who owns this, must be freed with its last reference, or sleep would not free the cache.
+        """
         bucket = bucket_of(len(decodes.counts), self._max_rows)
         packed, size = self._pack(decodes, draws, bucket)
         key = (bucket, size.bucket)
         if key not in self._graphs:
-            self._graphs[key] = self._capture(*key)
+            self._graphs[key] = self._capture(decode, *key)
         self._upload(packed)
         graph, drawn = self._graphs[key]
         graph.replay()
@@ -97,23 +109,28 @@ class DecodeGraphs:
     def _upload(self, packed: IntArray) -> None:
         self._buffer[: len(packed)].copy_(torch.from_numpy(packed).pin_memory(), non_blocking=True)
 
-    def _capture(self, rows: int, size: WorkSize) -> tuple[torch.cuda.CUDAGraph, Drawn]:
+    def _capture(self, decode: DecodePass, rows: int, size: WorkSize) -> tuple[torch.cuda.CUDAGraph, Drawn]:
         # Captured over padding alone: every row is one token of the scratch page.
         nothing, one = np.zeros(rows, dtype=np.int32), np.ones(rows, dtype=np.int32)
         padding = Chunks(starts=nothing, counts=one, tables=np.zeros((rows, 1), dtype=np.int32))
         self._upload(self._pack(padding, NO_DRAWS, rows)[0])
         inputs = DecodeInputs.view(self._buffer, num_rows=rows, size=size)
+        if (rows, size) not in self._warmed:
+            self._warm_up(decode, inputs)
+            self._warmed.add((rows, size))
+        graph = torch.cuda.CUDAGraph()
+        # Thread-local: the trainer of the same process may allocate in its own thread meanwhile.
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            drawn = decode(inputs)
+        return graph, drawn
+
+    def _warm_up(self, decode: DecodePass, inputs: DecodeInputs) -> None:
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(WARMUP_PASSES):
-                self._decode(inputs)
+                decode(inputs)
         torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Thread-local: the trainer of the same process may allocate in its own thread meanwhile.
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            drawn = self._decode(inputs)
-        return graph, drawn
 
 
 def bucket_of(rows: int, max_rows: int) -> int:

@@ -8,6 +8,7 @@ import torch
 from qwench.engines.embedded.compute.batch import logit_rows, to_device
 from qwench.engines.embedded.compute.decode_work import IntArray
 from qwench.engines.embedded.compute.decoder import Decoder
+from qwench.engines.embedded.compute.graphs import Bucket
 from qwench.engines.embedded.compute.in_flight import InFlight, Sampled
 from qwench.engines.embedded.compute.model import DecoderModel
 from qwench.engines.embedded.compute.sampler import draws_of
@@ -32,6 +33,7 @@ class Runner:
         self._kv_cache: KVCache | None = None
         self._decoder: Decoder | None = None
         self._bound_layout = -1
+        self._warmed_buckets: set[Bucket] = set()
         self._last_tokens = torch.zeros(0, dtype=torch.int32)
 
     def choose_num_pages(self) -> int:
@@ -95,8 +97,8 @@ class Runner:
         decoder = self._bind(page_table)
         requests = plan.sampling
         draws = draws_of(requests)
-        if decoder.graphs is not None and not plan.prefills:
-            step = decoder.graphs(decoder.builder.decodes(plan, page_table), draws)
+        step = None if plan.prefills else decoder.replay(decoder.builder.decodes(plan, page_table), draws)
+        if step is not None:
             logits, drawn = step.logits, step.drawn[:, : len(requests)]
         else:
             logits = decoder.forward(decoder.builder.build(plan, page_table, decoder.last_tokens))
@@ -118,6 +120,12 @@ class Runner:
             group = self._architecture.num_heads // self._architecture.num_kv_heads
             model = DecoderModel(self._architecture, self._weights.tensors, self._device)
             self._decoder = Decoder(
-                model, self._kv_cache, self._settings, last_tokens=self._last_tokens, group=group, max_pages=page_table.shape[1]
+                model,
+                self._kv_cache,
+                self._settings,
+                last_tokens=self._last_tokens,
+                group=group,
+                max_pages=page_table.shape[1],
+                warmed=self._warmed_buckets,
             )
         return self._decoder
