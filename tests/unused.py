@@ -18,7 +18,7 @@ REGISTERED = "qwench/algorithms/methods/"
 """Classes here register themselves under their name."""
 USED: Mapping[str, str] = {
     "Python, PyTorch, Megatron-Core, Rich, uvicorn and pydantic call or read them": """
-        __cause__ __init_subclass__ __new__ architectures core_attention eos_token finalize_model_grads_func find_class frame
+        __cause__ __init_subclass__ __new__ architectures core_attention eos_token finalize_model_grads_func find_class
         get_unscaled_state grad_stats_parallel_group input_layernorm k_layernorm kwargs load_bytes model_config
         pre_mlp_layernorm pre_tokenizer q_layernorm readable reducer_override seekable should_exit types""",
     "they keep an object alive as long as their owner": "_store _timeout",
