@@ -41,9 +41,9 @@ def arrange_death(run: Run, moment: str, rollout_id: int) -> None:
     if moment == "generation":
         die_while_generating(run.engines.engines[0], is_time)
     elif moment == "training":
-        die_around(run.learner._backend, "update", is_time, after=False)
+        die_around(run.learner.policy, "forward_backward", is_time, after=False)
     elif moment == "save":
-        die_around(run.learner, "save", is_time, after=True)  # model and optimizer are written, the rest is not
+        die_around(run.learner.state, "save", is_time, after=True)  # model and optimizer are written, the rest is not
     else:
         assert moment == "saved", moment
         die_around(run.checkpoints, "save", is_time, after=True)
