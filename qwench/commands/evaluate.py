@@ -12,8 +12,9 @@ def run(words: Sequence[str]) -> None:
     """Evaluate the checkpoint, and print its metrics."""
     config = parse_eval(words)
     plan = prepare(config, trains=False)
-    if config.debug.dry_run:
-        return
-    from qwench.launch.evaluation import evaluate  # PyTorch: `prepare` sets its environment first
+    from qwench.launch.evaluation import check, evaluate  # PyTorch: `prepare` sets its environment first
 
-    evaluate(config, plan)
+    if config.debug.dry_run:
+        check(config, plan)
+    else:
+        evaluate(config, plan)

@@ -14,13 +14,14 @@ def run(words: Sequence[str], *, parse: Callable[[Sequence[str]], Config] = pars
     """Build the run and train; with --debug-rollout-only, generate alone."""
     config = parse(words)
     plan = prepare(config)
-    if config.debug.dry_run:
-        return
     from qwench import controller  # PyTorch: `prepare` sets its environment first
-    from qwench.launch.build import build
+    from qwench.launch.build import build, check
     from qwench.observability.log import failures_logged
     from qwench.training.process_group import leave_process_group
 
+    if config.debug.dry_run:
+        check(config, plan)
+        return
     with closing(build(config, plan)) as built, failures_logged():
         if plan.devices.trains:
             controller.train(built)

@@ -15,6 +15,7 @@ Source: slime's format of the same flag.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -30,6 +31,9 @@ from qwench.config.values import parse_value, yaml_words
 from qwench.errors import ConfigError
 
 T = TypeVar("T")
+
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +59,8 @@ class EvalSetConfig:
     """Replaces these entries of every row's metadata."""
 
     def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(f"an evaluation set's name is that of a file: letters, digits, _, - and ., got {self.name!r}.")
         check_positive("n_samples_per_eval_prompt", self.n_samples_per_eval_prompt)
         check_positive("max_response_len", self.max_response_len)
         check_not_negative("temperature", self.temperature)

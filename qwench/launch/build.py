@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from qwench.cluster.gpus import ColocatedGpus, DedicatedGpus
 from qwench.config import Config, RunPlan
 from qwench.config.report import flag_values
 from qwench.controller import LearnerProtocol, Run
-from qwench.data.prompts import PromptSource
-from qwench.data.sft import SftSource, load_sft, render_mask_preview
+from qwench.data.prompts import LoadedPrompts, PromptSource
+from qwench.data.sft import LoadedSft, SftSource, load_sft, render_mask_preview
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import CheckpointError, ConfigError
 from qwench.launch.inputs import Inputs, read_eval_prompts, read_inputs, read_training_prompts
@@ -39,7 +39,7 @@ from qwench.rewards.pool import check_reward
 from qwench.rollout.functions import load_functions
 from qwench.rollout.probe import GreedyProbe
 from qwench.rollout.stream import ReplayStream, SftStream
-from qwench.samples import Json
+from qwench.samples import Json, Prompt
 from qwench.training.process_group import barrier
 from qwench.weights.publisher import Publisher
 from qwench.weights.remote import PublicationPlan
@@ -57,15 +57,9 @@ def build(config: Config, plan: RunPlan) -> Run:
     inputs = _begin(config, plan)
     if config.algorithm.loss_type == "sft_loss":
         return _build_sft(inputs)
-    load_reward_post_process(config.reward)
     if config.debug.load_debug_rollout_data is not None:
         return _build_replay(inputs, config.debug.load_debug_rollout_data)
-    loaded = read_training_prompts(inputs)
-    eval_prompts = {name: prompts.prompts for name, prompts in read_eval_prompts(inputs).items()}
-    check_reward(config.reward)
-    load_functions(config.rollout, config.evaluation)
-    for prompts in (loaded.prompts, *eval_prompts.values()):
-        check_prompts(config.reward, prompts)
+    loaded, eval_prompts = _read_prompts(inputs)
     batch = plan.batch
     source = PromptSource(
         loaded.prompts,
@@ -109,10 +103,39 @@ def build(config: Config, plan: RunPlan) -> Run:
         )
 
 
-def _build_sft(inputs: Inputs) -> Run:
-    """Build a fine-tuning run: the same loop over conversations, without engines."""
-    config, plan = inputs.config, inputs.plan
+def check(config: Config, plan: RunPlan) -> None:
+    """Check data, rewards and functions as `build` does; weights and outputs are left to the start.
+
+    Raises:
+        ConfigError: the user's mistake.
+    """
+    inputs = read_inputs(config, plan)
+    if config.algorithm.loss_type == "sft_loss":
+        _read_conversations(inputs)
+    elif config.debug.load_debug_rollout_data is not None:
+        check_recorded(config.debug.load_debug_rollout_data, num_rollout=plan.num_rollout)
+    else:
+        _read_prompts(inputs)
+
+
+def _read_prompts(inputs: Inputs) -> tuple[LoadedPrompts, dict[str, Sequence[Prompt]]]:
+    """Read the prompts of training and of each evaluation set, and check that rewards and functions fit them."""
+    config = inputs.config
+    load_reward_post_process(config.reward)
+    check_reward(config.reward)
+    load_functions(config.rollout, config.evaluation)
+    loaded = read_training_prompts(inputs)
+    eval_prompts = {name: prompts.prompts for name, prompts in read_eval_prompts(inputs).items()}
+    for prompts in (loaded.prompts, *eval_prompts.values()):
+        check_prompts(config.reward, prompts)
+    return loaded, eval_prompts
+
+
+def _read_conversations(inputs: Inputs) -> LoadedSft:
+    """Read the conversations of fine-tuning, and say how many cannot be trained on."""
+    config = inputs.config
     assert config.data.prompt_data is not None, "preflight checks that --prompt-data is given"
+    limit = min(config.rollout.rollout_max_context_len or inputs.plan.model.max_positions, inputs.plan.model.max_positions)
     loaded = load_sft(
         config.data.prompt_data,
         input_key=config.data.input_key,
@@ -120,16 +143,24 @@ def _build_sft(inputs: Inputs) -> Run:
         tokenizer=inputs.tokenizer,
         loss_mask_type=config.data.loss_mask_type,
         apply_chat_template_kwargs=config.data.apply_chat_template_kwargs,
-        max_len=config.rollout.rollout_max_context_len,
+        max_len=limit,
     )
     if loaded.num_too_long or loaded.num_untrained:
         _logger.warning(
-            "--prompt-data: dropped %d conversations longer than --rollout-max-context-len and %d without a token to train on; "
-            "%d are left",
+            "--prompt-data: dropped %d conversations longer than %d tokens (--rollout-max-context-len or the model) "
+            "and %d without a token to train on; %d are left",
             loaded.num_too_long,
+            limit,
             loaded.num_untrained,
             len(loaded.examples),
         )
+    return loaded
+
+
+def _build_sft(inputs: Inputs) -> Run:
+    """Build a fine-tuning run: the same loop over conversations, without engines."""
+    config, plan = inputs.config, inputs.plan
+    loaded = _read_conversations(inputs)
     batch_size = plan.batch.rollout_batch_size
     seed, shuffle = config.data.rollout_seed, config.data.rollout_shuffle
     source = SftSource(loaded.examples, rollout_batch_size=batch_size, shuffle=shuffle, seed=seed)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import orjson
 
 from qwench.config import Config, RolloutConfig, RunPlan
+from qwench.config.report import flag_values
 from qwench.config.sections.serve import ServeConfig
 from qwench.engines.embedded.http.serving import serve as serve_engine
-from qwench.files import write_atomically
+from qwench.errors import ConfigError
+from qwench.files import is_occupied, write_atomically
 from qwench.launch.engines import embedded_settings
-from qwench.launch.inputs import plan_inputs, read_eval_prompts, read_inputs
+from qwench.launch.inputs import Inputs, plan_inputs, read_eval_prompts, read_inputs
 from qwench.launch.placement import make_servers, open_processes
 from qwench.launch.rollouts import build_generation
 from qwench.observability.log import open_driver_log, open_process_log
@@ -24,17 +26,20 @@ from qwench.rewards.graders import check_prompts
 from qwench.rewards.pool import check_reward
 from qwench.rollout.evaluate import EvalResult
 from qwench.rollout.functions import load_functions
+from qwench.samples import Prompt
+
+_MARKER = "qwench_eval.json"
+"""In --eval-output: the flags of the evaluation that wrote it."""
 
 
 def evaluate(config: Config, plan: RunPlan) -> None:
     """Print the metrics of each set, and write them and every response to --eval-output."""
     inputs = read_inputs(config, plan)
     open_driver_log(config.logging.log_level, inputs.console)
-    prompts = {name: loaded.prompts for name, loaded in read_eval_prompts(inputs).items()}
-    check_reward(config.reward)
-    for rows in prompts.values():
-        check_prompts(config.reward, rows)
-    load_functions(config.rollout, config.evaluation)
+    prompts = _read_sets(inputs)
+    output = config.evaluation.eval_output
+    if output is not None:
+        own_eval_folder(output, flag_values(config))
     with ExitStack() as started:
         processes = open_processes(inputs, started)
         servers, token = make_servers(inputs, processes, with_weights=True)
@@ -46,8 +51,53 @@ def evaluate(config: Config, plan: RunPlan) -> None:
         metrics = evaluator.summarize(results) if results else evaluator.evaluate(generation.engines)
     for group in summarize(metrics):
         inputs.console.say(f"{group.title}: {'  '.join(f'{label} {value}' for label, value in group.values.items())}")
-    if config.evaluation.eval_output is not None:
-        _write_results(config.evaluation.eval_output, metrics, results)
+    if output is not None:
+        _write_results(output, metrics, results)
+
+
+def check(config: Config, plan: RunPlan) -> None:
+    """Check what `evaluate` checks before a model loads: a dry run accepts what a start accepts.
+
+    Raises:
+        ConfigError: the user's mistake.
+    """
+    _read_sets(read_inputs(config, plan))
+
+
+def _read_sets(inputs: Inputs) -> dict[str, Sequence[Prompt]]:
+    """Read the prompts of each set, and check that rewards and functions fit them."""
+    config = inputs.config
+    check_reward(config.reward)
+    load_functions(config.rollout, config.evaluation)
+    prompts = {name: loaded.prompts for name, loaded in read_eval_prompts(inputs).items()}
+    for rows in prompts.values():
+        check_prompts(config.reward, rows)
+    return prompts
+
+
+def own_eval_folder(folder: Path, flags: Mapping[str, str]) -> None:
+    """Make --eval-output this evaluation's: the same command may replace its own results, nothing else is touched.
+
+    Raises:
+        ConfigError: the folder holds another evaluation's results, or files that no evaluation wrote.
+    """
+    marker = folder / _MARKER
+    mine = {flag: value for flag, value in flags.items() if flag not in ("--eval-output", "--log-level")}
+    if marker.is_file():
+        try:
+            written = json.loads(marker.read_text(encoding="utf-8"))
+        except ValueError:
+            written = None
+        if written != mine:
+            raise ConfigError(
+                f"--eval-output {folder} holds an evaluation of another model or of other flags; give another folder."
+            )
+    elif is_occupied(folder):
+        raise ConfigError(f"--eval-output {folder} holds files that no evaluation wrote; give an empty or new folder.")
+    try:
+        write_atomically(marker, json.dumps(mine, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--eval-output {folder} cannot be written to ({error}); give another folder.") from error
 
 
 def serve(config: ServeConfig) -> None:

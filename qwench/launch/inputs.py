@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from qwench.config import Config
 from qwench.config.plan import RunPlan, plan_run, train_dtype
 from qwench.data.prompts import LoadedPrompts, load_prompts
+from qwench.errors import ConfigError
 from qwench.models.hf import architecture_of, load_hf_config, load_tokenizer
 from qwench.observability.console import Console, QuietConsole, open_console
 from qwench.rewards.graders import needs_label
@@ -107,10 +108,11 @@ def read_training_prompts(inputs: Inputs) -> LoadedPrompts:
         tokenizer=inputs.tokenizer,
         apply_chat_template=config.data.apply_chat_template,
         apply_chat_template_kwargs=config.data.apply_chat_template_kwargs,
-        max_prompt_len=config.data.rollout_max_prompt_len,
+        max_prompt_len=(limit := prompt_limit(inputs, config.data.rollout_max_prompt_len)),
         require_label=needs_labels(config),
     )
-    _log_dropped("--prompt-data", loaded, config.data.rollout_max_prompt_len)
+    _log_dropped("--prompt-data", loaded, limit)
+    _check_room(inputs, loaded)
     return loaded
 
 
@@ -127,12 +129,49 @@ def read_eval_prompts(inputs: Inputs) -> dict[str, LoadedPrompts]:
             tokenizer=inputs.tokenizer,
             apply_chat_template=config.data.apply_chat_template,
             apply_chat_template_kwargs=config.data.apply_chat_template_kwargs,
-            max_prompt_len=settings.max_prompt_len,
+            max_prompt_len=(limit := prompt_limit(inputs, settings.max_prompt_len)),
             require_label="rm_type" not in settings.metadata_overrides and needs_labels(config),
         )
-        _log_dropped(f"evaluation set {settings.name}", loaded, settings.max_prompt_len)
+        _log_dropped(f"evaluation set {settings.name}", loaded, limit)
         sets[settings.name] = loaded.with_metadata(settings.metadata_overrides)
     return sets
+
+
+def prompt_limit(inputs: Inputs, asked: int | None) -> int:
+    """Return how long a prompt may be: what was asked for, and never more than leaves room for one token of a response."""
+    config = inputs.config
+    limits = (inputs.plan.model.max_positions, config.rollout.rollout_max_context_len, _pool_tokens(config))
+    return min(limit for limit in (asked, *(limit and limit - 1 for limit in limits)) if limit is not None)
+
+
+def _pool_tokens(config: Config) -> int | None:
+    """Return the tokens of the embedded engine's KV cache where a flag sets them."""
+    return config.engine.embedded_kv_cache_tokens if config.engine.rollout_engine == "embedded" else None
+
+
+def _check_room(inputs: Inputs, loaded: LoadedPrompts) -> None:
+    """Compare prompts and the response length with the engine's KV cache and the model's positions.
+
+    Raises:
+        ConfigError: --embedded-kv-cache-tokens cannot hold one response.
+    """
+    config, positions = inputs.config, inputs.plan.model.max_positions
+    response, pool = config.rollout.rollout_max_response_len, _pool_tokens(config)
+    if response is None:
+        return
+    longest = max(len(prompt.token_ids) for prompt in loaded.prompts)
+    if pool is not None and pool < longest + response:
+        raise ConfigError(
+            f"--embedded-kv-cache-tokens {pool} cannot hold one response of {response} tokens (--rollout-max-response-len) "
+            f"behind the longest prompt ({longest}); raise it to {longest + response} or more."
+        )
+    if response + longest > positions:
+        _logger.warning(
+            "--rollout-max-response-len %d: the model has %d positions, so responses end at %d tokens less the prompt's",
+            response,
+            positions,
+            positions,
+        )
 
 
 def needs_labels(config: Config) -> bool:

@@ -1,10 +1,13 @@
 """The recipes under scripts/: the command line each expands to, and that it says what slime's recipes say."""
 
+import json
 import os
 import re
 import subprocess
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from qwench.cli import main
@@ -12,6 +15,7 @@ from qwench.config.command_line.argv import split_words
 from qwench.config.command_line.parse import parse_sft, parse_train
 from qwench.config.model_flags import check_model_flags
 from qwench.models.hf import architecture_of, load_hf_config
+from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.models.registry import find_size
 from tests.contract.recipes import RUN_QWEN3_4B, RUN_QWEN3_4B_BASE_SFT, RUN_QWEN3_32B
 from tests.deadlines import patient
@@ -36,15 +40,19 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return the folders that scripts read, with what is looked at before anything is loaded."""
-    models, data = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("data")
+    models, data, tokenizer = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("data"), build_small_tokenizer()
     for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B"):
         config = find_size(size).to_config(vocab_size=151936)
         for suffix in ("", "-Base", "-FP8"):
             config.save_pretrained(models / f"Qwen3-{size}{suffix}")
+            tokenizer.save_pretrained(models / f"Qwen3-{size}{suffix}")
             (models / f"Qwen3-{size}{suffix}_torch_dist").mkdir()
-    for file in ("dapo-math-17k/dapo-math-17k.jsonl", "aime-2024/aime-2024.jsonl", "openhermes2_5.parquet"):
+    question = [{"role": "user", "content": "1+1=?"}]
+    for file in ("dapo-math-17k/dapo-math-17k.jsonl", "aime-2024/aime-2024.jsonl"):
         (data / file).parent.mkdir(exist_ok=True)
-        (data / file).touch()
+        (data / file).write_text(json.dumps({"prompt": question, "label": "2"}) + "\n")
+    conversation = [*question, {"role": "assistant", "content": "2"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": conversation}]), data / "openhermes2_5.parquet")
     return {"MODEL_DIR": str(models), "DATA_DIR": str(data), "OUTPUT_DIR": str(tmp_path_factory.mktemp("runs"))}
 
 

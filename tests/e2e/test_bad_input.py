@@ -88,6 +88,24 @@ def test_wrong_value_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("input_key", "question"),
+        ("custom_rm_path", "nowhere.reward"),
+        ("custom_generate_function_path", "nowhere.generate"),
+        ("dynamic_sampling_filter_path", "nowhere.keep"),
+        ("embedded_kv_cache_tokens", 16),
+    ],
+)
+def test_a_dry_run_refuses_what_a_start_refuses(
+    flag: str, value: object, inputs: Workspace, tmp_path: Path, in_process: InProcess
+) -> None:
+    argv = inputs.train_argv(tmp_path / "run", **{flag: value})
+    started, dry = (in_process(words) for words in (argv, [*argv, "--dry-run"]))
+    assert started == dry and started[0] == 2, (started, dry)
+
+
+@pytest.mark.parametrize(
     ("rows", "words"),
     [
         ([], ["no rows"]),
@@ -111,6 +129,21 @@ def test_bad_conversation_is_refused_by_file_and_line(inputs: Workspace, tmp_pat
     data = write_rows(tmp_path / "data.jsonl", good, {"messages": [{"role": "user"}]})
     refused(in_process, inputs.sft_argv(tmp_path / "run", prompt_data=data), "data.jsonl:2", "content")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_replaces_nothing_but_its_own_results(inputs: Workspace, tmp_path: Path, in_process: InProcess) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    write_rows(theirs / "held_out.jsonl", {"thesis": 1})
+    refused(in_process, inputs.eval_argv(inputs.model, theirs), "--eval-output", "files that no evaluation wrote")
+    assert (theirs / "held_out.jsonl").read_text() == '{"thesis": 1}\n'
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "qwench_eval.json").write_text('{"--hf-checkpoint": "another"}')
+    refused(in_process, inputs.eval_argv(inputs.model, mine), "--eval-output", "another model or of other flags")
+    sets = ("../up", str(inputs.test_data))
+    refused(in_process, inputs.eval_argv(inputs.model, tmp_path / "e", eval_prompt_data=sets), "../up", "letters, digits")
+    assert not list(tmp_path.glob("**/up.jsonl"))
 
 
 def test_model_without_readable_weights_is_refused(inputs: Workspace, tmp_path: Path, in_process: InProcess) -> None:
