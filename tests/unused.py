@@ -20,7 +20,8 @@ USED: Mapping[str, str] = {
     "Python, PyTorch, Megatron-Core, Rich, uvicorn and pydantic call or read them": """
         __cause__ __init_subclass__ __new__ architectures core_attention eos_token finalize_model_grads_func find_class
         get_unscaled_state grad_stats_parallel_group input_layernorm k_layernorm kwargs load_bytes model_config
-        pre_mlp_layernorm pre_tokenizer q_layernorm readable reducer_override seekable should_exit types""",
+        pre_mlp_layernorm pre_tokenizer q_layernorm readable reducer_override seekable should_exit
+        trigger types weight_sum_D""",
     "they keep an object alive as long as their owner": "_store _timeout",
     "the driver calls methods of a rank by name": "next_bucket",
     "users name them by path, or read them in functions of their own": "check_reward_nonzero_std evaluating",

@@ -256,7 +256,7 @@ def supports(architecture: Architecture) -> bool:
 
 
 def bind(tensors: Mapping[str, Tensor], architecture: Architecture) -> DecoderTensors:
-    """Arrange tensors under their Hugging Face names; those that share an input lie back to back (see `layout_order`)."""
+    """Arrange tensors under their Hugging Face names; those that share an input lie back to back."""
     embedding = tensors["model.embed_tokens.weight"]
     return DecoderTensors(
         embedding=embedding,
@@ -264,11 +264,6 @@ def bind(tensors: Mapping[str, Tensor], architecture: Architecture) -> DecoderTe
         final_norm=tensors["model.norm.weight"],
         head=embedding if architecture.tied_head else tensors["lm_head.weight"],
     )
-
-
-def layout_order(architecture: Architecture) -> list[str]:
-    """Return the names of all weights in the order in which they lie in memory: q, k, v and gate, up back to back."""
-    return list(architecture.parameter_shapes())
 
 
 def _bind_layer(tensors: Mapping[str, Tensor], prefix: str) -> LayerTensors:
