@@ -22,8 +22,8 @@ import sys
 import time
 from pathlib import Path
 
-from qwench.models.hf import load_hf_config
-from qwench.models.registry import num_parameters
+from qwench.models.hf import architecture_of, load_hf_config
+from qwench.models.memory import num_parameters
 from qwench.observability.dumps import save_rollout
 from qwench.samples import Group, Prompt, Rollout, Sample, Status
 
@@ -102,7 +102,7 @@ def main() -> None:
                 given.model, template, flags, given.output / f"{name}-{turn}", groups=groups, rollouts=given.rollouts
             )
             rows[name] += metrics[1:]
-    flops_per_token = 6 * num_parameters(config)  # a lower bound: attention is not counted
+    flops_per_token = 6 * num_parameters(architecture_of(config))  # a lower bound: attention is not counted
     results = {}
     print("| backend | train s | reference s | train tokens/s | MFU without attention | peak GiB | loss | grad norm |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")

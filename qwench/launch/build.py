@@ -134,7 +134,7 @@ def _read_prompts(inputs: Inputs) -> tuple[LoadedPrompts, dict[str, Sequence[Pro
 def _read_conversations(inputs: Inputs) -> LoadedSft:
     """Read the conversations of fine-tuning, and say how many cannot be trained on."""
     config = inputs.config
-    assert config.data.prompt_data is not None, "preflight checks that --prompt-data is given"
+    assert config.data.prompt_data is not None, "config.checks requires --prompt-data"
     limit = min(config.rollout.rollout_max_context_len or inputs.plan.model.max_positions, inputs.plan.model.max_positions)
     loaded = load_sft(
         config.data.prompt_data,

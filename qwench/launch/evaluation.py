@@ -102,7 +102,7 @@ def own_eval_folder(folder: Path, flags: Mapping[str, str]) -> None:
 
 def serve(config: ServeConfig) -> None:
     """Serve the embedded engine; clients show QWENCH_TOKEN, if it is set, to change weights or memory."""
-    assert config.model.hf_checkpoint is not None, "preflight checks that --hf-checkpoint is given"
+    assert config.model.hf_checkpoint is not None, "config.checks requires --hf-checkpoint"
     run = Config(model=config.model, engine=config.engine, rollout=RolloutConfig(rollout_batch_size=1))
     inputs = read_inputs(run, plan_inputs(run, trains=False))
     open_process_log("info", f"engine at port {config.server.port}")

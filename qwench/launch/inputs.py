@@ -79,7 +79,7 @@ def read_inputs(config: Config, plan: RunPlan) -> Inputs:
 
 
 def _model_folder(config: Config) -> Path:
-    assert config.model.hf_checkpoint is not None, "preflight checks that --hf-checkpoint is given"
+    assert config.model.hf_checkpoint is not None, "config.checks requires --hf-checkpoint"
     return config.model.hf_checkpoint
 
 
@@ -98,7 +98,7 @@ def publication_dtype(config: Config, *, on_gpu: bool) -> torch.dtype:
 def read_training_prompts(inputs: Inputs) -> LoadedPrompts:
     """Read --prompt-data and say how many prompts were too long."""
     config = inputs.config
-    assert config.data.prompt_data is not None, "preflight checks that --prompt-data is given"
+    assert config.data.prompt_data is not None, "config.checks requires --prompt-data"
     loaded = load_prompts(
         config.data.prompt_data,
         input_key=config.data.input_key,

@@ -94,7 +94,7 @@ class Generation:
     def _make_rollout(self, buffer: GroupBuffer, functions: RolloutFunctions) -> MakeRollout:
         """Return what makes a rollout: the user's own function, or the built-in collector."""
         config = self.inputs.config
-        assert config.rollout.rollout_batch_size is not None, "preflight checks that --rollout-batch-size is given"
+        assert config.rollout.rollout_batch_size is not None, "config.checks requires --rollout-batch-size"
         runner = GroupRunner(
             self.engines,
             tokenizer=self.inputs.tokenizer,
@@ -114,7 +114,7 @@ class Generation:
     def _training_sampling(self) -> Sampling:
         config = self.inputs.config
         rollout = config.rollout
-        assert rollout.rollout_max_response_len is not None, "preflight checks that --rollout-max-response-len is given"
+        assert rollout.rollout_max_response_len is not None, "config.checks requires --rollout-max-response-len"
         return Sampling(
             max_response_len=rollout.rollout_max_response_len,
             max_context_len=self._context_len(rollout.rollout_max_context_len),

@@ -61,7 +61,7 @@ class Collector:
         console: Console,
         deterministic: bool = False,
     ) -> None:
-        assert rollout.rollout_batch_size is not None, "preflight checks that --rollout-batch-size is given"
+        assert rollout.rollout_batch_size is not None, "config.checks requires --rollout-batch-size"
         self._runner, self._buffer, self._functions, self._console = runner, buffer, functions, console
         self._num_groups = rollout.rollout_batch_size
         self._over_sampling = rollout.over_sampling_batch_size or self._num_groups

@@ -111,6 +111,21 @@ def test_a_dry_run_shows_configuration_and_identity_and_starts_nothing(capsys, r
     assert shown.err == "qwench: warning: --sequence-parallel has no effect without tensor parallelism\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--custom-rm-path", "nowhere.at_all"], "--custom-rm-path"),
+        (["--rm-type", "mathematics"], "--rm-type 'mathematics' is unknown"),
+        (["--rollout-function-path", "qwench.samples.nothing"], "--rollout-function-path"),
+        (["--custom-reward-post-process-path", "nowhere.at_all"], "--custom-reward-post-process-path"),
+        (["--num-layers", "3"], "--num-layers (3) contradicts the checkpoint's config.json (32)"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_start_refuses(capsys, recipe, words, problem):
+    assert run("train", *recipe, *words, "--dry-run") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"qwench: {problem}")
+
+
 def test_a_reader_that_stops_early_ends_the_command_quietly():
     command = [sys.executable, "-m", "qwench", "train", "--help"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -71,7 +71,7 @@ class HostAdam(torch.optim.AdamW):
     @classmethod
     def from_section(cls, groups: Iterable[dict[str, Any]], section: OptimizerConfig) -> HostAdam:
         """Take groups of parameters, and the constants from the flags."""
-        assert section.lr is not None, "preflight checks that --lr is given"
+        assert section.lr is not None, "config.checks requires --lr"
         return cls(
             groups,
             lr=section.lr,
