@@ -6,6 +6,8 @@ import pytest
 
 from qwench import __version__, cli
 from qwench.errors import ConfigError, EngineError
+from qwench.models.made.tiny import make_checkpoint
+from qwench.models.made.tokenizers import build_small_tokenizer
 
 
 def run(*words: str, command: cli.Command | None = None) -> int:
@@ -14,14 +16,20 @@ def run(*words: str, command: cli.Command | None = None) -> int:
     return ended.value.code
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    make_checkpoint(folder, size="tiny", tokenizer=build_small_tokenizer(), seed=0)
+    return folder
+
+
 @pytest.fixture
-def recipe(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+def recipe(tmp_path, model):
     (tmp_path / "train.jsonl").write_text('{"input": "1+1", "label": "2"}\n')
     return [
-        *("--hf-checkpoint", str(tmp_path), "--prompt-data", str(tmp_path / "train.jsonl"), "--lr", "1e-6"),
+        *("--hf-checkpoint", str(model), "--prompt-data", str(tmp_path / "train.jsonl"), "--lr", "1e-6"),
         *("--num-rollout", "3", "--rollout-batch-size", "4", "--n-samples-per-prompt", "2"),
-        *("--rollout-max-response-len", "16"),
+        *("--rollout-max-response-len", "16", "--label-key", "label"),
     ]
 
 
@@ -104,7 +112,7 @@ def test_the_whole_traceback_comes_on_request(monkeypatch):
 
 
 def test_a_dry_run_shows_configuration_and_identity_and_starts_nothing(capsys, recipe):
-    assert run("train", *recipe, "--dry-run", "--sequence-parallel") == 0
+    assert run("train", *recipe, "--dry-run", "--sequence-parallel", "--rm-type", "math") == 0
     shown = capsys.readouterr()
     assert "  --num-rollout 3\n" in shown.out
     assert "rollout_batch_size 4 x n_samples_per_prompt 2 = global_batch_size 8 x num_steps_per_rollout 1" in shown.out
@@ -118,7 +126,7 @@ def test_a_dry_run_shows_configuration_and_identity_and_starts_nothing(capsys, r
         (["--rm-type", "mathematics"], "--rm-type 'mathematics' is unknown"),
         (["--rollout-function-path", "qwench.samples.nothing"], "--rollout-function-path"),
         (["--custom-reward-post-process-path", "nowhere.at_all"], "--custom-reward-post-process-path"),
-        (["--num-layers", "3"], "--num-layers (3) contradicts the checkpoint's config.json (32)"),
+        (["--num-layers", "3"], "--num-layers (3) contradicts the checkpoint's config.json (4)"),
     ],
 )
 def test_a_dry_run_refuses_what_a_start_refuses(capsys, recipe, words, problem):
