@@ -228,7 +228,7 @@ def _checkpoints(inputs: Inputs, timer: PhaseTimer) -> CheckpointManager:
         steps_per_rollout=inputs.plan.batch.num_steps_per_rollout,
         barrier=barrier,
     )
-    if inputs.plan.log_dir is not None:
+    if inputs.plan.log_dir is not None and inputs.is_main:
         write_driver_log(inputs.plan.log_dir)
     return checkpoints
 

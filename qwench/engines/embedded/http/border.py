@@ -20,6 +20,8 @@ HEADER_TIMEOUT_S = 30.0
 """For the request line and the headers of a request, from the connection (or the answer before) on."""
 BODY_TIMEOUT_S = 120.0
 """Between two pieces of a body."""
+_DISCARDED_BYTES = 2**16
+_TOO_LARGE = 413
 _FOREIGN = (b"cross-site", b"same-site")
 _LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
@@ -48,7 +50,10 @@ class Border:
         limit = self._body_limits.get(scope["path"], self._default_limit)
         refused = self._refusal(headers, limit)
         if refused is not None:
-            await _answer(send, *refused)
+            status, reason = refused
+            if status != _TOO_LARGE:
+                await _discard(receive)
+            await _answer(send, status, reason)
             return
         await self._app(scope, _Body(receive, limit).receive, send)
 
@@ -62,7 +67,7 @@ class Border:
             return 403, "requests of a web page from elsewhere are refused."
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:19]) > limit:
-            return 413, _too_large(limit)
+            return _TOO_LARGE, _too_large(limit)
         return None
 
 
@@ -125,6 +130,14 @@ class HeaderDeadline(H11Protocol):
     def _give_up(self) -> None:
         if not self.transport.is_closing():
             self.transport.close()
+
+
+async def _discard(receive: Receive) -> None:
+    """Read a small body: closing while a client still sends would take the answer from it."""
+    size, message = 0, await receive()
+    while message.get("more_body", False) and size < _DISCARDED_BYTES:
+        size += len(message.get("body", b""))
+        message = await receive()
 
 
 async def _answer(send: Send, status: int, reason: str) -> None:
