@@ -21,8 +21,8 @@ def read_label(row: Row, label_key: str | None, *, required: bool) -> str | None
     """Return the label of a row; numbers keep their plain form.
 
     Args:
-        required: a built-in reward compares answers with it. Otherwise the label is the reward function's own affair: lists
-            and records become JSON text, and it may be absent.
+        required: a built-in reward compares answers with it. Without it, lists and records become JSON text, and a label
+            may be absent.
 
     Raises:
         ConfigError: it is missing, or no answer can match it.

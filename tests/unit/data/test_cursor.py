@@ -85,6 +85,7 @@ def test_a_state_of_another_order_is_refused_by_its_flag(shuffled, other, proble
 def test_without_shuffling_another_seed_changes_nothing():
     other = DataCursor(5, fingerprint="f", samples_per_row=2, shuffle=False, seed=7)
     other.load_state_dict(make_cursor(5, shuffle=False).state_dict())
+    assert rows(other, 6) == [0, 1, 2, 3, 4, 0]
 
 
 def test_rollouts_per_epoch_are_whole_and_at_least_one():

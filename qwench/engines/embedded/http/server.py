@@ -63,7 +63,7 @@ class EngineServer:
         """Serve `engine`.
 
         Args:
-            token: None or empty: whoever reaches the server may change weights and memory.
+            token: that clients must show to change weights and memory. None or empty: every client may.
             loopback_only: the server listens for this machine alone.
         """
         self._engine = engine
@@ -235,7 +235,7 @@ class EngineServer:
 
     async def _check_token(self, http: Request) -> None:
         given = http.headers.get("authorization", "")
-        # Header bytes reach us as Latin-1, whatever they encode.
+        # Starlette decodes header bytes as Latin-1; the token's own bytes are UTF-8.
         if self._token is not None and not hmac.compare_digest(given.encode("latin-1"), f"Bearer {self._token}".encode()):
             raise HTTPException(401, "this endpoint needs the run's token: Authorization: Bearer ...")
 

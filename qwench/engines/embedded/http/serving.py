@@ -34,7 +34,7 @@ def serve(
         settings: of the engine.
         host: address to listen on; only this machine reaches the default.
         port: to listen on.
-        token: what clients must show to change weights or memory. None or empty: anyone who reaches the port may.
+        token: what clients must show to change weights or memory. None or empty: every client may.
 
     Raises:
         ConfigError: a model this engine cannot run.
