@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from qwench import __version__
 from qwench.errors import ConfigError, QwenchError
+from qwench.threads import waiting_defaults
 
 EXIT_CLOSED_OUTPUT = 141  # 128 + SIGPIPE, what a shell reports of other programs
 
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None, *, command: Command | None = None) -
     """Run the verb of the command line, or `command` with all its words, and end the process with its exit code."""
     if sys.__stderr__ is not None:  # closed by the shell
         faulthandler.enable(sys.__stderr__)  # a crash of native code says where it was
+    os.environ.update(waiting_defaults(os.environ))  # before a verb imports PyTorch; child processes inherit it
     words = list(sys.argv[1:] if argv is None else argv)
     with_traceback = "--traceback" in words or os.environ.get("QWENCH_TRACEBACK", "") not in ("", "0")
     words = [word for word in words if word != "--traceback"]

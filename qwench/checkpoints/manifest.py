@@ -8,7 +8,6 @@ another rank, perhaps on another node, has written.
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from qwench import __version__
 from qwench.errors import CheckpointError
 from qwench.files import write_atomically
 from qwench.samples import Json
+from qwench.threads import usable_cores
 
 META = "meta.json"
 _NOTES = ".crc32.json"
@@ -100,7 +100,7 @@ def _noted(paths: Iterable[Path]) -> dict[Path, int]:
 
 def _checksums(paths: list[Path]) -> dict[Path, int]:
     """Return the CRC-32 of each file; the files are read side by side."""
-    threads = max(1, min(_MAX_THREADS, len(paths), os.cpu_count() or 1))
+    threads = max(1, min(_MAX_THREADS, len(paths), usable_cores()))
     with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="checksum") as pool:
         return dict(zip(paths, pool.map(_checksum, paths), strict=True))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import shutil
 import sys
@@ -18,6 +17,7 @@ from qwench.cluster.buckets import make_exchange_folder
 from qwench.cluster.child import ChildProcess
 from qwench.cluster.messages import Call, Death, RankReply
 from qwench.cluster.rendezvous import Rendezvous
+from qwench.threads import usable_cores
 from qwench.wire.shared_buffer import remove_buffers_of
 
 _logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class LocalRanks:
         self._reported: set[int] = set()
         if log_folder is not None:
             log_folder.mkdir(parents=True, exist_ok=True)
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size)), **environ}
+        threads = {"OMP_NUM_THREADS": str(max(1, usable_cores() // size)), **environ}
         self._children = [
             ChildProcess(
                 _MODULE,

@@ -13,6 +13,7 @@ from qwench.cluster.bundles import EnginePlace, Seat, device_number
 from qwench.cluster.messages import Answer, Call, Failure
 from qwench.cluster.rank_host import RankHost
 from qwench.engines.fleet.servers import CommandMaker, ServerProcess
+from qwench.threads import usable_cores
 from qwench.wire.addresses import Placement, gpu_names, host_name
 
 
@@ -34,7 +35,7 @@ class TrainerActor:
         """
         os.environ.update(environ)
         if ranks_here is not None:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+            torch.set_num_threads(max(1, usable_cores() // ranks_here))
         if Path(folder).is_dir():
             os.chdir(folder)
         self._host = RankHost(rank, exchange_folder=None)

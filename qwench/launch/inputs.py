@@ -17,6 +17,7 @@ from qwench.errors import ConfigError
 from qwench.models.hf import architecture_of, load_hf_config, load_tokenizer
 from qwench.observability.console import Console, QuietConsole, open_console
 from qwench.rewards.graders import needs_label
+from qwench.threads import usable_cores
 
 _logger = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ def read_inputs(config: Config, plan: RunPlan) -> Inputs:
     folder = _model_folder(config)
     rank = int(os.environ.get("RANK", "0"))
     device = local_device()
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(usable_cores())  # torch knows the affinity mask, but not a container's quota
     return Inputs(
         config=config,
         plan=plan,

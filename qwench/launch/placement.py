@@ -34,6 +34,7 @@ from qwench.launch.inputs import Inputs, read_inputs
 from qwench.launch.trainer import build_learner
 from qwench.observability.log import open_process_log
 from qwench.observability.timing import PhaseTimer
+from qwench.threads import usable_cores, waiting_defaults
 from qwench.training.learner import Learner
 from qwench.wire.addresses import Placement, gpu_names, host_name
 
@@ -108,6 +109,8 @@ class LocalProcesses:
         config = self._inputs.config
         trainers = trainer_environment(config.cluster, config.parallel, config.training, {})
         environ = engine_environment(os.environ, trainers)
+        if not gpu_ids:  # the servers share this machine's cores
+            environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // self._inputs.plan.devices.num_engines)))
         return ServerProcess(make(gpu_ids=gpu_ids, environ=environ, host=LOOPBACK), placement=placement)
 
 
@@ -127,7 +130,7 @@ def open_processes(inputs: Inputs, started: ExitStack) -> Processes:
         raise ConfigError("--launcher ray needs Ray, which is not installed; pip install 'qwench[ray]'.")
     from qwench.cluster.ray import RayCluster  # noqa: PLC0415  # Ray is optional
 
-    environ = trainer_environment(config.cluster, config.parallel, config.training, {})
+    environ = {**waiting_defaults({}), **trainer_environment(config.cluster, config.parallel, config.training, {})}
     with inputs.console.phase("start actors"):
         cluster = RayCluster(
             address=os.environ.get("RAY_ADDRESS"), environ={name: os.environ.get(name, text) for name, text in environ.items()}

@@ -12,7 +12,6 @@ question it is needed for.
 from __future__ import annotations
 
 import asyncio
-import os
 import queue
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from qwench.rewards.remote import RemoteReward, check_reachable
 from qwench.rewards.scores import pick_score
 from qwench.rewards.worker_process import WorkerDiedError, WorkerLateError, WorkerProcess
 from qwench.samples import Sample, Verdict
+from qwench.threads import usable_cores
 
 _MAX_DEFAULT_WORKERS = 16
 
@@ -41,7 +41,7 @@ class RewardPool:
             ConfigError: see `check_reward`.
         """
         check_reward(reward)
-        num_workers = reward.reward_num_workers or min(_MAX_DEFAULT_WORKERS, max(1, (os.cpu_count() or 1) - 1))
+        num_workers = reward.reward_num_workers or min(_MAX_DEFAULT_WORKERS, max(1, usable_cores() - 1))
         self._reward, self._timeout_s = reward, reward.reward_timeout_s
         self._custom = _custom_reward(reward, num_workers)
         self._remote = RemoteReward(reward.rm_url, key=reward.reward_key) if reward.rm_url else None
