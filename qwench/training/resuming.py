@@ -1,4 +1,6 @@
-"""Tensors in folders of torch.distributed.checkpoint, the same for every training backend.
+"""Tensors in folders of torch.distributed.checkpoint, and states of generators, the same for every training backend.
+
+`folder/rng.pt` holds the states of torch's generators.
 
 Each rank notes the CRC-32 of what it wrote (`checkpoints.manifest`). Reading runs no code of the folder: its metadata is
 unpickled with the classes of the format alone, and only tensors are read.
@@ -10,6 +12,7 @@ from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -90,6 +93,27 @@ def open_saved_optimizer(folder: Path, model: Architecture) -> OptimizerState:
 def saved_without_optimizer(folder: Path) -> CheckpointError:
     """Return the error that says so."""
     return CheckpointError(f"{folder} was saved without its optimizer; pass --no-load-optim to start with a fresh one.")
+
+
+def save_rng(folder: Path) -> None:
+    """Write the state of torch's generators; by one rank."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    torch.save({"cpu": torch.get_rng_state(), "cuda": devices}, folder / "rng.pt")
+
+
+def load_rng(folder: Path) -> None:
+    """Set torch's generators as they were; device generators only where as many devices are there.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        states = torch.load(folder / "rng.pt", weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"cannot read {folder / 'rng.pt'} ({error}); pass --no-load-rng to go without.") from error
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
 
 
 def _reason(error: BaseException) -> str:

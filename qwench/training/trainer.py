@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from qwench.algorithms.columns import LossFunction, MicroBatch
+from qwench.algorithms.columns import LossFunction, MicroBatch, TokenLoss
 from qwench.errors import TrainingError
 from qwench.training.offload import HostCopy
+from qwench.training.process_group import largest_of_ranks
 from qwench.wire.portions import WeightBucket
 
 
@@ -65,17 +67,6 @@ class ParallelRank:
     """World size: DP x TP x PP x CP."""
     is_main: bool = True
     """True on the one rank that logs and writes single files."""
-
-
-def stop_unless_finite(loss: float, grad_norm: float, *, step: int, drop_gradients: Callable[[], None]) -> None:
-    """Drop the gradients and raise TrainingError unless both numbers, equal on every rank, are finite."""
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    drop_gradients()
-    raise TrainingError(
-        f"optimizer step {step} has the loss {loss} and the gradient norm {grad_norm}; nothing was updated. Look for "
-        "non-finite log-probs or advantages in the rollout, or lower --lr."
-    )
 
 
 class Scorer(Protocol):
@@ -155,3 +146,99 @@ class Trainer(Scorer, Protocol):
     def wake(self) -> None:
         """Undo `sleep`."""
         ...
+
+
+class StepOptimizer(Protocol):
+    """Updates the masters of one rank; its methods are collective."""
+
+    num_steps: int
+
+    def grad_norm(self) -> float:
+        """Return the norm of the whole gradient, before clipping."""
+        ...
+
+    def step(self, grad_norm: float) -> list[float]:
+        """Clip by `grad_norm`, update, drop the gradients, and return the learning rate of each parameter group."""
+        ...
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients."""
+        ...
+
+
+class BackendTrainer:
+    """What the backends share: the sums of a step, the update, and the collectives over ranks."""
+
+    def __init__(
+        self,
+        optimizer: StepOptimizer,
+        *,
+        parallel: ParallelRank,
+        device: torch.device,
+        dp_group: dist.ProcessGroup | None,
+    ) -> None:
+        """Keep the parts; `dp_group` holds the data-parallel ranks."""
+        self.parallel = parallel
+        self.device = device
+        self._optimizer = optimizer
+        self._dp_group = dp_group
+        self._asleep: HostCopy | None = None
+
+    def optim_step(self, sums: Sums) -> StepResult:
+        """Update by the summed gradients. See `Trainer`."""
+        grad_norm = self._optimizer.grad_norm()
+        if not (math.isfinite(sums.loss) and math.isfinite(grad_norm)):  # both are equal on every rank
+            self._optimizer.drop_gradients()
+            raise TrainingError(
+                f"optimizer step {self._optimizer.num_steps} has the loss {sums.loss} and the gradient norm {grad_norm}; "
+                "nothing was updated. Look for non-finite log-probs or advantages in the rollout, or lower --lr."
+            )
+        learning_rates = self._optimizer.step(grad_norm)
+        return StepResult(loss=sums.loss, grad_norm=grad_norm, learning_rates=learning_rates, metrics=sums.metrics)
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Return the sum over the data-parallel ranks, on the device of `values`."""
+        total = values.clone()
+        dist.all_reduce(total, group=self._dp_group)
+        return total
+
+    def max_over_ranks(self, value: float) -> float:
+        """Return the largest of all ranks' values."""
+        return largest_of_ranks(value, self.device)
+
+    def wake(self) -> None:
+        """Undo `sleep`. An awake trainer stays as it is."""
+        if self._asleep is not None:
+            self._asleep.restore()
+            self._asleep = None
+
+    def _sum_over_step(self, contributions: Sequence[TokenLoss]) -> Sums:
+        """Add loss and metrics over micro-batches and data-parallel ranks, and find the peaks.
+
+        Args:
+            contributions: of this rank's micro-batches; none on a pipeline stage without the head.
+        """
+        first = contributions[0] if contributions else None
+        names = self._names_on_last_stage(sorted(first.metrics) if first else [])
+        peaks = self._names_on_last_stage(sorted(first.peaks) if first else [])
+        sums = torch.zeros(1 + len(names), dtype=torch.float64, device=self.device)
+        if contributions:
+            rows = [torch.stack([c.loss, *(c.metrics[name] for name in names)]) for c in contributions]
+            sums = torch.stack(rows).double().sum(0)
+        loss_sum, *metrics = self._values_on_last_stage(self.all_reduce_sum(sums)).tolist()
+        found = dict(zip(names, metrics, strict=True))
+        for name in peaks:
+            own = [contribution.peaks[name] for contribution in contributions]
+            found[name] = self.max_over_ranks(float(torch.stack(own).max()) if own else 0.0)
+        return Sums(loss=loss_sum, metrics=found)
+
+    def _names_on_last_stage(self, names: list[str]) -> list[str]:
+        """Return the names that the last pipeline stage holds; collective. Without a pipeline each rank is the last stage."""
+        return names
+
+    def _values_on_last_stage(self, values: Tensor) -> Tensor:
+        """Return the values that the last pipeline stage holds; collective."""
+        return values
+
+    def _assert_awake(self) -> None:
+        assert self._asleep is None, "wake() comes first"

@@ -3,7 +3,7 @@
     folder/model/         float32 masters by Hugging Face name      torch.distributed.checkpoint
     folder/optimizer/     moments, `<name>.exp_avg[_sq]`            torch.distributed.checkpoint
     folder/lr_scheduler/  number of optimizer steps done            torch.distributed.checkpoint
-    folder/rng.pt         generators of the host and the devices    `training.rng`, by the main rank
+    folder/rng.pt         generators of the host and the devices    by the main rank
 
 Learning rate and the constants of AdamW are not stored: they come from the flags of the run that resumes.
 """

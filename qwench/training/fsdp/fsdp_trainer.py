@@ -23,23 +23,23 @@ from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.models.hf import architecture_of, load_hf_config
 from qwench.models.memory import WHOLE_GRADIENT_BYTES
-from qwench.training import rng
 from qwench.training.fsdp import checkpoint
 from qwench.training.fsdp.attention import install_attention
 from qwench.training.fsdp.conversion import fill_shards, is_foreign, load_causal_lm, load_converted
 from qwench.training.fsdp.direct import DirectPolicy, can_be_direct
-from qwench.training.fsdp.mesh import build_mesh
 from qwench.training.fsdp.optimizer import MasterOptimizer, local_shard
-from qwench.training.fsdp.parallelize import MASTER_DTYPE, parallelize
+from qwench.training.fsdp.parallelize import MASTER_DTYPE, build_mesh, parallelize
 from qwench.training.fsdp.policy import Policy
 from qwench.training.offload import HostCopy
-from qwench.training.process_group import largest_of_ranks
-from qwench.training.trainer import ParallelRank, Scores, StepResult, Sums, stop_unless_finite
+from qwench.training.resuming import load_rng, save_rng
+from qwench.training.trainer import BackendTrainer, ParallelRank, Scores, Sums
 from qwench.wire.portions import WeightBucket, bucketed
 
 
-class FsdpTrainer:
+class FsdpTrainer(BackendTrainer):
     """See the module docstring. Life: build -> (forward | forward_backward, optim_step | ...)*; sleep -> wake in between."""
+
+    _optimizer: MasterOptimizer
 
     def __init__(
         self,
@@ -52,17 +52,14 @@ class FsdpTrainer:
         whole_gradient_bytes: int,
     ) -> None:
         """Take a policy that is placed on `mesh` already; use `build`."""
-        self.device = device
         rank, size = dist.get_rank(), dist.get_world_size()
-        self.parallel = ParallelRank(dp_rank=rank, dp_size=size, num_ranks=size, is_main=rank == 0)
+        parallel = ParallelRank(dp_rank=rank, dp_size=size, num_ranks=size, is_main=rank == 0)
+        super().__init__(optimizer, parallel=parallel, device=device, dp_group=dist.group.WORLD)
         self._policy = policy
-        self._optimizer = optimizer
         self._param_dtype = param_dtype
         self._weights = policy.named_weights()
         whole_bytes = sum(weight.numel() for weight in self._weights.values()) * MASTER_DTYPE.itemsize
         self._reduces_every_micro_batch = mesh["dp_shard"].size() > 1 and whole_bytes > whole_gradient_bytes
-        self._dp_group = dist.group.WORLD
-        self._asleep: HostCopy | None = None
 
     @classmethod
     def build(
@@ -147,13 +144,6 @@ class FsdpTrainer:
             after_each()
         return self._sum_over_step(contributions)
 
-    def optim_step(self, sums: Sums) -> StepResult:
-        """Update by the summed gradients. See `Trainer`."""
-        grad_norm = float(self._optimizer.grad_norm())
-        stop_unless_finite(sums.loss, grad_norm, step=self._optimizer.num_steps, drop_gradients=self._optimizer.drop_gradients)
-        learning_rates = self._optimizer.step(grad_norm)
-        return StepResult(loss=sums.loss, grad_norm=grad_norm, learning_rates=learning_rates, metrics=sums.metrics)
-
     def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
         """Return buckets of at most `bucket_bytes` (or one larger tensor), gathered as they are asked for; collective."""
         self._assert_awake()
@@ -172,16 +162,6 @@ class FsdpTrainer:
         self._assert_awake()
         return HostCopy(self._shards(), dtype=self._param_dtype)
 
-    def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Return the sum over the data-parallel ranks, on the device of `values`."""
-        total = values.clone()
-        dist.all_reduce(total, group=self._dp_group)
-        return total
-
-    def max_over_ranks(self, value: float) -> float:
-        """Return the largest of all ranks' values."""
-        return largest_of_ranks(value, self.device)
-
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Write the layout described in `checkpoint`; collective."""
         self._assert_awake()
@@ -189,7 +169,7 @@ class FsdpTrainer:
         if with_optimizer:
             checkpoint.save_optimizer(folder, self._optimizer)
         if self.parallel.is_main:
-            rng.save_rng(folder)
+            save_rng(folder)
         dist.barrier(group=self._dp_group)  # no rank reports a saved checkpoint that the main rank is still writing
 
     def save_held_weights(self, folder: Path) -> None:
@@ -211,7 +191,7 @@ class FsdpTrainer:
             if not weights_only:
                 checkpoint.load_optimizer(folder, self._optimizer)
         if with_rng and not weights_only:
-            rng.load_rng(folder)
+            load_rng(folder)
 
     def sleep(self) -> None:
         """Move masters, moments and weights to the host; on a CPU there is nowhere to move them, and nothing happens."""
@@ -226,28 +206,8 @@ class FsdpTrainer:
         self._asleep.release()
         torch.cuda.empty_cache()
 
-    def wake(self) -> None:
-        """Undo `sleep`; harmless when awake."""
-        if self._asleep is None:
-            return
-        self._asleep.restore()
-        self._asleep = None
-
-    def _sum_over_step(self, contributions: Sequence[TokenLoss]) -> Sums:
-        """Add loss and metrics over micro-batches and ranks, and find the peaks."""
-        names, peaks = sorted(contributions[0].metrics), sorted(contributions[0].peaks)
-        rows = [torch.stack([c.loss, *(c.metrics[name] for name in names)]) for c in contributions]
-        loss_sum, *metrics = self.all_reduce_sum(torch.stack(rows).double().sum(0)).tolist()
-        found = dict(zip(names, metrics, strict=True))
-        for name in peaks:
-            found[name] = self.max_over_ranks(float(torch.stack([c.peaks[name] for c in contributions]).max()))
-        return Sums(loss=loss_sum, metrics=found)
-
     def _shards(self) -> list[Tensor]:
         return [local_shard(weight) for weight in self._weights.values()]
-
-    def _assert_awake(self) -> None:
-        assert self._asleep is None, "wake() comes first"
 
 
 def _place(

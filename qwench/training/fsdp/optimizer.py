@@ -48,11 +48,11 @@ class MasterOptimizer:
         groups = [{"params": decayed, "weight_decay": section.weight_decay}, {"params": kept, "weight_decay": 0.0}]
         self._adam = HostAdam.from_section([group for group in groups if group["params"]], section)
 
-    def grad_norm(self) -> Tensor:
-        """Return the norm [] float32 of the whole gradient, on the device; collective over the shards."""
+    def grad_norm(self) -> float:
+        """Return the norm of the whole gradient, before clipping; collective over the shards."""
         squares = get_total_norm(self._gradients.local()).square()
         dist.all_reduce(squares, group=self._shard_group)
-        return squares.sqrt()
+        return float(squares.sqrt())
 
     def step(self, grad_norm: float) -> list[float]:
         """Clip by `grad_norm`, update, drop the gradients, and return the learning rate of each parameter group."""

@@ -26,7 +26,6 @@ from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, load_hf_config
-from qwench.training import rng
 from qwench.training.megatron import checkpoint, pipeline
 from qwench.training.megatron.groups import join_groups
 from qwench.training.megatron.model import (
@@ -42,14 +41,15 @@ from qwench.training.megatron.platform import check_platform, check_transformer_
 from qwench.training.megatron.stages import TensorPlace
 from qwench.training.megatron.weights import WholeWeights
 from qwench.training.offload import HostCopy
-from qwench.training.process_group import largest_of_ranks
-from qwench.training.resuming import open_saved_optimizer
-from qwench.training.trainer import ParallelRank, Scores, StepResult, Sums, stop_unless_finite
+from qwench.training.resuming import load_rng, open_saved_optimizer, save_rng
+from qwench.training.trainer import BackendTrainer, ParallelRank, Scores, Sums
 from qwench.wire.portions import WeightBucket, bucketed
 
 
-class MegatronTrainer:
+class MegatronTrainer(BackendTrainer):
     """See the module docstring. Life: build -> (forward | forward_backward, optim_step | ...)*; sleep -> wake in between."""
+
+    _optimizer: MasterOptimizer
 
     def __init__(
         self,
@@ -63,20 +63,21 @@ class MegatronTrainer:
         total_steps: int,
     ) -> None:
         """Take a stage that has its weights; use `build`."""
-        self.device = device
-        self.parallel = parallel
+        self._ddp: DistributedDataParallel = wrap_in_ddp(model)
+        super().__init__(
+            MasterOptimizer(self._ddp, optimizer, total_steps=total_steps),
+            parallel=parallel,
+            device=device,
+            dp_group=parallel_state.get_data_parallel_group(),
+        )
         self._config = config
         self._layout = layout
         self._place = TensorPlace(model=config, tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=layout.tp)
         self._model = model
-        self._ddp: DistributedDataParallel = wrap_in_ddp(model)
-        self._optimizer = MasterOptimizer(self._ddp, optimizer, total_steps=total_steps)
         self._weights = local_parameters(model, config)
         # With tied embeddings, the last of several stages computes with a copy of the first one's.
         self._loaded = [*self._weights, *tied_head(model, config)]
         self._whole = WholeWeights(self._weights, config)
-        self._dp_group = parallel_state.get_data_parallel_group()
-        self._asleep: HostCopy | None = None
 
     @classmethod
     def build(
@@ -156,13 +157,6 @@ class MegatronTrainer:
         )
         return self._sum_over_step(contributions)
 
-    def optim_step(self, sums: Sums) -> StepResult:
-        """Update by the summed gradients. See `Trainer`."""
-        grad_norm = self._optimizer.grad_norm()
-        stop_unless_finite(sums.loss, grad_norm, step=self._optimizer.num_steps, drop_gradients=self._optimizer.drop_gradients)
-        learning_rates = self._optimizer.step(grad_norm)
-        return StepResult(loss=sums.loss, grad_norm=grad_norm, learning_rates=learning_rates, metrics=sums.metrics)
-
     def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
         """Return buckets of at most `bucket_bytes` (or one larger tensor), gathered as they are asked for; collective."""
         self._assert_awake()
@@ -177,23 +171,13 @@ class MegatronTrainer:
         self._assert_awake()
         return HostCopy(self._weight_buffers())
 
-    def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Return the sum over the data-parallel ranks, on the device of `values`."""
-        total = values.clone()
-        dist.all_reduce(total, group=self._dp_group)
-        return total
-
-    def max_over_ranks(self, value: float) -> float:
-        """Return the largest of all ranks' values."""
-        return largest_of_ranks(value, self.device)
-
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Write the layout described in `checkpoint`; collective."""
         self._assert_awake()
         optimizer = self._optimizer if with_optimizer else None
         checkpoint.save(folder, self._weights, optimizer, self._place, is_main=self.parallel.is_main)
         if self.parallel.is_main:
-            rng.save_rng(folder)
+            save_rng(folder)
         dist.barrier()  # of all ranks: no rank reports a saved checkpoint that the main rank is still writing
 
     def save_held_weights(self, folder: Path) -> None:
@@ -225,7 +209,7 @@ class MegatronTrainer:
         else:
             checkpoint.convert_state(state, self._loaded, self._optimizer, self._place)
         if with_rng:
-            rng.load_rng(folder)
+            load_rng(folder)
 
     def sleep(self) -> None:
         """Move weights, masters and moments to the host; on a CPU there is nowhere to move them, and nothing happens."""
@@ -239,35 +223,22 @@ class MegatronTrainer:
         torch.cuda.empty_cache()
 
     def wake(self) -> None:
-        """Undo `sleep`; harmless when awake."""
+        """Undo `sleep`. An awake trainer stays as it is."""
         if self._asleep is None:
             return
-        self._asleep.restore()
+        super().wake()
         for buffer in self._gradient_buffers():
             buffer.untyped_storage().resize_(buffer.numel() * buffer.itemsize)
-        self._asleep = None
         self._optimizer.drop_gradients()
 
-    def _sum_over_step(self, contributions: Sequence[TokenLoss]) -> Sums:
-        """Add loss and metrics over micro-batches and data-parallel ranks, find the peaks, and tell every stage."""
-        first = contributions[0] if contributions else None
-        names = pipeline.broadcast_names_from_last_stage(sorted(first.metrics) if first else ())
-        peaks = pipeline.broadcast_names_from_last_stage(sorted(first.peaks) if first else ())
-        sums = torch.zeros(1 + len(names), dtype=torch.float64, device=self.device)
-        for contribution in contributions:
-            sums += torch.stack([contribution.loss, *(contribution.metrics[name] for name in names)]).double()
-        loss_sum, *metrics = pipeline.broadcast_from_last_stage(self.all_reduce_sum(sums)).tolist()
-        found = dict(zip(names, metrics, strict=True))
-        for name in peaks:
-            own = [contribution.peaks[name] for contribution in contributions]
-            found[name] = self.max_over_ranks(float(torch.stack(own).max()) if own else 0.0)
-        return Sums(loss=loss_sum, metrics=found)
+    def _names_on_last_stage(self, names: list[str]) -> list[str]:
+        return pipeline.broadcast_names_from_last_stage(names)
+
+    def _values_on_last_stage(self, values: Tensor) -> Tensor:
+        return pipeline.broadcast_from_last_stage(values)
 
     def _weight_buffers(self) -> list[Tensor]:
         return [buffer.param_data for buffer in self._ddp.buffers]
 
     def _gradient_buffers(self) -> list[Tensor]:
         return [buffer.grad_data for buffer in self._ddp.buffers]
-
-    def _assert_awake(self) -> None:
-        assert self._asleep is None, "wake() comes first"

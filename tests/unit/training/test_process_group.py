@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from qwench.training.fsdp.mesh import build_mesh
+from qwench.training.fsdp.parallelize import build_mesh
 from qwench.training.process_group import init_process_group
 from tests.deadlines import patient
 

@@ -10,8 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from qwench.algorithms.columns import RolloutBatch
 from qwench.training.batch import pack
 from qwench.training.fsdp.attention import install_attention
-from qwench.training.fsdp.mesh import build_mesh
-from qwench.training.fsdp.parallelize import parallelize
+from qwench.training.fsdp.parallelize import build_mesh, parallelize
 from qwench.training.fsdp.policy import Policy
 from qwench.training.process_group import init_process_group
 from tests.deadlines import patient
