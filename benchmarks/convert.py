@@ -26,7 +26,7 @@ from pathlib import Path
 from qwench.checkpoints.convert import Conversion, Converter, Ranks
 from qwench.checkpoints.formats.sources import Format, find_checkpoint
 from qwench.models.hf import load_hf_config
-from qwench.models.made.tiny import make_checkpoint
+from qwench.models.made.qwen3 import make_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
 
 CONVERSIONS: tuple[tuple[Format, Format], ...] = (

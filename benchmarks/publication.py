@@ -32,7 +32,7 @@ from qwench.engines.fleet.servers import ServerProcess, server_environ
 from qwench.engines.kinds.embedded import embedded_command
 from qwench.engines.kinds.kind import ServerOrder
 from qwench.models.hf import load_hf_config
-from qwench.models.made.tiny import make_checkpoint
+from qwench.models.made.qwen3 import make_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.local import QuantizedWeights, send_alias, send_copies
@@ -169,7 +169,7 @@ def to_a_server(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--size", action="append", help="name of a size (qwench.models.registry); may be repeated")
+    parser.add_argument("--size", action="append", help="name of a size (qwench.models.made.qwen3); may be repeated")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bucket-bytes", type=int, default=512 * 1024**2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -42,9 +42,8 @@ from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.data.packing import pack_by_tokens
 from qwench.models.hf import architecture_of, load_hf_config
-from qwench.models.made.tiny import random_weights
+from qwench.models.made.qwen3 import find_size, random_weights
 from qwench.models.memory import SequenceCost
-from qwench.models.registry import find_size
 from qwench.training.batch import pack
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.process_group import init_process_group

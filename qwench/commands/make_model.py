@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.sections.verbs import MakeModelConfig
-from qwench.models.made.tiny import make_checkpoint
+from qwench.models.made.qwen3 import make_checkpoint
 from qwench.models.made.tokenizers import build_qwen_tokenizer, build_small_tokenizer
 
 

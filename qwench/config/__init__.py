@@ -16,8 +16,8 @@ from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.parallel import ParallelConfig
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
-from qwench.config.sections.serve import ServeConfig, ServerConfig
 from qwench.config.sections.training import TrainingConfig
+from qwench.config.sections.verbs import ServeConfig, ServerConfig
 
 __all__ = [
     "AlgorithmConfig",

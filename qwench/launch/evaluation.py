@@ -12,7 +12,7 @@ import orjson
 
 from qwench.config import Config, RolloutConfig, RunPlan
 from qwench.config.report import flag_values
-from qwench.config.sections.serve import ServeConfig
+from qwench.config.sections.verbs import ServeConfig
 from qwench.engines.embedded.http.serving import serve as serve_engine
 from qwench.errors import ConfigError
 from qwench.files import is_occupied, write_atomically

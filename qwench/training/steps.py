@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qwench.algorithms.columns import MicroBatch, RolloutBatch
-from qwench.data.balance import balance
-from qwench.data.packing import Bin, deal, pack_by_count, pack_by_tokens
+from qwench.data.packing import Bin, balance, deal, pack_by_count, pack_by_tokens
 from qwench.errors import TrainingError
 from qwench.models.memory import SequenceCost
 from qwench.training.batch import idle, pack

@@ -15,8 +15,8 @@ from qwench.config.command_line.argv import split_words
 from qwench.config.command_line.parse import parse_sft, parse_train
 from qwench.config.model_flags import check_model_flags
 from qwench.models.hf import architecture_of, load_hf_config
+from qwench.models.made.qwen3 import find_size
 from qwench.models.made.tokenizers import build_small_tokenizer
-from qwench.models.registry import find_size
 from tests.contract.recipes import RUN_QWEN3_4B, RUN_QWEN3_4B_BASE_SFT, RUN_QWEN3_32B
 from tests.deadlines import patient
 

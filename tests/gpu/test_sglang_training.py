@@ -22,7 +22,7 @@ from qwench.engines.client import HttpEngine
 from qwench.engines.fleet.servers import ServerProcess
 from qwench.engines.kinds.sglang import sglang_command
 from qwench.engines.protocol import GenerateRequest, GenerateResult, MemoryTag
-from qwench.models.made.tiny import make_checkpoint
+from qwench.models.made.qwen3 import make_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.training.batch import pack
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer

@@ -6,7 +6,7 @@ import pytest
 
 from qwench import __version__, cli
 from qwench.errors import ConfigError, EngineError
-from qwench.models.made.tiny import make_checkpoint
+from qwench.models.made.qwen3 import make_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
 
 

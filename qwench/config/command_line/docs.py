@@ -12,7 +12,7 @@ from qwench.config.command_line.compat import EMBEDDED_ALIASES, IMPORT_PATHS, NE
 from qwench.config.command_line.flags import Flag, flag_table
 from qwench.config.command_line.parse import EVAL_DEFAULTS, SFT_DEFAULTS
 from qwench.config.config import Config
-from qwench.config.sections.serve import ServeConfig
+from qwench.config.sections.verbs import ServeConfig
 from qwench.config.values import format_value, metavar
 
 _INTRODUCTION = """\

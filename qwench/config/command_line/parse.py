@@ -15,7 +15,7 @@ from qwench.config.command_line.argv import Given, Occurrence, sort_flags, split
 from qwench.config.command_line.flags import Flag, flag_name, flag_table
 from qwench.config.command_line.help import help_text
 from qwench.config.config import Config
-from qwench.config.sections.serve import ServeConfig
+from qwench.config.sections.verbs import ServeConfig
 from qwench.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")

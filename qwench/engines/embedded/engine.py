@@ -21,16 +21,14 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from qwench.engines.embedded.compute.in_flight import InFlight, Sampled
 from qwench.engines.embedded.compute.parameters import list_parameters
-from qwench.engines.embedded.compute.runner import Runner
+from qwench.engines.embedded.compute.runner import InFlight, Runner, Sampled
 from qwench.engines.embedded.compute.weights import WeightStore, read_safetensors
 from qwench.engines.embedded.pipeline import StepPipeline, Worker
 from qwench.engines.embedded.scheduling.admission import Admission, eos_ids_of
-from qwench.engines.embedded.scheduling.counters import count_step
 from qwench.engines.embedded.scheduling.kv_cache import PagePool
 from qwench.engines.embedded.scheduling.request import RunningRequest
-from qwench.engines.embedded.scheduling.scheduler import Scheduler
+from qwench.engines.embedded.scheduling.scheduler import Scheduler, count_step
 from qwench.engines.embedded.scheduling.stopping import update_finish
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.protocol import (

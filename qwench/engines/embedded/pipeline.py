@@ -14,8 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from qwench.engines.embedded.compute.in_flight import InFlight, Sampled
-from qwench.engines.embedded.compute.runner import Runner
+from qwench.engines.embedded.compute.runner import InFlight, Runner, Sampled
 from qwench.engines.embedded.scheduling.scheduler import Scheduler, StepPlan
 
 Result = TypeVar("Result")

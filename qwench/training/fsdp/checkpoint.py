@@ -1,4 +1,4 @@
-"""Sharded checkpoints that any number of ranks can read.
+"""Sharded checkpoints that any number of ranks can read, and checkpoints that another backend wrote.
 
     folder/model/         float32 masters by Hugging Face name      torch.distributed.checkpoint
     folder/optimizer/     moments, `<name>.exp_avg[_sq]`            torch.distributed.checkpoint
@@ -6,6 +6,7 @@
     folder/rng.pt         generators of the host and the devices    by the main rank
 
 Learning rate and the constants of AdamW are not stored: they come from the flags of the run that resumes.
+A checkpoint of another backend is read one tensor at a time; each rank keeps its part.
 """
 
 from __future__ import annotations
@@ -15,19 +16,27 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+# The public way to place a host tensor in a DTensor sends the whole tensor to every rank's device first.
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import PretrainedConfig, PreTrainedModel
+
+from qwench.checkpoints.formats.sources import WeightSource, find_checkpoint, find_format, open_weights
+from qwench.checkpoints.formats.torch_dist import CONFIG_FILE
+from qwench.models.hf import architecture_of, load_hf_config, load_model, model_of
 from qwench.training.fsdp.optimizer import MasterOptimizer
-from qwench.training.resuming import load_in_place, save_tensors, saved_without_optimizer
+from qwench.training.resuming import load_in_place, open_saved_optimizer, save_tensors, saved_without_optimizer
 
 _NUM_STEPS = "num_steps"
 
 
-def save_model(folder: Path, weights: Mapping[str, Tensor]) -> None:
+def save_masters(folder: Path, weights: Mapping[str, Tensor]) -> None:
     """Write masters, or the weights of a reference; collective."""
     save_tensors(folder / "model", {name: weight.detach() for name, weight in weights.items()})
 
 
-def load_model(folder: Path, optimizer: MasterOptimizer) -> None:
+def load_masters(folder: Path, optimizer: MasterOptimizer) -> None:
     """Read the masters, however they are sharded, and set the weights to them; collective."""
     load_in_place(folder / "model", optimizer.masters())
     optimizer.round_masters()
@@ -48,3 +57,63 @@ def load_optimizer(folder: Path, optimizer: MasterOptimizer) -> None:
     optimizer.reset(int(counter[_NUM_STEPS]))
     if optimizer.num_steps:
         load_in_place(folder / "optimizer", optimizer.moments())
+
+
+def is_foreign(folder: Path) -> bool:
+    """Tell whether something else than this backend wrote the checkpoint: Megatron, or Hugging Face."""
+    return any((folder / name).is_file() for name in (CONFIG_FILE, "config.json"))
+
+
+def load_causal_lm(folder: Path, config: PretrainedConfig) -> tuple[PreTrainedModel, WeightSource | None]:
+    """Load the model of a checkpoint of any format on the host, in the dtype that it is stored in.
+
+    Hugging Face's weights are mapped from their files. Those of other formats would be in the memory of every rank: the model
+    comes without them, in shapes that take none, and with the source that `fill_shards` reads each rank's part of.
+
+    Raises:
+        ConfigError: it is of another model.
+        CheckpointError: files are missing or damaged.
+    """
+    folder = find_checkpoint(folder)
+    if find_format(folder) == "hf":
+        stored = load_hf_config(folder).dtype
+        return load_model(folder, dtype=stored if isinstance(stored, torch.dtype) else torch.float32), None
+    source = open_weights(folder, architecture_of(config))
+    dtype = next(iter(source.specs.values())).dtype
+    shapes = {name: torch.zeros((), dtype=dtype).expand(spec.shape) for name, spec in source.specs.items()}
+    return model_of(config, shapes, dtype=dtype), source
+
+
+@torch.no_grad()
+def fill_shards(weights: Mapping[str, Tensor], source: WeightSource) -> None:
+    """Read this rank's part of every weight; local, one whole tensor at a time."""
+    _fill(weights, source)
+
+
+def load_converted(folder: Path, optimizer: MasterOptimizer, config: PretrainedConfig, *, weights_only: bool) -> None:
+    """Read masters and, unless told otherwise, moments and step count of a checkpoint of any format; local.
+
+    Raises:
+        CheckpointError: files are missing or damaged.
+        ConfigError: it is of another model.
+    """
+    model = architecture_of(config)
+    weights = open_weights(folder, model)
+    state = None if weights_only else open_saved_optimizer(folder, model)
+    _fill(optimizer.masters(), weights if state is None else state.masters)
+    optimizer.round_masters()
+    if state is not None:
+        optimizer.reset(state.num_steps)
+        for moment, source in state.moments.items():
+            _fill(optimizer.moments(), source, suffix=f".{moment}")
+
+
+def _fill(tensors: Mapping[str, Tensor], source: WeightSource, *, suffix: str = "") -> None:
+    """Copy this rank's part of every tensor whose name ends in `suffix`."""
+    for name, tensor in tensors.items():
+        if not name.endswith(suffix):
+            continue
+        assert isinstance(tensor, DTensor), "FSDP2 holds every weight as a DTensor outside of forward and backward"
+        sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        region = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+        tensor.to_local().copy_(source.read(name.removesuffix(suffix))[region])

@@ -25,7 +25,7 @@ from qwench.models.hf import architecture_of, load_hf_config
 from qwench.models.memory import WHOLE_GRADIENT_BYTES
 from qwench.training.fsdp import checkpoint
 from qwench.training.fsdp.attention import install_attention
-from qwench.training.fsdp.conversion import fill_shards, is_foreign, load_causal_lm, load_converted
+from qwench.training.fsdp.checkpoint import fill_shards, is_foreign, load_causal_lm, load_converted
 from qwench.training.fsdp.direct import DirectPolicy, can_be_direct
 from qwench.training.fsdp.optimizer import MasterOptimizer, local_shard
 from qwench.training.fsdp.parallelize import MASTER_DTYPE, build_mesh, parallelize
@@ -165,7 +165,7 @@ class FsdpTrainer(BackendTrainer):
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Write the layout described in `checkpoint`; collective."""
         self._assert_awake()
-        checkpoint.save_model(folder, self._optimizer.masters())
+        checkpoint.save_masters(folder, self._optimizer.masters())
         if with_optimizer:
             checkpoint.save_optimizer(folder, self._optimizer)
         if self.parallel.is_main:
@@ -175,7 +175,7 @@ class FsdpTrainer(BackendTrainer):
     def save_held_weights(self, folder: Path) -> None:
         """Write the shards as they are, not the masters on the host; collective."""
         self._assert_awake()
-        checkpoint.save_model(folder, self._weights)
+        checkpoint.save_masters(folder, self._weights)
 
     def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
         """Read what `save` wrote, here with any number of ranks or in the Megatron backend; collective.
@@ -187,7 +187,7 @@ class FsdpTrainer(BackendTrainer):
         if is_foreign(folder):
             load_converted(folder, self._optimizer, self._policy.causal_lm.config, weights_only=weights_only)
         else:
-            checkpoint.load_model(folder, self._optimizer)
+            checkpoint.load_masters(folder, self._optimizer)
             if not weights_only:
                 checkpoint.load_optimizer(folder, self._optimizer)
         if with_rng and not weights_only:

@@ -5,7 +5,7 @@
     folder/common.pt                 what is no tensor: step count, parameter groups
     folder/rng.pt                    generators of the host and the devices, by the main rank
 
-Each rank writes the rectangles it owns (`placement`), with torch.distributed.checkpoint itself: megatron-core's own writer
+Each rank writes the rectangles it owns (`tensor_place`), with torch.distributed.checkpoint itself: megatron-core's own writer
 starts processes, and its versions differ in where they put what is no tensor. megatron-core reads what is written here.
 """
 
@@ -25,7 +25,7 @@ from qwench.checkpoints.formats.sources import OptimizerState, find_format
 from qwench.checkpoints.formats.torch_dist import extra_states, write_common_files
 from qwench.models.megatron_names import WeightRule, to_megatron, tp_shard
 from qwench.training.megatron.optimizer import MasterOptimizer
-from qwench.training.megatron.stages import TensorPlace
+from qwench.training.megatron.tensor_place import TensorPlace
 from qwench.training.optimizers.adam import MASTER, MOMENTS
 from qwench.training.resuming import load_in_place, save_tensors
 

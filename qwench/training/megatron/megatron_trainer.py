@@ -38,7 +38,7 @@ from qwench.training.megatron.model import (
 )
 from qwench.training.megatron.optimizer import MasterOptimizer, wrap_in_ddp
 from qwench.training.megatron.platform import check_platform, check_transformer_impl
-from qwench.training.megatron.stages import TensorPlace
+from qwench.training.megatron.tensor_place import TensorPlace
 from qwench.training.megatron.weights import WholeWeights
 from qwench.training.offload import HostCopy
 from qwench.training.resuming import load_rng, open_saved_optimizer, save_rng

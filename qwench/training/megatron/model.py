@@ -26,11 +26,10 @@ from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture, refuse_output_biases
 from qwench.models.megatron_names import WeightRule, rules, to_megatron, tp_shard
-from qwench.training.megatron.attention import PackedTokens, uses_varlen_kernel
 from qwench.training.megatron.context_parallel import SequenceSplit, gather_results, split_sequences
 from qwench.training.megatron.groups import is_first_stage, is_last_stage
+from qwench.training.megatron.layers import PackedTokens, block_spec, uses_varlen_kernel
 from qwench.training.megatron.log_probs import VocabShard, parallel_log_probs
-from qwench.training.megatron.spec import block_spec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ from qwench.models.fp8 import (
     scale_shape,
 )
 from qwench.models.hf import architecture_of, is_fp8_checkpoint, load_hf_config, load_model, write_hf_checkpoint
-from qwench.models.made.tiny import make_checkpoint
+from qwench.models.made.qwen3 import make_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
 
 

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3
 
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.hf import load_hf_config, load_model, load_tokenizer, stop_token_ids, write_hf_checkpoint
-from qwench.models.made.tiny import make_checkpoint
+from qwench.models.made.qwen3 import make_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
 
 TOKENIZER = build_small_tokenizer()

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from qwench.models.hf import architecture_of
+from qwench.models.made.qwen3 import SIZES
 from qwench.models.memory import (
     RankBytes,
     SequenceCost,
@@ -14,7 +15,6 @@ from qwench.models.memory import (
     megatron_bytes,
     num_parameters,
 )
-from qwench.models.registry import SIZES
 from tests.unit.config.architectures import QWEN3_4B
 
 BF16 = StateBytes(param=2, moment=4, offloaded=0.0)

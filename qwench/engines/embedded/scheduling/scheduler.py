@@ -10,12 +10,14 @@ its pages (full ones shared, the partly filled last one copied) and sample from 
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from qwench.engines.embedded.scheduling.kv_cache import PagePool
 from qwench.engines.embedded.scheduling.request import RunningRequest
+from qwench.engines.protocol import EngineStats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -278,3 +280,16 @@ class Scheduler:
 def _prompt_key(request: RunningRequest) -> bytes:
     """Return what equal for requests that can share a prefill: all tokens, so a preempted one shares with nobody."""
     return np.asarray(request.tokens, dtype=np.int32).tobytes()
+
+
+def count_step(stats: EngineStats, plan: StepPlan, requests: Sequence[RunningRequest], *, num_sampled: int) -> EngineStats:
+    """Return the counters after one more step was taken."""
+    first = [request for request in requests[len(plan.decodes) :] if request.num_output == 1]
+    return replace(
+        stats,
+        prompt_tokens=stats.prompt_tokens + sum(request.num_prompt for request in first),
+        cached_prompt_tokens=stats.cached_prompt_tokens + sum(request.cached_tokens for request in first),
+        generated_tokens=stats.generated_tokens + num_sampled,
+        num_preempted=stats.num_preempted + plan.num_preempted,
+        decode_steps=stats.decode_steps + bool(plan.decodes),
+    )

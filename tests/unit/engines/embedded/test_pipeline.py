@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from qwench.engines.embedded.compute.in_flight import InFlight, Sampled
+from qwench.engines.embedded.compute.runner import InFlight, Sampled
 from qwench.engines.embedded.pipeline import StepPipeline, Worker
 from qwench.engines.embedded.scheduling.kv_cache import PagePool
 from qwench.engines.embedded.scheduling.request import RunningRequest

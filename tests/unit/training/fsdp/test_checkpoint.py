@@ -10,7 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from qwench.config.sections.training import TrainingConfig
 from qwench.models.hf import load_hf_config
-from qwench.training.fsdp.conversion import load_causal_lm
+from qwench.training.fsdp.checkpoint import load_causal_lm
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.process_group import init_process_group, leave_process_group
 from tests.deadlines import patient

@@ -13,7 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from qwench.models.hf import architecture_of
 from qwench.models.megatron_names import WeightRule, rules, to_megatron, tp_shard
-from qwench.training.megatron.stages import TensorPlace
+from qwench.training.megatron.tensor_place import TensorPlace
 
 CONFIG = Qwen3Config(
     vocab_size=10,  # does not divide by 4

@@ -1,4 +1,8 @@
-"""The innermost part of attention in our Megatron models: rotate, gather keys over context-parallel ranks, attend.
+"""The layers of our Megatron models: megatron-core's own, with our norm and our attention.
+
+The norm of megatron-core's local spec refuses sequence parallelism, and its attention refuses packed sequences. Those two are
+ours; the names of the parameters stay those of the local spec. Our attention rotates queries and keys, gathers keys over the
+context-parallel ranks, and attends.
 
 megatron-core hands `packed_seq_params` through to every layer untouched. Ours carries what all layers need of a micro-batch, so
 that it is computed once; positions may be split over ranks in any way.
@@ -10,9 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.extensions.transformer_engine import TENorm
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn.functional import rms_norm
 
 from qwench.models.architecture import RopeSpec
 from qwench.models.decoder.rope import rope_table, rotate
@@ -89,3 +98,40 @@ class CoreAttention(nn.Module):
 def uses_varlen_kernel(*, device: torch.device, dtype: torch.dtype) -> bool:
     """Tell whether torch's packed flash kernel can run here; the other choice is padded rows."""
     return device.type == "cuda" and dtype == torch.bfloat16
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in float32."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        """Take the arguments by which megatron-core builds norms."""
+        super().__init__()
+        self._eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+        # Each tensor-parallel rank norms its own tokens (its own heads, in the norms of queries and keys), so megatron-core has
+        # to sum the weight's gradient over those ranks; this mark tells it.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` with a root mean square of one, times the weight."""
+        return rms_norm(x, self.weight.shape, self.weight, self._eps)
+
+
+def block_spec(config: TransformerConfig, *, transformer_impl: str) -> TransformerBlockSubmodules:
+    """Return the modules of one pipeline stage.
+
+    Transformer Engine's layers keep their own norms and matrices and get our attention: it knows how tokens are split.
+    """
+    if transformer_impl == "transformer_engine":
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        norm = TENorm
+    else:
+        layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        norm = RMSNorm
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
+        if config.qk_layernorm:
+            attention = layer.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = norm
+    layer.submodules.self_attention.submodules.core_attention = CoreAttention
+    layers_of_stage = config.num_layers // config.pipeline_model_parallel_size
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers_of_stage, layer_norm=norm)

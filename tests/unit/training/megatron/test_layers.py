@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwench.training.megatron.attention import uses_varlen_kernel
+from qwench.training.megatron.layers import uses_varlen_kernel
 
 _CPU, _GPU = torch.device("cpu"), torch.device("cuda")
 

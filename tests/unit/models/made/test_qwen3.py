@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwench.errors import ConfigError
-from qwench.models.made.tiny import make_checkpoint, random_weights
+from qwench.models.made.qwen3 import find_size, make_checkpoint, random_weights
 from qwench.models.made.tokenizers import build_small_tokenizer
 
 TOKENIZER = build_small_tokenizer()
@@ -66,3 +66,8 @@ def test_unknown_size_lists_the_known_ones(tmp_path):
 def test_older_readers_find_the_rotary_base_at_the_top_level(tmp_path):
     make_checkpoint(tmp_path, size="tiny", tokenizer=TOKENIZER)
     assert json.loads((tmp_path / "config.json").read_text())["rope_theta"] == 1e6
+
+
+def test_instruct_2507_differs_in_the_rotary_base():
+    assert find_size("4B-Instruct-2507").rope_theta == 5e6
+    assert find_size("4B").rope_theta == 1e6
