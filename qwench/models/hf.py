@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -19,7 +19,6 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -39,6 +38,9 @@ from qwench.models.fp8 import (
 from qwench.models.safetensors_files import find_tensors, read_tensor
 from qwench.models.shards import DEFAULT_SHARD_BYTES, write_shards
 from qwench.samples import Json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # loads for two seconds, which an engine need not spend at its start
 
 _COPIED_FILES = (
     "generation_config.json",
