@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,7 @@ from tests.contract.train_backend_checks import (
 )
 from tests.contract.train_backend_ranks import Case, run_world
 from tests.deadlines import patient
+from tests.forked import CONTEXT
 
 Run = tuple[int, Case]
 """World size and case."""
@@ -39,8 +39,6 @@ class Half:
     stepped: Sequence[Run]
     resumed: Sequence[Run]
     non_finite: Sequence[Run]
-    saved_elsewhere: Sequence[Run]
-    """Of the other half, to be resumed here."""
 
     @classmethod
     def of(cls, sizes: Sequence[int]) -> Half:
@@ -49,7 +47,6 @@ class Half:
             stepped=list(layouts.first_steps(sizes)),
             resumed=list(layouts.resumed(sizes)),
             non_finite=list(layouts.non_finite(sizes)),
-            saved_elsewhere=list(layouts.saved_elsewhere(sizes)),
         )
 
     def named(self, name: str) -> Run:
@@ -77,7 +74,7 @@ def run_all(runs: Sequence[Run], folder: Path) -> None:
 
 def in_a_process(function: Callable[..., dict], *arguments: object) -> dict:
     """Run in a process of its own, since the stand-in for CUDA is not for this one."""
-    with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
+    with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
         return pool.submit(function, *arguments).result(timeout=patient(60))
 
 

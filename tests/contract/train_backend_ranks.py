@@ -31,10 +31,9 @@ from tests.deadlines import patient
 from tests.fakes import cuda_stand_in
 from tests.fakes.sections import offloaded
 from tests.fakes.trainer import take_step
+from tests.forked import CONTEXT
 
 _TIMEOUT_S = patient(300)
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.contract.train_backend_ranks"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +108,7 @@ def run_world(world_size: int, cases_of_world: list[Case], folder: Path, *, devi
     """Run the cases on `world_size` ranks; rank r leaves its records in `<case>.<r>.pt`."""
     devices = [torch.device(device_type, rank) if device_type == "cuda" else CPU for rank in range(world_size)]
     # What the fork server has loaded already has asked CUDA something, after which it cannot be forked for a GPU.
-    context = multiprocessing.get_context("spawn") if device_type == "cuda" else _CONTEXT
+    context = multiprocessing.get_context("spawn") if device_type == "cuda" else CONTEXT
     ranks = [
         context.Process(target=_run_rank, args=(rank, world_size, cases_of_world, folder, device))
         for rank, device in enumerate(devices)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,10 +17,9 @@ from qwench.weights.remote import PublicationPlan, publish_from_rank
 from qwench.wire.addresses import EngineAddress
 from tests.deadlines import patient
 from tests.fakes.sections import adamw
+from tests.forked import CONTEXT
 
 _TIMEOUT_S = patient(120)
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.contract.weight_ranks"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +35,10 @@ def publish_from_ranks(
     folder: Path, publications: Sequence[Publication], *, num_ranks: int, work_folder: Path
 ) -> list[list[str]]:
     """Return for each rank what came of each publication: `ok` or the error."""
-    answers = _CONTEXT.Queue()
+    answers = CONTEXT.Queue()
     store = work_folder / "store"
     processes = [
-        _CONTEXT.Process(target=_run, args=(folder, publications, rank, num_ranks, store, answers), daemon=True)
+        CONTEXT.Process(target=_run, args=(folder, publications, rank, num_ranks, store, answers), daemon=True)
         for rank in range(num_ranks)
     ]
     for process in processes:

@@ -80,13 +80,6 @@ def run_python(arguments: Sequence[str], *, timeout_s: float = 240) -> subproces
                           env=ONE_THREAD, check=False)  # fmt: skip
 
 
-def run_qwench(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run `qwench argv` in a process of its own; a failure shows its output."""
-    finished = run_python(["-m", "qwench", *argv])
-    assert finished.returncode == 0, f"qwench {' '.join(argv)}\n{finished.stdout[-3000:]}\n{finished.stderr[-3000:]}"
-    return finished
-
-
 def read_metrics(save: Path) -> list[dict[str, float]]:
     """Return the records of a run's metrics.jsonl without wall-clock values."""
     records = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]

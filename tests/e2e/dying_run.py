@@ -1,4 +1,4 @@
-"""A training job that kills itself (SIGKILL) at a chosen moment: `python -m tests.e2e.dying_run MOMENT ROLLOUT_ID train ...`.
+"""A training job that kills itself (SIGKILL) at a chosen moment.
 
 Moments: generation (in the middle of a rollout), training (before an optimizer step), save (the checkpoint half written),
 saved (right after it).
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qwench.commands.start import prepare
@@ -76,9 +75,9 @@ def die_around(owner: Any, name: str, is_time: Callable[[], bool], *, after: boo
     setattr(owner, name, dying)
 
 
-if __name__ == "__main__":
-    moment, rollout_id, _, *flags = sys.argv[1:]
-    config = parse_train(flags)
+def run(moment: str, rollout_id: int, words: Sequence[str]) -> None:
+    """Run `qwench WORDS` until death."""
+    config = parse_train(words[1:])
     built = build(config, prepare(config))
-    arrange_death(built, moment, int(rollout_id))
+    arrange_death(built, moment, rollout_id)
     train(built)

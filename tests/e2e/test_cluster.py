@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.deadlines import patient
-from tests.e2e.conftest import DIGITS, ONE_THREAD, REPOSITORY, Workspace, column
+from tests.e2e.conftest import DIGITS, Workspace, column
 from tests.e2e.processes import descendants, rank_process, wait_for
 from tests.fakes import cuda_stand_in
+from tests.forked import fork_qwench
 from tests.verbs import run_verb
 
 TWO_RANKS = {"actor_num_gpus_per_node": 2}
@@ -52,24 +51,23 @@ def test_two_ranks_learn_the_numbers_of_one(workspace: Workspace, recorded: str,
 
 
 def test_dead_rank_ends_the_run_and_the_same_command_resumes(workspace: Workspace, recorded: str, tmp_path: Path) -> None:
-    argv = replay_argv(workspace, recorded, tmp_path)
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "qwench", *argv],
-        cwd=REPOSITORY, env=ONE_THREAD, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    wait_for("a first checkpoint", lambda: driver.poll() is not None or (tmp_path / "iter_0000001" / "meta.json").exists())
+    save = tmp_path / "run"
+    argv = replay_argv(workspace, recorded, save)
+    driver = fork_qwench(tmp_path / "output", argv)
+    wait_for("a first checkpoint", lambda: not driver.runs() or (save / "iter_0000001" / "meta.json").exists())
     started = set(descendants(driver.pid))
     victim = rank_process(driver.pid, 1)
-    assert victim is not None, driver.communicate()[1]
+    assert victim is not None, driver.end().stderr
     os.kill(victim, signal.SIGKILL)
-    _, errors = driver.communicate(timeout=patient(30))
-    assert driver.returncode == 1, errors
+    ended = driver.end(timeout_s=patient(30))
+    errors = ended.stderr
+    assert ended.returncode == 1, errors
     assert errors.count("\n") == 1, errors
     assert "trainer rank 1 of 2 was ended by SIGKILL" in errors and "resumes" in errors, errors
     assert not started & set(descendants(1))
 
     run_verb(argv)
-    assert_same_learning(Path(recorded).parent / "one", tmp_path)
+    assert_same_learning(Path(recorded).parent / "one", save)
 
 
 def test_megatron_on_two_tensor_parallel_ranks_generates_and_learns_what_fsdp_does_on_one(

@@ -1,20 +1,18 @@
-"""`qwench convert` and the scripts of slime's recipes as a user runs them: alone, under torchrun, and wrongly."""
+"""`qwench convert` and the scripts of slime's recipes as a user runs them: alone, on two ranks, and wrongly."""
 
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import subprocess
-import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.deadlines import patient
-from tests.e2e.conftest import DIGITS, REPOSITORY, Workspace, column, read_metrics
+from tests.e2e.conftest import DIGITS, Workspace, column, read_metrics
+from tests.forked import Finished, Forked, fork_qwench, fork_script, ranks_environ
 from tests.verbs import run_verb
 
 MODEL_ARGS = shlex.split("""
@@ -22,16 +20,15 @@ MODEL_ARGS = shlex.split("""
 --num-query-groups 2 --use-rotary-position-embeddings --disable-bias-linear --normalization RMSNorm --norm-epsilon 1e-6
 --rotary-base 1000000 --kv-channels 32 --qk-layernorm
 """)
-DEADLINE_S = patient(120)
+HF_TO_DIST, DIST_TO_HF = "tools/convert_hf_to_torch_dist.py", "tools/convert_torch_dist_to_hf.py"
 
 
-def run(*words: object, ok: bool = True) -> subprocess.CompletedProcess[str]:
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    result = subprocess.run(
-        [sys.executable, *map(str, words)], env=environ, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S
-    )
-    assert (result.returncode == 0) is ok, result.stdout + result.stderr
-    return result
+def by_two_ranks(folder: Path, start: Callable[..., Forked], words: Sequence[object]) -> Finished:
+    """Run in two processes that torchrun could have started; return what came of the first."""
+    ranks = [start(folder / environ["RANK"], [*map(str, words)], environ=environ) for environ in ranks_environ(2)]
+    first, second = (rank.end() for rank in ranks)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    return first
 
 
 @pytest.fixture
@@ -41,29 +38,18 @@ def hf(workspace: Workspace) -> Path:
 
 def test_the_scripts_of_the_recipes_take_a_model_there_and_back(hf: Path, tmp_path: Path) -> None:
     save, back = tmp_path / "torch_dist", tmp_path / "back"
-    script = "tools/convert_hf_to_torch_dist.py"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run(*torchrun, script, *MODEL_ARGS, "--hf-checkpoint", hf, "--save", save)
+    by_two_ranks(tmp_path / "there", fork_script, [HF_TO_DIST, *MODEL_ARGS, "--hf-checkpoint", hf, "--save", save])
     assert sorted(path.name for path in (save / "release").glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
-    back_again = [
-        "tools/convert_torch_dist_to_hf.py",
-        "--input-dir",
-        save / "release",
-        "--output-dir",
-        back,
-        "--origin-hf-dir",
-        hf,
-    ]
-    run(*back_again)
+    words = [DIST_TO_HF, "--input-dir", str(save / "release"), "--output-dir", str(back), "--origin-hf-dir", str(hf)]
+    assert fork_script(tmp_path / "back_again", words).end().returncode == 0
     assert (back / "model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
-    run(*back_again, "-f")
+    assert fork_script(tmp_path / "over_it", [*words, "-f"]).end().returncode == 0
 
 
 def test_two_processes_write_shards_and_logits_agree(hf: Path, tmp_path: Path) -> None:
     out = tmp_path / "sharded"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = ["convert", "--input", hf, "--output", out, "--to", "hf", "--max-shard-gb", "0.001", "--verify"]
-    result = run(*torchrun, "-m", "qwench", *words)
+    result = by_two_ranks(tmp_path / "ranks", fork_qwench, words)
     assert "checksum" in result.stdout and "verified" in result.stdout
     weight_map = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     original = load_file(hf / "model.safetensors")
@@ -108,6 +94,8 @@ def test_a_run_goes_on_from_its_converted_checkpoint(workspace: Workspace, tmp_p
     ],
 )
 def test_wrong_model_args_are_one_line(hf: Path, tmp_path: Path, words: list[str], message: str) -> None:
-    result = run("tools/convert_hf_to_torch_dist.py", *words, "--hf-checkpoint", hf, "--save", tmp_path / "out", ok=False)
+    output = tmp_path / "out"
+    command = [HF_TO_DIST, *words, "--hf-checkpoint", str(hf), "--save", str(output)]
+    result = fork_script(tmp_path / "said", command).end()
     assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
-    assert not any(tmp_path.iterdir())
+    assert not output.exists()

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import DIGITS, Workspace, column, read_metrics, run_python, run_qwench
+from tests.e2e import dying_run
+from tests.e2e.conftest import DIGITS, Workspace, column, read_metrics
+from tests.forked import Forked, fork_qwench
 from tests.verbs import run_verb
 
 ONE, TWO = "iter_0000001", "iter_0000002"
@@ -58,9 +60,9 @@ def test_killed_run_continues_with_equal_metrics(
     moment: str, workspace: Workspace, uninterrupted: list[dict[str, float]], tmp_path: Path
 ) -> None:
     save = tmp_path / "run"
-    kill(moment, job(workspace, save))
+    kill(moment, job(workspace, save), tmp_path)
     assert sorted(path.name for path in save.glob("iter_*")) == LEAVES_BEHIND[moment]
-    run_qwench(job(workspace, save))
+    resume(job(workspace, save), tmp_path)
     assert read_metrics(save) == uninterrupted
 
 
@@ -68,27 +70,32 @@ def test_killed_run_continues_its_unfinished_groups(workspace: Workspace, tmp_pa
     whole, save = tmp_path / "whole", tmp_path / "run"
     run_verb(job_with_leftovers(workspace, whole))
     assert column(whole, "rollout/weight_version/min") == [0, 0, 1], "each rollout begins with groups of the one before"
-    kill("generation", job_with_leftovers(workspace, save))
-    run_verb(job_with_leftovers(workspace, save))
+    kill("generation", job_with_leftovers(workspace, save), tmp_path)
+    resume(job_with_leftovers(workspace, save), tmp_path)
     assert read_metrics(save) == read_metrics(whole)
 
 
-@pytest.mark.parametrize("moment", ["generation", "saved"])
-def test_killed_run_ahead_of_itself_continues_with_the_rollout_that_was_in_flight(
-    moment: str, workspace: Workspace, tmp_path: Path
-) -> None:
+def test_killed_run_ahead_of_itself_continues_with_the_rollout_that_was_in_flight(workspace: Workspace, tmp_path: Path) -> None:
     def job_ahead(save: Path) -> list[str]:
         return workspace.train_argv(save, **DIGITS, rollouts_ahead=1, num_rollout=4)
 
-    whole, save = tmp_path / "whole", tmp_path / "run"
+    whole = tmp_path / "whole"
     run_verb(job_ahead(whole))
     assert column(whole, "rollout/weight_version/max") == [0, 0, 1, 2]
-    kill(moment, job_ahead(save))
-    run_verb(job_ahead(save))
-    assert read_metrics(save) == read_metrics(whole)
+    for moment in ("generation", "saved"):
+        save = tmp_path / moment
+        kill(moment, job_ahead(save), tmp_path / f"{moment}_output")
+        resume(job_ahead(save), tmp_path / f"{moment}_output")
+        assert read_metrics(save) == read_metrics(whole), moment
 
 
-def kill(moment: str, argv: list[str]) -> None:
+def kill(moment: str, words: list[str], output: Path) -> None:
     """Run until death."""
-    killed = run_python(["-m", "tests.e2e.dying_run", moment, str(DIES_IN), *argv])
+    killed = Forked(output / "killed", dying_run.run, moment, DIES_IN, words).end()
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+
+
+def resume(words: list[str], output: Path) -> None:
+    """Run the same command in another process that is as new as the first."""
+    resumed = fork_qwench(output / "resumed", words).end()
+    assert resumed.returncode == 0, resumed.stderr[-3000:]

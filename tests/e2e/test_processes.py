@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -18,7 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.deadlines import patient
-from tests.e2e.conftest import ONE_THREAD, REPOSITORY, Workspace, column, run_python
+from tests.e2e.conftest import Workspace, column, run_python
+from tests.forked import Forked, fork_qwench
 from tests.verbs import run_verb
 
 START_TIMEOUT_S = patient(60)
@@ -36,22 +36,21 @@ def test_two_ranks_have_the_losses_of_one(workspace: Workspace, tmp_path: Path) 
 
 
 @pytest.fixture
-def server(workspace: Workspace) -> Iterator[str]:
+def server(workspace: Workspace, tmp_path: Path) -> Iterator[str]:
     """Start `qwench serve`, give its address when it answers, and end it as Ctrl-C does."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    argv = [sys.executable, "-m", "qwench", "serve", "--hf-checkpoint", str(workspace.model), "--port", str(port)]
-    process = subprocess.Popen(argv, cwd=REPOSITORY, env=ONE_THREAD, stderr=subprocess.PIPE, text=True)
+    process = fork_qwench(tmp_path, ["serve", "--hf-checkpoint", str(workspace.model), "--port", str(port)])
     try:
         wait_until_healthy(process, f"http://127.0.0.1:{port}")
         yield f"http://127.0.0.1:{port}"
     finally:
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=START_TIMEOUT_S)
+        os.kill(process.pid, signal.SIGINT)
+        errors = process.end(timeout_s=START_TIMEOUT_S).stderr
     assert "Traceback" not in errors, errors
 
 
-def wait_until_healthy(process: subprocess.Popen[str], address: str) -> None:
+def wait_until_healthy(process: Forked, address: str) -> None:
     """Ask until the server answers."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
@@ -59,7 +58,7 @@ def wait_until_healthy(process: subprocess.Popen[str], address: str) -> None:
             urllib.request.urlopen(f"{address}/health", timeout=patient(5)).close()
             return
         except (urllib.error.URLError, ConnectionError):
-            assert process.poll() is None, process.communicate()[1]
+            assert process.runs(), process.end().stderr
             assert time.monotonic() < deadline, "the server did not answer in time"
             time.sleep(0.1)
 

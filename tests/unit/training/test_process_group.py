@@ -1,8 +1,7 @@
-"""Joining ranks: alone, as a launcher's environment says, and under torchrun."""
+"""Joining ranks: alone, and as a launcher's environment says."""
 
+import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,17 +11,9 @@ import torch.distributed as dist
 from qwench.training.fsdp.parallelize import build_mesh
 from qwench.training.process_group import init_process_group
 from tests.deadlines import patient
+from tests.forked import Forked, ranks_environ
 
 _CPU = torch.device("cpu")
-_SCRIPT = """
-import os, torch, torch.distributed as dist
-from qwench.training.process_group import init_process_group
-init_process_group(torch.device("cpu"), environ=os.environ, timeout_s=60)
-total = torch.tensor([dist.get_rank() + 1.0])
-dist.all_reduce(total)
-assert total.item() == 3.0, total
-dist.destroy_process_group()
-"""
 
 
 def _free_port() -> str:
@@ -44,10 +35,15 @@ def test_a_group_of_one(launched: bool):
         dist.destroy_process_group()
 
 
-def test_two_ranks_under_torchrun(tmp_path: Path):
-    script = tmp_path / "ranks.py"
-    script.write_text(_SCRIPT)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command = [*torchrun, "--master-addr=127.0.0.1", f"--master-port={_free_port()}", str(script)]
-    finished = subprocess.run(command, cwd=Path(__file__).parents[4], capture_output=True, text=True, timeout=patient(120))
-    assert finished.returncode == 0, finished.stderr
+def test_two_ranks_of_a_launcher(tmp_path: Path):
+    ranks = [Forked(tmp_path / environ["RANK"], _sum_of_two, environ=environ) for environ in ranks_environ(2)]
+    for finished in [rank.end() for rank in ranks]:
+        assert finished.returncode == 0, finished.stderr
+
+
+def _sum_of_two() -> None:
+    init_process_group(_CPU, environ=os.environ, timeout_s=patient(60))
+    total = torch.tensor([dist.get_rank() + 1.0])
+    dist.all_reduce(total)
+    assert total.item() == 3.0, total
+    dist.destroy_process_group()
