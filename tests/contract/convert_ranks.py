@@ -1,14 +1,11 @@
 """Loads and saves checkpoints by megatron-core's own functions, with its own model, in many layouts on four gloo ranks.
 
-`python -m ... FOLDER`: for every model that was converted to FOLDER/<model>-converted, each layout loads it, compares every
-parameter with the Hugging Face checkpoint FOLDER/<model>, and some save it as FOLDER/<model>-tp<t>-pp<p>. Then each layout
-loads what was saved. Any difference ends the process with an error.
+For every model that was converted to FOLDER/<model>-converted, each layout loads it, compares every parameter with the
+Hugging Face checkpoint FOLDER/<model>, and some save it as FOLDER/<model>-tp<t>-pp<p>.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,7 +23,10 @@ from qwench.models.hf import architecture_of, load_hf_config
 from qwench.models.megatron_names import rules, to_megatron, tp_shard
 from qwench.training.megatron.groups import is_first_stage, is_last_stage, join_groups, leave_groups
 from qwench.training.megatron.model import transformer_config
+from tests.contract.rank_processes import run_to_end
 from tests.deadlines import patient
+from tests.fakes import cuda_stand_in
+from tests.forked import CONTEXT
 
 WORLD_SIZE = 4
 MODELS = ("tied", "untied", "biased")
@@ -34,10 +34,8 @@ LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2), (1, 4))
 """(tp, pp)."""
 SAVES = (
     ("tied", (1, 1)),
-    ("tied", (2, 1)),
     ("tied", (2, 2)),
-    ("untied", (1, 1)),
-    ("untied", (2, 1)),
+    ("untied", (1, 4)),
     ("untied", (2, 2)),
     ("biased", (2, 1)),
 )
@@ -50,20 +48,15 @@ def saved_as(model: str, layout: tuple[int, int]) -> str:
     return f"{model}-tp{layout[0]}-pp{layout[1]}"
 
 
-def main(folder: Path) -> None:
-    """Run forked ranks; exits non-zero if one failed."""
-    ranks = [multiprocessing.get_context("fork").Process(target=_run_rank, args=(rank, folder)) for rank in range(WORLD_SIZE)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(_TIMEOUT_S)
-    failed = [rank for rank, process in enumerate(ranks) if process.exitcode != 0]
-    for process in ranks:
-        process.kill()
-    sys.exit(f"ranks {failed} failed; their traces are above" if failed else 0)
+def load_and_save(folder: Path) -> None:
+    """Run the ranks; a parameter that differs on one of them is an error."""
+    ranks = [CONTEXT.Process(target=_run_rank, args=(rank, folder)) for rank in range(WORLD_SIZE)]
+    failed = [rank for rank, code in enumerate(run_to_end(ranks, timeout_s=_TIMEOUT_S)) if code != 0]
+    assert not failed, f"ranks {failed} failed; their traces are above"
 
 
 def _run_rank(rank: int, folder: Path) -> None:
+    cuda_stand_in.install()
     torch.set_num_threads(1)
     timeout = timedelta(seconds=_TIMEOUT_S)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE, timeout=timeout)
@@ -71,13 +64,6 @@ def _run_rank(rank: int, folder: Path) -> None:
         join_groups(ParallelLayout(tp=layout[0], pp=layout[1]))
         for model in MODELS:
             _load_and_save(folder, model, layout)
-        leave_groups()
-    for layout in LAYOUTS:
-        join_groups(ParallelLayout(tp=layout[0], pp=layout[1]))
-        for model, other in SAVES:
-            stage = _stage(load_hf_config(folder / model), layout)
-            _load(stage, folder / saved_as(model, other))
-            _compare(stage, folder / model, layout)
         leave_groups()
 
 
@@ -140,7 +126,3 @@ def _compare(stage: GPTModel, hf_folder: Path, layout: tuple[int, int]) -> None:
             assert torch.equal(by_name[name], expected), f"{name} of {hf_folder.name} in {layout} differs"
             compared += 1
     assert compared == len(by_name), f"compared {compared} of {len(by_name)} parameters"
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

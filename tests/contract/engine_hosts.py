@@ -30,6 +30,8 @@ EOS = 1
 MAX_POSITIONS = 1100
 LONG = 1000
 """New tokens of a response that a test interrupts: many more than a round trip to the server takes."""
+LONGER_THAN_A_LOOK = 300
+"""New tokens of a response that goes on to its end after a test has looked at it."""
 Result = TypeVar("Result")
 
 _SIZES = {

@@ -14,6 +14,7 @@ from tests.contract.engine_hosts import (
     FAMILIES,
     HOSTS,
     LONG,
+    LONGER_THAN_A_LOOK,
     MAX_POSITIONS,
     ask,
     distribution,
@@ -153,7 +154,9 @@ def test_abort_returns_what_there_is(host):
         running = asyncio.ensure_future(
             engine.generate(ask("long", prompt_of(5), max_new_tokens=LONG, ignore_eos=True, seed=1))
         )
-        other = asyncio.ensure_future(engine.generate(ask("other", prompt_of(6), max_new_tokens=LONG, ignore_eos=True, seed=2)))
+        other = asyncio.ensure_future(
+            engine.generate(ask("other", prompt_of(6), max_new_tokens=LONGER_THAN_A_LOOK, ignore_eos=True, seed=2))
+        )
         while (await engine.stats()).generated_tokens < 5:
             await asyncio.sleep(0)
         await engine.abort("long")
@@ -162,7 +165,7 @@ def test_abort_returns_what_there_is(host):
     aborted, other, stats = drive(host, make_model("qwen3"), scenario)
     assert aborted.finish_reason is FinishReason.ABORT
     assert 0 < len(aborted.output_ids) == len(aborted.log_probs) == len(aborted.weight_versions) < LONG
-    assert other.finish_reason is FinishReason.LENGTH and len(other.output_ids) == LONG
+    assert other.finish_reason is FinishReason.LENGTH and len(other.output_ids) == LONGER_THAN_A_LOOK
     assert stats.num_free_pages == stats.num_pages
 
 
@@ -182,7 +185,9 @@ def test_abort_of_all_also_ends_what_waits(host):
 
 def test_nothing_is_generated_while_paused(host):
     async def scenario(engine: Engine):
-        running = asyncio.ensure_future(engine.generate(ask("r", prompt_of(5), max_new_tokens=LONG, ignore_eos=True)))
+        running = asyncio.ensure_future(
+            engine.generate(ask("r", prompt_of(5), max_new_tokens=LONGER_THAN_A_LOOK, ignore_eos=True))
+        )
         while (await engine.stats()).generated_tokens < 3:
             await asyncio.sleep(0)
         await engine.pause()
@@ -193,8 +198,8 @@ def test_nothing_is_generated_while_paused(host):
         return before, after, await running
 
     before, after, result = drive(host, make_model("qwen3"), scenario)
-    assert before == after < LONG
-    assert len(result.output_ids) == LONG
+    assert before == after < LONGER_THAN_A_LOOK
+    assert len(result.output_ids) == LONGER_THAN_A_LOOK
 
 
 def test_response_ends_where_the_engine_ends(host):

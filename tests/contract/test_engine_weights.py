@@ -10,7 +10,16 @@ import torch
 from qwench.engines.protocol import Engine, MemoryTag
 from qwench.errors import EngineError, WeightSyncError
 from tests.checksums import tensor_checksum
-from tests.contract.engine_hosts import HOSTS, LONG, ask, drive, make_engine, make_model, prompt_of, reference_log_probs
+from tests.contract.engine_hosts import (
+    HOSTS,
+    LONGER_THAN_A_LOOK,
+    ask,
+    drive,
+    make_engine,
+    make_model,
+    prompt_of,
+    reference_log_probs,
+)
 
 every_host = pytest.mark.parametrize("host", HOSTS)
 
@@ -43,7 +52,9 @@ def test_update_changes_outputs_and_version_and_confirms_checksums(host):
 @every_host
 def test_each_token_carries_the_version_that_sampled_it(host):
     async def scenario(engine: Engine):
-        running = asyncio.ensure_future(engine.generate(ask("r", prompt_of(5), max_new_tokens=LONG, ignore_eos=True)))
+        running = asyncio.ensure_future(
+            engine.generate(ask("r", prompt_of(5), max_new_tokens=LONGER_THAN_A_LOOK, ignore_eos=True))
+        )
         while (await engine.stats()).generated_tokens < 4:
             await asyncio.sleep(0)
         await engine.pause()
@@ -53,7 +64,7 @@ def test_each_token_carries_the_version_that_sampled_it(host):
         return sampled, await running
 
     sampled, result = drive(host, make_model("qwen3"), scenario)
-    assert list(result.weight_versions) == [0] * sampled + [1] * (LONG - sampled)
+    assert list(result.weight_versions) == [0] * sampled + [1] * (LONGER_THAN_A_LOOK - sampled)
 
 
 @every_host
@@ -116,14 +127,16 @@ def test_sleep_gives_the_cache_back_and_wake_takes_it_again(host):
 @every_host
 def test_sleep_is_refused_while_requests_are_unfinished(host):
     async def scenario(engine: Engine):
-        running = asyncio.ensure_future(engine.generate(ask("r", prompt_of(5), max_new_tokens=LONG, ignore_eos=True)))
+        running = asyncio.ensure_future(
+            engine.generate(ask("r", prompt_of(5), max_new_tokens=LONGER_THAN_A_LOOK, ignore_eos=True))
+        )
         while (await engine.stats()).generated_tokens < 2:
             await asyncio.sleep(0)
         with pytest.raises(EngineError, match="unfinished"):
             await engine.sleep([MemoryTag.KV_CACHE])
         return await running
 
-    assert len(drive(host, make_model("qwen3"), scenario).output_ids) == LONG
+    assert len(drive(host, make_model("qwen3"), scenario).output_ids) == LONGER_THAN_A_LOOK
 
 
 def test_adopted_weights_follow_the_trainer_without_a_copy():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +12,6 @@ from qwench.models.hf import architecture_of
 from qwench.models.megatron_names import rules, to_hf, tp_join
 from tests.contract import megatron_model_ranks as ranks
 from tests.contract.megatron_model_ranks import CASES, TEMPERATURE, Case
-from tests.deadlines import patient
-from tests.fakes import cuda_stand_in
 
 _SIZES = {
     "hidden_size": 32,
@@ -50,12 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run all cases once, and leave the records here."""
     folder = tmp_path_factory.mktemp("megatron_model")
     _write_models(folder)
-    subprocess.run(
-        [sys.executable, "-m", ranks.__name__, str(folder)],
-        env=cuda_stand_in.environment(os.environ) | {"OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=patient(290),
-    )
+    ranks.run_cases(folder)
     return folder
 
 

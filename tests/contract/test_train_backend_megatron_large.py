@@ -24,7 +24,7 @@ OF_PADDED = layouts.of_padded()
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train_backend_megatron")
     write_models(folder)
-    run_all([*HALF.stepped, *HALF.non_finite, *HALF.saved_elsewhere, *BF16, BF16_HALVES[0]], folder)
+    run_all([*HALF.stepped, *HALF.non_finite, *BF16, BF16_HALVES[0]], folder)
     megatron_checkpoints.pad_vocabulary(folder / "deep-pp4-untied.checkpoint", folder / "padded.checkpoint")
     run_all([*HALF.resumed, *layouts.weights_only("tp2-pp2-untied"), BF16_HALVES[1], *OF_PADDED], folder)
     return folder

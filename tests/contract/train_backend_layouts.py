@@ -55,45 +55,50 @@ def layouts_of(sizes: Sequence[int]) -> list[str]:
     return [name for name, (world_size, _) in LAYOUTS.items() if world_size in sizes]
 
 
+TIED = ("tp2-sp", "pp2", "cp2", "dp2", "tp2-pp2", "pp2-cp2", "tp2-dp2")
+"""Layouts that train a model with tied embeddings too; `test_megatron_model` compares gradients of one in other layouts."""
+
+
 def first_steps(sizes: Sequence[int]) -> Iterator[tuple[int, Case]]:
-    """Yield every layout with tied and untied embeddings; the untied models are saved."""
+    """Yield every layout with untied embeddings, which are saved, and some with tied ones."""
     for on in layouts_of(sizes):
-        yield megatron(f"{on}-tied", "tied", on=on, gradient_checkpointing=on in ("tp2-sp", "pp2"), save=on == "tp2-pp2")
+        if on in TIED:
+            recompute = on in ("tp2-sp", "pp2")
+            yield megatron(f"{on}-tied", "tied", on=on, gradient_checkpointing=recompute, save=on == "tp2-pp2")
         yield megatron(f"{on}-untied", "untied", on=on, save=True)
     if 4 in sizes:
         yield megatron("deep-pp4-tied", "deep-tied", on="pp4")
         yield megatron("deep-pp4-untied", "deep-untied", on="pp4", save=True)
     if 2 in sizes:
-        yield fsdp("fsdp-untied", "untied", on="fsdp-2", save=True)
         yield fsdp("fsdp-tied", "tied", on="fsdp", save=True)
+    yield fsdp("fsdp-untied", "untied", on="fsdp-2", save=True)
 
 
 RESUMED_STEPS = 2
 """Enough to need moments, masters and the step count."""
 
 
+AFTER_FSDP = ("tp2-sp", "dp2", "tp2-pp2", "tp2-dp2")
+"""Layouts that go on from FSDP2's checkpoint: every axis that cuts a parameter or the optimizer."""
+BEFORE_FSDP = ("pp2", "cp2", "tp2-pp2", "dp4")
+"""Layouts whose checkpoint FSDP2 goes on from."""
+
+
 def resumed(sizes: Sequence[int]) -> Iterator[tuple[int, Case]]:
-    """Yield every layout from the same checkpoint, from another one's and from FSDP2's, and FSDP2 from every layout's."""
-    names = list(LAYOUTS)
-    for on in layouts_of(sizes):
-        other = names[(names.index(on) + 1) % len(names)]
-        yield megatron(f"{on}-after-tp2-pp2", "untied", on=on, load="tp2-pp2-untied", num_steps=RESUMED_STEPS)
-        yield megatron(f"{on}-after-another", "untied", on=on, load=f"{other}-untied", num_steps=RESUMED_STEPS)
-        yield megatron(f"{on}-after-fsdp", "untied", on=on, load="fsdp-untied", num_steps=RESUMED_STEPS)
-        yield fsdp(f"fsdp-after-{on}", "untied", on="fsdp-2", load=f"{on}-untied", num_steps=RESUMED_STEPS)
-    on = "pp2" if 2 in sizes else "tp2-pp2"
-    yield megatron(f"{on}-tied-after-tp2-pp2", "tied", on=on, load="tp2-pp2-tied", num_steps=RESUMED_STEPS)
-    yield megatron(f"{on}-tied-after-fsdp", "tied", on=on, load="fsdp-tied", num_steps=RESUMED_STEPS)
+    """Yield every layout from the checkpoint of the one before it, so that each writes and reads, and some from FSDP2's."""
+    names = layouts_of(sizes)
+    for before, on in zip([names[-1], *names], names, strict=False):
+        yield megatron(f"{on}-after-{before}", "untied", on=on, load=f"{before}-untied", num_steps=RESUMED_STEPS)
+        if on in AFTER_FSDP:
+            yield megatron(f"{on}-after-fsdp", "untied", on=on, load="fsdp-untied", num_steps=RESUMED_STEPS)
+        if on in BEFORE_FSDP:
+            yield fsdp(f"fsdp-after-{on}", "untied", on="fsdp-2", load=f"{on}-untied", num_steps=RESUMED_STEPS)
+    if 2 in sizes:
+        yield megatron("pp2-tied-after-fsdp", "tied", on="pp2", load="fsdp-tied", num_steps=RESUMED_STEPS)
     if 4 in sizes:
+        yield megatron("pp2-tied-after-tp2-pp2", "tied", on="pp2", load="tp2-pp2-tied", num_steps=RESUMED_STEPS)
         yield fsdp("fsdp-tied-after-tp2-pp2", "tied", on="fsdp", load="tp2-pp2-tied", num_steps=RESUMED_STEPS)
         yield megatron("deep-pp2-after-pp4", "deep-untied", on="pp2", load="deep-pp4-untied", num_steps=RESUMED_STEPS)
-
-
-def saved_elsewhere(sizes: Sequence[int]) -> Iterator[tuple[int, Case]]:
-    """Yield the first steps of the other half whose checkpoints this half resumes."""
-    loaded = {case.load for _, case in resumed(sizes)}
-    others = LARGE if sizes == SMALL else SMALL
-    return (run for run in first_steps(others) if run[1].name in loaded)
 
 
 def weights_only(source: str) -> tuple[tuple[int, Case], tuple[int, Case]]:
