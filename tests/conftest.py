@@ -1,13 +1,16 @@
-"""What holds for all tests: no deadline for single examples of hypothesis, and a patient one for each test."""
+"""What holds for all tests: no deadline for single examples of hypothesis, a patient one for each test, and no open log."""
 
 from __future__ import annotations
 
+import logging
+
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from tests.deadlines import patient
 
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("first failure", settings.get_profile("patient"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile("patient")
 
 
@@ -16,3 +19,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(patient(300)))
+
+
+@pytest.fixture(autouse=True)
+def no_open_log() -> None:
+    """Close the log that a verb opened in an earlier test: its level would hide messages from this one."""
+    package = logging.getLogger("qwench")
+    for handler in list(package.handlers):
+        package.removeHandler(handler)
+        handler.close()
+    package.setLevel(logging.NOTSET)

@@ -193,3 +193,32 @@ def test_buffer_filter_that_returns_too_many_or_strange_groups_is_refused(answer
     buffer.put_back([unfinished("x", 101), unfinished("y", 102)])
     with pytest.raises(QwenchError, match="--buffer-filter-path must return at most 1"):
         buffer.next_groups(1)
+
+
+def test_buffer_filter_is_not_asked_where_nothing_waits_or_no_group_is_wanted():
+    asked = []
+    buffer = GroupBuffer(letters_source(), buffer_filter=lambda groups, num_groups: asked.append(num_groups) or [])
+    buffer.next_groups(1)
+    buffer.put_back([unfinished("y", 101)])
+    buffer.next_groups(0)
+    assert asked == []
+    buffer.next_groups(1)
+    assert asked == [1]
+
+
+def test_groups_in_flight_are_described_by_their_first_samples():
+    buffer = GroupBuffer(letters_source())
+    groups = buffer.next_groups(9)
+    assert [sample.sample_id for one in groups for sample in one.samples] == list(range(9 * len(groups[0].samples)))
+    for one in groups:
+        for sample in one.samples[1:]:
+            sample.status = Status.COMPLETED
+    first = [one.samples[0] for one in groups]
+    shown = ", ".join(str(sample.sample_id) for sample in first[:8])
+    assert buffer.describe() == f"0 of 9 groups finished, samples not finished: {shown} and 1 more"
+    first[0].status = Status.TRUNCATED
+    shown = ", ".join(str(sample.sample_id) for sample in first[1:])
+    assert buffer.describe() == f"1 of 9 groups finished, samples not finished: {shown}"
+    for sample in first:
+        sample.status = Status.COMPLETED
+    assert buffer.describe() == "9 of 9 groups finished"

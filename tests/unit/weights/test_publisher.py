@@ -17,9 +17,10 @@ from qwench.observability.timing import PhaseTimer
 from qwench.weights.publisher import Publisher
 from qwench.weights.remote import PublicationPlan
 from qwench.wire.addresses import EngineAddress
+from tests.deadlines import patient
 from tests.fakes.engine import FakeEngine
 
-PLAN = PublicationPlan(engine=EngineConfig(), timeout_s=20.0)
+PLAN = PublicationPlan(engine=EngineConfig(), timeout_s=patient(20))
 ADDRESSES = [EngineAddress(base_url=f"http://{name}", token=None, kind="embedded", placement=None) for name in "ab"]
 
 
@@ -159,7 +160,7 @@ def test_generation_goes_on_after_the_weights_were_published_again(make_scene, c
             await asyncio.sleep(0)
         return "text"
 
-    assert scene.publisher.attend(generate(), label="generate", timeout_s=20.0) == "text"
+    assert scene.publisher.attend(generate(), label="generate", timeout_s=patient(20)) == "text"
     assert scene.events == ["held", "receive 2", "adopt 2", "confirmed 2", "given back"] * 2
     assert len(caplog.messages) == 2
 
@@ -169,4 +170,4 @@ def test_an_error_of_generation_comes_through(make_scene):
         raise WeightSyncError("an old version")
 
     with pytest.raises(WeightSyncError, match="an old version"):
-        make_scene("local").publisher.attend(fails(), label="generate", timeout_s=20.0)
+        make_scene("local").publisher.attend(fails(), label="generate", timeout_s=patient(20))

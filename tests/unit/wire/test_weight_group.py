@@ -26,7 +26,7 @@ def run_together(*works):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(patient(60))
         assert not thread.is_alive()
     return errors
 
@@ -58,7 +58,7 @@ def test_a_member_made_by_pytorchs_own_helper_is_understood():
         group.close()
 
     def theirs():
-        timeout = timedelta(seconds=30)
+        timeout = timedelta(seconds=patient(30))
         peer_store, rank, size = next(c10d.rendezvous(f"tcp://127.0.0.1:{port}", 1, 2, timeout=timeout))
         group, _ = c10d._new_process_group_helper(
             size, rank, [], c10d.Backend("gloo"), c10d.PrefixStore("weights", peer_store), group_name="weights", timeout=timeout
@@ -83,21 +83,26 @@ def test_a_broadcast_can_be_given_up_or_ends_at_its_deadline():
 
     def waiting():
         group = WeightGroup(
-            reach_store("127.0.0.1", port, timeout_s=patient(30)), name="g", rank=1, size=2, backend="gloo", timeout_s=1
+            reach_store("127.0.0.1", port, timeout_s=patient(30)),
+            name="g",
+            rank=1,
+            size=2,
+            backend="gloo",
+            timeout_s=patient(0.4),
         )
-        joined.wait(30)
+        joined.wait(patient(30))
         with pytest.raises(WeightSyncError, match="rank 1 of 2: a broadcast"):
             group.start(torch.zeros(4, dtype=torch.uint8))()
         group.give_up()
         with pytest.raises(WeightSyncError, match=r"given up|failed"):
             group.start(torch.zeros(4, dtype=torch.uint8))()
-        joined.wait(30)
+        joined.wait(patient(30))
         group.close()
 
     def silent():
         group = WeightGroup(store, name="g", rank=0, size=2, backend="gloo", timeout_s=patient(30))
-        joined.wait(30)
-        joined.wait(30)
+        joined.wait(patient(30))
+        joined.wait(patient(30))
         group.close()
 
     assert run_together(waiting, silent) == []
