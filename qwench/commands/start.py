@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from qwench.config import Config, RunPlan
-from qwench.config.advice import warnings
+from qwench.config.advice import plan_warnings, warnings
 from qwench.config.environment import trainer_environment
 from qwench.config.plan import plan_lines
 from qwench.config.report import settings_by_section
@@ -30,6 +30,8 @@ def prepare(config: Config, *, trains: bool = True) -> RunPlan:
     from qwench.launch.inputs import plan_inputs  # PyTorch reads the environment when it is imported
 
     plan = plan_inputs(config, trains=trains)
+    for warning in plan_warnings(config, plan):
+        sys.stderr.write(f"qwench: warning: {warning}\n")
     if config.debug.dry_run:
         _show(config, plan)
     return plan

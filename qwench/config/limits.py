@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from qwench.config.values import is_finite
 from qwench.errors import ConfigError
 from qwench.plugins import is_function_path
 
 
 def check_positive(flag: str, value: float | None) -> None:
-    """Refuse a value that is given and not greater than 0."""
+    """Refuse a value that is given and not a finite number above 0."""
     if value is not None and not value > 0:
         raise ConfigError(f"{flag} must be greater than 0, got {value}")
+    check_finite(flag, value)
 
 
 def check_not_negative(flag: str, value: float | None) -> None:
-    """Refuse a value that is given and less than 0."""
+    """Refuse a value that is given and not a finite number from 0 on."""
     if value is not None and not value >= 0:
         raise ConfigError(f"{flag} must not be negative, got {value}")
+    check_finite(flag, value)
+
+
+def check_finite(flag: str, value: float | None) -> None:
+    """Refuse a value that is given and that no computation could use."""
+    if value is not None and not is_finite(value):
+        raise ConfigError(f"{flag} must be a finite number, got {value}")
 
 
 def check_fraction(flag: str, value: float | None) -> None:

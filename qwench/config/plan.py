@@ -57,6 +57,8 @@ class DevicePlan:
 
     trains: bool
     generates: bool
+    on_gpus: bool
+    """The trainer computes on GPUs."""
     shared: bool
     """Trainer and engines use the same devices. False also where one of them is missing."""
     num_engines: int
@@ -128,7 +130,7 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
         refuse_output_biases(model)
     training = config.training
     dp_size = data_parallel_size(layout, world_size=world_size)
-    devices = _plan_devices(config, trains=trains)
+    devices = _plan_devices(config, trains=trains, on_gpus=on_gpus)
     holds_reference = devices.trains and config.algorithm.needs_reference
     score_tokens = training.log_probs_max_tokens_per_gpu or training.max_tokens_per_gpu
     return RunPlan(
@@ -187,7 +189,7 @@ def train_dtype(config: Config, *, on_gpus: bool) -> Literal["bfloat16", "float3
     return "bfloat16" if on_gpus else "float32"
 
 
-def _plan_devices(config: Config, *, trains: bool) -> DevicePlan:
+def _plan_devices(config: Config, *, trains: bool, on_gpus: bool) -> DevicePlan:
     """Divide the devices between trainer and engines.
 
     Raises:
@@ -207,6 +209,7 @@ def _plan_devices(config: Config, *, trains: bool) -> DevicePlan:
     return DevicePlan(
         trains=trains and not debug.debug_rollout_only,
         generates=generates,
+        on_gpus=on_gpus,
         shared=shared,
         num_engines=num_devices // per_engine if starts_engines else 0,
         devices_per_engine=per_engine,

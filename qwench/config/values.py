@@ -8,6 +8,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+_LARGEST_FLOAT32 = 3.4028234663852886e38
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
 
@@ -63,10 +64,24 @@ def _parse_one(kind: Any, value: str) -> Any:
     if kind is bool:
         return _parse_bool(value)
     try:
-        return kind(value)
+        parsed = kind(value)
     except ValueError:
         noun = {int: "an integer", float: "a number"}[kind]
-        raise ValueError(f"must be {noun}, got {value!r}") from None
+        raise ValueError(f"must be {noun}, got {_short(value)}") from None
+    if kind is float and not is_finite(parsed):
+        raise ValueError(f"must be a finite number, got {_short(value)}")
+    if kind is int and not -(2**63) <= parsed < 2**63:
+        raise ValueError(f"must be an integer of at most 64 bits, got {_short(value)}")
+    return parsed
+
+
+def is_finite(value: float) -> bool:
+    """Tell whether float32, in which everything is computed, can hold the number."""
+    return abs(value) <= _LARGEST_FLOAT32
+
+
+def _short(value: str) -> str:
+    return repr(value if len(value) <= 80 else f"{value[:77]}...")
 
 
 def _parse_bool(value: str) -> bool:

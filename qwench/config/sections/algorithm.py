@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from qwench.config.limits import check_fraction, check_not_negative, check_positive
+from qwench.config.limits import check_finite, check_fraction, check_not_negative, check_positive
 from qwench.errors import ConfigError
 from qwench.estimators import METHODS, check_estimator, method_name
 
@@ -100,6 +100,12 @@ class AlgorithmConfig:
         ):
             check_not_negative(flag, coefficient)
         check_fraction("--gamma", self.gamma)
+        for flag, number in (
+            ("--entropy-coef", self.entropy_coef),
+            ("--eps-clip-c", self.eps_clip_c),
+            ("--opsm-delta", self.opsm_delta),
+        ):
+            check_finite(flag, number)
         self._check_fine_tuning()
         self._check_clipping()
         self._check_kl()

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwench.config.limits import check_fraction, check_import_path, check_not_negative, check_positive, check_top_k
+from qwench.config.limits import (
+    check_finite,
+    check_fraction,
+    check_import_path,
+    check_not_negative,
+    check_positive,
+    check_top_k,
+)
 from qwench.errors import ConfigError
 
 SFT_ROLLOUT = "qwench.sft"
@@ -91,6 +98,8 @@ class RolloutConfig:
             ("--rollout-min-p", self.rollout_min_p),
         ):
             check_not_negative(flag, count)
+        if self.rollout_min_p > 1:
+            raise ConfigError(f"--rollout-min-p must be at most 1, got {self.rollout_min_p}")
         check_fraction("--rollout-top-p", self.rollout_top_p)
         check_top_k("--rollout-top-k", self.rollout_top_k)
         self._check_temperature()
@@ -111,6 +120,7 @@ class RolloutConfig:
                 f"--rollout-temperature must be greater than 0, got {self.rollout_temperature}: training needs log-probs of a "
                 "distribution; greedy decoding is for evaluation (--eval-temperature 0)"
             )
+        check_finite("--rollout-temperature", self.rollout_temperature)
 
     def _check_amounts(self) -> None:
         if self.rollouts_ahead not in (0, 1):

@@ -32,6 +32,7 @@ def seat(address: str, device: int) -> Seat:
 )
 def test_bundles_of_a_layout(cluster, roles, num_engines, size, expected):
     devices = DevicePlan(
+        on_gpus=False,
         **roles,
         num_engines=num_engines,
         devices_per_engine=size,

@@ -1,7 +1,9 @@
 import pytest
 
-from qwench.config.advice import warnings
+from qwench.config.advice import plan_warnings, warnings
 from qwench.config.command_line.parse import parse_eval, parse_sft, parse_train
+from qwench.config.plan import plan_run
+from tests.unit.config.architectures import QWEN3_4B
 from tests.unit.config.words import flat, words_of
 
 
@@ -74,3 +76,17 @@ def test_fine_tuning_warns_that_it_does_not_evaluate(files):
 def test_what_is_meant_is_not_warned_about(files):
     extra = ["--n-samples-per-prompt", "1", "--disable-rewards-normalization", "--use-dynamic-batch-size"]
     assert list(warnings(parse_train([*flat(words_of(files)), *extra, "--max-tokens-per-gpu", "16"]))) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "on_gpus", "expected"),
+    [
+        (["--actor-num-gpus-per-node", "8"], False, ["8 trainer ranks share this CPU: PyTorch sees no GPU here"]),
+        (["--actor-num-gpus-per-node", "8"], True, []),
+        (["--actor-num-gpus-per-node", "1"], False, []),
+        (["--actor-num-gpus-per-node", "8", "--launcher", "ray"], False, []),
+    ],
+)
+def test_ranks_that_share_a_cpu_are_said(files, words, on_gpus, expected):
+    config = parse_train([*flat(words_of(files)), *words])
+    assert list(plan_warnings(config, plan_run(config, QWEN3_4B, on_gpus=on_gpus))) == expected

@@ -21,10 +21,12 @@ from qwench.config import (
 )
 from qwench.errors import ConfigError
 
+SECTIONS = (AlgorithmConfig, DebugConfig, EngineConfig, EvalConfig, OptimizerConfig, RewardConfig, RolloutConfig)
 REFUSED = [
     (RolloutConfig, {"rollout_temperature": 0.0}, "--rollout-temperature must be greater than 0, got 0.0"),
     (RolloutConfig, {"rollout_temperature": float("nan")}, "--rollout-temperature must be greater than 0"),
     (RolloutConfig, {"rollout_top_p": 1.1}, "--rollout-top-p must be greater than 0 and at most 1"),
+    (RolloutConfig, {"rollout_min_p": 1.5}, "--rollout-min-p must be at most 1, got 1.5"),
     (RolloutConfig, {"rollout_top_k": 0}, "--rollout-top-k must be at least 1, or -1"),
     (RolloutConfig, {"rollout_batch_size": 0}, "--rollout-batch-size must be greater than 0, got 0"),
     (RolloutConfig, {"rollouts_ahead": 2}, "--rollouts-ahead must be 0 (in turn) or 1 (one ahead), got 2"),
@@ -66,6 +68,7 @@ REFUSED = [
     (AlgorithmConfig, {"advantage_estimator": "reinforce_plus_plus"}, "--advantage-estimator reinforce_plus_plus requires"),
     (AlgorithmConfig, {"disable_compute_advantages_and_returns": True}, "--disable-compute-advantages-and-returns is for"),
     (OptimizerConfig, {"lr": 0.0}, "--lr must be greater than 0"),
+    (OptimizerConfig, {"lr": float("inf")}, "--lr must be a finite number, got inf"),
     (OptimizerConfig, {"lr": 1e-6, "min_lr": 1e-5}, "--min-lr (1e-05) is greater than --lr (1e-06)"),
     (OptimizerConfig, {"adam_beta2": 1.0}, "--adam-beta2 must be at least 0 and less than 1"),
     (OptimizerConfig, {"optimizer_offload_fraction": 0.5}, "--optimizer-offload-fraction (0.5) needs"),
@@ -100,6 +103,15 @@ REFUSED = [
     (DebugConfig, {"save_debug_rollout_data": "a.jsonl"}, "--save-debug-rollout-data must contain {rollout_id}"),
     (ServerConfig, {"port": 0}, "--port must be greater than 0"),
 ]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 1e39], ids=str)
+@pytest.mark.parametrize("section", SECTIONS)
+def test_no_number_of_any_section_may_be_infinite(section, value):
+    for item in fields(section):
+        if item.type in ("float", "float | None"):
+            with pytest.raises(ConfigError, match="--" + item.name.replace("_", "-")):
+                section(**{item.name: value})
 
 
 @pytest.mark.parametrize(("section", "values", "message"), REFUSED, ids=[f"{s.__name__}-{'-'.join(v)}" for s, v, _ in REFUSED])

@@ -83,6 +83,13 @@ def test_words_become_the_value_of_the_annotation(annotation, words, value):
         (Mapping[str, Any], "[1]", "must be a JSON object like"),
         (Mapping[str, Any], "{a", "must be a JSON object, got '{a'"),
         (tuple[int, ...], "x", "must be an integer, got 'x'"),
+        (float, "inf", "must be a finite number, got 'inf'"),
+        (float | None, "-inf", "must be a finite number, got '-inf'"),
+        (float, "nan", "must be a finite number, got 'nan'"),
+        (float, "1e39", "must be a finite number, got '1e39'"),
+        (float, "1e400", "must be a finite number, got '1e400'"),
+        (int, str(2**63), f"must be an integer of at most 64 bits, got '{2**63}'"),
+        (int, "9" * 5000, f"must be an integer, got '{'9' * 77}...'"),
     ],
 )
 def test_a_word_that_does_not_fit_says_what_was_expected(annotation, word, problem):
@@ -91,11 +98,14 @@ def test_a_word_that_does_not_fit_says_what_was_expected(annotation, word, probl
     assert problem in str(caught.value)
 
 
+_INTEGERS = st.integers(min_value=-(2**63), max_value=2**63 - 1)
+
+
 @given(
     st.one_of(
-        st.tuples(st.just(int), st.integers()),
-        st.tuples(st.just(float), st.floats(allow_nan=False)),
-        st.tuples(st.just(tuple[int, ...]), st.lists(st.integers()).map(tuple)),
+        st.tuples(st.just(int), _INTEGERS),
+        st.tuples(st.just(float), st.floats(allow_nan=False, allow_infinity=False, width=32)),
+        st.tuples(st.just(tuple[int, ...]), st.lists(_INTEGERS).map(tuple)),
         st.tuples(st.just(Mapping[str, Any]), st.dictionaries(st.text(), st.none() | st.integers() | st.text())),
         st.tuples(st.just(int | None), st.none()),
         st.tuples(st.just(bool), st.booleans()),
