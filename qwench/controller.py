@@ -116,6 +116,7 @@ def train(run: Run) -> None:
     with gpus.held_by(learner.state):
         publisher.publish(version=first)
     probe_engines(run, learner, version=first)
+    run.timer.end_start()
     for rollout_id in range(first, run.plan.num_rollout):
         evaluate_if_due(run, rollout_id)
         with run.timer.phase("train_wait"):
@@ -137,6 +138,7 @@ def train(run: Run) -> None:
 
 def generate(run: Run) -> None:
     """Only generate and grade the rollouts of the schedule, with the weights that the engines started with."""
+    run.timer.end_start()
     for rollout_id in range(run.plan.num_rollout):
         rollout = run.rollouts.take(rollout_id)
         run.metrics.log(rollout_id, {**rollout.metrics, **run.timer.take()})

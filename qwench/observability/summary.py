@@ -17,6 +17,7 @@ _GROUPS: Mapping[str, Mapping[str, str]] = {
         "mean": "rollout/response_len/mean",
         "median": "rollout/response_len/median",
         "max": "rollout/response_len/max",
+        "trained": "rollout/trained_len/mean",
     },
     "loss": {
         "loss": "train/loss",

@@ -3,6 +3,7 @@
 with timer.phase("train"):
     with timer.phase("log_probs"):     # phases nest; the outer one includes the inner
         ...
+timer.end_start()                  # once: what came before is `perf/start_time` of the first take
 timer.take()  ->  {"perf/train_time": 12.0, "perf/log_probs_time": 3.5, "perf/step_time": 20.1}
 """
 
@@ -34,6 +35,13 @@ class PhaseTimer:
             seconds = self._clock() - start
             with self._lock:
                 self._seconds[name] += seconds
+
+    def end_start(self) -> None:
+        """Count everything so far as phase `start`, in which phases are not told apart; steps begin here."""
+        with self._lock:
+            now = self._clock()
+            self._seconds = defaultdict(float, start=now - self._taken_at)
+            self._taken_at = now
 
     def take(self) -> dict[str, float]:
         """Return `perf/<phase>_time` of the phases that ended since the last `take`, and start again from zero.

@@ -9,6 +9,7 @@ eval/<name>/response_len/mean    and what else a rollout reports of its samples
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -17,11 +18,14 @@ from transformers import PreTrainedTokenizerBase
 
 from qwench.engines.fleet.pool import EnginePool, Waiter
 from qwench.observability.console import Console
+from qwench.rewards.degenerate import degenerate_reason
 from qwench.rollout.generate import GenerateFunction, generate_single_turn
 from qwench.rollout.groups import Grader, GroupRunner, gather_or_cancel
 from qwench.rollout.sample_metrics import pass_rates, sample_metrics, with_prefix
 from qwench.rollout.sampling import Sampling
 from qwench.samples import Group, Prompt, Sample
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,10 +129,13 @@ class Evaluator:
         ]
 
     def summarize(self, results: Sequence[EvalResult]) -> dict[str, float]:
-        """Return the metrics of all results."""
+        """Return the metrics of all results; warn of a set whose rewards are broken rather than low."""
         metrics: dict[str, float] = {}
         for result in results:
             metrics.update(result.metrics(with_pass_rates=self._log_passrate))
+            verdicts = [sample.verdict for sample in result.samples if sample.verdict is not None]
+            if (reason := degenerate_reason(verdicts)) is not None:
+                _logger.warning("evaluation of %s: %s", result.name, reason)
         return metrics
 
     async def _run_set(self, engines: EnginePool, eval_set: EvalSet) -> EvalResult:

@@ -51,7 +51,8 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     cached_tokens = sum(sample.cached_tokens for sample in samples)
     reasons = Counter(sample.verdict.reason for sample in samples if sample.verdict is not None)
     return {
-        **with_prefix("response_len/", _statistics([trained_length(sample) for sample in samples])),
+        **with_prefix("response_len/", _statistics([sample.response_length for sample in samples])),
+        **with_prefix("trained_len/", _statistics([trained_length(sample) for sample in samples])),
         "truncated_ratio": _share(sample.status is Status.TRUNCATED for sample in samples),
         "repetition_frac": _share(is_repetitive(sample.response) for sample in samples),
         "prefix_cache_hit_rate": cached_tokens / input_tokens if input_tokens else 0.0,
@@ -134,7 +135,7 @@ def _optional_metrics(samples: Sequence[Sample], logging: LoggingConfig) -> dict
         extras = [sample.verdict.extra for sample in samples if sample.verdict is not None]
         values = Counter(str(extra.get(logging.log_reward_category)) for extra in extras)
         metrics.update({f"error_cat/{value}": count / len(samples) for value, count in sorted(values.items())})
-    if logging.log_correct_samples and (correct := [trained_length(s) for s in samples if s.reward == 1]):
+    if logging.log_correct_samples and (correct := [s.response_length for s in samples if s.reward == 1]):
         metrics.update(with_prefix("correct_response_len/", _statistics(correct)))
     if logging.log_multi_turn:
         turns = [_turn_lengths(sample) for sample in samples]

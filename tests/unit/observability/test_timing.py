@@ -28,6 +28,20 @@ def test_phases_add_up_and_nest_and_take_starts_from_zero():
     assert timer.take() == {"perf/step_time": 0.5}
 
 
+def test_the_start_is_a_phase_of_its_own_and_no_part_of_the_first_step():
+    clock = HandClock()
+    timer = PhaseTimer(clock=clock)
+    with timer.phase("update_weights"):
+        clock.now += 20.0
+    clock.now += 5.0
+    timer.end_start()
+    with timer.phase("train"):
+        clock.now += 2.0
+    assert timer.take() == {"perf/start_time": 25.0, "perf/train_time": 2.0, "perf/step_time": 2.0}
+    clock.now += 1.0
+    assert timer.take() == {"perf/step_time": 1.0}
+
+
 def test_phase_that_fails_is_counted():
     clock = HandClock()
     timer = PhaseTimer(clock=clock)

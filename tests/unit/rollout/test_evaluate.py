@@ -50,6 +50,15 @@ def test_truncated_responses_are_reported():
     assert run([eval_set("s", "abbb")], lambda sample: 0.0, engine=engine)["eval/s-truncated_ratio"] == 0.75
 
 
+def test_rewards_that_are_broken_rather_than_low_are_said(caplog):
+    run([eval_set("s", "abcd")], lambda sample: Verdict(score=0.0, reason="no_box"))
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert message.startswith("evaluation of s: 4 of 4 responses got no reward for the same reason, 'no_box': no \\boxed{...}")
+    caplog.clear()
+    run([eval_set("s", "abcd")], lambda sample: 0.0)
+    assert not caplog.records, "wrong answers are what a hard set deserves"
+
+
 def test_pass_rates_only_when_asked_for():
     sets = [eval_set("s", "ab", n=2)]
 

@@ -36,16 +36,22 @@ def groups_of(*rewards):
     ]
 
 
-def test_response_lengths_count_trained_tokens():
+def lengths(metrics, name):
+    return tuple(metrics[f"{name}/{statistic}"] for statistic in ("mean", "median", "max", "min"))
+
+
+def test_trained_lengths_stand_beside_response_lengths():
     samples = [written(length=length) for length in (1, 2, 3, 10)]
     samples[3].append([7] * 90, log_probs=None, version=-1)
-    metrics = sample_metrics(samples)
-    assert {name: metrics[f"response_len/{name}"] for name in ("mean", "median", "max", "min")} == {
-        "mean": 4.0,
-        "median": 2.5,
-        "max": 10.0,
-        "min": 1.0,
-    }
+    assert lengths(sample_metrics(samples), "response_len") == (26.5, 2.5, 100.0, 1.0)
+    assert lengths(sample_metrics(samples), "trained_len") == (4.0, 2.5, 10.0, 1.0)
+
+
+def test_a_sample_that_a_filter_masks_keeps_its_length():
+    samples = [written(length=17), written(length=17)]
+    samples[1].loss_mask = [0] * 17
+    assert lengths(sample_metrics(samples), "response_len") == (17.0, 17.0, 17.0, 17.0)
+    assert lengths(sample_metrics(samples), "trained_len") == (8.5, 8.5, 17.0, 0.0)
 
 
 def test_shares_of_truncation_reasons_and_ungraded_samples():
@@ -159,10 +165,10 @@ def test_optional_metrics_appear_only_when_asked_for():
     extra = {name: value for name, value in full.items() if name not in plain}
     assert extra == {
         "rollout/error_cat/k3": 1.0,
-        "rollout/correct_response_len/mean": 4.0,
-        "rollout/correct_response_len/median": 4.0,
-        "rollout/correct_response_len/max": 4.0,
-        "rollout/correct_response_len/min": 4.0,
+        "rollout/correct_response_len/mean": 5.0,
+        "rollout/correct_response_len/median": 5.0,
+        "rollout/correct_response_len/max": 5.0,
+        "rollout/correct_response_len/min": 5.0,
         "rollout/multi_turn/round_number/mean": 1.5,
         "rollout/multi_turn/round_number/median": 1.5,
         "rollout/multi_turn/round_number/max": 2.0,
