@@ -99,7 +99,8 @@ class DerivedMask:
         content_start = _common_prefix(full, other)
         content_end = len(full) - _common_prefix(full[content_start:][::-1], other[content_start:][::-1])
         # What the template itself writes after the generation prompt (an empty think block) the policy has to write too.
-        opening = full.rfind(self._opening, position, content_start)
+        # The prompt may reach into what differs: it opens a think block that only one of the two renders has.
+        opening = full.rfind(self._opening, position, content_start + len(self._opening) - 1)
         start = content_start if opening < 0 else opening + len(self._opening)
         marker = self._end_marker.match(full, content_end)
         return start, marker.end() if marker else content_end
@@ -120,10 +121,17 @@ class MessageMask:
         segments: list[Segment] = []
         for index, message in enumerate(messages):
             text = self._render(message, tools if index == 0 else None, is_first=index == 0, place=place)
-            header = len(self._opening) if message["role"] == "assistant" else len(text)
+            header = self._header(text, is_first=index == 0) if message["role"] == "assistant" else len(text)
             segments.append(Segment(text=text[:header], trained=False))
             segments.append(Segment(text=text[header:], trained=_is_wanted(message)))
         return segments
+
+    def _header(self, text: str, *, is_first: bool) -> int:
+        """Return where an assistant's text begins: after the generation prompt, or the part of it that this message has."""
+        if text.startswith(self._opening):
+            return len(self._opening)
+        answer: Message = {"role": "assistant", "content": _SENTINEL}
+        return _common_prefix(self._render(answer, None, is_first=is_first, place="an answer"), text)
 
     def _render(self, message: Message, tools: Sequence[Json] | None, *, is_first: bool, place: str) -> str:
         text = self._renderer.render([message], tools=tools, place=place)

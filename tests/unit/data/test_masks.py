@@ -19,6 +19,15 @@ CHATML.chat_template = (
 PLAIN = build_small_tokenizer()
 PLAIN.chat_template = "{% for m in messages %}{{ m.role | upper }}: {{ m.content | trim }}\n{% endfor %}"
 
+# A generation prompt that opens the think block, as that of Qwen3's thinking models.
+THINKING = build_small_tokenizer()
+_START = THINKING.chat_template.index("{%- if add_generation_prompt %}")
+THINKING.chat_template = (
+    THINKING.chat_template[:_START] + "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"
+)
+CALL = {"tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+CALLED = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
+
 
 def user(content: str) -> dict:
     return {"role": "user", "content": content}
@@ -55,6 +64,33 @@ def test_derived_mask_trains_on_the_empty_think_block_the_template_writes():
 def test_derived_mask_leaves_out_what_the_generation_prompt_already_says():
     found = segments(None, [user("q"), assistant("a")], enable_thinking=False)
     assert trained(found) == ["a<|im_end|>"]
+
+
+def test_derived_mask_starts_behind_the_think_block_that_the_generation_prompt_opens():
+    messages = [
+        user("q"),
+        assistant("", reasoning_content="I need the tool", **CALL),
+        {"role": "tool", "content": "3"},
+        assistant("3", reasoning_content="done"),
+    ]
+    found = segments(None, messages, tokenizer=THINKING)
+    assert text(found) == THINKING.apply_chat_template(messages, tokenize=False)
+    assert trained(found) == [f"I need the tool\n</think>\n\n{CALLED}", "done\n</think>\n\n3<|im_end|>"]
+
+
+def test_derived_mask_trains_a_turn_without_thinking_as_it_is():
+    messages = [user("q"), assistant("<think>\none\n</think>\n\n<a>"), user("r"), assistant("<think>\ntwo\n</think>\n\nb")]
+    assert trained(segments(None, messages, tokenizer=THINKING)) == ["<a><|im_end|>", "two\n</think>\n\nb<|im_end|>"]
+
+
+@pytest.mark.parametrize("kind", ["qwen", "qwen3"])
+def test_messages_that_do_not_begin_as_the_generation_prompt_keep_their_beginning(kind):
+    bare = build_small_tokenizer()
+    bare.chat_template = CHATML.chat_template.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    found = segments(kind, [user("q"), assistant("<tea> 42"), user("r"), assistant("<think>\nx\n</think>\n4")], tokenizer=bare)
+    assert trained(found) == ["<tea> 42<|im_end|>\n", "x\n</think>\n4<|im_end|>\n"]
+    closed = segments(kind, [user("q"), assistant("<think>\nwell\n</think>\n\n42")], enable_thinking=False)
+    assert trained(closed) == ["well\n</think>\n\n42<|im_end|>\n"]
 
 
 def test_derived_mask_follows_the_template_in_dropping_earlier_thinking():
