@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from qwench.config.sections.engine import EngineConfig
-from qwench.engines.embedded.compute.weights import read_safetensors
+from qwench.engines.embedded.compute.weights import read_folder
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.fleet.servers import ServerProcess, server_environ
 from qwench.engines.kinds.embedded import embedded_command
 from qwench.engines.kinds.kind import ServerOrder
-from qwench.models.hf import load_hf_config
+from qwench.models.hf import architecture_of, load_hf_config
 from qwench.models.made.qwen3 import make_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.weights.broadcast import BroadcastLink
@@ -50,9 +50,8 @@ class Weights:
     """A trainer that holds a checkpoint's weights on the device."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-        self.tensors = {
-            name: tensor.to(device=device, dtype=dtype) for bucket in read_safetensors(folder) for name, tensor in bucket
-        }
+        buckets = read_folder(folder, architecture_of(load_hf_config(folder)))
+        self.tensors = {name: tensor.to(device=device, dtype=dtype) for bucket in buckets for name, tensor in bucket}
 
     @property
     def device(self) -> torch.device:

@@ -106,18 +106,24 @@ def starting_weights(config: CheckpointConfig) -> Path | None:
     return find_checkpoint(config.ref_load, step=config.ref_ckpt_step, flag="--ref-load")
 
 
-def check_weights(config: CheckpointConfig, model: Architecture) -> None:
-    """Make sure that weights of --ref-load, and of a foreign --load, are whole and of this model, from headers alone.
+def check_weights(config: CheckpointConfig, model: Architecture, hf_checkpoint: Path | None = None) -> None:
+    """Make sure that the weights which a run starts from are whole and of this model, from headers alone.
+
+    Args:
+        hf_checkpoint: Its weights are read unless --ref-load gives others. None: they are not looked at.
 
     Raises:
-        ConfigError: they are of another model, or there are none.
-        CheckpointError: they are damaged or half-written.
+        ConfigError: they are of another model, damaged or half-written, or there are none.
     """
-    for flag, folder in (("--ref-load", starting_weights(config)), ("--load", foreign_checkpoint(config))):
+    started = starting_weights(config)
+    sources = [("--ref-load", started), ("--load", foreign_checkpoint(config))]
+    if started is None:
+        sources.append(("--hf-checkpoint", hf_checkpoint))
+    for flag, folder in sources:
         try:
             if folder is not None:
                 open_weights(folder, model)
-        except ConfigError as error:
+        except (ConfigError, CheckpointError) as error:
             raise ConfigError(f"{flag}: {error}") from error
 
 

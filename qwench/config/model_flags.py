@@ -38,7 +38,7 @@ def _facts(model: Architecture) -> dict[str, object]:
         "group_query_attention": model.num_kv_heads < model.num_heads,
         "kv_channels": model.head_dim,
         "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.max_positions,
+        "max_position_embeddings": model.max_position_embeddings,
         "rotary_base": model.rope.theta,
         "rotary_percent": 1.0,
         "use_rotary_position_embeddings": True,

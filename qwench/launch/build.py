@@ -28,7 +28,8 @@ from qwench.launch.placement import make_servers, open_processes, start_learner,
 from qwench.launch.rollouts import build_generation
 from qwench.launch.trainer import load_reward_post_process
 from qwench.models.architecture import Architecture
-from qwench.models.hf import is_fp8_checkpoint, write_hf_checkpoint
+from qwench.models.hf import write_hf_checkpoint
+from qwench.models.hf_weights import has_weights, is_fp8_checkpoint
 from qwench.observability.dumps import check_recorded
 from qwench.observability.log import open_driver_log, write_driver_log
 from qwench.observability.metrics import MetricLog, Sink
@@ -104,12 +105,13 @@ def build(config: Config, plan: RunPlan) -> Run:
 
 
 def check(config: Config, plan: RunPlan) -> None:
-    """Check data, rewards and functions as `build` does; weights and outputs are left to the start.
+    """Check model, data, rewards and functions as `build` does; outputs, and weights that are not there yet, are not missed.
 
     Raises:
         ConfigError: the user's mistake.
     """
     inputs = read_inputs(config, plan)
+    check_weights(config.checkpoint, plan.model, inputs.model_folder if has_weights(inputs.model_folder) else None)
     if config.algorithm.loss_type == "sft_loss":
         _read_conversations(inputs)
     elif config.debug.load_debug_rollout_data is not None:
@@ -175,7 +177,7 @@ def _begin(config: Config, plan: RunPlan) -> Inputs:
     inputs = read_inputs(config, plan)
     open_driver_log(config.logging.log_level, inputs.console)
     _logger.info("qwench %s, process %d on %s", __version__, os.getpid(), socket.gethostname())
-    check_weights(config.checkpoint, plan.model)
+    check_weights(config.checkpoint, plan.model, inputs.model_folder)
     return inputs
 
 

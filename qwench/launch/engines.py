@@ -22,7 +22,8 @@ from qwench.engines.kinds.identity import ModelIdentity, check_serves
 from qwench.engines.kinds.kind import ServerOrder
 from qwench.engines.kinds.sglang_router import SglangRouter, check_router_words, router_command
 from qwench.launch.inputs import Inputs, publication_dtype
-from qwench.models.hf import is_fp8_checkpoint, stop_token_ids
+from qwench.models.hf import stop_token_ids
+from qwench.models.hf_weights import is_fp8_checkpoint
 
 
 def command_makers(inputs: Inputs, *, num_engines: int, token: str, with_weights: bool, on_gpus: bool) -> list[CommandMaker]:
@@ -44,7 +45,7 @@ def command_makers(inputs: Inputs, *, num_engines: int, token: str, with_weights
 
 def server_order(inputs: Inputs, *, token: str, with_weights: bool, on_gpus: bool) -> ServerOrder:
     """Return what all servers of the run share; see `command_makers`."""
-    config = inputs.config
+    config, model = inputs.config, inputs.plan.model
     return ServerOrder(
         engine=config.engine,
         model_folder=inputs.model_folder.absolute(),
@@ -54,6 +55,7 @@ def server_order(inputs: Inputs, *, token: str, with_weights: bool, on_gpus: boo
         seed=config.data.rollout_seed,
         serves_checkpoint=with_weights,
         log_folder=_log_folder(inputs),
+        stretched_positions=model.max_positions if model.max_positions > model.max_position_embeddings else None,
         token=token,
     )
 

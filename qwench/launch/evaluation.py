@@ -10,6 +10,7 @@ from pathlib import Path
 
 import orjson
 
+from qwench.checkpoints.folders import check_weights
 from qwench.config import Config, RolloutConfig, RunPlan
 from qwench.config.report import flag_values
 from qwench.config.sections.verbs import ServeConfig
@@ -20,6 +21,7 @@ from qwench.launch.engines import embedded_settings
 from qwench.launch.inputs import Inputs, plan_inputs, read_eval_prompts, read_inputs
 from qwench.launch.placement import make_servers, open_processes
 from qwench.launch.rollouts import build_generation
+from qwench.models.hf_weights import has_weights
 from qwench.observability.log import open_driver_log, open_process_log
 from qwench.observability.summary import summarize
 from qwench.rewards.graders import check_prompts
@@ -36,6 +38,7 @@ def evaluate(config: Config, plan: RunPlan) -> None:
     """Print the metrics of each set, and write them and every response to --eval-output."""
     inputs = read_inputs(config, plan)
     open_driver_log(config.logging.log_level, inputs.console)
+    check_weights(config.checkpoint, plan.model, inputs.model_folder)
     prompts = _read_sets(inputs)
     output = config.evaluation.eval_output
     if output is not None:
@@ -61,7 +64,9 @@ def check(config: Config, plan: RunPlan) -> None:
     Raises:
         ConfigError: the user's mistake.
     """
-    _read_sets(read_inputs(config, plan))
+    inputs = read_inputs(config, plan)
+    check_weights(config.checkpoint, plan.model, inputs.model_folder if has_weights(inputs.model_folder) else None)
+    _read_sets(inputs)
 
 
 def _read_sets(inputs: Inputs) -> dict[str, Sequence[Prompt]]:
@@ -105,6 +110,7 @@ def serve(config: ServeConfig) -> None:
     assert config.model.hf_checkpoint is not None, "config.checks requires --hf-checkpoint"
     run = Config(model=config.model, engine=config.engine, rollout=RolloutConfig(rollout_batch_size=1))
     inputs = read_inputs(run, plan_inputs(run, trains=False))
+    check_weights(run.checkpoint, inputs.plan.model, inputs.model_folder)
     open_process_log("info", f"engine at port {config.server.port}")
     serve_engine(
         config.model.hf_checkpoint,

@@ -14,7 +14,7 @@ from qwench.config import Config
 from qwench.config.plan import RunPlan, plan_run, train_dtype
 from qwench.data.prompts import LoadedPrompts, load_prompts
 from qwench.errors import ConfigError
-from qwench.models.hf import architecture_of, load_hf_config, load_tokenizer
+from qwench.models.hf import architecture_of, check_vocabulary, load_hf_config, load_tokenizer
 from qwench.observability.console import Console, QuietConsole, open_console
 from qwench.rewards.graders import needs_label
 from qwench.threads import usable_cores
@@ -68,12 +68,14 @@ def read_inputs(config: Config, plan: RunPlan) -> Inputs:
     device = local_device()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(usable_cores())  # torch knows the affinity mask, but not a container's quota
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(folder, tokenizer, plan.model)
     return Inputs(
         config=config,
         plan=plan,
         model_folder=folder,
         hf_config=load_hf_config(folder),
-        tokenizer=load_tokenizer(folder),
+        tokenizer=tokenizer,
         device=device,
         dtype=publication_dtype(config, on_gpu=device.type == "cuda"),
         console=open_console() if rank == 0 else QuietConsole(),

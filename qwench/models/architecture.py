@@ -6,6 +6,7 @@ transformers configuration.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +25,34 @@ class Llama3Scaling:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LinearScaling:
+    """Stretch all frequencies by `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class YarnScaling:
+    """Stretch slow pairs by `factor`, keep fast ones, blend in between; scale queries and keys by `attention_factor`."""
+
+    factor: float
+    original_max_positions: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    """Pairs that turn more often than this over the original positions are kept."""
+    beta_slow: float = 1.0
+    """Pairs that turn less often than this over the original positions are stretched."""
+    truncate: bool = True
+    """The blend begins and ends at whole pairs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RopeSpec:
     """What fixes the rotation of a position."""
 
     head_dim: int
     theta: float
-    scaling: Llama3Scaling | None = None
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,13 +68,22 @@ class Architecture:
     head_dim: int
     vocab_size: int
     norm_eps: float
-    max_positions: int
+    max_position_embeddings: int
+    """As config.json says; see `max_positions`."""
     rope: RopeSpec
     tied_head: bool
     qk_norm: bool
     qkv_bias: bool
     attention_output_bias: bool
     mlp_bias: bool
+
+    @property
+    def max_positions(self) -> int:
+        """Return how many tokens prompt and response can have together; YaRN stretches the original positions."""
+        scaling = self.rope.scaling
+        if not isinstance(scaling, YarnScaling):
+            return self.max_position_embeddings
+        return max(self.max_position_embeddings, int(scaling.factor * scaling.original_max_positions))
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return Hugging Face names and shapes of all parameters in the order of the layers; a tied head is not one."""
@@ -104,6 +136,12 @@ _FAMILIES = {
 }
 MODEL_TYPES = tuple(_FAMILIES)
 """Values of `model_type` that engine, trainer and converters know."""
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Values of `rope_type` that engine, trainer and converters know; the others change with the length of a text."""
+_ROPE = "config.json: the rotary embedding"
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings",
+)  # fmt: skip
 
 
 def read_architecture(config: Mapping[str, Any]) -> Architecture:  # Any: JSON
@@ -118,19 +156,27 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:  # Any: JSON
             f"config.json has model_type {config['model_type']!r}; known: {', '.join(MODEL_TYPES)}. Choose another model."
         )
     _refuse_variants(config)
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    sizes = {name: _size(config, name) for name in _SIZES}
+    _check_tokens(config, sizes["vocab_size"])
+    heads = sizes["num_attention_heads"]
+    kv_heads = _size(config, "num_key_value_heads") if config.get("num_key_value_heads") is not None else heads
+    if heads % kv_heads:
+        raise ConfigError(f"config.json has {heads} attention heads for {kv_heads} key-value heads; the one divides the other.")
+    head_dim = _size(config, "head_dim") if config.get("head_dim") is not None else sizes["hidden_size"] // heads
+    if head_dim < 2 or head_dim % 2:
+        raise ConfigError(f"config.json has heads of {head_dim} elements; rotation needs an even number.")
     attention_bias = bool(config.get("attention_bias"))
     return Architecture(
         model_type=config["model_type"],
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+        num_layers=sizes["num_hidden_layers"],
+        hidden_size=sizes["hidden_size"],
+        ffn_hidden_size=sizes["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
-        vocab_size=config["vocab_size"],
-        norm_eps=config["rms_norm_eps"],
-        max_positions=config["max_position_embeddings"],
+        vocab_size=sizes["vocab_size"],
+        norm_eps=_positive(config, "rms_norm_eps", where="config.json"),
+        max_position_embeddings=sizes["max_position_embeddings"],
         rope=read_rope(config, head_dim),
         tied_head=bool(config["tie_word_embeddings"]),
         qk_norm=family.qk_norm,
@@ -144,24 +190,114 @@ def read_rope(config: Mapping[str, Any], head_dim: int) -> RopeSpec:  # Any: JSO
     """Read the rotary parameters, old layout (rope_theta, rope_scaling) or new (rope_parameters).
 
     Raises:
-        ConfigError: a kind of scaling that is not implemented.
+        ConfigError: a kind of scaling that is not implemented, or one whose numbers make no sense.
     """
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+    # A copy of config.json may have both; transformers then follows rope_scaling.
+    parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    if parameters.get("rope_theta") is None:
+        parameters["rope_theta"] = config.get("rope_theta") or 10_000.0
+    theta = _positive(parameters, "rope_theta", where=_ROPE)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError("config.json has a partial_rotary_factor, but only whole heads are rotated; choose another model.")
-    if kind == "default":
-        return RopeSpec(head_dim=head_dim, theta=theta)
-    if kind == "llama3":
-        scaling = Llama3Scaling(
-            factor=float(parameters["factor"]),
-            low_freq_factor=float(parameters["low_freq_factor"]),
-            high_freq_factor=float(parameters["high_freq_factor"]),
-            original_max_positions=int(parameters["original_max_position_embeddings"]),
-        )
-        return RopeSpec(head_dim=head_dim, theta=theta, scaling=scaling)
-    raise ConfigError(f"config.json has the rope type {kind!r}; known: default, llama3. Choose another model.")
+    match kind:
+        case "default":
+            return RopeSpec(head_dim=head_dim, theta=theta)
+        case "linear":
+            scaling = LinearScaling(factor=_positive(parameters, "factor", where=_ROPE))
+            return RopeSpec(head_dim=head_dim, theta=theta, scaling=scaling)
+        case "llama3":
+            return RopeSpec(head_dim=head_dim, theta=theta, scaling=_read_llama3(parameters))
+        case "yarn":
+            return RopeSpec(head_dim=head_dim, theta=theta, scaling=_read_yarn(parameters, config))
+    raise ConfigError(f"config.json has the rope type {kind!r}; known: {', '.join(ROPE_TYPES)}. Choose another model.")
+
+
+def _read_llama3(parameters: Mapping[str, Any]) -> Llama3Scaling:  # Any: JSON
+    low, high = (_positive(parameters, name, where=_ROPE) for name in ("low_freq_factor", "high_freq_factor"))
+    if high <= low:
+        raise ConfigError(f"{_ROPE} has high_freq_factor {high}; it must be above low_freq_factor {low}.")
+    return Llama3Scaling(
+        factor=_positive(parameters, "factor", where=_ROPE),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_positions=_size(parameters, "original_max_position_embeddings", where=_ROPE),
+    )
+
+
+def _read_yarn(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> YarnScaling:  # Any: JSON
+    given = {name: value for name, value in parameters.items() if value is not None}
+    if given["rope_theta"] <= 1:
+        raise ConfigError(f"{_ROPE} has rope_theta {given['rope_theta']}; YaRN needs more than 1.")
+    given.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    original = _size(given, "original_max_position_embeddings", where=_ROPE)
+    given.setdefault("factor", config["max_position_embeddings"] / original)
+    factor = _positive(given, "factor", where=_ROPE)
+    mscale, mscale_all_dim = given.get("mscale") or None, given.get("mscale_all_dim") or None
+    if mscale is not None and mscale_all_dim is not None:
+        inferred = _mscale(factor, _positive(given, "mscale", where=_ROPE))
+        inferred /= _mscale(factor, _positive(given, "mscale_all_dim", where=_ROPE))
+    else:
+        inferred = _mscale(factor, 1.0)
+    given.setdefault("attention_factor", inferred)
+    # Zero means the default here, as in transformers.
+    beta_fast, beta_slow = given.get("beta_fast") or 32, given.get("beta_slow") or 1
+    return YarnScaling(
+        factor=factor,
+        original_max_positions=original,
+        attention_factor=_positive(given, "attention_factor", where=_ROPE),
+        beta_fast=_positive({"beta_fast": beta_fast}, "beta_fast", where=_ROPE),
+        beta_slow=_positive({"beta_slow": beta_slow}, "beta_slow", where=_ROPE),
+        truncate=bool(given.get("truncate", True)),
+    )
+
+
+def _mscale(factor: float, weight: float) -> float:
+    """Return by how much longer contexts sharpen the attention. Source: YaRN (arXiv 2309.00071) eq. 22."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _size(values: Mapping[str, Any], name: str, *, where: str = "config.json") -> int:  # Any: JSON
+    """Return a whole number above 0.
+
+    Raises:
+        ConfigError: it is missing or something else.
+    """
+    value = values.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        raise ConfigError(f"{where} has {name} {_shown(value)}; it must be a whole number above 0.")
+    return value
+
+
+def _positive(values: Mapping[str, Any], name: str, *, where: str) -> float:  # Any: JSON
+    """Return a finite number above 0.
+
+    Raises:
+        ConfigError: it is missing or something else.
+    """
+    value = values.get(name)
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:
+        number = math.inf
+    if not 0 < number < math.inf:
+        raise ConfigError(f"{where} has {name} {_shown(value)}; it must be a finite number above 0.")
+    return number
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:40] if not isinstance(value, int) or abs(value) < 10**40 else "of more than 40 digits"
+
+
+def _check_tokens(config: Mapping[str, Any], vocab_size: int) -> None:  # Any: JSON
+    """Refuse special tokens that the embedding has no row for."""
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = config.get(name)
+        for token in value if isinstance(value, list) else [] if value is None else [value]:
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise ConfigError(f"config.json has {name} {_shown(token)}; it must be the id of a token.")
+            if not 0 <= token < vocab_size:
+                raise ConfigError(f"config.json: {name} {_shown(token)} is outside the vocabulary of {vocab_size}.")
 
 
 def _refuse_variants(config: Mapping[str, Any]) -> None:

@@ -27,17 +27,17 @@ from qwench import __version__
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import TEMPORARY_SUFFIX, is_occupied, replace_folder
 from qwench.models.architecture import MODEL_TYPES, Architecture, read_architecture
-from qwench.models.fp8 import (
-    QUANTIZATION_CONFIG,
-    dequantize,
-    is_fp8_config,
-    is_quantized_name,
-    is_scale_name,
-    scale_name,
+from qwench.models.fp8 import QUANTIZATION_CONFIG, is_fp8_config, is_quantized_name, is_scale_name
+from qwench.models.hf_weights import (
+    HEAD,
+    find_parameters,
+    is_fp8_checkpoint,
+    one_line,
+    read_dequantized,
+    read_json,
+    widest_dtype,
 )
-from qwench.models.safetensors_files import find_tensors, read_tensor
 from qwench.models.shards import DEFAULT_SHARD_BYTES, write_shards
-from qwench.samples import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # loads for two seconds, which an engine need not spend at its start
@@ -65,17 +65,25 @@ def load_hf_config(path: Path) -> PretrainedConfig:
         ConfigError: missing or broken, or not an architecture that we train.
     """
     path = Path(path)
-    raw = _read_json(path / "config.json")
+    if (path / "adapter_config.json").is_file():
+        raise ConfigError(f"{path} is a LoRA adapter; merge it into its base model, and give that folder.")
+    raw = read_json(path / "config.json")
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES:
         raise ConfigError(f"{path}/config.json has model_type {model_type!r}; supported are dense {', '.join(MODEL_TYPES)}.")
     if raw.get("use_sliding_window"):
         raise ConfigError(f"{path}/config.json asks for sliding-window attention, which is not supported.")
     is_fp8_config(raw, where=str(path))
+    if raw.get("rope_scaling") and raw.get("rope_parameters") and not raw.get("rope_theta"):
+        # transformers would follow rope_scaling alone, with a base of 10,000.
+        raise ConfigError(
+            f"{path}/config.json has rope_scaling beside rope_parameters; write the scaling into rope_parameters, next to "
+            "its rope_theta, and remove rope_scaling."
+        )
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
-        raise ConfigError(f"{path}/config.json cannot be read as a {model_type} configuration: {_one_line(error)}") from error
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, OSError, StrictDataclassError) as error:
+        raise ConfigError(f"{path}/config.json cannot be read as a {model_type} configuration: {one_line(error)}") from error
     # How weights are stored is no property of the model, and transformers would look for kernels of its own.
     vars(config).pop("quantization_config", None)
     return config
@@ -90,29 +98,26 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     return read_architecture(config.to_dict())
 
 
-def is_fp8_checkpoint(path: Path) -> bool:
-    """Tell whether a folder's weights are block-wise FP8 (`models.fp8`).
-
-    Raises:
-        ConfigError: config.json is missing or broken, or the weights are quantized in another way.
-    """
-    return is_fp8_config(_read_json(Path(path) / "config.json"), where=str(path))
-
-
 def load_model(
-    path: Path, *, dtype: torch.dtype, attn_implementation: str = "sdpa", device: torch.device | str = "cpu"
+    path: Path, *, dtype: torch.dtype | None = None, attn_implementation: str = "sdpa", device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
     """Load the causal language model of a folder, in evaluation mode; FP8 weights become what they stand for.
 
     Host and device each hold the weights at most once: they are mapped from the files and moved tensor by tensor (FP8 weights:
     the host holds them twice).
 
+    Args:
+        dtype: Of the model. None: that of the files, whatever config.json says of it.
+
     Raises:
-        ConfigError: see `load_hf_config`; or weights that are unreadable, incomplete or of another shape.
+        ConfigError: see `load_hf_config` and `find_parameters`; or the weights are unreadable.
+        CheckpointError: see `find_parameters`.
     """
     path = Path(path)
     config = load_hf_config(path)
-    weights = _dequantized(path, dtype) if is_fp8_checkpoint(path) else None
+    parameters = find_parameters(path, architecture_of(config))
+    dtype = widest_dtype(parameters) if dtype is None else dtype
+    weights = read_dequantized(parameters, dtype) if is_fp8_checkpoint(path) else None
     try:
         # Any: with loading info the call returns a pair; neither this nor the mapping's values is what annotations say.
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -126,13 +131,12 @@ def load_model(
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ConfigError(f"the model in {path} cannot be loaded: {_one_line(error)}") from error
+        raise ConfigError(f"the model in {path} cannot be loaded: {one_line(error)}") from error
     model, report = loaded
-    if report["missing_keys"]:
+    for problem in ("missing_keys", "mismatched_keys"):
         # transformers would go on with random values in their place.
-        names = sorted(report["missing_keys"])
-        raise ConfigError(f"{path} lacks {len(names)} weights of its architecture, such as {names[0]}; is it complete?")
-    ready: PreTrainedModel = model.to(device).eval()
+        assert not report[problem], f"{problem} of {path}: {report[problem]}, which find_parameters did not find"
+    ready: PreTrainedModel = _without_padding_row(model.to(device).eval())
     return ready
 
 
@@ -146,6 +150,12 @@ def model_of(config: PretrainedConfig, weights: dict[str, Tensor], *, dtype: tor
     model: PreTrainedModel = model_class.from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, attn_implementation="sdpa"
     ).eval()
+    return _without_padding_row(model)
+
+
+def _without_padding_row(model: PreTrainedModel) -> PreTrainedModel:
+    """Train the embedding's row of pad_token_id as every other: sequences are packed, and the token is part of texts."""
+    model.get_input_embeddings().padding_idx = None
     return model
 
 
@@ -159,9 +169,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ConfigError(f"there is no tokenizer in {path}; give a complete checkpoint with --hf-checkpoint.")
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise ConfigError(f"the tokenizer in {path} cannot be loaded: {_one_line(error)}") from error
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ConfigError(f"the tokenizer in {path} cannot be loaded: {one_line(error)}") from error
 
 
 def stop_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -169,13 +179,35 @@ def stop_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int,
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         file = Path(path) / name
-        eos = _read_json(file).get("eos_token_id") if file.is_file() else None
-        found.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        eos = read_json(file).get("eos_token_id") if file.is_file() else None
+        for token in eos if isinstance(eos, list) else [] if eos is None else [eos]:
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise ConfigError(f"{file} has eos_token_id {eos!r:.60}; it must be the id of a token, or a list of them.")
+            found.add(token)
     if tokenizer.eos_token_id is not None:
         found.add(tokenizer.eos_token_id)
     if not found:
         raise ConfigError(f"{path} names no end-of-sequence token; set eos_token_id in its generation_config.json.")
     return tuple(sorted(found))
+
+
+def check_vocabulary(path: Path, tokenizer: PreTrainedTokenizerBase, model: Architecture) -> None:
+    """Refuse a tokenizer with tokens that the model has no embedding for.
+
+    Raises:
+        ConfigError: the model's vocabulary is smaller; or a token that ends responses is outside of it.
+    """
+    num_tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if num_tokens > model.vocab_size:
+        raise ConfigError(
+            f"{path}: the tokenizer has {num_tokens} tokens, the model {model.vocab_size} (vocab_size of config.json); "
+            "give the tokenizer that belongs to the model, or resize its embeddings."
+        )
+    if outside := [token for token in stop_token_ids(path, tokenizer) if not 0 <= token < model.vocab_size]:
+        raise ConfigError(
+            f"{path}: eos_token_id {outside[0]} is outside the vocabulary of {model.vocab_size}; "
+            "correct generation_config.json."
+        )
 
 
 def write_hf_checkpoint(
@@ -237,22 +269,9 @@ def check_export_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} exists and was not written by an export; choose another --save-hf folder.")
 
 
-def _dequantized(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return all weights of an FP8 folder as what they stand for."""
-    stored = find_tensors(folder)
-    weights: dict[str, Tensor] = {}
-    for name, place in stored.items():
-        if is_scale_name(name):
-            continue
-        tensor = read_tensor(place)
-        scale = stored.get(scale_name(name))
-        weights[name] = tensor.to(dtype) if scale is None else dequantize(tensor, read_tensor(scale), dtype)
-    return weights
-
-
 def _untied(buckets: Iterable[Sequence[tuple[str, Tensor]]], *, tied: bool) -> Iterable[Sequence[tuple[str, Tensor]]]:
     for bucket in buckets:
-        yield [(name, tensor) for name, tensor in bucket if not (tied and name == "lm_head.weight")]
+        yield [(name, tensor) for name, tensor in bucket if not (tied and name == HEAD)]
 
 
 def _check_complete(written: Iterable[str], config: PretrainedConfig, folder: Path) -> None:
@@ -266,26 +285,10 @@ def _check_complete(written: Iterable[str], config: PretrainedConfig, folder: Pa
 
 def _write_config(folder: Path, source: Path, dtype: torch.dtype, *, is_fp8: bool) -> None:
     """Copy config.json as it is, but for the dtype (`torch_dtype` before transformers 5) and how weights are quantized."""
-    config = _read_json(source / "config.json")
+    config = read_json(source / "config.json")
     config.pop("quantization_config", None)
     if is_fp8:
         config["quantization_config"] = QUANTIZATION_CONFIG
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
         config[key] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _read_json(file: Path) -> dict[str, Json]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"there is no {file.name} in {file.parent}; give the folder of a Hugging Face checkpoint.") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} is not readable JSON: {_one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} is not a JSON object.")
-    return content
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

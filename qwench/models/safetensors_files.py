@@ -37,6 +37,8 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+SINGLE_FILE = "model.safetensors"
+_COMPARED_BYTES = 16 * 2**20
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors package; a larger number means that this is another kind of file."""
@@ -72,15 +74,32 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
         CheckpointError: there are no safetensors, a file is missing or cut short, or it is not what its name says.
     """
     if (folder / INDEX_FILE).is_file():
-        weight_map = _read_index(folder / INDEX_FILE)
-        headers = {name: read_header(folder / name) for name in sorted(set(weight_map.values()))}
-        missing = sorted(name for name, file in weight_map.items() if name not in headers[file])
-        if missing:
-            raise CheckpointError(f"{folder / weight_map[missing[0]]} lacks {missing[0]}, which {INDEX_FILE} places in it.")
-        return {name: headers[file][name] for name, file in weight_map.items()}
-    if not (folder / "model.safetensors").is_file():
-        raise CheckpointError(f"{folder} has neither model.safetensors nor {INDEX_FILE}; only safetensors are read.")
-    return read_header(folder / "model.safetensors")
+        return _find_in_shards(folder)
+    if not (folder / SINGLE_FILE).is_file():
+        raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors are read.")
+    return read_header(folder / SINGLE_FILE)
+
+
+def _find_in_shards(folder: Path) -> dict[str, StoredTensor]:
+    weight_map = _read_index(folder / INDEX_FILE)
+    files = sorted(set(weight_map.values()))
+    if SINGLE_FILE not in files and (folder / SINGLE_FILE).is_file():
+        # Readers differ in which of the two they follow.
+        raise CheckpointError(f"{folder} has {SINGLE_FILE} beside the shards of {INDEX_FILE}; remove the ones or the other.")
+    for file in files:
+        if Path(file).name != file:
+            raise CheckpointError(f"{folder / INDEX_FILE} names {file!r}; shards lie beside it.")
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{folder} lacks {file}, which {INDEX_FILE} names; is the download complete?")
+    headers = {file: read_header(folder / file) for file in files}
+    missing = sorted(name for name, file in weight_map.items() if name not in headers[file])
+    if missing:
+        raise CheckpointError(f"{folder / weight_map[missing[0]]} lacks {missing[0]}, which {INDEX_FILE} places in it.")
+    unlisted = sorted((name, file) for file in files for name in headers[file] if weight_map.get(name) != file)
+    if unlisted:
+        name, file = unlisted[0]
+        raise CheckpointError(f"{folder / file} holds {name}, which {INDEX_FILE} does not place in it.")
+    return {name: headers[file][name] for name, file in weight_map.items()}
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -99,9 +118,13 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         header.pop("__metadata__", None)
         start = _LENGTH_BYTES + header_bytes
         found = {name: _stored(file, start, entry) for name, entry in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} cannot be read as safetensors ({error!r}).") from error
-    end = max((stored.begin + stored.spec.nbytes for stored in found.values()), default=start)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read as safetensors ({str(error)[:300] or error!r}).") from error
+    end = start
+    for name, stored in sorted(found.items(), key=lambda entry: (entry[1].begin, entry[1].spec.nbytes)):
+        if stored.begin != end:
+            raise CheckpointError(f"{file}: {name} begins at byte {stored.begin}, but the tensors before it end at {end}.")
+        end += stored.spec.nbytes
     if size != end:
         raise CheckpointError(f"{file} has {size} bytes, but its header describes {end}; is it half-written?")
     return found
@@ -126,6 +149,29 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     except OSError as error:
         raise CheckpointError(f"{stored.file} cannot be read ({error}).") from error
     return tensor
+
+
+def is_equal(one: StoredTensor, other: StoredTensor) -> bool:
+    """Tell whether two tensors have the same dtype, shape and bytes; memory is bounded by a block of each.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    if one.spec != other.spec:
+        return False
+    try:
+        with one.file.open("rb") as left, other.file.open("rb") as right:
+            left.seek(one.begin)
+            right.seek(other.begin)
+            remaining = one.spec.nbytes
+            while remaining:
+                size = min(remaining, _COMPARED_BYTES)
+                if left.read(size) != right.read(size):
+                    return False
+                remaining -= size
+    except OSError as error:
+        raise CheckpointError(f"{one.file} and {other.file} cannot be compared ({error}).") from error
+    return True
 
 
 class SafetensorsWriter:
@@ -195,7 +241,8 @@ def _layout(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
 
 def _stored(file: Path, start: int, entry: Mapping[str, object]) -> StoredTensor:
     shape, offsets = entry["shape"], entry["data_offsets"]
-    assert isinstance(shape, list) and isinstance(offsets, list)
+    if not isinstance(shape, list) or not isinstance(offsets, list) or min([*shape, *offsets], default=0) < 0:
+        raise ValueError(f"shape {shape} and data_offsets {offsets} are no lists of sizes")
     spec = TensorSpec(shape=tuple(shape), dtype=_DTYPES[str(entry["dtype"])])
     if offsets[1] - offsets[0] != spec.nbytes:
         raise ValueError(f"a tensor of shape {shape} does not have {offsets[1] - offsets[0]} bytes")
@@ -204,6 +251,9 @@ def _stored(file: Path, start: int, entry: Mapping[str, object]) -> StoredTensor
 
 def _read_index(file: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        weight_map = dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read ({error!r}).") from error
+    if not all(isinstance(entry, str) for entry in weight_map.values()):
+        raise CheckpointError(f"{file} does not map names of tensors to names of files.")
+    return weight_map

@@ -25,7 +25,7 @@ from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.protocol import Engine, GenerateRequest, GenerateResult, SamplingParams
 
 HOSTS = ("in_process", "inline", "http")
-FAMILIES = ("qwen3", "qwen2", "llama")
+FAMILIES = ("qwen3", "qwen2", "llama", "yarn")
 EOS = 1
 MAX_POSITIONS = 1100
 LONG = 1000
@@ -48,12 +48,15 @@ _SIZES = {
 
 
 def make_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """Build a random model: tied with QK norm, tied with biases, or untied with stretched rotary frequencies."""
+    """Build a random model: tied with QK norm, tied with biases, or untied with rotary frequencies stretched in two ways."""
     torch.manual_seed(seed)
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
     if family == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=True))
     elif family == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**_SIZES, tie_word_embeddings=True))
+    elif family == "yarn":
+        model = Qwen3ForCausalLM(Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=False, rope_parameters=yarn))
     else:
         rope = {
             "rope_type": "llama3",

@@ -24,10 +24,12 @@ _SIZES = {
 
 
 def _write_models(folder: Path) -> None:
-    """Save random models; norms and biases too are no ones and zeros, and one vocabulary is odd."""
+    """Save random models; norms and biases too are no ones and zeros, one vocabulary is odd, and one rotation is YaRN's."""
     torch.manual_seed(3)
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
     for name in ("tied", "untied"):
-        config = Qwen3Config(vocab_size=48, head_dim=8, tie_word_embeddings=name == "tied", **_SIZES)
+        rope = yarn if name == "untied" else None
+        config = Qwen3Config(vocab_size=48, head_dim=8, tie_word_embeddings=name == "tied", rope_parameters=rope, **_SIZES)
         _save(Qwen3ForCausalLM(config), folder / name)
     _save(Qwen2ForCausalLM(Qwen2Config(vocab_size=49, tie_word_embeddings=False, **_SIZES)), folder / "qwen2")
 

@@ -34,6 +34,8 @@ OPTIMIZER = OptimizerConfig(
     clip_grad=CLIP_GRAD,
 )
 
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+
 # (prompt, response) lengths; the response of sample 2 has a hole (tool output), sample 5 is not trained on at all.
 _SHAPES = ((3, 5), (2, 9), (4, 6), (1, 1), (6, 3), (2, 4), (3, 7), (2, 2))
 
@@ -57,7 +59,7 @@ def learning_rate(step: int) -> float:
 
 
 def write_model(folder: Path, *, tied: bool, dtype: torch.dtype = torch.float32, num_layers: int = 2) -> None:
-    """Save a Qwen3 with random weights, not all of them small."""
+    """Save a Qwen3 with random weights, not all of them small; an untied one rotates as YaRN does."""
     torch.manual_seed(11)
     config = Qwen3Config(
         vocab_size=VOCAB,
@@ -69,6 +71,7 @@ def write_model(folder: Path, *, tied: bool, dtype: torch.dtype = torch.float32,
         head_dim=8,
         tie_word_embeddings=tied,
         initializer_range=0.15,
+        rope_parameters=None if tied else dict(_YARN),
     )
     Qwen3ForCausalLM(config).to(dtype).save_pretrained(folder)
 

@@ -9,7 +9,7 @@ Each of them may also be given by its parent folder, in which `latest_checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -31,7 +31,8 @@ from qwench.errors import CheckpointError, ConfigError
 from qwench.files import TEMPORARY_SUFFIX
 from qwench.models.architecture import Architecture
 from qwench.models.fp8 import dequantize, scale_name
-from qwench.models.safetensors_files import StoredTensor, TensorSpec, find_tensors, read_tensor
+from qwench.models.hf_weights import check_nothing_more, check_shapes, find_parameters
+from qwench.models.safetensors_files import StoredTensor, TensorSpec, read_tensor
 
 Format = Literal["hf", "torch_dist", "fsdp"]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -172,10 +173,9 @@ class HfWeights:
     """The safetensors of a Hugging Face folder; FP8 weights are read as the bfloat16 that they stand for."""
 
     def __init__(self, folder: Path, model: Architecture) -> None:
-        """Find every parameter of the model; what else the files hold is left alone."""
-        stored = find_tensors(folder)
+        """Find every parameter of the model; see `find_parameters`."""
+        stored = find_parameters(folder, model)
         expected = model.parameter_shapes()
-        check_specs({name: tensor.spec for name, tensor in stored.items()}, expected, folder)
         self._stored: dict[str, StoredTensor] = {name: stored[name] for name in expected}
         self._scales = {name: stored[scale_name(name)] for name in expected if scale_name(name) in stored}
         self.specs: Mapping[str, TensorSpec] = {name: self._spec(name) for name in expected}
@@ -195,10 +195,12 @@ class DcpWeights:
     """A folder of torch.distributed.checkpoint with Hugging Face names, which may end in `suffix`."""
 
     def __init__(self, folder: DcpFolder, model: Architecture, *, suffix: str = "") -> None:
-        """Find every parameter of the model."""
+        """Find every parameter of the model, and nothing beside them."""
         expected = model.parameter_shapes()
         found = {name: folder.tensors[name + suffix] for name in expected if name + suffix in folder.tensors}
-        check_specs(found, expected, folder.folder)
+        check_shapes(found, expected, folder.folder)
+        extra = {name for name in folder.tensors if name.endswith(suffix)} - {name + suffix for name in expected}
+        check_nothing_more(extra, folder.folder)
         self._folder, self._suffix = folder, suffix
         self.specs: Mapping[str, TensorSpec] = found
         self.bundles = [(name,) for name in found]
@@ -206,18 +208,6 @@ class DcpWeights:
     def read(self, name: str) -> Tensor:
         """See `WeightSource`."""
         return self._folder.read(name + self._suffix)
-
-
-def check_specs(found: Mapping[str, TensorSpec], expected: Mapping[str, Iterable[int]], folder: Path) -> None:
-    """Raise ConfigError unless every expected parameter is there in its shape."""
-    for name, shape in expected.items():
-        if name not in found:
-            raise ConfigError(f"{folder} lacks {name}; is it of the model whose config.json is used?")
-        if found[name].shape != tuple(shape):
-            raise ConfigError(
-                f"{folder} holds {name} in the shape {list(found[name].shape)}, but config.json describes {list(shape)}; "
-                "it is of another model."
-            )
 
 
 def _fsdp_optimizer(folder: Path, model: Architecture) -> OptimizerState | None:

@@ -31,6 +31,7 @@ from qwench.checkpoints.formats.dcp_reader import DcpFolder
 from qwench.checkpoints.formats.dcp_writer import DcpWriter
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.architecture import Architecture
+from qwench.models.hf_weights import check_nothing_more, differing_head
 from qwench.models.megatron_names import WeightRule, rules, to_hf
 from qwench.models.safetensors_files import TensorSpec
 
@@ -47,6 +48,10 @@ _CONFIG = {
     "common_backend_version": 1,
 }
 _STACKED = "decoder.layers."
+_HEAD = "output_layer.weight"
+_EMBEDDING = "embedding.word_embeddings.weight"
+_MODEL_PARTS = ("decoder.", "embedding.", "output_layer.", "mtp.")
+_EXTRA = "._extra_state"
 
 
 class _Held(threading.local):
@@ -63,7 +68,7 @@ class TorchDistWeights:
         """Find the tensor of every rule.
 
         Raises:
-            ConfigError: a tensor is missing or of another shape.
+            ConfigError: a tensor is missing, of another shape, or of no use to the model.
         """
         self._folder, self._model = folder, model
         self._shapes = model.parameter_shapes()
@@ -77,6 +82,7 @@ class TorchDistWeights:
                 self._places[name] = (rule, key, layer)
                 self.specs[name] = TensorSpec(shape=self._shapes[name], dtype=folder.tensors[key].dtype)
         self._check_num_layers(prefix)
+        self._check_nothing_more(prefix)
         self._held = _Held()
 
     def read(self, name: str) -> Tensor:
@@ -121,6 +127,17 @@ class TorchDistWeights:
         if wrong or more in self._folder.tensors:
             number = self._folder.tensors[wrong[0]].shape[0] if wrong else f"more than {expected}"
             raise ConfigError(f"{self._folder.folder} has {number} layers, but config.json describes {expected}.")
+
+    def _check_nothing_more(self, prefix: str) -> None:
+        """Refuse tensors of the model that no rule reads; a tied head that equals the embedding is none."""
+        read = {key for _, key, _ in self._places.values()}
+        parts = tuple(prefix + part for part in _MODEL_PARTS)
+        extra = {key for key in self._folder.tensors if key.startswith(parts) and key not in read and _EXTRA not in key}
+        if self._model.tied_head and not prefix and _HEAD in extra:
+            if not torch.equal(self._folder.read(_HEAD), self._folder.read(_EMBEDDING)):
+                raise ConfigError(differing_head(self._folder.folder))
+            extra.remove(_HEAD)
+        check_nothing_more(extra, self._folder.folder)
 
 
 def holds(folder: DcpFolder, prefix: str) -> bool:
@@ -181,7 +198,7 @@ def megatron_args(model: Architecture) -> Namespace:
         num_attention_heads=model.num_heads,
         num_query_groups=model.num_kv_heads,
         kv_channels=model.head_dim,
-        max_position_embeddings=model.max_positions,
+        max_position_embeddings=model.max_position_embeddings,
         vocab_size=model.vocab_size,
         padded_vocab_size=model.vocab_size,
         untie_embeddings_and_output_weights=not model.tied_head,

@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qwench.engines.embedded.compute.parameters import list_parameters
 from qwench.engines.embedded.compute.runner import InFlight, Runner, Sampled
-from qwench.engines.embedded.compute.weights import WeightStore, read_safetensors
+from qwench.engines.embedded.compute.weights import WeightStore, read_folder
 from qwench.engines.embedded.pipeline import StepPipeline, Worker
 from qwench.engines.embedded.scheduling.admission import Admission, eos_ids_of
 from qwench.engines.embedded.scheduling.kv_cache import PagePool
@@ -42,7 +42,8 @@ from qwench.engines.protocol import (
 )
 from qwench.errors import EngineError
 from qwench.models.architecture import Architecture
-from qwench.models.hf import architecture_of, is_fp8_checkpoint, load_hf_config, load_tokenizer, stop_token_ids
+from qwench.models.hf import architecture_of, load_hf_config, load_tokenizer, stop_token_ids
+from qwench.models.hf_weights import is_fp8_checkpoint
 from qwench.wire.portions import WeightBucket
 
 QUIET_TURNS = 10
@@ -80,8 +81,7 @@ class EmbeddedEngine:
         self._pipeline = StepPipeline(self._runner, self._worker, self._take, overlap=settings.resolved_overlap)
         self._between_steps = asyncio.Lock()
         self._stepping: asyncio.Task[None] | None = None
-        self._paused = False
-        self._kv_asleep = False
+        self._paused = self._kv_asleep = False
         self._failure: Exception | None = None
         self._stats = EngineStats()
 
@@ -103,20 +103,20 @@ class EmbeddedEngine:
             tokenizer: needed for stop strings and for `GenerateResult.text`. None: the folder's, or none with a config.
 
         Raises:
-            ConfigError: a model this engine cannot run.
-            WeightSyncError: the weights are not the model's.
+            ConfigError, CheckpointError, WeightSyncError: a model this engine cannot run, or weights that are not its.
         """
+        buckets: Iterable[WeightBucket] | None = None if weights is None else [list(weights.items())]
         if isinstance(source, PretrainedConfig):
             config, eos_ids = source, eos_ids_of(source, tokenizer)
         else:
-            config, tokenizer = load_hf_config(Path(source)), tokenizer or load_tokenizer(Path(source))
-            eos_ids = frozenset(stop_token_ids(Path(source), tokenizer))
-            settings = replace(settings, fp8=is_fp8_checkpoint(Path(source)))
+            source = Path(source)
+            config, tokenizer = load_hf_config(source), tokenizer or load_tokenizer(source)
+            eos_ids = frozenset(stop_token_ids(source, tokenizer))
+            settings = replace(settings, fp8=is_fp8_checkpoint(source))
+            buckets = buckets or read_folder(source, architecture_of(config))
         engine = cls(architecture_of(config), settings, eos_ids=eos_ids, tokenizer=tokenizer)
-        if weights is not None:
-            engine._weights.load([list(weights.items())])
-        elif not isinstance(source, PretrainedConfig):
-            engine._weights.load(read_safetensors(Path(source)))
+        if buckets is not None:
+            engine._weights.load(buckets)
         return engine
 
     @property

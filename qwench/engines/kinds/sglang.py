@@ -47,6 +47,9 @@ OWN_FLAGS: Mapping[str, str] = {
 }  # fmt: skip
 """SGLang's flags, without their prefix, that are ours to set -> what to use instead."""
 
+_OVERRIDES = frozenset({"--json-model-override-args", "--context-length"})
+"""With one of them the user decides how long texts are."""
+
 _PARSER_PROGRAM = """
 from sglang.srt.server_args import ServerArgs
 ServerArgs.add_cli_args(parser)
@@ -82,6 +85,9 @@ def sglang_command(
     # SGLang reads the token from this file: other users of the machine see command lines. Another run may use the same folder.
     secrets = order.log_folder / f".engine-{index}-{os.getpid()}.yaml"
     argv += ["--config", str(secrets)]
+    if order.stretched_positions is not None and not _OVERRIDES.intersection(engine.sglang_args):
+        # SGLang would end texts at max_position_embeddings, which Qwen3's instructions for YaRN leave as it is.
+        argv += ["--json-model-override-args", json.dumps({"max_position_embeddings": order.stretched_positions})]
     if order.releases_memory:
         argv += ["--enable-memory-saver"]
     if engine.sglang_enable_deterministic_inference:

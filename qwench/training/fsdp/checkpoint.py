@@ -24,7 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from qwench.checkpoints.formats.sources import WeightSource, find_checkpoint, find_format, open_weights
 from qwench.checkpoints.formats.torch_dist import CONFIG_FILE
-from qwench.models.hf import architecture_of, load_hf_config, load_model, model_of
+from qwench.models.hf import architecture_of, load_model, model_of
 from qwench.training.fsdp.optimizer import MasterOptimizer
 from qwench.training.resuming import load_in_place, open_saved_optimizer, save_tensors, saved_without_optimizer
 
@@ -76,8 +76,7 @@ def load_causal_lm(folder: Path, config: PretrainedConfig) -> tuple[PreTrainedMo
     """
     folder = find_checkpoint(folder)
     if find_format(folder) == "hf":
-        stored = load_hf_config(folder).dtype
-        return load_model(folder, dtype=stored if isinstance(stored, torch.dtype) else torch.float32), None
+        return load_model(folder), None
     source = open_weights(folder, architecture_of(config))
     dtype = next(iter(source.specs.values())).dtype
     shapes = {name: torch.zeros((), dtype=dtype).expand(spec.shape) for name, spec in source.specs.items()}

@@ -12,7 +12,7 @@ QWEN3_4B = Architecture(
     head_dim=128,
     vocab_size=151_936,
     norm_eps=1e-6,
-    max_positions=40_960,
+    max_position_embeddings=40_960,
     rope=RopeSpec(head_dim=128, theta=1e6),
     tied_head=True,
     qk_norm=True,

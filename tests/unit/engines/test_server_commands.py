@@ -61,6 +61,14 @@ def test_what_a_run_needs_is_switched_on(changed, words):
     assert list(argv[at : at + len(words)]) == words
 
 
+def test_an_sglang_server_takes_texts_as_long_as_yarn_allows_unless_the_user_decides():
+    assert "--json-model-override-args" not in command(order()).argv
+    made = command(order(stretched_positions=131_072))
+    assert value_of(made.argv, "--json-model-override-args") == '{"max_position_embeddings": 131072}'
+    own = command(order(stretched_positions=131_072, sglang_args=("--context-length", "9000")))
+    assert "--json-model-override-args" not in own.argv
+
+
 def test_engines_draw_apart_from_each_other():
     assert {value_of(command(order(), index=i).argv, "--random-seed") for i in range(3)} == {"42", "43", "44"}
 

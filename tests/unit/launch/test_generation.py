@@ -60,7 +60,7 @@ def remember(groups):
 @contextmanager
 def open_generation(engine, config, *, model_context_len=50, eval_sets=()):
     """Yield the generation of a run around a fake engine."""
-    plan = plan_run(config, replace(QWEN3_4B, max_positions=model_context_len))
+    plan = plan_run(config, replace(QWEN3_4B, max_position_embeddings=model_context_len))
     inputs = Inputs(
         config=config, plan=replace(plan, eval_sets=tuple(eval_sets)), model_folder=Path(),
         tokenizer=CharTokenizer(), console=RecordingConsole(),

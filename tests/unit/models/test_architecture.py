@@ -48,6 +48,21 @@ def test_models_the_forward_pass_would_not_reproduce_are_refused(change: dict[st
         architecture_of(config)
 
 
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        (None, 40_960),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}, 131_072),
+        ({"rope_type": "yarn", "factor": 1.1, "original_max_position_embeddings": 32_768}, 40_960),
+        ({"rope_type": "linear", "factor": 4.0}, 40_960),
+    ],
+)
+def test_yarn_stretches_the_positions_as_qwen3_documents_it(scaling: dict[str, object] | None, expected: int) -> None:
+    rope = None if scaling is None else {"rope_theta": 1e6, **scaling}
+    model = architecture_of(Qwen3Config(**SIZES, num_key_value_heads=2, max_position_embeddings=40_960, rope_parameters=rope))
+    assert (model.max_positions, model.max_position_embeddings) == (expected, 40_960)
+
+
 def test_rotary_parameters_are_read_with_their_scaling() -> None:
     scaling = {
         "rope_type": "llama3",

@@ -18,7 +18,8 @@ from qwench.models.fp8 import (
     quantized,
     scale_shape,
 )
-from qwench.models.hf import architecture_of, is_fp8_checkpoint, load_hf_config, load_model, write_hf_checkpoint
+from qwench.models.hf import architecture_of, load_hf_config, load_model, write_hf_checkpoint
+from qwench.models.hf_weights import is_fp8_checkpoint
 from qwench.models.made.qwen3 import make_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
 

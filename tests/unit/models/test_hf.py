@@ -160,7 +160,7 @@ def test_what_we_cannot_train_is_refused(source, tmp_path, changes, message):
 
 
 def test_folder_without_weights_is_refused(source, tmp_path):
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"has neither model\.safetensors nor"):
         load_model(edit_config(source, tmp_path / "model"), dtype=torch.float32)
 
 
@@ -169,14 +169,14 @@ def test_incomplete_weights_are_refused(source, tmp_path):
     weights = load_file(source / "model.safetensors")
     del weights["model.layers.2.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"lacks 1 weights .* model\.layers\.2\.mlp\.up_proj\.weight"):
+    with pytest.raises(ConfigError, match=r"lacks model\.layers\.2\.mlp\.up_proj\.weight"):
         load_model(folder, dtype=torch.float32)
 
 
 def test_weights_of_another_shape_are_refused(source, tmp_path):
     folder = edit_config(source, tmp_path / "model", intermediate_size=256)
     (folder / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"in the shape \[512, 128\], but config\.json describes \[256, 128\]"):
         load_model(folder, dtype=torch.float32)
 
 

@@ -18,12 +18,15 @@ _LENGTHS = [5, 9, 1, 30]
 _SCORED = torch.tensor([0, 1, 3, 6, 9, 13, 14, 17, 40])
 
 
-def _model(*, tied: bool) -> Qwen3ForCausalLM:
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def _model(*, tied: bool, rope: dict[str, object] | None = None) -> Qwen3ForCausalLM:
     """Return a model whose weights are bfloat16 numbers in float32, so that both precisions start from the same."""
     torch.manual_seed(0)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
-    model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=tied))
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=tied, rope_parameters=rope))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             drawn = weight.uniform_(0.5, 1.5) if name.endswith("norm.weight") else weight.mul_(5)
@@ -71,10 +74,10 @@ def _error(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(("tied", "rope"), [(True, None), (False, None), (True, _YARN)], ids=["tied", "untied", "yarn"])
 @pytest.mark.parametrize("keep", list(Keep))
-def test_float32_equals_autograd_whatever_is_kept(keep: Keep, tied: bool) -> None:
-    model = _model(tied=tied)
+def test_float32_equals_autograd_whatever_is_kept(keep: Keep, tied: bool, rope: dict[str, object] | None) -> None:
+    model = _model(tied=tied, rope=rope)
     hidden, wanted = _of_autograd(model)
     got_hidden, got = _written_out(model, architecture_of(model.config), torch.float32, keep)
     torch.testing.assert_close(got_hidden, hidden, rtol=1e-5, atol=1e-5)

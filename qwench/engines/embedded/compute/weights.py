@@ -10,16 +10,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from qwench.engines.embedded.compute.parameters import Parameter, lay_out
 from qwench.engines.protocol import Portion
 from qwench.errors import WeightSyncError
+from qwench.models.architecture import Architecture
 from qwench.models.fp8 import FP8_DTYPE, is_scale_name
+from qwench.models.hf_weights import find_parameters
+from qwench.models.safetensors_files import read_tensor
 from qwench.wire.checksum import PendingChecksums
 from qwench.wire.flat_bucket import copy_all
-from qwench.wire.portions import WeightBucket
+from qwench.wire.portions import WeightBucket, bucketed
 
 BUCKET_BYTES = 256 * 2**20
 TIED_HEAD = "lm_head.weight"
@@ -181,27 +183,15 @@ class WeightStore:
             raise WeightSyncError(f"the engine's model has no weight {unknown[0]!r}; the trainer's model is another one.")
 
 
-def read_safetensors(folder: Path) -> Iterator[WeightBucket]:
-    """Read a checkpoint folder's safetensors files in bounded buckets.
+def read_folder(folder: Path, architecture: Architecture) -> Iterator[WeightBucket]:
+    """Read the weights of a Hugging Face folder in bounded buckets.
 
     Raises:
-        WeightSyncError: there are none.
+        ConfigError: the folder holds other weights than the model's; found before the first bucket.
+        CheckpointError: its files are missing or damaged.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise WeightSyncError(f"{folder} has no *.safetensors files; give a Hugging Face checkpoint folder.")
-    bucket: list[tuple[str, Tensor]] = []
-    size_bytes = 0
-    for file in files:
-        with safe_open(file, framework="pt") as reader:
-            for name in reader.keys():  # noqa: SIM118 - not a dict
-                bucket.append((name, reader.get_tensor(name)))
-                size_bytes += bucket[-1][1].nbytes
-                if size_bytes >= BUCKET_BYTES:
-                    yield bucket
-                    bucket, size_bytes = [], 0
-    if bucket:
-        yield bucket
+    parameters = find_parameters(folder, architecture)
+    return bucketed(((name, read_tensor(place)) for name, place in parameters.items()), bucket_bytes=BUCKET_BYTES)
 
 
 def _addresses(tensors: Mapping[str, Tensor]) -> dict[str, int]:

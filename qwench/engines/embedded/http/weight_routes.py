@@ -23,11 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from qwench.engines.embedded.compute.weights import read_safetensors
+from qwench.engines.embedded.compute.weights import read_folder
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.http.turns import Turns
 from qwench.engines.protocol import Portion, WeightReceipt
-from qwench.errors import WeightSyncError
+from qwench.errors import CheckpointError, ConfigError, WeightSyncError
 from qwench.wire.flat_bucket import entries_from_json, lay_out, size_bytes, unflatten
 from qwench.wire.portions import WeightBucket
 from qwench.wire.shared_buffer import OpenBuffers
@@ -166,8 +166,9 @@ class WeightRoutes:
         self._buffers.close()
         version = read_version(body.weight_version) if body.weight_version else await self._engine.weight_version() + 1
         try:
-            receipt = await self._engine.update_weights(read_safetensors(Path(body.model_path)), version=version)
-        except (OSError, ValueError, SafetensorError) as error:
+            buckets = await asyncio.to_thread(read_folder, Path(body.model_path), self._engine.architecture)
+            receipt = await self._engine.update_weights(buckets, version=version)
+        except (OSError, ValueError, ConfigError, CheckpointError) as error:
             raise WeightSyncError(f"model_path {body.model_path[:200]!r} cannot be read ({error}).") from error
         self._on_new_folder(body.model_path)
         return _confirm(receipt)
