@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from qwench.checkpoints.manager import CheckpointManager, SavesTraining
 from qwench.config.plan import RunPlan
-from qwench.engines.fleet.pool import EnginePool, Waiter
+from qwench.engines.fleet.pool import EnginePool
 from qwench.observability.metrics import MetricLog
 from qwench.observability.timing import PhaseTimer
 from qwench.rollout.probe import TEMPERATURE, GreedyProbe
@@ -77,14 +77,6 @@ class Gpus(Protocol):
         ...
 
 
-class Evaluator(Protocol):
-    """A measurement of the policy through the engines (`rollout.evaluate`)."""
-
-    def evaluate(self, engines: EnginePool, waiter: Waiter | None = None) -> Mapping[str, float]:
-        """Return `eval/...` metrics."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """Everything a run consists of, as `launch.build` chose it."""
@@ -95,7 +87,8 @@ class Run:
     rollouts: Rollouts
     engines: EnginePool | None
     gpus: Gpus
-    evaluator: Evaluator | None
+    evaluate: Callable[[], Mapping[str, float]] | None
+    """Returns `eval/...` metrics of the policy. None: there is nothing to evaluate on."""
     checkpoints: CheckpointManager
     metrics: MetricLog
     timer: PhaseTimer
@@ -103,6 +96,8 @@ class Run:
     """None: rollouts are only generated."""
     probe: GreedyProbe | None = None
     """Compares FP8 engines with the learner after the first publication."""
+    finish: Callable[[], None] = lambda: None
+    """Says what a run that is done has left."""
     close: Callable[[], None] = lambda: None
     """Ends engines, graders and trainer ranks."""
 
@@ -157,7 +152,11 @@ def probe_engines(run: Run, learner: LearnerProtocol, *, version: int) -> None:
 
 def evaluate_if_due(run: Run, rollout_id: int) -> None:
     """Log what the evaluation sets say of the weights that learned from `rollout_id` rollouts."""
-    if run.evaluator is not None and run.engines is not None and run.plan.schedule.eval_due(rollout_id):
-        with run.timer.phase("eval"):
-            evaluated = run.evaluator.evaluate(run.engines, run.publisher)
-        run.metrics.log(rollout_id, evaluated)
+    if run.evaluate is None or not run.plan.schedule.eval_due(rollout_id):
+        return
+    with run.timer.phase("eval"):
+        evaluated = run.evaluate()
+    run.metrics.log(rollout_id, evaluated)
+    if rollout_id > 0 and run.learner is not None and run.checkpoints.is_best(rollout_id, evaluated):
+        with run.gpus.held_by(run.learner.state), run.rollouts.paused():
+            run.checkpoints.keep_best(rollout_id, evaluated, run.learner.state, run.rollouts)

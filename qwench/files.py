@@ -13,9 +13,9 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from threading import Event
@@ -78,6 +78,69 @@ def _owner(path: Path) -> str:
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
+
+
+def claim_folder(
+    folder: Path,
+    owners: Sequence[Mapping[str, str]],
+    *,
+    marker: str,
+    flag: str,
+    held: str,
+    writer: str,
+    own: Sequence[Path] = (),
+) -> None:
+    """Make `folder` one that this command writes to: it is new, or empty, or `marker` in it names one of `owners`.
+
+    Args:
+        owners: who may have written it before; the first one is this command, and is written into a new folder.
+        flag: the flag that named the folder, for messages.
+        held: what another owner's folder holds, for messages: `the metrics of another run`.
+        writer: what writes such folders, for messages: `run`.
+        own: other paths of this command, which may lie inside the folder.
+
+    Raises:
+        ConfigError: it is another owner's, or holds files that no such command wrote. Nothing was changed.
+    """
+    path = folder / marker
+    try:
+        if path.is_file():
+            if _read_owner(path) not in owners:
+                raise ConfigError(f"{flag} {folder} holds {held}; give another folder.")
+            return
+        if foreign := foreign_names(folder, own=own):
+            raise ConfigError(
+                f"{flag} {folder} holds files that no {writer} wrote ({', '.join(foreign[:3])}); give an empty or new folder."
+            )
+        write_atomically(path, json.dumps(owners[0], indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"{flag} {folder} cannot be written to ({error}); give another folder.") from error
+
+
+def foreign_names(folder: Path, *, own: Sequence[Path] = ()) -> list[str]:
+    """Return what lies in `folder` besides the paths in `own`, those above them, and where this process's output goes."""
+    if not folder.exists():
+        return []
+    if not folder.is_dir():
+        return [folder.name]
+    above = {place for path in own for place in (path.resolve(), *path.resolve().parents)}
+    return sorted(path.name for path in folder.iterdir() if path.resolve() not in above and not _is_output(path))
+
+
+def _is_output(path: Path) -> bool:
+    """Tell whether standard output or standard error of this process goes to `path`."""
+    for stream in (1, 2):
+        with suppress(OSError):  # closed, or a link to nothing
+            if os.path.samestat(path.stat(), os.fstat(stream)):
+                return True
+    return False
+
+
+def _read_owner(marker: Path) -> object:
+    try:
+        return json.loads(marker.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

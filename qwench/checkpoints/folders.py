@@ -151,14 +151,11 @@ def hf_folder(template: str, rollout_id: int) -> Path:
 
 
 def _check_export_folders(config: CheckpointConfig) -> None:
-    """Refuse a --save-hf that is --save, or that would replace what no export wrote, at any rollout."""
+    """Refuse a --save-hf that would replace what no export wrote, at any rollout."""
     if config.save_hf is None:
         return
-    first = hf_folder(config.save_hf, 0)
-    if is_save_folder(config, first):
-        raise ConfigError(f"--save and --save-hf name the same folder, {config.save}; give --save-hf one of its own.")
     try:
-        for folder in {first, *_existing(config.save_hf)}:
+        for folder in {hf_folder(config.save_hf, 0), *_existing(config.save_hf)}:
             check_export_folder(folder)
     except CheckpointError as error:
         raise ConfigError(f"--save-hf {config.save_hf}: {error}") from error

@@ -21,6 +21,7 @@ from typing import Protocol
 import orjson
 from safetensors import SafetensorError
 
+from qwench.checkpoints.best import Criterion, improvement, read_best
 from qwench.checkpoints.folders import (
     check_identity,
     check_load_folder,
@@ -91,6 +92,7 @@ class CheckpointManager:
         flags: Mapping[str, str] | None = None,
         steps_per_rollout: int = 1,
         is_main: bool = True,
+        best: Criterion | None = None,
         barrier: Callable[[], None] = lambda: None,
     ) -> None:
         """Check the folders of --save and --load, and mark --save as this run's.
@@ -99,6 +101,7 @@ class CheckpointManager:
             identity: Facts, JSON-compatible, that a checkpoint and the run that resumes from it must share.
             flags: The run's flags by name, kept with each checkpoint; a resumed run says which have changed.
             steps_per_rollout: Optimizer steps of a rollout in this run.
+            best: By what --keep-best compares checkpoints. None: none is kept for being the best.
             barrier: Waits for all ranks of the learner.
 
         Raises:
@@ -114,10 +117,12 @@ class CheckpointManager:
         self._barrier = barrier
         self._iterations = Iterations(config.save) if config.save is not None else None
         self._failed_exports: list[str] = []
+        self._criterion = best
         self._flags = dict(flags or {})
         self._steps_per_rollout = steps_per_rollout
         check_load_folder(config, identity)
         self._lock = open_save_folder(config, identity) if is_main else None
+        self._best = read_best(config.save) if config.save is not None and best is not None else None
 
     @cached_property
     def saved(self) -> Saved | None:
@@ -181,6 +186,25 @@ class CheckpointManager:
             except OSError as error:
                 raise self._not_written(self._iterations, next_rollout_id, error) from error
             self._export(next_rollout_id - 1, learner)
+
+    def is_best(self, rollout_id: int, evaluated: Mapping[str, float]) -> bool:
+        """Tell whether the weights after `rollout_id` rollouts are to be kept as the best so far."""
+        return self._criterion is not None and bool(improvement(self._best, self._criterion, evaluated, iteration=rollout_id))
+
+    def keep_best(
+        self, rollout_id: int, evaluated: Mapping[str, float], learner: SavesTraining, rollouts: SavesRollouts
+    ) -> None:
+        """Keep the checkpoint after `rollout_id` rollouts as the best one; write it, if it was not due.
+
+        Raises:
+            CheckpointError: see `save`.
+        """
+        assert self._iterations is not None and self._criterion is not None, "config.checks requires --save for --keep-best"
+        if rollout_id not in self._iterations.newest_first():
+            self.save(rollout_id, learner, rollouts)
+        self._best = improvement(self._best, self._criterion, evaluated, iteration=rollout_id)
+        if self._is_main and self._best is not None:
+            self._best.write(self._iterations.root)
 
     def finish(self) -> None:
         """Give the folder free, and say at the end of a run which exports are missing.
@@ -288,7 +312,7 @@ class CheckpointManager:
         """Delete old checkpoints, once the newest was read back as it was written."""
         if self._config.keep_checkpoints is not None:
             read_manifest(iterations.folder(newest), with_content=False)
-            iterations.prune(self._config.keep_checkpoints)
+            iterations.prune(self._config.keep_checkpoints, spared=None if self._best is None else self._best.iteration)
 
 
 def _check_all_is_here(folder: Path) -> None:

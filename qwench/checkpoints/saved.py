@@ -54,7 +54,7 @@ class Saved:
                 "larger one, or --ckpt-step to go back to an earlier checkpoint."
             )
         if self.iteration == num_rollout:
-            return f"rollouts 0 to {num_rollout - 1} are done (--num-rollout {num_rollout}): nothing to do"
+            return f"{self.folder} is the end of this run (--num-rollout {num_rollout}): nothing to do; a larger one goes on"
         return None
 
     def changes(self, flags: Mapping[str, str]) -> list[str]:

@@ -27,4 +27,5 @@ def run(words: Sequence[str], *, parse: Callable[[Sequence[str]], Config] = pars
             controller.train(built)
         else:
             controller.generate(built)
+        built.finish()
     leave_process_group()

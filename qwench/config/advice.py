@@ -61,11 +61,9 @@ def _training_warnings(config: Config) -> Iterator[str]:
 
 def _unused_evaluation(config: Config) -> Iterator[str]:
     flag = "--eval-config" if config.evaluation.eval_config is not None else "--eval-prompt-data"
-    if not config.evaluation.has_sets:
+    if not config.evaluation.has_sets or config.algorithm.loss_type == "sft_loss":
         return
-    if config.algorithm.loss_type == "sft_loss":
-        yield f"{flag} has no effect here: fine-tuning has no engine; use qwench eval on what --save-hf writes"
-    elif config.debug.load_debug_rollout_data is not None:
+    if config.debug.load_debug_rollout_data is not None:
         yield f"{flag} has no effect here: recorded rollouts are learned from without an engine"
     elif config.debug.debug_rollout_only:
         yield f"{flag} has no effect here: --debug-rollout-only makes training rollouts only; use qwench eval"

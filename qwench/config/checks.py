@@ -74,6 +74,7 @@ def check_sft(config: Config) -> None:
     _require("--rollout-batch-size", config.rollout.rollout_batch_size, "the number of conversations in a batch")
     check_checkpoint(config.model)
     _check_training_data(config)
+    _check_eval_data(config)
     _check_starting_point(config.checkpoint)
     _check_outputs(config)
 
@@ -324,6 +325,41 @@ def partial_run_has_its_input(config: Config) -> str | None:
     return None
 
 
+def tensorboard_has_a_folder(config: Config) -> str | None:
+    """TensorBoard files go to the run's own folder; in a common one, runs would mix."""
+    logging = config.logging
+    if logging.use_tensorboard and logging.log_dir is None and config.checkpoint.save is None:
+        return "--use-tensorboard has no folder to write to; give --log-dir or --save"
+    return None
+
+
+def the_best_checkpoint_is_measured(config: Config) -> str | None:
+    """The best checkpoint is the best on an evaluation set."""
+    if config.checkpoint.keep_best and not config.evaluation.has_sets:
+        return "--keep-best compares results of evaluations, and there are none; give --eval-prompt-data NAME FILE"
+    return None
+
+
+def an_export_replaces_nothing_else(config: Config) -> str | None:
+    """An export replaces its folder as a whole, so nothing else may lie there, and least of all what the run reads."""
+    checkpoint, dumps = config.checkpoint, config.debug.save_debug_rollout_data
+    if checkpoint.save_hf is None:
+        return None
+    export = Path(checkpoint.save_hf.replace("{rollout_id}", "0")).resolve()
+    if checkpoint.save is not None and checkpoint.save.resolve() == export:
+        return f"--save and --save-hf name the same folder, {checkpoint.save}; give --save-hf one of its own"
+    for flag, place in (
+        ("--hf-checkpoint", config.model.hf_checkpoint),
+        ("--ref-load", checkpoint.ref_load),
+        ("--save", checkpoint.save),
+        ("--log-dir", config.logging.log_dir),
+        ("--save-debug-rollout-data", None if dumps is None else Path(dumps).parent),
+    ):
+        if place is not None and export in (place.resolve(), *place.resolve().parents):
+            return f"--save-hf {checkpoint.save_hf} would replace {flag} {place}; give it a folder of its own"
+    return None
+
+
 RULES: tuple[Callable[[Config], str | None], ...] = (
     values_are_supported,
     dense_only,
@@ -339,4 +375,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     fine_tuning_has_one_response,
     fine_tuning_rollout_has_its_loss,
     partial_run_has_its_input,
+    tensorboard_has_a_folder,
+    the_best_checkpoint_is_measured,
+    an_export_replaces_nothing_else,
 )

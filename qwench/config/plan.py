@@ -89,6 +89,8 @@ class RunPlan:
     devices: DevicePlan
     schedule: Schedule
     holds_reference: bool
+    replays: bool
+    """Recorded rollouts are learned from."""
     eval_sets: tuple[EvalSettings, ...]
     eval_reward_key: str | None
     """Which value of a reward that returns a record is the score of an evaluation. None: its own score."""
@@ -107,6 +109,11 @@ class RunPlan:
     def num_steps(self) -> int:
         """Return the number of optimizer steps of the run."""
         return self.num_rollout * self.batch.num_steps_per_rollout
+
+    @property
+    def fine_tunes(self) -> bool:
+        """Tell whether conversations are read; users of such a run know steps and no rollouts."""
+        return self.devices.trains and not self.devices.generates and not self.replays
 
     def with_epochs_of(self, rollouts_per_epoch: int) -> RunPlan:
         """Return the plan for a data set that fills so many rollouts."""
@@ -145,6 +152,7 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
         devices=devices,
         schedule=Schedule(rollout=config.rollout, evaluation=config.evaluation, checkpoint=config.checkpoint),
         holds_reference=holds_reference,
+        replays=config.algorithm.loss_type != "sft_loss" and config.debug.load_debug_rollout_data is not None,
         eval_sets=resolve_eval_sets(config.evaluation, config.rollout, config.data),
         eval_reward_key=config.evaluation.eval_reward_key or config.reward.reward_key,
         log_dir=config.logging.log_dir or config.checkpoint.save,

@@ -1,14 +1,27 @@
-"""What `--dry-run` shows: the configuration by section."""
+"""The configuration as others see it: what `--dry-run` shows, and what is kept with a run. Secrets are left out."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
+
+import yaml
 
 from qwench.config.command_line.flags import flag_name, flag_table
 from qwench.config.config import Config
 from qwench.config.values import format_value
 
+CONFIG_FILE = "qwench_config.yaml"
+"""In the folders of --save and --log-dir: the configuration of the last start."""
+_HEADER = "# The configuration of this run, without secrets. `--config FILE` reads it.\n"
 _SECRET_FLAGS = frozenset({"wandb-key"})
+_SECRET_NAME = re.compile(r"(key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
+"""Of environment variables, and of flags that are passed to engines and router."""
+_CREDENTIALS = re.compile(r"//[^/@\s]+@")
+_HIDDEN = "(not shown)"
+_PASSED_THROUGH = {"sglang_args": "sglang", "router_args": "router"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +54,52 @@ def flag_values(config: Config) -> dict[str, str]:
     return {setting.flag: setting.value for setting in settings if setting.flag.removeprefix("--") not in _SECRET_FLAGS}
 
 
+def as_yaml(config: Config) -> str:
+    """Return the configuration as a file that `--config` reads, without what is off and without secrets."""
+    settings: dict[str, object] = {}
+    for section in fields(config):
+        values = getattr(config, section.name)
+        for item in fields(values):
+            value, name = getattr(values, item.name), flag_name(item.name)
+            if item.name in _PASSED_THROUGH:
+                settings |= _passed_through(_PASSED_THROUGH[item.name], value)
+            elif value is not None and value not in ((), {}) and name not in _SECRET_FLAGS:
+                settings[name] = _plain(without_secrets(value))
+    return _HEADER + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def without_secrets(value: object) -> object:
+    """Return a flag's value without passwords in addresses, and without the secrets of variables and passed words."""
+    if isinstance(value, Mapping):
+        return {name: _HIDDEN if _SECRET_NAME.search(str(name)) else without_secrets(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        before = [str(word) for word in ("", *value)]
+        return tuple(
+            _HIDDEN if word.startswith("--") and _SECRET_NAME.search(word) else without_secrets(item)
+            for item, word in zip(value, before, strict=False)
+        )
+    return _CREDENTIALS.sub(f"//{_HIDDEN}@", value) if isinstance(value, str) else value
+
+
+def _passed_through(prefix: str, words: Sequence[str]) -> dict[str, object]:
+    """Return `("--page-size", "4")` of SGLang as {"sglang-page-size": ["4"]}; secrets are left out."""
+    flags: dict[str, object] = {}
+    values: list[str] = []
+    for word in words:
+        if word.startswith("--"):
+            flags[f"{prefix}-{word[2:]}"] = values = []
+        else:
+            values.append(word)
+    return {name: given for name, given in flags.items() if not _SECRET_NAME.search(name)}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
 def _text(field_name: str, value: object) -> str:
     if flag_name(field_name) in _SECRET_FLAGS and value is not None:
-        return "(not shown)"
-    return " ".join(format_value(value)) or "-"
+        return _HIDDEN
+    return " ".join(format_value(without_secrets(value))) or "-"

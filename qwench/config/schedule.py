@@ -31,9 +31,11 @@ class Schedule:
     def eval_due(self, rollout_id: int) -> bool:
         """Tell whether to evaluate the weights that this rollout starts from (or, at the end, that no rollout follows)."""
         interval = self.evaluation.eval_interval
+        if rollout_id == 0:
+            return self.evaluation.has_sets and not self.evaluation.skip_eval_before_train
         if interval is None:
-            return False
-        return self._ends(rollout_id - 1, interval) if rollout_id else not self.evaluation.skip_eval_before_train
+            return self.evaluation.has_sets and rollout_id == self.num_rollout
+        return self._ends(rollout_id - 1, interval)
 
     def save_due(self, rollout_id: int) -> bool:
         """Tell whether to save after this rollout; the last one always is."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 
-from rich.markup import escape
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from qwench.data.chat import tokenize
@@ -20,6 +20,7 @@ from qwench.data.cursor import DataCursor, Draw, fingerprint
 from qwench.data.masks import Segment, build_mask_function
 from qwench.data.rows import Row, read_rows
 from qwench.errors import ConfigError
+from qwench.observability.console import visible
 from qwench.samples import Group, Json, Message, Prompt, Rollout, Sample, Status
 
 _CHUNK_ROWS = 1000
@@ -143,18 +144,17 @@ class SftSource:
         self._cursor.load_state_dict(state)
 
 
-def render_mask_preview(sample: Sample, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int = 600) -> str:
-    """Return a sample's text as rich markup, trained tokens in bold green and the others dim; cut after `max_tokens`."""
+def render_mask_preview(sample: Sample, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int = 600) -> Text:
+    """Return a sample's text with the trained tokens in [[ ]] and, on a terminal, bold; cut after `max_tokens`."""
     num_prompt_tokens = len(sample.tokens) - sample.response_length
     mask = [*([0] * num_prompt_tokens), *sample.loss_mask]
     shown = list(zip(sample.tokens, mask, strict=True))[:max_tokens]
-    parts = []
+    preview = Text()
     for trained, run in groupby(shown, key=lambda pair: bool(pair[1])):
-        text = escape(str(tokenizer.decode([token for token, _ in run])))
-        style = "bold green" if trained else "dim"
-        parts.append(f"[{style}]{text}[/{style}]")
+        text = visible(str(tokenizer.decode([token for token, _ in run])))
+        preview.append(f"[[{text}]]" if trained else text, style="bold green" if trained else "dim")
     num_hidden = len(sample.tokens) - len(shown)
-    return "".join(parts) + (f" ... ({num_hidden} more tokens)" if num_hidden else "")
+    return preview.append(f" ... ({num_hidden} more tokens)") if num_hidden else preview
 
 
 def _example(messages: Sequence[Message], segments: Sequence[Segment], token_ids: Sequence[list[int]]) -> SftExample | None:

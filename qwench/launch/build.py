@@ -5,42 +5,47 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
+from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from qwench import __version__
+from qwench.checkpoints.best import Criterion
 from qwench.checkpoints.folders import check_weights
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.checkpoints.saved import Saved
 from qwench.cluster.gpus import ColocatedGpus, DedicatedGpus
 from qwench.config import Config, RunPlan
-from qwench.config.report import flag_values
+from qwench.config.report import CONFIG_FILE, as_yaml, flag_values
 from qwench.controller import LearnerProtocol, Run
 from qwench.data.prompts import LoadedPrompts, PromptSource
-from qwench.data.sft import LoadedSft, SftSource, load_sft, render_mask_preview
+from qwench.data.sft import LoadedSft, SftSource, render_mask_preview
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import CheckpointError, ConfigError
-from qwench.launch.inputs import Inputs, read_eval_prompts, read_inputs, read_training_prompts
+from qwench.files import write_atomically
+from qwench.launch.inputs import Inputs, read_conversations, read_eval_prompts, read_inputs, read_training_prompts
+from qwench.launch.outputs import claim_outputs
 from qwench.launch.placement import make_servers, open_processes, start_learner, take_turns
+from qwench.launch.report import finish_report, metric_log, start_report
 from qwench.launch.rollouts import build_generation
 from qwench.launch.trainer import load_reward_post_process
 from qwench.models.architecture import Architecture
 from qwench.models.hf import write_hf_checkpoint
 from qwench.models.hf_weights import has_weights, is_fp8_checkpoint
-from qwench.observability.dumps import check_recorded
+from qwench.observability.dumps import check_recorded, save_rollout
 from qwench.observability.log import open_driver_log, write_driver_log
-from qwench.observability.metrics import MetricLog, Sink
 from qwench.observability.timing import PhaseTimer
-from qwench.observability.tracking import JsonlSink, TableSink, TensorBoardSink, WandbSink
 from qwench.rewards.graders import check_prompts
 from qwench.rewards.pool import check_reward
 from qwench.rollout.functions import load_functions
 from qwench.rollout.probe import GreedyProbe
 from qwench.rollout.stream import ReplayStream, SftStream
-from qwench.samples import Json, Prompt
+from qwench.samples import Json, Prompt, Rollout
+from qwench.training.held_out import HeldOutLoss
 from qwench.training.process_group import barrier
 from qwench.weights.publisher import Publisher
 from qwench.weights.remote import PublicationPlan
@@ -70,9 +75,10 @@ def build(config: Config, plan: RunPlan) -> Run:
     )
     inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch(batch.rollout_batch_size))
     timer = PhaseTimer()
-    checkpoints = _checkpoints(inputs, timer)
+    checkpoints, run_name = _open_outputs(inputs, timer)
     check_resumes(checkpoints.saved, source, num_rollout=inputs.plan.num_rollout)
     only_generate = not plan.devices.trains
+    report = start_report(inputs, f"{len(loaded.prompts):,} prompts")
     with ExitStack() as started:
         processes = open_processes(inputs, started)
         servers, token = make_servers(inputs, processes, with_weights=only_generate)
@@ -84,8 +90,10 @@ def build(config: Config, plan: RunPlan) -> Run:
             gpus.make_room()
             learner = start_learner(inputs, processes, timer, started)
             publisher = _publisher(inputs, learner, generation.engines, gpus, timer)
-        metrics = _metric_log(inputs)
-        rollouts = generation.stream(source, num_rollouts=inputs.plan.num_rollout, waiter=publisher)
+        metrics = metric_log(inputs, report)
+        observers = [report.samples, *_recorder(config, run_name)]
+        length = inputs.plan.num_rollout
+        rollouts = generation.stream(source, num_rollouts=length, waiter=publisher, observers=observers)
         started.callback(metrics.close)
         started.callback(rollouts.close)
         return Run(
@@ -94,12 +102,15 @@ def build(config: Config, plan: RunPlan) -> Run:
             rollouts=rollouts,
             engines=generation.engines,
             gpus=gpus,
-            evaluator=generation.evaluator(eval_prompts) if eval_prompts else None,
+            evaluate=partial(generation.evaluator(eval_prompts).evaluate, generation.engines, publisher)
+            if eval_prompts
+            else None,
             checkpoints=checkpoints,
             metrics=metrics,
             timer=timer,
             publisher=publisher,
             probe=GreedyProbe(loaded.prompts) if is_fp8_checkpoint(inputs.model_folder) else None,
+            finish=partial(finish_report, report, inputs),
             close=started.pop_all().close,
         )
 
@@ -113,7 +124,7 @@ def check(config: Config, plan: RunPlan) -> None:
     inputs = read_inputs(config, plan)
     check_weights(config.checkpoint, plan.model, inputs.model_folder if has_weights(inputs.model_folder) else None)
     if config.algorithm.loss_type == "sft_loss":
-        _read_conversations(inputs)
+        read_conversations(inputs)
     elif config.debug.load_debug_rollout_data is not None:
         check_recorded(config.debug.load_debug_rollout_data, num_rollout=plan.num_rollout)
     else:
@@ -133,43 +144,18 @@ def _read_prompts(inputs: Inputs) -> tuple[LoadedPrompts, dict[str, Sequence[Pro
     return loaded, eval_prompts
 
 
-def _read_conversations(inputs: Inputs) -> LoadedSft:
-    """Read the conversations of fine-tuning, and say how many cannot be trained on."""
-    config = inputs.config
-    assert config.data.prompt_data is not None, "config.checks requires --prompt-data"
-    limit = min(config.rollout.rollout_max_context_len or inputs.plan.model.max_positions, inputs.plan.model.max_positions)
-    loaded = load_sft(
-        config.data.prompt_data,
-        input_key=config.data.input_key,
-        tool_key=config.data.tool_key,
-        tokenizer=inputs.tokenizer,
-        loss_mask_type=config.data.loss_mask_type,
-        apply_chat_template_kwargs=config.data.apply_chat_template_kwargs,
-        max_len=limit,
-    )
-    if loaded.num_too_long or loaded.num_untrained:
-        _logger.warning(
-            "--prompt-data: dropped %d conversations longer than %d tokens (--rollout-max-context-len or the model) "
-            "and %d without a token to train on; %d are left",
-            loaded.num_too_long,
-            limit,
-            loaded.num_untrained,
-            len(loaded.examples),
-        )
-    return loaded
-
-
 def _build_sft(inputs: Inputs) -> Run:
     """Build a fine-tuning run: the same loop over conversations, without engines."""
     config, plan = inputs.config, inputs.plan
-    loaded = _read_conversations(inputs)
+    loaded, held_out = read_conversations(inputs)
     batch_size = plan.batch.rollout_batch_size
     seed, shuffle = config.data.rollout_seed, config.data.rollout_shuffle
     source = SftSource(loaded.examples, rollout_batch_size=batch_size, shuffle=shuffle, seed=seed)
-    preview = SftSource(loaded.examples, rollout_batch_size=1, shuffle=shuffle, seed=seed).take(0).samples[0]
-    shown = render_mask_preview(preview, inputs.tokenizer)
-    inputs.console.say(f"first conversation, trained tokens in bold:\n{shown}", markup=True)
-    return _without_engines(inputs.with_epochs_of(source.num_rollouts_per_epoch()), SftStream(source), source)
+    first = SftSource(loaded.examples, rollout_batch_size=1, shuffle=shuffle, seed=seed).take(0).samples[0]
+    preview = render_mask_preview(first, inputs.tokenizer)
+    rows = f"{len(loaded.examples):,} conversations"
+    inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch())
+    return _without_engines(inputs, SftStream(source), rows, source=source, preview=preview, held_out=held_out)
 
 
 def _begin(config: Config, plan: RunPlan) -> Inputs:
@@ -184,17 +170,29 @@ def _begin(config: Config, plan: RunPlan) -> Inputs:
 def _build_replay(inputs: Inputs, template: str) -> Run:
     check_recorded(template, num_rollout=inputs.plan.num_rollout)
     rollouts = ReplayStream(template, subsample=inputs.config.debug.load_debug_rollout_data_subsample)
-    return _without_engines(inputs, rollouts)
+    return _without_engines(inputs, rollouts, f"{inputs.plan.num_rollout} recorded rollouts")
 
 
-def _without_engines(inputs: Inputs, rollouts: ReplayStream | SftStream, source: SftSource | None = None) -> Run:
+def _without_engines(
+    inputs: Inputs,
+    rollouts: ReplayStream | SftStream,
+    rows: str,
+    *,
+    source: SftSource | None = None,
+    preview: Text | None = None,
+    held_out: Mapping[str, LoadedSft] | None = None,
+) -> Run:
     timer = PhaseTimer()
-    checkpoints = _checkpoints(inputs, timer)
+    checkpoints, _ = _open_outputs(inputs, timer)
     if source is not None:
         check_resumes(checkpoints.saved, source, num_rollout=inputs.plan.num_rollout)
+    report = start_report(inputs, rows)
+    if preview is not None:
+        inputs.console.say("first conversation, trained tokens in [[ ]]:")
+        inputs.console.say(preview)
     with ExitStack() as started:
         processes = open_processes(inputs, started)
-        learner, metrics = start_learner(inputs, processes, timer, started), _metric_log(inputs)
+        learner, metrics = start_learner(inputs, processes, timer, started), metric_log(inputs, report)
         started.callback(metrics.close)
         started.callback(rollouts.close)
         gpus = DedicatedGpus(weights_may_alias=False)
@@ -204,17 +202,36 @@ def _without_engines(inputs: Inputs, rollouts: ReplayStream | SftStream, source:
             rollouts=rollouts,
             engines=None,
             gpus=gpus,
-            evaluator=None,
+            evaluate=_held_out_loss(inputs, learner, held_out) if held_out else None,
             checkpoints=checkpoints,
             metrics=metrics,
             timer=timer,
             publisher=_publisher(inputs, learner, None, gpus, timer),
+            finish=partial(finish_report, report, inputs),
             close=started.pop_all().close,
         )
 
 
-def _checkpoints(inputs: Inputs, timer: PhaseTimer) -> CheckpointManager:
-    """Open the checkpoints, and then the log file: before, the folder may belong to another run."""
+def _held_out_loss(inputs: Inputs, learner: LearnerProtocol, sets: Mapping[str, LoadedSft]) -> Callable[[], dict[str, float]]:
+    return HeldOutLoss(
+        learner,
+        {name: loaded.examples for name, loaded in sets.items()},
+        temperature=inputs.config.rollout.rollout_temperature,
+        chunk=inputs.plan.batch.global_batch_size,
+        console=inputs.console,
+    ).evaluate
+
+
+def _best(inputs: Inputs) -> Criterion | None:
+    """Return by what --keep-best compares checkpoints: the score of the first evaluation set, or its loss."""
+    if not inputs.config.checkpoint.keep_best:
+        return None
+    name, fine_tunes = inputs.plan.eval_sets[0].name, inputs.plan.fine_tunes
+    return Criterion(metric=f"eval/{name}/loss" if fine_tunes else f"eval/{name}", higher_is_better=not fine_tunes)
+
+
+def _open_outputs(inputs: Inputs, timer: PhaseTimer) -> tuple[CheckpointManager, str]:
+    """Open the checkpoints, then the logs: before, a folder may belong to another run. Return the run's name as well."""
 
     def write_hf(folder: Path, buckets: Iterator[WeightBucket]) -> None:
         write_hf_checkpoint(folder, buckets, source=inputs.model_folder)
@@ -228,11 +245,23 @@ def _checkpoints(inputs: Inputs, timer: PhaseTimer) -> CheckpointManager:
         is_main=inputs.is_main,
         flags=flag_values(inputs.config),
         steps_per_rollout=inputs.plan.batch.num_steps_per_rollout,
+        best=_best(inputs),
         barrier=barrier,
     )
+    run_name = claim_outputs(inputs.config) if inputs.is_main else ""
+    if inputs.is_main:
+        for folder in {inputs.config.checkpoint.save, inputs.plan.log_dir}:
+            if folder is not None:
+                write_atomically(folder / CONFIG_FILE, as_yaml(inputs.config))
     if inputs.plan.log_dir is not None and inputs.is_main:
         write_driver_log(inputs.plan.log_dir)
-    return checkpoints
+    return checkpoints, run_name
+
+
+def _recorder(config: Config, run_name: str) -> Iterator[Callable[[Rollout], Path]]:
+    """Yield what records rollouts, where --save-debug-rollout-data asks for it."""
+    if config.debug.save_debug_rollout_data is not None:
+        yield partial(save_rollout, config.debug.save_debug_rollout_data, run=run_name)
 
 
 def check_resumes(saved: Saved | None, source: PromptSource | SftSource, *, num_rollout: int) -> None:
@@ -286,34 +315,3 @@ def _publisher(
         engine=inputs.config.engine, model_folder=inputs.model_folder, fp8=is_fp8_checkpoint(inputs.model_folder)
     )
     return Publisher(learner.state, engines, plan, gpus=gpus, timer=timer)
-
-
-def _metric_log(inputs: Inputs) -> MetricLog:
-    """Return the log of the main rank with every sink the flags ask for; other ranks log nothing."""
-    logging, sinks = inputs.config.logging, list[Sink]()
-    if inputs.is_main:
-        sinks.append(TableSink(inputs.console))
-        if inputs.plan.log_dir is not None:
-            sinks.append(JsonlSink(inputs.plan.log_dir / "metrics.jsonl"))
-        if logging.use_tensorboard:
-            sinks.append(TensorBoardSink(_tensorboard_folder(inputs)))
-        if logging.use_wandb:
-            sinks.append(
-                WandbSink(
-                    project=logging.wandb_project,
-                    group=logging.wandb_group,
-                    team=logging.wandb_team,
-                    mode=logging.wandb_mode,
-                    folder=logging.wandb_dir,
-                    run_id=logging.wandb_run_id,
-                    host=logging.wandb_host,
-                    key=logging.wandb_key or os.environ.get("WANDB_API_KEY"),
-                )
-            )
-    return MetricLog(sinks, num_steps_per_rollout=inputs.plan.batch.num_steps_per_rollout)
-
-
-def _tensorboard_folder(inputs: Inputs) -> Path:
-    logging = inputs.config.logging
-    base = (inputs.plan.log_dir or Path("runs")) / "tensorboard"
-    return base.joinpath(*(level for level in (logging.tb_project_name, logging.tb_experiment_name) if level is not None))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -24,6 +26,8 @@ from qwench.engines.kinds.sglang_router import SglangRouter, check_router_words,
 from qwench.launch.inputs import Inputs, publication_dtype
 from qwench.models.hf import stop_token_ids
 from qwench.models.hf_weights import is_fp8_checkpoint
+
+_logger = logging.getLogger(__name__)
 
 
 def command_makers(inputs: Inputs, *, num_engines: int, token: str, with_weights: bool, on_gpus: bool) -> list[CommandMaker]:
@@ -129,6 +133,7 @@ def _embedded_engine(inputs: Inputs, *, with_weights: bool) -> EmbeddedEngine:
 
 def _start_servers(inputs: Inputs, servers: Sequence[Server], token: str | None) -> list[Member]:
     """Start all servers side by side."""
+    _logger.info("logs of the engine servers: %s", _log_folder(inputs))
     with inputs.console.phase("start engines"), ThreadPoolExecutor(max_workers=len(servers)) as threads:
         try:
             urls = list(threads.map(lambda server: server.start(), servers))
@@ -188,4 +193,6 @@ def _start_router(inputs: Inputs, undo: ExitStack) -> SglangRouter:
 
 
 def _log_folder(inputs: Inputs) -> Path:
-    return ((inputs.plan.log_dir or Path("runs")) / "engines").absolute()
+    """Return where engine servers and the router write their logs: a run without folders has one for temporary files."""
+    base = inputs.plan.log_dir or Path(tempfile.gettempdir(), f"qwench-{os.getpid()}")
+    return (base / "engines").absolute()

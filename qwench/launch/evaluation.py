@@ -15,14 +15,15 @@ from qwench.config import Config, RolloutConfig, RunPlan
 from qwench.config.report import flag_values
 from qwench.config.sections.verbs import ServeConfig
 from qwench.engines.embedded.http.serving import serve as serve_engine
-from qwench.errors import ConfigError
-from qwench.files import is_occupied, write_atomically
+from qwench.files import claim_folder, write_atomically
 from qwench.launch.engines import embedded_settings
 from qwench.launch.inputs import Inputs, plan_inputs, read_eval_prompts, read_inputs
 from qwench.launch.placement import make_servers, open_processes
+from qwench.launch.report import describe_model
 from qwench.launch.rollouts import build_generation
 from qwench.models.hf_weights import has_weights
 from qwench.observability.log import open_driver_log, open_process_log
+from qwench.observability.run_report import say_facts
 from qwench.observability.summary import summarize
 from qwench.rewards.graders import check_prompts
 from qwench.rewards.pool import check_reward
@@ -43,6 +44,8 @@ def evaluate(config: Config, plan: RunPlan) -> None:
     output = config.evaluation.eval_output
     if output is not None:
         own_eval_folder(output, flag_values(config))
+    sets = {one.name: f"{one.path}: {len(prompts[one.name]):,} prompts x {one.n_samples_per_prompt}" for one in plan.eval_sets}
+    say_facts(inputs.console, {"model": describe_model(inputs), **sets})
     with ExitStack() as started:
         processes = open_processes(inputs, started)
         servers, token = make_servers(inputs, processes, with_weights=True)
@@ -56,6 +59,7 @@ def evaluate(config: Config, plan: RunPlan) -> None:
         inputs.console.say(f"{group.title}: {'  '.join(f'{label} {value}' for label, value in group.values.items())}")
     if output is not None:
         _write_results(output, metrics, results)
+        say_facts(inputs.console, {"written": f"{output}: metrics.json, and a file of responses for each set"})
 
 
 def check(config: Config, plan: RunPlan) -> None:
@@ -86,23 +90,15 @@ def own_eval_folder(folder: Path, flags: Mapping[str, str]) -> None:
     Raises:
         ConfigError: the folder holds another evaluation's results, or files that no evaluation wrote.
     """
-    marker = folder / _MARKER
     mine = {flag: value for flag, value in flags.items() if flag not in ("--eval-output", "--log-level")}
-    if marker.is_file():
-        try:
-            written = json.loads(marker.read_text(encoding="utf-8"))
-        except ValueError:
-            written = None
-        if written != mine:
-            raise ConfigError(
-                f"--eval-output {folder} holds an evaluation of another model or of other flags; give another folder."
-            )
-    elif is_occupied(folder):
-        raise ConfigError(f"--eval-output {folder} holds files that no evaluation wrote; give an empty or new folder.")
-    try:
-        write_atomically(marker, json.dumps(mine, indent=1) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--eval-output {folder} cannot be written to ({error}); give another folder.") from error
+    claim_folder(
+        folder,
+        [mine],
+        marker=_MARKER,
+        flag="--eval-output",
+        held="an evaluation of another model or of other flags",
+        writer="evaluation",
+    )
 
 
 def serve(config: ServeConfig) -> None:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from qwench.config import Config
 from qwench.config.plan import RunPlan, plan_run, train_dtype
 from qwench.data.prompts import LoadedPrompts, load_prompts
+from qwench.data.sft import LoadedSft, load_sft
 from qwench.errors import ConfigError
 from qwench.models.hf import architecture_of, check_vocabulary, load_hf_config, load_tokenizer
 from qwench.observability.console import Console, QuietConsole, open_console
@@ -140,6 +141,41 @@ def read_eval_prompts(inputs: Inputs) -> dict[str, LoadedPrompts]:
         _log_dropped(f"evaluation set {settings.name}", loaded, limit)
         sets[settings.name] = loaded.with_metadata(settings.metadata_overrides)
     return sets
+
+
+def read_conversations(inputs: Inputs) -> tuple[LoadedSft, dict[str, LoadedSft]]:
+    """Read the conversations of fine-tuning and of each evaluation set, and say how many cannot be used."""
+    config = inputs.config
+    assert config.data.prompt_data is not None, "config.checks requires --prompt-data"
+    limit = min(config.rollout.rollout_max_context_len or inputs.plan.model.max_positions, inputs.plan.model.max_positions)
+
+    def read(what: str, path: str, *, input_key: str, tool_key: str) -> LoadedSft:
+        loaded = load_sft(
+            path,
+            input_key=input_key,
+            tool_key=tool_key,
+            tokenizer=inputs.tokenizer,
+            loss_mask_type=config.data.loss_mask_type,
+            apply_chat_template_kwargs=config.data.apply_chat_template_kwargs,
+            max_len=limit,
+        )
+        if loaded.num_too_long or loaded.num_untrained:
+            _logger.warning(
+                "%s: dropped %d conversations longer than %d tokens (--rollout-max-context-len or the model) "
+                "and %d without a token to train on; %d are left",
+                what,
+                loaded.num_too_long,
+                limit,
+                loaded.num_untrained,
+                len(loaded.examples),
+            )
+        return loaded
+
+    trained = read("--prompt-data", config.data.prompt_data, input_key=config.data.input_key, tool_key=config.data.tool_key)
+    return trained, {
+        one.name: read(f"evaluation set {one.name}", one.path, input_key=one.input_key, tool_key=one.tool_key)
+        for one in inputs.plan.eval_sets
+    }
 
 
 def prompt_limit(inputs: Inputs, asked: int | None) -> int:

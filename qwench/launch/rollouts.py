@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qwench.config.eval_sets import EvalSettings
@@ -18,7 +18,7 @@ from qwench.rollout.functions import MakeRollout, RolloutContext, RolloutFunctio
 from qwench.rollout.groups import GroupRunner
 from qwench.rollout.sampling import Sampling
 from qwench.rollout.stream import RolloutStream
-from qwench.samples import Prompt
+from qwench.samples import Prompt, Rollout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +31,18 @@ class Generation:
     eval_grader: RewardPool
     """The same one, unless evaluations have another --eval-reward-key."""
 
-    def stream(self, source: GroupSource, *, num_rollouts: int, waiter: Waiter | None = None) -> RolloutStream:
+    def stream(
+        self,
+        source: GroupSource,
+        *,
+        num_rollouts: int,
+        waiter: Waiter | None = None,
+        observers: Sequence[Callable[[Rollout], object]] = (),
+    ) -> RolloutStream:
         """Return the stream of training rollouts over `source`.
+
+        Args:
+            observers: are given each rollout, to show or to record it.
 
         Raises:
             ConfigError: a function named by import path cannot be loaded or has another signature.
@@ -53,7 +63,7 @@ class Generation:
             num_rollouts=num_rollouts,
             num_gpus=len(self.engines.engines) * config.cluster.rollout_num_gpus_per_engine,
             allow_degenerate_rewards=config.reward.allow_degenerate_rewards,
-            save_template=config.debug.save_debug_rollout_data,
+            observers=observers,
             waiter=waiter,
         )
 

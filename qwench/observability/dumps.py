@@ -1,6 +1,6 @@
 """Rollouts as files of JSON lines, to look at and to train from again (--save/--load-debug-rollout-data).
 
-    {"rollout_id": 7, "metrics": {...}}     first line
+    {"rollout_id": 7, "metrics": {...}, "run": "/data/runs/7"}   first line
     {"sample_id": 224, "group_id": 28, ...} one line for each sample, groups in order
 
 Not a number and infinity become null.
@@ -18,10 +18,14 @@ from qwench.files import write_atomically
 from qwench.samples import Group, Json, Rollout, Sample
 
 
-def save_rollout(template: str, rollout: Rollout) -> Path:
-    """Write a rollout to the path that `template` gives for its `{rollout_id}`, and return that path."""
+def save_rollout(template: str, rollout: Rollout, *, run: str = "") -> Path:
+    """Write a rollout to the path that `template` gives for its `{rollout_id}`, and return that path.
+
+    Args:
+        run: name of the run that made it.
+    """
     path = rollout_path(template, rollout.rollout_id, flag="--save-debug-rollout-data")
-    header = {"rollout_id": rollout.rollout_id, "metrics": dict(rollout.metrics)}
+    header = {"rollout_id": rollout.rollout_id, "metrics": dict(rollout.metrics), "run": run}
     write_atomically(path, b"".join(_line(record) for record in (header, *(s.to_record() for s in rollout.samples))))
     return path
 
@@ -46,6 +50,15 @@ def load_rollout(template: str, rollout_id: int, *, subsample: float | None = No
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--load-debug-rollout-data: {path} is not a rollout saved by this version ({error!r}).") from error
     return rollout if subsample is None else _subsampled(rollout, subsample)
+
+
+def run_of(path: Path) -> str | None:
+    """Return the name of the run that wrote a rollout; None: no run says that it did."""
+    try:
+        with path.open("rb") as file:
+            return str(orjson.loads(file.readline())["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def check_recorded(template: str, *, num_rollout: int) -> None:

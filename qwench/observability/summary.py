@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 _TIME = "time"
+_SHORTEST_S = 0.005
+"""Shorter phases, such as a publication to no engine, are left out."""
 _GROUPS: Mapping[str, Mapping[str, str]] = {
     "reward": {
         "reward": "rollout/raw_reward",
@@ -66,22 +68,24 @@ class SummaryGroup:
 def summarize(metrics: Mapping[str, float]) -> list[SummaryGroup]:
     """Pick the metrics worth a look; groups without any value are left out, every evaluation set is in."""
     groups = [_group(title, keys, metrics) for title, keys in _GROUPS.items()]
-    return [group for group in (*groups, *_evaluations(metrics)) if group.values]
+    return [group for group in (*groups, *evaluations(metrics)) if group.values]
 
 
 def _group(title: str, keys: Mapping[str, str], metrics: Mapping[str, float]) -> SummaryGroup:
-    show = format_seconds if title == _TIME else format_value
-    return SummaryGroup(title=title, values={label: show(metrics[key]) for label, key in keys.items() if key in metrics})
+    show, least = (format_seconds, _SHORTEST_S) if title == _TIME else (format_value, -math.inf)
+    shown = {label: metrics[key] for label, key in keys.items() if key in metrics and not metrics[key] < least}
+    return SummaryGroup(title=title, values={label: show(value) for label, value in shown.items()})
 
 
-def _evaluations(metrics: Mapping[str, float]) -> Iterator[SummaryGroup]:
-    """Yield a group for each set, and one of what an evaluation function named in its own way."""
+def evaluations(metrics: Mapping[str, float]) -> Iterator[SummaryGroup]:
+    """Yield a group for each set with its reward, and one of what was measured of sets in another way."""
     evaluated = {name.removeprefix(_EVAL_PREFIX): value for name, value in metrics.items() if name.startswith(_EVAL_PREFIX)}
     names = [key.removesuffix(_EVAL_LENGTH) for key in evaluated if key.endswith(_EVAL_LENGTH)]
     for name in names:
         yield SummaryGroup(title=f"evaluation {name}", values=_evaluation(name, evaluated))
     own = {key: value for key, value in evaluated.items() if not any(_is_of(key, name) for name in names)}
-    yield SummaryGroup(title="evaluation", values={key: format_value(value) for key, value in own.items()})
+    if own:
+        yield SummaryGroup(title="evaluation", values={key: format_value(value) for key, value in own.items()})
 
 
 def _evaluation(name: str, evaluated: Mapping[str, float]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Sinks of the metric log: metrics.jsonl, TensorBoard, Weights & Biases, and the console's table.
+"""Sinks of the metric log that keep it: metrics.jsonl, TensorBoard, Weights & Biases.
 
 A line of metrics.jsonl is {"<axis>": step, "<metric>": value, ...}; null stands for a value that is not finite.
 """
@@ -17,7 +17,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from qwench.errors import ConfigError
 from qwench.files import write_atomically
-from qwench.observability.console import Console
 from qwench.observability.metrics import Axis, Record
 
 
@@ -148,24 +147,3 @@ def _import_wandb() -> Any:  # the module object of an optional dependency
         return importlib.import_module("wandb")
     except ImportError as error:
         raise ConfigError("--use-wandb needs the package wandb, which is not installed; run `pip install wandb`.") from error
-
-
-class TableSink:
-    """Show each rollout's metrics on the console, those of its steps averaged."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-
-    def write(self, rollout_id: int, records: Sequence[Record]) -> None:
-        """Show one table of all records."""
-        values: dict[str, list[float]] = {}
-        for record in records:
-            for name, value in record.metrics.items():
-                values.setdefault(name, []).append(value)
-        self._console.table(rollout_id, {name: sum(several) / len(several) for name, several in values.items()})
-
-    def drop_from(self, first_steps: Mapping[Axis, int]) -> None:
-        """Keep what was shown."""
-
-    def close(self) -> None:
-        """Hold nothing open."""

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from qwench.config.sections.logging import LoggingConfig
 from qwench.data.sft import SftSource
 from qwench.engines.fleet.pool import EnginePool, Waiter
 from qwench.errors import RewardError
-from qwench.observability.dumps import load_rollout, save_rollout
+from qwench.observability.dumps import load_rollout
 from qwench.rewards.degenerate import degenerate_reason
 from qwench.rollout.buffer import GroupBuffer
 from qwench.rollout.functions import MakeRollout
@@ -44,7 +44,7 @@ class RolloutStream:
         num_gpus: int = 1,
         timeout_s: float | None = None,
         allow_degenerate_rewards: bool = False,
-        save_template: str | None = None,
+        observers: Sequence[Callable[[Rollout], object]] = (),
         waiter: Waiter | None = None,
     ) -> None:
         """Generate nothing yet.
@@ -53,12 +53,12 @@ class RolloutStream:
             num_rollouts: of the whole run; nothing is generated beyond the last.
             num_gpus: of all engines together, for the speed metrics.
             timeout_s: deadline of one rollout. None: no deadline.
-            save_template: --save-debug-rollout-data
+            observers: are given each rollout that is taken, to show or to record it.
             waiter: waits for the engines instead of the pool.
         """
         self._engines, self._make, self._buffer, self._logging = engines, make, buffer, logging
         self._num_rollouts, self._num_gpus, self._timeout_s = num_rollouts, num_gpus, timeout_s
-        self._save_template = save_template
+        self._observers = observers
         self._waiter: Waiter = waiter or engines
         self._check_rewards = not allow_degenerate_rewards
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -74,8 +74,8 @@ class RolloutStream:
         rollout = self._waiter.attend(
             self._take(rollout_id), label=f"rollout {rollout_id}", timeout_s=self._timeout_s, describe=self._describe
         )
-        if self._save_template is not None:
-            save_rollout(self._save_template, rollout)
+        for observe in self._observers:
+            observe(rollout)
         self._stop_if_degenerate(rollout)
         return rollout
 

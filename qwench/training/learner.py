@@ -64,6 +64,7 @@ class Learner:
         self.state = state
         self.policy, self.reference = state.policy, state.reference
         self.method = method
+        self._unit = "rollout" if method.facts.policy_gradient else "batch"
         self._global_batch_size = plan.batch.global_batch_size
         self._temperature = temperature
         self._timer = timer
@@ -105,7 +106,7 @@ class Learner:
                         )
                         steps.append(_step_metrics(self.policy.optim_step(sums), step))
                     if (problem := _what_is_amiss(steps[-1], step)) is not None:
-                        _logger.warning("rollout %d, step %d %s", rollout.rollout_id, k, problem)
+                        _logger.warning("%s %d, step %d %s", self._unit, rollout.rollout_id, k, problem)
             seconds = time.perf_counter() - start
             self._update_reference(rollout.rollout_id)
         if batch.old_log_probs is None:
@@ -129,7 +130,8 @@ class Learner:
         plan = plan_steps(batch.execution_ids, global_batch_size=self._global_batch_size)
         if plan.num_dropped:
             _logger.warning(
-                "rollout %d: %d trailing executions do not fill a step of --global-batch-size %d and are dropped",
+                "%s %d: %d trailing executions do not fill a step of --global-batch-size %d and are dropped",
+                self._unit,
                 rollout.rollout_id,
                 plan.num_dropped,
                 self._global_batch_size,

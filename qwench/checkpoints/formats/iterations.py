@@ -66,10 +66,10 @@ class Iterations:
         write_atomically(self.root / POINTER, f"{iteration}\n")
         shutil.rmtree(replaced, ignore_errors=True)
 
-    def prune(self, keep: int) -> None:
-        """Delete all but the `keep` newest checkpoints, oldest first."""
+    def prune(self, keep: int, *, spared: int | None = None) -> None:
+        """Delete all but the `keep` newest checkpoints, and `spared`, oldest first."""
         assert keep >= 1, "the newest checkpoint is never deleted"
-        for iteration in reversed(self.newest_first()[keep:]):
+        for iteration in [old for old in reversed(self.newest_first()[keep:]) if old != spared]:
             # Renamed first: a half-deleted folder must not look like a checkpoint.
             deleting = self._suffixed(iteration, _DELETING)
             rename_durably(self.folder(iteration), deleting)

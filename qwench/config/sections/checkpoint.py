@@ -24,6 +24,9 @@ class CheckpointConfig:
     """Folder for a Hugging Face checkpoint, written with every save. {rollout_id} in the name is replaced."""
     keep_checkpoints: int | None = None
     """Number of newest checkpoints to keep; older ones are deleted after a verified save. None: keep all."""
+    keep_best: bool = False
+    """Keep also the checkpoint with the best result on the first evaluation set (the highest score; qwench sft: the lowest
+    loss). It is written when an evaluation is the best so far."""
     ref_load: Path | None = None
     """Weights of the reference, and of the policy of a fresh run: a checkpoint of Hugging Face, torch_dist or FSDP, or its
     parent folder. None: --hf-checkpoint."""
@@ -47,6 +50,7 @@ class CheckpointConfig:
             ("--save-interval", self.save_interval),
             ("--keep-checkpoints", self.keep_checkpoints),
             ("--save-hf", self.save_hf),
+            ("--keep-best", self.keep_best or None),
         ):
             if value is not None and self.save is None:
                 raise ConfigError(f"{flag} ({value}) has no effect without a folder to save to; give --save")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qwench.config.limits import check_not_negative, check_positive
 from qwench.errors import ConfigError
 
 
@@ -16,8 +17,12 @@ class LoggingConfig:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lowest level of the messages on the console, in driver.log and in the logs of the ranks."""
     log_dir: Path | None = None
-    """Folder of metrics.jsonl, driver.log and TensorBoard files. None: the folder of --save; without --save no files are
-    written."""
+    """Folder of metrics.jsonl, driver.log and TensorBoard files. None: the folder of --save. Without both, only
+    engine servers write logs, into the folder for temporary files that the console names."""
+    show_samples: int | None = None
+    """Show this many sampled responses of each rollout, with reward and reason. None: 1 on a terminal, else 0."""
+    table_interval: int | None = None
+    """Show a table of the metrics every this many rollouts (qwench sft: batches). None: no table, one line each."""
     use_tensorboard: bool = False
     """Write TensorBoard files."""
     tb_project_name: str | None = None
@@ -52,5 +57,7 @@ class LoggingConfig:
     """Log the share of samples by this entry of the reward's record. None: off."""
 
     def __post_init__(self) -> None:
+        check_not_negative("--show-samples", self.show_samples)
+        check_positive("--table-interval", self.table_interval)
         if self.use_wandb and self.wandb_project is None:
             raise ConfigError("--use-wandb needs a project; give --wandb-project")

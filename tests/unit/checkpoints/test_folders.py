@@ -88,13 +88,6 @@ def test_checkpoint_of_another_model_is_refused_by_load_before_anything_is_loade
         check_load_folder(CheckpointConfig(load=tmp_path), IDENTITY)
 
 
-def test_save_and_save_hf_may_not_be_one_folder(tmp_path):
-    config = CheckpointConfig(save=tmp_path / "run", save_hf=str(tmp_path / "x" / ".." / "run"))
-    with pytest.raises(ConfigError, match="--save and --save-hf name the same folder"):
-        open_save_folder(config, IDENTITY)
-    assert not (tmp_path / "run").exists()
-
-
 def test_an_export_folder_of_a_later_rollout_is_checked_at_the_start(tmp_path):
     (tmp_path / "hf_12").mkdir()
     (tmp_path / "hf_12" / "notes.txt").write_text("mine")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from qwench.checkpoints.best import Best, Criterion, read_best
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.checkpoints.manifest import note_checksums
 from qwench.config.sections.checkpoint import CheckpointConfig
@@ -122,6 +123,46 @@ def test_checkpoint_without_optimizer_says_so(tmp_path):
 def test_only_the_newest_are_kept(tmp_path):
     save_all(manager_of(save=tmp_path, keep_checkpoints=2), 1, 2, 3, 10)
     assert names_in(tmp_path) == ["iter_0000003", "iter_0000010", "latest_checkpointed_iteration.txt", "qwench_run.json"]
+
+
+def lowest_loss(folder: Path, **flags) -> CheckpointManager:
+    best = Criterion(metric="eval/a/loss", higher_is_better=False)
+    return CheckpointManager(CheckpointConfig(save=folder, keep_best=True, **flags), IDENTITY, QuietConsole(), best=best)
+
+
+def evaluate(manager: CheckpointManager, rollout_id: int, loss: float) -> None:
+    """Evaluate the weights after `rollout_id` rollouts as the controller does."""
+    if manager.is_best(rollout_id, {"eval/a/loss": loss}):
+        learner, rollouts = CountingLearner(100 + rollout_id), CountingRollouts(rollout_id)
+        manager.keep_best(rollout_id, {"eval/a/loss": loss}, learner, rollouts)
+
+
+def test_the_best_checkpoint_outlives_newer_ones_until_a_better_one_comes(tmp_path):
+    manager, left = lowest_loss(tmp_path, keep_checkpoints=1), []
+    for rollout_id, loss in [(1, 0.5), (2, 0.3), (3, 0.4), (4, 0.6), (5, 0.2), (6, 0.2)]:
+        save_all(manager, rollout_id)
+        evaluate(manager, rollout_id, loss)
+        left.append([int(path.name[5:]) for path in sorted(tmp_path.glob("iter_*"))])
+    assert left == [[1], [1, 2], [2, 3], [2, 4], [2, 5], [5, 6]]
+
+
+def test_a_best_evaluation_between_two_saves_is_saved(tmp_path):
+    evaluate(lowest_loss(tmp_path), 7, 0.5)
+    assert restored(save=tmp_path) == (7, 107, 7)
+
+
+def test_a_resumed_run_knows_the_best_of_the_run_before(tmp_path):
+    manager = lowest_loss(tmp_path)
+    evaluate(manager, 7, 0.5)
+    manager.finish()
+    resumed = lowest_loss(tmp_path)
+    assert not resumed.is_best(8, {"eval/a/loss": 0.5})
+    assert resumed.is_best(8, {"eval/a/loss": 0.4})
+    assert read_best(tmp_path) == Best(iteration=7, metric="eval/a/loss", value=0.5)
+
+
+def test_without_keep_best_no_evaluation_is_one(tmp_path):
+    assert not manager_of(save=tmp_path).is_best(1, {"eval/a/loss": 0.5})
 
 
 def test_nothing_is_deleted_when_the_new_checkpoint_is_not_as_it_was_written(tmp_path, monkeypatch):

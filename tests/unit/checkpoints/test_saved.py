@@ -59,6 +59,6 @@ def test_a_finished_run_says_so_and_a_shorter_one_is_refused(tmp_path):
     save(manager_of(tmp_path), 3)
     saved = manager_of(tmp_path).saved
     assert saved.check_length(4) is None
-    assert saved.check_length(3) == "rollouts 0 to 2 are done (--num-rollout 3): nothing to do"
+    assert saved.check_length(3).endswith("is the end of this run (--num-rollout 3): nothing to do; a larger one goes on")
     with pytest.raises(ConfigError, match="--num-rollout 2 is less than the 3 rollouts"):
         saved.check_length(2)

@@ -66,11 +66,10 @@ def test_evaluation_warns_that_it_reads_no_training_checkpoint(files):
     )
 
 
-def test_fine_tuning_warns_that_it_does_not_evaluate(files):
+def test_fine_tuning_evaluates_and_so_does_not_warn(files):
     words = words_of(files)
     del words["--n-samples-per-prompt"]
-    (warning,) = warnings(parse_sft([*flat(words), "--eval-prompt-data", "e", str(files / "train.jsonl")]))
-    assert warning.startswith("--eval-prompt-data has no effect here: fine-tuning has no engine; use qwench eval")
+    assert list(warnings(parse_sft([*flat(words), "--eval-prompt-data", "e", str(files / "train.jsonl")]))) == []
 
 
 def test_what_is_meant_is_not_warned_about(files):

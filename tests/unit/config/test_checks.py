@@ -1,4 +1,5 @@
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,8 @@ from qwench.config import (
     checks,
 )
 from qwench.config.checks import check_rules
+from qwench.config.sections.checkpoint import CheckpointConfig
+from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.rollout import SFT_ROLLOUT
 from qwench.errors import ConfigError
 
@@ -49,6 +52,34 @@ REFUSED = [
     ({"training": TrainingConfig(train_backend="megatron", torch_compile=True)}, "--torch-compile needs --train-backend fsdp"),
     ({"training": TrainingConfig(transformer_impl="transformer_engine")}, "--transformer-impl transformer_engine needs"),
     ({"parallel": ParallelConfig(dp_replicate=3), "cluster": EIGHT}, "--dp-replicate 3 does not divide the 8"),
+    (
+        {"model": ModelConfig(hf_checkpoint=Path("m")), "checkpoint": CheckpointConfig(save=Path("r"), save_hf="m")},
+        "--save-hf m would replace --hf-checkpoint m",
+    ),
+    (
+        {"checkpoint": CheckpointConfig(save=Path("run"), save_hf="x/../run")},
+        "--save and --save-hf name the same folder, run; give --save-hf one of its own",
+    ),
+    (
+        {"checkpoint": CheckpointConfig(save=Path("hf/0/run"), save_hf="hf/{rollout_id}")},
+        "--save-hf hf/{rollout_id} would replace --save hf/0/run",
+    ),
+    (
+        {"checkpoint": CheckpointConfig(save=Path("r"), save_hf="hf"), "logging": LoggingConfig(log_dir=Path("hf/log"))},
+        "--save-hf hf would replace --log-dir hf/log",
+    ),
+    (
+        {
+            "checkpoint": CheckpointConfig(save=Path("r"), save_hf="hf"),
+            "debug": DebugConfig(save_debug_rollout_data="hf/{rollout_id}.jsonl"),
+        },
+        "--save-hf hf would replace --save-debug-rollout-data hf",
+    ),
+    (
+        {"checkpoint": CheckpointConfig(save=Path("r"), keep_best=True)},
+        "--keep-best compares results of evaluations, and there are none; give --eval-prompt-data NAME FILE",
+    ),
+    ({"logging": LoggingConfig(use_tensorboard=True)}, "--use-tensorboard has no folder to write to; give --log-dir or --save"),
     ({"training": TrainingConfig(recompute_granularity="selective")}, "--recompute-granularity selective needs"),
     ({"training": TrainingConfig(recompute_granularity="full", recompute_method="block")}, "--train-backend fsdp recomputes"),
     ({"training": TrainingConfig(recompute_granularity="full", recompute_num_layers=2)}, "--train-backend fsdp recomputes"),

@@ -1,5 +1,11 @@
-from qwench.config import Config, EngineConfig, LoggingConfig, RolloutConfig
-from qwench.config.report import Setting, settings_by_section
+import pytest
+import yaml
+
+from qwench.config import ClusterConfig, Config, DataConfig, EngineConfig, LoggingConfig, RolloutConfig
+from qwench.config.command_line.parse import parse_train
+from qwench.config.report import Setting, as_yaml, flag_values, settings_by_section
+from qwench.config.sections.reward import RewardConfig
+from tests.unit.config.words import flat, words_of
 
 ROLLOUT = RolloutConfig(rollout_batch_size=32, n_samples_per_prompt=8, num_rollout=5)
 
@@ -20,3 +26,41 @@ def test_a_key_is_never_shown():
     shown = settings_by_section(Config(logging=LoggingConfig(wandb_key="s3cret")))
     assert Setting(flag="--wandb-key", value="(not shown)", is_default=False) in shown["logging"]
     assert "s3cret" not in str(shown)
+
+
+SECRETS = Config(
+    rollout=ROLLOUT,
+    logging=LoggingConfig(use_wandb=True, wandb_project="p", wandb_key="s3cret", wandb_host="https://me:s3cret@wandb.here"),
+    cluster=ClusterConfig(train_env_vars={"HF_TOKEN": "s3cret", "AWS_SECRET_ACCESS_KEY": "s3cret", "NCCL_DEBUG": "INFO"}),
+    engine=EngineConfig(sglang_args=("--api-key", "s3cret", "--page-size", "4", "--enable-metrics")),
+    reward=RewardConfig(rm_type="remote_rm", rm_url="http://me:s3cret@grader:80/score"),
+    data=DataConfig(input_key="question", apply_chat_template_kwargs={"enable_thinking": False}),
+)
+
+
+@pytest.mark.parametrize("written", [as_yaml, flag_values, settings_by_section])
+def test_no_secret_is_kept_or_shown(written):
+    text = str(written(SECRETS))
+    assert "s3cret" not in text
+    assert "question" in text
+    assert "NCCL_DEBUG" in text
+
+
+def test_the_configuration_of_a_run_can_be_given_back(files, tmp_path):
+    words = flat(words_of(files))
+    words += ["--sglang-page-size", "4", "--eval-prompt-data", "a", str(files / "train.jsonl"), "--adam-beta2", "0.95"]
+    words += ["--apply-chat-template-kwargs", '{"enable_thinking": false}', "--rollout-stop", "1", "--rollout-shuffle"]
+    config = parse_train(words)
+    path = tmp_path / "config.yaml"
+    path.write_text(as_yaml(config))
+    assert parse_train(["--config", str(path)]) == config
+
+
+def test_what_is_passed_to_engines_is_kept_under_its_flags():
+    kept = yaml.safe_load(as_yaml(SECRETS))
+    assert {name: value for name, value in kept.items() if name.startswith("sglang-")}.items() >= {
+        "sglang-page-size": ["4"],
+        "sglang-enable-metrics": [],
+    }.items()
+    assert "sglang-api-key" not in kept
+    assert kept["train-env-vars"]["NCCL_DEBUG"] == "INFO"

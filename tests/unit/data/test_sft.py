@@ -1,7 +1,6 @@
 import json
 
 import pytest
-from rich.text import Text
 
 from qwench.data.sft import LoadedSft, SftSource, load_sft, render_mask_preview
 from qwench.errors import CheckpointError, ConfigError
@@ -117,15 +116,20 @@ def test_source_resumes_and_refuses_another_data_set(tmp_path):
 
 def test_preview_marks_exactly_the_trained_tokens(tmp_path):
     sample = first_sample(load(tmp_path, [conversation("a [bold] \\[x] claim\\")]))
-    preview = Text.from_markup(render_mask_preview(sample, TOKENIZER))
-    assert preview.plain == TOKENIZER.decode(sample.tokens)
-    green = [preview.plain[span.start : span.end] for span in preview.spans if span.style == "bold green"]
-    assert green == ["a [bold] \\[x] claim\\<|im_end|>"]
+    preview = render_mask_preview(sample, TOKENIZER)
+    answer = "a [bold] \\[x] claim\\<|im_end|>"
+    assert preview.plain == TOKENIZER.decode(sample.tokens).replace(answer, f"[[{answer}]]")
+    assert [preview.plain[span.start : span.end] for span in preview.spans if span.style == "bold green"] == [f"[[{answer}]]"]
+
+
+def test_a_preview_shows_control_characters_and_does_not_send_them(tmp_path):
+    sample = first_sample(load(tmp_path, [conversation("a\x1b[2Jb")]))
+    assert "[[a\\x1b[2Jb<|im_end|>]]" in render_mask_preview(sample, TOKENIZER).plain
 
 
 def test_long_preview_is_cut_and_says_so(tmp_path):
     sample = first_sample(load(tmp_path, [conversation("1" * 50)]))
-    preview = Text.from_markup(render_mask_preview(sample, TOKENIZER, max_tokens=10))
+    preview = render_mask_preview(sample, TOKENIZER, max_tokens=10)
     assert preview.plain == TOKENIZER.decode(sample.tokens[:10]) + f" ... ({len(sample.tokens) - 10} more tokens)"
 
 

@@ -1,4 +1,5 @@
 import io
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,6 +11,7 @@ from qwench.observability.summary import format_seconds, format_value, summarize
 METRICS = {
     "rollout/raw_reward": 0.4375,
     "train/loss": 0.125,
+    "perf/update_weights_time": 0.001,
     "perf/step_time": 61.5,
     "eval/gsm8k": 0.5,
     "rollout/unlisted": 1.0,
@@ -37,7 +39,7 @@ def test_summary_keeps_the_order_and_leaves_out_what_was_not_measured():
     assert [(group.title, dict(group.values)) for group in summarize(METRICS)] == [
         ("reward", {"reward": "0.4375"}),
         ("loss", {"loss": "0.125"}),
-        ("time", {"all": "1m02s"}),
+        ("time", {"all": "1m02s"}),  # a publication of 1 ms is none
         ("evaluation", {"gsm8k": "0.5"}),
     ]
 
@@ -76,13 +78,20 @@ def test_values_are_short(value, text):
     assert format_value(value) == text
 
 
-def test_plain_console_writes_one_line_for_a_rollout():
-    output = screen(terminal=False)
-    console = PlainConsole(output)
-    with console.phase("train"):
-        console.table(3, METRICS)
-    console.table(4, {})
-    assert shown(output) == "rollout 3 | reward: reward 0.4375; loss: loss 0.125; time: all 1m02s; evaluation: gsm8k 0.5\n"
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_line_is_never_broken_and_markup_is_text(terminal):
+    output = screen(terminal=terminal)
+    command = "qwench train --save '[red]runs'  :smile: " + "--flag value " * 20
+    (LiveConsole(output) if terminal else PlainConsole(output)).say(command)
+    assert shown(output) == command + "\n"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_is_said_cannot_control_the_terminal(terminal):
+    output = screen(terminal=terminal)
+    console = LiveConsole(output) if terminal else PlainConsole(output)
+    console.say("a\x1b]0;title\x07\x9b2Jb\u2067\ttab \u00e4")
+    assert shown(output) == "a\\x1b]0;title\\x07\\x9b2Jb\\u2067  tab \u00e4\n"  # a tab as spaces
 
 
 def test_plain_progress_speaks_at_most_every_half_minute():
@@ -101,11 +110,44 @@ def test_live_console_draws_bars_from_many_threads_and_prints_above_them():
         with ThreadPoolExecutor(4) as threads:
             list(threads.map(progress.advance, [10] * 4))
         console.say("a [bracketed] line")
-    console.table(0, METRICS)
     text = shown(output)
     assert "40/40" in text
     assert "a [bracketed] line" in text
-    assert "0.4375" in text
+
+
+def frames(text: str) -> list[str]:
+    """Return each state of the live part, without the codes that move the cursor."""
+    return [line.strip() for line in re.split(r"\r|\n|\x1b\[[0-9;?]*[A-Za-z]", text) if line.strip()]
+
+
+def test_a_run_has_one_bar_that_names_what_is_done_now():
+    output = screen(terminal=True)
+    console = LiveConsole(output)
+    with console.run("rollout", done=2, total=24) as bar:
+        bar.show(3, left="1m02s left", note="reward 0.438")
+        with console.phase("train"), console.progress("generate rollout 3", total=32) as progress:
+            progress.advance(12)
+            bar.show(4, left="58.0s left", note="reward 0.5")
+        console.say("a line above")
+    drawn = [frame for frame in frames(shown(output)) if "rollout" in frame]
+    assert any(re.search(r"rollout 3/24 .* 1m02s left  reward 0.438  train$", frame) for frame in drawn)
+    assert any(re.search(r"rollout 4/24 .* 58.0s left  reward 0.5  generate rollout 3 12/32$", frame) for frame in drawn)
+    assert drawn[-1].endswith("58.0s left  reward 0.5")
+    assert all(frame.count("/24") == 1 for frame in drawn)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_bar_of_a_run_stays_on_one_line(width):
+    output = rich.console.Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    console = LiveConsole(output)
+    with console.run("rollout", done=0, total=200_000) as bar, console.phase("a very long description " * 10):
+        bar.show(123_456, left="12h34m left", note="reward -0.0123")
+        console.say("line")
+    drawn = [frame for frame in frames(shown(output)) if "rollout" in frame]
+    assert drawn
+    assert all(len(frame) <= width for frame in drawn)
+    assert all(re.match(r". rollout (0|123456)/200000 ", frame) for frame in drawn)
+    assert any("a very" in frame for frame in drawn)
 
 
 def test_live_part_ends_when_the_outermost_context_ends_even_by_an_error():
@@ -130,5 +172,7 @@ def test_quiet_console_has_the_same_methods_and_shows_nothing(capsys):
     with console.phase("train"), console.progress("generate", total=1) as progress:
         progress.advance(1)
     console.say("text")
-    console.table(0, METRICS)
+    console.show("table")
+    with console.run("rollout", done=0, total=1) as bar:
+        bar.show(1, left="", note="")
     assert capsys.readouterr().out == ""

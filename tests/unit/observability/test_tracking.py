@@ -8,8 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from qwench.errors import ConfigError
 from qwench.observability.metrics import MetricLog
-from qwench.observability.tracking import JsonlSink, TableSink, TensorBoardSink, WandbSink
-from tests.fakes.console import RecordingConsole
+from qwench.observability.tracking import JsonlSink, TensorBoardSink, WandbSink
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -87,9 +86,3 @@ def test_tensorboard_shows_the_repeated_rollouts_of_a_resumed_run(tmp_path):
 def test_missing_wandb_is_the_users_mistake():
     with pytest.raises(ConfigError, match="--use-wandb needs the package wandb"):
         WandbSink(project="p")
-
-
-def test_table_shows_the_mean_over_the_steps():
-    console = RecordingConsole()
-    log_rollout(MetricLog([TableSink(console)], num_steps_per_rollout=2), 3, loss=10.0)
-    assert console.events == [("table", 3, {"train/loss": 10.5, "rollout/raw_reward": 0.5, "eval/gsm8k": 0.25})]

@@ -3,6 +3,7 @@ import json
 import threading
 from array import array
 from contextlib import closing, contextmanager
+from functools import partial
 
 import pytest
 
@@ -12,6 +13,7 @@ from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import ConfigError, EngineError, RewardError
 from qwench.observability import waiting
+from qwench.observability.dumps import save_rollout
 from qwench.rollout.buffer import GroupBuffer
 from qwench.rollout.stream import ReplayStream, RolloutStream, SftStream
 from qwench.samples import Verdict
@@ -241,7 +243,7 @@ def test_degenerate_rewards_can_be_allowed_and_are_not_looked_for_later():
 
 def test_replayed_rollouts_equal_the_recorded_ones(tmp_path):
     template = f"{tmp_path}/rollout_{{rollout_id}}.jsonl"
-    with open_stream(options={"save_template": template}) as stream:
+    with open_stream(options={"observers": [partial(save_rollout, template)]}) as stream:
         recorded = [stream.take(i) for i in range(2)]
     replay = ReplayStream(template)
     with replay.paused():
@@ -252,7 +254,7 @@ def test_replayed_rollouts_equal_the_recorded_ones(tmp_path):
 
 def test_part_of_a_recorded_rollout_can_be_replayed(tmp_path):
     template = f"{tmp_path}/{{rollout_id}}.jsonl"
-    with open_stream(options={"save_template": template}) as stream:
+    with open_stream(options={"observers": [partial(save_rollout, template)]}) as stream:
         recorded = stream.take(0)
     assert ReplayStream(template, subsample=0.5).take(0).groups == recorded.groups[:1]
 

@@ -1,0 +1,95 @@
+"""What a run writes besides its checkpoints: logs and recorded rollouts. Nothing of another run, or of the user, is replaced.
+
+A log folder carries `qwench_logs.json` and a recorded rollout a line with the run's name. The name is the folder of --save, so
+that the same command goes on with its own files; without --save every start is a run of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from qwench.config import Config
+from qwench.config.report import CONFIG_FILE
+from qwench.errors import ConfigError
+from qwench.files import claim_folder, foreign_names
+from qwench.observability.dumps import run_of
+from qwench.observability.log import DRIVER_LOG
+
+_MARKER = "qwench_logs.json"
+_WITHOUT_METRICS = (DRIVER_LOG, CONFIG_FILE, "metrics.jsonl", "ranks", "engines", "stacks")
+"""What a run has written into its log folder before its first metrics."""
+_DETAILS = "rollout_data"
+"""The folder that --dump-details makes for recorded rollouts in the one that it names."""
+
+
+def claim_outputs(config: Config) -> str:
+    """Make the folders of --log-dir and of recorded rollouts this run's, and return the run's name.
+
+    Raises:
+        ConfigError: they hold what another run, or no run, wrote. Nothing was changed.
+    """
+    checkpoint, log_dir = config.checkpoint, config.logging.log_dir
+    names = [str(folder.resolve()) for folder in (checkpoint.save, checkpoint.load) if folder is not None]
+    if checkpoint.save is None:
+        since = datetime.now().astimezone().isoformat()
+        names.insert(0, f"process {os.getpid()} on {platform.node()} since {since}")
+    if config.debug.save_debug_rollout_data is not None:
+        _check_dumps(Path(config.debug.save_debug_rollout_data), names, own=[*_outputs(config)])
+    if log_dir is not None and not (checkpoint.save is not None and checkpoint.save.resolve() == log_dir.resolve()):
+        leftovers = [log_dir / name for name in _WITHOUT_METRICS] if _failed_early(log_dir) else []
+        claim_folder(
+            log_dir,
+            [{"run": name} for name in names],
+            marker=_MARKER,
+            flag="--log-dir",
+            held="the metrics of another run",
+            writer="run",
+            own=[*_outputs(config), *leftovers],
+        )
+    return names[0]
+
+
+def _failed_early(log_dir: Path) -> bool:
+    """Take the mark from the folder of a run that ended before it had metrics: the corrected command may have it."""
+    metrics, marker = log_dir / "metrics.jsonl", log_dir / _MARKER
+    if not marker.is_file() or (metrics.is_file() and metrics.stat().st_size > 0):
+        return False
+    marker.unlink()
+    return True
+
+
+def _outputs(config: Config) -> Iterator[Path]:
+    """Yield where the run writes; such a folder inside another one of them is not foreign."""
+    for path in (
+        config.checkpoint.save,
+        config.checkpoint.save_hf,
+        config.debug.save_debug_rollout_data,
+        config.logging.log_dir,
+    ):
+        if path is not None:
+            yield Path(path)
+
+
+def _check_dumps(template: Path, names: Sequence[str], *, own: Sequence[Path]) -> None:
+    folder = template.parent
+    if folder.name == _DETAILS and (foreign := foreign_names(folder.parent, own=own)):
+        _refuse_model(folder.parent)
+        raise ConfigError(
+            f"--dump-details {folder.parent} holds files that no run wrote ({', '.join(foreign[:3])}); "
+            "give an empty or new folder."
+        )
+    _refuse_model(folder)
+    pattern = re.compile(re.escape(template.name).replace(re.escape("{rollout_id}"), r"\d+"))
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if pattern.fullmatch(path.name) and run_of(path) not in names:
+            raise ConfigError(f"--save-debug-rollout-data: {path} is of another run; give another folder.")
+
+
+def _refuse_model(folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        raise ConfigError(f"--save-debug-rollout-data: {folder} is the folder of a model; give another folder.")

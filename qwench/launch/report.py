@@ -1,0 +1,161 @@
+"""What a run reports: to a person before its first step, on the way and after its last, and to the sinks of its metrics."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shlex
+from pathlib import Path
+
+import torch
+
+from qwench.checkpoints.best import read_best
+from qwench.checkpoints.folders import hf_folder
+from qwench.checkpoints.formats.iterations import Iterations
+from qwench.launch.inputs import Inputs
+from qwench.observability.metrics import MetricLog, Sink
+from qwench.observability.run_report import RunReport
+from qwench.observability.tracking import JsonlSink, TensorBoardSink, WandbSink
+
+_logger = logging.getLogger(__name__)
+
+
+def start_report(inputs: Inputs, rows: str) -> RunReport:
+    """Say what the run is about to do, and that it keeps nothing where that is so."""
+    plan, flags = inputs.plan, inputs.config.logging
+    report = RunReport(
+        inputs.console,
+        unit="step" if plan.fine_tunes else "rollout",
+        total=plan.num_steps if plan.fine_tunes else plan.num_rollout,
+        show_samples=flags.show_samples,
+        table_interval=flags.table_interval,
+    )
+    report.start(_start_facts(inputs, rows))
+    if plan.devices.trains and inputs.config.checkpoint.save is None:
+        _logger.warning("nothing is saved: the weights are lost when the run ends; give --save FOLDER to keep them")
+    return report
+
+
+def finish_report(report: RunReport, inputs: Inputs) -> None:
+    """Say what the run has left, and what to type next."""
+    report.finish(_end_facts(inputs))
+
+
+def metric_log(inputs: Inputs, report: RunReport) -> MetricLog:
+    """Return the log of the main rank with every sink the flags ask for; other ranks log nothing."""
+    flags, sinks = inputs.config.logging, list[Sink]()
+    if inputs.is_main:
+        sinks.append(report)
+        if inputs.plan.log_dir is not None:
+            sinks.append(JsonlSink(inputs.plan.log_dir / "metrics.jsonl"))
+        if flags.use_tensorboard:
+            sinks.append(TensorBoardSink(_tensorboard_folder(inputs)))
+        if flags.use_wandb:
+            sinks.append(
+                WandbSink(
+                    project=flags.wandb_project,
+                    group=flags.wandb_group,
+                    team=flags.wandb_team,
+                    mode=flags.wandb_mode,
+                    folder=flags.wandb_dir,
+                    run_id=flags.wandb_run_id,
+                    host=flags.wandb_host,
+                    key=flags.wandb_key or os.environ.get("WANDB_API_KEY"),
+                )
+            )
+    return MetricLog(sinks, num_steps_per_rollout=inputs.plan.batch.num_steps_per_rollout)
+
+
+def _tensorboard_folder(inputs: Inputs) -> Path:
+    flags, log_dir = inputs.config.logging, inputs.plan.log_dir
+    assert log_dir is not None, "config.checks requires a folder for --use-tensorboard"
+    levels = (flags.tb_project_name, flags.tb_experiment_name)
+    return log_dir.joinpath("tensorboard", *(level for level in levels if level is not None))
+
+
+def _start_facts(inputs: Inputs, rows: str) -> dict[str, str]:
+    """Return what the run is about to do.
+
+    Args:
+        rows: what was read, such as `4,000 prompts`.
+    """
+    config, plan = inputs.config, inputs.plan
+    data = config.data.prompt_data or config.debug.load_debug_rollout_data
+    facts = {
+        "model": describe_model(inputs),
+        "data": f"{data}: {rows}",
+        "devices": _devices(inputs),
+        "length": _length(inputs),
+    }
+    if config.checkpoint.save is not None:
+        every = config.checkpoint.save_interval
+        facts["saves to"] = f"{config.checkpoint.save} {_after_every(inputs, every) if every is not None else 'at the end'}"
+    if plan.log_dir is not None:
+        facts["logs"] = str(plan.log_dir / "metrics.jsonl")
+    return facts
+
+
+def _end_facts(inputs: Inputs) -> dict[str, str]:
+    """Return what a run that is done has left, and what to type next."""
+    checkpoint, plan = inputs.config.checkpoint, inputs.plan
+    if not plan.devices.trains:
+        return {}
+    if checkpoint.save is None:
+        return {"saved": "nothing (no --save)"}
+    facts = {"saved": str(Iterations(checkpoint.save).folder(plan.num_rollout))}
+    best = read_best(checkpoint.save) if checkpoint.keep_best else None
+    if best is not None:
+        facts["best"] = f"{Iterations(checkpoint.save).folder(best.iteration)} ({best.metric} {best.value:.4g})"
+    export = None if checkpoint.save_hf is None else hf_folder(checkpoint.save_hf, plan.num_rollout - 1)
+    if best is None and export is not None and export.is_dir():
+        return facts | {"exported": str(export), "next": shlex.join(["qwench", "serve", "--hf-checkpoint", str(export)])}
+    convert = ["qwench", "convert", "--input", str(checkpoint.save), "--to", "hf"]
+    base, output = str(inputs.model_folder), f"{checkpoint.save}-hf"
+    if best is not None:
+        convert += ["--ckpt-step", str(best.iteration)]
+    return facts | {"next": shlex.join([*convert, "--hf-checkpoint", base, "--output", output])}
+
+
+def describe_model(inputs: Inputs) -> str:
+    """Return where the model lies, its kind and size, and the dtype that it is computed in."""
+    model = inputs.plan.model
+    count = _short_count(sum(math.prod(shape) for shape in model.parameter_shapes().values()))
+    return f"{inputs.model_folder}: {model.model_type}, {count} parameters, {str(inputs.dtype).removeprefix('torch.')}"
+
+
+def _length(inputs: Inputs) -> str:
+    batch, schedule = inputs.plan.batch, inputs.plan.schedule
+    epochs = f" ({inputs.plan.num_rollout / schedule.rollouts_per_epoch:.3g} epochs)" if schedule.rollouts_per_epoch else ""
+    if inputs.plan.fine_tunes:
+        return f"{inputs.plan.num_steps} steps of {batch.global_batch_size} conversations{epochs}"
+    samples = f"{batch.rollout_batch_size} prompts x {batch.n_samples_per_prompt} responses"
+    steps = f", {batch.num_steps_per_rollout} steps each" if batch.num_steps_per_rollout > 1 else ""
+    return f"{inputs.plan.num_rollout} rollouts of {samples}{steps if inputs.plan.devices.trains else ''}{epochs}"
+
+
+def _devices(inputs: Inputs) -> str:
+    devices, config = inputs.plan.devices, inputs.config
+    kind = torch.cuda.get_device_name(inputs.device) if inputs.device.type == "cuda" else "CPU"
+    if inputs.device.type == "cpu":
+        kind = f"CPU with {torch.get_num_threads()} of {os.cpu_count()} threads"
+    ranks = config.cluster.world_size
+    parts = [f"{ranks} trainer rank{'s' * (ranks > 1)} ({config.backend})"] if devices.trains else []
+    if devices.generates:
+        number = str(devices.num_engines) if devices.num_engines else "external"
+        parts.append(f"{number} {config.engine.rollout_engine} engine{'s' * (devices.num_engines != 1)}")
+    shared = " that take turns" if devices.shared else ""
+    return f"{kind}: {' and '.join(parts)}{shared}"
+
+
+def _after_every(inputs: Inputs, interval: int) -> str:
+    unit = "rollout" if not inputs.plan.fine_tunes else "step" if inputs.plan.batch.num_steps_per_rollout == 1 else "batch"
+    return (
+        f"after every {unit}" if interval == 1 else f"every {interval} {unit}{'es' if unit == 'batch' else 's'} and at the end"
+    )
+
+
+def _short_count(count: int) -> str:
+    """Write a number of parameters as models are named: 1.05M, 596M, 8.19B."""
+    scale, letter = (1e9, "B") if count >= 1e9 else (1e6, "M") if count >= 1e6 else (1e3, "k")
+    return f"{count / scale:.3g}{letter}"
