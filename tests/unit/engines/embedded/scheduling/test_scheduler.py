@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from itertools import count
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwench.engines.embedded.scheduling.kv_cache import PagePool
 from qwench.engines.embedded.scheduling.request import RunningRequest
-from qwench.engines.embedded.scheduling.scheduler import Scheduler
-from qwench.engines.protocol import GenerateRequest, SamplingParams
+from qwench.engines.embedded.scheduling.scheduler import Scheduler, StepPlan, count_step
+from qwench.engines.protocol import EngineStats, GenerateRequest, SamplingParams
 
 _ids = count()
 
@@ -163,6 +164,56 @@ def test_a_preempted_prefill_waits_with_its_siblings_in_their_order():
     assert all((request.num_computed, request.pages, request.followers) == (0, [], []) for request in siblings)
     serve_all(scheduler)
     assert [request.num_output for request in [*early, *siblings]] == [20] * 2 + [2] * 4
+
+
+@pytest.mark.parametrize(("num_pages", "admitted"), [(3, 1), (4, 2)])
+def test_a_newcomer_is_admitted_if_each_that_runs_can_still_get_a_page(num_pages, admitted):
+    scheduler = make_scheduler(num_pages, prefix_cache=False)
+    for token in (1, 2):
+        scheduler.add(make_request([token] * 4))
+    step(scheduler)
+    assert (scheduler.num_running, scheduler.num_waiting) == (admitted, 2 - admitted)
+    # One page is free, and each that runs has filled its own.
+    assert scheduler.pool.num_free == 1 and scheduler.must_preempt() is (admitted == 2)
+
+
+def test_siblings_are_seated_as_far_as_there_is_a_page_for_each():
+    scheduler = make_scheduler(num_pages=6, chunk=4, prefix_cache=False)
+    requests = [make_request([1] * 4) for _ in range(6)]
+    for request in requests:
+        scheduler.add(request)
+    _, sampled = step(scheduler)
+    assert sampled == requests[:4] and scheduler.num_waiting == 2
+
+
+def test_siblings_of_a_prefill_under_way_run_too():
+    scheduler = make_scheduler(chunk=2)
+    requests = [make_request([1] * 6) for _ in range(3)]
+    for request in requests:
+        scheduler.add(request)
+    step(scheduler)
+    assert (scheduler.num_running, scheduler.num_waiting) == (3, 0)
+    assert scheduler.unfinished() == requests
+
+
+def test_prompts_are_counted_with_the_first_token_after_them_and_steps_that_decode():
+    def with_output(num_output, *, num_prompt, cached=0):
+        request = make_request(range(num_prompt))
+        request.tokens += [7] * num_output
+        request.cached_tokens = cached
+        return request
+
+    # The decoding one was counted before, and the third had tokens when it was preempted.
+    decoding = with_output(1, num_prompt=100)
+    requests = [decoding, with_output(1, num_prompt=5, cached=4), with_output(3, num_prompt=50), with_output(1, num_prompt=6)]
+    counted = EngineStats(
+        num_running=9, prompt_tokens=1000, cached_prompt_tokens=20, generated_tokens=300, num_preempted=40, decode_steps=60
+    )
+    after = count_step(counted, StepPlan(decodes=[decoding], num_preempted=2), requests, num_sampled=4)
+    assert after == EngineStats(
+        num_running=9, prompt_tokens=1011, cached_prompt_tokens=24, generated_tokens=304, num_preempted=42, decode_steps=61
+    )
+    assert count_step(counted, StepPlan(), [], num_sampled=0) == counted
 
 
 def serve_all(scheduler, removed=()):
