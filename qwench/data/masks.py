@@ -100,7 +100,7 @@ class DerivedMask:
         content_end = len(full) - _common_prefix(full[content_start:][::-1], other[content_start:][::-1])
         # What the template itself writes after the generation prompt (an empty think block) the policy has to write too.
         # The prompt may reach into what differs: it opens a think block that only one of the two renders has.
-        opening = full.rfind(self._opening, position, content_start + len(self._opening) - 1)
+        opening = full.rfind(self._opening, position, content_start + max(len(self._opening) - 1, 0))
         start = content_start if opening < 0 else opening + len(self._opening)
         marker = self._end_marker.match(full, content_end)
         return start, marker.end() if marker else content_end

@@ -138,6 +138,7 @@ MODEL_TYPES = tuple(_FAMILIES)
 """Values of `model_type` that engine, trainer and converters know."""
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Values of `rope_type` that engine, trainer and converters know; the others change with the length of a text."""
+_MOST_POSITIONS = 2**24
 _ROPE = "config.json: the rotary embedding"
 _SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings",
@@ -157,7 +158,7 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:  # Any: JSON
         )
     _refuse_variants(config)
     sizes = {name: _size(config, name) for name in _SIZES}
-    _check_tokens(config, sizes["vocab_size"])
+    _check_padding(config.get("pad_token_id"), sizes["vocab_size"])
     heads = sizes["num_attention_heads"]
     kv_heads = _size(config, "num_key_value_heads") if config.get("num_key_value_heads") is not None else heads
     if heads % kv_heads:
@@ -166,7 +167,7 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:  # Any: JSON
     if head_dim < 2 or head_dim % 2:
         raise ConfigError(f"config.json has heads of {head_dim} elements; rotation needs an even number.")
     attention_bias = bool(config.get("attention_bias"))
-    return Architecture(
+    model = Architecture(
         model_type=config["model_type"],
         num_layers=sizes["num_hidden_layers"],
         hidden_size=sizes["hidden_size"],
@@ -184,6 +185,9 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:  # Any: JSON
         attention_output_bias=attention_bias and family.output_bias_follows_attention_bias,
         mlp_bias=bool(config.get("mlp_bias")),
     )
+    if model.max_positions > _MOST_POSITIONS:
+        raise ConfigError(f"config.json allows {model.max_positions} positions; float32 tells {_MOST_POSITIONS} apart.")
+    return model
 
 
 def read_rope(config: Mapping[str, Any], head_dim: int) -> RopeSpec:  # Any: JSON
@@ -289,15 +293,14 @@ def _shown(value: object) -> str:
     return repr(value)[:40] if not isinstance(value, int) or abs(value) < 10**40 else "of more than 40 digits"
 
 
-def _check_tokens(config: Mapping[str, Any], vocab_size: int) -> None:  # Any: JSON
-    """Refuse special tokens that the embedding has no row for."""
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        value = config.get(name)
-        for token in value if isinstance(value, list) else [] if value is None else [value]:
-            if isinstance(token, bool) or not isinstance(token, int):
-                raise ConfigError(f"config.json has {name} {_shown(token)}; it must be the id of a token.")
-            if not 0 <= token < vocab_size:
-                raise ConfigError(f"config.json: {name} {_shown(token)} is outside the vocabulary of {vocab_size}.")
+def _check_padding(token: object, vocab_size: int) -> None:
+    """Refuse a padding token that the embedding has no row for; other special tokens are compared with the tokenizer."""
+    if token is None:
+        return
+    if isinstance(token, bool) or not isinstance(token, int):
+        raise ConfigError(f"config.json has pad_token_id {_shown(token)}; it must be the id of a token.")
+    if not 0 <= token < vocab_size:
+        raise ConfigError(f"config.json: pad_token_id {_shown(token)} is outside the vocabulary of {vocab_size}.")
 
 
 def _refuse_variants(config: Mapping[str, Any]) -> None:

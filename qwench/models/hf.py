@@ -6,6 +6,7 @@ Only local folders, dense Qwen3, Qwen2 and Llama. Everything the user can get wr
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -80,10 +81,15 @@ def load_hf_config(path: Path) -> PretrainedConfig:
             f"{path}/config.json has rope_scaling beside rope_parameters; write the scaling into rope_parameters, next to "
             "its rope_theta, and remove rope_scaling."
         )
+    # Its warnings are of what is refused here, in a line each, or does not matter.
+    transformers_logger, level = logging.getLogger("transformers"), logging.getLogger("transformers").level
+    transformers_logger.setLevel(logging.ERROR)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, OSError, StrictDataclassError) as error:
         raise ConfigError(f"{path}/config.json cannot be read as a {model_type} configuration: {one_line(error)}") from error
+    finally:
+        transformers_logger.setLevel(level)
     # How weights are stored is no property of the model, and transformers would look for kernels of its own.
     vars(config).pop("quantization_config", None)
     return config
@@ -155,7 +161,9 @@ def model_of(config: PretrainedConfig, weights: dict[str, Tensor], *, dtype: tor
 
 def _without_padding_row(model: PreTrainedModel) -> PreTrainedModel:
     """Train the embedding's row of pad_token_id as every other: sequences are packed, and the token is part of texts."""
-    model.get_input_embeddings().padding_idx = None
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, torch.nn.Embedding), "a decoder's tokens are looked up in a table"
+    embedding.padding_idx = None
     return model
 
 

@@ -89,7 +89,7 @@ def test_messages_that_do_not_begin_as_the_generation_prompt_keep_their_beginnin
     bare.chat_template = CHATML.chat_template.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
     found = segments(kind, [user("q"), assistant("<tea> 42"), user("r"), assistant("<think>\nx\n</think>\n4")], tokenizer=bare)
     assert trained(found) == ["<tea> 42<|im_end|>\n", "x\n</think>\n4<|im_end|>\n"]
-    closed = segments(kind, [user("q"), assistant("<think>\nwell\n</think>\n\n42")], enable_thinking=False)
+    closed = segments("qwen3", [user("q"), assistant("<think>\nwell\n</think>\n\n42")], enable_thinking=False)
     assert trained(closed) == ["well\n</think>\n\n42<|im_end|>\n"]
 
 

@@ -230,8 +230,7 @@ def test_the_row_of_the_padding_token_is_trained_as_every_other(folder: Path) ->
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(folder: Path) -> None:
-    edit(folder, tensors=lambda held: held.update({EMBEDDING: held[EMBEDDING][:120]}), vocab_size=120, pad_token_id=0,
-         eos_token_id=1)  # fmt: skip
+    edit(folder, tensors=lambda held: held.update({EMBEDDING: held[EMBEDDING][:120]}), vocab_size=120, pad_token_id=0)
     model = architecture_of(load_hf_config(folder))
     with pytest.raises(ConfigError, match=r"the tokenizer has 270 tokens, the model 120"):
         check_vocabulary(folder, load_tokenizer(folder), model)
@@ -263,7 +262,7 @@ def test_a_stop_token_that_is_no_id_is_refused(folder: Path, value: object) -> N
     ("change", "message"),
     [
         ({"vocab_size": 100, "pad_token_id": 261}, "pad_token_id 261 is outside the vocabulary of 100"),
-        ({"eos_token_id": [263, -1]}, "eos_token_id -1 is outside the vocabulary of 320"),
+        ({"pad_token_id": -1}, "pad_token_id -1 is outside the vocabulary of 320"),
         ({"num_attention_heads": 0}, "num_attention_heads 0"),
         ({"num_key_value_heads": 3}, "4 attention heads for 3 key-value heads"),
         ({"head_dim": 33}, "33"),
@@ -271,6 +270,7 @@ def test_a_stop_token_that_is_no_id_is_refused(folder: Path, value: object) -> N
         ({"rms_norm_eps": -1.0}, "rms_norm_eps -1.0; it must be a finite number above 0"),
         ({"vocab_size": -5}, "vocab_size"),
         ({"max_position_embeddings": 0}, "max_position_embeddings 0"),
+        ({"max_position_embeddings": 10**9}, "allows 1000000000 positions; float32 tells 16777216 apart"),
         ({"layer_types": ["full_attention", "sliding_attention"] * 2}, "sliding_attention"),
         ({"rope_theta": None, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling beside rope_parameters"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e6, "short_factor": [1.0] * 16,
