@@ -6,6 +6,7 @@ is loaded as it stands; modules beside it can be imported too.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from qwench.errors import ConfigError
+from qwench.errors import ConfigError, QwenchError
 
 Function = Callable[..., Any]  # the user's own; each caller says what it passes and checks what it gets
 _PACKAGE = str(Path(__file__).parent)
@@ -48,7 +49,7 @@ def load_function(path: str, *, flag: str, num_arguments: int = 1, called_as: st
     try:
         module = _module_of_file(Path(file)) if colon else _module(module_name)
         function = getattr(module, name)
-    except Exception as error:  # the user's module runs here, and may raise anything
+    except (Exception, SystemExit) as error:  # the user's module runs here, and may raise anything
         place = raised_at(error)
         described = f"{type(error).__name__}: {error}" + (f", at {place}" if place else "")
         raise ConfigError(
@@ -59,12 +60,42 @@ def load_function(path: str, *, flag: str, num_arguments: int = 1, called_as: st
         raise ConfigError(f"{flag} {path!r} is no function but a {type(function).__name__}.")
     try:
         inspect.signature(function).bind(*[None] * num_arguments)
+    except ValueError:
+        pass  # of compiled code, which has none to compare
     except TypeError as error:
         raise ConfigError(
             f"{flag} {path!r} has the signature {inspect.signature(function)}, but is called as {called_as}."
         ) from error
     loaded: Function = function
     return loaded
+
+
+def guarded(function: Function, *, path: str, flag: str) -> Function:
+    """Return the function with whatever it raises turned into one line that names the flag, the error and its place."""
+
+    def failure(error: BaseException) -> QwenchError:
+        place = raised_at(error) or place_of(function)
+        return QwenchError(f"{flag} {path!r} failed: {type(error).__name__}: {error} ({place})")
+
+    @functools.wraps(function)
+    async def call_async(*arguments: Any) -> Any:
+        try:
+            return await function(*arguments)
+        except QwenchError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise failure(error) from error
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except QwenchError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise failure(error) from error
+
+    return call_async if inspect.iscoroutinefunction(function) else call
 
 
 def place_of(function: Function) -> str:

@@ -11,7 +11,7 @@ from qwench.checkpoints.folders import starting_weights
 from qwench.config.sections.reward import RewardConfig
 from qwench.launch.inputs import Inputs
 from qwench.observability.timing import PhaseTimer
-from qwench.plugins import load_function
+from qwench.plugins import guarded, load_function
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.learner import Learner, RewardPostProcess
 from qwench.training.megatron.platform import check_platform
@@ -89,5 +89,5 @@ def load_reward_post_process(reward: RewardConfig) -> RewardPostProcess | None:
     Raises:
         ConfigError: it cannot be loaded.
     """
-    path = reward.custom_reward_post_process_path
-    return None if path is None else load_function(path, flag="--custom-reward-post-process-path")
+    path, flag = reward.custom_reward_post_process_path, "--custom-reward-post-process-path"
+    return None if path is None else guarded(load_function(path, flag=flag), path=path, flag=flag)

@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from qwench.errors import RewardError
+from qwench.plugins import place_of, raised_at
 from qwench.rewards.custom import FLAG, load_reward, score_wanted
 from qwench.rewards.scores import Answer, read_answer
 from qwench.samples import Sample, Verdict
@@ -52,8 +53,10 @@ class InProcessReward:
         answers = await self._call(samples, what)
         if answers is _TIMEOUT:
             return [_TIMEOUT] * len(samples)
-        if not isinstance(answers, Sequence) or len(answers) != len(samples):
-            raise RewardError(f"{FLAG} {self._path} must return a list of {len(samples)} rewards for {what}, got {answers!r}.")
+        if not isinstance(answers, Sequence) or isinstance(answers, str | bytes) or len(answers) != len(samples):
+            raise RewardError(
+                f"{FLAG} {self._path} must return a list of {len(samples)} rewards for {what}, got {answers!r:.200}."
+            )
         return [self._verdict(answer, what) for answer in answers]
 
     async def _call(self, argument: Sample | Sequence[Sample], what: str) -> Answer:
@@ -62,8 +65,9 @@ class InProcessReward:
                 return await self._before_deadline(self._function(argument))
             async with self._threads:
                 return await self._before_deadline(_in_thread(self._function, argument))
-        except Exception as error:
-            raise RewardError(f"{FLAG} {self._path} failed on {what}: {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            place = raised_at(error) or place_of(self._function)
+            raise RewardError(f"{FLAG} {self._path} failed on {what}: {type(error).__name__}: {error} ({place})") from error
 
     async def _before_deadline(self, answer: Answer) -> Answer:
         try:
@@ -79,7 +83,9 @@ class InProcessReward:
     def _verdict(self, answer: Answer, what: str) -> Verdict:
         verdict = read_answer(answer, key=self._key, source="custom")
         if verdict is None:
-            raise RewardError(f"{FLAG} {self._path} {score_wanted(self._key)} for {what}, got {answer!r}.")
+            raise RewardError(
+                f"{FLAG} {self._path} {score_wanted(self._key)} for {what}, got {answer!r:.200} ({place_of(self._function)})."
+            )
         return verdict
 
 
@@ -89,16 +95,16 @@ async def _in_thread(function: Callable[[Any], Answer], argument: Sample | Seque
     Unlike asyncio.to_thread's, the thread is a daemon and no slot of a pool: one that hangs stops neither others nor the exit.
     """
     loop = asyncio.get_running_loop()
-    outcome: asyncio.Future[tuple[Answer, Exception | None]] = loop.create_future()
+    outcome: asyncio.Future[tuple[Answer, BaseException | None]] = loop.create_future()
 
-    def deliver(answer: Answer, error: Exception | None) -> None:
+    def deliver(answer: Answer, error: BaseException | None) -> None:
         if not outcome.done():
             outcome.set_result((answer, error))
 
     def work() -> None:
         try:
             answer, failure = function(argument), None
-        except Exception as error:  # noqa: BLE001 - carried to the caller
+        except BaseException as error:  # noqa: BLE001 - carried to the caller, exit() too
             answer, failure = None, error
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(deliver, answer, failure)

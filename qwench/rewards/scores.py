@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import isfinite
+from math import isfinite, nan
 from numbers import Real
 from typing import Any
 
+import orjson
+
 from qwench.errors import RewardError
-from qwench.samples import Verdict
+from qwench.samples import Json, Verdict
+
+_SHOWN_CHARS = 1000
 
 Answer = Any  # what a function or a server of the user returned
 
@@ -21,12 +25,35 @@ def read_answer(answer: Answer, *, key: str | None, source: str) -> Verdict | No
         key: `--reward-key`: of the number in a record; None: `score`.
         source: the reason of verdicts that bring none.
     """
-    verdict = answer
-    if isinstance(answer, Real):
-        verdict = Verdict(score=float(answer), reason=source)
-    elif isinstance(answer, Mapping) and isinstance(score := answer.get(key or "score"), Real):
-        verdict = Verdict(score=float(score), reason=str(answer.get("reason", source)), extra=dict(answer))
-    return verdict if isinstance(verdict, Verdict) and isfinite(verdict.score) else None
+    reason, extra = source, dict[str, Json]()
+    if isinstance(answer, Verdict):
+        score, reason = answer.score, answer.reason
+        extra = dict(answer.extra) if isinstance(answer.extra, Mapping) else {}
+    elif isinstance(answer, Mapping):
+        score, reason, extra = answer.get(key or "score"), answer.get("reason", source), dict(answer)
+    else:
+        score = answer
+    number = _number(score)
+    return None if number is None else Verdict(score=number, reason=_plain(str(reason)), extra=_plain(extra))
+
+
+def _number(value: Answer) -> float | None:
+    """Return a finite number as such, else None."""
+    try:
+        number = float(value) if isinstance(value, Real) else nan
+    except (OverflowError, ValueError):
+        return None
+    return number if isfinite(number) else None
+
+
+def _plain(value: Any) -> Any:  # what a user's record holds
+    """Return what dumps and checkpoints can hold of a value: what JSON does not know becomes text."""
+    try:
+        return orjson.loads(orjson.dumps(value, default=repr, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS))
+    except (TypeError, ValueError, RecursionError):
+        if isinstance(value, dict):
+            return {_plain(str(name)): _plain(member) for name, member in value.items() if member is not value}
+        return repr(value)[:_SHOWN_CHARS].encode(errors="replace").decode()
 
 
 def pick_score(verdict: Verdict, key: str | None) -> Verdict:

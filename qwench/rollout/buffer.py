@@ -152,7 +152,10 @@ class GroupBuffer:
     def _pick_waiting(self, num_groups: int) -> list[Group]:
         if not self._waiting or not num_groups:
             return []
-        picked = list(self._buffer_filter(self.waiting, num_groups))
+        picked = self._buffer_filter(self.waiting, num_groups)
+        if not isinstance(picked, Sequence) or not all(isinstance(group, Group) for group in picked):
+            raise QwenchError(f"--buffer-filter-path must return a list of the groups it was given, got {picked!r:.200}.")
+        picked = list(picked)
         picked_ids = {group.group_id for group in picked}
         if len(picked) > num_groups or not picked_ids <= {group.group_id for group in self._waiting}:
             raise QwenchError(

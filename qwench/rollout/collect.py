@@ -163,7 +163,10 @@ class Collector:
     def _mask_untrainable(self, group: Group) -> None:
         keep = self._functions.sample_filter
         for sample in group.samples:
-            if not sample.graded or (keep is not None and not keep(sample, group)):
+            wanted = True if keep is None else keep(sample, group)
+            if wanted not in (True, False):
+                raise QwenchError(f"--rollout-sample-filter-path must return true or false, got {wanted!r:.200}.")
+            if not (sample.graded and wanted):
                 sample.mask_out()
 
     def _filter_metrics(self, tally: _Tally) -> dict[str, float]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.errors import ConfigError, QwenchError
-from qwench.plugins import Function, load_function
+from qwench.plugins import Function, guarded, load_function
 from qwench.rollout.buffer import BufferFilter, GroupBuffer, oldest_first
 from qwench.rollout.evaluate import EvalFunction
 from qwench.rollout.filters import AllGroupsHook, GroupFilter, SampleFilter
@@ -116,7 +116,10 @@ def checked_rollout(function: RolloutFunction, context: RolloutContext) -> MakeR
 
 
 def _load(path: str | None, flag: str, num_arguments: int, called_as: str) -> Function | None:
-    return None if path is None else load_function(path, flag=flag, num_arguments=num_arguments, called_as=called_as)
+    if path is None:
+        return None
+    function = load_function(path, flag=flag, num_arguments=num_arguments, called_as=called_as)
+    return guarded(function, path=path, flag=flag)
 
 
 def _load_async(path: str | None, flag: str, called_as: str) -> Function | None:

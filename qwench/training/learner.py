@@ -151,12 +151,20 @@ class Learner:
         """Return [B] rewards, as the method or the user's function compares them."""
         if self._reward_post_process is None or not self.method.facts.policy_gradient:
             return self.method.rewards(batch)
-        rewards = torch.tensor([float(reward) for reward in self._reward_post_process(samples)])
+        returned = self._reward_post_process(samples)
+        try:
+            rewards = torch.tensor([float(reward) for reward in returned])
+        except (TypeError, ValueError, OverflowError) as error:
+            raise RewardError(
+                f"--custom-reward-post-process-path must return a list of numbers, one for each sample, got {returned!r:.200}."
+            ) from error
         if rewards.shape != batch.rewards.shape:
             raise RewardError(
                 f"--custom-reward-post-process-path returned {len(rewards)} rewards for {len(samples)} samples; "
                 "return one for each."
             )
+        if not rewards.isfinite().all():
+            raise RewardError("--custom-reward-post-process-path returned a reward that is not finite; return numbers.")
         return rewards
 
     def _score(self, batch: RolloutBatch, needs: Needs, rollout_id: int) -> RolloutBatch:

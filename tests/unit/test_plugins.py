@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ast
+import asyncio
+import inspect
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
 
 import pytest
 
 import qwench
-from qwench.errors import ConfigError
-from qwench.plugins import is_function_path, load_function, place_of, raised_at
+from qwench.errors import ConfigError, QwenchError, RewardError
+from qwench.plugins import guarded, is_function_path, load_function, place_of, raised_at
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +68,48 @@ def test_a_file_that_failed_can_be_mended_and_loaded(tmp_path: Path) -> None:
         load(f"{tmp_path}/mine.py:f")
     (tmp_path / "mine.py").write_text("def f(x):\n    return 'now it works'\n")
     assert load(f"{tmp_path}/mine.py:f")(1) == "now it works"
+
+
+def test_a_file_that_ends_the_process_is_the_users_mistake(tmp_path: Path) -> None:
+    file = tmp_path / "ends.py"
+    file.write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(ConfigError, match=r"cannot be imported \(SystemExit: 0, at .*ends\.py:2\)"):
+        load(f"{file}:f")
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_what_a_function_raises_is_one_line_with_its_place(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / f"{kind[:3]}.py"
+    file.write_text(f"import sys\n\n\n{kind} fails(x):\n    return 1 / x\n\n\n{kind} ends(x):\n    sys.exit(x)\n")
+
+    def call(name: str) -> None:
+        path = f"{file}:{name}"
+        answer = guarded(load(path), path=path, flag="--some-path")(0)
+        if inspect.isawaitable(answer):
+            asyncio.run(_awaited(answer))
+
+    with pytest.raises(
+        QwenchError, match=rf"--some-path '.*:fails' failed: ZeroDivisionError: .* \({re.escape(str(file))}:5\)"
+    ):
+        call("fails")
+    with pytest.raises(QwenchError, match=rf"SystemExit: 0 \({re.escape(str(file))}:9\)"):
+        call("ends")
+
+
+def test_an_error_of_qwench_passes_as_it_is() -> None:
+    def refuses(x: object) -> None:
+        raise RewardError("no reward")
+
+    with pytest.raises(RewardError, match=r"^no reward$"):
+        guarded(refuses, path="a.b", flag="--some-path")(0)
+
+
+async def _awaited(answer: Awaitable[object]) -> object:
+    return await answer
+
+
+def test_a_function_without_a_signature_is_taken_as_it_is() -> None:
+    assert load("builtins.max", num_arguments=2) is max
 
 
 def test_a_signature_is_checked(tmp_path: Path) -> None:

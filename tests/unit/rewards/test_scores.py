@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from datetime import date
+
+import numpy as np
+import orjson
 import pytest
 
 from qwench.errors import RewardError
@@ -28,10 +33,41 @@ def test_numbers_records_and_verdicts_are_verdicts(answer, key, verdict) -> None
 
 @pytest.mark.parametrize(
     "answer",
-    [None, "1", [1], float("nan"), float("-inf"), {"points": 1}, {"score": "1"}, Verdict(score=float("nan"), reason="x")],
+    [
+        None,
+        "1",
+        [1],
+        float("nan"),
+        float("-inf"),
+        10**400,
+        1j,
+        {"points": 1},
+        {"score": "1"},
+        {"score": 10**400},
+        Verdict(score=float("nan"), reason="x"),
+        Verdict(score="1", reason="x"),
+        Verdict(score=None, reason="x"),
+    ],
 )
 def test_what_is_no_finite_score_is_none(answer) -> None:
     assert read_answer(answer, key=None, source="judge") is None
+
+
+def test_a_record_holds_only_what_dumps_and_checkpoints_can_hold() -> None:
+    circle: dict[str, object] = {"score": 1.0}
+    circle["self"] = circle
+    for answer in (
+        {"score": 1.0, "day": date(2026, 2, 3), "set": {7}, "huge": 10**30, "name": "half \ud800", "n": np.float32(0.5)},
+        {"score": np.float32(1.0), 5: "key", "nested": {"when": date(2026, 2, 3)}},
+        {"score": 1.0, "reason": "half \udfff"},
+        circle,
+        Verdict(score=1.0, reason="x", extra={"day": date(2026, 2, 3)}),
+        Verdict(score=1.0, reason=None, extra=None),
+    ):
+        verdict = read_answer(answer, key=None, source="judge")
+        assert verdict is not None and verdict.score == 1.0
+        assert orjson.loads(orjson.dumps(asdict(verdict)))["score"] == 1.0
+    assert read_answer({"score": 1, "d": date(2026, 2, 3)}, key=None, source="j").extra == {"score": 1, "d": "2026-02-03"}
 
 
 def test_reward_key_picks_a_number_of_the_record() -> None:

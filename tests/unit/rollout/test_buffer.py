@@ -187,6 +187,14 @@ def test_buffer_filter_chooses_which_unfinished_groups_go_on():
     assert prompts_of(buffer.waiting) == "xy"
 
 
+@pytest.mark.parametrize("answer", [None, 3, ["x"], "xy"])
+def test_buffer_filter_that_returns_no_groups_is_refused(answer):
+    buffer = GroupBuffer(letters_source(), buffer_filter=lambda groups, num_groups: answer)
+    buffer.put_back([unfinished("x", 101)])
+    with pytest.raises(QwenchError, match="--buffer-filter-path must return a list of the groups it was given"):
+        buffer.next_groups(1)
+
+
 @pytest.mark.parametrize("answer", [lambda groups, n: list(groups), lambda groups, n: [group(group_id=7)]])
 def test_buffer_filter_that_returns_too_many_or_strange_groups_is_refused(answer):
     buffer = GroupBuffer(letters_source(), buffer_filter=answer)

@@ -179,6 +179,12 @@ def test_sample_filter_masks_and_keeps_the_reward():
     assert [(sample.reward, sample.loss_mask) for sample in rollout.samples] == [(1.0, [1, 1]), (1.0, [0, 0])]
 
 
+@pytest.mark.parametrize("answer", [None, "no", 0.5, []])
+def test_sample_filter_that_decides_nothing_is_refused(answer):
+    with pytest.raises(QwenchError, match="--rollout-sample-filter-path must return true or false"):
+        collect(FakeEngine(write_ok), sample_filter=lambda sample, group: answer)
+
+
 def test_hook_sees_every_finished_group_also_dropped_and_surplus_ones():
     seen = []
     engine = FakeEngine(write_ok, ticks=by_letter({"d": None}))

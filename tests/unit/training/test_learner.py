@@ -353,6 +353,12 @@ def test_custom_reward_post_process_must_return_one_reward_for_each_sample():
         _learn(_rollout(), reward_post_process=lambda samples: [1.0])
 
 
+@pytest.mark.parametrize("answer", [None, 5, ["x"] * 8, [None] * 8, [float("nan")] * 8])
+def test_custom_reward_post_process_must_return_finite_numbers(answer):
+    with pytest.raises(RewardError, match=r"--custom-reward-post-process-path .*(numbers|not finite)"):
+        _learn(_rollout(), reward_post_process=lambda samples: answer)
+
+
 def test_phases_are_timed():
     timer = PhaseTimer()
     _learn(_rollout(), timer=timer, global_batch_size=4, use_kl_loss=True)
