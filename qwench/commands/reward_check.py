@@ -16,6 +16,8 @@ from rich.text import Text
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.verbs import RewardCheckConfig, split_file
+from qwench.data.rows import Row as DataRow
+from qwench.data.rows import parse_json, read_label
 from qwench.errors import ConfigError, RewardError
 from qwench.rewards.pool import RewardPool
 from qwench.samples import Json, Prompt, Sample, Verdict
@@ -140,7 +142,7 @@ def read_rows(path: Path, *, response_key: str, label_key: str) -> Iterator[Row]
         ConfigError: the file cannot be opened, or a line is no record with a response and a label.
     """
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     where = f"{path}, line {number}"
@@ -151,10 +153,7 @@ def read_rows(path: Path, *, response_key: str, label_key: str) -> Iterator[Row]
 
 
 def _record(line: str, where: str) -> Mapping[str, Json]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not JSON ({error}).") from error
+    record = parse_json(where, line)
     if not isinstance(record, dict):
         raise ConfigError(f"{where}: expected an object with a response and a label, got {line.strip()[:40]}.")
     return record
@@ -164,16 +163,15 @@ def _sample(record: Mapping[str, Json], number: int, where: str, *, response_key
     for key in (response_key, label_key):
         if key not in record:
             raise ConfigError(f"{where}: no key {key!r}; the line has: {', '.join(record) or 'nothing'}.")
-    response, label = record[response_key], record[label_key]
+    response = record[response_key]
     if not isinstance(response, str):
         raise ConfigError(f"{where}: {response_key!r} must be a string, got {json.dumps(response)[:40]}.")
-    if isinstance(label, bool) or not isinstance(label, str | int | float):
-        raise ConfigError(f"{where}: {label_key!r} must be a string or a number, got {json.dumps(label)[:40]}.")
+    label = read_label(DataRow(values=record, place=where), label_key, required=True)
     metadata = record.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise ConfigError(f"{where}: 'metadata' must be an object, got {json.dumps(metadata)[:40]}.")
     messages = record.get("prompt", "")
-    prompt = Prompt(text=str(messages), token_ids=(), label=str(label), messages=messages, metadata=metadata)
+    prompt = Prompt(text=str(messages), token_ids=(), label=label, messages=messages, metadata=metadata)
     return Sample(prompt=prompt, sample_id=number, group_id=number, response=response)
 
 

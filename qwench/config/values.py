@@ -8,6 +8,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+_MAX_NAME_BYTES = 255
+"""Of a file or folder, on every file system of Linux."""
 _LARGEST_FLOAT32 = 3.4028234663852886e38
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
@@ -63,6 +65,12 @@ def _parse_one(kind: Any, value: str) -> Any:
         return _parse_json_object(value)
     if kind is bool:
         return _parse_bool(value)
+    if "\0" in value:
+        raise ValueError(f"must not hold a NUL character, got {_short(value)}")
+    if kind is Path and not value:
+        raise ValueError("must be a path, got nothing; an empty variable of a shell script is a common cause")
+    if kind is Path and any(len(part.encode(errors="replace")) > _MAX_NAME_BYTES for part in Path(value).parts):
+        raise ValueError(f"must be a path of names of at most {_MAX_NAME_BYTES} bytes, got {_short(value)}")
     try:
         parsed = kind(value)
     except ValueError:

@@ -9,10 +9,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from qwench.data.rows import check_text
+from qwench.data.rows import Row, check_text
 from qwench.errors import ConfigError
 from qwench.samples import Json, Message
 
@@ -67,6 +66,7 @@ def _message(message: Json, *, place: str) -> Message:
         raise ConfigError(f"{place}: a message must be a record with `role` and `content`, got {_brief(message)}.")
     content = message.get("content")
     calls = message.get("tool_calls")
+    _check_answers_parts(message, place=place)
     if content is None:
         if "content" in message and "tool_calls" not in message:
             raise ConfigError(f"{place}: the content of a message must be text or text parts, got null.")
@@ -79,6 +79,36 @@ def _message(message: Json, *, place: str) -> Message:
     if not text.strip() and not calls and not message.get("reasoning_content") and message["role"] not in _MAY_SAY_NOTHING:
         raise ConfigError(f"{place}: a message of role {message['role']!r} is empty.")
     return {**message, "content": text}
+
+
+def _check_answers_parts(message: Mapping[str, Json], *, place: str) -> None:
+    """Refuse calls and reasoning that a template would write as nothing, or not at all."""
+    for key in ("tool_calls", "reasoning_content"):
+        if message.get(key) and message["role"] != "assistant":
+            raise ConfigError(f"{place}: a message of role {message['role']!r} has {key}, which only an assistant's can have.")
+    reasoning, calls = message.get("reasoning_content"), message.get("tool_calls")
+    if reasoning is not None and not isinstance(reasoning, str):
+        raise ConfigError(f"{place}: reasoning_content must be text, got {_brief(reasoning)}.")
+    if calls is not None and not isinstance(calls, list):
+        raise ConfigError(f"{place}: tool_calls must be a list of records, got {_brief(calls)}.")
+    for call in calls or ():
+        named = call.get("function") or call if isinstance(call, Mapping) else None
+        if not isinstance(named, Mapping) or not isinstance(named.get("name"), str):
+            raise ConfigError(f"{place}: a tool call must name its function, got {_brief(call)}.")
+        if not isinstance(named.get("arguments"), str | Mapping):
+            raise ConfigError(f"{place}: the arguments of a tool call must be a record or its JSON text, got {_brief(call)}.")
+
+
+def read_tools(row: Row, key: str | None) -> list[Json] | None:
+    """Return the tools of a row, given as records or as JSON text.
+
+    Raises:
+        ConfigError: they are something else, which says nothing to a model.
+    """
+    tools: list[Json] | None = row.decode(key, list)
+    if tools is not None and not all(isinstance(tool, Mapping) for tool in tools):
+        raise ConfigError(f"{row.place}: tools must be a list of records, got {_brief(tools)}.")
+    return tools
 
 
 def _text(content: Json, *, place: str) -> str:
@@ -159,8 +189,10 @@ class ChatRenderer:
                 add_generation_prompt=add_generation_prompt,
                 **self._template_kwargs,
             )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
-            raise ConfigError(f"{place}: the chat template cannot render these messages ({error}).") from error
+        except Exception as error:  # a template computes, and may raise anything
+            raise ConfigError(
+                f"{place}: the chat template cannot render these messages ({type(error).__name__}: {error})."
+            ) from error
         assert isinstance(text, str), "one conversation renders to one text"
         return text
 

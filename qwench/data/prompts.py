@@ -6,22 +6,16 @@ PromptSource(prompts).next_groups(32)                           epoch after epoc
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from qwench.data.chat import ChatRenderer, as_prompt, tokenize
+from qwench.data.chat import ChatRenderer, as_prompt, read_tools, tokenize
 from qwench.data.cursor import DataCursor, Draw, fingerprint
-from qwench.data.rows import Row, check_text, read_rows
+from qwench.data.rows import Row, check_text, read_label, read_rows
 from qwench.errors import ConfigError
 from qwench.samples import Group, Json, Prompt, Sample
-
-_GSM8K = re.compile(r".*####[ \t]*(?P<answer>\S[^\n]*)", re.DOTALL)
-"""gsm8k's column holds the worked solution; the answer stands behind the last `####`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,17 +56,20 @@ def load_prompts(
     if require_label and label_key is None:
         raise ConfigError(f"the reward compares answers of {spec} with labels; name their key with --label-key.")
     renderer = ChatRenderer(tokenizer, template_kwargs=apply_chat_template_kwargs) if apply_chat_template else None
+    rows = read_rows(spec)
+    for row in rows:
+        row.check_recordable(input_key, row.values.get(input_key))
     untokenised = [
         Prompt(
-            text=_render(row, input_key, row.decode(tool_key, list), renderer),
+            text=_render(row, input_key, read_tools(row, tool_key), renderer),
             token_ids=(),
             label=read_label(row, label_key, required=require_label),
             messages=row.values[input_key],
-            tools=row.decode(tool_key, list),
+            tools=read_tools(row, tool_key),
             metadata=row.decode(metadata_key, dict) or {},
             place=row.place,
         )
-        for row in read_rows(spec)
+        for row in rows
     ]
     token_ids = tokenize(tokenizer, [prompt.text for prompt in untokenised])
     for prompt, ids in zip(untokenised, token_ids, strict=True):
@@ -145,37 +142,3 @@ def _render(row: Row, input_key: str, tools: Json, renderer: ChatRenderer | None
         raise ConfigError(f"{row.place}: key {input_key!r} is not text; a list of messages needs --apply-chat-template.")
     check_text(value, place=row.place)
     return value
-
-
-def read_label(row: Row, label_key: str | None, *, required: bool) -> str | None:
-    """Return the label of a row; numbers keep their plain form.
-
-    Args:
-        required: a built-in reward compares answers with it. Without it, lists and records become JSON text, and a label
-            may be absent.
-
-    Raises:
-        ConfigError: it is missing, or no answer can match it.
-    """
-    if label_key is None or (not required and label_key in row.values and row.values[label_key] is None):
-        return None
-    label = row.require(label_key, flag="--label-key")
-    if isinstance(label, float) and not math.isfinite(label):
-        raise ConfigError(f"{row.place}: key {label_key!r} (--label-key) is {label}: no answer can match it.")
-    if required:
-        return _answer(label, place=f"{row.place}: key {label_key!r} (--label-key)")
-    return json.dumps(label, ensure_ascii=False) if isinstance(label, dict | list) else str(label)
-
-
-def _answer(label: Json, *, place: str) -> str:
-    if isinstance(label, bool) or not isinstance(label, str | int | float):
-        shown = json.dumps(label, ensure_ascii=False)
-        raise ConfigError(f"{place} must be a string or a number, got {shown if len(shown) <= 60 else shown[:57] + '...'}.")
-    text = str(label)
-    if (solution := _GSM8K.fullmatch(text)) is not None:
-        return solution["answer"].strip()
-    if not text.strip():
-        raise ConfigError(f"{place} is blank: no answer can match it.")
-    if "\\boxed" in text and text.count("{") != text.count("}"):
-        raise ConfigError(f"{place} has a box that does not end: no answer can match it.")
-    return text

@@ -10,7 +10,9 @@ different shape, bytes, dates and decimals.
 from __future__ import annotations
 
 import csv
+import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,16 +20,21 @@ from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
 
+import orjson
 import pyarrow
 import pyarrow.parquet
 
 from qwench.errors import ConfigError
 from qwench.samples import Json
 
+_GSM8K = re.compile(r".*####[ \t]*(?P<answer>\S[^\n]*)", re.DOTALL)
+"""gsm8k's column holds the worked solution; the answer stands behind the last `####`."""
 _UNENCODABLE = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
 """Escapes of surrogates, which may stand alone, and of NUL: a line with one is looked at again."""
+_MAX_CELL_CHARACTERS = 2**31 - 1
+"""The csv module would refuse a cell of more than 131,072 characters."""
 _PATTERN_CHARACTERS = frozenset("*?[")
-_SPEC = re.compile(r"(?P<path>.*)@\[(?P<start>-?\d*):(?P<stop>-?\d*)\]")
+_SPEC = re.compile(r"(?P<path>.*)@\[(?P<start>-?\d{0,18}):(?P<stop>-?\d{0,18})\]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +71,53 @@ class Row:
                 raise ConfigError(f"{self.place}: key {key!r} holds text that is not JSON ({error}).") from error
         if value is not None and not isinstance(value, kind):
             raise ConfigError(f"{self.place}: key {key!r} must hold a {kind.__name__}, got a {type(value).__name__}.")
+        self.check_recordable(key, value)
         return value
+
+    def check_recordable(self, key: str | None, value: Json) -> None:
+        """Check that dumps and checkpoints of a run can hold a value of this row.
+
+        Raises:
+            ConfigError: it has an integer of more than 64 bits, or lies too deep.
+        """
+        try:
+            orjson.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{self.place}: key {key!r} cannot be recorded ({error}); store it as text.") from error
+
+
+def read_label(row: Row, label_key: str | None, *, required: bool) -> str | None:
+    """Return the label of a row; numbers keep their plain form.
+
+    Args:
+        required: a built-in reward compares answers with it. Without it, lists and records become JSON text, and a label
+            may be absent.
+
+    Raises:
+        ConfigError: it is missing, or no answer can match it.
+    """
+    if label_key is None or (not required and label_key in row.values and row.values[label_key] is None):
+        return None
+    label = row.require(label_key, flag="--label-key")
+    if isinstance(label, float) and not math.isfinite(label):
+        raise ConfigError(f"{row.place}: key {label_key!r} (--label-key) is {label}: no answer can match it.")
+    if required:
+        return _answer(label, place=f"{row.place}: key {label_key!r} (--label-key)")
+    return json.dumps(label, ensure_ascii=False) if isinstance(label, dict | list) else str(label)
+
+
+def _answer(label: Json, *, place: str) -> str:
+    if isinstance(label, bool) or not isinstance(label, str | int | float):
+        shown = json.dumps(label, ensure_ascii=False)
+        raise ConfigError(f"{place} must be a string or a number, got {shown if len(shown) <= 60 else shown[:57] + '...'}.")
+    text = str(label)
+    if (solution := _GSM8K.fullmatch(text)) is not None:
+        return solution["answer"].strip()
+    if not text.strip():
+        raise ConfigError(f"{place} is blank: no answer can match it.")
+    if "\\boxed" in text and text.count("{") != text.count("}"):
+        raise ConfigError(f"{place} has a box that does not end: no answer can match it.")
+    return text
 
 
 def read_rows(spec: str) -> list[Row]:
@@ -73,8 +126,11 @@ def read_rows(spec: str) -> list[Row]:
     Raises:
         ConfigError: no such file, an unknown format, an unreadable row, or no rows.
     """
-    path, wanted = parse_spec(spec)
-    files = _files(path)
+    try:
+        path, wanted = parse_spec(spec)
+        files = _files(path)
+    except (OSError, ValueError, RuntimeError) as error:  # of names that no file can have
+        raise ConfigError(f"{spec[:200]!r} names no data file ({error}).") from error
     # The rows of a single large file outside the slice are never decoded.
     rows = _READERS[path.suffix](path, wanted) if files == [path] else _join(files)[wanted]
     if not rows:
@@ -132,7 +188,7 @@ def _read_jsonl(path: Path, wanted: slice) -> list[Row]:
 
 def _read_json(path: Path, wanted: slice) -> list[Row]:
     """Read one array of records."""
-    values = _parse_json(str(path), _read_text(path))
+    values = parse_json(str(path), _read_text(path))
     if not isinstance(values, list):
         raise ConfigError(f"{path} holds a JSON {type(values).__name__}; it must be an array of objects with named keys.")
     return [_row(f"{path} row {number}", record) for number, record in list(enumerate(values, start=1))[wanted]]
@@ -140,13 +196,19 @@ def _read_json(path: Path, wanted: slice) -> list[Row]:
 
 def _read_csv(path: Path, wanted: slice) -> list[Row]:
     """Read a table whose first line names the columns; every value is text, an empty one is null."""
-    reader = csv.DictReader(_read_text(path).splitlines(keepends=True), strict=True)
+    csv.field_size_limit(_MAX_CELL_CHARACTERS)
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
     rows: list[Row] = []
     try:
+        names = reader.fieldnames or ()
+        if len(set(names)) < len(names):
+            raise ConfigError(f"{path} has two columns of one name: {', '.join(names)}.")
         for number, record in enumerate(reader, start=1):
             place = f"{path} row {number}"
             if None in record or None in record.values():
                 raise ConfigError(f"{place} has another number of columns than the first line.")
+            for value in record.values():
+                check_text(value, place=place)
             rows.append(_row(place, {key: value or None for key, value in record.items()}))
     except csv.Error as error:
         raise ConfigError(f"{path}:{reader.line_num} is not CSV ({error}).") from error
@@ -163,13 +225,18 @@ def _read_text(path: Path) -> str:
 
 
 def _parse_line(place: str, line: str) -> Row:
-    values = _parse_json(place, line)
+    values = parse_json(place, line)
     if not isinstance(values, dict):
         raise ConfigError(f"{place} holds a JSON {type(values).__name__}; each line must be an object with named keys.")
     return Row(values=values, place=place)
 
 
-def _parse_json(place: str, text: str) -> Json:
+def parse_json(place: str, text: str) -> Json:
+    """Return the value of a JSON text in which every text is one (`check_text`).
+
+    Raises:
+        ConfigError: it is not JSON, or cannot be read; names `place`.
+    """
     try:
         values: Json = json.loads(text)
     except json.JSONDecodeError as error:
@@ -177,9 +244,8 @@ def _parse_json(place: str, text: str) -> Json:
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; records in records without end
         raise ConfigError(f"{place} cannot be read ({error}); fix or remove the line.") from error
     if _UNENCODABLE.search(text):
-        check_text(json.dumps(values, ensure_ascii=False), place=place)
-        if any("\0" in text for text in _texts(values)):
-            raise ConfigError(f"{place} holds a NUL character, which is no text; remove it.")
+        for held in _texts(values):
+            check_text(held, place=place)
     return values
 
 
@@ -198,11 +264,13 @@ def _texts(value: Json) -> Iterator[str]:
 
 
 def check_text(text: str, *, place: str) -> None:
-    """Check that text can be encoded as UTF-8.
+    """Check that a text is one: it can be encoded as UTF-8, and no C program would see its end before it.
 
     Raises:
-        ConfigError: it holds half of a surrogate pair.
+        ConfigError: it holds half of a surrogate pair, or a NUL.
     """
+    if "\0" in text:
+        raise ConfigError(f"{place} holds a NUL character, which is no text; remove it.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -220,11 +288,12 @@ def _row(place: str, values: object) -> Row:
 def _read_parquet(path: Path, wanted: slice) -> list[Row]:
     try:
         table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"{path} is not a readable parquet file ({error}).") from error
-    start, stop, _ = wanted.indices(table.num_rows)
+        start, stop, _ = wanted.indices(table.num_rows)
+        records = list(_records(table.slice(start, max(stop - start, 0))))
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{path} is not a readable parquet file ({' '.join(str(error).split())[:300]}).") from error
     rows = []
-    for number, record in enumerate(_records(table.slice(start, max(stop - start, 0))), start=start + 1):
+    for number, record in enumerate(records, start=start + 1):
         place = f"{path} row {number}"
         rows.append(_row(place, {key: _plain(value, place=f"{place}: key {key!r}") for key, value in record.items()}))
     return rows

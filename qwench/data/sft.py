@@ -14,7 +14,7 @@ from itertools import groupby, islice
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from qwench.data.chat import tokenize
+from qwench.data.chat import read_tools, tokenize
 from qwench.data.conversations import as_conversation
 from qwench.data.cursor import DataCursor, Draw, fingerprint
 from qwench.data.masks import Segment, build_mask_function
@@ -91,7 +91,7 @@ def load_sft(
     for chunk in _chunks(read_rows(spec)):
         conversations = [as_conversation(row, input_key=input_key) for row in chunk]
         segmented = [
-            mask(messages, row.decode(tool_key, list), row.place) for messages, row in zip(conversations, chunk, strict=True)
+            mask(messages, read_tools(row, tool_key), row.place) for messages, row in zip(conversations, chunk, strict=True)
         ]
         token_ids = iter(tokenize(tokenizer, [segment.text for segments in segmented for segment in segments]))
         for messages, segments in zip(conversations, segmented, strict=True):

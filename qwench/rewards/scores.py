@@ -25,7 +25,9 @@ def read_answer(answer: Answer, *, key: str | None, source: str) -> Verdict | No
         key: `--reward-key`: of the number in a record; None: `score`.
         source: the reason of verdicts that bring none.
     """
-    reason, extra = source, dict[str, Json]()
+    score: Answer
+    reason: Answer = source
+    extra: dict[str, Json] = {}
     if isinstance(answer, Verdict):
         score, reason = answer.score, answer.reason
         extra = dict(answer.extra) if isinstance(answer.extra, Mapping) else {}

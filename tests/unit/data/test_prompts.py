@@ -114,8 +114,8 @@ def test_malformed_messages_are_refused_by_line(tmp_path, value):
         load(tmp_path, [{"prompt": value}], apply_chat_template=True)
 
 
-def test_messages_the_template_cannot_render_are_refused_by_line(tmp_path):
-    with pytest.raises(ConfigError, match=r"data\.jsonl:1: the chat template cannot render"):
+def test_a_call_that_the_template_cannot_render_is_refused_by_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.jsonl:1: a tool call must name its function"):
         calls = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [1]}, {"role": "user", "content": "y"}]
         load(tmp_path, [{"prompt": calls}], apply_chat_template=True)
 
@@ -184,6 +184,23 @@ def test_text_that_only_looks_like_messages_stays_text(tmp_path, text):
     assert prompt.text == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
+def _called(call):
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+@pytest.mark.parametrize("tools", [[1], ["f"], '["f"]', [[]]])
+def test_tools_that_are_no_records_are_refused_by_line(tmp_path, tools):
+    with pytest.raises(ConfigError, match=r"data\.jsonl:1: tools must be a list of records"):
+        load(tmp_path, [{"prompt": "a", "tools": tools}], apply_chat_template=True)
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ messages.a.b }}", "{{ raise_exception('no') }}", "{{ messages + 1 }}"])
+def test_whatever_a_template_raises_is_one_line(tmp_path, monkeypatch, template):
+    monkeypatch.setattr(TOKENIZER, "chat_template", template)
+    with pytest.raises(ConfigError, match=r"data\.jsonl:1: the chat template cannot render these messages"):
+        load(tmp_path, [{"prompt": "a"}], apply_chat_template=True)
+
+
 @pytest.mark.parametrize(
     ("messages", "problem"),
     [
@@ -199,6 +216,19 @@ def test_text_that_only_looks_like_messages_stays_text(tmp_path, text):
         ([{"role": "user"}], "a message says nothing"),
         ([{"role": "user", "content": None, "tool_calls": None}], "a message says nothing"),
         ([{"role": "user", "content": None, "tool_calls": []}], "a message says nothing"),
+        (
+            [{"role": "user", "content": "hi", "tool_calls": [{"name": "f", "arguments": {}}]}],
+            "'user' has tool_calls, which only",
+        ),
+        ([{"role": "user", "content": "hi", "reasoning_content": "hm"}], "'user' has reasoning_content, which only"),
+        ([_called("f")], "a tool call must name its function"),
+        ([_called([])], "a tool call must name its function"),
+        ([_called({"function": {"arguments": {}}})], "a tool call must name its function"),
+        ([_called({"function": {"name": "f"}})], "the arguments of a tool call must be a record or its JSON text"),
+        ([_called({"function": {"name": "f", "arguments": [1]}})], "the arguments of a tool call must be a record"),
+        ([{"role": "assistant", "content": "", "tool_calls": "f()"}], "tool_calls must be a list of records"),
+        ([{"role": "assistant", "content": "a", "reasoning_content": ["hm"]}], "reasoning_content must be text"),
+        ([{"role": "user", "content": "hi", "number": 10**30}], "cannot be recorded"),
         ([{"role": "human", "content": "hi"}], "role 'human' is not one that the chat template writes"),
         ([{"role": "User", "content": "hi"}], "role 'User' is not one that the chat template writes"),
         ([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "It is"}], "ends with an assistant turn"),

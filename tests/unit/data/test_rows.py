@@ -134,6 +134,8 @@ def test_csv_and_json_arrays_are_read(tmp_path):
     [
         ("a.csv", "q,a\n1,2,3\n", "row 1 has another number of columns"),
         ("a.csv", "q,a\n1\n", "row 1 has another number of columns"),
+        ("a.csv", "q,q\n1,2\n", "two columns of one name: q, q"),
+        ("a.csv", "q,a\nx\0y,2\n", r"a\.csv row 1 holds a NUL character"),
         ("a.json", '{"q": 1}', "holds a JSON dict; it must be an array"),
         ("a.json", "[1]", "row 1 is a int; each row must be an object"),
         ("a.jsonl", '{"q": "\\ud83d alone"}', r"a\.jsonl:1 holds half of a surrogate pair \(U\+D83D\)"),
@@ -146,6 +148,41 @@ def test_a_row_that_cannot_be_used_is_one_line(tmp_path, name, content, problem)
     (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=problem):
         read_rows(str(tmp_path / name))
+
+
+def test_a_nul_in_parquet_is_refused_as_in_jsonl(tmp_path):
+    with pytest.raises(ConfigError, match=r"a\.parquet row 1: key 'q' holds a NUL character"):
+        read_rows(write_parquet(tmp_path / "a.parquet", [{"q": "nul \0"}]))
+
+
+def test_times_that_no_python_value_holds_are_one_line(tmp_path):
+    column = pyarrow.array([1, 2**62], type=pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(pyarrow.table({"t": column}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"a\.parquet is not a readable parquet file") as caught:
+        read_rows(str(tmp_path / "a.parquet"))
+    assert "\n" not in str(caught.value)
+
+
+def test_csv_cells_may_hold_line_separators_and_long_texts(tmp_path):
+    text = "a\u2028b\x0bc\x85d" + "x" * 200_000
+    (tmp_path / "a.csv").write_text(f"q,a\n{text},7\n", encoding="utf-8")
+    assert [row.values for row in read_rows(str(tmp_path / "a.csv"))] == [{"q": text, "a": "7"}]
+
+
+@pytest.mark.parametrize("spec", ["x" * 300 + ".jsonl", "~nobody-of-that-name/a.jsonl", "a/***.jsonl", "nul\0.jsonl"])
+def test_a_name_that_no_file_can_have_is_one_line(tmp_path, monkeypatch, spec):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"no data file"):
+        read_rows(spec)
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"), [({"n": 10**30}, "64-bit"), ({"n": json.loads("[" * 900 + "]" * 900)}, "ecursion")]
+)
+def test_what_no_record_of_a_run_can_hold_is_refused_by_key_and_line(tmp_path, value, problem):
+    (row,) = read_rows(write_jsonl(tmp_path / "a.jsonl", [{"m": value}]))
+    with pytest.raises(ConfigError, match=rf"a\.jsonl:1: key 'm' cannot be recorded .*{problem}"):
+        row.decode("m", dict)
 
 
 def test_a_surrogate_pair_is_a_character(tmp_path):
