@@ -1,41 +1,64 @@
-# `make quickstart` and `make test` are all a fresh machine needs; both fill .venv through `make setup`.
+# `make quickstart` and `make test` are all a fresh machine needs. What was interrupted goes on where it stopped.
+#   make setup   .venv with what runs need      make dev   and what tests need
 
 PYTHON ?= python3
 BIN := .venv/bin
-STAMP := .venv/.ready
+RUNS := .venv/.runs
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 # Two cores are busy with three processes of one thread each, since some tests wait. A file's tests share its fixtures, so they
 # stay in one process. Files are begun in the order of the command line: the long ones first.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --cov --cov-report=
 
-.PHONY: setup quickstart test check static unit tests coverage format clean
+.PHONY: setup dev hello quickstart test check static unit tests coverage format clean
 
-setup: $(STAMP)
+setup: $(RUNS)
+	@echo "ready. next: source .venv/bin/activate"
 
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Qwench needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	touch $(STAMP)
+dev: $(READY)
 
-quickstart: setup
+# With the tests' tools, what runs need is there too.
+quickstart: hello $(if $(wildcard $(READY)),,$(RUNS))
 	$(BIN)/qwench quickstart
 
+hello:
+	@echo "quickstart: Python packages into .venv (1 to 2 GB, once), then a model is trained (about 3 minutes on two cores)"
+
+define VENV
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Qwench needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
+	@echo "== a virtual environment in .venv"
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@echo "== PyTorch"
+	$(PIP) "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+endef
+
+$(RUNS): pyproject.toml constraints.txt
+	$(VENV)
+	@echo "== the other packages"
+	$(PIP) -c constraints.txt -e .
+	@touch $@
+
+$(READY): pyproject.toml constraints.txt
+	$(VENV)
+	@echo "== the other packages, and the tests' tools"
+	$(PIP) -c constraints.txt -e ".[dev]"
+	@touch $@
+
 # Checks and tests run side by side: mypy alone would leave a core idle.
-test: setup
+test: dev
 	$(MAKE) --no-print-directory --jobs=2 static tests
 	@echo "lines of the package that ran, in percent: $$($(BIN)/coverage report --format=total)"
 
-check: setup
+check: dev
 	$(MAKE) --no-print-directory --jobs=2 static unit
 
-tests: setup
+tests: dev
 	$(PYTEST) tests/contract tests/e2e tests/unit
 
-unit: setup
+unit: dev
 	$(PYTEST) tests/unit
 
-static: setup
+static: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
@@ -45,10 +68,10 @@ static: setup
 	$(BIN)/mypy
 
 # What the last `make test` did not run, by file and line.
-coverage: setup
+coverage: dev
 	$(BIN)/coverage report --show-missing
 
-format: setup
+format: dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

@@ -6,6 +6,7 @@ was closed by its reader.
 
 from __future__ import annotations
 
+import difflib
 import faulthandler
 import os
 import sys
@@ -33,12 +34,28 @@ Post-train Qwen3 with reinforcement learning and supervised fine-tuning.
   download       download models and data sets from the Hugging Face hub
   doctor         check this machine: packages, GPUs, network, disk
   quickstart     train a tiny model to do arithmetic, in minutes on a CPU
+  completion     print the completion script of a shell: bash or zsh
 
-  qwench VERB --help   list all flags of a verb
+  qwench VERB --help   show what a verb requires and a typical command; --help-all lists every flag
   qwench --version     print the version
   --traceback          (any verb) print the whole traceback of an error; QWENCH_TRACEBACK=1 does the same
 """
-VERBS = ("train", "sft", "eval", "serve", "reward", "convert", "make-model", "download", "doctor", "quickstart")
+VERBS = ("train", "sft", "eval", "serve", "reward", "convert", "make-model", "download", "doctor", "quickstart", "completion")
+
+_WORDS_FOR_VERBS = {
+    "train": "rl grpo gspo ppo rlhf dapo reinforce fit learn launch run start resume post-train",
+    "sft": "finetune fine-tune finetuning fine-tuning tune ft train-sft supervised instruct pretrain",
+    "eval": "evaluate evaluation evals test validate bench benchmark score",
+    "serve": "server serving generate infer inference chat sample complete api deploy host predict",
+    "reward check": "grade grading grader rewards rm verify",
+    "convert": "export merge quantize quantise save-hf to-hf from-hf conversion",
+    "make-model": "makemodel make create init new random-model create-model model",
+    "download": "pull get fetch clone hub",
+    "doctor": "env info check diagnose status env-info",
+    "quickstart": "demo tutorial tour example quick-start",
+    "completion": "completions complete-shell autocomplete",
+}
+"""Verb -> words that users of other tools type for it."""
 
 Command = Callable[[Sequence[str]], None]
 
@@ -80,13 +97,29 @@ def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:
     Raises:
         ConfigError: there is no such verb.
     """
-    if not words or words[0] in ("-h", "--help", "help"):
+    asks = bool(words) and words[0] in ("-h", "--help", "help")
+    rest = list(words[1:] if asks else words)
+    if not rest:
         return show_usage, []
-    if words[0] == "--version":
+    verb, *rest = rest
+    if verb in ("--version", "-V", "version"):
         return show_version, []
-    if words[0] not in VERBS:
-        raise ConfigError(f"unknown verb {words[0]!r}; known: {', '.join(VERBS)}")
-    return _load_verb(words[0]), list(words[1:])
+    if verb not in VERBS:
+        raise ConfigError(unknown_verb(verb))
+    if asks or rest[:1] == ["help"]:
+        rest = [*(word for word in rest if word == "check"), "--help"]
+    return _load_verb(verb), rest
+
+
+def unknown_verb(word: str) -> str:
+    """Say which verb is meant, where that can be told."""
+    if word.startswith("-"):
+        return f"the verb comes first: qwench VERB {word} ...; known: {', '.join(VERBS)}"
+    word = word.lower().replace("_", "-")
+    meant = next((verb for verb, others in _WORDS_FOR_VERBS.items() if word in others.split()), None)
+    close = [meant] if meant else difflib.get_close_matches(word, VERBS, n=1)
+    hint = f"did you mean qwench {close[0]}? " if close else ""
+    return f"unknown verb {word!r}; {hint}known: {', '.join(VERBS)}"
 
 
 def show_usage(words: Sequence[str]) -> None:
@@ -138,6 +171,10 @@ def _load_verb(verb: str) -> Command:
             from qwench.commands import doctor
 
             return doctor.run
+        case "completion":
+            from qwench.commands import completion
+
+            return completion.run
     from qwench.commands import quickstart
 
     return quickstart.run

@@ -22,6 +22,8 @@ from threading import Event
 
 from qwench.errors import ConfigError
 
+DATA_SUFFIXES = (".jsonl", ".parquet", ".json", ".csv")
+"""Of the files that rows are read from."""
 TEMPORARY_SUFFIX = ".writing"
 """Ends the name of what is not complete yet; a later start may delete it."""
 LOCK = "qwench.lock"
@@ -89,6 +91,7 @@ def claim_folder(
     held: str,
     writer: str,
     own: Sequence[Path] = (),
+    writes: bool = True,
 ) -> None:
     """Make `folder` one that this command writes to: it is new, or empty, or `marker` in it names one of `owners`.
 
@@ -98,6 +101,7 @@ def claim_folder(
         held: what another owner's folder holds, for messages: `the metrics of another run`.
         writer: what writes such folders, for messages: `run`.
         own: other paths of this command, which may lie inside the folder.
+        writes: a dry run checks only.
 
     Raises:
         ConfigError: it is another owner's, or holds files that no such command wrote. Nothing was changed.
@@ -112,7 +116,8 @@ def claim_folder(
             raise ConfigError(
                 f"{flag} {folder} holds files that no {writer} wrote ({', '.join(foreign[:3])}); give an empty or new folder."
             )
-        write_atomically(path, json.dumps(owners[0], indent=1) + "\n")
+        if writes:
+            write_atomically(path, json.dumps(owners[0], indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"{flag} {folder} cannot be written to ({error}); give another folder.") from error
 

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import logging
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from typing import Any
 
 from qwench.errors import ConfigError, QwenchError
 
+_logger = logging.getLogger(__name__)
 Function = Callable[..., Any]  # the user's own; each caller says what it passes and checks what it gets
 _PACKAGE = str(Path(__file__).parent)
 _STANDARD_LIBRARY = str(Path(inspect.__file__).parent)
@@ -66,6 +68,11 @@ def load_function(path: str, *, flag: str, num_arguments: int = 1, called_as: st
         raise ConfigError(
             f"{flag} {path!r} has the signature {inspect.signature(function)}, but is called as {called_as}."
         ) from error
+    if _takes_anything(function):
+        _logger.warning(
+            "%s %r at %s takes any arguments, so its signature cannot be checked; it is called as %s",
+            flag, path, place_of(function), called_as,
+        )  # fmt: skip
     loaded: Function = function
     return loaded
 
@@ -96,6 +103,13 @@ def guarded(function: Function, *, path: str, flag: str) -> Function:
             raise failure(error) from error
 
     return call_async if inspect.iscoroutinefunction(function) else call
+
+
+def _takes_anything(function: Function) -> bool:
+    """Tell whether a function names none of its positional arguments: `(*args, **kwargs)`."""
+    kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return inspect.Parameter.VAR_POSITIONAL in kinds and not any(kind in named for kind in kinds)
 
 
 def place_of(function: Function) -> str:

@@ -35,10 +35,9 @@ def open_save_folder(config: CheckpointConfig, identity: Mapping[str, Json]) -> 
     """
     if config.save is None:
         return None
-    _check_export_folders(config)
+    check_save_folder(config, identity)
     try:
         config.save.mkdir(parents=True, exist_ok=True)
-        _check_ours(config.save, identity)
         lock = FolderLock(config.save, flag="--save")
         Iterations(config.save).clean()
         content = json.dumps(dict(identity), indent=1) + "\n"
@@ -47,6 +46,22 @@ def open_save_folder(config: CheckpointConfig, identity: Mapping[str, Json]) -> 
     except OSError as error:
         raise ConfigError(f"--save {config.save} cannot be written to ({error}); give another folder.") from error
     return lock
+
+
+def check_save_folder(config: CheckpointConfig, identity: Mapping[str, Json]) -> None:
+    """Check that --save and --save-hf are free or this run's, without writing.
+
+    Raises:
+        ConfigError: they hold files that are not ours, or another run's, or cannot be read.
+    """
+    if config.save is None:
+        return
+    _check_export_folders(config)
+    try:
+        if config.save.is_dir():
+            _check_ours(config.save, identity)
+    except OSError as error:
+        raise ConfigError(f"--save {config.save} cannot be read ({error}); give another folder.") from error
 
 
 def check_load_folder(config: CheckpointConfig, identity: Mapping[str, Json]) -> None:

@@ -12,9 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.sections.verbs import DownloadConfig, split_names
 from qwench.errors import ConfigError, DownloadError
-
-# What neither training nor inference reads.
-_LEFT_OUT = ("*.bin", "*.pth", "*.gguf", "*.onnx", "original/*")
+from qwench.hub import NEVER_READ, reason
 
 
 def run(words: Sequence[str]) -> None:
@@ -47,11 +45,11 @@ def download(repositories: Sequence[str], *, output: Path, kind: str, revision: 
 def _fetch(repository: str, *, output: Path, kind: str, revision: str | None) -> Path:
     folder = output / repository.partition("/")[2]
     try:
-        snapshot_download(repository, repo_type=kind, revision=revision, local_dir=folder, ignore_patterns=list(_LEFT_OUT))
+        snapshot_download(repository, repo_type=kind, revision=revision, local_dir=folder, ignore_patterns=list(NEVER_READ))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DownloadError(
-            f"cannot download the {kind} {repository} ({first_line}); check the name, the network (HF_ENDPOINT: a mirror), "
-            f"and for gated ones HF_TOKEN. What arrived is in {folder} and is used when the same command runs again."
+            f"cannot download the {kind} {repository} ({reason(error)}); check the name, the network (HF_ENDPOINT: a mirror), "
+            "and for gated ones HF_TOKEN."
+            + (f" What arrived is in {folder} and is used when the same command runs again." if folder.exists() else "")
         ) from error
     return folder

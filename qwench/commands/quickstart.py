@@ -22,11 +22,15 @@ from pathlib import Path
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.sections.verbs import QuickstartConfig
 from qwench.errors import QwenchError
+from qwench.files import write_atomically
 from qwench.observability.console import open_console
 from qwench.observability.plots import plot_curves
 
 HARD_TERMS = 5
 SHARE_THINKING = 0.5
+_MARKER = "qwench_quickstart.json"
+_ENTRIES = frozenset({"data", "base", "sft", "sft-hf", "grpo", "grpo-hf", "eval-before", "eval-after", "curves.png"})
+"""What a tour writes into its folder, besides the marker that names its seed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,8 +101,7 @@ def _problem(chain: Chain) -> dict[str, object]:
 
 
 def _write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def run(words: Sequence[str]) -> None:
@@ -108,18 +111,22 @@ def run(words: Sequence[str]) -> None:
 
 
 def tour(folder: Path, *, seed: int = 0) -> None:
-    """Run the whole quickstart under `folder`, which must not exist yet, and say where everything lies.
+    """Run the whole quickstart under `folder`, and say where everything lies. What is done already is skipped.
 
     Raises:
-        QwenchError: the folder is taken, or one of the commands failed.
+        QwenchError: the folder holds something else, or one of the commands failed.
     """
-    if folder.exists():
-        raise QwenchError(f"{folder} exists already; remove it or name another folder with --output.")
+    _own(folder, seed=seed)
     console, started = open_console(), time.monotonic()
-    write_data(folder / "data", seed=seed, num_demos=23_040, num_prompts=4_000, num_held_out=256)
-    for title, arguments in commands(folder, seed=seed):
-        console.say(f"\n== {title}\n$ qwench {shlex.join(arguments)}")
-        run_command(arguments)
+    if not (folder / "data" / "test.jsonl").is_file():  # the last of the three
+        write_data(folder / "data", seed=seed, num_demos=23_040, num_prompts=4_000, num_held_out=256)
+    stages = commands(folder, seed=seed)
+    for number, (title, arguments, result) in enumerate(stages, start=1):
+        console.say(f"\n== {number} of {len(stages)}: {title}\n$ qwench {shlex.join(arguments)}")
+        if result.exists():
+            console.say("done already")
+        else:
+            run_command(arguments)
     before, after = (_accuracy(folder / f"eval-{when}") for when in ("before", "after"))
     curves = plot_curves(folder / "grpo" / "metrics.jsonl", folder / "curves.png", ["rollout/raw_reward", "eval/held_out"])
     console.say(
@@ -128,6 +135,26 @@ def tour(folder: Path, *, seed: int = 0) -> None:
         f"curves      {curves}\nmetrics     {folder / 'grpo' / 'metrics.jsonl'}\ncheckpoint  {folder / 'grpo'}\n"
         f"HF export   {folder / 'grpo-hf'}"
     )
+
+
+def _own(folder: Path, *, seed: int) -> None:
+    """Take a new folder, or go on with one of the same seed.
+
+    Raises:
+        QwenchError: it holds files that no quickstart wrote, or a quickstart of another seed.
+    """
+    marker, content = folder / _MARKER, json.dumps({"seed": seed}) + "\n"
+    if marker.is_file():
+        if marker.read_text(encoding="utf-8") != content:
+            raise QwenchError(f"{folder} holds a quickstart of another seed; remove it or name another folder with --output.")
+        return
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in _ENTRIES) if folder.is_dir() else []
+    if foreign or folder.is_file():
+        raise QwenchError(
+            f"{folder} exists already and is not a quickstart's ({', '.join(foreign[:3]) or 'a file'}); "
+            "name another folder with --output."
+        )
+    write_atomically(marker, content)
 
 
 def run_command(arguments: Sequence[str]) -> None:
@@ -139,23 +166,25 @@ def run_command(arguments: Sequence[str]) -> None:
         )
 
 
-def commands(folder: Path, *, seed: int) -> list[tuple[str, list[str]]]:
-    """Return the title and argv of every step."""
+def commands(folder: Path, *, seed: int) -> list[tuple[str, list[str], Path]]:
+    """Return the title and argv of every stage, and what is there when the stage is done."""
     base, tuned, learned = folder / "base", folder / "sft-hf", folder / "grpo-hf"
     held_out = ["--eval-prompt-data", "held_out", str(folder / "data" / "test.jsonl")]
     problems = ["--input-key", "prompt", "--label-key", "label", "--apply-chat-template", "--rm-type", "deepscaler"]
     sampling = ["--rollout-max-response-len", "64", "--rollout-temperature", "1.0"]
     return [
-        ("A tiny Qwen3 with random weights", ["make-model", "--size", "tiny", "--output", str(base), "--seed", str(seed)]),
+        ("A tiny Qwen3 with random weights", ["make-model", "--size", "tiny", "--output", str(base), "--seed", str(seed)],
+         base / "config.json"),
         ("Fine-tuning on demonstrations", [
             "sft", "--hf-checkpoint", str(base), "--prompt-data", str(folder / "data" / "sft.jsonl"), "--input-key", "messages",
             "--rollout-shuffle", "--num-rollout", "360", "--rollout-batch-size", "64", "--global-batch-size", "64",
             "--use-dynamic-batch-size", "--max-tokens-per-gpu", "8192", "--lr", "3e-3", "--min-lr", "1e-4",
             "--lr-decay-style", "cosine", "--lr-warmup-iters", "20", "--weight-decay", "0.1", "--adam-beta2", "0.95",
             "--save", str(folder / "sft"), "--save-hf", str(tuned), "--save-interval", "360",
-        ]),
+        ], tuned),
         ("Held-out accuracy before GRPO", ["eval", "--hf-checkpoint", str(tuned), *held_out, *problems, *sampling,
-                                           "--eval-output", str(folder / "eval-before")]),
+                                           "--eval-output", str(folder / "eval-before")],
+         folder / "eval-before" / "metrics.json"),
         ("GRPO with the deepscaler reward", [
             "train", "--hf-checkpoint", str(tuned), "--prompt-data", str(folder / "data" / "train.jsonl"), *problems, *sampling,
             "--rollout-shuffle", "--num-rollout", "24", "--rollout-batch-size", "32", "--n-samples-per-prompt", "8",
@@ -163,9 +192,10 @@ def commands(folder: Path, *, seed: int) -> list[tuple[str, list[str]]]:
             "--advantage-estimator", "grpo", "--eps-clip", "0.2", "--eps-clip-high", "0.28", "--lr", "3e-4",
             "--lr-decay-style", "constant", "--weight-decay", "0.0", "--adam-beta2", "0.95", *held_out, "--eval-interval", "3",
             "--colocate", "--save", str(folder / "grpo"), "--save-hf", str(learned), "--save-interval", "24",
-        ]),
+        ], learned),
         ("Held-out accuracy after GRPO", ["eval", "--hf-checkpoint", str(learned), *held_out, *problems, *sampling,
-                                          "--eval-output", str(folder / "eval-after")]),
+                                          "--eval-output", str(folder / "eval-after")],
+         folder / "eval-after" / "metrics.json"),
     ]  # fmt: skip
 
 

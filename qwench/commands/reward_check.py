@@ -24,6 +24,10 @@ from qwench.samples import Json, Prompt, Sample, Verdict
 
 _IN_FLIGHT = 256  # rows graded at once, so that a file of any size fits in memory
 _EXAMPLE_CHARS = 60
+_DUMP_HEADER = {"rollout_id", "metrics"}
+"""Keys of the first line of a rollout's dump."""
+_DUMPED_KEYS = {"prompt", "response", "sample_id", "group_id", "loss_mask", "status"}
+"""Keys that tell a sample that Qwench wrote from a line of the user's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,11 +65,17 @@ def run(words: Sequence[str]) -> None:
     Raises:
         ConfigError: another command than check, or see `check_file`.
     """
+    if words and words[0] in ("-h", "--help", "--help-all"):
+        words = ["check", *words]
     if not words or words[0] != "check":
         raise ConfigError(f"qwench reward has one command, check; got {' '.join(words[:1]) or 'none'}")
     file, flags = split_file(words[1:], usage="qwench reward check FILE --rm-type NAME")
     config = parse_flags(RewardCheckConfig, flags, prog="qwench reward check FILE")
-    check_file(file, config=config.reward, response_key=config.columns.response_key, label_key=config.columns.label_key)
+    columns = config.columns
+    if columns.line is not None:
+        show_line(file, columns.line, config=config.reward, response_key=columns.response_key, label_key=columns.label_key)
+        return
+    check_file(file, config=config.reward, response_key=columns.response_key, label_key=columns.label_key)
 
 
 def check_file(
@@ -78,7 +88,8 @@ def check_file(
 ) -> Summary:
     """Grade every line of a jsonl and print a table of the reasons.
 
-    A line holds the response, the label, and optionally `prompt` and `metadata` (whose `rm_type` wins over the flag).
+    A line holds the response, the label, and optionally `prompt` and `metadata` (whose `rm_type` wins over the flag). Files
+    that `qwench eval --eval-output` and --save-debug-rollout-data wrote are read too.
 
     Raises:
         ConfigError: the file or a line cannot be read or graded; names the file and the line.
@@ -90,6 +101,37 @@ def check_file(
         pool.close()
     (console or Console()).print(render(summary, title=f"{path.name}: {config.custom_rm_path or config.rm_type or 'by row'}"))
     return summary
+
+
+def show_line(
+    path: Path, number: int, *, config: RewardConfig, response_key: str, label_key: str, console: Console | None = None
+) -> None:
+    """Print one line of the file in full, with its verdict.
+
+    Raises:
+        ConfigError: there is no such line, or see `check_file`.
+    """
+    rows = read_rows(path, response_key=response_key, label_key=label_key)
+    row = next((row for row in rows if row.line == number), None)
+    if row is None:
+        raise ConfigError(f"{path} has no response in line {number}.")
+    pool = RewardPool(config)
+    try:
+        verdict = asyncio.run(_grade_row(path, row, pool))
+    finally:
+        pool.close()
+    sample, shown = row.sample, console or Console(soft_wrap=True)
+    before = [] if sample.verdict is None else [("then", f"{sample.verdict.score:g}, {sample.verdict.reason}")]
+    for title, text in (
+        ("prompt", sample.prompt.text),
+        ("response", sample.response),
+        ("label", str(sample.prompt.label)),
+        *before,
+        ("score", f"{verdict.score:g}"),
+        ("reason", verdict.reason),
+    ):
+        shown.print(Text(title, style="bold"))
+        shown.print(Text(text))
 
 
 def render(summary: Summary, *, title: str) -> Table:
@@ -144,10 +186,17 @@ def read_rows(path: Path, *, response_key: str, label_key: str) -> Iterator[Row]
     try:
         with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    sample = _sample(_record(line, where), number, where, response_key=response_key, label_key=label_key)
-                    yield Row(line=number, sample=sample)
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                record = _record(line, where)
+                if record.keys() == _DUMP_HEADER:
+                    continue
+                sample = _recorded(record, where)
+                yield Row(
+                    line=number,
+                    sample=sample or _sample(record, number, where, response_key=response_key, label_key=label_key),
+                )
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
@@ -157,6 +206,16 @@ def _record(line: str, where: str) -> Mapping[str, Json]:
     if not isinstance(record, dict):
         raise ConfigError(f"{where}: expected an object with a response and a label, got {line.strip()[:40]}.")
     return record
+
+
+def _recorded(record: Mapping[str, Json], where: str) -> Sample | None:
+    """Return the sample of a line that an evaluation or a rollout's dump holds; None: the line is of another form."""
+    if not record.keys() >= _DUMPED_KEYS:
+        return None
+    try:
+        return Sample.from_record(record)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: it looks like a sample that Qwench wrote, but cannot be read ({error!r}).") from error
 
 
 def _sample(record: Mapping[str, Json], number: int, where: str, *, response_key: str, label_key: str) -> Sample:

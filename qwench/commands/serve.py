@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from qwench.config.command_line.parse import parse_serve
+from qwench.hub import model_folder
 
 
 def run(words: Sequence[str]) -> None:
     """Serve the checkpoint until the process is ended."""
     config = parse_serve(words)
+    assert config.model.hf_checkpoint is not None, "config.checks requires --hf-checkpoint"
+    folder = model_folder(config.model.hf_checkpoint, flag="--hf-checkpoint")
+    config = replace(config, model=replace(config.model, hf_checkpoint=folder))
     from qwench.launch.evaluation import serve  # PyTorch: a mistake in the flags is told before it is imported
 
     serve(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 
 from rich.console import Console
 from rich.text import Text
@@ -11,8 +12,53 @@ from rich.text import Text
 from qwench.config import Config, RunPlan
 from qwench.config.advice import plan_warnings, warnings
 from qwench.config.environment import trainer_environment
+from qwench.config.eval_sets import resolve_eval_sets
+from qwench.config.named_files import check_checkpoint
 from qwench.config.plan import plan_lines
 from qwench.config.report import settings_by_section
+from qwench.data.rows import check_first_row
+from qwench.hub import data_files, find_reference, model_folder
+
+
+def with_local_inputs(config: Config) -> Config:
+    """Return the configuration with every name of the hub replaced by the folder or file in the cache, downloaded now.
+
+    Ranks and engine servers get these paths. A dry run downloads no weights.
+
+    Raises:
+        ConfigError: the hub did not give one.
+    """
+    model, checkpoint, data, sets = config.model, config.checkpoint, config.data, config.evaluation.eval_prompt_data
+    with_weights = not config.debug.dry_run
+    assert model.hf_checkpoint is not None, "config.checks requires --hf-checkpoint"
+    folder = model_folder(model.hf_checkpoint, flag="--hf-checkpoint", with_weights=with_weights)
+    files = tuple(data_files(word, flag="--eval-prompt-data") if i % 2 else word for i, word in enumerate(sets))
+    local = replace(
+        config, model=replace(model, hf_checkpoint=folder), evaluation=replace(config.evaluation, eval_prompt_data=files)
+    )
+    if data.prompt_data is not None:
+        local = replace(local, data=replace(data, prompt_data=data_files(data.prompt_data, flag="--prompt-data")))
+    if checkpoint.ref_load is not None:
+        reference = model_folder(checkpoint.ref_load, flag="--ref-load", with_weights=with_weights)
+        local = replace(local, checkpoint=replace(checkpoint, ref_load=reference))
+    _say_where(config, local)
+    if local.model != model:
+        check_checkpoint(local.model)
+    return local
+
+
+def _say_where(asked: Config, local: Config) -> None:
+    for flag, before, after in (
+        ("--hf-checkpoint", asked.model.hf_checkpoint, local.model.hf_checkpoint),
+        ("--prompt-data", asked.data.prompt_data, local.data.prompt_data),
+        ("--ref-load", asked.checkpoint.ref_load, local.checkpoint.ref_load),
+        *(
+            ("--eval-prompt-data", before, after)
+            for before, after in zip(asked.evaluation.eval_prompt_data, local.evaluation.eval_prompt_data, strict=True)
+        ),
+    ):
+        if before != after:
+            sys.stderr.write(f"qwench: {flag} {before} is read from {after}\n")
 
 
 def prepare(config: Config, *, trains: bool = True) -> RunPlan:
@@ -25,16 +71,34 @@ def prepare(config: Config, *, trains: bool = True) -> RunPlan:
     """
     for warning in warnings(config, trains=trains):
         sys.stderr.write(f"qwench: warning: {warning}\n")
+    _check_columns(config)  # before seconds of imports
     if not config.debug.dry_run:
         os.environ.update(trainer_environment(config.cluster, config.parallel, config.training, os.environ))
     from qwench.launch.inputs import plan_inputs  # PyTorch reads the environment when it is imported
 
     plan = plan_inputs(config, trains=trains)
+    if config.evaluation.eval_config is not None:
+        sets = (replace(one, path=data_files(one.path, flag="--eval-config")) for one in plan.eval_sets)
+        plan = replace(plan, eval_sets=tuple(sets))
     for warning in plan_warnings(config, plan):
         sys.stderr.write(f"qwench: warning: {warning}\n")
     if config.debug.dry_run:
         _show(config, plan)
     return plan
+
+
+def _check_columns(config: Config) -> None:
+    """Check that the first rows have the column of the prompt; conversations come in several forms, which are read later."""
+    data, rollout = config.data, config.rollout
+    if config.algorithm.loss_type == "sft_loss":
+        return
+    if config.debug.load_debug_rollout_data is None and data.prompt_data is not None and rollout.rollout_function_path is None:
+        check_first_row(data.prompt_data, data.input_key, flag="--input-key")
+    for one in resolve_eval_sets(config.evaluation, rollout, data):
+        if find_reference(one.path, "dataset") is None:
+            check_first_row(
+                one.path, one.input_key, flag="--eval-input-key" if config.evaluation.eval_input_key else "--input-key"
+            )
 
 
 def _show(config: Config, plan: RunPlan) -> None:

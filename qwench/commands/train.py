@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
-from qwench.commands.start import prepare
+from qwench.commands.start import prepare, with_local_inputs
 from qwench.config import Config
 from qwench.config.command_line.parse import parse_train
 
 
 def run(words: Sequence[str], *, parse: Callable[[Sequence[str]], Config] = parse_train) -> None:
     """Build the run and train; with --debug-rollout-only, generate alone."""
-    config = parse(words)
+    config = with_local_inputs(parse(words))
     plan = prepare(config)
     from qwench import controller  # PyTorch: `prepare` sets its environment first
     from qwench.launch.build import build, check

@@ -6,21 +6,24 @@ the verb. Nothing is loaded here.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from qwench.config.config import Config
-from qwench.config.eval_sets import eval_sets, resolve_eval_sets
+from qwench.config.eval_sets import resolve_eval_sets
 from qwench.config.layout import data_parallel_size
+from qwench.config.named_files import (
+    check_checkpoint,
+    check_data_file,
+    check_eval_data,
+    check_outputs,
+    check_starting_point,
+)
 from qwench.config.plan import plan_batch
-from qwench.config.sections.checkpoint import CheckpointConfig
-from qwench.config.sections.model import ModelConfig
 from qwench.config.sections.rollout import SFT_ROLLOUT
+from qwench.config.sections.verbs import ServeConfig
+from qwench.config.sglang_flags import unknown_sglang_flag
 from qwench.errors import ConfigError
-from qwench.files import check_can_hold
-
-_SLICE = re.compile(r"@\[[^\]]*\]$")
 
 
 def check_rules(config: Config) -> None:
@@ -41,78 +44,115 @@ def check_train(config: Config) -> None:
     """Check what `qwench train` needs: reinforcement learning, or fine-tuning with --loss-type sft_loss.
 
     Raises:
-        ConfigError: a flag is missing or a file it names is not there.
+        ConfigError: flags are missing, all named at once, or a file that one names is not there.
     """
     if config.algorithm.loss_type == "sft_loss":
         check_sft(config)
         return
-    _require("--lr", config.optimizer.lr, "the highest learning rate", needed=not config.debug.debug_rollout_only)
-    _require_length_of_run(config)
-    _require("--rollout-batch-size", config.rollout.rollout_batch_size, "the number of prompts in a rollout")
+    debug, rollout = config.debug, config.rollout
+    grades = config.reward.rm_type is not None or config.reward.custom_rm_path is not None
+    _require_all("qwench train", {
+        "--hf-checkpoint": config.model.hf_checkpoint is not None,
+        "--prompt-data": not _reads_prompts(config) or config.data.prompt_data is not None,
+        # Rows may name their own rewards, which is seen where there are rows.
+        "--rm-type or --custom-rm-path": grades or not _reads_prompts(config) or config.data.prompt_data is not None,
+        "--lr": debug.debug_rollout_only or config.optimizer.lr is not None,
+        "--num-rollout or --num-epoch": _has_length(config),
+        "--rollout-batch-size": rollout.rollout_batch_size is not None,
+        "--rollout-max-response-len": debug.debug_train_only or rollout.rollout_max_response_len is not None,
+    })  # fmt: skip
     _check_sampling_is_unrestricted(config)
-    if not config.debug.debug_train_only:
-        _require("--rollout-max-response-len", config.rollout.rollout_max_response_len, "the most tokens of a response")
     check_checkpoint(config.model)
     _check_training_data(config)
-    _check_eval_data(config)
-    _check_starting_point(config.checkpoint)
-    _check_outputs(config)
+    check_eval_data(config)
+    check_starting_point(config.checkpoint)
+    check_outputs(config)
 
 
 def check_sft(config: Config) -> None:
     """Check what supervised fine-tuning needs.
 
     Raises:
-        ConfigError: a flag is missing or a file it names is not there.
+        ConfigError: flags are missing, all named at once, or a file that one names is not there.
     """
     if config.algorithm.loss_type != "sft_loss":
         raise ConfigError(
             f"qwench sft trains with --loss-type sft_loss, got {config.algorithm.loss_type}; use qwench train for RL"
         )
-    _require("--lr", config.optimizer.lr, "the highest learning rate")
-    _require_length_of_run(config)
-    _require("--rollout-batch-size", config.rollout.rollout_batch_size, "the number of conversations in a batch")
+    _require_all("qwench sft", {
+        "--hf-checkpoint": config.model.hf_checkpoint is not None,
+        "--prompt-data": not _reads_prompts(config) or config.data.prompt_data is not None,
+        "--lr": config.optimizer.lr is not None,
+        "--num-rollout or --num-epoch": _has_length(config),
+        "--rollout-batch-size": config.rollout.rollout_batch_size is not None,
+    })  # fmt: skip
     check_checkpoint(config.model)
     _check_training_data(config)
-    _check_eval_data(config)
-    _check_starting_point(config.checkpoint)
-    _check_outputs(config)
+    check_eval_data(config)
+    check_starting_point(config.checkpoint)
+    check_outputs(config)
 
 
 def check_eval(config: Config) -> None:
     """Check what evaluation needs.
 
     Raises:
-        ConfigError: a flag is missing or a file it names is not there.
+        ConfigError: flags are missing, all named at once, or a file that one names is not there.
     """
-    if not config.evaluation.has_sets:
-        raise ConfigError("qwench eval needs something to evaluate on; give --eval-prompt-data NAME FILE")
+    check_eval_data(config)
+    has_sets = config.evaluation.has_sets
+    lengths = [one.max_response_len for one in resolve_eval_sets(config.evaluation, config.rollout, config.data)]
+    if not has_sets:
+        lengths = [config.evaluation.eval_max_response_len or config.rollout.rollout_max_response_len]
+    _require_all("qwench eval", {
+        "--hf-checkpoint": config.model.hf_checkpoint is not None,
+        "--eval-prompt-data or --eval-config": has_sets,
+        "--eval-max-response-len": None not in lengths,
+    })  # fmt: skip
     check_checkpoint(config.model)
-    _check_eval_data(config)
-    for one in resolve_eval_sets(config.evaluation, config.rollout, config.data):
-        _require("--eval-max-response-len", one.max_response_len, "the most tokens of a response")
-    _check_outputs(config)
+    check_outputs(config)
 
 
-def check_checkpoint(model: ModelConfig) -> None:
-    """Check that --hf-checkpoint names a Hugging Face folder."""
-    folder = model.hf_checkpoint
-    if folder is None:
-        raise ConfigError("--hf-checkpoint is required: the folder of a Hugging Face checkpoint")
-    if not folder.is_dir():
-        raise ConfigError(f"--hf-checkpoint: there is no folder {folder}")
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"--hf-checkpoint: {folder} has no config.json; is it a Hugging Face checkpoint?")
+def check_serve(config: ServeConfig) -> None:
+    """Check what `qwench serve` needs.
+
+    Raises:
+        ConfigError: --hf-checkpoint is missing or no checkpoint.
+    """
+    _require_all("qwench serve", {"--hf-checkpoint": config.model.hf_checkpoint is not None})
+    check_checkpoint(config.model)
 
 
-def _require(flag: str, value: object, meaning: str, *, needed: bool = True) -> None:
-    if needed and value is None:
-        raise ConfigError(f"{flag} is required: {meaning}")
+_MEANINGS: Mapping[str, str] = {
+    "--hf-checkpoint": "a Hugging Face checkpoint: its folder, or OWNER/NAME of the hub",
+    "--prompt-data": "the training data: a file, a folder, or OWNER/NAME of the hub",
+    "--rm-type or --custom-rm-path": "the reward, where rows do not name their own",
+    "--lr": "the peak learning rate",
+    "--num-rollout or --num-epoch": "the length of the run",
+    "--rollout-batch-size": "the prompts or conversations in a rollout",
+    "--rollout-max-response-len": "the most tokens of a response",
+    "--eval-prompt-data or --eval-config": "what to evaluate on, as NAME FILE",
+    "--eval-max-response-len": "the most tokens of a response",
+}
 
 
-def _require_length_of_run(config: Config) -> None:
-    if config.rollout.num_rollout is None and config.rollout.num_epoch is None:
-        raise ConfigError("--num-rollout or --num-epoch is required: the length of the run")
+def _require_all(verb: str, given: Mapping[str, bool]) -> None:
+    """Raise one error that names every flag of `given` that is not there."""
+    missing = [flag for flag, is_given in given.items() if not is_given]
+    if len(missing) == 1:
+        raise ConfigError(f"{missing[0]} is required: {_MEANINGS[missing[0]]}")
+    if missing:
+        named = ", ".join(f"{flag} ({_MEANINGS[flag]})" for flag in missing)
+        raise ConfigError(f"{verb} requires {named}; {verb} --help shows a typical command")
+
+
+def _has_length(config: Config) -> bool:
+    return config.rollout.num_rollout is not None or config.rollout.num_epoch is not None
+
+
+def _reads_prompts(config: Config) -> bool:
+    replaced = config.rollout.rollout_function_path not in (None, SFT_ROLLOUT)
+    return config.debug.load_debug_rollout_data is None and not replaced
 
 
 def _check_sampling_is_unrestricted(config: Config) -> None:
@@ -129,63 +169,8 @@ def _check_sampling_is_unrestricted(config: Config) -> None:
 
 
 def _check_training_data(config: Config) -> None:
-    if config.debug.load_debug_rollout_data is not None or config.rollout.rollout_function_path not in (None, SFT_ROLLOUT):
-        return
-    if config.data.prompt_data is None:
-        raise ConfigError("--prompt-data is required: a .jsonl or .parquet file of prompts")
-    _check_data_file("--prompt-data", config.data.prompt_data)
-
-
-def _check_eval_data(config: Config) -> None:
-    evaluation = config.evaluation
-    flag = "--eval-prompt-data" if evaluation.eval_config is None else f"--eval-config: {evaluation.eval_config}"
-    for one in eval_sets(evaluation):
-        _check_data_file(flag, one.path)
-
-
-def _check_data_file(flag: str, spec: str) -> None:
-    path = Path(_SLICE.sub("", spec))
-    if not path.is_file():
-        raise ConfigError(f"{flag}: there is no file {path}")
-
-
-def _check_starting_point(checkpoint: CheckpointConfig) -> None:
-    if checkpoint.ref_load is not None and not checkpoint.ref_load.is_dir():
-        raise ConfigError(f"--ref-load: there is no folder {checkpoint.ref_load}")
-    if checkpoint.load is None or checkpoint.ref_load is not None or checkpoint.load == checkpoint.save:
-        return
-    if not checkpoint.load.is_dir() or not any(checkpoint.load.iterdir()):
-        raise ConfigError(
-            f"--load: {checkpoint.load} is missing or empty, and there is no --ref-load to start from; "
-            "leave --load out to start from --hf-checkpoint"
-        )
-
-
-def _check_outputs(config: Config) -> None:
-    """Check that a run will not fail when it first writes."""
-    for flag, folder in (
-        ("--save", config.checkpoint.save),
-        ("--save-hf", config.checkpoint.save_hf),
-        ("--log-dir", config.logging.log_dir),
-        ("--eval-output", config.evaluation.eval_output),
-    ):
-        if folder is not None:
-            check_can_hold(Path(folder), flag=flag)
-    if config.debug.save_debug_rollout_data is not None:
-        check_can_hold(Path(config.debug.save_debug_rollout_data).parent, flag="--save-debug-rollout-data")
-
-
-def values_are_supported(config: Config) -> str | None:
-    """Some values of slime and Megatron have no counterpart here."""
-    for flag, value, has_it, use in (
-        ("--loss-type", config.algorithm.loss_type, config.algorithm.loss_type != "custom_loss", "policy_loss or sft_loss"),
-        ("--loss-mask-type", config.data.loss_mask_type, config.data.loss_mask_type != "qwen3_5", "qwen3"),
-        ("--optimizer", config.optimizer.optimizer, config.optimizer.optimizer == "adam", "adam"),
-        ("--lr-decay-style", config.optimizer.lr_decay_style, config.optimizer.lr_decay_style != "WSD", "cosine or linear"),
-    ):
-        if not has_it:
-            return f"{flag} {value} is not supported; use {use}"
-    return None
+    if _reads_prompts(config) and config.data.prompt_data is not None:
+        check_data_file("--prompt-data", config.data.prompt_data)
 
 
 def dense_only(config: Config) -> str | None:
@@ -360,8 +345,12 @@ def an_export_replaces_nothing_else(config: Config) -> str | None:
     return None
 
 
+def sglang_flags_are_known(config: Config) -> str | None:
+    """The installed SGLang checks its own flags; for the embedded engine a spelling mistake would pass unseen."""
+    return None if config.engine.rollout_engine == "sglang" else unknown_sglang_flag(config.engine.sglang_args)
+
+
 RULES: tuple[Callable[[Config], str | None], ...] = (
-    values_are_supported,
     dense_only,
     fsdp_is_data_parallel,
     megatron_is_not_fsdp,
@@ -378,4 +367,5 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     tensorboard_has_a_folder,
     the_best_checkpoint_is_measured,
     an_export_replaces_nothing_else,
+    sglang_flags_are_known,
 )

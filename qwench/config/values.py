@@ -34,6 +34,12 @@ def takes_many(annotation: Any) -> bool:
     return get_origin(strip_none(annotation)) is tuple
 
 
+def choices(annotation: Any) -> tuple[str, ...]:
+    """Return the values that the annotation lists; none where it is open."""
+    kind = strip_none(annotation)
+    return tuple(get_args(kind)) if get_origin(kind) is Literal else ()
+
+
 def metavar(annotation: Any) -> str:
     """Return how the value is shown in help texts."""
     kind = strip_none(annotation)

@@ -25,6 +25,7 @@ import pyarrow
 import pyarrow.parquet
 
 from qwench.errors import ConfigError
+from qwench.files import DATA_SUFFIXES
 from qwench.samples import Json
 
 _GSM8K = re.compile(r".*####[ \t]*(?P<answer>\S[^\n]*)", re.DOTALL)
@@ -136,6 +137,35 @@ def read_rows(spec: str) -> list[Row]:
     if not rows:
         raise ConfigError(f"the data set {spec} has no rows.")
     return rows
+
+
+def check_first_row(spec: str, key: str, *, flag: str) -> None:
+    """Check that the first row of a file has a key, without reading the rest; what is not told so early is told later.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    path, wanted = parse_spec(spec)
+    columns = _first_columns(path) if wanted == slice(None) else None
+    if columns is not None and key not in columns:
+        place = f"{path}:1" if path.suffix == ".jsonl" else f"{path} row 1"
+        raise ConfigError(f"{place}: key {key!r} ({flag}) is missing; the row has: {', '.join(columns)}.")
+
+
+def _first_columns(path: Path) -> list[str] | None:
+    if path.suffix == ".parquet" and path.is_file():
+        try:
+            return list(pyarrow.parquet.read_schema(path).names)
+        except (pyarrow.ArrowException, OSError):
+            return None  # what is wrong with the file is told when it is read
+    if path.suffix != ".jsonl" or not path.is_file():
+        return None
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            first = json.loads(next((line for line in lines if line.strip()), "null"))
+    except (OSError, ValueError):
+        return None
+    return list(first) if isinstance(first, dict) else None
 
 
 def parse_spec(spec: str) -> tuple[Path, slice]:
@@ -330,9 +360,6 @@ def _plain(value: object, *, place: str) -> Json:
             raise ConfigError(f"{place} holds a {type(value).__name__}, which is no JSON; store it as text or as a number.")
 
 
-_READERS: Mapping[str, Callable[[Path, slice], list[Row]]] = {
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-    ".json": _read_json,
-    ".csv": _read_csv,
-}
+_READERS: Mapping[str, Callable[[Path, slice], list[Row]]] = dict(
+    zip(DATA_SUFFIXES, (_read_jsonl, _read_parquet, _read_json, _read_csv), strict=True)
+)

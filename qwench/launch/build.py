@@ -15,7 +15,6 @@ from transformers.utils import logging as transformers_logging
 
 from qwench import __version__
 from qwench.checkpoints.best import Criterion
-from qwench.checkpoints.folders import check_weights
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.checkpoints.saved import Saved
 from qwench.cluster.gpus import ColocatedGpus, DedicatedGpus
@@ -30,12 +29,13 @@ from qwench.files import write_atomically
 from qwench.launch.inputs import Inputs, read_conversations, read_eval_prompts, read_inputs, read_training_prompts
 from qwench.launch.outputs import claim_outputs
 from qwench.launch.placement import make_servers, open_processes, start_learner, take_turns
+from qwench.launch.readiness import check_ready
 from qwench.launch.report import finish_report, metric_log, start_report
 from qwench.launch.rollouts import build_generation
 from qwench.launch.trainer import load_reward_post_process
 from qwench.models.architecture import Architecture
 from qwench.models.hf import write_hf_checkpoint
-from qwench.models.hf_weights import has_weights, is_fp8_checkpoint
+from qwench.models.hf_weights import is_fp8_checkpoint
 from qwench.observability.dumps import check_recorded, save_rollout
 from qwench.observability.log import open_driver_log, write_driver_log
 from qwench.observability.timing import PhaseTimer
@@ -66,14 +66,9 @@ def build(config: Config, plan: RunPlan) -> Run:
     if config.debug.load_debug_rollout_data is not None:
         return _build_replay(inputs, config.debug.load_debug_rollout_data)
     loaded, eval_prompts = _read_prompts(inputs)
-    batch = plan.batch
-    source = PromptSource(
-        loaded.prompts,
-        n_samples_per_prompt=batch.n_samples_per_prompt,
-        shuffle=config.data.rollout_shuffle,
-        seed=config.data.rollout_seed,
-    )
-    inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch(batch.rollout_batch_size))
+    check_ready(inputs, _identity(inputs.plan.model, inputs.config))
+    source = _prompts(inputs, loaded)
+    inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch(plan.batch.rollout_batch_size))
     timer = PhaseTimer()
     checkpoints, run_name = _open_outputs(inputs, timer)
     check_resumes(checkpoints.saved, source, num_rollout=inputs.plan.num_rollout)
@@ -116,19 +111,25 @@ def build(config: Config, plan: RunPlan) -> Run:
 
 
 def check(config: Config, plan: RunPlan) -> None:
-    """Check model, data, rewards and functions as `build` does; outputs, and weights that are not there yet, are not missed.
+    """Check everything that `build` checks before it takes a device: a dry run accepts what a start accepts.
 
     Raises:
         ConfigError: the user's mistake.
     """
     inputs = read_inputs(config, plan)
-    check_weights(config.checkpoint, plan.model, inputs.model_folder if has_weights(inputs.model_folder) else None)
+    source: PromptSource | SftSource | None = None
     if config.algorithm.loss_type == "sft_loss":
-        read_conversations(inputs)
+        source = _conversations(inputs, read_conversations(inputs)[0])
+        inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch())
     elif config.debug.load_debug_rollout_data is not None:
         check_recorded(config.debug.load_debug_rollout_data, num_rollout=plan.num_rollout)
     else:
-        _read_prompts(inputs)
+        source = _prompts(inputs, _read_prompts(inputs)[0])
+        inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch(plan.batch.rollout_batch_size))
+    check_ready(inputs, _identity(inputs.plan.model, inputs.config))
+    checkpoints, _ = _open_outputs(inputs, PhaseTimer(), writes=False)
+    if source is not None:
+        check_resumes(checkpoints.saved, source, num_rollout=inputs.plan.num_rollout)
 
 
 def _read_prompts(inputs: Inputs) -> tuple[LoadedPrompts, dict[str, Sequence[Prompt]]]:
@@ -144,15 +145,28 @@ def _read_prompts(inputs: Inputs) -> tuple[LoadedPrompts, dict[str, Sequence[Pro
     return loaded, eval_prompts
 
 
+def _prompts(inputs: Inputs, loaded: LoadedPrompts) -> PromptSource:
+    data = inputs.config.data
+    return PromptSource(
+        loaded.prompts,
+        n_samples_per_prompt=inputs.plan.batch.n_samples_per_prompt,
+        shuffle=data.rollout_shuffle,
+        seed=data.rollout_seed,
+    )
+
+
+def _conversations(inputs: Inputs, loaded: LoadedSft) -> SftSource:
+    data, size = inputs.config.data, inputs.plan.batch.rollout_batch_size
+    return SftSource(loaded.examples, rollout_batch_size=size, shuffle=data.rollout_shuffle, seed=data.rollout_seed)
+
+
 def _build_sft(inputs: Inputs) -> Run:
     """Build a fine-tuning run: the same loop over conversations, without engines."""
-    config, plan = inputs.config, inputs.plan
     loaded, held_out = read_conversations(inputs)
-    batch_size = plan.batch.rollout_batch_size
-    seed, shuffle = config.data.rollout_seed, config.data.rollout_shuffle
-    source = SftSource(loaded.examples, rollout_batch_size=batch_size, shuffle=shuffle, seed=seed)
-    first = SftSource(loaded.examples, rollout_batch_size=1, shuffle=shuffle, seed=seed).take(0).samples[0]
-    preview = render_mask_preview(first, inputs.tokenizer)
+    check_ready(inputs, _identity(inputs.plan.model, inputs.config))
+    source, data = _conversations(inputs, loaded), inputs.config.data
+    alone = SftSource(loaded.examples, rollout_batch_size=1, shuffle=data.rollout_shuffle, seed=data.rollout_seed)
+    preview = render_mask_preview(alone.take(0).samples[0], inputs.tokenizer)
     rows = f"{len(loaded.examples):,} conversations"
     inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch())
     return _without_engines(inputs, SftStream(source), rows, source=source, preview=preview, held_out=held_out)
@@ -163,12 +177,12 @@ def _begin(config: Config, plan: RunPlan) -> Inputs:
     inputs = read_inputs(config, plan)
     open_driver_log(config.logging.log_level, inputs.console)
     _logger.info("qwench %s, process %d on %s", __version__, os.getpid(), socket.gethostname())
-    check_weights(config.checkpoint, plan.model, inputs.model_folder)
     return inputs
 
 
 def _build_replay(inputs: Inputs, template: str) -> Run:
     check_recorded(template, num_rollout=inputs.plan.num_rollout)
+    check_ready(inputs, _identity(inputs.plan.model, inputs.config))
     rollouts = ReplayStream(template, subsample=inputs.config.debug.load_debug_rollout_data_subsample)
     return _without_engines(inputs, rollouts, f"{inputs.plan.num_rollout} recorded rollouts")
 
@@ -230,8 +244,12 @@ def _best(inputs: Inputs) -> Criterion | None:
     return Criterion(metric=f"eval/{name}/loss" if fine_tunes else f"eval/{name}", higher_is_better=not fine_tunes)
 
 
-def _open_outputs(inputs: Inputs, timer: PhaseTimer) -> tuple[CheckpointManager, str]:
-    """Open the checkpoints, then the logs: before, a folder may belong to another run. Return the run's name as well."""
+def _open_outputs(inputs: Inputs, timer: PhaseTimer, *, writes: bool = True) -> tuple[CheckpointManager, str]:
+    """Open the checkpoints, then the logs: before, a folder may belong to another run. Return the run's name as well.
+
+    Args:
+        writes: a dry run checks the folders only.
+    """
 
     def write_hf(folder: Path, buckets: Iterator[WeightBucket]) -> None:
         write_hf_checkpoint(folder, buckets, source=inputs.model_folder)
@@ -242,18 +260,18 @@ def _open_outputs(inputs: Inputs, timer: PhaseTimer) -> tuple[CheckpointManager,
         inputs.console,
         write_hf=write_hf,
         timer=timer,
-        is_main=inputs.is_main,
+        is_main=inputs.is_main and writes,
         flags=flag_values(inputs.config),
         steps_per_rollout=inputs.plan.batch.num_steps_per_rollout,
         best=_best(inputs),
         barrier=barrier,
     )
-    run_name = claim_outputs(inputs.config) if inputs.is_main else ""
-    if inputs.is_main:
+    run_name = claim_outputs(inputs.config, writes=writes) if inputs.is_main else ""
+    if inputs.is_main and writes:
         for folder in {inputs.config.checkpoint.save, inputs.plan.log_dir}:
             if folder is not None:
                 write_atomically(folder / CONFIG_FILE, as_yaml(inputs.config))
-    if inputs.plan.log_dir is not None and inputs.is_main:
+    if inputs.plan.log_dir is not None and inputs.is_main and writes:
         write_driver_log(inputs.plan.log_dir)
     return checkpoints, run_name
 

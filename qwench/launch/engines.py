@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from qwench.engines.kinds import KINDS
 from qwench.engines.kinds.embedded import TOKEN_VARIABLE
 from qwench.engines.kinds.identity import ModelIdentity, check_serves
 from qwench.engines.kinds.kind import ServerOrder
-from qwench.engines.kinds.sglang_router import SglangRouter, check_router_words, router_command
+from qwench.engines.kinds.sglang_router import SglangRouter, router_command
 from qwench.launch.inputs import Inputs, publication_dtype
 from qwench.models.hf import stop_token_ids
 from qwench.models.hf_weights import is_fp8_checkpoint
@@ -37,12 +37,8 @@ def command_makers(inputs: Inputs, *, num_engines: int, token: str, with_weights
         on_gpus: the devices of the run are GPUs; this machine may have none.
         token: clients show it to change weights or memory.
         with_weights: the engines sample with the checkpoint's weights; else only after the first publication.
-
-    Raises:
-        ConfigError: the kind of engine is not installed, or does not take the flags that pass through to it.
     """
     kind = KINDS[inputs.config.engine.rollout_engine]
-    kind.check_flags(inputs.config.engine)
     order = server_order(inputs, token=token, with_weights=with_weights, on_gpus=on_gpus)
     return [partial(kind.command, order, index=index) for index in range(num_engines)]
 
@@ -73,12 +69,10 @@ def build_pool(inputs: Inputs, *, with_weights: bool, servers: Sequence[Server] 
         token: of the servers.
 
     Raises:
-        ConfigError: an engine that runs already has another model, or the router does not take its flags.
+        ConfigError: an engine that runs already has another model.
         EngineError: a server did not start, or cannot be reached.
     """
     engine = inputs.config.engine
-    if engine.routes_requests:
-        check_router_words(engine.router_args)
     with ExitStack() as undo:
         loop = EventLoopThread()
         undo.callback(loop.close)
@@ -152,6 +146,17 @@ def _start_servers(inputs: Inputs, servers: Sequence[Server], token: str | None)
         )
         members.append(Member(engine=client, server=server, url=url))
     return members
+
+
+def check_external(inputs: Inputs) -> None:
+    """Check that the engines of --rollout-external-engine-addrs can be reached and serve this model.
+
+    Raises:
+        ConfigError: one has another model.
+        EngineError: one cannot be reached.
+    """
+    with closing(EventLoopThread()) as loop:
+        _reach_external(inputs, loop)
 
 
 def _reach_external(inputs: Inputs, loop: EventLoopThread) -> list[Member]:

@@ -19,9 +19,9 @@ from qwench.files import claim_folder, write_atomically
 from qwench.launch.engines import embedded_settings
 from qwench.launch.inputs import Inputs, plan_inputs, read_eval_prompts, read_inputs
 from qwench.launch.placement import make_servers, open_processes
+from qwench.launch.readiness import check_ready
 from qwench.launch.report import describe_model
 from qwench.launch.rollouts import build_generation
-from qwench.models.hf_weights import has_weights
 from qwench.observability.log import open_driver_log, open_process_log
 from qwench.observability.run_report import say_facts
 from qwench.observability.summary import summarize
@@ -39,8 +39,7 @@ def evaluate(config: Config, plan: RunPlan) -> None:
     """Print the metrics of each set, and write them and every response to --eval-output."""
     inputs = read_inputs(config, plan)
     open_driver_log(config.logging.log_level, inputs.console)
-    check_weights(config.checkpoint, plan.model, inputs.model_folder)
-    prompts = _read_sets(inputs)
+    prompts = _check(inputs)
     output = config.evaluation.eval_output
     if output is not None:
         own_eval_folder(output, flag_values(config))
@@ -69,8 +68,17 @@ def check(config: Config, plan: RunPlan) -> None:
         ConfigError: the user's mistake.
     """
     inputs = read_inputs(config, plan)
-    check_weights(config.checkpoint, plan.model, inputs.model_folder if has_weights(inputs.model_folder) else None)
-    _read_sets(inputs)
+    _check(inputs)
+
+
+def _check(inputs: Inputs) -> dict[str, Sequence[Prompt]]:
+    """Check everything that an evaluation needs, without writing, and return its prompts."""
+    config = inputs.config
+    prompts = _read_sets(inputs)
+    if config.evaluation.eval_output is not None:
+        own_eval_folder(config.evaluation.eval_output, flag_values(config), writes=False)
+    check_ready(inputs)
+    return prompts
 
 
 def _read_sets(inputs: Inputs) -> dict[str, Sequence[Prompt]]:
@@ -84,20 +92,24 @@ def _read_sets(inputs: Inputs) -> dict[str, Sequence[Prompt]]:
     return prompts
 
 
-def own_eval_folder(folder: Path, flags: Mapping[str, str]) -> None:
+def own_eval_folder(folder: Path, flags: Mapping[str, str], *, writes: bool = True) -> None:
     """Make --eval-output this evaluation's: the same command may replace its own results, nothing else is touched.
+
+    Args:
+        writes: a dry run checks the folder only.
 
     Raises:
         ConfigError: the folder holds another evaluation's results, or files that no evaluation wrote.
     """
-    mine = {flag: value for flag, value in flags.items() if flag not in ("--eval-output", "--log-level")}
+    left_out = ("--eval-output", "--log-level", "--dry-run")  # a dry run is the evaluation that it checks
     claim_folder(
         folder,
-        [mine],
+        [{flag: value for flag, value in flags.items() if flag not in left_out}],
         marker=_MARKER,
         flag="--eval-output",
         held="an evaluation of another model or of other flags",
         writer="evaluation",
+        writes=writes,
     )
 
 

@@ -27,8 +27,11 @@ _DETAILS = "rollout_data"
 """The folder that --dump-details makes for recorded rollouts in the one that it names."""
 
 
-def claim_outputs(config: Config) -> str:
+def claim_outputs(config: Config, *, writes: bool = True) -> str:
     """Make the folders of --log-dir and of recorded rollouts this run's, and return the run's name.
+
+    Args:
+        writes: a dry run checks the folders only.
 
     Raises:
         ConfigError: they hold what another run, or no run, wrote. Nothing was changed.
@@ -41,7 +44,12 @@ def claim_outputs(config: Config) -> str:
     if config.debug.save_debug_rollout_data is not None:
         _check_dumps(Path(config.debug.save_debug_rollout_data), names, own=[*_outputs(config)])
     if log_dir is not None and not (checkpoint.save is not None and checkpoint.save.resolve() == log_dir.resolve()):
-        leftovers = [log_dir / name for name in _WITHOUT_METRICS] if _failed_early(log_dir) else []
+        failed_early = _failed_early(log_dir)
+        if failed_early and not writes:
+            return names[0]
+        if failed_early:
+            (log_dir / _MARKER).unlink()
+        leftovers = [log_dir / name for name in _WITHOUT_METRICS] if failed_early else []
         claim_folder(
             log_dir,
             [{"run": name} for name in names],
@@ -55,12 +63,9 @@ def claim_outputs(config: Config) -> str:
 
 
 def _failed_early(log_dir: Path) -> bool:
-    """Take the mark from the folder of a run that ended before it had metrics: the corrected command may have it."""
-    metrics, marker = log_dir / "metrics.jsonl", log_dir / _MARKER
-    if not marker.is_file() or (metrics.is_file() and metrics.stat().st_size > 0):
-        return False
-    marker.unlink()
-    return True
+    """Tell whether a run ended there before it had metrics: the corrected command may have the folder."""
+    metrics = log_dir / "metrics.jsonl"
+    return (log_dir / _MARKER).is_file() and not (metrics.is_file() and metrics.stat().st_size > 0)
 
 
 def _outputs(config: Config) -> Iterator[Path]:

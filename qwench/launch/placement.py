@@ -13,7 +13,6 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from importlib.util import find_spec
 from typing import Literal, Protocol
 
 import torch
@@ -62,21 +61,10 @@ class LocalProcesses:
     """Everything on this machine; trainer ranks have its first GPUs, engines apart from them the next ones."""
 
     def __init__(self, inputs: Inputs, bundles: Bundles, *, ranks_inside: bool) -> None:
-        """Check that there are GPUs enough.
-
-        Raises:
-            ConfigError: there are too few.
-        """
         self._has_gpus = torch.cuda.is_available()
         self._inputs = inputs
         self._bundles = bundles
         self._ranks_inside = ranks_inside
-        there = torch.cuda.device_count()
-        if self._has_gpus and there < bundles.num_devices:
-            raise ConfigError(
-                f"the run needs {bundles.num_devices} GPUs ({sum(bundles.trainer)} for the trainer, {sum(bundles.engines)} for "
-                f"engines apart from it), and this machine has {there}; ask for fewer, or use a Ray cluster (--launcher ray)."
-            )
 
     def start_ranks(self) -> Ranks | None:
         """See `Processes.start_ranks`."""
@@ -118,16 +106,13 @@ def open_processes(inputs: Inputs, started: ExitStack) -> Processes:
     """Choose the launcher, and reserve what the run needs; `started` gets what gives it back.
 
     Raises:
-        ConfigError: there are too few devices, or no cluster.
+        ConfigError: there is no cluster, or it has too few devices.
     """
     config, devices = inputs.config, inputs.plan.devices
     launcher = choose_launcher(config, os.environ, generates=devices.generates)
     bundles = plan_bundles(config.cluster, devices)
     if launcher != "ray":
-        check_turns(config, on_gpus=torch.cuda.is_available())
         return LocalProcesses(inputs, bundles, ranks_inside=launcher == "inside")
-    if find_spec("ray") is None:
-        raise ConfigError("--launcher ray needs Ray, which is not installed; pip install 'qwench[ray]'.")
     from qwench.cluster.ray import RayCluster  # noqa: PLC0415  # Ray is optional
 
     environ = {**waiting_defaults({}), **trainer_environment(config.cluster, config.parallel, config.training, {})}
@@ -139,6 +124,20 @@ def open_processes(inputs: Inputs, started: ExitStack) -> Processes:
         cluster.reserve(bundles)
     check_turns(config, on_gpus=cluster.has_gpus)
     return cluster
+
+
+def enough_gpus(inputs: Inputs) -> None:
+    """Check that this machine has the GPUs that the run asks for; on CPUs, ranks share the cores.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    bundles, there = plan_bundles(inputs.config.cluster, inputs.plan.devices), torch.cuda.device_count()
+    if torch.cuda.is_available() and there < bundles.num_devices:
+        raise ConfigError(
+            f"the run needs {bundles.num_devices} GPUs ({sum(bundles.trainer)} for the trainer, {sum(bundles.engines)} for "
+            f"engines apart from it), and this machine has {there}; ask for fewer, or use a Ray cluster (--launcher ray)."
+        )
 
 
 def check_turns(config: Config, *, on_gpus: bool) -> None:

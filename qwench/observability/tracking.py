@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from qwench.errors import ConfigError
 from qwench.files import write_atomically
 from qwench.observability.metrics import Axis, Record
@@ -65,7 +63,8 @@ class TensorBoardSink:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._first_steps: dict[Axis, int] = {}
-        self._writers: dict[Axis, SummaryWriter] = {}
+        self._make_writer = import_tensorboard().SummaryWriter
+        self._writers: dict[Axis, Any] = {}  # torch.utils.tensorboard.SummaryWriter, of an optional dependency
 
     def write(self, rollout_id: int, records: Sequence[Record]) -> None:
         """Add every metric as a scalar at the record's step."""
@@ -86,10 +85,10 @@ class TensorBoardSink:
             writer.close()
         self._writers.clear()
 
-    def _writer(self, axis: Axis) -> SummaryWriter:
+    def _writer(self, axis: Axis) -> Any:
         if axis not in self._writers:
             name = axis.value.partition("/")[0]
-            self._writers[axis] = SummaryWriter(str(self._folder / name), purge_step=self._first_steps.get(axis))
+            self._writers[axis] = self._make_writer(str(self._folder / name), purge_step=self._first_steps.get(axis))
         return self._writers[axis]
 
 
@@ -110,7 +109,7 @@ class WandbSink:
         key: str | None = None,
         run_config: Mapping[str, object] | None = None,
     ) -> None:
-        wandb = _import_wandb()
+        wandb = import_wandb()
         if key is not None:
             wandb.login(key=key, host=host)
         self._run = wandb.init(
@@ -142,8 +141,29 @@ class WandbSink:
         self._run.finish()
 
 
-def _import_wandb() -> Any:  # the module object of an optional dependency
+def import_wandb() -> Any:  # the module object of an optional dependency
+    """Return the package wandb.
+
+    Raises:
+        ConfigError: it is not installed, or cannot be imported.
+    """
+    return _import("wandb", flag="--use-wandb", install="pip install wandb")
+
+
+def import_tensorboard() -> Any:  # as above
+    """Return PyTorch's module of TensorBoard.
+
+    Raises:
+        ConfigError: TensorBoard is not installed, or cannot be imported.
+    """
+    return _import("torch.utils.tensorboard", flag="--use-tensorboard", install="pip install 'qwench[tensorboard]'")
+
+
+def _import(name: str, *, flag: str, install: str) -> Any:
+    package = name.rpartition(".")[2]
     try:
-        return importlib.import_module("wandb")
+        return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError("--use-wandb needs the package wandb, which is not installed; run `pip install wandb`.") from error
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            raise ConfigError(f"{flag} needs the package {package}, which is not installed; run `{install}`.") from error
+        raise ConfigError(f"{flag}: {package} cannot be imported ({error}); repair it with `{install}`.") from error

@@ -88,21 +88,63 @@ def test_wrong_value_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"),
+    ("flags", "said"),
     [
-        ("input_key", "question"),
-        ("custom_rm_path", "nowhere.reward"),
-        ("custom_generate_function_path", "nowhere.generate"),
-        ("dynamic_sampling_filter_path", "nowhere.keep"),
-        ("embedded_kv_cache_tokens", 16),
+        ({"input_key": "question"}, "train.jsonl:1: key 'question'"),
+        ({"custom_rm_path": "nowhere.reward"}, "cannot be imported"),
+        ({"custom_generate_function_path": "nowhere.generate"}, "cannot be imported"),
+        ({"dynamic_sampling_filter_path": "nowhere.keep"}, "cannot be imported"),
+        ({"eval_function_path": "nowhere.evaluate"}, "cannot be imported"),
+        ({"embedded_kv_cache_tokens": 16}, "longer than the limit of 15"),
+        ({"attn_implementation": "flash_attention_3"}, "use --attn-implementation sdpa"),
+        ({"attn_implementation": "cudnn", "train_dtype": "bfloat16"}, "use --attn-implementation sdpa"),
+        ({"train_backend": "megatron", "transformer_impl": "transformer_engine"}, "--train-backend megatron needs a GPU"),
+        ({"rollout_engine": "sglang", "sglang_no_such_flag": 3}, "sglang cannot be imported"),
+        ({"sglang_mem_fraction_statik": 0.7}, "did you mean --sglang-mem-fraction-static?"),
+        ({"router_no_such_flag": 3}, "--router-no-such-flag"),
+        ({"rollout_external_engine_addrs": "127.0.0.1:9"}, "127.0.0.1:9"),
+        ({"use_wandb": (), "wandb_project": "p"}, "--use-wandb needs the package wandb"),
+        ({"save": "OCCUPIED"}, "files that are not of a Qwench run"),
+        ({"save_hf": "OCCUPIED"}, "--save-hf"),
+        ({"load": "OCCUPIED"}, "has no checkpoint"),
+        ({"ref_load": "OCCUPIED"}, "is no checkpoint"),
+        ({}, "--hf-checkpoint: "),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
 )
-def test_a_dry_run_refuses_what_a_start_refuses(
-    flag: str, value: object, inputs: Workspace, tmp_path: Path, in_process: InProcess
+def test_a_dry_run_refuses_what_a_start_refuses_and_neither_writes(
+    flags: dict[str, object], said: str, inputs: Workspace, tmp_path: Path, in_process: InProcess
 ) -> None:
-    argv = inputs.train_argv(tmp_path / "run", **{flag: value})
-    started, dry = (in_process(words) for words in (argv, [*argv, "--dry-run"]))
-    assert started == dry and started[0] == 2, (started, dry)
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "theirs").touch()
+    flags = {flag: occupied if value == "OCCUPIED" else value for flag, value in flags.items()}
+    argv = inputs.train_argv(**{"save": tmp_path / "run", **flags})
+    dry, (code, error) = in_process([*argv, "--dry-run"]), in_process(argv)
+    assert dry == (code, error) and code in (1, 2) and said in error, (dry, code, error)
+    assert not (tmp_path / "run").exists()
+    assert [path.name for path in occupied.iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"rollout_engine": "sglang"}, "sglang cannot be imported"),
+        ({"rm_type": "ifbench"}, "'ifbench' is not built in"),
+        ({"eval_output": "OCCUPIED"}, "files that no evaluation wrote"),
+        ({}, "--hf-checkpoint: "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
+)
+def test_a_dry_run_of_an_evaluation_refuses_what_its_start_refuses(
+    flags: dict[str, object], said: str, inputs: Workspace, tmp_path: Path, in_process: InProcess
+) -> None:
+    (tmp_path / "theirs").touch()
+    flags = {flag: tmp_path if value == "OCCUPIED" else value for flag, value in flags.items()}
+    argv = inputs.eval_argv(inputs.model, tmp_path / "e", **flags)
+    dry, started = in_process([*argv, "--dry-run"]), in_process(argv)
+    assert dry == started and started[0] == 2 and said in started[1], (dry, started)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextmanager
-def serve_hub(repository: str, files: Mapping[str, bytes]) -> Iterator[tuple[str, list[str]]]:
-    """Serve `files` of a model repository; yield the address, and the names of the files that were fetched so far."""
+def serve_hub(repository: str, files: Mapping[str, bytes], *, kind: str = "model") -> Iterator[tuple[str, list[str]]]:
+    """Serve `files` of a model or dataset repository; yield the address, and the names of the files fetched so far."""
     fetched: list[str] = []
-    api, content = f"/api/models/{repository}", f"/{repository}/resolve/{COMMIT}/"
+    api = f"/api/{kind}s/{repository}"
+    content = f"/{repository}/resolve/{COMMIT}/" if kind == "model" else f"/{kind}s/{repository}/resolve/{COMMIT}/"
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

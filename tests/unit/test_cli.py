@@ -54,7 +54,17 @@ def test_top_level_help_imports_no_library():
 
 @pytest.mark.parametrize(
     "verb",
-    [["train"], ["sft"], ["eval"], ["serve"], ["reward", "check"], ["make-model"], ["download"], ["doctor"], ["quickstart"]],
+    [
+        ["train"],
+        ["sft"],
+        ["eval"],
+        ["serve"],
+        ["reward", "check"],
+        ["make-model"],
+        ["download"],
+        ["doctor"],
+        ["quickstart"],
+    ],
 )
 def test_every_verb_explains_its_flags(capsys, verb):
     assert run(*verb, "--help") == 0
@@ -68,12 +78,15 @@ def test_every_verb_explains_its_flags(capsys, verb):
     [
         (
             ["trian"],
-            "qwench: unknown verb 'trian'; known: "
-            "train, sft, eval, serve, reward, convert, make-model, download, doctor, quickstart",
+            "qwench: unknown verb 'trian'; did you mean qwench train? known: "
+            "train, sft, eval, serve, reward, convert, make-model, download, doctor, quickstart, completion",
         ),
         (["train", "--num-rolout", "3"], "qwench: unknown flag --num-rolout; did you mean --num-rollout?"),
         (["train", "--lr", "high"], "qwench: --lr must be a number, got 'high'"),
-        (["eval"], "qwench: qwench eval needs something to evaluate on; give --eval-prompt-data NAME FILE"),
+        (
+            ["convert", "--input", "a", "--to", "hf"],
+            "qwench: --output is required: Folder to write. Must be new or empty.",
+        ),
         (["reward"], "qwench: qwench reward has one command, check; got none"),
         (["reward", "check"], "qwench: a file is missing; usage: qwench reward check FILE --rm-type NAME"),
     ],
@@ -175,3 +188,41 @@ def test_make_model_writes_a_checkpoint_and_refuses_to_write_over_it(capsys, tmp
     assert (tmp_path / "m" / "config.json").is_file()
     assert run("make-model", "--output", str(tmp_path / "m")) == 2
     assert "exists and is not an empty folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("help", "train"), ("--help", "train"), ("train", "help"), ("train", "-h")])
+def test_help_of_a_verb_in_every_order(capsys, words):
+    assert run(*words) == 0
+    assert capsys.readouterr().out.startswith("usage: qwench train [FLAGS]\n")
+
+
+@pytest.mark.parametrize(
+    "words", [("reward", "--help"), ("help", "reward"), ("help", "reward", "check"), ("reward", "check", "-h")]
+)
+def test_help_of_reward_is_that_of_its_one_command(capsys, words):
+    assert run(*words) == 0
+    assert capsys.readouterr().out.startswith("usage: qwench reward check FILE [FLAGS]\n")
+
+
+@pytest.mark.parametrize(
+    ("word", "verb"),
+    [
+        ("finetune", "sft"), ("fine_tune", "sft"), ("grpo", "train"), ("Train", "train"), ("evaluate", "eval"),
+        ("generate", "serve"), ("grade", "reward check"), ("export", "convert"), ("pull", "download"), ("evla", "eval"),
+    ],
+)  # fmt: skip
+def test_a_wrong_verb_leads_to_the_one_that_is_meant(capsys, word, verb):
+    assert run(word) == 2
+    assert f"; did you mean qwench {verb}? known: " in capsys.readouterr().err
+
+
+def test_flags_without_a_verb_are_told_to_come_second(capsys):
+    assert run("--lr", "1") == 2
+    assert capsys.readouterr().err.startswith("qwench: the verb comes first: qwench VERB --lr ...")
+
+
+def test_every_word_for_a_verb_leads_to_a_verb():
+    assert {verb.split()[0] for verb in cli._WORDS_FOR_VERBS} == set(cli.VERBS)
+    words = [word for others in cli._WORDS_FOR_VERBS.values() for word in others.split()]
+    assert len(words) == len(set(words))
+    assert not set(words) & set(cli.VERBS)

@@ -19,9 +19,12 @@ import yaml
 
 from qwench.config.command_line import compat
 from qwench.config.command_line.flags import Flag
+from qwench.config.command_line.vocabulary import advise
 from qwench.config.values import yaml_words
 from qwench.errors import ConfigError
 
+_CLOSE = 0.75
+"""Least likeness of a flag that is offered instead: below, the resemblance is of letters, not of meaning."""
 SGLANG_PREFIX = "sglang-"
 ROUTER_PREFIX = "router-"
 
@@ -50,7 +53,9 @@ class Given:
     router: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def split_words(words: Sequence[str]) -> list[Occurrence]:
+def split_words(
+    words: Sequence[str], *, prog: str = "qwench train", table: Mapping[str, Flag] | None = None
+) -> list[Occurrence]:
     """Cut command-line words into flags with their values, and put the content of `--config FILE.yaml` in front.
 
     A flag begins with two dashes and a letter; everything up to the next flag is its value. `--flag=value` gives one value.
@@ -64,7 +69,7 @@ def split_words(words: Sequence[str]) -> list[Occurrence]:
             last = occurrences.pop()
             occurrences.append(Occurrence(name=last.name, values=(*last.values, word)))
         else:
-            raise ConfigError(f"unexpected argument {word!r}; settings are given as --flag value")
+            raise ConfigError(_unexpected(word, prog, table or {}))
     from_files = [entry for item in occurrences if item.name == "config" for entry in read_yaml(item)]
     return from_files + [item for item in occurrences if item.name != "config"]
 
@@ -88,7 +93,7 @@ def read_yaml(config_flag: Occurrence) -> list[Occurrence]:
     ]
 
 
-def sort_flags(occurrences: Iterable[Occurrence], table: Mapping[str, Flag]) -> Given:
+def sort_flags(occurrences: Iterable[Occurrence], table: Mapping[str, Flag], *, prog: str = "qwench train") -> Given:
     """Give every occurrence its fate: a field's flag, passed through, accepted as neutral, or refused."""
     given = Given()
     for item in _expand_shorthands(occurrences):
@@ -100,7 +105,7 @@ def sort_flags(occurrences: Iterable[Occurrence], table: Mapping[str, Flag]) -> 
         elif item.name.startswith(ROUTER_PREFIX) and "rollout-engine" in table:
             given.router[item.name.removeprefix(ROUTER_PREFIX)] = item.values
         else:
-            _accept_neutral(item, table)
+            _accept_neutral(item, table, prog)
     _apply_embedded_aliases(given, table)
     return given
 
@@ -133,6 +138,9 @@ def _find_flag(item: Occurrence, table: Mapping[str, Flag]) -> tuple[Flag | None
 
 
 def _parsed(item: Occurrence, flag: Flag, values: tuple[str, ...]) -> Any:  # as Given.flags
+    for value in values:
+        if value in compat.REFUSED_VALUES.get(flag.name, {}):
+            raise item.error(f"--{item.name} {value} is not supported; use {compat.REFUSED_VALUES[flag.name][value]}")
     try:
         if flag.name.endswith("-path"):
             values = tuple(compat.our_import_path(path) for path in values)
@@ -141,19 +149,36 @@ def _parsed(item: Occurrence, flag: Flag, values: tuple[str, ...]) -> Any:  # as
         raise item.error(f"--{item.name} {error}") from None
 
 
-def _accept_neutral(item: Occurrence, table: Mapping[str, Flag]) -> None:
+def _accept_neutral(item: Occurrence, table: Mapping[str, Flag], prog: str) -> None:
     """Accept a flag that has one harmless value at that value; refuse it otherwise, and every flag that is not known."""
-    neutral = compat.neutral_flag(item.name)
+    neutral = compat.neutral_flag(item.name) if "rollout-engine" in table else None
     if neutral is None:
-        raise item.error(_unknown(item.name, table))
+        raise item.error(f"unknown flag --{item.name}; {_hint(item.name, prog, table)}")
     if not neutral.accepts(item.name, item.values):
         raise item.error(neutral.refusal(item.name, item.values))
 
 
-def _unknown(name: str, table: Mapping[str, Flag]) -> str:
-    close = difflib.get_close_matches(name, [*table, *compat.NEUTRAL_BY_NAME], n=1)
-    hint = f"; did you mean --{close[0]}?" if close else "; see --help"
-    return f"unknown flag --{name}{hint}"
+def _unexpected(word: str, prog: str, table: Mapping[str, Flag]) -> str:
+    """Say what to write instead of a word in front of the first flag, such as verl's `data.train_batch_size=32` or `-lr`."""
+    key = word.partition("=")[0]
+    hint = "" if "/" in key else advise(key, prog=prog, offered=_offered(table)) or ""
+    return f"unexpected argument {word!r}; settings are given as --flag value{hint and f'; {hint}'}"
+
+
+def _hint(name: str, prog: str, table: Mapping[str, Flag]) -> str:
+    """Return what serves a word of other tools, or the flag that is spelled most like it; never one that is refused."""
+    offered = _offered(table)
+    advice = advise(name, prog=prog, offered=offered)
+    if advice is not None:
+        return advice
+    close = difflib.get_close_matches(name, offered, n=1, cutoff=_CLOSE)
+    return f"did you mean --{close[0]}?" if close else f"see {prog.partition(' FILE')[0].partition(' OWNER')[0]} --help"
+
+
+def _offered(table: Mapping[str, Flag]) -> list[str]:
+    """Return the flags that a hint may name."""
+    shorthands = compat.SHORTHANDS if "rollout-engine" in table else {}
+    return [name for name in (*table, *shorthands) if name not in compat.ONE_VALUE]
 
 
 def _apply_embedded_aliases(given: Given, table: Mapping[str, Flag]) -> None:

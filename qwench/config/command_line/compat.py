@@ -210,6 +210,20 @@ def neutral_flag(spelled: str) -> Neutral | None:
     return None
 
 
+REFUSED_VALUES: Mapping[str, Mapping[str, str]] = {
+    "loss-type": {"custom_loss": "policy_loss or sft_loss"},
+    "loss-mask-type": {"qwen3_5": "qwen3"},
+    "optimizer": {"sgd": "adam"},
+    "lr-decay-style": {"WSD": "cosine or linear"},
+}
+"""Flag -> value of theirs without a counterpart -> what to use instead."""
+
+ONE_VALUE = frozenset({
+    "expert-model-parallel-size", "expert-tensor-parallel-size", "optimizer", "rollout-top-p", "rollout-top-k", "rollout-min-p",
+    "disable-compute-advantages-and-returns",
+})  # fmt: skip
+"""Flags that exist for scripts of others and accept one value, or none in training; no hint leads to them."""
+
 SHORTHANDS: Mapping[str, Mapping[str, str]] = {
     "dump-details": {"save-debug-rollout-data": "{value}/rollout_data/{rollout_id}.jsonl"},
 }

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from qwench.config.command_line.compat import EMBEDDED_ALIASES, IMPORT_PATHS, NEUTRAL, REFUSED_PREFIXES, SHORTHANDS
 from qwench.config.command_line.flags import Flag, flag_table
-from qwench.config.command_line.parse import EVAL_DEFAULTS, SFT_DEFAULTS
+from qwench.config.command_line.help import help_text
+from qwench.config.command_line.parse import EVAL_DEFAULTS, SFT_DEFAULTS, section_subjects
 from qwench.config.config import Config
 from qwench.config.sections.verbs import ServeConfig
 from qwench.config.values import format_value, metavar
@@ -28,8 +29,19 @@ where they have the flag.
 - A flag given twice: the last one wins.
 - `--config FILE.yaml` reads flags from a mapping (`max_tokens_per_gpu: 9216`, `colocate: true`); the command line wins over it.
 - JSON: `--train-env-vars '{"NAME": "value"}'`.
-- `--dry-run` prints what a command line amounts to, and ends.
+- `--dry-run` prints what a command line amounts to, checks everything that a start checks, and ends.
 - `--sglang-*` and `--router-*` are kept for the SGLang server and its router under their own names.
+- `--hf-checkpoint`, `--ref-load` and data sets may be names of the Hugging Face hub. They are downloaded into its cache once:
+  `Qwen/Qwen3-0.6B`, `Qwen/Qwen3-0.6B@REVISION`; `owner/data` (its train split), `owner/data:test`, `owner/data:CONFIG/SPLIT`,
+  `owner/data:folder/file.jsonl`, each also with `@REVISION` after the name and `@[:1000]` at the end. A folder or file of this
+  machine wins. HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are respected. With several machines, the cache must be on a
+  disk that all of them see.
+- `qwench VERB --help` shows what is required; `--help SECTION`, `--help FLAG` and `--help-all` show more.
+- `source <(qwench completion bash)` completes flags, values and files; `qwench completion zsh` prints the script of zsh.
+
+`qwench train --help`:
+
+```
 """
 
 
@@ -40,6 +52,7 @@ def render() -> str:
 
 def _lines() -> Iterator[str]:
     yield _INTRODUCTION.rstrip("\n")
+    yield help_text("qwench train", flag_table(Config), {}, subjects=section_subjects(Config), width=80) + "```"
     yield from _sections(flag_table(Config))
     server = {name: flag for name, flag in flag_table(ServeConfig).items() if flag.section == "server"}
     yield "\n`qwench serve` takes the flags of model and engine, and these:"

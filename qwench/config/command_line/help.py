@@ -1,38 +1,158 @@
-"""The text of `qwench VERB --help`: every flag by section, with its value, meaning and default."""
+"""The texts of `qwench VERB --help`, `--help SECTION`, `--help FLAG` and `--help-all`.
+
+The first page of a large verb holds what is required, a command to start from and the flags that most runs set; the sections
+follow by name. A small verb shows all its flags at once.
+"""
 
 from __future__ import annotations
 
+import difflib
 import shutil
 import textwrap
-from collections.abc import Iterator, Mapping
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, pairwise
 
 from qwench.config.command_line.flags import Flag
-from qwench.config.values import format_value, metavar
+from qwench.config.command_line.pages import PAGES, Page
+from qwench.config.values import choices, format_value, metavar
+from qwench.errors import ConfigError
 
-_INDENT = 8
+_INDENT = " " * 8
+_COLUMN = 36
+"""Where the meaning of a flag begins on the first page."""
 _NARROWEST, _WIDEST = 60, 120
+_FEW_FLAGS = 16
+HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 
 
-def help_text(prog: str, table: Mapping[str, Flag], defaults: Mapping[str, tuple[str, ...]]) -> str:
-    """Return the page.
+def is_help(words: Sequence[str]) -> bool:
+    """Tell whether a command line asks for help."""
+    return any(word in (*HELP, HELP_ALL) for word in words)
+
+
+def help_text(
+    prog: str,
+    table: Mapping[str, Flag],
+    defaults: Mapping[str, tuple[str, ...]],
+    *,
+    words: Sequence[str] = (),
+    subjects: Mapping[str, str] | None = None,
+    width: int | None = None,
+) -> str:
+    """Return what the words of a command line ask for.
 
     Args:
         defaults: flag -> the words that this verb sets, where they are not the flag's own default.
+        words: the command line; the word behind --help names a section or a flag.
+        subjects: section -> what it is about.
+        width: columns. None: those of the terminal.
+
+    Raises:
+        ConfigError: the word behind --help is neither.
     """
-    return "\n".join(_lines(prog, table, defaults)) + "\n"
+    width = width or min(max(shutil.get_terminal_size().columns, _NARROWEST), _WIDEST)
+    sections = {name: tuple(flags) for name, flags in groupby(table.values(), key=lambda flag: flag.section)}
+    topic = _topic(words)
+    if topic is not None:
+        return "\n".join(_about(topic, prog, table, sections, defaults, width)) + "\n"
+    page = PAGES.get(prog, Page())
+    lines = [f"usage: {prog} [FLAGS]", *_introduction(page)]
+    if HELP_ALL in words or len(table) < _FEW_FLAGS:
+        lines += ["", "Also --flag=value, and --config FILE.yaml. The last one wins."]
+        lines += _all(sections, defaults, width)
+    else:
+        lines += _first_page(page, table, width)
+        lines += _section_list(sections, subjects or {}, width)
+    return "\n".join(lines) + "\n"
 
 
-def _lines(prog: str, table: Mapping[str, Flag], defaults: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
-    yield f"usage: {prog} [FLAGS]\n"
-    yield "Flags may also be given as --flag=value and in --config FILE.yaml. The last one wins."
-    width = min(max(shutil.get_terminal_size().columns, _NARROWEST), _WIDEST)
-    for section, flags in groupby(table.values(), key=lambda flag: flag.section):
-        yield f"\n{section or 'flags'}"
+def _topic(words: Sequence[str]) -> str | None:
+    """Return the word behind --help, unless it is another flag."""
+    for word, following in pairwise(words):
+        if word in HELP and not following.startswith("-h") and not following.startswith("--help"):
+            return following.lstrip("-").replace("_", "-")
+    return None
+
+
+def _about(
+    topic: str,
+    prog: str,
+    table: Mapping[str, Flag],
+    sections: Mapping[str, Sequence[Flag]],
+    defaults: Mapping[str, tuple[str, ...]],
+    width: int,
+) -> Iterator[str]:
+    if topic in sections:
+        yield from _all({topic: sections[topic]}, defaults, width)
+    elif topic in table:
+        yield from _described(table[topic], defaults, width)
+    else:
+        close = difflib.get_close_matches(topic, [*sections, *table], n=1)
+        hint = f"did you mean {close[0]}?" if close else f"sections: {', '.join(name for name in sections if name)}"
+        raise ConfigError(f"{prog} has no section and no flag {topic!r}; {hint}")
+
+
+def _introduction(page: Page) -> Iterator[str]:
+    if page.summary:
+        yield f"\n{page.summary}"
+    if page.example:
+        yield "\na typical command"
+        yield textwrap.indent(page.example, "  ")
+
+
+def _first_page(page: Page, table: Mapping[str, Flag], width: int) -> Iterator[str]:
+    yield "\nrequired"
+    for name in page.required:
+        yield from _row(table[name], width, also=page.alternatives.get(name, ""))
+    yield "\noften used"
+    for name in page.common:
+        yield from _row(table[name], width)
+
+
+def _section_list(sections: Mapping[str, Sequence[Flag]], subjects: Mapping[str, str], width: int) -> Iterator[str]:
+    yield f"\nsections   (--help SECTION and --help FLAG tell more, {HELP_ALL} tells all)"
+    for name, flags in sections.items():
+        yield from _columns(f"  {name} ({len(flags)})", subjects.get(name, ""), width)
+
+
+def _row(flag: Flag, width: int, *, also: str = "") -> Iterator[str]:
+    """Yield the name of a flag and the first sentence of its meaning."""
+    value = "" if flag.is_switch else " " + metavar(flag.annotation)
+    spelled = f"  --{flag.name}{value}"
+    if len(spelled) >= _COLUMN:
+        spelled = f"  --{flag.name} {'NAME' if choices(flag.annotation) else value}".rstrip()
+    yield from _columns(spelled, f"{first_sentence(flag.help)} {also}".strip(), width)
+
+
+def _columns(left: str, right: str, width: int) -> Iterator[str]:
+    lines = textwrap.wrap(right, width - _COLUMN, break_on_hyphens=False) or [""]
+    if len(left) >= _COLUMN:
+        yield left
+    else:
+        yield f"{left:<{_COLUMN}}{lines.pop(0)}".rstrip()
+    yield from (" " * _COLUMN + line for line in lines)
+
+
+def _all(sections: Mapping[str, Iterable[Flag]], defaults: Mapping[str, tuple[str, ...]], width: int) -> Iterator[str]:
+    for name, flags in sections.items():
+        yield f"\n{name or 'flags'}"
         for flag in flags:
-            yield f"  {_spelling(flag)}"
-            meaning = f"{flag.help} {_default(flag, defaults)}".strip()
-            yield textwrap.fill(meaning, width, initial_indent=" " * _INDENT, subsequent_indent=" " * _INDENT)
+            yield from _described(flag, defaults, width)
+
+
+def _described(flag: Flag, defaults: Mapping[str, tuple[str, ...]], width: int) -> Iterator[str]:
+    spelled, meaning = f"  {_spelling(flag)}", flag.help
+    if len(spelled) > width:
+        spelled, meaning = f"  --{flag.name} NAME", f"One of {', '.join(choices(flag.annotation))}. {meaning}"
+    yield spelled
+    text = f"{meaning} {_default(flag, defaults)}".strip()
+    yield textwrap.fill(text, width, initial_indent=_INDENT, subsequent_indent=_INDENT, break_on_hyphens=False)
+
+
+def first_sentence(text: str) -> str:
+    """Return a text up to its first full stop that ends a sentence."""
+    sentence, stop, _ = text.partition(". ")
+    return sentence + "." if stop else text
 
 
 def _spelling(flag: Flag) -> str:

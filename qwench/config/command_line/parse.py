@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
-from qwench.config.checks import check_checkpoint, check_eval, check_rules, check_sft, check_train
+from qwench.config.checks import check_eval, check_rules, check_serve, check_sft, check_train
 from qwench.config.command_line.argv import Given, Occurrence, sort_flags, split_words
 from qwench.config.command_line.flags import Flag, flag_name, flag_table
-from qwench.config.command_line.help import help_text
+from qwench.config.command_line.help import first_sentence, help_text, is_help
 from qwench.config.config import Config
 from qwench.config.sections.verbs import ServeConfig
 from qwench.errors import ConfigError
@@ -71,7 +71,7 @@ def parse_serve(words: Sequence[str]) -> ServeConfig:
         ConfigError: the user's mistake, in one line.
     """
     config = parse_flags(ServeConfig, words, prog="qwench serve")
-    check_checkpoint(config.model)
+    check_serve(config)
     return config
 
 
@@ -88,22 +88,32 @@ def parse_flags(
         ConfigError: an unknown flag, a wrong value, a section's own check, or a rule between sections.
     """
     table = flag_table(config_type)
-    if "-h" in words or "--help" in words:
-        sys.stdout.write(help_text(prog, table, defaults or {}))
+    if is_help(words):
+        sys.stdout.write(help_text(prog, table, defaults or {}, words=words, subjects=section_subjects(config_type)))
         sys.exit(0)
     base = [Occurrence(name=name, values=values) for name, values in (defaults or {}).items()]
-    given = sort_flags([*base, *split_words(words)], table)
-    _check_required(given, table)
+    given = sort_flags([*base, *split_words(words, prog=prog, table=table)], table, prog=prog)
+    _check_required(given, table, prog=prog)
     config = _fill(config_type, given)
     if isinstance(config, Config):
         check_rules(config)
     return config
 
 
-def _check_required(given: Given, table: Mapping[str, Flag]) -> None:
-    for flag in table.values():
-        if flag.required and flag.name not in given.flags:
-            raise ConfigError(f"--{flag.name} is required: {flag.help}")
+def section_subjects(config_type: type) -> dict[str, str]:
+    """Return section -> the first line of its class's docstring."""
+    hints = get_type_hints(config_type)
+    sections = {item.name: hints[item.name] for item in fields(config_type) if is_dataclass(hints[item.name])}
+    return {name: (section.__doc__ or "").partition("\n")[0] for name, section in sections.items()}
+
+
+def _check_required(given: Given, table: Mapping[str, Flag], *, prog: str) -> None:
+    missing = [flag for flag in table.values() if flag.required and flag.name not in given.flags]
+    if len(missing) == 1:
+        raise ConfigError(f"--{missing[0].name} is required: {missing[0].help}")
+    if missing:
+        named = ", ".join(f"--{flag.name} ({first_sentence(flag.help).rstrip('.')})" for flag in missing)
+        raise ConfigError(f"{prog} requires {named}")
 
 
 def _fill(config_type: type[ConfigT], given: Given) -> ConfigT:

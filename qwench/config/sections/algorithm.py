@@ -11,7 +11,7 @@ from qwench.estimators import METHODS, check_estimator, method_name
 
 KlType = Literal["k1", "k2", "k3", "low_var_kl"]
 TisMode = Literal["truncate", "icepop"]
-LossType = Literal["policy_loss", "sft_loss", "custom_loss"]
+LossType = Literal["policy_loss", "sft_loss"]
 
 
 _TIS_CLIP = 2.0
@@ -29,7 +29,8 @@ class AlgorithmConfig:
     """The method and its constants."""
 
     advantage_estimator: str = "grpo"
-    """RL method by name (listed in qwench/estimators.py). It computes advantages from rewards and chooses the policy loss."""
+    """RL method: grpo, gspo, cispo, rloo, reinforce_plus_plus or reinforce_plus_plus_baseline. It computes advantages from
+    rewards and chooses the policy loss."""
     loss_type: LossType = "policy_loss"
     """policy_loss trains by RL; sft_loss trains on conversations (qwench sft sets it)."""
     calculate_per_token_loss: bool = False

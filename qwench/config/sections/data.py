@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from qwench.config.limits import check_positive
 
-LossMaskType = Literal["qwen", "qwen3", "qwen3_5", "distill_qwen"]
+LossMaskType = Literal["qwen", "qwen3", "distill_qwen"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,8 +16,8 @@ class DataConfig:
     """The training data set."""
 
     prompt_data: str | None = None
-    """Training data: a .jsonl or .parquet file, one row a prompt. path@[a:b] takes rows a to b; negative numbers count from the
-    end."""
+    """Training data, one row a prompt: a file (.jsonl, .json, .csv, .parquet), a folder or a pattern of files, or OWNER/NAME of
+    the Hugging Face hub. path@[a:b] takes rows a to b; negative numbers count from the end."""
     input_key: str = "input"
     """Column of the prompt: a text or a list of messages (qwench sft: messages)."""
     label_key: str | None = None

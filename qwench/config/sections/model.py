@@ -15,7 +15,8 @@ class ModelConfig:
     """The model and its numerics."""
 
     hf_checkpoint: Path | None = None
-    """Folder of a Hugging Face checkpoint with config.json and tokenizer. A fresh run starts from its weights. Required."""
+    """Hugging Face checkpoint with config.json and tokenizer: a folder, or OWNER/NAME of the Hugging Face hub. A fresh run
+    starts from its weights. Required."""
     attn_implementation: AttnImplementation = "sdpa"
     """Attention kernel of the FSDP2 trainer. sdpa runs everywhere; the others need a GPU, and flash_attention_*
     and cudnn their package. cudnn, the fastest on one GPU, is varlen on several."""

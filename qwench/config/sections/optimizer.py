@@ -11,15 +11,15 @@ from qwench.errors import ConfigError
 _BFLOAT16_HALF_STEP = 2.0**-8
 """Changes by less than this share may be rounded away in bfloat16."""
 
-LrDecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
+LrDecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
     """AdamW with float32 masters, and a schedule counted in optimizer steps."""
 
-    optimizer: Literal["adam", "sgd"] = "adam"
-    """Optimizer. Only adam (AdamW) is supported."""
+    optimizer: Literal["adam"] = "adam"
+    """Optimizer: AdamW."""
     lr: float | None = None
     """Peak learning rate. Required for training."""
     min_lr: float = 0.0

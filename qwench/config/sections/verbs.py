@@ -48,6 +48,8 @@ class ColumnsConfig:
     """Column of the response."""
     label_key: str = "label"
     """Column of the answer."""
+    line: int | None = None
+    """Show this line of the file in full, with its verdict. None: count the reasons of all lines."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +81,7 @@ class QuickstartConfig:
     """Where `qwench quickstart` works."""
 
     output: Path = Path("runs/quickstart")
-    """Folder for data, checkpoints and curves. Must not exist."""
+    """Folder for data, checkpoints and curves. A tour that was interrupted goes on there."""
     seed: int = 0
     """Seed of data, weights and training."""
 
@@ -118,6 +120,6 @@ def split_file(words: Sequence[str], *, usage: str) -> tuple[Path, list[str]]:
     """
     if words and not words[0].startswith("-"):
         return Path(words[0]), list(words[1:])
-    if "-h" in words or "--help" in words:
+    if {"-h", "--help", "--help-all"} & set(words):
         return Path(), list(words)
     raise ConfigError(f"a file is missing; usage: {usage}")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from qwench.errors import ConfigError
 from qwench.training import cudnn_attention
@@ -31,11 +32,11 @@ _NAMES = {
 """--attn-implementation -> name under which transformers finds the function."""
 
 
-def install_attention(model: PreTrainedModel, implementation: str, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Make `model` attend by the named implementation.
+def check_attention(implementation: str, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Check that an implementation can compute on this device in this dtype.
 
     Raises:
-        ConfigError: unknown, not installed, or not able to run this model on this device in this dtype.
+        ConfigError: it is unknown, not installed, or needs another device or dtype.
     """
     if implementation not in _NAMES:
         raise ConfigError(f"unknown --attn-implementation {implementation!r}; known: {', '.join(_NAMES)}.")
@@ -46,6 +47,21 @@ def install_attention(model: PreTrainedModel, implementation: str, *, device: to
         )
     if implementation == "cudnn" and not cudnn_attention.is_available():
         raise ConfigError("--attn-implementation cudnn needs the package nvidia-cudnn-frontend; install it or use varlen.")
+    for version, is_there in ((2, is_flash_attn_2_available), (3, is_flash_attn_3_available)):
+        if implementation == f"flash_attention_{version}" and not is_there():
+            raise ConfigError(
+                f"--attn-implementation {implementation} is not available here: the package of FlashAttention {version} is not "
+                "installed or does not fit this GPU; install it or use varlen."
+            )
+
+
+def install_attention(model: PreTrainedModel, implementation: str, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Make `model` attend by the named implementation.
+
+    Raises:
+        ConfigError: unknown, not installed, or not able to run this model on this device in this dtype.
+    """
+    check_attention(implementation, device=device, dtype=dtype)
     layer_types = set(model.config.to_dict().get("layer_types") or ["full_attention"])
     if layer_types != {"full_attention"}:
         raise ConfigError(

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from qwench.commands.reward_check import Summary, check_file
+from qwench.commands.reward_check import Summary, check_file, show_line
 from qwench.config.sections.reward import RewardConfig
 from qwench.errors import ConfigError
 from qwench.rewards.degenerate import degenerate_reason
-from qwench.samples import Verdict
+from qwench.samples import Prompt, Sample, Verdict
 
 
 def check(path: Path, **options: str) -> tuple[Summary, str]:
@@ -107,3 +107,41 @@ def test_one_cause_of_nearly_all_zeros_is_named_with_advice() -> None:
 )
 def test_rewards_that_answers_may_deserve_are_not_degenerate(rewards: list[Verdict]) -> None:
     assert degenerate_reason(rewards) is None
+
+
+def dumped(response: str, label: str, **prompt: object) -> dict[str, object]:
+    prompt_of = Prompt(text="2+2=?", token_ids=(5, 6), label=label, **prompt)
+    return Sample(prompt=prompt_of, sample_id=3, group_id=1, response=response).to_record()
+
+
+def test_what_an_evaluation_and_a_dump_hold_is_graded(tmp_path: Path) -> None:
+    rows = [{"rollout_id": 0, "metrics": {"rollout/raw_reward": 0.5}}, dumped(r"</think>\boxed{4}", "4"), dumped("no", "4")]
+    summary, _ = check(write(tmp_path / "0.jsonl", *rows))
+    assert [(row.reason, row.count, row.example.line) for row in summary.reasons] == [
+        ("exact", 1, 2), ("no_think_marker", 1, 3),
+    ]  # fmt: skip
+
+
+def test_the_reward_of_a_dumped_row_wins_over_the_flag(tmp_path: Path) -> None:
+    row = dumped(r"\boxed{4}", "4", metadata={"rm_type": "math"})
+    assert check(write(tmp_path / "0.jsonl", row))[0].mean_score == 1.0
+
+
+def test_a_damaged_dump_is_named(tmp_path: Path) -> None:
+    row = {**dumped("x", "4"), "prompt": {"text": "x"}}
+    with pytest.raises(ConfigError, match="line 1: it looks like a sample that Qwench wrote"):
+        check(write(tmp_path / "0.jsonl", row))
+
+
+def test_one_line_is_shown_in_full(tmp_path: Path) -> None:
+    long = "step " * 200
+    path = write(tmp_path / "rows.jsonl", {"response": "x", "label": "1"}, dumped(long + r"</think>\boxed{4}", "4"))
+    written = io.StringIO()
+    show_line(
+        path, 2, config=RewardConfig(rm_type="deepscaler", reward_num_workers=1), response_key="response", label_key="label",
+        console=Console(file=written, width=80, soft_wrap=True),
+    )  # fmt: skip
+    lines = written.getvalue().splitlines()
+    assert lines == ["prompt", "2+2=?", "response", long + r"</think>\boxed{4}", "label", "4", "score", "1", "reason", "exact"]
+    with pytest.raises(ConfigError, match="has no response in line 9"):
+        show_line(path, 9, config=RewardConfig(rm_type="math"), response_key="response", label_key="label")

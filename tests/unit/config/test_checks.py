@@ -7,11 +7,9 @@ from qwench.config import (
     AlgorithmConfig,
     ClusterConfig,
     Config,
-    DataConfig,
     DebugConfig,
     EngineConfig,
     ModelConfig,
-    OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
     TrainingConfig,
@@ -28,10 +26,6 @@ FSDP = TrainingConfig(train_backend="fsdp")
 MEGATRON = TrainingConfig(train_backend="megatron")
 
 REFUSED = [
-    ({"algorithm": AlgorithmConfig(loss_type="custom_loss")}, "--loss-type custom_loss is not supported"),
-    ({"data": DataConfig(loss_mask_type="qwen3_5")}, "--loss-mask-type qwen3_5 is not supported"),
-    ({"optimizer": OptimizerConfig(optimizer="sgd")}, "--optimizer sgd is not supported; use adam"),
-    ({"optimizer": OptimizerConfig(lr_decay_style="WSD")}, "--lr-decay-style WSD is not supported"),
     ({"parallel": ParallelConfig(expert_model_parallel_size=2)}, "--expert-model-parallel-size must be 1, got 2"),
     ({"parallel": ParallelConfig(expert_tensor_parallel_size=2)}, "--expert-tensor-parallel-size must be 1, got 2"),
     (
@@ -154,3 +148,34 @@ def test_every_rule_is_applied():
         if inspect.isfunction(value) and value.__module__ == checks.__name__ and value.__annotations__["return"] == "str | None"
     }
     assert {rule.__name__ for rule in checks.RULES} == returning_a_problem
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("--mem-fraction-statik", "0.7"), "did you mean --sglang-mem-fraction-static?"),
+        (("--page-size", "1", "--atention-backend", "fa3"), "did you mean --sglang-attention-backend?"),
+        (("--zzz",), "see python -m sglang.launch_server --help"),
+    ],
+)
+def test_a_flag_that_sglang_does_not_have_is_refused_where_sglang_cannot_say_so(words, hint):
+    with pytest.raises(ConfigError) as caught:
+        check_rules(Config(engine=EngineConfig(sglang_args=words)))
+    assert str(caught.value).endswith(hint) and str(caught.value).startswith("unknown flag --sglang-")
+    check_rules(Config(engine=EngineConfig(sglang_args=words, rollout_engine="sglang")))
+
+
+def test_flags_of_sglang_pass_by_their_names_and_their_other_names():
+    words = (
+        "--mem-fraction-static",
+        "0.7",
+        "--tp-size",
+        "2",
+        "--cuda-graph-bs",
+        "1",
+        "2",
+        "--model",
+        "m",
+        "--disable-radix-cache",
+    )
+    check_rules(Config(engine=EngineConfig(sglang_args=words)))

@@ -14,13 +14,22 @@ def test_a_complete_command_line_passes(files):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--hf-checkpoint", "--prompt-data", "--lr", "--num-rollout", "--rollout-batch-size", "--rollout-max-response-len"]
+    "flag", ["--hf-checkpoint", "--lr", "--num-rollout", "--rollout-batch-size", "--rollout-max-response-len"]
 )
 def test_a_missing_flag_is_asked_for(files, flag):
     words = words_of(files)
     del words[flag]
     with pytest.raises(ConfigError, match=rf"^{flag}.* is required: "):
         parse_train(flat(words))
+
+
+def test_the_reward_is_asked_for_with_the_data_that_could_have_named_it(files):
+    words = words_of(files)
+    del words["--prompt-data"]
+    with pytest.raises(ConfigError, match=r"^qwench train requires --prompt-data .*, --rm-type or --custom-rm-path "):
+        parse_train(flat(words))
+    with pytest.raises(ConfigError, match=r"^--prompt-data is required: "):
+        parse_train([*flat(words), "--rm-type", "math"])
 
 
 @pytest.mark.parametrize(
@@ -69,7 +78,9 @@ def test_train_with_the_loss_of_fine_tuning_is_checked_as_fine_tuning(files):
 
 def test_evaluation_needs_sets_and_a_length_and_may_restrict_sampling(files):
     words = ["--hf-checkpoint", str(files / "model"), "--rollout-top-p", "0.9"]
-    with pytest.raises(ConfigError, match="qwench eval needs something to evaluate on"):
+    with pytest.raises(
+        ConfigError, match=r"qwench eval requires --eval-prompt-data or --eval-config .*, --eval-max-response-len "
+    ):
         parse_eval(words)
     words += ["--eval-prompt-data", "e", str(files / "train.jsonl")]
     with pytest.raises(ConfigError, match="--eval-max-response-len is required"):

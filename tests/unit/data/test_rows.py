@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qwench.data.rows import parse_spec, read_rows
+from qwench.data.rows import check_first_row, parse_spec, read_rows
 from qwench.errors import ConfigError
 
 
@@ -221,3 +221,19 @@ def test_typed_values_of_parquet_become_text(tmp_path):
     }
     with pytest.raises(ConfigError, match=r"b\.parquet row 1: key 'b' holds bytes that are not UTF-8"):
         read_rows(write_parquet(tmp_path / "b.parquet", [{"b": b"\xff"}]))
+
+
+@pytest.mark.parametrize(("name", "write", "place"), [("a.jsonl", write_jsonl, ":1"), ("a.parquet", write_parquet, " row 1")])
+def test_a_column_that_the_first_row_lacks_is_told_without_reading_the_others(tmp_path, name, write, place):
+    spec = write(tmp_path / name, [{"question": "1+1", "answer": "2"}])
+    with pytest.raises(ConfigError) as caught:
+        check_first_row(spec, "prompt", flag="--input-key")
+    assert str(caught.value) == f"{spec}{place}: key 'prompt' (--input-key) is missing; the row has: question, answer."
+    check_first_row(spec, "question", flag="--input-key")
+
+
+@pytest.mark.parametrize("content", ["", "not json\n", "[1]\n", '\n{"prompt": 1}\n'])
+def test_what_the_first_line_does_not_tell_is_left_to_the_reader(tmp_path, content):
+    (tmp_path / "a.jsonl").write_text(content)
+    check_first_row(str(tmp_path / "a.jsonl"), "prompt", flag="--input-key")
+    check_first_row(f"{tmp_path / 'a.jsonl'}@[1:]", "question", flag="--input-key")

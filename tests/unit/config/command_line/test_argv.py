@@ -40,7 +40,7 @@ def test_a_flag_whose_own_name_begins_with_no_is_not_a_negation():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--learning-rat", "1"], "unknown flag --learning-rat; see --help"),
+        (["--learning-rat", "1"], "unknown flag --learning-rat; see qwench train --help"),
         (["--max-token-per-gpu", "1"], "unknown flag --max-token-per-gpu; did you mean --max-tokens-per-gpu?"),
         (["--no-lr"], "unknown flag --no-lr"),
         (["--lr"], "--lr expects one value, got none"),
@@ -120,7 +120,7 @@ def test_yaml_comes_before_the_command_line_wherever_it_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("learning_rate_: 1\n", "unknown flag --learning-rate-"),
+        ("learning_rate: 1\n", "unknown flag --learning-rate; use --lr"),
         ("seed: soon\n", "--seed must be an integer, got 'soon'"),
         ("use_opd: true\n", "--use-opd true is not supported"),
     ],

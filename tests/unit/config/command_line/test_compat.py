@@ -3,8 +3,18 @@ import pytest
 from qwench.config import (
     Config,
 )
-from qwench.config.command_line.compat import EMBEDDED_ALIASES, NEUTRAL, NEUTRAL_BY_NAME, SHORTHANDS, neutral_flag
+from qwench.config.command_line.argv import sort_flags, split_words
+from qwench.config.command_line.compat import (
+    EMBEDDED_ALIASES,
+    NEUTRAL,
+    NEUTRAL_BY_NAME,
+    REFUSED_VALUES,
+    SHORTHANDS,
+    neutral_flag,
+)
 from qwench.config.command_line.flags import flag_table
+from qwench.config.values import choices
+from qwench.errors import ConfigError
 
 
 def test_no_flag_has_two_fates():
@@ -47,3 +57,26 @@ def test_whole_families_of_flags_are_refused_by_their_prefix():
     assert flag is not None
     assert not flag.accepts("moe-grouped-gemm", ())
     assert neutral_flag("lr") is None
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "instead"),
+    [
+        ("--loss-type", "custom_loss", "policy_loss or sft_loss"),
+        ("--loss_mask_type", "qwen3_5", "qwen3"),
+        ("--optimizer", "sgd", "adam"),
+        ("--lr-decay-style", "WSD", "cosine or linear"),
+    ],
+)
+def test_a_value_without_a_counterpart_is_refused_with_what_to_use(flag, value, instead):
+    with pytest.raises(ConfigError) as caught:
+        sort_flags(split_words([flag, value]), flag_table(Config))
+    assert str(caught.value) == f"{flag.replace('_', '-')} {value} is not supported; use {instead}"
+
+
+def test_what_to_use_instead_of_a_refused_value_is_accepted():
+    table = flag_table(Config)
+    for name, values in REFUSED_VALUES.items():
+        offered = choices(table[name].annotation)
+        assert not set(values) & set(offered)
+        assert {word for instead in values.values() for word in instead.split(" or ")} <= set(offered)

@@ -72,7 +72,7 @@ def test_fine_tuning_has_its_own_defaults_that_flags_win_over(tmp_path):
 
 def test_help_lists_the_flags_of_every_section_and_ends_the_process(capsys):
     with pytest.raises(SystemExit) as ended:
-        parse("--lr", "1", "--help")
+        parse("--lr", "1", "--help-all")
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert all(flag in shown for flag in ("--hf-checkpoint", "--eps-clip-high", "--max-tokens-per-gpu", "--dry-run"))

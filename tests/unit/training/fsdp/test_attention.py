@@ -65,6 +65,7 @@ def _model(**changes):
         ("varlen", "cpu", torch.bfloat16, "use --attn-implementation sdpa"),
         ("varlen", "cuda", torch.float32, "computes in bfloat16"),
         ("flash_attention_2", "cuda", torch.bfloat16, "flash_attention_2 is not available here"),
+        ("flash_attention_3", "cuda", torch.bfloat16, "flash_attention_3 is not available here"),
     ],
 )
 def test_an_implementation_that_cannot_run_here_is_refused(implementation, device, dtype, message):

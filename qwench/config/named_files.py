@@ -1,0 +1,107 @@
+"""Checks of the files and folders that flags name, before anything heavy is imported: they exist and have a known format."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from pathlib import Path
+
+from qwench.config.config import Config
+from qwench.config.eval_sets import eval_sets
+from qwench.config.sections.checkpoint import CheckpointConfig
+from qwench.config.sections.model import ModelConfig
+from qwench.errors import ConfigError
+from qwench.files import DATA_SUFFIXES, check_can_hold
+from qwench.hub import find_reference
+from qwench.models.architecture import MODEL_TYPES
+
+_SLICE = re.compile(r"@\[[^\]]*\]$")
+
+
+def check_checkpoint(model: ModelConfig) -> None:
+    """Check that --hf-checkpoint names a folder of a model that can be trained, or a model of the hub.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    folder = model.hf_checkpoint
+    assert folder is not None, "required flags are asked for first"
+    if find_reference(str(folder), "model") is not None:
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"--hf-checkpoint: there is no folder {folder}")
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"--hf-checkpoint: {folder} is a LoRA adapter; merge it into its base model first")
+    if not (folder / "config.json").is_file():
+        others = "; it holds GGUF files, which are not read" if any(folder.glob("*.gguf")) else ""
+        raise ConfigError(f"--hf-checkpoint: {folder} has no config.json{others}; is it a Hugging Face checkpoint?")
+    _check_model_type(folder / "config.json")
+
+
+def _check_model_type(file: Path) -> None:
+    """Refuse a model of another family by its config.json; what is wrong with the file otherwise is told when it is read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    model_type = content.get("model_type") if isinstance(content, dict) else None
+    if model_type is not None and model_type not in MODEL_TYPES:
+        raise ConfigError(
+            f"--hf-checkpoint: {file} has model_type {model_type!r}; supported are dense {', '.join(MODEL_TYPES)}"
+        )
+
+
+def check_eval_data(config: Config) -> None:
+    """Check that the files of all evaluation sets are there.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    evaluation = config.evaluation
+    flag = "--eval-prompt-data" if evaluation.eval_config is None else f"--eval-config: {evaluation.eval_config}"
+    for one in eval_sets(evaluation):
+        check_data_file(flag, one.path)
+
+
+def check_data_file(flag: str, spec: str) -> None:
+    """Check that there is a data file, folder or pattern, or a name of the hub, and that the format is one that is read."""
+    if find_reference(spec, "dataset") is not None:
+        return
+    path = Path(_SLICE.sub("", spec)).expanduser()
+    if not path.exists() and not (glob.has_magic(path.name) and any(path.parent.glob(path.name))):
+        raise ConfigError(f"{flag}: there is no file {path}")
+    if path.is_file() and path.suffix not in DATA_SUFFIXES:
+        raise ConfigError(f"{flag}: {path} has the unknown format {path.suffix!r}; convert it to {', '.join(DATA_SUFFIXES)}")
+
+
+def check_starting_point(checkpoint: CheckpointConfig) -> None:
+    """Check that --load and --ref-load have something to start from.
+
+    Raises:
+        ConfigError: one has not.
+    """
+    reference = checkpoint.ref_load
+    if reference is not None and not reference.is_dir() and find_reference(str(reference), "model") is None:
+        raise ConfigError(f"--ref-load: there is no folder {checkpoint.ref_load}")
+    if checkpoint.load is None or checkpoint.ref_load is not None or checkpoint.load == checkpoint.save:
+        return
+    if not checkpoint.load.is_dir() or not any(checkpoint.load.iterdir()):
+        raise ConfigError(
+            f"--load: {checkpoint.load} is missing or empty, and there is no --ref-load to start from; "
+            "leave --load out to start from --hf-checkpoint"
+        )
+
+
+def check_outputs(config: Config) -> None:
+    """Check that a run will not fail when it first writes."""
+    for flag, folder in (
+        ("--save", config.checkpoint.save),
+        ("--save-hf", config.checkpoint.save_hf),
+        ("--log-dir", config.logging.log_dir),
+        ("--eval-output", config.evaluation.eval_output),
+    ):
+        if folder is not None:
+            check_can_hold(Path(folder), flag=flag)
+    if config.debug.save_debug_rollout_data is not None:
+        check_can_hold(Path(config.debug.save_debug_rollout_data).parent, flag="--save-debug-rollout-data")

@@ -1,0 +1,128 @@
+"""What a start checks before it takes a device or loads a weight, data apart; a dry run executes the same list.
+
+Nothing here writes, and nothing stays open.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+
+import torch
+
+from qwench.checkpoints.folders import check_load_folder, check_save_folder, check_weights
+from qwench.cluster.bundles import plan_bundles
+from qwench.config.sections.logging import LoggingConfig
+from qwench.config.sglang_flags import unknown_sglang_flag
+from qwench.engines.kinds import KINDS
+from qwench.engines.kinds.sglang_router import check_router_words
+from qwench.errors import ConfigError
+from qwench.launch.engines import check_external
+from qwench.launch.inputs import Inputs
+from qwench.launch.placement import Launcher, check_turns, choose_launcher, enough_gpus
+from qwench.models.hf_weights import has_weights
+from qwench.observability.tracking import import_tensorboard, import_wandb
+from qwench.samples import Json
+from qwench.training.fsdp.attention import check_attention
+from qwench.training.megatron.platform import check_platform, check_transformer_impl
+
+_logger = logging.getLogger(__name__)
+
+
+def check_ready(inputs: Inputs, identity: Mapping[str, Json] | None = None) -> None:
+    """Check everything that a run needs of this machine and of the folders that flags name.
+
+    Args:
+        identity: what the run shares with the folder of --save; None: it saves nothing.
+
+    Raises:
+        ConfigError: the user's mistake, or a package or device that is not there.
+    """
+    launcher = _check_launcher(inputs)
+    elsewhere = _plans_for_gpus_elsewhere(inputs)
+    if elsewhere:
+        _logger.warning(
+            "this machine has no GPU, and the run asks for %d: its packages, devices and weights are not checked here",
+            plan_bundles(inputs.config.cluster, inputs.plan.devices).num_devices,
+        )
+    if inputs.plan.devices.trains and not elsewhere:
+        _check_trainer(inputs, launcher)
+        check_trackers(inputs.config.logging)
+    check_engines(inputs, elsewhere=elsewhere)
+    if identity is not None and inputs.is_main:
+        check_save_folder(inputs.config.checkpoint, identity)
+        check_load_folder(inputs.config.checkpoint, identity)
+    if elsewhere:
+        return
+    # A dry run needs only config.json: its weights may not be there yet.
+    looks = has_weights(inputs.model_folder) or not inputs.config.debug.dry_run
+    check_weights(inputs.config.checkpoint, inputs.plan.model, inputs.model_folder if looks else None)
+
+
+def check_engines(inputs: Inputs, *, elsewhere: bool = False) -> None:
+    """Check that the engines' programs are installed and take the flags, or that engines that run already serve this model.
+
+    Args:
+        elsewhere: the programs are those of another machine: only the names of the flags can be checked.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    engine = inputs.config.engine
+    if not inputs.plan.devices.generates:
+        return
+    if elsewhere:
+        problem = unknown_sglang_flag(engine.sglang_args)
+        if problem is not None:
+            raise ConfigError(problem)
+        return
+    if engine.routes_requests:
+        check_router_words(engine.router_args)
+    if engine.rollout_external_engine_addrs:
+        check_external(inputs)
+    else:
+        KINDS[engine.rollout_engine].check_flags(engine)
+
+
+def _plans_for_gpus_elsewhere(inputs: Inputs) -> bool:
+    """Tell whether this is the dry run of a run on several GPUs, on a machine without one, such as a laptop."""
+    several = plan_bundles(inputs.config.cluster, inputs.plan.devices).num_devices > 1
+    return inputs.config.debug.dry_run and several and not torch.cuda.is_available()
+
+
+def check_trackers(flags: LoggingConfig) -> None:
+    """Check that the packages of the trackers can be imported.
+
+    Raises:
+        ConfigError: one cannot.
+    """
+    if flags.use_tensorboard:
+        import_tensorboard()
+    if flags.use_wandb:
+        import_wandb()
+
+
+def _check_launcher(inputs: Inputs) -> Launcher:
+    config, devices = inputs.config, inputs.plan.devices
+    launcher = choose_launcher(config, os.environ, generates=devices.generates)
+    if launcher == "ray":
+        if find_spec("ray") is None:
+            raise ConfigError("--launcher ray needs Ray, which is not installed; pip install 'qwench[ray]'.")
+    else:
+        check_turns(config, on_gpus=torch.cuda.is_available())
+        enough_gpus(inputs)
+    return launcher
+
+
+def _check_trainer(inputs: Inputs, launcher: Launcher) -> None:
+    """Check the backend's packages and devices; those of a Ray cluster's nodes are seen by the ranks there."""
+    config = inputs.config
+    if launcher == "ray":
+        return
+    if config.backend == "megatron":
+        check_platform()
+        check_transformer_impl(config.training.transformer_impl)
+    else:
+        check_attention(config.model.attn_implementation, device=inputs.device, dtype=inputs.dtype)

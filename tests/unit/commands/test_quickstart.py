@@ -1,0 +1,74 @@
+import json
+
+import pytest
+
+from qwench.commands import quickstart
+from qwench.commands.quickstart import commands, tour, write_data
+from qwench.errors import QwenchError
+
+
+class Stages:
+    """Runs no command, and leaves what a finished stage leaves."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.verbs = []
+        self.stop = None
+
+    def run(self, arguments):
+        if len(self.verbs) == self.stop:
+            raise KeyboardInterrupt
+        self.verbs.append(arguments[0])
+        result = next(result for _, words, result in commands(self.folder, seed=0) if words == list(arguments))
+        if result.suffix == ".json":
+            result.parent.mkdir(parents=True)
+            result.write_text(json.dumps({"eval/held_out": 0.5}))
+        else:
+            result.mkdir()
+
+
+@pytest.fixture
+def ran(monkeypatch, tmp_path):
+    """Return the stages of a tour in a folder that is not there yet."""
+    stages = Stages(tmp_path / "q")
+    monkeypatch.setattr(quickstart, "run_command", stages.run)
+    monkeypatch.setattr(quickstart, "plot_curves", lambda metrics, file, names: file)
+    monkeypatch.setattr(
+        quickstart, "write_data", lambda folder, **sizes: write_data(folder, seed=0, num_demos=2, num_prompts=2, num_held_out=2)
+    )
+    return stages
+
+
+def test_every_stage_runs_once_in_order_and_a_finished_tour_runs_none(ran, capsys):
+    tour(ran.folder)
+    assert ran.verbs == ["make-model", "sft", "eval", "train", "eval"]
+    tour(ran.folder)
+    assert ran.verbs == ["make-model", "sft", "eval", "train", "eval"]
+    assert capsys.readouterr().out.count("done already") == 5
+
+
+@pytest.mark.parametrize("stop", range(5))
+def test_an_interrupted_tour_goes_on_with_the_stage_that_was_not_finished(ran, stop):
+    ran.stop = stop
+    with pytest.raises(KeyboardInterrupt):
+        tour(ran.folder)
+    ran.stop = None
+    tour(ran.folder)
+    assert ran.verbs == ["make-model", "sft", "eval", "train", "eval"]
+
+
+def test_an_empty_data_folder_is_filled(ran):
+    (ran.folder / "data").mkdir(parents=True)
+    tour(ran.folder)
+    assert sorted(path.name for path in (ran.folder / "data").iterdir()) == ["sft.jsonl", "test.jsonl", "train.jsonl"]
+
+
+def test_files_of_others_and_another_seed_are_refused(ran):
+    ran.folder.mkdir()
+    (ran.folder / "thesis.tex").touch()
+    with pytest.raises(QwenchError, match=r"is not a quickstart's \(thesis.tex\)"):
+        tour(ran.folder)
+    (ran.folder / "thesis.tex").unlink()
+    tour(ran.folder)
+    with pytest.raises(QwenchError, match="a quickstart of another seed"):
+        tour(ran.folder, seed=1)

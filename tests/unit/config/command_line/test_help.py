@@ -1,0 +1,92 @@
+import pytest
+
+from qwench.config import Config, ServeConfig
+from qwench.config.checks import check_eval, check_sft, check_train
+from qwench.config.command_line.flags import flag_table
+from qwench.config.command_line.pages import PAGES
+from qwench.config.command_line.parse import EVAL_DEFAULTS, SFT_DEFAULTS, parse_flags
+from qwench.config.sections.convert import ConvertConfig
+from qwench.errors import ConfigError
+from qwench.estimators import estimator_names
+
+
+@pytest.fixture(autouse=True)
+def eighty_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def shown(capsys, *words, config_type=Config, prog="qwench train"):
+    with pytest.raises(SystemExit) as ended:
+        parse_flags(config_type, words, prog=prog)
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prog", ["qwench train", "qwench sft", "qwench eval"])
+def test_the_first_page_has_a_command_the_required_flags_and_the_sections(capsys, prog):
+    lines = shown(capsys, "--help", prog=prog).splitlines()
+    assert lines[0] == f"usage: {prog} [FLAGS]"
+    headings = [line.split()[0] for line in lines if line and not line.startswith(" ")]
+    assert headings[-4:] == ["a", "required", "often", "sections"]
+    required = lines[lines.index("required") + 1 : lines.index("often used")]
+    assert [line.split()[0][2:] for line in required if line.startswith("  --")] == list(PAGES[prog].required)
+    assert len(lines) < 110
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--help-all"], ["--help", "data"], ["--help", "lr"]])
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_no_line_is_wider_than_the_terminal(capsys, monkeypatch, words, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    allowed = max(columns, 80)  # a command is not broken
+    assert [line for line in shown(capsys, *words).splitlines() if len(line) > allowed] == []
+
+
+def test_every_flag_is_in_the_whole_listing_and_in_its_section(capsys):
+    whole = shown(capsys, "--help-all")
+    for flag in flag_table(Config).values():
+        assert f"  --{flag.name}" in whole
+    section = shown(capsys, "--help", "optimizer")
+    assert "--weight-decay" in section and "--hf-checkpoint" not in section
+    assert shown(capsys, "--help", "weight_decay").splitlines()[0] == "  --weight-decay FLOAT"
+    assert shown(capsys, "--help", "--weight-decay") == shown(capsys, "--help", "weight-decay")
+
+
+def test_an_unknown_topic_is_named_with_the_nearest(capsys):
+    with pytest.raises(ConfigError, match="has no section and no flag 'optimiser'; did you mean optimizer"):
+        parse_flags(Config, ["--help", "optimiser"], prog="qwench train")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--help-all"]])
+def test_no_choice_is_offered_that_is_refused(capsys, words):
+    text = shown(capsys, *words)
+    assert [word for word in ("WSD", "custom_loss", "qwen3_5", "sgd", "'ppo'", " ppo,") if word in text] == []
+    for name in estimator_names():
+        assert name in shown(capsys, "--help", "advantage-estimator")
+
+
+def test_a_small_verb_shows_all_its_flags(capsys):
+    text = shown(capsys, "--help", config_type=ConvertConfig, prog="qwench convert")
+    assert "--max-shard-gb FLOAT" in text and "a typical command" in text
+
+
+def test_serve_has_a_first_page_too(capsys):
+    text = shown(capsys, "-h", config_type=ServeConfig, prog="qwench serve")
+    assert "--port INT" in text and "--embedded-page-size" not in text
+
+
+@pytest.mark.parametrize(
+    ("prog", "check", "defaults"),
+    [("qwench train", check_train, {}), ("qwench sft", check_sft, SFT_DEFAULTS), ("qwench eval", check_eval, EVAL_DEFAULTS)],
+)
+def test_all_missing_flags_are_named_at_once_and_are_those_of_the_help(prog, check, defaults):
+    with pytest.raises(ConfigError) as caught:
+        check(parse_flags(Config, [], prog=prog, defaults=defaults))
+    said = str(caught.value)
+    assert said.startswith(f"{prog} requires --hf-checkpoint (")
+    for name in PAGES[prog].required:
+        assert f"--{name} " in said or (prog, name) == ("qwench eval", "rm-type")
+
+
+def test_missing_flags_of_a_small_verb_are_named_at_once():
+    with pytest.raises(ConfigError, match=r"qwench convert requires --input .*, --output .*, --to "):
+        parse_flags(ConvertConfig, [], prog="qwench convert")

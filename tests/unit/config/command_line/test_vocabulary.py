@@ -1,0 +1,150 @@
+import re
+
+import pytest
+
+from qwench.config import Config, ServeConfig
+from qwench.config.command_line.argv import sort_flags, split_words
+from qwench.config.command_line.compat import NEUTRAL_BY_NAME, ONE_VALUE, SHORTHANDS
+from qwench.config.command_line.flags import flag_table
+from qwench.config.command_line.parse import parse_flags
+from qwench.config.command_line.vocabulary import _FAMILIES, _OF_VERB, ADVICE, advise
+from qwench.config.sections.convert import ConvertConfig
+from qwench.config.sections.verbs import DownloadConfig, MakeModelConfig, RewardCheckConfig
+from qwench.errors import ConfigError
+
+TABLE = flag_table(Config)
+TABLES = {
+    "qwench eval": TABLE,
+    "qwench serve": flag_table(ServeConfig),
+    "qwench convert": flag_table(ConvertConfig),
+    "qwench reward check": flag_table(RewardCheckConfig),
+    "qwench download": flag_table(DownloadConfig),
+    "qwench make-model": flag_table(MakeModelConfig),
+}
+
+
+def flags_of(text):
+    return re.findall(r"--([a-z][a-z0-9-]+)", re.sub(r"qwench \w+ --\S+ \S+", "", text))
+
+
+def refusal(*words, config_type=Config, prog="qwench train"):
+    with pytest.raises(ConfigError) as caught:
+        parse_flags(config_type, words, prog=prog)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("phrase", sorted({*ADVICE.values(), *(phrase for _, phrase in _FAMILIES)}))
+def test_no_phrase_leads_to_a_flag_that_is_unknown_or_refused(phrase):
+    assert [flag for flag in flags_of(phrase) if flag not in TABLE or flag in ONE_VALUE or flag in NEUTRAL_BY_NAME] == []
+
+
+@pytest.mark.parametrize("verb", _OF_VERB)
+def test_the_phrases_of_a_verb_name_its_own_flags(verb):
+    for phrase in _OF_VERB[verb].values():
+        assert [flag for flag in flags_of(phrase) if flag not in TABLES[verb]] == [], phrase
+
+
+def test_no_word_is_a_flag_that_is_accepted_already():
+    assert [word for word in ADVICE if word in TABLE or word in SHORTHANDS] == []
+    for verb, words in _OF_VERB.items():
+        if verb != "qwench eval":  # which shares its table with training
+            assert [word for word in words if word in TABLES[verb]] == []
+
+
+@pytest.mark.parametrize(
+    ("word", "served_by"),
+    [
+        ("use-lora", "Qwench has no LoRA"),
+        ("lora-rank", "Qwench has no LoRA"),
+        ("peft-config", "Qwench has no LoRA"),
+        ("save-gguf", "GGUF is neither read nor written"),
+        ("load-in-4bit", "weights are not quantised"),
+        ("learning-rate", "use --lr"),
+        ("learning_rate", "use --lr"),
+        ("Learning-Rate", "use --lr"),
+        ("batch-size", "use --rollout-batch-size"),
+        ("per-device-train-batch-size", "use --micro-batch-size"),
+        ("gradient-accumulation-steps", "gradients accumulate over micro-batches"),
+        ("num-train-epochs", "use --num-epoch"),
+        ("epochs", "use --num-epoch"),
+        ("max-steps", "use --num-rollout"),
+        ("max-length", "use --rollout-max-context-len"),
+        ("max-completion-length", "use --rollout-max-response-len"),
+        ("num-generations", "use --n-samples-per-prompt"),
+        ("temperature", "use --rollout-temperature"),
+        ("model", "use --hf-checkpoint"),
+        ("model-name-or-path", "use --hf-checkpoint"),
+        ("dataset", "use --prompt-data"),
+        ("val-files", "use --eval-prompt-data"),
+        ("output-dir", "use --save"),
+        ("report-to", "use --use-tensorboard"),
+        ("run-name", "use --wandb-group"),
+        ("beta", "use --use-kl-loss"),
+        ("vllm-mode", "engines are Qwench's own or SGLang"),
+        ("use-vllm", "engines are Qwench's own or SGLang"),
+        ("deepspeed", "use --train-backend fsdp"),
+        ("dpo-beta", "Qwench has no preference optimisation"),
+        ("resume-from-checkpoint", "the same command with the same --save"),
+        ("reward-funcs", "use --rm-type"),
+    ],
+)
+def test_words_of_other_tools_lead_to_what_serves_them(word, served_by):
+    assert refusal(f"--{word}", "1").startswith(
+        f"unknown flag --{word.lower() if word[0].islower() else word}".replace("_", "-")
+    )
+    assert f"; {served_by}" in refusal(f"--{word}", "1")
+
+
+@pytest.mark.parametrize(
+    ("word", "served_by"),
+    [
+        ("data.train_batch_size=1024", "use --rollout-batch-size"),
+        ("actor_rollout_ref.actor.optim.lr=1e-6", "use --lr"),
+        ("actor_rollout_ref.model.path=Qwen/Qwen3-0.6B", "use --hf-checkpoint"),
+        ("actor_rollout_ref.rollout.n=8", "use --n-samples-per-prompt"),
+        ("+trainer.total_epochs=3", "use --num-epoch"),
+        ("-lr", "use --lr"),
+    ],
+)
+def test_an_override_of_verl_and_a_single_dash_are_told_the_flag(word, served_by):
+    said = refusal(word)
+    assert said.startswith(f"unexpected argument {word!r}; settings are given as --flag value; {served_by}")
+
+
+def test_a_file_in_front_of_the_flags_gets_no_guess():
+    assert refusal("data/train.jsonl").endswith("settings are given as --flag value")
+
+
+@pytest.mark.parametrize(
+    ("config_type", "prog", "word", "said"),
+    [
+        (Config, "qwench eval", "output-dir", "use --eval-output"),
+        (Config, "qwench eval", "temperature", "use --eval-temperature"),
+        (ServeConfig, "qwench serve", "model-path", "use --hf-checkpoint"),
+        (ServeConfig, "qwench serve", "learning-rate", "use --lr; qwench serve has no such flag, qwench train has"),
+        (ServeConfig, "qwench serve", "sampling-backend", "see qwench serve --help"),
+        (ConvertConfig, "qwench convert", "output-dir", "use --output"),
+        (ConvertConfig, "qwench convert", "format", "use --to"),
+        (RewardCheckConfig, "qwench reward check FILE", "workers", "use --reward-num-workers"),
+        (RewardCheckConfig, "qwench reward check FILE", "foo", "see qwench reward check --help"),
+        (DownloadConfig, "qwench download OWNER/NAME ...", "local-dir", "use --output"),
+    ],
+)
+def test_each_verb_leads_to_its_own_flags(config_type, prog, word, said):
+    assert refusal(f"--{word}", "x", config_type=config_type, prog=prog).startswith(f"unknown flag --{word}; {said}")
+
+
+@pytest.mark.parametrize("typed", ["num-expert", "expert-parallel-size", "optimiser", "opd-kl-coeff", "rollout-top-pp"])
+def test_a_refused_flag_is_never_offered(typed):
+    said = refusal(f"--{typed}", "1")
+    assert [flag for flag in flags_of(said.partition(";")[2]) if flag in ONE_VALUE or flag in NEUTRAL_BY_NAME] == [], said
+
+
+def test_an_unknown_word_that_resembles_nothing_gets_no_guess():
+    assert refusal("--frobnicate", "1") == "unknown flag --frobnicate; see qwench train --help"
+    assert advise("frobnicate", prog="qwench train", offered=TABLE) is None
+
+
+def test_flags_of_slime_that_change_nothing_belong_to_the_verbs_that_train():
+    assert sort_flags(split_words(["--bf16"]), TABLE).flags == {}
+    assert refusal("--bf16", config_type=MakeModelConfig, prog="qwench make-model").startswith("unknown flag --bf16")
