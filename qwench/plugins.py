@@ -106,8 +106,11 @@ def guarded(function: Function, *, path: str, flag: str) -> Function:
 
 
 def _takes_anything(function: Function) -> bool:
-    """Tell whether a function names none of its positional arguments: `(*args, **kwargs)`."""
-    kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
+    """Tell whether a function names none of its positional arguments: `(*args, **kwargs)`, or compiled code."""
+    try:
+        kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
+    except ValueError:
+        return True
     named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return inspect.Parameter.VAR_POSITIONAL in kinds and not any(kind in named for kind in kinds)
 

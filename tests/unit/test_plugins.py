@@ -140,3 +140,13 @@ def test_no_child_process_looks_for_modules_in_the_working_folder_first() -> Non
     ]
     assert len(after) >= 8
     assert set(after) <= {"'-P'", "'-EP'"}
+
+
+def test_a_signature_that_takes_anything_is_said_not_to_be_checked(tmp_path, caplog):
+    file = tmp_path / "anything.py"
+    file.write_text("def score(*args, **kwargs):\n    return 1\n\n\ndef exact(sample):\n    return 1\n")
+    load_function(f"{file}:score", flag="--custom-rm-path", called_as="fn(sample)")
+    assert f"at {file}:1 takes any arguments, so its signature cannot be checked; it is called as fn(sample)" in caplog.text
+    caplog.clear()
+    load_function(f"{file}:exact", flag="--custom-rm-path", called_as="fn(sample)")
+    assert caplog.text == ""
