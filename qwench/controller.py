@@ -129,6 +129,7 @@ def train(run: Run) -> None:
                     publisher.publish(version=rollout_id + 1)
     evaluate_if_due(run, run.plan.num_rollout)
     run.checkpoints.finish()
+    run.metrics.finish()
 
 
 def generate(run: Run) -> None:

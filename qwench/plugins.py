@@ -46,18 +46,7 @@ def load_function(path: str, *, flag: str, num_arguments: int = 1, called_as: st
     Raises:
         ConfigError: it cannot be loaded, or has another signature.
     """
-    file, colon, name = path.rpartition(":")
-    module_name, _, name = ("", "", name) if colon else path.rpartition(".")
-    try:
-        module = _module_of_file(Path(file)) if colon else _module(module_name)
-        function = getattr(module, name)
-    except (Exception, SystemExit) as error:  # the user's module runs here, and may raise anything
-        place = raised_at(error)
-        described = f"{type(error).__name__}: {error}" + (f", at {place}" if place else "")
-        raise ConfigError(
-            f"{flag} {path!r} cannot be imported ({described}); a module must lie in the working folder or on PYTHONPATH, "
-            "and a file is named as ./file.py:function."
-        ) from error
+    function = load_object(path, flag=flag)
     if not callable(function):
         raise ConfigError(f"{flag} {path!r} is no function but a {type(function).__name__}.")
     try:
@@ -77,6 +66,26 @@ def load_function(path: str, *, flag: str, num_arguments: int = 1, called_as: st
     return loaded
 
 
+def load_object(path: str, *, flag: str = "") -> Any:  # the user's own function, class or value
+    """Load what `package.module.name` or `file.py:name` names.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    file, colon, name = path.rpartition(":")
+    module_name, _, name = ("", "", name) if colon else path.rpartition(".")
+    try:
+        module = _module_of_file(Path(file)) if colon else _module(module_name)
+        return getattr(module, name)
+    except (Exception, SystemExit) as error:  # the user's module runs here, and may raise anything
+        place = raised_at(error)
+        described = f"{type(error).__name__}: {error}" + (f", at {place}" if place else "")
+        raise ConfigError(
+            f"{flag} {path!r} cannot be imported ({described}); a module must lie in the working folder or on PYTHONPATH, "
+            "and a file is named as ./file.py:function."
+        ) from error
+
+
 def guarded(function: Function, *, path: str, flag: str) -> Function:
     """Return the function with whatever it raises turned into one line that names the flag, the error and its place."""
 
@@ -85,18 +94,18 @@ def guarded(function: Function, *, path: str, flag: str) -> Function:
         return QwenchError(f"{flag} {path!r} failed: {type(error).__name__}: {error} ({place})")
 
     @functools.wraps(function)
-    async def call_async(*arguments: Any) -> Any:
+    async def call_async(*arguments: Any, **named: Any) -> Any:
         try:
-            return await function(*arguments)
+            return await function(*arguments, **named)
         except QwenchError:
             raise
         except (Exception, SystemExit) as error:
             raise failure(error) from error
 
     @functools.wraps(function)
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **named: Any) -> Any:
         try:
-            return function(*arguments)
+            return function(*arguments, **named)
         except QwenchError:
             raise
         except (Exception, SystemExit) as error:

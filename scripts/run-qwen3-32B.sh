@@ -2,7 +2,8 @@
 # GRPO of Qwen3-32B on one node of 8 GPUs: TP8, one SGLang engine of 8 GPUs, optimizer on the host.
 # Memory of a rank (4.1e9 of 32.8e9): weights 8.2 GB bf16, gradients 16.4 GB fp32; with recomputation 82 kB of
 # activations a token (64 layers x 5120 x 2 bytes / TP8), 1.7 GB at 20,480 tokens. The engine keeps 8.2 GB a GPU.
-# Host of the node: masters and bf16 moments 262 GB, reference 66 GB, sleeping weights 66 GB: 394 GB.
+# Host of the node: masters and moments 394 GB, reference 66 GB, sleeping weights 66 GB: 526 GB. With moments in bf16
+# (--exp-avg-dtype bf16 --exp-avg-sq-dtype bf16) 394 GB.
 # Usage: MODEL_DIR=... DATA_DIR=... [OUTPUT_DIR=runs] bash scripts/run-qwen3-32B.sh [more flags]
 set -euo pipefail
 HERE=$(dirname "${BASH_SOURCE[0]}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
+from itertools import accumulate
 
 from qwench.config.plan import DevicePlan
 from qwench.config.sections.cluster import ClusterConfig
@@ -54,7 +55,7 @@ def plan_bundles(cluster: ClusterConfig, devices: DevicePlan) -> Bundles:
     """Return what to ask of a cluster."""
     return Bundles(
         trainer=(cluster.actor_num_gpus_per_node,) * cluster.actor_num_nodes if devices.trains else (),
-        engines=() if devices.shared else (devices.devices_per_engine,) * devices.num_engines,
+        engines=() if devices.shared else devices.engine_sizes,
     )
 
 
@@ -72,11 +73,11 @@ def order_of(seats: Sequence[Seat]) -> list[int]:
     return sorted(range(len(seats)), key=key)
 
 
-def engine_places(seats: Sequence[Seat], *, devices_per_engine: int, with_numbers: bool) -> list[EnginePlace]:
+def engine_places(seats: Sequence[Seat], *, sizes: Sequence[int], with_numbers: bool) -> list[EnginePlace]:
     """Divide the trainer's devices, in order of ranks, among engines; CPUs have no numbers."""
     places = []
-    for start in range(0, len(seats), devices_per_engine):
-        mine = seats[start : start + devices_per_engine]
+    for size, end in zip(sizes, accumulate(sizes), strict=True):
+        mine = seats[end - size : end]
         assert len({seat.node_id for seat in mine}) == 1, f"an engine would span nodes: {mine}"
         devices = tuple(seat.device for seat in mine) if with_numbers else ()
         places.append(EnginePlace(node_id=mine[0].node_id, address=mine[0].address, devices=devices))

@@ -121,7 +121,7 @@ class RayCluster:
         _all(numbered, label="number the trainer's ranks")
         return RayRanks(self._trainers, rendezvous)
 
-    def make_servers(self, makers: Sequence[CommandMaker], *, devices_per_engine: int) -> list[RayServer]:
+    def make_servers(self, makers: Sequence[CommandMaker], *, sizes: Sequence[int]) -> list[RayServer]:
         """Return a server for each maker, not started yet: on separate devices, or on the trainer's in order of ranks."""
         if self._bundles.engines:
             first = len(self._bundles.trainer)
@@ -130,7 +130,7 @@ class RayCluster:
             ]
             places: list[EnginePlace] = _all([actor.place.remote() for actor in actors], label="start the engines' actors")
         else:
-            places = engine_places(self._seats, devices_per_engine=devices_per_engine, with_numbers=self.has_gpus)
+            places = engine_places(self._seats, sizes=sizes, with_numbers=self.has_gpus)
             actors = [self._start_beside_trainer(place) for place in places]
         self._servers = [RayServer(*each) for each in zip(actors, makers, places, strict=True)]
         return self._servers

@@ -11,8 +11,10 @@ from rich.text import Text
 
 from qwench.config import Config, RunPlan
 from qwench.config.advice import plan_warnings, warnings
+from qwench.config.engine_choice import check_engine_is_installed, look_at_machine
 from qwench.config.environment import trainer_environment
 from qwench.config.eval_sets import resolve_eval_sets
+from qwench.config.memory_fit import engine_weight_bytes
 from qwench.config.named_files import check_checkpoint
 from qwench.config.plan import plan_lines
 from qwench.config.report import settings_by_section
@@ -73,6 +75,7 @@ def prepare(config: Config, *, trains: bool = True) -> RunPlan:
         sys.stderr.write(f"qwench: warning: {warning}\n")
     _check_columns(config)  # before seconds of imports
     if not config.debug.dry_run:
+        check_engine_is_installed(config, look_at_machine())
         os.environ.update(trainer_environment(config.cluster, config.parallel, config.training, os.environ))
     from qwench.launch.inputs import plan_inputs  # PyTorch reads the environment when it is imported
 
@@ -111,3 +114,5 @@ def _show(config: Config, plan: RunPlan) -> None:
     console.print(Text("plan", style="bold"))
     for line in plan_lines(config, plan):
         console.print(Text(f"  {line}"))
+    if plan.devices.generates and (weights := engine_weight_bytes(plan)):
+        console.print(Text(f"  engine weights: {weights / 2**30:.1f} GiB in bfloat16 on each device"))

@@ -20,6 +20,9 @@ def warnings(config: Config, *, trains: bool = True) -> Iterator[str]:
     Args:
         trains: the verb trains; evaluation alone does not care about flags of training.
     """
+    if config.references.unused_flags:
+        names = " ".join(f"--{name}" for name in config.references.unused_flags)
+        yield f"these flags have no effect here (docs/flags.md says why): {names}"
     if trains:
         yield from _training_warnings(config)
         yield from _unused_evaluation(config)
@@ -27,7 +30,7 @@ def warnings(config: Config, *, trains: bool = True) -> Iterator[str]:
         yield from _unread_checkpoints(config.checkpoint)
     if config.engine.rollout_external_engine_addrs:
         yield from _unused_by_external_engines(config.engine)
-    elif config.engine.rollout_engine == "embedded":
+    elif config.engine.kind == "embedded":
         yield from _unused_by_embedded_engine(config)
 
 

@@ -152,7 +152,7 @@ def _has_length(config: Config) -> bool:
 
 def _reads_prompts(config: Config) -> bool:
     replaced = config.rollout.rollout_function_path not in (None, SFT_ROLLOUT)
-    return config.debug.load_debug_rollout_data is None and not replaced
+    return config.debug.load_debug_rollout_data is None and not replaced and not config.data.disable_rollout_global_dataset
 
 
 def _check_sampling_is_unrestricted(config: Config) -> None:
@@ -272,7 +272,9 @@ def engines_divide_gpus(config: Config) -> str | None:
     """Every engine gets as many GPUs."""
     cluster = config.cluster
     num_gpus = cluster.world_size if cluster.shares_devices else cluster.rollout_num_gpus
-    if config.engine.rollout_engine == "sglang" and num_gpus and num_gpus % cluster.rollout_num_gpus_per_engine:
+    if config.engine.sglang_config is not None:
+        return None  # its groups have their own sizes
+    if config.engine.kind == "sglang" and num_gpus and num_gpus % cluster.rollout_num_gpus_per_engine:
         return (
             f"--rollout-num-gpus-per-engine {cluster.rollout_num_gpus_per_engine} does not divide the {num_gpus} GPUs "
             "of the engines"
@@ -303,6 +305,13 @@ def fine_tuning_rollout_has_its_loss(config: Config) -> str | None:
     return None
 
 
+def prompts_come_from_somewhere(config: Config) -> str | None:
+    """Without a data set, the rollout function brings the prompts."""
+    if config.data.disable_rollout_global_dataset and config.rollout.rollout_function_path in (None, SFT_ROLLOUT):
+        return "--disable-rollout-global-dataset leaves no prompts; give a --rollout-function-path that brings its own"
+    return None
+
+
 def partial_run_has_its_input(config: Config) -> str | None:
     """Training alone needs recorded rollouts, unless it is fine-tuning."""
     if config.debug.debug_train_only and not config.debug.load_debug_rollout_data and config.algorithm.loss_type != "sft_loss":
@@ -313,7 +322,7 @@ def partial_run_has_its_input(config: Config) -> str | None:
 def tensorboard_has_a_folder(config: Config) -> str | None:
     """TensorBoard files go to the run's own folder; in a common one, runs would mix."""
     logging = config.logging
-    if logging.use_tensorboard and logging.log_dir is None and config.checkpoint.save is None:
+    if logging.use_tensorboard and not (logging.log_dir or logging.tensorboard_dir or config.checkpoint.save):
         return "--use-tensorboard has no folder to write to; give --log-dir or --save"
     return None
 
@@ -347,7 +356,7 @@ def an_export_replaces_nothing_else(config: Config) -> str | None:
 
 def sglang_flags_are_known(config: Config) -> str | None:
     """The installed SGLang checks its own flags; for the embedded engine a spelling mistake would pass unseen."""
-    return None if config.engine.rollout_engine == "sglang" else unknown_sglang_flag(config.engine.sglang_args)
+    return None if config.engine.kind == "sglang" else unknown_sglang_flag(config.engine.sglang_args)
 
 
 RULES: tuple[Callable[[Config], str | None], ...] = (
@@ -363,6 +372,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     recorded_rollouts_are_counted,
     fine_tuning_has_one_response,
     fine_tuning_rollout_has_its_loss,
+    prompts_come_from_somewhere,
     partial_run_has_its_input,
     tensorboard_has_a_folder,
     the_best_checkpoint_is_measured,

@@ -17,6 +17,7 @@ from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.parallel import ParallelConfig
+from qwench.config.sections.references import ReferencesConfig
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.config.sections.training import TrainingConfig
@@ -41,6 +42,12 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
+    references: ReferencesConfig = field(default_factory=ReferencesConfig)
+
+    @property
+    def generates(self) -> bool:
+        """Tell whether the run needs engines: not to fine-tune, and not to learn from recorded rollouts."""
+        return self.algorithm.loss_type != "sft_loss" and self.debug.load_debug_rollout_data is None
 
     @property
     def backend(self) -> Literal["megatron", "fsdp"]:

@@ -72,15 +72,18 @@ class EvalSetConfig:
 _KEYS = tuple(item.name for item in fields(EvalSetConfig))
 
 
-def read_eval_file(path: Path) -> tuple[EvalSetConfig, ...]:
+def read_eval_file(path: Path, *, for_function: bool = False) -> tuple[EvalSetConfig, ...]:
     """Return the sets of a file in the form of the module docstring; `datasets` may also map names to sets.
+
+    Args:
+        for_function: --eval-function-path reads the file too, and its further keys are that function's.
 
     Raises:
         ConfigError: the file cannot be read, or says what no set can be; names the file, the set and the key.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return _sets(content)
+        return _sets(content, for_function=for_function)
     except OSError as error:
         raise ConfigError(f"--eval-config: cannot read {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
@@ -89,9 +92,12 @@ def read_eval_file(path: Path) -> tuple[EvalSetConfig, ...]:
         raise ConfigError(f"--eval-config: {path}: {error}") from error
 
 
-def _sets(content: Any) -> tuple[EvalSetConfig, ...]:
+def _sets(content: Any, *, for_function: bool) -> tuple[EvalSetConfig, ...]:
     """Read what the file holds; ValueError says what is wrong in it."""
-    outline = _mapping(_mapping(content, ("eval",), "the file")["eval"], ("defaults", "datasets"), "eval")
+    evaluation = _mapping(content, ("eval",), "the file")["eval"]
+    known = ("defaults", "datasets")
+    more = tuple(evaluation) if for_function and isinstance(evaluation, dict) else ()
+    outline = _mapping(evaluation, (*known, *more), "eval")
     defaults = _mapping(outline.get("defaults"), _KEYS[2:], "eval.defaults")
     sets = tuple(_set(entry, defaults, i) for i, entry in enumerate(_entries(outline.get("datasets"))))
     names = [one.name for one in sets]
@@ -176,7 +182,7 @@ def eval_sets(evaluation: EvalConfig) -> tuple[EvalSetConfig, ...]:
         ConfigError: --eval-config cannot be read.
     """
     if evaluation.eval_config is not None:
-        return read_eval_file(evaluation.eval_config)
+        return read_eval_file(evaluation.eval_config, for_function=evaluation.eval_function_path is not None)
     names, paths = evaluation.eval_prompt_data[::2], evaluation.eval_prompt_data[1::2]
     return tuple(EvalSetConfig(name=name, path=path) for name, path in zip(names, paths, strict=True))
 

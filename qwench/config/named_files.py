@@ -84,9 +84,12 @@ def check_starting_point(checkpoint: CheckpointConfig) -> None:
     reference = checkpoint.ref_load
     if reference is not None and not reference.is_dir() and find_reference(str(reference), "model") is None:
         raise ConfigError(f"--ref-load: there is no folder {checkpoint.ref_load}")
+    is_empty = checkpoint.load is not None and (not checkpoint.load.is_dir() or not any(checkpoint.load.iterdir()))
+    if is_empty and checkpoint.exit_on_missing_checkpoint:
+        raise ConfigError(f"--load: {checkpoint.load} is missing or empty, and --exit-on-missing-checkpoint is given")
     if checkpoint.load is None or checkpoint.ref_load is not None or checkpoint.load == checkpoint.save:
         return
-    if not checkpoint.load.is_dir() or not any(checkpoint.load.iterdir()):
+    if is_empty:
         raise ConfigError(
             f"--load: {checkpoint.load} is missing or empty, and there is no --ref-load to start from; "
             "leave --load out to start from --hf-checkpoint"

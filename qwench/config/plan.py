@@ -8,12 +8,15 @@ world_size = tp_size x pp_size x cp_size x dp_size
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
 from qwench.config.config import Config
+from qwench.config.engine_groups import read_engine_sizes
 from qwench.config.eval_sets import EvalSettings, resolve_eval_sets
 from qwench.config.layout import ParallelLayout, check_layout, data_parallel_size
 from qwench.config.model_flags import check_model_flags
@@ -33,6 +36,7 @@ from qwench.models.memory import (
 )
 
 BFLOAT16_BYTES = 2
+_MOMENT_BYTES = {"fp32": FLOAT32_BYTES, "bf16": BFLOAT16_BYTES}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,11 +47,19 @@ class BatchPlan:
     n_samples_per_prompt: int
     global_batch_size: int
     num_steps_per_rollout: int
+    """With --allow-partial-train-step the last one may be smaller."""
+
+    @property
+    def last_step(self) -> int:
+        """Return the samples of the last step."""
+        samples = self.rollout_batch_size * self.n_samples_per_prompt
+        return samples - (self.num_steps_per_rollout - 1) * self.global_batch_size
 
     def __str__(self) -> str:
         return (
             f"rollout_batch_size {self.rollout_batch_size} x n_samples_per_prompt {self.n_samples_per_prompt}"
             f" = global_batch_size {self.global_batch_size} x num_steps_per_rollout {self.num_steps_per_rollout}"
+            + (f", the last of {self.last_step}" if self.last_step != self.global_batch_size else "")
         )
 
 
@@ -61,13 +73,17 @@ class DevicePlan:
     """The trainer computes on GPUs."""
     shared: bool
     """Trainer and engines use the same devices. False also where one of them is missing."""
-    num_engines: int
-    """Engines that the run starts; 0: none, or those of --rollout-external-engine-addrs."""
-    devices_per_engine: int
+    engine_sizes: tuple[int, ...]
+    """Devices of each engine that the run starts; empty: none, or those of --rollout-external-engine-addrs."""
     offload_train: bool
     offload_rollout: bool
     weights_may_alias: bool
     """An engine in this process may sample from the trainer's own tensors: it never generates while they change."""
+
+    @property
+    def num_engines(self) -> int:
+        """Return how many engines the run starts."""
+        return len(self.engine_sizes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +100,8 @@ class RunPlan:
     """Tokens of all context-parallel ranks together; None: micro-batches are counted in samples."""
     score_tokens: int | None
     """The same for passes without gradient."""
+    allow_partial_step: bool
+    """Samples that do not fill a step become a smaller one."""
     balances_data: bool
     """Micro-batches are dealt to the data-parallel ranks by their cost."""
     devices: DevicePlan
@@ -148,6 +166,7 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
         micro_batch_size=training.micro_batch_size,
         micro_batch_tokens=training.max_tokens_per_gpu * layout.cp if training.max_tokens_per_gpu else None,
         score_tokens=score_tokens * layout.cp if training.use_dynamic_batch_size and score_tokens else None,
+        allow_partial_step=training.allow_partial_train_step,
         balances_data=training.balance_data,
         devices=devices,
         schedule=Schedule(rollout=config.rollout, evaluation=config.evaluation, checkpoint=config.checkpoint),
@@ -177,7 +196,7 @@ def plan_batch(rollout: RolloutConfig, training: TrainingConfig) -> BatchPlan:
             f"{have}, but --global-batch-size {per_step} x --num-steps-per-rollout {steps} = {per_step * steps}; "
             "leave one of the two out"
         )
-    if per_step is not None and samples % per_step:
+    if per_step is not None and samples % per_step and not training.allow_partial_train_step:
         raise ConfigError(f"{have}, which --global-batch-size {per_step} does not divide; choose a divisor of {samples}")
     if steps is not None and samples % steps:
         raise ConfigError(f"{have}, which --num-steps-per-rollout {steps} does not divide; choose a divisor of {samples}")
@@ -186,7 +205,7 @@ def plan_batch(rollout: RolloutConfig, training: TrainingConfig) -> BatchPlan:
         rollout_batch_size=prompts,
         n_samples_per_prompt=siblings,
         global_batch_size=per_step,
-        num_steps_per_rollout=samples // per_step,
+        num_steps_per_rollout=-(-samples // per_step),
     )
 
 
@@ -204,8 +223,8 @@ def _plan_devices(config: Config, *, trains: bool, on_gpus: bool) -> DevicePlan:
         ConfigError: an engine would span two nodes.
     """
     cluster, debug, rollout = config.cluster, config.debug, config.rollout
-    generates = config.algorithm.loss_type != "sft_loss" and debug.load_debug_rollout_data is None
-    per_engine = cluster.rollout_num_gpus_per_engine if config.engine.rollout_engine == "sglang" else 1
+    generates = config.generates
+    per_engine = cluster.rollout_num_gpus_per_engine if config.engine.kind == "sglang" else 1
     num_devices = cluster.world_size if cluster.shares_devices else cluster.rollout_num_gpus or 0
     starts_engines = generates and not config.engine.rollout_external_engine_addrs
     shared = generates and trains and not debug.debug_rollout_only and cluster.shares_devices
@@ -219,12 +238,30 @@ def _plan_devices(config: Config, *, trains: bool, on_gpus: bool) -> DevicePlan:
         generates=generates,
         on_gpus=on_gpus,
         shared=shared,
-        num_engines=num_devices // per_engine if starts_engines else 0,
-        devices_per_engine=per_engine,
+        engine_sizes=_engine_sizes(config, num_devices, per_engine) if starts_engines else (),
         offload_train=_offloads(cluster.offload_train, cluster.offload, cluster.shares_devices),
         offload_rollout=_offloads(cluster.offload_rollout, cluster.offload, cluster.shares_devices),
         weights_may_alias=generates and rollout.rollouts_ahead == 0 and rollout.update_weights_interval == 1,
     )
+
+
+def _engine_sizes(config: Config, num_devices: int, per_engine: int) -> tuple[int, ...]:
+    """Return the devices of each engine, in the order of their devices.
+
+    Raises:
+        ConfigError: --sglang-config does not fit the devices, or an engine of it would span two nodes.
+    """
+    path, cluster = config.engine.sglang_config, config.cluster
+    if path is None or config.engine.kind != "sglang":
+        return (per_engine,) * (num_devices // per_engine)
+    sizes = read_engine_sizes(path, num_gpus=num_devices, default_size=per_engine)
+    node = cluster.actor_num_gpus_per_node if cluster.shares_devices else cluster.num_gpus_per_node
+    for size, end in zip(sizes, accumulate(sizes), strict=True):
+        if (end - size) // node != (end - 1) // node:
+            raise ConfigError(
+                f"--sglang-config: {path}: an engine of {size} GPUs would span nodes of {node}; reorder the groups."
+            )
+    return sizes
 
 
 def _offloads(asked: bool | None, both: bool, shares_devices: bool) -> bool:
@@ -235,7 +272,7 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
     optimizer, layout = config.optimizer, config.parallel.layout
     state = StateBytes(
         param=BFLOAT16_BYTES if train_dtype(config, on_gpus=on_gpus) == "bfloat16" else FLOAT32_BYTES,
-        moment=BFLOAT16_BYTES if optimizer.use_precision_aware_optimizer else FLOAT32_BYTES,
+        moments=sum(_MOMENT_BYTES[dtype] for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype)),
         offloaded=optimizer.offloaded_share,
     )
     if config.backend == "fsdp":
@@ -256,7 +293,7 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
     if devices.trains and devices.generates:
         yield f"devices: {'shared by trainer and engines' if devices.shared else 'trainer and engines apart'}"
     if devices.generates:
-        yield f"engines: {_engines(devices)}"
+        yield f"engines: {config.engine.kind} ({config.engine.engine_reason or 'the default'}), {_engines(devices)}"
     if devices.trains:
         yield f"reference model: {'held' if plan.holds_reference else 'not needed'}"
         yield (
@@ -269,7 +306,11 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
 def _engines(devices: DevicePlan) -> str:
     if not devices.num_engines:
         return "those of --rollout-external-engine-addrs"
-    return f"{devices.num_engines}, of {devices.devices_per_engine} device{'s' * (devices.devices_per_engine > 1)} each"
+    kinds = Counter(devices.engine_sizes)
+    if len(kinds) == 1:
+        (size,) = kinds
+        return f"{devices.num_engines}, of {size} device{'s' * (size > 1)} each"
+    return ", ".join(f"{count} of {size} device{'s' * (size > 1)}" for size, count in kinds.items())
 
 
 def _micro_batches(plan: RunPlan) -> str:

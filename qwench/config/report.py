@@ -22,6 +22,8 @@ _SECRET_NAME = re.compile(r"(key|token|secret|password|passwd|credentials?)$", r
 _CREDENTIALS = re.compile(r"//[^/@\s]+@")
 _HIDDEN = "(not shown)"
 _PASSED_THROUGH = {"sglang_args": "sglang", "router_args": "router"}
+_NO_FLAGS = frozenset({"engine-reason", "unused-flags"})
+"""What the parser adds; a checkpoint does not keep it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +45,7 @@ def settings_by_section(config: Config) -> dict[str, list[Setting]]:
             Setting(flag=f"--{flag_name(item.name)}", value=_text(item.name, value), is_default=value == default)
             for item in fields(values)
             for value in [getattr(values, item.name)]
-            for default in [table[flag_name(item.name)].default if flag_name(item.name) in table else ()]
+            for default in [table[flag_name(item.name)].default if flag_name(item.name) in table else item.default]
         ]
     return shown
 
@@ -51,7 +53,9 @@ def settings_by_section(config: Config) -> dict[str, list[Setting]]:
 def flag_values(config: Config) -> dict[str, str]:
     """Return every flag with its value as text; secrets are left out."""
     settings = (setting for section in settings_by_section(config).values() for setting in section)
-    return {setting.flag: setting.value for setting in settings if setting.flag.removeprefix("--") not in _SECRET_FLAGS}
+    return {
+        setting.flag: setting.value for setting in settings if setting.flag.removeprefix("--") not in _SECRET_FLAGS | _NO_FLAGS
+    }
 
 
 def as_yaml(config: Config) -> str:
@@ -63,7 +67,7 @@ def as_yaml(config: Config) -> str:
             value, name = getattr(values, item.name), flag_name(item.name)
             if item.name in _PASSED_THROUGH:
                 settings |= _passed_through(_PASSED_THROUGH[item.name], value)
-            elif value is not None and value not in ((), {}) and name not in _SECRET_FLAGS:
+            elif value is not None and value not in ((), {}) and name not in _SECRET_FLAGS | _NO_FLAGS:
                 settings[name] = _plain(without_secrets(value))
     return _HEADER + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 

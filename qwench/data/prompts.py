@@ -133,6 +133,35 @@ class PromptSource:
         return Group(group_id=draw.group_id, samples=samples)
 
 
+class NoPrompts:
+    """The source of a run without a data set (--disable-rollout-global-dataset): it has no group to give."""
+
+    epoch = 0
+
+    def next_groups(self, n: int) -> list[Group]:
+        """Return nothing where nothing is asked for.
+
+        Raises:
+            ConfigError: a group is asked for.
+        """
+        if n:
+            raise ConfigError(
+                f"--disable-rollout-global-dataset: the rollout function asked for {n} prompts; it brings its own."
+            )
+        return []
+
+    def num_rollouts_per_epoch(self, rollout_batch_size: int) -> int:
+        """Return 1: there are no epochs."""
+        return 1
+
+    def state_dict(self) -> dict[str, Json]:
+        """Return nothing: there is no position."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Json]) -> None:
+        """Ignore the cursor of a run with a data set."""
+
+
 def _render(row: Row, input_key: str, tools: Json, renderer: ChatRenderer | None) -> str:
     value = row.require(input_key, flag="--input-key")
     if renderer is not None:

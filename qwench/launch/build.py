@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -21,7 +22,7 @@ from qwench.cluster.gpus import ColocatedGpus, DedicatedGpus
 from qwench.config import Config, RunPlan
 from qwench.config.report import CONFIG_FILE, as_yaml, flag_values
 from qwench.controller import LearnerProtocol, Run
-from qwench.data.prompts import LoadedPrompts, PromptSource
+from qwench.data.prompts import LoadedPrompts, NoPrompts, PromptSource
 from qwench.data.sft import LoadedSft, SftSource, render_mask_preview
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import CheckpointError, ConfigError
@@ -32,16 +33,14 @@ from qwench.launch.placement import make_servers, open_processes, start_learner,
 from qwench.launch.readiness import check_ready
 from qwench.launch.report import finish_report, metric_log, start_report
 from qwench.launch.rollouts import build_generation
-from qwench.launch.trainer import load_reward_post_process
+from qwench.launch.user_functions import load_post_process, load_user_functions
 from qwench.models.architecture import Architecture
 from qwench.models.hf import write_hf_checkpoint
 from qwench.models.hf_weights import is_fp8_checkpoint
 from qwench.observability.dumps import check_recorded, save_rollout
 from qwench.observability.log import open_driver_log, write_driver_log
 from qwench.observability.timing import PhaseTimer
-from qwench.rewards.graders import check_prompts
-from qwench.rewards.pool import check_reward
-from qwench.rollout.functions import load_functions
+from qwench.rewards.graders import check_installed, check_prompts
 from qwench.rollout.probe import GreedyProbe
 from qwench.rollout.stream import ReplayStream, SftStream
 from qwench.samples import Json, Prompt, Rollout
@@ -66,8 +65,10 @@ def build(config: Config, plan: RunPlan) -> Run:
     if config.debug.load_debug_rollout_data is not None:
         return _build_replay(inputs, config.debug.load_debug_rollout_data)
     loaded, eval_prompts = _read_prompts(inputs)
+    for prompts in (loaded.prompts, *eval_prompts.values()):
+        check_installed(config.reward, prompts)
     check_ready(inputs, _identity(inputs.plan.model, inputs.config))
-    source = _prompts(inputs, loaded)
+    source = _prompt_source(inputs, loaded)
     inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch(plan.batch.rollout_batch_size))
     timer = PhaseTimer()
     checkpoints, run_name = _open_outputs(inputs, timer)
@@ -110,6 +111,19 @@ def build(config: Config, plan: RunPlan) -> Run:
         )
 
 
+def _prompt_source(inputs: Inputs, loaded: LoadedPrompts) -> PromptSource | NoPrompts:
+    """Return what hands out groups of training prompts."""
+    data = inputs.config.data
+    if data.disable_rollout_global_dataset:
+        return NoPrompts()
+    return PromptSource(
+        loaded.prompts,
+        n_samples_per_prompt=inputs.plan.batch.n_samples_per_prompt,
+        shuffle=data.rollout_shuffle,
+        seed=data.rollout_seed,
+    )
+
+
 def check(config: Config, plan: RunPlan) -> None:
     """Check everything that `build` checks before it takes a device: a dry run accepts what a start accepts.
 
@@ -117,14 +131,14 @@ def check(config: Config, plan: RunPlan) -> None:
         ConfigError: the user's mistake.
     """
     inputs = read_inputs(config, plan)
-    source: PromptSource | SftSource | None = None
+    source: PromptSource | NoPrompts | SftSource | None = None
     if config.algorithm.loss_type == "sft_loss":
         source = _conversations(inputs, read_conversations(inputs)[0])
         inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch())
     elif config.debug.load_debug_rollout_data is not None:
         check_recorded(config.debug.load_debug_rollout_data, num_rollout=plan.num_rollout)
     else:
-        source = _prompts(inputs, _read_prompts(inputs)[0])
+        source = _prompt_source(inputs, _read_prompts(inputs)[0])
         inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch(plan.batch.rollout_batch_size))
     check_ready(inputs, _identity(inputs.plan.model, inputs.config))
     checkpoints, _ = _open_outputs(inputs, PhaseTimer(), writes=False)
@@ -135,24 +149,16 @@ def check(config: Config, plan: RunPlan) -> None:
 def _read_prompts(inputs: Inputs) -> tuple[LoadedPrompts, dict[str, Sequence[Prompt]]]:
     """Read the prompts of training and of each evaluation set, and check that rewards and functions fit them."""
     config = inputs.config
-    load_reward_post_process(config.reward)
-    check_reward(config.reward)
-    load_functions(config.rollout, config.evaluation)
-    loaded = read_training_prompts(inputs)
+    load_post_process(config, Namespace)
+    load_user_functions(config)
+    if config.data.disable_rollout_global_dataset:
+        loaded = LoadedPrompts(prompts=[], num_dropped=0)
+    else:
+        loaded = read_training_prompts(inputs)
     eval_prompts = {name: prompts.prompts for name, prompts in read_eval_prompts(inputs).items()}
     for prompts in (loaded.prompts, *eval_prompts.values()):
         check_prompts(config.reward, prompts)
     return loaded, eval_prompts
-
-
-def _prompts(inputs: Inputs, loaded: LoadedPrompts) -> PromptSource:
-    data = inputs.config.data
-    return PromptSource(
-        loaded.prompts,
-        n_samples_per_prompt=inputs.plan.batch.n_samples_per_prompt,
-        shuffle=data.rollout_shuffle,
-        seed=data.rollout_seed,
-    )
 
 
 def _conversations(inputs: Inputs, loaded: LoadedSft) -> SftSource:
@@ -282,7 +288,7 @@ def _recorder(config: Config, run_name: str) -> Iterator[Callable[[Rollout], Pat
         yield partial(save_rollout, config.debug.save_debug_rollout_data, run=run_name)
 
 
-def check_resumes(saved: Saved | None, source: PromptSource | SftSource, *, num_rollout: int) -> None:
+def check_resumes(saved: Saved | None, source: PromptSource | NoPrompts | SftSource, *, num_rollout: int) -> None:
     """Check before a model loads that the run can continue from what was saved.
 
     Raises:

@@ -38,7 +38,7 @@ def command_makers(inputs: Inputs, *, num_engines: int, token: str, with_weights
         token: clients show it to change weights or memory.
         with_weights: the engines sample with the checkpoint's weights; else only after the first publication.
     """
-    kind = KINDS[inputs.config.engine.rollout_engine]
+    kind = KINDS[inputs.config.engine.kind]
     order = server_order(inputs, token=token, with_weights=with_weights, on_gpus=on_gpus)
     return [partial(kind.command, order, index=index) for index in range(num_engines)]
 
@@ -50,7 +50,7 @@ def server_order(inputs: Inputs, *, token: str, with_weights: bool, on_gpus: boo
         engine=config.engine,
         model_folder=inputs.model_folder.absolute(),
         dtype=str(publication_dtype(config, on_gpu=on_gpus)).removeprefix("torch."),
-        devices_per_engine=inputs.plan.devices.devices_per_engine,
+        engine_sizes=inputs.plan.devices.engine_sizes,
         releases_memory=inputs.plan.devices.offload_rollout,
         seed=config.data.rollout_seed,
         serves_checkpoint=with_weights,
@@ -140,7 +140,7 @@ def _start_servers(inputs: Inputs, servers: Sequence[Server], token: str | None)
         client = HttpEngine(
             url,
             token=token,
-            kind=engine.rollout_engine,
+            kind=engine.kind,
             placement=server.placement,
             health_timeout_s=engine.rollout_health_check_timeout,
         )

@@ -22,13 +22,12 @@ from qwench.launch.placement import make_servers, open_processes
 from qwench.launch.readiness import check_ready
 from qwench.launch.report import describe_model
 from qwench.launch.rollouts import build_generation
+from qwench.launch.user_functions import load_user_functions
 from qwench.observability.log import open_driver_log, open_process_log
 from qwench.observability.run_report import say_facts
 from qwench.observability.summary import summarize
-from qwench.rewards.graders import check_prompts
-from qwench.rewards.pool import check_reward
+from qwench.rewards.graders import check_installed, check_prompts
 from qwench.rollout.evaluate import EvalResult
-from qwench.rollout.functions import load_functions
 from qwench.samples import Prompt
 
 _MARKER = "qwench_eval.json"
@@ -40,6 +39,8 @@ def evaluate(config: Config, plan: RunPlan) -> None:
     inputs = read_inputs(config, plan)
     open_driver_log(config.logging.log_level, inputs.console)
     prompts = _check(inputs)
+    for rows in prompts.values():
+        check_installed(config.reward, rows)
     output = config.evaluation.eval_output
     if output is not None:
         own_eval_folder(output, flag_values(config))
@@ -84,8 +85,7 @@ def _check(inputs: Inputs) -> dict[str, Sequence[Prompt]]:
 def _read_sets(inputs: Inputs) -> dict[str, Sequence[Prompt]]:
     """Read the prompts of each set, and check that rewards and functions fit them."""
     config = inputs.config
-    check_reward(config.reward)
-    load_functions(config.rollout, config.evaluation)
+    load_user_functions(config)
     prompts = {name: loaded.prompts for name, loaded in read_eval_prompts(inputs).items()}
     for rows in prompts.values():
         check_prompts(config.reward, rows)

@@ -11,11 +11,13 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qwench.config import Config
+from qwench.config.memory_fit import check_fit
 from qwench.config.plan import RunPlan, plan_run, train_dtype
 from qwench.data.prompts import LoadedPrompts, load_prompts
 from qwench.data.sft import LoadedSft, load_sft
 from qwench.errors import ConfigError
 from qwench.models.hf import architecture_of, check_vocabulary, load_hf_config, load_tokenizer
+from qwench.models.hf_weights import is_fp8_checkpoint
 from qwench.observability.console import Console, QuietConsole, open_console
 from qwench.rewards.graders import needs_label
 from qwench.threads import usable_cores
@@ -54,8 +56,13 @@ def plan_inputs(config: Config, *, trains: bool) -> RunPlan:
     Raises:
         ConfigError: the flags do not fit the model.
     """
+    device = local_device()
     model = architecture_of(load_hf_config(_model_folder(config)))
-    return plan_run(config, model, trains=trains, on_gpus=local_device().type == "cuda")
+    plan = plan_run(config, model, trains=trains, on_gpus=device.type == "cuda")
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        check_fit(config, plan, device_bytes=total, element_bytes=1 if is_fp8_checkpoint(_model_folder(config)) else 2)
+    return plan
 
 
 def read_inputs(config: Config, plan: RunPlan) -> Inputs:
@@ -187,7 +194,7 @@ def prompt_limit(inputs: Inputs, asked: int | None) -> int:
 
 def _pool_tokens(config: Config) -> int | None:
     """Return the tokens of the embedded engine's KV cache where a flag sets them."""
-    return config.engine.embedded_kv_cache_tokens if config.engine.rollout_engine == "embedded" else None
+    return config.engine.embedded_kv_cache_tokens if config.engine.kind == "embedded" else None
 
 
 def _check_room(inputs: Inputs, loaded: LoadedPrompts) -> None:

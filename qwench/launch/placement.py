@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import accumulate
 from typing import Literal, Protocol
 
 import torch
@@ -52,7 +53,7 @@ class Processes(Protocol):
         """Start the trainer's ranks; None: the learner is in this process."""
         ...
 
-    def make_servers(self, makers: Sequence[CommandMaker], *, devices_per_engine: int) -> Sequence[Server]:
+    def make_servers(self, makers: Sequence[CommandMaker], *, sizes: Sequence[int]) -> Sequence[Server]:
         """Return a server for each maker, not started yet."""
         ...
 
@@ -78,12 +79,12 @@ class LocalProcesses:
             log_folder=log_dir / "ranks" if log_dir is not None else None,
         )
 
-    def make_servers(self, makers: Sequence[CommandMaker], *, devices_per_engine: int) -> Sequence[Server]:
+    def make_servers(self, makers: Sequence[CommandMaker], *, sizes: Sequence[int]) -> Sequence[Server]:
         """See `Processes.make_servers`."""
         first = sum(self._bundles.trainer) if self._bundles.engines else 0
         return [
-            self._server(make, range(first + i * devices_per_engine, first + (i + 1) * devices_per_engine))
-            for i, make in enumerate(makers)
+            self._server(make, range(first + end - size, first + end))
+            for make, size, end in zip(makers, sizes, accumulate(sizes), strict=True)
         ]
 
     @property
@@ -190,13 +191,13 @@ def make_servers(inputs: Inputs, processes: Processes, *, with_weights: bool) ->
         return None, None
     in_here = isinstance(processes, LocalProcesses) and config.cluster.shares_devices
     enough = config.cluster.world_size == 1 or not processes.has_gpus
-    if in_here and enough and KINDS[config.engine.rollout_engine].runs_in_process:
+    if in_here and enough and KINDS[config.engine.kind].runs_in_process:
         return None, None
     token = secrets.token_hex()
     makers = command_makers(
         inputs, num_engines=devices.num_engines, token=token, with_weights=with_weights, on_gpus=processes.has_gpus
     )
-    return processes.make_servers(makers, devices_per_engine=devices.devices_per_engine), token
+    return processes.make_servers(makers, sizes=devices.engine_sizes), token
 
 
 def take_turns(config: Config, processes: Processes, servers: Sequence[Server] | None) -> bool:

@@ -83,13 +83,14 @@ def check_engines(inputs: Inputs, *, elsewhere: bool = False) -> None:
     if engine.rollout_external_engine_addrs:
         check_external(inputs)
     else:
-        KINDS[engine.rollout_engine].check_flags(engine)
+        KINDS[engine.kind].check_flags(engine)
 
 
 def _plans_for_gpus_elsewhere(inputs: Inputs) -> bool:
-    """Tell whether this is the dry run of a run on several GPUs, on a machine without one, such as a laptop."""
+    """Tell whether this is the dry run of a run on several GPUs, or with SGLang, on a machine without a GPU."""
     several = plan_bundles(inputs.config.cluster, inputs.plan.devices).num_devices > 1
-    return inputs.config.debug.dry_run and several and not torch.cuda.is_available()
+    asks_for_gpus = several or inputs.config.engine.kind == "sglang"
+    return inputs.config.debug.dry_run and asks_for_gpus and not torch.cuda.is_available()
 
 
 def check_trackers(flags: LoggingConfig) -> None:

@@ -14,7 +14,7 @@ from qwench.checkpoints.best import read_best
 from qwench.checkpoints.folders import hf_folder
 from qwench.checkpoints.formats.iterations import Iterations
 from qwench.launch.inputs import Inputs
-from qwench.observability.metrics import MetricLog, Sink
+from qwench.observability.metrics import MetricGate, MetricLog, Sink
 from qwench.observability.run_report import RunReport
 from qwench.observability.tracking import JsonlSink, TensorBoardSink, WandbSink
 
@@ -64,14 +64,23 @@ def metric_log(inputs: Inputs, report: RunReport) -> MetricLog:
                     key=flags.wandb_key or os.environ.get("WANDB_API_KEY"),
                 )
             )
-    return MetricLog(sinks, num_steps_per_rollout=inputs.plan.batch.num_steps_per_rollout)
+    return MetricLog(sinks, gate=_metric_gate(inputs), num_steps_per_rollout=inputs.plan.batch.num_steps_per_rollout)
+
+
+def _metric_gate(inputs: Inputs) -> MetricGate | None:
+    """Return the value that the run must reach; ranks without metrics need not."""
+    key, threshold = inputs.config.evaluation.ci_metric_checker_key, inputs.config.evaluation.ci_metric_checker_threshold
+    if key is None or threshold is None or not inputs.is_main:
+        return None
+    return MetricGate(key, threshold)
 
 
 def _tensorboard_folder(inputs: Inputs) -> Path:
     flags, log_dir = inputs.config.logging, inputs.plan.log_dir
-    assert log_dir is not None, "config.checks requires a folder for --use-tensorboard"
+    assert log_dir is not None or flags.tensorboard_dir is not None, "config.checks requires a folder for --use-tensorboard"
     levels = (flags.tb_project_name, flags.tb_experiment_name)
-    return log_dir.joinpath("tensorboard", *(level for level in levels if level is not None))
+    base = flags.tensorboard_dir or Path(log_dir or "") / "tensorboard"
+    return base.joinpath(*(level for level in levels if level is not None))
 
 
 def _start_facts(inputs: Inputs, rows: str) -> dict[str, str]:
@@ -143,7 +152,7 @@ def _devices(inputs: Inputs) -> str:
     parts = [f"{ranks} trainer rank{'s' * (ranks > 1)} ({config.backend})"] if devices.trains else []
     if devices.generates:
         number = str(devices.num_engines) if devices.num_engines else "external"
-        parts.append(f"{number} {config.engine.rollout_engine} engine{'s' * (devices.num_engines != 1)}")
+        parts.append(f"{number} {config.engine.kind} engine{'s' * (devices.num_engines != 1)}")
     shared = " that take turns" if devices.shared else ""
     return f"{kind}: {' and '.join(parts)}{shared}"
 

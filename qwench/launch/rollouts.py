@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from qwench.config.eval_sets import EvalSettings
 from qwench.engines.fleet.pool import EnginePool, Waiter
 from qwench.engines.fleet.servers import Server
 from qwench.launch.engines import build_pool
 from qwench.launch.inputs import Inputs
+from qwench.launch.user_functions import UserFunctions, load_user_functions, open_user_session
 from qwench.rewards.pool import RewardPool
 from qwench.rollout.buffer import GroupBuffer, GroupSource
 from qwench.rollout.collect import Collector
 from qwench.rollout.evaluate import EvalSet, Evaluator
-from qwench.rollout.functions import MakeRollout, RolloutContext, RolloutFunctions, checked_rollout, load_functions
+from qwench.rollout.functions import MakeRollout, RolloutContext, RolloutFunctions, checked_rollout
 from qwench.rollout.groups import GroupRunner
 from qwench.rollout.sampling import Sampling
 from qwench.rollout.stream import RolloutStream
@@ -30,6 +31,8 @@ class Generation:
     grader: RewardPool
     eval_grader: RewardPool
     """The same one, unless evaluations have another --eval-reward-key."""
+    functions: UserFunctions
+    end_session: Callable[[], None]
 
     def stream(
         self,
@@ -48,7 +51,7 @@ class Generation:
             ConfigError: a function named by import path cannot be loaded or has another signature.
         """
         config = self.inputs.config
-        functions = load_functions(config.rollout, config.evaluation)
+        functions = self.functions.rollout
         buffer = GroupBuffer(
             source,
             max_staleness=config.rollout.rollouts_ahead,
@@ -65,6 +68,7 @@ class Generation:
             allow_degenerate_rewards=config.reward.allow_degenerate_rewards,
             observers=observers,
             waiter=waiter,
+            log=functions.log_rollout,
         )
 
     def evaluator(self, prompts: Mapping[str, Sequence[Prompt]]) -> Evaluator:
@@ -74,7 +78,7 @@ class Generation:
             ConfigError: a function named by import path cannot be loaded or has another signature.
         """
         config = self.inputs.config
-        functions = load_functions(config.rollout, config.evaluation)
+        functions = self.functions.rollout
         return Evaluator(
             [
                 EvalSet(
@@ -93,10 +97,12 @@ class Generation:
             generate=functions.generate,
             function=functions.evaluate,
             log_passrate=config.logging.log_passrate,
+            log=functions.log_evaluation,
         )
 
     def close(self) -> None:
         """End graders and engines."""
+        self.end_session()
         self.grader.close()
         self.eval_grader.close()
         self.engines.close()
@@ -108,11 +114,12 @@ class Generation:
         runner = GroupRunner(
             self.engines,
             tokenizer=self.inputs.tokenizer,
-            sampling=self._training_sampling(),
+            sampling=training_sampling(self.inputs),
             grader=self.grader,
             concurrency=self._concurrency,
             group_rm=config.reward.group_rm,
             generate=functions.generate,
+            grades_executions=self.functions.reward is not None,
         )
         if functions.make_rollout is not None:
             context = RolloutContext(runner=runner, buffer=buffer, num_groups=config.rollout.rollout_batch_size)
@@ -121,29 +128,9 @@ class Generation:
         console = self.inputs.console
         return Collector(runner, buffer, config.rollout, functions, console=console, deterministic=deterministic).collect
 
-    def _training_sampling(self) -> Sampling:
-        config = self.inputs.config
-        rollout = config.rollout
-        assert rollout.rollout_max_response_len is not None, "config.checks requires --rollout-max-response-len"
-        return Sampling(
-            max_response_len=rollout.rollout_max_response_len,
-            max_context_len=self._context_len(rollout.rollout_max_context_len),
-            temperature=rollout.rollout_temperature,
-            top_p=rollout.rollout_top_p,
-            top_k=rollout.rollout_top_k,
-            min_p=rollout.rollout_min_p,
-            min_new_tokens=rollout.rollout_min_new_tokens,
-            stop=rollout.rollout_stop,
-            stop_token_ids=rollout.rollout_stop_token_ids,
-            ignore_eos=rollout.rollout_ignore_eos,
-            skip_special_tokens=rollout.rollout_skip_special_tokens,
-            seed=config.data.rollout_seed,
-            seed_by_position=config.engine.sglang_enable_deterministic_inference,
-        )
-
     def _eval_sampling(self, settings: EvalSettings) -> Sampling:
         config = self.inputs.config
-        context_len = self._context_len(settings.max_context_len)
+        context_len = _context_len(self.inputs, settings.max_context_len)
         return Sampling(
             max_response_len=settings.max_response_len or context_len,
             max_context_len=context_len,
@@ -164,23 +151,47 @@ class Generation:
         """Return how many samples may be in flight at once, over all engines."""
         return self.inputs.config.engine.sglang_server_concurrency * len(self.engines.engines)
 
-    def _context_len(self, asked: int | None) -> int:
-        """Bound what was asked by what the model can do."""
-        model_context_len = self.inputs.plan.model.max_positions
-        return min(asked or model_context_len, model_context_len)
+
+def training_sampling(inputs: Inputs) -> Sampling:
+    """Return how training rollouts are sampled."""
+    config = inputs.config
+    rollout = config.rollout
+    max_context_len = _context_len(inputs, rollout.rollout_max_context_len)
+    return Sampling(
+        max_response_len=rollout.rollout_max_response_len or max_context_len,
+        max_context_len=max_context_len,
+        temperature=rollout.rollout_temperature,
+        top_p=rollout.rollout_top_p,
+        top_k=rollout.rollout_top_k,
+        min_p=rollout.rollout_min_p,
+        min_new_tokens=rollout.rollout_min_new_tokens,
+        stop=rollout.rollout_stop,
+        stop_token_ids=rollout.rollout_stop_token_ids,
+        ignore_eos=rollout.rollout_ignore_eos,
+        skip_special_tokens=rollout.rollout_skip_special_tokens,
+        seed=config.data.rollout_seed,
+        seed_by_position=config.engine.sglang_enable_deterministic_inference,
+    )
+
+
+def _context_len(inputs: Inputs, asked: int | None) -> int:
+    """Bound what was asked by what the model can do."""
+    return min(asked or inputs.plan.model.max_positions, inputs.plan.model.max_positions)
 
 
 def build_generation(
     inputs: Inputs, *, with_weights: bool, servers: Sequence[Server] | None = None, token: str | None = None
 ) -> Generation:
     """Make the engines (see `engines.build_pool`) and the graders."""
-    reward = inputs.config.reward
-    eval_reward = replace(reward, reward_key=inputs.plan.eval_reward_key)
+    key, eval_key = inputs.config.reward.reward_key, inputs.plan.eval_reward_key
+    functions = load_user_functions(inputs.config)
     engines = build_pool(inputs, with_weights=with_weights, servers=servers, token=token)
-    grader = RewardPool(reward)
+    grader = functions.grader(inputs, reward_key=key)
     return Generation(
         inputs=inputs,
         engines=engines,
         grader=grader,
-        eval_grader=grader if eval_reward == reward else RewardPool(eval_reward),
+        eval_grader=grader if eval_key == key else functions.grader(inputs, reward_key=eval_key),
+        functions=functions,
+        end_session=open_user_session(inputs, engines, training_sampling(inputs), functions),
     )

@@ -8,12 +8,12 @@ import torch
 
 from qwench.algorithms.methods import build_method
 from qwench.checkpoints.folders import starting_weights
-from qwench.config.sections.reward import RewardConfig
+from qwench.foreign.args import make_args
 from qwench.launch.inputs import Inputs
+from qwench.launch.user_functions import load_post_process
 from qwench.observability.timing import PhaseTimer
-from qwench.plugins import guarded, load_function
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
-from qwench.training.learner import Learner, RewardPostProcess
+from qwench.training.learner import Learner
 from qwench.training.megatron.platform import check_platform
 from qwench.training.process_group import init_process_group
 from qwench.training.reference import Reference
@@ -38,7 +38,7 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
         temperature=config.rollout.rollout_temperature,
         timer=timer,
         console=inputs.console,
-        reward_post_process=load_reward_post_process(config.reward),
+        reward_post_process=load_post_process(config, lambda: make_args(config, inputs.plan, host="", port=0)),
     )
 
 
@@ -81,13 +81,3 @@ def _build_megatron(inputs: Inputs) -> Trainer:
         architecture=inputs.plan.model,
         collective_timeout_s=COLLECTIVE_TIMEOUT_S,
     )
-
-
-def load_reward_post_process(reward: RewardConfig) -> RewardPostProcess | None:
-    """Return the user's own normalisation of rewards; None: the algorithm's.
-
-    Raises:
-        ConfigError: it cannot be loaded.
-    """
-    path, flag = reward.custom_reward_post_process_path, "--custom-reward-post-process-path"
-    return None if path is None else guarded(load_function(path, flag=flag), path=path, flag=flag)

@@ -1,10 +1,10 @@
 """Bytes and FLOPs of a dense decoder, by plain arithmetic on its shapes.
 
-What a rank holds for each parameter it has, in bytes (p: of the training dtype; m: of a moment):
+What a rank holds for each parameter it has, in bytes (p: of the training dtype; m: of both moments):
 
     FSDP2      weights 4 (they are the masters), or p with --optimizer-cpu-offload; gradients 4; masters and moments
-               2m, or 4 + 2m with --optimizer-cpu-offload
-    Megatron   weights p; gradients 4; masters and moments 4 + 2m, shared by the data- and context-parallel ranks
+               m, or 4 + m with --optimizer-cpu-offload
+    Megatron   weights p; gradients 4; masters and moments 4 + m, shared by the data- and context-parallel ranks
     reference  p, on the host
 
 Activations are not counted: they depend on the lengths of the samples.
@@ -61,7 +61,8 @@ class StateBytes:
 
     param: int
     """Of the training dtype."""
-    moment: int
+    moments: int
+    """Of both together."""
     offloaded: float
     """Share of masters and moments on the host."""
 
@@ -108,8 +109,8 @@ def fsdp_bytes(model: Architecture, state: StateBytes, *, num_shards: int, holds
     return RankBytes(
         weights=owned * weights,
         gradients=(whole if keeps_whole_gradient else owned) * FLOAT32_BYTES,
-        optimizer=round(owned * (masters + 2 * state.moment) * (1 - state.offloaded)),
-        host_optimizer=round(owned * (FLOAT32_BYTES + 2 * state.moment) * state.offloaded),
+        optimizer=round(owned * (masters + state.moments) * (1 - state.offloaded)),
+        host_optimizer=round(owned * (FLOAT32_BYTES + state.moments) * state.offloaded),
         host_reference=owned * state.param if holds_reference else 0,
     )
 
@@ -126,8 +127,8 @@ def megatron_bytes(
     return RankBytes(
         weights=held * state.param,
         gradients=held * FLOAT32_BYTES,
-        optimizer=round(owned * (masters + 2 * state.moment) * (1 - state.offloaded)),
-        host_optimizer=round(owned * (FLOAT32_BYTES + 2 * state.moment) * state.offloaded),
+        optimizer=round(owned * (masters + state.moments) * (1 - state.offloaded)),
+        host_optimizer=round(owned * (FLOAT32_BYTES + state.moments) * state.offloaded),
         host_reference=held * state.param if holds_reference else 0,
     )
 

@@ -9,10 +9,13 @@ A rollout is logged before the checkpoint that follows it, so that a run killed 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
+
+from qwench.errors import QwenchError
 
 
 class Axis(StrEnum):
@@ -48,11 +51,35 @@ class Sink(Protocol):
         ...
 
 
+class MetricGate:
+    """Remembers the best value of the one metric that a run must reach (--ci-metric-checker-key)."""
+
+    def __init__(self, key: str, threshold: float) -> None:
+        self._key, self._threshold = key, threshold
+        self._best = -math.inf
+
+    def see(self, metrics: Mapping[str, float]) -> None:
+        """Take note of measured numbers."""
+        self._best = max(self._best, metrics.get(self._key, -math.inf))
+
+    def check(self) -> None:
+        """Make sure that the value was reached.
+
+        Raises:
+            QwenchError: it was not, or the metric was never logged.
+        """
+        if self._best >= self._threshold:
+            return
+        got = "was never logged" if self._best == -math.inf else f"reached {self._best:g}"
+        raise QwenchError(f"{self._key} {got}; --ci-metric-checker-threshold asks for {self._threshold:g}.")
+
+
 class MetricLog:
     """Split metrics by axis and hand them to every sink; only the main rank holds one with sinks."""
 
-    def __init__(self, sinks: Sequence[Sink], *, num_steps_per_rollout: int) -> None:
+    def __init__(self, sinks: Sequence[Sink], *, num_steps_per_rollout: int, gate: MetricGate | None = None) -> None:
         self._sinks = tuple(sinks)
+        self._gate = gate
         self._num_steps_per_rollout = num_steps_per_rollout
         self._first_rollout_id = self._first_step = 0
 
@@ -88,6 +115,17 @@ class MetricLog:
                 records.append(Record(axis=axis, step=rollout_id, metrics=_floats(part)))
         for sink in self._sinks:
             sink.write(rollout_id, records)
+        if self._gate is not None:
+            self._gate.see(_floats(metrics))
+
+    def finish(self) -> None:
+        """Check what the run had to reach.
+
+        Raises:
+            QwenchError: it did not.
+        """
+        if self._gate is not None:
+            self._gate.check()
 
     def close(self) -> None:
         """Close every sink."""

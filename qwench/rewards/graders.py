@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from qwench.config.sections.reward import RewardConfig
 from qwench.errors import ConfigError, RewardError
-from qwench.rewards import boxed, dapo, f1, gpqa
+from qwench.rewards import boxed, dapo, f1, gpqa, ifbench
 from qwench.rewards.answers import last_box
 from qwench.rewards.expressions import Question
 from qwench.rewards.remote import REMOTE
@@ -28,8 +28,8 @@ TEXT_GRADERS: dict[str, TextGrader] = {
 }
 RANDOM = "random"
 GPQA = "gpqa"
+IFBENCH = "ifbench"
 _LOOKS_FOR_A_BOX = ("deepscaler", "math")
-_ELSEWHERE = {"ifbench": "it needs the checkers of IFBench; install them and call them from a function of your own"}
 
 
 @lru_cache  # rows name the same few
@@ -53,9 +53,9 @@ def find_grader(rm_type: str) -> Grader:
     if inner in TEXT_GRADERS:
         grade = TEXT_GRADERS[inner]
         return _boxed_or_whole(rm_type, lambda response, sample: grade(response, _label(sample)))
-    if inner in _ELSEWHERE:
-        raise ConfigError(f"--rm-type {rm_type!r} is not built in: {_ELSEWHERE[inner]} (--custom-rm-path).")
-    known = ", ".join([*TEXT_GRADERS, GPQA, *(f"{BOX_PREFIX}{name}" for name in ("dapo", "f1", GPQA)), RANDOM, REMOTE])
+    if rm_type == IFBENCH:
+        return _follow
+    known = ", ".join([*TEXT_GRADERS, GPQA, IFBENCH, *(f"{BOX_PREFIX}{name}" for name in ("dapo", "f1", GPQA)), RANDOM, REMOTE])
     raise ConfigError(f"--rm-type {rm_type!r} is unknown; known: {known}, or your own with --custom-rm-path.")
 
 
@@ -71,7 +71,7 @@ def is_remote(rm_type: str) -> bool:
 
 def needs_label(rm_type: str) -> bool:
     """Tell whether a `--rm-type` compares with a label, and with nothing else that a row may bring."""
-    return rm_type not in (RANDOM, GPQA, BOX_PREFIX + GPQA) and not is_remote(rm_type)
+    return rm_type not in (RANDOM, GPQA, BOX_PREFIX + GPQA, IFBENCH) and not is_remote(rm_type)
 
 
 def rm_type_of(reward: RewardConfig, metadata: Mapping[str, Json]) -> str:
@@ -118,6 +118,18 @@ def check_label(rm_type: str, prompt: Prompt) -> None:
         dapo.integer_label(prompt.label or "")
     if inner == GPQA:
         gpqa.read_question(prompt.label or "", prompt.metadata)
+    if rm_type == IFBENCH:
+        ifbench.instructions_of(prompt.metadata)
+
+
+def check_installed(reward: RewardConfig, prompts: Iterable[Prompt]) -> None:
+    """Check that what grades the prompts is installed on this machine; a dry run may be made on another one.
+
+    Raises:
+        ConfigError: the checkers of IFBench are missing.
+    """
+    if reward.custom_rm_path is None and any(rm_type_of(reward, prompt.metadata) == IFBENCH for prompt in prompts):
+        ifbench.load_checkers()
 
 
 def toss_coin(sample: Sample) -> Verdict:
@@ -149,6 +161,10 @@ def _choose_from_box(inside: str, sample: Sample) -> Verdict:
 
 def _choose(response: str, sample: Sample) -> Verdict:
     return gpqa.grade(response, sample.prompt.label or "", {**sample.prompt.metadata, **sample.metadata})
+
+
+def _follow(sample: Sample) -> Verdict:
+    return ifbench.grade(sample.response, {**sample.prompt.metadata, **sample.metadata})
 
 
 def _label(sample: Sample) -> str:

@@ -15,6 +15,7 @@ import asyncio
 import queue
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 from qwench.config.sections.reward import RewardConfig
 from qwench.rewards.custom import CustomReward, load_reward
@@ -31,19 +32,35 @@ from qwench.threads import usable_cores
 _MAX_DEFAULT_WORKERS = 16
 
 
+class CustomGrader(Protocol):
+    """A reward that the user wrote."""
+
+    async def grade(self, sample: Sample) -> Verdict:
+        """Return the verdict on one sample."""
+        ...
+
+    async def grade_group(self, samples: Sequence[Sample]) -> list[Verdict]:
+        """Return the verdicts on a group, in order."""
+        ...
+
+
 class RewardPool:
     """Turns samples into verdicts; owns its worker processes and ends them in `close`."""
 
-    def __init__(self, reward: RewardConfig) -> None:
+    def __init__(self, reward: RewardConfig, *, custom: CustomGrader | None = None) -> None:
         """Start no worker yet.
+
+        Args:
+            custom: stands in for the function of --custom-rm-path.
 
         Raises:
             ConfigError: see `check_reward`.
         """
-        check_reward(reward)
+        if custom is None:
+            check_reward(reward)
         num_workers = reward.reward_num_workers or min(_MAX_DEFAULT_WORKERS, max(1, usable_cores() - 1))
         self._reward, self._timeout_s = reward, reward.reward_timeout_s
-        self._custom = _custom_reward(reward, num_workers)
+        self._custom = custom or _custom_reward(reward, num_workers)
         self._remote = RemoteReward(reward.rm_url, key=reward.reward_key) if reward.rm_url else None
         self._workers = [WorkerProcess("qwench.rewards.algebra_worker", environment={}) for _ in range(num_workers)]
         self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()

@@ -158,6 +158,9 @@ class Collector:
         groups = sorted(tally.accepted, key=lambda group: group.samples[0].sample_id)
         for group in groups:
             self._mask_untrainable(group)
+        if self._functions.find_removed is not None:
+            for sample in self._functions.find_removed(groups):
+                sample.mask_out()
         return Rollout(rollout_id=rollout_id, groups=groups, metrics=self._filter_metrics(tally))
 
     def _mask_untrainable(self, group: Group) -> None:

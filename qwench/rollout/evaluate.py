@@ -70,6 +70,8 @@ class EvalResult:
 RunSet = Callable[[EvalSet], Awaitable[EvalResult]]
 EvalFunction = Callable[[Sequence[EvalSet], RunSet], Awaitable[Mapping[str, float]]]
 """A `--eval-function-path` function: (sets, what answers and grades one) -> eval/... metrics."""
+LogEvaluation = Callable[[Sequence[EvalResult], Mapping[str, float]], bool]
+"""(results, metrics) -> true: the metrics are logged already."""
 
 
 class Evaluator:
@@ -87,6 +89,7 @@ class Evaluator:
         generate: GenerateFunction = generate_single_turn,
         function: EvalFunction | None = None,
         log_passrate: bool = False,
+        log: LogEvaluation | None = None,
     ) -> None:
         """Keep what an evaluation needs.
 
@@ -96,7 +99,7 @@ class Evaluator:
         """
         self._sets, self._tokenizer, self._grader, self._concurrency = sets, tokenizer, grader, concurrency
         self._console, self._group_rm, self._generate = console, group_rm, generate
-        self._function, self._log_passrate = function, log_passrate
+        self._function, self._log_passrate, self._log = function, log_passrate, log
 
     def evaluate(self, engines: EnginePool, waiter: Waiter | None = None) -> dict[str, float]:
         """Return the `eval/...` metrics of all sets; `waiter` waits for the engines instead of the pool.
@@ -105,7 +108,9 @@ class Evaluator:
             QwenchError: an engine or a reward failed.
         """
         if self._function is None:
-            return self.summarize(self.run(engines, waiter))
+            results = self.run(engines, waiter)
+            metrics = self.summarize(results)
+            return {} if self._log is not None and self._log(results, metrics) else metrics
 
         async def call(function: EvalFunction) -> Mapping[str, float]:
             return await function(self._sets, lambda eval_set: self._run_set(engines, eval_set))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -23,12 +23,12 @@ from qwench.config.sections.rollout import RolloutConfig
 from qwench.errors import ConfigError, QwenchError
 from qwench.plugins import Function, guarded, load_function
 from qwench.rollout.buffer import BufferFilter, GroupBuffer, oldest_first
-from qwench.rollout.evaluate import EvalFunction
+from qwench.rollout.evaluate import EvalFunction, LogEvaluation
 from qwench.rollout.filters import AllGroupsHook, GroupFilter, SampleFilter
 from qwench.rollout.generate import GenerateFunction, generate_single_turn
 from qwench.rollout.groups import GroupRunner
 from qwench.rollout.sampling import Sampling
-from qwench.samples import Group, Rollout
+from qwench.samples import Group, Rollout, Sample
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +72,10 @@ MakeRollout = Callable[[int], Awaitable[Rollout]]
 RolloutFunction = Callable[[int, RolloutContext], Awaitable[Rollout]]
 
 
+LogRollout = Callable[[int, Sequence[Group], Mapping[str, float], float], bool]
+"""(rollout_id, groups, metrics, seconds) -> true: the metrics are logged already."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutFunctions:
     """The user's functions that the flags name, and the built-in ones where they name none."""
@@ -80,9 +84,13 @@ class RolloutFunctions:
     make_rollout: RolloutFunction | None = None
     group_filter: GroupFilter | None = None
     sample_filter: SampleFilter | None = None
+    find_removed: Callable[[Sequence[Group]], Sequence[Sample]] | None = None
+    """Names the samples of a finished rollout that are not trained on, as `sample_filter` does one by one."""
     buffer_filter: BufferFilter = oldest_first
     on_all_groups: AllGroupsHook | None = None
     evaluate: EvalFunction | None = None
+    log_rollout: LogRollout | None = None
+    log_evaluation: LogEvaluation | None = None
 
 
 def load_functions(rollout: RolloutConfig, evaluation: EvalConfig) -> RolloutFunctions:

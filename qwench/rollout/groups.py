@@ -49,6 +49,7 @@ class GroupRunner:
         group_rm: bool = False,
         generate: GenerateFunction = generate_single_turn,
         scope: str = "train",
+        grades_executions: bool = False,
     ) -> None:
         """Keep what every group needs.
 
@@ -56,6 +57,7 @@ class GroupRunner:
             concurrency: samples in flight at once: --sglang-server-concurrency times the number of engines.
             group_rm: grade a group at once, when its last sample has ended.
             scope: `train`, or the name of the evaluation set.
+            grades_executions: grade the samples of one generate call together.
         """
         self.tokenizer, self.sampling = tokenizer, sampling
         self._requests = Requests(engines)
@@ -63,7 +65,7 @@ class GroupRunner:
         self._slots = asyncio.Semaphore(concurrency)
         self._group_rm = group_rm
         self._generate = generate
-        self._scope = scope
+        self._scope, self._grades_executions = scope, grades_executions
 
     async def run(self, group: Group, *, rollout_id: int) -> Group:
         """Return the group finished and graded, or with aborted samples after `abort`."""
@@ -93,7 +95,9 @@ class GroupRunner:
         if sample.status in _UNFINISHED:
             async with self._slots:
                 samples = await self._call_generate(sample, position, rollout_id)
-        if not self._group_rm:
+        if self._grades_executions and not self._group_rm and len(samples) > 1:
+            await self._grade_group(samples)
+        elif not self._group_rm:
             await gather_or_cancel(self._grade(sample) for sample in samples)
         return samples
 

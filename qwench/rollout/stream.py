@@ -22,7 +22,7 @@ from qwench.errors import RewardError
 from qwench.observability.dumps import load_rollout
 from qwench.rewards.degenerate import degenerate_reason
 from qwench.rollout.buffer import GroupBuffer
-from qwench.rollout.functions import MakeRollout
+from qwench.rollout.functions import LogRollout, MakeRollout
 from qwench.rollout.groups import cancel_and_wait
 from qwench.rollout.sample_metrics import describe_rollout
 from qwench.samples import Json, Rollout
@@ -46,6 +46,7 @@ class RolloutStream:
         allow_degenerate_rewards: bool = False,
         observers: Sequence[Callable[[Rollout], object]] = (),
         waiter: Waiter | None = None,
+        log: LogRollout | None = None,
     ) -> None:
         """Generate nothing yet.
 
@@ -55,7 +56,9 @@ class RolloutStream:
             timeout_s: deadline of one rollout. None: no deadline.
             observers: are given each rollout that is taken, to show or to record it.
             waiter: waits for the engines instead of the pool.
+            log: tells whether it has logged a rollout itself.
         """
+        self._log = log
         self._engines, self._make, self._buffer, self._logging = engines, make, buffer, logging
         self._num_rollouts, self._num_gpus, self._timeout_s = num_rollouts, num_gpus, timeout_s
         self._observers = observers
@@ -127,6 +130,8 @@ class RolloutStream:
         rollout = await self._make(rollout_id)
         seconds = time.monotonic() - started_at
         metrics = describe_rollout(rollout.groups, self._logging, seconds=seconds, num_gpus=self._num_gpus)
+        if self._log is not None and await asyncio.to_thread(self._log, rollout_id, rollout.groups, metrics, seconds):
+            metrics = {}
         self._buffer.finish(rollout.with_metrics(metrics))
 
     async def _state(self) -> dict[str, Json]:

@@ -66,6 +66,7 @@ class Learner:
         self.method = method
         self._unit = "rollout" if method.facts.policy_gradient else "batch"
         self._global_batch_size = plan.batch.global_batch_size
+        self._allow_partial = plan.allow_partial_step
         self._temperature = temperature
         self._timer = timer
         self._meter = FlopMeter(timer, plan.cost, num_ranks=self.policy.parallel.num_ranks)
@@ -127,7 +128,7 @@ class Learner:
         # Weights that learned from n rollouts have version n, and n is the id of the next one.
         batch = RolloutBatch.from_samples(rollout.samples, version=rollout.rollout_id)
         batch = batch.with_columns(rewards=self._rewards(rollout.samples, batch))
-        plan = plan_steps(batch.execution_ids, global_batch_size=self._global_batch_size)
+        plan = plan_steps(batch.execution_ids, global_batch_size=self._global_batch_size, allow_partial=self._allow_partial)
         if plan.num_dropped:
             _logger.warning(
                 "%s %d: %d trailing executions do not fill a step of --global-batch-size %d and are dropped",

@@ -37,8 +37,11 @@ class StepPlan:
         return [batch.select(step) for step in self.steps]
 
 
-def plan_steps(execution_ids: Tensor, *, global_batch_size: int) -> StepPlan:
+def plan_steps(execution_ids: Tensor, *, global_batch_size: int, allow_partial: bool = False) -> StepPlan:
     """Put `global_batch_size` executions, in order of their first sample, into each step.
+
+    Args:
+        allow_partial: what does not fill a step becomes a smaller one, instead of being dropped.
 
     Raises:
         TrainingError: there are too few executions for one step.
@@ -47,7 +50,9 @@ def plan_steps(execution_ids: Tensor, *, global_batch_size: int) -> StepPlan:
     for i, execution_id in enumerate(execution_ids.tolist()):
         samples_of.setdefault(execution_id, []).append(i)
     executions = list(samples_of.values())
-    num_steps = len(executions) // global_batch_size
+    num_steps, left = divmod(len(executions), global_batch_size)
+    if allow_partial and left:
+        num_steps, left = num_steps + 1, 0
     if num_steps == 0:
         raise TrainingError(
             f"the rollout has {len(executions)} executions, --global-batch-size wants {global_batch_size} for one step; "
@@ -60,7 +65,7 @@ def plan_steps(execution_ids: Tensor, *, global_batch_size: int) -> StepPlan:
         for members in executions[k * global_batch_size : (k + 1) * global_batch_size]:
             order.extend(members)
         steps.append(range(start, len(order)))
-    return StepPlan(order=order, steps=steps, num_dropped=len(executions) - num_steps * global_batch_size)
+    return StepPlan(order=order, steps=steps, num_dropped=left)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,16 +1,17 @@
-"""The flags that users of slime know parse, with the same defaults, or are refused by name."""
+"""The flags that users of slime, miles and Megatron know parse, with the same defaults, or are refused by name."""
 
 import csv
 import inspect
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
 
-from qwench.config import Config
-from qwench.config.command_line.compat import REFUSED_VALUES, SHORTHANDS, neutral_flag
+from qwench.config import Config, ReferencesConfig
+from qwench.config.advice import warnings
+from qwench.config.command_line.compat import REFUSED_VALUES
 from qwench.config.command_line.flags import flag_table
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.plan import plan_run
@@ -23,14 +24,27 @@ from tests.unit.config.architectures import QWEN3_4B
 HERE = ["--train-backend", "fsdp", "--rollout-engine", "embedded", "--tensor-model-parallel-size", "1"]
 TABLE = flag_table(Config)
 
-with (Path(__file__).parent / "slime_flags.tsv").open(encoding="ascii", newline="") as lines:
-    SLIME_FLAGS = list(csv.DictReader(lines, delimiter="\t"))
+with (Path(__file__).parent / "reference_flags.tsv").open(encoding="ascii", newline="") as lines:
+    REFERENCE_FLAGS = list(csv.DictReader(lines, delimiter="\t"))
+"""Every flag of slime, miles and dense recipes of Megatron: its form there, and what becomes of it at one value."""
 
 OTHER_DEFAULTS = {
     "train-backend": "follows from the layout",
     "actor-num-gpus-per-node": "one process is what every machine has",
+    "lr": "a rate that nobody chose trains nothing",
     "loss-mask-type": "derived from the chat template",
     "rollout-function-path": "the same function under our name",
+    "attn-implementation": "sdpa runs everywhere",
+    "transformer-impl": "Transformer Engine is a package of its own",
+    "expert-tensor-parallel-size": "there are no experts",
+}
+OTHER_CHOICES = {
+    "advantage-estimator": "names of a registry; see below",
+    "position-embedding-type": "text models",
+    "optimizer": "AdamW alone",
+    "transformer-impl": "training alone",
+    "exp-avg-dtype": "float32 and bfloat16",
+    "exp-avg-sq-dtype": "float32 and bfloat16",
 }
 
 
@@ -38,47 +52,155 @@ def parse(words: list[str]) -> Config:
     return parse_flags(Config, words, prog="qwench train")
 
 
+def rows(*fates: str) -> list[dict[str, str]]:
+    return [row for row in REFERENCE_FLAGS if row["fate"] in fates]
+
+
+def given(row: dict[str, str]) -> list[str]:
+    return [row["flag"], *row["value"].split()]
+
+
 def names(rows: list[dict[str, str]]) -> list[str]:
     return [row["flag"] for row in rows]
 
 
-FIELD_ROWS = [row for row in SLIME_FLAGS if row["flag"][2:] in TABLE]
-NEUTRAL_ROWS = [row for row in SLIME_FLAGS if neutral_flag(row["flag"][2:]) is not None]
+FIELD_ROWS = [row for row in rows("field") if row["flag"][2:] in TABLE]
+ARCHITECTURE = {flag.name for flag in TABLE.values() if flag.section == "architecture"}
+"""Their defaults are not those of Megatron: what a script does not say is not compared."""
 
 
-def test_every_flag_of_slime_is_a_field_or_accepted_when_neutral_or_refused_by_name():
-    fates = {*names(FIELD_ROWS), *names(NEUTRAL_ROWS), *(f"--{name}" for name in SHORTHANDS)}
-    assert set(names(SLIME_FLAGS)) - fates == set()
-    assert not set(names(FIELD_ROWS)) & set(names(NEUTRAL_ROWS))
+def test_the_list_names_every_flag_once():
+    assert len(names(REFERENCE_FLAGS)) == len(set(names(REFERENCE_FLAGS))) == 805
+    others = [row["flag"] for row in rows("field") if row not in FIELD_ROWS]
+    assert others == ["--no-offload-train", "--no-offload-rollout", "--config"]
 
 
 def test_every_estimator_of_slime_is_a_method_but_for_the_one_with_a_critic():
-    [row] = [row for row in SLIME_FLAGS if row["flag"] == "--advantage-estimator"]
+    [row] = [row for row in REFERENCE_FLAGS if row["flag"] == "--advantage-estimator"]
     assert set(row["choices"].split(",")) - set(estimator_names()) == {"ppo"}
 
 
 @pytest.mark.parametrize("row", FIELD_ROWS, ids=names(FIELD_ROWS))
-def test_a_flag_that_is_a_field_has_the_form_the_default_and_the_choices_of_slime(row):
+def test_a_flag_that_is_a_field_has_the_form_the_default_and_the_choices_of_the_reference(row):
     flag = TABLE[row["flag"][2:]]
+    if row["kind"] == "any":
+        return
     assert flag.is_switch == (row["kind"] == "switch")
     assert takes_many(flag.annotation) == (row["kind"] == "many")
-    if flag.name != "advantage-estimator":  # a name of a registry; see below
+    if flag.name not in OTHER_CHOICES:
         offered = {*metavar(flag.annotation).strip("{}").split(","), *REFUSED_VALUES.get(flag.name, ())}
         assert set(row["choices"].split(",")) - {""} <= offered
-    if flag.name not in OTHER_DEFAULTS and row["kind"] == "one":
+    if flag.name not in OTHER_DEFAULTS and flag.name not in ARCHITECTURE and row["kind"] == "one":
         expected = parse_value(flag.annotation, [row["default"]]) if row["default"] else None
         assert flag.default == expected
 
 
-@pytest.mark.parametrize("row", NEUTRAL_ROWS, ids=names(NEUTRAL_ROWS))
-def test_a_flag_without_a_field_is_accepted_at_the_default_of_slime_and_otherwise_refused_by_name(row):
-    if row["default"]:
-        assert parse([row["flag"], row["default"]]) == Config()
-    with pytest.raises(ConfigError, match=rf"^{row['flag']} something-else is not supported: \w"):
-        parse([row["flag"], "something-else"])
+@pytest.mark.parametrize("row", rows("accepted"), ids=names(rows("accepted")))
+def test_a_flag_that_changes_nothing_is_accepted_and_changes_nothing(row):
+    config = parse(given(row))
+    assert replace(config, references=ReferencesConfig()) == parse([])
+    name, told = row["flag"][2:].replace("_", "-"), config.references.unused_flags
+    assert told in ((), (name,))
+    said = [line for line in warnings(config) if line.startswith("these flags have no effect here")]
+    assert [line.endswith(f": --{name}") for line in said] == [True] * len(told)
+
+
+@pytest.mark.parametrize("row", rows("refused"), ids=names(rows("refused")))
+def test_a_flag_that_is_refused_is_named_with_the_reason(row):
+    name = row["flag"].replace("_", "-")
+    with pytest.raises(ConfigError, match=rf"^{name}( .*)? is not supported: \w.*; leave it out$"):
+        parse(given(row))
+
+
+@pytest.mark.parametrize("row", rows("not built"), ids=names(rows("not built")))
+def test_a_flag_of_what_is_not_built_yet_is_reserved(row):
+    name = row["flag"].replace("_", "-")
+    with pytest.raises(ConfigError, match=rf"^{name}( .*)? is not built yet: \w"):
+        parse(given(row))
+
+
+@pytest.mark.parametrize("row", rows("passed on"), ids=names(rows("passed on")))
+def test_a_flag_of_sglang_is_passed_on_under_its_own_name(row):
+    if row["flag"] == "--sglang-router-ip":
+        with pytest.raises(ConfigError, match=r"^--sglang-router-ip is not passed on: use --use-sglang-router"):
+            parse(given(row))
+        return
+    value = {"--sglang-page-size": "1", "--sglang-mem-fraction-static": "0.5"}.get(row["flag"], "8")
+    config = parse([row["flag"], value])
+    assert config.engine.sglang_args == (row["flag"].replace("--sglang-", "--"), value)
+    assert config.engine.kind == "sglang"
+
+
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [
+        (
+            ["--dp-replicate-size", "2", "--actor-num-gpus-per-node", "2"],
+            ["--dp-replicate", "2", "--actor-num-gpus-per-node", "2"],
+        ),
+        (["--fsdp-cpu-offload"], ["--optimizer-cpu-offload"]),
+        (["--enable-off-policy-correction"], ["--use-tis"]),
+        (["--attn-implementation", "triton"], ["--attn-implementation", "varlen"]),
+        (["--decoder-num-layers", "3"], ["--num-layers", "3"]),
+        (["--sglang-router-policy", "random"], ["--router-policy", "random"]),
+        (["--update-weight-transfer-mode", "disk-delta"], ["--update-weight-transport", "disk"]),
+        (["--over-sampling-filter-input-size", "4"], ["--over-sampling-batch-size", "4"]),
+    ],
+)
+def test_another_name_of_a_flag_means_the_same(words, same):
+    assert parse(words) == parse(same)
+
+
+def test_a_flag_that_repeats_another_one_must_agree_with_it(tmp_path):
+    words = ["--hf-checkpoint", "/models/Qwen3-4B", "--tokenizer-model", "Qwen/Qwen3-4B", "--weight-decay", "0.1"]
+    assert parse([*words, "--start-weight-decay", "1e-1"]).optimizer.weight_decay == 0.1
+    with pytest.raises(
+        ConfigError, match=r"^--end-weight-decay 0\.2 must repeat --weight-decay \(0\.1\): weight decay is constant"
+    ):
+        parse([*words, "--end-weight-decay", "0.2"])
+    with pytest.raises(
+        ConfigError, match=r"^--sglang-tokenizer-path Qwen3-8B must repeat --hf-checkpoint \(/models/Qwen3-4B\)"
+    ):
+        parse([*words, "--sglang-tokenizer-path", "Qwen3-8B"])
+    with pytest.raises(ConfigError, match=r"^--rollout-external must repeat --rollout-external-engine-addrs"):
+        parse(["--rollout-external"])
+    assert parse(["--rollout-external", "--rollout-external-engine-addrs", "a:1"]).engine.rollout_external_engine_addrs == (
+        "a:1",
+    )
+
+
+@pytest.mark.parametrize(
+    ("flag", "reason"),
+    [
+        ("--moe-router-topk", "dense models"),
+        ("--mscale-all-dim", "grouped-query attention"),
+        ("--mamba-state-dim", "full attention"),
+        ("--inference-max-requests", "rollouts come from SGLang"),
+        ("--grpo-iterations", "Megatron's own RL loop"),
+        ("--muon-momentum", "AdamW is the only optimizer"),
+        ("--bert-load", "other models"),
+        ("--megatron-fsdp-main-params-dtype", "an experiment of Megatron"),
+    ],
+)
+def test_a_family_of_flags_is_refused_by_how_its_names_begin(flag, reason):
+    with pytest.raises(ConfigError, match=rf"^{flag} 2 is not supported: .*{reason}"):
+        parse([flag, "2"])
+
+
+def test_families_that_change_nothing_are_accepted_with_a_warning():
+    config = parse(["--straggler-minmax-count", "2", "--cuda-graph-scope", "full", "--expert-model-parallel-size", "1"])
+    assert config.references.unused_flags == ("straggler-minmax-count", "cuda-graph-scope")
+
+
+def test_all_refused_flags_are_named_at_once_and_what_is_never_supported_first():
+    with pytest.raises(ConfigError) as refused:
+        parse(["--lora-rank", "8", "--lora-alpha", "16", "--multi-lora-n-adapters", "4"])
+    assert str(refused.value).startswith("--multi-lora-n-adapters 4 is not supported: one run trains one adapter")
+    assert str(refused.value).endswith("(refused too: --lora-rank --lora-alpha)")
 
 
 READ_BY_THEIR_SECTION_ALONE = {
+    "use_precision_aware_optimizer": "without it, --exp-avg-dtype and --exp-avg-sq-dtype are refused",
     "num_gpus_per_node": "the most GPUs of an engine, and of the trainer on one node",
     "disable_compute_advantages_and_returns": "says what --loss-type sft_loss means, and is refused with any other",
     "gradient_checkpointing": "recomputes_layers",

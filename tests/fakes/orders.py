@@ -10,7 +10,7 @@ def server_order(model_folder: Path, log_folder: Path, *, token: str = "secret",
     """Return an order with small values; a change is a field of `ServerOrder`, or else a flag of the engine section."""
     flags = {name: changes.pop(name) for name in list(changes) if name not in ServerOrder.__slots__}
     fields = {
-        "engine": EngineConfig(**flags), "model_folder": model_folder, "dtype": "float32", "devices_per_engine": 1,
+        "engine": EngineConfig(**flags), "model_folder": model_folder, "dtype": "float32", "engine_sizes": (1,) * 8,
         "releases_memory": False, "seed": 42, "serves_checkpoint": False, "log_folder": log_folder, "token": token,
     }  # fmt: skip
     return ServerOrder(**(fields | changes))

@@ -70,10 +70,13 @@ class Iterations:
         """Delete all but the `keep` newest checkpoints, and `spared`, oldest first."""
         assert keep >= 1, "the newest checkpoint is never deleted"
         for iteration in [old for old in reversed(self.newest_first()[keep:]) if old != spared]:
-            # Renamed first: a half-deleted folder must not look like a checkpoint.
-            deleting = self._suffixed(iteration, _DELETING)
-            rename_durably(self.folder(iteration), deleting)
-            shutil.rmtree(deleting)
+            self._delete(iteration)
+
+    def thin_out(self, interval: int, *, spared: int | None = None) -> None:
+        """Delete the checkpoints before the newest whose number is no multiple of `interval`, but `spared`, oldest first."""
+        for iteration in reversed(self.newest_first()[1:]):
+            if iteration % interval and iteration != spared:
+                self._delete(iteration)
 
     def clean(self) -> None:
         """Put in order what a killed run left: remove unfinished names, and undo a replacement that did not happen."""
@@ -84,6 +87,12 @@ class Iterations:
                 rename_durably(path, path.with_suffix(""))
             elif path.suffix in (TEMPORARY_SUFFIX, _DELETING, _REPLACED):
                 _remove(path)
+
+    def _delete(self, iteration: int) -> None:
+        # Renamed first: a half-deleted folder must not look like a checkpoint.
+        deleting = self._suffixed(iteration, _DELETING)
+        rename_durably(self.folder(iteration), deleting)
+        shutil.rmtree(deleting)
 
     def _suffixed(self, iteration: int, suffix: str) -> Path:
         return self.root / f"{self.folder(iteration).name}{suffix}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ import yaml
 
 from qwench.config.command_line import compat
 from qwench.config.command_line.flags import Flag
+from qwench.config.command_line.foreign_flag import NOT_SUPPORTED, ForeignFlag
 from qwench.config.command_line.vocabulary import advise
-from qwench.config.values import yaml_words
+from qwench.config.values import format_value, yaml_words
 from qwench.errors import ConfigError
 
 _CLOSE = 0.75
@@ -51,6 +52,8 @@ class Given:
     flags: dict[str, Any] = field(default_factory=dict)  # Any: of the type that the flag's annotation names
     sglang: dict[str, tuple[str, ...]] = field(default_factory=dict)
     router: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    """Names of accepted flags that have no effect here."""
 
 
 def split_words(
@@ -76,38 +79,73 @@ def split_words(
 
 def read_yaml(config_flag: Occurrence) -> list[Occurrence]:
     """Read the flags of `--config FILE.yaml`, a mapping of flag names to values."""
+    flag = f"--{config_flag.name}"
     if len(config_flag.values) != 1:
-        raise ConfigError(f"--config expects one YAML file, got {' '.join(config_flag.values) or 'none'}")
+        raise ConfigError(f"{flag} expects one YAML file, got {' '.join(config_flag.values) or 'none'}")
     path = Path(config_flag.values[0])
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"--config: cannot read {path}: {error.strerror}") from error
+        raise ConfigError(f"{flag}: cannot read {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config: {path} is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{flag}: {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"--config: {path} must map flag names to values, like `lr: 1e-6`")
+        raise ConfigError(f"{flag}: {path} must map flag names to values, like `lr: 1e-6`")
     return [
         Occurrence(name=str(key).replace("_", "-"), values=yaml_words(value), origin=str(path))
         for key, value in content.items()
     ]
 
 
+def custom_settings(occurrences: Sequence[Occurrence], table: Mapping[str, Flag]) -> list[Occurrence]:
+    """Return the flags that --custom-config-path sets; its other keys belong to the args of custom functions."""
+    files = [item for item in occurrences if item.name == "custom-config-path"] if "custom-config-path" in table else []
+    return [entry for item in files for entry in read_yaml(item) if entry.name in table and entry.values != ("None",)]
+
+
 def sort_flags(occurrences: Iterable[Occurrence], table: Mapping[str, Flag], *, prog: str = "qwench train") -> Given:
     """Give every occurrence its fate: a field's flag, passed through, accepted as neutral, or refused."""
     given = Given()
-    for item in _expand_shorthands(occurrences):
+    to_compare: list[tuple[Occurrence, ForeignFlag]] = []
+    refused: list[tuple[Occurrence, ForeignFlag]] = []
+    for item in map(_in_our_words, _expand_shorthands(occurrences)):
         flag, values = _find_flag(item, table)
         if flag is not None:
             given.flags[flag.name] = _parsed(item, flag, values)
-        elif item.name.startswith(SGLANG_PREFIX) and "rollout-engine" in table:
-            given.sglang[item.name.removeprefix(SGLANG_PREFIX)] = item.values
-        elif item.name.startswith(ROUTER_PREFIX) and "rollout-engine" in table:
-            given.router[item.name.removeprefix(ROUTER_PREFIX)] = item.values
-        else:
-            _accept_neutral(item, table, prog)
+        elif item.name in compat.FOREIGN_FLAGS or not _passes_through(item, given, table):
+            foreign = compat.foreign_flag(item.name) if "rollout-engine" in table else None
+            if foreign is None:
+                raise item.error(f"unknown flag --{item.name}; {_hint(item.name, prog, table)}")
+            if not foreign.accepts(item.name, item.values):
+                refused.append((item, foreign))
+            elif foreign.told and item.name not in given.unused:
+                given.unused.append(item.name)
+            if foreign.same_as is not None and foreign.same_as in table:
+                to_compare.append((item, foreign))
+    if refused:
+        raise _refusal(refused)
+    for item, foreign in to_compare:
+        _check_same(item, foreign, given, table)
     _apply_embedded_aliases(given, table)
     return given
+
+
+def _in_our_words(item: Occurrence) -> Occurrence:
+    """Replace another name of a flag of ours, or of one of its values."""
+    name, values = compat.ALIASES.get(item.name, item.name), item.values
+    if len(values) == 1 and (name, values[0]) in compat.VALUE_ALIASES:
+        name, value = compat.VALUE_ALIASES[name, values[0]]
+        values = (value,)
+    return replace(item, name=name, values=values)
+
+
+def _passes_through(item: Occurrence, given: Given, table: Mapping[str, Flag]) -> bool:
+    """Keep a flag of the SGLang server or its router under its own name; tell whether it is one."""
+    for prefix, kept in ((SGLANG_PREFIX, given.sglang), (ROUTER_PREFIX, given.router)):
+        if item.name.startswith(prefix) and "rollout-engine" in table:
+            kept[item.name.removeprefix(prefix)] = item.values
+            return True
+    return False
 
 
 def _expand_shorthands(occurrences: Iterable[Occurrence]) -> Iterable[Occurrence]:
@@ -149,13 +187,30 @@ def _parsed(item: Occurrence, flag: Flag, values: tuple[str, ...]) -> Any:  # as
         raise item.error(f"--{item.name} {error}") from None
 
 
-def _accept_neutral(item: Occurrence, table: Mapping[str, Flag], prog: str) -> None:
-    """Accept a flag that has one harmless value at that value; refuse it otherwise, and every flag that is not known."""
-    neutral = compat.neutral_flag(item.name) if "rollout-engine" in table else None
-    if neutral is None:
-        raise item.error(f"unknown flag --{item.name}; {_hint(item.name, prog, table)}")
-    if not neutral.accepts(item.name, item.values):
-        raise item.error(neutral.refusal(item.name, item.values))
+def _refusal(refused: Sequence[tuple[Occurrence, ForeignFlag]]) -> ConfigError:
+    """Explain one refused flag, rather one that is never supported than one not built yet, and name the others."""
+    first, *others = sorted(refused, key=lambda pair: pair[1].fate != NOT_SUPPORTED)
+    names = dict.fromkeys(f"--{item.name}" for item, _ in others if item.name != first[0].name)
+    more = f" (refused too: {' '.join(names)})" if names else ""
+    return first[0].error(first[1].refusal(first[0].name, first[0].values) + more)
+
+
+def _check_same(item: Occurrence, foreign: ForeignFlag, given: Given, table: Mapping[str, Flag]) -> None:
+    """Refuse a flag that must repeat the value of another one and does not."""
+    ours = foreign.same_as
+    assert ours is not None, "the caller asks"
+    said = " ".join(format_value(given.flags.get(ours, table[ours].default)))
+    got = " ".join(item.values)
+    if given.flags.get(ours) if not item.values else Path(got).name == Path(said).name or _equal(got, said):
+        return
+    raise item.error(f"--{item.name} {got}".rstrip() + f" must repeat --{ours} ({said}): {foreign.reason}; leave it out")
+
+
+def _equal(text: str, other: str) -> bool:
+    try:
+        return float(text) == float(other)
+    except ValueError:
+        return text == other
 
 
 def _unexpected(word: str, prog: str, table: Mapping[str, Flag]) -> str:

@@ -8,10 +8,13 @@ from dataclasses import MISSING
 from itertools import groupby
 from pathlib import Path
 
-from qwench.config.command_line.compat import EMBEDDED_ALIASES, IMPORT_PATHS, NEUTRAL, REFUSED_PREFIXES, SHORTHANDS
+from qwench.config.command_line.accepted_flags import ACCEPTED
+from qwench.config.command_line.compat import ALIASES, EMBEDDED_ALIASES, IMPORT_PATHS, SHORTHANDS, VALUE_ALIASES
 from qwench.config.command_line.flags import Flag, flag_table
+from qwench.config.command_line.foreign_flag import ANY, NOT_BUILT
 from qwench.config.command_line.help import help_text
 from qwench.config.command_line.parse import EVAL_DEFAULTS, SFT_DEFAULTS, section_subjects
+from qwench.config.command_line.refused_flags import ACCEPTED_PREFIXES, PLANNED, REFUSED, REFUSED_PREFIXES
 from qwench.config.config import Config
 from qwench.config.sections.verbs import ServeConfig
 from qwench.config.values import format_value, metavar
@@ -59,7 +62,7 @@ def _lines() -> Iterator[str]:
     yield from _sections(server)
     yield from _defaults()
     yield from _aliases()
-    yield from _neutral()
+    yield from _foreign()
 
 
 def _sections(table: Mapping[str, Flag]) -> Iterator[str]:
@@ -95,18 +98,27 @@ def _aliases() -> Iterator[str]:
         yield f"| `--{name} DIR` | `{longhand}` |"
     for name, flag in EMBEDDED_ALIASES.items():
         yield f"| `--sglang-{name}` | also `--{flag}`, unless that is given |"
+    for theirs, ours in ALIASES.items():
+        yield f"| `--{theirs}` | `--{ours}` |"
+    for (theirs, value), (ours, our_value) in VALUE_ALIASES.items():
+        yield f"| `--{theirs} {value}` | `--{ours} {our_value}` |"
     for theirs, ours in IMPORT_PATHS.items():
         yield f"| `{theirs}` | {'the built-in, as without the flag' if ours == 'None' else _code(ours)} |"
 
 
-def _neutral() -> Iterator[str]:
-    yield "\n## Flags of slime and Megatron that change nothing here\n"
-    yield "Accepted at the value shown, because it is what Qwench does anyway; refused at any other, with the reason.\n"
-    yield "| flag | accepted | reason |\n| --- | --- | --- |"
-    for flag in NEUTRAL:
-        yield f"| `--{flag.name}` | {' or '.join(_code(value) for value in flag.values) or 'never'} | {_cell(flag.reason)} |"
-    for prefix, reason in REFUSED_PREFIXES.items():
-        yield f"| `--{prefix}*` | never | {_cell(reason)} |"
+def _foreign() -> Iterator[str]:
+    yield "\n## Flags of slime, miles and Megatron without a field\n"
+    yield "`accepted` names the values that change nothing here. At any other value the flag is refused with the reason.\n"
+    yield "| flags | accepted | reason |\n| --- | --- | --- |"
+    for (values, reason, fate), flags in groupby(
+        (*ACCEPTED, *REFUSED, *PLANNED), key=lambda flag: (flag.values, flag.reason, flag.fate)
+    ):
+        names = " ".join(f"`--{flag.name}`" for flag in flags)
+        accepted = "any" if values == ANY else " or ".join(_code(value) for value in values) or "never"
+        yield f"| {names} | {accepted} | {'not built yet: ' if fate == NOT_BUILT else ''}{_cell(reason)} |"
+    for prefixes, accepted in ((REFUSED_PREFIXES, "never"), (ACCEPTED_PREFIXES, "any")):
+        for reason, group in groupby(prefixes, key=lambda prefix: prefixes[prefix]):
+            yield f"| {' '.join(f'`--{prefix}*`' for prefix in group)} | {accepted} | {_cell(reason)} |"
 
 
 def _code(text: str) -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 from qwench.config.checks import check_eval, check_rules, check_serve, check_sft, check_train
-from qwench.config.command_line.argv import Given, Occurrence, sort_flags, split_words
+from qwench.config.command_line.argv import Given, Occurrence, custom_settings, sort_flags, split_words
 from qwench.config.command_line.flags import Flag, flag_name, flag_table
 from qwench.config.command_line.help import first_sentence, help_text, is_help
 from qwench.config.config import Config
+from qwench.config.engine_choice import look_at_machine, with_engine
 from qwench.config.sections.verbs import ServeConfig
 from qwench.errors import ConfigError
 
@@ -31,13 +32,16 @@ EVAL_DEFAULTS: Mapping[str, tuple[str, ...]] = {"rollout-batch-size": ("1",)}
 """`qwench eval` has no training batches; their identity still wants a number."""
 
 
-def parse_train(words: Sequence[str]) -> Config:
+def parse_train(words: Sequence[str], *, defaults: Mapping[str, tuple[str, ...]] | None = None) -> Config:
     """Return the configuration of `qwench train WORDS`, which may also be fine-tuning (--loss-type sft_loss).
+
+    Args:
+        defaults: flag -> values of lowest precedence.
 
     Raises:
         ConfigError: the user's mistake, in one line.
     """
-    config = parse_flags(Config, words, prog="qwench train")
+    config = parse_flags(Config, words, prog="qwench train", defaults=defaults)
     check_train(config)
     return config
 
@@ -92,12 +96,15 @@ def parse_flags(
         sys.stdout.write(help_text(prog, table, defaults or {}, words=words, subjects=section_subjects(config_type)))
         sys.exit(0)
     base = [Occurrence(name=name, values=values) for name, values in (defaults or {}).items()]
-    given = sort_flags([*base, *split_words(words, prog=prog, table=table)], table, prog=prog)
+    occurrences = [*base, *split_words(words, prog=prog, table=table)]
+    given = sort_flags([*occurrences, *custom_settings(occurrences, table)], table, prog=prog)
     _check_required(given, table, prog=prog)
     config = _fill(config_type, given)
-    if isinstance(config, Config):
-        check_rules(config)
-    return config
+    if not isinstance(config, Config):
+        return config
+    chosen = with_engine(config, names_size="rollout-num-gpus-per-engine" in given.flags, machine=look_at_machine())
+    check_rules(chosen)
+    return cast(ConfigT, chosen)
 
 
 def section_subjects(config_type: type) -> dict[str, str]:
@@ -119,12 +126,16 @@ def _check_required(given: Given, table: Mapping[str, Flag], *, prog: str) -> No
 def _fill(config_type: type[ConfigT], given: Given) -> ConfigT:
     """Make a dataclass of the values that were given; its sections likewise."""
     hints, arguments = get_type_hints(config_type), dict[str, Any]()  # Any: values of the types that the fields name
-    collected = {"sglang_args": given.sglang, "router_args": given.router}
+    collected = {
+        "sglang_args": _passed(given.sglang),
+        "router_args": _passed(given.router),
+        "unused_flags": tuple(given.unused),
+    }
     for item in fields(config_type):  # type: ignore[arg-type]  # config_type is a dataclass; TypeVars cannot say so
         if is_dataclass(hints[item.name]):
             arguments[item.name] = _fill(hints[item.name], given)
         elif item.name in collected:
-            arguments[item.name] = _passed(collected[item.name])
+            arguments[item.name] = collected[item.name]
         elif flag_name(item.name) in given.flags:
             arguments[item.name] = given.flags[flag_name(item.name)]
     return config_type(**arguments)

@@ -136,7 +136,7 @@ _PHRASES: Mapping[str, str] = {
     "wandb-run-name run-name experiment-name exp-name wandb-name wandb-run": "use --wandb-group",
     "project project-name": "use --wandb-project",
     "wandb-entity": "use --wandb-team",
-    "tensorboard tensorboard-dir": "use --use-tensorboard with --log-dir",
+    "tensorboard": "use --use-tensorboard with --log-dir",
     "logging-dir logdir": "use --log-dir",
     "logging-steps log-interval log-every logging-strategy": "every rollout is logged; leave it out",
     "verbose debug loglevel": "use --log-level debug",

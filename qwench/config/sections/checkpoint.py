@@ -27,6 +27,10 @@ class CheckpointConfig:
     keep_best: bool = False
     """Keep also the checkpoint with the best result on the first evaluation set (the highest score; qwench sft: the lowest
     loss). It is written when an evaluation is the best so far."""
+    save_retain_interval: int | None = None
+    """Of older checkpoints, keep those whose number is a multiple of this. A multiple of --save-interval. None: keep all."""
+    exit_on_missing_checkpoint: bool = False
+    """End with an error when --load holds no checkpoint. Off: a --load that is also --save may be empty."""
     ref_load: Path | None = None
     """Weights of the reference, and of the policy of a fresh run: a checkpoint of Hugging Face, torch_dist or FSDP, or its
     parent folder. None: --hf-checkpoint."""
@@ -44,16 +48,23 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         check_positive("--save-interval", self.save_interval)
         check_positive("--keep-checkpoints", self.keep_checkpoints)
+        check_positive("--save-retain-interval", self.save_retain_interval)
         check_not_negative("--ckpt-step", self.ckpt_step)
         check_not_negative("--ref-ckpt-step", self.ref_ckpt_step)
         for flag, value in (
             ("--save-interval", self.save_interval),
             ("--keep-checkpoints", self.keep_checkpoints),
+            ("--save-retain-interval", self.save_retain_interval),
             ("--save-hf", self.save_hf),
             ("--keep-best", self.keep_best or None),
         ):
             if value is not None and self.save is None:
                 raise ConfigError(f"{flag} ({value}) has no effect without a folder to save to; give --save")
+        if self.save_retain_interval is not None and self.save_retain_interval % (self.save_interval or 1):
+            raise ConfigError(
+                f"--save-retain-interval ({self.save_retain_interval}) must be a multiple of --save-interval "
+                f"({self.save_interval})"
+            )
         if self.ckpt_step is not None and self.load is None:
             raise ConfigError(f"--ckpt-step ({self.ckpt_step}) picks a checkpoint of --load; give --load")
         if self.ref_ckpt_step is not None and self.ref_load is None:

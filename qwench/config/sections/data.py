@@ -18,6 +18,8 @@ class DataConfig:
     prompt_data: str | None = None
     """Training data, one row a prompt: a file (.jsonl, .json, .csv, .parquet), a folder or a pattern of files, or OWNER/NAME of
     the Hugging Face hub. path@[a:b] takes rows a to b; negative numbers count from the end."""
+    disable_rollout_global_dataset: bool = False
+    """Read no --prompt-data: the rollout function or the data source brings its own prompts."""
     input_key: str = "input"
     """Column of the prompt: a text or a list of messages (qwench sft: messages)."""
     label_key: str | None = None

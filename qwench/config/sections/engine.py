@@ -7,17 +7,26 @@ router. Those that mean the same to the embedded engine also set its field (`com
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from qwench.config.limits import check_address, check_fraction, check_not_negative, check_positive
+from qwench.config.owned_flags import ROUTER_OWN_FLAGS, SGLANG_OWN_FLAGS, refuse_owned
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """Kind, size and supervision of the engines."""
 
-    rollout_engine: Literal["embedded", "sglang"] = "embedded"
-    """Engine that generates. embedded: Qwench's own, in the training process or as servers. sglang: SGLang servers."""
+    rollout_engine: Literal["auto", "embedded", "sglang"] = "auto"
+    """Engine that generates. embedded: Qwench's own, in the training process or as servers. sglang: SGLang servers. auto:
+    sglang when a --sglang-* flag or --rollout-num-gpus-per-engine is given, and on several GPUs when SGLang is installed; else
+    embedded."""
+    sglang_config: Path | None = None
+    """YAML file of groups of SGLang engines, in slime's form, for engines of several sizes. None: all engines have
+    --rollout-num-gpus-per-engine GPUs."""
+    engine_reason: str = ""
+    """Why auto chose the engine."""
     embedded_page_size: int = 16
     """Tokens in one page of the KV cache of the embedded engine (--sglang-page-size sets it too)."""
     embedded_max_running_requests: int = 512
@@ -80,6 +89,8 @@ class EngineConfig:
             check_positive(flag, value)
         check_not_negative("--rollout-health-check-first-wait", self.rollout_health_check_first_wait)
         check_fraction("--embedded-mem-fraction", self.embedded_mem_fraction)
+        refuse_owned(self.sglang_args, SGLANG_OWN_FLAGS, prefix="sglang")
+        refuse_owned(self.router_args, ROUTER_OWN_FLAGS, prefix="router")
         for address in self.rollout_external_engine_addrs:
             check_address("--rollout-external-engine-addrs", address)
 
@@ -87,3 +98,8 @@ class EngineConfig:
     def routes_requests(self) -> bool:
         """Tell whether a router process stands in front of the engines."""
         return self.use_sglang_router or bool(self.router_args)
+
+    @property
+    def kind(self) -> str:
+        """Return the name of the engine's kind; embedded where no command line chose one."""
+        return "embedded" if self.rollout_engine == "auto" else self.rollout_engine

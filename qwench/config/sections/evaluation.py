@@ -50,6 +50,13 @@ class EvalConfig:
     """Folder in which qwench eval writes metrics.json and every response. None: only printed."""
     skip_eval_before_train: bool = False
     """Do not evaluate before the first rollout."""
+    custom_eval_rollout_log_function_path: str | None = None
+    """Custom function that logs an evaluation, in slime's form. When it returns true, its own metrics are not logged."""
+    ci_metric_checker_key: str | None = None
+    """Metric that some evaluation of the run must bring to --ci-metric-checker-threshold, for example eval/gsm8k; else the run
+    ends with an error. None: no condition."""
+    ci_metric_checker_threshold: float | None = None
+    """Least value of --ci-metric-checker-key."""
 
     def __post_init__(self) -> None:
         for flag, value in (
@@ -65,7 +72,10 @@ class EvalConfig:
         check_fraction("--eval-top-p", self.eval_top_p)
         check_top_k("--eval-top-k", self.eval_top_k)
         check_import_path("--eval-function-path", self.eval_function_path)
+        check_import_path("--custom-eval-rollout-log-function-path", self.custom_eval_rollout_log_function_path)
         self._check_sets()
+        if (self.ci_metric_checker_key is None) != (self.ci_metric_checker_threshold is None):
+            raise ConfigError("--ci-metric-checker-key and --ci-metric-checker-threshold belong together; give both")
 
     def _check_sets(self) -> None:
         if len(self.eval_prompt_data) % 2:

@@ -25,6 +25,8 @@ class LoggingConfig:
     """Show a table of the metrics every this many rollouts (qwench sft: batches). None: no table, one line each."""
     use_tensorboard: bool = False
     """Write TensorBoard files."""
+    tensorboard_dir: Path | None = None
+    """Folder of the event files of --use-tensorboard. None: tensorboard/ in the run's folder."""
     tb_project_name: str | None = None
     """First level of the TensorBoard folder under --log-dir."""
     tb_experiment_name: str | None = None

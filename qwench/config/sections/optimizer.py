@@ -11,6 +11,7 @@ from qwench.errors import ConfigError
 _BFLOAT16_HALF_STEP = 2.0**-8
 """Changes by less than this share may be rounded away in bfloat16."""
 
+MomentDtype = Literal["fp32", "bf16"]
 LrDecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root"]
 
 
@@ -51,7 +52,11 @@ class OptimizerConfig:
     overlap_cpu_optimizer_d2h_h2d: bool = False
     """Overlap the copies of --optimizer-cpu-offload with its steps. Needs more pinned memory; the numbers are the same."""
     use_precision_aware_optimizer: bool = False
-    """Store the moments in bfloat16 to save memory. Steps compute in float32."""
+    """Store the moments in --exp-avg-dtype and --exp-avg-sq-dtype. Steps compute in float32."""
+    exp_avg_dtype: MomentDtype = "fp32"
+    """What the first moment is stored in. bf16 saves memory. Needs --use-precision-aware-optimizer."""
+    exp_avg_sq_dtype: MomentDtype = "fp32"
+    """What the second moment is stored in. bf16 saves memory. Needs --use-precision-aware-optimizer."""
 
     def __post_init__(self) -> None:
         check_positive("--lr", self.lr)
@@ -82,13 +87,18 @@ class OptimizerConfig:
         return self.optimizer_offload_fraction if self.optimizer_cpu_offload else 0.0
 
     def _check_moments(self) -> None:
-        if not self.use_precision_aware_optimizer:
-            return
-        for flag, beta in (("--adam-beta1", self.adam_beta1), ("--adam-beta2", self.adam_beta2)):
+        for flag, dtype, beta_flag, beta in (
+            ("--exp-avg-dtype", self.exp_avg_dtype, "--adam-beta1", self.adam_beta1),
+            ("--exp-avg-sq-dtype", self.exp_avg_sq_dtype, "--adam-beta2", self.adam_beta2),
+        ):
+            if dtype == "fp32":
+                continue
+            if not self.use_precision_aware_optimizer:
+                raise ConfigError(f"{flag} {dtype} needs --use-precision-aware-optimizer; add it")
             if 1 - beta < _BFLOAT16_HALF_STEP:
                 raise ConfigError(
-                    f"--use-precision-aware-optimizer stores moments in bfloat16, which rounds away a decay by {flag} "
-                    f"({beta}): the average would never shrink; give {flag} 0.99 or less, or leave the flag out"
+                    f"{flag} {dtype} rounds away a decay by {beta_flag} ({beta}): the average would never shrink; "
+                    f"give {beta_flag} 0.99 or less, or leave {flag} out"
                 )
 
     def _check_schedule(self) -> None:

@@ -13,7 +13,8 @@ class RewardConfig:
     """The reward function and its workers."""
 
     rm_type: str | None = None
-    """Built-in reward: deepscaler, math, dapo, f1, gpqa, random or remote_rm. A row's metadata.rm_type wins over it."""
+    """Built-in reward: deepscaler, math, dapo, f1, gpqa, ifbench, random or remote_rm. A row's metadata.rm_type wins over
+    it."""
     rm_url: str | None = None
     """URL of the reward server of --rm-type remote_rm."""
     reward_key: str | None = None

@@ -79,6 +79,10 @@ class RolloutConfig:
     """Custom function that removes samples of a finished rollout from the loss. None: all are used."""
     rollout_all_samples_process_path: str | None = None
     """Custom function that receives all samples of a rollout, rejected ones included."""
+    rollout_sample_hook_path: tuple[str, ...] = ()
+    """Custom functions between the generation of a sample and its reward, in slime's form: fn(args, sample)."""
+    custom_rollout_log_function_path: str | None = None
+    """Custom function that logs a rollout, in slime's form. When it returns true, the rollout's own metrics are not logged."""
 
     def __post_init__(self) -> None:
         for flag, value in (
@@ -111,6 +115,8 @@ class RolloutConfig:
             ("--buffer-filter-path", self.buffer_filter_path),
             ("--rollout-sample-filter-path", self.rollout_sample_filter_path),
             ("--rollout-all-samples-process-path", self.rollout_all_samples_process_path),
+            ("--custom-rollout-log-function-path", self.custom_rollout_log_function_path),
+            *(("--rollout-sample-hook-path", path) for path in self.rollout_sample_hook_path),
         ):
             check_import_path(flag, path)
 

@@ -25,6 +25,8 @@ class TrainingConfig:
     """Samples per optimizer step. None: derived from --num-steps-per-rollout."""
     num_steps_per_rollout: int | None = None
     """Optimizer steps per rollout. None: derived from --global-batch-size, else 1."""
+    allow_partial_train_step: bool = False
+    """Train on the samples that do not fill a step as on a smaller step. Off: --global-batch-size must divide the rollout."""
     micro_batch_size: int = 1
     """Samples per micro-batch. Not used with --use-dynamic-batch-size."""
     use_dynamic_batch_size: bool = False

@@ -25,7 +25,8 @@ class ServerOrder:
     """Absolute: a server may start in another folder."""
     dtype: str
     """`bfloat16` or `float32`: that of the published weights."""
-    devices_per_engine: int
+    engine_sizes: tuple[int, ...]
+    """Devices of each engine."""
     releases_memory: bool
     """The engines give memory back while the trainer works."""
     seed: int

@@ -1,10 +1,10 @@
-"""Flags that pass through to another program: which are ours to set, and whether the installed program takes the rest."""
+"""Flags that pass through to another program: whether the installed program takes them."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from qwench.errors import ConfigError
 
@@ -17,22 +17,6 @@ _EPILOGUE = """
 parser.parse_args(sys.argv[1:])
 """
 _NOT_INSTALLED = 3
-
-
-def refuse_owned(words: Sequence[str], owned: Mapping[str, str], *, prefix: str) -> None:
-    """Refuse flags that Qwench sets itself.
-
-    Args:
-        words: the user's, without the prefix.
-        owned: name -> why it is ours, and what to use instead.
-
-    Raises:
-        ConfigError: one of them is among the words.
-    """
-    for word in words:
-        name = word.removeprefix("--")
-        if word.startswith("--") and name in owned:
-            raise ConfigError(f"--{prefix}-{name} is not passed on: {owned[name]}")
 
 
 def check_words(words: Sequence[str], *, prefix: str, parser_program: str, package: str) -> None:

@@ -1,4 +1,4 @@
-"""Stock SGLang servers: how to start one, and which of its flags are the user's.
+"""Stock SGLang servers: how to start one.
 
 Written against SGLang 0.5.16: `python -m sglang.launch_server`, whose `--admin-api-key` protects the endpoints that change
 weights or memory, and whose `--enable-memory-saver` lets it give memory back.
@@ -14,38 +14,8 @@ from collections.abc import Mapping, Sequence
 from qwench.config.sections.engine import EngineConfig
 from qwench.engines.fleet.servers import ServerCommand, server_environ, visible_devices
 from qwench.engines.kinds.kind import EngineKind, ServerOrder
-from qwench.engines.kinds.passthrough_flags import check_words, refuse_owned
+from qwench.engines.kinds.passthrough_flags import check_words
 from qwench.engines.kinds.sglang_receiver import SglangReceiver
-
-_ONE_SERVER = "an engine is one server of --rollout-num-gpus-per-engine GPUs on one node; --rollout-num-gpus gives more engines"
-_ADDRESS = "addresses are chosen by Qwench; give servers that run already by --rollout-external-engine-addrs"
-_PRIVATE = "each run makes its own token"
-OWN_FLAGS: Mapping[str, str] = {
-    **dict.fromkeys(("model-path", "model", "tokenizer-path"), "use --hf-checkpoint"),
-    "config": "give the flags themselves, or qwench's --config",
-    "tp-size": "use --rollout-num-gpus-per-engine",
-    "tensor-parallel-size": "use --rollout-num-gpus-per-engine",
-    "tp": "use --rollout-num-gpus-per-engine",
-    **dict.fromkeys(
-        ("dp-size", "data-parallel-size", "pp-size", "pipeline-parallel-size", "ep-size", "expert-parallel-size", "nnodes",
-         "node-rank", "dist-init-addr", "nccl-init-addr"),
-        _ONE_SERVER,
-    ),
-    **dict.fromkeys(("base-gpu-id", "gpu-id-step"), "GPUs are placed by Qwench; use CUDA_VISIBLE_DEVICES"),
-    **dict.fromkeys(("host", "port", "nccl-port", "grpc-port"), _ADDRESS),
-    **dict.fromkeys(("router-ip", "router-port"), "use --use-sglang-router and --router-port, which start a router"),
-    "enable-memory-saver": "use --colocate or --offload-rollout",
-    "enable-weights-cpu-backup": "weights are published again after memory was given back",
-    "dtype": "use --train-dtype: engines compute in the dtype that is published",
-    "random-seed": "use --rollout-seed",
-    "trust-remote-code": "models are those that transformers knows",
-    "weight-version": "it is the number of rollouts learned from",
-    "api-key": _PRIVATE,
-    "admin-api-key": _PRIVATE,
-    "skip-tokenizer-init": "stop words need the tokenizer",
-    "is-embedding": "an engine generates",
-}  # fmt: skip
-"""SGLang's flags, without their prefix, that are ours to set -> what to use instead."""
 
 _OVERRIDES = frozenset({"--json-model-override-args", "--context-length"})
 """With one of them the user decides how long texts are."""
@@ -57,12 +27,11 @@ ServerArgs.add_cli_args(parser)
 
 
 def check_sglang_words(words: Sequence[str]) -> None:
-    """Refuse the flags that Qwench sets, and check the others with the parser of the installed SGLang.
+    """Check the flags with the parser of the installed SGLang.
 
     Raises:
-        ConfigError: SGLang is not installed, or does not know a flag, or Qwench sets it.
+        ConfigError: SGLang is not installed, or does not know a flag.
     """
-    refuse_owned(words, OWN_FLAGS, prefix="sglang")
     # The model's folder is the one argument that SGLang's parser insists on.
     check_words([*words, "--model-path", "."], prefix="sglang", parser_program=_PARSER_PROGRAM, package="sglang")
 
@@ -76,7 +45,7 @@ def sglang_command(
     order: ServerOrder, *, index: int, gpu_ids: Sequence[int], environ: Mapping[str, str], host: str = "127.0.0.1"
 ) -> ServerCommand:
     """Return how to start engine `index`; see `EngineKind.command`."""
-    engine, tp_size = order.engine, order.devices_per_engine
+    engine, tp_size = order.engine, order.engine_sizes[index]
     assert not gpu_ids or len(gpu_ids) == tp_size, f"{len(gpu_ids)} GPUs for tp {tp_size}"
     argv = [sys.executable, "-P", "-m", "sglang.launch_server", *engine.sglang_args]
     argv += ["--model-path", str(order.model_folder), "--tp-size", str(tp_size), "--dtype", order.dtype]

@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 
 from qwench.engines.fleet.servers import ServerCommand, ServerProcess, check_port_is_free
-from qwench.engines.kinds.passthrough_flags import check_words, refuse_owned
+from qwench.engines.kinds.passthrough_flags import check_words
 from qwench.errors import ConfigError, EngineError
 
 ADDRESS = "127.0.0.1"
@@ -25,16 +25,6 @@ CONTROL_TIMEOUT_S = 10.0
 CHANGE_TIMEOUT_S = 60.0
 """The router adds and removes workers in the background."""
 POLL_S = 0.1
-OWN_FLAGS: Mapping[str, str] = {
-    "host": "the router serves this run only",
-    "worker-urls": "the engines are added by Qwench; give addresses of others with --rollout-external-engine-addrs",
-    "pd-disaggregation": "an engine does both prefill and decode",
-    "service-discovery": "the engines are added by Qwench",
-    "mini-lb": "it belongs to prefill-decode disaggregation",
-    "api-key": "the router is reached from this run only",
-    "backend": "engines speak SGLang's API",
-}
-"""Flags of the router that are ours to set."""
 DEFAULTS: Mapping[str, tuple[str, ...]] = {
     # The router's own default sees no text in our requests and would send everything to one server.
     "policy": ("round_robin",),
@@ -80,7 +70,6 @@ def check_router_words(words: Sequence[str]) -> None:
         ConfigError: it is not installed, or does not take them.
         EngineError: another process listens on --router-port.
     """
-    refuse_owned(words, OWN_FLAGS, prefix="router")
     _, port = _take_port(words)
     if port is not None:
         check_port_is_free("the router", ADDRESS, port, flag="--router-port")

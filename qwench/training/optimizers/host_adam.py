@@ -1,7 +1,7 @@
 """AdamW whose float32 masters and moments live on the host, all of them or a share; shared by both backends.
 
     parameter (device, its own dtype)   decoupled_grad or grad (device, float32)
-    state, for a parameter on the host: master_param float32, exp_avg, exp_avg_sq float32 or bfloat16, all on the host
+    state, for a parameter on the host: master_param float32, exp_avg and exp_avg_sq each float32 or bfloat16, all on the host
     state, for one on the device:       the same there; a float32 parameter is its own master
 
 A step computes in float32 for every dtype of the moments: bfloat16 moments are widened a bucket at a time, and rounded to
@@ -28,6 +28,7 @@ from qwench.training.optimizers.pinned_buckets import HostCopies, Span, buckets_
 BUCKET_ELEMENTS = 1 << 24
 """Elements stepped at a time: 64 MiB of gradients, some milliseconds of copies."""
 _HOST = torch.device("cpu")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class HostAdam(torch.optim.AdamW):
@@ -43,7 +44,7 @@ class HostAdam(torch.optim.AdamW):
         weight_decay: float,
         offload_fraction: float = 1.0,
         overlap: bool = True,
-        moments_dtype: torch.dtype = torch.float32,
+        moment_dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
         bucket_elements: int = BUCKET_ELEMENTS,
     ) -> None:
         """Take parameters or groups of them, as torch's AdamW does; no state is made before `reset`.
@@ -52,13 +53,13 @@ class HostAdam(torch.optim.AdamW):
             offload_fraction: Share of the elements, first groups first, whose state is on the host; the parameter that
                 crosses the share is offloaded as a whole.
             overlap: Copy gradients and weights while the host computes; the numbers do not depend on it.
-            moments_dtype: What the moments are stored in.
+            moment_dtypes: What exp_avg and exp_avg_sq are stored in.
             bucket_elements: Bounds the buffers: at most three buckets of gradients and of weights, pinned, and one of moments.
         """
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self._offload_fraction = offload_fraction
         self._overlap = overlap
-        self._moments_dtype = moments_dtype
+        self._moment_dtypes = dict(zip(MOMENTS, moment_dtypes, strict=True))
         self._bucket_elements = bucket_elements
         self._num_steps = torch.tensor(0.0)
         self._on_host: set[Tensor] = set()
@@ -80,7 +81,7 @@ class HostAdam(torch.optim.AdamW):
             weight_decay=section.weight_decay,
             offload_fraction=section.offloaded_share,
             overlap=section.overlap_cpu_optimizer_d2h_h2d,
-            moments_dtype=torch.bfloat16 if section.use_precision_aware_optimizer else torch.float32,
+            moment_dtypes=(_DTYPES[section.exp_avg_dtype], _DTYPES[section.exp_avg_sq_dtype]),
         )
 
     @torch.no_grad()
@@ -93,7 +94,9 @@ class HostAdam(torch.optim.AdamW):
             device = _HOST if on_host else param.device
             is_master = param.dtype == torch.float32 and not on_host
             master = param.detach() if is_master else param.detach().to(device, torch.float32, copy=True)
-            moments = {name: torch.zeros(param.shape, dtype=self._moments_dtype, device=device) for name in MOMENTS}
+            moments = {
+                name: torch.zeros(param.shape, dtype=dtype, device=device) for name, dtype in self._moment_dtypes.items()
+            }
             self.state[param] = {"step": self._num_steps, MASTER: master, **moments}
         self._count_steps(0)
         self._lay_out_buckets()
@@ -194,8 +197,7 @@ class HostAdam(torch.optim.AdamW):
         largest = max(sum(span.stop - span.start for span in bucket) for bucket in self._host_buckets)
         [kind] = {(span.param.device, span.param.dtype) for bucket in self._host_buckets for span in bucket}
         self._copies = HostCopies(max_elements=largest, weight_dtype=kind[1], device=kind[0], overlap=self._overlap)
-        if self._moments_dtype != torch.float32:
-            self._widened = {name: torch.empty(largest, dtype=torch.float32) for name in MOMENTS}
+        self._widened = {name: torch.empty(largest, dtype=torch.float32) for name in MOMENTS if self._is_widened(name)}
 
     def _update_on_host(self, bucket: Sequence[Span], gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
         self._update(bucket, gradients)
@@ -225,15 +227,18 @@ class HostAdam(torch.optim.AdamW):
             eps=group["eps"],
             maximize=False,
         )
-        if self._moments_dtype != torch.float32:
-            for name, widened in zip(MOMENTS, (exp_avgs, exp_avg_sqs), strict=True):
+        for name, widened in zip(MOMENTS, (exp_avgs, exp_avg_sqs), strict=True):
+            if self._is_widened(name):
                 for stored, moment in zip(self._cut_states(bucket, name), widened, strict=True):
                     stored.copy_(moment)
+
+    def _is_widened(self, name: str) -> bool:
+        return self._moment_dtypes[name] != torch.float32
 
     def _widen(self, bucket: Sequence[Span], name: str) -> list[Tensor]:
         """Return a moment of the bucket in float32: itself, or a copy."""
         stored = self._cut_states(bucket, name)
-        if self._moments_dtype == torch.float32:
+        if not self._is_widened(name):
             return stored
         if bucket[0].param not in self._on_host:
             return [moment.float() for moment in stored]

@@ -34,8 +34,7 @@ def test_bundles_of_a_layout(cluster, roles, num_engines, size, expected):
     devices = DevicePlan(
         on_gpus=False,
         **roles,
-        num_engines=num_engines,
-        devices_per_engine=size,
+        engine_sizes=(size,) * num_engines,
         offload_train=False,
         offload_rollout=False,
         weights_may_alias=False,
@@ -55,14 +54,14 @@ def test_ranks_are_ordered_by_address_as_a_number_and_by_device():
 
 def test_colocated_engines_have_neighbouring_devices_of_one_node():
     seats = [seat(address, device) for address in ("10.0.0.1", "10.0.0.2") for device in (0, 1, 4, 5)]
-    places = engine_places(seats, devices_per_engine=2, with_numbers=True)
+    places = engine_places(seats, sizes=(2, 2, 2, 2), with_numbers=True)
     assert [(place.address, place.devices) for place in places] == [
         ("10.0.0.1", (0, 1)),
         ("10.0.0.1", (4, 5)),
         ("10.0.0.2", (0, 1)),
         ("10.0.0.2", (4, 5)),
     ]
-    assert engine_places(seats, devices_per_engine=4, with_numbers=False)[1].devices == ()
+    assert engine_places(seats, sizes=(4, 4), with_numbers=False)[1].devices == ()
 
 
 @given(
@@ -76,7 +75,7 @@ def test_every_device_serves_one_engine_whatever_order_it_was_granted_in(num_nod
     seats = [seat(f"10.0.{node}.1", device) for node in range(num_nodes) for device in range(per_node)]
     shuffled.shuffle(seats)
     ordered = [seats[i] for i in order_of(seats)]
-    places = engine_places(ordered, devices_per_engine=size, with_numbers=True)
+    places = engine_places(ordered, sizes=(size,) * (len(ordered) // size), with_numbers=True)
     served = [(place.address, device) for place in places for device in place.devices]
     assert served == [(one.address, one.device) for one in ordered]
     assert sorted(served) == sorted((one.address, one.device) for one in seats)

@@ -11,6 +11,9 @@ def test_a_complete_command_line_needs_no_advice(files):
     assert list(warnings(parse_train(flat(words_of(files))))) == []
 
 
+EMBEDDED = ("--rollout-engine", "embedded")
+
+
 @pytest.mark.parametrize(
     ("extra", "begin"),
     [
@@ -36,9 +39,12 @@ def test_a_complete_command_line_needs_no_advice(files):
             ["--debug-rollout-only", "--ref-load", "{}/model"],
             "--ref-load is not read here: responses are those of --hf-checkpoint",
         ),
-        (["--rollout-num-gpus-per-engine", "2"], "--rollout-num-gpus-per-engine has no effect on the embedded engine"),
         (
-            ["--sglang-attention-backend", "fa3", "--sglang-page-size", "4", "--router-policy", "random"],
+            ["--rollout-num-gpus-per-engine", "2", *EMBEDDED],
+            "--rollout-num-gpus-per-engine has no effect on the embedded engine",
+        ),
+        (
+            ["--sglang-attention-backend", "fa3", "--sglang-page-size", "4", "--router-policy", "random", *EMBEDDED],
             "the embedded engine makes no use of --sglang-attention-backend --router-policy",
         ),
     ],

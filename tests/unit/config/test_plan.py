@@ -158,9 +158,9 @@ def test_token_budgets_default_to_each_other_and_grow_with_context_parallelism()
 def test_engines_share_the_ranks_devices_or_have_their_own():
     sglang = EngineConfig(rollout_engine="sglang")
     shared = planned(engine=sglang, cluster=ClusterConfig(actor_num_gpus_per_node=4, rollout_num_gpus_per_engine=2)).devices
-    assert (shared.shared, shared.num_engines, shared.devices_per_engine) == (True, 2, 2)
+    assert (shared.shared, shared.engine_sizes) == (True, (2, 2))
     apart = planned(engine=sglang, cluster=ClusterConfig(rollout_num_gpus=6, rollout_num_gpus_per_engine=2)).devices
-    assert (apart.shared, apart.num_engines, apart.devices_per_engine) == (False, 3, 2)
+    assert (apart.shared, apart.engine_sizes) == (False, (2, 2, 2))
     assert planned(cluster=ClusterConfig(rollout_num_gpus=3)).devices.num_engines == 3
     external = EngineConfig(rollout_external_engine_addrs=("a:1",))
     assert planned(engine=external).devices.num_engines == 0
@@ -245,7 +245,7 @@ def test_the_plan_states_the_identities_with_their_numbers():
         "micro-batches: 8 of 4 samples in each step on each of the 2 DP ranks",
         "rollouts: 5",
         "devices: shared by trainer and engines",
-        "engines: 2, of 1 device each",
+        "engines: embedded (the default), 2, of 1 device each",
         "reference model: held",
         "each trainer rank, activations apart: 29.97 GiB on the device (7.49 weights, 7.49 gradients, 14.98 optimizer), "
         "3.75 GiB on the host",

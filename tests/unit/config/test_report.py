@@ -32,7 +32,7 @@ SECRETS = Config(
     rollout=ROLLOUT,
     logging=LoggingConfig(use_wandb=True, wandb_project="p", wandb_key="s3cret", wandb_host="https://me:s3cret@wandb.here"),
     cluster=ClusterConfig(train_env_vars={"HF_TOKEN": "s3cret", "AWS_SECRET_ACCESS_KEY": "s3cret", "NCCL_DEBUG": "INFO"}),
-    engine=EngineConfig(sglang_args=("--api-key", "s3cret", "--page-size", "4", "--enable-metrics")),
+    engine=EngineConfig(sglang_args=("--metrics-key", "s3cret", "--page-size", "4", "--enable-metrics")),
     reward=RewardConfig(rm_type="remote_rm", rm_url="http://me:s3cret@grader:80/score"),
     data=DataConfig(input_key="question", apply_chat_template_kwargs={"enable_thinking": False}),
 )
@@ -62,5 +62,5 @@ def test_what_is_passed_to_engines_is_kept_under_its_flags():
         "sglang-page-size": ["4"],
         "sglang-enable-metrics": [],
     }.items()
-    assert "sglang-api-key" not in kept
+    assert "sglang-metrics-key" not in kept
     assert kept["train-env-vars"]["NCCL_DEBUG"] == "INFO"

@@ -75,8 +75,14 @@ REFUSED = [
     (OptimizerConfig, {"overlap_cpu_optimizer_d2h_h2d": True}, "--overlap-cpu-optimizer-d2h-h2d needs --optimizer-cpu-offload"),
     (
         OptimizerConfig,
-        {"use_precision_aware_optimizer": True},
-        "--use-precision-aware-optimizer stores moments in bfloat16, which rounds away a decay by --adam-beta2 (0.999)",
+        {"use_precision_aware_optimizer": True, "exp_avg_sq_dtype": "bf16"},
+        "--exp-avg-sq-dtype bf16 rounds away a decay by --adam-beta2 (0.999)",
+    ),
+    (OptimizerConfig, {"exp_avg_dtype": "bf16"}, "--exp-avg-dtype bf16 needs --use-precision-aware-optimizer"),
+    (
+        OptimizerConfig,
+        {"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "adam_beta1": 0.999},
+        "--exp-avg-dtype bf16 rounds away a decay by --adam-beta1 (0.999)",
     ),
     (OptimizerConfig, {"lr_warmup_fraction": 1.5}, "--lr-warmup-fraction must be at least 0 and less than 1"),
     (
@@ -132,7 +138,8 @@ def test_values_at_the_edge_are_accepted():
     EvalConfig(eval_interval=1, eval_prompt_data=("a", "x", "b", "x"), eval_temperature=0.0)
     OptimizerConfig(lr=1e-6, min_lr=1e-6, lr_warmup_fraction=0.0, clip_grad=0.0)
     OptimizerConfig(optimizer_cpu_offload=True, overlap_cpu_optimizer_d2h_h2d=True, optimizer_offload_fraction=0.1)
-    OptimizerConfig(use_precision_aware_optimizer=True, adam_beta2=0.99)
+    OptimizerConfig(use_precision_aware_optimizer=True)
+    OptimizerConfig(use_precision_aware_optimizer=True, adam_beta2=0.99, exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16")
     TrainingConfig(use_dynamic_batch_size=True, max_tokens_per_gpu=1, log_probs_chunk_size=-1)
     RewardConfig(rm_type="remote_rm", rm_url="http://127.0.0.1:1", custom_rm_path="package.module.function")
 

@@ -12,7 +12,7 @@ import yaml
 from qwench.engines.kinds.embedded import embedded_command
 from qwench.engines.kinds.kind import ServerOrder
 from qwench.engines.kinds.passthrough_flags import check_words
-from qwench.engines.kinds.sglang import OWN_FLAGS, check_sglang_words, sglang_command
+from qwench.engines.kinds.sglang import check_sglang_words, sglang_command
 from qwench.engines.kinds.sglang_router import check_router_words, router_command
 from qwench.errors import ConfigError
 from tests.fakes.orders import server_order
@@ -21,7 +21,7 @@ PARSER = "parser.add_argument('--size', type=int); parser.add_argument('--fast',
 
 
 def order(**changes) -> ServerOrder:
-    fields = {"dtype": "bfloat16", "devices_per_engine": 2, "sglang_args": ("--mem-fraction-static", "0.7")}
+    fields = {"dtype": "bfloat16", "engine_sizes": (2, 2, 2), "sglang_args": ("--mem-fraction-static", "0.7")}
     return server_order(Path("/models/qwen3"), Path("logs"), **(fields | changes))
 
 
@@ -71,12 +71,6 @@ def test_an_sglang_server_takes_texts_as_long_as_yarn_allows_unless_the_user_dec
 
 def test_engines_draw_apart_from_each_other():
     assert {value_of(command(order(), index=i).argv, "--random-seed") for i in range(3)} == {"42", "43", "44"}
-
-
-@pytest.mark.parametrize("name", sorted(OWN_FLAGS))
-def test_flags_that_are_ours_are_refused_with_what_to_do(name):
-    with pytest.raises(ConfigError, match=f"--sglang-{name} is not passed on: "):
-        check_sglang_words(("--attention-backend", "fa3", f"--{name}", "1"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sglang") is not None, reason="SGLang is installed")

@@ -18,6 +18,7 @@ from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import ConfigError
 from qwench.launch.inputs import Inputs
 from qwench.launch.rollouts import Generation
+from qwench.launch.user_functions import load_user_functions
 from qwench.samples import Rollout
 from tests.fakes.console import RecordingConsole
 from tests.fakes.engine import CharTokenizer, FakeEngine
@@ -68,7 +69,14 @@ def open_generation(engine, config, *, model_context_len=50, eval_sets=()):
     )  # fmt: skip
     grader = FakeGrader(lambda sample: 1.0)
     with closing(EnginePool([engine], EventLoopThread())) as engines:
-        yield Generation(inputs=inputs, engines=engines, grader=grader, eval_grader=grader)
+        yield Generation(
+            inputs=inputs,
+            engines=engines,
+            grader=grader,
+            eval_grader=grader,
+            functions=load_user_functions(inputs.config),
+            end_session=lambda: None,
+        )
 
 
 def take(engine=None, *, source=None, model_context_len=50, sections=None, **flags):

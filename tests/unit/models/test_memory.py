@@ -17,7 +17,7 @@ from qwench.models.memory import (
 )
 from tests.unit.config.architectures import QWEN3_4B
 
-BF16 = StateBytes(param=2, moment=4, offloaded=0.0)
+BF16 = StateBytes(param=2, moments=8, offloaded=0.0)
 # hidden 4, 2 heads of 2 over 1 group, ffn 8, vocab 10, 4 layers: a layer has 192 - 16 = 144 + ... see below.
 SMALL = replace(
     QWEN3_4B,
@@ -63,7 +63,7 @@ def test_fsdp_ranks_hold_masters_as_their_weights():
 
 
 def test_fsdp_ranks_that_offload_keep_rounded_weights_and_host_masters():
-    held = fsdp_bytes(SMALL, StateBytes(param=2, moment=2, offloaded=1.0), num_shards=1, holds_reference=False)
+    held = fsdp_bytes(SMALL, StateBytes(param=2, moments=4, offloaded=1.0), num_shards=1, holds_reference=False)
     assert held == RankBytes(weights=668 * 2, gradients=668 * 4, optimizer=0, host_optimizer=668 * 8, host_reference=0)
 
 

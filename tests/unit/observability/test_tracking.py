@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from qwench.errors import ConfigError
-from qwench.observability.metrics import MetricLog
+from qwench.errors import ConfigError, QwenchError
+from qwench.observability.metrics import MetricGate, MetricLog
 from qwench.observability.tracking import JsonlSink, TensorBoardSink, WandbSink
 
 
@@ -86,3 +86,18 @@ def test_tensorboard_shows_the_repeated_rollouts_of_a_resumed_run(tmp_path):
 def test_missing_wandb_is_the_users_mistake():
     with pytest.raises(ConfigError, match="--use-wandb needs the package wandb"):
         WandbSink(project="p")
+
+
+def test_a_run_must_reach_the_value_that_it_was_given():
+    def log(*values: float) -> MetricLog:
+        made = MetricLog([], num_steps_per_rollout=1, gate=MetricGate("eval/gsm8k", 0.5))
+        for rollout_id, value in enumerate(values):
+            made.log(rollout_id, {"eval/gsm8k": value, "other": 9.0})
+        return made
+
+    log(0.1, 0.5, 0.2).finish()
+    with pytest.raises(QwenchError, match=r"eval/gsm8k reached 0\.4; --ci-metric-checker-threshold asks for 0\.5"):
+        log(0.4, 0.1).finish()
+    with pytest.raises(QwenchError, match="eval/gsm8k was never logged"):
+        log().finish()
+    MetricLog([], num_steps_per_rollout=1).finish()

@@ -178,9 +178,8 @@ def test_missing_label_is_an_error_not_a_zero(pool: RewardPool) -> None:
     [
         (
             "deepscale",
-            "is unknown; known: deepscaler, math, dapo, f1, gpqa, boxed_dapo, boxed_f1, boxed_gpqa, random, remote_rm,",
+            "is unknown; known: deepscaler, math, dapo, f1, gpqa, ifbench, boxed_dapo, boxed_f1, boxed_gpqa, random,",
         ),
-        ("ifbench", r"is not built in: it needs the checkers of IFBench; .* \(--custom-rm-path\)"),
         ("boxed_math", "use --rm-type math"),
     ],
 )

@@ -16,6 +16,13 @@ def test_steps_count_executions_not_samples_and_drop_what_does_not_fill_one():
     assert plan.num_dropped == 1
 
 
+def test_what_does_not_fill_a_step_may_become_a_smaller_one():
+    plan = plan_steps(torch.tensor([5, 5, 3, 8, 1]), global_batch_size=3, allow_partial=True)
+    assert [list(step) for step in plan.steps] == [[0, 1, 2, 3], [4]]
+    assert (plan.order, plan.num_dropped) == ([0, 1, 2, 3, 4], 0)
+    assert plan_steps(torch.tensor([1, 2]), global_batch_size=4, allow_partial=True).steps == [range(0, 2)]
+
+
 def test_samples_of_an_execution_stay_together():
     plan = plan_steps(torch.tensor([0, 1, 0, 1]), global_batch_size=1)
     assert plan.order == [0, 2, 1, 3]

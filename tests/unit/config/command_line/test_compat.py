@@ -3,32 +3,36 @@ import pytest
 from qwench.config import (
     Config,
 )
+from qwench.config.command_line.accepted_flags import ACCEPTED
 from qwench.config.command_line.argv import sort_flags, split_words
 from qwench.config.command_line.compat import (
+    ALIASES,
     EMBEDDED_ALIASES,
-    NEUTRAL,
-    NEUTRAL_BY_NAME,
+    FOREIGN_FLAGS,
     REFUSED_VALUES,
     SHORTHANDS,
-    neutral_flag,
+    VALUE_ALIASES,
+    foreign_flag,
 )
 from qwench.config.command_line.flags import flag_table
+from qwench.config.command_line.refused_flags import PLANNED, REFUSED
 from qwench.config.values import choices
 from qwench.errors import ConfigError
 
 
 def test_no_flag_has_two_fates():
     fields = set(flag_table(Config))
-    assert len(NEUTRAL_BY_NAME) == len(NEUTRAL)
-    assert not fields & NEUTRAL_BY_NAME.keys()
-    assert not fields & SHORTHANDS.keys()
-    assert not NEUTRAL_BY_NAME.keys() & SHORTHANDS.keys()
+    assert len(FOREIGN_FLAGS) == len((*ACCEPTED, *REFUSED, *PLANNED))
+    fates = [fields, FOREIGN_FLAGS.keys(), SHORTHANDS.keys(), ALIASES.keys()]
+    assert len(set().union(*fates)) == sum(map(len, fates))
 
 
 def test_shorthands_and_aliases_stand_for_flags_that_exist():
     table = flag_table(Config)
     assert set(EMBEDDED_ALIASES.values()) <= table.keys()
     assert {name for expansion in SHORTHANDS.values() for name in expansion} <= table.keys()
+    assert {name for name in ALIASES.values() if not name.startswith("router-")} <= table.keys()
+    assert {name for name, _ in VALUE_ALIASES.values()} <= table.keys()
 
 
 @pytest.mark.parametrize(
@@ -43,20 +47,29 @@ def test_shorthands_and_aliases_stand_for_flags_that_exist():
         ("fp16", "fp16", ("false",), True),
         ("recompute-loss-function", "no-recompute-loss-function", (), True),
         ("attention-backend", "attention-backend", ("flash",), True),
-        ("attention-backend", "attention-backend", ("unfused",), False),
+        ("attention-backend", "attention-backend", ("unfused",), True),
+        ("attention-backend", "attention-backend", ("other",), False),
+        ("model-name", "model-name", ("Qwen3-4B",), True),
+        ("model-name", "model-name", ("llama",), False),
+        ("no-rope-fusion", "no-rope-fusion", (), True),
+        ("use-opd", "use-opd", ("false",), True),
+        ("use-opd", "use-opd", (), False),
+        ("lora-rank", "lora-rank", ("0",), True),
+        ("data-source-path", "data-source-path", ("slime.rollout.data_source.RolloutDataSourceWithBuffer",), True),
+        ("data-source-path", "data-source-path", ("mine.Source",), False),
         ("num-experts", "num-experts", ("1",), False),
         ("profile-target", "profile-target", ("train_overall", "train_actor"), False),
     ],
 )
 def test_a_neutral_flag_is_accepted_only_where_it_changes_nothing(name, spelled, values, accepted):
-    assert NEUTRAL_BY_NAME[name].accepts(spelled, values) is accepted
+    assert FOREIGN_FLAGS[name].accepts(spelled, values) is accepted
 
 
 def test_whole_families_of_flags_are_refused_by_their_prefix():
-    flag = neutral_flag("moe-grouped-gemm")
+    flag = foreign_flag("moe-grouped-gemm")
     assert flag is not None
     assert not flag.accepts("moe-grouped-gemm", ())
-    assert neutral_flag("lr") is None
+    assert foreign_flag("lr") is None
 
 
 @pytest.mark.parametrize(

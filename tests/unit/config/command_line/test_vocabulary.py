@@ -4,7 +4,7 @@ import pytest
 
 from qwench.config import Config, ServeConfig
 from qwench.config.command_line.argv import sort_flags, split_words
-from qwench.config.command_line.compat import NEUTRAL_BY_NAME, ONE_VALUE, SHORTHANDS
+from qwench.config.command_line.compat import FOREIGN_FLAGS, ONE_VALUE, SHORTHANDS
 from qwench.config.command_line.flags import flag_table
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.command_line.vocabulary import _FAMILIES, _OF_VERB, ADVICE, advise
@@ -35,7 +35,7 @@ def refusal(*words, config_type=Config, prog="qwench train"):
 
 @pytest.mark.parametrize("phrase", sorted({*ADVICE.values(), *(phrase for _, phrase in _FAMILIES)}))
 def test_no_phrase_leads_to_a_flag_that_is_unknown_or_refused(phrase):
-    assert [flag for flag in flags_of(phrase) if flag not in TABLE or flag in ONE_VALUE or flag in NEUTRAL_BY_NAME] == []
+    assert [flag for flag in flags_of(phrase) if flag not in TABLE or flag in ONE_VALUE or flag in FOREIGN_FLAGS] == []
 
 
 @pytest.mark.parametrize("verb", _OF_VERB)
@@ -55,7 +55,6 @@ def test_no_word_is_a_flag_that_is_accepted_already():
     ("word", "served_by"),
     [
         ("use-lora", "Qwench has no LoRA"),
-        ("lora-rank", "Qwench has no LoRA"),
         ("peft-config", "Qwench has no LoRA"),
         ("save-gguf", "GGUF is neither read nor written"),
         ("load-in-4bit", "weights are not quantised"),
@@ -137,7 +136,7 @@ def test_each_verb_leads_to_its_own_flags(config_type, prog, word, said):
 @pytest.mark.parametrize("typed", ["num-expert", "expert-parallel-size", "optimiser", "opd-kl-coeff", "rollout-top-pp"])
 def test_a_refused_flag_is_never_offered(typed):
     said = refusal(f"--{typed}", "1")
-    assert [flag for flag in flags_of(said.partition(";")[2]) if flag in ONE_VALUE or flag in NEUTRAL_BY_NAME] == [], said
+    assert [flag for flag in flags_of(said.partition(";")[2]) if flag in ONE_VALUE or flag in FOREIGN_FLAGS] == [], said
 
 
 def test_an_unknown_word_that_resembles_nothing_gets_no_guess():

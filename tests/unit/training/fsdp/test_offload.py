@@ -24,6 +24,7 @@ from tests.fakes.trainer import take_step
 
 _CPU = torch.device("cpu")
 _BF16 = torch.bfloat16
+_BF16_MOMENTS = {"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
 _ON_DEVICE = adamw(clip_grad=0.5)
 _OFFLOADED = offloaded(_ON_DEVICE, 1.0)
 _VARIANTS = {
@@ -119,7 +120,7 @@ def test_masters_begin_as_the_weights_and_keep_what_bfloat16_would_lose(model_fo
 @pytest.mark.parametrize("moments_dtype", [torch.float32, _BF16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
 def test_a_checkpoint_goes_on_bit_for_bit(model_folder: Path, tmp_path: Path, fraction: float, moments_dtype: torch.dtype):
-    adam = replace(offloaded(_ON_DEVICE, fraction), use_precision_aware_optimizer=moments_dtype == _BF16)
+    adam = replace(offloaded(_ON_DEVICE, fraction), **(_BF16_MOMENTS if moments_dtype == _BF16 else {}))
     backend = _build(model_folder, adam)
     _train(backend, steps=2)
     backend.save(tmp_path)
@@ -184,7 +185,7 @@ def test_a_saved_reference_is_not_the_policy(model_folder: Path, tmp_path: Path,
 def test_bfloat16_moments_change_the_steps_but_little(model_folder: Path):
     plain, rounded = (
         _build(model_folder, _ON_DEVICE),
-        _build(model_folder, replace(_ON_DEVICE, use_precision_aware_optimizer=True)),
+        _build(model_folder, replace(_ON_DEVICE, **_BF16_MOMENTS)),
     )
     _train(plain, steps=8)
     _train(rounded, steps=8)

@@ -12,6 +12,7 @@ from torch import Tensor
 from qwench.training.optimizers.host_adam import HostAdam
 
 _CONSTANTS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+_DTYPES = (torch.float32, torch.bfloat16)
 _SHAPES = ((37, 5), (3, 64), (130,), (0, 7), (1,))
 
 
@@ -94,15 +95,14 @@ def test_the_share_is_reached_in_order_of_the_groups(fraction: float, on_host: i
     bucket_lanes=st.integers(1, 8),
     fraction=st.floats(0, 1),
     overlap=st.booleans(),
-    bf16_moments=st.booleans(),
+    moment_dtypes=st.tuples(st.sampled_from(_DTYPES), st.sampled_from(_DTYPES)),
     bf16_weights=st.booleans(),
 )
 @settings(max_examples=40)
-def test_buckets_shares_and_overlap_do_not_change_a_bit(sizes, bucket_lanes, fraction, overlap, bf16_moments, bf16_weights):
+def test_buckets_shares_and_overlap_do_not_change_a_bit(sizes, bucket_lanes, fraction, overlap, moment_dtypes, bf16_weights):
     def train(**options) -> list[Tensor]:
         params = _params([(size,) for size in sizes], torch.bfloat16 if bf16_weights else torch.float32)
-        moments_dtype = torch.bfloat16 if bf16_moments else torch.float32
-        optimizer = HostAdam(params, **_CONSTANTS, moments_dtype=moments_dtype, **options)
+        optimizer = HostAdam(params, **_CONSTANTS, moment_dtypes=moment_dtypes, **options)
         optimizer.reset()
         _train(optimizer, params, range(3))
         return params
@@ -114,7 +114,7 @@ def test_buckets_shares_and_overlap_do_not_change_a_bit(sizes, bucket_lanes, fra
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0], ids=["device", "host"])
 def test_bfloat16_moments_are_float32_arithmetic_stored_rounded(fraction: float):
-    optimizer, params = _trained(offload_fraction=fraction, moments_dtype=torch.bfloat16, bucket_elements=128)
+    optimizer, params = _trained(offload_fraction=fraction, moment_dtypes=(torch.bfloat16, torch.bfloat16), bucket_elements=128)
     for index, wanted in enumerate(_params()):
         wanted = wanted.detach()
         rate, decay = (1e-2, 0.1) if index < 2 else (3e-3, 0.0)
@@ -151,7 +151,7 @@ def test_low_precision_weights_are_the_rounded_masters(fraction: float):
 @pytest.mark.parametrize("fraction", [0.0, 1.0], ids=["device", "host"])
 @pytest.mark.parametrize("moments_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_state_round_trips_exactly_and_goes_on_bit_for_bit(fraction: float, moments_dtype: torch.dtype):
-    options = {"offload_fraction": fraction, "moments_dtype": moments_dtype, "dtype": torch.bfloat16}
+    options = {"offload_fraction": fraction, "moment_dtypes": (moments_dtype, moments_dtype), "dtype": torch.bfloat16}
     optimizer, params = _trained(**options)
     saved = copy.deepcopy(optimizer.state_dict())
     resumed, resumed_params = _trained(steps=1, **options)
@@ -170,7 +170,7 @@ def test_state_round_trips_exactly_and_goes_on_bit_for_bit(fraction: float, mome
 
 
 def test_a_state_moves_between_host_and_device_and_between_dtypes():
-    optimizer, params = _trained(offload_fraction=1.0, dtype=torch.bfloat16, moments_dtype=torch.bfloat16)
+    optimizer, params = _trained(offload_fraction=1.0, dtype=torch.bfloat16, moment_dtypes=(torch.bfloat16, torch.bfloat16))
     moved, moved_params = _trained(steps=0, offload_fraction=0.0, dtype=torch.bfloat16)
     moved.load_state_dict(optimizer.state_dict())
     for param, loaded in zip(params, moved_params, strict=True):
@@ -207,7 +207,7 @@ def test_restart_keeps_masters_and_forgets_moments():
 def test_what_sleeps_is_what_is_on_the_device_besides_the_weights():
     sizes = {0.0: 508 * (4 + 2 + 2), 1.0: 0}
     for fraction, num_bytes in sizes.items():
-        optimizer, _ = _trained(dtype=torch.bfloat16, offload_fraction=fraction, moments_dtype=torch.bfloat16)
+        optimizer, _ = _trained(dtype=torch.bfloat16, offload_fraction=fraction, moment_dtypes=(torch.bfloat16, torch.bfloat16))
         assert sum(tensor.nbytes for tensor in optimizer.device_tensors()) == num_bytes
     optimizer, _ = _trained(offload_fraction=0.0)
     assert sum(tensor.nbytes for tensor in optimizer.device_tensors()) == 508 * 8

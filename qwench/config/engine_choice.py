@@ -1,0 +1,81 @@
+"""Which engine a command line means: `--rollout-engine auto`.
+
+Scripts of slime and miles name no engine and mean SGLang. The embedded engine generates on a CPU, and on one GPU
+without SGLang.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from qwench.config.config import Config
+from qwench.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What of this machine decides; torch-free."""
+
+    has_sglang: bool
+    num_gpus: int
+
+
+def look_at_machine(environ: Mapping[str, str] = os.environ) -> Machine:
+    """Find out whether SGLang is installed, and count the GPUs that a process may use."""
+    shown = environ.get("CUDA_VISIBLE_DEVICES", environ.get("HIP_VISIBLE_DEVICES"))
+    if shown is not None:
+        num_gpus = len([one for one in shown.split(",") if one.strip() and one.strip() != "-1"])
+    else:
+        num_gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) or len(list(Path("/dev/dri").glob("renderD*")))
+    has_driver = Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
+    return Machine(has_sglang=importlib.util.find_spec("sglang") is not None, num_gpus=num_gpus if has_driver else 0)
+
+
+def choose_engine(config: Config, *, names_size: bool, machine: Machine) -> tuple[Literal["embedded", "sglang"], str]:
+    """Return the engine that --rollout-engine auto means, and why.
+
+    Args:
+        names_size: --rollout-num-gpus-per-engine is given.
+    """
+    engine, cluster = config.engine, config.cluster
+    named = [f"--sglang-{word[2:]}" for word in engine.sglang_args if word.startswith("--")]
+    if engine.sglang_config is not None:
+        named.append("--sglang-config")
+    if names_size:
+        named.append("--rollout-num-gpus-per-engine")
+    if named:
+        return "sglang", f"the command line names {named[0]}"
+    num_gpus = cluster.world_size + (cluster.rollout_num_gpus or 0)
+    if machine.num_gpus == 0:
+        return "embedded", "there is no GPU on this machine"
+    if num_gpus > 1 and machine.has_sglang:
+        return "sglang", f"the run has {num_gpus} GPUs and SGLang is installed"
+    return "embedded", f"the run has {num_gpus} GPU{'s' * (num_gpus > 1)}" + ("" if machine.has_sglang else ", no SGLang")
+
+
+def with_engine(config: Config, *, names_size: bool, machine: Machine) -> Config:
+    """Return the configuration with its engine chosen."""
+    if config.engine.rollout_engine != "auto":
+        return replace(config, engine=replace(config.engine, engine_reason="--rollout-engine says so"))
+    kind, why = choose_engine(config, names_size=names_size, machine=machine)
+    return replace(config, engine=replace(config.engine, rollout_engine=kind, engine_reason=why))
+
+
+def check_engine_is_installed(config: Config, machine: Machine) -> None:
+    """Refuse a start whose engines need a package that is missing.
+
+    Raises:
+        ConfigError: SGLang is not installed; names both ways out.
+    """
+    starts_sglang = config.engine.kind == "sglang" and not config.engine.rollout_external_engine_addrs
+    if not config.generates or not starts_sglang or machine.has_sglang:
+        return
+    raise ConfigError(
+        f"this run needs SGLang ({config.engine.engine_reason}), which is not installed: "
+        "run pip install 'qwench[sglang]', or give --rollout-engine embedded"
+    )

@@ -1,0 +1,80 @@
+"""The file of --sglang-config: engines of several sizes.
+
+    sglang:
+    - name: default
+      server_groups:
+      - {worker_type: regular, num_gpus: 4, num_gpus_per_engine: 2}      two engines of 2 GPUs
+      - {worker_type: regular, num_gpus: 1, num_gpus_per_engine: 1}      one of 1
+      - {worker_type: placeholder, num_gpus: 1}                          one GPU that no engine uses
+
+Source: slime's format of the same flag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qwench.errors import ConfigError
+
+_GROUP_KEYS = frozenset({"worker_type", "num_gpus", "num_gpus_per_engine"})
+
+
+def read_engine_sizes(path: Path, *, num_gpus: int, default_size: int) -> tuple[int, ...]:
+    """Return the GPUs of each engine, in the order of the file.
+
+    Args:
+        num_gpus: GPUs for engines; the groups must name as many.
+        default_size: --rollout-num-gpus-per-engine, for groups that do not say.
+
+    Raises:
+        ConfigError: the file cannot be read, or describes engines that are not served.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        groups = _groups(content)
+        sizes = [size for group in groups for size in _sizes(group, default_size)]
+        named = sum(int(group["num_gpus"]) for group in groups)
+    except OSError as error:
+        raise ConfigError(f"--sglang-config: cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--sglang-config: {path} is not YAML: {' '.join(str(error).split())}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--sglang-config: {path}: {error}") from error
+    if named != num_gpus:
+        raise ConfigError(f"--sglang-config: {path} names {named} GPUs, and the engines of this run have {num_gpus}")
+    return tuple(sizes)
+
+
+def _groups(content: Any) -> list[Mapping[str, Any]]:  # Any: YAML
+    models = content["sglang"] if isinstance(content, dict) and "sglang" in content else None
+    if not isinstance(models, list) or not models:
+        raise ValueError("the file must map sglang to a list of models")
+    for model in models[1:]:
+        raise ValueError(f"a second model ({model.get('name')}) is not served; all engines serve the policy")
+    (model,) = models
+    if not model.get("update_weights", True):
+        raise ValueError("update_weights false is not supported: engines serve the policy")
+    groups: list[Mapping[str, Any]] = model.get("server_groups") or []
+    types = [group.get("worker_type", "regular") for group in groups]
+    if "placeholder" in types[: len(types) - types[::-1].index("regular")] if "regular" in types else not types:
+        raise ValueError("groups of worker_type placeholder must come last")
+    return groups
+
+
+def _sizes(group: Mapping[str, Any], default_size: int) -> Iterator[int]:
+    kind = group.get("worker_type", "regular")
+    if kind == "placeholder":
+        return
+    if kind != "regular":
+        raise ValueError(f"worker_type {kind} is not supported: every engine prefills and decodes")
+    if more := sorted(set(group) - _GROUP_KEYS):
+        raise ValueError(f"a group has the unknown key {more[0]!r}; known: {', '.join(sorted(_GROUP_KEYS))}")
+    size = int(group.get("num_gpus_per_engine", default_size))
+    count, left = divmod(int(group["num_gpus"]), size)
+    if left:
+        raise ValueError(f"num_gpus_per_engine {size} does not divide num_gpus {group['num_gpus']}")
+    yield from (size,) * count

@@ -1,0 +1,64 @@
+"""Whether weights and trainer state fit the GPUs of this machine, by arithmetic, before anything starts."""
+
+from __future__ import annotations
+
+from qwench.config.config import Config
+from qwench.config.plan import BFLOAT16_BYTES, RunPlan
+from qwench.errors import ConfigError
+from qwench.models.memory import num_parameters
+
+_SGLANG_FRACTION = 0.9
+"""SGLang chooses its own share where --sglang-mem-fraction-static is not given; it is never more."""
+
+
+def engine_weight_bytes(plan: RunPlan, *, element_bytes: int = BFLOAT16_BYTES) -> int:
+    """Return the bytes of weights on each device of the smallest engine; 0 where the run starts none."""
+    if not plan.devices.engine_sizes:
+        return 0
+    return num_parameters(plan.model) * element_bytes // min(plan.devices.engine_sizes)
+
+
+def check_fit(config: Config, plan: RunPlan, *, device_bytes: int, element_bytes: int = BFLOAT16_BYTES) -> None:
+    """Refuse what cannot fit.
+
+    Args:
+        device_bytes: memory of one GPU.
+        element_bytes: of a weight in the engines: 1 for FP8.
+
+    Raises:
+        ConfigError: the engines' weights, or the trainer's state, are more than a GPU has.
+    """
+    weights, (flag, fraction) = engine_weight_bytes(plan, element_bytes=element_bytes), _share(config)
+    if weights > fraction * device_bytes:
+        size = min(plan.devices.engine_sizes)
+        advice = "raise --rollout-num-gpus-per-engine"
+        if config.engine.kind == "embedded":
+            advice = "give --rollout-engine sglang --rollout-num-gpus-per-engine N"
+        raise ConfigError(
+            f"an engine of {size} GPU{'s' * (size > 1)} holds {_gib(weights)} GiB of weights on each, more than {flag} "
+            f"{fraction:g} of {_gib(device_bytes)} GiB; {advice}"
+        )
+    state = plan.rank_bytes.device
+    if plan.devices.trains and state > device_bytes:
+        raise ConfigError(
+            f"each trainer rank holds {_gib(state)} GiB of weights, gradients and optimizer state, activations apart, more "
+            f"than the {_gib(device_bytes)} GiB of its GPU; give --optimizer-cpu-offload, "
+            "a larger --tensor-model-parallel-size, or more GPUs"
+        )
+
+
+def _share(config: Config) -> tuple[str, float]:
+    """Return the share of a GPU that weights and KV cache of an engine may take, and its flag."""
+    if config.engine.kind == "embedded":
+        return "--embedded-mem-fraction", config.engine.embedded_mem_fraction
+    words = config.engine.sglang_args
+    flag = "--mem-fraction-static"
+    given = words[words.index(flag) + 1] if flag in words[:-1] else ""
+    try:
+        return "--sglang-mem-fraction-static", float(given)
+    except ValueError:
+        return "--sglang-mem-fraction-static", _SGLANG_FRACTION
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f}"

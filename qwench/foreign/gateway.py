@@ -1,0 +1,116 @@
+"""One address with SGLang's `/generate` in front of all engines of the run, also of the embedded one.
+
+Requests of user code thus count as the run's own: they wait while weights are published, they carry weight versions, and they
+end when the rollout ends. Code in this process that uses the stand-in `post` gets its answer without a connection.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from aiohttp import web
+from pydantic import ValidationError
+from transformers import PreTrainedTokenizerBase
+
+from qwench.engines.embedded.http.api import GenerateBody, no_stop_trims, to_response
+from qwench.errors import EngineError
+from qwench.rollout.generate import Requests, TokenSource
+
+LOOPBACK = "127.0.0.1"
+Json = dict[str, Any]  # a JSON object has no closed type
+
+
+@dataclass(kw_only=True, slots=True)
+class Call:
+    """One call of a user's generate function: whose requests it sends, and the weight versions that answered."""
+
+    requests: Requests
+    versions: list[int] = field(default_factory=list)
+
+
+CURRENT_CALL: ContextVar[Call | None] = ContextVar("current_call", default=None)
+
+
+class Gateway:
+    """Lives on the engines' event loop."""
+
+    def __init__(self, engines: TokenSource, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> None:
+        """Listen nowhere yet.
+
+        Args:
+            max_tokens: the positions of the model.
+        """
+        self.requests = Requests(engines)
+        """Of code that is not a generate function's own task."""
+        self._tokenizer, self._max_tokens = tokenizer, max_tokens
+        self._runner: web.AppRunner | None = None
+        self.port = 0
+
+    @property
+    def url(self) -> str:
+        """Return the address."""
+        return f"http://{LOOPBACK}:{self.port}"
+
+    async def open(self) -> None:
+        """Listen on a free port of this machine."""
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_post("/generate", self._generate)
+        app.router.add_post("/abort_request", self._abort)
+        for path in ("/workers", "/list_workers"):
+            app.router.add_get(path, self._workers)
+        for path in ("/health", "/health_generate"):
+            app.router.add_get(path, self._health)
+        self._runner = web.AppRunner(app, access_log=None)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, LOOPBACK, 0)
+        await site.start()
+        assert site._server is not None, "the site listens"
+        self.port = site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]  # aiohttp types it as abstract
+
+    async def close(self) -> None:
+        """End open requests and listen no more."""
+        await self.requests.abort_in_flight()
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def answer(self, payload: Json) -> Json:
+        """Answer `/generate` as SGLang does.
+
+        Raises:
+            EngineError: the request is not one, or an engine failed.
+        """
+        try:
+            body = GenerateBody.model_validate(payload)
+        except ValidationError as error:
+            raise EngineError(f"/generate: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from error
+        if body.is_batch:
+            raise EngineError("/generate: send one prompt in a request.")
+        (request,) = body.to_requests(self._tokenizer, max_tokens=self._max_tokens)
+        call = CURRENT_CALL.get()
+        result = await (self.requests if call is None else call.requests).send(list(request.input_ids), request.sampling)
+        if call is not None:
+            call.versions += result.weight_versions[-1:]
+        if not result.text and result.output_ids:
+            text = self._tokenizer.decode(list(result.output_ids), skip_special_tokens=request.sampling.skip_special_tokens)
+            assert isinstance(text, str), "one list of ids decodes to one text"
+            result = replace(result, text=text)
+        (no_stop_trim,) = no_stop_trims(body, 1)
+        return to_response(request, result, body=body, no_stop_trim=no_stop_trim, tokenizer=self._tokenizer)
+
+    async def _generate(self, http: web.Request) -> web.Response:
+        try:
+            return web.json_response(await self.answer(await http.json()))
+        except EngineError as error:
+            return web.json_response({"error": {"message": str(error)}}, status=400)
+
+    async def _abort(self, http: web.Request) -> web.Response:
+        await self.requests.abort_in_flight()
+        return web.json_response({"success": True})
+
+    async def _workers(self, http: web.Request) -> web.Response:
+        return web.json_response({"workers": [{"url": self.url}], "urls": [self.url]})
+
+    async def _health(self, http: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})

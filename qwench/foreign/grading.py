@@ -1,0 +1,46 @@
+"""The graders that user functions import from the references' reward hub."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qwench.rewards import boxed, dapo, f1
+from qwench.rewards.algebra_worker import settle
+from qwench.rewards.answers import last_box
+from qwench.rewards.expressions import Question
+from qwench.samples import Verdict
+
+
+def extract_answer(passage: str) -> str | None:
+    """Return what the last box holds."""
+    return last_box(passage)
+
+
+def grade_answer(solution_str: str, ground_truth: str) -> bool:
+    """Tell whether the last box of a solution is right."""
+    return _is_right(boxed.grade_last_box(solution_str, ground_truth))
+
+
+def grade_after_thinking(response: str, label: str) -> int:
+    """Return 1 where what follows the thinking is right."""
+    return int(_is_right(boxed.grade_after_thinking(response, label)))
+
+
+def compute_score(solution_str: str, ground_truth: str, strict_box_verify: bool = False) -> dict[str, Any]:
+    """Return score (1 or -1), acc and pred as DAPO's grader does."""
+    if strict_box_verify:
+        answer = last_box(solution_str)
+        right = answer == ground_truth
+        return {"score": 1.0 if right else -1.0, "acc": right, "pred": answer}
+    return dict(dapo.grade(solution_str, str(ground_truth)).extra)
+
+
+def f1_score(prediction: str, ground_truth: str) -> float:
+    """Return the F1 of the words."""
+    return float(f1.grade(prediction, ground_truth).score)
+
+
+def _is_right(outcome: Verdict | Question) -> bool:
+    if isinstance(outcome, Question):
+        return settle(outcome.pairs) == "sympy_equal"
+    return outcome.score > 0

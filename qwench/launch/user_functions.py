@@ -1,0 +1,176 @@
+"""The user's functions that the flags name: of our convention, or of slime's and miles' through `foreign`."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qwench.config import Config
+from qwench.engines.fleet.pool import EnginePool
+from qwench.foreign.args import make_args
+from qwench.foreign.functions import Adapters
+from qwench.foreign.gateway import LOOPBACK, Gateway
+from qwench.foreign.loading import check_callable, is_foreign, load
+from qwench.foreign.reward import ForeignReward
+from qwench.foreign.session import Session, close_session, current_session, open_session
+from qwench.launch.inputs import Inputs
+from qwench.plugins import Function, guarded, load_function
+from qwench.rewards.pool import RewardPool, check_reward
+from qwench.rollout.functions import RolloutFunctions, load_functions
+from qwench.rollout.sampling import Sampling
+from qwench.training.learner import RewardPostProcess
+
+_CONTROL_TIMEOUT_S = 60.0
+_ROLLOUT_FLAGS = {
+    "custom_generate_function_path": "generate",
+    "rollout_function_path": "make_rollout",
+    "dynamic_sampling_filter_path": "group_filter",
+    "buffer_filter_path": "buffer_filter",
+    "rollout_sample_filter_path": "find_removed",
+    "rollout_all_samples_process_path": "on_all_groups",
+}
+"""Flag of the section rollout -> field of `RolloutFunctions`, and method of `Adapters`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UserFunctions:
+    """Everything that the flags name, ready to be called."""
+
+    rollout: RolloutFunctions
+    reward: ForeignReward | None
+    """None: the reward is built in, or of our convention (`rewards.custom`)."""
+    has_foreign: bool
+    """One of them needs a session."""
+
+    def grader(self, inputs: Inputs, *, reward_key: str | None) -> RewardPool:
+        """Return the graders, with this --reward-key."""
+        section = replace(inputs.config.reward, reward_key=reward_key)
+        custom = None if self.reward is None else self.reward.with_key(reward_key)
+        return RewardPool(section, custom=custom)
+
+
+def load_user_functions(config: Config) -> UserFunctions:
+    """Load every function, and check how it can be called.
+
+    Raises:
+        ConfigError: one cannot be loaded, or has another signature.
+    """
+    adapters = Adapters(as_text=config.data.apply_chat_template)
+    rollout, evaluation = config.rollout, config.evaluation
+    adapted: dict[str, Any] = {}  # Any: of the type that the field of RolloutFunctions names
+    for name, target in _ROLLOUT_FLAGS.items():
+        function, path = _foreign_function(config, getattr(rollout, name), f"--{name.replace('_', '-')}")
+        if function is not None:
+            adapted[target] = getattr(adapters, target)(function, path)
+            rollout = replace(rollout, **{name: None})
+    evaluate, path = _foreign_function(config, evaluation.eval_function_path, "--eval-function-path")
+    if evaluate is not None:
+        adapted["evaluate"] = adapters.evaluate(evaluate, path)
+        evaluation = replace(evaluation, eval_function_path=None)
+    for path, flag, target in (
+        (rollout.custom_rollout_log_function_path, "--custom-rollout-log-function-path", "log_rollout"),
+        (evaluation.custom_eval_rollout_log_function_path, "--custom-eval-rollout-log-function-path", "log_evaluation"),
+    ):
+        if path is not None:
+            adapted[target] = getattr(adapters, target)(load(path, flag=flag), path)
+    functions = replace(load_functions(rollout, evaluation), **adapted)
+    hooks = [(load(path, flag="--rollout-sample-hook-path"), path) for path in rollout.rollout_sample_hook_path]
+    if hooks:
+        functions = replace(functions, generate=adapters.with_hooks(functions.generate, hooks))
+    reward = _load_reward(config)
+    if reward is None:
+        check_reward(config.reward)
+    return UserFunctions(
+        rollout=functions,
+        reward=reward,
+        has_foreign=bool(adapted) or bool(hooks) or reward is not None,
+    )
+
+
+def load_post_process(config: Config, args: Callable[[], Namespace]) -> RewardPostProcess | None:
+    """Return the user's own normalisation of rewards. None: the algorithm's.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    path, flag = config.reward.custom_reward_post_process_path, "--custom-reward-post-process-path"
+    if path is None:
+        return None
+    function = load(path, flag=flag)
+    if not is_foreign(function, config.references.plugin_api):
+        return guarded(load_function(path, flag=flag), path=path, flag=flag)
+    adapters = Adapters(as_text=config.data.apply_chat_template)
+    return adapters.reward_post_process(guarded(function, path=path, flag=flag), path, args)
+
+
+def open_user_session(inputs: Inputs, engines: EnginePool, sampling: Sampling, functions: UserFunctions) -> Callable[[], None]:
+    """Give functions of the references what they share, and return what ends it."""
+    if not functions.has_foreign:
+        return lambda: None
+    config = inputs.config
+    gateway = Gateway(engines, inputs.tokenizer, max_tokens=inputs.plan.model.max_positions)
+
+    async def begin() -> asyncio.AbstractEventLoop:
+        await gateway.open()
+        return asyncio.get_running_loop()
+
+    loop = engines.run(begin(), label="open the address of the engines", timeout_s=_CONTROL_TIMEOUT_S)
+    grader = RewardPool(replace(config.reward, custom_rm_path=None))
+    open_session(
+        Session(
+            args=make_args(config, inputs.plan, host=LOOPBACK, port=gateway.port),
+            tokenizer=inputs.tokenizer,
+            gateway=gateway,
+            loop=loop,
+            sampling=sampling,
+            grader=grader,
+            needs_log_probs=_flag_that_needs_log_probs(config),
+        )
+    )
+
+    def end() -> None:
+        close_session()
+        grader.close()
+        engines.run(gateway.close(), label="close the address of the engines", timeout_s=_CONTROL_TIMEOUT_S)
+
+    return end
+
+
+def _foreign_function(config: Config, path: str | None, flag: str) -> tuple[Function | None, str]:
+    if path is None or "." not in path:
+        return None, ""
+    function = load(path, flag=flag)
+    if not is_foreign(function, config.references.plugin_api):
+        return None, path
+    return (function if inspect.isclass(function) else guarded(function, path=path, flag=flag)), path
+
+
+def _load_reward(config: Config) -> ForeignReward | None:
+    flag = "--custom-rm-path"
+    function, path = _foreign_function(config, config.reward.custom_rm_path, flag)
+    if function is None:
+        return None
+    check_callable(function, path, flag=flag, called_as="fn(args, sample)", arguments=2)
+    return ForeignReward(
+        function,
+        path,
+        args=lambda: current_session().args,
+        key=config.reward.reward_key,
+        as_text=config.data.apply_chat_template,
+    )
+
+
+def _flag_that_needs_log_probs(config: Config) -> str | None:
+    algorithm = config.algorithm
+    for flag, given in (
+        ("--use-tis", algorithm.use_tis),
+        ("--use-rollout-logprobs", algorithm.use_rollout_logprobs),
+        ("--get-mismatch-metrics", algorithm.get_mismatch_metrics),
+    ):
+        if given:
+            return flag
+    return None

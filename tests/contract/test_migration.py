@@ -1,0 +1,61 @@
+"""docs/migration.md says what the code does, and the references' programs mean what they mean there."""
+
+from pathlib import Path
+
+import pytest
+
+from qwench.commands.reference_program import DEFAULTS
+from qwench.config import Config
+from qwench.config.command_line.parse import parse_flags
+from qwench.config.plan import plan_lines, plan_run
+from qwench.foreign.modules import MODULES
+from tests.contract.recipes import RUN_QWEN3_4B, RUN_QWEN3_4B_BASE_SFT, RUN_QWEN3_32B
+from tests.unit.config.architectures import QWEN3_4B
+
+PAGE = (Path(__file__).parents[2] / "docs" / "migration.md").read_text(encoding="ascii")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_page_lists_every_stand_in(module):
+    names = ", ".join(f"`{name}`" for name in MODULES[module])
+    assert f"| `{module}` | {names} |\n" in PAGE
+
+
+def test_the_page_lists_no_other_stand_in():
+    table = PAGE.split("| module | names |\n| --- | --- |\n")[1].split("\n\n")[0]
+    assert len(table.splitlines()) == len(MODULES)
+
+
+def read(program: str, words: list[str]) -> Config:
+    return parse_flags(Config, words, prog=program, defaults=DEFAULTS[program])
+
+
+def test_programs_have_the_defaults_of_the_references():
+    for program, ahead in (("train.py", 0), ("train_async.py", 1)):
+        config = read(program, [])
+        assert (config.cluster.actor_num_gpus_per_node, config.optimizer.lr, config.backend) == (8, 1e-6, "megatron")
+        assert config.rollout.rollouts_ahead == ahead
+        for flag in DEFAULTS[program]:
+            assert f"`--{flag}`" in PAGE
+    assert read("train.py", ["--train-backend", "fsdp", "--actor-num-gpus-per-node", "2"]).cluster.world_size == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "engines"), [(RUN_QWEN3_4B, "4, of 2 devices each"), (RUN_QWEN3_32B, "1, of 8 devices each")], ids=["4B", "32B"]
+)
+def test_recipes_of_the_references_mean_sglang_their_layout_and_their_engines(words, engines):
+    config = read("train.py", words)
+    assert (config.engine.kind, config.backend) == ("sglang", "megatron")
+    if words is RUN_QWEN3_32B:
+        assert config.cluster.rollout_num_gpus_per_engine == config.parallel.tensor_model_parallel_size == 8
+        return
+    lines = list(plan_lines(config, plan_run(config, QWEN3_4B)))
+    assert f"engines: sglang (the command line names --sglang-mem-fraction-static), {engines}" in lines
+    assert "world_size 8 = TP 2 x PP 1 x CP 1 x DP 4" in lines
+
+
+def test_the_recipe_of_fine_tuning_has_no_engine():
+    config = read("train_async.py", RUN_QWEN3_4B_BASE_SFT)
+    lines = list(plan_lines(config, plan_run(config, QWEN3_4B)))
+    assert not any(line.startswith("engines") for line in lines)
+    assert "world_size 8 = TP 1 x PP 1 x CP 1 x DP 8" in lines

@@ -1,0 +1,170 @@
+"""Functions as users of slime and miles write them; test_reference_functions names them by import path.
+
+Each appends what it saw to the file of the environment variable CALLS.
+"""
+
+import asyncio
+import json
+import os
+from pathlib import Path
+
+from miles.rollout.base_types import GenerateFnOutput, RolloutFnEvalOutput, RolloutFnTrainOutput
+from slime.rollout.filter_hub.base_types import DynamicFilterOutput
+from slime.rollout.rm_hub import async_rm
+from slime.rollout.rm_hub.math_dapo_utils import compute_score
+from slime.rollout.sglang_rollout import GenerateState
+from slime.utils.async_utils import run
+from slime.utils.http_utils import get, post
+from slime.utils.types import Sample
+
+LOCK = asyncio.Semaphore(4)
+
+
+def note(**record):
+    with Path(os.environ["CALLS"]).open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def digits(text):
+    return sum(character in "0123456789" for character in text) / max(1, len(text))
+
+
+async def reward(args, sample, **kwargs):
+    assert isinstance(sample, Sample), type(sample)
+    async with LOCK:
+        await asyncio.sleep(0)
+    note(name="reward", status=sample.status.name, turns=getattr(sample, "num_turns", None), length=sample.response_length)
+    return {"score": digits(sample.response), "acc": 0.0}
+
+
+def plain_reward(args, sample, **kwargs):
+    note(name="plain_reward", dapo=compute_score("Answer: 7", "7")["score"])
+    return digits(sample.response)
+
+
+async def batched_reward(args, samples, **kwargs):
+    note(name="batched_reward", count=len(samples), group=len({sample.group_index for sample in samples}))
+    return [digits(sample.response) for sample in samples]
+
+
+async def generate_with_tools(args, sample, sampling_params):
+    """Turns by input ids, with tool output between them that is not trained on."""
+    state = GenerateState(args)
+    url = f"http://{args.sglang_router_ip}:{args.sglang_router_port}/generate"
+    prompt_ids = state.tokenizer(sample.prompt, add_special_tokens=False)["input_ids"]
+    response_ids, mask, log_probs, turns = [], [], [], 0
+    for turns in (1, 2):
+        params = {**sampling_params, "max_new_tokens": 4}
+        answer = await post(url, {"input_ids": prompt_ids + response_ids, "sampling_params": params, "return_logprob": True})
+        drawn = answer["meta_info"]["output_token_logprobs"]
+        response_ids += [token for _, token, *_ in drawn]
+        log_probs += [log_prob for log_prob, *_ in drawn]
+        mask += [1] * len(drawn)
+        if answer["meta_info"]["finish_reason"]["type"] == "abort":
+            sample.status = Sample.Status.ABORTED
+            return sample
+        if turns == 1:
+            tool = state.tokenizer(" 12 ", add_special_tokens=False)["input_ids"]
+            response_ids, log_probs, mask = response_ids + tool, log_probs + [0.0] * len(tool), mask + [0] * len(tool)
+    sample.tokens, sample.response_length = prompt_ids + response_ids, len(response_ids)
+    sample.response, sample.loss_mask, sample.rollout_log_probs = state.tokenizer.decode(response_ids), mask, log_probs
+    sample.num_turns, sample.status = turns, Sample.Status.TRUNCATED
+    args.scratch = turns  # args can be written to
+    note(name="generate_with_tools", trained=sum(mask), context=len(mask) - sum(mask), writable=args.scratch)
+    return sample
+
+
+async def generate_with_search(args, sample, sampling_params, evaluation=False):
+    """One turn by text, over the wire, appended by the sample's own method; two samples of one execution."""
+    import aiohttp  # noqa: PLC0415  # as such functions bring their own client
+
+    url = f"http://{args.sglang_router_ip}:{args.sglang_router_port}"
+    assert (await get(f"{url}/workers"))["workers"] == [{"url": url}]
+    payload = {"text": sample.prompt, "sampling_params": sampling_params, "return_logprob": True}
+    async with aiohttp.ClientSession() as client, client.post(f"{url}/generate", json=payload) as reply:
+        answer = await reply.json()
+    drawn = answer["meta_info"]["output_token_logprobs"]
+    sample.tokens = GenerateState(args).tokenizer(sample.prompt)["input_ids"]
+    sample.append_response_tokens(
+        args, tokens=[token for _, token, *_ in drawn], log_probs=[value for value, *_ in drawn],
+        meta_info=answer["meta_info"], text=answer["text"],
+    )  # fmt: skip
+    sample.validate()
+    note(name="generate_with_search", evaluation=evaluation, versions=sample.weight_versions, status=sample.status.name)
+    return sample
+
+
+async def generate_in_one(input):  # noqa: A002  # the name tells the form
+    """The newer form of miles: one argument."""
+    sample = input.sample
+    url = f"http://{input.args.sglang_router_ip}:{input.args.sglang_router_port}/generate"
+    ids = input.state.tokenizer(sample.prompt)["input_ids"]
+    answer = await post(url, {"input_ids": ids, "sampling_params": input.sampling_params, "return_logprob": True})
+    drawn = answer["meta_info"]["output_token_logprobs"]
+    sample.tokens = ids
+    tokens, log_probs = [token for _, token, *_ in drawn], [value for value, *_ in drawn]
+    sample.append_response_tokens(tokens=tokens, log_probs=log_probs, meta_info=answer["meta_info"], text=answer["text"])
+    note(name="generate_in_one", evaluation=input.evaluation)
+    return GenerateFnOutput(samples=sample)
+
+
+def generate_rollout(args, rollout_id, data_source, evaluation=False):
+    """A whole rollout by a plain function that runs coroutines."""
+    groups = data_source.get_samples(args.rollout_batch_size)
+
+    async def answer(sample):
+        params = {"temperature": 1.0, "max_new_tokens": 6, "no_stop_trim": True, "skip_special_tokens": False}
+        sample = await generate_with_search(args, sample, params)
+        sample.reward = await reward(args, sample)
+        return sample
+
+    async def all_of_them():
+        return [list(await asyncio.gather(*(answer(sample) for sample in group))) for group in groups]
+
+    made = run(all_of_them())
+    note(name="generate_rollout", rollout_id=rollout_id, groups=len(made), siblings=len(made[0]))
+    return RolloutFnTrainOutput(samples=made, metrics={"rollout/mine": 3.0})
+
+
+def evaluate(args, rollout_id, data_source, evaluation=False):
+    note(name="evaluate", evaluation=evaluation)
+    return RolloutFnEvalOutput(data={"mine": {"rewards": [{"score": 1.0}, {"score": 0.0}], "truncated": [True, False]}})
+
+
+def keep_if_any(args, samples, **kwargs):
+    rewards = [sample.get_reward_value(args) for sample in samples]
+    note(name="keep_if_any", rewards=len(rewards))
+    return DynamicFilterOutput(keep=True, reason=None)
+
+
+def remove_first(args, groups):
+    for group in groups:
+        group[0].remove_sample = True
+    note(name="remove_first", groups=len(groups))
+
+
+def see_all(args, groups, data_source):
+    note(name="see_all", groups=len(groups))
+
+
+def centre(args, samples):
+    raw = [sample.get_reward_value(args) for sample in samples]
+    mean = sum(raw) / len(raw)
+    note(name="centre", count=len(samples))
+    return raw, [value - mean for value in raw]
+
+
+def log_rollout(rollout_id, args, samples, rollout_extra_metrics, rollout_time):
+    note(name="log_rollout", rollout_id=rollout_id, count=len(samples), turns=getattr(samples[0], "num_turns", None))
+    return False
+
+
+def log_evaluation(rollout_id, args, data, extra_metrics):
+    note(name="log_evaluation", sets=sorted(data), count=len(next(iter(data.values()))["samples"]))
+    return True
+
+
+async def hook(args, sample, rollout_id=None):
+    sample.metadata["hooked"] = rollout_id
+    note(name="hook", builtin=await async_rm(args, sample))
+    return sample

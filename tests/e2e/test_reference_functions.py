@@ -1,0 +1,123 @@
+"""Functions of slime's and miles' signatures run unchanged in a real rollout (tests/e2e/reference_functions.py)."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import ONE_THREAD, Workspace, column, run_qwench
+
+MODULE = "tests.e2e.reference_functions"
+
+
+def run(workspace: Workspace, folder: Path, monkeypatch: pytest.MonkeyPatch, **flags: object) -> dict[str, list[dict]]:
+    """Train one or two rollouts; return what each function noted, in order."""
+    monkeypatch.setitem(ONE_THREAD, "CALLS", str(folder / "calls.jsonl"))
+    named = {name: f"{MODULE}.{value}" if name.endswith("_path") else value for name, value in flags.items()}
+    argv = workspace.train_argv(folder / "run", **{"rm_type": None, "num_rollout": 2, "save_interval": None, **named})
+    run_qwench(argv)
+    calls: dict[str, list[dict]] = {}
+    for line in (folder / "calls.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        calls.setdefault(record.pop("name"), []).append(record)
+    return calls
+
+
+def test_tools_an_async_reward_filters_hooks_and_logs(workspace, tmp_path, monkeypatch):
+    calls = run(
+        workspace,
+        tmp_path,
+        monkeypatch,
+        custom_generate_function_path="generate_with_tools",
+        custom_rm_path="reward",
+        reward_key="score",
+        dynamic_sampling_filter_path="keep_if_any",
+        rollout_sample_filter_path="remove_first",
+        rollout_all_samples_process_path="see_all",
+        custom_reward_post_process_path="centre",
+        custom_rollout_log_function_path="log_rollout",
+    )
+    count = Counter({name: len(records) for name, records in calls.items()})
+    assert count["generate_with_tools"] == count["reward"] == 2 * 16
+    assert all(
+        record["trained"] <= 8 and record["context"] > 0 and record["writable"] == 2 for record in calls["generate_with_tools"]
+    )
+    assert all(record["turns"] == 2 and record["status"] == "TRUNCATED" for record in calls["reward"])
+    assert count["keep_if_any"] == 2 * 4 and all(record["rewards"] == 4 for record in calls["keep_if_any"])
+    assert [record["groups"] for record in calls["remove_first"]] == [4, 4]
+    assert [record["groups"] for record in calls["see_all"]] == [4, 4]
+    assert [record["count"] for record in calls["centre"]] == [16, 16]
+    assert [(record["rollout_id"], record["count"], record["turns"]) for record in calls["log_rollout"]] == [
+        (0, 16, 2),
+        (1, 16, 2),
+    ]
+    assert len(column(tmp_path / "run", "train/loss")) == 4
+
+
+def test_search_by_text_over_the_wire_with_a_batched_reward_and_a_hook(workspace, tmp_path, monkeypatch):
+    calls = run(
+        workspace,
+        tmp_path,
+        monkeypatch,
+        custom_generate_function_path="generate_with_search",
+        custom_rm_path="batched_reward",
+        group_rm=(),
+        rollout_sample_hook_path="hook",
+        rm_type="random",
+        eval_prompt_data=("held_out", f"{workspace.test_data}@[0:2]"),
+        eval_interval=2,
+        custom_eval_rollout_log_function_path="log_evaluation",
+    )
+    training = [record for record in calls["generate_with_search"] if not record["evaluation"]]
+    assert len(training) == 32 and {record["status"] for record in training} <= {"COMPLETED", "TRUNCATED"}
+    assert [record["versions"] for record in training[:16]] == [["0"]] * 16
+    assert [record["versions"] for record in training[16:]] == [["1"]] * 16
+    groups = [record for record in calls["batched_reward"] if record["count"] == 4]
+    assert len(groups) == 8 and all(record["group"] == 1 for record in groups)
+    assert {record["builtin"] for record in calls["hook"]} <= {0.0, 1.0}
+    assert {(tuple(record["sets"]), record["count"]) for record in calls["log_evaluation"]} == {(("held_out",), 2)}
+    assert column(tmp_path / "run", "eval/held_out") == []
+
+
+def test_a_whole_rollout_and_an_evaluation(workspace, tmp_path, monkeypatch):
+    calls = run(
+        workspace,
+        tmp_path,
+        monkeypatch,
+        rollout_function_path="generate_rollout",
+        eval_function_path="evaluate",
+        custom_rm_path="plain_reward",
+        eval_prompt_data=("held_out", f"{workspace.test_data}@[0:2]"),
+        eval_interval=2,
+        eval_reward_key="score",
+    )
+    assert calls["generate_rollout"] == [
+        {"rollout_id": 0, "groups": 4, "siblings": 4},
+        {"rollout_id": 1, "groups": 4, "siblings": 4},
+    ]
+    assert column(tmp_path / "run", "rollout/mine") == [3.0, 3.0]
+    assert all(record["evaluation"] for record in calls["evaluate"])
+    assert set(column(tmp_path / "run", "eval/mine")) == {0.5} == set(column(tmp_path / "run", "eval/mine-truncated_ratio"))
+
+
+def test_the_newer_form_of_miles_with_a_plain_reward(workspace, tmp_path, monkeypatch):
+    calls = run(
+        workspace,
+        tmp_path,
+        monkeypatch,
+        custom_generate_function_path="generate_in_one",
+        custom_rm_path="plain_reward",
+        num_rollout=1,
+    )
+    assert len(calls["generate_in_one"]) == len(calls["plain_reward"]) == 16
+    assert {record["dapo"] for record in calls["plain_reward"]} == {1.0}
+
+
+def test_a_dry_run_refuses_a_function_that_nobody_can_call(workspace, tmp_path, in_process):
+    argv = workspace.train_argv(
+        None, rm_type=None, save_interval=None, custom_generate_function_path=f"{MODULE}.reward", dry_run=()
+    )
+    code, said = in_process(argv)
+    assert code == 2
+    assert "--custom-generate-function-path" in said and "slime and miles call it as fn(args, sample, sampling_params)" in said

@@ -1,0 +1,75 @@
+"""--rollout-engine auto."""
+
+from dataclasses import replace
+
+import pytest
+
+from qwench.config import Config
+from qwench.config.command_line.parse import parse_flags
+from qwench.config.engine_choice import Machine, check_engine_is_installed, choose_engine, look_at_machine
+from qwench.errors import ConfigError
+
+LAPTOP = Machine(has_sglang=False, num_gpus=0)
+ONE_GPU = Machine(has_sglang=False, num_gpus=1)
+NODE = Machine(has_sglang=True, num_gpus=8)
+NODE_WITHOUT = Machine(has_sglang=False, num_gpus=8)
+EIGHT = ("--actor-num-gpus-per-node", "8")
+
+
+def parse(*words: str) -> Config:
+    return parse_flags(Config, words, prog="qwench train")
+
+
+@pytest.mark.parametrize(
+    ("words", "names_size", "machine", "kind", "why"),
+    [
+        ((), False, LAPTOP, "embedded", "there is no GPU on this machine"),
+        (EIGHT, False, LAPTOP, "embedded", "there is no GPU on this machine"),
+        ((), False, ONE_GPU, "embedded", "the run has 1 GPU, no SGLang"),
+        ((), False, NODE, "embedded", "the run has 1 GPU"),
+        (EIGHT, False, NODE, "sglang", "the run has 8 GPUs and SGLang is installed"),
+        (EIGHT, False, NODE_WITHOUT, "embedded", "the run has 8 GPUs, no SGLang"),
+        (("--rollout-num-gpus", "1"), False, NODE, "sglang", "the run has 2 GPUs and SGLang is installed"),
+        (
+            ("--sglang-mem-fraction-static", "0.7"),
+            False,
+            LAPTOP,
+            "sglang",
+            "the command line names --sglang-mem-fraction-static",
+        ),
+        ((), True, ONE_GPU, "sglang", "the command line names --rollout-num-gpus-per-engine"),
+        (("--sglang-server-concurrency", "8"), False, LAPTOP, "embedded", "there is no GPU on this machine"),
+    ],
+)
+def test_the_words_and_the_machine_choose_the_engine(words, names_size, machine, kind, why):
+    parsed = parse("--rollout-engine", "embedded", *words)
+    config = replace(parsed, engine=replace(parsed.engine, rollout_engine="auto"))
+    assert choose_engine(config, names_size=names_size, machine=machine) == (kind, why)
+
+
+def test_a_flag_decides_alone():
+    config = parse("--rollout-engine", "embedded", "--sglang-mem-fraction-static", "0.7")
+    assert (config.engine.kind, config.engine.engine_reason) == ("embedded", "--rollout-engine says so")
+
+
+def test_a_size_of_engines_means_sglang_also_when_it_is_the_default():
+    assert parse("--rollout-num-gpus-per-engine", "1").engine.kind == "sglang"
+    assert Config().engine.kind == "embedded"
+
+
+def test_without_sglang_a_start_names_both_ways_out():
+    config = parse("--rollout-num-gpus-per-engine", "1")
+    with pytest.raises(ConfigError) as refused:
+        check_engine_is_installed(config, NODE_WITHOUT)
+    assert str(refused.value) == (
+        "this run needs SGLang (the command line names --rollout-num-gpus-per-engine), which is not installed: "
+        "run pip install 'qwench[sglang]', or give --rollout-engine embedded"
+    )
+    check_engine_is_installed(config, NODE)
+    check_engine_is_installed(parse("--rollout-num-gpus-per-engine", "1", "--loss-type", "sft_loss"), NODE_WITHOUT)
+    check_engine_is_installed(parse("--rollout-external-engine-addrs", "a:1", "--sglang-x"), NODE_WITHOUT)
+
+
+@pytest.mark.parametrize(("shown", "most"), [("", 0), ("-1", 0), ("3", 1), ("0,2", 2)])
+def test_gpus_are_those_that_the_process_may_use(shown, most):
+    assert look_at_machine({"CUDA_VISIBLE_DEVICES": shown}).num_gpus in (0, most)

@@ -1,0 +1,50 @@
+"""What does not fit a GPU is refused before it starts."""
+
+import pytest
+
+from qwench.config import Config
+from qwench.config.command_line.parse import parse_flags
+from qwench.config.memory_fit import check_fit, engine_weight_bytes
+from qwench.config.plan import plan_run
+from qwench.errors import ConfigError
+from tests.unit.config.architectures import QWEN3_4B
+
+WEIGHTS_4B = 4_022_468_096
+"""Parameters of Qwen3-4B, worked out by hand: 151,936 x 2,560 + 2,560 + 36 layers of 2 x 4,096 x 2,560 + 2 x 1,024 x 2,560 +
+3 x 9,728 x 2,560 + 2 x 2,560 + 2 x 128."""
+GIB = 2**30
+
+
+def read(*words: str) -> Config:
+    given = ["--rollout-batch-size", "8", "--actor-num-gpus-per-node", "8", *words]
+    return parse_flags(Config, given, prog="qwench train")
+
+
+def test_weights_are_divided_among_the_gpus_of_an_engine():
+    config = read("--rollout-num-gpus-per-engine", "2")
+    assert engine_weight_bytes(plan_run(config, QWEN3_4B)) == WEIGHTS_4B
+    config = read("--rollout-engine", "embedded")
+    assert engine_weight_bytes(plan_run(config, QWEN3_4B)) == 2 * WEIGHTS_4B
+    assert engine_weight_bytes(plan_run(read("--loss-type", "sft_loss"), QWEN3_4B)) == 0
+
+
+def test_an_engine_that_does_not_fit_is_refused_with_what_to_do():
+    small = read("--rollout-num-gpus-per-engine", "1", "--sglang-mem-fraction-static", "0.5")
+    plan = plan_run(small, QWEN3_4B)
+    with pytest.raises(ConfigError) as refused:
+        check_fit(small, plan, device_bytes=14 * GIB)
+    assert str(refused.value) == (
+        "an engine of 1 GPU holds 7.5 GiB of weights on each, more than --sglang-mem-fraction-static 0.5 of 14.0 GiB; "
+        "raise --rollout-num-gpus-per-engine"
+    )
+    check_fit(small, plan, device_bytes=16 * GIB)
+    check_fit(small, plan, device_bytes=14 * GIB, element_bytes=1)
+    embedded = read("--rollout-engine", "embedded")
+    with pytest.raises(ConfigError, match=r"--embedded-mem-fraction 0\.8 of 8\.0 GiB; give --rollout-engine sglang"):
+        check_fit(embedded, plan_run(embedded, QWEN3_4B), device_bytes=8 * GIB)
+
+
+def test_a_trainer_that_does_not_fit_is_refused():
+    config = read("--rollout-num-gpus-per-engine", "8")
+    with pytest.raises(ConfigError, match=r"each trainer rank holds .* more than the 4.0 GiB of its GPU"):
+        check_fit(config, plan_run(config, QWEN3_4B), device_bytes=4 * GIB)

@@ -1,0 +1,1 @@
+"""Functions of slime and miles."""

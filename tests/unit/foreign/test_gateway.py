@@ -1,0 +1,112 @@
+"""The address with SGLang's API, and what functions reach through it."""
+
+import asyncio
+from argparse import Namespace
+
+import aiohttp
+import pytest
+
+from qwench.errors import ConfigError, EngineError
+from qwench.foreign.gateway import CURRENT_CALL, Call, Gateway
+from qwench.foreign.modules import generate
+from qwench.foreign.sample import Sample
+from qwench.foreign.session import GenerateState, Session, close_session, current_session, open_session, post
+from qwench.rollout.generate import Requests
+from qwench.rollout.sampling import Sampling
+from tests.fakes.engine import CharTokenizer, FakeEngine, log_prob_of
+from tests.fakes.grader import FakeGrader
+
+
+class Tokenizer(CharTokenizer):
+    def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
+        return {"input_ids": self.encode(text)}
+
+
+def with_gateway(test):
+    """Run `test(gateway, engine)` on a loop with an open gateway and session."""
+
+    async def run() -> None:
+        engine = FakeEngine(lambda context, request: "ok")
+        gateway = Gateway(engine, Tokenizer(), max_tokens=100)
+        await gateway.open()
+        args = Namespace(
+            sglang_router_ip="127.0.0.1", sglang_router_port=gateway.port, sglang_server_concurrency=4, rollout_num_engines=1
+        )
+        open_session(
+            Session(
+                args=args,
+                tokenizer=Tokenizer(),
+                gateway=gateway,
+                loop=asyncio.get_running_loop(),
+                sampling=Sampling(max_response_len=8),
+                grader=FakeGrader(),
+            )
+        )
+        try:
+            await test(gateway, engine)
+        finally:
+            close_session()
+            await gateway.close()
+
+    asyncio.run(run())
+
+
+PAYLOAD = {"text": "ab", "sampling_params": {"max_new_tokens": 5}, "return_logprob": True}
+MEANT = [[log_prob_of(ord("o")), ord("o"), None], [log_prob_of(ord("k")), ord("k"), None]]
+
+
+def test_an_answer_has_the_form_of_sglangs():
+    async def check(gateway, engine):
+        answer = await gateway.answer(PAYLOAD)
+        assert (answer["text"], answer["output_ids"]) == ("ok", [ord("o"), ord("k")])
+        meta = answer["meta_info"]
+        assert (meta["prompt_tokens"], meta["completion_tokens"], meta["weight_version"]) == (2, 2, "0")
+        assert (meta["finish_reason"]["type"], meta["output_token_logprobs"]) == ("stop", MEANT)
+        with pytest.raises(EngineError, match="send either text or input_ids"):
+            await gateway.answer({})
+        with pytest.raises(EngineError, match="sampling_params"):
+            await gateway.answer({"text": "a", "sampling_params": {"beam": 2}})
+
+    with_gateway(check)
+
+
+def test_clients_of_their_own_reach_it_over_the_wire():
+    async def check(gateway, engine):
+        async with aiohttp.ClientSession() as client:
+            async with client.post(f"{gateway.url}/generate", json=PAYLOAD) as reply:
+                assert (await reply.json())["meta_info"]["output_token_logprobs"] == MEANT
+            async with client.get(f"{gateway.url}/workers") as reply:
+                assert await reply.json() == {"workers": [{"url": gateway.url}], "urls": [gateway.url]}
+            async with client.post(f"{gateway.url}/generate", json={"text": 1}) as reply:
+                assert reply.status == 400
+
+    with_gateway(check)
+
+
+def test_requests_of_a_generate_call_are_its_own_and_end_with_the_rollout():
+    async def check(gateway, engine):
+        call = Call(requests=Requests(engine))
+        CURRENT_CALL.set(call)
+        await post(f"{gateway.url}/generate", PAYLOAD)
+        assert call.versions == [0]
+        state = GenerateState(current_session().args)
+        assert not state.aborted and state is GenerateState(current_session().args)
+        call.requests.aborting = True
+        answer = await post(f"{gateway.url}/generate", PAYLOAD)
+        assert (answer["meta_info"]["finish_reason"]["type"], answer["output_ids"], state.aborted) == ("abort", [], True)
+
+    with_gateway(check)
+
+
+def test_the_stand_in_of_generate_writes_a_response():
+    async def check(gateway, engine):
+        sample = await generate(current_session().args, Sample(prompt="ab"), {"max_new_tokens": 5})
+        assert (sample.tokens, sample.response) == ([*map(ord, "abok")], "ok")
+        assert (sample.status, sample.loss_mask, sample.weight_versions) == (Sample.Status.COMPLETED, [1, 1], ["0"])
+
+    with_gateway(check)
+
+
+def test_outside_of_a_run_there_is_no_session():
+    with pytest.raises(ConfigError, match="outside of a run"):
+        current_session()

@@ -1,0 +1,48 @@
+"""The references' sample."""
+
+from argparse import Namespace
+from copy import deepcopy
+
+import pytest
+
+from qwench.foreign.sample import Sample, leaves
+from tests.fakes.engine import CharTokenizer
+
+
+def test_tokens_are_appended_with_mask_log_probs_and_what_the_engine_said():
+    sample = Sample(tokens=[1, 2])
+    meta = {"finish_reason": {"type": "length"}, "weight_version": "3", "cached_tokens": 4, "prompt_tokens": 8}
+    sample.append_response_tokens(tokens=[5, 6], log_probs=[-1.0, -2.0], text="xy", meta_info=meta)
+    sample.append_response_tokens(tokens=[7], trainable=False, text="z")
+    sample.validate()
+    assert (sample.tokens, sample.response, sample.response_length) == ([1, 2, 5, 6, 7], "xyz", 3)
+    assert (sample.loss_mask, sample.rollout_log_probs) == ([1, 1, 0], [-1.0, -2.0, 0.0])
+    assert (sample.status, sample.weight_versions, sample.oldest_weight_version) == (Sample.Status.TRUNCATED, ["3"], 3)
+    assert sample.effective_response_length == 2
+    assert sample.prefix_cache_info.prefix_cache_hit_rate == 0.5
+    with pytest.raises(ValueError, match="2 tokens came with 1 log-probs"):
+        sample.append_response_tokens(tokens=[1, 2], log_probs=[0.0])
+
+
+def test_the_end_of_a_response_is_removed_and_a_retry_starts_over():
+    sample = Sample(tokens=[1, 104, 105], response_length=2, loss_mask=[1, 1], rollout_log_probs=[0.0, -1.0])
+    sample.strip_last_output_tokens(1, CharTokenizer())
+    assert (sample.tokens, sample.response_length, sample.loss_mask, sample.rollout_log_probs) == ([1, 104], 1, [1], [0.0])
+    sample.reset_for_retry()
+    assert (sample.tokens, sample.response_length, sample.status) == ([], 0, Sample.Status.ABORTED)
+
+
+def test_a_record_holds_further_attributes_and_reads_back_equal():
+    sample = Sample(index=3, reward={"score": 1.0}, status=Sample.Status.COMPLETED)
+    sample.tool_calls = 2
+    back = Sample.from_dict(sample.to_dict())
+    assert back.__dict__.keys() == sample.__dict__.keys() and back.tool_calls == 2
+    assert (back.index, back.status, back.reward) == (3, Sample.Status.COMPLETED, {"score": 1.0})
+    assert deepcopy(sample).reward is not sample.reward
+    assert sample.get_reward_value(Namespace(reward_key="score")) == 1.0
+    assert sample.get_reward_value(Namespace(reward_key=None)) == {"score": 1.0}
+
+
+def test_leaves_of_nested_lists_come_in_order():
+    one, two, three = Sample(index=1), Sample(index=2), Sample(index=3)
+    assert [leaf.index for leaf in leaves([one, [two, [three]]])] == [1, 2, 3]
