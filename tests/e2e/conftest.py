@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +95,16 @@ def column(save: Path, name: str) -> list[float]:
 def one_thread() -> None:
     """Compute as the child processes do: more threads would add up in another order, and are slower for a tiny model."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_of_a_run() -> Iterator[None]:
+    """Take back what a run in this process sets for the whole process; tests of other folders come after."""
+    environ = dict(os.environ)
+    yield
+    torch.use_deterministic_algorithms(False)
+    os.environ.clear()
+    os.environ.update(environ)
 
 
 @pytest.fixture(scope="session")
