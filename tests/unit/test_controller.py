@@ -1,0 +1,170 @@
+"""The order of a run: what follows what, and who holds the devices meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from qwench.config.schedule import Schedule
+from qwench.config.sections.checkpoint import CheckpointConfig
+from qwench.config.sections.evaluation import EvalConfig
+from qwench.config.sections.rollout import RolloutConfig
+from qwench.controller import Run, generate, train
+from qwench.observability.timing import PhaseTimer
+
+SCHEDULE = Schedule(
+    rollout=RolloutConfig(num_rollout=3, update_weights_interval=2),
+    evaluation=EvalConfig(eval_prompt_data=("held_out", "test.jsonl"), eval_interval=2),
+    checkpoint=CheckpointConfig(save=Path("run"), save_interval=2),
+)
+
+
+@dataclass
+class Recorder:
+    """Every part of a run in one: it notes what is asked of it."""
+
+    first: int = 0
+    best: bool = False
+    events: list[str] = field(default_factory=list)
+    weights_may_alias = False
+
+    @property
+    def state(self) -> Recorder:
+        return self
+
+    @contextmanager
+    def _inside(self, begin: str, end: str) -> Iterator[None]:
+        self.events.append(begin)
+        yield
+        self.events.append(end)
+
+    def restore(self, state: Recorder, rollouts: Recorder) -> int:
+        assert state is rollouts is self
+        self.events.append("restore")
+        return self.first
+
+    def train_steps(self, first: int) -> int:
+        return 10 * first
+
+    def resume(self, first: int, steps: int) -> None:
+        self.events.append(f"log goes on at {first}, step {steps}")
+
+    def held_by(self, state: Recorder) -> Any:
+        assert state is self
+        return self._inside("hold", "give back")
+
+    def paused(self) -> Any:
+        return self._inside("pause", "go on")
+
+    def publish(self, *, version: int) -> None:
+        self.events.append(f"publish {version}")
+
+    def advance(self, *, version: int) -> None:
+        self.events.append(f"advance {version}")
+
+    def take(self, rollout_id: int) -> SimpleNamespace:
+        self.events.append(f"take {rollout_id}")
+        return SimpleNamespace(metrics={"of rollout": float(rollout_id)})
+
+    def learn(self, rollout: SimpleNamespace) -> SimpleNamespace:
+        self.events.append(f"learn {rollout.metrics['of rollout']:g}")
+        return SimpleNamespace(metrics={"of learning": 0.5}, steps=[{"loss": 1.0}])
+
+    def log(self, rollout_id: int, metrics: Mapping[str, float], *, steps: object = ()) -> None:
+        names = sorted(name for name in metrics if not name.startswith("perf/"))
+        self.events.append(f"log {rollout_id}: {', '.join(names)}" + (f" {steps}" if steps else ""))
+
+    def evaluate(self) -> dict[str, float]:
+        self.events.append("evaluate")
+        return {"of evaluation": 0.25}
+
+    def is_best(self, rollout_id: int, metrics: Mapping[str, float]) -> bool:
+        assert metrics == {"of evaluation": 0.25} and rollout_id > 0
+        return self.best
+
+    def keep_best(self, rollout_id: int, metrics: Mapping[str, float], state: Recorder, rollouts: Recorder) -> None:
+        assert state is rollouts is self
+        self.events.append(f"keep {rollout_id}")
+
+    def save(self, iteration: int, state: Recorder, rollouts: Recorder) -> None:
+        assert state is rollouts is self
+        self.events.append(f"save {iteration}")
+
+    def finish(self) -> None:
+        self.events.append("finish")
+
+
+def run_of(parts: Any, **changes: object) -> Run:
+    names = ("learner", "rollouts", "engines", "gpus", "checkpoints", "publisher")
+    log = SimpleNamespace(resume=parts.resume, log=parts.log, finish=lambda: parts.events.append("finish the log"))
+    plan = SimpleNamespace(schedule=SCHEDULE, num_rollout=SCHEDULE.num_rollout)
+    fields: dict[str, Any] = {
+        "plan": plan,
+        "evaluate": parts.evaluate,
+        "timer": PhaseTimer(),
+        "metrics": log,
+        **dict.fromkeys(names, parts),
+    }
+    return Run(**{**fields, **changes})
+
+
+def logged(rollout_id: int) -> str:
+    return f"log {rollout_id}: of learning, of rollout [{{'loss': 1.0}}]"
+
+
+LAST = [
+    "take 2",
+    "hold",
+    "learn 2",
+    "advance 3",
+    logged(2),
+    "pause",
+    "save 3",
+    "go on",
+    "pause",
+    "publish 3",
+    "go on",
+    "give back",
+]
+
+
+def test_a_run_learns_logs_saves_publishes_and_evaluates_in_this_order() -> None:
+    parts = Recorder()
+    train(run_of(parts))
+    assert parts.events == [
+        *["restore", "log goes on at 0, step 0", "hold", "publish 0", "give back"],
+        *["evaluate", "log 0: of evaluation"],
+        *["take 0", "hold", "learn 0", "advance 1", logged(0), "give back"],
+        *["take 1", "hold", "learn 1", "advance 2", logged(1)],
+        *["pause", "save 2", "go on", "pause", "publish 2", "go on", "give back"],
+        *["evaluate", "log 2: of evaluation"],
+        *LAST,
+        *["finish", "finish the log"],
+    ]
+
+
+def test_a_resumed_run_publishes_what_it_restored_and_keeps_a_best_evaluation() -> None:
+    parts = Recorder(first=2, best=True)
+    train(run_of(parts))
+    assert parts.events == [
+        *["restore", "log goes on at 2, step 20", "hold", "publish 2", "give back"],
+        *["evaluate", "log 2: of evaluation", "hold", "pause", "keep 2", "go on", "give back"],
+        *LAST,
+        *["finish", "finish the log"],
+    ]
+
+
+def test_without_evaluation_nothing_is_evaluated() -> None:
+    parts = Recorder(first=2)
+    train(run_of(parts, evaluate=None))
+    assert "evaluate" not in parts.events and parts.events[-1] == "finish the log"
+
+
+def test_a_run_that_only_generates_takes_and_logs_every_rollout() -> None:
+    parts = Recorder()
+    generate(run_of(parts, learner=None, publisher=None))
+    assert parts.events == [event for i in range(3) for event in (f"take {i}", f"log {i}: of rollout")]
