@@ -29,7 +29,7 @@ define VENV
 	@echo "== a virtual environment in .venv"
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@echo "== PyTorch"
-	$(PIP) "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(PIP) -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 endef
 
 $(RUNS): pyproject.toml constraints.txt

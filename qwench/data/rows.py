@@ -146,6 +146,8 @@ def check_first_row(spec: str, key: str, *, flag: str) -> None:
         ConfigError: it has not.
     """
     path, wanted = parse_spec(spec)
+    if path.is_file() and path.stat().st_size == 0:
+        raise ConfigError(f"the data set {spec} has no rows.")
     columns = _first_columns(path) if wanted == slice(None) else None
     if columns is not None and key not in columns:
         place = f"{path}:1" if path.suffix == ".jsonl" else f"{path} row 1"
@@ -158,12 +160,14 @@ def _first_columns(path: Path) -> list[str] | None:
             return list(pyarrow.parquet.read_schema(path).names)
         except (pyarrow.ArrowException, OSError):
             return None  # what is wrong with the file is told when it is read
-    if path.suffix != ".jsonl" or not path.is_file():
+    if path.suffix not in (".jsonl", ".csv") or not path.is_file():
         return None
     try:
-        with path.open(encoding="utf-8-sig") as lines:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            if path.suffix == ".csv":
+                return next(csv.reader(lines), None)
             first = json.loads(next((line for line in lines if line.strip()), "null"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, csv.Error):
         return None
     return list(first) if isinstance(first, dict) else None
 

@@ -232,7 +232,17 @@ def test_a_column_that_the_first_row_lacks_is_told_without_reading_the_others(tm
     check_first_row(spec, "question", flag="--input-key")
 
 
-@pytest.mark.parametrize("content", ["", "not json\n", "[1]\n", '\n{"prompt": 1}\n'])
+def test_the_header_of_a_table_and_an_empty_file_are_told_at_once(tmp_path):
+    (tmp_path / "a.csv").write_text('question,"the answer"\n1+1,2\n')
+    with pytest.raises(ConfigError, match=r"a.csv row 1: key 'prompt' .* the row has: question, the answer"):
+        check_first_row(str(tmp_path / "a.csv"), "prompt", flag="--input-key")
+    check_first_row(str(tmp_path / "a.csv"), "the answer", flag="--input-key")
+    (tmp_path / "b.csv").touch()
+    with pytest.raises(ConfigError, match=r"the data set .*b.csv has no rows"):
+        check_first_row(str(tmp_path / "b.csv"), "prompt", flag="--input-key")
+
+
+@pytest.mark.parametrize("content", ["\n", "not json\n", "[1]\n", '\n{"prompt": 1}\n'])
 def test_what_the_first_line_does_not_tell_is_left_to_the_reader(tmp_path, content):
     (tmp_path / "a.jsonl").write_text(content)
     check_first_row(str(tmp_path / "a.jsonl"), "prompt", flag="--input-key")
