@@ -40,10 +40,10 @@ class Adapters:
     as_text: bool
     """Prompts are rendered texts (--apply-chat-template)."""
 
-    def generate(self, function: Function, path: str) -> Function:
-        """Return a `GenerateFunction`."""
+    def generate(self, named: Foreign, path: str) -> Function:
+        """Return a `GenerateFunction`; a class is made once, and its instance called."""
         flag = "--custom-generate-function-path"
-        function = function() if inspect.isclass(function) else function
+        function: Function = named() if inspect.isclass(named) else named
         in_one = list(inspect.signature(function).parameters) == ["input"]
         if not in_one:
             loading.check_callable(function, path, flag=flag, called_as="fn(args, sample, sampling_params)", arguments=3)
@@ -273,7 +273,7 @@ def _seed(sample: Sample, context: GenerateContext) -> int | None:
 
 
 async def _call_rollout(
-    function: Function, session: Session, rollout_id: int, source: DataSource | None, made: Foreign
+    function: Foreign, session: Session, rollout_id: int, source: DataSource | None, made: Foreign
 ) -> Foreign:
     """Call a rollout function in a thread, where it may run coroutines; a class is made for the call."""
     if inspect.isclass(function):

@@ -35,6 +35,8 @@ def load(path: str, *, flag: str) -> Foreign:
 
 def is_foreign(function: Callable[..., Foreign], api: PluginApi) -> bool:
     """Tell whether a function follows the convention of slime or miles."""
+    if str(getattr(function, "__module__", "")).startswith("qwench."):
+        return False  # a built-in one that the flag names
     if api != "auto":
         return api != "qwench"
     if inspect.isclass(function):

@@ -66,17 +66,19 @@ def load_user_functions(config: Config) -> UserFunctions:
         function, path = _foreign_function(config, getattr(rollout, name), f"--{name.replace('_', '-')}")
         if function is not None:
             adapted[target] = getattr(adapters, target)(function, path)
-            rollout = replace(rollout, **{name: None})
+            cleared: dict[str, Any] = {name: None}  # Any: as the field's annotation says
+            rollout = replace(rollout, **cleared)
     evaluate, path = _foreign_function(config, evaluation.eval_function_path, "--eval-function-path")
     if evaluate is not None:
         adapted["evaluate"] = adapters.evaluate(evaluate, path)
         evaluation = replace(evaluation, eval_function_path=None)
-    for path, flag, target in (
+    for log_path, flag, target in (
         (rollout.custom_rollout_log_function_path, "--custom-rollout-log-function-path", "log_rollout"),
         (evaluation.custom_eval_rollout_log_function_path, "--custom-eval-rollout-log-function-path", "log_evaluation"),
     ):
-        if path is not None:
-            adapted[target] = getattr(adapters, target)(load(path, flag=flag), path)
+        if log_path is not None:
+            log = guarded(load(log_path, flag=flag), path=log_path, flag=flag)
+            adapted[target] = getattr(adapters, target)(log, log_path)
     functions = replace(load_functions(rollout, evaluation), **adapted)
     hooks = [(load(path, flag="--rollout-sample-hook-path"), path) for path in rollout.rollout_sample_hook_path]
     if hooks:

@@ -201,8 +201,6 @@ def test_all_refused_flags_are_named_at_once_and_what_is_never_supported_first()
 
 READ_BY_THEIR_SECTION_ALONE = {
     "use_precision_aware_optimizer": "without it, --exp-avg-dtype and --exp-avg-sq-dtype are refused",
-    "num_gpus_per_node": "the most GPUs of an engine, and of the trainer on one node",
-    "disable_compute_advantages_and_returns": "says what --loss-type sft_loss means, and is refused with any other",
     "gradient_checkpointing": "recomputes_layers",
     "log_probs_chunk_size": "head_chunk_tokens",
     "optimizer_cpu_offload": "offloaded_share",

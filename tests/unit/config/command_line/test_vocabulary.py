@@ -133,7 +133,7 @@ def test_each_verb_leads_to_its_own_flags(config_type, prog, word, said):
     assert refusal(f"--{word}", "x", config_type=config_type, prog=prog).startswith(f"unknown flag --{word}; {said}")
 
 
-@pytest.mark.parametrize("typed", ["num-expert", "expert-parallel-size", "optimiser", "opd-kl-coeff", "rollout-top-pp"])
+@pytest.mark.parametrize("typed", ["num-expert", "optimiser", "opd-kl-coeff", "rollout-top-pp"])
 def test_a_refused_flag_is_never_offered(typed):
     said = refusal(f"--{typed}", "1")
     assert [flag for flag in flags_of(said.partition(";")[2]) if flag in ONE_VALUE or flag in FOREIGN_FLAGS] == [], said
