@@ -77,7 +77,9 @@ def load_object(path: str, *, flag: str = "") -> Any:  # the user's own function
     try:
         module = _module_of_file(Path(file)) if colon else _module(module_name)
         return getattr(module, name)
-    except (Exception, SystemExit) as error:  # the user's module runs here, and may raise anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's module runs here, and may raise anything
         place = raised_at(error)
         described = f"{type(error).__name__}: {error}" + (f", at {place}" if place else "")
         raise ConfigError(

@@ -55,6 +55,7 @@ _COPIED_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
 _EXPORT_MARKER = "qwench_export.json"
 """Marks folders that we wrote, the only ones we replace."""
 
@@ -75,6 +76,9 @@ def load_hf_config(path: Path) -> PretrainedConfig:
     if raw.get("use_sliding_window"):
         raise ConfigError(f"{path}/config.json asks for sliding-window attention, which is not supported.")
     is_fp8_config(raw, where=str(path))
+    for name in ("dtype", "torch_dtype"):
+        if raw.get(name) not in (None, *_DTYPE_NAMES):
+            raise ConfigError(f"{path}/config.json has {name} {raw[name]!r:.60}; known: {', '.join(_DTYPE_NAMES)}.")
     if raw.get("rope_scaling") and raw.get("rope_parameters") and not raw.get("rope_theta"):
         # transformers would follow rope_scaling alone, with a base of 10,000.
         raise ConfigError(

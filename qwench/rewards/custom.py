@@ -20,7 +20,8 @@ import pickle
 import queue
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import suppress
 
 from qwench.errors import RewardError
 from qwench.plugins import Function, load_function, place_of
@@ -96,7 +97,7 @@ class CustomReward:
         for worker in self._workers:
             worker.release()
         while self._waiting:
-            self._waiting.popleft()[1].set_result({"failed": "the reward pool was closed"})
+            _settle(self._waiting.popleft()[1], {"failed": "the reward pool was closed"})
 
     async def _ask(self, call: Call, what: str) -> Json:
         try:
@@ -123,10 +124,10 @@ class CustomReward:
             answers = self._answers(worker, [pickled for pickled, _ in calls])
         except BaseException as error:  # carried to those who wait  # noqa: BLE001
             for _, future in calls:
-                future.set_exception(error)
+                _settle(future, error)
         else:
             for (_, future), answer in zip(calls, answers, strict=True):
-                future.set_result(answer)
+                _settle(future, answer)
         finally:
             self._idle.put(worker)
 
@@ -165,6 +166,15 @@ class CustomReward:
         if kind not in self._warned and len(self._warned) < _MAX_WARNINGS:
             self._warned.add(kind)
             logger.warning("%s %s: %s", FLAG, self._path, text)
+
+
+def _settle(future: Future[Json], answer: Json | BaseException) -> None:
+    """Give the one who waits an answer or an error; nobody does any more where a run failed meanwhile."""
+    with suppress(InvalidStateError):
+        if isinstance(answer, BaseException):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
 
 
 def load_reward(path: str) -> Function:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal, InvalidOperation
+from functools import lru_cache
 
 from qwench.errors import RewardError
 from qwench.samples import Verdict
 
 _TAIL_CHARS = 300
+_MOST_DIGITS = 4300
+_SHOWN_CHARS = 60
 _ANSWER_LINE = re.compile(r"(?i)answer\s*:\s*([^\n]+)")
 _NO_ANSWER = "[INVALID]"
 _REWRITES = (
@@ -63,22 +66,27 @@ def grade(response: str, label: str) -> Verdict:
     """
     lines = _ANSWER_LINE.findall(response[-_TAIL_CHARS:])
     stated = normal_form(lines[-1]) if lines else _NO_ANSWER
-    right = stated == str(integer_label(label))
+    right = stated == integer_label(label)
     score = 1.0 if right else -1.0
     reason = "exact" if right else "wrong" if lines else "no_answer_line"
     return Verdict(score=score, reason=reason, extra={"score": score, "acc": right, "pred": stated})
 
 
-def integer_label(label: str) -> int:
-    """Return the integer a label states; digits after the point are dropped.
+@lru_cache(maxsize=4096)
+def integer_label(label: str) -> str:
+    """Return the digits of the integer a label states; those after the point are dropped. The samples of a group share it.
 
     Raises:
-        RewardError: the label is not a number.
+        RewardError: the label is not a number, or one of more digits than Python writes.
     """
+    shown = label if len(label) <= _SHOWN_CHARS else f"{label[:_SHOWN_CHARS]}..."
     try:
-        return int(Decimal(normal_form(label)))
+        number = Decimal(normal_form(label))
+        if number.is_finite() and number.adjusted() >= _MOST_DIGITS:
+            raise RewardError(f"--rm-type dapo compares integers of up to {_MOST_DIGITS} digits, but the label is {shown!r}.")
+        return str(int(number))
     except (InvalidOperation, OverflowError, ValueError) as error:
-        raise RewardError(f"--rm-type dapo compares integers, but the label is {label!r}; use --rm-type math.") from error
+        raise RewardError(f"--rm-type dapo compares integers, but the label is {shown!r}; use --rm-type math.") from error
 
 
 def normal_form(answer: str) -> str:

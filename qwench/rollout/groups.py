@@ -151,7 +151,7 @@ def _set_verdict(sample: Sample, verdict: Verdict) -> None:
 def _check_generated(sample: Sample) -> None:
     """Refuse what a custom function may have got wrong."""
     if not isinstance(sample, Sample):
-        raise QwenchError(f"--custom-generate-function-path must return a Sample or a list of them, got {sample!r}.")
+        raise QwenchError(f"--custom-generate-function-path must return a Sample or a list of them, got {sample!r:.200}.")
     label = f"--custom-generate-function-path: sample {sample.sample_id}"
     if sample.status is Status.PENDING:
         raise QwenchError(f"{label} came back pending; call context.generate or set its status.")

@@ -269,6 +269,8 @@ def test_a_stop_token_that_is_no_id_is_refused(folder: Path, value: object) -> N
         ({"num_hidden_layers": 10**30}, "num_hidden_layers"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps -1.0; it must be a finite number above 0"),
         ({"vocab_size": -5}, "vocab_size"),
+        ({"dtype": []}, r"has dtype \[\]; known: float32"),
+        ({"torch_dtype": "int8"}, "has torch_dtype 'int8'"),
         ({"max_position_embeddings": 0}, "max_position_embeddings 0"),
         ({"max_position_embeddings": 10**9}, "allows 1000000000 positions; float32 tells 16777216 apart"),
         ({"layer_types": ["full_attention", "sliding_attention"] * 2}, "sliding_attention"),

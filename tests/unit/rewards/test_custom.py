@@ -176,6 +176,19 @@ def test_a_sample_that_cannot_travel_says_what_to_do() -> None:
         grade_all(f"{FUNCTIONS}.half", sample)
 
 
+def test_closing_the_pool_leaves_those_alone_who_do_not_wait_any_more() -> None:
+    async def give_up(pool: RewardPool) -> None:
+        waiting = [asyncio.ensure_future(pool.grade(finished("text", sample_id=i))) for i in range(8)]
+        await asyncio.sleep(0)
+        for task in waiting:
+            task.cancel()
+        assert all(isinstance(end, asyncio.CancelledError) for end in await asyncio.gather(*waiting, return_exceptions=True))
+
+    pool = pool_for(f"{FUNCTIONS}.half")
+    asyncio.run(give_up(pool))
+    pool.close()
+
+
 def test_a_function_that_never_returns_a_score_ends_the_run() -> None:
     with pytest.raises(RewardError, match=r"has never returned a score; it must return a finite number, .* got '0.5'"):
         grade_all(f"{HOSTILE}.text", *(finished("x") for _ in range(16)))

@@ -143,3 +143,11 @@ def test_dapo_tells_a_missing_answer_line_from_a_wrong_one() -> None:
 def test_dapo_refuses_a_label_that_is_no_number() -> None:
     with pytest.raises(RewardError, match=r"'x\+1'.*--rm-type math"):
         dapo.grade("Answer: 34", "x+1")
+
+
+@pytest.mark.parametrize("label", ["9" * 4301, "1e4300", "1e999999999", "-1e999999999"])
+def test_dapo_refuses_a_label_of_more_digits_than_can_be_written(label: str) -> None:
+    with pytest.raises(RewardError, match=r"integers of up to 4300 digits") as caught:
+        dapo.integer_label(label)
+    assert len(str(caught.value)) < 200
+    assert dapo.integer_label("7" * 4000) == "7" * 4000
