@@ -10,7 +10,9 @@ import difflib
 import faulthandler
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from qwench import __version__
@@ -57,6 +59,8 @@ _WORDS_FOR_VERBS = {
 }
 """Verb -> words that users of other tools type for it."""
 
+_SHOWN_CHARS = 500
+
 Command = Callable[[Sequence[str]], None]
 
 
@@ -88,6 +92,11 @@ def main(argv: Sequence[str] | None = None, *, command: Command | None = None) -
     except KeyboardInterrupt:
         sys.stderr.write("qwench: interrupted\n")
         sys.exit(130)
+    except Exception as error:
+        if with_traceback:
+            raise
+        sys.stderr.write(f"qwench: {_unforeseen(error)}\n")
+        sys.exit(1)
     sys.exit(0)
 
 
@@ -178,6 +187,18 @@ def _load_verb(verb: str) -> Command:
     from qwench.commands import quickstart
 
     return quickstart.run
+
+
+def _unforeseen(error: Exception) -> str:
+    """Describe an error that no message was written for, with the innermost lines of the package and of all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename.startswith(str(Path(__file__).parent))] or frames
+    places = ", in ".join(dict.fromkeys(f"{frame.filename}:{frame.lineno}" for frame in (own[-1], frames[-1])))
+    said = " ".join(str(error).split())[:_SHOWN_CHARS]
+    return (
+        f"{type(error).__name__}: {said} ({places}). This is a fault of Qwench or of the machine; --traceback shows all, "
+        "and driver.log beside the metrics keeps it."
+    )
 
 
 def _stdout_is_closed() -> bool:

@@ -43,7 +43,7 @@ def _check_model_type(file: Path) -> None:
     """Refuse a model of another family by its config.json; what is wrong with the file otherwise is told when it is read."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return
     model_type = content.get("model_type") if isinstance(content, dict) else None
     if model_type is not None and model_type not in MODEL_TYPES:
@@ -66,10 +66,14 @@ def check_eval_data(config: Config) -> None:
 
 def check_data_file(flag: str, spec: str) -> None:
     """Check that there is a data file, folder or pattern, or a name of the hub, and that the format is one that is read."""
-    if find_reference(spec, "dataset") is not None:
-        return
-    path = Path(_SLICE.sub("", spec)).expanduser()
-    if not path.exists() and not (glob.has_magic(path.name) and any(path.parent.glob(path.name))):
+    try:
+        if find_reference(spec, "dataset") is not None:
+            return
+        path = Path(_SLICE.sub("", spec)).expanduser()
+        found = path.exists() or (glob.has_magic(path.name) and any(path.parent.glob(path.name)))
+    except (OSError, ValueError, RuntimeError) as error:  # of names that no file can have
+        raise ConfigError(f"{flag}: {spec[:200]!r} names no data file ({error})") from error
+    if not found:
         raise ConfigError(f"{flag}: there is no file {path}")
     if path.is_file() and path.suffix not in DATA_SUFFIXES:
         raise ConfigError(f"{flag}: {path} has the unknown format {path.suffix!r}; convert it to {', '.join(DATA_SUFFIXES)}")

@@ -167,7 +167,7 @@ def _first_columns(path: Path) -> list[str] | None:
             if path.suffix == ".csv":
                 return next(csv.reader(lines), None)
             first = json.loads(next((line for line in lines if line.strip()), "null"))
-    except (OSError, ValueError, csv.Error):
+    except (OSError, ValueError, RecursionError, csv.Error):
         return None
     return list(first) if isinstance(first, dict) else None
 

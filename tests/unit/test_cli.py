@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -107,6 +108,14 @@ def verb_that_raises(error: BaseException):
 def test_a_failed_run_is_one_line_and_exit_code_1(capsys):
     assert run(command=verb_that_raises(EngineError("engine 3 did not\nanswer"))) == 1
     assert capsys.readouterr().err == "qwench: engine 3 did not answer\n"
+
+
+def test_an_error_without_a_message_of_its_own_is_one_line_with_its_place(capsys):
+    assert run(command=verb_that_raises(ValueError("odd\nthing"))) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"qwench: ValueError: odd thing \(.*cli\.py:\d+, in .*test_cli\.py:\d+\)\. .* --traceback .*\n", said)
+    with pytest.raises(ValueError, match="odd"):
+        cli.main(["--traceback"], command=verb_that_raises(ValueError("odd\nthing")))
 
 
 def test_an_interrupted_run_has_exit_code_130(capsys):

@@ -37,6 +37,9 @@ def test_the_reward_is_asked_for_with_the_data_that_could_have_named_it(files):
     [
         (["--hf-checkpoint", "{}/absent"], "--hf-checkpoint: there is no folder {}/absent"),
         (["--hf-checkpoint", "{}/empty"], "--hf-checkpoint: {}/empty has no config.json"),
+        (["--prompt-data", "x" * 300 + ".jsonl"], "--prompt-data: 'xxx"),
+        (["--prompt-data", "~nobody-of-that-name/a.jsonl"], "--prompt-data: '~nobody-of-that-name/a.jsonl' names no data file"),
+        (["--eval-prompt-data", "e", "x" * 300 + ".jsonl"], "--eval-prompt-data: 'xxx"),
         (["--prompt-data", "{}/absent.jsonl@[1:]"], "--prompt-data: there is no file {}/absent.jsonl"),
         (["--eval-prompt-data", "e", "{}/absent.jsonl"], "--eval-prompt-data: there is no file {}/absent.jsonl"),
         (["--load", "{}/absent"], "--load: {}/absent is missing or empty, and there is no --ref-load to start from"),
