@@ -40,6 +40,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 SINGLE_FILE = "model.safetensors"
 _COMPARED_BYTES = 16 * 2**20
 _LENGTH_BYTES = 8
+_ENDS = 2
 _MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors package; a larger number means that this is another kind of file."""
 
@@ -241,12 +242,17 @@ def _layout(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
 
 def _stored(file: Path, start: int, entry: Mapping[str, object]) -> StoredTensor:
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not isinstance(shape, list) or not isinstance(offsets, list) or min([*shape, *offsets], default=0) < 0:
+    if not (_are_sizes(shape) and _are_sizes(offsets) and isinstance(offsets, list) and len(offsets) == _ENDS):
         raise ValueError(f"shape {shape} and data_offsets {offsets} are no lists of sizes")
+    assert isinstance(shape, list)
     spec = TensorSpec(shape=tuple(shape), dtype=_DTYPES[str(entry["dtype"])])
     if offsets[1] - offsets[0] != spec.nbytes:
         raise ValueError(f"a tensor of shape {shape} does not have {offsets[1] - offsets[0]} bytes")
     return StoredTensor(spec=spec, file=file, begin=start + offsets[0])
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
 def _read_index(file: Path) -> dict[str, str]:

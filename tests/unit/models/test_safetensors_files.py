@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,31 @@ def test_a_file_may_not_be_replaced(tmp_path: Path) -> None:
 
 
 WRONG_SIZE = b'{"w":{"dtype":"BF16","shape":[4],"data_offsets":[0,6]}}   '
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [-1]}, {"shape": "x"}, {"shape": [1.0]}, {"shape": [True]}, {"shape": None}, {"dtype": "F4"},
+        {"dtype": ["F32"]},
+        {"data_offsets": [0]}, {"data_offsets": ["a", "b"]}, {"data_offsets": [-4, 0]}, {"data_offsets": [0, 8]},
+        {"shape": [10**30], "data_offsets": [0, 4 * 10**30]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_header_that_describes_no_tensor_is_damage(tmp_path: Path, change: dict[str, object]) -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **change}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors (cannot be read|has)"):
+        read_header(tmp_path / "model.safetensors")
+
+
+def test_tensors_may_not_overlap(tmp_path: Path) -> None:
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    header = json.dumps({"a": entry, "b": entry}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(CheckpointError, match=r"b begins at byte \d+, but the tensors before it end at"):
+        read_header(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize(
