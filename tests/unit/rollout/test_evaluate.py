@@ -1,5 +1,6 @@
 import json
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
@@ -109,3 +110,29 @@ def test_custom_evaluation_runs_sets_and_names_its_own_metrics():
 
     sets = [eval_set("x", "a"), eval_set("y", "b")]
     assert run(sets, lambda s: float(s.prompt.text == "a"), function=worst) == {"eval/worst": 0.0}
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_what_a_function_has_logged_is_not_logged_again(logged):
+    seen = []
+
+    def log(results, metrics):
+        seen.append(([result.name for result in results], metrics))
+        return logged
+
+    metrics = run([eval_set("x", "a"), eval_set("y", "b")], lambda sample: 1.0, log=log)
+    [(names, shown)] = seen
+    assert names == ["x", "y"] and shown["eval/x"] == shown["eval/y"] == 1.0
+    assert metrics == ({} if logged else shown)
+
+
+def test_samples_have_their_places_in_the_set_and_rows_their_metadata():
+    rows = [replace(prompt(letter), metadata={"row": letter}) for letter in "ab"]
+    (result,) = run([replace(eval_set("s", "", n=2), prompts=rows)], lambda sample: 1.0, call="run")
+    assert [[(one.sample_id, one.group_id, one.metadata) for one in group.samples] for group in result.groups] == [
+        [(0, 0, {"row": "a"}), (1, 0, {"row": "a"})],
+        [(2, 1, {"row": "b"}), (3, 1, {"row": "b"})],
+    ]
+    assert [group.group_id for group in result.groups] == [0, 1]
+    result.samples[0].metadata["turn"] = 1
+    assert result.samples[1].metadata == rows[0].metadata == {"row": "a"}

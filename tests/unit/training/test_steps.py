@@ -52,6 +52,14 @@ def test_micro_batches_hold_at_most_their_tokens():
     assert _shares([40, 40, 20], 1, max_tokens=100) == [[[0, 1, 2]]]
 
 
+def test_every_rank_has_as_many_micro_batches_under_a_cap_of_tokens():
+    for lengths, most in (([40, 40, 20], 100), ([40, 40, 20], 50)):
+        shares = _shares(lengths, 2, max_tokens=most)
+        assert len(shares[0]) == len(shares[1])
+        assert sorted(i for share in shares for members in share for i in members) == [0, 1, 2]
+        assert all(sum(lengths[i] for i in members) <= most for share in shares for members in share)
+
+
 def test_balanced_shares_are_as_many_and_even():
     shares = _shares([100, 10, 90, 20], 2, cost=LINEAR)
     assert sorted(sum([100, 10, 90, 20][i] for members in share for i in members) for share in shares) == [110, 110]

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from qwench.errors import WeightSyncError
 from qwench.wire.flat_bucket import (
+    copy_all,
     entries_from_json,
     entries_of,
     entries_to_json,
@@ -69,3 +70,11 @@ def test_a_description_from_elsewhere_is_checked(change, word):
     (entry,) = entries_to_json(lay_out([("x", torch.float32, [2])]))
     with pytest.raises(WeightSyncError, match=word):
         entries_from_json([{**entry, **change}])
+
+
+def test_small_and_large_tensors_are_copied():
+    sizes = (3, 2**22, 2**22 - 1)
+    sources = [torch.arange(size).remainder(251).to(torch.uint8) for size in sizes]
+    targets = [torch.full((size,), 255, dtype=torch.uint8) for size in sizes]
+    copy_all(targets, sources)
+    assert all(torch.equal(target, source) for target, source in zip(targets, sources, strict=True))
