@@ -221,3 +221,38 @@ async def breaks_columns(sample, context):
 def test_wrong_answer_of_a_custom_function_names_the_flag(function, message):
     with pytest.raises(QwenchError, match=f"--custom-generate-function-path.*{message}"):
         run_groups(custom_runner(function), group(size=1))
+
+
+def test_a_group_of_which_some_are_graded_is_graded_whole():
+    half = group(size=3)
+    half.samples[0].append([111], log_probs=[-1.0], version=0)
+    half.samples[0].status, half.samples[0].verdict = Status.COMPLETED, Verdict(score=0.5, reason="exact")
+    half.samples[0].reward = 0.5
+    grader = FakeGrader(lambda sample: float(sample.sample_id + 1))
+    (done,) = run_groups(make_runner(FakeEngine(write_ok), grader, group_rm=True), half)
+    assert (grader.group_calls, done.rewards) == ([[0, 1, 2]], [1.0, 2.0, 3.0])
+
+
+def test_interrupted_groups_come_back_in_the_order_of_their_ids():
+    engine = FakeEngine(write_ok, ticks=lambda text, request: None)
+    groups = [group(size=1, group_id=group_id) for group_id in (5, 2, 7, 1, 6, 3, 0, 4)]
+    left = abort_after(make_runner(engine, FakeGrader(lambda sample: 1.0)), *groups, ticks=5)
+    assert [one.group_id for one in left] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("options", "generate", "together", "graded"),
+    [
+        ({"grades_executions": True}, fork, [[6, 6], [7, 7]], [6, 6, 7, 7]),
+        ({"grades_executions": True}, None, [], [6, 7]),
+        ({"grades_executions": True, "group_rm": True}, fork, [[6, 6, 7, 7]], [6, 6, 7, 7]),
+        ({}, fork, [], [6, 6, 7, 7]),
+    ],
+    ids=["executions", "single samples", "whole groups", "alone"],
+)
+def test_samples_of_one_execution_are_graded_together_where_that_is_asked_for(options, generate, together, graded):
+    grader = FakeGrader(lambda sample: 1.0)
+    chosen = options if generate is None else {**options, "generate": generate}
+    (done,) = run_groups(make_runner(FakeEngine(write_ok), grader, **chosen), group("a", size=2, group_id=3))
+    assert sorted(grader.group_calls) == together and sorted(grader.graded) == graded
+    assert done.rewards == [1.0] * len(graded)
