@@ -103,7 +103,8 @@ def nothing_left_of_a_run() -> Iterator[None]:
     environ = dict(os.environ)
     yield
     torch.use_deterministic_algorithms(False)
-    os.environ.clear()
+    for name in os.environ.keys() - environ.keys():
+        del os.environ[name]
     os.environ.update(environ)
 
 
