@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import ONE_THREAD, Workspace, column, run_qwench
+from tests.e2e.conftest import ONE_THREAD, Workspace, column, run_python
 
 MODULE = "tests.e2e.reference_functions"
 
@@ -16,7 +16,8 @@ def run(workspace: Workspace, folder: Path, monkeypatch: pytest.MonkeyPatch, **f
     monkeypatch.setitem(ONE_THREAD, "CALLS", str(folder / "calls.jsonl"))
     named = {name: f"{MODULE}.{value}" if name.endswith("_path") else value for name, value in flags.items()}
     argv = workspace.train_argv(folder / "run", **{"rm_type": None, "num_rollout": 2, "save_interval": None, **named})
-    run_qwench(argv)
+    finished = run_python(["-m", "qwench", *argv])
+    assert finished.returncode == 0, finished.stderr[-3000:]
     calls: dict[str, list[dict]] = {}
     for line in (folder / "calls.jsonl").read_text().splitlines():
         record = json.loads(line)

@@ -6,7 +6,7 @@ router. Those that mean the same to the embedded engine also set its field (`com
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,7 @@ class EngineConfig:
     sglang_config: Path | None = None
     """YAML file of groups of SGLang engines, in slime's form, for engines of several sizes. None: all engines have
     --rollout-num-gpus-per-engine GPUs."""
-    engine_reason: str = ""
+    engine_reason: str = field(default="", compare=False)
     """Why auto chose the engine."""
     embedded_page_size: int = 16
     """Tokens in one page of the KV cache of the embedded engine (--sglang-page-size sets it too)."""

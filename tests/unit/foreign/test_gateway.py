@@ -39,7 +39,7 @@ def with_gateway(test):
                 gateway=gateway,
                 loop=asyncio.get_running_loop(),
                 sampling=Sampling(max_response_len=8),
-                grader=FakeGrader(),
+                grader=FakeGrader(lambda sample: 1.0),
             )
         )
         try:
