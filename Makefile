@@ -24,7 +24,7 @@ quickstart: hello $(if $(wildcard $(READY)),,$(RUNS))
 	$(BIN)/qwench quickstart
 
 hello:
-	@echo "quickstart: Python packages into .venv (1 to 2 GB, once), then a model is trained (about 3 minutes on two cores)"
+	@echo "quickstart: Python packages into .venv (1.2 GB, more with CUDA; once), then a model is trained (about 3 minutes on two cores)"
 
 define VENV
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Qwench needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
