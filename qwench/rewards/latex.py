@@ -167,6 +167,7 @@ def _symbol(name: str) -> str | None:
 
 def _fraction(above: str, below: str) -> str:
     """Write a fraction; the space in front keeps the whole part of a mixed number apart."""
+    above, below = above.strip(), below.strip()
     above = f"({above})" if _SUM.search(above) else above
     below = below if _ATOM.fullmatch(below) else f"({below})"
     return f" {above}/{below}"

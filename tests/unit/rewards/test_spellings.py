@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from qwench.rewards import latex
@@ -95,6 +95,7 @@ CONSTRUCT = st.one_of(
 
 
 @given(st.lists(CONSTRUCT, max_size=6).map("".join))
+@example(r"\frac{}{\pi }")
 @settings(max_examples=150, deadline=None)
 def test_the_small_reader_reads_as_the_library_does(source: str) -> None:
     assume("--" not in source)  # a dash, which the library alone reads
