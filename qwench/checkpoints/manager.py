@@ -165,11 +165,11 @@ class CheckpointManager:
             return saved.iteration
         foreign = foreign_checkpoint(self._config)
         if foreign is not None:
-            _logger.info("%s is no run's: starting at rollout 0 with its weights and a fresh optimizer", foreign)
+            _logger.info("%s is no run's: starting anew with its weights and a fresh optimizer", foreign)
             learner.load(foreign, weights_only=True, with_rng=False)
         elif self._config.load is not None:
             start = f"the weights of --ref-load {self._config.ref_load}" if self._config.ref_load else "--hf-checkpoint"
-            _logger.info("no checkpoint in --load %s: starting at rollout 0 from %s", self._config.load, start)
+            _logger.info("no checkpoint in --load %s: starting anew from %s", self._config.load, start)
         return 0
 
     def save(self, next_rollout_id: int, learner: SavesTraining, rollouts: SavesRollouts) -> None:

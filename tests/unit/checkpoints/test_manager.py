@@ -265,7 +265,7 @@ def test_empty_load_is_an_error_unless_there_is_something_else_to_start_from(tmp
         manager_of(**flags)
     manager = CheckpointManager(CheckpointConfig(**flags, ref_load=tmp_path / "base"), IDENTITY, QuietConsole())
     assert manager.restore(CountingLearner(), CountingRollouts()) == 0
-    start = f"starting at rollout 0 from the weights of --ref-load {tmp_path / 'base'}"
+    start = f"starting anew from the weights of --ref-load {tmp_path / 'base'}"
     assert caplog.messages == [f"no checkpoint in --load {tmp_path / 'absent'}: {start}"]
     assert restored(load=tmp_path / "run", save=tmp_path / "deep" / ".." / "run") == (0, 0, 0)
 
