@@ -21,9 +21,9 @@ from pathlib import Path
 
 from rich.cells import cell_len
 
-FIRST_LINES, LAST_LINES = 48, 24
+FIRST_LINES, LAST_LINES = 90, 40
 _CODE = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])")
-_BAR = re.compile(r"^. \w+ +(\d+)/(\d+) .* left ")
+_BAR = re.compile(r"\S \w+ \d+/\d+ .* left  \w+ [-\d.e]+  \w")
 
 
 class Screen:
@@ -52,10 +52,12 @@ class Screen:
         if letter == "A":
             self.row = max(self.row - int(argument or 1), 0)
         elif letter == "K":
+            self._note_bar()
             self.lines[self.row] = "" if argument == "2" else self.lines[self.row][: self.column]
 
     def _put(self, character: str) -> None:
         if character == "\r":
+            self._note_bar()
             self.column = 0
             return
         if character == "\n" or self.column + cell_len(character) > self.columns:
@@ -68,11 +70,9 @@ class Screen:
             line = self.lines[self.row].ljust(self.column)
             self.lines[self.row] = line[: self.column] + character + line[self.column + 1 :]
             self.column += cell_len(character)
-            if self.column >= self.columns - 1:
-                self._note_bar()
 
     def _note_bar(self) -> None:
-        if _BAR.match(self.lines[self.row]):
+        if _BAR.match(self.lines[self.row]) and self.bars[-1:] != [self.lines[self.row].rstrip()]:
             self.bars.append(self.lines[self.row].rstrip())
 
 
