@@ -43,7 +43,7 @@ class Adapters:
     def generate(self, named: Foreign, path: str) -> Function:
         """Return a `GenerateFunction`; a class is made once, and its instance called."""
         flag = "--custom-generate-function-path"
-        function: Function = named() if inspect.isclass(named) else named
+        function: Function = _made(named)
         in_one = list(inspect.signature(function).parameters) == ["input"]
         if not in_one:
             loading.check_callable(function, path, flag=flag, called_as="fn(args, sample, sampling_params)", arguments=3)
@@ -267,6 +267,12 @@ def _one_back(facade: theirs.Sample, sample: Sample, session: Session, version: 
     return replace(ours, sample_id=sample.sample_id, group_id=sample.group_id)
 
 
+def _made(named: Foreign, *arguments: Foreign) -> Foreign:
+    """Return an instance of a class, and a function as it is."""
+    make: Function = named
+    return make(*arguments) if inspect.isclass(named) else named
+
+
 def _seed(sample: Sample, context: GenerateContext) -> int | None:
     """Return the seed of the sample's requests."""
     return context.sampling.params(sample, position=context.position, scope=context.scope).seed
@@ -277,8 +283,8 @@ async def _call_rollout(
 ) -> Foreign:
     """Call a rollout function in a thread, where it may run coroutines; a class is made for the call."""
     if inspect.isclass(function):
-        instance = function(theirs.RolloutFnConstructorInput(args=session.args, data_source=source))
-        return await call_anyhow(instance, made)
+        constructor_input = theirs.RolloutFnConstructorInput(args=session.args, data_source=source)
+        return await call_anyhow(_made(function, constructor_input), made)
     return await call_anyhow(function, session.args, rollout_id, source, evaluation=made.evaluation)
 
 

@@ -169,13 +169,11 @@ def test_flags_of_sglang_pass_by_their_names_and_their_other_names():
     words = (
         "--mem-fraction-static",
         "0.7",
-        "--tp-size",
-        "2",
+        "--attention-backend",
+        "fa3",
         "--cuda-graph-bs",
         "1",
         "2",
-        "--model",
-        "m",
         "--disable-radix-cache",
     )
     check_rules(Config(engine=EngineConfig(sglang_args=words)))
