@@ -216,6 +216,19 @@ def test_prompts_are_counted_with_the_first_token_after_them_and_steps_that_deco
     assert count_step(counted, StepPlan(), [], num_sampled=0) == counted
 
 
+@pytest.mark.parametrize(("prompt_length", "cached"), [(6, 8), (5, 8), (4, 4)])
+def test_a_continuation_finds_the_full_pages_of_a_finished_response_but_its_last_token(prompt_length, cached):
+    scheduler = make_scheduler()
+    first = make_request(range(prompt_length), 4)
+    scheduler.add(first)
+    serve_all(scheduler)
+    assert len(first.tokens) == prompt_length + 4
+    second = make_request([*first.tokens, 50, 51], 1)
+    scheduler.add(second)
+    step(scheduler)
+    assert second.cached_tokens == cached
+
+
 def serve_all(scheduler, removed=()):
     """Run until nothing is left; `removed` are (step, request) to take out on the way."""
     for steps in range(3000):
