@@ -136,3 +136,11 @@ def test_samples_have_their_places_in_the_set_and_rows_their_metadata():
     assert [group.group_id for group in result.groups] == [0, 1]
     result.samples[0].metadata["turn"] = 1
     assert result.samples[1].metadata == rows[0].metadata == {"row": "a"}
+
+
+@pytest.mark.parametrize(("options", "together"), [({}, []), ({"group_rm": True}, [[0, 1], [2, 3]])])
+def test_samples_are_graded_alone_unless_groups_are_asked_for(options, together):
+    grader = FakeGrader(lambda sample: 1.0)
+    with closing(EnginePool([FakeEngine(write_ok)], EventLoopThread())) as engines:
+        evaluator([eval_set("s", "ab", n=2)], grader, **options).evaluate(engines)
+    assert sorted(grader.group_calls) == together
