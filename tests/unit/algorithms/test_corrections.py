@@ -40,6 +40,20 @@ def test_mismatch_is_the_distance_of_log_probs_and_their_low_variance_kl():
     assert metrics["train_rollout_kl"].tolist() == pytest.approx([math.exp(0.5) - 1.5, 0.0], abs=1e-6)
 
 
+def test_tokens_of_older_weights_are_drift_and_no_mismatch():
+    fresh, stale = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 3.0])
+    metrics = mismatch_metrics(torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -2.25]), fresh_scale=fresh, stale_scale=stale)
+    assert metrics["train_rollout_logprob_abs_diff"].tolist() == [1.0, 0.0]
+    assert metrics["rollout_drift_logprob_abs_diff"].tolist() == [0.0, 0.75]
+    # d = engine - trainer = -0.5 at the fresh token.
+    assert metrics["train_rollout_kl"].tolist() == pytest.approx([2 * (math.exp(0.5) - 1.5), 0.0], abs=1e-6)
+
+
+def test_effective_sample_ratio_of_equal_small_weights_is_one():
+    ratio = effective_sample_ratio(torch.full((3,), -2.0), torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.int64))
+    assert ratio.tolist() == pytest.approx([1.0] * 3)
+
+
 def test_effective_sample_ratio_is_one_on_policy_and_falls_with_uneven_weights():
     ids = torch.tensor([0, 0, 0, 1, 1, 2])
     mask = torch.tensor([True, True, False, True, True, False])
