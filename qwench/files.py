@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from string import Formatter
 from threading import Event
 
 from qwench.errors import ConfigError
@@ -237,3 +238,17 @@ def fsync_tree(folder: Path) -> None:
         else:
             fsync(path)
     fsync(folder)
+
+
+def fill_rollout_id(template: str, rollout_id: int, *, flag: str) -> str:
+    """Fill the one placeholder of a path that a flag gives.
+
+    Raises:
+        ConfigError: it has another placeholder, or asks for a part of the number.
+    """
+    try:
+        if not {field for _, field, _, _ in Formatter().parse(template)} - {None, "rollout_id"}:
+            return template.format(rollout_id=rollout_id)
+    except (KeyError, IndexError, ValueError):
+        pass  # a format that no number has; braces that do not close
+    raise ConfigError(f"{flag} {template!r} has a placeholder other than {{rollout_id}}; use only that one.")

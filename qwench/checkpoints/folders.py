@@ -16,7 +16,7 @@ from qwench.checkpoints.formats.sources import find_checkpoint, find_format, is_
 from qwench.checkpoints.manifest import META, read_manifest
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import CheckpointError, ConfigError
-from qwench.files import LOCK, TEMPORARY_SUFFIX, FolderLock, write_atomically
+from qwench.files import LOCK, TEMPORARY_SUFFIX, FolderLock, fill_rollout_id, write_atomically
 from qwench.models.architecture import Architecture
 from qwench.models.hf import check_export_folder
 from qwench.samples import Json
@@ -159,10 +159,7 @@ def is_save_folder(config: CheckpointConfig, folder: Path) -> bool:
 
 def hf_folder(template: str, rollout_id: int) -> Path:
     """Fill the id of the last rollout learned from into --save-hf."""
-    try:
-        return Path(template.format(rollout_id=rollout_id))
-    except (KeyError, IndexError, ValueError) as error:
-        raise ConfigError(f"--save-hf {template!r} has a placeholder other than {{rollout_id}}; use only that one.") from error
+    return Path(fill_rollout_id(template, rollout_id, flag="--save-hf"))
 
 
 def _check_export_folders(config: CheckpointConfig) -> None:

@@ -86,7 +86,7 @@ def read_eval_file(path: Path, *, for_function: bool = False) -> tuple[EvalSetCo
         return _sets(content, for_function=for_function)
     except OSError as error:
         raise ConfigError(f"--eval-config: cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"--eval-config: {path} is not YAML: {' '.join(str(error).split())}") from error
     except (ValueError, ConfigError) as error:
         raise ConfigError(f"--eval-config: {path}: {error}") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 import orjson
 
 from qwench.errors import ConfigError
-from qwench.files import write_atomically
+from qwench.files import fill_rollout_id, write_atomically
 from qwench.samples import Group, Json, Rollout, Sample
 
 
@@ -77,10 +77,7 @@ def check_recorded(template: str, *, num_rollout: int) -> None:
 
 def rollout_path(template: str, rollout_id: int, *, flag: str) -> Path:
     """Fill `{rollout_id}` into a path template; a template without it would overwrite one rollout by the next."""
-    try:
-        path = template.format(rollout_id=rollout_id)
-    except (KeyError, IndexError, ValueError) as error:
-        raise ConfigError(f"{flag} {template!r} has a placeholder other than {{rollout_id}}; use only that one.") from error
+    path = fill_rollout_id(template, rollout_id, flag=flag)
     if path == template:
         raise ConfigError(f"{flag} {template!r} has no {{rollout_id}}; every rollout would have the same file. Add it.")
     return Path(path)

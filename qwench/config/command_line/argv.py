@@ -87,7 +87,7 @@ def read_yaml(config_flag: Occurrence) -> list[Occurrence]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{flag}: cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{flag}: {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{flag}: {path} must map flag names to values, like `lr: 1e-6`")

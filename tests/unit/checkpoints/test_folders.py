@@ -76,9 +76,12 @@ def test_export_over_a_model_of_the_user_is_refused_at_the_start(tmp_path):
     assert content_of(tmp_path) == before
 
 
-def test_export_template_with_an_unknown_placeholder_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "template", ["hf_{step}", "hf_{rollout_id.__class__}", "hf_{rollout_id}_{0}", "hf_{", "hf_{rollout_id:zz}"]
+)
+def test_export_template_with_an_unknown_placeholder_is_refused(tmp_path, template):
     with pytest.raises(ConfigError, match=r"placeholder other than \{rollout_id\}"):
-        open_save_folder(CheckpointConfig(save=tmp_path / "run", save_hf="hf_{step}"), IDENTITY)
+        open_save_folder(CheckpointConfig(save=tmp_path / "run", save_hf=template), IDENTITY)
 
 
 def test_checkpoint_of_another_model_is_refused_by_load_before_anything_is_loaded(tmp_path):

@@ -134,7 +134,13 @@ def test_a_wrong_yaml_key_is_named_with_its_file(tmp_path, content, problem):
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"), [("- lr\n", "must map flag names to values"), ("a: [\n", "is not YAML"), (None, "cannot read")]
+    ("content", "problem"),
+    [
+        ("- lr\n", "must map flag names to values"),
+        ("a: [\n", "is not YAML"),
+        ("[" * 5000, "is not YAML"),
+        (None, "cannot read"),
+    ],
 )
 def test_a_file_that_is_no_yaml_mapping_is_refused(tmp_path, content, problem):
     file = tmp_path / "run.yaml"
