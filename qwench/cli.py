@@ -1,14 +1,17 @@
 """The command line: `qwench VERB ...`. Explains the verbs and calls the module of the one that is named.
 
-Exit codes: 0 done; 1 the run failed; 2 the user's mistake, found before anything started; 130 interrupted; 141 standard output
-was closed by its reader.
+Exit codes: 0 done; 1 the run failed; 2 the user's mistake, found before anything started; 129, 130, 143 ended by
+SIGHUP, Ctrl-C or SIGTERM; 141 standard output was closed by its reader.
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
 import faulthandler
 import os
+import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,7 +19,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from qwench import __version__
-from qwench.errors import ConfigError, QwenchError
+from qwench.errors import ConfigError, QwenchError, Stopped
+from qwench.observability.stopping import ended_by_signals
 from qwench.threads import waiting_defaults
 
 EXIT_CLOSED_OUTPUT = 141  # 128 + SIGPIPE, what a shell reports of other programs
@@ -61,12 +65,16 @@ _WORDS_FOR_VERBS = {
 
 _SHOWN_CHARS = 500
 
+_TROUBLES_OF_STDOUT = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
+"""Errors of writing to a pipe without reader, to a full disk, beyond a limit."""
+
 Command = Callable[[Sequence[str]], None]
 
 
 def main(argv: Sequence[str] | None = None, *, command: Command | None = None) -> NoReturn:
     """Run the verb of the command line, or `command` with all its words, and end the process with its exit code."""
-    if sys.__stderr__ is not None:  # closed by the shell
+    _open_closed_streams()
+    if sys.__stderr__ is not None:
         faulthandler.enable(sys.__stderr__)  # a crash of native code says where it was
     os.environ.update(waiting_defaults(os.environ))  # before a verb imports PyTorch; child processes inherit it
     words = list(sys.argv[1:] if argv is None else argv)
@@ -76,23 +84,24 @@ def main(argv: Sequence[str] | None = None, *, command: Command | None = None) -
         try:
             if command is None:
                 command, words = find_command(words)
-            command(words)
+            with ended_by_signals():
+                command(words)
         finally:
             sys.stdout.flush()  # before main returns, or a closed pipe goes unnoticed
-    except BrokenPipeError:
-        if not _stdout_is_closed():
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
-        sys.exit(EXIT_CLOSED_OUTPUT)
     except QwenchError as error:
         if with_traceback:
             raise
         sys.stderr.write(f"qwench: {' '.join(str(error).split())}\n")
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except Stopped as stopped:
+        sys.stderr.write(f"qwench: {_told(stopped, sys.argv[1:] if argv is None else argv)}\n")
+        sys.exit(128 + stopped.number)
     except KeyboardInterrupt:
         sys.stderr.write("qwench: interrupted\n")
         sys.exit(130)
     except Exception as error:
+        if isinstance(error, OSError):
+            _end_if_stdout_failed(error)
         if with_traceback:
             raise
         sys.stderr.write(f"qwench: {_unforeseen(error)}\n")
@@ -201,11 +210,45 @@ def _unforeseen(error: Exception) -> str:
     )
 
 
-def _stdout_is_closed() -> bool:
-    """Tell whether a BrokenPipeError was that of standard output, and not of some connection."""
+def _told(stopped: Stopped, words: Sequence[str]) -> str:
+    """Say by what the run was ended, what is saved, and what to type next."""
+    by = "interrupted" if stopped.number == signal.SIGINT else f"stopped by {signal.Signals(stopped.number).name}"
+    if not stopped.outcome:
+        return by
+    return f"{by}. {stopped.outcome}\n  {shlex.join(['qwench', *words])}"
+
+
+def _open_closed_streams() -> None:
+    """Open standard streams that the shell closed (`>&-`): the next file to be opened would take their place."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest free number
+            assert opened == descriptor, f"descriptor {descriptor} is free, and {opened} was opened"
+            os.set_inheritable(descriptor, True)
+            stream = os.fdopen(descriptor, "r" if name == "stdin" else "w", closefd=False)
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+
+
+def _end_if_stdout_failed(error: OSError) -> None:
+    """End the process where the error is that of writing to standard output."""
+    trouble = _trouble_of_stdout() if error.errno in _TROUBLES_OF_STDOUT else None
+    if trouble is None:
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+    if isinstance(trouble, BrokenPipeError):
+        sys.exit(EXIT_CLOSED_OUTPUT)
+    sys.stderr.write(f"qwench: standard output cannot be written to ({trouble.strerror}); write it to another place.\n")
+    sys.exit(1)
+
+
+def _trouble_of_stdout() -> OSError | None:
+    """Return why standard output cannot be written to; None: an error of it was that of something else."""
     try:
-        sys.stdout.write("\n")  # what was lost is not written again, so something must be for the pipe to be tried
+        sys.stdout.write("\n")  # what was lost is not written again, so something must be for the file to be tried
         sys.stdout.flush()
-    except BrokenPipeError:
-        return True
-    return False
+    except OSError as trouble:
+        return trouble
+    return None

@@ -6,19 +6,22 @@ Supervised fine-tuning is the same loop over rollouts that are read instead of g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from qwench.checkpoints.manager import CheckpointManager, SavesTraining
 from qwench.config.plan import RunPlan
 from qwench.engines.fleet.pool import EnginePool
+from qwench.errors import EngineError, Stopped
 from qwench.observability.metrics import MetricLog
+from qwench.observability.stopping import stop_requested, stops_deferred
 from qwench.observability.timing import PhaseTimer
 from qwench.rollout.probe import TEMPERATURE, GreedyProbe
 from qwench.samples import Rollout, Sample
 from qwench.training.learner import Learned
+from qwench.training.process_group import agree_on_largest
 from qwench.weights.publisher import PublishedModel, Publisher
 
 
@@ -31,6 +34,10 @@ class Rollouts(Protocol):
 
     def paused(self) -> AbstractContextManager[None]:
         """Finish the rollouts that have begun; no token is sampled inside the block."""
+        ...
+
+    def interrupt(self, next_rollout_id: int) -> None:
+        """End generation so that a checkpoint resumes with `next_rollout_id`."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -76,6 +83,10 @@ class Gpus(Protocol):
         """Give the devices to the learner inside the context."""
         ...
 
+    def keep_for(self, model: PublishedModel) -> None:
+        """Give the devices to the learner for the rest of the run."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
@@ -103,7 +114,11 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Learn from every rollout of the schedule, evaluating, saving and publishing when due."""
+    """Learn from every rollout of the schedule, evaluating, saving and publishing when due.
+
+    Raises:
+        Stopped: a signal came; the checkpoint of what was learned is saved.
+    """
     learner, rollouts, gpus, schedule, publisher = run.learner, run.rollouts, run.gpus, run.plan.schedule, run.publisher
     assert learner is not None and publisher is not None, "a run that only generates has no learner"
     first = run.checkpoints.restore(learner.state, rollouts)
@@ -112,24 +127,51 @@ def train(run: Run) -> None:
         publisher.publish(version=first)
     probe_engines(run, learner, version=first)
     run.timer.end_start()
-    for rollout_id in range(first, run.plan.num_rollout):
-        evaluate_if_due(run, rollout_id)
-        with run.timer.phase("train_wait"):
-            rollout = rollouts.take(rollout_id)
-        with gpus.held_by(learner.state):
-            learned = learner.learn(rollout)
-            publisher.advance(version=rollout_id + 1)
-            # Logged before it is saved: a run killed in between learns from the rollout again, and logs it once.
-            run.metrics.log(rollout_id, {**rollout.metrics, **learned.metrics, **run.timer.take()}, steps=learned.steps)
-            if schedule.save_due(rollout_id):
-                with rollouts.paused():  # so that what is generated ahead is saved whole, as the weights of now sampled it
-                    run.checkpoints.save(rollout_id + 1, learner.state, rollouts)
-            if schedule.publish_due(rollout_id):
-                with rollouts.paused():
-                    publisher.publish(version=rollout_id + 1)
-    evaluate_if_due(run, run.plan.num_rollout)
+    with stops_deferred():
+        for rollout_id in range(first, run.plan.num_rollout):
+            with saved_when_stopped(run, learner, next_rollout_id=rollout_id):
+                evaluate_if_due(run, rollout_id)
+                with run.timer.phase("train_wait"):
+                    rollout = rollouts.take(rollout_id)
+            with gpus.held_by(learner.state):
+                learned = learner.learn(rollout)
+                publisher.advance(version=rollout_id + 1)
+                # Logged before it is saved: a run killed in between learns from the rollout again, and logs it once.
+                run.metrics.log(rollout_id, {**rollout.metrics, **learned.metrics, **run.timer.take()}, steps=learned.steps)
+                with saved_when_stopped(run, learner, next_rollout_id=rollout_id + 1, learner_holds_devices=True):
+                    if schedule.save_due(rollout_id):
+                        with rollouts.paused():  # so that what is generated ahead is saved whole, as today's weights sampled it
+                            run.checkpoints.save(rollout_id + 1, learner.state, rollouts)
+                    # torchrun signals one rank after the other: all ranks must stop after the same rollout.
+                    if stop := agree_on_largest(stop_requested() or 0):
+                        raise Stopped(stop)
+                    if schedule.publish_due(rollout_id):
+                        with rollouts.paused():
+                            publisher.publish(version=rollout_id + 1)
+        with saved_when_stopped(run, learner, next_rollout_id=run.plan.num_rollout):
+            evaluate_if_due(run, run.plan.num_rollout)
     run.checkpoints.finish()
     run.metrics.finish()
+
+
+@contextmanager
+def saved_when_stopped(
+    run: Run, learner: LearnerProtocol, *, next_rollout_id: int, learner_holds_devices: bool = False
+) -> Iterator[None]:
+    """Save what was learned when a signal ends the block.
+
+    The engines may have had the same signal: then their failure, and not `Stopped`, ends the block.
+    """
+    try:
+        yield
+    except (Stopped, EngineError) as error:
+        number = error.number if isinstance(error, Stopped) else stop_requested()
+        if number is None:
+            raise
+        run.rollouts.interrupt(next_rollout_id)
+        if not learner_holds_devices:
+            run.gpus.keep_for(learner.state)
+        raise Stopped(number, run.checkpoints.save_stopped(next_rollout_id, learner.state, run.rollouts)) from None
 
 
 def generate(run: Run) -> None:

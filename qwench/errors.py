@@ -35,3 +35,18 @@ class RewardError(QwenchError):
 
 class TrainingError(QwenchError):
     """A training step cannot go on, for instance because its loss is not finite."""
+
+
+class Stopped(BaseException):
+    """A signal asked the process to end (`observability.stopping`)."""
+
+    def __init__(self, number: int, outcome: str = "") -> None:
+        """Keep what the command line reports.
+
+        Args:
+            number: of the signal.
+            outcome: what was saved, as sentences; empty where the verb saves nothing.
+        """
+        super().__init__(number, outcome)
+        self.number = number
+        self.outcome = outcome

@@ -38,17 +38,19 @@ class FolderLock:
     The lock is the kernel's (POSIX): a killed process leaves no lock behind, only the file. One process may take it twice.
     """
 
-    def __init__(self, folder: Path, *, flag: str) -> None:
+    def __init__(self, folder: Path, *, flag: str, name: str = LOCK, shown: str | None = None) -> None:
         """Take the lock of `folder`, which exists.
 
         Args:
             flag: the flag that named the folder, for messages.
+            name: of the lock's file; another one locks some of the folder's files.
+            shown: what the flag named, if that is not the folder.
 
         Raises:
             ConfigError: another process has it; the message names host, process and start time.
             OSError: the file cannot be written.
         """
-        path = folder / LOCK
+        path = folder / name
         self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,7 +58,7 @@ class FolderLock:
             self.release()
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise ConfigError(
-                    f"{flag} {folder} is in use by {_owner(path)}; give another folder, or end it first."
+                    f"{flag} {shown or folder} is in use by {_owner(path)}; give another folder, or end it first."
                 ) from error
             raise
         owner = {

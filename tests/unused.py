@@ -19,7 +19,7 @@ REGISTERED = "qwench/algorithms/methods/"
 USED: Mapping[str, str] = {
     "Python, PyTorch, Megatron-Core, Rich, uvicorn and pydantic call or read them": """
         __cause__ __init_subclass__ __new__ architectures core_attention eos_token finalize_model_grads_func find_class
-        get_unscaled_state grad_stats_parallel_group input_layernorm k_layernorm kwargs load_bytes model_config
+        get_unscaled_state grad_stats_parallel_group input_layernorm k_layernorm kwargs load_bytes model_config on_broken_pipe
         pre_mlp_layernorm pre_tokenizer q_layernorm readable reducer_override seekable should_exit
         trigger types weight_sum_D""",
     "they keep an object alive as long as their owner": "_store _timeout",
@@ -33,7 +33,7 @@ USED: Mapping[str, str] = {
         group_query_attention make_vocab_size_divisible_by model_name norm_epsilon normalization num_attention_heads
         num_query_groups parallelism position_embedding_type rotary_base rotary_percent swiglu
         untie_embeddings_and_output_weights use_rotary_position_embeddings""",
-    "tests kill processes and look for leaks by them": "leave_groups num_free_pages pids process_group unfinished",
+    "tests kill processes and look for leaks by them": "leave_groups num_free_pages pids unfinished",
 }
 """Reason -> names."""
 

@@ -86,7 +86,8 @@ def check_load_folder(config: CheckpointConfig, identity: Mapping[str, Json]) ->
             "or leave --load out to start from --hf-checkpoint."
         )
     if (config.load / MARKER).is_file():
-        check_identity(_read_marker(config.load, flag="--load"), identity, what=f"--load {config.load}")
+        written = _written_identity(config.load, flag="--load")
+        check_identity(written or {}, identity, what=f"--load {config.load}")
 
 
 def foreign_checkpoint(config: CheckpointConfig) -> Path | None:
@@ -183,7 +184,7 @@ def _existing(template: str) -> list[Path]:
 
 
 def _check_ours(folder: Path, identity: Mapping[str, Json]) -> None:
-    written = _written_identity(folder)
+    written = _written_identity(folder, flag="--save")
     if written is not None:
         check_identity(written, identity, what=f"--save {folder}")
         return
@@ -195,13 +196,13 @@ def _check_ours(folder: Path, identity: Mapping[str, Json]) -> None:
         )
 
 
-def _written_identity(folder: Path) -> Mapping[str, Json] | None:
+def _written_identity(folder: Path, *, flag: str) -> Mapping[str, Json] | None:
     """Return the identity of the run that wrote `folder`; None: no run of ours did.
 
     The marker says it. Where that is damaged or lost, each checkpoint says it too.
     """
     try:
-        return _read_marker(folder, flag="--save") if (folder / MARKER).is_file() else _identity_of_newest(folder)
+        return _read_marker(folder, flag=flag) if (folder / MARKER).is_file() else _identity_of_newest(folder)
     except ConfigError:
         found = _identity_of_newest(folder)
         if found is None:

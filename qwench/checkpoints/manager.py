@@ -39,6 +39,7 @@ from qwench.errors import CheckpointError, ConfigError
 from qwench.files import nearest_existing
 from qwench.observability.console import Console
 from qwench.observability.timing import PhaseTimer
+from qwench.observability.waiting import waiting
 from qwench.samples import Json
 from qwench.wire.portions import WeightBucket
 
@@ -118,6 +119,8 @@ class CheckpointManager:
         self._iterations = Iterations(config.save) if config.save is not None else None
         self._failed_exports: list[str] = []
         self._criterion = best
+        self._next_rollout_id = 0
+        """Where the newest checkpoint resumes; 0 without one."""
         self._flags = dict(flags or {})
         self._steps_per_rollout = steps_per_rollout
         check_load_folder(config, identity)
@@ -160,6 +163,7 @@ class CheckpointManager:
         saved = self.saved
         if saved is not None:
             self._load(saved, learner, rollouts)
+            self._next_rollout_id = saved.iteration
             if saved.is_own:
                 self._export_again(saved.iteration - 1, learner)
             return saved.iteration
@@ -172,7 +176,7 @@ class CheckpointManager:
             _logger.info("no checkpoint in --load %s: starting anew from %s", self._config.load, start)
         return 0
 
-    def save(self, next_rollout_id: int, learner: SavesTraining, rollouts: SavesRollouts) -> None:
+    def save(self, next_rollout_id: int, learner: SavesTraining, rollouts: SavesRollouts, *, with_export: bool = True) -> None:
         """Write a checkpoint that resumes with `next_rollout_id`, delete old ones, then export; without --save do nothing.
 
         Raises:
@@ -180,12 +184,30 @@ class CheckpointManager:
         """
         if self._iterations is None:
             return
-        with self._timer.phase("save"), self._console.phase("save"):
+        with self._timer.phase("save"), self._console.phase("save"), waiting(f"checkpoint {next_rollout_id}"):
             try:
                 self._write(self._iterations, next_rollout_id, learner, rollouts)
             except OSError as error:
                 raise self._not_written(self._iterations, next_rollout_id, error) from error
-            self._export(next_rollout_id - 1, learner)
+            self._next_rollout_id = next_rollout_id
+            if with_export:
+                self._export(next_rollout_id - 1, learner)
+
+    def save_stopped(self, next_rollout_id: int, learner: SavesTraining, rollouts: SavesRollouts) -> str:
+        """Write a checkpoint of a run that a signal ends, and return what there is to say about it.
+
+        The resumed run writes the export: there may be no time for it now.
+
+        Raises:
+            CheckpointError: see `save`.
+        """
+        if next_rollout_id == 0:
+            return "Nothing was learned yet."
+        if self._iterations is None:
+            return f"The {next_rollout_id} rollouts learned from are lost: --save is not given."
+        if next_rollout_id != self._next_rollout_id:
+            self.save(next_rollout_id, learner, rollouts, with_export=False)
+        return f"Checkpoint {next_rollout_id} is in --save {self._config.save}; the same command continues with it."
 
     def is_best(self, rollout_id: int, evaluated: Mapping[str, float]) -> bool:
         """Tell whether the weights after `rollout_id` rollouts are to be kept as the best so far."""
@@ -252,7 +274,8 @@ class CheckpointManager:
         _logger.info("resuming from %s", saved.folder)
         for line in saved.changes(self._flags):
             _logger.info(line)
-        learner.load(saved.folder, weights_only=self._config.no_load_optim, with_rng=not self._config.no_load_rng)
+        with waiting(f"checkpoint {saved.folder}"):
+            learner.load(saved.folder, weights_only=self._config.no_load_optim, with_rng=not self._config.no_load_rng)
         rollouts.load_state_dict(saved.rollouts)
 
     def _export(self, rollout_id: int, learner: SavesTraining) -> None:

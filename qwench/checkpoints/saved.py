@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.errors import ConfigError
 from qwench.samples import Json
 
 _WITHOUT_EFFECT = frozenset(
     {"--save", "--load", "--save-hf", "--save-interval", "--keep-checkpoints"}
     | {"--ckpt-step", "--log-dir", "--log-level", "--dry-run"}
+    | {f"--{field.name.replace('_', '-')}" for field in fields(TimeoutConfig)}
 )
 """Flags that name places and reports: another value changes no number."""
 _MEANINGS = {

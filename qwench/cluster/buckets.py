@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwench.wire.memory_files import RANKS, memory_folder, own_prefix, remove_files_of_the_dead
 from qwench.wire.portions import WeightBucket
 
 _ALIGNMENT_BYTES = 64
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +76,9 @@ def unpack(packed: PackedBucket) -> WeightBucket:
 
 def make_exchange_folder(num_bytes: int) -> Path:
     """Make a folder for buckets of up to `num_bytes`: in shared memory if that has room (containers give it little)."""
-    in_memory = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > 2 * num_bytes
-    return Path(tempfile.mkdtemp(prefix="qwench-", dir=_SHARED_MEMORY if in_memory else None))
+    remove_files_of_the_dead()
+    in_memory = shutil.disk_usage(memory_folder()).free > 2 * num_bytes
+    return Path(tempfile.mkdtemp(prefix=own_prefix(RANKS), dir=memory_folder() if in_memory else None))
 
 
 def _lay_out(bucket: WeightBucket) -> tuple[list[_Entry], int]:

@@ -9,13 +9,17 @@ learner's own tensors.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 from qwench.engines.fleet.pool import EnginePool
 from qwench.engines.protocol import MemoryTag
+from qwench.errors import EngineError
 from qwench.observability.timing import PhaseTimer
+
+_logger = logging.getLogger(__name__)
 
 
 class Sleeper(Protocol):
@@ -47,6 +51,9 @@ class DedicatedGpus:
     def held_by(self, model: Sleeper) -> Iterator[None]:
         """Do nothing around the block."""
         yield
+
+    def keep_for(self, model: Sleeper) -> None:
+        """Do nothing."""
 
 
 class ColocatedGpus:
@@ -87,3 +94,11 @@ class ColocatedGpus:
             if self._engine_tags:
                 self._engines.wake(self._engine_tags)
                 self._has_room = False
+
+    def keep_for(self, model: Sleeper) -> None:
+        """Give the device to the learner for the rest of the run; engines may have ended already."""
+        try:
+            self.make_room()
+        except EngineError as error:
+            _logger.warning("the engines keep their memory: %s", error)
+        model.wake()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import shutil
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,8 +19,9 @@ from qwench.cluster.buckets import make_exchange_folder
 from qwench.cluster.child import ChildProcess
 from qwench.cluster.messages import Call, Death, RankReply
 from qwench.cluster.rendezvous import Rendezvous
+from qwench.observability.parts import STACKS_SIGNAL, ask_for_stacks, forget, register
 from qwench.threads import usable_cores
-from qwench.wire.shared_buffer import remove_buffers_of
+from qwench.wire.memory_files import remove_files_of
 
 _logger = logging.getLogger(__name__)
 _MODULE = "qwench.cluster.rank_process"
@@ -35,6 +38,37 @@ class RankStart:
     import_path: Sequence[str]
     """`sys.path` of the driver: the user's own functions are found where the driver finds them."""
     exchange_folder: Path
+
+    @property
+    def heartbeat(self) -> Path:
+        """Return the file that the rank touches: its time of change is that of the clock `time.monotonic`."""
+        return self.exchange_folder / f"rank_{self.rank}.beat"
+
+    @property
+    def stacks(self) -> Path:
+        """Return the file that the rank writes its stacks to when it is asked."""
+        return self.exchange_folder / f"rank_{self.rank}.stacks"
+
+
+class RankPart:
+    """A rank's process as `observability.parts` watches it."""
+
+    def __init__(self, start: RankStart, pid: int) -> None:
+        self.label = f"trainer rank {start.rank}"
+        self._start, self._pid = start, pid
+
+    def silent_s(self) -> float:
+        """See `Part.silent_s`; 0 until the rank has started."""
+        try:
+            return (time.monotonic_ns() - self._start.heartbeat.stat().st_mtime_ns) / 1e9
+        except FileNotFoundError:
+            return 0.0
+
+    def stacks(self) -> str:
+        """See `Part.stacks`."""
+        if not self._start.stacks.exists():  # until then the signal would end it
+            return "(the process is starting)"
+        return ask_for_stacks(lambda: os.kill(self._pid, STACKS_SIGNAL), self._start.stacks)
 
 
 class LocalRanks:
@@ -53,6 +87,7 @@ class LocalRanks:
         self._calls_sent = 0
         self._closing = self._ended = False
         self._reported: set[int] = set()
+        self._parts: list[RankPart] = []
         if log_folder is not None:
             log_folder.mkdir(parents=True, exist_ok=True)
         threads = {"OMP_NUM_THREADS": str(max(1, usable_cores() // size)), **environ}
@@ -68,6 +103,9 @@ class LocalRanks:
         for rank, child in enumerate(self._children):
             start = RankStart(rank=rank, import_path=sys.path, exchange_folder=self._folder)
             self._send_to(child, pickle.dumps(start))
+            self._parts.append(RankPart(start, child.pid))
+        for part in self._parts:
+            register(part)
 
     @property
     def size(self) -> int:
@@ -114,11 +152,14 @@ class LocalRanks:
         if self._ended:
             return
         self._ended = True
+        for part in self._parts:
+            forget(part)
+        shutil.rmtree(self._folder, ignore_errors=True)  # now: a second signal may end this process while it waits
         for child in self._children:
             if self._closing:
                 child.wait(_EXIT_TIMEOUT_S)
             child.kill()
-            remove_buffers_of(child.pid)
+            remove_files_of(child.pid)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _death(self, rank: int) -> Death:

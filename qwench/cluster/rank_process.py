@@ -1,6 +1,7 @@
 """The process of one trainer rank on this machine: `python -m qwench.cluster.rank_process FD`, started by `cluster.local`.
 
 A second thread listens to the driver: when the driver is gone, the rank ends at once, also in the middle of a collective.
+A third one gives signs of life.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import queue
 import shutil
 import sys
 import threading
+import time
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -19,15 +22,24 @@ from qwench.cluster.child import end_own_group, parent_connection
 from qwench.cluster.local import RankStart
 from qwench.cluster.messages import Answer, Call, Failure
 from qwench.cluster.rank_host import RankHost
-from qwench.wire.shared_buffer import remove_buffers_of
+from qwench.observability.parts import dump_stacks_on_signal
+from qwench.observability.stopping import leave_signals_to_driver, wake_with_parent
+from qwench.wire.memory_files import remove_files_of
+
+HEARTBEAT_S = 2.0
 
 
 def main() -> None:
     """Answer calls until one is `close`."""
     faulthandler.enable()
+    leave_signals_to_driver()
     driver = parent_connection(sys.argv[1])
     start: RankStart = pickle.loads(driver.recv_bytes())
+    wake_with_parent()
     sys.path[:] = start.import_path
+    dump_stacks_on_signal(start.stacks)
+    start.heartbeat.touch()
+    threading.Thread(target=_beat, args=(start.heartbeat,), name="heartbeat", daemon=True).start()
     messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(driver, messages, start.exchange_folder), name="driver", daemon=True).start()
     host = RankHost(start.rank, exchange_folder=start.exchange_folder)
@@ -44,8 +56,17 @@ def _listen(driver: Connection, messages: queue.SimpleQueue[bytes], exchange_fol
             messages.put(driver.recv_bytes())
     except (EOFError, OSError):
         shutil.rmtree(exchange_folder, ignore_errors=True)
-        remove_buffers_of(os.getpid())
+        remove_files_of(os.getpid())
         end_own_group()
+
+
+def _beat(file: Path) -> None:
+    """Say again and again that this process runs: one that is stopped, or held by native code, falls silent."""
+    with suppress(FileNotFoundError):  # the driver closes
+        while True:
+            now = time.monotonic_ns()
+            os.utime(file, ns=(now, now))
+            time.sleep(HEARTBEAT_S)
 
 
 def _decode(message: bytes) -> Call | Failure:

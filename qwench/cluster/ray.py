@@ -25,16 +25,19 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from qwench.cluster.bundles import Bundles, EnginePlace, Seat, engine_places, order_of
 from qwench.cluster.messages import Call, Death, RankReply
-from qwench.cluster.ray_actors import EngineActor, TrainerActor
+from qwench.cluster.ray_actors import SIGNS, EngineActor, TrainerActor
 from qwench.cluster.rendezvous import Rendezvous
 from qwench.engines.fleet.servers import CommandMaker
 from qwench.errors import ConfigError, EngineError, TrainingError
+from qwench.observability.parts import AskedPart, forget, register
+from qwench.observability.waiting import waiting
 from qwench.wire.addresses import Placement
 
 CONNECT_TIMEOUT_S = 10.0
 RESERVE_TIMEOUT_S = 300.0
 ACTOR_TIMEOUT_S = 300.0
 CONTROL_TIMEOUT_S = 60.0
+TOLD_TIMEOUT_S = 10.0
 _ENGINE_THREADS = 4  # an engine that starts can still be asked whether it runs
 _ALL_DEVICES_VISIBLE = {
     # So that a device has the same number in every process of a node.
@@ -89,7 +92,9 @@ class RayCluster:
             )
         sizes = (*bundles.trainer, *bundles.engines)
         self._group = placement_group([{"CPU": size, self._kind: size} for size in sizes], strategy="PACK")
-        if not self._group.wait(RESERVE_TIMEOUT_S):
+        with waiting(f"{bundles.num_devices} {self._kind}s of the Ray cluster"):
+            is_reserved = self._group.wait(RESERVE_TIMEOUT_S)
+        if not is_reserved:
             raise TrainingError(
                 f"the Ray cluster did not give {bundles.num_devices} {self._kind}s within {RESERVE_TIMEOUT_S:g} s, in bundles "
                 f"of {max(sizes)} on one node; another job may hold them (see ray status)."
@@ -157,7 +162,9 @@ class RayCluster:
         environ = {**(self._trainer_environ if cls is TrainerActor else {}), **_ALL_DEVICES_VISIBLE}
         options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "runtime_env": {"env_vars": environ}}
         threads = _ENGINE_THREADS if cls is EngineActor else 1
-        remote: Any = ray.remote(cls)
+        # Any: Ray's overloads do not know this option.
+        with_signs: Any = ray.remote
+        remote: Any = with_signs(concurrency_groups={SIGNS: 1})(cls) if cls is TrainerActor else ray.remote(cls)
         return remote.options(scheduling_strategy=strategy, max_concurrency=threads, **options).remote()
 
 
@@ -169,6 +176,9 @@ class RayRanks:
         self._actors = list(actors)
         self._rendezvous = rendezvous
         self._pending: dict[ray.ObjectRef[RankReply], int] = {}
+        self._parts = [_part(actor, rank) for rank, actor in enumerate(self._actors)]
+        for part in self._parts:
+            register(part)
 
     @property
     def size(self) -> int:
@@ -187,6 +197,8 @@ class RayRanks:
 
     def end(self) -> None:
         """End every actor; see `Ranks.end`."""
+        for part in self._parts:
+            forget(part)
         for actor in self._actors:
             ray.kill(actor)
 
@@ -224,11 +236,26 @@ class RayServer:
         except EngineError:
             return False
 
+    def last_output(self) -> str:
+        """See `Server.last_output`."""
+        return self._told(self._actor.last_output)
+
+    def stacks(self) -> str:
+        """See `Server.stacks`."""
+        return self._told(self._actor.stacks)
+
     def close(self) -> None:
         """End the server, then its actor."""
         with suppress(EngineError):  # where actor or node are gone, the server is
             self.stop()
         ray.kill(self._actor)
+
+    def _told(self, method: Actor) -> str:
+        """Return what the actor says, or why it says nothing."""
+        try:
+            return str(self._ask(method, timeout_s=TOLD_TIMEOUT_S))
+        except EngineError as error:
+            return str(error)
 
     def _ask(self, method: Actor, *, timeout_s: float | None) -> Any:
         try:
@@ -238,6 +265,16 @@ class RayServer:
             if isinstance(failure, EngineError):
                 raise failure from cause
             raise EngineError(f"{self._label}: its Ray actor failed ({_first_line(cause)}).") from cause
+
+
+def _part(actor: Actor, rank: int) -> AskedPart:
+    def stacks() -> str:
+        try:
+            return str(ray.get(actor.stacks.remote(), timeout=TOLD_TIMEOUT_S))
+        except RayError as error:
+            return f"(no answer: {_first_line(error)})"
+
+    return AskedPart(f"trainer rank {rank}", lambda: actor.beat.remote().future(), stacks)
 
 
 def _connect(address: str | None) -> None:
@@ -262,7 +299,8 @@ def _connect(address: str | None) -> None:
 
 def _all(references: Sequence[ray.ObjectRef[Any]], *, label: str) -> list[Any]:
     try:
-        answers: list[Any] = ray.get(list(references), timeout=ACTOR_TIMEOUT_S)
+        with waiting(label):
+            answers: list[Any] = ray.get(list(references), timeout=ACTOR_TIMEOUT_S)
     except GetTimeoutError as cause:
         raise TrainingError(f"{label}: no answer from Ray within {ACTOR_TIMEOUT_S:g} s; see ray status.") from cause
     except RayError as cause:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +17,9 @@ from qwench.cluster.rank_host import RankHost
 from qwench.engines.fleet.servers import CommandMaker, ServerProcess
 from qwench.threads import usable_cores
 from qwench.wire.addresses import Placement, gpu_names, host_name
+
+SIGNS = "signs"
+"""Ray's name for the thread of an actor that answers during a call."""
 
 
 class TrainerActor:
@@ -43,6 +48,18 @@ class TrainerActor:
     def answer(self, call: Call) -> Answer | Failure:
         """See `RankHost.answer`."""
         return self._host.answer(call)
+
+    @ray.method(concurrency_group=SIGNS)
+    def beat(self) -> None:
+        """Give a sign of life, also during a call."""
+
+    @ray.method(concurrency_group=SIGNS)
+    def stacks(self) -> str:
+        """Return the stacks of this process, also during a call."""
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            return file.read()
 
 
 class EngineActor:
@@ -74,6 +91,14 @@ class EngineActor:
     def is_running(self) -> bool:
         """See `Server.is_running`."""
         return self._held.is_running()
+
+    def last_output(self) -> str:
+        """See `Server.last_output`."""
+        return self._held.last_output()
+
+    def stacks(self) -> str:
+        """See `Server.stacks`."""
+        return self._held.stacks()
 
     @property
     def _held(self) -> ServerProcess:

@@ -22,8 +22,10 @@ from torch import Tensor
 from qwench.cluster.buckets import unpack
 from qwench.cluster.messages import Answer, Call, Death, Failure, RankReply
 from qwench.cluster.rank_host import BuildLearner
+from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.errors import QwenchError, TrainingError
 from qwench.observability.console import Console
+from qwench.observability.parts import describe_silence, silent_parts, stacks_written
 from qwench.observability.waiting import waiting
 from qwench.samples import Rollout, Sample
 from qwench.training.learner import Learned
@@ -32,8 +34,6 @@ from qwench.wire.addresses import EngineAddress
 from qwench.wire.portions import WeightBucket
 
 BUILD_TIMEOUT_S = 3600.0
-LEARN_TIMEOUT_S = 12 * 3600.0  # a collective in which ranks wait for each other has its own, much shorter one
-CHECKPOINT_TIMEOUT_S = 3600.0
 BUCKET_TIMEOUT_S = 600.0
 MEMORY_TIMEOUT_S = 300.0
 CLOSE_TIMEOUT_S = 60.0
@@ -136,7 +136,10 @@ class WorkerGroup:
                 if problems:
                     deadline = min(deadline, self._clock() + self._grace_s)
         if not problems and len(answers) < self._ranks.size:
-            raise TrainingError(f"{label}: {late()} within {timeout_s:g} s.")
+            silence = describe_silence(silent_parts())
+            raise TrainingError(
+                f"{label}: {late()} within {timeout_s:g} s{f' ({silence})' if silence else ''}. {stacks_written()}"
+            )
         return answers, problems
 
     def _as_error(self, rank: int, problem: Failure | Death, label: str) -> Exception:
@@ -152,11 +155,19 @@ class WorkerGroup:
 class RemoteLearner:
     """`training.learner.Learner` for the driver: every rank of a group learns."""
 
-    def __init__(self, group: WorkerGroup, build_learner: BuildLearner, *, console: Console) -> None:
+    def __init__(
+        self,
+        group: WorkerGroup,
+        build_learner: BuildLearner,
+        *,
+        console: Console,
+        timeouts: TimeoutConfig = TimeoutConfig(),  # noqa: B008 - frozen
+    ) -> None:
         """Build the learner of every rank."""
         self._group = group
         self._console = console
-        self.state = RemoteState(group)
+        self._timeout_s = timeouts.train_timeout
+        self.state = RemoteState(group, checkpoint_timeout_s=timeouts.checkpoint_timeout)
         with console.phase("start trainer ranks"):
             group.call("build", build_learner, label="build the trainer", timeout_s=BUILD_TIMEOUT_S)
 
@@ -164,13 +175,13 @@ class RemoteLearner:
         """See `Learner.learn`; the metrics are the main rank's, with the time of its phases."""
         with self._console.phase("train"):
             label = f"learn from rollout {rollout.rollout_id}"
-            learned: Learned = self._group.call("learn", rollout, label=label, timeout_s=LEARN_TIMEOUT_S)[0]
+            learned: Learned = self._group.call("learn", rollout, label=label, timeout_s=self._timeout_s)[0]
             return learned
 
     def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
         """See `Learner.log_probs`."""
         label = f"score {len(samples)} samples"
-        scored: list[list[float]] = self._group.call("log_probs", samples, temperature, label=label, timeout_s=LEARN_TIMEOUT_S)[
+        scored: list[list[float]] = self._group.call("log_probs", samples, temperature, label=label, timeout_s=self._timeout_s)[
             0
         ]
         return scored
@@ -179,19 +190,20 @@ class RemoteLearner:
 class RemoteState:
     """`training.state.TrainingState` for the driver: the state of every rank of a group."""
 
-    def __init__(self, group: WorkerGroup) -> None:
+    def __init__(self, group: WorkerGroup, *, checkpoint_timeout_s: float) -> None:
         """Take ranks that build their learner before the first call."""
         self._group = group
+        self._checkpoint_timeout_s = checkpoint_timeout_s
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """See `TrainingState.save`; every rank must see the same `folder`."""
         save = methodcaller("save", folder, with_optimizer=with_optimizer)
-        self.on_ranks(save, label=f"save to {folder}", timeout_s=CHECKPOINT_TIMEOUT_S)
+        self.on_ranks(save, label=f"save to {folder}", timeout_s=self._checkpoint_timeout_s)
 
     def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
         """See `TrainingState.load`; every rank must see the same `folder`."""
         load = methodcaller("load", folder, weights_only=weights_only, with_rng=with_rng)
-        self.on_ranks(load, label=f"load {folder}", timeout_s=CHECKPOINT_TIMEOUT_S)
+        self.on_ranks(load, label=f"load {folder}", timeout_s=self._checkpoint_timeout_s)
 
     def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
         """Bring one bucket after the other from the main rank to this process."""

@@ -19,6 +19,7 @@ from qwench.config.sections.verbs import RewardCheckConfig, split_file
 from qwench.data.rows import Row as DataRow
 from qwench.data.rows import parse_json, read_label
 from qwench.errors import ConfigError, RewardError
+from qwench.observability.console import StandardOutput
 from qwench.rewards.pool import RewardPool
 from qwench.samples import Json, Prompt, Sample, Verdict
 
@@ -99,7 +100,9 @@ def check_file(
         summary = asyncio.run(_grade(path, pool, response_key=response_key, label_key=label_key))
     finally:
         pool.close()
-    (console or Console()).print(render(summary, title=f"{path.name}: {config.custom_rm_path or config.rm_type or 'by row'}"))
+    (console or StandardOutput()).print(
+        render(summary, title=f"{path.name}: {config.custom_rm_path or config.rm_type or 'by row'}")
+    )
     return summary
 
 

@@ -6,7 +6,6 @@ import os
 import sys
 from dataclasses import replace
 
-from rich.console import Console
 from rich.text import Text
 
 from qwench.config import Config, RunPlan
@@ -20,6 +19,7 @@ from qwench.config.plan import plan_lines
 from qwench.config.report import settings_by_section
 from qwench.data.rows import check_first_row
 from qwench.hub import data_files, find_reference, model_folder
+from qwench.observability.console import StandardOutput
 
 
 def with_local_inputs(config: Config) -> Config:
@@ -105,7 +105,7 @@ def _check_columns(config: Config) -> None:
 
 
 def _show(config: Config, plan: RunPlan) -> None:
-    console = Console(soft_wrap=True)
+    console = StandardOutput(soft_wrap=True)
     for section, settings in settings_by_section(config).items():
         console.print(Text(section, style="bold"))
         for setting in settings:

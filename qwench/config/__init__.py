@@ -17,6 +17,7 @@ from qwench.config.sections.parallel import ParallelConfig
 from qwench.config.sections.references import ReferencesConfig
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
+from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.config.sections.verbs import ServeConfig, ServerConfig
 
@@ -40,6 +41,7 @@ __all__ = [
     "RunPlan",
     "ServeConfig",
     "ServerConfig",
+    "TimeoutConfig",
     "TrainingConfig",
     "plan_run",
 ]

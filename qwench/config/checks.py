@@ -359,6 +359,23 @@ def sglang_flags_are_known(config: Config) -> str | None:
     return None if config.engine.kind == "sglang" else unknown_sglang_flag(config.engine.sglang_args)
 
 
+def deterministic_engines_are_ours(config: Config) -> str | None:
+    """Bits hold where the engine's batches cannot change them."""
+    if not config.training.deterministic_mode or config.debug.load_debug_rollout_data is not None:
+        return None
+    if config.engine.rollout_external_engine_addrs:
+        return (
+            "--deterministic-mode cannot hold with --rollout-external-engine-addrs: this run does not decide how those engines "
+            "compute; leave one of them out"
+        )
+    if config.engine.kind == "sglang" and not config.engine.sglang_enable_deterministic_inference:
+        return (
+            "--deterministic-mode with --rollout-engine sglang needs --sglang-enable-deterministic-inference: without it the "
+            "batch changes the last bits of a response"
+        )
+    return None
+
+
 RULES: tuple[Callable[[Config], str | None], ...] = (
     dense_only,
     fsdp_is_data_parallel,
@@ -378,4 +395,5 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     the_best_checkpoint_is_measured,
     an_export_replaces_nothing_else,
     sglang_flags_are_known,
+    deterministic_engines_are_ours,
 )

@@ -20,6 +20,7 @@ from qwench.config.sections.parallel import ParallelConfig
 from qwench.config.sections.references import ReferencesConfig
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
+from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.config.sections.training import TrainingConfig
 
 
@@ -39,6 +40,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    timeouts: TimeoutConfig = field(default_factory=TimeoutConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)

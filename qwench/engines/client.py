@@ -52,6 +52,7 @@ class HttpEngine:
         *,
         token: str | None = None,
         kind: str = "",
+        label: str = "",
         placement: Placement | None = None,
         generate_timeout_s: float = 3600.0,
         weights_timeout_s: float = 600.0,
@@ -62,11 +63,12 @@ class HttpEngine:
 
         Args:
             kind: `EngineKind.name`, for the publisher; this client treats all kinds alike.
+            label: name in messages, before the address.
             lost_statuses: the HTTP statuses that mean that the server is gone or not ready.
         """
         self._lost_statuses = lost_statuses
         self._base_url = base_url.rstrip("/")
-        self.address = EngineAddress(base_url=self._base_url, token=token, kind=kind, placement=placement)
+        self.address = EngineAddress(base_url=self._base_url, token=token, kind=kind, placement=placement, label=label)
         self._headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
         self._generate_timeout_s = generate_timeout_s
         self._weights_timeout_s = weights_timeout_s
@@ -74,7 +76,7 @@ class HttpEngine:
         self._session: aiohttp.ClientSession | None = None
 
     def __repr__(self) -> str:
-        return f"HttpEngine({self._base_url})"
+        return f"{self.address.label} ({self._base_url})" if self.address.label else f"HttpEngine({self._base_url})"
 
     def note_restart(self) -> None:
         """Keep in the address that the server was started anew."""

@@ -40,6 +40,7 @@ from qwench.models.hf_weights import is_fp8_checkpoint
 from qwench.observability.dumps import check_recorded, save_rollout
 from qwench.observability.log import open_driver_log, write_driver_log
 from qwench.observability.timing import PhaseTimer
+from qwench.observability.tracking import METRICS, check_metrics_file
 from qwench.rewards.graders import check_installed, check_prompts
 from qwench.rollout.probe import GreedyProbe
 from qwench.rollout.stream import ReplayStream, SftStream
@@ -71,11 +72,11 @@ def build(config: Config, plan: RunPlan) -> Run:
     source = _prompt_source(inputs, loaded)
     inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch(plan.batch.rollout_batch_size))
     timer = PhaseTimer()
-    checkpoints, run_name = _open_outputs(inputs, timer)
+    checkpoints, run_name, started = _open_outputs(inputs, timer)
     check_resumes(checkpoints.saved, source, num_rollout=inputs.plan.num_rollout)
     only_generate = not plan.devices.trains
     report = start_report(inputs, f"{len(loaded.prompts):,} prompts")
-    with ExitStack() as started:
+    with started:
         processes = open_processes(inputs, started)
         servers, token = make_servers(inputs, processes, with_weights=only_generate)
         generation = build_generation(inputs, with_weights=only_generate, servers=servers, token=token)
@@ -141,7 +142,7 @@ def check(config: Config, plan: RunPlan) -> None:
         source = _prompt_source(inputs, _read_prompts(inputs)[0])
         inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch(plan.batch.rollout_batch_size))
     check_ready(inputs, _identity(inputs.plan.model, inputs.config))
-    checkpoints, _ = _open_outputs(inputs, PhaseTimer(), writes=False)
+    checkpoints, _, _ = _open_outputs(inputs, PhaseTimer(), writes=False)
     if source is not None:
         check_resumes(checkpoints.saved, source, num_rollout=inputs.plan.num_rollout)
 
@@ -203,14 +204,14 @@ def _without_engines(
     held_out: Mapping[str, LoadedSft] | None = None,
 ) -> Run:
     timer = PhaseTimer()
-    checkpoints, _ = _open_outputs(inputs, timer)
+    checkpoints, _, started = _open_outputs(inputs, timer)
     if source is not None:
         check_resumes(checkpoints.saved, source, num_rollout=inputs.plan.num_rollout)
     report = start_report(inputs, rows)
     if preview is not None:
         inputs.console.say("first conversation, trained tokens in [[ ]]:")
         inputs.console.say(preview)
-    with ExitStack() as started:
+    with started:
         processes = open_processes(inputs, started)
         learner, metrics = start_learner(inputs, processes, timer, started), metric_log(inputs, report)
         started.callback(metrics.close)
@@ -250,11 +251,14 @@ def _best(inputs: Inputs) -> Criterion | None:
     return Criterion(metric=f"eval/{name}/loss" if fine_tunes else f"eval/{name}", higher_is_better=not fine_tunes)
 
 
-def _open_outputs(inputs: Inputs, timer: PhaseTimer, *, writes: bool = True) -> tuple[CheckpointManager, str]:
-    """Open the checkpoints, then the logs: before, a folder may belong to another run. Return the run's name as well.
+def _open_outputs(inputs: Inputs, timer: PhaseTimer, *, writes: bool = True) -> tuple[CheckpointManager, str, ExitStack]:
+    """Open the checkpoints, then the logs: before, a folder may belong to another run.
 
     Args:
         writes: a dry run checks the folders only.
+
+    Returns:
+        The checkpoints; the run's name; what gives the folders free for other processes.
     """
 
     def write_hf(folder: Path, buckets: Iterator[WeightBucket]) -> None:
@@ -272,14 +276,17 @@ def _open_outputs(inputs: Inputs, timer: PhaseTimer, *, writes: bool = True) -> 
         best=_best(inputs),
         barrier=barrier,
     )
-    run_name = claim_outputs(inputs.config, writes=writes) if inputs.is_main else ""
+    held = ExitStack()
+    run_name = claim_outputs(inputs.config, held, writes=writes) if inputs.is_main else ""
+    if inputs.is_main and inputs.plan.log_dir is not None:
+        check_metrics_file(inputs.plan.log_dir / METRICS)
     if inputs.is_main and writes:
         for folder in {inputs.config.checkpoint.save, inputs.plan.log_dir}:
             if folder is not None:
                 write_atomically(folder / CONFIG_FILE, as_yaml(inputs.config))
     if inputs.plan.log_dir is not None and inputs.is_main and writes:
         write_driver_log(inputs.plan.log_dir)
-    return checkpoints, run_name
+    return checkpoints, run_name, held
 
 
 def _recorder(config: Config, run_name: str) -> Iterator[Callable[[Rollout], Path]]:
@@ -336,6 +343,9 @@ def _publisher(
     inputs: Inputs, learner: LearnerProtocol, engines: EnginePool | None, gpus: ColocatedGpus | DedicatedGpus, timer: PhaseTimer
 ) -> Publisher:
     plan = PublicationPlan(
-        engine=inputs.config.engine, model_folder=inputs.model_folder, fp8=is_fp8_checkpoint(inputs.model_folder)
+        engine=inputs.config.engine,
+        model_folder=inputs.model_folder,
+        fp8=is_fp8_checkpoint(inputs.model_folder),
+        timeout_s=inputs.config.timeouts.update_weights_timeout,
     )
     return Publisher(learner.state, engines, plan, gpus=gpus, timer=timer)

@@ -26,6 +26,7 @@ from qwench.engines.kinds.sglang_router import SglangRouter, router_command
 from qwench.launch.inputs import Inputs, publication_dtype
 from qwench.models.hf import stop_token_ids
 from qwench.models.hf_weights import is_fp8_checkpoint
+from qwench.observability.waiting import waiting
 
 _logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ def server_order(inputs: Inputs, *, token: str, with_weights: bool, on_gpus: boo
         serves_checkpoint=with_weights,
         log_folder=_log_folder(inputs),
         stretched_positions=model.max_positions if model.max_positions > model.max_position_embeddings else None,
+        deterministic=config.training.deterministic_mode,
         token=token,
     )
 
@@ -96,25 +98,34 @@ def build_pool(inputs: Inputs, *, with_weights: bool, servers: Sequence[Server] 
     return pool
 
 
-def embedded_settings(inputs: Inputs) -> EmbeddedSettings:
-    """Translate the flags that concern the embedded engine."""
-    engine = inputs.config.engine
+def embedded_settings(inputs: Inputs, *, order_varies: bool) -> EmbeddedSettings:
+    """Translate the flags that concern the embedded engine.
+
+    Args:
+        order_varies: requests come at other moments in every run. Sums over another batch have other last bits, so a
+            deterministic engine then computes one response at a time.
+    """
+    engine, deterministic = inputs.config.engine, inputs.config.training.deterministic_mode
+    alone = deterministic and order_varies
     return EmbeddedSettings(
         page_size=engine.embedded_page_size,
-        max_running_requests=engine.embedded_max_running_requests,
+        max_running_requests=1 if alone else engine.embedded_max_running_requests,
         prefill_chunk_tokens=engine.embedded_prefill_chunk_tokens,
         kv_cache_tokens=engine.embedded_kv_cache_tokens,
         mem_fraction=engine.embedded_mem_fraction,
         dtype=inputs.dtype,
         fp8=is_fp8_checkpoint(inputs.model_folder),
         device=str(inputs.device),
-        inline=inputs.config.training.deterministic_mode,
+        inline=deterministic,
+        prefix_cache=not alone,
         seed=inputs.config.data.rollout_seed,
     )
 
 
 def _embedded_engine(inputs: Inputs, *, with_weights: bool) -> EmbeddedEngine:
-    settings = embedded_settings(inputs)
+    rollout, evaluation = inputs.config.rollout, inputs.config.evaluation
+    custom = (rollout.custom_generate_function_path, rollout.rollout_function_path, evaluation.eval_function_path)
+    settings = embedded_settings(inputs, order_varies=any(path is not None for path in custom))
     if with_weights:
         return EmbeddedEngine.from_checkpoint(inputs.model_folder, settings, tokenizer=inputs.tokenizer)
     return EmbeddedEngine(
@@ -128,9 +139,23 @@ def _embedded_engine(inputs: Inputs, *, with_weights: bool) -> EmbeddedEngine:
 def _start_servers(inputs: Inputs, servers: Sequence[Server], token: str | None) -> list[Member]:
     """Start all servers side by side."""
     _logger.info("logs of the engine servers: %s", _log_folder(inputs))
-    with inputs.console.phase("start engines"), ThreadPoolExecutor(max_workers=len(servers)) as threads:
+    starting = {server.label: server for server in servers}
+
+    def start(server: Server) -> str:
+        url = server.start()
+        del starting[server.label]
+        return url
+
+    def late() -> str:
+        return "; ".join(f"{label}: {last_line(server.last_output())}" for label, server in list(starting.items()))
+
+    with (
+        inputs.console.phase("start engines"),
+        waiting("start of the engine servers", late),
+        ThreadPoolExecutor(max_workers=len(servers)) as threads,
+    ):
         try:
-            urls = list(threads.map(lambda server: server.start(), servers))
+            urls = list(threads.map(start, servers))
         except BaseException:
             for server in servers:  # or leaving the block would wait for those that still start
                 server.stop()
@@ -141,11 +166,18 @@ def _start_servers(inputs: Inputs, servers: Sequence[Server], token: str | None)
             url,
             token=token,
             kind=engine.kind,
+            label=server.label,
+            generate_timeout_s=inputs.config.timeouts.generate_timeout,
             placement=server.placement,
             health_timeout_s=engine.rollout_health_check_timeout,
         )
         members.append(Member(engine=client, server=server, url=url))
     return members
+
+
+def last_line(text: str) -> str:
+    """Return the last line of a server's output: it tells how far a start is."""
+    return text.splitlines()[-1].strip()[:200]
 
 
 def check_external(inputs: Inputs) -> None:
@@ -176,7 +208,14 @@ def _reach_external(inputs: Inputs, loop: EventLoopThread) -> list[Member]:
             kind = await check_serves(engine, identity)
         finally:
             await engine.close()
-        return Member(engine=HttpEngine(url, token=token, kind=kind.name, health_timeout_s=timeout_s), url=url)
+        client = HttpEngine(
+            url,
+            token=token,
+            kind=kind.name,
+            generate_timeout_s=config.timeouts.generate_timeout,
+            health_timeout_s=timeout_s,
+        )
+        return Member(engine=client, url=url)
 
     members = []
     for address in config.engine.rollout_external_engine_addrs:

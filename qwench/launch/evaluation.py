@@ -13,11 +13,13 @@ import orjson
 from qwench.checkpoints.folders import check_weights
 from qwench.config import Config, RolloutConfig, RunPlan
 from qwench.config.report import flag_values
+from qwench.config.sections.training import TrainingConfig
 from qwench.config.sections.verbs import ServeConfig
 from qwench.engines.embedded.http.serving import serve as serve_engine
 from qwench.files import claim_folder, write_atomically
 from qwench.launch.engines import embedded_settings
 from qwench.launch.inputs import Inputs, plan_inputs, read_eval_prompts, read_inputs
+from qwench.launch.outputs import own_results
 from qwench.launch.placement import make_servers, open_processes
 from qwench.launch.readiness import check_ready
 from qwench.launch.report import describe_model
@@ -47,6 +49,8 @@ def evaluate(config: Config, plan: RunPlan) -> None:
     sets = {one.name: f"{one.path}: {len(prompts[one.name]):,} prompts x {one.n_samples_per_prompt}" for one in plan.eval_sets}
     say_facts(inputs.console, {"model": describe_model(inputs), **sets})
     with ExitStack() as started:
+        if output is not None:
+            own_results(output, started)
         processes = open_processes(inputs, started)
         servers, token = make_servers(inputs, processes, with_weights=True)
         generation = build_generation(inputs, with_weights=True, servers=servers, token=token)
@@ -116,13 +120,18 @@ def own_eval_folder(folder: Path, flags: Mapping[str, str], *, writes: bool = Tr
 def serve(config: ServeConfig) -> None:
     """Serve the embedded engine; clients show QWENCH_TOKEN, if it is set, to change weights or memory."""
     assert config.model.hf_checkpoint is not None, "config.checks requires --hf-checkpoint"
-    run = Config(model=config.model, engine=config.engine, rollout=RolloutConfig(rollout_batch_size=1))
+    run = Config(
+        model=config.model,
+        engine=config.engine,
+        rollout=RolloutConfig(rollout_batch_size=1),
+        training=TrainingConfig(deterministic_mode=config.server.deterministic_mode),
+    )
     inputs = read_inputs(run, plan_inputs(run, trains=False))
     check_weights(run.checkpoint, inputs.plan.model, inputs.model_folder)
     open_process_log("info", f"engine at port {config.server.port}")
     serve_engine(
         config.model.hf_checkpoint,
-        embedded_settings(inputs),
+        embedded_settings(inputs, order_varies=True),
         host=config.server.host,
         port=config.server.port,
         token=os.environ.get("QWENCH_TOKEN"),

@@ -2,6 +2,8 @@
 
 A log folder carries `qwench_logs.json` and a recorded rollout a line with the run's name. The name is the folder of --save, so
 that the same command goes on with its own files; without --save every start is a run of its own.
+
+A run holds a lock on each of these places while it lives (`files.FolderLock`); beside the files where a flag names a template.
 """
 
 from __future__ import annotations
@@ -10,31 +12,35 @@ import os
 import platform
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 
 from qwench.config import Config
 from qwench.config.report import CONFIG_FILE
 from qwench.errors import ConfigError
-from qwench.files import claim_folder, foreign_names
+from qwench.files import LOCK, FolderLock, claim_folder, foreign_names
 from qwench.observability.dumps import run_of
 from qwench.observability.log import DRIVER_LOG
+from qwench.observability.parts import STACKS
+from qwench.observability.tracking import METRICS
 
 _MARKER = "qwench_logs.json"
-_WITHOUT_METRICS = (DRIVER_LOG, CONFIG_FILE, "metrics.jsonl", "ranks", "engines", "stacks")
+_WITHOUT_METRICS = (DRIVER_LOG, CONFIG_FILE, METRICS, STACKS, LOCK, "ranks", "engines")
 """What a run has written into its log folder before its first metrics."""
 _DETAILS = "rollout_data"
 """The folder that --dump-details makes for recorded rollouts in the one that it names."""
 
 
-def claim_outputs(config: Config, *, writes: bool = True) -> str:
+def claim_outputs(config: Config, held: ExitStack, *, writes: bool = True) -> str:
     """Make the folders of --log-dir and of recorded rollouts this run's, and return the run's name.
 
     Args:
+        held: gives the places free for other processes.
         writes: a dry run checks the folders only.
 
     Raises:
-        ConfigError: they hold what another run, or no run, wrote. Nothing was changed.
+        ConfigError: they hold what another run, or no run, wrote, or another process has them. Nothing was changed.
     """
     checkpoint, log_dir = config.checkpoint, config.logging.log_dir
     names = [str(folder.resolve()) for folder in (checkpoint.save, checkpoint.load) if folder is not None]
@@ -43,7 +49,15 @@ def claim_outputs(config: Config, *, writes: bool = True) -> str:
         names.insert(0, f"process {os.getpid()} on {platform.node()} since {since}")
     if config.debug.save_debug_rollout_data is not None:
         _check_dumps(Path(config.debug.save_debug_rollout_data), names, own=[*_outputs(config)])
+    for flag, template in (
+        ("--save-hf", checkpoint.save_hf),
+        ("--save-debug-rollout-data", config.debug.save_debug_rollout_data),
+    ):
+        if template is not None and writes:
+            _lock_template(template, held, flag=flag)
     if log_dir is not None and not (checkpoint.save is not None and checkpoint.save.resolve() == log_dir.resolve()):
+        if writes and (log_dir / _MARKER).is_file():  # a run may be at work here
+            _lock(log_dir, held, flag="--log-dir")
         failed_early = _failed_early(log_dir)
         if failed_early and not writes:
             return names[0]
@@ -57,9 +71,40 @@ def claim_outputs(config: Config, *, writes: bool = True) -> str:
             flag="--log-dir",
             held="the metrics of another run",
             writer="run",
-            own=[*_outputs(config), *leftovers],
+            own=[*_outputs(config), log_dir / LOCK, *leftovers],
+            writes=writes,
         )
+        if writes:
+            _lock(log_dir, held, flag="--log-dir")
     return names[0]
+
+
+def own_results(folder: Path, held: ExitStack) -> None:
+    """Lock --eval-output, which was checked and made.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    _lock(folder, held, flag="--eval-output")
+
+
+def _lock(folder: Path, held: ExitStack, *, flag: str, name: str = LOCK, shown: str | None = None) -> None:
+    try:
+        held.callback(FolderLock(folder, flag=flag, name=name, shown=shown).release)
+    except OSError as error:
+        raise ConfigError(f"{flag} {shown or folder} cannot be written to ({error}); give another folder.") from error
+
+
+def _lock_template(template: str, held: ExitStack, *, flag: str) -> None:
+    """Lock a file beside those that the template names: another template may share their folder."""
+    path = Path(template)
+    parent = next(folder for folder in path.parents if "{rollout_id}" not in str(folder))
+    name = str(path.relative_to(parent)).replace("/", "-")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{flag} {template} cannot be written to ({error}); give another folder.") from error
+    _lock(parent, held, flag=flag, name=f".{name}.{LOCK}", shown=template)
 
 
 def _failed_early(log_dir: Path) -> bool:

@@ -217,7 +217,7 @@ def start_learner(inputs: Inputs, processes: Processes, timer: PhaseTimer, start
     group = WorkerGroup(ranks)
     started.callback(group.close)
     build: Callable[[PhaseTimer], Learner] = partial(build_rank, inputs.config, inputs.plan)
-    return RemoteLearner(group, build, console=inputs.console)
+    return RemoteLearner(group, build, console=inputs.console, timeouts=inputs.config.timeouts)
 
 
 def build_rank(config: Config, plan: RunPlan, timer: PhaseTimer) -> Learner:

@@ -16,7 +16,7 @@ from qwench.checkpoints.formats.iterations import Iterations
 from qwench.launch.inputs import Inputs
 from qwench.observability.metrics import MetricGate, MetricLog, Sink
 from qwench.observability.run_report import RunReport
-from qwench.observability.tracking import JsonlSink, TensorBoardSink, WandbSink
+from qwench.observability.tracking import METRICS, JsonlSink, TensorBoardSink, WandbSink
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def metric_log(inputs: Inputs, report: RunReport) -> MetricLog:
     if inputs.is_main:
         sinks.append(report)
         if inputs.plan.log_dir is not None:
-            sinks.append(JsonlSink(inputs.plan.log_dir / "metrics.jsonl"))
+            sinks.append(JsonlSink(inputs.plan.log_dir / METRICS))
         if flags.use_tensorboard:
             sinks.append(TensorBoardSink(_tensorboard_folder(inputs)))
         if flags.use_wandb:

@@ -20,14 +20,12 @@ from qwench.training.reference import Reference
 from qwench.training.state import TrainingState
 from qwench.training.trainer import Trainer
 
-COLLECTIVE_TIMEOUT_S = 1800.0
-
 
 def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
     """Load the policy, and the reference when the method needs one, and put the algorithm on top."""
     config = inputs.config
     torch.manual_seed(config.training.seed)
-    init_process_group(inputs.device, environ=os.environ, timeout_s=COLLECTIVE_TIMEOUT_S)
+    init_process_group(inputs.device, environ=os.environ, timeout_s=collective_timeout_s(inputs))
     method = build_method(config.algorithm)
     policy = build_trainer(inputs)
     reference = Reference(policy) if inputs.plan.holds_reference else None
@@ -79,5 +77,10 @@ def _build_megatron(inputs: Inputs) -> Trainer:
         param_dtype=inputs.dtype,
         device=inputs.device,
         architecture=inputs.plan.model,
-        collective_timeout_s=COLLECTIVE_TIMEOUT_S,
+        collective_timeout_s=collective_timeout_s(inputs),
     )
+
+
+def collective_timeout_s(inputs: Inputs) -> float:
+    """Return how long a rank waits for the others in one collective."""
+    return 60 * inputs.config.timeouts.distributed_timeout_minutes

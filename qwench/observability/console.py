@@ -95,11 +95,19 @@ class Console(Protocol):
         ...
 
 
+class StandardOutput(rich.console.Console):
+    """rich's console, with an error and not the end of the process where the reader of a pipe has gone."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command line (`qwench train | head`)."""
+        raise
+
+
 def open_console() -> Console:
     """Return a console for standard output: live on a terminal, plain lines elsewhere."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # no character of a response may end the run
-    output = rich.console.Console(highlight=False)
+    output = StandardOutput(highlight=False)
     return LiveConsole(output) if output.is_terminal else PlainConsole(output)
 
 

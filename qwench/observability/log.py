@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
+from qwench.errors import Stopped
 from qwench.observability.console import Console
+from qwench.observability.parts import keep_stacks_in
 
 DRIVER_LOG = "driver.log"
 _FILE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -37,6 +39,7 @@ def open_driver_log(level: str, console: Console) -> None:
 def write_driver_log(folder: Path) -> None:
     """Append what was logged so far, and what follows, to `driver.log` in a folder that belongs to this run."""
     folder.mkdir(parents=True, exist_ok=True)
+    keep_stacks_in(folder)
     file = logging.FileHandler(folder / DRIVER_LOG, encoding="utf-8")
     file.setFormatter(logging.Formatter(_FILE_FORMAT))
     for kept in [handler for handler in _PACKAGE.handlers if isinstance(handler, MemoryHandler)]:
@@ -51,6 +54,9 @@ def failures_logged() -> Iterator[None]:
     """Write an error that ends the block to `driver.log`, with its traceback; the command line shows it too."""
     try:
         yield
+    except (Stopped, KeyboardInterrupt) as stopped:
+        _PACKAGE.info("the run was stopped: %r", stopped)
+        raise
     except BaseException as error:
         record = _PACKAGE.makeRecord(
             _PACKAGE.name, logging.CRITICAL, __file__, 0, "the run failed", (), (type(error), error, error.__traceback__)

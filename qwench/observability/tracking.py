@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwench.errors import ConfigError
 from qwench.files import write_atomically
 from qwench.observability.metrics import Axis, Record
+
+METRICS = "metrics.jsonl"
+_logger = logging.getLogger(__name__)
 
 
 class JsonlSink:
@@ -34,7 +38,17 @@ class JsonlSink:
 
     def drop_from(self, first_steps: Mapping[Axis, int]) -> None:
         """Rewrite the file without the records at or after `first_steps`, and without a line cut off by a kill."""
-        kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _is_before(line, first_steps)]
+        records = list(_read_records(self._path))
+        kept = [line for line, record in records if _is_before(record, first_steps)]
+        if first_steps.get(Axis.ROLLOUT, 0) > 0 and not kept:
+            _logger.warning(
+                "%s has no record of the %d rollouts before: it was deleted or emptied, or another folder has it; "
+                "its history begins here",
+                self._path,
+                first_steps[Axis.ROLLOUT],
+            )
+        elif not first_steps.get(Axis.ROLLOUT, 0) and records:
+            _logger.warning("%s: %d records of an earlier run are replaced", self._path, len(records))
         self._file.close()
         write_atomically(self._path, "".join(f"{line}\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
@@ -49,11 +63,35 @@ def _json_line(record: Record) -> str:
     return json.dumps({record.axis.value: record.step, **values}) + "\n"
 
 
-def _is_before(line: str, first_steps: Mapping[Axis, int]) -> bool:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:  # only the last line can be cut off: earlier ones were followed by a whole write
-        return False
+def check_metrics_file(path: Path) -> None:
+    """Check that a run may append to a file: it is missing, or holds metrics.
+
+    Raises:
+        ConfigError: it holds something else; nothing of it is changed.
+    """
+    for _ in _read_records(path):
+        pass
+
+
+def _read_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:  # values as JSON has them
+    """Yield each line with its record. Only the last line can be cut off: earlier ones were followed by a whole write."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            text = line.decode()
+        except ValueError:
+            record, text = None, ""
+        if isinstance(record, dict):
+            yield text, record
+        elif number < len(lines) or not line.startswith((b"{", b"\0")):
+            raise ConfigError(
+                f"{path} line {number} is not a record of metrics; the file is damaged or of another program. Move it away, or "
+                "give another --log-dir."
+            )
+
+
+def _is_before(record: Mapping[str, Any], first_steps: Mapping[Axis, int]) -> bool:
     return all(record[axis.value] < first for axis, first in first_steps.items() if axis.value in record)
 
 

@@ -5,6 +5,7 @@
 
     30 s later:  waiting 30 s for rollout 3: 2 of 32 groups, oldest request 58 s on engine 1
     60, 120, ... s later: again
+    a process of the run falls silent (`parts`): at once, and in every report
 
 One daemon thread watches all waits of the process. A wait that ends in time costs two lock operations.
 """
@@ -16,13 +17,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from qwench.observability.parts import SILENT_AFTER_S, describe_silence, silent_parts
 
 Describe = Callable[[], str]
 """Says who is late; called from another thread, and only when the wait is reported."""
 FIRST_REPORT_S = 30.0
 MAX_PAUSE_S = 600.0
 """Between two reports of one wait; the pause doubles until then."""
+FIRST_LOOK_S = 10.0
+"""After which the wait's processes are asked for signs of life, every `LOOK_S`."""
+LOOK_S = 5.0
+FindSilent = Callable[[], dict[str, float]]
 _log = logging.getLogger(__name__)
 
 
@@ -32,13 +39,16 @@ class _Wait:
     describe: Describe
     since: float
     due: float
+    named: set[str] = field(default_factory=set)
+    """The silent processes that were reported."""
 
 
 class WaitWatcher:
     """Reports waits that last; `waiting` uses one for the whole process."""
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, find_silent: FindSilent = silent_parts) -> None:
         self._clock = clock
+        self._find_silent = find_silent
         self._waits: dict[int, _Wait] = {}
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -64,14 +74,21 @@ class WaitWatcher:
         """Report every wait whose time has come, and return the seconds until the next one; None: there is none."""
         now = self._clock()
         with self._changed:
-            due = [wait for wait in self._waits.values() if wait.due <= now]
-            for wait in due:
-                wait.due = now + min(now - wait.since, MAX_PAUSE_S)
-        for wait in due:  # outside the lock: a description may take a lock of its own
-            detail = wait.describe()
-            _log.warning("waiting %.0f s for %s%s", now - wait.since, wait.label, f": {detail}" if detail else "")
+            looking = [wait for wait in self._waits.values() if now - wait.since >= FIRST_LOOK_S or wait.due <= now]
+        silent = self._find_silent() if looking else {}  # outside the lock: it may take locks of its own
+        for wait in looking:
+            is_news = now - wait.since >= SILENT_AFTER_S and not silent.keys() <= wait.named
+            if wait.due <= now or is_news:
+                if wait.due <= now:
+                    wait.due = now + min(now - wait.since, MAX_PAUSE_S)
+                self._report(wait, now, silent)
+            wait.named = set(silent)
         with self._changed:
-            return min((wait.due - now for wait in self._waits.values()), default=None)
+            return min((min(wait.due - now, _next_look_s(now - wait.since)) for wait in self._waits.values()), default=None)
+
+    def _report(self, wait: _Wait, now: float, silent: dict[str, float]) -> None:
+        detail = "; ".join(part for part in (wait.describe(), describe_silence(silent)) if part)
+        _log.warning("waiting %.0f s for %s%s", now - wait.since, wait.label, f": {detail}" if detail else "")
 
     def _run(self) -> None:
         while True:
@@ -80,6 +97,10 @@ class WaitWatcher:
                 if pause_s is None and self._waits:
                     continue  # one began in between
                 self._changed.wait(timeout=pause_s)
+
+
+def _next_look_s(waited_s: float) -> float:
+    return FIRST_LOOK_S - waited_s if waited_s < FIRST_LOOK_S else LOOK_S
 
 
 _WATCHER = WaitWatcher()

@@ -8,13 +8,13 @@ busy one whose pool is gone.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import signal
 from contextlib import suppress
 from typing import BinaryIO
 
+from qwench.observability.stopping import end_with_parent
 from qwench.rewards.messages import decode, read_body, write_message
 from qwench.rewards.sympy_grader import settle
 from qwench.samples import Json
@@ -24,12 +24,12 @@ MEMORY_LIMIT_BYTES = 4 * 2**30
 QUESTIONS_PER_CHILD = 200
 _ALARM_FACTOR = 3.0  # times the deadline: the pool always kills first while it lives
 _MORE_TO_COME, _END_OF_INPUT = 0, 1
-_PR_SET_PDEATHSIG = 1  # Linux: the signal that a child gets when its parent dies
 
 
 def main() -> None:
     """Answer questions until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pool, which then closes its workers
+    end_with_parent(os.getppid())  # a worker that is stopped does not see the end of its input
     with suppress(ValueError, OSError):  # the machine may allow less, or not know this limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
     questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
@@ -42,10 +42,10 @@ def main() -> None:
 
 def _serve_in_child(questions: BinaryIO, answers: BinaryIO) -> int:
     """Fork a child that answers; return its exit code once it has ended."""
+    worker = os.getpid()
     child = os.fork()
     if child == 0:
-        with suppress(AttributeError, OSError):  # no Linux: the alarm has to do
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent(worker)
         os._exit(_serve(questions, answers))
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)

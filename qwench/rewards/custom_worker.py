@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 
+from qwench.observability.stopping import end_with_parent
 from qwench.plugins import Function, place_of, raised_at
 from qwench.rewards.custom import load_reward, score_wanted
 from qwench.rewards.messages import read_body, write_message
@@ -41,6 +42,7 @@ class _TooManyProcessesError(BaseException):
 def main() -> None:
     """Answer calls until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pool, which then closes its workers
+    end_with_parent(os.getppid())  # a worker that is stopped does not see the end of its input
     calls, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the function prints must not get between the messages
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

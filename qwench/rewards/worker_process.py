@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import select
@@ -21,6 +22,7 @@ from qwench.errors import RewardError
 from qwench.rewards.messages import HEADER, decode
 from qwench.samples import Json
 
+_logger = logging.getLogger(__name__)
 _START_TIMEOUT_S = 120.0  # importing sympy takes a second, and far longer on a cold network file system
 _PROGRAM = "import sys; sys.path[:0] = sys.argv[2:]; import importlib; importlib.import_module(sys.argv[1]).main()"
 _STACK_WAIT_S = 0.3  # for a late worker to say where it is
@@ -81,6 +83,12 @@ class WorkerProcess:
             _send(process, message)
             answer = _receive(process, deadline=time.monotonic() + timeout_s)
         except WorkerLateError as error:
+            if _is_stopped(process.pid):
+                _logger.warning(
+                    "a grading worker (process group %d) is stopped and silent for %g s; another one takes its place",
+                    process.pid,
+                    timeout_s,
+                )
             with suppress(ProcessLookupError):
                 process.send_signal(signal.SIGUSR1)
             with suppress(subprocess.TimeoutExpired):
@@ -157,6 +165,16 @@ class WorkerProcess:
         text = os.pread(fd, size - start, start).decode(errors="replace") if size > start else ""
         self._read_up_to = size
         return text
+
+
+def _is_stopped(group: int) -> bool:
+    """Tell whether a signal has stopped a process of the group; without /proc nothing is known."""
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError):
+            state, _, its_group = status.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state == "T":
+                return True
+    return False
 
 
 def _place(output: str) -> str | None:

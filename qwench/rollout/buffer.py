@@ -59,7 +59,7 @@ class GroupBuffer:
             max_staleness: rollouts that generation may be ahead of training (--rollouts-ahead).
             mask_off_policy: take the tokens that an earlier rollout generated out of the loss.
         """
-        self._source, self._max_staleness = source, max_staleness
+        self._source, self.max_staleness = source, max_staleness
         self._buffer_filter, self._mask_off_policy = buffer_filter, mask_off_policy
         self._next_rollout_id: int | None = None
         """The first rollout that has not begun. None: the first one that is taken."""
@@ -91,7 +91,7 @@ class GroupBuffer:
             last: the last rollout of the run; nothing begins beyond it.
         """
         first = rollout_id if self._next_rollout_id is None else self._next_rollout_id
-        begun = range(first, max(rollout_id, min(rollout_id + self._max_staleness, last)) + 1)
+        begun = range(first, max(rollout_id, min(rollout_id + self.max_staleness, last)) + 1)
         self._next_rollout_id = max(first, begun.stop)
         return begun
 

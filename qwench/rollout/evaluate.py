@@ -85,6 +85,7 @@ class Evaluator:
         grader: Grader,
         concurrency: int,
         console: Console,
+        timeout_s: float | None = None,
         group_rm: bool = False,
         generate: GenerateFunction = generate_single_turn,
         function: EvalFunction | None = None,
@@ -95,9 +96,11 @@ class Evaluator:
 
         Args:
             concurrency: samples in flight at once, over all engines.
+            timeout_s: deadline of one set. None: no deadline.
             function: replaces the built-in evaluation.
         """
         self._sets, self._tokenizer, self._grader, self._concurrency = sets, tokenizer, grader, concurrency
+        self._timeout_s = timeout_s
         self._console, self._group_rm, self._generate = console, group_rm, generate
         self._function, self._log_passrate, self._log = function, log_passrate, log
 
@@ -117,7 +120,7 @@ class Evaluator:
 
         return dict(
             (waiter or engines).attend(
-                call(self._function), label="evaluation", timeout_s=None, describe=engines.describe_requests
+                call(self._function), label="evaluation", timeout_s=self._timeout_s, describe=engines.describe_requests
             )
         )
 
@@ -127,7 +130,7 @@ class Evaluator:
             (waiter or engines).attend(
                 self._run_set(engines, eval_set),
                 label=f"evaluation of {eval_set.name}",
-                timeout_s=None,
+                timeout_s=self._timeout_s,
                 describe=engines.describe_requests,
             )
             for eval_set in self._sets

@@ -6,11 +6,13 @@
 
 `take(i)` permits the rollouts up to i + bound to begin, and `paused()` waits for those that have begun. So rollout i is sampled
 by one weight version, that of `bound` rollouts before, unless `--partial-rollout` carries unfinished groups over.
+`interrupt()` ends generation in the middle: the state then holds the groups in flight.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from contextlib import contextmanager
 from qwench.config.sections.logging import LoggingConfig
 from qwench.data.sft import SftSource
 from qwench.engines.fleet.pool import EnginePool, Waiter
-from qwench.errors import RewardError
+from qwench.errors import QwenchError, RewardError
 from qwench.observability.dumps import load_rollout
 from qwench.rewards.degenerate import degenerate_reason
 from qwench.rollout.buffer import GroupBuffer
@@ -27,7 +29,10 @@ from qwench.rollout.groups import cancel_and_wait
 from qwench.rollout.sample_metrics import describe_rollout
 from qwench.samples import Json, Rollout
 
+_logger = logging.getLogger(__name__)
 _CONTROL_TIMEOUT_S = 60.0
+INTERRUPT_GRACE_S = 20.0
+"""For rollouts that older weights sample, when a signal ends the run. Schedulers kill a job about 30 s after the signal."""
 
 
 class RolloutStream:
@@ -74,9 +79,14 @@ class RolloutStream:
             EngineError: an engine failed, or the deadline passed.
             RewardError: a reward function failed, or the first rollout's rewards teach nothing.
         """
-        rollout = self._waiter.attend(
-            self._take(rollout_id), label=f"rollout {rollout_id}", timeout_s=self._timeout_s, describe=self._describe
-        )
+        label = f"rollout {rollout_id}"
+        try:
+            rollout = self._waiter.attend(
+                self._take(rollout_id), label=label, timeout_s=self._timeout_s, describe=self._describe
+            )
+        except QwenchError:
+            self.close()
+            raise
         for observe in self._observers:
             observe(rollout)
         self._stop_if_degenerate(rollout)
@@ -93,6 +103,20 @@ class RolloutStream:
             label = f"rollout {max(self._tasks)}, which must end before weights are saved or published,"
             self._waiter.attend(_all_results([*self._tasks.values()]), label=label, timeout_s=self._timeout_s)
         yield
+
+    def interrupt(self, next_rollout_id: int) -> None:
+        """End generation so that a checkpoint resumes with `next_rollout_id`.
+
+        A rollout that older weights sample gets `INTERRUPT_GRACE_S` to finish: a resumed run has newer ones.
+        """
+        older = [task for id_, task in self._tasks.items() if id_ < next_rollout_id + self._buffer.max_staleness]
+        try:
+            if older:
+                label = f"rollout {next_rollout_id}, which older weights sample"
+                self._engines.run(_all_results(older), label=label, timeout_s=INTERRUPT_GRACE_S)
+        except QwenchError as error:
+            _logger.warning("rollout %d is generated again with newer weights: %s", next_rollout_id, error)
+        self.close()
 
     def state_dict(self) -> dict[str, Json]:
         """Return the state of the buffer, JSON-compatible: data cursor, waiting, unfinished and finished groups."""
@@ -119,7 +143,9 @@ class RolloutStream:
             before = self._tasks.get(due - 1)
             self._tasks[due] = asyncio.create_task(self._generate(due, before), name=f"rollout {due}")
         if rollout_id in self._tasks:
-            await self._tasks.pop(rollout_id)
+            # Not cancelled with this wait: `interrupt` decides whether it is finished.
+            await asyncio.shield(self._tasks[rollout_id])
+            del self._tasks[rollout_id]
         return self._buffer.take(rollout_id)
 
     async def _generate(self, rollout_id: int, before: asyncio.Task[None] | None) -> None:
@@ -154,6 +180,9 @@ class _StreamWithoutEngines:
     def paused(self) -> Iterator[None]:
         """Return at once."""
         yield
+
+    def interrupt(self, next_rollout_id: int) -> None:
+        """Do nothing."""
 
     def close(self) -> None:
         """Do nothing."""

@@ -47,6 +47,15 @@ def largest_of_ranks(value: float, device: torch.device) -> float:
     return float(largest)
 
 
+def agree_on_largest(value: int) -> int:
+    """Return the largest of all ranks' values; collective. Without a process group return the value."""
+    if not dist.is_initialized():
+        return value
+    largest = torch.tensor(value)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def leave_process_group() -> None:
     """Destroy the default process group; collective. Without a process group do nothing.
 

@@ -121,15 +121,15 @@ class Publisher:
         """
         assert self._pool is not None, "a run without engines generates nothing"
         working = self._pool.loop.under_way(coroutine, label=label, timeout_s=timeout_s)
-        with working as work, waiting(label, describe):
+        with self._pool.explaining(), working as work, waiting(label, describe):
             while not work.ends_before(self._pool.lose_weights()):
                 self.republish()
             return work.result()
 
     def _send(self, pool: EnginePool, version: int) -> None:
         """Send the weights to all engines, once."""
-        plan = self._plan
-        with pool.receiving(version):
+        plan, label = self._plan, f"publish weight version {version}"
+        with waiting(label), pool.receiving(version):
             if addresses := [engine.address for engine in pool.engines if isinstance(engine, AddressedEngine)]:
                 self._model.publish(addresses, version, plan)
             if local := [engine for engine in pool.engines if not isinstance(engine, AddressedEngine)]:
@@ -140,4 +140,4 @@ class Publisher:
                     if shared is None
                     else send_alias(shared, local, version=version)
                 )
-                pool.loop.run(sending, label=f"publish weight version {version}", timeout_s=plan.total_timeout_s)
+                pool.loop.run(sending, label=label, timeout_s=plan.total_timeout_s)

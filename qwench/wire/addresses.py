@@ -42,6 +42,8 @@ class EngineAddress:
     """None: not known here; `qwench serve` says it in `/server_info`."""
     start: int = 0
     """How many times the server restarted: a new process is in none of the old one's groups."""
+    label: str = ""
+    """Its name in messages, such as `engine server 0`; empty: only its address is known."""
 
 
 def host_name() -> str:

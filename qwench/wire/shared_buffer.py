@@ -22,9 +22,9 @@ from torch import Tensor
 
 from qwench.errors import WeightSyncError
 from qwench.wire.addresses import device_name, local_gpu
+from qwench.wire.memory_files import WEIGHTS, memory_folder, own_prefix
 
 Handle = dict[str, Any]  # a JSON object has no closed type
-_PREFIX = "qwench-weights-"
 _BINARY_FIELDS = ("storage", "counter", "event")
 
 
@@ -42,13 +42,13 @@ class SharedBuffer:
         """Take memory: of the GPU, or a new file that only this user can open."""
         if device.type == "cuda":
             return cls(torch.empty(num_bytes, dtype=torch.uint8, device=device), None)
-        descriptor, name = tempfile.mkstemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_memory_folder())
+        descriptor, name = tempfile.mkstemp(prefix=own_prefix(WEIGHTS), dir=memory_folder())
         try:
             _reserve(descriptor, num_bytes)
         except OSError as cause:
             Path(name).unlink()
             raise WeightSyncError(
-                f"{_memory_folder()} has no room for a bucket of weights of {num_bytes} bytes ({cause.strerror}); make it "
+                f"{memory_folder()} has no room for a bucket of weights of {num_bytes} bytes ({cause.strerror}); make it "
                 "larger (docker run --shm-size), or lower --update-weight-buffer-size."
             ) from cause
         finally:
@@ -104,12 +104,6 @@ class OpenBuffers:
         self._tensors.clear()
 
 
-def remove_buffers_of(pid: int) -> None:
-    """Remove the files of a process that has ended, where it was killed before it could."""
-    for path in _memory_folder().glob(f"{_PREFIX}{pid}-*"):
-        path.unlink(missing_ok=True)
-
-
 def open_buffer(handle: Handle) -> Tensor:
     """Return the bytes [num_bytes] uint8 behind a handle; the memory is the sender's, so copy what shall last.
 
@@ -135,7 +129,7 @@ def _reserve(descriptor: int, num_bytes: int) -> None:
 
 def _open_file(handle: Handle) -> Tensor:
     path = Path(handle["path"])
-    if path.parent != _memory_folder() or not path.name.startswith(_PREFIX):
+    if path.parent != memory_folder() or not path.name.startswith(WEIGHTS):
         raise ValueError(f"{path} is not a shared buffer")
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_size != handle["num_bytes"]:
@@ -157,12 +151,6 @@ def _open_cuda(handle: Handle) -> Tensor:
         handle["sync"],
     )
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
-
-
-def _memory_folder() -> Path:
-    """Return a folder that lies in memory where there is one."""
-    memory = Path("/dev/shm")
-    return memory if memory.is_dir() else Path(tempfile.gettempdir())
 
 
 class BufferRing:

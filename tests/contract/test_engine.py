@@ -238,7 +238,7 @@ class BrokenTokenizer:
         raise ValueError("broken on purpose")
 
 
-def test_failure_in_a_step_reaches_every_request(host):
+def test_a_tokenizer_that_fails_ends_each_request_that_needs_it_and_not_the_engine(host):
     async def scenario(engine: Engine):
         requests = [ask(f"r{i}", prompt_of(4 + i), max_new_tokens=50, stop=("never",)) for i in range(3)]
         outcomes = await asyncio.gather(*(engine.generate(request) for request in requests), return_exceptions=True)
@@ -248,7 +248,7 @@ def test_failure_in_a_step_reaches_every_request(host):
 
     outcomes, healthy = drive(host, make_model("qwen3"), scenario, tokenizer=BrokenTokenizer())
     assert all(isinstance(outcome, EngineError) and "broken on purpose" in str(outcome) for outcome in outcomes)
-    assert not healthy
+    assert healthy
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,9 @@ def test_an_engine_without_the_runs_token_takes_no_weights(
     served: Served, workspace: Workspace, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QWENCH_TOKEN", "another")
-    code, error = in_process(workspace.train_argv(None, rollout_external_engine_addrs=served.address, save_interval=None))
+    code, error = in_process(
+        workspace.train_argv(None, rollout_external_engine_addrs=served.address, save_interval=None, deterministic_mode=None)
+    )
     assert code == 1 and "token" in error, error
 
 
@@ -238,7 +240,9 @@ def test_an_engine_of_another_vocabulary_is_refused(
     shutil.copytree(workspace.model, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 64}))
-    argv = workspace.train_argv(tmp_path / "run", hf_checkpoint=other, rollout_external_engine_addrs=served.address)
+    argv = workspace.train_argv(
+        tmp_path / "run", hf_checkpoint=other, rollout_external_engine_addrs=served.address, deterministic_mode=None
+    )
     code, error = in_process(argv)
     assert code == 2, error
     for word in ("--rollout-external-engine-addrs", served.address, "vocab_size", str(config["vocab_size"] + 64)):
@@ -251,7 +255,9 @@ def test_an_engine_that_accepts_and_never_answers_ends_the_run_at_its_deadline(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
-        argv = workspace.train_argv(tmp_path / "run", rollout_external_engine_addrs=address, rollout_health_check_timeout=1)
+        argv = workspace.train_argv(
+            tmp_path / "run", rollout_external_engine_addrs=address, rollout_health_check_timeout=1, deterministic_mode=None
+        )
         code, error = in_process(argv)
     assert code == 1, error
     assert "--rollout-external-engine-addrs" in error and address in error and "did not end within 1 s" in error
@@ -260,7 +266,9 @@ def test_an_engine_that_accepts_and_never_answers_ends_the_run_at_its_deadline(
 def test_an_engine_that_is_not_there_is_named(workspace: Workspace, tmp_path: Path, in_process: InProcess) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    code, error = in_process(workspace.train_argv(tmp_path / "run", rollout_external_engine_addrs=address))
+    code, error = in_process(
+        workspace.train_argv(tmp_path / "run", rollout_external_engine_addrs=address, deterministic_mode=None)
+    )
     assert code == 1 and address in error and "cannot be reached" in error, error
 
 

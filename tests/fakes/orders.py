@@ -11,6 +11,7 @@ def server_order(model_folder: Path, log_folder: Path, *, token: str = "secret",
     flags = {name: changes.pop(name) for name in list(changes) if name not in ServerOrder.__slots__}
     fields = {
         "engine": EngineConfig(**flags), "model_folder": model_folder, "dtype": "float32", "engine_sizes": (1,) * 8,
-        "releases_memory": False, "seed": 42, "serves_checkpoint": False, "log_folder": log_folder, "token": token,
+        "releases_memory": False, "seed": 42, "serves_checkpoint": False, "log_folder": log_folder,
+        "deterministic": False, "token": token,
     }  # fmt: skip
     return ServerOrder(**(fields | changes))

@@ -1,12 +1,14 @@
 import json
 import re
+import shlex
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from qwench import __version__, cli
-from qwench.errors import ConfigError, EngineError
+from qwench.errors import ConfigError, EngineError, Stopped
 from qwench.models.made.qwen3 import make_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
 
@@ -235,3 +237,68 @@ def test_every_word_for_a_verb_leads_to_a_verb():
     words = [word for others in cli._WORDS_FOR_VERBS.values() for word in others.split()]
     assert len(words) == len(set(words))
     assert not set(words) & set(cli.VERBS)
+
+
+def test_a_run_that_a_signal_ended_says_what_is_saved_and_what_to_type(capsys):
+    stopped = Stopped(signal.SIGTERM, "Checkpoint 3 is in --save my runs; the same command continues with it.")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "--save", "my runs"], command=verb_that_raises(stopped))
+    assert ended.value.code == 143
+    assert capsys.readouterr().err == (
+        "qwench: stopped by SIGTERM. Checkpoint 3 is in --save my runs; the same command continues with it.\n"
+        "  qwench train --save 'my runs'\n"
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 129), (signal.SIGTERM, 143)])
+def test_a_signal_outside_of_training_closes_what_is_open_and_gives_its_exit_code(number, code):
+    verb = (
+        "import contextlib, os, sys, time\nfrom qwench import cli\n"
+        "def verb(words):\n"
+        "    with contextlib.ExitStack() as stack:\n"
+        "        stack.callback(lambda: sys.stderr.write('closed '))\n"
+        f"        os.kill(os.getpid(), {int(number)})\n"
+        "        time.sleep(60)\n"
+        "cli.main([], command=verb)"
+    )
+    finished = subprocess.run([sys.executable, "-c", verb], capture_output=True, text=True, check=False)
+    assert (finished.returncode, finished.stderr) == (code, f"closed qwench: stopped by {signal.Signals(number).name}\n")
+
+
+def in_shell(command: str) -> tuple[int, str]:
+    """Run a command line of a shell, with `qwench` as this interpreter has it."""
+    words = command.replace("qwench", f"{sys.executable} -m qwench", 1)
+    finished = subprocess.run(["bash", "-c", words], capture_output=True, text=True, check=False)
+    return finished.returncode, finished.stderr
+
+
+@pytest.mark.parametrize("verb", ["--help", "train {recipe} --dry-run"])
+@pytest.mark.parametrize(
+    ("redirection", "code", "said"),
+    [
+        ("| true; exit ${PIPESTATUS[0]}", 141, ""),
+        (">&-", 0, ""),
+        (
+            "> /dev/full",
+            1,
+            "qwench: standard output cannot be written to (No space left on device); write it to another place.\n",
+        ),
+    ],
+)
+def test_standard_output_that_is_closed_or_full_is_one_sentence_at_most(verb, redirection, code, said, recipe):
+    words = verb.format(recipe=shlex.join([*recipe, "--rm-type", "math"]))
+    slow = "sleep 0.2; " if "|" in redirection else ""  # so that the reader is gone
+    assert in_shell(f"({slow} qwench {words}) {redirection}") == (code, said)
+
+
+def test_rich_leaves_a_broken_pipe_to_the_command_line():
+    shown = (
+        "import sys\nfrom qwench import cli\nfrom qwench.observability.console import open_console\n"
+        "def verb(words):\n    for i in range(100000):\n        open_console().say('a line')\n"
+        "cli.main([], command=verb)"
+    )
+    finished = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -c {shlex.quote(shown)} | head -1; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (finished.returncode, finished.stdout, finished.stderr) == (141, "a line\n", "")

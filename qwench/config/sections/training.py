@@ -53,7 +53,8 @@ class TrainingConfig:
     seed: int = 1234
     """Seed of the trainer's random numbers."""
     deterministic_mode: bool = False
-    """Give the same numbers in every run on the same hardware. Slower."""
+    """Give the same numbers in every run on the same hardware. Slower; engine servers, and engines under custom generate or
+    rollout functions, then compute one response at a time."""
 
     def __post_init__(self) -> None:
         for flag, value in (

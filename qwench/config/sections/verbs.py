@@ -24,6 +24,9 @@ class ServerConfig:
     """Address to listen on. 127.0.0.1: this machine only. 0.0.0.0: all machines."""
     port: int = 30000
     """Port to listen on."""
+    deterministic_mode: bool = False
+    """Give a response the same bits in every run, whatever else is asked: compute one response at a time, without the prefix
+    cache. Much slower."""
 
     def __post_init__(self) -> None:
         check_positive("--port", self.port)

@@ -29,7 +29,7 @@ from qwench.engines.embedded.scheduling.admission import Admission, eos_ids_of
 from qwench.engines.embedded.scheduling.kv_cache import PagePool
 from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.embedded.scheduling.scheduler import Scheduler, count_step
-from qwench.engines.embedded.scheduling.stopping import update_finish
+from qwench.engines.embedded.scheduling.stopping import has_ended
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.protocol import (
     EngineStats,
@@ -146,8 +146,8 @@ class EmbeddedEngine:
             EngineError: no weights, asleep, failed before, or a request that can never run.
         """
         running = self._accept(request)
-        self._requests[request.request_id] = running
         self._ensure_scheduler().add(running)
+        self._requests[request.request_id] = running
         self._start_stepping()
         try:
             return await running.future
@@ -315,7 +315,7 @@ class EmbeddedEngine:
             yield
 
     def _take(self, scheduler: Scheduler, step: InFlight, sampled: Sampled) -> None:
-        finished = []
+        ended = []
         num_taken = 0
         for running, token, log_prob in zip(step.requests, *sampled, strict=True):
             running.pending -= 1
@@ -325,11 +325,13 @@ class EmbeddedEngine:
             running.tokens.append(token)
             running.log_probs.append(log_prob)
             running.weight_versions.append(self._version)  # weights change only when no step is in flight
-            if running.finish_reason is None and update_finish(running, self._tokenizer):
-                finished.append(running)
+            if running.finish_reason is None and has_ended(running, self._tokenizer):
+                ended.append(running)
         self._stats = count_step(self._stats, step.plan, step.requests, num_sampled=num_taken)
-        scheduler.finish(finished)
-        for running in finished:
+        scheduler.finish([running for running in ended if running.failure is None])
+        for running in ended:
+            if running.failure is not None:
+                scheduler.remove(running)
             self._resolve(running)
 
     async def _let_requests_arrive(self) -> None:
@@ -361,9 +363,7 @@ class EmbeddedEngine:
 
     def _resolve(self, running: RunningRequest) -> None:
         del self._requests[running.request.request_id]
-        if running.future.done():
-            return
-        running.future.set_result(running.to_result(self._tokenizer))
+        running.answer(self._tokenizer)
 
     def _fail(self, cause: Exception) -> None:
         """End all requests, now and later, with an error."""

@@ -42,8 +42,7 @@ class Dispatcher:
         """
         self._members = members
         self._can_republish = can_republish
-        self._router = router
-        self._routed = None if router is None else HttpEngine(router.base_url, lost_statuses=OF_A_ROUTER)
+        self._routed = None if router is None else HttpEngine(router.base_url, label=router.label, lost_statuses=OF_A_ROUTER)
         self._supervisor = supervisor
         self._names: dict[str, str] = {}
         """Open request -> the name under which an engine was asked last; a second attempt has another one than the first."""
@@ -121,7 +120,7 @@ class Dispatcher:
         """Send the request to the member or to the router. Without an answer, look for the lost engine."""
         member.in_flight.add(request.request_id)
         try:
-            if self._routed is not None and self._router is not None and self._router.is_running():
+            if self._routed is not None and (self._supervisor is None or self._supervisor.has_router):
                 return await self._routed.generate(request)
             if self._supervisor is None:
                 return await member.engine.generate(request)
@@ -130,6 +129,7 @@ class Dispatcher:
             if self._supervisor is not None:
                 # A router does not say which engine it was.
                 await (self._supervisor.examine(member) if self._routed is None else self._supervisor.examine_all())
+                await self._supervisor.examine_router()
             raise
         finally:
             member.in_flight.discard(request.request_id)

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 from qwench.errors import EngineError
+from qwench.observability.parts import describe_silence, silent_parts, stacks_written
+from qwench.observability.stopping import interruptible
 from qwench.observability.waiting import Describe, say_nothing, waiting
 
 Result = TypeVar("Result")
@@ -40,7 +42,9 @@ class Work(Generic[Result]):
         try:
             left_s = None if self._deadline_s is None else max(self._deadline_s - time.monotonic(), 0)
             futures: list[Future[Any]] = [self._future, other]
-            if not wait(futures, timeout=left_s, return_when=FIRST_COMPLETED).done:
+            with interruptible():
+                done = wait(futures, timeout=left_s, return_when=FIRST_COMPLETED).done
+            if not done:
                 raise _too_late(self._label, self._timeout_s)
             if self._future.done():
                 return True
@@ -128,4 +132,8 @@ async def _cancel_all_others() -> None:
 
 
 def _too_late(label: str, timeout_s: float | None) -> EngineError:
-    return EngineError(f"{label} did not end within {timeout_s:g} s; see the engine's log or raise its timeout.")
+    silence = describe_silence(silent_parts())
+    late = f" ({silence})" if silence else ""
+    return EngineError(
+        f"{label} did not end within {timeout_s:g} s{late}; see the engine's log, or raise its timeout. {stacks_written()}"
+    )

@@ -3,6 +3,7 @@
     every poll:      has the server's process ended?
     every interval:  does the engine answer a health check within its timeout?
     lost:            out of the router, killed, restarted; it generates after the next publication (`engines.fleet.members`)
+    the router:      the same; while it restarts, requests go straight to the engines
 
 Checks are held while engines sleep or receive weights, because they cannot generate then. An engine that fails a request during
 that time is lost if it answers nothing at all.
@@ -55,6 +56,8 @@ class Supervisor:
         self._holds = 0
         self._next_check_s = 0.0
         self.num_restarts = 0
+        self._examines_router = False
+        self._router_lost = False
         self.num_lost = 0
         """How many times an engine was lost."""
 
@@ -93,6 +96,27 @@ class Supervisor:
         """Check now which members are lost."""
         await self._members.each(self.examine)
 
+    @property
+    def has_router(self) -> bool:
+        """Tell whether requests may go through the router."""
+        return self._router is not None and not self._router_lost
+
+    async def examine_router(self) -> None:
+        """Check now whether the router is lost; if so, restart it in the background."""
+        router = self._router
+        if router is None or self._router_lost or self._examines_router:
+            return
+        self._examines_router = True
+        try:
+            if not await asyncio.to_thread(router.is_running):
+                self._lose_router(router, f"its process has ended, {router.last_output()}")
+                return
+            await asyncio.wait_for(router.check(), self._timeout_s)
+        except (TimeoutError, EngineError) as error:
+            self._lose_router(router, str(error) or f"it did not answer within {self._timeout_s:g} s")
+        finally:
+            self._examines_router = False
+
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(min(POLL_S, self._interval_s))
@@ -100,10 +124,13 @@ class Supervisor:
                 continue
             if time.monotonic() >= self._next_check_s:
                 self._next_check_s = time.monotonic() + self._interval_s
+                self._spawn(self.examine_router)
                 for member in self._members:
                     # One that does not answer must not delay the others' checks.
                     self._spawn(partial(self.examine, member))
             else:
+                if self._router is not None and not await asyncio.to_thread(self._router.is_running):
+                    await self.examine_router()
                 for member in self._members:
                     if member.state is not MemberState.LOST and not await _has_process(member):
                         await self._lose(member, "its process has ended")
@@ -151,9 +178,52 @@ class Supervisor:
             member.engine.note_restart()
         stale = self._members.version is not None  # then the weights that it starts with are not the current ones
         _logger.info("%s is up again%s", member.label, "; it generates after the next publication" if stale else "")
-        if not stale and self._router is not None:
-            await self._router.add(member.url)
+        if not stale:
+            await self.route(member)
         await self._members.set_state(member, MemberState.STALE if stale else MemberState.READY)
+
+    async def route(self, member: Member) -> None:
+        """Add a member to the router; a router that is lost gets all ready members when it is up again."""
+        if self._router is None or self._router_lost:
+            return
+        try:
+            await self._router.add(member.url)
+        except EngineError:
+            await self.examine_router()
+            if not self._router_lost:
+                raise
+
+    async def _add(self, router: Router, member: Member) -> None:
+        try:
+            await router.add(member.url)
+        except EngineError:
+            await self.examine(member)
+            if member.state is MemberState.READY:
+                raise
+
+    def _lose_router(self, router: Router, reason: str) -> None:
+        self._router_lost = True
+        _logger.warning("%s is lost: %s; requests go straight to the engines while it restarts", router.label, reason)
+        self._spawn(partial(self._recover_router, router))
+
+    async def _recover_router(self, router: Router) -> None:
+        for attempt in range(1, MAX_STARTS + 1):
+            try:
+                await router.restart()
+                break
+            except EngineError as error:
+                if attempt == MAX_STARTS:
+                    raise EngineError(
+                        f"{router.label} was lost and did not start again ({attempt} attempts): {error}"
+                    ) from error
+                _logger.warning("%s did not start: %s", router.label, error)
+        while self._holds:  # it checks the health of servers, which must be awake
+            await asyncio.sleep(POLL_S)
+        for member in self._members:
+            if member.state is MemberState.READY:
+                await self._add(router, member)
+        self._router_lost = False
+        _logger.info("%s is up again", router.label)
 
     async def _restart(self, member: Member) -> None:
         server = member.server

@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from qwench.config.sections.engine import EngineConfig
@@ -21,7 +23,8 @@ from qwench.engines.fleet.health import Supervisor
 from qwench.engines.fleet.members import Member, Members, MemberState
 from qwench.engines.fleet.router import Router
 from qwench.engines.protocol import Engine, EngineStats, GenerateRequest, GenerateResult, MemoryTag
-from qwench.errors import EngineLostError, WeightSyncError
+from qwench.errors import EngineError, EngineLostError, WeightSyncError
+from qwench.observability.parts import AskedPart, forget, register
 from qwench.observability.waiting import Describe, say_nothing
 
 _logger = logging.getLogger(__name__)
@@ -82,6 +85,9 @@ class EnginePool:
         self._router = router
         self._unrouted = list(self._members)
         self._tags_asleep: Sequence[MemoryTag] = ()
+        self._parts = self._list_parts()
+        for part in self._parts:
+            register(part)
         self.run(self._begin(), label="start of the engines", timeout_s=CONTROL_TIMEOUT_S)
 
     @property
@@ -143,10 +149,28 @@ class EnginePool:
         describe: Describe = say_nothing,
     ) -> Result:
         """Run a coroutine on the engines' loop and wait for its result; see `EventLoopThread.run`."""
-        return self.loop.run(coroutine, label=label, timeout_s=timeout_s, describe=describe)
+        with self.explaining():
+            return self.loop.run(coroutine, label=label, timeout_s=timeout_s, describe=describe)
 
     attend = run
     """Without a publisher, waiting for generation is like any other wait (`weights.publisher.Publisher.attend`)."""
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Add to an error of a lost engine which server or router has ended, and the end of its log."""
+        try:
+            yield
+        except EngineRestartedError:
+            raise
+        except EngineLostError as error:
+            ended = [
+                f"{one.label} has ended; {one.last_output()}"
+                for one in (self._router, *(member.server for member in self._members))
+                if one is not None and not one.is_running()
+            ]
+            if not ended or ended[0] in str(error):
+                raise
+            raise EngineLostError(f"{ended[0]} ({len(ended)} processes have ended; {error})") from error
 
     async def lose_weights(self) -> None:
         """Return when every engine was restarted, so that none holds the current weights.
@@ -206,6 +230,8 @@ class EnginePool:
 
     def close(self) -> None:
         """End supervision, router, engines and their servers, then the loop."""
+        for part in self._parts:
+            forget(part)
         try:
             self.run(self._end(), label="close engines", timeout_s=CLOSE_TIMEOUT_S)
         finally:
@@ -242,8 +268,27 @@ class EnginePool:
         """Add new members to the router. It checks their health, so they must be awake."""
         while self._unrouted:
             member = self._unrouted.pop()
-            if self._router is not None and member.state is MemberState.READY:
-                await self._router.add(member.url)
+            if self._router is None or member.state is not MemberState.READY:
+                continue
+            await (self._router.add(member.url) if self._supervisor is None else self._supervisor.route(member))
+
+    def _list_parts(self) -> list[AskedPart]:
+        """Return the processes whose silence is worth a word; all are asked on the loop, so that comes first."""
+        loop = AskedPart("the engines' event loop", lambda: self.loop.start(_do_nothing()), lambda: "(a thread of the driver)")
+        parts = [loop]
+        if self._router is not None:
+            parts.append(AskedPart(self._router.label, partial(self._ask_router, self._router), lambda: "(it is not Python)"))
+        for member in self._members:
+            if member.url:
+                stacks = member.server.stacks if member.server is not None else lambda: "(not started by this run)"
+                parts.append(AskedPart(member.label, partial(self._ask_member, member), stacks))
+        return parts
+
+    def _ask_router(self, router: Router) -> Future[object]:
+        return self.loop.start(router.check())
+
+    def _ask_member(self, member: Member) -> Future[object]:
+        return self.loop.start(_give_sign(member))
 
     def _put_to_sleep(self) -> None:
         self._settle()
@@ -259,7 +304,8 @@ class EnginePool:
         """Look for lost engines, which are then restarted; if there is none, the error has another reason."""
         supervisor = self._supervisor
         if supervisor is None:
-            raise error
+            with self.explaining():
+                raise error
         num_lost = supervisor.num_lost
         self.run(supervisor.examine_all(), label="look for lost engines", timeout_s=CONTROL_TIMEOUT_S)
         if supervisor.num_lost == num_lost:
@@ -284,6 +330,20 @@ class EnginePool:
     def _release(self) -> None:
         if self._supervisor is not None:
             self.run(self._supervisor.release(), label="resume health checks", timeout_s=CONTROL_TIMEOUT_S)
+
+
+async def _do_nothing() -> object:
+    return None
+
+
+async def _give_sign(member: Member) -> object:
+    """Return when the server has answered, also where it refused."""
+    try:
+        return await member.engine.stats()
+    except EngineLostError:
+        raise
+    except EngineError:
+        return None
 
 
 async def _sleep(member: Member, tags: Sequence[MemoryTag]) -> None:

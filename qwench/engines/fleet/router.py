@@ -11,8 +11,33 @@ class Router(Protocol):
     base_url: str
     """Where requests go."""
 
+    @property
+    def label(self) -> str:
+        """Return its name in messages."""
+        ...
+
     def is_running(self) -> bool:
         """Tell whether its process is alive."""
+        ...
+
+    def last_output(self) -> str:
+        """Return a phrase with the end of its log."""
+        ...
+
+    async def check(self) -> None:
+        """Return when it has answered.
+
+        Raises:
+            EngineError: it did not, within its deadline.
+        """
+        ...
+
+    async def restart(self) -> None:
+        """End its process and start another one at the same address, which knows no server.
+
+        Raises:
+            EngineError: it did not start.
+        """
         ...
 
     async def add(self, url: str) -> None:

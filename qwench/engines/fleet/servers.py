@@ -8,6 +8,7 @@ A server keeps its address over restarts.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Protocol
 
 from qwench.errors import EngineError
+from qwench.observability.parts import STACKS_SIGNAL, ask_for_stacks
 from qwench.wire.addresses import Placement
 
 HEALTH_POLL_S = 0.2
@@ -31,6 +33,7 @@ COLLECT_TIMEOUT_S = 2.0
 LOG_TAIL_LINES = 20
 _OF_OUR_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT")
 """A server that finds these takes itself for a trainer rank; torchrun's other variables begin with the prefix below."""
+_SECRET = re.compile(r"(^|_)(API_?KEY|ACCESS_KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS)(_|$)", re.IGNORECASE)
 _TORCHRUN_PREFIX = "TORCHELASTIC_"
 
 
@@ -63,6 +66,14 @@ class Server(Protocol):
         """Tell whether its process is alive."""
         ...
 
+    def last_output(self) -> str:
+        """Return a phrase with the end of its log."""
+        ...
+
+    def stacks(self) -> str:
+        """Return the stacks of its threads, or why there are none."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerCommand:
@@ -82,6 +93,8 @@ class ServerCommand:
     port: int | None = None
     """None: one that is free at the first start."""
     start_timeout_s: float = 1800.0
+    dumps_stacks: bool = False
+    """All its processes write their stacks to the log on `observability.parts.STACKS_SIGNAL`, instead of ending."""
 
 
 class CommandMaker(Protocol):
@@ -167,10 +180,12 @@ class ServerProcess:
         while not _is_healthy(url, timeout_s=max(min(HEALTH_TIMEOUT_S, deadline - time.monotonic()), HEALTH_POLL_S)):
             if not self.is_running():
                 self.stop()
-                raise EngineError(f"{self.label} ended while it started; {self._log_tail()}")
+                raise EngineError(f"{self.label} ended while it started; {self.last_output()}")
             if time.monotonic() > deadline:
                 self.stop()
-                raise EngineError(f"{self.label} was not ready within {self._command.start_timeout_s:g} s; {self._log_tail()}")
+                raise EngineError(
+                    f"{self.label} was not ready within {self._command.start_timeout_s:g} s; {self.last_output()}"
+                )
             time.sleep(HEALTH_POLL_S)
         return url
 
@@ -178,6 +193,13 @@ class ServerProcess:
         """See `Server.is_running`."""
         with self._lock:
             return self._process is not None and not _has_ended(self._process)
+
+    def stacks(self) -> str:
+        """See `Server.stacks`."""
+        group = self.process_group
+        if group is None or not self._command.dumps_stacks:
+            return "(it is not running)" if group is None else "(it cannot be asked for them)"
+        return ask_for_stacks(lambda: os.killpg(group, STACKS_SIGNAL), self._command.log_file)
 
     def stop(self) -> None:
         """See `Server.stop`."""
@@ -198,13 +220,21 @@ class ServerProcess:
         process.stdin.close()
         _wait_for_end_of_group(process.pid)
 
-    def _log_tail(self) -> str:
+    def last_output(self) -> str:
+        """See `Server.last_output`."""
         return f"the end of {self._command.log_file}: {tail(self._command.log_file)}"
 
 
 def server_environ(environ: Mapping[str, str], **changes: str) -> dict[str, str]:
-    """Return an environment for a server: `environ` without what makes a process a rank of the trainer, and with `changes`."""
-    kept = {name: text for name, text in environ.items() if name not in _OF_OUR_RANK and not name.startswith(_TORCHRUN_PREFIX)}
+    """Return an environment for a server: `environ` without what makes a process a rank of the trainer, and with `changes`.
+
+    Secrets of the run, such as WANDB_API_KEY, are left out too: a server answers requests from outside.
+    """
+    kept = {
+        name: text
+        for name, text in environ.items()
+        if name not in _OF_OUR_RANK and not name.startswith(_TORCHRUN_PREFIX) and not _SECRET.search(name)
+    }
     return kept | changes
 
 

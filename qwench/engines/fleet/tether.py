@@ -8,7 +8,6 @@ itself be killed (Ray does that to what a dead actor started), Linux ends the co
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -18,17 +17,18 @@ from collections.abc import Sequence
 from functools import partial
 from types import FrameType
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from qwench.observability.stopping import end_with_parent
+from qwench.wire.memory_files import remove_files_of
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command to its end and return its exit code."""
     # Signals for the group are the command's to act on. A handler, unlike SIG_IGN, is not inherited by it.
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, _leave_to_command)
-    end_with_tether = partial(_end_with_parent, os.getpid()) if sys.platform == "linux" else None
+    end_with_tether = partial(end_with_parent, os.getpid()) if sys.platform == "linux" else None
     command = subprocess.Popen(argv, stdin=subprocess.DEVNULL, preexec_fn=end_with_tether)  # no other thread runs yet
-    threading.Thread(target=_end_with_owner, name="qwench-tether", daemon=True).start()
+    threading.Thread(target=_end_with_owner, args=(os.getppid(),), name="qwench-tether", daemon=True).start()
     code = command.wait()
     return code if code >= 0 else 128 - code
 
@@ -37,15 +37,9 @@ def _leave_to_command(number: int, frame: FrameType | None) -> None:
     return
 
 
-def _end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when `parent` ends; between fork and exec."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before that
-        os._exit(1)
-
-
-def _end_with_owner() -> None:
+def _end_with_owner(owner: int) -> None:
     sys.stdin.buffer.read()
+    remove_files_of(owner)  # empty where it ended by itself
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 

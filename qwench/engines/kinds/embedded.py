@@ -38,6 +38,7 @@ def embedded_command(
         log_file=order.log_folder / f"engine-{index}.log",
         host=host,
         start_timeout_s=order.engine.engine_start_timeout,
+        dumps_stacks=True,
     )
 
 
@@ -53,7 +54,8 @@ def serve_words(order: ServerOrder) -> list[str]:
         "embedded-kv-cache-tokens": engine.embedded_kv_cache_tokens,
         "embedded-mem-fraction": engine.embedded_mem_fraction,
     }
-    return [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
+    words = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
+    return [*words, "--deterministic-mode"] if order.deterministic else words
 
 
 def check_no_flags(engine: EngineConfig) -> None:

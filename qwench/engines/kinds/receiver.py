@@ -91,7 +91,9 @@ class HttpReceiver:
     """See the module docstring."""
 
     def __init__(self, address: EngineAddress, *, timeout_s: float) -> None:
-        self.engine = HttpEngine(address.base_url, token=address.token, kind=address.kind, placement=address.placement)
+        self.engine = HttpEngine(
+            address.base_url, token=address.token, kind=address.kind, label=address.label, placement=address.placement
+        )
         self.address = address
         self.num_ranks = 1
         self._timeout_s = timeout_s

@@ -93,9 +93,27 @@ class SglangRouter:
         """
         self.base_url = self._server.start()
 
+    @property
+    def label(self) -> str:
+        """See `Router.label`."""
+        return self._server.label
+
     def is_running(self) -> bool:
         """See `Router.is_running`."""
         return self._server.is_running()
+
+    def last_output(self) -> str:
+        """See `Router.last_output`."""
+        return self._server.last_output()
+
+    async def check(self) -> None:
+        """See `Router.check`."""
+        await self._workers()
+
+    async def restart(self) -> None:
+        """See `Router.restart`."""
+        await self.close()
+        await asyncio.to_thread(self.start)
 
     async def add(self, url: str) -> None:
         """See `Router.add`."""

@@ -74,7 +74,9 @@ def test_ranks_learn_save_and_give_their_weights(launched: Launched, tmp_path: P
         for name, tensor in bucket:
             assert tensor.dtype == learners.TENSORS[name].dtype
             torch.testing.assert_close(tensor, learners.TENSORS[name], rtol=0, atol=0)
-    assert not [path for path in launched.ranks._folder.iterdir() if not path.name.startswith("call_")], "no bucket is left"
+    assert not [path for path in launched.ranks._folder.iterdir() if not path.name.startswith(("call_", "rank_"))], (
+        "no bucket is left"
+    )
 
     answers = launched.learner.state.on_ranks(learners.where, "here", label="ask", timeout_s=DEADLINE_S)
     assert answers == [(0, "here", "0"), (1, "here", "1")]

@@ -87,3 +87,9 @@ class ScriptedServer:
 
     def is_running(self) -> bool:
         return not self.engine.down
+
+    def last_output(self) -> str:
+        return f"the end of {self.engine.name}.log: out of memory"
+
+    def stacks(self) -> str:
+        return f"stacks of {self.engine.name}"

@@ -16,6 +16,7 @@ from qwench.engines.fleet.members import Member
 from qwench.engines.fleet.pool import EnginePool
 from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult, MemoryTag, SamplingParams
 from qwench.errors import EngineError, EngineLostError, WeightSyncError
+from qwench.observability import parts
 from qwench.observability.timing import PhaseTimer
 from qwench.weights.publisher import Publisher
 from qwench.weights.remote import PublicationPlan
@@ -128,11 +129,100 @@ def test_requests_wait_while_every_engine_is_started_again(make_scene):
     assert scene.generate().text in ("a", "b")
 
 
-def test_without_supervision_a_lost_engine_ends_the_run(make_scene):
+def test_without_supervision_a_lost_engine_ends_the_run_by_its_name_and_the_end_of_its_log(make_scene):
     scene = make_scene(health=None)
     scene.a.down = True
-    with pytest.raises(EngineLostError, match="a is down"):
+    with pytest.raises(EngineLostError, match=r"^server of a has ended; the end of a\.log: out of memory .*a is down"):
         scene.generate()
+    with pytest.raises(EngineLostError, match=r"^server of a has ended"):
+        scene.publisher.publish(version=1)
+
+
+class ScriptedRouter:
+    """A router that sends nothing: requests to it break off, as those to a dead one do."""
+
+    base_url = "http://127.0.0.1:1"
+    label = "the router"
+
+    def __init__(self) -> None:
+        self.running, self.hangs, self.failures, self.takes_long = True, False, 0, False
+        self.events: list[str] = []
+
+    def is_running(self) -> bool:
+        return self.running
+
+    def last_output(self) -> str:
+        return "the end of router.log: panicked"
+
+    async def check(self) -> None:
+        if self.hangs:
+            await asyncio.Event().wait()
+
+    async def restart(self) -> None:
+        self.events.append("restart")
+        if self.takes_long:
+            await asyncio.Event().wait()
+        if self.failures:
+            self.failures -= 1
+            raise EngineError("no port today")
+        self.running, self.hangs = True, False
+
+    async def add(self, url: str) -> None:
+        self.events.append(f"add {url}")
+
+    async def remove(self, url: str) -> None:
+        self.events.append(f"remove {url}")
+
+    async def close(self) -> None:
+        self.events.append("close")
+
+
+def test_without_supervision_a_dead_router_is_named_with_the_end_of_its_log(make_scene):
+    router = ScriptedRouter()
+    scene = make_scene(health=None, router=router)
+    router.running = False
+    with pytest.raises(EngineLostError, match=r"^the router has ended; the end of router\.log: panicked"):
+        scene.generate()
+
+
+@pytest.mark.parametrize(("trouble", "reason"), [("running", "its process has ended"), ("hangs", "did not answer within")])
+def test_a_lost_router_is_said_and_restarted_with_all_ready_engines(trouble, reason, make_scene, caplog):
+    router = ScriptedRouter()
+    scene = make_scene(health=OFTEN, router=router)
+    router.failures = 1
+    router.events.clear()
+    setattr(router, trouble, trouble == "hangs")
+    scene.wait_until(lambda: router.events.count("restart") == 2)
+    scene.wait_until(lambda: "the router is up again" in caplog.text)
+    assert router.events == ["restart", "restart", "add a", "add b"]
+    assert "the router is lost: " in caplog.text and reason in caplog.text
+    assert "the router did not start: no port today" in caplog.text
+
+
+def test_requests_go_straight_to_the_engines_while_the_router_is_lost(make_scene):
+    router = ScriptedRouter()
+    scene = make_scene(health=RARELY, router=router)
+    router.running, router.takes_long = False, True
+    results = [scene.generate(f"r{i}") for i in range(2)]
+    assert {result.text for result in results} <= {"a", "b"}
+
+
+def test_a_router_that_does_not_start_again_ends_the_run_with_the_reason(make_scene):
+    router = ScriptedRouter()
+    scene = make_scene(health=OFTEN, router=router)
+    router.failures, router.running = MAX_STARTS, False
+    with pytest.raises(EngineError, match=r"the router was lost and did not start again \(3 attempts\): no port today"):
+        while True:
+            scene.generate()
+
+
+def test_a_stopped_server_is_silent_until_it_answers_again(make_scene, monkeypatch):
+    monkeypatch.setattr(parts, "SILENT_AFTER_S", 0.2)
+    scene = make_scene(health=None)
+    scene.a.hangs = True
+    parts.silent_parts()
+    scene.wait_until(lambda: list(parts.silent_parts()) == ["server of a (a)"])
+    scene.a.hangs = False
 
 
 def test_an_engine_that_does_not_start_again_ends_the_run_with_the_reason(make_scene):

@@ -1,6 +1,9 @@
 """What a run writes besides its checkpoints is its own: nothing of another run, or of the user, is replaced."""
 
 import json
+import subprocess
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.errors import ConfigError
-from qwench.launch.outputs import claim_outputs
+from qwench.launch.outputs import claim_outputs, own_results
 from qwench.observability.dumps import save_rollout
 from qwench.samples import Rollout
 
@@ -21,7 +24,8 @@ def claim(*, save: Path | None = None, load: Path | None = None, log_dir: Path |
             checkpoint=CheckpointConfig(save=save, load=load),
             logging=LoggingConfig(log_dir=log_dir),
             debug=DebugConfig(save_debug_rollout_data=dumps),
-        )
+        ),
+        ExitStack(),
     )
 
 
@@ -108,3 +112,59 @@ def test_the_folder_of_dump_details_holds_nothing_else(tmp_path):
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(ConfigError, match=r"^--dump-details .* holds files that no run wrote \(thesis.txt\)"):
         claim(dumps=str(tmp_path / "rollout_data" / "{rollout_id}.jsonl"))
+
+
+HOLD = """
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from qwench.config import CheckpointConfig, Config, DebugConfig, LoggingConfig
+from qwench.launch.outputs import claim_outputs, own_results
+save, hf, dumps, log, results = sys.argv[1:]
+config = Config(
+    checkpoint=CheckpointConfig(save=Path(save), save_hf=hf),
+    debug=DebugConfig(save_debug_rollout_data=dumps),
+    logging=LoggingConfig(log_dir=Path(log)),
+)
+held = ExitStack()
+claim_outputs(config, held)
+own_results(Path(results), held)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_a_live_run_writes_is_refused_to_another_with_its_owner(tmp_path):
+    hf, dumps, log = str(tmp_path / "hf" / "{rollout_id}"), str(tmp_path / "dumps" / "{rollout_id}.jsonl"), tmp_path / "log"
+    (tmp_path / "results").mkdir()
+    argv = [sys.executable, "-c", HOLD, str(tmp_path / "a"), hf, dumps, str(log), str(tmp_path / "results")]
+
+    def claim_with(save: str, **flags: object) -> None:
+        checkpoint = CheckpointConfig(save=tmp_path / save, save_hf=flags.get("hf"))
+        logging, debug = LoggingConfig(log_dir=flags.get("log")), DebugConfig(save_debug_rollout_data=flags.get("dumps"))
+        with ExitStack() as held:
+            claim_outputs(Config(checkpoint=checkpoint, logging=logging, debug=debug), held)
+
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        for save, flags, words in (
+            ("a", {"log": log}, f"--log-dir {log}"),
+            ("b", {"log": log}, f"--log-dir {log}"),  # not yet with metrics: only the lock tells
+            ("b", {"hf": hf}, f"--save-hf {hf}"),
+            ("b", {"dumps": dumps}, f"--save-debug-rollout-data {dumps}"),
+        ):
+            with pytest.raises(ConfigError) as refused:
+                claim_with(save, **flags)
+            assert f"{words} is in use by process {other.pid} on " in str(refused.value)
+        with pytest.raises(ConfigError, match=rf"--eval-output {tmp_path}/results is in use by process {other.pid}"):
+            own_results(tmp_path / "results", ExitStack())
+        claim_with("b", hf=str(tmp_path / "hf" / "other-{rollout_id}"), log=tmp_path / "other log")
+        other.kill()
+        other.wait()
+    claim_with("a", hf=hf, dumps=dumps, log=log)  # a killed process leaves no lock behind
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--save-debug-rollout-data .* cannot be written to"):
+        claim(dumps=str(tmp_path / "file" / "{rollout_id}.jsonl"))

@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from qwench.errors import ConfigError, QwenchError
 from qwench.observability.metrics import MetricGate, MetricLog
-from qwench.observability.tracking import JsonlSink, TensorBoardSink, WandbSink
+from qwench.observability.tracking import JsonlSink, TensorBoardSink, WandbSink, check_metrics_file
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -53,6 +53,45 @@ def test_resumed_file_has_each_rollout_once(tmp_path):
         *[(0, 10.0), (1, 11.0), (2, 10.0), (3, 11.0)],
         *[(4, 20.0), (5, 21.0), (6, 20.0), (7, 21.0), (8, 20.0), (9, 21.0)],
     ]
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [(bytes(range(128, 256)), 1), (b"not json\n", 1), (b'{"train/step": 0}\n[1]\n{"train/step": 1}\n', 2)],
+)
+def test_a_file_of_something_else_is_refused_in_one_sentence_and_kept(content, line, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"metrics.jsonl line {line} is not a record of metrics.*--log-dir"):
+        check_metrics_file(path)
+    with pytest.raises(ConfigError, match="is not a record"):
+        MetricLog([JsonlSink(path)], num_steps_per_rollout=1).resume(1, first_step=1)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"train/step": 1, "tra', b"\0\0\0", b'{"train/x": "\xc3'])
+def test_a_line_that_a_kill_or_a_power_cut_left_unfinished_is_no_damage(tail, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"train/step": 0}\n' + tail)
+    check_metrics_file(path)
+    MetricLog([JsonlSink(path)], num_steps_per_rollout=1).resume(1, first_step=1)
+    assert lines_of(path) == [{"train/step": 0}]
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_resumed_run_says_that_its_history_is_gone(content, tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    if content is not None:
+        path.write_text(content)
+    MetricLog([JsonlSink(path)], num_steps_per_rollout=1).resume(3, first_step=3)
+    assert f"{path} has no record of the 3 rollouts before" in caplog.text
+
+
+def test_a_new_run_says_what_it_replaces(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"rollout/step": 0}\n{"rollout/step": 1}\n')
+    MetricLog([JsonlSink(path)], num_steps_per_rollout=1).resume(0, first_step=0)
+    assert f"{path}: 2 records of an earlier run are replaced" in caplog.text
 
 
 def test_floats_come_back_bit_for_bit_and_not_finite_ones_as_null(tmp_path):

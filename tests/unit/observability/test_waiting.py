@@ -56,9 +56,37 @@ def test_the_next_report_is_that_of_the_wait_that_began_first():
     clock = Clock()
     watcher = StillWatcher(clock=clock)
     with watcher.watch("first", lambda: ""):
-        clock.now += 12
+        clock.now += 27
         with watcher.watch("second", lambda: ""):
-            assert watcher.report_due() == 18.0
+            assert watcher.report_due() == 3.0
+
+
+def test_a_part_that_falls_silent_is_named_at_once_and_in_every_report_after(caplog):
+    clock = Clock()
+    silent: dict[str, float] = {}
+    watcher = StillWatcher(clock=clock, find_silent=lambda: dict(silent))
+    with caplog.at_level(logging.WARNING), watcher.watch("learn from rollout 2", lambda: ""):
+        for seconds in range(5, 250, 5):
+            clock.now = 1000.0 + seconds
+            if seconds >= 70:
+                silent["trainer rank 1"] = seconds - 50.0
+            watcher.report_due()
+    assert [record.getMessage() for record in caplog.records] == [
+        "waiting 30 s for learn from rollout 2",
+        "waiting 60 s for learn from rollout 2",
+        "waiting 70 s for learn from rollout 2: trainer rank 1 silent for 20 s",
+        "waiting 120 s for learn from rollout 2: trainer rank 1 silent for 70 s",
+        "waiting 240 s for learn from rollout 2: trainer rank 1 silent for 190 s",
+    ]
+
+
+def test_waits_look_for_silent_parts_every_5_s_after_the_first_10():
+    clock = Clock()
+    watcher = StillWatcher(clock=clock)
+    with watcher.watch("long", lambda: ""):
+        assert watcher.report_due() == 10.0
+        clock.now += 10
+        assert watcher.report_due() == 5.0
 
 
 def test_a_wait_of_the_process_reports_from_a_thread_of_its_own(monkeypatch):

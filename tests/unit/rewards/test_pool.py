@@ -82,6 +82,16 @@ def test_worker_that_dies_while_grading_gives_grader_error_and_is_replaced(pool:
     assert worker_pid(pool) != killed
 
 
+def test_a_stopped_worker_is_named_and_replaced(pool: RewardPool, caplog: pytest.LogCaptureFixture) -> None:
+    assert reasons(asyncio.run(pool.grade_group([NEEDS_ALGEBRA]))) == ["sympy_equal"]
+    victim = worker_pid(pool)
+    os.killpg(victim, signal.SIGSTOP)
+    verdicts = asyncio.run(pool.grade_group([NEEDS_ALGEBRA, NEEDS_ALGEBRA]))
+    assert reasons(verdicts) == ["timeout", "sympy_equal"]
+    assert f"a grading worker (process group {victim}) is stopped and silent for 1 s" in caplog.text
+    assert worker_pid(pool) != victim
+
+
 def test_worker_that_died_idle_is_replaced_unnoticed(pool: RewardPool) -> None:
     asyncio.run(pool.grade(NEEDS_ALGEBRA))
     os.kill(worker_pid(pool), signal.SIGKILL)

@@ -73,6 +73,10 @@ class Pool:
         self.weights_lost = 0
 
     @contextmanager
+    def explaining(self):
+        yield
+
+    @contextmanager
     def receiving(self, version: int):
         self._events.append(f"receive {version}")
         yield

@@ -75,8 +75,11 @@ class Decoder:
 
     def draw_limited(self, logits_SV: Tensor, draws: Draws, drawn: Tensor) -> None:
         """Draw for the requests that `draw` has left out: those with a limited support, or on a CPU all."""
-        which = draws.limited if self._device.type == "cuda" else np.arange(len(draws.rows))
-        draw_limited(logits_SV, draws, which, self.last_tokens, drawn)
+        draw_limited(logits_SV, draws, self.limited(draws), self.last_tokens, drawn)
+
+    def limited(self, draws: Draws) -> np.ndarray:
+        """Return the indices of the requests that `draw_limited` draws for."""
+        return draws.limited if self._device.type == "cuda" else np.arange(len(draws.rows))
 
     def _draw(self, logits_SV: Tensor, inputs: DrawInputs, drawn: Tensor) -> None:
         import qwench.engines.embedded.compute.sampler_triton as kernels  # noqa: PLC0415  # Triton comes with CUDA only

@@ -17,7 +17,7 @@ from qwench.engines.embedded.compute.decode_work import IntArray
 from qwench.engines.embedded.compute.decoder import Decoder
 from qwench.engines.embedded.compute.graphs import Bucket
 from qwench.engines.embedded.compute.model import DecoderModel
-from qwench.engines.embedded.compute.sampler import draws_of
+from qwench.engines.embedded.compute.sampler import Draws, draw_limited, draws_of
 from qwench.engines.embedded.compute.weights import WeightStore
 from qwench.engines.embedded.scheduling.kv_cache import KVCache, page_bytes
 from qwench.engines.embedded.scheduling.request import RunningRequest
@@ -149,8 +149,29 @@ class Runner:
             if rows is not None:
                 logits = logits[to_device([rows], self._device)[0]]
             drawn = decoder.draw(logits, draws)
-        decoder.draw_limited(logits, draws, drawn)
+        self._draw_limited(decoder, requests, logits, draws, drawn)
         return InFlight.of(plan, requests, drawn)
+
+    def _draw_limited(
+        self, decoder: Decoder, requests: list[RunningRequest], logits: Tensor, draws: Draws, drawn: Tensor
+    ) -> None:
+        """Draw for all requests at once; where that fails, find those that cannot be drawn for, which get `failure`.
+
+        What fails for every one of several requests belongs to the step, as does what a device reports.
+        """
+        try:
+            decoder.draw_limited(logits, draws, drawn)
+        except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception:
+            which = decoder.limited(draws)
+            for index in which:
+                try:
+                    draw_limited(logits, draws, which[which == index], decoder.last_tokens, drawn)
+                except Exception as cause:  # noqa: BLE001 - see above
+                    requests[index].failure = cause
+            if len(which) > 1 and all(requests[index].failure is not None for index in which):
+                raise
 
     def _bind(self, page_table: IntArray) -> Decoder:
         """Return the decoder over the current weights and KV memory; a new one when the weights moved."""

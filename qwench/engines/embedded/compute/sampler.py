@@ -7,7 +7,7 @@ counter-based hash gives one uniform number, and the inverse of the cumulative d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.embedded.scheduling.uniform import uniform
+from qwench.engines.protocol import SamplingParams
 
 CDF_BLOCK = 128
 """Vocabulary entries of one block of the two-level inverse CDF: only one block per row is summed in float64."""
@@ -91,9 +92,30 @@ class DrawInputs:
 
 
 def draws_of(requests: Sequence[RunningRequest]) -> Draws:
-    """Collect the draws of the next token of each request."""
+    """Collect the draws of the next token of each request.
+
+    A request whose parameters cannot be read gets `failure`, and a draw that nobody uses.
+    """
     rows = np.array([request.row for request in requests], dtype=np.int32)
-    return Draws(params=sampling_rows(requests), rows=rows)
+    try:
+        params = sampling_rows(requests)
+    except Exception:  # noqa: BLE001 - the fault of one request is not that of the others
+        params = sampling_rows([request if _can_be_read(request) else _greedy(request) for request in requests])
+    return Draws(params=params, rows=rows)
+
+
+def _can_be_read(request: RunningRequest) -> bool:
+    try:
+        sampling_rows([request])
+    except Exception as cause:  # noqa: BLE001 - see draws_of
+        request.failure = cause
+        return False
+    return True
+
+
+def _greedy(request: RunningRequest) -> RunningRequest:
+    harmless = replace(request.request, sampling=SamplingParams(max_new_tokens=1, temperature=0.0))
+    return replace(request, request=harmless, seed=0, stop_ids=frozenset())
 
 
 def draw_limited(logits_SV: Tensor, draws: Draws, which: np.ndarray, last_tokens: Tensor, drawn: Tensor) -> None:

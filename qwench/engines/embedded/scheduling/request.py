@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult
+from qwench.errors import EngineError
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -44,6 +45,8 @@ class RunningRequest:
     finish_reason: FinishReason | None = None
     matched: int | str | None = None
     """Stop token or string that ended it."""
+    failure: Exception | None = None
+    """What went wrong in a step because of this request alone."""
 
     @property
     def num_output(self) -> int:
@@ -64,6 +67,21 @@ class RunningRequest:
     def output_ids(self) -> list[int]:
         """Return the response tokens."""
         return self.tokens[self.num_prompt :]
+
+    def answer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Give the caller its result, or the error of this request alone."""
+        if self.future.done():
+            return
+        try:
+            if self.failure is None:
+                self.future.set_result(self.to_result(tokenizer))
+                return
+        except Exception as cause:  # noqa: BLE001 - as in a step: the other requests go on
+            self.failure = cause
+        reason = f"{type(self.failure).__name__}: {self.failure}"
+        error = EngineError(f"request {self.request.request_id!r} failed: {reason}")
+        error.__cause__ = self.failure
+        self.future.set_exception(error)
 
     def to_result(self, tokenizer: PreTrainedTokenizerBase | None) -> GenerateResult:
         """Return what its caller waits for; without a tokenizer there is no text."""

@@ -85,8 +85,8 @@ class Scheduler:
 
     def add(self, request: RunningRequest) -> None:
         """Queue a new request."""
-        self._waiting[request.request.request_id] = request
-        self._siblings.setdefault(_prompt_key(request), OrderedDict())[request.request.request_id] = request
+        siblings = self._siblings.setdefault(_prompt_key(request), OrderedDict())
+        self._waiting[request.request.request_id] = siblings[request.request.request_id] = request
 
     def remove(self, request: RunningRequest) -> None:
         """Take out a request at any point of its life and free what it holds."""

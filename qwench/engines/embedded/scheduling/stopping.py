@@ -48,6 +48,15 @@ def check_encodable(text: str, *, what: str) -> None:
         raise EngineError(f"a {what} holds half of a surrogate pair at character {error.start}.") from error
 
 
+def has_ended(request: RunningRequest, tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Tell whether the latest token ends the response, or the request failed; set the finish reason or the failure."""
+    try:
+        return request.failure is not None or update_finish(request, tokenizer)
+    except Exception as cause:  # noqa: BLE001 - its tokens are its own: the other requests of the step go on
+        request.failure = cause
+        return True
+
+
 def update_finish(request: RunningRequest, tokenizer: PreTrainedTokenizerBase | None) -> bool:
     """Set the finish reason if the latest token ends the response, and tell whether it does.
 

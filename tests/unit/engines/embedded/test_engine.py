@@ -7,7 +7,10 @@ import asyncio
 import pytest
 import torch
 
+from qwench.engines.embedded.compute import sampler
 from qwench.engines.embedded.engine import EmbeddedEngine
+from qwench.engines.embedded.scheduling import stopping
+from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.protocol import FinishReason
 from qwench.errors import ConfigError, EngineError
@@ -95,3 +98,106 @@ def test_cancelled_caller_frees_its_request():
 
     stats = asyncio.run(scenario())
     assert stats.num_running == 0 and stats.num_free_pages == stats.num_pages
+
+
+class BrokenError(Exception):
+    """A fault of one request."""
+
+
+def break_reading(engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the sampling parameters of the request `bad` raise in a step."""
+    original = sampler.sampling_rows
+
+    def sampling_rows(requests):
+        if any(one.request.request_id == "bad" and one.request.sampling.temperature > 0 for one in requests):
+            raise BrokenError("top_k")
+        return original(requests)
+
+    monkeypatch.setattr(sampler, "sampling_rows", sampling_rows)
+
+
+def break_drawing(engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the draw for rows with a certain top-k raise."""
+    original = sampler.sample
+
+    def sample(logits, rows):
+        if 7 in rows.top_k:
+            raise BrokenError("top_k")
+        return original(logits, rows)
+
+    monkeypatch.setattr(sampler, "sample", sample)
+
+
+def break_stopping(engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the search for a stop string raise."""
+    original = stopping.update_finish
+
+    def update_finish(request, tokenizer):
+        if request.request.request_id == "bad" and request.num_output == 3:
+            raise BrokenError("a stop string")
+        return original(request, tokenizer)
+
+    monkeypatch.setattr(stopping, "update_finish", update_finish)
+
+
+def break_decoding(engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the text of the response raise."""
+    original = RunningRequest.to_result
+
+    def to_result(self, tokenizer):
+        if self.request.request_id == "bad":
+            raise BrokenError("a text")
+        return original(self, tokenizer)
+
+    monkeypatch.setattr(RunningRequest, "to_result", to_result)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("break_it", [break_reading, break_drawing, break_stopping, break_decoding])
+def test_the_fault_of_one_request_fails_that_one_and_gives_its_row_and_pages_back(break_it, overlap, monkeypatch):
+    model = make_model("qwen3")
+    others = [ask(f"r{i}", prompt_of(6, seed=i), seed=i, max_new_tokens=8, ignore_eos=True) for i in range(3)]
+    bad = ask("bad", prompt_of(6, seed=0), seed=9, max_new_tokens=8, ignore_eos=True, top_k=7)  # a sibling of r0
+
+    async def scenario(broken: bool):
+        engine = make_engine(model, overlap=overlap)
+        if broken:
+            break_it(engine, monkeypatch)
+        requests = [*others[:2], bad, others[2]]
+        answers = await asyncio.gather(*(engine.generate(one) for one in requests), return_exceptions=True)
+        again = await engine.generate(ask("later", prompt_of(5), seed=1, max_new_tokens=2, ignore_eos=True))
+        stats, healthy = await engine.stats(), await engine.health()
+        await engine.close()
+        return answers, again, stats, healthy
+
+    whole, _, _, _ = asyncio.run(scenario(broken=False))
+    answers, again, stats, healthy = asyncio.run(scenario(broken=True))
+    assert isinstance(answers[2], EngineError) and isinstance(answers[2].__cause__, BrokenError)
+    assert "request 'bad' failed: BrokenError" in str(answers[2])
+    for index in (0, 1, 3):
+        assert answers[index].output_ids == whole[index].output_ids
+        assert answers[index].log_probs == pytest.approx(whole[index].log_probs, abs=1e-5)
+    assert len(again.output_ids) == 2
+    assert healthy and (stats.num_running, stats.num_waiting) == (0, 0)
+    cached = stats.num_pages - stats.num_free_pages
+    assert cached == 0, "free pages are those that no request holds, cached ones included"
+
+
+def test_what_fails_for_every_request_of_a_step_ends_the_engine_with_its_reason(monkeypatch):
+    def sample(logits, rows):
+        raise BrokenError("no kernel")
+
+    async def scenario():
+        engine = make_engine(make_model("qwen3"))
+        monkeypatch.setattr(sampler, "sample", sample)
+        requests = [ask(f"r{i}", prompt_of(4, seed=i), max_new_tokens=4) for i in range(2)]
+        answers = await asyncio.gather(*(engine.generate(one) for one in requests), return_exceptions=True)
+        healthy = await engine.health()
+        with pytest.raises(EngineError, match="failed in a step: BrokenError: no kernel"):
+            await engine.generate(ask("later", prompt_of(4), max_new_tokens=1))
+        await engine.close()
+        return answers, healthy
+
+    answers, healthy = asyncio.run(scenario())
+    assert not healthy
+    assert {str(answer) for answer in answers} == {"the embedded engine failed in a step: BrokenError: no kernel"}

@@ -1,0 +1,162 @@
+"""The other processes of a run: which of them is silent, and what each is doing when a deadline passes.
+
+    register(part) ... forget(part)             trainer ranks, engine servers, the router
+    silent_parts()                              {"trainer rank 1": 38.0}: in every report of a wait
+    stacks_written()                            stacks of the driver and of every part, in one file
+
+A part that is stopped, or hangs without ending, is found by its silence: no pipe or socket breaks.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from datetime import datetime
+from pathlib import Path
+from typing import Protocol
+
+SILENT_AFTER_S = 20.0
+"""Shorter silences are normal on a machine that is busy."""
+STACKS = "stacks.txt"
+STACKS_SIGNAL = signal.SIGUSR1
+_log = logging.getLogger(__name__)
+
+
+class Part(Protocol):
+    """A process of the run besides the driver."""
+
+    @property
+    def label(self) -> str:
+        """Return its name in messages."""
+        ...
+
+    def silent_s(self) -> float:
+        """Return how long it has given no sign of life; any thread may ask, and it does not wait."""
+        ...
+
+    def stacks(self) -> str:
+        """Return the stacks of its threads, or why there are none; takes seconds at most."""
+        ...
+
+
+class AskedPart:
+    """A part that is asked for a sign of life, one question at a time, whenever its silence is asked for."""
+
+    def __init__(
+        self,
+        label: str,
+        ask: Callable[[], Future[object]],
+        stacks: Callable[[], str],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Keep how to ask.
+
+        Args:
+            ask: starts a question; its result, but not its error, is a sign of life.
+        """
+        self.label = label
+        self._ask, self._stacks, self._clock = ask, stacks, clock
+        self._answer: Future[object] | None = None
+        self._heard_at = clock()
+
+    def silent_s(self) -> float:
+        """See `Part.silent_s`."""
+        if self._answer is None:  # nothing is known of the time before the first question
+            self._heard_at, self._answer = self._clock(), self._ask()
+        elif self._answer.done():
+            if not self._answer.cancelled() and self._answer.exception() is None:
+                self._heard_at = self._clock()
+            self._answer = self._ask()
+        return self._clock() - self._heard_at
+
+    def stacks(self) -> str:
+        """See `Part.stacks`."""
+        return self._stacks()
+
+
+_parts: list[Part] = []
+_folder: list[Path] = []
+"""Where the stacks go; empty: no run has a folder."""
+_writing = threading.Lock()
+
+
+def register(part: Part) -> None:
+    """Watch a part until `forget`."""
+    _parts.append(part)
+
+
+def forget(part: Part) -> None:
+    """Watch a part no more."""
+    if part in _parts:
+        _parts.remove(part)
+
+
+def keep_stacks_in(folder: Path) -> None:
+    """Write stacks into the folder of this run from now on."""
+    _folder[:] = [folder]
+
+
+def silent_parts() -> dict[str, float]:
+    """Return how many seconds each part has been silent; parts that were heard lately are left out."""
+    silences = {part.label: part.silent_s() for part in list(_parts)}
+    return {label: seconds for label, seconds in silences.items() if seconds >= SILENT_AFTER_S}
+
+
+def describe_silence(silences: dict[str, float]) -> str:
+    """Return such as `trainer rank 1 silent for 38 s`; empty if no part is."""
+    return ", ".join(f"{label} silent for {seconds:.0f} s" for label, seconds in silences.items())
+
+
+def stacks_written() -> str:
+    """Write the stacks of all processes of the run into one file, and return a sentence that names it."""
+    path = (_folder[0] if _folder else Path(tempfile.gettempdir())) / STACKS
+    try:
+        with _writing, path.open("a", encoding="utf-8") as file:
+            file.write(f"=== {datetime.now().astimezone().isoformat(timespec='seconds')} driver, process {os.getpid()}\n")
+            file.flush()
+            faulthandler.dump_traceback(file)
+            for part in list(_parts):
+                file.write(f"\n=== {part.label}\n{part.stacks()}\n")
+    except OSError as error:
+        return f"The stacks could not be written to {path} ({error})."
+    return f"The stacks of all processes are in {path}."
+
+
+def dump_stacks_on_signal(path: Path | None = None) -> None:
+    """Append the stacks of this process to a file, or to standard error, whenever `STACKS_SIGNAL` comes."""
+    # The file stays open: faulthandler writes to its descriptor, also while native code holds the main thread.
+    file = sys.__stderr__ if path is None else path.open("a", encoding="utf-8")
+    if file is None:
+        return
+    faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True, chain=False)
+    _kept.append(file)
+
+
+_kept: list[object] = []
+
+
+def ask_for_stacks(send: Callable[[], None], path: Path, *, timeout_s: float = 2.0) -> str:
+    """Return what a process writes to the end of `path` after `send` gave it `STACKS_SIGNAL`."""
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        send()
+    except (ProcessLookupError, PermissionError) as error:
+        return f"(no process: {error})"
+    deadline = time.monotonic() + timeout_s
+    size, last = before, -1
+    while time.monotonic() < deadline and (size == before or size != last):
+        time.sleep(0.1)
+        last, size = size, path.stat().st_size if path.exists() else 0
+    with path.open("rb") as file:
+        file.seek(before)
+        written = file.read().decode(errors="replace").strip()
+    return written or f"(no answer within {timeout_s:g} s: the process is stopped, or does not handle {STACKS_SIGNAL.name})"

@@ -1,0 +1,111 @@
+"""Kill drivers at random moments: `python -m tests.campaigns.kills --runs 300 --seed 0`.
+
+Each run is killed by SIGKILL once or twice and continued by the same command. Then its metrics, samples, tokens and log-probs
+must be, bit for bit, those of a run that was not killed, and no process and no file in shared memory may be left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.campaigns.runs import (
+    VARIANTS,
+    Driver,
+    family,
+    fork_drivers,
+    job,
+    leftovers,
+    make_workspace,
+    outcome,
+    remove,
+    scratch_folder,
+)
+from tests.e2e.conftest import Workspace
+
+SECOND_KILL = 0.3
+"""Share of runs that are killed twice."""
+
+
+@dataclass
+class Reference:
+    """A run of a variant that was not killed."""
+
+    outcome: dict[str, object]
+    seconds: float
+
+
+@dataclass
+class Campaign:
+    """Runs of all variants against their references."""
+
+    workspace: Workspace
+    folder: Path
+    rng: random.Random
+    references: dict[str, Reference] = field(default_factory=dict)
+
+    def reference(self, variant: str) -> Reference:
+        """Return the undisturbed run of a variant, made once."""
+        if variant not in self.references:
+            folder = self.folder / f"whole {variant}"
+            folder.mkdir()
+            started_at = time.monotonic()
+            driver = Driver(job(self.workspace, folder, variant), log=folder / "log")
+            assert driver.wait() == 0, (folder / "log").read_text()[-3000:]
+            self.references[variant] = Reference(outcome(folder), time.monotonic() - started_at)
+        return self.references[variant]
+
+    def run(self, variant: str, number: int) -> list[str]:
+        """Kill and continue one run, and return what is wrong."""
+        whole = self.reference(variant)
+        folder = self.folder / f"{variant} {number}"
+        folder.mkdir()
+        argv, log, faults = job(self.workspace, folder, variant), folder / "log", list[str]()
+        for _ in range(1 + (self.rng.random() < SECOND_KILL)):
+            driver = Driver(argv, log=log)
+            driver.wait(self.rng.uniform(0.2, 1.1 * whole.seconds))
+            pids = family(driver)
+            driver.kill()
+            faults += [f"left: {left}" for left in leftovers(pids)]
+        driver = Driver(argv, log=log)
+        if driver.wait() != 0:
+            faults.append(f"the continued run ended with {driver.poll()}: {log.read_text()[-2000:]}")
+        elif outcome(folder) != whole.outcome:
+            faults.append(f"other numbers or samples than undisturbed; see {folder}")
+        if not faults:
+            remove(folder)
+        return faults
+
+
+def main(words: list[str]) -> int:
+    """Run the campaign and print how each variant did."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    flags = parser.parse_args(words)
+    fork_drivers()
+    folder = scratch_folder()
+    campaign = Campaign(make_workspace(folder), folder, random.Random(flags.seed))
+    done, wrong = Counter[str](), 0
+    for number in range(flags.runs):
+        variant = flags.variants[number % len(flags.variants)]
+        faults = campaign.run(variant, number)
+        done[variant] += 1
+        wrong += bool(faults)
+        for fault in faults:
+            print(f"run {number} ({variant}): {fault}", flush=True)
+        if (number + 1) % 10 == 0 or number + 1 == flags.runs:
+            print(f"{number + 1} of {flags.runs} runs, {wrong} wrong: {dict(done)}", flush=True)
+    if not wrong:
+        remove(folder)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,41 @@
+"""--deterministic-mode gives the same bits in every layout that accepts it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import DIGITS, InProcess, Workspace, column, read_metrics
+from tests.verbs import run_verb
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param({"rollout_num_gpus": 2, "colocate": None, "actor_num_gpus_per_node": 2}, id="servers and two ranks"),
+        pytest.param({"rollout_num_gpus": 2, "colocate": None, "use_sglang_router": ()}, id="router"),
+    ],
+)
+def test_two_runs_with_engine_servers_are_equal(layout: dict[str, object], workspace: Workspace, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        run_verb(workspace.train_argv(tmp_path / name, **DIGITS, **layout))
+    assert read_metrics(tmp_path / "one") == read_metrics(tmp_path / "two")
+    assert len(column(tmp_path / "one", "train/loss")) == 6
+    assert min(column(tmp_path / "one", "train/grad_norm")) > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"rollout_engine": "sglang"}, ["--rollout-engine sglang", "--sglang-enable-deterministic-inference"]),
+        ({"rollout_external_engine_addrs": "127.0.0.1:9"}, ["--rollout-external-engine-addrs"]),
+    ],
+)
+def test_layouts_whose_bits_vary_are_refused_by_name(
+    flags: dict[str, object], words: list[str], workspace: Workspace, tmp_path: Path, in_process: InProcess
+) -> None:
+    code, error = in_process([*workspace.train_argv(tmp_path / "run", **flags), "--dry-run"])
+    assert code == 2, error
+    for word in ("--deterministic-mode", *words):
+        assert word in error, error

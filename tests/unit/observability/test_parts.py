@@ -1,0 +1,97 @@
+import os
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from qwench.observability import parts
+from qwench.observability.parts import AskedPart, ask_for_stacks, describe_silence, silent_parts, stacks_written
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Asked:
+    """A part whose answers the test gives."""
+
+    def __init__(self, label: str = "engine server 0") -> None:
+        self.clock = Clock()
+        self.questions: list[Future[object]] = []
+        self.part = AskedPart(label, self.ask, lambda: "its stacks", clock=self.clock)
+
+    def ask(self) -> Future[object]:
+        self.questions.append(Future())
+        return self.questions[-1]
+
+
+def test_silence_is_the_time_since_the_last_answer_and_begins_with_the_first_question():
+    asked = Asked()
+    asked.clock.now += 600  # nobody asked meanwhile
+    assert asked.part.silent_s() == 0
+    asked.clock.now += 30
+    assert asked.part.silent_s() == 30
+    assert len(asked.questions) == 1, "one question at a time"
+    asked.questions[0].set_result(True)
+    assert asked.part.silent_s() == 0
+    assert len(asked.questions) == 2
+
+
+def test_an_error_is_no_sign_of_life():
+    asked = Asked()
+    asked.part.silent_s()
+    asked.clock.now += 10
+    asked.questions[0].set_exception(OSError("refused"))
+    assert asked.part.silent_s() == 10
+    asked.clock.now += 15
+    asked.questions[1].cancel()
+    assert asked.part.silent_s() == 25
+    assert len(asked.questions) == 3
+
+
+def test_only_long_silences_of_registered_parts_are_told():
+    quiet, talking = Asked(), Asked("engine server 1")
+    for asked in (quiet, talking):
+        parts.register(asked.part)
+        asked.part.silent_s()
+        asked.clock.now += 21
+    talking.questions[0].set_result(True)
+    try:
+        assert silent_parts() == {"engine server 0": 21.0}
+        assert describe_silence(silent_parts()) == "engine server 0 silent for 21 s"
+    finally:
+        parts.forget(quiet.part)
+        parts.forget(talking.part)
+    assert silent_parts() == {}
+
+
+def test_stacks_of_driver_and_parts_go_to_one_file_that_the_sentence_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(parts, "_folder", [])
+    parts.keep_stacks_in(tmp_path)
+    asked = Asked()
+    parts.register(asked.part)
+    try:
+        sentence = stacks_written()
+    finally:
+        parts.forget(asked.part)
+    written = (tmp_path / "stacks.txt").read_text()
+    assert sentence == f"The stacks of all processes are in {tmp_path / 'stacks.txt'}."
+    assert f"driver, process {os.getpid()}" in written
+    assert "test_stacks_of_driver_and_parts" in written, "the driver's own stack"
+    assert written.index("driver") < written.index("=== engine server 0\nits stacks")
+
+
+def test_a_process_that_does_not_answer_the_signal_is_said_to_be_stopped(tmp_path: Path):
+    path = tmp_path / "rank.stacks"
+    path.write_text("earlier\n")
+    assert "stopped" in ask_for_stacks(lambda: None, path, timeout_s=0.3)
+
+    def answer() -> None:
+        threading.Timer(0.05, lambda: path.open("a").write("File x, line 1")).start()
+
+    assert ask_for_stacks(answer, path, timeout_s=5) == "File x, line 1"
