@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwench.algorithms.reduction import execution_mean_weights, token_mean_weights
+from qwench.algorithms.reduction import execution_mean_weights, staleness_scales, token_mean_weights
 
 
 def _masks(*rows):
@@ -42,3 +42,14 @@ def test_weighted_sum_equals_the_two_level_mean(rows):
     weights = execution_mean_weights(masks, torch.tensor([execution for execution, _ in rows]))
     got = sum(float((weight * loss).sum()) for weight, loss in zip(weights, losses, strict=True))
     assert got == pytest.approx(expected / len(executions), rel=1e-5, abs=1e-6)
+
+
+def test_staleness_scales_make_means_over_fresh_and_over_stale_tokens():
+    weights = [torch.tensor([0.125, 0.125, 0.5]), torch.tensor([0.25, 0.25])]
+    masks, staleness = _masks([1, 1, 0], [1, 1]), [torch.tensor([0, 2, 0]), torch.tensor([0, 1])]
+    # Fresh tokens weigh 0.125 + 0.25, stale ones as much; the masked token is neither.
+    fresh, stale = staleness_scales(weights, masks, staleness)
+    assert [row.tolist() for row in fresh] == [pytest.approx([1 / 0.375, 0.0, 0.0]), pytest.approx([1 / 0.375, 0.0])]
+    assert [row.tolist() for row in stale] == [pytest.approx([0.0, 1 / 0.375, 0.0]), pytest.approx([0.0, 1 / 0.375])]
+    _, none = staleness_scales(weights, masks, [torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)])
+    assert [row.tolist() for row in none] == [[0.0] * 3, [0.0] * 2]
