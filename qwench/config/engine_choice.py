@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from qwench.config.config import Config
+from qwench.config.sglang_flags import unknown_sglang_flag
 from qwench.errors import ConfigError
 
 
@@ -75,6 +76,8 @@ def check_engine_is_installed(config: Config, machine: Machine) -> None:
     starts_sglang = config.engine.kind == "sglang" and not config.engine.rollout_external_engine_addrs
     if not config.generates or not starts_sglang or machine.has_sglang:
         return
+    if (problem := unknown_sglang_flag(config.engine.sglang_args)) is not None:
+        raise ConfigError(problem)
     raise ConfigError(
         f"this run needs SGLang ({config.engine.engine_reason}), which is not installed: "
         "run pip install 'qwench[sglang]', or give --rollout-engine embedded"

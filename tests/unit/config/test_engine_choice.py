@@ -67,7 +67,7 @@ def test_without_sglang_a_start_names_both_ways_out():
     )
     check_engine_is_installed(config, NODE)
     check_engine_is_installed(parse("--rollout-num-gpus-per-engine", "1", "--loss-type", "sft_loss"), NODE_WITHOUT)
-    check_engine_is_installed(parse("--rollout-external-engine-addrs", "a:1", "--sglang-x"), NODE_WITHOUT)
+    check_engine_is_installed(parse("--rollout-external-engine-addrs", "a:1", "--sglang-page-size", "1"), NODE_WITHOUT)
 
 
 @pytest.mark.parametrize(("shown", "most"), [("", 0), ("-1", 0), ("3", 1), ("0,2", 2)])
