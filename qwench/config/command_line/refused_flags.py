@@ -305,7 +305,6 @@ PLANNED: tuple[ForeignFlag, ...] = (
         memory-snapshot-path memory-snapshot-num-steps pytorch-profiler-collect-shapes pytorch-profiler-collect-callstack
         """,
     ),
-    *planned("another deadline of collectives", "distributed-timeout-minutes"),
     *planned("the WSD schedule; use --lr-decay-style cosine or linear", "lr-wsd-decay-style lr-wsd-decay-iters"),
     *planned(
         "pipelines of unequal stages",
