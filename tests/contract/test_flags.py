@@ -29,6 +29,7 @@ with (Path(__file__).parent / "reference_flags.tsv").open(encoding="ascii", newl
 """Every flag of slime, miles and dense recipes of Megatron: its form there, and what becomes of it at one value."""
 
 OTHER_DEFAULTS = {
+    "distributed-timeout-minutes": "a checkpoint or an export of one rank may take longer than 10 minutes",
     "train-backend": "follows from the layout",
     "actor-num-gpus-per-node": "one process is what every machine has",
     "lr": "a rate that nobody chose trains nothing",
