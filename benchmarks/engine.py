@@ -22,10 +22,11 @@ import argparse
 import asyncio
 import json
 import random
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -185,8 +186,8 @@ class Measured:
         weights = random_weights(self.architecture, device, settings.resolved_dtype)
         _loop.run(self.engine.update_weights([weights], version=1))
 
-    async def run(self, load: Load, profile: dict[str, float] | None = None) -> tuple[float, int]:
-        """Generate a load; return seconds and decode steps."""
+    async def run(self, load: Load, profile: dict[str, float] | None = None, *, flush: bool = True) -> tuple[float, int]:
+        """Generate a load, by default with nothing cached; return seconds and decode steps."""
         prompts = prompts_of(load, self.architecture.vocab_size)
         sampling = [SamplingParams(max_new_tokens=new, ignore_eos=True, seed=index) for index, new in enumerate(load.responses)]
         requests = [
@@ -194,7 +195,8 @@ class Measured:
             for index, prompt in enumerate(prompts)
             for sample in range(load.samples)
         ]
-        await self.engine.flush_cache()
+        if flush:
+            await self.engine.flush_cache()
         before = await self.engine.stats()
         _synchronize()
         start = time.perf_counter()
@@ -248,12 +250,10 @@ def _synchronize() -> None:
 
 def measure_load(measured: Measured, ceilings: Ceilings, load: Load, *, rounds: int, profile: bool) -> dict[str, object]:
     """Run a load some times after one more, and compare it with its limit."""
-    first = _loop.run(measured.run(load))[0]  # captures graphs
-    runs = sorted(_loop.run(measured.run(load)) for _ in range(rounds))
+    runs = [_loop.run(measured.run(load)) for _ in range(rounds + 1)]
+    first = runs[0][0]  # captures graphs
+    runs = sorted(runs[1:] or runs)
     seconds = runs[len(runs) // 2][0]
-    _loop.run(measured.engine.sleep([MemoryTag.KV_CACHE]))
-    _loop.run(measured.engine.wake([MemoryTag.KV_CACHE]))
-    awake = _loop.run(measured.run(load))[0]  # captures graphs again
     limit = load_limit(measured.architecture, ceilings, load)
     row: dict[str, object] = {
         "tok/s": round(load.num_new / seconds),
@@ -263,8 +263,11 @@ def measure_load(measured: Measured, ceilings: Ceilings, load: Load, *, rounds: 
         "decode steps": runs[0][1],
         "seconds": round(seconds, 2),
         "seconds of the first run": round(first, 2),
-        "seconds after a sleep": round(awake, 2),
     }
+    if profile and load.samples > 1:
+        _loop.run(measured.engine.sleep([MemoryTag.KV_CACHE]))
+        _loop.run(measured.engine.wake([MemoryTag.KV_CACHE]))
+        row["seconds after a sleep"] = round(_loop.run(measured.run(load))[0], 2)  # captures graphs again
     if profile:
         budget: dict[str, float] = defaultdict(float)
         _loop.run(measured.run(load, budget))
@@ -291,16 +294,19 @@ def measure_steps(measured: Measured, ceilings: Ceilings) -> dict[str, object]:
 
 
 async def time_steps(measured: Measured, load: Load) -> tuple[float, float]:
-    """Return seconds of a decode step, and the cached tokens that one reads, over TIMED_STEPS steps after the prefill."""
-    engine = measured.engine
+    """Return seconds of a decode step, and the cached tokens that one reads, over TIMED_STEPS steps of all rows."""
+    engine, rows = measured.engine, len(load.prompts)
+    # The prompts stay cached, so that all rows begin to decode in one step: rows that wait for others would end before them.
+    await measured.run(replace(load, responses=[1] * rows))
     before = await engine.stats()
-    running = asyncio.ensure_future(measured.run(load))
-    while (await engine.stats()).prompt_tokens < before.prompt_tokens + sum(load.prompts):
-        await asyncio.sleep(0.001)
+    running = asyncio.ensure_future(measured.run(load, flush=False))
+    while (await engine.stats()).generated_tokens < before.generated_tokens + rows:
+        await asyncio.sleep(0.0005)
     for steps in (8, TIMED_STEPS):  # the first ones capture a graph
         begin, start = await engine.stats(), time.perf_counter()
         while (now := await engine.stats()).decode_steps < begin.decode_steps + steps:
-            await asyncio.sleep(0)
+            assert not running.done(), "the responses are longer than what is timed"
+            await asyncio.sleep(0.0005)
         seconds = (time.perf_counter() - start) / (now.decode_steps - begin.decode_steps)
     generated = (begin.generated_tokens + now.generated_tokens) / 2 - before.generated_tokens
     await running
@@ -327,7 +333,9 @@ def main() -> None:
     parser.add_argument("--size", action="append", choices=SIZES)
     parser.add_argument("--cases", nargs="+", default=["rl"])
     parser.add_argument("--peers", nargs="*", default=[], choices=["sglang", "transformers"])
+    parser.add_argument("--sglang-python", default=sys.executable, help="the interpreter that has SGLang")
     parser.add_argument("--new-tokens", type=int, default=1024)
+    parser.add_argument("--generate-tokens", type=int, default=1024, help="new tokens of transformers' generate")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16"])
     parser.add_argument("--mem-fraction", type=float, default=0.85)
@@ -350,7 +358,7 @@ def main() -> None:
     note("device", torch.cuda.get_device_name() + f", ceilings {asdict(ceilings)}")
     for size in args.size or ["0.6B"]:
         if "sglang" in args.peers:
-            note(f"{size} sglang", sglang_rate(config_of(size), args.new_tokens))
+            note(f"{size} sglang", sglang_rate(config_of(size), args.new_tokens, python=args.sglang_python, rounds=args.rounds))
         measured = Measured(
             size, args.device, EmbeddedSettings(device="cuda", mem_fraction=args.mem_fraction, max_running_requests=256)
         )
@@ -365,7 +373,8 @@ def main() -> None:
         if "transformers" in args.peers:
             load = loads(args.new_tokens)["rl"]
             prompts = [prompt for prompt in prompts_of(load, 151936) for _ in range(8)]
-            note(f"{size} transformers", transformers_rate(config_of(size), "cuda", torch.bfloat16, prompts, 64))
+            rate = transformers_rate(config_of(size), "cuda", torch.bfloat16, prompts, args.generate_tokens)
+            note(f"{size} transformers", round(rate))
 
 
 if __name__ == "__main__":

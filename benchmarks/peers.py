@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 _SGLANG = """
 import json, random, sys, time
 import sglang
-folder, new_tokens = sys.argv[1], int(sys.argv[2])
+folder, new_tokens, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 if __name__ == "__main__":
     engine = sglang.Engine(
         model_path=folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", attention_backend="fa3",
@@ -33,20 +32,27 @@ if __name__ == "__main__":
                         sampling_params=dict(temperature=1.0, max_new_tokens=count, ignore_eos=True))
         return time.time() - start
     run(32)
-    print("RATES", json.dumps([round(256 * new_tokens / run(new_tokens)) for _ in range(2)]), flush=True)
+    print("RATES", json.dumps([round(256 * new_tokens / run(new_tokens)) for _ in range(rounds)]), flush=True)
     engine.shutdown()
 """
 
 
-def sglang_rate(config: Qwen3Config, new_tokens: int) -> object:
-    """Return output tokens a second of stock SGLang's offline engine, two runs of 32 x 8 samples with log-probs."""
+def sglang_rate(config: Qwen3Config, new_tokens: int, *, python: str, rounds: int) -> object:
+    """Return output tokens a second of stock SGLang's offline engine, in runs of 32 x 8 samples with log-probs.
+
+    Args:
+        python: The interpreter that has SGLang.
+        rounds: Timed runs, after a short one.
+    """
     with tempfile.TemporaryDirectory() as folder:
         config.architectures = ["Qwen3ForCausalLM"]
         config.save_pretrained(folder)
         script = f"{folder}/run.py"
         with open(script, "w") as file:  # noqa: PTH123
             file.write(_SGLANG)
-        done = subprocess.run([sys.executable, script, folder, str(new_tokens)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [python, script, folder, str(new_tokens), str(rounds)], capture_output=True, text=True, check=False
+        )
     rates = [line for line in done.stdout.splitlines() if line.startswith("RATES")]
     return json.loads(rates[0].removeprefix("RATES")) if rates else f"failed: {done.stderr[-1500:]}"
 

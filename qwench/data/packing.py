@@ -17,10 +17,12 @@ from qwench.models.memory import SequenceCost
 
 Bin = list[int]
 """Indices of the samples of one micro-batch; empty where a rank has nothing to do."""
+_SLACKS = (1.01, 1.04, 1.1)
+"""Caps to try, over the mean load of a bin: without them the last bin gets what is left, which may be one short sample."""
 
 
 def pack_by_tokens(lengths: Sequence[int], *, max_tokens: int, multiple_of: int = 1) -> list[Bin]:
-    """Fill bins first-fit in order of index; a sample longer than the cap sits alone and exceeds it.
+    """Fill as few bins as first-fit in order of index needs, evenly; a sample longer than the cap sits alone and exceeds it.
 
     Args:
         lengths: tokens of each sample.
@@ -28,6 +30,24 @@ def pack_by_tokens(lengths: Sequence[int], *, max_tokens: int, multiple_of: int 
         multiple_of: the number of bins is raised to a multiple of this by splitting, and by empty bins when every bin holds
             one sample already.
     """
+    bins = _first_fit(lengths, max_tokens)
+    for slack in _SLACKS:
+        cap = min(max_tokens, int(slack * sum(lengths) / max(len(bins), 1)))
+        even = _first_fit(lengths, cap)
+        if len(even) <= len(bins):
+            bins = even
+            break
+    return _raise_count(bins, lengths, multiple_of)
+
+
+def pack_by_count(lengths: Sequence[int], *, samples_per_bin: int, multiple_of: int = 1) -> list[Bin]:
+    """Fill bins with `samples_per_bin` samples each, in order of index; see `pack_by_tokens` for `multiple_of`."""
+    starts = range(0, len(lengths), samples_per_bin)
+    bins = [list(range(start, min(start + samples_per_bin, len(lengths)))) for start in starts]
+    return _raise_count(bins, lengths, multiple_of)
+
+
+def _first_fit(lengths: Sequence[int], max_tokens: int) -> list[Bin]:
     bins: list[Bin] = []
     loads: list[int] = []
     for i, length in enumerate(lengths):
@@ -38,14 +58,7 @@ def pack_by_tokens(lengths: Sequence[int], *, max_tokens: int, multiple_of: int 
         else:
             bins[k].append(i)
             loads[k] += length
-    return _raise_count(bins, lengths, multiple_of)
-
-
-def pack_by_count(lengths: Sequence[int], *, samples_per_bin: int, multiple_of: int = 1) -> list[Bin]:
-    """Fill bins with `samples_per_bin` samples each, in order of index; see `pack_by_tokens` for `multiple_of`."""
-    starts = range(0, len(lengths), samples_per_bin)
-    bins = [list(range(start, min(start + samples_per_bin, len(lengths)))) for start in starts]
-    return _raise_count(bins, lengths, multiple_of)
+    return bins
 
 
 def deal(bins: Sequence[Bin], dp_size: int) -> list[list[Bin]]:

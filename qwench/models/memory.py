@@ -2,8 +2,9 @@
 
 What a rank holds for each parameter it has, in bytes (p: of the training dtype; m: of both moments):
 
-    FSDP2      weights 4 (they are the masters), or p with --optimizer-cpu-offload; gradients 4; masters and moments
-               m, or 4 + m with --optimizer-cpu-offload
+    FSDP2      weights 4 (they are the masters); gradients 4; moments m. One rank, or with --optimizer-cpu-offload:
+               weights p; gradients 4; what the weights lack of their masters 4 - p on the device, or masters 4 on the host;
+               moments m
     Megatron   weights p; gradients 4; masters and moments 4 + m, shared by the data- and context-parallel ranks
     reference  p, on the host
 
@@ -103,13 +104,12 @@ def fsdp_bytes(model: Architecture, state: StateBytes, *, num_shards: int, holds
     """Return what an FSDP2 rank holds when `num_shards` ranks share one copy of the model."""
     whole = num_parameters(model)
     owned = -(-whole // num_shards)
-    masters = FLOAT32_BYTES if state.offloaded and state.param != FLOAT32_BYTES else 0
-    weights = state.param if state.offloaded else FLOAT32_BYTES
+    weights = state.param if state.offloaded or num_shards == 1 else FLOAT32_BYTES
     keeps_whole_gradient = whole * FLOAT32_BYTES <= WHOLE_GRADIENT_BYTES
     return RankBytes(
         weights=owned * weights,
         gradients=(whole if keeps_whole_gradient else owned) * FLOAT32_BYTES,
-        optimizer=round(owned * (masters + state.moments) * (1 - state.offloaded)),
+        optimizer=round(owned * (FLOAT32_BYTES - weights + state.moments) * (1 - state.offloaded)),
         host_optimizer=round(owned * (FLOAT32_BYTES + state.moments) * state.offloaded),
         host_reference=owned * state.param if holds_reference else 0,
     )

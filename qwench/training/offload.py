@@ -37,12 +37,26 @@ class HostCopy:
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Hold the copies in the tensors inside the context; what was there waits on the host, and is there again after it."""
-        held = HostCopy(self._tensors)
-        self.load()
+        if any(copy.dtype != tensor.dtype for tensor, copy in zip(self._tensors, self._copies, strict=True)):
+            held = HostCopy(self._tensors)
+            self.load()
+            give_back = held.load
+        else:
+            self._exchange()
+            give_back = self._exchange
         try:
             yield
         finally:
-            held.load()
+            give_back()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Exchange the contents of tensors and copies: no more memory of the host is pinned, which takes seconds a GB."""
+        for tensor, copy in zip(self._tensors, self._copies, strict=True):
+            held = tensor.clone()
+            tensor.copy_(copy, non_blocking=True)
+            copy.copy_(held, non_blocking=True)
+        self._synchronize()
 
     def release(self) -> None:
         """Give the tensors' memory back; they must not be touched until `restore`."""

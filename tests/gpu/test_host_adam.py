@@ -54,6 +54,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
     sizes = {"vocab_size": _VOCAB, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
+    sizes["max_position_embeddings"] = 256  # a longer table of rotations would count
     Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=True)).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
@@ -75,12 +76,21 @@ def _trained(device: torch.device, steps: int = 5, **options) -> tuple[HostAdam,
 
 @pytest.mark.parametrize("moments_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_overlapping_copies_change_no_bit(device: torch.device, moments_dtype: torch.dtype) -> None:
-    _, in_order = _trained(device, moments_dtype=moments_dtype, overlap=False)
+    _, in_order = _trained(device, moment_dtypes=(moments_dtype, moments_dtype), overlap=False)
     for _ in range(3):
-        optimizer, overlapped = _trained(device, moments_dtype=moments_dtype, overlap=True)
+        optimizer, overlapped = _trained(device, moment_dtypes=(moments_dtype, moments_dtype), overlap=True)
         for param, expected in zip(overlapped, in_order, strict=True):
             assert torch.equal(param, expected)
             assert torch.equal(param.cpu(), optimizer.state[param]["master_param"].bfloat16())
+
+
+@pytest.mark.parametrize("moments_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_split_masters_are_stepped_as_whole_ones(device: torch.device, moments_dtype: torch.dtype) -> None:
+    whole, params = _trained(device, offload_fraction=0.0, moment_dtypes=(moments_dtype, moments_dtype))
+    halves, upper = _trained(device, offload_fraction=0.0, moment_dtypes=(moments_dtype, moments_dtype), splits_masters=True)
+    for param, half in zip(params, upper, strict=True):
+        torch.testing.assert_close(halves.master(half), whole.master(param).cpu(), rtol=1e-5, atol=1e-6)
+        assert torch.equal(half.cpu(), halves.master(half).bfloat16())
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
@@ -140,6 +150,7 @@ def test_an_offloaded_backend_trains_sleeps_and_resumes_as_one_on_the_device(
 @pytest.mark.parametrize("device", _DEVICES[1:], indirect=True)
 def test_the_device_keeps_two_bytes_a_weight(model_folder: Path, device: torch.device) -> None:
     _losses(_build(model_folder, device, _ON_DEVICE), steps=1)  # cuBLAS takes its workspace
+    # 2 of the weight, 2 of the rest of its master, 8 of moments; or the weight alone.
     for adam, bytes_a_weight in ((_ON_DEVICE, 12), (_OFFLOADED, 2)):
         gc.collect()
         before = torch.cuda.memory_allocated(device)

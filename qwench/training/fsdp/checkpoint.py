@@ -38,8 +38,9 @@ def save_masters(folder: Path, weights: Mapping[str, Tensor]) -> None:
 
 def load_masters(folder: Path, optimizer: MasterOptimizer) -> None:
     """Read the masters, however they are sharded, and set the weights to them; collective."""
-    load_in_place(folder / "model", optimizer.masters())
-    optimizer.round_masters()
+    masters = optimizer.masters()
+    load_in_place(folder / "model", masters)
+    optimizer.set_masters(masters)
 
 
 def save_optimizer(folder: Path, optimizer: MasterOptimizer) -> None:
@@ -99,8 +100,9 @@ def load_converted(folder: Path, optimizer: MasterOptimizer, config: PretrainedC
     model = architecture_of(config)
     weights = open_weights(folder, model)
     state = None if weights_only else open_saved_optimizer(folder, model)
-    _fill(optimizer.masters(), weights if state is None else state.masters)
-    optimizer.round_masters()
+    masters = optimizer.masters()
+    _fill(masters, weights if state is None else state.masters)
+    optimizer.set_masters(masters)
     if state is not None:
         optimizer.reset(state.num_steps)
         for moment, source in state.moments.items():

@@ -1,10 +1,11 @@
 """The policy of a run with one rank: weights where they lie, without FSDP2 between them and the products.
 
-    stored weights, flat --round, once for each pass--> weights in param_dtype, flat --PackedDecoder--> log-probs, entropy
+    weights in param_dtype, flat --PackedDecoder--> log-probs, entropy
     float32 sums of gradients, flat <--the products themselves--'
 
-The weights are still DTensors under their Hugging Face names, on a mesh of one, so that optimizer and checkpoints see what
-they see under FSDP2. Matrices that share an input lie back to back.
+The weights are what is published, so an engine in this process computes with them as they are. They are DTensors under their
+Hugging Face names, on a mesh of one, so that optimizer and checkpoints see what they see under FSDP2. Matrices that share an
+input lie back to back.
 """
 
 from __future__ import annotations
@@ -99,7 +100,6 @@ class DirectPolicy:
         mesh: DeviceMesh,
         *,
         device: torch.device,
-        stored_dtype: torch.dtype,
         param_dtype: torch.dtype,
         attention: str,
         head_chunk_tokens: int,
@@ -110,27 +110,21 @@ class DirectPolicy:
         self.gradients = FlatGradients(architecture, device)
         self._architecture = architecture
         self._device = device
-        self._param_dtype = param_dtype
         self._attention = attention
         self._head_chunk_tokens = head_chunk_tokens
         self._recomputes_layers = recomputes_layers
         self._decoder = PackedDecoder(architecture, device)
         self._budget = ActivationBudget(architecture, device, param_dtype)
         self._trigger = torch.zeros((), device=device, requires_grad=True)
-        self._stored = FlatTensors(architecture, stored_dtype, device)
-        self._rounded: FlatTensors | None = self._stored if stored_dtype == param_dtype else None
-        self._weights = _move_weights(causal_lm, self._stored.by_name, mesh)
+        self._flat = FlatTensors(architecture, param_dtype, device)
+        self._weights = _move_weights(causal_lm, self._flat.by_name, mesh)
 
     def named_weights(self) -> dict[str, nn.Parameter]:
         """Return the parameters under their Hugging Face names, in the order of the gradients."""
         return dict(self._weights)
 
     def begin(self) -> None:
-        """Round the stored weights for the passes to come."""
-        if self._rounded is None:
-            self._rounded = FlatTensors(self._architecture, self._param_dtype, self._device)
-        if self._rounded is not self._stored:
-            self._rounded.flat.copy_(self._stored.flat)
+        """Prepare passes: the weights lie as they are computed with."""
 
     def end_scoring(self) -> None:
         """End a run of forwards: nothing waits for a backward."""
@@ -139,16 +133,13 @@ class DirectPolicy:
         """Take note of the last micro-batch of a step: the sums of one rank are those of the step."""
 
     def release(self) -> None:
-        """Give the memory of rounded weights back; `begin` takes it again."""
-        if self._rounded is not self._stored:
-            self._rounded = None
+        """Give the memory of rounded weights back: there are none besides the weights."""
 
     def __call__(
         self, micro_batch: MicroBatch, *, temperature: float, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """See `Policy.forward`; `begin` comes first."""
-        assert self._rounded is not None, "begin comes first"
-        weights, device = self._rounded.bound, self._device
+        """See `Policy.forward`."""
+        weights, device = self._flat.bound, self._device
         scored = micro_batch.loss_mask.nonzero().squeeze(-1)
         labels = on_device(micro_batch.labels[scored], device)
         scored = on_device(scored, device)

@@ -1,8 +1,8 @@
 """The `Trainer` of the Hugging Face module under FSDP2, on one rank or many, CPU or GPU.
 
 One path for every number of ranks: a group of one is a mesh of one. What the forward computes with, and what is published, is
-the rounding of float32 masters to `param_dtype`. The shards on the device are those masters; when the optimizer is offloaded to
-the host the masters are there, and the shards are the rounded weights.
+the rounding of float32 masters to `param_dtype`. Several ranks have those masters as shards on the device. One rank, and ranks
+whose optimizer is offloaded to the host, have the rounded weights there, and the optimizer knows the masters.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class FsdpTrainer(BackendTrainer):
         self._weights = policy.named_weights()
         whole_bytes = sum(weight.numel() for weight in self._weights.values()) * MASTER_DTYPE.itemsize
         self._reduces_every_micro_batch = mesh["dp_shard"].size() > 1 and whole_bytes > whole_gradient_bytes
+        self._are_lent = False
 
     @classmethod
     def build(
@@ -94,9 +95,14 @@ class FsdpTrainer(BackendTrainer):
         # In the checkpoint's own dtype: it is cast as shards on the device.
         model, source = load_causal_lm(model_folder, hf_config or load_hf_config(model_folder))
         install_attention(model, attention, device=device, dtype=param_dtype)
-        stored_dtype = param_dtype if optimizer.offloaded_share > 0 else MASTER_DTYPE
         policy = _place(
-            model, mesh, training, attention=attention, stored_dtype=stored_dtype, param_dtype=param_dtype, device=device
+            model,
+            mesh,
+            training,
+            attention=attention,
+            stored_dtype=param_dtype if optimizer.offloaded_share > 0 else MASTER_DTYPE,
+            param_dtype=param_dtype,
+            device=device,
         )
         weights = policy.named_weights()
         if source is not None:
@@ -152,9 +158,13 @@ class FsdpTrainer(BackendTrainer):
         return bucketed(whole, bucket_bytes=bucket_bytes)
 
     def shared_weights(self) -> Mapping[str, Tensor] | None:
-        """Return the shards themselves when one rank holds them all and they are what would be published, in float32."""
-        if self.parallel.dp_size > 1 or self._param_dtype != MASTER_DTYPE:
+        """Return the shards themselves when one rank holds them all and they are what would be published.
+
+        They stay on the device from then on, also in `sleep`: an engine may compute with them.
+        """
+        if self.parallel.dp_size > 1 or any(weight.dtype != self._param_dtype for weight in self._weights.values()):
             return None
+        self._are_lent = True
         return {name: local_shard(weight) for name, weight in self._weights.items()}
 
     def copy_held_weights(self) -> HostCopy:
@@ -194,14 +204,13 @@ class FsdpTrainer(BackendTrainer):
             load_rng(folder)
 
     def sleep(self) -> None:
-        """Move masters, moments and weights to the host; on a CPU there is nowhere to move them, and nothing happens."""
+        """Move masters, moments and weights that nobody else uses to the host; on a CPU there is nowhere to move them."""
         self._assert_awake()
         self._optimizer.drop_gradients()
         self._policy.release()
         if self.device.type == "cpu":
             return
-        # An engine that computes with our weights still needs them.
-        weights = [] if self.shared_weights() else self._shards()
+        weights = [] if self._are_lent else self._shards()
         self._asleep = HostCopy([*self._optimizer.device_state(), *weights])
         self._asleep.release()
         torch.cuda.empty_cache()
@@ -228,7 +237,6 @@ def _place(
             architecture,
             mesh,
             device=device,
-            stored_dtype=stored_dtype,
             param_dtype=param_dtype,
             attention=attention,
             head_chunk_tokens=training.head_chunk_tokens,

@@ -1,7 +1,7 @@
 """AdamW on shards: Megatron's weight-decay rule, global gradient clipping, and a state with names.
 
-Float32 shards are the masters themselves. Shards in another dtype are the rounding of masters that HostAdam keeps; moments (and
-those masters) are on the host for the share that --optimizer-cpu-offload says.
+Float32 shards are the masters themselves. Shards in another dtype are the rounding of masters. HostAdam keeps these on the
+host, with their moments, for the share that --optimizer-cpu-offload says. Of the others it keeps what the shards lack of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.training.fsdp.gradients import Gradients
-from qwench.training.optimizers.adam import MASTER, MOMENTS, NORM_EPS
+from qwench.training.optimizers.adam import MOMENTS, NORM_EPS
 from qwench.training.optimizers.host_adam import HostAdam
 from qwench.training.optimizers.schedule import LrSchedule
 
@@ -46,7 +46,7 @@ class MasterOptimizer:
         decayed = [shard for name, shard in self._shards.items() if weights[name].ndim > 1]
         kept = [shard for name, shard in self._shards.items() if weights[name].ndim <= 1]
         groups = [{"params": decayed, "weight_decay": section.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-        self._adam = HostAdam.from_section([group for group in groups if group["params"]], section)
+        self._adam = HostAdam.from_section([group for group in groups if group["params"]], section, splits_masters=True)
 
     def grad_norm(self) -> float:
         """Return the norm of the whole gradient, before clipping; collective over the shards."""
@@ -78,16 +78,18 @@ class MasterOptimizer:
         self._gradients.drop()
 
     def masters(self) -> dict[str, Tensor]:
-        """Return the sharded float32 masters by name; who writes to them calls `round_masters` next."""
-        if not self._adam.state and all(shard.dtype == torch.float32 for shard in self._shards.values()):
+        """Return the sharded float32 masters by name; who writes to them gives them to `set_masters` next."""
+        if self._weights_are_masters():
             return {name: weight.detach() for name, weight in self._weights.items()}
         self._start()
-        return {name: self._named(name, self._adam.state[shard][MASTER]) for name, shard in self._shards.items()}
+        return {name: self._named(name, self._adam.master(shard)) for name, shard in self._shards.items()}
 
-    def round_masters(self) -> None:
-        """Set the weights to the masters, rounded to their dtype."""
-        if self._adam.state:
-            self._adam.reload_weights()
+    def set_masters(self, masters: Mapping[str, Tensor]) -> None:
+        """Take masters that `masters` returned, and set the weights to them, rounded to their dtype."""
+        if self._weights_are_masters():
+            return
+        for name, shard in self._shards.items():
+            self._adam.set_master(shard, local_shard(masters[name]))
 
     def moments(self) -> dict[str, Tensor]:
         """Return the sharded moments by name (`<weight>.exp_avg`, `<weight>.exp_avg_sq`); empty before the first step."""
@@ -108,6 +110,9 @@ class MasterOptimizer:
         self._start()
         self._adam.restart(num_steps)
         self.num_steps = num_steps
+
+    def _weights_are_masters(self) -> bool:
+        return not self._adam.state and all(shard.dtype == torch.float32 for shard in self._shards.values())
 
     def _start(self) -> None:
         """Make the state, when it is first needed: a run that only scores never needs it."""

@@ -2,7 +2,8 @@
 
     parameter (device, its own dtype)   decoupled_grad or grad (device, float32)
     state, for a parameter on the host: master_param float32, exp_avg and exp_avg_sq each float32 or bfloat16, all on the host
-    state, for one on the device:       the same there; a float32 parameter is its own master
+    state, for one on the device:       the same there; a float32 parameter is its own master, and a bfloat16 one may be
+                                        the upper half of it: master_rest int16 is the lower half
 
 A step computes in float32 for every dtype of the moments: bfloat16 moments are widened a bucket at a time, and rounded to
 nearest when they are stored. Parameters are the rounded masters.
@@ -22,8 +23,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from qwench.config.sections.optimizer import OptimizerConfig
-from qwench.training.optimizers.adam import MASTER, MOMENTS
+from qwench.training.optimizers.adam import MASTER, MOMENTS, REST
 from qwench.training.optimizers.pinned_buckets import HostCopies, Span, buckets_of, cut
+from qwench.training.optimizers.split_masters import join, split
 
 BUCKET_ELEMENTS = 1 << 24
 """Elements stepped at a time: 64 MiB of gradients, some milliseconds of copies."""
@@ -45,6 +47,7 @@ class HostAdam(torch.optim.AdamW):
         offload_fraction: float = 1.0,
         overlap: bool = True,
         moment_dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+        splits_masters: bool = False,
         bucket_elements: int = BUCKET_ELEMENTS,
     ) -> None:
         """Take parameters or groups of them, as torch's AdamW does; no state is made before `reset`.
@@ -54,12 +57,14 @@ class HostAdam(torch.optim.AdamW):
                 crosses the share is offloaded as a whole.
             overlap: Copy gradients and weights while the host computes; the numbers do not depend on it.
             moment_dtypes: What exp_avg and exp_avg_sq are stored in.
+            splits_masters: Bfloat16 parameters on the device are the upper halves of their masters.
             bucket_elements: Bounds the buffers: at most three buckets of gradients and of weights, pinned, and one of moments.
         """
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self._offload_fraction = offload_fraction
         self._overlap = overlap
         self._moment_dtypes = dict(zip(MOMENTS, moment_dtypes, strict=True))
+        self._splits_masters = splits_masters
         self._bucket_elements = bucket_elements
         self._num_steps = torch.tensor(0.0)
         self._on_host: set[Tensor] = set()
@@ -70,7 +75,9 @@ class HostAdam(torch.optim.AdamW):
         self._widened: Mapping[str, Tensor] = {}
 
     @classmethod
-    def from_section(cls, groups: Iterable[dict[str, Any]], section: OptimizerConfig) -> HostAdam:
+    def from_section(
+        cls, groups: Iterable[dict[str, Any]], section: OptimizerConfig, *, splits_masters: bool = False
+    ) -> HostAdam:
         """Take groups of parameters, and the constants from the flags."""
         assert section.lr is not None, "config.checks requires --lr"
         return cls(
@@ -82,6 +89,7 @@ class HostAdam(torch.optim.AdamW):
             offload_fraction=section.offloaded_share,
             overlap=section.overlap_cpu_optimizer_d2h_h2d,
             moment_dtypes=(_DTYPES[section.exp_avg_dtype], _DTYPES[section.exp_avg_sq_dtype]),
+            splits_masters=splits_masters,
         )
 
     @torch.no_grad()
@@ -92,14 +100,22 @@ class HostAdam(torch.optim.AdamW):
         for param in self._params():
             on_host = param in self._on_host
             device = _HOST if on_host else param.device
-            is_master = param.dtype == torch.float32 and not on_host
-            master = param.detach() if is_master else param.detach().to(device, torch.float32, copy=True)
             moments = {
                 name: torch.zeros(param.shape, dtype=dtype, device=device) for name, dtype in self._moment_dtypes.items()
             }
-            self.state[param] = {"step": self._num_steps, MASTER: master, **moments}
+            self.state[param] = {"step": self._num_steps, **self._initial_master(param, on_host=on_host), **moments}
         self._count_steps(0)
         self._lay_out_buckets()
+
+    def _initial_master(self, param: Tensor, *, on_host: bool) -> dict[str, Tensor]:
+        """Return the state of a master that is equal to its parameter."""
+        if on_host:
+            return {MASTER: param.detach().to(_HOST, torch.float32, copy=True)}
+        if param.dtype == torch.float32:
+            return {MASTER: param.detach()}
+        if self._splits_masters:
+            return {REST: torch.zeros(param.shape, dtype=torch.int16, device=param.device)}
+        return {MASTER: param.detach().float()}
 
     def restart(self, num_steps: int) -> None:
         """Set the moments to zero and the step count to `num_steps`; masters stay."""
@@ -112,13 +128,22 @@ class HostAdam(torch.optim.AdamW):
     def reload_masters(self) -> None:
         """Set the masters to the parameters, which were changed from outside."""
         for param in self._params():
-            self.state[param][MASTER].copy_(param.detach())
+            self.set_master(param, param.detach().float())
+
+    def master(self, param: Tensor) -> Tensor:
+        """Return the float32 master: itself, or a copy on the host of one that is split."""
+        state = self.state[param]
+        return join(param, state[REST]).to(_HOST) if REST in state else state[MASTER]
 
     @torch.no_grad()
-    def reload_weights(self) -> None:
-        """Set the parameters to the rounded masters, which were changed from outside."""
-        for param in self._params():
-            param.detach().copy_(self.state[param][MASTER].to(param.dtype))
+    def set_master(self, param: Tensor, master: Tensor) -> None:
+        """Write a master, and its rounding to the parameter; `master` may be what `self.master` returned."""
+        state = self.state[param]
+        if REST in state:
+            split(master.to(param.device), param, state[REST])
+        else:
+            state[MASTER].copy_(master)
+            param.detach().copy_(state[MASTER].to(param.dtype))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # a closure has no use here
@@ -127,7 +152,11 @@ class HostAdam(torch.optim.AdamW):
         assert self.state, "reset comes first"
         self._count_steps(int(self._num_steps) + 1)
         for bucket in self._device_buckets:
-            self._update(bucket, [span.of(_gradient(span.param)) for span in bucket])
+            gradients = [span.of(_gradient(span.param)) for span in bucket]
+            if REST in self.state[bucket[0].param]:
+                self._update_split(bucket, gradients)
+                continue
+            self._update(bucket, gradients, self._cut_states(bucket, MASTER))
             for span, master in zip(bucket, self._cut_states(bucket, MASTER), strict=True):
                 if span.param.dtype != torch.float32:
                     span.of(span.param).copy_(master)
@@ -139,7 +168,7 @@ class HostAdam(torch.optim.AdamW):
         tensors: list[Tensor] = []
         for param, state in self.state.items():
             if param not in self._on_host:
-                names = MOMENTS if param.dtype == torch.float32 else (MASTER, *MOMENTS)
+                names = (*MOMENTS, REST) if REST in state else MOMENTS if param.dtype == torch.float32 else (*MOMENTS, MASTER)
                 tensors += [state[name] for name in names]
         return tensors
 
@@ -200,14 +229,31 @@ class HostAdam(torch.optim.AdamW):
         self._widened = {name: torch.empty(largest, dtype=torch.float32) for name in MOMENTS if self._is_widened(name)}
 
     def _update_on_host(self, bucket: Sequence[Span], gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-        self._update(bucket, gradients)
-        for weight, master in zip(weights, self._cut_states(bucket, MASTER), strict=True):
+        masters = self._cut_states(bucket, MASTER)
+        self._update(bucket, gradients, masters)
+        for weight, master in zip(weights, masters, strict=True):
             weight.copy_(master)
 
-    def _update(self, bucket: Sequence[Span], gradients: Sequence[Tensor]) -> None:
+    def _update_split(self, bucket: Sequence[Span], gradients: Sequence[Tensor]) -> None:
+        """Step a bucket on the device whose masters are split."""
+        parts = [(span.of(span.param), rest) for span, rest in zip(bucket, self._cut_states(bucket, REST), strict=True)]
+        if not parts[0][0].is_cuda:
+            masters = [join(param, rest) for param, rest in parts]
+            self._update(bucket, gradients, masters)
+            for master, (param, rest) in zip(masters, parts, strict=True):
+                split(master, param, rest)
+            return
+        import qwench.training.optimizers.split_adam_triton as kernel  # noqa: PLC0415 - Triton comes with GPU builds of PyTorch
+
+        group = self.param_groups[self._group_index[bucket[0].param]]
+        constants = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        moments = (self._cut_states(bucket, name) for name in MOMENTS)
+        for (param, rest), gradient, mean, square in zip(parts, gradients, *moments, strict=True):
+            kernel.step(param, rest, gradient, mean, square, num_steps=int(self._num_steps), **constants)
+
+    def _update(self, bucket: Sequence[Span], gradients: Sequence[Tensor], masters: list[Tensor]) -> None:
         """Step masters and moments of a bucket where they are; torch's fused kernel uses all cores, or the device."""
         group = self.param_groups[self._group_index[bucket[0].param]]
-        masters = self._cut_states(bucket, MASTER)
         exp_avgs, exp_avg_sqs = (self._widen(bucket, name) for name in MOMENTS)
         done = torch.full((len(bucket),), float(self._num_steps) - 1, dtype=torch.float32, device=masters[0].device)
         beta1, beta2 = group["betas"]

@@ -1,0 +1,126 @@
+"""A whole GRPO step on one GPU: `qwench train`, trainer and embedded engine colocated, every response of one length.
+
+    python benchmarks/step.py --output FILE [--size 0.6B --size 4B] [--rollouts 3] [--new-tokens 1024] [-- FLAGS]
+
+32 prompts of 256 tokens x 8 samples on random weights of each size, rewards at random. The flags of a size are those that fit
+its memory on an 80 GB GPU; FLAGS come after them. The reference model is scored as the recipes do it, with --use-kl-loss and a
+coefficient of 0; --no-reference leaves the pass out. The first rollout compiles kernels, so the medians are of the others.
+`accounted` is the sum of the phases over the time of the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import string
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from train import make_model
+
+from qwench.models.made.tokenizers import build_small_tokenizer
+
+PROMPT_TOKENS = 256
+SAMPLES = 8
+COMMON = """
+--input-key prompt --label-key label --rm-type random --n-samples-per-prompt 8 --rollout-ignore-eos
+--rollout-temperature 1.0 --advantage-estimator grpo --eps-clip 0.2 --eps-clip-high 0.28 --lr 1e-6 --lr-decay-style constant
+--weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.98 --use-dynamic-batch-size --colocate --no-offload-train
+"""
+REFERENCE = "--use-kl-loss --kl-loss-coef 0.00 --kl-loss-type low_var_kl"
+MICRO_BATCH = {"4B": "--max-tokens-per-gpu 8192 --use-precision-aware-optimizer"}
+"""Sizes that need another micro-batch than the others."""
+PHASES = ("rollout", "train", "update_weights", "offload")
+"""Of a step, one after the other."""
+PASSES = ("ref_log_probs", "actor_train")
+"""Of the phase `train`."""
+GOALS = {"0.6B": 12.5, "1.7B": 18.5, "4B": 34.0, "8B": 54.0}
+
+
+def write_prompts(file: Path, *, count: int, length: int) -> None:
+    """Write prompts of `length` letters, which are as many tokens of the small tokenizer."""
+    draw = random.Random(0)
+    rows = [{"prompt": "".join(draw.choices(string.ascii_lowercase, k=length)), "label": "1"} for _ in range(count)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def run(folder: Path, size: str, given: argparse.Namespace) -> tuple[list[dict[str, float]], float]:
+    """Train on random weights of a size; return the metrics of each rollout, and the seconds of the process."""
+    model, prompts, logs = folder / "model", folder / "prompts.jsonl", folder / "logs"
+    make_model(model, size, given.device)
+    build_small_tokenizer().save_pretrained(model)
+    write_prompts(prompts, count=given.prompts * given.rollouts, length=given.prompt_tokens)
+    kv_tokens = given.prompts * (given.prompt_tokens + SAMPLES * (given.new_tokens + 16))
+    words = [
+        *("--hf-checkpoint", model, "--prompt-data", prompts, "--log-dir", logs, "--num-rollout", given.rollouts),
+        *("--rollout-batch-size", given.prompts, "--global-batch-size", given.prompts * SAMPLES),
+        *("--rollout-max-response-len", given.new_tokens, "--embedded-kv-cache-tokens", kv_tokens),
+        *COMMON.split(),
+        *([] if given.no_reference else REFERENCE.split()),
+        *MICRO_BATCH.get(size, "--max-tokens-per-gpu 16384").split(),
+        *(["--attn-implementation", "cudnn"] if given.device.type == "cuda" else []),
+        *given.flags,
+    ]
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "qwench", "train", *map(str, words)]
+    subprocess.run(command, check=True, timeout=given.timeout, stdout=sys.stderr)
+    seconds = time.perf_counter() - started
+    lines = [json.loads(line) for line in (logs / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if "perf/step_time" in line], seconds
+
+
+def summary(rollouts: Sequence[dict[str, float]], size: str, given: argparse.Namespace) -> dict[str, object]:
+    """Return the medians of all rollouts but the first."""
+    steady = rollouts[1:] or rollouts
+
+    def median(name: str) -> float:
+        return statistics.median(rollout.get(name, 0.0) for rollout in steady)
+
+    accounted = [sum(r.get(f"perf/{name}_time", 0.0) for name in PHASES) / r["perf/step_time"] for r in steady]
+    return {
+        "size": size,
+        "step s": median("perf/step_time"),
+        "goal s": GOALS.get(size),
+        "phases s": {name: median(f"perf/{name}_time") for name in PHASES + PASSES},
+        "accounted": statistics.median(accounted),
+        "samples/s": given.prompts * SAMPLES / median("perf/step_time"),
+        "new tokens/s": median("perf/tokens_per_gpu_per_sec"),
+        "trained tokens/s": median("perf/actor_train_tok_per_s"),
+        "peak GiB": median("perf/peak_gpu_memory_gib"),
+        "first step s": rollouts[0]["perf/step_time"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--size", action="append")
+    parser.add_argument("--rollouts", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS)
+    parser.add_argument("--new-tokens", type=int, default=1024)
+    parser.add_argument("--no-reference", action="store_true")
+    parser.add_argument("--timeout", type=float, default=1800)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
+    parser.add_argument("flags", nargs="*", help="flags of qwench train, after --")
+    given = parser.parse_args()
+    results = []
+    for size in given.size or ["0.6B"]:
+        place = "/dev/shm" if Path("/dev/shm").is_dir() else None
+        with tempfile.TemporaryDirectory(dir=place) as folder:
+            rollouts, seconds = run(Path(folder), size, given)
+        result = summary(rollouts, size, given) | {"process s": seconds}
+        print(json.dumps(result), flush=True)
+        results.append(result | {"rollouts": rollouts})
+        given.output.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
