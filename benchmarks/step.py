@@ -35,7 +35,7 @@ COMMON = """
 --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.98 --use-dynamic-batch-size --colocate --no-offload-train
 """
 REFERENCE = "--use-kl-loss --kl-loss-coef 0.00 --kl-loss-type low_var_kl"
-MICRO_BATCH = {"4B": "--max-tokens-per-gpu 8192 --use-precision-aware-optimizer"}
+MICRO_BATCH = {"4B": "--max-tokens-per-gpu 10240 --use-precision-aware-optimizer"}
 """Sizes that need another micro-batch than the others."""
 PHASES = ("rollout", "train", "update_weights", "offload")
 """Of a step, one after the other."""

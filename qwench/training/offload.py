@@ -51,11 +51,21 @@ class HostCopy:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        """Exchange the contents of tensors and copies: no more memory of the host is pinned, which takes seconds a GB."""
+        """Exchange the contents of tensors and copies, without more memory on the host: pinning a GB of it takes a second.
+
+        What leaves the device follows what arrives there by one tensor, so that both directions of the bus are busy.
+        """
+        leaving = torch.cuda.Stream(self._tensors[0].device) if self._tensors[0].is_cuda else None
         for tensor, copy in zip(self._tensors, self._copies, strict=True):
             held = tensor.clone()
             tensor.copy_(copy, non_blocking=True)
-            copy.copy_(held, non_blocking=True)
+            if leaving is None:
+                copy.copy_(held)
+                continue
+            leaving.wait_stream(torch.cuda.current_stream(held.device))
+            with torch.cuda.stream(leaving):
+                copy.copy_(held, non_blocking=True)
+            held.record_stream(leaving)
         self._synchronize()
 
     def release(self) -> None:

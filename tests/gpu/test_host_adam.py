@@ -89,7 +89,9 @@ def test_split_masters_are_stepped_as_whole_ones(device: torch.device, moments_d
     whole, params = _trained(device, offload_fraction=0.0, moment_dtypes=(moments_dtype, moments_dtype))
     halves, upper = _trained(device, offload_fraction=0.0, moment_dtypes=(moments_dtype, moments_dtype), splits_masters=True)
     for param, half in zip(params, upper, strict=True):
-        torch.testing.assert_close(halves.master(half), whole.master(param).cpu(), rtol=1e-5, atol=1e-6)
+        # A moment that is rounded the other way moves a master by some 2^-9 of the learning rate in each step.
+        within = 1e-6 if moments_dtype == torch.float32 else 5e-5
+        torch.testing.assert_close(halves.master(half), whole.master(param).cpu(), rtol=1e-5, atol=within)
         assert torch.equal(half.cpu(), halves.master(half).bfloat16())
 
 
