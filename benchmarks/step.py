@@ -35,7 +35,7 @@ COMMON = """
 --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.98 --use-dynamic-batch-size --colocate --no-offload-train
 """
 REFERENCE = "--use-kl-loss --kl-loss-coef 0.00 --kl-loss-type low_var_kl"
-MICRO_BATCH = {"4B": "--max-tokens-per-gpu 10240 --use-precision-aware-optimizer"}
+MICRO_BATCH = {"4B": "--max-tokens-per-gpu 8192 --use-precision-aware-optimizer"}
 """Sizes that need another micro-batch than the others."""
 PHASES = ("rollout", "train", "update_weights", "offload")
 """Of a step, one after the other."""
@@ -55,6 +55,8 @@ def run(folder: Path, size: str, given: argparse.Namespace) -> tuple[list[dict[s
     """Train on random weights of a size; return the metrics of each rollout, and the seconds of the process."""
     model, prompts, logs = folder / "model", folder / "prompts.jsonl", folder / "logs"
     make_model(model, size, given.device)
+    if given.device.type == "cuda":
+        torch.cuda.empty_cache()  # the weights were made there, and the run needs the memory
     build_small_tokenizer().save_pretrained(model)
     write_prompts(prompts, count=given.prompts * given.rollouts, length=given.prompt_tokens)
     kv_tokens = given.prompts * (given.prompt_tokens + SAMPLES * (given.new_tokens + 16))

@@ -14,10 +14,13 @@ _MARGIN_BYTES = 2 << 30
 class ActivationBudget:
     """Chooses what to keep, by what saves the most time for its bytes: outputs of products, then logits, then the rest."""
 
-    def __init__(self, architecture: Architecture, device: torch.device, param_dtype: torch.dtype) -> None:
+    def __init__(
+        self, architecture: Architecture, device: torch.device, param_dtype: torch.dtype, *, head_chunk_tokens: int
+    ) -> None:
         self._architecture = architecture
         self._device = device
         self._param_dtype = param_dtype
+        self._head_chunk_tokens = head_chunk_tokens
 
     def choose(self, num_tokens: int, num_scored: int, *, recomputes: bool) -> tuple[Keep, int]:
         """Return what layers keep, and how many bytes of logits may be kept, in a micro-batch of this size.
@@ -30,10 +33,13 @@ class ActivationBudget:
             return (Keep.NOTHING if recomputes else Keep.ALL), 0
         room = free_bytes(self._device) - _MARGIN_BYTES
         needed = {keep: kept_bytes(self._architecture, num_tokens, keep, self._param_dtype) for keep in Keep}
+        # Logits that are not kept take the memory of one chunk while they are used.
+        chunk = 4 * min(num_scored, self._head_chunk_tokens) * self._architecture.vocab_size
+        if not recomputes and needed[Keep.ALL] + logits <= room:
+            return Keep.ALL, logits
+        room -= chunk
         if recomputes or needed[Keep.PRODUCTS] > room:
             return Keep.NOTHING, max(0, room - needed[Keep.NOTHING])
-        if needed[Keep.ALL] + logits <= room:
-            return Keep.ALL, logits
         return Keep.PRODUCTS, max(0, room - needed[Keep.PRODUCTS])
 
 

@@ -114,7 +114,7 @@ class DirectPolicy:
         self._head_chunk_tokens = head_chunk_tokens
         self._recomputes_layers = recomputes_layers
         self._decoder = PackedDecoder(architecture, device)
-        self._budget = ActivationBudget(architecture, device, param_dtype)
+        self._budget = ActivationBudget(architecture, device, param_dtype, head_chunk_tokens=head_chunk_tokens)
         self._trigger = torch.zeros((), device=device, requires_grad=True)
         self._flat = FlatTensors(architecture, param_dtype, device)
         self._weights = _move_weights(causal_lm, self._flat.by_name, mesh)
