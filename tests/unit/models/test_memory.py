@@ -62,6 +62,11 @@ def test_fsdp_ranks_hold_masters_as_their_weights():
     assert held.device == 334 * 12 + 668 * 4
 
 
+def test_one_rank_holds_masters_in_two_halves():
+    held = fsdp_bytes(SMALL, BF16, num_shards=1, holds_reference=False)
+    assert held == RankBytes(weights=668 * 2, gradients=668 * 4, optimizer=668 * 10, host_optimizer=0, host_reference=0)
+
+
 def test_fsdp_ranks_that_offload_keep_rounded_weights_and_host_masters():
     held = fsdp_bytes(SMALL, StateBytes(param=2, moments=4, offloaded=1.0), num_shards=1, holds_reference=False)
     assert held == RankBytes(weights=668 * 2, gradients=668 * 4, optimizer=0, host_optimizer=668 * 8, host_reference=0)
