@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwench.models.hf import architecture_of
-from qwench.models.registry import find_size
+from qwench.models.made.qwen3 import find_size
 from qwench.training import memory_budget
 from qwench.training.memory_budget import ActivationBudget, kept_bytes
 from qwench.training.packed_decoder import Keep
