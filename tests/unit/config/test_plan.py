@@ -226,8 +226,10 @@ def test_flags_that_contradict_the_model_are_refused():
 
 def test_train_dtype_auto_is_bfloat16_on_gpus_and_float32_elsewhere():
     on_gpus, on_cpus = (plan_run(Config(rollout=BATCH), QWEN3_4B, on_gpus=there) for there in (True, False))
-    # FSDP2's weights are float32 masters on either; the reference is in the training dtype.
-    assert on_gpus.rank_bytes.weights == on_cpus.rank_bytes.weights
+    # One rank keeps a float32 master as a bfloat16 weight and the rest of its bits, which counts to the optimizer.
+    of_gpu, of_cpu = on_gpus.rank_bytes, on_cpus.rank_bytes
+    assert 2 * of_gpu.weights == of_cpu.weights
+    assert of_gpu.weights + of_gpu.optimizer == of_cpu.weights + of_cpu.optimizer
     assert [train_dtype(Config(), on_gpus=there) for there in (True, False)] == ["bfloat16", "float32"]
     assert train_dtype(Config(model=ModelConfig(train_dtype="bfloat16")), on_gpus=False) == "bfloat16"
 
