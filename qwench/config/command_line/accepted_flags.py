@@ -8,7 +8,6 @@ from __future__ import annotations
 from qwench.config.command_line.foreign_flag import ANY, OFF, ON, ForeignFlag, flags
 
 CI = "it belongs to the reference's own test harness"
-CHECKPOINT = "weights come from a checkpoint"
 ARCHITECTURE = "config.json describes the architecture"
 BUFFER_SERVER = "rollouts come from the engines, not from a buffer server"
 MEGATRON_LOOP = "it belongs to Megatron's own training loop, which slime and miles never run"
