@@ -37,7 +37,8 @@ def find_parameters(folder: Path, model: Architecture) -> dict[str, StoredTensor
     stored = find_tensors(folder)
     found = {name: tensor.spec for name, tensor in stored.items()}
     expected: dict[str, tuple[int, ...]] = dict(model.parameter_shapes())
-    fp8 = is_fp8_checkpoint(folder)
+    # An engine may be given weights alone: its own config.json describes them.
+    fp8 = (folder / "config.json").exists() and is_fp8_checkpoint(folder)
     if fp8:
         expected |= {scale_name(name): scale_shape(shape) for name, shape in expected.items() if is_quantized_name(name)}
     check_shapes(found, expected, folder)

@@ -157,7 +157,7 @@ def test_weights_come_in_buckets_or_from_disk(model, tmp_path):
         assert answer["checksums"] == {name: tensor_checksum(tensor) for name, tensor in named.items()}
         assert call(server, "/get_weight_version", method="GET")[1] == {"weight_version": "4"}
         status, answer = call(server, "/update_weights_from_disk", {"model_path": str(tmp_path)})
-        assert (status, answer["weight_version"]) == (200, 5)
+        assert (status, answer.get("weight_version")) == (200, 5), answer
         assert call(server, "/update_weights_from_disk", {"model_path": str(tmp_path / "none")})[0] == 400
 
 

@@ -13,7 +13,7 @@ from tests.deadlines import patient
 from tests.e2e.conftest import DIGITS, Workspace, column
 from tests.e2e.processes import descendants, rank_process, wait_for
 from tests.fakes import cuda_stand_in
-from tests.forked import fork_qwench
+from tests.forked import Forked, fork_qwench
 from tests.verbs import run_verb
 
 TWO_RANKS = {"actor_num_gpus_per_node": 2}
@@ -26,6 +26,12 @@ def recorded(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> 
     rollouts = str(folder / "{rollout_id}.jsonl")
     run_verb(workspace.train_argv(folder / "one", **DIGITS, save_debug_rollout_data=rollouts))
     return rollouts
+
+
+def run_without_cuda(argv: list[str]) -> None:
+    """Run a verb of Megatron in a process of its own, where the CPU answers for CUDA."""
+    cuda_stand_in.install()
+    run_verb(argv)
 
 
 def replay_argv(workspace: Workspace, recorded: str, save: Path, **overrides: object) -> list[str]:
@@ -60,9 +66,8 @@ def test_dead_rank_ends_the_run_and_the_same_command_resumes(workspace: Workspac
     assert victim is not None, driver.end().stderr
     os.kill(victim, signal.SIGKILL)
     ended = driver.end(timeout_s=patient(30))
-    errors = ended.stderr
-    assert ended.returncode == 1, errors
-    assert errors.count("\n") == 1, errors
+    assert ended.returncode == 1, ended.stderr
+    (errors,) = (line for line in ended.stderr.splitlines() if "qwench: warning" not in line)
     assert "trainer rank 1 of 2 was ended by SIGKILL" in errors and "resumes" in errors, errors
     assert not started & set(descendants(1))
 
@@ -71,13 +76,14 @@ def test_dead_rank_ends_the_run_and_the_same_command_resumes(workspace: Workspac
 
 
 def test_megatron_on_two_tensor_parallel_ranks_generates_and_learns_what_fsdp_does_on_one(
-    workspace: Workspace, recorded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, recorded: str, tmp_path: Path
 ) -> None:
-    for name, text in cuda_stand_in.environment(os.environ).items():
-        monkeypatch.setenv(name, text)
+    environ = cuda_stand_in.environment(os.environ)
     flags = {**DIGITS, **TWO_RANKS, "train_backend": "megatron", "tensor_model_parallel_size": 2}
-    run_verb(workspace.train_argv(tmp_path, **flags, num_rollout=2))
-    run_verb(workspace.train_argv(tmp_path, **flags, num_rollout=3))
+    for num_rollout in (2, 3):
+        argv = workspace.train_argv(tmp_path, **flags, num_rollout=num_rollout)
+        ended = Forked(tmp_path.with_name("output"), run_without_cuda, argv, environ=environ).end()
+        assert ended.returncode == 0, ended.stderr
     # Adam's first steps are near sign(gradient): rounding differs by backend, and grows a little from step to step.
     assert_same_learning(Path(recorded).parent / "one", tmp_path, rel=1e-4)
     one = column(Path(recorded).parent / "one", "rollout/raw_reward")

@@ -55,10 +55,10 @@ def test_two_files_of_one_name_are_two_modules(tmp_path: Path) -> None:
 
 def test_a_file_of_the_working_folder_shadows_no_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fractions.py").write_text("raise SystemExit('the user has a fractions.py too')\n")
-    (tmp_path / "mine.py").write_text("from fractions import Fraction\n\ndef f(x):\n    return Fraction(x, 2)\n")
+    (tmp_path / "halves.py").write_text("from fractions import Fraction\n\ndef f(x):\n    return Fraction(x, 2)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "fractions", raising=False)
-    assert str(load("mine.f")(1)) == "1/2"
+    assert str(load("halves.f")(1)) == "1/2"
     assert sys.path[-1] == str(tmp_path)
 
 
