@@ -53,62 +53,74 @@ def test_a_command_of_the_documentation_is_accepted(page: Path, command: str, st
         words.pop(0)
     if "--" in words:  # ray job submit -- COMMAND
         words = words[words.index("--") + 1 :]
-    CHECKS[words[0]](words[1:], stage, world)
+    assert CHECKS[words[0]](words[1:], stage, world) == words[1:2]
 
 
-def _qwench(words: Sequence[str], stage: Path, world: dict[str, str]) -> None:
+def _qwench(words: Sequence[str], stage: Path, world: dict[str, str]) -> Sequence[str]:
+    """Return the verb whose flags these are."""
     verb, *rest = words
     assert verb in VERBS, f"there is no verb {verb}"
     if verb == "train":
         models = {"--hf-checkpoint": f"{world['MODEL_DIR']}/Qwen3-0.6B"}
         data = {"--prompt-data": f"{world['DATA_DIR']}/dapo-math-17k/dapo-math-17k.jsonl"}
         parse_train([*rest, *(word for pair in (models | data).items() for word in pair)])
-    elif verb == "reward":
+        return [verb]
+    if verb == "reward":
         assert rest[0] == "check"
-        _, flags = split_file(rest[1:], usage="")
-        parse_flags(RewardCheckConfig, flags, prog="qwench reward check")
-    elif verb == "download":
-        names, flags = split_names(rest)
+        _, rest = split_file(rest[1:], usage="")
+    if verb == "download":
+        names, rest = split_names(rest)
         assert names
-        parse_flags(DownloadConfig, flags, prog="qwench download")
-    elif verb == "doctor":
-        parse_flags(DoctorConfig, rest, prog="qwench doctor")
-    elif verb == "make-model":
-        parse_flags(MakeModelConfig, rest, prog="qwench make-model")
-    elif verb == "convert":
-        parse_flags(ConvertConfig, rest, prog="qwench convert")
-    else:
-        raise AssertionError(f"nothing here checks qwench {verb}; add it")
+    parse_flags(CONFIGS[verb], rest, prog=f"qwench {verb}")
+    return [verb]
 
 
-def _bash(words: Sequence[str], stage: Path, world: dict[str, str]) -> None:
+def _bash(words: Sequence[str], stage: Path, world: dict[str, str]) -> Sequence[str]:
+    """Return the script whose verb and flags these are."""
+    named = words[0]
     if words[0] == RECIPE_BENCHMARK:
         _, _, script, *more = words
         words = [str(SCRIPTS.relative_to(ROOT) / script), *more]
     verb, *expanded = expand(ROOT / words[0], stage, *words[1:], **world)
     assert (ROOT / words[0]).is_relative_to(SCRIPTS)
-    {"train": parse_train, "sft": parse_sft}[verb](expanded)
+    config = {"train": parse_train, "sft": parse_sft}[verb](expanded)
+    assert (config.algorithm.loss_type == "sft_loss") is (verb == "sft")
+    return [named]
 
 
-def _python(words: Sequence[str], stage: Path, world: dict[str, str]) -> None:
+def _python(words: Sequence[str], stage: Path, world: dict[str, str]) -> Sequence[str]:
+    """Return the file that is run."""
     assert (ROOT / words[0]).is_file(), f"there is no {words[0]}"
+    return words[:1]
 
 
-def _make(words: Sequence[str], stage: Path, world: dict[str, str]) -> None:
+def _make(words: Sequence[str], stage: Path, world: dict[str, str]) -> Sequence[str]:
+    """Return the target that the Makefile has."""
     done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, timeout=patient(60))
     assert done.returncode == 0, done.stderr
+    return words[:1]
 
 
-def _pip(words: Sequence[str], stage: Path, world: dict[str, str]) -> None:
+def _pip(words: Sequence[str], stage: Path, world: dict[str, str]) -> Sequence[str]:
+    """Return pip's verb."""
     extras = re.fullmatch(r"(?:qwench|\.)\[([a-z,]+)\]", words[-1])
     assert extras is not None
     declared = re.findall(r"^(\w+) = \[\"", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert set(extras[1].split(",")) <= set(declared)
+    return words[:1]
 
 
 RECIPE_BENCHMARK = "benchmarks/multi_gpu/recipe.sh"
 """Takes a size, a script and flags, which it adds to the script's."""
-CHECKS: dict[str, Callable[[Sequence[str], Path, dict[str, str]], None]] = {
+CONFIGS: dict[str, type] = {
+    "reward": RewardCheckConfig,
+    "download": DownloadConfig,
+    "doctor": DoctorConfig,
+    "make-model": MakeModelConfig,
+    "convert": ConvertConfig,
+}
+"""Verb -> its flags; another verb on a page is added here."""
+CHECKS: dict[str, Callable[[Sequence[str], Path, dict[str, str]], Sequence[str]]] = {
     "qwench": _qwench,
     "bash": _bash,
     "python": _python,

@@ -192,6 +192,7 @@ def test_an_evaluation_replaces_nothing_but_its_own_results(inputs: Workspace, t
 
 def test_model_without_readable_weights_is_refused(inputs: Workspace, tmp_path: Path, in_process: InProcess) -> None:
     refused(in_process, inputs.train_argv(tmp_path / "run"), str(inputs.model))
+    assert not (tmp_path / "run").exists()
 
 
 def test_foreign_save_folder_is_refused_and_left_alone(inputs: Workspace, tmp_path: Path, in_process: InProcess) -> None:

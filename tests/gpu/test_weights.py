@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from qwench.config.sections.engine import EngineConfig
+from qwench.engines.client import HttpEngine
 from qwench.engines.fleet.servers import ServerProcess, server_environ
 from qwench.engines.kinds.embedded import embedded_command
 from qwench.models.made.tokenizers import build_small_tokenizer
@@ -105,17 +107,17 @@ def serving(tmp_path_factory, *, gpu: int):
 @pytest.mark.parametrize("transport", ["nccl", "disk"])
 def test_a_server_on_the_same_gpu_holds_what_was_published(server, transport):
     """`nccl` is the default, which is CUDA IPC here; every tensor is compared by its checksum."""
-    publish_twice(*server, transport=transport)
+    assert publish_twice(*server, transport=transport) == 5
 
 
 @pytest.mark.gpu(2)
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_server_on_another_gpu_holds_what_was_broadcast(distant_server):
-    publish_twice(*distant_server, transport="nccl")
+    assert publish_twice(*distant_server, transport="nccl") == 5
 
 
-def publish_twice(url, folder, *, transport: str) -> None:
-    """Publish, which raises when the engine's version or the checksum of one of its tensors is another."""
+def publish_twice(url, folder, *, transport: str) -> int:
+    """Publish versions 4 and 5, each compared by its checksums, and return the version that the server then tells."""
     source = Source(make_model("qwen3", seed=len(transport)).cuda().bfloat16())
     address = EngineAddress(base_url=url, token="secret", kind="embedded", placement=None)
     flags = EngineConfig(update_weight_buffer_size=20_000, update_weight_transport=transport)
@@ -126,3 +128,12 @@ def publish_twice(url, folder, *, transport: str) -> None:
             publish_from_rank(source, [address], version, plan, link=link)
     finally:
         link.close()
+    return asyncio.run(told_version(address))
+
+
+async def told_version(address: EngineAddress) -> int:
+    engine = HttpEngine(address.base_url, token=address.token)
+    try:
+        return await engine.weight_version()
+    finally:
+        await engine.close()

@@ -106,23 +106,26 @@ def test_sections_that_contradict_each_other_are_refused(sections, message):
     assert str(caught.value).startswith(message)
 
 
-def test_sections_at_the_edge_are_accepted():
-    check_rules(
-        Config(
-            parallel=ParallelConfig(dp_replicate=4, sequence_parallel=True),
-            cluster=EIGHT,
-            training=TrainingConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
-            rollout=RolloutConfig(rollout_max_response_len=63, rollout_max_context_len=64, rollout_min_new_tokens=63),
-            debug=DebugConfig(debug_train_only=True, load_debug_rollout_data="r/{rollout_id}.jsonl"),
-        )
-    )
-    check_rules(
-        Config(
-            algorithm=AlgorithmConfig(loss_type="sft_loss", disable_compute_advantages_and_returns=True),
-            rollout=RolloutConfig(rollout_function_path=SFT_ROLLOUT),
-            debug=DebugConfig(debug_train_only=True),
-        )
-    )
+AT_THE_EDGE = {
+    "data parallel": Config(
+        parallel=ParallelConfig(dp_replicate=4, sequence_parallel=True),
+        cluster=EIGHT,
+        training=TrainingConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+        rollout=RolloutConfig(rollout_max_response_len=63, rollout_max_context_len=64, rollout_min_new_tokens=63),
+        debug=DebugConfig(debug_train_only=True, load_debug_rollout_data="r/{rollout_id}.jsonl"),
+    ),
+    "fine-tuning": Config(
+        algorithm=AlgorithmConfig(loss_type="sft_loss", disable_compute_advantages_and_returns=True),
+        rollout=RolloutConfig(rollout_function_path=SFT_ROLLOUT),
+        debug=DebugConfig(debug_train_only=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AT_THE_EDGE)
+def test_sections_at_the_edge_break_no_rule(name):
+    assert [problem for rule in RULES if (problem := rule(AT_THE_EDGE[name])) is not None] == []
+    check_rules(AT_THE_EDGE[name])
 
 
 def test_sglang_engines_of_several_gpus_divide_the_gpus_there_are():

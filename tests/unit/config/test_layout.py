@@ -6,21 +6,22 @@ from dataclasses import replace
 
 import pytest
 
-from qwench.config.layout import ParallelLayout, check_layout
+from qwench.config.layout import ParallelLayout, check_layout, data_parallel_size
 from qwench.errors import ConfigError
 from tests.unit.config.architectures import QWEN3_4B
 
 
 @pytest.mark.parametrize(
-    ("layout", "world_size"),
+    ("layout", "world_size", "dp_size"),
     [
-        (ParallelLayout(), 1),
-        (ParallelLayout(tp=2, sequence_parallel=True), 8),
-        (ParallelLayout(tp=8, pp=4, cp=2, sequence_parallel=True), 64),
+        (ParallelLayout(), 1, 1),
+        (ParallelLayout(tp=2, sequence_parallel=True), 8, 4),
+        (ParallelLayout(tp=8, pp=4, cp=2, sequence_parallel=True), 128, 2),
     ],
 )
-def test_layouts_that_divide_are_accepted(layout, world_size):
+def test_a_layout_that_divides_leaves_the_rest_to_data_parallelism(layout, world_size, dp_size):
     check_layout(layout, QWEN3_4B, world_size=world_size)
+    assert data_parallel_size(layout, world_size=world_size) == dp_size
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,11 @@ SCRIPT_4B = {
 }
 
 
-def test_a_launch_script_that_tells_the_truth_passes():
-    check_model_flags(ArchitectureConfig(**SCRIPT_4B), QWEN3_4B)
+def test_of_a_launch_script_only_the_flag_that_is_wrong_is_refused():
     check_model_flags(ArchitectureConfig(), QWEN3_4B)
+    check_model_flags(ArchitectureConfig(**SCRIPT_4B), QWEN3_4B)
+    with pytest.raises(ConfigError, match=r"^--vocab-size \(151669\) contradicts the checkpoint's config\.json \(151936\)"):
+        check_model_flags(ArchitectureConfig(**SCRIPT_4B | {"vocab_size": 151_669}), QWEN3_4B)
 
 
 WRONG_VALUES = {
@@ -67,5 +69,9 @@ def test_every_flag_that_contradicts_is_refused_by_name(name):
 def test_biases_of_queries_keys_and_values_are_a_flag_of_their_own():
     qwen2 = replace(QWEN3_4B, model_type="qwen2", qkv_bias=True, qk_norm=False)
     check_model_flags(ArchitectureConfig(add_qkv_bias=True, disable_bias_linear=True, qk_layernorm=False), qwen2)
+    with pytest.raises(ConfigError, match=r"^--disable-bias-linear \(False\) contradicts"):
+        check_model_flags(ArchitectureConfig(add_qkv_bias=True, disable_bias_linear=False), qwen2)
     llama = replace(qwen2, model_type="llama", attention_output_bias=True)
     check_model_flags(ArchitectureConfig(add_qkv_bias=True, disable_bias_linear=False), llama)
+    with pytest.raises(ConfigError, match=r"^--disable-bias-linear \(True\) contradicts"):
+        check_model_flags(ArchitectureConfig(add_qkv_bias=True, disable_bias_linear=True), llama)

@@ -93,8 +93,12 @@ def test_flags_that_the_other_program_does_not_take_are_named_as_they_were_typed
     assert str(refused.value) == f"the installed xpackage does not take the --x-* flags: {problem}"
 
 
-def test_flags_that_the_other_program_takes_pass():
-    check_words(("--size", "3", "--fast"), prefix="x", parser_program=PARSER, package="xpackage")
+def test_flags_that_the_other_program_takes_pass(tmp_path):
+    reading = f"{PARSER}; parser.add_argument('--note', type=lambda text: open(text, 'w').write('read'))"
+    check_words(
+        ("--size", "3", "--fast", "--note", str(tmp_path / "note")), prefix="x", parser_program=reading, package="xpackage"
+    )
+    assert (tmp_path / "note").read_text() == "read", "the program's parser saw the words"
 
 
 def test_the_router_takes_the_users_flags_over_our_defaults(tmp_path):
@@ -107,7 +111,10 @@ def test_the_router_takes_the_users_flags_over_our_defaults(tmp_path):
 
 def test_the_installed_router_takes_our_defaults(tmp_path):
     argv = router_command((), environ={}, log_folder=tmp_path).argv
-    check_router_words(argv[argv.index("sglang_router.launch_router") + 1 :])
+    ours = argv[argv.index("sglang_router.launch_router") + 1 :]
+    check_router_words(ours)
+    with pytest.raises(ConfigError, match=r"the installed sglang-router does not take the --router-.* flags: .*no-such-flag"):
+        check_router_words([*ours, "--no-such-flag"])
 
 
 def test_an_embedded_server_gets_its_flags_and_token():

@@ -182,7 +182,10 @@ def test_a_server_that_is_not_there_is_found_before_the_run():
 
 
 def test_prompts_need_no_label_for_it():
-    check_prompts(RewardConfig(rm_type="remote_rm", rm_url="http://127.0.0.1:1"), [Prompt(text="", token_ids=())])
+    prompts = [Prompt(text="", token_ids=())]
+    check_prompts(RewardConfig(rm_type="remote_rm", rm_url="http://127.0.0.1:1"), prompts)
+    with pytest.raises(ConfigError, match="row 0 of the prompts has no label, which --rm-type math needs"):
+        check_prompts(RewardConfig(rm_type="math"), prompts)
 
 
 def test_reward_check_asks_the_server_for_a_whole_file(serve, tmp_path):
