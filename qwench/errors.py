@@ -14,7 +14,7 @@ class EngineError(QwenchError):
 
 
 class EngineLostError(EngineError):
-    """An engine cannot be reached, broke off, or did not answer in time: what it was asked may be asked of another one."""
+    """An engine cannot be reached, broke the connection, or did not answer in time. Another engine may take its requests."""
 
 
 class WeightSyncError(QwenchError):
@@ -26,7 +26,7 @@ class CheckpointError(QwenchError):
 
 
 class DownloadError(QwenchError):
-    """The Hugging Face hub could not be reached, or has no such thing."""
+    """The Hugging Face hub could not be reached, or does not have the repository."""
 
 
 class RewardError(QwenchError):

@@ -28,16 +28,16 @@ GroupComparison = Callable[[Tensor, Tensor], Tensor]
 def compare_in_groups(
     rewards: Tensor, group_ids: Tensor, execution_ids: Tensor, graded: Tensor, compare: GroupComparison
 ) -> Tensor:
-    """Replace each reward by what `compare` makes of it in its group.
+    """Compare each reward with the rewards of its group.
 
-    An execution counts once however many samples it returned. Groups may have any size; a group of one, or one whose rewards
-    are all equal, gets exactly 0.
+    An execution counts once, also when it returned several samples. Groups may have any size; a group of one, or one whose
+    rewards are all equal, gets exactly 0.
 
     Args:
         rewards: [B] float32.
         group_ids: [B] int64, in any order.
         execution_ids: [B] int64; graded samples with the same id must have the same reward and group.
-        graded: [B] bool; other samples have no reward: they get 0 and their group is treated as if they were not there.
+        graded: [B] bool; other samples have no reward: they get 0, and their group ignores them.
 
     Returns:
         [B] float32.

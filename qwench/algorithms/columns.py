@@ -1,7 +1,7 @@
-"""Columns of a rollout and of a micro-batch, and what a loss makes of them.
+"""Columns of a rollout and of a micro-batch, and the result of a loss.
 
-    RolloutBatch    B samples, per-token columns response-aligned [R]      what advantages are made of
-    MicroBatch      packed sequences, columns label-aligned [T]            what a loss is made of
+    RolloutBatch    B samples, per-token columns response-aligned [R]      input of the advantages
+    MicroBatch      packed sequences, columns label-aligned [T]            input of the loss
 
 `training.batch` packs one into the other.
 """
@@ -36,7 +36,7 @@ class RolloutBatch:
     rollout_log_probs: list[Tensor] | None = None
     """B x [R] float32 of the sampling engine; None when nothing was sampled (SFT)."""
     staleness: list[Tensor] | None = None
-    """B x [R] int64: how many weight versions before this rollout's a token was sampled. None: all by this rollout's."""
+    """B x [R] int64: weight versions between the one that sampled a token and this rollout's. None: 0 everywhere."""
     old_log_probs: list[Tensor] | None = None
     """B x [R] float32 of the policy before this rollout's first step."""
     ref_log_probs: list[Tensor] | None = None
@@ -183,7 +183,7 @@ def _check(sample: Sample, *, sampled: bool) -> None:
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a copy on the device (or the tensor, if it is there); the host waits for nothing that the device has to do."""
+    """Return a copy on the device (or the tensor, if it is there). The host does not wait for work of the device."""
     if device.type == "cuda" and not tensor.is_cuda:
         # From ordinary memory a copy waits until the device has done all that came before it.
         tensor = tensor.pin_memory()

@@ -1,7 +1,7 @@
-"""Corrections for tokens that another policy sampled: the engine's (TIS, IcePop) or an older one (OPSM), and how far off it is.
+"""Corrections for tokens that another policy sampled: the engine's (TIS, IcePop) or an older one (OPSM).
 
-The engine computes in other kernels, and maybe with older weights, than the trainer; w = exp(trainer - engine) per token says
-by how much.
+The engine's kernels differ from the trainer's, and its weights may be older. Per token, w = exp(trainer - engine) measures the
+difference.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def mismatch_metrics(
     """Return per-token [T] float32 values to average: |trainer - engine|, and low_var_kl of KL(engine || trainer).
 
     The gap between trainer and engine compares equal weights only. At tokens of older weights the same difference is the drift
-    of the policy since they were sampled, a metric of its own.
+    of the policy since then, which has another metric.
 
     Args:
         fresh_scale: [T], see `RolloutBatch`. None: every token is of the current weights.
@@ -93,7 +93,7 @@ def effective_sample_ratio(log_ratio: Tensor, loss_mask: Tensor, sequence_ids: T
 def off_policy_sequences(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, loss_mask: Tensor, sequence_ids: Tensor, *, delta: float
 ) -> Tensor:
-    """Find tokens to leave out because the policy has moved away from a sequence it should not imitate anyway (OPSM).
+    """Find the tokens that OPSM leaves out: those of off-policy sequences with a negative advantage.
 
     Args:
         log_probs: [T] float32, current policy, read without its gradient.

@@ -1,4 +1,4 @@
-"""What the head does to logits, in plain PyTorch: the reference, and what runs without a GPU.
+"""The head's arithmetic on logits in plain PyTorch: the reference, and the code for CPUs.
 
 `head_triton` has the same functions.
 """

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: ANN001, ANN202 - in kernels, annotations mean something else to Triton
-"""What the head does to logits, one Triton kernel each; see `head_elementwise` for what they compute.
+"""The head's arithmetic on logits, one Triton kernel for each function of `head_elementwise`.
 
 One program reads one row from its begin to its end. Both kernels are bound by memory: 4 and 6 bytes a logit.
 """

@@ -71,7 +71,7 @@ def add_product(total: Tensor, grad_TN: Tensor, x_TK: Tensor) -> None:
 class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,  # torch's context object carries whatever is set on it
+        ctx: Any,  # torch's context object takes any attribute
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,

@@ -27,7 +27,7 @@ from qwench.estimators import METHODS, MethodFacts
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
-    """What a method must have of a rollout before its targets and its loss."""
+    """What must be computed of a rollout before a method's targets and loss."""
 
     old_log_probs: bool = False
     """A pass of the policy before the first step. Without it, the loss takes its own log-probs, without gradient."""
@@ -54,7 +54,7 @@ class Method(ABC):
 
     @abstractmethod
     def needs(self, *, num_steps: int) -> Needs:
-        """Return what must be there of a rollout that takes `num_steps` optimizer steps."""
+        """Return what a rollout of `num_steps` optimizer steps needs."""
 
     def rewards(self, batch: RolloutBatch) -> Tensor:
         """Return [B] float32 rewards, compared within their group where the method does that."""

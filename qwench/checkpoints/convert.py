@@ -72,7 +72,7 @@ class Conversion:
     max_shard_bytes: int = 2 * 10**9
     """Of one safetensors file."""
     replace: bool = False
-    """Take the place of what is at `output`."""
+    """Replace an existing `output`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class Converter:
     """One conversion. Building it checks everything that can be wrong; `run` does the work, on all ranks together."""
 
     def __init__(self, conversion: Conversion) -> None:
-        """Open the source and look at the output's place.
+        """Open the source and check the folder of the output.
 
         Raises:
             ConfigError: the source is no checkpoint of the model, or the output exists, cannot be written or is too large.
@@ -100,7 +100,7 @@ class Converter:
         self.weights = open_weights(conversion.source, self._model)
         wants_state = conversion.with_optimizer and not self._writes_weights_alone
         self._state = open_optimizer_state(conversion.source, self._model) if wants_state else None
-        # Without its optimizer a run is not resumed but begun.
+        # Without its optimizer state, a run starts fresh.
         self._run_state = RunState.read(conversion.source) if self._state is not None else None
         self.streams = self._make_streams()
         self.nbytes = sum(stream.spec(name).nbytes for stream in self.streams for name in stream.source.specs)
@@ -121,7 +121,7 @@ class Converter:
         """Convert; every rank calls it.
 
         Args:
-            advance: Told the bytes that this rank has written, and again when they are read back.
+            advance: Called with the bytes that this rank wrote, and again after reading them back.
 
         Raises:
             CheckpointError: the source cannot be read, or what was read back is not what was written.
@@ -181,7 +181,7 @@ class Converter:
                 return FsdpTarget(folder, self.streams, rank=rank, num_steps=num_steps)
 
     def _write(self, folder: Path, ranks: Ranks, advance: Callable[[int], None]) -> list[tuple[Job, Checksums]]:
-        """Write this rank's jobs and, on the main rank, what there is only one of; return the checksums of each job."""
+        """Write this rank's jobs; the main rank writes the shared files too. Return the checksums of each job."""
         target = self._target(folder, ranks.rank)
         written = []
         for job, tensors in read_ahead(share(target.jobs, ranks.rank, ranks.size), _read):
@@ -197,7 +197,7 @@ class Converter:
     def _read_back(
         self, folder: Path, written: Sequence[tuple[Job, Checksums]], ranks: Ranks, advance: Callable[[int], None]
     ) -> None:
-        """Compare what lies in the files now with what this rank wrote."""
+        """Read the files again, and compare them with the checksums of what this rank wrote."""
         sources = self._written_sources(folder)
         expected = dict(written)
 

@@ -1,4 +1,4 @@
-"""What must be true of the folders of --save and --load, checked before any model is loaded.
+"""Checks of the folders of --save and --load, before any model is loaded.
 
 A folder that a run writes to carries `qwench_run.json` with the run's identity (model architecture, algorithm); only an
 empty folder or one with an equal identity is written to.
@@ -27,7 +27,7 @@ MARKER = "qwench_run.json"
 def open_save_folder(config: CheckpointConfig, identity: Mapping[str, Json]) -> FolderLock | None:
     """Check --save, lock it, remove what a killed run left half-written, and mark it as this run's.
 
-    The leftovers go before anything is written: they may be what fills the disk.
+    Leftovers are removed first: they may fill the disk.
 
     Raises:
         ConfigError: it cannot be written to, another process has it, it holds files that are not ours, or another run's
@@ -65,7 +65,7 @@ def check_save_folder(config: CheckpointConfig, identity: Mapping[str, Json]) ->
 
 
 def check_load_folder(config: CheckpointConfig, identity: Mapping[str, Json]) -> None:
-    """Make sure that the run has something to start from.
+    """Check that --load holds what the run starts from.
 
     Raises:
         ConfigError: --load has no checkpoint (and it is not the folder of --save, nor is --ref-load given), not the one of
@@ -164,7 +164,7 @@ def hf_folder(template: str, rollout_id: int) -> Path:
 
 
 def _check_export_folders(config: CheckpointConfig) -> None:
-    """Refuse a --save-hf that would replace what no export wrote, at any rollout."""
+    """Refuse a --save-hf that would replace files which no export wrote, at any rollout."""
     if config.save_hf is None:
         return
     try:

@@ -1,4 +1,5 @@
-"""What a run's checkpoint holds besides weights and optimizer, so that a converted one is resumed where the run stood.
+"""The files of a run's checkpoint besides weights and optimizer. A converted checkpoint keeps them and resumes at the same
+rollout.
 
 iter_0000020/meta.json, rollouts.json, rng.pt        qwench_run.json beside the folder
 """
@@ -21,7 +22,7 @@ _COPIED_FILES = ("rollouts.json", "rng.pt")
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """Where a run stood when it wrote the checkpoint in `folder`."""
+    """Progress of the run that wrote the checkpoint in `folder`."""
 
     folder: Path
     facts: Mapping[str, Json]

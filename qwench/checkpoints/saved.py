@@ -45,7 +45,7 @@ class Saved:
         return steps if isinstance(steps, int) else self.iteration * steps_per_rollout
 
     def check_length(self, num_rollout: int) -> str | None:
-        """Return what there is to say where the run is done already.
+        """Return a notice when the run has done all its rollouts.
 
         Raises:
             ConfigError: it has done more than --num-rollout.

@@ -1,4 +1,4 @@
-"""Weight buckets on their way from a rank to the driver: one flat piece of host memory and a table of what lies where.
+"""Weight buckets on their way from a rank to the driver: one flat piece of host memory and a table of its tensors.
 
     rank: bucket of tensors ---pack---> PackedBucket(table, content) ---> driver: ---unpack---> tensors in that memory, no copy
 

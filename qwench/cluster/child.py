@@ -1,8 +1,8 @@
-"""A process that this one starts, talks to through a pipe, and outlives by no means: the side of the one who starts it.
+"""A child process and the pipe to it, seen from the parent. The child never outlives the parent.
 
-The child holds one end of the pipe; when the other end is gone, with us or without, it ends itself and everything it started
-(`cluster.rank_process`). It leads its own process group, so that ending it never touches anything else, and Ctrl-C reaches
-only the driver, which decides what to do.
+The child holds one end of the pipe. When the parent's end closes, also by a crash, the child ends itself and all that it
+started (`cluster.rank_process`). It leads its own process group, so that ending it never touches anything else, and Ctrl-C
+reaches only the driver, which decides what to do.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class ChildProcess:
         return self._process.pid
 
     def has_ended(self) -> bool:
-        """Tell whether it runs no more; where the system can, without reaping it: its group's id stays its own until `kill`."""
+        """Tell whether it has ended. Where the system can, it is not reaped, so its group's id stays reserved until `kill`."""
         if self._process.returncode is not None:
             return True
         if not hasattr(os, "waitid"):  # macOS before Python 3.13
@@ -84,7 +84,7 @@ class ChildProcess:
             time.sleep(_POLL_S)
 
     def kill(self) -> None:
-        """End it and its whole process group at once, also where it has ended by itself; harmless twice."""
+        """End it and its process group at once, also after it has ended. A second call does nothing."""
         if self._process.returncode is None:
             with suppress(ProcessLookupError, PermissionError):  # macOS: no permission for a group of zombies
                 os.killpg(self.pid, signal.SIGKILL)
@@ -93,7 +93,7 @@ class ChildProcess:
         self._drain()
 
     def how_it_ended(self) -> str:
-        """Say how, once it has ended."""
+        """Say how it ended."""
         code = self._process.wait()
         if code >= 0:
             return f"ended with exit code {code}"

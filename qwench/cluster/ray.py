@@ -50,7 +50,7 @@ Actor = Any
 
 
 class RayCluster:
-    """See the module docstring. Whoever makes one closes it."""
+    """See the module docstring. Its creator closes it."""
 
     def __init__(self, *, address: str | None, environ: Mapping[str, str]) -> None:
         """Connect.

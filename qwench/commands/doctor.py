@@ -1,4 +1,4 @@
-"""`qwench doctor`: what this machine has of what Qwench can use, a line each, with what to do where something is amiss.
+"""`qwench doctor`: check this machine. One line for each package and device, with advice where something is wrong.
 
 Nothing is started, written or imported that could fail: packages are looked up by their metadata.
 """
@@ -29,7 +29,7 @@ _MIN_OPEN_FILES = 8192
 
 
 class State(StrEnum):
-    """How a finding is meant."""
+    """Severity of a finding."""
 
     GOOD = "ok"
     ABSENT = "--"

@@ -65,7 +65,7 @@ class Chain:
 
 
 def draw_chain(rng: random.Random, num_terms: int) -> Chain:
-    """Walk over the digits, never standing still."""
+    """Draw steps from digit to digit; no step is 0."""
     values = [rng.randint(0, 9)]
     while len(values) < num_terms:
         values.append(rng.choice([digit for digit in range(10) if digit != values[-1]]))
@@ -158,7 +158,7 @@ def _own(folder: Path, *, seed: int) -> None:
 
 
 def run_command(arguments: Sequence[str]) -> None:
-    """Run `qwench ...` in a process of its own, as a user would."""
+    """Run `qwench ...` in a separate process, as a user would."""
     finished = subprocess.run([sys.executable, "-P", "-m", "qwench", *arguments], check=False)
     if finished.returncode != 0:
         raise QwenchError(

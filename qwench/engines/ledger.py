@@ -1,4 +1,4 @@
-"""What was sent to an engine in one publication, and whether the engine holds exactly that."""
+"""Checksums of what was sent in one publication, and their comparison with what an engine holds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ChecksumLedger:
 
 
 def noted(buckets: Iterable[WeightBucket], ledgers: Collection[Ledger]) -> Iterator[WeightBucket]:
-    """Pass buckets on, and note each in every ledger."""
+    """Yield the buckets, and note each in every ledger."""
     for bucket in buckets:
         for ledger in ledgers:
             ledger.note(bucket)

@@ -84,7 +84,7 @@ class GenerateResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """A look at an engine's load and counters since it started."""
+    """Load of an engine now, and its counters since it started."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -99,11 +99,11 @@ class EngineStats:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Portion:
-    """Which bucket of which publication: a receiver that takes them one by one can tell that none is missing."""
+    """Number of a bucket and its publication. A receiver sees by it that no bucket is missing."""
 
     version: int
     index: int
-    """0 begins a publication, also one that an earlier one of the same version left unfinished."""
+    """0 begins a publication, also when an earlier one of the same version was not finished."""
     final: bool
     """No bucket follows."""
 

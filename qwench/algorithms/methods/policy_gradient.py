@@ -50,7 +50,7 @@ class PolicyGradient(Method):
         )
 
     def rewards(self, batch: RolloutBatch) -> Tensor:
-        """Return rewards as `compare` leaves them, raw ones where the method or the flags say so."""
+        """Return the compared rewards, or the raw ones where the method or the flags ask for them."""
         if not self.facts.compares_groups or self.section.disable_rewards_normalization:
             return batch.rewards
         return compare_in_groups(batch.rewards, batch.group_ids, batch.execution_ids, batch.graded, self.compare)
@@ -160,9 +160,9 @@ class Tokens:
 
     log_probs: Tensor
     old_log_probs: Tensor
-    """What the ratio is taken against: the trainer's own, or with --use-rollout-logprobs the engine's."""
+    """Denominator of the ratio: the trainer's log-probs, or with --use-rollout-logprobs the engine's."""
     trainer_log_probs: Tensor
-    """The trainer's, before this rollout's first step; the current ones when there is only one step and no pass was spent."""
+    """The trainer's, before this rollout's first step. With one step and no scoring pass, the current ones."""
     rollout_log_probs: Tensor | None
     ref_log_probs: Tensor | None
     advantages: Tensor

@@ -13,7 +13,7 @@ class Sft(Method, name="sft"):
     """See the module docstring."""
 
     def needs(self, *, num_steps: int) -> Needs:
-        """Return that nothing is scored; the entropy is computed where it is asked for."""
+        """Need no scores; the entropy only where a flag asks for it."""
         return Needs(entropy=self.section.observe_training_entropy)
 
     def loss(self, log_probs: Tensor, entropy: Tensor | None, micro_batch: MicroBatch) -> TokenLoss:

@@ -199,7 +199,7 @@ def _is_record(found: object, module: str) -> bool:
 
 
 class _Foreign:
-    """Stands in for an object of a package that need not be installed."""
+    """Placeholder for an object of a package that may not be installed."""
 
     def __init__(self, *_arguments: object) -> None:
         pass

@@ -24,14 +24,14 @@ from qwench.models.safetensors_files import TensorSpec, find_tensors, read_tenso
 
 
 class _Held(threading.local):
-    """The weight that was quantized last, with its scales, of each thread its own."""
+    """The last quantized weight and its scales, one for each thread."""
 
     def __init__(self) -> None:
         self.last: tuple[str, Tensor, Tensor] | None = None
 
 
 class QuantizedSource:
-    """What another source's weights are in FP8: for each matrix of a layer its values and, next, its scales."""
+    """Another source's weights in FP8: for each matrix of a layer its values, then its scales."""
 
     def __init__(self, source: WeightSource, *, dtype: torch.dtype | None) -> None:
         """Wrap a source; what is not quantized becomes `dtype` (None: stays as it is)."""
@@ -58,7 +58,7 @@ class QuantizedSource:
 
 
 class StoredTensors:
-    """Whatever the safetensors of a folder hold, as it is stored."""
+    """The tensors of a folder's safetensors files, as stored."""
 
     def __init__(self, folder: Path) -> None:
         self._stored = find_tensors(folder)

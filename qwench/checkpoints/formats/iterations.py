@@ -6,8 +6,8 @@
     iter_0000010.deleting    on its way out
     iter_0000020.replaced    the older folder of the same name, while the new one takes its place
 
-The number is that of rollouts learned from, and so the id of the rollout a resumed run starts with. Wherever a kill
-falls, each name without a suffix stands for a whole checkpoint, and `clean` puts the rest in order at the next start.
+The number is that of rollouts learned from, and so the id of the rollout a resumed run starts with. After a kill at any point,
+every name without a suffix is a whole checkpoint. At the next start `clean` removes or restores the others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qwench.files import TEMPORARY_SUFFIX, fsync_tree, rename_durably, write_ato
 
 POINTER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-"""What Megatron-LM writes into the pointer, and calls the folder, of weights that no iteration has trained."""
+"""Megatron-LM's pointer text and folder name for weights that no iteration has trained."""
 _DELETING = ".deleting"
 _REPLACED = ".replaced"
 _NAME = re.compile(r"iter_(\d{7,})")

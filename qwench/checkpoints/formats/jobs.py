@@ -17,9 +17,9 @@ from qwench.models.safetensors_files import TensorSpec
 
 T = TypeVar("T")
 _READERS = 2
-"""Threads that read and sum up while another writes."""
+"""Threads that read tensors and compute checksums while another thread writes."""
 _AHEAD_BYTES = 512 * 1024**2
-"""Of tensors that wait to be written."""
+"""Bound of the tensors that wait to be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def share(jobs: Sequence[Job], rank: int, size: int) -> list[Job]:
 
 
 def read_ahead(jobs: Sequence[Job], load: Callable[[Job], T]) -> Iterator[tuple[Job, T]]:
-    """Yield each job, in order, with what `load` makes of it in another thread while those before it are worked on.
+    """Yield each job in order with the result of `load`, which other threads compute ahead.
 
     At most `_AHEAD_BYTES` of jobs are loaded ahead, or one larger job.
     """

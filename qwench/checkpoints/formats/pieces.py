@@ -33,15 +33,14 @@ class Piece:
 class PiecedTensor(torch.Tensor):
     """A tensor of the checkpoint by the pieces this process holds; a value of the dictionary given to `dcp.save` or `dcp.load`.
 
-    It has the whole tensor's shape and no data of its own; implements `torch.distributed._checkpointable._Checkpointable`.
-    It is a tensor because `dcp` looks for that protocol only in tensors, and a tensor without data has to define
-    `__torch_dispatch__`.
+    It has the whole tensor's shape and no data; it implements `torch.distributed._checkpointable._Checkpointable`. It is a
+    tensor because `dcp` looks for that protocol only in tensors, and a tensor without data has to define `__torch_dispatch__`.
     """
 
     _pieces: Sequence[Piece]
 
     def __new__(cls, shape: Sequence[int], dtype: torch.dtype, pieces: Sequence[Piece]) -> PiecedTensor:
-        """Make the stand-in for the whole tensor of `shape`."""
+        """Make a tensor of `shape` without data."""
         made = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype)
         assert isinstance(made, cls)
         made._pieces = [piece for piece in pieces if piece.values.numel()]

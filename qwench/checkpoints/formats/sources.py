@@ -49,7 +49,7 @@ class WeightSource(Protocol):
 
     @property
     def bundles(self) -> Sequence[tuple[str, ...]]:
-        """The names of `specs`, in their order; of a bundle, read by one thread in a row, the files are read only once."""
+        """The names of `specs`, in their order, in bundles. A thread that reads a bundle in order reads each file once."""
         ...
 
     def read(self, name: str) -> Tensor:
@@ -63,7 +63,7 @@ class WeightSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerState:
-    """What AdamW needs to go on."""
+    """The state of AdamW."""
 
     masters: WeightSource
     """float32."""
@@ -170,7 +170,7 @@ def open_optimizer_state(folder: Path, model: Architecture) -> OptimizerState | 
 
 
 class HfWeights:
-    """The safetensors of a Hugging Face folder; FP8 weights are read as the bfloat16 that they stand for."""
+    """The safetensors of a Hugging Face folder; FP8 weights are read as bfloat16."""
 
     def __init__(self, folder: Path, model: Architecture) -> None:
         """Find every parameter of the model; see `find_parameters`."""

@@ -47,7 +47,7 @@ class Target(Protocol):
         ...
 
     def finish(self, records: Sequence[Mapping[str, Sequence[Written]]]) -> None:
-        """Write what there is only one of, from the records of all ranks."""
+        """Write the files that the ranks share, from the records of all."""
         ...
 
 

@@ -47,7 +47,7 @@ from qwench.models.hf_weights import is_fp8_checkpoint
 from qwench.wire.portions import WeightBucket
 
 QUIET_TURNS = 10
-"""Turns of the event loop without a new request after which an inline engine believes that no more will come now."""
+"""Turns of the event loop without a new request after which an inline engine begins its step."""
 
 
 class EmbeddedEngine:
@@ -152,12 +152,12 @@ class EmbeddedEngine:
         try:
             return await running.future
         finally:
-            # Normally gone already; still there if the caller was cancelled, and then nobody wants it.
+            # Normally removed already. It is still there if the caller was cancelled, and then its result is not needed.
             if self._requests.get(request.request_id) is running:
                 running.finish_reason = FinishReason.ABORT
 
     async def abort(self, request_id: str | None = None) -> None:
-        """See `Engine.abort`; an unknown id is no error, it may have ended meanwhile."""
+        """See `Engine.abort`. An unknown id is no error: the request may have ended."""
         for running in list(self._requests.values()):
             if request_id is None or running.request.request_id == request_id:
                 running.finish_reason = FinishReason.ABORT
@@ -296,7 +296,7 @@ class EmbeddedEngine:
                     if self._must_rest():
                         break
                     await self._pipeline.step(self._ensure_scheduler())
-        except Exception as cause:  # noqa: BLE001 - every caller must hear of it, or they wait for ever
+        except Exception as cause:  # noqa: BLE001 - every caller must get the error, or it would wait without end
             self._fail(cause)
         finally:
             self._stepping = None
@@ -306,7 +306,7 @@ class EmbeddedEngine:
 
     @asynccontextmanager
     async def _at_rest(self) -> AsyncIterator[None]:
-        """Hold back the next step, with none in flight."""
+        """Hold the next step while the block runs; no step is in flight in it."""
         async with self._between_steps:
             try:
                 await self._pipeline.drain()
@@ -335,7 +335,7 @@ class EmbeddedEngine:
             self._resolve(running)
 
     async def _let_requests_arrive(self) -> None:
-        """Give other tasks a turn; inline, wait until they bring no more requests, so that batches are the same every time."""
+        """Give other tasks a turn. Inline, wait until no more requests come, so that batches are the same in every run."""
         await asyncio.sleep(0)
         quiet = 0
         while self._settings.inline and quiet < QUIET_TURNS:

@@ -45,11 +45,11 @@ class Dispatcher:
         self._routed = None if router is None else HttpEngine(router.base_url, label=router.label, lost_statuses=OF_A_ROUTER)
         self._supervisor = supervisor
         self._names: dict[str, str] = {}
-        """Open request -> the name under which an engine was asked last; a second attempt has another one than the first."""
+        """Open request -> the id that the last engine got. Each attempt has another id."""
         self._since: dict[str, float] = {}
         """Open request -> when it came."""
         self._aborted: set[str] = set()
-        """Open requests that were asked to end: their engine may be lost before it hears of it."""
+        """Open requests that were aborted: their engine may be lost before the abort reaches it."""
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """Generate on some ready engine; with supervision, again on another one when it is lost.

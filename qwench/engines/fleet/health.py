@@ -258,7 +258,7 @@ class Supervisor:
                 await work()
             except QwenchError as error:
                 await self._members.fail(error)
-            except Exception as error:  # noqa: BLE001 - tasks that wait for it would wait for ever
+            except Exception as error:  # noqa: BLE001 - tasks that wait for it would wait without end
                 await self._members.fail(EngineError(f"watching the engines failed: {error!r}"))
 
         task = asyncio.get_running_loop().create_task(guarded())

@@ -72,7 +72,7 @@ class Member:
 
 
 class Members:
-    """All members, and waiting for what happens to them. Used on one event loop."""
+    """All members, and waits for changes of their states. Used on one event loop."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         assert members, "a pool needs at least one engine"
@@ -140,7 +140,7 @@ class Members:
         return min(ready, key=lambda member: len(member.in_flight))
 
     async def each(self, call: Callable[[Member], Awaitable[Result]]) -> list[Result]:
-        """Call something for all members at once; when all have ended, return what came of it or raise the first error."""
+        """Call `call` for all members at once. When all have ended, return the results or raise the first error."""
         outcomes = await asyncio.gather(*(call(member) for member in self._members), return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):

@@ -1,4 +1,4 @@
-"""The engines of a run as one, and the way for synchronous code to steer them all.
+"""All engines of a run as one, for coroutines and for synchronous code.
 
 generate, abort          `dispatch`: to a ready engine, again to another one when it is lost
 receiving, sleep, wake   every engine; waits for engines that are being restarted

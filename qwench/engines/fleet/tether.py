@@ -2,8 +2,8 @@
 
     owner ---pipe---> tether ---> COMMAND ---> its own children            all but the owner in one process group
 
-The pipe closes when the owner ends, however it ends (SIGKILL too); the tether then kills the whole group. Should the tether
-itself be killed (Ray does that to what a dead actor started), Linux ends the command.
+The pipe closes when the owner ends, also by SIGKILL. The tether then kills the whole group. If the tether itself is killed (Ray
+does that to children of a dead actor), Linux ends the command.
 """
 
 from __future__ import annotations

@@ -7,4 +7,4 @@ from qwench.engines.kinds.kind import EngineKind
 from qwench.engines.kinds.sglang import SGLANG
 
 KINDS: Mapping[str, EngineKind] = {kind.name: kind for kind in (EMBEDDED, SGLANG)}
-"""In this order they are asked whether a server is one of theirs."""
+"""`answers` of each is tried in this order for a server of unknown kind."""

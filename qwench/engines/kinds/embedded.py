@@ -74,7 +74,7 @@ class EmbeddedReceiver(HttpReceiver):
         super().__init__(address, timeout_s=timeout_s)
         self._receipt: WeightReceipt | None = None
         self._handles: WeakKeyDictionary[SharedBuffer, Handle] = WeakKeyDictionary()
-        """Of the buffers that it was offered: the server opens each once and keeps it open until the last bucket."""
+        """Handles of the offered buffers: the server opens each buffer once and closes it after the last bucket."""
 
     async def open(self) -> None:
         """See `Receiver`; nothing is missing."""

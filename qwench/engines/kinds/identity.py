@@ -32,10 +32,10 @@ class ModelIdentity:
 
 
 async def check_serves(engine: HttpEngine, identity: ModelIdentity) -> EngineKind:
-    """Compare what a server says of its model with what is trained, and return the kind of the server.
+    """Compare a server's model with the trained model, and return the kind of the server.
 
-    `qwench serve` tells the sizes of its model. Another server tells where its checkpoint is, which may be on another machine,
-    and its tokenizer is asked to cut a text.
+    `qwench serve` reports the sizes of its model. Another server reports the folder of its checkpoint, perhaps on another
+    machine; there its tokenization of a text is compared.
 
     Raises:
         ConfigError: the server has another model, another vocabulary or too short a context.
@@ -63,7 +63,7 @@ def _wrong(engine: HttpEngine, info: Mapping[str, Any], theirs: str, ours: str) 
 
 
 def _read_config(model_path: str) -> dict[str, Any]:  # config.json has no closed type
-    """Return what config.json says, if the folder is on this machine."""
+    """Return the compared entries of config.json, if the folder is on this machine."""
     path = Path(model_path) / "config.json"
     if not path.is_file():
         return {}

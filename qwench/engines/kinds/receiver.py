@@ -30,7 +30,7 @@ class Receiver(Protocol):
     """How many processes hold a part of the weights; known after `open`."""
 
     async def open(self) -> None:
-        """Learn what must be known before anything is sent."""
+        """Ask the server what is needed before the first bucket."""
         ...
 
     def window(self, transport: str) -> int:
@@ -43,7 +43,7 @@ class Receiver(Protocol):
 
     @property
     def ledger_kind(self) -> str:
-        """Return a name that engines share exactly when one ledger serves them."""
+        """Return a name. Engines with equal names share one ledger."""
         ...
 
     def make_ledger(self) -> Ledger:

@@ -62,7 +62,7 @@ def sglang_command(
     if engine.sglang_enable_deterministic_inference:
         argv += ["--enable-deterministic-inference"]
     if order.serves_checkpoint:
-        # Otherwise it stays a word that is no number, and the client refuses answers of weights never published.
+        # Otherwise the version is not a number, and the client refuses responses of unpublished weights.
         argv += ["--weight-version", "0"]
     return ServerCommand(
         label=f"SGLang engine {index}",

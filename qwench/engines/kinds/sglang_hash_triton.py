@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def"
 # ruff: noqa: ANN001, ANN202 - in kernels, annotations mean something else to Triton
-"""The tiles of `hashing` in one pass over the memory, on a GPU."""
+"""The tiles of `sglang_hash` in one pass over the memory, on a GPU."""
 
 from __future__ import annotations
 

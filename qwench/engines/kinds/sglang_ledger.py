@@ -1,12 +1,12 @@
-"""What SGLang's `/weights_checker` must say of weights that were sent to it.
+"""The answer that SGLang's `/weights_checker` must give for the weights that were sent to it.
 
-SGLang keeps other tensors than a checkpoint has: q, k, v are one matrix, gate and up another, each tensor-parallel rank holds
-its share, and the vocabulary is padded. So the ledger puts the sent tensors together in the same way and hashes those:
+SGLang's tensors differ from a checkpoint's: q, k, v are one matrix, gate and up another, each tensor-parallel rank holds its
+share, and the vocabulary is padded. The ledger combines the sent tensors in the same way and hashes the results:
 
     q_proj, k_proj, v_proj -> qkv_proj of rank r = [q rows r; k rows r; v rows r]       gate_proj, up_proj -> gate_up_proj
     o_proj, down_proj      -> columns r          embed_tokens, lm_head -> rows r of the padded vocabulary       norms: whole
 
-Block-wise FP8 weights are hashed as the bfloat16 that they stand for, as SGLang does. At most as many tensor-parallel ranks as
+Block-wise FP8 weights are hashed after conversion to bfloat16, as SGLang does. At most as many tensor-parallel ranks as
 key-value heads are supported: with more, SGLang repeats heads.
 
 Source: SGLang 0.5.16, srt/utils/weight_checker.py, srt/models/qwen3.py.

@@ -178,7 +178,7 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # torch's context object carries whatever is set on it
+        ctx: Any,  # torch's context object takes any attribute
         trigger: Tensor,
         decoder: PackedDecoder,
         weights: DecoderTensors,

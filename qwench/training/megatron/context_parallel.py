@@ -126,7 +126,7 @@ def gather_results(values: Tensor, group: dist.ProcessGroup) -> Tensor:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,  # torch's context object carries whatever is set on it
+        ctx: Any,  # torch's context object takes any attribute
         tokens: Tensor,
         group: dist.ProcessGroup,
         sums_gradients: bool,

@@ -76,7 +76,7 @@ def parallel_log_probs(
 class _ShardedHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,  # torch's context object carries whatever is set on it
+        ctx: Any,  # torch's context object takes any attribute
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,

@@ -1,8 +1,7 @@
 """Attention over the paged cache: the interface, and a reference in plain PyTorch that runs anywhere.
 
 The reference gathers whole pages into padded blocks. Decodes come sorted by length and are cut into blocks of similar
-length, so little is padded; the queries of the heads that share a key head stand as one short sequence, so keys are never
-repeated.
+length, so little is padded; the queries of the heads that share a key head form one short sequence, so keys are never repeated.
 """
 
 from __future__ import annotations
@@ -72,12 +71,12 @@ class TorchAttention:
         self.prepare_prefills(batch.prefills, first_token=batch.num_decodes)
 
     def prepare_decodes(self, chunks: Chunks) -> None:
-        """Make the blocks of the decodes, which stand first in the batch."""
+        """Make the blocks of the decodes, which come first in the batch."""
         pages = -(-chunks.lengths // self._page_size)
         self._decode_blocks = [self._decode_block(chunks, start, end) for start, end in _similar_runs(pages)]
 
     def prepare_prefills(self, chunks: Chunks, first_token: int) -> None:
-        """Make the blocks of the prefill chunks, whose tokens stand back to back from `first_token` on."""
+        """Make the blocks of the prefill chunks, whose tokens lie back to back from `first_token` on."""
         offsets = first_token + np.cumsum(chunks.counts) - chunks.counts
         pages = -(-chunks.lengths // self._page_size)
         self._prefill_blocks = [self._prefill_block(chunks, offsets, start, end) for start, end in _similar_runs(pages)]

@@ -5,8 +5,8 @@
     grid (item of a work list, kv head):    softmax over one chunk of tokens -> partial output and log-sum-exp
     grid (row, kv head):                   merge the row's chunks by their log-sum-exps
 
-An item is one chunk of CHUNK_TOKENS tokens, of one row or of neighbouring rows that share its pages: their queries then stand
-in one tile, and the chunk is read once. Programs beyond the list's end do nothing, so a captured graph serves shorter lists.
+An item is one chunk of CHUNK_TOKENS tokens, of one row or of neighbouring rows that share its pages: their queries then share
+one tile, and the chunk is read once. Programs beyond the list's end do nothing, so a captured graph serves shorter lists.
 Chunks lie at fixed positions and every row has its own line in all products, so a row's bits do not depend on the other rows.
 
 Bytes: 2 K kv_heads itemsize for each token of each item; 8 (K + 1) H for each row and chunk of partial results. FLOPs: 4 K H

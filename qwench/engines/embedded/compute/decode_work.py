@@ -1,6 +1,6 @@
-"""What decode attention has to do in one step: page tables, lengths, and a list of chunks that balances the device.
+"""The input of decode attention in one step: page tables, lengths, and a list of chunks that balances the device.
 
-One int32 array holds it, so that one transfer brings it to the device and a captured graph finds it in one place:
+One int32 array holds all of it: one transfer brings it to the device, and a captured graph reads it in one place:
 
     [ lengths R | first slots R | header 3 | tables R x width | items n x 3 ]      R: rows, padding included
 

@@ -88,7 +88,7 @@ class DecodeGraphs:
     def __call__(self, decode: DecodePass, decodes: Chunks, draws: Draws) -> Drawn:
         """Run one step of `decode`, which is the same in every call.
 
-        It is not kept: its owner, who owns this, must be freed with its last reference, or sleep would not free the cache.
+        No reference to it is kept. It refers to the owner of these graphs, and a circle would keep the cache alive in sleep.
         """
         bucket = bucket_of(len(decodes.counts), self._max_rows)
         packed, size = self._pack(decodes, draws, bucket)
@@ -119,7 +119,7 @@ class DecodeGraphs:
             self._warm_up(decode, inputs)
             self._warmed.add((rows, size))
         graph = torch.cuda.CUDAGraph()
-        # Thread-local: the trainer of the same process may allocate in its own thread meanwhile.
+        # Thread-local: the trainer of the same process may allocate in its own thread at the same time.
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             drawn = decode(inputs)
         return graph, drawn

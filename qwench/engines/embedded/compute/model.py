@@ -36,7 +36,7 @@ class _Layer:
 
 
 class DecoderModel:
-    """A view of weights that someone else owns, with a forward pass."""
+    """A forward pass over weights that the weight store owns."""
 
     def __init__(self, architecture: Architecture, weights: Mapping[str, Tensor], device: torch.device) -> None:
         """Bind to `weights` by Hugging Face name; their storage is used, not copied."""

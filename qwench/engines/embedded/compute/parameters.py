@@ -11,7 +11,7 @@ from qwench.models.architecture import Architecture
 from qwench.models.fp8 import FP8_DTYPE, SCALE_DTYPE, is_quantized_name, is_scale_name, scale_name, scale_shape
 
 _ALIGNMENT_BYTES = 256
-"""Matrices start at multiples of this, as cuBLAS likes; fused neighbours must have sizes that keep it to be fused."""
+"""Matrices start at multiples of this, for cuBLAS. Neighbours are fused only if their sizes keep this alignment."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +46,7 @@ def list_parameters(architecture: Architecture, dtype: torch.dtype, *, fp8: bool
 def lay_out(parameters: dict[str, Parameter]) -> tuple[dict[str, int], int]:
     """Return where each tensor begins in one flat buffer, and how long that is, in bytes.
 
-    Scales lie back to back, whatever their sizes, so that those of fused matrices are one matrix as well.
+    Scales lie back to back without alignment, so that those of fused matrices are one matrix as well.
     """
     offsets: dict[str, int] = {}
     end = 0

@@ -39,7 +39,7 @@ class InFlight:
 
     plan: StepPlan
     requests: list[RunningRequest]
-    """Who gets a token, as `plan.sampling` was at launch."""
+    """The requests that get a token: `plan.sampling` at launch."""
     drawn: Tensor
     """[2, S] int32 on the host, once `arrived`: tokens, and the bits of their float32 log-probs."""
     arrived: torch.cuda.Event | None
@@ -63,7 +63,7 @@ class InFlight:
 
 
 class Runner:
-    """Runs forward passes in whatever thread calls it, one at a time."""
+    """Runs forward passes in the calling thread, one at a time."""
 
     def __init__(self, architecture: Architecture, settings: EmbeddedSettings, weights: WeightStore) -> None:
         self._architecture = architecture
@@ -120,11 +120,11 @@ class Runner:
             torch.cuda.empty_cache()
 
     def forget_bindings(self) -> None:
-        """Drop what was built on weights or KV memory that are given back."""
+        """Drop the decoder, whose weights or KV memory are given back."""
         self._decoder = None
 
     def advance(self, plan: StepPlan | None, page_table: IntArray, before: InFlight | None) -> tuple[InFlight | None, Sampled]:
-        """Launch a step, if there is one, then wait for what the step before it sampled, if there was one."""
+        """Launch the step, if there is one. Then wait for the tokens of the step before it, if there was one."""
         launched = None if plan is None else self.launch(plan, page_table)
         return launched, ((), ()) if before is None else before.wait()
 
@@ -132,7 +132,7 @@ class Runner:
     def launch(self, plan: StepPlan, page_table: IntArray) -> InFlight:
         """Start one forward pass and the sampling of a token for each request of `plan.sampling`.
 
-        A GPU works on after this returns, so the next step can be planned and launched meanwhile.
+        On a GPU this returns before the pass ends, so that the next step can be planned and launched.
         """
         decoder = self._bind(page_table)
         requests = plan.sampling

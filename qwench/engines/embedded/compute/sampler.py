@@ -52,7 +52,7 @@ class SamplingRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Draws:
-    """What drawing the next tokens takes: each request's parameters, and its row in the scheduler's table."""
+    """The input of a draw: each request's parameters, and its row in the scheduler's table."""
 
     params: SamplingRows
     rows: np.ndarray

@@ -1,4 +1,4 @@
-"""The engine's weights: its own storage, or live tensors of the trainer that it only looks at.
+"""The engine's weights: its own storage, or the trainer's live tensors, which it only reads.
 
 Own storage is one flat buffer in the order of the engine's parameters, so q, k, v (and gate, up) lie back to back and the model
 can multiply them as one matrix.
@@ -43,7 +43,7 @@ class WeightStore:
         self._expected = Portion(version=0, index=0, final=False)
         self.ready = False
         self.layout = 0
-        """Counts moves of the tensors in memory: who bound to them must bind again when it changes."""
+        """Counts moves of the tensors in memory. A decoder that was bound before the last move must bind again."""
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -62,7 +62,7 @@ class WeightStore:
         self.layout += 1
 
     def drop(self) -> None:
-        """Give own memory back, or let go of aliased tensors."""
+        """Free own memory, or drop the references to aliased tensors."""
         self._tensors, self._owned, self.ready = {}, False, False
         self.layout += 1
 
@@ -100,7 +100,7 @@ class WeightStore:
     def take(self, bucket: WeightBucket, portion: Portion) -> dict[str, int] | None:
         """Copy one bucket of a publication in; after the final one return the checksum of each weight as it is held now.
 
-        The bucket's memory is its sender's again when this returns.
+        The sender may reuse the bucket's memory when this returns.
 
         Raises:
             WeightSyncError: see `load`; or a bucket before this one did not arrive.
@@ -160,7 +160,7 @@ class WeightStore:
         parameter = self._parameters.get(name)
         if parameter is None and is_scale_name(name):
             raise WeightSyncError(
-                f"weight {name!r} is of a model in FP8; this engine's is not: send what the weights stand for."
+                f"weight {name!r} is in FP8, and this engine's model is not; publish bfloat16 or float32 weights."
             )
         if parameter is None:
             raise WeightSyncError(f"the engine's model has no weight {name!r}; the trainer's model is another one.")

@@ -1,4 +1,4 @@
-"""SGLang's `/generate` in types: what a request may say, what a response says, and what is refused.
+"""SGLang's `/generate` in types: fields of requests and responses, and the fields that are refused.
 
 Names, defaults and the shape of responses are SGLang's. A feature this engine does not have is accepted at its neutral
 value only.

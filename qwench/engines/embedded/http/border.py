@@ -1,4 +1,4 @@
-"""What a request must satisfy before a handler of the engine's server sees it: where it comes from, its size, its time.
+"""Checks of a request before a handler of the engine's server sees it: origin, size and time.
 
     connection ---HeaderDeadline---> request line and headers ---Border---> body, as it is read ---> handler
 
@@ -30,11 +30,11 @@ class Border:
     """ASGI middleware; see the module docstring."""
 
     def __init__(self, app: ASGIApp, *, body_limits: Mapping[str, int], default_limit: int, loopback_only: bool) -> None:
-        """Stand in front of `app`.
+        """Wrap `app`.
 
         Args:
             body_limits: bytes, by path, of bodies that may be larger than `default_limit`.
-            loopback_only: the server listens for this machine alone, so any other name in `Host` is a trick of DNS.
+            loopback_only: the server listens for this machine alone, so another name in `Host` is an attack by DNS rebinding.
         """
         self._app = app
         self._body_limits = body_limits
@@ -96,7 +96,7 @@ class _Body:
 
 
 class HeaderDeadline(H11Protocol):
-    """Closes connections on which no whole request line and headers arrive in time: they would stay open for ever."""
+    """Closes connections whose request line and headers do not arrive in time. They would stay open without end."""
 
     _waiting: asyncio.TimerHandle | None = None
 

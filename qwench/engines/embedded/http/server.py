@@ -1,7 +1,7 @@
 """SGLang's HTTP API in front of the embedded engine.
 
-Clients written for SGLang find the same paths, bodies and answers. Whatever changes weights, memory or others' requests needs
-the run's bearer token when there is one; how weights come is in `weight_routes`.
+Clients written for SGLang find the same paths, bodies and answers. Paths that change weights, memory or the requests of others
+need the run's bearer token, if there is one. `weight_routes` receives weights.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ class EngineServer:
 
 
 async def _unless_disconnected(tasks: list[asyncio.Future[GenerateResult]], http: Request) -> list[GenerateResult]:
-    """Wait for all tasks, or cancel them when one fails or nobody waits for the answer any more."""
+    """Wait for all tasks. Cancel them when one fails or the client disconnects."""
     work = asyncio.gather(*tasks)
     try:
         while not work.done():

@@ -55,7 +55,7 @@ def serve(
 class ServerThread:
     """A server on a free port of this machine, in a thread of this process; a context manager.
 
-    The engine belongs to the thread's event loop: use it only through HTTP meanwhile.
+    The engine belongs to the thread's event loop: inside the context, use it only through HTTP.
     """
 
     def __init__(self, engine: EmbeddedEngine, *, model_path: str = "", token: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The order of buckets whose requests come over connections of their own, a few at a time."""
+"""The order of buckets that arrive on several connections at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qwench.errors import WeightSyncError
 
 PATIENCE_S = 10.0
 AHEAD = 2
-"""How many buckets a sender may have under way before one."""
+"""Buckets that may be under way before one."""
 NOTHING = (-1, 0)
 """Version and index while no publication is under way."""
 

@@ -114,10 +114,10 @@ class WeightRoutes:
         self._num_joining = 0
         self._turns = Turns()
         self._buffers = OpenBuffers()
-        """Of the publication under way; let go of when it ends, fails, or another one begins."""
+        """Buffers of the publication under way; closed when it ends, fails, or another one begins."""
 
     def add_to(self, router: APIRouter) -> None:
-        """Add the paths to a router that lets only those in who may change weights."""
+        """Add the paths to a router that checks the token."""
         for path, handler in (
             ("/update_weights_from_tensor", self.update_from_tensor),
             ("/update_weights_from_distributed", self.update_from_distributed),
@@ -174,7 +174,7 @@ class WeightRoutes:
         return _confirm(receipt)
 
     async def init_group(self, body: GroupBody) -> Response:
-        """Join a group in which weights will be broadcast; one of that name that is here already is left."""
+        """Join a group in which weights will be broadcast. Leave an older group of the same name first."""
         self._buffers.close()
         await self.destroy_group(GroupNameBody(group_name=body.group_name))
         if len(self._groups) + self._num_joining >= MAX_GROUPS:

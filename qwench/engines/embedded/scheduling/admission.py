@@ -20,7 +20,7 @@ MAX_TOP_K = 2**31 - 1
 
 
 class Admission:
-    """Knows what every request must satisfy; draws seeds for those that bring none."""
+    """Checks every request, and draws a seed for one that brings none."""
 
     def __init__(
         self, *, vocab_size: int, eos_ids: frozenset[int], tokenizer: PreTrainedTokenizerBase | None, seed: int

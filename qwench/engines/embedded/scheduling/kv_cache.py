@@ -1,10 +1,10 @@
-"""The paged KV pool: who holds which page, and the tensors behind it.
+"""The paged KV pool: which request holds which page, and the tensors of the pages.
 
     free --allocate--> held (refcount 1..n, shared by forks) --release--> free, or cached when its content is known
     cached --match--> held again;  cached --allocate when no page is free--> forgotten and reused (oldest first)
 
 Only full pages are shared or cached, and a full page is never written again, so sharing needs no copy-on-write: a fork
-copies the partly filled last page at once. Page 0 is scratch for padded rows and belongs to nobody.
+copies the partly filled last page at once. Page 0 is scratch for padded rows and is never allocated.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class PagePool:
         return [self._take_page() for _ in range(count)]
 
     def retain(self, pages: Sequence[int]) -> None:
-        """Add a reference to pages that someone holds or that are cached."""
+        """Add a reference to pages that are held or cached."""
         for page in pages:
             if self._references[page] == 0:
                 del self._cached[page]
@@ -93,7 +93,7 @@ class PagePool:
         return pages
 
     def remember(self, tokens: Sequence[int], pages: Sequence[int], *, epoch: int) -> None:
-        """Let later prompts find the full pages that hold `tokens`, unless they were filled before a flush."""
+        """Make the full pages that hold `tokens` match later prompts, unless they were filled before a flush."""
         if not self._prefix_cache or epoch != self.epoch:
             return
         parent = _ROOT

@@ -84,7 +84,7 @@ class RunningRequest:
         self.future.set_exception(error)
 
     def to_result(self, tokenizer: PreTrainedTokenizerBase | None) -> GenerateResult:
-        """Return what its caller waits for; without a tokenizer there is no text."""
+        """Return the result for the caller. Without a tokenizer there is no text."""
         assert self.finish_reason is not None
         text = ""
         if tokenizer is not None:

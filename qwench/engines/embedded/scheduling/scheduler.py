@@ -43,7 +43,7 @@ class StepPlan:
     page_copies: list[tuple[int, int]] = field(default_factory=list)
     """(source, target) after the forward pass."""
     num_preempted: int = 0
-    """How many requests had to leave to make room for this step."""
+    """Requests that were preempted to make room for this step."""
 
     @property
     def sampling(self) -> list[RunningRequest]:
@@ -202,7 +202,7 @@ class Scheduler:
             return None
         matched = self.pool.match(request.tokens)
         num_new = -(-len(request.tokens) // self.pool.page_size) - len(matched)
-        # One page for each running request, or the newcomers would push them out again at once.
+        # One page is left for each running request, or the new requests would preempt them at once.
         room = self.pool.num_free - num_new - self.num_running
         if room < 0 and (self.num_running > 0 or self.pool.num_free < num_new):
             self.pool.release(matched)
@@ -252,7 +252,7 @@ class Scheduler:
         self._waiting.move_to_end(request.request.request_id, last=False)
 
     def _replace_leader(self, leader: RunningRequest) -> None:
-        """Let the first follower take over a prefill whose leader leaves."""
+        """Make the first follower the leader of a prefill whose leader leaves."""
         index = self._prefilling.index(leader)
         if not leader.followers:
             del self._prefilling[index]
@@ -278,7 +278,8 @@ class Scheduler:
 
 
 def _prompt_key(request: RunningRequest) -> bytes:
-    """Return what equal for requests that can share a prefill: all tokens, so a preempted one shares with nobody."""
+    """Return a key that is equal for requests that can share a prefill: all tokens. A preempted request thus shares with
+    none."""
     return np.asarray(request.tokens, dtype=np.int32).tobytes()
 
 

@@ -1,4 +1,4 @@
-"""Uniform random numbers that depend on a seed and a position alone, not on what was drawn before."""
+"""Uniform random numbers that depend on a seed and a position alone, not on earlier draws."""
 
 from __future__ import annotations
 
