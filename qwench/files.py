@@ -2,7 +2,7 @@
 
     write under a temporary name -> fsync the file -> rename over the final name -> fsync the folder
 
-What still has a temporary name was never finished.
+A file with a temporary name was not finished.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from qwench.errors import ConfigError
 DATA_SUFFIXES = (".jsonl", ".parquet", ".json", ".csv")
 """Of the files that rows are read from."""
 TEMPORARY_SUFFIX = ".writing"
-"""Ends the name of what is not complete yet; a later start may delete it."""
+"""Suffix of an incomplete file or folder; a later start may delete it."""
 LOCK = "qwench.lock"
-"""In a folder that one run at a time may write to. It holds who has it; the kernel releases it when that process ends."""
+"""Marks a folder that one run at a time may write to. The file names the process, whose end releases the kernel's lock."""
 _WRITE_BACK_PAUSE_S = 0.05
 
 
@@ -70,7 +70,7 @@ class FolderLock:
         os.pwrite(self._descriptor, json.dumps(owner).encode() + b"\n", 0)
 
     def release(self) -> None:
-        """Give the folder free for another process."""
+        """Release the folder for another process."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -182,7 +182,7 @@ def nearest_existing(path: Path) -> Path:
 
 
 def is_occupied(path: Path) -> bool:
-    """Tell whether something is at `path` that a new folder would replace: anything but an empty folder."""
+    """Tell whether `path` exists and is not an empty folder."""
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
@@ -214,7 +214,7 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def writing_back(folder: Path) -> Iterator[None]:
-    """Force to the disk, all the time inside the context, what is being written under `folder`, instead of all at its end."""
+    """Force files under `folder` to the disk while the context writes them, instead of all at its end."""
     stopped = Event()
 
     def sync_repeatedly() -> None:

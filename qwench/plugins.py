@@ -1,7 +1,7 @@
 """The user's own functions, named on the command line: `package.module.function` or `./file.py:function`.
 
 A module is looked for where Python looks, and last in the working folder, so that a user's `random.py` shadows nothing. A file
-is loaded as it stands; modules beside it can be imported too.
+is loaded by its path; modules beside it can be imported too.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _module(name: str) -> ModuleType:
 
 
 def _module_of_file(file: Path) -> ModuleType:
-    """Load a file under a name of its own; two flags that name the same file get the same module."""
+    """Load a file under a unique module name. Two flags that name the same file get the same module."""
     path = file.expanduser().resolve()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -167,6 +167,6 @@ def _module_of_file(file: Path) -> ModuleType:
 
 
 def _add_folder(folder: Path) -> None:
-    """Look for modules in a folder too, after every other place."""
+    """Add a folder to the end of the search path."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))

@@ -55,7 +55,7 @@ _logger = logging.getLogger(__name__)
 
 
 def build(config: Config, plan: RunPlan) -> Run:
-    """Build a run; everything that can be wrong with files and flags is found before a model loads.
+    """Build a run. Mistakes in files and flags are found before a model loads.
 
     Raises:
         ConfigError: the user's mistake.
@@ -326,7 +326,7 @@ def _identity(model: Architecture, config: Config) -> dict[str, Json]:
 
 
 def _gpus(inputs: Inputs, engines: EnginePool, timer: PhaseTimer, *, take_turns: bool) -> ColocatedGpus | DedicatedGpus:
-    """Return who holds devices when."""
+    """Return the object that moves device memory between engines and learner."""
     devices = inputs.plan.devices
     if not take_turns or inputs.config.rollout.rollouts_ahead > 0:
         return DedicatedGpus(weights_may_alias=devices.weights_may_alias)

@@ -1,4 +1,4 @@
-"""What can be checked and read before a model is loaded or a device is taken."""
+"""Inputs of a run, checked and read before a model is loaded or a device is taken."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     dtype: torch.dtype
-    """In which the policy is computed and published."""
+    """Dtype in which the policy computes and is published."""
     console: Console
     rank: int
 
@@ -186,7 +186,7 @@ def read_conversations(inputs: Inputs) -> tuple[LoadedSft, dict[str, LoadedSft]]
 
 
 def prompt_limit(inputs: Inputs, asked: int | None) -> int:
-    """Return how long a prompt may be: what was asked for, and never more than leaves room for one token of a response."""
+    """Return the longest allowed prompt: the limit that was asked for, or less to leave room for one response token."""
     config = inputs.config
     limits = (inputs.plan.model.max_positions, config.rollout.rollout_max_context_len, _pool_tokens(config))
     return min(limit for limit in (asked, *(limit and limit - 1 for limit in limits)) if limit is not None)

@@ -42,7 +42,7 @@ Launcher = Literal["inside", "local", "ray"]
 
 
 class Processes(Protocol):
-    """What starts ranks and servers, and ends them when it is closed."""
+    """Starts ranks and servers, and ends them when it is closed."""
 
     @property
     def has_gpus(self) -> bool:
@@ -142,10 +142,10 @@ def enough_gpus(inputs: Inputs) -> None:
 
 
 def check_turns(config: Config, *, on_gpus: bool) -> None:
-    """Make sure that trainer and engines are not to take turns on GPUs and to work at the same time.
+    """Refuse a colocated run on GPUs that generates ahead: trainer and engines cannot take turns and work at the same time.
 
     Raises:
-        ConfigError: they are.
+        ConfigError: --colocate and --rollouts-ahead 1 exclude each other.
     """
     if on_gpus and config.cluster.colocate and config.rollout.rollouts_ahead:
         raise ConfigError(

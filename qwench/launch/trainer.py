@@ -22,7 +22,7 @@ from qwench.training.trainer import Trainer
 
 
 def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
-    """Load the policy, and the reference when the method needs one, and put the algorithm on top."""
+    """Load the policy, and the reference when the method needs one, and make the learner of both."""
     config = inputs.config
     torch.manual_seed(config.training.seed)
     init_process_group(inputs.device, environ=os.environ, timeout_s=collective_timeout_s(inputs))

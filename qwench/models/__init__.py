@@ -1,1 +1,1 @@
-"""Models: what Hugging Face folders hold, how they are read and written, and small ones made on the spot."""
+"""Models: Hugging Face folders and their readers and writers, and small models with random weights."""

@@ -31,9 +31,9 @@ QUANTIZATION_CONFIG: dict[str, Json] = {
     "quant_method": "fp8",
     "weight_block_size": [BLOCK, BLOCK],
 }
-"""What config.json says of such weights."""
+"""Entry of config.json for such weights."""
 LARGEST = float(torch.finfo(FP8_DTYPE).max)
-"""What the largest value of a block becomes."""
+"""The largest e4m3 value, to which a block's largest value is scaled."""
 _SCALE_SUFFIX = "_scale_inv"
 _QUANTIZED = re.compile(r"\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight$")
 
@@ -103,7 +103,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the matrix [n, k] that an e4m3 matrix and its scales stand for, multiplied in float32 and rounded to `dtype`."""
+    """Return the matrix [n, k] of e4m3 values times their scales, multiplied in float32 and rounded to `dtype`."""
     if _has_kernels(weight):
         from qwench.models import fp8_triton  # noqa: PLC0415  # Triton exists only where CUDA does
 

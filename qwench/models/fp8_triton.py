@@ -26,7 +26,7 @@ def _quantize_kernel(weight, values, scales, rows, columns, largest: tl.constexp
     peak = tl.max(tl.max(tl.abs(value), axis=1), axis=0)
     scale = tl.where(peak > 0, tl.div_rn(peak, largest + peak * 0), 1.0)
     scaled = tl.div_rn(value, scale + value * 0)
-    # Clipping keeps what is not a number, so that nobody generates from weights that are broken.
+    # Clipping keeps NaN, so that broken weights stay visible.
     clipped = tl.clamp(scaled, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
     tl.store(values + place, clipped.to(tl.float8e4nv), mask=exists)
     tl.store(scales + scale_place, scale)

@@ -1,6 +1,6 @@
 """Hugging Face folders: read configuration, weights and tokenizer; write a checkpoint that transformers loads back.
 
-Only local folders, dense Qwen3, Qwen2 and Llama. Everything the user can get wrong is a one-line error that names the folder.
+Only local folders, dense Qwen3, Qwen2 and Llama. The user's mistakes are one-line errors that name the folder.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
 def load_model(
     path: Path, *, dtype: torch.dtype | None = None, attn_implementation: str = "sdpa", device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """Load the causal language model of a folder, in evaluation mode; FP8 weights become what they stand for.
+    """Load the causal language model of a folder, in evaluation mode; FP8 weights are dequantized.
 
     Host and device each hold the weights at most once: they are mapped from the files and moved tensor by tensor (FP8 weights:
     the host holds them twice).

@@ -1,4 +1,4 @@
-"""Which Megatron tensor holds which Hugging Face tensors; pure copies both ways, so every bit survives.
+"""Megatron tensors and the Hugging Face tensors that they hold. Conversions copy, so they keep every bit.
 
     q_proj, k_proj, v_proj   <->  linear_qkv   per query group g: the queries of g, the key of g, the value of g
     gate_proj, up_proj       <->  linear_fc1   [gate; up]
@@ -114,7 +114,7 @@ def to_hf(rule: WeightRule, tensor: Tensor, model: Architecture) -> dict[str, Te
 
 
 def tp_shard(rule: WeightRule, tensor: Tensor, rank: int, size: int) -> Tensor:
-    """Return what `rank` of `size` tensor-parallel ranks holds of a whole Megatron tensor, contiguous.
+    """Return the contiguous share that `rank` of `size` tensor-parallel ranks holds of a whole Megatron tensor.
 
     [gate; up] becomes [gate of the rank; up of the rank]. A vocabulary that does not divide is padded with zero rows.
     """

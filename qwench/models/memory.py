@@ -58,7 +58,7 @@ class SequenceCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StateBytes:
-    """How many bytes one element of each kind takes, and where optimizer states are."""
+    """Bytes of one element of each kind, and the place of optimizer states."""
 
     param: int
     """Of the training dtype."""

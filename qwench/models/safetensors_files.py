@@ -47,7 +47,7 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSpec:
-    """What is known of a tensor before it is read."""
+    """Shape and dtype of a tensor, known before it is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -132,7 +132,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:
-    """Read one tensor into memory of its own.
+    """Read one tensor into new memory.
 
     Raises:
         CheckpointError: the file cannot be read, or has become shorter.

@@ -23,7 +23,7 @@ INDEX_FILE = "model.safetensors.index.json"
 def write_shards(
     folder: Path, buckets: Iterable[Sequence[tuple[str, Tensor]]], *, max_shard_bytes: int = DEFAULT_SHARD_BYTES
 ) -> dict[str, torch.dtype]:
-    """Write all tensors of `buckets` under `folder`; a tensor larger than a shard gets one of its own.
+    """Write all tensors of `buckets` under `folder`; a tensor larger than a shard gets a shard alone.
 
     Returns:
         The names written, with their dtypes.

@@ -1,1 +1,1 @@
-"""What is measured, shown and kept of a run."""
+"""Metrics, console, log files and recorded rollouts of a run."""

@@ -62,7 +62,7 @@ def run_of(path: Path) -> str | None:
 
 
 def check_recorded(template: str, *, num_rollout: int) -> None:
-    """Check that some rollout of a run is there; a resumed run may have no use for the first ones any more.
+    """Check that a recorded rollout of the run exists. A resumed run needs no earlier ones.
 
     Raises:
         ConfigError: there is none.

@@ -1,4 +1,4 @@
-"""Where measured numbers go: one log, three x-axes, any number of sinks.
+"""The log of metrics: three x-axes, any number of sinks.
 
     eval/...            over eval/step    = rollout id
     one dict per step   over train/step   = steps of the rollouts before + i
@@ -19,7 +19,7 @@ from qwench.errors import QwenchError
 
 
 class Axis(StrEnum):
-    """What a record's numbers are plotted over."""
+    """The x-axis of a record's numbers."""
 
     ROLLOUT = "rollout/step"
     TRAIN = "train/step"
@@ -47,7 +47,7 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None:
-        """Write out what is left and let go of files."""
+        """Write what is buffered, and close files."""
         ...
 
 
@@ -75,7 +75,7 @@ class MetricGate:
 
 
 class MetricLog:
-    """Split metrics by axis and hand them to every sink; only the main rank holds one with sinks."""
+    """Split metrics by axis and write them to every sink. Only the main rank's log has sinks."""
 
     def __init__(self, sinks: Sequence[Sink], *, num_steps_per_rollout: int, gate: MetricGate | None = None) -> None:
         self._sinks = tuple(sinks)
@@ -91,7 +91,7 @@ class MetricLog:
         return self._first_step + (rollout_id - self._first_rollout_id) * self._num_steps_per_rollout
 
     def resume(self, first_rollout_id: int, first_step: int) -> None:
-        """Forget what a killed run logged of rollouts (and evaluations) that will now be repeated.
+        """Drop the records of rollouts and evaluations that the resumed run repeats.
 
         Args:
             first_step: position of the first optimizer step that comes.

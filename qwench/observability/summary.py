@@ -1,4 +1,4 @@
-"""Which of a rollout's many metrics a person sees, in which order, under which short names."""
+"""The metrics of a rollout that the console shows: their order and short names."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class SummaryGroup:
 
 
 def summarize(metrics: Mapping[str, float]) -> list[SummaryGroup]:
-    """Pick the metrics worth a look; groups without any value are left out, every evaluation set is in."""
+    """Pick the metrics to show. Groups without a value are left out; every evaluation set is shown."""
     groups = [_group(title, keys, metrics) for title, keys in _GROUPS.items()]
     return [group for group in (*groups, *evaluations(metrics)) if group.values]
 

@@ -1,6 +1,6 @@
 """Sinks of the metric log that keep it: metrics.jsonl, TensorBoard, Weights & Biases.
 
-A line of metrics.jsonl is {"<axis>": step, "<metric>": value, ...}; null stands for a value that is not finite.
+A line of metrics.jsonl is {"<axis>": step, "<metric>": value, ...}; null is a value that is not finite.
 """
 
 from __future__ import annotations

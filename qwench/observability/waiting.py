@@ -1,4 +1,4 @@
-"""Waits that speak: every labelled wait reports what it waits for, since when, and who is late.
+"""Waits that report themselves: the label, the seconds so far, and the rank, engine or worker that is late.
 
     with waiting("rollout 3", lambda: "2 of 32 groups, oldest request 58 s on engine 1"):
         future.result()
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from qwench.observability.parts import SILENT_AFTER_S, describe_silence, silent_parts
 
 Describe = Callable[[], str]
-"""Says who is late; called from another thread, and only when the wait is reported."""
+"""Describes what is late; called from another thread, and only when the wait is reported."""
 FIRST_REPORT_S = 30.0
 MAX_PAUSE_S = 600.0
 """Between two reports of one wait; the pause doubles until then."""
@@ -107,7 +107,7 @@ _WATCHER = WaitWatcher()
 
 
 def say_nothing() -> str:
-    """Describe a wait of which no more is known."""
+    """Describe a wait by its label alone."""
     return ""
 
 

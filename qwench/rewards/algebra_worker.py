@@ -2,8 +2,8 @@
 
     starts -> imports sympy, says it is ready -> forks a child, which answers some questions and ends -> forks the next ...
 
-So nothing that a question leaves behind outlives a few hundred others. The pool kills a worker that is late; an alarm ends a
-busy one whose pool is gone.
+A child, and all memory that its questions took, ends after a few hundred questions. The pool kills a worker that is late; an
+alarm ends a busy one whose pool is gone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
     with suppress(ValueError, OSError):  # the machine may allow less, or not know this limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
     questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints must not get between the messages
+    os.dup2(2, 1)  # output of libraries must not get between the messages
     settle([("x+1", "1+x")])  # fills sympy's caches, so the first answer's deadline need not pay for them
     write_message(answers, {"ready": True})
     while _serve_in_child(questions, answers) == _MORE_TO_COME:

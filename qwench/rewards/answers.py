@@ -37,5 +37,5 @@ def last_box(text: str) -> str | None:
 
 
 def bare_label(label: str) -> str | None:
-    """Return the answer a label states; it may itself be boxed, and is None when that box is broken."""
+    """Return the answer of a label, which may be boxed. None: the box is broken."""
     return last_box(label) if _BOX in label else label

@@ -31,17 +31,17 @@ from qwench.samples import Json, Sample, Verdict
 
 FLAG = "--custom-rm-path"
 CALLS_AT_ONCE = 32
-"""Calls of an async function that one worker has under way together; a plain function has one."""
+"""Calls of an async function that one worker runs together. A plain function runs one."""
 _GRACE_S = 2.0  # an async function's own deadlines fire in the worker, before the pool's
 _MAX_WARNINGS = 20
 _MOST_WITHOUT_SCORE = 16
-"""Answers that are no score, before any that is one: such a function is broken, and ends the run."""
+"""Answers without a score, before the first score, after which the function counts as broken and ends the run."""
 
 logger = logging.getLogger(__name__)
 Call = Sample | Sequence[Sample]
-"""What the function is called with: a sample, or the samples of a group."""
+"""Argument of the function: a sample, or the samples of a group."""
 _Waiting = tuple[bytes, "Future[Json]"]
-"""The pickled call, and where its answer goes."""
+"""The pickled call, and the future of its answer."""
 
 
 class CustomReward:
@@ -113,7 +113,7 @@ class CustomReward:
         return await asyncio.wrap_future(answer)
 
     def _work(self) -> None:
-        """Let an idle worker answer the calls that wait longest; another thread may have taken them all."""
+        """Send the oldest waiting calls to an idle worker. Another thread may have taken them all."""
         calls: list[_Waiting] = []
         while self._waiting and len(calls) < self._calls_at_once:
             calls.append(self._waiting.popleft())

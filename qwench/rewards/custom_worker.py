@@ -1,9 +1,9 @@
 """The process that runs the user's reward function, driven over its standard streams.
 
-    starts -> hears which function -> loads it, says it is ready -> waits -> calls the function -> answers -> waits ...
+    starts -> reads the function's path -> loads it, says it is ready -> waits -> calls the function -> answers -> waits ...
 
-It may do here what would kill a run: crash, loop, exit, take all memory, fork. The pool kills it and its children when it is
-late; on SIGUSR1 it says where it is.
+The function may crash, loop, exit, take all memory or fork here without ending the run. The pool kills a late worker and its
+children. On SIGUSR1 the worker writes its stack.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pool, which then closes its workers
     end_with_parent(os.getppid())  # a worker that is stopped does not see the end of its input
     calls, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what the function prints must not get between the messages
+    os.dup2(2, 1)  # the function's output must not get between the messages
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 class _Reward:
-    """The function, and records of what its calls come to."""
+    """The function, and the records of its calls' results."""
 
     def __init__(self, *, path: str, key: str, timeout_s: float) -> None:
         self._function: Function = load_reward(path)

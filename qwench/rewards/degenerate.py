@@ -1,4 +1,4 @@
-"""Notice a reward that cannot be right: all of its zeros have the same cause, and the cause is not the model's answers."""
+"""Detect a broken reward: nearly all of its zeros have one cause, which is not the model's answers."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _ADVICE = {
 
 
 def degenerate_reason(verdicts: Sequence[Verdict]) -> str | None:
-    """Return why a rollout's rewards teach nothing, with advice, or None if they may be what the answers deserve.
+    """Return why a rollout's rewards are useless, with advice; None: they may be right.
 
-    That is so when most responses got no reward and one reason explains more than 90 % of these. Wrong answers are no such
-    reason: a hard data set is not a broken reward.
+    Rewards are useless when most responses got none and one reason explains more than 90 % of these. Wrong answers do not
+    count: a hard data set is not a broken reward.
     """
     failed = [verdict.reason for verdict in verdicts if verdict.score <= 0]
     if 2 * len(failed) <= len(verdicts):

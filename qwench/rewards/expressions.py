@@ -1,4 +1,4 @@
-r"""Decide whether two answers are equal as far as text and integers go, and say when algebra has to decide.
+r"""Compare two answers by text and integers, and return a question for algebra where these do not decide.
 
     34.0, 034, $34$ vs 34     -> normal forms: equal
     35 vs 34, 2/4 vs 1/2      -> wrong: an integer is met by an integer, a fraction by the same reduced fraction
@@ -58,7 +58,7 @@ class Question:
 
 
 def compare(answer: str, label: str) -> Verdict | Question:
-    """Judge `answer` against `label`, or return what algebra has to decide."""
+    """Judge `answer` against `label`, or return the question for algebra."""
     answer, label = answer.strip(), label.strip()
     if answer == label:
         return Verdict(score=1.0, reason="exact")

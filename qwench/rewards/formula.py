@@ -1,4 +1,4 @@
-"""Read a plain expression into sympy objects by a grammar of our own. Nothing of the text is ever evaluated.
+"""Parse a plain expression into sympy objects by the grammar below. The text is never evaluated.
 
     list      = relation ("," relation)*                              1,2  and  (x,y)  become tuples
     relation  = sum (("<" | "<=" | ">" | ">=") sum)?
@@ -57,7 +57,7 @@ class FormulaError(ValueError):
 
 
 def read_formula(text: str) -> Value:
-    """Return what `text` says.
+    """Return the value of `text`.
 
     Raises:
         FormulaError: see the class.
@@ -224,7 +224,7 @@ class _Parser:
 
 
 def _expression(value: Value) -> sympy.Expr:
-    """Return a value that one can calculate with; relations, tuples and lists are none."""
+    """Return an expression, with which one can calculate; relations, tuples and lists are refused."""
     if not isinstance(value, sympy.Expr):
         raise FormulaError("a list or relation stands where a number must")
     return value

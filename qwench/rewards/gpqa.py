@@ -1,7 +1,7 @@
 r"""`--rm-type gpqa`: 1 if the response chooses the right option of a multiple-choice question, else 0.
 
 Read is what follows the last `</think>`, or everything: the letter in the last box, else that of the last statement like
-`answer is (B)`, else like `option B` or `B is correct`, else the last capital letter that stands alone. A response that chooses
+`answer is (B)`, else like `option B` or `B is correct`, else the last single capital letter. A response that chooses
 no letter is right if it states the right option's text. The label is a letter, the text of a choice, or a choice's number from
 0 on. A row's metadata may hold
 
@@ -36,16 +36,16 @@ _ALONE = re.compile(r"(?<![\w'])([A-Z])(?![\w'])")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """What can be chosen, and what is right."""
+    """The options of a question, and the right one."""
 
     letters: tuple[str, ...]
     right_letter: str | None
     right_texts: tuple[str, ...]
-    """What states the right option without its letter."""
+    """Texts of the right option, without its letter."""
 
 
 def grade(response: str, label: str, metadata: Mapping[str, Json]) -> Verdict:
-    """Judge what the response chooses.
+    """Judge the option that the response chooses.
 
     Raises:
         RewardError: neither label nor metadata say which option is right.
@@ -74,7 +74,7 @@ def chosen_letter(text: str, letters: Sequence[str]) -> str | None:
 
 
 def read_question(label: str, metadata: Mapping[str, Json]) -> Question:
-    """Return what a row's label and metadata say.
+    """Return the question that a row's label and metadata describe.
 
     Raises:
         RewardError: they do not say which option is right.

@@ -15,7 +15,7 @@ from qwench.rewards.remote import REMOTE
 from qwench.samples import Json, Prompt, Sample, Verdict
 
 Grader = Callable[[Sample], Verdict | Question]
-"""Judges a sample in microseconds, or returns what a worker has to decide."""
+"""Judges a sample in microseconds, or returns the question for a worker."""
 TextGrader = Callable[[str, str], Verdict | Question]
 """The same from (response, label)."""
 
@@ -60,7 +60,7 @@ def find_grader(rm_type: str) -> Grader:
 
 
 def is_boxed(rm_type: str) -> bool:
-    """Tell whether only what the last box holds is graded."""
+    """Tell whether only the content of the last box is graded."""
     return rm_type.startswith(BOX_PREFIX)
 
 
@@ -108,7 +108,7 @@ def check_prompts(reward: RewardConfig, prompts: Iterable[Prompt]) -> None:
 
 
 def check_label(rm_type: str, prompt: Prompt) -> None:
-    """Check that a prompt's label is one that its reward can compare with.
+    """Check that the reward can compare with a prompt's label.
 
     Raises:
         RewardError: it is not.
@@ -142,13 +142,13 @@ def _refuse_remote(sample: Sample) -> Verdict:
 
 
 def _boxed_or_whole(rm_type: str, grade: Callable[[str, Sample], Verdict | Question]) -> Grader:
-    """Return a grader of what a reward reads: the response, or what its last box holds."""
+    """Return a grader of the text that a reward reads: the response, or the content of its last box."""
     if not is_boxed(rm_type):
         return lambda sample: grade(sample.response, sample)
 
     def grade_box(sample: Sample) -> Verdict | Question:
         inside = last_box(sample.response)
-        if inside is None and rm_type != BOX_PREFIX + "dapo":  # dapo has a score of its own for no answer
+        if inside is None and rm_type != BOX_PREFIX + "dapo":  # dapo has another score for a missing answer
             return Verdict(score=0.0, reason="no_box")
         return grade(inside or "", sample)
 

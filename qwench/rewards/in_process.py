@@ -1,7 +1,7 @@
-"""`--custom-rm-in-process`: a custom reward in the controller's process, where it may keep clients and caches.
+"""`--custom-rm-in-process`: a custom reward in the driver's process, where it may keep clients and caches.
 
-An async function runs on the event loop, a plain one in a thread. What it raises, and an answer that is no score, end the run.
-A call that takes longer than `--reward-timeout-s` gets `timeout`, but nothing can stop its thread.
+An async function runs on the event loop, a plain one in a thread. An error of the function, or an answer without a score, ends
+the run. A call that takes longer than `--reward-timeout-s` gets `timeout`, but nothing can stop its thread.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TIMEOUT = Verdict(score=0.0, reason="timeout")
 
 
 class InProcessReward:
-    """Calls the user's function and makes verdicts of what it returns.
+    """Calls the user's function and turns its answers into verdicts.
 
     Raises (on construction):
         ConfigError: the function cannot be imported, or takes other arguments (slime's take `args` first).
@@ -90,9 +90,9 @@ class InProcessReward:
 
 
 async def _in_thread(function: Callable[[Any], Answer], argument: Sample | Sequence[Sample]) -> Answer:
-    """Await `function(argument)` in a thread of its own, which a caller that stops waiting leaves behind.
+    """Await `function(argument)` in a new thread. A caller that stops waiting leaves the thread behind.
 
-    Unlike asyncio.to_thread's, the thread is a daemon and no slot of a pool: one that hangs stops neither others nor the exit.
+    Unlike asyncio.to_thread's, the thread is a daemon outside of a pool: when it hangs, other calls and the exit go on.
     """
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[tuple[Answer, BaseException | None]] = loop.create_future()
@@ -106,7 +106,7 @@ async def _in_thread(function: Callable[[Any], Answer], argument: Sample | Seque
             answer, failure = function(argument), None
         except BaseException as error:  # noqa: BLE001 - carried to the caller, exit() too
             answer, failure = None, error
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with suppress(RuntimeError):  # the loop is closed: no call waits any more
             loop.call_soon_threadsafe(deliver, answer, failure)
 
     threading.Thread(target=work, name="custom-reward", daemon=True).start()

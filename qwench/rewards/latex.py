@@ -56,12 +56,12 @@ _PLAIN = frozenset(
 _FRACTIONS = frozenset({"frac", "dfrac", "tfrac", "cfrac", "nicefrac", "sfrac"})
 _COMMAND = re.compile(r"\\(?:([a-zA-Z]+)|(.))", re.DOTALL)
 _SPECIAL = re.compile(r"[&#`']|--")
-"""What pylatexenc reads as more than itself."""
+"""Characters that pylatexenc reads as commands."""
 _SUM = re.compile(r"(?<=.)[+-]")
 _ATOM = re.compile(r"-?[\d.,]+|[a-zA-Z]|pi|sqrt\([^()]*\)|\([^()]*\)")
 
 _SILENT = ("input", "include", "today")
-"""Commands that would read a file, or that mean another text every day."""
+"""Commands that would read a file, or whose text depends on the date."""
 _UNICODE = str.maketrans(
     {
         "\N{SQUARE ROOT}": "sqrt",
@@ -195,7 +195,7 @@ def _depth(latex: str) -> int:
 
 @lru_cache(maxsize=1)
 def _library() -> tuple[LatexContextDb, LatexNodes2Text]:
-    """Return pylatexenc's syntax of commands, and what writes them as text; both take a while to build."""
+    """Return pylatexenc's syntax of commands and its text writer. Both take a while to build."""
     logging.getLogger("pylatexenc").setLevel(logging.CRITICAL)  # it warns of broken LaTeX, which models write every day
     syntax = default_syntax()
     fractions = [MacroSpec(name, "{{") for name in _FRACTIONS]

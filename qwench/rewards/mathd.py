@@ -29,7 +29,7 @@ _SLASH = re.compile(r"(-?(?:0|[1-9]\d*))/(-?(?:0|[1-9]\d*))")
 
 
 def normal_form(answer: str) -> str:
-    """Return the normal form of `answer`; what the rules cannot read comes back as it is."""
+    """Return the normal form of `answer`; an answer that the rules cannot read is returned unchanged."""
     answer = answer.strip()
     if wrapped := _ALL_TEXT.search(answer):
         answer = wrapped.group("text").strip()

@@ -1,4 +1,4 @@
-"""What a reward worker and the pool say to each other: a 4-byte big-endian length and that many bytes.
+"""Messages between a reward worker and the pool: a 4-byte big-endian length and that many bytes.
 
 algebra worker    -> {"ready": true}   <- {"pairs": [[answer, label], ...], "deadline_s": 5.0}
                   -> {"reason": "sympy_equal"} or {"error": why}
@@ -20,12 +20,12 @@ HEADER = struct.Struct(">I")
 
 
 def encode(message: Json) -> bytes:
-    """Return a JSON message as it travels; what JSON does not know travels as its `repr`."""
+    """Return the bytes of a JSON message. A value that JSON does not know becomes its `repr`."""
     return framed(orjson.dumps(message, default=repr, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS))
 
 
 def framed(body: bytes) -> bytes:
-    """Return a body behind its length."""
+    """Return a body with its length in front."""
     return HEADER.pack(len(body)) + body
 
 

@@ -1,4 +1,4 @@
-r"""Grade samples without ever stopping the run: quick verdicts here, algebra in worker processes that are killed when late.
+r"""Grade samples: quick verdicts in this process, algebra in worker processes that are killed when late.
 
     sample -> grader -> Verdict
                     \-> Question -> idle worker -> sympy_equal | wrong | unparseable

@@ -3,7 +3,8 @@
     POST --rm-url {"prompt": ..., "response": ..., "label": ...}  ->  0.5  or  {"score": 0.5}; --reward-key: another key
 
 A request that fails is sent again, 10 times in all, after 1, 2, 4, ... at most 30 s and up to one more; a refusal (400 to 499)
-is not. What cannot be graded in the end ends the run: a broken reward is never a 0. The waits are those of slime's remote_rm.
+is not. A response that is still not graded ends the run: a broken reward is never a 0. The waits are those of slime's
+remote_rm.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ CONNECT_TIMEOUT_S = 10.0
 _SHOWN_CHARS = 200
 _REQUESTS_AT_ONCE = 64
 _SENT_AGAIN = (408, 429)
-"""Refusals that another time may not be."""
+"""Refusals that may succeed later."""
 
 
 class RemoteReward:
@@ -43,7 +44,7 @@ class RemoteReward:
         """Return the server's verdict on one sample.
 
         Args:
-            boxed: send only what the last box holds.
+            boxed: send only the content of the last box.
 
         Raises:
             RewardError: the server cannot be reached, refused, or answered no score.
@@ -92,10 +93,10 @@ def pause_s(attempt: int) -> float:
 
 
 def check_reachable(url: str) -> None:
-    """Make sure that somebody listens, before a run starts that would find out after its first rollout.
+    """Check before the run starts that a server listens; a run would find out after its first rollout only.
 
     Raises:
-        ConfigError: nobody does.
+        ConfigError: no server listens.
     """
     parts = urlsplit(url)
     try:

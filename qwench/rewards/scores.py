@@ -1,4 +1,4 @@
-"""From what a reward returned to the verdict with its score."""
+"""Verdicts and scores from the answers of reward functions and servers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Answer = Any  # what a function or a server of the user returned
 
 
 def read_answer(answer: Answer, *, key: str | None, source: str) -> Verdict | None:
-    """Return a number, a record with one, or a Verdict as a verdict; None if it is nothing of these, or not finite.
+    """Return a number, a record with one, or a Verdict as a verdict; None: it is neither, or not finite.
 
     Args:
         key: `--reward-key`: of the number in a record; None: `score`.

@@ -25,8 +25,8 @@ from qwench.samples import Json
 _logger = logging.getLogger(__name__)
 _START_TIMEOUT_S = 120.0  # importing sympy takes a second, and far longer on a cold network file system
 _PROGRAM = "import sys; sys.path[:0] = sys.argv[2:]; import importlib; importlib.import_module(sys.argv[1]).main()"
-_STACK_WAIT_S = 0.3  # for a late worker to say where it is
-_POLL_S = 1.0  # between looks at whether the worker lives
+_STACK_WAIT_S = 0.3  # makes a late worker write its stack
+_POLL_S = 1.0  # between checks that the worker lives
 _MAX_SAID_BYTES = 16 * 2**20
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<name>\S+)')
 _PACKAGE = str(Path(qwench.__file__).parent)
@@ -56,17 +56,17 @@ class WorkerProcess:
 
         Args:
             module: its `main` is the worker's program.
-            hello: what a worker hears first.
+            hello: first message to a worker.
         """
         self._module, self._environment, self._hello = module, dict(environment), hello
         self._process: subprocess.Popen[bytes] | None = None
         self._output: IO[bytes] | None = None
-        """What the worker writes to its standard error, of all processes so far."""
+        """Standard error of all worker processes so far."""
         self._read_up_to = 0
         self._stopped = False
         self._lock = threading.Lock()  # between starting a process and stopping for good
         self.said = ""
-        """What the worker wrote during the last question."""
+        """Standard error during the last question."""
 
     def ask(self, message: bytes, *, timeout_s: float) -> Json:
         """Send a message and return the answer.
@@ -191,7 +191,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
     for pipe in (process.stdin, process.stdout):
         assert pipe is not None, "workers are started with pipes"
-        with suppress(BrokenPipeError):  # closing flushes what the dead worker did not read
+        with suppress(BrokenPipeError):  # closing flushes input that the dead worker did not read
             pipe.close()
 
 

@@ -1,4 +1,4 @@
-"""Kernels that are launched before the one ahead of them has ended, and wait for it themselves.
+"""Early launch of kernels: a kernel starts before the previous one has ended, and waits for its results itself.
 
 Hopper's programmatic dependent launch: the device sets a kernel's programs up while the last programs of the one before run.
 Each of our kernels begins with `wait_for_kernel_before()` and is launched with OPTIONS. Other devices launch as always.

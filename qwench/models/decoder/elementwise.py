@@ -1,4 +1,4 @@
-"""The element-wise parts of a decoder layer in plain PyTorch: the reference, and what runs without CUDA.
+"""The element-wise parts of a decoder layer in plain PyTorch: the reference, and the code for CPUs.
 
 `elementwise_triton` has the same functions as one kernel each, with the same roundings.
 """

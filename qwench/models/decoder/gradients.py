@@ -1,4 +1,4 @@
-"""Gradients of the element-wise parts of a decoder layer in plain PyTorch: the reference, and what runs without CUDA.
+"""Gradients of the element-wise parts of a decoder layer in plain PyTorch: the reference, and the code for CPUs.
 
 `gradients_triton` has the same functions as one kernel each. The forwards are those of `elementwise`; only queries and keys,
 which training stores in no cache, have one here. Every gradient of a weight is added to a float32 sum.

@@ -62,7 +62,7 @@ class Projection:
 def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """Return x [T, K] times an e4m3 matrix [N, K] in the dtype of x; activations are not quantized.
 
-    The matrix is halved in memory and in what decoding reads; the product is that with the weights that it stands for.
+    The matrix takes half the memory and bandwidth. The product equals that with the dequantized weights.
     """
     if x.is_cuda:
         from qwench.models.decoder import linear_triton  # noqa: PLC0415  # Triton exists only where CUDA (or ROCm) does

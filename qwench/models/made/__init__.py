@@ -1,1 +1,1 @@
-"""Small models and tokenizers made on the spot."""
+"""Models with random weights, and tokenizers built without a download."""

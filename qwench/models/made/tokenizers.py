@@ -1,4 +1,4 @@
-"""Tokenizers built on the spot: a small one of bytes and words, and Qwen's own from its tiktoken ranks.
+"""Tokenizers built without a download: a small one of bytes and words, and Qwen's from its tiktoken ranks.
 
 Both carry Qwen3's special tokens and chat template, so everything downstream treats them as it treats a downloaded one.
 """
