@@ -1,4 +1,4 @@
-"""The main loop of reinforcement learning, synchronous or ahead of itself, on one device or many.
+"""The RL main loop. Generation runs in turn with training or ahead of it, on one device or many.
 
 `rollouts` decides how far generation runs ahead; `gpus` decides who holds device memory; everything else is in order here.
 Supervised fine-tuning is the same loop over rollouts that are read instead of generated, without engines.
@@ -75,7 +75,7 @@ class LearnerProtocol(Protocol):
 
 
 class Gpus(Protocol):
-    """Who holds device memory, and when (`cluster.gpus`)."""
+    """Moves device memory between engines and learner (`cluster.gpus`)."""
 
     weights_may_alias: bool
 
@@ -90,7 +90,7 @@ class Gpus(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """Everything a run consists of, as `launch.build` chose it."""
+    """The parts of a run, as `launch.build` chose them."""
 
     plan: RunPlan
     learner: LearnerProtocol | None
@@ -183,7 +183,7 @@ def generate(run: Run) -> None:
 
 
 def probe_engines(run: Run, learner: LearnerProtocol, *, version: int) -> None:
-    """Make sure that engines which compute in FP8 say what the learner's weights would say."""
+    """Check that the log-probs of FP8 engines agree with those of the learner's weights."""
     if run.probe is None or run.engines is None:
         return
     with run.timer.phase("probe"):
@@ -194,7 +194,7 @@ def probe_engines(run: Run, learner: LearnerProtocol, *, version: int) -> None:
 
 
 def evaluate_if_due(run: Run, rollout_id: int) -> None:
-    """Log what the evaluation sets say of the weights that learned from `rollout_id` rollouts."""
+    """Evaluate and log the weights that learned from `rollout_id` rollouts, if it is due. Keep the best."""
     if run.evaluate is None or not run.plan.schedule.eval_due(rollout_id):
         return
     with run.timer.phase("eval"):

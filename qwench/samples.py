@@ -31,7 +31,7 @@ class Verdict:
 
     score: float
     reason: str
-    """One of the reward's own words: exact, within_tolerance, sympy_equal, wrong, no_think_marker, no_box, timeout ..."""
+    """The reward's word for the result: exact, within_tolerance, sympy_equal, wrong, no_think_marker, no_box, timeout ..."""
     extra: Mapping[str, Json] = field(default_factory=dict)
     """Further values of a reward that returns a record (dapo: acc, pred); `--reward-key` picks one as the score."""
 
@@ -53,7 +53,7 @@ class Prompt:
     tools: Sequence[Json] | None = None
     metadata: Mapping[str, Json] = field(default_factory=dict)
     place: str = field(default="", compare=False)
-    """Where the row stands, for messages: `train.jsonl:12`."""
+    """File and line of the row, for messages: `train.jsonl:12`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -167,7 +167,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """`rollout_batch_size` scored groups, in order of group id, and what was measured on the way."""
+    """`rollout_batch_size` scored groups, in order of group id, and their metrics."""
 
     rollout_id: int
     groups: Sequence[Group]

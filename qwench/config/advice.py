@@ -1,4 +1,4 @@
-"""What the flags allow but is perhaps not meant: said once, before a verb starts."""
+"""Warnings about flags that are allowed but probably not meant, shown once before a verb starts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from qwench.estimators import METHODS
 
 
 def warnings(config: Config, *, trains: bool = True) -> Iterator[str]:
-    """Yield what is allowed but perhaps not meant.
+    """Yield a warning for each setting that is allowed but probably not meant.
 
     Args:
-        trains: the verb trains; evaluation alone does not care about flags of training.
+        trains: the verb trains; for evaluation, flags of training are not checked.
     """
     if config.references.unused_flags:
         names = " ".join(f"--{name}" for name in config.references.unused_flags)

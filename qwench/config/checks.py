@@ -1,4 +1,4 @@
-"""Every check between sections and of the files that flags name: one list of rules, and what each verb needs.
+"""All checks between sections, and of the files that flags name: one list of rules, and the needs of each verb.
 
 A section checks its own values when it is made. `command_line.parse` calls `check_rules` for every verb, and then the check of
 the verb. Nothing is loaded here.
@@ -199,7 +199,7 @@ def fsdp_is_data_parallel(config: Config) -> str | None:
 
 
 def megatron_is_not_fsdp(config: Config) -> str | None:
-    """What belongs to the Hugging Face module and to FSDP2 has no meaning for Megatron."""
+    """Flags of the Hugging Face module and of FSDP2 have no meaning for Megatron."""
     if config.backend != "megatron":
         return None
     for flag, is_set in (

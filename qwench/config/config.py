@@ -26,7 +26,7 @@ from qwench.config.sections.training import TrainingConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """Everything a run is told. Sections check themselves; `checks` holds what must hold between them."""
+    """The configuration of a run. Sections check themselves; `checks` has the rules between them."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)

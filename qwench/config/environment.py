@@ -15,7 +15,7 @@ def trainer_environment(
     """Return the variables to set: those of --train-env-vars, and what the flags need unless `environ` says otherwise.
 
     Without a workspace of fixed size, cuBLAS may choose another algorithm in every run, and PyTorch refuses it.
-    With one hardware queue, a tensor-parallel collective starts before the matrix product that is to hide it, not behind it.
+    With one hardware queue, a tensor-parallel collective starts before the matrix product that hides it, not after it.
     Sources: https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility; megatron-core, tensor_parallel/layers.py
     """
     needed = {}
@@ -27,5 +27,5 @@ def trainer_environment(
 
 
 def engine_environment(environ: Mapping[str, str], trainers: Mapping[str, str]) -> dict[str, str]:
-    """Return a process's environment without what it has of the trainer's: an engine server is not to inherit that."""
+    """Return `environ` without the trainer's variables, which an engine server must not inherit."""
     return {name: value for name, value in environ.items() if trainers.get(name) != value}

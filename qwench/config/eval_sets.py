@@ -38,7 +38,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalSetConfig:
-    """One entry of `datasets`; what is None falls back to the flags."""
+    """One entry of `datasets`; a field that is None falls back to the flags."""
 
     name: str
     path: str
@@ -137,7 +137,7 @@ def _value(key: str, annotation: Any, value: Any) -> Any:
 
 
 def _mapping(value: Any, known: Sequence[str], place: str) -> Mapping[str, Any]:
-    """Return `value` if it is a mapping with known keys; nothing at all counts as an empty one, except for the whole file."""
+    """Return `value` if it is a mapping with known keys. None is an empty mapping, except for the whole file."""
     if value is None and place != "the file":
         return {}
     if not isinstance(value, dict) or (place == "the file" and "eval" not in value):
@@ -176,7 +176,7 @@ class EvalSettings:
 
 
 def eval_sets(evaluation: EvalConfig) -> tuple[EvalSetConfig, ...]:
-    """Return the sets of --eval-config, or those of --eval-prompt-data, with what they themselves say.
+    """Return the sets of --eval-config, or those of --eval-prompt-data, with their own values.
 
     Raises:
         ConfigError: --eval-config cannot be read.

@@ -41,7 +41,7 @@ _MOMENT_BYTES = {"fp32": FLOAT32_BYTES, "bf16": BFLOAT16_BYTES}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchPlan:
-    """The batch identity with all its terms known."""
+    """The batch identity with all its terms."""
 
     rollout_batch_size: int
     n_samples_per_prompt: int
@@ -65,7 +65,7 @@ class BatchPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DevicePlan:
-    """Who computes on which devices."""
+    """Devices of the trainer and of the engines."""
 
     trains: bool
     generates: bool
@@ -103,7 +103,7 @@ class RunPlan:
     allow_partial_step: bool
     """Samples that do not fill a step become a smaller one."""
     balances_data: bool
-    """Micro-batches are dealt to the data-parallel ranks by their cost."""
+    """Micro-batches are divided among the data-parallel ranks by cost."""
     devices: DevicePlan
     schedule: Schedule
     holds_reference: bool
@@ -111,7 +111,7 @@ class RunPlan:
     """Recorded rollouts are learned from."""
     eval_sets: tuple[EvalSettings, ...]
     eval_reward_key: str | None
-    """Which value of a reward that returns a record is the score of an evaluation. None: its own score."""
+    """Entry of a reward's record that is the score of an evaluation. None: `score`."""
     log_dir: Path | None
     rank_bytes: RankBytes
     """Of each trainer rank, activations apart."""
@@ -181,7 +181,7 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
 
 
 def plan_batch(rollout: RolloutConfig, training: TrainingConfig) -> BatchPlan:
-    """Fill in what is missing of the batch identity.
+    """Derive the missing terms of the batch identity.
 
     Raises:
         ConfigError: a term that is needed is missing, or the terms that were given do not fit.

@@ -1,4 +1,4 @@
-"""How the values of flags are spelled: command-line words to a value of a type, and back."""
+"""Spelling of values: command-line words to a value of a type, and back."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Chat templates: messages of a row to the text the model reads.
 
-What a row says reaches the model, or the row is refused with file and line: templates skip what they do not know.
+All text of a row reaches the model, or the row is refused with file and line: templates skip unknown fields.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qwench.errors import ConfigError
 from qwench.samples import Json, Message
 
 _MAY_SAY_NOTHING = frozenset({"system", "tool"})
-"""Roles whose empty text loses nothing: no instructions, a call that returned nothing."""
+"""Roles whose text may be empty: no instructions, a call that returned nothing."""
 
 
 def as_messages(value: Json, *, place: str) -> list[Message]:
@@ -36,7 +36,7 @@ def as_messages(value: Json, *, place: str) -> list[Message]:
 
 
 def as_prompt(value: Json, *, place: str) -> list[Message]:
-    """Return messages that the policy is to answer.
+    """Return the messages of a prompt, which the policy answers.
 
     Raises:
         ConfigError: as `as_messages`, and where the last message is an answer already.

@@ -1,9 +1,9 @@
-"""Where a run stands in its data: epochs, order and the ids handed out, resumable.
+"""The position of a run in its data: epochs, order and ids, resumable.
 
     rows 0..4, seed 42, take(3) twice:   epoch 0: 3 1 2 | 4 0, then epoch 1: 1      the tail first, then the next epoch's head
 
-Epoch e is in the order of `random.Random(seed + e).shuffle`, or the file's own without shuffling. Group and sample ids count
-over the whole run, whatever the epoch.
+Epoch e is in the order of `random.Random(seed + e).shuffle`, or the file's own without shuffling. Group and sample ids
+count over the whole run, not by epoch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class DataCursor:
     """Hands out row numbers epoch by epoch."""
 
     def __init__(self, num_rows: int, *, fingerprint: str, samples_per_row: int, shuffle: bool, seed: int) -> None:
-        """Stand before the first row of epoch 0.
+        """Begin at the first row of epoch 0.
 
         Args:
             fingerprint: Tells this data set from others; a saved state of another one is refused.

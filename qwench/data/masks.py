@@ -1,7 +1,7 @@
-"""Which part of a rendered conversation is trained on: conversation -> segments of text, each trained or not.
+"""The trained part of a rendered conversation: conversation -> segments of text, each trained or not.
 
     <|im_start|>user\\nhi<|im_end|>\\n<|im_start|>assistant\\n   not trained
-    <think>\\n\\n</think>\\n\\nhello<|im_end|>                    trained: what the policy would have to write itself
+    <think>\\n\\n</think>\\n\\nhello<|im_end|>                    trained: the text that the policy writes
     \\n                                                       not trained
 
 Segments are tokenised one by one, as in generation, where the prompt's tokens are fixed before the first one is sampled.
@@ -114,7 +114,7 @@ class MessageMask:
         self._opening = _generation_prompt(renderer)
         self._before, twice = renderer.render([_FILLER]), renderer.render([_FILLER, _FILLER])
         self._default_system = self._before[: 2 * len(self._before) - len(twice)]
-        """What the template puts before a conversation that has no system message."""
+        """Text that the template puts before a conversation without a system message."""
 
     def __call__(self, messages: Conversation, tools: Sequence[Json] | None, place: str) -> list[Segment]:
         """Return header and rest of each message."""
@@ -139,7 +139,7 @@ class MessageMask:
 
 
 class IsolatedMessageMask(MessageMask):
-    """As `MessageMask`, but each message stands behind a user turn (the first one before it) while it is rendered."""
+    """As `MessageMask`, but each message is rendered after a user turn (the first one before it)."""
 
     def _render(self, message: Message, tools: Sequence[Json] | None, *, is_first: bool, place: str) -> str:
         if is_first:

@@ -1,4 +1,4 @@
-"""Which samples share a micro-batch: bins of sample indices under a token cap, and the ranks that compute them.
+"""Samples that share a micro-batch: bins of sample indices under a token cap, and the ranks that compute them.
 
     lengths 700 300 500 400, cap 1000, 2 ranks    first fit: [0 1] [2 3]      rank 0 takes [0 1], rank 1 takes [2 3]
     lengths 700 300 500 400, cap 1000, 3 ranks    split:     [0] [1] [2 3]

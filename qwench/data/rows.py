@@ -3,8 +3,8 @@
 A data set is named by `path` or `path@[start:stop]`, a Python slice of its rows: `train.jsonl@[:1000]`, `math.parquet@[-200:]`.
 The path may be a folder, or a pattern such as `data/*.parquet`: its files follow one another in the order of their names.
 
-Values are plain JSON. What a file format adds or types in its way is undone here: nulls that parquet gives to records of
-different shape, bytes, dates and decimals.
+Values are plain JSON. Types of a file format are converted here: bytes, dates, decimals, and the nulls that parquet adds to
+records of different shape.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SPEC = re.compile(r"(?P<path>.*)@\[(?P<start>-?\d{0,18}):(?P<stop>-?\d{0,18})\]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One record and where it stands."""
+    """One record and its place in the file."""
 
     values: Mapping[str, Json]
     place: str

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning data: conversations -> samples whose response is what is trained on, in rollouts of single groups.
+"""Supervised fine-tuning data: conversations -> samples whose response has the trained tokens, in rollouts of single groups.
 
 tokens       p0 p1 | a0 a1 u0 u1 a2 a3          a: assistant, u: the next user turn
 loss_mask            1  1  0  0  1  1           response: from the first to the last trained token

@@ -1,4 +1,4 @@
-"""Every group between the data order and training, and what a checkpoint keeps of it.
+"""All groups between the data order and training, and their state in a checkpoint.
 
     data order --next_groups--> in flight --finish--> finished --take--> taken
                      ^              |`----finish----> dropped (rejected by a filter, surplus)
@@ -34,7 +34,7 @@ class GroupSource(Protocol):
 
 
 BufferFilter = Callable[[Sequence[Group], int], Sequence[Group]]
-"""(waiting groups, oldest first; how many are wanted) -> those to continue now; the others keep waiting."""
+"""(waiting groups, oldest first; number of wanted groups) -> groups to continue now. The others keep waiting."""
 
 
 def oldest_first(groups: Sequence[Group], num_groups: int) -> Sequence[Group]:
@@ -65,7 +65,7 @@ class GroupBuffer:
         """The first rollout that has not begun. None: the first one that is taken."""
         self._waiting: list[Group] = []
         self._interrupted: list[Group] = []
-        """In flight when the state was saved; they go first."""
+        """Groups in flight when the state was saved; they are handed out first."""
         self._in_flight: dict[int, Group] = {}
         self._finished: dict[int, Rollout] = {}
 
@@ -104,11 +104,11 @@ class GroupBuffer:
         return groups
 
     def update(self, group: Group) -> None:
-        """Note a group in flight as generation and grading left it."""
+        """Store the latest state of a group in flight."""
         self._in_flight[group.group_id] = group
 
     def describe(self) -> str:
-        """Say how far the groups in flight are; any thread may ask."""
+        """Describe the progress of the groups in flight; any thread may call."""
         groups = list(self._in_flight.values())
         finished = sum(_is_finished(group) for group in groups)
         late = [str(sample.sample_id) for group in groups for sample in group.samples if sample.status is Status.PENDING]
@@ -116,7 +116,7 @@ class GroupBuffer:
         return f"{finished} of {len(groups)} groups finished" + (f", samples not finished: {shown}" if late else "")
 
     def put_back(self, groups: Sequence[Group]) -> None:
-        """Keep groups for a later rollout; finished ones too, unless masking would leave them nothing to train on."""
+        """Keep groups for a later rollout. Finished groups too, unless masking would leave nothing to train on."""
         for group in groups:
             self._in_flight.pop(group.group_id, None)
         self._waiting.extend(group for group in groups if not (self._mask_off_policy and _is_finished(group)))

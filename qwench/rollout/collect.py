@@ -31,13 +31,13 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True, slots=True)
 class _Tally:
-    """The groups of the rollout being collected, by what became of them."""
+    """The groups of the rollout being collected, by outcome."""
 
     accepted: list[Group] = field(default_factory=list)
     rejected: list[Group] = field(default_factory=list)
     """By the filter; in order of arrival."""
     unusable: list[Group] = field(default_factory=list)
-    """Aborted without our asking."""
+    """Aborted, but not by the collector."""
     surplus: list[Group] = field(default_factory=list)
     drops: Counter[str] = field(default_factory=Counter)
     rounds: int = 0
@@ -91,14 +91,14 @@ class Collector:
         return self._finish(rollout_id, tally)
 
     def _submit(self, rollout_id: int, tally: _Tally, pending: set[asyncio.Task[Group]]) -> None:
-        """Start groups while those accepted and in flight are too few and rounds are left."""
+        """Start groups while too few are accepted or in flight, and rounds are left."""
         while len(tally.accepted) + len(pending) < self._num_groups and tally.rounds < self._max_rounds:
             tally.rounds += 1
             for group in self._buffer.next_groups(self._over_sampling):
                 pending.add(asyncio.create_task(self._runner.run(group, rollout_id=rollout_id), name=f"group {group.group_id}"))
 
     async def _wait(self, pending: set[asyncio.Task[Group]]) -> list[Group]:
-        """Wait for some group (deterministic: all) and return what finished, in order; raise what failed."""
+        """Wait for some group (deterministic: all) and return the finished groups in order; raise the first error."""
         until = asyncio.FIRST_EXCEPTION if self._deterministic else asyncio.FIRST_COMPLETED
         done, _ = await asyncio.wait(pending, return_when=until)
         groups = [task.result() for task in done]
@@ -131,7 +131,7 @@ class Collector:
         return result
 
     def _use_rejected(self, rollout_id: int, tally: _Tally) -> None:
-        """Fill the rollout with rejected groups, the oldest first: without end it would wait for a signal that is not there."""
+        """Fill the rollout with rejected groups, the oldest first. Without them it would never end on data without a signal."""
         missing = self._num_groups - len(tally.accepted)
         if missing > len(tally.rejected):
             raise QwenchError(

@@ -4,7 +4,7 @@ eval/<name>                      mean reward; a response that could not be grade
 eval/<name>-none_reward_ratio    share of those
 eval/<name>-truncated_ratio
 eval/<name>-pass@k               with --log-passrate
-eval/<name>/response_len/mean    and what else a rollout reports of its samples
+eval/<name>/response_len/mean    and the other sample metrics of a rollout
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalSet:
-    """A named set of prompts and how they are answered."""
+    """A named set of prompts, and the sampling of its responses."""
 
     name: str
     prompts: Sequence[Prompt]

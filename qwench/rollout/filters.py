@@ -1,4 +1,4 @@
-"""Which groups are worth training on (`--dynamic-sampling-filter-path`).
+"""Filters that choose the groups to train on (`--dynamic-sampling-filter-path`).
 
 A filter is `fn(group: Group) -> FilterResult`. It sees a finished and graded group; the reason of a rejection becomes the
 metric `rollout/dynamic_filter/drop_<reason>`.
@@ -17,7 +17,7 @@ _MIN_STD = 1e-6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FilterResult:
-    """Keep a group or drop it, and why."""
+    """Whether a group is kept, and the reason of a rejection."""
 
     keep: bool
     reason: str = ""
@@ -51,5 +51,5 @@ def check_no_aborted(group: Group) -> FilterResult:
 
 
 def reward_label(reward: float) -> str:
-    """Return the reward rounded to one decimal, as it stands in metric names."""
+    """Return the reward rounded to one decimal, for metric names."""
     return str(round(reward, 1) + 0.0)  # + 0.0 turns -0.0 into 0.0

@@ -1,4 +1,4 @@
-"""The user's own functions of a rollout, loaded by import path and checked before anything is generated.
+"""The user's functions of a rollout, loaded by import path and checked before generation starts.
 
 --custom-generate-function-path     async fn(sample, context: GenerateContext) -> Sample | list[Sample]
 --rollout-function-path             async fn(rollout_id, context: RolloutContext) -> Rollout
@@ -33,7 +33,7 @@ from qwench.samples import Group, Rollout, Sample
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutContext:
-    """What a `--rollout-function-path` function may use to make a rollout."""
+    """Argument of a `--rollout-function-path` function: groups, and their generation and grading."""
 
     runner: GroupRunner
     buffer: GroupBuffer
@@ -113,7 +113,7 @@ def load_functions(rollout: RolloutConfig, evaluation: EvalConfig) -> RolloutFun
 
 
 def checked_rollout(function: RolloutFunction, context: RolloutContext) -> MakeRollout:
-    """Return a `--rollout-function-path` function bound to its context; what it returns is checked."""
+    """Return a `--rollout-function-path` function bound to its context. Its result is checked."""
 
     async def make(rollout_id: int) -> Rollout:
         rollout = await function(rollout_id, context)

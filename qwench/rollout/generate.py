@@ -1,8 +1,8 @@
-"""One sample: ask the engine to go on from the sample's tokens, and append what it answers.
+"""One sample: ask the engine to continue the sample's tokens, and append the answer.
 
     pending --generate--> completed (stop) | truncated (length, or no budget left) | aborted
 
-A sample that already has a response (an earlier turn, a partial rollout) goes on where it ends. Token ids and log-probs are the
+A response that exists already (an earlier turn, a partial rollout) is continued at its end. Token ids and log-probs are the
 engine's; text is decoded from them and never tokenised again.
 """
 
@@ -88,17 +88,17 @@ class Requests:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """What one request added to a sample."""
+    """The part that one request added to a sample."""
 
     text: str
     token_ids: tuple[int, ...]
     status: Status
-    """Completed: the model stopped by itself or at a stop word; a function of several turns may go on only then."""
+    """Completed: the model stopped by itself or at a stop word. Only then may a function start another turn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateContext:
-    """What a `--custom-generate-function-path` function may use to write a response."""
+    """Argument of a `--custom-generate-function-path` function: writes a response."""
 
     requests: Requests
     tokenizer: PreTrainedTokenizerBase
@@ -122,7 +122,7 @@ class GenerateContext:
         stop: tuple[str, ...] = (),
         stop_token_ids: tuple[int, ...] = (),
     ) -> Turn:
-        """Let the policy go on with the sample's tokens; append what it writes, and set response and status.
+        """Let the policy continue the sample's tokens. Append its tokens, and set response and status.
 
         Args:
             max_new_tokens: bound of this turn, besides what is left of `--rollout-max-response-len`.
@@ -151,7 +151,7 @@ class GenerateContext:
     def append_context(self, sample: Sample, text: str) -> None:
         """Append text that the policy reads but did not write (tool output); it is masked out of the loss.
 
-        What does not fit into the response budget is cut off; the next `generate` then ends the sample as truncated.
+        Text beyond the response budget is cut off; the next `generate` then ends the sample as truncated.
         """
         token_ids = self.tokenizer.encode(text, add_special_tokens=False)
         sample.append(token_ids[: self.sampling.budget_tokens(sample)], log_probs=None, version=-1)

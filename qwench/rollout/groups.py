@@ -3,7 +3,7 @@
     sample waits for a slot -> generated -> graded
                                  `- aborted: not graded, may go on in a later rollout
 
-Grading needs no slot, so that slow rewards do not hold the engines up.
+Grading needs no slot, so that slow rewards do not delay the engines.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class GroupRunner:
         return sorted((task.result() for task in tasks), key=lambda group: group.group_id)
 
     async def _execute(self, sample: Sample, position: int, rollout_id: int) -> list[Sample]:
-        """Generate what is missing of one sample, and grade what came of it."""
+        """Generate the rest of one sample, and grade the result."""
         samples = [sample]
         if sample.status in _UNFINISHED:
             async with self._slots:
@@ -137,19 +137,19 @@ class GroupRunner:
                 _set_verdict(sample, verdict)
 
     def _may_grade(self, samples: Sequence[Sample]) -> bool:
-        """Tell whether all samples have ended, not all are graded, and nobody waits for us to stop."""
+        """Tell whether all samples have ended, not all are graded, and no abort is under way."""
         ended = all(sample.status not in _UNFINISHED for sample in samples)
         return ended and any(sample.reward is None for sample in samples) and not self._requests.aborting
 
 
 def _set_verdict(sample: Sample, verdict: Verdict) -> None:
-    """Store the verdict; what could not be graded has reward 0 and is counted and masked by who uses it."""
+    """Store the verdict. A sample that could not be graded has reward 0; metrics count it and losses mask it."""
     sample.verdict = verdict
     sample.reward = verdict.score if verdict.graded else 0.0
 
 
 def _check_generated(sample: Sample) -> None:
-    """Refuse what a custom function may have got wrong."""
+    """Check the samples that a custom function returned."""
     if not isinstance(sample, Sample):
         raise QwenchError(f"--custom-generate-function-path must return a Sample or a list of them, got {sample!r:.200}.")
     label = f"--custom-generate-function-path: sample {sample.sample_id}"
@@ -173,7 +173,7 @@ async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, Result]]) ->
 
 
 async def cancel_and_wait(tasks: Collection[asyncio.Future[Result]]) -> None:
-    """Cancel what is not done and wait until all are; their errors are theirs to report."""
+    """Cancel the tasks that are not done, and wait for all. Their errors are ignored here."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""A look at FP8 engines before rollouts start: do they say what the trainer's BF16 weights would say?
+"""A check of FP8 engines before rollouts start: their log-probs must agree with those of the trainer's BF16 weights.
 
     engines answer a few prompts greedily  ->  the trainer scores these answers  ->  both log-probs of each token are compared
 
@@ -18,14 +18,14 @@ from qwench.samples import Prompt, Sample
 TEMPERATURE = 1.0
 """Of the log-probs that engines report for greedy tokens."""
 LARGEST_MEAN_DIFFERENCE = 0.5
-"""In nats; ten times what rounding does."""
+"""In nats; ten times the effect of rounding."""
 NUM_PROMPTS = 8
 NUM_TOKENS = 32
 _TIMEOUT_S = 600.0
 
 
 class GreedyProbe:
-    """Asks engines, and compares what they said with the trainer's log-probs."""
+    """Asks engines, and compares their log-probs with the trainer's."""
 
     def __init__(self, prompts: Sequence[Prompt]) -> None:
         """Take the first few of a run's prompts."""
@@ -62,7 +62,7 @@ class GreedyProbe:
             log_probs: of the trainer, [R] for each sample, at `TEMPERATURE`.
 
         Raises:
-            WeightSyncError: too far for it to be rounding.
+            WeightSyncError: the difference is larger than rounding can explain.
         """
         differences = [
             abs(ours - theirs)

@@ -1,4 +1,4 @@
-"""What a rollout's samples say: lengths, rewards and their reasons, truncation, repetition, caching, staleness, speed.
+"""Metrics of a rollout's samples: lengths, rewards and their reasons, truncation, repetition, caching, staleness, speed.
 
 Names are those that users of slime and miles plot: `rollout/...`, `passrate/...`, `perf/...`.
 """
@@ -46,7 +46,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """Return, without a prefix, what is reported of rollouts and of evaluation sets alike."""
+    """Return, without a prefix, the metrics that rollouts and evaluation sets share."""
     input_tokens = sum(sample.input_tokens for sample in samples)
     cached_tokens = sum(sample.cached_tokens for sample in samples)
     reasons = Counter(sample.verdict.reason for sample in samples if sample.verdict is not None)

@@ -1,4 +1,4 @@
-"""How responses of one kind are drawn: the values of a training rollout or of one evaluation set."""
+"""Sampling values of a training rollout, or of one evaluation set."""
 
 from __future__ import annotations
 

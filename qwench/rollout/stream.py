@@ -1,4 +1,4 @@
-"""Rollouts one after the other: generated in step with training or ahead of it, replayed, or read.
+"""Rollouts one after the other: generated in turn with training or ahead of it, replayed, or read.
 
     bound 0:   take(0) learn publish | take(1) learn publish | ...
     bound 1:   take(0) learn ....... publish | take(1) learn ....... publish | ...
@@ -164,7 +164,7 @@ class RolloutStream:
         return self._buffer.state_dict()
 
     def _stop_if_degenerate(self, rollout: Rollout) -> None:
-        """Check the first rollout of a run: rewards that cannot rise are found before hours are spent on them."""
+        """Check the first rollout of a run, so that a broken reward ends it at once and not after hours."""
         if not self._check_rewards:
             return
         self._check_rewards = False

@@ -14,7 +14,7 @@ from qwench.observability.timing import PhaseTimer
 
 
 class FlopMeter:
-    """Times phases for `timer`, and keeps what rate each reached until `take`."""
+    """Times phases for `timer`, and keeps the rate of each until `take`."""
 
     def __init__(
         self,

@@ -34,12 +34,12 @@ _logger = logging.getLogger(__name__)
 
 
 RewardPostProcess = Callable[[Sequence[Sample]], Sequence[float]]
-"""`--custom-reward-post-process-path`: samples of a rollout in, the reward that each one's advantages are made of out."""
+"""`--custom-reward-post-process-path`: samples of a rollout -> the reward of each, from which advantages are computed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Learned:
-    """What was measured while learning from one rollout."""
+    """Metrics of learning from one rollout."""
 
     metrics: Mapping[str, float]
     """`rollout/...` and `perf/...`."""
@@ -83,7 +83,7 @@ class Learner:
         )
 
     def learn(self, rollout: Rollout) -> Learned:
-        """Take the optimizer steps that one rollout is good for.
+        """Take the optimizer steps of one rollout.
 
         Raises:
             TrainingError: the rollout does not fill a step, or a loss or gradient norm is not finite.
@@ -238,7 +238,7 @@ def _step_metrics(result: StepResult, step: RolloutBatch) -> dict[str, float]:
 
 
 def _what_is_amiss(metrics: Mapping[str, float], step: RolloutBatch) -> str | None:
-    """Return why a step taught nothing although it looks like one that did."""
+    """Return why a step changed nothing; None: it did."""
     if not _num_scored(step):
         return "has no trained token: nothing was sampled, or all of it is masked; the step changed nothing"
     advantages = zip(step.advantages or (), step.loss_mask, strict=step.advantages is not None)

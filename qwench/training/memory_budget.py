@@ -1,4 +1,4 @@
-"""How much of a forward may wait for its backward in the memory there is; the numbers trained do not depend on it."""
+"""How much of a forward is kept for its backward, given the free memory. Trained numbers do not depend on it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from qwench.models.architecture import Architecture
 from qwench.training.packed_decoder import Keep
 
 _MARGIN_BYTES = 2 << 30
-"""For what comes and goes inside a layer's backward, workspaces, and pieces of free memory too small to be used."""
+"""For temporaries of a layer's backward, workspaces, and pieces of free memory that are too small."""
 
 
 class ActivationBudget:
-    """Chooses what to keep, by what saves the most time for its bytes: outputs of products, then logits, then the rest."""
+    """Chooses what to keep. First comes what saves most time for its bytes: outputs of products, then logits, then the rest."""
 
     def __init__(
         self, architecture: Architecture, device: torch.device, param_dtype: torch.dtype, *, head_chunk_tokens: int
@@ -26,7 +26,7 @@ class ActivationBudget:
         """Return what layers keep, and how many bytes of logits may be kept, in a micro-batch of this size.
 
         Args:
-            recomputes: Layers keep nothing, whatever memory there is.
+            recomputes: Layers keep nothing, however much memory is free.
         """
         logits = 4 * num_scored * self._architecture.vocab_size
         if self._device.type != "cuda":
@@ -57,6 +57,6 @@ def kept_bytes(architecture: Architecture, num_tokens: int, keep: Keep, dtype: t
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return what the allocator of this process could still hand out."""
+    """Return the bytes that this process can still allocate."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

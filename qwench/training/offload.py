@@ -80,7 +80,7 @@ class HostCopy:
         self.load()
 
     def _synchronize(self) -> None:
-        """Wait for copies between pinned memory and the device, which run behind the host's back."""
+        """Wait for copies between pinned memory and the device, which run asynchronously."""
         if any(tensor.is_cuda for tensor in self._tensors):
             torch.cuda.synchronize()
 

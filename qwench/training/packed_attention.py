@@ -24,7 +24,7 @@ _causal_varlen: Callable[..., Any] = partial(varlen_attn, window_size=(-1, 0), *
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PaddedRows:
-    """Where packed tokens lie when each piece is a row, padded on the right.
+    """Places of packed tokens in rows: one piece a row, padded on the right.
 
     Lengths 2, 3: source [[0, 1, 0], [2, 3, 4]], cells [0, 1, 3, 4, 5]. Padding repeats position 0.
     """
@@ -48,7 +48,7 @@ class PaddedRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Borders:
-    """Where pieces begin and end, for a kernel that reads packed tokens as they are."""
+    """Begin and end of each piece, for a kernel that reads packed tokens."""
 
     cumulative: Tensor
     """[S + 1] int32 on the device."""
@@ -118,7 +118,7 @@ def attend_padded(
 ) -> Tensor:
     """Attend after laying the pieces out as rows.
 
-    Padding stands after every real token of its row, so causality alone hides it: without `visible` no mask is needed.
+    Padding comes after every real token of its row, so causality alone hides it: without `visible` no mask is needed.
 
     Args:
         visible: [S, 1, Lq, Lk] bool, which keys a query sees; None where pieces have as many keys as queries.

@@ -2,8 +2,8 @@
 
     x, delta --add, norm--> qkv --norm, rotate, attend--> output --add, norm--> gate, up --silu--> down = delta
 
-Nothing is left to autograd, so that products add their weight gradients to the float32 sums themselves, matrices that share an
-input are one product, and what a layer keeps between the passes is chosen here (`Keep`).
+Autograd is not used. So products add their weight gradients to the float32 sums themselves, matrices that share an input are
+one product, and `Keep` chooses what a layer keeps between the passes.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Sequences:
 
 @dataclass(kw_only=True, slots=True)
 class Forward:
-    """What `PackedDecoder.backward` needs of a forward; used up by it."""
+    """The kept tensors of a forward, for `PackedDecoder.backward`, which uses them up."""
 
     sequences: Sequences
     layers: list[_Kept]
@@ -251,7 +251,7 @@ class PackedDecoder:
 
 
 def supports(architecture: Architecture) -> bool:
-    """Tell whether the layers have nothing that is not written out here."""
+    """Tell whether this decoder has every part of the layers."""
     return not (architecture.qkv_bias or architecture.attention_output_bias or architecture.mlp_bias)
 
 

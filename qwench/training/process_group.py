@@ -1,4 +1,4 @@
-"""Joining the ranks of a run and parting from them, also when there is only one: backends always work on a process group."""
+"""The process group of a run's ranks. A run with one rank has a group of one."""
 
 from __future__ import annotations
 

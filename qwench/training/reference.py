@@ -14,7 +14,7 @@ from qwench.training.trainer import Scores, Trainer
 
 
 class Reference:
-    """A view of a trainer, with weights of its own; scores as a `Trainer` does. All methods are collective."""
+    """A view of a trainer with other weights; scores as a `Trainer` does. All methods are collective."""
 
     def __init__(self, policy: Trainer) -> None:
         """Begin with the weights that `policy` holds."""
@@ -22,7 +22,7 @@ class Reference:
         self._weights = policy.copy_held_weights()
 
     def update(self) -> None:
-        """Become the policy as it is now."""
+        """Copy the policy's current weights."""
         self._weights = self._policy.copy_held_weights()
 
     def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:

@@ -71,7 +71,7 @@ class _SafeReader(FileSystemReader):
 
 
 class _TensorsOnly(DefaultLoadPlanner):
-    """Reads tensors; torch would unpickle any object that stands where a tensor is asked for."""
+    """Reads tensors; torch would unpickle any object that is stored in place of a tensor."""
 
     def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
         """Refuse what is not a tensor."""

@@ -1,4 +1,4 @@
-"""What is logged of a rollout as the trainer sees it, once for each rollout."""
+"""Metrics of a rollout from its training batch, once for each rollout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The models of one rank and what is done with them besides learning: save and load, move off the device, give away.
+"""The models of one rank: save and load them, move them off the device, publish their weights.
 
 iter_*/            the policy: model, optimizer, schedule, RNG
 iter_*/reference   the reference, when it moves (--ref-update-interval)

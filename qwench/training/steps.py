@@ -1,9 +1,9 @@
-"""How a rollout is cut: samples -> steps (executions in order) -> micro-batches of this rank.
+"""Cutting a rollout: samples -> steps (executions in order) -> micro-batches of this rank.
 
     executions 0 1 2 3 4 5 6, 3 in a step      steps [0 1 2] [3 4 5], execution 6 is dropped
     a step's samples -> bins under the token cap -> dealt to the data-parallel ranks -> this rank's are packed
 
-Every rank plans for all ranks, so all agree without a word.
+Every rank plans for all ranks, so all agree without messages.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qwench.training.trainer import ParallelRank
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPlan:
-    """Which samples are learned from, and in which step."""
+    """The samples of each step, and how many are dropped."""
 
     order: Sequence[int]
     """Positions of the samples that are kept, step after step, the samples of an execution side by side."""
@@ -77,7 +77,7 @@ class MicroBatching:
     max_tokens: int | None
     """Cap on a micro-batch's tokens on all context-parallel ranks together; None: `samples_per_bin` samples in each."""
     cost: SequenceCost | None
-    """What `--balance-data` evens out; None: dealt in turn."""
+    """The cost that `--balance-data` balances. None: bins are dealt in turn."""
 
     def own_bins(self, lengths: Sequence[int]) -> list[Bin]:
         """Return this rank's bins of sample indices; where there are fewer samples than ranks, some bins are empty."""
@@ -90,5 +90,5 @@ class MicroBatching:
         return shares[self.parallel.dp_rank]
 
     def pack(self, batch: RolloutBatch) -> list[MicroBatch]:
-        """Return this rank's micro-batches; an idle one stands for an empty bin."""
+        """Return this rank's micro-batches; an empty bin becomes an idle one."""
         return [pack(batch, members) if members else idle(batch) for members in self.own_bins(batch.lengths)]

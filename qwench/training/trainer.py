@@ -29,7 +29,7 @@ from qwench.wire.portions import WeightBucket
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """What a model says of the labels of micro-batches, without gradient."""
+    """Scores of the labels of micro-batches, without gradient."""
 
     log_probs: list[Tensor]
     """[T] float32 for each micro-batch, on the CPU. Positions outside `loss_mask` are not computed and read 0."""

@@ -1,9 +1,9 @@
 """The group of the trainer's rank 0 with all engines that are reached by broadcast.
 
-    no group --first bucket of a publication: everyone joins--> standing --start, wait--> standing --an error, close--> no group
+    no group --first bucket of a publication: all join--> joined --start, wait--> joined --an error, close--> no group
 
-Joining takes longer than sending, so a group stands from one publication to the next for as long as the engines are the same:
-one that was started anew has another address (`EngineAddress.start`), and then everyone joins again before anything is sent.
+Joining takes longer than sending, so a group stays from one publication to the next while the engines are the same. A restarted
+engine has another address (`EngineAddress.start`). Then rank 0 and all engines join again before the first bucket.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qwench.wire.weight_group import WeightGroup, backend_for, listening_store
 JOIN_TIMEOUT_S = 120.0
 LEAVE_TIMEOUT_S = 10.0
 _GRACE_S = 2.0
-"""For engines to say why a broadcast failed."""
+"""For the engines' answers after a broadcast failed."""
 GROUP_NAME = "qwench_weights"
 
 
@@ -41,11 +41,11 @@ class BroadcastLink:
         self._group: WeightGroup | None = None
         self._members: tuple[EngineAddress, ...] = ()
         self._answers: list[Future[None]] = []
-        """Of the engines, to each buffer under way."""
+        """The engines' answers to each buffer under way."""
         self._waits: list[Callable[[], None]] = []
         """For rank 0's own part in each of them."""
         self._refusals: list[Exception] = []
-        """What engines said against them; that is why the group was given up then."""
+        """Refusals of engines, for which the group was destroyed."""
 
     def start(
         self,
@@ -87,7 +87,7 @@ class BroadcastLink:
                 del self._answers[0], self._waits[0]
 
     def abandon(self) -> None:
-        """Let go of what is under way, and of the group: a publication failed."""
+        """Cancel the buffers under way, and destroy the group, after a publication failed."""
         if self._answers:
             self._drop()
 
@@ -105,13 +105,13 @@ class BroadcastLink:
     def _group_with(
         self, receivers: Sequence[Receiver], device: torch.device, *, loop: EventLoopThread, timeout_s: float
     ) -> WeightGroup:
-        """Return the group of these engines: the one that stands, or a new one that all have joined."""
+        """Return the group of these engines: the joined one, or a new one."""
         members = tuple(receiver.address for receiver in receivers)
         if members != self._members:
             self._drop()
         if self._group is None:
             joining = _join(device, receivers, timeout_s=min(JOIN_TIMEOUT_S, timeout_s))
-            # Each request and the group have deadlines of their own; this one is for what they forgot.
+            # Each request and the group have deadlines too; this one is a second guard.
             self._group = loop.run(joining, label="join the group of weights", timeout_s=2 * timeout_s + JOIN_TIMEOUT_S)
             self._members = members
         return self._group
@@ -144,7 +144,7 @@ async def _ask(group: WeightGroup, asking: Sequence[Coroutine[Any, Any, None]], 
     """Return when every engine has answered; where one refuses the buffer, the others stop waiting for it.
 
     Args:
-        refusals: gets what an engine said against it.
+        refusals: receives the engines' refusals.
     """
     try:
         await _all(asking)
@@ -156,7 +156,7 @@ async def _ask(group: WeightGroup, asking: Sequence[Coroutine[Any, Any, None]], 
 
 async def _join(device: torch.device, receivers: Sequence[Receiver], *, timeout_s: float) -> WeightGroup:
     """Make the group, for tensors of this device."""
-    # Whoever would refuse to join says so here, before rank 0 waits for it.
+    # An engine that refuses to join answers here, before rank 0 waits for it.
     await _all(receiver.leave(GROUP_NAME) for receiver in receivers)
     sizes = [receiver.num_ranks for receiver in receivers]
     address = address_towards([receiver.address.base_url for receiver in receivers])
@@ -207,7 +207,7 @@ def address_towards(base_urls: Sequence[str]) -> str:
 
 
 async def _all(coroutines: Any) -> list[Any]:  # awaitables of several result types
-    """Await all; the first error is raised at once, and what still runs is cancelled."""
+    """Await all. Raise the first error at once, and cancel the rest."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return list(await asyncio.gather(*tasks))

@@ -25,7 +25,7 @@ class RankExchange:
         """Return every rank's message, in the order of ranks; collective.
 
         Args:
-            failure: of this rank. Every rank then raises, so that none waits for one that has given up.
+            failure: of this rank. Every rank then raises, so that none waits for a failed one.
 
         Raises:
             WeightSyncError: a rank failed.
@@ -50,7 +50,7 @@ class RankExchange:
 
 
 def _all_gather(content: bytes, size: int) -> list[bytes]:
-    """Return what every rank gave, through host tensors."""
+    """Return the content of every rank, gathered as host tensors."""
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
     dist.all_gather(lengths, torch.tensor([len(content)]))
     longest = int(max(lengths))

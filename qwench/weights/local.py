@@ -1,7 +1,7 @@
 """From the trainer's memory to an engine of the same process; `remote` sends to engines in other processes.
 
-alias  the engine computes with the trainer's own tensors: nothing moves     same device, publication dtype
-copy   the engine copies bucket after bucket into its own tensors
+alias the engine computes with the trainer's own tensors: nothing moves same device, publication dtype copy the engine copies
+bucket after bucket into its own tensors
 """
 
 from __future__ import annotations

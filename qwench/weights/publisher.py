@@ -1,4 +1,4 @@
-"""The one owner of bringing the trainer's weights to the engines, restarted engines included.
+"""The owner of publication: brings the trainer's weights to the engines, restarted engines included.
 
 publish:    pool.receiving(version): engines in other processes by `remote`, engines of this process by `local`
 attend:     wait for generation; when every engine was restarted, none has the weights: republish, then wait again

@@ -40,7 +40,7 @@ from qwench.wire.shared_buffer import BufferRing, SharedBuffer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PublicationPlan:
-    """What all publications of a run have in common; picklable."""
+    """Settings that all publications of a run share; picklable."""
 
     engine: EngineConfig
     """The --update-weight-* flags."""
@@ -49,15 +49,15 @@ class PublicationPlan:
     fp8: bool = False
     """Engines hold block-wise FP8: quantize what is published."""
     timeout_s: float = 600.0
-    """For one engine to take one bucket (or, from disk, everything)."""
+    """For one engine to take one bucket, or from disk all weights."""
 
     @property
     def total_timeout_s(self) -> float:
-        """Return the deadline of everything. Each step has its own deadline, whose message says more."""
+        """Return the deadline of the whole publication. Each step has another one, whose message says more."""
         return 2 * self.timeout_s
 
     def source_of(self, source: WeightSource) -> WeightSource:
-        """Return the source of what engines get."""
+        """Return the source of the weights in the form that engines take."""
         return QuantizedWeights(source) if self.fp8 else source
 
 
@@ -113,7 +113,7 @@ class _IpcSender:
         self._served = served
         self._loop = loop
         self._loading: list[list[Future[None]]] = []
-        """Of each bucket that was started: the engines' answers."""
+        """The engines' answers to each bucket that was started."""
 
     def offers(self, buffer: SharedBuffer, entries: Sequence[TensorEntry]) -> dict[str, str]:
         """Return what the engines' ranks on this rank's device need, by `engine:tensor-parallel rank`."""
@@ -147,7 +147,7 @@ class _IpcSender:
 
 @dataclass
 class _Parcel:
-    """What one rank sends of a bucket."""
+    """One rank's part of a bucket."""
 
     entries: Sequence[TensorEntry] = ()
     offers: dict[str, str] = field(default_factory=dict)
@@ -199,7 +199,7 @@ class _Publication:
     def send(self, buckets: Iterable[WeightBucket]) -> None:
         """Bring every bucket to the engines that take buckets; as many are under way at once as every engine takes.
 
-        A buffer is filled again when every rank knows that all engines have loaded what was in it.
+        A buffer is filled again when every rank knows that all engines have loaded its content.
         """
         ipc = _IpcSender(self._exchange.rank, self._served("ipc"), self._loop)
         window = self._window()
@@ -339,7 +339,7 @@ class _Publication:
 
 
 def _failure_of(work: Callable[[], None]) -> QwenchError | None:
-    """Do the work and return what went wrong, so that it can be told to the other ranks first."""
+    """Do the work and return its error, which the other ranks must get first."""
     try:
         work()
     except QwenchError as failure:

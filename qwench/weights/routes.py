@@ -1,4 +1,4 @@
-"""The transport of the weights to each engine in another process, by where it and the trainer's ranks run.
+"""The transport of the weights to each engine in another process, by its place and those of the trainer's ranks.
 
 same machine, each of its devices is one of a trainer rank's    ipc        the engine opens that rank's bucket in place
 other devices of the same kind, or an unknown place            broadcast  rank 0 broadcasts to all such engines at once

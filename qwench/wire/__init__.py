@@ -1,1 +1,1 @@
-"""What crosses a process: addresses, portions, flat buckets, shared buffers, weight groups, checksums."""
+"""Values and buffers between processes: addresses, portions, flat buckets, shared buffers, weight groups, checksums."""

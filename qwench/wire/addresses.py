@@ -1,4 +1,4 @@
-"""Where engines and trainer ranks hold weights, and how to reach an engine. Transports are chosen by it."""
+"""Places of the weights of engines and trainer ranks, and addresses of engines. They decide the transport."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineAddress:
-    """All that another process needs to bring weights to an engine's server."""
+    """Address of an engine's server, for the process that sends it weights."""
 
     base_url: str
     token: str | None
@@ -47,10 +47,10 @@ class EngineAddress:
 
 
 def host_name() -> str:
-    """Return a name that processes share exactly when they run on one machine (and see the same network card).
+    """Return a name that is equal for processes of one machine (that see the same network card).
 
-    Where there is no card, `uuid` draws a number in every process (RFC 9562, 6.10, sets a bit in it); Linux's own number of
-    this boot stands in for it.
+    Where there is no card, `uuid` draws a number in every process (RFC 9562, 6.10, sets a bit in it). Then Linux's number of
+    this boot is used.
     """
     node = uuid.getnode()
     if not node & _RANDOM_NODE_BIT:

@@ -1,4 +1,4 @@
-"""A bucket of named tensors as one run of bytes, so that it crosses to another process as one thing.
+"""A bucket of named tensors as one run of bytes, for one transfer to another process.
 
     [("a", bfloat16 [2, 3]), ("s", float32 [4])]  -->  entries: s float32 [4] at 0..16, a bfloat16 [2, 3] at 16..28
                                                        buffer:  28 bytes, uint8
@@ -31,7 +31,7 @@ _LARGE_BYTES = 2**22
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorEntry:
-    """Where one tensor of a bucket lies."""
+    """The place of one tensor of a bucket."""
 
     name: str
     dtype: str

@@ -29,7 +29,7 @@ _BINARY_FIELDS = ("storage", "counter", "event")
 
 
 class SharedBuffer:
-    """Owns the bytes until `close`; every receiver must have let go by then."""
+    """Owns the bytes until `close`; every receiver must have closed them by then."""
 
     def __init__(self, tensor: Tensor, file: Path | None) -> None:
         self.tensor = tensor
@@ -56,7 +56,7 @@ class SharedBuffer:
         return cls(torch.from_file(name, shared=True, size=num_bytes, dtype=torch.uint8), Path(name))
 
     def handle(self) -> Handle:
-        """Return what one receiver opens, once; what was written before is there when it does."""
+        """Return the handle for one receiver, to be opened once. The receiver sees all earlier writes."""
         if self.file is not None:
             return {"kind": "file", "path": str(self.file), "num_bytes": self.tensor.numel()}
         self.wait_for_writes()
@@ -72,7 +72,7 @@ class SharedBuffer:
         }
 
     def wait_for_writes(self) -> None:
-        """Return when what this process wrote is there for others."""
+        """Wait until other processes see this process's writes."""
         if self.tensor.is_cuda:
             torch.cuda.current_stream(self.tensor.device).synchronize()
 
@@ -83,11 +83,11 @@ class SharedBuffer:
         shared = self.tensor.is_cuda
         self.tensor = torch.empty(0, dtype=torch.uint8)
         if shared:
-            torch.cuda.ipc_collect()  # PyTorch keeps shared blocks until it is asked whether anybody still reads them
+            torch.cuda.ipc_collect()  # PyTorch keeps shared blocks until it is asked to check for readers
 
 
 class OpenBuffers:
-    """What a receiver has open: senders use few buffers in turn, and opening one on a GPU takes as long as reading it."""
+    """The open buffers of a receiver: senders use few in turn, and opening one on a GPU takes as long as reading it."""
 
     def __init__(self) -> None:
         self._tensors: dict[str, Tensor] = {}
@@ -100,7 +100,7 @@ class OpenBuffers:
         return self._tensors[key]
 
     def close(self) -> None:
-        """Let go of the senders' memory."""
+        """Close all buffers of the senders."""
         self._tensors.clear()
 
 
@@ -120,7 +120,7 @@ def open_buffer(handle: Handle) -> Tensor:
 
 
 def _reserve(descriptor: int, num_bytes: int) -> None:
-    """Take the memory of a file now: one that is only made long ends the process when it is written and there is none left."""
+    """Allocate the memory of a file now. A sparse file would end the process at a write when no memory is left."""
     if num_bytes and hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, num_bytes)
     else:
@@ -171,7 +171,7 @@ class BufferRing:
         self._turn = 0
 
     def next(self, num_bytes: int, device: torch.device) -> SharedBuffer:
-        """Return a buffer of at least this size; no engine may still read what was in it `size` buckets ago."""
+        """Return a buffer of at least this size; no engine may still read its content of `size` buckets ago."""
         place, self._turn = self._turn, (self._turn + 1) % len(self._buffers)
         buffer = self._buffers[place]
         if buffer is None or buffer.tensor.numel() < num_bytes:

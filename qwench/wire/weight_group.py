@@ -1,4 +1,4 @@
-"""A process group that exists for one thing: rank 0 broadcasts weights to engines.
+"""A process group in which rank 0 broadcasts weights to engines.
 
 It is independent of the groups that a process has already. Store, prefixes and backends are those that `torch.distributed` uses
 for a group of that name, as SGLang builds it, so that either end may be SGLang.
@@ -82,7 +82,7 @@ class WeightGroup:
             raise WeightSyncError(f"{self._label}: not everybody joined within {timeout_s:g} s: {cause}") from cause
 
     def start(self, tensor: Tensor) -> Callable[[], None]:
-        """Start to bring rank 0's tensor into everyone's; what is returned waits until it is there.
+        """Start the broadcast of rank 0's tensor, and return its handle, which waits for the end.
 
         Broadcasts happen in the order of these calls, which must be the same on all ranks. A group in which one failed is left.
 

@@ -38,7 +38,7 @@ class Occurrence:
     """In lower dashes, without the leading ones."""
     values: tuple[str, ...]
     origin: str = ""
-    """Name of the file it stands in; empty for the command line."""
+    """Name of the file that holds it; empty for the command line."""
 
     def error(self, problem: str) -> ConfigError:
         """Return the user's mistake, with the place where it was made."""
@@ -47,7 +47,7 @@ class Occurrence:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Given:
-    """What was given, sorted by where it goes."""
+    """The given flags, sorted by destination."""
 
     flags: dict[str, Any] = field(default_factory=dict)  # Any: of the type that the flag's annotation names
     sglang: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -149,7 +149,7 @@ def _passes_through(item: Occurrence, given: Given, table: Mapping[str, Flag]) -
 
 
 def _expand_shorthands(occurrences: Iterable[Occurrence]) -> Iterable[Occurrence]:
-    """Put what a shorthand stands for before everything else, so that the flags themselves win over it."""
+    """Put the flags of a shorthand before all others, so that flags given by name win over it."""
     occurrences = list(occurrences)
     for item in occurrences:
         if item.name in compat.SHORTHANDS:

@@ -76,7 +76,7 @@ VALUE_ALIASES: Mapping[tuple[str, str], tuple[str, str]] = {
 SHORTHANDS: Mapping[str, Mapping[str, str]] = {
     "dump-details": {"save-debug-rollout-data": "{value}/rollout_data/{rollout_id}.jsonl"},
 }
-"""Flag -> the flags it stands for; those win over it when they are given too."""
+"""Flag -> the flags that it sets. A flag that is given by name wins over it."""
 
 EMBEDDED_ALIASES: Mapping[str, str] = {
     "page-size": "embedded-page-size",
@@ -101,7 +101,7 @@ IMPORT_PATHS: Mapping[str, str] = {
     f"miles.{_FILTERS}.check_reward_nonzero_std": "qwench.rollout.filters.check_reward_nonzero_std",
     f"miles.{_FILTERS}.check_no_aborted": "qwench.rollout.filters.check_no_aborted",
 }
-"""Import path of a built-in of theirs -> ours; None: what happens when the flag is left out."""
+"""Import path of a built-in of theirs -> ours; None: the default without the flag."""
 
 
 PLANNED_PATHS: Mapping[str, str] = {

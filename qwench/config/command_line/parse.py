@@ -26,10 +26,10 @@ SFT_DEFAULTS: Mapping[str, tuple[str, ...]] = {
     "calculate-per-token-loss": ("true",),
     "input-key": ("messages",),
 }
-"""What `qwench sft` sets where the user does not."""
+"""Defaults of `qwench sft`."""
 
 EVAL_DEFAULTS: Mapping[str, tuple[str, ...]] = {"rollout-batch-size": ("1",)}
-"""`qwench eval` has no training batches; their identity still wants a number."""
+"""`qwench eval` has no training batches, but the batch identity needs a number."""
 
 
 def parse_train(words: Sequence[str], *, defaults: Mapping[str, tuple[str, ...]] | None = None) -> Config:

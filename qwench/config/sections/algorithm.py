@@ -1,4 +1,4 @@
-"""What is optimised: advantages, policy loss, KL and corrections."""
+"""The objective: advantages, policy loss, KL and corrections."""
 
 from __future__ import annotations
 

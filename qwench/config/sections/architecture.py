@@ -1,4 +1,4 @@
-"""Megatron's MODEL_ARGS: the shape a launch script believes the model to have.
+"""Megatron's MODEL_ARGS: the shape of the model that a launch script states.
 
 Qwench reads the shape from the checkpoint's config.json. A flag of this section that is given is compared with it, and a
 difference is an error; a flag that is not given is not compared.
@@ -12,7 +12,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArchitectureConfig:
-    """What the script says of the architecture; None: says nothing."""
+    """Flags of a script that state the architecture. None: not stated."""
 
     num_layers: int | None = None
     """Number of decoder layers."""

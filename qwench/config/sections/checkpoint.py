@@ -1,4 +1,4 @@
-"""What is saved, where a run starts from, and what is kept."""
+"""Checkpoints: their folders, the start of a run, and how many are kept."""
 
 from __future__ import annotations
 

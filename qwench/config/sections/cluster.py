@@ -1,4 +1,4 @@
-"""How many devices, and who shares them."""
+"""Numbers of devices, and their sharing by trainer and engines."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from qwench.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertConfig:
-    """What `qwench convert` reads and writes. Run it under torchrun to let several processes write."""
+    """Input and output of `qwench convert`. Under torchrun several processes write."""
 
     input: Path
     """Checkpoint to read: a folder of Hugging Face, torch_dist or FSDP format. For the last two, its parent folder also
@@ -78,7 +78,7 @@ class IgnoredParallelism:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HfToTorchDistConfig:
-    """What `tools/convert_hf_to_torch_dist.py` takes: MODEL_ARGS, which are compared with config.json, and two folders."""
+    """Flags of `tools/convert_hf_to_torch_dist.py`: MODEL_ARGS, which are compared with config.json, and two folders."""
 
     files: HfToTorchDistFiles
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
@@ -87,7 +87,7 @@ class HfToTorchDistConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TorchDistToHfConfig:
-    """What `tools/convert_torch_dist_to_hf.py` takes."""
+    """Flags of `tools/convert_torch_dist_to_hf.py`."""
 
     input_dir: Path
     """Folder of a torch_dist checkpoint, or its parent folder."""

@@ -1,4 +1,4 @@
-"""Where prompts come from and how a row becomes token ids."""
+"""The training data: files, columns, and the rendering of rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running one half of the system, and recording what passes between them."""
+"""Runs of generation or training alone, and recorded rollouts."""
 
 from __future__ import annotations
 

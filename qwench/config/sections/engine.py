@@ -1,7 +1,7 @@
 """The inference engines that generate.
 
 Flags that begin with `--sglang-` or `--router-` and are not fields here are kept by name for the SGLang server and its
-router. Those that mean the same to the embedded engine also set its field (`compat.EMBEDDED_ALIASES`).
+router. Flags that the embedded engine has too also set its field (`compat.EMBEDDED_ALIASES`).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class EngineConfig:
 
     @property
     def routes_requests(self) -> bool:
-        """Tell whether a router process stands in front of the engines."""
+        """Tell whether requests go through a router process."""
         return self.use_sglang_router or bool(self.router_args)
 
     @property

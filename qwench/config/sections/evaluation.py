@@ -1,4 +1,4 @@
-"""When and on what the policy is evaluated."""
+"""Evaluation: its interval, sets and sampling."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qwench.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    """Evaluation sets and their sampling; what is None falls back to the rollout's value."""
+    """Evaluation sets and their sampling; a field that is None falls back to the rollout's value."""
 
     eval_interval: int | None = None
     """Evaluate every this many rollouts, and before the first. None: before the first and after the last."""

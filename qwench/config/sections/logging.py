@@ -1,4 +1,4 @@
-"""Where messages and metrics go."""
+"""Messages and metrics: levels, folders and services."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which model, in which precision, with which attention kernel."""
+"""The model, its precision and its attention kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How one model is spread over ranks; names are Megatron's."""
+"""Division of one model over ranks; names are Megatron's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qwench.config.limits import check_positive
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """Parallel sizes; what is left of the world is data-parallel."""
+    """Parallel sizes. The remaining factor of the world size is data-parallel."""
 
     tensor_model_parallel_size: int = 1
     """Ranks that split each layer's matrices (TP). Needs --train-backend megatron."""

@@ -1,4 +1,4 @@
-"""How responses are graded."""
+"""Grading of responses."""
 
 from __future__ import annotations
 

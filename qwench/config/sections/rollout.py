@@ -1,4 +1,4 @@
-"""How responses are generated and which of them are learned from."""
+"""Generation of responses, and their selection for training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qwench.config.limits import (
 from qwench.errors import ConfigError
 
 SFT_ROLLOUT = "qwench.sft"
-"""Stands for slime's SFT rollout function: what --loss-type sft_loss does by itself."""
+"""Name for slime's SFT rollout function, which --loss-type sft_loss uses by itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""How a rollout is cut into steps and micro-batches, and what the trainer trades for memory."""
+"""Steps and micro-batches of a rollout, and the trainer's savings of memory."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class ServerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
-    """Everything a server needs."""
+    """Flags of `qwench serve`."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -57,7 +57,7 @@ class ColumnsConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardCheckConfig:
-    """How `qwench reward check` grades."""
+    """Flags of `qwench reward check`."""
 
     reward: RewardConfig = field(default_factory=RewardConfig)
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
@@ -65,7 +65,7 @@ class RewardCheckConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MakeModelConfig:
-    """What `qwench make-model` writes: a Hugging Face checkpoint with random weights."""
+    """The checkpoint with random weights that `qwench make-model` writes."""
 
     output: Path
     """Folder to write. Must be new or empty."""
@@ -91,7 +91,7 @@ class QuickstartConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DownloadConfig:
-    """What `qwench download` fetches, and where to."""
+    """The repositories that `qwench download` fetches, and their folder."""
 
     output: Path
     """Parent folder; each repository gets a subfolder with its name. Use as MODEL_DIR or DATA_DIR of the recipes."""
@@ -103,7 +103,7 @@ class DownloadConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DoctorConfig:
-    """What `qwench doctor` looks at besides the machine."""
+    """The folder that `qwench doctor` checks besides the machine."""
 
     output: Path = Path("runs")
     """Folder of future runs, whose disk is checked."""

@@ -1,4 +1,4 @@
-"""Attention over packed sequences that never look into each other, as functions the Hugging Face modules call.
+"""Attention inside each of the packed sequences, as functions that the Hugging Face modules call.
 
     --attn-implementation sdpa                  ours: right-padded to [S, Lmax], causal; runs anywhere
                           varlen                ours: torch.nn.attention.varlen, bfloat16 on CUDA

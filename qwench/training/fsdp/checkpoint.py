@@ -61,7 +61,7 @@ def load_optimizer(folder: Path, optimizer: MasterOptimizer) -> None:
 
 
 def is_foreign(folder: Path) -> bool:
-    """Tell whether something else than this backend wrote the checkpoint: Megatron, or Hugging Face."""
+    """Tell whether Megatron or Hugging Face wrote the checkpoint, not this backend."""
     return any((folder / name).is_file() for name in (CONFIG_FILE, "config.json"))
 
 

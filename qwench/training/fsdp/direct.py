@@ -1,4 +1,4 @@
-"""The policy of a run with one rank: weights where they lie, without FSDP2 between them and the products.
+"""The policy of a run with one rank: the decoder computes with the weights directly, without FSDP2.
 
     weights in param_dtype, flat --PackedDecoder--> log-probs, entropy
     float32 sums of gradients, flat <--the products themselves--'
@@ -36,7 +36,7 @@ from qwench.training.packed_decoder import (
 from qwench.training.sequence_attention import attention_of
 
 _ALIGNMENT = 128
-"""Elements; matrices on top of each other have none between them."""
+"""In elements; matrices that share an input have no gap between them."""
 _STACKED = ("k_proj.weight", "v_proj.weight", "up_proj.weight")
 
 
@@ -44,7 +44,7 @@ _ATTENTIONS = ("sdpa", "varlen", "cudnn")
 
 
 def can_be_direct(architecture: Architecture, attention: str) -> bool:
-    """Tell whether every part of the model, and the attention that the flags name, is written out here."""
+    """Tell whether the packed decoder has every part of the model, and the attention that the flags name."""
     return supports(architecture) and attention in _ATTENTIONS
 
 
@@ -73,7 +73,7 @@ class FlatGradients:
 
     @property
     def sums(self) -> DecoderTensors:
-        """Return what the products add to."""
+        """Return the sums that the products add to."""
         return self._made().bound
 
     def local(self) -> Sequence[Tensor]:
@@ -105,7 +105,7 @@ class DirectPolicy:
         head_chunk_tokens: int,
         recomputes_layers: bool,
     ) -> None:
-        """Move the weights of `causal_lm`, which stays as their owner by name."""
+        """Move the weights of `causal_lm`, which keeps them under their names."""
         self.causal_lm = causal_lm
         self.gradients = FlatGradients(architecture, device)
         self._architecture = architecture
@@ -127,7 +127,7 @@ class DirectPolicy:
         """Prepare passes: the weights lie as they are computed with."""
 
     def end_scoring(self) -> None:
-        """End a run of forwards: nothing waits for a backward."""
+        """End a run of forwards; there is nothing to free."""
 
     def reduce_in_next_backward(self, *, whole: bool, is_last: bool) -> None:
         """Take note of the last micro-batch of a step: the sums of one rank are those of the step."""

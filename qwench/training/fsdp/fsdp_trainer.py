@@ -82,8 +82,8 @@ class FsdpTrainer(BackendTrainer):
         Args:
             model_folder: A checkpoint that `checkpoints.formats.sources` knows.
             total_steps: Optimizer steps of the run, over which the learning rate decays.
-            param_dtype: Of the forward, the backward and what is published.
-            hf_config: Of the model; None: config.json in `model_folder`.
+            param_dtype: Dtype of the forward, the backward and the publication. hf_config: Of the model; None: config.json in
+                `model_folder`.
 
         Raises:
             ConfigError: the attention or the layout does not fit the model, device or ranks.
@@ -168,7 +168,7 @@ class FsdpTrainer(BackendTrainer):
         return {name: local_shard(weight) for name, weight in self._weights.items()}
 
     def copy_held_weights(self) -> HostCopy:
-        """Copy the shards to the host in `param_dtype`: exactly what a forward computes with."""
+        """Copy the shards to the host in `param_dtype`, the dtype of a forward."""
         self._assert_awake()
         return HostCopy(self._shards(), dtype=self._param_dtype)
 
@@ -229,7 +229,7 @@ def _place(
     param_dtype: torch.dtype,
     device: torch.device,
 ) -> Policy | DirectPolicy:
-    """Put the model on its ranks: as it is where one rank has it alone and every part of it is written out, else with FSDP2."""
+    """Put the model on its ranks: a `DirectPolicy` where one rank has it alone and the decoder has every part, else FSDP2."""
     architecture = architecture_of(model.config)
     if mesh.size() == 1 and can_be_direct(architecture, attention):
         return DirectPolicy(

@@ -1,9 +1,9 @@
 """Gradients of the shards: float32 sums over micro-batches and ranks, also where the shards themselves are in bfloat16.
 
 FSDP2 reduces in float32, and then rounds the sum to the dtype of the shard. Where that is less than float32, the exact sum is
-taken before it is rounded: `set_all_reduce_hook` shows the flat sum of a group of weights, and the hook after accumulation
-tells, by the place of the rounded gradient, which part of it is whose. The rounded gradient is dropped at once. (Once FSDP2
-honours `Tensor.grad_dtype`, setting that to float32 replaces this.)
+taken before it is rounded: `set_all_reduce_hook` receives the flat sum of a group of weights. In the hook after accumulation,
+the place of the rounded gradient gives the part of its weight. The rounded gradient is dropped at once. (Once FSDP2 honours
+`Tensor.grad_dtype`, setting that to float32 replaces this.)
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class MasterOptimizer:
         }
 
     def device_state(self) -> list[Tensor]:
-        """Return what takes memory of the device besides weights and gradients."""
+        """Return the tensors on the device besides weights and gradients."""
         return self._adam.device_tensors()
 
     def reset(self, num_steps: int) -> None:

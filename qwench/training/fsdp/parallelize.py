@@ -1,4 +1,4 @@
-"""Sharding the policy with FSDP2: float32 masters in shards, a bfloat16 layer at a time where it is needed.
+"""Sharding the policy with FSDP2: float32 masters in shards, and one whole bfloat16 layer at a time.
 
     shard in stored_dtype --cast, all-gather--> layer in param_dtype --forward, backward--> gradient in param_dtype
     shard float32 gradient <--reduce-scatter, sum over ranks-- float32 sum over micro-batches <--'

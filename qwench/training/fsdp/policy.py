@@ -48,14 +48,14 @@ class Policy(nn.Module):
 
     @cached_property
     def gradients(self) -> ShardedGradients:
-        """Return the gradients of the weights, which are sharded already."""
+        """Return the gradients of the sharded weights."""
         return ShardedGradients(self, self.named_weights())
 
     def begin(self) -> None:
         """Prepare passes: FSDP2 rounds each group of weights when it is used."""
 
     def end_scoring(self) -> None:
-        """Shard the root's weights, which FSDP2 keeps whole after a forward, waiting for a backward."""
+        """Shard the root's weights again, which FSDP2 keeps whole after a forward for its backward."""
         self._as_fsdp.reshard()
 
     def reduce_in_next_backward(self, *, whole: bool, is_last: bool) -> None:
@@ -65,7 +65,7 @@ class Policy(nn.Module):
         self._as_fsdp.set_is_last_backward(whole)
 
     def release(self) -> None:
-        """Give the memory of rounded weights back: none is held between passes."""
+        """Do nothing: no rounded weights are held between passes."""
 
     @property
     def _as_fsdp(self) -> FSDPModule:

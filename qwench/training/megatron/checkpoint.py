@@ -5,8 +5,8 @@
     folder/common.pt                 what is no tensor: step count, parameter groups
     folder/rng.pt                    generators of the host and the devices, by the main rank
 
-Each rank writes the rectangles it owns (`tensor_place`), with torch.distributed.checkpoint itself: megatron-core's own writer
-starts processes, and its versions differ in where they put what is no tensor. megatron-core reads what is written here.
+Each rank writes the rectangles it owns (`tensor_place`) with torch.distributed.checkpoint: megatron-core's writer starts
+processes, and its versions store other objects in different files. megatron-core reads what is written here.
 """
 
 from __future__ import annotations

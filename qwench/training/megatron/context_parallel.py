@@ -1,11 +1,11 @@
-"""Splitting packed sequences over context-parallel ranks, and collecting what they made.
+"""Splitting packed sequences over context-parallel ranks, and gathering keys and results.
 
 Each sequence is cut into 2 x cp chunks of equal length, and rank r computes chunk r and chunk 2 cp - 1 - r: early chunks see
 few keys and late ones many, so every rank has the same work. A sequence of 5 tokens on 2 ranks, padded to 8:
 
     chunks   a b | c d | e _ | _ _        rank 0: a b _ _        rank 1: c d e _
 
-Padding stands at a sequence's end, where no real token sees it. Queries stay on their rank; keys and values are gathered.
+Padding is at a sequence's end, where no real token sees it. Queries stay on their rank; keys and values are gathered.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceSplit:
-    """What one context-parallel rank computes of a packed micro-batch; all tensors on the host."""
+    """The tokens of a packed micro-batch on one context-parallel rank; all tensors on the host."""
 
     source: Tensor
     """[t] int64, the position in T that each local token is a copy of; 0 where it is padding."""

@@ -13,7 +13,7 @@ from qwench.training.trainer import ParallelRank
 
 
 def join_groups(layout: ParallelLayout, *, timeout_s: float = 1800.0) -> ParallelRank:
-    """Divide the ranks of the default process group by `layout`, and return where this one stands; collective.
+    """Divide the ranks of the default process group by `layout`, and return this rank's position; collective.
 
     The groups use the backends of the default group. No groups of gloo are made beside them, as megatron-core would for saving.
 
@@ -42,7 +42,7 @@ def join_groups(layout: ParallelLayout, *, timeout_s: float = 1800.0) -> Paralle
 
 
 def leave_groups() -> None:
-    """Forget megatron-core's groups; the default process group stays. Harmless where none were joined."""
+    """Destroy megatron-core's groups, if there are any; the default process group stays."""
     parallel_state.destroy_model_parallel()
 
 

@@ -1,4 +1,4 @@
-"""Log-probs and entropy of labels where each tensor-parallel rank holds the head's rows of its part of the vocabulary.
+"""Log-probs and entropy of labels with a head that is split by vocabulary over the tensor-parallel ranks.
 
     rank r:   hidden [n, D] -> chunks [C, D] -> logits of its tokens [C, V/tp] float32 / temperature
     all:      maximum; then the sums of exp and of p log p, and the label's logit     three numbers a position cross ranks

@@ -4,7 +4,7 @@
     gradients  float32, summed over micro-batches in a buffer and over ranks once a step
     masters    float32, sharded over the data- and context-parallel ranks
 
-What the forward computes with, and what is published, are the weights.
+Forward and publication use the weights.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class MegatronTrainer(BackendTrainer):
         Args:
             model_folder: A checkpoint that `checkpoints.formats.sources` knows.
             total_steps: Optimizer steps of the run, over which the learning rate decays.
-            param_dtype: Of weights, activations and what is published.
-            architecture: Of the model; None: that of config.json in `model_folder`.
+            param_dtype: Dtype of weights, activations and the publication. architecture: Of the model; None: that of
+                config.json in `model_folder`.
 
         Raises:
             ConfigError: megatron-core is missing, or the layout does not fit the model or the ranks.
@@ -163,7 +163,7 @@ class MegatronTrainer(BackendTrainer):
         return bucketed(self._whole.gather(), bucket_bytes=bucket_bytes)
 
     def shared_weights(self) -> Mapping[str, Tensor] | None:
-        """Return None: Megatron's tensors are laid out otherwise than the published ones."""
+        """Return None: Megatron's tensors have another layout than the published ones."""
         return None
 
     def copy_held_weights(self) -> HostCopy:
@@ -187,7 +187,7 @@ class MegatronTrainer(BackendTrainer):
         dist.barrier()
 
     def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
-        """Read what a backend saved, this one in any layout or the other one; collective.
+        """Read a checkpoint of either backend, in any layout; collective.
 
         Raises:
             CheckpointError: files are missing or damaged.
@@ -212,7 +212,7 @@ class MegatronTrainer(BackendTrainer):
             load_rng(folder)
 
     def sleep(self) -> None:
-        """Move weights, masters and moments to the host; on a CPU there is nowhere to move them, and nothing happens."""
+        """Move weights, masters and moments to the host. On a CPU they stay."""
         self._assert_awake()
         if self.device.type == "cpu":
             return

@@ -34,7 +34,7 @@ from qwench.training.megatron.log_probs import VocabShard, parallel_log_probs
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenScores:
-    """What the last stage makes of a micro-batch; the same on all tensor- and context-parallel ranks."""
+    """Scores of a micro-batch on the last stage; the same on all tensor- and context-parallel ranks."""
 
     log_probs: Tensor
     """[T] float32, 0 where loss_mask is false."""
@@ -179,7 +179,7 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",
         # Losses are divided by the step's global counts already: gradients are summed, never averaged.
         calculate_per_token_loss=True,
-        # The packed kernels compute the softmax in float32 whatever this says.
+        # The packed kernels always compute the softmax in float32.
         attention_softmax_in_fp32=True,
         recompute_granularity="full" if full else training.recompute_granularity,
         recompute_method=(training.recompute_method or "uniform") if full else None,

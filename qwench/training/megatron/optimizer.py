@@ -26,7 +26,7 @@ from qwench.training.optimizers.schedule import LrSchedule
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OwnedShard:
-    """What this rank updates of one weight."""
+    """This rank's shard of one weight, and its state."""
 
     weight: nn.Parameter
     start: int
@@ -121,7 +121,7 @@ class MasterOptimizer:
         self._adam.restart(num_steps)
 
     def owned_shards(self) -> Iterator[OwnedShard]:
-        """Return what this rank updates, weight by weight."""
+        """Yield this rank's shards, weight by weight."""
         for weight, (group, position) in self._sharded.model_param_group_index_map.items():
             shard = self._adam.param_groups[group]["params"][position]
             range_ = self._sharded._get_model_param_range_map(weight)["param"]
@@ -133,7 +133,7 @@ class MasterOptimizer:
         return self._adam.device_tensors()
 
     def group_constants(self) -> list[dict[str, object]]:
-        """Return what the parameter groups hold besides parameters."""
+        """Return the constants of the parameter groups."""
         return [{name: value for name, value in group.items() if name != "params"} for group in self._sharded.param_groups]
 
 

@@ -1,4 +1,4 @@
-"""Running micro-batches through the stages by megatron-core's schedules; what the last stage found, every stage learns.
+"""Running micro-batches through the stages by megatron-core's schedules. Every stage gets the last stage's results.
 
 Every rank of a tensor-, context- and pipeline-parallel group brings the same micro-batches.
 """
@@ -30,7 +30,7 @@ def score(model: DistributedDataParallel, micro_batches: Sequence[MicroBatch], *
 
 
 def broadcast_from_last_stage(values: Tensor) -> Tensor:
-    """Give every stage what the last one holds in `values`, which has the same shape and dtype everywhere; in place."""
+    """Broadcast the last stage's `values` in place; shape and dtype are the same on every stage."""
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(values, src=last, group=parallel_state.get_pipeline_model_parallel_group())

@@ -1,4 +1,4 @@
-"""What has to be installed and present before megatron-core is imported; this module imports none of it."""
+"""Checks before megatron-core is imported: packages and a GPU. This module does not import it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a rank's share of a weight lies in a torch_dist checkpoint; pure numbers.
+"""The place of a rank's share of a weight in a torch_dist checkpoint; pure numbers.
 
 checkpoint tensor   [layers, rows, columns], one for all layers      `WeightRule.checkpoint_key`
 local tensor        rows or columns of one layer                     a tensor-parallel shard

@@ -8,9 +8,9 @@
 A step computes in float32 for every dtype of the moments: bfloat16 moments are widened a bucket at a time, and rounded to
 nearest when they are stored. Parameters are the rounded masters.
 
-It stands in for megatron-core's HybridDeviceOptimizer, which keeps moments in float32 only, and whose masters do not follow
-weights that are loaded; and for Transformer Engine's FusedAdam: megatron-core's DistributedOptimizer calls `get_unscaled_state`
-and `set_scaled_state` on an optimizer that holds the masters.
+It replaces megatron-core's HybridDeviceOptimizer, which keeps moments in float32 only, and whose masters do not follow loaded
+weights. It also replaces Transformer Engine's FusedAdam: megatron-core's DistributedOptimizer calls `get_unscaled_state` and
+`set_scaled_state` on an optimizer that holds the masters.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class HostAdam(torch.optim.AdamW):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Begin anew with the parameters as they are: masters equal to them, moments of zero, no steps done."""
+        """Reset the state to the parameters: masters equal to them, moments of zero, no steps done."""
         self._on_host = self._choose_offloaded()
         self.state.clear()
         for param in self._params():
@@ -179,7 +179,7 @@ class HostAdam(torch.optim.AdamW):
 
     @torch.no_grad()
     def set_scaled_state(self, param: Tensor, name: str, value: Tensor) -> None:
-        """Write a state of `param`, rounded to what it is stored in."""
+        """Write a state of `param`, rounded to its stored dtype."""
         self.state[param][name].copy_(value)
 
     @torch.no_grad()

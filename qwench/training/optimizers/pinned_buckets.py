@@ -65,18 +65,18 @@ class _Mark:
         self._event = torch.cuda.Event() if device.type == "cuda" else None
 
     def set(self) -> None:
-        """Mark what the current stream was given so far."""
+        """Mark the work queued on the current stream so far."""
         if self._event is not None:
             self._event.record()
 
     def wait(self) -> None:
-        """Let the host wait for the last mark; none was set: return at once."""
+        """Make the host wait for the last mark, if one was set."""
         if self._event is not None:
             self._event.synchronize()
 
 
 class _Lane:
-    """Where copies of one direction are queued: a stream of their own, or the current one."""
+    """The stream of the copies in one direction: a separate stream, or the current one."""
 
     def __init__(self, device: torch.device, *, apart: bool) -> None:
         self._stream = torch.cuda.Stream(device) if apart and device.type == "cuda" else None
@@ -91,12 +91,12 @@ class _Lane:
                 yield
 
     def follow(self) -> None:
-        """Let copies to come wait for what the current stream was given so far."""
+        """Make later copies wait for the work queued on the current stream."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
 
     def lead(self) -> None:
-        """Let the current stream wait for the copies queued so far."""
+        """Make the current stream wait for the copies queued so far."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
