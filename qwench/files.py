@@ -193,7 +193,7 @@ def rename_durably(source: Path, target: Path) -> None:
 
 
 def replace_folder(folder: Path, whole: Path) -> None:
-    """Force `whole` to the disk and give it the name `folder`, whatever has that name now."""
+    """Force `whole` to the disk and rename it to `folder`, replacing what is there."""
     fsync_tree(whole)
     old = folder.with_name(f"{folder.name}.old{TEMPORARY_SUFFIX}")
     shutil.rmtree(old, ignore_errors=True)

@@ -38,7 +38,7 @@ class Seat:
     address: str
     """IP address of the node."""
     device: int
-    """Its number among the devices that processes of this node see; 0 for every CPU."""
+    """Its number on the node, among the devices that processes see; 0 for every CPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

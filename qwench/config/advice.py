@@ -51,7 +51,7 @@ def _training_warnings(config: Config) -> Iterator[str]:
         if budget < longest:
             yield (
                 f"--max-tokens-per-gpu ({training.max_tokens_per_gpu}) is smaller than the longest sample ({longest} tokens); "
-                "such a sample makes a micro-batch of its own that exceeds the budget"
+                "such a sample makes a micro-batch alone, which exceeds the budget"
             )
     if rollout.n_samples_per_prompt == 1 and _compares_siblings(config.algorithm):
         yield (

@@ -1,7 +1,7 @@
 """An engine behind SGLang's HTTP API: the embedded one's server, or SGLang itself.
 
-Only a request that never reached the server is sent again. A server that is gone, silent or not ready is an EngineLostError, so
-that its caller may ask another one; anything else that goes wrong is an EngineError. Both name the address.
+Only a request that never reached the server is sent again. A server that is gone, silent or not ready raises EngineLostError:
+the caller may ask another engine. Other failures raise EngineError. Both name the address.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ HEALTH_TIMEOUT_S = 30.0
 DRAIN_TIMEOUT_S = 30.0
 """How long a server may take to notice that its last request has ended."""
 NOT_READY = (502, 503, 504)
-"""What a router answers when no server does, and a server that has lost its weights or stops."""
+"""Status of a router without servers, and of a server that has lost its weights or stops."""
 OF_A_ROUTER = (500, *NOT_READY)
-"""A router says 500 for a while after a server it sends requests to has died."""
+"""A router also answers 500 for a while after one of its servers has died."""
 IDLE_TIMEOUT_S = 2.0
 
 
@@ -79,7 +79,7 @@ class HttpEngine:
         return f"{self.address.label} ({self._base_url})" if self.address.label else f"HttpEngine({self._base_url})"
 
     def note_restart(self) -> None:
-        """Keep in the address that the server was started anew."""
+        """Count a restart of the server in the address."""
         self.address = replace(self.address, start=self.address.start + 1)
 
     @property
@@ -258,7 +258,7 @@ class HttpEngine:
                 ) as response:
                     return self._read_answer(path, response.status, await response.read())
             except aiohttp.ClientConnectorError as cause:
-                # Nothing was sent: the only failure after which sending again cannot do anything twice.
+                # Nothing was sent: after this failure alone, sending again cannot repeat an action.
                 if attempt == attempts - 1:
                     raise EngineLostError(f"{self!r} cannot be reached for {path} ({attempts} attempts): {cause}") from cause
                 await asyncio.sleep(CONNECT_BACKOFF_S * 2**attempt)

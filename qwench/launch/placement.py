@@ -150,7 +150,7 @@ def check_turns(config: Config, *, on_gpus: bool) -> None:
     if on_gpus and config.cluster.colocate and config.rollout.rollouts_ahead:
         raise ConfigError(
             "--colocate lets trainer and engines take turns on the same GPUs, and --rollouts-ahead 1 has them work at the same "
-            "time; leave one of them out (--rollout-num-gpus gives the engines GPUs of their own)."
+            "time; leave one of them out (--rollout-num-gpus gives the engines other GPUs)."
         )
 
 

@@ -64,7 +64,7 @@ def build_trainer(inputs: Inputs) -> Trainer:
 
 
 def _build_megatron(inputs: Inputs) -> Trainer:
-    check_platform()  # before the import: a machine without megatron-core hears what is missing
+    check_platform()  # before the import, for a message about what is missing
     from qwench.training.megatron.megatron_trainer import MegatronTrainer  # noqa: PLC0415  # megatron-core is optional
 
     config = inputs.config

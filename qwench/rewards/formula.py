@@ -226,7 +226,7 @@ class _Parser:
 def _expression(value: Value) -> sympy.Expr:
     """Return an expression, with which one can calculate; relations, tuples and lists are refused."""
     if not isinstance(value, sympy.Expr):
-        raise FormulaError("a list or relation stands where a number must")
+        raise FormulaError("a list or relation is in the place of a number")
     return value
 
 

@@ -106,7 +106,7 @@ class Learner:
                             after_each=progress.advance,
                         )
                         steps.append(_step_metrics(self.policy.optim_step(sums), step))
-                    if (problem := _what_is_amiss(steps[-1], step)) is not None:
+                    if (problem := _why_it_changed_nothing(steps[-1], step)) is not None:
                         _logger.warning("%s %d, step %d %s", self._unit, rollout.rollout_id, k, problem)
             seconds = time.perf_counter() - start
             self._update_reference(rollout.rollout_id)
@@ -237,7 +237,7 @@ def _step_metrics(result: StepResult, step: RolloutBatch) -> dict[str, float]:
     return metrics if _is_fresh(step) else _without_gap_to_engine(metrics)
 
 
-def _what_is_amiss(metrics: Mapping[str, float], step: RolloutBatch) -> str | None:
+def _why_it_changed_nothing(metrics: Mapping[str, float], step: RolloutBatch) -> str | None:
     """Return why a step changed nothing; None: it did."""
     if not _num_scored(step):
         return "has no trained token: nothing was sampled, or all of it is masked; the step changed nothing"

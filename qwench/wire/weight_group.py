@@ -79,12 +79,13 @@ class WeightGroup:
         try:
             self._group = _make_group(backend, prefixed, rank, size, timedelta(seconds=timeout_s))
         except RuntimeError as cause:
-            raise WeightSyncError(f"{self._label}: not everybody joined within {timeout_s:g} s: {cause}") from cause
+            raise WeightSyncError(f"{self._label}: not all members joined within {timeout_s:g} s: {cause}") from cause
 
     def start(self, tensor: Tensor) -> Callable[[], None]:
         """Start the broadcast of rank 0's tensor, and return its handle, which waits for the end.
 
-        Broadcasts happen in the order of these calls, which must be the same on all ranks. A group in which one failed is left.
+        Broadcasts happen in the order of these calls, which must be the same on all ranks. Leave a group after a failed
+        broadcast.
 
         Raises:
             WeightSyncError: here or while waiting: a rank died or did not join within the deadline, or `give_up` was called.
@@ -102,11 +103,11 @@ class WeightGroup:
         return wait
 
     def give_up(self) -> None:
-        """Let a broadcast that another thread waits for raise."""
+        """Make a broadcast that another thread waits for raise."""
         self._gave_up.set()
 
     def close(self) -> None:
-        """Leave; a broadcast that hangs is given up. Harmless twice."""
+        """Leave the group; a hanging broadcast is given up. A second call does nothing."""
         self.give_up()
         if not self._left:
             self._left = True
@@ -124,7 +125,7 @@ class WeightGroup:
             raise
 
     def _first_broadcast(self, tensor: Tensor, deadline: float) -> Any:
-        """Start a broadcast in a thread: NCCL connects to all ranks in this call, which never ends when one does not come."""
+        """Start a broadcast in a thread: NCCL connects to all ranks in this call, which never ends when one is missing."""
         started: Future[Any] = Future()
 
         def start() -> None:

@@ -32,7 +32,7 @@ class Stream:
     """To store them in. None: that of the source."""
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor as it is to be stored."""
+        """Read a tensor in the dtype to store it in."""
         return self.source.read(name).to(self.dtype)
 
     def spec(self, name: str) -> TensorSpec:

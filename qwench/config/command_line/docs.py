@@ -92,7 +92,7 @@ def _defaults() -> Iterator[str]:
 
 
 def _aliases() -> Iterator[str]:
-    yield "\n## Shorthands and other names\n\n| given | stands for |\n| --- | --- |"
+    yield "\n## Shorthands and other names\n\n| given | means |\n| --- | --- |"
     for name, expansion in SHORTHANDS.items():
         longhand = " ".join(f"--{flag} {template}" for flag, template in expansion.items()).replace("{value}", "DIR")
         yield f"| `--{name} DIR` | `{longhand}` |"

@@ -49,7 +49,7 @@ _MAX_LENGTH = 131_072
 def build_small_tokenizer(words: Sequence[str] = ARITHMETIC_WORDS) -> PreTrainedTokenizerFast:
     """Build a tokenizer of about 270 tokens: every byte (so any text round-trips), `words`, and Qwen3's special tokens.
 
-    Digits are always single tokens. A word is one token when it stands alone among letters: `user` is, in `users` it is not.
+    Digits are always single tokens. A word is one token only without letters around it: `user` is one, in `users` it is not.
     """
     byte_symbols = bytes_to_unicode()
     vocab = {byte_symbols[byte]: index for index, byte in enumerate(sorted(byte_symbols))}

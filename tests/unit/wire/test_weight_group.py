@@ -73,7 +73,7 @@ def test_a_member_made_by_pytorchs_own_helper_is_understood():
 
 def test_who_does_not_come_is_waited_for_no_longer_than_told():
     store, _ = listening_store("127.0.0.1", timeout_s=1)
-    with pytest.raises(WeightSyncError, match=r"weight group 'g', rank 0 of 2: not everybody joined within 0\.5 s"):
+    with pytest.raises(WeightSyncError, match=r"weight group 'g', rank 0 of 2: not all members joined within 0\.5 s"):
         WeightGroup(store, name="g", rank=0, size=2, backend="gloo", timeout_s=0.5)
 
 
