@@ -43,9 +43,7 @@ def as_prompt(value: Json, *, place: str) -> list[Message]:
     """
     messages = as_messages(value, place=place)
     if messages[-1]["role"] == "assistant":
-        raise ConfigError(
-            f"{place}: the conversation ends with an assistant turn; end a prompt with a message to answer."
-        )
+        raise ConfigError(f"{place}: the conversation ends with an assistant turn; end a prompt with a message to answer.")
     return messages
 
 

@@ -15,7 +15,7 @@ from qwench.config import (
     TrainingConfig,
     checks,
 )
-from qwench.config.checks import check_rules
+from qwench.config.checks import RULES, check_rules
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.rollout import SFT_ROLLOUT
