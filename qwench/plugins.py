@@ -49,14 +49,7 @@ def load_function(path: str, *, flag: str, num_arguments: int = 1, called_as: st
     function = load_object(path, flag=flag)
     if not callable(function):
         raise ConfigError(f"{flag} {path!r} is no function but a {type(function).__name__}.")
-    try:
-        inspect.signature(function).bind(*[None] * num_arguments)
-    except ValueError:
-        pass  # of compiled code, which has none to compare
-    except TypeError as error:
-        raise ConfigError(
-            f"{flag} {path!r} has the signature {inspect.signature(function)}, but is called as {called_as}."
-        ) from error
+    check_signature(function, path, flag=flag, num_arguments=num_arguments, called_as=called_as)
     if _takes_anything(function):
         _logger.warning(
             "%s %r at %s takes any arguments, so its signature cannot be checked; it is called as %s",
@@ -64,6 +57,22 @@ def load_function(path: str, *, flag: str, num_arguments: int = 1, called_as: st
         )  # fmt: skip
     loaded: Function = function
     return loaded
+
+
+def check_signature(function: Function, path: str, *, flag: str, num_arguments: int, called_as: str) -> None:
+    """Check that a function can be called with `num_arguments` positional arguments; compiled code tells no signature.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        return
+    try:
+        signature.bind(*[None] * num_arguments)
+    except TypeError as error:
+        raise ConfigError(f"{flag} {path!r} has the signature {signature}, but is called as {called_as}.") from error
 
 
 def load_object(path: str, *, flag: str = "") -> Any:  # the user's own function, class or value

@@ -334,12 +334,14 @@ class CheckpointManager:
     def _prune(self, iterations: Iterations, newest: int) -> None:
         """Delete old checkpoints, once the newest was read back as it was written."""
         spared = None if self._best is None else self._best.iteration
-        if self._config.keep_checkpoints is not None:
-            read_manifest(iterations.folder(newest), with_content=False)
-            iterations.prune(self._config.keep_checkpoints, spared=spared)
-        if self._config.save_retain_interval is not None:
-            read_manifest(iterations.folder(newest), with_content=False)
-            iterations.thin_out(self._config.save_retain_interval, spared=spared)
+        keep, interval = self._config.keep_checkpoints, self._config.save_retain_interval
+        if keep is None and interval is None:
+            return
+        read_manifest(iterations.folder(newest), with_content=False)
+        if keep is not None:
+            iterations.prune(keep, spared=spared)
+        if interval is not None:
+            iterations.thin_out(interval, spared=spared)
 
 
 def _check_all_is_here(folder: Path) -> None:

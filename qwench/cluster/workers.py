@@ -181,9 +181,8 @@ class RemoteLearner:
     def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
         """See `Learner.log_probs`."""
         label = f"score {len(samples)} samples"
-        scored: list[list[float]] = self._group.call("log_probs", samples, temperature, label=label, timeout_s=self._timeout_s)[
-            0
-        ]
+        answers = self._group.call("log_probs", samples, temperature, label=label, timeout_s=self._timeout_s)
+        scored: list[list[float]] = answers[0]
         return scored
 
 

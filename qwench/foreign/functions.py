@@ -24,6 +24,7 @@ from qwench.foreign.reward import call_anyhow
 from qwench.foreign.sample import Foreign, leaves
 from qwench.foreign.session import GenerateState, Session, current_session, sampling_params
 from qwench.foreign.translate import from_foreign, to_foreign, to_groups
+from qwench.plugins import check_signature
 from qwench.rollout.evaluate import EvalResult, EvalSet, LogEvaluation, RunSet
 from qwench.rollout.filters import FilterResult
 from qwench.rollout.functions import LogRollout, RolloutContext
@@ -46,7 +47,7 @@ class Adapters:
         function: Function = _made(named)
         in_one = list(inspect.signature(function).parameters) == ["input"]
         if not in_one:
-            loading.check_callable(function, path, flag=flag, called_as="fn(args, sample, sampling_params)", arguments=3)
+            check_signature(function, path, flag=flag, called_as="fn(args, sample, sampling_params)", num_arguments=3)
 
         async def adapted(sample: Sample, context: GenerateContext) -> Sample | list[Sample]:
             session = current_session()
@@ -100,7 +101,7 @@ class Adapters:
     def group_filter(self, function: Function, path: str) -> Function:
         """Return a `GroupFilter`."""
         flag = "--dynamic-sampling-filter-path"
-        loading.check_callable(function, path, flag=flag, called_as="fn(args, samples)", arguments=2)
+        check_signature(function, path, flag=flag, called_as="fn(args, samples)", num_arguments=2)
 
         def adapted(group: Group) -> FilterResult:
             answer = function(current_session().args, self._group(group))
@@ -113,7 +114,7 @@ class Adapters:
     def buffer_filter(self, function: Function, path: str) -> Function:
         """Return a `BufferFilter`."""
         called_as = "fn(args, rollout_id, buffer, num_samples)"
-        loading.check_callable(function, path, flag="--buffer-filter-path", called_as=called_as, arguments=4)
+        check_signature(function, path, flag="--buffer-filter-path", called_as=called_as, num_arguments=4)
 
         def adapted(groups: Sequence[Group], num_groups: int) -> list[Group]:
             buffer = [self._group(group) for group in groups]
@@ -125,7 +126,7 @@ class Adapters:
 
     def find_removed(self, function: Function, path: str) -> Function:
         """Return what names the samples that a finished rollout is not trained on."""
-        loading.check_callable(function, path, flag="--rollout-sample-filter-path", called_as="fn(args, groups)", arguments=2)
+        check_signature(function, path, flag="--rollout-sample-filter-path", called_as="fn(args, groups)", num_arguments=2)
 
         def adapted(groups: Sequence[Group]) -> list[Sample]:
             facades = [self._group(group) for group in groups]
@@ -140,7 +141,7 @@ class Adapters:
     def on_all_groups(self, function: Function, path: str) -> Function:
         """Return an `AllGroupsHook`."""
         flag, called_as = "--rollout-all-samples-process-path", "fn(args, groups, data_source)"
-        loading.check_callable(function, path, flag=flag, called_as=called_as, arguments=3)
+        check_signature(function, path, flag=flag, called_as=called_as, num_arguments=3)
 
         def adapted(groups: Sequence[Group]) -> None:
             function(current_session().args, [self._group(group) for group in groups], None)
@@ -150,7 +151,7 @@ class Adapters:
     def with_hooks(self, generate: GenerateFunction, hooks: Sequence[tuple[Function, str]]) -> GenerateFunction:
         """Return a generate function whose samples pass through hooks before their reward."""
         for hook, path in hooks:
-            loading.check_callable(hook, path, flag="--rollout-sample-hook-path", called_as="fn(args, sample)", arguments=2)
+            check_signature(hook, path, flag="--rollout-sample-hook-path", called_as="fn(args, sample)", num_arguments=2)
 
         async def adapted(sample: Sample, context: GenerateContext) -> Sample | list[Sample]:
             session = current_session()
@@ -170,7 +171,7 @@ class Adapters:
     def log_rollout(self, function: Function, path: str) -> LogRollout:
         """Return a `LogRollout`."""
         called_as = "fn(rollout_id, args, samples, rollout_extra_metrics, rollout_time)"
-        loading.check_callable(function, path, flag="--custom-rollout-log-function-path", called_as=called_as, arguments=5)
+        check_signature(function, path, flag="--custom-rollout-log-function-path", called_as=called_as, num_arguments=5)
 
         def adapted(rollout_id: int, groups: Sequence[Group], metrics: Mapping[str, float], seconds: float) -> bool:
             samples = [facade for group in groups for facade in self._group(group)]
@@ -181,7 +182,7 @@ class Adapters:
     def log_evaluation(self, function: Function, path: str) -> LogEvaluation:
         """Return a `LogEvaluation`."""
         flag, called_as = "--custom-eval-rollout-log-function-path", "fn(rollout_id, args, data, extra_metrics)"
-        loading.check_callable(function, path, flag=flag, called_as=called_as, arguments=4)
+        check_signature(function, path, flag=flag, called_as=called_as, num_arguments=4)
 
         def adapted(results: Sequence[EvalResult], metrics: Mapping[str, float]) -> bool:
             data = {result.name: self._eval_data(result) for result in results}
@@ -201,7 +202,7 @@ class Adapters:
             args: returns the namespace: it may run on a rank, where there is no session.
         """
         flag = "--custom-reward-post-process-path"
-        loading.check_callable(function, path, flag=flag, called_as="fn(args, samples)", arguments=2)
+        check_signature(function, path, flag=flag, called_as="fn(args, samples)", num_arguments=2)
 
         def adapted(samples: Sequence[Sample]) -> Sequence[float]:
             answer = function(args(), [to_foreign(sample, as_text=self.as_text) for sample in samples])
@@ -291,7 +292,7 @@ async def _call_rollout(
 def _check_rollout(function: Function, path: str, flag: str) -> None:
     if not inspect.isclass(function):
         called_as = "fn(args, rollout_id, data_source, evaluation=False)"
-        loading.check_callable(function, path, flag=flag, called_as=called_as, arguments=3)
+        check_signature(function, path, flag=flag, called_as=called_as, num_arguments=3)
 
 
 def _eval_metrics(output: theirs.RolloutFnEvalOutput, session: Session) -> dict[str, float]:

@@ -6,6 +6,8 @@ end when the rollout ends. Code in this process that uses the stand-in `post` ge
 
 from __future__ import annotations
 
+import json
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,10 +17,12 @@ from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from qwench.engines.embedded.http.api import GenerateBody, no_stop_trims, to_response
+from qwench.engines.embedded.http.border import foreign_caller
 from qwench.errors import EngineError
 from qwench.rollout.generate import Requests, TokenSource
 
 LOOPBACK = "127.0.0.1"
+_MAX_BODY_BYTES = 2**24
 Json = dict[str, Any]  # a JSON object has no closed type
 
 
@@ -55,7 +59,7 @@ class Gateway:
 
     async def open(self) -> None:
         """Listen on a free port of this machine."""
-        app = web.Application(client_max_size=1 << 30)
+        app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[_of_this_machine])
         app.router.add_post("/generate", self._generate)
         app.router.add_post("/abort_request", self._abort)
         for path in ("/workers", "/list_workers"):
@@ -66,8 +70,7 @@ class Gateway:
         await self._runner.setup()
         site = web.TCPSite(self._runner, LOOPBACK, 0)
         await site.start()
-        assert site._server is not None, "the site listens"
-        self.port = site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]  # aiohttp types it as abstract
+        self.port = self._runner.addresses[0][1]
 
     async def close(self) -> None:
         """End open requests and listen no more."""
@@ -101,8 +104,8 @@ class Gateway:
 
     async def _generate(self, http: web.Request) -> web.Response:
         try:
-            return web.json_response(await self.answer(await http.json()))
-        except EngineError as error:
+            return web.json_response(await self.answer(json.loads(await http.read())))
+        except (EngineError, ValueError) as error:
             return web.json_response({"error": {"message": str(error)}}, status=400)
 
     async def _abort(self, http: web.Request) -> web.Response:
@@ -114,3 +117,15 @@ class Gateway:
 
     async def _health(self, http: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
+
+
+@web.middleware
+async def _of_this_machine(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Refuse pages of a browser, which reach loopback addresses too."""
+    headers = {name.lower().encode("latin-1"): value.encode("latin-1", "replace") for name, value in request.headers.items()}
+    refused = foreign_caller(headers, loopback_only=True)
+    if refused is not None:
+        return web.json_response({"error": {"message": refused}}, status=403)
+    return await handler(request)

@@ -21,7 +21,8 @@ from qwench.rollout.sampling import Sampling
 
 Result = TypeVar("Result")
 _RETRY_S = 1.0
-_RETRIED = (aiohttp.ClientConnectionError, asyncio.TimeoutError)
+ANSWER_TIMEOUT_S = 3600.0
+"""For an answer, as of the run's own requests."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,15 +93,17 @@ async def _ask(
     for attempt in range(max_retries + 1):
         try:
             async with (
-                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as client,
+                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)) as client,
                 client.request(method.upper(), url, headers=headers, **options) as answer,
             ):
                 answer.raise_for_status()
                 return await answer.json(content_type=None) if as_json else None
-        except _RETRIED as error:
+        except aiohttp.ClientConnectionError as error:
             if attempt == max_retries:
                 raise EngineError(f"{url} was not reached in {max_retries + 1} tries: {error}.") from error
             await asyncio.sleep(_RETRY_S)
+        except TimeoutError as error:
+            raise EngineError(f"{url} gave no answer within {ANSWER_TIMEOUT_S:g} s.") from error
     raise AssertionError("the last try returns or raises")
 
 

@@ -34,14 +34,13 @@ from qwench.launch.readiness import check_ready
 from qwench.launch.report import finish_report, metric_log, start_report
 from qwench.launch.rollouts import build_generation
 from qwench.launch.user_functions import load_post_process, load_user_functions
-from qwench.models.architecture import Architecture
 from qwench.models.hf import write_hf_checkpoint
 from qwench.models.hf_weights import is_fp8_checkpoint
 from qwench.observability.dumps import check_recorded, save_rollout
 from qwench.observability.log import open_driver_log, write_driver_log
 from qwench.observability.timing import PhaseTimer
 from qwench.observability.tracking import METRICS, check_metrics_file
-from qwench.rewards.graders import check_installed, check_prompts
+from qwench.rewards.graders import check_prompts
 from qwench.rollout.probe import GreedyProbe
 from qwench.rollout.stream import ReplayStream, SftStream
 from qwench.samples import Json, Prompt, Rollout
@@ -66,9 +65,7 @@ def build(config: Config, plan: RunPlan) -> Run:
     if config.debug.load_debug_rollout_data is not None:
         return _build_replay(inputs, config.debug.load_debug_rollout_data)
     loaded, eval_prompts = _read_prompts(inputs)
-    for prompts in (loaded.prompts, *eval_prompts.values()):
-        check_installed(config.reward, prompts)
-    check_ready(inputs, _identity(inputs.plan.model, inputs.config))
+    check_ready(inputs, _identity(inputs), prompts=(loaded.prompts, *eval_prompts.values()))
     source = _prompt_source(inputs, loaded)
     inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch(plan.batch.rollout_batch_size))
     timer = PhaseTimer()
@@ -133,15 +130,18 @@ def check(config: Config, plan: RunPlan) -> None:
     """
     inputs = read_inputs(config, plan)
     source: PromptSource | NoPrompts | SftSource | None = None
+    prompts: tuple[Sequence[Prompt], ...] = ()
     if config.algorithm.loss_type == "sft_loss":
         source = _conversations(inputs, read_conversations(inputs)[0])
         inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch())
     elif config.debug.load_debug_rollout_data is not None:
         check_recorded(config.debug.load_debug_rollout_data, num_rollout=plan.num_rollout)
     else:
-        source = _prompt_source(inputs, _read_prompts(inputs)[0])
+        loaded, eval_prompts = _read_prompts(inputs)
+        prompts = (loaded.prompts, *eval_prompts.values())
+        source = _prompt_source(inputs, loaded)
         inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch(plan.batch.rollout_batch_size))
-    check_ready(inputs, _identity(inputs.plan.model, inputs.config))
+    check_ready(inputs, _identity(inputs), prompts=prompts)
     checkpoints, _, _ = _open_outputs(inputs, PhaseTimer(), writes=False)
     if source is not None:
         check_resumes(checkpoints.saved, source, num_rollout=inputs.plan.num_rollout)
@@ -170,7 +170,7 @@ def _conversations(inputs: Inputs, loaded: LoadedSft) -> SftSource:
 def _build_sft(inputs: Inputs) -> Run:
     """Build a fine-tuning run: the same loop over conversations, without engines."""
     loaded, held_out = read_conversations(inputs)
-    check_ready(inputs, _identity(inputs.plan.model, inputs.config))
+    check_ready(inputs, _identity(inputs))
     source, data = _conversations(inputs, loaded), inputs.config.data
     alone = SftSource(loaded.examples, rollout_batch_size=1, shuffle=data.rollout_shuffle, seed=data.rollout_seed)
     preview = render_mask_preview(alone.take(0).samples[0], inputs.tokenizer)
@@ -189,7 +189,7 @@ def _begin(config: Config, plan: RunPlan) -> Inputs:
 
 def _build_replay(inputs: Inputs, template: str) -> Run:
     check_recorded(template, num_rollout=inputs.plan.num_rollout)
-    check_ready(inputs, _identity(inputs.plan.model, inputs.config))
+    check_ready(inputs, _identity(inputs))
     rollouts = ReplayStream(template, subsample=inputs.config.debug.load_debug_rollout_data_subsample)
     return _without_engines(inputs, rollouts, f"{inputs.plan.num_rollout} recorded rollouts")
 
@@ -258,7 +258,7 @@ def _open_outputs(inputs: Inputs, timer: PhaseTimer, *, writes: bool = True) -> 
         writes: a dry run checks the folders only.
 
     Returns:
-        The checkpoints; the run's name; what gives the folders free for other processes.
+        The checkpoints; the run's name; the locks of the folders, which it releases when closed.
     """
 
     def write_hf(folder: Path, buckets: Iterator[WeightBucket]) -> None:
@@ -266,7 +266,7 @@ def _open_outputs(inputs: Inputs, timer: PhaseTimer, *, writes: bool = True) -> 
 
     checkpoints = CheckpointManager(
         inputs.config.checkpoint,
-        _identity(inputs.plan.model, inputs.config),
+        _identity(inputs),
         inputs.console,
         write_hf=write_hf,
         timer=timer,
@@ -278,14 +278,15 @@ def _open_outputs(inputs: Inputs, timer: PhaseTimer, *, writes: bool = True) -> 
     )
     held = ExitStack()
     run_name = claim_outputs(inputs.config, held, writes=writes) if inputs.is_main else ""
-    if inputs.is_main and inputs.plan.log_dir is not None:
-        check_metrics_file(inputs.plan.log_dir / METRICS)
+    log_dir = inputs.plan.log_dir
+    if inputs.is_main and log_dir is not None:
+        check_metrics_file(log_dir / METRICS)
     if inputs.is_main and writes:
-        for folder in {inputs.config.checkpoint.save, inputs.plan.log_dir}:
+        for folder in {inputs.config.checkpoint.save, log_dir}:
             if folder is not None:
                 write_atomically(folder / CONFIG_FILE, as_yaml(inputs.config))
-    if inputs.plan.log_dir is not None and inputs.is_main and writes:
-        write_driver_log(inputs.plan.log_dir)
+        if log_dir is not None:
+            write_driver_log(log_dir)
     return checkpoints, run_name, held
 
 
@@ -314,14 +315,15 @@ def check_resumes(saved: Saved | None, source: PromptSource | NoPrompts | SftSou
         raise ConfigError(f"{saved.folder}: {error}") from error
 
 
-def _identity(model: Architecture, config: Config) -> dict[str, Json]:
+def _identity(inputs: Inputs) -> dict[str, Json]:
     """Return what a run and the checkpoint it resumes from must share."""
+    model = inputs.plan.model
     return {
         "model_type": model.model_type,
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "vocab_size": model.vocab_size,
-        "loss_type": config.algorithm.loss_type,
+        "loss_type": inputs.config.algorithm.loss_type,
     }
 
 

@@ -28,7 +28,7 @@ from qwench.launch.user_functions import load_user_functions
 from qwench.observability.log import open_driver_log, open_process_log
 from qwench.observability.run_report import say_facts
 from qwench.observability.summary import summarize
-from qwench.rewards.graders import check_installed, check_prompts
+from qwench.rewards.graders import check_prompts
 from qwench.rollout.evaluate import EvalResult
 from qwench.samples import Prompt
 
@@ -41,8 +41,6 @@ def evaluate(config: Config, plan: RunPlan) -> None:
     inputs = read_inputs(config, plan)
     open_driver_log(config.logging.log_level, inputs.console)
     prompts = _check(inputs)
-    for rows in prompts.values():
-        check_installed(config.reward, rows)
     output = config.evaluation.eval_output
     if output is not None:
         own_eval_folder(output, flag_values(config))
@@ -82,7 +80,7 @@ def _check(inputs: Inputs) -> dict[str, Sequence[Prompt]]:
     prompts = _read_sets(inputs)
     if config.evaluation.eval_output is not None:
         own_eval_folder(config.evaluation.eval_output, flag_values(config), writes=False)
-    check_ready(inputs)
+    check_ready(inputs, prompts=prompts.values())
     return prompts
 
 

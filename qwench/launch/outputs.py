@@ -109,7 +109,7 @@ def _lock_template(template: str, held: ExitStack, *, flag: str) -> None:
 
 def _failed_early(log_dir: Path) -> bool:
     """Tell whether a run ended there before it had metrics: the corrected command may have the folder."""
-    metrics = log_dir / "metrics.jsonl"
+    metrics = log_dir / METRICS
     return (log_dir / _MARKER).is_file() and not (metrics.is_file() and metrics.stat().st_size > 0)
 
 

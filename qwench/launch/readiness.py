@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 
 import torch
@@ -24,18 +24,22 @@ from qwench.launch.inputs import Inputs
 from qwench.launch.placement import Launcher, check_turns, choose_launcher, enough_gpus
 from qwench.models.hf_weights import has_weights
 from qwench.observability.tracking import import_tensorboard, import_wandb
-from qwench.samples import Json
+from qwench.rewards.graders import check_installed
+from qwench.samples import Json, Prompt
 from qwench.training.fsdp.attention import check_attention
 from qwench.training.megatron.platform import check_platform, check_transformer_impl
 
 _logger = logging.getLogger(__name__)
 
 
-def check_ready(inputs: Inputs, identity: Mapping[str, Json] | None = None) -> None:
+def check_ready(
+    inputs: Inputs, identity: Mapping[str, Json] | None = None, *, prompts: Iterable[Sequence[Prompt]] = ()
+) -> None:
     """Check everything that a run needs of this machine and of the folders that flags name.
 
     Args:
         identity: what the run shares with the folder of --save; None: it saves nothing.
+        prompts: the rows of each data set; their graders must be installed.
 
     Raises:
         ConfigError: the user's mistake, or a package or device that is not there.
@@ -56,6 +60,8 @@ def check_ready(inputs: Inputs, identity: Mapping[str, Json] | None = None) -> N
         check_load_folder(inputs.config.checkpoint, identity)
     if elsewhere:
         return
+    for rows in prompts:
+        check_installed(inputs.config.reward, rows)
     # A dry run needs only config.json: its weights may not be there yet.
     looks = has_weights(inputs.model_folder) or not inputs.config.debug.dry_run
     check_weights(inputs.config.checkpoint, inputs.plan.model, inputs.model_folder if looks else None)

@@ -14,11 +14,11 @@ from qwench.engines.fleet.pool import EnginePool
 from qwench.foreign.args import make_args
 from qwench.foreign.functions import Adapters
 from qwench.foreign.gateway import LOOPBACK, Gateway
-from qwench.foreign.loading import check_callable, is_foreign, load
+from qwench.foreign.loading import is_foreign, load
 from qwench.foreign.reward import ForeignReward
 from qwench.foreign.session import Session, close_session, current_session, open_session
 from qwench.launch.inputs import Inputs
-from qwench.plugins import Function, guarded, load_function
+from qwench.plugins import Function, check_signature, guarded, load_function
 from qwench.rewards.pool import RewardPool, check_reward
 from qwench.rollout.functions import RolloutFunctions, load_functions
 from qwench.rollout.sampling import Sampling
@@ -156,7 +156,7 @@ def _load_reward(config: Config) -> ForeignReward | None:
     function, path = _foreign_function(config, config.reward.custom_rm_path, flag)
     if function is None:
         return None
-    check_callable(function, path, flag=flag, called_as="fn(args, sample)", arguments=2)
+    check_signature(function, path, flag=flag, called_as="fn(args, sample)", num_arguments=2)
     return ForeignReward(
         function,
         path,

@@ -123,7 +123,7 @@ def check_label(rm_type: str, prompt: Prompt) -> None:
 
 
 def check_installed(reward: RewardConfig, prompts: Iterable[Prompt]) -> None:
-    """Check that what grades the prompts is installed on this machine; a dry run may be made on another one.
+    """Check that what grades the prompts is installed on this machine.
 
     Raises:
         ConfigError: the checkers of IFBench are missing.

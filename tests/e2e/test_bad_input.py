@@ -149,6 +149,20 @@ def test_a_dry_run_of_an_evaluation_refuses_what_its_start_refuses(
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
+def test_a_dry_run_needs_the_checkers_of_ifbench_as_a_start_does(
+    inputs: Workspace, tmp_path: Path, in_process: InProcess
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    asked = {"instruction_id_list": ["a:words"], "kwargs": [{"n": 2}], "key": 7, "prompt_text": "say it"}
+    rows.write_text(json.dumps({"prompt": "say it", "label": "x", "metadata": asked}) + "\n")
+    for argv in (
+        inputs.train_argv(save=tmp_path / "run", prompt_data=rows, rm_type="ifbench"),
+        inputs.eval_argv(inputs.model, tmp_path / "e", eval_prompt_data=("one", str(rows)), rm_type="ifbench"),
+    ):
+        dry, started = in_process([*argv, "--dry-run"]), in_process(argv)
+        assert dry == started and started[0] == 2 and "needs the checkers of IFBench" in started[1], (dry, started)
+
+
 @pytest.mark.parametrize(
     ("rows", "words"),
     [

@@ -83,6 +83,26 @@ def test_clients_of_their_own_reach_it_over_the_wire():
     with_gateway(check)
 
 
+@pytest.mark.parametrize(
+    ("headers", "body", "status"),
+    [
+        ({"Origin": "http://elsewhere.example"}, "{}", 403),
+        ({"Sec-Fetch-Site": "cross-site"}, "{}", 403),
+        ({"Host": "rebound.example"}, "{}", 403),
+        ({}, "not json", 400),
+        ({}, "x" * (2**24 + 1), 413),
+    ],
+)
+def test_pages_of_a_browser_and_broken_bodies_are_refused(headers, body, status):
+    async def check(gateway, engine):
+        async with aiohttp.ClientSession() as client:
+            for path in ("/generate", "/abort_request") if status == 403 else ("/generate",):
+                async with client.post(f"{gateway.url}{path}", data=body, headers=headers) as reply:
+                    assert reply.status == status
+
+    with_gateway(check)
+
+
 def test_requests_of_a_generate_call_are_its_own_and_end_with_the_rollout():
     async def check(gateway, engine):
         call = Call(requests=Requests(engine))

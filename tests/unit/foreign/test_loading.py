@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from qwench.errors import ConfigError
-from qwench.foreign.loading import check_callable, is_foreign, load
+from qwench.foreign.loading import is_foreign, load, takes
 from qwench.foreign.modules import MODULES, stand_ins, withdraw
 from qwench.foreign.sample import Sample
+from qwench.plugins import check_signature
 
 FLAG = "--custom-rm-path"
 
@@ -87,8 +88,8 @@ def test_what_is_not_offered_fails_with_the_reason(tmp_path, line, reason):
 
 def test_a_function_that_cannot_be_called_is_refused(tmp_path):
     function = load(write(tmp_path, "def fn(args): ..."), flag=FLAG)
-    with pytest.raises(ConfigError, match=r"has the signature \(args\), but slime and miles call it as fn\(args, sample\)"):
-        check_callable(function, "mine.fn", flag=FLAG, called_as="fn(args, sample)", arguments=2)
+    with pytest.raises(ConfigError, match=r"has the signature \(args\), but is called as fn\(args, sample\)"):
+        check_signature(function, "mine.fn", flag=FLAG, called_as="fn(args, sample)", num_arguments=2)
 
 
 def test_every_stand_in_can_be_imported():
@@ -96,3 +97,8 @@ def test_every_stand_in_can_be_imported():
         for name, names in MODULES.items():
             module = __import__(f"slime.{name}", fromlist=["*"])
             assert all(getattr(module, one) is value for one, value in names.items())
+
+
+def test_compiled_code_tells_no_signature_and_is_accepted():
+    check_signature(max, "mine.fn", flag=FLAG, called_as="fn(args, sample)", num_arguments=2)
+    assert not takes(max, "evaluation")

@@ -58,17 +58,30 @@ class Border:
         await self._app(scope, _Body(receive, limit).receive, send)
 
     def _refusal(self, headers: Mapping[bytes, bytes], limit: int) -> tuple[int, str] | None:
-        host = headers.get(b"host", b"").decode("latin-1")
-        if self._loopback_only and host.rsplit(":", 1)[0] not in _LOOPBACK_NAMES and host not in _LOOPBACK_NAMES:
-            return 403, f"this server listens on this machine only; Host {host[:100]!r} is not one of its names."
-        origin = headers.get(b"origin")
-        own = (f"http://{host}".encode("latin-1"), f"https://{host}".encode("latin-1"))
-        if headers.get(b"sec-fetch-site") in _FOREIGN or (origin is not None and origin not in own):
-            return 403, "requests of a web page from elsewhere are refused."
+        foreign = foreign_caller(headers, loopback_only=self._loopback_only)
+        if foreign is not None:
+            return 403, foreign
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:19]) > limit:
             return _TOO_LARGE, _too_large(limit)
         return None
+
+
+def foreign_caller(headers: Mapping[bytes, bytes], *, loopback_only: bool) -> str | None:
+    """Return why a request is refused for its `Host` or its web page; None: it is not.
+
+    Args:
+        headers: names in lower case.
+        loopback_only: see `Border`.
+    """
+    host = headers.get(b"host", b"").decode("latin-1")
+    if loopback_only and host.rsplit(":", 1)[0] not in _LOOPBACK_NAMES and host not in _LOOPBACK_NAMES:
+        return f"this server listens on this machine only; Host {host[:100]!r} is not one of its names."
+    origin = headers.get(b"origin")
+    own = (f"http://{host}".encode("latin-1"), f"https://{host}".encode("latin-1"))
+    if headers.get(b"sec-fetch-site") in _FOREIGN or (origin is not None and origin not in own):
+        return "requests of a web page from elsewhere are refused."
+    return None
 
 
 class _Body:
