@@ -121,7 +121,7 @@ def choose_files(names: Sequence[str], part: str | None, card: str, *, where: st
 
 
 def as_pattern(names: Sequence[str], folder: Path) -> str:
-    """Return one path or pattern under `folder` that stands for these files and no others.
+    """Return one path or pattern under `folder` that matches these files and no others.
 
     Raises:
         ConfigError: no pattern does; names the files.

@@ -98,7 +98,7 @@ def load_object(path: str, *, flag: str = "") -> Any:  # the user's own function
 
 
 def guarded(function: Function, *, path: str, flag: str) -> Function:
-    """Return the function with whatever it raises turned into one line that names the flag, the error and its place."""
+    """Return a function whose errors are one line with the flag, the error and its place."""
 
     def failure(error: BaseException) -> QwenchError:
         place = raised_at(error) or place_of(function)

@@ -194,7 +194,7 @@ class CheckpointManager:
                 self._export(next_rollout_id - 1, learner)
 
     def save_stopped(self, next_rollout_id: int, learner: SavesTraining, rollouts: SavesRollouts) -> str:
-        """Write a checkpoint of a run that a signal ends, and return what there is to say about it.
+        """Write a checkpoint of a run that a signal ends, and return a sentence about it.
 
         The resumed run writes the export: there may be no time for it now.
 

@@ -1,7 +1,7 @@
 """What a run writes besides its checkpoints: logs and recorded rollouts. Nothing of another run, or of the user, is replaced.
 
 A log folder carries `qwench_logs.json` and a recorded rollout a line with the run's name. The name is the folder of --save, so
-that the same command goes on with its own files; without --save every start is a run of its own.
+that the same command goes on with its own files; without --save every start is another run.
 
 A run holds a lock on each of these places while it lives (`files.FolderLock`); beside the files where a flag names a template.
 """

@@ -94,7 +94,7 @@ def load_hf_config(path: Path) -> PretrainedConfig:
         raise ConfigError(f"{path}/config.json cannot be read as a {model_type} configuration: {one_line(error)}") from error
     finally:
         transformers_logger.setLevel(level)
-    # How weights are stored is no property of the model, and transformers would look for kernels of its own.
+    # How weights are stored is no property of the model, and transformers would look for its kernels.
     vars(config).pop("quantization_config", None)
     return config
 
@@ -117,7 +117,7 @@ def load_model(
     the host holds them twice).
 
     Args:
-        dtype: Of the model. None: that of the files, whatever config.json says of it.
+        dtype: Of the model. None: that of the files, also where config.json names another.
 
     Raises:
         ConfigError: see `load_hf_config` and `find_parameters`; or the weights are unreadable.

@@ -58,7 +58,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def differing_head(folder: Path) -> str:
-    """Say that a tied model has a head of its own."""
+    """Say that the head of a tied model differs from the embedding."""
     return (
         f"{folder}: config.json ties lm_head to the embeddings, but the weights differ; "
         "set tie_word_embeddings to false, or remove lm_head.weight."

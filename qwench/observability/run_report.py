@@ -111,7 +111,7 @@ class RunReport:
         self._open.close()
 
     def finish(self, facts: Mapping[str, str]) -> None:
-        """Say that the run is done, and what there is now."""
+        """Say that the run is done, and list its files."""
         self.close()
         took = f" in {format_seconds(self._clock() - self._began_at)}" if self._done > self._done_before else ", nothing to do"
         say_facts(self._console, {"done": f"{self._done} of {self._total} {self._unit}s{took}", **facts})

@@ -169,7 +169,7 @@ class CustomReward:
 
 
 def _settle(future: Future[Json], answer: Json | BaseException) -> None:
-    """Give the one who waits an answer or an error; nobody does any more where a run failed meanwhile."""
+    """Resolve the future with an answer or an error; after a failed run, no task waits for it."""
     with suppress(InvalidStateError):
         if isinstance(answer, BaseException):
             future.set_exception(answer)

@@ -25,8 +25,7 @@ class ServerConfig:
     port: int = 30000
     """Port to listen on."""
     deterministic_mode: bool = False
-    """Give a response the same bits in every run, whatever else is asked: compute one response at a time, without the prefix
-    cache. Much slower."""
+    """Give a response the same bits in every run: compute one response at a time, without the prefix cache. Much slower."""
 
     def __post_init__(self) -> None:
         check_positive("--port", self.port)

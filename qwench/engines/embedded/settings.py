@@ -19,7 +19,7 @@ class EmbeddedSettings:
     kv_cache_tokens: int | None = None
     """Capacity of the KV pool. None: what `mem_fraction` leaves on a GPU, 65,536 on a CPU."""
     mem_fraction: float = 0.8
-    """Share of the GPU's whole memory that may be in use once the pool is made, by whoever uses it."""
+    """Share of the GPU's whole memory that all processes together may use once the pool is made."""
     dtype: torch.dtype | None = None
     """None: bfloat16 on a GPU, float32 on a CPU."""
     fp8: bool = False

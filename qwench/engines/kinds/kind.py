@@ -34,7 +34,7 @@ class ServerOrder:
     """The engines sample with the weights in `model_folder` as version 0; else only after the first publication."""
     log_folder: Path
     deterministic: bool
-    """A response has the same bits in every run, whatever else the engine computes (--deterministic-mode)."""
+    """A response has the same bits in every run, also beside other requests (--deterministic-mode)."""
     stretched_positions: int | None = None
     """Tokens of the longest text where the rotary scaling allows more than max_position_embeddings says; None: it does not."""
     token: str = field(repr=False)

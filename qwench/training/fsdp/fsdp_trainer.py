@@ -204,7 +204,7 @@ class FsdpTrainer(BackendTrainer):
             load_rng(folder)
 
     def sleep(self) -> None:
-        """Move masters, moments and weights that nobody else uses to the host; on a CPU there is nowhere to move them."""
+        """Move masters, moments and weights that no other object uses to the host; on a CPU do nothing."""
         self._assert_awake()
         self._optimizer.drop_gradients()
         self._policy.release()

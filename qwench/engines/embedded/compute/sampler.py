@@ -94,7 +94,7 @@ class DrawInputs:
 def draws_of(requests: Sequence[RunningRequest]) -> Draws:
     """Collect the draws of the next token of each request.
 
-    A request whose parameters cannot be read gets `failure`, and a draw that nobody uses.
+    A request whose parameters cannot be read gets `failure`, and its draw is ignored.
     """
     rows = np.array([request.row for request in requests], dtype=np.int32)
     try:
