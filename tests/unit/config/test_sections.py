@@ -127,21 +127,50 @@ def test_a_section_refuses_values_that_cannot_be_meant_and_quotes_the_flag(secti
     assert str(caught.value).startswith(message)
 
 
-def test_values_at_the_edge_are_accepted():
-    RolloutConfig(
-        rollout_top_p=1.0, rollout_top_k=1, rollout_batch_size=8, over_sampling_batch_size=8, rollout_min_new_tokens=0
-    )
-    AlgorithmConfig(eps_clip_c=1.01, kl_coef=0.0, use_kl_loss=True, kl_loss_coef=0.1, use_unbiased_kl=True)
-    AlgorithmConfig(use_tis=True, tis_clip_low=2.0)
-    AlgorithmConfig(advantage_estimator="reinforce_plus_plus_baseline", normalize_advantages=True, kl_coef=0.1)
-    AlgorithmConfig(advantage_estimator="cispo", eps_clip=1.0, eps_clip_high=4.0, get_mismatch_metrics=True, tis_mode="icepop")
-    EvalConfig(eval_interval=1, eval_prompt_data=("a", "x", "b", "x"), eval_temperature=0.0)
-    OptimizerConfig(lr=1e-6, min_lr=1e-6, lr_warmup_fraction=0.0, clip_grad=0.0)
-    OptimizerConfig(optimizer_cpu_offload=True, overlap_cpu_optimizer_d2h_h2d=True, optimizer_offload_fraction=0.1)
-    OptimizerConfig(use_precision_aware_optimizer=True)
-    OptimizerConfig(use_precision_aware_optimizer=True, adam_beta2=0.99, exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16")
-    TrainingConfig(use_dynamic_batch_size=True, max_tokens_per_gpu=1, log_probs_chunk_size=-1)
-    RewardConfig(rm_type="remote_rm", rm_url="http://127.0.0.1:1", custom_rm_path="package.module.function")
+AT_THE_EDGE = [
+    (
+        RolloutConfig,
+        {
+            "rollout_top_p": 1.0,
+            "rollout_top_k": 1,
+            "rollout_batch_size": 8,
+            "over_sampling_batch_size": 8,
+            "rollout_min_new_tokens": 0,
+        },
+    ),
+    (AlgorithmConfig, {"eps_clip_c": 1.01, "kl_coef": 0.0, "use_kl_loss": True, "kl_loss_coef": 0.1, "use_unbiased_kl": True}),
+    (AlgorithmConfig, {"use_tis": True, "tis_clip_low": 2.0}),
+    (AlgorithmConfig, {"advantage_estimator": "reinforce_plus_plus_baseline", "normalize_advantages": True, "kl_coef": 0.1}),
+    (
+        AlgorithmConfig,
+        {
+            "advantage_estimator": "cispo",
+            "eps_clip": 1.0,
+            "eps_clip_high": 4.0,
+            "get_mismatch_metrics": True,
+            "tis_mode": "icepop",
+        },
+    ),
+    (EvalConfig, {"eval_interval": 1, "eval_prompt_data": ("a", "x", "b", "x"), "eval_temperature": 0.0}),
+    (OptimizerConfig, {"lr": 1e-6, "min_lr": 1e-6, "lr_warmup_fraction": 0.0, "clip_grad": 0.0}),
+    (
+        OptimizerConfig,
+        {"optimizer_cpu_offload": True, "overlap_cpu_optimizer_d2h_h2d": True, "optimizer_offload_fraction": 0.1},
+    ),
+    (OptimizerConfig, {"use_precision_aware_optimizer": True}),
+    (
+        OptimizerConfig,
+        {"use_precision_aware_optimizer": True, "adam_beta2": 0.99, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"},
+    ),
+    (TrainingConfig, {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 1, "log_probs_chunk_size": -1}),
+    (RewardConfig, {"rm_type": "remote_rm", "rm_url": "http://127.0.0.1:1", "custom_rm_path": "package.module.function"}),
+]
+
+
+@pytest.mark.parametrize(("section", "values"), AT_THE_EDGE, ids=lambda value: getattr(value, "__name__", None))
+def test_values_at_the_edge_are_kept_as_given(section, values):
+    made = section(**values)
+    assert {name: getattr(made, name) for name in values} == values
 
 
 def test_nothing_writes_to_a_configuration():

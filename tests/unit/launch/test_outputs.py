@@ -38,7 +38,8 @@ def test_the_logs_of_a_run_without_save_are_of_that_run_alone(tmp_path):
 
 def test_the_log_folder_of_a_run_that_failed_before_its_first_step_may_be_used_again(tmp_path):
     for _ in range(3):
-        claim(log_dir=tmp_path)
+        run = claim(log_dir=tmp_path)
+        assert json.loads((tmp_path / "qwench_logs.json").read_text()) == {"run": run}
         for name in ("driver.log", "metrics.jsonl", "qwench_config.yaml"):
             (tmp_path / name).touch()
 
@@ -57,7 +58,8 @@ def test_a_run_that_loads_from_the_folder_of_the_logs_may_go_on_with_them(tmp_pa
     claim(save=tmp_path / "a", log_dir=log)
     (log / "metrics.jsonl").write_text('{"train/step": 0}\n')
     for _ in range(2):
-        claim(save=tmp_path / "b", load=tmp_path / "a", log_dir=log)
+        assert claim(save=tmp_path / "b", load=tmp_path / "a", log_dir=log) == str(tmp_path / "b")
+    assert (log / "metrics.jsonl").read_text() == '{"train/step": 0}\n'
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "metrics.jsonl", "config.json"])
@@ -71,7 +73,9 @@ def test_a_log_folder_with_other_files_is_refused_and_stays_as_it_is(tmp_path, n
 def test_folders_of_the_run_itself_may_lie_in_its_log_folder(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "dumps").mkdir()
-    claim(save=tmp_path / "checkpoints", log_dir=tmp_path, dumps=str(tmp_path / "dumps" / "{rollout_id}.jsonl"))
+    run = claim(save=tmp_path / "checkpoints", log_dir=tmp_path, dumps=str(tmp_path / "dumps" / "{rollout_id}.jsonl"))
+    assert run == str(tmp_path / "checkpoints")
+    assert json.loads((tmp_path / "qwench_logs.json").read_text()) == {"run": run}
 
 
 def test_logs_in_the_folder_of_save_need_no_mark(tmp_path):

@@ -75,7 +75,9 @@ def refused(request: pytest.FixtureRequest) -> Iterator[Callable[[Path, str], No
 @pytest.mark.parametrize("reader", READERS)
 def test_a_tied_head_that_equals_the_embedding_is_accepted(folder: Path, reader: Callable[[Path, Architecture], None]) -> None:
     edit(folder, tensors=lambda held: held.update({"lm_head.weight": held[EMBEDDING].clone()}))
-    reader(folder, architecture_of(load_hf_config(folder)))
+    architecture = architecture_of(load_hf_config(folder))
+    reader(folder, architecture)
+    assert "lm_head.weight" not in HfWeights(folder, architecture).specs
 
 
 def test_a_tied_head_that_differs_is_refused(folder: Path, refused: Callable[[Path, str], None]) -> None:
@@ -169,9 +171,10 @@ def split(folder: Path) -> dict[str, str]:
 
 
 def test_shards_are_read_by_all(folder: Path) -> None:
-    split(folder)
+    index, architecture = split(folder), architecture_of(load_hf_config(folder))
     for reader in READERS:
-        reader(folder, architecture_of(load_hf_config(folder)))
+        reader(folder, architecture)
+    assert set(HfWeights(folder, architecture).specs) == set(index)
 
 
 def test_a_shard_that_is_absent_is_named(folder: Path, refused: Callable[[Path, str], None]) -> None:
@@ -201,8 +204,10 @@ def test_an_index_points_to_no_other_folder(folder: Path, refused: Callable[[Pat
 
 def test_a_stray_file_is_not_read(folder: Path) -> None:
     (folder / "adapter.safetensors").write_bytes(b"something else")
+    architecture = architecture_of(load_hf_config(folder))
     for reader in READERS:
-        reader(folder, architecture_of(load_hf_config(folder)))
+        reader(folder, architecture)
+    assert set(HfWeights(folder, architecture).specs) == set(architecture.parameter_shapes())
 
 
 def test_old_rotary_buffers_are_left_out(folder: Path) -> None:
