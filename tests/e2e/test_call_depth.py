@@ -10,6 +10,8 @@ import pytest
 from tests.e2e.conftest import InProcess, Workspace
 from tests.e2e.stack_of_loss import FOLDER
 from tests.fakes import cuda_stand_in
+from tests.forked import Forked
+from tests.verbs import run_verb_without_cuda
 
 POST_PROCESS = "tests.e2e.stack_of_loss.post_process"
 TWO_RANKS = {"num_rollout": 1, "actor_num_gpus_per_node": 2, "custom_reward_post_process_path": POST_PROCESS}
@@ -72,15 +74,12 @@ def test_eight_functions_on_a_rank_to_the_loss(
     assert stacks(folder) == [[*RANK, "training/fsdp/fsdp_trainer.py:forward_backward", *LOSS]] * 2
 
 
-def test_eight_functions_on_a_rank_of_a_pipeline_to_the_policy_loss(
-    workspace: Workspace, in_process: InProcess, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_eight_functions_on_a_rank_of_a_pipeline_to_the_policy_loss(workspace: Workspace, folder: Path, tmp_path: Path) -> None:
     """The last of two stages alone has a loss. Megatron-Core's schedule calls it, between `run` and `loss_of`."""
-    for name, text in cuda_stand_in.environment(os.environ).items():
-        monkeypatch.setenv(name, text)
     flags = {**TWO_RANKS, "train_backend": "megatron", "pipeline_model_parallel_size": 2}
-    code, errors = in_process(workspace.train_argv(tmp_path / "run", **flags))
-    assert code == 0, errors
+    argv = workspace.train_argv(tmp_path / "run", **flags)
+    ended = Forked(tmp_path / "output", run_verb_without_cuda, argv, environ=cuda_stand_in.environment(os.environ)).end()
+    assert ended.returncode == 0, ended.stderr
     trainer = "training/megatron/megatron_trainer.py"
     steps = [f"{trainer}:forward_backward", "training/megatron/pipeline.py:run", f"{trainer}:loss_of"]
     assert stacks(folder) == [[*RANK, *steps, *LOSS]]

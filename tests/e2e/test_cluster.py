@@ -14,7 +14,7 @@ from tests.e2e.conftest import DIGITS, Workspace, column
 from tests.e2e.processes import descendants, rank_process, wait_for
 from tests.fakes import cuda_stand_in
 from tests.forked import Forked, fork_qwench
-from tests.verbs import run_verb
+from tests.verbs import run_verb, run_verb_without_cuda
 
 TWO_RANKS = {"actor_num_gpus_per_node": 2}
 
@@ -26,12 +26,6 @@ def recorded(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> 
     rollouts = str(folder / "{rollout_id}.jsonl")
     run_verb(workspace.train_argv(folder / "one", **DIGITS, save_debug_rollout_data=rollouts))
     return rollouts
-
-
-def run_without_cuda(argv: list[str]) -> None:
-    """Run a verb of Megatron in a process of its own, where the CPU answers for CUDA."""
-    cuda_stand_in.install()
-    run_verb(argv)
 
 
 def replay_argv(workspace: Workspace, recorded: str, save: Path, **overrides: object) -> list[str]:
@@ -82,7 +76,7 @@ def test_megatron_on_two_tensor_parallel_ranks_generates_and_learns_what_fsdp_do
     flags = {**DIGITS, **TWO_RANKS, "train_backend": "megatron", "tensor_model_parallel_size": 2}
     for num_rollout in (2, 3):
         argv = workspace.train_argv(tmp_path, **flags, num_rollout=num_rollout)
-        ended = Forked(tmp_path.with_name("output"), run_without_cuda, argv, environ=environ).end()
+        ended = Forked(tmp_path.with_name("output"), run_verb_without_cuda, argv, environ=environ).end()
         assert ended.returncode == 0, ended.stderr
     # Adam's first steps are near sign(gradient): rounding differs by backend, and grows a little from step to step.
     assert_same_learning(Path(recorded).parent / "one", tmp_path, rel=1e-4)

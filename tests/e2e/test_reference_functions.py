@@ -121,4 +121,4 @@ def test_a_dry_run_refuses_a_function_that_nobody_can_call(workspace, tmp_path, 
     )
     code, said = in_process(argv)
     assert code == 2
-    assert "--custom-generate-function-path" in said and "slime and miles call it as fn(args, sample, sampling_params)" in said
+    assert "--custom-generate-function-path" in said and "but is called as fn(args, sample, sampling_params)" in said
