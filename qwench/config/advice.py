@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from qwench.config.command_line.compat import EMBEDDED_ALIASES
 from qwench.config.command_line.flags import flag_name
 from qwench.config.config import Config
+from qwench.config.model_flags import overruled_flags
 from qwench.config.plan import RunPlan
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
@@ -35,7 +36,8 @@ def warnings(config: Config, *, trains: bool = True) -> Iterator[str]:
 
 
 def plan_warnings(config: Config, plan: RunPlan) -> Iterator[str]:
-    """Yield what only the devices of this machine make doubtful."""
+    """Yield what only the model or the devices of this machine make doubtful."""
+    yield from overruled_flags(config.architecture, plan.model)
     num_ranks = config.cluster.world_size
     if plan.devices.trains and not plan.devices.on_gpus and num_ranks > 1 and config.cluster.launcher != "ray":
         yield f"{num_ranks} trainer ranks share this CPU: PyTorch sees no GPU here"

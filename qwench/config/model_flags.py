@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields
 from math import isclose
+from typing import Any
 
 from qwench.config.sections.architecture import ArchitectureConfig
 from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture
+
+DECIDED_BY_THE_CHECKPOINT = ("rotary_base",)
+"""Scripts pass another base than the checkpoint has. SGLang reads config.json alone, and so does the trainer here."""
 
 
 def check_model_flags(flags: ArchitectureConfig, model: Architecture) -> None:
@@ -16,6 +21,22 @@ def check_model_flags(flags: ArchitectureConfig, model: Architecture) -> None:
     Raises:
         ConfigError: they differ; names the flag and both values.
     """
+    for name, given, fact in _differences(flags, model):
+        if name not in DECIDED_BY_THE_CHECKPOINT:
+            raise ConfigError(
+                f"{_flag(name)} ({given}) contradicts the checkpoint's config.json ({fact}); correct or remove the flag."
+            )
+
+
+def overruled_flags(flags: ArchitectureConfig, model: Architecture) -> Iterator[str]:
+    """Yield a warning for each flag whose value the checkpoint's config.json replaces."""
+    for name, given, fact in _differences(flags, model):
+        if name in DECIDED_BY_THE_CHECKPOINT:
+            yield f"{_flag(name)} {given:g} is not used: trainer and engines compute with config.json's {fact:g}"
+
+
+def _differences(flags: ArchitectureConfig, model: Architecture) -> Iterator[tuple[str, Any, Any]]:
+    """Yield field, given value and fact (of the field's type) where a flag contradicts config.json."""
     facts = _facts(model)
     for field in fields(flags):
         given, fact = getattr(flags, field.name), facts[field.name]
@@ -23,8 +44,11 @@ def check_model_flags(flags: ArchitectureConfig, model: Architecture) -> None:
             continue
         if isinstance(given, float) and isinstance(fact, float | int) and isclose(given, fact, rel_tol=1e-6):
             continue
-        flag = "--" + field.name.replace("_", "-")
-        raise ConfigError(f"{flag} ({given}) contradicts the checkpoint's config.json ({fact}); correct or remove the flag.")
+        yield field.name, given, fact
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _facts(model: Architecture) -> dict[str, object]:

@@ -6,6 +6,7 @@ PromptSource(prompts).next_groups(32)                           epoch after epoc
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -43,12 +44,14 @@ def load_prompts(
     apply_chat_template_kwargs: Mapping[str, Json] | None,
     max_prompt_len: int | None,
     require_label: bool = False,
+    as_given: bool = False,
 ) -> LoadedPrompts:
     """Read, render and tokenise the data set `spec` (`path` or `path@[start:stop]`).
 
     Args:
         max_prompt_len: Prompts with more tokens are dropped and counted; None: no limit.
         require_label: The reward compares with a label, so every row must have one.
+        as_given: A function of the user's reads the prompt, which may be of any JSON type without a chat template.
 
     Raises:
         ConfigError: unreadable file or row, missing key, or nothing left.
@@ -61,7 +64,7 @@ def load_prompts(
         row.check_recordable(input_key, row.values.get(input_key))
     untokenised = [
         Prompt(
-            text=_render(row, input_key, read_tools(row, tool_key), renderer),
+            text=_render(row, input_key, read_tools(row, tool_key), renderer, as_given=as_given),
             token_ids=(),
             label=read_label(row, label_key, required=require_label),
             messages=row.values[input_key],
@@ -162,11 +165,13 @@ class NoPrompts:
         """Ignore the cursor of a run with a data set."""
 
 
-def _render(row: Row, input_key: str, tools: Json, renderer: ChatRenderer | None) -> str:
+def _render(row: Row, input_key: str, tools: Json, renderer: ChatRenderer | None, *, as_given: bool) -> str:
     value = row.require(input_key, flag="--input-key")
     if renderer is not None:
         messages = as_prompt(value, place=row.place)
         return renderer.render(messages, tools=tools, add_generation_prompt=True, place=row.place)
+    if not isinstance(value, str) and as_given:
+        return json.dumps(value, ensure_ascii=False)
     if not isinstance(value, str):
         raise ConfigError(f"{row.place}: key {input_key!r} is not text; a list of messages needs --apply-chat-template.")
     check_text(value, place=row.place)

@@ -158,7 +158,7 @@ def _read_prompts(inputs: Inputs) -> tuple[LoadedPrompts, dict[str, Sequence[Pro
         loaded = read_training_prompts(inputs)
     eval_prompts = {name: prompts.prompts for name, prompts in read_eval_prompts(inputs).items()}
     for prompts in (loaded.prompts, *eval_prompts.values()):
-        check_prompts(config.reward, prompts)
+        check_prompts(config.reward, prompts, may_come_graded=config.rollout.custom_generate_function_path is not None)
     return loaded, eval_prompts
 
 

@@ -123,10 +123,16 @@ def read_training_prompts(inputs: Inputs) -> LoadedPrompts:
         apply_chat_template_kwargs=config.data.apply_chat_template_kwargs,
         max_prompt_len=(limit := prompt_limit(inputs, config.data.rollout_max_prompt_len)),
         require_label=needs_labels(config),
+        as_given=_reads_prompts_itself(config),
     )
     _log_dropped("--prompt-data", loaded, limit)
     _check_room(inputs, loaded)
     return loaded
+
+
+def _reads_prompts_itself(config: Config) -> bool:
+    """Tell whether a function of the user's turns a prompt into tokens."""
+    return config.rollout.custom_generate_function_path is not None or config.rollout.rollout_function_path is not None
 
 
 def read_eval_prompts(inputs: Inputs) -> dict[str, LoadedPrompts]:
@@ -144,6 +150,7 @@ def read_eval_prompts(inputs: Inputs) -> dict[str, LoadedPrompts]:
             apply_chat_template_kwargs=config.data.apply_chat_template_kwargs,
             max_prompt_len=(limit := prompt_limit(inputs, settings.max_prompt_len)),
             require_label="rm_type" not in settings.metadata_overrides and needs_labels(config),
+            as_given=_reads_prompts_itself(config),
         )
         _log_dropped(f"evaluation set {settings.name}", loaded, limit)
         sets[settings.name] = loaded.with_metadata(settings.metadata_overrides)

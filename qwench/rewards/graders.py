@@ -80,14 +80,21 @@ def rm_type_of(reward: RewardConfig, metadata: Mapping[str, Json]) -> str:
     Raises:
         ConfigError: neither the row nor the run names one.
     """
-    chosen = str(metadata.get("rm_type") or reward.rm_type or "").strip()
+    chosen = _reward_name(reward, metadata)
     if not chosen:
         raise ConfigError("no reward is chosen: pass --rm-type or --custom-rm-path, or give every row a metadata.rm_type.")
     return chosen
 
 
-def check_prompts(reward: RewardConfig, prompts: Iterable[Prompt]) -> None:
+def _reward_name(reward: RewardConfig, metadata: Mapping[str, Json]) -> str:
+    return str(metadata.get("rm_type") or reward.rm_type or "").strip()
+
+
+def check_prompts(reward: RewardConfig, prompts: Iterable[Prompt], *, may_come_graded: bool = False) -> None:
     """Check that every prompt can be graded.
+
+    Args:
+        may_come_graded: a generate function of the user's may set the reward; then a row needs to name none.
 
     Raises:
         ConfigError: a prompt names an unknown reward, or lacks the label its reward needs.
@@ -95,6 +102,8 @@ def check_prompts(reward: RewardConfig, prompts: Iterable[Prompt]) -> None:
     if reward.custom_rm_path is not None:
         return
     for row, prompt in enumerate(prompts):
+        if may_come_graded and not _reward_name(reward, prompt.metadata):
+            continue
         rm_type = rm_type_of(reward, prompt.metadata)
         find_grader(rm_type)
         if is_remote(rm_type) and reward.rm_url is None:
@@ -128,7 +137,7 @@ def check_installed(reward: RewardConfig, prompts: Iterable[Prompt]) -> None:
     Raises:
         ConfigError: the checkers of IFBench are missing.
     """
-    if reward.custom_rm_path is None and any(rm_type_of(reward, prompt.metadata) == IFBENCH for prompt in prompts):
+    if reward.custom_rm_path is None and any(_reward_name(reward, prompt.metadata) == IFBENCH for prompt in prompts):
         ifbench.load_checkers()
 
 

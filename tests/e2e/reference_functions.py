@@ -94,6 +94,21 @@ async def generate_with_search(args, sample, sampling_params, evaluation=False):
     return sample
 
 
+async def play_task(args, sample, sampling_params):
+    """A task of an environment: the prompt is its number, and the environment gives the reward."""
+    state = GenerateState(args)
+    url = f"http://{args.sglang_router_ip}:{args.sglang_router_port}/generate"
+    ids = state.tokenizer(f"task {int(sample.prompt)}")["input_ids"]
+    answer = await post(url, {"input_ids": ids, "sampling_params": sampling_params, "return_logprob": True})
+    drawn = answer["meta_info"]["output_token_logprobs"]
+    sample.tokens = ids + [token for _, token, *_ in drawn]
+    sample.response_length, sample.response = len(drawn), answer["text"]
+    sample.rollout_log_probs, sample.status = [value for value, *_ in drawn], Sample.Status.COMPLETED
+    sample.reward = digits(sample.response)
+    note(name="play_task", task=sample.prompt, prompt_length=len(ids))
+    return sample
+
+
 async def generate_in_one(input):  # noqa: A002  # the name tells the form
     """The newer form of miles: one argument."""
     sample = input.sample

@@ -81,6 +81,18 @@ def test_search_by_text_over_the_wire_with_a_batched_reward_and_a_hook(workspace
     assert column(tmp_path / "run", "eval/held_out") == []
 
 
+def test_an_environment_has_prompts_of_any_type_and_gives_the_reward(workspace, tmp_path, monkeypatch):
+    rows = tmp_path / "tasks.jsonl"
+    rows.write_text("".join(json.dumps({"index": number}) + "\n" for number in range(4)))
+    calls = run(
+        workspace, tmp_path, monkeypatch, custom_generate_function_path="play_task", prompt_data=rows, input_key="index",
+        label_key=None, apply_chat_template=None, rollout_shuffle=None, num_rollout=1,
+    )  # fmt: skip
+    assert Counter(record["task"] for record in calls["play_task"]) == dict.fromkeys(range(4), 4)
+    (reward,) = column(tmp_path / "run", "rollout/raw_reward")
+    assert 0 < reward < 1
+
+
 def test_a_whole_rollout_and_an_evaluation(workspace, tmp_path, monkeypatch):
     calls = run(
         workspace,

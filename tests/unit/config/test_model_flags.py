@@ -2,7 +2,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from qwench.config.model_flags import check_model_flags
+from qwench.config.model_flags import check_model_flags, overruled_flags
 from qwench.config.sections.architecture import ArchitectureConfig
 from qwench.errors import ConfigError
 from tests.unit.config.architectures import QWEN3_4B
@@ -44,7 +44,6 @@ WRONG_VALUES = {
     "kv_channels": (80, "128"),
     "vocab_size": (32_000, "151936"),
     "max_position_embeddings": (4096, "40960"),
-    "rotary_base": (5e6, r"1000000\.0"),
     "rotary_percent": (0.5, r"1\.0"),
     "use_rotary_position_embeddings": (False, "True"),
     "position_embedding_type": ("learned_absolute", "rope"),
@@ -58,7 +57,16 @@ WRONG_VALUES = {
 }
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(ArchitectureConfig)])
+def test_another_rotary_base_is_replaced_by_the_checkpoints_with_a_warning():
+    flags = ArchitectureConfig(**SCRIPT_4B | {"rotary_base": 5_000_000.0})
+    check_model_flags(flags, QWEN3_4B)
+    assert list(overruled_flags(flags, QWEN3_4B)) == [
+        "--rotary-base 5e+06 is not used: trainer and engines compute with config.json's 1e+06"
+    ]
+    assert list(overruled_flags(ArchitectureConfig(**SCRIPT_4B), QWEN3_4B)) == []
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(ArchitectureConfig) if field.name != "rotary_base"])
 def test_every_flag_that_contradicts_is_refused_by_name(name):
     wrong, fact = WRONG_VALUES[name]
     flag = "--" + name.replace("_", "-")

@@ -38,6 +38,16 @@ def test_plain_text_is_tokenised_as_it_is(tmp_path):
     assert prompt.label is None
 
 
+@pytest.mark.parametrize(
+    ("value", "text"), [(7, "7"), ([{"role": "user", "content": "hi"}], '[{"role": "user", "content": "hi"}]')]
+)
+def test_a_function_of_the_users_gets_a_prompt_of_any_type(tmp_path, value, text):
+    prompt = load_one(tmp_path, {"prompt": value}, as_given=True)
+    assert (prompt.messages, prompt.text) == (value, text)
+    with pytest.raises(ConfigError, match="is not text"):
+        load_one(tmp_path, {"prompt": value})
+
+
 @pytest.mark.parametrize("value", ["2+2?", [{"role": "user", "content": "2+2?"}]], ids=["text", "messages"])
 def test_chat_template_renders_text_as_one_user_message(tmp_path, value):
     prompt = load_one(tmp_path, {"prompt": value}, apply_chat_template=True)

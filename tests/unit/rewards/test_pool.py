@@ -208,6 +208,9 @@ def test_prompts_are_checked_before_the_run() -> None:
         check_prompts(RewardConfig(rm_type="dapo"), [Prompt(text="", token_ids=(), label="x")])
     with pytest.raises(ConfigError, match="no reward is chosen"):
         check_prompts(RewardConfig(), [labelled])
+    check_prompts(RewardConfig(), [labelled], may_come_graded=True)
+    with pytest.raises(ConfigError, match=r"row 0 .*--label-key"):
+        check_prompts(RewardConfig(rm_type="math"), [Prompt(text="", token_ids=())], may_come_graded=True)
 
 
 def test_choices_need_no_label_where_metadata_name_the_letter() -> None:
