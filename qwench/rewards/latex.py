@@ -54,6 +54,7 @@ _PLAIN = frozenset(
 )
 """Commands of which only the argument counts."""
 _FRACTIONS = frozenset({"frac", "dfrac", "tfrac", "cfrac", "nicefrac", "sfrac"})
+_BOX_OF_TEXT = re.compile(r"\\mbox *\{[^{}]*\}")
 _COMMAND = re.compile(r"\\(?:([a-zA-Z]+)|(.))", re.DOTALL)
 _SPECIAL = re.compile(r"[&#`']|--")
 """Characters that pylatexenc reads as commands."""
@@ -76,11 +77,15 @@ _UNICODE = str.maketrans(
 
 
 def to_expression(latex: str) -> str:
-    """Return `latex` as a plain expression; a command that neither we nor pylatexenc know is left out.
+    r"""Return `latex` as a plain expression; a command that neither we nor pylatexenc know is left out.
+
+    An `\mbox` beside a value is its unit and left out, as in slime. One that stands alone is the value.
 
     Raises:
         ValueError: a command lacks its argument, or braces nest too deeply.
     """
+    if "\\mbox" in latex:
+        latex = _BOX_OF_TEXT.sub("", latex).strip() or latex
     simple = not _SPECIAL.search(latex) and all(
         _is_simple(name) if name else f"\\{symbol}" in _SYMBOLS for name, symbol in _COMMAND.findall(latex)
     )

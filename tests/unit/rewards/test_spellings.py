@@ -53,6 +53,9 @@ def test_spellings_score_as_they_should(family: str) -> None:
         (r"34\enspace\text{cm}", "34"),
         (r"\sfrac{3}{7}", r"\frac{3}{7}"),
         (r"{2}\times 10^{5}", r"2\times 10^{5}"),
+        ("320000", r"320000 \mbox{ acres}"),
+        (r"5 \mbox{ units}.", "5"),
+        (r"\mbox{blue}", "blue"),
     ],
 )
 def test_families_are_wider_than_their_rows(answer: str, label: str) -> None:
@@ -68,6 +71,7 @@ def test_families_are_wider_than_their_rows(answer: str, label: str) -> None:
         (r"\begin{bmatrix}1\\3\end{bmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
         (r"\frac{a+b}{2}", r"a+\frac{b}{2}"),
         (r"\phi", r"\theta"),
+        (r"\mbox{blue}", r"\mbox{red}"),
         (r"\mathbb{R}", r"\mathbb{Q}"),
     ],
 )
