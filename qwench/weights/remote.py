@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from qwench.engines.kinds import KINDS
 from qwench.engines.kinds.receiver import Receiver
 from qwench.engines.ledger import Ledger, noted
 from qwench.engines.protocol import Portion
-from qwench.errors import QwenchError, WeightSyncError
+from qwench.errors import EngineLostError, QwenchError, WeightSyncError
 from qwench.models.hf import write_hf_checkpoint
 from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.exchange import Message, RankExchange
@@ -36,6 +37,8 @@ from qwench.wire.addresses import EngineAddress, Placement, placement_of
 from qwench.wire.flat_bucket import TensorEntry, entries_of, flatten_into, size_bytes
 from qwench.wire.portions import WeightBucket
 from qwench.wire.shared_buffer import BufferRing, SharedBuffer
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,7 +249,7 @@ class _Publication:
             )
             await asyncio.gather(*confirming)
 
-        label, timeout_s = f"confirm weight version {self._version}", 2 * self._plan.timeout_s
+        label, timeout_s = f"confirm weight version {self._version}", self._plan.total_timeout_s
         self._exchange.gather({}, failure=_failure_of(lambda: self._loop.run(ask(), label=label, timeout_s=timeout_s)))
 
     def close(self) -> None:
@@ -280,17 +283,27 @@ class _Publication:
         ]
 
     def _ask_placements(self) -> list[Message | None]:
-        async def ask() -> list[Placement | None]:
-            return list(await asyncio.gather(*(receiver.placement() for receiver in self._receivers)))
-
-        known = self._loop.run(ask(), label="ask engines where they run", timeout_s=self._plan.timeout_s)
+        known = self._ask([receiver.placement() for receiver in self._receivers], "its devices")
         return [None if one is None else asdict(one) for one in known]
 
-    def _open(self) -> None:
-        async def open_each() -> None:
-            await asyncio.gather(*(receiver.open() for receiver in self._asked()))
+    def _ask(self, questions: Sequence[Coroutine[Any, Any, Answer]], what: str) -> list[Answer]:
+        """Return the engines' answers.
 
-        self._loop.run(open_each(), label="ask engines for their size", timeout_s=self._plan.timeout_s)
+        Raises:
+            EngineLostError: one did not answer within its deadline, which may be shorter than that of its client.
+        """
+
+        async def ask() -> list[Answer]:
+            try:
+                async with asyncio.timeout(self._plan.timeout_s):
+                    return list(await asyncio.gather(*questions))
+            except TimeoutError as error:
+                raise EngineLostError(f"an engine did not tell {what} within {self._plan.timeout_s:g} s.") from error
+
+        return self._loop.run(ask(), label=f"ask engines for {what}", timeout_s=self._plan.total_timeout_s)
+
+    def _open(self) -> None:
+        self._ask([receiver.open() for receiver in self._asked()], "its size")
         self._ledgers = {receiver.ledger_kind: receiver.make_ledger() for receiver in self._asked()}
 
     def _numbered(self, buckets: Iterable[WeightBucket]) -> Iterator[tuple[Portion, WeightBucket]]:

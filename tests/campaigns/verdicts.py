@@ -1,7 +1,7 @@
 r"""Compare verdicts with slime's own graders: `python -m tests.campaigns.verdicts --slime FOLDER --labels FILE.jsonl ...`.
 
 FOLDER is a checkout of slime, whose graders evaluate text: give it trusted labels only. Every label is answered in spellings
-drawn at random: itself, other ways to write it, and wrong answers. A verdict may differ only where the difference is written down.
+drawn at random: itself, other ways to write it, and wrong answers. Every difference is printed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import reduce
 from pathlib import Path
 from types import FrameType
 
@@ -27,7 +28,17 @@ Spelling = Callable[[str, random.Random], str]
 Reference = Callable[[str, str], float]
 DEADLINE_S = 10
 FONTS = ("\\text", "\\mathrm", "\\textbf", "\\mathbf", "\\boldsymbol")
+UNITS = ("\\text{ cm}", " cm", "\\%", "^\\circ", "\\text{ square units}", " miles", "^{\\circ}")
+TAILS = (" apples", " is the answer", "\\text{ apples}", " \\text{or } 0", " dollars")
+UNICODE = (("\\pi", "\u03c0"), ("\\infty", "\u221e"), ("\\cup", "\u222a"), ("\\le", "\u2264"))
 OTHER_LABEL = "another label"
+
+
+def doubled(fraction: re.Match[str]) -> str:
+    """Return a fraction that is not reduced."""
+    return f"\\frac{{{2 * int(fraction[1])}}}{{{2 * int(fraction[2])}}}"
+
+
 SPELLINGS: dict[str, Spelling] = {
     "itself": lambda label, _: label,
     "in dollars": lambda label, _: f"${label}$",
@@ -37,7 +48,7 @@ SPELLINGS: dict[str, Spelling] = {
     "thin space": lambda label, _: label.replace(",", ",\\,").replace("+", "\\,+\\,"),
     "full stop": lambda label, _: f"{label}.",
     "left-hand side": lambda label, rng: rng.choice(("x=", "x = ", "y=", "n =", "\\theta =")) + label,
-    "unit": lambda label, rng: label + rng.choice(("\\text{ cm}", " cm", "\\%", "^\\circ", "\\text{ square units}", " miles", "^{\\circ}")),
+    "unit": lambda label, rng: label + rng.choice(UNITS),
     "currency": lambda label, _: f"\\${label}",
     "dfrac": lambda label, rng: label.replace("\\frac", rng.choice(("\\dfrac", "\\tfrac"))),
     "bare fraction": lambda label, _: re.sub(r"\\frac\{(\w)\}\{(\w)\}", r"\\frac\1\2", label),
@@ -58,23 +69,25 @@ SPELLINGS: dict[str, Spelling] = {
     "terms turned round": lambda label, _: re.sub(r"^([^-+()]+)\+([^-+()]+)$", r"\2+\1", label),
     "product": lambda label, rng: re.sub(r"(?<=\d)(?=[a-z\\])", rng.choice((" ", "*", r"\\cdot ", r"\\times ")), label),
     "bare root": lambda label, _: re.sub(r"\\sqrt\{(\d)\}", r"\\sqrt\1", label),
-    "unicode": lambda label, _: label.replace("\\pi", "\u03c0").replace("\\infty", "\u221e").replace("\\cup", "\u222a").replace("\\le", "\u2264"),
+    "unicode": lambda label, _: reduce(lambda text, pair: text.replace(*pair), UNICODE, label),
     "names": lambda label, _: label.replace("\\pi", "pi").replace("\\sqrt{", "sqrt{").replace("\\cdot", "*"),
-    "power": lambda label, _: re.sub(r"\^(\d)", r"^{\1}", label) if "^" in label and "{" not in label else label.replace("^", "**"),
-    "times ten": lambda label, _: f"{int(label) / 10 ** (len(label) - 1):g} \\times 10^{{{len(label) - 1}}}" if label.isdigit() and len(label) < 9 else label,
+    "power": lambda label, _: re.sub(r"\^([0-9])", r"^{\1}", label) if "{" not in label else label.replace("^", "**"),
+    "times ten": lambda label, _: f"{int(label) / 100:g} \\times 10^{{2}}" if label.isdigit() else label,
     "exponent": lambda label, _: f"{int(label)}e0" if label.isdigit() else label,
     "brackets": lambda label, _: label.replace("pmatrix", "bmatrix") if "matrix" in label else f"({label})",
     "round to square": lambda label, _: label.replace("(", "[") if label.startswith("(") else label.replace("[", "("),
     "box in box": lambda label, _: f"\\boxed{{{label}}}",
-    "unbalanced": lambda label, rng: label + rng.choice(("\\frac{", "{", "\\right)", "\\text{")) if "}" not in label else label[:-1],
+    "unbalanced": lambda label, rng: (
+        label + rng.choice(("\\frac{", "{", "\\right)", "\\text{")) if "}" not in label else label[:-1]
+    ),
     "minus": lambda label, _: label[1:] if label.startswith("-") else f"-{label}",
     "plus": lambda label, _: f"+{label}",
-    "plus one": lambda label, _: re.sub(r"\d+", lambda found: str(int(found[0]) + 1), label, count=1) if re.search("[0-9]", label) else f"{label}1",
+    "plus one": lambda label, _: re.sub("[0-9]+", lambda found: str(int(found[0]) + 1), label, count=1),
     "swapped digits": lambda label, _: re.sub(r"(\d)(\d)", r"\2\1", label, count=1),
     "halved": lambda label, _: f"\\frac{{{label}}}{{2}}",
-    "twice": lambda label, _: re.sub(r"\\frac\{(\d+)\}\{(\d+)\}", lambda found: f"\\frac{{{2 * int(found[1])}}}{{{2 * int(found[2])}}}", label),
-    "number and text": lambda label, rng: label + rng.choice((" apples", " is the answer", "\\text{ apples}", " \\text{or } 0", " dollars")),
-}  # fmt: skip
+    "twice": lambda label, _: re.sub(r"\\frac\{([0-9]+)\}\{([0-9]+)\}", doubled, label),
+    "number and text": lambda label, rng: label + rng.choice(TAILS),
+}
 """How an answer may be written, right or wrong."""
 
 
@@ -142,7 +155,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(words)
     reference, rng = reference_graders(flags.slime), random.Random(flags.seed)
-    labels = [json.loads(line)["label"] for path in flags.labels for line in path.read_text().splitlines()]
+    labels = [json.loads(line)["label"] for path in flags.labels for line in path.open(encoding="utf-8")]
     rng.shuffle(labels)
     counts, differing = Counter[str](), Counter[str]()
     for spelling, rm_type, response, label in cases(labels, flags.count, rng):

@@ -241,6 +241,13 @@ def test_an_engine_that_hangs_is_given_up_at_its_deadline(servers, model_folder,
         assert_holds(server.url, Source(seed=61), 61)
 
 
+def test_an_engine_that_does_not_tell_its_devices_counts_as_lost(model_folder):
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # it accepts, and never answers
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(EngineLostError, match=rf"an engine did not tell its devices within {HANGS_S:g} s"):
+            publish_from_rank(Source(seed=70), [address_of(url)], 70, settings("ipc", model_folder, timeout_s=HANGS_S))
+
+
 def test_an_engine_that_is_gone_is_named(model_folder):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
