@@ -27,8 +27,14 @@ class MethodFacts:
     """Rewards are discounted for each token (`--gamma`)."""
     requires_whitening: bool = False
     """`--normalize-advantages` is part of the method."""
-    clips_weights: bool = False
-    """The clip bounds a weight instead of the loss: `--eps-clip-c` has no effect, `--eps-clip` may be 1 or more."""
+    clips: bool = True
+    """`--eps-clip` and `--eps-clip-high` bound something."""
+    clips_loss: bool = True
+    """They bound the ratio in the loss. False: `--eps-clip-c` has no effect, `--eps-clip` may be 1 or more."""
+    reduces: bool = True
+    """`--calculate-per-token-loss` chooses how the loss is averaged. False: the method says it."""
+    options: tuple[str, ...] = ()
+    """Fields of the section that only this method and its kin read."""
 
     def needs_reference(self, *, use_kl_loss: bool, kl_coef: float) -> bool:
         """Tell whether log-probs of the reference are used."""
@@ -38,10 +44,20 @@ class MethodFacts:
 METHODS: Mapping[str, MethodFacts] = {
     "grpo": MethodFacts(divides_by_std=True),
     "gspo": MethodFacts(divides_by_std=True),
-    "cispo": MethodFacts(divides_by_std=True, clips_weights=True),
+    "cispo": MethodFacts(divides_by_std=True, clips_loss=False),
     "reinforce_plus_plus": MethodFacts(compares_groups=False, token_kl=True, discounts=True, requires_whitening=True),
     "reinforce_plus_plus_baseline": MethodFacts(token_kl=True, requires_whitening=True),
     "rloo": MethodFacts(),
+    "dr_grpo": MethodFacts(reduces=False, options=("dr_grpo_length",)),
+    "sapo": MethodFacts(divides_by_std=True, clips=False, clips_loss=False, options=("sapo_tau_pos", "sapo_tau_neg")),
+    "gmpo": MethodFacts(divides_by_std=True, clips_loss=False),
+    "gpg": MethodFacts(clips=False, clips_loss=False),
+    "clip_cov": MethodFacts(divides_by_std=True, options=("clip_cov_ratio", "clip_cov_lb", "clip_cov_ub")),
+    "kl_cov": MethodFacts(divides_by_std=True, clips=False, clips_loss=False, options=("kl_cov_ratio", "kl_cov_coef")),
+    "dppo_tv": MethodFacts(divides_by_std=True, clips_loss=False),
+    "dppo_kl": MethodFacts(divides_by_std=True, clips_loss=False),
+    "maxrl": MethodFacts(),
+    "passk": MethodFacts(divides_by_std=True),
     "sft": MethodFacts(policy_gradient=False, compares_groups=False),
 }
 
@@ -49,6 +65,11 @@ METHODS: Mapping[str, MethodFacts] = {
 def estimator_names() -> list[str]:
     """Return what `--advantage-estimator` accepts."""
     return [name for name, facts in METHODS.items() if facts.policy_gradient]
+
+
+def owners_of(option: str) -> list[str]:
+    """Return the methods that read a field of `MethodFacts.options`."""
+    return [name for name, facts in METHODS.items() if option in facts.options]
 
 
 def check_estimator(name: str) -> None:

@@ -47,6 +47,10 @@ class RolloutBatch:
     """B x [R] float32: the share of each token in the step's loss, so that loss = sum over all tokens of weight * token loss,
     for any micro-batches and ranks (see `algorithms.reduction`)."""
 
+    loss_scale: list[Tensor] | None = None
+    """B x [R] float32: factors on the loss that metrics do not have. None: 1."""
+    picked: list[Tensor] | None = None
+    """B x [R] float32: 1 at the tokens that the method treats apart (clip_cov, kl_cov)."""
     fresh_scale: list[Tensor] | None = None
     """B x [R] float32: with it a weighted sum over all tokens is the weighted mean over those of the current version: 0 at
     stale tokens. None: no token is stale."""
@@ -118,6 +122,8 @@ class MicroBatch:
     old_log_probs: Tensor | None = None
     ref_log_probs: Tensor | None = None
     advantages: Tensor | None = None
+    loss_scale: Tensor | None = None
+    picked: Tensor | None = None
     fresh_scale: Tensor | None = None
     stale_scale: Tensor | None = None
     indices: tuple[int, ...] = ()

@@ -14,6 +14,9 @@ from torch import Tensor
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to [-20, 20] before exp: e^20 is far outside every clip range and far from float32 overflow."""
 
+MAX_WEIGHT = 20.0
+"""Ratios that weigh a loss without a clip are truncated at 20, as in DPPO."""
+
 
 def token_log_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
     """Return log(new / old) of each token, clamped; a NaN stays NaN.
@@ -102,6 +105,22 @@ def cispo(
     ratio = log_ratio.detach().exp()
     clipped_ratio = ratio.clamp(1.0 - eps_low, 1.0 + eps_high)
     return -clipped_ratio * advantages * log_probs, clipped_ratio != ratio
+
+
+def weighted_by_ratio(log_ratio: Tensor, log_probs: Tensor, advantages: Tensor) -> Tensor:
+    """Return the policy-gradient loss of each token, weighted by its ratio, which is at most 20 and has no gradient.
+
+    Args:
+        log_ratio: [T] float32.
+        log_probs: [T] float32, current policy, carries the gradient.
+        advantages: [T] float32.
+
+    Returns:
+        loss [T] float32, not reduced.
+
+    Source: DPPO (arXiv 2602.04879).
+    """
+    return -log_ratio.detach().exp().clamp(max=MAX_WEIGHT) * advantages * log_probs
 
 
 def negative_log_likelihood(log_probs: Tensor) -> Tensor:

@@ -70,6 +70,10 @@ class Method(ABC):
             return token_mean_weights(batch.loss_mask)
         return execution_mean_weights(batch.loss_mask, batch.execution_ids)
 
+    def loss_scale(self, step: RolloutBatch) -> list[Tensor] | None:
+        """Return B x [R] float32 factors on the loss of a step, which metrics do not have. None: 1."""
+        return None
+
     @abstractmethod
     def loss(self, log_probs: Tensor, entropy: Tensor | None, micro_batch: MicroBatch) -> TokenLoss:
         """Return the micro-batch's share of the step's loss; [T] columns in."""
@@ -82,6 +86,8 @@ def weighted_sums(
     weights = micro_batch.loss_weights
     assert weights is not None, "a loss needs token weights"
     trained = micro_batch.loss_mask
+    if micro_batch.loss_scale is not None:
+        loss = loss * micro_batch.loss_scale
     return TokenLoss(
         loss=(loss.where(trained, 0.0) * weights).sum(),
         metrics={name: (column.detach().float().where(trained, 0.0) * weights).sum() for name, column in values.items()},

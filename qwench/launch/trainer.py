@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 
@@ -26,7 +27,10 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
     config = inputs.config
     torch.manual_seed(config.training.seed)
     init_process_group(inputs.device, environ=os.environ, timeout_s=collective_timeout_s(inputs))
-    method = build_method(config.algorithm)
+    algorithm = config.algorithm
+    if algorithm.advantage_estimator == "dr_grpo" and algorithm.dr_grpo_length is None:
+        algorithm = replace(algorithm, dr_grpo_length=config.rollout.rollout_max_response_len)
+    method = build_method(algorithm)
     policy = build_trainer(inputs)
     reference = Reference(policy) if inputs.plan.holds_reference else None
     return Learner(

@@ -18,6 +18,8 @@ BY_SAMPLES = {"use_dynamic_batch_size": None, "max_tokens_per_gpu": None, "micro
 VARIANTS = {
     "gspo": ({"advantage_estimator": "gspo"}, {"train/ppo_kl"}),
     "cispo": ({"advantage_estimator": "cispo", "eps_clip": 1.0, "eps_clip_high": 4.0}, {"train/pg_clipfrac"}),
+    "clip_cov": ({"advantage_estimator": "clip_cov", "clip_cov_ratio": 0.5, "clip_cov_lb": -1.0}, {"train/pg_clipfrac"}),
+    "dr_grpo": ({"advantage_estimator": "dr_grpo"}, {"train/pg_loss"}),
     "reinforce": ({"advantage_estimator": "reinforce_plus_plus", "gamma": 0.99, **WHITENED}, {"rollout/ref_log_probs"}),
     "baseline": ({"advantage_estimator": "reinforce_plus_plus_baseline", **WHITENED}, {"rollout/ref_log_probs"}),
     "icepop": (

@@ -123,11 +123,15 @@ class PolicyGradient(Method):
         section = self.section
         if section.kl_coef == 0:
             return [torch.zeros(len(mask)) for mask in batch.loss_mask]
-        old_log_probs = batch.rollout_log_probs if section.use_rollout_logprobs else batch.old_log_probs
-        assert old_log_probs is not None, "--kl-coef needs the old policy's log-probs"
         assert batch.ref_log_probs is not None, "--kl-coef needs the reference's log-probs"
-        pairs = zip(old_log_probs, batch.ref_log_probs, strict=True)
+        pairs = zip(self.old_log_probs(batch), batch.ref_log_probs, strict=True)
         return [kl_estimate(old, ref, kind=section.kl_loss_type) for old, ref in pairs]
+
+    def old_log_probs(self, batch: RolloutBatch) -> list[Tensor]:
+        """Return B x [R] of the policy that started this rollout's steps, or the engine's with --use-rollout-logprobs."""
+        found = batch.rollout_log_probs if self.section.use_rollout_logprobs else batch.old_log_probs
+        assert found is not None, "the targets need the old policy's log-probs"
+        return found
 
     def _drop_off_policy(self, loss: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         dropped = off_policy_sequences(
@@ -177,6 +181,12 @@ class Tokens:
     def sequence_ids(self) -> Tensor:
         """Return [T] int64."""
         return self.micro_batch.sequence_ids
+
+    @property
+    def picked(self) -> Tensor:
+        """Return [T] float32, 1 at the tokens that the method treats apart."""
+        assert self.micro_batch.picked is not None, "the method picks tokens in its targets"
+        return self.micro_batch.picked
 
     @classmethod
     def of(cls, log_probs: Tensor, micro_batch: MicroBatch, *, old_is_rollout: bool) -> Tokens:

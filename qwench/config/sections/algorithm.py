@@ -7,7 +7,7 @@ from typing import Literal
 
 from qwench.config.limits import check_finite, check_fraction, check_not_negative, check_positive
 from qwench.errors import ConfigError
-from qwench.estimators import METHODS, check_estimator, method_name
+from qwench.estimators import METHODS, check_estimator, method_name, owners_of
 
 KlType = Literal["k1", "k2", "k3", "low_var_kl"]
 TisMode = Literal["truncate", "icepop"]
@@ -29,8 +29,8 @@ class AlgorithmConfig:
     """The method and its constants."""
 
     advantage_estimator: str = "grpo"
-    """RL method: grpo, gspo, cispo, rloo, reinforce_plus_plus or reinforce_plus_plus_baseline. It computes advantages from
-    rewards and chooses the policy loss."""
+    """RL method: grpo, gspo, cispo, rloo, dr_grpo, sapo, gmpo, gpg, clip_cov, kl_cov, dppo_tv, dppo_kl, maxrl, passk,
+    reinforce_plus_plus or reinforce_plus_plus_baseline. It computes advantages from rewards and chooses the policy loss."""
     loss_type: LossType = "policy_loss"
     """policy_loss trains by RL; sft_loss trains on conversations (qwench sft sets it)."""
     calculate_per_token_loss: bool = False
@@ -38,11 +38,28 @@ class AlgorithmConfig:
     disable_compute_advantages_and_returns: bool = False
     """Compute no advantages. Accepted with --loss-type sft_loss only, which needs none."""
     eps_clip: float = 0.2
-    """Clip the policy ratio below at 1 - this."""
+    """Clip the policy ratio below at 1 - this. gmpo clips its logarithm at - this; dppo_tv and dppo_kl bound the divergence of
+    a token by this."""
     eps_clip_high: float | None = None
     """Clip the policy ratio above at 1 + this (clip-higher). None: --eps-clip."""
     eps_clip_c: float | None = None
     """Dual clip: bound the loss of a negative advantage at this factor (> 1) times the advantage. None: off."""
+    dr_grpo_length: int | None = None
+    """Number by which dr_grpo divides the summed loss of each sample. None: --rollout-max-response-len."""
+    sapo_tau_pos: float = 1.0
+    """Temperature of SAPO's gate for positive advantages. The gate closes faster at a higher temperature."""
+    sapo_tau_neg: float = 1.05
+    """Temperature of SAPO's gate for negative advantages."""
+    clip_cov_ratio: float = 0.0002
+    """Share of the rollout's tokens that clip_cov takes out of the loss."""
+    clip_cov_lb: float = 1.0
+    """clip_cov takes out tokens with a covariance of log-prob and advantage above this."""
+    clip_cov_ub: float = 5.0
+    """clip_cov takes out tokens with a covariance of log-prob and advantage below this."""
+    kl_cov_ratio: float = 0.0002
+    """Share of the rollout's tokens, those of the highest covariance, on which kl_cov adds its KL penalty."""
+    kl_cov_coef: float = 1.0
+    """Weight of the KL penalty of kl_cov."""
     kl_coef: float = 0.0
     """Weight of the KL to the reference inside the advantages. For the two REINFORCE++ methods; the others use
     --kl-loss-coef."""
@@ -92,22 +109,34 @@ class AlgorithmConfig:
             ("--eps-clip-high", self.eps_clip_high),
             ("--tis-clip", self.tis_clip),
             ("--ref-update-interval", self.ref_update_interval),
+            ("--dr-grpo-length", self.dr_grpo_length),
+            ("--sapo-tau-pos", self.sapo_tau_pos),
+            ("--sapo-tau-neg", self.sapo_tau_neg),
         ):
             check_positive(flag, value)
         for flag, coefficient in (
             ("--kl-coef", self.kl_coef),
             ("--kl-loss-coef", self.kl_loss_coef),
             ("--tis-clip-low", self.tis_clip_low),
+            ("--kl-cov-coef", self.kl_cov_coef),
         ):
             check_not_negative(flag, coefficient)
-        check_fraction("--gamma", self.gamma)
+        for flag, share in (
+            ("--gamma", self.gamma),
+            ("--clip-cov-ratio", self.clip_cov_ratio),
+            ("--kl-cov-ratio", self.kl_cov_ratio),
+        ):
+            check_fraction(flag, share)
         for flag, number in (
             ("--entropy-coef", self.entropy_coef),
             ("--eps-clip-c", self.eps_clip_c),
             ("--opsm-delta", self.opsm_delta),
+            ("--clip-cov-lb", self.clip_cov_lb),
+            ("--clip-cov-ub", self.clip_cov_ub),
         ):
             check_finite(flag, number)
         self._check_fine_tuning()
+        self._check_options()
         self._check_clipping()
         self._check_kl()
         self._check_corrections()
@@ -121,13 +150,33 @@ class AlgorithmConfig:
                 flag = "--" + item.name.replace("_", "-")
                 raise ConfigError(f"{flag} has no effect with --loss-type sft_loss, which trains without rewards; leave it out")
 
+    def _check_options(self) -> None:
+        facts = METHODS[self.advantage_estimator]
+        for item in fields(self):
+            owners, value = owners_of(item.name), getattr(self, item.name)
+            if owners and item.name not in facts.options and value != item.default:
+                flag = "--" + item.name.replace("_", "-")
+                raise ConfigError(
+                    f"{flag} ({value}) has no effect with --advantage-estimator {self.advantage_estimator}; "
+                    f"{' and '.join(owners)} read it"
+                )
+        if self.clip_cov_lb >= self.clip_cov_ub:
+            raise ConfigError(f"--clip-cov-lb ({self.clip_cov_lb}) must be less than --clip-cov-ub ({self.clip_cov_ub})")
+        if self.calculate_per_token_loss and not facts.reduces:
+            raise ConfigError(
+                f"--calculate-per-token-loss has no effect with --advantage-estimator {self.advantage_estimator}, "
+                "which divides by --dr-grpo-length; leave it out"
+            )
+
     def _check_clipping(self) -> None:
-        if METHODS[self.advantage_estimator].clips_weights:
-            if self.eps_clip_c is not None:
-                name = self.advantage_estimator
-                raise ConfigError(f"--eps-clip-c ({self.eps_clip_c}) has no effect on {name}, which clips weights, not losses")
-        elif self.eps_clip >= 1:
-            raise ConfigError(f"--eps-clip must be less than 1, got {self.eps_clip}; only cispo may leave the ratio free below")
+        name, facts = self.advantage_estimator, METHODS[self.advantage_estimator]
+        for flag, value, default in (("--eps-clip", self.eps_clip, 0.2), ("--eps-clip-high", self.eps_clip_high, None)):
+            if not facts.clips and value != default:
+                raise ConfigError(f"{flag} ({value}) has no effect on {name}, which does not clip; leave it out")
+        if facts.clips_loss and self.eps_clip >= 1:
+            raise ConfigError(f"--eps-clip must be less than 1, got {self.eps_clip}: {name} clips ratios at 1 - this")
+        if not facts.clips_loss and self.eps_clip_c is not None:
+            raise ConfigError(f"--eps-clip-c ({self.eps_clip_c}) has no effect on {name}, which does not clip losses")
         if self.eps_clip_c is not None and not self.eps_clip_c > 1:
             raise ConfigError(
                 f"--eps-clip-c must be greater than 1, got {self.eps_clip_c}; leave it out to turn dual clipping off"

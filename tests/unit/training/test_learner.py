@@ -1,88 +1,19 @@
-import itertools
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
-from qwench.algorithms.methods import build_method
-from qwench.config import Config
-from qwench.config.plan import plan_run
-from qwench.config.sections.algorithm import AlgorithmConfig
-from qwench.config.sections.rollout import RolloutConfig
-from qwench.config.sections.training import TrainingConfig
 from qwench.errors import RewardError, TrainingError
-from qwench.models.memory import SequenceCost
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Group, Prompt, Rollout, Sample, Status
-from qwench.training.learner import Learner
-from qwench.training.reference import Reference
-from qwench.training.state import TrainingState
-from tests.fakes.console import RecordingConsole
-from tests.fakes.trainer import TableTrainer, run_ranks
-from tests.unit.config.architectures import QWEN3_4B
+from tests.fakes.trainer import TableTrainer
+from tests.unit.training.table_learning import TABLE, TEMPERATURE, learn, make_learner, make_rollout
 
-V = 6
-TABLE = torch.randn(V, V, generator=torch.Generator().manual_seed(5))
-TEMPERATURE = 0.7
 STEP = ["forward_backward", "optim_step"]
 
 
-def _rollout(num_groups=2, group_size=4, *, seed=0, rollout_id=0, off_policy=0.1):
-    """Return samples of random tokens with 0/1 rewards, context in some responses, and log-probs near the table's."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = itertools.count()
-
-    def draw(low, high, n=1):
-        return torch.randint(low, high, (n,), generator=generator).tolist()
-
-    def sample(group_id):
-        prompt = Prompt(text="", token_ids=tuple(draw(0, V, draw(1, 4)[0])))
-        made = Sample(prompt=prompt, sample_id=next(ids), group_id=group_id, status=Status.COMPLETED)
-        for _ in range(draw(1, 3)[0]):
-            made.append(draw(0, V, 2), log_probs=None, version=0) if made.response_length else None
-            tokens = draw(0, V, draw(1, 5)[0])
-            context = [*made.tokens, *tokens]
-            rows = (TABLE / TEMPERATURE).log_softmax(-1)[context[len(made.tokens) - 1 : -1]]
-            noise = off_policy * torch.randn(len(tokens), generator=generator)
-            made.append(tokens, log_probs=(rows[range(len(tokens)), tokens] + noise).tolist(), version=0)
-        made.reward = float(draw(0, 2)[0])
-        return made
-
-    groups = [Group(group_id=g, samples=[sample(g) for _ in range(group_size)]) for g in range(num_groups)]
-    return Rollout(rollout_id=rollout_id, groups=groups)
-
-
-def _learner(backend=None, *, global_batch_size=8, training=None, console=None, timer=None, **algorithm):
-    hook = algorithm.pop("reward_post_process", None)
-    backend = backend or TableTrainer(TABLE)
-    section = AlgorithmConfig(**algorithm)
-    reference = Reference(backend) if section.needs_reference else None
-    config = Config(
-        rollout=RolloutConfig(rollout_batch_size=global_batch_size),
-        training=TrainingConfig(global_batch_size=global_batch_size, **(training or {})),
-        algorithm=section,
-    )
-    plan = replace(plan_run(config, QWEN3_4B), cost=SequenceCost(linear=1.0, quadratic=0.1))
-    return Learner(
-        TrainingState(backend, reference, reference_moves=section.ref_update_interval is not None),
-        build_method(section),
-        plan=plan,
-        temperature=TEMPERATURE,
-        timer=timer or PhaseTimer(),
-        console=console or RecordingConsole(),
-        reward_post_process=hook,
-    )
-
-
-def _learn(rollout, **kwargs):
-    backend = kwargs.pop("backend", None) or TableTrainer(TABLE)
-    learned = _learner(backend, **kwargs).learn(rollout)
-    return backend, learned
-
-
 def test_calls_with_reference_and_two_steps_come_in_order():
-    backend, learned = _learn(_rollout(), global_batch_size=4, use_kl_loss=True)
+    backend, learned = learn(make_rollout(), global_batch_size=4, use_kl_loss=True)
     assert backend.calls == ["copy_held_weights", "forward", "forward", *STEP, *STEP]
     assert len(learned.steps) == 2
 
@@ -102,15 +33,15 @@ def test_calls_with_reference_and_two_steps_come_in_order():
     ],
 )
 def test_old_log_probs_are_computed_only_when_they_differ_from_the_updates_own(global_batch_size, flags, recomputed):
-    backend, learned = _learn(_rollout(), global_batch_size=global_batch_size, **flags)
+    backend, learned = learn(make_rollout(), global_batch_size=global_batch_size, **flags)
     assert ("forward" in backend.calls) == recomputed
     assert ("rollout/log_probs" in learned.metrics) == recomputed
 
 
 def test_passes_without_a_gradient_have_their_own_token_cap():
     caps = {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 20, "log_probs_max_tokens_per_gpu": 10**6}
-    rollout = _rollout()
-    backend, _ = _learn(rollout, training=caps, use_kl_loss=True)
+    rollout = make_rollout()
+    backend, _ = learn(rollout, training=caps, use_kl_loss=True)
     assert [call for call in backend.calls if call in ("forward", "forward_backward")] == ["forward", "forward_backward"]
     total = sum(len(sample.tokens) for sample in rollout.samples)
     assert total > 2 * 20
@@ -119,7 +50,7 @@ def test_passes_without_a_gradient_have_their_own_token_cap():
 
 def test_kl_in_the_reward_needs_both_policies_log_probs():
     flags = {"advantage_estimator": "reinforce_plus_plus", "normalize_advantages": True, "kl_coef": 0.1}
-    backend, _ = _learn(_rollout(), **flags)
+    backend, _ = learn(make_rollout(), **flags)
     assert backend.calls == ["copy_held_weights", "forward", "forward", *STEP]
 
 
@@ -144,8 +75,8 @@ def _plain_grpo(rollout, table, *, eps=0.2):
 
 
 def test_one_step_of_grpo_equals_a_plain_loop_over_samples():
-    rollout = _rollout()
-    backend, learned = _learn(rollout)
+    rollout = make_rollout()
+    backend, learned = learn(rollout)
     loss, gradient = _plain_grpo(rollout, TABLE)
     assert learned.steps[0]["train/loss"] == pytest.approx(loss, abs=1e-6)
     assert learned.steps[0]["train/grad_norm"] == pytest.approx(float(gradient.norm()), rel=1e-5)
@@ -159,56 +90,15 @@ def test_learning_raises_the_probability_of_rewarded_tokens():
         sample = Sample(prompt=prompt, sample_id=i, group_id=0, reward=float(token == 1), status=Status.COMPLETED)
         sample.append([token], log_probs=[-1.0], version=0)
         samples.append(sample)
-    backend, _ = _learn(Rollout(rollout_id=0, groups=[Group(group_id=0, samples=samples)]), global_batch_size=4)
+    backend, _ = learn(Rollout(rollout_id=0, groups=[Group(group_id=0, samples=samples)]), global_batch_size=4)
     before, after = (table.softmax(-1)[0] for table in (TABLE, backend.table.detach()))
     assert after[1] > before[1]
     assert (after[2:4] < before[2:4]).all()
 
 
-FLAGS = {
-    "grpo": {"use_kl_loss": True, "kl_loss_coef": 0.1, "kl_loss_type": "low_var_kl", "entropy_coef": 0.01},
-    "per_token": {"calculate_per_token_loss": True, "use_tis": True},
-    "gspo": {"advantage_estimator": "gspo", "use_opsm": True},
-    "reinforce": {"advantage_estimator": "reinforce_plus_plus", "normalize_advantages": True, "kl_coef": 0.1},
-    "sft": {"loss_type": "sft_loss", "calculate_per_token_loss": True},
-}
-LAYOUTS = [
-    (1, {"micro_batch_size": 3}),
-    (1, {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 16}),
-    (2, {"micro_batch_size": 1}),
-    (2, {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 16, "log_probs_max_tokens_per_gpu": 30}),
-    (3, {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 1000, "balance_data": True}),
-    (5, {"micro_batch_size": 4}),  # 4 samples in a step: one rank has nothing to do
-]
-
-
-def _comparable(learned):
-    metrics = {name: value for name, value in learned.metrics.items() if not name.startswith("perf/")}
-    return [metrics, *learned.steps]
-
-
-@pytest.mark.parametrize("name", FLAGS)
-def test_ranks_and_micro_batches_change_neither_weights_nor_metrics(name):
-    rollout = _rollout(seed=2)
-    flags = {"global_batch_size": 4, **FLAGS[name]}
-    expected_backend, expected = _learn(rollout, **flags)
-    for dp_size, training in LAYOUTS:
-
-        def run(parallel, all_reduce_sum, training=training):
-            backend = TableTrainer(TABLE, parallel=parallel, all_reduce_sum=all_reduce_sum)
-            return _learn(rollout, backend=backend, training=training, **flags)
-
-        ranks = run_ranks(dp_size, run)
-        for backend, learned in ranks:
-            torch.testing.assert_close(backend.table, expected_backend.table, rtol=1e-5, atol=1e-6)
-            for got, wanted in zip(_comparable(learned), _comparable(expected), strict=True):
-                assert got == pytest.approx(wanted, rel=1e-5, abs=1e-6)
-        assert len({tuple(backend.num_micro_batches) for backend, _ in ranks}) == 1
-
-
 def test_the_gap_to_the_engine_is_that_of_the_weights_that_sampled():
     def steps_with_gap(**flags):
-        _, learned = _learn(_rollout(), global_batch_size=4, **flags)
+        _, learned = learn(make_rollout(), global_batch_size=4, **flags)
         return [any(name.startswith("train/train_rollout_") for name in step) for step in learned.steps]
 
     assert steps_with_gap() == [True, True]
@@ -217,17 +107,17 @@ def test_the_gap_to_the_engine_is_that_of_the_weights_that_sampled():
 
 
 def test_order_of_samples_within_a_step_does_not_change_the_weights():
-    rollout = _rollout(seed=4)
+    rollout = make_rollout(seed=4)
     shuffled = Rollout(
         rollout_id=0, groups=[Group(group_id=g.group_id, samples=g.samples[::-1]) for g in reversed(rollout.groups)]
     )
-    first, second = _learn(rollout)[0], _learn(shuffled)[0]
+    first, second = learn(rollout)[0], learn(shuffled)[0]
     torch.testing.assert_close(first.table, second.table, rtol=1e-5, atol=1e-6)
 
 
 def test_trailing_executions_that_fill_no_step_are_dropped_and_counted(caplog):
-    rollout = _rollout()
-    backend, learned = _learn(rollout, global_batch_size=3)
+    rollout = make_rollout()
+    backend, learned = learn(rollout, global_batch_size=3)
     assert backend.calls == ["forward", *STEP, *STEP]
     assert learned.metrics["rollout/dropped_executions"] == 2.0
     assert learned.metrics["rollout/raw_reward"] == pytest.approx(sum(s.reward for s in rollout.samples[:6]) / 6)
@@ -242,7 +132,7 @@ def test_dropped_samples_still_count_in_their_groups_mean():
         sample.append([1], log_probs=[-1.0], version=0)
         samples.append(sample)
     rollout = Rollout(rollout_id=0, groups=[Group(group_id=0, samples=samples)])
-    _, learned = _learn(rollout, global_batch_size=2, disable_grpo_std_normalization=True)
+    _, learned = learn(rollout, global_batch_size=2, disable_grpo_std_normalization=True)
     assert learned.metrics["rollout/rewards"] == pytest.approx(-1.0)
 
 
@@ -254,14 +144,14 @@ def test_samples_of_one_execution_share_its_weight_in_the_loss():
         sample.append(response, log_probs=[-1.0] * len(response), version=0)
         samples.append(sample)
     rollout = Rollout(rollout_id=0, groups=[Group(group_id=0, samples=samples)])
-    _, learned = _learn(rollout, global_batch_size=2)
+    _, learned = learn(rollout, global_batch_size=2)
     # Ratios are 1, so the loss is minus the mean over executions of their advantages, which are opposite.
     assert learned.steps[0]["train/loss"] == pytest.approx(0.0, abs=1e-6)
     assert len(learned.steps) == 1
 
 
 def test_step_metrics_have_the_names_users_know():
-    _, learned = _learn(_rollout(), use_kl_loss=True, observe_training_entropy=True)
+    _, learned = learn(make_rollout(), use_kl_loss=True, observe_training_entropy=True)
     assert set(learned.steps[0]) == {
         "train/loss", "train/grad_norm", "train/lr-pg_0", "train/pg_loss", "train/pg_clipfrac", "train/ppo_kl",
         "train/kl_loss", "train/entropy_loss", "train/train_rollout_kl", "train/train_rollout_logprob_abs_diff",
@@ -276,8 +166,8 @@ def test_step_metrics_have_the_names_users_know():
 
 @pytest.mark.parametrize("global_batch_size", [8, 4], ids=["from_the_update", "from_the_old_pass"])
 def test_trainer_engine_difference_is_the_distance_from_the_tables_log_probs(global_batch_size):
-    rollout = _rollout(off_policy=0.3)
-    _, learned = _learn(rollout, global_batch_size=global_batch_size)
+    rollout = make_rollout(off_policy=0.3)
+    _, learned = learn(rollout, global_batch_size=global_batch_size)
     means, largest = [], 0.0
     for sample in rollout.samples[:global_batch_size]:
         start = len(sample.tokens) - sample.response_length
@@ -295,10 +185,10 @@ def test_trainer_engine_difference_is_the_distance_from_the_tables_log_probs(glo
 
 
 def test_sft_step_is_the_mean_negative_log_likelihood_of_all_trained_tokens():
-    rollout = _rollout()
+    rollout = make_rollout()
     for sample in rollout.samples:
         sample.rollout_log_probs, sample.reward = [], None
-    backend, learned = _learn(rollout, loss_type="sft_loss", calculate_per_token_loss=True)
+    backend, learned = learn(rollout, loss_type="sft_loss", calculate_per_token_loss=True)
     rows = (TABLE / TEMPERATURE).log_softmax(-1)
     losses = [
         -float(rows[sample.tokens[k - 1], sample.tokens[k]])
@@ -312,27 +202,27 @@ def test_sft_step_is_the_mean_negative_log_likelihood_of_all_trained_tokens():
 
 
 def test_nan_stops_before_the_weights_change():
-    rollout = _rollout()
+    rollout = make_rollout()
     rollout.samples[0].rollout_log_probs[0] = math.nan
     backend = TableTrainer(TABLE)
     with pytest.raises(TrainingError, match="not finite"):
-        _learn(rollout, backend=backend, use_tis=True)
+        learn(rollout, backend=backend, use_tis=True)
     assert torch.equal(backend.table.detach(), TABLE)
 
 
 @pytest.mark.parametrize(("flag", "field"), [("--use-tis", "use_tis"), ("--use-rollout-logprobs", "use_rollout_logprobs")])
 def test_corrections_without_the_engines_log_probs_are_an_error(flag, field):
-    rollout = _rollout()
+    rollout = make_rollout()
     for sample in rollout.samples:
         sample.rollout_log_probs = [0.0] * sample.response_length
     with pytest.raises(TrainingError, match=f"{flag} needs the engine's log-probs, rollout 0 has none"):
-        _learn(rollout, **{field: True})
+        learn(rollout, **{field: True})
 
 
 def test_reference_becomes_the_policy_at_its_interval():
     backend = TableTrainer(TABLE)
-    learner = _learner(backend, use_kl_loss=True, ref_update_interval=2)
-    learned = [learner.learn(_rollout(seed=i, rollout_id=i)) for i in range(3)]
+    learner = make_learner(backend, use_kl_loss=True, ref_update_interval=2)
+    learned = [learner.learn(make_rollout(seed=i, rollout_id=i)) for i in range(3)]
     assert [call for call in backend.calls if call in ("copy_held_weights", "optim_step")] == [
         "copy_held_weights", "optim_step", "optim_step", "copy_held_weights", "optim_step",
     ]  # fmt: skip
@@ -343,33 +233,33 @@ def test_reference_becomes_the_policy_at_its_interval():
 
 
 def test_custom_reward_post_process_replaces_the_normalisation():
-    _, learned = _learn(_rollout(), reward_post_process=lambda samples: [float(i) for i in range(len(samples))])
+    _, learned = learn(make_rollout(), reward_post_process=lambda samples: [float(i) for i in range(len(samples))])
     assert learned.metrics["rollout/rewards"] == pytest.approx(3.5)
     assert learned.metrics["rollout/raw_reward"] <= 1.0
 
 
 def test_custom_reward_post_process_must_return_one_reward_for_each_sample():
     with pytest.raises(RewardError, match="returned 1 rewards for 8 samples"):
-        _learn(_rollout(), reward_post_process=lambda samples: [1.0])
+        learn(make_rollout(), reward_post_process=lambda samples: [1.0])
 
 
 @pytest.mark.parametrize("answer", [None, 5, ["x"] * 8, [None] * 8, [float("nan")] * 8])
 def test_custom_reward_post_process_must_return_finite_numbers(answer):
     with pytest.raises(RewardError, match=r"--custom-reward-post-process-path .*(numbers|not finite)"):
-        _learn(_rollout(), reward_post_process=lambda samples: answer)
+        learn(make_rollout(), reward_post_process=lambda samples: answer)
 
 
 def test_phases_are_timed():
     timer = PhaseTimer()
-    _learn(_rollout(), timer=timer, global_batch_size=4, use_kl_loss=True)
+    learn(make_rollout(), timer=timer, global_batch_size=4, use_kl_loss=True)
     assert {"perf/train_time", "perf/ref_log_probs_time", "perf/log_probs_time", "perf/actor_train_time"} <= set(timer.take())
 
 
 def test_saved_state_is_loaded_with_its_weights(tmp_path):
-    backend, _ = _learn(_rollout())
-    _learner(backend).state.save(tmp_path)
+    backend, _ = learn(make_rollout())
+    make_learner(backend).state.save(tmp_path)
     other = TableTrainer(TABLE)
-    state = _learner(other).state
+    state = make_learner(other).state
     state.load(tmp_path)
     assert torch.equal(other.table, backend.table)
     assert torch.equal(state.shared_weights()["table"], backend.table)
@@ -382,16 +272,16 @@ def test_saved_state_is_loaded_with_its_weights(tmp_path):
 def test_reference_that_moves_is_saved_and_loaded_with_the_policy(tmp_path):
     flags = {"use_kl_loss": True, "kl_loss_coef": 0.1, "ref_update_interval": 2}
     first, second = TableTrainer(TABLE), TableTrainer(TABLE)
-    learner, resumed = _learner(first, **flags), _learner(second, **flags)
+    learner, resumed = make_learner(first, **flags), make_learner(second, **flags)
     for i in range(3):
-        learner.learn(_rollout(seed=i, rollout_id=i))
+        learner.learn(make_rollout(seed=i, rollout_id=i))
     learner.state.save(tmp_path)
     resumed.state.load(tmp_path)
-    expected, got = (one.learn(_rollout(seed=3, rollout_id=3)) for one in (learner, resumed))
+    expected, got = (one.learn(make_rollout(seed=3, rollout_id=3)) for one in (learner, resumed))
     assert got.steps == expected.steps
     assert torch.equal(first.table, second.table)
 
 
 def test_reference_that_stays_is_not_saved(tmp_path):
-    _learner(use_kl_loss=True).state.save(tmp_path)
+    make_learner(use_kl_loss=True).state.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["table.pt"]

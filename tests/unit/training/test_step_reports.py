@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tests.fakes.trainer import TableTrainer
-from tests.unit.training.test_learner import TABLE, TEMPERATURE, _learn, _rollout
+from tests.unit.training.table_learning import TABLE, TEMPERATURE, learn, make_rollout
 
 
 def _distances(sample, chosen):
@@ -19,8 +19,8 @@ def _distances(sample, chosen):
 
 
 def test_tokens_of_older_weights_are_drift_and_not_a_gap():
-    rollout = _rollout(rollout_id=1, off_policy=0.3)  # sampled by version 0, trained by version 1
-    _, learned = _learn(rollout, calculate_per_token_loss=True)
+    rollout = make_rollout(rollout_id=1, off_policy=0.3)  # sampled by version 0, trained by version 1
+    _, learned = learn(rollout, calculate_per_token_loss=True)
     (step,) = learned.steps
     assert not any(name.startswith("train/train_rollout_") for name in step)
     everything = [value for sample in rollout.samples for value in _distances(sample, lambda _: True)]
@@ -29,13 +29,13 @@ def test_tokens_of_older_weights_are_drift_and_not_a_gap():
 
 
 def test_gap_and_drift_are_means_over_the_tokens_of_their_own():
-    rollout = _rollout(rollout_id=2, off_policy=0.3)
+    rollout = make_rollout(rollout_id=2, off_policy=0.3)
     fresh, stale = [], []
     for sample in rollout.samples:
         sample.weight_versions = [2 if t % 2 else 0 for t in range(sample.response_length)]
         fresh += _distances(sample, lambda t: t % 2)
         stale += _distances(sample, lambda t: not t % 2)
-    _, learned = _learn(rollout, calculate_per_token_loss=True)
+    _, learned = learn(rollout, calculate_per_token_loss=True)
     (step,) = learned.steps
     assert step["train/train_rollout_logprob_abs_diff"] == pytest.approx(sum(fresh) / len(fresh), rel=1e-4)
     assert step["train/train_rollout_logprob_abs_diff_max"] == pytest.approx(max(fresh), rel=1e-4)
@@ -44,15 +44,15 @@ def test_gap_and_drift_are_means_over_the_tokens_of_their_own():
 
 
 def test_in_step_with_training_nothing_is_stale():
-    _, learned = _learn(_rollout())
+    _, learned = learn(make_rollout())
     assert not any("staleness" in name or "drift" in name for name in [*learned.metrics, *learned.steps[0]])
 
 
 def test_a_step_without_a_trained_token_is_said(caplog):
-    rollout = _rollout()
+    rollout = make_rollout()
     for sample in rollout.samples:
         sample.mask_out()
-    _learn(rollout)
+    learn(rollout)
     assert "rollout 0, step 1 has no trained token" in caplog.text
 
 
@@ -61,8 +61,8 @@ def test_a_dead_policy_is_said(caplog):
         def optim_step(self, sums):
             return replace(super().optim_step(sums), grad_norm=0.0)
 
-    _learn(_rollout(), backend=Dead(TABLE))
+    learn(make_rollout(), backend=Dead(TABLE))
     assert "gradient 0: the policy is dead" in caplog.text
     caplog.clear()
-    _learn(_rollout())
+    learn(make_rollout())
     assert caplog.text == ""

@@ -1,0 +1,57 @@
+"""Ranks, micro-batches and packing change no number of any method."""
+
+import pytest
+import torch
+
+from tests.fakes.trainer import TableTrainer, run_ranks
+from tests.unit.training.table_learning import TABLE, learn, make_rollout
+
+FLAGS = {
+    "grpo": {"use_kl_loss": True, "kl_loss_coef": 0.1, "kl_loss_type": "low_var_kl", "entropy_coef": 0.01},
+    "per_token": {"calculate_per_token_loss": True, "use_tis": True},
+    "gspo": {"advantage_estimator": "gspo", "use_opsm": True},
+    "reinforce": {"advantage_estimator": "reinforce_plus_plus", "normalize_advantages": True, "kl_coef": 0.1},
+    "dr_grpo": {"advantage_estimator": "dr_grpo", "dr_grpo_length": 7},
+    "sapo": {"advantage_estimator": "sapo", "sapo_tau_neg": 2.0},
+    "gmpo": {"advantage_estimator": "gmpo", "eps_clip": 0.1},
+    "gpg": {"advantage_estimator": "gpg"},
+    "clip_cov": {"advantage_estimator": "clip_cov", "clip_cov_ratio": 0.2, "clip_cov_lb": -5.0},
+    "kl_cov": {"advantage_estimator": "kl_cov", "kl_cov_ratio": 0.2},
+    "dppo_tv": {"advantage_estimator": "dppo_tv", "eps_clip": 0.05},
+    "dppo_kl": {"advantage_estimator": "dppo_kl", "eps_clip": 0.01},
+    "maxrl": {"advantage_estimator": "maxrl"},
+    "passk": {"advantage_estimator": "passk"},
+    "sft": {"loss_type": "sft_loss", "calculate_per_token_loss": True},
+}
+LAYOUTS = [
+    (1, {"micro_batch_size": 3}),
+    (1, {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 16}),
+    (2, {"micro_batch_size": 1}),
+    (2, {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 16, "log_probs_max_tokens_per_gpu": 30}),
+    (3, {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 1000, "balance_data": True}),
+    (5, {"micro_batch_size": 4}),  # 4 samples in a step: one rank has nothing to do
+]
+
+
+def _comparable(learned):
+    metrics = {name: value for name, value in learned.metrics.items() if not name.startswith("perf/")}
+    return [metrics, *learned.steps]
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_ranks_and_micro_batches_change_neither_weights_nor_metrics(name):
+    rollout = make_rollout(seed=2)
+    flags = {"global_batch_size": 4, **FLAGS[name]}
+    expected_backend, expected = learn(rollout, **flags)
+    for dp_size, training in LAYOUTS:
+
+        def run(parallel, all_reduce_sum, training=training):
+            backend = TableTrainer(TABLE, parallel=parallel, all_reduce_sum=all_reduce_sum)
+            return learn(rollout, backend=backend, training=training, **flags)
+
+        ranks = run_ranks(dp_size, run)
+        for backend, learned in ranks:
+            torch.testing.assert_close(backend.table, expected_backend.table, rtol=1e-5, atol=1e-6)
+            for got, wanted in zip(_comparable(learned), _comparable(expected), strict=True):
+                assert got == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+        assert len({tuple(backend.num_micro_batches) for backend, _ in ranks}) == 1
