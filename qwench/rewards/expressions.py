@@ -23,6 +23,7 @@ MAX_ANSWER_CHARS = 1000
 
 _ALL_TEXT = re.compile(r"^\\text\{(?P<text>.+?)\}$")
 _REWRITES = (
+    ("\\textdegree", ""),
     ("\\%", "%"),
     ("\\$", "$"),
     ("$", ""),

@@ -6,6 +6,7 @@ Engine and router are stopped twice: without --use-fault-tolerance they are name
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import signal
@@ -28,6 +29,11 @@ WATCHED: dict[str, object] = {
     "use_fault_tolerance": (), "rollout_health_check_interval": 2, "rollout_health_check_timeout": 5,
     "engine_start_timeout": 300, "update_weights_timeout": 10, "deterministic_mode": None,
 }  # fmt: skip
+STOPPED_GRADER = r"a grading worker \(process group \d+\) is stopped"
+ALGEBRA: dict[str, object] = {
+    "custom_rm_path": None, "rm_type": "math", "allow_degenerate_rewards": (),
+    "custom_generate_function_path": "tests.e2e.rewards.answer_that_needs_algebra", "reward_timeout_s": 10,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class Stop:
     said: str
     """A pattern."""
     flags: dict[str, object] = field(default_factory=dict)
+    label: str | None = None
+    """Stands in for every label of the data."""
     goes_on: bool = False
     """The run ends well although the process stays stopped."""
 
@@ -50,10 +58,8 @@ STOPS = {
     "router": Stop("servers and router", "router", r"the router silent for \d+ s"),
     "watched engine": Stop("in-process", "qwench serve", r"engine server \d .* is lost", {**SERVERS, **WATCHED}, goes_on=True),
     "watched router": Stop("servers and router", "router", r"the router is lost", WATCHED, goes_on=True),
-    "grader": Stop(
-        "in-process", "algebra_worker", r"a grading worker \(process group \d+\) is stopped",
-        {"custom_rm_path": None, "rm_type": "math", "allow_degenerate_rewards": (), "reward_num_workers": 1}, goes_on=True,
-    ),
+    "grader": Stop("in-process", "algebra_worker", STOPPED_GRADER, ALGEBRA, label="2\\sqrt{2}", goes_on=True),
+    "custom grader": Stop("in-process", "custom_worker", STOPPED_GRADER, {"reward_timeout_s": 10}, goes_on=True),
 }  # fmt: skip
 
 
@@ -72,9 +78,10 @@ def stop(
     case = STOPS[name]
     log = folder / "log"
     # Rollouts without end: the run is always in the middle of one.
-    driver = Driver(
-        job(workspace, folder, case.variant, num_rollout=400, save_interval=400, **case.flags), log=log, prepare=prepare
-    )
+    flags = {"num_rollout": 400, "save_interval": 400, **case.flags}
+    if case.label is not None:
+        flags["prompt_data"] = _with_label(workspace.train_data, folder / "labelled.jsonl", case.label)
+    driver = Driver(job(workspace, folder, case.variant, **flags), log=log, prepare=prepare)
     pids: set[int] = set()
     try:
         victim = _wait_for_victim(driver, folder, case.victim)
@@ -87,6 +94,12 @@ def stop(
         pids = family(driver)
         driver.kill()
     return named_s, faults + [f"{name}: left {left}" for left in leftovers(pids)]
+
+
+def _with_label(source: Path, target: Path, label: str) -> Path:
+    rows = [{**json.loads(line), "label": label} for line in source.open(encoding="utf-8")]
+    target.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return target
 
 
 def _wait_for_word(driver: Driver, log: Path, said: str) -> float:

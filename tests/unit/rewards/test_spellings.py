@@ -56,6 +56,7 @@ def test_spellings_score_as_they_should(family: str) -> None:
         ("320000", r"320000 \mbox{ acres}"),
         (r"5 \mbox{ units}.", "5"),
         (r"\mbox{blue}", "blue"),
+        (r"60\textdegree", "60"),
     ],
 )
 def test_families_are_wider_than_their_rows(answer: str, label: str) -> None:
