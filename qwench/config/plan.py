@@ -17,6 +17,7 @@ from typing import Literal
 
 from qwench.config.config import Config
 from qwench.config.engine_groups import read_engine_sizes
+from qwench.config.equal_bits import check_equal_bits
 from qwench.config.eval_sets import EvalSettings, resolve_eval_sets
 from qwench.config.layout import ParallelLayout, check_layout, data_parallel_size
 from qwench.config.model_flags import check_model_flags
@@ -153,6 +154,7 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
     if config.backend == "megatron":
         check_layout(layout, model, world_size=world_size)
         refuse_output_biases(model)
+    check_equal_bits(config, model, on_gpus=on_gpus)
     training = config.training
     dp_size = data_parallel_size(layout, world_size=world_size)
     devices = _plan_devices(config, trains=trains, on_gpus=on_gpus)

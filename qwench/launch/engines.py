@@ -117,6 +117,7 @@ def embedded_settings(inputs: Inputs, *, order_varies: bool) -> EmbeddedSettings
         fp8=is_fp8_checkpoint(inputs.model_folder),
         device=str(inputs.device),
         inline=deterministic,
+        batch_invariant=inputs.config.training.batch_invariant,
         prefix_cache=not alone,
         seed=inputs.config.data.rollout_seed,
     )

@@ -40,6 +40,7 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
         temperature=config.rollout.rollout_temperature,
         timer=timer,
         console=inputs.console,
+        equal_bits=config.training.true_on_policy_mode and not inputs.plan.replays and not inputs.plan.fine_tunes,
         reward_post_process=load_post_process(config, lambda: make_args(config, inputs.plan, host="", port=0)),
     )
 

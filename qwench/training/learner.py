@@ -60,7 +60,13 @@ class Learner:
         timer: PhaseTimer,
         console: Console,
         reward_post_process: RewardPostProcess | None = None,
+        equal_bits: bool = False,
     ) -> None:
+        """Keep what every rollout needs.
+
+        Args:
+            equal_bits: the trainer's log-probs must be the engine's, bit by bit.
+        """
         self.state = state
         self.policy, self.reference = state.policy, state.reference
         self.method = method
@@ -72,6 +78,7 @@ class Learner:
         self._meter = FlopMeter(timer, plan.cost, num_ranks=self.policy.parallel.num_ranks)
         self._console = console
         self._reward_post_process = reward_post_process
+        self._equal_bits = equal_bits
         self._batching, self._scoring_batching = (
             MicroBatching(
                 parallel=self.policy.parallel,
@@ -171,7 +178,11 @@ class Learner:
         return rewards
 
     def _score(self, batch: RolloutBatch, needs: Needs, rollout_id: int) -> RolloutBatch:
-        """Return the batch with the log-probs that the method needs."""
+        """Return the batch with the log-probs that the method needs.
+
+        Raises:
+            TrainingError: the engine gave no log-probs, or has other bits than --true-on-policy-mode allows.
+        """
         if needs.rollout_log_probs and batch.rollout_log_probs is None:
             flag = needs.rollout_log_probs[0]
             raise TrainingError(f"{flag} needs the engine's log-probs, rollout {rollout_id} has none; leave the flag out.")
@@ -181,11 +192,13 @@ class Learner:
             with measured, self._console.phase("reference log-probs"):
                 scored = self._log_probs(self.reference, batch, temperature=self._temperature)
             batch = batch.with_columns(ref_log_probs=scored)
-        if needs.old_log_probs:
+        if needs.old_log_probs or self._equal_bits:
             measured = self._meter.phase("log_probs", batch.lengths, num_scored=num_scored, passes=FORWARD)
             with measured, self._console.phase("log-probs"):
                 scored = self._log_probs(self.policy, batch, temperature=self._temperature)
             batch = batch.with_columns(old_log_probs=scored)
+        if self._equal_bits:
+            _check_equal_bits(batch, rollout_id)
         return batch
 
     def _log_probs(self, scorer: Scorer, batch: RolloutBatch, *, temperature: float) -> list[Tensor]:
@@ -226,6 +239,24 @@ class Learner:
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return {"perf/peak_gpu_memory_gib": self.policy.max_over_ranks(peak / 2**30)}
+
+
+def _check_equal_bits(batch: RolloutBatch, rollout_id: int) -> None:
+    """Compare the engine's log-probs with the trainer's.
+
+    Raises:
+        TrainingError: there are none of the engine, or one differs.
+    """
+    if batch.rollout_log_probs is None or batch.old_log_probs is None:
+        raise TrainingError(f"--true-on-policy-mode: rollout {rollout_id} brings no log-probs of the engine to compare with.")
+    columns = zip(batch.rollout_log_probs, batch.old_log_probs, batch.loss_mask, strict=True)
+    gaps = torch.cat([(engine - trainer)[mask].abs() for engine, trainer, mask in columns])
+    if gaps.any():
+        raise TrainingError(
+            f"--true-on-policy-mode: in rollout {rollout_id} {int(gaps.count_nonzero())} of {len(gaps)} log-probs of the "
+            f"engine are not those of the trainer (largest gap {float(gaps.max()):.3g}): their kernels differ. Leave the flag "
+            "out; --get-mismatch-metrics logs the gap and --use-tis corrects it."
+        )
 
 
 def _num_scored(batch: RolloutBatch) -> int:

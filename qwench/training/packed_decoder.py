@@ -22,6 +22,7 @@ from qwench.algorithms.log_probs import add_product
 from qwench.models.architecture import Architecture
 from qwench.models.decoder import elementwise, gradients
 from qwench.models.decoder.gradients import Heads, QkNorms
+from qwench.models.decoder.invariant import linear
 from qwench.models.decoder.rope import rope_table
 
 
@@ -117,8 +118,11 @@ class Forward:
 class PackedDecoder:
     """See the module docstring."""
 
-    def __init__(self, architecture: Architecture, device: torch.device) -> None:
+    def __init__(self, architecture: Architecture, device: torch.device, *, invariant: bool = False) -> None:
         """Prepare for models of this architecture.
+
+        Args:
+            invariant: forward products have the same bits in every micro-batch.
 
         Raises:
             AssertionError: it has biases; see `supports`.
@@ -130,6 +134,7 @@ class PackedDecoder:
         self._rope_of = (architecture.rope, architecture.max_positions)
         self._rope: Tensor | None = None
         self._forwards, self._backwards = _kernels(device)
+        self._product = linear if invariant else functional.linear
 
     @torch.no_grad()
     def forward(self, weights: DecoderTensors, sequences: Sequences, keep: Keep | None) -> tuple[Tensor, Forward | None]:
@@ -167,13 +172,13 @@ class PackedDecoder:
     ) -> tuple[Tensor, Tensor, _Kept]:
         """Return the residual, what is to be added to it, and what is kept."""
         summed_1, normed_1 = self._forwards.add_rms_norm(x, delta, weights.attention_norm, self._eps)
-        qkv = functional.linear(normed_1, weights.qkv)
+        qkv = self._product(normed_1, weights.qkv)
         q, k = self._rotated(qkv, weights, None, sequences)
         attended, state = sequences.attention.forward(q, k, self._values(qkv), scale=self._scale)
         summed_2, normed_2 = self._forwards.add_rms_norm(
-            summed_1, functional.linear(attended.flatten(1), weights.output), weights.mlp_norm, self._eps
+            summed_1, self._product(attended.flatten(1), weights.output), weights.mlp_norm, self._eps
         )
-        gate_up = functional.linear(normed_2, weights.gate_up)
+        gate_up = self._product(normed_2, weights.gate_up)
         activated = self._forwards.silu_mul(*gate_up.chunk(2, dim=-1))
         kept = _Kept(summed_1=summed_1)
         if keep in (Keep.ALL, Keep.PRODUCTS):
@@ -181,7 +186,7 @@ class PackedDecoder:
             kept.summed_2, kept.gate_up = summed_2, gate_up
         if keep is Keep.ALL:
             kept.normed_1, kept.q, kept.k, kept.normed_2, kept.activated = normed_1, q, k, normed_2, activated
-        return summed_2, functional.linear(activated, weights.down), kept
+        return summed_2, self._product(activated, weights.down), kept
 
     def _layer_backward(
         self, weights: LayerTensors, sums: LayerTensors, kept: _Kept, sequences: Sequences, grad: Tensor

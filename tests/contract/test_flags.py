@@ -203,6 +203,7 @@ def test_all_refused_flags_are_named_at_once_and_what_is_never_supported_first()
 READ_BY_THEIR_SECTION_ALONE = {
     "use_precision_aware_optimizer": "without it, --exp-avg-dtype and --exp-avg-sq-dtype are refused",
     "gradient_checkpointing": "recomputes_layers",
+    "batch_invariant_mode": "batch_invariant",
     "log_probs_chunk_size": "head_chunk_tokens",
     "optimizer_cpu_offload": "offloaded_share",
     "optimizer_offload_fraction": "offloaded_share",

@@ -1,6 +1,8 @@
 """Rewards of the end-to-end tests, named by import path."""
 
-from qwench.rollout.generate import GenerateContext
+import math
+
+from qwench.rollout.generate import GenerateContext, generate_single_turn
 from qwench.samples import Sample, Status
 
 
@@ -26,3 +28,10 @@ def not_a_number(sample: Sample) -> float:
 def two_arguments(sample: Sample, label: str) -> float:
     """Have a signature that nobody calls."""
     return 0.0
+
+
+async def sample_with_another_bit(sample: Sample, context: GenerateContext) -> Sample:
+    """Change the last bit of the first log-prob."""
+    sample = await generate_single_turn(sample, context)
+    sample.rollout_log_probs[0] -= math.ulp(sample.rollout_log_probs[0]) * 2**29
+    return sample

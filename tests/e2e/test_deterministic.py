@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qwench.errors import TrainingError
 from tests.e2e.conftest import DIGITS, InProcess, Workspace, column, read_metrics
 from tests.verbs import run_verb
 
@@ -39,3 +40,25 @@ def test_layouts_whose_bits_vary_are_refused_by_name(
     assert code == 2, error
     for word in ("--deterministic-mode", *words):
         assert word in error, error
+
+
+def test_true_on_policy_log_probs_of_engine_and_trainer_are_equal_bit_by_bit(workspace: Workspace, tmp_path: Path) -> None:
+    flags = {
+        "true_on_policy_mode": (),
+        "max_tokens_per_gpu": 100,
+        "embedded_prefill_chunk_tokens": 24,
+        "get_mismatch_metrics": (),
+    }
+    run_verb(workspace.train_argv(tmp_path / "run", **DIGITS, **flags, rollout_temperature=0.8))
+    gaps = column(tmp_path / "run", "train/train_rollout_logprob_abs_diff_max")
+    # Each rollout has two steps: the second one's weights have moved, the engine's have not.
+    assert gaps[::2] == [0.0, 0.0, 0.0]
+    assert len(gaps) == 6 and min(gaps[1::2]) > 0
+    assert min(column(tmp_path / "run", "train/grad_norm")) > 0
+
+
+def test_a_log_prob_of_another_bit_ends_a_true_on_policy_run(workspace: Workspace, tmp_path: Path) -> None:
+    flags = {"true_on_policy_mode": (), "custom_generate_function_path": "tests.e2e.rewards.sample_with_another_bit"}
+    with pytest.raises(TrainingError, match=r"^--true-on-policy-mode: in rollout 0 16 of \d+ log-probs"):
+        run_verb(workspace.train_argv(tmp_path / "run", **DIGITS, **flags))
+    assert column(tmp_path / "run", "train/loss") == []

@@ -38,6 +38,11 @@ ACCEPTED: tuple[ForeignFlag, ...] = (
     *flags(ANY, "the tokenizer is that of --hf-checkpoint", "tokenizer-model sglang-tokenizer-path", same_as="hf-checkpoint"),
     *flags(("HuggingFaceTokenizer",), "the tokenizer is that of --hf-checkpoint", "tokenizer-type"),
     *flags(ON, "tokenizers are always the fast ones", "tokenizer-hf-use-fast"),
+    *flags(
+        ("qwen3_dense_true_on_policy_v1",),
+        "there is one set of kernels, which --true-on-policy-mode chooses",
+        "true-on-policy-contract sglang-true-on-policy-contract",
+    ),
     *flags(ANY, "an engine address implies it", "rollout-external", same_as="rollout-external-engine-addrs"),
     *flags(ON, "positions are rotary", "no-position-embedding"),
     *flags(("rope",), ARCHITECTURE, "rope-type"),

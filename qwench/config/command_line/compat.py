@@ -69,6 +69,8 @@ ALIASES: Mapping[str, str] = {
 VALUE_ALIASES: Mapping[tuple[str, str], tuple[str, str]] = {
     ("attn-implementation", "triton"): ("attn-implementation", "varlen"),
     ("update-weight-transfer-mode", "disk-delta"): ("update-weight-transport", "disk"),
+    ("true-on-policy-contract", "qwen3_dense_true_on_policy_v1"): ("true-on-policy-mode", "true"),
+    ("sglang-true-on-policy-contract", "qwen3_dense_true_on_policy_v1"): ("true-on-policy-mode", "true"),
     ("ft-components", "rollout"): ("use-fault-tolerance", "true"),
 }
 """Their flag and value -> our flag and value."""

@@ -256,13 +256,6 @@ PLANNED: tuple[ForeignFlag, ...] = (
         generate-multi-samples
         """,
     ),
-    *planned(
-        "equal bits in engine and trainer; --get-mismatch-metrics logs the gap and --use-tis corrects it",
-        """
-        true-on-policy-mode true-on-policy-contract sglang-true-on-policy-contract batch-invariant-mode
-        recompute-logprobs-via-prefill
-        """,
-    ),
     *planned("data sources of your own", "data-source-path=*.rollout.data_source.RolloutDataSource*"),
     *planned("resets of the learning-rate schedule", "finetune use-checkpoint-opt-param-scheduler use-checkpoint-lr-scheduler"),
     *planned("importance weights of your own; --use-tis and --tis-mode choose the built-in ones", "custom-tis-function-path"),

@@ -55,6 +55,15 @@ class TrainingConfig:
     deterministic_mode: bool = False
     """Give the same numbers in every run on the same hardware. Slower; engine servers, and engines under custom generate or
     rollout functions, then compute one response at a time."""
+    batch_invariant_mode: bool = False
+    """Compute a token with the same bits in every batch, in the trainer and the embedded engine. On a CPU, with one rank of
+    --train-backend fsdp; SGLang does it with --sglang-enable-deterministic-inference. Slower."""
+    true_on_policy_mode: bool = False
+    """End the run before a step if one log-prob of the trainer differs in one bit from the engine's. Implies
+    --batch-invariant-mode. With SGLang the first rollout shows whether its kernels and the trainer's agree."""
+    recompute_logprobs_via_prefill: bool = False
+    """Take the engine's log-probs from a prefill of the finished response. With --true-on-policy-mode decoding gives the same
+    bits, so nothing is computed again."""
 
     def __post_init__(self) -> None:
         for flag, value in (
@@ -77,6 +86,11 @@ class TrainingConfig:
     def head_chunk_tokens(self) -> int:
         """Return the number of tokens whose logits exist at a time."""
         return self.log_probs_chunk_size if self.log_probs_chunk_size > 0 else DEFAULT_HEAD_CHUNK_TOKENS
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Tell whether a token has the same bits in every batch."""
+        return self.batch_invariant_mode or self.true_on_policy_mode
 
     @property
     def recomputes_layers(self) -> bool:

@@ -27,6 +27,8 @@ class EmbeddedSettings:
     device: str = "cpu"
     inline: bool = False
     """Run steps on the event loop itself and wait for it to be quiet first: batches, and so all results, are reproducible."""
+    batch_invariant: bool = False
+    """Compute a token with the same bits in every batch; on a CPU."""
     seed: int = 0
     """Source of the seeds of requests that bring none."""
     prefix_cache: bool = True

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional
 
+from qwench.models.decoder.invariant import linear
 from qwench.models.fp8 import BLOCK, dequantize, scale_name
 
 
@@ -21,10 +22,14 @@ class Matrix:
     bias: Tensor | None = None
     """[N]"""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return x [T, K] times the matrix, transposed: [T, N] in the dtype of x."""
+    def __call__(self, x: Tensor, *, invariant: bool = False) -> Tensor:
+        """Return x [T, K] times the matrix, transposed: [T, N] in the dtype of x.
+
+        Args:
+            invariant: a row has the same bits in every batch; of plain matrices alone.
+        """
         if self.scale is None:
-            return functional.linear(x, self.weight, self.bias)
+            return (linear if invariant else functional.linear)(x, self.weight, self.bias)
         y = fp8_linear(x, self.weight, self.scale)
         return y if self.bias is None else y + self.bias
 
@@ -32,13 +37,14 @@ class Matrix:
 class Projection:
     """Matrices with one input: `(q, k, v) = projection(x)`."""
 
-    def __init__(self, matrices: Sequence[Matrix]) -> None:
+    def __init__(self, matrices: Sequence[Matrix], *, invariant: bool = False) -> None:
+        self._invariant = invariant
         self._sizes = tuple(matrix.weight.shape[0] for matrix in matrices)
         fused = _fuse(matrices)
         self._matrices = tuple(matrices) if fused is None else (fused,)
 
     @classmethod
-    def bind(cls, weights: Mapping[str, Tensor], prefix: str, *names: str) -> Projection:
+    def bind(cls, weights: Mapping[str, Tensor], prefix: str, *names: str, invariant: bool = False) -> Projection:
         """Bind to the weights `<prefix><name>.weight`, with their biases and scales if there are any."""
         return cls(
             [
@@ -48,15 +54,16 @@ class Projection:
                     bias=weights.get(f"{prefix}{name}.bias"),
                 )
                 for name in names
-            ]
+            ],
+            invariant=invariant,
         )
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return x [T, K] times each matrix, in one product if they are fused."""
         if len(self._matrices) == 1:
-            parts: tuple[Tensor, ...] = self._matrices[0](x).split(self._sizes, dim=-1)
+            parts: tuple[Tensor, ...] = self._matrices[0](x, invariant=self._invariant).split(self._sizes, dim=-1)
             return parts
-        return tuple(matrix(x) for matrix in self._matrices)
+        return tuple(matrix(x, invariant=self._invariant) for matrix in self._matrices)
 
 
 def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from qwench.algorithms.columns import MicroBatch, on_device
 from qwench.algorithms.log_probs import token_log_probs
 from qwench.models.architecture import Architecture
+from qwench.models.decoder.invariant import TILE, padded
 from qwench.training.memory_budget import ActivationBudget
 from qwench.training.packed_decoder import (
     DecoderTensors,
@@ -104,8 +105,13 @@ class DirectPolicy:
         attention: str,
         head_chunk_tokens: int,
         recomputes_layers: bool,
+        invariant: bool = False,
     ) -> None:
-        """Move the weights of `causal_lm`, which keeps them under their names."""
+        """Move the weights of `causal_lm`, which keeps them under their names.
+
+        Args:
+            invariant: log-probs have the same bits in every micro-batch.
+        """
         self.causal_lm = causal_lm
         self.gradients = FlatGradients(architecture, device)
         self._architecture = architecture
@@ -113,7 +119,8 @@ class DirectPolicy:
         self._attention = attention
         self._head_chunk_tokens = head_chunk_tokens
         self._recomputes_layers = recomputes_layers
-        self._decoder = PackedDecoder(architecture, device)
+        self._invariant = invariant
+        self._decoder = PackedDecoder(architecture, device, invariant=invariant)
         self._budget = ActivationBudget(architecture, device, param_dtype, head_chunk_tokens=head_chunk_tokens)
         self._trigger = torch.zeros((), device=device, requires_grad=True)
         self._flat = FlatTensors(architecture, param_dtype, device)
@@ -147,7 +154,7 @@ class DirectPolicy:
             tokens=on_device(micro_batch.tokens, device),
             positions=on_device(micro_batch.positions, device),
             scored=scored,
-            attention=attention_of(self._attention, micro_batch.lengths, device),
+            attention=attention_of(self._attention, micro_batch.lengths, device, invariant=self._invariant),
         )
         kept_bytes = 0
         if torch.is_grad_enabled():
@@ -158,19 +165,22 @@ class DirectPolicy:
             )
         else:
             hidden, _ = self._decoder.forward(weights, sequences, None)
+        count = len(labels)
+        if self._invariant:
+            hidden, labels = padded(hidden), padded(labels)
         log_probs, entropy = token_log_probs(
             hidden,
             weights.head,
             labels,
             temperature=temperature,
-            chunk_tokens=self._head_chunk_tokens,
+            chunk_tokens=TILE if self._invariant else self._head_chunk_tokens,
             with_entropy=with_entropy,
             weight_sum=self.gradients.sums.head if torch.is_grad_enabled() else None,
             kept_bytes=kept_bytes,
         )
         nowhere = torch.zeros(micro_batch.num_tokens, dtype=torch.float32, device=device)
-        entropy = nowhere.index_copy(0, scored, entropy) if entropy is not None else None
-        return nowhere.index_copy(0, scored, log_probs), entropy
+        entropy = nowhere.index_copy(0, scored, entropy[:count]) if entropy is not None else None
+        return nowhere.index_copy(0, scored, log_probs[:count]), entropy
 
 
 class _Decode(torch.autograd.Function):

@@ -241,6 +241,7 @@ def _place(
             attention=attention,
             head_chunk_tokens=training.head_chunk_tokens,
             recomputes_layers=training.recomputes_layers,
+            invariant=training.batch_invariant and device.type == "cpu",
         )
     policy = Policy(model, attention=attention, head_chunk_tokens=training.head_chunk_tokens)
     parallelize(

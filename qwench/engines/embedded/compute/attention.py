@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from qwench.engines.embedded.compute.batch import Chunks, StepBatch
 from qwench.engines.embedded.compute.decode_work import IntArray
+from qwench.models.decoder.invariant import KEY_BLOCK, TILE, attend
 
 BLOCK_GROWTH = 1.5
 """A block of decodes is closed when the next row needs this many times the pages of its first (plus BLOCK_SLACK)."""
@@ -142,6 +143,38 @@ class TorchAttention:
 
     def _to_bias(self, visible: np.ndarray) -> Tensor:
         return torch.from_numpy(np.where(visible, np.float32(0), np.float32("-inf"))).to(self._device, self._dtype)
+
+
+class InvariantAttention:
+    """Attention in tiles, a chunk of one sequence in each (`models.decoder.invariant`)."""
+
+    def __init__(self, page_size: int, device: torch.device) -> None:
+        self._page_size = page_size
+        self._device = device
+
+    def prepare(self, batch: StepBatch) -> None:
+        """Lay out the tiles of all chunks."""
+        rows, last_seen, slots, seen, begin = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor](), 0
+        longest = max([0, *batch.decodes.lengths.tolist(), *batch.prefills.lengths.tolist()])
+        keys = np.arange(-(-longest // KEY_BLOCK) * KEY_BLOCK)
+        for chunks in (batch.decodes, batch.prefills):
+            for start, count, table in zip(chunks.starts.tolist(), chunks.counts.tolist(), chunks.tables, strict=True):
+                place = np.minimum(np.arange(-(-count // TILE) * TILE), count - 1).reshape(-1, TILE)
+                known = np.minimum(keys, start + count - 1)
+                slot = table[known // self._page_size].astype(np.int64) * self._page_size + known % self._page_size
+                rows.append(torch.from_numpy(begin + place))
+                last_seen.append(torch.from_numpy(start + place))
+                slots.append(torch.from_numpy(slot).expand(len(place), -1))
+                seen.append(torch.from_numpy(np.arange(place.size) < count))
+                begin += count
+        self._rows, self._last_seen, self._slots = (torch.cat(parts).to(self._device) for parts in (rows, last_seen, slots))
+        self._cells = torch.cat(seen).nonzero().squeeze(-1).to(self._device)
+
+    def __call__(self, q_THK: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """See `Attention`."""
+        k, v = (pages.flatten(0, 1)[self._slots] for pages in (keys, values))
+        tiles = attend(q_THK[self._rows], k, v, self._last_seen, scale=q_THK.shape[-1] ** -0.5)
+        return tiles.flatten(0, 1)[self._cells]
 
 
 def _gather(pages_PSHK: Tensor, pages: Tensor, num_rows: int) -> Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwench.engines.embedded.compute.attention import Attention, TorchAttention
+from qwench.engines.embedded.compute.attention import Attention, InvariantAttention, TorchAttention
 from qwench.engines.embedded.compute.batch import BatchBuilder, Chunks, StepBatch, to_device
 from qwench.engines.embedded.compute.graphs import Bucket, DecodeGraphs, DecodeInputs, Drawn
 from qwench.engines.embedded.compute.model import DecoderModel
@@ -106,6 +106,8 @@ class Decoder:
 
 
 def _make_attention(settings: EmbeddedSettings, device: torch.device) -> Attention:
+    if settings.batch_invariant:
+        return InvariantAttention(settings.page_size, device)
     if device.type != "cuda":
         return TorchAttention(settings.page_size, settings.resolved_dtype, device)
     import qwench.engines.embedded.compute.attention_cuda as cuda  # noqa: PLC0415  # Triton comes with CUDA only

@@ -18,6 +18,7 @@ from qwench.engines.embedded.compute.attention import Attention
 from qwench.engines.embedded.scheduling.kv_cache import KVCache
 from qwench.models.architecture import Architecture
 from qwench.models.decoder import elementwise
+from qwench.models.decoder.invariant import TILE, padded
 from qwench.models.decoder.linear import Projection
 from qwench.models.decoder.rope import rope_table
 
@@ -38,13 +39,20 @@ class _Layer:
 class DecoderModel:
     """A forward pass over weights that the weight store owns."""
 
-    def __init__(self, architecture: Architecture, weights: Mapping[str, Tensor], device: torch.device) -> None:
-        """Bind to `weights` by Hugging Face name; their storage is used, not copied."""
+    def __init__(
+        self, architecture: Architecture, weights: Mapping[str, Tensor], device: torch.device, *, invariant: bool = False
+    ) -> None:
+        """Bind to `weights` by Hugging Face name; their storage is used, not copied.
+
+        Args:
+            invariant: a token has the same bits in every batch.
+        """
+        self._invariant = invariant
         self._architecture = architecture
         self._embedding = weights["model.embed_tokens.weight"]
         self._final_norm = weights["model.norm.weight"]
         self._head = self._embedding if architecture.tied_head else weights["lm_head.weight"]
-        self._layers = [_bind_layer(weights, f"model.layers.{index}.") for index in range(architecture.num_layers)]
+        self._layers = [_bind_layer(weights, f"model.layers.{index}.", invariant) for index in range(architecture.num_layers)]
         self._ops = _elementwise_of(device)
         self._rope = rope_table(architecture.rope, architecture.max_positions, device).to(self._embedding.dtype)
 
@@ -72,7 +80,9 @@ class DecoderModel:
         if logit_tokens is not None and delta_TD is not None:
             x_TD, delta_TD = x_TD[logit_tokens], delta_TD[logit_tokens]
         _, normed = self._ops.add_rms_norm(x_TD, delta_TD, self._final_norm, eps)
-        return head_logits(normed, self._head)
+        if not self._invariant:
+            return head_logits(normed, self._head)
+        return torch.cat([head_logits(tile, self._head) for tile in padded(normed).split(TILE)])[: len(normed)]
 
 
 def _elementwise_of(device: torch.device) -> ModuleType:
@@ -83,9 +93,9 @@ def _elementwise_of(device: torch.device) -> ModuleType:
     return kernels
 
 
-def _bind_layer(weights: Mapping[str, Tensor], prefix: str) -> _Layer:
+def _bind_layer(weights: Mapping[str, Tensor], prefix: str, invariant: bool) -> _Layer:
     def project(*names: str) -> Projection:
-        return Projection.bind(weights, prefix, *names)
+        return Projection.bind(weights, prefix, *names, invariant=invariant)
 
     q_norm, k_norm = (weights.get(f"{prefix}self_attn.{name}.weight") for name in ("q_norm", "k_norm"))
     return _Layer(

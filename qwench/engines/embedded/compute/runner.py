@@ -179,7 +179,9 @@ class Runner:
             assert self._kv_cache is not None
             self._bound_layout = self._weights.layout
             group = self._architecture.num_heads // self._architecture.num_kv_heads
-            model = DecoderModel(self._architecture, self._weights.tensors, self._device)
+            model = DecoderModel(
+                self._architecture, self._weights.tensors, self._device, invariant=self._settings.batch_invariant
+            )
             self._decoder = Decoder(
                 model,
                 self._kv_cache,
