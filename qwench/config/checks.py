@@ -206,6 +206,7 @@ def megatron_is_not_fsdp(config: Config) -> str | None:
         (f"--attn-implementation {config.model.attn_implementation}", config.model.attn_implementation != "sdpa"),
         (f"--dp-replicate {config.parallel.dp_replicate}", config.parallel.dp_replicate > 1),
         ("--torch-compile", config.training.torch_compile),
+        ("--whole-weights", config.training.whole_weights),
     ):
         if is_set:
             return f"{flag} needs --train-backend fsdp; leave it out with megatron"

@@ -279,7 +279,8 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
     )
     if config.backend == "fsdp":
         num_shards = dp_size // config.parallel.dp_replicate
-        return fsdp_bytes(model, state, num_shards=num_shards, holds_reference=holds_reference)
+        whole = config.training.whole_weights
+        return fsdp_bytes(model, state, num_shards=num_shards, computes_whole=whole, holds_reference=holds_reference)
     return megatron_bytes(
         model, state, tp=layout.tp, pp=layout.pp, num_replicas=dp_size * layout.cp, holds_reference=holds_reference
     )

@@ -4,7 +4,7 @@ What a rank holds for each parameter it has, in bytes (p: of the training dtype;
 
     FSDP2      weights 4 (they are the masters); gradients 4; moments m. One rank, or with --optimizer-cpu-offload:
                weights p; gradients 4; what the weights lack of their masters 4 - p on the device, or masters 4 on the host;
-               moments m
+               moments m. With --whole-weights also all weights p and gradients 4 of the model
     Megatron   weights p; gradients 4; masters and moments 4 + m, shared by the data- and context-parallel ranks
     reference  p, on the host
 
@@ -100,14 +100,21 @@ def kv_bytes_per_token(model: Architecture, *, element_bytes: int = 2) -> int:
     return 2 * model.num_layers * model.num_kv_heads * model.head_dim * element_bytes
 
 
-def fsdp_bytes(model: Architecture, state: StateBytes, *, num_shards: int, holds_reference: bool) -> RankBytes:
-    """Return what an FSDP2 rank holds when `num_shards` ranks share one copy of the model."""
+def fsdp_bytes(
+    model: Architecture, state: StateBytes, *, num_shards: int, holds_reference: bool, computes_whole: bool = False
+) -> RankBytes:
+    """Return what an FSDP2 rank holds when `num_shards` ranks share one copy of the model.
+
+    Args:
+        computes_whole: Each rank also has the whole weights that it computes with, and whole gradients.
+    """
     whole = num_parameters(model)
     owned = -(-whole // num_shards)
     weights = state.param if state.offloaded or num_shards == 1 else FLOAT32_BYTES
-    keeps_whole_gradient = whole * FLOAT32_BYTES <= WHOLE_GRADIENT_BYTES
+    computes_whole = computes_whole and num_shards > 1
+    keeps_whole_gradient = computes_whole or whole * FLOAT32_BYTES <= WHOLE_GRADIENT_BYTES
     return RankBytes(
-        weights=owned * weights,
+        weights=owned * weights + (whole * state.param if computes_whole else 0),
         gradients=(whole if keeps_whole_gradient else owned) * FLOAT32_BYTES,
         optimizer=round(owned * (FLOAT32_BYTES - weights + state.moments) * (1 - state.offloaded)),
         host_optimizer=round(owned * (FLOAT32_BYTES + state.moments) * state.offloaded),

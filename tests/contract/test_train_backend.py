@@ -39,6 +39,7 @@ BF16 = [
         _bf16("replicas", dp_replicate=2, reduce_every_micro_batch=True),
         _bf16("replicas-offloaded", dp_replicate=2, offload_fraction=1.0, reduce_every_micro_batch=True),
     ),
+    (_bf16("whole", whole_weights=True), _bf16("whole-offloaded", whole_weights=True, offload_fraction=1.0)),
 ]
 """Masters on the device, and the same on the host, where shards are in bfloat16."""
 WORLDS = {
@@ -55,11 +56,15 @@ WORLDS = {
         Case(name="two-ranks-nan", model="tied", bins=_TWO_RANKS, non_finite=True),
         Case(name="two-ranks-reduced-early", model="tied", bins=_TWO_RANKS, reduce_every_micro_batch=True),
         Case(name="two-ranks-offloaded", model="untied", bins=_TWO_RANKS, offload_fraction=1.0, save=True),
+        Case(name="two-ranks-whole", model="untied", bins=_TWO_RANKS, whole_weights=True, save=True),
+        Case(name="two-ranks-whole-nan", model="tied", bins=_TWO_RANKS, whole_weights=True, non_finite=True),
     ],
     4: [
         Case(name="four-ranks", model="tied", bins=_FOUR_RANKS_ONE_IDLE),
         Case(name="two-by-two", model="tied", bins=_FOUR_RANKS_ONE_IDLE, dp_replicate=2),
         Case(name="four-replicas", model="untied", bins=_FOUR_RANKS_ONE_IDLE, dp_replicate=4),
+        Case(name="four-ranks-whole", model="tied", bins=_FOUR_RANKS_ONE_IDLE, whole_weights=True, gradient_checkpointing=True),
+        Case(name="two-by-two-whole", model="untied", bins=_FOUR_RANKS_ONE_IDLE, whole_weights=True, dp_replicate=2),
         Case(name="four-ranks-half-offloaded", model="tied", bins=_FOUR_RANKS_ONE_IDLE, offload_fraction=0.5),
         Case(
             name="two-by-two-reduced-early",
@@ -73,6 +78,7 @@ WORLDS = {
 }
 RESUMED = [
     Case(name="resumed-on-one", model="untied", bins=_REORDERED, load="two-ranks-untied"),
+    Case(name="resumed-from-whole", model="untied", bins=_REORDERED, load="two-ranks-whole"),
     Case(name="resumed-on-the-host", model="untied", bins=_REORDERED, load="two-ranks-untied", offload_fraction=1.0),
     Case(name="resumed-on-the-device", model="untied", bins=_REORDERED, load="two-ranks-offloaded"),
 ]
@@ -129,8 +135,11 @@ def test_ranks_know_their_place_and_sum_over_each_other(folder: Path) -> None:
 
 def test_a_non_finite_loss_on_one_rank_stops_every_rank_before_the_step(folder: Path) -> None:
     good = read_records(folder, WORLDS[2][0], 2)[0]["steps"][0]
-    for record in read_records(folder, WORLDS[2][2], 2):
-        assert_stops_before_the_step(record, good)
+    spoiled = [case for case in WORLDS[2] if case.non_finite]
+    assert [case.name for case in spoiled] == ["two-ranks-nan", "two-ranks-whole-nan"]
+    for case in spoiled:
+        for record in read_records(folder, case, 2):
+            assert_stops_before_the_step(record, good)
 
 
 @pytest.mark.parametrize("case", RESUMED, ids=[case.name for case in RESUMED])

@@ -53,6 +53,7 @@ class Case:
     """Compute in bfloat16, not in float32."""
     offload_fraction: float = 0.0
     reduce_every_micro_batch: bool = False
+    whole_weights: bool = False
     non_finite: bool = False
     """Give one rank's last micro-batch a loss of NaN instead."""
     save: bool = False
@@ -200,7 +201,9 @@ def _run_non_finite(backend: Trainer, case: Case) -> dict[str, object]:
 
 
 def _training(case: Case) -> TrainingConfig:
-    return TrainingConfig(gradient_checkpointing=case.gradient_checkpointing, log_probs_chunk_size=7)
+    return TrainingConfig(
+        gradient_checkpointing=case.gradient_checkpointing, log_probs_chunk_size=7, whole_weights=case.whole_weights
+    )
 
 
 def _optimizer(case: Case) -> OptimizerConfig:

@@ -19,6 +19,8 @@ RUNS: list[tuple[int, Case]] = [
     layouts.fsdp("fsdp-2-recomputed", "untied", on="fsdp-2", gradient_checkpointing=True),
     layouts.fsdp("fsdp-2-reduced-early", "tied", on="fsdp-2", reduce_every_micro_batch=True),
     layouts.fsdp("fsdp-2x2", "tied", on="fsdp-4", dp_replicate=2),
+    *(layouts.fsdp(f"{on}-whole", "untied", on=on, whole_weights=True) for on in ("fsdp-2", "fsdp-4")),
+    layouts.fsdp("fsdp-2x2-whole", "tied", on="fsdp-4", dp_replicate=2, whole_weights=True),
     layouts.megatron("tp2-sp-offloaded", "untied", on="tp2-sp", offload_fraction=1.0),
 ]
 

@@ -50,6 +50,9 @@ class TrainingConfig:
     """Number of layers in a chunk of --recompute-method."""
     torch_compile: bool = False
     """Compile each decoder layer with torch.compile (FSDP2)."""
+    whole_weights: bool = False
+    """Compute with whole weights and gradients on each of several ranks, and shard masters and moments alone (FSDP2). Faster,
+    for 6 more bytes a parameter on each GPU in bfloat16."""
     seed: int = 1234
     """Seed of the trainer's random numbers."""
     deterministic_mode: bool = False

@@ -116,6 +116,7 @@ class DirectPolicy:
         self.gradients = FlatGradients(architecture, device)
         self._architecture = architecture
         self._device = device
+        self._flat: FlatTensors | None = None
         self._attention = attention
         self._head_chunk_tokens = head_chunk_tokens
         self._recomputes_layers = recomputes_layers
@@ -123,12 +124,22 @@ class DirectPolicy:
         self._decoder = PackedDecoder(architecture, device, invariant=invariant)
         self._budget = ActivationBudget(architecture, device, param_dtype, head_chunk_tokens=head_chunk_tokens)
         self._trigger = torch.zeros((), device=device, requires_grad=True)
-        self._flat = FlatTensors(architecture, param_dtype, device)
-        self._weights = _move_weights(causal_lm, self._flat.by_name, mesh)
+        self._param_dtype = param_dtype
+        self._weights = _move_weights(causal_lm, self._held_tensors(mesh), mesh)
 
     def named_weights(self) -> dict[str, nn.Parameter]:
         """Return the parameters under their Hugging Face names, in the order of the gradients."""
         return dict(self._weights)
+
+    def computed(self) -> FlatTensors:
+        """Return the memory of the weights that passes compute with, which is taken when it is first asked for."""
+        if self._flat is None:
+            self._flat = FlatTensors(self._architecture, self._param_dtype, self._device)
+        return self._flat
+
+    def _held_tensors(self, _mesh: DeviceMesh) -> Mapping[str, Tensor]:
+        """Return the memory of this rank's part of every weight."""
+        return self.computed().by_name
 
     def begin(self) -> None:
         """Prepare passes: the weights lie as they are computed with."""
@@ -146,7 +157,7 @@ class DirectPolicy:
         self, micro_batch: MicroBatch, *, temperature: float, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """See `Policy.forward`."""
-        weights, device = self._flat.bound, self._device
+        weights, device = self.computed().bound, self._device
         scored = micro_batch.loss_mask.nonzero().squeeze(-1)
         labels = on_device(micro_batch.labels[scored], device)
         scored = on_device(scored, device)
@@ -213,14 +224,15 @@ class _Decode(torch.autograd.Function):
 
 @torch.no_grad()
 def _move_weights(causal_lm: PreTrainedModel, views: Mapping[str, Tensor], mesh: DeviceMesh) -> dict[str, nn.Parameter]:
-    """Copy each weight into its view, and put a DTensor of the view in its place."""
+    """Copy this rank's rows of each weight into their view, and put a DTensor of all ranks' views in its place."""
     placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
     given = dict(causal_lm.named_parameters())
     assert given.keys() == views.keys(), "the architecture knows every weight"
+    place = mesh["dp_shard"].get_local_rank()
     moved: dict[str, nn.Parameter] = {}
     by_old: dict[nn.Parameter, nn.Parameter] = {}
     for name, view in views.items():
-        view.copy_(given[name])
+        view.copy_(given[name][place * len(view) : (place + 1) * len(view)])
         moved[name] = by_old[given[name]] = nn.Parameter(DTensor.from_local(view, mesh, placements, run_check=False))
     for module in causal_lm.modules():
         for leaf, parameter in list(module.named_parameters(recurse=False)):

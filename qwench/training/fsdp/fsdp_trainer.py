@@ -27,6 +27,7 @@ from qwench.training.fsdp import checkpoint
 from qwench.training.fsdp.attention import install_attention
 from qwench.training.fsdp.checkpoint import fill_shards, is_foreign, load_causal_lm, load_converted
 from qwench.training.fsdp.direct import DirectPolicy, can_be_direct
+from qwench.training.fsdp.gathered import GatheredPolicy
 from qwench.training.fsdp.optimizer import MasterOptimizer, local_shard
 from qwench.training.fsdp.parallelize import MASTER_DTYPE, build_mesh, parallelize
 from qwench.training.fsdp.policy import Policy
@@ -229,8 +230,23 @@ def _place(
     param_dtype: torch.dtype,
     device: torch.device,
 ) -> Policy | DirectPolicy:
-    """Put the model on its ranks: a `DirectPolicy` where one rank has it alone and the decoder has every part, else FSDP2."""
+    """Put the model on its ranks: a `DirectPolicy` where one rank has it alone and the decoder has every part, else FSDP2.
+
+    With --whole-weights, several ranks have a `GatheredPolicy`.
+    """
     architecture = architecture_of(model.config)
+    if mesh.size() > 1 and training.whole_weights:
+        return GatheredPolicy(
+            model,
+            architecture,
+            mesh,
+            device=device,
+            param_dtype=param_dtype,
+            stored_dtype=stored_dtype,
+            attention=attention,
+            head_chunk_tokens=training.head_chunk_tokens,
+            recomputes_layers=training.recomputes_layers,
+        )
     if mesh.size() == 1 and can_be_direct(architecture, attention):
         return DirectPolicy(
             model,

@@ -43,6 +43,10 @@ REFUSED = [
     ({"parallel": ParallelConfig(tensor_model_parallel_size=3), "cluster": EIGHT}, "--tensor-model-parallel-size 3 (3 ranks"),
     ({"training": MEGATRON, "model": ModelConfig(attn_implementation="varlen")}, "--attn-implementation varlen needs"),
     ({"training": MEGATRON, "parallel": ParallelConfig(dp_replicate=2), "cluster": EIGHT}, "--dp-replicate 2 needs"),
+    (
+        {"training": TrainingConfig(train_backend="megatron", whole_weights=True), "cluster": EIGHT},
+        "--whole-weights needs --train-backend fsdp",
+    ),
     ({"training": TrainingConfig(train_backend="megatron", torch_compile=True)}, "--torch-compile needs --train-backend fsdp"),
     ({"training": TrainingConfig(transformer_impl="transformer_engine")}, "--transformer-impl transformer_engine needs"),
     ({"parallel": ParallelConfig(dp_replicate=3), "cluster": EIGHT}, "--dp-replicate 3 does not divide the 8"),

@@ -77,6 +77,14 @@ def test_large_gradients_are_sharded():
     assert held.gradients == -(-num_parameters(QWEN3_4B) // 8) * 4
 
 
+def test_ranks_that_compute_with_whole_weights_hold_them_and_whole_gradients_besides_their_shards():
+    whole = num_parameters(QWEN3_4B)
+    held = fsdp_bytes(QWEN3_4B, BF16, num_shards=4, holds_reference=False, computes_whole=True)
+    assert (held.weights, held.gradients, held.optimizer) == (whole // 4 * 4 + whole * 2, whole * 4, whole // 4 * 8)
+    alone = fsdp_bytes(SMALL, BF16, num_shards=1, holds_reference=False, computes_whole=True)
+    assert alone == fsdp_bytes(SMALL, BF16, num_shards=1, holds_reference=False)
+
+
 def test_megatron_ranks_hold_a_share_of_a_stage():
     held = megatron_bytes(SMALL, BF16, tp=2, pp=2, num_replicas=2, holds_reference=True)
     stage = 2 * (MATRICES // 2 + NORMS) + 5 * 4 + 4  # two layers, half the embedding, the last norm: 192
