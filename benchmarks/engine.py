@@ -34,6 +34,7 @@ from peers import sglang_rate, transformers_rate
 from torch import Tensor
 from transformers import Qwen3Config
 
+from qwench.config.sections.engine import EngineConfig
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.protocol import GenerateRequest, MemoryTag, SamplingParams
@@ -316,7 +317,7 @@ async def time_steps(measured: Measured, load: Load) -> tuple[float, float]:
 def measure_cpu(size: str, dtype: torch.dtype, rounds: int) -> dict[str, object]:
     """Decode 32 prompts of 16 tokens for 64 new ones, beside transformers' generate; medians of alternating rounds."""
     load = Load(prompts=[16] * 32, responses=[64] * 32, samples=1)
-    measured = Measured(size, "cpu", EmbeddedSettings(dtype=dtype, kv_cache_tokens=4096))
+    measured = Measured(size, "cpu", EmbeddedSettings(dtype=dtype, sizes=EngineConfig(embedded_kv_cache_tokens=4096)))
     rates: dict[str, list[float]] = defaultdict(list)
     for _ in range(rounds + 1):
         rates["qwench"].append(load.num_new / _loop.run(measured.run(load))[0])
@@ -360,7 +361,12 @@ def main() -> None:
         if "sglang" in args.peers:
             note(f"{size} sglang", sglang_rate(config_of(size), args.new_tokens, python=args.sglang_python, rounds=args.rounds))
         measured = Measured(
-            size, args.device, EmbeddedSettings(device="cuda", mem_fraction=args.mem_fraction, max_running_requests=256)
+            size,
+            args.device,
+            EmbeddedSettings(
+                device="cuda",
+                sizes=EngineConfig(embedded_mem_fraction=args.mem_fraction, embedded_max_running_requests=256),
+            ),
         )
         for name, load in loads(args.new_tokens).items():
             if name.split(",")[0] in args.cases:

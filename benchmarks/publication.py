@@ -115,7 +115,9 @@ def in_process(
     for way, send in senders.items():
         if way not in args.ways:
             continue
-        settings = EmbeddedSettings(device=args.device, dtype=dtype, kv_cache_tokens=KV_TOKENS, fp8=way == "fp8")
+        settings = EmbeddedSettings(
+            sizes=EngineConfig(embedded_kv_cache_tokens=KV_TOKENS), device=args.device, dtype=dtype, fp8=way == "fp8"
+        )
         engine = EmbeddedEngine.from_checkpoint(load_hf_config(folder), settings)
         publish = partial(send, engines=[engine], version=1)
         yield way, timed(lambda publish=publish: asyncio.run(publish()), rounds=args.rounds, device=source.device)

@@ -158,9 +158,9 @@ def _load_verb(verb: str) -> Command:
 
             return train.run
         case "sft":
-            from qwench.commands import sft
+            from qwench.commands import train
 
-            return sft.run
+            return train.run_sft
         case "eval":
             from qwench.commands import evaluate
 

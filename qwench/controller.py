@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from qwench.checkpoints.manager import CheckpointManager, SavesTraining
+from qwench.checkpoints.manager import CheckpointManager, SavesRollouts, SavesTraining
 from qwench.config.plan import RunPlan
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import EngineError, Stopped
@@ -22,10 +22,10 @@ from qwench.rollout.probe import TEMPERATURE, GreedyProbe
 from qwench.samples import Rollout, Sample
 from qwench.training.learner import Learned
 from qwench.training.process_group import agree_on_largest
-from qwench.weights.publisher import PublishedModel, Publisher
+from qwench.weights.publisher import Devices, PublishedModel, Publisher
 
 
-class Rollouts(Protocol):
+class Rollouts(SavesRollouts, Protocol):
     """A source of scored rollouts: generated (`RolloutStream`), replayed (`ReplayStream`) or read (`SftStream`)."""
 
     def take(self, rollout_id: int) -> Rollout:
@@ -38,14 +38,6 @@ class Rollouts(Protocol):
 
     def interrupt(self, next_rollout_id: int) -> None:
         """End generation so that a checkpoint resumes with `next_rollout_id`."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the JSON-compatible state after the rollouts taken so far."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
         ...
 
     def close(self) -> None:
@@ -74,20 +66,6 @@ class LearnerProtocol(Protocol):
         ...
 
 
-class Gpus(Protocol):
-    """Moves device memory between engines and learner (`cluster.gpus`)."""
-
-    weights_may_alias: bool
-
-    def held_by(self, model: PublishedModel) -> AbstractContextManager[None]:
-        """Give the devices to the learner inside the context."""
-        ...
-
-    def keep_for(self, model: PublishedModel) -> None:
-        """Give the devices to the learner for the rest of the run."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """The parts of a run, as `launch.build` chose them."""
@@ -97,7 +75,7 @@ class Run:
     """None: rollouts are only generated."""
     rollouts: Rollouts
     engines: EnginePool | None
-    gpus: Gpus
+    gpus: Devices
     evaluate: Callable[[], Mapping[str, float]] | None
     """Returns `eval/...` metrics of the policy. None: there is nothing to evaluate on."""
     checkpoints: CheckpointManager

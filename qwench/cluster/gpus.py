@@ -12,30 +12,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 from qwench.engines.fleet.pool import EnginePool
 from qwench.engines.protocol import MemoryTag
 from qwench.errors import EngineError
 from qwench.observability.timing import PhaseTimer
+from qwench.weights.publisher import PublishedModel
 
 _logger = logging.getLogger(__name__)
-
-
-class Sleeper(Protocol):
-    """Whatever can move its state off the device and back."""
-
-    def sleep(self) -> None:
-        """Give device memory back."""
-        ...
-
-    def wake(self) -> None:
-        """Take it again."""
-        ...
-
-    def release_cache(self) -> None:
-        """Give back what holds nothing but is kept for later."""
-        ...
 
 
 class DedicatedGpus:
@@ -48,11 +32,11 @@ class DedicatedGpus:
         """Do nothing."""
 
     @contextmanager
-    def held_by(self, model: Sleeper) -> Iterator[None]:
+    def held_by(self, model: PublishedModel) -> Iterator[None]:
         """Do nothing around the block."""
         yield
 
-    def keep_for(self, model: Sleeper) -> None:
+    def keep_for(self, model: PublishedModel) -> None:
         """Do nothing."""
 
 
@@ -80,7 +64,7 @@ class ColocatedGpus:
             self._has_room = True
 
     @contextmanager
-    def held_by(self, model: Sleeper) -> Iterator[None]:
+    def held_by(self, model: PublishedModel) -> Iterator[None]:
         """Give the device to the learner inside the block, to the engines after it."""
         with self._timer.phase("offload"):
             self.make_room()
@@ -95,7 +79,7 @@ class ColocatedGpus:
                 self._engines.wake(self._engine_tags)
                 self._has_room = False
 
-    def keep_for(self, model: Sleeper) -> None:
+    def keep_for(self, model: PublishedModel) -> None:
         """Give the device to the learner for the rest of the run; engines may have ended already."""
         try:
             self.make_room()

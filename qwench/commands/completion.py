@@ -10,10 +10,10 @@ from typing import get_args
 
 import shtab
 
-from qwench.config import Config
 from qwench.config.command_line.flags import Flag, flag_table
 from qwench.config.command_line.help import first_sentence, is_help
 from qwench.config.command_line.pages import PAGES
+from qwench.config.config import Config
 from qwench.config.sections.convert import ConvertConfig
 from qwench.config.sections.verbs import (
     DoctorConfig,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 from qwench.commands import train
-from qwench.config.command_line.parse import parse_train
 
 _BOTH: Mapping[str, tuple[str, ...]] = {
     "actor-num-gpus-per-node": ("8",),
@@ -22,9 +20,9 @@ DEFAULTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 def run_train(words: Sequence[str]) -> None:
     """Do what slime's and miles' train.py does: generate and train in turn."""
-    train.run(words, parse=partial(parse_train, defaults=DEFAULTS["train.py"]))
+    train.run(words, more_defaults=DEFAULTS["train.py"])
 
 
 def run_train_async(words: Sequence[str]) -> None:
     """Do what slime's and miles' train_async.py does: generate one rollout ahead of training."""
-    train.run(words, parse=partial(parse_train, defaults=DEFAULTS["train_async.py"]))
+    train.run(words, more_defaults=DEFAULTS["train_async.py"])

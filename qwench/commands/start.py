@@ -8,14 +8,14 @@ from dataclasses import replace
 
 from rich.text import Text
 
-from qwench.config import Config, RunPlan
 from qwench.config.advice import plan_warnings, warnings
+from qwench.config.config import Config
 from qwench.config.engine_choice import check_engine_is_installed, look_at_machine
 from qwench.config.environment import trainer_environment
-from qwench.config.eval_sets import resolve_eval_sets
+from qwench.config.eval_sets import eval_settings
 from qwench.config.memory_fit import engine_weight_bytes
 from qwench.config.named_files import check_checkpoint
-from qwench.config.plan import plan_lines
+from qwench.config.plan import RunPlan, plan_lines
 from qwench.config.report import settings_by_section
 from qwench.data.rows import check_first_row
 from qwench.hub import data_files, find_reference, model_folder
@@ -97,7 +97,7 @@ def _check_columns(config: Config) -> None:
         return
     if config.debug.load_debug_rollout_data is None and data.prompt_data is not None and rollout.rollout_function_path is None:
         check_first_row(data.prompt_data, data.input_key, flag="--input-key")
-    for one in resolve_eval_sets(config.evaluation, rollout, data):
+    for one in eval_settings(config.evaluation, rollout, data):
         if find_reference(one.path, "dataset") is None:
             check_first_row(
                 one.path, one.input_key, flag="--eval-input-key" if config.evaluation.eval_input_key else "--input-key"

@@ -1,18 +1,26 @@
-"""`qwench train`: reinforcement learning, or fine-tuning with --loss-type sft_loss as slime's SFT recipe asks for it."""
+"""`qwench train`: reinforcement learning, or fine-tuning with --loss-type sft_loss as slime's SFT recipe asks for it.
+
+`qwench sft` is the same loop over conversations, without engines.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
+from typing import Literal
 
 from qwench.commands.start import prepare, with_local_inputs
-from qwench.config import Config
-from qwench.config.command_line.parse import parse_train
+from qwench.config.command_line.parse import parse_run
 
 
-def run(words: Sequence[str], *, parse: Callable[[Sequence[str]], Config] = parse_train) -> None:
+def run(
+    words: Sequence[str],
+    *,
+    verb: Literal["train", "sft"] = "train",
+    more_defaults: Mapping[str, tuple[str, ...]] | None = None,
+) -> None:
     """Build the run and train; with --debug-rollout-only, generate alone."""
-    config = with_local_inputs(parse(words))
+    config = with_local_inputs(parse_run(verb, words, more_defaults=more_defaults))
     plan = prepare(config)
     from qwench import controller  # PyTorch: `prepare` sets its environment first
     from qwench.launch.build import build, check
@@ -29,3 +37,8 @@ def run(words: Sequence[str], *, parse: Callable[[Sequence[str]], Config] = pars
             controller.generate(built)
         built.finish()
     leave_process_group()
+
+
+def run_sft(words: Sequence[str]) -> None:
+    """Train on conversations."""
+    run(words, verb="sft")

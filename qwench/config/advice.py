@@ -31,8 +31,8 @@ def warnings(config: Config, *, trains: bool = True) -> Iterator[str]:
         yield from _unread_checkpoints(config.checkpoint)
     if config.engine.rollout_external_engine_addrs:
         yield from _unused_by_external_engines(config.engine)
-    elif config.engine.kind == "embedded":
-        yield from _unused_by_embedded_engine(config)
+    else:
+        yield from _unused_by_own_engines(config)
 
 
 def plan_warnings(config: Config, plan: RunPlan) -> Iterator[str]:
@@ -89,18 +89,19 @@ def _unused_by_external_engines(engine: EngineConfig) -> Iterator[str]:
         yield f"--rollout-external-engine-addrs: the engines run already and are not told {' '.join(unused)}"
 
 
-def _unused_by_embedded_engine(config: Config) -> Iterator[str]:
-    engine, default = config.engine, EngineConfig()
-    in_process = config.cluster.shares_devices
-    for name in ("use_fault_tolerance", "use_sglang_router"):
-        if in_process and getattr(engine, name):
-            yield f"--{flag_name(name)} has no effect on the embedded engine, which lives and dies with this process"
-    for name in ("rollout_health_check_first_wait", "rollout_health_check_interval", "rollout_health_check_timeout"):
+def _unused_by_own_engines(config: Config) -> Iterator[str]:
+    engine, default, facts = config.engine, EngineConfig(), config.engine.facts
+    in_process = facts.runs_in_process and config.cluster.shares_devices
+    for name in (
+        *("use_fault_tolerance", "use_sglang_router"),
+        *("rollout_health_check_first_wait", "rollout_health_check_interval", "rollout_health_check_timeout"),
+    ):
         if in_process and getattr(engine, name) != getattr(default, name):
-            yield f"--{flag_name(name)} has no effect on the embedded engine, which lives and dies with this process"
-    if config.cluster.rollout_num_gpus_per_engine > 1:
-        yield "--rollout-num-gpus-per-engine has no effect on the embedded engine, which runs on one GPU"
-    yield from _unused_pass_through(engine.sglang_args, engine.router_args if in_process else ())
+            yield f"--{flag_name(name)} has no effect on the {engine.kind} engine: it runs in this process"
+    if config.cluster.rollout_num_gpus_per_engine > 1 and not facts.spans_devices:
+        yield f"--rollout-num-gpus-per-engine has no effect on the {engine.kind} engine, which runs on one GPU"
+    if facts.reads_embedded_flags:
+        yield from _unused_pass_through(engine.sglang_args, engine.router_args if in_process else ())
 
 
 def _compares_siblings(algorithm: AlgorithmConfig) -> bool:

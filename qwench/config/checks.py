@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from qwench.config.config import Config
-from qwench.config.eval_sets import resolve_eval_sets
+from qwench.config.eval_sets import eval_settings
 from qwench.config.layout import data_parallel_size
 from qwench.config.named_files import (
     check_checkpoint,
@@ -101,7 +101,7 @@ def check_eval(config: Config) -> None:
     """
     check_eval_data(config)
     has_sets = config.evaluation.has_sets
-    lengths = [one.max_response_len for one in resolve_eval_sets(config.evaluation, config.rollout, config.data)]
+    lengths = [one.max_response_len for one in eval_settings(config.evaluation, config.rollout, config.data)]
     if not has_sets:
         lengths = [config.evaluation.eval_max_response_len or config.rollout.rollout_max_response_len]
     _require_all("qwench eval", {
@@ -275,7 +275,7 @@ def engines_divide_gpus(config: Config) -> str | None:
     num_gpus = cluster.world_size if cluster.shares_devices else cluster.rollout_num_gpus
     if config.engine.sglang_config is not None:
         return None  # its groups have their own sizes
-    if config.engine.kind == "sglang" and num_gpus and num_gpus % cluster.rollout_num_gpus_per_engine:
+    if config.engine.facts.spans_devices and num_gpus and num_gpus % cluster.rollout_num_gpus_per_engine:
         return (
             f"--rollout-num-gpus-per-engine {cluster.rollout_num_gpus_per_engine} does not divide the {num_gpus} GPUs "
             "of the engines"
@@ -357,7 +357,7 @@ def an_export_replaces_nothing_else(config: Config) -> str | None:
 
 def sglang_flags_are_known(config: Config) -> str | None:
     """The installed SGLang checks its own flags; for the embedded engine a spelling mistake would pass unseen."""
-    return None if config.engine.kind == "sglang" else unknown_sglang_flag(config.engine.sglang_args)
+    return None if config.engine.facts.spans_devices else unknown_sglang_flag(config.engine.sglang_args)
 
 
 def deterministic_engines_are_ours(config: Config) -> str | None:

@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -30,33 +30,36 @@ from qwench.config.sections.rollout import RolloutConfig
 from qwench.config.values import parse_value, yaml_words
 from qwench.errors import ConfigError
 
-T = TypeVar("T")
-
-
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvalSetConfig:
-    """One entry of `datasets`; a field that is None falls back to the flags."""
+class EvalSettings:
+    """One evaluation set; fields without a default come from the flags where the file does not give them."""
 
     name: str
     path: str
     rm_type: str | None = None
-    n_samples_per_eval_prompt: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    max_response_len: int | None = None
-    min_new_tokens: int | None = None
-    stop: tuple[str, ...] | None = None
-    stop_token_ids: tuple[int, ...] | None = None
-    input_key: str | None = None
-    label_key: str | None = None
-    tool_key: str | None = None
-    metadata_key: str | None = None
+    """--rm-type of this set. None: that of the run, or of its rows."""
+    n_samples_per_eval_prompt: int
+    temperature: float
+    top_p: float
+    top_k: int
+    max_response_len: int | None
+    """None: up to `max_context_len`."""
+    min_new_tokens: int
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    input_key: str
+    label_key: str | None
+    tool_key: str
+    metadata_key: str
     metadata_overrides: Mapping[str, Any] = field(default_factory=dict)
     """Replaces these entries of every row's metadata."""
+    max_context_len: int | None
+    """None: the model's own limit."""
+    max_prompt_len: int | None
+    """None: no limit."""
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -68,11 +71,54 @@ class EvalSetConfig:
         check_fraction("top_p", self.top_p)
         check_top_k("top_k", self.top_k)
 
+    @property
+    def row_metadata(self) -> dict[str, Any]:
+        """Return the entries that replace those of every row's metadata, the set's reward among them."""
+        reward = {} if self.rm_type is None else {"rm_type": self.rm_type}
+        return {**reward, **self.metadata_overrides}
 
-_KEYS = tuple(item.name for item in fields(EvalSetConfig))
+
+_KEYS = tuple(item.name for item in fields(EvalSettings) if item.name not in ("max_context_len", "max_prompt_len"))
+"""Keys of one entry of `datasets`."""
 
 
-def read_eval_file(path: Path, *, for_function: bool = False) -> tuple[EvalSetConfig, ...]:
+def eval_settings(evaluation: EvalConfig, rollout: RolloutConfig, data: DataConfig) -> tuple[EvalSettings, ...]:
+    """Return the sets of --eval-config, or those of --eval-prompt-data.
+
+    Raises:
+        ConfigError: --eval-config cannot be read, or a set is not as it must be.
+    """
+    by_flags = _by_flags(evaluation, rollout, data)
+    if evaluation.eval_config is not None:
+        return _read_file(evaluation.eval_config, by_flags, for_function=evaluation.eval_function_path is not None)
+    names, paths = evaluation.eval_prompt_data[::2], evaluation.eval_prompt_data[1::2]
+    return tuple(EvalSettings(name=name, path=path, **by_flags) for name, path in zip(names, paths, strict=True))
+
+
+def _by_flags(evaluation: EvalConfig, rollout: RolloutConfig, data: DataConfig) -> dict[str, Any]:
+    """Return what the flags say of every set: the --eval- flag, or the rollout's where that is not given."""
+    both: dict[str, tuple[Any, Any]] = {
+        "temperature": (evaluation.eval_temperature, rollout.rollout_temperature),
+        "top_p": (evaluation.eval_top_p, rollout.rollout_top_p),
+        "top_k": (evaluation.eval_top_k, rollout.rollout_top_k),
+        "min_new_tokens": (evaluation.eval_min_new_tokens, rollout.rollout_min_new_tokens),
+        "max_response_len": (evaluation.eval_max_response_len, rollout.rollout_max_response_len),
+        "max_context_len": (evaluation.eval_max_context_len, rollout.rollout_max_context_len),
+        "max_prompt_len": (evaluation.eval_max_prompt_len, data.rollout_max_prompt_len),
+        "input_key": (evaluation.eval_input_key, data.input_key),
+        "label_key": (evaluation.eval_label_key, data.label_key),
+        "tool_key": (evaluation.eval_tool_key, data.tool_key),
+    }
+    return {
+        "n_samples_per_eval_prompt": evaluation.n_samples_per_eval_prompt,
+        "stop": rollout.rollout_stop,
+        "stop_token_ids": rollout.rollout_stop_token_ids,
+        "metadata_key": data.metadata_key,
+        **{key: fallback if own is None else own for key, (own, fallback) in both.items()},
+    }
+
+
+def _read_file(path: Path, by_flags: Mapping[str, Any], *, for_function: bool) -> tuple[EvalSettings, ...]:
     """Return the sets of a file in the form of the module docstring; `datasets` may also map names to sets.
 
     Args:
@@ -83,7 +129,7 @@ def read_eval_file(path: Path, *, for_function: bool = False) -> tuple[EvalSetCo
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return _sets(content, for_function=for_function)
+        return _sets(content, by_flags, for_function=for_function)
     except OSError as error:
         raise ConfigError(f"--eval-config: cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -92,14 +138,14 @@ def read_eval_file(path: Path, *, for_function: bool = False) -> tuple[EvalSetCo
         raise ConfigError(f"--eval-config: {path}: {error}") from error
 
 
-def _sets(content: Any, *, for_function: bool) -> tuple[EvalSetConfig, ...]:
-    """Read what the file holds; ValueError says what is wrong in it."""
+def _sets(content: Any, by_flags: Mapping[str, Any], *, for_function: bool) -> tuple[EvalSettings, ...]:
+    """Read the content of the file. A ValueError describes its mistake."""
     evaluation = _mapping(content, ("eval",), "the file")["eval"]
     known = ("defaults", "datasets")
     more = tuple(evaluation) if for_function and isinstance(evaluation, dict) else ()
     outline = _mapping(evaluation, (*known, *more), "eval")
     defaults = _mapping(outline.get("defaults"), _KEYS[2:], "eval.defaults")
-    sets = tuple(_set(entry, defaults, i) for i, entry in enumerate(_entries(outline.get("datasets"))))
+    sets = tuple(_set(entry, defaults, by_flags, i) for i, entry in enumerate(_entries(outline.get("datasets"))))
     names = [one.name for one in sets]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"eval.datasets must list at least one set, each under its own name; got {' '.join(names) or 'none'}")
@@ -114,7 +160,7 @@ def _entries(datasets: Any) -> Sequence[Any]:
     raise ValueError("eval.datasets must be a list of sets, or map names to sets")
 
 
-def _set(entry: Any, defaults: Mapping[str, Any], index: int) -> EvalSetConfig:
+def _set(entry: Any, defaults: Mapping[str, Any], by_flags: Mapping[str, Any], index: int) -> EvalSettings:
     place = f"eval.datasets[{index}]"
     own = _mapping(entry, _KEYS, place)
     for key in ("name", "path"):
@@ -122,9 +168,9 @@ def _set(entry: Any, defaults: Mapping[str, Any], index: int) -> EvalSetConfig:
             raise ValueError(f"{place} has no {key}")
     place = f"{place} ({own['name']})"
     given = {key: value for key, value in {**defaults, **own}.items() if value is not None}
-    hints = get_type_hints(EvalSetConfig)
+    hints = get_type_hints(EvalSettings)
     try:
-        return EvalSetConfig(**{key: _value(key, hints[key], value) for key, value in given.items()})
+        return EvalSettings(**{**by_flags, **{key: _value(key, hints[key], value) for key, value in given.items()}})
     except (ValueError, ConfigError) as error:
         raise ValueError(f"{place}: {error}") from error
 
@@ -146,80 +192,3 @@ def _mapping(value: Any, known: Sequence[str], place: str) -> Mapping[str, Any]:
         if key not in known:
             raise ValueError(f"{place} has the unknown key {key!r}; known: {', '.join(known)}")
     return value
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvalSettings:
-    """One evaluation set."""
-
-    name: str
-    path: str
-    n_samples_per_prompt: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_new_tokens: int
-    max_response_len: int | None
-    """None: up to `max_context_len`."""
-    max_context_len: int | None
-    """None: the model's own limit."""
-    max_prompt_len: int | None
-    """None: no limit."""
-    stop: tuple[str, ...]
-    stop_token_ids: tuple[int, ...]
-    input_key: str
-    label_key: str | None
-    tool_key: str
-    metadata_key: str
-    metadata_overrides: Mapping[str, Any] = field(default_factory=dict)
-    """Replaces these entries of every row's metadata; `rm_type` is among them when the set has its own reward."""
-
-
-def eval_sets(evaluation: EvalConfig) -> tuple[EvalSetConfig, ...]:
-    """Return the sets of --eval-config, or those of --eval-prompt-data, with their own values.
-
-    Raises:
-        ConfigError: --eval-config cannot be read.
-    """
-    if evaluation.eval_config is not None:
-        return read_eval_file(evaluation.eval_config, for_function=evaluation.eval_function_path is not None)
-    names, paths = evaluation.eval_prompt_data[::2], evaluation.eval_prompt_data[1::2]
-    return tuple(EvalSetConfig(name=name, path=path) for name, path in zip(names, paths, strict=True))
-
-
-def resolve_eval_sets(evaluation: EvalConfig, rollout: RolloutConfig, data: DataConfig) -> tuple[EvalSettings, ...]:
-    """Return the settings of every set.
-
-    Raises:
-        ConfigError: --eval-config cannot be read.
-    """
-    return tuple(_settings(one, evaluation, rollout, data) for one in eval_sets(evaluation))
-
-
-def _settings(own: EvalSetConfig, evaluation: EvalConfig, rollout: RolloutConfig, data: DataConfig) -> EvalSettings:
-    reward = {} if own.rm_type is None else {"rm_type": own.rm_type}
-    return EvalSettings(
-        name=own.name,
-        path=own.path,
-        n_samples_per_prompt=_first(own.n_samples_per_eval_prompt, None, evaluation.n_samples_per_eval_prompt),
-        temperature=_first(own.temperature, evaluation.eval_temperature, rollout.rollout_temperature),
-        top_p=_first(own.top_p, evaluation.eval_top_p, rollout.rollout_top_p),
-        top_k=_first(own.top_k, evaluation.eval_top_k, rollout.rollout_top_k),
-        min_new_tokens=_first(own.min_new_tokens, evaluation.eval_min_new_tokens, rollout.rollout_min_new_tokens),
-        max_response_len=_first(own.max_response_len, evaluation.eval_max_response_len, rollout.rollout_max_response_len),
-        max_context_len=_first(None, evaluation.eval_max_context_len, rollout.rollout_max_context_len),
-        max_prompt_len=_first(None, evaluation.eval_max_prompt_len, data.rollout_max_prompt_len),
-        stop=_first(own.stop, None, rollout.rollout_stop),
-        stop_token_ids=_first(own.stop_token_ids, None, rollout.rollout_stop_token_ids),
-        input_key=_first(own.input_key, evaluation.eval_input_key, data.input_key),
-        label_key=_first(own.label_key, evaluation.eval_label_key, data.label_key),
-        tool_key=_first(own.tool_key, evaluation.eval_tool_key, data.tool_key),
-        metadata_key=_first(own.metadata_key, None, data.metadata_key),
-        metadata_overrides={**reward, **own.metadata_overrides},
-    )
-
-
-def _first(own: T | None, flag: T | None, fallback: T) -> T:
-    if own is not None:
-        return own
-    return fallback if flag is None else flag

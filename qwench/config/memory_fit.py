@@ -32,7 +32,7 @@ def check_fit(config: Config, plan: RunPlan, *, device_bytes: int, element_bytes
     if weights > fraction * device_bytes:
         size = min(plan.devices.engine_sizes)
         advice = "raise --rollout-num-gpus-per-engine"
-        if config.engine.kind == "embedded":
+        if not config.engine.facts.spans_devices:
             advice = "give --rollout-engine sglang --rollout-num-gpus-per-engine N"
         raise ConfigError(
             f"an engine of {size} GPU{'s' * (size > 1)} holds {_gib(weights)} GiB of weights on each, more than {flag} "
@@ -49,7 +49,7 @@ def check_fit(config: Config, plan: RunPlan, *, device_bytes: int, element_bytes
 
 def _share(config: Config) -> tuple[str, float]:
     """Return the share of a GPU that weights and KV cache of an engine may take, and its flag."""
-    if config.engine.kind == "embedded":
+    if config.engine.facts.reads_embedded_flags:
         return "--embedded-mem-fraction", config.engine.embedded_mem_fraction
     words = config.engine.sglang_args
     flag = "--mem-fraction-static"

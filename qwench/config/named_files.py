@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from qwench.config.config import Config
-from qwench.config.eval_sets import eval_sets
+from qwench.config.eval_sets import eval_settings
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.errors import ConfigError
@@ -60,7 +60,7 @@ def check_eval_data(config: Config) -> None:
     """
     evaluation = config.evaluation
     flag = "--eval-prompt-data" if evaluation.eval_config is None else f"--eval-config: {evaluation.eval_config}"
-    for one in eval_sets(evaluation):
+    for one in eval_settings(evaluation, config.rollout, config.data):
         check_data_file(flag, one.path)
 
 

@@ -18,7 +18,7 @@ from typing import Literal
 from qwench.config.config import Config
 from qwench.config.engine_groups import read_engine_sizes
 from qwench.config.equal_bits import check_equal_bits
-from qwench.config.eval_sets import EvalSettings, resolve_eval_sets
+from qwench.config.eval_sets import EvalSettings, eval_settings
 from qwench.config.layout import ParallelLayout, check_layout, data_parallel_size
 from qwench.config.model_flags import check_model_flags
 from qwench.config.schedule import Schedule
@@ -174,7 +174,7 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
         schedule=Schedule(rollout=config.rollout, evaluation=config.evaluation, checkpoint=config.checkpoint),
         holds_reference=holds_reference,
         replays=config.algorithm.loss_type != "sft_loss" and config.debug.load_debug_rollout_data is not None,
-        eval_sets=resolve_eval_sets(config.evaluation, config.rollout, config.data),
+        eval_sets=eval_settings(config.evaluation, config.rollout, config.data),
         eval_reward_key=config.evaluation.eval_reward_key or config.reward.reward_key,
         log_dir=config.logging.log_dir or config.checkpoint.save,
         rank_bytes=_rank_bytes(config, model, dp_size=dp_size, holds_reference=holds_reference, on_gpus=on_gpus),
@@ -226,7 +226,7 @@ def _plan_devices(config: Config, *, trains: bool, on_gpus: bool) -> DevicePlan:
     """
     cluster, debug, rollout = config.cluster, config.debug, config.rollout
     generates = config.generates
-    per_engine = cluster.rollout_num_gpus_per_engine if config.engine.kind == "sglang" else 1
+    per_engine = cluster.rollout_num_gpus_per_engine if config.engine.facts.spans_devices else 1
     num_devices = cluster.world_size if cluster.shares_devices else cluster.rollout_num_gpus or 0
     starts_engines = generates and not config.engine.rollout_external_engine_addrs
     shared = generates and trains and not debug.debug_rollout_only and cluster.shares_devices
@@ -254,7 +254,7 @@ def _engine_sizes(config: Config, num_devices: int, per_engine: int) -> tuple[in
         ConfigError: --sglang-config does not fit the devices, or an engine of it would span two nodes.
     """
     path, cluster = config.engine.sglang_config, config.cluster
-    if path is None or config.engine.kind != "sglang":
+    if path is None or not config.engine.facts.spans_devices:
         return (per_engine,) * (num_devices // per_engine)
     sizes = read_engine_sizes(path, num_gpus=num_devices, default_size=per_engine)
     node = cluster.actor_num_gpus_per_node if cluster.shares_devices else cluster.num_gpus_per_node

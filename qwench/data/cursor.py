@@ -48,11 +48,6 @@ class DataCursor:
         self._sample_index = 0
         self._order = self._order_of(0)
 
-    @property
-    def epoch(self) -> int:
-        """Return the epoch of the row handed out last."""
-        return self._epoch
-
     def take(self, n: int) -> list[Draw]:
         """Hand out the next `n` rows, running on into further epochs."""
         return [self._next() for _ in range(n)]

@@ -106,11 +106,6 @@ class PromptSource:
             seed=seed,
         )
 
-    @property
-    def epoch(self) -> int:
-        """Return the epoch of the prompt handed out last."""
-        return self._cursor.epoch
-
     def next_groups(self, n: int) -> list[Group]:
         """Return the next `n` groups; their ids count over the whole run."""
         return [self._group(draw) for draw in self._cursor.take(n)]

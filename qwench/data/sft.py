@@ -120,11 +120,6 @@ class SftSource:
         content = fingerprint(*(example.tokens.tolist() for example in examples))
         self._cursor = DataCursor(len(examples), fingerprint=content, samples_per_row=1, shuffle=shuffle, seed=seed)
 
-    @property
-    def epoch(self) -> int:
-        """Return the epoch of the conversation handed out last."""
-        return self._cursor.epoch
-
     def take(self, rollout_id: int) -> Rollout:
         """Return the next `rollout_batch_size` conversations."""
         draws = self._cursor.take(self._rollout_batch_size)

@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from qwench.config import Config, RunPlan
+from qwench.config.config import Config
+from qwench.config.plan import RunPlan
 from qwench.foreign.sample import Foreign
 
 ABSENT: dict[str, Foreign] = {

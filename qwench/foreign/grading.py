@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qwench.rewards import boxed, dapo, f1
-from qwench.rewards.answers import last_box
+from qwench.rewards.boxed import last_box
 from qwench.rewards.expressions import Question
 from qwench.rewards.sympy_grader import settle
 from qwench.samples import Verdict

@@ -162,14 +162,15 @@ class GenerateState:
 
 def sampling_params(sampling: Sampling, *, budget: int | None = None, seed: int | None = None) -> dict[str, Foreign]:
     """Return the sampling values of a request as a generate function gets them."""
+    whole = sampling.whole
     values: dict[str, Foreign] = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "max_new_tokens": sampling.max_response_len if budget is None else budget,
-        "stop": list(sampling.stop) or None,
-        "stop_token_ids": list(sampling.stop_token_ids) or None,
-        "skip_special_tokens": sampling.skip_special_tokens,
+        "temperature": whole.temperature,
+        "top_p": whole.top_p,
+        "top_k": whole.top_k,
+        "max_new_tokens": whole.max_new_tokens if budget is None else budget,
+        "stop": list(whole.stop) or None,
+        "stop_token_ids": list(whole.stop_token_ids) or None,
+        "skip_special_tokens": whole.skip_special_tokens,
         "no_stop_trim": True,
         "spaces_between_special_tokens": False,
     }

@@ -19,7 +19,8 @@ from qwench.checkpoints.best import Criterion
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.checkpoints.saved import Saved
 from qwench.cluster.gpus import ColocatedGpus, DedicatedGpus
-from qwench.config import Config, RunPlan
+from qwench.config.config import Config
+from qwench.config.plan import RunPlan
 from qwench.config.report import CONFIG_FILE, as_yaml, flag_values
 from qwench.controller import LearnerProtocol, Run
 from qwench.data.prompts import LoadedPrompts, NoPrompts, PromptSource

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -99,20 +100,16 @@ def build_pool(inputs: Inputs, *, with_weights: bool, servers: Sequence[Server] 
 
 
 def embedded_settings(inputs: Inputs, *, order_varies: bool) -> EmbeddedSettings:
-    """Translate the flags that concern the embedded engine.
+    """Return where and how an embedded engine of this process runs.
 
     Args:
         order_varies: requests come at other moments in every run. Sums over another batch have other last bits, so a
             deterministic engine then computes one response at a time.
     """
-    engine, deterministic = inputs.config.engine, inputs.config.training.deterministic_mode
+    sizes, deterministic = inputs.config.engine, inputs.config.training.deterministic_mode
     alone = deterministic and order_varies
     return EmbeddedSettings(
-        page_size=engine.embedded_page_size,
-        max_running_requests=1 if alone else engine.embedded_max_running_requests,
-        prefill_chunk_tokens=engine.embedded_prefill_chunk_tokens,
-        kv_cache_tokens=engine.embedded_kv_cache_tokens,
-        mem_fraction=engine.embedded_mem_fraction,
+        sizes=replace(sizes, embedded_max_running_requests=1) if alone else sizes,
         dtype=inputs.dtype,
         fp8=is_fp8_checkpoint(inputs.model_folder),
         device=str(inputs.device),

@@ -11,8 +11,10 @@ from pathlib import Path
 import orjson
 
 from qwench.checkpoints.folders import check_weights
-from qwench.config import Config, RolloutConfig, RunPlan
+from qwench.config.config import Config
+from qwench.config.plan import RunPlan
 from qwench.config.report import flag_values
+from qwench.config.sections.rollout import RolloutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.config.sections.verbs import ServeConfig
 from qwench.engines.embedded.http.serving import serve as serve_engine
@@ -44,7 +46,9 @@ def evaluate(config: Config, plan: RunPlan) -> None:
     output = config.evaluation.eval_output
     if output is not None:
         own_eval_folder(output, flag_values(config))
-    sets = {one.name: f"{one.path}: {len(prompts[one.name]):,} prompts x {one.n_samples_per_prompt}" for one in plan.eval_sets}
+    sets = {
+        one.name: f"{one.path}: {len(prompts[one.name]):,} prompts x {one.n_samples_per_eval_prompt}" for one in plan.eval_sets
+    }
     say_facts(inputs.console, {"model": describe_model(inputs), **sets})
     with ExitStack() as started:
         if output is not None:

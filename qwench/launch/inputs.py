@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from qwench.config import Config
+from qwench.config.config import Config
 from qwench.config.memory_fit import check_fit
 from qwench.config.plan import RunPlan, plan_run, train_dtype
 from qwench.data.prompts import LoadedPrompts, load_prompts
@@ -149,11 +149,11 @@ def read_eval_prompts(inputs: Inputs) -> dict[str, LoadedPrompts]:
             apply_chat_template=config.data.apply_chat_template,
             apply_chat_template_kwargs=config.data.apply_chat_template_kwargs,
             max_prompt_len=(limit := prompt_limit(inputs, settings.max_prompt_len)),
-            require_label="rm_type" not in settings.metadata_overrides and needs_labels(config),
+            require_label="rm_type" not in settings.row_metadata and needs_labels(config),
             as_given=_reads_prompts_itself(config),
         )
         _log_dropped(f"evaluation set {settings.name}", loaded, limit)
-        sets[settings.name] = loaded.with_metadata(settings.metadata_overrides)
+        sets[settings.name] = loaded.with_metadata(settings.row_metadata)
     return sets
 
 
@@ -200,8 +200,8 @@ def prompt_limit(inputs: Inputs, asked: int | None) -> int:
 
 
 def _pool_tokens(config: Config) -> int | None:
-    """Return the tokens of the embedded engine's KV cache where a flag sets them."""
-    return config.engine.embedded_kv_cache_tokens if config.engine.kind == "embedded" else None
+    """Return the size of the engine's KV cache in tokens where a flag sets it."""
+    return config.engine.embedded_kv_cache_tokens if config.engine.facts.reads_embedded_flags else None
 
 
 def _check_room(inputs: Inputs, loaded: LoadedPrompts) -> None:

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 
-from qwench.config import Config
+from qwench.config.config import Config
 from qwench.config.report import CONFIG_FILE
 from qwench.errors import ConfigError
 from qwench.files import LOCK, FolderLock, claim_folder, foreign_names

@@ -23,11 +23,11 @@ from qwench.cluster.bundles import Bundles, plan_bundles
 from qwench.cluster.local import LocalRanks
 from qwench.cluster.rendezvous import LOOPBACK
 from qwench.cluster.workers import Ranks, RemoteLearner, WorkerGroup
-from qwench.config import Config, RunPlan
+from qwench.config.config import Config
 from qwench.config.environment import engine_environment, trainer_environment
+from qwench.config.plan import RunPlan
 from qwench.controller import LearnerProtocol
 from qwench.engines.fleet.servers import CommandMaker, Server, ServerProcess
-from qwench.engines.kinds import KINDS
 from qwench.errors import ConfigError
 from qwench.launch.engines import command_makers
 from qwench.launch.inputs import Inputs, read_inputs
@@ -191,7 +191,7 @@ def make_servers(inputs: Inputs, processes: Processes, *, with_weights: bool) ->
         return None, None
     in_here = isinstance(processes, LocalProcesses) and config.cluster.shares_devices
     enough = config.cluster.world_size == 1 or not processes.has_gpus
-    if in_here and enough and KINDS[config.engine.kind].runs_in_process:
+    if in_here and enough and config.engine.facts.runs_in_process:
         return None, None
     token = secrets.token_hex()
     makers = command_makers(

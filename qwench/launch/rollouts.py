@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from qwench.config.eval_sets import EvalSettings
 from qwench.engines.fleet.pool import EnginePool, Waiter
 from qwench.engines.fleet.servers import Server
+from qwench.engines.protocol import SamplingParams
 from qwench.launch.engines import build_pool
 from qwench.launch.inputs import Inputs
 from qwench.launch.user_functions import UserFunctions, load_user_functions, open_user_session
@@ -85,7 +86,7 @@ class Generation:
                 EvalSet(
                     name=one.name,
                     prompts=prompts[one.name],
-                    n_samples_per_prompt=one.n_samples_per_prompt,
+                    n_samples_per_prompt=one.n_samples_per_eval_prompt,
                     sampling=self._eval_sampling(one),
                 )
                 for one in self.inputs.plan.eval_sets
@@ -133,9 +134,8 @@ class Generation:
     def _eval_sampling(self, settings: EvalSettings) -> Sampling:
         config = self.inputs.config
         context_len = _context_len(self.inputs, settings.max_context_len)
-        return Sampling(
-            max_response_len=settings.max_response_len or context_len,
-            max_context_len=context_len,
+        whole = SamplingParams(
+            max_new_tokens=settings.max_response_len or context_len,
             temperature=settings.temperature,
             top_p=settings.top_p,
             top_k=settings.top_k,
@@ -145,8 +145,8 @@ class Generation:
             stop_token_ids=settings.stop_token_ids,
             skip_special_tokens=config.rollout.rollout_skip_special_tokens,
             seed=config.data.rollout_seed,
-            seed_by_position=config.engine.sglang_enable_deterministic_inference,
         )
+        return _sampling(self.inputs, whole, context_len)
 
     @property
     def _concurrency(self) -> int:
@@ -158,10 +158,9 @@ def training_sampling(inputs: Inputs) -> Sampling:
     """Return how training rollouts are sampled."""
     config = inputs.config
     rollout = config.rollout
-    max_context_len = _context_len(inputs, rollout.rollout_max_context_len)
-    return Sampling(
-        max_response_len=rollout.rollout_max_response_len or max_context_len,
-        max_context_len=max_context_len,
+    context_len = _context_len(inputs, rollout.rollout_max_context_len)
+    whole = SamplingParams(
+        max_new_tokens=rollout.rollout_max_response_len or context_len,
         temperature=rollout.rollout_temperature,
         top_p=rollout.rollout_top_p,
         top_k=rollout.rollout_top_k,
@@ -172,12 +171,17 @@ def training_sampling(inputs: Inputs) -> Sampling:
         ignore_eos=rollout.rollout_ignore_eos,
         skip_special_tokens=rollout.rollout_skip_special_tokens,
         seed=config.data.rollout_seed,
-        seed_by_position=config.engine.sglang_enable_deterministic_inference,
     )
+    return _sampling(inputs, whole, context_len)
+
+
+def _sampling(inputs: Inputs, whole: SamplingParams, context_len: int) -> Sampling:
+    by_position = inputs.config.engine.sglang_enable_deterministic_inference
+    return Sampling(whole=whole, max_context_len=context_len, seed_by_position=by_position)
 
 
 def _context_len(inputs: Inputs, asked: int | None) -> int:
-    """Bound what was asked by what the model can do."""
+    """Return the asked context length, or the model's where that is shorter."""
     return min(asked or inputs.plan.model.max_positions, inputs.plan.model.max_positions)
 
 

@@ -17,8 +17,7 @@ from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.learner import Learner
 from qwench.training.megatron.platform import check_platform
 from qwench.training.process_group import init_process_group
-from qwench.training.reference import Reference
-from qwench.training.state import TrainingState
+from qwench.training.state import Reference, TrainingState
 from qwench.training.trainer import Trainer
 
 

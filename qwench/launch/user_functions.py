@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qwench.config import Config
+from qwench.config.config import Config
 from qwench.engines.fleet.pool import EnginePool
 from qwench.foreign.args import make_args
 from qwench.foreign.functions import Adapters

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qwench.errors import RewardError
-from qwench.rewards.answers import after_thinking, last_box
+from qwench.rewards.boxed import after_thinking, last_box
 from qwench.samples import Json, Verdict
 
 _MOST_LETTERS = 10

@@ -9,7 +9,7 @@ from functools import lru_cache
 from qwench.config.sections.reward import RewardConfig
 from qwench.errors import ConfigError, RewardError
 from qwench.rewards import boxed, dapo, f1, gpqa, ifbench
-from qwench.rewards.answers import last_box
+from qwench.rewards.boxed import last_box
 from qwench.rewards.expressions import Question
 from qwench.rewards.remote import REMOTE
 from qwench.samples import Json, Prompt, Sample, Verdict

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from qwench.errors import ConfigError, RewardError
-from qwench.rewards.answers import last_box
+from qwench.rewards.boxed import last_box
 from qwench.rewards.scores import Answer, read_answer
 from qwench.samples import Sample, Verdict
 

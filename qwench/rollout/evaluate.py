@@ -69,7 +69,7 @@ class EvalResult:
 
 RunSet = Callable[[EvalSet], Awaitable[EvalResult]]
 EvalFunction = Callable[[Sequence[EvalSet], RunSet], Awaitable[Mapping[str, float]]]
-"""A `--eval-function-path` function: (sets, what answers and grades one) -> eval/... metrics."""
+"""A `--eval-function-path` function: (sets, function that answers and grades one) -> eval/... metrics."""
 LogEvaluation = Callable[[Sequence[EvalResult], Mapping[str, float]], bool]
 """(results, metrics) -> true: the metrics are logged already."""
 

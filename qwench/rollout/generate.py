@@ -158,7 +158,7 @@ class GenerateContext:
         sample.response = self._decode(sample.response_tokens)
 
     def _decode(self, token_ids: list[int]) -> str:
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=self.sampling.skip_special_tokens)
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=self.sampling.whole.skip_special_tokens)
         assert isinstance(text, str), "one list of ids decodes to one text"
         return text
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 from qwench.engines.protocol import SamplingParams
@@ -11,29 +11,18 @@ from qwench.samples import Sample
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """Sampling values and length limits, turned into the parameters of each request."""
+    """The values of whole responses, turned into the parameters of each request."""
 
-    max_response_len: int
-    """Response tokens of a sample, over all its turns, tool output included."""
+    whole: SamplingParams
+    """Of a response over all its turns, tool output included. `seed` is the run's; each request's seed is derived from it."""
     max_context_len: int | None = None
     """Prompt and response tokens together. None: no other limit."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    min_p: float = 0.0
-    min_new_tokens: int = 0
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    skip_special_tokens: bool = False
-    seed: int = 42
-    """Of the whole run; each request's own seed is derived from it."""
     seed_by_position: bool = False
     """Use seed + position in the group, the same for every prompt, as SGLang's deterministic inference does in slime."""
 
     def budget_tokens(self, sample: Sample) -> int:
         """Return how many tokens may still be appended to the response."""
-        budget = self.max_response_len - sample.response_length
+        budget = self.whole.max_new_tokens - sample.response_length
         if self.max_context_len is not None:
             budget = min(budget, self.max_context_len - len(sample.tokens))
         return max(budget, 0)
@@ -58,20 +47,17 @@ class Sampling:
         budget = self.budget_tokens(sample)
         if max_new_tokens is not None:
             budget = min(budget, max_new_tokens)
+        whole = self.whole
+        assert whole.seed is not None, "a run has a seed"
         # A later turn must not see the random numbers of an earlier one again, hence the length in the seed.
-        seed = sample_seed(self.seed, scope, sample.sample_id, sample.response_length)
-        return SamplingParams(
+        seed = sample_seed(whole.seed, scope, sample.sample_id, sample.response_length)
+        return replace(
+            whole,
             max_new_tokens=budget,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            min_new_tokens=min(max(self.min_new_tokens - sample.response_length, 0), budget),
-            stop=(*self.stop, *stop),
-            stop_token_ids=(*self.stop_token_ids, *stop_token_ids),
-            ignore_eos=self.ignore_eos,
-            skip_special_tokens=self.skip_special_tokens,
-            seed=self.seed + position if self.seed_by_position else seed,
+            min_new_tokens=min(max(whole.min_new_tokens - sample.response_length, 0), budget),
+            stop=(*whole.stop, *stop),
+            stop_token_ids=(*whole.stop_token_ids, *stop_token_ids),
+            seed=whole.seed + position if self.seed_by_position else seed,
         )
 
 

@@ -1,4 +1,4 @@
-"""The models of one rank: save and load them, move them off the device, publish their weights.
+"""The models of one rank, policy and reference: save and load them, move them off the device, publish their weights.
 
 iter_*/            the policy: model, optimizer, schedule, RNG
 iter_*/reference   the reference, when it moves (--ref-update-interval)
@@ -12,14 +12,46 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwench.training.reference import Reference
-from qwench.training.trainer import Trainer
+from qwench.algorithms.columns import MicroBatch
+from qwench.training.trainer import Scores, Trainer
 from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.remote import PublicationPlan, publish_from_rank
 from qwench.wire.addresses import EngineAddress
 from qwench.wire.portions import WeightBucket
 
 _REFERENCE_FOLDER = "reference"
+
+
+class Reference:
+    """A view of the policy's trainer with frozen weights; scores as a `Trainer` does. All methods are collective.
+
+    The copy waits on the host. The model holds it during `forward` and `save` alone; in that time the policy's weights wait on
+    the host, and nothing else may compute with them. So no second model takes device memory.
+    """
+
+    def __init__(self, policy: Trainer) -> None:
+        """Begin with the weights that `policy` holds."""
+        self._policy = policy
+        self._weights = policy.copy_held_weights()
+
+    def update(self) -> None:
+        """Copy the policy's current weights."""
+        self._weights = self._policy.copy_held_weights()
+
+    def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:
+        """Score the labels under the reference's weights."""
+        with self._weights.swapped_in():
+            return self._policy.forward(micro_batches, temperature=temperature)
+
+    def save(self, folder: Path) -> None:
+        """Write the weights under the empty `folder`."""
+        with self._weights.swapped_in():
+            self._policy.save_held_weights(folder)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote. The policy holds these weights afterwards: load the policy next."""
+        self._policy.load(folder, weights_only=True)
+        self.update()
 
 
 class TrainingState:

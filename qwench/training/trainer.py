@@ -62,7 +62,6 @@ class ParallelRank:
 
     dp_rank: int = 0
     dp_size: int = 1
-    cp_size: int = 1
     num_ranks: int = 1
     """World size: DP x TP x PP x CP."""
     is_main: bool = True
@@ -70,7 +69,7 @@ class ParallelRank:
 
 
 class Scorer(Protocol):
-    """A model that scores: a trainer, or a view of one (`training.reference`)."""
+    """A model that scores: a trainer, or a view of one (`training.state.Reference`)."""
 
     def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:
         """Score the labels under the model's weights."""

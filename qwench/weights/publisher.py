@@ -52,6 +52,10 @@ class Devices(Protocol):
         """Give the devices to the learner inside the context."""
         ...
 
+    def keep_for(self, model: PublishedModel) -> None:
+        """Give the devices to the learner for the rest of the run."""
+        ...
+
 
 class Publisher:
     """See the module docstring. Called by the thread of the main loop."""

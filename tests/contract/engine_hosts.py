@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import fields
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from qwench.config.sections.engine import EngineConfig
 from qwench.engines.client import HttpEngine
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.http.serving import ServerThread
@@ -78,8 +80,15 @@ def make_engine(model: PreTrainedModel, *, tokenizer=None, **settings) -> Embedd
     """Make an engine with a copy of the model's weights."""
     sizes = {"kv_cache_tokens": 4096, "page_size": 4, "max_running_requests": 64}
     return EmbeddedEngine.from_checkpoint(
-        model.config, EmbeddedSettings(**(sizes | settings)), weights=dict(model.state_dict()), tokenizer=tokenizer
+        model.config, settings_of(**(sizes | settings)), weights=dict(model.state_dict()), tokenizer=tokenizer
     )
+
+
+def settings_of(**settings) -> EmbeddedSettings:
+    """Return settings of the engine; flags go by their names without `embedded_`."""
+    flags = {item.name for item in fields(EngineConfig)}
+    sizes = {name: settings.pop(name) for name in list(settings) if f"embedded_{name}" in flags}
+    return EmbeddedSettings(sizes=EngineConfig(**{f"embedded_{name}": value for name, value in sizes.items()}), **settings)
 
 
 def drive(

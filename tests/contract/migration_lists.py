@@ -17,7 +17,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from transformers import PretrainedConfig, Qwen2Config
 
 from qwench.commands import train
 from qwench.commands.reference_program import DEFAULTS
-from qwench.config.command_line.parse import parse_train
 from qwench.errors import ConfigError
 from qwench.models.made.qwen3 import find_size
 from qwench.models.made.tokenizers import build_small_tokenizer
@@ -98,7 +96,7 @@ def dry_run(program: str, words: Sequence[str]) -> str | None:
     defaults = DEFAULTS.get(program, DEFAULTS["train_async.py"])
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
-            train.run([*words, "--dry-run"], parse=partial(parse_train, defaults=defaults))
+            train.run([*words, "--dry-run"], more_defaults=defaults)
         except ConfigError as error:
             return str(error)
     return None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwench.cli import VERBS
-from qwench.config.command_line.parse import parse_flags, parse_sft, parse_train
+from qwench.config.command_line.parse import parse_flags, parse_run
 from qwench.config.sections.convert import ConvertConfig
 from qwench.config.sections.verbs import (
     DoctorConfig,
@@ -63,7 +63,7 @@ def _qwench(words: Sequence[str], stage: Path, world: dict[str, str]) -> Sequenc
     if verb == "train":
         models = {"--hf-checkpoint": f"{world['MODEL_DIR']}/Qwen3-0.6B"}
         data = {"--prompt-data": f"{world['DATA_DIR']}/dapo-math-17k/dapo-math-17k.jsonl"}
-        parse_train([*rest, *(word for pair in (models | data).items() for word in pair)])
+        parse_run("train", [*rest, *(word for pair in (models | data).items() for word in pair)])
         return [verb]
     if verb == "reward":
         assert rest[0] == "check"
@@ -83,7 +83,7 @@ def _bash(words: Sequence[str], stage: Path, world: dict[str, str]) -> Sequence[
         words = [str(SCRIPTS.relative_to(ROOT) / script), *more]
     verb, *expanded = expand(ROOT / words[0], stage, *words[1:], **world)
     assert (ROOT / words[0]).is_relative_to(SCRIPTS)
-    config = {"train": parse_train, "sft": parse_sft}[verb](expanded)
+    config = parse_run(verb, expanded)
     assert (config.algorithm.loss_type == "sft_loss") is (verb == "sft")
     return [named]
 

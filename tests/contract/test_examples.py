@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwench.config.advice import warnings
-from qwench.config.command_line.parse import parse_eval, parse_flags, parse_sft, parse_train
+from qwench.config.command_line.parse import parse_flags, parse_run
 from qwench.config.sections.verbs import MakeModelConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -72,5 +72,5 @@ def test_the_commands_of_an_example_parse_and_mean_what_they_say(example, tmp_pa
         if verb == "make-model":
             parse_flags(MakeModelConfig, words, prog="qwench make-model")
         else:
-            config = {"train": parse_train, "sft": parse_sft, "eval": parse_eval}[verb](words)
+            config = parse_run(verb, words)
             assert list(warnings(config, trains=verb != "eval")) == []

@@ -9,12 +9,13 @@ from typing import get_type_hints
 
 import pytest
 
-from qwench.config import Config, ReferencesConfig
 from qwench.config.advice import warnings
 from qwench.config.command_line.compat import REFUSED_VALUES
 from qwench.config.command_line.flags import flag_table
 from qwench.config.command_line.parse import parse_flags
+from qwench.config.config import Config
 from qwench.config.plan import plan_run
+from qwench.config.sections.references import ReferencesConfig
 from qwench.config.values import metavar, parse_value, takes_many
 from qwench.errors import ConfigError
 from qwench.estimators import estimator_names
@@ -234,7 +235,7 @@ def test_the_4b_recipe_parses_on_the_parts_that_exist():
     assert (config.cluster.world_size, resolved.dp_size, resolved.micro_batch_tokens) == (8, 8, 9216)
     assert (config.algorithm.eps_clip_high, resolved.holds_reference, resolved.devices.shared) == (0.28, True, True)
     (aime,) = resolved.eval_sets
-    assert (aime.name, aime.path, aime.n_samples_per_prompt) == ("aime", "/root/aime-2024/aime-2024.jsonl", 16)
+    assert (aime.name, aime.path, aime.n_samples_per_eval_prompt) == ("aime", "/root/aime-2024/aime-2024.jsonl", 16)
     assert (aime.max_response_len, aime.temperature) == (16384, 1.0)
     assert config.training.recomputes_layers
     assert (config.optimizer.lr, config.optimizer.lr_decay_style, config.optimizer.adam_beta2) == (1e-6, "constant", 0.98)

@@ -12,7 +12,6 @@ from qwench.config.sections.engine import EngineConfig
 from qwench.engines.client import HttpEngine
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.http.serving import ServerThread
-from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.errors import WeightSyncError
 from qwench.models.fp8 import BLOCK, is_quantized_name, quantized
 from qwench.models.hf import write_hf_checkpoint
@@ -20,7 +19,7 @@ from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.weights.local import QuantizedWeights, send_copies, shared_weights_for
 from qwench.weights.remote import PublicationPlan, publish_from_rank
 from qwench.wire.addresses import EngineAddress
-from tests.contract.engine_hosts import ask, generate_all, make_model, prompt_of, reference_log_probs
+from tests.contract.engine_hosts import ask, generate_all, make_model, prompt_of, reference_log_probs, settings_of
 from tests.deadlines import patient
 
 NUM_SEQUENCES, PROMPT_LENGTH, RESPONSE_LENGTH = 24, 8, 16
@@ -41,7 +40,7 @@ class Source:
 
 
 def fp8_engine(model: PreTrainedModel, **settings) -> EmbeddedEngine:
-    return EmbeddedEngine.from_checkpoint(model.config, EmbeddedSettings(fp8=True, **SETTINGS, **settings))
+    return EmbeddedEngine.from_checkpoint(model.config, settings_of(fp8=True, **SETTINGS, **settings))
 
 
 def by_hand(model: PreTrainedModel) -> PreTrainedModel:
@@ -97,7 +96,7 @@ def test_an_fp8_engine_never_uses_the_trainers_tensors_and_takes_no_plain_ones()
             await engine.update_weights(
                 [[entry for entry in bucket if "scale" not in entry[0]] for bucket in buckets], version=1
             )
-        plain = EmbeddedEngine.from_checkpoint(model.config, EmbeddedSettings(**SETTINGS))
+        plain = EmbeddedEngine.from_checkpoint(model.config, settings_of(**SETTINGS))
         with pytest.raises(WeightSyncError, match=r"FP8|float8"):
             await plain.update_weights(quantized(Source(model).weights(bucket_bytes=1)), version=1)
         await engine.close()
@@ -164,7 +163,7 @@ def test_greedy_tokens_agree_with_bfloat16_on_a_trained_model(tmp_path):
     sequences = [counting(7 * i, 1 + i % 4, PROMPT_LENGTH + RESPONSE_LENGTH).tolist() for i in range(NUM_SEQUENCES)]
 
     async def generate(folder):
-        engine = EmbeddedEngine.from_checkpoint(folder, EmbeddedSettings(**SETTINGS))
+        engine = EmbeddedEngine.from_checkpoint(folder, settings_of(**SETTINGS))
         requests = [
             ask(str(i), tokens[:PROMPT_LENGTH], temperature=0.0, max_new_tokens=RESPONSE_LENGTH, ignore_eos=True)
             for i, tokens in enumerate(sequences)

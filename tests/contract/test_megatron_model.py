@@ -125,5 +125,5 @@ def test_ranks_know_their_place(folder: Path) -> None:
     assert [(place["tp"], place["cp"]) for place in places] == [(0, 0), (1, 0), (0, 1), (1, 1)]
     two = next(case for case in CASES if case.name == "tied-cp2")
     parallel = [record["parallel"] for record in _records(folder, two)]
-    assert [(rank.dp_rank, rank.dp_size, rank.cp_size) for rank in parallel] == [(0, 2, 2), (0, 2, 2), (1, 2, 2), (1, 2, 2)]
+    assert [(rank.dp_rank, rank.dp_size, rank.num_ranks) for rank in parallel] == [(0, 2, 4), (0, 2, 4), (1, 2, 4), (1, 2, 4)]
     assert [rank.is_main for rank in parallel] == [True, False, False, False]

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from qwench.commands.reference_program import DEFAULTS
-from qwench.config import Config
 from qwench.config.command_line.parse import parse_flags
+from qwench.config.config import Config
 from qwench.config.plan import plan_lines, plan_run
 from qwench.foreign.modules import MODULES
 from tests.contract.recipes import RUN_QWEN3_4B, RUN_QWEN3_4B_BASE_SFT, RUN_QWEN3_32B

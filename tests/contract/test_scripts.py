@@ -12,7 +12,7 @@ import pytest
 
 from qwench.cli import main
 from qwench.config.command_line.argv import split_words
-from qwench.config.command_line.parse import parse_sft, parse_train
+from qwench.config.command_line.parse import parse_run
 from qwench.config.model_flags import check_model_flags
 from qwench.models.hf import architecture_of, load_hf_config
 from qwench.models.made.qwen3 import find_size
@@ -91,7 +91,7 @@ def test_a_script_passes_its_dry_run(script: Path, stage: Path, world: dict[str,
     with pytest.raises(SystemExit) as ended:
         main([verb, *words])
     assert ended.value.code == 0
-    config = {"train": parse_train, "sft": parse_sft}[verb](words)
+    config = parse_run(verb, words)
     check_model_flags(config.architecture, architecture_of(load_hf_config(config.model.hf_checkpoint)))
     assert config.cluster.world_size == (4 if "4xgpu" in script.name else 8)
 

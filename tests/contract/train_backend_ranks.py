@@ -23,7 +23,7 @@ from qwench.training.batch import unpack
 from qwench.training.fsdp.fsdp_trainer import WHOLE_GRADIENT_BYTES, FsdpTrainer
 from qwench.training.megatron.groups import leave_groups
 from qwench.training.megatron.megatron_trainer import MegatronTrainer
-from qwench.training.reference import Reference
+from qwench.training.state import Reference
 from qwench.training.trainer import Scorer, Trainer
 from tests.contract import train_backend_cases as cases
 from tests.contract.rank_processes import CPU, joined, run_to_end

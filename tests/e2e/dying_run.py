@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qwench.commands.start import prepare
-from qwench.config.command_line.parse import parse_train
+from qwench.config.command_line.parse import parse_run
 from qwench.controller import Run, train
 from qwench.launch.build import build
 
@@ -77,7 +77,7 @@ def die_around(owner: Any, name: str, is_time: Callable[[], bool], *, after: boo
 
 def run(moment: str, rollout_id: int, words: Sequence[str]) -> None:
     """Run `qwench WORDS` until death."""
-    config = parse_train(words[1:])
+    config = parse_run("train", words[1:])
     built = build(config, prepare(config))
     arrange_death(built, moment, rollout_id)
     train(built)

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qwench.cluster.gpus import DedicatedGpus
-from qwench.config.command_line.parse import parse_train
+from qwench.config.command_line.parse import parse_run
 from qwench.config.sections.engine import EngineConfig
 from qwench.data.prompts import PromptSource
 from qwench.engines.fleet.pool import EnginePool
@@ -86,7 +86,7 @@ def scene(request: pytest.FixtureRequest, workspace: Workspace, tmp_path: Path) 
     flags = {**WATCHED, "use_sglang_router": () if request.param else None, "deterministic_mode": None, "num_rollout": 2,
              "rollout_batch_size": NUM_PROMPTS, "n_samples_per_prompt": SIBLINGS, "global_batch_size": NUM_PROMPTS * SIBLINGS,
              "rollout_max_response_len": RESPONSE_LEN, "max_tokens_per_gpu": 4096}  # fmt: skip
-    config = parse_train(workspace.train_argv(tmp_path / "run", **flags)[1:])
+    config = parse_run("train", workspace.train_argv(tmp_path / "run", **flags)[1:])
     inputs = read_inputs(config, plan_inputs(config, trains=True))
     makers = command_makers(inputs, num_engines=2, token=TOKEN, with_weights=False, on_gpus=False)
     servers = [ServerProcess(make(gpu_ids=(), environ=ONE_THREAD, host="127.0.0.1")) for make in makers]
@@ -202,7 +202,7 @@ class Served:
 @pytest.fixture(scope="module")
 def served(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Serve the workspace's model, asking for a token."""
-    config = parse_train(workspace.train_argv(None, save_interval=None, engine_start_timeout=DEADLINE_S)[1:])
+    config = parse_run("train", workspace.train_argv(None, save_interval=None, engine_start_timeout=DEADLINE_S)[1:])
     inputs = read_inputs(config, plan_inputs(config, trains=True))
     log_folder = tmp_path_factory.mktemp("logs")
     order = replace(server_order(inputs, token=TOKEN, with_weights=True, on_gpus=False), log_folder=log_folder)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qwench.config.command_line.parse import parse_sft
+from qwench.config.command_line.parse import parse_run
 from tests.e2e.conftest import DIGITS, InProcess, Workspace, column
 from tests.e2e.test_learning import plain_token_losses
 from tests.verbs import run_verb
@@ -116,7 +116,7 @@ def test_the_configuration_is_kept_with_the_run_and_can_be_given_back(workspace:
     words = workspace.sft_argv(tmp_path / "run", num_rollout=1, log_dir=tmp_path / "log")
     run_verb(words)
     kept = [tmp_path / name / "qwench_config.yaml" for name in ("run", "log")]
-    assert [parse_sft(["--config", str(path)]) for path in kept] == [parse_sft(words[1:])] * 2
+    assert [parse_run("sft", ["--config", str(path)]) for path in kept] == [parse_run("sft", words[1:])] * 2
 
 
 def test_logs_and_dumps_of_another_run_are_not_replaced(workspace: Workspace, in_process: InProcess, tmp_path: Path) -> None:

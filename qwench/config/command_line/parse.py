@@ -6,9 +6,9 @@ words -> argv.sort_flags: each flag once, parsed -> dataclasses, which check the
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_type_hints
 
 from qwench.config.checks import check_eval, check_rules, check_serve, check_sft, check_train
 from qwench.config.command_line.argv import Given, Occurrence, custom_settings, sort_flags, split_words
@@ -32,39 +32,28 @@ EVAL_DEFAULTS: Mapping[str, tuple[str, ...]] = {"rollout-batch-size": ("1",)}
 """`qwench eval` has no training batches, but the batch identity needs a number."""
 
 
-def parse_train(words: Sequence[str], *, defaults: Mapping[str, tuple[str, ...]] | None = None) -> Config:
-    """Return the configuration of `qwench train WORDS`, which may also be fine-tuning (--loss-type sft_loss).
+_RUNS: Mapping[str, tuple[Callable[[Config], None], Mapping[str, tuple[str, ...]]]] = {
+    "train": (check_train, {}),
+    "sft": (check_sft, SFT_DEFAULTS),
+    "eval": (check_eval, EVAL_DEFAULTS),
+}
+"""Verb of a run -> the check of its configuration, and its defaults."""
+
+
+def parse_run(
+    verb: Literal["train", "sft", "eval"], words: Sequence[str], *, more_defaults: Mapping[str, tuple[str, ...]] | None = None
+) -> Config:
+    """Return the configuration of `qwench VERB WORDS`. `train` may also be fine-tuning (--loss-type sft_loss).
 
     Args:
-        defaults: flag -> values of lowest precedence.
+        more_defaults: flag -> values of lowest precedence, besides those of the verb.
 
     Raises:
         ConfigError: the user's mistake, in one line.
     """
-    config = parse_flags(Config, words, prog="qwench train", defaults=defaults)
-    check_train(config)
-    return config
-
-
-def parse_sft(words: Sequence[str]) -> Config:
-    """Return the configuration of `qwench sft WORDS`.
-
-    Raises:
-        ConfigError: the user's mistake, in one line.
-    """
-    config = parse_flags(Config, words, prog="qwench sft", defaults=SFT_DEFAULTS)
-    check_sft(config)
-    return config
-
-
-def parse_eval(words: Sequence[str]) -> Config:
-    """Return the configuration of `qwench eval WORDS`.
-
-    Raises:
-        ConfigError: the user's mistake, in one line.
-    """
-    config = parse_flags(Config, words, prog="qwench eval", defaults=EVAL_DEFAULTS)
-    check_eval(config)
+    check, defaults = _RUNS[verb]
+    config = parse_flags(Config, words, prog=f"qwench {verb}", defaults={**defaults, **(more_defaults or {})})
+    check(config)
     return config
 
 

@@ -6,12 +6,32 @@ router. Flags that the embedded engine has too also set its field (`compat.EMBED
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from qwench.config.limits import check_address, check_fraction, check_not_negative, check_positive
 from qwench.config.owned_flags import ROUTER_OWN_FLAGS, SGLANG_OWN_FLAGS, refuse_owned
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineFacts:
+    """What checks and plan ask of a kind of engine. `engines.kinds` holds what runs it."""
+
+    runs_in_process: bool
+    """One engine may run in the driver's process, without a server."""
+    spans_devices: bool
+    """An engine computes on --rollout-num-gpus-per-engine devices; else on one."""
+    reads_embedded_flags: bool
+    """Its sizes are the --embedded-* flags. Of the --sglang-* flags it takes only those that set these."""
+
+
+ENGINE_FACTS: Mapping[str, EngineFacts] = {
+    "embedded": EngineFacts(runs_in_process=True, spans_devices=False, reads_embedded_flags=True),
+    "sglang": EngineFacts(runs_in_process=False, spans_devices=True, reads_embedded_flags=False),
+}
+"""By the values of --rollout-engine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +113,11 @@ class EngineConfig:
         refuse_owned(self.router_args, ROUTER_OWN_FLAGS, prefix="router")
         for address in self.rollout_external_engine_addrs:
             check_address("--rollout-external-engine-addrs", address)
+
+    @property
+    def facts(self) -> EngineFacts:
+        """Return the facts of --rollout-engine."""
+        return ENGINE_FACTS[self.kind]
 
     @property
     def routes_requests(self) -> bool:

@@ -380,16 +380,16 @@ class EmbeddedEngine:
 
     def _ensure_scheduler(self) -> Scheduler:
         if self._scheduler is None:
-            settings = self._settings
+            sizes = self._settings.sizes
             self._runner.release_cached_memory()  # what the trainer freed counts as free only then
             num_pages = self._runner.choose_num_pages()
             self._runner.allocate_kv_cache(num_pages)
-            pool = PagePool(num_pages, settings.page_size, prefix_cache=settings.prefix_cache)
+            pool = PagePool(num_pages, sizes.embedded_page_size, prefix_cache=self._settings.prefix_cache)
             self._scheduler = Scheduler(
                 pool,
-                max_running=settings.max_running_requests,
+                max_running=sizes.embedded_max_running_requests,
                 max_request_tokens=min(self._architecture.max_positions, pool.capacity_tokens),
-                prefill_chunk_tokens=settings.prefill_chunk_tokens,
+                prefill_chunk_tokens=sizes.embedded_prefill_chunk_tokens,
             )
         return self._scheduler
 

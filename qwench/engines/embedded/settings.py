@@ -1,43 +1,37 @@
-"""How large the embedded engine is and how it runs."""
+"""Where and how the embedded engine runs, besides the sizes that flags say."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+from qwench.config.sections.engine import EngineConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmbeddedSettings:
-    """Sizes and modes; every default suits a small model on a CPU or one GPU."""
+    """Sizes, device and modes. The defaults suit a small model on a CPU."""
 
-    page_size: int = 16
-    """Tokens of one KV page."""
-    max_running_requests: int = 512
-    prefill_chunk_tokens: int = 4096
-    """Prompt tokens computed in one forward pass; longer prompts are cut into chunks."""
-    kv_cache_tokens: int | None = None
-    """Capacity of the KV pool. None: what `mem_fraction` leaves on a GPU, 65,536 on a CPU."""
-    mem_fraction: float = 0.8
-    """Share of the GPU's whole memory that all processes together may use once the pool is made."""
+    sizes: EngineConfig = field(default_factory=EngineConfig)
+    """The --embedded-* flags."""
     dtype: torch.dtype | None = None
     """None: bfloat16 on a GPU, float32 on a CPU."""
     fp8: bool = False
     """Hold the matrices of the layers in block-wise FP8 (`models.fp8`); weights must then come in that form."""
     device: str = "cpu"
     inline: bool = False
-    """Run steps on the event loop itself and wait for it to be quiet first: batches, and so all results, are reproducible."""
+    """Run steps on the event loop, and only when no request came for some turns. Batches, and so results, are reproducible."""
     batch_invariant: bool = False
     """Compute a token with the same bits in every batch; on a CPU."""
     seed: int = 0
     """Source of the seeds of requests that bring none."""
     prefix_cache: bool = True
-    """Keep the KV pages of finished requests for later prompts that begin alike."""
+    """Keep the KV pages of finished requests for later prompts with the same beginning."""
     cuda_graphs: bool = True
     """Capture decode steps as CUDA graphs (no effect on a CPU)."""
-
     overlap: bool | None = None
-    """Launch a step before the tokens of the one before it are known. None: on a GPU, where the host is hidden by it."""
+    """Launch a step before the tokens of the previous step are known. None: on a GPU, where this hides the host's work."""
 
     @property
     def resolved_overlap(self) -> bool:

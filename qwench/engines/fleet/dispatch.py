@@ -14,8 +14,7 @@ from itertools import count
 
 from qwench.engines.client import OF_A_ROUTER, HttpEngine
 from qwench.engines.fleet.health import Supervisor
-from qwench.engines.fleet.members import Member, Members, MemberState
-from qwench.engines.fleet.router import Router
+from qwench.engines.fleet.members import Member, Members, MemberState, Router
 from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult
 from qwench.errors import EngineLostError, WeightSyncError
 

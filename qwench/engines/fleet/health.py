@@ -20,8 +20,7 @@ from functools import partial
 
 from qwench.config.sections.engine import EngineConfig
 from qwench.engines.client import HttpEngine
-from qwench.engines.fleet.members import Member, Members, MemberState
-from qwench.engines.fleet.router import Router
+from qwench.engines.fleet.members import Member, Members, MemberState, Router
 from qwench.errors import EngineError, EngineLostError, QwenchError
 
 _logger = logging.getLogger(__name__)

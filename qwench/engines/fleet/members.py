@@ -1,4 +1,4 @@
-"""The engines of a pool and their states.
+"""The engines of a pool and their states, and the router in front of their servers.
 
     ready --dies, or does not answer--> lost --is up again--> stale --next publication--> ready
 
@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from qwench.engines.fleet.servers import Server
 from qwench.engines.protocol import Engine
@@ -26,6 +26,58 @@ class MemberState(StrEnum):
     READY = "ready"
     LOST = "lost"
     STALE = "stale"
+
+
+class Router(Protocol):
+    """Spreads `/generate` over the servers that were added; everything else goes to each server."""
+
+    base_url: str
+    """Where requests go."""
+
+    @property
+    def label(self) -> str:
+        """Return its name in messages."""
+        ...
+
+    def is_running(self) -> bool:
+        """Tell whether its process is alive."""
+        ...
+
+    def last_output(self) -> str:
+        """Return a phrase with the end of its log."""
+        ...
+
+    async def check(self) -> None:
+        """Return when it has answered.
+
+        Raises:
+            EngineError: it did not, within its deadline.
+        """
+        ...
+
+    async def restart(self) -> None:
+        """End its process and start another one at the same address, which knows no server.
+
+        Raises:
+            EngineError: it did not start.
+        """
+        ...
+
+    async def add(self, url: str) -> None:
+        """Add a server; returns when the router sends requests to it.
+
+        Raises:
+            EngineError: the router refused, or did not add it within its deadline.
+        """
+        ...
+
+    async def remove(self, url: str) -> None:
+        """Remove a server; no effect on one that the router does not know."""
+        ...
+
+    async def close(self) -> None:
+        """End the process."""
+        ...
 
 
 @dataclass(kw_only=True, slots=True, eq=False)

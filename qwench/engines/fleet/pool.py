@@ -20,8 +20,7 @@ from qwench.config.sections.engine import EngineConfig
 from qwench.engines.fleet.dispatch import Dispatcher
 from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.fleet.health import Supervisor
-from qwench.engines.fleet.members import Member, Members, MemberState
-from qwench.engines.fleet.router import Router
+from qwench.engines.fleet.members import Member, Members, MemberState, Router
 from qwench.engines.protocol import Engine, EngineStats, GenerateRequest, GenerateResult, MemoryTag
 from qwench.errors import EngineError, EngineLostError, WeightSyncError
 from qwench.observability.parts import AskedPart, forget, register

@@ -32,7 +32,7 @@ STOP_TIMEOUT_S = 10.0
 COLLECT_TIMEOUT_S = 2.0
 LOG_TAIL_LINES = 20
 _OF_OUR_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""A server that finds these takes itself for a trainer rank; torchrun's other variables begin with the prefix below."""
+"""With these variables a server would join the trainer's ranks. torchrun's other variables begin with the prefix below."""
 _SECRET = re.compile(r"(^|_)(API_?KEY|ACCESS_KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS)(_|$)", re.IGNORECASE)
 _TORCHRUN_PREFIX = "TORCHELASTIC_"
 

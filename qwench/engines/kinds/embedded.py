@@ -142,7 +142,6 @@ def _fields(portion: Portion) -> Json:
 
 EMBEDDED = EngineKind(
     name="embedded",
-    runs_in_process=True,
     check_flags=check_no_flags,
     command=embedded_command,
     receiver=EmbeddedReceiver,

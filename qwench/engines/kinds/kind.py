@@ -1,6 +1,7 @@
 """What differs between kinds of engine. Nothing outside `engines.kinds` asks for a kind's name.
 
-A new kind is one file that makes an `EngineKind`, and one entry of `engines.kinds.KINDS`.
+A new kind is one file that makes an `EngineKind`, one entry of `engines.kinds.KINDS`, and its facts in `ENGINE_FACTS`
+(`config.sections.engine`), which checks and plan read.
 """
 
 from __future__ import annotations
@@ -71,8 +72,6 @@ class EngineKind:
 
     name: str
     """As --rollout-engine and `EngineAddress.kind` spell it."""
-    runs_in_process: bool
-    """One engine may live in the driver's process, without a server."""
     check_flags: Callable[[EngineConfig], None]
     """Raises a ConfigError if the kind is not installed, or does not take the flags that pass through to it."""
     command: MakeCommand

@@ -78,7 +78,6 @@ def sglang_command(
 
 SGLANG = EngineKind(
     name="sglang",
-    runs_in_process=False,
     check_flags=check_flags,
     command=sglang_command,
     receiver=SglangReceiver,

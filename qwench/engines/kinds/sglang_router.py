@@ -77,7 +77,7 @@ def check_router_words(words: Sequence[str]) -> None:
 
 
 class SglangRouter:
-    """See `engines.fleet.router.Router`."""
+    """See `engines.fleet.members.Router`."""
 
     def __init__(self, server: ServerProcess) -> None:
         self._server = server

@@ -17,9 +17,11 @@ from torch.nn.utils import get_total_norm
 
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.training.fsdp.gradients import Gradients
-from qwench.training.optimizers.adam import MOMENTS, NORM_EPS
-from qwench.training.optimizers.host_adam import HostAdam
+from qwench.training.optimizers.host_adam import MOMENTS, HostAdam
 from qwench.training.optimizers.schedule import LrSchedule
+
+NORM_EPS = 1e-6
+"""Megatron's and torch's guard in clip / (norm + eps)."""
 
 
 class MasterOptimizer:

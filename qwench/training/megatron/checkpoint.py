@@ -26,7 +26,7 @@ from qwench.checkpoints.formats.torch_dist import extra_states, write_common_fil
 from qwench.models.megatron_names import WeightRule, to_megatron, tp_shard
 from qwench.training.megatron.optimizer import MasterOptimizer
 from qwench.training.megatron.tensor_place import TensorPlace
-from qwench.training.optimizers.adam import MASTER, MOMENTS
+from qwench.training.optimizers.host_adam import MASTER, MOMENTS
 from qwench.training.resuming import load_in_place, save_tensors
 
 _STATE_KEYS = {MASTER: "optimizer.state.param."} | {moment: f"optimizer.state.{moment}." for moment in MOMENTS}

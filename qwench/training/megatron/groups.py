@@ -35,7 +35,6 @@ def join_groups(layout: ParallelLayout, *, timeout_s: float = 1800.0) -> Paralle
     return ParallelRank(
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
-        cp_size=layout.cp,
         num_ranks=dist.get_world_size(),
         is_main=dist.get_rank() == 0,
     )

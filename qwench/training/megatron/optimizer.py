@@ -19,8 +19,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
 from qwench.config.sections.optimizer import OptimizerConfig as OptimizerSection
-from qwench.training.optimizers.adam import MASTER, MOMENTS
-from qwench.training.optimizers.host_adam import HostAdam
+from qwench.training.optimizers.host_adam import MASTER, MOMENTS, HostAdam
 from qwench.training.optimizers.schedule import LrSchedule
 
 

@@ -23,10 +23,15 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from qwench.config.sections.optimizer import OptimizerConfig
-from qwench.training.optimizers.adam import MASTER, MOMENTS, REST
 from qwench.training.optimizers.pinned_buckets import HostCopies, Span, buckets_of, cut
 from qwench.training.optimizers.split_masters import join, split
 
+MASTER = "master_param"
+"""Name of the float32 masters, in Megatron and in Transformer Engine."""
+REST = "master_rest"
+"""Name of what bfloat16 parameters lack of their masters; see `split_masters`."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Names of the running averages, in torch and in Megatron."""
 BUCKET_ELEMENTS = 1 << 24
 """Elements stepped at a time: 64 MiB of gradients, some milliseconds of copies."""
 _HOST = torch.device("cpu")

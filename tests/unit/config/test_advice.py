@@ -1,14 +1,14 @@
 import pytest
 
 from qwench.config.advice import plan_warnings, warnings
-from qwench.config.command_line.parse import parse_eval, parse_sft, parse_train
+from qwench.config.command_line.parse import parse_run
 from qwench.config.plan import plan_run
 from tests.unit.config.architectures import QWEN3_4B
 from tests.unit.config.words import flat, words_of
 
 
 def test_a_complete_command_line_needs_no_advice(files):
-    assert list(warnings(parse_train(flat(words_of(files))))) == []
+    assert list(warnings(parse_run("train", flat(words_of(files))))) == []
 
 
 EMBEDDED = ("--rollout-engine", "embedded")
@@ -50,7 +50,7 @@ EMBEDDED = ("--rollout-engine", "embedded")
     ],
 )
 def test_what_is_perhaps_not_meant_is_warned_about(files, extra, begin):
-    shown = list(warnings(parse_train(flat(words_of(files)) + [word.format(files) for word in extra])))
+    shown = list(warnings(parse_run("train", flat(words_of(files)) + [word.format(files) for word in extra])))
     assert len(shown) == 1
     assert shown[0].startswith(begin)
 
@@ -58,14 +58,14 @@ def test_what_is_perhaps_not_meant_is_warned_about(files, extra, begin):
 def test_fine_tuning_and_evaluation_are_not_warned_about_groups_of_one(files):
     words = words_of(files)
     del words["--n-samples-per-prompt"]
-    assert list(warnings(parse_sft(flat(words)))) == []
-    config = parse_eval([*flat(words), "--eval-prompt-data", "e", str(files / "train.jsonl"), "--use-fault-tolerance"])
+    assert list(warnings(parse_run("sft", flat(words)))) == []
+    config = parse_run("eval", [*flat(words), "--eval-prompt-data", "e", str(files / "train.jsonl"), "--use-fault-tolerance"])
     assert [text.split(" ")[0] for text in warnings(config, trains=False)] == ["--use-fault-tolerance"]
 
 
 def test_evaluation_warns_that_it_reads_no_training_checkpoint(files):
     words = [*flat(words_of(files)), "--eval-prompt-data", "e", str(files / "train.jsonl"), "--load", str(files)]
-    (warning,) = warnings(parse_eval(words), trains=False)
+    (warning,) = warnings(parse_run("eval", words), trains=False)
     assert warning == (
         "--load is not read here: responses are those of --hf-checkpoint; for trained weights name a folder that "
         "--save-hf wrote"
@@ -75,12 +75,12 @@ def test_evaluation_warns_that_it_reads_no_training_checkpoint(files):
 def test_fine_tuning_evaluates_and_so_does_not_warn(files):
     words = words_of(files)
     del words["--n-samples-per-prompt"]
-    assert list(warnings(parse_sft([*flat(words), "--eval-prompt-data", "e", str(files / "train.jsonl")]))) == []
+    assert list(warnings(parse_run("sft", [*flat(words), "--eval-prompt-data", "e", str(files / "train.jsonl")]))) == []
 
 
 def test_what_is_meant_is_not_warned_about(files):
     extra = ["--n-samples-per-prompt", "1", "--disable-rewards-normalization", "--use-dynamic-batch-size"]
-    assert list(warnings(parse_train([*flat(words_of(files)), *extra, "--max-tokens-per-gpu", "16"]))) == []
+    assert list(warnings(parse_run("train", [*flat(words_of(files)), *extra, "--max-tokens-per-gpu", "16"]))) == []
 
 
 @pytest.mark.parametrize(
@@ -93,5 +93,5 @@ def test_what_is_meant_is_not_warned_about(files):
     ],
 )
 def test_ranks_that_share_a_cpu_are_said(files, words, on_gpus, expected):
-    config = parse_train([*flat(words_of(files)), *words])
+    config = parse_run("train", [*flat(words_of(files)), *words])
     assert list(plan_warnings(config, plan_run(config, QWEN3_4B, on_gpus=on_gpus))) == expected

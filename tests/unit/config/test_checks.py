@@ -3,22 +3,19 @@ from pathlib import Path
 
 import pytest
 
-from qwench.config import (
-    AlgorithmConfig,
-    ClusterConfig,
-    Config,
-    DebugConfig,
-    EngineConfig,
-    ModelConfig,
-    ParallelConfig,
-    RolloutConfig,
-    TrainingConfig,
-    checks,
-)
+from qwench.config import checks
 from qwench.config.checks import RULES, check_rules
+from qwench.config.config import Config
+from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
+from qwench.config.sections.cluster import ClusterConfig
+from qwench.config.sections.debug import DebugConfig
+from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.logging import LoggingConfig
-from qwench.config.sections.rollout import SFT_ROLLOUT
+from qwench.config.sections.model import ModelConfig
+from qwench.config.sections.parallel import ParallelConfig
+from qwench.config.sections.rollout import SFT_ROLLOUT, RolloutConfig
+from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
 
 EIGHT = ClusterConfig(actor_num_gpus_per_node=8)

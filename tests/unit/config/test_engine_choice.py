@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from qwench.config import Config
 from qwench.config.command_line.parse import parse_flags
+from qwench.config.config import Config
 from qwench.config.engine_choice import Machine, check_engine_is_installed, choose_engine, look_at_machine
 from qwench.errors import ConfigError
 

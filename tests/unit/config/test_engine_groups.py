@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qwench.config import Config
 from qwench.config.command_line.parse import parse_flags
+from qwench.config.config import Config
 from qwench.config.engine_groups import read_engine_sizes
 from qwench.config.plan import plan_run
 from qwench.errors import ConfigError

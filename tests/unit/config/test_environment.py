@@ -1,5 +1,7 @@
-from qwench.config import ClusterConfig, ParallelConfig, TrainingConfig
 from qwench.config.environment import engine_environment, trainer_environment
+from qwench.config.sections.cluster import ClusterConfig
+from qwench.config.sections.parallel import ParallelConfig
+from qwench.config.sections.training import TrainingConfig
 
 
 def test_the_variables_of_the_flag_are_set():

@@ -2,8 +2,8 @@
 
 import pytest
 
-from qwench.config import Config
 from qwench.config.command_line.parse import parse_flags
+from qwench.config.config import Config
 from qwench.config.equal_bits import check_equal_bits
 from qwench.errors import ConfigError
 from tests.unit.config.architectures import QWEN3_4B

@@ -1,8 +1,10 @@
 import pytest
 
-from qwench.config import Config, EvalConfig, RolloutConfig
-from qwench.config.eval_sets import EvalSetConfig, EvalSettings, read_eval_file
+from qwench.config.config import Config
+from qwench.config.eval_sets import EvalSettings
 from qwench.config.plan import plan_run
+from qwench.config.sections.evaluation import EvalConfig
+from qwench.config.sections.rollout import RolloutConfig
 from qwench.errors import ConfigError
 from tests.unit.config.architectures import QWEN3_4B
 
@@ -43,7 +45,7 @@ def settings_of(path, **flags) -> dict[str, EvalSettings]:
 
 def test_a_value_of_the_set_wins_over_the_defaults_and_those_over_the_flags(write):
     sets = settings_of(write(SETS), eval_temperature=0.9, eval_label_key="label", eval_top_k=5, n_samples_per_eval_prompt=2)
-    assert {name: (one.temperature, one.n_samples_per_prompt) for name, one in sets.items()} == {
+    assert {name: (one.temperature, one.n_samples_per_eval_prompt) for name, one in sets.items()} == {
         "aime": (0.0, 4),
         "gsm8k": (0.6, 1),
     }
@@ -59,16 +61,14 @@ def test_a_value_of_the_set_wins_over_the_defaults_and_those_over_the_flags(writ
 
 def test_the_reward_of_a_set_becomes_metadata_of_its_rows(write):
     sets = settings_of(write(SETS))
-    assert sets["aime"].metadata_overrides == {"rm_type": "deepscaler", "split": "test"}
-    assert sets["gsm8k"].metadata_overrides == {}
+    assert sets["aime"].row_metadata == {"rm_type": "deepscaler", "split": "test"}
+    assert sets["gsm8k"].row_metadata == {}
 
 
 def test_sets_may_be_a_mapping_from_names(write):
     path = write("eval: {datasets: {a: {path: /d/a.jsonl}, b: {path: /d/b.jsonl, top_p: 0.5}}}")
-    assert read_eval_file(path) == (
-        EvalSetConfig(name="a", path="/d/a.jsonl"),
-        EvalSetConfig(name="b", path="/d/b.jsonl", top_p=0.5),
-    )
+    sets = settings_of(path)
+    assert {name: (one.path, one.top_p) for name, one in sets.items()} == {"a": ("/d/a.jsonl", 1.0), "b": ("/d/b.jsonl", 0.5)}
 
 
 @pytest.mark.parametrize(
@@ -95,14 +95,14 @@ def test_sets_may_be_a_mapping_from_names(write):
 def test_a_mistake_names_the_flag_the_file_the_set_and_the_key(write, text, problem):
     path = write(text)
     with pytest.raises(ConfigError) as error:
-        read_eval_file(path)
+        settings_of(path)
     assert str(error.value).startswith(f"--eval-config: {path}")
     assert problem in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"--eval-config: cannot read .*absent\.yaml"):
-        read_eval_file(tmp_path / "absent.yaml")
+        settings_of(tmp_path / "absent.yaml")
 
 
 def test_sets_are_listed_in_one_place_only(tmp_path):

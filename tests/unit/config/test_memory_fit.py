@@ -2,8 +2,8 @@
 
 import pytest
 
-from qwench.config import Config
 from qwench.config.command_line.parse import parse_flags
+from qwench.config.config import Config
 from qwench.config.memory_fit import check_fit, engine_weight_bytes
 from qwench.config.plan import plan_run
 from qwench.errors import ConfigError

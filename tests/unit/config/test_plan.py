@@ -2,25 +2,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwench.config import (
-    AlgorithmConfig,
-    ArchitectureConfig,
-    CheckpointConfig,
-    ClusterConfig,
-    Config,
-    DataConfig,
-    DebugConfig,
-    EngineConfig,
-    EvalConfig,
-    LoggingConfig,
-    ModelConfig,
-    ParallelConfig,
-    RewardConfig,
-    RolloutConfig,
-    TrainingConfig,
-)
+from qwench.config.config import Config
 from qwench.config.layout import data_parallel_size
 from qwench.config.plan import RunPlan, plan_batch, plan_lines, plan_run, train_dtype
+from qwench.config.sections.algorithm import AlgorithmConfig
+from qwench.config.sections.architecture import ArchitectureConfig
+from qwench.config.sections.checkpoint import CheckpointConfig
+from qwench.config.sections.cluster import ClusterConfig
+from qwench.config.sections.data import DataConfig
+from qwench.config.sections.debug import DebugConfig
+from qwench.config.sections.engine import EngineConfig
+from qwench.config.sections.evaluation import EvalConfig
+from qwench.config.sections.logging import LoggingConfig
+from qwench.config.sections.model import ModelConfig
+from qwench.config.sections.parallel import ParallelConfig
+from qwench.config.sections.reward import RewardConfig
+from qwench.config.sections.rollout import RolloutConfig
+from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
 from tests.unit.config.architectures import QWEN3_4B
 
@@ -104,7 +102,7 @@ def test_evaluation_falls_back_to_the_values_of_the_rollout():
         "tools",
         "metadata",
     )
-    assert (settings.n_samples_per_prompt, settings.stop, settings.stop_token_ids) == (1, (), ())
+    assert (settings.n_samples_per_eval_prompt, settings.stop, settings.stop_token_ids) == (1, (), ())
     assert [(one.name, one.path) for one in (settings, other)] == [("a", "x.jsonl"), ("b", "y.jsonl@[0:2]")]
     assert plan_run(config, QWEN3_4B).eval_reward_key == "score"
 

@@ -1,10 +1,15 @@
 import pytest
 import yaml
 
-from qwench.config import ClusterConfig, Config, DataConfig, EngineConfig, LoggingConfig, RolloutConfig
-from qwench.config.command_line.parse import parse_train
+from qwench.config.command_line.parse import parse_run
+from qwench.config.config import Config
 from qwench.config.report import Setting, as_yaml, flag_values, settings_by_section
+from qwench.config.sections.cluster import ClusterConfig
+from qwench.config.sections.data import DataConfig
+from qwench.config.sections.engine import EngineConfig
+from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.reward import RewardConfig
+from qwench.config.sections.rollout import RolloutConfig
 from tests.unit.config.words import flat, words_of
 
 ROLLOUT = RolloutConfig(rollout_batch_size=32, n_samples_per_prompt=8, num_rollout=5)
@@ -50,10 +55,10 @@ def test_the_configuration_of_a_run_can_be_given_back(files, tmp_path):
     words = flat(words_of(files))
     words += ["--sglang-page-size", "4", "--eval-prompt-data", "a", str(files / "train.jsonl"), "--adam-beta2", "0.95"]
     words += ["--apply-chat-template-kwargs", '{"enable_thinking": false}', "--rollout-stop", "1", "--rollout-shuffle"]
-    config = parse_train(words)
+    config = parse_run("train", words)
     path = tmp_path / "config.yaml"
     path.write_text(as_yaml(config))
-    assert parse_train(["--config", str(path)]) == config
+    assert parse_run("train", ["--config", str(path)]) == config
 
 
 def test_what_is_passed_to_engines_is_kept_under_its_flags():

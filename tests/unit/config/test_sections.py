@@ -2,23 +2,21 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from qwench.config import (
-    AlgorithmConfig,
-    CheckpointConfig,
-    ClusterConfig,
-    Config,
-    DataConfig,
-    DebugConfig,
-    EngineConfig,
-    EvalConfig,
-    LoggingConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RewardConfig,
-    RolloutConfig,
-    ServerConfig,
-    TrainingConfig,
-)
+from qwench.config.config import Config
+from qwench.config.sections.algorithm import AlgorithmConfig
+from qwench.config.sections.checkpoint import CheckpointConfig
+from qwench.config.sections.cluster import ClusterConfig
+from qwench.config.sections.data import DataConfig
+from qwench.config.sections.debug import DebugConfig
+from qwench.config.sections.engine import EngineConfig
+from qwench.config.sections.evaluation import EvalConfig
+from qwench.config.sections.logging import LoggingConfig
+from qwench.config.sections.optimizer import OptimizerConfig
+from qwench.config.sections.parallel import ParallelConfig
+from qwench.config.sections.reward import RewardConfig
+from qwench.config.sections.rollout import RolloutConfig
+from qwench.config.sections.training import TrainingConfig
+from qwench.config.sections.verbs import ServerConfig
 from qwench.errors import ConfigError
 
 SECTIONS = (AlgorithmConfig, DebugConfig, EngineConfig, EvalConfig, OptimizerConfig, RewardConfig, RolloutConfig)
@@ -154,9 +152,15 @@ AT_THE_EDGE = [
             "rollout_min_new_tokens": 0,
         },
     ),
-    (AlgorithmConfig, {"eps_clip_c": 1.01, "kl_coef": 0.0, "use_kl_loss": True, "kl_loss_coef": 0.1, "use_unbiased_kl": True}),
+    (
+        AlgorithmConfig,
+        {"eps_clip_c": 1.01, "kl_coef": 0.0, "use_kl_loss": True, "kl_loss_coef": 0.1, "use_unbiased_kl": True},
+    ),
     (AlgorithmConfig, {"use_tis": True, "tis_clip_low": 2.0}),
-    (AlgorithmConfig, {"advantage_estimator": "reinforce_plus_plus_baseline", "normalize_advantages": True, "kl_coef": 0.1}),
+    (
+        AlgorithmConfig,
+        {"advantage_estimator": "reinforce_plus_plus_baseline", "normalize_advantages": True, "kl_coef": 0.1},
+    ),
     (
         AlgorithmConfig,
         {
@@ -179,12 +183,15 @@ AT_THE_EDGE = [
         {"use_precision_aware_optimizer": True, "adam_beta2": 0.99, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"},
     ),
     (TrainingConfig, {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 1, "log_probs_chunk_size": -1}),
-    (RewardConfig, {"rm_type": "remote_rm", "rm_url": "http://127.0.0.1:1", "custom_rm_path": "package.module.function"}),
+    (
+        RewardConfig,
+        {"rm_type": "remote_rm", "rm_url": "http://127.0.0.1:1", "custom_rm_path": "package.module.function"},
+    ),
 ]
 
 
-@pytest.mark.parametrize(("section", "values"), AT_THE_EDGE, ids=lambda value: getattr(value, "__name__", None))
-def test_values_at_the_edge_are_kept_as_given(section, values):
+@pytest.mark.parametrize(("section", "values"), AT_THE_EDGE, ids=[f"{s.__name__}-{'-'.join(v)}" for s, v in AT_THE_EDGE])
+def test_a_section_keeps_values_at_the_edge(section, values):
     made = section(**values)
     assert {name: getattr(made, name) for name in values} == values
 

@@ -1,6 +1,6 @@
 import pytest
 
-from qwench.config.command_line.parse import parse_eval, parse_serve, parse_sft, parse_train
+from qwench.config.command_line.parse import parse_run, parse_serve
 from qwench.config.plan import plan_run
 from qwench.errors import ConfigError
 from tests.unit.config.architectures import QWEN3_4B
@@ -8,7 +8,7 @@ from tests.unit.config.words import flat, words_of
 
 
 def test_a_complete_command_line_passes(files):
-    config = parse_train(flat(words_of(files)))
+    config = parse_run("train", flat(words_of(files)))
     batch = plan_run(config, QWEN3_4B).batch
     assert batch.rollout_batch_size * batch.n_samples_per_prompt == 8
 
@@ -20,16 +20,16 @@ def test_a_missing_flag_is_asked_for(files, flag):
     words = words_of(files)
     del words[flag]
     with pytest.raises(ConfigError, match=rf"^{flag}.* is required: "):
-        parse_train(flat(words))
+        parse_run("train", flat(words))
 
 
 def test_the_reward_is_asked_for_with_the_data_that_could_have_named_it(files):
     words = words_of(files)
     del words["--prompt-data"]
     with pytest.raises(ConfigError, match=r"^qwench train requires --prompt-data .*, --rm-type or --custom-rm-path "):
-        parse_train(flat(words))
+        parse_run("train", flat(words))
     with pytest.raises(ConfigError, match=r"^--prompt-data is required: "):
-        parse_train([*flat(words), "--rm-type", "math"])
+        parse_run("train", [*flat(words), "--rm-type", "math"])
 
 
 @pytest.mark.parametrize(
@@ -52,31 +52,31 @@ def test_the_reward_is_asked_for_with_the_data_that_could_have_named_it(files):
 )
 def test_files_that_are_not_there_and_restricted_sampling_are_refused(files, extra, message):
     with pytest.raises(ConfigError) as caught:
-        parse_train(flat(words_of(files)) + [word.replace("{}", str(files)) for word in extra])
+        parse_run("train", flat(words_of(files)) + [word.replace("{}", str(files)) for word in extra])
     assert str(caught.value).startswith(message.replace("{}", str(files)))
 
 
 def test_an_empty_load_is_a_fresh_start_with_a_reference_or_when_it_is_the_folder_to_save_to(files):
     words = [*flat(words_of(files)), "--load", str(files / "absent")]
-    assert parse_train([*words, "--ref-load", str(files / "model")]).checkpoint.load == files / "absent"
-    assert parse_train([*words, "--save", str(files / "absent")]).checkpoint.load == files / "absent"
+    assert parse_run("train", [*words, "--ref-load", str(files / "model")]).checkpoint.load == files / "absent"
+    assert parse_run("train", [*words, "--save", str(files / "absent")]).checkpoint.load == files / "absent"
 
 
 def test_parts_that_do_not_run_need_nothing(files):
     words = words_of(files)
     del words["--lr"]
-    assert parse_train([*flat(words), "--debug-rollout-only"]).optimizer.lr is None
+    assert parse_run("train", [*flat(words), "--debug-rollout-only"]).optimizer.lr is None
     words = words_of(files)
     del words["--prompt-data"], words["--rollout-max-response-len"]
-    config = parse_train([*flat(words), "--debug-train-only", "--load-debug-rollout-data", "r/{rollout_id}.jsonl"])
+    config = parse_run("train", [*flat(words), "--debug-train-only", "--load-debug-rollout-data", "r/{rollout_id}.jsonl"])
     assert config.data.prompt_data is None
 
 
 def test_train_with_the_loss_of_fine_tuning_is_checked_as_fine_tuning(files):
     words = words_of(files)
     del words["--rollout-max-response-len"], words["--n-samples-per-prompt"]
-    assert parse_train([*flat(words), "--loss-type", "sft_loss"]).rollout.rollout_max_response_len is None
-    assert parse_sft(flat(words)).algorithm.loss_type == "sft_loss"
+    assert parse_run("train", [*flat(words), "--loss-type", "sft_loss"]).rollout.rollout_max_response_len is None
+    assert parse_run("sft", flat(words)).algorithm.loss_type == "sft_loss"
 
 
 def test_evaluation_needs_sets_and_a_length_and_may_restrict_sampling(files):
@@ -84,23 +84,23 @@ def test_evaluation_needs_sets_and_a_length_and_may_restrict_sampling(files):
     with pytest.raises(
         ConfigError, match=r"qwench eval requires --eval-prompt-data or --eval-config .*, --eval-max-response-len "
     ):
-        parse_eval(words)
+        parse_run("eval", words)
     words += ["--eval-prompt-data", "e", str(files / "train.jsonl")]
     with pytest.raises(ConfigError, match="--eval-max-response-len is required"):
-        parse_eval(words)
-    assert plan_run(parse_eval([*words, "--eval-max-response-len", "9"]), QWEN3_4B).eval_sets[0].top_p == 0.9
+        parse_run("eval", words)
+    assert plan_run(parse_run("eval", [*words, "--eval-max-response-len", "9"]), QWEN3_4B).eval_sets[0].top_p == 0.9
 
 
 def test_sets_of_a_file_are_checked_before_anything_starts(files):
     words = ["--hf-checkpoint", str(files / "model"), "--eval-config", str(files / "sets.yaml")]
     with pytest.raises(ConfigError, match=r"--eval-config: cannot read .*sets\.yaml"):
-        parse_eval(words)
+        parse_run("eval", words)
     (files / "sets.yaml").write_text(f"eval: {{datasets: [{{name: a, path: {files / 'absent.jsonl'}}}]}}")
     with pytest.raises(ConfigError, match=r"--eval-config: .*sets\.yaml: there is no file .*absent\.jsonl"):
-        parse_eval(words)
+        parse_run("eval", words)
     (files / "sets.yaml").write_text(f"eval: {{datasets: [{{name: a, path: {files / 'train.jsonl'}}}]}}")
     with pytest.raises(ConfigError, match="--eval-max-response-len is required"):
-        parse_eval(words)
+        parse_run("eval", words)
 
 
 def test_serving_needs_a_checkpoint(files):

@@ -6,6 +6,7 @@ from argparse import Namespace
 import aiohttp
 import pytest
 
+from qwench.engines.protocol import SamplingParams
 from qwench.errors import ConfigError, EngineError
 from qwench.foreign.gateway import CURRENT_CALL, Call, Gateway
 from qwench.foreign.modules import generate
@@ -38,7 +39,7 @@ def with_gateway(test):
                 tokenizer=Tokenizer(),
                 gateway=gateway,
                 loop=asyncio.get_running_loop(),
-                sampling=Sampling(max_response_len=8),
+                sampling=Sampling(whole=SamplingParams(max_new_tokens=8)),
                 grader=FakeGrader(lambda sample: 1.0),
             )
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PretrainedConfig
 
-from qwench.config import Config
+from qwench.config.config import Config
 from qwench.config.eval_sets import EvalSettings
 from qwench.config.plan import plan_run
 from qwench.config.sections.engine import EngineConfig
@@ -99,8 +99,9 @@ def evaluate(settings, **evaluation):
 
 def eval_settings(**values):
     settings = {
-        "name": "x", "path": "", "n_samples_per_prompt": 1, "temperature": 0.0, "top_p": 0.9, "top_k": 5, "min_new_tokens": 2,
-        "max_response_len": 20, "max_context_len": None, "max_prompt_len": None, "stop": ("</s>",), "stop_token_ids": (7,),
+        "name": "x", "path": "", "n_samples_per_eval_prompt": 1, "temperature": 0.0, "top_p": 0.9, "top_k": 5,
+        "min_new_tokens": 2, "max_response_len": 20, "max_context_len": None, "max_prompt_len": None,
+        "stop": ("</s>",), "stop_token_ids": (7,),
         "input_key": "", "label_key": None, "tool_key": "", "metadata_key": "",
     }  # fmt: skip
     return EvalSettings(**{**settings, **values})
@@ -189,7 +190,10 @@ def test_evaluation_without_a_length_goes_to_the_end_of_the_context():
 
 
 def test_sets_have_their_own_number_of_samples_and_sampling():
-    settings = [eval_settings(name="a", n_samples_per_prompt=3), eval_settings(name="b", max_response_len=4, min_new_tokens=0)]
+    settings = [
+        eval_settings(name="a", n_samples_per_eval_prompt=3),
+        eval_settings(name="b", max_response_len=4, min_new_tokens=0),
+    ]
     _, requests = evaluate(settings)
     assert [request.sampling.max_new_tokens for request in requests] == [20, 20, 20, 4]
 

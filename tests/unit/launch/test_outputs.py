@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qwench.config import Config
+from qwench.config.config import Config
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.logging import LoggingConfig
@@ -122,7 +122,10 @@ HOLD = """
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from qwench.config import CheckpointConfig, Config, DebugConfig, LoggingConfig
+from qwench.config.config import Config
+from qwench.config.sections.checkpoint import CheckpointConfig
+from qwench.config.sections.debug import DebugConfig
+from qwench.config.sections.logging import LoggingConfig
 from qwench.launch.outputs import claim_outputs, own_results
 save, hf, dumps, log, results = sys.argv[1:]
 config = Config(

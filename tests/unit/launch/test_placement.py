@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from qwench.config import ClusterConfig, Config, ModelConfig, RolloutConfig
+from qwench.config.config import Config
+from qwench.config.sections.cluster import ClusterConfig
+from qwench.config.sections.model import ModelConfig
+from qwench.config.sections.rollout import RolloutConfig
 from qwench.errors import ConfigError
 from qwench.launch.inputs import publication_dtype
 from qwench.launch.placement import check_turns, choose_launcher

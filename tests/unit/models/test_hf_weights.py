@@ -14,13 +14,13 @@ from torch import Tensor
 
 from qwench.checkpoints.formats.sources import HfWeights
 from qwench.engines.embedded.engine import EmbeddedEngine
-from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, check_vocabulary, load_hf_config, load_model, load_tokenizer
 from qwench.models.hf_weights import find_parameters
 from qwench.models.made.qwen3 import make_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
+from tests.contract.engine_hosts import settings_of
 
 EMBEDDING = "model.embed_tokens.weight"
 Json = dict[str, object]
@@ -52,7 +52,7 @@ def read_by_trainer(folder: Path, architecture: Architecture) -> None:
 
 
 def read_by_engine(folder: Path, architecture: Architecture) -> None:
-    EmbeddedEngine.from_checkpoint(folder, EmbeddedSettings(kv_cache_tokens=64, dtype=torch.float32))
+    EmbeddedEngine.from_checkpoint(folder, settings_of(kv_cache_tokens=64, dtype=torch.float32))
 
 
 def read_by_converter(folder: Path, architecture: Architecture) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwench.rewards import latex, mathd
-from qwench.rewards.answers import last_box
+from qwench.rewards.boxed import last_box
 from qwench.rewards.expressions import MAX_ANSWER_CHARS, Question, as_integer, compare, normal_expression
 from qwench.rewards.sympy_grader import settle
 

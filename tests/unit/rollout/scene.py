@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.data.prompts import PromptSource
-from qwench.engines.protocol import GenerateRequest
+from qwench.engines.protocol import GenerateRequest, SamplingParams
 from qwench.rollout.buffer import GroupBuffer
 from qwench.rollout.collect import Collector
 from qwench.rollout.functions import RolloutFunctions
@@ -45,7 +45,7 @@ def by_letter(table: dict[str, int | None], default: int = 0) -> Callable[[str, 
 
 
 def make_runner(engine: FakeEngine, grader: FakeGrader, **options) -> GroupRunner:
-    settings = {"concurrency": 64, "sampling": Sampling(max_response_len=100), **options}
+    settings = {"concurrency": 64, "sampling": sampling_of(max_new_tokens=100), **options}
     return GroupRunner(engine, tokenizer=CharTokenizer(), grader=grader, **settings)
 
 
@@ -71,3 +71,9 @@ def make_collector(
 def prompts_of(groups: list[Group]) -> str:
     """Return the first letters of the groups' prompts."""
     return "".join(group.samples[0].prompt.text[0] for group in groups)
+
+
+def sampling_of(*, max_context_len=None, seed_by_position=False, **values):
+    """Return how responses are drawn, with the seed of a run."""
+    whole = SamplingParams(**{"max_new_tokens": 10, "seed": 42, **values})
+    return Sampling(whole=whole, max_context_len=max_context_len, seed_by_position=seed_by_position)

@@ -8,16 +8,15 @@ from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import RewardError
 from qwench.rollout.evaluate import EvalSet, Evaluator
-from qwench.rollout.sampling import Sampling
 from qwench.samples import Sample, Status, Verdict
 from tests.fakes.console import RecordingConsole
 from tests.fakes.engine import CharTokenizer, FakeEngine
 from tests.fakes.grader import FakeGrader
-from tests.unit.rollout.scene import prompt, write_ok
+from tests.unit.rollout.scene import prompt, sampling_of, write_ok
 
 
 def eval_set(name, letters, *, n=1, **sampling):
-    values = Sampling(**{"max_response_len": 5, "temperature": 0.0, **sampling})
+    values = sampling_of(**{"max_new_tokens": 5, "temperature": 0.0, **sampling})
     return EvalSet(name=name, prompts=[prompt(letter) for letter in letters], n_samples_per_prompt=n, sampling=values)
 
 

@@ -6,17 +6,16 @@ import pytest
 from qwench.engines.protocol import FinishReason, GenerateResult
 from qwench.errors import EngineError
 from qwench.rollout.generate import GenerateContext, Requests
-from qwench.rollout.sampling import Sampling
 from qwench.samples import Status
 from tests.fakes.engine import CharTokenizer, FakeEngine, log_prob_of
-from tests.unit.rollout.scene import sample
+from tests.unit.rollout.scene import sample, sampling_of
 
 
 def context(engine, **sampling):
     return GenerateContext(
         requests=Requests(engine),
         tokenizer=CharTokenizer(),
-        sampling=Sampling(**{"max_response_len": 10, **sampling}),
+        sampling=sampling_of(**{"max_new_tokens": 10, **sampling}),
         rollout_id=0,
         position=0,
     )
@@ -74,7 +73,7 @@ def test_partial_sample_goes_on_from_its_tokens_with_the_rest_of_the_budget():
 
 def test_second_turn_sees_the_first_and_the_context_between_is_masked():
     engine = FakeEngine(lambda text, request: "two" if text.endswith(">") else "one<more")
-    written, asking = sample("ab"), context(engine, max_response_len=30)
+    written, asking = sample("ab"), context(engine, max_new_tokens=30)
 
     async def talk():
         first = await asking.generate(written, stop=("<",))

@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 
 from examples.multi_turn.calculator import calculate, generate, open_call
-from qwench.rollout.sampling import Sampling
 from qwench.samples import Status
 from tests.fakes.engine import FakeEngine
 from tests.fakes.grader import FakeGrader
-from tests.unit.rollout.scene import group, make_runner
+from tests.unit.rollout.scene import group, make_runner, sampling_of
 
 PROBLEMS = Path(__file__).parents[3] / "examples" / "multi_turn" / "problems.jsonl"
 
@@ -22,7 +21,7 @@ def policy(context, request):
 
 def run(engine, **sampling):
     runner = make_runner(
-        engine, FakeGrader(lambda sample: 1.0), generate=generate, sampling=Sampling(**{"max_response_len": 99, **sampling})
+        engine, FakeGrader(lambda sample: 1.0), generate=generate, sampling=sampling_of(**{"max_new_tokens": 99, **sampling})
     )
     return asyncio.run(runner.run(group("q: ", size=2), rollout_id=0))
 
@@ -39,13 +38,13 @@ def test_policy_reads_the_result_of_its_call_and_only_its_own_tokens_are_trained
 
 def test_calls_are_bounded():
     engine = FakeEngine(lambda context, request: "<calc>1</calc>")
-    sample = run(engine, max_response_len=500).samples[0]
+    sample = run(engine, max_new_tokens=500).samples[0]
     assert sample.response.count("<result>") == 4
     assert sample.response.count("<calc>") == 5
 
 
 def test_result_that_does_not_fit_ends_the_sample_truncated():
-    sample = run(FakeEngine(policy), max_response_len=35).samples[0]
+    sample = run(FakeEngine(policy), max_new_tokens=35).samples[0]
     assert (sample.response_length, sample.status) == (35, Status.TRUNCATED)
     assert sample.response == "I ask <calc>2 * (3 + 4)</calc><resu"
 

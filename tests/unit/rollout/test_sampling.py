@@ -3,8 +3,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwench.rollout.sampling import Sampling, sample_seed
-from tests.unit.rollout.scene import sample
+from qwench.rollout.sampling import sample_seed
+from tests.unit.rollout.scene import sample, sampling_of
 
 
 def with_response(length: int):
@@ -18,19 +18,19 @@ def params(sampling, of, **options):
 
 
 def test_budget_is_what_is_left_of_the_response_limit():
-    assert Sampling(max_response_len=10).budget_tokens(with_response(4)) == 6
-    assert Sampling(max_response_len=10).budget_tokens(with_response(12)) == 0
+    assert sampling_of(max_new_tokens=10).budget_tokens(with_response(4)) == 6
+    assert sampling_of(max_new_tokens=10).budget_tokens(with_response(12)) == 0
 
 
 def test_context_limit_bounds_prompt_and_response_together():
-    sampling = Sampling(max_response_len=10, max_context_len=8)
+    sampling = sampling_of(max_new_tokens=10, max_context_len=8)
     assert sampling.budget_tokens(with_response(0)) == 5
     assert sampling.budget_tokens(with_response(4)) == 1
 
 
 def test_request_gets_every_sampling_value():
-    sampling = Sampling(
-        max_response_len=10, temperature=0.5, top_p=0.9, top_k=3, min_p=0.1, stop=("x",), stop_token_ids=(4,), ignore_eos=True,
+    sampling = sampling_of(
+        max_new_tokens=10, temperature=0.5, top_p=0.9, top_k=3, min_p=0.1, stop=("x",), stop_token_ids=(4,), ignore_eos=True,
         skip_special_tokens=True,
     )  # fmt: skip
     sent = params(sampling, with_response(2), max_new_tokens=5, stop=("y",), stop_token_ids=(6,))
@@ -40,11 +40,11 @@ def test_request_gets_every_sampling_value():
 
 
 def test_bound_of_one_turn_cannot_raise_the_budget():
-    assert params(Sampling(max_response_len=10), with_response(8), max_new_tokens=5).max_new_tokens == 2
+    assert params(sampling_of(max_new_tokens=10), with_response(8), max_new_tokens=5).max_new_tokens == 2
 
 
 def test_minimum_counts_what_was_written_and_stays_within_the_turn():
-    sampling = Sampling(max_response_len=10, min_new_tokens=6)
+    sampling = sampling_of(max_new_tokens=10, min_new_tokens=6)
     assert params(sampling, with_response(0)).min_new_tokens == 6
     assert params(sampling, with_response(4)).min_new_tokens == 2
     assert params(sampling, with_response(8)).min_new_tokens == 0
@@ -53,14 +53,14 @@ def test_minimum_counts_what_was_written_and_stays_within_the_turn():
 
 def test_seed_is_the_same_in_every_process():
     # blake2b("42/train/7/0", 8 bytes) >> 33, computed once by hand: a change here breaks resuming of running jobs.
-    assert sample_seed(42, "train", 7, 0) == params(Sampling(max_response_len=9), with_response(0)).seed == 802828175
+    assert sample_seed(42, "train", 7, 0) == params(sampling_of(max_new_tokens=9), with_response(0)).seed == 802828175
 
 
 def test_seed_differs_by_run_set_sample_and_turn():
-    sampling = Sampling(max_response_len=99)
+    sampling = sampling_of(max_new_tokens=99)
     seeds = [
         params(sampling, with_response(0)).seed,
-        params(replace(sampling, seed=1), with_response(0)).seed,
+        params(sampling_of(max_new_tokens=99, seed=1), with_response(0)).seed,
         params(sampling, with_response(0), scope="eval/gsm8k").seed,
         params(sampling, replace(with_response(0), sample_id=8)).seed,
         params(sampling, with_response(1)).seed,
@@ -69,7 +69,7 @@ def test_seed_differs_by_run_set_sample_and_turn():
 
 
 def test_seed_by_position_is_the_same_for_every_prompt():
-    sampling = Sampling(max_response_len=99, seed=42, seed_by_position=True)
+    sampling = sampling_of(max_new_tokens=99, seed=42, seed_by_position=True)
     assert params(sampling, sample("a", 3), position=3).seed == 45
     assert params(sampling, sample("b", 11, 1), position=3).seed == 45
 

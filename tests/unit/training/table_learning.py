@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from qwench.algorithms.methods import build_method
-from qwench.config import Config
+from qwench.config.config import Config
 from qwench.config.plan import plan_run
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.rollout import RolloutConfig
@@ -15,8 +15,7 @@ from qwench.models.memory import SequenceCost
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Group, Prompt, Rollout, Sample, Status
 from qwench.training.learner import Learner
-from qwench.training.reference import Reference
-from qwench.training.state import TrainingState
+from qwench.training.state import Reference, TrainingState
 from tests.fakes.console import RecordingConsole
 from tests.fakes.trainer import TableTrainer
 from tests.unit.config.architectures import QWEN3_4B

@@ -43,7 +43,9 @@ class Decoder:
         device = torch.device(settings.device)
         self.kv_cache = kv_cache
         self.last_tokens = last_tokens
-        self.builder = BatchBuilder(page_size=settings.page_size, max_sharing=max(TILE_ROWS // group, 1), device=device)
+        self.builder = BatchBuilder(
+            page_size=settings.sizes.embedded_page_size, max_sharing=max(TILE_ROWS // group, 1), device=device
+        )
         self._graphs: DecodeGraphs | None = None
         self._model = model
         self._device = device
@@ -107,9 +109,9 @@ class Decoder:
 
 def _make_attention(settings: EmbeddedSettings, device: torch.device) -> Attention:
     if settings.batch_invariant:
-        return InvariantAttention(settings.page_size, device)
+        return InvariantAttention(settings.sizes.embedded_page_size, device)
     if device.type != "cuda":
-        return TorchAttention(settings.page_size, settings.resolved_dtype, device)
+        return TorchAttention(settings.sizes.embedded_page_size, settings.resolved_dtype, device)
     import qwench.engines.embedded.compute.attention_cuda as cuda  # noqa: PLC0415  # Triton comes with CUDA only
 
-    return cuda.CudaAttention(settings.page_size, settings.resolved_dtype, device)
+    return cuda.CudaAttention(settings.sizes.embedded_page_size, settings.resolved_dtype, device)

@@ -78,20 +78,20 @@ class Runner:
 
     def choose_num_pages(self) -> int:
         """Return how many pages the pool shall have (scratch page included), from the settings or the free memory."""
-        settings = self._settings
-        most = settings.max_running_requests * -(-self._architecture.max_positions // settings.page_size)
-        if settings.kv_cache_tokens is not None:
-            return 1 + min(most, -(-settings.kv_cache_tokens // settings.page_size))
+        sizes = self._settings.sizes
+        page_size = sizes.embedded_page_size
+        most = sizes.embedded_max_running_requests * -(-self._architecture.max_positions // page_size)
+        if sizes.embedded_kv_cache_tokens is not None:
+            return 1 + min(most, -(-sizes.embedded_kv_cache_tokens // page_size))
         if self._device.type != "cuda":
-            return 1 + min(most, CPU_KV_CACHE_TOKENS // settings.page_size)
+            return 1 + min(most, CPU_KV_CACHE_TOKENS // page_size)
         free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
-        pool_bytes = free_bytes - int((1 - settings.mem_fraction) * total_bytes)
-        one_page = page_bytes(self._architecture, settings.page_size, settings.resolved_dtype)
-        num_pages = min(most, pool_bytes // one_page)
+        pool_bytes = free_bytes - int((1 - sizes.embedded_mem_fraction) * total_bytes)
+        num_pages = min(most, pool_bytes // page_bytes(self._architecture, page_size, self._settings.resolved_dtype))
         if num_pages < 2:
             raise EngineError(
                 f"no room for a KV cache: {free_bytes / 2**30:.1f} of {total_bytes / 2**30:.1f} GiB are free on {self._device} "
-                f"and --embedded-mem-fraction {settings.mem_fraction:g} allows no more; free memory or raise it."
+                f"and --embedded-mem-fraction {sizes.embedded_mem_fraction:g} allows no more; free memory or raise it."
             )
         return 1 + num_pages
 
@@ -100,12 +100,12 @@ class Runner:
         self._kv_cache = KVCache(
             self._architecture,
             num_pages=num_pages,
-            page_size=self._settings.page_size,
+            page_size=self._settings.sizes.embedded_page_size,
             dtype=self._settings.resolved_dtype,
             device=self._device,
         )
         # One row more, for padding.
-        num_rows = self._settings.max_running_requests + 1
+        num_rows = self._settings.sizes.embedded_max_running_requests + 1
         self._last_tokens = torch.zeros(num_rows, dtype=torch.int32, device=self._device)
         self.forget_bindings()
 

@@ -1,8 +1,8 @@
 import pytest
 
-from qwench.config import Config
 from qwench.config.command_line.argv import Given, Occurrence, sort_flags, split_words
 from qwench.config.command_line.flags import flag_table
+from qwench.config.config import Config
 from qwench.config.sections.verbs import MakeModelConfig
 from qwench.errors import ConfigError
 

@@ -1,8 +1,5 @@
 import pytest
 
-from qwench.config import (
-    Config,
-)
 from qwench.config.command_line.accepted_flags import ACCEPTED
 from qwench.config.command_line.argv import sort_flags, split_words
 from qwench.config.command_line.compat import (
@@ -16,6 +13,7 @@ from qwench.config.command_line.compat import (
 )
 from qwench.config.command_line.flags import flag_table
 from qwench.config.command_line.refused_flags import PLANNED, REFUSED
+from qwench.config.config import Config
 from qwench.config.values import choices
 from qwench.errors import ConfigError
 

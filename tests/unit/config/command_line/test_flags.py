@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwench.config import Config, ServeConfig
 from qwench.config.command_line.flags import NOT_FLAGS, flag_table
+from qwench.config.config import Config
+from qwench.config.sections.verbs import ServeConfig
 from qwench.config.values import format_value, metavar, parse_value, takes_many
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from qwench.config import Config, EngineConfig
-from qwench.config.command_line.parse import parse_flags, parse_sft
+from qwench.config.command_line.parse import parse_flags, parse_run
+from qwench.config.config import Config
+from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.verbs import MakeModelConfig, split_file
 from qwench.errors import ConfigError
 
@@ -65,13 +66,13 @@ def test_fine_tuning_has_its_own_defaults_that_flags_win_over(tmp_path):
     (tmp_path / "config.json").touch()
     (tmp_path / "d.jsonl").touch()
     words = ["--hf-checkpoint", str(tmp_path), "--prompt-data", str(tmp_path / "d.jsonl"), "--lr", "1", "--num-epoch", "1"]
-    config = parse_sft([*words, "--rollout-batch-size", "4"])
+    config = parse_run("sft", [*words, "--rollout-batch-size", "4"])
     assert (config.algorithm.loss_type, config.algorithm.calculate_per_token_loss) == ("sft_loss", True)
     assert config.data.input_key == "messages"
-    config = parse_sft([*words, "--rollout-batch-size", "4", "--no-calculate-per-token-loss", "--input-key", "chat"])
+    config = parse_run("sft", [*words, "--rollout-batch-size", "4", "--no-calculate-per-token-loss", "--input-key", "chat"])
     assert (config.algorithm.calculate_per_token_loss, config.data.input_key) == (False, "chat")
     with pytest.raises(ConfigError, match="got policy_loss; use qwench train"):
-        parse_sft([*words, "--rollout-batch-size", "4", "--loss-type", "policy_loss"])
+        parse_run("sft", [*words, "--rollout-batch-size", "4", "--loss-type", "policy_loss"])
 
 
 def test_help_lists_the_flags_of_every_section_and_ends_the_process(capsys):

@@ -2,14 +2,14 @@ import re
 
 import pytest
 
-from qwench.config import Config, ServeConfig
 from qwench.config.command_line.argv import sort_flags, split_words
 from qwench.config.command_line.compat import FOREIGN_FLAGS, ONE_VALUE, SHORTHANDS
 from qwench.config.command_line.flags import flag_table
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.command_line.vocabulary import _FAMILIES, _OF_VERB, ADVICE, advise
+from qwench.config.config import Config
 from qwench.config.sections.convert import ConvertConfig
-from qwench.config.sections.verbs import DownloadConfig, MakeModelConfig, RewardCheckConfig
+from qwench.config.sections.verbs import DownloadConfig, MakeModelConfig, RewardCheckConfig, ServeConfig
 from qwench.errors import ConfigError
 
 TABLE = flag_table(Config)

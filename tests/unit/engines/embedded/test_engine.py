@@ -11,11 +11,10 @@ from qwench.engines.embedded.compute import sampler
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.scheduling import stopping
 from qwench.engines.embedded.scheduling.request import RunningRequest
-from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.protocol import FinishReason
 from qwench.errors import ConfigError, EngineError
 from qwench.models.made.tokenizers import build_small_tokenizer
-from tests.contract.engine_hosts import ask, generate_all, make_engine, make_model, prompt_of, reference_log_probs
+from tests.contract.engine_hosts import ask, generate_all, make_engine, make_model, prompt_of, reference_log_probs, settings_of
 
 
 def test_inline_engine_repeats_itself_to_the_bit():
@@ -44,7 +43,7 @@ def test_checkpoint_folder_brings_weights_tokenizer_and_stop_tokens(tmp_path):
     request = ask("r", prompt_of(9), temperature=3.0, seed=0, max_new_tokens=1000)
 
     async def scenario():
-        engine = EmbeddedEngine.from_checkpoint(tmp_path, EmbeddedSettings(kv_cache_tokens=2048))
+        engine = EmbeddedEngine.from_checkpoint(tmp_path, settings_of(kv_cache_tokens=2048))
         result = await engine.generate(request)
         await engine.close()
         return result
@@ -58,12 +57,12 @@ def test_checkpoint_folder_brings_weights_tokenizer_and_stop_tokens(tmp_path):
 
 def test_missing_checkpoint_is_a_user_error(tmp_path):
     with pytest.raises(ConfigError):
-        EmbeddedEngine.from_checkpoint(tmp_path, EmbeddedSettings())
+        EmbeddedEngine.from_checkpoint(tmp_path, settings_of())
 
 
 def test_engine_without_weights_refuses_requests():
     async def scenario():
-        engine = EmbeddedEngine.from_checkpoint(make_model("qwen3").config, EmbeddedSettings())
+        engine = EmbeddedEngine.from_checkpoint(make_model("qwen3").config, settings_of())
         with pytest.raises(EngineError, match="has no weights"):
             await generate_all(engine, [ask("r", [5])])
 
