@@ -49,6 +49,8 @@ class RolloutBatch:
 
     loss_scale: list[Tensor] | None = None
     """B x [R] float32: factors on the loss that metrics do not have. None: 1."""
+    importance_scale: list[Tensor] | None = None
+    """B x [R] float32: factors on the importance weights (`--tis-batch-normalize`). None: 1."""
     picked: list[Tensor] | None = None
     """B x [R] float32: 1 at the tokens that the method treats apart (clip_cov, kl_cov)."""
     fresh_scale: list[Tensor] | None = None
@@ -123,6 +125,7 @@ class MicroBatch:
     ref_log_probs: Tensor | None = None
     advantages: Tensor | None = None
     loss_scale: Tensor | None = None
+    importance_scale: Tensor | None = None
     picked: Tensor | None = None
     fresh_scale: Tensor | None = None
     stale_scale: Tensor | None = None

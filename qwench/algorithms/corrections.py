@@ -1,4 +1,4 @@
-"""Corrections for tokens that another policy sampled: the engine's (TIS, IcePop) or an older one (OPSM).
+"""Corrections for tokens that another policy sampled: the engine's (TIS, IcePop, MIS) or an older one (OPSM).
 
 The engine's kernels differ from the trainer's, and its weights may be older. Per token, w = exp(trainer - engine) measures the
 difference.
@@ -6,45 +6,91 @@ difference.
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from qwench.algorithms.kl import kl_estimate
-from qwench.algorithms.losses import sequence_mean, sequence_sum
+from qwench.algorithms.losses import LOG_RATIO_LIMIT, sequence_mean, sequence_sum
 
 
-def truncated_importance(log_ratio: Tensor, *, low: float, high: float) -> Tensor:
-    """Return the importance weights exp(log_ratio), clamped to [low, high].
+def ratio_at_level(log_ratio: Tensor, loss_mask: Tensor, sequence_ids: Tensor, *, level: str) -> Tensor:
+    """Return exp(log_ratio) of each token, or of its sequence's sum or mean over trained tokens, clamped as all ratios.
 
-    Args:
-        log_ratio: [T] float32, log(trainer / engine), without gradient.
-
-    Source: TIS (Yao et al. 2025, Your efficient RL framework secretly brings you off-policy RL training).
-    """
-    return log_ratio.exp().clamp(low, high)
-
-
-def icepop(log_ratio: Tensor, *, low: float, high: float) -> Tensor:
-    """Return the importance weights exp(log_ratio), and 0 for tokens whose weight is outside [low, high].
+        log_ratio (0.1, 0.3)    token (e^0.1, e^0.3)    sequence e^0.4    geometric e^0.2
 
     Args:
         log_ratio: [T] float32, log(trainer / engine), without gradient.
-
-    Source: IcePop, Ring-1T (arXiv 2510.18855) section 3.
+        level: token, sequence or geometric.
     """
-    weights = log_ratio.exp()
+    if level == "sequence":
+        log_ratio = sequence_sum(log_ratio.where(loss_mask, 0.0), sequence_ids)
+    elif level == "geometric":
+        log_ratio = sequence_mean(log_ratio, loss_mask, sequence_ids)
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+def bounded_importance(ratio: Tensor, *, mode: str, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Return importance weights, and the tokens that stay in the loss.
+
+        ratio 0.4, 1, 3 with the bounds 0.5 and 2    weights           kept
+        truncate, clip                               0.5, 1, 2         all
+        icepop                                       0, 1, 0           all
+        mask                                         0.4, 1, 3         the second
+
+    Args:
+        ratio: [T] float32, trainer / engine, without gradient.
+        mode: truncate, clip, icepop or mask.
+
+    Returns:
+        weights [T] float32; kept [T] bool.
+
+    Source: truncate: TIS (Yao et al. 2025, Your efficient RL framework secretly brings you off-policy RL training); icepop:
+    Ring-1T (arXiv 2510.18855) section 3; clip and mask: MIS (Liu et al. 2025, When speed kills stability).
+    """
+    everything = torch.ones_like(ratio, dtype=torch.bool)
+    if mode in ("truncate", "clip"):
+        return ratio.clamp(low, high), everything
+    inside = (ratio >= low) & (ratio <= high)
+    if mode == "mask":
+        return ratio, inside
+    assert mode == "icepop", f"unknown --tis-mode {mode}"
     # A product, not a choice: a NaN stays a NaN instead of turning into 0.
-    return weights * ((weights >= low) & (weights <= high))
+    return ratio * inside, everything
 
 
-def importance_metrics(log_ratio: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """Return per-token [T] float32 values to average: the raw weight, where it was changed, its distance from 1.
+def vetoed_sequences(log_ratio: Tensor, loss_mask: Tensor, sequence_ids: Tensor, *, threshold: float) -> Tensor:
+    """Return [T] bool, true in sequences that have a trained token with exp(log_ratio) below the threshold.
 
     Args:
         log_ratio: [T] float32, log(trainer / engine).
-        weights: [T] float32, of `truncated_importance` or `icepop`.
     """
-    raw = log_ratio.exp()
-    return {"tis": raw, "tis_clipfrac": (weights != raw).float(), "tis_abs": (raw - 1).abs()}
+    catastrophic = (log_ratio < math.log(threshold)) & loss_mask
+    return sequence_sum(catastrophic.float(), sequence_ids) > 0
+
+
+def mean_importance(weights: Tensor, loss_mask: Tensor, sequence_ids: Tensor, *, level: str) -> float:
+    """Return the mean weight over trained tokens, or (level sequence) over sequences of the mean over their tokens.
+
+    Args:
+        weights: [T] float32 of a whole step.
+    """
+    if level == "token":
+        return float(weights[loss_mask].double().sum()) / max(int(loss_mask.sum()), 1)
+    means = sequence_mean(weights, loss_mask, sequence_ids)
+    first = torch.cat([sequence_ids.new_ones(1), sequence_ids.diff()]) > 0
+    return float(means[first].double().mean())
+
+
+def importance_metrics(ratio: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Return per-token [T] float32 values to average: the raw weight, where it was changed, its distance from 1.
+
+    Args:
+        ratio: [T] float32, trainer / engine.
+        weights: [T] float32, of `bounded_importance`.
+    """
+    return {"tis": ratio, "tis_clipfrac": (weights != ratio).float(), "tis_abs": (ratio - 1).abs()}
 
 
 def mismatch_metrics(

@@ -70,9 +70,9 @@ class Method(ABC):
             return token_mean_weights(batch.loss_mask)
         return execution_mean_weights(batch.loss_mask, batch.execution_ids)
 
-    def loss_scale(self, step: RolloutBatch) -> list[Tensor] | None:
-        """Return B x [R] float32 factors on the loss of a step, which metrics do not have. None: 1."""
-        return None
+    def step_columns(self, step: RolloutBatch) -> Mapping[str, list[Tensor]]:
+        """Return further columns B x [R] that the loss reads and that depend on the whole step."""
+        return {}
 
     @abstractmethod
     def loss(self, log_probs: Tensor, entropy: Tensor | None, micro_batch: MicroBatch) -> TokenLoss:

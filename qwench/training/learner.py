@@ -149,9 +149,7 @@ class Learner:
     def _weigh(self, step: RolloutBatch) -> RolloutBatch:
         """Return a step with its tokens' shares in the loss and, where some are stale, in the metrics of either kind."""
         weights = self.method.token_weights(step)
-        step = step.with_columns(loss_weights=weights)
-        if (scale := self.method.loss_scale(step)) is not None:
-            step = step.with_columns(loss_scale=scale)
+        step = step.with_columns(loss_weights=weights, **self.method.step_columns(step))
         if step.staleness is None:
             return step
         fresh, stale = staleness_scales(weights, step.loss_mask, step.staleness)

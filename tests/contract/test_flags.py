@@ -206,6 +206,11 @@ READ_BY_THEIR_SECTION_ALONE = {
     "gradient_checkpointing": "recomputes_layers",
     "batch_invariant_mode": "batch_invariant",
     "log_probs_chunk_size": "head_chunk_tokens",
+    "tis_clip": "tis_bounds",
+    "tis_clip_low": "tis_bounds",
+    "tis_lower_bound": "tis_bounds",
+    "rs_lower_bound": "rs_bounds",
+    "rs_upper_bound": "rs_bounds",
     "optimizer_cpu_offload": "offloaded_share",
     "optimizer_offload_fraction": "offloaded_share",
 }

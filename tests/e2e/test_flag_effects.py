@@ -18,6 +18,11 @@ BY_SAMPLES = {"use_dynamic_batch_size": None, "max_tokens_per_gpu": None, "micro
 VARIANTS = {
     "gspo": ({"advantage_estimator": "gspo"}, {"train/ppo_kl"}),
     "cispo": ({"advantage_estimator": "cispo", "eps_clip": 1.0, "eps_clip_high": 4.0}, {"train/pg_clipfrac"}),
+    "mis": (
+        {"use_tis": (), "tis_mode": "clip", "tis_level": "sequence", "tis_batch_normalize": (), "use_rs": (),
+         "rs_level": "geometric", "rs_veto_threshold": 1e-4},
+        {"train/tis_normalized", "train/rs_fraction", "train/rs_veto_fraction", "train/tis_low_fraction"},
+    ),
     "clip_cov": ({"advantage_estimator": "clip_cov", "clip_cov_ratio": 0.5, "clip_cov_lb": -1.0}, {"train/pg_clipfrac"}),
     "dr_grpo": ({"advantage_estimator": "dr_grpo"}, {"train/pg_loss"}),
     "reinforce": ({"advantage_estimator": "reinforce_plus_plus", "gamma": 0.99, **WHITENED}, {"rollout/ref_log_probs"}),

@@ -12,6 +12,8 @@ Source: arXiv 2503.20783.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -27,10 +29,11 @@ class DrGrpo(PolicyGradient, name="dr_grpo"):
         """Return B x [R] float32: every trained token of the step counts the same."""
         return token_mean_weights(batch.loss_mask)
 
-    def loss_scale(self, step: RolloutBatch) -> list[Tensor]:
-        """Return B x [R] factors that turn the mean over tokens into the sum divided by executions and the constant."""
+    def step_columns(self, step: RolloutBatch) -> Mapping[str, list[Tensor]]:
+        """Return the factors that turn the mean over tokens into the sum divided by executions and the constant."""
         length = self.section.dr_grpo_length
         assert length is not None, "dr_grpo needs the length that it divides by"
         num_tokens = sum(max(int(mask.sum()), 1) for mask in step.loss_mask)
         scale = num_tokens / (len(step.execution_ids.unique()) * length)
-        return [torch.full((len(mask),), scale) for mask in step.loss_mask]
+        scales = [torch.full((len(mask),), scale) for mask in step.loss_mask]
+        return {**super().step_columns(step), "loss_scale": scales}

@@ -10,7 +10,6 @@ Source: arXiv 2503.19595, for k = the size of the group.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from qwench.algorithms.advantages import STD_EPS
@@ -23,7 +22,7 @@ class PassK(PolicyGradient, name="passk"):
     def compare(self, rewards: Tensor, scores: Tensor) -> Tensor:
         """Return the lead of the best sample, and 0 for the others."""
         best, second = scores.topk(2).values.tolist()
-        lead = torch.full_like(rewards, best - second)
-        if not self.section.disable_grpo_std_normalization:
-            lead = lead / (scores.std(correction=1) + STD_EPS)
-        return lead * (rewards == best)
+        lead = (rewards == best) * (best - second)
+        if self.section.disable_grpo_std_normalization:
+            return lead
+        return lead / (scores.std(correction=1) + STD_EPS)

@@ -16,16 +16,21 @@ from torch import Tensor
 from qwench.algorithms.advantages import center, compare_in_groups, spread, standardize, whiten
 from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
 from qwench.algorithms.corrections import (
+    bounded_importance,
     effective_sample_ratio,
-    icepop,
     importance_metrics,
+    mean_importance,
     mismatch_metrics,
     off_policy_sequences,
-    truncated_importance,
+    ratio_at_level,
+    vetoed_sequences,
 )
 from qwench.algorithms.kl import kl_estimate
 from qwench.algorithms.losses import ppo_clip, token_log_ratio
 from qwench.algorithms.method import Method, Needs, weighted_sums
+
+_TINY_MEAN = 1e-8
+"""Importance weights with a smaller mean are not normalised."""
 
 
 class PolicyGradient(Method):
@@ -39,12 +44,15 @@ class PolicyGradient(Method):
         section = self.section
         of_engine = {
             "--use-tis": section.use_tis,
+            "--use-rs": section.use_rs,
             "--use-rollout-logprobs": section.use_rollout_logprobs,
             "--get-mismatch-metrics": section.get_mismatch_metrics,
         }
         compares_old = num_steps > 1 or section.kl_coef != 0 or self.always_scores_old
         return Needs(
-            old_log_probs=section.get_mismatch_metrics or (compares_old and not section.use_rollout_logprobs),
+            old_log_probs=section.get_mismatch_metrics
+            or section.tis_batch_normalize
+            or (compares_old and not section.use_rollout_logprobs),
             rollout_log_probs=[flag for flag, given in of_engine.items() if given],
             entropy=section.entropy_coef != 0 or section.observe_training_entropy,
         )
@@ -69,6 +77,23 @@ class PolicyGradient(Method):
         """Return B x [R] float32: every token has its sample's reward."""
         return spread(batch.rewards, batch.loss_mask)
 
+    def step_columns(self, step: RolloutBatch) -> Mapping[str, list[Tensor]]:
+        """Return the factor that makes the mean importance weight of the step 1, where --tis-batch-normalize asks for it."""
+        section = self.section
+        if not section.tis_batch_normalize:
+            return {}
+        assert step.old_log_probs is not None, "--tis-batch-normalize needs the trainer's log-probs"
+        assert step.rollout_log_probs is not None, "--tis-batch-normalize needs the engine's log-probs"
+        lengths = [len(mask) for mask in step.loss_mask]
+        mask, ids = torch.cat(step.loss_mask), torch.repeat_interleave(torch.tensor(lengths))
+        log_ratio = (torch.cat(step.old_log_probs) - torch.cat(step.rollout_log_probs)).where(mask, 0.0)
+        low, high = section.tis_bounds
+        ratio = ratio_at_level(log_ratio, mask, ids, level=section.tis_level)
+        weights, _ = bounded_importance(ratio, mode=section.tis_mode, low=low, high=high)
+        mean = mean_importance(weights, mask, ids, level=section.tis_level)
+        scale = 1 / mean if mean > _TINY_MEAN else 1.0
+        return {"importance_scale": [torch.full((length,), scale) for length in lengths]}
+
     def loss(self, log_probs: Tensor, entropy: Tensor | None, micro_batch: MicroBatch) -> TokenLoss:
         """Return the micro-batch's share of the loss and its metrics."""
         section = self.section
@@ -78,12 +103,16 @@ class PolicyGradient(Method):
         values, peaks = {"pg_clipfrac": clipped, "ppo_kl": -log_ratio}, dict[str, Tensor]()
         if section.use_opsm:
             loss, values["opsm_clipfrac"] = self._drop_off_policy(loss, tokens)
+        kept = torch.ones_like(tokens.mask)
         if section.use_tis or section.get_mismatch_metrics:
-            weights, metrics = self._importance(tokens)
+            weights, kept, metrics = self._importance(tokens)
             values |= metrics
             values["ois"] = log_ratio.exp()
             values["ess_ratio"] = effective_sample_ratio(log_ratio.detach(), tokens.mask, tokens.sequence_ids)
             loss = loss * weights if section.use_tis else loss
+        if section.use_rs:
+            kept = kept & ~self._rejected(tokens, values)
+            values["rs_fraction"] = ~kept
         if tokens.rollout_log_probs is not None:
             values |= mismatch_metrics(
                 tokens.trainer_log_probs,
@@ -94,12 +123,12 @@ class PolicyGradient(Method):
             difference = (tokens.trainer_log_probs - tokens.rollout_log_probs).abs()
             fresh = micro_batch.fresh_scale
             peaks["train_rollout_logprob_abs_diff_max"] = difference if fresh is None else difference * (fresh > 0)
-        values["pg_loss"] = loss
+        values["pg_loss"] = loss = loss * kept  # a product, not a choice: a NaN must reach the sum
         if entropy is not None:
-            values["entropy_loss"] = entropy
+            values["entropy_loss"] = entropy = entropy * kept
             loss = loss - section.entropy_coef * entropy
         if section.use_kl_loss:
-            values["kl_loss"] = kl = self._kl(tokens)
+            values["kl_loss"] = kl = self._kl(tokens) * kept
             loss = loss + section.kl_loss_coef * kl
         return weighted_sums(loss, values, micro_batch, peaks=peaks)
 
@@ -145,12 +174,30 @@ class PolicyGradient(Method):
         # A product, not a choice: a NaN must reach the sum.
         return loss * ~dropped, dropped
 
-    def _importance(self, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
-        assert tokens.rollout_log_probs is not None, "importance weights need the engine's log-probs"
-        log_ratio = token_log_ratio(tokens.trainer_log_probs, tokens.rollout_log_probs)
-        bound = icepop if self.section.tis_mode == "icepop" else truncated_importance
-        weights = bound(log_ratio, low=self.section.tis_clip_low, high=self.section.tis_clip)
-        return weights, importance_metrics(log_ratio, weights)
+    def _importance(self, tokens: Tokens) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the importance weights, the tokens that stay in the loss, and metrics."""
+        section, (low, high) = self.section, self.section.tis_bounds
+        ratio = ratio_at_level(tokens.gap_to_engine, tokens.mask, tokens.sequence_ids, level=section.tis_level)
+        weights, kept = bounded_importance(ratio, mode=section.tis_mode, low=low, high=high)
+        metrics = importance_metrics(ratio, weights)
+        if section.tis_mode in ("clip", "mask"):
+            metrics |= {"tis_low_fraction": ratio < low, "tis_high_fraction": ratio > high}
+        if tokens.micro_batch.importance_scale is not None:
+            weights = weights * tokens.micro_batch.importance_scale
+            metrics["tis_normalized"] = weights
+        return weights, kept if section.use_tis else torch.ones_like(kept), metrics
+
+    def _rejected(self, tokens: Tokens, values: dict[str, Tensor]) -> Tensor:
+        """Return [T] bool, the tokens that --use-rs takes out of the loss."""
+        section, (low, high) = self.section, self.section.rs_bounds
+        ratio = ratio_at_level(tokens.gap_to_engine, tokens.mask, tokens.sequence_ids, level=section.rs_level)
+        rejected = (ratio < low) | (ratio > high)
+        if section.rs_veto_threshold is None:
+            return rejected
+        threshold = section.rs_veto_threshold
+        vetoed = vetoed_sequences(tokens.gap_to_engine, tokens.mask, tokens.sequence_ids, threshold=threshold)
+        values["rs_veto_fraction"] = vetoed
+        return rejected | vetoed
 
     def _kl(self, tokens: Tokens) -> Tensor:
         assert tokens.ref_log_probs is not None, "the KL term needs the reference's log-probs"
@@ -181,6 +228,12 @@ class Tokens:
     def sequence_ids(self) -> Tensor:
         """Return [T] int64."""
         return self.micro_batch.sequence_ids
+
+    @property
+    def gap_to_engine(self) -> Tensor:
+        """Return [T] log(trainer / engine), without gradient."""
+        assert self.rollout_log_probs is not None, "importance weights need the engine's log-probs"
+        return self.trainer_log_probs - self.rollout_log_probs
 
     @property
     def picked(self) -> Tensor:

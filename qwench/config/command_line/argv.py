@@ -100,7 +100,8 @@ def read_yaml(config_flag: Occurrence) -> list[Occurrence]:
 def custom_settings(occurrences: Sequence[Occurrence], table: Mapping[str, Flag]) -> list[Occurrence]:
     """Return the flags that --custom-config-path sets; its other keys belong to the args of custom functions."""
     files = [item for item in occurrences if item.name == "custom-config-path"] if "custom-config-path" in table else []
-    return [entry for item in files for entry in read_yaml(item) if entry.name in table and entry.values != ("None",)]
+    entries = [_in_our_words(entry) for item in files for entry in read_yaml(item)]
+    return [entry for entry in entries if entry.name in table and entry.values != ("None",)]
 
 
 def sort_flags(occurrences: Iterable[Occurrence], table: Mapping[str, Flag], *, prog: str = "qwench train") -> Given:

@@ -58,6 +58,7 @@ ALIASES: Mapping[str, str] = {
     "sampling-batch-size": "over-sampling-batch-size",
     "enable-off-policy-correction": "use-tis",
     "off-policy-correction-clip-threshold": "tis-clip",
+    "tis-upper-bound": "tis-clip",
     "disable-rollout-trim-samples": "allow-partial-train-step",
     "decoder-num-layers": "num-layers",
     "sglang-router-policy": "router-policy",

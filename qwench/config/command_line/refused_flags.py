@@ -258,7 +258,10 @@ PLANNED: tuple[ForeignFlag, ...] = (
     ),
     *planned("data sources of your own", "data-source-path=*.rollout.data_source.RolloutDataSource*"),
     *planned("resets of the learning-rate schedule", "finetune use-checkpoint-opt-param-scheduler use-checkpoint-lr-scheduler"),
-    *planned("importance weights of your own; --use-tis and --tis-mode choose the built-in ones", "custom-tis-function-path"),
+    *planned(
+        "importance weights of your own; --use-tis and --use-rs choose the built-in ones, as mis.compute_mis_weights does",
+        "custom-tis-function-path=*mis.compute_mis_weights*",
+    ),
     *planned("losses and advantages of your own", "custom-loss-function-path custom-advantage-function-path"),
     *planned("reductions of your own", "custom-pg-loss-reducer-function-path"),
     *planned(

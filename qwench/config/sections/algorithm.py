@@ -10,7 +10,8 @@ from qwench.errors import ConfigError
 from qwench.estimators import METHODS, check_estimator, method_name, owners_of
 
 KlType = Literal["k1", "k2", "k3", "low_var_kl"]
-TisMode = Literal["truncate", "icepop"]
+TisMode = Literal["truncate", "clip", "mask", "icepop"]
+RatioLevel = Literal["token", "sequence", "geometric"]
 LossType = Literal["policy_loss", "sft_loss"]
 
 
@@ -88,11 +89,30 @@ class AlgorithmConfig:
     use_tis: bool = False
     """Correct the loss for the gap between engine and trainer log-probs by truncated importance sampling."""
     tis_mode: TisMode = "truncate"
-    """Importance weights outside --tis-clip-low to --tis-clip: truncate moves them to the bound, icepop sets them to 0."""
+    """What happens to importance weights out of bounds. truncate moves them to --tis-clip-low or --tis-clip, and icepop sets
+    them to 0. With the bounds --tis-lower-bound and --tis-clip, clip moves them and mask takes tokens out of the loss."""
+    tis_level: RatioLevel = "token"
+    """Importance weight of a token: its own ratio, the product of its sequence's ratios (sequence), or their geometric mean
+    (geometric)."""
     tis_clip: float = _TIS_CLIP
     """Upper bound of the importance weight of --use-tis."""
     tis_clip_low: float = 0.0
-    """Lower bound of the importance weight of --use-tis."""
+    """Lower bound of the importance weight for --tis-mode truncate and icepop."""
+    tis_lower_bound: float | None = None
+    """Lower bound of the importance weight for --tis-mode clip and mask, and of --use-rs. None: 1 / --tis-clip."""
+    tis_batch_normalize: bool = False
+    """Divide the bounded importance weights of --use-tis by their mean over the step."""
+    use_rs: bool = False
+    """Rejection: take tokens out of the loss whose ratio of trainer and engine probability is out of bounds. The divisors of
+    the loss stay."""
+    rs_level: RatioLevel = "token"
+    """Ratio that --use-rs compares: of the token, the product over its sequence, or the geometric mean over it."""
+    rs_lower_bound: float | None = None
+    """Lower bound of --use-rs. None: --tis-lower-bound."""
+    rs_upper_bound: float | None = None
+    """Upper bound of --use-rs. None: --tis-clip."""
+    rs_veto_threshold: float | None = None
+    """--use-rs takes a whole sequence out of the loss that has a token with a smaller ratio. None: no such veto."""
     use_rollout_logprobs: bool = False
     """Use the engine's log-probs as the old policy's. Saves one forward pass of the trainer for each rollout."""
     get_mismatch_metrics: bool = False
@@ -108,6 +128,10 @@ class AlgorithmConfig:
             ("--eps-clip", self.eps_clip),
             ("--eps-clip-high", self.eps_clip_high),
             ("--tis-clip", self.tis_clip),
+            ("--tis-lower-bound", self.tis_lower_bound),
+            ("--rs-lower-bound", self.rs_lower_bound),
+            ("--rs-upper-bound", self.rs_upper_bound),
+            ("--rs-veto-threshold", self.rs_veto_threshold),
             ("--ref-update-interval", self.ref_update_interval),
             ("--dr-grpo-length", self.dr_grpo_length),
             ("--sapo-tau-pos", self.sapo_tau_pos),
@@ -201,17 +225,35 @@ class AlgorithmConfig:
             )
 
     def _check_corrections(self) -> None:
-        if self.use_rollout_logprobs and self.use_tis:
-            raise ConfigError("--use-rollout-logprobs leaves nothing for --use-tis to correct; give one of them")
+        for flag, given in (("--use-tis", self.use_tis), ("--use-rs", self.use_rs)):
+            if given and self.use_rollout_logprobs:
+                raise ConfigError(f"--use-rollout-logprobs leaves nothing for {flag} to correct; give one of them")
         if self.tis_clip_low > self.tis_clip:
             raise ConfigError(f"--tis-clip-low ({self.tis_clip_low}) is greater than --tis-clip ({self.tis_clip})")
-        for flag, value, default in (
-            ("--tis-mode", self.tis_mode, "truncate"),
-            ("--tis-clip", self.tis_clip, _TIS_CLIP),
-            ("--tis-clip-low", self.tis_clip_low, 0.0),
+        own_low = self.tis_mode in ("clip", "mask")
+        weighs, rejects = self.use_tis or self.get_mismatch_metrics, self.use_rs
+        for flag, value, default, has_effect, needed in (
+            ("--tis-mode", self.tis_mode, "truncate", weighs, "--use-tis"),
+            ("--tis-level", self.tis_level, "token", weighs, "--use-tis"),
+            ("--tis-clip", self.tis_clip, _TIS_CLIP, weighs or rejects, "--use-tis"),
+            ("--tis-clip-low", self.tis_clip_low, 0.0, weighs and not own_low, "--use-tis and --tis-mode truncate or icepop"),
+            ("--tis-lower-bound", self.tis_lower_bound, None, (weighs and own_low) or rejects, "--tis-mode clip or mask"),
+            ("--tis-batch-normalize", self.tis_batch_normalize, False, self.use_tis, "--use-tis"),
+            ("--rs-level", self.rs_level, "token", rejects, "--use-rs"),
+            ("--rs-lower-bound", self.rs_lower_bound, None, rejects, "--use-rs"),
+            ("--rs-upper-bound", self.rs_upper_bound, None, rejects, "--use-rs"),
+            ("--rs-veto-threshold", self.rs_veto_threshold, None, rejects, "--use-rs"),
         ):
-            if value != default and not (self.use_tis or self.get_mismatch_metrics):
-                raise ConfigError(f"{flag} {value} has no effect without --use-tis; add it")
+            if value != default and not has_effect:
+                raise ConfigError(f"{flag} {value} has no effect without {needed}; add it")
+        if self.tis_batch_normalize and self.tis_level == "geometric":
+            raise ConfigError("--tis-batch-normalize has no mean for --tis-level geometric; give token or sequence")
+        for low_flag, high_flag, (low, high) in (
+            ("--tis-lower-bound", "--tis-clip", self.tis_bounds),
+            ("--rs-lower-bound", "--rs-upper-bound", self.rs_bounds),
+        ):
+            if low >= high and (own_low or rejects):
+                raise ConfigError(f"{low_flag} ({low:g}) must be less than {high_flag} ({high:g})")
         if self.opsm_delta != _OPSM_DELTA and not self.use_opsm:
             raise ConfigError(f"--opsm-delta {self.opsm_delta} has no effect without --use-opsm; add it")
 
@@ -237,3 +279,18 @@ class AlgorithmConfig:
         """Tell whether the method uses log-probs of the reference."""
         method = METHODS[method_name(self.loss_type, self.advantage_estimator)]
         return method.needs_reference(use_kl_loss=self.use_kl_loss, kl_coef=self.kl_coef)
+
+    @property
+    def tis_bounds(self) -> tuple[float, float]:
+        """Return the bounds of the importance weight."""
+        return self._lower_bound if self.tis_mode in ("clip", "mask") else self.tis_clip_low, self.tis_clip
+
+    @property
+    def rs_bounds(self) -> tuple[float, float]:
+        """Return the bounds within which --use-rs keeps a token."""
+        low = self._lower_bound if self.rs_lower_bound is None else self.rs_lower_bound
+        return low, self.tis_clip if self.rs_upper_bound is None else self.rs_upper_bound
+
+    @property
+    def _lower_bound(self) -> float:
+        return 1 / self.tis_clip if self.tis_lower_bound is None else self.tis_lower_bound

@@ -4,30 +4,62 @@ import pytest
 import torch
 
 from qwench.algorithms.corrections import (
+    bounded_importance,
     effective_sample_ratio,
-    icepop,
     importance_metrics,
+    mean_importance,
     mismatch_metrics,
     off_policy_sequences,
-    truncated_importance,
+    ratio_at_level,
+    vetoed_sequences,
 )
 
-LOG_RATIO = torch.tensor([math.log(0.5), 0.0, math.log(3.0)])
+RATIO = torch.tensor([0.5, 1.0, 3.0])
 
 
-def test_truncated_importance_clamps_to_its_bounds():
-    assert truncated_importance(LOG_RATIO, low=0.0, high=2.0).tolist() == pytest.approx([0.5, 1.0, 2.0])
-    assert truncated_importance(LOG_RATIO, low=0.8, high=2.0).tolist() == pytest.approx([0.8, 1.0, 2.0])
+BOUNDED = [
+    ("truncate", 0.0, 2.0, [0.5, 1.0, 2.0], [True, True, True]),
+    ("clip", 0.8, 2.0, [0.8, 1.0, 2.0], [True, True, True]),
+    ("icepop", 0.6, 2.0, [0.0, 1.0, 0.0], [True, True, True]),
+    ("icepop", 0.4, 5.0, [0.5, 1.0, 3.0], [True, True, True]),
+    ("icepop", 1.0, 3.0, [0.0, 1.0, 3.0], [True, True, True]),
+    ("mask", 0.6, 2.0, [0.5, 1.0, 3.0], [False, True, False]),
+]
 
 
-def test_icepop_drops_what_is_outside_its_bounds():
-    assert icepop(LOG_RATIO, low=0.6, high=2.0).tolist() == [0.0, 1.0, 0.0]
-    assert icepop(torch.zeros(1), low=1.0, high=2.0).tolist() == icepop(torch.zeros(1), low=0.5, high=1.0).tolist() == [1.0]
-    assert icepop(LOG_RATIO, low=0.4, high=5.0).tolist() == pytest.approx([0.5, 1.0, 3.0])
+@pytest.mark.parametrize(("mode", "low", "high", "weights", "kept"), BOUNDED)
+def test_weights_out_of_bounds_are_moved_dropped_or_masked(mode, low, high, weights, kept):
+    got = bounded_importance(RATIO, mode=mode, low=low, high=high)
+    assert got[0].tolist() == pytest.approx(weights)
+    assert got[1].tolist() == kept
+
+
+LEVELS = [("token", [0.1, 0.3, -0.2, 30.0]), ("sequence", [0.4, 0.4, -0.2, -0.2]), ("geometric", [0.2, 0.2, -0.2, -0.2])]
+
+
+@pytest.mark.parametrize(("level", "logs"), LEVELS)
+def test_ratios_of_tokens_and_of_sequences_are_clamped_before_exp(level, logs):
+    mask, ids = torch.tensor([True, True, True, False]), torch.tensor([0, 0, 1, 1])
+    got = ratio_at_level(torch.tensor([0.1, 0.3, -0.2, 30.0]), mask, ids, level=level)
+    assert got.tolist() == pytest.approx([math.exp(min(log, 20.0)) for log in logs], rel=1e-6)
+
+
+def test_one_token_of_tiny_ratio_vetoes_its_sequence():
+    mask, ids = torch.tensor([True, True, True, False]), torch.tensor([0, 0, 1, 1])
+    log_ratio = torch.tensor([0.0, -10.0, 0.0, -10.0])  # e^-10 = 4.5e-5
+    assert vetoed_sequences(log_ratio, mask, ids, threshold=1e-4).tolist() == [True, True, False, False]
+    assert not vetoed_sequences(log_ratio, mask, ids, threshold=1e-5).any()
+
+
+def test_mean_weight_over_tokens_or_over_sequences():
+    weights, mask = torch.tensor([2.0, 2.0, 2.0, 0.5, 9.0]), torch.tensor([True, True, True, True, False])
+    ids = torch.tensor([0, 0, 0, 1, 1])
+    assert mean_importance(weights, mask, ids, level="token") == pytest.approx(6.5 / 4)
+    assert mean_importance(weights, mask, ids, level="sequence") == pytest.approx(1.25)
 
 
 def test_importance_metrics_describe_the_weights_before_the_clamp():
-    metrics = importance_metrics(LOG_RATIO, truncated_importance(LOG_RATIO, low=0.0, high=2.0))
+    metrics = importance_metrics(RATIO, RATIO.clamp(max=2.0))
     assert metrics["tis"].tolist() == pytest.approx([0.5, 1.0, 3.0])
     assert metrics["tis_clipfrac"].tolist() == [0.0, 0.0, 1.0]
     assert metrics["tis_abs"].tolist() == pytest.approx([0.5, 0.0, 2.0])

@@ -9,6 +9,17 @@ from tests.unit.training.table_learning import TABLE, learn, make_rollout
 FLAGS = {
     "grpo": {"use_kl_loss": True, "kl_loss_coef": 0.1, "kl_loss_type": "low_var_kl", "entropy_coef": 0.01},
     "per_token": {"calculate_per_token_loss": True, "use_tis": True},
+    "mis": {
+        "use_tis": True,
+        "tis_mode": "clip",
+        "tis_level": "sequence",
+        "tis_clip": 1.3,
+        "tis_batch_normalize": True,
+        "use_rs": True,
+        "rs_veto_threshold": 0.85,
+        "rs_upper_bound": 1.2,
+    },
+    "mis_token": {"use_tis": True, "tis_clip": 1.1, "tis_batch_normalize": True},
     "gspo": {"advantage_estimator": "gspo", "use_opsm": True},
     "reinforce": {"advantage_estimator": "reinforce_plus_plus", "normalize_advantages": True, "kl_coef": 0.1},
     "dr_grpo": {"advantage_estimator": "dr_grpo", "dr_grpo_length": 7},

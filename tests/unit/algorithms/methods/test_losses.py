@@ -58,10 +58,35 @@ def _evaluate(config, batch, current, bins, *, entropy_value=None):
     return float(loss), metrics
 
 
+def _ratio(level, own, of_sequence):
+    """Return a token's ratio, or its sequence's product or geometric mean."""
+    total = {"token": own, "sequence": sum(of_sequence), "geometric": sum(of_sequence) / len(of_sequence)}
+    return math.exp(total[level])
+
+
+def _corrected(config, gap, gaps):
+    """Return a token's importance weight, its lower bound, the bounded weight, and whether it is kept and vetoed."""
+    importance = _ratio(config.tis_level, gap, gaps)
+    lower_bound = config.tis_lower_bound or 1 / config.tis_clip
+    low = config.tis_clip_low if config.tis_mode in ("truncate", "icepop") else lower_bound
+    bounded = min(max(importance, low), config.tis_clip)
+    kept, vetoed = True, False
+    if bounded != importance and config.tis_mode == "icepop":
+        bounded = 0.0
+    elif bounded != importance and config.tis_mode == "mask":
+        bounded, kept = importance, not config.use_tis
+    if config.use_rs:
+        vetoed = any(math.exp(one) < (config.rs_veto_threshold or 0.0) for one in gaps)
+        lowest, highest = config.rs_lower_bound or lower_bound, config.rs_upper_bound or config.tis_clip
+        kept = kept and lowest <= _ratio(config.rs_level, gap, gaps) <= highest and not vetoed
+    return importance, low, bounded, kept, vetoed
+
+
 def _plain(config, batch, current, entropy_value=None):
     """Compute the same token by token in Python floats."""
     sums = dict.fromkeys(["loss", "pg_loss", "pg_clipfrac", "ppo_kl", "kl_loss", "tis", "tis_clipfrac", "tis_abs", "ois"], 0.0)
     sums |= dict.fromkeys(["train_rollout_logprob_abs_diff", "train_rollout_kl", "opsm_clipfrac", "ess_ratio"], 0.0)
+    sums |= dict.fromkeys(["tis_low_fraction", "tis_high_fraction", "rs_fraction", "rs_veto_fraction"], 0.0)
     eps_low, eps_high = config.eps_clip, config.eps_clip_high or config.eps_clip
     for i, mask in enumerate(batch.loss_mask):
         trained = [t for t in range(len(mask)) if mask[t]]
@@ -84,15 +109,17 @@ def _plain(config, batch, current, entropy_value=None):
             if config.use_opsm and advantage < 0 and drift > config.opsm_delta:
                 loss = 0.0
                 sums["opsm_clipfrac"] += weight
-            importance = math.exp(trainer[t] - rollout[t])
-            bounded_importance = min(max(importance, config.tis_clip_low), config.tis_clip)
-            if config.tis_mode == "icepop" and bounded_importance != importance:
-                bounded_importance = 0.0
+            gap, gaps = trainer[t] - rollout[t], [trainer[s] - rollout[s] for s in trained]
+            importance, low, bounded_importance, kept, vetoed = _corrected(config, gap, gaps)
+            sums["rs_fraction"] += weight * (not kept)
+            sums["rs_veto_fraction"] += weight * vetoed
             if config.use_tis:
                 loss *= bounded_importance
+            loss *= kept
             kl = math.exp(ref[t] - new[t]) - 1 - (ref[t] - new[t])
             if config.use_unbiased_kl:
                 kl *= math.exp(new[t] - old[t])
+            kl *= kept
             sums["pg_loss"] += weight * loss
             sums["kl_loss"] += weight * kl
             total = loss + (config.kl_loss_coef * kl if config.use_kl_loss else 0.0)
@@ -103,8 +130,10 @@ def _plain(config, batch, current, entropy_value=None):
             sums["tis"] += weight * importance
             sums["tis_clipfrac"] += weight * (importance != bounded_importance)
             sums["tis_abs"] += weight * abs(importance - 1)
-            sums["train_rollout_logprob_abs_diff"] += weight * abs(trainer[t] - rollout[t])
-            sums["train_rollout_kl"] += weight * (importance - 1 - math.log(importance))
+            sums["tis_low_fraction"] += weight * (importance < low)
+            sums["tis_high_fraction"] += weight * (importance > config.tis_clip)
+            sums["train_rollout_logprob_abs_diff"] += weight * abs(gap)
+            sums["train_rollout_kl"] += weight * (math.exp(gap) - 1 - gap)
             sums["ess_ratio"] += weight * sum(ratios.values()) ** 2 / (len(trained) * sum(r * r for r in ratios.values()))
     return sums
 
@@ -116,6 +145,31 @@ VARIANTS = {
     "cispo": {"advantage_estimator": "cispo", "eps_clip_high": 0.28},
     "tis": {"use_tis": True, "tis_clip": 1.2, "tis_clip_low": 0.8},
     "icepop": {"use_tis": True, "tis_mode": "icepop", "tis_clip": 1.2, "tis_clip_low": 0.8},
+    "clip_of_sequences": {
+        "use_tis": True,
+        "tis_mode": "clip",
+        "tis_level": "sequence",
+        "tis_clip": 1.2,
+        "tis_lower_bound": 0.7,
+    },
+    "mask_of_geometric_means": {"use_tis": True, "tis_mode": "mask", "tis_level": "geometric", "tis_clip": 1.1},
+    "rejection": {
+        "use_rs": True,
+        "rs_lower_bound": 0.8,
+        "rs_upper_bound": 1.3,
+        "use_kl_loss": True,
+        "kl_loss_coef": 0.3,
+        "kl_loss_type": "k3",
+    },
+    "rejection_by_sequence_and_veto": {
+        "use_rs": True,
+        "use_tis": True,
+        "rs_level": "sequence",
+        "tis_clip": 1.02,
+        "rs_lower_bound": 0.6,
+        "rs_upper_bound": 1.5,
+        "rs_veto_threshold": 0.9,
+    },
     "mismatch_metrics_only": {"get_mismatch_metrics": True},
     "engine_log_probs_as_old": {"use_rollout_logprobs": True},
     "kl_loss": {"use_kl_loss": True, "kl_loss_coef": 0.3, "kl_loss_type": "low_var_kl"},
@@ -152,7 +206,8 @@ def test_every_variant_computes_something_else(with_old):
     for name in (name for name, old in CASES if old == with_old):
         config, batch, current, entropy = _case(name, with_old)
         results.append(_evaluate(config, batch, current, [[0, 1, 2, 3]], entropy_value=entropy))
-        fractions = [value for metric, value in results[-1][1].items() if metric in ("opsm_clipfrac", "tis_clipfrac")]
+        changed = {"opsm_clipfrac", "rs_fraction"} | ({"tis_clipfrac"} if config.tis_mode != "mask" else set())
+        fractions = [value for metric, value in results[-1][1].items() if metric in changed]
         assert all(fraction > 0 for fraction in fractions) or config.get_mismatch_metrics, name
     assert all(results.count(result) == 1 for result in results)
 

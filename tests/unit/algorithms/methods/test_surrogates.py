@@ -174,7 +174,7 @@ def test_dr_grpo_centres_and_divides_by_a_constant():
     method = build_method(AlgorithmConfig(advantage_estimator="dr_grpo", dr_grpo_length=10))
     assert method.rewards(_batch([1.0, 0.0, 0.0, 0.0])).tolist() == [0.75, -0.25, -0.25, -0.25]
     step = _batch([0.0, 0.0], lengths=[2, 6], advantages=[-torch.ones(2), -torch.ones(6)])
-    step = step.with_columns(loss_weights=method.token_weights(step), loss_scale=method.loss_scale(step))
+    step = step.with_columns(loss_weights=method.token_weights(step), **method.step_columns(step))
     packed = pack(step, [0, 1])
     result = method.loss(torch.zeros(packed.num_tokens), None, packed)
     assert float(result.loss) == pytest.approx((2 / 10 + 6 / 10) / 2)
