@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from qwench.config import Config
 from qwench.config.command_line.parse import parse_flags
+from qwench.config.config import Config
 
 MIS = """\
 use_tis: true

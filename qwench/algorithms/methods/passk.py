@@ -21,8 +21,8 @@ class PassK(PolicyGradient, name="passk"):
 
     def compare(self, rewards: Tensor, scores: Tensor) -> Tensor:
         """Return the lead of the best sample, and 0 for the others."""
-        best, second = scores.topk(2).values.tolist()
-        lead = (rewards == best) * (best - second)
+        best, second = scores.topk(2).values
+        lead: Tensor = (best - second) * (rewards == best)
         if self.section.disable_grpo_std_normalization:
             return lead
         return lead / (scores.std(correction=1) + STD_EPS)
