@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qwench.config.sections.agent import AgentConfig
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.architecture import ArchitectureConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
@@ -32,6 +33,7 @@ class Config:
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from qwench.engines.embedded.http.api import GenerateBody, no_stop_trims, to_response
 from qwench.engines.embedded.http.border import foreign_caller
-from qwench.errors import EngineError
+from qwench.errors import ConfigError, EngineError
+from qwench.rollout.agent_sessions import AgentSession, RequestRefusedError
 from qwench.rollout.generate import Requests, TokenSource
 
 LOOPBACK = "127.0.0.1"
@@ -40,12 +41,22 @@ CURRENT_CALL: ContextVar[Call | None] = ContextVar("current_call", default=None)
 class Gateway:
     """Lives on the engines' event loop."""
 
-    def __init__(self, engines: TokenSource, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> None:
+    def __init__(
+        self,
+        engines: TokenSource,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_tokens: int,
+        agents_at: tuple[str, int] | None = None,
+    ) -> None:
         """Listen nowhere yet.
 
         Args:
             max_tokens: the positions of the model.
+            agents_at: host and port of the endpoints of agents. None: those of the gateway.
         """
+        self._agents_at = agents_at
+        self._sessions: dict[str, AgentSession] = {}
         self.requests = Requests(engines)
         """Of code that is not a generate function's own task."""
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
@@ -66,17 +77,44 @@ class Gateway:
             app.router.add_get(path, self._workers)
         for path in ("/health", "/health_generate"):
             app.router.add_get(path, self._health)
+        for path in ("/chat/completions", "/v1/chat/completions"):
+            app.router.add_post("/sessions/{name}" + path, self._complete)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, LOOPBACK, 0)
-        await site.start()
+        await web.TCPSite(self._runner, LOOPBACK, 0).start()
         self.port = self._runner.addresses[0][1]
+        if self._agents_at is not None:
+            host, port = self._agents_at
+            try:
+                await web.TCPSite(self._runner, host, port).start()
+            except OSError as error:
+                raise EngineError(f"--session-server-ip {host} --session-server-port {port}: {error.strerror}.") from error
 
     async def close(self) -> None:
         """End open requests and listen no more."""
         await self.requests.abort_in_flight()
         if self._runner is not None:
             await self._runner.cleanup()
+
+    def open_session(self, name: str, session: AgentSession) -> str:
+        """Serve a session, and return the address of its endpoint."""
+        self._sessions[name] = session
+        assert self._runner is not None, "open comes first"
+        host, port = self._runner.addresses[-1][:2]
+        return f"http://{LOOPBACK if host == '0.0.0.0' else host}:{port}/sessions/{name}"
+
+    def close_session(self, name: str) -> None:
+        """Serve a session no more."""
+        self._sessions.pop(name, None)
+
+    async def _complete(self, http: web.Request) -> web.Response:
+        session = self._sessions.get(http.match_info["name"])
+        if session is None:
+            return web.json_response({"error": {"message": "there is no such session"}}, status=404)
+        try:
+            return web.json_response(await session.answer(json.loads(await http.read())))
+        except (RequestRefusedError, ConfigError, ValueError) as error:
+            return web.json_response({"error": {"message": str(error)}}, status=400)
 
     async def answer(self, payload: Json) -> Json:
         """Answer `/generate` as SGLang does.
@@ -125,7 +163,8 @@ async def _of_this_machine(
 ) -> web.StreamResponse:
     """Refuse pages of a browser, which reach loopback addresses too."""
     headers = {name.lower().encode("latin-1"): value.encode("latin-1", "replace") for name, value in request.headers.items()}
-    refused = foreign_caller(headers, loopback_only=True)
+    # The names of sessions cannot be guessed, and agents may run on other machines.
+    refused = None if request.path.startswith("/sessions/") else foreign_caller(headers, loopback_only=True)
     if refused is not None:
         return web.json_response({"error": {"message": refused}}, status=403)
     return await handler(request)

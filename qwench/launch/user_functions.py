@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qwench.config.config import Config
+from qwench.config.sections.agent import AGENT, TOOL_LOOP
 from qwench.engines.fleet.pool import EnginePool
 from qwench.foreign.args import make_args
 from qwench.foreign.functions import Adapters
@@ -20,8 +21,11 @@ from qwench.foreign.session import Session, close_session, current_session, open
 from qwench.launch.inputs import Inputs
 from qwench.plugins import Function, check_signature, guarded, load_function
 from qwench.rewards.pool import RewardPool, check_reward
+from qwench.rollout.agent_sessions import AgentRunner, load_agent
 from qwench.rollout.functions import RolloutFunctions, load_functions
+from qwench.rollout.generate import GenerateFunction
 from qwench.rollout.sampling import Sampling
+from qwench.rollout.tool_loop import ToolLoop
 from qwench.training.learner import RewardPostProcess
 
 _CONTROL_TIMEOUT_S = 60.0
@@ -62,6 +66,9 @@ def load_user_functions(config: Config) -> UserFunctions:
     adapters = Adapters(as_text=config.data.apply_chat_template)
     rollout, evaluation = config.rollout, config.evaluation
     adapted: dict[str, Any] = {}  # Any: of the type that the field of RolloutFunctions names
+    config.agent.check_generate(rollout.custom_generate_function_path)
+    if (generate := _built_in_generate(config)) is not None:
+        adapted["generate"], rollout = generate, replace(rollout, custom_generate_function_path=None)
     for name, target in _ROLLOUT_FLAGS.items():
         function, path = _foreign_function(config, getattr(rollout, name), f"--{name.replace('_', '-')}")
         if function is not None:
@@ -93,6 +100,22 @@ def load_user_functions(config: Config) -> UserFunctions:
     )
 
 
+def _built_in_generate(config: Config) -> GenerateFunction | None:
+    """Return the built-in generate function that a path names; None: it names none."""
+    path, kwargs = config.rollout.custom_generate_function_path, config.data.apply_chat_template_kwargs
+    if path == TOOL_LOOP:
+        return ToolLoop.load(config.agent, template_kwargs=kwargs).generate
+    if path != AGENT:
+        return None
+    return AgentRunner(
+        load_agent(config.agent),
+        config.agent,
+        open_session=lambda name, session: current_session().gateway.open_session(name, session),
+        close=lambda name: current_session().gateway.close_session(name),
+        template_kwargs=kwargs,
+    ).generate
+
+
 def load_post_process(config: Config, args: Callable[[], Namespace]) -> RewardPostProcess | None:
     """Return the user's own normalisation of rewards. None: the algorithm's.
 
@@ -114,7 +137,13 @@ def open_user_session(inputs: Inputs, engines: EnginePool, sampling: Sampling, f
     if not functions.has_foreign:
         return lambda: None
     config = inputs.config
-    gateway = Gateway(engines, inputs.tokenizer, max_tokens=inputs.plan.model.max_positions)
+    agent = config.agent
+    gateway = Gateway(
+        engines,
+        inputs.tokenizer,
+        max_tokens=inputs.plan.model.max_positions,
+        agents_at=agent.served_at if agent.custom_agent_function_path else None,
+    )
 
     async def begin() -> asyncio.AbstractEventLoop:
         await gateway.open()

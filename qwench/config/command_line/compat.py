@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from qwench.config.command_line.accepted_flags import ACCEPTED
 from qwench.config.command_line.foreign_flag import ANY, NEVER, ForeignFlag
 from qwench.config.command_line.refused_flags import ACCEPTED_PREFIXES, PLANNED, REFUSED, REFUSED_PREFIXES
+from qwench.config.sections.agent import AGENT, TOOL_LOOP
 from qwench.config.sections.rollout import SFT_ROLLOUT
 
 FOREIGN_FLAGS: Mapping[str, ForeignFlag] = {flag.name: flag for flag in (*ACCEPTED, *REFUSED, *PLANNED)}
@@ -72,6 +73,7 @@ VALUE_ALIASES: Mapping[tuple[str, str], tuple[str, str]] = {
     ("update-weight-transfer-mode", "disk-delta"): ("update-weight-transport", "disk"),
     ("true-on-policy-contract", "qwen3_dense_true_on_policy_v1"): ("true-on-policy-mode", "true"),
     ("sglang-true-on-policy-contract", "qwen3_dense_true_on_policy_v1"): ("true-on-policy-mode", "true"),
+    ("use-session-server", "v1"): ("use-session-server", "true"),
     ("ft-components", "rollout"): ("use-fault-tolerance", "true"),
 }
 """Their flag and value -> our flag and value."""
@@ -99,6 +101,8 @@ IMPORT_PATHS: Mapping[str, str] = {
     "miles.rollout.sglang_rollout.generate": "None",
     "slime.rollout.sglang_rollout.generate": "None",
     "miles.rollout.generate_hub.single_turn.generate": "None",
+    "miles.rollout.generate_hub.multi_turn.generate": TOOL_LOOP,
+    "miles.rollout.generate_hub.agentic_tool_call.generate": AGENT,
     "miles.rollout.inference_rollout.inference_rollout_common.InferenceRolloutFn": "None",
     f"slime.{_FILTERS}.check_reward_nonzero_std": "qwench.rollout.filters.check_reward_nonzero_std",
     f"miles.{_FILTERS}.check_reward_nonzero_std": "qwench.rollout.filters.check_reward_nonzero_std",
@@ -110,8 +114,6 @@ IMPORT_PATHS: Mapping[str, str] = {
 PLANNED_PATHS: Mapping[str, str] = {
     "rollout.fully_async_rollout.": "generation across publications; --rollouts-ahead 1 generates one rollout ahead",
     "rollout.on_policy_distillation.": "on-policy distillation",
-    "rollout.generate_hub.multi_turn.": "a built-in loop of tool calls; name a loop of your own",
-    "rollout.generate_hub.agentic_tool_call.": "agents behind a session server",
     "rollout.forge_load.": "another format of recorded rollouts; use --load-debug-rollout-data",
 }
 """First part of the path of a built-in of theirs, without the package -> what of it is not built yet."""

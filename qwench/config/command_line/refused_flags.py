@@ -242,20 +242,8 @@ PLANNED: tuple[ForeignFlag, ...] = (
         eval-num-gpus=0 eval-num-gpus-per-engine eval-hf-dir eval-keep-snapshots eval-max-in-flight eval-overflow-policy
         """,
     ),
-    *planned(
-        "agents behind a session server",
-        """
-        use-session-server session-server-ip session-server-port tito-model session-message-matcher custom-agent-function-path
-        max-seq-len
-        """,
-    ),
-    *planned(
-        "a built-in loop of tool calls; --custom-generate-function-path takes a loop of your own",
-        """
-        generate-max-turns generate-tool-specs-path generate-tool-call-parser generate-execute-tool-function-path
-        generate-multi-samples
-        """,
-    ),
+    *planned("another comparison of repeated messages; roles, contents and calls are compared", "session-message-matcher"),
+    *planned("every turn as a sample; one sample holds all turns", "generate-multi-samples"),
     *planned("data sources of your own", "data-source-path=*.rollout.data_source.RolloutDataSource*"),
     *planned("resets of the learning-rate schedule", "finetune use-checkpoint-opt-param-scheduler use-checkpoint-lr-scheduler"),
     *planned(

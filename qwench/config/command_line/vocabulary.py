@@ -57,7 +57,7 @@ _PHRASES: Mapping[str, str] = {
         "use --use-dynamic-batch-size with --max-tokens-per-gpu, which packs samples"
     ),
     # Lengths and sampling.
-    "max-length max-len max-seq-length max-seq-len seq-length seq-len sequence-len sequence-length cutoff-len": _LENGTH,
+    "max-length max-len max-seq-length seq-length seq-len sequence-len sequence-length cutoff-len": _LENGTH,
     "model-max-length max-model-len max-context-length context-length max-context-len block-size": _LENGTH,
     "max-new-tokens max-tokens max-completion-length max-completion-len max-response-length max-response-len": _RESPONSE,
     "response-length generate-max-len max-gen-len completion-length": _RESPONSE,

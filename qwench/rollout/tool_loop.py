@@ -1,0 +1,142 @@
+"""The built-in loop of tool calls: the policy answers, its calls are run, their outputs are what it reads next.
+
+prompt with tool schemas -> turn -> <tool_call> ... -> outputs, masked out of the loss -> turn -> ... -> no call: the end
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from qwench.config.sections.agent import AgentConfig
+from qwench.data.chat import ChatRenderer, as_prompt
+from qwench.errors import ConfigError, QwenchError
+from qwench.plugins import check_signature, guarded, load_function, load_object
+from qwench.rollout.generate import GenerateContext
+from qwench.samples import Json, Message, Sample, Status
+
+ExecuteTool = Callable[[str, Json], Awaitable[str]]
+_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+_MARK = "answer-of-the-policy"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToolCall:
+    """One call that the policy wrote."""
+
+    name: str
+    arguments: Json
+
+
+class ToolLoop:
+    """A `GenerateFunction`."""
+
+    def __init__(self, *, tools: Sequence[Json] | None, execute: ExecuteTool, max_turns: int, template_kwargs: Json) -> None:
+        self._tools, self._execute, self._max_turns = tools, execute, max_turns
+        self._template_kwargs = template_kwargs
+
+    @classmethod
+    def load(cls, section: AgentConfig, *, template_kwargs: Json) -> ToolLoop:
+        """Load the user's schemas and the function that runs tools.
+
+        Raises:
+            ConfigError: one cannot be loaded, or has another form.
+        """
+        flag, path = "--generate-execute-tool-function-path", section.generate_execute_tool_function_path
+        assert path is not None, "AgentConfig.check_generate asks for it"
+        function = load_function(path, flag=flag, num_arguments=2, called_as="await fn(name, arguments)")
+        check_signature(function, path, flag=flag, num_arguments=2, called_as="await fn(name, arguments)")
+        return cls(
+            tools=_load_tools(section.generate_tool_specs_path),
+            execute=guarded(function, path=path, flag=flag),
+            max_turns=section.generate_max_turns,
+            template_kwargs=template_kwargs,
+        )
+
+    async def generate(self, sample: Sample, context: GenerateContext) -> Sample:
+        """Write turns until one has no call, or the turns or the budget are used up."""
+        if not sample.response_length:
+            show_messages(sample, context.tokenizer, tools=self._tools, template_kwargs=self._template_kwargs)
+        for turn_number in range(self._max_turns):
+            turn = await context.generate(sample)
+            calls = parse_calls(turn.text)[1] if turn.status is Status.COMPLETED else []
+            if not calls or turn_number + 1 == self._max_turns:
+                break
+            outputs = [{"role": "tool", "name": call.name, "content": await self._run(call)} for call in calls]
+            append_messages(sample, outputs, context, tools=self._tools, template_kwargs=self._template_kwargs)
+        return sample
+
+    async def _run(self, call: ToolCall) -> str:
+        output = await self._execute(call.name, call.arguments)
+        if not isinstance(output, str):
+            raise QwenchError(f"--generate-execute-tool-function-path must return text for {call.name}, got {output!r:.200}.")
+        return output
+
+
+def parse_calls(text: str) -> tuple[str, list[ToolCall]]:
+    """Return the text before the first call, and the calls; one that is no JSON object with a name is left out."""
+    calls = []
+    for found in _CALL.finditer(text):
+        try:
+            record = json.loads(found[1])
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("name"), str):
+            calls.append(ToolCall(name=record["name"], arguments=record.get("arguments", record.get("parameters", {}))))
+    return text.partition("<tool_call>")[0] if calls else text, calls
+
+
+def show_messages(
+    sample: Sample,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: Sequence[Json] | None,
+    template_kwargs: Json,
+    messages: Sequence[Message] | None = None,
+) -> None:
+    """Make the rendered messages, those of the row where none are given, the prompt of a sample."""
+    place = sample.prompt.place or f"sample {sample.sample_id}"
+    rendered = ChatRenderer(tokenizer, template_kwargs=template_kwargs).render(
+        as_prompt(list(messages) if messages is not None else sample.prompt.messages, place=place),
+        tools=list(tools) if tools else sample.prompt.tools,
+        add_generation_prompt=True,
+        place=place,
+    )
+    token_ids = tuple(tokenizer.encode(rendered, add_special_tokens=False))
+    sample.prompt = replace(sample.prompt, text=rendered, token_ids=token_ids)
+    sample.tokens = list(token_ids)
+
+
+def append_messages(
+    sample: Sample,
+    messages: Sequence[Message],
+    context: GenerateContext,
+    *,
+    tools: Sequence[Json] | None,
+    template_kwargs: Json,
+) -> None:
+    """Append messages after a turn of the policy, up to the beginning of its next turn.
+
+    Only what the chat template writes after the turn is tokenised; the turn keeps the tokens that were sampled.
+    """
+    before: list[Message] = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _MARK}]
+    whole = ChatRenderer(context.tokenizer, template_kwargs=template_kwargs).render(
+        [*before, *messages], tools=tools, add_generation_prompt=True, place=f"sample {sample.sample_id}"
+    )
+    text, end = whole.rpartition(_MARK)[2], context.tokenizer.eos_token
+    if isinstance(end, str) and sample.tokens[-1] == context.tokenizer.eos_token_id:
+        text = text.removeprefix(end)
+    context.append_context(sample, text)
+
+
+def _load_tools(path: str | None) -> Sequence[Json] | None:
+    if path is None:
+        return None
+    tools = load_object(path, flag="--generate-tool-specs-path")
+    if not isinstance(tools, list) or not all(isinstance(one, dict) for one in tools):
+        raise ConfigError(f"--generate-tool-specs-path {path!r} must name a list of tool schemas, got {tools!r:.200}.")
+    return tools

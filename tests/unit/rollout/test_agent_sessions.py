@@ -1,0 +1,94 @@
+"""Agents behind a session server, over HTTP."""
+
+import asyncio
+
+import aiohttp
+import pytest
+
+from qwench.config.sections.agent import AgentConfig
+from qwench.errors import QwenchError
+from qwench.foreign.gateway import Gateway
+from qwench.rollout.agent_sessions import AgentRunner
+from tests.fakes.turns import ScriptedTurns, asked
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>'
+
+
+def play(agent, turns, **flags):
+    """Run an agent on one sample; return the sample and the engine."""
+    engine, sample = ScriptedTurns(turns), asked()
+
+    async def run():
+        gateway = Gateway(engine, engine.tokenizer, max_tokens=4096, agents_at=("127.0.0.1", 0))
+        await gateway.open()
+        runner = AgentRunner(
+            agent, AgentConfig(**flags), open_session=gateway.open_session, close=gateway.close_session, template_kwargs=None
+        )
+        try:
+            return await runner.generate(sample, engine.context())
+        finally:
+            await gateway.close()
+
+    return asyncio.run(run()), engine
+
+
+async def ask(base_url, messages, **more):
+    async with aiohttp.ClientSession() as client:
+        answer = await client.post(f"{base_url}/v1/chat/completions", json={"messages": messages, **more})
+        return answer.status, await answer.json()
+
+
+async def two_turns(base_url, prompt, request_kwargs, metadata):
+    _, first = await ask(base_url, prompt, tools=TOOLS, **request_kwargs)
+    message = first["choices"][0]["message"]
+    (call,) = message["tool_calls"]
+    assert (first["choices"][0]["finish_reason"], call["function"]) == ("tool_calls", {"name": "add", "arguments": '{"a": 2}'})
+    _, second = await ask(base_url, [*prompt, message, {"role": "tool", "content": "5", "tool_call_id": call["id"]}])
+    return {"answer": second["choices"][0]["message"]["content"]}
+
+
+def test_a_session_keeps_the_sampled_tokens_and_masks_what_the_agent_adds():
+    made, engine = play(two_turns, [CALL, "it is 5"])
+    first, second = engine.prompts
+    assert second == (
+        f"{first}{CALL}<|im_end|>\n<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
+    trained = [token for token, mask in zip(made.response_tokens, made.loss_mask, strict=True) if mask]
+    assert engine.tokenizer.decode(trained) == f"{CALL}<|im_end|>it is 5<|im_end|>"
+    assert made.metadata == {"answer": "it is 5"}
+
+
+async def rewrites(base_url, prompt, request_kwargs, metadata):
+    await ask(base_url, prompt)
+    other = await ask(base_url, [{"role": "user", "content": "other"}, {"role": "assistant", "content": "a"}])
+    colder = await ask(base_url, prompt, temperature=0.5)
+    return {"refused": [status for status, _ in (other, colder)], "why": other[1]["error"]["message"]}
+
+
+def test_a_conversation_that_branches_and_another_sampling_are_refused():
+    made, _ = play(rewrites, ["a", "b"])
+    assert made.metadata["refused"] == [400, 400]
+    assert made.metadata["why"].startswith("a session is linear")
+
+
+async def long_talk(base_url, prompt, request_kwargs, metadata):
+    _, first = await ask(base_url, prompt)
+    message = first["choices"][0]["message"]
+    _, second = await ask(base_url, [*prompt, message, {"role": "user", "content": "more"}])
+    return {"finish": second["choices"][0]["finish_reason"]}
+
+
+def test_a_session_ends_at_its_bound():
+    made, engine = play(long_talk, ["a", "b"], max_seq_len=24)
+    assert made.metadata == {"finish": "length"}
+    assert len(engine.requests) == 1 and engine.requests[0].sampling.max_new_tokens == 24 - len(made.prompt.token_ids)
+
+
+async def says_nothing(base_url, prompt, request_kwargs, metadata):
+    return None
+
+
+def test_an_agent_that_never_asks_ends_the_run():
+    with pytest.raises(QwenchError, match="ended without a chat completion"):
+        play(says_nothing, [])

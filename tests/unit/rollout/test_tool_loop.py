@@ -1,0 +1,79 @@
+"""The built-in loop of tool calls."""
+
+import asyncio
+
+import pytest
+
+from qwench.config.sections.agent import AGENT, TOOL_LOOP, AgentConfig
+from qwench.errors import ConfigError
+from qwench.rollout.tool_loop import ToolCall, ToolLoop, parse_calls
+from qwench.samples import Status
+from tests.fakes.turns import ScriptedTurns, asked
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
+RAN: list[tuple[str, object]] = []
+
+
+async def add(name, arguments):
+    RAN.append((name, arguments))
+    return str(arguments["a"] + arguments["b"])
+
+
+def test_calls_are_json_objects_with_a_name():
+    assert parse_calls(f"let me see {CALL}") == ("let me see ", [ToolCall(name="add", arguments={"a": 2, "b": 3})])
+    assert parse_calls("<tool_call>{broken</tool_call>") == ("<tool_call>{broken</tool_call>", [])
+    assert parse_calls("5") == ("5", [])
+
+
+def test_outputs_of_tools_are_read_and_not_trained_on():
+    RAN.clear()
+    engine, sample = ScriptedTurns([CALL, "5"]), asked()
+    loop = ToolLoop(tools=TOOLS, execute=add, max_turns=4, template_kwargs=None)
+    made = asyncio.run(loop.generate(sample, engine.context()))
+    assert RAN == [("add", {"a": 2, "b": 3})]
+    first, second = engine.prompts
+    assert '"name": "add"' in first and first.endswith("<|im_start|>user\n2+3?<|im_end|>\n<|im_start|>assistant\n")
+    between = "\n<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    assert second == f"{first}{CALL}<|im_end|>{between}"
+    trained = [token for token, mask in zip(made.response_tokens, made.loss_mask, strict=True) if mask]
+    assert engine.tokenizer.decode(trained) == f"{CALL}<|im_end|>5<|im_end|>"
+    context = [token for token, mask in zip(made.response_tokens, made.loss_mask, strict=True) if not mask]
+    assert engine.tokenizer.decode(context) == between
+    assert (made.status, made.prompt.text) == (Status.COMPLETED, first)
+
+
+def test_the_last_turn_runs_no_tool():
+    RAN.clear()
+    engine = ScriptedTurns([CALL, CALL, "never"])
+    asyncio.run(ToolLoop(tools=TOOLS, execute=add, max_turns=2, template_kwargs=None).generate(asked(), engine.context()))
+    assert len(RAN) == 1 and len(engine.prompts) == 2
+
+
+@pytest.mark.parametrize(("path", "flag"), [(TOOL_LOOP, "--generate-execute-tool"), (AGENT, "--custom-agent-function")])
+def test_a_built_in_function_without_what_it_calls_is_refused(path, flag):
+    with pytest.raises(ConfigError, match=rf"needs {flag}"):
+        AgentConfig().check_generate(path)
+
+
+def test_a_function_that_nothing_calls_is_refused():
+    with pytest.raises(ConfigError, match=r"^--custom-agent-function-path has no effect without"):
+        AgentConfig(custom_agent_function_path="a.b").check_generate(None)
+    with pytest.raises(ConfigError, match=r"^--use-session-server serves"):
+        AgentConfig(use_session_server=True).check_generate("mine.generate")
+
+
+def test_flags_of_miles_load_the_loop():
+    section = AgentConfig(
+        generate_tool_specs_path=f"{__name__}.TOOLS",
+        generate_execute_tool_function_path=f"{__name__}.add",
+        generate_max_turns=3,
+    )
+    engine = ScriptedTurns(["5"])
+    made = asyncio.run(ToolLoop.load(section, template_kwargs=None).generate(asked(), engine.context()))
+    assert made.response == "5<|im_end|>" and '"name": "add"' in engine.prompts[0]
+    with pytest.raises(ConfigError, match="must name a list of tool schemas"):
+        ToolLoop.load(
+            AgentConfig(generate_tool_specs_path=f"{__name__}.add", generate_execute_tool_function_path=f"{__name__}.add"),
+            template_kwargs=None,
+        )
