@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -25,6 +26,7 @@ _logger = logging.getLogger(__name__)
 Function = Callable[..., Any]  # the user's own; each caller says what it passes and checks what it gets
 _PACKAGE = str(Path(__file__).parent)
 _STANDARD_LIBRARY = str(Path(inspect.__file__).parent)
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<name>\S+)')
 
 
 def is_function_path(path: str) -> bool:
@@ -150,6 +152,20 @@ def raised_at(error: BaseException) -> str | None:
     return f"{own[-1].filename}:{own[-1].lineno}" if own else None
 
 
+def place_in_stack(output: str) -> str | None:
+    """Return the innermost frame of the user's code in a stack that faulthandler wrote."""
+    for frame in _FRAME.finditer(output):
+        if not frame["file"].startswith((_PACKAGE, _STANDARD_LIBRARY, "<")):
+            return f"{frame['file']}:{frame['line']} in {frame['name']}"
+    return None
+
+
+def is_loaded(path: str) -> bool:
+    """Tell whether the module of a function's path was imported by this process."""
+    file, colon, _ = path.rpartition(":")
+    return (_name_of_file(Path(file).expanduser().resolve()) if colon else path.rpartition(".")[0]) in sys.modules
+
+
 def _module(name: str) -> ModuleType:
     _add_folder(Path.cwd())
     return importlib.import_module(name)
@@ -160,7 +176,7 @@ def _module_of_file(file: Path) -> ModuleType:
     path = file.expanduser().resolve()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    name = _name_of_file(path)
     if name in sys.modules:
         return sys.modules[name]
     _add_folder(path.parent)
@@ -173,6 +189,10 @@ def _module_of_file(file: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def _name_of_file(path: Path) -> str:
+    return f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
 def _add_folder(folder: Path) -> None:

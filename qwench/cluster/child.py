@@ -94,11 +94,7 @@ class ChildProcess:
 
     def how_it_ended(self) -> str:
         """Say how it ended."""
-        code = self._process.wait()
-        if code >= 0:
-            return f"ended with exit code {code}"
-        name = signal.Signals(-code).name
-        return f"was ended by {name}" + (" (the kernel does that when memory runs out)" if name == "SIGKILL" else "")
+        return describe_end(self._process.wait())
 
     def last_output(self) -> str:
         """Return the last lines it wrote, once it has ended."""
@@ -132,3 +128,11 @@ def end_own_group() -> None:
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpgrp(), signal.SIGKILL)
     os._exit(1)
+
+
+def describe_end(code: int) -> str:
+    """Say how a process with this return code ended."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name
+    return f"was ended by {name}" + (" (the kernel does that when memory runs out)" if name == "SIGKILL" else "")

@@ -34,6 +34,7 @@ from qwench.launch.placement import make_servers, open_processes, start_learner,
 from qwench.launch.readiness import check_ready
 from qwench.launch.report import finish_report, metric_log, start_report
 from qwench.launch.rollouts import build_generation
+from qwench.launch.trial_import import check_imports
 from qwench.launch.user_functions import load_post_process, load_user_functions
 from qwench.models.hf import write_hf_checkpoint
 from qwench.models.hf_weights import is_fp8_checkpoint
@@ -151,6 +152,7 @@ def check(config: Config, plan: RunPlan) -> None:
 def _read_prompts(inputs: Inputs) -> tuple[LoadedPrompts, dict[str, Sequence[Prompt]]]:
     """Read the prompts of training and of each evaluation set, and check that rewards and functions fit them."""
     config = inputs.config
+    check_imports(config)
     load_post_process(config, Namespace)
     load_user_functions(config)
     if config.data.disable_rollout_global_dataset:

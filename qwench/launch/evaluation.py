@@ -26,6 +26,7 @@ from qwench.launch.placement import make_servers, open_processes
 from qwench.launch.readiness import check_ready
 from qwench.launch.report import describe_model
 from qwench.launch.rollouts import build_generation
+from qwench.launch.trial_import import check_imports
 from qwench.launch.user_functions import load_user_functions
 from qwench.observability.log import open_driver_log, open_process_log
 from qwench.observability.run_report import say_facts
@@ -91,6 +92,7 @@ def _check(inputs: Inputs) -> dict[str, Sequence[Prompt]]:
 def _read_sets(inputs: Inputs) -> dict[str, Sequence[Prompt]]:
     """Read the prompts of each set, and check that rewards and functions fit them."""
     config = inputs.config
+    check_imports(config)
     load_user_functions(config)
     prompts = {name: loaded.prompts for name, loaded in read_eval_prompts(inputs).items()}
     for rows in prompts.values():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import select
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from typing import IO
 
 import qwench
 from qwench.errors import RewardError
+from qwench.plugins import place_in_stack
 from qwench.rewards.messages import HEADER, decode
 from qwench.samples import Json
 
@@ -28,8 +28,6 @@ _PROGRAM = "import sys; sys.path[:0] = sys.argv[2:]; import importlib; importlib
 _STACK_WAIT_S = 0.3  # makes a late worker write its stack
 _POLL_S = 1.0  # between checks that the worker lives
 _MAX_SAID_BYTES = 16 * 2**20
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<name>\S+)')
-_PACKAGE = str(Path(qwench.__file__).parent)
 
 
 class WorkerLateError(Exception):
@@ -94,12 +92,12 @@ class WorkerProcess:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_STACK_WAIT_S)
             _end(process)
-            error.place = _place(self._new_output())
+            error.place = place_in_stack(self._new_output())
             raise
         except WorkerDiedError:
             _end(process)
             died = WorkerDiedError(f"the worker ended with exit code {process.returncode}")
-            died.place = _place(self._new_output())
+            died.place = place_in_stack(self._new_output())
             raise died from None
         self.said = self._new_output()
         return answer
@@ -175,15 +173,6 @@ def _is_stopped(group: int) -> bool:
             if int(its_group) == group and state == "T":
                 return True
     return False
-
-
-def _place(output: str) -> str | None:
-    """Return the innermost frame of the user's code in a stack that faulthandler wrote."""
-    own = (_PACKAGE, str(Path(os.__file__).parent))
-    for frame in _FRAME.finditer(output):
-        if not frame["file"].startswith((*own, "<")):
-            return f"{frame['file']}:{frame['line']} in {frame['name']}"
-    return None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

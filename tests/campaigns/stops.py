@@ -32,7 +32,7 @@ WATCHED: dict[str, object] = {
 STOPPED_GRADER = r"a grading worker \(process group \d+\) is stopped"
 ALGEBRA: dict[str, object] = {
     "custom_rm_path": None, "rm_type": "math", "allow_degenerate_rewards": (),
-    "custom_generate_function_path": "tests.e2e.rewards.answer_that_needs_algebra", "reward_timeout_s": 10,
+    "custom_generate_function_path": "tests.campaigns.answers.roots", "reward_timeout_s": 10,
 }  # fmt: skip
 
 

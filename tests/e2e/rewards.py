@@ -3,21 +3,12 @@
 import math
 
 from qwench.rollout.generate import GenerateContext, generate_single_turn
-from qwench.samples import Sample, Status
+from qwench.samples import Sample
 
 
 def digit_share(sample: Sample) -> float:
     """Return which share of the response's characters are digits."""
     return sum(character in "0123456789" for character in sample.response) / max(1, len(sample.response))
-
-
-async def answer_that_needs_algebra(sample: Sample, context: GenerateContext) -> Sample:
-    """Answer every question by a root that is not in lowest terms."""
-    text = f"\\boxed{{\\sqrt{{{8 * (sample.sample_id + 1) ** 2}}}}}"
-    token_ids = context.tokenizer.encode(text, add_special_tokens=False)
-    sample.append(token_ids, log_probs=[-1.0] * len(token_ids), version=0)
-    sample.response, sample.status = text, Status.COMPLETED
-    return sample
 
 
 def not_a_number(sample: Sample) -> float:

@@ -1,0 +1,94 @@
+"""Import the user's modules in another process first: code that ends its process must not end a run without a word.
+
+    driver: the paths that flags name -> child: writes a path, imports its module, writes the next path, ... writes "done"
+
+An error at import is no matter here: the driver imports the module afterwards, and names error and place.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import NoReturn
+
+from qwench.cluster.child import describe_end
+from qwench.config.config import Config
+from qwench.errors import ConfigError
+from qwench.observability.waiting import waiting
+from qwench.plugins import is_loaded, load_object, place_in_stack
+
+_DONE = "done"
+_OWN = "qwench."
+
+
+def check_imports(config: Config) -> None:
+    """Import the modules of all functions that the flags name, each once, in another process.
+
+    Raises:
+        ConfigError: a module ended the process.
+    """
+    paths = {path: flag for flag, path in _function_paths(config) if not path.startswith(_OWN) and not is_loaded(path)}
+    if paths:
+        _import_in_child(paths)
+
+
+def _function_paths(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield each flag that names a function, with the path of the function."""
+    for section in (config.reward, config.rollout, config.evaluation):
+        for name in section.__dataclass_fields__:
+            value = getattr(section, name) if name.endswith("_path") else None
+            for path in (value,) if isinstance(value, str) else value or ():
+                yield f"--{name.replace('_', '-')}", path
+
+
+def _import_in_child(flags: Mapping[str, str]) -> None:
+    """Import what paths name, whose flags are given."""
+    with tempfile.TemporaryFile("w+") as report, tempfile.TemporaryFile("w+") as stacks:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "qwench.launch.trial_import", *flags],
+            stdin=subprocess.DEVNULL, stdout=report, stderr=stacks, start_new_session=True,
+        )  # fmt: skip
+        try:
+            with waiting(f"import of {', '.join(flags)}"):
+                code = child.wait()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # processes that a module has started
+            child.wait()
+        report.seek(0)
+        stacks.seek(0)
+        path, place = (report.read().splitlines() or [""])[-1], place_in_stack(stacks.read())
+    if path in flags:
+        how = f"{describe_end(code)}, at {place}" if place else describe_end(code)
+        raise ConfigError(f"{flags[path]} {path!r} cannot be imported: its module ends the process (it {how}).")
+
+
+def main() -> None:
+    """Import what the arguments name. Standard output tells how far it came, standard error holds a stack."""
+    report, stacks = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(2), "w")
+    for output in (1, 2):  # what the modules print, the driver will print
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    faulthandler.enable(stacks, all_threads=False)
+    end = os._exit
+
+    def end_with_stack(status: int) -> NoReturn:
+        faulthandler.dump_traceback(stacks, all_threads=False)
+        end(status)
+
+    os._exit = end_with_stack  # in this process, which does nothing else
+    for path in sys.argv[1:]:
+        print(path, file=report, flush=True)
+        with suppress(BaseException):
+            load_object(path)
+    print(_DONE, file=report, flush=True)
+    end(0)  # threads that a module has started would hold it
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Modules of the user that end their process when they are imported are named, and what they have started is ended."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qwench.config.config import Config
+from qwench.config.sections.reward import RewardConfig
+from qwench.config.sections.rollout import RolloutConfig
+from qwench.errors import ConfigError
+from qwench.launch.trial_import import check_imports
+from tests.deadlines import patient
+
+FUNCTION = "\n\ndef score(sample):\n    return 0.0\n"
+
+
+def config(*paths: Path) -> Config:
+    """Return a run that names a reward, and hooks."""
+    reward, *hooks = (f"{path}:score" for path in paths)
+    rollout = RolloutConfig(rollout_batch_size=2, rollout_sample_hook_path=tuple(hooks))
+    return Config(rollout=rollout, reward=RewardConfig(custom_rm_path=reward))
+
+
+def module(folder: Path, name: str, code: str) -> Path:
+    path = folder / name
+    path.write_text(code + FUNCTION)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("code", "how"),
+    [
+        ("import os\nos._exit(0)", r"it ended with exit code 0, at {path}:2 in <module>"),
+        ("import os\n\ndef go():\n    os._exit(3)\n\ngo()", r"it ended with exit code 3, at {path}:4 in go"),
+        ("import ctypes\nctypes.string_at(0)", r"it was ended by SIGSEGV, at {path}:2 in <module>"),
+        ("import os\nos.abort()", r"it was ended by SIGABRT, at {path}:2 in <module>"),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", r"it was ended by SIGKILL"),
+    ],
+)
+def test_a_module_that_ends_its_process_is_named(code: str, how: str, tmp_path: Path) -> None:
+    path = module(tmp_path, "mine.py", code)
+    with pytest.raises(ConfigError) as raised:
+        check_imports(config(path))
+    begin = f"--custom-rm-path '{path}:score' cannot be imported: its module ends the process ("
+    assert str(raised.value).startswith(begin + how.format(path=path))
+
+
+def test_of_several_modules_the_one_that_ends_it_is_named_by_its_flag(tmp_path: Path) -> None:
+    well, ends = module(tmp_path, "well.py", "print('well')"), module(tmp_path, "ends.py", "import os\nos._exit(1)")
+    with pytest.raises(ConfigError, match=rf"^--rollout-sample-hook-path '{ends}:score' cannot be imported"):
+        check_imports(config(well, well, ends))
+
+
+@pytest.mark.parametrize("code", ["raise ValueError", "import no_such_module", "exit(3)", "def broken(:"])
+def test_errors_at_import_are_left_to_the_import_itself(code: str, tmp_path: Path) -> None:
+    check_imports(config(module(tmp_path, "mine.py", code)))
+
+
+def test_what_a_module_starts_neither_holds_the_check_nor_stays(tmp_path: Path) -> None:
+    code = (
+        "import os, subprocess, sys, threading, time\nfrom pathlib import Path\n"
+        "threading.Thread(target=time.sleep, args=(1000,)).start()\n"
+        "sleeper = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])\n"
+        "Path(__file__).with_name('pid').write_text(str(sleeper.pid))\n"
+        "if os.fork() == 0:\n    time.sleep(1000)\n"
+    )
+    check_imports(config(module(tmp_path, "mine.py", code)))
+    stat = Path("/proc") / (tmp_path / "pid").read_text() / "stat"
+    deadline = time.monotonic() + patient(10)
+    while stat.exists() and " Z " not in stat.read_text():  # a signal takes a moment
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_module_that_this_process_has_is_not_imported_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module(tmp_path, "kept.py", "import os\nos._exit(1)")
+    monkeypatch.setitem(sys.modules, "kept", os)
+    monkeypatch.chdir(tmp_path)
+    check_imports(Config(rollout=RolloutConfig(rollout_batch_size=2), reward=RewardConfig(custom_rm_path="kept.score")))
