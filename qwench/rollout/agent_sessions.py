@@ -9,14 +9,15 @@ from text.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from uuid import uuid4
 
 from qwench.config.sections.agent import AgentConfig
-from qwench.errors import QwenchError
-from qwench.plugins import Function, guarded, load_function
+from qwench.errors import ConfigError, QwenchError
+from qwench.plugins import Function, guarded, load_object
 from qwench.rollout.generate import GenerateContext
 from qwench.rollout.tool_loop import append_messages, parse_calls, show_messages
 from qwench.samples import Json, Message, Sample, Status
@@ -91,7 +92,7 @@ class AgentSession:
         self._messages = list(messages)
 
     def _check_sampling(self, body: Mapping[str, Json]) -> None:
-        sampling = self._context.sampling
+        sampling = self._context.sampling.whole
         for name, value in (("temperature", sampling.temperature), ("top_p", sampling.top_p), ("n", 1), ("stream", False)):
             if body.get(name) not in (None, value):
                 raise RequestRefusedError(f"{name} of a session is {value}, got {body[name]}")
@@ -134,8 +135,8 @@ class AgentRunner:
             QwenchError: the agent never asked the policy, or returned something else than a record.
         """
         session = AgentSession(sample, context, max_seq_len=self._section.max_seq_len, template_kwargs=self._template_kwargs)
-        sampling, name = context.sampling, uuid4().hex
-        wanted = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_response_len}
+        sampling, name = context.sampling.whole, uuid4().hex
+        wanted = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens}
         try:
             record = await self._agent(
                 base_url=self._open(name, session),
@@ -163,7 +164,15 @@ def load_agent(section: AgentConfig) -> Function:
     """
     path = section.custom_agent_function_path
     assert path is not None, "AgentConfig.check_generate asks for it"
-    return guarded(load_function(path, flag=FLAG, num_arguments=0, called_as="fn(base_url=, ...)"), path=path, flag=FLAG)
+    called_as = "await fn(base_url=, prompt=, request_kwargs=, metadata=)"
+    function = load_object(path, flag=FLAG)
+    try:
+        inspect.signature(function).bind(base_url="", prompt="", request_kwargs={}, metadata={})
+    except TypeError as error:
+        raise ConfigError(f"{FLAG} {path!r} ({error}) is called as {called_as}.") from error
+    if not inspect.iscoroutinefunction(function):
+        raise ConfigError(f"{FLAG} {path!r} is not async; it is called as {called_as}.")
+    return guarded(function, path=path, flag=FLAG)
 
 
 def _message(text: str, tools: Sequence[Json] | None) -> tuple[Message, str]:

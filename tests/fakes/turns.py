@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult
+from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult, SamplingParams
 from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.rollout.generate import GenerateContext, Requests
 from qwench.rollout.sampling import Sampling
@@ -39,7 +39,7 @@ class ScriptedTurns:
         """Return the context of a sample."""
         return GenerateContext(
             requests=Requests(self), tokenizer=self.tokenizer, rollout_id=0, position=0,
-            sampling=Sampling(**{"max_response_len": 400, **sampling}),
+            sampling=Sampling(whole=SamplingParams(**{"max_new_tokens": 400, "seed": 0, **sampling})),
         )  # fmt: skip
 
 

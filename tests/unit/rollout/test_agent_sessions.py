@@ -6,9 +6,9 @@ import aiohttp
 import pytest
 
 from qwench.config.sections.agent import AgentConfig
-from qwench.errors import QwenchError
+from qwench.errors import ConfigError, QwenchError
 from qwench.foreign.gateway import Gateway
-from qwench.rollout.agent_sessions import AgentRunner
+from qwench.rollout.agent_sessions import AgentRunner, load_agent
 from tests.fakes.turns import ScriptedTurns, asked
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
@@ -92,3 +92,14 @@ async def says_nothing(base_url, prompt, request_kwargs, metadata):
 def test_an_agent_that_never_asks_ends_the_run():
     with pytest.raises(QwenchError, match="ended without a chat completion"):
         play(says_nothing, [])
+
+
+async def other_arguments(url):
+    return url
+
+
+@pytest.mark.parametrize(("name", "message"), [("other_arguments", "is called as await fn"), ("ScriptedTurns", "is called as")])
+def test_an_agent_that_cannot_be_called_is_refused_at_the_start(name, message):
+    with pytest.raises(ConfigError, match=message):
+        load_agent(AgentConfig(custom_agent_function_path=f"{__name__}.{name}"))
+    assert load_agent(AgentConfig(custom_agent_function_path=f"{__name__}.two_turns"))
