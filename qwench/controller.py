@@ -33,7 +33,11 @@ class Rollouts(SavesRollouts, Protocol):
         ...
 
     def paused(self) -> AbstractContextManager[None]:
-        """Finish the rollouts that have begun; no token is sampled inside the block."""
+        """Bring what has begun to an end that a checkpoint can hold; no token is sampled inside the block."""
+        ...
+
+    def publishing(self, version: int) -> AbstractContextManager[None]:
+        """Hold generation while `version` is published inside the block."""
         ...
 
     def interrupt(self, next_rollout_id: int) -> None:
@@ -124,7 +128,7 @@ def train(run: Run) -> None:
                     if stop := agree_on_largest(stop_requested() or 0):
                         raise Stopped(stop)
                     if schedule.publish_due(rollout_id):
-                        with rollouts.paused():
+                        with rollouts.publishing(rollout_id + 1):
                             publisher.publish(version=rollout_id + 1)
         with saved_when_stopped(run, learner, next_rollout_id=run.plan.num_rollout):
             evaluate_if_due(run, run.plan.num_rollout)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from qwench.config.asynchronous import asynchronous_rollouts_never_end
 from qwench.config.config import Config
 from qwench.config.eval_sets import eval_settings
 from qwench.config.layout import data_parallel_size
@@ -33,8 +34,7 @@ def check_rules(config: Config) -> None:
         ConfigError: the first rule that is broken.
     """
     for rule in RULES:
-        problem = rule(config)
-        if problem is not None:
+        if (problem := rule(config)) is not None:
             raise ConfigError(problem)
     if config.rollout.rollout_batch_size is not None:
         plan_batch(config.rollout, config.training)
@@ -397,4 +397,5 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     an_export_replaces_nothing_else,
     sglang_flags_are_known,
     deterministic_engines_are_ours,
+    asynchronous_rollouts_never_end,
 )

@@ -8,6 +8,7 @@ from typing import Literal
 from qwench.config.sections.agent import AgentConfig
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.architecture import ArchitectureConfig
+from qwench.config.sections.asynchronous import AsyncConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.data import DataConfig
@@ -34,6 +35,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
+    asynchronous: AsyncConfig = field(default_factory=AsyncConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
@@ -52,6 +54,11 @@ class Config:
     def generates(self) -> bool:
         """Tell whether the run needs engines: not to fine-tune, and not to learn from recorded rollouts."""
         return self.algorithm.loss_type != "sft_loss" and self.debug.load_debug_rollout_data is None
+
+    @property
+    def generates_ahead(self) -> bool:
+        """Tell whether engines generate while the trainer learns, so that neither can lend the other its devices."""
+        return self.rollout.rollouts_ahead > 0 or self.asynchronous.fully_async
 
     @property
     def backend(self) -> Literal["megatron", "fsdp"]:

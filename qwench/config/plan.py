@@ -107,6 +107,8 @@ class RunPlan:
     """Micro-batches are divided among the data-parallel ranks by cost."""
     devices: DevicePlan
     schedule: Schedule
+    max_staleness: int
+    """Weight versions that a trained token may be older than the weights that learn from it; 0: in turn."""
     holds_reference: bool
     replays: bool
     """Recorded rollouts are learned from."""
@@ -172,6 +174,7 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
         balances_data=training.balance_data,
         devices=devices,
         schedule=Schedule(rollout=config.rollout, evaluation=config.evaluation, checkpoint=config.checkpoint),
+        max_staleness=_max_staleness(config),
         holds_reference=holds_reference,
         replays=config.algorithm.loss_type != "sft_loss" and config.debug.load_debug_rollout_data is not None,
         eval_sets=eval_settings(config.evaluation, config.rollout, config.data),
@@ -243,7 +246,7 @@ def _plan_devices(config: Config, *, trains: bool, on_gpus: bool) -> DevicePlan:
         engine_sizes=_engine_sizes(config, num_devices, per_engine) if starts_engines else (),
         offload_train=_offloads(cluster.offload_train, cluster.offload, cluster.shares_devices),
         offload_rollout=_offloads(cluster.offload_rollout, cluster.offload, cluster.shares_devices),
-        weights_may_alias=generates and rollout.rollouts_ahead == 0 and rollout.update_weights_interval == 1,
+        weights_may_alias=generates and not config.generates_ahead and rollout.update_weights_interval == 1,
     )
 
 
@@ -292,7 +295,7 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
     yield str(plan.batch)
     yield f"world_size {config.cluster.world_size} = TP {layout.tp} x PP {layout.pp} x CP {layout.cp} x DP {plan.dp_size}"
     yield f"micro-batches: {_micro_batches(plan)}"
-    yield f"rollouts: {config.rollout.num_rollout or f'those of {config.rollout.num_epoch} epochs'}"
+    yield f"rollouts: {config.rollout.num_rollout or f'those of {config.rollout.num_epoch} epochs'}{_ahead(config)}"
     if devices.trains and devices.generates:
         yield f"devices: {'shared by trainer and engines' if devices.shared else 'trainer and engines apart'}"
     if devices.generates:
@@ -304,6 +307,19 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
             f"{_gib(held.gradients)} gradients, {_gib(held.optimizer)} optimizer), {_gib(held.host)} GiB on the host"
         )
         yield f"computation: {_giga(plan.cost.linear * FORWARD_AND_BACKWARD)} GFLOP a trained token, attention apart"
+
+
+def _max_staleness(config: Config) -> int:
+    asked = config.asynchronous.max_weight_staleness
+    if not config.asynchronous.fully_async:
+        return config.rollout.rollouts_ahead
+    return 1 if asked is None else asked
+
+
+def _ahead(config: Config) -> str:
+    if config.asynchronous.fully_async:
+        return f", generated without a stop; trained tokens are at most {_max_staleness(config)} versions old"
+    return ", generated one ahead of training" if config.rollout.rollouts_ahead else ""
 
 
 def _engines(devices: DevicePlan) -> str:

@@ -107,9 +107,9 @@ class HttpEngine:
         """See `Engine.abort`."""
         await self.post("/abort_request", {"rid": _wire_id(request_id or ""), "abort_all": request_id is None})
 
-    async def pause(self) -> None:
+    async def pause(self, *, retract: bool = False) -> None:
         """See `Engine.pause`."""
-        await self.post("/pause_generation", {"mode": "in_place"})
+        await self.post("/pause_generation", {"mode": "retract" if retract else "in_place"})
 
     async def resume(self) -> None:
         """See `Engine.resume`."""

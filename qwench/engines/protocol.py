@@ -128,8 +128,12 @@ class Engine(Protocol):
         """End one request, or all of them when `request_id` is None."""
         ...
 
-    async def pause(self) -> None:
-        """Hold running requests where they are: no forward pass until `resume`."""
+    async def pause(self, *, retract: bool = False) -> None:
+        """Hold running requests where they are: no forward pass until `resume`.
+
+        Args:
+            retract: drop their keys and values, which are computed again, with the weights of then, after `resume`.
+        """
         ...
 
     async def resume(self) -> None:

@@ -333,7 +333,7 @@ def _identity(inputs: Inputs) -> dict[str, Json]:
 def _gpus(inputs: Inputs, engines: EnginePool, timer: PhaseTimer, *, take_turns: bool) -> ColocatedGpus | DedicatedGpus:
     """Return the object that moves device memory between engines and learner."""
     devices = inputs.plan.devices
-    if not take_turns or inputs.config.rollout.rollouts_ahead > 0:
+    if not take_turns or inputs.config.generates_ahead:
         return DedicatedGpus(weights_may_alias=devices.weights_may_alias)
     return ColocatedGpus(
         engines,

@@ -145,11 +145,12 @@ def check_turns(config: Config, *, on_gpus: bool) -> None:
     """Refuse a colocated run on GPUs that generates ahead: trainer and engines cannot take turns and work at the same time.
 
     Raises:
-        ConfigError: --colocate and --rollouts-ahead 1 exclude each other.
+        ConfigError: --colocate and --rollouts-ahead 1 or --fully-async exclude each other.
     """
-    if on_gpus and config.cluster.colocate and config.rollout.rollouts_ahead:
+    if on_gpus and config.cluster.colocate and config.generates_ahead:
+        flag = "--fully-async" if config.asynchronous.fully_async else "--rollouts-ahead 1"
         raise ConfigError(
-            "--colocate lets trainer and engines take turns on the same GPUs, and --rollouts-ahead 1 has them work at the same "
+            f"--colocate lets trainer and engines take turns on the same GPUs, and {flag} has them work at the same "
             "time; leave one of them out (--rollout-num-gpus gives the engines other GPUs)."
         )
 

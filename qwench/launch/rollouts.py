@@ -15,11 +15,14 @@ from qwench.launch.user_functions import UserFunctions, load_user_functions, ope
 from qwench.rewards.pool import RewardPool
 from qwench.rollout.buffer import GroupBuffer, GroupSource
 from qwench.rollout.collect import Collector
+from qwench.rollout.continuous import ContinuousStream
 from qwench.rollout.evaluate import EvalSet, Evaluator
 from qwench.rollout.functions import MakeRollout, RolloutContext, RolloutFunctions, checked_rollout
 from qwench.rollout.groups import GroupRunner
 from qwench.rollout.sampling import Sampling
-from qwench.rollout.stream import RolloutStream
+from qwench.rollout.selection import Selection
+from qwench.rollout.staleness import StalenessBound
+from qwench.rollout.stream import RolloutStream, StreamOptions
 from qwench.samples import Prompt, Rollout
 
 
@@ -42,7 +45,7 @@ class Generation:
         num_rollouts: int,
         waiter: Waiter | None = None,
         observers: Sequence[Callable[[Rollout], object]] = (),
-    ) -> RolloutStream:
+    ) -> RolloutStream | ContinuousStream:
         """Return the stream of training rollouts over `source`.
 
         Args:
@@ -53,25 +56,24 @@ class Generation:
         """
         config = self.inputs.config
         functions = self.functions.rollout
+        options: StreamOptions = {
+            "timeout_s": config.timeouts.rollout_timeout,
+            "num_gpus": len(self.engines.engines) * config.cluster.rollout_num_gpus_per_engine,
+            "allow_degenerate_rewards": config.reward.allow_degenerate_rewards,
+            "observers": observers,
+            "waiter": waiter,
+            "log": functions.log_rollout,
+        }
+        if config.asynchronous.fully_async:
+            return self._continuous_stream(source, num_rollouts, options)
         buffer = GroupBuffer(
             source,
-            max_staleness=config.rollout.rollouts_ahead,
+            max_staleness=self.inputs.plan.max_staleness,
             buffer_filter=functions.buffer_filter,
             mask_off_policy=config.rollout.mask_offpolicy_in_partial_rollout,
         )
-        return RolloutStream(
-            self.engines,
-            self._make_rollout(buffer, functions),
-            buffer,
-            config.logging,
-            num_rollouts=num_rollouts,
-            timeout_s=config.timeouts.rollout_timeout,
-            num_gpus=len(self.engines.engines) * config.cluster.rollout_num_gpus_per_engine,
-            allow_degenerate_rewards=config.reward.allow_degenerate_rewards,
-            observers=observers,
-            waiter=waiter,
-            log=functions.log_rollout,
-        )
+        make = self._make_rollout(buffer, functions)
+        return RolloutStream(self.engines, make, buffer, config.logging, num_rollouts=num_rollouts, **options)
 
     def evaluator(self, prompts: Mapping[str, Sequence[Prompt]]) -> Evaluator:
         """Return the evaluator of the sets in `prompts`.
@@ -114,22 +116,51 @@ class Generation:
         """Return what makes a rollout: the user's own function, or the built-in collector."""
         config = self.inputs.config
         assert config.rollout.rollout_batch_size is not None, "config.checks requires --rollout-batch-size"
-        runner = GroupRunner(
-            self.engines,
-            tokenizer=self.inputs.tokenizer,
-            sampling=training_sampling(self.inputs),
-            grader=self.grader,
-            concurrency=self._concurrency,
-            group_rm=config.reward.group_rm,
-            generate=functions.generate,
-            grades_executions=self.functions.reward is not None,
-        )
+        runner = self._training_runner(functions, concurrency=self._concurrency)
         if functions.make_rollout is not None:
             context = RolloutContext(runner=runner, buffer=buffer, num_groups=config.rollout.rollout_batch_size)
             return checked_rollout(functions.make_rollout, context)
         deterministic = config.training.deterministic_mode
         console = self.inputs.console
         return Collector(runner, buffer, config.rollout, functions, console=console, deterministic=deterministic).collect
+
+    def _continuous_stream(self, source: GroupSource, num_rollouts: int, options: StreamOptions) -> ContinuousStream:
+        """Return the stream of --fully-async."""
+        config, batch = self.inputs.config, self.inputs.plan.batch
+        section, functions, groups_per_rollout = config.asynchronous, self.functions.rollout, batch.rollout_batch_size
+        concurrency = section.async_max_concurrent_samples or self._concurrency
+        by_group = section.rollout_submission_granularity == "group"
+        bound = StalenessBound(
+            groups_per_rollout=groups_per_rollout, max_staleness=self.inputs.plan.max_staleness, num_rollouts=num_rollouts
+        )
+        return ContinuousStream(
+            self.engines,
+            self._training_runner(functions, concurrency=concurrency),
+            Selection(functions),
+            GroupBuffer(source),
+            bound,
+            section,
+            config.logging,
+            console=self.inputs.console,
+            groups_per_rollout=groups_per_rollout,
+            max_groups_in_flight=max(concurrency // batch.n_samples_per_prompt, 1) if by_group else None,
+            max_rounds=config.rollout.dynamic_sampling_max_rounds,
+            deterministic=config.training.deterministic_mode,
+            **options,
+        )
+
+    def _training_runner(self, functions: RolloutFunctions, *, concurrency: int) -> GroupRunner:
+        config = self.inputs.config
+        return GroupRunner(
+            self.engines,
+            tokenizer=self.inputs.tokenizer,
+            sampling=training_sampling(self.inputs),
+            grader=self.grader,
+            concurrency=concurrency,
+            group_rm=config.reward.group_rm,
+            generate=functions.generate,
+            grades_executions=self.functions.reward is not None,
+        )
 
     def _eval_sampling(self, settings: EvalSettings) -> Sampling:
         config = self.inputs.config

@@ -10,7 +10,7 @@ with their tokens, log-probs and weight versions, so that a resumed run loses no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from qwench.errors import QwenchError
@@ -117,9 +117,18 @@ class GroupBuffer:
 
     def put_back(self, groups: Sequence[Group]) -> None:
         """Keep groups for a later rollout. Finished groups too, unless masking would leave nothing to train on."""
-        for group in groups:
-            self._in_flight.pop(group.group_id, None)
+        self.drop(group.group_id for group in groups)
         self._waiting.extend(group for group in groups if not (self._mask_off_policy and _is_finished(group)))
+
+    def put_first(self, groups: Sequence[Group]) -> None:
+        """Keep groups that were interrupted; they are handed out before all others, in the order of their ids."""
+        self.drop(group.group_id for group in groups)
+        self._interrupted = sorted([*self._interrupted, *groups], key=lambda group: group.group_id)
+
+    def drop(self, group_ids: Iterable[int]) -> None:
+        """Forget groups in flight, which training has taken or a filter has rejected."""
+        for group_id in group_ids:
+            self._in_flight.pop(group_id, None)
 
     def finish(self, rollout: Rollout) -> None:
         """Keep a rollout for training, and drop the groups in flight that are not in it."""

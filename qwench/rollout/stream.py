@@ -14,8 +14,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypedDict, Unpack
 
 from qwench.config.sections.logging import LoggingConfig
 from qwench.data.sft import SftSource
@@ -30,22 +32,31 @@ from qwench.rollout.sample_metrics import describe_rollout
 from qwench.samples import Json, Rollout
 
 _logger = logging.getLogger(__name__)
-_CONTROL_TIMEOUT_S = 60.0
+CONTROL_TIMEOUT_S = 60.0
 INTERRUPT_GRACE_S = 20.0
 """For rollouts that older weights sample, when a signal ends the run. Schedulers kill a job about 30 s after the signal."""
 
 
-class RolloutStream:
-    """Hands out scored rollouts. The main thread calls it; it generates on the engines' event loop."""
+class StreamOptions(TypedDict, total=False):
+    """Optional arguments of `GeneratingStream`."""
+
+    num_gpus: int
+    timeout_s: float | None
+    allow_degenerate_rewards: bool
+    observers: Sequence[Callable[[Rollout], object]]
+    waiter: Waiter | None
+    log: LogRollout | None
+
+
+class GeneratingStream(ABC):
+    """What streams that generate share: the main thread takes rollouts that are made on the engines' event loop."""
 
     def __init__(
         self,
         engines: EnginePool,
-        make: MakeRollout,
         buffer: GroupBuffer,
         logging: LoggingConfig,
         *,
-        num_rollouts: int,
         num_gpus: int = 1,
         timeout_s: float | None = None,
         allow_degenerate_rewards: bool = False,
@@ -56,21 +67,17 @@ class RolloutStream:
         """Generate nothing yet.
 
         Args:
-            num_rollouts: of the whole run; nothing is generated beyond the last.
             num_gpus: of all engines together, for the speed metrics.
             timeout_s: deadline of one rollout. None: no deadline.
             observers: are given each rollout that is taken, to show or to record it.
             waiter: waits for the engines instead of the pool.
             log: tells whether it has logged a rollout itself.
         """
-        self._log = log
-        self._engines, self._make, self._buffer, self._logging = engines, make, buffer, logging
-        self._num_rollouts, self._num_gpus, self._timeout_s = num_rollouts, num_gpus, timeout_s
-        self._observers = observers
+        self._engines, self._buffer, self._logging = engines, buffer, logging
+        self._num_gpus, self._timeout_s, self._observers = num_gpus, timeout_s, observers
         self._waiter: Waiter = waiter or engines
+        self._log = log
         self._check_rewards = not allow_degenerate_rewards
-        self._tasks: dict[int, asyncio.Task[None]] = {}
-        """Rollouts that have begun and are not taken, in order."""
 
     def take(self, rollout_id: int) -> Rollout:
         """Return a rollout; generate it now if it is not finished yet.
@@ -81,16 +88,84 @@ class RolloutStream:
         """
         label = f"rollout {rollout_id}"
         try:
-            rollout = self._waiter.attend(
-                self._take(rollout_id), label=label, timeout_s=self._timeout_s, describe=self._describe
-            )
+            self._waiter.attend(self._finish(rollout_id), label=label, timeout_s=self._timeout_s, describe=self._describe)
         except QwenchError:
             self.close()
             raise
+        # A signal may end the wait at any moment, not this: until then the buffer has the rollout, afterwards the caller.
+        rollout = self._engines.loop.start(self._hand_over(rollout_id)).result(CONTROL_TIMEOUT_S)
         for observe in self._observers:
             observe(rollout)
         self._stop_if_degenerate(rollout)
         return rollout
+
+    def state_dict(self) -> dict[str, Json]:
+        """Return the state of the buffer, JSON-compatible: data cursor, waiting, unfinished and finished groups."""
+        return self._engines.run(self._state(), label="state of the rollouts", timeout_s=CONTROL_TIMEOUT_S)
+
+    def load_state_dict(self, state: Mapping[str, Json]) -> None:
+        """Continue from a saved state; only before the first `take`."""
+        self._buffer.load_state_dict(state)
+        self._check_rewards = False  # the run that saved it passed the check
+
+    @abstractmethod
+    def close(self) -> None:
+        """Cancel what is being generated."""
+
+    @abstractmethod
+    async def _finish(self, rollout_id: int) -> None:
+        """Return when a rollout is finished; the buffer keeps it."""
+
+    @abstractmethod
+    async def _hand_over(self, rollout_id: int) -> Rollout:
+        """Return a finished rollout, which the buffer then forgets."""
+
+    async def _describe_finished(self, rollout: Rollout, seconds: float) -> Rollout:
+        """Return a rollout that took so long with its metrics, unless the user's function has logged them."""
+        metrics = describe_rollout(rollout.groups, self._logging, seconds=seconds, num_gpus=self._num_gpus)
+        if self._log is not None and await asyncio.to_thread(self._log, rollout.rollout_id, rollout.groups, metrics, seconds):
+            return rollout
+        return rollout.with_metrics(metrics)
+
+    def _describe(self) -> str:
+        return f"{self._buffer.describe()}; {self._engines.describe_requests()}"
+
+    async def _state(self) -> dict[str, Json]:
+        return self._buffer.state_dict()
+
+    def _stop_if_degenerate(self, rollout: Rollout) -> None:
+        """Check the first rollout of a run, so that a broken reward ends it at once and not after hours."""
+        if not self._check_rewards:
+            return
+        self._check_rewards = False
+        reason = degenerate_reason([sample.verdict for sample in rollout.samples if sample.verdict is not None])
+        if reason is not None:
+            raise RewardError(f"rollout {rollout.rollout_id}: {reason}")
+
+
+class RolloutStream(GeneratingStream):
+    """Hands out rollouts that are made one after the other."""
+
+    def __init__(
+        self,
+        engines: EnginePool,
+        make: MakeRollout,
+        buffer: GroupBuffer,
+        logging: LoggingConfig,
+        *,
+        num_rollouts: int,
+        **options: Unpack[StreamOptions],
+    ) -> None:
+        """Generate nothing yet.
+
+        Args:
+            num_rollouts: of the whole run; nothing is generated beyond the last.
+            options: see `GeneratingStream`.
+        """
+        super().__init__(engines, buffer, logging, **options)
+        self._make, self._num_rollouts = make, num_rollouts
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        """Rollouts that have begun and are not taken, in order."""
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -103,6 +178,12 @@ class RolloutStream:
             label = f"rollout {max(self._tasks)}, which must end before weights are saved or published,"
             self._waiter.attend(_all_results([*self._tasks.values()]), label=label, timeout_s=self._timeout_s)
         yield
+
+    @contextmanager
+    def publishing(self, version: int) -> Iterator[None]:
+        """Finish the rollouts that have begun; `version` is published inside the block."""
+        with self.paused():
+            yield
 
     def interrupt(self, next_rollout_id: int) -> None:
         """End generation so that a checkpoint resumes with `next_rollout_id`.
@@ -118,27 +199,14 @@ class RolloutStream:
             _logger.warning("rollout %d is generated again with newer weights: %s", next_rollout_id, error)
         self.close()
 
-    def state_dict(self) -> dict[str, Json]:
-        """Return the state of the buffer, JSON-compatible: data cursor, waiting, unfinished and finished groups."""
-        return self._engines.run(self._state(), label="state of the rollouts", timeout_s=_CONTROL_TIMEOUT_S)
-
-    def load_state_dict(self, state: Mapping[str, Json]) -> None:
-        """Continue from a saved state; only before the first `take`."""
-        assert not self._tasks, "a rollout is under way"
-        self._buffer.load_state_dict(state)
-        self._check_rewards = False  # the run that saved it passed the check
-
     def close(self) -> None:
         """Cancel what is being generated."""
         tasks, self._tasks = self._tasks, {}
         if tasks:
             label = f"end of rollout {max(tasks)}"
-            self._engines.run(cancel_and_wait([*tasks.values()]), label=label, timeout_s=_CONTROL_TIMEOUT_S)
+            self._engines.run(cancel_and_wait([*tasks.values()]), label=label, timeout_s=CONTROL_TIMEOUT_S)
 
-    def _describe(self) -> str:
-        return f"{self._buffer.describe()}; {self._engines.describe_requests()}"
-
-    async def _take(self, rollout_id: int) -> Rollout:
+    async def _finish(self, rollout_id: int) -> None:
         for due in self._buffer.begin(rollout_id, last=self._num_rollouts - 1):
             before = self._tasks.get(due - 1)
             self._tasks[due] = asyncio.create_task(self._generate(due, before), name=f"rollout {due}")
@@ -146,6 +214,8 @@ class RolloutStream:
             # Not cancelled with this wait: `interrupt` decides whether it is finished.
             await asyncio.shield(self._tasks[rollout_id])
             del self._tasks[rollout_id]
+
+    async def _hand_over(self, rollout_id: int) -> Rollout:
         return self._buffer.take(rollout_id)
 
     async def _generate(self, rollout_id: int, before: asyncio.Task[None] | None) -> None:
@@ -154,23 +224,7 @@ class RolloutStream:
             await before
         started_at = time.monotonic()
         rollout = await self._make(rollout_id)
-        seconds = time.monotonic() - started_at
-        metrics = describe_rollout(rollout.groups, self._logging, seconds=seconds, num_gpus=self._num_gpus)
-        if self._log is not None and await asyncio.to_thread(self._log, rollout_id, rollout.groups, metrics, seconds):
-            metrics = {}
-        self._buffer.finish(rollout.with_metrics(metrics))
-
-    async def _state(self) -> dict[str, Json]:
-        return self._buffer.state_dict()
-
-    def _stop_if_degenerate(self, rollout: Rollout) -> None:
-        """Check the first rollout of a run, so that a broken reward ends it at once and not after hours."""
-        if not self._check_rewards:
-            return
-        self._check_rewards = False
-        reason = degenerate_reason([sample.verdict for sample in rollout.samples if sample.verdict is not None])
-        if reason is not None:
-            raise RewardError(f"rollout {rollout.rollout_id}: {reason}")
+        self._buffer.finish(await self._describe_finished(rollout, time.monotonic() - started_at))
 
 
 class _StreamWithoutEngines:
@@ -178,6 +232,11 @@ class _StreamWithoutEngines:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """Return at once."""
+        yield
+
+    @contextmanager
+    def publishing(self, version: int) -> Iterator[None]:
         """Return at once."""
         yield
 

@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, object]] = {
         "dynamic_sampling_filter_path": "qwench.rollout.filters.check_reward_nonzero_std",
     },
     "ahead": {"rollouts_ahead": 1, "num_rollout": 4},
+    "asynchronous": {"fully_async": (), "max_weight_staleness": 2, "num_rollout": 4},
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 import torch
@@ -200,6 +201,28 @@ def test_nothing_is_generated_while_paused(host):
     before, after, result = drive(host, make_model("qwen3"), scenario)
     assert before == after < LONGER_THAN_A_LOOK
     assert len(result.output_ids) == LONGER_THAN_A_LOOK
+
+
+def test_a_retracted_request_goes_on_under_the_new_weights_as_if_they_had_read_all_its_tokens(host):
+    old, new = make_model("qwen3", seed=0), make_model("qwen3", seed=1)
+    request = ask("r", prompt_of(5), seed=3, max_new_tokens=LONGER_THAN_A_LOOK, ignore_eos=True)
+
+    async def scenario(engine: Engine):
+        running = [asyncio.ensure_future(engine.generate(one)) for one in (request, replace(request, request_id="sibling"))]
+        while (await engine.stats()).generated_tokens < 7:
+            await asyncio.sleep(0)
+        await engine.pause(retract=True)
+        await engine.update_weights([list(new.state_dict().items())], version=1)
+        await engine.resume()
+        return await asyncio.gather(*running)
+
+    for result in drive(host, old, scenario):
+        num_old = list(result.weight_versions).count(0)
+        assert 0 < num_old < LONGER_THAN_A_LOOK
+        assert list(result.weight_versions) == [0] * num_old + [1] * (LONGER_THAN_A_LOOK - num_old)
+        for model, part in ((old, slice(0, num_old)), (new, slice(num_old, None))):
+            expected = reference_log_probs(model, request, result)
+            torch.testing.assert_close(torch.tensor(result.log_probs)[part], expected[part], atol=1e-4, rtol=0)
 
 
 def test_response_ends_where_the_engine_ends(host):

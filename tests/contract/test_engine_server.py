@@ -121,7 +121,7 @@ def test_information_endpoints(server):
         assert call(server, path, method="GET")[1]["stats"]["num_pages"] == 1024
     assert call(server, "/flush_cache", token=TOKEN)[0] == 200
     assert call(server, "/abort_request", {}, token=TOKEN)[0] == 400
-    assert call(server, "/pause_generation", {"mode": "retract"}, token=TOKEN)[0] == 400
+    assert call(server, "/pause_generation", {"mode": "sleep"}, token=TOKEN)[0] == 400
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ OTHER_DEFAULTS = {
     "attn-implementation": "sdpa runs everywhere",
     "transformer-impl": "Transformer Engine is a package of its own",
     "expert-tensor-parallel-size": "there are no experts",
+    "rollout-submission-granularity": "a free slot takes the next sample",
 }
 OTHER_CHOICES = {
     "advantage-estimator": "names of a registry; see below",
@@ -146,6 +147,10 @@ def test_a_flag_of_sglang_is_passed_on_under_its_own_name(row):
         (["--decoder-num-layers", "3"], ["--num-layers", "3"]),
         (["--sglang-router-policy", "random"], ["--router-policy", "random"]),
         (["--update-weight-transfer-mode", "disk-delta"], ["--update-weight-transport", "disk"]),
+        (
+            ["--rollout-function-path", "slime.rollout.fully_async_rollout.generate_rollout_fully_async"],
+            ["--fully-async"],
+        ),
         (["--over-sampling-filter-input-size", "4"], ["--over-sampling-batch-size", "4"]),
     ],
 )

@@ -75,13 +75,23 @@ def test_killed_run_continues_its_unfinished_groups(workspace: Workspace, tmp_pa
     assert read_metrics(save) == read_metrics(whole)
 
 
-def test_killed_run_ahead_of_itself_continues_with_the_rollout_that_was_in_flight(workspace: Workspace, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "sampled_by"),
+    [
+        ({"rollouts_ahead": 1}, [0, 0, 1, 2]),
+        ({"fully_async": (), "max_weight_staleness": 2}, [0, 0, 0, 1]),
+    ],
+    ids=["ahead", "asynchronous"],
+)
+def test_killed_run_ahead_of_itself_continues_with_the_rollout_that_was_in_flight(
+    flags: dict[str, object], sampled_by: list[int], workspace: Workspace, tmp_path: Path
+) -> None:
     def job_ahead(save: Path) -> list[str]:
-        return workspace.train_argv(save, **DIGITS, rollouts_ahead=1, num_rollout=4)
+        return workspace.train_argv(save, **DIGITS, **flags, num_rollout=4)
 
     whole = tmp_path / "whole"
     run_verb(job_ahead(whole))
-    assert column(whole, "rollout/weight_version/max") == [0, 0, 1, 2]
+    assert column(whole, "rollout/weight_version/max") == sampled_by
     for moment in ("generation", "saved"):
         save = tmp_path / moment
         kill(moment, job_ahead(save), tmp_path / f"{moment}_output")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.conftest import DIGITS, Workspace, column
 from tests.verbs import run_verb
 
@@ -27,6 +29,24 @@ def test_rollouts_ahead_are_sampled_by_the_weights_before(workspace: Workspace, 
     assert column(tmp_path / "run", "train/step") == list(range(8))
     curves = tmp_path / "run" / "tensorboard" / "digits"
     assert {path.parent.name for path in curves.glob("*/events.*")} == {"rollout", "train"}
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place", "abort"])
+def test_asynchronous_rollouts_train_each_group_once_and_on_no_token_that_is_too_old(
+    mode: str, workspace: Workspace, tmp_path: Path
+) -> None:
+    recorded = str(tmp_path / "rollout_{rollout_id}.jsonl")
+    flags = {**DIGITS, "deterministic_mode": None, "fully_async": (), "max_weight_staleness": 2, "num_rollout": 5,
+             "rollout_max_response_len": 40, "pause_generation_mode": mode, "save_debug_rollout_data": recorded}  # fmt: skip
+    run_verb(workspace.train_argv(tmp_path / "run", **flags))
+    rollouts = [read_samples(recorded, rollout_id) for rollout_id in range(5)]
+    groups = [sample["group_id"] for samples in rollouts for sample in samples[::4]]
+    assert len(groups) == len(set(groups)) == 20, "every group is trained on once"
+    assert set(groups) == set(range(20)), "no prompt is left out"
+    for rollout_id, samples in enumerate(rollouts):
+        versions = {version for sample in samples for version in sample["weight_versions"]}
+        assert versions and all(rollout_id - 2 <= version <= rollout_id for version in versions)
+    assert max(column(tmp_path / "run", "rollout/staleness/max")) <= 2
 
 
 def test_a_longer_run_goes_on_after_the_last_rollout_of_a_shorter_one(workspace: Workspace, tmp_path: Path) -> None:

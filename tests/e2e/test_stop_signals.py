@@ -23,6 +23,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "inside": {},
     "two ranks": {"actor_num_gpus_per_node": 2},
     "ahead": {"rollouts_ahead": 1},
+    "asynchronous": {"fully_async": (), "max_weight_staleness": 2},
     "partial": {
         "partial_rollout": (),
         "over_sampling_batch_size": 8,
@@ -78,6 +79,7 @@ def undisturbed(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) 
         ("inside", signal.SIGINT, 130),
         ("two ranks", signal.SIGTERM, 143),
         ("ahead", signal.SIGTERM, 143),
+        ("asynchronous", signal.SIGTERM, 143),
         ("partial", signal.SIGTERM, 143),
         ("servers", signal.SIGTERM, 143),
     ],

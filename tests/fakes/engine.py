@@ -52,7 +52,7 @@ class FakeEngine:
         self.num_running = 0
         self.max_running = 0
         self.version = 0
-        self.closed = False
+        self.closed = self.paused = False
         self._reply, self._ticks = reply, ticks
         self._aborted: dict[str, asyncio.Event] = {}
 
@@ -63,8 +63,9 @@ class FakeEngine:
         self.num_running += 1
         self.max_running = max(self.max_running, self.num_running)
         self._aborted[request.request_id] = asyncio.Event()
+        versions: list[int] = []
         try:
-            text, reason = await self._write(context, request)
+            text, reason = await self._write(context, request, versions)
         finally:
             self.num_running -= 1
             del self._aborted[request.request_id]
@@ -75,21 +76,27 @@ class FakeEngine:
             output_ids=token_ids,
             log_probs=[log_prob_of(token_id) for token_id in token_ids],
             finish_reason=reason,
-            weight_versions=[self.version] * len(token_ids),
+            weight_versions=versions[: len(token_ids)] + [self.version] * (len(token_ids) - len(versions)),
             text=text,
             cached_tokens=len(request.input_ids) // 2,
         )
+
+    def holds(self, context: str, written: int) -> bool:
+        """Tell whether a response waits before its next character; for engines of tests to override."""
+        return False
 
     async def abort(self, request_id: str | None = None) -> None:
         for running, aborted in self._aborted.items():
             if request_id in (None, running):
                 aborted.set()
 
-    async def pause(self) -> None:
-        self.events.append(("pause", ""))
+    async def pause(self, *, retract: bool = False) -> None:
+        self.events.append(("retract" if retract else "pause", ""))
+        self.paused = True
 
     async def resume(self) -> None:
         self.events.append(("resume", ""))
+        self.paused = False
 
     async def update_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> WeightReceipt:
         self.version = version
@@ -116,8 +123,8 @@ class FakeEngine:
     async def close(self) -> None:
         self.closed = True
 
-    async def _write(self, context: str, request: GenerateRequest) -> tuple[str, FinishReason]:
-        """Wait the ticks, write one character a tick, and look for an abort at each of them."""
+    async def _write(self, context: str, request: GenerateRequest, versions: list[int]) -> tuple[str, FinishReason]:
+        """Wait the ticks, write one character a tick and note its version, and look for an abort at each of them."""
         aborted = self._aborted[request.request_id]
         ticks = self._ticks(context, request)
         full, reason = _cut(self._reply(context, request), request)
@@ -128,8 +135,11 @@ class FakeEngine:
                 break
             await asyncio.sleep(0)
         for written in range(len(full)):
+            while (self.paused or self.holds(context, written)) and not aborted.is_set():
+                await asyncio.sleep(0)
             if aborted.is_set():
                 return full[:written], FinishReason.ABORT
+            versions.append(self.version)
             await asyncio.sleep(0)
         return (full, FinishReason.ABORT) if aborted.is_set() and not full else (full, reason)
 

@@ -60,6 +60,9 @@ class Recorder:
     def paused(self) -> Any:
         return self._inside("pause", "go on")
 
+    def publishing(self, version: int) -> Any:
+        return self._inside(f"pause for {version}", "go on")
+
     def publish(self, *, version: int) -> None:
         self.events.append(f"publish {version}")
 
@@ -125,7 +128,7 @@ LAST = [
     "pause",
     "save 3",
     "go on",
-    "pause",
+    "pause for 3",
     "publish 3",
     "go on",
     "give back",
@@ -140,7 +143,7 @@ def test_a_run_learns_logs_saves_publishes_and_evaluates_in_this_order() -> None
         *["evaluate", "log 0: of evaluation"],
         *["take 0", "hold", "learn 0", "advance 1", logged(0), "give back"],
         *["take 1", "hold", "learn 1", "advance 2", logged(1)],
-        *["pause", "save 2", "go on", "pause", "publish 2", "go on", "give back"],
+        *["pause", "save 2", "go on", "pause for 2", "publish 2", "go on", "give back"],
         *["evaluate", "log 2: of evaluation"],
         *LAST,
         *["finish", "finish the log"],

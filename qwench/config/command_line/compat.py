@@ -75,6 +75,8 @@ VALUE_ALIASES: Mapping[tuple[str, str], tuple[str, str]] = {
     ("sglang-true-on-policy-contract", "qwen3_dense_true_on_policy_v1"): ("true-on-policy-mode", "true"),
     ("use-session-server", "v1"): ("use-session-server", "true"),
     ("ft-components", "rollout"): ("use-fault-tolerance", "true"),
+    ("rollout-function-path", "slime.rollout.fully_async_rollout.generate_rollout_fully_async"): ("fully-async", "true"),
+    ("rollout-function-path", "miles.rollout.fully_async_rollout.generate_rollout_fully_async"): ("fully-async", "true"),
 }
 """Their flag and value -> our flag and value."""
 
@@ -112,7 +114,6 @@ IMPORT_PATHS: Mapping[str, str] = {
 
 
 PLANNED_PATHS: Mapping[str, str] = {
-    "rollout.fully_async_rollout.": "generation across publications; --rollouts-ahead 1 generates one rollout ahead",
     "rollout.on_policy_distillation.": "on-policy distillation",
     "rollout.forge_load.": "another format of recorded rollouts; use --load-debug-rollout-data",
 }

@@ -230,13 +230,6 @@ PLANNED: tuple[ForeignFlag, ...] = (
         """,
     ),
     *planned(
-        "generation across publications; --rollouts-ahead 1 generates one rollout ahead",
-        """
-        fully-async max-weight-staleness async-max-concurrent-samples async-data-buffer-capacity-factor
-        async-unused-samples-handler pause-generation-mode rollout-submission-granularity
-        """,
-    ),
-    *planned(
         "evaluation beside training",
         """
         eval-num-gpus=0 eval-num-gpus-per-engine eval-hf-dir eval-keep-snapshots eval-max-in-flight eval-overflow-policy

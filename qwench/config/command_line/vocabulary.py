@@ -116,7 +116,7 @@ _PHRASES: Mapping[str, str] = {
     "scale-rewards norm-adv-by-std-in-grpo": "use --disable-grpo-std-normalization to switch it off",
     "loss loss-agg-mode": "use --calculate-per-token-loss to average over tokens",
     "dapo": "use --eps-clip-high, --dynamic-sampling-filter-path and --calculate-per-token-loss",
-    "async one-step-off num-steps-off async-training": "use --rollouts-ahead",
+    "async one-step-off num-steps-off async-training": "use --rollouts-ahead, or --fully-async",
     # Rewards.
     "reward reward-type rm verifier reward-name reward-fn reward-func reward-funcs reward-function": _REWARD,
     "reward-functions custom-reward-function reward-fn-path custom-reward-function-path reward-path": _REWARD,

@@ -164,11 +164,12 @@ class EmbeddedEngine:
         async with self._between_steps:
             self._drop_aborted()
 
-    async def pause(self) -> None:
+    async def pause(self, *, retract: bool = False) -> None:
         """See `Engine.pause`."""
         self._paused = True
         async with self._at_rest():
-            pass
+            if retract and self._scheduler is not None:
+                self._scheduler.retract()
 
     async def resume(self) -> None:
         """See `Engine.resume`."""

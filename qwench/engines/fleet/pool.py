@@ -111,9 +111,9 @@ class EnginePool:
         """End one request where it runs, or all requests everywhere."""
         await self._dispatcher.abort(request_id)
 
-    async def pause(self) -> None:
-        """Hold all engines between two forward passes."""
-        await self._each(lambda engine: engine.pause())
+    async def pause(self, *, retract: bool = False) -> None:
+        """Hold all engines between two forward passes; see `Engine.pause`."""
+        await self._each(lambda engine: engine.pause(retract=retract))
 
     async def resume(self) -> None:
         """Continue generation on all engines."""
@@ -199,6 +199,25 @@ class EnginePool:
                 self._raise_unless_restarting(error)
                 raise EngineRestartedError(str(error)) from error
             self.run(self._confirm(version), label=f"confirm weight version {version}", timeout_s=CONTROL_TIMEOUT_S)
+
+    @contextmanager
+    def holding(self, *, retract: bool) -> Iterator[None]:
+        """Hold every engine between two forward passes inside the block; running requests go on afterwards.
+
+        Args:
+            retract: the KV cache of running requests is computed again afterwards.
+
+        Raises:
+            EngineError: an engine does not answer and is not being restarted.
+        """
+        try:
+            self._pause(retract=retract)
+        except EngineLostError as error:
+            self._raise_unless_restarting(error)
+            _logger.warning("engines are held again: %s", error)
+            self._pause(retract=retract)
+        yield
+        self.run(self.resume(), label="continue generation", timeout_s=CONTROL_TIMEOUT_S)
 
     def sleep(self, tags: Sequence[MemoryTag]) -> None:
         """Give back the memory of `tags` everywhere.
@@ -288,6 +307,10 @@ class EnginePool:
 
     def _ask_member(self, member: Member) -> Future[object]:
         return self.loop.start(_give_sign(member))
+
+    def _pause(self, *, retract: bool) -> None:
+        self._settle()
+        self.run(self.pause(retract=retract), label="hold generation", timeout_s=CONTROL_TIMEOUT_S)
 
     def _put_to_sleep(self) -> None:
         self._settle()

@@ -25,6 +25,7 @@ from typing import Protocol
 from qwench.errors import EngineError
 from qwench.observability.parts import STACKS_SIGNAL, ask_for_stacks
 from qwench.wire.addresses import Placement
+from qwench.wire.ports import unused_port
 
 HEALTH_POLL_S = 0.2
 HEALTH_TIMEOUT_S = 30.0
@@ -280,8 +281,7 @@ def _free_port(label: str, host: str, port: int | None) -> int:
     if port is not None:
         check_port_is_free(label, host, port)
         return port
-    with socket.create_server((host, 0)) as free:
-        return int(free.getsockname()[1])
+    return unused_port(host)
 
 
 def _is_healthy(url: str, *, timeout_s: float) -> bool:

@@ -6,7 +6,6 @@ Servers are added when they hold the current weights and removed when they are l
 from __future__ import annotations
 
 import asyncio
-import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ import aiohttp
 from qwench.engines.fleet.servers import ServerCommand, ServerProcess, check_port_is_free
 from qwench.engines.kinds.passthrough_flags import check_words
 from qwench.errors import ConfigError, EngineError
+from qwench.wire.ports import unused_port
 
 ADDRESS = "127.0.0.1"
 START_TIMEOUT_S = 60.0
@@ -51,7 +51,7 @@ def router_command(words: Sequence[str], *, environ: Mapping[str, str], log_fold
     rest, port = _take_port(words)
     defaults = [word for name, values in DEFAULTS.items() if name not in names for word in (f"--{name}", *values)]
     if "prometheus-port" not in names:
-        defaults += ["--prometheus-port", str(_unused_port())]
+        defaults += ["--prometheus-port", str(unused_port(ADDRESS))]
     return ServerCommand(
         label="the router",
         argv=(sys.executable, "-P", "-m", "sglang_router.launch_router", *defaults, *rest),
@@ -174,8 +174,3 @@ def _take_port(words: Sequence[str]) -> tuple[list[str], int | None]:
     if not values or not values[0].isdecimal():
         raise ConfigError(f"--router-port expects a number, got {' '.join(values) or 'none'}")
     return rest[:at] + rest[at + 2 :], int(values[0])
-
-
-def _unused_port() -> int:
-    with socket.create_server((ADDRESS, 0)) as free:
-        return int(free.getsockname()[1])

@@ -7,6 +7,7 @@ from qwench.config import checks
 from qwench.config.checks import RULES, check_rules
 from qwench.config.config import Config
 from qwench.config.sections.algorithm import AlgorithmConfig
+from qwench.config.sections.asynchronous import AsyncConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.debug import DebugConfig
@@ -151,7 +152,28 @@ def test_every_rule_is_applied():
         for value in vars(checks).values()
         if inspect.isfunction(value) and value.__module__ == checks.__name__ and value.__annotations__["return"] == "str | None"
     }
-    assert {rule.__name__ for rule in checks.RULES} == returning_a_problem
+    assert {rule.__name__ for rule in checks.RULES} == returning_a_problem | {"asynchronous_rollouts_never_end"}
+
+
+@pytest.mark.parametrize(("sections", "flag"), [
+    ({"rollout": RolloutConfig(partial_rollout=True)}, "--partial-rollout"),
+    ({"rollout": RolloutConfig(over_sampling_batch_size=8)}, "--over-sampling-batch-size"),
+    ({"rollout": RolloutConfig(buffer_filter_path="a.b")}, "--buffer-filter-path"),
+    ({"rollout": RolloutConfig(rollout_function_path="a.b")}, "--rollout-function-path"),
+    ({"rollout": RolloutConfig(update_weights_interval=2)}, "--update-weights-interval"),
+    ({"debug": DebugConfig(debug_rollout_only=True)}, "--debug-rollout-only"),
+    ({"debug": DebugConfig(load_debug_rollout_data="r/{rollout_id}.jsonl")}, "--load-debug-rollout-data"),
+])  # fmt: skip
+def test_what_asynchronous_rollouts_cannot_do_is_refused(sections, flag):
+    with pytest.raises(ConfigError, match=f"^{flag} has no effect with --fully-async: .*; leave one of them out"):
+        check_rules(Config(asynchronous=AsyncConfig(fully_async=True), **sections))
+    check_rules(Config(**sections))
+
+
+def test_fine_tuning_has_no_asynchronous_rollouts():
+    config = Config(algorithm=AlgorithmConfig(loss_type="sft_loss"), asynchronous=AsyncConfig(fully_async=True))
+    with pytest.raises(ConfigError, match="--fully-async generates rollouts, and fine-tuning has none"):
+        check_rules(config)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from qwench.config.layout import data_parallel_size
 from qwench.config.plan import RunPlan, plan_batch, plan_lines, plan_run, train_dtype
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.architecture import ArchitectureConfig
+from qwench.config.sections.asynchronous import AsyncConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.data import DataConfig
@@ -184,6 +185,8 @@ def test_verbs_that_only_train_or_only_generate_have_the_devices_alone():
     [({}, True), ({"rollouts_ahead": 1}, False), ({"update_weights_interval": 2}, False)],
 )
 def test_engines_may_use_the_trainers_tensors_where_generation_never_meets_a_step(rollout, expected):
+    asynchronous = planned(rollout=RolloutConfig(rollout_batch_size=4), asynchronous=AsyncConfig(fully_async=True))
+    assert not asynchronous.devices.weights_may_alias
     assert planned(rollout=RolloutConfig(rollout_batch_size=4, **rollout)).devices.weights_may_alias is expected
 
 

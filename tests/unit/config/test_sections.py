@@ -4,6 +4,7 @@ import pytest
 
 from qwench.config.config import Config
 from qwench.config.sections.algorithm import AlgorithmConfig
+from qwench.config.sections.asynchronous import AsyncConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.data import DataConfig
@@ -32,6 +33,15 @@ REFUSED = [
     (RolloutConfig, {"mask_offpolicy_in_partial_rollout": True}, "--mask-offpolicy-in-partial-rollout has no effect"),
     (RolloutConfig, {"custom_generate_function_path": "generate"}, "--custom-generate-function-path must be the import path"),
     (RolloutConfig, {"buffer_filter_path": "my/module.py"}, "--buffer-filter-path must be the import path"),
+    (AsyncConfig, {"max_weight_staleness": 1}, "--max-weight-staleness has no effect without --fully-async; add it"),
+    (AsyncConfig, {"async_unused_samples_handler": "retry"}, "--async-unused-samples-handler has no effect without --fully"),
+    (AsyncConfig, {"fully_async": True, "max_weight_staleness": -1}, "--max-weight-staleness must not be negative"),
+    (AsyncConfig, {"fully_async": True, "async_max_concurrent_samples": 0}, "--async-max-concurrent-samples must be greater"),
+    (
+        AsyncConfig,
+        {"fully_async": True, "async_data_buffer_capacity_factor": 0.5},
+        "--async-data-buffer-capacity-factor must be at least 1, got 0.5",
+    ),
     (DataConfig, {"rollout_max_prompt_len": 0}, "--rollout-max-prompt-len must be greater than 0"),
     (RewardConfig, {"reward_timeout_s": 0.0}, "--reward-timeout-s must be greater than 0"),
     (RewardConfig, {"rm_type": "boxed_remote_rm"}, "--rm-type remote_rm needs the address"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qwench.config.config import Config
+from qwench.config.sections.asynchronous import AsyncConfig
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.config.sections.rollout import RolloutConfig
@@ -64,3 +65,6 @@ def test_who_takes_turns_on_a_gpu_does_not_generate_ahead(colocate, ahead, on_gp
     else:
         with pytest.raises(ConfigError, match=r"--colocate .* --rollouts-ahead 1 .* leave one of them out"):
             check_turns(config, on_gpus=on_gpus)
+        asynchronous = Config(cluster=ClusterConfig(colocate=colocate), asynchronous=AsyncConfig(fully_async=True))
+        with pytest.raises(ConfigError, match=r"--colocate .* --fully-async .* leave one of them out"):
+            check_turns(asynchronous, on_gpus=on_gpus)

@@ -2,10 +2,12 @@
 
 import string
 from collections.abc import Callable
+from types import SimpleNamespace
 
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.data.prompts import PromptSource
 from qwench.engines.protocol import GenerateRequest, SamplingParams
+from qwench.errors import Stopped
 from qwench.rollout.buffer import GroupBuffer
 from qwench.rollout.collect import Collector
 from qwench.rollout.functions import RolloutFunctions
@@ -77,3 +79,13 @@ def sampling_of(*, max_context_len=None, seed_by_position=False, **values):
     """Return how responses are drawn, with the seed of a run."""
     whole = SamplingParams(**{"max_new_tokens": 10, "seed": 42, **values})
     return Sampling(whole=whole, max_context_len=max_context_len, seed_by_position=seed_by_position)
+
+
+def stopped_at_the_last_moment(engines):
+    """Wait for engines, and be interrupted by a signal when what is waited for has just ended."""
+
+    def attend(coroutine, **wait):
+        engines.run(coroutine, **wait)
+        raise Stopped(15)
+
+    return SimpleNamespace(attend=attend)

@@ -12,7 +12,7 @@ from qwench.config.sections.logging import LoggingConfig
 from qwench.data.sft import SftExample, SftSource
 from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.fleet.pool import EnginePool
-from qwench.errors import ConfigError, EngineError, RewardError
+from qwench.errors import ConfigError, EngineError, RewardError, Stopped
 from qwench.observability import waiting
 from qwench.observability.dumps import save_rollout
 from qwench.rollout.buffer import GroupBuffer
@@ -21,7 +21,14 @@ from qwench.samples import Verdict
 from tests.deadlines import patient
 from tests.fakes.engine import FakeEngine
 from tests.fakes.grader import FakeGrader
-from tests.unit.rollout.scene import by_letter, letters_source, make_collector, prompts_of, write_ok
+from tests.unit.rollout.scene import (
+    by_letter,
+    letters_source,
+    make_collector,
+    prompts_of,
+    stopped_at_the_last_moment,
+    write_ok,
+)
 
 
 def right(sample):
@@ -171,6 +178,17 @@ def test_state_can_be_taken_in_the_middle_of_a_rollout_and_nothing_is_lost():
     assert [group["group_id"] for group in state["in_flight"]] == [2, 3]
     with resume(state, ahead=1) as stream:
         assert [prompts_of(stream.take(i).groups) for i in (1, 2)] == ["cd", "ef"]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_signal_that_comes_just_when_a_rollout_is_finished_loses_nothing(ahead):
+    with open_stream(ahead=ahead) as stream:
+        stream.take(0)
+        stream._waiter = stopped_at_the_last_moment(stream._engines)
+        with pytest.raises(Stopped):
+            stream.take(1)
+        stream.interrupt(1)
+        assert next_prompts(stream.state_dict(), 1) == "cd"
 
 
 def test_unfinished_groups_travel_in_the_state():

@@ -31,6 +31,7 @@ HEALTH_TIMEOUT_S = 20.0
 
 MAX_PROMPTS = 64
 """How many prompts of the model's full length a body of `/generate` has room for."""
+_PAUSE_MODES = ("abort", "in_place", "retract")
 _BYTES_OF_A_TOKEN = 12
 """Of a token id and its comma in JSON, or of the text of a token."""
 
@@ -154,10 +155,10 @@ class EngineServer:
         return Response()
 
     async def pause_generation(self, body: PauseBody) -> Response:
-        """Hold generation: `abort` ends what runs, `in_place` keeps it where it is."""
-        if body.mode not in ("abort", "in_place"):
-            raise HTTPException(400, f"mode {body.mode!r} is not supported; known: abort, in_place.")
-        await self._engine.pause()
+        """Hold generation: `abort` ends what runs, `in_place` keeps it where it is, `retract` computes its KV cache again."""
+        if body.mode not in _PAUSE_MODES:
+            raise HTTPException(400, f"mode {body.mode!r} is not supported; known: {', '.join(_PAUSE_MODES)}.")
+        await self._engine.pause(retract=body.mode == "retract")
         if body.mode == "abort":
             await self._engine.abort()
         return _json({"status": "ok", "message": "generation is paused"})

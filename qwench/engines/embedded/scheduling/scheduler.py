@@ -146,6 +146,11 @@ class Scheduler:
             self.pool.remember(request.tokens[:-1], request.pages, epoch=request.epoch)
             self._free(request)
 
+    def retract(self) -> None:
+        """Send every running request back to the queue, in the order of arrival; no token may be pending."""
+        while self._decoding or self._prefilling:
+            self._preempt_latest()
+
     def _continuing(self) -> list[RunningRequest]:
         return [request for request in self._decoding if not request.is_full]
 
