@@ -42,6 +42,7 @@ def _stale(config: Config) -> str | None:
     rollout = config.rollout
     for flag, is_set in (
         (f"--rollouts-ahead {rollout.rollouts_ahead}", rollout.rollouts_ahead > 0),
+        ("--fully-async", config.asynchronous.fully_async),
         (f"--update-weights-interval {rollout.update_weights_interval}", rollout.update_weights_interval > 1),
         ("--partial-rollout", rollout.partial_rollout),
     ):
