@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, cast, get_type_hints
 
-from qwench.config.checks import check_eval, check_rules, check_serve, check_sft, check_train
+from qwench.config.checks import check_eval, check_serve, check_sft, check_train
 from qwench.config.command_line.argv import Given, Occurrence, custom_settings, sort_flags, split_words
 from qwench.config.command_line.flags import Flag, flag_name, flag_table
 from qwench.config.command_line.help import first_sentence, help_text, is_help
 from qwench.config.config import Config
 from qwench.config.engine_choice import look_at_machine, with_engine
+from qwench.config.rules import check_rules
 from qwench.config.sections.verbs import ServeConfig
 from qwench.errors import ConfigError
 
