@@ -1,7 +1,7 @@
 """Which engine a command line means: `--rollout-engine auto`.
 
-Scripts of slime and miles name no engine and mean SGLang. The embedded engine generates on a CPU, and on one GPU
-without SGLang.
+Scripts of slime and miles name no engine and mean SGLang. The embedded engine generates on a CPU and on one GPU; on several
+GPUs a start without SGLang is refused, for a run there must not change its engine unseen.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def choose_engine(config: Config, *, names_size: bool, machine: Machine) -> tupl
     num_gpus = cluster.world_size + (cluster.rollout_num_gpus or 0)
     if machine.num_gpus == 0:
         return "embedded", "there is no GPU on this machine"
-    if num_gpus > 1 and machine.has_sglang:
-        return "sglang", f"the run has {num_gpus} GPUs and SGLang is installed"
-    return "embedded", f"the run has {num_gpus} GPU{'s' * (num_gpus > 1)}" + ("" if machine.has_sglang else ", no SGLang")
+    if num_gpus > 1:
+        return "sglang", f"the run has {num_gpus} GPUs"
+    return "embedded", "the run has 1 GPU"
 
 
 def with_engine(config: Config, *, names_size: bool, machine: Machine) -> Config:

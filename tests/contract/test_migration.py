@@ -1,5 +1,6 @@
 """docs/migration.md says what the code does, and the references' programs mean what they mean there."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import pytest
 from qwench.commands.reference_program import DEFAULTS
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.config import Config
+from qwench.config.engine_choice import Machine, check_engine_is_installed, with_engine
 from qwench.config.plan import plan_lines, plan_run
+from qwench.errors import ConfigError
 from qwench.foreign.modules import MODULES
 from tests.contract.recipes import RUN_QWEN3_4B, RUN_QWEN3_4B_BASE_SFT, RUN_QWEN3_32B
 from tests.unit.config.architectures import QWEN3_4B
@@ -52,6 +55,25 @@ def test_recipes_of_the_references_mean_sglang_their_layout_and_their_engines(wo
     lines = list(plan_lines(config, plan_run(config, QWEN3_4B)))
     assert f"engines: sglang (the command line names --sglang-mem-fraction-static), {engines}" in lines
     assert "world_size 8 = TP 2 x PP 1 x CP 1 x DP 4" in lines
+
+
+def test_the_recipe_with_fsdp_means_sglang_on_each_gpu():
+    file = Path(__file__).parent / "argv" / "run-qwen3-4B-fsdp.txt"
+    words = file.read_text(encoding="ascii").replace("--rollout-engine\nsglang\n", "").split("\n")[1:-1]
+    config = read("train.py", words)
+    lines = list(plan_lines(config, plan_run(config, QWEN3_4B)))
+    assert (config.engine.kind, config.backend) == ("sglang", "fsdp")
+    assert "engines: sglang (the command line names --sglang-mem-fraction-static), 8, of 1 device each" in lines
+    assert "world_size 8 = TP 1 x PP 1 x CP 1 x DP 8" in lines
+
+
+@pytest.mark.parametrize("words", [[], ["--colocate"], ["--rollout-num-gpus", "8"]], ids=["apart", "colocated", "other GPUs"])
+def test_several_gpus_without_sglang_are_refused_with_both_ways_out(words):
+    parsed = read("train.py", [*words, "--rollout-engine", "embedded"])
+    asked = replace(parsed, engine=replace(parsed.engine, rollout_engine="auto"))
+    machine = Machine(has_sglang=False, num_gpus=8)
+    with pytest.raises(ConfigError, match=r"install 'qwench\[sglang\]', or give --rollout-engine embedded"):
+        check_engine_is_installed(with_engine(asked, names_size=False, machine=machine), machine)
 
 
 def test_the_recipe_of_fine_tuning_has_no_engine():

@@ -40,8 +40,7 @@ class EngineConfig:
 
     rollout_engine: Literal["auto", "embedded", "sglang"] = "auto"
     """Engine that generates. embedded: Qwench's own, in the training process or as servers. sglang: SGLang servers. auto:
-    sglang when a --sglang-* flag or --rollout-num-gpus-per-engine is given, and on several GPUs when SGLang is installed; else
-    embedded."""
+    sglang when a --sglang-* flag or --rollout-num-gpus-per-engine is given, and on several GPUs; else embedded."""
     sglang_config: Path | None = None
     """YAML file of groups of SGLang engines, in slime's form, for engines of several sizes. None: all engines have
     --rollout-num-gpus-per-engine GPUs."""

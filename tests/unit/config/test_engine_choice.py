@@ -25,11 +25,11 @@ def parse(*words: str) -> Config:
     [
         ((), False, LAPTOP, "embedded", "there is no GPU on this machine"),
         (EIGHT, False, LAPTOP, "embedded", "there is no GPU on this machine"),
-        ((), False, ONE_GPU, "embedded", "the run has 1 GPU, no SGLang"),
+        ((), False, ONE_GPU, "embedded", "the run has 1 GPU"),
         ((), False, NODE, "embedded", "the run has 1 GPU"),
-        (EIGHT, False, NODE, "sglang", "the run has 8 GPUs and SGLang is installed"),
-        (EIGHT, False, NODE_WITHOUT, "embedded", "the run has 8 GPUs, no SGLang"),
-        (("--rollout-num-gpus", "1"), False, NODE, "sglang", "the run has 2 GPUs and SGLang is installed"),
+        (EIGHT, False, NODE, "sglang", "the run has 8 GPUs"),
+        (EIGHT, False, NODE_WITHOUT, "sglang", "the run has 8 GPUs"),
+        (("--rollout-num-gpus", "1"), False, NODE, "sglang", "the run has 2 GPUs"),
         (
             ("--sglang-mem-fraction-static", "0.7"),
             False,
