@@ -80,7 +80,10 @@ def _run(conversion: Conversion, *, verify: bool = False) -> None:
     """Convert on all ranks, and say on the main rank what was done and how fast."""
     ranks = _join_ranks()
     console = open_console() if ranks.rank == 0 else QuietConsole()
-    converter = Converter(conversion)
+    try:
+        converter = Converter(conversion)
+    except CheckpointError as error:  # a damaged source, found before any work
+        raise ConfigError(str(error)) from error
     if verify:
         load_tokenizer(conversion.hf_folder)  # its absence is the user's mistake, so it is found before the work
     began = time.perf_counter()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.sections.verbs import QuickstartConfig
-from qwench.errors import QwenchError
+from qwench.errors import QwenchError, Stopped
 from qwench.files import write_atomically
 from qwench.observability.console import open_console
 from qwench.observability.plots import plot_curves
@@ -158,12 +159,22 @@ def _own(folder: Path, *, seed: int) -> None:
 
 
 def run_command(arguments: Sequence[str]) -> None:
-    """Run `qwench ...` in a separate process, as a user would."""
-    finished = subprocess.run([sys.executable, "-P", "-m", "qwench", *arguments], check=False)
-    if finished.returncode != 0:
-        raise QwenchError(
-            f"`qwench {shlex.join(arguments)}` ended with exit code {finished.returncode}; see its message above."
-        )
+    """Run `qwench ...` in a separate process, as a user would. A signal is passed on, and the command saves before it ends.
+
+    Raises:
+        QwenchError: it failed.
+        Stopped: by the signal.
+    """
+    command = subprocess.Popen([sys.executable, "-P", "-m", "qwench", *arguments])
+    try:
+        code = command.wait()
+    except (KeyboardInterrupt, Stopped) as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        command.send_signal(number)
+        command.wait()
+        raise Stopped(number, "The same command goes on from here:") from None
+    if code != 0:
+        raise QwenchError(f"`qwench {shlex.join(arguments)}` ended with exit code {code}; see its message above.")
 
 
 def commands(folder: Path, *, seed: int) -> list[tuple[str, list[str], Path]]:

@@ -15,6 +15,9 @@ from qwench.data.rows import Row, check_text
 from qwench.errors import ConfigError
 from qwench.samples import Json, Message
 
+_MAX_CHARACTERS = 2**20
+_MAX_GROWTH = 10
+"""By which a template may lengthen a conversation whose render is longer than `_MAX_CHARACTERS`."""
 _MAY_SAY_NOTHING = frozenset({"system", "tool"})
 """Roles whose text may be empty: no instructions, a call that returned nothing."""
 
@@ -158,6 +161,8 @@ class ChatRenderer:
         for message in messages:
             self._check_role(str(message["role"]), place=place)
         text = self._apply(messages, tools, add_generation_prompt=add_generation_prompt, place=place)
+        if len(text) > _MAX_CHARACTERS and len(text) > _MAX_GROWTH * len(repr((messages, tools))):
+            raise ConfigError(f"{place}: the chat template writes {len(text):,} characters around a far shorter conversation.")
         check_text(text, place=place)
         return text
 

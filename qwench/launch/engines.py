@@ -24,6 +24,7 @@ from qwench.engines.kinds.embedded import TOKEN_VARIABLE
 from qwench.engines.kinds.identity import ModelIdentity, check_serves
 from qwench.engines.kinds.kind import ServerOrder
 from qwench.engines.kinds.sglang_router import SglangRouter, router_command
+from qwench.errors import ConfigError, EngineError
 from qwench.launch.inputs import Inputs, publication_dtype
 from qwench.models.hf import stop_token_ids
 from qwench.models.hf_weights import is_fp8_checkpoint
@@ -182,11 +183,13 @@ def check_external(inputs: Inputs) -> None:
     """Check that the engines of --rollout-external-engine-addrs can be reached and serve this model.
 
     Raises:
-        ConfigError: one has another model.
-        EngineError: one cannot be reached.
+        ConfigError: one has another model, or cannot be reached.
     """
     with closing(EventLoopThread()) as loop:
-        _reach_external(inputs, loop)
+        try:
+            _reach_external(inputs, loop)
+        except EngineError as error:
+            raise ConfigError(str(error)) from error
 
 
 def _reach_external(inputs: Inputs, loop: EventLoopThread) -> list[Member]:

@@ -124,7 +124,7 @@ def test_a_dry_run_refuses_what_a_start_refuses_and_neither_writes(
     flags = {flag: occupied if value == "OCCUPIED" else value for flag, value in flags.items()}
     argv = inputs.train_argv(**{"save": tmp_path / "run", **flags})
     dry, (code, error) = in_process([*argv, "--dry-run"]), in_process(argv)
-    assert dry == (code, error) and code in (1, 2) and said in error, (dry, code, error)
+    assert dry == (code, error) and code == 2 and said in error, (dry, code, error)
     assert not (tmp_path / "run").exists()
     assert [path.name for path in occupied.iterdir()] == ["theirs"]
 
@@ -256,3 +256,19 @@ def test_reward_that_is_no_number_ends_the_run(workspace: Workspace, tmp_path: P
     code, error = in_process(argv)
     assert code == 1, error
     assert "--custom-rm-path" in error and "nan" in error
+
+
+def test_a_model_whose_weights_are_cut_short_is_no_input_of_a_conversion(
+    inputs: Workspace, tmp_path: Path, in_process: InProcess
+) -> None:
+    cut, output = tmp_path / "cut", tmp_path / "out"
+    shutil.copytree(inputs.model, cut)
+    with (cut / "model.safetensors").open("r+b") as weights:
+        weights.truncate(500_000)
+    refused(
+        in_process,
+        ["convert", "--input", str(cut), "--output", str(output), "--to", "torch_dist"],
+        str(cut),
+        "cut short",
+    )
+    assert not output.exists()

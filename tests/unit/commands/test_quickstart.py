@@ -1,10 +1,16 @@
 import json
+import os
+import signal
+import sys
+import threading
+import time
 
 import pytest
 
 from qwench.commands import quickstart
 from qwench.commands.quickstart import commands, tour, write_data
-from qwench.errors import QwenchError
+from qwench.errors import QwenchError, Stopped
+from qwench.observability.stopping import ended_by_signals
 
 
 class Stages:
@@ -72,3 +78,24 @@ def test_files_of_others_and_another_seed_are_refused(ran):
     tour(ran.folder)
     with pytest.raises(QwenchError, match="a quickstart of another seed"):
         tour(ran.folder, seed=1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_passed_on_and_what_the_command_saves_then_is_waited_for(number, monkeypatch, tmp_path):
+    script, began, saved = (tmp_path / name for name in ("command", "began", "saved"))
+    script.write_text(
+        f"#!/bin/sh\ntrap 'sleep 0.3; touch {saved}; exit 130' {number.name[3:]}\ntouch {began}\nwhile :; do sleep 0.02; done\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+
+    def interrupt():
+        while not began.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with ended_by_signals(), pytest.raises(Stopped, match="goes on from here") as stopped:
+        quickstart.run_command(["sft"])
+    assert stopped.value.number == number
+    assert saved.exists()
