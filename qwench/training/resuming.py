@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
@@ -109,8 +110,10 @@ def load_rng(folder: Path) -> None:
     """
     try:
         states = torch.load(folder / "rng.pt", weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"cannot read {folder / 'rng.pt'} ({error}); pass --no-load-rng to go without.") from error
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise CheckpointError(
+            f"cannot read {folder / 'rng.pt'} ({_reason(error)}); pass --no-load-rng to go without."
+        ) from error
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])

@@ -5,7 +5,7 @@ import pytest
 
 from qwench.engines.protocol import FinishReason, GenerateResult
 from qwench.errors import EngineError
-from qwench.rollout.generate import GenerateContext, Requests
+from qwench.rollout.generate import GenerateContext, Requests, generate_single_turn
 from qwench.samples import Status
 from tests.fakes.engine import CharTokenizer, FakeEngine, log_prob_of
 from tests.unit.rollout.scene import sample, sampling_of
@@ -200,3 +200,33 @@ def test_cancelled_generation_ends_its_request_in_the_engine():
 
     asyncio.run(cancelled())
     assert aborted == [engine.requests[0].request_id]
+
+
+def test_a_cancelled_generation_is_cancelled_and_no_longer_in_flight():
+    engine = FakeEngine(lambda text, request: "abc", ticks=lambda text, request: None)
+    one = context(engine)
+
+    async def scenario():
+        task = asyncio.create_task(one.generate(sample()))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        aborted = []
+        engine.abort = aborted.append
+        await one.requests.abort_in_flight()
+        assert aborted == []
+
+    asyncio.run(scenario())
+
+
+def test_tokens_that_the_policy_did_not_write_have_no_version():
+    written = sample("ab")
+    context(writes("hi")).append_context(written, "tool")
+    assert (written.weight_versions, written.loss_mask, written.response) == ([-1] * 4, [0] * 4, "tool")
+
+
+def test_a_single_turn_is_one_request():
+    engine, written = writes("hi"), sample("ab")
+    assert asyncio.run(generate_single_turn(written, context(engine))) is written
+    assert (written.response, len(engine.requests)) == ("hi", 1)

@@ -4,6 +4,7 @@ from string import ascii_lowercase
 import pytest
 
 from qwench.errors import QwenchError, RewardError
+from qwench.rollout.groups import gather_or_cancel
 from qwench.samples import Sample, Status, Verdict
 from tests.fakes.engine import FakeEngine
 from tests.fakes.grader import FakeGrader
@@ -256,3 +257,26 @@ def test_samples_of_one_execution_are_graded_together_where_that_is_asked_for(op
     (done,) = run_groups(make_runner(FakeEngine(write_ok), grader, **chosen), group("a", size=2, group_id=3))
     assert sorted(grader.group_calls) == together and sorted(grader.graded) == graded
     assert done.rewards == [1.0] * len(graded)
+
+
+def test_the_first_error_cancels_the_others_and_waits_for_their_end():
+    ended = []
+
+    async def slow():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            ended.append("slow")
+            raise OSError("while it was cancelled")
+
+    async def fails():
+        await asyncio.sleep(0)
+        raise ValueError("first")
+
+    async def scenario():
+        with pytest.raises(ValueError, match="first"):
+            await gather_or_cancel([slow(), fails()])
+        assert ended == ["slow"]
+
+    asyncio.run(scenario())

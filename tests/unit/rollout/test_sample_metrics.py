@@ -187,3 +187,19 @@ def test_optional_metrics_appear_only_when_asked_for():
 def test_order_of_groups_does_not_matter(order):
     groups = groups_of([0, 1], [1, 1], [0, 0], [1, 0])
     assert rollout_metrics([groups[i] for i in order]) == pytest.approx(rollout_metrics(groups))
+
+
+def test_pass_rates_go_up_to_the_smallest_group():
+    rates = pass_rates(groups_of([1.0, 0.0], [1.0, 0.0, 0.0, 1.0]))
+    assert rates == {"pass@1": 0.5, "pass@2": pytest.approx((1.0 + 5 / 6) / 2)}
+    assert pass_rates(groups_of([1.0], [1.0, 0.0])) == {}
+
+
+def test_a_text_as_long_as_the_window_is_not_yet_repetitive():
+    assert not is_repetitive("a" * 10_000)
+    assert is_repetitive("a" * 10_001)
+
+
+def test_without_tokens_sent_nothing_was_cached_and_an_engine_on_a_cpu_counts_as_one_gpu():
+    assert sample_metrics([written()])["prefix_cache_hit_rate"] == 0.0
+    assert speed_metrics([written(length=6)], seconds=3.0, num_gpus=0)["perf/tokens_per_gpu_per_sec"] == 2.0

@@ -285,3 +285,21 @@ def test_reference_that_moves_is_saved_and_loaded_with_the_policy(tmp_path):
 def test_reference_that_stays_is_not_saved(tmp_path):
     make_learner(use_kl_loss=True).state.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["table.pt"]
+
+
+def test_a_step_without_advantages_at_trained_tokens_may_have_gradient_zero(caplog):
+    rollout = make_rollout()
+    for sample in rollout.samples:
+        sample.reward = 1.0
+    _, learned = learn(rollout, global_batch_size=8)
+    assert [step["train/grad_norm"] for step in learned.steps] == [0.0]
+    assert "policy is dead" not in caplog.text and "no trained token" not in caplog.text
+
+
+def test_trained_tokens_of_older_weights_alone_leave_no_gap_to_measure():
+    rollout = make_rollout(rollout_id=3)
+    for sample in rollout.samples:
+        # What the policy did not write has version -1, whatever weights were current.
+        sample.weight_versions = [2 if trained else -1 for trained in sample.loss_mask]
+    _, learned = learn(rollout, global_batch_size=8)
+    assert not [name for name in learned.steps[0] if name.startswith("train/train_rollout_")]

@@ -9,7 +9,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from qwench.errors import CheckpointError
-from qwench.training.resuming import load_in_place, save_tensors
+from qwench.training.resuming import load_in_place, load_rng, open_saved_optimizer, save_rng, save_tensors
+from tests.unit.config.architectures import QWEN3_4B
 
 
 class Runs:
@@ -77,3 +78,27 @@ def test_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
     monkeypatch.setattr(dcp, "save", full)
     with pytest.raises(OSError, match="unexpected pos 704 vs 598"):
         save_tensors(tmp_path, {"a": torch.zeros(3)})
+
+
+def test_generators_go_on_where_they_were_saved(tmp_path):
+    torch.manual_seed(3)
+    torch.rand(5)
+    save_rng(tmp_path)
+    drawn = torch.rand(4)
+    torch.manual_seed(9)
+    load_rng(tmp_path)
+    assert torch.equal(torch.rand(4), drawn)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a state"])
+def test_generators_that_cannot_be_read_name_the_flag_to_go_without(tmp_path, content):
+    if content is not None:
+        (tmp_path / "rng.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"cannot read .*rng\.pt .*pass --no-load-rng to go without"):
+        load_rng(tmp_path)
+
+
+def test_weights_without_an_optimizer_name_the_flag_to_start_fresh(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="was saved without its optimizer; pass --no-load-optim"):
+        open_saved_optimizer(tmp_path, QWEN3_4B)

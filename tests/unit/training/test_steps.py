@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from qwench.algorithms.columns import RolloutBatch
 from qwench.errors import TrainingError
 from qwench.models.memory import SequenceCost
 from qwench.training.steps import MicroBatching, plan_steps
@@ -67,3 +68,21 @@ def test_balanced_shares_are_as_many_and_even():
 
 def test_rank_without_samples_gets_an_empty_bin():
     assert _shares([10], 3) == [[[0]], [[]], [[]]]
+
+
+def test_a_rank_packs_its_bins_and_joins_with_an_idle_one_where_it_has_none():
+    batch = RolloutBatch(
+        tokens=[torch.tensor([4, 5, 6])],
+        loss_mask=[torch.ones(2, dtype=torch.bool)],
+        rewards=torch.ones(1),
+        graded=torch.tensor([True]),
+        group_ids=torch.tensor([0]),
+        execution_ids=torch.tensor([0]),
+    )
+    packed = [
+        MicroBatching(parallel=ParallelRank(dp_rank=rank, dp_size=2), samples_per_bin=1, max_tokens=None, cost=None).pack(batch)
+        for rank in (0, 1)
+    ]
+    assert [[one.indices for one in of_rank] for of_rank in packed] == [[(0,)], [()]]
+    assert packed[0][0].tokens.tolist() == [4, 5, 6]
+    assert packed[0][0].cu_seqlens.dtype == torch.int32

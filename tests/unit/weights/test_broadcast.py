@@ -13,7 +13,7 @@ from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.protocol import Portion
 from qwench.errors import EngineLostError, WeightSyncError
 from qwench.weights import broadcast
-from qwench.weights.broadcast import BroadcastLink, _all, address_towards
+from qwench.weights.broadcast import BroadcastLink, _all, _ask, address_towards
 from qwench.wire.addresses import EngineAddress
 from tests.deadlines import patient
 
@@ -279,3 +279,23 @@ def test_an_engine_with_an_unknown_name_is_named(monkeypatch):
     monkeypatch.setattr(socket, "socket", RoutedSocket)
     with pytest.raises(WeightSyncError, match="the engine at http://node9:1 cannot be reached from this machine: name or"):
         address_towards(["http://localhost:1", "http://node9:1"])
+
+
+def test_a_refusal_is_kept_and_ends_the_wait_of_the_others_for_the_buffer():
+    events: list[str] = []
+    refusals: list[Exception] = []
+
+    async def refuses() -> None:
+        raise WeightSyncError("no such tensor")
+
+    async def loads() -> None:
+        events.append("loaded")
+
+    async def scenario() -> None:
+        await _ask(Group(events), [loads()], refusals)  # type: ignore[arg-type]
+        with pytest.raises(WeightSyncError, match="no such tensor"):
+            await _ask(Group(events), [refuses()], refusals)  # type: ignore[arg-type]
+
+    asyncio.run(scenario())
+    assert events == ["loaded", "give up"]
+    assert [str(one) for one in refusals] == ["no such tensor"]

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,3 +99,27 @@ def test_supervised_fine_tuning_needs_nothing_and_has_no_targets():
     method = build_method(AlgorithmConfig(loss_type="sft_loss"))
     assert method.needs(num_steps=4) == Needs()
     assert method.targets(_batch([1.0])) == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_steps", "needs"),
+    [
+        ({}, 1, Needs()),
+        ({}, 2, Needs(old_log_probs=True)),
+        (
+            {"advantage_estimator": "reinforce_plus_plus", "normalize_advantages": True, "kl_coef": 0.1},
+            1,
+            Needs(old_log_probs=True),
+        ),
+        ({"advantage_estimator": "reinforce_plus_plus", "normalize_advantages": True}, 1, Needs()),
+        ({"use_rollout_logprobs": True}, 2, Needs(rollout_log_probs=("--use-rollout-logprobs",))),
+        ({"use_tis": True}, 1, Needs(rollout_log_probs=("--use-tis",))),
+        ({"get_mismatch_metrics": True}, 1, Needs(old_log_probs=True, rollout_log_probs=("--get-mismatch-metrics",))),
+        ({"entropy_coef": 0.1}, 1, Needs(entropy=True)),
+        ({"observe_training_entropy": True}, 1, Needs(entropy=True)),
+        ({"advantage_estimator": "gspo"}, 1, Needs(old_log_probs=True)),
+    ],
+)
+def test_a_method_needs_what_its_flags_compare(flags, num_steps, needs):
+    said = build_method(AlgorithmConfig(**flags)).needs(num_steps=num_steps)
+    assert replace(said, rollout_log_probs=tuple(said.rollout_log_probs)) == needs

@@ -8,7 +8,10 @@ import pytest
 
 from qwench.engines.fleet.members import Member, Members, MemberState
 from qwench.errors import EngineError, EngineLostError
+from tests.deadlines import patient
 from tests.fakes.engine import FakeEngine
+
+DEADLINE_S = patient(10)
 
 
 class Work:
@@ -150,5 +153,60 @@ def test_those_who_wait_are_woken_by_changes_and_by_the_end_of_the_pool():
         for late in (waiting, members.wait_until(lambda: True)):
             with pytest.raises(EngineError, match="given up"):
                 await late
+
+    asyncio.run(scenario())
+
+
+def test_a_change_of_state_wakes_those_who_wait_and_marks_the_lost():
+    async def scenario():
+        one, other = member("a"), member("b", state=MemberState.STALE)
+        members = Members([one, other])
+        waiting = asyncio.create_task(members.wait_until(lambda: other.state is MemberState.READY))
+        await members.set_state(one, MemberState.LOST)
+        assert one.lost.is_set() and members.any_in(MemberState.LOST) and not waiting.done()
+        settled = asyncio.create_task(members.settled())
+        await members.set_state(other, MemberState.READY)
+        await asyncio.wait_for(waiting, DEADLINE_S)
+        assert not settled.done() and members.least_loaded() is other
+        await members.set_state(one, MemberState.STALE)
+        await asyncio.wait_for(settled, DEADLINE_S)
+        assert not one.lost.is_set() and members.least_loaded() is other
+
+    asyncio.run(scenario())
+
+
+def test_a_pool_that_was_given_up_raises_now_and_later():
+    async def scenario():
+        members = Members([member()])
+        waiting = asyncio.create_task(members.wait_until(lambda: False))
+        await asyncio.sleep(0)
+        await members.fail(EngineError("all are gone"))
+        for wait in (waiting, members.wait_until(lambda: True)):
+            with pytest.raises(EngineError, match="all are gone"):
+                await asyncio.wait_for(wait, DEADLINE_S)
+
+    asyncio.run(scenario())
+
+
+def test_results_of_all_members_come_in_order_and_an_error_after_all_have_ended():
+    async def scenario():
+        first, second = member("a"), member("b")
+        members, ended = Members([first, second]), []
+
+        async def call(one):
+            await asyncio.sleep(0.01 if one is first else 0)
+            ended.append(one)
+            return len(ended)
+
+        assert await members.each(call) == [2, 1]
+
+        async def fails(one):
+            if one is second:
+                raise EngineError("refused")
+            await call(one)
+
+        with pytest.raises(EngineError, match="refused"):
+            await members.each(fails)
+        assert len(ended) == 3
 
     asyncio.run(scenario())
