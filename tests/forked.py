@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -97,6 +98,8 @@ def _run_script(words: list[str]) -> None:
 def _run(out: Path, err: Path, environ: dict[str, str], call: Callable[..., object], arguments: Sequence[Any]) -> None:
     for descriptor, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    for number in (signal.SIGHUP, signal.SIGINT):  # the tests may run under nohup, or in the background
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.default_int_handler)
     os.environ |= environ
     os.chdir(REPOSITORY)
     torch.set_num_threads(1)

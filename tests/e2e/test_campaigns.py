@@ -9,16 +9,9 @@ import pytest
 
 from qwench.engines.embedded.http.serving import ServerThread
 from qwench.models.made.tokenizers import build_small_tokenizer
-from tests.campaigns import damage, fuzz, kills, stops
+from tests.campaigns import damage, fuzz, stops
 from tests.contract.engine_hosts import make_engine, make_model
 from tests.e2e.conftest import Workspace
-
-
-def test_a_run_killed_at_a_random_moment_gives_the_samples_and_bits_of_an_undisturbed_one(
-    workspace: Workspace, tmp_path: Path
-) -> None:
-    campaign = kills.Campaign(workspace, tmp_path, random.Random(0))
-    assert campaign.run("in-process", 0) == []
 
 
 @pytest.mark.parametrize("name", ["rank", "engine", "watched router"])

@@ -40,17 +40,9 @@ def assert_same_learning(one: Path, many: Path, *, rel: float = 1e-5) -> None:
         assert column(many, name) == pytest.approx(column(one, name), rel=rel, abs=1e-6), name
 
 
-def test_two_ranks_learn_the_numbers_of_one(workspace: Workspace, recorded: str, tmp_path: Path) -> None:
-    run_verb(replay_argv(workspace, recorded, tmp_path))
-    assert_same_learning(Path(recorded).parent / "one", tmp_path)
-    assert (tmp_path / "ranks" / "rank_1.log").exists()
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    times = [record["perf/actor_train_time"] for record in records if "perf/actor_train_time" in record]
-    assert len(times) == 3 and min(times) > 0, "what ranks measure reaches the run's metrics"
-    assert not any("rank_process" in line for line in descendants(os.getpid()).values())
-
-
-def test_dead_rank_ends_the_run_and_the_same_command_resumes(workspace: Workspace, recorded: str, tmp_path: Path) -> None:
+def test_dead_rank_ends_the_run_and_the_same_command_learns_the_numbers_of_one_rank(
+    workspace: Workspace, recorded: str, tmp_path: Path
+) -> None:
     save = tmp_path / "run"
     argv = replay_argv(workspace, recorded, save)
     driver = fork_qwench(tmp_path / "output", argv)
@@ -67,6 +59,11 @@ def test_dead_rank_ends_the_run_and_the_same_command_resumes(workspace: Workspac
 
     run_verb(argv)
     assert_same_learning(Path(recorded).parent / "one", save)
+    assert (save / "ranks" / "rank_1.log").exists()
+    records = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    times = [record["perf/actor_train_time"] for record in records if "perf/actor_train_time" in record]
+    assert len(times) == 3 and min(times) > 0, "what ranks measure reaches the run's metrics"
+    assert not any("rank_process" in line for line in descendants(os.getpid()).values())
 
 
 def test_megatron_on_two_tensor_parallel_ranks_generates_and_learns_what_fsdp_does_on_one(

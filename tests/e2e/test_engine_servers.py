@@ -35,7 +35,6 @@ from qwench.weights.remote import PublicationPlan
 from qwench.wire.addresses import EngineAddress
 from tests.deadlines import patient
 from tests.e2e.conftest import ONE_THREAD, InProcess, Workspace, column
-from tests.forked import fork_qwench
 from tests.verbs import run_verb
 
 TOKEN = "secret"
@@ -307,10 +306,3 @@ def test_a_router_port_in_use_is_named_before_an_engine_is_started(
         code, error = in_process(argv)
     assert code == 1 and f"127.0.0.1:{port}" in error and "choose another with --router-port" in error, error
     assert not list((tmp_path / "run").rglob("engine-*.log"))
-
-
-def test_a_whole_run_with_servers_and_router_of_its_own(workspace: Workspace, tmp_path: Path) -> None:
-    flags = {**WATCHED, "rollout_num_gpus": 2, "colocate": None, "deterministic_mode": None, "use_sglang_router": ()}
-    finished = fork_qwench(tmp_path / "output", workspace.train_argv(tmp_path / "run", **flags)).end()
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    assert column(tmp_path / "run", "train/train_rollout_logprob_abs_diff") == pytest.approx([0.0] * 6, abs=1e-4)

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.deadlines import patient
-from tests.e2e.conftest import ONE_THREAD, REPOSITORY, Workspace
+from tests.e2e.conftest import ONE_THREAD, REPOSITORY, Workspace, column
 from tests.fakes.hub import COMMIT, serve_hub
+from tests.verbs import run_verb
 
 
 def run(address: str, home: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -19,9 +22,10 @@ def run(address: str, home: Path, *words: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=patient(240), cwd=REPOSITORY)
 
 
-def test_two_ranks_train_on_a_model_of_the_hub_that_was_fetched_once(workspace: Workspace, tmp_path: Path) -> None:
+def test_two_ranks_train_and_measure_a_model_of_the_hub_that_was_fetched_once(workspace: Workspace, tmp_path: Path) -> None:
     files = {path.name: path.read_bytes() for path in workspace.model.iterdir() if path.is_file()}
-    argv = workspace.sft_argv(tmp_path / "run", hf_checkpoint="Qwen/Tiny", num_rollout=1, actor_num_gpus_per_node=2)
+    flags = {"num_rollout": 1, "eval_prompt_data": ("held_out", f"{workspace.sft_data}@[-5:]")}
+    argv = workspace.sft_argv(tmp_path / "run", **flags, hf_checkpoint="Qwen/Tiny", actor_num_gpus_per_node=2)
     with serve_hub("Qwen/Tiny", files) as (address, fetched):
         dry = run(address, tmp_path / "home", *argv, "--dry-run")
         assert dry.returncode == 0, dry.stderr
@@ -31,7 +35,10 @@ def test_two_ranks_train_on_a_model_of_the_hub_that_was_fetched_once(workspace: 
         assert sorted(fetched) == sorted(files)
     snapshot = tmp_path / "home" / "hub" / "models--Qwen--Tiny" / "snapshots" / COMMIT
     assert f"qwench: --hf-checkpoint Qwen/Tiny is read from {snapshot}\n" in done.stderr
-    assert (tmp_path / "run" / "metrics.jsonl").is_file()
+    run_verb(workspace.sft_argv(tmp_path / "one", **flags))
+    for name in ("eval/held_out/loss", "train/loss"):
+        assert column(tmp_path / "run", name) == pytest.approx(column(tmp_path / "one", name), rel=1e-5)
+    assert len(column(tmp_path / "one", "eval/held_out/loss")) == 2
 
 
 def test_prompts_and_evaluation_sets_come_from_the_hub(workspace: Workspace, tmp_path: Path) -> None:

@@ -102,16 +102,6 @@ def test_the_loss_on_held_out_conversations_is_that_of_transformers_and_the_best
     assert (save / f"iter_{best['iteration']:07d}").is_dir()
 
 
-def test_held_out_conversations_are_measured_on_several_ranks_alike(workspace: Workspace, tmp_path: Path) -> None:
-    held_out = ("held_out", f"{workspace.sft_data}@[-5:]")
-    for name, ranks in (("one", 1), ("two", 2)):
-        words = workspace.sft_argv(tmp_path / name, num_rollout=1, eval_prompt_data=held_out, actor_num_gpus_per_node=ranks)
-        run_verb(words)
-    one, two = (column(tmp_path / name, "eval/held_out/loss") for name in ("one", "two"))
-    assert len(one) == 2
-    assert one == pytest.approx(two, rel=1e-5)
-
-
 def test_the_configuration_is_kept_with_the_run_and_can_be_given_back(workspace: Workspace, tmp_path: Path) -> None:
     words = workspace.sft_argv(tmp_path / "run", num_rollout=1, log_dir=tmp_path / "log")
     run_verb(words)

@@ -60,6 +60,9 @@ def go_wrong(how: int) -> None:
     if how == RAISES:
         raise TrainingError("the loss is nan")
     if how == DIES:
+        helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        sys.stdout.write(f"helper {helper.pid}\n")
+        sys.stdout.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     if how == EXITS:
         sys.stdout.write("about to leave\n")
@@ -72,14 +75,6 @@ def build(timer: PhaseTimer) -> ReportingLearner:
     sys.stdout.flush()
     sys.stderr.write("a library warns\n")
     return ReportingLearner(timer)
-
-
-def leave_a_helper(learner: ReportingLearner, file: Path) -> None:
-    """Die on rank 1, which has started a process."""
-    if learner.rank == 1:
-        helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-        file.write_text(str(helper.pid))
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def where(learner: ReportingLearner, word: str) -> tuple[int, str, str]:

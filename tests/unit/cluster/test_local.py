@@ -88,18 +88,6 @@ def test_ranks_learn_save_and_give_their_weights(launched: Launched, tmp_path: P
     assert not launched.ranks._folder.exists()
 
 
-def test_ranks_import_nothing_from_the_working_folder_by_accident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "qwench").mkdir()
-    for name in ("queue.py", "random.py", "qwench/__init__.py"):
-        (tmp_path / name).write_text("raise SystemExit('a file of the user ran')\n")
-    monkeypatch.chdir(tmp_path)
-    launched = Launched(None, num_ranks=1)
-    try:
-        assert launched.learner.learn(rollout(0)).metrics["rollout/tokens"] == 3
-    finally:
-        launched.group.close()
-
-
 @pytest.mark.parametrize(
     ("how", "words"),
     [
@@ -108,7 +96,7 @@ def test_ranks_import_nothing_from_the_working_folder_by_accident(tmp_path: Path
         (learners.EXITS, ["trainer rank 1 of 2 ended with exit code 7", "about to leave"]),
     ],
 )
-def test_trouble_on_one_rank_ends_all(launched: Launched, how: int, words: list[str]):
+def test_trouble_on_one_rank_ends_all_and_what_they_started(launched: Launched, how: int, words: list[str], tmp_path: Path):
     start = time.monotonic()
     with pytest.raises(TrainingError) as raised:
         launched.learner.learn(rollout(how))
@@ -117,21 +105,30 @@ def test_trouble_on_one_rank_ends_all(launched: Launched, how: int, words: list[
     if how == learners.RAISES:
         assert isinstance(raised.value.__cause__, RankTraceback)
         assert "go_wrong" in str(raised.value.__cause__)
+    if how == learners.DIES:
+        said = (tmp_path / "logs" / "rank_1.log").read_text()
+        assert_gone([*launched.pids, int(said.rpartition("helper ")[2])])
     assert_gone(launched.pids)
     with pytest.raises(TrainingError, match="ended already"):
         launched.learner.learn(rollout(0))
 
 
-def test_what_a_dead_rank_started_ends_too(launched: Launched, tmp_path: Path):
-    with pytest.raises(TrainingError, match="rank 1 of 2 was ended by SIGKILL"):
-        launched.learner.state.on_ranks(learners.leave_a_helper, tmp_path / "helper", label="ask", timeout_s=DEADLINE_S)
-    assert_gone([int((tmp_path / "helper").read_text())])
-
-
-def test_rank_that_is_late_ends_the_run(launched: Launched):
-    os.kill(launched.pids[1], signal.SIGSTOP)
-    with pytest.raises(TrainingError, match=r"ask: no answer from trainer rank 1 of 2 within 0.5 s"):
-        launched.learner.state.on_ranks(learners.where, "here", label="ask", timeout_s=0.5)
+def test_a_rank_imports_nothing_from_the_working_folder_and_ends_the_run_when_it_is_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "qwench").mkdir()
+    for name in ("queue.py", "random.py", "qwench/__init__.py"):
+        (tmp_path / name).write_text("raise SystemExit('a file of the user ran')\n")
+    monkeypatch.chdir(tmp_path)
+    launched = Launched(None, num_ranks=1)
+    try:
+        assert launched.learner.learn(rollout(0)).metrics["rollout/tokens"] == 3
+        os.kill(launched.pids[0], signal.SIGSTOP)
+        with pytest.raises(TrainingError, match=r"ask: no answer from trainer rank 0 of 1 within 0.5 s"):
+            launched.learner.state.on_ranks(learners.where, "here", label="ask", timeout_s=0.5)
+    finally:
+        launched.group.close()
+    assert_gone(launched.pids)
 
 
 def test_ranks_end_with_a_driver_that_is_killed(tmp_path: Path):

@@ -17,6 +17,14 @@ def send(number: int) -> None:
     time.sleep(0)  # the handler runs between two instructions of this thread
 
 
+@pytest.fixture(autouse=True)
+def hangups_end_a_process():
+    """Begin with the default also where the tests were started with nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_verb_as_an_exception(number):
     with pytest.raises(Stopped) as stopped, ended_by_signals():
