@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from qwench.checkpoints.manager import CheckpointManager, SavesRollouts, SavesTraining
+from qwench.checkpoints.manager import CheckpointManager
+from qwench.checkpoints.starting import SavesRollouts, SavesTraining
 from qwench.config.plan import RunPlan
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import EngineError, Stopped

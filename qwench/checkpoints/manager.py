@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import orjson
 from safetensors import SafetensorError
@@ -33,7 +32,9 @@ from qwench.checkpoints.folders import (
 from qwench.checkpoints.formats.dcp_reader import METADATA, DcpFolder
 from qwench.checkpoints.formats.iterations import Iterations
 from qwench.checkpoints.manifest import read_manifest, write_manifest
+from qwench.checkpoints.reference_run import ReferenceRun, read_reference_run
 from qwench.checkpoints.saved import Saved
+from qwench.checkpoints.starting import SavesRollouts, SavesTraining, begin
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import nearest_existing
@@ -49,34 +50,6 @@ _EXPORT_BUCKET_BYTES = 512 * 1024**2
 
 HfWriter = Callable[[Path, Iterator[WeightBucket]], None]
 """Writes a Hugging Face folder, whole or not at all: `models.hf.write_hf_checkpoint` with its source bound."""
-
-
-class SavesTraining(Protocol):
-    """What a checkpoint needs of the learner; all methods are collective."""
-
-    def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
-        """Write model, optimizer, schedule and RNG into an empty folder."""
-        ...
-
-    def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
-        """Read what `save` wrote."""
-        ...
-
-    def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
-        """Yield all weights under Hugging Face names in buckets."""
-        ...
-
-
-class SavesRollouts(Protocol):
-    """What a checkpoint needs of the source of rollouts."""
-
-    def state_dict(self) -> Mapping[str, Json]:
-        """Return the JSON-compatible state after the rollouts taken so far."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Json]) -> None:
-        """Go on from a state."""
-        ...
 
 
 class CheckpointManager:
@@ -148,9 +121,22 @@ class CheckpointManager:
                 return Saved(folder=folder, iteration=iteration, meta=meta, rollouts=rollouts, is_own=own)
         return None
 
+    @cached_property
+    def reference_run(self) -> ReferenceRun | None:
+        """The run of slime or miles that goes on here; None: there is none, or a checkpoint of ours comes first.
+
+        Raises:
+            ConfigError: see `read_reference_run`.
+        """
+        return None if self.saved is not None else read_reference_run(self._config)
+
     def train_steps(self, rollout_id: int) -> int:
         """Return how many optimizer steps come before a rollout, those of the run before a resume counted in."""
-        first, steps = (0, 0) if self.saved is None else (self.saved.iteration, self.saved.train_steps(self._steps_per_rollout))
+        first, steps = 0, 0
+        if self.saved is not None:
+            first, steps = self.saved.iteration, self.saved.train_steps(self._steps_per_rollout)
+        elif self.reference_run is not None:
+            first, steps = self.reference_run.next_rollout_id, self.reference_run.num_steps or 0
         return steps + (rollout_id - first) * self._steps_per_rollout
 
     def restore(self, learner: SavesTraining, rollouts: SavesRollouts) -> int:
@@ -167,14 +153,7 @@ class CheckpointManager:
             if saved.is_own:
                 self._export_again(saved.iteration - 1, learner)
             return saved.iteration
-        foreign = foreign_checkpoint(self._config)
-        if foreign is not None:
-            _logger.info("%s is no run's: starting anew with its weights and a fresh optimizer", foreign)
-            learner.load(foreign, weights_only=True, with_rng=False)
-        elif self._config.load is not None:
-            start = f"the weights of --ref-load {self._config.ref_load}" if self._config.ref_load else "--hf-checkpoint"
-            _logger.info("no checkpoint in --load %s: starting anew from %s", self._config.load, start)
-        return 0
+        return begin(self._config, self.reference_run, learner, rollouts)
 
     def save(self, next_rollout_id: int, learner: SavesTraining, rollouts: SavesRollouts, *, with_export: bool = True) -> None:
         """Write a checkpoint that resumes with `next_rollout_id`, delete old ones, then export; without --save do nothing.
@@ -248,10 +227,12 @@ class CheckpointManager:
         own = [self._iterations] if self._iterations is not None else []
         if foreign_checkpoint(config) is not None:
             return own
-        if config.ckpt_step is not None:
+        if config.ckpt_step is not None and not config.finetune:
             assert config.load is not None, "--ckpt-step needs --load"
             return [Iterations(config.load)]
         other = [Iterations(config.load)] if config.load is not None and not is_save_folder(config, config.load) else []
+        if config.finetune:
+            return own
         return own + other
 
     def _newest_whole(self, source: Iterations) -> tuple[int, Mapping[str, Json]] | None:

@@ -70,15 +70,16 @@ class DataCursor:
         }
 
     def load_state_dict(self, state: Mapping[str, Json]) -> None:
-        """Go to a position that `state_dict` returned.
+        """Go to a position that `state_dict` returned, or that a run of slime or miles stored: it names no data set.
 
         Raises:
             CheckpointError: the state belongs to another data set.
         """
-        if (state["num_rows"], state["fingerprint"]) != (self._num_rows, self._fingerprint):
+        stored = state.get("num_rows", self._num_rows), state.get("fingerprint", self._fingerprint)
+        if stored != (self._num_rows, self._fingerprint) or state["offset"] > self._num_rows:
             raise CheckpointError(
-                f"the checkpoint's data cursor belongs to a data set of {state['num_rows']} rows, but this run's data set has "
-                f"{self._num_rows} rows or other rows; resume with the same data, keys and length limit."
+                f"the checkpoint's data cursor belongs to a data set of {max(stored[0], state['offset'])} rows, but this run's "
+                f"data set has {self._num_rows} rows or other rows; resume with the same data, keys and length limit."
             )
         shuffle, seed = state.get("shuffle", self._shuffle), state.get("seed", self._seed)
         if shuffle != self._shuffle:

@@ -17,7 +17,6 @@ from transformers.utils import logging as transformers_logging
 from qwench import __version__
 from qwench.checkpoints.best import Criterion
 from qwench.checkpoints.manager import CheckpointManager
-from qwench.checkpoints.saved import Saved
 from qwench.cluster.gpus import ColocatedGpus, DedicatedGpus
 from qwench.config.config import Config
 from qwench.config.plan import RunPlan
@@ -72,7 +71,7 @@ def build(config: Config, plan: RunPlan) -> Run:
     inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch(plan.batch.rollout_batch_size))
     timer = PhaseTimer()
     checkpoints, run_name, started = _open_outputs(inputs, timer)
-    check_resumes(checkpoints.saved, source, num_rollout=inputs.plan.num_rollout)
+    check_resumes(checkpoints, source, num_rollout=inputs.plan.num_rollout)
     only_generate = not plan.devices.trains
     report = start_report(inputs, f"{len(loaded.prompts):,} prompts")
     with started:
@@ -146,7 +145,7 @@ def check(config: Config, plan: RunPlan) -> None:
     check_ready(inputs, _identity(inputs), prompts=prompts)
     checkpoints, _, _ = _open_outputs(inputs, PhaseTimer(), writes=False)
     if source is not None:
-        check_resumes(checkpoints.saved, source, num_rollout=inputs.plan.num_rollout)
+        check_resumes(checkpoints, source, num_rollout=inputs.plan.num_rollout)
 
 
 def _read_prompts(inputs: Inputs) -> tuple[LoadedPrompts, dict[str, Sequence[Prompt]]]:
@@ -209,7 +208,7 @@ def _without_engines(
     timer = PhaseTimer()
     checkpoints, _, started = _open_outputs(inputs, timer)
     if source is not None:
-        check_resumes(checkpoints.saved, source, num_rollout=inputs.plan.num_rollout)
+        check_resumes(checkpoints, source, num_rollout=inputs.plan.num_rollout)
     report = start_report(inputs, rows)
     if preview is not None:
         inputs.console.say("first conversation, trained tokens in [[ ]]:")
@@ -299,23 +298,30 @@ def _recorder(config: Config, run_name: str) -> Iterator[Callable[[Rollout], Pat
         yield partial(save_rollout, config.debug.save_debug_rollout_data, run=run_name)
 
 
-def check_resumes(saved: Saved | None, source: PromptSource | NoPrompts | SftSource, *, num_rollout: int) -> None:
+def check_resumes(checkpoints: CheckpointManager, source: PromptSource | NoPrompts | SftSource, *, num_rollout: int) -> None:
     """Check before a model loads that the run can continue from what was saved.
 
     Raises:
         ConfigError: it has done more rollouts than asked for, or read other data, or in another order.
     """
+    saved, other = checkpoints.saved, checkpoints.reference_run
     if saved is None:
+        if other is not None and other.cursor is not None:
+            _check_cursor(source, other.cursor, other.folder)
         return
     if (done := saved.check_length(num_rollout)) is not None:
         _logger.info(done)
     cursor = saved.rollouts.get("source", saved.rollouts)
     if not isinstance(cursor, Mapping) or "num_rows" not in cursor:
         return  # recorded rollouts have no cursor
+    _check_cursor(source, cursor, saved.folder)
+
+
+def _check_cursor(source: PromptSource | NoPrompts | SftSource, cursor: Mapping[str, Json], folder: Path) -> None:
     try:
         source.load_state_dict(cursor)
     except CheckpointError as error:
-        raise ConfigError(f"{saved.folder}: {error}") from error
+        raise ConfigError(f"{folder}: {error}") from error
 
 
 def _identity(inputs: Inputs) -> dict[str, Json]:

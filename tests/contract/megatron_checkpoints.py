@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from shutil import copyfile, copytree
 
@@ -13,10 +14,16 @@ from megatron.core import dist_checkpointing
 from torch.nn import functional
 
 from qwench.checkpoints.formats.dcp_reader import DcpFolder
+from qwench.checkpoints.manager import CheckpointManager
+from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import CheckpointError, ConfigError
 from qwench.training.megatron.megatron_trainer import MegatronTrainer
+from qwench.training.trainer import Trainer
+from tests.contract import train_backend_cases as cases
 from tests.contract.train_backend_layouts import megatron
 from tests.contract.train_backend_ranks import BUILDERS
+from tests.fakes.console import RecordingConsole
+from tests.fakes.trainer import take_step
 
 
 def read_with_megatron_core(folder: Path, saved: str, model: str) -> dict:
@@ -39,6 +46,64 @@ def read_with_megatron_core(folder: Path, saved: str, model: str) -> dict:
         }
 
     return _alone(folder, model, load)
+
+
+def write_with_megatron_core(folder: Path, model: str) -> dict:
+    """Train two steps, save as slime does after rollout 1 by megatron-core's `dist_checkpointing`, and take the third step."""
+
+    def train(backend: MegatronTrainer) -> dict:
+        steps = [_step(backend) for _ in range(2)]
+        stage, optimizer = backend._model, backend._optimizer._sharded
+        model_state = stage.sharded_state_dict()
+        kind = {"distrib_optim_sharding_type": "fully_reshardable"}
+        state = {
+            "model": model_state,
+            "optimizer": optimizer.sharded_state_dict(model_state, is_loading=False, metadata=kind),
+            "iteration": 1,
+            "args": Namespace(iteration=1),
+        }
+        saved = folder / "slime" / "iter_0000001"
+        saved.mkdir(parents=True)
+        dist_checkpointing.save(state, str(saved))
+        (folder / "slime" / "latest_checkpointed_iteration.txt").write_text("1")
+        (folder / "slime" / "rollout").mkdir()
+        position = {"sample_offset": 4, "epoch_id": 1, "sample_group_index": 12, "sample_index": 24, "metadata": {}}
+        torch.save(position, folder / "slime" / "rollout" / "global_dataset_state_dict_1.pt")
+        return {"steps": [*steps, _step(backend)]}
+
+    return _alone(folder, model, train)
+
+
+def resume_what_megatron_core_wrote(folder: Path, model: str, backend: str) -> dict:
+    """Restore it in a fresh trainer as a run does, and take the third step."""
+
+    def resume(trainer: Trainer) -> dict:
+        rollouts = RecordedState()
+        manager = CheckpointManager(CheckpointConfig(load=folder / "slime"), {}, RecordingConsole())
+        first = manager.restore(trainer, rollouts)
+        return {"first": first, "state": rollouts.state, "train_steps": manager.train_steps(first), "step": _step(trainer)}
+
+    return _alone(folder, model, resume, backend=backend)
+
+
+class RecordedState:
+    """Rollouts that keep the state they are given."""
+
+    state: Mapping[str, object]
+
+    def state_dict(self) -> Mapping[str, object]:
+        """Return it."""
+        return self.state
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Keep it."""
+        self.state = state
+
+
+def _step(trainer: Trainer) -> tuple[float, float]:
+    batch = cases.micro_batches(cases.make_batch(), [[0, 1, 2, 3], [4, 5, 6, 7]])
+    step = take_step(trainer, batch, cases.clipped_loss, temperature=cases.TEMPERATURE, with_entropy=True)
+    return step.loss, step.grad_norm
 
 
 def read_with_the_backend(folder: Path, saved: str, model: str) -> dict:
@@ -111,13 +176,12 @@ def _state(backend: MegatronTrainer) -> list[dict[str, torch.Tensor]]:
     return [{name: values.clone() for name, values in shard.state.items()} for shard in backend._optimizer.owned_shards()]
 
 
-def _alone(folder: Path, model: str, load: Callable[[MegatronTrainer], dict]) -> dict:
-    """Build the backend on one rank for `load`."""
+def _alone(folder: Path, model: str, load: Callable[..., dict], *, backend: str = "megatron") -> dict:
+    """Build a backend on one rank for `load`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     _, case = megatron("alone", model, on="one")
-    with BUILDERS["megatron"](folder / model, case) as backend:
-        assert isinstance(backend, MegatronTrainer)
-        record = load(backend)
+    with BUILDERS[backend](folder / model, case) as trainer:
+        record = load(trainer)
     dist.destroy_process_group()
     return record

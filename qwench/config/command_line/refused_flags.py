@@ -238,7 +238,7 @@ PLANNED: tuple[ForeignFlag, ...] = (
     *planned("another comparison of repeated messages; roles, contents and calls are compared", "session-message-matcher"),
     *planned("every turn as a sample; one sample holds all turns", "generate-multi-samples"),
     *planned("data sources of your own", "data-source-path=*.rollout.data_source.RolloutDataSource*"),
-    *planned("resets of the learning-rate schedule", "finetune use-checkpoint-opt-param-scheduler use-checkpoint-lr-scheduler"),
+    *planned("resets of the learning-rate schedule", "use-checkpoint-opt-param-scheduler use-checkpoint-lr-scheduler"),
     *planned(
         "importance weights of your own; --use-tis and --use-rs choose the built-in ones, as mis.compute_mis_weights does",
         "custom-tis-function-path=*mis.compute_mis_weights*",
@@ -259,7 +259,7 @@ PLANNED: tuple[ForeignFlag, ...] = (
     *planned("a step without old log-probs; --use-rollout-logprobs saves the pass, too", "skip-actor-forward-only"),
     *planned("entropy of every token in the batch; see --observe-training-entropy", "use-rollout-entropy"),
     *planned("partition by FLOPs alone; --balance-data balances counts and FLOPs", "balance-by-flops"),
-    *planned("a run that begins elsewhere than its checkpoint", "start-rollout-id debug-exit-after-rollout"),
+    *planned("a run that ends before its schedule", "debug-exit-after-rollout"),
     *planned("steps of varying size", "use-dynamic-global-batch-size"),
     *planned("metrics over another axis", "wandb-always-use-train-step mfu-peak-tflops"),
     *planned("records of what the trainer saw; --save-debug-rollout-data records rollouts", "save-debug-train-data"),

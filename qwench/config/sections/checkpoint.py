@@ -15,7 +15,8 @@ class CheckpointConfig:
 
     load: Path | None = None
     """Folder of checkpoints to resume from. If it holds none, the run starts fresh from --ref-load, or from --hf-checkpoint if
-    the folder is also --save. A checkpoint from Hugging Face or Megatron (torch_dist) gives the weights of rollout 0."""
+    the folder is also --save. An iter_N of slime or miles goes on with rollout N + 1; other checkpoints of Hugging Face and
+    Megatron give the weights of rollout 0."""
     save: Path | None = None
     """Folder to write checkpoints to. None: nothing is saved."""
     save_interval: int | None = None
@@ -42,6 +43,10 @@ class CheckpointConfig:
     """Do not load the optimizer state; start with a fresh optimizer."""
     no_load_rng: bool = False
     """Do not load the states of the random number generators."""
+    finetune: bool = False
+    """Take the weights of --load alone: optimizer, random numbers and data begin anew, with rollout 0."""
+    start_rollout_id: int | None = None
+    """Number of the first rollout of a start from other weights than those of a run here. None: 0, or what --load says."""
     no_save_optim: bool = False
     """Do not save the optimizer state. Such a checkpoint cannot be resumed exactly."""
 
@@ -51,6 +56,7 @@ class CheckpointConfig:
         check_positive("--save-retain-interval", self.save_retain_interval)
         check_not_negative("--ckpt-step", self.ckpt_step)
         check_not_negative("--ref-ckpt-step", self.ref_ckpt_step)
+        check_not_negative("--start-rollout-id", self.start_rollout_id)
         for flag, value in (
             ("--save-interval", self.save_interval),
             ("--keep-checkpoints", self.keep_checkpoints),

@@ -1,4 +1,4 @@
-"""Checkpoints that no run of ours wrote: --load gives their weights at rollout 0, --ref-load those of the reference."""
+"""Checkpoints that no run of ours wrote: --load gives their weights, --ref-load those of the reference."""
 
 from __future__ import annotations
 
@@ -57,9 +57,10 @@ def test_a_parent_with_a_release_gives_weights_only(megatron: Path) -> None:
     assert restored(manager_of(load=megatron)) == (0, [(megatron / "release", True, False)])
 
 
-def test_numbers_of_others_are_not_ours(megatron: Path) -> None:
+def test_an_iteration_of_others_without_an_optimizer_goes_on_with_the_next_rollout(megatron: Path) -> None:
     (megatron / POINTER).write_text("7")
-    assert restored(manager_of(load=megatron)) == (0, [(megatron / "iter_0000007", True, False)])
+    assert restored(manager_of(load=megatron)) == (8, [(megatron / "iter_0000007", True, False)])
+    assert restored(manager_of(load=megatron, finetune=True)) == (0, [(megatron / "iter_0000007", True, False)])
 
 
 def test_ckpt_step_picks_an_iteration_and_a_checkpoint_can_be_named_itself(megatron: Path, hf: Path) -> None:
