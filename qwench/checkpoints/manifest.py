@@ -1,8 +1,8 @@
 """meta.json of a checkpoint: what it is, and the size and CRC-32 of every file, so that damage is found before loading.
 
-Each trainer rank computes the CRC-32 of the tensor files that it wrote, while they are in the page cache, and leaves them in
-`__<rank>.crc32.json` beside the files (`note_checksums`). The driver takes them from there: it reads no tensor file that
-another rank, perhaps on another node, has written.
+Each trainer rank computes the CRC-32 of the tensor files that it wrote, while they are in the page cache. It writes them to
+`__<rank>.crc32.json` beside the files (`note_checksums`). The driver reads these, and no tensor file of another rank, which
+may be on another node.
 """
 
 from __future__ import annotations

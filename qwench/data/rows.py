@@ -29,9 +29,9 @@ from qwench.files import DATA_SUFFIXES
 from qwench.samples import Json
 
 _GSM8K = re.compile(r".*####[ \t]*(?P<answer>\S[^\n]*)", re.DOTALL)
-"""gsm8k's column holds the worked solution; the answer stands behind the last `####`."""
+"""gsm8k's column holds the worked solution; the answer follows the last `####`."""
 _UNENCODABLE = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
-"""Escapes of surrogates, which may stand alone, and of NUL: a line with one is looked at again."""
+"""Escapes of surrogates, which may be unpaired, and of NUL. A line with one is read a second time."""
 _MAX_CELL_CHARACTERS = 2**31 - 1
 """The csv module would refuse a cell of more than 131,072 characters."""
 _PATTERN_CHARACTERS = frozenset("*?[")

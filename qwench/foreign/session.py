@@ -27,7 +27,7 @@ ANSWER_TIMEOUT_S = 3600.0
 
 @dataclass(kw_only=True, slots=True)
 class Session:
-    """The surroundings of one run."""
+    """What functions of slime and miles find in globals, for one run."""
 
     args: Namespace
     tokenizer: PreTrainedTokenizerBase

@@ -96,7 +96,7 @@ def is_fp8_checkpoint(folder: Path) -> bool:
 
 
 def read_dequantized(parameters: Mapping[str, StoredTensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return all weights of an FP8 folder as what they stand for."""
+    """Return all weights of an FP8 folder, dequantised."""
     weights: dict[str, Tensor] = {}
     for name, place in parameters.items():
         if is_scale_name(name):

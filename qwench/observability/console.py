@@ -34,7 +34,7 @@ _UNSEEN = frozenset({"Cc", "Cf", "Co", "Cs", "Zl", "Zp"})
 
 
 def visible(text: str) -> str:
-    r"""Return text that only shows itself, whatever a model wrote: control characters as escapes; line ends and tabs stay.
+    r"""Return text with its control characters as escapes, so that a model's text moves no cursor. Line ends and tabs stay.
 
     >>> visible("a\x1b[2Jb\n\u202ec")
     'a\\x1b[2Jb\n\\u202ec'

@@ -79,7 +79,7 @@ _UNICODE = str.maketrans(
 def to_expression(latex: str) -> str:
     r"""Return `latex` as a plain expression; a command that neither we nor pylatexenc know is left out.
 
-    An `\mbox` beside a value is its unit and left out, as in slime. One that stands alone is the value.
+    An `\mbox` beside a value is its unit and left out, as in slime. An `\mbox` alone is the value.
 
     Raises:
         ValueError: a command lacks its argument, or braces nest too deeply.

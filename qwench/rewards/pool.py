@@ -51,7 +51,7 @@ class RewardPool:
         """Start no worker yet.
 
         Args:
-            custom: stands in for the function of --custom-rm-path.
+            custom: replaces the function of --custom-rm-path.
 
         Raises:
             ConfigError: see `check_reward`.

@@ -2,8 +2,8 @@
 
     x, delta --add, norm--> qkv --norm, rotate, attend--> output --add, norm--> gate, up --silu--> down = delta
 
-Autograd is not used. So products add their weight gradients to the float32 sums themselves, matrices that share an input are
-one product, and `Keep` chooses what a layer keeps between the passes.
+Autograd is not used. Products add their weight gradients to the float32 sums. Matrices that share an input are one product.
+`Keep` chooses what a layer keeps between the passes.
 """
 
 from __future__ import annotations

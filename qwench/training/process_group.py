@@ -14,8 +14,8 @@ def init_process_group(device: torch.device, *, environ: Mapping[str, str], time
     """Join the ranks that `environ` describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or form a group of one.
 
     Collectives on host tensors use gloo, on GPU tensors NCCL. A collective that waits longer than `timeout_s` raises.
-    A group of one opens no port; a second call finds the group and does nothing. Whoever joins leaves at the end of a run that
-    went well (`leave_process_group`): a process that ends while gloo's threads run may abort.
+    A group of one opens no port. A second call finds the group and does nothing. At the end of a run that went well each rank
+    calls `leave_process_group`: a process that ends while gloo's threads run may abort.
     """
     if dist.is_initialized():
         return

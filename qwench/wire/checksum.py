@@ -3,7 +3,7 @@
     sum of word[i] * factor[i] modulo 2**64,     factor[i] = (i + 1) * 0x9E3779B1 modulo 2**32
 
 Words are the tensor's bytes four at a time, zeros after the last; words and factors count as signed 32-bit integers. No two
-factors of a tensor are equal and none is 0, so one changed word, and one swap of two different words, always change the sum. It
+factors of a tensor are equal and none is 0. So one changed word, or one swap of two different words, changes the sum. It
 depends on no device and no order of summation, and it costs a GPU one multiplication a word: memory bounds it.
 """
 

@@ -1,7 +1,7 @@
 """How words of slime, miles and Megatron become ours: tables of flags, other names, values and import paths.
 
-Nothing is ignored in silence. A flag of theirs is a field with the same meaning, or another name of one, or stands in one of
-three tables: `ACCEPTED` where it changes nothing, `REFUSED` with the reason, `PLANNED` with what is not built yet.
+Nothing is ignored in silence. A flag of theirs is a field with the same meaning, or another name of one, or in one of three
+tables: `ACCEPTED` where it changes nothing, `REFUSED` with the reason, `PLANNED` with what is not built yet.
 """
 
 from __future__ import annotations

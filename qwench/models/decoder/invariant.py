@@ -29,7 +29,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, last_seen: Tensor, *, scale: float) -> Tensor:
-    """Return the attention of tiles of queries, each with keys of its own; float32 inside.
+    """Return the attention of tiles of queries, each with its own keys; float32 inside.
 
     Args:
         queries: [N, TILE, H, K]

@@ -1,7 +1,7 @@
 """The engine's weights: its own storage, or the trainer's live tensors, which it only reads.
 
-Own storage is one flat buffer in the order of the engine's parameters, so q, k, v (and gate, up) lie back to back and the model
-can multiply them as one matrix.
+Own storage is one flat buffer in the order of the engine's parameters. So q, k, v (and gate, up) lie back to back, and the
+model multiplies them as one matrix.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     waiting --admit--> prefilling --last chunk--> decoding --finish--> out
        ^------------------ preempt: pages ran out, latest first ------|
 
-Equal prompts are prefilled once: the first is admitted with its siblings as followers, and when its prefill ends they fork
-its pages (full ones shared, the partly filled last one copied) and sample from the same logits, each with its own seed.
+Equal prompts are prefilled once. The first is admitted with its siblings as followers. When its prefill ends, they share its
+full pages and copy the last one, and each samples from the same logits with its own seed.
 """
 
 from __future__ import annotations
