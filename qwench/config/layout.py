@@ -22,11 +22,25 @@ class ParallelLayout:
     cp: int = 1
     sequence_parallel: bool = False
     """Split activations between the matrices by tokens over the tensor-parallel ranks; no effect with `tp` 1."""
+    first_stage_layers: int | None = None
+    """Layers of the first pipeline stage. None: as many as other stages."""
+    last_stage_layers: int | None = None
+    """Layers of the last pipeline stage. None: as many as other stages."""
 
     @property
     def model_ranks(self) -> int:
         """Return how many ranks compute one micro-batch together."""
         return self.tp * self.pp * self.cp
+
+    @property
+    def even_stages(self) -> int:
+        """Return how many stages share the layers that no flag gives to the first or the last one."""
+        return self.pp - (self.first_stage_layers is not None) - (self.last_stage_layers is not None)
+
+    def most_layers(self, num_layers: int) -> int:
+        """Return the layers of the largest stage."""
+        first, last = self.first_stage_layers or 0, self.last_stage_layers or 0
+        return max(first, last, (num_layers - first - last) // max(self.even_stages, 1))
 
     @property
     def token_multiple(self) -> int:
@@ -50,7 +64,7 @@ def check_layout(layout: ParallelLayout, model: Architecture, *, world_size: int
         ("columns of the MLP", model.ffn_hidden_size),
     ):
         _check_divides("--tensor-model-parallel-size", layout.tp, what, count)
-    _check_divides("--pipeline-model-parallel-size", layout.pp, "layers", model.num_layers)
+    _check_stages(layout, model.num_layers)
 
 
 def data_parallel_size(layout: ParallelLayout, *, world_size: int) -> int:
@@ -74,6 +88,25 @@ def _flags(layout: ParallelLayout) -> dict[str, int]:
         "--pipeline-model-parallel-size": layout.pp,
         "--context-parallel-size": layout.cp,
     }
+
+
+def _check_stages(layout: ParallelLayout, num_layers: int) -> None:
+    given = {
+        "--decoder-first-pipeline-num-layers": layout.first_stage_layers,
+        "--decoder-last-pipeline-num-layers": layout.last_stage_layers,
+    }
+    sizes = {flag: size for flag, size in given.items() if size is not None}
+    if not sizes:
+        _check_divides("--pipeline-model-parallel-size", layout.pp, "layers", num_layers)
+        return
+    said, rest = " ".join(f"{flag} {size}" for flag, size in sizes.items()), num_layers - sum(sizes.values())
+    if layout.pp < 2:
+        raise ConfigError(f"{said} divides a pipeline, and there is one stage; give --pipeline-model-parallel-size.")
+    if rest < 0 or (rest != 0 if layout.even_stages == 0 else rest == 0 or rest % layout.even_stages):
+        raise ConfigError(
+            f"{said} leaves {rest} of the model's {num_layers} layers to {layout.even_stages} other stages of "
+            f"--pipeline-model-parallel-size {layout.pp}, which must have as many each."
+        )
 
 
 def _check_divides(flag: str, size: int, what: str, count: int) -> None:

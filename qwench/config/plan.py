@@ -285,7 +285,13 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
         whole = config.training.whole_weights
         return fsdp_bytes(model, state, num_shards=num_shards, computes_whole=whole, holds_reference=holds_reference)
     return megatron_bytes(
-        model, state, tp=layout.tp, pp=layout.pp, num_replicas=dp_size * layout.cp, holds_reference=holds_reference
+        model,
+        state,
+        tp=layout.tp,
+        pp=layout.pp,
+        num_replicas=dp_size * layout.cp,
+        holds_reference=holds_reference,
+        stage_layers=layout.most_layers(model.num_layers),
     )
 
 

@@ -123,12 +123,27 @@ def fsdp_bytes(
 
 
 def megatron_bytes(
-    model: Architecture, state: StateBytes, *, tp: int, pp: int, num_replicas: int, holds_reference: bool
+    model: Architecture,
+    state: StateBytes,
+    *,
+    tp: int,
+    pp: int,
+    num_replicas: int,
+    holds_reference: bool,
+    stage_layers: int | None = None,
 ) -> RankBytes:
-    """Return what a rank of Megatron's largest stage holds; `num_replicas` (data x context parallel) share its states."""
+    """Return what a rank of Megatron's largest stage holds; `num_replicas` (data x context parallel) share its states.
+
+    Args:
+        stage_layers: layers of the largest stage. None: all stages have as many.
+    """
     layer = sum(prod(shape) // (tp if len(shape) > 1 else 1) for shape in model.layer_shapes().values())
     embedding = -(-model.vocab_size // tp) * model.hidden_size
-    held = model.num_layers // pp * layer + embedding * (2 if pp == 1 and not model.tied_head else 1) + model.hidden_size
+    held = (
+        (stage_layers or model.num_layers // pp) * layer
+        + embedding * (2 if pp == 1 and not model.tied_head else 1)
+        + model.hidden_size
+    )
     owned = -(-held // num_replicas)
     masters = FLOAT32_BYTES if state.param != FLOAT32_BYTES else 0
     return RankBytes(

@@ -210,6 +210,8 @@ READ_BY_THEIR_SECTION_ALONE = {
     "use_precision_aware_optimizer": "without it, --exp-avg-dtype and --exp-avg-sq-dtype are refused",
     "gradient_checkpointing": "recomputes_layers",
     "batch_invariant_mode": "batch_invariant",
+    "decoder_first_pipeline_num_layers": "first_stage_layers",
+    "decoder_last_pipeline_num_layers": "last_stage_layers",
     "session_server_ip": "served_at",
     "session_server_port": "served_at",
     "use_session_server": "refused where no agent is named",

@@ -28,7 +28,11 @@ LAYOUTS: Mapping[str, tuple[int, ParallelLayout]] = {
     "dp4": (4, ParallelLayout()),
 }
 """World size and layout; data-parallel ranks are what is left of the world."""
-DEEP_LAYOUTS: Mapping[str, tuple[int, ParallelLayout]] = {"pp4": (4, ParallelLayout(pp=4)), "pp2": LAYOUTS["pp2"]}
+DEEP_LAYOUTS: Mapping[str, tuple[int, ParallelLayout]] = {
+    "pp4": (4, ParallelLayout(pp=4)),
+    "pp2": LAYOUTS["pp2"],
+    "pp2-uneven": (2, ParallelLayout(pp=2, last_stage_layers=1)),
+}
 """For a model of four layers."""
 FSDP_SIZES = {"fsdp": 1, "fsdp-2": 2, "fsdp-4": 4}
 
@@ -70,6 +74,7 @@ def first_steps(sizes: Sequence[int]) -> Iterator[tuple[int, Case]]:
         yield megatron("deep-pp4-tied", "deep-tied", on="pp4")
         yield megatron("deep-pp4-untied", "deep-untied", on="pp4", save=True)
     if 2 in sizes:
+        yield megatron("deep-pp2-uneven-untied", "deep-untied", on="pp2-uneven", save=True)
         yield fsdp("fsdp-tied", "tied", on="fsdp", save=True)
     yield fsdp("fsdp-untied", "untied", on="fsdp-2", save=True)
 

@@ -284,9 +284,9 @@ PLANNED: tuple[ForeignFlag, ...] = (
     ),
     *planned("the WSD schedule; use --lr-decay-style cosine or linear", "lr-wsd-decay-style lr-wsd-decay-iters"),
     *planned(
-        "pipelines of unequal stages",
+        "other divisions of a pipeline; --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers divide it",
         """
-        decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers account-for-embedding-in-pipeline-split
+        account-for-embedding-in-pipeline-split
         account-for-loss-in-pipeline-split pipeline-model-parallel-layout
         """,
     ),

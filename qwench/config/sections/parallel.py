@@ -18,6 +18,10 @@ class ParallelConfig:
     """Split activations between the matrices along the sequence. Always on when --tensor-model-parallel-size is above 1."""
     pipeline_model_parallel_size: int = 1
     """Ranks that split the stack of layers (PP). Needs --train-backend megatron."""
+    decoder_first_pipeline_num_layers: int | None = None
+    """Layers of the first pipeline stage. None: as many as other stages."""
+    decoder_last_pipeline_num_layers: int | None = None
+    """Layers of the last pipeline stage. None: as many as other stages."""
     context_parallel_size: int = 1
     """Ranks that split each sequence (CP). Needs --train-backend megatron."""
     expert_model_parallel_size: int = 1
@@ -40,4 +44,6 @@ class ParallelConfig:
             pp=self.pipeline_model_parallel_size,
             cp=self.context_parallel_size,
             sequence_parallel=self.tensor_model_parallel_size > 1,
+            first_stage_layers=self.decoder_first_pipeline_num_layers,
+            last_stage_layers=self.decoder_last_pipeline_num_layers,
         )

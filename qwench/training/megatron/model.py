@@ -171,6 +171,8 @@ def transformer_config(
         bf16=param_dtype == torch.bfloat16,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
         pipeline_dtype=param_dtype,
         context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence_parallel and layout.tp > 1,

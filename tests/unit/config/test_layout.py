@@ -52,3 +52,24 @@ def test_tokens_are_split_over_tensor_parallel_ranks_with_sequence_parallelism_o
     assert ParallelLayout(tp=4).token_multiple == 1
     assert ParallelLayout(tp=4, sequence_parallel=True).token_multiple == 4
     assert ParallelLayout(tp=4, pp=2, cp=3).model_ranks == 24
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (ParallelLayout(pp=4, last_stage_layers=5), "leaves 31 of the model's 36 layers to 3 other stages"),
+        (ParallelLayout(pp=2, first_stage_layers=20, last_stage_layers=15), "leaves 1 of the model's 36 layers to 0 other"),
+        (ParallelLayout(pp=2, first_stage_layers=36), "leaves 0 of the model's 36 layers to 1 other stages"),
+        (ParallelLayout(last_stage_layers=3), "there is one stage"),
+    ],
+)
+def test_stages_that_do_not_share_the_layers_are_refused(layout, message):
+    with pytest.raises(ConfigError, match=message):
+        check_layout(layout, QWEN3_4B, world_size=layout.model_ranks)
+
+
+def test_the_first_and_the_last_stage_may_have_other_numbers_of_layers():
+    uneven = ParallelLayout(pp=4, first_stage_layers=8, last_stage_layers=6)
+    check_layout(uneven, QWEN3_4B, world_size=4)
+    assert uneven.most_layers(36) == 11
+    assert ParallelLayout(pp=4).most_layers(36) == 9
