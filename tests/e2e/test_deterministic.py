@@ -11,19 +11,14 @@ from tests.e2e.conftest import DIGITS, InProcess, Workspace, column, read_metric
 from tests.verbs import run_verb
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param({"rollout_num_gpus": 2, "colocate": None, "actor_num_gpus_per_node": 2}, id="servers and two ranks"),
-        pytest.param({"rollout_num_gpus": 2, "colocate": None, "use_sglang_router": ()}, id="router"),
-    ],
-)
-def test_two_runs_with_engine_servers_are_equal(layout: dict[str, object], workspace: Workspace, tmp_path: Path) -> None:
+def test_two_runs_with_two_ranks_and_routed_engine_servers_are_equal(workspace: Workspace, tmp_path: Path) -> None:
+    layout = {"rollout_num_gpus": 2, "colocate": None, "actor_num_gpus_per_node": 2, "use_sglang_router": ()}
     for name in ("one", "two"):
         run_verb(workspace.train_argv(tmp_path / name, **DIGITS, **layout))
     assert read_metrics(tmp_path / "one") == read_metrics(tmp_path / "two")
     assert len(column(tmp_path / "one", "train/loss")) == 6
     assert min(column(tmp_path / "one", "train/grad_norm")) > 0
+    assert column(tmp_path / "one", "train/train_rollout_logprob_abs_diff") == pytest.approx([0.0] * 6, abs=1e-4)
 
 
 @pytest.mark.parametrize(
