@@ -19,20 +19,24 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from qwench.checkpoints.folders import MARKER
 from qwench.checkpoints.formats.fp8 import QuantizedSource, StoredTensors
 from qwench.checkpoints.formats.iterations import POINTER, RELEASE, Iterations
 from qwench.checkpoints.formats.jobs import Job, Stream, read_ahead, share
 from qwench.checkpoints.formats.sources import Format, HfWeights, WeightSource, find_format, open_optimizer_state, open_weights
 from qwench.checkpoints.formats.targets import MASTERS, WEIGHTS, FsdpTarget, HfTarget, Target, TorchDistTarget
-from qwench.checkpoints.run_state import RunState
+from qwench.checkpoints.manifest import META, read_manifest, write_manifest
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import TEMPORARY_SUFFIX, check_can_hold, is_occupied, nearest_existing, replace_folder, writing_back
 from qwench.models.hf import architecture_of
 from qwench.models.safetensors_files import as_bytes
+from qwench.samples import Json
 
 T = TypeVar("T")
 Checksums = list[int]
 """CRC-32 of the bytes of each tensor of a job."""
+_FACTS = ("iteration", "identity", "has_optimizer")
+_COPIED_FILES = ("rollouts.json", "rng.pt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,47 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.gather(None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """Progress of the run that wrote the checkpoint in `folder`. A converted checkpoint resumes at the same rollout.
+
+    iter_0000020/meta.json, rollouts.json, rng.pt        qwench_run.json beside the folder
+    """
+
+    folder: Path
+    facts: Mapping[str, Json]
+
+    @classmethod
+    def read(cls, folder: Path) -> RunState | None:
+        """Read it; None: the checkpoint was not written by a run of ours.
+
+        Raises:
+            CheckpointError: files are not as the run wrote them.
+        """
+        if not (folder / META).is_file():
+            return None
+        manifest = read_manifest(folder)
+        return cls(folder=folder, facts={fact: manifest[fact] for fact in _FACTS})
+
+    @property
+    def iteration(self) -> int:
+        """Rollouts learned from."""
+        iteration = self.facts["iteration"]
+        assert isinstance(iteration, int)
+        return iteration
+
+    def write(self, root: Path) -> None:
+        """Add it to the converted checkpoint in its folder under `root`, which holds nothing else yet."""
+        converted = Iterations(root).folder(self.iteration)
+        for name in _COPIED_FILES:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, converted / name)
+        if (self.folder.parent / MARKER).is_file():
+            shutil.copyfile(self.folder.parent / MARKER, root / MARKER)
+        write_manifest(converted, self.facts)
+        (root / POINTER).write_text(f"{self.iteration}\n", encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)
