@@ -22,6 +22,7 @@ def test_sample_longer_than_the_cap_sits_alone():
 def test_largest_multi_sample_bin_is_split_by_longest_first():
     # First fit gives [0 1 2 3] (100) and [4] (90); the only bin to split goes 40+10 against 30+20.
     assert pack_by_tokens([40, 30, 20, 10, 90], max_tokens=100, multiple_of=3) == [[0, 3], [1, 2], [4]]
+    assert pack_by_tokens([10, 20, 30, 40, 90], max_tokens=100, multiple_of=3) == [[0, 3], [1, 2], [4]]
 
 
 def test_too_few_samples_leave_empty_bins():

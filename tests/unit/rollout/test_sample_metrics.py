@@ -203,3 +203,11 @@ def test_a_text_as_long_as_the_window_is_not_yet_repetitive():
 def test_without_tokens_sent_nothing_was_cached_and_an_engine_on_a_cpu_counts_as_one_gpu():
     assert sample_metrics([written()])["prefix_cache_hit_rate"] == 0.0
     assert speed_metrics([written(length=6)], seconds=3.0, num_gpus=0)["perf/tokens_per_gpu_per_sec"] == 2.0
+
+
+def test_a_sample_without_tokens_of_the_policy_has_no_weight_version():
+    empty = written(length=0, sample_id=1)
+    metrics = rollout_metrics([Group(group_id=0, samples=[written(version=4), empty])])
+    assert (metrics["rollout/weight_version/min"], metrics["rollout/weight_version/mean"]) == (4.0, 4.0)
+    only_empty = rollout_metrics([Group(group_id=0, samples=[empty])])
+    assert not [name for name in only_empty if "weight_version" in name]
