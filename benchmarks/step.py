@@ -35,8 +35,11 @@ COMMON = """
 --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.98 --use-dynamic-batch-size --colocate --no-offload-train
 """
 REFERENCE = "--use-kl-loss --kl-loss-coef 0.00 --kl-loss-type low_var_kl"
-MICRO_BATCH = {"4B": "--max-tokens-per-gpu 8192 --use-precision-aware-optimizer"}
-"""Sizes that need another micro-batch than the others."""
+MICRO_BATCH = {
+    "4B": "--max-tokens-per-gpu 8192 --use-precision-aware-optimizer",
+    "8B": "--max-tokens-per-gpu 8192 --use-precision-aware-optimizer --optimizer-cpu-offload --overlap-cpu-optimizer-d2h-h2d",
+}
+"""Sizes that need another micro-batch or optimizer than the others."""
 PHASES = ("rollout", "train", "update_weights", "offload")
 """Of a step, one after the other."""
 PASSES = ("ref_log_probs", "actor_train")
@@ -108,6 +111,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS)
     parser.add_argument("--new-tokens", type=int, default=1024)
+    place = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    parser.add_argument("--place", default=place, help="folder of the checkpoint; a disk leaves the memory to the run")
     parser.add_argument("--no-reference", action="store_true")
     parser.add_argument("--timeout", type=float, default=1800)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
@@ -115,8 +120,7 @@ def main() -> None:
     given = parser.parse_args()
     results = []
     for size in given.size or ["0.6B"]:
-        place = "/dev/shm" if Path("/dev/shm").is_dir() else None
-        with tempfile.TemporaryDirectory(dir=place) as folder:
+        with tempfile.TemporaryDirectory(dir=given.place) as folder:
             rollouts, seconds = run(Path(folder), size, given)
         result = summary(rollouts, size, given) | {"process s": seconds}
         print(json.dumps(result), flush=True)
