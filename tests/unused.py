@@ -20,7 +20,7 @@ FOREIGN = "qwench/foreign/"
 """Functions of other systems' users read its names."""
 USED: Mapping[str, str] = {
     "Python, PyTorch, Megatron-Core, Rich, uvicorn and pydantic call or read them": """
-        __cause__ __init_subclass__ architectures core_attention eos_token finalize_model_grads_func find_class
+        __cause__ __init_subclass__ architectures core_attention finalize_model_grads_func find_class
         get_unscaled_state grad_stats_parallel_group input_layernorm k_layernorm load_bytes model_config on_broken_pipe
         padding_idx pre_mlp_layernorm pre_tokenizer q_layernorm readable reducer_override seekable should_exit
         trigger weight_sum_D""",
@@ -30,10 +30,11 @@ USED: Mapping[str, str] = {
         background frequency_penalty log_metrics no_logs presence_penalty repetition_penalty return_bytes return_entropy
         return_hidden_states return_text_in_logprobs spaces_between_special_tokens""",
     "flags of slime that are compared with config.json through `fields()`, or have no effect here": """
-        add_qkv_bias decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers disable_bias_linear
-        group_query_attention make_vocab_size_divisible_by model_name norm_epsilon normalization num_attention_heads
-        num_query_groups parallelism position_embedding_type rotary_base rotary_percent swiglu
+        add_qkv_bias disable_bias_linear generate_tool_call_parser group_query_attention
+        make_vocab_size_divisible_by model_name norm_epsilon normalization num_attention_heads num_query_groups
+        parallelism position_embedding_type rotary_base rotary_percent swiglu tito_model
         untie_embeddings_and_output_weights use_rotary_position_embeddings""",
+    "benchmarks hand them to other programs, or name them by path": "long_tail on_step_end",
     "tests kill processes and look for leaks by them": "leave_groups num_free_pages pids unfinished",
 }
 """Reason -> names."""
