@@ -30,6 +30,21 @@ TEMPORARY_SUFFIX = ".writing"
 LOCK = "qwench.lock"
 """Marks a folder that one run at a time may write to. The file names the process, whose end releases the kernel's lock."""
 _WRITE_BACK_PAUSE_S = 0.05
+_MAX_TEXT_BYTES = 64 * 2**20
+
+
+def read_small_text(path: Path) -> str:
+    """Return the text of a file that people or tools write: flags, a model's description.
+
+    Raises:
+        OSError: it cannot be read, or never ends (`/dev/zero`).
+        UnicodeDecodeError: it is no text.
+    """
+    with path.open("rb") as file:
+        content = file.read(_MAX_TEXT_BYTES + 1)
+    if len(content) > _MAX_TEXT_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {_MAX_TEXT_BYTES >> 20} MiB")
+    return content.decode()
 
 
 class FolderLock:

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from qwench.config.yaml_file import read_yaml_file
 from qwench.errors import ConfigError
 
 _GROUP_KEYS = frozenset({"worker_type", "num_gpus", "num_gpus_per_engine"})
@@ -34,7 +35,7 @@ def read_engine_sizes(path: Path, *, num_gpus: int, default_size: int) -> tuple[
         ConfigError: the file cannot be read, or describes engines that are not served.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml_file(path)
         groups = _groups(content)
         sizes = [size for group in groups for size in _sizes(group, default_size)]
         named = sum(int(group["num_gpus"]) for group in groups)

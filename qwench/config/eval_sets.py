@@ -28,6 +28,7 @@ from qwench.config.sections.data import DataConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.config.values import parse_value, yaml_words
+from qwench.config.yaml_file import read_yaml_file
 from qwench.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
@@ -128,7 +129,7 @@ def _read_file(path: Path, by_flags: Mapping[str, Any], *, for_function: bool) -
         ConfigError: the file cannot be read, or says what no set can be; names the file, the set and the key.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml_file(path)
         return _sets(content, by_flags, for_function=for_function)
     except OSError as error:
         raise ConfigError(f"--eval-config: cannot read {path}: {error.strerror}") from error

@@ -12,7 +12,7 @@ from qwench.config.eval_sets import eval_settings
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.errors import ConfigError
-from qwench.files import DATA_SUFFIXES, check_can_hold
+from qwench.files import DATA_SUFFIXES, check_can_hold, read_small_text
 from qwench.hub import find_reference
 from qwench.models.architecture import MODEL_TYPES
 
@@ -42,7 +42,7 @@ def check_checkpoint(model: ModelConfig) -> None:
 def _check_model_type(file: Path) -> None:
     """Refuse a model of another family by its config.json; what is wrong with the file otherwise is told when it is read."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_small_text(file))
     except (OSError, ValueError, RecursionError):
         return
     model_type = content.get("model_type") if isinstance(content, dict) else None

@@ -14,6 +14,7 @@ import yaml
 
 from qwench.config.config import Config
 from qwench.config.plan import RunPlan
+from qwench.config.yaml_file import read_yaml_file
 from qwench.foreign.sample import Foreign
 
 ABSENT: dict[str, Foreign] = {
@@ -58,7 +59,7 @@ def make_args(config: Config, plan: RunPlan, *, host: str, port: int) -> Namespa
     _set_derived(args, config, plan)
     args.sglang_router_ip, args.sglang_router_port = host, port
     if config.references.custom_config_path is not None:
-        content = yaml.safe_load(config.references.custom_config_path.read_text(encoding="utf-8"))
+        content = read_yaml_file(config.references.custom_config_path)
         args.__dict__.update({str(key).replace("-", "_"): value for key, value in content.items()})
     return args
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qwench.errors import ConfigError
+from qwench.files import read_small_text
 from qwench.models.architecture import Architecture
 from qwench.models.fp8 import FP8_DTYPE, dequantize, is_fp8_config, is_quantized_name, is_scale_name, scale_name, scale_shape
 from qwench.models.safetensors_files import StoredTensor, TensorSpec, find_tensors, is_equal, read_tensor
@@ -120,7 +121,7 @@ def read_json(file: Path) -> dict[str, Json]:
         ConfigError: it is missing, or not a JSON object.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_small_text(file))
     except FileNotFoundError as error:
         raise ConfigError(f"there is no {file.name} in {file.parent}; give the folder of a Hugging Face checkpoint.") from error
     except (OSError, ValueError, RecursionError) as error:

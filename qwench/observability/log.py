@@ -10,6 +10,7 @@ A module logs by `logging.getLogger(__name__)`; the verb that runs opens the log
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,7 +56,8 @@ def failures_logged() -> Iterator[None]:
     try:
         yield
     except (Stopped, KeyboardInterrupt) as stopped:
-        _PACKAGE.info("the run was stopped: %r", stopped)
+        number = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
+        _PACKAGE.info("the run was stopped by %s", signal.Signals(number).name)
         raise
     except BaseException as error:
         record = _PACKAGE.makeRecord(

@@ -104,16 +104,21 @@ def check_prompts(reward: RewardConfig, prompts: Iterable[Prompt], *, may_come_g
     for row, prompt in enumerate(prompts):
         if may_come_graded and not _reward_name(reward, prompt.metadata):
             continue
-        rm_type = rm_type_of(reward, prompt.metadata)
-        find_grader(rm_type)
+        place, rm_type = prompt.place or f"row {row} of the prompts", rm_type_of(reward, prompt.metadata)
+        try:
+            find_grader(rm_type)
+        except ConfigError as error:
+            if rm_type == reward.rm_type:
+                raise
+            raise ConfigError(f"{place} names its own reward: {error}") from error
         if is_remote(rm_type) and reward.rm_url is None:
-            raise ConfigError(f"row {row} of the prompts is graded by {rm_type}; give the server's address by --rm-url.")
+            raise ConfigError(f"{place} is graded by {rm_type}; give the server's address by --rm-url.")
         if needs_label(rm_type) and prompt.label is None:
-            raise ConfigError(f"row {row} of the prompts has no label, which --rm-type {rm_type} needs; pass --label-key.")
+            raise ConfigError(f"{place} has no label, which --rm-type {rm_type} needs; pass --label-key.")
         try:
             check_label(rm_type, prompt)
         except RewardError as error:
-            raise ConfigError(f"row {row} of the prompts: {error}") from error
+            raise ConfigError(f"{place}: {error}") from error
 
 
 def check_label(rm_type: str, prompt: Prompt) -> None:

@@ -22,6 +22,7 @@ from qwench.config.command_line.flags import Flag
 from qwench.config.command_line.foreign_flag import NOT_SUPPORTED, ForeignFlag
 from qwench.config.command_line.vocabulary import advise
 from qwench.config.values import format_value, yaml_words
+from qwench.config.yaml_file import read_yaml_file
 from qwench.errors import ConfigError
 
 _CLOSE = 0.75
@@ -84,7 +85,7 @@ def read_yaml(config_flag: Occurrence) -> list[Occurrence]:
         raise ConfigError(f"{flag} expects one YAML file, got {' '.join(config_flag.values) or 'none'}")
     path = Path(config_flag.values[0])
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml_file(path)
     except OSError as error:
         raise ConfigError(f"{flag}: cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -206,6 +206,11 @@ def test_prompts_are_checked_before_the_run() -> None:
         check_prompts(RewardConfig(rm_type="math"), [labelled, Prompt(text="", token_ids=())])
     with pytest.raises(ConfigError, match=r"row 0 .*compares integers"):
         check_prompts(RewardConfig(rm_type="dapo"), [Prompt(text="", token_ids=(), label="x")])
+    with pytest.raises(ConfigError, match=r"^sums\.jsonl:7: .*compares integers"):
+        check_prompts(RewardConfig(rm_type="dapo"), [Prompt(text="", token_ids=(), label="x", place="sums.jsonl:7")])
+    odd = Prompt(text="", token_ids=(), label="1", metadata={"rm_type": "mathh"}, place="sums.jsonl:8")
+    with pytest.raises(ConfigError, match=r"^sums\.jsonl:8 names its own reward: --rm-type 'mathh' is unknown; known: "):
+        check_prompts(RewardConfig(rm_type="math"), [odd])
     with pytest.raises(ConfigError, match="no reward is chosen"):
         check_prompts(RewardConfig(), [labelled])
     check_prompts(RewardConfig(), [labelled], may_come_graded=True)

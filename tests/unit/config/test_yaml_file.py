@@ -1,0 +1,36 @@
+"""YAML files that never end, or whose aliases stand for more than memory holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qwench.config.yaml_file import read_yaml_file
+
+
+def test_aliases_of_settings_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: &base {lr: 1}\nother: {<<: *base, seed: 2}\nlist: &l [1, 2]\nagain: *l\n")
+    read = read_yaml_file(tmp_path / "a.yaml")
+    assert read["other"] == {"lr": 1, "seed": 2} and read["again"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]\n" for k in range(1, 12)),
+        "a: &a [*a]\n",
+    ],
+    ids=["exponential", "circle"],
+)
+def test_aliases_without_measure_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(yaml.YAMLError, match="aliases stand for more than 100,000 values"):
+        read_yaml_file(tmp_path / "a.yaml")
+
+
+def test_a_file_that_never_ends_is_refused() -> None:
+    with pytest.raises(OSError, match="more than 64 MiB"):
+        read_yaml_file(Path("/dev/zero"))
