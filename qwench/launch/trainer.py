@@ -11,7 +11,7 @@ from qwench.algorithms.methods import build_method
 from qwench.checkpoints.folders import starting_weights
 from qwench.foreign.args import make_args
 from qwench.launch.inputs import Inputs
-from qwench.launch.user_functions import load_post_process
+from qwench.launch.user_functions import load_post_process, load_target_functions
 from qwench.observability.timing import PhaseTimer
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.learner import Learner
@@ -39,6 +39,7 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
         temperature=config.rollout.rollout_temperature,
         timer=timer,
         console=inputs.console,
+        targets=load_target_functions(config, lambda: make_args(config, inputs.plan, host="", port=0)),
         equal_bits=config.training.true_on_policy_mode and not inputs.plan.replays and not inputs.plan.fine_tunes,
         reward_post_process=load_post_process(config, lambda: make_args(config, inputs.plan, host="", port=0)),
     )

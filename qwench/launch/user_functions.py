@@ -18,6 +18,7 @@ from qwench.foreign.gateway import LOOPBACK, Gateway
 from qwench.foreign.loading import is_foreign, load
 from qwench.foreign.reward import ForeignReward
 from qwench.foreign.session import Session, close_session, current_session, open_session
+from qwench.foreign.targets import TargetFunctions, load_targets
 from qwench.launch.inputs import Inputs
 from qwench.plugins import Function, check_signature, guarded, load_function
 from qwench.rewards.pool import RewardPool, check_reward
@@ -130,6 +131,16 @@ def load_post_process(config: Config, args: Callable[[], Namespace]) -> RewardPo
         return guarded(load_function(path, flag=flag), path=path, flag=flag)
     adapters = Adapters(as_text=config.data.apply_chat_template)
     return adapters.reward_post_process(guarded(function, path=path, flag=flag), path, args)
+
+
+def load_target_functions(config: Config, args: Callable[[], Namespace]) -> TargetFunctions | None:
+    """Return the user's functions between scores and steps. None: there are none.
+
+    Raises:
+        ConfigError: one cannot be loaded.
+    """
+    references = config.references
+    return load_targets(references.custom_advantage_function_path, references.rollout_data_postprocess_path, args)
 
 
 def open_user_session(inputs: Inputs, engines: EnginePool, sampling: Sampling, functions: UserFunctions) -> Callable[[], None]:

@@ -10,10 +10,12 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from qwench.algorithms.advantages import whiten
 from qwench.algorithms.columns import RolloutBatch
 from qwench.algorithms.method import Method, Needs
 from qwench.algorithms.reduction import staleness_scales
@@ -35,6 +37,23 @@ _logger = logging.getLogger(__name__)
 
 RewardPostProcess = Callable[[Sequence[Sample]], Sequence[float]]
 """`--custom-reward-post-process-path`: samples of a rollout -> the reward of each, from which advantages are computed."""
+
+
+class OwnTargets(Protocol):
+    """The user's functions between scores and steps (`foreign.targets`)."""
+
+    @property
+    def set_advantages(self) -> Callable[..., object] | None:
+        """Return the function that sets advantages; None: the method does."""
+        ...
+
+    def advantages(self, batch: RolloutBatch) -> list[Tensor]:
+        """Return B x [R] advantages."""
+        ...
+
+    def process(self, batch: RolloutBatch, rollout_id: int) -> RolloutBatch:
+        """Return the batch with what the user's function has changed."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,11 +79,13 @@ class Learner:
         timer: PhaseTimer,
         console: Console,
         reward_post_process: RewardPostProcess | None = None,
+        targets: OwnTargets | None = None,
         equal_bits: bool = False,
     ) -> None:
         """Keep what every rollout needs.
 
         Args:
+            targets: the user's functions between scores and steps.
             equal_bits: the trainer's log-probs must be the engine's, bit by bit.
         """
         self.state = state
@@ -78,6 +99,7 @@ class Learner:
         self._meter = FlopMeter(timer, plan.cost, num_ranks=self.policy.parallel.num_ranks)
         self._console = console
         self._reward_post_process = reward_post_process
+        self._own_targets = targets
         self._equal_bits = equal_bits
         self._batching, self._scoring_batching = (
             MicroBatching(
@@ -99,7 +121,7 @@ class Learner:
             batch, plan = self._plan(rollout)
             needs = self.method.needs(num_steps=len(plan.steps))
             batch = self._score(batch, needs, rollout.rollout_id)
-            batch = batch.with_columns(**self.method.targets(batch))
+            batch = self._with_targets(batch, rollout.rollout_id)
             steps, start = list[dict[str, float]](), time.perf_counter()
             with self._meter.phase("actor_train", batch.lengths, num_scored=_num_scored(batch), passes=FORWARD_AND_BACKWARD):
                 for k, step in enumerate(plan.batches(batch), 1):
@@ -198,6 +220,19 @@ class Learner:
         if self._equal_bits:
             _check_equal_bits(batch, rollout_id)
         return batch
+
+    def _with_targets(self, batch: RolloutBatch, rollout_id: int) -> RolloutBatch:
+        """Return the batch with the targets of the method, or of the user's functions."""
+        own = self._own_targets
+        if own is None:
+            return batch.with_columns(**self.method.targets(batch))
+        if own.set_advantages is None:
+            batch = batch.with_columns(**self.method.targets(batch))
+        else:
+            advantages = own.advantages(batch)
+            whitens = self.method.section.normalize_advantages
+            batch = batch.with_columns(advantages=whiten(advantages, batch.loss_mask) if whitens else advantages)
+        return own.process(batch, rollout_id)
 
     def _log_probs(self, scorer: Scorer, batch: RolloutBatch, *, temperature: float) -> list[Tensor]:
         """Compute this rank's share, and return B x [R] float32 of all ranks."""

@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from miles.rollout.base_types import GenerateFnOutput, RolloutFnEvalOutput, RolloutFnTrainOutput
 from slime.rollout.filter_hub.base_types import DynamicFilterOutput
 from slime.rollout.rm_hub import async_rm
@@ -183,3 +184,21 @@ async def hook(args, sample, rollout_id=None):
     sample.metadata["hooked"] = rollout_id
     note(name="hook", builtin=await async_rm(args, sample))
     return sample
+
+
+def rewards_as_advantages(args, rollout_data):
+    """Set the advantage of every token to the reward of its sample, as a function of slime does."""
+    rollout_data["advantages"] = [
+        torch.full((length,), reward)
+        for length, reward in zip(rollout_data["response_lengths"], rollout_data["rewards"], strict=True)
+    ]
+    rollout_data["returns"] = rollout_data["advantages"]
+    note(name="rewards_as_advantages", count=len(rollout_data["tokens"]), estimator=args.advantage_estimator)
+
+
+def drop_half(args, rollout_id, rollout_data):
+    """Leave nothing to learn from in the second half of the data."""
+    half = len(rollout_data["advantages"]) // 2
+    for values in rollout_data["advantages"][half:]:
+        values.zero_()
+    note(name="drop_half", rollout_id=rollout_id, first=[float(values[0]) for values in rollout_data["advantages"]])

@@ -127,6 +127,25 @@ def test_the_newer_form_of_miles_with_a_plain_reward(workspace, tmp_path, monkey
     assert {record["dapo"] for record in calls["plain_reward"]} == {1.0}
 
 
+def test_advantages_and_training_data_are_those_that_functions_leave(workspace, tmp_path, monkeypatch):
+    calls = run(
+        workspace,
+        tmp_path,
+        monkeypatch,
+        custom_rm_path="plain_reward",
+        custom_advantage_function_path="rewards_as_advantages",
+        rollout_data_postprocess_path="drop_half",
+        disable_rewards_normalization=(),
+    )
+    assert [record["count"] for record in calls["rewards_as_advantages"]] == [16, 16]
+    first, second = calls["drop_half"]
+    assert (first["rollout_id"], second["rollout_id"]) == (0, 1)
+    assert max(first["first"][:8]) > 0 and first["first"][8:] == [0.0] * 8
+    losses = column(tmp_path / "run", "train/pg_loss")
+    # Two steps a rollout: the second one's advantages are all 0.
+    assert losses[0] < 0 and losses[1] == 0.0
+
+
 def test_a_dry_run_refuses_a_function_that_nobody_can_call(workspace, tmp_path, in_process):
     argv = workspace.train_argv(
         None, rm_type=None, save_interval=None, custom_generate_function_path=f"{MODULE}.reward", dry_run=()

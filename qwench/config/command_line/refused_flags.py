@@ -243,12 +243,12 @@ PLANNED: tuple[ForeignFlag, ...] = (
         "importance weights of your own; --use-tis and --use-rs choose the built-in ones, as mis.compute_mis_weights does",
         "custom-tis-function-path=*mis.compute_mis_weights*",
     ),
-    *planned("losses and advantages of your own", "custom-loss-function-path custom-advantage-function-path"),
+    *planned("losses of your own", "custom-loss-function-path"),
     *planned("reductions of your own", "custom-pg-loss-reducer-function-path"),
     *planned(
         "plug-ins of the trainer",
         """
-        custom-convert-samples-to-train-data-path rollout-data-postprocess-path custom-update-weight-post-write-path
+        custom-convert-samples-to-train-data-path custom-update-weight-post-write-path
         custom-megatron-init-path custom-megatron-before-log-prob-hook-path custom-megatron-before-train-step-hook-path
         custom-megatron-post-save-hook-path
         """,
