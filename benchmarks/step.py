@@ -35,9 +35,10 @@ COMMON = """
 --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.98 --use-dynamic-batch-size --colocate --no-offload-train
 """
 REFERENCE = "--use-kl-loss --kl-loss-coef 0.00 --kl-loss-type low_var_kl"
+BF16_MOMENTS = "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16"
 MICRO_BATCH = {
-    "4B": "--max-tokens-per-gpu 8192 --use-precision-aware-optimizer",
-    "8B": "--max-tokens-per-gpu 8192 --use-precision-aware-optimizer --optimizer-cpu-offload --overlap-cpu-optimizer-d2h-h2d",
+    "4B": f"--max-tokens-per-gpu 8192 {BF16_MOMENTS}",
+    "8B": f"--max-tokens-per-gpu 8192 {BF16_MOMENTS} --optimizer-cpu-offload --overlap-cpu-optimizer-d2h-h2d",
 }
 """Sizes that need another micro-batch or optimizer than the others."""
 PHASES = ("rollout", "train", "update_weights", "offload")
