@@ -7,8 +7,9 @@ import sys
 import uuid
 
 import pytest
+import torch
 
-from qwench.wire.addresses import host_name
+from qwench.wire.addresses import CPU, Placement, gpu_names, host_name, local_gpu, placement_of
 from tests.deadlines import patient
 
 RANDOM_NODE = 0x0100_0000_0000
@@ -34,3 +35,25 @@ def test_machines_of_one_name_with_different_cards_differ(monkeypatch: pytest.Mo
         monkeypatch.setattr(uuid, "getnode", lambda card=card: card)
         names.add(host_name())
     assert len(names) == 2
+
+
+class Gpu:
+    """What torch says of a GPU."""
+
+    def __init__(self, uuid: str) -> None:
+        self.uuid = uuid
+
+
+def test_weights_on_the_host_lie_on_this_machine() -> None:
+    assert placement_of(torch.device("cpu"), torch.device("cpu")) == Placement(host=host_name(), devices=(CPU, CPU))
+
+
+def test_a_gpu_is_found_by_its_name_under_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["GPU-a", "GPU-b"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Gpu(names[device.index]))
+    assert gpu_names([1, 0]) == ("GPU-b", "GPU-a")
+    assert [local_gpu(name) for name in names] == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert placement_of(torch.device("cuda", 1)) == Placement(host=host_name(), devices=("GPU-b",))
+    with pytest.raises(KeyError, match="GPU-c"):
+        local_gpu("GPU-c")

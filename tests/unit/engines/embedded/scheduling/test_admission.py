@@ -95,3 +95,26 @@ def test_end_of_sequence_ids_come_from_config_and_tokenizer():
 
     assert ids(3) == {3} and ids([3, 4]) == {3, 4} and ids(None) == frozenset()
     assert ids([3, 4], 5) == {3, 4, 5} and ids(None, 0) == {0}
+
+
+@pytest.mark.parametrize(
+    ("kept", "refused"),
+    [
+        ({"max_new_tokens": 1}, {"max_new_tokens": 0}),
+        ({"top_p": 1.0}, {"top_p": 1.01}),
+        ({"top_p": 1e-9}, {"top_p": 0.0}),
+        ({"min_p": 0.0}, {"min_p": -0.01}),
+        ({"min_p": 1.0}, {"min_p": 1.01}),
+        ({"top_k": -1}, {"top_k": -2}),
+        ({"min_new_tokens": 4}, {"min_new_tokens": 5}),
+        ({"min_new_tokens": 0}, {"min_new_tokens": -1}),
+        ({"stop_token_ids": (0, 9)}, {"stop_token_ids": (10,)}),
+        ({"stop_token_ids": (0,)}, {"stop_token_ids": (-1,)}),
+        ({"prompt": (0, 9)}, {"prompt": (0, 10)}),
+        ({"prompt": (0,)}, {"prompt": (-1, 0)}),
+    ],
+)
+def test_numbers_are_kept_up_to_their_bounds(kept, refused):
+    accepted(admission(), **kept)
+    with pytest.raises(EngineError, match="request 'r'"):
+        accepted(admission(), **refused)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from qwench.engines.embedded.scheduling.request import RunningRequest
-from qwench.engines.embedded.scheduling.stopping import check_stop_strings, stop_ids_of, update_finish
+from qwench.engines.embedded.scheduling.stopping import (
+    MAX_STOP_CHARS,
+    MAX_STOPS,
+    check_stop_strings,
+    stop_ids_of,
+    update_finish,
+)
 from qwench.engines.protocol import FinishReason, GenerateRequest, SamplingParams
 from qwench.errors import EngineError
 from tests.fakes.engine import CharTokenizer
@@ -79,3 +85,16 @@ def test_stop_strings_need_a_tokenizer_and_a_character():
         check_stop_strings(SamplingParams(max_new_tokens=1, stop=("x",)), None)
     with pytest.raises(EngineError, match="an empty stop string"):
         check_stop_strings(SamplingParams(max_new_tokens=1, stop=("x", "")), CharTokenizer())
+
+
+def test_stop_strings_are_bounded_in_number_and_length():
+    check_stop_strings(SamplingParams(max_new_tokens=1, stop=("x",) * MAX_STOPS), CharTokenizer())
+    check_stop_strings(SamplingParams(max_new_tokens=1, stop=("x" * (MAX_STOP_CHARS - 1), "y")), CharTokenizer())
+    for stop in (("x",) * (MAX_STOPS + 1), ("x" * MAX_STOP_CHARS, "y")):
+        with pytest.raises(EngineError, match=f"at most {MAX_STOPS}, of {MAX_STOP_CHARS} characters together"):
+            check_stop_strings(SamplingParams(max_new_tokens=1, stop=stop), CharTokenizer())
+
+
+def test_half_of_a_surrogate_pair_is_no_stop_string():
+    with pytest.raises(EngineError, match="stop string holds half of a surrogate pair at character 1"):
+        check_stop_strings(SamplingParams(max_new_tokens=1, stop=("a\ud800",)), CharTokenizer())
