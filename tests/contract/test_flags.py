@@ -10,8 +10,9 @@ from typing import get_type_hints
 import pytest
 
 from qwench.config.advice import warnings
-from qwench.config.command_line.compat import REFUSED_VALUES
+from qwench.config.command_line.compat import FOREIGN_FLAGS, REFUSED_VALUES
 from qwench.config.command_line.flags import flag_table
+from qwench.config.command_line.foreign_flag import ANY
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.config import Config
 from qwench.config.plan import plan_run
@@ -27,7 +28,8 @@ TABLE = flag_table(Config)
 
 with (Path(__file__).parent / "reference_flags.tsv").open(encoding="ascii", newline="") as lines:
     REFERENCE_FLAGS = list(csv.DictReader(lines, delimiter="\t"))
-"""Every flag of slime, miles and dense recipes of Megatron: its form there, and what becomes of it at one value."""
+"""Every flag of slime, miles and dense recipes of Megatron: its form there, what becomes of it at one value, and what scripts
+need of it."""
 
 OTHER_DEFAULTS = {
     "distributed-timeout-minutes": "a checkpoint or an export of one rank may take longer than 10 minutes",
@@ -76,6 +78,26 @@ def test_the_list_names_every_flag_once():
     assert len(names(REFERENCE_FLAGS)) == len(set(names(REFERENCE_FLAGS))) == 805
     others = [row["flag"] for row in rows("field") if row not in FIELD_ROWS]
     assert others == ["--no-offload-train", "--no-offload-rollout", "--config"]
+
+
+FULFILLED_BY = {
+    "implement": {"field", "other name", "passed on", "accepted"},
+    "alias": {"field", "other name", "repeats"},
+    "neutral": {"accepted", "other name", "repeats"},
+    "refuse": {"refused", "accepted"},
+}
+"""What a script needs of a flag -> the fates that give it; a refused flag may be accepted at the value that changes nothing."""
+
+
+def test_every_flag_becomes_what_scripts_need_or_its_name_is_reserved():
+    unfulfilled = [row for row in REFERENCE_FLAGS if row["fate"] not in FULFILLED_BY[row["wanted"]]]
+    assert [row["flag"] for row in unfulfilled if row["fate"] != "not built"] == []
+    assert [row["flag"] for row in unfulfilled if row["wanted"] == "refuse"] == []
+
+
+def test_a_flag_that_scripts_must_not_use_is_accepted_at_chosen_values_alone():
+    accepted = [row["flag"][2:] for row in REFERENCE_FLAGS if (row["wanted"], row["fate"]) == ("refuse", "accepted")]
+    assert [name for name in accepted if FOREIGN_FLAGS[name].values == ANY] == ["mtp-loss-scaling-factor"]
 
 
 def test_every_estimator_of_slime_is_a_method_but_for_the_one_with_a_critic():
