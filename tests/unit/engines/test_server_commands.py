@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from qwench.engines.fleet.servers import server_environ
 from qwench.engines.kinds.embedded import embedded_command
 from qwench.engines.kinds.kind import ServerOrder
 from qwench.engines.kinds.passthrough_flags import check_words
@@ -126,3 +127,11 @@ def test_an_embedded_server_gets_its_flags_and_token():
     assert value_of(made.argv, "--train-dtype") == "float32" and value_of(made.argv, "--embedded-page-size") == "32"
     assert "--embedded-kv-cache-tokens" not in made.argv and "secret" not in made.argv
     assert made.environ == {"A": "b", "QWENCH_TOKEN": "secret"} and made.start_timeout_s == 9.0
+
+
+def test_a_server_gets_the_environment_without_the_runs_secrets_and_its_place_among_the_ranks() -> None:
+    secrets = ("WANDB_API_KEY", "OPENAI_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "wandb_apikey")
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+    kept = {"PATH": "/bin", "HF_HOME": "/models", "TOKENIZERS_PARALLELISM": "false", "KEYBOARD": "us"}
+    environ = {**dict.fromkeys((*secrets, *ranks), "x"), **kept}
+    assert server_environ(environ, OMP_NUM_THREADS="1") == {**kept, "OMP_NUM_THREADS": "1"}
