@@ -27,6 +27,8 @@ class MethodFacts:
     """Rewards are discounted for each token (`--gamma`)."""
     requires_whitening: bool = False
     """`--normalize-advantages` is part of the method."""
+    critic: bool = False
+    """A critic is trained beside the policy."""
     clips: bool = True
     """`--eps-clip` and `--eps-clip-high` bound something."""
     clips_loss: bool = True
@@ -58,6 +60,7 @@ METHODS: Mapping[str, MethodFacts] = {
     "dppo_kl": MethodFacts(divides_by_std=True, clips_loss=False),
     "maxrl": MethodFacts(),
     "passk": MethodFacts(divides_by_std=True),
+    "ppo": MethodFacts(compares_groups=False, token_kl=True, discounts=True, critic=True, options=("lambd", "value_clip")),
     "sft": MethodFacts(policy_gradient=False, compares_groups=False),
 }
 
@@ -79,8 +82,6 @@ def check_estimator(name: str) -> None:
         ConfigError: no method has this name.
     """
     known = ", ".join(estimator_names())
-    if name == "ppo":
-        raise ConfigError(f"--advantage-estimator ppo is not supported: there is no critic; known: {known}.")
     if name not in estimator_names():
         raise ConfigError(f"unknown --advantage-estimator {name!r}; known: {known}.")
 

@@ -121,6 +121,57 @@ def reinforce_plus_plus_baseline(
     return [token - kl_coef * token_kl for token, token_kl in zip(spread(rewards, loss_mask), kl, strict=True)]
 
 
+def gae(
+    rewards: Tensor,
+    values: Sequence[Tensor],
+    loss_mask: Sequence[Tensor],
+    kl: Sequence[Tensor],
+    *,
+    kl_coef: float,
+    gamma: float,
+    lambd: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return advantages by GAE, and the returns that values are trained on, over the trained tokens of each sample.
+
+    A token's reward is -kl_coef * KL, and the sample's reward at its last trained token. With V' the value of the next trained
+    token, 0 after the last one: delta = r + gamma V' - V, A = delta + gamma lambd A', return = A + V. Other tokens have 0.
+
+        reward 1, values (0.5, 0.25), gamma 1    lambd 1: A (0.5, 0.75), returns (1, 1)    lambd 0: A (-0.25, 0.75)
+
+    Args:
+        rewards: [B] float32, not normalised.
+        values: B x [R] float32, of the context before each token.
+        loss_mask: B x [R] bool.
+        kl: B x [R] float32 between the old policy and the reference.
+
+    Source: GAE (arXiv 1506.02438) eq. 16.
+    """
+    advantages, returns = list[Tensor](), list[Tensor]()
+    for reward, value, mask, token_kl in zip(rewards.tolist(), values, loss_mask, kl, strict=True):
+        own_values = value[mask].tolist()
+        token_rewards = (-kl_coef * token_kl[mask]).tolist()
+        if token_rewards:
+            token_rewards[-1] += reward
+        later, next_value, found = 0.0, 0.0, list[float]()
+        for token_reward, own in zip(reversed(token_rewards), reversed(own_values), strict=True):
+            later = token_reward + gamma * next_value - own + gamma * lambd * later
+            next_value = own
+            found.append(later)
+        advantage = torch.zeros(len(mask))
+        advantage[mask] = torch.tensor(found[::-1])
+        advantages.append(advantage)
+        returns.append((advantage + value).where(mask, 0.0))
+    return advantages, returns
+
+
+def explained_variance(values: Sequence[Tensor], returns: Sequence[Tensor], loss_mask: Sequence[Tensor]) -> float:
+    """Return 1 - var(return - value) / var(return) over trained tokens: 1 where values are right, 0 where they say nothing."""
+    value = torch.cat([column[mask] for column, mask in zip(values, loss_mask, strict=True)]).double()
+    target = torch.cat([column[mask] for column, mask in zip(returns, loss_mask, strict=True)]).double()
+    variance = float(target.var(correction=0)) if len(target) else 0.0
+    return 1 - float((target - value).var(correction=0)) / variance if variance > 0 else 0.0
+
+
 def whiten(advantages: Sequence[Tensor], loss_mask: Sequence[Tensor]) -> list[Tensor]:
     """Shift and scale all advantages of a rollout to mean 0 and variance 1 over the trained tokens.
 

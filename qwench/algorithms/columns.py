@@ -47,6 +47,10 @@ class RolloutBatch:
     """B x [R] float32: the share of each token in the step's loss, so that loss = sum over all tokens of weight * token loss,
     for any micro-batches and ranks (see `algorithms.reduction`)."""
 
+    values: list[Tensor] | None = None
+    """B x [R] float32 of the critic before this rollout's first step: of the context before each token."""
+    returns: list[Tensor] | None = None
+    """B x [R] float32 that the critic's values are trained on."""
     loss_scale: list[Tensor] | None = None
     """B x [R] float32: factors on the loss that metrics do not have. None: 1."""
     importance_scale: list[Tensor] | None = None
@@ -124,6 +128,8 @@ class MicroBatch:
     old_log_probs: Tensor | None = None
     ref_log_probs: Tensor | None = None
     advantages: Tensor | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None
     loss_scale: Tensor | None = None
     importance_scale: Tensor | None = None
     picked: Tensor | None = None

@@ -123,6 +123,26 @@ def weighted_by_ratio(log_ratio: Tensor, log_probs: Tensor, advantages: Tensor) 
     return -log_ratio.detach().exp().clamp(max=MAX_WEIGHT) * advantages * log_probs
 
 
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float) -> tuple[Tensor, Tensor]:
+    """Return the squared error of each token's value, at least that of the value clipped to its old one +- clip.
+
+        old 0, return 1, clip 0.2    value 0.5: max(0.25, 0.64) = 0.64, clipped    value 0.1: 0.81
+
+    Args:
+        values: [T] float32, of the critic, carries the gradient.
+        old_values: [T] float32, before this rollout's first step.
+        returns: [T] float32.
+
+    Returns:
+        loss [T] float32, not reduced; clipped [T] bool, where the clipped error is the larger.
+
+    Source: the value loss of OpenAI's baselines, as in slime: without the factor 1/2.
+    """
+    bounded = old_values + (values - old_values).clamp(-clip, clip)
+    loss, bounded_loss = (values - returns).square(), (bounded - returns).square()
+    return torch.maximum(loss, bounded_loss), bounded_loss > loss
+
+
 def negative_log_likelihood(log_probs: Tensor) -> Tensor:
     """Loss per token of supervised fine-tuning: [T] float32, not reduced."""
     return -log_probs

@@ -78,6 +78,10 @@ class Method(ABC):
     def loss(self, log_probs: Tensor, entropy: Tensor | None, micro_batch: MicroBatch) -> TokenLoss:
         """Return the micro-batch's share of the step's loss; [T] columns in."""
 
+    def value_loss(self, values: Tensor, entropy: Tensor | None, micro_batch: MicroBatch) -> TokenLoss:
+        """Return the micro-batch's share of the critic's loss; [T] columns in. A method with a critic overrides it."""
+        raise NotImplementedError(f"{type(self).__name__} has no critic")
+
 
 def weighted_sums(
     loss: Tensor, values: Mapping[str, Tensor], micro_batch: MicroBatch, *, peaks: Mapping[str, Tensor]

@@ -11,6 +11,7 @@ from qwench.config.sections.architecture import ArchitectureConfig
 from qwench.config.sections.asynchronous import AsyncConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.cluster import ClusterConfig
+from qwench.config.sections.critic import CriticConfig
 from qwench.config.sections.data import DataConfig
 from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.engine import EngineConfig
@@ -39,6 +40,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -110,6 +110,9 @@ class RunPlan:
     max_staleness: int
     """Weight versions that a trained token may be older than the weights that learn from it; 0: in turn."""
     holds_reference: bool
+    holds_critic: bool
+    num_critic_only: int
+    """First rollouts in which only the critic learns."""
     replays: bool
     """Recorded rollouts are learned from."""
     eval_sets: tuple[EvalSettings, ...]
@@ -176,6 +179,8 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
         schedule=Schedule(rollout=config.rollout, evaluation=config.evaluation, checkpoint=config.checkpoint),
         max_staleness=_max_staleness(config),
         holds_reference=holds_reference,
+        holds_critic=devices.trains and config.algorithm.has_critic,
+        num_critic_only=config.critic.num_critic_only_steps,
         replays=config.algorithm.loss_type != "sft_loss" and config.debug.load_debug_rollout_data is not None,
         eval_sets=eval_settings(config.evaluation, config.rollout, config.data),
         eval_reward_key=config.evaluation.eval_reward_key or config.reward.reward_key,
@@ -308,6 +313,8 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
         yield f"engines: {config.engine.kind} ({config.engine.engine_reason or 'the default'}), {_engines(devices)}"
     if devices.trains:
         yield f"reference model: {'held' if plan.holds_reference else 'not needed'}"
+        if plan.holds_critic:
+            yield "critic: on the ranks of the policy, in turn with it; the one that rests takes as many bytes of the host"
         yield (
             f"each trainer rank, activations apart: {_gib(held.device)} GiB on the device ({_gib(held.weights)} weights, "
             f"{_gib(held.gradients)} gradients, {_gib(held.optimizer)} optimizer), {_gib(held.host)} GiB on the host"

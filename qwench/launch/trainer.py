@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from qwench.algorithms.methods import build_method
 from qwench.checkpoints.folders import starting_weights
+from qwench.checkpoints.formats.sources import find_checkpoint
+from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.foreign.args import make_args
 from qwench.launch.inputs import Inputs
 from qwench.launch.user_functions import load_post_process, load_target_functions
 from qwench.observability.timing import PhaseTimer
+from qwench.training.critic import CRITIC_FOLDER, Critic
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.learner import Learner
 from qwench.training.megatron.platform import check_platform
@@ -32,8 +36,10 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
     method = build_method(algorithm)
     policy = build_trainer(inputs)
     reference = Reference(policy) if inputs.plan.holds_reference else None
+    critic = _build_critic(inputs, policy) if inputs.plan.holds_critic else None
+    moves = config.algorithm.ref_update_interval is not None
     return Learner(
-        TrainingState(policy, reference, reference_moves=config.algorithm.ref_update_interval is not None),
+        TrainingState(policy, reference, reference_moves=moves, critic=critic),
         method,
         plan=inputs.plan,
         temperature=config.rollout.rollout_temperature,
@@ -46,43 +52,71 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
 
 
 def build_trainer(inputs: Inputs) -> Trainer:
-    """Load the model, or this rank's part of it; after `init_process_group`, collective.
+    """Load the policy, or this rank's part of it; after `init_process_group`, collective.
 
     Raises:
         ConfigError: the backend cannot run here, or does not fit the model.
         CheckpointError: the checkpoint that training starts from is damaged.
     """
-    if inputs.config.backend == "megatron":
-        return _build_megatron(inputs)
+    return _build(inputs, starting_weights(inputs.config.checkpoint), inputs.config.optimizer)
+
+
+def _build_critic(inputs: Inputs, policy: Trainer) -> Critic:
+    """Load the critic, which sleeps until its first turn; collective."""
     config = inputs.config
+    optimizer = replace(
+        config.optimizer,
+        lr=config.critic.critic_lr or config.optimizer.lr,
+        min_lr=min(config.optimizer.min_lr, config.critic.critic_lr or config.optimizer.min_lr),
+        lr_warmup_iters=config.critic.critic_lr_warmup_iters,
+        lr_warmup_fraction=None,
+    )
+    start = starting_weights(config.checkpoint)
+    if config.critic.critic_load is None:
+        return Critic(_build(inputs, start, optimizer, critic=True), policy)
+    given = find_checkpoint(config.critic.critic_load, flag="--critic-load")
+    saved = given if given.name == CRITIC_FOLDER else given / CRITIC_FOLDER
+    trainer = _build(inputs, start if saved.is_dir() else given, optimizer, critic=True)
+    if saved.is_dir():
+        trainer.load(saved, weights_only=True)
+    return Critic(trainer, policy)
+
+
+def _build(inputs: Inputs, folder: Path | None, optimizer: OptimizerConfig, *, critic: bool = False) -> Trainer:
+    """Load a model from `folder`, or from --hf-checkpoint, with the backend of the run."""
+    config = inputs.config
+    if config.backend == "megatron":
+        return _build_megatron(inputs, folder, optimizer, critic=critic)
     return FsdpTrainer.build(
-        starting_weights(config.checkpoint) or inputs.model_folder,
+        folder or inputs.model_folder,
         training=config.training,
-        optimizer=config.optimizer,
+        optimizer=optimizer,
         total_steps=inputs.plan.num_steps,
         param_dtype=inputs.dtype,
         device=inputs.device,
         attention=config.model.attn_implementation,
         dp_replicate=config.parallel.dp_replicate,
         hf_config=inputs.hf_config,
+        critic=critic,
     )
 
 
-def _build_megatron(inputs: Inputs) -> Trainer:
+def _build_megatron(inputs: Inputs, folder: Path | None, optimizer: OptimizerConfig, *, critic: bool) -> Trainer:
     check_platform()  # before the import, for a message about what is missing
     from qwench.training.megatron.megatron_trainer import MegatronTrainer  # noqa: PLC0415  # megatron-core is optional
 
     config = inputs.config
     return MegatronTrainer.build(
-        starting_weights(config.checkpoint) or inputs.model_folder,
+        folder or inputs.model_folder,
         training=config.training,
-        optimizer=config.optimizer,
+        optimizer=optimizer,
         total_steps=inputs.plan.num_steps,
         layout=inputs.plan.layout,
         param_dtype=inputs.dtype,
         device=inputs.device,
         architecture=inputs.plan.model,
         collective_timeout_s=collective_timeout_s(inputs),
+        critic=critic,
     )
 
 

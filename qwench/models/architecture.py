@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qwench.errors import ConfigError
@@ -76,6 +76,12 @@ class Architecture:
     qkv_bias: bool
     attention_output_bias: bool
     mlp_bias: bool
+    value_head: bool = False
+    """The head has one row, which scores the context: a critic."""
+
+    def as_critic(self) -> Architecture:
+        """Return the critic of this model: the same decoder with a value head."""
+        return replace(self, value_head=True, tied_head=False)
 
     @property
     def max_positions(self) -> int:
@@ -92,7 +98,7 @@ class Architecture:
             shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in self.layer_shapes().items()}
         shapes["model.norm.weight"] = (self.hidden_size,)
         if not self.tied_head:
-            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+            shapes["lm_head.weight"] = (1 if self.value_head else self.vocab_size, self.hidden_size)
         return shapes
 
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:

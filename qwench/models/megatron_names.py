@@ -72,8 +72,8 @@ def rules(model: Architecture) -> list[WeightRule]:
                 megatron_name="output_layer.weight",
                 hf_names=("lm_head.weight",),
                 checkpoint_key="output_layer.weight",
-                tp_dim=0,
-                kind="vocab",
+                tp_dim=None if model.value_head else 0,
+                kind="plain" if model.value_head else "vocab",
             )
         )
     return found

@@ -21,6 +21,7 @@ from qwench.algorithms.columns import MicroBatch, RolloutBatch
 
 _PACKED_COLUMNS = (
     *("loss_weights", "rollout_log_probs", "old_log_probs", "ref_log_probs", "advantages"),
+    *("values", "returns"),
     *("loss_scale", "importance_scale", "picked", "fresh_scale", "stale_scale"),
 )
 

@@ -10,13 +10,14 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from qwench.algorithms.advantages import whiten
-from qwench.algorithms.columns import RolloutBatch
+from qwench.algorithms.columns import LossFunction, RolloutBatch
 from qwench.algorithms.method import Method, Needs
 from qwench.algorithms.reduction import staleness_scales
 from qwench.config.plan import RunPlan
@@ -30,7 +31,7 @@ from qwench.training.flop_meter import FlopMeter
 from qwench.training.rollout_metrics import rollout_metrics
 from qwench.training.state import TrainingState
 from qwench.training.steps import MicroBatching, StepPlan, plan_steps
-from qwench.training.trainer import Scorer, StepResult
+from qwench.training.trainer import Scorer, StepResult, Sums, Trainer
 
 _logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class Learner:
             equal_bits: the trainer's log-probs must be the engine's, bit by bit.
         """
         self.state = state
-        self.policy, self.reference = state.policy, state.reference
+        self.policy, self.reference, self.critic = state.policy, state.reference, state.critic
         self.method = method
         self._unit = "rollout" if method.facts.policy_gradient else "batch"
         self._global_batch_size = plan.batch.global_batch_size
@@ -101,6 +102,7 @@ class Learner:
         self._reward_post_process = reward_post_process
         self._own_targets = targets
         self._equal_bits = equal_bits
+        self._num_critic_only = plan.num_critic_only
         self._batching, self._scoring_batching = (
             MicroBatching(
                 parallel=self.policy.parallel,
@@ -122,27 +124,57 @@ class Learner:
             needs = self.method.needs(num_steps=len(plan.steps))
             batch = self._score(batch, needs, rollout.rollout_id)
             batch = self._with_targets(batch, rollout.rollout_id)
-            steps, start = list[dict[str, float]](), time.perf_counter()
-            with self._meter.phase("actor_train", batch.lengths, num_scored=_num_scored(batch), passes=FORWARD_AND_BACKWARD):
-                for k, step in enumerate(plan.batches(batch), 1):
-                    micro_batches = self._batching.pack(self._weigh(step))
-                    with self._console.progress(f"train {k}/{len(plan.steps)}", total=len(micro_batches)) as progress:
-                        sums = self.policy.forward_backward(
-                            micro_batches,
-                            self.method.loss,
-                            temperature=self._temperature,
-                            with_entropy=needs.entropy,
-                            after_each=progress.advance,
-                        )
-                        steps.append(_step_metrics(self.policy.optim_step(sums), step))
-                    if (problem := _why_it_changed_nothing(steps[-1], step)) is not None:
-                        _logger.warning("%s %d, step %d %s", self._unit, rollout.rollout_id, k, problem)
+            start = time.perf_counter()
+            weighed = [self._weigh(step) for step in plan.batches(batch)]
+            critic_steps = self._train_critic(weighed)
+            steps = self._train_policy(weighed, batch, needs, rollout.rollout_id)
+            steps = [one | other for one, other in zip_longest(steps, critic_steps, fillvalue=dict[str, float]())]
             seconds = time.perf_counter() - start
             self._update_reference(rollout.rollout_id)
         if batch.old_log_probs is None:
             # Each step has compared the engine with its own weights; only the first one's were those that sampled.
             steps[1:] = [_without_gap_to_engine(step) for step in steps[1:]]
         return Learned(metrics=self._metrics(rollout, batch, plan, seconds), steps=steps)
+
+    def _train_policy(
+        self, weighed: Sequence[RolloutBatch], batch: RolloutBatch, needs: Needs, rollout_id: int
+    ) -> list[dict[str, float]]:
+        """Take the policy's steps, and return the metrics of each. While only the critic learns there are none."""
+        steps = list[dict[str, float]]()
+        if rollout_id < self._num_critic_only:
+            return steps
+        with self._meter.phase("actor_train", batch.lengths, num_scored=_num_scored(batch), passes=FORWARD_AND_BACKWARD):
+            for k, step in enumerate(weighed, 1):
+                sums = self._accumulate(self.policy, self.method.loss, step, f"train {k}/{len(weighed)}", needs.entropy)
+                steps.append(_step_metrics(self.policy.optim_step(sums), step))
+                if (problem := _why_it_changed_nothing(steps[-1], step)) is not None:
+                    _logger.warning("%s %d, step %d %s", self._unit, rollout_id, k, problem)
+        return steps
+
+    def _train_critic(self, weighed: Sequence[RolloutBatch]) -> list[dict[str, float]]:
+        """Take the critic's steps, and return the metrics of each; without a critic there are none."""
+        steps = list[dict[str, float]]()
+        if self.critic is None:
+            return steps
+        with self._timer.phase("critic_train"), self.critic.turn() as critic:
+            for k, step in enumerate(weighed, 1):
+                sums = self._accumulate(critic, self.method.value_loss, step, f"critic {k}/{len(weighed)}", False)
+                result = critic.optim_step(sums)
+                metrics = {**result.metrics, "critic_grad_norm": result.grad_norm, "critic_lr": result.learning_rates[0]}
+                steps.append({f"train/{name}": value for name, value in metrics.items()})
+        return steps
+
+    def _accumulate(self, trainer: Trainer, loss: LossFunction, step: RolloutBatch, title: str, with_entropy: bool) -> Sums:
+        """Sum the gradients of a step's micro-batches."""
+        micro_batches = self._batching.pack(step)
+        with self._console.progress(title, total=len(micro_batches)) as progress:
+            return trainer.forward_backward(
+                micro_batches,
+                loss,
+                temperature=self._temperature,
+                with_entropy=with_entropy,
+                after_each=progress.advance,
+            )
 
     def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
         """Return [R] of each sample under the held weights; 0 where its loss mask is."""
@@ -219,6 +251,9 @@ class Learner:
             batch = batch.with_columns(old_log_probs=scored)
         if self._equal_bits:
             _check_equal_bits(batch, rollout_id)
+        if self.critic is not None:
+            with self._timer.phase("critic_values"), self.critic.turn() as critic, self._console.phase("values"):
+                batch = batch.with_columns(values=self._log_probs(critic, batch, temperature=self._temperature))
         return batch
 
     def _with_targets(self, batch: RolloutBatch, rollout_id: int) -> RolloutBatch:

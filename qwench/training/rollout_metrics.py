@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qwench.algorithms.advantages import explained_variance
 from qwench.algorithms.columns import RolloutBatch
 from qwench.samples import Sample, Status
 
@@ -33,11 +34,15 @@ def rollout_metrics(samples: Sequence[Sample], batch: RolloutBatch) -> dict[str,
     if batch.staleness is not None:
         trained = torch.cat([old[mask].double() for old, mask in zip(batch.staleness, batch.loss_mask, strict=True)])
         metrics |= {"rollout/staleness/mean": float(trained.mean()), "rollout/staleness/max": float(trained.max())}
+    if batch.values is not None and batch.returns is not None:
+        metrics["rollout/explained_variance"] = explained_variance(batch.values, batch.returns, batch.loss_mask)
     columns = {
         "rollout/rollout_log_probs": batch.rollout_log_probs,
         "rollout/log_probs": batch.old_log_probs,
         "rollout/ref_log_probs": batch.ref_log_probs,
         "rollout/advantages": batch.advantages,
+        "rollout/values": batch.values,
+        "rollout/returns": batch.returns,
     }
     for name, column in columns.items():
         if column is not None:

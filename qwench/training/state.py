@@ -1,11 +1,13 @@
-"""The models of one rank, policy and reference: save and load them, move them off the device, publish their weights.
+"""The models of one rank, policy, reference and critic: save and load them, move them off the device, publish their weights.
 
 iter_*/            the policy: model, optimizer, schedule, RNG
 iter_*/reference   the reference, when it moves (--ref-update-interval)
+iter_*/critic      the critic: model, optimizer, schedule
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -13,11 +15,14 @@ import torch
 from torch import Tensor
 
 from qwench.algorithms.columns import MicroBatch
+from qwench.training.critic import Critic
 from qwench.training.trainer import Scores, Trainer
 from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.remote import PublicationPlan, publish_from_rank
 from qwench.wire.addresses import EngineAddress
 from qwench.wire.portions import WeightBucket
+
+_logger = logging.getLogger(__name__)
 
 _REFERENCE_FOLDER = "reference"
 
@@ -57,9 +62,12 @@ class Reference:
 class TrainingState:
     """See the module docstring. All methods but `shared_weights` are collective."""
 
-    def __init__(self, policy: Trainer, reference: Reference | None, *, reference_moves: bool) -> None:
+    def __init__(
+        self, policy: Trainer, reference: Reference | None, *, reference_moves: bool, critic: Critic | None = None
+    ) -> None:
         self.policy = policy
         self.reference = reference
+        self.critic = critic
         self._moving_reference = reference if reference_moves else None
         self._link = BroadcastLink()
 
@@ -69,11 +77,15 @@ class TrainingState:
         if self._moving_reference is not None:
             (folder / _REFERENCE_FOLDER).mkdir(exist_ok=True)
             self._moving_reference.save(folder / _REFERENCE_FOLDER)
+        if self.critic is not None:
+            self.critic.save(folder, with_optimizer=with_optimizer)
 
     def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
-        """Read what `save` wrote. Without a saved reference, the one from the start stays."""
+        """Read what `save` wrote. Without a saved reference or critic, the one from the start stays."""
         if self._moving_reference is not None and (folder / _REFERENCE_FOLDER).is_dir():
             self._moving_reference.load(folder / _REFERENCE_FOLDER)
+        if self.critic is not None and not self.critic.load(folder, weights_only=weights_only):
+            _logger.warning("%s has no critic: it starts from --critic-load or the policy's first weights", folder)
         self.policy.load(folder, weights_only=weights_only, with_rng=with_rng)
 
     def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:

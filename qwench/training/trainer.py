@@ -32,7 +32,8 @@ class Scores:
     """Scores of the labels of micro-batches, without gradient."""
 
     log_probs: list[Tensor]
-    """[T] float32 for each micro-batch, on the CPU. Positions outside `loss_mask` are not computed and read 0."""
+    """[T] float32 for each micro-batch, on the CPU: of a critic, values. Positions outside `loss_mask` are not computed and
+    read 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -77,7 +77,8 @@ ARCHITECTURE = {flag.name for flag in TABLE.values() if flag.section == "archite
 def test_the_list_names_every_flag_once():
     assert len(names(REFERENCE_FLAGS)) == len(set(names(REFERENCE_FLAGS))) == 805
     others = [row["flag"] for row in rows("field") if row not in FIELD_ROWS]
-    assert others == ["--no-offload-train", "--no-offload-rollout", "--config"]
+    of_files = ["--megatron-config-path", "--critic-config-path"]
+    assert sorted(others) == sorted(["--no-offload-train", "--no-offload-rollout", "--config", *of_files])
 
 
 FULFILLED_BY = {
@@ -100,9 +101,9 @@ def test_a_flag_that_scripts_must_not_use_is_accepted_at_chosen_values_alone():
     assert [name for name in accepted if FOREIGN_FLAGS[name].values == ANY] == ["mtp-loss-scaling-factor"]
 
 
-def test_every_estimator_of_slime_is_a_method_but_for_the_one_with_a_critic():
+def test_every_estimator_of_slime_is_a_method():
     [row] = [row for row in REFERENCE_FLAGS if row["flag"] == "--advantage-estimator"]
-    assert set(row["choices"].split(",")) - set(estimator_names()) == {"ppo"}
+    assert set(row["choices"].split(",")) <= set(estimator_names())
 
 
 @pytest.mark.parametrize("row", FIELD_ROWS, ids=names(FIELD_ROWS))

@@ -26,3 +26,8 @@ async def sample_with_another_bit(sample: Sample, context: GenerateContext) -> S
     sample = await generate_single_turn(sample, context)
     sample.rollout_log_probs[0] -= math.ulp(sample.rollout_log_probs[0]) * 2**29
     return sample
+
+
+def large_label(sample: Sample) -> float:
+    """Return 1 where the prompt asks for a number above 4, also after a wrong answer: a critic can know it."""
+    return float(int(sample.prompt.label or "0") > 4)

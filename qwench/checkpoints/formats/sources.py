@@ -39,7 +39,19 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 NUM_STEPS = "num_steps"
 
 
-class WeightSource(Protocol):
+class TensorReader(Protocol):
+    """Parameters of a model by name."""
+
+    def read(self, name: str) -> Tensor:
+        """Read one parameter to the host, contiguous.
+
+        Raises:
+            CheckpointError: the files are damaged.
+        """
+        ...
+
+
+class WeightSource(TensorReader, Protocol):
     """All parameters of a model."""
 
     @property
@@ -50,14 +62,6 @@ class WeightSource(Protocol):
     @property
     def bundles(self) -> Sequence[tuple[str, ...]]:
         """The names of `specs`, in their order, in bundles. A thread that reads a bundle in order reads each file once."""
-        ...
-
-    def read(self, name: str) -> Tensor:
-        """Read one parameter to the host, contiguous.
-
-        Raises:
-            CheckpointError: the files are damaged.
-        """
         ...
 
 

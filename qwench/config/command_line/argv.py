@@ -80,6 +80,19 @@ def split_words(
 
 def read_yaml(config_flag: Occurrence) -> list[Occurrence]:
     """Read the flags of `--config FILE.yaml`, a mapping of flag names to values."""
+    path, content = read_mapping(config_flag)
+    return [
+        Occurrence(name=str(key).replace("_", "-"), values=yaml_words(value), origin=str(path))
+        for key, value in content.items()
+    ]
+
+
+def read_mapping(config_flag: Occurrence) -> tuple[Path, dict[Any, Any]]:  # Any: YAML
+    """Return the file that a flag names, and the mapping in it.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
     flag = f"--{config_flag.name}"
     if len(config_flag.values) != 1:
         raise ConfigError(f"{flag} expects one YAML file, got {' '.join(config_flag.values) or 'none'}")
@@ -92,10 +105,7 @@ def read_yaml(config_flag: Occurrence) -> list[Occurrence]:
         raise ConfigError(f"{flag}: {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{flag}: {path} must map flag names to values, like `lr: 1e-6`")
-    return [
-        Occurrence(name=str(key).replace("_", "-"), values=yaml_words(value), origin=str(path))
-        for key, value in content.items()
-    ]
+    return path, content
 
 
 def custom_settings(occurrences: Sequence[Occurrence], table: Mapping[str, Flag]) -> list[Occurrence]:

@@ -14,8 +14,10 @@ from qwench.config.checks import check_eval, check_serve, check_sft, check_train
 from qwench.config.command_line.argv import Given, Occurrence, custom_settings, sort_flags, split_words
 from qwench.config.command_line.flags import Flag, flag_name, flag_table
 from qwench.config.command_line.help import first_sentence, help_text, is_help
+from qwench.config.command_line.role_flags import with_roles
 from qwench.config.config import Config
 from qwench.config.engine_choice import look_at_machine, with_engine
+from qwench.config.method_checks import check_methods
 from qwench.config.rules import check_rules
 from qwench.config.sections.verbs import ServeConfig
 from qwench.errors import ConfigError
@@ -87,6 +89,8 @@ def parse_flags(
         sys.exit(0)
     base = [Occurrence(name=name, values=values) for name, values in (defaults or {}).items()]
     occurrences = [*base, *split_words(words, prog=prog, table=table)]
+    if "critic-lr" in table:
+        occurrences = with_roles(occurrences)
     given = sort_flags([*occurrences, *custom_settings(occurrences, table)], table, prog=prog)
     _check_required(given, table, prog=prog)
     config = _fill(config_type, given)
@@ -94,6 +98,7 @@ def parse_flags(
         return config
     chosen = with_engine(config, names_size="rollout-num-gpus-per-engine" in given.flags, machine=look_at_machine())
     check_rules(chosen)
+    check_methods(chosen)
     return cast(ConfigT, chosen)
 
 

@@ -208,13 +208,9 @@ REFUSED: tuple[ForeignFlag, ...] = (
 )
 
 PLANNED: tuple[ForeignFlag, ...] = (
-    *planned(
-        "PPO with a critic",
-        """
-        critic-load critic-save critic-lr critic-lr-warmup-iters critic-num-nodes critic-num-gpus-per-node
-        num-critic-only-steps=0 value-clip=0.2 lambd=1 megatron-config-path critic-config-path critic-train-only
-        """,
-    ),
+    *planned("a critic on ranks of its own; it trains on the policy's ranks", "critic-num-nodes critic-num-gpus-per-node"),
+    *planned("a place of its own for the critic; each checkpoint of --save holds it in its folder critic", "critic-save"),
+    *planned("a run that trains the critic alone; --num-critic-only-steps counts such rollouts", "critic-train-only"),
     *planned(
         "on-policy distillation",
         """

@@ -30,7 +30,7 @@ class AlgorithmConfig:
     """The method and its constants."""
 
     advantage_estimator: str = "grpo"
-    """RL method: grpo, gspo, cispo, rloo, dr_grpo, sapo, gmpo, gpg, clip_cov, kl_cov, dppo_tv, dppo_kl, maxrl, passk,
+    """RL method: grpo, gspo, cispo, rloo, dr_grpo, sapo, gmpo, gpg, clip_cov, kl_cov, dppo_tv, dppo_kl, maxrl, passk, ppo,
     reinforce_plus_plus or reinforce_plus_plus_baseline. It computes advantages from rewards and chooses the policy loss."""
     loss_type: LossType = "policy_loss"
     """policy_loss trains by RL; sft_loss trains on conversations (qwench sft sets it)."""
@@ -62,7 +62,7 @@ class AlgorithmConfig:
     kl_cov_coef: float = 1.0
     """Weight of the KL penalty of kl_cov."""
     kl_coef: float = 0.0
-    """Weight of the KL to the reference inside the advantages. For the two REINFORCE++ methods; the others use
+    """Weight of the KL to the reference inside the advantages. For ppo and the two REINFORCE++ methods; the others use
     --kl-loss-coef."""
     use_kl_loss: bool = False
     """Add the KL to the reference to the loss with weight --kl-loss-coef. Loads the reference even at weight 0, for metrics."""
@@ -85,7 +85,11 @@ class AlgorithmConfig:
     normalize_advantages: bool = False
     """Whiten advantages over all tokens of the rollout. The two REINFORCE++ methods require it."""
     gamma: float = 1.0
-    """Discount per token, 0 < gamma <= 1 (reinforce_plus_plus)."""
+    """Discount per token, 0 < gamma <= 1 (reinforce_plus_plus, ppo)."""
+    lambd: float = 1.0
+    """Decay of GAE's sum over later tokens, 0 <= lambd <= 1 (ppo)."""
+    value_clip: float = 0.2
+    """Distance from its old value at which the loss clips a value (ppo)."""
     use_tis: bool = False
     """Correct the loss for the gap between engine and trainer log-probs by truncated importance sampling."""
     tis_mode: TisMode = "truncate"
@@ -134,6 +138,7 @@ class AlgorithmConfig:
             ("--rs-veto-threshold", self.rs_veto_threshold),
             ("--ref-update-interval", self.ref_update_interval),
             ("--dr-grpo-length", self.dr_grpo_length),
+            ("--value-clip", self.value_clip),
             ("--sapo-tau-pos", self.sapo_tau_pos),
             ("--sapo-tau-neg", self.sapo_tau_neg),
         ):
@@ -143,6 +148,7 @@ class AlgorithmConfig:
             ("--kl-loss-coef", self.kl_loss_coef),
             ("--tis-clip-low", self.tis_clip_low),
             ("--kl-cov-coef", self.kl_cov_coef),
+            ("--lambd", self.lambd),
         ):
             check_not_negative(flag, coefficient)
         for flag, share in (
@@ -159,6 +165,8 @@ class AlgorithmConfig:
             ("--clip-cov-ub", self.clip_cov_ub),
         ):
             check_finite(flag, number)
+        if self.lambd > 1:
+            raise ConfigError(f"--lambd must be at most 1, got {self.lambd}")
         self._check_fine_tuning()
         self._check_options()
         self._check_clipping()
@@ -273,6 +281,11 @@ class AlgorithmConfig:
             raise ConfigError(
                 f"--disable-compute-advantages-and-returns is for --loss-type sft_loss; {self.loss_type} needs advantages"
             )
+
+    @property
+    def has_critic(self) -> bool:
+        """Tell whether the method trains a critic."""
+        return METHODS[method_name(self.loss_type, self.advantage_estimator)].critic
 
     @property
     def needs_reference(self) -> bool:

@@ -22,8 +22,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PretrainedConfig, PreTrainedModel
 
-from qwench.checkpoints.formats.sources import WeightSource, find_checkpoint, find_format, open_weights
+from qwench.checkpoints.formats.sources import TensorReader, WeightSource, find_checkpoint, find_format, open_weights
 from qwench.checkpoints.formats.torch_dist import CONFIG_FILE
+from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, load_model, model_of
 from qwench.training.fsdp.optimizer import MasterOptimizer
 from qwench.training.resuming import load_in_place, open_saved_optimizer, save_tensors, saved_without_optimizer
@@ -85,19 +86,18 @@ def load_causal_lm(folder: Path, config: PretrainedConfig) -> tuple[PreTrainedMo
 
 
 @torch.no_grad()
-def fill_shards(weights: Mapping[str, Tensor], source: WeightSource) -> None:
+def fill_shards(weights: Mapping[str, Tensor], source: TensorReader) -> None:
     """Read this rank's part of every weight; local, one whole tensor at a time."""
     _fill(weights, source)
 
 
-def load_converted(folder: Path, optimizer: MasterOptimizer, config: PretrainedConfig, *, weights_only: bool) -> None:
+def load_converted(folder: Path, optimizer: MasterOptimizer, model: Architecture, *, weights_only: bool) -> None:
     """Read masters and, unless told otherwise, moments and step count of a checkpoint of any format; local.
 
     Raises:
         CheckpointError: files are missing or damaged.
         ConfigError: it is of another model.
     """
-    model = architecture_of(config)
     weights = open_weights(folder, model)
     state = None if weights_only else open_saved_optimizer(folder, model)
     masters = optimizer.masters()
@@ -109,7 +109,7 @@ def load_converted(folder: Path, optimizer: MasterOptimizer, config: PretrainedC
             _fill(optimizer.moments(), source, suffix=f".{moment}")
 
 
-def _fill(tensors: Mapping[str, Tensor], source: WeightSource, *, suffix: str = "") -> None:
+def _fill(tensors: Mapping[str, Tensor], source: TensorReader, *, suffix: str = "") -> None:
     """Copy this rank's part of every tensor whose name ends in `suffix`."""
     for name, tensor in tensors.items():
         if not name.endswith(suffix):

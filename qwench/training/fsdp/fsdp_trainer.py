@@ -21,8 +21,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from qwench.algorithms.columns import LossFunction, MicroBatch, TokenLoss
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.training import TrainingConfig
+from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, load_hf_config
 from qwench.models.memory import WHOLE_GRADIENT_BYTES
+from qwench.training.critic import NewHead
 from qwench.training.fsdp import checkpoint
 from qwench.training.fsdp.attention import install_attention
 from qwench.training.fsdp.checkpoint import fill_shards, is_foreign, load_causal_lm, load_converted
@@ -30,7 +32,7 @@ from qwench.training.fsdp.direct import DirectPolicy, can_be_direct
 from qwench.training.fsdp.gathered import GatheredPolicy
 from qwench.training.fsdp.optimizer import MasterOptimizer, local_shard
 from qwench.training.fsdp.parallelize import MASTER_DTYPE, build_mesh, parallelize
-from qwench.training.fsdp.policy import Policy
+from qwench.training.fsdp.policy import Policy, ValuePolicy, put_value_head
 from qwench.training.offload import HostCopy
 from qwench.training.resuming import load_rng, save_rng
 from qwench.training.trainer import BackendTrainer, ParallelRank, Scores, Sums
@@ -46,6 +48,7 @@ class FsdpTrainer(BackendTrainer):
         self,
         policy: Policy | DirectPolicy,
         optimizer: MasterOptimizer,
+        architecture: Architecture,
         *,
         device: torch.device,
         mesh: DeviceMesh,
@@ -57,6 +60,7 @@ class FsdpTrainer(BackendTrainer):
         parallel = ParallelRank(dp_rank=rank, dp_size=size, num_ranks=size, is_main=rank == 0)
         super().__init__(optimizer, parallel=parallel, device=device, dp_group=dist.group.WORLD)
         self._policy = policy
+        self._architecture = architecture
         self._param_dtype = param_dtype
         self._weights = policy.named_weights()
         whole_bytes = sum(weight.numel() for weight in self._weights.values()) * MASTER_DTYPE.itemsize
@@ -77,6 +81,7 @@ class FsdpTrainer(BackendTrainer):
         dp_replicate: int = 1,
         hf_config: PretrainedConfig | None = None,
         whole_gradient_bytes: int = WHOLE_GRADIENT_BYTES,
+        critic: bool = False,
     ) -> FsdpTrainer:
         """Load a checkpoint of any format and shard it over all ranks (after `init_process_group`); collective.
 
@@ -85,6 +90,7 @@ class FsdpTrainer(BackendTrainer):
             total_steps: Optimizer steps of the run, over which the learning rate decays.
             param_dtype: Dtype of the forward, the backward and the publication. hf_config: Of the model; None: config.json in
                 `model_folder`.
+            critic: Put a new value head in the place of the model's head.
 
         Raises:
             ConfigError: the attention or the layout does not fit the model, device or ranks.
@@ -95,9 +101,11 @@ class FsdpTrainer(BackendTrainer):
         mesh = build_mesh(device, dp_replicate=dp_replicate)
         # In the checkpoint's own dtype: it is cast as shards on the device.
         model, source = load_causal_lm(model_folder, hf_config or load_hf_config(model_folder))
+        architecture = put_value_head(model) if critic else architecture_of(model.config)
         install_attention(model, attention, device=device, dtype=param_dtype)
         policy = _place(
             model,
+            architecture,
             mesh,
             training,
             attention=attention,
@@ -107,11 +115,12 @@ class FsdpTrainer(BackendTrainer):
         )
         weights = policy.named_weights()
         if source is not None:
-            fill_shards(weights, source)
+            fill_shards(weights, NewHead(source, architecture) if critic else source)
         masters = MasterOptimizer(weights, policy.gradients, optimizer, total_steps=total_steps)
         return cls(
             policy,
             masters,
+            architecture,
             device=device,
             mesh=mesh,
             param_dtype=param_dtype,
@@ -196,7 +205,7 @@ class FsdpTrainer(BackendTrainer):
         """
         self._assert_awake()
         if is_foreign(folder):
-            load_converted(folder, self._optimizer, self._policy.causal_lm.config, weights_only=weights_only)
+            load_converted(folder, self._optimizer, self._architecture, weights_only=weights_only)
         else:
             checkpoint.load_masters(folder, self._optimizer)
             if not weights_only:
@@ -222,6 +231,7 @@ class FsdpTrainer(BackendTrainer):
 
 def _place(
     model: PreTrainedModel,
+    architecture: Architecture,
     mesh: DeviceMesh,
     training: TrainingConfig,
     *,
@@ -232,10 +242,9 @@ def _place(
 ) -> Policy | DirectPolicy:
     """Put the model on its ranks: a `DirectPolicy` where one rank has it alone and the decoder has every part, else FSDP2.
 
-    With --whole-weights, several ranks have a `GatheredPolicy`.
+    A critic is always under FSDP2. With --whole-weights, several ranks have a `GatheredPolicy`.
     """
-    architecture = architecture_of(model.config)
-    if mesh.size() > 1 and training.whole_weights:
+    if mesh.size() > 1 and training.whole_weights and not architecture.value_head:
         return GatheredPolicy(
             model,
             architecture,
@@ -247,7 +256,7 @@ def _place(
             head_chunk_tokens=training.head_chunk_tokens,
             recomputes_layers=training.recomputes_layers,
         )
-    if mesh.size() == 1 and can_be_direct(architecture, attention):
+    if mesh.size() == 1 and can_be_direct(architecture, attention) and not architecture.value_head:
         return DirectPolicy(
             model,
             architecture,
@@ -259,7 +268,8 @@ def _place(
             recomputes_layers=training.recomputes_layers,
             invariant=training.batch_invariant and device.type == "cpu",
         )
-    policy = Policy(model, attention=attention, head_chunk_tokens=training.head_chunk_tokens)
+    kind = ValuePolicy if architecture.value_head else Policy
+    policy = kind(model, attention=attention, head_chunk_tokens=training.head_chunk_tokens)
     parallelize(
         policy,
         mesh,

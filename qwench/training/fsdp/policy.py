@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from qwench.algorithms.columns import MicroBatch, on_device
 from qwench.algorithms.log_probs import token_log_probs
+from qwench.models.architecture import Architecture
+from qwench.models.hf import architecture_of
 from qwench.training.fsdp.attention import packed_inputs
 from qwench.training.fsdp.gradients import ShardedGradients
 
@@ -80,8 +82,7 @@ class Policy(nn.Module):
         Args:
             micro_batch: On the host; what is needed is moved from here, so that no index waits for the device.
         """
-        weight = self.head.weight
-        device = weight.device
+        device = self.head.weight.device
         hidden = self.causal_lm.base_model(
             input_ids=on_device(micro_batch.tokens, device)[None],
             position_ids=on_device(micro_batch.positions, device)[None],
@@ -91,14 +92,38 @@ class Policy(nn.Module):
         trained = micro_batch.loss_mask.nonzero().squeeze(-1)
         labels = on_device(micro_batch.labels[trained], device)
         trained = on_device(trained, device)
-        log_probs, entropy = token_log_probs(
-            hidden.index_select(0, trained),
-            weight,
+        log_probs, entropy = self._score(hidden.index_select(0, trained), labels, temperature, with_entropy)
+        nowhere = torch.zeros(micro_batch.num_tokens, dtype=torch.float32, device=device)
+        entropy = nowhere.index_copy(0, trained, entropy) if entropy is not None else None
+        return nowhere.index_copy(0, trained, log_probs), entropy
+
+    def _score(self, hidden: Tensor, labels: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        """Return log-probs [n] and, on request, entropy [n] of hidden states [n, D]."""
+        return token_log_probs(
+            hidden,
+            self.head.weight,
             labels,
             temperature=temperature,
             chunk_tokens=self._head_chunk_tokens,
             with_entropy=with_entropy,
         )
-        nowhere = torch.zeros(micro_batch.num_tokens, dtype=torch.float32, device=device)
-        entropy = nowhere.index_copy(0, trained, entropy) if entropy is not None else None
-        return nowhere.index_copy(0, trained, log_probs), entropy
+
+
+class ValuePolicy(Policy):
+    """A critic: the decoder with a head of one row. Its forward returns values; temperature and labels do not matter."""
+
+    def _score(self, hidden: Tensor, labels: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the values [n] float32 of hidden states [n, D]."""
+        return hidden.float() @ self.head.weight[0].float(), None
+
+
+def put_value_head(causal_lm: PreTrainedModel) -> Architecture:
+    """Replace the head of a language model by a value head of zeros, and return what it is then.
+
+    The new head shares no weight with the embedding.
+    """
+    architecture = architecture_of(causal_lm.config).as_critic()
+    head = nn.Linear(architecture.hidden_size, 1, bias=False, dtype=next(causal_lm.parameters()).dtype)
+    nn.init.zeros_(head.weight)
+    causal_lm.set_output_embeddings(head)
+    return architecture

@@ -21,17 +21,17 @@ def join_groups(layout: ParallelLayout, *, timeout_s: float = 1800.0) -> Paralle
         timeout_s: Of a collective in these groups.
     """
     assert dist.is_initialized(), "init_process_group comes first"
-    assert not parallel_state.model_parallel_is_initialized(), "leave_groups comes first"
     assert dist.get_world_size() % layout.model_ranks == 0, "check_layout comes first"
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        context_parallel_size=layout.cp,
-        distributed_timeout_minutes=math.ceil(timeout_s / 60),
-        create_gloo_process_groups=False,
-    )
-    # megatron-core asks for random states, though nothing is drawn from them: there is no dropout.
-    model_parallel_cuda_manual_seed(0, force_reset_rng=True)
+    if not parallel_state.model_parallel_is_initialized():  # a critic uses the groups of the policy
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            context_parallel_size=layout.cp,
+            distributed_timeout_minutes=math.ceil(timeout_s / 60),
+            create_gloo_process_groups=False,
+        )
+        # megatron-core asks for random states, though nothing is drawn from them: there is no dropout.
+        model_parallel_cuda_manual_seed(0, force_reset_rng=True)
     return ParallelRank(
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),

@@ -26,6 +26,7 @@ from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, load_hf_config
+from qwench.training.critic import NewHead
 from qwench.training.megatron import checkpoint, pipeline
 from qwench.training.megatron.groups import join_groups
 from qwench.training.megatron.model import (
@@ -92,6 +93,7 @@ class MegatronTrainer(BackendTrainer):
         device: torch.device,
         architecture: Architecture | None = None,
         collective_timeout_s: float = 1800.0,
+        critic: bool = False,
     ) -> MegatronTrainer:
         """Divide the ranks (after `init_process_group`) and load a checkpoint of any format; collective.
 
@@ -100,6 +102,7 @@ class MegatronTrainer(BackendTrainer):
             total_steps: Optimizer steps of the run, over which the learning rate decays.
             param_dtype: Dtype of weights, activations and the publication. architecture: Of the model; None: that of
                 config.json in `model_folder`.
+            critic: Put a new value head in the place of the model's head.
 
         Raises:
             ConfigError: megatron-core is missing, or the layout does not fit the model or the ranks.
@@ -113,11 +116,12 @@ class MegatronTrainer(BackendTrainer):
         check_layout(layout, config, world_size=dist.get_world_size())
         source = open_weights(model_folder, config)
         parallel = join_groups(layout, timeout_s=collective_timeout_s)
-        model = build_model(config, layout, training, device, param_dtype=param_dtype)
-        load_weights(model, source, config, layout)
+        built = config.as_critic() if critic else config
+        model = build_model(built, layout, training, device, param_dtype=param_dtype)
+        load_weights(model, NewHead(source, built) if critic else source, built, layout)
         return cls(
             model,
-            config,
+            built,
             layout=layout,
             parallel=parallel,
             device=device,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from qwench.algorithms.columns import MicroBatch
-from qwench.checkpoints.formats.sources import WeightSource
+from qwench.checkpoints.formats.sources import TensorReader
 from qwench.config.layout import ParallelLayout
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
@@ -37,7 +37,7 @@ class TokenScores:
     """Scores of a micro-batch on the last stage; the same on all tensor- and context-parallel ranks."""
 
     log_probs: Tensor
-    """[T] float32, 0 where loss_mask is false."""
+    """[T] float32, 0 where loss_mask is false; of a critic, values."""
     entropy: Tensor | None
     """[T] float32, 0 where loss_mask is false; None unless asked for."""
 
@@ -65,6 +65,8 @@ class PolicyModel(GPTModel):
             share_embeddings_and_output_weights=architecture.tied_head,
             position_embedding_type="none",  # CoreAttention rotates
         )
+        if architecture.value_head and self.post_process:
+            self.output_layer = nn.Linear(config.hidden_size, 1, bias=False, dtype=config.params_dtype)
         self._architecture = architecture
         self._layout = layout
         self._head_chunk_tokens = training.head_chunk_tokens
@@ -102,6 +104,8 @@ class PolicyModel(GPTModel):
         self, hidden: Tensor, micro_batch: MicroBatch, split: SequenceSplit, *, temperature: float, with_entropy: bool
     ) -> TokenScores:
         """Score the trained positions among this rank's tokens, then collect all ranks' scores."""
+        if self._architecture.value_head:
+            return self._values(hidden, micro_batch, split)
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         else:
@@ -129,6 +133,15 @@ class PolicyModel(GPTModel):
             log_probs=_spread(log_probs, trained, len(hidden), merged),
             entropy=None if entropy is None else _spread(entropy, trained, len(hidden), merged),
         )
+
+    def _values(self, hidden: Tensor, micro_batch: MicroBatch, split: SequenceSplit) -> TokenScores:
+        """Return a critic's values; every tensor-parallel rank computes all of them, with the whole gradient."""
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        trained = (split.real & micro_batch.loss_mask[split.source]).nonzero().squeeze(-1).to(hidden.device, non_blocking=True)
+        values = hidden[:, 0].index_select(0, trained).float() @ self.output_layer.weight[0].float()
+        merged = split.merged.to(hidden.device, non_blocking=True)
+        return TokenScores(log_probs=_spread(values, trained, len(hidden), merged), entropy=None)
 
     def _head_weight(self) -> Tensor:
         """Return [V/tp, D]; of tied models that of the embedding, or on a later stage its copy."""
@@ -232,11 +245,13 @@ def tied_head(model: PolicyModel, architecture: Architecture) -> list[tuple[Weig
     if not (model.post_process and not model.pre_process and model.share_embeddings_and_output_weights):
         return []
     embedding = next(rule for rule in rules(architecture) if rule.kind == "vocab")
-    return [(embedding, model.output_layer.weight)]
+    weight = model.output_layer.weight
+    assert isinstance(weight, nn.Parameter)
+    return [(embedding, weight)]
 
 
 @torch.no_grad()
-def load_weights(model: PolicyModel, source: WeightSource, architecture: Architecture, layout: ParallelLayout) -> None:
+def load_weights(model: PolicyModel, source: TensorReader, architecture: Architecture, layout: ParallelLayout) -> None:
     """Copy this rank's share of a checkpoint into the stage, in its dtype; every rank reads for itself.
 
     Raises:

@@ -7,6 +7,7 @@ from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.asynchronous import AsyncConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.cluster import ClusterConfig
+from qwench.config.sections.critic import CriticConfig
 from qwench.config.sections.data import DataConfig
 from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.engine import EngineConfig
@@ -109,7 +110,11 @@ REFUSED = [
         {"advantage_estimator": "dr_grpo", "calculate_per_token_loss": True},
         "--calculate-per-token-loss has no effect with --advantage-estimator dr_grpo, which divides by --dr-grpo-length",
     ),
-    (AlgorithmConfig, {"advantage_estimator": "ppo"}, "--advantage-estimator ppo is not supported"),
+    (AlgorithmConfig, {"lambd": 0.9}, "--lambd (0.9) has no effect with --advantage-estimator grpo; ppo read it"),
+    (AlgorithmConfig, {"advantage_estimator": "ppo", "lambd": 1.5}, "--lambd must be at most 1, got 1.5"),
+    (AlgorithmConfig, {"advantage_estimator": "ppo", "value_clip": 0.0}, "--value-clip must be greater than 0"),
+    (CriticConfig, {"critic_lr": 0.0}, "--critic-lr must be greater than 0"),
+    (CriticConfig, {"num_critic_only_steps": -1}, "--num-critic-only-steps must not be negative"),
     (AlgorithmConfig, {"advantage_estimator": "reinforce_plus_plus"}, "--advantage-estimator reinforce_plus_plus requires"),
     (AlgorithmConfig, {"disable_compute_advantages_and_returns": True}, "--disable-compute-advantages-and-returns is for"),
     (OptimizerConfig, {"lr": 0.0}, "--lr must be greater than 0"),
@@ -270,6 +275,8 @@ INERT_IN_FINE_TUNING = {
     "disable_grpo_std_normalization": True,
     "normalize_advantages": True,
     "gamma": 0.9,
+    "lambd": 0.9,
+    "value_clip": 0.3,
     "use_tis": True,
     "tis_mode": "icepop",
     "tis_clip": 3.0,

@@ -36,9 +36,9 @@ def test_shorthands_and_aliases_stand_for_flags_that_exist():
 @pytest.mark.parametrize(
     ("name", "spelled", "values", "accepted"),
     [
-        ("value-clip", "value-clip", ("0.20",), True),
-        ("value-clip", "value-clip", ("0.3",), False),
-        ("value-clip", "value-clip", (), False),
+        ("opd-kl-coef", "opd-kl-coef", ("1.00",), True),
+        ("opd-kl-coef", "opd-kl-coef", ("0.3",), False),
+        ("opd-kl-coef", "opd-kl-coef", (), False),
         ("bf16", "bf16", (), True),
         ("bf16", "no-bf16", (), False),
         ("fp16", "no-fp16", (), True),

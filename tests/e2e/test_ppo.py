@@ -1,0 +1,79 @@
+"""PPO's critic learns beside the policy, is saved with it, and a resumed run goes on with both."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from statistics import mean
+
+from pytest import approx
+
+from tests.e2e.conftest import DIGITS, Workspace, column, read_metrics
+from tests.fakes import cuda_stand_in
+from tests.forked import Forked
+from tests.verbs import run_verb, run_verb_without_cuda
+
+PPO = {
+    **DIGITS,
+    "advantage_estimator": "ppo",
+    "normalize_advantages": (),
+    "lambd": 0.95,
+    "critic_lr": 2e-3,
+    "rollout_batch_size": 16,
+    "n_samples_per_prompt": 4,
+    "global_batch_size": 8,
+}
+STEPS = 8
+
+
+def test_the_value_loss_falls_and_the_explained_variance_rises(workspace: Workspace, tmp_path: Path) -> None:
+    flags = {**PPO, "custom_rm_path": "tests.e2e.rewards.large_label", "lambd": 1.0, "save_interval": None}
+    run_verb(workspace.train_argv(tmp_path, **flags, num_rollout=10, num_critic_only_steps=9))
+    losses, explained = column(tmp_path, "train/value_loss"), column(tmp_path, "rollout/explained_variance")
+    assert len(losses) == 10 * STEPS
+    assert explained[0] == 0.0  # a new value head says 0 of everything
+    assert mean(losses[-STEPS:]) < 0.7 * mean(losses[:STEPS])
+    assert explained[-1] > 0.05 > max(explained[:5])
+    # Nine rollouts teach the critic alone: the policy has taken no step before the last.
+    assert len(column(tmp_path, "train/loss")) == STEPS
+    names = set().union(*read_metrics(tmp_path))
+    assert {"rollout/values", "rollout/returns", "train/value_clipfrac", "train/critic_grad_norm", "train/critic_lr"} <= names
+
+
+def test_a_resumed_run_goes_on_with_policy_and_critic(workspace: Workspace, tmp_path: Path) -> None:
+    flags = {**PPO, "rollout_batch_size": 4, "kl_coef": 0.05}
+    run_verb(workspace.train_argv(tmp_path / "whole", **flags, num_rollout=3))
+    run_verb(workspace.train_argv(tmp_path / "parts", **flags, num_rollout=2))
+    assert (tmp_path / "parts" / "iter_0000002" / "critic").is_dir()
+    run_verb(workspace.train_argv(tmp_path / "parts", **flags, num_rollout=3, load=tmp_path / "parts"))
+    for name in ("train/value_loss", "train/loss", "rollout/values", "rollout/explained_variance"):
+        assert column(tmp_path / "parts", name) == column(tmp_path / "whole", name)
+
+
+def test_a_saved_critic_is_one_to_start_from(workspace: Workspace, tmp_path: Path) -> None:
+    flags = {**PPO, "rollout_batch_size": 4, "num_rollout": 1}
+    run_verb(workspace.train_argv(tmp_path / "first", **flags))
+    assert column(tmp_path / "first", "rollout/values") == [0.0]
+    run_verb(workspace.train_argv(tmp_path / "second", **flags, critic_load=tmp_path / "first"))
+    assert column(tmp_path / "second", "rollout/values") != [0.0]
+
+
+LAYOUTS = {
+    "fsdp": {},
+    "tensor parallel": {"train_backend": "megatron", "tensor_model_parallel_size": 2, "sequence_parallel": ()},
+    "pipeline": {"train_backend": "megatron", "pipeline_model_parallel_size": 2},
+}
+
+
+def test_ranks_and_backends_train_the_same_critic(workspace: Workspace, tmp_path: Path) -> None:
+    flags = {**PPO, "rollout_batch_size": 4, "num_rollout": 1, "deterministic_mode": None}
+    run_verb(workspace.train_argv(tmp_path / "one", **flags))
+    for name, layout in LAYOUTS.items():
+        folder = tmp_path / name
+        argv = workspace.train_argv(folder, **flags, actor_num_gpus_per_node=2, **layout)
+        environ = cuda_stand_in.environment(os.environ)
+        ended = Forked(tmp_path / f"{name}.log", run_verb_without_cuda, argv, environ=environ).end()
+        assert ended.returncode == 0, ended
+        for metric in ("train/value_loss", "rollout/returns", "train/critic_grad_norm"):
+            expected = [approx(value, rel=2e-3, abs=1e-6) for value in column(tmp_path / "one", metric)]
+            assert column(folder, metric) == expected, (name, metric)
