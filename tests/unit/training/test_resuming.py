@@ -102,3 +102,21 @@ def test_weights_without_an_optimizer_name_the_flag_to_start_fresh(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="was saved without its optimizer; pass --no-load-optim"):
         open_saved_optimizer(tmp_path, QWEN3_4B)
+
+
+@pytest.mark.parametrize(("num_devices", "is_set"), [(2, True), (1, False)])
+def test_generators_of_devices_are_set_where_as_many_are_there(tmp_path, monkeypatch, num_devices, is_set):
+    states, taken = [torch.tensor([1, 2], dtype=torch.uint8), torch.tensor([3], dtype=torch.uint8)], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", taken.extend)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_devices)
+    save_rng(tmp_path)
+    load_rng(tmp_path)
+    assert [state.tolist() for state in taken] == ([[1, 2], [3]] if is_set else [])
+
+
+def test_generators_of_a_machine_without_devices_hold_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    save_rng(tmp_path)
+    assert torch.load(tmp_path / "rng.pt", weights_only=True)["cuda"] == []
