@@ -100,10 +100,10 @@ def test_a_script_passes_its_dry_run(script: Path, stage: Path, world: dict[str,
     ("more", "words"),
     [
         (("--hf-checkpoint", "{MODEL_DIR}/Qwen3-8B"), "--hidden-size"),
-        (("--rotary-base", "5000000"), "--rotary-base"),
+        (("--norm-epsilon", "1e-5"), "--norm-epsilon"),
         (("--tensor-model-parallel-size", "16", "--actor-num-nodes", "2"), "--tensor-model-parallel-size"),
     ],
-    ids=["another model", "rotary base", "layout"],
+    ids=["another model", "norm", "layout"],
 )
 def test_a_dry_run_finds_what_does_not_fit_the_model(
     more: tuple[str, ...], words: str, stage: Path, world: dict[str, str], capsys: pytest.CaptureFixture[str]
