@@ -162,9 +162,14 @@ class RemoteLearner:
         *,
         console: Console,
         timeouts: TimeoutConfig = TimeoutConfig(),  # noqa: B008 - frozen
+        unit: str = "rollout",
     ) -> None:
-        """Build the learner of every rank."""
-        self._group = group
+        """Build the learner of every rank.
+
+        Args:
+            unit: what messages call a rollout; in fine-tuning it is a batch.
+        """
+        self._group, self._unit = group, unit
         self._console = console
         self._timeout_s = timeouts.train_timeout
         self.state = RemoteState(group, checkpoint_timeout_s=timeouts.checkpoint_timeout)
@@ -174,7 +179,7 @@ class RemoteLearner:
     def learn(self, rollout: Rollout) -> Learned:
         """See `Learner.learn`; the metrics are the main rank's, with the time of its phases."""
         with self._console.phase("train"):
-            label = f"learn from rollout {rollout.rollout_id}"
+            label = f"learn from {self._unit} {rollout.rollout_id}"
             learned: Learned = self._group.call("learn", rollout, label=label, timeout_s=self._timeout_s)[0]
             return learned
 

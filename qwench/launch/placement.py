@@ -218,7 +218,8 @@ def start_learner(inputs: Inputs, processes: Processes, timer: PhaseTimer, start
     group = WorkerGroup(ranks)
     started.callback(group.close)
     build: Callable[[PhaseTimer], Learner] = partial(build_rank, inputs.config, inputs.plan)
-    return RemoteLearner(group, build, console=inputs.console, timeouts=inputs.config.timeouts)
+    unit = "batch" if inputs.plan.fine_tunes else "rollout"
+    return RemoteLearner(group, build, console=inputs.console, timeouts=inputs.config.timeouts, unit=unit)
 
 
 def build_rank(config: Config, plan: RunPlan, timer: PhaseTimer) -> Learner:
