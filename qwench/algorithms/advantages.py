@@ -172,6 +172,27 @@ def explained_variance(values: Sequence[Tensor], returns: Sequence[Tensor], loss
     return 1 - float((target - value).var(correction=0)) / variance if variance > 0 else 0.0
 
 
+def follow_teacher(
+    advantages: Sequence[Tensor],
+    log_probs: Sequence[Tensor],
+    teacher_log_probs: Sequence[Tensor],
+    loss_mask: Sequence[Tensor],
+    *,
+    coef: float,
+) -> list[Tensor]:
+    """Subtract the reverse KL to a teacher, estimated by each sampled token: A_t - coef (log p_t - log q_t).
+
+    With zero rewards, p sampled and q the teacher, the expected gradient is that of the reverse KL (on-policy distillation,
+    arXiv 2306.13649). Tokens outside of `loss_mask` keep their advantage.
+
+    Args:
+        advantages: B x [R], and so are the other columns.
+        log_probs: of the policy that sampled.
+    """
+    columns = zip(advantages, log_probs, teacher_log_probs, loss_mask, strict=True)
+    return [advantage - coef * (own - teacher).where(mask, 0.0) for advantage, own, teacher, mask in columns]
+
+
 def whiten(advantages: Sequence[Tensor], loss_mask: Sequence[Tensor]) -> list[Tensor]:
     """Shift and scale all advantages of a rollout to mean 0 and variance 1 over the trained tokens.
 

@@ -41,6 +41,8 @@ class RolloutBatch:
     """B x [R] float32 of the policy before this rollout's first step."""
     ref_log_probs: list[Tensor] | None = None
     """B x [R] float32 of the reference."""
+    teacher_log_probs: list[Tensor] | None = None
+    """B x [R] float32 of the teacher (--use-opd)."""
     advantages: list[Tensor] | None = None
     """B x [R] float32."""
     loss_weights: list[Tensor] | None = None

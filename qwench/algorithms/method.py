@@ -49,8 +49,13 @@ class Method(ABC):
             Method.by_name[name] = cls
             cls.facts = METHODS[name]
 
-    def __init__(self, section: AlgorithmConfig) -> None:
-        self.section = section
+    def __init__(self, section: AlgorithmConfig, *, opd_kl_coef: float | None = None) -> None:
+        """Keep the flags.
+
+        Args:
+            opd_kl_coef: weight of the reverse KL to the teacher. None: there is no teacher.
+        """
+        self.section, self.opd_kl_coef = section, opd_kl_coef
 
     @abstractmethod
     def needs(self, *, num_steps: int) -> Needs:

@@ -15,6 +15,7 @@ from qwench.checkpoints.formats.iterations import POINTER, Iterations
 from qwench.checkpoints.formats.sources import find_checkpoint, find_format, is_checkpoint, open_weights
 from qwench.checkpoints.manifest import META, read_manifest
 from qwench.config.sections.checkpoint import CheckpointConfig
+from qwench.config.sections.distillation import DistillationConfig
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import LOCK, TEMPORARY_SUFFIX, FolderLock, fill_rollout_id, write_atomically
 from qwench.models.architecture import Architecture
@@ -120,6 +121,18 @@ def starting_weights(config: CheckpointConfig) -> Path | None:
     if config.ref_load is None:
         return None
     return find_checkpoint(config.ref_load, step=config.ref_ckpt_step, flag="--ref-load")
+
+
+def teacher_weights(config: DistillationConfig) -> Path:
+    """Return the checkpoint of --opd-teacher-load.
+
+    Raises:
+        ConfigError: it holds no checkpoint, or not the one of --opd-teacher-ckpt-step.
+    """
+    assert config.opd_teacher_load is not None, "--use-opd requires --opd-teacher-load"
+    if not config.opd_teacher_load.is_dir():
+        raise ConfigError(f"--opd-teacher-load: there is no folder {config.opd_teacher_load}")
+    return find_checkpoint(config.opd_teacher_load, step=config.opd_teacher_ckpt_step, flag="--opd-teacher-load")
 
 
 def check_weights(config: CheckpointConfig, model: Architecture, hf_checkpoint: Path | None = None) -> None:

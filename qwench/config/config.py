@@ -14,6 +14,7 @@ from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.critic import CriticConfig
 from qwench.config.sections.data import DataConfig
 from qwench.config.sections.debug import DebugConfig
+from qwench.config.sections.distillation import DistillationConfig
 from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.logging import LoggingConfig
@@ -41,6 +42,7 @@ class Config:
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -110,6 +110,7 @@ class RunPlan:
     max_staleness: int
     """Weight versions that a trained token may be older than the weights that learn from it; 0: in turn."""
     holds_reference: bool
+    holds_teacher: bool
     holds_critic: bool
     num_critic_only: int
     """First rollouts in which only the critic learns."""
@@ -179,6 +180,7 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
         schedule=Schedule(rollout=config.rollout, evaluation=config.evaluation, checkpoint=config.checkpoint),
         max_staleness=_max_staleness(config),
         holds_reference=holds_reference,
+        holds_teacher=devices.trains and config.distillation.opd_type == "megatron",
         holds_critic=devices.trains and config.algorithm.has_critic,
         num_critic_only=config.critic.num_critic_only_steps,
         replays=config.algorithm.loss_type != "sft_loss" and config.debug.load_debug_rollout_data is not None,
@@ -285,19 +287,22 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
         moments=sum(_MOMENT_BYTES[dtype] for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype)),
         offloaded=optimizer.offloaded_share,
     )
+    frozen = holds_reference + config.distillation.use_opd
     if config.backend == "fsdp":
         num_shards = dp_size // config.parallel.dp_replicate
         whole = config.training.whole_weights
-        return fsdp_bytes(model, state, num_shards=num_shards, computes_whole=whole, holds_reference=holds_reference)
-    return megatron_bytes(
-        model,
-        state,
-        tp=layout.tp,
-        pp=layout.pp,
-        num_replicas=dp_size * layout.cp,
-        holds_reference=holds_reference,
-        stage_layers=layout.most_layers(model.num_layers),
-    )
+        held = fsdp_bytes(model, state, num_shards=num_shards, computes_whole=whole, holds_reference=frozen > 0)
+    else:
+        held = megatron_bytes(
+            model,
+            state,
+            tp=layout.tp,
+            pp=layout.pp,
+            num_replicas=dp_size * layout.cp,
+            holds_reference=frozen > 0,
+            stage_layers=layout.most_layers(model.num_layers),
+        )
+    return replace(held, host_reference=held.host_reference * frozen)
 
 
 def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
@@ -313,6 +318,8 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
         yield f"engines: {config.engine.kind} ({config.engine.engine_reason or 'the default'}), {_engines(devices)}"
     if devices.trains:
         yield f"reference model: {'held' if plan.holds_reference else 'not needed'}"
+        if plan.holds_teacher:
+            yield "teacher: frozen weights on the host, which score on the policy's ranks"
         if plan.holds_critic:
             yield "critic: on the ranks of the policy, in turn with it; the one that rests takes as many bytes of the host"
         yield (

@@ -12,7 +12,8 @@ from importlib.util import find_spec
 
 import torch
 
-from qwench.checkpoints.folders import check_load_folder, check_save_folder, check_weights
+from qwench.checkpoints.folders import check_load_folder, check_save_folder, check_weights, teacher_weights
+from qwench.checkpoints.formats.sources import open_weights
 from qwench.cluster.bundles import plan_bundles
 from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sglang_flags import unknown_sglang_flag
@@ -65,6 +66,8 @@ def check_ready(
     # A dry run needs only config.json: its weights may not be there yet.
     looks = has_weights(inputs.model_folder) or not inputs.config.debug.dry_run
     check_weights(inputs.config.checkpoint, inputs.plan.model, inputs.model_folder if looks else None)
+    if inputs.plan.holds_teacher:
+        open_weights(teacher_weights(inputs.config.distillation), inputs.plan.model)
 
 
 def check_engines(inputs: Inputs, *, elsewhere: bool = False) -> None:

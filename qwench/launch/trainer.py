@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from qwench.algorithms.methods import build_method
-from qwench.checkpoints.folders import starting_weights
+from qwench.checkpoints.folders import starting_weights, teacher_weights
 from qwench.checkpoints.formats.sources import find_checkpoint
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.foreign.args import make_args
@@ -33,13 +33,14 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
     algorithm = config.algorithm
     if algorithm.advantage_estimator == "dr_grpo" and algorithm.dr_grpo_length is None:
         algorithm = replace(algorithm, dr_grpo_length=config.rollout.rollout_max_response_len)
-    method = build_method(algorithm)
-    policy = build_trainer(inputs)
+    distillation = config.distillation
+    method = build_method(algorithm, opd_kl_coef=distillation.opd_kl_coef if distillation.use_opd else None)
+    policy, teacher = _build_with_teacher(inputs) if inputs.plan.holds_teacher else (build_trainer(inputs), None)
     reference = Reference(policy) if inputs.plan.holds_reference else None
     critic = _build_critic(inputs, policy) if inputs.plan.holds_critic else None
     moves = config.algorithm.ref_update_interval is not None
     return Learner(
-        TrainingState(policy, reference, reference_moves=moves, critic=critic),
+        TrainingState(policy, reference, reference_moves=moves, critic=critic, teacher=teacher),
         method,
         plan=inputs.plan,
         temperature=config.rollout.rollout_temperature,
@@ -59,6 +60,14 @@ def build_trainer(inputs: Inputs) -> Trainer:
         CheckpointError: the checkpoint that training starts from is damaged.
     """
     return _build(inputs, starting_weights(inputs.config.checkpoint), inputs.config.optimizer)
+
+
+def _build_with_teacher(inputs: Inputs) -> tuple[Trainer, Reference]:
+    """Load the teacher, copy its weights to the host, and load the policy in its place; collective."""
+    policy = _build(inputs, teacher_weights(inputs.config.distillation), inputs.config.optimizer)
+    teacher = Reference(policy)
+    policy.load(starting_weights(inputs.config.checkpoint) or inputs.model_folder, weights_only=True)
+    return policy, teacher
 
 
 def _build_critic(inputs: Inputs, policy: Trainer) -> Critic:

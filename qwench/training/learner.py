@@ -90,7 +90,8 @@ class Learner:
             equal_bits: the trainer's log-probs must be the engine's, bit by bit.
         """
         self.state = state
-        self.policy, self.reference, self.critic = state.policy, state.reference, state.critic
+        self.policy, self.critic = state.policy, state.critic
+        self.reference, self.teacher = state.reference, state.teacher
         self.method = method
         self._unit = "rollout" if method.facts.policy_gradient else "batch"
         self._global_batch_size = plan.batch.global_batch_size
@@ -244,6 +245,11 @@ class Learner:
             with measured, self._console.phase("reference log-probs"):
                 scored = self._log_probs(self.reference, batch, temperature=self._temperature)
             batch = batch.with_columns(ref_log_probs=scored)
+        if self.teacher is not None:
+            measured = self._meter.phase("teacher_log_probs", batch.lengths, num_scored=num_scored, passes=FORWARD)
+            with measured, self._console.phase("teacher log-probs"):
+                scored = self._log_probs(self.teacher, batch, temperature=self._temperature)
+            batch = batch.with_columns(teacher_log_probs=scored)
         if needs.old_log_probs or self._equal_bits:
             measured = self._meter.phase("log_probs", batch.lengths, num_scored=num_scored, passes=FORWARD)
             with measured, self._console.phase("log-probs"):

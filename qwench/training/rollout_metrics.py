@@ -40,6 +40,8 @@ def rollout_metrics(samples: Sequence[Sample], batch: RolloutBatch) -> dict[str,
         "rollout/rollout_log_probs": batch.rollout_log_probs,
         "rollout/log_probs": batch.old_log_probs,
         "rollout/ref_log_probs": batch.ref_log_probs,
+        "rollout/teacher_log_probs": batch.teacher_log_probs,
+        "rollout/opd_reverse_kl": _reverse_kl(batch),
         "rollout/advantages": batch.advantages,
         "rollout/values": batch.values,
         "rollout/returns": batch.returns,
@@ -59,6 +61,14 @@ def _reward_metrics(samples: Sequence[Sample], batch: RolloutBatch) -> dict[str,
         "rollout/raw_reward": sum(raw_rewards) / len(raw_rewards),
         "rollout/rewards": float(batch.rewards[batch.graded].double().mean()),
     }
+
+
+def _reverse_kl(batch: RolloutBatch) -> list[Tensor] | None:
+    """Return B x [R] how much likelier each token is to the policy than to the teacher, in nats; None: there is no teacher."""
+    own = batch.old_log_probs or batch.rollout_log_probs
+    if batch.teacher_log_probs is None or own is None:
+        return None
+    return [one - teacher for one, teacher in zip(own, batch.teacher_log_probs, strict=True)]
 
 
 def _mean_of_sample_means(column: Sequence[Tensor], loss_mask: Sequence[Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""The models of one rank, policy, reference and critic: save and load them, move them off the device, publish their weights.
+"""The models of one rank: save and load them, move them off the device, publish the policy's weights.
 
 iter_*/            the policy: model, optimizer, schedule, RNG
 iter_*/reference   the reference, when it moves (--ref-update-interval)
@@ -63,11 +63,24 @@ class TrainingState:
     """See the module docstring. All methods but `shared_weights` are collective."""
 
     def __init__(
-        self, policy: Trainer, reference: Reference | None, *, reference_moves: bool, critic: Critic | None = None
+        self,
+        policy: Trainer,
+        reference: Reference | None,
+        *,
+        reference_moves: bool,
+        critic: Critic | None = None,
+        teacher: Reference | None = None,
     ) -> None:
+        """Keep the models.
+
+        Args:
+            reference_moves: it is part of a checkpoint.
+            teacher: never part of a checkpoint.
+        """
         self.policy = policy
         self.reference = reference
         self.critic = critic
+        self.teacher = teacher
         self._moving_reference = reference if reference_moves else None
         self._link = BroadcastLink()
 

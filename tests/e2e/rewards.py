@@ -11,6 +11,11 @@ def digit_share(sample: Sample) -> float:
     return sum(character in "0123456789" for character in sample.response) / max(1, len(sample.response))
 
 
+def nothing(sample: Sample) -> float:
+    """Give every response the same reward."""
+    return 0.0
+
+
 def not_a_number(sample: Sample) -> float:
     """Return no reward."""
     return float("nan")

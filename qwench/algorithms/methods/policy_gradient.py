@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwench.algorithms.advantages import center, compare_in_groups, spread, standardize, whiten
+from qwench.algorithms.advantages import center, compare_in_groups, follow_teacher, spread, standardize, whiten
 from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
 from qwench.algorithms.corrections import (
     bounded_importance,
@@ -48,7 +48,7 @@ class PolicyGradient(Method):
             "--use-rollout-logprobs": section.use_rollout_logprobs,
             "--get-mismatch-metrics": section.get_mismatch_metrics,
         }
-        compares_old = num_steps > 1 or section.kl_coef != 0 or self.always_scores_old
+        compares_old = num_steps > 1 or section.kl_coef != 0 or self.always_scores_old or self.opd_kl_coef is not None
         return Needs(
             old_log_probs=section.get_mismatch_metrics
             or section.tis_batch_normalize
@@ -70,8 +70,16 @@ class PolicyGradient(Method):
 
     def targets(self, batch: RolloutBatch) -> Mapping[str, list[Tensor]]:
         """Return the advantages, whitened where asked for."""
-        advantages = self.advantages(batch)
+        advantages = self.follow_teacher(batch, self.advantages(batch))
         return {"advantages": whiten(advantages, batch.loss_mask) if self.section.normalize_advantages else advantages}
+
+    def follow_teacher(self, batch: RolloutBatch, advantages: list[Tensor]) -> list[Tensor]:
+        """Return the advantages less the reverse KL to the teacher, where there is one."""
+        if self.opd_kl_coef is None:
+            return advantages
+        assert batch.teacher_log_probs is not None, "the teacher scores before the targets"
+        own, teacher = self.old_log_probs(batch), batch.teacher_log_probs
+        return follow_teacher(advantages, own, teacher, batch.loss_mask, coef=self.opd_kl_coef)
 
     def advantages(self, batch: RolloutBatch) -> list[Tensor]:
         """Return B x [R] float32: every token has its sample's reward."""

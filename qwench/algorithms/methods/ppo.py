@@ -34,6 +34,7 @@ class Ppo(PolicyGradient, name="ppo"):
         kl_coef, gamma, lambd = section.kl_coef, section.gamma, section.lambd
         kl = self.token_kl(batch)
         advantages, returns = gae(batch.rewards, batch.values, batch.loss_mask, kl, kl_coef=kl_coef, gamma=gamma, lambd=lambd)
+        advantages = self.follow_teacher(batch, advantages)
         if section.normalize_advantages:
             advantages = whiten(advantages, batch.loss_mask)
         return {"advantages": advantages, "returns": returns}

@@ -38,6 +38,7 @@ REFUSED_VALUES: Mapping[str, Mapping[str, str]] = {
     "loss-mask-type": {"qwen3_5": "qwen3"},
     "optimizer": {"sgd": "adam"},
     "lr-decay-style": {"WSD": "cosine or linear"},
+    "opd-type": {"sglang": "megatron"},
 }
 """Flag -> value of theirs without a counterpart -> what to use instead."""
 

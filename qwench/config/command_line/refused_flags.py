@@ -212,11 +212,8 @@ PLANNED: tuple[ForeignFlag, ...] = (
     *planned("a place of its own for the critic; each checkpoint of --save holds it in its folder critic", "critic-save"),
     *planned("a run that trains the critic alone; --num-critic-only-steps counts such rollouts", "critic-train-only"),
     *planned(
-        "on-policy distillation",
-        """
-        use-opd opd-type opd-kl-coef=1 opd-teacher-load opd-teacher-ckpt-step opd-log-prob-top-k=0 opd-top-k-strategy
-        opd-reward-weight-mode opd-teacher-urls opd-teacher-key
-        """,
+        "a teacher on servers; --opd-type megatron scores with a teacher in the trainer",
+        "opd-log-prob-top-k=0 opd-top-k-strategy opd-reward-weight-mode opd-teacher-urls opd-teacher-key",
     ),
     *planned(
         "LoRA",

@@ -171,7 +171,7 @@ _FAMILIES: tuple[tuple[str, str], ...] = (
     ),
     (r"vllm", _ENGINE),
     (r"deepspeed|zero-?[123]", ADVICE["deepspeed"]),
-    (r"critic|value-model|vf-coef", "there is no critic; every method works without one"),
+    (r"critic|value-model|vf-coef", "--advantage-estimator ppo trains a critic; see --critic-lr and --critic-load"),
     (r"image|video|audio|vision", "Qwench trains text models"),
 )
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from qwench.algorithms.advantages import (
     center,
     compare_in_groups,
+    follow_teacher,
     reinforce_plus_plus,
     reinforce_plus_plus_baseline,
     spread,
@@ -131,6 +132,16 @@ def test_whitened_advantages_equal_the_formula_over_trained_tokens():
     scale = 1 / math.sqrt(7 / 3 + 1e-8)
     got = torch.cat(whiten(advantages, mask)).tolist()
     assert got == pytest.approx([(value - 7 / 3) * scale for value in (1.0, 2.0, 100.0, 4.0)], rel=1e-6)
+
+
+def test_a_token_is_worth_less_by_what_it_is_likelier_to_the_policy_than_to_the_teacher():
+    advantages = [torch.tensor([1.0, 1.0, 1.0]), torch.tensor([-2.0])]
+    own = [torch.tensor([-1.0, -3.0, -0.5]), torch.tensor([-4.0])]
+    teacher = [torch.tensor([-2.0, -1.0, -9.0]), torch.tensor([-4.5])]
+    mask = [torch.tensor([True, True, False]), torch.tensor([True])]
+    followed = follow_teacher(advantages, own, teacher, mask, coef=0.5)
+    # 1 - 0.5 (-1 + 2), 1 - 0.5 (-3 + 1), a token that is not trained on; -2 - 0.5 (-4 + 4.5)
+    assert [column.tolist() for column in followed] == [[0.5, 2.0, 1.0], [-2.25]]
 
 
 def test_equal_advantages_whiten_to_zero_and_a_single_token_stays():

@@ -10,6 +10,7 @@ from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.critic import CriticConfig
 from qwench.config.sections.data import DataConfig
 from qwench.config.sections.debug import DebugConfig
+from qwench.config.sections.distillation import DistillationConfig
 from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.logging import LoggingConfig
@@ -34,6 +35,10 @@ REFUSED = [
     (RolloutConfig, {"mask_offpolicy_in_partial_rollout": True}, "--mask-offpolicy-in-partial-rollout has no effect"),
     (RolloutConfig, {"custom_generate_function_path": "generate"}, "--custom-generate-function-path must be the import path"),
     (RolloutConfig, {"buffer_filter_path": "my/module.py"}, "--buffer-filter-path must be the import path"),
+    (DistillationConfig, {"opd_kl_coef": 0.5}, "--opd-kl-coef has no effect without --use-opd; add it"),
+    (DistillationConfig, {"opd_type": "megatron"}, "--opd-type has no effect without --use-opd; add it"),
+    (DistillationConfig, {"use_opd": True}, "--use-opd needs a teacher; give --opd-type and --opd-teacher-load"),
+    (DistillationConfig, {"use_opd": True, "opd_type": "megatron"}, "--use-opd needs a teacher; give --opd-teacher-load"),
     (AsyncConfig, {"max_weight_staleness": 1}, "--max-weight-staleness has no effect without --fully-async; add it"),
     (AsyncConfig, {"async_unused_samples_handler": "retry"}, "--async-unused-samples-handler has no effect without --fully"),
     (AsyncConfig, {"fully_async": True, "max_weight_staleness": -1}, "--max-weight-staleness must not be negative"),

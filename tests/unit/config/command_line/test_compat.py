@@ -36,9 +36,9 @@ def test_shorthands_and_aliases_stand_for_flags_that_exist():
 @pytest.mark.parametrize(
     ("name", "spelled", "values", "accepted"),
     [
-        ("opd-kl-coef", "opd-kl-coef", ("1.00",), True),
-        ("opd-kl-coef", "opd-kl-coef", ("0.3",), False),
-        ("opd-kl-coef", "opd-kl-coef", (), False),
+        ("opd-log-prob-top-k", "opd-log-prob-top-k", ("0",), True),
+        ("opd-log-prob-top-k", "opd-log-prob-top-k", ("3",), False),
+        ("opd-log-prob-top-k", "opd-log-prob-top-k", (), False),
         ("bf16", "bf16", (), True),
         ("bf16", "no-bf16", (), False),
         ("fp16", "no-fp16", (), True),
@@ -50,8 +50,6 @@ def test_shorthands_and_aliases_stand_for_flags_that_exist():
         ("model-name", "model-name", ("Qwen3-4B",), True),
         ("model-name", "model-name", ("llama",), False),
         ("no-rope-fusion", "no-rope-fusion", (), True),
-        ("use-opd", "use-opd", ("false",), True),
-        ("use-opd", "use-opd", (), False),
         ("lora-rank", "lora-rank", ("0",), True),
         ("data-source-path", "data-source-path", ("slime.rollout.data_source.RolloutDataSourceWithBuffer",), True),
         ("data-source-path", "data-source-path", ("mine.Source",), False),

@@ -1,0 +1,62 @@
+"""A teacher in the trainer scores what the policy samples, and the policy comes nearer to it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from pytest import approx
+
+from tests.e2e.conftest import DIGITS, Workspace, column
+from tests.fakes import cuda_stand_in
+from tests.forked import Forked
+from tests.verbs import run_verb, run_verb_without_cuda
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make another model of the same architecture."""
+    folder = tmp_path_factory.mktemp("teacher") / "model"
+    run_verb(["make-model", "--size", "tiny", "--output", str(folder), "--seed", "5"])
+    return folder
+
+
+def opd(teacher: Path, **flags: object) -> dict[str, object]:
+    return {**DIGITS, "custom_rm_path": "tests.e2e.rewards.nothing", "use_opd": (), "opd_type": "megatron",
+            "opd_teacher_load": teacher, **flags}  # fmt: skip
+
+
+def test_the_teachers_scores_are_those_of_its_own_run_and_the_policy_comes_nearer(
+    workspace: Workspace, teacher: Path, tmp_path: Path
+) -> None:
+    recorded = str(tmp_path / "{rollout_id}.jsonl")
+    flags = opd(teacher, num_rollout=10, lr=3e-3, rollout_batch_size=8, save_debug_rollout_data=recorded)
+    run_verb(workspace.train_argv(tmp_path / "student", **flags))
+    scored = column(tmp_path / "student", "rollout/teacher_log_probs")
+    replay = {**DIGITS, "hf_checkpoint": teacher, "load_debug_rollout_data": recorded, "num_rollout": 1}
+    run_verb(workspace.train_argv(tmp_path / "teacher", **replay, rollout_batch_size=8, get_mismatch_metrics=()))
+    assert column(tmp_path / "teacher", "rollout/log_probs")[0] == approx(scored[0], rel=1e-5)
+    gap = column(tmp_path / "student", "rollout/opd_reverse_kl")
+    student = column(tmp_path / "student", "rollout/log_probs")
+    assert gap == [approx(own - of_teacher, rel=1e-4, abs=1e-6) for own, of_teacher in zip(student, scored, strict=True)]
+    assert sum(gap[-3:]) < 0.8 * sum(gap[:3])
+
+
+def test_a_policy_that_is_its_own_teacher_learns_nothing(workspace: Workspace, tmp_path: Path) -> None:
+    run_verb(workspace.train_argv(tmp_path, **opd(workspace.model, num_rollout=1)))
+    assert column(tmp_path, "rollout/opd_reverse_kl") == [approx(0.0, abs=1e-6)]
+    assert max(abs(value) for value in column(tmp_path, "rollout/advantages")) < 1e-5
+
+
+def test_both_backends_follow_the_same_teacher(workspace: Workspace, teacher: Path, tmp_path: Path) -> None:
+    flags = opd(teacher, num_rollout=1, deterministic_mode=None)
+    run_verb(workspace.train_argv(tmp_path / "one", **flags))
+    layout = {"actor_num_gpus_per_node": 2, "train_backend": "megatron", "tensor_model_parallel_size": 2}
+    argv = workspace.train_argv(tmp_path / "two", **flags, **layout)
+    environ = cuda_stand_in.environment(os.environ)
+    ended = Forked(tmp_path / "log", run_verb_without_cuda, argv, environ=environ).end()
+    assert ended.returncode == 0, ended
+    for metric in ("rollout/teacher_log_probs", "train/grad_norm"):
+        expected = [approx(value, rel=2e-3) for value in column(tmp_path / "one", metric)]
+        assert column(tmp_path / "two", metric) == expected, metric
