@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Protocol
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qwench.algorithms.advantages import whiten
-from qwench.algorithms.columns import LossFunction, RolloutBatch
+from qwench.algorithms.columns import MicroBatch, RolloutBatch
 from qwench.algorithms.method import Method, Needs
 from qwench.algorithms.reduction import staleness_scales
 from qwench.config.plan import RunPlan
@@ -31,7 +32,7 @@ from qwench.training.flop_meter import FlopMeter
 from qwench.training.rollout_metrics import rollout_metrics
 from qwench.training.state import TrainingState
 from qwench.training.steps import MicroBatching, StepPlan, plan_steps
-from qwench.training.trainer import Scorer, StepResult, Sums, Trainer
+from qwench.training.trainer import Scorer, StepResult
 
 _logger = logging.getLogger(__name__)
 
@@ -128,7 +129,23 @@ class Learner:
             start = time.perf_counter()
             weighed = [self._weigh(step) for step in plan.batches(batch)]
             critic_steps = self._train_critic(weighed)
-            steps = self._train_policy(weighed, batch, needs, rollout.rollout_id)
+            steps = list[dict[str, float]]()
+            taught = weighed if rollout.rollout_id >= self._num_critic_only else ()
+            passes, num_scored = FORWARD_AND_BACKWARD, _num_scored(batch)
+            measured = self._meter.phase("actor_train", batch.lengths, num_scored=num_scored, passes=passes)
+            with measured if taught else nullcontext():
+                for k, step in enumerate(taught, 1):
+                    with self._packed(step, f"train {k}/{len(weighed)}") as (micro_batches, after_each):
+                        sums = self.policy.forward_backward(
+                            micro_batches,
+                            self.method.loss,
+                            temperature=self._temperature,
+                            with_entropy=needs.entropy,
+                            after_each=after_each,
+                        )
+                    steps.append(_step_metrics(self.policy.optim_step(sums), step))
+                    if (problem := _why_it_changed_nothing(steps[-1], step)) is not None:
+                        _logger.warning("%s %d, step %d %s", self._unit, rollout.rollout_id, k, problem)
             steps = [one | other for one, other in zip_longest(steps, critic_steps, fillvalue=dict[str, float]())]
             seconds = time.perf_counter() - start
             self._update_reference(rollout.rollout_id)
@@ -137,21 +154,6 @@ class Learner:
             steps[1:] = [_without_gap_to_engine(step) for step in steps[1:]]
         return Learned(metrics=self._metrics(rollout, batch, plan, seconds), steps=steps)
 
-    def _train_policy(
-        self, weighed: Sequence[RolloutBatch], batch: RolloutBatch, needs: Needs, rollout_id: int
-    ) -> list[dict[str, float]]:
-        """Take the policy's steps, and return the metrics of each. While only the critic learns there are none."""
-        steps = list[dict[str, float]]()
-        if rollout_id < self._num_critic_only:
-            return steps
-        with self._meter.phase("actor_train", batch.lengths, num_scored=_num_scored(batch), passes=FORWARD_AND_BACKWARD):
-            for k, step in enumerate(weighed, 1):
-                sums = self._accumulate(self.policy, self.method.loss, step, f"train {k}/{len(weighed)}", needs.entropy)
-                steps.append(_step_metrics(self.policy.optim_step(sums), step))
-                if (problem := _why_it_changed_nothing(steps[-1], step)) is not None:
-                    _logger.warning("%s %d, step %d %s", self._unit, rollout_id, k, problem)
-        return steps
-
     def _train_critic(self, weighed: Sequence[RolloutBatch]) -> list[dict[str, float]]:
         """Take the critic's steps, and return the metrics of each; without a critic there are none."""
         steps = list[dict[str, float]]()
@@ -159,23 +161,25 @@ class Learner:
             return steps
         with self._timer.phase("critic_train"), self.critic.turn() as critic:
             for k, step in enumerate(weighed, 1):
-                sums = self._accumulate(critic, self.method.value_loss, step, f"critic {k}/{len(weighed)}", False)
+                with self._packed(step, f"critic {k}/{len(weighed)}") as (micro_batches, after_each):
+                    sums = critic.forward_backward(
+                        micro_batches,
+                        self.method.value_loss,
+                        temperature=self._temperature,
+                        with_entropy=False,
+                        after_each=after_each,
+                    )
                 result = critic.optim_step(sums)
                 metrics = {**result.metrics, "critic_grad_norm": result.grad_norm, "critic_lr": result.learning_rates[0]}
                 steps.append({f"train/{name}": value for name, value in metrics.items()})
         return steps
 
-    def _accumulate(self, trainer: Trainer, loss: LossFunction, step: RolloutBatch, title: str, with_entropy: bool) -> Sums:
-        """Sum the gradients of a step's micro-batches."""
+    @contextmanager
+    def _packed(self, step: RolloutBatch, title: str) -> Iterator[tuple[Sequence[MicroBatch], Callable[[], None]]]:
+        """Give the micro-batches of a step, and what to call after each of them to show the progress."""
         micro_batches = self._batching.pack(step)
         with self._console.progress(title, total=len(micro_batches)) as progress:
-            return trainer.forward_backward(
-                micro_batches,
-                loss,
-                temperature=self._temperature,
-                with_entropy=with_entropy,
-                after_each=progress.advance,
-            )
+            yield micro_batches, progress.advance
 
     def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
         """Return [R] of each sample under the held weights; 0 where its loss mask is."""

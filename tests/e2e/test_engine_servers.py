@@ -258,7 +258,7 @@ def test_an_engine_that_accepts_and_never_answers_ends_the_run_at_its_deadline(
             tmp_path / "run", rollout_external_engine_addrs=address, rollout_health_check_timeout=1, deterministic_mode=None
         )
         code, error = in_process(argv)
-    assert code == 1, error
+    assert code == 2, error
     assert "--rollout-external-engine-addrs" in error and address in error and "did not end within 1 s" in error
 
 
@@ -268,7 +268,7 @@ def test_an_engine_that_is_not_there_is_named(workspace: Workspace, tmp_path: Pa
     code, error = in_process(
         workspace.train_argv(tmp_path / "run", rollout_external_engine_addrs=address, deterministic_mode=None)
     )
-    assert code == 1 and address in error and "cannot be reached" in error, error
+    assert code == 2 and address in error and "cannot be reached" in error, error
 
 
 def test_a_port_in_use_is_named_before_the_model_is_loaded(workspace: Workspace, in_process: InProcess) -> None:

@@ -76,15 +76,15 @@ def test_killed_run_continues_its_unfinished_groups(workspace: Workspace, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("flags", "sampled_by"),
+    ("flags", "sampled_by", "moments"),
     [
-        ({"rollouts_ahead": 1}, [0, 0, 1, 2]),
-        ({"fully_async": (), "max_weight_staleness": 2}, [0, 0, 0, 1]),
+        ({"rollouts_ahead": 1}, [0, 0, 1, 2], ("generation", "saved")),
+        ({"fully_async": (), "max_weight_staleness": 2}, [0, 0, 0, 1], ("training", "saved")),
     ],
     ids=["ahead", "asynchronous"],
 )
 def test_killed_run_ahead_of_itself_continues_with_the_rollout_that_was_in_flight(
-    flags: dict[str, object], sampled_by: list[int], workspace: Workspace, tmp_path: Path
+    flags: dict[str, object], sampled_by: list[int], moments: tuple[str, ...], workspace: Workspace, tmp_path: Path
 ) -> None:
     def job_ahead(save: Path) -> list[str]:
         return workspace.train_argv(save, **DIGITS, **flags, num_rollout=4)
@@ -92,7 +92,7 @@ def test_killed_run_ahead_of_itself_continues_with_the_rollout_that_was_in_fligh
     whole = tmp_path / "whole"
     run_verb(job_ahead(whole))
     assert column(whole, "rollout/weight_version/max") == sampled_by
-    for moment in ("generation", "saved"):
+    for moment in moments:
         save = tmp_path / moment
         kill(moment, job_ahead(save), tmp_path / f"{moment}_output")
         resume(job_ahead(save), tmp_path / f"{moment}_output")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,10 +69,21 @@ def test_without_a_data_file_the_data_begins_and_it_is_said(slime: Path) -> None
     assert any("data begins with the first row" in line for line in run.notices())
 
 
+class Command:
+    """An object that runs a command when it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (self.command,)
+
+
 def test_a_data_file_that_would_run_code_is_refused(slime: Path) -> None:
-    torch.save({"sample_offset": Path("x")}, slime / "rollout" / "global_dataset_state_dict_7.pt")
+    torch.save({"sample_offset": Command(f"touch {slime}/ran")}, slime / "rollout" / "global_dataset_state_dict_7.pt")
     with pytest.raises(ConfigError, match=r"global_dataset_state_dict_7\.pt cannot be read"):
         read(slime)
+    assert not (slime / "ran").exists()
     torch.save({"sample_offset": -1}, slime / "rollout" / "global_dataset_state_dict_7.pt")
     with pytest.raises(ConfigError, match="holds no position in data"):
         read(slime)
