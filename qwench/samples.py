@@ -148,6 +148,8 @@ class Group:
 
     group_id: int
     samples: list[Sample]
+    begun_under: int | None = None
+    """Weight version under which it began, where that matters: an engine may name a later one for its tokens."""
 
     @property
     def rewards(self) -> list[float]:
@@ -157,12 +159,14 @@ class Group:
 
     def to_record(self) -> dict[str, Json]:
         """Return a JSON-compatible copy that `from_record` reads back equal."""
-        return {"group_id": self.group_id, "samples": [sample.to_record() for sample in self.samples]}
+        begun = {} if self.begun_under is None else {"begun_under": self.begun_under}
+        return {"group_id": self.group_id, "samples": [sample.to_record() for sample in self.samples], **begun}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Json]) -> Group:
         """Read a group written by `to_record`."""
-        return cls(group_id=record["group_id"], samples=[Sample.from_record(sample) for sample in record["samples"]])
+        samples = [Sample.from_record(sample) for sample in record["samples"]]
+        return cls(group_id=record["group_id"], samples=samples, begun_under=record.get("begun_under"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

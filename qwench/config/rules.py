@@ -186,6 +186,8 @@ def an_export_replaces_nothing_else(config: Config) -> str | None:
     for flag, place in (
         ("--hf-checkpoint", config.model.hf_checkpoint),
         ("--ref-load", checkpoint.ref_load),
+        ("--opd-teacher-load", config.distillation.opd_teacher_load),
+        ("--critic-load", config.critic.critic_load),
         ("--save", checkpoint.save),
         ("--log-dir", config.logging.log_dir),
         ("--save-debug-rollout-data", None if dumps is None else Path(dumps).parent),

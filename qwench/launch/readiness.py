@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 
 import torch
@@ -23,6 +24,7 @@ from qwench.errors import ConfigError
 from qwench.launch.engines import check_external
 from qwench.launch.inputs import Inputs
 from qwench.launch.placement import Launcher, check_turns, choose_launcher, enough_gpus
+from qwench.models.hf import architecture_of, load_hf_config
 from qwench.models.hf_weights import has_weights
 from qwench.observability.tracking import import_tensorboard, import_wandb
 from qwench.rewards.graders import check_installed
@@ -67,7 +69,26 @@ def check_ready(
     looks = has_weights(inputs.model_folder) or not inputs.config.debug.dry_run
     check_weights(inputs.config.checkpoint, inputs.plan.model, inputs.model_folder if looks else None)
     if inputs.plan.holds_teacher:
-        open_weights(teacher_weights(inputs.config.distillation), inputs.plan.model)
+        _check_teacher(inputs)
+
+
+def _check_teacher(inputs: Inputs) -> None:
+    """Check that the teacher's weights mean the same model as the policy's: both are computed as config.json says.
+
+    Raises:
+        ConfigError: there are none, or its config.json says otherwise.
+    """
+    folder = teacher_weights(inputs.config.distillation)
+    open_weights(folder, inputs.plan.model)
+    if not (folder / "config.json").is_file():
+        return
+    own = asdict(inputs.plan.model)
+    differing = [name for name, value in asdict(architecture_of(load_hf_config(folder))).items() if value != own[name]]
+    if differing := [name for name in differing if name not in ("max_position_embeddings", "model_type")]:
+        raise ConfigError(
+            f"--opd-teacher-load: {folder} computes otherwise than the policy ({', '.join(differing)}), and both are computed "
+            "as config.json of --hf-checkpoint says; give a teacher of the policy's architecture."
+        )
 
 
 def check_engines(inputs: Inputs, *, elsewhere: bool = False) -> None:

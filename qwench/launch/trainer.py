@@ -63,8 +63,9 @@ def build_trainer(inputs: Inputs) -> Trainer:
 
 
 def _build_with_teacher(inputs: Inputs) -> tuple[Trainer, Reference]:
-    """Load the teacher, copy its weights to the host, and load the policy in its place; collective."""
-    policy = _build(inputs, teacher_weights(inputs.config.distillation), inputs.config.optimizer)
+    """Load the policy, the teacher's weights in its place to copy them to the host, and the policy's again; collective."""
+    policy = build_trainer(inputs)
+    policy.load(teacher_weights(inputs.config.distillation), weights_only=True)
     teacher = Reference(policy)
     policy.load(starting_weights(inputs.config.checkpoint) or inputs.model_folder, weights_only=True)
     return policy, teacher

@@ -80,6 +80,11 @@ class GroupBuffer:
         return tuple(self._in_flight.values())
 
     @property
+    def has_interrupted(self) -> bool:
+        """Tell whether groups wait that were in flight before."""
+        return bool(self._interrupted)
+
+    @property
     def finished(self) -> Sequence[Rollout]:
         """Return the rollouts that training has not taken yet, in order."""
         return tuple(self._finished.values())

@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Unpack
 
 from qwench.config.sections.asynchronous import AsyncConfig
@@ -113,7 +114,7 @@ class ContinuousStream(GeneratingStream):
     def interrupt(self, next_rollout_id: int) -> None:
         """End generation so that a checkpoint resumes with `next_rollout_id`: the groups in flight are in it."""
         try:
-            if not self._held:
+            if self._tasks or not self._held:
                 label = f"the groups in flight before rollout {next_rollout_id}"
                 self._engines.run(self._at_rest(), label=label, timeout_s=INTERRUPT_GRACE_S)
         except QwenchError as error:
@@ -158,8 +159,11 @@ class ContinuousStream(GeneratingStream):
             counts = {"groups_in_flight": len(self._tasks), "groups_finished": len(self._finished)}
             rollout = rollout.with_metrics({f"rollout/async/{name}": float(count) for name, count in counts.items()})
         self._begin_groups()
+        return rollout
+
+    def _described(self, rollout: Rollout) -> Rollout:
         seconds, self._taken_at = time.monotonic() - self._taken_at, time.monotonic()
-        return await self._describe_finished(rollout, seconds)
+        return self._engines.loop.start(self._describe_finished(rollout, seconds)).result(self._timeout_s)
 
     def _choose(self) -> list[int] | None:
         return self._bound.choose(self._finished, in_order=self._deterministic)
@@ -182,7 +186,7 @@ class ContinuousStream(GeneratingStream):
     def _begin_groups(self) -> None:
         while not self._held and self._may_begin():
             (group,) = self._buffer.next_groups(1)
-            version = oldest_version(group)
+            version = group.begun_under if group.begun_under is not None else oldest_version(group)
             if version is not None and not self._bound.fits(version):
                 _logger.warning("group %d was begun too many versions ago for the bound; it begins again", group.group_id)
                 group, version = begun_anew(group), None
@@ -193,7 +197,7 @@ class ContinuousStream(GeneratingStream):
     def _may_begin(self) -> bool:
         if self._failure is not None or self._bound.room() <= 0:
             return False
-        if self._deterministic:
+        if self._deterministic or self._buffer.has_interrupted:  # what has begun must not miss its deadline
             return True
         capacity = self._section.async_data_buffer_capacity_factor * self._groups_per_rollout
         in_flight_limit = self._max_groups_in_flight
@@ -209,14 +213,28 @@ class ContinuousStream(GeneratingStream):
         """Judge a group that ended, and begin others; an error comes out of the next call of the stream."""
         self._tasks.discard(task)
         try:
-            if not task.cancelled() and not self._held:
+            if self._held:
+                self._keep_while_held(task)
+            elif task.cancelled():
+                raise QwenchError(f"{task.get_name()} was cancelled by the function that generates it; catch what it cancels.")
+            else:
                 self._judge(task.result())
                 self._begin_groups()
         except Exception as error:  # noqa: BLE001 - raised where the main thread waits
             self._failure = self._failure or error
         self._changed.set()
 
+    def _keep_while_held(self, task: asyncio.Task[Group]) -> None:
+        """Keep what a group has for the checkpoint."""
+        if not task.cancelled() and task.exception() is None:
+            self._buffer.update(self._dated(task.result()))
+
+    def _dated(self, group: Group) -> Group:
+        """Return the group with the version under which it began."""
+        return replace(group, begun_under=self._bound.begun_under(group.group_id))
+
     def _judge(self, group: Group) -> None:
+        group = self._dated(group)
         self._buffer.update(group)
         tally, group_id = self._tally, group.group_id
         is_accepted = self._selection.judge(group, tally)
@@ -251,7 +269,7 @@ class ContinuousStream(GeneratingStream):
             self._held = True
             return
         self._held = True
-        interrupted = await self._runner.abort(set(self._tasks))
+        interrupted = [self._dated(group) for group in await self._runner.abort(set(self._tasks))]
         self._bound.drop(group.group_id for group in interrupted)
         self._buffer.put_first(interrupted)
 

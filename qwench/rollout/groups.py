@@ -114,7 +114,11 @@ class GroupRunner:
             scope=self._scope,
         )
         prompt, sample_id, group_id = sample.prompt, sample.sample_id, sample.group_id
-        answer = await self._generate(sample, context)
+        try:
+            answer = await self._generate(sample, context)
+        except asyncio.CancelledError:
+            sample.status = Status.ABORTED  # also between two turns, where its last one is complete
+            raise
         siblings = answer if isinstance(answer, list) else [answer]
         if not siblings:
             raise QwenchError(f"--custom-generate-function-path returned nothing for sample {sample_id}; return it at least.")

@@ -58,6 +58,10 @@ class StalenessBound:
         """Tell whether a group with tokens of `version` can still be trained on in time, besides the live ones."""
         return self._in_time([*self._begun.values(), version], first=self._next_rollout_id)
 
+    def begun_under(self, group_id: int) -> int:
+        """Return the version under which a live group began."""
+        return self._begun[group_id]
+
     def drop(self, group_ids: Iterable[int]) -> None:
         """Forget groups that will not be trained on; others may begin in their place."""
         for group_id in group_ids:

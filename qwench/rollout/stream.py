@@ -93,7 +93,7 @@ class GeneratingStream(ABC):
             self.close()
             raise
         # A signal may end the wait at any moment, not this: until then the buffer has the rollout, afterwards the caller.
-        rollout = self._engines.loop.start(self._hand_over(rollout_id)).result(CONTROL_TIMEOUT_S)
+        rollout = self._described(self._engines.loop.start(self._hand_over(rollout_id)).result(CONTROL_TIMEOUT_S))
         for observe in self._observers:
             observe(rollout)
         self._stop_if_degenerate(rollout)
@@ -119,6 +119,10 @@ class GeneratingStream(ABC):
     @abstractmethod
     async def _hand_over(self, rollout_id: int) -> Rollout:
         """Return a finished rollout, which the buffer then forgets."""
+
+    def _described(self, rollout: Rollout) -> Rollout:
+        """Return a rollout that was handed over with its metrics; here it has them."""
+        return rollout
 
     async def _describe_finished(self, rollout: Rollout, seconds: float) -> Rollout:
         """Return a rollout that took so long with its metrics, unless the user's function has logged them."""
@@ -296,4 +300,4 @@ class SftStream(_StreamWithoutEngines):
 
 async def _all_results(tasks: list[asyncio.Task[None]]) -> None:
     for task in tasks:
-        await task
+        await asyncio.shield(task)  # a signal may end this wait; `interrupt` then decides what becomes of the rollouts

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from pytest import approx
 
-from tests.e2e.conftest import DIGITS, Workspace, column
+from tests.e2e.conftest import DIGITS, InProcess, Workspace, column
 from tests.fakes import cuda_stand_in
 from tests.forked import Forked
 from tests.verbs import run_verb, run_verb_without_cuda
@@ -47,6 +49,17 @@ def test_a_policy_that_is_its_own_teacher_learns_nothing(workspace: Workspace, t
     run_verb(workspace.train_argv(tmp_path, **opd(workspace.model, num_rollout=1)))
     assert column(tmp_path, "rollout/opd_reverse_kl") == [approx(0.0, abs=1e-6)]
     assert max(abs(value) for value in column(tmp_path, "rollout/advantages")) < 1e-5
+
+
+def test_a_teacher_that_computes_otherwise_is_refused(
+    workspace: Workspace, teacher: Path, tmp_path: Path, in_process: InProcess
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    code, errors = in_process([*workspace.train_argv(tmp_path / "run", **opd(other)), "--dry-run"])
+    assert code == 2 and "--opd-teacher-load" in errors and "norm_eps" in errors, errors
 
 
 def test_both_backends_follow_the_same_teacher(workspace: Workspace, teacher: Path, tmp_path: Path) -> None:

@@ -111,7 +111,11 @@ class Dispatcher:
 
     def _may_send(self, request_id: str) -> bool:
         """Tell whether waiting is over: an engine is ready, or none ever will be, or the request was aborted."""
-        if request_id in self._aborted or self._members.any_in(MemberState.READY):
+        if request_id in self._aborted:
+            return True
+        if self._members.are_held:
+            return False
+        if self._members.any_in(MemberState.READY):
             return True
         return not (self._members.any_in(MemberState.LOST) or self._can_republish)
 

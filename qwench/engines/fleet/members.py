@@ -135,6 +135,8 @@ class Members:
         """Of the weights published last. None: nothing was published yet."""
         self.publishing: int | None = None
         """Version on its way to the engines; some may hold it already."""
+        self.are_held = False
+        """No request may be sent: the engines hold, and may be without weights."""
 
     def __iter__(self) -> Iterator[Member]:
         return iter(self._members)
@@ -154,6 +156,11 @@ class Members:
     async def fail(self, error: QwenchError) -> None:
         """Give up the pool: every wait, now or later, raises `error`."""
         self._failure = error
+        await self.notify()
+
+    async def hold(self, held: bool) -> None:
+        """Send no request from now on, or send them again."""
+        self.are_held = held
         await self.notify()
 
     async def notify(self) -> None:

@@ -204,20 +204,21 @@ class EnginePool:
     def holding(self, *, retract: bool) -> Iterator[None]:
         """Hold every engine between two forward passes inside the block; running requests go on afterwards.
 
+        New requests wait for the end of the block: an engine that is receiving weights refuses them.
+
         Args:
             retract: the KV cache of running requests is computed again afterwards.
 
         Raises:
             EngineError: an engine does not answer and is not being restarted.
         """
+        self.run(self._members.hold(True), label="hold requests", timeout_s=CONTROL_TIMEOUT_S)
         try:
-            self._pause(retract=retract)
-        except EngineLostError as error:
-            self._raise_unless_restarting(error)
-            _logger.warning("engines are held again: %s", error)
-            self._pause(retract=retract)
-        yield
-        self.run(self.resume(), label="continue generation", timeout_s=CONTROL_TIMEOUT_S)
+            self._on_all(lambda: self.pause(retract=retract), label="hold generation")
+            yield
+            self._on_all(self.resume, label="continue generation")
+        finally:
+            self.run(self._members.hold(False), label="send requests again", timeout_s=CONTROL_TIMEOUT_S)
 
     def sleep(self, tags: Sequence[MemoryTag]) -> None:
         """Give back the memory of `tags` everywhere.
@@ -308,9 +309,16 @@ class EnginePool:
     def _ask_member(self, member: Member) -> Future[object]:
         return self.loop.start(_give_sign(member))
 
-    def _pause(self, *, retract: bool) -> None:
+    def _on_all(self, call: Callable[[], Coroutine[Any, Any, None]], *, label: str) -> None:
+        """Do something with every engine, again if one of them was lost and is being restarted."""
         self._settle()
-        self.run(self.pause(retract=retract), label="hold generation", timeout_s=CONTROL_TIMEOUT_S)
+        try:
+            self.run(call(), label=label, timeout_s=CONTROL_TIMEOUT_S)
+        except EngineLostError as error:
+            self._raise_unless_restarting(error)
+            _logger.warning("%s, again: %s", label, error)
+            self._settle()
+            self.run(call(), label=label, timeout_s=CONTROL_TIMEOUT_S)
 
     def _put_to_sleep(self) -> None:
         self._settle()
@@ -330,7 +338,7 @@ class EnginePool:
                 raise error
         num_lost = supervisor.num_lost
         self.run(supervisor.examine_all(), label="look for lost engines", timeout_s=CONTROL_TIMEOUT_S)
-        if supervisor.num_lost == num_lost:
+        if supervisor.num_lost == num_lost and not self._members.any_in(MemberState.LOST):
             raise error
 
     def _settle(self) -> None:

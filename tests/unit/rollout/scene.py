@@ -1,5 +1,6 @@
 """Prompts named a, b, c ... and the parts of a rollout around a fake engine."""
 
+import asyncio
 import string
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from qwench.rollout.functions import RolloutFunctions
 from qwench.rollout.groups import GroupRunner
 from qwench.rollout.sampling import Sampling
 from qwench.samples import Group, Prompt, Sample
+from tests.deadlines import patient
 from tests.fakes.console import RecordingConsole
 from tests.fakes.engine import CharTokenizer, FakeEngine
 from tests.fakes.grader import FakeGrader
@@ -86,6 +88,19 @@ def stopped_at_the_last_moment(engines):
 
     def attend(coroutine, **wait):
         engines.run(coroutine, **wait)
+        raise Stopped(15)
+
+    return SimpleNamespace(attend=attend)
+
+
+def stopped_in_the_middle(engines):
+    """Wait for engines, and be interrupted by a signal when what is waited for has just begun."""
+
+    def attend(coroutine, **wait):
+        working = engines.loop.start(coroutine)
+        engines.run(asyncio.sleep(0), label="let it begin", timeout_s=patient(20))
+        working.cancel()
+        engines.run(asyncio.sleep(0), label="let it end", timeout_s=patient(20))
         raise Stopped(15)
 
     return SimpleNamespace(attend=attend)

@@ -21,7 +21,15 @@ from tests.deadlines import patient
 from tests.fakes.console import RecordingConsole
 from tests.fakes.engine import FakeEngine
 from tests.fakes.grader import FakeGrader
-from tests.unit.rollout.scene import group, letters_source, make_runner, prompts_of, stopped_at_the_last_moment, write_ok
+from tests.unit.rollout.scene import (
+    group,
+    letters_source,
+    make_runner,
+    prompts_of,
+    stopped_at_the_last_moment,
+    stopped_in_the_middle,
+    write_ok,
+)
 
 
 class GatedEngine(FakeEngine):
@@ -53,7 +61,7 @@ def open_stream(engine, *, staleness=1, score=right, source=None, deterministic=
     with closing(EnginePool([engine], EventLoopThread())) as engines:
         stream = ContinuousStream(
             engines,
-            make_runner(engine, FakeGrader(score)),
+            make_runner(engines, FakeGrader(score)),
             Selection(functions or RolloutFunctions()),
             GroupBuffer(source or letters_source()),
             StalenessBound(groups_per_rollout=2, max_staleness=staleness, num_rollouts=9),
@@ -114,6 +122,82 @@ def test_an_aborted_request_goes_on_as_a_new_one_with_the_tokens_it_had():
         engine.closed_to.clear()
         assert versions_of(stream.take(1)) == {"a": [0, 1], "d": [0, 0]}
     assert [context for event, context in engine.events if event == "start" and context[0] == "a"] == ["a", "ao"]
+
+
+def test_a_request_during_a_publication_waits_for_its_end():
+    engine = GatedEngine()
+
+    async def two_turns(sample, context):
+        await context.generate(sample, max_new_tokens=1)
+        while sample.prompt.text == "c" and not engine.paused:
+            await asyncio.sleep(0)
+        await context.generate(sample, max_new_tokens=1)
+        return sample
+
+    with open_stream(engine) as stream:
+        stream._runner._generate = two_turns
+        stream.take(0)
+        with stream.publishing(1):
+            stream._engines.run(asyncio.sleep(0.05), label="let c send", timeout_s=patient(20))
+            assert "co" not in [context for event, context in engine.events if event == "start"]
+            engine.version = 1
+        assert versions_of(stream.take(1))["c"] == [0, 1]
+
+
+def test_a_slow_group_goes_on_after_a_checkpoint_though_the_buffer_is_full():
+    engine = GatedEngine("a")
+    with open_stream(engine, staleness=2, async_data_buffer_capacity_factor=1.0) as stream:
+        taken = [prompts_of(stream.take(0).groups)]
+        engine.wait_for("a")
+        publish(stream, engine, 1)
+        taken.append(prompts_of(stream.take(1).groups))
+        stream._engines.run(wait_until(lambda: engine.num_running == 1), label="finish", timeout_s=patient(20))
+        with stream.paused():
+            pass
+        publish(stream, engine, 2)
+        engine.closed_to.clear()
+        rollout = stream.take(2)
+    assert taken == ["bc", "de"]
+    assert versions_of(rollout)["a"] == [0, 2]
+
+
+def test_a_group_keeps_its_deadline_where_the_engine_names_the_last_version_for_all_tokens():
+    engine = GatedEngine("a")
+    with open_stream(engine) as stream:
+        stream.take(0)
+        engine.wait_for("a")
+        stream.interrupt(1)
+        state = stream.state_dict()
+    (a,) = [group for group in state["in_flight"] if group["samples"][0]["response"] == "o"]
+    assert a["begun_under"] == 0
+    a["samples"][0]["weight_versions"] = [1]
+    later = GatedEngine("a")
+    later.version = 1
+    with open_stream(later, state=state) as stream:
+        later.closed_to.clear()
+        assert "a" in versions_of(stream.take(1)), "it may not be trained on later"
+
+
+def test_a_function_that_is_cancelled_ends_the_run():
+    async def give_up(sample, context):
+        raise asyncio.CancelledError
+
+    with open_stream(FakeEngine(write_ok), staleness=0) as stream:
+        stream._runner._generate = give_up
+        with pytest.raises(QwenchError, match="group 0 was cancelled by the function that generates it"):
+            stream.take(0)
+
+
+def test_a_signal_while_groups_come_to_rest_keeps_their_tokens():
+    engine = GatedEngine("a")
+    with open_stream(engine) as stream:
+        stream.take(0)
+        engine.wait_for("a")
+        stream._waiter = stopped_in_the_middle(stream._engines)
+        with pytest.raises(Stopped), stream.paused():
+            pass
+        stream.interrupt(1)
+        assert sorted(group["samples"][0]["response"] for group in stream.state_dict()["in_flight"]) == ["o", "ok"]
 
 
 def test_groups_begin_while_the_trainer_learns():

@@ -25,6 +25,26 @@ def group_of(letters):
     return one
 
 
+def test_a_sample_that_is_cancelled_between_two_turns_is_not_complete():
+    async def turn_and_wait(sample, context):
+        await context.generate(sample)
+        await asyncio.Event().wait()
+
+    async def scenario():
+        one = group("a", size=1)
+        runner = make_runner(FakeEngine(write_ok), FakeGrader(lambda sample: 1.0), generate=turn_and_wait)
+        task = asyncio.create_task(runner.run(one, rollout_id=0))
+        while not one.samples[0].response:
+            await asyncio.sleep(0)
+        assert one.samples[0].status is Status.COMPLETED
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return one.samples[0]
+
+    cut = asyncio.run(scenario())
+    assert (cut.status, cut.response) == (Status.ABORTED, "ok")
+
+
 def test_group_comes_back_generated_and_graded_in_order():
     grader = FakeGrader(lambda sample: float(sample.sample_id))
     (done,) = run_groups(make_runner(FakeEngine(write_ok), grader), group("a", size=3))

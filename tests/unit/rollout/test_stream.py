@@ -27,6 +27,7 @@ from tests.unit.rollout.scene import (
     make_collector,
     prompts_of,
     stopped_at_the_last_moment,
+    stopped_in_the_middle,
     write_ok,
 )
 
@@ -189,6 +190,19 @@ def test_a_signal_that_comes_just_when_a_rollout_is_finished_loses_nothing(ahead
             stream.take(1)
         stream.interrupt(1)
         assert next_prompts(stream.state_dict(), 1) == "cd"
+
+
+def test_a_signal_while_the_trainer_waits_to_publish_leaves_the_rollout_ahead_to_its_weights():
+    engine = FakeEngine(write_ok, ticks=lambda context, request: 300)
+    with open_stream(engine, ahead=1) as stream:
+        stream.take(0)
+        stream._waiter = stopped_in_the_middle(stream._engines)
+        with pytest.raises(Stopped), stream.paused():
+            pass
+        stream.interrupt(1)
+        state = stream.state_dict()
+    assert [rollout["rollout_id"] for rollout in state["finished"]] == [1]
+    assert {v for group in state["finished"][0]["groups"] for s in group["samples"] for v in s["weight_versions"]} == {0}
 
 
 def test_unfinished_groups_travel_in_the_state():
