@@ -115,7 +115,7 @@ IMPORT_PATHS: Mapping[str, str] = {
 
 
 PLANNED_PATHS: Mapping[str, str] = {
-    "rollout.on_policy_distillation.": "on-policy distillation",
+    "rollout.on_policy_distillation.": "a teacher on servers; --use-opd --opd-type megatron scores with one in the trainer",
     "rollout.forge_load.": "another format of recorded rollouts; use --load-debug-rollout-data",
 }
 """First part of the path of a built-in of theirs, without the package -> what of it is not built yet."""

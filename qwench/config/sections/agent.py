@@ -19,18 +19,21 @@ class AgentConfig:
     """Tools and agents that the policy acts through."""
 
     generate_max_turns: int = 16
-    """Turns of the built-in tool loop."""
+    """Largest number of turns of one sample in the built-in tool loop."""
     generate_tool_specs_path: str | None = None
     """Import path of the list of tool schemas that the chat template shows to the policy."""
     generate_tool_call_parser: Literal["qwen25", "qwen", "hermes"] | None = None
     """Form of a tool call. All names, and None, mean one JSON object between <tool_call> and </tool_call>."""
     generate_execute_tool_function_path: str | None = None
-    """Async function fn(name, arguments) that runs a tool and returns its output as text."""
+    """Async function fn(name, arguments) that runs a tool and returns its output as text. Needs
+    --custom-generate-function-path qwench.rollout.tool_loop.generate."""
     custom_agent_function_path: str | None = None
     """Async function fn(base_url=, prompt=, request_kwargs=, metadata=) of an agent. It talks to the policy at base_url,
-    the OpenAI endpoint of the sample. The record that it returns joins the sample's metadata."""
+    the OpenAI endpoint of the sample. The record that it returns joins the sample's metadata. Needs
+    --custom-generate-function-path qwench.rollout.agent_sessions.generate."""
     use_session_server: bool = False
-    """Serve agents; --custom-agent-function-path alone does so too."""
+    """Accepted for scripts of miles: --custom-generate-function-path qwench.rollout.agent_sessions.generate serves agents by
+    itself. Needs that function."""
     session_server_ip: str | None = None
     """Address of this machine that the endpoints of agents listen at. None: 127.0.0.1."""
     session_server_port: tuple[int, ...] = ()

@@ -11,7 +11,7 @@ from qwench.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AsyncConfig:
-    """Fully asynchronous rollouts: the engines never stop, and training takes finished groups."""
+    """Fully asynchronous rollouts: the engines generate across publications, and training takes finished groups."""
 
     fully_async: bool = False
     """Generate while the trainer learns, across publications. Trainer and engines need devices of their own."""
@@ -19,15 +19,15 @@ class AsyncConfig:
     """Versions that a trained token may be older than the weights that learn from it. 0: generate and train in turn. Needs
     --fully-async. None: 1."""
     pause_generation_mode: Literal["retract", "in_place", "abort"] = "retract"
-    """What becomes of running requests in a publication. retract: their KV cache is computed again with the new weights.
-    in_place: they go on with it. abort: they end, and go on as new requests. Without --fully-async none runs then."""
+    """How a publication treats running requests. retract: recompute their KV cache with the new weights. in_place: keep their
+    KV cache. abort: end them and send them again as new requests. No effect without --fully-async."""
     async_max_concurrent_samples: int | None = None
     """Samples in flight at once, over all engines. None: --sglang-server-concurrency times the number of engines."""
     async_data_buffer_capacity_factor: float = 2.0
-    """Finished groups to keep before generation waits, in rollouts."""
+    """Limit on finished groups that wait for training, as a multiple of --rollout-batch-size. No group begins above it. Ignored
+    with --deterministic-mode."""
     async_unused_samples_handler: Literal["drop", "retry"] = "drop"
-    """What becomes of a group that an engine or a function aborted. drop: the next prompt takes its place. retry: it goes
-    on."""
+    """How to treat a group that an engine or a function aborted. drop: use the next prompt. retry: continue the group."""
     rollout_submission_granularity: Literal["sample", "group"] = "sample"
     """What a free slot of --async-max-concurrent-samples takes. sample: the next sample. group: a whole group, once there is
     room for all of its samples."""

@@ -70,7 +70,8 @@ class RolloutConfig:
     update_weights_interval: int = 1
     """Publish weights to the engines every this many rollouts."""
     custom_generate_function_path: str | None = None
-    """Custom async function that generates one sample, for multi-turn or tool use. None: the built-in one."""
+    """Async function that generates one sample. Built-in: qwench.rollout.tool_loop.generate (tool calls) and
+    qwench.rollout.agent_sessions.generate (agents). None: one request a sample."""
     rollout_function_path: str | None = None
     """Custom async function that generates a whole rollout. None: the built-in one."""
     buffer_filter_path: str | None = None
