@@ -115,6 +115,13 @@ class Sample:
         self.rollout_log_probs.extend(log_probs if log_probs is not None else [0.0] * len(token_ids))
         self.weight_versions.extend([version if sampled else -1] * len(token_ids))
 
+    def begin_again(self) -> None:
+        """Drop the response and what was counted of it; the prompt and the metadata stay."""
+        fresh = Sample(prompt=self.prompt, sample_id=self.sample_id, group_id=self.group_id, execution_id=self.execution_id)
+        for one in fields(self):
+            if one.name != "metadata":
+                setattr(self, one.name, getattr(fresh, one.name))
+
     def mask_out(self) -> None:
         """Take the whole response out of the loss; the tokens stay."""
         self.loss_mask = [0] * self.response_length

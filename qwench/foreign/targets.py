@@ -54,10 +54,10 @@ class TargetFunctions:
         """
         if self.after is None:
             return batch
-        data = _view(batch)
         if _takes_args_alone(self.after):
             self.after(self.args())
             return batch
+        data = _view(batch)
         self.after(self.args(), rollout_id, data)
         return batch.with_columns(advantages=_read_advantages(data, batch, AFTER_FLAG))
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import fields
 from typing import NoReturn
 
 from qwench.cluster.child import describe_end
@@ -25,6 +26,8 @@ from qwench.plugins import is_loaded, load_object, place_in_stack
 
 _DONE = "done"
 _OWN = "qwench."
+IMPORT_TIMEOUT_S = 600.0
+"""For the modules of all functions together; some load models."""
 
 
 def check_imports(config: Config) -> None:
@@ -40,10 +43,10 @@ def check_imports(config: Config) -> None:
 
 def _function_paths(config: Config) -> Iterator[tuple[str, str]]:
     """Yield each flag that names a function, with the path of the function."""
-    for section in (config.reward, config.rollout, config.evaluation):
-        for name in section.__dataclass_fields__:
-            value = getattr(section, name) if name.endswith("_path") else None
-            for path in (value,) if isinstance(value, str) else value or ():
+    for section in (getattr(config, item.name) for item in fields(config)):
+        for name in (item.name for item in fields(section) if item.name.endswith("_path")):
+            value = getattr(section, name)
+            for path in (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ():
                 yield f"--{name.replace('_', '-')}", path
 
 
@@ -56,7 +59,9 @@ def _import_in_child(flags: Mapping[str, str]) -> None:
         )  # fmt: skip
         try:
             with waiting(f"import of {', '.join(flags)}"):
-                code = child.wait()
+                code = child.wait(IMPORT_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise ConfigError(f"the modules of {', '.join(flags)} were not imported within {IMPORT_TIMEOUT_S:g} s.") from None
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)  # processes that a module has started

@@ -129,11 +129,12 @@ class AgentRunner:
         self._open, self._close = open_session, close
 
     async def generate(self, sample: Sample, context: GenerateContext) -> Sample:
-        """Run the agent; its record joins the metadata.
+        """Run the agent, from the first message also where the sample was cut off; its record joins the metadata.
 
         Raises:
             QwenchError: the agent never asked the policy, or returned something else than a record.
         """
+        sample.begin_again()
         session = AgentSession(sample, context, max_seq_len=self._section.max_seq_len, template_kwargs=self._template_kwargs)
         sampling, name = context.sampling.whole, uuid4().hex
         wanted = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens}

@@ -91,11 +91,6 @@ class StalenessBound:
         self.drop(chosen)
         self._next_rollout_id += 1
 
-    def late(self, finished: Collection[int]) -> list[int]:
-        """Return the unfinished groups whose deadline is the next rollout."""
-        due = self._next_rollout_id - self._max_staleness
-        return [group_id for group_id, version in self._begun.items() if version <= due and group_id not in finished]
-
     def _in_time(self, versions: Iterable[int], *, first: int) -> bool:
         """Tell whether rollouts from `first` on, the earliest deadlines first, train on all groups begun under `versions`."""
         deadlines = sorted(version + self._max_staleness for version in versions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,19 @@ def test_of_several_modules_the_one_that_ends_it_is_named_by_its_flag(tmp_path: 
     well, ends = module(tmp_path, "well.py", "print('well')"), module(tmp_path, "ends.py", "import os\nos._exit(1)")
     with pytest.raises(ConfigError, match=rf"^--rollout-sample-hook-path '{ends}:score' cannot be imported"):
         check_imports(config(well, well, ends))
+
+
+@pytest.mark.parametrize(("section", "name"), [
+    ("agent", "generate_tool_specs_path"), ("agent", "generate_execute_tool_function_path"),
+    ("agent", "custom_agent_function_path"), ("references", "custom_advantage_function_path"),
+    ("references", "rollout_data_postprocess_path"), ("evaluation", "eval_function_path"),
+])  # fmt: skip
+def test_the_module_of_every_flag_is_tried(section: str, name: str, tmp_path: Path) -> None:
+    path = module(tmp_path, "ends.py", "import os\nos._exit(1)")
+    named = replace(getattr(Config(), section), **{name: f"{path}:score"})
+    flag = name.replace("_", "-")
+    with pytest.raises(ConfigError, match=f"^--{flag} '{path}:score' cannot be imported"):
+        check_imports(replace(Config(), **{section: named}))
 
 
 @pytest.mark.parametrize("code", ["raise ValueError", "import no_such_module", "exit(3)", "def broken(:"])

@@ -9,15 +9,16 @@ from qwench.config.sections.agent import AgentConfig
 from qwench.errors import ConfigError, QwenchError
 from qwench.foreign.gateway import Gateway
 from qwench.rollout.agent_sessions import AgentRunner, load_agent
+from qwench.samples import Status
 from tests.fakes.turns import ScriptedTurns, asked
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>'
 
 
-def play(agent, turns, **flags):
+def play(agent, turns, *, sample=None, **flags):
     """Run an agent on one sample; return the sample and the engine."""
-    engine, sample = ScriptedTurns(turns), asked()
+    engine, sample = ScriptedTurns(turns), sample or asked()
 
     async def run():
         gateway = Gateway(engine, engine.tokenizer, max_tokens=4096, agents_at=("127.0.0.1", 0))
@@ -57,6 +58,15 @@ def test_a_session_keeps_the_sampled_tokens_and_masks_what_the_agent_adds():
     trained = [token for token, mask in zip(made.response_tokens, made.loss_mask, strict=True) if mask]
     assert engine.tokenizer.decode(trained) == f"{CALL}<|im_end|>it is 5<|im_end|>"
     assert made.metadata == {"answer": "it is 5"}
+
+
+def test_an_agent_that_was_cut_off_begins_its_conversation_again():
+    cut = asked()
+    cut.append([5, 6, 7], log_probs=[-1.0, -1.0, -1.0], version=0)
+    cut.status, cut.response = Status.ABORTED, "cut"
+    again, _ = play(two_turns, [CALL, "it is 5"], sample=cut)
+    fresh, _ = play(two_turns, [CALL, "it is 5"])
+    assert again.to_record() == fresh.to_record()
 
 
 async def rewrites(base_url, prompt, request_kwargs, metadata):
