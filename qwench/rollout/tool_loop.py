@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby, takewhile
 
 from transformers import PreTrainedTokenizerBase
 
@@ -61,9 +62,9 @@ class ToolLoop:
         """Write turns until one has no call, or the turns or the budget are used up."""
         if not sample.response_length:
             show_messages(sample, context.tokenizer, tools=self._tools, template_kwargs=self._template_kwargs)
-        for turn_number in range(self._max_turns):
+        for turn_number in range(_num_turns(sample), self._max_turns):
             turn = await context.generate(sample)
-            calls = parse_calls(turn.text)[1] if turn.status is Status.COMPLETED else []
+            calls = parse_calls(_last_turn(sample, context))[1] if turn.status is Status.COMPLETED else []
             if not calls or turn_number + 1 == self._max_turns:
                 break
             outputs = [{"role": "tool", "name": call.name, "content": await self._run(call)} for call in calls]
@@ -75,6 +76,19 @@ class ToolLoop:
         if not isinstance(output, str):
             raise QwenchError(f"--generate-execute-tool-function-path must return text for {call.name}, got {output!r:.200}.")
         return output
+
+
+def _num_turns(sample: Sample) -> int:
+    """Return how many turns of the policy a sample has that outputs of tools follow."""
+    return sum(not sampled for sampled, _ in groupby(sample.loss_mask))
+
+
+def _last_turn(sample: Sample, context: GenerateContext) -> str:
+    """Return the text of the policy's last turn, also the part from before the sample was cut off."""
+    length = len(list(takewhile(bool, reversed(sample.loss_mask))))
+    text = context.tokenizer.decode(sample.response_tokens[-length:], skip_special_tokens=False) if length else ""
+    assert isinstance(text, str), "one list of ids decodes to one text"
+    return text
 
 
 def parse_calls(text: str) -> tuple[str, list[ToolCall]]:

@@ -6,7 +6,7 @@ import pytest
 
 from qwench.config.sections.agent import AGENT, TOOL_LOOP, AgentConfig
 from qwench.errors import ConfigError
-from qwench.rollout.tool_loop import ToolCall, ToolLoop, parse_calls
+from qwench.rollout.tool_loop import ToolCall, ToolLoop, append_messages, parse_calls, show_messages
 from qwench.samples import Status
 from tests.fakes.turns import ScriptedTurns, asked
 
@@ -41,6 +41,43 @@ def test_outputs_of_tools_are_read_and_not_trained_on():
     context = [token for token, mask in zip(made.response_tokens, made.loss_mask, strict=True) if not mask]
     assert engine.tokenizer.decode(context) == between
     assert (made.status, made.prompt.text) == (Status.COMPLETED, first)
+
+
+def test_a_call_that_was_cut_off_in_the_middle_is_run_when_its_turn_goes_on():
+    RAN.clear()
+    engine, sample = ScriptedTurns([CALL, CALL[:20], CALL[20:], "5"]), asked()
+    loop = ToolLoop(tools=TOOLS, execute=add, max_turns=4, template_kwargs=None)
+    context = engine.context()
+    show_messages(sample, engine.tokenizer, tools=TOOLS, template_kwargs=None)
+
+    async def cut_off_then_go_on():
+        await context.generate(sample)
+        append_messages(sample, [{"role": "tool", "content": "5"}], context, tools=TOOLS, template_kwargs=None)
+        half = engine.tokenizer.encode(CALL[:20], add_special_tokens=False)
+        sample.append(half, log_probs=[-1.0] * len(half), version=3)
+        sample.status = Status.ABORTED
+        engine.skip_turn()
+        return await loop.generate(sample, context)
+
+    made = asyncio.run(cut_off_then_go_on())
+    assert RAN == [("add", {"a": 2, "b": 3})]
+    assert made.status is Status.COMPLETED and len(engine.prompts) == 3
+
+
+def test_the_turns_before_a_cut_count():
+    RAN.clear()
+    engine, sample = ScriptedTurns([CALL, CALL]), asked()
+    context = engine.context()
+    show_messages(sample, engine.tokenizer, tools=TOOLS, template_kwargs=None)
+
+    async def cut_off_then_go_on():
+        await context.generate(sample)
+        append_messages(sample, [{"role": "tool", "content": "5"}], context, tools=TOOLS, template_kwargs=None)
+        sample.status = Status.ABORTED
+        return await ToolLoop(tools=TOOLS, execute=add, max_turns=2, template_kwargs=None).generate(sample, context)
+
+    asyncio.run(cut_off_then_go_on())
+    assert RAN == [] and len(engine.prompts) == 2
 
 
 def test_the_last_turn_runs_no_tool():
