@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 from qwench.config.config import Config
@@ -240,6 +241,35 @@ def asynchronous_rollouts_never_end(config: Config) -> str | None:
     return None
 
 
+def a_critic_has_its_method(config: Config) -> str | None:
+    """Only PPO trains a critic, and computes the returns that it learns from."""
+    if config.algorithm.has_critic:
+        if config.references.custom_advantage_function_path is None:
+            return None
+        return (
+            "--custom-advantage-function-path replaces the returns that the critic of --advantage-estimator ppo learns from; "
+            "leave it out, or choose another estimator"
+        )
+    name = config.algorithm.advantage_estimator
+    for item in fields(config.critic):
+        value = getattr(config.critic, item.name)
+        if value != item.default:
+            flag = "--" + item.name.replace("_", "-")
+            return f"{flag} ({value}) has no effect with --advantage-estimator {name}, which has no critic; leave it out"
+    return None
+
+
+def a_teacher_has_advantages_to_change(config: Config) -> str | None:
+    """Distillation subtracts from the advantages of a method."""
+    if not config.distillation.use_opd:
+        return None
+    if config.algorithm.loss_type == "sft_loss":
+        return "--use-opd has no effect with --loss-type sft_loss, which has no advantages; leave it out"
+    if config.references.custom_advantage_function_path is not None:
+        return "--use-opd and --custom-advantage-function-path both set the advantages; leave one of them out"
+    return None
+
+
 RULES: tuple[Callable[[Config], str | None], ...] = (
     dense_only,
     fsdp_is_data_parallel,
@@ -261,6 +291,8 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     sglang_flags_are_known,
     deterministic_engines_are_ours,
     asynchronous_rollouts_never_end,
+    a_critic_has_its_method,
+    a_teacher_has_advantages_to_change,
 )
 
 

@@ -17,7 +17,6 @@ from qwench.config.command_line.help import first_sentence, help_text, is_help
 from qwench.config.command_line.role_flags import with_roles
 from qwench.config.config import Config
 from qwench.config.engine_choice import look_at_machine, with_engine
-from qwench.config.method_checks import check_methods
 from qwench.config.rules import check_rules
 from qwench.config.sections.verbs import ServeConfig
 from qwench.errors import ConfigError
@@ -98,7 +97,6 @@ def parse_flags(
         return config
     chosen = with_engine(config, names_size="rollout-num-gpus-per-engine" in given.flags, machine=look_at_machine())
     check_rules(chosen)
-    check_methods(chosen)
     return cast(ConfigT, chosen)
 
 

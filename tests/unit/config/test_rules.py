@@ -10,11 +10,14 @@ from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.asynchronous import AsyncConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.cluster import ClusterConfig
+from qwench.config.sections.critic import CriticConfig
 from qwench.config.sections.debug import DebugConfig
+from qwench.config.sections.distillation import DistillationConfig
 from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.config.sections.parallel import ParallelConfig
+from qwench.config.sections.references import ReferencesConfig
 from qwench.config.sections.rollout import SFT_ROLLOUT, RolloutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
@@ -203,3 +206,19 @@ def test_flags_of_sglang_pass_by_their_names_and_their_other_names():
         "--disable-radix-cache",
     )
     check_rules(Config(engine=EngineConfig(sglang_args=words)))
+
+
+OPD = DistillationConfig(use_opd=True, opd_type="megatron", opd_teacher_load=Path("teacher"))
+OWN_ADVANTAGES = ReferencesConfig(custom_advantage_function_path="a.b")
+
+
+@pytest.mark.parametrize(("sections", "message"), [
+    ({"critic": CriticConfig(critic_lr=1e-5)}, "--critic-lr (1e-05) has no effect with --advantage-estimator grpo"),
+    ({"algorithm": AlgorithmConfig(advantage_estimator="ppo"), "references": OWN_ADVANTAGES}, "--custom-advantage-function-"),
+    ({"distillation": OPD, "algorithm": AlgorithmConfig(loss_type="sft_loss")}, "--use-opd has no effect with --loss-type"),
+    ({"distillation": OPD, "references": OWN_ADVANTAGES}, "--use-opd and --custom-advantage-function-path both set"),
+])  # fmt: skip
+def test_critic_and_teacher_have_a_method_that_uses_them(sections, message):
+    with pytest.raises(ConfigError) as caught:
+        check_rules(Config(**sections))
+    assert str(caught.value).startswith(message)
