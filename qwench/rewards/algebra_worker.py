@@ -28,7 +28,6 @@ _MORE_TO_COME, _END_OF_INPUT = 0, 1
 
 def main() -> None:
     """Answer questions until standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pool, which then closes its workers
     end_with_parent(os.getppid())  # a worker that is stopped does not see the end of its input
     with suppress(ValueError, OSError):  # the machine may allow less, or not know this limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))

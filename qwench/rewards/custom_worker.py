@@ -41,7 +41,6 @@ class _TooManyProcessesError(BaseException):
 
 def main() -> None:
     """Answer calls until standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pool, which then closes its workers
     end_with_parent(os.getppid())  # a worker that is stopped does not see the end of its input
     calls, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # the function's output must not get between the messages

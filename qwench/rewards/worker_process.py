@@ -24,7 +24,14 @@ from qwench.samples import Json
 
 _logger = logging.getLogger(__name__)
 _START_TIMEOUT_S = 120.0  # importing sympy takes a second, and far longer on a cold network file system
-_PROGRAM = "import sys; sys.path[:0] = sys.argv[2:]; import importlib; importlib.import_module(sys.argv[1]).main()"
+_PROGRAM = """\
+import sys
+sys.path[:0] = sys.argv[2:]
+from qwench.observability.stopping import leave_signals_to_driver
+leave_signals_to_driver()  # before the imports of a second or more: schedulers signal every process of a job
+import importlib
+importlib.import_module(sys.argv[1]).main()
+"""
 _STACK_WAIT_S = 0.3  # makes a late worker write its stack
 _POLL_S = 1.0  # between checks that the worker lives
 _MAX_SAID_BYTES = 16 * 2**20

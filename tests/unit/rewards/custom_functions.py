@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -14,6 +16,13 @@ NOT_A_FUNCTION = 3
 
 async def half(sample: Sample) -> float:
     return 0.5
+
+
+def signalled(sample: Sample) -> float:
+    """Get the signals that a scheduler sends to every process of a job."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        os.kill(os.getpid(), number)
+    return 1.0
 
 
 def thread_is_main(sample: Sample) -> bool:

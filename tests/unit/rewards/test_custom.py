@@ -52,6 +52,10 @@ def test_number_verdict_and_record_are_all_verdicts() -> None:
     assert grade(f"{FUNCTIONS}.record", key="helpful").score == 0.75
 
 
+def test_signals_to_every_process_of_a_job_take_no_reward() -> None:
+    assert grade(f"{FUNCTIONS}.signalled") == Verdict(score=1.0, reason="custom")
+
+
 def test_group_reward_sees_the_whole_group() -> None:
     with closing(pool_for(f"{FUNCTIONS}.lengths")) as pool:
         verdicts = asyncio.run(pool.grade_group([finished("a"), finished("abc")]))

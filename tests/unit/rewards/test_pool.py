@@ -82,6 +82,15 @@ def test_worker_that_dies_while_grading_gives_grader_error_and_is_replaced(pool:
     assert worker_pid(pool) != killed
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_worker_leaves_signals_to_its_driver(pool: RewardPool, number: signal.Signals) -> None:
+    asyncio.run(pool.grade(NEEDS_ALGEBRA))
+    asked = worker_pid(pool)
+    os.killpg(asked, number)
+    assert asyncio.run(pool.grade(NEEDS_ALGEBRA)).reason == "sympy_equal"
+    assert worker_pid(pool) == asked
+
+
 def test_a_stopped_worker_is_named_and_replaced(pool: RewardPool, caplog: pytest.LogCaptureFixture) -> None:
     assert reasons(asyncio.run(pool.grade_group([NEEDS_ALGEBRA]))) == ["sympy_equal"]
     victim = worker_pid(pool)
