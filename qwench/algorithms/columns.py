@@ -64,6 +64,9 @@ class RolloutBatch:
     stale tokens. None: no token is stale."""
     stale_scale: list[Tensor] | None = None
     """The same of the stale tokens."""
+    step_share: list[Tensor] | None = None
+    """B x [R] float32, equal at all tokens: 1 / (executions of the step), with --calculate-per-token-loss 1 / (tokens of the
+    step). None: no function of the user reduces the loss."""
 
     @classmethod
     def from_samples(cls, samples: Sequence[Sample], *, version: int | None = None) -> RolloutBatch:
@@ -137,6 +140,9 @@ class MicroBatch:
     picked: Tensor | None = None
     fresh_scale: Tensor | None = None
     stale_scale: Tensor | None = None
+    step_share: Tensor | None = None
+    response_lengths: tuple[int, ...] = ()
+    """R of each sequence; an idle micro-batch has one token outside of the mask."""
     indices: tuple[int, ...] = ()
     """S positions of the sequences in the batch that was packed; empty in an idle micro-batch."""
 

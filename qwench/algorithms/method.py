@@ -13,7 +13,7 @@ the trainer stops before the optimizer step.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,6 +37,38 @@ class Needs:
     """The loss takes the entropy of every trained token."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Corrected:
+    """The policy loss of a micro-batch after a correction for the gap between engine and trainer."""
+
+    loss: Tensor
+    """[T] float32, not reduced; carries the gradient."""
+    kept: Tensor
+    """[T] bool, the tokens that stay in the loss. The divisors of the step stay as they are."""
+    metrics: Mapping[str, Tensor]
+    """[T] values, averaged over the step as the loss is."""
+
+
+Correct = Callable[[Tensor, Tensor, Tensor, MicroBatch], Corrected]
+"""`--custom-tis-function-path`: (loss [T], trainer_log_probs [T], rollout_log_probs [T], micro_batch) -> Corrected."""
+
+Reduce = Callable[[Tensor, Tensor, MicroBatch], Tensor]
+"""`--custom-pg-loss-reducer-function-path`: (loss [T], kept [T] bool, micro_batch) -> scalar sum over the micro-batch.
+
+The sum over all micro-batches is divided by the executions of the step, with --calculate-per-token-loss by its tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UserTerms:
+    """Parts of the policy loss that functions of the user compute. None: the method's own."""
+
+    correct: Correct | None = None
+    reduce: Reduce | None = None
+
+
+NO_TERMS = UserTerms()
+
+
 class Method(ABC):
     """See the module docstring. A subclass names itself: `class Grpo(PolicyGradient, name="grpo")`."""
 
@@ -49,13 +81,13 @@ class Method(ABC):
             Method.by_name[name] = cls
             cls.facts = METHODS[name]
 
-    def __init__(self, section: AlgorithmConfig, *, opd_kl_coef: float | None = None) -> None:
+    def __init__(self, section: AlgorithmConfig, *, opd_kl_coef: float | None = None, user_terms: UserTerms = NO_TERMS) -> None:
         """Keep the flags.
 
         Args:
             opd_kl_coef: weight of the reverse KL to the teacher. None: there is no teacher.
         """
-        self.section, self.opd_kl_coef = section, opd_kl_coef
+        self.section, self.opd_kl_coef, self.user_terms = section, opd_kl_coef, user_terms
 
     @abstractmethod
     def needs(self, *, num_steps: int) -> Needs:

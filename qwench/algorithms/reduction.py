@@ -48,6 +48,12 @@ def token_mean_weights(loss_mask: Sequence[Tensor]) -> list[Tensor]:
     return [mask.float() / count for mask in loss_mask]
 
 
+def step_share(loss_mask: Sequence[Tensor], execution_ids: Tensor, *, per_token: bool) -> list[Tensor]:
+    """Return B x [R] float32, at every token 1 / (executions of the step), or `per_token` 1 / (tokens, at least 1 a sample)."""
+    count = sum(max(int(mask.sum()), 1) for mask in loss_mask) if per_token else len(execution_ids.unique())
+    return [torch.full((len(mask),), 1.0 / count) for mask in loss_mask]
+
+
 def staleness_scales(
     loss_weights: Sequence[Tensor], loss_mask: Sequence[Tensor], staleness: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:

@@ -34,7 +34,7 @@ from qwench.launch.readiness import check_ready
 from qwench.launch.report import finish_report, metric_log, start_report
 from qwench.launch.rollouts import build_generation
 from qwench.launch.trial_import import check_imports
-from qwench.launch.user_functions import load_post_process, load_target_functions, load_user_functions
+from qwench.launch.user_functions import load_post_process, load_target_functions, load_user_functions, load_user_terms
 from qwench.models.hf import write_hf_checkpoint
 from qwench.models.hf_weights import is_fp8_checkpoint
 from qwench.observability.dumps import check_recorded, save_rollout
@@ -154,6 +154,7 @@ def _read_prompts(inputs: Inputs) -> tuple[LoadedPrompts, dict[str, Sequence[Pro
     check_imports(config)
     load_post_process(config, Namespace)
     load_target_functions(config, Namespace)
+    load_user_terms(config, Namespace)
     load_user_functions(config)
     if config.data.disable_rollout_global_dataset:
         loaded = LoadedPrompts(prompts=[], num_dropped=0)

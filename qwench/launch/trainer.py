@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from qwench.checkpoints.formats.sources import find_checkpoint
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.foreign.args import make_args
 from qwench.launch.inputs import Inputs
-from qwench.launch.user_functions import load_post_process, load_target_functions
+from qwench.launch.user_functions import load_post_process, load_target_functions, load_user_terms
 from qwench.observability.timing import PhaseTimer
 from qwench.training.critic import CRITIC_FOLDER, Critic
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
@@ -34,7 +35,12 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
     if algorithm.advantage_estimator == "dr_grpo" and algorithm.dr_grpo_length is None:
         algorithm = replace(algorithm, dr_grpo_length=config.rollout.rollout_max_response_len)
     distillation = config.distillation
-    method = build_method(algorithm, opd_kl_coef=distillation.opd_kl_coef if distillation.use_opd else None)
+    args = cache(partial(make_args, config, inputs.plan, host="", port=0))
+    method = build_method(
+        algorithm,
+        opd_kl_coef=distillation.opd_kl_coef if distillation.use_opd else None,
+        user_terms=load_user_terms(config, args),
+    )
     policy, teacher = _build_with_teacher(inputs) if inputs.plan.holds_teacher else (build_trainer(inputs), None)
     reference = Reference(policy) if inputs.plan.holds_reference else None
     critic = _build_critic(inputs, policy) if inputs.plan.holds_critic else None
@@ -46,9 +52,9 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
         temperature=config.rollout.rollout_temperature,
         timer=timer,
         console=inputs.console,
-        targets=load_target_functions(config, lambda: make_args(config, inputs.plan, host="", port=0)),
+        targets=load_target_functions(config, args),
         equal_bits=config.training.true_on_policy_mode and not inputs.plan.replays and not inputs.plan.fine_tunes,
-        reward_post_process=load_post_process(config, lambda: make_args(config, inputs.plan, host="", port=0)),
+        reward_post_process=load_post_process(config, args),
     )
 
 

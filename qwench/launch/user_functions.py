@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qwench.algorithms.method import UserTerms
 from qwench.config.config import Config
 from qwench.config.sections.agent import AGENT, TOOL_LOOP
 from qwench.engines.fleet.pool import EnginePool
@@ -16,6 +17,7 @@ from qwench.foreign.args import make_args
 from qwench.foreign.functions import Adapters
 from qwench.foreign.gateway import LOOPBACK, Gateway
 from qwench.foreign.loading import is_foreign, load
+from qwench.foreign.losses import load_correction, load_reduction
 from qwench.foreign.reward import ForeignReward
 from qwench.foreign.session import Session, close_session, current_session, open_session
 from qwench.foreign.targets import TargetFunctions, load_targets
@@ -141,6 +143,21 @@ def load_target_functions(config: Config, args: Callable[[], Namespace]) -> Targ
     """
     references = config.references
     return load_targets(references.custom_advantage_function_path, references.rollout_data_postprocess_path, args)
+
+
+def load_user_terms(config: Config, args: Callable[[], Namespace]) -> UserTerms:
+    """Return the user's functions inside the policy loss.
+
+    Raises:
+        ConfigError: one cannot be loaded, or has another signature.
+    """
+    algorithm, api = config.algorithm, config.references.plugin_api
+    tis, reducer = algorithm.custom_tis_function_path, algorithm.custom_pg_loss_reducer_function_path
+    per_token = algorithm.calculate_per_token_loss
+    return UserTerms(
+        correct=None if tis is None else load_correction(tis, api, args),
+        reduce=None if reducer is None else load_reduction(reducer, api, per_token=per_token),
+    )
 
 
 def open_user_session(inputs: Inputs, engines: EnginePool, sampling: Sampling, functions: UserFunctions) -> Callable[[], None]:

@@ -22,7 +22,7 @@ from qwench.algorithms.columns import MicroBatch, RolloutBatch
 _PACKED_COLUMNS = (
     *("loss_weights", "rollout_log_probs", "old_log_probs", "ref_log_probs", "advantages"),
     *("values", "returns"),
-    *("loss_scale", "importance_scale", "picked", "fresh_scale", "stale_scale"),
+    *("loss_scale", "importance_scale", "picked", "fresh_scale", "stale_scale", "step_share"),
 )
 
 
@@ -42,6 +42,7 @@ def pack(batch: RolloutBatch, indices: Sequence[int]) -> MicroBatch:
         labels=torch.cat([torch.cat([t[1:], t.new_zeros(1)]) for t in tokens]),
         cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
         loss_mask=torch.cat([_label_aligned(mask, length) for mask, length in zip(masks, lengths, strict=True)]),
+        response_lengths=tuple(len(mask) for mask in masks),
         indices=tuple(indices),
         **columns,
     )
@@ -52,7 +53,7 @@ def idle(batch: RolloutBatch) -> MicroBatch:
     nothing = torch.zeros(0)
     columns = {name: [nothing] for name in _PACKED_COLUMNS if getattr(batch, name) is not None}
     two_tokens = batch.select([0]).with_columns(tokens=[batch.tokens[0][:2]], loss_mask=[nothing.bool()], **columns)
-    return replace(pack(two_tokens, [0]), indices=())
+    return replace(pack(two_tokens, [0]), response_lengths=(1,), indices=())
 
 
 def unpack(values: Tensor, micro_batch: MicroBatch, response_lengths: Sequence[int]) -> list[Tensor]:

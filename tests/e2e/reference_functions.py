@@ -202,3 +202,17 @@ def drop_half(args, rollout_id, rollout_data):
     for values in rollout_data["advantages"][half:]:
         values.zero_()
     note(name="drop_half", rollout_id=rollout_id, first=[float(values[0]) for values in rollout_data["advantages"]])
+
+
+def correct_gap(args, *, pg_loss, train_log_probs, rollout_log_probs, loss_masks, total_lengths, response_lengths, **kwargs):
+    """Weigh all tokens by 1/2, and keep the first half of each response."""
+    masks = [mask * (torch.arange(len(mask)) < len(mask) / 2) for mask in loss_masks]
+    gap, kept = len(train_log_probs) - len(rollout_log_probs), int(sum(mask.sum() for mask in masks))
+    note(name="correct_gap", use_tis=args.use_tis, samples=len(loss_masks), gap=gap, kept=kept)
+    return pg_loss / 2, masks, {"halves": torch.full_like(pg_loss, 0.5)}
+
+
+def reduce_by_constant(total_lengths, response_lengths, loss_masks, calculate_per_token_loss=False):
+    """Divide by a constant in place of the number of tokens."""
+    note(name="reduce_by_constant", samples=len(loss_masks), tokens=int(sum(mask.sum() for mask in loss_masks)))
+    return lambda values: sum((x * m).sum() / 100 for x, m in zip(values.split(response_lengths), loss_masks, strict=True))

@@ -146,6 +146,24 @@ def test_advantages_and_training_data_are_those_that_functions_leave(workspace, 
     assert losses[0] < 0 and losses[1] == 0.0
 
 
+def test_a_correction_and_a_reduction_stand_in_the_loss(workspace, tmp_path, monkeypatch):
+    calls = run(
+        workspace,
+        tmp_path,
+        monkeypatch,
+        custom_rm_path="plain_reward",
+        custom_tis_function_path="correct_gap",
+        custom_pg_loss_reducer_function_path="reduce_by_constant",
+        use_tis=(),
+    )
+    assert all(record["use_tis"] and record["gap"] == 0 for record in calls["correct_gap"])
+    assert sum(record["samples"] for record in calls["correct_gap"]) == 2 * 16
+    kept = [record["kept"] for record in calls["correct_gap"]]
+    assert [record["tokens"] for record in calls["reduce_by_constant"]] == kept and all(kept)
+    assert column(tmp_path / "run", "train/halves") == pytest.approx([0.5] * 4)
+    assert all(norm > 0 for norm in column(tmp_path / "run", "train/grad_norm"))
+
+
 def test_a_dry_run_refuses_a_function_that_nobody_can_call(workspace, tmp_path, in_process):
     argv = workspace.train_argv(
         None, rm_type=None, save_interval=None, custom_generate_function_path=f"{MODULE}.reward", dry_run=()

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from qwench.algorithms.method import Method
+from qwench.algorithms.method import NO_TERMS, Method, UserTerms
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.estimators import method_name
 
 
-def build_method(section: AlgorithmConfig, *, opd_kl_coef: float | None = None) -> Method:
+def build_method(section: AlgorithmConfig, *, opd_kl_coef: float | None = None, user_terms: UserTerms = NO_TERMS) -> Method:
     """Return the method that `--loss-type` and `--advantage-estimator` choose.
 
     Args:
         opd_kl_coef: weight of the reverse KL to the teacher. None: there is no teacher.
+        user_terms: functions of the user in the policy loss.
 
     Raises:
         ConfigError: there is none of that name.
     """
     name = method_name(section.loss_type, section.advantage_estimator)
     import_module(f".{name}", __name__)  # by name, so that a new method needs no second list
-    return Method.by_name[name](section, opd_kl_coef=opd_kl_coef)
+    return Method.by_name[name](section, opd_kl_coef=opd_kl_coef, user_terms=user_terms)

@@ -8,7 +8,7 @@ A method overrides the step in which it differs: `compare`, `advantages`, `log_r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from qwench.algorithms.corrections import (
 from qwench.algorithms.kl import kl_estimate
 from qwench.algorithms.losses import ppo_clip, token_log_ratio
 from qwench.algorithms.method import Method, Needs, weighted_sums
+from qwench.algorithms.reduction import step_share
 
 _TINY_MEAN = 1e-8
 """Importance weights with a smaller mean are not normalised."""
@@ -86,10 +87,18 @@ class PolicyGradient(Method):
         return spread(batch.rewards, batch.loss_mask)
 
     def step_columns(self, step: RolloutBatch) -> Mapping[str, list[Tensor]]:
-        """Return the factor that makes the mean importance weight of the step 1, where --tis-batch-normalize asks for it."""
+        """Return the step's share for a reduction of the user, and the factors of --tis-batch-normalize."""
+        section, columns = self.section, dict[str, list[Tensor]]()
+        if self.user_terms.reduce is not None:
+            per_token = section.calculate_per_token_loss
+            columns["step_share"] = step_share(step.loss_mask, step.execution_ids, per_token=per_token)
+        if section.tis_batch_normalize:
+            columns["importance_scale"] = self._importance_scale(step)
+        return columns
+
+    def _importance_scale(self, step: RolloutBatch) -> list[Tensor]:
+        """Return B x [R] the factor that makes the mean importance weight of the step 1."""
         section = self.section
-        if not section.tis_batch_normalize:
-            return {}
         assert step.old_log_probs is not None, "--tis-batch-normalize needs the trainer's log-probs"
         assert step.rollout_log_probs is not None, "--tis-batch-normalize needs the engine's log-probs"
         lengths = [len(mask) for mask in step.loss_mask]
@@ -100,7 +109,7 @@ class PolicyGradient(Method):
         weights, _ = bounded_importance(ratio, mode=section.tis_mode, low=low, high=high)
         mean = mean_importance(weights, mask, ids, level=section.tis_level)
         scale = 1 / mean if mean > _TINY_MEAN else 1.0
-        return {"importance_scale": [torch.full((length,), scale) for length in lengths]}
+        return [torch.full((length,), scale) for length in lengths]
 
     def loss(self, log_probs: Tensor, entropy: Tensor | None, micro_batch: MicroBatch) -> TokenLoss:
         """Return the micro-batch's share of the loss and its metrics."""
@@ -113,11 +122,10 @@ class PolicyGradient(Method):
             loss, values["opsm_clipfrac"] = self._drop_off_policy(loss, tokens)
         kept = torch.ones_like(tokens.mask)
         if section.use_tis or section.get_mismatch_metrics:
-            weights, kept, metrics = self._importance(tokens)
+            loss, kept, metrics = self._corrected(loss, tokens)
             values |= metrics
             values["ois"] = log_ratio.exp()
             values["ess_ratio"] = effective_sample_ratio(log_ratio.detach(), tokens.mask, tokens.sequence_ids)
-            loss = loss * weights if section.use_tis else loss
         if section.use_rs:
             kept = kept & ~self._rejected(tokens, values)
             values["rs_fraction"] = ~kept
@@ -132,13 +140,19 @@ class PolicyGradient(Method):
             fresh = micro_batch.fresh_scale
             peaks["train_rollout_logprob_abs_diff_max"] = difference if fresh is None else difference * (fresh > 0)
         values["pg_loss"] = loss = loss * kept  # a product, not a choice: a NaN must reach the sum
+        own_sum = None if self.user_terms.reduce is None else self._own_sum(loss, kept, micro_batch)
+        if own_sum is not None:
+            loss = torch.zeros_like(loss)
         if entropy is not None:
             values["entropy_loss"] = entropy = entropy * kept
             loss = loss - section.entropy_coef * entropy
         if section.use_kl_loss:
             values["kl_loss"] = kl = self._kl(tokens) * kept
             loss = loss + section.kl_loss_coef * kl
-        return weighted_sums(loss, values, micro_batch, peaks=peaks)
+        made = weighted_sums(loss, values, micro_batch, peaks=peaks)
+        if own_sum is None:
+            return made
+        return replace(made, loss=made.loss + own_sum, metrics={**made.metrics, "pg_loss": own_sum.detach()})
 
     def log_ratio(self, tokens: Tokens) -> Tensor:
         """Return [T] log(new / old), carrying the gradient."""
@@ -181,6 +195,21 @@ class PolicyGradient(Method):
         )
         # A product, not a choice: a NaN must reach the sum.
         return loss * ~dropped, dropped
+
+    def _own_sum(self, loss: Tensor, kept: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """Return the micro-batch's share of the policy loss, as the user's function reduces it."""
+        reduce, share = self.user_terms.reduce, micro_batch.step_share
+        assert reduce is not None and share is not None, "a reduction of the user needs the share of the step"
+        return reduce(loss, kept & micro_batch.loss_mask, micro_batch) * share.max()
+
+    def _corrected(self, loss: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+        """Return the loss corrected for the gap to the engine, the tokens that stay in it, and metrics."""
+        if self.user_terms.correct is None:
+            weights, kept, metrics = self._importance(tokens)
+            return loss * weights if self.section.use_tis else loss, kept, metrics
+        assert tokens.rollout_log_probs is not None, "a correction needs the engine's log-probs"
+        made = self.user_terms.correct(loss, tokens.trainer_log_probs, tokens.rollout_log_probs, tokens.micro_batch)
+        return made.loss, made.kept, made.metrics
 
     def _importance(self, tokens: Tokens) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the importance weights, the tokens that stay in the loss, and metrics."""

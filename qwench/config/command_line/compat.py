@@ -7,6 +7,7 @@ tables: `ACCEPTED` where it changes nothing, `REFUSED` with the reason, `PLANNED
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 
 from qwench.config.command_line.accepted_flags import ACCEPTED
 from qwench.config.command_line.foreign_flag import ANY, NEVER, ForeignFlag
@@ -113,6 +114,9 @@ IMPORT_PATHS: Mapping[str, str] = {
 }
 """Import path of a built-in of theirs -> ours; None: the default without the flag."""
 
+DEFAULT_PATHS = ("*mis.compute_mis_weights*",)
+"""Patterns of further paths that mean the default: their helper of importance weights, which --use-tis and --use-rs replace."""
+
 
 PLANNED_PATHS: Mapping[str, str] = {
     "rollout.on_policy_distillation.": "a teacher on servers; --use-opd --opd-type megatron scores with one in the trainer",
@@ -129,6 +133,8 @@ def our_import_path(path: str) -> str:
     """
     if path in IMPORT_PATHS:
         return IMPORT_PATHS[path]
+    if any(fnmatchcase(path, pattern) for pattern in DEFAULT_PATHS):
+        return "None"
     root, _, below = path.partition(".")
     if root in ("slime", "miles"):
         for begin, reason in PLANNED_PATHS.items():

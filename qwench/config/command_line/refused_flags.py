@@ -232,12 +232,7 @@ PLANNED: tuple[ForeignFlag, ...] = (
     *planned("every turn as a sample; one sample holds all turns", "generate-multi-samples"),
     *planned("data sources of your own", "data-source-path=*.rollout.data_source.RolloutDataSource*"),
     *planned("resets of the learning-rate schedule", "use-checkpoint-opt-param-scheduler use-checkpoint-lr-scheduler"),
-    *planned(
-        "importance weights of your own; --use-tis and --use-rs choose the built-in ones, as mis.compute_mis_weights does",
-        "custom-tis-function-path=*mis.compute_mis_weights*",
-    ),
     *planned("losses of your own", "custom-loss-function-path"),
-    *planned("reductions of your own", "custom-pg-loss-reducer-function-path"),
     *planned(
         "plug-ins of the trainer",
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from qwench.config.limits import check_finite, check_fraction, check_not_negative, check_positive
+from qwench.config.limits import check_finite, check_fraction, check_import_path, check_not_negative, check_positive
 from qwench.errors import ConfigError
 from qwench.estimators import METHODS, check_estimator, method_name, owners_of
 
@@ -126,7 +126,16 @@ class AlgorithmConfig:
     opsm_delta: float = _OPSM_DELTA
     """Mean log-ratio above which --use-opsm drops a sequence."""
 
+    custom_tis_function_path: str | None = None
+    """Function that corrects the policy loss for the gap between engine and trainer, in place of --use-tis' own weights. Needs
+    --use-tis or --get-mismatch-metrics. Called as fn(loss, trainer_log_probs, rollout_log_probs, micro_batch)."""
+    custom_pg_loss_reducer_function_path: str | None = None
+    """Function that sums the policy loss of a micro-batch, fn(loss, kept, micro_batch). The sum over a step is divided by its
+    executions, with --calculate-per-token-loss by its tokens."""
+
     def __post_init__(self) -> None:
+        check_import_path("--custom-tis-function-path", self.custom_tis_function_path)
+        check_import_path("--custom-pg-loss-reducer-function-path", self.custom_pg_loss_reducer_function_path)
         check_estimator(self.advantage_estimator)
         for flag, value in (
             ("--eps-clip", self.eps_clip),
@@ -239,6 +248,17 @@ class AlgorithmConfig:
         if self.tis_clip_low > self.tis_clip:
             raise ConfigError(f"--tis-clip-low ({self.tis_clip_low}) is greater than --tis-clip ({self.tis_clip})")
         own_low = self.tis_mode in ("clip", "mask")
+        if self.custom_tis_function_path is not None and not (self.use_tis or self.get_mismatch_metrics):
+            raise ConfigError("--custom-tis-function-path has no effect without --use-tis or --get-mismatch-metrics; add one")
+        if self.custom_tis_function_path is not None and self.tis_batch_normalize:
+            raise ConfigError(
+                "--custom-tis-function-path computes the weights that --tis-batch-normalize divides; leave one out"
+            )
+        if self.custom_pg_loss_reducer_function_path is not None and not METHODS[self.advantage_estimator].reduces:
+            raise ConfigError(
+                f"--custom-pg-loss-reducer-function-path has no effect with --advantage-estimator {self.advantage_estimator}, "
+                "which divides by --dr-grpo-length; leave one of them out"
+            )
         weighs, rejects = self.use_tis or self.get_mismatch_metrics, self.use_rs
         for flag, value, default, has_effect, needed in (
             ("--tis-mode", self.tis_mode, "truncate", weighs, "--use-tis"),

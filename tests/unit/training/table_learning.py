@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from qwench.algorithms.method import UserTerms
 from qwench.algorithms.methods import build_method
 from qwench.config.config import Config
 from qwench.config.plan import plan_run
@@ -52,6 +53,7 @@ def make_rollout(num_groups=2, group_size=4, *, seed=0, rollout_id=0, off_policy
 
 def make_learner(backend=None, *, global_batch_size=8, training=None, console=None, timer=None, **algorithm):
     hook = algorithm.pop("reward_post_process", None)
+    user_terms = algorithm.pop("user_terms", UserTerms())
     backend = backend or TableTrainer(TABLE)
     section = AlgorithmConfig(**algorithm)
     reference = Reference(backend) if section.needs_reference else None
@@ -63,7 +65,7 @@ def make_learner(backend=None, *, global_batch_size=8, training=None, console=No
     plan = replace(plan_run(config, QWEN3_4B), cost=SequenceCost(linear=1.0, quadratic=0.1))
     return Learner(
         TrainingState(backend, reference, reference_moves=section.ref_update_interval is not None),
-        build_method(section),
+        build_method(section, user_terms=user_terms),
         plan=plan,
         temperature=TEMPERATURE,
         timer=timer or PhaseTimer(),

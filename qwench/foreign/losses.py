@@ -1,0 +1,134 @@
+"""Functions of slime and miles inside the policy loss, as functions of ours.
+
+--custom-tis-function-path               fn(args=, pg_loss=, train_log_probs=, rollout_log_probs=, loss_masks=, total_lengths=,
+                                            response_lengths=) -> pg_loss, masks, metrics
+--custom-pg-loss-reducer-function-path   fn(total_lengths, response_lengths, loss_masks, calculate_per_token_loss)
+                                            -> fn(flat loss) -> scalar
+
+They see the responses of a micro-batch one after the other, whole also with context parallelism.
+"""
+
+from __future__ import annotations
+
+import inspect
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from qwench.algorithms.columns import MicroBatch
+from qwench.algorithms.method import Correct, Corrected, Reduce
+from qwench.errors import ConfigError, TrainingError
+from qwench.foreign.loading import PluginApi, is_foreign, load
+from qwench.plugins import Function, check_signature, guarded
+
+TIS_FLAG = "--custom-tis-function-path"
+REDUCER_FLAG = "--custom-pg-loss-reducer-function-path"
+_TIS_KEYWORDS = (
+    *("args", "pg_loss", "train_log_probs", "rollout_log_probs"),
+    *("loss_masks", "total_lengths", "response_lengths"),
+)
+
+
+def load_correction(path: str, api: PluginApi, args: Callable[[], Namespace]) -> Correct:
+    """Load a correction of either convention.
+
+    Raises:
+        ConfigError: it cannot be loaded, or has another signature.
+    """
+    function = load(path, flag=TIS_FLAG)
+    called = guarded(function, path=path, flag=TIS_FLAG)
+    if not is_foreign(function, api):
+        called_as = "fn(loss, trainer_log_probs, rollout_log_probs, micro_batch)"
+        check_signature(function, path, flag=TIS_FLAG, called_as=called_as, num_arguments=4)
+        return called
+    _check_keywords(function, path)
+    return foreign_correction(called, args)
+
+
+def load_reduction(path: str, api: PluginApi, *, per_token: bool) -> Reduce:
+    """Load a reduction of either convention: ours takes a loss, the references' makes the function that does.
+
+    Raises:
+        ConfigError: it cannot be loaded, or has another signature.
+    """
+    function = load(path, flag=REDUCER_FLAG)
+    called = guarded(function, path=path, flag=REDUCER_FLAG)
+    if api == "qwench" or (api == "auto" and "loss_masks" not in inspect.signature(function).parameters):
+        called_as = "fn(loss, kept, micro_batch)"
+        check_signature(function, path, flag=REDUCER_FLAG, called_as=called_as, num_arguments=3)
+        return called
+    called_as = "fn(total_lengths, response_lengths, loss_masks, calculate_per_token_loss)"
+    check_signature(function, path, flag=REDUCER_FLAG, called_as=called_as, num_arguments=4)
+    return foreign_reduction(called, per_token=per_token)
+
+
+def foreign_correction(function: Function, args: Callable[[], Namespace]) -> Correct:
+    """Return a correction that calls a function of the references."""
+
+    def correct(loss: Tensor, trainer_log_probs: Tensor, rollout_log_probs: Tensor, micro_batch: MicroBatch) -> Corrected:
+        answer = function(
+            args=args(),
+            pg_loss=torch.cat(responses(loss, micro_batch)),
+            train_log_probs=responses(trainer_log_probs, micro_batch),
+            rollout_log_probs=responses(rollout_log_probs, micro_batch),
+            loss_masks=[mask.to(loss.dtype) for mask in responses(micro_batch.loss_mask, micro_batch)],
+            total_lengths=micro_batch.lengths,
+            response_lengths=list(micro_batch.response_lengths),
+        )
+        if not isinstance(answer, tuple) or len(answer) != 3:
+            raise TrainingError(f"{TIS_FLAG} must return the loss, the masks and a dict of metrics, got {answer!r:.200}.")
+        corrected, masks, metrics = answer
+        if len(masks) != len(micro_batch.response_lengths):
+            raise TrainingError(f"{TIS_FLAG} returned {len(masks)} masks for {len(micro_batch.response_lengths)} samples.")
+        return Corrected(
+            loss=_packed(corrected, micro_batch, loss),
+            kept=_packed(torch.cat([mask.to(loss.dtype) for mask in masks]), micro_batch, loss) > 0,
+            metrics={name: _packed(values.detach().float(), micro_batch, loss) for name, values in metrics.items()},
+        )
+
+    return correct
+
+
+def foreign_reduction(function: Function, *, per_token: bool) -> Reduce:
+    """Return a reduction that calls the function which a function of the references makes for a micro-batch."""
+
+    def reduce(loss: Tensor, kept: Tensor, micro_batch: MicroBatch) -> Tensor:
+        masks = [mask.to(loss.dtype) for mask in responses(kept, micro_batch)]
+        made = function(micro_batch.lengths, list(micro_batch.response_lengths), masks, per_token)
+        total = made(torch.cat(responses(loss, micro_batch)))
+        if not isinstance(total, Tensor) or total.numel() != 1:
+            raise TrainingError(f"{REDUCER_FLAG} must make a function that returns a scalar tensor, got {total!r:.200}.")
+        return total.reshape(())
+
+    return reduce
+
+
+def responses(values: Tensor, micro_batch: MicroBatch) -> list[Tensor]:
+    """Cut a packed [T] column into the [R] values of each response; gradients flow back."""
+    ends = micro_batch.cu_seqlens[1:].tolist()
+    return [values[end - 1 - length : end - 1] for end, length in zip(ends, micro_batch.response_lengths, strict=True)]
+
+
+def _packed(values: Tensor, micro_batch: MicroBatch, like: Tensor) -> Tensor:
+    """Return the inverse of `responses` for their concatenation: [T], 0 outside of the responses.
+
+    Raises:
+        TrainingError: there is not one value for each token of the responses.
+    """
+    if values.shape != (sum(micro_batch.response_lengths),):
+        expected = sum(micro_batch.response_lengths)
+        raise TrainingError(
+            f"{TIS_FLAG} returned a tensor of shape {list(values.shape)}; the responses have {expected} tokens."
+        )
+    places = torch.cat(responses(torch.arange(micro_batch.num_tokens), micro_batch)).to(like.device)
+    return torch.zeros_like(like).index_copy(0, places, values.to(like.dtype))
+
+
+def _check_keywords(function: Function, path: str) -> None:
+    try:
+        inspect.signature(function).bind(**dict.fromkeys(_TIS_KEYWORDS))
+    except TypeError as error:
+        keywords: Sequence[str] = [f"{name}=" for name in _TIS_KEYWORDS]
+        raise ConfigError(f"{TIS_FLAG} {path!r} cannot be called as fn({', '.join(keywords)}): {error}") from error
