@@ -23,6 +23,8 @@ from qwench.engines.protocol import (
     GenerateResult,
     MemoryTag,
     SamplingParams,
+    Scores,
+    Scoring,
     WeightReceipt,
 )
 from qwench.errors import EngineError, EngineLostError, WeightSyncError
@@ -94,6 +96,7 @@ class HttpEngine:
             "input_ids": list(request.input_ids),
             "sampling_params": _sampling_body(request.sampling),
             "return_logprob": True,
+            **_scoring_body(request.scoring),
         }
         try:
             answer = await self.post("/generate", body, timeout_s=self._generate_timeout_s)
@@ -206,7 +209,9 @@ class HttpEngine:
             finish = meta["finish_reason"]
             output_ids = [int(token) for _, token, *_ in sampled]
             versions = meta.get("weight_versions")
-            if versions is None:
+            if versions is None and not output_ids:
+                versions = []
+            elif versions is None:
                 versions = [self._read_version(meta["weight_version"])] * len(output_ids)
             return GenerateResult(
                 request_id=request.request_id,
@@ -217,6 +222,7 @@ class HttpEngine:
                 weight_versions=versions,
                 text=answer.get("text") or "",
                 cached_tokens=meta.get("cached_tokens", 0),
+                scores=None if request.scoring is None else _read_scores(request.input_ids, request.scoring, meta),
             )
         except (KeyError, TypeError, ValueError) as cause:
             raise EngineError(f"{self!r} answered /generate with something else than SGLang does: {cause!r}.") from cause
@@ -310,6 +316,41 @@ def _sampling_body(sampling: SamplingParams) -> dict[str, Json]:
     if sampling.seed is not None:
         body["sampling_seed"] = sampling.seed
     return body
+
+
+def _scoring_body(scoring: Scoring | None) -> dict[str, Json]:
+    if scoring is None:
+        return {}
+    body: dict[str, Json] = {"logprob_start_len": scoring.start - 1}
+    if scoring.top_k:
+        body["top_logprobs_num"] = scoring.top_k
+    if scoring.token_ids:
+        body["token_ids_logprob"] = list(scoring.token_ids)
+    return body
+
+
+def _read_scores(input_ids: Sequence[int], scoring: Scoring, meta: Json) -> Scores:
+    """Read SGLang's lists, in which an entry without a log-prob comes before the scored tokens.
+
+    Raises:
+        ValueError: they are not the tokens that were sent.
+    """
+    wanted = list(input_ids[scoring.start :])
+    _, *entries = meta["input_token_logprobs"]
+    named_tokens = [int(token) for _, token, *_ in entries]
+    # SGLang names token 0 in place of the last one of the vocabulary.
+    if len(named_tokens) != len(wanted) or any(one not in (token, 0) for one, token in zip(named_tokens, wanted, strict=True)):
+        raise ValueError(f"input_token_logprobs has {len(entries)} tokens, which are not the {len(wanted)} sent")
+    top = meta["input_top_logprobs"][1:] if scoring.top_k else []
+    named = meta["input_token_ids_logprobs"][1:] if scoring.token_ids else []
+    if len(top) not in (0, len(wanted)) or len(named) not in (0, len(wanted)):
+        raise ValueError(f"{len(wanted)} tokens have {len(top)} input_top_logprobs, {len(named)} input_token_ids_logprobs")
+    by_token = [{int(token): float(one) for one, token, *_ in row} for row in named]
+    return Scores(
+        log_probs=[float(one) for one, *_ in entries],
+        top=[[(float(one), int(token)) for one, token, *_ in row] for row in top],
+        of_token_ids=[[row[token] for token in scoring.token_ids] for row in by_token],
+    )
 
 
 def _serialise(bucket: WeightBucket) -> bytes:

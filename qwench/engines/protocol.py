@@ -56,12 +56,38 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Scoring:
+    """Which log-probs of the prompt's own tokens are wanted. They are those of temperature 1."""
+
+    start: int
+    """First prompt token to score. At least 1: nothing predicts token 0."""
+    top_k: int = 0
+    """Return the likeliest tokens of each position too, as many as this."""
+    token_ids: tuple[int, ...] = ()
+    """Return the log-probs of these tokens at each position too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """Log-probs of the N prompt tokens from `Scoring.start` on."""
+
+    log_probs: Sequence[float] = ()
+    """[N] float32 of the prompt's tokens."""
+    top: Sequence[Sequence[tuple[float, int]]] = ()
+    """[N, top_k] log-prob and token, the likeliest first."""
+    of_token_ids: Sequence[Sequence[float]] = ()
+    """[N, M] float32 of `Scoring.token_ids`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateRequest:
-    """One response wanted."""
+    """One response wanted, or with `scoring` the log-probs of the prompt."""
 
     request_id: str
     input_ids: Sequence[int]
     sampling: SamplingParams
+    scoring: Scoring | None = None
+    """Score the prompt and generate nothing: `sampling.max_new_tokens` is 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +106,8 @@ class GenerateResult:
     """The stop token or stop string that ended it."""
     text: str = ""
     cached_tokens: int = 0
+    scores: Scores | None = None
+    """Of a request with `scoring`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

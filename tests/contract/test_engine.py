@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qwench.engines.protocol import Engine, FinishReason
+from qwench.engines.protocol import Engine, FinishReason, GenerateRequest, Scoring
 from qwench.errors import EngineError
 from tests.contract.engine_hosts import (
     EOS,
@@ -109,6 +109,86 @@ def test_equal_prompts_are_prefilled_once_and_sampled_apart(host, length):
         torch.testing.assert_close(
             torch.tensor(result.log_probs), reference_log_probs(model, request, result), atol=1e-4, rtol=0
         )
+
+
+def score(name: str, prompt: list[int], **scoring) -> GenerateRequest:
+    return replace(ask(name, prompt, max_new_tokens=0), scoring=Scoring(**({"start": 1} | scoring)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_is_scored_as_an_independent_forward_scores_it(host, family):
+    model = make_model(family)
+    prompts = [prompt_of(length, seed=length) for length in (2, 9, 17, 41)]
+    requests = [
+        score("whole", prompts[0]),
+        score("response", prompts[1], start=6),
+        score("likeliest", prompts[2], start=5, top_k=3),
+        score("named", prompts[3], start=40, token_ids=(7, 200)),
+        ask("beside them", prompts[3], max_new_tokens=5, ignore_eos=True),
+    ]
+    *scored, beside = drive(host, model, lambda engine: generate_all(engine, requests), prefill_chunk_tokens=7)
+    for request, result in zip(requests, scored, strict=False):
+        start = request.scoring.start
+        with torch.no_grad():
+            expected = model(torch.tensor([request.input_ids])).logits[0, start - 1 : -1].log_softmax(-1)
+        found = result.scores
+        labels = torch.tensor(request.input_ids[start:])[:, None]
+        assert (list(result.output_ids), result.finish_reason) == ([], FinishReason.LENGTH)
+        torch.testing.assert_close(torch.tensor(found.log_probs), expected.gather(-1, labels)[:, 0], atol=1e-4, rtol=0)
+        values, tokens = expected.topk(request.scoring.top_k)
+        assert [[token for _, token in row] for row in found.top] == (tokens.tolist() if found.top else [])
+        for row, likeliest in zip(found.top, values, strict=bool(found.top)):
+            torch.testing.assert_close(torch.tensor([one for one, _ in row]), likeliest, atol=1e-4, rtol=0)
+        if request.scoring.token_ids:
+            named = expected[:, list(request.scoring.token_ids)]
+            torch.testing.assert_close(torch.tensor(found.of_token_ids), named, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(beside.log_probs), reference_log_probs(model, requests[-1], beside), atol=1e-4, rtol=0
+    )
+
+
+def test_a_response_is_scored_with_the_log_probs_of_its_own_sampling(host):
+    model = make_model("qwen3")
+    prompt = prompt_of(21)
+
+    async def scenario(engine: Engine):
+        sampled = await engine.generate(ask("sampled", prompt, seed=3, max_new_tokens=11, ignore_eos=True))
+        request = score("scored", [*prompt, *sampled.output_ids], start=len(prompt))
+        return sampled, [(await engine.generate(replace(request, request_id=name))).scores for name in ("once", "again")]
+
+    sampled, (once, again) = drive(host, model, scenario)
+    assert once.log_probs == pytest.approx(sampled.log_probs, abs=1e-4)
+    assert again.log_probs == pytest.approx(once.log_probs, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scoring", "word"),
+    [({"start": 4}, "from token 4"), ({"token_ids": (288,)}, "outside"), ({"top_k": 999}, "likeliest")],
+)
+def test_a_score_that_cannot_be_is_refused_and_the_engine_goes_on(host, scoring, word):
+    async def scenario(engine: Engine):
+        with pytest.raises(EngineError, match=word):
+            await engine.generate(score("bad", prompt_of(4), **scoring))
+        return await engine.generate(score("good", prompt_of(4)))
+
+    assert len(drive(host, make_model("qwen3"), scenario).scores.log_probs) == 3
+
+
+def test_scoring_gives_way_to_generation_and_is_computed_again(host):
+    model = make_model("qwen3")
+    prompt = prompt_of(200, seed=4)
+    requests = [ask(f"r{i}", prompt_of(30, seed=i), seed=i, max_new_tokens=60, ignore_eos=True) for i in range(6)]
+    results = drive(
+        host,
+        model,
+        lambda engine: generate_all(engine, [*requests, score("scored", prompt)]),
+        kv_cache_tokens=420,
+        prefill_chunk_tokens=8,
+    )
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+    found = torch.tensor(results[-1].scores.log_probs)
+    torch.testing.assert_close(found, expected.gather(-1, torch.tensor(prompt[1:])[:, None])[:, 0], atol=1e-4, rtol=0)
 
 
 def test_chunked_prefill_equals_unchunked(host):

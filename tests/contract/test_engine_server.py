@@ -103,7 +103,8 @@ def test_text_is_trimmed_of_what_stopped_it_unless_asked_otherwise(server):
         ({"text": "and ids"}, "either text or input_ids"),
         ({"rid": ["a", "b"]}, "rid"),
         ({"image_data": "x"}, "image_data"),
-        ({"logprob_start_len": 0}, "prompt tokens"),
+        ({"logprob_start_len": 0}, "max_new_tokens: 0"),
+        ({"top_logprobs_num": 2}, "max_new_tokens: 0"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(server, change, word):

@@ -42,6 +42,7 @@ def batch_of(decodes: Chunks, prefills: Chunks, max_sharing: int = 1) -> StepBat
         positions=unused,
         slots=unused,
         logit_tokens=unused,
+        scored=(),
         decodes=decodes,
         prefills=prefills,
         work=DecodeWork.view(torch.from_numpy(packed).to(DEVICE), num_rows=rows, size=size),

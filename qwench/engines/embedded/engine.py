@@ -24,12 +24,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from qwench.engines.embedded.compute.parameters import list_parameters
 from qwench.engines.embedded.compute.runner import InFlight, Runner, Sampled
 from qwench.engines.embedded.compute.weights import WeightStore, read_folder
-from qwench.engines.embedded.pipeline import StepPipeline, Worker
+from qwench.engines.embedded.pipeline import StepPipeline, Worker, take_step
 from qwench.engines.embedded.scheduling.admission import Admission, eos_ids_of
 from qwench.engines.embedded.scheduling.kv_cache import PagePool
 from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.embedded.scheduling.scheduler import Scheduler, count_step
-from qwench.engines.embedded.scheduling.stopping import has_ended
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.protocol import (
     EngineStats,
@@ -316,18 +315,8 @@ class EmbeddedEngine:
             yield
 
     def _take(self, scheduler: Scheduler, step: InFlight, sampled: Sampled) -> None:
-        ended = []
-        num_taken = 0
-        for running, token, log_prob in zip(step.requests, *sampled, strict=True):
-            running.pending -= 1
-            if running.row < 0:
-                continue  # it ended after this step was launched
-            num_taken += 1
-            running.tokens.append(token)
-            running.log_probs.append(log_prob)
-            running.weight_versions.append(self._version)  # weights change only when no step is in flight
-            if running.finish_reason is None and has_ended(running, self._tokenizer):
-                ended.append(running)
+        # Weights change only when no step is in flight, so the version is that of the launch.
+        ended, num_taken = take_step(step, sampled, version=self._version, tokenizer=self._tokenizer)
         self._stats = count_step(self._stats, step.plan, step.requests, num_sampled=num_taken)
         scheduler.finish([running for running in ended if running.failure is None])
         for running in ended:

@@ -14,11 +14,47 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from transformers import PreTrainedTokenizerBase
+
 from qwench.engines.embedded.compute.runner import InFlight, Runner, Sampled
+from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.embedded.scheduling.scheduler import Scheduler, StepPlan
+from qwench.engines.embedded.scheduling.stopping import has_ended
+from qwench.engines.protocol import FinishReason
 
 Result = TypeVar("Result")
 Take = Callable[[Scheduler, InFlight, Sampled], None]
+
+
+def take_step(
+    step: InFlight, sampled: Sampled, *, version: int, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[list[RunningRequest], int]:
+    """Give the requests of a step their tokens and scores; one that left since the launch (row -1) gets none.
+
+    Returns:
+        the requests that ended, and how many tokens were taken.
+    """
+    ended = list[RunningRequest]()
+    num_taken = 0
+    for running, token, log_prob in zip(step.requests, *sampled, strict=True):
+        running.pending -= 1
+        if running.row < 0:
+            continue
+        num_taken += 1
+        running.tokens.append(token)
+        running.log_probs.append(log_prob)
+        running.weight_versions.append(version)
+        if running.finish_reason is None and has_ended(running, tokenizer):
+            ended.append(running)
+    for chunk, scores in zip(step.plan.scoring, step.scores, strict=True):
+        if chunk.request.row >= 0:
+            chunk.request.scored.append(scores)
+    for chunk in step.plan.prefills:
+        running = chunk.request
+        if chunk.is_last and not chunk.samples and running.row >= 0 and running.finish_reason is None:
+            running.finish_reason = FinishReason.LENGTH
+            ended.append(running)
+    return ended, num_taken
 
 
 class Worker:

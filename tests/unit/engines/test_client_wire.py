@@ -21,6 +21,8 @@ from qwench.engines.protocol import (
     GenerateResult,
     MemoryTag,
     SamplingParams,
+    Scores,
+    Scoring,
     WeightReceipt,
 )
 from qwench.errors import EngineError, EngineLostError, WeightSyncError
@@ -300,3 +302,51 @@ def test_a_restart_changes_the_address():
         return [*starts, engine.address.start]
 
     assert asyncio.run(scenario()) == [0, 2]
+
+
+SCORED = {
+    "finish_reason": {"type": "length", "length": 0},
+    "output_token_logprobs": [],
+    "weight_version": "default",
+    "input_token_logprobs": [[None, 5, None], [-0.5, 6, None], [-1.5, 0, None]],
+    "input_top_logprobs": [None, [[-0.5, 6, None], [-0.75, 4, None]], [[-0.25, 2, None], [-1.0, 8, None]]],
+    "input_token_ids_logprobs": [None, [[-3.0, 8, None], [-4.0, 2, None]], [[-1.0, 8, None], [-0.25, 2, None]]],
+}
+
+
+def scored(meta: dict[str, object], scoring: Scoring) -> tuple[GenerateResult, object]:
+    server = Server({"/generate": {"text": "", "meta_info": meta}})
+    sampling = SamplingParams(max_new_tokens=0, temperature=0.0)
+    request = GenerateRequest(request_id="r", input_ids=[4, 5, 6, 7], sampling=sampling, scoring=scoring)
+
+    async def ask() -> GenerateResult:
+        engine = HttpEngine(server.url)
+        try:
+            return await engine.generate(request)
+        finally:
+            await engine.close()
+
+    try:
+        return asyncio.run(ask()), server.bodies()[0][1]
+    finally:
+        server.close()
+
+
+def test_scores_of_a_prompt_are_read_as_sglang_sends_them():
+    """The last token of a vocabulary comes back as 0, and log-probs of named tokens in any order."""
+    result, body = scored(SCORED, Scoring(start=2, top_k=2, token_ids=(2, 8)))
+    expected = Scores(
+        log_probs=[-0.5, -1.5],
+        top=[[(-0.5, 6), (-0.75, 4)], [(-0.25, 2), (-1.0, 8)]],
+        of_token_ids=[[-4.0, -3.0], [-0.25, -1.0]],
+    )
+    assert (result.scores, list(result.weight_versions)) == (expected, [])
+    sent = {"logprob_start_len": 1, "top_logprobs_num": 2, "token_ids_logprob": [2, 8], "return_logprob": True}
+    assert body["sampling_params"]["max_new_tokens"] == 0
+    assert {name: body[name] for name in sent} == sent
+
+
+@pytest.mark.parametrize("entries", [[[None, 5, None], [-0.5, 6, None]], [[None, 5, None], [-0.5, 7, None], [-1.5, 7, None]]])
+def test_scores_of_other_tokens_are_refused(entries):
+    with pytest.raises(EngineError, match=r"input_token_logprobs has [12] tokens"):
+        scored({**SCORED, "input_token_logprobs": entries}, Scoring(start=2))

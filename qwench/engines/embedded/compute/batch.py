@@ -45,6 +45,8 @@ class StepBatch:
     """[T] page * page_size + offset, where keys and values go."""
     logit_tokens: Tensor | None
     """[U] packed tokens whose logits are wanted; None: all."""
+    scored: Sequence[tuple[Tensor, Tensor]]
+    """Of each chunk of `StepPlan.scoring`: [N] packed tokens that score the token after them, and [N] those tokens."""
     decodes: Chunks
     prefills: Chunks
     work: DecodeWork | None
@@ -75,15 +77,17 @@ class BatchBuilder:
         rows = np.array([r.row for r in plan.decodes] + [c.request.row for c in plan.prefills], dtype=np.int32)
         slots = page_table[np.repeat(rows, counts), positions // self._page_size] * self._page_size
         slots += positions % self._page_size
-        wanted = np.array([True] * len(plan.decodes) + [chunk.is_last for chunk in plan.prefills], dtype=bool)
+        wanted = np.array([True] * len(plan.decodes) + [chunk.samples for chunk in plan.prefills], dtype=bool)
         known = [token for c in plan.prefills for token in c.request.tokens[c.start : c.start + c.count]]
         host = [rows[: len(plan.decodes)], np.array(known, dtype=np.int32), positions, slots, ends[wanted] - 1]
-        decoding, known_, positions_, slots_, logit_tokens = to_device(host, self._device)
+        scored = _scored(plan, (ends - counts)[len(plan.decodes) :])
+        decoding, known_, positions_, slots_, logit_tokens, *scored_ = to_device([*host, *scored], self._device)
         return StepBatch(
             token_ids=torch.cat((last_tokens[decoding], known_)) if known else last_tokens[decoding],
             positions=positions_,
             slots=slots_ if self._device.type == "cuda" else slots_.long(),
             logit_tokens=logit_tokens if len(plan.prefills) > 0 else None,
+            scored=list(zip(scored_[::2], scored_[1::2], strict=True)),
             decodes=decodes,
             prefills=prefills,
             work=self._work(decodes) if self._device.type == "cuda" and len(plan.decodes) > 0 else None,
@@ -123,9 +127,24 @@ class BatchBuilder:
         return Chunks(starts=starts, counts=counts, tables=page_table[rows, :num_pages])
 
 
+def _scored(plan: StepPlan, firsts: IntArray) -> list[IntArray]:
+    """Return, for each chunk that scores, the packed tokens that do and the tokens after them.
+
+    Args:
+        firsts: [prefills] packed place of each chunk's first token.
+    """
+    arrays: list[IntArray] = []
+    for chunk, first in zip(plan.prefills, firsts, strict=True):
+        positions = chunk.scoring_positions
+        if len(positions) > 0:
+            arrays.append(np.array(positions, dtype=np.int32) + (first - chunk.start))
+            arrays.append(np.array(chunk.request.tokens[positions.start + 1 : positions.stop + 1], dtype=np.int32))
+    return arrays
+
+
 def logit_rows(plan: StepPlan) -> IntArray | None:
     """Return, for each sampling request, its row in the logits of `logit_tokens`; None when they correspond one to one."""
-    finished = [1 + len(forks) for chunk, forks in zip(plan.prefills, plan.followers, strict=True) if chunk.is_last]
+    finished = [1 + len(forks) for chunk, forks in zip(plan.prefills, plan.followers, strict=True) if chunk.samples]
     if all(count == 1 for count in finished):
         return None
     return np.repeat(np.arange(len(plan.decodes) + len(finished), dtype=np.int32), [1] * len(plan.decodes) + finished)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from qwench.engines.embedded.compute.model import DecoderModel
 from qwench.engines.embedded.compute.sampler import DrawInputs, Draws, draw_limited
 from qwench.engines.embedded.scheduling.kv_cache import KVCache
 from qwench.engines.embedded.settings import EmbeddedSettings
+from qwench.engines.protocol import Scoring
 
 TILE_ROWS = 16
 """Rows of the decode kernel's tile: queries of one kv head, of as many rows as fit."""
@@ -56,12 +59,22 @@ class Decoder:
                 self.builder, max_rows=self._scratch_row, max_pages=max_pages, warmed=warmed, device=device
             )
 
-    def forward(self, batch: StepBatch) -> Tensor:
-        """Store keys and values of the batch's tokens and return the logits [U, V] of `batch.logit_tokens`."""
+    def forward(self, batch: StepBatch, scorings: Sequence[Scoring] = ()) -> tuple[Tensor, list[Tensor]]:
+        """Store keys and values of the batch's tokens.
+
+        Args:
+            scorings: what is wanted of each of `batch.scored`.
+
+        Returns:
+            logits [U, V] of `batch.logit_tokens`; the scores of each of `batch.scored`.
+        """
         self._attention.prepare(batch)
-        return self._model.forward(
-            batch.token_ids, batch.positions, batch.slots, self.kv_cache, self._attention, batch.logit_tokens
-        )
+        hidden = self._model.forward(batch.token_ids, batch.positions, batch.slots, self.kv_cache, self._attention)
+        scores = [
+            self._model.scores(hidden, tokens, labels, scoring)
+            for (tokens, labels), scoring in zip(batch.scored, scorings, strict=True)
+        ]
+        return self._model.logits(hidden, batch.logit_tokens), scores
 
     def replay(self, decodes: Chunks, draws: Draws) -> Drawn | None:
         """Run a decode-only step as a graph; None without graphs."""
@@ -97,11 +110,12 @@ class Decoder:
             positions=inputs.work.lengths - 1,
             slots=inputs.slots,
             logit_tokens=None,
+            scored=(),
             decodes=Chunks(starts=nothing, counts=np.ones(num_rows, dtype=np.int32), tables=nothing),
             prefills=Chunks(starts=nothing, counts=nothing, tables=nothing),
             work=inputs.work,
         )
-        logits = self.forward(batch)
+        logits, _ = self.forward(batch)
         drawn = torch.empty((2, num_rows), dtype=torch.int32, device=self._device)
         self._draw(logits, inputs.draws, drawn)
         return Drawn(logits=logits, drawn=drawn)

@@ -16,11 +16,18 @@ from torch.nn import functional
 from qwench.algorithms.log_probs import head_logits
 from qwench.engines.embedded.compute.attention import Attention
 from qwench.engines.embedded.scheduling.kv_cache import KVCache
+from qwench.engines.embedded.scheduling.scoring import score_rows
+from qwench.engines.protocol import Scoring
 from qwench.models.architecture import Architecture
 from qwench.models.decoder import elementwise
 from qwench.models.decoder.invariant import TILE, padded
 from qwench.models.decoder.linear import Projection
 from qwench.models.decoder.rope import rope_table
+
+SCORED_AT_ONCE = 512
+"""Tokens whose logits are held at a time: 300 MiB with Qwen3's vocabulary."""
+Hidden = tuple[Tensor, Tensor | None]
+"""Of the packed tokens [T, D], before the final norm: the residual stream, and the last layer's output to add to it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,9 +70,8 @@ class DecoderModel:
         slots: Tensor,
         kv_cache: KVCache,
         attention: Attention,
-        logit_tokens: Tensor | None = None,
-    ) -> Tensor:
-        """Store keys and values of the packed tokens and return the logits [U, V] float32 of some of them, or of all."""
+    ) -> Hidden:
+        """Store keys and values of the packed tokens and return their hidden states."""
         eps = self._architecture.norm_eps
         x_TD: Tensor = functional.embedding(token_ids, self._embedding)
         delta_TD: Tensor | None = None
@@ -77,12 +83,22 @@ class DecoderModel:
             (delta_TD,) = layer.output(attention(q_THK, keys, values).flatten(1))
             x_TD, normed = self._ops.add_rms_norm(x_TD, delta_TD, layer.mlp_norm, eps)
             (delta_TD,) = layer.down(self._ops.silu_mul(*layer.gate_up(normed)))
-        if logit_tokens is not None and delta_TD is not None:
-            x_TD, delta_TD = x_TD[logit_tokens], delta_TD[logit_tokens]
-        _, normed = self._ops.add_rms_norm(x_TD, delta_TD, self._final_norm, eps)
+        return x_TD, delta_TD
+
+    def logits(self, hidden: Hidden, tokens: Tensor | None = None) -> Tensor:
+        """Return the logits [U, V] float32 of some of the packed tokens, or of all."""
+        x_TD, delta_TD = hidden
+        if tokens is not None:
+            x_TD, delta_TD = x_TD[tokens], None if delta_TD is None else delta_TD[tokens]
+        _, normed = self._ops.add_rms_norm(x_TD, delta_TD, self._final_norm, self._architecture.norm_eps)
         if not self._invariant:
             return head_logits(normed, self._head)
         return torch.cat([head_logits(tile, self._head) for tile in padded(normed).split(TILE)])[: len(normed)]
+
+    def scores(self, hidden: Hidden, tokens: Tensor, labels: Tensor, scoring: Scoring) -> Tensor:
+        """Return what `scoring` wants of the packed tokens, a few at a time: their logits may not fit into memory at once."""
+        pairs = zip(tokens.split(SCORED_AT_ONCE), labels.split(SCORED_AT_ONCE), strict=True)
+        return torch.cat([score_rows(self.logits(hidden, some).log_softmax(-1), after, scoring) for some, after in pairs])
 
 
 def _elementwise_of(device: torch.device) -> ModuleType:

@@ -43,17 +43,20 @@ class InFlight:
     drawn: Tensor
     """[2, S] int32 on the host, once `arrived`: tokens, and the bits of their float32 log-probs."""
     arrived: torch.cuda.Event | None
+    scores: Sequence[Tensor] = ()
+    """Of each chunk of `plan.scoring`, on the host like `drawn` (see `scheduling.scoring`)."""
 
     @classmethod
-    def of(cls, plan: StepPlan, requests: list[RunningRequest], drawn: Tensor) -> InFlight:
-        """Start to copy what was drawn to the host."""
+    def of(cls, plan: StepPlan, requests: list[RunningRequest], drawn: Tensor, scores: Sequence[Tensor]) -> InFlight:
+        """Start to copy what was drawn and scored to the host."""
         if not drawn.is_cuda:
-            return cls(plan=plan, requests=requests, drawn=drawn, arrived=None)
-        host = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
-        host.copy_(drawn, non_blocking=True)
+            return cls(plan=plan, requests=requests, drawn=drawn, arrived=None, scores=scores)
+        hosts = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in (drawn, *scores)]
+        for host, one in zip(hosts, (drawn, *scores), strict=True):
+            host.copy_(one, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        return cls(plan=plan, requests=requests, drawn=host, arrived=arrived)
+        return cls(plan=plan, requests=requests, drawn=hosts[0], arrived=arrived, scores=hosts[1:])
 
     def wait(self) -> Sampled:
         """Return what was sampled for `requests`."""
@@ -138,10 +141,13 @@ class Runner:
         requests = plan.sampling
         draws = draws_of(requests)
         step = None if plan.prefills else decoder.replay(decoder.builder.decodes(plan, page_table), draws)
+        scores = list[Tensor]()
         if step is not None:
             logits, drawn = step.logits, step.drawn[:, : len(requests)]
         else:
-            logits = decoder.forward(decoder.builder.build(plan, page_table, decoder.last_tokens))
+            scorings = [scoring for chunk in plan.scoring if (scoring := chunk.request.request.scoring) is not None]
+            batch = decoder.builder.build(plan, page_table, decoder.last_tokens)
+            logits, scores = decoder.forward(batch, scorings)
             if plan.page_copies:
                 sources, targets = to_device([np.array(side) for side in zip(*plan.page_copies, strict=True)], self._device)
                 decoder.kv_cache.copy_pages(sources.long(), targets.long())
@@ -150,7 +156,7 @@ class Runner:
                 logits = logits[to_device([rows], self._device)[0]]
             drawn = decoder.draw(logits, draws)
         self._draw_limited(decoder, requests, logits, draws, drawn)
-        return InFlight.of(plan, requests, drawn)
+        return InFlight.of(plan, requests, drawn, scores)
 
     def _draw_limited(
         self, decoder: Decoder, requests: list[RunningRequest], logits: Tensor, draws: Draws, drawn: Tensor

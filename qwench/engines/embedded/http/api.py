@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from qwench.engines.embedded.scheduling.stopping import check_encodable
-from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult, SamplingParams
+from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult, SamplingParams, Scores, Scoring
 from qwench.errors import EngineError
 
 _MAX_ID_CHARS = 256
@@ -85,6 +85,7 @@ class GenerateBody(BaseModel):
     stream: bool = False
     logprob_start_len: int = -1
     top_logprobs_num: int = 0
+    token_ids_logprob: list[int] | None = None
     # What sglang-router adds to every request that it passes on.
     model: str | None = None
     log_metrics: bool = True
@@ -112,8 +113,6 @@ class GenerateBody(BaseModel):
         """
         if self.stream:
             raise EngineError("stream is not supported; send stream: false.")
-        if self.logprob_start_len != -1 or self.top_logprobs_num != 0:
-            raise EngineError("log-probs of prompt tokens or of other than the sampled tokens are not supported.")
         for name in ("background", "return_text_in_logprobs", "return_hidden_states", "return_bytes", "return_entropy"):
             if getattr(self, name):
                 raise EngineError(f"{name} is not supported; send {name}: false.")
@@ -129,10 +128,25 @@ class GenerateBody(BaseModel):
         for request_id in ids:
             if not 0 < len(request_id) <= _MAX_ID_CHARS or not request_id.isprintable():
                 raise EngineError(f"rid {request_id[:40]!r} is no id: 1 to {_MAX_ID_CHARS} printable characters.")
+        params = [one.to_params() for one in sampling]
+        scoring = self._scoring(params)
         return [
-            GenerateRequest(request_id=request_id, input_ids=prompt, sampling=one.to_params())
-            for request_id, prompt, one in zip(ids, prompts, sampling, strict=True)
+            GenerateRequest(request_id=request_id, input_ids=prompt, sampling=one, scoring=scoring)
+            for request_id, prompt, one in zip(ids, prompts, params, strict=True)
         ]
+
+    def _scoring(self, params: Sequence[SamplingParams]) -> Scoring | None:
+        """Return what is wanted of the prompt's tokens. SGLang's first entry, of token logprob_start_len, has no log-prob."""
+        asks = self.logprob_start_len != -1 or self.top_logprobs_num != 0 or self.token_ids_logprob
+        if not asks:
+            return None
+        if any(one.max_new_tokens != 0 for one in params) or not self.return_logprob or self.logprob_start_len < 0:
+            raise EngineError(
+                "log-probs of prompt tokens or of other than the sampled tokens are supported without generation only; send "
+                "max_new_tokens: 0, return_logprob: true and logprob_start_len >= 0."
+            )
+        start, token_ids = self.logprob_start_len + 1, tuple(self.token_ids_logprob or ())
+        return Scoring(start=start, top_k=self.top_logprobs_num, token_ids=token_ids)
 
     def _prompts(self, tokenizer: PreTrainedTokenizerBase | None, *, max_chars: int) -> list[list[int]]:
         if (self.text is None) == (self.input_ids is None):
@@ -173,8 +187,23 @@ def to_response(
         meta["output_token_logprobs"] = [
             [log_prob, token, None] for log_prob, token in zip(result.log_probs, result.output_ids, strict=True)
         ]
+    if request.scoring is not None and result.scores is not None:
+        meta |= _input_log_probs(request.input_ids, request.scoring, result.scores)
     text = result.text if no_stop_trim else _trim(request.sampling, result, tokenizer)
     return {"text": text, "output_ids": list(result.output_ids), "meta_info": meta}
+
+
+def _input_log_probs(input_ids: Sequence[int], scoring: Scoring, scores: Scores) -> Json:
+    """Return SGLang's lists of [log-prob, token, text]; each begins with an entry for the token before the scored ones."""
+    first, *scored = input_ids[scoring.start - 1 :]
+    pairs = zip(scores.log_probs, scored, strict=True)
+    meta: Json = {"input_token_logprobs": [[None, first, None], *([one, token, None] for one, token in pairs)]}
+    if scoring.top_k:
+        meta["input_top_logprobs"] = [None, *([[one, token, None] for one, token in row] for row in scores.top)]
+    if scoring.token_ids:
+        named = (zip(row, scoring.token_ids, strict=True) for row in scores.of_token_ids)
+        meta["input_token_ids_logprobs"] = [None, *([[one, token, None] for one, token in row] for row in named)]
+    return meta
 
 
 def no_stop_trims(body: GenerateBody, count: int) -> Sequence[bool]:

@@ -8,6 +8,7 @@ import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qwench.engines.embedded.scheduling.request import RunningRequest
+from qwench.engines.embedded.scheduling.scoring import check_scoring
 from qwench.engines.embedded.scheduling.stopping import MAX_STOPS, check_stop_strings, stop_ids_of
 from qwench.engines.embedded.scheduling.uniform import uniform
 from qwench.engines.protocol import GenerateRequest
@@ -41,7 +42,7 @@ class Admission:
         self._check_numbers(request)
         num_prompt = len(request.input_ids)
         room = max_request_tokens - num_prompt
-        if room < 1:
+        if room < (1 if request.scoring is None else 0):
             raise EngineError(
                 f"the prompt of request {request.request_id!r} ({num_prompt} tokens) leaves no room for a response: "
                 f"the engine holds {max_request_tokens} tokens; shorten the prompt or raise --embedded-kv-cache-tokens."
@@ -59,8 +60,10 @@ class Admission:
 
     def _check_numbers(self, request: GenerateRequest) -> None:
         sampling, name = request.sampling, f"request {request.request_id!r}"
-        if sampling.max_new_tokens < 1:
+        if request.scoring is None and sampling.max_new_tokens < 1:
             raise EngineError(f"{name} has max_new_tokens {sampling.max_new_tokens}; at least 1 is needed.")
+        if request.scoring is not None and sampling.max_new_tokens != 0:
+            raise EngineError(f"{name} scores its prompt and has max_new_tokens {sampling.max_new_tokens}; it must be 0.")
         if sampling.temperature != 0 and not MIN_TEMPERATURE <= sampling.temperature <= MAX_TEMPERATURE:
             raise EngineError(
                 f"{name} has temperature {sampling.temperature}; it must be 0 (greedy) or lie in "
@@ -80,6 +83,8 @@ class Admission:
             raise EngineError(
                 f"the prompt of {name} has token ids outside [0, {self._vocab_size}); tokenizer and model differ."
             )
+        if request.scoring is not None:
+            check_scoring(request.scoring, request.input_ids, vocab_size=self._vocab_size, name=name)
 
     def _seed_of(self, request: GenerateRequest) -> int:
         if request.sampling.seed is not None:

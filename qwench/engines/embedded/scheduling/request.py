@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from qwench.engines.embedded.scheduling.scoring import read_scores
 from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult
 from qwench.errors import EngineError
 
@@ -29,6 +31,8 @@ class RunningRequest:
     num_prompt: int
     log_probs: list[float] = field(default_factory=list)
     weight_versions: list[int] = field(default_factory=list)
+    scored: list[Tensor] = field(default_factory=list)
+    """The matrices of its chunks (see `scoring`)."""
     num_computed: int = 0
     pending: int = 0
     """Tokens that launched steps will sample, and that have not come back to the host."""
@@ -98,4 +102,5 @@ class RunningRequest:
             weight_versions=self.weight_versions,
             text=text,
             cached_tokens=self.cached_tokens,
+            scores=None if self.request.scoring is None else read_scores(self.scored, self.request.scoring),
         )

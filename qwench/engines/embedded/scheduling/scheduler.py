@@ -30,6 +30,19 @@ class PrefillChunk:
     is_last: bool
     """The chunk ends the tokens known so far, so the next one can be sampled after it."""
 
+    @property
+    def samples(self) -> bool:
+        """Tell whether a token is sampled after the chunk."""
+        return self.is_last and self.request.request.scoring is None
+
+    @property
+    def scoring_positions(self) -> range:
+        """Return the positions of the prompt that score the token after them; most requests have none."""
+        scoring = self.request.request.scoring
+        if scoring is None:
+            return range(0)
+        return range(max(self.start, scoring.start - 1), min(self.start + self.count, self.request.num_prompt - 1))
+
 
 @dataclass(kw_only=True, slots=True)
 class StepPlan:
@@ -49,8 +62,13 @@ class StepPlan:
     def sampling(self) -> list[RunningRequest]:
         """Return the requests that get a token: decodes, then each finished prefill followed by its siblings."""
         prefilled = zip(self.prefills, self.followers, strict=True)
-        groups = [[chunk.request, *forks] for chunk, forks in prefilled if chunk.is_last]
+        groups = [[chunk.request, *forks] for chunk, forks in prefilled if chunk.samples]
         return self.decodes + [request for group in groups for request in group]
+
+    @property
+    def scoring(self) -> list[PrefillChunk]:
+        """Return the chunks that score a token of their prompt."""
+        return [chunk for chunk in self.prefills if len(chunk.scoring_positions) > 0]
 
 
 class Scheduler:
@@ -205,7 +223,9 @@ class Scheduler:
         request = next(iter(self._waiting.values()))
         if not self._free_rows:
             return None
-        matched = self.pool.match(request.tokens)
+        scoring = request.request.scoring
+        # The first scored token needs the output of the position before it, so that position is computed again.
+        matched = self.pool.match(request.tokens if scoring is None else request.tokens[: scoring.start])
         num_new = -(-len(request.tokens) // self.pool.page_size) - len(matched)
         # One page is left for each running request, or the new requests would preempt them at once.
         room = self.pool.num_free - num_new - self.num_running
@@ -253,6 +273,7 @@ class Scheduler:
     def _requeue(self, request: RunningRequest) -> None:
         """Put a request back in front of the queue; it will be computed again from its first token."""
         self._free(request)
+        request.scored.clear()
         self.add(request)
         self._waiting.move_to_end(request.request.request_id, last=False)
 
@@ -284,7 +305,9 @@ class Scheduler:
 
 def _prompt_key(request: RunningRequest) -> bytes:
     """Return a key that is equal for requests that can share a prefill: all tokens. A preempted request thus shares with
-    none."""
+    none, and neither does one that is scored."""
+    if request.request.scoring is not None:
+        return request.request.request_id.encode()
     return np.asarray(request.tokens, dtype=np.int32).tobytes()
 
 
