@@ -1,4 +1,4 @@
-"""The environment that a trainer process is given before it imports PyTorch."""
+"""The environments of trainer processes and of the processes that a run starts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from collections.abc import Mapping
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.parallel import ParallelConfig
 from qwench.config.sections.training import TrainingConfig
+
+TOKEN_VARIABLE = "QWENCH_TOKEN"
+"""Holds the token of engine servers."""
+_OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""With these variables a process would join the trainer's ranks. torchrun's other variables begin with the prefix below."""
+_TORCHRUN_PREFIX = "TORCHELASTIC_"
 
 
 def trainer_environment(
@@ -29,3 +35,16 @@ def trainer_environment(
 def engine_environment(environ: Mapping[str, str], trainers: Mapping[str, str]) -> dict[str, str]:
     """Return `environ` without the trainer's variables, which an engine server must not inherit."""
     return {name: value for name, value in environ.items() if trainers.get(name) != value}
+
+
+def without_rank(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return `environ` without what makes a process a rank of the trainer."""
+    return {name: text for name, text in environ.items() if name not in _OF_A_RANK and not name.startswith(_TORCHRUN_PREFIX)}
+
+
+def reward_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of the user's reward function: the user's variables, without ours.
+
+    A function may need keys of services. It needs no place among the ranks and no access to the engines.
+    """
+    return {name: text for name, text in without_rank(environ).items() if name != TOKEN_VARIABLE}

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from qwench.config.environment import TOKEN_VARIABLE
 from qwench.engines.client import HttpEngine
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.settings import EmbeddedSettings
@@ -20,7 +21,6 @@ from qwench.engines.fleet.members import Member
 from qwench.engines.fleet.pool import EnginePool
 from qwench.engines.fleet.servers import CommandMaker, Server, ServerProcess, server_environ
 from qwench.engines.kinds import KINDS
-from qwench.engines.kinds.embedded import TOKEN_VARIABLE
 from qwench.engines.kinds.identity import ModelIdentity, check_serves
 from qwench.engines.kinds.kind import ServerOrder
 from qwench.engines.kinds.sglang_router import SglangRouter, router_command

@@ -12,6 +12,7 @@ import orjson
 
 from qwench.checkpoints.folders import check_weights
 from qwench.config.config import Config
+from qwench.config.environment import TOKEN_VARIABLE
 from qwench.config.plan import RunPlan
 from qwench.config.report import flag_values
 from qwench.config.sections.rollout import RolloutConfig
@@ -138,7 +139,7 @@ def serve(config: ServeConfig) -> None:
         embedded_settings(inputs, order_varies=True),
         host=config.server.host,
         port=config.server.port,
-        token=os.environ.get("QWENCH_TOKEN"),
+        token=os.environ.get(TOKEN_VARIABLE),
     )
 
 

@@ -56,6 +56,7 @@ class Generation:
         """
         config = self.inputs.config
         functions = self.functions.rollout
+        runner = self._training_runner(functions)
         options: StreamOptions = {
             "timeout_s": config.timeouts.rollout_timeout,
             "num_gpus": len(self.engines.engines) * config.cluster.rollout_num_gpus_per_engine,
@@ -63,16 +64,17 @@ class Generation:
             "observers": observers,
             "waiter": waiter,
             "log": functions.log_rollout,
+            "describe_calls": runner.describe_calls,
         }
         if config.asynchronous.fully_async:
-            return self._continuous_stream(source, num_rollouts, options)
+            return self._continuous_stream(source, runner, num_rollouts, options)
         buffer = GroupBuffer(
             source,
             max_staleness=self.inputs.plan.max_staleness,
             buffer_filter=functions.buffer_filter,
             mask_off_policy=config.rollout.mask_offpolicy_in_partial_rollout,
         )
-        make = self._make_rollout(buffer, functions)
+        make = self._make_rollout(buffer, runner, functions)
         return RolloutStream(self.engines, make, buffer, config.logging, num_rollouts=num_rollouts, **options)
 
     def evaluator(self, prompts: Mapping[str, Sequence[Prompt]]) -> Evaluator:
@@ -100,6 +102,7 @@ class Generation:
             timeout_s=config.timeouts.eval_timeout,
             group_rm=config.reward.group_rm,
             generate=functions.generate,
+            generate_path=config.rollout.custom_generate_function_path,
             function=functions.evaluate,
             log_passrate=config.logging.log_passrate,
             log=functions.log_evaluation,
@@ -112,11 +115,10 @@ class Generation:
         self.eval_grader.close()
         self.engines.close()
 
-    def _make_rollout(self, buffer: GroupBuffer, functions: RolloutFunctions) -> MakeRollout:
+    def _make_rollout(self, buffer: GroupBuffer, runner: GroupRunner, functions: RolloutFunctions) -> MakeRollout:
         """Return what makes a rollout: the user's own function, or the built-in collector."""
         config = self.inputs.config
         assert config.rollout.rollout_batch_size is not None, "config.checks requires --rollout-batch-size"
-        runner = self._training_runner(functions, concurrency=self._concurrency)
         if functions.make_rollout is not None:
             context = RolloutContext(runner=runner, buffer=buffer, num_groups=config.rollout.rollout_batch_size)
             return checked_rollout(functions.make_rollout, context)
@@ -124,18 +126,19 @@ class Generation:
         console = self.inputs.console
         return Collector(runner, buffer, config.rollout, functions, console=console, deterministic=deterministic).collect
 
-    def _continuous_stream(self, source: GroupSource, num_rollouts: int, options: StreamOptions) -> ContinuousStream:
+    def _continuous_stream(
+        self, source: GroupSource, runner: GroupRunner, num_rollouts: int, options: StreamOptions
+    ) -> ContinuousStream:
         """Return the stream of --fully-async."""
         config, batch = self.inputs.config, self.inputs.plan.batch
         section, functions, groups_per_rollout = config.asynchronous, self.functions.rollout, batch.rollout_batch_size
-        concurrency = section.async_max_concurrent_samples or self._concurrency
         by_group = section.rollout_submission_granularity == "group"
         bound = StalenessBound(
             groups_per_rollout=groups_per_rollout, max_staleness=self.inputs.plan.max_staleness, num_rollouts=num_rollouts
         )
         return ContinuousStream(
             self.engines,
-            self._training_runner(functions, concurrency=concurrency),
+            runner,
             Selection(functions),
             GroupBuffer(source),
             bound,
@@ -143,22 +146,23 @@ class Generation:
             config.logging,
             console=self.inputs.console,
             groups_per_rollout=groups_per_rollout,
-            max_groups_in_flight=max(concurrency // batch.n_samples_per_prompt, 1) if by_group else None,
+            max_groups_in_flight=max(self._training_concurrency // batch.n_samples_per_prompt, 1) if by_group else None,
             max_rounds=config.rollout.dynamic_sampling_max_rounds,
             deterministic=config.training.deterministic_mode,
             **options,
         )
 
-    def _training_runner(self, functions: RolloutFunctions, *, concurrency: int) -> GroupRunner:
+    def _training_runner(self, functions: RolloutFunctions) -> GroupRunner:
         config = self.inputs.config
         return GroupRunner(
             self.engines,
             tokenizer=self.inputs.tokenizer,
             sampling=training_sampling(self.inputs),
             grader=self.grader,
-            concurrency=concurrency,
+            concurrency=self._training_concurrency,
             group_rm=config.reward.group_rm,
             generate=functions.generate,
+            generate_path=config.rollout.custom_generate_function_path,
             grades_executions=self.functions.reward is not None,
         )
 
@@ -183,6 +187,13 @@ class Generation:
     def _concurrency(self) -> int:
         """Return how many samples may be in flight at once, over all engines."""
         return self.inputs.config.engine.sglang_server_concurrency * len(self.engines.engines)
+
+    @property
+    def _training_concurrency(self) -> int:
+        """Return the same for training rollouts."""
+        section = self.inputs.config.asynchronous
+        limit = section.async_max_concurrent_samples if section.fully_async else None
+        return limit or self._concurrency
 
 
 def training_sampling(inputs: Inputs) -> Sampling:

@@ -87,7 +87,7 @@ class WaitWatcher:
             return min((min(wait.due - now, _next_look_s(now - wait.since)) for wait in self._waits.values()), default=None)
 
     def _report(self, wait: _Wait, now: float, silent: dict[str, float]) -> None:
-        detail = "; ".join(part for part in (wait.describe(), describe_silence(silent)) if part)
+        detail = joined(wait.describe(), describe_silence(silent))
         _log.warning("waiting %.0f s for %s%s", now - wait.since, wait.label, f": {detail}" if detail else "")
 
     def _run(self) -> None:
@@ -104,6 +104,11 @@ def _next_look_s(waited_s: float) -> float:
 
 
 _WATCHER = WaitWatcher()
+
+
+def joined(*parts: str) -> str:
+    """Join descriptions of one wait, without those that are empty."""
+    return "; ".join(part for part in parts if part)
 
 
 def say_nothing() -> str:

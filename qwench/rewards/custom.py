@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 
+from qwench.config.environment import reward_environment
 from qwench.errors import RewardError
 from qwench.plugins import Function, load_function, place_of
 from qwench.rewards.messages import framed
@@ -56,9 +57,8 @@ class CustomReward:
         self._path, self._place, self._timeout_s = path, place_of(function), timeout_s
         self._calls_at_once = CALLS_AT_ONCE if inspect.iscoroutinefunction(function) else 1
         hello = framed(pickle.dumps({"path": path, "key": key or "score", "timeout_s": timeout_s}))
-        self._workers = [
-            WorkerProcess("qwench.rewards.custom_worker", environment=os.environ, hello=hello) for _ in range(num_workers)
-        ]
+        module, environment = "qwench.rewards.custom_worker", reward_environment(os.environ)
+        self._workers = [WorkerProcess(module, environment=environment, hello=hello) for _ in range(num_workers)]
         self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qwench.engines.fleet.pool import EnginePool, Waiter
 from qwench.observability.console import Console
+from qwench.observability.waiting import joined
 from qwench.rewards.degenerate import degenerate_reason
 from qwench.rollout.generate import GenerateFunction, generate_single_turn
 from qwench.rollout.groups import Grader, GroupRunner, gather_or_cancel
@@ -88,6 +89,7 @@ class Evaluator:
         timeout_s: float | None = None,
         group_rm: bool = False,
         generate: GenerateFunction = generate_single_turn,
+        generate_path: str | None = None,
         function: EvalFunction | None = None,
         log_passrate: bool = False,
         log: LogEvaluation | None = None,
@@ -97,11 +99,15 @@ class Evaluator:
         Args:
             concurrency: samples in flight at once, over all engines.
             timeout_s: deadline of one set. None: no deadline.
+            generate_path: names the user's `generate` in reports of waits. None: the built-in one.
             function: replaces the built-in evaluation.
         """
         self._sets, self._tokenizer, self._grader, self._concurrency = sets, tokenizer, grader, concurrency
         self._timeout_s = timeout_s
-        self._console, self._group_rm, self._generate = console, group_rm, generate
+        self._console, self._group_rm = console, group_rm
+        self._generate, self._generate_path = generate, generate_path
+        self._runner: GroupRunner | None = None
+        """Of the set that is answered now."""
         self._function, self._log_passrate, self._log = function, log_passrate, log
 
     def evaluate(self, engines: EnginePool, waiter: Waiter | None = None) -> dict[str, float]:
@@ -120,7 +126,10 @@ class Evaluator:
 
         return dict(
             (waiter or engines).attend(
-                call(self._function), label="evaluation", timeout_s=self._timeout_s, describe=engines.describe_requests
+                call(self._function),
+                label="evaluation",
+                timeout_s=self._timeout_s,
+                describe=lambda: self._describe(engines),
             )
         )
 
@@ -131,7 +140,7 @@ class Evaluator:
                 self._run_set(engines, eval_set),
                 label=f"evaluation of {eval_set.name}",
                 timeout_s=self._timeout_s,
-                describe=engines.describe_requests,
+                describe=lambda: self._describe(engines),
             )
             for eval_set in self._sets
         ]
@@ -146,8 +155,12 @@ class Evaluator:
                 _logger.warning("evaluation of %s: %s", result.name, reason)
         return metrics
 
+    def _describe(self, engines: EnginePool) -> str:
+        calls = "" if self._runner is None else self._runner.describe_calls()
+        return joined(calls, engines.describe_requests())
+
     async def _run_set(self, engines: EnginePool, eval_set: EvalSet) -> EvalResult:
-        runner = GroupRunner(
+        runner = self._runner = GroupRunner(
             engines,
             tokenizer=self._tokenizer,
             sampling=eval_set.sampling,
@@ -155,6 +168,7 @@ class Evaluator:
             concurrency=self._concurrency,
             group_rm=self._group_rm,
             generate=self._generate,
+            generate_path=self._generate_path,
             scope=f"eval/{eval_set.name}",
         )
         with self._console.progress(f"evaluate {eval_set.name}", total=len(eval_set.prompts)) as progress:

@@ -9,7 +9,9 @@ Grading needs no slot, so that slow rewards do not delay the engines.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Coroutine, Iterable, Sequence
+import time
+from collections.abc import Collection, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -35,6 +37,31 @@ class Grader(Protocol):
         ...
 
 
+class _OpenCalls:
+    """Calls that have not returned, of the user's generate function and of the grader."""
+
+    def __init__(self) -> None:
+        self._since: dict[object, tuple[str, float]] = {}
+
+    @contextmanager
+    def within(self, label: str) -> Iterator[None]:
+        """Count the block as an open call."""
+        call = object()
+        self._since[call] = label, time.monotonic()
+        try:
+            yield
+        finally:
+            del self._since[call]
+
+    def describe(self) -> str:
+        """Name the oldest open call; empty: none is open."""
+        calls = list(self._since.values())
+        if not calls:
+            return ""
+        label, since = min(calls, key=lambda call: call[1])
+        return f"{label} has not returned for {time.monotonic() - since:.0f} s (open calls: {len(calls)})"
+
+
 class GroupRunner:
     """Generates and grades groups; all groups of one runner share its bound on samples in flight."""
 
@@ -48,6 +75,7 @@ class GroupRunner:
         concurrency: int,
         group_rm: bool = False,
         generate: GenerateFunction = generate_single_turn,
+        generate_path: str | None = None,
         scope: str = "train",
         grades_executions: bool = False,
     ) -> None:
@@ -56,6 +84,7 @@ class GroupRunner:
         Args:
             concurrency: samples in flight at once: --sglang-server-concurrency times the number of engines.
             group_rm: grade a group at once, when its last sample has ended.
+            generate_path: names the user's `generate` in reports of waits. None: the built-in one.
             scope: `train`, or the name of the evaluation set.
             grades_executions: grade the samples of one generate call together.
         """
@@ -64,8 +93,13 @@ class GroupRunner:
         self._grader = grader
         self._slots = asyncio.Semaphore(concurrency)
         self._group_rm = group_rm
-        self._generate = generate
+        self._generate, self._generate_path = generate, generate_path
+        self._open_calls = _OpenCalls()
         self._scope, self._grades_executions = scope, grades_executions
+
+    def describe_calls(self) -> str:
+        """Name the function that is late, its sample and the seconds so far; any thread may call."""
+        return self._open_calls.describe()
 
     async def run(self, group: Group, *, rollout_id: int) -> Group:
         """Return the group finished and graded, or with aborted samples after `abort`."""
@@ -115,7 +149,7 @@ class GroupRunner:
         )
         prompt, sample_id, group_id = sample.prompt, sample.sample_id, sample.group_id
         try:
-            answer = await self._generate(sample, context)
+            answer = await self._call_function(sample, context)
         except asyncio.CancelledError:
             sample.status = Status.ABORTED  # also between two turns, where its last one is complete
             raise
@@ -130,14 +164,23 @@ class GroupRunner:
             return [Sample(prompt=prompt, sample_id=sample_id, group_id=group_id, status=Status.ABORTED)]
         return siblings
 
+    async def _call_function(self, sample: Sample, context: GenerateContext) -> Sample | list[Sample]:
+        if self._generate_path is None:  # the engines report their requests
+            return await self._generate(sample, context)
+        with self._open_calls.within(f"{self._generate_path} for sample {sample.sample_id}"):
+            return await self._generate(sample, context)
+
     async def _grade(self, sample: Sample) -> None:
         if self._may_grade([sample]):
             # A custom generate function may have graded its own sample.
-            _set_verdict(sample, sample.verdict or await self._grader.grade(sample))
+            with self._open_calls.within(f"the reward of sample {sample.sample_id}"):
+                _set_verdict(sample, sample.verdict or await self._grader.grade(sample))
 
     async def _grade_group(self, samples: list[Sample]) -> None:
         if self._may_grade(samples):
-            for sample, verdict in zip(samples, await self._grader.grade_group(samples), strict=True):
+            with self._open_calls.within(f"the reward of group {samples[0].group_id}"):
+                verdicts = await self._grader.grade_group(samples)
+            for sample, verdict in zip(samples, verdicts, strict=True):
                 _set_verdict(sample, verdict)
 
     def _may_grade(self, samples: Sequence[Sample]) -> bool:

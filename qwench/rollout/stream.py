@@ -24,6 +24,7 @@ from qwench.data.sft import SftSource
 from qwench.engines.fleet.pool import EnginePool, Waiter
 from qwench.errors import QwenchError, RewardError
 from qwench.observability.dumps import load_rollout
+from qwench.observability.waiting import Describe, joined, say_nothing
 from qwench.rewards.degenerate import degenerate_reason
 from qwench.rollout.buffer import GroupBuffer
 from qwench.rollout.functions import LogRollout, MakeRollout
@@ -46,6 +47,7 @@ class StreamOptions(TypedDict, total=False):
     observers: Sequence[Callable[[Rollout], object]]
     waiter: Waiter | None
     log: LogRollout | None
+    describe_calls: Describe
 
 
 class GeneratingStream(ABC):
@@ -63,6 +65,7 @@ class GeneratingStream(ABC):
         observers: Sequence[Callable[[Rollout], object]] = (),
         waiter: Waiter | None = None,
         log: LogRollout | None = None,
+        describe_calls: Describe = say_nothing,
     ) -> None:
         """Generate nothing yet.
 
@@ -72,11 +75,12 @@ class GeneratingStream(ABC):
             observers: are given each rollout that is taken, to show or to record it.
             waiter: waits for the engines instead of the pool.
             log: tells whether it has logged a rollout itself.
+            describe_calls: names the user's function that is late.
         """
         self._engines, self._buffer, self._logging = engines, buffer, logging
         self._num_gpus, self._timeout_s, self._observers = num_gpus, timeout_s, observers
         self._waiter: Waiter = waiter or engines
-        self._log = log
+        self._log, self._describe_calls = log, describe_calls
         self._check_rewards = not allow_degenerate_rewards
 
     def take(self, rollout_id: int) -> Rollout:
@@ -132,7 +136,7 @@ class GeneratingStream(ABC):
         return rollout.with_metrics(metrics)
 
     def _describe(self) -> str:
-        return f"{self._buffer.describe()}; {self._engines.describe_requests()}"
+        return joined(self._buffer.describe(), self._describe_calls(), self._engines.describe_requests())
 
     async def _state(self) -> dict[str, Json]:
         return self._buffer.state_dict()
@@ -180,7 +184,8 @@ class RolloutStream(GeneratingStream):
         """
         if self._tasks:
             label = f"rollout {max(self._tasks)}, which must end before weights are saved or published,"
-            self._waiter.attend(_all_results([*self._tasks.values()]), label=label, timeout_s=self._timeout_s)
+            results = _all_results([*self._tasks.values()])
+            self._waiter.attend(results, label=label, timeout_s=self._timeout_s, describe=self._describe)
         yield
 
     @contextmanager

@@ -124,7 +124,7 @@ class Publisher:
             EngineError: the deadline passed; the coroutine is cancelled. Its own errors come through as they are.
         """
         assert self._pool is not None, "a run without engines generates nothing"
-        working = self._pool.loop.under_way(coroutine, label=label, timeout_s=timeout_s)
+        working = self._pool.loop.under_way(coroutine, label=label, timeout_s=timeout_s, describe=describe)
         with self._pool.explaining(), working as work, waiting(label, describe):
             while not work.ends_before(self._pool.lose_weights()):
                 self.republish()

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 from qwench.errors import EngineError
 from qwench.observability.parts import describe_silence, silent_parts, stacks_written
 from qwench.observability.stopping import interruptible
-from qwench.observability.waiting import Describe, say_nothing, waiting
+from qwench.observability.waiting import Describe, joined, say_nothing, waiting
 
 Result = TypeVar("Result")
 JOIN_TIMEOUT_S = 10.0
@@ -25,10 +25,12 @@ JOIN_TIMEOUT_S = 10.0
 class Work(Generic[Result]):
     """A coroutine under way on the loop, with a deadline that counts from its start."""
 
-    def __init__(self, loop: EventLoopThread, future: Future[Result], *, label: str, timeout_s: float | None) -> None:
+    def __init__(
+        self, loop: EventLoopThread, future: Future[Result], *, label: str, timeout_s: float | None, describe: Describe
+    ) -> None:
         self._loop = loop
         self._future = future
-        self._label = label
+        self._label, self._describe = label, describe
         self._timeout_s = timeout_s
         self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
 
@@ -45,7 +47,7 @@ class Work(Generic[Result]):
             with interruptible():
                 done = wait(futures, timeout=left_s, return_when=FIRST_COMPLETED).done
             if not done:
-                raise _too_late(self._label, self._timeout_s)
+                raise _too_late(self._label, self._timeout_s, self._describe)
             if self._future.done():
                 return True
             other.result()
@@ -84,19 +86,24 @@ class EventLoopThread:
             with waiting(label, describe):
                 done = wait([future], timeout=timeout_s).done
             if not done:
-                raise _too_late(label, timeout_s)
+                raise _too_late(label, timeout_s, describe)
             return future.result(0)
         finally:
             future.cancel()  # no effect on one that has ended
 
     @contextmanager
     def under_way(
-        self, coroutine: Coroutine[Any, Any, Result], *, label: str, timeout_s: float | None
+        self,
+        coroutine: Coroutine[Any, Any, Result],
+        *,
+        label: str,
+        timeout_s: float | None,
+        describe: Describe = say_nothing,
     ) -> Iterator[Work[Result]]:
         """Run a coroutine on the loop inside the block; cancel it if the block ends first."""
         future = self._submit(coroutine, label=label)
         try:
-            yield Work(self, future, label=label, timeout_s=timeout_s)
+            yield Work(self, future, label=label, timeout_s=timeout_s, describe=describe)
         finally:
             future.cancel()
 
@@ -131,9 +138,9 @@ async def _cancel_all_others() -> None:
     await asyncio.get_running_loop().shutdown_asyncgens()
 
 
-def _too_late(label: str, timeout_s: float | None) -> EngineError:
-    silence = describe_silence(silent_parts())
-    late = f" ({silence})" if silence else ""
+def _too_late(label: str, timeout_s: float | None, describe: Describe) -> EngineError:
+    detail = joined(describe(), describe_silence(silent_parts()))
+    late = f" ({detail})" if detail else ""
     return EngineError(
         f"{label} did not end within {timeout_s:g} s{late}; see the engine's log, or raise its timeout. {stacks_written()}"
     )

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from qwench.config.environment import without_rank
 from qwench.errors import EngineError
 from qwench.observability.parts import STACKS_SIGNAL, ask_for_stacks
 from qwench.wire.addresses import Placement
@@ -32,10 +33,7 @@ HEALTH_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 10.0
 COLLECT_TIMEOUT_S = 2.0
 LOG_TAIL_LINES = 20
-_OF_OUR_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""With these variables a server would join the trainer's ranks. torchrun's other variables begin with the prefix below."""
 _SECRET = re.compile(r"(^|_)(API_?KEY|ACCESS_KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS)(_|$)", re.IGNORECASE)
-_TORCHRUN_PREFIX = "TORCHELASTIC_"
 
 
 class Server(Protocol):
@@ -231,11 +229,7 @@ def server_environ(environ: Mapping[str, str], **changes: str) -> dict[str, str]
 
     Secrets of the run, such as WANDB_API_KEY, are left out too: a server answers requests from outside.
     """
-    kept = {
-        name: text
-        for name, text in environ.items()
-        if name not in _OF_OUR_RANK and not name.startswith(_TORCHRUN_PREFIX) and not _SECRET.search(name)
-    }
+    kept = {name: text for name, text in without_rank(environ).items() if not _SECRET.search(name)}
     return kept | changes
 
 

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import orjson
 
+from qwench.config.environment import TOKEN_VARIABLE
 from qwench.config.sections.engine import EngineConfig
 from qwench.engines.embedded.http.turns import AHEAD
 from qwench.engines.fleet.servers import ServerCommand, server_environ, visible_devices
@@ -22,7 +23,6 @@ from qwench.wire.addresses import EngineAddress, Placement
 from qwench.wire.flat_bucket import TensorEntry, entries_to_json
 from qwench.wire.shared_buffer import Handle, SharedBuffer
 
-TOKEN_VARIABLE = "QWENCH_TOKEN"
 _WINDOWS: Mapping[str, int] = {"ipc": 2, "broadcast": AHEAD + 1}
 """Buckets under way at once. Each takes its size on the sender, one that is broadcast also at the receiver."""
 

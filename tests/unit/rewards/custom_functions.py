@@ -78,3 +78,8 @@ async def slow_group(samples: Sequence[Sample]) -> list[float]:
 
 async def signature_of_slime(args: object, sample: Sample, **kwargs: object) -> float:
     return 1.0
+
+
+def environment(sample: Sample) -> Verdict:
+    """Return the names of the process's variables."""
+    return Verdict(score=1.0, reason="told", extra={"names": " ".join(os.environ)})

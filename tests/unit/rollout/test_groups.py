@@ -1,4 +1,5 @@
 import asyncio
+import re
 from string import ascii_lowercase
 
 import pytest
@@ -300,3 +301,44 @@ def test_the_first_error_cancels_the_others_and_waits_for_their_end():
         assert ended == ["slow"]
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("settings", "late"),
+    [
+        ({"generate_path": "tools.call"}, "tools.call for sample 1"),
+        ({}, ""),  # the engines report what the built-in function waits for
+    ],
+)
+def test_a_generate_function_that_does_not_return_is_named_with_its_sample(settings, late):
+    async def hangs_on_the_second(sample, context):
+        if sample.sample_id == 1:
+            await asyncio.Event().wait()
+        await context.generate(sample)
+        return sample
+
+    described = described_while_it_waits(FakeGrader(lambda sample: 1.0), generate=hangs_on_the_second, **settings)
+    assert described == (f"{late} has not returned for N s (open calls: 1)" if late else "")
+
+
+def test_rewards_that_do_not_come_are_named_with_their_samples():
+    never = FakeGrader(lambda sample: 1.0, ticks=lambda sample: 10**9)
+    assert described_while_it_waits(never) == "the reward of sample 0 has not returned for N s (open calls: 2)"
+    assert described_while_it_waits(never, group_rm=True) == "the reward of group 0 has not returned for N s (open calls: 1)"
+
+
+def described_while_it_waits(grader, **settings):
+    """Return how a runner describes its open calls, once nothing moves; afterwards none may be open."""
+
+    async def scenario():
+        runner = make_runner(FakeEngine(write_ok), grader, **settings)
+        task = asyncio.create_task(runner.run(group("a", size=2), rollout_id=0))
+        for _ in range(200):
+            await asyncio.sleep(0)
+        described = re.sub(r"\d+ s", "N s", runner.describe_calls())
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert runner.describe_calls() == ""
+        return described
+
+    return asyncio.run(scenario())
