@@ -92,9 +92,9 @@ def method_name(loss_type: str, advantage_estimator: str) -> str:
     Raises:
         ConfigError: nothing can be trained with this loss.
     """
-    if loss_type == "policy_loss":
+    if loss_type in ("policy_loss", "custom_loss"):
         check_estimator(advantage_estimator)
         return advantage_estimator
     if loss_type == "sft_loss":
         return "sft"
-    raise ConfigError(f"--loss-type {loss_type!r} cannot be trained; known: policy_loss, sft_loss.")
+    raise ConfigError(f"--loss-type {loss_type!r} cannot be trained; known: policy_loss, sft_loss, custom_loss.")

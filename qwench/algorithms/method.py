@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
+from qwench.algorithms.columns import LossFunction, MicroBatch, RolloutBatch, TokenLoss
 from qwench.algorithms.reduction import execution_mean_weights, token_mean_weights
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.estimators import METHODS, MethodFacts
@@ -60,10 +60,19 @@ The sum over all micro-batches is divided by the executions of the step, with --
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UserTerms:
-    """Parts of the policy loss that functions of the user compute. None: the method's own."""
+    """The policy loss, or parts of it, that functions of the user compute. None: the method's own."""
 
     correct: Correct | None = None
     reduce: Reduce | None = None
+    loss: LossFunction | None = None
+    """`--custom-loss-function-path`: the whole loss."""
+    takes_logits: bool = False
+    """`loss` gets [T, V / tp] float32 logits, before the temperature, in the place of log-probs."""
+
+    @property
+    def need_step_share(self) -> bool:
+        """Tell whether a function sums over a micro-batch."""
+        return self.reduce is not None or self.loss is not None
 
 
 NO_TERMS = UserTerms()

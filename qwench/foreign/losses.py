@@ -1,11 +1,13 @@
-"""Functions of slime and miles inside the policy loss, as functions of ours.
+"""Functions of slime and miles in the policy loss, as functions of ours.
 
+--custom-loss-function-path              fn(args, batch, logits, sum_of_sample_mean) -> loss, metrics
 --custom-tis-function-path               fn(args=, pg_loss=, train_log_probs=, rollout_log_probs=, loss_masks=, total_lengths=,
                                             response_lengths=) -> pg_loss, masks, metrics
 --custom-pg-loss-reducer-function-path   fn(total_lengths, response_lengths, loss_masks, calculate_per_token_loss)
                                             -> fn(flat loss) -> scalar
 
-They see the responses of a micro-batch one after the other, whole also with context parallelism.
+They see the responses of a micro-batch one after the other, whole also with context parallelism. A loss gets logits, which are
+computed whole for it.
 """
 
 from __future__ import annotations
@@ -13,22 +15,51 @@ from __future__ import annotations
 import inspect
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from qwench.algorithms.columns import MicroBatch
+from qwench.algorithms.columns import LossFunction, MicroBatch, TokenLoss
 from qwench.algorithms.method import Correct, Corrected, Reduce
 from qwench.errors import ConfigError, TrainingError
 from qwench.foreign.loading import PluginApi, is_foreign, load
 from qwench.plugins import Function, check_signature, guarded
 
+LOSS_FLAG = "--custom-loss-function-path"
 TIS_FLAG = "--custom-tis-function-path"
 REDUCER_FLAG = "--custom-pg-loss-reducer-function-path"
 _TIS_KEYWORDS = (
     *("args", "pg_loss", "train_log_probs", "rollout_log_probs"),
     *("loss_masks", "total_lengths", "response_lengths"),
 )
+
+
+_COLUMNS = {
+    "log_probs": "old_log_probs",
+    "rollout_log_probs": "rollout_log_probs",
+    "ref_log_probs": "ref_log_probs",
+    "advantages": "advantages",
+    "returns": "advantages",
+}
+"""Key of a batch of the references -> column of a micro-batch."""
+
+
+def load_loss(path: str, api: PluginApi, args: Callable[[], Namespace]) -> tuple[LossFunction, bool]:
+    """Load a loss of either convention, and tell whether it takes logits.
+
+    Raises:
+        ConfigError: it cannot be loaded, or has another signature.
+    """
+    function = load(path, flag=LOSS_FLAG)
+    called = guarded(function, path=path, flag=LOSS_FLAG)
+    if is_foreign(function, api):
+        called_as = "fn(args, batch, logits, sum_of_sample_mean)"
+        check_signature(function, path, flag=LOSS_FLAG, called_as=called_as, num_arguments=4)
+        return foreign_loss(called, args), True
+    called_as = "fn(log_probs, entropy, micro_batch)"
+    check_signature(function, path, flag=LOSS_FLAG, called_as=called_as, num_arguments=3)
+    return called, False
 
 
 def load_correction(path: str, api: PluginApi, args: Callable[[], Namespace]) -> Correct:
@@ -62,6 +93,52 @@ def load_reduction(path: str, api: PluginApi, *, per_token: bool) -> Reduce:
     called_as = "fn(total_lengths, response_lengths, loss_masks, calculate_per_token_loss)"
     check_signature(function, path, flag=REDUCER_FLAG, called_as=called_as, num_arguments=4)
     return foreign_reduction(called, per_token=per_token)
+
+
+def foreign_loss(function: Function, args: Callable[[], Namespace]) -> LossFunction:
+    """Return a loss of logits that calls a function of the references."""
+
+    def loss(logits: Tensor, _entropy: Tensor | None, micro_batch: MicroBatch) -> TokenLoss:
+        assert micro_batch.step_share is not None and micro_batch.loss_weights is not None, "the learner weighs a step"
+        largest = micro_batch.step_share.max()
+        share = largest.where(largest > 0, 1.0)  # 0 in an idle micro-batch
+        weights = torch.cat(responses(micro_batch.loss_weights, micro_batch)) / share
+
+        def sum_of_sample_mean(values: Tensor) -> Tensor:
+            return (values * weights).sum()
+
+        # An idle micro-batch has the share 0, and its loss must not count, whatever a function makes of no tokens.
+        with nullcontext() if micro_batch.indices else torch.no_grad():
+            answer = function(args(), _batch(micro_batch), logits[None], sum_of_sample_mean)
+        if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[0], Tensor) or answer[0].numel() != 1:
+            raise TrainingError(f"{LOSS_FLAG} must return a scalar tensor and a dict of metrics, got {answer!r:.200}.")
+        total, metrics = answer
+        sums = {name: torch.as_tensor(value, device=logits.device).detach().float() for name, value in metrics.items()}
+        if not micro_batch.indices:
+            return TokenLoss(loss=0.0 * logits.sum(), metrics={name: torch.zeros_like(largest) for name in sums})
+        return TokenLoss(
+            loss=total.reshape(()) * largest, metrics={name: value.reshape(()) * largest for name, value in sums.items()}
+        )
+
+    return loss
+
+
+def _batch(micro_batch: MicroBatch) -> dict[str, object]:
+    """Return a micro-batch under the names that the references give its parts."""
+    sequences = [int(length) for length in micro_batch.lengths]
+    masks = [mask.int() for mask in responses(micro_batch.loss_mask, micro_batch)]
+    batch: dict[str, object] = {
+        "tokens": micro_batch.tokens[None],
+        "unconcat_tokens": list(micro_batch.tokens.split(sequences)),
+        "total_lengths": sequences,
+        "response_lengths": list(micro_batch.response_lengths),
+        "loss_masks": masks,
+        "rollout_mask_sums": [mask.sum() for mask in masks],
+    }
+    for name, column in _COLUMNS.items():
+        values = getattr(micro_batch, column)
+        batch[name] = None if values is None else responses(values, micro_batch)
+    return batch
 
 
 def foreign_correction(function: Function, args: Callable[[], Namespace]) -> Correct:

@@ -98,6 +98,16 @@ async def generate_and_rm(args: Foreign, sample: Sample, sampling_params: dict[s
     return sample
 
 
+def all_gather_with_cp(tensor: Foreign, total_length: int, response_length: int) -> Foreign:
+    """Return the values of a response as they are: functions get whole responses."""
+    return tensor
+
+
+def slice_log_prob_with_cp(log_prob: Foreign, total_length: int, response_length: int) -> Foreign:
+    """Return the values of a response as they are: functions give whole responses."""
+    return log_prob
+
+
 def get_model_url(args: Foreign, model_name: str, endpoint: str = "/generate") -> str:
     """Return where the policy is reached; all engines serve it."""
     return f"http://{args.sglang_router_ip}:{args.sglang_router_port}{endpoint}"
@@ -144,6 +154,7 @@ _OUTPUTS: Mapping[str, Foreign] = {
         GenerateFnOutput,
     )
 }
+_WHOLE = {"all_gather_with_cp": all_gather_with_cp, "slice_log_prob_with_cp": slice_log_prob_with_cp}
 MODULES: Mapping[str, Mapping[str, Foreign]] = {
     "utils.types": _TYPES,
     "utils.http_utils": {"post": session.post, "get": session.get, "wait_http_ok": session.wait_http_ok},
@@ -177,6 +188,8 @@ MODULES: Mapping[str, Mapping[str, Foreign]] = {
         "call_dynamic_filter": call_dynamic_filter,
         "MetricGatherer": MetricGatherer,
     },
+    "backends.megatron_utils.cp_utils": _WHOLE,
+    "backends.training_utils.cp_utils": _WHOLE,
     "rollout.filter_hub.dynamic_sampling_filters": {"check_reward_nonzero_std": check_reward_nonzero_std},
 }
 """Module below `slime` or `miles` -> its names."""

@@ -41,7 +41,8 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
         opd_kl_coef=distillation.opd_kl_coef if distillation.use_opd else None,
         user_terms=load_user_terms(config, args),
     )
-    policy, teacher = _build_with_teacher(inputs) if inputs.plan.holds_teacher else (build_trainer(inputs), None)
+    policy = build_trainer(inputs, logits=method.user_terms.takes_logits)
+    teacher = _load_teacher(inputs, policy) if inputs.plan.holds_teacher else None
     reference = Reference(policy) if inputs.plan.holds_reference else None
     critic = _build_critic(inputs, policy) if inputs.plan.holds_critic else None
     moves = config.algorithm.ref_update_interval is not None
@@ -58,23 +59,25 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
     )
 
 
-def build_trainer(inputs: Inputs) -> Trainer:
+def build_trainer(inputs: Inputs, *, logits: bool = False) -> Trainer:
     """Load the policy, or this rank's part of it; after `init_process_group`, collective.
+
+    Args:
+        logits: losses get logits in the place of log-probs.
 
     Raises:
         ConfigError: the backend cannot run here, or does not fit the model.
         CheckpointError: the checkpoint that training starts from is damaged.
     """
-    return _build(inputs, starting_weights(inputs.config.checkpoint), inputs.config.optimizer)
+    return _build(inputs, starting_weights(inputs.config.checkpoint), inputs.config.optimizer, logits=logits)
 
 
-def _build_with_teacher(inputs: Inputs) -> tuple[Trainer, Reference]:
-    """Load the policy, the teacher's weights in its place to copy them to the host, and the policy's again; collective."""
-    policy = build_trainer(inputs)
+def _load_teacher(inputs: Inputs, policy: Trainer) -> Reference:
+    """Load the teacher's weights in the policy's place, copy them to the host, and load the policy's again; collective."""
     policy.load(teacher_weights(inputs.config.distillation), weights_only=True)
     teacher = Reference(policy)
     policy.load(starting_weights(inputs.config.checkpoint) or inputs.model_folder, weights_only=True)
-    return policy, teacher
+    return teacher
 
 
 def _build_critic(inputs: Inputs, policy: Trainer) -> Critic:
@@ -98,11 +101,13 @@ def _build_critic(inputs: Inputs, policy: Trainer) -> Critic:
     return Critic(trainer, policy)
 
 
-def _build(inputs: Inputs, folder: Path | None, optimizer: OptimizerConfig, *, critic: bool = False) -> Trainer:
+def _build(
+    inputs: Inputs, folder: Path | None, optimizer: OptimizerConfig, *, critic: bool = False, logits: bool = False
+) -> Trainer:
     """Load a model from `folder`, or from --hf-checkpoint, with the backend of the run."""
     config = inputs.config
     if config.backend == "megatron":
-        return _build_megatron(inputs, folder, optimizer, critic=critic)
+        return _build_megatron(inputs, folder, optimizer, critic=critic, logits=logits)
     return FsdpTrainer.build(
         folder or inputs.model_folder,
         training=config.training,
@@ -114,10 +119,11 @@ def _build(inputs: Inputs, folder: Path | None, optimizer: OptimizerConfig, *, c
         dp_replicate=config.parallel.dp_replicate,
         hf_config=inputs.hf_config,
         critic=critic,
+        logits=logits,
     )
 
 
-def _build_megatron(inputs: Inputs, folder: Path | None, optimizer: OptimizerConfig, *, critic: bool) -> Trainer:
+def _build_megatron(inputs: Inputs, folder: Path | None, optimizer: OptimizerConfig, *, critic: bool, logits: bool) -> Trainer:
     check_platform()  # before the import, for a message about what is missing
     from qwench.training.megatron.megatron_trainer import MegatronTrainer  # noqa: PLC0415  # megatron-core is optional
 
@@ -133,6 +139,7 @@ def _build_megatron(inputs: Inputs, folder: Path | None, optimizer: OptimizerCon
         architecture=inputs.plan.model,
         collective_timeout_s=collective_timeout_s(inputs),
         critic=critic,
+        logits=logits,
     )
 
 

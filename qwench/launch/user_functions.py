@@ -13,11 +13,12 @@ from qwench.algorithms.method import UserTerms
 from qwench.config.config import Config
 from qwench.config.sections.agent import AGENT, TOOL_LOOP
 from qwench.engines.fleet.pool import EnginePool
+from qwench.errors import ConfigError
 from qwench.foreign.args import make_args
 from qwench.foreign.functions import Adapters
 from qwench.foreign.gateway import LOOPBACK, Gateway
 from qwench.foreign.loading import is_foreign, load
-from qwench.foreign.losses import load_correction, load_reduction
+from qwench.foreign.losses import load_correction, load_loss, load_reduction
 from qwench.foreign.reward import ForeignReward
 from qwench.foreign.session import Session, close_session, current_session, open_session
 from qwench.foreign.targets import TargetFunctions, load_targets
@@ -146,17 +147,25 @@ def load_target_functions(config: Config, args: Callable[[], Namespace]) -> Targ
 
 
 def load_user_terms(config: Config, args: Callable[[], Namespace]) -> UserTerms:
-    """Return the user's functions inside the policy loss.
+    """Return the user's functions in the policy loss.
 
     Raises:
         ConfigError: one cannot be loaded, or has another signature.
     """
     algorithm, api = config.algorithm, config.references.plugin_api
     tis, reducer = algorithm.custom_tis_function_path, algorithm.custom_pg_loss_reducer_function_path
-    per_token = algorithm.calculate_per_token_loss
+    per_token, loss_path = algorithm.calculate_per_token_loss, algorithm.custom_loss_function_path
+    loss, takes_logits = (None, False) if loss_path is None else load_loss(loss_path, api, args)
+    if takes_logits and config.parallel.context_parallel_size > 1:
+        raise ConfigError(
+            "--custom-loss-function-path gets logits of whole sequences, which --context-parallel-size splits; give 1, or a "
+            "loss fn(log_probs, entropy, micro_batch)."
+        )
     return UserTerms(
         correct=None if tis is None else load_correction(tis, api, args),
         reduce=None if reducer is None else load_reduction(reducer, api, per_token=per_token),
+        loss=loss,
+        takes_logits=takes_logits,
     )
 
 

@@ -138,7 +138,7 @@ class Learner:
                     with self._packed(step, f"train {k}/{len(weighed)}") as (micro_batches, after_each):
                         sums = self.policy.forward_backward(
                             micro_batches,
-                            self.method.loss,
+                            self.method.user_terms.loss or self.method.loss,
                             temperature=self._temperature,
                             with_entropy=needs.entropy,
                             after_each=after_each,

@@ -216,3 +216,17 @@ def reduce_by_constant(total_lengths, response_lengths, loss_masks, calculate_pe
     """Divide by a constant in place of the number of tokens."""
     note(name="reduce_by_constant", samples=len(loss_masks), tokens=int(sum(mask.sum() for mask in loss_masks)))
     return lambda values: sum((x * m).sum() / 100 for x, m in zip(values.split(response_lengths), loss_masks, strict=True))
+
+
+def clipped_loss(args, batch, logits, sum_of_sample_mean):
+    """Compute the clipped policy loss from logits, as a loss of the references does."""
+    assert logits.dim() == 3 and logits.dtype == torch.float32
+    logits, log_probs, end = logits.squeeze(0) / args.rollout_temperature, [], 0
+    for tokens, total, length in zip(batch["unconcat_tokens"], batch["total_lengths"], batch["response_lengths"], strict=True):
+        end += total
+        rows = logits[end - length - 1 : end - 1].log_softmax(-1)
+        log_probs.append(rows.gather(1, tokens[-length:, None])[:, 0])
+    ratio = (torch.cat(log_probs) - torch.cat(batch["log_probs"])).exp()
+    advantages = torch.cat(batch["advantages"])
+    loss = sum_of_sample_mean(torch.max(-ratio * advantages, -ratio.clamp(0.8, 1.2) * advantages))
+    return loss, {"pg_loss": loss.clone().detach(), "mine": sum_of_sample_mean(torch.ones_like(ratio))}

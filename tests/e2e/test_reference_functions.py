@@ -1,12 +1,16 @@
 """Functions of slime's and miles' signatures run unchanged in a real rollout (tests/e2e/reference_functions.py)."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import ONE_THREAD, Workspace, column, run_python
+from tests.e2e.conftest import DIGITS, ONE_THREAD, Workspace, column, run_python
+from tests.fakes import cuda_stand_in
+from tests.forked import Forked
+from tests.verbs import run_verb, run_verb_without_cuda
 
 MODULE = "tests.e2e.reference_functions"
 
@@ -162,6 +166,27 @@ def test_a_correction_and_a_reduction_stand_in_the_loss(workspace, tmp_path, mon
     assert [record["tokens"] for record in calls["reduce_by_constant"]] == kept and all(kept)
     assert column(tmp_path / "run", "train/halves") == pytest.approx([0.5] * 4)
     assert all(norm > 0 for norm in column(tmp_path / "run", "train/grad_norm"))
+
+
+LAYOUTS = {
+    "fsdp": {},
+    "ranks": {"actor_num_gpus_per_node": 2},
+    "pipeline": {"actor_num_gpus_per_node": 2, "train_backend": "megatron", "pipeline_model_parallel_size": 2},
+}
+
+
+def test_a_loss_of_logits_trains_as_the_built_in_one_with_both_backends(workspace, tmp_path):
+    flags = {**DIGITS, "num_rollout": 1, "save_interval": None, "deterministic_mode": None}
+    run_verb(workspace.train_argv(tmp_path / "built_in", **flags))
+    own = {**flags, "loss_type": "custom_loss", "custom_loss_function_path": f"{MODULE}.clipped_loss"}
+    for name, layout in LAYOUTS.items():
+        argv, environ = workspace.train_argv(tmp_path / name, **own, **layout), cuda_stand_in.environment(os.environ)
+        ended = Forked(tmp_path / f"{name}.log", run_verb_without_cuda, argv, environ=environ).end()
+        assert ended.returncode == 0, ended
+        assert column(tmp_path / name, "train/mine") == pytest.approx([1.0] * 2), name
+        for metric in ("train/pg_loss", "train/loss", "train/grad_norm"):
+            expected = column(tmp_path / "built_in", metric)
+            assert len(expected) == 2 and column(tmp_path / name, metric) == pytest.approx(expected, rel=2e-3, abs=1e-5), metric
 
 
 def test_a_dry_run_refuses_a_function_that_nobody_can_call(workspace, tmp_path, in_process):

@@ -36,8 +36,8 @@ def test_a_reference_is_needed_where_a_kl_has_an_effect(name, flags, needed):
 def test_loss_type_and_estimator_choose_the_method():
     assert method_name("policy_loss", "cispo") == "cispo"
     assert method_name("sft_loss", "cispo") == "sft"
-    with pytest.raises(ConfigError, match="--loss-type 'custom_loss' cannot be trained; known: policy_loss, sft_loss"):
-        method_name("custom_loss", "grpo")
+    with pytest.raises(ConfigError, match="--loss-type 'no_loss' cannot be trained; known: policy_loss, sft_loss, custom_loss"):
+        method_name("no_loss", "grpo")
 
 
 def test_an_unknown_name_lists_the_known_ones():

@@ -49,6 +49,8 @@ class PolicyGradient(Method):
             "--use-rollout-logprobs": section.use_rollout_logprobs,
             "--get-mismatch-metrics": section.get_mismatch_metrics,
         }
+        if self.user_terms.loss is not None:
+            return Needs(old_log_probs=not section.use_rollout_logprobs)
         compares_old = num_steps > 1 or section.kl_coef != 0 or self.always_scores_old or self.opd_kl_coef is not None
         return Needs(
             old_log_probs=section.get_mismatch_metrics
@@ -70,7 +72,9 @@ class PolicyGradient(Method):
         return standardize(rewards, scores) if divides else center(rewards, scores)
 
     def targets(self, batch: RolloutBatch) -> Mapping[str, list[Tensor]]:
-        """Return the advantages, whitened where asked for."""
+        """Return the advantages, whitened where asked for; none with --disable-compute-advantages-and-returns."""
+        if self.section.disable_compute_advantages_and_returns:
+            return {}
         advantages = self.follow_teacher(batch, self.advantages(batch))
         return {"advantages": whiten(advantages, batch.loss_mask) if self.section.normalize_advantages else advantages}
 
@@ -89,7 +93,7 @@ class PolicyGradient(Method):
     def step_columns(self, step: RolloutBatch) -> Mapping[str, list[Tensor]]:
         """Return the step's share for a reduction of the user, and the factors of --tis-batch-normalize."""
         section, columns = self.section, dict[str, list[Tensor]]()
-        if self.user_terms.reduce is not None:
+        if self.user_terms.need_step_share:
             per_token = section.calculate_per_token_loss
             columns["step_share"] = step_share(step.loss_mask, step.execution_ids, per_token=per_token)
         if section.tis_batch_normalize:

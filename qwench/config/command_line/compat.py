@@ -35,7 +35,6 @@ def foreign_flag(spelled: str) -> ForeignFlag | None:
 
 
 REFUSED_VALUES: Mapping[str, Mapping[str, str]] = {
-    "loss-type": {"custom_loss": "policy_loss or sft_loss"},
     "loss-mask-type": {"qwen3_5": "qwen3"},
     "optimizer": {"sgd": "adam"},
     "lr-decay-style": {"WSD": "cosine or linear"},

@@ -232,7 +232,6 @@ PLANNED: tuple[ForeignFlag, ...] = (
     *planned("every turn as a sample; one sample holds all turns", "generate-multi-samples"),
     *planned("data sources of your own", "data-source-path=*.rollout.data_source.RolloutDataSource*"),
     *planned("resets of the learning-rate schedule", "use-checkpoint-opt-param-scheduler use-checkpoint-lr-scheduler"),
-    *planned("losses of your own", "custom-loss-function-path"),
     *planned(
         "plug-ins of the trainer",
         """

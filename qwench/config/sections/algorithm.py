@@ -12,7 +12,7 @@ from qwench.estimators import METHODS, check_estimator, method_name, owners_of
 KlType = Literal["k1", "k2", "k3", "low_var_kl"]
 TisMode = Literal["truncate", "clip", "mask", "icepop"]
 RatioLevel = Literal["token", "sequence", "geometric"]
-LossType = Literal["policy_loss", "sft_loss"]
+LossType = Literal["policy_loss", "sft_loss", "custom_loss"]
 
 
 _TIS_CLIP = 2.0
@@ -33,11 +33,12 @@ class AlgorithmConfig:
     """RL method: grpo, gspo, cispo, rloo, dr_grpo, sapo, gmpo, gpg, clip_cov, kl_cov, dppo_tv, dppo_kl, maxrl, passk, ppo,
     reinforce_plus_plus or reinforce_plus_plus_baseline. It computes advantages from rewards and chooses the policy loss."""
     loss_type: LossType = "policy_loss"
-    """policy_loss trains by RL; sft_loss trains on conversations (qwench sft sets it)."""
+    """policy_loss trains by RL; sft_loss trains on conversations (qwench sft sets it). custom_loss is
+    --custom-loss-function-path."""
     calculate_per_token_loss: bool = False
     """Average the loss over all tokens of a step. Off: average over each sample's tokens, then over samples."""
     disable_compute_advantages_and_returns: bool = False
-    """Compute no advantages. Accepted with --loss-type sft_loss only, which needs none."""
+    """Compute no advantages. Accepted with --loss-type sft_loss and custom_loss only."""
     eps_clip: float = 0.2
     """Clip the policy ratio below at 1 - this. gmpo clips its logarithm at - this; dppo_tv and dppo_kl bound the divergence of
     a token by this."""
@@ -132,10 +133,13 @@ class AlgorithmConfig:
     custom_pg_loss_reducer_function_path: str | None = None
     """Function that sums the policy loss of a micro-batch, fn(loss, kept, micro_batch). The sum over a step is divided by its
     executions, with --calculate-per-token-loss by its tokens."""
+    custom_loss_function_path: str | None = None
+    """Loss of --loss-type custom_loss: fn(log_probs, entropy, micro_batch) -> TokenLoss, or slime's form with logits."""
 
     def __post_init__(self) -> None:
         check_import_path("--custom-tis-function-path", self.custom_tis_function_path)
         check_import_path("--custom-pg-loss-reducer-function-path", self.custom_pg_loss_reducer_function_path)
+        check_import_path("--custom-loss-function-path", self.custom_loss_function_path)
         check_estimator(self.advantage_estimator)
         for flag, value in (
             ("--eps-clip", self.eps_clip),
@@ -177,6 +181,7 @@ class AlgorithmConfig:
         if self.lambd > 1:
             raise ConfigError(f"--lambd must be at most 1, got {self.lambd}")
         self._check_fine_tuning()
+        self._check_custom_loss()
         self._check_options()
         self._check_clipping()
         self._check_kl()
@@ -190,6 +195,25 @@ class AlgorithmConfig:
             if getattr(self, item.name) != item.default and item.name not in _USED_BY_SFT:
                 flag = "--" + item.name.replace("_", "-")
                 raise ConfigError(f"{flag} has no effect with --loss-type sft_loss, which trains without rewards; leave it out")
+
+    def _check_custom_loss(self) -> None:
+        path = self.custom_loss_function_path
+        if (self.loss_type == "custom_loss") != (path is not None):
+            lone, other = ("--custom-loss-function-path", "--loss-type custom_loss")[:: 1 if path is not None else -1]
+            raise ConfigError(f"{lone} has no effect without {other}; give both")
+        if path is None:
+            return
+        if self.has_critic:
+            raise ConfigError("--loss-type custom_loss trains no critic; choose another estimator than ppo")
+        for flag, given in (
+            ("--custom-tis-function-path", self.custom_tis_function_path is not None),
+            ("--custom-pg-loss-reducer-function-path", self.custom_pg_loss_reducer_function_path is not None),
+            ("--use-tis", self.use_tis),
+            ("--use-rs", self.use_rs),
+            ("--use-opsm", self.use_opsm),
+        ):
+            if given:
+                raise ConfigError(f"{flag} has no effect with --loss-type custom_loss, which is the whole loss; leave it out")
 
     def _check_options(self) -> None:
         facts = METHODS[self.advantage_estimator]
@@ -297,9 +321,9 @@ class AlgorithmConfig:
             raise ConfigError(f"--advantage-estimator {self.advantage_estimator} requires --normalize-advantages; add it")
         if self.gamma != 1.0 and not method.discounts:
             raise ConfigError(f"--gamma ({self.gamma}) has no effect on {self.advantage_estimator}; leave it out")
-        if self.disable_compute_advantages_and_returns and self.loss_type != "sft_loss":
+        if self.disable_compute_advantages_and_returns and self.loss_type == "policy_loss":
             raise ConfigError(
-                f"--disable-compute-advantages-and-returns is for --loss-type sft_loss; {self.loss_type} needs advantages"
+                "--disable-compute-advantages-and-returns is for --loss-type sft_loss or custom_loss; policy_loss needs them"
             )
 
     @property

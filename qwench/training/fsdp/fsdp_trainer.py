@@ -32,7 +32,7 @@ from qwench.training.fsdp.direct import DirectPolicy, can_be_direct
 from qwench.training.fsdp.gathered import GatheredPolicy
 from qwench.training.fsdp.optimizer import MasterOptimizer, local_shard
 from qwench.training.fsdp.parallelize import MASTER_DTYPE, build_mesh, parallelize
-from qwench.training.fsdp.policy import Policy, ValuePolicy, put_value_head
+from qwench.training.fsdp.policy import LogitsPolicy, Policy, ValuePolicy, put_value_head
 from qwench.training.offload import HostCopy
 from qwench.training.resuming import load_rng, save_rng
 from qwench.training.trainer import BackendTrainer, ParallelRank, Scores, Sums
@@ -82,6 +82,7 @@ class FsdpTrainer(BackendTrainer):
         hf_config: PretrainedConfig | None = None,
         whole_gradient_bytes: int = WHOLE_GRADIENT_BYTES,
         critic: bool = False,
+        logits: bool = False,
     ) -> FsdpTrainer:
         """Load a checkpoint of any format and shard it over all ranks (after `init_process_group`); collective.
 
@@ -90,7 +91,7 @@ class FsdpTrainer(BackendTrainer):
             total_steps: Optimizer steps of the run, over which the learning rate decays.
             param_dtype: Dtype of the forward, the backward and the publication. hf_config: Of the model; None: config.json in
                 `model_folder`.
-            critic: Put a new value head in the place of the model's head.
+            critic: Put a new value head in the place of the model's head. logits: Losses get logits, not log-probs.
 
         Raises:
             ConfigError: the attention or the layout does not fit the model, device or ranks.
@@ -112,6 +113,7 @@ class FsdpTrainer(BackendTrainer):
             stored_dtype=param_dtype if optimizer.offloaded_share > 0 else MASTER_DTYPE,
             param_dtype=param_dtype,
             device=device,
+            logits=logits,
         )
         weights = policy.named_weights()
         if source is not None:
@@ -239,12 +241,15 @@ def _place(
     stored_dtype: torch.dtype,
     param_dtype: torch.dtype,
     device: torch.device,
+    logits: bool,
 ) -> Policy | DirectPolicy:
     """Put the model on its ranks: a `DirectPolicy` where one rank has it alone and the decoder has every part, else FSDP2.
 
-    A critic is always under FSDP2. With --whole-weights, several ranks have a `GatheredPolicy`.
+    A critic, and a policy whose losses get logits, are always under FSDP2. With --whole-weights, several ranks have a
+    `GatheredPolicy`.
     """
-    if mesh.size() > 1 and training.whole_weights and not architecture.value_head:
+    plain = not (architecture.value_head or logits)
+    if mesh.size() > 1 and training.whole_weights and plain:
         return GatheredPolicy(
             model,
             architecture,
@@ -256,7 +261,7 @@ def _place(
             head_chunk_tokens=training.head_chunk_tokens,
             recomputes_layers=training.recomputes_layers,
         )
-    if mesh.size() == 1 and can_be_direct(architecture, attention) and not architecture.value_head:
+    if mesh.size() == 1 and can_be_direct(architecture, attention) and plain:
         return DirectPolicy(
             model,
             architecture,
@@ -268,7 +273,7 @@ def _place(
             recomputes_layers=training.recomputes_layers,
             invariant=training.batch_invariant and device.type == "cpu",
         )
-    kind = ValuePolicy if architecture.value_head else Policy
+    kind = ValuePolicy if architecture.value_head else LogitsPolicy if logits else Policy
     policy = kind(model, attention=attention, head_chunk_tokens=training.head_chunk_tokens)
     parallelize(
         policy,

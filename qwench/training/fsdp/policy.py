@@ -83,12 +83,7 @@ class Policy(nn.Module):
             micro_batch: On the host; what is needed is moved from here, so that no index waits for the device.
         """
         device = self.head.weight.device
-        hidden = self.causal_lm.base_model(
-            input_ids=on_device(micro_batch.tokens, device)[None],
-            position_ids=on_device(micro_batch.positions, device)[None],
-            use_cache=False,
-            **packed_inputs(self._attention, micro_batch.cu_seqlens, device),
-        ).last_hidden_state[0]
+        hidden = self._hidden(micro_batch, device)
         trained = micro_batch.loss_mask.nonzero().squeeze(-1)
         labels = on_device(micro_batch.labels[trained], device)
         trained = on_device(trained, device)
@@ -96,6 +91,16 @@ class Policy(nn.Module):
         nowhere = torch.zeros(micro_batch.num_tokens, dtype=torch.float32, device=device)
         entropy = nowhere.index_copy(0, trained, entropy) if entropy is not None else None
         return nowhere.index_copy(0, trained, log_probs), entropy
+
+    def _hidden(self, micro_batch: MicroBatch, device: torch.device) -> Tensor:
+        """Return the hidden states [T, D] before the head."""
+        hidden: Tensor = self.causal_lm.base_model(
+            input_ids=on_device(micro_batch.tokens, device)[None],
+            position_ids=on_device(micro_batch.positions, device)[None],
+            use_cache=False,
+            **packed_inputs(self._attention, micro_batch.cu_seqlens, device),
+        ).last_hidden_state[0]
+        return hidden
 
     def _score(self, hidden: Tensor, labels: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
         """Return log-probs [n] and, on request, entropy [n] of hidden states [n, D]."""
@@ -107,6 +112,19 @@ class Policy(nn.Module):
             chunk_tokens=self._head_chunk_tokens,
             with_entropy=with_entropy,
         )
+
+
+class LogitsPolicy(Policy):
+    """A policy whose passes with a gradient return the logits of all positions: for losses that the user computes from them."""
+
+    def forward(
+        self, micro_batch: MicroBatch, *, temperature: float, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return logits [T, V] float32 before the temperature; without a gradient what `Policy` returns."""
+        if not torch.is_grad_enabled():
+            return super().forward(micro_batch, temperature=temperature, with_entropy=with_entropy)
+        hidden = self._hidden(micro_batch, self.head.weight.device)
+        return (hidden @ self.head.weight.T).float(), None
 
 
 class ValuePolicy(Policy):

@@ -94,6 +94,7 @@ class MegatronTrainer(BackendTrainer):
         architecture: Architecture | None = None,
         collective_timeout_s: float = 1800.0,
         critic: bool = False,
+        logits: bool = False,
     ) -> MegatronTrainer:
         """Divide the ranks (after `init_process_group`) and load a checkpoint of any format; collective.
 
@@ -103,6 +104,7 @@ class MegatronTrainer(BackendTrainer):
             param_dtype: Dtype of weights, activations and the publication. architecture: Of the model; None: that of
                 config.json in `model_folder`.
             critic: Put a new value head in the place of the model's head.
+            logits: Losses get logits [T, V / tp] in the place of log-probs.
 
         Raises:
             ConfigError: megatron-core is missing, or the layout does not fit the model or the ranks.
@@ -118,6 +120,7 @@ class MegatronTrainer(BackendTrainer):
         parallel = join_groups(layout, timeout_s=collective_timeout_s)
         built = config.as_critic() if critic else config
         model = build_model(built, layout, training, device, param_dtype=param_dtype)
+        model.gives_logits = logits
         load_weights(model, NewHead(source, built) if critic else source, built, layout)
         return cls(
             model,

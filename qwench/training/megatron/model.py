@@ -37,7 +37,7 @@ class TokenScores:
     """Scores of a micro-batch on the last stage; the same on all tensor- and context-parallel ranks."""
 
     log_probs: Tensor
-    """[T] float32, 0 where loss_mask is false; of a critic, values."""
+    """[T] float32, 0 where loss_mask is false; of a critic, values. Logits [T, V / tp] where the loss takes them."""
     entropy: Tensor | None
     """[T] float32, 0 where loss_mask is false; None unless asked for."""
 
@@ -71,6 +71,8 @@ class PolicyModel(GPTModel):
         self._layout = layout
         self._head_chunk_tokens = training.head_chunk_tokens
         self._varlen = varlen
+        self.gives_logits = False
+        """Passes with a gradient return this rank's logits in the place of log-probs."""
 
     def forward(self, micro_batch: MicroBatch, *, temperature: float, with_entropy: bool = False) -> Tensor | TokenScores:
         """Return hidden states [t, 1, D] for the next stage, or on the last stage the labels' scores.
@@ -111,6 +113,10 @@ class PolicyModel(GPTModel):
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden)
         hidden = hidden[:, 0]
+        if self.gives_logits and torch.is_grad_enabled():
+            assert self._layout.cp == 1, "config.rules refuses context parallelism"
+            merged = split.merged.to(hidden.device, non_blocking=True)
+            return TokenScores(log_probs=(hidden.index_select(0, merged) @ self._head_weight().T).float(), entropy=None)
         trained = (split.real & micro_batch.loss_mask[split.source]).nonzero().squeeze(-1)
         labels = micro_batch.labels[split.source[trained]].to(hidden.device, non_blocking=True)
         trained = trained.to(hidden.device, non_blocking=True)

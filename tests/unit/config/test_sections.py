@@ -298,6 +298,9 @@ INERT_IN_FINE_TUNING = {
     "get_mismatch_metrics": True,
     "use_opsm": True,
     "opsm_delta": 0.1,
+    "custom_tis_function_path": "a.b",
+    "custom_pg_loss_reducer_function_path": "a.b",
+    "custom_loss_function_path": "a.b",
 }
 
 

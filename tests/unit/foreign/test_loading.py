@@ -75,7 +75,7 @@ def test_an_installed_package_wins(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("from slime.agent import Agent", "slime.agent is not part of Qwench; of slime it has stand-ins of rollout.base_types"),
+        ("from slime.agent import Agent", "slime.agent is not part of Qwench; of slime it has stand-ins of backends"),
         ("from slime.utils.types import Unknown", "slime.utils.types.Unknown is not part of Qwench; this stand-in"),
         ("import miles.ray.rollout", "miles.ray is not part of Qwench"),
     ],

@@ -1,12 +1,31 @@
-"""Corrections and reductions of the references' convention, in steps of a learner."""
+"""Losses, corrections and reductions of the references' convention, in steps of a learner."""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from qwench.algorithms.columns import TokenLoss
 from qwench.algorithms.method import Corrected, UserTerms
+from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError, TrainingError
-from qwench.foreign.losses import foreign_correction, foreign_reduction, load_correction, load_reduction
-from tests.unit.training.table_learning import learn, make_rollout
+from qwench.foreign.losses import (
+    foreign_correction,
+    foreign_loss,
+    foreign_reduction,
+    load_correction,
+    load_loss,
+    load_reduction,
+)
+from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
+from qwench.training.process_group import init_process_group
+from tests.deadlines import patient
+from tests.fakes.sections import adamw
+from tests.unit.training.table_learning import TEMPERATURE, learn, make_rollout
 
 SMALL = {"training": {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 24}}
 
@@ -166,3 +185,78 @@ def test_a_signature_that_cannot_be_called_is_refused_before_a_run():
         load_correction(f"{module}.short", "auto", dict)
     with pytest.raises(ConfigError, match=r"--custom-pg-loss-reducer-function-path .*is called as fn\(loss, kept"):
         load_reduction(f"{module}.short", "auto", per_token=False)
+
+
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    init_process_group(torch.device("cpu"), environ={}, timeout_s=patient(60))
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(3)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=True)).save_pretrained(folder)
+    return folder
+
+
+def trainer(folder: Path, *, logits: bool) -> FsdpTrainer:
+    return FsdpTrainer.build(
+        folder,
+        training=TrainingConfig(),
+        optimizer=adamw(lr=0.01),
+        total_steps=2,
+        param_dtype=torch.float32,
+        device=torch.device("cpu"),
+        logits=logits,
+    )
+
+
+def clipped_loss(args, batch, logits, sum_of_sample_mean):
+    """Return the clipped loss and the KL to the reference, from logits alone."""
+    logits = logits.squeeze(0) / args.rollout_temperature
+    log_probs, end = [], 0
+    for tokens, total, length in zip(batch["unconcat_tokens"], batch["total_lengths"], batch["response_lengths"], strict=True):
+        end += total
+        rows = logits[end - length - 1 : end - 1].log_softmax(-1)
+        log_probs.append(rows.gather(1, tokens[-length:, None])[:, 0])
+    ratio = (torch.cat(log_probs) - torch.cat(batch["log_probs"])).exp()
+    advantages = torch.cat(batch["advantages"])
+    pg_loss = sum_of_sample_mean(torch.max(-ratio * advantages, -ratio.clamp(0.8, 1.2) * advantages))
+    gap = torch.cat(batch["ref_log_probs"]) - torch.cat(log_probs)
+    kl = sum_of_sample_mean(gap.exp() - gap - 1)
+    return pg_loss + 0.5 * kl, {"pg_loss": pg_loss.detach(), "kl_loss": kl.detach()}
+
+
+def test_a_users_loss_from_logits_equals_the_built_in_one(process_group, model_folder):
+    flags = {"global_batch_size": 4, "use_kl_loss": True, "kl_loss_coef": 0.5, "kl_loss_type": "low_var_kl"}
+    args = Namespace(rollout_temperature=TEMPERATURE)
+    terms = UserTerms(loss=foreign_loss(clipped_loss, lambda: args), takes_logits=True)
+    rollout = make_rollout()
+    _, built_in = learn(rollout, backend=trainer(model_folder, logits=False), **flags, **SMALL)
+    own_flags = {**flags, "loss_type": "custom_loss", "custom_loss_function_path": "mine.loss", "user_terms": terms}
+    _, own = learn(rollout, backend=trainer(model_folder, logits=True), **own_flags, **SMALL)
+    assert len(own.steps) == 2 and own.steps[1]["train/kl_loss"] > 0
+    for ours, theirs in zip(built_in.steps, own.steps, strict=True):
+        for name in ("train/loss", "train/pg_loss", "train/kl_loss", "train/grad_norm"):
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-6)
+
+
+def mean_log_prob(log_probs, entropy, micro_batch):
+    loss = -(log_probs * micro_batch.loss_weights).sum()
+    return TokenLoss(loss=loss, metrics={"nll": loss.detach()})
+
+
+def test_a_loss_of_our_convention_gets_log_probs_and_needs_no_advantages():
+    loss, takes_logits = load_loss("tests.unit.foreign.test_losses.mean_log_prob", "auto", dict)
+    assert not takes_logits
+    rollout, path = make_rollout(), "mine.loss"
+    terms, flags = UserTerms(loss=loss), {"disable_compute_advantages_and_returns": True}
+    own, learned = learn(rollout, loss_type="custom_loss", custom_loss_function_path=path, user_terms=terms, **flags)
+    fine_tuned, steps = learn(rollout, loss_type="sft_loss")
+    torch.testing.assert_close(own.table, fine_tuned.table)
+    assert learned.steps[0]["train/nll"] == pytest.approx(steps.steps[0]["train/loss"])

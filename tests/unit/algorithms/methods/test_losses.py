@@ -304,6 +304,23 @@ def test_the_peak_is_the_largest_difference_over_trained_tokens():
     }
 
 
-def test_custom_loss_is_refused():
-    with pytest.raises(ConfigError, match="--loss-type 'custom_loss'"):
-        build_method(AlgorithmConfig(loss_type="custom_loss"))
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"loss_type": "custom_loss"}, "--loss-type custom_loss has no effect without --custom-loss-function-path"),
+        ({"custom_loss_function_path": "a.b"}, "--custom-loss-function-path has no effect without --loss-type custom_loss"),
+        ({"loss_type": "custom_loss", "custom_loss_function_path": "a.b", "use_tis": True}, "--use-tis has no effect"),
+        (
+            {"loss_type": "custom_loss", "custom_loss_function_path": "a.b", "advantage_estimator": "ppo"},
+            "custom_loss trains no critic",
+        ),
+        ({"custom_tis_function_path": "a.b"}, "--custom-tis-function-path has no effect without --use-tis"),
+        (
+            {"custom_pg_loss_reducer_function_path": "a.b", "advantage_estimator": "dr_grpo"},
+            "--custom-pg-loss-reducer-function-path has no effect with --advantage-estimator dr_grpo",
+        ),
+    ],
+)
+def test_functions_in_the_loss_need_what_they_act_on(flags, said):
+    with pytest.raises(ConfigError, match=said):
+        AlgorithmConfig(**flags)

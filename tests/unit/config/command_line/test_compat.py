@@ -71,7 +71,6 @@ def test_whole_families_of_flags_are_refused_by_their_prefix():
 @pytest.mark.parametrize(
     ("flag", "value", "instead"),
     [
-        ("--loss-type", "custom_loss", "policy_loss or sft_loss"),
         ("--loss_mask_type", "qwen3_5", "qwen3"),
         ("--optimizer", "sgd", "adam"),
         ("--lr-decay-style", "WSD", "cosine or linear"),
