@@ -15,7 +15,7 @@ from qwench.checkpoints.folders import hf_folder
 from qwench.checkpoints.formats.iterations import Iterations
 from qwench.launch.inputs import Inputs
 from qwench.observability.metrics import MetricGate, MetricLog, Sink
-from qwench.observability.run_report import RunReport
+from qwench.observability.run_report import NEXT, RunReport
 from qwench.observability.tracking import METRICS, JsonlSink, TensorBoardSink, WandbSink
 
 _logger = logging.getLogger(__name__)
@@ -118,12 +118,12 @@ def _end_facts(inputs: Inputs) -> dict[str, str]:
         facts["best"] = f"{Iterations(checkpoint.save).folder(best.iteration)} ({best.metric} {best.value:.4g})"
     export = None if checkpoint.save_hf is None else hf_folder(checkpoint.save_hf, plan.num_rollout - 1)
     if best is None and export is not None and export.is_dir():
-        return facts | {"exported": str(export), "next": shlex.join(["qwench", "serve", "--hf-checkpoint", str(export)])}
+        return facts | {"exported": str(export), NEXT: shlex.join(["qwench", "serve", "--hf-checkpoint", str(export)])}
     convert = ["qwench", "convert", "--input", str(checkpoint.save), "--to", "hf"]
     base, output = str(inputs.model_folder), f"{checkpoint.save}-hf"
     if best is not None:
         convert += ["--ckpt-step", str(best.iteration)]
-    return facts | {"next": shlex.join([*convert, "--hf-checkpoint", base, "--output", output])}
+    return facts | {NEXT: shlex.join([*convert, "--hf-checkpoint", base, "--output", output])}
 
 
 def describe_model(inputs: Inputs) -> str:

@@ -10,6 +10,7 @@ Reinforcement learning counts rollouts, fine-tuning counts optimizer steps and k
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,6 +24,8 @@ from qwench.observability.metrics import Axis, Record
 from qwench.observability.summary import evaluations, format_seconds, summarize
 from qwench.samples import Rollout, Sample
 
+NEXT = "next"
+"""The label of a command that can be pasted."""
 _DONE = "perf/step_time"
 """In the metrics of a rollout that is learned from, and in no others."""
 _IN_LINE: Mapping[str, Mapping[str, str]] = {
@@ -138,9 +141,21 @@ class RunReport:
 
 
 def say_facts(console: Console, facts: Mapping[str, str]) -> None:
-    """Say each fact in a line after its label."""
+    """Say each fact after its label. What is no command to be pasted is wrapped at words."""
     for label, fact in facts.items():
-        console.say(Text.assemble((f"{visible(label):<9} ", "bold"), visible(fact)))
+        head, text = f"{visible(label):<9} ", visible(fact)
+        if label != NEXT and console.width is not None:
+            text = _wrapped(text, first=len(head), width=console.width)
+        console.say(Text.assemble((head, "bold"), text))
+
+
+def _wrapped(text: str, *, first: int, width: int) -> str:
+    """Wrap text that begins in column `first`; a word longer than a line is left whole."""
+    wrapper = textwrap.TextWrapper(
+        max(width, 2 * first), initial_indent=" " * first, subsequent_indent=" " * 10, break_long_words=False
+    )
+    wrapper.break_on_hyphens = False
+    return wrapper.fill(text)[first:]
 
 
 def _mean(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:

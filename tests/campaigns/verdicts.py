@@ -168,7 +168,8 @@ def main(words: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(words)
     reference, rng = reference_graders(flags.slime), random.Random(flags.seed)
-    labels = [json.loads(line)["label"] for path in flags.labels for line in path.open(encoding="utf-8")]
+    rows = (json.loads(line)["label"] for path in flags.labels for line in path.open(encoding="utf-8"))
+    labels = [label for label in rows if label.strip()]  # a run refuses blank ones
     rng.shuffle(labels)
     counts, differing = Counter[str](), Counter[str]()
     for spelling, rm_type, response, label in cases(labels, flags.count, rng):
@@ -177,11 +178,12 @@ def main(words: list[str]) -> int:
         outcome = _compare(ours, theirs, is_right=spelling in SAME_VALUE)
         counts[outcome] += 1
         counts[f"{rm_type} {theirs}"] += 1
+        if outcome != "equal":
+            differing[f"{outcome}: {spelling}"] += 1
         if outcome in ("slow", "differ"):
-            differing[f"{outcome} {spelling}"] += 1
             print(f"{outcome} ({spelling}, {rm_type}): ours {ours}, theirs {theirs}: {response!r} / {label!r}", flush=True)
     print(f"{flags.count} verdicts: {dict(counts)}; {dict(differing)}")
-    return int(bool(differing))
+    return int(counts["slow"] + counts["differ"] > 0)
 
 
 if __name__ == "__main__":

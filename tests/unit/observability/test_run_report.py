@@ -1,7 +1,7 @@
 import pytest
 
 from qwench.observability.metrics import MetricLog
-from qwench.observability.run_report import RunReport
+from qwench.observability.run_report import RunReport, say_facts
 from qwench.samples import Group, Prompt, Rollout, Sample, Verdict
 from tests.fakes.console import RecordingConsole
 
@@ -137,3 +137,23 @@ def test_a_run_that_was_done_before_says_so():
         "next      qwench serve --hf-checkpoint 'runs/my model'",
     ]
     assert console.events[1] == ("end of run",)
+
+
+@pytest.mark.parametrize(
+    ("width", "devices"),
+    [
+        (None, "devices   CPU: 1 trainer rank and 1 engine"),
+        (30, "devices   CPU: 1 trainer rank\n          and 1 engine"),
+        (4, "devices   CPU: 1\n          trainer\n          rank and 1\n          engine"),
+    ],
+)
+def test_facts_are_wrapped_at_words_and_commands_are_not(width, devices):
+    console, command = RecordingConsole(width=width), "qwench serve --hf-checkpoint a b"
+    say_facts(console, {"devices": "CPU: 1 trainer rank and 1 engine", "next": command})
+    assert console.lines == [devices, f"next      {command}"]
+
+
+def test_a_path_longer_than_the_line_is_left_whole():
+    console = RecordingConsole(width=20)
+    say_facts(console, {"a_set_of_questions": "/a/long-path/of/many/folders 4 prompts"})
+    assert console.lines == ["a_set_of_questions /a/long-path/of/many/folders\n          4 prompts"]
