@@ -76,6 +76,10 @@ class Sample:
     """[R] of the engine at the sampling temperature; 0.0 where loss_mask is 0."""
     weight_versions: list[int] = field(default_factory=list)
     """[R] version of the weights that sampled the token; -1 where loss_mask is 0."""
+    teacher_log_probs: list[float] = field(default_factory=list)
+    """[R] of a teacher on a server at temperature 1; empty without one."""
+    teacher_kl: list[float] = field(default_factory=list)
+    """[R] reverse KL to the teacher over the likeliest tokens; empty without --opd-log-prob-top-k."""
     response: str = ""
     status: Status = Status.PENDING
     verdict: Verdict | None = None

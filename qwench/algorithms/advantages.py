@@ -173,24 +173,23 @@ def explained_variance(values: Sequence[Tensor], returns: Sequence[Tensor], loss
 
 
 def follow_teacher(
-    advantages: Sequence[Tensor],
-    log_probs: Sequence[Tensor],
-    teacher_log_probs: Sequence[Tensor],
-    loss_mask: Sequence[Tensor],
-    *,
-    coef: float,
+    advantages: Sequence[Tensor], reverse_kl: Sequence[Tensor], loss_mask: Sequence[Tensor], *, coef: float
 ) -> list[Tensor]:
-    """Subtract the reverse KL to a teacher, estimated by each sampled token: A_t - coef (log p_t - log q_t).
+    """Subtract the reverse KL to a teacher: A_t - coef KL_t, where KL_t = log p_t - log q_t of the sampled token.
 
     With zero rewards, p sampled and q the teacher, the expected gradient is that of the reverse KL (on-policy distillation,
     arXiv 2306.13649). Tokens outside of `loss_mask` keep their advantage.
 
     Args:
         advantages: B x [R], and so are the other columns.
-        log_probs: of the policy that sampled.
     """
-    columns = zip(advantages, log_probs, teacher_log_probs, loss_mask, strict=True)
-    return [advantage - coef * (own - teacher).where(mask, 0.0) for advantage, own, teacher, mask in columns]
+    columns = zip(advantages, reverse_kl, loss_mask, strict=True)
+    return [advantage - coef * kl.where(mask, 0.0) for advantage, kl, mask in columns]
+
+
+def sampled_reverse_kl(log_probs: Sequence[Tensor], teacher_log_probs: Sequence[Tensor]) -> list[Tensor]:
+    """Return B x [R] how much likelier each sampled token is to the policy than to the teacher, in nats."""
+    return [own - teacher for own, teacher in zip(log_probs, teacher_log_probs, strict=True)]
 
 
 def whiten(advantages: Sequence[Tensor], loss_mask: Sequence[Tensor]) -> list[Tensor]:

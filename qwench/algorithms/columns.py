@@ -43,6 +43,8 @@ class RolloutBatch:
     """B x [R] float32 of the reference."""
     teacher_log_probs: list[Tensor] | None = None
     """B x [R] float32 of the teacher (--use-opd)."""
+    teacher_kl: list[Tensor] | None = None
+    """B x [R] float32: reverse KL to the teacher over the likeliest tokens. None: that of the sampled token."""
     advantages: list[Tensor] | None = None
     """B x [R] float32."""
     loss_weights: list[Tensor] | None = None
@@ -89,6 +91,8 @@ class RolloutBatch:
             execution_ids=torch.tensor([sample.execution_id for sample in samples], dtype=torch.int64),
             rollout_log_probs=[torch.tensor(s.rollout_log_probs, dtype=torch.float32) for s in samples] if sampled else None,
             staleness=_staleness(samples, version) if sampled and version is not None else None,
+            teacher_log_probs=_taught([sample.teacher_log_probs for sample in samples], samples),
+            teacher_kl=_taught([sample.teacher_kl for sample in samples], samples),
         )
 
     def __len__(self) -> int:
@@ -193,6 +197,13 @@ def _staleness(samples: Sequence[Sample], version: int) -> list[Tensor] | None:
     ]
     masks = [torch.tensor(sample.loss_mask, dtype=torch.bool) for sample in samples]
     return columns if any(bool(column[mask].any()) for column, mask in zip(columns, masks, strict=True)) else None
+
+
+def _taught(columns: Sequence[Sequence[float]], samples: Sequence[Sample]) -> list[Tensor] | None:
+    """Return a column that a teacher on a server has set; None: one of the samples lacks it."""
+    if not any(columns) or any(len(column) != one.response_length for column, one in zip(columns, samples, strict=True)):
+        return None
+    return [torch.tensor(column, dtype=torch.float32) for column in columns]
 
 
 def _check(sample: Sample, *, sampled: bool) -> None:

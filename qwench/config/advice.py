@@ -60,6 +60,11 @@ def _training_warnings(config: Config) -> Iterator[str]:
             "--n-samples-per-prompt 1: rewards are compared within their group, so every advantage is 0, nothing is learned; "
             "raise it, or give --disable-rewards-normalization"
         )
+    if config.distillation.opd_log_prob_top_k:
+        yield (
+            "--opd-log-prob-top-k gives a token the KL of its position, the same for every token that could stand there: "
+            "it says which positions differ, not which token is better; 0 follows the sampled tokens"
+        )
     if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
         yield "--sequence-parallel has no effect without tensor parallelism"
 

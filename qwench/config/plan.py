@@ -287,7 +287,7 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
         moments=sum(_MOMENT_BYTES[dtype] for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype)),
         offloaded=optimizer.offloaded_share,
     )
-    frozen = holds_reference + config.distillation.use_opd
+    frozen = holds_reference + (config.distillation.opd_type == "megatron")
     if config.backend == "fsdp":
         num_shards = dp_size // config.parallel.dp_replicate
         whole = config.training.whole_weights
@@ -320,6 +320,8 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
         yield f"reference model: {'held' if plan.holds_reference else 'not needed'}"
         if plan.holds_teacher:
             yield "teacher: frozen weights on the host, which score on the policy's ranks"
+        for name, url in config.distillation.teacher_urls(config.reward.rm_url).items():
+            yield f"teacher {name}: scores at {url} during the rollout"
         if plan.holds_critic:
             yield "critic: on the ranks of the policy, in turn with it; the one that rests takes as many bytes of the host"
         yield (

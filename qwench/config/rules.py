@@ -265,6 +265,15 @@ def a_teacher_has_advantages_to_change(config: Config) -> str | None:
         return None
     if config.algorithm.loss_type == "sft_loss":
         return "--use-opd has no effect with --loss-type sft_loss, which has no advantages; leave it out"
+    if config.distillation.opd_type == "sglang":
+        reward = config.reward
+        if not config.distillation.teacher_urls(reward.rm_url):
+            return "--opd-type sglang asks a teacher on a server; give its address by --rm-url or --opd-teacher-urls NAME=URL"
+        if config.distillation.teacher_flag == "--rm-url" and (reward.rm_type or "").endswith("remote_rm"):
+            return (
+                "--rm-url is the address of --rm-type remote_rm and of the teacher of --opd-type sglang; give the teacher's by "
+                "--opd-teacher-urls default=URL"
+            )
     if config.references.custom_advantage_function_path is not None:
         return "--use-opd and --custom-advantage-function-path both set the advantages; leave one of them out"
     return None

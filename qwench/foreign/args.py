@@ -30,7 +30,6 @@ ABSENT: dict[str, Foreign] = {
     "sglang_dp_size": 1,
     "sglang_ep_size": 1,
     "chat_template_path": None,
-    "use_opd": False,
     "use_critic": False,
     "lora_rank": 0,
     "max_turns": None,

@@ -44,6 +44,7 @@ from qwench.observability.tracking import METRICS, check_metrics_file
 from qwench.rewards.graders import check_prompts
 from qwench.rollout.probe import GreedyProbe
 from qwench.rollout.stream import ReplayStream, SftStream
+from qwench.rollout.teacher import check_teachers
 from qwench.samples import Json, Prompt, Rollout
 from qwench.training.held_out import HeldOutLoss
 from qwench.training.process_group import barrier
@@ -162,6 +163,7 @@ def _read_prompts(inputs: Inputs) -> tuple[LoadedPrompts, dict[str, Sequence[Pro
         loaded = read_training_prompts(inputs)
     eval_prompts = {name: prompts.prompts for name, prompts in read_eval_prompts(inputs).items()}
     for prompts in (loaded.prompts, *eval_prompts.values()):
+        check_teachers(config.distillation, config.reward.rm_url, prompts)
         check_prompts(config.reward, prompts, may_come_graded=config.rollout.custom_generate_function_path is not None)
     return loaded, eval_prompts
 

@@ -23,7 +23,10 @@ from qwench.rollout.sampling import Sampling
 from qwench.rollout.selection import Selection
 from qwench.rollout.staleness import StalenessBound
 from qwench.rollout.stream import RolloutStream, StreamOptions
+from qwench.rollout.teacher import Teachers
 from qwench.samples import Prompt, Rollout
+
+_CLOSE_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +39,8 @@ class Generation:
     eval_grader: RewardPool
     """The same one, unless evaluations have another --eval-reward-key."""
     functions: UserFunctions
+    teachers: Teachers | None
+    """On servers (--opd-type sglang)."""
     end_session: Callable[[], None]
 
     def stream(
@@ -113,6 +118,8 @@ class Generation:
         self.end_session()
         self.grader.close()
         self.eval_grader.close()
+        if self.teachers is not None:
+            self.engines.run(self.teachers.close(), label="close the connections to the teachers", timeout_s=_CLOSE_TIMEOUT_S)
         self.engines.close()
 
     def _make_rollout(self, buffer: GroupBuffer, runner: GroupRunner, functions: RolloutFunctions) -> MakeRollout:
@@ -164,6 +171,7 @@ class Generation:
             generate=functions.generate,
             generate_path=config.rollout.custom_generate_function_path,
             grades_executions=self.functions.reward is not None,
+            teacher=self.teachers,
         )
 
     def _eval_sampling(self, settings: EvalSettings) -> Sampling:
@@ -233,6 +241,7 @@ def build_generation(
     """Make the engines (see `engines.build_pool`) and the graders."""
     key, eval_key = inputs.config.reward.reward_key, inputs.plan.eval_reward_key
     functions = load_user_functions(inputs.config)
+    teachers = _build_teachers(inputs)
     engines = build_pool(inputs, with_weights=with_weights, servers=servers, token=token)
     grader = functions.grader(inputs, reward_key=key)
     return Generation(
@@ -241,5 +250,21 @@ def build_generation(
         grader=grader,
         eval_grader=grader if eval_key == key else functions.grader(inputs, reward_key=eval_key),
         functions=functions,
+        teachers=teachers,
         end_session=open_user_session(inputs, engines, training_sampling(inputs), functions),
     )
+
+
+def _build_teachers(inputs: Inputs) -> Teachers | None:
+    """Return the teachers on servers, which must listen; None: there are none.
+
+    Raises:
+        ConfigError: one cannot be reached.
+    """
+    section = inputs.config.distillation
+    urls = section.teacher_urls(inputs.config.reward.rm_url)
+    if not urls or not inputs.plan.devices.trains:
+        return None
+    teachers = Teachers(section, urls)
+    teachers.check_reachable()
+    return teachers

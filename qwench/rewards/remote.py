@@ -92,7 +92,7 @@ def pause_s(attempt: int) -> float:
     return min(2.0**attempt, LONGEST_PAUSE_S) + random.random()
 
 
-def check_reachable(url: str) -> None:
+def check_reachable(url: str, *, what: str = "the reward server", flag: str = "--rm-url") -> None:
     """Check before the run starts that a server listens; a run would find out after its first rollout only.
 
     Raises:
@@ -103,6 +103,4 @@ def check_reachable(url: str) -> None:
         port = parts.port or (443 if parts.scheme == "https" else 80)
         socket.create_connection((parts.hostname or "", port), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError) as cause:
-        raise ConfigError(
-            f"the reward server --rm-url {url} cannot be reached: {cause}; start it, or correct the flag"
-        ) from cause
+        raise ConfigError(f"{what} {flag} {url} cannot be reached: {cause}; start it, or correct the flag") from cause

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from transformers import PreTrainedTokenizerBase
 
-from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult, SamplingParams
+from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult, SamplingParams, Scoring
 from qwench.errors import EngineError
 from qwench.rollout.sampling import Sampling
 from qwench.samples import Sample, Status
@@ -54,13 +54,13 @@ class Requests:
         self.aborting = False
         """While true, `send` answers at once with an empty aborted response."""
 
-    async def send(self, input_ids: list[int], sampling: SamplingParams) -> GenerateResult:
-        """Generate one response.
+    async def send(self, input_ids: list[int], sampling: SamplingParams, *, scoring: Scoring | None = None) -> GenerateResult:
+        """Generate one response, or score the prompt.
 
         Raises:
             EngineError: the engine failed, or its per-token lists differ in length.
         """
-        request = GenerateRequest(request_id=next(self._ids), input_ids=input_ids, sampling=sampling)
+        request = GenerateRequest(request_id=next(self._ids), input_ids=input_ids, sampling=sampling, scoring=scoring)
         if self.aborting:
             return GenerateResult(
                 request_id=request.request_id, output_ids=(), log_probs=(), finish_reason=FinishReason.ABORT, weight_versions=()

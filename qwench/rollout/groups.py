@@ -62,6 +62,14 @@ class _OpenCalls:
         return f"{label} has not returned for {time.monotonic() - since:.0f} s (open calls: {len(calls)})"
 
 
+class Teacher(Protocol):
+    """The part of `teacher.Teachers` that rollouts need."""
+
+    async def teach(self, sample: Sample, policy: Requests) -> None:
+        """Set the teacher's scores of a finished sample."""
+        ...
+
+
 class GroupRunner:
     """Generates and grades groups; all groups of one runner share its bound on samples in flight."""
 
@@ -78,6 +86,7 @@ class GroupRunner:
         generate_path: str | None = None,
         scope: str = "train",
         grades_executions: bool = False,
+        teacher: Teacher | None = None,
     ) -> None:
         """Keep what every group needs.
 
@@ -87,6 +96,7 @@ class GroupRunner:
             generate_path: names the user's `generate` in reports of waits. None: the built-in one.
             scope: `train`, or the name of the evaluation set.
             grades_executions: grade the samples of one generate call together.
+            teacher: scores every finished sample. None: there is none on a server.
         """
         self.tokenizer, self.sampling = tokenizer, sampling
         self._requests = Requests(engines)
@@ -95,7 +105,7 @@ class GroupRunner:
         self._group_rm = group_rm
         self._generate, self._generate_path = generate, generate_path
         self._open_calls = _OpenCalls()
-        self._scope, self._grades_executions = scope, grades_executions
+        self._scope, self._grades_executions, self._teacher = scope, grades_executions, teacher
 
     def describe_calls(self) -> str:
         """Name the function that is late, its sample and the seconds so far; any thread may call."""
@@ -129,11 +139,22 @@ class GroupRunner:
         if sample.status in _UNFINISHED:
             async with self._slots:
                 samples = await self._call_generate(sample, position, rollout_id)
-        if self._grades_executions and not self._group_rm and len(samples) > 1:
-            await self._grade_group(samples)
-        elif not self._group_rm:
-            await gather_or_cancel(self._grade(sample) for sample in samples)
+        await gather_or_cancel([self._grade_execution(samples), *(self._teach(sample) for sample in samples)])
         return samples
+
+    async def _grade_execution(self, samples: list[Sample]) -> None:
+        if self._group_rm:
+            return
+        if self._grades_executions and len(samples) > 1:
+            await self._grade_group(samples)
+        else:
+            await gather_or_cancel(self._grade(sample) for sample in samples)
+
+    async def _teach(self, sample: Sample) -> None:
+        if self._teacher is None or sample.status in _UNFINISHED or self._requests.aborting or sample.teacher_log_probs:
+            return
+        with self._open_calls.within(f"the teacher of sample {sample.sample_id}"):
+            await self._teacher.teach(sample, self._requests)
 
     async def _call_generate(self, sample: Sample, position: int, rollout_id: int) -> list[Sample]:
         if self._requests.aborting:

@@ -243,6 +243,11 @@ class Learner:
         if needs.rollout_log_probs and batch.rollout_log_probs is None:
             flag = needs.rollout_log_probs[0]
             raise TrainingError(f"{flag} needs the engine's log-probs, rollout {rollout_id} has none; leave the flag out.")
+        if self.method.opd_kl_coef is not None and self.teacher is None and batch.teacher_log_probs is None:
+            raise TrainingError(
+                f"--use-opd --opd-type sglang: not every sample of rollout {rollout_id} has the teacher's log-probs; what "
+                "makes the samples must set them, or leave the flags out."
+            )
         num_scored = _num_scored(batch)
         if self.reference is not None:
             measured = self._meter.phase("ref_log_probs", batch.lengths, num_scored=num_scored, passes=FORWARD)

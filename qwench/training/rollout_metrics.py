@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qwench.algorithms.advantages import explained_variance
+from qwench.algorithms.advantages import explained_variance, sampled_reverse_kl
 from qwench.algorithms.columns import RolloutBatch
 from qwench.samples import Sample, Status
 
@@ -64,11 +64,11 @@ def _reward_metrics(samples: Sequence[Sample], batch: RolloutBatch) -> dict[str,
 
 
 def _reverse_kl(batch: RolloutBatch) -> list[Tensor] | None:
-    """Return B x [R] how much likelier each token is to the policy than to the teacher, in nats; None: there is no teacher."""
+    """Return B x [R] that the advantages lose, without its coefficient; None: there is no teacher."""
     own = batch.old_log_probs or batch.rollout_log_probs
     if batch.teacher_log_probs is None or own is None:
         return None
-    return [one - teacher for one, teacher in zip(own, batch.teacher_log_probs, strict=True)]
+    return batch.teacher_kl or sampled_reverse_kl(own, batch.teacher_log_probs)
 
 
 def _mean_of_sample_means(column: Sequence[Tensor], loss_mask: Sequence[Tensor]) -> float:

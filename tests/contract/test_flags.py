@@ -242,6 +242,7 @@ READ_BY_THEIR_SECTION_ALONE = {
     "tito_model": "both names mean the chat template",
     "log_probs_chunk_size": "head_chunk_tokens",
     "tis_clip": "tis_bounds",
+    "opd_teacher_urls": "teacher_urls",
     "tis_clip_low": "tis_bounds",
     "tis_lower_bound": "tis_bounds",
     "rs_lower_bound": "rs_bounds",

@@ -6,6 +6,7 @@ import pytest
 
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.config import Config
+from qwench.config.sections.reward import NO_TASK
 
 MIS = """\
 use_tis: true
@@ -44,3 +45,25 @@ def test_the_file_wins_over_the_command_line_also_by_another_name(tmp_path: Path
     file.write_text(MIS)
     words = ["--tis-clip", "3", "--custom-config-path", str(file)]
     assert parse_flags(Config, words, prog="train.py").algorithm.tis_clip == 2.0
+
+
+TEACHER = "rollout.on_policy_distillation"
+
+
+@pytest.mark.parametrize("system", ["slime", "miles"])
+def test_their_distillation_from_a_server_means_a_teacher_and_no_task(system: str):
+    words = ["--use-opd", "--opd-type", "sglang", "--rm-url", "http://127.0.0.1:13141/generate", "--rm-type", "math"]
+    words += ["--custom-rm-path", f"{system}.{TEACHER}.reward_func"]
+    words += ["--custom-reward-post-process-path", f"{system}.{TEACHER}.post_process_rewards"]
+    config = parse_flags(Config, words, prog="train.py")
+    assert config.distillation.teacher_urls(config.reward.rm_url) == {"default": "http://127.0.0.1:13141/generate"}
+    assert (config.reward.custom_rm_path, config.reward.custom_reward_post_process_path) == (NO_TASK, None)
+
+
+def test_several_teachers_and_their_likeliest_tokens_are_chosen_as_there():
+    words = ["--use-opd", "--opd-type", "sglang", "--opd-log-prob-top-k", "16", "--opd-top-k-strategy", "only-student"]
+    words += ["--opd-reward-weight-mode", "student_p", "--opd-teacher-key", "opd_teacher"]
+    words += ["--opd-teacher-urls", "math=http://a:1/generate", "default=http://b:2/generate"]
+    section = parse_flags(Config, words, prog="train.py").distillation
+    assert section.teacher_urls(None) == {"math": "http://a:1/generate", "default": "http://b:2/generate"}
+    assert (section.opd_log_prob_top_k, section.opd_top_k_strategy) == (16, "only-student")

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from pytest import approx
 
+from qwench.engines.embedded.engine import EmbeddedEngine
+from qwench.engines.embedded.http.serving import ServerThread
+from tests.contract.engine_hosts import settings_of
 from tests.e2e.conftest import DIGITS, InProcess, Workspace, column
 from tests.fakes import cuda_stand_in
 from tests.forked import Forked
@@ -49,6 +53,48 @@ def test_a_policy_that_is_its_own_teacher_learns_nothing(workspace: Workspace, t
     run_verb(workspace.train_argv(tmp_path, **opd(workspace.model, num_rollout=1)))
     assert column(tmp_path, "rollout/opd_reverse_kl") == [approx(0.0, abs=1e-6)]
     assert max(abs(value) for value in column(tmp_path, "rollout/advantages")) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def address(teacher: Path) -> Iterator[str]:
+    """Serve the other model."""
+    with ServerThread(EmbeddedEngine.from_checkpoint(teacher, settings_of()), token=None) as server:
+        yield server.base_url + "/generate"
+
+
+def test_a_teacher_on_a_server_scores_as_one_in_the_trainer_does(
+    workspace: Workspace, teacher: Path, address: str, tmp_path: Path
+) -> None:
+    recorded = str(tmp_path / "{rollout_id}.jsonl")
+    served = {"opd_type": "sglang", "opd_teacher_load": None, "rm_url": address, "save_debug_rollout_data": recorded}
+    run_verb(workspace.train_argv(tmp_path / "server", **opd(teacher, num_rollout=2, **served)))
+    replayed = opd(teacher, num_rollout=2, load_debug_rollout_data=recorded)
+    run_verb(workspace.train_argv(tmp_path / "trainer", **replayed))
+    for metric in ("rollout/teacher_log_probs", "rollout/opd_reverse_kl", "train/grad_norm"):
+        expected = [approx(value, rel=2e-3, abs=1e-5) for value in column(tmp_path / "trainer", metric)]
+        assert column(tmp_path / "server", metric) == expected, metric
+
+
+def test_the_likeliest_tokens_of_a_teacher_on_a_server_change_the_advantages(
+    workspace: Workspace, teacher: Path, address: str, tmp_path: Path
+) -> None:
+    recorded = str(tmp_path / "{rollout_id}.jsonl")
+    served = {"opd_type": "sglang", "opd_teacher_load": None, "opd_log_prob_top_k": 8, "opd_teacher_urls": f"default={address}"}
+    flags = opd(teacher, num_rollout=1, opd_kl_coef=0.5, save_debug_rollout_data=recorded, **served)
+    run_verb(workspace.train_argv(tmp_path / "run", **flags))
+    samples = [json.loads(line) for line in Path(recorded.format(rollout_id=0)).read_text().splitlines()[1:]]
+    means = [sum(sample["teacher_kl"]) / sample["response_length"] for sample in samples]
+    assert min(means) > 0
+    assert column(tmp_path / "run", "rollout/opd_reverse_kl") == [approx(sum(means) / len(means), rel=1e-5)]
+    assert column(tmp_path / "run", "rollout/advantages") == [approx(-0.5 * sum(means) / len(means), rel=1e-5)]
+
+
+def test_a_teacher_that_does_not_listen_is_refused_before_the_run(
+    workspace: Workspace, teacher: Path, tmp_path: Path, in_process: InProcess
+) -> None:
+    served = {"opd_type": "sglang", "opd_teacher_load": None, "rm_url": "http://127.0.0.1:9/generate"}
+    code, errors = in_process(workspace.train_argv(tmp_path / "run", **opd(teacher, num_rollout=1, **served)))
+    assert code == 2 and "the teacher default --rm-url http://127.0.0.1:9 cannot be reached" in errors, errors
 
 
 def test_a_teacher_that_computes_otherwise_is_refused(

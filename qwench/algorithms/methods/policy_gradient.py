@@ -13,7 +13,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qwench.algorithms.advantages import center, compare_in_groups, follow_teacher, spread, standardize, whiten
+from qwench.algorithms.advantages import (
+    center,
+    compare_in_groups,
+    follow_teacher,
+    sampled_reverse_kl,
+    spread,
+    standardize,
+    whiten,
+)
 from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
 from qwench.algorithms.corrections import (
     bounded_importance,
@@ -83,8 +91,8 @@ class PolicyGradient(Method):
         if self.opd_kl_coef is None:
             return advantages
         assert batch.teacher_log_probs is not None, "the teacher scores before the targets"
-        own, teacher = self.old_log_probs(batch), batch.teacher_log_probs
-        return follow_teacher(advantages, own, teacher, batch.loss_mask, coef=self.opd_kl_coef)
+        reverse_kl = batch.teacher_kl or sampled_reverse_kl(self.old_log_probs(batch), batch.teacher_log_probs)
+        return follow_teacher(advantages, reverse_kl, batch.loss_mask, coef=self.opd_kl_coef)
 
     def advantages(self, batch: RolloutBatch) -> list[Tensor]:
         """Return B x [R] float32: every token has its sample's reward."""

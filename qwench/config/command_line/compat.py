@@ -13,6 +13,7 @@ from qwench.config.command_line.accepted_flags import ACCEPTED
 from qwench.config.command_line.foreign_flag import ANY, NEVER, ForeignFlag
 from qwench.config.command_line.refused_flags import ACCEPTED_PREFIXES, PLANNED, REFUSED, REFUSED_PREFIXES
 from qwench.config.sections.agent import AGENT, TOOL_LOOP
+from qwench.config.sections.reward import NO_TASK
 from qwench.config.sections.rollout import SFT_ROLLOUT
 
 FOREIGN_FLAGS: Mapping[str, ForeignFlag] = {flag.name: flag for flag in (*ACCEPTED, *REFUSED, *PLANNED)}
@@ -38,7 +39,6 @@ REFUSED_VALUES: Mapping[str, Mapping[str, str]] = {
     "loss-mask-type": {"qwen3_5": "qwen3"},
     "optimizer": {"sgd": "adam"},
     "lr-decay-style": {"WSD": "cosine or linear"},
-    "opd-type": {"sglang": "megatron"},
 }
 """Flag -> value of theirs without a counterpart -> what to use instead."""
 
@@ -107,6 +107,10 @@ IMPORT_PATHS: Mapping[str, str] = {
     "miles.rollout.generate_hub.multi_turn.generate": TOOL_LOOP,
     "miles.rollout.generate_hub.agentic_tool_call.generate": AGENT,
     "miles.rollout.inference_rollout.inference_rollout_common.InferenceRolloutFn": "None",
+    "slime.rollout.on_policy_distillation.reward_func": NO_TASK,
+    "miles.rollout.on_policy_distillation.reward_func": NO_TASK,
+    "slime.rollout.on_policy_distillation.post_process_rewards": "None",
+    "miles.rollout.on_policy_distillation.post_process_rewards": "None",
     f"slime.{_FILTERS}.check_reward_nonzero_std": "qwench.rollout.filters.check_reward_nonzero_std",
     f"miles.{_FILTERS}.check_reward_nonzero_std": "qwench.rollout.filters.check_reward_nonzero_std",
     f"miles.{_FILTERS}.check_no_aborted": "qwench.rollout.filters.check_no_aborted",
@@ -118,7 +122,7 @@ DEFAULT_PATHS = ("*mis.compute_mis_weights*",)
 
 
 PLANNED_PATHS: Mapping[str, str] = {
-    "rollout.on_policy_distillation.": "a teacher on servers; --use-opd --opd-type megatron scores with one in the trainer",
+    "rollout.on_policy_distillation.": "a choice by domain; --opd-teacher-urls and --opd-teacher-key choose the teacher",
     "rollout.forge_load.": "another format of recorded rollouts; use --load-debug-rollout-data",
 }
 """First part of the path of a built-in of theirs, without the package -> what of it is not built yet."""

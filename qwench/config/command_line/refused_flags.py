@@ -212,10 +212,6 @@ PLANNED: tuple[ForeignFlag, ...] = (
     *planned("a place of its own for the critic; each checkpoint of --save holds it in its folder critic", "critic-save"),
     *planned("a run that trains the critic alone; --num-critic-only-steps counts such rollouts", "critic-train-only"),
     *planned(
-        "a teacher on servers; --opd-type megatron scores with a teacher in the trainer",
-        "opd-log-prob-top-k=0 opd-top-k-strategy opd-reward-weight-mode opd-teacher-urls opd-teacher-key",
-    ),
-    *planned(
         "LoRA",
         """
         lora-rank=0 lora-alpha lora-dropout=0 target-modules exclude-modules lora-type lora-adapter-path lora-sync-from-tensor

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from qwench.config.limits import check_import_path, check_positive
 from qwench.errors import ConfigError
 
+NO_TASK = "qwench.rewards.no_task.score"
+"""--custom-rm-path of distillation without a task: every reward is 0, and the advantages are the teacher's."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardConfig:
@@ -16,7 +19,7 @@ class RewardConfig:
     """Built-in reward: deepscaler, math, dapo, f1, gpqa, ifbench, random or remote_rm. A row's metadata.rm_type wins over
     it."""
     rm_url: str | None = None
-    """URL of the reward server of --rm-type remote_rm."""
+    """URL of the reward server of --rm-type remote_rm, or of the teacher of --opd-type sglang."""
     reward_key: str | None = None
     """Entry that is the score, when a reward returns a record (dapo: score)."""
     custom_rm_path: str | None = None

@@ -13,6 +13,7 @@ from qwench.algorithms.advantages import (
     follow_teacher,
     reinforce_plus_plus,
     reinforce_plus_plus_baseline,
+    sampled_reverse_kl,
     spread,
     standardize,
     whiten,
@@ -139,7 +140,7 @@ def test_a_token_is_worth_less_by_what_it_is_likelier_to_the_policy_than_to_the_
     own = [torch.tensor([-1.0, -3.0, -0.5]), torch.tensor([-4.0])]
     teacher = [torch.tensor([-2.0, -1.0, -9.0]), torch.tensor([-4.5])]
     mask = [torch.tensor([True, True, False]), torch.tensor([True])]
-    followed = follow_teacher(advantages, own, teacher, mask, coef=0.5)
+    followed = follow_teacher(advantages, sampled_reverse_kl(own, teacher), mask, coef=0.5)
     # 1 - 0.5 (-1 + 2), 1 - 0.5 (-3 + 1), a token that is not trained on; -2 - 0.5 (-4 + 4.5)
     assert [column.tolist() for column in followed] == [[0.5, 2.0, 1.0], [-2.25]]
 

@@ -18,6 +18,10 @@ EMBEDDED = ("--rollout-engine", "embedded")
     ("extra", "begin"),
     [
         (["--use-dynamic-batch-size", "--max-tokens-per-gpu", "15"], "--max-tokens-per-gpu (15) is smaller than the longest"),
+        (
+            ["--use-opd", "--opd-type", "sglang", "--rm-url", "http://a", "--opd-log-prob-top-k", "4"],
+            "--opd-log-prob-top-k gives a token the KL of its position",
+        ),
         (["--n-samples-per-prompt", "1"], "--n-samples-per-prompt 1: rewards are compared within their group"),
         (["--sequence-parallel"], "--sequence-parallel has no effect"),
         (["--use-fault-tolerance"], "--use-fault-tolerance has no effect on the embedded engine"),

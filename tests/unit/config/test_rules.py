@@ -18,6 +18,7 @@ from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.config.sections.parallel import ParallelConfig
 from qwench.config.sections.references import ReferencesConfig
+from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import SFT_ROLLOUT, RolloutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
@@ -209,6 +210,7 @@ def test_flags_of_sglang_pass_by_their_names_and_their_other_names():
 
 
 OPD = DistillationConfig(use_opd=True, opd_type="megatron", opd_teacher_load=Path("teacher"))
+SERVED = DistillationConfig(use_opd=True, opd_type="sglang")
 OWN_ADVANTAGES = ReferencesConfig(custom_advantage_function_path="a.b")
 
 
@@ -216,6 +218,8 @@ OWN_ADVANTAGES = ReferencesConfig(custom_advantage_function_path="a.b")
     ({"critic": CriticConfig(critic_lr=1e-5)}, "--critic-lr (1e-05) has no effect with --advantage-estimator grpo"),
     ({"algorithm": AlgorithmConfig(advantage_estimator="ppo"), "references": OWN_ADVANTAGES}, "--custom-advantage-function-"),
     ({"distillation": OPD, "algorithm": AlgorithmConfig(loss_type="sft_loss")}, "--use-opd has no effect with --loss-type"),
+    ({"distillation": SERVED}, "--opd-type sglang asks a teacher on a server; give its address by --rm-url"),
+    ({"distillation": SERVED, "reward": RewardConfig(rm_type="remote_rm", rm_url="http://a")}, "--rm-url is the address of"),
     ({"distillation": OPD, "references": OWN_ADVANTAGES}, "--use-opd and --custom-advantage-function-path both set"),
 ])  # fmt: skip
 def test_critic_and_teacher_have_a_method_that_uses_them(sections, message):

@@ -1,4 +1,5 @@
 from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,8 @@ from qwench.config.sections.verbs import ServerConfig
 from qwench.errors import ConfigError
 
 SECTIONS = (AlgorithmConfig, DebugConfig, EngineConfig, EvalConfig, OptimizerConfig, RewardConfig, RolloutConfig)
+SERVED = {"use_opd": True, "opd_type": "sglang"}
+LOADED = {"use_opd": True, "opd_type": "megatron", "opd_teacher_load": Path("teacher")}
 REFUSED = [
     (RolloutConfig, {"rollout_temperature": 0.0}, "--rollout-temperature must be greater than 0, got 0.0"),
     (RolloutConfig, {"rollout_temperature": float("nan")}, "--rollout-temperature must be greater than 0"),
@@ -37,8 +40,22 @@ REFUSED = [
     (RolloutConfig, {"buffer_filter_path": "my/module.py"}, "--buffer-filter-path must be the import path"),
     (DistillationConfig, {"opd_kl_coef": 0.5}, "--opd-kl-coef has no effect without --use-opd; add it"),
     (DistillationConfig, {"opd_type": "megatron"}, "--opd-type has no effect without --use-opd; add it"),
-    (DistillationConfig, {"use_opd": True}, "--use-opd needs a teacher; give --opd-type and --opd-teacher-load"),
-    (DistillationConfig, {"use_opd": True, "opd_type": "megatron"}, "--use-opd needs a teacher; give --opd-teacher-load"),
+    (DistillationConfig, {"use_opd": True}, "--use-opd needs a teacher; give --opd-type megatron and --opd-teacher-load"),
+    (DistillationConfig, {"use_opd": True, "opd_type": "megatron"}, "--opd-type megatron scores with a teacher in the trainer"),
+    (DistillationConfig, SERVED | {"opd_teacher_load": Path("t")}, "--opd-teacher-load has no effect with --opd-type sglang"),
+    (DistillationConfig, LOADED | {"opd_log_prob_top_k": 2}, "--opd-log-prob-top-k has no effect with --opd-type megatron"),
+    (
+        DistillationConfig,
+        SERVED | {"opd_top_k_strategy": "xor"},
+        "--opd-top-k-strategy has no effect without --opd-log-prob-top",
+    ),
+    (DistillationConfig, SERVED | {"opd_log_prob_top_k": -1}, "--opd-log-prob-top-k"),
+    (DistillationConfig, SERVED | {"opd_teacher_urls": ("http://a",)}, "--opd-teacher-urls must be NAME=URL"),
+    (
+        DistillationConfig,
+        SERVED | {"opd_teacher_urls": ("a=http://a", "a=http://b")},
+        "--opd-teacher-urls names the teacher",
+    ),
     (AsyncConfig, {"max_weight_staleness": 1}, "--max-weight-staleness has no effect without --fully-async; add it"),
     (AsyncConfig, {"async_unused_samples_handler": "retry"}, "--async-unused-samples-handler has no effect without --fully"),
     (AsyncConfig, {"fully_async": True, "max_weight_staleness": -1}, "--max-weight-staleness must not be negative"),

@@ -36,9 +36,9 @@ def test_shorthands_and_aliases_stand_for_flags_that_exist():
 @pytest.mark.parametrize(
     ("name", "spelled", "values", "accepted"),
     [
-        ("opd-log-prob-top-k", "opd-log-prob-top-k", ("0",), True),
-        ("opd-log-prob-top-k", "opd-log-prob-top-k", ("3",), False),
-        ("opd-log-prob-top-k", "opd-log-prob-top-k", (), False),
+        ("lora-rank", "lora-rank", ("0",), True),
+        ("lora-rank", "lora-rank", ("3",), False),
+        ("lora-rank", "lora-rank", (), False),
         ("bf16", "bf16", (), True),
         ("bf16", "no-bf16", (), False),
         ("fp16", "no-fp16", (), True),
