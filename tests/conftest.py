@@ -1,8 +1,9 @@
-"""What holds for all tests: no deadline for single examples of hypothesis, a patient one for each test, and no open log."""
+"""What holds for all tests: patient deadlines, no open log, and signals that reach the processes that tests start."""
 
 from __future__ import annotations
 
 import logging
+import signal
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -12,6 +13,10 @@ from tests.deadlines import patient
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("first failure", settings.get_profile("patient"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile("patient")
+
+# `nohup` and a shell's `&` start a process that ignores these, and its children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
