@@ -33,6 +33,8 @@ class RolloutBatch:
     """[B] int64, equal for the samples of one prompt."""
     execution_ids: Tensor
     """[B] int64, equal for samples that one execution returned; losses are averaged over executions."""
+    overlong_penalties: Tensor | None = None
+    """[B] float32, 0 or less: what `rewards` lost for the length of the response. None: nothing."""
     rollout_log_probs: list[Tensor] | None = None
     """B x [R] float32 of the sampling engine; None when nothing was sampled (SFT)."""
     staleness: list[Tensor] | None = None

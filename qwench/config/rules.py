@@ -279,6 +279,25 @@ def a_teacher_has_advantages_to_change(config: Config) -> str | None:
     return None
 
 
+def long_responses_have_a_bound(config: Config) -> str | None:
+    """The price of length begins before the longest response, and fine-tuning has no rewards."""
+    reward, longest = config.reward, config.rollout.rollout_max_response_len
+    if config.algorithm.loss_type == "sft_loss":
+        for flag, given in (
+            ("--overlong-buffer-len", reward.overlong_buffer_len is not None),
+            ("--mask-truncated-completions", reward.mask_truncated_completions),
+        ):
+            if given:
+                return f"{flag} has no effect with --loss-type sft_loss, which samples no responses; leave it out"
+    if reward.overlong_buffer_len is None:
+        return None
+    if longest is None:
+        return "--overlong-buffer-len ends at --rollout-max-response-len, which is not given; give it too"
+    if reward.overlong_buffer_len > longest:
+        return f"--overlong-buffer-len ({reward.overlong_buffer_len}) is more than --rollout-max-response-len ({longest})"
+    return None
+
+
 RULES: tuple[Callable[[Config], str | None], ...] = (
     dense_only,
     fsdp_is_data_parallel,
@@ -302,6 +321,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     asynchronous_rollouts_never_end,
     a_critic_has_its_method,
     a_teacher_has_advantages_to_change,
+    long_responses_have_a_bound,
 )
 
 

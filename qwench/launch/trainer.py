@@ -22,6 +22,7 @@ from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.learner import Learner
 from qwench.training.megatron.platform import check_platform
 from qwench.training.process_group import init_process_group
+from qwench.training.shaping import Shaping
 from qwench.training.state import Reference, TrainingState
 from qwench.training.trainer import Trainer
 
@@ -56,6 +57,7 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
         targets=load_target_functions(config, args),
         equal_bits=config.training.true_on_policy_mode and not inputs.plan.replays and not inputs.plan.fine_tunes,
         reward_post_process=load_post_process(config, args),
+        shaping=Shaping.of(config),
     )
 
 

@@ -30,6 +30,7 @@ from qwench.samples import Rollout, Sample
 from qwench.training.batch import unpack
 from qwench.training.flop_meter import FlopMeter
 from qwench.training.rollout_metrics import rollout_metrics
+from qwench.training.shaping import Shaping
 from qwench.training.state import TrainingState
 from qwench.training.steps import MicroBatching, StepPlan, plan_steps
 from qwench.training.trainer import Scorer, StepResult
@@ -83,6 +84,7 @@ class Learner:
         reward_post_process: RewardPostProcess | None = None,
         targets: OwnTargets | None = None,
         equal_bits: bool = False,
+        shaping: Shaping | None = None,
     ) -> None:
         """Keep what every rollout needs.
 
@@ -104,6 +106,7 @@ class Learner:
         self._reward_post_process = reward_post_process
         self._own_targets = targets
         self._equal_bits = equal_bits
+        self._shaping = shaping or Shaping()
         self._num_critic_only = plan.num_critic_only
         self._batching, self._scoring_batching = (
             MicroBatching(
@@ -193,6 +196,7 @@ class Learner:
         """
         # Weights that learned from n rollouts have version n, and n is the id of the next one.
         batch = RolloutBatch.from_samples(rollout.samples, version=rollout.rollout_id)
+        batch = self._shaping.apply(batch, rollout.samples)
         batch = batch.with_columns(rewards=self._rewards(rollout.samples, batch))
         plan = plan_steps(batch.execution_ids, global_batch_size=self._global_batch_size, allow_partial=self._allow_partial)
         if plan.num_dropped:

@@ -31,6 +31,8 @@ def rollout_metrics(samples: Sequence[Sample], batch: RolloutBatch) -> dict[str,
     }
     if batch.advantages is not None:
         metrics |= _reward_metrics(samples, batch)
+    if batch.overlong_penalties is not None:
+        metrics["rollout/overlong_penalty"] = float(batch.overlong_penalties.double().mean())
     if batch.staleness is not None:
         trained = torch.cat([old[mask].double() for old, mask in zip(batch.staleness, batch.loss_mask, strict=True)])
         metrics |= {"rollout/staleness/mean": float(trained.mean()), "rollout/staleness/max": float(trained.max())}

@@ -35,12 +35,27 @@ class RewardConfig:
     """Number of grading processes. None: one per CPU core less one, at most 16."""
     reward_timeout_s: float = 20.0
     """Seconds to grade one response. After that the worker is killed and the verdict is timeout."""
+    overlong_buffer_len: int | None = None
+    """Lower the reward of a response linearly over the last tokens before --rollout-max-response-len, as many as this (DAPO).
+    None: length costs nothing."""
+    overlong_penalty_factor: float = 1.0
+    """What a response of the longest length loses. Needs --overlong-buffer-len."""
+    mask_truncated_completions: bool = False
+    """Leave truncated responses out of the loss. Their rewards still count in their groups."""
     allow_degenerate_rewards: bool = False
     """Continue when one reason explains nearly all zero rewards of the first rollout. Off: stop the run."""
 
     def __post_init__(self) -> None:
         check_positive("--reward-num-workers", self.reward_num_workers)
         check_positive("--reward-timeout-s", self.reward_timeout_s)
+        check_positive("--overlong-buffer-len", self.overlong_buffer_len)
+        check_positive("--overlong-penalty-factor", self.overlong_penalty_factor)
+        if self.overlong_buffer_len is None and self.overlong_penalty_factor != 1.0:
+            raise ConfigError("--overlong-penalty-factor has no effect without --overlong-buffer-len; leave it out")
+        if self.overlong_buffer_len is not None and self.custom_reward_post_process_path is not None:
+            raise ConfigError(
+                "--overlong-buffer-len lowers rewards that --custom-reward-post-process-path replaces; leave one of them out"
+            )
         check_import_path("--custom-rm-path", self.custom_rm_path)
         check_import_path("--custom-reward-post-process-path", self.custom_reward_post_process_path)
         if self.rm_type is not None and self.rm_type.endswith("remote_rm") and self.rm_url is None:

@@ -211,6 +211,12 @@ def test_flags_of_sglang_pass_by_their_names_and_their_other_names():
 
 OPD = DistillationConfig(use_opd=True, opd_type="megatron", opd_teacher_load=Path("teacher"))
 SERVED = DistillationConfig(use_opd=True, opd_type="sglang")
+
+
+def overlong(**rollout) -> dict[str, object]:
+    return {"reward": RewardConfig(overlong_buffer_len=8), "rollout": RolloutConfig(**rollout)}
+
+
 OWN_ADVANTAGES = ReferencesConfig(custom_advantage_function_path="a.b")
 
 
@@ -218,6 +224,9 @@ OWN_ADVANTAGES = ReferencesConfig(custom_advantage_function_path="a.b")
     ({"critic": CriticConfig(critic_lr=1e-5)}, "--critic-lr (1e-05) has no effect with --advantage-estimator grpo"),
     ({"algorithm": AlgorithmConfig(advantage_estimator="ppo"), "references": OWN_ADVANTAGES}, "--custom-advantage-function-"),
     ({"distillation": OPD, "algorithm": AlgorithmConfig(loss_type="sft_loss")}, "--use-opd has no effect with --loss-type"),
+    (overlong(), "--overlong-buffer-len ends at --rollout-max-response-len, which is not given"),
+    (overlong(rollout_max_response_len=7), "--overlong-buffer-len (8) is more than --rollout-max-response-len (7)"),
+    (overlong() | {"algorithm": AlgorithmConfig(loss_type="sft_loss")}, "--overlong-buffer-len has no effect with --loss-type"),
     ({"distillation": SERVED}, "--opd-type sglang asks a teacher on a server; give its address by --rm-url"),
     ({"distillation": SERVED, "reward": RewardConfig(rm_type="remote_rm", rm_url="http://a")}, "--rm-url is the address of"),
     ({"distillation": OPD, "references": OWN_ADVANTAGES}, "--use-opd and --custom-advantage-function-path both set"),

@@ -24,6 +24,7 @@ from qwench.config.sections.verbs import ServerConfig
 from qwench.errors import ConfigError
 
 SECTIONS = (AlgorithmConfig, DebugConfig, EngineConfig, EvalConfig, OptimizerConfig, RewardConfig, RolloutConfig)
+PRICED = {"overlong_buffer_len": 8}
 SERVED = {"use_opd": True, "opd_type": "sglang"}
 LOADED = {"use_opd": True, "opd_type": "megatron", "opd_teacher_load": Path("teacher")}
 REFUSED = [
@@ -40,6 +41,14 @@ REFUSED = [
     (RolloutConfig, {"buffer_filter_path": "my/module.py"}, "--buffer-filter-path must be the import path"),
     (DistillationConfig, {"opd_kl_coef": 0.5}, "--opd-kl-coef has no effect without --use-opd; add it"),
     (DistillationConfig, {"opd_type": "megatron"}, "--opd-type has no effect without --use-opd; add it"),
+    (RewardConfig, {"overlong_buffer_len": 0}, "--overlong-buffer-len must be greater than 0, got 0"),
+    (RewardConfig, PRICED | {"overlong_penalty_factor": 0.0}, "--overlong-penalty-factor must be greater than 0"),
+    (RewardConfig, {"overlong_penalty_factor": 2.0}, "--overlong-penalty-factor has no effect without --overlong-buffer-len"),
+    (
+        RewardConfig,
+        PRICED | {"custom_reward_post_process_path": "a.b"},
+        "--overlong-buffer-len lowers rewards that",
+    ),
     (DistillationConfig, {"use_opd": True}, "--use-opd needs a teacher; give --opd-type megatron and --opd-teacher-load"),
     (DistillationConfig, {"use_opd": True, "opd_type": "megatron"}, "--opd-type megatron scores with a teacher in the trainer"),
     (DistillationConfig, SERVED | {"opd_teacher_load": Path("t")}, "--opd-teacher-load has no effect with --opd-type sglang"),
