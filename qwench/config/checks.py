@@ -134,7 +134,7 @@ def _has_length(config: Config) -> bool:
 
 def _reads_prompts(config: Config) -> bool:
     replaced = config.rollout.rollout_function_path not in (None, SFT_ROLLOUT)
-    return config.debug.load_debug_rollout_data is None and not replaced and not config.data.disable_rollout_global_dataset
+    return config.debug.load_debug_rollout_data is None and not replaced and not config.data.brings_prompts
 
 
 def _check_sampling_is_unrestricted(config: Config) -> None:

@@ -149,8 +149,12 @@ def fine_tuning_rollout_has_its_loss(config: Config) -> str | None:
 
 def prompts_come_from_somewhere(config: Config) -> str | None:
     """Without a data set, the rollout function brings the prompts."""
+    if config.data.data_source_path is not None:
+        if config.algorithm.loss_type == "sft_loss":
+            return "--data-source-path has no effect with --loss-type sft_loss, which reads --prompt-data; leave it out"
+        return None
     if config.data.disable_rollout_global_dataset and config.rollout.rollout_function_path in (None, SFT_ROLLOUT):
-        return "--disable-rollout-global-dataset leaves no prompts; give a --rollout-function-path that brings its own"
+        return "--disable-rollout-global-dataset leaves no prompts; give --rollout-function-path or --data-source-path"
     return None
 
 

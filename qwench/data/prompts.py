@@ -114,7 +114,7 @@ class PromptSource:
         """Return how many whole rollouts an epoch holds; at least 1."""
         return self._cursor.num_rollouts_per_epoch(rollout_batch_size)
 
-    def state_dict(self) -> dict[str, Json]:
+    def state_dict(self, *, last_rollout_id: int | None = None) -> dict[str, Json]:
         """Return the position as a JSON-compatible record."""
         return self._cursor.state_dict()
 
@@ -152,7 +152,7 @@ class NoPrompts:
         """Return 1: there are no epochs."""
         return 1
 
-    def state_dict(self) -> dict[str, Json]:
+    def state_dict(self, *, last_rollout_id: int | None = None) -> dict[str, Json]:
         """Return nothing: there is no position."""
         return {}
 

@@ -74,7 +74,7 @@ class Adapters:
 
         async def adapted(rollout_id: int, context: RolloutContext) -> Rollout:
             session = current_session()
-            source = DataSource(context, asyncio.get_running_loop(), as_text=self.as_text)
+            source = session.data_source or DataSource(context, asyncio.get_running_loop(), as_text=self.as_text)
             made = theirs.RolloutFnTrainInput(rollout_id=rollout_id)
             answer = await _call_rollout(function, session, rollout_id, source, made)
             output = answer if isinstance(answer, theirs.RolloutFnTrainOutput) else theirs.RolloutFnTrainOutput(samples=answer)
@@ -140,11 +140,13 @@ class Adapters:
 
     def on_all_groups(self, function: Function, path: str) -> Function:
         """Return an `AllGroupsHook`."""
-        flag, called_as = "--rollout-all-samples-process-path", "fn(args, groups, data_source)"
+        flag, called_as = "--rollout-all-samples-process-path", "fn(args, groups, get_samples)"
         check_signature(function, path, flag=flag, called_as=called_as, num_arguments=3)
 
         def adapted(groups: Sequence[Group]) -> None:
-            function(current_session().args, [self._group(group) for group in groups], None)
+            session = current_session()
+            get_samples = getattr(session.data_source, "get_samples", None)
+            function(session.args, [self._group(group) for group in groups], get_samples)
 
         return adapted
 
@@ -279,9 +281,7 @@ def _seed(sample: Sample, context: GenerateContext) -> int | None:
     return context.sampling.params(sample, position=context.position, scope=context.scope).seed
 
 
-async def _call_rollout(
-    function: Foreign, session: Session, rollout_id: int, source: DataSource | None, made: Foreign
-) -> Foreign:
+async def _call_rollout(function: Foreign, session: Session, rollout_id: int, source: Foreign, made: Foreign) -> Foreign:
     """Call a rollout function in a thread, where it may run coroutines; a class is made for the call."""
     if inspect.isclass(function):
         constructor_input = theirs.RolloutFnConstructorInput(args=session.args, data_source=source)

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from qwench.foreign import grading, session
+from qwench.foreign import grading, session, stand_in_sources
 from qwench.foreign.sample import (
     DynamicFilterOutput,
     Foreign,
@@ -113,18 +113,6 @@ def get_model_url(args: Foreign, model_name: str, endpoint: str = "/generate") -
     return f"http://{args.sglang_router_ip}:{args.sglang_router_port}{endpoint}"
 
 
-class DataSource:
-    """Base class of classes that hand out prompts."""
-
-    def get_samples(self, num_samples: int) -> list[list[Sample]]:
-        """Return groups of pending samples."""
-        raise NotImplementedError
-
-    def add_samples(self, samples: list[list[Sample]]) -> None:
-        """Keep groups for a later rollout."""
-        raise NotImplementedError
-
-
 class MetricGatherer:
     """Counts why a dynamic filter dropped groups."""
 
@@ -172,7 +160,11 @@ MODULES: Mapping[str, Mapping[str, Foreign]] = {
         "generate_and_rm": generate_and_rm,
         "get_model_url": get_model_url,
     },
-    "rollout.data_source": {"DataSource": DataSource},
+    "rollout.data_source": {
+        "DataSource": stand_in_sources.DataSource,
+        "RolloutDataSource": stand_in_sources.RolloutDataSource,
+        "RolloutDataSourceWithBuffer": stand_in_sources.RolloutDataSourceWithBuffer,
+    },
     "rollout.inference_rollout.inference_rollout_common": {"GenerateState": session.GenerateState},
     "rollout.rm_hub": {
         "async_rm": session.grade,

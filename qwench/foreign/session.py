@@ -39,6 +39,8 @@ class Session:
     """The built-in rewards, for functions that ask for them."""
     needs_log_probs: str | None = None
     """Flag that needs the engine's log-probs; None: nothing does."""
+    data_source: Foreign = None
+    """The user's own (--data-source-path); None: the run reads --prompt-data."""
     state: GenerateState | None = None
     """Made by the first function that asks for it."""
 

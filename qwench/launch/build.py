@@ -27,6 +27,8 @@ from qwench.data.sft import LoadedSft, SftSource, render_mask_preview
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import write_atomically
+from qwench.foreign.args import make_args
+from qwench.foreign.data_source import ForeignSource
 from qwench.launch.inputs import Inputs, read_conversations, read_eval_prompts, read_inputs, read_training_prompts
 from qwench.launch.outputs import claim_outputs
 from qwench.launch.placement import make_servers, open_processes, start_learner, take_turns
@@ -78,7 +80,7 @@ def build(config: Config, plan: RunPlan) -> Run:
     with started:
         processes = open_processes(inputs, started)
         servers, token = make_servers(inputs, processes, with_weights=only_generate)
-        generation = build_generation(inputs, with_weights=only_generate, servers=servers, token=token)
+        generation = build_generation(inputs, with_weights=only_generate, servers=servers, token=token, source=source)
         started.callback(generation.close)
         gpus = _gpus(inputs, generation.engines, timer, take_turns=take_turns(config, processes, servers))
         learner = publisher = None
@@ -111,9 +113,19 @@ def build(config: Config, plan: RunPlan) -> Run:
         )
 
 
-def _prompt_source(inputs: Inputs, loaded: LoadedPrompts) -> PromptSource | NoPrompts:
+PromptFeed = PromptSource | NoPrompts | ForeignSource
+
+
+def _prompt_source(inputs: Inputs, loaded: LoadedPrompts) -> PromptFeed:
     """Return what hands out groups of training prompts."""
     data = inputs.config.data
+    if data.data_source_path is not None:
+        return ForeignSource(
+            data.data_source_path,
+            make_args(inputs.config, inputs.plan, host="", port=0),
+            tokenizer=inputs.tokenizer,
+            n_samples_per_prompt=inputs.plan.batch.n_samples_per_prompt,
+        )
     if data.disable_rollout_global_dataset:
         return NoPrompts()
     return PromptSource(
@@ -131,7 +143,7 @@ def check(config: Config, plan: RunPlan) -> None:
         ConfigError: the user's mistake.
     """
     inputs = read_inputs(config, plan)
-    source: PromptSource | NoPrompts | SftSource | None = None
+    source: PromptFeed | SftSource | None = None
     prompts: tuple[Sequence[Prompt], ...] = ()
     if config.algorithm.loss_type == "sft_loss":
         source = _conversations(inputs, read_conversations(inputs)[0])
@@ -157,7 +169,7 @@ def _read_prompts(inputs: Inputs) -> tuple[LoadedPrompts, dict[str, Sequence[Pro
     load_target_functions(config, Namespace)
     load_user_terms(config, Namespace)
     load_user_functions(config)
-    if config.data.disable_rollout_global_dataset:
+    if config.data.brings_prompts:
         loaded = LoadedPrompts(prompts=[], num_dropped=0)
     else:
         loaded = read_training_prompts(inputs)
@@ -302,7 +314,7 @@ def _recorder(config: Config, run_name: str) -> Iterator[Callable[[Rollout], Pat
         yield partial(save_rollout, config.debug.save_debug_rollout_data, run=run_name)
 
 
-def check_resumes(checkpoints: CheckpointManager, source: PromptSource | NoPrompts | SftSource, *, num_rollout: int) -> None:
+def check_resumes(checkpoints: CheckpointManager, source: PromptFeed | SftSource, *, num_rollout: int) -> None:
     """Check before a model loads that the run can continue from what was saved.
 
     Raises:
@@ -321,7 +333,7 @@ def check_resumes(checkpoints: CheckpointManager, source: PromptSource | NoPromp
     _check_cursor(source, cursor, saved.folder)
 
 
-def _check_cursor(source: PromptSource | NoPrompts | SftSource, cursor: Mapping[str, Json], folder: Path) -> None:
+def _check_cursor(source: PromptFeed | SftSource, cursor: Mapping[str, Json], folder: Path) -> None:
     try:
         source.load_state_dict(cursor)
     except CheckpointError as error:

@@ -236,9 +236,18 @@ def _context_len(inputs: Inputs, asked: int | None) -> int:
 
 
 def build_generation(
-    inputs: Inputs, *, with_weights: bool, servers: Sequence[Server] | None = None, token: str | None = None
+    inputs: Inputs,
+    *,
+    with_weights: bool,
+    servers: Sequence[Server] | None = None,
+    token: str | None = None,
+    source: GroupSource | None = None,
 ) -> Generation:
-    """Make the engines (see `engines.build_pool`) and the graders."""
+    """Make the engines (see `engines.build_pool`) and the graders.
+
+    Args:
+        source: of the training prompts; functions of the user are given theirs.
+    """
     key, eval_key = inputs.config.reward.reward_key, inputs.plan.eval_reward_key
     functions = load_user_functions(inputs.config)
     teachers = _build_teachers(inputs)
@@ -251,7 +260,7 @@ def build_generation(
         eval_grader=grader if eval_key == key else functions.grader(inputs, reward_key=eval_key),
         functions=functions,
         teachers=teachers,
-        end_session=open_user_session(inputs, engines, training_sampling(inputs), functions),
+        end_session=open_user_session(inputs, engines, training_sampling(inputs), functions, source=source),
     )
 
 

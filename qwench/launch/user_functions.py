@@ -15,6 +15,7 @@ from qwench.config.sections.agent import AGENT, TOOL_LOOP
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import ConfigError
 from qwench.foreign.args import make_args
+from qwench.foreign.data_source import ForeignSource, check_data_source
 from qwench.foreign.functions import Adapters
 from qwench.foreign.gateway import LOOPBACK, Gateway
 from qwench.foreign.loading import is_foreign, load
@@ -26,6 +27,7 @@ from qwench.launch.inputs import Inputs
 from qwench.plugins import Function, check_signature, guarded, load_function
 from qwench.rewards.pool import RewardPool, check_reward
 from qwench.rollout.agent_sessions import AgentRunner, load_agent
+from qwench.rollout.buffer import GroupSource
 from qwench.rollout.functions import RolloutFunctions, load_functions
 from qwench.rollout.generate import GenerateFunction
 from qwench.rollout.sampling import Sampling
@@ -94,13 +96,15 @@ def load_user_functions(config: Config) -> UserFunctions:
     hooks = [(load(path, flag="--rollout-sample-hook-path"), path) for path in rollout.rollout_sample_hook_path]
     if hooks:
         functions = replace(functions, generate=adapters.with_hooks(functions.generate, hooks))
+    if config.data.data_source_path is not None:
+        check_data_source(config.data.data_source_path)
     reward = _load_reward(config)
     if reward is None:
         check_reward(config.reward)
     return UserFunctions(
         rollout=functions,
         reward=reward,
-        has_foreign=bool(adapted) or bool(hooks) or reward is not None,
+        has_foreign=bool(adapted) or bool(hooks) or reward is not None or config.data.data_source_path is not None,
     )
 
 
@@ -169,7 +173,9 @@ def load_user_terms(config: Config, args: Callable[[], Namespace]) -> UserTerms:
     )
 
 
-def open_user_session(inputs: Inputs, engines: EnginePool, sampling: Sampling, functions: UserFunctions) -> Callable[[], None]:
+def open_user_session(
+    inputs: Inputs, engines: EnginePool, sampling: Sampling, functions: UserFunctions, *, source: GroupSource | None = None
+) -> Callable[[], None]:
     """Give functions of the references what they share, and return what ends it."""
     if not functions.has_foreign:
         return lambda: None
@@ -196,6 +202,7 @@ def open_user_session(inputs: Inputs, engines: EnginePool, sampling: Sampling, f
             loop=loop,
             sampling=sampling,
             grader=grader,
+            data_source=source.source if isinstance(source, ForeignSource) else None,
             needs_log_probs=_flag_that_needs_log_probs(config),
         )
     )

@@ -24,8 +24,12 @@ class GroupSource(Protocol):
         """Return the next `n` groups of pending samples."""
         ...
 
-    def state_dict(self) -> dict[str, Json]:
-        """Return the cursor, JSON-compatible."""
+    def state_dict(self, *, last_rollout_id: int | None = None) -> dict[str, Json]:
+        """Return the cursor, JSON-compatible.
+
+        Args:
+            last_rollout_id: the rollout that training took last. None: none since the start.
+        """
         ...
 
     def load_state_dict(self, state: Mapping[str, Json]) -> None:
@@ -61,6 +65,7 @@ class GroupBuffer:
         """
         self._source, self.max_staleness = source, max_staleness
         self._buffer_filter, self._mask_off_policy = buffer_filter, mask_off_policy
+        self._last_taken: int | None = None
         self._next_rollout_id: int | None = None
         """The first rollout that has not begun. None: the first one that is taken."""
         self._waiting: list[Group] = []
@@ -143,12 +148,17 @@ class GroupBuffer:
     def take(self, rollout_id: int) -> Rollout:
         """Hand a finished rollout to training; the buffer forgets it."""
         assert next(iter(self._finished), None) == rollout_id, f"rollout {rollout_id} taken, finished: {[*self._finished]}"
+        self.note_taken(rollout_id)
         return self._finished.pop(rollout_id)
+
+    def note_taken(self, rollout_id: int) -> None:
+        """Take note that training has taken a rollout."""
+        self._last_taken = rollout_id
 
     def state_dict(self) -> dict[str, Json]:
         """Return the state of this moment, JSON-compatible. Later changes of the groups do not reach it."""
         return {
-            "source": self._source.state_dict(),
+            "source": self._source.state_dict(last_rollout_id=self._last_taken),
             "unfinished": [group.to_record() for group in self._waiting],
             "in_flight": [group.to_record() for group in (*self.in_flight, *self._interrupted)],
             "finished": [rollout.to_record() for rollout in self.finished],

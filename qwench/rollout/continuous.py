@@ -151,6 +151,7 @@ class ContinuousStream(GeneratingStream):
         assert chosen is not None, "_finish comes first"
         self._bound.take(chosen)
         self._buffer.drop(chosen)
+        self._buffer.note_taken(rollout_id)
         tally, self._tally = self._tally, Tally()
         tally.accepted = [self._finished.pop(group_id) for group_id in chosen]
         self._warn_of_overruled(rollout_id, tally)

@@ -38,6 +38,7 @@ OTHER_DEFAULTS = {
     "lr": "a rate that nobody chose trains nothing",
     "loss-mask-type": "derived from the chat template",
     "rollout-function-path": "the same function under our name",
+    "data-source-path": "the run reads the prompts itself",
     "attn-implementation": "sdpa runs everywhere",
     "transformer-impl": "Transformer Engine is a package of its own",
     "expert-tensor-parallel-size": "there are no experts",

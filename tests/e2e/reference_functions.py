@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from miles.rollout.base_types import GenerateFnOutput, RolloutFnEvalOutput, RolloutFnTrainOutput
+from slime.rollout.data_source import RolloutDataSource
 from slime.rollout.filter_hub.base_types import DynamicFilterOutput
 from slime.rollout.rm_hub import async_rm
 from slime.rollout.rm_hub.math_dapo_utils import compute_score
@@ -230,3 +231,23 @@ def clipped_loss(args, batch, logits, sum_of_sample_mean):
     advantages = torch.cat(batch["advantages"])
     loss = sum_of_sample_mean(torch.max(-ratio * advantages, -ratio.clamp(0.8, 1.2) * advantages))
     return loss, {"pg_loss": loss.clone().detach(), "mine": sum_of_sample_mean(torch.ones_like(ratio))}
+
+
+class HardestFirst(RolloutDataSource):
+    """Extend the references' own source: every prompt gets a mark, and the positions are noted."""
+
+    def get_samples(self, num_samples):
+        groups = super().get_samples(num_samples)
+        note(name="get_samples", count=len(groups), offset=self.sample_offset, prompts=[group[0].prompt for group in groups])
+        for sample in (sample for group in groups for sample in group):
+            sample.metadata["mark"] = len(sample.prompt)
+        return groups
+
+    def save(self, rollout_id):
+        note(name="save", rollout_id=rollout_id)
+        super().save(rollout_id)
+
+
+def marked_reward(args, sample, **kwargs):
+    note(name="marked_reward", mark=sample.metadata["mark"] == len(sample.prompt))
+    return digits(sample.response)

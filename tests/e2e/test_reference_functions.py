@@ -168,6 +168,17 @@ def test_a_correction_and_a_reduction_stand_in_the_loss(workspace, tmp_path, mon
     assert all(norm > 0 for norm in column(tmp_path / "run", "train/grad_norm"))
 
 
+def test_a_data_source_of_the_users_goes_on_with_the_run(workspace, tmp_path, monkeypatch):
+    flags = {"data_source_path": "HardestFirst", "custom_rm_path": "marked_reward", "save_interval": 1, "num_rollout": 2}
+    calls = run(workspace, tmp_path, monkeypatch, **flags)
+    assert [(record["count"], record["offset"]) for record in calls["get_samples"]] == [(4, 4), (4, 8)]
+    assert [record["rollout_id"] for record in calls["save"]] == [0, 1]
+    assert len(calls["marked_reward"]) == 32 and all(record["mark"] for record in calls["marked_reward"])
+    again = run(workspace, tmp_path, monkeypatch, **{**flags, "num_rollout": 3})["get_samples"]
+    assert [(record["count"], record["offset"]) for record in again[2:]] == [(4, 12)]
+    assert len({prompt for record in again for prompt in record["prompts"]}) == 12
+
+
 LAYOUTS = {
     "fsdp": {},
     "ranks": {"actor_num_gpus_per_node": 2},

@@ -117,8 +117,8 @@ IMPORT_PATHS: Mapping[str, str] = {
 }
 """Import path of a built-in of theirs -> ours; None: the default without the flag."""
 
-DEFAULT_PATHS = ("*mis.compute_mis_weights*",)
-"""Patterns of further paths that mean the default: their helper of importance weights, which --use-tis and --use-rs replace."""
+DEFAULT_PATHS = ("*mis.compute_mis_weights*", "*.rollout.data_source.RolloutDataSource*")
+"""Patterns of further paths that mean the default: importance weights, which --use-tis and --use-rs set, and data sources."""
 
 
 PLANNED_PATHS: Mapping[str, str] = {

@@ -226,7 +226,6 @@ PLANNED: tuple[ForeignFlag, ...] = (
     ),
     *planned("another comparison of repeated messages; roles, contents and calls are compared", "session-message-matcher"),
     *planned("every turn as a sample; one sample holds all turns", "generate-multi-samples"),
-    *planned("data sources of your own", "data-source-path=*.rollout.data_source.RolloutDataSource*"),
     *planned("resets of the learning-rate schedule", "use-checkpoint-opt-param-scheduler use-checkpoint-lr-scheduler"),
     *planned(
         "plug-ins of the trainer",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qwench.config.limits import check_positive
+from qwench.config.limits import check_import_path, check_positive
 
 LossMaskType = Literal["qwen", "qwen3", "distill_qwen"]
 
@@ -20,6 +20,9 @@ class DataConfig:
     the Hugging Face hub. path@[a:b] takes rows a to b; negative numbers count from the end."""
     disable_rollout_global_dataset: bool = False
     """Read no --prompt-data: the rollout function or the data source brings its own prompts."""
+    data_source_path: str | None = None
+    """Class that hands out the prompts in place of --prompt-data, in slime's form: cls(args) with get_samples(n),
+    add_samples(groups), save(rollout_id), load(rollout_id) and __len__()."""
     input_key: str = "input"
     """Column of the prompt: a text or a list of messages (qwench sft: messages)."""
     label_key: str | None = None
@@ -41,5 +44,11 @@ class DataConfig:
     loss_mask_type: LossMaskType | None = None
     """How SFT finds assistant tokens in a rendered conversation. None: derived from the chat template."""
 
+    @property
+    def brings_prompts(self) -> bool:
+        """Tell whether a function or a data source of the user brings the prompts."""
+        return self.disable_rollout_global_dataset or self.data_source_path is not None
+
     def __post_init__(self) -> None:
+        check_import_path("--data-source-path", self.data_source_path)
         check_positive("--rollout-max-prompt-len", self.rollout_max_prompt_len)

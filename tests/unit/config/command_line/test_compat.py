@@ -51,8 +51,6 @@ def test_shorthands_and_aliases_stand_for_flags_that_exist():
         ("model-name", "model-name", ("llama",), False),
         ("no-rope-fusion", "no-rope-fusion", (), True),
         ("lora-rank", "lora-rank", ("0",), True),
-        ("data-source-path", "data-source-path", ("slime.rollout.data_source.RolloutDataSourceWithBuffer",), True),
-        ("data-source-path", "data-source-path", ("mine.Source",), False),
         ("num-experts", "num-experts", ("1",), False),
         ("profile-target", "profile-target", ("train_overall", "train_actor"), False),
     ],

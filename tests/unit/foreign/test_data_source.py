@@ -1,0 +1,141 @@
+"""Data sources of the references' convention hand out the prompts of a run."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from qwench.data.prompts import PromptSource, load_prompts
+from qwench.errors import CheckpointError, ConfigError, QwenchError
+from qwench.foreign.data_source import ForeignSource, check_data_source
+from qwench.foreign.sample import Sample
+from qwench.foreign.stand_in_sources import RolloutDataSource, RolloutDataSourceWithBuffer
+from qwench.models.made.tokenizers import build_small_tokenizer
+
+HERE = "tests.unit.foreign.test_data_source"
+TOKENIZER = build_small_tokenizer()
+
+
+class Countdown:
+    """Gives the numbers from 100 downwards; notes what it is asked to save and load."""
+
+    def __init__(self, args):
+        self.args, self.left, self.calls = args, 100, []
+
+    def get_samples(self, num_samples):
+        groups = []
+        for _ in range(num_samples):
+            groups.append([Sample(prompt=str(self.left), label="even", metadata={"turn": self.left}) for _ in range(2)])
+            self.left -= 1
+        return groups
+
+    def add_samples(self, groups):
+        raise AssertionError("the run keeps its own buffer")
+
+    def save(self, rollout_id):
+        self.calls.append(("save", rollout_id, self.left))
+
+    def load(self, rollout_id=None):
+        self.calls.append(("load", rollout_id, self.args.load))
+        self.left = 90
+
+    def __len__(self):
+        return 10
+
+
+class Short(Countdown):
+    def get_samples(self, num_samples):
+        return super().get_samples(num_samples)[1:]
+
+
+class NoLength:
+    def __init__(self, args): ...
+    def get_samples(self, num_samples): ...
+    def add_samples(self, groups): ...
+    def load(self, rollout_id): ...
+
+
+def a_function(args):
+    """Be no class."""
+
+
+def make(name: str = "Countdown", **args) -> ForeignSource:
+    given = Namespace(**{"load": None, "save": "/out", **args})
+    return ForeignSource(f"{HERE}.{name}", given, tokenizer=TOKENIZER, n_samples_per_prompt=2)
+
+
+def test_groups_are_tokenised_and_numbered_by_the_run():
+    source = make()
+    groups = source.next_groups(2) + source.next_groups(0) + source.next_groups(1)
+    assert [group.group_id for group in groups] == [0, 1, 2]
+    samples = [sample for group in groups for sample in group.samples]
+    assert [(sample.sample_id, sample.execution_id, sample.group_id) for sample in samples] == [
+        (0, 0, 0), (1, 1, 0), (2, 2, 1), (3, 3, 1), (4, 4, 2), (5, 5, 2),
+    ]  # fmt: skip
+    assert [sample.prompt.text for sample in samples] == ["100", "100", "99", "99", "98", "98"]
+    assert samples[2].tokens == TOKENIZER("99")["input_ids"] and samples[2].response_length == 0
+    assert (samples[2].prompt.label, samples[2].metadata) == ("even", {"turn": 99})
+    assert source.num_rollouts_per_epoch(4) == 2
+
+
+def test_save_and_load_of_the_source_follow_the_checkpoints():
+    source = make()
+    source.next_groups(3)
+    assert source.state_dict() == {"saved_by_source": None, "num_groups": 3, "num_samples": 6}
+    state = json.loads(json.dumps(source.state_dict(last_rollout_id=4)))
+    assert source.source.calls == [("save", 4, 97)]
+    again = make()
+    again.load_state_dict(state)
+    assert again.source.calls == [("load", 4, "/out")]
+    assert [group.group_id for group in again.next_groups(1)] == [3]
+    again.state_dict()
+    assert again.source.calls[1] == ("save", 4, 89)
+    with pytest.raises(CheckpointError, match="is of a run without --data-source-path"):
+        again.load_state_dict({"num_rows": 3})
+
+
+def test_what_is_no_data_source_is_refused():
+    with pytest.raises(QwenchError, match=r"--data-source-path gave 1 groups of \[2\] samples for 2 groups of 2"):
+        make("Short").next_groups(2)
+    for name, said in (("NoLength", "has no save, __len__"), ("a_function", "is no class")):
+        with pytest.raises(ConfigError, match=said):
+            check_data_source(f"{HERE}.{name}")
+
+
+@pytest.fixture
+def args(tmp_path: Path) -> Namespace:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"input": f"row {number}", "label": str(number)}) + "\n" for number in range(5)))
+    model = tmp_path / "model"
+    TOKENIZER.save_pretrained(model)
+    columns = {"input_key": "input", "label_key": "label", "metadata_key": "metadata", "tool_key": "tools"}
+    chat = {"apply_chat_template": False, "apply_chat_template_kwargs": None, "rollout_max_prompt_len": None}
+    order = {"rollout_global_dataset": True, "rollout_shuffle": True, "rollout_seed": 7, "n_samples_per_prompt": 2}
+    places = {"save": str(tmp_path / "out"), "load": str(tmp_path / "out"), "hf_checkpoint": str(model)}
+    return Namespace(prompt_data=str(rows), **columns, **chat, **order, **places)
+
+
+def test_the_references_own_source_has_the_order_of_the_runs(args):
+    loaded = load_prompts(
+        args.prompt_data, input_key="input", label_key="label", metadata_key=None, tool_key=None, tokenizer=TOKENIZER,
+        apply_chat_template=False, apply_chat_template_kwargs=None, max_prompt_len=None,
+    )  # fmt: skip
+    ours = PromptSource(loaded.prompts, n_samples_per_prompt=2, shuffle=True, seed=7).next_groups(8)
+    source = RolloutDataSource(args)
+    theirs = source.get_samples(3) + source.get_samples(5)
+    assert [group[0].prompt for group in theirs] == [group.samples[0].prompt.text for group in ours]
+    assert [group[1].index for group in theirs] == [group.samples[1].sample_id for group in ours]
+    assert len(source) == 5 and [group[0].label for group in theirs[:5]] != ["0", "1", "2", "3", "4"]
+
+
+def test_the_references_own_source_goes_on_where_it_was_saved(args):
+    source = RolloutDataSourceWithBuffer(args)
+    first = source.get_samples(3)
+    source.add_samples(first[:1])
+    source.save(2)
+    expected = source.get_samples(4)
+    assert expected[0] is first[0]
+    again = RolloutDataSourceWithBuffer(args)
+    again.load(2)
+    assert [group[0].prompt for group in again.get_samples(3)] == [group[0].prompt for group in expected[1:]]
