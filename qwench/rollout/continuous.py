@@ -49,9 +49,9 @@ class ContinuousStream(GeneratingStream):
         *,
         console: Console,
         groups_per_rollout: int,
-        max_groups_in_flight: int | None = None,
-        max_rounds: int = 10,
-        deterministic: bool = False,
+        max_groups_in_flight: int | None,
+        max_rounds: int,
+        deterministic: bool,
         **options: Unpack[StreamOptions],
     ) -> None:
         """Generate nothing yet.

@@ -1,24 +1,27 @@
-"""How many small changes of a module its tests notice. Run by hand; it prints the changes that no test noticed.
+"""How many small changes of the package's code its tests notice. Run by hand; it prints the changes that no test noticed.
 
-    python -m tests.campaigns.mutations qwench/rewards/pool.py --sample 20
+    python -m tests.campaigns.mutations qwench/rewards/pool.py --sample 20           20 changes of this module
+    python -m tests.campaigns.mutations qwench/rewards --total 25 --seed 3           25 changes of all modules below a folder
     python -m tests.campaigns.mutations qwench/samples.py --tests tests/unit/rollout/test_groups.py
 
-The tests run on a copy of the tree. Every change runs in a fork of a process that has imported the heavy libraries.
+A change is tried on the module's mirror in tests/unit. The other test files of its folder, and those that import it, then
+try the changes which the mirror did not notice. `--tests` names other files in place of both: needed where e2e tests alone
+run the module. The tests run on a copy of the tree. Every change runs in a fork of a process that has imported the heavy
+libraries. Read each change that is printed: a test is missing, the code does nothing, or the change has no effect.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import copy
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -42,18 +45,32 @@ class Mutant:
     after: str
 
 
-def mutants_of(source: str) -> Iterator[Mutant]:
-    """Return every change of a module."""
+@dataclass(frozen=True)
+class Place:
+    """A change that can be made: which node of the module's code, and which of the node's changes."""
+
+    node: int
+    change: int
+    line: int
+
+
+def places_of(source: str) -> list[Place]:
+    """Return the place of every change of a module."""
+    nodes = enumerate(code_of(ast.parse(source)))
+    return [
+        Place(index, number, getattr(node, "lineno", 0)) for index, node in nodes for number, _ in enumerate(changes_of(node))
+    ]
+
+
+def mutant_of(source: str, place: Place) -> Mutant:
+    """Make one change of a module."""
     tree = ast.parse(source)
-    for index, node in enumerate(code_of(tree)):
-        for number, (kind, _) in enumerate(changes_of(node)):
-            changed = copy.deepcopy(tree)
-            target = list(code_of(changed))[index]
-            replacement = list(changes_of(target))[number][1]
-            _Replace(target, replacement).visit(changed)
-            line = getattr(node, "lineno", 0)
-            shown = ast.unparse(replacement) if replacement is not None else "(removed)"
-            yield Mutant(line, kind, ast.unparse(ast.fix_missing_locations(changed)), ast.unparse(node), shown)
+    target = list(code_of(tree))[place.node]
+    before = ast.unparse(target)
+    kind, replacement = list(changes_of(target))[place.change]
+    after = ast.unparse(replacement) if replacement is not None else "(removed)"
+    _Replace(target, replacement).visit(tree)
+    return Mutant(place.line, kind, ast.unparse(ast.fix_missing_locations(tree)), before, after)
 
 
 class _Replace(ast.NodeTransformer):
@@ -65,12 +82,23 @@ class _Replace(ast.NodeTransformer):
 
 
 def tests_of(module: Path) -> list[str]:
-    """Return the mirror of a module in tests/unit; its folder's tests where it has no file of its name."""
+    """Return the mirror of a module in tests/unit, or else the tests that import it, or else its folder's tests."""
     folder = Path("tests/unit") / module.parent.relative_to("qwench")
     own = folder / f"test_{module.name}"
-    while not (ROOT / own).exists() and not (ROOT / folder).exists():
+    if (ROOT / own).exists():
+        return [str(own)]
+    while not (ROOT / folder).exists():
         folder = folder.parent
-    return [str(own if (ROOT / own).exists() else folder)]
+    return importers_of(module) or [str(folder)]
+
+
+def importers_of(module: Path) -> list[str]:
+    """Return the files of tests/unit that import a module."""
+    name = re.escape(".".join(module.with_suffix("").parts).removesuffix(".__init__"))
+    package, _, last = name.rpartition(r"\.")
+    imports = re.compile(rf"^\s*(from {name} import|import {name}\b|from {package} import .*\b{last}\b)", re.MULTILINE)
+    files = sorted((ROOT / "tests/unit").rglob("test_*.py"))
+    return [str(file.relative_to(ROOT)) for file in files if imports.search(file.read_text())]
 
 
 def outcome(tests: list[str], timeout_s: float) -> tuple[bool, float]:
@@ -101,25 +129,52 @@ def _run_tests(tests: list[str]) -> None:
         os._exit(code)
 
 
-def campaign(module: Path, tests: list[str], *, sample: int, seed: int, first: int, last: int) -> tuple[int, int]:
-    """Run the tests on a sample of a module's changes; return the numbers noticed and tried."""
+def campaign(module: Path, places: list[Place], stages: list[list[str]]) -> int:
+    """Run the stages of tests on changes of a module; print those that no stage noticed, return the number noticed."""
     original = module.read_text()
-    mutants = [mutant for mutant in mutants_of(original) if first <= mutant.line <= last]
-    if sample and sample < len(mutants):
-        mutants = sorted(random.Random(seed).sample(mutants, sample), key=lambda mutant: mutant.line)
-    passed, usual_s = outcome(tests, 600)
-    if not passed:
-        sys.exit(f"{tests} fail without a change")
+    usual_s: dict[int, float] = {}
     noticed = 0
-    for mutant in mutants:
-        module.write_text(mutant.source)
-        unnoticed, _ = outcome(tests, 3 * usual_s + 20)
-        noticed += not unnoticed
-        if unnoticed:
+    for place in places:
+        mutant = mutant_of(original, place)
+        for number, tests in enumerate(stages):
+            module.write_text(original)
+            if number not in usual_s:
+                passed, usual_s[number] = outcome(tests, 600)
+                if not passed:
+                    sys.exit(f"{tests} fail without a change")
+            module.write_text(mutant.source)
+            unnoticed, _ = outcome(tests, 3 * usual_s[number] + 20)
+            if not unnoticed:
+                noticed += 1
+                break
+        else:
             print(f"  {module}:{mutant.line} {mutant.kind}: {_short(mutant.before)} -> {_short(mutant.after)}", flush=True)
     module.write_text(original)
-    print(f"{module}: {noticed} of {len(mutants)} noticed by {' '.join(tests)} ({usual_s:.1f} s a run)", flush=True)
-    return noticed, len(mutants)
+    seconds = ", ".join(f"{seconds:.1f}" for seconds in usual_s.values())
+    print(f"{module}: {noticed} of {len(places)} noticed by {' '.join(stages[0])} ({seconds} s a run)", flush=True)
+    return noticed
+
+
+def stages_of(module: Path) -> list[list[str]]:
+    """Return the tests to try first, and those for the changes that the first ones did not notice."""
+    first = tests_of(module)
+    neighbours = [str(path) for path in sorted(Path("tests/unit").joinpath(*module.parts[1:-1]).glob("test_*.py"))]
+    others = sorted({*importers_of(module), *neighbours} - set(first))
+    return [first, others] if others else [first]
+
+
+def chosen(modules: list[Path], args: argparse.Namespace) -> dict[Path, list[Place]]:
+    """Return the changes to make in every module, by line."""
+    rng = random.Random(args.seed)
+    first, last = args.lines
+    found = {module: [place for place in places_of(module.read_text()) if first <= place.line <= last] for module in modules}
+    if args.total:
+        pairs = [(module, place) for module, places in found.items() for place in places]
+        drawn = rng.sample(pairs, min(args.total, len(pairs)))
+        found = {module: [place for owner, place in drawn if owner == module] for module in modules}
+    if args.sample:
+        found = {module: rng.sample(places, min(args.sample, len(places))) for module, places in found.items()}
+    return {module: sorted(places, key=lambda place: place.line) for module, places in found.items() if places}
 
 
 def _short(code: str) -> str:
@@ -130,9 +185,10 @@ def _short(code: str) -> str:
 def main() -> None:
     """Copy the tree, run the campaign in it for every module, print the share."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modules", nargs="+", type=Path)
-    parser.add_argument("--tests", nargs="+", help="test files to run; default: the module's mirror in tests/unit")
+    parser.add_argument("modules", nargs="+", type=Path, help="modules, or folders of them")
+    parser.add_argument("--tests", nargs="+", help="test files to run")
     parser.add_argument("--sample", type=int, default=0, help="changes per module; 0: all of them")
+    parser.add_argument("--total", type=int, default=0, help="changes of all modules together; 0: no bound")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lines", type=int, nargs=2, default=(0, 10**6), help="first and last line to change")
     args = parser.parse_args()
@@ -147,18 +203,12 @@ def main() -> None:
         sys.path[:] = [str(tree), *(entry for entry in sys.path if Path(entry or ".").resolve() != ROOT)]
         for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
             del sys.modules[name]
-        counts = [
-            campaign(
-                module,
-                args.tests or tests_of(module),
-                sample=args.sample,
-                seed=args.seed,
-                first=args.lines[0],
-                last=args.lines[1],
-            )
-            for module in args.modules
-        ]
-    noticed, tried = (sum(column) for column in zip(*counts, strict=True))
+        modules = [file for path in args.modules for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+        places = chosen(modules, args)
+        noticed = sum(
+            campaign(module, some, [args.tests] if args.tests else stages_of(module)) for module, some in places.items()
+        )
+    tried = sum(map(len, places.values()))
     print(f"{noticed} of {tried} noticed: {noticed / max(tried, 1):.1%}")
 
 

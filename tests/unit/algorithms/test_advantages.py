@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from qwench.algorithms.advantages import (
     center,
     compare_in_groups,
+    explained_variance,
     follow_teacher,
+    gae,
     reinforce_plus_plus,
     reinforce_plus_plus_baseline,
     sampled_reverse_kl,
@@ -160,3 +162,25 @@ def test_whitening_does_not_depend_on_the_order_of_samples():
     shuffled = whiten([advantages[i] for i in order], [mask[i] for i in order])
     for k, i in enumerate(order):
         torch.testing.assert_close(shuffled[k], straight[i])
+
+
+TWO, ONE_TOO_FEW = [torch.zeros(1), torch.ones(1)], [torch.zeros(1)]
+MASKS = [torch.ones(1, dtype=torch.bool)] * 2
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda: spread(torch.zeros(2), MASKS[:1]),
+        lambda: reinforce_plus_plus(torch.zeros(2), MASKS, ONE_TOO_FEW, kl_coef=0.1, gamma=1.0),
+        lambda: reinforce_plus_plus_baseline(torch.zeros(2), MASKS, ONE_TOO_FEW, kl_coef=0.1),
+        lambda: gae(torch.zeros(2), TWO, MASKS, ONE_TOO_FEW, kl_coef=0.1, gamma=1.0, lambd=1.0),
+        lambda: explained_variance(ONE_TOO_FEW, TWO, MASKS),
+        lambda: explained_variance(TWO, ONE_TOO_FEW, MASKS),
+        lambda: follow_teacher(TWO, TWO, ONE_TOO_FEW, MASKS, coef=0.5),
+        lambda: whiten(TWO, MASKS[:1]),
+    ],
+)
+def test_a_column_that_misses_a_sample_is_an_error(compute):
+    with pytest.raises(ValueError, match="than argument"):
+        compute()

@@ -53,3 +53,10 @@ def test_staleness_scales_make_means_over_fresh_and_over_stale_tokens():
     assert [row.tolist() for row in stale] == [pytest.approx([0.0, 1 / 0.375, 0.0]), pytest.approx([0.0, 1 / 0.375])]
     _, none = staleness_scales(weights, masks, [torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)])
     assert [row.tolist() for row in none] == [[0.0] * 3, [0.0] * 2]
+
+
+def test_a_column_that_misses_a_sample_is_an_error():
+    masks, ages = _masks([1], [1]), [torch.zeros(1)] * 2
+    for columns in ((ages[:1], masks, ages), (ages, masks, ages[:1])):
+        with pytest.raises(ValueError, match="than argument"):
+            staleness_scales(*columns)

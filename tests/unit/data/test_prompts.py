@@ -168,6 +168,11 @@ def test_groups_hold_pending_siblings_with_run_wide_ids():
     assert (sample.tokens, sample.response_length, sample.status) == ([ord("b")], 0, Status.PENDING)
 
 
+@pytest.mark.parametrize(("num_groups", "num_rollouts"), [(1, 5), (2, 2), (5, 1), (8, 1)])
+def test_an_epoch_holds_whole_rollouts_and_at_least_one(num_groups, num_rollouts):
+    assert make_source("abcde").num_rollouts_per_epoch(num_groups) == num_rollouts
+
+
 def test_siblings_do_not_share_mutable_metadata():
     (group,) = make_source(["a"]).next_groups(1)
     group.samples[0].metadata["turn"] = 1

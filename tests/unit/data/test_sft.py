@@ -150,6 +150,12 @@ def test_the_forms_of_conversations_train_on_the_same_answer(tmp_path, row):
     assert (sample.tokens, sample.loss_mask) == (expected.tokens, expected.loss_mask)
 
 
+def test_the_column_of_the_flag_decides_among_two_forms_of_conversation(tmp_path):
+    row = {"conversations": "number 7", "prompt": "q", "completion": "the answer"}
+    expected = first_sample(load(tmp_path, [conversation("the answer")]))
+    assert first_sample(load(tmp_path, [row], input_key="prompt")).tokens == expected.tokens
+
+
 def test_the_input_of_alpaca_follows_its_instruction(tmp_path):
     sample = first_sample(load(tmp_path, [{"instruction": "Add.", "input": "2+5", "output": "7"}]))
     assert "user\nAdd.\n\n2+5<|im_end|>" in sample.prompt.text

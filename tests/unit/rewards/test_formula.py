@@ -148,13 +148,17 @@ def test_code_is_no_expression(text: str) -> None:
             "(" * (MAX_DEPTH + 1) + "x" + ")" * (MAX_DEPTH + 1),
             "-" * (MAX_DEPTH + 1) + "x",
             "2^" * (MAX_DEPTH + 1) + "1",
-            "x+" * 600 + "x",
+            "x+" * 500 + "x",
         ),
     ],
 )
 def test_what_is_too_large_to_build_is_refused_at_once(text: str) -> None:
     with pytest.raises(FormulaError, match=r"large|deep|symbols"):
         read_formula(text)
+
+
+def test_a_thousand_symbols_are_read() -> None:
+    assert read_formula("x+" * 499 + "2x") == 501 * x
 
 
 @given(st.text(alphabet="0123456789.+-*/^()[],!<>=xyeab_sqrtlnpi'\"\\ \n\u00b2\u03b8", max_size=30))

@@ -17,7 +17,7 @@ from qwench.errors import ConfigError, RewardError
 from qwench.rewards import remote
 from qwench.rewards.graders import check_prompts
 from qwench.rewards.pool import RewardPool, check_reward
-from qwench.rewards.remote import pause_s
+from qwench.rewards.remote import check_reachable, pause_s
 from qwench.samples import Prompt, Sample
 
 
@@ -179,6 +179,17 @@ def test_a_server_that_is_not_there_is_found_before_the_run():
     with pytest.raises(RewardError, match="sample 7 is graded by remote_rm, and no --rm-url is given"):
         asyncio.run(pool.grade(sample(rm_type="remote_rm")))
     pool.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "port"), [("https://grader/score", 443), ("http://grader/score", 80), ("https://grader:8443/score", 8443)]
+)
+def test_the_port_that_is_tried_is_that_of_the_scheme_unless_the_url_names_one(monkeypatch, url, port):
+    asked = []
+    with socket.socket() as unconnected:
+        monkeypatch.setattr(socket, "create_connection", lambda address, timeout: (asked.append(address), unconnected)[1])
+        check_reachable(url)
+    assert asked == [("grader", port)]
 
 
 def test_prompts_need_no_label_for_it():

@@ -11,7 +11,7 @@ from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import QwenchError, RewardError, Stopped
 from qwench.rollout.buffer import GroupBuffer
-from qwench.rollout.continuous import ContinuousStream, begun_anew, oldest_version
+from qwench.rollout.continuous import ContinuousStream
 from qwench.rollout.filters import KEEP, FilterResult
 from qwench.rollout.functions import RolloutFunctions
 from qwench.rollout.selection import Selection
@@ -22,7 +22,6 @@ from tests.fakes.console import RecordingConsole
 from tests.fakes.engine import FakeEngine
 from tests.fakes.grader import FakeGrader
 from tests.unit.rollout.scene import (
-    group,
     letters_source,
     make_runner,
     prompts_of,
@@ -56,7 +55,7 @@ def right(sample):
 
 @contextmanager
 def open_stream(engine, *, staleness=1, score=right, source=None, deterministic=False, functions=None, state=None, **options):
-    limits = {key: options.pop(key) for key in ("max_groups_in_flight", "max_rounds") if key in options}
+    limits = {key: options.pop(key, default) for key, default in (("max_groups_in_flight", None), ("max_rounds", 10))}
     section = AsyncConfig(fully_async=True, max_weight_staleness=staleness, **options)
     with closing(EnginePool([engine], EventLoopThread())) as engines:
         stream = ContinuousStream(
@@ -271,6 +270,26 @@ def test_with_a_smaller_bound_a_resumed_run_begins_groups_anew_that_are_too_old(
     assert {version for versions in versions_of(rollout).values() for version in versions} == {1}
 
 
+def test_a_group_that_is_begun_anew_is_named_while_it_is_not_finished():
+    with open_stream(FakeEngine(write_ok), staleness=2) as stream:
+        assert prompts_of(stream.take(0).groups) == "ab"
+        stream.interrupt(1)
+        state = stream.state_dict()
+    said = {}
+
+    async def describe(sample, context):
+        said.setdefault(sample.prompt.text, stream._buffer.describe())
+        await context.generate(sample)
+        return sample
+
+    later = FakeEngine(write_ok)
+    later.version = 1
+    with open_stream(later, staleness=0, state=state) as stream:
+        stream._runner._generate = describe
+        assert prompts_of(stream.take(1).groups) == "cd"
+    assert said["c"] == "0 of 2 groups finished, samples not finished: 2, 3"
+
+
 def test_a_deterministic_run_waits_for_every_group_before_a_publication_and_takes_them_in_order():
     engine = FakeEngine(write_ok, ticks=lambda context, request: {"a": 200, "c": 100}.get(context[0], 0))
     with open_stream(engine, deterministic=True) as stream:
@@ -377,17 +396,3 @@ def test_by_group_no_more_groups_are_in_flight_than_allowed():
     with open_stream(engine, source=letters_source(n=3), max_groups_in_flight=1) as stream:
         assert prompts_of(stream.take(0).groups) == "ab"
     assert engine.max_running == 3
-
-
-def test_oldest_version_and_a_fresh_beginning():
-    one = group("a", size=2, group_id=4)
-    assert oldest_version(one) is None
-    one.samples[0].append([1, 2], log_probs=[-0.5, -0.5], version=3)
-    one.samples[1].append([1], log_probs=None, version=-1)
-    one.samples[1].append([1], log_probs=[-1.0], version=2)
-    assert oldest_version(one) == 2
-    fresh = begun_anew(one)
-    assert [(s.sample_id, s.group_id, s.response_length, s.status) for s in fresh.samples] == [
-        (8, 4, 0, Status.PENDING),
-        (9, 4, 0, Status.PENDING),
-    ]
