@@ -106,7 +106,7 @@ class _ChunkedHead(torch.autograd.Function):
         kernels, size = _kernels(hidden), ctx.chunk_tokens
         grad_hidden = torch.empty_like(hidden)
         total = ctx.weight_sum
-        if total is None:
+        if total is None and ctx.needs_input_grad[1]:
             total = torch.zeros_like(weight, dtype=torch.float32)
         for index, logits in enumerate(ctx.kept):
             part = slice(index * size, (index + 1) * size)
@@ -125,8 +125,10 @@ class _ChunkedHead(torch.autograd.Function):
             )
             del logits  # its memory holds the gradient now
             torch.mm(grad_logits, weight, out=grad_hidden[part])
-            add_product(total, grad_logits, hidden[part])
-        return grad_hidden, total.to(weight.dtype) if ctx.weight_sum is None else None, *[None] * 6
+            if total is not None:
+                add_product(total, grad_logits, hidden[part])
+        returned = None if total is None or ctx.weight_sum is not None else total.to(weight.dtype)
+        return grad_hidden, returned, *[None] * 6
 
 
 def _accumulates(factor: Tensor) -> bool:

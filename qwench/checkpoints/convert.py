@@ -23,7 +23,9 @@ from qwench.checkpoints.folders import MARKER
 from qwench.checkpoints.formats.fp8 import QuantizedSource, StoredTensors
 from qwench.checkpoints.formats.iterations import POINTER, RELEASE, Iterations
 from qwench.checkpoints.formats.jobs import Job, Stream, read_ahead, share
-from qwench.checkpoints.formats.sources import Format, HfWeights, WeightSource, find_format, open_optimizer_state, open_weights
+from qwench.checkpoints.formats.merged import MergedWeights
+from qwench.checkpoints.formats.peft import AdapterFolder
+from qwench.checkpoints.formats.sources import HfWeights, WeightSource, find_format, open_optimizer_state, open_weights
 from qwench.checkpoints.formats.targets import MASTERS, WEIGHTS, FsdpTarget, HfTarget, Target, TorchDistTarget
 from qwench.checkpoints.manifest import META, read_manifest, write_manifest
 from qwench.errors import CheckpointError, ConfigError
@@ -105,7 +107,7 @@ class Conversion:
     source: Path
     """The folder of the checkpoint itself, not its parent."""
     output: Path
-    to: Format | Literal["fp8"]
+    to: Literal["hf", "torch_dist", "fsdp", "fp8"]
     """fp8: a Hugging Face folder whose matrices are in FP8 (`models.fp8`)."""
     hf_folder: Path
     """Has config.json, and for a Hugging Face checkpoint the tokenizer."""
@@ -142,7 +144,7 @@ class Converter:
         self._conversion = conversion
         self._model = architecture_of(conversion.config)
         self._source_format = find_format(conversion.source)
-        self.weights = open_weights(conversion.source, self._model)
+        self.weights = self._open_weights()
         wants_state = conversion.with_optimizer and not self._writes_weights_alone
         self._state = open_optimizer_state(conversion.source, self._model) if wants_state else None
         # Without its optimizer state, a run starts fresh.
@@ -150,6 +152,13 @@ class Converter:
         self.streams = self._make_streams()
         self.nbytes = sum(stream.spec(name).nbytes for stream in self.streams for name in stream.source.specs)
         _check_output(conversion.output, replace=conversion.replace, nbytes=self.nbytes)
+
+    def _open_weights(self) -> WeightSource:
+        """Open the source; an adapter with its base model, --hf-checkpoint, into which it is merged."""
+        source, base = self._conversion.source, self._conversion.hf_folder
+        if self._source_format != "peft":
+            return open_weights(source, self._model)
+        return MergedWeights(open_weights(base, self._model), AdapterFolder(source), self._model)
 
     @property
     def weight_dtype(self) -> torch.dtype:

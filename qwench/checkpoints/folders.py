@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qwench.checkpoints.formats.iterations import POINTER, Iterations
+from qwench.checkpoints.formats.peft import AdapterConfig, AdapterFolder, is_adapter
 from qwench.checkpoints.formats.sources import find_checkpoint, find_format, is_checkpoint, open_weights
 from qwench.checkpoints.manifest import META, read_manifest
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.distillation import DistillationConfig
+from qwench.config.sections.lora import LoraConfig
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import LOCK, TEMPORARY_SUFFIX, FolderLock, fill_rollout_id, write_atomically
 from qwench.models.architecture import Architecture
@@ -135,22 +137,29 @@ def teacher_weights(config: DistillationConfig) -> Path:
     return find_checkpoint(config.opd_teacher_load, step=config.opd_teacher_ckpt_step, flag="--opd-teacher-load")
 
 
-def check_weights(config: CheckpointConfig, model: Architecture, hf_checkpoint: Path | None = None) -> None:
+def check_weights(
+    config: CheckpointConfig, model: Architecture, hf_checkpoint: Path | None = None, *, lora: LoraConfig | None = None
+) -> None:
     """Make sure that the weights which a run starts from are whole and of this model, from headers alone.
 
     Args:
         hf_checkpoint: Its weights are read unless --ref-load gives others. None: they are not looked at.
+        lora: Of a run of adapters, which may start from one.
 
     Raises:
         ConfigError: they are of another model, damaged or half-written, or there are none.
     """
     started = starting_weights(config)
     sources = [("--ref-load", started), ("--load", foreign_checkpoint(config))]
+    if lora is not None:
+        sources.append(("--lora-adapter-path", lora.lora_adapter_path))
     if started is None:
         sources.append(("--hf-checkpoint", hf_checkpoint))
     for flag, folder in sources:
         try:
-            if folder is not None:
+            if folder is not None and lora is not None and is_adapter(folder):
+                AdapterFolder(folder).check_is(AdapterConfig.of_run(lora, base=""), model)
+            elif folder is not None:
                 open_weights(folder, model)
         except (ConfigError, CheckpointError) as error:
             raise ConfigError(f"{flag}: {error}") from error

@@ -32,7 +32,9 @@ def check_checkpoint(model: ModelConfig) -> None:
     if not folder.is_dir():
         raise ConfigError(f"--hf-checkpoint: there is no folder {folder}")
     if (folder / "adapter_config.json").is_file():
-        raise ConfigError(f"--hf-checkpoint: {folder} is a LoRA adapter; merge it into its base model first")
+        raise ConfigError(
+            f"--hf-checkpoint: {folder} is a LoRA adapter; merge it into its base model with qwench convert first"
+        )
     if not (folder / "config.json").is_file():
         others = "; it holds GGUF files, which are not read" if any(folder.glob("*.gguf")) else ""
         raise ConfigError(f"--hf-checkpoint: {folder} has no config.json{others}; is it a Hugging Face checkpoint?")

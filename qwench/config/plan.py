@@ -32,8 +32,11 @@ from qwench.models.memory import (
     RankBytes,
     SequenceCost,
     StateBytes,
+    adapter_bytes,
     fsdp_bytes,
     megatron_bytes,
+    num_adapter_parameters,
+    num_parameters,
 )
 
 BFLOAT16_BYTES = 2
@@ -288,8 +291,16 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
         offloaded=optimizer.offloaded_share,
     )
     frozen = holds_reference + (config.distillation.opd_type == "megatron")
-    if config.backend == "fsdp":
-        num_shards = dp_size // config.parallel.dp_replicate
+    num_shards = dp_size // config.parallel.dp_replicate
+    if config.lora.enabled:
+        held = adapter_bytes(
+            model,
+            state,
+            num_shards=num_shards,
+            num_trained=num_adapter_parameters(model, config.lora.targets, config.lora.lora_rank),
+            keeps_start=config.lora.lora_init == "pissa",
+        )
+    elif config.backend == "fsdp":
         whole = config.training.whole_weights
         held = fsdp_bytes(model, state, num_shards=num_shards, computes_whole=whole, holds_reference=frozen > 0)
     else:
@@ -317,7 +328,9 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
     if devices.generates:
         yield f"engines: {config.engine.kind} ({config.engine.engine_reason or 'the default'}), {_engines(devices)}"
     if devices.trains:
-        yield f"reference model: {'held' if plan.holds_reference else 'not needed'}"
+        yield f"reference model: {_reference(config, plan)}"
+        if config.lora.enabled:
+            yield _adapters(config, plan.model)
         if plan.holds_teacher:
             yield "teacher: frozen weights on the host, which score on the policy's ranks"
         for name, url in config.distillation.teacher_urls(config.reward.rm_url).items():
@@ -329,6 +342,21 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
             f"{_gib(held.gradients)} gradients, {_gib(held.optimizer)} optimizer), {_gib(held.host)} GiB on the host"
         )
         yield f"computation: {_giga(plan.cost.linear * FORWARD_AND_BACKWARD)} GFLOP a trained token, attention apart"
+
+
+def _reference(config: Config, plan: RunPlan) -> str:
+    if not plan.holds_reference:
+        return "not needed"
+    return "the policy without its adapters, no copy" if config.lora.enabled else "held"
+
+
+def _adapters(config: Config, model: Architecture) -> str:
+    lora, whole = config.lora, num_parameters(model)
+    trained = num_adapter_parameters(model, lora.targets, lora.lora_rank)
+    return (
+        f"LoRA: rank {lora.lora_rank}, added at {lora.scale:g}, {lora.lora_init} start, at {', '.join(lora.targets)}; "
+        f"{trained:,} of {whole:,} parameters are trained ({trained / whole:.2%}), the others are frozen"
+    )
 
 
 def _max_staleness(config: Config) -> int:

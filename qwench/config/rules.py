@@ -302,6 +302,32 @@ def long_responses_have_a_bound(config: Config) -> str | None:
     return None
 
 
+def adapters_are_built_for(config: Config) -> str | None:
+    """Adapters are in the Hugging Face module under FSDP2, beside a frozen model that is also the reference."""
+    training, lora = config.training, config.lora
+    if not lora.enabled:
+        return None
+    for flag, is_set, instead in (
+        (
+            "a layout that needs --train-backend megatron",
+            config.backend == "megatron",
+            "give --train-backend fsdp, TP, PP and CP 1",
+        ),
+        ("--whole-weights", training.whole_weights, "leave it out: the frozen model has no gradients to reduce"),
+        ("--batch-invariant-mode or --true-on-policy-mode", training.batch_invariant, "leave it out"),
+        ("--advantage-estimator ppo", config.algorithm.has_critic, "choose an estimator without a critic"),
+        ("--opd-type megatron", config.distillation.opd_type == "megatron", "leave it out"),
+        (
+            "--ref-update-interval",
+            config.algorithm.ref_update_interval is not None,
+            "leave it out: the base model is the reference",
+        ),
+    ):
+        if is_set:
+            return f"--lora-rank {lora.lora_rank} does not work yet with {flag}; {instead}"
+    return None
+
+
 RULES: tuple[Callable[[Config], str | None], ...] = (
     dense_only,
     fsdp_is_data_parallel,
@@ -326,6 +352,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     a_critic_has_its_method,
     a_teacher_has_advantages_to_change,
     long_responses_have_a_bound,
+    adapters_are_built_for,
 )
 
 

@@ -31,7 +31,6 @@ ABSENT: dict[str, Foreign] = {
     "sglang_ep_size": 1,
     "chat_template_path": None,
     "use_critic": False,
-    "lora_rank": 0,
     "max_turns": None,
     "rollout_task_type": "math",
     "use_distributed_post": False,

@@ -16,6 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from qwench import __version__
 from qwench.checkpoints.best import Criterion
+from qwench.checkpoints.folders import starting_weights
+from qwench.checkpoints.formats.sources import find_format, fingerprint, open_weights
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.cluster.gpus import ColocatedGpus, DedicatedGpus
 from qwench.config.config import Config
@@ -38,7 +40,7 @@ from qwench.launch.rollouts import build_generation
 from qwench.launch.trial_import import check_imports
 from qwench.launch.user_functions import load_post_process, load_target_functions, load_user_functions, load_user_terms
 from qwench.models.hf import write_hf_checkpoint
-from qwench.models.hf_weights import is_fp8_checkpoint
+from qwench.models.hf_weights import has_weights, is_fp8_checkpoint
 from qwench.observability.dumps import check_recorded, save_rollout
 from qwench.observability.log import open_driver_log, write_driver_log
 from qwench.observability.timing import PhaseTimer
@@ -343,13 +345,31 @@ def _check_cursor(source: PromptFeed | SftSource, cursor: Mapping[str, Json], fo
 def _identity(inputs: Inputs) -> dict[str, Json]:
     """Return what a run and the checkpoint it resumes from must share."""
     model = inputs.plan.model
-    return {
+    facts: dict[str, Json] = {
         "model_type": model.model_type,
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "vocab_size": model.vocab_size,
         "loss_type": inputs.config.algorithm.loss_type,
     }
+    return facts | _adapter_identity(inputs)
+
+
+def _adapter_identity(inputs: Inputs) -> dict[str, Json]:
+    """Return what adapters and the checkpoint they resume from must share, their base model among it."""
+    lora = inputs.config.lora
+    if not lora.enabled:
+        return {}
+    base = starting_weights(inputs.config.checkpoint) or inputs.model_folder
+    facts: dict[str, Json] = {
+        "lora_rank": lora.lora_rank,
+        "lora_scale": lora.scale,
+        "lora_init": lora.lora_init,
+        "target_modules": ",".join(lora.targets),
+    }
+    if find_format(base) != "hf" or has_weights(base):
+        facts["base_weights"] = fingerprint(open_weights(base, inputs.plan.model))
+    return facts
 
 
 def _gpus(inputs: Inputs, engines: EnginePool, timer: PhaseTimer, *, take_turns: bool) -> ColocatedGpus | DedicatedGpus:

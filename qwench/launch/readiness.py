@@ -67,7 +67,8 @@ def check_ready(
         check_installed(inputs.config.reward, rows)
     # A dry run needs only config.json: its weights may not be there yet.
     looks = has_weights(inputs.model_folder) or not inputs.config.debug.dry_run
-    check_weights(inputs.config.checkpoint, inputs.plan.model, inputs.model_folder if looks else None)
+    lora = inputs.config.lora if inputs.config.lora.enabled else None
+    check_weights(inputs.config.checkpoint, inputs.plan.model, inputs.model_folder if looks else None, lora=lora)
     if inputs.plan.holds_teacher:
         _check_teacher(inputs)
 

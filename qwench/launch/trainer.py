@@ -23,7 +23,7 @@ from qwench.training.learner import Learner
 from qwench.training.megatron.platform import check_platform
 from qwench.training.process_group import init_process_group
 from qwench.training.shaping import Shaping
-from qwench.training.state import Reference, TrainingState
+from qwench.training.state import BaseModel, Reference, TrainingState
 from qwench.training.trainer import Trainer
 
 
@@ -44,7 +44,7 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
     )
     policy = build_trainer(inputs, logits=method.user_terms.takes_logits)
     teacher = _load_teacher(inputs, policy) if inputs.plan.holds_teacher else None
-    reference = Reference(policy) if inputs.plan.holds_reference else None
+    reference = _reference(policy) if inputs.plan.holds_reference else None
     critic = _build_critic(inputs, policy) if inputs.plan.holds_critic else None
     moves = config.algorithm.ref_update_interval is not None
     return Learner(
@@ -80,6 +80,13 @@ def _load_teacher(inputs: Inputs, policy: Trainer) -> Reference:
     teacher = Reference(policy)
     policy.load(starting_weights(inputs.config.checkpoint) or inputs.model_folder, weights_only=True)
     return teacher
+
+
+def _reference(policy: Trainer) -> Reference | BaseModel:
+    """Return the policy as it is now, frozen: of one with adapters, the model without them."""
+    if isinstance(policy, FsdpTrainer) and policy.has_adapters:
+        return BaseModel(policy)
+    return Reference(policy)
 
 
 def _build_critic(inputs: Inputs, policy: Trainer) -> Critic:
@@ -122,6 +129,7 @@ def _build(
         hf_config=inputs.hf_config,
         critic=critic,
         logits=logits,
+        lora=config.lora if config.lora.enabled else None,
     )
 
 

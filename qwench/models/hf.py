@@ -68,7 +68,7 @@ def load_hf_config(path: Path) -> PretrainedConfig:
     """
     path = Path(path)
     if (path / "adapter_config.json").is_file():
-        raise ConfigError(f"{path} is a LoRA adapter; merge it into its base model, and give that folder.")
+        raise ConfigError(f"{path} is a LoRA adapter; merge it into its base model with qwench convert, and give that folder.")
     raw = read_json(path / "config.json")
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES:

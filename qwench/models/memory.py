@@ -5,6 +5,8 @@ What a rank holds for each parameter it has, in bytes (p: of the training dtype;
     FSDP2      weights 4 (they are the masters); gradients 4; moments m. One rank, or with --optimizer-cpu-offload:
                weights p; gradients 4; what the weights lack of their masters 4 - p on the device, or masters 4 on the host;
                moments m. With --whole-weights also all weights p and gradients 4 of the model
+    adapters   (FSDP2) the frozen model p, as shards; weights, gradients and moments as above of the adapters alone; no
+               reference. --lora-init pissa: another p of the adapters
     Megatron   weights p; gradients 4; masters and moments 4 + m, shared by the data- and context-parallel ranks
     reference  p, on the host
 
@@ -95,6 +97,13 @@ def num_parameters(model: Architecture) -> int:
     return _count(model.parameter_shapes().values())
 
 
+def num_adapter_parameters(model: Architecture, targets: Iterable[str], rank: int) -> int:
+    """Count the parameters of adapters at the named projections of every layer."""
+    shapes = model.layer_shapes()
+    names = {name.split(".")[-2]: shape for name, shape in shapes.items() if name.endswith(".weight") and len(shape) > 1}
+    return model.num_layers * sum(rank * sum(names[target]) for target in targets)
+
+
 def kv_bytes_per_token(model: Architecture, *, element_bytes: int = 2) -> int:
     """Return the bytes that keys and values of one token take over all layers."""
     return 2 * model.num_layers * model.num_kv_heads * model.head_dim * element_bytes
@@ -119,6 +128,24 @@ def fsdp_bytes(
         optimizer=round(owned * (FLOAT32_BYTES - weights + state.moments) * (1 - state.offloaded)),
         host_optimizer=round(owned * (FLOAT32_BYTES + state.moments) * state.offloaded),
         host_reference=owned * state.param if holds_reference else 0,
+    )
+
+
+def adapter_bytes(model: Architecture, state: StateBytes, *, num_shards: int, num_trained: int, keeps_start: bool) -> RankBytes:
+    """Return what an FSDP2 rank holds of a frozen model and its adapters.
+
+    Args:
+        num_trained: Parameters of the adapters.
+        keeps_start: The start of the adapters is held too, and subtracted.
+    """
+    owned, trained = -(-num_parameters(model) // num_shards), -(-num_trained // num_shards)
+    weights = state.param if state.offloaded else FLOAT32_BYTES
+    return RankBytes(
+        weights=owned * state.param + trained * (weights + (state.param if keeps_start else 0)),
+        gradients=(num_trained if num_trained * FLOAT32_BYTES <= WHOLE_GRADIENT_BYTES else trained) * FLOAT32_BYTES,
+        optimizer=round(trained * (FLOAT32_BYTES - weights + state.moments) * (1 - state.offloaded)),
+        host_optimizer=round(trained * (FLOAT32_BYTES + state.moments) * state.offloaded),
+        host_reference=0,
     )
 
 

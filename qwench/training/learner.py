@@ -305,8 +305,9 @@ class Learner:
 
     def _update_reference(self, rollout_id: int) -> None:
         interval = self.method.section.ref_update_interval
-        if self.reference is not None and interval is not None and (rollout_id + 1) % interval == 0:
-            self.reference.update()
+        moving = self.state.moving_reference
+        if moving is not None and interval is not None and (rollout_id + 1) % interval == 0:
+            moving.update()
 
     def _metrics(self, rollout: Rollout, batch: RolloutBatch, plan: StepPlan, seconds: float) -> dict[str, float]:
         """Return `rollout/...` of the samples that were learned from, and `perf/...` of the steps, which took `seconds`."""

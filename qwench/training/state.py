@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qwench.algorithms.columns import MicroBatch
 from qwench.training.critic import Critic
-from qwench.training.trainer import Scores, Trainer
+from qwench.training.trainer import AdapterTrainer, Scores, Trainer
 from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.remote import PublicationPlan, publish_from_rank
 from qwench.wire.addresses import EngineAddress
@@ -59,13 +59,25 @@ class Reference:
         self.update()
 
 
+class BaseModel:
+    """The reference of a policy with adapters: its trainer with the adapters switched off, without a copy of anything."""
+
+    def __init__(self, policy: AdapterTrainer) -> None:
+        self._policy = policy
+
+    def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:
+        """Score the labels under the frozen model."""
+        with self._policy.without_adapters():
+            return self._policy.forward(micro_batches, temperature=temperature)
+
+
 class TrainingState:
     """See the module docstring. All methods but `shared_weights` are collective."""
 
     def __init__(
         self,
         policy: Trainer,
-        reference: Reference | None,
+        reference: Reference | BaseModel | None,
         *,
         reference_moves: bool,
         critic: Critic | None = None,
@@ -81,22 +93,22 @@ class TrainingState:
         self.reference = reference
         self.critic = critic
         self.teacher = teacher
-        self._moving_reference = reference if reference_moves else None
+        self.moving_reference = reference if reference_moves and isinstance(reference, Reference) else None
         self._link = BroadcastLink()
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Write everything that a resumed run needs under the empty `folder`."""
         self.policy.save(folder, with_optimizer=with_optimizer)
-        if self._moving_reference is not None:
+        if self.moving_reference is not None:
             (folder / _REFERENCE_FOLDER).mkdir(exist_ok=True)
-            self._moving_reference.save(folder / _REFERENCE_FOLDER)
+            self.moving_reference.save(folder / _REFERENCE_FOLDER)
         if self.critic is not None:
             self.critic.save(folder, with_optimizer=with_optimizer)
 
     def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
         """Read what `save` wrote. Without a saved reference or critic, the one from the start stays."""
-        if self._moving_reference is not None and (folder / _REFERENCE_FOLDER).is_dir():
-            self._moving_reference.load(folder / _REFERENCE_FOLDER)
+        if self.moving_reference is not None and (folder / _REFERENCE_FOLDER).is_dir():
+            self.moving_reference.load(folder / _REFERENCE_FOLDER)
         if self.critic is not None and not self.critic.load(folder, weights_only=weights_only):
             _logger.warning("%s has no critic: it starts from --critic-load or the policy's first weights", folder)
         self.policy.load(folder, weights_only=weights_only, with_rng=with_rng)

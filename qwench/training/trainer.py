@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -145,6 +146,14 @@ class Trainer(Scorer, Protocol):
 
     def wake(self) -> None:
         """Undo `sleep`."""
+        ...
+
+
+class AdapterTrainer(Scorer, Protocol):
+    """A trainer of adapters beside a frozen model."""
+
+    def without_adapters(self) -> AbstractContextManager[None]:
+        """Compute with the frozen model alone inside the context; collective."""
         ...
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
@@ -110,14 +111,22 @@ def micro_batches(batch: RolloutBatch, bins: list[list[int]]) -> list[MicroBatch
     return [pack(batch, indices) if indices else pack(idle, [0]) for indices in bins]
 
 
-def plain_loop(folder: Path, *, num_steps: int = NUM_STEPS) -> StepsRecord:
-    """Do what a backend must do, one sample at a time, with full logits and nothing of ours but the batch."""
-    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def plain_loop(
+    folder: Path, *, num_steps: int = NUM_STEPS, prepare: Callable[[nn.Module], nn.Module] = lambda model: model
+) -> StepsRecord:
+    """Do what a backend must do, one sample at a time, with full logits and nothing of ours but the batch.
+
+    Args:
+        prepare: changes the model, and freezes what is not trained.
+    """
+    model = prepare(Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    trained = [w for w in model.parameters() if w.requires_grad]
     batch = make_batch()
     assert batch.old_log_probs is not None and batch.advantages is not None
-    decayed = [w for w in model.parameters() if w.ndim > 1]
-    kept = [w for w in model.parameters() if w.ndim == 1]
+    decayed = [w for w in trained if w.ndim > 1]
+    kept = [w for w in trained if w.ndim == 1]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": kept, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=BETAS, eps=ADAM_EPS, fused=False, foreach=False)
     with torch.no_grad():
         first = [_plain_outputs(model, tokens)[0] for tokens in batch.tokens]
@@ -137,7 +146,7 @@ def plain_loop(folder: Path, *, num_steps: int = NUM_STEPS) -> StepsRecord:
             if mask.any():
                 loss = loss + token_losses[mask].mean() / len(batch)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
+        norm = torch.nn.utils.clip_grad_norm_(trained, CLIP_GRAD)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         optimizer.step()
@@ -150,7 +159,7 @@ def plain_loop(folder: Path, *, num_steps: int = NUM_STEPS) -> StepsRecord:
     return record
 
 
-def _plain_outputs(model: Qwen3ForCausalLM, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _plain_outputs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Return log-probs [L - 1] of the next tokens and entropies [L - 1]."""
     log_probs = torch.log_softmax(model(tokens[None]).logits[0, :-1] / TEMPERATURE, dim=-1)
     chosen = log_probs[torch.arange(len(tokens) - 1), tokens[1:]]

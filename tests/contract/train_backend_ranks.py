@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from qwench.algorithms.columns import MicroBatch, TokenLoss
 from qwench.config.layout import ParallelLayout
+from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import TrainingError
@@ -23,7 +24,7 @@ from qwench.training.batch import unpack
 from qwench.training.fsdp.fsdp_trainer import WHOLE_GRADIENT_BYTES, FsdpTrainer
 from qwench.training.megatron.groups import leave_groups
 from qwench.training.megatron.megatron_trainer import MegatronTrainer
-from qwench.training.state import Reference
+from qwench.training.state import BaseModel, Reference
 from qwench.training.trainer import Scorer, Trainer
 from tests.contract import train_backend_cases as cases
 from tests.contract.rank_processes import CPU, joined, run_to_end
@@ -63,6 +64,8 @@ class Case:
     weights_only: bool = False
     """Load without the optimizer."""
     num_steps: int = cases.NUM_STEPS
+    lora: LoraConfig | None = None
+    """Train adapters, whose reference is the model without them."""
 
 
 @contextmanager
@@ -76,6 +79,7 @@ def build_fsdp(model_folder: Path, case: Case, device: torch.device = CPU) -> It
         param_dtype=torch.bfloat16 if case.bf16 else torch.float32,
         device=device,
         dp_replicate=case.dp_replicate,
+        lora=case.lora,
         whole_gradient_bytes=0 if case.reduce_every_micro_batch else WHOLE_GRADIENT_BYTES,
     )
 
@@ -138,7 +142,7 @@ def _run_steps(backend: Trainer, case: Case, folder: Path) -> dict[str, object]:
     if case.load:
         backend.load(folder / f"{case.load}.checkpoint", weights_only=case.weights_only)
     mine = cases.micro_batches(cases.make_batch(), case.bins[backend.parallel.dp_rank])
-    reference_model = Reference(backend)
+    reference_model = BaseModel(backend) if isinstance(backend, FsdpTrainer) and case.lora else Reference(backend)
     scored = _log_probs(backend, mine)
     reduced_before: list[bool] = []
 

@@ -3,12 +3,14 @@
     hf           config.json, *.safetensors                    dtype of the files
     torch_dist   .metadata, metadata.json, __*.distcp          Megatron-LM's, slime's, and --train-backend megatron's
     fsdp         model/.metadata, model/__*.distcp             float32 masters of --train-backend fsdp
+    peft         adapter_config.json, adapter_model.safetensors    an adapter, which needs its base model
 
 Each of them may also be given by its parent folder, in which `latest_checkpointed_iteration.txt` says `release` or a number.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from qwench.checkpoints.formats.dcp_reader import METADATA, DcpFolder
 from qwench.checkpoints.formats.iterations import POINTER, RELEASE, Iterations
+from qwench.checkpoints.formats.peft import is_adapter
 from qwench.checkpoints.formats.torch_dist import (
     CONFIG_FILE,
     MASTER_PREFIXES,
@@ -32,9 +35,9 @@ from qwench.files import TEMPORARY_SUFFIX
 from qwench.models.architecture import Architecture
 from qwench.models.fp8 import dequantize, scale_name
 from qwench.models.hf_weights import check_nothing_more, check_shapes, find_parameters
-from qwench.models.safetensors_files import StoredTensor, TensorSpec, read_tensor
+from qwench.models.safetensors_files import StoredTensor, TensorSpec, as_bytes, read_tensor
 
-Format = Literal["hf", "torch_dist", "fsdp"]
+Format = Literal["hf", "torch_dist", "fsdp", "peft"]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NUM_STEPS = "num_steps"
 
@@ -110,6 +113,8 @@ def find_format(folder: Path) -> Format:
         raise ConfigError(f"there is no folder {folder}.")
     if folder.name.endswith(TEMPORARY_SUFFIX):
         raise CheckpointError(f"{folder} was not finished; give a whole checkpoint.")
+    if is_adapter(folder):
+        return "peft"
     if (folder / "model" / METADATA).is_file():
         return "fsdp"
     if (folder / METADATA).is_file() and (folder / CONFIG_FILE).is_file():
@@ -149,12 +154,23 @@ def open_weights(folder: Path, model: Architecture) -> WeightSource:
     """
     folder = find_checkpoint(folder)
     match find_format(folder):
+        case "peft":
+            raise ConfigError(f"{folder} is a LoRA adapter; merge it into its base with qwench convert first.")
         case "hf":
             return HfWeights(folder, model)
         case "fsdp":
             return DcpWeights(DcpFolder(folder / "model"), model)
         case "torch_dist":
             return TorchDistWeights(DcpFolder(folder), model)
+
+
+def fingerprint(source: WeightSource) -> str:
+    """Return a checksum of two matrices, in float32, by which a model is known again in any folder and dtype."""
+    names = [name for name in source.specs if name.endswith("k_proj.weight")]
+    checksum = 0
+    for name in dict.fromkeys((names[0], names[-1])):
+        checksum = zlib.crc32(as_bytes(source.read(name).float()), checksum)
+    return f"{checksum:08x}"
 
 
 def open_optimizer_state(folder: Path, model: Architecture) -> OptimizerState | None:
@@ -165,7 +181,7 @@ def open_optimizer_state(folder: Path, model: Architecture) -> OptimizerState | 
     """
     folder = find_checkpoint(folder)
     match find_format(folder):
-        case "hf":
+        case "hf" | "peft":
             return None
         case "fsdp":
             return _fsdp_optimizer(folder, model)

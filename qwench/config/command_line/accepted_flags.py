@@ -28,6 +28,11 @@ ACCEPTED: tuple[ForeignFlag, ...] = (
         ("true", "false"), "logits are always computed in chunks and recomputed in the backward pass", "recompute-loss-function"
     ),
     *flags(ON, "checksums confirm every publication", "check-weight-update-equal"),
+    *flags(
+        ON,
+        "engines get whole weights with the adapters merged, confirmed by checksums",
+        "lora-sync-from-tensor lora-base-cpu-backup check-lora-weight-equal",
+    ),
     *flags(("all", "target"), "there is no draft model", "check-weight-update-selector"),
     *flags(("torch_dist",), "checkpoints are torch_dist", "ckpt-format"),
     *flags(("constant",), "weight decay is constant", "weight-decay-incr-style"),

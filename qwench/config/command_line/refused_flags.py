@@ -211,13 +211,7 @@ PLANNED: tuple[ForeignFlag, ...] = (
     *planned("a critic on ranks of its own; it trains on the policy's ranks", "critic-num-nodes critic-num-gpus-per-node"),
     *planned("a place of its own for the critic; each checkpoint of --save holds it in its folder critic", "critic-save"),
     *planned("a run that trains the critic alone; --num-critic-only-steps counts such rollouts", "critic-train-only"),
-    *planned(
-        "LoRA",
-        """
-        lora-rank=0 lora-alpha lora-dropout=0 target-modules exclude-modules lora-type lora-adapter-path lora-sync-from-tensor
-        lora-base-cpu-backup check-lora-weight-equal
-        """,
-    ),
+    *planned("one A for the projections that share an input; each projection has its own", "lora-type=canonical_lora"),
     *planned(
         "evaluation beside training",
         """

@@ -162,7 +162,7 @@ _PHRASES: Mapping[str, str] = {
 ADVICE: Mapping[str, str] = {name: phrase for names, phrase in _PHRASES.items() for name in names.split()}
 
 _FAMILIES: tuple[tuple[str, str], ...] = (
-    (r"lora|peft|adapter", "Qwench has no LoRA; it trains all parameters"),
+    (r"lora|peft|adapter", "--lora-rank trains adapters; see --lora-alpha, --target-modules and --lora-adapter-path"),
     (r"gguf|ggml|llama-?cpp", "GGUF is neither read nor written; llama.cpp converts the Hugging Face folders of --save-hf"),
     (r"quant|4bit|8bit|bnb|awq|gptq", "weights are not quantised in training; qwench convert --to fp8 makes FP8 checkpoints"),
     (

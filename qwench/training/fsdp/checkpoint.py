@@ -1,6 +1,7 @@
 """Sharded checkpoints that any number of ranks can read, and checkpoints that another backend wrote.
 
     folder/model/         float32 masters by Hugging Face name      torch.distributed.checkpoint
+    folder/adapter_*      masters of adapters, in the place of model/  PEFT, by the main rank
     folder/optimizer/     moments, `<name>.exp_avg[_sq]`            torch.distributed.checkpoint
     folder/lr_scheduler/  number of optimizer steps done            torch.distributed.checkpoint
     folder/rng.pt         generators of the host and the devices    by the main rank
@@ -22,11 +23,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PretrainedConfig, PreTrainedModel
 
+from qwench.checkpoints.formats.peft import AdapterFolder, is_adapter, no_adapter, write_adapter
 from qwench.checkpoints.formats.sources import TensorReader, WeightSource, find_checkpoint, find_format, open_weights
 from qwench.checkpoints.formats.torch_dist import CONFIG_FILE
 from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, load_model, model_of
-from qwench.training.fsdp.optimizer import MasterOptimizer
+from qwench.training.fsdp.lora import Adapters, folder_name
+from qwench.training.fsdp.optimizer import MasterOptimizer, full_tensor
 from qwench.training.resuming import load_in_place, open_saved_optimizer, save_tensors, saved_without_optimizer
 
 _NUM_STEPS = "num_steps"
@@ -61,6 +64,43 @@ def load_optimizer(folder: Path, optimizer: MasterOptimizer) -> None:
         load_in_place(folder / "optimizer", optimizer.moments())
 
 
+def save_adapters(folder: Path, matrices: Mapping[str, Tensor], adapters: Adapters, *, is_main: bool) -> None:
+    """Write the masters of adapters, and the starts that are subtracted, as one PEFT folder; collective."""
+    whole = {name: full_tensor(matrix.detach()).to("cpu", torch.float32) for name, matrix in matrices.items()}
+    if is_main:
+        write_adapter(folder, adapters.config(), adapters.as_one(whole))
+
+
+def load_adapters(folder: Path, optimizer: MasterOptimizer, adapters: Adapters, model: Architecture) -> None:
+    """Read the masters of adapters, and the starts, of a PEFT folder; local.
+
+    Raises:
+        ConfigError: the adapter is of another rank, scale, model or other projections.
+        CheckpointError: it holds no adapter, or is damaged.
+    """
+    if not is_adapter(folder):
+        raise no_adapter(folder)
+    stored = AdapterFolder(folder)
+    stored.check_is(adapters.config(), model)
+    reader = _SplitMatrices(stored, adapters)
+    masters = optimizer.masters()
+    _fill({name: matrix for name, matrix in adapters.matrices().items() if name not in masters}, reader)
+    _fill(masters, reader)
+    optimizer.set_masters(masters)
+
+
+class _SplitMatrices:
+    """The matrices of an adapter folder by the names that a run has for them."""
+
+    def __init__(self, stored: AdapterFolder, adapters: Adapters) -> None:
+        self._stored = stored
+        self._adapters = adapters
+
+    def read(self, name: str) -> Tensor:
+        """See `TensorReader`."""
+        return self._adapters.split(name, self._stored.read(folder_name(name)))
+
+
 def is_foreign(folder: Path) -> bool:
     """Tell whether Megatron or Hugging Face wrote the checkpoint, not this backend."""
     return any((folder / name).is_file() for name in (CONFIG_FILE, "config.json"))
@@ -85,7 +125,6 @@ def load_causal_lm(folder: Path, config: PretrainedConfig) -> tuple[PreTrainedMo
     return model_of(config, shapes, dtype=dtype), source
 
 
-@torch.no_grad()
 def fill_shards(weights: Mapping[str, Tensor], source: TensorReader) -> None:
     """Read this rank's part of every weight; local, one whole tensor at a time."""
     _fill(weights, source)
@@ -109,6 +148,7 @@ def load_converted(folder: Path, optimizer: MasterOptimizer, model: Architecture
             _fill(optimizer.moments(), source, suffix=f".{moment}")
 
 
+@torch.no_grad()
 def _fill(tensors: Mapping[str, Tensor], source: TensorReader, *, suffix: str = "") -> None:
     """Copy this rank's part of every tensor whose name ends in `suffix`."""
     for name, tensor in tensors.items():

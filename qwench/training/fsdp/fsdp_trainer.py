@@ -3,22 +3,27 @@
 One path for every number of ranks: a group of one is a mesh of one. What the forward computes with, and what is published, is
 the rounding of float32 masters to `param_dtype`. Several ranks have those masters as shards on the device. One rank, and ranks
 whose optimizer is offloaded to the host, have the rounded weights there, and the optimizer knows the masters.
+
+With adapters (`lora`) the model is frozen. Masters, gradients and checkpoints are those of the adapters, and the publication
+has them merged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from qwench.algorithms.columns import LossFunction, MicroBatch, TokenLoss
+from qwench.checkpoints.formats.sources import TensorReader
+from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.models.architecture import Architecture
@@ -30,7 +35,8 @@ from qwench.training.fsdp.attention import install_attention
 from qwench.training.fsdp.checkpoint import fill_shards, is_foreign, load_causal_lm, load_converted
 from qwench.training.fsdp.direct import DirectPolicy, can_be_direct
 from qwench.training.fsdp.gathered import GatheredPolicy
-from qwench.training.fsdp.optimizer import MasterOptimizer, local_shard
+from qwench.training.fsdp.lora import Adapters
+from qwench.training.fsdp.optimizer import MasterOptimizer, full_tensor, local_shard
 from qwench.training.fsdp.parallelize import MASTER_DTYPE, build_mesh, parallelize
 from qwench.training.fsdp.policy import LogitsPolicy, Policy, ValuePolicy, put_value_head
 from qwench.training.offload import HostCopy
@@ -54,6 +60,7 @@ class FsdpTrainer(BackendTrainer):
         mesh: DeviceMesh,
         param_dtype: torch.dtype,
         whole_gradient_bytes: int,
+        adapters: Adapters | None = None,
     ) -> None:
         """Take a policy that is placed on `mesh` already; use `build`."""
         rank, size = dist.get_rank(), dist.get_world_size()
@@ -62,8 +69,11 @@ class FsdpTrainer(BackendTrainer):
         self._policy = policy
         self._architecture = architecture
         self._param_dtype = param_dtype
-        self._weights = policy.named_weights()
-        whole_bytes = sum(weight.numel() for weight in self._weights.values()) * MASTER_DTYPE.itemsize
+        self._adapters = adapters
+        self._matrices = adapters.matrices() if adapters is not None else {}
+        self._weights = _model_weights(policy, adapters)
+        trained = sum(weight.numel() for weight in policy.named_weights().values() if weight.requires_grad)
+        whole_bytes = trained * MASTER_DTYPE.itemsize
         self._reduces_every_micro_batch = mesh["dp_shard"].size() > 1 and whole_bytes > whole_gradient_bytes
         self._are_lent = False
 
@@ -83,19 +93,19 @@ class FsdpTrainer(BackendTrainer):
         whole_gradient_bytes: int = WHOLE_GRADIENT_BYTES,
         critic: bool = False,
         logits: bool = False,
+        lora: LoraConfig | None = None,
     ) -> FsdpTrainer:
-        """Load a checkpoint of any format and shard it over all ranks (after `init_process_group`); collective.
+        """Load a checkpoint that `sources` knows and shard it over all ranks (after `init_process_group`); collective.
 
         Args:
-            model_folder: A checkpoint that `checkpoints.formats.sources` knows.
             total_steps: Optimizer steps of the run, over which the learning rate decays.
-            param_dtype: Dtype of the forward, the backward and the publication. hf_config: Of the model; None: config.json in
-                `model_folder`.
+            param_dtype: Dtype of the forward, the backward and the publication.
+            hf_config: Of the model. None: config.json in `model_folder`.
             critic: Put a new value head in the place of the model's head. logits: Losses get logits, not log-probs.
+            lora: Train adapters, and freeze the model. None: train all weights.
 
         Raises:
-            ConfigError: the attention or the layout does not fit the model, device or ranks.
-            CheckpointError: the checkpoint is damaged.
+            ConfigError, CheckpointError: attention or layout do not fit model, device or ranks; the checkpoint is damaged.
         """
         if training.deterministic_mode:
             torch.use_deterministic_algorithms(True)
@@ -104,6 +114,7 @@ class FsdpTrainer(BackendTrainer):
         model, source = load_causal_lm(model_folder, hf_config or load_hf_config(model_folder))
         architecture = put_value_head(model) if critic else architecture_of(model.config)
         install_attention(model, attention, device=device, dtype=param_dtype)
+        adapters = None if lora is None else Adapters(model, lora, seed=training.seed, base=str(model_folder))
         policy = _place(
             model,
             architecture,
@@ -114,11 +125,9 @@ class FsdpTrainer(BackendTrainer):
             param_dtype=param_dtype,
             device=device,
             logits=logits,
+            direct=adapters is None,
         )
-        weights = policy.named_weights()
-        if source is not None:
-            fill_shards(weights, NewHead(source, architecture) if critic else source)
-        masters = MasterOptimizer(weights, policy.gradients, optimizer, total_steps=total_steps)
+        masters = _start_training(policy, architecture, adapters, source, optimizer, total_steps, param_dtype)
         return cls(
             policy,
             masters,
@@ -126,6 +135,7 @@ class FsdpTrainer(BackendTrainer):
             device=device,
             mesh=mesh,
             param_dtype=param_dtype,
+            adapters=adapters,
             whole_gradient_bytes=whole_gradient_bytes,
         )
 
@@ -155,9 +165,10 @@ class FsdpTrainer(BackendTrainer):
         for index, micro_batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             self._policy.reduce_in_next_backward(whole=is_last or self._reduces_every_micro_batch, is_last=is_last)
-            log_probs, entropy = self._policy(micro_batch, temperature=temperature, with_entropy=with_entropy)
-            contribution = loss(log_probs, entropy, micro_batch.to(self.device))
-            contribution.loss.backward()
+            with self._dropping(index):
+                log_probs, entropy = self._policy(micro_batch, temperature=temperature, with_entropy=with_entropy)
+                contribution = loss(log_probs, entropy, micro_batch.to(self.device))
+                contribution.loss.backward()
             contributions.append(replace(contribution, loss=contribution.loss.detach()))
             after_each()
         return self._sum_over_step(contributions)
@@ -166,7 +177,7 @@ class FsdpTrainer(BackendTrainer):
         """Return buckets of at most `bucket_bytes` (or one larger tensor), gathered as they are asked for; collective."""
         self._assert_awake()
         # Cast before the gather: the same values at half the traffic.
-        whole = ((name, _full_tensor(weight.detach().to(self._param_dtype))) for name, weight in self._weights.items())
+        whole = ((name, self._published(name, weight)) for name, weight in self._weights.items())
         return bucketed(whole, bucket_bytes=bucket_bytes)
 
     def shared_weights(self) -> Mapping[str, Tensor] | None:
@@ -174,7 +185,8 @@ class FsdpTrainer(BackendTrainer):
 
         They stay on the device from then on, also in `sleep`: an engine may compute with them.
         """
-        if self.parallel.dp_size > 1 or any(weight.dtype != self._param_dtype for weight in self._weights.values()):
+        merges = self._adapters is not None
+        if merges or self.parallel.dp_size > 1 or any(weight.dtype != self._param_dtype for weight in self._weights.values()):
             return None
         self._are_lent = True
         return {name: local_shard(weight) for name, weight in self._weights.items()}
@@ -187,7 +199,12 @@ class FsdpTrainer(BackendTrainer):
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Write the layout described in `checkpoint`; collective."""
         self._assert_awake()
-        checkpoint.save_masters(folder, self._optimizer.masters())
+        if self._adapters is None:
+            checkpoint.save_masters(folder, self._optimizer.masters())
+        else:
+            starts = {name: matrix for name, matrix in self._matrices.items() if not matrix.requires_grad}
+            matrices = self._optimizer.masters() | starts
+            checkpoint.save_adapters(folder, matrices, self._adapters, is_main=self.parallel.is_main)
         if with_optimizer:
             checkpoint.save_optimizer(folder, self._optimizer)
         if self.parallel.is_main:
@@ -206,7 +223,11 @@ class FsdpTrainer(BackendTrainer):
             CheckpointError: files are missing or belong to another model.
         """
         self._assert_awake()
-        if is_foreign(folder):
+        if self._adapters is not None:
+            checkpoint.load_adapters(folder, self._optimizer, self._adapters, self._architecture)
+            if not weights_only:
+                checkpoint.load_optimizer(folder, self._optimizer)
+        elif is_foreign(folder):
             load_converted(folder, self._optimizer, self._architecture, weights_only=weights_only)
         else:
             checkpoint.load_masters(folder, self._optimizer)
@@ -227,8 +248,56 @@ class FsdpTrainer(BackendTrainer):
         self._asleep.release()
         torch.cuda.empty_cache()
 
+    @property
+    def has_adapters(self) -> bool:
+        """Tell whether adapters are trained, and the model is frozen."""
+        return self._adapters is not None
+
+    def without_adapters(self) -> AbstractContextManager[None]:
+        """Compute with the frozen model alone inside the context; collective."""
+        assert self._adapters is not None, "a trainer of all weights has no adapters"
+        return self._adapters.switched_off()
+
     def _shards(self) -> list[Tensor]:
-        return [local_shard(weight) for weight in self._weights.values()]
+        return [local_shard(weight) for weight in (self._weights | self._matrices).values()]
+
+    def _published(self, name: str, weight: Tensor) -> Tensor:
+        whole = full_tensor(weight.detach().to(self._param_dtype))
+        return whole if self._adapters is None else self._adapters.published(name, whole, self._param_dtype)
+
+    def _dropping(self, micro_batch: int) -> AbstractContextManager[None]:
+        """Drop inputs of adapters in the forward and backward of a micro-batch."""
+        if self._adapters is None:
+            return nullcontext()
+        step, rank = self._optimizer.num_steps, self.parallel.dp_rank
+        return self._adapters.dropping(step=step, micro_batch=micro_batch, rank=rank)
+
+
+def _model_weights(policy: Policy | DirectPolicy, adapters: Adapters | None) -> dict[str, nn.Parameter]:
+    """Return the weights of the model itself, under their Hugging Face names."""
+    matrices = adapters.matrices() if adapters is not None else {}
+    return {name: weight for name, weight in policy.named_weights().items() if name not in matrices}
+
+
+def _start_training(
+    policy: Policy | DirectPolicy,
+    architecture: Architecture,
+    adapters: Adapters | None,
+    source: TensorReader | None,
+    section: OptimizerConfig,
+    total_steps: int,
+    param_dtype: torch.dtype,
+) -> MasterOptimizer:
+    """Fill the weights from `source`, where one is given, and the adapters; return the optimizer of what is trained."""
+    if source is not None:
+        fill_shards(_model_weights(policy, adapters), NewHead(source, architecture) if architecture.value_head else source)
+    if adapters is not None:
+        fill_shards(adapters.matrices(), adapters.start(param_dtype))
+    trained = {name: weight for name, weight in policy.named_weights().items() if weight.requires_grad}
+    masters = MasterOptimizer(trained, policy.gradients, section, total_steps=total_steps)
+    if adapters is not None and adapters.start_folder is not None:
+        checkpoint.load_adapters(adapters.start_folder, masters, adapters, architecture)
+    return masters
 
 
 def _place(
@@ -242,14 +311,18 @@ def _place(
     param_dtype: torch.dtype,
     device: torch.device,
     logits: bool,
+    direct: bool,
 ) -> Policy | DirectPolicy:
     """Put the model on its ranks: a `DirectPolicy` where one rank has it alone and the decoder has every part, else FSDP2.
 
     A critic, and a policy whose losses get logits, are always under FSDP2. With --whole-weights, several ranks have a
     `GatheredPolicy`.
+
+    Args:
+        direct: All weights are trained; a model with adapters is under FSDP2, too.
     """
-    plain = not (architecture.value_head or logits)
-    if mesh.size() > 1 and training.whole_weights and plain:
+    direct = direct and not (architecture.value_head or logits)
+    if mesh.size() > 1 and training.whole_weights and direct:
         return GatheredPolicy(
             model,
             architecture,
@@ -261,7 +334,7 @@ def _place(
             head_chunk_tokens=training.head_chunk_tokens,
             recomputes_layers=training.recomputes_layers,
         )
-    if mesh.size() == 1 and can_be_direct(architecture, attention) and plain:
+    if mesh.size() == 1 and direct and can_be_direct(architecture, attention):
         return DirectPolicy(
             model,
             architecture,
@@ -285,8 +358,3 @@ def _place(
         stored_dtype=stored_dtype,
     )
     return policy
-
-
-def _full_tensor(tensor: Tensor) -> Tensor:
-    assert isinstance(tensor, DTensor), "FSDP2 holds every weight as a DTensor outside of forward and backward"
-    return tensor.full_tensor()

@@ -136,6 +136,12 @@ def local_shard(tensor: Tensor) -> Tensor:
         return tensor.to_local()
 
 
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the whole of a sharded tensor; collective."""
+    assert isinstance(tensor, DTensor), "FSDP2 holds every weight as a DTensor outside of forward and backward"
+    return tensor.full_tensor()
+
+
 def _mesh_of(weight: Tensor) -> DeviceMesh:
     assert isinstance(weight, DTensor), "parallelize comes first"
     return weight.device_mesh

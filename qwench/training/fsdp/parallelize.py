@@ -56,14 +56,15 @@ def parallelize(
     Gradients are summed over ranks, not averaged: losses arrive already divided by the step's global counts.
 
     Args:
-        stored_dtype: Of the shards: float32 where they are the masters, param_dtype where the masters are elsewhere.
+        stored_dtype: Of trained shards: float32 where they are the masters, param_dtype where the masters are elsewhere.
+            Frozen ones are in param_dtype.
     """
     precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=MASTER_DTYPE, cast_forward_inputs=False)
     for layer in policy.layers:
-        _become_shards(layer.parameters(), device, stored_dtype)
+        _become_shards(layer.parameters(), device, stored_dtype, frozen_dtype=param_dtype)
         fully_shard(layer, mesh=mesh, mp_policy=precision)
         layer.forward = _wrap(layer.forward, checkpointed=gradient_checkpointing, compiled=torch_compile)
-    _become_shards(policy.parameters(), device, stored_dtype)
+    _become_shards(policy.parameters(), device, stored_dtype, frozen_dtype=param_dtype)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
     for module in policy.modules():
         if isinstance(module, FSDPModule):
@@ -71,11 +72,14 @@ def parallelize(
             module.set_force_sum_reduction_for_comms(True)  # gloo has no averaging or pre-multiplied sum
 
 
-def _become_shards(parameters: Iterable[nn.Parameter], device: torch.device, dtype: torch.dtype) -> None:
+def _become_shards(
+    parameters: Iterable[nn.Parameter], device: torch.device, dtype: torch.dtype, *, frozen_dtype: torch.dtype
+) -> None:
     for parameter in parameters:
         if not isinstance(parameter, DTensor):
             # Contiguous: a weight that is not loaded yet is one element, expanded.
-            parameter.data = parameter.data.to(device=device, dtype=dtype).contiguous()
+            wanted = dtype if parameter.requires_grad else frozen_dtype
+            parameter.data = parameter.data.to(device=device, dtype=wanted).contiguous()
 
 
 def _wrap(forward: Callable[..., Any], *, checkpointed: bool, compiled: bool) -> Callable[..., Any]:

@@ -45,13 +45,14 @@ class Policy(nn.Module):
         return layers
 
     def named_weights(self) -> dict[str, nn.Parameter]:
-        """Return the parameters under their Hugging Face names, tied ones once."""
+        """Return the parameters under their Hugging Face names, tied ones once, and adapters."""
         return dict(self.causal_lm.named_parameters())
 
     @cached_property
     def gradients(self) -> ShardedGradients:
-        """Return the gradients of the sharded weights."""
-        return ShardedGradients(self, self.named_weights())
+        """Return the gradients of the sharded weights that are trained."""
+        trained = {name: weight for name, weight in self.named_weights().items() if weight.requires_grad}
+        return ShardedGradients(self, trained)
 
     def begin(self) -> None:
         """Prepare passes: FSDP2 rounds each group of weights when it is used."""

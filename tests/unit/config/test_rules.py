@@ -15,6 +15,7 @@ from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.distillation import DistillationConfig
 from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.logging import LoggingConfig
+from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.config.sections.parallel import ParallelConfig
 from qwench.config.sections.references import ReferencesConfig
@@ -218,6 +219,24 @@ def overlong(**rollout) -> dict[str, object]:
 
 
 OWN_ADVANTAGES = ReferencesConfig(custom_advantage_function_path="a.b")
+
+
+LORA = LoraConfig(lora_rank=8)
+
+
+@pytest.mark.parametrize(("sections", "flag"), [
+    ({"training": TrainingConfig(train_backend="megatron")}, "a layout that needs --train-backend megatron; give"),
+    ({"training": TrainingConfig(whole_weights=True)}, "--whole-weights; leave it out"),
+    ({"training": TrainingConfig(batch_invariant_mode=True)}, "--batch-invariant-mode or --true-on-policy-mode"),
+    ({"algorithm": AlgorithmConfig(advantage_estimator="ppo")}, "--advantage-estimator ppo; choose an estimator"),
+    ({"distillation": OPD}, "--opd-type megatron; leave it out"),
+])  # fmt: skip
+def test_adapters_are_refused_where_they_are_not_built(sections, flag):
+    with pytest.raises(ConfigError) as caught:
+        check_rules(Config(lora=LORA, **sections))
+    assert str(caught.value).startswith(f"--lora-rank 8 does not work yet with {flag}")
+    check_rules(Config(**sections))
+    check_rules(Config(lora=LORA))
 
 
 @pytest.mark.parametrize(("sections", "message"), [

@@ -4,15 +4,18 @@ from dataclasses import replace
 
 import pytest
 
+from qwench.config.sections.lora import PROJECTIONS
 from qwench.models.hf import architecture_of
 from qwench.models.made.qwen3 import SIZES
 from qwench.models.memory import (
     RankBytes,
     SequenceCost,
     StateBytes,
+    adapter_bytes,
     fsdp_bytes,
     kv_bytes_per_token,
     megatron_bytes,
+    num_adapter_parameters,
     num_parameters,
 )
 from tests.unit.config.architectures import QWEN3_4B
@@ -83,6 +86,17 @@ def test_ranks_that_compute_with_whole_weights_hold_them_and_whole_gradients_bes
     assert (held.weights, held.gradients, held.optimizer) == (whole // 4 * 4 + whole * 2, whole * 4, whole // 4 * 8)
     alone = fsdp_bytes(SMALL, BF16, num_shards=1, holds_reference=False, computes_whole=True)
     assert alone == fsdp_bytes(SMALL, BF16, num_shards=1, holds_reference=False)
+
+
+def test_adapters_are_trained_beside_a_model_of_which_no_rank_keeps_more_than_rounded_shards():
+    # Rows and columns of the matrices of a layer: q and o 4 + 4, k and v 2 + 4, gate, up and down 8 + 4.
+    assert num_adapter_parameters(SMALL, PROJECTIONS, 2) == 4 * 2 * (2 * 8 + 2 * 6 + 3 * 12) == 512
+    assert num_adapter_parameters(SMALL, ("k_proj", "down_proj"), 3) == 4 * 3 * (6 + 12)
+    held = adapter_bytes(SMALL, BF16, num_shards=2, num_trained=100, keeps_start=False)
+    assert held == RankBytes(weights=334 * 2 + 50 * 4, gradients=100 * 4, optimizer=50 * 8, host_optimizer=0, host_reference=0)
+    offloaded = StateBytes(param=2, moments=8, offloaded=1.0)
+    held = adapter_bytes(SMALL, offloaded, num_shards=1, num_trained=100, keeps_start=True)
+    assert held == RankBytes(weights=668 * 2 + 100 * 4, gradients=400, optimizer=0, host_optimizer=1200, host_reference=0)
 
 
 def test_megatron_ranks_hold_a_share_of_a_stage():

@@ -36,9 +36,9 @@ def test_shorthands_and_aliases_stand_for_flags_that_exist():
 @pytest.mark.parametrize(
     ("name", "spelled", "values", "accepted"),
     [
-        ("lora-rank", "lora-rank", ("0",), True),
-        ("lora-rank", "lora-rank", ("3",), False),
-        ("lora-rank", "lora-rank", (), False),
+        ("eval-num-gpus", "eval-num-gpus", ("0",), True),
+        ("eval-num-gpus", "eval-num-gpus", ("3",), False),
+        ("eval-num-gpus", "eval-num-gpus", (), False),
         ("bf16", "bf16", (), True),
         ("bf16", "no-bf16", (), False),
         ("fp16", "no-fp16", (), True),
@@ -50,7 +50,8 @@ def test_shorthands_and_aliases_stand_for_flags_that_exist():
         ("model-name", "model-name", ("Qwen3-4B",), True),
         ("model-name", "model-name", ("llama",), False),
         ("no-rope-fusion", "no-rope-fusion", (), True),
-        ("lora-rank", "lora-rank", ("0",), True),
+        ("lora-type", "lora-type", ("canonical_lora",), True),
+        ("lora-type", "lora-type", ("lora",), False),
         ("num-experts", "num-experts", ("1",), False),
         ("profile-target", "profile-target", ("train_overall", "train_actor"), False),
     ],

@@ -54,8 +54,8 @@ def test_no_word_is_a_flag_that_is_accepted_already():
 @pytest.mark.parametrize(
     ("word", "served_by"),
     [
-        ("use-lora", "Qwench has no LoRA"),
-        ("peft-config", "Qwench has no LoRA"),
+        ("use-lora", "--lora-rank trains adapters"),
+        ("peft-config", "--lora-rank trains adapters"),
         ("save-gguf", "GGUF is neither read nor written"),
         ("load-in-4bit", "weights are not quantised"),
         ("learning-rate", "use --lr"),

@@ -1,0 +1,198 @@
+"""PEFT's folder of one LoRA adapter: what trainers write, and `peft`, engines and `qwench convert` read.
+
+adapter_config.json          rank, alpha, projections
+adapter_model.safetensors    base_model.model.<module>.lora_A.weight [r, in] and .lora_B.weight [out, r]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qwench.config.sections.lora import PROJECTIONS, LoraConfig, lora_scale
+from qwench.errors import CheckpointError, ConfigError
+from qwench.models.architecture import Architecture
+from qwench.models.hf_weights import read_json
+from qwench.models.safetensors_files import SafetensorsWriter, StoredTensor, TensorSpec, read_header, read_tensor
+from qwench.samples import Json
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+A, B = "lora_A.weight", "lora_B.weight"
+"""Names of an adapter's matrices, below that of its module."""
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """What adapter_config.json says."""
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    targets: tuple[str, ...]
+    """Projections, in the order of a layer."""
+    dropout: float = 0.0
+    base: str = ""
+    """Folder or name of the base model, for readers; nothing here depends on it."""
+
+    @property
+    def scale(self) -> float:
+        """Return what B A is multiplied by."""
+        return lora_scale(self.rank, self.alpha, use_rslora=self.use_rslora)
+
+    @classmethod
+    def of_run(cls, section: LoraConfig, *, base: str) -> AdapterConfig:
+        """Return what a run with these flags writes.
+
+        With --lora-init pissa an adapter and its start, subtracted, are one adapter of twice the rank and the same scale.
+        """
+        doubled = 2 if section.lora_init == "pissa" else 1
+        return cls(
+            rank=section.lora_rank * doubled,
+            alpha=section.lora_alpha * (doubled**0.5 if section.use_rslora else doubled),
+            use_rslora=section.use_rslora,
+            targets=section.targets,
+            dropout=section.lora_dropout,
+            base=base,
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> AdapterConfig:
+        """Read the file of a folder.
+
+        Raises:
+            ConfigError: it is missing, broken, or of another kind of adapter.
+        """
+        raw = read_json(folder / CONFIG)
+        _refuse_variants(raw, folder)
+        rank, alpha, named = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
+        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+            raise ConfigError(f"{folder / CONFIG} has no rank r and lora_alpha; is it of a LoRA adapter?")
+        leaves = {str(name).rsplit(".", 1)[-1] for name in named} if isinstance(named, list) else set(PROJECTIONS)
+        return cls(
+            rank=rank,
+            alpha=float(alpha),
+            use_rslora=raw.get("use_rslora") is True,
+            targets=tuple(name for name in PROJECTIONS if name in leaves),
+            base=str(raw.get("base_model_name_or_path") or ""),
+        )
+
+    def shapes(self, model: Architecture) -> dict[str, tuple[int, ...]]:
+        """Return the name and shape of every matrix of an adapter of `model`."""
+        found: dict[str, tuple[int, ...]] = {}
+        for name, shape in model.parameter_shapes().items():
+            module, _, leaf = name.rpartition(".")
+            if leaf == "weight" and module.rsplit(".", 1)[-1] in self.targets:
+                found |= {f"{module}.{A}": (self.rank, shape[1]), f"{module}.{B}": (shape[0], self.rank)}
+        return found
+
+    def write(self, folder: Path) -> None:
+        """Write the file."""
+        content: dict[str, Json] = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base,
+            "r": self.rank,
+            "lora_alpha": int(self.alpha) if self.alpha.is_integer() else self.alpha,
+            "lora_dropout": self.dropout,
+            "use_rslora": self.use_rslora,
+            "target_modules": list(self.targets),
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+        }
+        (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+class AdapterFolder:
+    """The matrices of a folder by `<module>.lora_A.weight` and `<module>.lora_B.weight`, read one by one."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the headers.
+
+        Raises:
+            ConfigError: see `AdapterConfig.read`; or tensors that are no matrices of projections.
+            CheckpointError: the weights are missing or damaged.
+        """
+        self.folder = folder
+        self.config = AdapterConfig.read(folder)
+        self._stored: dict[str, StoredTensor] = {}
+        for name, stored in read_header(folder / WEIGHTS).items():
+            module, _, leaf = name.removeprefix(_PREFIX).partition(".lora_")
+            if f"lora_{leaf}" not in (A, B) or module.rsplit(".", 1)[-1] not in PROJECTIONS:
+                raise ConfigError(f"{folder / WEIGHTS} holds {name}; only adapters of the layers' projections are read.")
+            self._stored[f"{module}.lora_{leaf}"] = stored
+
+    def check_is(self, wanted: AdapterConfig, model: Architecture) -> None:
+        """Check that a run of `model` can go on with this adapter.
+
+        Raises:
+            ConfigError: rank, scale or projections differ, or it is of another model.
+        """
+        for what, has, wants in (
+            ("rank", self.config.rank, wanted.rank),
+            ("the scale", self.config.scale, wanted.scale),
+            ("target_modules", ",".join(self.config.targets), ",".join(wanted.targets)),
+        ):
+            if has != wants:
+                raise ConfigError(
+                    f"the adapter {self.folder} has {what} {has}, this run {wants}; give the flags that it was trained with."
+                )
+        self.check_fits(model)
+
+    def check_fits(self, model: Architecture) -> None:
+        """Check that it has every matrix of an adapter of `model`, and no other.
+
+        Raises:
+            ConfigError: it is of another model.
+        """
+        found = {name: stored.spec.shape for name, stored in self._stored.items()}
+        if differing := found.items() ^ self.config.shapes(model).items():
+            raise ConfigError(f"the adapter {self.folder} is of another model: {min(differing)[0]} differs or is missing.")
+
+    def read(self, name: str) -> Tensor:
+        """Read one matrix in float32."""
+        return read_tensor(self._stored[name]).float()
+
+
+def write_adapter(folder: Path, config: AdapterConfig, matrices: Mapping[str, Tensor]) -> None:
+    """Write both files; `matrices` are on the host, by the names that `AdapterFolder` has."""
+    specs = {_PREFIX + name: TensorSpec(shape=tuple(m.shape), dtype=torch.float32) for name, m in matrices.items()}
+    with SafetensorsWriter(folder / WEIGHTS, specs) as writer:
+        for name, matrix in matrices.items():
+            writer.write(_PREFIX + name, matrix.contiguous())
+    config.write(folder)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Tell whether a folder holds an adapter."""
+    return (folder / CONFIG).is_file()
+
+
+def merged(weight: Tensor, a: Tensor, b: Tensor, *, scale: float) -> Tensor:
+    """Return weight + scale * B A, computed in float32 and rounded once to the dtype of `weight`."""
+    return (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
+
+
+def no_adapter(folder: Path) -> CheckpointError:
+    """Return the error of a run with adapters that is given other weights to load."""
+    return CheckpointError(
+        f"{folder} holds whole weights and no adapter; give it as --ref-load or --hf-checkpoint, the base of the adapters."
+    )
+
+
+def _refuse_variants(raw: Mapping[str, Json], folder: Path) -> None:
+    """Refuse what other numbers than W + scale * B A would follow from."""
+    if raw.get("peft_type") != "LORA":
+        raise ConfigError(f"{folder / CONFIG} has peft_type {raw.get('peft_type')!r}; only LORA is read.")
+    for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "fan_in_fan_out"):
+        if raw.get(key):
+            raise ConfigError(f"{folder / CONFIG} has {key}, which is not supported; only plain LoRA of one rank is read.")
+    if raw.get("bias", "none") != "none" or raw.get("lora_bias"):
+        raise ConfigError(f"{folder / CONFIG} trains biases, which is not supported.")

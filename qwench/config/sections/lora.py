@@ -1,0 +1,107 @@
+"""Low-rank adapters: the base model stays frozen, and two small matrices beside each projection are trained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from qwench.config.limits import check_not_negative, check_positive
+from qwench.errors import ConfigError
+
+ALL_LINEAR = "all-linear"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Matrices of a layer that may have adapters, in the order of the layer."""
+_MEGATRON_NAMES = {
+    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "linear_proj": ("o_proj",),
+    "linear_fc1": ("gate_proj", "up_proj"),
+    "linear_fc2": ("down_proj",),
+}
+LoraInit = Literal["kaiming", "pissa"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """LoRA: train W + scale * B A in the place of W, with W frozen. The reference is the model without adapters."""
+
+    lora_rank: int = 0
+    """Rank of the adapters: rows of A and columns of B. 0: off, all weights are trained."""
+    lora_alpha: float = 16.0
+    """Scale of the adapters, times the rank: they are added at --lora-alpha / --lora-rank."""
+    lora_dropout: float = 0.0
+    """Share of the inputs of A that a training pass sets to zero, 0 <= share < 1. Scoring and generation drop nothing."""
+    target_modules: str | None = None
+    """Projections with adapters, separated by commas: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, Megatron's
+    linear_qkv, linear_proj, linear_fc1, linear_fc2, or all-linear for all of them. None: all-linear."""
+    exclude_modules: str | None = None
+    """Projections of --target-modules that have none, by the same names."""
+    lora_init: LoraInit = "kaiming"
+    """Start of the adapters. kaiming: A is random and B zero. pissa: the principal components of W, whose start is subtracted.
+    Both begin as the base model."""
+    use_rslora: bool = False
+    """Add the adapters at --lora-alpha / sqrt(--lora-rank), which keeps their effect equal over ranks."""
+    lora_adapter_path: Path | None = None
+    """PEFT folder of the adapter that a fresh run starts from. It must have the rank, scale and projections of the flags."""
+
+    def __post_init__(self) -> None:
+        check_not_negative("--lora-rank", self.lora_rank)
+        check_positive("--lora-alpha", self.lora_alpha)
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"--lora-dropout must be at least 0 and less than 1, got {self.lora_dropout}")
+        if not self.targets:
+            raise ConfigError(
+                f"--exclude-modules {self.exclude_modules} leaves no projection of --target-modules; leave some of them in"
+            )
+        if self.lora_rank == 0:
+            self._check_nothing_is_set()
+
+    @property
+    def enabled(self) -> bool:
+        """Tell whether adapters are trained."""
+        return self.lora_rank > 0
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Return the projections with adapters, in the order of the layer."""
+        wanted = _projections("--target-modules", self.target_modules or ALL_LINEAR)
+        wanted -= _projections("--exclude-modules", self.exclude_modules or "")
+        return tuple(name for name in PROJECTIONS if name in wanted)
+
+    @property
+    def scale(self) -> float:
+        """Return what B A is multiplied by."""
+        return lora_scale(self.lora_rank, self.lora_alpha, use_rslora=self.use_rslora)
+
+    def _check_nothing_is_set(self) -> None:
+        """Refuse flags of adapters that have no effect. A script may switch LoRA off by its rank and keep alpha or dropout."""
+        for item in fields(self):
+            if item.name not in ("lora_rank", "lora_alpha", "lora_dropout") and getattr(self, item.name) != item.default:
+                flag = "--" + item.name.replace("_", "-")
+                raise ConfigError(f"{flag} has no effect without adapters; give --lora-rank, or leave it out")
+
+
+def lora_scale(rank: int, alpha: float, *, use_rslora: bool) -> float:
+    """Return what B A is multiplied by. Source: LoRA (arXiv 2106.09685); rank-stabilised: arXiv 2312.03732."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def _projections(flag: str, names: str) -> set[str]:
+    """Return the projections that a list of names means.
+
+    Raises:
+        ConfigError: a name is none of a projection.
+    """
+    found: set[str] = set()
+    for name in filter(None, (word.strip() for word in names.split(","))):
+        if name == ALL_LINEAR:
+            found |= set(PROJECTIONS)
+        elif name in _MEGATRON_NAMES:
+            found |= set(_MEGATRON_NAMES[name])
+        elif name in PROJECTIONS:
+            found.add(name)
+        else:
+            known = ", ".join((ALL_LINEAR, *PROJECTIONS, *_MEGATRON_NAMES))
+            raise ConfigError(f"unknown name {name!r} in {flag}; known: {known}")
+    return found

@@ -1,0 +1,245 @@
+"""Adapters in the Hugging Face module: frozen projections, and the trained matrices A and B beside them.
+
+    y = W x + scale * B (A drop(x))                        --lora-init kaiming: A random, B zero
+    y = W x + scale * (B (A drop(x)) - B0 (A0 drop(x)))    --lora-init pissa: A, B begin as A0, B0, principal components of W
+
+W is frozen in `param_dtype`: it has no master, no gradient and no moments. Switched off, a layer is the base layer bit for bit,
+so that the reference needs no second copy. Engines get W + scale * B A.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from qwench.checkpoints.formats.peft import A, AdapterConfig, B, merged
+from qwench.config.sections.lora import LoraConfig
+from qwench.training.fsdp.optimizer import full_tensor
+
+_START = "start_"
+_EXACT_SVD = 1024
+"""Matrices with so few rows or columns are decomposed exactly; of larger ones the first components alone are computed."""
+_ITERATIONS = 16
+
+
+class AdapterSwitch:
+    """What all adapters of a model do in the next pass."""
+
+    def __init__(self, dropout: float) -> None:
+        self.is_on = True
+        self.drop_key: int | None = None
+        """Seed of what this pass drops; None: it drops nothing."""
+        self._dropout = dropout
+
+    def dropped(self, x: Tensor, layer: int) -> Tensor:
+        """Drop inputs of one layer; a layer that is computed again drops the same ones."""
+        if self.drop_key is None or self._dropout == 0.0:
+            return x
+        draw = torch.Generator(x.device).manual_seed(self.drop_key * 65_537 + layer)
+        kept = torch.rand(x.shape, generator=draw, device=x.device) >= self._dropout
+        return x * kept / (1 - self._dropout)
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with an adapter. It keeps weight and bias under their names."""
+
+    def __init__(self, base: nn.Linear, section: LoraConfig, switch: AdapterSwitch, *, layer: int) -> None:
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        self.lora_A, self.lora_B = _matrices(base, section.lora_rank)
+        self.start_A: nn.Linear | None = None
+        self.start_B: nn.Linear | None = None
+        if section.lora_init == "pissa":
+            self.start_A, self.start_B = (matrix.requires_grad_(False) for matrix in _matrices(base, section.lora_rank))
+        self._scale = section.scale
+        self._switch = switch
+        self._layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output of the layer."""
+        y = functional.linear(x, self.weight, self.bias)
+        if not self._switch.is_on:
+            return y
+        x = self._switch.dropped(x, self._layer)
+        delta: Tensor = self.lora_B(self.lora_A(x))
+        if self.start_A is not None and self.start_B is not None:
+            delta = delta - self.start_B(self.start_A(x))
+        return y + self._scale * delta
+
+
+class Adapters:
+    """All adapters of a model."""
+
+    def __init__(self, model: PreTrainedModel, section: LoraConfig, *, seed: int, base: str) -> None:
+        """Freeze `model`, and put a `LoraLinear` in the place of each target. Matrices are zero until they are filled.
+
+        Args:
+            seed: Of what is random: the start, and what passes drop.
+            base: Folder of the model, which adapter folders name.
+        """
+        self._switch = AdapterSwitch(section.lora_dropout)
+        self.start_folder = section.lora_adapter_path
+        """PEFT folder that a fresh run begins with. None: `start` says with what."""
+        self._section = section
+        self._seed = seed
+        self._base = base
+        model.requires_grad_(False)
+        self._layers: dict[str, LoraLinear] = {}
+        found = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in section.targets]
+        for index, name in enumerate(found):
+            frozen = model.get_submodule(name)
+            assert isinstance(frozen, nn.Linear), f"{name} is a projection"
+            self._layers[name] = LoraLinear(frozen, section, self._switch, layer=index)
+            model.set_submodule(name, self._layers[name])
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Compute with the base model inside the context."""
+        self._switch.is_on = False
+        try:
+            yield
+        finally:
+            self._switch.is_on = True
+
+    @contextmanager
+    def dropping(self, *, step: int, micro_batch: int, rank: int) -> Iterator[None]:
+        """Drop inputs inside the context. What is dropped follows from the arguments alone, so a resumed run drops the same."""
+        place = f"{self._seed} {step} {micro_batch} {rank}"
+        self._switch.drop_key = zlib.crc32(place.encode())
+        try:
+            yield
+        finally:
+            self._switch.drop_key = None
+
+    def matrices(self) -> dict[str, nn.Parameter]:
+        """Return every A and B by name, and the starts that are subtracted."""
+        return {
+            f"{name}.{leaf}": matrix
+            for name, layer in self._layers.items()
+            for leaf, matrix in layer.named_parameters()
+            if leaf not in ("weight", "bias")
+        }
+
+    def config(self) -> AdapterConfig:
+        """Return what an adapter folder of this run says."""
+        return AdapterConfig.of_run(self._section, base=self._base)
+
+    def published(self, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a whole weight of the model with its adapter merged, as rounded to `dtype` it computes; collective."""
+        layer = self._layers.get(name.removesuffix(".weight"))
+        if layer is None or not name.endswith(".weight"):
+            return weight
+        scale = self._section.scale
+        a, b = (_whole(linear.weight, dtype) for linear in (layer.lora_A, layer.lora_B))
+        if layer.start_A is None or layer.start_B is None:
+            return merged(weight, a, b, scale=scale)
+        a_0, b_0 = (_whole(linear.weight, dtype).float() for linear in (layer.start_A, layer.start_B))
+        # Two products: at the start their difference is exactly zero.
+        change = b.float() @ a.float() - b_0 @ a_0
+        return (weight.float() + scale * change).to(weight.dtype)
+
+    def start(self, dtype: torch.dtype) -> AdapterStart:
+        """Return the matrices that a fresh run begins with."""
+        return AdapterStart(self._layers, self._section, seed=self._seed, dtype=dtype)
+
+    def as_one(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the matrices of an adapter folder: starts that are subtracted become further rows and columns."""
+        if self._section.lora_init != "pissa":
+            return dict(whole)
+        return {
+            name: torch.cat([matrix, whole[_start_of(name)]])
+            if name.endswith(A)
+            else torch.cat([matrix, -whole[_start_of(name)]], dim=1)
+            for name, matrix in whole.items()
+            if not _is_start(name)
+        }
+
+    def split(self, name: str, matrix: Tensor) -> Tensor:
+        """Return the part of a folder's matrix that `name`, an adapter's or a start's, has; undoes `as_one`."""
+        if self._section.lora_init != "pissa":
+            return matrix
+        is_a = folder_name(name).endswith(A)
+        trained, start = matrix.chunk(2, dim=0 if is_a else 1)
+        if not _is_start(name):
+            return trained
+        return start if is_a else -start
+
+
+class AdapterStart:
+    """A `TensorReader` of the matrices that a fresh run begins with. Reading is collective, in one order."""
+
+    def __init__(self, layers: Mapping[str, LoraLinear], section: LoraConfig, *, seed: int, dtype: torch.dtype) -> None:
+        self._layers = layers
+        self._section = section
+        self._seed = seed
+        self._dtype = dtype
+        self._computed: tuple[str, Tensor, Tensor] | None = None
+
+    def read(self, name: str) -> Tensor:
+        """Return one whole matrix, rounded to the dtype of a forward: so a start and what is subtracted are equal."""
+        module = folder_name(name).removesuffix("." + A).removesuffix("." + B)
+        layer = self._layers[module]
+        if self._section.lora_init == "pissa":
+            a, b = self._principal(module, layer)
+            return a if name.endswith("A.weight") else b
+        if name.endswith(B):
+            return torch.zeros(layer.lora_B.weight.shape)
+        draw = torch.Generator().manual_seed(self._seed * 65_537 + zlib.crc32(name.encode()))
+        rank, inputs = layer.lora_A.weight.shape
+        bound: float = inputs**-0.5  # kaiming_uniform with a = sqrt(5), as PEFT has it
+        return (torch.rand((rank, inputs), generator=draw) * 2 - 1) * bound
+
+    def _principal(self, module: str, layer: LoraLinear) -> tuple[Tensor, Tensor]:
+        """Return A and B whose product, times the scale, is the best approximation of W. Source: PiSSA (arXiv 2404.02948)."""
+        if self._computed is None or self._computed[0] != module:
+            u, s, v = _components(_whole(layer.weight, torch.float32), self._section.lora_rank)
+            root = (s / self._section.scale).sqrt()
+            a, b = ((v * root).T.contiguous(), (u * root).contiguous())
+            for matrix in (a, b):
+                dist.broadcast(matrix, src=0)
+            self._computed = module, a.to(self._dtype).float(), b.to(self._dtype).float()
+        return self._computed[1:]
+
+
+def folder_name(name: str) -> str:
+    """Return the name in an adapter folder of a matrix, or of the one that a start belongs to."""
+    return name.replace(f".{_START}", ".lora_")
+
+
+def _matrices(base: nn.Linear, rank: int) -> tuple[nn.Linear, nn.Linear]:
+    """Return A and B, of zeros, in float32."""
+    a, b = nn.Linear(base.in_features, rank, bias=False), nn.Linear(rank, base.out_features, bias=False)
+    for linear in (a, b):
+        nn.init.zeros_(linear.weight.data)
+        linear.float()
+    return a, b
+
+
+def _components(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the first `rank` singular vectors and values: [out, r], [r], [in, r]."""
+    if min(weight.shape) <= _EXACT_SVD:
+        u, s, v_h = torch.linalg.svd(weight, full_matrices=False)
+        return u[:, :rank], s[:rank], v_h[:rank].T
+    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(weight, q=rank, niter=_ITERATIONS)
+    return u, s, v
+
+
+def _whole(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return full_tensor(weight.detach().to(dtype))
+
+
+def _is_start(name: str) -> bool:
+    return f".{_START}" in name
+
+
+def _start_of(name: str) -> str:
+    return name.replace(".lora_", f".{_START}")

@@ -1,0 +1,210 @@
+"""Adapters, however ranks and micro-batches are cut: the steps of a plain module, and of PEFT's own, on the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import Qwen3ForCausalLM
+
+from qwench.checkpoints.formats.peft import AdapterConfig, write_adapter
+from qwench.config.sections.lora import LoraConfig
+from tests.contract import train_backend_cases as cases
+from tests.contract.train_backend_checks import ON_CPU as WITHIN
+from tests.contract.train_backend_checks import assert_close, assert_steps_equal, read_records
+from tests.contract.train_backend_layouts import BINS
+from tests.contract.train_backend_ranks import Case, run_world
+
+_RANK, _ALPHA = 3, 5.0
+_LORA = LoraConfig(lora_rank=_RANK, lora_alpha=_ALPHA)
+_SOME = replace(_LORA, target_modules="linear_qkv,down_proj", use_rslora=True)
+_PISSA = LoraConfig(lora_rank=_RANK, lora_alpha=_ALPHA, lora_init="pissa")
+_FLAGS = {"all": _LORA, "some": _SOME, "pissa": _PISSA}
+_SCALES = {"all": 5.0 / 3, "some": 5.0 / 3**0.5, "pissa": 5.0 / 3}
+_LAYOUTS = {
+    "one": (1, {}),
+    "one-recomputed": (1, {"gradient_checkpointing": True}),
+    "two": (2, {}),
+    "two-offloaded": (2, {"offload_fraction": 1.0}),
+    "two-early": (2, {"reduce_every_micro_batch": True}),
+    "two-by-two": (4, {"dp_replicate": 2}),
+}
+STEPPED = [(layout, flags) for layout in _LAYOUTS for flags in ("all", "some")] + [("two", "pissa")]
+
+
+def _case(layout: str, flags: str, folder: Path) -> tuple[int, Case]:
+    size, options = _LAYOUTS[layout]
+    start = folder / f"{flags}.adapter"
+    lora = replace(_FLAGS[flags], lora_adapter_path=start if start.is_dir() else None)
+    name = f"{layout}-{flags}"
+    return size, Case(name=name, model="tied", bins=BINS[size], lora=lora, save=True, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the model and the adapters that runs start from, and run every case."""
+    folder = tmp_path_factory.mktemp("lora")
+    cases.write_model(folder / "tied", tied=True)
+    for flags in ("all", "some"):
+        _write_start(folder / f"{flags}.adapter", folder / "tied", _FLAGS[flags])
+    made = [_case(*one, folder) for one in STEPPED]
+    for world_size in (1, 2, 4):
+        in_world = [case for size, case in made if size == world_size]
+        if world_size == 2:
+            in_world.append(Case(name="base", model="tied", bins=BINS[2]))
+        if world_size == 1:
+            again = next(case for case in in_world if case.name == "one-all")
+            in_world.append(replace(again, name="resumed", load="one-all", num_steps=1))
+        run_world(world_size, in_world, folder)
+    return folder
+
+
+def _write_start(folder: Path, model_folder: Path, lora: LoraConfig) -> None:
+    """Write an adapter whose A and B are both far from zero."""
+    folder.mkdir()
+    model = Qwen3ForCausalLM.from_pretrained(model_folder)
+    draw = torch.Generator().manual_seed(21)
+    matrices = {}
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] in lora.targets:
+            assert isinstance(module, nn.Linear)
+            matrices[f"{name}.lora_A.weight"] = torch.randn(_RANK, module.in_features, generator=draw) * 0.1
+            matrices[f"{name}.lora_B.weight"] = torch.randn(module.out_features, _RANK, generator=draw) * 0.1
+    write_adapter(folder, AdapterConfig.of_run(lora, base=str(model_folder)), matrices)
+
+
+class _PlainAdapter(nn.Module):
+    """W x + scale * B A x by whole products, with W frozen."""
+
+    def __init__(self, weight: Tensor, a: Tensor, b: Tensor, scale: float, minus: Tensor | float = 0.0) -> None:
+        super().__init__()
+        self.frozen, self.scale, self.minus = weight.detach(), scale, minus
+        self.a, self.b = nn.Parameter(a.clone()), nn.Parameter(b.clone())
+
+    def whole(self) -> Tensor:
+        """Return the matrix that this is."""
+        return self.frozen + self.scale * (self.b @ self.a - self.minus)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.whole().T
+
+
+def _with_plain_adapters(model: nn.Module, flags: str, folder: Path) -> nn.Module:
+    model.requires_grad_(False)
+    scale = _SCALES[flags]
+    stored = load_file(folder / f"{flags}.adapter" / "adapter_model.safetensors") if flags != "pissa" else {}
+    targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers" in name]
+    for name in targets:
+        weight = model.get_submodule(name).weight
+        if flags == "pissa":
+            u, s, v_h = torch.linalg.svd(weight.detach(), full_matrices=False)
+            root = (s[:_RANK] / scale).sqrt()
+            a, b = root[:, None] * v_h[:_RANK], u[:, :_RANK] * root
+            model.set_submodule(name, _PlainAdapter(weight, a, b, scale, minus=b @ a))
+        elif f"base_model.model.{name}.lora_A.weight" in stored:
+            a, b = (stored[f"base_model.model.{name}.lora_{leaf}.weight"] for leaf in "AB")
+            model.set_submodule(name, _PlainAdapter(weight, a, b, scale))
+    return model
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> dict[str, tuple[cases.StepsRecord, dict[str, Tensor]]]:
+    """Return the plain loop's records by flags, and its matrices under the names of an adapter folder."""
+    found = {}
+    for flags in _FLAGS:
+        models: list[nn.Module] = []
+
+        def prepare(model: nn.Module, flags: str = flags, models: list[nn.Module] = models) -> nn.Module:
+            models.append(_with_plain_adapters(model, flags, folder))
+            return models[0]
+
+        record = cases.plain_loop(folder / "tied", prepare=prepare)
+        matrices = {}
+        for name, module in models[0].named_modules():
+            if isinstance(module, _PlainAdapter):
+                del record.weights[f"{name}.a"], record.weights[f"{name}.b"]
+                record.weights[f"{name}.weight"] = module.whole().detach()
+                matrices |= {f"{name}.lora_A.weight": module.a.detach(), f"{name}.lora_B.weight": module.b.detach()}
+        found[flags] = record, matrices
+    return found
+
+
+@pytest.mark.parametrize(("layout", "flags"), STEPPED)
+def test_steps_and_published_weights_equal_a_plain_module(
+    folder: Path, plain: dict[str, tuple[cases.StepsRecord, dict[str, Tensor]]], layout: str, flags: str
+) -> None:
+    size, case = _case(layout, flags, folder)
+    for record in read_records(folder, case, size):
+        assert_steps_equal(record, plain[flags][0])
+
+
+@pytest.mark.parametrize(("layout", "flags"), [one for one in STEPPED if one[1] != "pissa"])
+def test_saved_matrices_equal_a_plain_module_s(
+    folder: Path, plain: dict[str, tuple[cases.StepsRecord, dict[str, Tensor]]], layout: str, flags: str
+) -> None:
+    saved = load_file(folder / f"{layout}-{flags}.checkpoint" / "adapter_model.safetensors")
+    expected = plain[flags][1]
+    assert saved.keys() == {f"base_model.model.{name}" for name in expected}
+    for name, matrix in expected.items():
+        assert_close(saved[f"base_model.model.{name}"], matrix, name, WITHIN)
+
+
+@pytest.mark.parametrize("flags", ["all", "some", "pissa"])
+def test_the_reference_is_the_base_model_bit_for_bit(folder: Path, flags: str) -> None:
+    base = [record["log_probs"] for record in read_records(folder, Case(name="base", model="tied", bins=BINS[2]), 2)]
+    adapted = read_records(folder, _case("two", flags, folder)[1], 2)
+    for log_probs, record in zip(base, adapted, strict=True):
+        assert all(torch.equal(record["reference_log_probs"][index], values) for index, values in log_probs.items())
+        moved = [torch.equal(record["log_probs"][index], values) for index, values in log_probs.items()]
+        # The principal components begin as the base model itself, the random adapters of the other cases do not.
+        assert all(moved) if flags == "pissa" else not all(moved)
+
+
+def test_a_resumed_run_takes_the_step_that_follows(folder: Path) -> None:
+    _, case = _case("one", "all", folder)
+    first = cases.plain_loop(folder / "tied", num_steps=4, prepare=lambda model: _with_plain_adapters(model, "all", folder))
+    (record,) = read_records(folder, replace(case, name="resumed"), 1)
+    assert record["steps"][0]["loss"] == pytest.approx(first.losses[3], rel=1e-5)
+    assert record["steps"][0]["grad_norm"] == pytest.approx(first.grad_norms[3], rel=1e-5)
+
+
+@pytest.fixture
+def peft_module(folder: Path) -> Iterator[object]:
+    """Yield PEFT, where it is installed; the plain module is compared everywhere."""
+    yield pytest.importorskip("peft", reason="PEFT is not part of the development environment")
+
+
+@pytest.mark.parametrize("flags", ["all", "some"])
+def test_steps_equal_peft_s_own_module(folder: Path, peft_module, flags: str) -> None:
+    start = folder / f"{flags}.adapter"
+    models = []
+
+    def prepare(model: nn.Module) -> nn.Module:
+        models.append(peft_module.PeftModel.from_pretrained(model, str(start), is_trainable=True))
+        return models[0]
+
+    expected = cases.plain_loop(folder / "tied", prepare=prepare)
+    for layout in _LAYOUTS:
+        size, case = _case(layout, flags, folder)
+        for record in read_records(folder, case, size):
+            assert [step["loss"] for step in record["steps"]] == pytest.approx(expected.losses, rel=1e-5, abs=1e-6)
+            assert [step["grad_norm"] for step in record["steps"]] == pytest.approx(expected.grad_norms, rel=1e-5)
+        saved = load_file(folder / f"{layout}-{flags}.checkpoint" / "adapter_model.safetensors")
+        for name, matrix in peft_module.get_peft_model_state_dict(models[0]).items():
+            assert_close(saved[name], matrix, name, WITHIN)
+
+
+@pytest.mark.parametrize("flags", ["all", "some", "pissa"])
+def test_peft_loads_what_was_saved_and_computes_what_was_published(folder: Path, peft_module, flags: str) -> None:
+    base = Qwen3ForCausalLM.from_pretrained(folder / "tied", dtype=torch.float32)
+    loaded = peft_module.PeftModel.from_pretrained(base, str(folder / f"two-{flags}.checkpoint"))
+    published = Qwen3ForCausalLM.from_pretrained(folder / "tied", dtype=torch.float32)
+    weights = read_records(folder, _case("two", flags, folder)[1], 2)[0]["weights"]
+    published.load_state_dict(weights, strict=False)
+    tokens = torch.arange(12)[None]
+    torch.testing.assert_close(loaded(tokens).logits, published(tokens).logits, rtol=1e-5, atol=1e-5)

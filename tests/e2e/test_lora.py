@@ -1,0 +1,70 @@
+"""Adapters by the command line: a run learns, exports what it publishes, resumes bit by bit, and refuses another adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.e2e.conftest import DIGITS, InProcess, Workspace, column
+
+LORA = {"lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "lr": 2e-2}
+RL = {**DIGITS, **LORA, "use_kl_loss": (), "kl_loss_coef": 0.01}
+
+
+def _adapter(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"iter_{iteration:07d}" / "adapter_model.safetensors")
+
+
+def test_a_run_of_adapters_learns_and_resumes_bit_by_bit(workspace: Workspace, tmp_path: Path, in_process: InProcess) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert in_process(workspace.train_argv(whole, **RL, num_rollout=3, save_hf=tmp_path / "hf-{rollout_id}"))[0] == 0
+    assert in_process(workspace.train_argv(parts, **RL, num_rollout=1))[0] == 0
+    assert in_process(workspace.train_argv(parts, **RL, num_rollout=3))[0] == 0
+    one, other = _adapter(whole, 3), _adapter(parts, 3)
+    assert one.keys() == other.keys() and all(torch.equal(matrix, other[name]) for name, matrix in one.items())
+    assert column(parts, "train/loss") == column(whole, "train/loss")
+    assert column(whole, "train/kl_loss")[0] == 0.0  # the policy begins as the reference
+    assert column(whole, "train/kl_loss")[-1] > 0.0
+    # The export is the base model with the saved adapter merged.
+    base, exported = load_file(workspace.model / "model.safetensors"), load_file(tmp_path / "hf-2" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    a, b = (one[f"base_model.model.{name}.lora_{leaf}.weight"] for leaf in "AB")
+    torch.testing.assert_close(exported[f"{name}.weight"], base[f"{name}.weight"].float() + 2.0 * b @ a, rtol=1e-5, atol=1e-6)
+    assert torch.equal(exported["model.embed_tokens.weight"], base["model.embed_tokens.weight"].float())
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        ({"lora_rank": 8}, "lora_rank 4, this one has 8"),
+        ({"target_modules": "q_proj"}, "target_modules 'q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj', this one"),
+        ({"hf_checkpoint": "other"}, "base_weights"),
+        ({"lora_rank": None, "lora_alpha": None, "lora_dropout": None}, "base_weights"),
+    ],
+)
+def test_a_resumed_run_with_another_adapter_or_base_is_one_line(
+    workspace: Workspace, tmp_path: Path, in_process: InProcess, change: dict[str, object], fact: str
+) -> None:
+    argv = workspace.sft_argv(tmp_path / "run", **LORA, num_rollout=1)
+    assert in_process(argv)[0] == 0
+    if "hf_checkpoint" in change:
+        change = {"hf_checkpoint": tmp_path / "other"}
+        assert in_process(["make-model", "--size", "tiny", "--output", str(tmp_path / "other"), "--seed", "7"])[0] == 0
+    code, said = in_process(workspace.sft_argv(tmp_path / "run", **{**LORA, **change}, num_rollout=2))
+    assert code == 2
+    assert len(said.strip().splitlines()) == 1 and fact in " ".join(said.split())
+
+
+def test_fine_tuning_goes_on_from_a_peft_folder_in_load(workspace: Workspace, tmp_path: Path, in_process: InProcess) -> None:
+    assert in_process(workspace.sft_argv(tmp_path / "first", **LORA, num_rollout=2))[0] == 0
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).write_bytes((tmp_path / "first" / "iter_0000002" / name).read_bytes())
+    for flag in ("load", "lora_adapter_path"):
+        assert in_process(workspace.sft_argv(tmp_path / flag, **LORA, num_rollout=1, **{flag: adapter}))[0] == 0
+    assert column(tmp_path / "load", "train/loss") == column(tmp_path / "lora_adapter_path", "train/loss")
+    assert column(tmp_path / "load", "train/loss")[0] < column(tmp_path / "first", "train/loss")[0]

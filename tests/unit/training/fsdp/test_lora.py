@@ -1,0 +1,184 @@
+"""Adapters on one rank, in this process: precision, dropout, the start, and the folders that a run goes on from."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Qwen3ForCausalLM
+
+from qwench.algorithms.columns import MicroBatch, TokenLoss
+from qwench.config.sections.lora import LoraConfig
+from qwench.config.sections.training import TrainingConfig
+from qwench.errors import CheckpointError, ConfigError
+from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
+from qwench.training.fsdp.lora import AdapterSwitch
+from qwench.training.process_group import init_process_group
+from tests.contract.train_backend_cases import clipped_loss, make_batch, micro_batches, write_model
+from tests.deadlines import patient
+from tests.fakes.sections import adamw
+from tests.fakes.trainer import take_step
+
+_CPU = torch.device("cpu")
+_ADAM = adamw(lr=1e-2)
+_LORA = LoraConfig(lora_rank=2, lora_alpha=4.0)
+_PISSA = replace(_LORA, lora_init="pissa")
+_DROPS = replace(_LORA, lora_dropout=0.25)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group() -> Iterator[None]:
+    init_process_group(_CPU, environ={}, timeout_s=patient(60))
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder, tied=False)
+    return folder
+
+
+def _build(folder: Path, lora: LoraConfig, *, dtype: torch.dtype = torch.float32, recomputes: bool = False) -> FsdpTrainer:
+    return FsdpTrainer.build(
+        folder,
+        training=TrainingConfig(gradient_checkpointing=recomputes),
+        optimizer=_ADAM,
+        total_steps=9,
+        param_dtype=dtype,
+        device=_CPU,
+        lora=lora,
+    )
+
+
+def _batch() -> list[MicroBatch]:
+    return micro_batches(make_batch(), [[6, 1], [7, 3, 0, 5], [2, 4]])
+
+
+def _loss(log_probs: Tensor, entropy: Tensor | None, micro_batch: MicroBatch) -> TokenLoss:
+    return clipped_loss(log_probs, entropy, micro_batch)
+
+
+def _train(trainer: FsdpTrainer, steps: int) -> list[float]:
+    return [take_step(trainer, _batch(), _loss, temperature=1.0, with_entropy=True).loss for _ in range(steps)]
+
+
+def _published(trainer: FsdpTrainer) -> dict[str, Tensor]:
+    return {name: tensor.clone() for bucket in trainer.weights(bucket_bytes=1 << 20) for name, tensor in bucket}
+
+
+def _saved(trainer: FsdpTrainer, folder: Path) -> dict[str, Tensor]:
+    folder.mkdir()
+    trainer.save(folder)
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("lora", [_LORA, _PISSA], ids=["kaiming", "pissa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_run_publishes_and_computes_the_base_model(model_folder: Path, lora: LoraConfig, dtype: torch.dtype):
+    trainer, base = _build(model_folder, lora, dtype=dtype), Qwen3ForCausalLM.from_pretrained(model_folder, dtype=dtype)
+    published = _published(trainer)
+    assert published.keys() == dict(base.named_parameters()).keys()
+    assert all(torch.equal(published[name], weight) for name, weight in base.named_parameters())
+    scored = trainer.forward(_batch(), temperature=1.0).log_probs
+    with trainer.without_adapters():
+        frozen = trainer.forward(_batch(), temperature=1.0).log_probs
+    assert all(torch.equal(*pair) for pair in zip(scored, frozen, strict=True))
+
+
+def test_bfloat16_weights_are_published_as_the_sum_of_rounded_factors_rounded_once(model_folder: Path, tmp_path: Path):
+    trainer = _build(model_folder, _LORA, dtype=torch.bfloat16)
+    frozen = _published(trainer)
+    _train(trainer, 2)
+    published, saved = _published(trainer), _saved(trainer, tmp_path / "saved")
+    name = "model.layers.1.mlp.up_proj"
+    a, b = (saved[f"base_model.model.{name}.lora_{leaf}.weight"] for leaf in "AB")
+    assert a.dtype == torch.float32 and not torch.equal(a, a.bfloat16().float())  # masters
+    expected = frozen[f"{name}.weight"].double() + 2.0 * b.bfloat16().double() @ a.bfloat16().double()
+    assert published[f"{name}.weight"].dtype == torch.bfloat16
+    assert torch.equal(published[f"{name}.weight"], expected.bfloat16())
+    assert not torch.equal(published[f"{name}.weight"], frozen[f"{name}.weight"])
+    untouched = [key for key in published if "_proj" not in key]
+    assert all(torch.equal(published[key], frozen[key]) for key in untouched)
+    assert trainer.shared_weights() is None
+
+
+def test_a_pass_drops_a_share_of_inputs_and_scales_up_the_others():
+    switch, x = AdapterSwitch(0.25), torch.ones(200, 100)
+    assert switch.dropped(x, 3) is x  # scoring drops nothing
+    switch.drop_key = 7
+    dropped = switch.dropped(x, 3)
+    assert set(dropped.unique().tolist()) == {0.0, float(torch.tensor(1.0) / 0.75)}
+    assert (dropped == 0).float().mean() == pytest.approx(0.25, abs=0.02)
+    assert torch.equal(dropped, switch.dropped(x, 3))
+    assert not torch.equal(dropped, switch.dropped(x, 4))
+
+
+def test_layers_that_are_computed_again_drop_the_same_inputs(model_folder: Path):
+    kept, again = _build(model_folder, _DROPS), _build(model_folder, _DROPS, recomputes=True)
+    losses = _train(kept, 3)
+    assert _train(again, 3) == losses
+    without = _train(_build(model_folder, _LORA), 3)
+    assert losses[0] == without[0]  # B is zero
+    assert losses[2] != without[2]
+
+
+@pytest.mark.parametrize("lora", [_DROPS, replace(_PISSA, lora_dropout=0.25, use_rslora=True)], ids=["kaiming", "pissa"])
+def test_a_resumed_run_has_the_bits_of_one_that_went_on(model_folder: Path, tmp_path: Path, lora: LoraConfig):
+    whole, first = _build(model_folder, lora), _build(model_folder, lora)
+    _train(whole, 5)
+    _train(first, 2)
+    _saved(first, tmp_path / "two")
+    torch.manual_seed(99)  # what is dropped follows from the step, not from the state of a generator
+    resumed = _build(model_folder, lora)
+    resumed.load(tmp_path / "two")
+    _train(resumed, 3)
+    one, other = _saved(whole, tmp_path / "whole"), _saved(resumed, tmp_path / "resumed")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(matrix, other[name]) for name, matrix in one.items())
+    published = _published(resumed)
+    assert all(torch.equal(tensor, published[name]) for name, tensor in _published(whole).items())
+
+
+def test_principal_components_are_saved_as_one_adapter_of_twice_the_rank(model_folder: Path, tmp_path: Path):
+    trainer = _build(model_folder, _PISSA)
+    _train(trainer, 2)
+    saved, published = _saved(trainer, tmp_path / "saved"), _published(trainer)
+    base = Qwen3ForCausalLM.from_pretrained(model_folder)
+    for name in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
+        a, b = (saved[f"base_model.model.{name}.lora_{leaf}.weight"] for leaf in "AB")
+        assert a.shape[0] == b.shape[1] == 4
+        expected = base.get_parameter(f"{name}.weight") + 2.0 * b @ a
+        torch.testing.assert_close(published[f"{name}.weight"], expected, rtol=1e-5, atol=1e-6)
+    continued = _build(model_folder, replace(_LORA, lora_rank=4, lora_alpha=8.0, lora_adapter_path=tmp_path / "saved"))
+    for name, tensor in _published(continued).items():
+        torch.testing.assert_close(tensor, published[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (replace(_LORA, lora_rank=3), "has rank 2, this run 3"),
+        (replace(_LORA, lora_alpha=8.0), "has the scale 2.0, this run 4.0"),
+        (replace(_LORA, target_modules="q_proj"), "has target_modules q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"),
+    ],
+)
+def test_an_adapter_of_other_flags_is_refused(model_folder: Path, tmp_path: Path, lora: LoraConfig, message: str):
+    _saved(_build(model_folder, _LORA), tmp_path / "saved")
+    with pytest.raises(ConfigError, match=f"^the adapter {tmp_path / 'saved'} {message}"):
+        _build(model_folder, replace(lora, lora_adapter_path=tmp_path / "saved"))
+
+
+def test_an_adapter_of_another_model_and_whole_weights_are_refused(model_folder: Path, tmp_path: Path):
+    trainer = _build(model_folder, _LORA)
+    _saved(trainer, tmp_path / "saved")
+    write_model(tmp_path / "deeper", tied=True, num_layers=3)
+    with pytest.raises(ConfigError, match=r"is of another model: model\.layers\.2"):
+        _build(tmp_path / "deeper", replace(_LORA, lora_adapter_path=tmp_path / "saved"))
+    with pytest.raises(CheckpointError, match="holds whole weights and no adapter; give it as --ref-load or --hf-checkpoint"):
+        trainer.load(model_folder, weights_only=True)
