@@ -31,7 +31,7 @@ from qwench.config.values import parse_value, yaml_words
 from qwench.config.yaml_file import read_yaml_file
 from qwench.errors import ConfigError
 
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +64,9 @@ class EvalSettings:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise ConfigError(f"an evaluation set's name is that of a file: letters, digits, _, - and ., got {self.name!r}.")
+            raise ConfigError(
+                f"an evaluation set's name is that of a file: at most 200 letters, digits, _, - and ., got {self.name!r:.100}."
+            )
         check_positive("n_samples_per_eval_prompt", self.n_samples_per_eval_prompt)
         check_positive("max_response_len", self.max_response_len)
         check_not_negative("temperature", self.temperature)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from qwench.config.values import is_finite
+from qwench.config.values import is_circular, is_finite
 from qwench.errors import ConfigError
 from qwench.plugins import is_function_path
+
+_LONGEST_S = 1e8
+"""Three years. Timers of the operating system, of PyTorch and of its collectives count what is longer in too few bits."""
 
 
 def check_positive(flag: str, value: float | None) -> None:
@@ -12,6 +15,19 @@ def check_positive(flag: str, value: float | None) -> None:
     if value is not None and not value > 0:
         raise ConfigError(f"{flag} must be greater than 0, got {value}")
     check_finite(flag, value)
+
+
+def check_seconds(flag: str, value: float | None) -> None:
+    """Refuse a time that is given and not above 0, or too long for a timer."""
+    check_positive(flag, value)
+    if value is not None and value > _LONGEST_S:
+        raise ConfigError(f"{flag} must be at most {_LONGEST_S:g} seconds, got {value}")
+
+
+def check_path_template(flag: str, template: str | None) -> None:
+    """Refuse a file or folder whose own folder cannot be reached."""
+    if template is not None and is_circular(template.partition("{")[0] or "."):
+        raise ConfigError(f"{flag} must not lead in a circle of symbolic links, got {template!r}")
 
 
 def check_not_negative(flag: str, value: float | None) -> None:

@@ -90,6 +90,8 @@ def check_starting_point(checkpoint: CheckpointConfig) -> None:
     reference = checkpoint.ref_load
     if reference is not None and not reference.is_dir() and find_reference(str(reference), "model") is None:
         raise ConfigError(f"--ref-load: there is no folder {checkpoint.ref_load}")
+    if checkpoint.load is not None and checkpoint.load.is_file():
+        raise ConfigError(f"--load: {checkpoint.load} is a file; give the folder of a run or of a checkpoint")
     is_empty = checkpoint.load is not None and (not checkpoint.load.is_dir() or not any(checkpoint.load.iterdir()))
     if is_empty and checkpoint.exit_on_missing_checkpoint:
         raise ConfigError(f"--load: {checkpoint.load} is missing or empty, and --exit-on-missing-checkpoint is given")
@@ -108,6 +110,7 @@ def check_outputs(config: Config) -> None:
         ("--save", config.checkpoint.save),
         ("--save-hf", config.checkpoint.save_hf),
         ("--log-dir", config.logging.log_dir),
+        ("--tensorboard-dir", config.logging.tensorboard_dir if config.logging.use_tensorboard else None),
         ("--eval-output", config.evaluation.eval_output),
     ):
         if folder is not None:

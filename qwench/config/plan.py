@@ -318,11 +318,12 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
 
 def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
     """Yield what `--dry-run` prints of the plan, one fact a line."""
-    layout, devices, held = plan.layout, plan.devices, plan.rank_bytes
-    yield str(plan.batch)
-    yield f"world_size {config.cluster.world_size} = TP {layout.tp} x PP {layout.pp} x CP {layout.cp} x DP {plan.dp_size}"
-    yield f"micro-batches: {_micro_batches(plan)}"
-    yield f"rollouts: {config.rollout.num_rollout or f'those of {config.rollout.num_epoch} epochs'}{_ahead(config)}"
+    devices, held = plan.devices, plan.rank_bytes
+    if devices.trains or config.debug.debug_rollout_only:
+        yield from _rollout_lines(config, plan)
+    for one in plan.eval_sets:
+        answers = f"{one.n_samples_per_eval_prompt} responses" if one.n_samples_per_eval_prompt > 1 else "1 response"
+        yield f"evaluation set {one.name}: {one.path}, {answers} a prompt"
     if devices.trains and devices.generates:
         yield f"devices: {'shared by trainer and engines' if devices.shared else 'trainer and engines apart'}"
     if devices.generates:
@@ -357,6 +358,14 @@ def _adapters(config: Config, model: Architecture) -> str:
         f"LoRA: rank {lora.lora_rank}, added at {lora.scale:g}, {lora.lora_init} start, at {', '.join(lora.targets)}; "
         f"{trained:,} of {whole:,} parameters are trained ({trained / whole:.2%}), the others are frozen"
     )
+
+
+def _rollout_lines(config: Config, plan: RunPlan) -> Iterator[str]:
+    layout = plan.layout
+    yield str(plan.batch)
+    yield f"world_size {config.cluster.world_size} = TP {layout.tp} x PP {layout.pp} x CP {layout.cp} x DP {plan.dp_size}"
+    yield f"micro-batches: {_micro_batches(plan)}"
+    yield f"rollouts: {config.rollout.num_rollout or f'those of {config.rollout.num_epoch} epochs'}{_ahead(config)}"
 
 
 def _max_staleness(config: Config) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,6 +78,8 @@ def _parse_one(kind: Any, value: str) -> Any:
         raise ValueError("must be a path, got nothing; an empty variable of a shell script is a common cause")
     if kind is Path and any(len(part.encode(errors="replace")) > _MAX_NAME_BYTES for part in Path(value).parts):
         raise ValueError(f"must be a path of names of at most {_MAX_NAME_BYTES} bytes, got {_short(value)}")
+    if kind is Path and is_circular(value):
+        raise ValueError(f"must not lead in a circle of symbolic links, got {_short(value)}")
     try:
         parsed = kind(value)
     except ValueError:
@@ -87,6 +90,15 @@ def _parse_one(kind: Any, value: str) -> Any:
     if kind is int and not -(2**63) <= parsed < 2**63:
         raise ValueError(f"must be an integer of at most 64 bits, got {_short(value)}")
     return parsed
+
+
+def is_circular(path: str) -> bool:
+    """Tell whether a path leads in a circle of symbolic links."""
+    try:
+        Path(path).stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def is_finite(value: float) -> bool:

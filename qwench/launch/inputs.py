@@ -78,6 +78,7 @@ def read_inputs(config: Config, plan: RunPlan) -> Inputs:
         torch.set_num_threads(usable_cores())  # torch knows the affinity mask, but not a container's quota
     tokenizer = load_tokenizer(folder)
     check_vocabulary(folder, tokenizer, plan.model)
+    _check_stop_tokens(config, plan)
     return Inputs(
         config=config,
         plan=plan,
@@ -89,6 +90,14 @@ def read_inputs(config: Config, plan: RunPlan) -> Inputs:
         console=open_console() if rank == 0 else QuietConsole(),
         rank=rank,
     )
+
+
+def _check_stop_tokens(config: Config, plan: RunPlan) -> None:
+    named = {"--rollout-stop-token-ids": config.rollout.rollout_stop_token_ids}
+    named |= {f"stop_token_ids of evaluation set {one.name}": one.stop_token_ids for one in plan.eval_sets}
+    for name, ids in named.items():
+        if outside := [token_id for token_id in ids if not 0 <= token_id < plan.model.vocab_size]:
+            raise ConfigError(f"{name}: {outside[0]} is no token of the model, whose ids are 0 to {plan.model.vocab_size - 1}.")
 
 
 def _model_folder(config: Config) -> Path:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from qwench.config.config import Config
 from qwench.config.report import CONFIG_FILE
+from qwench.config.sections.logging import LoggingConfig
 from qwench.errors import ConfigError
 from qwench.files import LOCK, FolderLock, claim_folder, foreign_names
 from qwench.observability.dumps import run_of
@@ -55,6 +56,11 @@ def claim_outputs(config: Config, held: ExitStack, *, writes: bool = True) -> st
     ):
         if template is not None and writes:
             _lock_template(template, held, flag=flag)
+    folder = None if config.logging.tensorboard_dir is None else tensorboard_folder(config.logging, log_dir)
+    if folder is not None and not _is_one_of(folder, checkpoint.save, log_dir):
+        _claim_curves(folder, names, own=[*_outputs(config)], writes=writes)
+        if writes:
+            _lock(folder, held, flag="--tensorboard-dir")
     if log_dir is not None and not (checkpoint.save is not None and checkpoint.save.resolve() == log_dir.resolve()):
         if writes and (log_dir / _MARKER).is_file():  # a run may be at work here
             _lock(log_dir, held, flag="--log-dir")
@@ -77,6 +83,41 @@ def claim_outputs(config: Config, held: ExitStack, *, writes: bool = True) -> st
         if writes:
             _lock(log_dir, held, flag="--log-dir")
     return names[0]
+
+
+def tensorboard_folder(flags: LoggingConfig, log_dir: Path | None) -> Path | None:
+    """Return the folder of --use-tensorboard; None: it is not asked for.
+
+    Args:
+        log_dir: of the run: --log-dir or --save.
+    """
+    base = flags.tensorboard_dir or (None if log_dir is None else log_dir / "tensorboard")
+    if not flags.use_tensorboard or base is None:
+        return None
+    return base.joinpath(*(level for level in (flags.tb_project_name, flags.tb_experiment_name) if level is not None))
+
+
+def _claim_curves(folder: Path, names: Sequence[str], *, own: Sequence[Path], writes: bool) -> None:
+    """Make --tensorboard-dir this run's: curves of two runs in one folder are drawn as one."""
+    marker = folder / _MARKER
+    if marker.is_file() and not foreign_names(folder, own=[marker, folder / LOCK, *own]):  # the run ended before its metrics
+        if not writes:
+            return
+        marker.unlink()
+    claim_folder(
+        folder,
+        [{"run": name} for name in names],
+        marker=_MARKER,
+        flag="--tensorboard-dir",
+        held="the curves of another run",
+        writer="run",
+        own=[*own, folder / LOCK],
+        writes=writes,
+    )
+
+
+def _is_one_of(folder: Path, *others: Path | None) -> bool:
+    return any(other is not None and folder.resolve() == other.resolve() for other in others)
 
 
 def own_results(folder: Path, held: ExitStack) -> None:
@@ -120,6 +161,7 @@ def _outputs(config: Config) -> Iterator[Path]:
         config.checkpoint.save_hf,
         config.debug.save_debug_rollout_data,
         config.logging.log_dir,
+        config.logging.tensorboard_dir if config.logging.use_tensorboard else None,
     ):
         if path is not None:
             yield Path(path)

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import shlex
-from pathlib import Path
 
 import torch
 
@@ -14,6 +13,7 @@ from qwench.checkpoints.best import read_best
 from qwench.checkpoints.folders import hf_folder
 from qwench.checkpoints.formats.iterations import Iterations
 from qwench.launch.inputs import Inputs
+from qwench.launch.outputs import tensorboard_folder
 from qwench.observability.metrics import MetricGate, MetricLog, Sink
 from qwench.observability.run_report import NEXT, RunReport
 from qwench.observability.tracking import METRICS, JsonlSink, TensorBoardSink, WandbSink
@@ -49,8 +49,8 @@ def metric_log(inputs: Inputs, report: RunReport) -> MetricLog:
         sinks.append(report)
         if inputs.plan.log_dir is not None:
             sinks.append(JsonlSink(inputs.plan.log_dir / METRICS))
-        if flags.use_tensorboard:
-            sinks.append(TensorBoardSink(_tensorboard_folder(inputs)))
+        if (folder := tensorboard_folder(flags, inputs.plan.log_dir)) is not None:
+            sinks.append(TensorBoardSink(folder))
         if flags.use_wandb:
             sinks.append(
                 WandbSink(
@@ -73,14 +73,6 @@ def _metric_gate(inputs: Inputs) -> MetricGate | None:
     if key is None or threshold is None or not inputs.is_main:
         return None
     return MetricGate(key, threshold)
-
-
-def _tensorboard_folder(inputs: Inputs) -> Path:
-    flags, log_dir = inputs.config.logging, inputs.plan.log_dir
-    assert log_dir is not None or flags.tensorboard_dir is not None, "config.checks requires a folder for --use-tensorboard"
-    levels = (flags.tb_project_name, flags.tb_experiment_name)
-    base = flags.tensorboard_dir or Path(log_dir or "") / "tensorboard"
-    return base.joinpath(*(level for level in levels if level is not None))
 
 
 def _start_facts(inputs: Inputs, rows: str) -> dict[str, str]:

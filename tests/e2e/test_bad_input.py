@@ -107,6 +107,7 @@ def test_wrong_value_is_refused(
         ({"router_no_such_flag": 3}, "--router-no-such-flag"),
         ({"rollout_external_engine_addrs": "127.0.0.1:9", "deterministic_mode": None}, "127.0.0.1:9"),
         ({"use_wandb": (), "wandb_project": "p"}, "--use-wandb needs the package wandb"),
+        ({"rollout_stop_token_ids": ("7", "99999")}, "--rollout-stop-token-ids: 99999 is no token of the model"),
         ({"save": "OCCUPIED"}, "files that are not of a Qwench run"),
         ({"save_hf": "OCCUPIED"}, "--save-hf"),
         ({"load": "OCCUPIED"}, "has no checkpoint"),

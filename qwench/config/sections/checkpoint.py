@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwench.config.limits import check_not_negative, check_positive
+from qwench.config.limits import check_not_negative, check_path_template, check_positive
 from qwench.errors import ConfigError
 
 
@@ -51,6 +51,7 @@ class CheckpointConfig:
     """Do not save the optimizer state. Such a checkpoint cannot be resumed exactly."""
 
     def __post_init__(self) -> None:
+        check_path_template("--save-hf", self.save_hf)
         check_positive("--save-interval", self.save_interval)
         check_positive("--keep-checkpoints", self.keep_checkpoints)
         check_positive("--save-retain-interval", self.save_retain_interval)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwench.config.limits import check_fraction
+from qwench.config.limits import check_fraction, check_path_template
 from qwench.errors import ConfigError
 
 
@@ -35,6 +35,7 @@ class DebugConfig:
             ("--save-debug-rollout-data", self.save_debug_rollout_data),
             ("--load-debug-rollout-data", self.load_debug_rollout_data),
         ):
+            check_path_template(flag, template)
             if template is not None and "{rollout_id}" not in template:
                 raise ConfigError(
                     f"{flag} must contain {{rollout_id}}, got {template!r}; otherwise rollouts overwrite each other"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from qwench.config.limits import check_address, check_fraction, check_not_negative, check_positive
+from qwench.config.limits import check_address, check_fraction, check_not_negative, check_positive, check_seconds
 from qwench.config.owned_flags import ROUTER_OWN_FLAGS, SGLANG_OWN_FLAGS, refuse_owned
 
 
@@ -101,11 +101,14 @@ class EngineConfig:
             ("--embedded-kv-cache-tokens", self.embedded_kv_cache_tokens),
             ("--sglang-server-concurrency", self.sglang_server_concurrency),
             ("--update-weight-buffer-size", self.update_weight_buffer_size),
+        ):
+            check_positive(flag, value)
+        for flag, seconds in (
             ("--rollout-health-check-interval", self.rollout_health_check_interval),
             ("--rollout-health-check-timeout", self.rollout_health_check_timeout),
             ("--engine-start-timeout", self.engine_start_timeout),
         ):
-            check_positive(flag, value)
+            check_seconds(flag, seconds)
         check_not_negative("--rollout-health-check-first-wait", self.rollout_health_check_first_wait)
         check_fraction("--embedded-mem-fraction", self.embedded_mem_fraction)
         refuse_owned(self.sglang_args, SGLANG_OWN_FLAGS, prefix="sglang")

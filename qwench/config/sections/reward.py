@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwench.config.limits import check_import_path, check_positive
+from qwench.config.limits import check_import_path, check_positive, check_seconds
 from qwench.errors import ConfigError
 
 NO_TASK = "qwench.rewards.no_task.score"
@@ -47,7 +47,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         check_positive("--reward-num-workers", self.reward_num_workers)
-        check_positive("--reward-timeout-s", self.reward_timeout_s)
+        check_seconds("--reward-timeout-s", self.reward_timeout_s)
         check_positive("--overlong-buffer-len", self.overlong_buffer_len)
         check_positive("--overlong-penalty-factor", self.overlong_penalty_factor)
         if self.overlong_buffer_len is None and self.overlong_penalty_factor != 1.0:

@@ -61,8 +61,7 @@ class EmbeddedEngine:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Make an engine without weights; it can generate after `update_weights` or `adopt_weights`."""
-        self._architecture = architecture
-        self._settings = settings
+        self._architecture, self._settings = architecture, settings
         self._tokenizer = tokenizer
         self._admission = Admission(
             vocab_size=architecture.vocab_size, eos_ids=eos_ids, tokenizer=tokenizer, seed=settings.seed
@@ -137,6 +136,9 @@ class EmbeddedEngine:
     def max_request_tokens(self) -> int:
         """Return how long prompt and response together can be; takes the KV memory if it is not held yet."""
         return min(self._architecture.max_positions, self._ensure_scheduler().pool.capacity_tokens)
+
+    def __repr__(self) -> str:
+        return "the engine of this process"
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """See `Engine.generate`.

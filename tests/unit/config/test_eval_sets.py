@@ -109,3 +109,15 @@ def test_sets_are_listed_in_one_place_only(tmp_path):
     with pytest.raises(ConfigError, match="--eval-prompt-data and --eval-config both list evaluation sets"):
         EvalConfig(eval_config=tmp_path / "sets.yaml", eval_prompt_data=("a", "x.jsonl"))
     assert EvalConfig(eval_config=tmp_path / "sets.yaml", eval_interval=2).has_sets
+
+
+@pytest.mark.parametrize("name", ["", ".", "a b", "a/b", "a\nb", "a\n", "\U0001f600", "n" * 201], ids=repr)
+def test_a_name_that_could_not_name_a_file_is_refused(name):
+    with pytest.raises(ConfigError, match="an evaluation set's name is that of a file: at most 200 letters"):
+        plan_run(
+            Config(
+                rollout=RolloutConfig(rollout_batch_size=1),
+                evaluation=EvalConfig(eval_interval=1, eval_prompt_data=(name, "x.jsonl")),
+            ),
+            QWEN3_4B,
+        )

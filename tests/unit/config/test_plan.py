@@ -258,3 +258,13 @@ def test_the_plan_states_the_identities_with_their_numbers():
     assert "micro-batches: packed up to 100 tokens, as many on each of the 1 DP ranks" in plan_lines(
         packed, plan_run(packed, QWEN3_4B)
     )
+
+
+def test_the_plan_of_an_evaluation_states_its_sets_and_nothing_of_training():
+    rollout = RolloutConfig(rollout_batch_size=1, rollout_max_response_len=9)
+    evaluation = EvalConfig(eval_interval=1, eval_prompt_data=("easy", "e.jsonl"), n_samples_per_eval_prompt=4)
+    config = Config(rollout=rollout, evaluation=evaluation)
+    assert list(plan_lines(config, plan_run(config, QWEN3_4B, trains=False))) == [
+        "evaluation set easy: e.jsonl, 4 responses a prompt",
+        "engines: embedded (the default), 1, of 1 device each",
+    ]

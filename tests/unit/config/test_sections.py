@@ -19,11 +19,12 @@ from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.parallel import ParallelConfig
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
+from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.config.sections.verbs import ServerConfig
 from qwench.errors import ConfigError
 
-SECTIONS = (AlgorithmConfig, DebugConfig, EngineConfig, EvalConfig, OptimizerConfig, RewardConfig, RolloutConfig)
+SECTIONS = (AlgorithmConfig, DebugConfig, EngineConfig, EvalConfig, OptimizerConfig, RewardConfig, RolloutConfig, TimeoutConfig)
 PRICED = {"overlong_buffer_len": 8}
 SERVED = {"use_opd": True, "opd_type": "sglang"}
 LOADED = {"use_opd": True, "opd_type": "megatron", "opd_teacher_load": Path("teacher")}
@@ -182,6 +183,12 @@ REFUSED = [
     (ClusterConfig, {"rollout_num_gpus": -1}, "--rollout-num-gpus must not be negative"),
     (EngineConfig, {"rollout_external_engine_addrs": ("node1",)}, "--rollout-external-engine-addrs must be host:port"),
     (EngineConfig, {"engine_start_timeout": 0.0}, "--engine-start-timeout must be greater than 0"),
+    (EngineConfig, {"engine_start_timeout": 1e9}, "--engine-start-timeout must be at most 1e+08 seconds, got 1000000000.0"),
+    (RewardConfig, {"reward_timeout_s": 1e30}, "--reward-timeout-s must be at most 1e+08 seconds"),
+    (TimeoutConfig, {"rollout_timeout": 1e30}, "--rollout-timeout must be at most 1e+08 seconds"),
+    (TimeoutConfig, {"train_timeout": -1.0}, "--train-timeout must be greater than 0"),
+    (TimeoutConfig, {"distributed_timeout_minutes": 1e7}, "--distributed-timeout-minutes must be from 1 second to 3 years"),
+    (TimeoutConfig, {"distributed_timeout_minutes": 0.01}, "--distributed-timeout-minutes must be from 1 second to 3 years"),
     (EngineConfig, {"embedded_mem_fraction": 0.0}, "--embedded-mem-fraction must be greater than 0 and at most 1"),
     (CheckpointConfig, {"save_interval": 5}, "--save-interval (5) has no effect without a folder to save to; give --save"),
     (CheckpointConfig, {"ckpt_step": 5}, "--ckpt-step (5) picks a checkpoint of --load"),

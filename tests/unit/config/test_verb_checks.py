@@ -108,3 +108,22 @@ def test_serving_needs_a_checkpoint(files):
         parse_serve([])
     config = parse_serve(["--hf-checkpoint", str(files / "model"), "--port", "8000", "--sglang-page-size", "4"])
     assert (config.server.port, config.server.host, config.engine.embedded_page_size) == (8000, "127.0.0.1", 4)
+
+
+@pytest.mark.parametrize(
+    ("flag", "below"),
+    [("--save", ""), ("--log-dir", "/logs"), ("--load", ""), ("--save-hf", "/{rollout_id}"), ("--save-hf", ""),
+     ("--save-debug-rollout-data", "/{rollout_id}.jsonl")],
+)  # fmt: skip
+def test_a_circle_of_symbolic_links_is_refused(files, flag, below):
+    (files / "one").symlink_to(files / "two")
+    (files / "two").symlink_to(files / "one")
+    words = [*flat(words_of(files)), "--save", str(files / "run"), flag, f"{files}/one{below}"]
+    with pytest.raises(ConfigError, match=rf"^{flag} must not lead in a circle of symbolic links, got '.*one"):
+        parse_run("train", words)
+
+
+def test_a_file_is_no_run_to_load(files):
+    (files / "weights.pt").touch()
+    with pytest.raises(ConfigError, match=r"^--load: .*weights\.pt is a file; give the folder of a run or of a checkpoint"):
+        parse_run("train", [*flat(words_of(files)), "--load", str(files / "weights.pt")])

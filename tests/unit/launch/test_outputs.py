@@ -18,15 +18,48 @@ from qwench.observability.dumps import save_rollout
 from qwench.samples import Rollout
 
 
-def claim(*, save: Path | None = None, load: Path | None = None, log_dir: Path | None = None, dumps: str | None = None) -> str:
+def claim(
+    *,
+    save: Path | None = None,
+    load: Path | None = None,
+    dumps: str | None = None,
+    writes: bool = True,
+    **logs: Path | str | None,
+) -> str:
     return claim_outputs(
         Config(
             checkpoint=CheckpointConfig(save=save, load=load),
-            logging=LoggingConfig(log_dir=log_dir),
+            logging=LoggingConfig(use_tensorboard="tensorboard_dir" in logs, **logs),
             debug=DebugConfig(save_debug_rollout_data=dumps),
         ),
         ExitStack(),
+        writes=writes,
     )
+
+
+def test_curves_of_another_run_or_of_no_run_are_not_mixed_with(tmp_path):
+    curves = tmp_path / "curves"
+    claim(tensorboard_dir=curves)
+    claim(tensorboard_dir=curves, writes=False)  # nothing was written yet
+    (curves / "train").mkdir()
+    for writes in (True, False):
+        with pytest.raises(
+            ConfigError, match=r"^--tensorboard-dir .*curves holds the curves of another run; give another folder"
+        ):
+            claim(tensorboard_dir=curves, writes=writes)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").touch()
+    with pytest.raises(ConfigError, match=r"^--tensorboard-dir .*model holds files that no run wrote \(config.json\)"):
+        claim(tensorboard_dir=model)
+
+
+def test_curves_may_lie_beside_above_or_below_what_the_run_writes(tmp_path):
+    for save, log_dir, curves in (("a", "a/logs", "a"), ("b", "b", "b/curves"), ("c/run", "c/log", "c"), ("d", "e", "e")):
+        for _ in range(2):
+            claim(save=tmp_path / save, log_dir=tmp_path / log_dir, tensorboard_dir=tmp_path / curves)
+            (tmp_path / curves / "train").mkdir(exist_ok=True)
+            (tmp_path / log_dir / "metrics.jsonl").write_text('{"train/step": 0}\n')
 
 
 def test_the_logs_of_a_run_without_save_are_of_that_run_alone(tmp_path):
