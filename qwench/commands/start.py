@@ -15,7 +15,8 @@ from qwench.config.environment import trainer_environment
 from qwench.config.eval_sets import eval_settings
 from qwench.config.memory_fit import engine_weight_bytes
 from qwench.config.named_files import check_checkpoint
-from qwench.config.plan import RunPlan, plan_lines
+from qwench.config.plan import RunPlan
+from qwench.config.plan_lines import plan_lines
 from qwench.config.report import settings_by_section
 from qwench.data.rows import check_first_row
 from qwench.hub import data_files, find_reference, model_folder

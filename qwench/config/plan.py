@@ -8,8 +8,6 @@ world_size = tp_size x pp_size x cp_size x dp_size
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -28,7 +26,6 @@ from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture, refuse_output_biases
 from qwench.models.memory import (
     FLOAT32_BYTES,
-    FORWARD_AND_BACKWARD,
     RankBytes,
     SequenceCost,
     StateBytes,
@@ -36,7 +33,6 @@ from qwench.models.memory import (
     fsdp_bytes,
     megatron_bytes,
     num_adapter_parameters,
-    num_parameters,
 )
 
 BFLOAT16_BYTES = 2
@@ -316,91 +312,8 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
     return replace(held, host_reference=held.host_reference * frozen)
 
 
-def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
-    """Yield what `--dry-run` prints of the plan, one fact a line."""
-    devices, held = plan.devices, plan.rank_bytes
-    if devices.trains or config.debug.debug_rollout_only:
-        yield from _rollout_lines(config, plan)
-    for one in plan.eval_sets:
-        answers = f"{one.n_samples_per_eval_prompt} responses" if one.n_samples_per_eval_prompt > 1 else "1 response"
-        yield f"evaluation set {one.name}: {one.path}, {answers} a prompt"
-    if devices.trains and devices.generates:
-        yield f"devices: {'shared by trainer and engines' if devices.shared else 'trainer and engines apart'}"
-    if devices.generates:
-        yield f"engines: {config.engine.kind} ({config.engine.engine_reason or 'the default'}), {_engines(devices)}"
-    if devices.trains:
-        yield f"reference model: {_reference(config, plan)}"
-        if config.lora.enabled:
-            yield _adapters(config, plan.model)
-        if plan.holds_teacher:
-            yield "teacher: frozen weights on the host, which score on the policy's ranks"
-        for name, url in config.distillation.teacher_urls(config.reward.rm_url).items():
-            yield f"teacher {name}: scores at {url} during the rollout"
-        if plan.holds_critic:
-            yield "critic: on the ranks of the policy, in turn with it; the one that rests takes as many bytes of the host"
-        yield (
-            f"each trainer rank, activations apart: {_gib(held.device)} GiB on the device ({_gib(held.weights)} weights, "
-            f"{_gib(held.gradients)} gradients, {_gib(held.optimizer)} optimizer), {_gib(held.host)} GiB on the host"
-        )
-        yield f"computation: {_giga(plan.cost.linear * FORWARD_AND_BACKWARD)} GFLOP a trained token, attention apart"
-
-
-def _reference(config: Config, plan: RunPlan) -> str:
-    if not plan.holds_reference:
-        return "not needed"
-    return "the policy without its adapters, no copy" if config.lora.enabled else "held"
-
-
-def _adapters(config: Config, model: Architecture) -> str:
-    lora, whole = config.lora, num_parameters(model)
-    trained = num_adapter_parameters(model, lora.targets, lora.lora_rank)
-    return (
-        f"LoRA: rank {lora.lora_rank}, added at {lora.scale:g}, {lora.lora_init} start, at {', '.join(lora.targets)}; "
-        f"{trained:,} of {whole:,} parameters are trained ({trained / whole:.2%}), the others are frozen"
-    )
-
-
-def _rollout_lines(config: Config, plan: RunPlan) -> Iterator[str]:
-    layout = plan.layout
-    yield str(plan.batch)
-    yield f"world_size {config.cluster.world_size} = TP {layout.tp} x PP {layout.pp} x CP {layout.cp} x DP {plan.dp_size}"
-    yield f"micro-batches: {_micro_batches(plan)}"
-    yield f"rollouts: {config.rollout.num_rollout or f'those of {config.rollout.num_epoch} epochs'}{_ahead(config)}"
-
-
 def _max_staleness(config: Config) -> int:
     asked = config.asynchronous.max_weight_staleness
     if not config.asynchronous.fully_async:
         return config.rollout.rollouts_ahead
     return 1 if asked is None else asked
-
-
-def _ahead(config: Config) -> str:
-    if config.asynchronous.fully_async:
-        return f", generated without a stop; trained tokens are at most {_max_staleness(config)} versions old"
-    return ", generated one ahead of training" if config.rollout.rollouts_ahead else ""
-
-
-def _engines(devices: DevicePlan) -> str:
-    if not devices.num_engines:
-        return "those of --rollout-external-engine-addrs"
-    kinds = Counter(devices.engine_sizes)
-    if len(kinds) == 1:
-        (size,) = kinds
-        return f"{devices.num_engines}, of {size} device{'s' * (size > 1)} each"
-    return ", ".join(f"{count} of {size} device{'s' * (size > 1)}" for size, count in kinds.items())
-
-
-def _micro_batches(plan: RunPlan) -> str:
-    if plan.micro_batch_tokens is not None:
-        return f"packed up to {plan.micro_batch_tokens} tokens, as many on each of the {plan.dp_size} DP ranks"
-    per_rank = -(-plan.batch.global_batch_size // (plan.micro_batch_size * plan.dp_size))
-    return f"{per_rank} of {plan.micro_batch_size} samples in each step on each of the {plan.dp_size} DP ranks"
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f}"
-
-
-def _giga(flops: float) -> str:
-    return f"{flops / 1e9:.3g}"

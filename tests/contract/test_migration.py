@@ -9,7 +9,8 @@ from qwench.commands.reference_program import DEFAULTS
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.config import Config
 from qwench.config.engine_choice import Machine, check_engine_is_installed, with_engine
-from qwench.config.plan import plan_lines, plan_run
+from qwench.config.plan import plan_run
+from qwench.config.plan_lines import plan_lines
 from qwench.errors import ConfigError
 from qwench.foreign.modules import MODULES
 from tests.contract.recipes import RUN_QWEN3_4B, RUN_QWEN3_4B_BASE_SFT, RUN_QWEN3_32B

@@ -4,7 +4,8 @@ from hypothesis import strategies as st
 
 from qwench.config.config import Config
 from qwench.config.layout import data_parallel_size
-from qwench.config.plan import RunPlan, plan_batch, plan_lines, plan_run, train_dtype
+from qwench.config.plan import RunPlan, plan_batch, plan_run, train_dtype
+from qwench.config.plan_lines import plan_lines
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.architecture import ArchitectureConfig
 from qwench.config.sections.asynchronous import AsyncConfig

@@ -75,6 +75,7 @@ def open_generation(engine, config, *, model_context_len=50, eval_sets=()):
             grader=grader,
             eval_grader=grader,
             functions=load_user_functions(inputs.config),
+            teachers=None,
             end_session=lambda: None,
         )
 
