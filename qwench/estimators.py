@@ -60,6 +60,7 @@ METHODS: Mapping[str, MethodFacts] = {
     "dppo_kl": MethodFacts(divides_by_std=True, clips_loss=False),
     "maxrl": MethodFacts(),
     "passk": MethodFacts(divides_by_std=True),
+    "gdpo": MethodFacts(divides_by_std=True),
     "ppo": MethodFacts(compares_groups=False, token_kl=True, discounts=True, critic=True, options=("lambd", "value_clip")),
     "sft": MethodFacts(policy_gradient=False, compares_groups=False),
 }

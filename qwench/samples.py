@@ -34,6 +34,8 @@ class Verdict:
     """The reward's word for the result: exact, within_tolerance, sympy_equal, wrong, no_think_marker, no_box, timeout ..."""
     extra: Mapping[str, Json] = field(default_factory=dict)
     """Further values of a reward that returns a record (dapo: acc, pred); `--reward-key` picks one as the score."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Score of each of several rewards, without their weights (`--rm-type a,b`); empty with one."""
 
     @property
     def graded(self) -> bool:

@@ -69,6 +69,18 @@ def standardize(rewards: Tensor, scores: Tensor) -> Tensor:
     return center(rewards, scores) / (scores.std(correction=1) + STD_EPS)
 
 
+def standardize_over_executions(rewards: Tensor, group_ids: Tensor, execution_ids: Tensor, graded: Tensor) -> Tensor:
+    """Shift and scale graded rewards to mean 0 and deviation 1 over the executions of a rollout; equal ones become 0.
+
+    Args:
+        rewards: [B] float32, and so the others as in `compare_in_groups`.
+    """
+    scores = rewards[_first_of_each_execution(rewards, group_ids, execution_ids, graded)].double()
+    if len(scores) < 2 or scores.min() == scores.max():
+        return torch.zeros_like(rewards)
+    return standardize(rewards.double(), scores).where(graded, 0.0).to(torch.float32)
+
+
 def spread(rewards: Tensor, loss_mask: Sequence[Tensor]) -> list[Tensor]:
     """Give every response token its sample's reward, as GRPO, GSPO and CISPO do.
 

@@ -33,6 +33,8 @@ class RolloutBatch:
     """[B] int64, equal for the samples of one prompt."""
     execution_ids: Tensor
     """[B] int64, equal for samples that one execution returned; losses are averaged over executions."""
+    reward_parts: Tensor | None = None
+    """[B, M] float32 of M rewards apart, without weights; 0 where not graded. None: not every sample has the same ones."""
     overlong_penalties: Tensor | None = None
     """[B] float32, 0 or less: what `rewards` lost for the length of the response. None: nothing."""
     rollout_log_probs: list[Tensor] | None = None
@@ -88,6 +90,7 @@ class RolloutBatch:
             tokens=[torch.tensor(sample.tokens, dtype=torch.int64) for sample in samples],
             loss_mask=[torch.tensor(sample.loss_mask, dtype=torch.bool) for sample in samples],
             rewards=torch.tensor([float(sample.reward or 0.0) for sample in samples], dtype=torch.float32),
+            reward_parts=_parts(samples),
             graded=torch.tensor([sample.graded for sample in samples], dtype=torch.bool),
             group_ids=torch.tensor([sample.group_id for sample in samples], dtype=torch.int64),
             execution_ids=torch.tensor([sample.execution_id for sample in samples], dtype=torch.int64),
@@ -199,6 +202,14 @@ def _staleness(samples: Sequence[Sample], version: int) -> list[Tensor] | None:
     ]
     masks = [torch.tensor(sample.loss_mask, dtype=torch.bool) for sample in samples]
     return columns if any(bool(column[mask].any()) for column, mask in zip(columns, masks, strict=True)) else None
+
+
+def _parts(samples: Sequence[Sample]) -> Tensor | None:
+    parts = [sample.verdict.parts if sample.graded and sample.verdict is not None else None for sample in samples]
+    names = next((list(one) for one in parts if one), [])
+    if not names or any(one is not None and list(one) != names for one in parts):
+        return None
+    return torch.tensor([[0.0 if one is None else one[name] for name in names] for one in parts], dtype=torch.float32)
 
 
 def _taught(columns: Sequence[Sequence[float]], samples: Sequence[Sample]) -> list[Tensor] | None:

@@ -83,6 +83,8 @@ class Method(ABC):
 
     by_name: ClassVar[dict[str, type[Method]]] = {}
     facts: ClassVar[MethodFacts]
+    reward_weights: tuple[float, ...] = ()
+    """Of several rewards that are compared apart. Empty: 1 each."""
 
     def __init_subclass__(cls, *, name: str | None = None) -> None:
         """Register under a name of `estimators.METHODS`; a base class has none."""

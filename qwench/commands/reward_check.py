@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from qwench.data.rows import Row as DataRow
 from qwench.data.rows import parse_json, read_label
 from qwench.errors import ConfigError, RewardError
 from qwench.observability.console import StandardOutput
+from qwench.rewards.judge import KEY_VARIABLE
 from qwench.rewards.pool import RewardPool
 from qwench.samples import Json, Prompt, Sample, Verdict
 
@@ -95,7 +97,7 @@ def check_file(
     Raises:
         ConfigError: the file or a line cannot be read or graded; names the file and the line.
     """
-    pool = RewardPool(config)
+    pool = RewardPool(config, judge_key=os.environ.get(KEY_VARIABLE))
     try:
         summary = asyncio.run(_grade(path, pool, response_key=response_key, label_key=label_key))
     finally:
@@ -118,7 +120,7 @@ def show_line(
     row = next((row for row in rows if row.line == number), None)
     if row is None:
         raise ConfigError(f"{path} has no response in line {number}.")
-    pool = RewardPool(config)
+    pool = RewardPool(config, judge_key=os.environ.get(KEY_VARIABLE))
     try:
         verdict = asyncio.run(_grade_row(path, row, pool))
     finally:

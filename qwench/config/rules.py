@@ -9,6 +9,7 @@ from pathlib import Path
 from qwench.config.config import Config
 from qwench.config.layout import data_parallel_size
 from qwench.config.plan import plan_batch
+from qwench.config.sections.reward import split_names
 from qwench.config.sections.rollout import SFT_ROLLOUT
 from qwench.config.sglang_flags import unknown_sglang_flag
 from qwench.errors import ConfigError
@@ -273,7 +274,9 @@ def a_teacher_has_advantages_to_change(config: Config) -> str | None:
         reward = config.reward
         if not config.distillation.teacher_urls(reward.rm_url):
             return "--opd-type sglang asks a teacher on a server; give its address by --rm-url or --opd-teacher-urls NAME=URL"
-        if config.distillation.teacher_flag == "--rm-url" and (reward.rm_type or "").endswith("remote_rm"):
+        if config.distillation.teacher_flag == "--rm-url" and any(
+            name.endswith("remote_rm") for name in split_names(reward.rm_type or "")
+        ):
             return (
                 "--rm-url is the address of --rm-type remote_rm and of the teacher of --opd-type sglang; give the teacher's by "
                 "--opd-teacher-urls default=URL"
@@ -328,6 +331,24 @@ def adapters_are_built_for(config: Config) -> str | None:
     return None
 
 
+def rewards_apart_are_several(config: Config) -> str | None:
+    """GDPO compares each of several rewards, and none of their sums."""
+    reward = config.reward
+    if config.algorithm.advantage_estimator != "gdpo" or config.algorithm.loss_type == "sft_loss":
+        return None
+    for flag, given in (
+        ("--custom-rm-path", reward.custom_rm_path),
+        ("--overlong-buffer-len", reward.overlong_buffer_len),
+        ("--reward-key", reward.reward_key),
+        ("--custom-reward-post-process-path", reward.custom_reward_post_process_path),
+    ):
+        if given is not None:
+            return f"{flag} changes a sum, and --advantage-estimator gdpo compares several rewards apart; leave one of them out"
+    if len(split_names(reward.rm_type or "")) < 2:
+        return f"--advantage-estimator gdpo compares several rewards apart; give them as --rm-type a,b, got {reward.rm_type}"
+    return None
+
+
 RULES: tuple[Callable[[Config], str | None], ...] = (
     dense_only,
     fsdp_is_data_parallel,
@@ -353,6 +374,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     a_teacher_has_advantages_to_change,
     long_responses_have_a_bound,
     adapters_are_built_for,
+    rewards_apart_are_several,
 )
 
 

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from qwench.config.config import Config
 from qwench.config.memory_fit import check_fit
 from qwench.config.plan import RunPlan, plan_run, train_dtype
+from qwench.config.sections.reward import split_names
 from qwench.data.prompts import LoadedPrompts, load_prompts
 from qwench.data.sft import LoadedSft, load_sft
 from qwench.errors import ConfigError
@@ -241,7 +242,7 @@ def _check_room(inputs: Inputs, loaded: LoadedPrompts) -> None:
 def needs_labels(config: Config) -> bool:
     """Tell whether the reward compares with a label; a custom one decides for itself."""
     reward = config.reward
-    return reward.custom_rm_path is None and reward.rm_type is not None and needs_label(reward.rm_type)
+    return reward.custom_rm_path is None and any(needs_label(name) for name in split_names(reward.rm_type or ""))
 
 
 def _log_dropped(flag: str, loaded: LoadedPrompts, limit: int | None) -> None:

@@ -41,6 +41,7 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
         algorithm,
         opd_kl_coef=distillation.opd_kl_coef if distillation.use_opd else None,
         user_terms=load_user_terms(config, args),
+        reward_weights=() if config.reward.reward_weights is None else config.reward.weights_of(()),
     )
     policy = build_trainer(inputs, logits=method.user_terms.takes_logits)
     teacher = _load_teacher(inputs, policy) if inputs.plan.holds_teacher else None

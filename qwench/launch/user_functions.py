@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from qwench.foreign.session import Session, close_session, current_session, open
 from qwench.foreign.targets import TargetFunctions, load_targets
 from qwench.launch.inputs import Inputs
 from qwench.plugins import Function, check_signature, guarded, load_function
+from qwench.rewards.judge import KEY_VARIABLE
 from qwench.rewards.pool import RewardPool, check_reward
 from qwench.rollout.agent_sessions import AgentRunner, load_agent
 from qwench.rollout.buffer import GroupSource
@@ -60,7 +62,7 @@ class UserFunctions:
         """Return the graders, with this --reward-key."""
         section = replace(inputs.config.reward, reward_key=reward_key)
         custom = None if self.reward is None else self.reward.with_key(reward_key)
-        return RewardPool(section, custom=custom)
+        return RewardPool(section, custom=custom, judge_key=os.environ.get(KEY_VARIABLE))
 
 
 def load_user_functions(config: Config) -> UserFunctions:

@@ -6,11 +6,12 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
-from qwench.config.sections.reward import RewardConfig
+from qwench.config.sections.reward import RewardConfig, split_names
 from qwench.errors import ConfigError, RewardError
 from qwench.rewards import boxed, dapo, f1, gpqa, ifbench
 from qwench.rewards.boxed import last_box
 from qwench.rewards.expressions import Question
+from qwench.rewards.judge import JUDGE
 from qwench.rewards.remote import REMOTE
 from qwench.samples import Json, Prompt, Sample, Verdict
 
@@ -44,6 +45,8 @@ def find_grader(rm_type: str) -> Grader:
         return toss_coin
     if inner == REMOTE:
         return _refuse_remote
+    if rm_type == JUDGE:
+        return _refuse_judge
     if is_boxed(rm_type) and inner in _LOOKS_FOR_A_BOX:
         raise ConfigError(
             f"--rm-type {rm_type!r} looks for a box inside the box, so every score would be 0; use --rm-type {inner}."
@@ -55,7 +58,9 @@ def find_grader(rm_type: str) -> Grader:
         return _boxed_or_whole(rm_type, lambda response, sample: grade(response, _label(sample)))
     if rm_type == IFBENCH:
         return _follow
-    known = ", ".join([*TEXT_GRADERS, GPQA, IFBENCH, *(f"{BOX_PREFIX}{name}" for name in ("dapo", "f1", GPQA)), RANDOM, REMOTE])
+    known = ", ".join(
+        [*TEXT_GRADERS, GPQA, IFBENCH, *(f"{BOX_PREFIX}{name}" for name in ("dapo", "f1", GPQA)), RANDOM, REMOTE, JUDGE]
+    )
     raise ConfigError(f"--rm-type {rm_type!r} is unknown; known: {known}, or your own with --custom-rm-path.")
 
 
@@ -71,23 +76,25 @@ def is_remote(rm_type: str) -> bool:
 
 def needs_label(rm_type: str) -> bool:
     """Tell whether a `--rm-type` compares with a label, and with nothing else that a row may bring."""
-    return rm_type not in (RANDOM, GPQA, BOX_PREFIX + GPQA, IFBENCH) and not is_remote(rm_type)
+    return rm_type not in (RANDOM, GPQA, BOX_PREFIX + GPQA, IFBENCH, JUDGE) and not is_remote(rm_type)
 
 
-def rm_type_of(reward: RewardConfig, metadata: Mapping[str, Json]) -> str:
-    """Return the `--rm-type` of a row with this metadata; `metadata.rm_type` wins over the flag.
+def rm_types_of(reward: RewardConfig, metadata: Mapping[str, Json]) -> tuple[str, ...]:
+    """Return the `--rm-type` of a row with this metadata, or several; `metadata.rm_type` wins over the flag.
 
     Raises:
-        ConfigError: neither the row nor the run names one.
+        ConfigError: neither the row nor the run names one, or not as many as there are weights.
     """
-    chosen = _reward_name(reward, metadata)
+    chosen = _reward_names(reward, metadata)
     if not chosen:
         raise ConfigError("no reward is chosen: pass --rm-type or --custom-rm-path, or give every row a metadata.rm_type.")
+    if len(reward.weights_of(chosen)) != len(chosen):
+        raise ConfigError(f"{len(chosen)} rewards ({','.join(chosen)}) have other than one of --reward-weights each.")
     return chosen
 
 
-def _reward_name(reward: RewardConfig, metadata: Mapping[str, Json]) -> str:
-    return str(metadata.get("rm_type") or reward.rm_type or "").strip()
+def _reward_names(reward: RewardConfig, metadata: Mapping[str, Json]) -> tuple[str, ...]:
+    return split_names(str(metadata.get("rm_type") or reward.rm_type or ""))
 
 
 def check_prompts(reward: RewardConfig, prompts: Iterable[Prompt], *, may_come_graded: bool = False) -> None:
@@ -102,23 +109,30 @@ def check_prompts(reward: RewardConfig, prompts: Iterable[Prompt], *, may_come_g
     if reward.custom_rm_path is not None:
         return
     for row, prompt in enumerate(prompts):
-        if may_come_graded and not _reward_name(reward, prompt.metadata):
+        if may_come_graded and not _reward_names(reward, prompt.metadata):
             continue
-        place, rm_type = prompt.place or f"row {row} of the prompts", rm_type_of(reward, prompt.metadata)
-        try:
-            find_grader(rm_type)
-        except ConfigError as error:
-            if rm_type == reward.rm_type:
-                raise
-            raise ConfigError(f"{place} names its own reward: {error}") from error
-        if is_remote(rm_type) and reward.rm_url is None:
-            raise ConfigError(f"{place} is graded by {rm_type}; give the server's address by --rm-url.")
-        if needs_label(rm_type) and prompt.label is None:
-            raise ConfigError(f"{place} has no label, which --rm-type {rm_type} needs; pass --label-key.")
-        try:
-            check_label(rm_type, prompt)
-        except RewardError as error:
-            raise ConfigError(f"{place}: {error}") from error
+        place = prompt.place or f"row {row} of the prompts"
+        for rm_type in rm_types_of(reward, prompt.metadata):
+            _check_prompt(reward, rm_type, prompt, place)
+
+
+def _check_prompt(reward: RewardConfig, rm_type: str, prompt: Prompt, place: str) -> None:
+    try:
+        find_grader(rm_type)
+    except ConfigError as error:
+        if rm_type in split_names(reward.rm_type or ""):
+            raise
+        raise ConfigError(f"{place} names its own reward: {error}") from error
+    if is_remote(rm_type) and reward.rm_url is None:
+        raise ConfigError(f"{place} is graded by {rm_type}; give the server's address by --rm-url.")
+    if rm_type == JUDGE and reward.judge_url is None:
+        raise ConfigError(f"{place} is graded by {rm_type}; give the server's address by --judge-url.")
+    if needs_label(rm_type) and prompt.label is None:
+        raise ConfigError(f"{place} has no label, which --rm-type {rm_type} needs; pass --label-key.")
+    try:
+        check_label(rm_type, prompt)
+    except RewardError as error:
+        raise ConfigError(f"{place}: {error}") from error
 
 
 def check_label(rm_type: str, prompt: Prompt) -> None:
@@ -142,7 +156,7 @@ def check_installed(reward: RewardConfig, prompts: Iterable[Prompt]) -> None:
     Raises:
         ConfigError: the checkers of IFBench are missing.
     """
-    if reward.custom_rm_path is None and any(_reward_name(reward, prompt.metadata) == IFBENCH for prompt in prompts):
+    if reward.custom_rm_path is None and any(IFBENCH in _reward_names(reward, prompt.metadata) for prompt in prompts):
         ifbench.load_checkers()
 
 
@@ -153,6 +167,10 @@ def toss_coin(sample: Sample) -> Verdict:
 
 def _refuse_remote(sample: Sample) -> Verdict:
     raise RewardError(f"sample {sample.sample_id} is graded by {REMOTE}, and no --rm-url is given.")
+
+
+def _refuse_judge(sample: Sample) -> Verdict:
+    raise RewardError(f"sample {sample.sample_id} is graded by {JUDGE}, and no --judge-url is given.")
 
 
 def _boxed_or_whole(rm_type: str, grade: Callable[[str, Sample], Verdict | Question]) -> Grader:

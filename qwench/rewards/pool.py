@@ -17,14 +17,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from qwench.config.sections.reward import RewardConfig
+from qwench.config.sections.reward import RewardConfig, split_names
 from qwench.rewards.custom import CustomReward, load_reward
 from qwench.rewards.expressions import Question
-from qwench.rewards.graders import find_grader, is_boxed, is_remote, rm_type_of
+from qwench.rewards.graders import find_grader, is_boxed, is_remote, rm_types_of
 from qwench.rewards.in_process import InProcessReward
+from qwench.rewards.judge import JUDGE, Judge, read_template
 from qwench.rewards.messages import encode
 from qwench.rewards.remote import RemoteReward, check_reachable
 from qwench.rewards.scores import pick_score
+from qwench.rewards.several import combine
 from qwench.rewards.worker_process import WorkerDiedError, WorkerLateError, WorkerProcess
 from qwench.samples import Sample, Verdict
 from qwench.threads import usable_cores
@@ -47,11 +49,12 @@ class CustomGrader(Protocol):
 class RewardPool:
     """Turns samples into verdicts; owns its worker processes and ends them in `close`."""
 
-    def __init__(self, reward: RewardConfig, *, custom: CustomGrader | None = None) -> None:
+    def __init__(self, reward: RewardConfig, *, custom: CustomGrader | None = None, judge_key: str | None = None) -> None:
         """Start no worker yet.
 
         Args:
             custom: replaces the function of --custom-rm-path.
+            judge_key: of the server at --judge-url.
 
         Raises:
             ConfigError: see `check_reward`.
@@ -62,6 +65,7 @@ class RewardPool:
         self._reward, self._timeout_s = reward, reward.reward_timeout_s
         self._custom = custom or _custom_reward(reward, num_workers)
         self._remote = RemoteReward(reward.rm_url, key=reward.reward_key) if reward.rm_url else None
+        self._judge = Judge(reward, key=judge_key) if reward.judge_url else None
         self._workers = [WorkerProcess("qwench.rewards.algebra_worker", environment={}) for _ in range(num_workers)]
         self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
         for worker in self._workers:
@@ -77,13 +81,23 @@ class RewardPool:
         """
         if self._custom is not None:
             return pick_score(await self._custom.grade(sample), self._reward.reward_key)
-        rm_type = rm_type_of(self._reward, sample.metadata if "rm_type" in sample.metadata else sample.prompt.metadata)
+        names = rm_types_of(self._reward, sample.metadata if "rm_type" in sample.metadata else sample.prompt.metadata)
+        verdicts = await asyncio.gather(*(self._grade(sample, name) for name in names))
+        if len(names) == 1:
+            return pick_score(verdicts[0], self._reward.reward_key)
+        whole = combine(dict(zip(names, verdicts, strict=True)), self._reward.weights_of(names))
+        return pick_score(whole, self._reward.reward_key)
+
+    async def _grade(self, sample: Sample, rm_type: str) -> Verdict:
+        """Return the verdict of one built-in reward."""
         if self._remote is not None and is_remote(rm_type):
-            return pick_score(await self._remote.grade(sample, boxed=is_boxed(rm_type)), self._reward.reward_key)
+            return await self._remote.grade(sample, boxed=is_boxed(rm_type))
+        if self._judge is not None and rm_type == JUDGE:
+            return await self._judge.grade(sample)
         outcome = find_grader(rm_type)(sample)
         if isinstance(outcome, Question):
             outcome = await asyncio.get_running_loop().run_in_executor(self._threads, self._settle, outcome)
-        return pick_score(outcome, self._reward.reward_key)
+        return outcome
 
     async def grade_group(self, samples: Sequence[Sample]) -> list[Verdict]:
         """Return one verdict for each sample of a group; a custom function gets the whole group at once (`--group-rm`)."""
@@ -123,8 +137,11 @@ def check_reward(reward: RewardConfig) -> None:
     Raises:
         ConfigError: there is no such reward, the custom function cannot be loaded, or the reward server not be reached.
     """
-    if reward.rm_type is not None:
-        find_grader(reward.rm_type)
+    for rm_type in split_names(reward.rm_type or ""):
+        find_grader(rm_type)
+    if reward.judge_url is not None:
+        read_template(reward)
+        check_reachable(reward.judge_url, what="the judge", flag="--judge-url")
     if reward.custom_rm_path is not None:
         load_reward(reward.custom_rm_path)
     elif reward.rm_url is not None:

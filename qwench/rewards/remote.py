@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -19,7 +20,7 @@ import aiohttp
 from qwench.errors import ConfigError, RewardError
 from qwench.rewards.boxed import last_box
 from qwench.rewards.scores import Answer, read_answer
-from qwench.samples import Sample, Verdict
+from qwench.samples import Json, Sample, Verdict
 
 REMOTE = "remote_rm"
 ATTEMPTS = 10
@@ -38,7 +39,7 @@ class RemoteReward:
     def __init__(self, url: str, *, key: str | None) -> None:
         self._url = url
         self._key = key
-        self._places = asyncio.Semaphore(_REQUESTS_AT_ONCE)
+        self._server = JsonServer(url, flag="--rm-url")
 
     async def grade(self, sample: Sample, *, boxed: bool = False) -> Verdict:
         """Return the server's verdict on one sample.
@@ -51,8 +52,7 @@ class RemoteReward:
         """
         response = (last_box(sample.response) or "") if boxed else sample.response
         body = {"prompt": sample.prompt.text, "response": response, "label": sample.prompt.label}
-        async with self._places:
-            answer = await self._ask(body, what=f"sample {sample.sample_id}")
+        answer = await self._server.ask(body, what=f"sample {sample.sample_id}")
         verdict = read_answer(answer, key=self._key, source="remote")
         if verdict is None:
             raise RewardError(
@@ -61,21 +61,40 @@ class RemoteReward:
             )
         return verdict
 
-    async def _ask(self, body: dict[str, str | None], *, what: str) -> Answer:
+
+class JsonServer:
+    """A server that answers JSON; a bounded number of requests is under way."""
+
+    def __init__(self, url: str, *, flag: str, headers: Mapping[str, str] | None = None) -> None:
+        """Take an address; `flag` names it in messages."""
+        self._url, self._flag, self._headers = url, flag, dict(headers or {})
+        self._places = asyncio.Semaphore(_REQUESTS_AT_ONCE)
+
+    async def ask(self, body: Mapping[str, Json], *, what: str) -> Answer:
+        """Return the answer; a request that fails is sent again.
+
+        Raises:
+            RewardError: the server cannot be reached, or refused.
+        """
+        async with self._places:
+            return await self._ask(body, what=what)
+
+    async def _ask(self, body: Mapping[str, Json], *, what: str) -> Answer:
         for attempt in range(ATTEMPTS):
             try:
                 return await self._post(body)
             except (_Refused, aiohttp.ClientError, TimeoutError, ValueError) as cause:
                 if (isinstance(cause, _Refused) and cause.is_final) or attempt == ATTEMPTS - 1:
                     raise RewardError(
-                        f"--rm-url {self._url} did not grade {what}, asked {attempt + 1} times: {str(cause) or repr(cause)}"
+                        f"{self._flag} {self._url} did not grade {what}, asked {attempt + 1} times: {str(cause) or repr(cause)}"
                     ) from cause
                 await asyncio.sleep(pause_s(attempt))
         raise AssertionError("the last attempt returns or raises")
 
-    async def _post(self, body: dict[str, str | None]) -> Answer:
+    async def _post(self, body: Mapping[str, Json]) -> Answer:
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
-        async with aiohttp.ClientSession(timeout=timeout) as session, session.post(self._url, json=body) as response:
+        opened = aiohttp.ClientSession(timeout=timeout, headers=self._headers)
+        async with opened as session, session.post(self._url, json=body) as response:
             if response.status >= 400:
                 raise _Refused(response.status, (await response.text())[:_SHOWN_CHARS])
             return await response.json(content_type=None)

@@ -58,7 +58,26 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         "prefix_cache_hit_rate": cached_tokens / input_tokens if input_tokens else 0.0,
         "avg_cached_tokens_per_sample": cached_tokens / len(samples),
         "ungraded": _share(not sample.graded for sample in samples),
+        **_parts_of_rewards(samples),
+        **_cost_of_judge(samples),
         **{f"reward_reason/{reason}": count / len(samples) for reason, count in sorted(reasons.items())},
+    }
+
+
+def _parts_of_rewards(samples: Sequence[Sample]) -> dict[str, float]:
+    """Return the mean of each of several rewards over the samples that it graded."""
+    parts = [part for sample in samples if sample.verdict is not None for part in sample.verdict.parts.items()]
+    names = dict.fromkeys(name for name, _ in parts)
+    return {f"reward/{name}": fmean(score for other, score in parts if other == name) for name in names}
+
+
+def _cost_of_judge(samples: Sequence[Sample]) -> dict[str, float]:
+    """Return the tokens that the judge's server counted for these samples; nothing without a judge."""
+    records = [sample.verdict.extra for sample in samples if sample.verdict is not None]
+    return {
+        name.replace("judge_", "judge/"): float(sum(record.get(name, 0) for record in records))
+        for name in ("judge_prompt_tokens", "judge_completion_tokens")
+        if any(name in record for record in records)
     }
 
 

@@ -24,7 +24,10 @@ VARIANTS = {
         {"train/tis_normalized", "train/rs_fraction", "train/rs_veto_fraction", "train/tis_low_fraction"},
     ),
     "clip_cov": ({"advantage_estimator": "clip_cov", "clip_cov_ratio": 0.5, "clip_cov_lb": -1.0}, {"train/pg_clipfrac"}),
-    "dr_grpo": ({"advantage_estimator": "dr_grpo"}, {"train/pg_loss"}),
+    "dr_grpo": ({"advantage_estimator": "dr_grpo", "overlong_buffer_len": 8},
+                {"train/pg_loss", "rollout/overlong_penalty"}),
+    "gdpo": ({"advantage_estimator": "gdpo", "custom_rm_path": None, "rm_type": "f1,random", "reward_weights": "0.5,2"},
+             {"rollout/reward/f1", "rollout/reward/random"}),
     "reinforce": ({"advantage_estimator": "reinforce_plus_plus", "gamma": 0.99, **WHITENED}, {"rollout/ref_log_probs"}),
     "baseline": ({"advantage_estimator": "reinforce_plus_plus_baseline", **WHITENED}, {"rollout/ref_log_probs"}),
     "icepop": (
@@ -45,7 +48,7 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_algorithm_runs_and_reports_what_it_does(workspace: Workspace, tmp_path: Path, name: str) -> None:
     flags, reported = VARIANTS[name]
-    run_verb(workspace.train_argv(tmp_path, **DIGITS, **{"num_rollout": 2, **flags}))
+    run_verb(workspace.train_argv(tmp_path, **{**DIGITS, "num_rollout": 2, **flags}))
     names = set().union(*read_metrics(tmp_path))
     assert reported <= names
     assert len(column(tmp_path, "train/loss")) == 4

@@ -30,8 +30,8 @@ class AlgorithmConfig:
     """The method and its constants."""
 
     advantage_estimator: str = "grpo"
-    """RL method: grpo, gspo, cispo, rloo, dr_grpo, sapo, gmpo, gpg, clip_cov, kl_cov, dppo_tv, dppo_kl, maxrl, passk, ppo,
-    reinforce_plus_plus or reinforce_plus_plus_baseline. It computes advantages from rewards and chooses the policy loss."""
+    """RL method: grpo, gspo, cispo, rloo, dr_grpo, sapo, gmpo, gpg, clip_cov, kl_cov, dppo_tv, dppo_kl, maxrl, passk, gdpo,
+    ppo, reinforce_plus_plus or reinforce_plus_plus_baseline. It turns rewards into advantages and chooses the policy loss."""
     loss_type: LossType = "policy_loss"
     """policy_loss trains by RL; sft_loss trains on conversations (qwench sft sets it). custom_loss is
     --custom-loss-function-path."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
 
 from qwench.config.limits import check_import_path, check_positive, check_seconds
 from qwench.errors import ConfigError
@@ -16,8 +19,20 @@ class RewardConfig:
     """The reward function and its workers."""
 
     rm_type: str | None = None
-    """Built-in reward: deepscaler, math, dapo, f1, gpqa, ifbench, random or remote_rm. A row's metadata.rm_type wins over
-    it."""
+    """Built-in reward: deepscaler, math, dapo, f1, gpqa, ifbench, random, remote_rm or judge; several as a,b. A row's
+    metadata.rm_type wins over it."""
+    reward_weights: str | None = None
+    """Weight of each of several --rm-type, as 0.7,0.3. None: 1 each."""
+    judge_url: str | None = None
+    """Base URL of an OpenAI-compatible server for --rm-type judge, for example http://127.0.0.1:8000/v1. The environment
+    variable QWENCH_JUDGE_KEY holds its key."""
+    judge_model: str | None = None
+    """Name of the model that judges."""
+    judge_prompt_path: Path | None = None
+    """Template of the question, with {prompt}, {response} and {label}. The judge must end with "Score: NUMBER". None: the
+    built-in one, for scores from 0 to 1."""
+    judge_timeout_s: float = 300.0
+    """Seconds for the judge to answer, retries included. After that the verdict is timeout."""
     rm_url: str | None = None
     """URL of the reward server of --rm-type remote_rm, or of the teacher of --opd-type sglang."""
     reward_key: str | None = None
@@ -58,7 +73,50 @@ class RewardConfig:
             )
         check_import_path("--custom-rm-path", self.custom_rm_path)
         check_import_path("--custom-reward-post-process-path", self.custom_reward_post_process_path)
-        if self.rm_type is not None and self.rm_type.endswith("remote_rm") and self.rm_url is None:
+        names = split_names(self.rm_type or "")
+        if any(name.endswith("remote_rm") for name in names) and self.rm_url is None:
             raise ConfigError("--rm-type remote_rm needs the address of the reward server; give --rm-url")
         if self.rm_url is not None and not self.rm_url.startswith(("http://", "https://")):
             raise ConfigError(f"--rm-url must begin with http:// or https://, got {self.rm_url!r}")
+        if len(set(names)) != len(names):
+            raise ConfigError(f"--rm-type {self.rm_type} names a reward twice; name each once")
+        self._check_weights(names)
+        self._check_judge(names)
+
+    def _check_weights(self, names: tuple[str, ...]) -> None:
+        if self.reward_weights is None:
+            return
+        try:
+            weights = self.weights_of(names)
+        except ValueError:
+            raise ConfigError(f"--reward-weights must be numbers as 0.7,0.3, got {self.reward_weights!r}") from None
+        if not all(isfinite(weight) for weight in weights):
+            raise ConfigError(f"--reward-weights must be finite numbers, got {self.reward_weights!r}")
+        if len(weights) != len(names) or len(names) < 2:
+            raise ConfigError(
+                f"--reward-weights {self.reward_weights} has {len(weights)} weights for {len(names)} rewards of --rm-type "
+                f"{self.rm_type}; give one for each of several"
+            )
+
+    def _check_judge(self, names: tuple[str, ...]) -> None:
+        check_positive("--judge-timeout-s", self.judge_timeout_s)
+        if "judge" in names and (self.judge_url is None or self.judge_model is None):
+            raise ConfigError("--rm-type judge asks a language model; give --judge-url and --judge-model")
+        if self.judge_url is not None and not self.judge_url.startswith(("http://", "https://")):
+            raise ConfigError(f"--judge-url must begin with http:// or https://, got {self.judge_url!r}")
+        if self.judge_url is not None and self.judge_model is None:
+            raise ConfigError("--judge-url asks a model of that server; give its name by --judge-model")
+        for flag, given in (("--judge-model", self.judge_model), ("--judge-prompt-path", self.judge_prompt_path)):
+            if given is not None and self.judge_url is None:
+                raise ConfigError(f"{flag} has no effect without --judge-url; give it, or leave both out")
+
+    def weights_of(self, names: Sequence[str]) -> tuple[float, ...]:
+        """Return the weight of each of these rewards."""
+        if self.reward_weights is None:
+            return (1.0,) * len(names)
+        return tuple(float(word) for word in self.reward_weights.split(","))
+
+
+def split_names(rm_type: str) -> tuple[str, ...]:
+    """Return the rewards that a --rm-type names."""
+    return tuple(name.strip() for name in rm_type.split(",") if name.strip())

@@ -214,6 +214,10 @@ OPD = DistillationConfig(use_opd=True, opd_type="megatron", opd_teacher_load=Pat
 SERVED = DistillationConfig(use_opd=True, opd_type="sglang")
 
 
+def apart(**reward) -> dict[str, object]:
+    return {"reward": RewardConfig(**reward), "algorithm": AlgorithmConfig(advantage_estimator="gdpo")}
+
+
 def overlong(**rollout) -> dict[str, object]:
     return {"reward": RewardConfig(overlong_buffer_len=8), "rollout": RolloutConfig(**rollout)}
 
@@ -243,6 +247,9 @@ def test_adapters_are_refused_where_they_are_not_built(sections, flag):
     ({"critic": CriticConfig(critic_lr=1e-5)}, "--critic-lr (1e-05) has no effect with --advantage-estimator grpo"),
     ({"algorithm": AlgorithmConfig(advantage_estimator="ppo"), "references": OWN_ADVANTAGES}, "--custom-advantage-function-"),
     ({"distillation": OPD, "algorithm": AlgorithmConfig(loss_type="sft_loss")}, "--use-opd has no effect with --loss-type"),
+    (apart(rm_type="math"), "--advantage-estimator gdpo compares several rewards apart; give them as --rm-type a,b, got math"),
+    (apart(rm_type="math,f1", reward_key="math"), "--reward-key changes a sum, and --advantage-estimator gdpo"),
+    (apart(custom_rm_path="a.b"), "--custom-rm-path changes a sum, and --advantage-estimator gdpo"),
     (overlong(), "--overlong-buffer-len ends at --rollout-max-response-len, which is not given"),
     (overlong(rollout_max_response_len=7), "--overlong-buffer-len (8) is more than --rollout-max-response-len (7)"),
     (overlong() | {"algorithm": AlgorithmConfig(loss_type="sft_loss")}, "--overlong-buffer-len has no effect with --loss-type"),

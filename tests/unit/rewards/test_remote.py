@@ -154,7 +154,7 @@ def test_no_more_than_the_bound_of_requests_is_under_way(monkeypatch):
         running.pop()
         return 1.0
 
-    monkeypatch.setattr(reward, "_post", post)
+    monkeypatch.setattr(reward._server, "_post", post)
 
     async def grade_all():
         return await asyncio.gather(*(reward.grade(sample()) for _ in range(10)))

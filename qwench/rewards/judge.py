@@ -1,0 +1,118 @@
+"""`--rm-type judge`: a language model behind an OpenAI-compatible URL reads the response and says a score.
+
+    template with {prompt}, {response}, {label} -> POST --judge-url/chat/completions -> the last "Score: 0.5" of its answer
+
+Requests are sent again as those of remote_rm are, until --judge-timeout-s. A late or unreadable answer leaves the response
+ungraded, and is counted; a refusal (400 to 499) ends the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from math import isfinite
+
+from qwench.config.sections.reward import RewardConfig
+from qwench.errors import ConfigError, RewardError
+from qwench.files import read_small_text
+from qwench.rewards.remote import JsonServer
+from qwench.rewards.scores import Answer
+from qwench.samples import Sample, Verdict
+
+JUDGE = "judge"
+KEY_VARIABLE = "QWENCH_JUDGE_KEY"
+"""Environment variable of the key that the judge's server wants."""
+PROMPT_TOKENS, ANSWER_TOKENS = "judge_prompt_tokens", "judge_completion_tokens"
+"""Entries of a verdict's record: what its request cost."""
+_FIELDS = re.compile(r"\{(prompt|response|label)\}")
+_SCORE = re.compile(r"score[\s:=*_`]{0,8}(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+_SHOWN_CHARS = 200
+TEMPLATE = """\
+Judge the response to the task below. If a reference answer is given, the response must agree with it.
+
+Task:
+{prompt}
+
+Reference answer:
+{label}
+
+Response:
+{response}
+
+Say in a few words what is right and what is wrong. End with one line "Score: X", where X is a number from 0 (useless) to 1
+(perfect).
+"""
+
+
+class Judge:
+    """Asks one server; any number of samples at once, of which a bounded number is sent."""
+
+    def __init__(self, reward: RewardConfig, *, key: str | None) -> None:
+        """Read the template.
+
+        Raises:
+            ConfigError: see `read_template`, or the section names no server.
+        """
+        if reward.judge_url is None or reward.judge_model is None:
+            raise ConfigError("--rm-type judge asks a language model; give --judge-url and --judge-model")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        url = reward.judge_url.rstrip("/") + "/chat/completions"
+        self._server = JsonServer(url, flag="--judge-url", headers=headers)
+        self._template = read_template(reward)
+        self._model, self._timeout_s = reward.judge_model, reward.judge_timeout_s
+
+    async def grade(self, sample: Sample) -> Verdict:
+        """Return the model's verdict on one sample.
+
+        Raises:
+            RewardError: the server cannot be reached or refused.
+        """
+        question = fill_template(self._template, sample)
+        body = {"model": self._model, "messages": [{"role": "user", "content": question}], "temperature": 0}
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                answer = await self._server.ask(body, what=f"sample {sample.sample_id}")
+        except TimeoutError:
+            return Verdict(score=0.0, reason="timeout", extra={"error": f"no verdict within {self._timeout_s:g} s"})
+        return read_verdict(answer)
+
+
+def read_template(reward: RewardConfig) -> str:
+    """Return the text of --judge-prompt-path, or the built-in one.
+
+    Raises:
+        ConfigError: it cannot be read, or has no place for the response.
+    """
+    if reward.judge_prompt_path is None:
+        return TEMPLATE
+    try:
+        template = read_small_text(reward.judge_prompt_path)
+    except (OSError, UnicodeDecodeError) as cause:
+        raise ConfigError(f"--judge-prompt-path {reward.judge_prompt_path} cannot be read: {cause}") from cause
+    if "{response}" not in template:
+        raise ConfigError(f"--judge-prompt-path {reward.judge_prompt_path} has no {{response}}, so the judge would see none")
+    return template
+
+
+def fill_template(template: str, sample: Sample) -> str:
+    """Return the question about a sample. What a response holds is not filled in again."""
+    values = {"prompt": sample.prompt.text, "response": sample.response, "label": sample.prompt.label or "(none)"}
+    return _FIELDS.sub(lambda found: values[found[1]], template)
+
+
+def read_verdict(answer: Answer) -> Verdict:
+    """Return the last score that a chat completion says, with what it cost.
+
+    Raises:
+        RewardError: the server did not answer a chat completion.
+    """
+    try:
+        text, usage = str(answer["choices"][0]["message"]["content"] or ""), answer.get("usage") or {}
+        cost = {PROMPT_TOKENS: int(usage.get("prompt_tokens", 0)), ANSWER_TOKENS: int(usage.get("completion_tokens", 0))}
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as cause:
+        raise RewardError(f"--judge-url must answer a chat completion, got {str(answer)[:_SHOWN_CHARS]}.") from cause
+    scores = _SCORE.findall(text)
+    if not scores or not isfinite(float(scores[-1])):
+        error = f"the judge said no score: {text[-_SHOWN_CHARS:]!r}"
+        return Verdict(score=0.0, reason="grader_error", extra={"error": error, **cost})
+    return Verdict(score=float(scores[-1]), reason="judged", extra=cost)

@@ -1,0 +1,176 @@
+"""Several rewards of one response, and a language model as a judge."""
+
+import asyncio
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from qwench.config.sections.reward import RewardConfig
+from qwench.errors import ConfigError, RewardError
+from qwench.rewards import remote
+from qwench.rewards.graders import check_prompts
+from qwench.rewards.judge import fill_template, read_template, read_verdict
+from qwench.rewards.pool import RewardPool
+from qwench.rewards.several import combine
+from qwench.rollout.sample_metrics import sample_metrics
+from qwench.samples import Prompt, Sample, Verdict
+
+
+def sample(response: str, label: str | None = "7", **metadata: object) -> Sample:
+    made = Sample(prompt=Prompt(text="3+4", token_ids=(1,), label=label, metadata=metadata), sample_id=0, group_id=0)
+    made.response = response
+    return made
+
+
+def graded(reward: RewardConfig, *samples: Sample, key: str | None = None) -> list[Verdict]:
+    pool = RewardPool(reward, judge_key=key)
+
+    async def grade() -> list[Verdict]:
+        return list(await asyncio.gather(*(pool.grade(one) for one in samples)))
+
+    try:
+        return asyncio.run(grade())
+    finally:
+        pool.close()
+
+
+def test_the_sum_is_weighted_and_each_reward_is_kept_apart():
+    verdicts = {"math": Verdict(score=1.0, reason="exact"), "judge": Verdict(score=0.5, reason="judged", extra={"cost": 3})}
+    whole = combine(verdicts, (0.7, 0.3))
+    assert whole.score == pytest.approx(0.85)
+    assert (whole.reason, whole.parts) == ("exact+judged", {"math": 1.0, "judge": 0.5})
+    assert whole.extra == {"cost": 3, "math": 1.0, "judge": 0.5}
+
+
+def test_a_reward_that_could_not_judge_leaves_the_response_ungraded():
+    late = Verdict(score=0.0, reason="timeout", extra={"error": "late"})
+    whole = combine({"math": Verdict(score=1.0, reason="exact"), "judge": late}, (1.0, 1.0))
+    assert not whole.graded and whole.extra == {"error": "late", "reward": "judge"} and whole.parts == {}
+
+
+def test_the_pool_grades_by_every_reward_and_reward_key_picks_one():
+    response = sample("so \\boxed{7}")
+    reward = RewardConfig(rm_type="math,f1", reward_weights="2,-1")
+    [both] = graded(reward, response)
+    assert both.parts["math"] == 1.0 and 0 <= both.parts["f1"] < 1
+    assert both.score == pytest.approx(2 - both.parts["f1"])
+    [picked] = graded(RewardConfig(rm_type="math,f1", reward_key="math"), response)
+    assert picked.score == 1.0
+    response.verdict = both
+    assert sample_metrics([response])["reward/math"] == 1.0
+
+
+def test_rows_may_name_several_and_must_fit_the_weights():
+    prompt = sample("", rm_type="math,f1").prompt
+    check_prompts(RewardConfig(), [prompt])
+    with pytest.raises(ConfigError, match=r"1 rewards \(math\) have other than one of --reward-weights each"):
+        check_prompts(RewardConfig(rm_type="math,f1", reward_weights="1,2"), [sample("", rm_type="math").prompt])
+    with pytest.raises(ConfigError, match="names its own reward: --rm-type 'f2' is unknown"):
+        check_prompts(RewardConfig(), [sample("", rm_type="math,f2").prompt])
+
+
+class Model:
+    """An OpenAI-compatible server that answers as its table says, in order, and keeps what it was asked."""
+
+    def __init__(self, *answers: object) -> None:
+        self.asked: list[tuple[str, str | None, dict[str, object]]] = []
+        left, outer = list(answers), self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.asked.append((self.path, self.headers.get("Authorization"), body))
+                answer = left.pop(0) if len(left) > 1 else left[0]
+                raw = json.dumps(answer).encode()
+                self.send_response(answer if isinstance(answer, int) else 200)
+                self.send_header("Content-Length", str(len(raw)))
+                self.end_headers()
+                self.wfile.write(raw)
+
+            def log_message(self, *arguments: object) -> None:
+                """Say nothing."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def said(text: str) -> dict[str, object]:
+    usage = {"prompt_tokens": 11, "completion_tokens": 4}
+    return {"choices": [{"message": {"content": text}}], "usage": usage}
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [("fine. Score: 0.75", 0.75), ("Score: 1\nno, **Score:** 0", 0.0), ("score = 3", 3.0), ("Score: **-1**", -1.0)],
+)
+def test_the_last_score_that_the_judge_says_counts(text, score):
+    verdict = read_verdict(said(text))
+    assert (verdict.score, verdict.reason) == (score, "judged")
+
+
+def test_an_answer_without_a_score_is_ungraded_and_no_completion_ends_the_run():
+    assert not read_verdict(said("well done")).graded
+    with pytest.raises(RewardError, match=r"--judge-url must answer a chat completion, got .*oops"):
+        read_verdict({"oops": 1})
+
+
+def test_a_response_cannot_fill_in_the_template():
+    text = fill_template("{prompt}|{response}|{label}", sample("{label} {prompt}"))
+    assert text == "3+4|{label} {prompt}|7"
+
+
+def test_the_judge_is_asked_again_and_its_cost_is_counted(monkeypatch):
+    monkeypatch.setattr(remote, "pause_s", lambda attempt: 0.0)
+    model = Model(500, said("Score: 0.5"))
+    try:
+        reward = RewardConfig(rm_type="judge", judge_url=model.url, judge_model="big")
+        response = sample("seven", label=None)
+        [response.verdict] = graded(reward, response, key="k")
+    finally:
+        model.close()
+    assert response.verdict.score == 0.5
+    path, key, body = model.asked[-1]
+    assert (len(model.asked), path, key, body["model"]) == (2, "/v1/chat/completions", "Bearer k", "big")
+    assert "seven" in body["messages"][0]["content"] and "(none)" in body["messages"][0]["content"]
+    metrics = sample_metrics([response, response])
+    assert (metrics["judge/prompt_tokens"], metrics["judge/completion_tokens"]) == (22.0, 8.0)
+
+
+def test_a_judge_past_its_deadline_leaves_the_response_ungraded(monkeypatch):
+    monkeypatch.setattr(remote, "pause_s", lambda attempt: 30.0)
+    model = Model(500)
+    try:
+        reward = RewardConfig(rm_type="judge", judge_url=model.url, judge_model="big", judge_timeout_s=0.5)
+        [verdict] = graded(reward, sample("x"))
+    finally:
+        model.close()
+    assert (verdict.reason, verdict.graded) == ("timeout", False)
+
+
+def test_a_judge_that_refuses_ends_the_run():
+    model = Model(401)
+    try:
+        reward = RewardConfig(rm_type="judge", judge_url=model.url, judge_model="big")
+        with pytest.raises(RewardError, match=r"--judge-url .* did not grade sample 0, asked 1 times: status 401"):
+            graded(reward, sample("x"))
+    finally:
+        model.close()
+
+
+def test_a_template_without_the_response_is_refused(tmp_path: Path):
+    template = tmp_path / "template.txt"
+    template.write_text("judge {prompt}")
+    reward = RewardConfig(judge_url="http://a", judge_model="b", judge_prompt_path=template)
+    with pytest.raises(ConfigError, match=r"--judge-prompt-path .* has no \{response\}"):
+        read_template(reward)
+    template.unlink()
+    with pytest.raises(ConfigError, match=r"--judge-prompt-path .* cannot be read"):
+        read_template(reward)
