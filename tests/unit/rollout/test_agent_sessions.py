@@ -82,6 +82,25 @@ def test_a_conversation_that_branches_and_another_sampling_are_refused():
     assert made.metadata["why"].startswith("a session is linear")
 
 
+async def asks_without_messages(base_url, prompt, request_kwargs, metadata):
+    answers = [await ask(base_url, messages) for messages in (None, [], "2+3=")]
+    return {"refused": [(status, answer["error"]["message"]) for status, answer in answers]}
+
+
+def test_a_request_without_messages_is_refused_and_is_no_turn():
+    with pytest.raises(QwenchError, match="ended without a chat completion"):
+        play(asks_without_messages, ["a", "b", "c"])
+
+    async def asks_rightly_after(base_url, prompt, request_kwargs, metadata):
+        refused = await asks_without_messages(base_url, prompt, request_kwargs, metadata)
+        await ask(base_url, prompt)
+        return refused
+
+    made, engine = play(asks_rightly_after, ["a"])
+    assert made.metadata["refused"] == [(400, "a chat completion needs a list of messages")] * 3
+    assert len(engine.requests) == 1
+
+
 async def long_talk(base_url, prompt, request_kwargs, metadata):
     _, first = await ask(base_url, prompt)
     message = first["choices"][0]["message"]
@@ -93,6 +112,20 @@ def test_a_session_ends_at_its_bound():
     made, engine = play(long_talk, ["a", "b"], max_seq_len=24)
     assert made.metadata == {"finish": "length"}
     assert len(engine.requests) == 1 and engine.requests[0].sampling.max_new_tokens == 24 - len(made.prompt.token_ids)
+
+
+async def wants_short_turns(base_url, prompt, request_kwargs, metadata):
+    _, first = await ask(base_url, prompt, max_tokens=3, stop="x")
+    more = [*prompt, first["choices"][0]["message"], {"role": "user", "content": "more"}]
+    await ask(base_url, more, max_tokens=9, max_completion_tokens=2, stop=["y", "z"])
+    return {"usage": first["usage"]}
+
+
+def test_an_agent_may_bound_its_turns_and_name_stop_words():
+    made, engine = play(wants_short_turns, ["a", "b"])
+    assert [(one.sampling.max_new_tokens, one.sampling.stop) for one in engine.requests] == [(3, ("x",)), (2, ("y", "z"))]
+    num_prompt = len(made.prompt.token_ids)
+    assert made.metadata["usage"] == {"prompt_tokens": num_prompt, "total_tokens": num_prompt + 2}, "a and its end token"
 
 
 async def says_nothing(base_url, prompt, request_kwargs, metadata):

@@ -141,6 +141,15 @@ def test_other_architectures_are_refused(tmp_path: Path, weights: dict[str, Tens
         open_weights(write_torch_dist(tmp_path / "narrow", weights), deeper)
 
 
+def test_a_tied_head_in_torch_dist_must_equal_the_embedding(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    tied = replace(MODEL, tied_head=True)
+    same = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
+    source = open_weights(write_torch_dist(tmp_path / "same", same), tied)
+    assert set(source.specs) == set(weights) - {"lm_head.weight"}
+    with pytest.raises(ConfigError, match=r"config\.json ties lm_head to the embeddings, but the weights differ"):
+        open_weights(write_torch_dist(tmp_path / "other", weights), tied)
+
+
 def test_half_written_checkpoints_are_refused(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     hf = write_hf(tmp_path / "hf", weights)
     os.truncate(hf / "model.safetensors", (hf / "model.safetensors").stat().st_size - 10)
