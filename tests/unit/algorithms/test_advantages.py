@@ -177,7 +177,8 @@ MASKS = [torch.ones(1, dtype=torch.bool)] * 2
         lambda: gae(torch.zeros(2), TWO, MASKS, ONE_TOO_FEW, kl_coef=0.1, gamma=1.0, lambd=1.0),
         lambda: explained_variance(ONE_TOO_FEW, TWO, MASKS),
         lambda: explained_variance(TWO, ONE_TOO_FEW, MASKS),
-        lambda: follow_teacher(TWO, TWO, ONE_TOO_FEW, MASKS, coef=0.5),
+        lambda: follow_teacher(TWO, ONE_TOO_FEW, MASKS, coef=0.5),
+        lambda: sampled_reverse_kl(TWO, ONE_TOO_FEW),
         lambda: whiten(TWO, MASKS[:1]),
     ],
 )

@@ -78,6 +78,25 @@ def test_derived_mask_starts_behind_the_think_block_that_the_generation_prompt_o
     assert trained(found) == [f"I need the tool\n</think>\n\n{CALLED}", "done\n</think>\n\n3<|im_end|>"]
 
 
+def test_derived_mask_starts_behind_the_generation_prompt_of_a_conversation_that_the_policy_begins():
+    block = build_small_tokenizer()
+    block.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think></think>{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    found = segments(None, [assistant("a"), user("q"), assistant("b")], tokenizer=block)
+    assert trained(found) == ["<think></think>a<|im_end|>", "<think></think>b<|im_end|>"]
+
+
+def test_derived_mask_finds_a_generation_prompt_that_differs_from_its_second_letter_on():
+    short = build_small_tokenizer()
+    short.chat_template = (
+        "{% for m in messages %}{{ '>' if m.role == 'assistant' else '<' }}{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}><think>{% endif %}"
+    )
+    assert trained(segments(None, [user("q"), assistant("<think>x</think>a")], tokenizer=short)) == ["x</think>a"]
+
+
 def test_derived_mask_trains_a_turn_without_thinking_as_it_is():
     messages = [user("q"), assistant("<think>\none\n</think>\n\n<a>"), user("r"), assistant("<think>\ntwo\n</think>\n\nb")]
     assert trained(segments(None, messages, tokenizer=THINKING)) == ["<a><|im_end|>", "two\n</think>\n\nb<|im_end|>"]

@@ -54,6 +54,8 @@ def make_rollout(num_groups=2, group_size=4, *, seed=0, rollout_id=0, off_policy
 def make_learner(backend=None, *, global_batch_size=8, training=None, console=None, timer=None, **algorithm):
     hook = algorithm.pop("reward_post_process", None)
     user_terms = algorithm.pop("user_terms", UserTerms())
+    critic, num_critic_only = algorithm.pop("critic", None), algorithm.pop("num_critic_only", 0)
+    opd_kl_coef = algorithm.pop("opd_kl_coef", None)
     backend = backend or TableTrainer(TABLE)
     section = AlgorithmConfig(**algorithm)
     reference = Reference(backend) if section.needs_reference else None
@@ -62,10 +64,11 @@ def make_learner(backend=None, *, global_batch_size=8, training=None, console=No
         training=TrainingConfig(global_batch_size=global_batch_size, **(training or {})),
         algorithm=section,
     )
-    plan = replace(plan_run(config, QWEN3_4B), cost=SequenceCost(linear=1.0, quadratic=0.1))
+    plan = plan_run(config, QWEN3_4B)
+    plan = replace(plan, cost=SequenceCost(linear=1.0, quadratic=0.1), num_critic_only=num_critic_only)
     return Learner(
-        TrainingState(backend, reference, reference_moves=section.ref_update_interval is not None),
-        build_method(section, user_terms=user_terms),
+        TrainingState(backend, reference, reference_moves=section.ref_update_interval is not None, critic=critic),
+        build_method(section, user_terms=user_terms, opd_kl_coef=opd_kl_coef),
         plan=plan,
         temperature=TEMPERATURE,
         timer=timer or PhaseTimer(),

@@ -1,0 +1,45 @@
+"""Which model takes steps in which rollout where there is a critic, and which log-probs of a teacher must be there."""
+
+import pytest
+import torch
+
+from qwench.errors import TrainingError
+from qwench.training.critic import Critic
+from tests.fakes.trainer import TableTrainer
+from tests.unit.training.table_learning import TABLE, V, learn, make_rollout
+
+STEP = ["forward_backward", "optim_step"]
+
+
+def learn_with_critic(rollout, **flags):
+    policy, values = TableTrainer(TABLE), TableTrainer(torch.zeros(V, V), lr=0.1)
+    _, learned = learn(rollout, backend=policy, critic=Critic(values, policy), advantage_estimator="ppo", **flags)
+    return policy, values, learned.steps
+
+
+def test_the_critic_scores_and_takes_its_steps_before_the_policy():
+    policy, values, steps = learn_with_critic(make_rollout(), global_batch_size=4)
+    assert values.calls == ["sleep", "wake", "forward", "sleep", "wake", *STEP, *STEP, "sleep"]
+    assert policy.calls == ["forward", "sleep", "wake", "sleep", "wake", *STEP, *STEP]
+    for step in steps:
+        assert (step["train/lr-pg_0"], step["train/critic_lr"]) == (1.0, 0.1)
+        assert step["train/critic_grad_norm"] > 0 and step["train/value_loss"] > 0
+    assert len(steps) == 2
+
+
+@pytest.mark.parametrize(("rollout_id", "policy_learns"), [(0, False), (1, False), (2, True)])
+def test_at_first_the_critic_alone_takes_steps(rollout_id, policy_learns):
+    policy, values, (step,) = learn_with_critic(make_rollout(rollout_id=rollout_id), num_critic_only=2)
+    assert (values.calls.count("optim_step"), policy.calls.count("optim_step")) == (1, int(policy_learns))
+    assert torch.equal(policy.table.detach(), TABLE) is not policy_learns
+    assert ("train/loss" in step) is policy_learns and "train/critic_lr" in step
+
+
+def test_samples_without_the_log_probs_of_the_teachers_server_are_an_error_and_no_step_without_it():
+    rollout = make_rollout(rollout_id=4)
+    for sample in rollout.samples[1:]:
+        sample.teacher_log_probs = [-1.0] * sample.response_length
+    backend = TableTrainer(TABLE)
+    with pytest.raises(TrainingError, match="--opd-type sglang: not every sample of rollout 4 has the teacher's log-probs"):
+        learn(rollout, backend=backend, opd_kl_coef=1.0)
+    assert "optim_step" not in backend.calls and torch.equal(backend.table.detach(), TABLE)
