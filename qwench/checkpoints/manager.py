@@ -52,6 +52,10 @@ HfWriter = Callable[[Path, Iterator[WeightBucket]], None]
 """Writes a Hugging Face folder, whole or not at all: `models.hf.write_hf_checkpoint` with its source bound."""
 
 
+AfterSave = Callable[[int, Path, Path | None], object]
+"""(rollout, folder of its checkpoint, folder of its export or None)."""
+
+
 class CheckpointManager:
     """See the module docstring. Every rank of the learner holds one; only the main rank renames and deletes."""
 
@@ -68,6 +72,7 @@ class CheckpointManager:
         is_main: bool = True,
         best: Criterion | None = None,
         barrier: Callable[[], None] = lambda: None,
+        after_save: AfterSave | None = None,
     ) -> None:
         """Check the folders of --save and --load, and mark --save as this run's.
 
@@ -76,7 +81,7 @@ class CheckpointManager:
             flags: The run's flags by name, kept with each checkpoint; a resumed run says which have changed.
             steps_per_rollout: Optimizer steps of a rollout in this run.
             best: By what --keep-best compares checkpoints. None: none is kept for being the best.
-            barrier: Waits for all ranks of the learner.
+            barrier: Waits for all ranks of the learner. after_save: The user's function, called by the main rank.
 
         Raises:
             ConfigError: see `folders`.
@@ -88,7 +93,7 @@ class CheckpointManager:
         self._write_hf = write_hf
         self._timer = timer or PhaseTimer()
         self._is_main = is_main
-        self._barrier = barrier
+        self._barrier, self._after_save = barrier, after_save
         self._iterations = Iterations(config.save) if config.save is not None else None
         self._failed_exports: list[str] = []
         self._criterion = best
@@ -171,6 +176,10 @@ class CheckpointManager:
             self._next_rollout_id = next_rollout_id
             if with_export:
                 self._export(next_rollout_id - 1, learner)
+            if self._after_save is not None and self._is_main:
+                template = self._config.save_hf if with_export else None
+                exported = None if template is None else hf_folder(template, next_rollout_id - 1)
+                self._after_save(next_rollout_id - 1, self._iterations.folder(next_rollout_id), exported)
 
     def save_stopped(self, next_rollout_id: int, learner: SavesTraining, rollouts: SavesRollouts) -> str:
         """Write a checkpoint of a run that a signal ends, and return a sentence about it.

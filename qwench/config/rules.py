@@ -349,6 +349,44 @@ def rewards_apart_are_several(config: Config) -> str | None:
     return None
 
 
+def recorded_rollouts_have_files(config: Config) -> str | None:
+    """Several rollouts in one file would overwrite each other."""
+    debug = config.debug
+    for flag, template in (
+        ("--save-debug-rollout-data", debug.save_debug_rollout_data),
+        ("--load-debug-rollout-data", debug.load_debug_rollout_data),
+    ):
+        if template is not None and "{rollout_id}" not in template and config.rollout.num_rollout != 1:
+            return f"{flag} must contain {{rollout_id}}, got {template!r}; otherwise rollouts overwrite each other"
+    return None
+
+
+def hooks_have_megatron(config: Config) -> str | None:
+    """Hooks get Megatron's model and optimizer."""
+    if config.references.megatron_hooks and config.backend != "megatron":
+        return f"{config.references.megatron_hooks[0]} needs --train-backend megatron, got {config.backend}"
+    return None
+
+
+def old_log_probs_differ_from_the_steps(config: Config) -> str | None:
+    """Only in the first step of a rollout the policy is the old one."""
+    if not config.algorithm.skip_actor_forward_only:
+        return None
+    for flag, is_given in (
+        ("--use-opd", config.distillation.use_opd),
+        ("--true-on-policy-mode", config.training.true_on_policy_mode),
+        ("--rollout-data-postprocess-path", config.references.rollout_data_postprocess_path is not None),
+    ):
+        if is_given:
+            return f"{flag} needs the old log-probs that --skip-actor-forward-only leaves out; give one of them"
+    if config.rollout.rollout_batch_size is None:
+        return None
+    num_steps = plan_batch(config.rollout, config.training).num_steps_per_rollout
+    if num_steps > 1:
+        return f"--skip-actor-forward-only needs one step for each rollout, but there are {num_steps}; leave it out"
+    return None
+
+
 RULES: tuple[Callable[[Config], str | None], ...] = (
     dense_only,
     fsdp_is_data_parallel,
@@ -372,6 +410,9 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     asynchronous_rollouts_never_end,
     a_critic_has_its_method,
     a_teacher_has_advantages_to_change,
+    recorded_rollouts_have_files,
+    hooks_have_megatron,
+    old_log_probs_differ_from_the_steps,
     long_responses_have_a_bound,
     adapters_are_built_for,
     rewards_apart_are_several,

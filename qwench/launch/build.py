@@ -31,7 +31,8 @@ from qwench.errors import CheckpointError, ConfigError
 from qwench.files import write_atomically
 from qwench.foreign.args import make_args
 from qwench.foreign.data_source import ForeignSource
-from qwench.launch.inputs import Inputs, read_conversations, read_eval_prompts, read_inputs, read_training_prompts
+from qwench.foreign.hooks import after_save, load_hooks
+from qwench.launch.inputs import Inputs, graded_by, read_conversations, read_eval_prompts, read_inputs, read_training_prompts
 from qwench.launch.outputs import claim_outputs
 from qwench.launch.placement import make_servers, open_processes, start_learner, take_turns
 from qwench.launch.readiness import check_ready
@@ -170,6 +171,7 @@ def _read_prompts(inputs: Inputs) -> tuple[LoadedPrompts, dict[str, Sequence[Pro
     load_post_process(config, Namespace)
     load_target_functions(config, Namespace)
     load_user_terms(config, Namespace)
+    load_hooks(config.references)
     load_user_functions(config)
     if config.data.brings_prompts:
         loaded = LoadedPrompts(prompts=[], num_dropped=0)
@@ -178,7 +180,7 @@ def _read_prompts(inputs: Inputs) -> tuple[LoadedPrompts, dict[str, Sequence[Pro
     eval_prompts = {name: prompts.prompts for name, prompts in read_eval_prompts(inputs).items()}
     for prompts in (loaded.prompts, *eval_prompts.values()):
         check_teachers(config.distillation, config.reward.rm_url, prompts)
-        check_prompts(config.reward, prompts, may_come_graded=config.rollout.custom_generate_function_path is not None)
+        check_prompts(graded_by(config), prompts, may_come_graded=config.rollout.custom_generate_function_path is not None)
     return loaded, eval_prompts
 
 
@@ -295,6 +297,7 @@ def _open_outputs(inputs: Inputs, timer: PhaseTimer, *, writes: bool = True) -> 
         steps_per_rollout=inputs.plan.batch.num_steps_per_rollout,
         best=_best(inputs),
         barrier=barrier,
+        after_save=after_save(inputs.config.references, partial(make_args, inputs.config, inputs.plan, host="", port=0)),
     )
     held = ExitStack()
     run_name = claim_outputs(inputs.config, held, writes=writes) if inputs.is_main else ""

@@ -13,14 +13,14 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from qwench.config.config import Config
 from qwench.config.memory_fit import check_fit
 from qwench.config.plan import RunPlan, plan_run, train_dtype
-from qwench.config.sections.reward import split_names
+from qwench.config.sections.reward import RewardConfig, split_names
 from qwench.data.prompts import LoadedPrompts, load_prompts
 from qwench.data.sft import LoadedSft, load_sft
 from qwench.errors import ConfigError
 from qwench.models.hf import architecture_of, check_vocabulary, load_hf_config, load_tokenizer
 from qwench.models.hf_weights import is_fp8_checkpoint
 from qwench.observability.console import Console, QuietConsole, open_console
-from qwench.rewards.graders import needs_label
+from qwench.rewards.graders import ZERO, needs_label
 from qwench.threads import usable_cores
 
 _logger = logging.getLogger(__name__)
@@ -136,6 +136,8 @@ def read_training_prompts(inputs: Inputs) -> LoadedPrompts:
         as_given=_reads_prompts_itself(config),
     )
     _log_dropped("--prompt-data", loaded, limit)
+    if graded_by(config) is not config.reward:
+        _logger.warning("no --label-key: every reward is 0, and the policy learns from the teacher of --use-opd alone")
     _check_room(inputs, loaded)
     return loaded
 
@@ -239,8 +241,18 @@ def _check_room(inputs: Inputs, loaded: LoadedPrompts) -> None:
         )
 
 
+def graded_by(config: Config) -> RewardConfig:
+    """Return the rewards of the run: where a teacher teaches and no label is named, every response has 0."""
+    teaches_alone = config.distillation.use_opd and config.data.label_key is None
+    return replace(config.reward, rm_type=ZERO) if teaches_alone and _compares_labels(config) else config.reward
+
+
 def needs_labels(config: Config) -> bool:
     """Tell whether the reward compares with a label; a custom one decides for itself."""
+    return _compares_labels(config) and graded_by(config) is config.reward
+
+
+def _compares_labels(config: Config) -> bool:
     reward = config.reward
     return reward.custom_rm_path is None and any(needs_label(name) for name in split_names(reward.rm_type or ""))
 

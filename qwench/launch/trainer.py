@@ -14,6 +14,7 @@ from qwench.checkpoints.folders import starting_weights, teacher_weights
 from qwench.checkpoints.formats.sources import find_checkpoint
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.foreign.args import make_args
+from qwench.foreign.hooks import start_hooks
 from qwench.launch.inputs import Inputs
 from qwench.launch.user_functions import load_post_process, load_target_functions, load_user_terms
 from qwench.observability.timing import PhaseTimer
@@ -47,6 +48,7 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
     teacher = _load_teacher(inputs, policy) if inputs.plan.holds_teacher else None
     reference = _reference(policy) if inputs.plan.holds_reference else None
     critic = _build_critic(inputs, policy) if inputs.plan.holds_critic else None
+    hooks = start_hooks(config.references, policy, args)
     moves = config.algorithm.ref_update_interval is not None
     return Learner(
         TrainingState(policy, reference, reference_moves=moves, critic=critic, teacher=teacher),
@@ -56,6 +58,7 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
         timer=timer,
         console=inputs.console,
         targets=load_target_functions(config, args),
+        hooks=hooks,
         equal_bits=config.training.true_on_policy_mode and not inputs.plan.replays and not inputs.plan.fine_tunes,
         reward_post_process=load_post_process(config, args),
         shaping=Shaping.of(config),

@@ -28,9 +28,15 @@ TEXT_GRADERS: dict[str, TextGrader] = {
     "f1": f1.grade,
 }
 RANDOM = "random"
+ZERO = "zero"
 GPQA = "gpqa"
 IFBENCH = "ifbench"
 _LOOKS_FOR_A_BOX = ("deepscaler", "math")
+
+
+def _give_nothing(_sample: Sample) -> Verdict:
+    """Give 0: the run learns from something else."""
+    return Verdict(score=0.0, reason="zero")
 
 
 @lru_cache  # rows name the same few
@@ -43,6 +49,8 @@ def find_grader(rm_type: str) -> Grader:
     inner = rm_type.removeprefix(BOX_PREFIX)
     if rm_type == RANDOM:
         return toss_coin
+    if rm_type == ZERO:
+        return _give_nothing
     if inner == REMOTE:
         return _refuse_remote
     if rm_type == JUDGE:
@@ -59,7 +67,7 @@ def find_grader(rm_type: str) -> Grader:
     if rm_type == IFBENCH:
         return _follow
     known = ", ".join(
-        [*TEXT_GRADERS, GPQA, IFBENCH, *(f"{BOX_PREFIX}{name}" for name in ("dapo", "f1", GPQA)), RANDOM, REMOTE, JUDGE]
+        [*TEXT_GRADERS, GPQA, IFBENCH, *(f"{BOX_PREFIX}{name}" for name in ("dapo", "f1", GPQA)), RANDOM, ZERO, REMOTE, JUDGE]
     )
     raise ConfigError(f"--rm-type {rm_type!r} is unknown; known: {known}, or your own with --custom-rm-path.")
 
@@ -76,7 +84,7 @@ def is_remote(rm_type: str) -> bool:
 
 def needs_label(rm_type: str) -> bool:
     """Tell whether a `--rm-type` compares with a label, and with nothing else that a row may bring."""
-    return rm_type not in (RANDOM, GPQA, BOX_PREFIX + GPQA, IFBENCH, JUDGE) and not is_remote(rm_type)
+    return rm_type not in (RANDOM, ZERO, GPQA, BOX_PREFIX + GPQA, IFBENCH, JUDGE) and not is_remote(rm_type)
 
 
 def rm_types_of(reward: RewardConfig, metadata: Mapping[str, Json]) -> tuple[str, ...]:

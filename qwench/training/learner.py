@@ -29,6 +29,7 @@ from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout, Sample
 from qwench.training.batch import unpack
 from qwench.training.flop_meter import FlopMeter
+from qwench.training.hooks import NO_HOOKS, Hooks
 from qwench.training.rollout_metrics import rollout_metrics
 from qwench.training.shaping import Shaping
 from qwench.training.state import TrainingState
@@ -83,13 +84,14 @@ class Learner:
         console: Console,
         reward_post_process: RewardPostProcess | None = None,
         targets: OwnTargets | None = None,
+        hooks: Hooks = NO_HOOKS,
         equal_bits: bool = False,
         shaping: Shaping | None = None,
     ) -> None:
         """Keep what every rollout needs.
 
         Args:
-            targets: the user's functions between scores and steps.
+            targets: the user's functions between scores and steps. hooks: and before passes and steps.
             equal_bits: the trainer's log-probs must be the engine's, bit by bit.
         """
         self.state = state
@@ -104,7 +106,7 @@ class Learner:
         self._meter = FlopMeter(timer, plan.cost, num_ranks=self.policy.parallel.num_ranks)
         self._console = console
         self._reward_post_process = reward_post_process
-        self._own_targets = targets
+        self._own_targets, self._hooks = targets, hooks
         self._equal_bits = equal_bits
         self._shaping = shaping or Shaping()
         self._num_critic_only = plan.num_critic_only
@@ -138,6 +140,7 @@ class Learner:
             measured = self._meter.phase("actor_train", batch.lengths, num_scored=num_scored, passes=passes)
             with measured if taught else nullcontext():
                 for k, step in enumerate(taught, 1):
+                    self._hooks.before_step(rollout.rollout_id, k - 1)
                     with self._packed(step, f"train {k}/{len(weighed)}") as (micro_batches, after_each):
                         sums = self.policy.forward_backward(
                             micro_batches,
@@ -186,7 +189,7 @@ class Learner:
 
     def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
         """Return [R] of each sample under the held weights; 0 where its loss mask is."""
-        scored = self._log_probs(self.policy, RolloutBatch.from_samples(samples), temperature=temperature)
+        scored = self._scores(self.policy, RolloutBatch.from_samples(samples), temperature=temperature)
         return [column.tolist() for column in scored]
 
     def _plan(self, rollout: Rollout) -> tuple[RolloutBatch, StepPlan]:
@@ -256,23 +259,23 @@ class Learner:
         if self.reference is not None:
             measured = self._meter.phase("ref_log_probs", batch.lengths, num_scored=num_scored, passes=FORWARD)
             with measured, self._console.phase("reference log-probs"):
-                scored = self._log_probs(self.reference, batch, temperature=self._temperature)
+                scored = self._log_probs(self.reference, batch, prefix="ref_")
             batch = batch.with_columns(ref_log_probs=scored)
         if self.teacher is not None:
             measured = self._meter.phase("teacher_log_probs", batch.lengths, num_scored=num_scored, passes=FORWARD)
             with measured, self._console.phase("teacher log-probs"):
-                scored = self._log_probs(self.teacher, batch, temperature=self._temperature)
+                scored = self._log_probs(self.teacher, batch, prefix="teacher_")
             batch = batch.with_columns(teacher_log_probs=scored)
         if needs.old_log_probs or self._equal_bits:
             measured = self._meter.phase("log_probs", batch.lengths, num_scored=num_scored, passes=FORWARD)
             with measured, self._console.phase("log-probs"):
-                scored = self._log_probs(self.policy, batch, temperature=self._temperature)
+                scored = self._log_probs(self.policy, batch)
             batch = batch.with_columns(old_log_probs=scored)
         if self._equal_bits:
             _check_equal_bits(batch, rollout_id)
         if self.critic is not None:
             with self._timer.phase("critic_values"), self.critic.turn() as critic, self._console.phase("values"):
-                batch = batch.with_columns(values=self._log_probs(critic, batch, temperature=self._temperature))
+                batch = batch.with_columns(values=self._scores(critic, batch, temperature=self._temperature))
         return batch
 
     def _with_targets(self, batch: RolloutBatch, rollout_id: int) -> RolloutBatch:
@@ -288,7 +291,11 @@ class Learner:
             batch = batch.with_columns(advantages=whiten(advantages, batch.loss_mask) if whitens else advantages)
         return own.process(batch, rollout_id)
 
-    def _log_probs(self, scorer: Scorer, batch: RolloutBatch, *, temperature: float) -> list[Tensor]:
+    def _log_probs(self, scorer: Scorer, batch: RolloutBatch, *, prefix: str = "") -> list[Tensor]:
+        self._hooks.before_log_probs(prefix)
+        return self._scores(scorer, batch, temperature=self._temperature)
+
+    def _scores(self, scorer: Scorer, batch: RolloutBatch, *, temperature: float) -> list[Tensor]:
         """Compute this rank's share, and return B x [R] float32 of all ranks."""
         micro_batches = self._scoring_batching.pack(batch)
         columns = [torch.zeros(len(mask)) for mask in batch.loss_mask]

@@ -251,3 +251,24 @@ class HardestFirst(RolloutDataSource):
 def marked_reward(args, sample, **kwargs):
     note(name="marked_reward", mark=sample.metadata["mark"] == len(sample.prompt))
     return digits(sample.response)
+
+
+def at_start(args):
+    note(name="at_start", layers=args.num_layers)
+
+
+def before_log_probs(args, model, store_prefix):
+    note(name="before_log_probs", prefix=store_prefix, chunks=len(model), names=len(list(model[0].named_parameters())))
+
+
+def before_step(args, rollout_id, step_id, model, optimizer, opt_param_scheduler):
+    note(name="before_step", at=[rollout_id, step_id], groups=len(optimizer.param_groups), chunks=len(model))
+
+
+def after_save(args, rollout_id, checkpoint_dir, hf_checkpoint_dir):
+    note(
+        name="after_save",
+        rollout_id=rollout_id,
+        whole=(Path(checkpoint_dir) / "meta.json").exists(),
+        exported=hf_checkpoint_dir,
+    )

@@ -200,6 +200,26 @@ def test_a_loss_of_logits_trains_as_the_built_in_one_with_both_backends(workspac
             assert len(expected) == 2 and column(tmp_path / name, metric) == pytest.approx(expected, rel=2e-3, abs=1e-5), metric
 
 
+def test_hooks_around_megatrons_model_are_called_on_every_rank(workspace, tmp_path):
+    named = {"init": "at_start", "before_log_prob_hook": "before_log_probs", "before_train_step_hook": "before_step"}
+    hooks = {f"custom_megatron_{name}_path": f"{MODULE}.{function}" for name, function in named.items()}
+    hooks["custom_megatron_post_save_hook_path"] = f"{MODULE}.after_save"
+    flags = {**DIGITS, "num_rollout": 1, "save_interval": 1, "use_kl_loss": (), **LAYOUTS["pipeline"], **hooks}
+    environ = {**cuda_stand_in.environment(os.environ), "CALLS": str(tmp_path / "calls.jsonl")}
+    argv = workspace.train_argv(tmp_path / "run", **flags)
+    ended = Forked(tmp_path / "run.log", run_verb_without_cuda, argv, environ=environ).end()
+    assert ended.returncode == 0, ended
+    calls: dict[str, list[dict]] = {}
+    for line in (tmp_path / "calls.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        calls.setdefault(record.pop("name"), []).append(record)
+    assert len(calls["at_start"]) == 2
+    assert Counter(record["prefix"] for record in calls["before_log_probs"]) == {"ref_": 2, "": 2}
+    assert all(record["chunks"] == 1 and record["names"] > 0 for record in calls["before_log_probs"])
+    assert sorted(record["at"] for record in calls["before_step"]) == [[0, 0], [0, 0], [0, 1], [0, 1]]
+    assert calls["after_save"] == [{"rollout_id": 0, "whole": True, "exported": None}]
+
+
 def test_a_dry_run_refuses_a_function_that_nobody_can_call(workspace, tmp_path, in_process):
     argv = workspace.train_argv(
         None, rm_type=None, save_interval=None, custom_generate_function_path=f"{MODULE}.reward", dry_run=()

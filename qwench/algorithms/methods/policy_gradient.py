@@ -61,9 +61,12 @@ class PolicyGradient(Method):
             return Needs(old_log_probs=not section.use_rollout_logprobs)
         compares_old = num_steps > 1 or section.kl_coef != 0 or self.always_scores_old or self.opd_kl_coef is not None
         return Needs(
-            old_log_probs=section.get_mismatch_metrics
-            or section.tis_batch_normalize
-            or (compares_old and not section.use_rollout_logprobs),
+            old_log_probs=not section.skip_actor_forward_only
+            and (
+                section.get_mismatch_metrics
+                or section.tis_batch_normalize
+                or (compares_old and not section.use_rollout_logprobs)
+            ),
             rollout_log_probs=[flag for flag, given in of_engine.items() if given],
             entropy=section.entropy_coef != 0 or section.observe_training_entropy,
         )

@@ -223,16 +223,11 @@ PLANNED: tuple[ForeignFlag, ...] = (
     *planned("resets of the learning-rate schedule", "use-checkpoint-opt-param-scheduler use-checkpoint-lr-scheduler"),
     *planned(
         "plug-ins of the trainer",
-        """
-        custom-convert-samples-to-train-data-path custom-update-weight-post-write-path
-        custom-megatron-init-path custom-megatron-before-log-prob-hook-path custom-megatron-before-train-step-hook-path
-        custom-megatron-post-save-hook-path
-        """,
+        "custom-convert-samples-to-train-data-path custom-update-weight-post-write-path",
     ),
     *planned("training a part of the parameters", "freeze-params-name-list only-train-params-name-list"),
     *planned("other lives of the optimizer's state", "reset-optimizer-states use-stateless-adam"),
     *planned("old log-probs of the weights that the engines used", "keep-old-actor"),
-    *planned("a step without old log-probs; --use-rollout-logprobs saves the pass, too", "skip-actor-forward-only"),
     *planned("entropy of every token in the batch; see --observe-training-entropy", "use-rollout-entropy"),
     *planned("partition by FLOPs alone; --balance-data balances counts and FLOPs", "balance-by-flops"),
     *planned("a run that ends before its schedule", "debug-exit-after-rollout"),

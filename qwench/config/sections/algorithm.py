@@ -120,6 +120,8 @@ class AlgorithmConfig:
     """--use-rs takes a whole sequence out of the loss that has a token with a smaller ratio. None: no such veto."""
     use_rollout_logprobs: bool = False
     """Use the engine's log-probs as the old policy's. Saves one forward pass of the trainer for each rollout."""
+    skip_actor_forward_only: bool = False
+    """Make no pass for the old log-probs: those of the step itself stand for them. Needs one step for each rollout."""
     get_mismatch_metrics: bool = False
     """Log the gap between engine and trainer log-probs, without a correction."""
     use_opsm: bool = False
@@ -211,6 +213,7 @@ class AlgorithmConfig:
             ("--use-tis", self.use_tis),
             ("--use-rs", self.use_rs),
             ("--use-opsm", self.use_opsm),
+            ("--skip-actor-forward-only", self.skip_actor_forward_only),
         ):
             if given:
                 raise ConfigError(f"{flag} has no effect with --loss-type custom_loss, which is the whole loss; leave it out")
@@ -298,6 +301,9 @@ class AlgorithmConfig:
         ):
             if value != default and not has_effect:
                 raise ConfigError(f"{flag} {value} has no effect without {needed}; add it")
+        for flag, given in (("--kl-coef", self.kl_coef != 0), ("--tis-batch-normalize", self.tis_batch_normalize)):
+            if given and self.skip_actor_forward_only:
+                raise ConfigError(f"{flag} needs the old log-probs that --skip-actor-forward-only leaves out; give one of them")
         if self.tis_batch_normalize and self.tis_level == "geometric":
             raise ConfigError("--tis-batch-normalize has no mean for --tis-level geometric; give token or sequence")
         for low_flag, high_flag, (low, high) in (

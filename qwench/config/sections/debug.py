@@ -36,7 +36,3 @@ class DebugConfig:
             ("--load-debug-rollout-data", self.load_debug_rollout_data),
         ):
             check_path_template(flag, template)
-            if template is not None and "{rollout_id}" not in template:
-                raise ConfigError(
-                    f"{flag} must contain {{rollout_id}}, got {template!r}; otherwise rollouts overwrite each other"
-                )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -21,9 +21,24 @@ class ReferencesConfig:
     """Function fn(args, rollout_data) that sets the advantages of a rollout, in slime's form. None: those of the method."""
     rollout_data_postprocess_path: str | None = None
     """Function that sees and changes the scored data of a rollout, in slime's form fn(args, rollout_id, rollout_data)."""
+    custom_megatron_init_path: str | None = None
+    """Function fn(args) that every rank of the Megatron backend calls at the end of its start."""
+    custom_megatron_before_log_prob_hook_path: str | None = None
+    """Function fn(args, model, store_prefix) that Megatron ranks call before a pass without gradient."""
+    custom_megatron_before_train_step_hook_path: str | None = None
+    """Function fn(args, rollout_id, step_id, model, optimizer, opt_param_scheduler) before an optimizer step of Megatron."""
+    custom_megatron_post_save_hook_path: str | None = None
+    """Function fn(args, rollout_id, checkpoint_dir, hf_checkpoint_dir) that is called once after each checkpoint."""
     unused_flags: tuple[str, ...] = ()
     """Names of given flags that have an effect in slime, miles or Megatron and none here."""
 
     def __post_init__(self) -> None:
-        check_import_path("--custom-advantage-function-path", self.custom_advantage_function_path)
-        check_import_path("--rollout-data-postprocess-path", self.rollout_data_postprocess_path)
+        for item in fields(self):
+            if item.name.endswith("_path") and item.name != "custom_config_path":
+                check_import_path(f"--{item.name.replace('_', '-')}", getattr(self, item.name))
+
+    @property
+    def megatron_hooks(self) -> tuple[str, ...]:
+        """Return the flags that name functions around Megatron's model."""
+        hooks = (item.name for item in fields(self) if item.name.startswith("custom_megatron_"))
+        return tuple(f"--{name.replace('_', '-')}" for name in hooks if getattr(self, name) is not None)

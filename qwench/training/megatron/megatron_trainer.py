@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from qwench.algorithms.columns import LossFunction, MicroBatch, TokenLoss
@@ -42,6 +43,7 @@ from qwench.training.megatron.platform import check_platform, check_transformer_
 from qwench.training.megatron.tensor_place import TensorPlace
 from qwench.training.megatron.weights import WholeWeights
 from qwench.training.offload import HostCopy
+from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.resuming import load_rng, open_saved_optimizer, save_rng
 from qwench.training.trainer import BackendTrainer, ParallelRank, Scores, Sums
 from qwench.wire.portions import WeightBucket, bucketed
@@ -131,6 +133,11 @@ class MegatronTrainer(BackendTrainer):
             optimizer=optimizer,
             total_steps=total_steps,
         )
+
+    @property
+    def parts(self) -> tuple[DistributedDataParallel, DistributedOptimizer, LrSchedule]:
+        """Return the wrapped model, megatron-core's optimizer and the schedule, for functions of the user."""
+        return self._ddp, self._optimizer.sharded, self._optimizer.schedule
 
     @torch.no_grad()
     def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:

@@ -50,7 +50,7 @@ class MasterOptimizer:
         """Shard the state of `model`'s weights; masters are copies of the weights as they are now."""
         self.num_steps = 0
         self._model = model
-        self._schedule = LrSchedule(section, total_steps=total_steps)
+        self.schedule = LrSchedule(section, total_steps=total_steps)
         self._clip_grad = section.clip_grad
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         groups = [
@@ -60,7 +60,7 @@ class MasterOptimizer:
         self._adam = HostAdam.from_section(groups, section)
         self._config = OptimizerConfig(
             optimizer="adam",
-            lr=self._schedule.peak,
+            lr=self.schedule.peak,
             bf16=weights[0].dtype == torch.bfloat16,
             params_dtype=weights[0].dtype,
             clip_grad=section.clip_grad,
@@ -69,7 +69,7 @@ class MasterOptimizer:
         # Masters are the inner optimizer's business. The flag that says so, use_precision_aware_optimizer, sets this field,
         # but only after it has found Transformer Engine.
         self._config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
-        self._sharded = DistributedOptimizer(
+        self.sharded = DistributedOptimizer(
             self._adam,
             self._config,
             grad_scaler=None,
@@ -82,36 +82,36 @@ class MasterOptimizer:
             distributed_optimizer_instance_id=0,
         )
         # megatron-core's own factory sets these two after the construction.
-        self._sharded.grad_stats_parallel_group = parallel_state.get_intra_distributed_optimizer_instance_group()
-        self._sharded.tp_group = model.tp_group
+        self.sharded.grad_stats_parallel_group = parallel_state.get_intra_distributed_optimizer_instance_group()
+        self.sharded.tp_group = model.tp_group
         self._adam.reset()
 
     def grad_norm(self) -> float:
         """Return the norm of the whole gradient, before clipping; collective over all ranks."""
-        self._sharded.prepare_grads()
-        return float(self._sharded.get_grad_norm())
+        self.sharded.prepare_grads()
+        return float(self.sharded.get_grad_norm())
 
     def step(self, grad_norm: float) -> list[float]:
         """Clip by `grad_norm`, update, drop the gradients, and return the learning rate of each parameter group."""
         if 0.0 < self._clip_grad < grad_norm:
             clip_grad_by_total_norm_fp32(
-                self._sharded.get_parameters(),
+                self.sharded.get_parameters(),
                 self._clip_grad,
                 grad_norm,
                 self._config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
-        learning_rate = self._schedule.at(self.num_steps)
-        for group in self._sharded.param_groups:
+        learning_rate = self.schedule.at(self.num_steps)
+        for group in self.sharded.param_groups:
             group["lr"] = learning_rate
-        self._sharded.step_with_ready_grads()
+        self.sharded.step_with_ready_grads()
         self.num_steps += 1
         self.drop_gradients()
-        return [learning_rate] * len(self._sharded.param_groups)
+        return [learning_rate] * len(self.sharded.param_groups)
 
     def drop_gradients(self) -> None:
         """Start the sums of the next step at zero."""
         self._model.zero_grad_buffer()
-        self._sharded.zero_grad()
+        self.sharded.zero_grad()
 
     def reset(self, num_steps: int = 0) -> None:
         """Start over as after `num_steps` steps: masters equal the weights, moments are zero until a checkpoint is read."""
@@ -121,9 +121,9 @@ class MasterOptimizer:
 
     def owned_shards(self) -> Iterator[OwnedShard]:
         """Yield this rank's shards, weight by weight."""
-        for weight, (group, position) in self._sharded.model_param_group_index_map.items():
+        for weight, (group, position) in self.sharded.model_param_group_index_map.items():
             shard = self._adam.param_groups[group]["params"][position]
-            range_ = self._sharded._get_model_param_range_map(weight)["param"]
+            range_ = self.sharded._get_model_param_range_map(weight)["param"]
             state = {name: self._adam.state[shard][name] for name in (MASTER, *MOMENTS)}
             yield OwnedShard(weight=weight, start=range_.start, stop=range_.end, state=state)
 
@@ -133,7 +133,7 @@ class MasterOptimizer:
 
     def group_constants(self) -> list[dict[str, object]]:
         """Return the constants of the parameter groups."""
-        return [{name: value for name, value in group.items() if name != "params"} for group in self._sharded.param_groups]
+        return [{name: value for name, value in group.items() if name != "params"} for group in self.sharded.param_groups]
 
 
 def _group(weights: Iterable[nn.Parameter], *, wd_mult: float, weight_decay: float) -> dict[str, object]:

@@ -28,7 +28,28 @@ EIGHT = ClusterConfig(actor_num_gpus_per_node=8)
 FSDP = TrainingConfig(train_backend="fsdp")
 MEGATRON = TrainingConfig(train_backend="megatron")
 
+ONE_STEP = RolloutConfig(rollout_batch_size=8, n_samples_per_prompt=4)
 REFUSED = [
+    ({"debug": DebugConfig(save_debug_rollout_data="a.jsonl")}, "--save-debug-rollout-data must contain {rollout_id}"),
+    (
+        {"references": ReferencesConfig(custom_megatron_init_path="a.b"), "training": FSDP},
+        "--custom-megatron-init-path needs --train-backend megatron",
+    ),
+    (
+        {
+            "algorithm": AlgorithmConfig(skip_actor_forward_only=True),
+            "rollout": ONE_STEP,
+            "training": TrainingConfig(global_batch_size=8),
+        },
+        "--skip-actor-forward-only needs one step for each rollout, but there are 4",
+    ),
+    (
+        {
+            "algorithm": AlgorithmConfig(skip_actor_forward_only=True),
+            "distillation": DistillationConfig(use_opd=True, opd_type="megatron", opd_teacher_load=Path("t")),
+        },
+        "--use-opd needs the old log-probs",
+    ),
     ({"parallel": ParallelConfig(expert_model_parallel_size=2)}, "--expert-model-parallel-size must be 1, got 2"),
     ({"parallel": ParallelConfig(expert_tensor_parallel_size=2)}, "--expert-tensor-parallel-size must be 1, got 2"),
     (

@@ -207,7 +207,6 @@ REFUSED = [
     (CheckpointConfig, {"ckpt_step": 5}, "--ckpt-step (5) picks a checkpoint of --load"),
     (LoggingConfig, {"use_wandb": True}, "--use-wandb needs a project"),
     (DebugConfig, {"debug_rollout_only": True, "debug_train_only": True}, "--debug-rollout-only leaves no trainer"),
-    (DebugConfig, {"save_debug_rollout_data": "a.jsonl"}, "--save-debug-rollout-data must contain {rollout_id}"),
     (ServerConfig, {"port": 0}, "--port must be greater than 0"),
 ]
 
@@ -347,6 +346,7 @@ INERT_IN_FINE_TUNING = {
     "custom_tis_function_path": "a.b",
     "custom_pg_loss_reducer_function_path": "a.b",
     "custom_loss_function_path": "a.b",
+    "skip_actor_forward_only": True,
 }
 
 

@@ -15,6 +15,7 @@ from qwench.config.sections.training import TrainingConfig
 from qwench.models.memory import SequenceCost
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Group, Prompt, Rollout, Sample, Status
+from qwench.training.hooks import NO_HOOKS
 from qwench.training.learner import Learner
 from qwench.training.state import Reference, TrainingState
 from tests.fakes.console import RecordingConsole
@@ -53,6 +54,7 @@ def make_rollout(num_groups=2, group_size=4, *, seed=0, rollout_id=0, off_policy
 
 def make_learner(backend=None, *, global_batch_size=8, training=None, console=None, timer=None, **algorithm):
     hook = algorithm.pop("reward_post_process", None)
+    hooks = algorithm.pop("hooks", NO_HOOKS)
     user_terms = algorithm.pop("user_terms", UserTerms())
     critic, num_critic_only = algorithm.pop("critic", None), algorithm.pop("num_critic_only", 0)
     opd_kl_coef = algorithm.pop("opd_kl_coef", None)
@@ -74,6 +76,7 @@ def make_learner(backend=None, *, global_batch_size=8, training=None, console=No
         timer=timer or PhaseTimer(),
         console=console or RecordingConsole(),
         reward_post_process=hook,
+        hooks=hooks,
     )
 
 

@@ -6,6 +6,7 @@ import torch
 from qwench.errors import RewardError, TrainingError
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Group, Prompt, Rollout, Sample, Status
+from qwench.training.hooks import Hooks
 from tests.fakes.trainer import TableTrainer
 from tests.unit.training.table_learning import TABLE, TEMPERATURE, learn, make_learner, make_rollout
 
@@ -30,12 +31,25 @@ def test_calls_with_reference_and_two_steps_come_in_order():
         (4, {"use_rollout_logprobs": True}, False),
         (4, {"use_rollout_logprobs": True, "get_mismatch_metrics": True}, True),
         (4, {"loss_type": "sft_loss"}, False),
+        (8, {"advantage_estimator": "gspo", "skip_actor_forward_only": True}, False),
+        (8, {"get_mismatch_metrics": True, "skip_actor_forward_only": True}, False),
     ],
 )
 def test_old_log_probs_are_computed_only_when_they_differ_from_the_updates_own(global_batch_size, flags, recomputed):
     backend, learned = learn(make_rollout(), global_batch_size=global_batch_size, **flags)
     assert ("forward" in backend.calls) == recomputed
     assert ("rollout/log_probs" in learned.metrics) == recomputed
+
+
+def test_hooks_come_before_each_pass_and_each_step():
+    backend = TableTrainer(TABLE)
+    hooks = Hooks(
+        before_log_probs=lambda prefix: backend.calls.append(f"hook {prefix}log_probs"),
+        before_step=lambda rollout_id, step_id: backend.calls.append(f"hook {rollout_id} {step_id}"),
+    )
+    learn(make_rollout(rollout_id=3), backend=backend, global_batch_size=4, use_kl_loss=True, hooks=hooks)
+    scored = ["hook ref_log_probs", "forward", "hook log_probs", "forward"]
+    assert backend.calls[1:] == [*scored, "hook 3 0", *STEP, "hook 3 1", *STEP]
 
 
 def test_passes_without_a_gradient_have_their_own_token_cap():
