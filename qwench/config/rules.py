@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 
 from qwench.config.config import Config
 from qwench.config.layout import data_parallel_size
+from qwench.config.method_rules import (
+    a_critic_has_its_method,
+    a_teacher_has_advantages_to_change,
+    old_log_probs_differ_from_the_steps,
+    rewards_apart_are_several,
+)
 from qwench.config.plan import plan_batch
-from qwench.config.sections.reward import split_names
 from qwench.config.sections.rollout import SFT_ROLLOUT
 from qwench.config.sglang_flags import unknown_sglang_flag
 from qwench.errors import ConfigError
@@ -246,46 +250,6 @@ def asynchronous_rollouts_never_end(config: Config) -> str | None:
     return None
 
 
-def a_critic_has_its_method(config: Config) -> str | None:
-    """Only PPO trains a critic, and computes the returns that it learns from."""
-    if config.algorithm.has_critic:
-        if config.references.custom_advantage_function_path is None:
-            return None
-        return (
-            "--custom-advantage-function-path replaces the returns that the critic of --advantage-estimator ppo learns from; "
-            "leave it out, or choose another estimator"
-        )
-    name = config.algorithm.advantage_estimator
-    for item in fields(config.critic):
-        value = getattr(config.critic, item.name)
-        if value != item.default:
-            flag = "--" + item.name.replace("_", "-")
-            return f"{flag} ({value}) has no effect with --advantage-estimator {name}, which has no critic; leave it out"
-    return None
-
-
-def a_teacher_has_advantages_to_change(config: Config) -> str | None:
-    """Distillation subtracts from the advantages of a method."""
-    if not config.distillation.use_opd:
-        return None
-    if config.algorithm.loss_type == "sft_loss":
-        return "--use-opd has no effect with --loss-type sft_loss, which has no advantages; leave it out"
-    if config.distillation.opd_type == "sglang":
-        reward = config.reward
-        if not config.distillation.teacher_urls(reward.rm_url):
-            return "--opd-type sglang asks a teacher on a server; give its address by --rm-url or --opd-teacher-urls NAME=URL"
-        if config.distillation.teacher_flag == "--rm-url" and any(
-            name.endswith("remote_rm") for name in split_names(reward.rm_type or "")
-        ):
-            return (
-                "--rm-url is the address of --rm-type remote_rm and of the teacher of --opd-type sglang; give the teacher's by "
-                "--opd-teacher-urls default=URL"
-            )
-    if config.references.custom_advantage_function_path is not None:
-        return "--use-opd and --custom-advantage-function-path both set the advantages; leave one of them out"
-    return None
-
-
 def long_responses_have_a_bound(config: Config) -> str | None:
     """The price of length begins before the longest response, and fine-tuning has no rewards."""
     reward, longest = config.reward, config.rollout.rollout_max_response_len
@@ -331,24 +295,6 @@ def adapters_are_built_for(config: Config) -> str | None:
     return None
 
 
-def rewards_apart_are_several(config: Config) -> str | None:
-    """GDPO compares each of several rewards, and none of their sums."""
-    reward = config.reward
-    if config.algorithm.advantage_estimator != "gdpo" or config.algorithm.loss_type == "sft_loss":
-        return None
-    for flag, given in (
-        ("--custom-rm-path", reward.custom_rm_path),
-        ("--overlong-buffer-len", reward.overlong_buffer_len),
-        ("--reward-key", reward.reward_key),
-        ("--custom-reward-post-process-path", reward.custom_reward_post_process_path),
-    ):
-        if given is not None:
-            return f"{flag} changes a sum, and --advantage-estimator gdpo compares several rewards apart; leave one of them out"
-    if len(split_names(reward.rm_type or "")) < 2:
-        return f"--advantage-estimator gdpo compares several rewards apart; give them as --rm-type a,b, got {reward.rm_type}"
-    return None
-
-
 def recorded_rollouts_have_files(config: Config) -> str | None:
     """Several rollouts in one file would overwrite each other."""
     debug = config.debug
@@ -365,25 +311,6 @@ def hooks_have_megatron(config: Config) -> str | None:
     """Hooks get Megatron's model and optimizer."""
     if config.references.megatron_hooks and config.backend != "megatron":
         return f"{config.references.megatron_hooks[0]} needs --train-backend megatron, got {config.backend}"
-    return None
-
-
-def old_log_probs_differ_from_the_steps(config: Config) -> str | None:
-    """Only in the first step of a rollout the policy is the old one."""
-    if not config.algorithm.skip_actor_forward_only:
-        return None
-    for flag, is_given in (
-        ("--use-opd", config.distillation.use_opd),
-        ("--true-on-policy-mode", config.training.true_on_policy_mode),
-        ("--rollout-data-postprocess-path", config.references.rollout_data_postprocess_path is not None),
-    ):
-        if is_given:
-            return f"{flag} needs the old log-probs that --skip-actor-forward-only leaves out; give one of them"
-    if config.rollout.rollout_batch_size is None:
-        return None
-    num_steps = plan_batch(config.rollout, config.training).num_steps_per_rollout
-    if num_steps > 1:
-        return f"--skip-actor-forward-only needs one step for each rollout, but there are {num_steps}; leave it out"
     return None
 
 

@@ -121,19 +121,15 @@ PromptFeed = PromptSource | NoPrompts | ForeignSource
 
 def _prompt_source(inputs: Inputs, loaded: LoadedPrompts) -> PromptFeed:
     """Return what hands out groups of training prompts."""
-    data = inputs.config.data
+    data, size = inputs.config.data, inputs.plan.batch.n_samples_per_prompt
     if data.data_source_path is not None:
-        return ForeignSource(
-            data.data_source_path,
-            make_args(inputs.config, inputs.plan, host="", port=0),
-            tokenizer=inputs.tokenizer,
-            n_samples_per_prompt=inputs.plan.batch.n_samples_per_prompt,
-        )
+        args = make_args(inputs.config, inputs.plan, host="", port=0)
+        return ForeignSource(data.data_source_path, args, tokenizer=inputs.tokenizer, n_samples_per_prompt=size)
     if data.disable_rollout_global_dataset:
         return NoPrompts()
     return PromptSource(
         loaded.prompts,
-        n_samples_per_prompt=inputs.plan.batch.n_samples_per_prompt,
+        n_samples_per_prompt=size,
         shuffle=data.rollout_shuffle,
         seed=data.rollout_seed,
     )

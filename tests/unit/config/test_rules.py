@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from qwench.config import rules
+from qwench.config import method_rules, rules
 from qwench.config.config import Config
 from qwench.config.rules import RULES, check_rules
 from qwench.config.sections.algorithm import AlgorithmConfig
@@ -175,8 +175,9 @@ def test_recorded_rollouts_have_no_epochs():
 def test_every_rule_is_applied():
     returning_a_problem = {
         value.__name__
-        for value in vars(rules).values()
-        if inspect.isfunction(value) and value.__module__ == rules.__name__ and value.__annotations__["return"] == "str | None"
+        for module in (rules, method_rules)
+        for value in vars(module).values()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and value.__annotations__["return"] == "str | None"
     }
     assert {rule.__name__ for rule in RULES} == returning_a_problem
 
