@@ -168,6 +168,14 @@ def test_answers_beyond_the_length_limit_are_right_only_as_the_label_itself() ->
     assert compare(long, "x").reason == "unparseable"  # type: ignore[union-attr]  # too long to be one
 
 
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [("(1,23)", 1.0), ("(01, 23.0)", 1.0), ("(3,23)", 0.0), ("(1,24)", 0.0), ("(1,33)", 0.0), ("(1,23]", 0.0), ("[1,23)", 0.0)],
+)
+def test_every_entry_of_a_tuple_and_its_brackets_count(answer: str, score: float) -> None:
+    assert compare(answer, "(1,23)").score == score  # type: ignore[union-attr]  # numbers are no question
+
+
 def test_more_than_two_letters_are_prose() -> None:
     assert compare("x+y+1", "1+y+x") == Question(pairs=(("x+y+1", "1+y+x"),))
     assert compare("x+y+z", "z+y+x").reason == "wrong"  # type: ignore[union-attr]  # prose is no question

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,6 +100,28 @@ def test_a_stopped_worker_is_named_and_replaced(pool: RewardPool, caplog: pytest
     assert reasons(verdicts) == ["timeout", "sympy_equal"]
     assert f"a grading worker (process group {victim}) is stopped and silent for 1 s" in caplog.text
     assert worker_pid(pool) != victim
+
+
+def stat_of(pid: int) -> list[str]:
+    """Return the fields behind the name of a process: state, parent, group ...; empty after its end."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux ends a child with its parent")
+def test_a_stopped_child_ends_with_its_worker(pool: RewardPool) -> None:
+    asyncio.run(pool.grade(NEEDS_ALGEBRA))
+    worker = worker_pid(pool)
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    (child,) = [pid for pid in pids if stat_of(pid)[1:2] == [str(worker)]]
+    os.kill(child, signal.SIGSTOP)
+    os.kill(worker, signal.SIGKILL)
+    deadline = time.monotonic() + patient(10)
+    while (stat_of(child) or ["gone"])[0] not in ("Z", "X", "gone"):
+        assert time.monotonic() < deadline, "the child outlived its worker"
+        time.sleep(0.01)
 
 
 def test_worker_that_died_idle_is_replaced_unnoticed(pool: RewardPool) -> None:
