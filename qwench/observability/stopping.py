@@ -149,10 +149,10 @@ def _handled(numbers: Sequence[signal.Signals]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.getsignal(number) for number in _ALL}  # a signal that is noted replaces the handlers of all
     if _STOPS.requested is None:
-        for number, handler in before.items():
-            if handler is not signal.SIG_IGN:
+        for number in numbers:
+            if before[number] is not signal.SIG_IGN:
                 signal.signal(number, _STOPS.note)
     _STOPS.depth += 1
     try:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 
@@ -18,11 +19,13 @@ def send(number: int) -> None:
 
 
 @pytest.fixture(autouse=True)
-def hangups_end_a_process():
-    """Begin with the default also where the tests were started with nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def usual_handlers():
+    """Begin with those of a fresh process, also where the tests were started with nohup."""
+    usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -74,11 +77,13 @@ def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_handlers_are_given_back_also_after_a_signal():
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped), ended_by_signals(), stops_deferred(), interruptible():
+@pytest.mark.parametrize("inner", [nullcontext, stops_deferred])
+def test_handlers_are_given_back_also_after_a_signal(inner):
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    with pytest.raises(Stopped), ended_by_signals(), inner(), interruptible():
         send(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert [signal.getsignal(number) for number in numbers] == before
     with stops_deferred():
         assert stop_requested() is None, "an earlier run's signal is not this one's"
 
