@@ -38,7 +38,6 @@ def foreign_flag(spelled: str) -> ForeignFlag | None:
 REFUSED_VALUES: Mapping[str, Mapping[str, str]] = {
     "loss-mask-type": {"qwen3_5": "qwen3"},
     "optimizer": {"sgd": "adam"},
-    "lr-decay-style": {"WSD": "cosine or linear"},
 }
 """Flag -> value of theirs without a counterpart -> what to use instead."""
 

@@ -253,7 +253,6 @@ PLANNED: tuple[ForeignFlag, ...] = (
         memory-snapshot-path memory-snapshot-num-steps pytorch-profiler-collect-shapes pytorch-profiler-collect-callstack
         """,
     ),
-    *planned("the WSD schedule; use --lr-decay-style cosine or linear", "lr-wsd-decay-style lr-wsd-decay-iters"),
     *planned(
         "other divisions of a pipeline; --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers divide it",
         """

@@ -12,7 +12,8 @@ _BFLOAT16_HALF_STEP = 2.0**-8
 """Changes by less than this share may be rounded away in bfloat16."""
 
 MomentDtype = Literal["fp32", "bf16"]
-LrDecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root"]
+LrDecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
+LrWsdDecayStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +27,11 @@ class OptimizerConfig:
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
     lr_decay_style: LrDecayStyle = "linear"
-    """Shape of the decay from --lr to --min-lr."""
+    """Shape of the decay from --lr to --min-lr. WSD: --lr until the last --lr-wsd-decay-iters steps."""
+    lr_wsd_decay_iters: int | None = None
+    """Optimizer steps of the decay at the end of --lr-decay-style WSD, which requires it."""
+    lr_wsd_decay_style: LrWsdDecayStyle = "exponential"
+    """Shape of that decay."""
     lr_decay_iters: int | None = None
     """Optimizer steps until --min-lr, warm-up included. None: all steps of the run."""
     lr_warmup_iters: int = 0
@@ -61,6 +66,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_positive("--lr", self.lr)
         check_positive("--lr-decay-iters", self.lr_decay_iters)
+        check_positive("--lr-wsd-decay-iters", self.lr_wsd_decay_iters)
         check_positive("--adam-eps", self.adam_eps)
         for flag, value in (
             ("--min-lr", self.min_lr),
@@ -106,6 +112,7 @@ class OptimizerConfig:
             raise ConfigError(f"--min-lr ({self.min_lr}) is greater than --lr ({self.lr})")
         if self.lr is not None and self.lr_warmup_init > self.lr:
             raise ConfigError(f"--lr-warmup-init ({self.lr_warmup_init}) is greater than --lr ({self.lr})")
+        self._check_wsd()
         if self.lr_warmup_fraction is None:
             return
         if not 0 <= self.lr_warmup_fraction < 1:
@@ -115,3 +122,17 @@ class OptimizerConfig:
                 f"--lr-warmup-fraction ({self.lr_warmup_fraction}) and --lr-warmup-iters ({self.lr_warmup_iters}) both set the "
                 "warm-up; give one of them"
             )
+
+    def _check_wsd(self) -> None:
+        if self.lr_decay_style == "WSD":
+            if self.lr_wsd_decay_iters is None:
+                raise ConfigError("--lr-decay-style WSD decays over the last steps; give their number by --lr-wsd-decay-iters")
+            return
+        for flag, is_given in (
+            ("--lr-wsd-decay-iters", self.lr_wsd_decay_iters is not None),
+            ("--lr-wsd-decay-style", self.lr_wsd_decay_style != "exponential"),
+        ):
+            if is_given:
+                raise ConfigError(
+                    f"{flag} has no effect with --lr-decay-style {self.lr_decay_style}; give WSD, or leave it out"
+                )

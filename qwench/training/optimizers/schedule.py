@@ -1,6 +1,6 @@
 """Learning rate as a pure function of the optimizer steps done so far; Megatron-LM's shapes and edge cases.
 
-    initial --linear warm-up--> peak --constant | linear | cosine | inverse-square-root--> minimum
+    initial --linear warm-up--> peak --constant | linear | cosine | inverse-square-root | WSD--> minimum
 
 A run of n steps uses `at(0)` to `at(n - 1)`, so with warm-up the first step has the initial rate.
 """
@@ -8,9 +8,18 @@ A run of n steps uses `at(0)` to `at(n - 1)`, so with warm-up the first step has
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.errors import ConfigError
+
+_REMAINING: Mapping[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (math.cos(math.pi * progress) + 1.0),
+    "exponential": lambda progress: 2.0 * 0.5**progress - 1.0,
+    "minus_sqrt": lambda progress: 1.0 - math.sqrt(progress),
+}
+"""Shape of a decay -> share of the way from minimum to peak that is left at a progress from 0 to 1."""
 
 
 class LrSchedule:
@@ -37,6 +46,12 @@ class LrSchedule:
                 f"{self._warmup_steps} are warm-up; give --lr-decay-iters (or the length of the run) and a shorter "
                 "--lr-warmup-iters."
             )
+        wsd_steps = optimizer.lr_wsd_decay_iters
+        if wsd_steps is not None and wsd_steps > self._decay_steps - self._warmup_steps:
+            raise ConfigError(
+                f"--lr-wsd-decay-iters {wsd_steps} is more than the {self._decay_steps - self._warmup_steps} steps between the "
+                "warm-up and the end of --lr-decay-iters (or of the run); lower it."
+            )
 
     def at(self, step: int) -> float:
         """Return the learning rate of the optimizer step after `step` earlier ones."""
@@ -50,6 +65,11 @@ class LrSchedule:
         if self._optimizer.lr_decay_style == "inverse-square-root":
             return max(minimum, peak * math.sqrt(max(self._warmup_steps, 1) / max(step, 1)))
         progress = (step - self._warmup_steps) / (self._decay_steps - self._warmup_steps)
-        linear = self._optimizer.lr_decay_style == "linear"
-        remaining = 1.0 - progress if linear else 0.5 * (math.cos(math.pi * progress) + 1.0)
+        shape: str = self._optimizer.lr_decay_style
+        if shape == "WSD":
+            assert self._optimizer.lr_wsd_decay_iters is not None, "the section requires --lr-wsd-decay-iters"
+            shape = self._optimizer.lr_wsd_decay_style
+            decay = self._optimizer.lr_wsd_decay_iters
+            progress = max(step - (self._decay_steps - decay), 0) / decay
+        remaining = _REMAINING[shape](progress)
         return minimum + remaining * (peak - minimum)

@@ -72,7 +72,6 @@ def test_whole_families_of_flags_are_refused_by_their_prefix():
     [
         ("--loss_mask_type", "qwen3_5", "qwen3"),
         ("--optimizer", "sgd", "adam"),
-        ("--lr-decay-style", "WSD", "cosine or linear"),
     ],
 )
 def test_a_value_without_a_counterpart_is_refused_with_what_to_use(flag, value, instead):

@@ -60,7 +60,7 @@ def test_an_unknown_topic_is_named_with_the_nearest(capsys):
 @pytest.mark.parametrize("words", [["--help"], ["--help-all"]])
 def test_no_choice_is_offered_that_is_refused(capsys, words):
     text = shown(capsys, *words)
-    assert [word for word in ("WSD", "qwen3_5", "sgd") if word in text] == []
+    assert [word for word in ("qwen3_5", "sgd") if word in text] == []
     for name in estimator_names():
         assert name in shown(capsys, "--help", "advantage-estimator")
 

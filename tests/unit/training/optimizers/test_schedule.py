@@ -51,8 +51,33 @@ def test_inverse_square_root_without_warmup_counts_from_the_first_step():
 
 
 @pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("linear", [1.0, 0.775, 0.55, 0.1]),
+        ("cosine", [1.0, 0.1 + 0.9 * 0.5 * (1 + math.sqrt(0.5)), 0.55, 0.1]),
+        ("exponential", [1.0, 0.1 + 0.9 * (2 * 0.5**0.25 - 1), 0.1 + 0.9 * (math.sqrt(2) - 1), 0.1]),
+        ("minus_sqrt", [1.0, 0.55, 0.1 + 0.9 * (1 - math.sqrt(0.5)), 0.1]),
+    ],
+)
+def test_wsd_stays_at_the_peak_and_decays_over_its_last_steps(shape, expected):
+    flags = {"lr_wsd_decay_iters": 4, "lr_wsd_decay_style": shape, "min_lr": 0.1, "lr_warmup_iters": 2}
+    got = _rates((0, 1, 2, 5, 6, 7, 8, 10, 11), style="WSD", total_steps=10, **flags)
+    assert got == pytest.approx([0.0, 0.5, 1.0, 1.0, *expected, 0.1])
+
+
+@pytest.mark.parametrize(
     ("flags", "flag"),
     [
+        ({"style": "WSD"}, "--lr-decay-style WSD .* --lr-wsd-decay-iters"),
+        (
+            {"style": "WSD", "lr_wsd_decay_iters": 9, "lr_warmup_iters": 2, "total_steps": 10},
+            "--lr-wsd-decay-iters 9 is more",
+        ),
+        (
+            {"style": "cosine", "lr_wsd_decay_iters": 3, "total_steps": 9},
+            "--lr-wsd-decay-iters has no effect",
+        ),
+        ({"style": "linear", "lr_wsd_decay_style": "linear", "total_steps": 9}, "--lr-wsd-decay-style has no effect with"),
         ({"style": "constant", "lr_warmup_init": 2.0}, r"--lr-warmup-init \(2.0\)"),
         ({"style": "cosine", "lr_warmup_iters": 1}, "--lr-decay-iters"),
         ({"style": "linear", "lr_warmup_iters": 5, "total_steps": 5}, "--lr-warmup-iters"),
