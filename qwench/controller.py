@@ -17,6 +17,7 @@ from qwench.config.plan import RunPlan
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import EngineError, Stopped
 from qwench.observability.metrics import MetricLog
+from qwench.observability.save_requests import SaveRequests
 from qwench.observability.stopping import stop_requested, stops_deferred
 from qwench.observability.timing import PhaseTimer
 from qwench.rollout.probe import TEMPERATURE, GreedyProbe
@@ -104,16 +105,21 @@ def train(run: Run) -> None:
     """
     learner, rollouts, gpus, schedule, publisher = run.learner, run.rollouts, run.gpus, run.plan.schedule, run.publisher
     assert learner is not None and publisher is not None, "a run that only generates has no learner"
-    first = run.checkpoints.restore(learner.state, rollouts)
+    asked = SaveRequests(schedule.checkpoint.save)
+    first = saved = run.checkpoints.restore(learner.state, rollouts)
     run.metrics.resume(first, run.checkpoints.train_steps(first))
     with gpus.held_by(learner.state):
         publisher.publish(version=first)
     probe_engines(run, learner, version=first)
     run.timer.end_start()
-    with stops_deferred():
+    with stops_deferred(), asked.listening():
         for rollout_id in range(first, run.plan.num_rollout):
             with saved_when_stopped(run, learner, next_rollout_id=rollout_id):
-                evaluate_if_due(run, rollout_id)
+                if agree_on_largest(int(schedule.stops_on(evaluate_if_due(run, rollout_id)))):
+                    if saved != rollout_id and schedule.checkpoint.save is not None:
+                        with gpus.held_by(learner.state), rollouts.paused():
+                            run.checkpoints.save(rollout_id, learner.state, rollouts)
+                    break
                 with run.timer.phase("train_wait"):
                     rollout = rollouts.take(rollout_id)
             with gpus.held_by(learner.state):
@@ -121,18 +127,23 @@ def train(run: Run) -> None:
                 publisher.advance(version=rollout_id + 1)
                 # Logged before it is saved: a run killed in between learns from the rollout again, and logs it once.
                 run.metrics.log(rollout_id, {**rollout.metrics, **learned.metrics, **run.timer.take()}, steps=learned.steps)
+                is_enough = agree_on_largest(int(schedule.stops_on({**rollout.metrics, **learned.metrics})))
                 with saved_when_stopped(run, learner, next_rollout_id=rollout_id + 1, learner_holds_devices=True):
-                    if schedule.save_due(rollout_id):
+                    if schedule.save_due(rollout_id, ends=bool(is_enough)) or agree_on_largest(int(asked.pending())):
+                        asked.done()
                         with rollouts.paused():  # so that what is generated ahead is saved whole, as today's weights sampled it
-                            run.checkpoints.save(rollout_id + 1, learner.state, rollouts)
+                            run.checkpoints.save(saved := rollout_id + 1, learner.state, rollouts)
+                    if is_enough:
+                        break
                     # torchrun signals one rank after the other: all ranks must stop after the same rollout.
                     if stop := agree_on_largest(stop_requested() or 0):
                         raise Stopped(stop)
                     if schedule.publish_due(rollout_id):
                         with rollouts.publishing(rollout_id + 1):
                             publisher.publish(version=rollout_id + 1)
-        with saved_when_stopped(run, learner, next_rollout_id=run.plan.num_rollout):
-            evaluate_if_due(run, run.plan.num_rollout)
+        else:
+            with saved_when_stopped(run, learner, next_rollout_id=run.plan.num_rollout):
+                evaluate_if_due(run, run.plan.num_rollout)
     run.checkpoints.finish()
     run.metrics.finish()
 
@@ -176,13 +187,14 @@ def probe_engines(run: Run, learner: LearnerProtocol, *, version: int) -> None:
     run.metrics.log(version, run.probe.compare(samples, scored))
 
 
-def evaluate_if_due(run: Run, rollout_id: int) -> None:
-    """Evaluate and log the weights that learned from `rollout_id` rollouts, if it is due. Keep the best."""
+def evaluate_if_due(run: Run, rollout_id: int) -> Mapping[str, float]:
+    """Evaluate and log the weights that learned from `rollout_id` rollouts, if it is due. Keep the best; return the metrics."""
     if run.evaluate is None or not run.plan.schedule.eval_due(rollout_id):
-        return
+        return {}
     with run.timer.phase("eval"):
         evaluated = run.evaluate()
     run.metrics.log(rollout_id, evaluated)
     if rollout_id > 0 and run.learner is not None and run.checkpoints.is_best(rollout_id, evaluated):
         with run.gpus.held_by(run.learner.state), run.rollouts.paused():
             run.checkpoints.keep_best(rollout_id, evaluated, run.learner.state, run.rollouts)
+    return evaluated

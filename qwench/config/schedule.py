@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.rollout import RolloutConfig
+from qwench.config.stop_metric import StopMetric
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,12 +39,16 @@ class Schedule:
             return self.evaluation.has_sets and rollout_id == self.num_rollout
         return self._ends(rollout_id - 1, interval)
 
-    def save_due(self, rollout_id: int) -> bool:
-        """Tell whether to save after this rollout; the last one always is."""
+    def save_due(self, rollout_id: int, *, ends: bool = False) -> bool:
+        """Tell whether to save after this rollout; the last one always is, and one that `ends` the run early."""
         if self.checkpoint.save is None:
             return False
-        is_last, interval = rollout_id + 1 == self.num_rollout, self.checkpoint.save_interval
+        is_last, interval = ends or rollout_id + 1 == self.num_rollout, self.checkpoint.save_interval
         return is_last or (interval is not None and self._ends(rollout_id, interval))
+
+    def stops_on(self, metrics: Mapping[str, float]) -> bool:
+        """Tell whether these metrics end the run (--stop-metric)."""
+        return self.rollout.stop_metric is not None and StopMetric.parse(self.rollout.stop_metric).is_met(metrics)
 
     def publish_due(self, rollout_id: int) -> bool:
         """Tell whether the engines get the weights after this rollout; before an evaluation and at the end they always do."""

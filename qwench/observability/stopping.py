@@ -111,11 +111,11 @@ def stop_requested() -> int | None:
 
 
 def leave_signals_to_driver() -> None:
-    """Do nothing on SIGTERM, SIGHUP and SIGINT: the driver of this process decides when it ends.
+    """Do nothing on SIGTERM, SIGHUP, SIGINT and SIGUSR1: the driver of this process decides when it saves and ends.
 
     A handler, unlike SIG_IGN, is not inherited by programs that this process starts.
     """
-    for number in _ALL:
+    for number in (*_ALL, signal.SIGUSR1):
         signal.signal(number, _do_nothing)
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from qwench.config.schedule import Schedule
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.controller import Run, generate, train
+from qwench.observability.save_requests import FILE_NAME, SaveRequests
 from qwench.observability.timing import PhaseTimer
 
 SCHEDULE = Schedule(
@@ -171,3 +176,90 @@ def test_a_run_that_only_generates_takes_and_logs_every_rollout() -> None:
     parts = Recorder()
     generate(run_of(parts, learner=None, publisher=None))
     assert parts.events == [event for i in range(3) for event in (f"take {i}", f"log {i}: of rollout")]
+
+
+def stopping(metric: str) -> SimpleNamespace:
+    """Return the plan of a run that ends at a bound."""
+    schedule = replace(SCHEDULE, rollout=replace(SCHEDULE.rollout, stop_metric=metric))
+    return SimpleNamespace(schedule=schedule, num_rollout=schedule.num_rollout)
+
+
+def take_and_learn(parts: Recorder, metric: str) -> list[str]:
+    train(run_of(parts, plan=stopping(metric)))
+    return parts.events[5:]
+
+
+class Named(Recorder):
+    """A run whose metrics have names without blanks."""
+
+    def take(self, rollout_id: int) -> SimpleNamespace:
+        super().take(rollout_id)
+        return SimpleNamespace(metrics={"of rollout": float(rollout_id), "rollout/reward": float(rollout_id)})
+
+    def evaluate(self) -> dict[str, float]:
+        super().evaluate()
+        return {"of evaluation": 0.25, "eval/set": 0.25}
+
+    def is_best(self, rollout_id: int, metrics: Mapping[str, float]) -> bool:
+        return False
+
+
+def test_a_run_ends_with_a_checkpoint_after_the_rollout_whose_metric_is_good_enough() -> None:
+    parts = Named()
+    assert take_and_learn(parts, "rollout/reward>=0")[2:] == [
+        *[
+            "take 0",
+            "hold",
+            "learn 0",
+            "advance 1",
+            "log 0: of learning, of rollout, rollout/reward [{'loss': 1.0}]",
+            "pause",
+            "save 1",
+            "go on",
+            "give back",
+        ],
+        *["finish", "finish the log"],
+    ]
+
+
+def test_a_run_ends_before_its_next_rollout_when_an_evaluation_is_good_enough() -> None:
+    first = take_and_learn(Named(), "eval/set>=0.25")
+    assert first == ["evaluate", "log 0: eval/set, of evaluation", "finish", "finish the log"]
+    never = take_and_learn(Named(), "eval/set>=0.26")
+    assert never[-2:] == ["finish", "finish the log"] and "take 2" in never
+
+
+def test_a_file_or_a_signal_asks_for_a_checkpoint_after_the_rollout(tmp_path: Path) -> None:
+    schedule = replace(SCHEDULE, checkpoint=CheckpointConfig(save=tmp_path, save_interval=100))
+    plan = SimpleNamespace(schedule=schedule, num_rollout=3)
+
+    class Asking(Recorder):
+        def take(self, rollout_id: int) -> SimpleNamespace:
+            if rollout_id == 0:
+                (tmp_path / FILE_NAME).touch()
+            return super().take(rollout_id)
+
+    parts = Asking()
+    train(run_of(parts, plan=plan))
+    assert [event for event in parts.events if event.startswith("save")] == ["save 1", "save 3"]
+    assert not (tmp_path / FILE_NAME).exists()
+
+    class Signalled(Recorder):
+        def take(self, rollout_id: int) -> SimpleNamespace:
+            if rollout_id == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return super().take(rollout_id)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    parts = Signalled()
+    train(run_of(parts, plan=plan))
+    assert [event for event in parts.events if event.startswith("save")] == ["save 2", "save 3"]
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_without_a_folder_a_signal_is_said_and_nothing_is_saved(caplog: pytest.LogCaptureFixture) -> None:
+    requests = SaveRequests(None)
+    with requests.listening():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert not requests.pending()
+    assert "the run has no --save" in caplog.text

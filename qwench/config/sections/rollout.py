@@ -12,6 +12,7 @@ from qwench.config.limits import (
     check_positive,
     check_top_k,
 )
+from qwench.config.stop_metric import StopMetric
 from qwench.errors import ConfigError
 
 SFT_ROLLOUT = "qwench.sft"
@@ -24,6 +25,9 @@ class RolloutConfig:
 
     num_rollout: int | None = None
     """Number of rollouts in the run. Wins over --num-epoch. None: as many as --num-epoch needs."""
+    stop_metric: str | None = None
+    """End the run, with its checkpoint saved, when a logged metric reaches a bound: eval/aime>=0.6 or rollout/raw_reward>=0.9.
+    <= is an upper bound."""
     num_epoch: int | None = None
     """Number of passes over the data set. None: --num-rollout decides."""
     rollout_batch_size: int | None = None
@@ -86,6 +90,8 @@ class RolloutConfig:
     """Custom function that logs a rollout, in slime's form. When it returns true, the rollout's own metrics are not logged."""
 
     def __post_init__(self) -> None:
+        if self.stop_metric is not None:
+            StopMetric.parse(self.stop_metric)
         for flag, value in (
             ("--num-rollout", self.num_rollout),
             ("--num-epoch", self.num_epoch),

@@ -1,0 +1,56 @@
+"""Save on demand: SIGUSR1 to the driver, or a file SAVE_NOW in the folder of --save, which the run removes when it has saved.
+
+kill -USR1 PID    or    touch RUN/SAVE_NOW        the run saves after the rollout that it is learning from, and goes on
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+_logger = logging.getLogger(__name__)
+FILE_NAME = "SAVE_NOW"
+
+
+class SaveRequests:
+    """What was asked for since the last save."""
+
+    def __init__(self, folder: Path | None) -> None:
+        """Take the folder of --save; without one nothing can be saved."""
+        self._file = None if folder is None else folder / FILE_NAME
+        self._signalled = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note SIGUSR1 inside the block; outside it ends the process."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGUSR1, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+
+    def pending(self) -> bool:
+        """Tell whether to save after this rollout."""
+        if self._file is None:
+            if self._signalled:
+                _logger.warning("SIGUSR1 asks for a checkpoint, and there is no folder for it: the run has no --save")
+            self._signalled = False
+            return False
+        return self._signalled or self._file.exists()
+
+    def done(self) -> None:
+        """Forget what was asked for before a save."""
+        self._signalled = False
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
