@@ -95,3 +95,14 @@ def test_a_process_that_does_not_answer_the_signal_is_said_to_be_stopped(tmp_pat
         threading.Timer(0.05, lambda: path.open("a").write("File x, line 1")).start()
 
     assert ask_for_stacks(answer, path, timeout_s=5) == "File x, line 1"
+
+
+def test_stacks_that_are_written_piece_by_piece_are_read_to_their_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, pieces = tmp_path / "rank.stacks", iter(["line 2, ", "line 3"])
+
+    def write(piece: str) -> None:
+        with path.open("a") as file:
+            file.write(piece)
+
+    monkeypatch.setattr(parts.time, "sleep", lambda seconds: write(next(pieces, "")))
+    assert ask_for_stacks(lambda: write("line 1, "), path, timeout_s=5) == "line 1, line 2, line 3"

@@ -52,6 +52,14 @@ def test_every_flag_is_in_the_whole_listing_and_in_its_section(capsys):
     assert shown(capsys, "--help", "--weight-decay") == shown(capsys, "--help", "weight-decay")
 
 
+@pytest.mark.parametrize(
+    ("flag", "said"), [("advantage-estimator", "(default: grpo)"), ("rm-url", "(default: None)"), ("opd-teacher-urls", None)]
+)
+def test_the_help_of_a_flag_ends_with_its_default_where_it_has_one(capsys, flag, said):
+    text = " ".join(shown(capsys, "--help", flag).split())
+    assert text.endswith(said) if said is not None else "(default" not in text
+
+
 def test_an_unknown_topic_is_named_with_the_nearest(capsys):
     with pytest.raises(ConfigError, match="has no section and no flag 'optimiser'; did you mean optimizer"):
         parse_flags(Config, ["--help", "optimiser"], prog="qwench train")

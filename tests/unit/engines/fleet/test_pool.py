@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import re
+from contextlib import closing
 
 import pytest
 
 from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.fleet.pool import EnginePool
 from qwench.engines.protocol import FinishReason, MemoryTag
-from qwench.errors import WeightSyncError
+from qwench.errors import EngineLostError, WeightSyncError
 from tests.contract.engine_hosts import ask, make_engine, make_model, prompt_of
 from tests.deadlines import patient
+from tests.fakes.engine import FakeEngine
 
 
 @pytest.fixture
@@ -76,6 +78,40 @@ def test_versions_are_confirmed(pool):
     run(pool, pool.engines[1].update_weights(weights, version=3))
     with pytest.raises(WeightSyncError, match="holds weight version 3; 0 was published"):
         run(pool, pool.check_versions(0))
+
+
+class LostOnce(FakeEngine):
+    """Does not answer the first call of one kind."""
+
+    def __init__(self, kind):
+        super().__init__(lambda context, request: "")
+        self.kind, self.num_calls = kind, 0
+
+    def note(self, kind):
+        self.num_calls += kind == self.kind
+        if kind == self.kind and self.num_calls == 1:
+            raise EngineLostError(f"no answer to {kind}")
+
+    async def sleep(self, tags):
+        self.note("sleep")
+
+    async def wake(self, tags):
+        self.note("wake")
+
+    async def pause(self, *, retract=False):
+        self.note("pause")
+
+
+@pytest.mark.parametrize("kind", ["sleep", "wake", "pause"])
+def test_an_engine_that_nobody_restarts_is_not_asked_again(kind):
+    engine = LostOnce(kind)
+    with closing(EnginePool([engine], EventLoopThread())) as pool, pytest.raises(EngineLostError, match=f"no answer to {kind}"):
+        if kind == "pause":
+            with pool.holding(retract=False):
+                pass
+        pool.sleep([MemoryTag.KV_CACHE])
+        pool.wake([MemoryTag.KV_CACHE])
+    assert engine.num_calls == 1
 
 
 def test_sleep_and_wake_reach_all(pool):
