@@ -151,14 +151,15 @@ class Converter:
         self._run_state = RunState.read(conversion.source) if self._state is not None else None
         self.streams = self._make_streams()
         self.nbytes = sum(stream.spec(name).nbytes for stream in self.streams for name in stream.source.specs)
-        _check_output(conversion.output, replace=conversion.replace, nbytes=self.nbytes)
+        check_output(conversion.output, replace=conversion.replace, nbytes=self.nbytes)
 
     def _open_weights(self) -> WeightSource:
         """Open the source; an adapter with its base model, --hf-checkpoint, into which it is merged."""
         source, base = self._conversion.source, self._conversion.hf_folder
         if self._source_format != "peft":
             return open_weights(source, self._model)
-        return MergedWeights(open_weights(base, self._model), AdapterFolder(source), self._model)
+        dtype = torch.float32 if self._conversion.to == "fsdp" else self._conversion.dtype
+        return MergedWeights(open_weights(base, self._model), AdapterFolder(source), self._model, dtype=dtype)
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -296,7 +297,8 @@ def _crc(tensor: Tensor) -> int:
     return zlib.crc32(as_bytes(tensor))
 
 
-def _check_output(output: Path, *, replace: bool, nbytes: int) -> None:
+def check_output(output: Path, *, replace: bool, nbytes: int) -> None:
+    """Raise ConfigError unless `nbytes` can be written to `output`, which holds nothing else or may be replaced."""
     if not replace and is_occupied(output):
         raise ConfigError(f"{output} exists and is not an empty folder; choose another place to write to.")
     check_can_hold(output, flag="the output")

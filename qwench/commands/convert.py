@@ -6,11 +6,14 @@ import os
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from qwench.checkpoints.convert import Conversion, Converted, Converter, Ranks
+from qwench.checkpoints.convert import Conversion, Converted, Converter, Ranks, check_output
+from qwench.checkpoints.extract import extract_adapter
+from qwench.checkpoints.formats.peft import is_adapter
 from qwench.checkpoints.formats.sources import find_checkpoint
 from qwench.checkpoints.verify import largest_logit_difference
 from qwench.config.command_line.parse import parse_flags
@@ -33,6 +36,11 @@ def run(words: Sequence[str]) -> None:
     hf_folder = config.hf_checkpoint or source
     if not (hf_folder / "config.json").is_file():
         raise ConfigError(f"{hf_folder} has no config.json; give the model's Hugging Face folder with --hf-checkpoint.")
+    if config.to == "lora":
+        _extract(config, source, hf_folder)
+        return
+    if config.verify and is_adapter(source):
+        raise ConfigError("--verify compares the logits of two whole models, but --input is an adapter; leave it out.")
     conversion = Conversion(
         source=source,
         output=config.output,
@@ -44,6 +52,21 @@ def run(words: Sequence[str]) -> None:
         max_shard_bytes=int(config.max_shard_gb * 1e9),
     )
     _run(conversion, verify=config.verify)
+
+
+def _extract(config: ConvertConfig, source: Path, base: Path) -> None:
+    """Write the change from one model to another as an adapter, and say how much of it the rank holds."""
+    assert config.lora_rank is not None, "the section requires it"
+    if source == base:
+        raise ConfigError("--to lora compares --input with its base model; give that with --hf-checkpoint.")
+    check_output(config.output, replace=False, nbytes=0)
+    extracted = extract_adapter(
+        source, base, architecture_of(load_hf_config(base)), rank=config.lora_rank, output=config.output
+    )
+    open_console().say(
+        f"wrote {config.output} (adapter of rank {config.lora_rank}): {extracted.kept:.2%} of the change of the projections "
+        f"(of its squares); {extracted.num_other} other weights differ from the base and are not in it"
+    )
 
 
 def convert_hf_to_torch_dist(words: Sequence[str]) -> None:

@@ -26,6 +26,8 @@ from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture, refuse_output_biases
 from qwench.models.memory import (
     FLOAT32_BYTES,
+    FORWARD_AND_BACKWARD,
+    FORWARD_AND_FROZEN_BACKWARD,
     RankBytes,
     SequenceCost,
     StateBytes,
@@ -123,6 +125,8 @@ class RunPlan:
     """Of each trainer rank, activations apart."""
     cost: SequenceCost
     """Forward FLOPs of a sequence, of all ranks together."""
+    train_passes: int
+    """FLOPs of training on a sequence, in units of its forward."""
 
     @property
     def num_rollout(self) -> int:
@@ -188,6 +192,7 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
         log_dir=config.logging.log_dir or config.checkpoint.save,
         rank_bytes=_rank_bytes(config, model, dp_size=dp_size, holds_reference=holds_reference, on_gpus=on_gpus),
         cost=SequenceCost.of_model(model),
+        train_passes=FORWARD_AND_FROZEN_BACKWARD if config.lora.enabled else FORWARD_AND_BACKWARD,
     )
 
 

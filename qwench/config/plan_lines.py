@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from qwench.config.config import Config
 from qwench.config.plan import DevicePlan, RunPlan
 from qwench.models.architecture import Architecture
-from qwench.models.memory import FORWARD_AND_BACKWARD, num_adapter_parameters, num_parameters
+from qwench.models.memory import num_adapter_parameters, num_parameters
 
 
 def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
@@ -37,13 +37,14 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
             f"each trainer rank, activations apart: {_gib(held.device)} GiB on the device ({_gib(held.weights)} weights, "
             f"{_gib(held.gradients)} gradients, {_gib(held.optimizer)} optimizer), {_gib(held.host)} GiB on the host"
         )
-        yield f"computation: {_giga(plan.cost.linear * FORWARD_AND_BACKWARD)} GFLOP a trained token, attention apart"
+        yield f"computation: {_giga(plan.cost.linear * plan.train_passes)} GFLOP a trained token, attention apart"
 
 
 def _reference(config: Config, plan: RunPlan) -> str:
     if not plan.holds_reference:
         return "not needed"
-    return "the policy without its adapters, no copy" if config.lora.enabled else "held"
+    is_base = config.lora.enabled and config.algorithm.ref_update_interval is None
+    return "the policy without its adapters, no copy" if is_base else "held"
 
 
 def _adapters(config: Config, model: Architecture) -> str:

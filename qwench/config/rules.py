@@ -284,11 +284,6 @@ def adapters_are_built_for(config: Config) -> str | None:
         ("--batch-invariant-mode or --true-on-policy-mode", training.batch_invariant, "leave it out"),
         ("--advantage-estimator ppo", config.algorithm.has_critic, "choose an estimator without a critic"),
         ("--opd-type megatron", config.distillation.opd_type == "megatron", "leave it out"),
-        (
-            "--ref-update-interval",
-            config.algorithm.ref_update_interval is not None,
-            "leave it out: the base model is the reference",
-        ),
     ):
         if is_set:
             return f"--lora-rank {lora.lora_rank} does not work yet with {flag}; {instead}"

@@ -46,10 +46,10 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
     )
     policy = build_trainer(inputs, logits=method.user_terms.takes_logits)
     teacher = _load_teacher(inputs, policy) if inputs.plan.holds_teacher else None
-    reference = _reference(policy) if inputs.plan.holds_reference else None
     critic = _build_critic(inputs, policy) if inputs.plan.holds_critic else None
     hooks = start_hooks(config.references, policy, args)
     moves = config.algorithm.ref_update_interval is not None
+    reference = _reference(policy, moves=moves) if inputs.plan.holds_reference else None
     return Learner(
         TrainingState(policy, reference, reference_moves=moves, critic=critic, teacher=teacher),
         method,
@@ -86,9 +86,9 @@ def _load_teacher(inputs: Inputs, policy: Trainer) -> Reference:
     return teacher
 
 
-def _reference(policy: Trainer) -> Reference | BaseModel:
-    """Return the policy as it is now, frozen: of one with adapters, the model without them."""
-    if isinstance(policy, FsdpTrainer) and policy.has_adapters:
+def _reference(policy: Trainer, *, moves: bool) -> Reference | BaseModel:
+    """Return the policy as it is now, frozen. Of one with adapters it is the model without them, unless it moves."""
+    if isinstance(policy, FsdpTrainer) and policy.has_adapters and not moves:
         return BaseModel(policy)
     return Reference(policy)
 

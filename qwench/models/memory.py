@@ -25,6 +25,8 @@ FLOAT32_BYTES = 4
 FORWARD = 1
 FORWARD_AND_BACKWARD = 3
 """Passes, in units of a forward: a backward computes two products for each one."""
+FORWARD_AND_FROZEN_BACKWARD = 2
+"""The same of a frozen model with adapters: weights have no gradient. The adapters themselves are not counted."""
 WHOLE_GRADIENT_BYTES = 4 << 30
 """FSDP2: float32 gradients of a whole model up to this size (a billion weights) stay whole on every rank until the last
 micro-batch of the step. Larger ones are reduced into shards after each micro-batch: more traffic, less memory."""

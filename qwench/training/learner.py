@@ -23,7 +23,7 @@ from qwench.algorithms.method import Method, Needs
 from qwench.algorithms.reduction import staleness_scales
 from qwench.config.plan import RunPlan
 from qwench.errors import RewardError, TrainingError
-from qwench.models.memory import FORWARD, FORWARD_AND_BACKWARD
+from qwench.models.memory import FORWARD
 from qwench.observability.console import Console
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout, Sample
@@ -103,6 +103,7 @@ class Learner:
         self._allow_partial = plan.allow_partial_step
         self._temperature = temperature
         self._timer = timer
+        self._train_passes = plan.train_passes
         self._meter = FlopMeter(timer, plan.cost, num_ranks=self.policy.parallel.num_ranks)
         self._console = console
         self._reward_post_process = reward_post_process
@@ -136,7 +137,7 @@ class Learner:
             critic_steps = self._train_critic(weighed)
             steps = list[dict[str, float]]()
             taught = weighed if rollout.rollout_id >= self._num_critic_only else ()
-            passes, num_scored = FORWARD_AND_BACKWARD, _num_scored(batch)
+            passes, num_scored = self._train_passes, _num_scored(batch)
             measured = self._meter.phase("actor_train", batch.lengths, num_scored=num_scored, passes=passes)
             with measured if taught else nullcontext():
                 for k, step in enumerate(taught, 1):

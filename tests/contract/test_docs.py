@@ -60,10 +60,10 @@ def _qwench(words: Sequence[str], stage: Path, world: dict[str, str]) -> Sequenc
     """Return the verb whose flags these are."""
     verb, *rest = words
     assert verb in VERBS, f"there is no verb {verb}"
-    if verb == "train":
+    if verb in ("train", "sft"):
         models = {"--hf-checkpoint": f"{world['MODEL_DIR']}/Qwen3-0.6B"}
         data = {"--prompt-data": f"{world['DATA_DIR']}/dapo-math-17k/dapo-math-17k.jsonl"}
-        parse_run("train", [*rest, *(word for pair in (models | data).items() for word in pair)])
+        parse_run(verb, [*rest, *(word for pair in (models | data).items() for word in pair)])
         return [verb]
     if verb == "reward":
         assert rest[0] == "check"

@@ -34,6 +34,12 @@ def test_a_run_of_adapters_learns_and_resumes_bit_by_bit(workspace: Workspace, t
     a, b = (one[f"base_model.model.{name}.lora_{leaf}.weight"] for leaf in "AB")
     torch.testing.assert_close(exported[f"{name}.weight"], base[f"{name}.weight"].float() + 2.0 * b @ a, rtol=1e-5, atol=1e-6)
     assert torch.equal(exported["model.embed_tokens.weight"], base["model.embed_tokens.weight"].float())
+    words = ["convert", "--input", str(whole), "--hf-checkpoint", str(workspace.model), "--output", str(tmp_path / "merged")]
+    assert in_process([*words, "--to", "hf", "--dtype", "float32"])[0] == 0
+    converted = load_file(tmp_path / "merged" / "model.safetensors")
+    assert converted.keys() == exported.keys()
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in converted.items())
+    assert "--verify compares" in in_process([*words, "--to", "hf", "--verify"])[1]
 
 
 @pytest.mark.parametrize(
@@ -68,3 +74,21 @@ def test_fine_tuning_goes_on_from_a_peft_folder_in_load(workspace: Workspace, tm
         assert in_process(workspace.sft_argv(tmp_path / flag, **LORA, num_rollout=1, **{flag: adapter}))[0] == 0
     assert column(tmp_path / "load", "train/loss") == column(tmp_path / "lora_adapter_path", "train/loss")
     assert column(tmp_path / "load", "train/loss")[0] < column(tmp_path / "first", "train/loss")[0]
+
+
+def test_the_change_of_full_training_becomes_an_adapter_that_merges_back(
+    workspace: Workspace, tmp_path: Path, in_process: InProcess
+) -> None:
+    assert in_process(workspace.sft_argv(tmp_path / "full", num_rollout=2, save_hf=tmp_path / "tuned"))[0] == 0
+    convert = ["convert", "--hf-checkpoint", str(workspace.model), "--input"]
+    adapter, merged = str(tmp_path / "a"), str(tmp_path / "b")
+    words = [str(tmp_path / "tuned"), "--to", "lora", "--lora-rank", "64", "--output", adapter]
+    assert in_process([*convert, *words])[0] == 0
+    assert in_process([*convert, adapter, "--to", "hf", "--dtype", "float32", "--output", merged])[0] == 0
+    tuned, back = (load_file(tmp_path / name / "model.safetensors") for name in ("tuned", "b"))
+    base = load_file(workspace.model / "model.safetensors")
+    name = "model.layers.2.self_attn.k_proj.weight"  # of 64 rows
+    torch.testing.assert_close(back[name], tuned[name], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(back[name], base[name].float())
+    code, said = in_process([*convert, str(tmp_path / "tuned"), "--to", "lora", "--output", str(tmp_path / "c")])
+    assert code == 2 and "--to lora and --lora-rank go together" in said

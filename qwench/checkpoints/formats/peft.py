@@ -26,6 +26,9 @@ WEIGHTS = "adapter_model.safetensors"
 A, B = "lora_A.weight", "lora_B.weight"
 """Names of an adapter's matrices, below that of its module."""
 _PREFIX = "base_model.model."
+_EXACT_SVD = 1024
+"""Matrices with so few rows or columns are decomposed exactly; of larger ones the first components alone are computed."""
+_ITERATIONS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,6 +181,19 @@ def is_adapter(folder: Path) -> bool:
 def merged(weight: Tensor, a: Tensor, b: Tensor, *, scale: float) -> Tensor:
     """Return weight + scale * B A, computed in float32 and rounded once to the dtype of `weight`."""
     return (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
+
+
+def factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A [r, in] and B [out, r], whose product is the best approximation of `matrix` (float32) of that rank."""
+    if min(matrix.shape) <= _EXACT_SVD:
+        u, s, v_h = torch.linalg.svd(matrix, full_matrices=False)
+        u, s, v = u[:, :rank], s[:rank], v_h[:rank].T
+    else:
+        with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(matrix, q=rank, niter=_ITERATIONS)
+    root = s.sqrt()
+    return (v * root).T.contiguous(), (u * root).contiguous()
 
 
 def no_adapter(folder: Path) -> CheckpointError:

@@ -16,21 +16,24 @@ class ConvertConfig:
     """Input and output of `qwench convert`. Under torchrun several processes write."""
 
     input: Path
-    """Checkpoint to read: a folder of Hugging Face, torch_dist or FSDP format. For the last two, its parent folder also
-    works."""
+    """Checkpoint to read: a folder of Hugging Face, torch_dist or FSDP format, or of a LoRA adapter (PEFT), which is merged
+    into --hf-checkpoint. The parent folder of a run works too."""
     output: Path
     """Folder to write. Must be new or empty."""
-    to: Literal["hf", "torch_dist", "fsdp", "fp8"]
+    to: Literal["hf", "torch_dist", "fsdp", "fp8", "lora"]
     """Output format. hf: safetensors. torch_dist: Megatron. fsdp: float32 masters of --train-backend fsdp. fp8: hf with layer
-    matrices in FP8, in 128 x 128 blocks with float32 scales."""
+    matrices in FP8, in 128 x 128 blocks with float32 scales. lora: the change from --hf-checkpoint to --input, as a
+    PEFT adapter."""
     hf_checkpoint: Path | None = None
-    """Hugging Face folder with config.json and tokenizer of the model. None: --input."""
+    """Hugging Face folder with config.json and tokenizer of the model; of an adapter, its base model. None: --input."""
     ckpt_step: int | None = None
     """Iteration to read from the parent folder. None: the latest."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Dtype of the weights to write. None: as stored; for float32 masters of FSDP, the dtype in config.json."""
     weights_only: bool = False
     """Do not convert the optimizer state."""
+    lora_rank: int | None = None
+    """Rank of the adapter of --to lora. An adapter in --input gets this rank."""
     verify: bool = False
     """Compare the logits of three prompts before and after the conversion."""
     max_shard_gb: float = 2.0
@@ -38,10 +41,11 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         check_positive("--max-shard-gb", self.max_shard_gb)
-        if self.verify and self.to == "fp8":
-            raise ConfigError(
-                "--verify compares logits bit by bit, and FP8 weights are other numbers; leave it out with --to fp8"
-            )
+        check_positive("--lora-rank", self.lora_rank)
+        if (self.to == "lora") != (self.lora_rank is not None):
+            raise ConfigError("--to lora and --lora-rank go together: the rank is that of the adapter to write")
+        if self.verify and self.to in ("fp8", "lora"):
+            raise ConfigError(f"--verify compares logits bit by bit, and those of --to {self.to} are others; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -192,9 +192,10 @@ class FsdpTrainer(BackendTrainer):
         return {name: local_shard(weight) for name, weight in self._weights.items()}
 
     def copy_held_weights(self) -> HostCopy:
-        """Copy the shards to the host in `param_dtype`, the dtype of a forward."""
+        """Copy the shards to the host in `param_dtype`, the dtype of a forward; with adapters, of these alone."""
         self._assert_awake()
-        return HostCopy(self._shards(), dtype=self._param_dtype)
+        shards = self._shards() if self._adapters is None else [local_shard(matrix) for matrix in self._matrices.values()]
+        return HostCopy(shards, dtype=self._param_dtype)
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Write the layout described in `checkpoint`; collective."""
@@ -214,7 +215,10 @@ class FsdpTrainer(BackendTrainer):
     def save_held_weights(self, folder: Path) -> None:
         """Write the shards as they are, not the masters on the host; collective."""
         self._assert_awake()
-        checkpoint.save_masters(folder, self._weights)
+        if self._adapters is None:
+            checkpoint.save_masters(folder, self._weights)
+        else:
+            checkpoint.save_adapters(folder, self._matrices, self._adapters, is_main=self.parallel.is_main)
 
     def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
         """Read what `save` wrote, here with any number of ranks or in the Megatron backend; collective.

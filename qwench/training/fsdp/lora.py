@@ -19,14 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from qwench.checkpoints.formats.peft import A, AdapterConfig, B, merged
+from qwench.checkpoints.formats.peft import A, AdapterConfig, B, factors, merged
 from qwench.config.sections.lora import LoraConfig
 from qwench.training.fsdp.optimizer import full_tensor
 
 _START = "start_"
-_EXACT_SVD = 1024
-"""Matrices with so few rows or columns are decomposed exactly; of larger ones the first components alone are computed."""
-_ITERATIONS = 16
 
 
 class AdapterSwitch:
@@ -199,9 +196,8 @@ class AdapterStart:
     def _principal(self, module: str, layer: LoraLinear) -> tuple[Tensor, Tensor]:
         """Return A and B whose product, times the scale, is the best approximation of W. Source: PiSSA (arXiv 2404.02948)."""
         if self._computed is None or self._computed[0] != module:
-            u, s, v = _components(_whole(layer.weight, torch.float32), self._section.lora_rank)
-            root = (s / self._section.scale).sqrt()
-            a, b = ((v * root).T.contiguous(), (u * root).contiguous())
+            whole = _whole(layer.weight, torch.float32)
+            a, b = factors(whole / self._section.scale, self._section.lora_rank)
             for matrix in (a, b):
                 dist.broadcast(matrix, src=0)
             self._computed = module, a.to(self._dtype).float(), b.to(self._dtype).float()
@@ -220,17 +216,6 @@ def _matrices(base: nn.Linear, rank: int) -> tuple[nn.Linear, nn.Linear]:
         nn.init.zeros_(linear.weight.data)
         linear.float()
     return a, b
-
-
-def _components(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the first `rank` singular vectors and values: [out, r], [r], [in, r]."""
-    if min(weight.shape) <= _EXACT_SVD:
-        u, s, v_h = torch.linalg.svd(weight, full_matrices=False)
-        return u[:, :rank], s[:rank], v_h[:rank].T
-    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
-        torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(weight, q=rank, niter=_ITERATIONS)
-    return u, s, v
 
 
 def _whole(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@ from qwench.errors import CheckpointError, ConfigError
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.fsdp.lora import AdapterSwitch
 from qwench.training.process_group import init_process_group
+from qwench.training.state import Reference
 from tests.contract.train_backend_cases import clipped_loss, make_batch, micro_batches, write_model
 from tests.deadlines import patient
 from tests.fakes.sections import adamw
@@ -143,6 +144,22 @@ def test_a_resumed_run_has_the_bits_of_one_that_went_on(model_folder: Path, tmp_
     assert all(torch.equal(matrix, other[name]) for name, matrix in one.items())
     published = _published(resumed)
     assert all(torch.equal(tensor, published[name]) for name, tensor in _published(whole).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lora", [_LORA, _PISSA], ids=["kaiming", "pissa"])
+def test_a_moving_reference_is_a_copy_of_the_adapters(model_folder: Path, tmp_path: Path, lora: LoraConfig, dtype: torch.dtype):
+    trainer, undisturbed = _build(model_folder, lora, dtype=dtype), _build(model_folder, lora, dtype=dtype)
+    assert _train(trainer, 2) == _train(undisturbed, 2)
+    scored = trainer.forward(_batch(), temperature=1.0).log_probs
+    reference = Reference(trainer)
+    assert _train(trainer, 2) == _train(undisturbed, 2)
+    assert all(torch.equal(*pair) for pair in zip(reference.forward(_batch(), temperature=1.0).log_probs, scored, strict=True))
+    reference.save(tmp_path)
+    assert _train(trainer, 1) == _train(undisturbed, 1)  # masters are as they were
+    resumed = Reference(_build(model_folder, lora, dtype=dtype))
+    resumed.load(tmp_path)
+    assert all(torch.equal(*pair) for pair in zip(resumed.forward(_batch(), temperature=1.0).log_probs, scored, strict=True))
 
 
 def test_principal_components_are_saved_as_one_adapter_of_twice_the_rank(model_folder: Path, tmp_path: Path):
