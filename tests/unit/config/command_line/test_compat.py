@@ -60,6 +60,17 @@ def test_a_neutral_flag_is_accepted_only_where_it_changes_nothing(name, spelled,
     assert FOREIGN_FLAGS[name].accepts(spelled, values) is accepted
 
 
+def test_every_flag_of_others_has_values_and_a_reason():
+    for flag in FOREIGN_FLAGS.values():
+        assert isinstance(flag.values, tuple) and all(isinstance(value, str) for value in flag.values), flag.name
+        assert isinstance(flag.reason, str) and flag.reason, flag.name
+
+
+def test_a_flag_is_found_by_its_name_and_by_its_negation():
+    assert foreign_flag("bf16") is foreign_flag("no-bf16") is FOREIGN_FLAGS["bf16"]
+    assert foreign_flag("no-rope-fusion") is FOREIGN_FLAGS["no-rope-fusion"]
+
+
 def test_whole_families_of_flags_are_refused_by_their_prefix():
     flag = foreign_flag("moe-grouped-gemm")
     assert flag is not None

@@ -1,0 +1,72 @@
+"""What functions of a rollout in slime's convention are given, and what their answers mean."""
+
+import asyncio
+from argparse import Namespace
+from types import SimpleNamespace
+
+import pytest
+
+from qwench.engines.protocol import SamplingParams
+from qwench.foreign.functions import Adapters
+from qwench.foreign.session import Session, close_session, open_session, sampling_params
+from qwench.rollout.filters import FilterResult
+from qwench.rollout.sampling import Sampling
+from qwench.samples import Group
+from tests.fakes.grader import FakeGrader
+from tests.unit.rewards.samples import finished
+
+ARGS = Namespace(n_samples_per_prompt=2)
+
+
+@pytest.fixture
+def session():
+    loop = asyncio.new_event_loop()
+    whole = SamplingParams(max_new_tokens=8)
+    grader = FakeGrader(lambda sample: 1.0)
+    open_session(Session(args=ARGS, tokenizer=None, gateway=None, loop=loop, sampling=Sampling(whole=whole), grader=grader))
+    yield
+    close_session()
+    loop.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "result"),
+    [
+        (True, FilterResult(keep=True)),
+        (False, FilterResult(keep=False, reason="filtered")),
+        (SimpleNamespace(keep=True, reason="fine"), FilterResult(keep=True)),
+        (SimpleNamespace(keep=False, reason="zero_std_0.0"), FilterResult(keep=False, reason="zero_std_0.0")),
+        (SimpleNamespace(keep=False, reason=None), FilterResult(keep=False, reason="filtered")),
+    ],
+)
+def test_a_filter_answers_with_a_word_or_a_record(session, answer, result):
+    seen = []
+
+    def keep(args, samples):
+        seen.append((args, [sample.response for sample in samples]))
+        return answer
+
+    group = Group(group_id=0, samples=[finished("1", "1"), finished("2", "1")])
+    assert Adapters(as_text=True).group_filter(keep, "mine.keep")(group) == result
+    assert seen == [(ARGS, ["1", "2"])]
+
+
+def test_sampling_values_of_a_request_are_those_of_the_run_within_its_budget_and_seed():
+    whole = SamplingParams(
+        max_new_tokens=9, temperature=0.5, top_p=0.9, top_k=3, stop=("x",), stop_token_ids=(7,), skip_special_tokens=True
+    )
+    values = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 3,
+        "max_new_tokens": 9,
+        "stop": ["x"],
+        "stop_token_ids": [7],
+        "skip_special_tokens": True,
+        "no_stop_trim": True,
+        "spaces_between_special_tokens": False,
+    }
+    assert sampling_params(Sampling(whole=whole)) == values
+    assert sampling_params(Sampling(whole=whole), budget=0, seed=5) == {**values, "max_new_tokens": 0, "sampling_seed": 5}
+    bare = sampling_params(Sampling(whole=SamplingParams(max_new_tokens=9)))
+    assert (bare["stop"], bare["stop_token_ids"]) == (None, None)
