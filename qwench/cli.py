@@ -71,6 +71,13 @@ _TROUBLES_OF_STDOUT = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno
 Command = Callable[[Sequence[str]], None]
 
 
+def _refuse_without_docstrings(optimize: int) -> None:
+    if optimize > 1:
+        raise ConfigError(
+            "Python runs without docstrings (-OO or PYTHONOPTIMIZE=2), which help and transformers read; unset it."
+        )
+
+
 def main(argv: Sequence[str] | None = None, *, command: Command | None = None) -> NoReturn:
     """Run the verb of the command line, or `command` with all its words, and end the process with its exit code."""
     _open_closed_streams()
@@ -81,6 +88,7 @@ def main(argv: Sequence[str] | None = None, *, command: Command | None = None) -
     with_traceback = "--traceback" in words or os.environ.get("QWENCH_TRACEBACK", "") not in ("", "0")
     words = [word for word in words if word != "--traceback"]
     try:
+        _refuse_without_docstrings(sys.flags.optimize)
         try:
             if command is None:
                 command, words = find_command(words)

@@ -73,7 +73,7 @@ def read_inputs(config: Config, plan: RunPlan) -> Inputs:
         ConfigError: a file cannot be read; nothing was loaded.
     """
     folder = _model_folder(config)
-    rank = int(os.environ.get("RANK", "0"))
+    rank = _own_rank()
     device = local_device()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(usable_cores())  # torch knows the affinity mask, but not a container's quota
@@ -91,6 +91,13 @@ def read_inputs(config: Config, plan: RunPlan) -> Inputs:
         console=open_console() if rank == 0 else QuietConsole(),
         rank=rank,
     )
+
+
+def _own_rank() -> int:
+    text = os.environ.get("RANK", "0")
+    if not text.isdecimal():
+        raise ConfigError(f"the environment variable RANK is {text!r}, which is no number; unset it.")
+    return int(text)
 
 
 def _check_stop_tokens(config: Config, plan: RunPlan) -> None:

@@ -48,6 +48,7 @@ def claim_outputs(config: Config, held: ExitStack, *, writes: bool = True) -> st
     if checkpoint.save is None:
         since = datetime.now().astimezone().isoformat()
         names.insert(0, f"process {os.getpid()} on {platform.node()} since {since}")
+    _check_files(log_dir or checkpoint.save)
     if config.debug.save_debug_rollout_data is not None:
         _check_dumps(Path(config.debug.save_debug_rollout_data), names, own=[*_outputs(config)])
     for flag, template in (
@@ -95,6 +96,12 @@ def tensorboard_folder(flags: LoggingConfig, log_dir: Path | None) -> Path | Non
     if not flags.use_tensorboard or base is None:
         return None
     return base.joinpath(*(level for level in (flags.tb_project_name, flags.tb_experiment_name) if level is not None))
+
+
+def _check_files(folder: Path | None) -> None:
+    for name in () if folder is None else (METRICS, DRIVER_LOG):
+        if (folder / name).is_dir():
+            raise ConfigError(f"{folder / name} is a folder, and the run writes a file of that name; move it away.")
 
 
 def _claim_curves(folder: Path, names: Sequence[str], *, own: Sequence[Path], writes: bool) -> None:

@@ -108,6 +108,8 @@ def open_console() -> Console:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # no character of a response may end the run
     output = StandardOutput(highlight=False)
+    if output.width < 1:  # COLUMNS=0; rich would print nothing
+        output = StandardOutput(highlight=False, width=80)
     return LiveConsole(output) if output.is_terminal else PlainConsole(output)
 
 

@@ -290,3 +290,17 @@ def test_standard_output_that_is_closed_or_full_is_one_sentence_at_most(words, r
     command = f"({slow} {sys.executable} {words}) {redirection}"
     finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (finished.returncode, finished.stderr) == (code, said)
+
+
+def test_python_without_docstrings_is_refused_in_one_line():
+    ended = subprocess.run(
+        [sys.executable, "-OO", "-m", "qwench", "train", "--help"], capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("qwench: Python runs without docstrings (-OO or PYTHONOPTIMIZE=2)")
+
+
+def test_a_rank_that_is_no_number_is_named(capsys, recipe, monkeypatch):
+    monkeypatch.setenv("RANK", "first")
+    assert run("train", *recipe, "--rm-type", "math", "--dry-run") == 2
+    assert "the environment variable RANK is 'first', which is no number; unset it." in capsys.readouterr().err

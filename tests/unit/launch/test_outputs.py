@@ -208,3 +208,11 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--save-debug-rollout-data .* cannot be written to"):
         claim(dumps=str(tmp_path / "file" / "{rollout_id}.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "driver.log"])
+@pytest.mark.parametrize("flag", ["save", "log_dir"])
+def test_a_folder_with_the_name_of_a_file_of_the_run_is_named(tmp_path, flag, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=f"{name} is a folder, and the run writes a file of that name; move it away"):
+        claim(**{flag: tmp_path})

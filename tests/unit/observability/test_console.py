@@ -176,3 +176,11 @@ def test_quiet_console_has_the_same_methods_and_shows_nothing(capsys):
     with console.run("rollout", done=0, total=1) as bar:
         bar.show(1, left="", note="")
     assert capsys.readouterr().out == ""
+
+
+def test_a_terminal_that_says_it_has_no_columns_gets_the_usual_80(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "0")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console = open_console()
+    console.say("model")
+    assert (console.width, capsys.readouterr().out) == (80, "model\n")
