@@ -131,9 +131,16 @@ def test_calls_of_an_async_function_run_together_in_one_worker() -> None:
     assert len({verdict.score for verdict in verdicts}) == 1
 
 
-def test_what_a_function_prints_or_forks_gets_into_no_answer() -> None:
-    for name in ("chatter", "come_back_twice"):
-        assert grade_all(f"{HOSTILE}.{name}", *(finished("x") for _ in range(3))) == [Verdict(score=0.5, reason="custom")] * 3
+def test_what_a_function_prints_gets_into_no_answer() -> None:
+    assert grade_all(f"{HOSTILE}.chatter", *(finished("x") for _ in range(3))) == [Verdict(score=0.5, reason="custom")] * 3
+
+
+def test_what_a_child_of_the_function_returns_is_no_answer_to_the_next_call() -> None:
+    async def in_turn(pool: RewardPool) -> list[float]:
+        return [(await pool.grade(finished("x" * length))).score for length in (1, 2, 3)]
+
+    with closing(pool_for(f"{HOSTILE}.come_back_twice")) as pool:
+        assert asyncio.run(in_turn(pool)) == [1.0, 2.0, 3.0]
 
 
 def test_a_function_runs_in_another_process() -> None:
