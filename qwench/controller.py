@@ -20,6 +20,7 @@ from qwench.observability.metrics import MetricLog
 from qwench.observability.save_requests import SaveRequests
 from qwench.observability.stopping import stop_requested, stops_deferred
 from qwench.observability.timing import PhaseTimer
+from qwench.rollout.evaluate_beside import EvaluationsBeside
 from qwench.rollout.probe import TEMPERATURE, GreedyProbe
 from qwench.samples import Rollout, Sample
 from qwench.training.learner import Learned
@@ -83,12 +84,14 @@ class Run:
     engines: EnginePool | None
     gpus: Devices
     evaluate: Callable[[], Mapping[str, float]] | None
-    """Returns `eval/...` metrics of the policy. None: there is nothing to evaluate on."""
+    """Returns `eval/...` metrics of the policy. None: there is nothing to evaluate on, or `beside` does it."""
     checkpoints: CheckpointManager
     metrics: MetricLog
     timer: PhaseTimer
     publisher: Publisher | None
     """None: rollouts are only generated."""
+    beside: EvaluationsBeside | None = None
+    """Evaluates while the policy is trained (--eval-num-gpus)."""
     probe: GreedyProbe | None = None
     """Compares FP8 engines with the learner after the first publication."""
     finish: Callable[[], None] = lambda: None
@@ -144,6 +147,8 @@ def train(run: Run) -> None:
         else:
             with saved_when_stopped(run, learner, next_rollout_id=run.plan.num_rollout):
                 evaluate_if_due(run, run.plan.num_rollout)
+        if run.beside is not None:
+            run.beside.finish()
     run.checkpoints.finish()
     run.metrics.finish()
 
@@ -188,8 +193,14 @@ def probe_engines(run: Run, learner: LearnerProtocol, *, version: int) -> None:
 
 
 def evaluate_if_due(run: Run, rollout_id: int) -> Mapping[str, float]:
-    """Evaluate and log the weights that learned from `rollout_id` rollouts, if it is due. Keep the best; return the metrics."""
-    if run.evaluate is None or not run.plan.schedule.eval_due(rollout_id):
+    """Evaluate and log the weights that learned from `rollout_id` rollouts, if it is due. Keep the best; return the metrics.
+
+    Evaluations beside training only begin here; the metrics are those of the ones that are done.
+    """
+    is_due = run.plan.schedule.eval_due(rollout_id)
+    if run.beside is not None:
+        return run.beside.begin(rollout_id) if is_due else run.beside.collect()
+    if run.evaluate is None or not is_due:
         return {}
     with run.timer.phase("eval"):
         evaluated = run.evaluate()

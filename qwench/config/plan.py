@@ -241,7 +241,8 @@ def _plan_devices(config: Config, *, trains: bool, on_gpus: bool) -> DevicePlan:
     cluster, debug, rollout = config.cluster, config.debug, config.rollout
     generates = config.generates
     per_engine = cluster.rollout_num_gpus_per_engine if config.engine.facts.spans_devices else 1
-    num_devices = cluster.world_size if cluster.shares_devices else cluster.rollout_num_gpus or 0
+    num_devices = cluster.world_size if cluster.shares_devices else (cluster.rollout_num_gpus or 0)
+    num_devices += config.evaluation.eval_num_gpus
     starts_engines = generates and not config.engine.rollout_external_engine_addrs
     shared = generates and trains and not debug.debug_rollout_only and cluster.shares_devices
     if shared and starts_engines and cluster.actor_num_gpus_per_node % per_engine:

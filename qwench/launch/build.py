@@ -97,15 +97,16 @@ def build(config: Config, plan: RunPlan) -> Run:
         rollouts = generation.stream(source, num_rollouts=length, waiter=publisher, observers=observers)
         started.callback(metrics.close)
         started.callback(rollouts.close)
+        evaluator = generation.evaluator(eval_prompts)
+        beside = generation.evaluations_beside(evaluator, metrics.log)
         return Run(
             plan=inputs.plan,
             learner=learner,
             rollouts=rollouts,
             engines=generation.engines,
             gpus=gpus,
-            evaluate=partial(generation.evaluator(eval_prompts).evaluate, generation.engines, publisher)
-            if eval_prompts
-            else None,
+            evaluate=None if beside or not eval_prompts else partial(evaluator.evaluate, generation.engines, publisher),
+            beside=beside,
             checkpoints=checkpoints,
             metrics=metrics,
             timer=timer,

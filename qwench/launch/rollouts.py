@@ -17,6 +17,7 @@ from qwench.rollout.buffer import GroupBuffer, GroupSource
 from qwench.rollout.collect import Collector
 from qwench.rollout.continuous import ContinuousStream
 from qwench.rollout.evaluate import EvalSet, Evaluator
+from qwench.rollout.evaluate_beside import SHARE, EvaluationsBeside
 from qwench.rollout.functions import MakeRollout, RolloutContext, RolloutFunctions, checked_rollout
 from qwench.rollout.groups import GroupRunner
 from qwench.rollout.sampling import Sampling
@@ -82,6 +83,20 @@ class Generation:
         make = self._make_rollout(buffer, runner, functions)
         return RolloutStream(self.engines, make, buffer, config.logging, num_rollouts=num_rollouts, **options)
 
+    def evaluations_beside(
+        self, evaluator: Evaluator, log: Callable[[int, Mapping[str, float]], None]
+    ) -> EvaluationsBeside | None:
+        """Return what evaluates while the policy is trained. None: training waits for evaluations."""
+        section = self.inputs.config.evaluation
+        if not section.eval_num_gpus:
+            return None
+        return EvaluationsBeside(
+            lambda: self.engines.loop.start(evaluator.measure(self.engines)),
+            log,
+            max_in_flight=section.eval_max_in_flight,
+            skips=section.eval_overflow_policy == "skip",
+        )
+
     def evaluator(self, prompts: Mapping[str, Sequence[Prompt]]) -> Evaluator:
         """Return the evaluator of the sets in `prompts`.
 
@@ -102,7 +117,7 @@ class Generation:
             ],
             tokenizer=self.inputs.tokenizer,
             grader=self.eval_grader,
-            concurrency=self._concurrency,
+            concurrency=max(self._concurrency // SHARE, 1) if config.evaluation.eval_num_gpus else self._concurrency,
             console=self.inputs.console,
             timeout_s=config.timeouts.eval_timeout,
             group_rm=config.reward.group_rm,

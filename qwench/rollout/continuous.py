@@ -101,15 +101,17 @@ class ContinuousStream(GeneratingStream):
             QwenchError: a group failed, or an engine does not answer.
         """
         mode = self._section.pause_generation_mode
-        if self._held or self._deterministic or mode == "abort":
+        is_running = not self._held
+        if self._deterministic or mode == "abort":
             with self.paused():
                 yield
                 self._bound.published(version)
             return
         with self._engines.holding(retract=mode == "retract"):
-            yield
+            yield  # also where no group is in flight: an evaluation may be
             self._bound.published(version)
-        self._engines.run(self._go_on(), label="begin of groups", timeout_s=CONTROL_TIMEOUT_S)
+        if is_running:
+            self._engines.run(self._go_on(), label="begin of groups", timeout_s=CONTROL_TIMEOUT_S)
 
     def interrupt(self, next_rollout_id: int) -> None:
         """End generation so that a checkpoint resumes with `next_rollout_id`: the groups in flight are in it."""

@@ -9,6 +9,7 @@ eval/<name>/response_len/mean    and the other sample metrics of a rollout
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from statistics import fmean
 from transformers import PreTrainedTokenizerBase
 
 from qwench.engines.fleet.pool import EnginePool, Waiter
+from qwench.errors import EngineError
 from qwench.observability.console import Console
 from qwench.observability.waiting import joined
 from qwench.rewards.degenerate import degenerate_reason
@@ -144,6 +146,25 @@ class Evaluator:
             )
             for eval_set in self._sets
         ]
+
+    async def measure(self, engines: EnginePool) -> dict[str, float]:
+        """Return what `evaluate` returns, on the engines' loop.
+
+        Raises:
+            EngineError: a set was not answered before the deadline.
+        """
+        results, function = list[EvalResult](), self._function
+        try:
+            async with asyncio.timeout(None if self._timeout_s is None else self._timeout_s * len(self._sets)):
+                if function is not None:
+                    return dict(await function(self._sets, lambda eval_set: self._run_set(engines, eval_set)))
+                for eval_set in self._sets:
+                    results.append(await self._run_set(engines, eval_set))
+        except TimeoutError as error:
+            raise EngineError(f"an evaluation beside training took longer than {self._timeout_s:g} s a set.") from error
+        metrics = self.summarize(results)
+        logged = self._log is not None and await asyncio.to_thread(self._log, results, metrics)
+        return {} if logged else metrics
 
     def summarize(self, results: Sequence[EvalResult]) -> dict[str, float]:
         """Return the metrics of all results; warn of a set whose rewards are broken rather than low."""

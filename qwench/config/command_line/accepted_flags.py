@@ -27,6 +27,13 @@ ACCEPTED: tuple[ForeignFlag, ...] = (
     *flags(
         ("true", "false"), "logits are always computed in chunks and recomputed in the backward pass", "recompute-loss-function"
     ),
+    *flags(
+        ANY,
+        "evaluations sample with the engines' own weights, and write no snapshots",
+        "eval-hf-dir eval-keep-snapshots",
+        told=True,
+    ),
+    *flags(ANY, "engines of --eval-num-gpus have --rollout-num-gpus-per-engine", "eval-num-gpus-per-engine", told=True),
     *flags(ON, "checksums confirm every publication", "check-weight-update-equal"),
     *flags(
         ON,

@@ -212,12 +212,6 @@ PLANNED: tuple[ForeignFlag, ...] = (
     *planned("a place of its own for the critic; each checkpoint of --save holds it in its folder critic", "critic-save"),
     *planned("a run that trains the critic alone; --num-critic-only-steps counts such rollouts", "critic-train-only"),
     *planned("one A for the projections that share an input; each projection has its own", "lora-type=canonical_lora"),
-    *planned(
-        "evaluation beside training",
-        """
-        eval-num-gpus=0 eval-num-gpus-per-engine eval-hf-dir eval-keep-snapshots eval-max-in-flight eval-overflow-policy
-        """,
-    ),
     *planned("another comparison of repeated messages; roles, contents and calls are compared", "session-message-matcher"),
     *planned("every turn as a sample; one sample holds all turns", "generate-multi-samples"),
     *planned("resets of the learning-rate schedule", "use-checkpoint-opt-param-scheduler use-checkpoint-lr-scheduler"),

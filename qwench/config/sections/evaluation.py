@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from qwench.config.limits import check_fraction, check_import_path, check_not_negative, check_positive, check_top_k
 from qwench.errors import ConfigError
@@ -50,6 +51,13 @@ class EvalConfig:
     """Folder in which qwench eval writes metrics.json and every response. None: only printed."""
     skip_eval_before_train: bool = False
     """Do not evaluate before the first rollout."""
+    eval_num_gpus: int = 0
+    """GPUs of further engines, for evaluations that go on while the policy is trained (--fully-async). All engines serve both,
+    and rollouts go first. 0: training waits for evaluations."""
+    eval_max_in_flight: int = 2
+    """Evaluations beside training that may be pending at once (--eval-num-gpus)."""
+    eval_overflow_policy: Literal["backpressure", "skip"] = "backpressure"
+    """When --eval-max-in-flight evaluations are pending: wait for the oldest, or skip the new one."""
     custom_eval_rollout_log_function_path: str | None = None
     """Custom function that logs an evaluation, in slime's form. When it returns true, its own metrics are not logged."""
     ci_metric_checker_key: str | None = None
@@ -67,6 +75,8 @@ class EvalConfig:
             ("--eval-max-context-len", self.eval_max_context_len),
         ):
             check_positive(flag, value)
+        check_not_negative("--eval-num-gpus", self.eval_num_gpus)
+        check_positive("--eval-max-in-flight", self.eval_max_in_flight)
         check_not_negative("--eval-temperature", self.eval_temperature)
         check_not_negative("--eval-min-new-tokens", self.eval_min_new_tokens)
         check_fraction("--eval-top-p", self.eval_top_p)

@@ -14,6 +14,7 @@ from qwench.config.sections.critic import CriticConfig
 from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.distillation import DistillationConfig
 from qwench.config.sections.engine import EngineConfig
+from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.model import ModelConfig
@@ -31,6 +32,15 @@ MEGATRON = TrainingConfig(train_backend="megatron")
 ONE_STEP = RolloutConfig(rollout_batch_size=8, n_samples_per_prompt=4)
 REFUSED = [
     ({"debug": DebugConfig(save_debug_rollout_data="a.jsonl")}, "--save-debug-rollout-data must contain {rollout_id}"),
+    ({"evaluation": EvalConfig(eval_num_gpus=1)}, "--eval-num-gpus 1 needs --fully-async"),
+    (
+        {
+            "evaluation": EvalConfig(eval_num_gpus=1, eval_prompt_data=("a", "b")),
+            "asynchronous": AsyncConfig(fully_async=True, max_weight_staleness=1),
+            "cluster": ClusterConfig(),
+        },
+        "--eval-num-gpus 1 needs engines on GPUs of their own",
+    ),
     (
         {"references": ReferencesConfig(custom_megatron_init_path="a.b"), "training": FSDP},
         "--custom-megatron-init-path needs --train-backend megatron",

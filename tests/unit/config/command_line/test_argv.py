@@ -51,7 +51,7 @@ def test_a_flag_whose_own_name_begins_with_no_is_not_a_negation():
         (["--moe-router-topk", "8"], "--moe-router-topk 8 is not supported: Qwench trains dense models"),
         (["--hidden-dropout", "0.1"], "--hidden-dropout 0.1 is not supported: Qwen3 has no dropout; leave it out or give 0"),
         (["--no-bf16"], "--no-bf16 is not supported: training is in bfloat16"),
-        (["--eval-hf-dir", "a"], "--eval-hf-dir a is not built yet: evaluation beside training"),
+        (["--critic-save", "a"], "--critic-save a is not built yet: a place of its own for the critic"),
         (["--sglang-page-size", "big"], "--sglang-page-size must be an integer, got 'big'"),
         (["--custom-rm-path", "slime.rollout.x.y"], "--custom-rm-path slime.rollout.x.y names no built-in function of Qwench"),
         (["--dump-details"], "--dump-details expects one value, got none"),
@@ -122,7 +122,7 @@ def test_yaml_comes_before_the_command_line_wherever_it_is_named(tmp_path):
     [
         ("learning_rate: 1\n", "unknown flag --learning-rate; use --lr"),
         ("seed: soon\n", "--seed must be an integer, got 'soon'"),
-        ("eval_hf_dir: a\n", "--eval-hf-dir a is not built yet"),
+        ("critic_save: a\n", "--critic-save a is not built yet"),
     ],
 )
 def test_a_wrong_yaml_key_is_named_with_its_file(tmp_path, content, problem):

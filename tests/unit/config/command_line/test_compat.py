@@ -36,9 +36,6 @@ def test_shorthands_and_aliases_stand_for_flags_that_exist():
 @pytest.mark.parametrize(
     ("name", "spelled", "values", "accepted"),
     [
-        ("eval-num-gpus", "eval-num-gpus", ("0",), True),
-        ("eval-num-gpus", "eval-num-gpus", ("3",), False),
-        ("eval-num-gpus", "eval-num-gpus", (), False),
         ("bf16", "bf16", (), True),
         ("bf16", "no-bf16", (), False),
         ("fp16", "no-fp16", (), True),
