@@ -99,9 +99,10 @@ def tensorboard_folder(flags: LoggingConfig, log_dir: Path | None) -> Path | Non
 
 
 def _check_files(folder: Path | None) -> None:
-    for name in () if folder is None else (METRICS, DRIVER_LOG):
-        if (folder / name).is_dir():
-            raise ConfigError(f"{folder / name} is a folder, and the run writes a file of that name; move it away.")
+    files = [] if folder is None else [folder / METRICS, folder / DRIVER_LOG]
+    for path in files:
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder, and the run writes a file of that name; move it away.")
 
 
 def _claim_curves(folder: Path, names: Sequence[str], *, own: Sequence[Path], writes: bool) -> None:
