@@ -195,11 +195,15 @@ def test_what_is_written_is_read_by_torch_and_by_us(tmp_path: Path) -> None:
     folders[0].add("layers", layers[0], layer=0, num_layers=2)
     folders[1].add("layers", layers[1], layer=1, num_layers=2)
     folders[1].add("norm", norm)
+    folders[1].add_object("position", {"row": 7})
     for writer in folders:
         writer.close()
     write_metadata(tmp_path, [writer.written for writer in folders], flat_keys=True)
     found = {"layers": torch.zeros(2, 3, 4), "norm": torch.zeros(5).bfloat16()}
     dcp.load(found, checkpoint_id=tmp_path)
+    objects: dict[str, object] = {"position": None}
+    dcp.load(objects, checkpoint_id=tmp_path)
+    assert objects == {"position": {"row": 7}}
     ours = DcpFolder(tmp_path)
     for whole in (found, {"layers": ours.read("layers"), "norm": ours.read("norm")}):
         assert torch.equal(whole["layers"], layers) and torch.equal(whole["norm"], norm)
