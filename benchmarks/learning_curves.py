@@ -1,0 +1,154 @@
+"""Learning curves of every --advantage-estimator on the quickstart task, with bands over seeds.
+
+    python benchmarks/learning_curves.py --output FOLDER [--method grpo --method rloo] [--seeds 3] [--rollouts 24]
+                                         [--own "mine=--custom-advantage-function-path ./mine.py:advantages"]
+
+One tiny model is fine-tuned once (`qwench quickstart`). Every method then learns from it with the same data, budget and flags;
+only the flags that a method requires differ. FOLDER/curves.json holds the held-out accuracy of every run, and FOLDER/curves.png
+shows each method's mean and range over the seeds, beside GRPO's mean. `--own NAME=FLAGS` adds a method of yours. What is done
+already is not run again, so methods can be added later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from qwench.commands.quickstart import commands, run_command, write_data
+from qwench.estimators import METHODS, estimator_names
+from qwench.files import write_atomically
+from qwench.observability.plots import read_curve
+
+METRIC = "eval/held_out"
+REFERENCE = "grpo"
+REQUIRED: Mapping[str, tuple[str, ...]] = {"gdpo": ("--rm-type", "deepscaler,f1", "--reward-weights", "1,0.1")}
+"""Flags without which a method does not run; those of `MethodFacts` are added."""
+_REPLACED = ("--num-rollout", "--advantage-estimator", "--save", "--save-hf", "--save-interval", "--eval-interval")
+_PANELS_PER_ROW = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """The held-out accuracy of one run."""
+
+    method: str
+    seed: int
+    rollouts: list[int]
+    accuracy: list[float]
+
+
+def main() -> None:
+    """Run what is missing, then write the numbers and the picture."""
+    options = _options()
+    folder: Path = options.output
+    methods = {name: _flags_of(name) for name in options.method or ([] if options.own else estimator_names())}
+    methods |= dict(_own_method(text) for text in options.own)
+    _prepare(folder, sft_rollouts=options.sft_rollouts)
+    curves = [
+        _run(folder, name, flags, seed=seed, rollouts=options.rollouts, interval=options.eval_interval)
+        for name, flags in methods.items()
+        for seed in range(options.seeds)
+    ]
+    budget = {"sft_rollouts": options.sft_rollouts, "rollouts": options.rollouts, "seeds": options.seeds}
+    content = {"metric": METRIC, **budget, "curves": [asdict(curve) for curve in curves]}
+    write_atomically(folder / "curves.json", json.dumps(content, indent=1) + "\n")
+    draw(curves, folder / "curves.png")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of data, model, runs and results")
+    parser.add_argument("--method", action="append", choices=estimator_names(), help="estimator to run. None: all of them")
+    parser.add_argument("--own", action="append", default=[], metavar="NAME=FLAGS", help="further flags of qwench train")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rollouts", type=int, default=24, help="rollouts of each run")
+    parser.add_argument("--eval-interval", type=int, default=3)
+    parser.add_argument("--sft-rollouts", type=int, default=360, help="steps of the fine-tuning before")
+    return parser.parse_args()
+
+
+def _flags_of(name: str) -> list[str]:
+    whitens = ["--normalize-advantages"] if METHODS[name].requires_whitening else []
+    return ["--advantage-estimator", name, *whitens, *REQUIRED.get(name, ())]
+
+
+def _own_method(text: str) -> tuple[str, list[str]]:
+    name, found, flags = text.partition("=")
+    if not found or not name:
+        raise SystemExit(f"--own must be NAME=FLAGS, got {text!r}")
+    return name, shlex.split(flags)
+
+
+def _prepare(folder: Path, *, sft_rollouts: int) -> None:
+    """Make the data, the model, and its fine-tuning, as the quickstart does."""
+    if not (folder / "data" / "test.jsonl").is_file():
+        write_data(folder / "data", seed=0, num_demos=64 * sft_rollouts, num_prompts=4_000, num_held_out=256)
+    make_model, fine_tune = commands(folder, seed=0)[:2]
+    for _, arguments, result in (make_model, fine_tune):
+        if not result.exists():
+            run_command(_with(arguments, {"--num-rollout": sft_rollouts, "--save-interval": sft_rollouts}))
+
+
+def _run(folder: Path, method: str, flags: Sequence[str], *, seed: int, rollouts: int, interval: int) -> Curve:
+    """Train with one method and seed, unless that is done."""
+    place = folder / "runs" / f"{method}-{seed}"
+    if not (place / "done").is_file():
+        arguments = next(argv for title, argv, _ in commands(folder, seed=0) if title.startswith("GRPO"))
+        arguments = _with(arguments, dict.fromkeys(_REPLACED))
+        settings = ["--num-rollout", rollouts, "--eval-interval", interval, "--seed", seed, "--rollout-seed", seed]
+        run_command([*arguments, *map(str, settings), "--log-dir", str(place), *flags])
+        (place / "done").touch()
+    steps, values = read_curve(place / "metrics.jsonl", METRIC)
+    return Curve(method=method, seed=seed, rollouts=steps, accuracy=values)
+
+
+def _with(arguments: Sequence[str], values: Mapping[str, object]) -> list[str]:
+    """Replace the value of flags that take one; None leaves the flag out."""
+    changed, words = list[str](), iter(arguments)
+    for word in words:
+        if word not in values:
+            changed.append(word)
+            continue
+        next(words)
+        if values[word] is not None:
+            changed += [word, str(values[word])]
+    return changed
+
+
+def draw(curves: Sequence[Curve], picture: Path) -> None:
+    """Write a panel for each method: the mean over its seeds, their range, and the mean of GRPO."""
+    names = list(dict.fromkeys(curve.method for curve in curves))
+    num_rows = -(-len(names) // _PANELS_PER_ROW)
+    figure = Figure(figsize=(3.4 * min(len(names), _PANELS_PER_ROW), 2.6 * num_rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    reference = [curve for curve in curves if curve.method == REFERENCE]
+    for position, name in enumerate(names, start=1):
+        panel = figure.add_subplot(num_rows, min(len(names), _PANELS_PER_ROW), position)
+        own = [curve for curve in curves if curve.method == name]
+        if reference and name != REFERENCE:
+            panel.plot(reference[0].rollouts, _over_seeds(reference, fmean), color="grey", linestyle="--", linewidth=1)
+        panel.fill_between(own[0].rollouts, _over_seeds(own, min), _over_seeds(own, max), alpha=0.25)
+        panel.plot(own[0].rollouts, _over_seeds(own, fmean), marker="o", markersize=2.5)
+        panel.set_ylim(0, 1)
+        panel.set_title(f"{name}  {_over_seeds(own, fmean)[-1]:.2f}", fontsize=9)
+        panel.grid(alpha=0.3)
+    figure.supxlabel("rollout")
+    figure.supylabel("held-out accuracy")
+    figure.savefig(picture, dpi=120)
+
+
+def _over_seeds(curves: Sequence[Curve], statistic: Callable[[Sequence[float]], float]) -> list[float]:
+    """Return a statistic over the seeds at each evaluation."""
+    return [float(statistic(values)) for values in zip(*(curve.accuracy for curve in curves), strict=True)]
+
+
+if __name__ == "__main__":
+    main()
