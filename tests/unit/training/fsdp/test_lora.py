@@ -13,6 +13,7 @@ from transformers import Qwen3ForCausalLM
 
 from qwench.algorithms.columns import MicroBatch, TokenLoss
 from qwench.config.sections.lora import LoraConfig
+from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import CheckpointError, ConfigError
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
@@ -21,7 +22,7 @@ from qwench.training.process_group import init_process_group
 from qwench.training.state import Reference
 from tests.contract.train_backend_cases import clipped_loss, make_batch, micro_batches, write_model
 from tests.deadlines import patient
-from tests.fakes.sections import adamw
+from tests.fakes.sections import adamw, offloaded
 from tests.fakes.trainer import take_step
 
 _CPU = torch.device("cpu")
@@ -45,11 +46,18 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _build(folder: Path, lora: LoraConfig, *, dtype: torch.dtype = torch.float32, recomputes: bool = False) -> FsdpTrainer:
+def _build(
+    folder: Path,
+    lora: LoraConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    recomputes: bool = False,
+    adam: OptimizerConfig = _ADAM,
+) -> FsdpTrainer:
     return FsdpTrainer.build(
         folder,
         training=TrainingConfig(gradient_checkpointing=recomputes),
-        optimizer=_ADAM,
+        optimizer=adam,
         total_steps=9,
         param_dtype=dtype,
         device=_CPU,
@@ -107,6 +115,15 @@ def test_bfloat16_weights_are_published_as_the_sum_of_rounded_factors_rounded_on
     untouched = [key for key in published if "_proj" not in key]
     assert all(torch.equal(published[key], frozen[key]) for key in untouched)
     assert trainer.shared_weights() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_whose_masters_are_on_the_host_learn_the_same_bits(model_folder: Path, tmp_path: Path, dtype: torch.dtype):
+    device = _build(model_folder, _PISSA, dtype=dtype)
+    host = _build(model_folder, _PISSA, dtype=dtype, adam=offloaded(_ADAM, 1.0))
+    assert _train(device, 3) == _train(host, 3)
+    one, other = _saved(device, tmp_path / "device"), _saved(host, tmp_path / "host")
+    assert all(torch.equal(matrix, other[name]) for name, matrix in one.items())
 
 
 def test_a_pass_drops_a_share_of_inputs_and_scales_up_the_others():
