@@ -34,6 +34,9 @@ USED: Mapping[str, str] = {
         make_vocab_size_divisible_by model_name norm_epsilon normalization num_attention_heads num_query_groups
         parallelism position_embedding_type rotary_base rotary_percent swiglu tito_model
         untie_embeddings_and_output_weights use_rotary_position_embeddings""",
+    "a section lists the flags of hooks through `fields()`": """
+        custom_megatron_before_log_prob_hook_path custom_megatron_before_train_step_hook_path custom_megatron_init_path
+        custom_megatron_post_save_hook_path""",
     "benchmarks hand them to other programs, or name them by path": "long_tail on_step_end",
     "tests kill processes and look for leaks by them": "leave_groups num_free_pages pids unfinished",
 }

@@ -152,9 +152,12 @@ def say_facts(console: Console, facts: Mapping[str, str]) -> None:
 def _wrapped(text: str, *, first: int, width: int) -> str:
     """Wrap text that begins in column `first`; a word longer than a line is left whole."""
     wrapper = textwrap.TextWrapper(
-        max(width, 2 * first), initial_indent=" " * first, subsequent_indent=" " * 10, break_long_words=False
+        max(width, 2 * first),
+        initial_indent=" " * first,
+        subsequent_indent=" " * 10,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
-    wrapper.break_on_hyphens = False
     return wrapper.fill(text)[first:]
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -173,19 +173,13 @@ def test_a_resumed_run_takes_the_step_that_follows(folder: Path) -> None:
     assert record["steps"][0]["grad_norm"] == pytest.approx(first.grad_norms[3], rel=1e-5)
 
 
-@pytest.fixture
-def peft_module(folder: Path) -> Iterator[object]:
-    """Yield PEFT, where it is installed; the plain module is compared everywhere."""
-    yield pytest.importorskip("peft", reason="PEFT is not part of the development environment")
-
-
 @pytest.mark.parametrize("flags", ["all", "some"])
-def test_steps_equal_peft_s_own_module(folder: Path, peft_module, flags: str) -> None:
+def test_steps_equal_peft_s_own_module(folder: Path, flags: str) -> None:
     start = folder / f"{flags}.adapter"
     models = []
 
     def prepare(model: nn.Module) -> nn.Module:
-        models.append(peft_module.PeftModel.from_pretrained(model, str(start), is_trainable=True))
+        models.append(peft.PeftModel.from_pretrained(model, str(start), is_trainable=True))
         return models[0]
 
     expected = cases.plain_loop(folder / "tied", prepare=prepare)
@@ -195,14 +189,14 @@ def test_steps_equal_peft_s_own_module(folder: Path, peft_module, flags: str) ->
             assert [step["loss"] for step in record["steps"]] == pytest.approx(expected.losses, rel=1e-5, abs=1e-6)
             assert [step["grad_norm"] for step in record["steps"]] == pytest.approx(expected.grad_norms, rel=1e-5)
         saved = load_file(folder / f"{layout}-{flags}.checkpoint" / "adapter_model.safetensors")
-        for name, matrix in peft_module.get_peft_model_state_dict(models[0]).items():
+        for name, matrix in peft.get_peft_model_state_dict(models[0]).items():
             assert_close(saved[name], matrix, name, WITHIN)
 
 
 @pytest.mark.parametrize("flags", ["all", "some", "pissa"])
-def test_peft_loads_what_was_saved_and_computes_what_was_published(folder: Path, peft_module, flags: str) -> None:
+def test_peft_loads_what_was_saved_and_computes_what_was_published(folder: Path, flags: str) -> None:
     base = Qwen3ForCausalLM.from_pretrained(folder / "tied", dtype=torch.float32)
-    loaded = peft_module.PeftModel.from_pretrained(base, str(folder / f"two-{flags}.checkpoint"))
+    loaded = peft.PeftModel.from_pretrained(base, str(folder / f"two-{flags}.checkpoint"))
     published = Qwen3ForCausalLM.from_pretrained(folder / "tied", dtype=torch.float32)
     weights = read_records(folder, _case("two", flags, folder)[1], 2)[0]["weights"]
     published.load_state_dict(weights, strict=False)
