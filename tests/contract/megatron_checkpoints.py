@@ -30,7 +30,7 @@ def read_with_megatron_core(folder: Path, saved: str, model: str) -> dict:
     """Load a checkpoint by megatron-core's `dist_checkpointing` and its optimizer, as Megatron-LM does."""
 
     def load(backend: MegatronTrainer) -> dict:
-        stage, optimizer = backend._model, backend._optimizer._sharded
+        stage, optimizer = backend._model, backend._optimizer.sharded
         model_state = stage.sharded_state_dict()
         kind = {"distrib_optim_sharding_type": "fully_reshardable"}
         optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=kind)
@@ -53,7 +53,7 @@ def write_with_megatron_core(folder: Path, model: str) -> dict:
 
     def train(backend: MegatronTrainer) -> dict:
         steps = [_step(backend) for _ in range(2)]
-        stage, optimizer = backend._model, backend._optimizer._sharded
+        stage, optimizer = backend._model, backend._optimizer.sharded
         model_state = stage.sharded_state_dict()
         kind = {"distrib_optim_sharding_type": "fully_reshardable"}
         state = {
