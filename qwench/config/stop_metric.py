@@ -33,7 +33,10 @@ class StopMetric:
         except ValueError:
             bound = float("nan")
         if found is None or not isfinite(bound):
-            raise ConfigError(f"--stop-metric must be NAME>=NUMBER or NAME<=NUMBER, for example eval/aime>=0.6; got {text!r}")
+            raise ConfigError(
+                "--stop-metric must be 'NAME>=NUMBER' or 'NAME<=NUMBER' in quotes, since a shell takes > and < for itself; "
+                f"for example 'eval/aime>=0.6'; got {text!r}"
+            )
         return cls(name=found[1], is_lower_bound=found[2] == ">=", bound=bound)
 
     def is_met(self, metrics: Mapping[str, float]) -> bool:

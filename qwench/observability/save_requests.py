@@ -1,6 +1,6 @@
 """Save on demand: SIGUSR1 to the driver, or a file SAVE_NOW in the folder of --save, which the run removes when it has saved.
 
-kill -USR1 PID    or    touch RUN/SAVE_NOW        the run saves after the rollout that it is learning from, and goes on
+kill -USR1 PID    or    touch FOLDER/SAVE_NOW     the run saves after the rollout that it is learning from, and goes on
 """
 
 from __future__ import annotations

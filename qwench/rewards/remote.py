@@ -111,7 +111,7 @@ def pause_s(attempt: int) -> float:
     return min(2.0**attempt, LONGEST_PAUSE_S) + random.random()
 
 
-def check_reachable(url: str, *, what: str = "the reward server", flag: str = "--rm-url") -> None:
+def check_reachable(url: str, *, what: str = "the server", flag: str = "--rm-url") -> None:
     """Check before the run starts that a server listens; a run would find out after its first rollout only.
 
     Raises:

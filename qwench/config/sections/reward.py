@@ -82,6 +82,11 @@ class RewardConfig:
             raise ConfigError(f"--rm-type {self.rm_type} names a reward twice; name each once")
         self._check_weights(names)
         self._check_judge(names)
+        parts = ("score", *names)
+        if len(names) > 1 and self.reward_key is not None and self.reward_key not in parts:
+            raise ConfigError(
+                f"--reward-key {self.reward_key} is none of {', '.join(parts)}, which --rm-type {self.rm_type} gives"
+            )
 
     def _check_weights(self, names: tuple[str, ...]) -> None:
         if self.reward_weights is None:
@@ -100,8 +105,11 @@ class RewardConfig:
 
     def _check_judge(self, names: tuple[str, ...]) -> None:
         check_positive("--judge-timeout-s", self.judge_timeout_s)
-        if "judge" in names and (self.judge_url is None or self.judge_model is None):
-            raise ConfigError("--rm-type judge asks a language model; give --judge-url and --judge-model")
+        if "judge" in names:
+            flags = {"--judge-url": self.judge_url, "--judge-model": self.judge_model}
+            missing = [flag for flag, value in flags.items() if value is None]
+            if missing:
+                raise ConfigError(f"--rm-type judge asks a language model; give {' and '.join(missing)}")
         if self.judge_url is not None and not self.judge_url.startswith(("http://", "https://")):
             raise ConfigError(f"--judge-url must begin with http:// or https://, got {self.judge_url!r}")
         if self.judge_url is not None and self.judge_model is None:

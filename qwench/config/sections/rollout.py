@@ -26,8 +26,8 @@ class RolloutConfig:
     num_rollout: int | None = None
     """Number of rollouts in the run. Wins over --num-epoch. None: as many as --num-epoch needs."""
     stop_metric: str | None = None
-    """End the run, with its checkpoint saved, when a logged metric reaches a bound: eval/aime>=0.6 or rollout/raw_reward>=0.9.
-    <= is an upper bound."""
+    """End the run, with its checkpoint saved, when a logged metric reaches a bound: 'eval/aime>=0.6' or
+    'rollout/raw_reward>=0.9', in quotes for the shell. <= is an upper bound."""
     num_epoch: int | None = None
     """Number of passes over the data set. None: --num-rollout decides."""
     rollout_batch_size: int | None = None

@@ -50,6 +50,12 @@ REFUSED = [
     ),
     (RewardConfig, {"rm_type": "math", "reward_weights": "1"}, "--reward-weights 1 has 1 weights for 1 rewards"),
     (RewardConfig, {"rm_type": "math,f1", "reward_weights": "1,x"}, "--reward-weights must be numbers as 0.7,0.3, got '1,x'"),
+    (RewardConfig, {"rm_type": "math,f1", "reward_key": "maths"}, "--reward-key maths is none of score, math, f1"),
+    (
+        RewardConfig,
+        {"rm_type": "judge", "judge_url": "http://h/v1"},
+        "--rm-type judge asks a language model; give --judge-model",
+    ),
     (RewardConfig, {"rm_type": "math,f1", "reward_weights": "1,inf"}, "--reward-weights must be finite numbers"),
     (RewardConfig, {"rm_type": "judge"}, "--rm-type judge asks a language model; give --judge-url and --judge-model"),
     (RewardConfig, {"judge_url": "a", "judge_model": "b"}, "--judge-url must begin with http:// or https://, got 'a'"),

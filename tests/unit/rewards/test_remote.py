@@ -171,7 +171,7 @@ def test_pauses_double_up_to_half_a_minute():
 def test_a_server_that_is_not_there_is_found_before_the_run():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
-    with pytest.raises(ConfigError, match=rf"the reward server --rm-url {url} cannot be reached: .*; start it"):
+    with pytest.raises(ConfigError, match=rf"the server --rm-url {url} cannot be reached: .*; start it"):
         check_reward(RewardConfig(rm_type="remote_rm", rm_url=url))
     with pytest.raises(ConfigError, match="row 0 of the prompts is graded by remote_rm; give the server's address by --rm-url"):
         check_prompts(RewardConfig(rm_type="math"), [sample(rm_type="remote_rm").prompt])
