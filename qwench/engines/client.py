@@ -207,6 +207,7 @@ class HttpEngine:
             meta = answer["meta_info"]
             sampled = meta.get("output_token_logprobs") or []
             finish = meta["finish_reason"]
+            finish_reason = FinishReason(finish["type"])
             output_ids = [int(token) for _, token, *_ in sampled]
             versions = meta.get("weight_versions")
             if versions is None and not output_ids:
@@ -217,12 +218,16 @@ class HttpEngine:
                 request_id=request.request_id,
                 output_ids=output_ids,
                 log_probs=[float(log_prob) for log_prob, *_ in sampled],
-                finish_reason=FinishReason(finish["type"]),
+                finish_reason=finish_reason,
                 matched=finish.get("matched"),
                 weight_versions=versions,
                 text=answer.get("text") or "",
                 cached_tokens=meta.get("cached_tokens", 0),
-                scores=None if request.scoring is None else _read_scores(request.input_ids, request.scoring, meta),
+                scores=(
+                    _read_scores(request.input_ids, request.scoring, meta)
+                    if request.scoring is not None and finish_reason is not FinishReason.ABORT
+                    else None
+                ),
             )
         except (KeyError, TypeError, ValueError) as cause:
             raise EngineError(f"{self!r} answered /generate with something else than SGLang does: {cause!r}.") from cause

@@ -107,7 +107,7 @@ class GenerateResult:
     text: str = ""
     cached_tokens: int = 0
     scores: Scores | None = None
-    """Of a request with `scoring`."""
+    """Of a request with `scoring` that was not aborted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

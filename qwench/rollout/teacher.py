@@ -104,13 +104,14 @@ class Teachers:
         return server
 
     async def _ask(self, server: HttpEngine, tokens: Sequence[int], scoring: Scoring) -> Scores:
-        """Return a teacher's scores; a server that is gone is asked again, as long as it may take to restart."""
+        """Return a teacher's scores; a server that is gone or aborts is asked again, while it may restart."""
         for attempt in range(ATTEMPTS):
             request = GenerateRequest(request_id=next(self._ids), input_ids=tokens, sampling=_SCORE_ONLY, scoring=scoring)
             try:
                 async with self._places:
                     result = await server.generate(request)
-                assert result.scores is not None, "the client reads scores, or raises"
+                if result.scores is None:
+                    raise EngineLostError(f"{server!r} aborted a request for scores")
                 return result.scores
             except EngineLostError as cause:
                 if attempt == ATTEMPTS - 1:

@@ -250,6 +250,23 @@ def test_abort_returns_what_there_is(host):
     assert stats.num_free_pages == stats.num_pages
 
 
+def test_an_aborted_request_for_scores_has_none(host):
+    """Also none of the chunks that were scored before."""
+    prompt = prompt_of(200)
+
+    async def scenario(engine: Engine):
+        await engine.pause()
+        running = asyncio.ensure_future(engine.generate(score("scored", prompt, top_k=2)))
+        while (stats := await engine.stats()).num_waiting + stats.num_running == 0:
+            await asyncio.sleep(0)
+        await engine.abort("scored")
+        await engine.resume()
+        return await running
+
+    result = drive(host, make_model("qwen3"), scenario, prefill_chunk_tokens=8)
+    assert (result.finish_reason, result.scores) == (FinishReason.ABORT, None)
+
+
 def test_abort_of_all_also_ends_what_waits(host):
     requests = [ask(f"r{i}", prompt_of(5, seed=i), max_new_tokens=LONG, ignore_eos=True) for i in range(6)]
 

@@ -350,3 +350,10 @@ def test_scores_of_a_prompt_are_read_as_sglang_sends_them():
 def test_scores_of_other_tokens_are_refused(entries):
     with pytest.raises(EngineError, match=r"input_token_logprobs has [12] tokens"):
         scored({**SCORED, "input_token_logprobs": entries}, Scoring(start=2))
+
+
+@pytest.mark.parametrize("entries", [[[None, 5, None], [-0.5, 6, None]], None])
+def test_an_aborted_request_has_no_scores(entries):
+    aborted = {"finish_reason": {"type": "abort", "message": "aborted"}, "input_token_logprobs": entries}
+    result, _ = scored({**SCORED, **aborted}, Scoring(start=2, top_k=2))
+    assert (result.finish_reason, result.scores) == (FinishReason.ABORT, None)

@@ -8,6 +8,7 @@ import torch
 
 from qwench.config.sections.distillation import DistillationConfig
 from qwench.engines.embedded.http.serving import ServerThread
+from qwench.engines.protocol import FinishReason, GenerateResult, Scores, Scoring
 from qwench.errors import ConfigError, EngineError
 from qwench.rollout import teacher as module
 from qwench.rollout.generate import Requests
@@ -139,3 +140,19 @@ def test_a_teacher_that_is_gone_ends_the_run_with_its_name(monkeypatch):
         asyncio.run(teach())
     with pytest.raises(ConfigError, match=r"the teacher default --rm-url http://127.0.0.1:1 cannot be reached"):
         teachers.check_reachable()
+
+
+def test_a_teacher_that_aborts_is_asked_again(monkeypatch):
+    monkeypatch.setattr(module, "pause_s", lambda attempt: 0.0)
+    answers = [None, Scores(log_probs=[-1.0])]
+
+    class AbortsOnce:
+        async def generate(self, request):
+            scores = answers.pop(0)
+            reason = FinishReason.LENGTH if scores else FinishReason.ABORT
+            return GenerateResult(
+                request_id="t", output_ids=[], log_probs=[], finish_reason=reason, weight_versions=[], scores=scores
+            )
+
+    asked = Teachers(section(), {})._ask(AbortsOnce(), [1, 2], Scoring(start=1))
+    assert asyncio.run(asked) == Scores(log_probs=[-1.0])

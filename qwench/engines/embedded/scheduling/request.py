@@ -90,7 +90,7 @@ class RunningRequest:
     def to_result(self, tokenizer: PreTrainedTokenizerBase | None) -> GenerateResult:
         """Return the result for the caller. Without a tokenizer there is no text."""
         assert self.finish_reason is not None
-        text = ""
+        text, scoring = "", self.request.scoring
         if tokenizer is not None:
             text = str(tokenizer.decode(self.output_ids, skip_special_tokens=self.request.sampling.skip_special_tokens))
         return GenerateResult(
@@ -102,5 +102,9 @@ class RunningRequest:
             weight_versions=self.weight_versions,
             text=text,
             cached_tokens=self.cached_tokens,
-            scores=None if self.request.scoring is None else read_scores(self.scored, self.request.scoring),
+            scores=(
+                read_scores(self.scored, scoring)
+                if scoring is not None and self.finish_reason is not FinishReason.ABORT
+                else None
+            ),
         )
