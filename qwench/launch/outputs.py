@@ -59,6 +59,8 @@ def claim_outputs(config: Config, held: ExitStack, *, writes: bool = True) -> st
             _lock_template(template, held, flag=flag)
     folder = None if config.logging.tensorboard_dir is None else tensorboard_folder(config.logging, log_dir)
     if folder is not None and not _is_one_of(folder, checkpoint.save, log_dir):
+        if writes and (folder / _MARKER).is_file():  # a run may be at work here
+            _lock(folder, held, flag="--tensorboard-dir")
         _claim_curves(folder, names, own=[*_outputs(config)], writes=writes)
         if writes:
             _lock(folder, held, flag="--tensorboard-dir")

@@ -160,11 +160,11 @@ from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.launch.outputs import claim_outputs, own_results
-save, hf, dumps, log, results = sys.argv[1:]
+save, hf, dumps, log, curves, results = sys.argv[1:]
 config = Config(
     checkpoint=CheckpointConfig(save=Path(save), save_hf=hf),
     debug=DebugConfig(save_debug_rollout_data=dumps),
-    logging=LoggingConfig(log_dir=Path(log)),
+    logging=LoggingConfig(log_dir=Path(log), use_tensorboard=True, tensorboard_dir=Path(curves)),
 )
 held = ExitStack()
 claim_outputs(config, held)
@@ -176,12 +176,15 @@ sys.stdin.read()
 
 def test_what_a_live_run_writes_is_refused_to_another_with_its_owner(tmp_path):
     hf, dumps, log = str(tmp_path / "hf" / "{rollout_id}"), str(tmp_path / "dumps" / "{rollout_id}.jsonl"), tmp_path / "log"
+    curves = tmp_path / "curves"
     (tmp_path / "results").mkdir()
-    argv = [sys.executable, "-c", HOLD, str(tmp_path / "a"), hf, dumps, str(log), str(tmp_path / "results")]
+    argv = [sys.executable, "-c", HOLD, *map(str, (tmp_path / "a", hf, dumps, log, curves, tmp_path / "results"))]
 
     def claim_with(save: str, **flags: object) -> None:
         checkpoint = CheckpointConfig(save=tmp_path / save, save_hf=flags.get("hf"))
-        logging, debug = LoggingConfig(log_dir=flags.get("log")), DebugConfig(save_debug_rollout_data=flags.get("dumps"))
+        board = flags.get("curves")
+        logging = LoggingConfig(log_dir=flags.get("log"), use_tensorboard=board is not None, tensorboard_dir=board)
+        debug = DebugConfig(save_debug_rollout_data=flags.get("dumps"))
         with ExitStack() as held:
             claim_outputs(Config(checkpoint=checkpoint, logging=logging, debug=debug), held)
 
@@ -192,16 +195,18 @@ def test_what_a_live_run_writes_is_refused_to_another_with_its_owner(tmp_path):
             ("b", {"log": log}, f"--log-dir {log}"),  # not yet with metrics: only the lock tells
             ("b", {"hf": hf}, f"--save-hf {hf}"),
             ("b", {"dumps": dumps}, f"--save-debug-rollout-data {dumps}"),
+            ("b", {"curves": curves}, f"--tensorboard-dir {curves}"),
         ):
             with pytest.raises(ConfigError) as refused:
                 claim_with(save, **flags)
             assert f"{words} is in use by process {other.pid} on " in str(refused.value)
+        assert json.loads((curves / "qwench_logs.json").read_text()) == {"run": str(tmp_path / "a")}
         with pytest.raises(ConfigError, match=rf"--eval-output {tmp_path}/results is in use by process {other.pid}"):
             own_results(tmp_path / "results", ExitStack())
         claim_with("b", hf=str(tmp_path / "hf" / "other-{rollout_id}"), log=tmp_path / "other log")
         other.kill()
         other.wait()
-    claim_with("a", hf=hf, dumps=dumps, log=log)  # a killed process leaves no lock behind
+    claim_with("a", hf=hf, dumps=dumps, log=log, curves=curves)  # a killed process leaves no lock behind
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
