@@ -109,7 +109,7 @@ def train(run: Run) -> None:
     learner, rollouts, gpus, schedule, publisher = run.learner, run.rollouts, run.gpus, run.plan.schedule, run.publisher
     assert learner is not None and publisher is not None, "a run that only generates has no learner"
     asked = SaveRequests(schedule.checkpoint.save)
-    first = saved = run.checkpoints.restore(learner.state, rollouts)
+    first = saved = learned_from = run.checkpoints.restore(learner.state, rollouts)
     run.metrics.resume(first, run.checkpoints.train_steps(first))
     with gpus.held_by(learner.state):
         publisher.publish(version=first)
@@ -127,6 +127,7 @@ def train(run: Run) -> None:
                     rollout = rollouts.take(rollout_id)
             with gpus.held_by(learner.state):
                 learned = learner.learn(rollout)
+                learned_from = rollout_id + 1
                 publisher.advance(version=rollout_id + 1)
                 # Logged before it is saved: a run killed in between learns from the rollout again, and logs it once.
                 run.metrics.log(rollout_id, {**rollout.metrics, **learned.metrics, **run.timer.take()}, steps=learned.steps)
@@ -148,7 +149,8 @@ def train(run: Run) -> None:
             with saved_when_stopped(run, learner, next_rollout_id=run.plan.num_rollout):
                 evaluate_if_due(run, run.plan.num_rollout)
         if run.beside is not None:
-            run.beside.finish()
+            with saved_when_stopped(run, learner, next_rollout_id=learned_from):
+                run.beside.finish()
     run.checkpoints.finish()
     run.metrics.finish()
 
@@ -167,6 +169,8 @@ def saved_when_stopped(
         number = error.number if isinstance(error, Stopped) else stop_requested()
         if number is None:
             raise
+        if run.beside is not None:
+            run.beside.warn_lost(next_rollout_id=next_rollout_id)
         run.rollouts.interrupt(next_rollout_id)
         if not learner_holds_devices:
             run.gpus.keep_for(learner.state)

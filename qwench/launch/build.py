@@ -98,7 +98,7 @@ def build(config: Config, plan: RunPlan) -> Run:
         started.callback(metrics.close)
         started.callback(rollouts.close)
         evaluator = generation.evaluator(eval_prompts)
-        beside = generation.evaluations_beside(evaluator, metrics.log)
+        beside = generation.evaluations_beside(evaluator, metrics.log, publisher)
         return Run(
             plan=inputs.plan,
             learner=learner,

@@ -84,7 +84,7 @@ class Generation:
         return RolloutStream(self.engines, make, buffer, config.logging, num_rollouts=num_rollouts, **options)
 
     def evaluations_beside(
-        self, evaluator: Evaluator, log: Callable[[int, Mapping[str, float]], None]
+        self, evaluator: Evaluator, log: Callable[[int, Mapping[str, float]], None], waiter: Waiter | None
     ) -> EvaluationsBeside | None:
         """Return what evaluates while the policy is trained. None: training waits for evaluations."""
         section = self.inputs.config.evaluation
@@ -92,6 +92,7 @@ class Generation:
             return None
         return EvaluationsBeside(
             lambda: self.engines.loop.start(evaluator.measure(self.engines)),
+            waiter or self.engines,
             log,
             max_in_flight=section.eval_max_in_flight,
             skips=section.eval_overflow_policy == "skip",

@@ -7,11 +7,14 @@ Engines take new weights in between: a response may hold tokens of several versi
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
-from qwench.observability.waiting import waiting
+from qwench.engines.fleet.pool import Waiter
 
+_logger = logging.getLogger(__name__)
 SHARE = 8
 """An evaluation has one of so many requests that engines take at once: rollouts go first."""
 
@@ -22,17 +25,18 @@ class EvaluationsBeside:
     def __init__(
         self,
         start: Callable[[], Future[dict[str, float]]],
+        waiter: Waiter,
         log: Callable[[int, Mapping[str, float]], None],
         *,
         max_in_flight: int,
         skips: bool,
     ) -> None:
-        """Keep what begins and logs an evaluation.
+        """Keep what begins, awaits and logs an evaluation.
 
         Args:
             skips: leave an evaluation out while `max_in_flight` are pending. False: wait for the oldest.
         """
-        self._start, self._log = start, log
+        self._start, self._waiter, self._log = start, waiter, log
         self._max_in_flight, self._skips = max_in_flight, skips
         self._pending: list[tuple[int, Future[dict[str, float]]]] = []
 
@@ -41,6 +45,7 @@ class EvaluationsBeside:
 
         Raises:
             QwenchError: an earlier evaluation failed.
+            Stopped: a signal came while this waited.
         """
         metrics = dict(self.collect())
         if len(self._pending) >= self._max_in_flight:
@@ -67,13 +72,25 @@ class EvaluationsBeside:
 
         Raises:
             QwenchError: an evaluation failed.
+            Stopped: a signal came.
         """
         while self._pending:
             self._end_oldest()
 
+    def warn_lost(self, *, next_rollout_id: int) -> None:
+        """Name the evaluations that end with the run; a run that resumes with `next_rollout_id` begins that one again."""
+        lost = [str(rollout_id) for rollout_id, _ in self._pending if rollout_id != next_rollout_id]
+        if lost:
+            _logger.warning("the evaluations of rollouts %s had not ended and are lost", ", ".join(lost))
+
     def _end_oldest(self) -> Mapping[str, float]:
-        rollout_id, future = self._pending.pop(0)
-        with waiting(f"evaluation of rollout {rollout_id}"):
-            metrics = future.result()
+        rollout_id, future = self._pending[0]
+        label = f"evaluation of rollout {rollout_id}"
+        metrics = future.result() if future.done() else self._waiter.attend(_result_of(future), label=label, timeout_s=None)
+        del self._pending[0]
         self._log(rollout_id, metrics)
         return metrics
+
+
+async def _result_of(future: Future[dict[str, float]]) -> dict[str, float]:
+    return await asyncio.wrap_future(future)

@@ -18,6 +18,7 @@ from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.controller import Run, generate, train
+from qwench.errors import Stopped
 from qwench.observability.save_requests import FILE_NAME, SaveRequests
 from qwench.observability.timing import PhaseTimer
 
@@ -105,6 +106,17 @@ class Recorder:
     def finish(self) -> None:
         self.events.append("finish")
 
+    def interrupt(self, next_rollout_id: int) -> None:
+        self.events.append(f"interrupt before {next_rollout_id}")
+
+    def keep_for(self, state: Recorder) -> None:
+        assert state is self
+        self.events.append("keep the devices")
+
+    def save_stopped(self, next_rollout_id: int, state: Recorder, rollouts: Recorder) -> str:
+        assert state is rollouts is self
+        return f"saved {next_rollout_id}"
+
 
 def run_of(parts: Any, **changes: object) -> Run:
     names = ("learner", "rollouts", "engines", "gpus", "checkpoints", "publisher")
@@ -170,6 +182,26 @@ def test_without_evaluation_nothing_is_evaluated() -> None:
     parts = Recorder(first=2)
     train(run_of(parts, evaluate=None))
     assert "evaluate" not in parts.events and parts.events[-1] == "finish the log"
+
+
+@pytest.mark.parametrize(("metric", "end"), [("rollout/reward>=9", 3), ("rollout/reward>=1", 2), ("eval/set>=0", 2)])
+def test_a_signal_during_the_last_evaluations_beside_training_leaves_a_checkpoint(metric: str, end: int) -> None:
+    parts = Named()
+    evaluated = {"eval/set": 0.0} if metric.startswith("eval/") else {}
+
+    def finish() -> None:
+        raise Stopped(signal.SIGTERM)
+
+    beside = SimpleNamespace(
+        begin=lambda rollout_id: evaluated if rollout_id == 2 else {},
+        collect=dict,
+        finish=finish,
+        warn_lost=lambda *, next_rollout_id: parts.events.append(f"lost before {next_rollout_id}"),
+    )
+    with pytest.raises(Stopped) as stopped:
+        train(run_of(parts, plan=stopping(metric), evaluate=None, beside=beside))
+    assert stopped.value.outcome == f"saved {end}"
+    assert parts.events[-3:] == [f"lost before {end}", f"interrupt before {end}", "keep the devices"]
 
 
 def test_a_run_that_only_generates_takes_and_logs_every_rollout() -> None:
