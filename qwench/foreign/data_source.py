@@ -12,6 +12,7 @@ import json
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -72,6 +73,10 @@ class ForeignSource:
         """Return how many whole rollouts an epoch holds; at least 1."""
         return max(1, int(self._call["__len__"]()) // rollout_batch_size)
 
+    def resume_from(self, folder: Path) -> None:
+        """Name the folder of --save or --load that has the checkpoint: the source reads its state there."""
+        self._args.load = str(folder)
+
     def state_dict(self, *, last_rollout_id: int | None = None) -> dict[str, Json]:
         """Call save of the source, and return what finds it again."""
         saved = self._restored_id if last_rollout_id is None else last_rollout_id
@@ -90,7 +95,6 @@ class ForeignSource:
         self._num_groups, self._num_samples = state["num_groups"], state["num_samples"]
         self._restored_id = state["saved_by_source"]
         if self._restored_id is not None:
-            self._args.load = self._args.load or self._args.save  # the same command goes on from --save
             self._call["load"](self._restored_id)
 
     def _group(self, facades: list[Sample]) -> Group:

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from qwench.data.prompts import load_prompts
+from qwench.errors import CheckpointError
 from qwench.foreign.sample import Foreign, Sample
 
 
@@ -95,14 +96,21 @@ class RolloutDataSource(DataSource):
         torch.save({name: getattr(self, name) for name in names}, file)
 
     def load(self, rollout_id: int | None = None) -> None:
-        """Read a position below --load."""
+        """Read the position below --load of a run that goes on.
+
+        Raises:
+            CheckpointError: it is missing.
+        """
         if not self.args.rollout_global_dataset or self.args.load is None:
             return
         file = _state_file(self.args.load, rollout_id)
-        if file.exists():
-            self.__dict__.update(torch.load(file))
-            if self.dataset is not None and self.args.rollout_shuffle:
-                self.dataset.shuffle(self.epoch_id)
+        if not file.is_file():
+            raise CheckpointError(
+                f"{file}, the position of --data-source-path, is missing; copy it there from the folder that the run saved to."
+            )
+        self.__dict__.update(torch.load(file))
+        if self.dataset is not None and self.args.rollout_shuffle:
+            self.dataset.shuffle(self.epoch_id)
 
     def __len__(self) -> int:
         return 0 if self.dataset is None else len(self.dataset)

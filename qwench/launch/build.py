@@ -329,6 +329,8 @@ def check_resumes(checkpoints: CheckpointManager, source: PromptFeed | SftSource
         return
     if (done := saved.check_length(num_rollout)) is not None:
         _logger.info(done)
+    if isinstance(source, ForeignSource):
+        source.resume_from(saved.folder.parent)
     cursor = saved.rollouts.get("source", saved.rollouts)
     if not isinstance(cursor, Mapping) or "num_rows" not in cursor:
         return  # recorded rollouts have no cursor

@@ -19,7 +19,8 @@ def run(workspace: Workspace, folder: Path, monkeypatch: pytest.MonkeyPatch, **f
     """Train one or two rollouts; return what each function noted, in order."""
     monkeypatch.setitem(ONE_THREAD, "CALLS", str(folder / "calls.jsonl"))
     named = {name: f"{MODULE}.{value}" if name.endswith("_path") else value for name, value in flags.items()}
-    argv = workspace.train_argv(folder / "run", **{"rm_type": None, "num_rollout": 2, "save_interval": None, **named})
+    defaults = {"save": folder / "run", "rm_type": None, "num_rollout": 2, "save_interval": None}
+    argv = workspace.train_argv(**{**defaults, **named})
     finished = run_python(["-m", "qwench", *argv])
     assert finished.returncode == 0, finished.stderr[-3000:]
     calls: dict[str, list[dict]] = {}
@@ -177,6 +178,10 @@ def test_a_data_source_of_the_users_goes_on_with_the_run(workspace, tmp_path, mo
     again = run(workspace, tmp_path, monkeypatch, **{**flags, "num_rollout": 3})["get_samples"]
     assert [(record["count"], record["offset"]) for record in again[2:]] == [(4, 12)]
     assert len({prompt for record in again for prompt in record["prompts"]}) == 12
+    moved = {**flags, "load": tmp_path / "run", "save": tmp_path / "other"}
+    for num_rollout, offset in ((4, 16), (5, 20)):  # from --load, then from --save
+        calls = run(workspace, tmp_path, monkeypatch, **{**moved, "num_rollout": num_rollout})
+        assert calls["get_samples"][-1]["offset"] == offset
 
 
 LAYOUTS = {

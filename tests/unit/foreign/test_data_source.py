@@ -85,7 +85,8 @@ def test_save_and_load_of_the_source_follow_the_checkpoints():
     assert source.state_dict() == {"saved_by_source": None, "num_groups": 3, "num_samples": 6}
     state = json.loads(json.dumps(source.state_dict(last_rollout_id=4)))
     assert source.source.calls == [("save", 4, 97)]
-    again = make()
+    again = make(load="/before")
+    again.resume_from(Path("/out"))
     again.load_state_dict(state)
     assert again.source.calls == [("load", 4, "/out")]
     assert [group.group_id for group in again.next_groups(1)] == [3]
@@ -139,3 +140,12 @@ def test_the_references_own_source_goes_on_where_it_was_saved(args):
     again = RolloutDataSourceWithBuffer(args)
     again.load(2)
     assert [group[0].prompt for group in again.get_samples(3)] == [group[0].prompt for group in expected[1:]]
+
+
+def test_a_run_without_the_state_of_its_source_does_not_begin_the_data_anew(args, tmp_path):
+    source = RolloutDataSource(args)
+    source.get_samples(3)
+    source.save(2)
+    args.load = str(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match=r"moved/rollout/global_dataset_state_dict_2.pt, the position of .* is missing"):
+        RolloutDataSource(args).load(2)
