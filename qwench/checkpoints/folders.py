@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qwench.checkpoints.formats.iterations import POINTER, Iterations
-from qwench.checkpoints.formats.peft import AdapterConfig, AdapterFolder, is_adapter
+from qwench.checkpoints.formats.peft import AdapterFolder, is_adapter
 from qwench.checkpoints.formats.sources import find_checkpoint, find_format, is_checkpoint, open_weights
 from qwench.checkpoints.manifest import META, read_manifest
 from qwench.config.sections.checkpoint import CheckpointConfig
@@ -158,7 +158,7 @@ def check_weights(
     for flag, folder in sources:
         try:
             if folder is not None and lora is not None and is_adapter(folder):
-                AdapterFolder(folder).check_is(AdapterConfig.of_run(lora, base=""), model)
+                AdapterFolder(folder).check_is(lora, model)
             elif folder is not None:
                 open_weights(folder, model)
         except (ConfigError, CheckpointError) as error:

@@ -20,6 +20,7 @@ from qwench.config.eval_sets import EvalSettings, eval_settings
 from qwench.config.layout import ParallelLayout, check_layout, data_parallel_size
 from qwench.config.model_flags import check_model_flags
 from qwench.config.schedule import Schedule
+from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
@@ -35,6 +36,7 @@ from qwench.models.memory import (
     fsdp_bytes,
     megatron_bytes,
     num_adapter_parameters,
+    projection_shapes,
 )
 
 BFLOAT16_BYTES = 2
@@ -160,6 +162,7 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
     """
     check_model_flags(config.architecture, model)
     layout, world_size = config.parallel.layout, config.cluster.world_size
+    _check_adapters(config.lora, model)
     if config.backend == "megatron":
         check_layout(layout, model, world_size=world_size)
         refuse_output_biases(model)
@@ -232,6 +235,23 @@ def train_dtype(config: Config, *, on_gpus: bool) -> Literal["bfloat16", "float3
     return "bfloat16" if on_gpus else "float32"
 
 
+def _check_adapters(lora: LoraConfig, model: Architecture) -> None:
+    """Make sure that an adapter has at most the rank of its projection.
+
+    Raises:
+        ConfigError: it has more, which would train parameters to no effect.
+    """
+    if not lora.enabled:
+        return
+    shapes = projection_shapes(model)
+    narrowest = min(lora.targets, key=lambda name: min(shapes[name]))
+    if lora.rank > (side := min(shapes[narrowest])):
+        rows, columns = shapes[narrowest]
+        raise ConfigError(
+            f"--lora-rank {lora.rank} is more than the smallest side of {narrowest} ({rows} x {columns}); give at most {side}"
+        )
+
+
 def _plan_devices(config: Config, *, trains: bool, on_gpus: bool) -> DevicePlan:
     """Divide the devices between trainer and engines.
 
@@ -299,7 +319,7 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
             model,
             state,
             num_shards=num_shards,
-            num_trained=num_adapter_parameters(model, config.lora.targets, config.lora.lora_rank),
+            num_trained=num_adapter_parameters(model, config.lora.targets, config.lora.rank),
             keeps_start=config.lora.lora_init == "pissa",
         )
     elif config.backend == "fsdp":

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from qwench.config.config import Config
-from qwench.config.plan import DevicePlan, RunPlan
-from qwench.models.architecture import Architecture
+from qwench.config.plan import DevicePlan, RunPlan, train_dtype
 from qwench.models.memory import num_adapter_parameters, num_parameters
 
 
@@ -26,7 +25,7 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
     if devices.trains:
         yield f"reference model: {_reference(config, plan)}"
         if config.lora.enabled:
-            yield _adapters(config, plan.model)
+            yield _adapters(config, plan)
         if plan.holds_teacher:
             yield "teacher: frozen weights on the host, which score on the policy's ranks"
         for name, url in config.distillation.teacher_urls(config.reward.rm_url).items():
@@ -47,12 +46,13 @@ def _reference(config: Config, plan: RunPlan) -> str:
     return "the policy without its adapters, no copy" if is_base else "held"
 
 
-def _adapters(config: Config, model: Architecture) -> str:
-    lora, whole = config.lora, num_parameters(model)
-    trained = num_adapter_parameters(model, lora.targets, lora.lora_rank)
+def _adapters(config: Config, plan: RunPlan) -> str:
+    lora, whole = config.lora, num_parameters(plan.model)
+    trained = num_adapter_parameters(plan.model, lora.targets, lora.rank)
     return (
-        f"LoRA: rank {lora.lora_rank}, added at {lora.scale:g}, {lora.lora_init} start, at {', '.join(lora.targets)}; "
-        f"{trained:,} of {whole:,} parameters are trained ({trained / whole:.2%}), the others are frozen"
+        f"LoRA: rank {lora.rank}, added at {lora.scale:g}, {lora.lora_init} start, at {', '.join(lora.targets)}; "
+        f"{trained:,} of {whole:,} parameters are trained ({trained / whole:.2%}), "
+        f"the others are frozen in {train_dtype(config, on_gpus=plan.devices.on_gpus)}"
     )
 
 

@@ -271,14 +271,18 @@ def long_responses_have_a_bound(config: Config) -> str | None:
 
 def adapters_are_built_for(config: Config) -> str | None:
     """Adapters are in the Hugging Face module under FSDP2, beside a frozen model that is also the reference."""
-    training, lora = config.training, config.lora
+    training, layout, lora = config.training, config.parallel.layout, config.lora
     if not lora.enabled:
         return None
     for flag, is_set, instead in (
-        (
-            "a layout that needs --train-backend megatron",
-            config.backend == "megatron",
-            "give --train-backend fsdp, TP, PP and CP 1",
+        ("--train-backend megatron", training.train_backend == "megatron", "leave it out"),
+        *(
+            (f"{name} {size}, which needs Megatron", size > 1, "set it to 1")
+            for name, size in (
+                ("--tensor-model-parallel-size", layout.tp),
+                ("--pipeline-model-parallel-size", layout.pp),
+                ("--context-parallel-size", layout.cp),
+            )
         ),
         ("--whole-weights", training.whole_weights, "leave it out: the frozen model has no gradients to reduce"),
         ("--batch-invariant-mode or --true-on-policy-mode", training.batch_invariant, "leave it out"),
@@ -286,7 +290,7 @@ def adapters_are_built_for(config: Config) -> str | None:
         ("--opd-type megatron", config.distillation.opd_type == "megatron", "leave it out"),
     ):
         if is_set:
-            return f"--lora-rank {lora.lora_rank} does not work yet with {flag}; {instead}"
+            return f"--lora-rank {lora.rank} does not work yet with {flag}; {instead}"
     return None
 
 

@@ -364,7 +364,7 @@ def _adapter_identity(inputs: Inputs) -> dict[str, Json]:
         return {}
     base = starting_weights(inputs.config.checkpoint) or inputs.model_folder
     facts: dict[str, Json] = {
-        "lora_rank": lora.lora_rank,
+        "lora_rank": lora.rank,
         "lora_scale": lora.scale,
         "lora_init": lora.lora_init,
         "target_modules": ",".join(lora.targets),

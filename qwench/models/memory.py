@@ -101,9 +101,14 @@ def num_parameters(model: Architecture) -> int:
 
 def num_adapter_parameters(model: Architecture, targets: Iterable[str], rank: int) -> int:
     """Count the parameters of adapters at the named projections of every layer."""
+    shapes = projection_shapes(model)
+    return model.num_layers * sum(rank * sum(shapes[target]) for target in targets)
+
+
+def projection_shapes(model: Architecture) -> dict[str, tuple[int, ...]]:
+    """Return the rows and columns of each projection of a layer by its name, as in q_proj."""
     shapes = model.layer_shapes()
-    names = {name.split(".")[-2]: shape for name, shape in shapes.items() if name.endswith(".weight") and len(shape) > 1}
-    return model.num_layers * sum(rank * sum(names[target]) for target in targets)
+    return {name.split(".")[-2]: shape for name, shape in shapes.items() if name.endswith(".weight") and len(shape) > 1}
 
 
 def kv_bytes_per_token(model: Architecture, *, element_bytes: int = 2) -> int:

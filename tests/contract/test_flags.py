@@ -43,6 +43,8 @@ OTHER_DEFAULTS = {
     "transformer-impl": "Transformer Engine is a package of its own",
     "expert-tensor-parallel-size": "there are no experts",
     "rollout-submission-granularity": "a free slot takes the next sample",
+    "lora-rank": "0 switches adapters off, and no rank at all refuses their other flags",
+    "lora-alpha": "16 too, and told apart from an alpha that is given",
 }
 OTHER_CHOICES = {
     "advantage-estimator": "names of a registry; see below",
@@ -231,7 +233,6 @@ def test_all_refused_flags_are_named_at_once_and_what_is_never_supported_first()
 
 
 READ_BY_THEIR_SECTION_ALONE = {
-    "exclude_modules": "targets",
     "use_precision_aware_optimizer": "without it, --exp-avg-dtype and --exp-avg-sq-dtype are refused",
     "gradient_checkpointing": "recomputes_layers",
     "batch_invariant_mode": "batch_invariant",

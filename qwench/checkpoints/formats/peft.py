@@ -7,6 +7,7 @@ adapter_model.safetensors    base_model.model.<module>.lora_A.weight [r, in] and
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +58,8 @@ class AdapterConfig:
         """
         doubled = 2 if section.lora_init == "pissa" else 1
         return cls(
-            rank=section.lora_rank * doubled,
-            alpha=section.lora_alpha * (doubled**0.5 if section.use_rslora else doubled),
+            rank=section.rank * doubled,
+            alpha=section.alpha * (doubled**0.5 if section.use_rslora else doubled),
             use_rslora=section.use_rslora,
             targets=section.targets,
             dropout=section.lora_dropout,
@@ -132,22 +133,27 @@ class AdapterFolder:
                 raise ConfigError(f"{folder / WEIGHTS} holds {name}; only adapters of the layers' projections are read.")
             self._stored[f"{module}.lora_{leaf}"] = stored
 
-    def check_is(self, wanted: AdapterConfig, model: Architecture) -> None:
+    def check_is(self, section: LoraConfig, model: Architecture) -> None:
         """Check that a run of `model` can go on with this adapter.
 
         Raises:
             ConfigError: rank, scale or projections differ, or it is of another model.
         """
-        for what, has, wants in (
-            ("rank", self.config.rank, wanted.rank),
-            ("the scale", self.config.scale, wanted.scale),
-            ("target_modules", ",".join(self.config.targets), ",".join(wanted.targets)),
-        ):
-            if has != wants:
-                raise ConfigError(
-                    f"the adapter {self.folder} has {what} {has}, this run {wants}; give the flags that it was trained with."
-                )
+        has, wants = self.config, AdapterConfig.of_run(section, base="")
+        if has.rank != wants.rank:
+            flags = f"--lora-rank {has.rank}" + " --lora-init kaiming" * (section.lora_init != "kaiming")
+            raise self._differs("rank", has.rank, wants.rank, flags)
+        if not math.isclose(has.scale, wants.scale):
+            alpha = has.scale * section.alpha / section.scale
+            raise self._differs("the scale", f"{has.scale:g}", f"{wants.scale:g}", f"--lora-alpha {alpha:.12g}")
+        if has.targets != wants.targets:
+            stored = ",".join(has.targets)
+            flags = f"--target-modules {stored}" + " without --exclude-modules" * (section.exclude_modules is not None)
+            raise self._differs("the projections", stored, ",".join(wants.targets), flags)
         self.check_fits(model)
+
+    def _differs(self, what: str, stored: object, wanted: object, flags: str) -> ConfigError:
+        return ConfigError(f"the adapter {self.folder} has {what} {stored}, this run {wanted}; give {flags}.")
 
     def check_fits(self, model: Architecture) -> None:
         """Check that it has every matrix of an adapter of `model`, and no other.

@@ -45,7 +45,7 @@ qwench train --hf-checkpoint Qwen/Qwen3-0.6B \\
         summary="Train on conversations (supervised fine-tuning).",
         required=("hf-checkpoint", "prompt-data", "lr", "num-rollout", "rollout-batch-size"),
         alternatives=_LENGTH_OF_RUN,
-        common=("input-key", *_SFT_COMMON),
+        common=("input-key", "lora-rank", *_SFT_COMMON),
         example="""\
 qwench sft --hf-checkpoint Qwen/Qwen3-0.6B --prompt-data chats.jsonl \\
     --num-epoch 3 --rollout-batch-size 64 --lr 1e-5 --rollout-shuffle \\

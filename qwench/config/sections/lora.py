@@ -19,6 +19,7 @@ _MEGATRON_NAMES = {
     "linear_fc1": ("gate_proj", "up_proj"),
     "linear_fc2": ("down_proj",),
 }
+_DEFAULT_ALPHA = 16.0
 LoraInit = Literal["kaiming", "pissa"]
 
 
@@ -26,10 +27,10 @@ LoraInit = Literal["kaiming", "pissa"]
 class LoraConfig:
     """LoRA: train W + scale * B A in the place of W, with W frozen. The reference is the model without adapters."""
 
-    lora_rank: int = 0
-    """Rank of the adapters: rows of A and columns of B. 0: off, all weights are trained."""
-    lora_alpha: float = 16.0
-    """Scale of the adapters, times the rank: they are added at --lora-alpha / --lora-rank."""
+    lora_rank: int | None = None
+    """Rank of LoRA adapters: rows of A and columns of B. None or 0: all weights are trained."""
+    lora_alpha: float | None = None
+    """Scale of the adapters, times the rank: they are added at --lora-alpha / --lora-rank. None: 16, whatever the rank."""
     lora_dropout: float = 0.0
     """Share of the inputs of A that a training pass sets to zero, 0 <= share < 1. Scoring and generation drop nothing."""
     target_modules: str | None = None
@@ -54,13 +55,23 @@ class LoraConfig:
             raise ConfigError(
                 f"--exclude-modules {self.exclude_modules} leaves no projection of --target-modules; leave some of them in"
             )
-        if self.lora_rank == 0:
+        if not self.enabled:
             self._check_nothing_is_set()
 
     @property
     def enabled(self) -> bool:
         """Tell whether adapters are trained."""
-        return self.lora_rank > 0
+        return self.rank > 0
+
+    @property
+    def rank(self) -> int:
+        """Return the rank of the adapters; 0 without adapters."""
+        return self.lora_rank or 0
+
+    @property
+    def alpha(self) -> float:
+        """Return the scale of the adapters, times the rank."""
+        return _DEFAULT_ALPHA if self.lora_alpha is None else self.lora_alpha
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -72,12 +83,13 @@ class LoraConfig:
     @property
     def scale(self) -> float:
         """Return what B A is multiplied by."""
-        return lora_scale(self.lora_rank, self.lora_alpha, use_rslora=self.use_rslora)
+        return lora_scale(self.rank, self.alpha, use_rslora=self.use_rslora)
 
     def _check_nothing_is_set(self) -> None:
-        """Refuse flags of adapters that have no effect. A script may switch LoRA off by its rank and keep alpha or dropout."""
+        """Refuse flags of adapters that have no effect. A script may switch LoRA off by rank 0 and keep alpha or dropout."""
+        kept = ("lora_rank",) if self.lora_rank is None else ("lora_rank", "lora_alpha", "lora_dropout")
         for item in fields(self):
-            if item.name not in ("lora_rank", "lora_alpha", "lora_dropout") and getattr(self, item.name) != item.default:
+            if item.name not in kept and getattr(self, item.name) != item.default:
                 flag = "--" + item.name.replace("_", "-")
                 raise ConfigError(f"{flag} has no effect without adapters; give --lora-rank, or leave it out")
 

@@ -81,7 +81,7 @@ def load_adapters(folder: Path, optimizer: MasterOptimizer, adapters: Adapters, 
     if not is_adapter(folder):
         raise no_adapter(folder)
     stored = AdapterFolder(folder)
-    stored.check_is(adapters.config(), model)
+    stored.check_is(adapters.section, model)
     reader = _SplitMatrices(stored, adapters)
     masters = optimizer.masters()
     _fill({name: matrix for name, matrix in adapters.matrices().items() if name not in masters}, reader)

@@ -50,11 +50,11 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Linear, section: LoraConfig, switch: AdapterSwitch, *, layer: int) -> None:
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
-        self.lora_A, self.lora_B = _matrices(base, section.lora_rank)
+        self.lora_A, self.lora_B = _matrices(base, section.rank)
         self.start_A: nn.Linear | None = None
         self.start_B: nn.Linear | None = None
         if section.lora_init == "pissa":
-            self.start_A, self.start_B = (matrix.requires_grad_(False) for matrix in _matrices(base, section.lora_rank))
+            self.start_A, self.start_B = (matrix.requires_grad_(False) for matrix in _matrices(base, section.rank))
         self._scale = section.scale
         self._switch = switch
         self._layer = layer
@@ -84,7 +84,8 @@ class Adapters:
         self._switch = AdapterSwitch(section.lora_dropout)
         self.start_folder = section.lora_adapter_path
         """PEFT folder that a fresh run begins with. None: `start` says with what."""
-        self._section = section
+        self.section = section
+        """Flags of the adapters."""
         self._seed = seed
         self._base = base
         model.requires_grad_(False)
@@ -126,14 +127,14 @@ class Adapters:
 
     def config(self) -> AdapterConfig:
         """Return what an adapter folder of this run says."""
-        return AdapterConfig.of_run(self._section, base=self._base)
+        return AdapterConfig.of_run(self.section, base=self._base)
 
     def published(self, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a whole weight of the model with its adapter merged, as rounded to `dtype` it computes; collective."""
         layer = self._layers.get(name.removesuffix(".weight"))
         if layer is None or not name.endswith(".weight"):
             return weight
-        scale = self._section.scale
+        scale = self.section.scale
         a, b = (_whole(linear.weight, dtype) for linear in (layer.lora_A, layer.lora_B))
         if layer.start_A is None or layer.start_B is None:
             return merged(weight, a, b, scale=scale)
@@ -144,11 +145,11 @@ class Adapters:
 
     def start(self, dtype: torch.dtype) -> AdapterStart:
         """Return the matrices that a fresh run begins with."""
-        return AdapterStart(self._layers, self._section, seed=self._seed, dtype=dtype)
+        return AdapterStart(self._layers, self.section, seed=self._seed, dtype=dtype)
 
     def as_one(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the matrices of an adapter folder: starts that are subtracted become further rows and columns."""
-        if self._section.lora_init != "pissa":
+        if self.section.lora_init != "pissa":
             return dict(whole)
         return {
             name: torch.cat([matrix, whole[_start_of(name)]])
@@ -160,7 +161,7 @@ class Adapters:
 
     def split(self, name: str, matrix: Tensor) -> Tensor:
         """Return the part of a folder's matrix that `name`, an adapter's or a start's, has; undoes `as_one`."""
-        if self._section.lora_init != "pissa":
+        if self.section.lora_init != "pissa":
             return matrix
         is_a = folder_name(name).endswith(A)
         trained, start = matrix.chunk(2, dim=0 if is_a else 1)
@@ -197,7 +198,7 @@ class AdapterStart:
         """Return A and B whose product, times the scale, is the best approximation of W. Source: PiSSA (arXiv 2404.02948)."""
         if self._computed is None or self._computed[0] != module:
             whole = _whole(layer.weight, torch.float32)
-            a, b = factors(whole / self._section.scale, self._section.lora_rank)
+            a, b = factors(whole / self._section.scale, self._section.rank)
             for matrix in (a, b):
                 dist.broadcast(matrix, src=0)
             self._computed = module, a.to(self._dtype).float(), b.to(self._dtype).float()

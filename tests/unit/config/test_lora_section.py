@@ -24,6 +24,7 @@ def test_projections_are_named_as_in_peft_and_as_in_megatron(target, exclude, ex
 def test_the_scale_falls_with_the_rank_or_with_its_root():
     assert LoraConfig(lora_rank=4, lora_alpha=8.0).scale == 2.0
     assert LoraConfig(lora_rank=4, lora_alpha=8.0, use_rslora=True).scale == 4.0
+    assert LoraConfig(lora_rank=4).scale == LoraConfig(lora_rank=4, lora_alpha=16.0).scale == 4.0
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,9 @@ def test_the_scale_falls_with_the_rank_or_with_its_root():
         ),
         ({"target_modules": "q_proj"}, "--target-modules has no effect without adapters; give --lora-rank"),
         ({"use_rslora": True}, "--use-rslora has no effect without adapters"),
+        ({"lora_alpha": 16.0}, "--lora-alpha has no effect without adapters; give --lora-rank, or leave it out"),
+        ({"lora_dropout": 0.1}, "--lora-dropout has no effect without adapters; give --lora-rank, or leave it out"),
+        ({"lora_rank": 0, "lora_init": "pissa"}, "--lora-init has no effect without adapters"),
     ],
 )
 def test_what_cannot_be_is_refused(fields, message):
@@ -52,3 +56,4 @@ def test_what_cannot_be_is_refused(fields, message):
 
 def test_a_script_may_switch_adapters_off_by_their_rank_alone():
     assert not LoraConfig(lora_rank=0, lora_alpha=32.0, lora_dropout=0.1).enabled
+    assert not LoraConfig().enabled

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.logging import LoggingConfig
+from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.config.sections.parallel import ParallelConfig
 from qwench.config.sections.reward import RewardConfig
@@ -269,3 +272,33 @@ def test_the_plan_of_an_evaluation_states_its_sets_and_nothing_of_training():
         "evaluation set easy: e.jsonl, 4 responses a prompt",
         "engines: embedded (the default), 1, of 1 device each",
     ]
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (
+            LoraConfig(lora_rank=1025),
+            "--lora-rank 1025 is more than the smallest side of k_proj (1024 x 2560); give at most 1024",
+        ),
+        (
+            LoraConfig(lora_rank=2561, target_modules="down_proj"),
+            "--lora-rank 2561 is more than the smallest side of down_proj (2560 x 9728); give at most 2560",
+        ),
+    ],
+)
+def test_the_rank_of_adapters_is_at_most_that_of_each_projection(lora, message):
+    with pytest.raises(ConfigError) as caught:
+        plan_run(Config(rollout=BATCH, lora=lora), QWEN3_4B)
+    assert str(caught.value) == message
+    plan_run(Config(rollout=BATCH, lora=replace(lora, lora_rank=lora.rank - 1)), QWEN3_4B)
+
+
+@pytest.mark.parametrize(("on_gpus", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_the_plan_of_adapters_states_what_is_trained_and_in_which_dtype_the_rest_is(on_gpus, dtype):
+    config = Config(rollout=BATCH, lora=LoraConfig(lora_rank=4, lora_alpha=8.0, target_modules="q_proj"))
+    # 36 layers x 4 x (4096 + 2560) of 4,022,468,096 parameters.
+    assert (
+        "LoRA: rank 4, added at 2, kaiming start, at q_proj; 958,464 of 4,022,468,096 parameters are trained (0.02%), "
+        f"the others are frozen in {dtype}"
+    ) in plan_lines(config, plan_run(config, QWEN3_4B, on_gpus=on_gpus))

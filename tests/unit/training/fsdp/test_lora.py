@@ -197,9 +197,15 @@ def test_principal_components_are_saved_as_one_adapter_of_twice_the_rank(model_f
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        (replace(_LORA, lora_rank=3), "has rank 2, this run 3"),
-        (replace(_LORA, lora_alpha=8.0), "has the scale 2.0, this run 4.0"),
-        (replace(_LORA, target_modules="q_proj"), "has target_modules q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"),
+        (replace(_LORA, lora_rank=3), "has rank 2, this run 3; give --lora-rank 2"),
+        (replace(_PISSA, lora_rank=2), "has rank 2, this run 4; give --lora-rank 2 --lora-init kaiming"),
+        (replace(_LORA, lora_alpha=8.0), "has the scale 2, this run 4; give --lora-alpha 4"),
+        (replace(_LORA, use_rslora=True), "has the scale 2, this run 2.82843; give --lora-alpha 2.82842712475"),
+        (
+            replace(_LORA, target_modules="q_proj"),
+            "has the projections q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj, this run q_proj; "
+            "give --target-modules q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+        ),
     ],
 )
 def test_an_adapter_of_other_flags_is_refused(model_folder: Path, tmp_path: Path, lora: LoraConfig, message: str):
