@@ -32,7 +32,7 @@ from qwench.files import write_atomically
 from qwench.foreign.args import make_args
 from qwench.foreign.data_source import ForeignSource
 from qwench.foreign.hooks import after_save, load_hooks
-from qwench.launch.inputs import Inputs, graded_by, read_conversations, read_eval_prompts, read_inputs, read_training_prompts
+from qwench.launch.inputs import Inputs, read_conversations, read_eval_prompts, read_inputs, read_training_prompts
 from qwench.launch.outputs import claim_outputs
 from qwench.launch.placement import make_servers, open_processes, start_learner, take_turns
 from qwench.launch.readiness import check_ready
@@ -174,10 +174,10 @@ def _read_prompts(inputs: Inputs) -> tuple[LoadedPrompts, dict[str, Sequence[Pro
         loaded = LoadedPrompts(prompts=[], num_dropped=0)
     else:
         loaded = read_training_prompts(inputs)
-    eval_prompts = {name: prompts.prompts for name, prompts in read_eval_prompts(inputs).items()}
-    for prompts in (loaded.prompts, *eval_prompts.values()):
+    eval_prompts, evaluated = {name: one.prompts for name, one in read_eval_prompts(inputs).items()}, inputs.evaluation_reward
+    for prompts, reward in ((loaded.prompts, inputs.training_reward), *((one, evaluated) for one in eval_prompts.values())):
         check_teachers(config.distillation, config.reward.rm_url, prompts)
-        check_prompts(graded_by(config), prompts, may_come_graded=config.rollout.custom_generate_function_path is not None)
+        check_prompts(reward, prompts, may_come_graded=config.rollout.custom_generate_function_path is not None)
     return loaded, eval_prompts
 
 

@@ -46,6 +46,19 @@ class Inputs:
         """Tell whether this process logs and writes single files."""
         return self.rank == 0
 
+    @property
+    def training_reward(self) -> RewardConfig:
+        """Return the rewards of training: where a teacher teaches and no label is named, only those that need none."""
+        has_labels = self.config.data.label_key is not None or not self.config.distillation.use_opd
+        return self.config.reward if has_labels else _without_labels(self.config.reward)
+
+    @property
+    def evaluation_reward(self) -> RewardConfig:
+        """Return the rewards of all evaluation sets. If one of them names its labels, these are all rewards of the run."""
+        reward = replace(self.config.reward, reward_key=self.plan.eval_reward_key)
+        has_labels = any(one.label_key is not None for one in self.plan.eval_sets) or not self.config.distillation.use_opd
+        return reward if has_labels else _without_labels(reward)
+
     def with_epochs_of(self, rollouts_per_epoch: int) -> Inputs:
         """Return the inputs with the plan for a data set that fills so many rollouts."""
         return replace(self, plan=self.plan.with_epochs_of(rollouts_per_epoch))
@@ -139,12 +152,16 @@ def read_training_prompts(inputs: Inputs) -> LoadedPrompts:
         apply_chat_template=config.data.apply_chat_template,
         apply_chat_template_kwargs=config.data.apply_chat_template_kwargs,
         max_prompt_len=(limit := prompt_limit(inputs, config.data.rollout_max_prompt_len)),
-        require_label=needs_labels(config),
+        require_label=_compares_labels(inputs.training_reward),
         as_given=_reads_prompts_itself(config),
     )
     _log_dropped("--prompt-data", loaded, limit)
-    if graded_by(config) is not config.reward:
-        _logger.warning("no --label-key: every reward is 0, and the policy learns from the teacher of --use-opd alone")
+    if (graded_by := inputs.training_reward) is not config.reward:
+        _logger.warning(
+            "no --label-key: --rm-type %s is graded as %s, and the policy learns from the teacher of --use-opd",
+            config.reward.rm_type,
+            graded_by.rm_type,
+        )
     _check_room(inputs, loaded)
     return loaded
 
@@ -156,7 +173,7 @@ def _reads_prompts_itself(config: Config) -> bool:
 
 def read_eval_prompts(inputs: Inputs) -> dict[str, LoadedPrompts]:
     """Read every set of --eval-prompt-data or --eval-config."""
-    config, sets = inputs.config, dict[str, LoadedPrompts]()
+    config, sets, reward = inputs.config, dict[str, LoadedPrompts](), inputs.evaluation_reward
     for settings in inputs.plan.eval_sets:
         loaded = load_prompts(
             settings.path,
@@ -168,7 +185,7 @@ def read_eval_prompts(inputs: Inputs) -> dict[str, LoadedPrompts]:
             apply_chat_template=config.data.apply_chat_template,
             apply_chat_template_kwargs=config.data.apply_chat_template_kwargs,
             max_prompt_len=(limit := prompt_limit(inputs, settings.max_prompt_len)),
-            require_label="rm_type" not in settings.row_metadata and needs_labels(config),
+            require_label="rm_type" not in settings.row_metadata and _compares_labels(reward),
             as_given=_reads_prompts_itself(config),
         )
         _log_dropped(f"evaluation set {settings.name}", loaded, limit)
@@ -248,19 +265,13 @@ def _check_room(inputs: Inputs, loaded: LoadedPrompts) -> None:
         )
 
 
-def graded_by(config: Config) -> RewardConfig:
-    """Return the rewards of the run: where a teacher teaches and no label is named, every response has 0."""
-    teaches_alone = config.distillation.use_opd and config.data.label_key is None
-    return replace(config.reward, rm_type=ZERO) if teaches_alone and _compares_labels(config) else config.reward
+def _without_labels(reward: RewardConfig) -> RewardConfig:
+    """Return the rewards that need no label, with their weights; 0 for every response where all need one."""
+    return reward.without(needs_label, otherwise=ZERO) if _compares_labels(reward) else reward
 
 
-def needs_labels(config: Config) -> bool:
+def _compares_labels(reward: RewardConfig) -> bool:
     """Tell whether the reward compares with a label; a custom one decides for itself."""
-    return _compares_labels(config) and graded_by(config) is config.reward
-
-
-def _compares_labels(config: Config) -> bool:
-    reward = config.reward
     return reward.custom_rm_path is None and any(needs_label(name) for name in split_names(reward.rm_type or ""))
 
 

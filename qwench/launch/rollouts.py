@@ -38,7 +38,7 @@ class Generation:
     engines: EnginePool
     grader: RewardPool
     eval_grader: RewardPool
-    """The same one, unless evaluations have another --eval-reward-key."""
+    """The same one, unless evaluations have another --eval-reward-key or labels that training has not."""
     functions: UserFunctions
     teachers: Teachers | None
     """On servers (--opd-type sglang)."""
@@ -264,16 +264,16 @@ def build_generation(
     Args:
         source: of the training prompts; functions of the user are given theirs.
     """
-    key, eval_key = inputs.config.reward.reward_key, inputs.plan.eval_reward_key
+    trained, evaluated = inputs.training_reward, inputs.evaluation_reward
     functions = load_user_functions(inputs.config)
     teachers = _build_teachers(inputs)
     engines = build_pool(inputs, with_weights=with_weights, servers=servers, token=token)
-    grader = functions.grader(inputs, reward_key=key)
+    grader = functions.grader(trained)
     return Generation(
         inputs=inputs,
         engines=engines,
         grader=grader,
-        eval_grader=grader if eval_key == key else functions.grader(inputs, reward_key=eval_key),
+        eval_grader=grader if evaluated == trained else functions.grader(evaluated),
         functions=functions,
         teachers=teachers,
         end_session=open_user_session(inputs, engines, training_sampling(inputs), functions, source=source),

@@ -13,6 +13,7 @@ from typing import Any
 from qwench.algorithms.method import UserTerms
 from qwench.config.config import Config
 from qwench.config.sections.agent import AGENT, TOOL_LOOP
+from qwench.config.sections.reward import RewardConfig
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import ConfigError
 from qwench.foreign.args import make_args
@@ -24,7 +25,7 @@ from qwench.foreign.losses import load_correction, load_loss, load_reduction
 from qwench.foreign.reward import ForeignReward
 from qwench.foreign.session import Session, close_session, current_session, open_session
 from qwench.foreign.targets import TargetFunctions, load_targets
-from qwench.launch.inputs import Inputs, graded_by
+from qwench.launch.inputs import Inputs
 from qwench.plugins import Function, check_signature, guarded, load_function
 from qwench.rewards.judge import KEY_VARIABLE
 from qwench.rewards.pool import RewardPool, check_reward
@@ -58,10 +59,9 @@ class UserFunctions:
     has_foreign: bool
     """One of them needs a session."""
 
-    def grader(self, inputs: Inputs, *, reward_key: str | None) -> RewardPool:
-        """Return the graders, with this --reward-key."""
-        section = replace(graded_by(inputs.config), reward_key=reward_key)
-        custom = None if self.reward is None else self.reward.with_key(reward_key)
+    def grader(self, section: RewardConfig) -> RewardPool:
+        """Return the graders of these rewards."""
+        custom = None if self.reward is None else self.reward.with_key(section.reward_key)
         return RewardPool(section, custom=custom, judge_key=os.environ.get(KEY_VARIABLE))
 
 
@@ -102,7 +102,7 @@ def load_user_functions(config: Config) -> UserFunctions:
         check_data_source(config.data.data_source_path)
     reward = _load_reward(config)
     if reward is None:
-        check_reward(graded_by(config))
+        check_reward(config.reward)
     return UserFunctions(
         rollout=functions,
         reward=reward,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 
@@ -123,6 +123,18 @@ class RewardConfig:
         if self.reward_weights is None:
             return (1.0,) * len(names)
         return tuple(float(word) for word in self.reward_weights.split(","))
+
+    def without(self, is_left_out: Callable[[str], bool], *, otherwise: str) -> RewardConfig:
+        """Return the rewards without some of them and their weights. A single one that is left counts whole.
+
+        Args:
+            otherwise: the reward when none is left.
+        """
+        names, key = split_names(self.rm_type or ""), self.reward_key
+        kept = {name: weight for name, weight in zip(names, self.weights_of(names), strict=True) if not is_left_out(name)}
+        has_key = bool(kept) and (key not in names or (key in kept and len(kept) > 1))
+        weights = ",".join(map(repr, kept.values())) if self.reward_weights and len(kept) > 1 else None
+        return replace(self, rm_type=",".join(kept) or otherwise, reward_weights=weights, reward_key=key if has_key else None)
 
 
 def split_names(rm_type: str) -> tuple[str, ...]:
