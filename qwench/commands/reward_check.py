@@ -15,13 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from qwench.config.command_line.parse import parse_flags
+from qwench.config.environment import JUDGE_KEY_VARIABLE
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.verbs import RewardCheckConfig, split_file
 from qwench.data.rows import Row as DataRow
 from qwench.data.rows import parse_json, read_label
 from qwench.errors import ConfigError, RewardError
 from qwench.observability.console import StandardOutput
-from qwench.rewards.judge import KEY_VARIABLE
 from qwench.rewards.pool import RewardPool
 from qwench.samples import Json, Prompt, Sample, Verdict
 
@@ -97,7 +97,7 @@ def check_file(
     Raises:
         ConfigError: the file or a line cannot be read or graded; names the file and the line.
     """
-    pool = RewardPool(config, judge_key=os.environ.get(KEY_VARIABLE))
+    pool = RewardPool(config, judge_key=os.environ.get(JUDGE_KEY_VARIABLE))
     try:
         summary = asyncio.run(_grade(path, pool, response_key=response_key, label_key=label_key))
     finally:
@@ -120,7 +120,7 @@ def show_line(
     row = next((row for row in rows if row.line == number), None)
     if row is None:
         raise ConfigError(f"{path} has no response in line {number}.")
-    pool = RewardPool(config, judge_key=os.environ.get(KEY_VARIABLE))
+    pool = RewardPool(config, judge_key=os.environ.get(JUDGE_KEY_VARIABLE))
     try:
         verdict = asyncio.run(_grade_row(path, row, pool))
     finally:

@@ -10,6 +10,8 @@ from qwench.config.sections.training import TrainingConfig
 
 TOKEN_VARIABLE = "QWENCH_TOKEN"
 """Holds the token of engine servers."""
+JUDGE_KEY_VARIABLE = "QWENCH_JUDGE_KEY"
+"""Holds the key that the server of --judge-url wants."""
 _OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT")
 """With these variables a process would join the trainer's ranks. torchrun's other variables begin with the prefix below."""
 _TORCHRUN_PREFIX = "TORCHELASTIC_"
@@ -45,6 +47,6 @@ def without_rank(environ: Mapping[str, str]) -> dict[str, str]:
 def reward_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of the user's reward function: the user's variables, without ours.
 
-    A function may need keys of services. It needs no place among the ranks and no access to the engines.
+    A function may need keys of services. It needs no place among the ranks and no access to the engines or the judge.
     """
-    return {name: text for name, text in without_rank(environ).items() if name != TOKEN_VARIABLE}
+    return {name: text for name, text in without_rank(environ).items() if name not in (TOKEN_VARIABLE, JUDGE_KEY_VARIABLE)}

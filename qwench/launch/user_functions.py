@@ -12,6 +12,7 @@ from typing import Any
 
 from qwench.algorithms.method import UserTerms
 from qwench.config.config import Config
+from qwench.config.environment import JUDGE_KEY_VARIABLE
 from qwench.config.sections.agent import AGENT, TOOL_LOOP
 from qwench.config.sections.reward import RewardConfig
 from qwench.engines.fleet.pool import EnginePool
@@ -27,7 +28,6 @@ from qwench.foreign.session import Session, close_session, current_session, open
 from qwench.foreign.targets import TargetFunctions, load_targets
 from qwench.launch.inputs import Inputs
 from qwench.plugins import Function, check_signature, guarded, load_function
-from qwench.rewards.judge import KEY_VARIABLE
 from qwench.rewards.pool import RewardPool, check_reward
 from qwench.rollout.agent_sessions import AgentRunner, load_agent
 from qwench.rollout.buffer import GroupSource
@@ -48,6 +48,10 @@ _ROLLOUT_FLAGS = {
 }
 """Flag of the section rollout -> field of `RolloutFunctions`, and method of `Adapters`."""
 
+_FILTER_OF_SUMS = "qwench.rollout.filters.check_reward_nonzero_std"
+_FILTER_OF_PARTS = "qwench.rollout.filters.check_parts_nonzero_std"
+"""What the first means for GDPO, which compares several rewards apart."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UserFunctions:
@@ -62,7 +66,7 @@ class UserFunctions:
     def grader(self, section: RewardConfig) -> RewardPool:
         """Return the graders of these rewards."""
         custom = None if self.reward is None else self.reward.with_key(section.reward_key)
-        return RewardPool(section, custom=custom, judge_key=os.environ.get(KEY_VARIABLE))
+        return RewardPool(section, custom=custom, judge_key=os.environ.get(JUDGE_KEY_VARIABLE))
 
 
 def load_user_functions(config: Config) -> UserFunctions:
@@ -77,6 +81,8 @@ def load_user_functions(config: Config) -> UserFunctions:
     config.agent.check_generate(rollout.custom_generate_function_path)
     if (generate := _built_in_generate(config)) is not None:
         adapted["generate"], rollout = generate, replace(rollout, custom_generate_function_path=None)
+    if config.algorithm.advantage_estimator == "gdpo" and rollout.dynamic_sampling_filter_path == _FILTER_OF_SUMS:
+        rollout = replace(rollout, dynamic_sampling_filter_path=_FILTER_OF_PARTS)
     for name, target in _ROLLOUT_FLAGS.items():
         function, path = _foreign_function(config, getattr(rollout, name), f"--{name.replace('_', '-')}")
         if function is not None:

@@ -20,8 +20,6 @@ from qwench.rewards.scores import Answer
 from qwench.samples import Sample, Verdict
 
 JUDGE = "judge"
-KEY_VARIABLE = "QWENCH_JUDGE_KEY"
-"""Environment variable of the key that the judge's server wants."""
 PROMPT_TOKENS, ANSWER_TOKENS = "judge_prompt_tokens", "judge_completion_tokens"
 """Entries of a verdict's record: what its request cost."""
 _FIELDS = re.compile(r"\{(prompt|response|label)\}")

@@ -131,7 +131,15 @@ def test_an_embedded_server_gets_its_flags_and_token():
 
 def test_a_server_gets_the_environment_without_the_runs_secrets_and_its_place_among_the_ranks() -> None:
     secrets = ("WANDB_API_KEY", "OPENAI_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "wandb_apikey")
+    secrets += ("QWENCH_JUDGE_KEY", "SSH_PRIVATE_KEY", "KEY")
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
-    kept = {"PATH": "/bin", "HF_HOME": "/models", "TOKENIZERS_PARALLELISM": "false", "KEYBOARD": "us"}
+    kept = {
+        "PATH": "/bin",
+        "HF_HOME": "/models",
+        "TOKENIZERS_PARALLELISM": "false",
+        "KEYBOARD": "us",
+        "MONKEY_MODE": "1",
+        "KEYRING_PATH": "x",
+    }
     environ = {**dict.fromkeys((*secrets, *ranks), "x"), **kept}
     assert server_environ(environ, OMP_NUM_THREADS="1") == {**kept, "OMP_NUM_THREADS": "1"}

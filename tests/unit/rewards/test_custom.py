@@ -148,11 +148,11 @@ def test_a_function_runs_in_another_process() -> None:
 
 
 def test_a_function_sees_the_users_variables_but_not_the_engines_token_nor_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MY_SERVICE_API_KEY", "QWENCH_TOKEN", "RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+    for name in ("MY_SERVICE_API_KEY", "QWENCH_TOKEN", "QWENCH_JUDGE_KEY", "RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "1")
     names = set(grade(f"{FUNCTIONS}.environment").extra["names"].split())
     assert {"MY_SERVICE_API_KEY", "PATH"} <= names
-    assert not names & {"QWENCH_TOKEN", "RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"}
+    assert not names & {"QWENCH_TOKEN", "QWENCH_JUDGE_KEY", "RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"}
 
 
 def test_functions_load_from_a_file_and_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
