@@ -205,7 +205,8 @@ def _staleness(samples: Sequence[Sample], version: int) -> list[Tensor] | None:
 
 
 def _parts(samples: Sequence[Sample]) -> Tensor | None:
-    parts = [sample.verdict.parts if sample.graded and sample.verdict is not None else None for sample in samples]
+    """Return the rewards apart; None: a graded sample has none, or other ones. An ungraded one has 0."""
+    parts = [(sample.verdict.parts if sample.verdict is not None else {}) if sample.graded else None for sample in samples]
     names = next((list(one) for one in parts if one), [])
     if not names or any(one is not None and list(one) != names for one in parts):
         return None

@@ -44,6 +44,15 @@ def check_reward_nonzero_std(group: Group) -> FilterResult:
     return FilterResult(keep=False, reason=f"zero_std_{reward_label(rewards[0])}" if rewards else "ungraded")
 
 
+def check_parts_nonzero_std(group: Group) -> FilterResult:
+    """Keep a group in which the rewards differ, or one of several that GDPO compares apart: their sums may be equal."""
+    parts = [sample.verdict.parts for sample in group.samples if sample.graded and sample.verdict is not None]
+    columns = [[one[name] for one in parts if name in one] for name in (parts[0] if parts else ())]
+    if any(len(column) > 1 and stdev(column) > _MIN_STD for column in columns):
+        return KEEP
+    return check_reward_nonzero_std(group)
+
+
 def check_no_aborted(group: Group) -> FilterResult:
     """Keep a group none of whose samples was aborted."""
     aborted = any(sample.status is Status.ABORTED for sample in group.samples)

@@ -1,6 +1,10 @@
 import pytest
 
-from qwench.rollout.filters import check_no_aborted, check_reward_nonzero_std, reward_label
+from qwench.config.config import Config
+from qwench.config.sections.algorithm import AlgorithmConfig
+from qwench.config.sections.rollout import RolloutConfig
+from qwench.launch.user_functions import load_user_functions
+from qwench.rollout.filters import check_no_aborted, check_parts_nonzero_std, check_reward_nonzero_std, reward_label
 from qwench.samples import Status, Verdict
 from tests.unit.rollout.scene import group
 
@@ -40,6 +44,30 @@ def test_zero_of_an_ungraded_sample_makes_no_difference():
     for sample in ones.samples:
         sample.verdict = Verdict(score=0.0, reason="grader_error")
     assert check_reward_nonzero_std(ones).reason == "ungraded"
+
+
+def test_equal_sums_of_rewards_that_differ_are_kept_where_they_are_compared_apart():
+    """GDPO compares each reward apart: (1, 0) and (0, 1) have the sum 1, and both rewards teach."""
+    several = graded(1.0, 1.0)
+    for sample, math in zip(several.samples, (1.0, 0.0), strict=True):
+        sample.verdict = Verdict(score=1.0, reason="x+y", parts={"math": math, "judge": 1 - math})
+    assert check_parts_nonzero_std(several).keep
+    assert not check_reward_nonzero_std(several).keep
+    several.samples[1].verdict = several.samples[0].verdict
+    assert check_parts_nonzero_std(several).reason == "zero_std_1.0"
+    several.samples[1].verdict = Verdict(score=1.0, reason="custom")
+    assert check_parts_nonzero_std(several).reason == "zero_std_1.0"
+
+
+@pytest.mark.parametrize(("estimator", "keeps"), [("gdpo", True), ("grpo", False)])
+def test_the_flag_means_the_parts_for_gdpo(estimator, keeps):
+    path = "qwench.rollout.filters.check_reward_nonzero_std"
+    rollout, algorithm = RolloutConfig(dynamic_sampling_filter_path=path), AlgorithmConfig(advantage_estimator=estimator)
+    several = graded(1.0, 1.0)
+    for sample, math in zip(several.samples, (1.0, 0.0), strict=True):
+        sample.verdict = Verdict(score=1.0, reason="x+y", parts={"math": math, "judge": 1 - math})
+    functions = load_user_functions(Config(rollout=rollout, algorithm=algorithm)).rollout
+    assert functions.group_filter is not None and functions.group_filter(several).keep is keeps
 
 
 def test_group_with_an_aborted_sample_is_dropped():

@@ -86,3 +86,15 @@ def test_one_reward_alone_is_refused():
     with pytest.raises(RewardError, match=r"gdpo compares several rewards apart, .*--rm-type a,b"):
         compared(batch)
     assert torch.equal(torch.tensor(compared(batch, disable_rewards_normalization=True)), batch.rewards)
+
+
+def test_a_reward_without_a_verdict_has_no_parts():
+    """A generate function may set the reward itself. Its sample is graded, and no 0 of each reward."""
+    samples = []
+    for index, verdict in enumerate([Verdict(score=2.0, reason="exact", parts={"a": 1.0, "b": 1.0}), None]):
+        sample = Sample(prompt=Prompt(text="", token_ids=(1,)), sample_id=index, group_id=0)
+        sample.append([2, 3], log_probs=[-1.0, -1.0], version=0)
+        sample.verdict, sample.reward = verdict, 2.0
+        samples.append(sample)
+    with pytest.raises(RewardError, match="not every sample has the same ones"):
+        compared(RolloutBatch.from_samples(samples))
