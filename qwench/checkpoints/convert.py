@@ -25,7 +25,14 @@ from qwench.checkpoints.formats.iterations import POINTER, RELEASE, Iterations
 from qwench.checkpoints.formats.jobs import Job, Stream, read_ahead, share
 from qwench.checkpoints.formats.merged import MergedWeights
 from qwench.checkpoints.formats.peft import AdapterFolder
-from qwench.checkpoints.formats.sources import HfWeights, WeightSource, find_format, open_optimizer_state, open_weights
+from qwench.checkpoints.formats.sources import (
+    HfWeights,
+    WeightSource,
+    find_format,
+    fingerprint,
+    open_optimizer_state,
+    open_weights,
+)
 from qwench.checkpoints.formats.targets import MASTERS, WEIGHTS, FsdpTarget, HfTarget, Target, TorchDistTarget
 from qwench.checkpoints.manifest import META, read_manifest, write_manifest
 from qwench.errors import CheckpointError, ConfigError
@@ -159,7 +166,9 @@ class Converter:
         if self._source_format != "peft":
             return open_weights(source, self._model)
         dtype = torch.float32 if self._conversion.to == "fsdp" else self._conversion.dtype
-        return MergedWeights(open_weights(base, self._model), AdapterFolder(source), self._model, dtype=dtype)
+        weights = open_weights(base, self._model)
+        check_base(source, base, weights)
+        return MergedWeights(weights, AdapterFolder(source), self._model, dtype=dtype)
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -295,6 +304,15 @@ def _read(job: Job) -> list[tuple[Tensor, int]]:
 
 def _crc(tensor: Tensor) -> int:
     return zlib.crc32(as_bytes(tensor))
+
+
+def check_base(adapter: Path, base: Path, weights: WeightSource) -> None:
+    """Raise ConfigError if a run trained the adapter on other weights than those of `base`."""
+    if not (adapter / META).is_file():
+        return
+    trained_on = read_manifest(adapter, with_content=False)["identity"].get("base_weights")
+    if trained_on not in (None, fingerprint(weights)):
+        raise ConfigError(f"{adapter} was trained on another base than {base}; give the base of the run as --hf-checkpoint.")
 
 
 def check_output(output: Path, *, replace: bool, nbytes: int) -> None:

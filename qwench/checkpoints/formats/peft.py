@@ -27,6 +27,13 @@ WEIGHTS = "adapter_model.safetensors"
 A, B = "lora_A.weight", "lora_B.weight"
 """Names of an adapter's matrices, below that of its module."""
 _PREFIX = "base_model.model."
+_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""PEFT's init_lora_weights that leave the base as it is; the others subtract the start of the adapter from the base."""
+_VARIANTS = (
+    "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "fan_in_fan_out",
+    "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config",
+    "monteclora_config", "target_parameters", "trainable_token_indices",
+)  # fmt: skip
 _EXACT_SVD = 1024
 """Matrices with so few rows or columns are decomposed exactly; of larger ones the first components alone are computed."""
 _ITERATIONS = 16
@@ -213,8 +220,13 @@ def _refuse_variants(raw: Mapping[str, Json], folder: Path) -> None:
     """Refuse what other numbers than W + scale * B A would follow from."""
     if raw.get("peft_type") != "LORA":
         raise ConfigError(f"{folder / CONFIG} has peft_type {raw.get('peft_type')!r}; only LORA is read.")
-    for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "fan_in_fan_out"):
+    for key in _VARIANTS:
         if raw.get(key):
             raise ConfigError(f"{folder / CONFIG} has {key}, which is not supported; only plain LoRA of one rank is read.")
     if raw.get("bias", "none") != "none" or raw.get("lora_bias"):
         raise ConfigError(f"{folder / CONFIG} trains biases, which is not supported.")
+    if (start := raw.get("init_lora_weights")) not in _PLAIN_STARTS:
+        raise ConfigError(
+            f"{folder / CONFIG} has init_lora_weights {start!r}: its base is not the model itself; write it with "
+            "path_initial_model_for_weight_conversion of PEFT's save_pretrained."
+        )

@@ -1,5 +1,7 @@
 """Adapters from the difference of two models, and adapters of another rank."""
 
+import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
+from qwench.checkpoints.convert import Conversion, Converter
 from qwench.checkpoints.extract import extract_adapter
 from qwench.checkpoints.formats.merged import MergedWeights
 from qwench.checkpoints.formats.peft import AdapterConfig, AdapterFolder, write_adapter
-from qwench.checkpoints.formats.sources import open_weights
+from qwench.checkpoints.formats.sources import fingerprint, open_weights
+from qwench.checkpoints.manifest import write_manifest
 from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, load_hf_config
@@ -81,3 +85,35 @@ def test_no_change_and_a_rank_beyond_the_matrix_are_refused(folders, tmp_path: P
     with pytest.raises(ConfigError, match="--lora-rank 99 is more than"):
         extract_adapter(tuned, base, _model(base), rank=99, output=tmp_path / "large")
     assert list(tmp_path.iterdir()) == []
+
+
+def _plain(base: Path, folder: Path) -> Path:
+    config = AdapterConfig(rank=2, alpha=8.0, use_rslora=False, targets=("k_proj",))
+    folder.mkdir()
+    write_adapter(folder, config, {name: torch.zeros(shape) for name, shape in config.shapes(_model(base)).items()})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_read"),
+    [("init_lora_weights", value, True) for value in (True, False, None, "gaussian", "eva", "orthogonal", "mica")]
+    + [("init_lora_weights", value, False) for value in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "new")]
+    + [("layer_replication", [[0, 2], [1, 3]], False), ("alora_invocation_tokens", [5], False), ("rank_pattern", {}, True)]
+    + [("rank_pattern", {"k_proj": 4}, False), ("alpha_pattern", {"k_proj": 4}, False)],
+)
+def test_an_adapter_whose_sum_with_the_base_is_another_model_is_refused(folders, tmp_path: Path, key, value, is_read):
+    file = _plain(folders[0], tmp_path / "adapter") / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with nullcontext() if is_read else pytest.raises(ConfigError, match=key):
+        AdapterConfig.read(file.parent)
+
+
+def test_a_run_s_adapter_is_merged_into_the_base_of_the_run_alone(folders, tmp_path: Path):
+    base, _ = folders
+    adapter = _plain(base, tmp_path / "adapter")
+    for written, said in ((fingerprint(open_weights(base, _model(base))), None), ("00000000", "trained on another base")):
+        (adapter / "meta.json").unlink(missing_ok=True)
+        write_manifest(adapter, {"identity": {"base_weights": written}})
+        words = {"source": adapter, "output": tmp_path / "out", "to": "hf", "hf_folder": base, "config": load_hf_config(base)}
+        with nullcontext() if said is None else pytest.raises(ConfigError, match=said):
+            Converter(Conversion(**words))
