@@ -139,7 +139,11 @@ class GroupRunner:
         if sample.status in _UNFINISHED:
             async with self._slots:
                 samples = await self._call_generate(sample, position, rollout_id)
-        await gather_or_cancel([self._grade_execution(samples), *(self._teach(sample) for sample in samples)])
+        if self._teacher is None:
+            await self._grade_execution(samples)
+        else:
+            taught = (self._teach(sample, self._teacher) for sample in samples)
+            await gather_or_cancel([self._grade_execution(samples), *taught])
         return samples
 
     async def _grade_execution(self, samples: list[Sample]) -> None:
@@ -150,11 +154,11 @@ class GroupRunner:
         else:
             await gather_or_cancel(self._grade(sample) for sample in samples)
 
-    async def _teach(self, sample: Sample) -> None:
-        if self._teacher is None or sample.status in _UNFINISHED or self._requests.aborting or sample.teacher_log_probs:
+    async def _teach(self, sample: Sample, teacher: Teacher) -> None:
+        if sample.status in _UNFINISHED or self._requests.aborting or sample.teacher_log_probs:
             return
         with self._open_calls.within(f"the teacher of sample {sample.sample_id}"):
-            await self._teacher.teach(sample, self._requests)
+            await teacher.teach(sample, self._requests)
 
     async def _call_generate(self, sample: Sample, position: int, rollout_id: int) -> list[Sample]:
         if self._requests.aborting:
