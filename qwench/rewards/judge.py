@@ -2,13 +2,12 @@
 
     template with {prompt}, {response}, {label} -> POST --judge-url/chat/completions -> the last "Score: 0.5" of its answer
 
-Requests are sent again as those of remote_rm are, until --judge-timeout-s. A late or unreadable answer leaves the response
-ungraded, and is counted; a refusal (400 to 499) ends the run.
+A request that fails is sent again until --judge-timeout-s, which does not count the wait for one of the places of requests. A
+late or unreadable answer leaves the response ungraded, and is counted; a refusal (400 to 499) ends the run.
 """
 
 from __future__ import annotations
 
-import asyncio
 import re
 from math import isfinite
 
@@ -55,23 +54,22 @@ class Judge:
             raise ConfigError("--rm-type judge asks a language model; give --judge-url and --judge-model")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         url = reward.judge_url.rstrip("/") + "/chat/completions"
-        self._server = JsonServer(url, flag="--judge-url", headers=headers)
+        self._server = JsonServer(url, flag="--judge-url", headers=headers, deadline_s=reward.judge_timeout_s)
         self._template = read_template(reward)
-        self._model, self._timeout_s = reward.judge_model, reward.judge_timeout_s
+        self._model = reward.judge_model
 
     async def grade(self, sample: Sample) -> Verdict:
         """Return the model's verdict on one sample.
 
         Raises:
-            RewardError: the server cannot be reached or refused.
+            RewardError: the server refused.
         """
         question = fill_template(self._template, sample)
         body = {"model": self._model, "messages": [{"role": "user", "content": question}], "temperature": 0}
         try:
-            async with asyncio.timeout(self._timeout_s):
-                answer = await self._server.ask(body, what=f"sample {sample.sample_id}")
-        except TimeoutError:
-            return Verdict(score=0.0, reason="timeout", extra={"error": f"no verdict within {self._timeout_s:g} s"})
+            answer = await self._server.ask(body, what=f"sample {sample.sample_id}")
+        except TimeoutError as late:
+            return Verdict(score=0.0, reason="timeout", extra={"error": str(late)})
         return read_verdict(answer)
 
 

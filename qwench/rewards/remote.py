@@ -65,34 +65,50 @@ class RemoteReward:
 class JsonServer:
     """A server that answers JSON; a bounded number of requests is under way."""
 
-    def __init__(self, url: str, *, flag: str, headers: Mapping[str, str] | None = None) -> None:
-        """Take an address; `flag` names it in messages."""
+    def __init__(
+        self, url: str, *, flag: str, headers: Mapping[str, str] | None = None, deadline_s: float | None = None
+    ) -> None:
+        """Take an address; `flag` names it in messages.
+
+        Args:
+            deadline_s: of a question with all its requests, from the first one on. None: a number of requests is the limit.
+        """
         self._url, self._flag, self._headers = url, flag, dict(headers or {})
+        self._deadline_s = deadline_s
         self._places = asyncio.Semaphore(_REQUESTS_AT_ONCE)
 
     async def ask(self, body: Mapping[str, Json], *, what: str) -> Answer:
         """Return the answer; a request that fails is sent again.
 
         Raises:
-            RewardError: the server cannot be reached, or refused.
+            RewardError: the server refused, or there is no deadline and it cannot be reached.
+            TimeoutError: the deadline has passed.
         """
         async with self._places:
-            return await self._ask(body, what=what)
-
-    async def _ask(self, body: Mapping[str, Json], *, what: str) -> Answer:
-        for attempt in range(ATTEMPTS):
+            failed: list[Exception] = []
             try:
-                return await self._post(body)
-            except (_Refused, aiohttp.ClientError, TimeoutError, ValueError) as cause:
-                if (isinstance(cause, _Refused) and cause.is_final) or attempt == ATTEMPTS - 1:
-                    raise RewardError(
-                        f"{self._flag} {self._url} did not grade {what}, asked {attempt + 1} times: {str(cause) or repr(cause)}"
-                    ) from cause
-                await asyncio.sleep(pause_s(attempt))
-        raise AssertionError("the last attempt returns or raises")
+                async with asyncio.timeout(self._deadline_s):
+                    return await self._ask(body, what=what, failed=failed)
+            except TimeoutError as late:
+                why = f": {str(failed[-1]) or repr(failed[-1])}" if failed else ""
+                raise TimeoutError(f"no verdict within {self._deadline_s:g} s{why}") from late
 
-    async def _post(self, body: Mapping[str, Json]) -> Answer:
-        timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
+    async def _ask(self, body: Mapping[str, Json], *, what: str, failed: list[Exception]) -> Answer:
+        """Send requests until one is answered; `failed` gets what became of the others."""
+        while True:
+            try:
+                return await self._post(body, self._deadline_s or REQUEST_TIMEOUT_S)
+            except (_Refused, aiohttp.ClientError, OSError, ValueError) as cause:
+                failed.append(cause)
+                is_last = self._deadline_s is None and len(failed) == ATTEMPTS
+                if is_last or (isinstance(cause, _Refused) and cause.is_final):
+                    raise RewardError(
+                        f"{self._flag} {self._url} did not grade {what}, asked {len(failed)} times: {str(cause) or repr(cause)}"
+                    ) from cause
+            await asyncio.sleep(pause_s(len(failed) - 1))
+
+    async def _post(self, body: Mapping[str, Json], timeout_s: float) -> Answer:
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
         opened = aiohttp.ClientSession(timeout=timeout, headers=self._headers)
         async with opened as session, session.post(self._url, json=body) as response:
             if response.status >= 400:
@@ -108,7 +124,7 @@ class _Refused(Exception):  # noqa: N818 - it is caught where it is raised
 
 def pause_s(attempt: int) -> float:
     """Return how long to wait after attempt 0, 1, ...; the random part keeps many requests from coming again together."""
-    return min(2.0**attempt, LONGEST_PAUSE_S) + random.random()
+    return min(2.0 ** min(attempt, 9), LONGEST_PAUSE_S) + random.random()
 
 
 def check_reachable(url: str, *, what: str = "the server", flag: str = "--rm-url") -> None:

@@ -146,7 +146,7 @@ def test_no_more_than_the_bound_of_requests_is_under_way(monkeypatch):
     running: list[int] = []
     most: list[int] = []
 
-    async def post(body) -> float:
+    async def post(body, timeout_s) -> float:
         running.append(1)
         most.append(len(running))
         for _ in range(5):
@@ -166,6 +166,7 @@ def test_no_more_than_the_bound_of_requests_is_under_way(monkeypatch):
 def test_pauses_double_up_to_half_a_minute():
     for attempt, least in enumerate([1, 2, 4, 8, 16, 30, 30, 30, 30]):
         assert least <= pause_s(attempt) < least + 1
+    assert 30 <= pause_s(5000) < 31
 
 
 def test_a_server_that_is_not_there_is_found_before_the_run():

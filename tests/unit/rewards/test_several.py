@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,7 +13,7 @@ from qwench.config.sections.reward import RewardConfig
 from qwench.errors import ConfigError, RewardError
 from qwench.rewards import remote
 from qwench.rewards.graders import check_prompts
-from qwench.rewards.judge import fill_template, read_template, read_verdict
+from qwench.rewards.judge import Judge, fill_template, read_template, read_verdict
 from qwench.rewards.pool import RewardPool
 from qwench.rewards.several import combine
 from qwench.rollout.sample_metrics import sample_metrics
@@ -153,6 +154,58 @@ def test_a_judge_past_its_deadline_leaves_the_response_ungraded(monkeypatch):
     finally:
         model.close()
     assert (verdict.reason, verdict.graded) == ("timeout", False)
+
+
+class PatientServer:
+    """Counts requests, each of which is under way for some seconds of the loop; the first ones fail."""
+
+    def __init__(self, judge: Judge, monkeypatch: pytest.MonkeyPatch, *, seconds: float, failures: int = 0) -> None:
+        self.limits: list[float] = []
+        self._seconds, self._failures = seconds, failures
+        monkeypatch.setattr(judge._server, "_post", self._post)
+
+    async def _post(self, body: object, timeout_s: float) -> dict[str, object]:
+        self.limits.append(timeout_s)
+        if len(self.limits) <= self._failures:
+            raise ConnectionRefusedError("nobody listens")
+        await asyncio.sleep(self._seconds)
+        return said("Score: 1")
+
+
+def judge_of(**flags: object) -> Judge:
+    return Judge(RewardConfig(rm_type="judge", judge_url="http://127.0.0.1:1", judge_model="big", **flags), key=None)
+
+
+def test_the_wait_for_a_place_is_not_the_judges(monkeypatch):
+    """Three rounds of 0.2 s are longer than the deadline of one request."""
+    monkeypatch.setattr(remote, "_REQUESTS_AT_ONCE", 2)
+    judge = judge_of(judge_timeout_s=0.5)
+    PatientServer(judge, monkeypatch, seconds=0.2)
+
+    async def grade_all() -> list[Verdict]:
+        return await asyncio.gather(*(judge.grade(sample(str(n))) for n in range(6)))
+
+    assert [verdict.reason for verdict in asyncio.run(grade_all())] == ["judged"] * 6
+
+
+def test_only_the_deadline_ends_the_requests_to_a_judge(monkeypatch):
+    """Refused connections are asked again more often than a reward server's, and no request is cut off earlier."""
+    monkeypatch.setattr(remote, "pause_s", lambda attempt: 0.0)
+    judge = judge_of(judge_timeout_s=300.0)
+    server = PatientServer(judge, monkeypatch, seconds=0.0, failures=25)
+    assert asyncio.run(judge.grade(sample("x"))).score == 1.0
+    assert server.limits == [300.0] * 26
+
+
+def test_a_judge_that_is_gone_leaves_the_response_ungraded():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    judge = Judge(
+        RewardConfig(rm_type="judge", judge_url=f"http://127.0.0.1:{port}", judge_model="big", judge_timeout_s=0.5), key=None
+    )
+    verdict = asyncio.run(judge.grade(sample("x")))
+    assert verdict.reason == "timeout"
+    assert "no verdict within 0.5 s" in verdict.extra["error"] and "Cannot connect" in verdict.extra["error"]
 
 
 def test_a_judge_that_refuses_ends_the_run():
