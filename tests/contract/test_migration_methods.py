@@ -40,6 +40,38 @@ def test_the_mismatch_helper_and_its_file_choose_the_built_in_weights(tmp_path: 
     assert (algorithm.rs_veto_threshold, algorithm.tis_batch_normalize) == (1e-4, True)
 
 
+BUILT_IN = [
+    ("--custom-tis-function-path", f"{HELPER}.compute_mis_weights_fsdp"),
+    ("--custom-tis-function-path", "examples.train_infer_mismatch_helper.mis.compute_mis_weights_with_cp"),
+    ("--data-source-path", "slime.rollout.data_source.RolloutDataSource"),
+    ("--data-source-path", "miles.rollout.data_source.RolloutDataSourceWithBuffer"),
+]
+
+
+@pytest.mark.parametrize(("flag", "path"), BUILT_IN)
+def test_a_function_of_theirs_that_means_the_built_in_is_said(flag: str, path: str):
+    config = parse_flags(Config, ["--use-tis", flag, path], prog="train.py")
+    assert (config.algorithm.custom_tis_function_path, config.data.data_source_path) == (None, None)
+    assert config.references.unused_flags == (f"{flag[2:]} {path} (the built-in is used)",)
+    own = parse_flags(Config, ["--use-tis", flag, path, flag, "mylab.mine"], prog="train.py")
+    assert own.references.unused_flags == ()
+
+
+@pytest.mark.parametrize(
+    ("flag", "path"),
+    [
+        ("--data-source-path", "mylab.rollout.data_source.RolloutDataSourceCurriculum"),
+        ("--data-source-path", "mylab.rollout.data_source.RolloutDataSource"),
+        ("--custom-tis-function-path", "plugins.my_mis.compute_mis_weights_v2"),
+        ("--custom-tis-function-path", "plugins.mis.compute_mis_weights"),
+    ],
+)
+def test_a_function_of_the_users_is_not_taken_for_one_of_theirs(flag: str, path: str):
+    config = parse_flags(Config, ["--use-tis", flag, path], prog="train.py")
+    assert path in (config.algorithm.custom_tis_function_path, config.data.data_source_path)
+    assert config.references.unused_flags == ()
+
+
 def test_the_file_wins_over_the_command_line_also_by_another_name(tmp_path: Path):
     file = tmp_path / "mis.yaml"
     file.write_text(MIS)

@@ -54,7 +54,7 @@ class Given:
     sglang: dict[str, tuple[str, ...]] = field(default_factory=dict)
     router: dict[str, tuple[str, ...]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
-    """Names of accepted flags that have no effect here."""
+    """Names of accepted flags that have no effect here; with the value where another value would have one."""
 
 
 def split_words(
@@ -120,10 +120,12 @@ def sort_flags(occurrences: Iterable[Occurrence], table: Mapping[str, Flag], *, 
     given = Given()
     to_compare: list[tuple[Occurrence, ForeignFlag]] = []
     refused: list[tuple[Occurrence, ForeignFlag]] = []
+    taken: dict[str, str] = {}
     for item in map(_in_our_words, _expand_shorthands(occurrences)):
         flag, values = _find_flag(item, table)
         if flag is not None:
             given.flags[flag.name] = _parsed(item, flag, values)
+            taken[flag.name] = " ".join(values)
         elif item.name in compat.FOREIGN_FLAGS or not _passes_through(item, given, table):
             foreign = compat.foreign_flag(item.name) if "rollout-engine" in table else None
             if foreign is None:
@@ -136,6 +138,8 @@ def sort_flags(occurrences: Iterable[Occurrence], table: Mapping[str, Flag], *, 
                 to_compare.append((item, foreign))
     if refused:
         raise _refusal(refused)
+    built_in = [(name, value) for name, value in taken.items() if compat.IMPORT_PATHS.get(value) == "None"]
+    given.unused.extend(f"{name} {path} (the built-in is used)" for name, path in built_in)
     for item, foreign in to_compare:
         _check_same(item, foreign, given, table)
     _apply_embedded_aliases(given, table)

@@ -7,7 +7,6 @@ tables: `ACCEPTED` where it changes nothing, `REFUSED` with the reason, `PLANNED
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 
 from qwench.config.command_line.accepted_flags import ACCEPTED
 from qwench.config.command_line.foreign_flag import ANY, NEVER, ForeignFlag
@@ -94,6 +93,7 @@ EMBEDDED_ALIASES: Mapping[str, str] = {
 """SGLang's flag, without its prefix -> the flag of the embedded engine that it also sets, unless that is given itself."""
 
 _FILTERS = "rollout.filter_hub.dynamic_sampling_filters"
+_MIS = "train_infer_mismatch_helper.mis.compute_mis_weights"
 IMPORT_PATHS: Mapping[str, str] = {
     "slime.rollout.sglang_rollout.generate_rollout": "None",
     "miles.rollout.sglang_rollout.generate_rollout": "None",
@@ -113,12 +113,18 @@ IMPORT_PATHS: Mapping[str, str] = {
     f"slime.{_FILTERS}.check_reward_nonzero_std": "qwench.rollout.filters.check_reward_nonzero_std",
     f"miles.{_FILTERS}.check_reward_nonzero_std": "qwench.rollout.filters.check_reward_nonzero_std",
     f"miles.{_FILTERS}.check_no_aborted": "qwench.rollout.filters.check_no_aborted",
+    "slime.rollout.data_source.RolloutDataSource": "None",
+    "miles.rollout.data_source.RolloutDataSource": "None",
+    "slime.rollout.data_source.RolloutDataSourceWithBuffer": "None",
+    "miles.rollout.data_source.RolloutDataSourceWithBuffer": "None",
+    f"examples.infra_features.{_MIS}": "None",
+    f"examples.infra_features.{_MIS}_fsdp": "None",
+    f"examples.infra_features.{_MIS}_with_cp": "None",
+    f"examples.{_MIS}": "None",
+    f"examples.{_MIS}_fsdp": "None",
+    f"examples.{_MIS}_with_cp": "None",
 }
-"""Import path of a built-in of theirs -> ours; None: the default without the flag."""
-
-DEFAULT_PATHS = ("*mis.compute_mis_weights*", "*.rollout.data_source.RolloutDataSource*")
-"""Patterns of further paths that mean the default: importance weights, which --use-tis and --use-rs set, and data sources."""
-
+"""Import path of a built-in of theirs -> ours; None: the default without the flag, which a warning says."""
 
 PLANNED_PATHS: Mapping[str, str] = {
     "rollout.on_policy_distillation.": "a choice by domain; --opd-teacher-urls and --opd-teacher-key choose the teacher",
@@ -135,8 +141,6 @@ def our_import_path(path: str) -> str:
     """
     if path in IMPORT_PATHS:
         return IMPORT_PATHS[path]
-    if any(fnmatchcase(path, pattern) for pattern in DEFAULT_PATHS):
-        return "None"
     root, _, below = path.partition(".")
     if root in ("slime", "miles"):
         for begin, reason in PLANNED_PATHS.items():

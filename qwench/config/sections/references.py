@@ -30,7 +30,7 @@ class ReferencesConfig:
     custom_megatron_post_save_hook_path: str | None = None
     """Function fn(args, rollout_id, checkpoint_dir, hf_checkpoint_dir) that is called once after each checkpoint."""
     unused_flags: tuple[str, ...] = ()
-    """Names of given flags that have an effect in slime, miles or Megatron and none here."""
+    """Given flags that have an effect in slime, miles or Megatron and none here, as the warning names them."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
