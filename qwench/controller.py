@@ -6,6 +6,7 @@ Supervised fine-tuning is the same loop over rollouts that are read instead of g
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Protocol
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.checkpoints.starting import SavesRollouts, SavesTraining
 from qwench.config.plan import RunPlan
+from qwench.config.stop_metric import StopCheck
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import EngineError, Stopped
 from qwench.observability.metrics import MetricLog
@@ -26,6 +28,8 @@ from qwench.samples import Rollout, Sample
 from qwench.training.learner import Learned
 from qwench.training.process_group import agree_on_largest
 from qwench.weights.publisher import Devices, PublishedModel, Publisher
+
+_logger = logging.getLogger(__name__)
 
 
 class Rollouts(SavesRollouts, Protocol):
@@ -108,8 +112,11 @@ def train(run: Run) -> None:
     """
     learner, rollouts, gpus, schedule, publisher = run.learner, run.rollouts, run.gpus, run.plan.schedule, run.publisher
     assert learner is not None and publisher is not None, "a run that only generates has no learner"
-    asked = SaveRequests(schedule.checkpoint.save)
+    asked, enough = SaveRequests(schedule.checkpoint.save), StopCheck(schedule.rollout.stop_metric)
     first = saved = learned_from = run.checkpoints.restore(learner.state, rollouts)
+    if has_ended(run):
+        run.checkpoints.finish()
+        return
     run.metrics.resume(first, run.checkpoints.train_steps(first))
     with gpus.held_by(learner.state):
         publisher.publish(version=first)
@@ -118,10 +125,10 @@ def train(run: Run) -> None:
     with stops_deferred(), asked.listening():
         for rollout_id in range(first, run.plan.num_rollout):
             with saved_when_stopped(run, learner, next_rollout_id=rollout_id):
-                if agree_on_largest(int(schedule.stops_on(evaluate_if_due(run, rollout_id)))):
+                if agree_on_largest(int(enough.is_met(evaluate_if_due(run, rollout_id)))):
                     if saved != rollout_id and schedule.checkpoint.save is not None:
                         with gpus.held_by(learner.state), rollouts.paused():
-                            run.checkpoints.save(rollout_id, learner.state, rollouts)
+                            run.checkpoints.save(rollout_id, learner.state, rollouts, ended_by=enough.text)
                     break
                 with run.timer.phase("train_wait"):
                     rollout = rollouts.take(rollout_id)
@@ -130,13 +137,15 @@ def train(run: Run) -> None:
                 learned_from = rollout_id + 1
                 publisher.advance(version=rollout_id + 1)
                 # Logged before it is saved: a run killed in between learns from the rollout again, and logs it once.
-                run.metrics.log(rollout_id, {**rollout.metrics, **learned.metrics, **run.timer.take()}, steps=learned.steps)
-                is_enough = agree_on_largest(int(schedule.stops_on({**rollout.metrics, **learned.metrics})))
+                metrics = {**rollout.metrics, **learned.metrics, **run.timer.take()}
+                run.metrics.log(rollout_id, metrics, steps=learned.steps)
+                is_enough = agree_on_largest(int(enough.is_met({**metrics, **dict(*learned.steps[-1:])})))
                 with saved_when_stopped(run, learner, next_rollout_id=rollout_id + 1, learner_holds_devices=True):
                     if schedule.save_due(rollout_id, ends=bool(is_enough)) or agree_on_largest(int(asked.pending())):
                         asked.done()
                         with rollouts.paused():  # so that what is generated ahead is saved whole, as today's weights sampled it
-                            run.checkpoints.save(saved := rollout_id + 1, learner.state, rollouts)
+                            ended_by = enough.text if is_enough else None
+                            run.checkpoints.save(saved := rollout_id + 1, learner.state, rollouts, ended_by=ended_by)
                     if is_enough:
                         break
                     # torchrun signals one rank after the other: all ranks must stop after the same rollout.
@@ -147,12 +156,23 @@ def train(run: Run) -> None:
                             publisher.publish(version=rollout_id + 1)
         else:
             with saved_when_stopped(run, learner, next_rollout_id=run.plan.num_rollout):
-                evaluate_if_due(run, run.plan.num_rollout)
+                enough.is_met(evaluate_if_due(run, run.plan.num_rollout))
         if run.beside is not None:
             with saved_when_stopped(run, learner, next_rollout_id=learned_from):
-                run.beside.finish()
+                enough.is_met(run.beside.finish())
+    if learned_from > first and not agree_on_largest(int(enough.was_logged)):
+        _logger.warning("--stop-metric %s had no effect: no metric of this name was logged", enough.text)
     run.checkpoints.finish()
     run.metrics.finish()
+
+
+def has_ended(run: Run) -> bool:
+    """Tell whether the checkpoint that the run resumes from has met --stop-metric, and say so."""
+    metric = run.plan.schedule.rollout.stop_metric
+    if metric is None or run.checkpoints.ended_by != metric:
+        return False
+    _logger.info("the run has met --stop-metric %s: nothing to do; without the flag, or with another bound, it goes on", metric)
+    return True
 
 
 @contextmanager

@@ -160,8 +160,24 @@ class CheckpointManager:
             return saved.iteration
         return begin(self._config, self.reference_run, learner, rollouts)
 
-    def save(self, next_rollout_id: int, learner: SavesTraining, rollouts: SavesRollouts, *, with_export: bool = True) -> None:
+    @property
+    def ended_by(self) -> str | None:
+        """Return the --stop-metric that the checkpoint has met with which this run goes on; None: there is none."""
+        return None if self.saved is None or not self.saved.is_own else self.saved.ended_by
+
+    def save(
+        self,
+        next_rollout_id: int,
+        learner: SavesTraining,
+        rollouts: SavesRollouts,
+        *,
+        with_export: bool = True,
+        ended_by: str | None = None,
+    ) -> None:
         """Write a checkpoint that resumes with `next_rollout_id`, delete old ones, then export; without --save do nothing.
+
+        Args:
+            ended_by: the --stop-metric that ends the run here.
 
         Raises:
             CheckpointError: it could not be written; the checkpoints before it are untouched, what was written is removed.
@@ -170,7 +186,7 @@ class CheckpointManager:
             return
         with self._timer.phase("save"), self._console.phase("save"), waiting(f"checkpoint {next_rollout_id}"):
             try:
-                self._write(self._iterations, next_rollout_id, learner, rollouts)
+                self._write(self._iterations, next_rollout_id, learner, rollouts, ended_by=ended_by)
             except OSError as error:
                 raise self._not_written(self._iterations, next_rollout_id, error) from error
             self._next_rollout_id = next_rollout_id
@@ -303,7 +319,15 @@ class CheckpointManager:
             f"{_gib(size)} of it were written and are removed). Make room; the same command resumes from the checkpoint before."
         )
 
-    def _write(self, iterations: Iterations, iteration: int, learner: SavesTraining, rollouts: SavesRollouts) -> None:
+    def _write(
+        self,
+        iterations: Iterations,
+        iteration: int,
+        learner: SavesTraining,
+        rollouts: SavesRollouts,
+        *,
+        ended_by: str | None,
+    ) -> None:
         folder = iterations.temporary(iteration)
         if self._is_main:
             iterations.begin(iteration)
@@ -315,7 +339,7 @@ class CheckpointManager:
             _check_all_is_here(folder)
             (folder / _ROLLOUTS).write_bytes(_to_json(rollouts.state_dict()))
             facts: dict[str, Json] = {"iteration": iteration, "identity": self._identity, "has_optimizer": has_optimizer}
-            facts |= {"train_steps": self.train_steps(iteration), "flags": self._flags}
+            facts |= {"train_steps": self.train_steps(iteration), "flags": self._flags, "ended_by": ended_by}
             write_manifest(folder, facts)
             iterations.complete(iteration)
             self._prune(iterations, iteration)

@@ -44,6 +44,12 @@ class Saved:
         steps = self.meta.get("train_steps")
         return steps if isinstance(steps, int) else self.iteration * steps_per_rollout
 
+    @property
+    def ended_by(self) -> str | None:
+        """The --stop-metric that ended the run here."""
+        text = self.meta.get("ended_by")
+        return text if isinstance(text, str) else None
+
     def check_length(self, num_rollout: int) -> str | None:
         """Return a notice when the run has done all its rollouts.
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.rollout import RolloutConfig
-from qwench.config.stop_metric import StopMetric
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,10 +43,6 @@ class Schedule:
             return False
         is_last, interval = ends or rollout_id + 1 == self.num_rollout, self.checkpoint.save_interval
         return is_last or (interval is not None and self._ends(rollout_id, interval))
-
-    def stops_on(self, metrics: Mapping[str, float]) -> bool:
-        """Tell whether these metrics end the run (--stop-metric)."""
-        return self.rollout.stop_metric is not None and StopMetric.parse(self.rollout.stop_metric).is_met(metrics)
 
     def publish_due(self, rollout_id: int) -> bool:
         """Tell whether the engines get the weights after this rollout; before an evaluation and at the end they always do."""

@@ -45,3 +45,20 @@ class StopMetric:
         if value is None:
             return False
         return value >= self.bound if self.is_lower_bound else value <= self.bound
+
+
+class StopCheck:
+    """Tells whether a run is good enough, and whether its metric was ever logged."""
+
+    def __init__(self, text: str | None) -> None:
+        """Take the value of --stop-metric. None: no metric ends the run."""
+        self.text = text
+        self._metric = None if text is None else StopMetric.parse(text)
+        self.was_logged = text is None
+
+    def is_met(self, metrics: Mapping[str, float]) -> bool:
+        """Tell whether these metrics, which are logged, end the run."""
+        if self._metric is None:
+            return False
+        self.was_logged |= self._metric.name in metrics
+        return self._metric.is_met(metrics)

@@ -104,11 +104,15 @@ def _end_facts(inputs: Inputs) -> dict[str, str]:
         return {}
     if checkpoint.save is None:
         return {"saved": "nothing (no --save)"}
-    facts = {"saved": str(Iterations(checkpoint.save).folder(plan.num_rollout))}
+    iterations = Iterations(checkpoint.save)
+    last = next(iter(iterations.newest_first()), None)  # --stop-metric ends a run before its last rollout
+    if last is None:
+        return {"saved": "nothing (the run ended before its first rollout)"}
+    facts = {"saved": str(iterations.folder(last))}
     best = read_best(checkpoint.save) if checkpoint.keep_best else None
     if best is not None:
-        facts["best"] = f"{Iterations(checkpoint.save).folder(best.iteration)} ({best.metric} {best.value:.4g})"
-    export = None if checkpoint.save_hf is None else hf_folder(checkpoint.save_hf, plan.num_rollout - 1)
+        facts["best"] = f"{iterations.folder(best.iteration)} ({best.metric} {best.value:.4g})"
+    export = None if checkpoint.save_hf is None else hf_folder(checkpoint.save_hf, last - 1)
     if best is None and export is not None and export.is_dir():
         return facts | {"exported": str(export), NEXT: shlex.join(["qwench", "serve", "--hf-checkpoint", str(export)])}
     convert = ["qwench", "convert", "--input", str(checkpoint.save), "--to", "hf"]

@@ -67,15 +67,17 @@ class EvaluationsBeside:
             metrics |= self._end_oldest()
         return metrics
 
-    def finish(self) -> None:
-        """Wait for all evaluations.
+    def finish(self) -> Mapping[str, float]:
+        """Wait for all evaluations, and return the metrics of those that were pending.
 
         Raises:
             QwenchError: an evaluation failed.
             Stopped: a signal came.
         """
+        metrics = dict[str, float]()
         while self._pending:
-            self._end_oldest()
+            metrics |= self._end_oldest()
+        return metrics
 
     def warn_lost(self, *, next_rollout_id: int) -> None:
         """Name the evaluations that end with the run; a run that resumes with `next_rollout_id` begins that one again."""

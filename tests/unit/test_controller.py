@@ -35,6 +35,8 @@ class Recorder:
 
     first: int = 0
     best: bool = False
+    ended_by: str | None = None
+    """The --stop-metric that the checkpoint met."""
     events: list[str] = field(default_factory=list)
     weights_may_alias = False
 
@@ -99,8 +101,9 @@ class Recorder:
         assert state is rollouts is self
         self.events.append(f"keep {rollout_id}")
 
-    def save(self, iteration: int, state: Recorder, rollouts: Recorder) -> None:
+    def save(self, iteration: int, state: Recorder, rollouts: Recorder, *, ended_by: str | None = None) -> None:
         assert state is rollouts is self
+        self.ended_by = ended_by
         self.events.append(f"save {iteration}")
 
     def finish(self) -> None:
@@ -252,6 +255,23 @@ def test_a_run_ends_with_a_checkpoint_after_the_rollout_whose_metric_is_good_eno
         ],
         *["finish", "finish the log"],
     ]
+
+
+def test_a_bound_of_a_step_ends_a_run_and_the_same_command_trains_no_further(caplog: pytest.LogCaptureFixture) -> None:
+    parts = Named()
+    assert take_and_learn(parts, "loss<=1")[-2:] == ["finish", "finish the log"]
+    assert [event for event in parts.events if event.startswith(("take", "save"))] == ["take 0", "save 1"]
+    again = Named(first=1, ended_by=parts.ended_by)
+    train(run_of(again, plan=stopping("loss<=1")))
+    assert again.events == ["restore", "finish"]
+    other = Named(first=1, ended_by=parts.ended_by)
+    assert "take 1" in take_and_learn(other, "loss<=0.5")
+
+
+def test_a_metric_that_was_never_logged_is_said_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    for metric in ("eval/set>=9", "loss<=0", "rollout/reward>=9", "of-a-typo>=9"):
+        train(run_of(Named(), plan=stopping(metric)))
+    assert caplog.messages == ["--stop-metric of-a-typo>=9 had no effect: no metric of this name was logged"]
 
 
 def test_a_run_ends_before_its_next_rollout_when_an_evaluation_is_good_enough() -> None:

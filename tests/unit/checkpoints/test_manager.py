@@ -46,6 +46,14 @@ def test_same_command_continues_from_its_last_save(tmp_path):
     assert restored(save=tmp_path / "run", load=tmp_path / "run") == (2, 102, 2)
 
 
+def test_a_checkpoint_says_which_metric_ended_its_run(tmp_path):
+    manager_of(save=tmp_path).save(3, CountingLearner(), CountingRollouts(3), ended_by="loss<=1")
+    assert manager_of(save=tmp_path).ended_by == "loss<=1"
+    assert manager_of(save=tmp_path / "other", load=tmp_path).ended_by is None  # another run may begin there
+    save_all(manager_of(save=tmp_path), 4)
+    assert manager_of(save=tmp_path).ended_by is None
+
+
 def test_layout_is_the_documented_one(tmp_path):
     save_all(manager_of(save=tmp_path), 20)
     assert names_in(tmp_path) == ["iter_0000020", "latest_checkpointed_iteration.txt", "qwench_run.json"]
