@@ -266,7 +266,11 @@ LORA = LoraConfig(lora_rank=8)
 
 
 @pytest.mark.parametrize(("sections", "flag"), [
-    ({"training": TrainingConfig(train_backend="megatron")}, "a layout that needs --train-backend megatron; give"),
+    ({"training": TrainingConfig(train_backend="megatron")}, "--train-backend megatron; leave it out"),
+    ({"parallel": ParallelConfig(context_parallel_size=2), "cluster": ClusterConfig(actor_num_gpus_per_node=2)},
+     "--context-parallel-size 2, which needs Megatron; set it to 1"),
+    ({"parallel": ParallelConfig(tensor_model_parallel_size=2), "cluster": ClusterConfig(actor_num_gpus_per_node=2)},
+     "--tensor-model-parallel-size 2, which needs Megatron; set it to 1"),
     ({"training": TrainingConfig(whole_weights=True)}, "--whole-weights; leave it out"),
     ({"training": TrainingConfig(batch_invariant_mode=True)}, "--batch-invariant-mode or --true-on-policy-mode"),
     ({"algorithm": AlgorithmConfig(advantage_estimator="ppo")}, "--advantage-estimator ppo; choose an estimator"),
