@@ -77,6 +77,13 @@ def test_a_longer_run_goes_on_after_the_last_rollout_of_a_shorter_one(workspace:
         assert column(tmp_path / "resumed", metric)[:4] == column(tmp_path / "whole", metric)[:4]
 
 
+def test_a_run_that_met_its_bound_has_nothing_to_do_when_it_is_started_again(workspace: Workspace, tmp_path: Path) -> None:
+    for _ in range(2):
+        run_verb(workspace.train_argv(tmp_path / "run", **DIGITS, num_rollout=3, stop_metric="train/grad_norm>=0"))
+        assert [path.name for path in (tmp_path / "run").glob("iter_*")] == ["iter_0000001"]
+        assert len(column(tmp_path / "run", "train/loss")) == 2
+
+
 def test_surplus_of_over_sampling_continues_in_the_next_rollout(workspace: Workspace, tmp_path: Path) -> None:
     recorded = str(tmp_path / "rollout_{rollout_id}.jsonl")
     flags = {"partial_rollout": (), "mask_offpolicy_in_partial_rollout": (), "over_sampling_batch_size": 8,
