@@ -37,6 +37,7 @@ USED: Mapping[str, str] = {
     "a section lists the flags of hooks through `fields()`": """
         custom_megatron_before_log_prob_hook_path custom_megatron_before_train_step_hook_path custom_megatron_init_path
         custom_megatron_post_save_hook_path""",
+    "a flag names it by its path": "check_parts_nonzero_std",
     "benchmarks hand them to other programs, or name them by path": "long_tail on_step_end",
     "tests kill processes and look for leaks by them": "leave_groups num_free_pages pids unfinished",
 }
