@@ -107,7 +107,7 @@ def foreign_loss(function: Function, args: Callable[[], Namespace]) -> LossFunct
         def sum_of_sample_mean(values: Tensor) -> Tensor:
             return (values * weights).sum()
 
-        # An idle micro-batch has the share 0, and its loss must not count, whatever a function makes of no tokens.
+        # An idle micro-batch has the share 0, and its loss must not count, even if a function returns one for no tokens.
         with nullcontext() if micro_batch.indices else torch.no_grad():
             answer = function(args(), _batch(micro_batch), logits[None], sum_of_sample_mean)
         if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[0], Tensor) or answer[0].numel() != 1:

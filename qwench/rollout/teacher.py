@@ -46,7 +46,7 @@ class Teachers:
             check_reachable(server.base_url, what=f"the teacher {name}", flag=self._section.teacher_flag)
 
     async def teach(self, sample: Sample, policy: Requests) -> None:
-        """Set the teacher's scores of a finished sample; leave them out when the rollout is aborted meanwhile.
+        """Set the teacher's scores of a finished sample; leave them out when the rollout is aborted during the request.
 
         Raises:
             EngineError: a server cannot be reached or refused, or no teacher is meant for the sample.

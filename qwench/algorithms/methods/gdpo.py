@@ -2,7 +2,7 @@
 
     A_i = sum_n w_n (r_in - mean_group r_n) / std_group r_n        adv_i = (A_i - mean A) / std A over all samples
 
-Two rewards (1, 0) and (0, 1) of a group of two cancel; their sum (1, 1) would hide from GRPO that they differ from (0.5, 0.5).
+GRPO of the weighted sum would let the reward with the largest spread hide the others. GDPO gives each the spread of its weight.
 Needs several `--rm-type`; `--reward-weights` are w_n. Flag `--disable-grpo-std-normalization` leaves out the group's deviation.
 
 Source: arXiv 2601.05242.

@@ -30,7 +30,7 @@ class LoraConfig:
     lora_rank: int | None = None
     """Rank of LoRA adapters: rows of A and columns of B. None or 0: all weights are trained."""
     lora_alpha: float | None = None
-    """Scale of the adapters, times the rank: they are added at --lora-alpha / --lora-rank. None: 16, whatever the rank."""
+    """Scale of the adapters, times the rank: they are added at --lora-alpha / --lora-rank. None: 16 for every rank."""
     lora_dropout: float = 0.0
     """Share of the inputs of A that a training pass sets to zero, 0 <= share < 1. Scoring and generation drop nothing."""
     target_modules: str | None = None
