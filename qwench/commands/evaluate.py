@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qwench.commands.start import prepare, with_local_inputs
+from qwench.commands.start import ask_functions, prepare, with_local_inputs
 from qwench.config.command_line.parse import parse_run
 
 
 def run(words: Sequence[str]) -> None:
     """Evaluate the checkpoint, and print its metrics."""
-    config = with_local_inputs(parse_run("eval", words))
+    config = with_local_inputs(parse_run("eval", words, ask=ask_functions))
     plan = prepare(config, trains=False)
     from qwench.launch.evaluation import check, evaluate  # PyTorch: `prepare` sets its environment first
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 
 from rich.text import Text
 
 from qwench.config.advice import plan_warnings, warnings
+from qwench.config.command_line.parse import Declared
 from qwench.config.config import Config
 from qwench.config.engine_choice import check_engine_is_installed, look_at_machine
 from qwench.config.environment import trainer_environment
@@ -19,8 +23,31 @@ from qwench.config.plan import RunPlan
 from qwench.config.plan_lines import plan_lines
 from qwench.config.report import settings_by_section
 from qwench.data.rows import check_first_row
+from qwench.errors import ConfigError
 from qwench.hub import data_files, find_reference, model_folder
 from qwench.observability.console import StandardOutput
+
+_ASK_TIMEOUT_S = 600.0
+"""For the modules of functions together; some load models."""
+
+
+def ask_functions(paths: Sequence[str]) -> Declared:
+    """Return the flags that functions declare. Another process imports them: PyTorch must not be imported here yet.
+
+    Raises:
+        ConfigError: a function cannot be loaded, or declares a flag that Qwench has.
+    """
+    command = [sys.executable, "-P", "-m", "qwench.foreign.declared_flags", *paths]
+    try:
+        child = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_ASK_TIMEOUT_S, check=False
+        )
+        answer = json.loads(child.stdout)
+    except (subprocess.TimeoutExpired, json.JSONDecodeError) as error:
+        raise ConfigError(f"{' '.join(paths)}: the import to ask for flags failed ({type(error).__name__}).") from error
+    if answer["problem"]:
+        raise ConfigError(answer["problem"])
+    return Declared(names=frozenset(answer["names"]), help=answer["help"])
 
 
 def with_local_inputs(config: Config) -> Config:

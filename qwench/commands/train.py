@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Literal
 
-from qwench.commands.start import prepare, with_local_inputs
+from qwench.commands.start import ask_functions, prepare, with_local_inputs
 from qwench.config.command_line.parse import parse_run
 
 
@@ -20,7 +20,7 @@ def run(
     more_defaults: Mapping[str, tuple[str, ...]] | None = None,
 ) -> None:
     """Build the run and train; with --debug-rollout-only, generate alone."""
-    config = with_local_inputs(parse_run(verb, words, more_defaults=more_defaults))
+    config = with_local_inputs(parse_run(verb, words, more_defaults=more_defaults, ask=ask_functions))
     plan = prepare(config)
     from qwench import controller  # PyTorch: `prepare` sets its environment first
     from qwench.launch.build import build, check

@@ -21,7 +21,8 @@ _SECRET_NAME = re.compile(r"(key|token|secret|password|passwd|credentials?)$", r
 """Of environment variables, and of flags that are passed to engines and router."""
 _CREDENTIALS = re.compile(r"//[^/@\s]+@")
 _HIDDEN = "(not shown)"
-_PASSED_THROUGH = {"sglang_args": "sglang", "router_args": "router"}
+_PASSED_THROUGH = {"sglang_args": "sglang-", "router_args": "router-", "declared_args": ""}
+"""Field of words that are passed on -> how their flags begin."""
 _NO_FLAGS = frozenset({"engine-reason", "unused-flags"})
 """What the parser adds; a checkpoint does not keep it."""
 
@@ -91,7 +92,7 @@ def _passed_through(prefix: str, words: Sequence[str]) -> dict[str, object]:
     values: list[str] = []
     for word in words:
         if word.startswith("--"):
-            flags[f"{prefix}-{word[2:]}"] = values = []
+            flags[f"{prefix}{word[2:]}"] = values = []
         else:
             values.append(word)
     return {name: given for name, given in flags.items() if not _SECRET_NAME.search(name)}

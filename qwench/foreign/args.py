@@ -15,6 +15,7 @@ import yaml
 from qwench.config.config import Config
 from qwench.config.plan import RunPlan
 from qwench.config.yaml_file import read_yaml_file
+from qwench.foreign.declared_flags import parse_declared
 from qwench.foreign.sample import Foreign
 
 ABSENT: dict[str, Foreign] = {
@@ -48,6 +49,7 @@ def make_args(config: Config, plan: RunPlan, *, host: str, port: int) -> Namespa
         host: and `port`: where the engines are reached, as behind the references' router.
     """
     args = Namespace(**ABSENT)
+    args.__dict__.update(parse_declared(config))
     for section in fields(config):
         part = getattr(config, section.name)
         for item in fields(part):

@@ -19,6 +19,7 @@ from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import ConfigError
 from qwench.foreign.args import make_args
 from qwench.foreign.data_source import ForeignSource, check_data_source
+from qwench.foreign.declared_flags import parse_declared
 from qwench.foreign.functions import Adapters
 from qwench.foreign.gateway import LOOPBACK, Gateway
 from qwench.foreign.loading import is_foreign, load
@@ -75,6 +76,7 @@ def load_user_functions(config: Config) -> UserFunctions:
     Raises:
         ConfigError: one cannot be loaded, or has another signature.
     """
+    parse_declared(config)  # a wrong value of a flag that a function declares
     adapters = Adapters(as_text=config.data.apply_chat_template)
     rollout, evaluation = config.rollout, config.evaluation
     adapted: dict[str, Any] = {}  # Any: of the type that the field of RolloutFunctions names

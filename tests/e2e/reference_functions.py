@@ -121,8 +121,16 @@ async def generate_in_one(input):  # noqa: A002  # the name tells the form
     sample.tokens = ids
     tokens, log_probs = [token for _, token, *_ in drawn], [value for value, *_ in drawn]
     sample.append_response_tokens(tokens=tokens, log_probs=log_probs, meta_info=answer["meta_info"], text=answer["text"])
-    note(name="generate_in_one", evaluation=input.evaluation)
+    note(name="generate_in_one", evaluation=input.evaluation, hops=input.args.max_hops, style=input.args.hop_style)
     return GenerateFnOutput(samples=sample)
+
+
+def add_hops(parser):
+    parser.add_argument("--max-hops", type=int, default=1)
+    parser.add_argument("--hop-style", choices=["short", "long"], default="short")
+
+
+generate_in_one.add_arguments = add_hops
 
 
 def generate_rollout(args, rollout_id, data_source, evaluation=False):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qwench.config.report import CONFIG_FILE
 from tests.e2e.conftest import DIGITS, ONE_THREAD, Workspace, column, run_python
 from tests.fakes import cuda_stand_in
 from tests.forked import Forked
@@ -119,7 +120,7 @@ def test_a_whole_rollout_and_an_evaluation(workspace, tmp_path, monkeypatch):
     assert set(column(tmp_path / "run", "eval/mine")) == {0.5} == set(column(tmp_path / "run", "eval/mine-truncated_ratio"))
 
 
-def test_the_newer_form_of_miles_with_a_plain_reward(workspace, tmp_path, monkeypatch):
+def test_the_newer_form_of_miles_with_a_flag_of_its_own_and_a_plain_reward(workspace, tmp_path, monkeypatch):
     calls = run(
         workspace,
         tmp_path,
@@ -127,7 +128,10 @@ def test_the_newer_form_of_miles_with_a_plain_reward(workspace, tmp_path, monkey
         custom_generate_function_path="generate_in_one",
         custom_rm_path="plain_reward",
         num_rollout=1,
+        max_hops=3,
     )
+    assert {(record["hops"], record["style"]) for record in calls["generate_in_one"]} == {(3, "short")}
+    assert "max-hops:\n- '3'\n" in (tmp_path / "run" / CONFIG_FILE).read_text()
     assert len(calls["generate_in_one"]) == len(calls["plain_reward"]) == 16
     assert {record["dapo"] for record in calls["plain_reward"]} == {1.0}
 

@@ -10,7 +10,7 @@ Order of precedence, lowest first: the verb's defaults, `--config FILE.yaml`, th
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ class Given:
     flags: dict[str, Any] = field(default_factory=dict)  # Any: of the type that the flag's annotation names
     sglang: dict[str, tuple[str, ...]] = field(default_factory=dict)
     router: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    declared: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Flags that the user's functions declare."""
     unused: list[str] = field(default_factory=list)
     """Names of accepted flags that have no effect here; with the value where another value would have one."""
 
@@ -115,8 +117,18 @@ def custom_settings(occurrences: Sequence[Occurrence], table: Mapping[str, Flag]
     return [entry for entry in entries if entry.name in table and entry.values != ("None",)]
 
 
-def sort_flags(occurrences: Iterable[Occurrence], table: Mapping[str, Flag], *, prog: str = "qwench train") -> Given:
-    """Give every occurrence its fate: a field's flag, passed through, accepted as neutral, or refused."""
+def sort_flags(
+    occurrences: Iterable[Occurrence],
+    table: Mapping[str, Flag],
+    *,
+    prog: str = "qwench train",
+    declared: Callable[[], Collection[str]] = frozenset,
+) -> Given:
+    """Give every occurrence its fate: a field's flag, passed through, accepted as neutral, or refused.
+
+    Args:
+        declared: names the flags that the user's functions declare; asked where a flag is unknown.
+    """
     given = Given()
     to_compare: list[tuple[Occurrence, ForeignFlag]] = []
     refused: list[tuple[Occurrence, ForeignFlag]] = []
@@ -128,6 +140,9 @@ def sort_flags(occurrences: Iterable[Occurrence], table: Mapping[str, Flag], *, 
             taken[flag.name] = " ".join(values)
         elif item.name in compat.FOREIGN_FLAGS or not _passes_through(item, given, table):
             foreign = compat.foreign_flag(item.name) if "rollout-engine" in table else None
+            if foreign is None and item.name in declared():
+                given.declared[item.name] = item.values
+                continue
             if foreign is None:
                 raise item.error(f"unknown flag --{item.name}; {_hint(item.name, prog, table)}")
             if not foreign.accepts(item.name, item.values):

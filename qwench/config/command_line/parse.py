@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from typing import Any, Literal, TypeVar, cast, get_type_hints
 
 from qwench.config.checks import check_eval, check_serve, check_sft, check_train
 from qwench.config.command_line.argv import Given, Occurrence, custom_settings, sort_flags, split_words
+from qwench.config.command_line.compat import IMPORT_PATHS
 from qwench.config.command_line.flags import Flag, flag_name, flag_table
-from qwench.config.command_line.help import first_sentence, help_text, is_help
+from qwench.config.command_line.help import HELP_ALL, first_sentence, help_text, is_help
 from qwench.config.command_line.role_flags import with_roles
 from qwench.config.config import Config
 from qwench.config.engine_choice import look_at_machine, with_engine
@@ -42,19 +44,37 @@ _RUNS: Mapping[str, tuple[Callable[[Config], None], Mapping[str, tuple[str, ...]
 """Verb of a run -> the check of its configuration, and its defaults."""
 
 
+AskFunctions = Callable[[Sequence[str]], "Declared"]
+"""Asks functions, by their paths, which flags they declare."""
+_DECLARING = ("rollout-function-path", "custom-generate-function-path")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Declared:
+    """The flags that the user's functions declare."""
+
+    names: frozenset[str]
+    help: str
+
+
 def parse_run(
-    verb: Literal["train", "sft", "eval"], words: Sequence[str], *, more_defaults: Mapping[str, tuple[str, ...]] | None = None
+    verb: Literal["train", "sft", "eval"],
+    words: Sequence[str],
+    *,
+    more_defaults: Mapping[str, tuple[str, ...]] | None = None,
+    ask: AskFunctions | None = None,
 ) -> Config:
     """Return the configuration of `qwench VERB WORDS`. `train` may also be fine-tuning (--loss-type sft_loss).
 
     Args:
         more_defaults: flag -> values of lowest precedence, besides those of the verb.
+        ask: finds the flags that functions declare. None: they declare none.
 
     Raises:
         ConfigError: the user's mistake, in one line.
     """
     check, defaults = _RUNS[verb]
-    config = parse_flags(Config, words, prog=f"qwench {verb}", defaults={**defaults, **(more_defaults or {})})
+    config = parse_flags(Config, words, prog=f"qwench {verb}", defaults={**defaults, **(more_defaults or {})}, ask=ask)
     check(config)
     return config
 
@@ -71,13 +91,19 @@ def parse_serve(words: Sequence[str]) -> ServeConfig:
 
 
 def parse_flags(
-    config_type: type[ConfigT], words: Sequence[str], *, prog: str, defaults: Mapping[str, tuple[str, ...]] | None = None
+    config_type: type[ConfigT],
+    words: Sequence[str],
+    *,
+    prog: str,
+    defaults: Mapping[str, tuple[str, ...]] | None = None,
+    ask: AskFunctions | None = None,
 ) -> ConfigT:
     """Return a dataclass (of sections, or plain) filled from command-line words; `--help` prints and ends the process.
 
     Args:
         prog: the command, as help texts show it.
         defaults: flag -> values of lowest precedence.
+        ask: see `parse_run`.
 
     Raises:
         ConfigError: an unknown flag, a wrong value, a section's own check, or a rule between sections.
@@ -85,12 +111,15 @@ def parse_flags(
     table = flag_table(config_type)
     if is_help(words):
         sys.stdout.write(help_text(prog, table, defaults or {}, words=words, subjects=section_subjects(config_type)))
+        if HELP_ALL in words:
+            sys.stdout.write(_declared(split_words(words, prog=prog, table=table), ask).help)
         sys.exit(0)
     base = [Occurrence(name=name, values=values) for name, values in (defaults or {}).items()]
     occurrences = [*base, *split_words(words, prog=prog, table=table)]
     if "critic-lr" in table:
         occurrences = with_roles(occurrences)
-    given = sort_flags([*occurrences, *custom_settings(occurrences, table)], table, prog=prog)
+    occurrences += custom_settings(occurrences, table)
+    given = sort_flags(occurrences, table, prog=prog, declared=cache(lambda: _declared(occurrences, ask).names))
     _check_required(given, table, prog=prog)
     config = _fill(config_type, given)
     if not isinstance(config, Config):
@@ -105,6 +134,13 @@ def section_subjects(config_type: type) -> dict[str, str]:
     hints = get_type_hints(config_type)
     sections = {item.name: hints[item.name] for item in fields(config_type) if is_dataclass(hints[item.name])}
     return {name: (section.__doc__ or "").partition("\n")[0] for name, section in sections.items()}
+
+
+def _declared(occurrences: Sequence[Occurrence], ask: AskFunctions | None) -> Declared:
+    """Ask the functions that the command line names."""
+    given = {item.name: item.values for item in occurrences if item.name in _DECLARING}
+    paths = [path for values in given.values() for path in values if path not in IMPORT_PATHS and path != "None"]
+    return ask(paths) if ask is not None and paths else Declared(names=frozenset(), help="")
 
 
 def _check_required(given: Given, table: Mapping[str, Flag], *, prog: str) -> None:
@@ -122,6 +158,7 @@ def _fill(config_type: type[ConfigT], given: Given) -> ConfigT:
     collected = {
         "sglang_args": _passed(given.sglang),
         "router_args": _passed(given.router),
+        "declared_args": _passed(given.declared),
         "unused_flags": tuple(given.unused),
     }
     for item in fields(config_type):  # type: ignore[arg-type]  # config_type is a dataclass; TypeVars cannot say so

@@ -29,6 +29,8 @@ class ReferencesConfig:
     """Function fn(args, rollout_id, step_id, model, optimizer, opt_param_scheduler) before an optimizer step of Megatron."""
     custom_megatron_post_save_hook_path: str | None = None
     """Function fn(args, rollout_id, checkpoint_dir, hf_checkpoint_dir) that is called once after each checkpoint."""
+    declared_args: tuple[str, ...] = ()
+    """Flags, with their values, that a rollout or generate function declares by its add_arguments(parser)."""
     unused_flags: tuple[str, ...] = ()
     """Given flags that have an effect in slime, miles or Megatron and none here, as the warning names them."""
 
