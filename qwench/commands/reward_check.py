@@ -23,6 +23,7 @@ from qwench.data.rows import parse_json, read_label
 from qwench.errors import ConfigError, RewardError
 from qwench.observability.console import StandardOutput
 from qwench.rewards.pool import RewardPool
+from qwench.rewards.second_grader import describe_shortest, records_of
 from qwench.samples import Json, Prompt, Sample, Verdict
 
 _IN_FLIGHT = 256  # rows graded at once, so that a file of any size fits in memory
@@ -60,6 +61,8 @@ class Summary:
     mean_score: float
     reasons: tuple[ReasonSummary, ...]
     """Most frequent first."""
+    judged_twice: tuple[Mapping[str, Json], ...] = ()
+    """What --second-grader found."""
 
 
 def run(words: Sequence[str]) -> None:
@@ -102,9 +105,11 @@ def check_file(
         summary = asyncio.run(_grade(path, pool, response_key=response_key, label_key=label_key))
     finally:
         pool.close()
-    (console or StandardOutput()).print(
-        render(summary, title=f"{path.name}: {config.custom_rm_path or config.rm_type or 'by row'}")
-    )
+    shown = console or StandardOutput()
+    shown.print(render(summary, title=f"{path.name}: {config.custom_rm_path or config.rm_type or 'by row'}"))
+    if config.second_grader is not None:
+        differing = describe_shortest(summary.judged_twice) or "none"
+        shown.print(Text(f"of {len(summary.judged_twice)} answers that were judged twice, the graders differ on: {differing}"))
     return summary
 
 
@@ -156,8 +161,10 @@ def render(summary: Summary, *, title: str) -> Table:
 async def _grade(path: Path, pool: RewardPool, *, response_key: str, label_key: str) -> Summary:
     by_reason: dict[str, list[float]] = defaultdict(list)
     examples: dict[str, Row] = {}
+    judged_twice: list[Mapping[str, Json]] = []
     for rows in _batches(read_rows(path, response_key=response_key, label_key=label_key)):
         verdicts = await asyncio.gather(*(_grade_row(path, row, pool) for row in rows))
+        judged_twice += records_of(verdicts)
         for row, verdict in zip(rows, verdicts, strict=True):
             by_reason[verdict.reason].append(verdict.score)
             examples.setdefault(verdict.reason, row)
@@ -172,6 +179,7 @@ async def _grade(path: Path, pool: RewardPool, *, response_key: str, label_key: 
         num_responses=len(scores),
         mean_score=sum(scores) / len(scores),
         reasons=tuple(sorted(reasons, key=lambda row: (-row.count, row.reason))),
+        judged_twice=tuple(judged_twice),
     )
 
 

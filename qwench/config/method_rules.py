@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from qwench.config.config import Config
 from qwench.config.plan import plan_batch
-from qwench.config.sections.reward import split_names
+from qwench.config.sections.reward import BOXED_ANSWERS, split_names
 
 
 def a_critic_has_its_method(config: Config) -> str | None:
@@ -69,6 +69,22 @@ def rewards_apart_are_several(config: Config) -> str | None:
             return f"{flag} changes a sum, and --advantage-estimator gdpo compares several rewards apart; leave one of them out"
     if len(split_names(reward.rm_type or "")) < 2:
         return f"--advantage-estimator gdpo compares several rewards apart; give them as --rm-type a,b, got {reward.rm_type}"
+    return None
+
+
+def a_second_grader_has_answers(config: Config) -> str | None:
+    """It judges boxed answers, and its findings go to the run's folder."""
+    reward = config.reward
+    if reward.second_grader is None:
+        return None
+    if config.algorithm.loss_type == "sft_loss":
+        return "--second-grader has no effect with --loss-type sft_loss, which samples no responses; leave it out"
+    if reward.custom_rm_path is not None:
+        return "--second-grader judges answers of --rm-type, and --custom-rm-path replaces that; leave one of them out"
+    if reward.rm_type is not None and not set(BOXED_ANSWERS) & set(split_names(reward.rm_type)):
+        return f"--second-grader judges boxed answers: it needs --rm-type math or deepscaler, got {reward.rm_type}"
+    if config.checkpoint.save is None and config.logging.log_dir is None:
+        return "--second-grader lists what it finds in the run's folder; give --save or --log-dir"
     return None
 
 

@@ -36,13 +36,13 @@ from qwench.launch.inputs import Inputs, read_conversations, read_eval_prompts, 
 from qwench.launch.outputs import claim_outputs
 from qwench.launch.placement import make_servers, open_processes, start_learner, take_turns
 from qwench.launch.readiness import check_ready
-from qwench.launch.report import finish_report, metric_log, start_report
+from qwench.launch.report import finish_report, metric_log, recorders, start_report
 from qwench.launch.rollouts import build_generation
 from qwench.launch.trial_import import check_imports
 from qwench.launch.user_functions import load_post_process, load_target_functions, load_user_functions, load_user_terms
 from qwench.models.hf import write_hf_checkpoint
 from qwench.models.hf_weights import has_weights, is_fp8_checkpoint
-from qwench.observability.dumps import check_recorded, save_rollout
+from qwench.observability.dumps import check_recorded
 from qwench.observability.log import open_driver_log, write_driver_log
 from qwench.observability.timing import PhaseTimer
 from qwench.observability.tracking import METRICS, check_metrics_file
@@ -50,7 +50,7 @@ from qwench.rewards.graders import check_prompts
 from qwench.rollout.probe import GreedyProbe
 from qwench.rollout.stream import ReplayStream, SftStream
 from qwench.rollout.teacher import check_teachers
-from qwench.samples import Json, Prompt, Rollout
+from qwench.samples import Json, Prompt
 from qwench.training.held_out import HeldOutLoss
 from qwench.training.process_group import barrier
 from qwench.weights.publisher import Publisher
@@ -92,7 +92,7 @@ def build(config: Config, plan: RunPlan) -> Run:
             learner = start_learner(inputs, processes, timer, started)
             publisher = _publisher(inputs, learner, generation.engines, gpus, timer)
         metrics = metric_log(inputs, report)
-        observers = [report.samples, *_recorder(config, run_name)]
+        observers = [report.samples, *recorders(inputs, run_name)]
         length = inputs.plan.num_rollout
         rollouts = generation.stream(source, num_rollouts=length, waiter=publisher, observers=observers)
         started.callback(metrics.close)
@@ -308,12 +308,6 @@ def _open_outputs(inputs: Inputs, timer: PhaseTimer, *, writes: bool = True) -> 
         if log_dir is not None:
             write_driver_log(log_dir)
     return checkpoints, run_name, held
-
-
-def _recorder(config: Config, run_name: str) -> Iterator[Callable[[Rollout], Path]]:
-    """Yield what records rollouts, where --save-debug-rollout-data asks for it."""
-    if config.debug.save_debug_rollout_data is not None:
-        yield partial(save_rollout, config.debug.save_debug_rollout_data, run=run_name)
 
 
 def check_resumes(checkpoints: CheckpointManager, source: PromptFeed | SftSource, *, num_rollout: int) -> None:

@@ -25,9 +25,10 @@ from qwench.observability.dumps import run_of
 from qwench.observability.log import DRIVER_LOG
 from qwench.observability.parts import STACKS
 from qwench.observability.tracking import METRICS
+from qwench.rewards.second_grader import DISAGREEMENTS
 
 _MARKER = "qwench_logs.json"
-_WITHOUT_METRICS = (DRIVER_LOG, CONFIG_FILE, METRICS, STACKS, LOCK, "ranks", "engines")
+_WITHOUT_METRICS = (DRIVER_LOG, CONFIG_FILE, METRICS, STACKS, DISAGREEMENTS, LOCK, "ranks", "engines")
 """What a run has written into its log folder before its first metrics."""
 _DETAILS = "rollout_data"
 """The folder that --dump-details makes for recorded rollouts in the one that it names."""

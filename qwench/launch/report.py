@@ -6,6 +6,8 @@ import logging
 import math
 import os
 import shlex
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -14,9 +16,12 @@ from qwench.checkpoints.folders import hf_folder
 from qwench.checkpoints.formats.iterations import Iterations
 from qwench.launch.inputs import Inputs
 from qwench.launch.outputs import tensorboard_folder
+from qwench.observability.dumps import save_rollout
 from qwench.observability.metrics import MetricGate, MetricLog, Sink
 from qwench.observability.run_report import NEXT, RunReport
 from qwench.observability.tracking import METRICS, JsonlSink, TensorBoardSink, WandbSink
+from qwench.rewards.second_grader import DISAGREEMENTS, describe_shortest, list_disagreements, read_disagreements
+from qwench.samples import Rollout
 
 _logger = logging.getLogger(__name__)
 
@@ -39,7 +44,21 @@ def start_report(inputs: Inputs, rows: str) -> RunReport:
 
 def finish_report(report: RunReport, inputs: Inputs) -> None:
     """Say what the run has left, and what to type next."""
-    report.finish(_end_facts(inputs))
+    listed = None if inputs.plan.log_dir is None else inputs.plan.log_dir / DISAGREEMENTS
+    differing = None
+    if inputs.config.reward.second_grader is not None and listed is not None and listed.is_file():
+        differing = describe_shortest(read_disagreements(listed))
+    found = {} if differing is None else {"differ": f"{differing} ({listed})"}
+    report.finish(found | _end_facts(inputs))
+
+
+def recorders(inputs: Inputs, run_name: str) -> Iterator[Callable[[Rollout], object]]:
+    """Yield what records each rollout: its dump, and the answers that two graders judge differently."""
+    template, log_dir = inputs.config.debug.save_debug_rollout_data, inputs.plan.log_dir
+    if template is not None:
+        yield partial(save_rollout, template, run=run_name)
+    if inputs.config.reward.second_grader is not None and log_dir is not None:
+        yield partial(list_disagreements, log_dir / DISAGREEMENTS)
 
 
 def metric_log(inputs: Inputs, report: RunReport) -> MetricLog:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
-from qwench.config.sections.reward import RewardConfig, split_names
+from qwench.config.sections.reward import BOXED_ANSWERS, RewardConfig, split_names
 from qwench.errors import ConfigError, RewardError
 from qwench.rewards import boxed, dapo, f1, gpqa, ifbench
 from qwench.rewards.boxed import last_box
@@ -31,7 +31,6 @@ RANDOM = "random"
 ZERO = "zero"
 GPQA = "gpqa"
 IFBENCH = "ifbench"
-_LOOKS_FOR_A_BOX = ("deepscaler", "math")
 
 
 def _give_nothing(_sample: Sample) -> Verdict:
@@ -55,7 +54,7 @@ def find_grader(rm_type: str) -> Grader:
         return _refuse_remote
     if rm_type == JUDGE:
         return _refuse_judge
-    if is_boxed(rm_type) and inner in _LOOKS_FOR_A_BOX:
+    if is_boxed(rm_type) and inner in BOXED_ANSWERS:
         raise ConfigError(
             f"--rm-type {rm_type!r} looks for a box inside the box, so every score would be 0; use --rm-type {inner}."
         )

@@ -1,20 +1,15 @@
 r"""Grade samples: quick verdicts in this process, algebra in worker processes that are killed when late.
 
-    sample -> grader -> Verdict
-                    \-> Question -> idle worker -> sympy_equal | wrong | unparseable
-                                        |- deadline passed:  killed, `timeout`; the next question starts a fresh one
-                                        \- failed or died:   `grader_error`, likewise
-
-The deadline counts from when a worker takes the question, so a long queue makes no timeouts. A worker is started at the first
-question it is needed for.
+sample -> grader -> Verdict
+                \-> Question -> idle worker -> sympy_equal | wrong | unparseable
+                                    |- deadline passed:  killed, `timeout`; the next question starts a fresh one
+                                    \- failed or died:   `grader_error`, likewise
 """
 
 from __future__ import annotations
 
 import asyncio
-import queue
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from qwench.config.sections.reward import RewardConfig, split_names
@@ -23,11 +18,11 @@ from qwench.rewards.expressions import Question
 from qwench.rewards.graders import find_grader, is_boxed, is_remote, rm_types_of
 from qwench.rewards.in_process import InProcessReward
 from qwench.rewards.judge import JUDGE, Judge, read_template
-from qwench.rewards.messages import encode
 from qwench.rewards.remote import RemoteReward, check_reachable
 from qwench.rewards.scores import pick_score
+from qwench.rewards.second_grader import check_math_verify, open_second_grader
 from qwench.rewards.several import combine
-from qwench.rewards.worker_process import WorkerDiedError, WorkerLateError, WorkerProcess
+from qwench.rewards.worker_pool import WorkerPool
 from qwench.samples import Sample, Verdict
 from qwench.threads import usable_cores
 
@@ -62,16 +57,12 @@ class RewardPool:
         if custom is None:
             check_reward(reward)
         num_workers = reward.reward_num_workers or min(_MAX_DEFAULT_WORKERS, max(1, usable_cores() - 1))
-        self._reward, self._timeout_s = reward, reward.reward_timeout_s
+        self._reward = reward
         self._custom = custom or _custom_reward(reward, num_workers)
         self._remote = RemoteReward(reward.rm_url, key=reward.reward_key) if reward.rm_url else None
         self._judge = Judge(reward, key=judge_key) if reward.judge_url else None
-        self._workers = [WorkerProcess("qwench.rewards.algebra_worker", environment={}) for _ in range(num_workers)]
-        self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
-        for worker in self._workers:
-            self._idle.put(worker)
-        # As many threads as workers: a thread that runs always finds an idle worker.
-        self._threads = ThreadPoolExecutor(max_workers=num_workers, thread_name_prefix="reward")
+        self._algebra = WorkerPool("qwench.rewards.algebra_worker", num_workers=num_workers, timeout_s=reward.reward_timeout_s)
+        self._second = open_second_grader(reward, num_workers)
 
     async def grade(self, sample: Sample) -> Verdict:
         """Return the verdict on one sample.
@@ -96,8 +87,8 @@ class RewardPool:
             return await self._judge.grade(sample)
         outcome = find_grader(rm_type)(sample)
         if isinstance(outcome, Question):
-            outcome = await asyncio.get_running_loop().run_in_executor(self._threads, self._settle, outcome)
-        return outcome
+            outcome = await self._algebra.settle(outcome.pairs)
+        return outcome if self._second is None else await self._second.compare(sample, rm_type, outcome)
 
     async def grade_group(self, samples: Sequence[Sample]) -> list[Verdict]:
         """Return one verdict for each sample of a group; a custom function gets the whole group at once (`--group-rm`)."""
@@ -109,26 +100,9 @@ class RewardPool:
         """End the workers; a grading under way gets `grader_error`."""
         if isinstance(self._custom, CustomReward):
             self._custom.close()
-        for worker in self._workers:
-            worker.stop()
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        for worker in self._workers:
-            worker.release()
-
-    def _settle(self, question: Question) -> Verdict:
-        worker = self._idle.get()
-        try:
-            asked = encode({"pairs": question.pairs, "deadline_s": self._timeout_s})
-            answer = worker.ask(asked, timeout_s=self._timeout_s)
-        except WorkerLateError:
-            return _ungraded("timeout", f"no verdict within {self._timeout_s:g} s")
-        except WorkerDiedError as error:
-            return _ungraded("grader_error", str(error))
-        finally:
-            self._idle.put(worker)
-        if "error" in answer:
-            return _ungraded("grader_error", answer["error"])
-        return Verdict(score=float(answer["reason"] == "sympy_equal"), reason=answer["reason"])
+        self._algebra.close()
+        if self._second is not None:
+            self._second.close()
 
 
 def check_reward(reward: RewardConfig) -> None:
@@ -139,6 +113,8 @@ def check_reward(reward: RewardConfig) -> None:
     """
     for rm_type in split_names(reward.rm_type or ""):
         find_grader(rm_type)
+    if reward.second_grader is not None:
+        check_math_verify()
     if reward.judge_url is not None:
         read_template(reward)
         check_reachable(reward.judge_url, what="the judge", flag="--judge-url")
@@ -155,7 +131,3 @@ def _custom_reward(reward: RewardConfig, num_workers: int) -> CustomReward | InP
     if reward.custom_rm_in_process:
         return InProcessReward(path, key=key, timeout_s=timeout_s)
     return CustomReward(path, key=key, num_workers=num_workers, timeout_s=timeout_s)
-
-
-def _ungraded(reason: str, why: str) -> Verdict:
-    return Verdict(score=0.0, reason=reason, extra={"error": why})

@@ -13,6 +13,7 @@ from math import comb
 from statistics import fmean, median
 
 from qwench.config.sections.logging import LoggingConfig
+from qwench.rewards.second_grader import counts_of
 from qwench.rollout.filters import reward_label
 from qwench.samples import Group, Sample, Status
 
@@ -60,6 +61,7 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         "ungraded": _share(not sample.graded for sample in samples),
         **_parts_of_rewards(samples),
         **_cost_of_judge(samples),
+        **counts_of(sample.verdict for sample in samples),
         **{f"reward_reason/{reason}": count / len(samples) for reason, count in sorted(reasons.items())},
     }
 

@@ -3,7 +3,7 @@
 import math
 
 from qwench.rollout.generate import GenerateContext, generate_single_turn
-from qwench.samples import Sample
+from qwench.samples import Sample, Status
 
 
 def digit_share(sample: Sample) -> float:
@@ -36,3 +36,11 @@ async def sample_with_another_bit(sample: Sample, context: GenerateContext) -> S
 def large_label(sample: Sample) -> float:
     """Return 1 where the prompt asks for a number above 4, also after a wrong answer: a critic can know it."""
     return float(int(sample.prompt.label or "0") > 4)
+
+
+async def two_quarters(sample: Sample, context: GenerateContext) -> Sample:
+    """Answer every question by a fraction that is not reduced."""
+    sample.response, sample.status = "\\boxed{2/4}", Status.COMPLETED
+    token_ids = context.tokenizer.encode(sample.response, add_special_tokens=False)
+    sample.append(token_ids, log_probs=[-1.0] * len(token_ids), version=0)
+    return sample

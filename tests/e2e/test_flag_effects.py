@@ -55,6 +55,19 @@ def test_algorithm_runs_and_reports_what_it_does(workspace: Workspace, tmp_path:
     assert all(math.isfinite(value) and value > 0 for value in column(tmp_path, "train/grad_norm"))
 
 
+def test_answers_that_two_graders_judge_differently_are_listed_and_named(workspace: Workspace, tmp_path: Path, capfd) -> None:
+    data = tmp_path / "halves.jsonl"
+    data.write_text(json.dumps({"prompt": [{"role": "user", "content": "1/4+1/4"}], "label": "1/2"}) + "\n")
+    flags = {"prompt_data": data, "custom_generate_function_path": "tests.e2e.rewards.two_quarters"}
+    twice = {"second_grader": "math-verify", "second_grader_share": 1, "num_rollout": 2, "disable_grpo_std_normalization": ()}
+    run_verb(workspace.train_argv(tmp_path / "run", **flags, **twice))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "second_grader.jsonl").read_text().splitlines()]
+    assert [line["sample_id"] for line in lines] == list(range(32))
+    assert {(line["prompt"], line["answer"], line["label"]) for line in lines} == {(f"{data}:1", "2/4", "1/2")}
+    assert column(tmp_path / "run", "rollout/second_grader/differs") == [16.0, 16.0]
+    assert "32 answers; the shortest: 2/4 for 1/2, 0 (wrong) by" in " ".join(capfd.readouterr().out.split())
+
+
 def test_only_the_newest_checkpoint_is_kept_and_tensorboard_is_written(workspace: Workspace, tmp_path: Path) -> None:
     run_verb(workspace.train_argv(tmp_path, **DIGITS, num_rollout=2, keep_checkpoints=1, use_tensorboard=()))
     assert [folder.name for folder in tmp_path.glob("iter_*")] == ["iter_0000002"]

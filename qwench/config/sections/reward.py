@@ -6,12 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
+from typing import Literal
 
-from qwench.config.limits import check_import_path, check_positive, check_seconds
+from qwench.config.limits import check_fraction, check_import_path, check_positive, check_seconds
 from qwench.errors import ConfigError
 
 NO_TASK = "qwench.rewards.no_task.score"
 """--custom-rm-path of distillation without a task: every reward is 0, and the advantages are the teacher's."""
+
+BOXED_ANSWERS = ("math", "deepscaler")
+"""Rewards of a boxed answer, which a second grader can judge too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +37,11 @@ class RewardConfig:
     built-in one, for scores from 0 to 1."""
     judge_timeout_s: float = 300.0
     """Seconds for the judge to answer, retries included. After that the verdict is timeout."""
+    second_grader: Literal["math-verify"] | None = None
+    """Judge a share of the boxed answers of --rm-type math or deepscaler again, and list those on which the graders differ in
+    second_grader.jsonl of the run's folder. The reward stays that of --rm-type."""
+    second_grader_share: float = 0.1
+    """Share of the answers that --second-grader judges."""
     rm_url: str | None = None
     """URL of the reward server of --rm-type remote_rm, or of the teacher of --opd-type sglang."""
     reward_key: str | None = None
@@ -82,6 +91,9 @@ class RewardConfig:
             raise ConfigError(f"--rm-type {self.rm_type} names a reward twice; name each once")
         self._check_weights(names)
         self._check_judge(names)
+        check_fraction("--second-grader-share", self.second_grader_share)
+        if self.second_grader is None and self.second_grader_share != 0.1:
+            raise ConfigError("--second-grader-share has no effect without --second-grader math-verify; leave it out")
         parts = ("score", *names)
         if len(names) > 1 and self.reward_key is not None and self.reward_key not in parts:
             raise ConfigError(

@@ -259,6 +259,10 @@ def overlong(**rollout) -> dict[str, object]:
     return {"reward": RewardConfig(overlong_buffer_len=8), "rollout": RolloutConfig(**rollout)}
 
 
+def twice(**reward) -> dict[str, object]:
+    return {"reward": RewardConfig(second_grader="math-verify", **reward)}
+
+
 OWN_ADVANTAGES = ReferencesConfig(custom_advantage_function_path="a.b")
 
 
@@ -288,6 +292,10 @@ def test_adapters_are_refused_where_they_are_not_built(sections, flag):
     ({"critic": CriticConfig(critic_lr=1e-5)}, "--critic-lr (1e-05) has no effect with --advantage-estimator grpo"),
     ({"algorithm": AlgorithmConfig(advantage_estimator="ppo"), "references": OWN_ADVANTAGES}, "--custom-advantage-function-"),
     ({"distillation": OPD, "algorithm": AlgorithmConfig(loss_type="sft_loss")}, "--use-opd has no effect with --loss-type"),
+    (twice(rm_type="math"), "--second-grader lists what it finds in the run's folder; give --save or --log-dir"),
+    (twice(rm_type="f1"), "--second-grader judges boxed answers: it needs --rm-type math or deepscaler, got f1"),
+    (twice(custom_rm_path="a.b"), "--second-grader judges answers of --rm-type, and --custom-rm-path replaces that"),
+    (twice() | {"algorithm": AlgorithmConfig(loss_type="sft_loss")}, "--second-grader has no effect with --loss-type sft_loss"),
     (apart(rm_type="math"), "--advantage-estimator gdpo compares several rewards apart; give them as --rm-type a,b, got math"),
     (apart(rm_type="math,f1", reward_key="math"), "--reward-key changes a sum, and --advantage-estimator gdpo"),
     (apart(custom_rm_path="a.b"), "--custom-rm-path changes a sum, and --advantage-estimator gdpo"),

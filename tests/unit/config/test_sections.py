@@ -60,6 +60,12 @@ REFUSED = [
     (RewardConfig, {"rm_type": "judge"}, "--rm-type judge asks a language model; give --judge-url and --judge-model"),
     (RewardConfig, {"judge_url": "a", "judge_model": "b"}, "--judge-url must begin with http:// or https://, got 'a'"),
     (RewardConfig, {"judge_url": "http://a"}, "--judge-url asks a model of that server; give its name by --judge-model"),
+    (RewardConfig, {"second_grader_share": 0.5}, "--second-grader-share has no effect without --second-grader math-verify"),
+    (
+        RewardConfig,
+        {"second_grader": "math-verify", "second_grader_share": 0.0},
+        "--second-grader-share must be greater than 0",
+    ),
     (RewardConfig, {"judge_model": "b"}, "--judge-model has no effect without --judge-url; give it, or leave both out"),
     (RewardConfig, {"overlong_buffer_len": 0}, "--overlong-buffer-len must be greater than 0, got 0"),
     (RewardConfig, PRICED | {"overlong_penalty_factor": 0.0}, "--overlong-penalty-factor must be greater than 0"),
