@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from qwench.commands import train
-from qwench.config.command_line.argv import split_words
 
 _BOTH: Mapping[str, tuple[str, ...]] = {
     "actor-num-gpus-per-node": ("8",),
@@ -19,23 +18,11 @@ DEFAULTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 """Program -> the defaults of its flags, where `qwench train` has others."""
 
 
-def defaults_of(program: str, words: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
-    """Return the defaults of a program for these words.
-
-    With --lora-rank the backend follows from the layout: on data-parallel ranks FSDP2 trains the adapters, which Megatron here
-    does not have.
-    """
-    defaults = dict(DEFAULTS[program])
-    if any(flag.name == "lora-rank" and flag.values != ("0",) for flag in split_words(words)):
-        del defaults["train-backend"]
-    return defaults
-
-
 def run_train(words: Sequence[str]) -> None:
     """Do what slime's and miles' train.py does: generate and train in turn."""
-    train.run(words, more_defaults=defaults_of("train.py", words))
+    train.run(words, more_defaults=DEFAULTS["train.py"])
 
 
 def run_train_async(words: Sequence[str]) -> None:
     """Do what slime's and miles' train_async.py does: generate one rollout ahead of training."""
-    train.run(words, more_defaults=defaults_of("train_async.py", words))
+    train.run(words, more_defaults=DEFAULTS["train_async.py"])

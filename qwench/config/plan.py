@@ -314,13 +314,14 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
     )
     frozen = holds_reference + (config.distillation.opd_type == "megatron")
     num_shards = dp_size // config.parallel.dp_replicate
-    if config.lora.enabled:
+    lora, stage_layers = config.lora, layout.most_layers(model.num_layers)
+    if lora.enabled and config.backend == "fsdp":
         held = adapter_bytes(
             model,
             state,
             num_shards=num_shards,
-            num_trained=num_adapter_parameters(model, config.lora.targets, config.lora.rank),
-            keeps_start=config.lora.lora_init == "pissa",
+            num_trained=num_adapter_parameters(model, lora.targets, lora.rank),
+            keeps_start=lora.lora_init == "pissa",
         )
     elif config.backend == "fsdp":
         whole = config.training.whole_weights
@@ -333,9 +334,13 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
             pp=layout.pp,
             num_replicas=dp_size * layout.cp,
             holds_reference=frozen > 0,
-            stage_layers=layout.most_layers(model.num_layers),
+            stage_layers=stage_layers,
+            num_adapted=num_adapter_parameters(model, lora.targets, lora.rank, num_layers=stage_layers, tp=layout.tp)
+            if lora.enabled
+            else None,
         )
-    return replace(held, host_reference=held.host_reference * frozen)
+    copies = 0 if lora.enabled else frozen
+    return replace(held, host_reference=held.host_reference * copies)
 
 
 def _max_staleness(config: Config) -> int:

@@ -271,20 +271,16 @@ def long_responses_have_a_bound(config: Config) -> str | None:
 
 
 def adapters_are_built_for(config: Config) -> str | None:
-    """Adapters are in the Hugging Face module under FSDP2, beside a frozen model that is also the reference."""
+    """Adapters are trained beside a frozen model that is also the reference."""
     training, layout, lora = config.training, config.parallel.layout, config.lora
     if not lora.enabled:
         return None
+    in_megatron = config.backend == "megatron"
+    recomputed_late = layout.pp > 1 and training.recomputes_layers and lora.lora_dropout > 0
     for flag, is_set, instead in (
-        ("--train-backend megatron", training.train_backend == "megatron", "leave it out"),
-        *(
-            (f"{name} {size}, which needs Megatron", size > 1, "set it to 1")
-            for name, size in (
-                ("--tensor-model-parallel-size", layout.tp),
-                ("--pipeline-model-parallel-size", layout.pp),
-                ("--context-parallel-size", layout.cp),
-            )
-        ),
+        ("--lora-init pissa in Megatron", in_megatron and lora.lora_init == "pissa", "choose kaiming"),
+        ("--transformer-impl transformer_engine", in_megatron and training.transformer_impl != "local", "choose local"),
+        ("--lora-dropout, recomputed layers and several stages", in_megatron and recomputed_late, "give --lora-dropout 0"),
         ("--whole-weights", training.whole_weights, "leave it out: the frozen model has no gradients to reduce"),
         ("--batch-invariant-mode or --true-on-policy-mode", training.batch_invariant, "leave it out"),
         ("--advantage-estimator ppo", config.algorithm.has_critic, "choose an estimator without a critic"),

@@ -88,9 +88,7 @@ def _load_teacher(inputs: Inputs, policy: Trainer) -> Reference:
 
 def _reference(policy: Trainer, *, moves: bool) -> Reference | BaseModel:
     """Return the policy as it is now, frozen. Of one with adapters it is the model without them, unless it moves."""
-    if isinstance(policy, FsdpTrainer) and policy.has_adapters and not moves:
-        return BaseModel(policy)
-    return Reference(policy)
+    return BaseModel(policy) if policy.has_adapters and not moves else Reference(policy)
 
 
 def _build_critic(inputs: Inputs, policy: Trainer) -> Critic:
@@ -154,6 +152,7 @@ def _build_megatron(inputs: Inputs, folder: Path | None, optimizer: OptimizerCon
         collective_timeout_s=collective_timeout_s(inputs),
         critic=critic,
         logits=logits,
+        lora=config.lora if config.lora.enabled else None,
     )
 
 

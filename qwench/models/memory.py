@@ -7,7 +7,8 @@ What a rank holds for each parameter it has, in bytes (p: of the training dtype;
                moments m. With --whole-weights also all weights p and gradients 4 of the model
     adapters   (FSDP2) the frozen model p, as shards; weights, gradients and moments as above of the adapters alone; no
                reference. --lora-init pissa: another p of the adapters
-    Megatron   weights p; gradients 4; masters and moments 4 + m, shared by the data- and context-parallel ranks
+    Megatron   weights p; gradients 4; masters and moments 4 + m, shared by the data- and context-parallel ranks. With adapters
+               the frozen model p, and those of the adapters alone
     reference  p, on the host
 
 Activations are not counted: they depend on the lengths of the samples.
@@ -22,6 +23,8 @@ from math import prod
 from qwench.models.architecture import Architecture
 
 FLOAT32_BYTES = 4
+ROW_PARALLEL = ("o_proj", "down_proj")
+"""Projections whose columns tensor parallelism splits; of the others it splits the rows."""
 FORWARD = 1
 FORWARD_AND_BACKWARD = 3
 """Passes, in units of a forward: a backward computes two products for each one."""
@@ -99,10 +102,19 @@ def num_parameters(model: Architecture) -> int:
     return _count(model.parameter_shapes().values())
 
 
-def num_adapter_parameters(model: Architecture, targets: Iterable[str], rank: int) -> int:
-    """Count the parameters of adapters at the named projections of every layer."""
+def num_adapter_parameters(
+    model: Architecture, targets: Iterable[str], rank: int, *, num_layers: int | None = None, tp: int = 1
+) -> int:
+    """Count the parameters of adapters at the named projections.
+
+    Args:
+        num_layers: Layers that are counted. None: every layer.
+        tp: Tensor-parallel ranks. One rank has its columns of A or its rows of B, and the whole other matrix.
+    """
     shapes = projection_shapes(model)
-    return model.num_layers * sum(rank * sum(shapes[target]) for target in targets)
+    split = {target: 1 if target in ROW_PARALLEL else 0 for target in targets}
+    sides = (shapes[target][dim] // tp + shapes[target][1 - dim] for target, dim in split.items())
+    return (model.num_layers if num_layers is None else num_layers) * rank * sum(sides)
 
 
 def projection_shapes(model: Architecture) -> dict[str, tuple[int, ...]]:
@@ -165,11 +177,13 @@ def megatron_bytes(
     num_replicas: int,
     holds_reference: bool,
     stage_layers: int | None = None,
+    num_adapted: int | None = None,
 ) -> RankBytes:
     """Return what a rank of Megatron's largest stage holds; `num_replicas` (data x context parallel) share its states.
 
     Args:
         stage_layers: layers of the largest stage. None: all stages have as many.
+        num_adapted: parameters of the rank's adapters, beside a frozen model. None: all weights are trained.
     """
     layer = sum(prod(shape) // (tp if len(shape) > 1 else 1) for shape in model.layer_shapes().values())
     embedding = -(-model.vocab_size // tp) * model.hidden_size
@@ -178,11 +192,12 @@ def megatron_bytes(
         + embedding * (2 if pp == 1 and not model.tied_head else 1)
         + model.hidden_size
     )
-    owned = -(-held // num_replicas)
+    trained = held if num_adapted is None else num_adapted
+    owned = -(-trained // num_replicas)
     masters = FLOAT32_BYTES if state.param != FLOAT32_BYTES else 0
     return RankBytes(
-        weights=held * state.param,
-        gradients=held * FLOAT32_BYTES,
+        weights=(held + (num_adapted or 0)) * state.param,
+        gradients=trained * FLOAT32_BYTES,
         optimizer=round(owned * (masters + state.moments) * (1 - state.offloaded)),
         host_optimizer=round(owned * (FLOAT32_BYTES + state.moments) * state.offloaded),
         host_reference=held * state.param if holds_reference else 0,

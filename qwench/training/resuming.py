@@ -21,10 +21,12 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner,
 from torch.distributed.checkpoint.api import CheckpointException
 
 from qwench.checkpoints.formats.dcp_reader import METADATA, read_metadata
-from qwench.checkpoints.formats.sources import OptimizerState, open_optimizer_state
+from qwench.checkpoints.formats.sources import NUM_STEPS, OptimizerState, open_optimizer_state
 from qwench.checkpoints.manifest import note_checksums
 from qwench.errors import CheckpointError
 from qwench.models.architecture import Architecture
+
+_MOMENTS, _SCHEDULE = "optimizer", "lr_scheduler"
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, object], *, flat_keys: bool = True) -> None:
@@ -43,6 +45,30 @@ def save_tensors(folder: Path, tensors: Mapping[str, object], *, flat_keys: bool
         raise OSError(_reason(error)) from error
     rank = dist.get_rank() if dist.is_initialized() else 0
     note_checksums(folder, sorted(folder.glob(f"__{rank}_*.distcp")), rank=rank)
+
+
+def save_moments(folder: Path, moments: Mapping[str, object], num_steps: int) -> None:
+    """Write moments, `<weight>.exp_avg[_sq]`, and step count of a checkpoint that has its masters elsewhere; collective."""
+    save_tensors(folder / _MOMENTS, moments)
+    save_tensors(folder / _SCHEDULE, {NUM_STEPS: torch.tensor(num_steps)})
+
+
+def load_num_steps(folder: Path) -> int:
+    """Read the step count that `save_moments` wrote; collective.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    if not (folder / _SCHEDULE).exists():
+        raise saved_without_optimizer(folder)
+    counter: dict[str, Tensor] = {NUM_STEPS: torch.tensor(0)}
+    load_in_place(folder / _SCHEDULE, counter)
+    return int(counter[NUM_STEPS])
+
+
+def load_moments(folder: Path, moments: Mapping[str, Tensor]) -> None:
+    """Read in place the moments that `save_moments` wrote, however they were sharded; collective."""
+    load_in_place(folder / _MOMENTS, moments)
 
 
 def load_in_place(folder: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qwench.algorithms.columns import MicroBatch
 from qwench.training.critic import Critic
-from qwench.training.trainer import AdapterTrainer, Scores, Trainer
+from qwench.training.trainer import Scores, Trainer
 from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.remote import PublicationPlan, publish_from_rank
 from qwench.wire.addresses import EngineAddress
@@ -62,7 +62,7 @@ class Reference:
 class BaseModel:
     """The reference of a policy with adapters: its trainer with the adapters switched off, without a copy of anything."""
 
-    def __init__(self, policy: AdapterTrainer) -> None:
+    def __init__(self, policy: Trainer) -> None:
         self._policy = policy
 
     def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:

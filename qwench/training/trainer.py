@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qwench.algorithms.columns import LossFunction, MicroBatch, TokenLoss
 from qwench.errors import TrainingError
+from qwench.training.adapters import AdapterSwitch
 from qwench.training.offload import HostCopy
 from qwench.training.process_group import largest_of_ranks
 from qwench.wire.portions import WeightBucket
@@ -140,20 +141,21 @@ class Trainer(Scorer, Protocol):
         """Read what `save` wrote; `weights_only` leaves optimizer, schedule and RNG fresh."""
         ...
 
+    @property
+    def has_adapters(self) -> bool:
+        """Tell whether adapters are trained beside a frozen model."""
+        ...
+
+    def without_adapters(self) -> AbstractContextManager[None]:
+        """Compute with the frozen model alone inside the context, where there are adapters; collective."""
+        ...
+
     def sleep(self) -> None:
         """Move everything the next forward does not need at once from the device to the host."""
         ...
 
     def wake(self) -> None:
         """Undo `sleep`."""
-        ...
-
-
-class AdapterTrainer(Scorer, Protocol):
-    """A trainer of adapters beside a frozen model."""
-
-    def without_adapters(self) -> AbstractContextManager[None]:
-        """Compute with the frozen model alone inside the context; collective."""
         ...
 
 
@@ -185,8 +187,10 @@ class BackendTrainer:
         parallel: ParallelRank,
         device: torch.device,
         dp_group: dist.ProcessGroup | None,
+        adapters: AdapterSwitch | None = None,
     ) -> None:
         """Keep the parts; `dp_group` holds the data-parallel ranks."""
+        self._switch = adapters
         self.parallel = parallel
         self.device = device
         self._optimizer = optimizer
@@ -214,6 +218,16 @@ class BackendTrainer:
     def max_over_ranks(self, value: float) -> float:
         """Return the largest of all ranks' values."""
         return largest_of_ranks(value, self.device)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Tell whether adapters are trained, and the model is frozen."""
+        return self._switch is not None
+
+    def without_adapters(self) -> AbstractContextManager[None]:
+        """Compute with the frozen model alone inside the context; collective."""
+        assert self._switch is not None, "a trainer of all weights has no adapters"
+        return self._switch.off()
 
     def wake(self) -> None:
         """Undo `sleep`. An awake trainer stays as it is."""

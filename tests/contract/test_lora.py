@@ -12,18 +12,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Qwen3ForCausalLM
 
-from qwench.checkpoints.formats.peft import AdapterConfig, write_adapter
 from qwench.config.sections.lora import LoraConfig
 from tests.contract import train_backend_cases as cases
+from tests.contract.lora_cases import ALPHA, RANK, peft_loop, write_start
 from tests.contract.train_backend_checks import ON_CPU as WITHIN
 from tests.contract.train_backend_checks import assert_close, assert_steps_equal, read_records
 from tests.contract.train_backend_layouts import BINS
 from tests.contract.train_backend_ranks import Case, run_world
 
-_RANK, _ALPHA = 3, 5.0
-_LORA = LoraConfig(lora_rank=_RANK, lora_alpha=_ALPHA)
+_LORA = LoraConfig(lora_rank=RANK, lora_alpha=ALPHA)
 _SOME = replace(_LORA, target_modules="linear_qkv,down_proj", use_rslora=True)
-_PISSA = LoraConfig(lora_rank=_RANK, lora_alpha=_ALPHA, lora_init="pissa")
+_PISSA = LoraConfig(lora_rank=RANK, lora_alpha=ALPHA, lora_init="pissa")
 _FLAGS = {"all": _LORA, "some": _SOME, "pissa": _PISSA}
 _SCALES = {"all": 5.0 / 3, "some": 5.0 / 3**0.5, "pissa": 5.0 / 3}
 _LAYOUTS = {
@@ -51,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lora")
     cases.write_model(folder / "tied", tied=True)
     for flags in ("all", "some"):
-        _write_start(folder / f"{flags}.adapter", folder / "tied", _FLAGS[flags])
+        write_start(folder / f"{flags}.adapter", folder / "tied", _FLAGS[flags])
     made = [_case(*one, folder) for one in STEPPED]
     for world_size in (1, 2, 4):
         in_world = [case for size, case in made if size == world_size]
@@ -62,20 +61,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             in_world.append(replace(again, name="resumed", load="one-all", num_steps=1))
         run_world(world_size, in_world, folder)
     return folder
-
-
-def _write_start(folder: Path, model_folder: Path, lora: LoraConfig) -> None:
-    """Write an adapter whose A and B are both far from zero."""
-    folder.mkdir()
-    model = Qwen3ForCausalLM.from_pretrained(model_folder)
-    draw = torch.Generator().manual_seed(21)
-    matrices = {}
-    for name, module in model.named_modules():
-        if name.rsplit(".", 1)[-1] in lora.targets:
-            assert isinstance(module, nn.Linear)
-            matrices[f"{name}.lora_A.weight"] = torch.randn(_RANK, module.in_features, generator=draw) * 0.1
-            matrices[f"{name}.lora_B.weight"] = torch.randn(module.out_features, _RANK, generator=draw) * 0.1
-    write_adapter(folder, AdapterConfig.of_run(lora, base=str(model_folder)), matrices)
 
 
 class _PlainAdapter(nn.Module):
@@ -103,8 +88,8 @@ def _with_plain_adapters(model: nn.Module, flags: str, folder: Path) -> nn.Modul
         weight = model.get_submodule(name).weight
         if flags == "pissa":
             u, s, v_h = torch.linalg.svd(weight.detach(), full_matrices=False)
-            root = (s[:_RANK] / scale).sqrt()
-            a, b = root[:, None] * v_h[:_RANK], u[:, :_RANK] * root
+            root = (s[:RANK] / scale).sqrt()
+            a, b = root[:, None] * v_h[:RANK], u[:, :RANK] * root
             model.set_submodule(name, _PlainAdapter(weight, a, b, scale, minus=b @ a))
         elif f"base_model.model.{name}.lora_A.weight" in stored:
             a, b = (stored[f"base_model.model.{name}.lora_{leaf}.weight"] for leaf in "AB")
@@ -176,20 +161,14 @@ def test_a_resumed_run_takes_the_step_that_follows(folder: Path) -> None:
 @pytest.mark.parametrize("flags", ["all", "some"])
 def test_steps_equal_peft_s_own_module(folder: Path, flags: str) -> None:
     start = folder / f"{flags}.adapter"
-    models = []
-
-    def prepare(model: nn.Module) -> nn.Module:
-        models.append(peft.PeftModel.from_pretrained(model, str(start), is_trainable=True))
-        return models[0]
-
-    expected = cases.plain_loop(folder / "tied", prepare=prepare)
+    expected = peft_loop(folder / "tied", start)
     for layout in _LAYOUTS:
         size, case = _case(layout, flags, folder)
         for record in read_records(folder, case, size):
-            assert [step["loss"] for step in record["steps"]] == pytest.approx(expected.losses, rel=1e-5, abs=1e-6)
-            assert [step["grad_norm"] for step in record["steps"]] == pytest.approx(expected.grad_norms, rel=1e-5)
+            assert [step["loss"] for step in record["steps"]] == pytest.approx(expected.steps.losses, rel=1e-5, abs=1e-6)
+            assert [step["grad_norm"] for step in record["steps"]] == pytest.approx(expected.steps.grad_norms, rel=1e-5)
         saved = load_file(folder / f"{layout}-{flags}.checkpoint" / "adapter_model.safetensors")
-        for name, matrix in peft.get_peft_model_state_dict(models[0]).items():
+        for name, matrix in expected.matrices.items():
             assert_close(saved[name], matrix, name, WITHIN)
 
 

@@ -98,6 +98,7 @@ def build_megatron(model_folder: Path, case: Case, device: torch.device = CPU) -
         param_dtype=torch.bfloat16 if case.bf16 else torch.float32,
         device=device,
         collective_timeout_s=_TIMEOUT_S,
+        lora=case.lora,
     )
     leave_groups()
 
@@ -142,7 +143,7 @@ def _run_steps(backend: Trainer, case: Case, folder: Path) -> dict[str, object]:
     if case.load:
         backend.load(folder / f"{case.load}.checkpoint", weights_only=case.weights_only)
     mine = cases.micro_batches(cases.make_batch(), case.bins[backend.parallel.dp_rank])
-    reference_model = BaseModel(backend) if isinstance(backend, FsdpTrainer) and case.lora else Reference(backend)
+    reference_model = BaseModel(backend) if backend.has_adapters else Reference(backend)
     scored = _log_probs(backend, mine)
     reduced_before: list[bool] = []
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import Barrier
 from typing import TypeVar
@@ -114,6 +115,11 @@ class TableTrainer:
     def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
         with torch.no_grad():
             self.table.copy_(torch.load(folder / "table.pt"))
+
+    has_adapters = False
+
+    def without_adapters(self) -> AbstractContextManager[None]:
+        raise AssertionError("the table has no adapters")
 
     def sleep(self) -> None:
         self.calls.append("sleep")

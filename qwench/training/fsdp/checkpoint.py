@@ -30,9 +30,14 @@ from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, load_model, model_of
 from qwench.training.fsdp.lora import Adapters, folder_name
 from qwench.training.fsdp.optimizer import MasterOptimizer, full_tensor
-from qwench.training.resuming import load_in_place, open_saved_optimizer, save_tensors, saved_without_optimizer
-
-_NUM_STEPS = "num_steps"
+from qwench.training.resuming import (
+    load_in_place,
+    load_moments,
+    load_num_steps,
+    open_saved_optimizer,
+    save_moments,
+    save_tensors,
+)
 
 
 def save_masters(folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -49,19 +54,14 @@ def load_masters(folder: Path, optimizer: MasterOptimizer) -> None:
 
 def save_optimizer(folder: Path, optimizer: MasterOptimizer) -> None:
     """Write moments and step count; collective."""
-    save_tensors(folder / "optimizer", optimizer.moments())
-    save_tensors(folder / "lr_scheduler", {_NUM_STEPS: torch.tensor(optimizer.num_steps)})
+    save_moments(folder, optimizer.moments(), optimizer.num_steps)
 
 
 def load_optimizer(folder: Path, optimizer: MasterOptimizer) -> None:
     """Read moments and step count; collective."""
-    if not (folder / "lr_scheduler").exists():
-        raise saved_without_optimizer(folder)
-    counter: dict[str, Tensor] = {_NUM_STEPS: torch.tensor(0)}
-    load_in_place(folder / "lr_scheduler", counter)
-    optimizer.reset(int(counter[_NUM_STEPS]))
+    optimizer.reset(load_num_steps(folder))
     if optimizer.num_steps:
-        load_in_place(folder / "optimizer", optimizer.moments())
+        load_moments(folder, optimizer.moments())
 
 
 def save_adapters(folder: Path, matrices: Mapping[str, Tensor], adapters: Adapters, *, is_main: bool) -> None:

@@ -65,7 +65,8 @@ class FsdpTrainer(BackendTrainer):
         """Take a policy that is placed on `mesh` already; use `build`."""
         rank, size = dist.get_rank(), dist.get_world_size()
         parallel = ParallelRank(dp_rank=rank, dp_size=size, num_ranks=size, is_main=rank == 0)
-        super().__init__(optimizer, parallel=parallel, device=device, dp_group=dist.group.WORLD)
+        switch = None if adapters is None else adapters.switch
+        super().__init__(optimizer, parallel=parallel, device=device, dp_group=dist.group.WORLD, adapters=switch)
         self._policy = policy
         self._architecture = architecture
         self._param_dtype = param_dtype
@@ -252,16 +253,6 @@ class FsdpTrainer(BackendTrainer):
         self._asleep.release()
         torch.cuda.empty_cache()
 
-    @property
-    def has_adapters(self) -> bool:
-        """Tell whether adapters are trained, and the model is frozen."""
-        return self._adapters is not None
-
-    def without_adapters(self) -> AbstractContextManager[None]:
-        """Compute with the frozen model alone inside the context; collective."""
-        assert self._adapters is not None, "a trainer of all weights has no adapters"
-        return self._adapters.switched_off()
-
     def _shards(self) -> list[Tensor]:
         return [local_shard(weight) for weight in (self._weights | self._matrices).values()]
 
@@ -274,7 +265,7 @@ class FsdpTrainer(BackendTrainer):
         if self._adapters is None:
             return nullcontext()
         step, rank = self._optimizer.num_steps, self.parallel.dp_rank
-        return self._adapters.dropping(step=step, micro_batch=micro_batch, rank=rank)
+        return self._adapters.switch.dropping(step=step, micro_batch=micro_batch, rank=rank)
 
 
 def _model_weights(policy: Policy | DirectPolicy, adapters: Adapters | None) -> dict[str, nn.Parameter]:

@@ -9,9 +9,7 @@ so that the reference needs no second copy. Engines get W + scale * B A.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -21,27 +19,10 @@ from transformers import PreTrainedModel
 
 from qwench.checkpoints.formats.peft import A, AdapterConfig, B, factors, merged
 from qwench.config.sections.lora import LoraConfig
+from qwench.training.adapters import AdapterSwitch, random_a
 from qwench.training.fsdp.optimizer import full_tensor
 
 _START = "start_"
-
-
-class AdapterSwitch:
-    """What all adapters of a model do in the next pass."""
-
-    def __init__(self, dropout: float) -> None:
-        self.is_on = True
-        self.drop_key: int | None = None
-        """Seed of what this pass drops; None: it drops nothing."""
-        self._dropout = dropout
-
-    def dropped(self, x: Tensor, layer: int) -> Tensor:
-        """Drop inputs of one layer; a layer that is computed again drops the same ones."""
-        if self.drop_key is None or self._dropout == 0.0:
-            return x
-        draw = torch.Generator(x.device).manual_seed(self.drop_key * 65_537 + layer)
-        kept = torch.rand(x.shape, generator=draw, device=x.device) >= self._dropout
-        return x * kept / (1 - self._dropout)
 
 
 class LoraLinear(nn.Module):
@@ -81,7 +62,8 @@ class Adapters:
             seed: Of what is random: the start, and what passes drop.
             base: Folder of the model, which adapter folders name.
         """
-        self._switch = AdapterSwitch(section.lora_dropout)
+        self.switch = AdapterSwitch(section.lora_dropout, seed=seed)
+        """Decides what the adapters do in a pass."""
         self.start_folder = section.lora_adapter_path
         """PEFT folder that a fresh run begins with. None: `start` says with what."""
         self.section = section
@@ -94,27 +76,8 @@ class Adapters:
         for index, name in enumerate(found):
             frozen = model.get_submodule(name)
             assert isinstance(frozen, nn.Linear), f"{name} is a projection"
-            self._layers[name] = LoraLinear(frozen, section, self._switch, layer=index)
+            self._layers[name] = LoraLinear(frozen, section, self.switch, layer=index)
             model.set_submodule(name, self._layers[name])
-
-    @contextmanager
-    def switched_off(self) -> Iterator[None]:
-        """Compute with the base model inside the context."""
-        self._switch.is_on = False
-        try:
-            yield
-        finally:
-            self._switch.is_on = True
-
-    @contextmanager
-    def dropping(self, *, step: int, micro_batch: int, rank: int) -> Iterator[None]:
-        """Drop inputs inside the context. What is dropped follows from the arguments alone, so a resumed run drops the same."""
-        place = f"{self._seed} {step} {micro_batch} {rank}"
-        self._switch.drop_key = zlib.crc32(place.encode())
-        try:
-            yield
-        finally:
-            self._switch.drop_key = None
 
     def matrices(self) -> dict[str, nn.Parameter]:
         """Return every A and B by name, and the starts that are subtracted."""
@@ -189,10 +152,7 @@ class AdapterStart:
             return a if name.endswith("A.weight") else b
         if name.endswith(B):
             return torch.zeros(layer.lora_B.weight.shape)
-        draw = torch.Generator().manual_seed(self._seed * 65_537 + zlib.crc32(name.encode()))
-        rank, inputs = layer.lora_A.weight.shape
-        bound: float = inputs**-0.5  # kaiming_uniform with a = sqrt(5), as PEFT has it
-        return (torch.rand((rank, inputs), generator=draw) * 2 - 1) * bound
+        return random_a(name, layer.lora_A.weight.shape, seed=self._seed)
 
     def _principal(self, module: str, layer: LoraLinear) -> tuple[Tensor, Tensor]:
         """Return A and B whose product, times the scale, is the best approximation of W. Source: PiSSA (arXiv 2404.02948)."""

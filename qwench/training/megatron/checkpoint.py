@@ -92,7 +92,7 @@ def convert_state(state: OptimizerState, weights: NamedWeights, optimizer: Maste
 def _weight_tensors(weights: NamedWeights, place: TensorPlace) -> dict[str, PiecedTensor]:
     """Return the checkpoint tensors of which this rank holds something."""
     held = ((rule.checkpoint_key, rule, weight, 0, weight.detach().view(-1)) for rule, weight in weights)
-    return _by_key(held, place)
+    return pieced(held, place)
 
 
 def _state_tensors(weights: NamedWeights, optimizer: MasterOptimizer, place: TensorPlace) -> dict[str, PiecedTensor]:
@@ -103,10 +103,11 @@ def _state_tensors(weights: NamedWeights, optimizer: MasterOptimizer, place: Ten
         if (rule := rule_of.get(shard.weight)) is not None
         for name, values in shard.state.items()
     )
-    return _by_key(held, place)
+    return pieced(held, place)
 
 
-def _by_key(held: Iterator[tuple[str, WeightRule, nn.Parameter, int, Tensor]], place: TensorPlace) -> dict[str, PiecedTensor]:
+def pieced(held: Iterator[tuple[str, WeightRule, nn.Parameter, int, Tensor]], place: TensorPlace) -> dict[str, PiecedTensor]:
+    """Return checkpoint tensors by key, of flat ranges of weights: key, rule, weight, start of the range, its values."""
     pieces: dict[str, list[Piece]] = defaultdict(list)
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}

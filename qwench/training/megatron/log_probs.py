@@ -101,7 +101,8 @@ class _ShardedHead(torch.autograd.Function):
         shard: VocabShard = ctx.shard
         real = weight[: shard.num_real]
         grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        trained = ctx.needs_input_grad[1]
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if trained else None
         for start in range(0, len(hidden), ctx.chunk_tokens):
             part = slice(start, start + ctx.chunk_tokens)
             own_log_probs = _logits(hidden[part], weight, shard, ctx.temperature).sub_(log_sums[part, None])
@@ -114,8 +115,9 @@ class _ShardedHead(torch.autograd.Function):
             )
             grad_logits = grad_logits.div_(ctx.temperature).to(weight.dtype)
             torch.mm(grad_logits, real, out=grad_hidden[part])
-            grad_weight[: shard.num_real].add_(grad_logits.T @ hidden[part])
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+            if grad_weight is not None:
+                grad_weight[: shard.num_real].add_(grad_logits.T @ hidden[part])
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, shard: VocabShard, temperature: float) -> Tensor:

@@ -4,7 +4,8 @@
     gradients  float32, summed over micro-batches in a buffer and over ranks once a step
     masters    float32, sharded over the data- and context-parallel ranks
 
-Forward and publication use the weights.
+Forward and publication use the weights. With adapters (`lora`) the model is frozen: buffers, gradients, masters and checkpoints
+are those of the adapters, and the publication has them merged.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from torch import Tensor
 from qwench.algorithms.columns import LossFunction, MicroBatch, TokenLoss
 from qwench.checkpoints.formats.sources import open_weights
 from qwench.config.layout import ParallelLayout, check_layout
+from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, load_hf_config
+from qwench.models.megatron_names import rules
 from qwench.training.critic import NewHead
-from qwench.training.megatron import checkpoint, pipeline
+from qwench.training.megatron import adapter_checkpoint, checkpoint, pipeline
 from qwench.training.megatron.groups import join_groups
+from qwench.training.megatron.lora import Adapters
 from qwench.training.megatron.model import (
     PolicyModel,
     TokenScores,
@@ -64,23 +68,28 @@ class MegatronTrainer(BackendTrainer):
         device: torch.device,
         optimizer: OptimizerConfig,
         total_steps: int,
+        adapters: Adapters | None = None,
     ) -> None:
         """Take a stage that has its weights; use `build`."""
+        self._adapters = adapters
         self._ddp: DistributedDataParallel = wrap_in_ddp(model)
         super().__init__(
             MasterOptimizer(self._ddp, optimizer, total_steps=total_steps),
             parallel=parallel,
             device=device,
             dp_group=parallel_state.get_data_parallel_group(),
+            adapters=None if adapters is None else adapters.switch,
         )
         self._config = config
         self._layout = layout
-        self._place = TensorPlace(model=config, tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=layout.tp)
+        self._place = tensor_place(config, layout)
         self._model = model
         self._weights = local_parameters(model, config)
         # With tied embeddings, the last of several stages computes with a copy of the first one's.
         self._loaded = [*self._weights, *tied_head(model, config)]
-        self._whole = WholeWeights(self._weights, config)
+        self._whole = WholeWeights(self._weights, rules(config), config)
+        if adapters is not None and adapters.start_folder is not None:
+            adapter_checkpoint.load(adapters.start_folder, self._optimizer, adapters, weights_only=True)
 
     @classmethod
     def build(
@@ -97,6 +106,7 @@ class MegatronTrainer(BackendTrainer):
         collective_timeout_s: float = 1800.0,
         critic: bool = False,
         logits: bool = False,
+        lora: LoraConfig | None = None,
     ) -> MegatronTrainer:
         """Divide the ranks (after `init_process_group`) and load a checkpoint of any format; collective.
 
@@ -107,6 +117,7 @@ class MegatronTrainer(BackendTrainer):
                 config.json in `model_folder`.
             critic: Put a new value head in the place of the model's head.
             logits: Losses get logits [T, V / tp] in the place of log-probs.
+            lora: Train adapters, and freeze the model. None: train all weights.
 
         Raises:
             ConfigError: megatron-core is missing, or the layout does not fit the model or the ranks.
@@ -124,6 +135,7 @@ class MegatronTrainer(BackendTrainer):
         model = build_model(built, layout, training, device, param_dtype=param_dtype)
         model.gives_logits = logits
         load_weights(model, NewHead(source, built) if critic else source, built, layout)
+        place, seed, base = tensor_place(built, layout), training.seed, str(model_folder)
         return cls(
             model,
             built,
@@ -132,6 +144,7 @@ class MegatronTrainer(BackendTrainer):
             device=device,
             optimizer=optimizer,
             total_steps=total_steps,
+            adapters=None if lora is None else Adapters(model, place, lora, seed=seed, base=base),
         )
 
     @property
@@ -167,29 +180,44 @@ class MegatronTrainer(BackendTrainer):
 
         # On the last stage the contributions of this rank's micro-batches, on the others nothing.
         contributions = pipeline.run(
-            self._ddp, micro_batches, loss_of, temperature=temperature, with_entropy=with_entropy, forward_only=False
+            self._ddp,
+            micro_batches,
+            loss_of,
+            temperature=temperature,
+            with_entropy=with_entropy,
+            forward_only=False,
+            before_each=self._drop_inputs,
         )
+        if self._adapters is not None:
+            self._adapters.switch.keep()
         return self._sum_over_step(contributions)
 
     def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
         """Return buckets of at most `bucket_bytes` (or one larger tensor), gathered as they are asked for; collective."""
         self._assert_awake()
-        return bucketed(self._whole.gather(), bucket_bytes=bucket_bytes)
+        whole = self._whole.gather()
+        return bucketed(whole if self._adapters is None else self._adapters.merged_into(whole), bucket_bytes=bucket_bytes)
 
     def shared_weights(self) -> Mapping[str, Tensor] | None:
         """Return None: Megatron's tensors have another layout than the published ones."""
         return None
 
     def copy_held_weights(self) -> HostCopy:
-        """Copy the weight buffers to the host."""
+        """Copy the weight buffers to the host; with adapters, they hold these alone."""
         self._assert_awake()
         return HostCopy(self._weight_buffers())
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
-        """Write the layout described in `checkpoint`; collective."""
+        """Write the layout described in `checkpoint`, or in `adapter_checkpoint`; collective."""
         self._assert_awake()
-        optimizer = self._optimizer if with_optimizer else None
-        checkpoint.save(folder, self._weights, optimizer, self._place, is_main=self.parallel.is_main)
+        if self._adapters is not None:
+            masters = adapter_checkpoint.whole_masters(self._optimizer, self._adapters)
+            adapter_checkpoint.save_adapters(folder, masters, self._adapters, is_main=self.parallel.is_main)
+            if with_optimizer:
+                adapter_checkpoint.save_state(folder, self._optimizer, self._adapters)
+        else:
+            optimizer = self._optimizer if with_optimizer else None
+            checkpoint.save(folder, self._weights, optimizer, self._place, is_main=self.parallel.is_main)
         if self.parallel.is_main:
             save_rng(folder)
         dist.barrier()  # of all ranks: no rank reports a saved checkpoint that the main rank is still writing
@@ -197,7 +225,10 @@ class MegatronTrainer(BackendTrainer):
     def save_held_weights(self, folder: Path) -> None:
         """Write the weights as they are; collective."""
         self._assert_awake()
-        checkpoint.save(folder, self._weights, None, self._place, is_main=self.parallel.is_main)
+        if self._adapters is not None:
+            adapter_checkpoint.save_adapters(folder, self._adapters.held(), self._adapters, is_main=self.parallel.is_main)
+        else:
+            checkpoint.save(folder, self._weights, None, self._place, is_main=self.parallel.is_main)
         dist.barrier()
 
     def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
@@ -208,6 +239,14 @@ class MegatronTrainer(BackendTrainer):
             ConfigError: it is of another model.
         """
         self._assert_awake()
+        if self._adapters is not None:
+            adapter_checkpoint.load(folder, self._optimizer, self._adapters, weights_only=weights_only)
+        else:
+            self._load_whole(folder, weights_only=weights_only)
+        if with_rng and not weights_only:
+            load_rng(folder)
+
+    def _load_whole(self, folder: Path, *, weights_only: bool) -> None:
         source = open_weights(folder, self._config)
         state = None if weights_only else open_saved_optimizer(folder, self._config)
         stored_alike = checkpoint.is_stored_alike(folder, self._loaded, self._place)
@@ -222,15 +261,14 @@ class MegatronTrainer(BackendTrainer):
             checkpoint.load_state(folder, self._loaded, self._optimizer, self._place)
         else:
             checkpoint.convert_state(state, self._loaded, self._optimizer, self._place)
-        if with_rng:
-            load_rng(folder)
 
     def sleep(self) -> None:
         """Move weights, masters and moments to the host. On a CPU they stay."""
         self._assert_awake()
         if self.device.type == "cpu":
             return
-        self._asleep = HostCopy([*self._weight_buffers(), *self._optimizer.device_tensors()])
+        frozen = [weight for weight in self._model.parameters() if not weight.requires_grad]
+        self._asleep = HostCopy([*self._weight_buffers(), *frozen, *self._optimizer.device_tensors()])
         self._asleep.release()
         for buffer in self._gradient_buffers():
             buffer.untyped_storage().resize_(0)
@@ -245,6 +283,12 @@ class MegatronTrainer(BackendTrainer):
             buffer.untyped_storage().resize_(buffer.numel() * buffer.itemsize)
         self._optimizer.drop_gradients()
 
+    def _drop_inputs(self, micro_batch: int) -> None:
+        """Drop inputs of adapters from the forward of a micro-batch on."""
+        if self._adapters is not None:
+            rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+            self._adapters.switch.drop(step=self._optimizer.num_steps, micro_batch=micro_batch, rank=rank)
+
     def _names_on_last_stage(self, names: list[str]) -> list[str]:
         return pipeline.broadcast_names_from_last_stage(names)
 
@@ -256,3 +300,8 @@ class MegatronTrainer(BackendTrainer):
 
     def _gradient_buffers(self) -> list[Tensor]:
         return [buffer.grad_data for buffer in self._ddp.buffers]
+
+
+def tensor_place(config: Architecture, layout: ParallelLayout) -> TensorPlace:
+    """Return which share of the model this rank holds; after `join_groups`."""
+    return TensorPlace(model=config, tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=layout.tp)

@@ -57,6 +57,7 @@ class MasterOptimizer:
             _group([weight for weight in weights if weight.ndim > 1], wd_mult=1.0, weight_decay=section.weight_decay),
             _group([weight for weight in weights if weight.ndim <= 1], wd_mult=0.0, weight_decay=0.0),
         ]
+        groups = [group for group in groups if group["params"]]  # adapters are matrices alone
         self._adam = HostAdam.from_section(groups, section)
         self._config = OptimizerConfig(
             optimizer="adam",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -54,11 +55,18 @@ def run(
     temperature: float,
     with_entropy: bool,
     forward_only: bool,
+    before_each: Callable[[int], None] = lambda index: None,
 ) -> list[Any]:
-    """Send the micro-batches through the pipeline and return what `judge(micro_batch, scores)` keeps on the last stage."""
+    """Send the micro-batches through the pipeline and return what `judge(micro_batch, scores)` keeps on the last stage.
+
+    Args:
+        before_each: called before the forward of each micro-batch of this stage, by its place.
+    """
+    places = count()
 
     def forward_step(batches: Iterator[MicroBatch], stage: DistributedDataParallel) -> tuple[Any, Callable[..., Any]]:
         micro_batch = next(batches)
+        before_each(next(places))
         output = stage(micro_batch, temperature=temperature, with_entropy=with_entropy)
         return output, partial(judge, micro_batch)
 

@@ -10,18 +10,22 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwench.models.architecture import Architecture
-from qwench.models.megatron_names import WeightRule, rules, to_hf, tp_join
+from qwench.models.megatron_names import WeightRule, to_hf, tp_join
 
 
 class WholeWeights:
     """Gathers the weights of all stages, in the order of the model; every rank gets each tensor."""
 
-    def __init__(self, own: Sequence[tuple[WeightRule, nn.Parameter]], config: Architecture) -> None:
-        """Agree on which stage holds which weight; collective over the pipeline."""
-        self._config = config
+    def __init__(self, own: Sequence[tuple[WeightRule, Tensor]], rules: Sequence[WeightRule], config: Architecture) -> None:
+        """Agree on which stage holds which weight; collective over the pipeline.
+
+        Args:
+            own: This stage's share. rules: Of all stages' weights, in the order of the model.
+        """
+        self._config, self._rules = config, rules
         self._own = {rule.megatron_name: weight for rule, weight in own}
         self._group = parallel_state.get_pipeline_model_parallel_group()
         facts = {name: (tuple(weight.shape), weight.dtype) for name, weight in self._own.items()}
@@ -33,7 +37,7 @@ class WholeWeights:
     @torch.no_grad()
     def gather(self) -> Iterator[tuple[str, Tensor]]:
         """Yield name and tensor, one Megatron tensor at a time; collective over tp and pp."""
-        for rule in rules(self._config):
+        for rule in self._rules:
             yield from to_hf(rule, self._whole(rule), self._config).items()
 
     def _whole(self, rule: WeightRule) -> Tensor:

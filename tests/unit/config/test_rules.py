@@ -270,11 +270,6 @@ LORA = LoraConfig(lora_rank=8)
 
 
 @pytest.mark.parametrize(("sections", "flag"), [
-    ({"training": TrainingConfig(train_backend="megatron")}, "--train-backend megatron; leave it out"),
-    ({"parallel": ParallelConfig(context_parallel_size=2), "cluster": ClusterConfig(actor_num_gpus_per_node=2)},
-     "--context-parallel-size 2, which needs Megatron; set it to 1"),
-    ({"parallel": ParallelConfig(tensor_model_parallel_size=2), "cluster": ClusterConfig(actor_num_gpus_per_node=2)},
-     "--tensor-model-parallel-size 2, which needs Megatron; set it to 1"),
     ({"training": TrainingConfig(whole_weights=True)}, "--whole-weights; leave it out"),
     ({"training": TrainingConfig(batch_invariant_mode=True)}, "--batch-invariant-mode or --true-on-policy-mode"),
     ({"algorithm": AlgorithmConfig(advantage_estimator="ppo")}, "--advantage-estimator ppo; choose an estimator"),
@@ -286,6 +281,25 @@ def test_adapters_are_refused_where_they_are_not_built(sections, flag):
     assert str(caught.value).startswith(f"--lora-rank 8 does not work yet with {flag}")
     check_rules(Config(**sections))
     check_rules(Config(lora=LORA))
+
+
+TWO_STAGES = ParallelConfig(pipeline_model_parallel_size=2)
+
+
+@pytest.mark.parametrize(("lora", "training", "parallel", "flag"), [
+    (LoraConfig(lora_rank=8, lora_init="pissa"), TrainingConfig(), TWO_STAGES, "--lora-init pissa in Megatron; choose kaiming"),
+    (LORA, TrainingConfig(transformer_impl="transformer_engine"), TWO_STAGES, "--transformer-impl transformer_engine; choose"),
+    (LoraConfig(lora_rank=8, lora_dropout=0.1), TrainingConfig(gradient_checkpointing=True), TWO_STAGES,
+     "--lora-dropout, recomputed layers and several stages; give --lora-dropout 0"),
+])  # fmt: skip
+def test_adapters_in_megatron_are_refused_where_they_are_not_built(lora, training, parallel, flag):
+    def config(lora: LoraConfig) -> Config:
+        return Config(lora=lora, training=training, parallel=parallel, cluster=ClusterConfig(actor_num_gpus_per_node=2))
+
+    with pytest.raises(ConfigError) as caught:
+        check_rules(config(lora))
+    assert str(caught.value).startswith(f"--lora-rank 8 does not work yet with {flag}")
+    check_rules(Config(lora=LORA, parallel=parallel, cluster=ClusterConfig(actor_num_gpus_per_node=2)))
 
 
 @pytest.mark.parametrize(("sections", "message"), [

@@ -99,6 +99,16 @@ def test_adapters_are_trained_beside_a_model_of_which_no_rank_keeps_more_than_ro
     assert held == RankBytes(weights=668 * 2 + 100 * 4, gradients=400, optimizer=0, host_optimizer=1200, host_reference=0)
 
 
+def test_a_megatron_rank_holds_a_frozen_stage_and_its_share_of_adapters():
+    # On two tensor-parallel ranks: q 4/2 + 4, k and v 2/2 + 4, o 4/2 + 4, gate and up 8/2 + 4, down 8/2 + 4.
+    share = num_adapter_parameters(SMALL, PROJECTIONS, 2, num_layers=3, tp=2)
+    assert share == 3 * 2 * (6 + 2 * 5 + 6 + 3 * 8) == 276
+    whole = megatron_bytes(SMALL, BF16, tp=2, pp=1, num_replicas=2, holds_reference=False)
+    held = megatron_bytes(SMALL, BF16, tp=2, pp=1, num_replicas=2, holds_reference=False, num_adapted=share)
+    assert held.weights == whole.weights + 2 * 276
+    assert (held.gradients, held.optimizer) == (4 * 276, 138 * 12)
+
+
 def test_megatron_ranks_hold_a_share_of_a_stage():
     held = megatron_bytes(SMALL, BF16, tp=2, pp=2, num_replicas=2, holds_reference=True)
     stage = 2 * (MATRICES // 2 + NORMS) + 5 * 4 + 4  # two layers, half the embedding, the last norm: 192

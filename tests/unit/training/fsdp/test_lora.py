@@ -16,8 +16,8 @@ from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import CheckpointError, ConfigError
+from qwench.training.adapters import AdapterSwitch
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
-from qwench.training.fsdp.lora import AdapterSwitch
 from qwench.training.process_group import init_process_group
 from qwench.training.state import Reference
 from tests.contract.train_backend_cases import clipped_loss, make_batch, micro_batches, write_model
@@ -127,9 +127,9 @@ def test_adapters_whose_masters_are_on_the_host_learn_the_same_bits(model_folder
 
 
 def test_a_pass_drops_a_share_of_inputs_and_scales_up_the_others():
-    switch, x = AdapterSwitch(0.25), torch.ones(200, 100)
+    switch, x = AdapterSwitch(0.25, seed=1), torch.ones(200, 100)
     assert switch.dropped(x, 3) is x  # scoring drops nothing
-    switch.drop_key = 7
+    switch.drop(step=0, micro_batch=0, rank=0)
     dropped = switch.dropped(x, 3)
     assert set(dropped.unique().tolist()) == {0.0, float(torch.tensor(1.0) / 0.75)}
     assert (dropped == 0).float().mean() == pytest.approx(0.25, abs=0.02)

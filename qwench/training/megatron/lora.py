@@ -1,0 +1,217 @@
+"""Adapters beside megatron-core's parallel linear layers. Each projection has its own A and B, as PEFT has them.
+
+    linear_qkv, linear_fc1     x --A, whole--> --gather tokens, or copy--> --B, rows of this rank--> added to the output
+    linear_proj, linear_fc2    x of this rank's columns --A, columns--> --sum over tp--> --B, whole--> added to the output
+
+The layers themselves are frozen: megatron-core gives them no gradient buffer, and the optimizer no master and no moments. The
+projections of one layer share one product by A and one collective, of rank numbers a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qwench.checkpoints.formats.peft import A, AdapterConfig, B, merged
+from qwench.checkpoints.formats.sources import TensorReader
+from qwench.config.sections.lora import LoraConfig
+from qwench.models.architecture import Architecture
+from qwench.models.megatron_names import WeightRule, rules, tp_shard
+from qwench.models.memory import projection_shapes
+from qwench.training.adapters import AdapterSwitch, random_a
+from qwench.training.megatron.model import PolicyModel, local_parameters
+from qwench.training.megatron.tensor_place import TensorPlace
+from qwench.training.megatron.weights import WholeWeights
+
+
+class LayerAdapters(nn.Module):
+    """The adapters of one parallel linear layer, whose output they change."""
+
+    def __init__(
+        self,
+        layer: Any,  # a ColumnParallelLinear or RowParallelLinear, which have no types
+        rule: WeightRule,
+        place: TensorPlace,
+        section: LoraConfig,
+        switch: AdapterSwitch,
+        *,
+        index: int,
+    ) -> None:
+        """Allocate A and B, and add the adapters to what `layer` returns from now on.
+
+        Args:
+            rule: Of the layer's weight.
+            index: Of the layer among all that have adapters; of a sharded input another one on each rank.
+        """
+        super().__init__()
+        self._is_row = rule.tp_dim == 1
+        self._is_split: bool = layer.sequence_parallel
+        self._kind, self._scale = rule.kind, section.scale
+        self._groups = place.model.num_kv_heads // place.tp_size
+        self._switch, self._index = switch, index
+        self._shapes = {name.split(".")[-2]: _local_shape(name, place, tp_dim=rule.tp_dim) for name in rule.hf_names}
+        """Of each projection on this rank, in the order of the layer."""
+        self._rank = section.rank
+        self.weights: list[tuple[WeightRule, nn.Parameter]] = []
+        self._a, self._b = nn.ParameterDict(), nn.ParameterDict()
+        for name in rule.hf_names:
+            for one in _rules_of(rule, name, section):
+                self._allocate(one, name.split(".")[-2], like=layer.weight)
+        layer.add_module("adapters", self)
+        layer.register_forward_hook(self._add)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what is added to the layer's output, for its input [t, 1, D]."""
+        reduced = functional.linear(self._switch.dropped(x, self._index), torch.cat(tuple(self._a.values())))
+        if self._is_row and self._is_split:
+            reduced = reduce_scatter_to_sequence_parallel_region(reduced)
+        elif self._is_row:
+            reduced = reduce_from_tensor_model_parallel_region(reduced)
+        elif self._is_split:
+            reduced = gather_from_sequence_parallel_region(reduced, tensor_parallel_output_grad=True)
+        else:
+            reduced = copy_to_tensor_model_parallel_region(reduced)
+        parts = dict(zip(self._b, reduced.split(self._rank, dim=-1), strict=True))
+        return self._scale * self._joined(parts)
+
+    def _joined(self, reduced: dict[str, Tensor]) -> Tensor:
+        """Return the projections' outputs in the order of the layer's: query groups side by side, or one after the other."""
+        any_one = next(iter(reduced.values()))
+        parts = [
+            functional.linear(reduced[name], self._b[name])
+            if name in reduced
+            else any_one.new_zeros((*any_one.shape[:-1], rows))
+            for name, (rows, _columns) in self._shapes.items()
+        ]
+        if self._kind == "qkv":
+            return torch.cat([part.unflatten(-1, (self._groups, -1)) for part in parts], dim=-1).flatten(-2)
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+
+    def _add(self, _layer: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]) -> object:
+        """Be the hook of the layer."""
+        if not self._switch.is_on:
+            return output
+        return output[0] + self(inputs[0]), output[1]
+
+    def _allocate(self, rule: WeightRule, projection: str, *, like: Tensor) -> None:
+        """Allocate a matrix of zeros, and mark it as megatron-core marks weights."""
+        is_a = rule.megatron_name.endswith(A)
+        rows, columns = self._shapes[projection]
+        shape = (self._rank, columns) if is_a else (rows, self._rank)
+        matrix = nn.Parameter(like.new_zeros(shape))
+        if rule.tp_dim is not None:
+            set_tensor_model_parallel_attributes(matrix, True, rule.tp_dim, 1)
+        # With sequence parallelism a rank has the gradient of its own tokens; megatron-core sums those of marked weights.
+        matrix.sequence_parallel = self._is_split and rule.tp_dim is None  # type: ignore[attr-defined]
+        self.weights.append((rule, matrix))
+        (self._a if is_a else self._b)[projection] = matrix
+
+
+class Adapters:
+    """All adapters of this rank's stage."""
+
+    def __init__(self, model: PolicyModel, place: TensorPlace, section: LoraConfig, *, seed: int, base: str) -> None:
+        """Freeze `model`, and give each target its adapter; collective over the pipeline.
+
+        Args:
+            seed: Of what is random: the start, and what passes drop.
+            base: Folder of the model, which adapter folders name.
+        """
+        self.section, self.place, self._base = section, place, base
+        self.switch = AdapterSwitch(section.lora_dropout, seed=seed)
+        """Decides what the adapters do in a pass."""
+        self.start_folder = section.lora_adapter_path
+        """PEFT folder that a fresh run begins with. None: A is random, B zero."""
+        model.requires_grad_(False)
+        layers = {
+            module.weight: module for module in model.modules() if isinstance(module, ColumnParallelLinear | RowParallelLinear)
+        }
+        self.rules = list(adapter_rules(place.model, section))
+        """Of every stage's matrices, in the order of the model."""
+        self.weights: list[tuple[WeightRule, nn.Parameter]] = []
+        """This stage's matrices."""
+        for index, (rule, weight) in enumerate(local_parameters(model, place.model)):
+            if any(True for name in rule.hf_names for _ in _rules_of(rule, name, section)):
+                number = index + (place.tp_rank << 12 if rule.tp_dim == 1 or layers[weight].sequence_parallel else 0)
+                self.weights += LayerAdapters(layers[weight], rule, place, section, self.switch, index=number).weights
+        if model.pre_process and model.config.recompute_granularity == "full":
+            model.embedding.register_forward_hook(_require_gradient)
+        self._start(seed)
+        self._whole = WholeWeights(self.weights, self.rules, place.model)
+
+    def config(self) -> AdapterConfig:
+        """Return what an adapter folder of this run says."""
+        return AdapterConfig.of_run(self.section, base=self._base)
+
+    def held(self) -> list[tuple[WeightRule, Tensor]]:
+        """Return this stage's matrices as a forward computes with them."""
+        return [(rule, weight.detach()) for rule, weight in self.weights]
+
+    def fill(self, source: TensorReader) -> None:
+        """Copy this rank's share of an adapter's matrices."""
+        for rule, weight in self.weights:
+            weight.data.copy_(self.share(rule, source))
+
+    def share(self, rule: WeightRule, source: TensorReader) -> Tensor:
+        """Return this rank's share of one matrix."""
+        return tp_shard(rule, source.read(rule.hf_names[0]), self.place.tp_rank, self.place.tp_size)
+
+    def merged_into(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield whole weights of the model with their adapters merged; collective."""
+        matrices = dict(self._whole.gather())
+        for name, weight in weights:
+            module = name.removesuffix(".weight")
+            a, b = matrices.get(f"{module}.{A}"), matrices.get(f"{module}.{B}")
+            yield name, weight if a is None or b is None else merged(weight, a, b, scale=self.section.scale)
+
+    def _start(self, seed: int) -> None:
+        """Fill A with random numbers; B is zero."""
+        shapes = self.config().shapes(self.place.model)
+        for rule, weight in self.weights:
+            if (name := rule.hf_names[0]).endswith(A):
+                whole = random_a(name, shapes[name], seed=seed)
+                weight.data.copy_(tp_shard(rule, whole, self.place.tp_rank, self.place.tp_size))
+
+
+def adapter_rules(model: Architecture, section: LoraConfig) -> Iterator[WeightRule]:
+    """Yield a rule for every matrix of every adapter, in the order of the layers."""
+    for rule in rules(model):
+        for name in rule.hf_names:
+            yield from _rules_of(rule, name, section)
+
+
+def _rules_of(rule: WeightRule, name: str, section: LoraConfig) -> Iterator[WeightRule]:
+    """Yield the rules of A and B of a projection, the Hugging Face weight `name` of a layer's; of no target, none."""
+    module, _, leaf = name.rpartition(".")
+    if leaf != "weight" or module.rsplit(".", 1)[-1] not in section.targets:
+        return
+    for matrix, tp_dim in ((A, 1), (B, 0)):
+        full = f"{module}.{matrix}"
+        split = tp_dim if rule.tp_dim == tp_dim else None
+        yield WeightRule(megatron_name=full, hf_names=(full,), checkpoint_key=full, tp_dim=split)
+
+
+def _local_shape(name: str, place: TensorPlace, *, tp_dim: int | None) -> list[int]:
+    """Return rows and columns of a projection on this rank."""
+    shape = list(projection_shapes(place.model)[name.split(".")[-2]])
+    if tp_dim is not None:
+        shape[tp_dim] //= place.tp_size
+    return shape
+
+
+def _require_gradient(_embedding: nn.Module, _inputs: object, embedded: Tensor) -> Any:  # torch's signature of a hook
+    """Mark the input of the first layer: a recomputed layer without an input that needs a gradient would have none itself."""
+    return embedded.requires_grad_() if torch.is_grad_enabled() else embedded

@@ -1,0 +1,65 @@
+"""The adapters that the contract suites of LoRA begin with, and the record of PEFT's own module from there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import Qwen3ForCausalLM
+
+from qwench.checkpoints.formats.peft import AdapterConfig, write_adapter
+from qwench.config.sections.lora import LoraConfig
+from tests.contract import train_backend_cases as cases
+
+RANK, ALPHA = 3, 5.0
+
+
+def write_start(folder: Path, model_folder: Path, lora: LoraConfig) -> None:
+    """Write an adapter whose A and B are both far from zero."""
+    folder.mkdir()
+    model = Qwen3ForCausalLM.from_pretrained(model_folder)
+    draw = torch.Generator().manual_seed(21)
+    matrices = {}
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] in lora.targets:
+            assert isinstance(module, nn.Linear)
+            matrices[f"{name}.lora_A.weight"] = torch.randn(RANK, module.in_features, generator=draw) * 0.1
+            matrices[f"{name}.lora_B.weight"] = torch.randn(module.out_features, RANK, generator=draw) * 0.1
+    write_adapter(folder, AdapterConfig.of_run(lora, base=str(model_folder)), matrices)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeftRecord:
+    """What PEFT's module made of the batch."""
+
+    steps: cases.StepsRecord
+    matrices: dict[str, Tensor]
+    """A and B after the steps, by their names in an adapter folder."""
+    first_moments: dict[str, Tensor]
+    """Running averages of their clipped gradients, by the same names without PEFT's prefix."""
+
+
+def peft_loop(model_folder: Path, start: Path, *, num_steps: int = cases.NUM_STEPS) -> PeftRecord:
+    """Train PEFT's module from the adapter in `start` by the plain loop."""
+    models: list[peft.PeftModel] = []
+    optimizers: list[torch.optim.Optimizer] = []
+
+    def prepare(model: nn.Module) -> nn.Module:
+        models.append(peft.PeftModel.from_pretrained(model, str(start), is_trainable=True))
+        return models[0]
+
+    hook = register_optimizer_step_post_hook(lambda optimizer, *_: optimizers.append(optimizer))
+    try:
+        steps = cases.plain_loop(model_folder, num_steps=num_steps, prepare=prepare)
+    finally:
+        hook.remove()
+    moments = {
+        name.removeprefix("base_model.model.").replace(".default.", "."): optimizers[-1].state[weight]["exp_avg"]
+        for name, weight in models[0].named_parameters()
+        if weight.requires_grad
+    }
+    return PeftRecord(steps=steps, matrices=peft.get_peft_model_state_dict(models[0]), first_moments=moments)

@@ -1,0 +1,141 @@
+"""Adapters under Megatron: in every layout the steps of PEFT's own module, and checkpoints that pass between the backends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qwench.checkpoints.formats.dcp_reader import DcpFolder
+from qwench.config.sections.lora import LoraConfig
+from tests.contract import train_backend_cases as cases
+from tests.contract.lora_cases import ALPHA, RANK, PeftRecord, peft_loop, write_start
+from tests.contract.train_backend_checks import ON_CPU as WITHIN
+from tests.contract.train_backend_checks import assert_close, read_records
+from tests.contract.train_backend_layouts import LAYOUTS, fsdp, megatron
+from tests.contract.train_backend_ranks import Case, run_world
+
+_ALL = LoraConfig(lora_rank=RANK, lora_alpha=ALPHA)
+_FLAGS = {"all": _ALL, "some": replace(_ALL, target_modules="q_proj,v_proj,up_proj,down_proj", use_rslora=True)}
+_STEPPED = [(on, "all") for on in LAYOUTS] + [(on, "some") for on in ("tp2", "tp2-sp", "pp2", "tp2-cp2")]
+_RECOMPUTED = ("tp2-sp", "pp2")
+_RESUMED = {"tp2-dp2": "pp2", "pp2": "tp2-sp", "tp2-sp": "fsdp", "tp2-pp2": "dp4", "cp2": "tp2-pp2", "fsdp": "tp2-pp2"}
+"""Layout -> the layout whose checkpoint it goes on from."""
+
+
+def _cases(folder: Path) -> list[tuple[int, Case]]:
+    found = []
+    for on, flags in _STEPPED:
+        model = "tied" if flags == "some" else "untied"
+        lora = replace(_FLAGS[flags], lora_adapter_path=folder / f"{flags}.adapter")
+        found.append(megatron(f"{on}-{flags}", model, on=on, lora=lora, save=True, gradient_checkpointing=on in _RECOMPUTED))
+    found.append(fsdp("fsdp-all", "untied", on="fsdp-2", lora=_started(folder), save=True))
+    for on, before in _RESUMED.items():
+        name, load = f"{on}-after-{before}", f"{before}-all"
+        build = fsdp if on == "fsdp" else megatron
+        found.append(build(name, "untied", on="fsdp-2" if on == "fsdp" else on, lora=_ALL, load=load, num_steps=2))
+    found.append(megatron("fresh", "untied", on="tp2", lora=_ALL))
+    bf16 = {"on": "tp2-dp2", "bf16": True, "lora": _started(folder)}
+    found.append(megatron("bf16-whole", "bf16", num_steps=4, **bf16))
+    found.append(megatron("bf16-first", "bf16", num_steps=2, save=True, **bf16))
+    found.append(megatron("bf16-second", "bf16", num_steps=2, load="bf16-first", **bf16))
+    return found
+
+
+def _started(folder: Path) -> LoraConfig:
+    return replace(_ALL, lora_adapter_path=folder / "all.adapter")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the models and the adapters that runs start from, and run every case."""
+    folder = tmp_path_factory.mktemp("lora")
+    for name, tied, dtype in (("tied", True, torch.float32), ("untied", False, torch.float32), ("bf16", True, torch.bfloat16)):
+        cases.write_model(folder / name, tied=tied, dtype=dtype)
+    for flags, lora in _FLAGS.items():
+        write_start(folder / f"{flags}.adapter", folder / "tied", lora)
+    made = _cases(folder)
+    loading = [(size, case) for size, case in made if case.load]
+    for part in ([one for one in made if one not in loading], loading):
+        for world_size in (1, 2, 4):
+            if in_world := [case for size, case in part if size == world_size]:
+                run_world(world_size, in_world, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> dict[str, PeftRecord]:
+    """Return the records of PEFT's own module by flags."""
+    return {
+        flags: peft_loop(folder / ("tied" if flags == "some" else "untied"), folder / f"{flags}.adapter") for flags in _FLAGS
+    }
+
+
+@pytest.mark.parametrize(("on", "flags"), _STEPPED)
+def test_steps_equal_peft_s_own_module(folder: Path, expected: dict[str, PeftRecord], on: str, flags: str) -> None:
+    steps = expected[flags].steps
+    for record in read_records(folder, Case(name=f"{on}-{flags}", model="", bins=[]), LAYOUTS[on][0]):
+        assert [step["loss"] for step in record["steps"]] == pytest.approx(steps.losses, rel=1e-5, abs=1e-6)
+        assert [step["grad_norm"] for step in record["steps"]] == pytest.approx(steps.grad_norms, rel=1e-5)
+        for index, values in record["log_probs"].items():
+            assert_close(values, steps.log_probs[index], f"log-probs of sample {index}", WITHIN)
+
+
+@pytest.mark.parametrize(("on", "flags"), _STEPPED)
+def test_matrices_and_moments_of_their_gradients_equal_peft_s(
+    folder: Path, expected: dict[str, PeftRecord], on: str, flags: str
+) -> None:
+    checkpoint = folder / f"{on}-{flags}.checkpoint"
+    saved, moments = load_file(checkpoint / "adapter_model.safetensors"), DcpFolder(checkpoint / "optimizer")
+    assert saved.keys() == expected[flags].matrices.keys()
+    for name, matrix in expected[flags].matrices.items():
+        assert_close(saved[name], matrix, name, WITHIN)
+    assert {name for name in moments.tensors if name.endswith(".exp_avg")} == {
+        f"{name}.exp_avg" for name in expected[flags].first_moments
+    }
+    for name, moment in expected[flags].first_moments.items():
+        assert_close(moments.read(f"{name}.exp_avg"), moment, name, WITHIN)
+
+
+@pytest.mark.parametrize(("on", "flags"), _STEPPED)
+def test_published_weights_are_merged(folder: Path, expected: dict[str, PeftRecord], on: str, flags: str) -> None:
+    weights = read_records(folder, Case(name=f"{on}-{flags}", model="", bins=[]), LAYOUTS[on][0])[0]["weights"]
+    base = load_file(folder / ("tied" if flags == "some" else "untied") / "model.safetensors")
+    scale = {"all": ALPHA / RANK, "some": ALPHA / RANK**0.5}[flags]
+    assert weights.keys() == base.keys()
+    for name, weight in base.items():
+        module = "base_model.model." + name.removesuffix(".weight")
+        if (a := expected[flags].matrices.get(f"{module}.lora_A.weight")) is None:
+            assert torch.equal(weights[name], weight), name
+        else:
+            b = expected[flags].matrices[f"{module}.lora_B.weight"]
+            assert_close(weights[name], weight + scale * b @ a, name, WITHIN)
+
+
+def test_the_reference_is_the_base_model_bit_for_bit(folder: Path) -> None:
+    # B of a fresh adapter is zero. A model without adapters has its weights elsewhere in memory, which changes roundings.
+    (fresh, *_), (adapted, *_) = (
+        read_records(folder, Case(name=name, model="", bins=[]), LAYOUTS["tp2"][0]) for name in ("fresh", "tp2-all")
+    )
+    for index, values in fresh["log_probs"].items():
+        assert torch.equal(adapted["reference_log_probs"][index], values)
+        assert torch.equal(fresh["reference_log_probs"][index], values)
+    assert not torch.equal(adapted["log_probs"][0], fresh["log_probs"][0])
+
+
+@pytest.mark.parametrize("on", _RESUMED)
+def test_a_checkpoint_of_another_layout_or_backend_goes_on(folder: Path, on: str) -> None:
+    steps = peft_loop(folder / "untied", folder / "all.adapter", num_steps=5).steps
+    size = 2 if on == "fsdp" else LAYOUTS[on][0]
+    for record in read_records(folder, Case(name=f"{on}-after-{_RESUMED[on]}", model="", bins=[]), size):
+        assert [step["loss"] for step in record["steps"]] == pytest.approx(steps.losses[3:], rel=1e-5, abs=1e-6)
+        assert [step["grad_norm"] for step in record["steps"]] == pytest.approx(steps.grad_norms[3:], rel=1e-5)
+
+
+def test_a_resumed_run_in_bfloat16_has_the_bits_of_one_that_went_on(folder: Path) -> None:
+    whole, second = (read_records(folder, Case(name=name, model="", bins=[]), 4)[0] for name in ("bf16-whole", "bf16-second"))
+    assert second["steps"] == whole["steps"][2:]
+    assert all(torch.equal(weight, second["weights"][name]) for name, weight in whole["weights"].items())
