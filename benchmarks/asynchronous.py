@@ -1,10 +1,13 @@
 """Samples a second in turn, one ahead and fully asynchronous, where the lengths of responses have a long tail.
 
     python -m benchmarks.asynchronous [--rollouts 12] [--repeats 3] [--engines 2]
+    python -m benchmarks.asynchronous --model FOLDER --engines 1 --prompts 32 --siblings 8 --median 300 --longest 2048 \\
+        --repeats 1 --output FILE -- --attn-implementation cudnn --max-tokens-per-gpu 16384      a GPU trains, one generates
 
-Each run trains the tiny model of the quickstart with engine servers and a trainer of one thread each. Response lengths are
-lognormal and the same in all runs. The first two rollouts are not counted. Prints samples a second, the ratio to the run in
-turn of the same repeat, and the share of the time in which the trainer waited.
+Each run trains the tiny model of the quickstart, or that of `--model`, with engine servers and a trainer apart; on a CPU each
+has one thread. Response lengths are lognormal and the same in all runs. The first two rollouts are not counted. Prints samples
+a second, the ratio to the run in turn of the same repeat, the share of the time in which the trainer waited, and on GPUs the
+share of the time in which each ran no kernel. Flags after -- are given to `qwench train`.
 """
 
 from __future__ import annotations
@@ -17,14 +20,22 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import torch
 
 from qwench.commands.quickstart import write_data
 from qwench.rollout.generate import GenerateContext
 from qwench.samples import Sample
 
-MEDIAN, SIGMA, LONGEST = 40, 0.9, 480
-PROMPTS, SIBLINGS = 8, 4
+SIGMA = 0.9
+LENGTHS = "ASYNCHRONOUS_LENGTHS"
+"""Environment variable of a run: median and largest length of a response."""
+WARM_UP = 2
+"""Rollouts that are not counted."""
 VARIANTS: dict[str, list[str]] = {
     "in turn": [],
     "one ahead": ["--rollouts-ahead", "1"],
@@ -34,57 +45,112 @@ VARIANTS: dict[str, list[str]] = {
 }
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One run after its warm-up."""
+
+    samples_per_s: float
+    step_s: float
+    trainer_waited: float
+    idle: list[float]
+    """Of each GPU, the trainer's first: share of the time without a kernel."""
+
+
 async def long_tail(sample: Sample, context: GenerateContext) -> Sample:
     """Write a response of a lognormal length that depends on the sample alone."""
-    length = random.Random(sample.sample_id).lognormvariate(0.0, SIGMA) * MEDIAN
-    await context.generate(sample, max_new_tokens=max(min(round(length), LONGEST) - sample.response_length, 1))
+    median, longest = map(int, os.environ[LENGTHS].split())
+    length = random.Random(sample.sample_id).lognormvariate(0.0, SIGMA) * median
+    await context.generate(sample, max_new_tokens=max(min(round(length), longest) - sample.response_length, 1))
     return sample
 
 
-def measure(folder: Path, variant: str, *, num_rollouts: int, num_engines: int) -> tuple[float, float]:
-    """Return samples a second, and the share of the time in which the trainer waited."""
+def measure(folder: Path, variant: str, given: argparse.Namespace) -> Measured:
+    """Run a variant and return what it reached."""
     with tempfile.TemporaryDirectory(dir=folder) as log_dir:
+        model, prompts = given.model or folder / "base", folder / "data" / "train.jsonl"
         words = [
-            "train", "--hf-checkpoint", str(folder / "base"), "--prompt-data", str(folder / "data" / "train.jsonl"),
-            "--input-key", "prompt", "--label-key", "label", "--apply-chat-template", "--rm-type", "dapo",
-            "--num-rollout", str(num_rollouts),
-            "--rollout-batch-size", str(PROMPTS), "--n-samples-per-prompt", str(SIBLINGS),
-            "--global-batch-size", str(PROMPTS * SIBLINGS), "--rollout-max-response-len", str(LONGEST), "--rollout-ignore-eos",
-            "--custom-generate-function-path", "benchmarks.asynchronous.long_tail", "--allow-degenerate-rewards",
-            "--use-dynamic-batch-size", "--max-tokens-per-gpu", "8192", "--lr", "1e-4", "--log-dir", log_dir,
-            "--rollout-num-gpus", str(num_engines), *VARIANTS[variant],
+            "train", "--hf-checkpoint", str(model), "--prompt-data", str(prompts), "--input-key", "prompt",
+            "--label-key", "label", "--apply-chat-template", "--rm-type", "dapo",
+            "--num-rollout", str(given.rollouts),
+            "--rollout-batch-size", str(given.prompts), "--n-samples-per-prompt", str(given.siblings),
+            "--global-batch-size", str(given.prompts * given.siblings), "--rollout-max-response-len", str(given.longest),
+            "--rollout-ignore-eos", "--custom-generate-function-path", "benchmarks.asynchronous.long_tail",
+            "--allow-degenerate-rewards", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "8192", "--lr", "1e-4",
+            "--log-dir", log_dir, "--rollout-num-gpus", str(given.engines), *VARIANTS[variant], *given.flags,
         ]  # fmt: skip
-        environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, "-m", "qwench", *words], check=True, env=environ, stdout=subprocess.DEVNULL)
-        records = [json.loads(line) for line in (Path(log_dir) / "metrics.jsonl").read_text().splitlines()]
-    steps = [record for record in records if "perf/step_time" in record][2:]
+        environ = {**os.environ, LENGTHS: f"{given.median} {given.longest}"}
+        if not torch.cuda.is_available():
+            environ["OMP_NUM_THREADS"] = "1"
+        metrics = Path(log_dir) / "metrics.jsonl"
+        run = subprocess.Popen([sys.executable, "-m", "qwench", *words], env=environ, stdout=subprocess.DEVNULL)
+        idle = watch_gpus(run, metrics, last=given.rollouts)
+        if run.wait() != 0:
+            raise SystemExit(f"the run of {variant!r} ended with exit code {run.returncode}")
+        steps = steps_of(metrics)[WARM_UP:]
     seconds = sum(record["perf/step_time"] for record in steps)
-    return PROMPTS * SIBLINGS * len(steps) / seconds, sum(record["perf/train_wait_time"] for record in steps) / seconds
+    waited = sum(record["perf/train_wait_time"] for record in steps)
+    return Measured(given.prompts * given.siblings * len(steps) / seconds, seconds / len(steps), waited / seconds, idle)
+
+
+def steps_of(metrics: Path) -> list[dict[str, float]]:
+    """Return the records of the steps that have ended."""
+    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    return [record for record in map(json.loads, lines) if "perf/step_time" in record]
+
+
+def watch_gpus(run: subprocess.Popen[bytes], metrics: Path, *, last: int) -> list[float]:
+    """Return the share of the time in which each GPU ran no kernel, from the end of the warm-up to the last step."""
+    num_gpus = torch.cuda.device_count()
+    busy: list[list[int]] = []
+    while run.poll() is None:
+        if num_gpus and WARM_UP <= len(steps_of(metrics)) < last:
+            busy.append([torch.cuda.utilization(index) for index in range(num_gpus)])
+        time.sleep(0.1)
+    return [1 - statistics.fmean(percents) / 100 for percents in zip(*busy, strict=True)]
 
 
 def main() -> None:
     """Measure every variant in turn, several times."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="checkpoint to train. None: a tiny one")
+    parser.add_argument("--variant", action="append", choices=list(VARIANTS), help="what to run. None: all")
     parser.add_argument("--rollouts", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--engines", type=int, default=2)
-    arguments = parser.parse_args()
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--siblings", type=int, default=4)
+    parser.add_argument("--median", type=int, default=40, help="of the lengths of responses, in tokens")
+    parser.add_argument("--longest", type=int, default=480)
+    parser.add_argument("--output", type=Path, help="JSON file of the results")
+    parser.add_argument("flags", nargs="*", help="flags of qwench train, after --")
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_data(folder / "data", seed=0, num_demos=8, num_prompts=400, num_held_out=4)
+        write_data(folder / "data", seed=0, num_demos=8, num_prompts=50 * given.prompts, num_held_out=4)
         make = [sys.executable, "-m", "qwench", "make-model", "--size", "tiny", "--output", str(folder / "base"), "--seed", "0"]
-        subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
+        if given.model is None:
+            subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
         print(f"load {Path('/proc/loadavg').read_text().split()[0]}, {os.cpu_count()} cores")
-        measured: dict[str, list[tuple[float, float]]] = {variant: [] for variant in VARIANTS}
-        for _ in range(arguments.repeats):
+        measured: dict[str, list[Measured]] = {variant: [] for variant in given.variant or VARIANTS}
+        for _ in range(given.repeats):
             for variant, results in measured.items():
-                results.append(measure(folder, variant, num_rollouts=arguments.rollouts, num_engines=arguments.engines))
-    in_turn = [speed for speed, _ in measured["in turn"]]
+                results.append(measure(folder, variant, given))
+                if given.output:
+                    content = {variant: [asdict(one) for one in found] for variant, found in measured.items()}
+                    given.output.write_text(json.dumps(content, indent=1))
+    report(measured)
+
+
+def report(measured: Mapping[str, Sequence[Measured]]) -> None:
+    """Print the medians of every variant."""
+    bases = measured.get("in turn", ())
     for variant, results in measured.items():
-        speed = statistics.median(speed for speed, _ in results)
-        ratio = statistics.median(speed / base for (speed, _), base in zip(results, in_turn, strict=True))
-        waited = statistics.median(share for _, share in results)
-        print(f"{variant:10} {speed:7.2f} samples/s  {ratio:5.2f} x in turn  trainer waited {waited:.0%}")
+        speed = statistics.median(one.samples_per_s for one in results)
+        ratios = [one.samples_per_s / base.samples_per_s for one, base in zip(results, bases, strict=False)]
+        ratio = f"{statistics.median(ratios):5.2f} x in turn" if ratios else ""
+        waited = statistics.median(one.trainer_waited for one in results)
+        idle = " and ".join(f"{statistics.median(shares):.0%}" for shares in zip(*(one.idle for one in results), strict=True))
+        print(f"{variant:10} {speed:7.2f} samples/s  {ratio}  trainer waited {waited:.0%}{idle and '  GPUs idle ' + idle}")
     print(f"load {Path('/proc/loadavg').read_text().split()[0]}")
 
 

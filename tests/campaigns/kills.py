@@ -1,7 +1,8 @@
 """Kill drivers at random moments: `python -m tests.campaigns.kills --runs 300 --seed 0`.
 
 Each run is killed by SIGKILL once or twice and continued by the same command. Then its metrics, samples, tokens and log-probs
-must be, bit for bit, those of a run that was not killed, and no process and no file in shared memory may be left.
+must be, bit for bit, those of a run that was not killed, and no process and no file in shared memory may be left. A variant
+that is not deterministic must have trained on every group exactly once, of the same prompt, with no token older than its bound.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.campaigns.runs import (
+    FREE,
     VARIANTS,
     Driver,
     family,
@@ -75,11 +79,36 @@ class Campaign:
         driver = Driver(argv, log=log)
         if driver.wait() != 0:
             faults.append(f"the continued run ended with {driver.poll()}: {log.read_text()[-2000:]}")
+        elif variant in FREE:
+            faults += [f"{fault}; see {folder}" for fault in order_faults(variant, outcome(folder), whole.outcome)]
         elif outcome(folder) != whole.outcome:
             faults.append(f"other numbers or samples than undisturbed; see {folder}")
         if not faults:
             remove(folder)
         return faults
+
+
+def order_faults(variant: str, found: Mapping[str, Any], whole: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the groups of a run whose tokens depend on time."""
+    faults = []
+    expected = {record["group_id"]: record["prompt"] for records in whole["samples"].values() for record in records}
+    trained, once = (
+        Counter(record["group_id"] for records in one["samples"].values() for record in records) for one in (found, whole)
+    )
+    if found["samples"].keys() != whole["samples"].keys():
+        faults.append(f"rollouts {sorted(found['samples'])} instead of {sorted(whole['samples'])}")
+    if trained != once:
+        faults.append(f"samples of each group: {dict(trained)} instead of {dict(once)}")
+    bound = int(str(VARIANTS[variant]["max_weight_staleness"]))
+    for name, records in found["samples"].items():
+        rollout_id = int(name.partition(".")[0])
+        for record in records:
+            if expected.get(record["group_id"]) != record["prompt"]:
+                faults.append(f"group {record['group_id']} has another prompt")
+            oldest = min(version for version in record["weight_versions"] if version >= 0)
+            if not rollout_id - bound <= oldest <= rollout_id:
+                faults.append(f"rollout {rollout_id} has tokens of version {oldest}, more than {bound} versions old")
+    return faults
 
 
 def main(words: list[str]) -> int:

@@ -7,13 +7,15 @@
 A change is tried on the module's mirror in tests/unit. The other test files of its folder, and those that import it, then
 try the changes which the mirror did not notice. `--tests` names other files in place of both: needed where e2e tests alone
 run the module. The tests run on a copy of the tree. Every change runs in a fork of a process that has imported the heavy
-libraries. Read each change that is printed: a test is missing, the code does nothing, or the change has no effect.
+libraries. `--jobs` tries several modules at once, each job on its own copy. Read each change that is printed: a test is
+missing, the code does nothing, or the change has no effect.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import multiprocessing
 import os
 import random
 import re
@@ -22,6 +24,7 @@ import signal
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -183,8 +186,19 @@ def _short(code: str) -> str:
     return line if len(line) < 100 else line[:97] + "..."
 
 
+def enter_copy(parent: Path) -> None:
+    """Copy the tree, and let this process and its children import the copy."""
+    tree = Path(tempfile.mkdtemp(dir=parent)) / "tree"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "*.egg-info"))
+    os.chdir(tree)
+    os.environ["PYTHONPATH"] = str(tree)
+    sys.path[:] = [str(tree), *(entry for entry in sys.path if Path(entry or ".").resolve() != ROOT)]
+    for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
+        del sys.modules[name]
+
+
 def main() -> None:
-    """Copy the tree, run the campaign in it for every module, print the share."""
+    """Run the campaign for every module, on copies of the tree, and print the share."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="+", type=Path, help="modules, or folders of them")
     parser.add_argument("--tests", nargs="+", help="test files to run")
@@ -192,21 +206,23 @@ def main() -> None:
     parser.add_argument("--total", type=int, default=0, help="changes of all modules together; 0: no bound")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lines", type=int, nargs=2, default=(0, 10**6), help="first and last line to change")
+    parser.add_argument("--jobs", type=int, default=1, help="modules at once")
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     for name in HEAVY:
         import_module(name)
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder) / "tree"
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "*.egg-info"))
-        os.chdir(tree)
-        os.environ["PYTHONPATH"] = str(tree)
-        sys.path[:] = [str(tree), *(entry for entry in sys.path if Path(entry or ".").resolve() != ROOT)]
-        for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
-            del sys.modules[name]
-        modules = [file for path in args.modules for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
-        places = chosen(modules, args)
-        counts = [campaign(module, some, [args.tests] if args.tests else stages_of(module)) for module, some in places.items()]
+    os.chdir(ROOT)
+    modules = [file for path in args.modules for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    places = sorted(chosen(modules, args).items(), key=lambda item: -len(item[1]))
+    fork = multiprocessing.get_context("fork")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(args.jobs, fork, initializer=enter_copy, initargs=(Path(folder),)) as pool,
+    ):
+        runs = [
+            pool.submit(campaign, module, some, [args.tests] if args.tests else stages_of(module)) for module, some in places
+        ]
+        counts = [run.result() for run in as_completed(runs)]
     noticed, tried = sum(noticed for noticed, _ in counts), sum(tried for _, tried in counts)
     print(f"{noticed} of {tried} noticed: {noticed / max(tried, 1):.1%}")
 

@@ -40,7 +40,17 @@ VARIANTS: dict[str, dict[str, object]] = {
     },
     "ahead": {"rollouts_ahead": 1, "num_rollout": 4},
     "asynchronous": {"fully_async": (), "max_weight_staleness": 2, "num_rollout": 4},
+    "asynchronous servers": {
+        "fully_async": (),
+        "max_weight_staleness": 2,
+        "num_rollout": 6,
+        "rollout_num_gpus": 2,
+        "colocate": None,
+        "deterministic_mode": None,
+    },
 }
+FREE = frozenset({"asynchronous servers"})
+"""Variants whose tokens depend on time: their runs are not deterministic."""
 
 
 def make_workspace(folder: Path) -> Workspace:

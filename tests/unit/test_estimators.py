@@ -15,8 +15,27 @@ def test_ppo_and_the_reinforce_methods_use_the_kl_of_tokens_and_the_latter_requi
     }
 
 
-def test_only_methods_that_compare_groups_divide_by_their_deviation():
-    assert all(facts.compares_groups for facts in METHODS.values() if facts.divides_by_std)
+@pytest.mark.parametrize(
+    ("fact", "without"),
+    [
+        ("compares_groups", {"reinforce_plus_plus", "ppo", "sft"}),
+        (
+            "divides_by_std",
+            {"reinforce_plus_plus", "reinforce_plus_plus_baseline", "rloo", "dr_grpo", "gpg", "maxrl", "ppo", "sft"},
+        ),
+        ("clips", {"sapo", "gpg", "kl_cov"}),
+        ("clips_loss", {"cispo", "sapo", "gmpo", "gpg", "kl_cov", "dppo_tv", "dppo_kl"}),
+        ("reduces", {"dr_grpo"}),
+        ("policy_gradient", {"sft"}),
+    ],
+)
+def test_which_methods_lack_a_fact_that_most_have(fact, without):
+    assert {name for name, facts in METHODS.items() if not getattr(facts, fact)} == without
+
+
+def test_which_methods_discount_and_which_has_a_critic():
+    assert {name for name, facts in METHODS.items() if facts.discounts} == {"reinforce_plus_plus", "ppo"}
+    assert {name for name, facts in METHODS.items() if facts.critic} == {"ppo"}
 
 
 @pytest.mark.parametrize(
