@@ -326,10 +326,22 @@ def evaluations_beside_training_have_engines(config: Config) -> str | None:
     return None
 
 
-def hooks_have_megatron(config: Config) -> str | None:
-    """Hooks get Megatron's model and optimizer."""
+def hooks_have_what_they_see(config: Config) -> str | None:
+    """Hooks get Megatron's model and optimizer, or the files of a publication."""
     if config.references.megatron_hooks and config.backend != "megatron":
         return f"{config.references.megatron_hooks[0]} needs --train-backend megatron, got {config.backend}"
+    engine = config.engine
+    if config.references.custom_update_weight_post_write_path is not None:
+        if engine.update_weight_transport != "disk":
+            return (
+                "--custom-update-weight-post-write-path sees files that only --update-weight-transport disk writes, got "
+                f"{engine.update_weight_transport}"
+            )
+        if engine.facts.runs_in_process and config.cluster.shares_devices:
+            return (
+                "--custom-update-weight-post-write-path has no effect on the embedded engine of this process, which reads no "
+                "files; leave it out"
+            )
     return None
 
 
@@ -359,7 +371,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     a_teacher_has_advantages_to_change,
     recorded_rollouts_have_files,
     evaluations_beside_training_have_engines,
-    hooks_have_megatron,
+    hooks_have_what_they_see,
     old_log_probs_differ_from_the_steps,
     long_responses_have_a_bound,
     adapters_are_built_for,

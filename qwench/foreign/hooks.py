@@ -1,15 +1,17 @@
-"""Functions of slime and miles around Megatron's model and optimizer.
+"""Functions of slime and miles around Megatron's model and optimizer, checkpoints and publications.
 
 --custom-megatron-init-path                     fn(args)                        each rank, at the end of its start
 --custom-megatron-before-log-prob-hook-path     fn(args, model, store_prefix)   each rank; model: a list of one chunk
 --custom-megatron-before-train-step-hook-path   fn(args, rollout_id, step_id, model, optimizer, opt_param_scheduler)
 --custom-megatron-post-save-hook-path           fn(args, rollout_id, checkpoint_dir, hf_checkpoint_dir)    once a checkpoint
+--custom-update-weight-post-write-path          fn(args, version_dir, rollout_engines)                     the rank that wrote
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -26,6 +28,7 @@ _CALLED_AS = {
     "custom_megatron_before_log_prob_hook_path": "fn(args, model, store_prefix)",
     "custom_megatron_before_train_step_hook_path": "fn(args, rollout_id, step_id, model, optimizer, opt_param_scheduler)",
     "custom_megatron_post_save_hook_path": "fn(args, rollout_id, checkpoint_dir, hf_checkpoint_dir)",
+    "custom_update_weight_post_write_path": "fn(args, version_dir, rollout_engines)",
 }
 """Field of the section references -> how its function is called."""
 
@@ -59,7 +62,7 @@ def load_hooks(section: ReferencesConfig) -> dict[str, Function]:
 def start_hooks(section: ReferencesConfig, trainer: Trainer, args: Callable[[], Namespace]) -> Hooks:
     """Call the function for the start of a rank, and return what is called later on it."""
     loaded = load_hooks(section)
-    if not loaded:
+    if not section.megatron_hooks:
         return NO_HOOKS
     assert isinstance(trainer, MegatronParts), "config.rules requires --train-backend megatron"
     if (init := loaded.get("custom_megatron_init_path")) is not None:
@@ -82,6 +85,18 @@ def after_save(section: ReferencesConfig, args: Callable[[], Namespace]) -> Call
         function(args(), rollout_id, str(folder), None if exported is None else str(exported))
 
     return call
+
+
+@dataclass(frozen=True, slots=True)
+class AfterWrite:
+    """Calls the user's function on the rank that wrote the files of a publication; picklable."""
+
+    section: ReferencesConfig
+    args: Namespace
+
+    def __call__(self, folder: Path, addresses: Sequence[str]) -> None:
+        """Call it with the folder and the addresses of the engines that will read it."""
+        load_hooks(self.section)["custom_update_weight_post_write_path"](self.args, str(folder), list(addresses))
 
 
 def _before_log_probs(function: Function, trainer: MegatronParts, args: Callable[[], Namespace], prefix: str) -> None:

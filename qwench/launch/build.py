@@ -32,6 +32,7 @@ from qwench.files import write_atomically
 from qwench.foreign.args import make_args
 from qwench.foreign.data_source import ForeignSource
 from qwench.foreign.hooks import after_save, load_hooks
+from qwench.launch.engines import make_publisher
 from qwench.launch.inputs import Inputs, read_conversations, read_eval_prompts, read_inputs, read_training_prompts
 from qwench.launch.outputs import claim_outputs
 from qwench.launch.placement import make_servers, open_processes, start_learner, take_turns
@@ -53,8 +54,6 @@ from qwench.rollout.teacher import check_teachers
 from qwench.samples import Json, Prompt
 from qwench.training.held_out import HeldOutLoss
 from qwench.training.process_group import barrier
-from qwench.weights.publisher import Publisher
-from qwench.weights.remote import PublicationPlan
 from qwench.wire.portions import WeightBucket
 
 _logger = logging.getLogger(__name__)
@@ -90,7 +89,7 @@ def build(config: Config, plan: RunPlan) -> Run:
         if not only_generate:
             gpus.make_room()
             learner = start_learner(inputs, processes, timer, started)
-            publisher = _publisher(inputs, learner, generation.engines, gpus, timer)
+            publisher = make_publisher(inputs, learner.state, generation.engines, gpus, timer)
         metrics = metric_log(inputs, report)
         observers = [report.samples, *recorders(inputs, run_name)]
         length = inputs.plan.num_rollout
@@ -246,7 +245,7 @@ def _without_engines(
             checkpoints=checkpoints,
             metrics=metrics,
             timer=timer,
-            publisher=_publisher(inputs, learner, None, gpus, timer),
+            publisher=make_publisher(inputs, learner.state, None, gpus, timer),
             finish=partial(finish_report, report, inputs),
             close=started.pop_all().close,
         )
@@ -380,15 +379,3 @@ def _gpus(inputs: Inputs, engines: EnginePool, timer: PhaseTimer, *, take_turns:
         offload_train=devices.offload_train,
         weights_may_alias=devices.weights_may_alias,
     )
-
-
-def _publisher(
-    inputs: Inputs, learner: LearnerProtocol, engines: EnginePool | None, gpus: ColocatedGpus | DedicatedGpus, timer: PhaseTimer
-) -> Publisher:
-    plan = PublicationPlan(
-        engine=inputs.config.engine,
-        model_folder=inputs.model_folder,
-        fp8=is_fp8_checkpoint(inputs.model_folder),
-        timeout_s=inputs.config.timeouts.update_weights_timeout,
-    )
-    return Publisher(learner.state, engines, plan, gpus=gpus, timer=timer)

@@ -25,10 +25,15 @@ from qwench.engines.kinds.identity import ModelIdentity, check_serves
 from qwench.engines.kinds.kind import ServerOrder
 from qwench.engines.kinds.sglang_router import SglangRouter, router_command
 from qwench.errors import ConfigError, EngineError
+from qwench.foreign.args import make_args
+from qwench.foreign.hooks import AfterWrite
 from qwench.launch.inputs import Inputs, publication_dtype
 from qwench.models.hf import stop_token_ids
 from qwench.models.hf_weights import is_fp8_checkpoint
+from qwench.observability.timing import PhaseTimer
 from qwench.observability.waiting import waiting
+from qwench.weights.publisher import Devices, PublishedModel, Publisher
+from qwench.weights.remote import PublicationPlan
 
 _logger = logging.getLogger(__name__)
 
@@ -225,6 +230,22 @@ def _reach_external(inputs: Inputs, loop: EventLoopThread) -> list[Member]:
         label = f"--rollout-external-engine-addrs: the check of the engine at {url}"
         members.append(loop.run(connect(url), label=label, timeout_s=timeout_s))
     return members
+
+
+def make_publisher(
+    inputs: Inputs, model: PublishedModel, engines: EnginePool | None, gpus: Devices, timer: PhaseTimer
+) -> Publisher:
+    """Return what brings the weights to the engines, or to none."""
+    references = inputs.config.references
+    hooked = references.custom_update_weight_post_write_path is not None
+    plan = PublicationPlan(
+        engine=inputs.config.engine,
+        model_folder=inputs.model_folder,
+        fp8=is_fp8_checkpoint(inputs.model_folder),
+        after_write=AfterWrite(references, make_args(inputs.config, inputs.plan, host="", port=0)) if hooked else None,
+        timeout_s=inputs.config.timeouts.update_weights_timeout,
+    )
+    return Publisher(model, engines, plan, gpus=gpus, timer=timer)
 
 
 def _start_router(inputs: Inputs, undo: ExitStack) -> SglangRouter:

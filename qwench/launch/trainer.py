@@ -16,7 +16,7 @@ from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.foreign.args import make_args
 from qwench.foreign.hooks import start_hooks
 from qwench.launch.inputs import Inputs
-from qwench.launch.user_functions import load_post_process, load_target_functions, load_user_terms
+from qwench.launch.user_functions import load_post_process, load_target_functions, load_user_conversion, load_user_terms
 from qwench.observability.timing import PhaseTimer
 from qwench.training.critic import CRITIC_FOLDER, Critic
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
@@ -62,6 +62,7 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
         equal_bits=config.training.true_on_policy_mode and not inputs.plan.replays and not inputs.plan.fine_tunes,
         reward_post_process=load_post_process(config, args),
         shaping=Shaping.of(config),
+        convert=load_user_conversion(config, args),
     )
 
 

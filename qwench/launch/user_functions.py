@@ -18,6 +18,7 @@ from qwench.config.sections.reward import RewardConfig
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import ConfigError
 from qwench.foreign.args import make_args
+from qwench.foreign.conversion import load_conversion, read_rewards
 from qwench.foreign.data_source import ForeignSource, check_data_source
 from qwench.foreign.declared_flags import parse_declared
 from qwench.foreign.functions import Adapters
@@ -36,6 +37,7 @@ from qwench.rollout.functions import RolloutFunctions, load_functions
 from qwench.rollout.generate import GenerateFunction
 from qwench.rollout.sampling import Sampling
 from qwench.rollout.tool_loop import ToolLoop
+from qwench.samples import Rollout
 from qwench.training.learner import RewardPostProcess
 
 _CONTROL_TIMEOUT_S = 60.0
@@ -140,6 +142,8 @@ def load_post_process(config: Config, args: Callable[[], Namespace]) -> RewardPo
     Raises:
         ConfigError: it cannot be loaded.
     """
+    if load_user_conversion(config, args) is not None:
+        return read_rewards  # that function has normalised them
     path, flag = config.reward.custom_reward_post_process_path, "--custom-reward-post-process-path"
     if path is None:
         return None
@@ -148,6 +152,16 @@ def load_post_process(config: Config, args: Callable[[], Namespace]) -> RewardPo
         return guarded(load_function(path, flag=flag), path=path, flag=flag)
     adapters = Adapters(as_text=config.data.apply_chat_template)
     return adapters.reward_post_process(guarded(function, path=path, flag=flag), path, args)
+
+
+def load_user_conversion(config: Config, args: Callable[[], Namespace]) -> Callable[[Rollout], Rollout] | None:
+    """Return the user's function that makes the training data. None: samples are learned from as they are.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    path = config.references.custom_convert_samples_to_train_data_path
+    return load_conversion(path, args, as_text=config.data.apply_chat_template)
 
 
 def load_target_functions(config: Config, args: Callable[[], Namespace]) -> TargetFunctions | None:

@@ -87,11 +87,13 @@ class Learner:
         hooks: Hooks = NO_HOOKS,
         equal_bits: bool = False,
         shaping: Shaping | None = None,
+        convert: Callable[[Rollout], Rollout] | None = None,
     ) -> None:
         """Keep what every rollout needs.
 
         Args:
             targets: the user's functions between scores and steps. hooks: and before passes and steps.
+            convert: the user's function from the samples of a rollout to those that are learned from.
             equal_bits: the trainer's log-probs must be the engine's, bit by bit.
         """
         self.state = state
@@ -109,7 +111,7 @@ class Learner:
         self._reward_post_process = reward_post_process
         self._own_targets, self._hooks = targets, hooks
         self._equal_bits = equal_bits
-        self._shaping = shaping or Shaping()
+        self._shaping, self._convert = shaping or Shaping(), convert
         self._num_critic_only = plan.num_critic_only
         self._batching, self._scoring_batching = (
             MicroBatching(
@@ -128,6 +130,7 @@ class Learner:
             TrainingError: the rollout does not fill a step, or a loss or gradient norm is not finite.
         """
         with self._timer.phase("train"):
+            rollout = rollout if self._convert is None else self._convert(rollout)
             batch, plan = self._plan(rollout)
             needs = self.method.needs(num_steps=len(plan.steps))
             batch = self._score(batch, needs, rollout.rollout_id)

@@ -39,6 +39,8 @@ from qwench.wire.portions import WeightBucket
 from qwench.wire.shared_buffer import BufferRing, SharedBuffer
 
 Answer = TypeVar("Answer")
+AfterWrite = Callable[[Path, Sequence[str]], None]
+"""(folder of the files, addresses of the engines that will read it)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +53,8 @@ class PublicationPlan:
     """Its config and tokenizer files are added to weights that are published from disk."""
     fp8: bool = False
     """Engines hold block-wise FP8: quantize what is published."""
+    after_write: AfterWrite | None = None
+    """The user's function between the files of a publication from disk and their reading; picklable."""
     timeout_s: float = 600.0
     """For one engine to take one bucket, or from disk all weights."""
 
@@ -340,6 +344,8 @@ class _Publication:
         folder = parent / f"weights_{self._version:07d}"
         try:
             write_hf_checkpoint(folder, noted(buckets, self._ledgers.values()), source=plan.model_folder)
+            if plan.after_write is not None:
+                plan.after_write(folder.resolve(), [self._addresses[number].base_url for number, _, _ in served])
 
             async def load() -> None:
                 loading = (receiver.take_folder(folder.resolve(), version=self._version) for _, _, receiver in served)

@@ -179,6 +179,22 @@ def centre(args, samples):
     return raw, [value - mean for value in raw]
 
 
+def half_of_the_data(args, samples):
+    """Make training data as the built-in conversion does, of the better half, with rewards around their mean."""
+    samples = sorted(samples, key=lambda sample: -sample.reward)[: len(samples) // 2]
+    mean = sum(sample.reward for sample in samples) / len(samples)
+    note(name="half_of_the_data", count=len(samples))
+    return {
+        "tokens": [sample.tokens for sample in samples],
+        "response_lengths": [sample.response_length for sample in samples],
+        "rewards": [sample.reward - mean for sample in samples],
+        "raw_reward": [sample.reward for sample in samples],
+        "sample_indices": [sample.index for sample in samples],
+        "loss_masks": [sample.loss_mask for sample in samples],
+        "rollout_log_probs": [sample.rollout_log_probs for sample in samples],
+    }
+
+
 def log_rollout(rollout_id, args, samples, rollout_extra_metrics, rollout_time):
     note(name="log_rollout", rollout_id=rollout_id, count=len(samples), turns=getattr(samples[0], "num_turns", None))
     return False
@@ -271,6 +287,11 @@ def before_log_probs(args, model, store_prefix):
 
 def before_step(args, rollout_id, step_id, model, optimizer, opt_param_scheduler):
     note(name="before_step", at=[rollout_id, step_id], groups=len(optimizer.param_groups), chunks=len(model))
+
+
+def after_write(args, version_dir, rollout_engines):
+    files = sorted(path.name for path in Path(version_dir).iterdir())
+    note(name="after_write", folder=Path(version_dir).name, engines=len(rollout_engines), config="config.json" in files)
 
 
 def after_save(args, rollout_id, checkpoint_dir, hf_checkpoint_dir):

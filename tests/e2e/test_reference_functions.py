@@ -155,6 +155,38 @@ def test_advantages_and_training_data_are_those_that_functions_leave(workspace, 
     assert losses[0] < 0 and losses[1] == 0.0
 
 
+def test_training_data_is_what_a_function_makes_of_the_samples(workspace, tmp_path, monkeypatch):
+    calls = run(
+        workspace,
+        tmp_path,
+        monkeypatch,
+        custom_rm_path="plain_reward",
+        custom_convert_samples_to_train_data_path="half_of_the_data",
+        num_rollout=1,
+    )
+    assert calls["half_of_the_data"] == [{"count": 8}]
+    (rewards,), (raw,) = column(tmp_path / "run", "rollout/rewards"), column(tmp_path / "run", "rollout/raw_reward")
+    assert rewards == pytest.approx(0.0, abs=1e-6) and 0 < raw <= 1
+    assert len(column(tmp_path / "run", "train/loss")) == 1  # 8 samples are one step of --global-batch-size
+
+
+def test_a_function_sees_the_files_of_a_publication_before_engines_read_them(workspace, tmp_path, monkeypatch):
+    flags = {"update_weight_transport": "disk", "rollout_num_gpus": 1, "custom_rm_path": "plain_reward"}
+    calls = run(
+        workspace,
+        tmp_path,
+        monkeypatch,
+        custom_update_weight_post_write_path="after_write",
+        colocate=None,
+        num_rollout=1,
+        **flags,
+    )
+    assert calls["after_write"] == [
+        {"folder": f"weights_000000{version}", "engines": 1, "config": True} for version in range(len(calls["after_write"]))
+    ]
+    assert len(calls["after_write"]) >= 1
+
+
 def test_a_correction_and_a_reduction_stand_in_the_loss(workspace, tmp_path, monkeypatch):
     calls = run(
         workspace,

@@ -215,10 +215,6 @@ PLANNED: tuple[ForeignFlag, ...] = (
     *planned("another comparison of repeated messages; roles, contents and calls are compared", "session-message-matcher"),
     *planned("every turn as a sample; one sample holds all turns", "generate-multi-samples"),
     *planned("resets of the learning-rate schedule", "use-checkpoint-opt-param-scheduler use-checkpoint-lr-scheduler"),
-    *planned(
-        "plug-ins of the trainer",
-        "custom-convert-samples-to-train-data-path custom-update-weight-post-write-path",
-    ),
     *planned("training a part of the parameters", "freeze-params-name-list only-train-params-name-list"),
     *planned("other lives of the optimizer's state", "reset-optimizer-states use-stateless-adam"),
     *planned("old log-probs of the weights that the engines used", "keep-old-actor"),

@@ -21,6 +21,11 @@ class ReferencesConfig:
     """Function fn(args, rollout_data) that sets the advantages of a rollout, in slime's form. None: those of the method."""
     rollout_data_postprocess_path: str | None = None
     """Function that sees and changes the scored data of a rollout, in slime's form fn(args, rollout_id, rollout_data)."""
+    custom_convert_samples_to_train_data_path: str | None = None
+    """Function fn(args, samples) that returns a rollout's training data as a dict of lists, normalised rewards included."""
+    custom_update_weight_post_write_path: str | None = None
+    """Function fn(args, version_dir, rollout_engines) between the files of a publication by disk and their reading. The
+    process that wrote the files calls it."""
     custom_megatron_init_path: str | None = None
     """Function fn(args) that every rank of the Megatron backend calls at the end of its start."""
     custom_megatron_before_log_prob_hook_path: str | None = None

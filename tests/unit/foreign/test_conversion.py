@@ -1,0 +1,104 @@
+"""Training data that a function of the references makes of a rollout."""
+
+from argparse import Namespace
+
+import pytest
+
+from qwench.errors import TrainingError
+from qwench.foreign.conversion import conversion, read_rewards
+from qwench.samples import Group, Prompt, Rollout, Sample, Status
+
+ARGS = Namespace(n_samples_per_prompt=2)
+
+
+def sample(sample_id: int, reward: float, tokens: tuple[int, ...] = (5, 6, 7)) -> Sample:
+    made = Sample(prompt=Prompt(text="p", token_ids=(1, 2)), sample_id=sample_id, group_id=0, reward=reward)
+    made.append(list(tokens), log_probs=[-0.5] * len(tokens), version=3)
+    made.status = Status.COMPLETED
+    return made
+
+
+ROLLOUT = Rollout(
+    rollout_id=4, groups=[Group(group_id=0, samples=[sample(8, 1.0), sample(9, 0.0, (5, 6))])], metrics={"a": 1.0}
+)
+
+
+def convert(function, rollout: Rollout = ROLLOUT) -> Rollout:
+    return conversion(function, lambda: ARGS, as_text=True)(rollout)
+
+
+def as_there(args, samples):
+    """Convert like the built-in function of the references, with rewards around their mean."""
+    assert args is ARGS
+    raw = [one.reward for one in samples]
+    return {
+        "tokens": [one.tokens for one in samples],
+        "response_lengths": [one.response_length for one in samples],
+        "rewards": [one - sum(raw) / len(raw) for one in raw],
+        "raw_reward": raw,
+        "truncated": [0] * len(samples),
+        "sample_indices": [one.index for one in samples],
+        "rollout_ids": [0, 1],
+        "loss_masks": [[1] * one.response_length for one in samples],
+        "rollout_mask_sums": [one.response_length for one in samples],
+        "rollout_log_probs": [one.rollout_log_probs for one in samples],
+    }
+
+
+def test_its_rewards_are_learned_from_and_its_raw_ones_logged():
+    made = convert(as_there)
+    assert read_rewards(made.samples) == [0.5, -0.5]
+    assert [one.reward for one in made.samples] == [1.0, 0.0]
+    assert [one.tokens for one in made.samples] == [[1, 2, 5, 6, 7], [1, 2, 5, 6]]
+    assert [one.rollout_log_probs for one in made.samples] == [[-0.5] * 3, [-0.5] * 2]
+    assert [one.weight_versions for one in made.samples] == [[3] * 3, [3] * 2]
+    assert (made.rollout_id, made.metrics) == (4, {"a": 1.0})
+    assert ROLLOUT.samples[0].sample_id == 8 and "converted_reward" not in ROLLOUT.samples[0].metadata
+
+
+def test_a_sample_may_become_several_of_one_execution():
+    def split(args, samples):
+        first, second = samples
+        return {
+            "tokens": [first.tokens[:3], first.tokens, second.tokens],
+            "response_lengths": [1, 2, 2],
+            "rewards": [2, 2, -1],
+            "loss_masks": [[1], [0, 1], [1, 1]],
+            "rollout_ids": [7, 7, 8],
+            "rollout_mask_sums": [2, 2, 2],
+            "sample_indices": [first.index, first.index, second.index],
+        }
+
+    made = convert(split).samples
+    assert [one.execution_id for one in made] == [7, 7, 8]
+    assert [one.loss_mask for one in made] == [[1], [0, 1], [1, 1]]
+    assert [one.weight_versions for one in made] == [[3], [-1, 3], [3, 3]]
+    assert read_rewards(made) == [2.0, 2.0, -1.0] == [one.reward for one in made]
+    assert [one.rollout_log_probs for one in made] == [[0.0], [0.0, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tokens": None}, "returned no tokens"),
+        ({"rewards": [1.0]}, "returned 1 rewards for 2 samples"),
+        ({"rollout_top_p_token_ids": [[1], [2]]}, "returned rollout_top_p_token_ids, which nothing here reads"),
+        ({"sample_indices": [8, 10]}, "sample_indices with 10"),
+        ({"loss_masks": [[1], [1, 1]]}, "row 0 has 5 tokens, a response of 3 and a loss mask of 1"),
+        ({"rollout_log_probs": [[0.0], [0.0, 0.0]]}, "row 0 has 1 rollout_log_probs for a response of 3"),
+        ({"rollout_mask_sums": [3, 100]}, "rollout_mask_sums of row 1 is 100, and its rollout_id has 2 trained tokens"),
+    ],
+)
+def test_data_that_cannot_be_learned_from_is_named(change, said):
+    with pytest.raises(TrainingError, match=said):
+        convert(lambda args, samples: as_there(args, samples) | change)
+
+
+def test_another_number_of_samples_needs_their_indices():
+    def first_only(args, samples):
+        return {name: values[:1] for name, values in as_there(args, samples).items() if name != "sample_indices"}
+
+    with pytest.raises(TrainingError, match="returned 1 samples of 2; sample_indices must say"):
+        convert(first_only)
+    with pytest.raises(TrainingError, match="must return a dict of lists, got 3"):
+        convert(lambda args, samples: 3)
