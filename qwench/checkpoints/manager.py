@@ -116,13 +116,14 @@ class CheckpointManager:
         for source in self._sources():
             found = self._newest_whole(source)
             if found is not None:
-                iteration, meta = found
-                folder = source.folder(iteration)
+                number, meta = found
+                folder, iteration, own = source.folder(number), int(meta["iteration"]), source is self._iterations
+                if own and self._config.number(iteration) != number:
+                    raise ConfigError(f"{folder} has {iteration} rollouts learned; give the --save-numbering of its run.")
                 check_identity(meta["identity"], self._identity, what=str(folder))
                 if not self._config.no_load_optim and not meta["has_optimizer"]:
                     raise ConfigError(f"{folder} was written with --no-save-optim and has no optimizer; give --no-load-optim.")
                 rollouts = json.loads((folder / _ROLLOUTS).read_bytes())
-                own = source is self._iterations
                 return Saved(folder=folder, iteration=iteration, meta=meta, rollouts=rollouts, is_own=own)
         return None
 
@@ -195,7 +196,8 @@ class CheckpointManager:
             if self._after_save is not None and self._is_main:
                 template = self._config.save_hf if with_export else None
                 exported = None if template is None else hf_folder(template, next_rollout_id - 1)
-                self._after_save(next_rollout_id - 1, self._iterations.folder(next_rollout_id), exported)
+                folder = self._iterations.folder(self._config.number(next_rollout_id))
+                self._after_save(next_rollout_id - 1, folder, exported)
 
     def save_stopped(self, next_rollout_id: int, learner: SavesTraining, rollouts: SavesRollouts) -> str:
         """Write a checkpoint of a run that a signal ends, and return a sentence about it.
@@ -211,7 +213,8 @@ class CheckpointManager:
             return f"The {next_rollout_id} rollouts learned from are lost: --save is not given."
         if next_rollout_id != self._next_rollout_id:
             self.save(next_rollout_id, learner, rollouts, with_export=False)
-        return f"Checkpoint {next_rollout_id} is in --save {self._config.save}; the same command continues with it."
+        number = self._config.number(next_rollout_id)
+        return f"Checkpoint {number} is in --save {self._config.save}; the same command continues with it."
 
     def is_best(self, rollout_id: int, evaluated: Mapping[str, float]) -> bool:
         """Tell whether the weights after `rollout_id` rollouts are to be kept as the best so far."""
@@ -261,14 +264,14 @@ class CheckpointManager:
         return own + other
 
     def _newest_whole(self, source: Iterations) -> tuple[int, Mapping[str, Json]] | None:
-        """Return the newest checkpoint that is as it was written and its meta.json; None where there is no checkpoint."""
+        """Return the number of the newest checkpoint that is as it was written, and its meta.json; None: there is none."""
         step = self._config.ckpt_step
         candidates = source.newest_first() if step is None else [step]
-        for iteration in candidates:
+        for number in candidates:
             try:
-                return iteration, read_manifest(source.folder(iteration))
+                return number, read_manifest(source.folder(number))
             except CheckpointError as error:
-                _logger.warning("checkpoint %d is damaged and passed over: %s", iteration, error)
+                _logger.warning("checkpoint %d is damaged and passed over: %s", number, error)
         if candidates:
             raise CheckpointError(
                 f"no checkpoint in {source.root} is whole (damaged: {', '.join(map(str, candidates))}); restore the files "
@@ -309,7 +312,7 @@ class CheckpointManager:
 
     def _not_written(self, iterations: Iterations, iteration: int, error: OSError) -> CheckpointError:
         """Remove what was written of a checkpoint, and return the error that says so, with the room there is."""
-        temporary = iterations.temporary(iteration)
+        temporary = iterations.temporary(self._config.number(iteration))
         size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
         room = _room(temporary)
         if self._is_main:
@@ -328,9 +331,10 @@ class CheckpointManager:
         *,
         ended_by: str | None,
     ) -> None:
-        folder = iterations.temporary(iteration)
+        number = self._config.number(iteration)
+        folder = iterations.temporary(number)
         if self._is_main:
-            iterations.begin(iteration)
+            iterations.begin(number)
         self._barrier()
         has_optimizer = not self._config.no_save_optim
         learner.save(folder, with_optimizer=has_optimizer)
@@ -341,8 +345,8 @@ class CheckpointManager:
             facts: dict[str, Json] = {"iteration": iteration, "identity": self._identity, "has_optimizer": has_optimizer}
             facts |= {"train_steps": self.train_steps(iteration), "flags": self._flags, "ended_by": ended_by}
             write_manifest(folder, facts)
-            iterations.complete(iteration)
-            self._prune(iterations, iteration)
+            iterations.complete(number)
+            self._prune(iterations, number)
         self._barrier()
 
     def _prune(self, iterations: Iterations, newest: int) -> None:

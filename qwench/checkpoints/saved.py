@@ -11,7 +11,7 @@ from qwench.errors import ConfigError
 from qwench.samples import Json
 
 _WITHOUT_EFFECT = frozenset(
-    {"--save", "--load", "--save-hf", "--save-interval", "--keep-checkpoints"}
+    {"--save", "--load", "--save-hf", "--save-interval", "--keep-checkpoints", "--save-numbering"}
     | {"--ckpt-step", "--log-dir", "--log-level", "--dry-run"}
     | {f"--{field.name.replace('_', '-')}" for field in fields(TimeoutConfig)}
 )

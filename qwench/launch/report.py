@@ -131,7 +131,7 @@ def _end_facts(inputs: Inputs) -> dict[str, str]:
     best = read_best(checkpoint.save) if checkpoint.keep_best else None
     if best is not None:
         facts["best"] = f"{iterations.folder(best.iteration)} ({best.metric} {best.value:.4g})"
-    export = None if checkpoint.save_hf is None else hf_folder(checkpoint.save_hf, last - 1)
+    export = None if checkpoint.save_hf is None else hf_folder(checkpoint.save_hf, last - checkpoint.number(1))
     if best is None and export is not None and export.is_dir():
         return facts | {"exported": str(export), NEXT: shlex.join(["qwench", "serve", "--hf-checkpoint", str(export)])}
     convert = ["qwench", "convert", "--input", str(checkpoint.save), "--to", "hf"]

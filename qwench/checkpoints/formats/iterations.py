@@ -6,7 +6,8 @@
     iter_0000010.deleting    on its way out
     iter_0000020.replaced    the older folder of the same name, while the new one takes its place
 
-The number is that of rollouts learned from, and so the id of the rollout a resumed run starts with. After a kill at any point,
+The number is that of rollouts learned from, and so the id of the rollout a resumed run starts with; with --save-numbering last
+it is one less. After a kill at any point,
 every name without a suffix is a whole checkpoint. At the next start `clean` removes or restores the others.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from qwench.config.limits import check_not_negative, check_path_template, check_positive
 from qwench.errors import ConfigError
@@ -19,6 +20,9 @@ class CheckpointConfig:
     Megatron give the weights of rollout 0."""
     save: Path | None = None
     """Folder to write checkpoints to. None: nothing is saved."""
+    save_numbering: Literal["learned", "last"] = "learned"
+    """Number of a folder iter_N in --save. learned: the rollouts learned from. last: the id of the last of them, which counts
+    from 0, as slime and miles name their folders."""
     save_interval: int | None = None
     """Save a checkpoint every this many rollouts, and after the last. None: after the last rollout only."""
     save_hf: str | None = None
@@ -64,9 +68,12 @@ class CheckpointConfig:
             ("--save-retain-interval", self.save_retain_interval),
             ("--save-hf", self.save_hf),
             ("--keep-best", self.keep_best or None),
+            ("--save-numbering", None if self.save_numbering == "learned" else self.save_numbering),
         ):
             if value is not None and self.save is None:
                 raise ConfigError(f"{flag} ({value}) has no effect without a folder to save to; give --save")
+        if self.keep_best and self.save_numbering == "last":
+            raise ConfigError("--keep-best may keep the weights before rollout 0, which --save-numbering last cannot number")
         if self.save_retain_interval is not None and self.save_retain_interval % (self.save_interval or 1):
             raise ConfigError(
                 f"--save-retain-interval ({self.save_retain_interval}) must be a multiple of --save-interval "
@@ -76,3 +83,7 @@ class CheckpointConfig:
             raise ConfigError(f"--ckpt-step ({self.ckpt_step}) picks a checkpoint of --load; give --load")
         if self.ref_ckpt_step is not None and self.ref_load is None:
             raise ConfigError(f"--ref-ckpt-step ({self.ref_ckpt_step}) picks a checkpoint of --ref-load; give --ref-load")
+
+    def number(self, learned: int) -> int:
+        """Return the number of the checkpoint after `learned` rollouts."""
+        return learned - 1 if self.save_numbering == "last" else learned

@@ -42,6 +42,17 @@ REFUSED = [
         "--eval-num-gpus 1 needs engines on GPUs of their own",
     ),
     (
+        {"references": ReferencesConfig(custom_update_weight_post_write_path="a.b")},
+        "--custom-update-weight-post-write-path sees files that only --update-weight-transport disk writes, got nccl",
+    ),
+    (
+        {
+            "references": ReferencesConfig(custom_update_weight_post_write_path="a.b"),
+            "engine": EngineConfig(update_weight_transport="disk"),
+        },
+        "--custom-update-weight-post-write-path has no effect on the embedded engine of this process",
+    ),
+    (
         {"references": ReferencesConfig(custom_megatron_init_path="a.b"), "training": FSDP},
         "--custom-megatron-init-path needs --train-backend megatron",
     ),
