@@ -25,6 +25,10 @@ class CheckpointError(QwenchError):
     """A checkpoint is missing, incomplete or of another run."""
 
 
+class OutputError(QwenchError):
+    """Files could not be written: their disk is full, read-only or gone."""
+
+
 class DownloadError(QwenchError):
     """The Hugging Face hub could not be reached, or does not have the repository."""
 

@@ -20,8 +20,9 @@ from datetime import datetime
 from pathlib import Path
 from string import Formatter
 from threading import Event
+from typing import TypeGuard
 
-from qwench.errors import ConfigError
+from qwench.errors import ConfigError, OutputError
 
 DATA_SUFFIXES = (".jsonl", ".parquet", ".json", ".csv")
 """Of the files that rows are read from."""
@@ -29,6 +30,7 @@ TEMPORARY_SUFFIX = ".writing"
 """Suffix of an incomplete file or folder; a later start may delete it."""
 LOCK = "qwench.lock"
 """Marks a folder that one run at a time may write to. The file names the process, whose end releases the kernel's lock."""
+_TROUBLES_OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _WRITE_BACK_PAUSE_S = 0.05
 _MAX_TEXT_BYTES = 64 * 2**20
 
@@ -137,7 +139,7 @@ def claim_folder(
         if writes:
             write_atomically(path, json.dumps(owners[0], indent=1) + "\n")
     except OSError as error:
-        raise ConfigError(f"{flag} {folder} cannot be written to ({error}); give another folder.") from error
+        raise ConfigError(f"{flag} {folder} cannot be written to ({trouble(error, folder)}); give another folder.") from error
 
 
 def foreign_names(folder: Path, *, own: Sequence[Path] = ()) -> list[str]:
@@ -170,25 +172,75 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     """Replace the file at `path`; a reader sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    fsync(temporary)
-    rename_durably(temporary, path)
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        fsync(temporary)
+        rename_durably(temporary, path)
+    except OSError:
+        with suppress(OSError):  # a disk that became read-only keeps it
+            temporary.unlink(missing_ok=True)
+        raise
 
 
-def check_can_hold(folder: Path, *, flag: str) -> None:
+@contextmanager
+def written(named: str, place: Path) -> Iterator[None]:
+    """Turn an error of writing to `place` into one sentence that names it and its room.
+
+    Args:
+        named: the flag and what it names, such as `--eval-output results`.
+
+    Raises:
+        OutputError: the disk is full, or refuses for another reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{named} cannot be written to ({trouble(error, place)}). Make room there; then the same command goes on."
+        ) from error
+
+
+def trouble(error: OSError, place: Path) -> str:
+    """Return what an error of writing says, with the room on the disk of `place`."""
+    try:
+        disk = shutil.disk_usage(nearest_existing(place))
+    except OSError:
+        return error.strerror or str(error)
+    return f"{error.strerror or error}; {readable_size(disk.free)} of {readable_size(disk.total)} free"
+
+
+def is_trouble_of_disk(error: BaseException) -> TypeGuard[OSError]:
+    """Tell whether an error says that a disk is full, over its quota or read-only."""
+    return isinstance(error, OSError) and error.errno in _TROUBLES_OF_DISK
+
+
+def readable_size(num_bytes: int) -> str:
+    """Write a number of bytes for a message."""
+    scale, unit = (2**30, "GiB") if num_bytes >= 2**30 else (2**20, "MiB") if num_bytes >= 2**20 else (2**10, "KiB")
+    return f"{num_bytes / scale:.1f} {unit}"
+
+
+def check_can_hold(folder: Path, *, flag: str, nbytes: int = 0) -> None:
     """Check that `folder`, which need not exist yet, can be made and written to, without making it.
 
     Args:
         flag: the flag that named it, for messages.
+        nbytes: what will be written there.
 
     Raises:
-        ConfigError: a file is in the way, or the user may not write there.
+        ConfigError: a file is in the way, the user may not write there, or the disk has less room.
     """
     nearest = nearest_existing(folder)
     if not nearest.is_dir():
         raise ConfigError(f"{flag} {folder} cannot be written to: {nearest} is a file; give another path.")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"{flag} {folder} cannot be written to: no permission to write into {nearest}; give another path.")
+    free = shutil.disk_usage(nearest).free
+    if free < nbytes:
+        raise ConfigError(
+            f"{flag} {folder} needs {readable_size(nbytes)}, but the disk of {nearest} has {readable_size(free)} free; "
+            "give another disk."
+        )
 
 
 def nearest_existing(path: Path) -> Path:

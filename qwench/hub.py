@@ -22,7 +22,7 @@ from typing import Literal, TypeVar
 import yaml
 
 from qwench.errors import ConfigError
-from qwench.files import DATA_SUFFIXES
+from qwench.files import DATA_SUFFIXES, is_trouble_of_disk, trouble
 
 NEVER_READ = ("*.bin", "*.pth", "*.gguf", "*.onnx", "original/*")
 """Files of a model that neither training nor inference reads."""
@@ -231,11 +231,18 @@ def _guarded(ask: Callable[[], T], named: Reference, kind: str, flag: str) -> T:
     Raises:
         ConfigError: it did not, in one sentence.
     """
+    from huggingface_hub import constants  # noqa: PLC0415  # as above
     from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # noqa: PLC0415  # as above
 
     try:
         return ask()
     except (HTTPError, HFValidationError, OSError) as error:  # OSError: no connection, a full disk, offline mode
+        if is_trouble_of_disk(error):
+            cache = Path(constants.HF_HUB_CACHE)
+            raise ConfigError(
+                f"{flag}: {named.repository} cannot be kept in {cache} ({trouble(error, cache)}); make room there, or set "
+                "HF_HOME to a folder of another disk."
+            ) from error
         place = "file or folder" if kind == "dataset" else "folder"
         name = named.repository + (f"@{named.revision}" if named.revision else "")
         raise ConfigError(

@@ -36,7 +36,7 @@ from qwench.checkpoints.formats.sources import (
 from qwench.checkpoints.formats.targets import MASTERS, WEIGHTS, FsdpTarget, HfTarget, Target, TorchDistTarget
 from qwench.checkpoints.manifest import META, read_manifest, write_manifest
 from qwench.errors import CheckpointError, ConfigError
-from qwench.files import TEMPORARY_SUFFIX, check_can_hold, is_occupied, nearest_existing, replace_folder, writing_back
+from qwench.files import TEMPORARY_SUFFIX, check_can_hold, is_occupied, replace_folder, writing_back
 from qwench.models.hf import architecture_of
 from qwench.models.safetensors_files import as_bytes
 from qwench.samples import Json
@@ -319,10 +319,4 @@ def check_output(output: Path, *, replace: bool, nbytes: int) -> None:
     """Raise ConfigError unless `nbytes` can be written to `output`, which holds nothing else or may be replaced."""
     if not replace and is_occupied(output):
         raise ConfigError(f"{output} exists and is not an empty folder; choose another place to write to.")
-    check_can_hold(output, flag="the output")
-    nearest = nearest_existing(output)
-    free = shutil.disk_usage(nearest).free
-    if free < nbytes:
-        raise ConfigError(
-            f"the output needs {nbytes / 1e9:.1f} GB, but {nearest} has {free / 1e9:.1f} GB free; choose another disk."
-        )
+    check_can_hold(output, flag="the output", nbytes=nbytes)

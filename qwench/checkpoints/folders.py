@@ -19,7 +19,7 @@ from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.distillation import DistillationConfig
 from qwench.config.sections.lora import LoraConfig
 from qwench.errors import CheckpointError, ConfigError
-from qwench.files import LOCK, TEMPORARY_SUFFIX, FolderLock, fill_rollout_id, write_atomically
+from qwench.files import LOCK, TEMPORARY_SUFFIX, FolderLock, fill_rollout_id, trouble, write_atomically
 from qwench.models.architecture import Architecture
 from qwench.models.hf import check_export_folder
 from qwench.samples import Json
@@ -47,7 +47,9 @@ def open_save_folder(config: CheckpointConfig, identity: Mapping[str, Json]) -> 
         if not _holds(config.save / MARKER, content):
             write_atomically(config.save / MARKER, content)
     except OSError as error:
-        raise ConfigError(f"--save {config.save} cannot be written to ({error}); give another folder.") from error
+        raise ConfigError(
+            f"--save {config.save} cannot be written to ({trouble(error, config.save)}); give another folder."
+        ) from error
     return lock
 
 

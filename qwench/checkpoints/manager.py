@@ -18,7 +18,6 @@ from functools import cached_property
 from pathlib import Path
 
 import orjson
-from safetensors import SafetensorError
 
 from qwench.checkpoints.best import Criterion, improvement, read_best
 from qwench.checkpoints.folders import (
@@ -37,7 +36,7 @@ from qwench.checkpoints.saved import Saved
 from qwench.checkpoints.starting import SavesRollouts, SavesTraining, begin
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import CheckpointError, ConfigError
-from qwench.files import nearest_existing
+from qwench.files import readable_size, trouble
 from qwench.observability.console import Console
 from qwench.observability.timing import PhaseTimer
 from qwench.observability.waiting import waiting
@@ -245,8 +244,9 @@ class CheckpointManager:
             self._lock.release()
         if self._failed_exports:
             raise CheckpointError(
-                f"--save-hf: {len(self._failed_exports)} exports failed, the last: {self._failed_exports[-1]}. The checkpoints "
-                f"in --save {self._config.save} are whole: `qwench convert` makes exports of them."
+                f"--save-hf {self._config.save_hf}: {len(self._failed_exports)} exports failed, the last: "
+                f"{self._failed_exports[-1]}. The checkpoints in --save {self._config.save} are whole: `qwench convert` makes "
+                "exports of them."
             )
 
     def _sources(self) -> list[Iterations]:
@@ -299,8 +299,9 @@ class CheckpointManager:
         if self._is_main:
             try:
                 self._write_hf(folder, buckets)
-            except (OSError, CheckpointError, SafetensorError) as error:
-                self._failed_exports.append(f"{folder}: {error}{_room(folder)}")
+            except (OSError, CheckpointError) as error:
+                why = trouble(error, folder) if isinstance(error, OSError) else str(error)
+                self._failed_exports.append(f"{folder}: {why}")
                 _logger.warning("the export to --save-hf %s", self._failed_exports[-1])
         for _ in buckets:  # gathering is collective: every rank goes to its end
             pass
@@ -314,12 +315,13 @@ class CheckpointManager:
         """Remove what was written of a checkpoint, and return the error that says so, with the room there is."""
         temporary = iterations.temporary(self._config.number(iteration))
         size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
-        room = _room(temporary)
+        why = trouble(error, temporary)
         if self._is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         return CheckpointError(
-            f"checkpoint {iteration} could not be written to --save {self._config.save} ({error}{room}, "
-            f"{_gib(size)} of it were written and are removed). Make room; the same command resumes from the checkpoint before."
+            f"checkpoint {iteration} could not be written to --save {self._config.save} ({why}; "
+            f"{readable_size(size)} of it were written and are removed). Make room; the same command resumes from the "
+            "checkpoint before."
         )
 
     def _write(
@@ -376,18 +378,6 @@ def _check_all_is_here(folder: Path) -> None:
             DcpFolder(metadata.parent)
         except CheckpointError as error:
             raise CheckpointError(f"{error} {advice}") from error
-
-
-def _room(place: Path) -> str:
-    """Return how much room the disk of `place` has, for messages; nothing where that cannot be told."""
-    try:
-        return f", {_gib(shutil.disk_usage(nearest_existing(place)).free)} free"
-    except OSError:
-        return ""
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.3f} GiB"
 
 
 def _to_json(state: Mapping[str, Json]) -> bytes:

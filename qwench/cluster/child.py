@@ -106,14 +106,20 @@ class ChildProcess:
             reader.join(_DRAIN_TIMEOUT_S)
 
     def _read(self, stream: TextIO, log_file: Path | None, say: Say | None) -> None:
-        with stream, (log_file or Path(os.devnull)).open("a") as log:
+        with stream:
             for line in stream:
-                log.write(line)
-                log.flush()
+                if log_file is not None:
+                    _append(log_file, line)
                 if line.strip():
                     self._tail.append(line.strip())
                     if say is not None:
                         say(line.rstrip())
+
+
+def _append(log_file: Path, line: str) -> None:
+    """Append a line to a log. A full disk costs the line: the child would wait forever for a reader that ended."""
+    with suppress(OSError), log_file.open("a", errors="replace") as log:
+        log.write(line)
 
 
 def parent_connection(argument: str) -> Connection:

@@ -19,6 +19,7 @@ from qwench.cluster.buckets import make_exchange_folder
 from qwench.cluster.child import ChildProcess
 from qwench.cluster.messages import Call, Death, RankReply
 from qwench.cluster.rendezvous import Rendezvous
+from qwench.files import written
 from qwench.observability.parts import STACKS_SIGNAL, ask_for_stacks, forget, register
 from qwench.threads import usable_cores
 from qwench.wire.memory_files import remove_files_of
@@ -89,7 +90,8 @@ class LocalRanks:
         self._reported: set[int] = set()
         self._parts: list[RankPart] = []
         if log_folder is not None:
-            log_folder.mkdir(parents=True, exist_ok=True)
+            with written(f"the folder of the ranks' logs, {log_folder},", log_folder):
+                log_folder.mkdir(parents=True, exist_ok=True)
         threads = {"OMP_NUM_THREADS": str(max(1, usable_cores() // size)), **environ}
         self._children = [
             ChildProcess(

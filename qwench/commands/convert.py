@@ -20,6 +20,7 @@ from qwench.config.command_line.parse import parse_flags
 from qwench.config.model_flags import check_model_flags
 from qwench.config.sections.convert import ConvertConfig, HfToTorchDistConfig, TorchDistToHfConfig
 from qwench.errors import CheckpointError, ConfigError
+from qwench.files import written
 from qwench.models.hf import architecture_of, load_hf_config, load_tokenizer
 from qwench.observability.console import Console, QuietConsole, open_console
 from qwench.training.process_group import init_process_group, leave_process_group
@@ -60,9 +61,9 @@ def _extract(config: ConvertConfig, source: Path, base: Path) -> None:
     if source == base:
         raise ConfigError("--to lora compares --input with its base model; give that with --hf-checkpoint.")
     check_output(config.output, replace=False, nbytes=0)
-    extracted = extract_adapter(
-        source, base, architecture_of(load_hf_config(base)), rank=config.lora_rank, output=config.output
-    )
+    model = architecture_of(load_hf_config(base))
+    with written(f"the output {config.output}", config.output):
+        extracted = extract_adapter(source, base, model, rank=config.lora_rank, output=config.output)
     open_console().say(
         f"wrote {config.output} (adapter of rank {config.lora_rank}): {extracted.kept:.2%} of the change of the projections "
         f"(of its squares); {extracted.num_other} other weights differ from the base and are not in it"
@@ -110,7 +111,8 @@ def _run(conversion: Conversion, *, verify: bool = False) -> None:
     if verify:
         load_tokenizer(conversion.hf_folder)  # its absence is the user's mistake, so it is found before the work
     began = time.perf_counter()
-    with console.progress(f"{conversion.source} -> {conversion.output} (MB)", total=_megabytes(2 * converter.nbytes)) as bar:
+    title, total = f"{conversion.source} -> {conversion.output} (MB)", _megabytes(2 * converter.nbytes)
+    with console.progress(title, total=total) as bar, written(f"the output {conversion.output}", conversion.output):
         converted = converter.run(ranks, _in_megabytes(bar.advance, ranks.size))
     peaks = ranks.gather_typed(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     _report(console, conversion, converted, seconds=time.perf_counter() - began, peaks=peaks)

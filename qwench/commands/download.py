@@ -11,7 +11,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.sections.verbs import DownloadConfig, split_names
-from qwench.errors import ConfigError, DownloadError
+from qwench.errors import ConfigError, DownloadError, OutputError
+from qwench.files import is_trouble_of_disk, trouble
 from qwench.hub import NEVER_READ, reason
 
 
@@ -32,6 +33,7 @@ def download(repositories: Sequence[str], *, output: Path, kind: str, revision: 
     Raises:
         ConfigError: no repository is named, or not as `owner/name`.
         DownloadError: the hub did not give it.
+        OutputError: the disk is full.
     """
     if not repositories:
         raise ConfigError("nothing to download; name repositories of the Hugging Face hub, such as Qwen/Qwen3-4B")
@@ -47,6 +49,11 @@ def _fetch(repository: str, *, output: Path, kind: str, revision: str | None) ->
     try:
         snapshot_download(repository, repo_type=kind, revision=revision, local_dir=folder, ignore_patterns=list(NEVER_READ))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if is_trouble_of_disk(error):
+            raise OutputError(
+                f"--output {folder} cannot be written to ({trouble(error, folder)}). Make room there; what "
+                "arrived is used when the same command runs again."
+            ) from error
         raise DownloadError(
             f"cannot download the {kind} {repository} ({reason(error)}); check the name, the network (HF_ENDPOINT: a mirror), "
             "and for gated ones HF_TOKEN."

@@ -22,19 +22,18 @@ from qwench.checkpoints.manager import CheckpointManager
 from qwench.cluster.gpus import ColocatedGpus, DedicatedGpus
 from qwench.config.config import Config
 from qwench.config.plan import RunPlan
-from qwench.config.report import CONFIG_FILE, as_yaml, flag_values
+from qwench.config.report import flag_values
 from qwench.controller import LearnerProtocol, Run
 from qwench.data.prompts import LoadedPrompts, NoPrompts, PromptSource
 from qwench.data.sft import LoadedSft, SftSource, render_mask_preview
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import CheckpointError, ConfigError
-from qwench.files import write_atomically
 from qwench.foreign.args import make_args
 from qwench.foreign.data_source import ForeignSource
 from qwench.foreign.hooks import after_save, load_hooks
 from qwench.launch.engines import make_publisher
 from qwench.launch.inputs import Inputs, read_conversations, read_eval_prompts, read_inputs, read_training_prompts
-from qwench.launch.outputs import claim_outputs
+from qwench.launch.outputs import claim_outputs, open_logs
 from qwench.launch.placement import make_servers, open_processes, start_learner, take_turns
 from qwench.launch.readiness import check_ready
 from qwench.launch.report import finish_report, metric_log, recorders, start_report
@@ -44,7 +43,7 @@ from qwench.launch.user_functions import load_post_process, load_target_function
 from qwench.models.hf import write_hf_checkpoint
 from qwench.models.hf_weights import has_weights, is_fp8_checkpoint
 from qwench.observability.dumps import check_recorded
-from qwench.observability.log import open_driver_log, write_driver_log
+from qwench.observability.log import open_driver_log
 from qwench.observability.timing import PhaseTimer
 from qwench.observability.tracking import METRICS, check_metrics_file
 from qwench.rewards.graders import check_prompts
@@ -301,11 +300,7 @@ def _open_outputs(inputs: Inputs, timer: PhaseTimer, *, writes: bool = True) -> 
     if inputs.is_main and log_dir is not None:
         check_metrics_file(log_dir / METRICS)
     if inputs.is_main and writes:
-        for folder in {inputs.config.checkpoint.save, log_dir}:
-            if folder is not None:
-                write_atomically(folder / CONFIG_FILE, as_yaml(inputs.config))
-        if log_dir is not None:
-            write_driver_log(log_dir)
+        open_logs(inputs.config, log_dir)
     return checkpoints, run_name, held
 
 

@@ -19,7 +19,7 @@ from qwench.config.sections.rollout import RolloutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.config.sections.verbs import ServeConfig
 from qwench.engines.embedded.http.serving import serve as serve_engine
-from qwench.files import claim_folder, write_atomically
+from qwench.files import claim_folder, write_atomically, written
 from qwench.launch.engines import embedded_settings
 from qwench.launch.inputs import Inputs, plan_inputs, read_eval_prompts, read_inputs
 from qwench.launch.outputs import own_results
@@ -144,7 +144,8 @@ def serve(config: ServeConfig) -> None:
 
 
 def _write_results(folder: Path, metrics: dict[str, float], results: Sequence[EvalResult]) -> None:
-    write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    for result in results:
-        lines = (orjson.dumps(sample.to_record()) for sample in result.samples)
-        write_atomically(folder / f"{result.name}.jsonl", b"\n".join(lines) + b"\n")
+    with written(f"--eval-output {folder}", folder):
+        write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+        for result in results:
+            lines = (orjson.dumps(sample.to_record()) for sample in result.samples)
+            write_atomically(folder / f"{result.name}.jsonl", b"\n".join(lines) + b"\n")

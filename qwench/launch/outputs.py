@@ -17,12 +17,12 @@ from datetime import datetime
 from pathlib import Path
 
 from qwench.config.config import Config
-from qwench.config.report import CONFIG_FILE
+from qwench.config.report import CONFIG_FILE, as_yaml
 from qwench.config.sections.logging import LoggingConfig
 from qwench.errors import ConfigError
-from qwench.files import LOCK, FolderLock, claim_folder, foreign_names
+from qwench.files import LOCK, FolderLock, claim_folder, foreign_names, trouble, write_atomically, written
 from qwench.observability.dumps import run_of
-from qwench.observability.log import DRIVER_LOG
+from qwench.observability.log import DRIVER_LOG, write_driver_log
 from qwench.observability.parts import STACKS
 from qwench.observability.tracking import METRICS
 from qwench.rewards.second_grader import DISAGREEMENTS
@@ -89,6 +89,20 @@ def claim_outputs(config: Config, held: ExitStack, *, writes: bool = True) -> st
     return names[0]
 
 
+def open_logs(config: Config, log_dir: Path | None) -> None:
+    """Write the resolved configuration into --save and the folder of the metrics, and open the log there.
+
+    Raises:
+        OutputError: a disk is full.
+    """
+    for flag, folder in (("--save", config.checkpoint.save), ("--log-dir", log_dir)):
+        if folder is not None:
+            with written(f"{flag} {folder}", folder):
+                write_atomically(folder / CONFIG_FILE, as_yaml(config))
+                if folder == log_dir:
+                    write_driver_log(folder)
+
+
 def tensorboard_folder(flags: LoggingConfig, log_dir: Path | None) -> Path | None:
     """Return the folder of --use-tensorboard; None: it is not asked for.
 
@@ -144,7 +158,9 @@ def _lock(folder: Path, held: ExitStack, *, flag: str, name: str = LOCK, shown: 
     try:
         held.callback(FolderLock(folder, flag=flag, name=name, shown=shown).release)
     except OSError as error:
-        raise ConfigError(f"{flag} {shown or folder} cannot be written to ({error}); give another folder.") from error
+        raise ConfigError(
+            f"{flag} {shown or folder} cannot be written to ({trouble(error, folder)}); give another folder."
+        ) from error
 
 
 def _lock_template(template: str, held: ExitStack, *, flag: str) -> None:
@@ -155,7 +171,7 @@ def _lock_template(template: str, held: ExitStack, *, flag: str) -> None:
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{flag} {template} cannot be written to ({error}); give another folder.") from error
+        raise ConfigError(f"{flag} {template} cannot be written to ({trouble(error, parent)}); give another folder.") from error
     _lock(parent, held, flag=flag, name=f".{name}.{LOCK}", shown=template)
 
 

@@ -67,7 +67,7 @@ def metric_log(inputs: Inputs, report: RunReport) -> MetricLog:
     if inputs.is_main:
         sinks.append(report)
         if inputs.plan.log_dir is not None:
-            sinks.append(JsonlSink(inputs.plan.log_dir / METRICS))
+            sinks.append(JsonlSink(inputs.plan.log_dir / METRICS, flag="--log-dir" if flags.log_dir else "--save"))
         if (folder := tensorboard_folder(flags, inputs.plan.log_dir)) is not None:
             sinks.append(TensorBoardSink(folder))
         if flags.use_wandb:

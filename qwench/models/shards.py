@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,6 +28,9 @@ def write_shards(
 
     Returns:
         The names written, with their dtypes.
+
+    Raises:
+        OSError: the disk is full.
     """
     dtypes: dict[str, torch.dtype] = {}
     shards: list[dict[str, int]] = []
@@ -48,7 +52,10 @@ def write_shards(
 def _write_shard(folder: Path, index: int, tensors: dict[str, Tensor]) -> dict[str, int]:
     """Write one shard under its provisional name; return the bytes of each tensor in it."""
     path = _provisional(folder, index)
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error  # a full disk, which the library reports as its own error
     path.chmod(0o644)  # save_file leaves it readable by its owner only
     return {name: tensor.nbytes for name, tensor in tensors.items()}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import orjson
 
 from qwench.errors import ConfigError
-from qwench.files import fill_rollout_id, write_atomically
+from qwench.files import fill_rollout_id, write_atomically, written
 from qwench.samples import Group, Json, Rollout, Sample
 
 
@@ -23,10 +23,15 @@ def save_rollout(template: str, rollout: Rollout, *, run: str = "") -> Path:
 
     Args:
         run: name of the run that made it.
+
+    Raises:
+        OutputError: the disk is full.
     """
     path = rollout_path(template, rollout.rollout_id, flag="--save-debug-rollout-data")
     header = {"rollout_id": rollout.rollout_id, "metrics": dict(rollout.metrics), "run": run}
-    write_atomically(path, b"".join(_line(record) for record in (header, *(s.to_record() for s in rollout.samples))))
+    content = b"".join(_line(record) for record in (header, *(s.to_record() for s in rollout.samples)))
+    with written(f"--save-debug-rollout-data {template}", path):
+        write_atomically(path, content)
     return path
 
 

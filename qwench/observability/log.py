@@ -13,11 +13,12 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from qwench.errors import Stopped
+from qwench.files import trouble
 from qwench.observability.console import Console
 from qwench.observability.parts import keep_stacks_in
 
@@ -41,13 +42,32 @@ def write_driver_log(folder: Path) -> None:
     """Append what was logged so far, and what follows, to `driver.log` in a folder that belongs to this run."""
     folder.mkdir(parents=True, exist_ok=True)
     keep_stacks_in(folder)
-    file = logging.FileHandler(folder / DRIVER_LOG, encoding="utf-8")
+    file = _DriverLog(folder / DRIVER_LOG, encoding="utf-8")
     file.setFormatter(logging.Formatter(_FILE_FORMAT))
     for kept in [handler for handler in _PACKAGE.handlers if isinstance(handler, MemoryHandler)]:
         kept.setTarget(file)
         kept.close()
         _PACKAGE.removeHandler(kept)
     _PACKAGE.addHandler(file)
+
+
+class _DriverLog(logging.FileHandler):
+    """A log file whose full disk is said once, on standard error."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the standard library's name
+        """Say that the file cannot be written to: the run does not need it."""
+        error = sys.exception()
+        if isinstance(error, OSError) and not self._failed:
+            self._failed = True
+            path = Path(self.baseFilename)
+            sys.stderr.write(f"qwench: {path} cannot be written to ({trouble(error, path)}); the console has what it lacks\n")
+
+    def close(self) -> None:
+        """Close the file; lines that a full disk refused are lost."""
+        with suppress(OSError):
+            super().close()
 
 
 @contextmanager

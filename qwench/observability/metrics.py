@@ -46,6 +46,10 @@ class Sink(Protocol):
         """Forget the records at or after these positions: a resumed run writes them again."""
         ...
 
+    def check(self) -> None:
+        """Raise OutputError if records are lost."""
+        ...
+
     def close(self) -> None:
         """Write what is buffered, and close files."""
         ...
@@ -119,11 +123,13 @@ class MetricLog:
             self._gate.see(_floats(metrics))
 
     def finish(self) -> None:
-        """Check what the run had to reach.
+        """Check that every sink has its records, and what the run had to reach.
 
         Raises:
-            QwenchError: it did not.
+            QwenchError: one has not, or it did not.
         """
+        for sink in self._sinks:
+            sink.check()
         if self._gate is not None:
             self._gate.check()
 

@@ -108,6 +108,9 @@ class RunReport:
         if self._table_interval is not None and (rollout_id + 1) % self._table_interval == 0:
             self._console.show(_table({**others, **_mean(steps)}))
 
+    def check(self) -> None:
+        """Keep no record that could be lost."""
+
     def close(self) -> None:
         """Remove the bar."""
         self._bar = None

@@ -5,36 +5,97 @@ A line of metrics.jsonl is {"<axis>": step, "<metric>": value, ...}; null is a v
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import io
 import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qwench.errors import ConfigError
-from qwench.files import write_atomically
+from qwench.errors import ConfigError, OutputError
+from qwench.files import trouble, write_atomically, written
 from qwench.observability.metrics import Axis, Record
 
 METRICS = "metrics.jsonl"
 _logger = logging.getLogger(__name__)
 
 
+class GrowingFile:
+    """A file of records that are appended whole. Those that a full disk refuses are kept, and written with the next ones."""
+
+    def __init__(self, path: Path, *, flag: str) -> None:
+        """Name the file, which is made with the first records.
+
+        Args:
+            flag: the flag that named its folder, for messages.
+        """
+        self._path, self._flag = path, flag
+        self._kept = b""
+        self._trouble: OSError | None = None
+
+    def append(self, content: bytes = b"") -> None:
+        """Write what was kept, then `content`; it is on the disk when this returns, or kept with a warning."""
+        self._kept += content
+        try:
+            if self._kept:
+                self._write()
+        except OSError as error:
+            if self._trouble is None:
+                _logger.warning("%s; its records are kept until there is room", self._describe(error))
+            self._trouble = error
+            return
+        if self._trouble is not None:
+            _logger.warning("%s is written to again; no record is lost", self._path)
+        self._trouble, self._kept = None, b""
+
+    def check(self) -> None:
+        """Try once more to write what was kept.
+
+        Raises:
+            OutputError: the disk refuses it still.
+        """
+        self.append()
+        if self._trouble is not None:
+            raise OutputError(f"{self._describe(self._trouble)}; {len(self._kept):,} bytes of the last records are lost.")
+
+    def _describe(self, error: OSError) -> str:
+        return f"{self._flag} {self._path.parent}: {self._path.name} cannot be written to ({trouble(error, self._path)})"
+
+    def _write(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab", buffering=0) as file:
+            end, rest = file.tell(), memoryview(self._kept)
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise
+
+
 class JsonlSink:
     """Append records to a file of JSON lines; a resumed run replaces those it repeats."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, path: Path, *, flag: str = "--log-dir") -> None:
+        """Name the file.
+
+        Args:
+            flag: the flag that named its folder, for messages.
+        """
+        self._path, self._flag = path, flag
+        self._file = GrowingFile(path, flag=flag)
 
     def write(self, rollout_id: int, records: Sequence[Record]) -> None:
         """Append one line for each record, on the disk when this returns."""
-        self._file.write("".join(_json_line(record) for record in records))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.append("".join(_json_line(record) for record in records).encode())
 
     def drop_from(self, first_steps: Mapping[Axis, int]) -> None:
         """Rewrite the file without the records at or after `first_steps`, and without a line cut off by a kill."""
@@ -49,13 +110,16 @@ class JsonlSink:
             )
         elif not first_steps.get(Axis.ROLLOUT, 0) and records:
             _logger.warning("%s: %d records of an earlier run are replaced", self._path, len(records))
-        self._file.close()
-        write_atomically(self._path, "".join(f"{line}\n" for line in kept))
-        self._file = self._path.open("a", encoding="utf-8")
+        with written(f"{self._flag} {self._path.parent}", self._path):
+            write_atomically(self._path, "".join(f"{line}\n" for line in kept))
+
+    def check(self) -> None:
+        """Check that every record is on the disk; see `GrowingFile.check`."""
+        self._file.check()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Write what a full disk refused before, if there is room now."""
+        self._file.append()
 
 
 def _json_line(record: Record) -> str:
@@ -96,38 +160,65 @@ def _is_before(record: Mapping[str, Any], first_steps: Mapping[Axis, int]) -> bo
 
 
 class TensorBoardSink:
-    """Write scalars for TensorBoard, one sub-folder (TensorBoard: run) for each axis so that each resumes at its own step."""
+    """Write scalars for TensorBoard, one sub-folder (TensorBoard: run) for each axis so that each resumes at its own step.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    The package's own writer is not used: its thread ends, and prints a traceback, when the disk is full.
+    """
+
+    def __init__(self, folder: Path, *, flag: str = "--tensorboard-dir") -> None:
+        """Name the folder, and the flag that named it, for messages."""
+        self._folder, self._flag = folder, flag
         self._first_steps: dict[Axis, int] = {}
-        self._make_writer = import_tensorboard().SummaryWriter
-        self._writers: dict[Axis, Any] = {}  # torch.utils.tensorboard.SummaryWriter, of an optional dependency
+        self._make_event = import_tensorboard().Event
+        self._files: dict[Axis, GrowingFile] = {}
 
     def write(self, rollout_id: int, records: Sequence[Record]) -> None:
         """Add every metric as a scalar at the record's step."""
         for record in records:
-            writer = self._writer(record.axis)
-            for name, value in record.metrics.items():
-                writer.add_scalar(name, value, global_step=record.step)
-            writer.flush()
+            values = [{"tag": name, "simple_value": _single(value)} for name, value in record.metrics.items()]
+            event = self._make_event(wall_time=time.time(), step=record.step, summary={"value": values})
+            self._file(record.axis).append(_framed(event.SerializeToString()))
 
     def drop_from(self, first_steps: Mapping[Axis, int]) -> None:
         """Tell TensorBoard to hide what was written at or after these steps."""
         self.close()
+        self._files.clear()
         self._first_steps = dict(first_steps)
 
-    def close(self) -> None:
-        """Close the event files."""
-        for writer in self._writers.values():
-            writer.close()
-        self._writers.clear()
+    def check(self) -> None:
+        """Check that every record is on the disk; see `GrowingFile.check`."""
+        for file in self._files.values():
+            file.check()
 
-    def _writer(self, axis: Axis) -> Any:
-        if axis not in self._writers:
-            name = axis.value.partition("/")[0]
-            self._writers[axis] = self._make_writer(str(self._folder / name), purge_step=self._first_steps.get(axis))
-        return self._writers[axis]
+    def close(self) -> None:
+        """Write what a full disk refused before, if there is room now."""
+        for file in self._files.values():
+            file.append()
+
+    def _file(self, axis: Axis) -> GrowingFile:
+        """Return the event file of an axis; a new one begins with its version, and from which step on it replaces others."""
+        if axis not in self._files:
+            name = f"events.out.tfevents.{time.time_ns():019d}.{platform.node()}.{os.getpid()}"
+            self._files[axis] = file = GrowingFile(self._folder / axis.value.partition("/")[0] / name, flag=self._flag)
+            first = [self._make_event(wall_time=time.time(), file_version="brain.Event:2")]
+            if axis in self._first_steps:
+                start = {"status": "START"}
+                first.append(self._make_event(wall_time=time.time(), step=self._first_steps[axis], session_log=start))
+            file.append(b"".join(_framed(event.SerializeToString()) for event in first))
+        return self._files[axis]
+
+
+def _single(value: float) -> float:
+    """Return a number as float32 holds it: infinity where it is too large."""
+    return ctypes.c_float(value).value
+
+
+def _framed(content: bytes) -> bytes:
+    """Return an event as a record of TensorBoard's files: its length and its content, each with a checksum."""
+    from tensorboard.summary.writer.record_writer import RecordWriter  # noqa: PLC0415  # an optional dependency
+
+    RecordWriter(buffer := io.BytesIO()).write(content)
+    return buffer.getvalue()
 
 
 class WandbSink:
@@ -148,35 +239,59 @@ class WandbSink:
         run_config: Mapping[str, object] | None = None,
     ) -> None:
         wandb = import_wandb()
-        if key is not None:
-            wandb.login(key=key, host=host)
-        self._run = wandb.init(
-            project=project,
-            group=group,
-            name=name,
-            entity=team,
-            mode=mode,
-            dir=str(folder) if folder is not None else None,
-            id=run_id,
-            resume="allow" if run_id is not None else None,
-            config=dict(run_config or {}),
-        )
-        for axis in Axis:
-            self._run.define_metric(axis.value)
-        for pattern, axis in (("*", Axis.ROLLOUT), ("train/*", Axis.TRAIN), ("eval/*", Axis.EVAL)):
-            self._run.define_metric(pattern, step_metric=axis.value)
+        try:
+            if key is not None:
+                wandb.login(key=key, host=host)
+            self._run = wandb.init(
+                project=project,
+                group=group,
+                name=name,
+                entity=team,
+                mode=mode,
+                dir=str(folder) if folder is not None else None,
+                id=run_id,
+                resume="allow" if run_id is not None else None,
+                config=dict(run_config or {}),
+            )
+            for axis in Axis:
+                self._run.define_metric(axis.value)
+            for pattern, axis in (("*", Axis.ROLLOUT), ("train/*", Axis.TRAIN), ("eval/*", Axis.EVAL)):
+                self._run.define_metric(pattern, step_metric=axis.value)
+        except Exception as error:  # its errors share no base class
+            raise ConfigError(
+                f"--use-wandb: Weights & Biases does not start ({_first_line(error)}); check network and key, or give "
+                "--wandb-mode offline."
+            ) from error
+        self._failed = False
 
     def write(self, rollout_id: int, records: Sequence[Record]) -> None:
         """Log each record together with its own x value."""
         for record in records:
-            self._run.log({record.axis.value: record.step, **record.metrics})
+            self._tell(partial(self._run.log, {record.axis.value: record.step, **record.metrics}))
 
     def drop_from(self, first_steps: Mapping[Axis, int]) -> None:
         """Keep what was sent: the service cannot take it back, and draws the repeated points over the old ones."""
 
+    def check(self) -> None:
+        """Accept lost records: a warning said so, and the other sinks have them."""
+
     def close(self) -> None:
         """Upload what is left and end the run."""
-        self._run.finish()
+        self._tell(self._run.finish)
+
+    def _tell(self, call: Callable[[], object]) -> None:
+        """Call the package; its first failure ends the curves there, and not the run."""
+        if self._failed:
+            return
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - another package's process at the other end
+            self._failed = True
+            _logger.warning("--use-wandb: Weights & Biases gets no more metrics (%s); the run goes on", _first_line(error))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
 
 
 def import_wandb() -> Any:  # the module object of an optional dependency
@@ -189,16 +304,16 @@ def import_wandb() -> Any:  # the module object of an optional dependency
 
 
 def import_tensorboard() -> Any:  # as above
-    """Return PyTorch's module of TensorBoard.
+    """Return the module of TensorBoard's events.
 
     Raises:
         ConfigError: TensorBoard is not installed, or cannot be imported.
     """
-    return _import("torch.utils.tensorboard", flag="--use-tensorboard", install="pip install 'qwench[tensorboard]'")
+    return _import("tensorboard.compat.proto.event_pb2", flag="--use-tensorboard", install="pip install 'qwench[tensorboard]'")
 
 
 def _import(name: str, *, flag: str, install: str) -> Any:
-    package = name.rpartition(".")[2]
+    package = name.partition(".")[0]
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -28,6 +28,7 @@ from qwench.engines.kinds.receiver import Receiver
 from qwench.engines.ledger import Ledger, noted
 from qwench.engines.protocol import Portion
 from qwench.errors import EngineLostError, QwenchError, WeightSyncError
+from qwench.files import written
 from qwench.models.hf import write_hf_checkpoint
 from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.exchange import Message, RankExchange
@@ -343,7 +344,8 @@ class _Publication:
         parent = Path(shared) if shared is not None else Path(tempfile.mkdtemp(prefix="qwench-weights-"))
         folder = parent / f"weights_{self._version:07d}"
         try:
-            write_hf_checkpoint(folder, noted(buckets, self._ledgers.values()), source=plan.model_folder)
+            with written(f"--update-weight-disk-dir {parent}", folder):
+                write_hf_checkpoint(folder, noted(buckets, self._ledgers.values()), source=plan.model_folder)
             if plan.after_write is not None:
                 plan.after_write(folder.resolve(), [self._addresses[number].base_url for number, _, _ in served])
 

@@ -9,7 +9,7 @@ import pytest
 
 from qwench.engines.embedded.http.serving import ServerThread
 from qwench.models.made.tokenizers import build_small_tokenizer
-from tests.campaigns import damage, fuzz, stops
+from tests.campaigns import damage, disks, fuzz, stops
 from tests.contract.engine_hosts import make_engine, make_model
 from tests.e2e.conftest import Workspace
 
@@ -33,3 +33,10 @@ def test_damage_of_any_file_of_a_checkpoint_is_found(tmp_path: Path) -> None:
     assert damage.is_newest_whole(save), "undamaged, the newest is taken"
     count, unseen = damage.damage_all(save, rng=random.Random(0), kinds=["flip", "truncate"], say=lambda line: None)
     assert unseen == [] and count == 2 * len(damage.files_of(save / "iter_0000002")) >= 20
+
+
+@pytest.mark.parametrize("name", ["save", "dump", "eval"])
+def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on_once_there_is_room(
+    name: str, workspace: Workspace, tmp_path: Path
+) -> None:
+    assert disks.try_limited(name, workspace, tmp_path) == []

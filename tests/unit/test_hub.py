@@ -172,6 +172,21 @@ def test_without_a_network_the_error_is_one_sentence(tmp_path, environ):
         assert said.endswith("check the name, the network (HF_ENDPOINT: a mirror), and HF_TOKEN for gated ones.")
 
 
+def test_a_full_disk_of_the_cache_is_one_sentence_with_its_room(tmp_path):
+    code = (
+        "import resource\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try:\n"
+        "    hub.model_folder(Path('Qwen/Tiny'), flag='--hf-checkpoint')\n"
+        "except hub.ConfigError as error:\n"
+        "    print(error)"
+    )
+    with serve_hub("Qwen/Tiny", {"config.json": b"{}", "model.safetensors": bytes(100_000)}) as (address, _):
+        said = ask(address, tmp_path, code).stdout
+    assert said.startswith(f"--hf-checkpoint: Qwen/Tiny cannot be kept in {tmp_path / 'hub'} (File too large; ")
+    assert said.endswith("free); make room there, or set HF_HOME to a folder of another disk.\n")
+
+
 def test_a_name_that_the_hub_does_not_have_is_said(tmp_path):
     with serve_hub("Qwen/Tiny", {"config.json": b"{}"}) as (address, _):
         done = ask(address, tmp_path, "hub.model_folder(Path('Qwen/Typo'), flag='--ref-load')")

@@ -24,6 +24,7 @@ from typing import Protocol
 
 from qwench.config.environment import without_rank
 from qwench.errors import EngineError
+from qwench.files import written
 from qwench.observability.parts import STACKS_SIGNAL, ask_for_stacks
 from qwench.wire.addresses import Placement
 from qwench.wire.ports import unused_port
@@ -149,16 +150,20 @@ class ServerProcess:
 
         Raises:
             EngineError: the port is taken.
+            OutputError: there is no room for its log.
         """
         with self._lock:
             assert self._process is None, f"{self.label} runs already"
             self._port = _free_port(self.label, self._command.host, self._port)
-            self._command.log_file.parent.mkdir(parents=True, exist_ok=True)
-            for path, text in self._command.private_files.items():
-                _write_privately(path, text)
+            log_file = self._command.log_file
+            with written(f"the log of {self.label}, {log_file},", log_file):
+                log_file.parent.mkdir(parents=True, exist_ok=True)
+                log_file.touch()
+                for path, text in self._command.private_files.items():
+                    _write_privately(path, text)
             address = ["--host", self._command.host, "--port", str(self._port)]
             argv = [sys.executable, "-P", "-m", "qwench.engines.fleet.tether", *self._command.argv, *address]
-            with self._command.log_file.open("ab") as log:
+            with log_file.open("ab") as log:
                 self._process = subprocess.Popen(
                     argv,
                     env=dict(self._command.environ),

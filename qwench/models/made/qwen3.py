@@ -110,9 +110,11 @@ def make_checkpoint(
         raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, but --size {size} has a vocabulary of {vocab_size}.")
     if is_occupied(folder):
         raise ConfigError(f"--output {folder} exists and is not an empty folder; choose another.")
-    check_can_hold(folder, flag="--output")
     config = shape.to_config(vocab_size=vocab_size)
     config.dtype = dtype
+    with torch.device("meta"):
+        nbytes = sum(one.numel() * dtype.itemsize for one in Qwen3ForCausalLM(config).parameters())
+    check_can_hold(folder, flag="--output", nbytes=nbytes)
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     partial = folder.with_name(folder.name + TEMPORARY_SUFFIX)
     shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import Qwen3Config
 
-from qwench.checkpoints import convert as convert_module
 from qwench.checkpoints.convert import Conversion, Converted, Converter, Ranks
 from qwench.checkpoints.folders import MARKER
 from qwench.checkpoints.formats.fp8 import QuantizedSource
@@ -189,8 +188,8 @@ def test_what_exists_is_never_overwritten_unless_asked(tmp_path: Path) -> None:
 
 def test_a_disk_that_is_too_small_is_found_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hf = write_hf(tmp_path / "hf")
-    monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
-    with pytest.raises(ConfigError, match=r"needs 0\.0 GB, but"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(ConfigError, match=r"the output .* needs .* KiB, but .* has 0\.1 KiB free"):
         run(hf, tmp_path / "out", "torch_dist", hf=hf)
     assert not (tmp_path / "out.writing").exists()
 

@@ -1,12 +1,16 @@
 import importlib.util
 import json
 import math
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from qwench.errors import ConfigError, QwenchError
+from qwench.errors import ConfigError, OutputError, QwenchError
 from qwench.observability.metrics import MetricGate, MetricLog
 from qwench.observability.tracking import JsonlSink, TensorBoardSink, WandbSink, check_metrics_file
 
@@ -140,3 +144,98 @@ def test_a_run_must_reach_the_value_that_it_was_given():
     with pytest.raises(QwenchError, match="eval/gsm8k was never logged"):
         log().finish()
     MetricLog([], num_steps_per_rollout=1).finish()
+
+
+@contextmanager
+def no_file_beyond(num_bytes: int) -> Iterator[None]:
+    """Refuse to write files beyond a size, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_metrics_that_a_full_disk_refuses_are_written_once_there_is_room(tmp_path, caplog):
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    log = MetricLog([sink], num_steps_per_rollout=1)
+    with no_file_beyond(100):
+        for rollout_id in range(5):
+            log.log(rollout_id, {"rollout/raw_reward": 0.5})  # a line has 47 bytes
+        assert [record["rollout/step"] for record in lines_of(tmp_path / "metrics.jsonl")] == [0, 1], "whole lines alone"
+        with pytest.raises(
+            OutputError, match=rf"--log-dir {tmp_path}: metrics.jsonl cannot be .* free\); 141 bytes .* are lost"
+        ):
+            log.finish()
+    log.log(5, {"rollout/raw_reward": 0.5})
+    log.finish()
+    assert [record["rollout/step"] for record in lines_of(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and "kept until there is room" in said[0] and "no record is lost" in said[1]
+
+
+def test_curves_that_a_full_disk_refuses_are_written_once_there_is_room(tmp_path):
+    log = MetricLog([TensorBoardSink(tmp_path)], num_steps_per_rollout=1)
+    with no_file_beyond(100):
+        for rollout_id in range(5):
+            log.log(rollout_id, {"rollout/raw_reward": rollout_id})
+        with pytest.raises(OutputError, match="--tensorboard-dir"):
+            log.finish()
+    log.finish()
+    events = EventAccumulator(str(tmp_path / "rollout")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("rollout/raw_reward")] == [(i, float(i)) for i in range(5)]
+
+
+def test_tensorboard_keeps_odd_names_and_values(tmp_path):
+    log = MetricLog([TensorBoardSink(tmp_path)], num_steps_per_rollout=1)
+    values = {"rollout/\u00fc": 1.0, "rollout/nan": math.nan, "rollout/inf": math.inf, "rollout/huge": 1e300}
+    log.log(0, values)
+    log.close()
+    events = EventAccumulator(str(tmp_path / "rollout")).Reload()
+    read = {name: events.Scalars(name)[0].value for name in values}
+    assert math.isnan(read.pop("rollout/nan"))
+    assert read == {"rollout/\u00fc": 1.0, "rollout/inf": math.inf, "rollout/huge": math.inf}
+
+
+class FakeRun:
+    """What wandb.init returns; `log` fails from the second call on."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, float]] = []
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        """Accept an axis."""
+
+    def log(self, values: dict[str, float]) -> None:
+        if self.logged:
+            raise BrokenPipeError("the service is gone")
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        raise AssertionError("a service that failed is not asked again")
+
+
+def test_a_service_that_fails_costs_its_curves_alone(monkeypatch, caplog):
+    run = FakeRun()
+    monkeypatch.setitem(sys.modules, "wandb", type("wandb", (), {"init": staticmethod(lambda **flags: run)}))
+    log = MetricLog([WandbSink(project="p")], num_steps_per_rollout=1)
+    for rollout_id in range(3):
+        log.log(rollout_id, {"rollout/raw_reward": 0.5})
+    log.finish()
+    log.close()
+    assert run.logged == [{"rollout/step": 0, "rollout/raw_reward": 0.5}]
+    assert [record.getMessage() for record in caplog.records] == [
+        "--use-wandb: Weights & Biases gets no more metrics (BrokenPipeError: the service is gone); the run goes on"
+    ]
+
+
+def test_a_service_that_does_not_start_is_one_sentence(monkeypatch):
+    def init(**flags: object) -> None:
+        raise RuntimeError("no network\nand more")
+
+    monkeypatch.setitem(sys.modules, "wandb", type("wandb", (), {"init": staticmethod(init)}))
+    with pytest.raises(
+        ConfigError, match=r"Weights & Biases does not start \(RuntimeError: no network\); .*--wandb-mode offline"
+    ):
+        WandbSink(project="p")
