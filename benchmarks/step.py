@@ -1,10 +1,12 @@
 """A whole GRPO step on one GPU: `qwench train`, trainer and embedded engine colocated, every response of one length.
 
-    python benchmarks/step.py --output FILE [--size 0.6B --size 4B] [--rollouts 3] [--new-tokens 1024] [-- FLAGS]
+    python benchmarks/step.py --output FILE [--size 0.6B --size 4B] [--rollouts 3] [--new-tokens 1024] [--lora-rank 32]
+                              [-- FLAGS]
 
 32 prompts of 256 tokens x 8 samples on random weights of each size, rewards at random. The flags of a size are those that fit
 its memory on an 80 GB GPU; FLAGS come after them. The reference model is scored as the recipes do it, with --use-kl-loss and a
-coefficient of 0; --no-reference leaves the pass out. The first rollout compiles kernels, so the medians are of the others.
+coefficient of 0; --no-reference leaves the pass out. --lora-rank R trains adapters at all projections. The first rollout
+compiles kernels, so the medians are of the others.
 `accounted` is the sum of the phases over the time of the step.
 """
 
@@ -41,6 +43,8 @@ MICRO_BATCH = {
     "8B": f"--max-tokens-per-gpu 8192 {BF16_MOMENTS} --optimizer-cpu-offload --overlap-cpu-optimizer-d2h-h2d",
 }
 """Sizes that need another micro-batch or optimizer than the others."""
+WITH_ADAPTERS = {"0.6B": "--max-tokens-per-gpu 16384", "1.7B": "--max-tokens-per-gpu 16384"}
+"""Micro-batches with --lora-rank; other sizes have 8,192 tokens."""
 PHASES = ("rollout", "train", "update_weights", "offload")
 """Of a step, one after the other."""
 PASSES = ("ref_log_probs", "actor_train")
@@ -70,7 +74,7 @@ def run(folder: Path, size: str, given: argparse.Namespace) -> tuple[list[dict[s
         *("--rollout-max-response-len", given.new_tokens, "--embedded-kv-cache-tokens", kv_tokens),
         *COMMON.split(),
         *([] if given.no_reference else REFERENCE.split()),
-        *MICRO_BATCH.get(size, "--max-tokens-per-gpu 16384").split(),
+        *fitting(size, given.lora_rank).split(),
         *(["--attn-implementation", "cudnn"] if given.device.type == "cuda" else []),
         *given.flags,
     ]
@@ -80,6 +84,13 @@ def run(folder: Path, size: str, given: argparse.Namespace) -> tuple[list[dict[s
     seconds = time.perf_counter() - started
     lines = [json.loads(line) for line in (logs / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if "perf/step_time" in line], seconds
+
+
+def fitting(size: str, lora_rank: int) -> str:
+    """Return the flags of micro-batch, optimizer and adapters that fit a size."""
+    if lora_rank:
+        return f"{WITH_ADAPTERS.get(size, '--max-tokens-per-gpu 8192')} --lora-rank {lora_rank} --lora-alpha {lora_rank}"
+    return MICRO_BATCH.get(size, "--max-tokens-per-gpu 16384")
 
 
 def summary(rollouts: Sequence[dict[str, float]], size: str, given: argparse.Namespace) -> dict[str, object]:
@@ -92,6 +103,7 @@ def summary(rollouts: Sequence[dict[str, float]], size: str, given: argparse.Nam
     accounted = [sum(r.get(f"perf/{name}_time", 0.0) for name in PHASES) / r["perf/step_time"] for r in steady]
     return {
         "size": size,
+        "lora rank": given.lora_rank,
         "step s": median("perf/step_time"),
         "goal s": GOALS.get(size),
         "phases s": {name: median(f"perf/{name}_time") for name in PHASES + PASSES},
@@ -115,6 +127,7 @@ def main() -> None:
     place = "/dev/shm" if Path("/dev/shm").is_dir() else None
     parser.add_argument("--place", default=place, help="folder of the checkpoint; a disk leaves the memory to the run")
     parser.add_argument("--no-reference", action="store_true")
+    parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     parser.add_argument("--timeout", type=float, default=1800)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
     parser.add_argument("flags", nargs="*", help="flags of qwench train, after --")

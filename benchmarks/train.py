@@ -11,7 +11,8 @@ is a policy gradient with an entropy term; AdamW with float32 masters. Every cas
     huggingface  the transformers module (SDPA), eight sequences padded to the longest, AdamW of torch in float32 masters
 
 MFU = 3 * forward FLOPs * tokens/s / 989.5e12, HFU counts recomputed layers besides; forward FLOPs are 2 for each weight of a
-product, and 2 * layers * heads * head_dim for each pair of causal attention; logits count where a token is trained.
+product, and 2 * layers * heads * head_dim for each pair of causal attention; logits count where a token is trained. With
+--lora-rank the factor is 2: frozen weights have no gradient, and adapters are not counted.
 `--profile` adds where the kernel time of one step goes, and how long the step had no kernel.
 """
 
@@ -38,12 +39,13 @@ from torch.profiler import profile as torch_profile
 from transformers import AutoModelForCausalLM
 
 from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
+from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.data.packing import pack_by_tokens
 from qwench.models.hf import architecture_of, load_hf_config
 from qwench.models.made.qwen3 import find_size, random_weights
-from qwench.models.memory import SequenceCost
+from qwench.models.memory import FORWARD_AND_BACKWARD, FORWARD_AND_FROZEN_BACKWARD, SequenceCost
 from qwench.training.batch import pack
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.process_group import init_process_group
@@ -141,6 +143,7 @@ def qwench_step(folder: Path, batch: RolloutBatch, given: argparse.Namespace, *,
         param_dtype=torch.bfloat16 if cuda else torch.float32,
         device=given.device,
         attention=given.attention if cuda else "sdpa",
+        lora=LoraConfig(lora_rank=given.lora_rank, lora_alpha=given.lora_rank) if given.lora_rank else None,
     )
     micro_batches = [pack(batch, members) for members in pack_by_tokens(batch.lengths, max_tokens=given.tokens)]
     num_trained = sum(int(mask.sum()) for mask in batch.loss_mask)
@@ -277,13 +280,14 @@ def measure_size(size: str, given: argparse.Namespace) -> list[dict[str, object]
         untrained = sum(lengths) - sum(len(mask) for mask in batch.loss_mask)
         forward = sum(cost.of(length) for length in lengths) - cost.head * untrained
         layers = forward - cost.head * (sum(lengths) - untrained)
-        work = {"tokens": sum(lengths), "flops": 3 * forward, "recomputed": 3 * forward + layers}
+        passes = FORWARD_AND_FROZEN_BACKWARD if given.lora_rank else FORWARD_AND_BACKWARD
+        work = {"tokens": sum(lengths), "flops": passes * forward, "recomputed": passes * forward + layers}
         for case in given.cases:
             if case == "huggingface":
                 step, tokens = huggingface_step(folder, batch, given)
             else:
                 step, tokens = qwench_step(folder, batch, given, recompute=case == "recompute")
-            result = {"size": size, "micro_batches": tokens, **measure(case, step, work, given)}
+            result = {"size": size, "lora rank": given.lora_rank, "micro_batches": tokens, **measure(case, step, work, given)}
             print(json.dumps(result), flush=True)
             results.append(result)
             del step
@@ -304,6 +308,7 @@ def main() -> None:
     parser.add_argument("--attention", default="varlen")
     parser.add_argument("--offload", action="store_true", help="masters and moments on the host")
     parser.add_argument("--bf16-moments", action="store_true")
+    parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank at all projections")
     parser.add_argument("--huggingface-sequences", type=int, default=8)
     parser.add_argument("--huggingface-checkpointing", action="store_true")
     parser.add_argument("--profile", action="store_true")

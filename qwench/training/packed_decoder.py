@@ -3,7 +3,7 @@
     x, delta --add, norm--> qkv --norm, rotate, attend--> output --add, norm--> gate, up --silu--> down = delta
 
 Autograd is not used. Products add their weight gradients to the float32 sums. Matrices that share an input are one product.
-`Keep` chooses what a layer keeps between the passes.
+`Keep` chooses what a layer keeps between the passes. Matrices whose sums have no rows are frozen; adapters may be beside them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from qwench.models.decoder import elementwise, gradients
 from qwench.models.decoder.gradients import Heads, QkNorms
 from qwench.models.decoder.invariant import linear
 from qwench.models.decoder.rope import rope_table
+from qwench.training.packed_adapters import NO_ADAPTERS, LayerAdapters, PackedAdapter
 
 
 class Keep(Enum):
@@ -62,6 +63,7 @@ class LayerTensors:
     output: Tensor
     gate_up: Tensor
     down: Tensor
+    adapters: LayerAdapters = NO_ADAPTERS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,21 +166,22 @@ class PackedDecoder:
             if kept.qkv is None:
                 _, _, kept = self._layer(layer, kept.summed_1, None, sequences, Keep.ALL)
             grad = self._layer_backward(layer, layer_sums, kept, sequences, grad)
-        # Sorted, not atomic: equal bits in every run.
-        sums.embedding.index_put_((sequences.tokens,), grad.to(sums.embedding.dtype), accumulate=True)
+        if len(sums.embedding):
+            # Sorted, not atomic: equal bits in every run.
+            sums.embedding.index_put_((sequences.tokens,), grad.to(sums.embedding.dtype), accumulate=True)
 
     def _layer(
         self, weights: LayerTensors, x: Tensor, delta: Tensor | None, sequences: Sequences, keep: Keep | None
     ) -> tuple[Tensor, Tensor, _Kept]:
         """Return the residual, what is to be added to it, and what is kept."""
         summed_1, normed_1 = self._forwards.add_rms_norm(x, delta, weights.attention_norm, self._eps)
-        qkv = self._product(normed_1, weights.qkv)
+        adapters = weights.adapters
+        qkv = self._multiply(normed_1, weights.qkv, adapters.qkv)
         q, k = self._rotated(qkv, weights, None, sequences)
         attended, state = sequences.attention.forward(q, k, self._values(qkv), scale=self._scale)
-        summed_2, normed_2 = self._forwards.add_rms_norm(
-            summed_1, self._product(attended.flatten(1), weights.output), weights.mlp_norm, self._eps
-        )
-        gate_up = self._product(normed_2, weights.gate_up)
+        output = self._multiply(attended.flatten(1), weights.output, adapters.output)
+        summed_2, normed_2 = self._forwards.add_rms_norm(summed_1, output, weights.mlp_norm, self._eps)
+        gate_up = self._multiply(normed_2, weights.gate_up, adapters.gate_up)
         activated = self._forwards.silu_mul(*gate_up.chunk(2, dim=-1))
         kept = _Kept(summed_1=summed_1)
         if keep in (Keep.ALL, Keep.PRODUCTS):
@@ -186,7 +189,7 @@ class PackedDecoder:
             kept.summed_2, kept.gate_up = summed_2, gate_up
         if keep is Keep.ALL:
             kept.normed_1, kept.q, kept.k, kept.normed_2, kept.activated = normed_1, q, k, normed_2, activated
-        return summed_2, self._product(activated, weights.down), kept
+        return summed_2, self._multiply(activated, weights.down, adapters.down), kept
 
     def _layer_backward(
         self, weights: LayerTensors, sums: LayerTensors, kept: _Kept, sequences: Sequences, grad: Tensor
@@ -194,13 +197,20 @@ class PackedDecoder:
         """Return the gradient of the layer's input from that of its output, both of residual and what is added to it."""
         grad = self._mlp_backward(weights, sums, kept, grad)
         assert kept.qkv is not None and kept.attended is not None, "the attention's inputs are kept or computed again"
-        add_product(sums.output, grad, kept.attended.flatten(1))
-        grad_attended = (grad @ weights.output).view_as(kept.attended)
+        adapters = weights.adapters
+        grad_attended, slopes = _input_gradient(grad, weights.output, adapters.output)
+        _add_gradients(sums.output, grad, kept.attended.flatten(1), adapters.output, sums.adapters.output, slopes)
         q, k = (
             (kept.q, kept.k) if kept.q is not None and kept.k is not None else self._rotated(kept.qkv, weights, None, sequences)
         )
         grads = sequences.attention.backward(
-            grad_attended, q, k, self._values(kept.qkv), kept.attended, kept.attention_state, scale=self._scale
+            grad_attended.view_as(kept.attended),
+            q,
+            k,
+            self._values(kept.qkv),
+            kept.attended,
+            kept.attention_state,
+            scale=self._scale,
         )
         norms = self._norms(weights, sums)
         grad_qkv = self._backwards.qk_norm_rope_backward(
@@ -209,27 +219,37 @@ class PackedDecoder:
         normed = kept.normed_1
         if normed is None:
             _, normed = self._forwards.add_rms_norm(kept.summed_1, None, weights.attention_norm, self._eps)
-        add_product(sums.qkv, grad_qkv, normed)
+        grad_normed, slopes = _input_gradient(grad_qkv, weights.qkv, adapters.qkv)
+        _add_gradients(sums.qkv, grad_qkv, normed, adapters.qkv, sums.adapters.qkv, slopes)
         result: Tensor = self._backwards.rms_norm_backward(
-            kept.summed_1, weights.attention_norm, grad_qkv @ weights.qkv, grad, sums.attention_norm, self._eps
+            kept.summed_1, weights.attention_norm, grad_normed, grad, sums.attention_norm, self._eps
         )
         return result
 
     def _mlp_backward(self, weights: LayerTensors, sums: LayerTensors, kept: _Kept, grad: Tensor) -> Tensor:
         """Return the gradient of the residual before the MLP."""
         assert kept.gate_up is not None and kept.summed_2 is not None, "the MLP's inputs are kept or computed again"
-        grad_gate_up, again = self._backwards.silu_mul_backward(
-            kept.gate_up, grad @ weights.down, recompute=kept.activated is None
-        )
-        add_product(sums.down, grad, again if kept.activated is None else kept.activated)
+        adapters = weights.adapters
+        grad_activated, slopes = _input_gradient(grad, weights.down, adapters.down)
+        grad_gate_up, again = self._backwards.silu_mul_backward(kept.gate_up, grad_activated, recompute=kept.activated is None)
+        activated = again if kept.activated is None else kept.activated
+        _add_gradients(sums.down, grad, activated, adapters.down, sums.adapters.down, slopes)
         normed = kept.normed_2
         if normed is None:
             _, normed = self._forwards.add_rms_norm(kept.summed_2, None, weights.mlp_norm, self._eps)
-        add_product(sums.gate_up, grad_gate_up, normed)
+        grad_normed, slopes = _input_gradient(grad_gate_up, weights.gate_up, adapters.gate_up)
+        _add_gradients(sums.gate_up, grad_gate_up, normed, adapters.gate_up, sums.adapters.gate_up, slopes)
         result: Tensor = self._backwards.rms_norm_backward(
-            kept.summed_2, weights.mlp_norm, grad_gate_up @ weights.gate_up, grad, sums.mlp_norm, self._eps
+            kept.summed_2, weights.mlp_norm, grad_normed, grad, sums.mlp_norm, self._eps
         )
         return result
+
+    def _multiply(self, x: Tensor, weight: Tensor, adapter: PackedAdapter | None) -> Tensor:
+        """Return x [T, K] times a matrix [N, K], transposed, with its adapters."""
+        y = self._product(x, weight)
+        if adapter is not None:
+            adapter.add(x, y)
+        return y
 
     def _rotated(
         self, qkv: Tensor, weights: LayerTensors, sums: LayerTensors | None, sequences: Sequences
@@ -258,6 +278,22 @@ class PackedDecoder:
 def supports(architecture: Architecture) -> bool:
     """Tell whether this decoder has every part of the layers."""
     return not (architecture.qkv_bias or architecture.attention_output_bias or architecture.mlp_bias)
+
+
+def _input_gradient(grad: Tensor, weight: Tensor, adapter: PackedAdapter | None) -> tuple[Tensor, Tensor | None]:
+    """Return the gradient of a product's input, and that of `x A^T` for `_add_gradients`."""
+    grad_x = grad @ weight
+    return grad_x, None if adapter is None else adapter.add_input_gradient(grad, grad_x)
+
+
+def _add_gradients(
+    total: Tensor, grad: Tensor, x: Tensor, adapter: PackedAdapter | None, sums: PackedAdapter | None, slopes: Tensor | None
+) -> None:
+    """Add the gradients of a matrix, unless it is frozen, and of its adapters."""
+    if len(total):
+        add_product(total, grad, x)
+    if adapter is not None and sums is not None and slopes is not None:
+        adapter.add_gradients(sums, grad, x, slopes)
 
 
 def bind(tensors: Mapping[str, Tensor], architecture: Architecture) -> DecoderTensors:

@@ -10,8 +10,9 @@ input lie back to back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,28 +50,44 @@ def can_be_direct(architecture: Architecture, attention: str) -> bool:
     return supports(architecture) and attention in _ATTENTIONS
 
 
+class Flat(Protocol):
+    """Tensors in one piece of memory: the weights that are trained, or the sums of their gradients."""
+
+    by_name: dict[str, Tensor]
+    """In the order of the memory."""
+    bound: DecoderTensors
+    """Those of the whole decoder."""
+
+
 class FlatTensors:
     """Tensors of all weights in one piece of memory, in the order in which the decoder wants them."""
 
     def __init__(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
-        places: dict[str, tuple[int, torch.Size]] = {}
-        end = 0
-        for name, shape in architecture.parameter_shapes().items():
-            start = end if name.endswith(_STACKED) else -(-end // _ALIGNMENT) * _ALIGNMENT
-            places[name] = start, torch.Size(shape)
-            end = start + places[name][1].numel()
-        self.flat = torch.zeros(end, dtype=dtype, device=device)
-        self.by_name = {name: self.flat[start : start + shape.numel()].view(shape) for name, (start, shape) in places.items()}
+        shapes = architecture.parameter_shapes()
+        self.by_name = flat_views(shapes, {name for name in shapes if name.endswith(_STACKED)}, dtype, device)
         self.bound = bind(self.by_name, architecture)
+
+
+def flat_views(
+    shapes: Mapping[str, Sequence[int]], stacked: Collection[str], dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Return zeros of these shapes in one piece of memory; a stacked tensor has no gap before it."""
+    places: dict[str, tuple[int, torch.Size]] = {}
+    end = 0
+    for name, shape in shapes.items():
+        start = end if name in stacked else -(-end // _ALIGNMENT) * _ALIGNMENT
+        places[name] = start, torch.Size(shape)
+        end = start + places[name][1].numel()
+    flat = torch.zeros(end, dtype=dtype, device=device)
+    return {name: flat[start : start + shape.numel()].view(shape) for name, (start, shape) in places.items()}
 
 
 class FlatGradients:
     """Float32 sums of the gradients since the last `drop`; memory is taken when the first one is asked for."""
 
-    def __init__(self, architecture: Architecture, device: torch.device) -> None:
-        self._architecture = architecture
-        self._device = device
-        self._sums: FlatTensors | None = None
+    def __init__(self, make: Callable[[], Flat]) -> None:
+        self._make = make
+        self._sums: Flat | None = None
 
     @property
     def sums(self) -> DecoderTensors:
@@ -85,9 +102,9 @@ class FlatGradients:
         """Forget the gradients and give their memory back."""
         self._sums = None
 
-    def _made(self) -> FlatTensors:
+    def _made(self) -> Flat:
         if self._sums is None:
-            self._sums = FlatTensors(self._architecture, torch.float32, self._device)
+            self._sums = self._make()
         return self._sums
 
 
@@ -113,7 +130,7 @@ class DirectPolicy:
             invariant: log-probs have the same bits in every micro-batch.
         """
         self.causal_lm = causal_lm
-        self.gradients = FlatGradients(architecture, device)
+        self.gradients = FlatGradients(partial(FlatTensors, architecture, torch.float32, device))
         self._architecture = architecture
         self._device = device
         self._flat: FlatTensors | None = None
@@ -137,6 +154,10 @@ class DirectPolicy:
             self._flat = FlatTensors(self._architecture, self._param_dtype, self._device)
         return self._flat
 
+    def _bound(self) -> DecoderTensors:
+        """Return the weights that the next pass computes with."""
+        return self.computed().bound
+
     def _held_tensors(self, _mesh: DeviceMesh) -> Mapping[str, Tensor]:
         """Return the memory of this rank's part of every weight."""
         return self.computed().by_name
@@ -157,7 +178,7 @@ class DirectPolicy:
         self, micro_batch: MicroBatch, *, temperature: float, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """See `Policy.forward`."""
-        weights, device = self.computed().bound, self._device
+        weights, device = self._bound(), self._device
         scored = micro_batch.loss_mask.nonzero().squeeze(-1)
         labels = on_device(micro_batch.labels[scored], device)
         scored = on_device(scored, device)
@@ -167,9 +188,10 @@ class DirectPolicy:
             scored=scored,
             attention=attention_of(self._attention, micro_batch.lengths, device, invariant=self._invariant),
         )
-        kept_bytes = 0
+        kept_bytes, head_sum = 0, None
         if torch.is_grad_enabled():
             sums = self.gradients.sums
+            head_sum = sums.head if len(sums.head) else None
             keep, kept_bytes = self._budget.choose(micro_batch.num_tokens, len(labels), recomputes=self._recomputes_layers)
             hidden = _Decode.apply(  # type: ignore[no-untyped-call]  # torch does not annotate it
                 self._trigger, self._decoder, weights, sums, sequences, keep
@@ -186,7 +208,7 @@ class DirectPolicy:
             temperature=temperature,
             chunk_tokens=TILE if self._invariant else self._head_chunk_tokens,
             with_entropy=with_entropy,
-            weight_sum=self.gradients.sums.head if torch.is_grad_enabled() else None,
+            weight_sum=head_sum,
             kept_bytes=kept_bytes,
         )
         nowhere = torch.zeros(micro_batch.num_tokens, dtype=torch.float32, device=device)
@@ -233,7 +255,8 @@ def _move_weights(causal_lm: PreTrainedModel, views: Mapping[str, Tensor], mesh:
     by_old: dict[nn.Parameter, nn.Parameter] = {}
     for name, view in views.items():
         view.copy_(given[name][place * len(view) : (place + 1) * len(view)])
-        moved[name] = by_old[given[name]] = nn.Parameter(DTensor.from_local(view, mesh, placements, run_check=False))
+        whole = DTensor.from_local(view, mesh, placements, run_check=False)
+        moved[name] = by_old[given[name]] = nn.Parameter(whole, requires_grad=given[name].requires_grad)
     for module in causal_lm.modules():
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, leaf, by_old[parameter])  # a tied weight in both of its places

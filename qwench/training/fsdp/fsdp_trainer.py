@@ -31,6 +31,7 @@ from qwench.models.hf import architecture_of, load_hf_config
 from qwench.models.memory import WHOLE_GRADIENT_BYTES
 from qwench.training.critic import NewHead
 from qwench.training.fsdp import checkpoint
+from qwench.training.fsdp.adapted import AdaptedPolicy
 from qwench.training.fsdp.attention import install_attention
 from qwench.training.fsdp.checkpoint import fill_shards, is_foreign, load_causal_lm, load_converted
 from qwench.training.fsdp.direct import DirectPolicy, can_be_direct
@@ -126,7 +127,7 @@ class FsdpTrainer(BackendTrainer):
             param_dtype=param_dtype,
             device=device,
             logits=logits,
-            direct=adapters is None,
+            adapters=adapters,
         )
         masters = _start_training(policy, architecture, adapters, source, optimizer, total_steps, param_dtype)
         return cls(
@@ -306,18 +307,28 @@ def _place(
     param_dtype: torch.dtype,
     device: torch.device,
     logits: bool,
-    direct: bool,
+    adapters: Adapters | None,
 ) -> Policy | DirectPolicy:
     """Put the model on its ranks: a `DirectPolicy` where one rank has it alone and the decoder has every part, else FSDP2.
 
-    A critic, and a policy whose losses get logits, are always under FSDP2. With --whole-weights, several ranks have a
-    `GatheredPolicy`.
-
-    Args:
-        direct: All weights are trained; a model with adapters is under FSDP2, too.
+    A critic, and a policy whose losses get logits, are always under FSDP2. So are adapters of several ranks, and those that
+    drop inputs or subtract their start. With --whole-weights, several ranks have a `GatheredPolicy`.
     """
-    direct = direct and not (architecture.value_head or logits)
-    if mesh.size() > 1 and training.whole_weights and direct:
+    written_out = not (architecture.value_head or logits)
+    is_direct = written_out and mesh.size() == 1 and can_be_direct(architecture, attention)
+    if adapters is not None and adapters.are_plain and is_direct:
+        return AdaptedPolicy(
+            model,
+            architecture,
+            mesh,
+            adapters,
+            device=device,
+            param_dtype=param_dtype,
+            attention=attention,
+            head_chunk_tokens=training.head_chunk_tokens,
+            recomputes_layers=training.recomputes_layers,
+        )
+    if mesh.size() > 1 and training.whole_weights and written_out:
         return GatheredPolicy(
             model,
             architecture,
@@ -329,7 +340,7 @@ def _place(
             head_chunk_tokens=training.head_chunk_tokens,
             recomputes_layers=training.recomputes_layers,
         )
-    if mesh.size() == 1 and direct and can_be_direct(architecture, attention):
+    if adapters is None and is_direct:
         return DirectPolicy(
             model,
             architecture,

@@ -10,6 +10,7 @@ step, and not in each layer of each micro-batch. Masters, moments and checkpoint
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 
 from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture
-from qwench.training.fsdp.direct import DirectPolicy, FlatGradients, can_be_direct
+from qwench.training.fsdp.direct import DirectPolicy, FlatGradients, FlatTensors, can_be_direct
 from qwench.training.fsdp.optimizer import local_shard
 
 
@@ -44,7 +45,7 @@ class ReducedGradients(FlatGradients):
     """Sums of whole gradients on each rank, which the end of a step reduces to this rank's shards."""
 
     def __init__(self, architecture: Architecture, device: torch.device, mesh: DeviceMesh) -> None:
-        super().__init__(architecture, device)
+        super().__init__(partial(FlatTensors, architecture, torch.float32, device))
         self._mesh = mesh
         self._shards: Sequence[Tensor] | None = None
 

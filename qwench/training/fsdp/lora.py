@@ -79,6 +79,11 @@ class Adapters:
             self._layers[name] = LoraLinear(frozen, section, self.switch, layer=index)
             model.set_submodule(name, self._layers[name])
 
+    @property
+    def are_plain(self) -> bool:
+        """Tell whether they are W + scale * B A in every pass: nothing is dropped, and no start is subtracted."""
+        return self.section.lora_dropout == 0.0 and self.section.lora_init == "kaiming"
+
     def matrices(self) -> dict[str, nn.Parameter]:
         """Return every A and B by name, and the starts that are subtracted."""
         return {

@@ -17,6 +17,7 @@ from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import CheckpointError, ConfigError
 from qwench.training.adapters import AdapterSwitch
+from qwench.training.fsdp.adapted import AdaptedPolicy
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.process_group import init_process_group
 from qwench.training.state import Reference
@@ -124,6 +125,21 @@ def test_adapters_whose_masters_are_on_the_host_learn_the_same_bits(model_folder
     assert _train(device, 3) == _train(host, 3)
     one, other = _saved(device, tmp_path / "device"), _saved(host, tmp_path / "host")
     assert all(torch.equal(matrix, other[name]) for name, matrix in one.items())
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_one_rank_computes_plain_adapters_without_fsdp_as_the_module_does(
+    model_folder: Path, recomputes: bool, monkeypatch: pytest.MonkeyPatch
+):
+    lora = replace(_LORA, target_modules="q_proj,v_proj,up_proj,down_proj")
+    direct = _build(model_folder, lora, recomputes=recomputes)
+    monkeypatch.setattr("qwench.training.fsdp.lora.Adapters.are_plain", False)
+    module = _build(model_folder, lora, recomputes=recomputes)
+    assert isinstance(direct._policy, AdaptedPolicy) and not isinstance(module._policy, AdaptedPolicy)
+    assert _train(direct, 4) == pytest.approx(_train(module, 4), rel=1e-5)
+    one, other = _published(direct), _published(module)
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_pass_drops_a_share_of_inputs_and_scales_up_the_others():
