@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from qwench.checkpoints.formats.peft import A, B
+from qwench.config.sections.training import TrainingConfig
 from qwench.models.architecture import Architecture
 from qwench.models.memory import projection_shapes
 from qwench.training.fsdp.direct import DirectPolicy, FlatGradients, flat_views
@@ -93,28 +94,18 @@ class AdaptedPolicy(DirectPolicy):
         causal_lm: PreTrainedModel,
         architecture: Architecture,
         mesh: DeviceMesh,
-        adapters: Adapters,
+        training: TrainingConfig,
         *,
+        adapters: Adapters,
         device: torch.device,
         param_dtype: torch.dtype,
         attention: str,
-        head_chunk_tokens: int,
-        recomputes_layers: bool,
     ) -> None:
         """Move the weights of `causal_lm`, frozen ones and `adapters`, which it keeps under their names."""
         self._adapters = adapters
         self._shapes = {name: matrix.shape for name, matrix in adapters.matrices().items()}
         self._matrices: FlatAdapters | None = None
-        super().__init__(
-            causal_lm,
-            architecture,
-            mesh,
-            device=device,
-            param_dtype=param_dtype,
-            attention=attention,
-            head_chunk_tokens=head_chunk_tokens,
-            recomputes_layers=recomputes_layers,
-        )
+        super().__init__(causal_lm, architecture, mesh, training, device=device, param_dtype=param_dtype, attention=attention)
         nothing = _sums_of_nothing(architecture, device)
         self.gradients = FlatGradients(partial(self._flat_adapters, nothing, torch.float32))
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from qwench.algorithms.columns import MicroBatch, on_device
 from qwench.algorithms.log_probs import token_log_probs
+from qwench.config.sections.training import TrainingConfig
 from qwench.models.architecture import Architecture
 from qwench.models.decoder.invariant import TILE, padded
 from qwench.training.memory_budget import ActivationBudget
@@ -116,30 +117,25 @@ class DirectPolicy:
         causal_lm: PreTrainedModel,
         architecture: Architecture,
         mesh: DeviceMesh,
+        training: TrainingConfig,
         *,
         device: torch.device,
         param_dtype: torch.dtype,
         attention: str,
-        head_chunk_tokens: int,
-        recomputes_layers: bool,
-        invariant: bool = False,
     ) -> None:
-        """Move the weights of `causal_lm`, which keeps them under their names.
-
-        Args:
-            invariant: log-probs have the same bits in every micro-batch.
-        """
+        """Move the weights of `causal_lm`, which keeps them under their names."""
         self.causal_lm = causal_lm
         self.gradients = FlatGradients(partial(FlatTensors, architecture, torch.float32, device))
         self._architecture = architecture
         self._device = device
         self._flat: FlatTensors | None = None
         self._attention = attention
-        self._head_chunk_tokens = head_chunk_tokens
-        self._recomputes_layers = recomputes_layers
-        self._invariant = invariant
-        self._decoder = PackedDecoder(architecture, device, invariant=invariant)
-        self._budget = ActivationBudget(architecture, device, param_dtype, head_chunk_tokens=head_chunk_tokens)
+        self._head_chunk_tokens = training.head_chunk_tokens
+        self._recomputes_layers = training.recomputes_layers
+        self._invariant = training.batch_invariant and device.type == "cpu" and mesh.size() == 1
+        """Log-probs have the same bits in every micro-batch."""
+        self._decoder = PackedDecoder(architecture, device, invariant=self._invariant)
+        self._budget = ActivationBudget(architecture, device, param_dtype, head_chunk_tokens=self._head_chunk_tokens)
         self._trigger = torch.zeros((), device=device, requires_grad=True)
         self._param_dtype = param_dtype
         self._weights = _move_weights(causal_lm, self._held_tensors(mesh), mesh)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -309,49 +310,22 @@ def _place(
     logits: bool,
     adapters: Adapters | None,
 ) -> Policy | DirectPolicy:
-    """Put the model on its ranks: a `DirectPolicy` where one rank has it alone and the decoder has every part, else FSDP2.
+    """Put the model on its ranks: in the packed decoder where one rank has it alone and the decoder has every part, else FSDP2.
 
     A critic, and a policy whose losses get logits, are always under FSDP2. So are adapters of several ranks, and those that
     drop inputs or subtract their start. With --whole-weights, several ranks have a `GatheredPolicy`.
     """
     written_out = not (architecture.value_head or logits)
-    is_direct = written_out and mesh.size() == 1 and can_be_direct(architecture, attention)
-    if adapters is not None and adapters.are_plain and is_direct:
-        return AdaptedPolicy(
-            model,
-            architecture,
-            mesh,
-            adapters,
-            device=device,
-            param_dtype=param_dtype,
-            attention=attention,
-            head_chunk_tokens=training.head_chunk_tokens,
-            recomputes_layers=training.recomputes_layers,
-        )
-    if mesh.size() > 1 and training.whole_weights and written_out:
-        return GatheredPolicy(
-            model,
-            architecture,
-            mesh,
-            device=device,
-            param_dtype=param_dtype,
-            stored_dtype=stored_dtype,
-            attention=attention,
-            head_chunk_tokens=training.head_chunk_tokens,
-            recomputes_layers=training.recomputes_layers,
-        )
-    if adapters is None and is_direct:
-        return DirectPolicy(
-            model,
-            architecture,
-            mesh,
-            device=device,
-            param_dtype=param_dtype,
-            attention=attention,
-            head_chunk_tokens=training.head_chunk_tokens,
-            recomputes_layers=training.recomputes_layers,
-            invariant=training.batch_invariant and device.type == "cpu",
-        )
+    make: Callable[..., DirectPolicy] | None = None
+    if written_out and mesh.size() > 1 and training.whole_weights:
+        make = partial(GatheredPolicy, stored_dtype=stored_dtype)
+    elif written_out and mesh.size() == 1 and can_be_direct(architecture, attention):
+        if adapters is None:
+            make = DirectPolicy
+        elif adapters.are_plain:
+            make = partial(AdaptedPolicy, adapters=adapters)
+    if make is not None:
+        return make(model, architecture, mesh, training, device=device, param_dtype=param_dtype, attention=attention)
     kind = ValuePolicy if architecture.value_head else LogitsPolicy if logits else Policy
     policy = kind(model, attention=attention, head_chunk_tokens=training.head_chunk_tokens)
     parallelize(

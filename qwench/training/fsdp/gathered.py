@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
+from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture
 from qwench.training.fsdp.direct import DirectPolicy, FlatGradients, FlatTensors, can_be_direct
@@ -77,28 +78,18 @@ class GatheredPolicy(DirectPolicy):
         causal_lm: PreTrainedModel,
         architecture: Architecture,
         mesh: DeviceMesh,
+        training: TrainingConfig,
         *,
         device: torch.device,
         param_dtype: torch.dtype,
         stored_dtype: torch.dtype,
         attention: str,
-        head_chunk_tokens: int,
-        recomputes_layers: bool,
     ) -> None:
         """Move this rank's shards of the weights of `causal_lm`, which keeps them under their names."""
         check_gathered(architecture, attention, num_shards=mesh["dp_shard"].size())
         self._mesh = mesh
         self._stored_dtype = stored_dtype
-        super().__init__(
-            causal_lm,
-            architecture,
-            mesh,
-            device=device,
-            param_dtype=param_dtype,
-            attention=attention,
-            head_chunk_tokens=head_chunk_tokens,
-            recomputes_layers=recomputes_layers,
-        )
+        super().__init__(causal_lm, architecture, mesh, training, device=device, param_dtype=param_dtype, attention=attention)
         self.gradients = ReducedGradients(architecture, device, mesh)
 
     def _held_tensors(self, mesh: DeviceMesh) -> Mapping[str, Tensor]:
