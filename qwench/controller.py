@@ -113,7 +113,7 @@ def train(run: Run) -> None:
     learner, rollouts, gpus, schedule, publisher = run.learner, run.rollouts, run.gpus, run.plan.schedule, run.publisher
     assert learner is not None and publisher is not None, "a run that only generates has no learner"
     asked, enough = SaveRequests(schedule.checkpoint.save), StopCheck(schedule.rollout.stop_metric)
-    first = saved = learned_from = run.checkpoints.restore(learner.state, rollouts)
+    first = learned_from = run.checkpoints.restore(learner.state, rollouts)
     if has_ended(run):
         run.checkpoints.finish()
         return
@@ -126,7 +126,7 @@ def train(run: Run) -> None:
         for rollout_id in range(first, run.plan.num_rollout):
             with saved_when_stopped(run, learner, next_rollout_id=rollout_id):
                 if agree_on_largest(int(enough.is_met(evaluate_if_due(run, rollout_id)))):
-                    if saved != rollout_id and schedule.checkpoint.save is not None:
+                    if not run.checkpoints.note_end(rollout_id, enough.text):
                         with gpus.held_by(learner.state), rollouts.paused():
                             run.checkpoints.save(rollout_id, learner.state, rollouts, ended_by=enough.text)
                     break
@@ -145,7 +145,7 @@ def train(run: Run) -> None:
                         asked.done()
                         with rollouts.paused():  # so that what is generated ahead is saved whole, as today's weights sampled it
                             ended_by = enough.text if is_enough else None
-                            run.checkpoints.save(saved := rollout_id + 1, learner.state, rollouts, ended_by=ended_by)
+                            run.checkpoints.save(rollout_id + 1, learner.state, rollouts, ended_by=ended_by)
                     if is_enough:
                         break
                     # torchrun signals one rank after the other: all ranks must stop after the same rollout.
@@ -156,10 +156,10 @@ def train(run: Run) -> None:
                             publisher.publish(version=rollout_id + 1)
         else:
             with saved_when_stopped(run, learner, next_rollout_id=run.plan.num_rollout):
-                enough.is_met(evaluate_if_due(run, run.plan.num_rollout))
+                note_if_met(run, enough, evaluate_if_due(run, run.plan.num_rollout), run.plan.num_rollout)
         if run.beside is not None:
             with saved_when_stopped(run, learner, next_rollout_id=learned_from):
-                enough.is_met(run.beside.finish())
+                note_if_met(run, enough, run.beside.finish(), learned_from)
     if learned_from > first and not agree_on_largest(int(enough.was_logged)):
         _logger.warning("--stop-metric %s had no effect: no metric of this name was logged", enough.text)
     run.checkpoints.finish()
@@ -173,6 +173,12 @@ def has_ended(run: Run) -> bool:
         return False
     _logger.info("the run has met --stop-metric %s: nothing to do; without the flag, or with another bound, it goes on", metric)
     return True
+
+
+def note_if_met(run: Run, enough: StopCheck, metrics: Mapping[str, float], next_rollout_id: int) -> None:
+    """Note in the last checkpoint that its evaluation has met --stop-metric: the same command trains no further."""
+    if enough.is_met(metrics):
+        run.checkpoints.note_end(next_rollout_id, enough.text)
 
 
 @contextmanager

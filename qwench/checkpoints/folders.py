@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from qwench.checkpoints.formats.dcp_reader import METADATA, DcpFolder
 from qwench.checkpoints.formats.iterations import POINTER, Iterations
 from qwench.checkpoints.formats.peft import AdapterFolder, is_adapter
 from qwench.checkpoints.formats.sources import find_checkpoint, find_format, is_checkpoint, open_weights
@@ -42,6 +43,7 @@ def open_save_folder(config: CheckpointConfig, identity: Mapping[str, Json]) -> 
     try:
         config.save.mkdir(parents=True, exist_ok=True)
         lock = FolderLock(config.save, flag="--save")
+        check_save_folder(config, identity)  # another run may have come and gone
         Iterations(config.save).clean()
         content = json.dumps(dict(identity), indent=1) + "\n"
         if not _holds(config.save / MARKER, content):
@@ -93,6 +95,22 @@ def check_load_folder(config: CheckpointConfig, identity: Mapping[str, Json]) ->
     if (config.load / MARKER).is_file():
         written = _written_identity(config.load, flag="--load")
         check_identity(written or {}, identity, what=f"--load {config.load}")
+
+
+def check_all_is_here(folder: Path) -> None:
+    """Make sure that what all ranks wrote lies in this process's folder too, before older checkpoints may go.
+
+    Raises:
+        CheckpointError: other ranks wrote elsewhere: a disk of their own node, or a folder relative to another one.
+    """
+    advice = "--save must be a folder that every node sees, under the same absolute path."
+    if not any(path.is_file() for path in folder.rglob("*")):
+        raise CheckpointError(f"the trainer's ranks wrote nothing into {folder.absolute()}; {advice}")
+    for metadata in folder.rglob(METADATA):
+        try:
+            DcpFolder(metadata.parent)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} {advice}") from error
 
 
 def foreign_checkpoint(config: CheckpointConfig) -> Path | None:

@@ -21,6 +21,7 @@ import orjson
 
 from qwench.checkpoints.best import Criterion, improvement, read_best
 from qwench.checkpoints.folders import (
+    check_all_is_here,
     check_identity,
     check_load_folder,
     foreign_checkpoint,
@@ -28,15 +29,14 @@ from qwench.checkpoints.folders import (
     is_save_folder,
     open_save_folder,
 )
-from qwench.checkpoints.formats.dcp_reader import METADATA, DcpFolder
 from qwench.checkpoints.formats.iterations import Iterations
-from qwench.checkpoints.manifest import read_manifest, write_manifest
+from qwench.checkpoints.manifest import amend_manifest, read_manifest, write_manifest
 from qwench.checkpoints.reference_run import ReferenceRun, read_reference_run
 from qwench.checkpoints.saved import Saved
 from qwench.checkpoints.starting import SavesRollouts, SavesTraining, begin
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import CheckpointError, ConfigError
-from qwench.files import readable_size, trouble
+from qwench.files import readable_size, trouble, written
 from qwench.observability.console import Console
 from qwench.observability.timing import PhaseTimer
 from qwench.observability.waiting import waiting
@@ -198,6 +198,25 @@ class CheckpointManager:
                 folder = self._iterations.folder(self._config.number(next_rollout_id))
                 self._after_save(next_rollout_id - 1, folder, exported)
 
+    def note_end(self, next_rollout_id: int, ended_by: str | None) -> bool:
+        """Note in the checkpoint of `next_rollout_id` that the run ends there; tell whether it needs no other one.
+
+        Args:
+            ended_by: the --stop-metric that was met.
+
+        Raises:
+            OutputError: the note could not be written.
+        """
+        if self._iterations is None or next_rollout_id == 0:
+            return True
+        number = self._config.number(next_rollout_id)
+        if number not in self._iterations.newest_first():
+            return False
+        if self._is_main:
+            with written(f"--save {self._config.save}", self._iterations.root):
+                amend_manifest(self._iterations.folder(number), {"ended_by": ended_by})
+        return True
+
     def save_stopped(self, next_rollout_id: int, learner: SavesTraining, rollouts: SavesRollouts) -> str:
         """Write a checkpoint of a run that a signal ends, and return a sentence about it.
 
@@ -342,7 +361,7 @@ class CheckpointManager:
         learner.save(folder, with_optimizer=has_optimizer)
         self._barrier()
         if self._is_main:
-            _check_all_is_here(folder)
+            check_all_is_here(folder)
             (folder / _ROLLOUTS).write_bytes(_to_json(rollouts.state_dict()))
             facts: dict[str, Json] = {"iteration": iteration, "identity": self._identity, "has_optimizer": has_optimizer}
             facts |= {"train_steps": self.train_steps(iteration), "flags": self._flags, "ended_by": ended_by}
@@ -362,22 +381,6 @@ class CheckpointManager:
             iterations.prune(keep, spared=spared)
         if interval is not None:
             iterations.thin_out(interval, spared=spared)
-
-
-def _check_all_is_here(folder: Path) -> None:
-    """Make sure that what all ranks wrote lies in this process's folder too, before older checkpoints may go.
-
-    Raises:
-        CheckpointError: other ranks wrote elsewhere: a disk of their own node, or a folder relative to another one.
-    """
-    advice = "--save must be a folder that every node sees, under the same absolute path."
-    if not any(path.is_file() for path in folder.rglob("*")):
-        raise CheckpointError(f"the trainer's ranks wrote nothing into {folder.absolute()}; {advice}")
-    for metadata in folder.rglob(METADATA):
-        try:
-            DcpFolder(metadata.parent)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error} {advice}") from error
 
 
 def _to_json(state: Mapping[str, Json]) -> bytes:

@@ -44,6 +44,17 @@ def write_manifest(folder: Path, facts: Mapping[str, Json]) -> None:
     (folder / META).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def amend_manifest(folder: Path, facts: Mapping[str, Json]) -> None:
+    """Change facts of a whole checkpoint.
+
+    Raises:
+        CheckpointError: meta.json is damaged.
+    """
+    content: dict[str, Json] = {**_read_meta(folder)[0], **facts}
+    content[_SELF] = _own_checksum(content)
+    write_atomically(folder / META, json.dumps(content, indent=1) + "\n")
+
+
 def read_manifest(folder: Path, *, with_content: bool = True) -> Mapping[str, Json]:
     """Read meta.json and compare every file with it.
 

@@ -19,7 +19,7 @@ from qwench.config.sections.rollout import RolloutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.config.sections.verbs import ServeConfig
 from qwench.engines.embedded.http.serving import serve as serve_engine
-from qwench.files import claim_folder, write_atomically, written
+from qwench.files import LOCK, claim_folder, write_atomically, written
 from qwench.launch.engines import embedded_settings
 from qwench.launch.inputs import Inputs, plan_inputs, read_eval_prompts, read_inputs
 from qwench.launch.outputs import own_results
@@ -47,14 +47,15 @@ def evaluate(config: Config, plan: RunPlan) -> None:
     prompts = _check(inputs)
     output = config.evaluation.eval_output
     if output is not None:
-        own_eval_folder(output, flag_values(config))
+        own_eval_folder(output, flag_values(config), writes=False)
     sets = {
         one.name: f"{one.path}: {len(prompts[one.name]):,} prompts x {one.n_samples_per_eval_prompt}" for one in plan.eval_sets
     }
     say_facts(inputs.console, {"model": describe_model(inputs), **sets})
     with ExitStack() as started:
         if output is not None:
-            own_results(output, started)
+            own_results(output, started)  # before it is marked: of two that start at once one is refused
+            own_eval_folder(output, flag_values(config))
         processes = open_processes(inputs, started)
         servers, token = make_servers(inputs, processes, with_weights=True)
         generation = build_generation(inputs, with_weights=True, servers=servers, token=token)
@@ -118,6 +119,7 @@ def own_eval_folder(folder: Path, flags: Mapping[str, str], *, writes: bool = Tr
         flag="--eval-output",
         held="an evaluation of another model or of other flags",
         writer="evaluation",
+        own=[folder / LOCK],
         writes=writes,
     )
 

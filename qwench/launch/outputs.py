@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from qwench.config.config import Config
@@ -28,7 +29,7 @@ from qwench.observability.tracking import METRICS
 from qwench.rewards.second_grader import DISAGREEMENTS
 
 _MARKER = "qwench_logs.json"
-_WITHOUT_METRICS = (DRIVER_LOG, CONFIG_FILE, METRICS, STACKS, DISAGREEMENTS, LOCK, "ranks", "engines")
+_WITHOUT_METRICS = (DRIVER_LOG, CONFIG_FILE, STACKS, DISAGREEMENTS, LOCK, "ranks", "engines")
 """What a run has written into its log folder before its first metrics."""
 _DETAILS = "rollout_data"
 """The folder that --dump-details makes for recorded rollouts in the one that it names."""
@@ -58,34 +59,14 @@ def claim_outputs(config: Config, held: ExitStack, *, writes: bool = True) -> st
     ):
         if template is not None and writes:
             _lock_template(template, held, flag=flag)
+    own = partial(_own, names=names, others=[*_outputs(config)], held=held, writes=writes)
     folder = None if config.logging.tensorboard_dir is None else tensorboard_folder(config.logging, log_dir)
     if folder is not None and not _is_one_of(folder, checkpoint.save, log_dir):
-        if writes and (folder / _MARKER).is_file():  # a run may be at work here
-            _lock(folder, held, flag="--tensorboard-dir")
-        _claim_curves(folder, names, own=[*_outputs(config)], writes=writes)
-        if writes:
-            _lock(folder, held, flag="--tensorboard-dir")
-    if log_dir is not None and not (checkpoint.save is not None and checkpoint.save.resolve() == log_dir.resolve()):
-        if writes and (log_dir / _MARKER).is_file():  # a run may be at work here
-            _lock(log_dir, held, flag="--log-dir")
-        failed_early = _failed_early(log_dir)
-        if failed_early and not writes:
-            return names[0]
-        if failed_early:
-            (log_dir / _MARKER).unlink()
-        leftovers = [log_dir / name for name in _WITHOUT_METRICS] if failed_early else []
-        claim_folder(
-            log_dir,
-            [{"run": name} for name in names],
-            marker=_MARKER,
-            flag="--log-dir",
-            held="the metrics of another run",
-            writer="run",
-            own=[*_outputs(config), log_dir / LOCK, *leftovers],
-            writes=writes,
-        )
-        if writes:
-            _lock(log_dir, held, flag="--log-dir")
+        own(folder, flag="--tensorboard-dir", holds="the curves of another run")
+    if log_dir is not None and not _is_one_of(log_dir, checkpoint.save):
+        metrics = log_dir / METRICS
+        leftovers = _WITHOUT_METRICS if metrics.is_file() and metrics.stat().st_size else (*_WITHOUT_METRICS, METRICS)
+        own(log_dir, flag="--log-dir", holds="the metrics of another run", leftovers=leftovers)
     return names[0]
 
 
@@ -122,23 +103,38 @@ def _check_files(folder: Path | None) -> None:
             raise ConfigError(f"{path} is a folder, and the run writes a file of that name; move it away.")
 
 
-def _claim_curves(folder: Path, names: Sequence[str], *, own: Sequence[Path], writes: bool) -> None:
-    """Make --tensorboard-dir this run's: curves of two runs in one folder are drawn as one."""
-    marker = folder / _MARKER
-    if marker.is_file() and not foreign_names(folder, own=[marker, folder / LOCK, *own]):  # the run ended before its metrics
+def _own(
+    folder: Path,
+    *,
+    names: Sequence[str],
+    others: Sequence[Path],
+    held: ExitStack,
+    writes: bool,
+    flag: str,
+    holds: str,
+    leftovers: Sequence[str] = (),
+) -> None:
+    """Make a folder this run's. It is locked before it is marked, so that of two runs that start at once one is refused.
+
+    Args:
+        names: of the run.
+        others: where else the run writes.
+        holds: what another run has in it.
+        leftovers: what a run has written there before its first metrics; the corrected command may have such a folder.
+    """
+    marker, own = folder / _MARKER, [*others, folder / LOCK]
+    claim = partial(claim_folder, folder, [{"run": n} for n in names], marker=_MARKER, flag=flag, held=holds, writer="run")
+    if writes:
+        if not marker.is_file():
+            claim(own=own, writes=False)  # what others have there is not touched
+        _lock(folder, held, flag=flag)
+    spare = [*own, *(folder / name for name in leftovers)]
+    if marker.is_file() and not foreign_names(folder, own=[marker, *spare]):
         if not writes:
             return
         marker.unlink()
-    claim_folder(
-        folder,
-        [{"run": name} for name in names],
-        marker=_MARKER,
-        flag="--tensorboard-dir",
-        held="the curves of another run",
-        writer="run",
-        own=[*own, folder / LOCK],
-        writes=writes,
-    )
+        own = spare
+    claim(own=own, writes=writes)
 
 
 def _is_one_of(folder: Path, *others: Path | None) -> bool:
@@ -146,7 +142,7 @@ def _is_one_of(folder: Path, *others: Path | None) -> bool:
 
 
 def own_results(folder: Path, held: ExitStack) -> None:
-    """Lock --eval-output, which was checked and made.
+    """Lock --eval-output, which was checked.
 
     Raises:
         ConfigError: another process has it.
@@ -156,6 +152,7 @@ def own_results(folder: Path, held: ExitStack) -> None:
 
 def _lock(folder: Path, held: ExitStack, *, flag: str, name: str = LOCK, shown: str | None = None) -> None:
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         held.callback(FolderLock(folder, flag=flag, name=name, shown=shown).release)
     except OSError as error:
         raise ConfigError(
@@ -168,17 +165,7 @@ def _lock_template(template: str, held: ExitStack, *, flag: str) -> None:
     path = Path(template)
     parent = next(folder for folder in path.parents if "{rollout_id}" not in str(folder))
     name = str(path.relative_to(parent)).replace("/", "-")
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{flag} {template} cannot be written to ({trouble(error, parent)}); give another folder.") from error
     _lock(parent, held, flag=flag, name=f".{name}.{LOCK}", shown=template)
-
-
-def _failed_early(log_dir: Path) -> bool:
-    """Tell whether a run ended there before it had metrics: the corrected command may have the folder."""
-    metrics = log_dir / METRICS
-    return (log_dir / _MARKER).is_file() and not (metrics.is_file() and metrics.stat().st_size > 0)
 
 
 def _outputs(config: Config) -> Iterator[Path]:

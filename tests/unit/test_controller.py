@@ -106,6 +106,15 @@ class Recorder:
         self.ended_by = ended_by
         self.events.append(f"save {iteration}")
 
+    def note_end(self, iteration: int, ended_by: str) -> bool:
+        if iteration == 0:
+            return True
+        if f"save {iteration}" in self.events or iteration == self.first:
+            self.ended_by = ended_by
+            self.events.append(f"note the end at {iteration}")
+            return True
+        return False
+
     def finish(self) -> None:
         self.events.append("finish")
 
@@ -266,6 +275,27 @@ def test_a_bound_of_a_step_ends_a_run_and_the_same_command_trains_no_further(cap
     assert again.events == ["restore", "finish"]
     other = Named(first=1, ended_by=parts.ended_by)
     assert "take 1" in take_and_learn(other, "loss<=0.5")
+
+
+@pytest.mark.parametrize(("when", "end"), [("begin", 2), ("finish", 3)])
+def test_an_evaluation_beside_training_that_is_good_enough_after_its_checkpoint_ends_the_run_for_good(
+    when: str, end: int
+) -> None:
+    parts, found = Named(), {"eval/set": 0.5}
+    beside = SimpleNamespace(
+        begin=lambda rollout_id: found if when == "begin" and rollout_id == 2 else {},
+        collect=dict,
+        finish=lambda: found if when == "finish" else {},
+        warn_lost=lambda *, next_rollout_id: None,
+    )
+    train(run_of(parts, plan=stopping("eval/set>=0.5"), evaluate=None, beside=beside))
+    assert [event for event in parts.events if event.startswith(("save", "note"))][-2:] == [
+        f"save {end}",
+        f"note the end at {end}",
+    ]
+    again = Named(first=end, ended_by=parts.ended_by)
+    train(run_of(again, plan=stopping("eval/set>=0.5")))
+    assert again.events == ["restore", "finish"]
 
 
 def test_a_metric_that_was_never_logged_is_said_at_the_end(caplog: pytest.LogCaptureFixture) -> None:

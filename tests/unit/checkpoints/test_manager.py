@@ -52,6 +52,11 @@ def test_a_checkpoint_says_which_metric_ended_its_run(tmp_path):
     assert manager_of(save=tmp_path / "other", load=tmp_path).ended_by is None  # another run may begin there
     save_all(manager_of(save=tmp_path), 4)
     assert manager_of(save=tmp_path).ended_by is None
+    manager = manager_of(save=tmp_path)
+    assert manager.note_end(4, "eval/set>=0.5") and not manager.note_end(5, "eval/set>=0.5")
+    assert manager_of(save=tmp_path).ended_by == "eval/set>=0.5"
+    assert restored(save=tmp_path) == (4, 104, 4), "the checkpoint is whole"
+    assert manager_of().note_end(4, "eval/set>=0.5"), "without --save there is none to note it in"
 
 
 def test_layout_is_the_documented_one(tmp_path):

@@ -13,6 +13,8 @@ from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.errors import ConfigError
+from qwench.files import claim_folder
+from qwench.launch import outputs
 from qwench.launch.outputs import claim_outputs, own_results
 from qwench.observability.dumps import save_rollout
 from qwench.samples import Rollout
@@ -207,6 +209,30 @@ def test_what_a_live_run_writes_is_refused_to_another_with_its_owner(tmp_path):
         other.kill()
         other.wait()
     claim_with("a", hf=hf, dumps=dumps, log=log, curves=curves)  # a killed process leaves no lock behind
+
+
+@pytest.mark.parametrize("flag", ["log", "curves"])
+def test_of_two_runs_that_start_at_once_with_one_folder_the_second_is_refused(tmp_path, monkeypatch, flag):
+    places = {name: tmp_path / name for name in ("a", "hf", "dumps", "log", "curves", "results")}
+    places |= {"hf": tmp_path / "hf-{rollout_id}", "dumps": tmp_path / "dump-{rollout_id}.jsonl"}
+    others: list[subprocess.Popen[str]] = []
+
+    def check_then_another_run_comes(*args: object, **flags: object) -> None:
+        claim_folder(*args, **flags)
+        if not others:
+            argv = [sys.executable, "-c", HOLD, *map(str, places.values())]
+            others.append(subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            assert others[0].stdout is not None and others[0].stdout.readline() == "held\n"
+
+    monkeypatch.setattr(outputs, "claim_folder", check_then_another_run_comes)
+    mine = {"log_dir": places["log"]} if flag == "log" else {"log_dir": tmp_path / "b", "tensorboard_dir": places["curves"]}
+    try:
+        with pytest.raises(ConfigError, match=f"{places[flag]} is in use by process"):
+            claim(save=tmp_path / "b", **mine)
+    finally:
+        for other in others:
+            other.communicate("")
+    assert json.loads((places[flag] / "qwench_logs.json").read_text()) == {"run": str(tmp_path / "a")}
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
