@@ -78,6 +78,9 @@ class Sample:
     """[R] of the engine at the sampling temperature; 0.0 where loss_mask is 0."""
     weight_versions: list[int] = field(default_factory=list)
     """[R] version of the weights that sampled the token; -1 where loss_mask is 0."""
+    support: list[list[int]] = field(default_factory=list)
+    """[R] tokens that top-p, top-k and min-p kept beside the sampled one, itself included; `rollout_log_probs` are normalised
+    over them. [] where loss_mask is 0; empty where sampling cuts nothing off."""
     teacher_log_probs: list[float] = field(default_factory=list)
     """[R] of a teacher on a server at temperature 1; empty without one."""
     teacher_kl: list[float] = field(default_factory=list)
@@ -108,11 +111,24 @@ class Sample:
         """Return the [R] token ids after the prompt."""
         return self.tokens[len(self.tokens) - self.response_length :]
 
-    def append(self, token_ids: Sequence[int], *, log_probs: Sequence[float] | None, version: int) -> None:
+    def append(
+        self,
+        token_ids: Sequence[int],
+        *,
+        log_probs: Sequence[float] | None,
+        version: int,
+        support: Sequence[Sequence[int]] = (),
+    ) -> None:
         """Extend the response by sampled tokens, or by context (tool output) when `log_probs` is None.
 
         Context is masked out of the loss: it was not sampled by the policy.
+
+        Args:
+            support: the tokens that sampling kept at each; empty where it cuts nothing off.
         """
+        if support or self.support:
+            self.support += [[] for _ in range(self.response_length - len(self.support))]
+            self.support += [list(ids) for ids in support] or [[] for _ in token_ids]
         sampled = log_probs is not None
         assert log_probs is None or len(log_probs) == len(token_ids), "one log-prob for each sampled token"
         self.tokens.extend(token_ids)
@@ -132,6 +148,7 @@ class Sample:
         """Take the whole response out of the loss; the tokens stay."""
         self.loss_mask = [0] * self.response_length
         self.rollout_log_probs = [0.0] * self.response_length
+        self.support = [[] for _ in self.support]
         self.weight_versions = [-1] * self.response_length
 
     def to_record(self) -> dict[str, Json]:

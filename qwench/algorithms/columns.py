@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
+from qwench.errors import QwenchError
 from qwench.samples import Sample
+
+_ON_HOST = ("cu_seqlens", "support_counts", "support_ids")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +43,10 @@ class RolloutBatch:
     """[B] float32, 0 or less: what `rewards` lost for the length of the response. None: nothing."""
     rollout_log_probs: list[Tensor] | None = None
     """B x [R] float32 of the sampling engine; None when nothing was sampled (SFT)."""
+    support_counts: list[Tensor] | None = None
+    """B x [R] int64: how many tokens top-p, top-k and min-p kept; 0 outside of loss_mask. None: sampling cut nothing off."""
+    support_ids: list[Tensor] | None = None
+    """B x [N] int32: the kept tokens, position by position (see `algorithms.support`)."""
     staleness: list[Tensor] | None = None
     """B x [R] int64: weight versions between the one that sampled a token and this rollout's. None: 0 everywhere."""
     old_log_probs: list[Tensor] | None = None
@@ -95,6 +103,7 @@ class RolloutBatch:
             group_ids=torch.tensor([sample.group_id for sample in samples], dtype=torch.int64),
             execution_ids=torch.tensor([sample.execution_id for sample in samples], dtype=torch.int64),
             rollout_log_probs=[torch.tensor(s.rollout_log_probs, dtype=torch.float32) for s in samples] if sampled else None,
+            **_support(samples),
             staleness=_staleness(samples, version) if sampled and version is not None else None,
             teacher_log_probs=_taught([sample.teacher_log_probs for sample in samples], samples),
             teacher_kl=_taught([sample.teacher_kl for sample in samples], samples),
@@ -141,6 +150,10 @@ class MicroBatch:
     """[T] float32; this and the other optional columns are 0 outside the response."""
     old_log_probs: Tensor | None = None
     ref_log_probs: Tensor | None = None
+    support_counts: Tensor | None = None
+    """[T] int64."""
+    support_ids: Tensor | None = None
+    """[N] int32, of all positions back to back."""
     advantages: Tensor | None = None
     values: Tensor | None = None
     returns: Tensor | None = None
@@ -171,10 +184,10 @@ class MicroBatch:
         return torch.repeat_interleave(torch.arange(len(self.lengths)), self.cu_seqlens.diff().long()).to(self.tokens.device)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Move every column but `cu_seqlens` to `device`."""
+        """Move every column but those of `_ON_HOST` to `device`."""
         columns = {column.name: getattr(self, column.name) for column in fields(self)}
         for name, value in columns.items():
-            if isinstance(value, Tensor) and name != "cu_seqlens":
+            if isinstance(value, Tensor) and name not in _ON_HOST:
                 columns[name] = on_device(value, device)
         return MicroBatch(**columns)
 
@@ -193,6 +206,24 @@ class TokenLoss:
 
 LossFunction = Callable[[Tensor, Tensor | None, MicroBatch], TokenLoss]
 """(log_probs [T] float32, entropy [T] float32 or None, micro_batch) -> TokenLoss."""
+
+
+def _support(samples: Sequence[Sample]) -> dict[str, list[Tensor]]:
+    """Return the columns of the tokens that sampling kept; none where it cut nothing off."""
+    if not any(sample.support for sample in samples):
+        return {}
+    for sample in samples:
+        kept = sample.support or [[]] * sample.response_length
+        if any(on and not ids for on, ids in zip(sample.loss_mask, kept, strict=True)):
+            raise QwenchError(
+                f"sample {sample.sample_id} has trained tokens without the tokens that sampling kept beside them: the function "
+                "that made it must keep Sample.support, or leave --rollout-top-p, --rollout-top-k and --rollout-min-p out."
+            )
+    counts = [[len(ids) for ids in sample.support] or [0] * sample.response_length for sample in samples]
+    return {
+        "support_counts": [torch.tensor(column, dtype=torch.int64) for column in counts],
+        "support_ids": [torch.tensor([*chain(*sample.support)], dtype=torch.int32) for sample in samples],
+    }
 
 
 def _staleness(samples: Sequence[Sample], version: int) -> list[Tensor] | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qwench.algorithms import head_elementwise
+from qwench.algorithms.support import Support
 
 
 def token_log_probs(
@@ -28,6 +29,7 @@ def token_log_probs(
     with_entropy: bool = False,
     weight_sum: Tensor | None = None,
     kept_bytes: int = 0,
+    support: Support | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return log-probs of `labels`, and on request the entropy of the whole distribution, at `temperature`.
 
@@ -37,12 +39,13 @@ def token_log_probs(
         labels: [T] int64.
         weight_sum: [V, D] float32, to which the backward adds the gradient of the head; None: autograd gets it.
         kept_bytes: Logits that may wait for the backward.
+        support: The tokens that sampling kept, over which log-probs and entropy are normalised. None: all.
 
     Returns:
         log-probs [T] float32; entropy [T] float32 or None. Both carry gradients to `hidden` and `head_weight`.
     """
     outputs: tuple[Tensor, Tensor | None] = _ChunkedHead.apply(  # type: ignore[no-untyped-call]  # torch does not annotate it
-        hidden, head_weight, labels, temperature, chunk_tokens, with_entropy, weight_sum, kept_bytes
+        hidden, head_weight, labels, temperature, chunk_tokens, with_entropy, weight_sum, kept_bytes, support
     )
     return outputs
 
@@ -80,13 +83,14 @@ class _ChunkedHead(torch.autograd.Function):
         with_entropy: bool,
         weight_sum: Tensor | None,
         kept_bytes: int,
+        support: Support | None,
     ) -> tuple[Tensor, Tensor | None]:
         kernels = _kernels(hidden)
         kept: list[Tensor | None] = []
         room = kept_bytes if ctx.needs_input_grad[0] else 0
         columns = []
-        for chunk, chunk_labels in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True):
-            logits = head_logits(chunk, weight)
+        for index, chunk_labels in enumerate(labels.split(chunk_tokens)):
+            logits = _restricted_logits(hidden, weight, support, index, chunk_tokens)
             columns.append(kernels.statistics(logits, chunk_labels, temperature))
             room -= logits.nbytes
             kept.append(logits if room >= 0 else None)
@@ -94,6 +98,7 @@ class _ChunkedHead(torch.autograd.Function):
         log_probs, entropy, normalizers = (torch.cat(parts) for parts in zip(*columns, strict=True))
         ctx.save_for_backward(hidden, weight, labels, entropy, normalizers)
         ctx.temperature, ctx.chunk_tokens, ctx.weight_sum, ctx.kept = temperature, chunk_tokens, weight_sum, kept
+        ctx.support = support
         ctx.set_materialize_grads(False)
         return log_probs, entropy if with_entropy else None
 
@@ -111,7 +116,7 @@ class _ChunkedHead(torch.autograd.Function):
         for index, logits in enumerate(ctx.kept):
             part = slice(index * size, (index + 1) * size)
             if logits is None:
-                logits = head_logits(hidden[part], weight)
+                logits = _restricted_logits(hidden, weight, ctx.support, index, size)
             ctx.kept[index] = None
             grad_logits = kernels.gradient(
                 logits,
@@ -128,7 +133,15 @@ class _ChunkedHead(torch.autograd.Function):
             if total is not None:
                 add_product(total, grad_logits, hidden[part])
         returned = None if total is None or ctx.weight_sum is not None else total.to(weight.dtype)
-        return grad_hidden, returned, *[None] * 6
+        return grad_hidden, returned, *[None] * 7
+
+
+def _restricted_logits(hidden: Tensor, weight: Tensor, support: Support | None, index: int, size: int) -> Tensor:
+    """Return the logits of a chunk, cut off where sampling has kept no token."""
+    logits = head_logits(hidden[index * size : (index + 1) * size], weight)
+    if support is not None:
+        support.restrict(logits, index * size)
+    return logits
 
 
 def _accumulates(factor: Tensor) -> bool:

@@ -43,7 +43,6 @@ def check_train(config: Config) -> None:
         "--rollout-batch-size": rollout.rollout_batch_size is not None,
         "--rollout-max-response-len": debug.debug_train_only or rollout.rollout_max_response_len is not None,
     })  # fmt: skip
-    _check_sampling_is_unrestricted(config)
     check_checkpoint(config.model)
     _check_training_data(config)
     check_eval_data(config)
@@ -135,19 +134,6 @@ def _has_length(config: Config) -> bool:
 def _reads_prompts(config: Config) -> bool:
     replaced = config.rollout.rollout_function_path not in (None, SFT_ROLLOUT)
     return config.debug.load_debug_rollout_data is None and not replaced and not config.data.brings_prompts
-
-
-def _check_sampling_is_unrestricted(config: Config) -> None:
-    for flag, value, neutral in (
-        ("--rollout-top-p", config.rollout.rollout_top_p, 1.0),
-        ("--rollout-top-k", config.rollout.rollout_top_k, -1),
-        ("--rollout-min-p", config.rollout.rollout_min_p, 0.0),
-    ):
-        if value != neutral:
-            raise ConfigError(
-                f"{flag} must be {neutral} in training, got {value}: the trainer's log-probs are of the whole vocabulary; "
-                f"for evaluation use --eval-{flag.removeprefix('--rollout-')}"
-            )
 
 
 def _check_training_data(config: Config) -> None:

@@ -6,6 +6,7 @@ from dataclasses import fields
 
 from qwench.config.config import Config
 from qwench.config.plan import plan_batch
+from qwench.config.sections.agent import AGENT
 from qwench.config.sections.reward import BOXED_ANSWERS, split_names
 
 
@@ -85,6 +86,27 @@ def a_second_grader_has_answers(config: Config) -> str | None:
         return f"--second-grader judges boxed answers: it needs --rm-type math or deepscaler, got {reward.rm_type}"
     if config.checkpoint.save is None and config.logging.log_dir is None:
         return "--second-grader lists what it finds in the run's folder; give --save or --log-dir"
+    return None
+
+
+def truncated_sampling_is_replayed(config: Config) -> str | None:
+    """The trainer normalises over the tokens that the engine kept, which only the embedded engine says."""
+    flag = config.rollout.truncation_flag
+    if flag is None or config.algorithm.loss_type == "sft_loss" or config.debug.debug_rollout_only:
+        return None
+    says = "the trainer normalises its log-probs over the tokens that the engine kept"
+    for other, is_given, reason in (
+        ("SGLang", config.engine.kind == "sglang" or bool(config.engine.rollout_external_engine_addrs),
+         f"{says}, and SGLang's API does not return them; use --rollout-engine embedded"),
+        ("--use-opd", config.distillation.use_opd, f"{says}, and a teacher scores the whole vocabulary"),
+        ("--loss-type custom_loss", config.algorithm.loss_type == "custom_loss",
+         f"{says}, and the function gets logits of the whole vocabulary"),
+        ("--batch-invariant-mode or --true-on-policy-mode", config.training.batch_invariant,
+         f"{says} in another order than the engine, so bits differ"),
+        ("an agent", config.rollout.custom_generate_function_path == AGENT, f"{says}, and sessions do not keep them"),
+    ):  # fmt: skip
+        if is_given:
+            return f"{flag} does not work in training with {other}: {reason}. Leave one of them out"
     return None
 
 

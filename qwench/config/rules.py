@@ -13,6 +13,7 @@ from qwench.config.method_rules import (
     a_teacher_has_advantages_to_change,
     old_log_probs_differ_from_the_steps,
     rewards_apart_are_several,
+    truncated_sampling_is_replayed,
 )
 from qwench.config.plan import plan_batch
 from qwench.config.sections.rollout import SFT_ROLLOUT
@@ -376,6 +377,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     long_responses_have_a_bound,
     adapters_are_built_for,
     rewards_apart_are_several,
+    truncated_sampling_is_replayed,
 )
 
 

@@ -221,6 +221,7 @@ class HttpEngine:
                 finish_reason=finish_reason,
                 matched=finish.get("matched"),
                 weight_versions=versions,
+                support=meta.get("output_support") or (),
                 text=answer.get("text") or "",
                 cached_tokens=meta.get("cached_tokens", 0),
                 scores=(
@@ -320,6 +321,8 @@ def _sampling_body(sampling: SamplingParams) -> dict[str, Json]:
     }
     if sampling.seed is not None:
         body["sampling_seed"] = sampling.seed
+    if sampling.keeps_support:
+        body["keeps_support"] = True
     return body
 
 

@@ -51,6 +51,8 @@ class SamplingParams:
     """Besides the model's end-of-sequence ids. The stop token stays in the output."""
     ignore_eos: bool = False
     skip_special_tokens: bool = False
+    keeps_support: bool = False
+    """Return the tokens that top_p, top_k and min_p keep, and log-probs that are normalised over them."""
     seed: int | None = None
     """Same seed, prompt and weights: same tokens, in any batch. None: the engine draws one."""
 
@@ -98,10 +100,12 @@ class GenerateResult:
     output_ids: Sequence[int]
     """[R]"""
     log_probs: Sequence[float]
-    """[R] float32, of the sampled tokens at the sampling temperature, before top-p/top-k/min-p."""
+    """[R] float32, of the sampled tokens at the sampling temperature, before top-p/top-k/min-p without `keeps_support`."""
     finish_reason: FinishReason
     weight_versions: Sequence[int]
     """[R] version that sampled each token (a server that reports one version per response repeats it)."""
+    support: Sequence[Sequence[int]] = ()
+    """[R] the tokens that top-p, top-k and min-p kept; empty without `keeps_support`, or where none of them is on."""
     matched: int | str | None = None
     """The stop token or stop string that ended it."""
     text: str = ""

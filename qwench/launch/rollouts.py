@@ -236,6 +236,7 @@ def training_sampling(inputs: Inputs) -> Sampling:
         stop_token_ids=rollout.rollout_stop_token_ids,
         ignore_eos=rollout.rollout_ignore_eos,
         skip_special_tokens=rollout.rollout_skip_special_tokens,
+        keeps_support=rollout.truncation_flag is not None and config.engine.kind != "sglang",
         seed=config.data.rollout_seed,
     )
     return _sampling(inputs, whole, context_len)

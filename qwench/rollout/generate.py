@@ -178,5 +178,10 @@ def _append_result(sample: Sample, result: GenerateResult) -> None:
     start = 0
     for version, run in groupby(result.weight_versions):
         end = start + len(list(run))
-        sample.append(result.output_ids[start:end], log_probs=result.log_probs[start:end], version=version)
+        sample.append(
+            result.output_ids[start:end],
+            log_probs=result.log_probs[start:end],
+            version=version,
+            support=result.support[start:end],
+        )
         start = end

@@ -54,6 +54,7 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     return {
         **with_prefix("response_len/", _statistics([sample.response_length for sample in samples])),
         **with_prefix("trained_len/", _statistics([trained_length(sample) for sample in samples])),
+        **_support_sizes(samples),
         "truncated_ratio": _share(sample.status is Status.TRUNCATED for sample in samples),
         "repetition_frac": _share(is_repetitive(sample.response) for sample in samples),
         "prefix_cache_hit_rate": cached_tokens / input_tokens if input_tokens else 0.0,
@@ -71,6 +72,12 @@ def _parts_of_rewards(samples: Sequence[Sample]) -> dict[str, float]:
     parts = [part for sample in samples if sample.verdict is not None for part in sample.verdict.parts.items()]
     names = dict.fromkeys(name for name, _ in parts)
     return {f"reward/{name}": fmean(score for other, score in parts if other == name) for name in names}
+
+
+def _support_sizes(samples: Sequence[Sample]) -> dict[str, float]:
+    """Return how many tokens top-p, top-k and min-p kept at a position; nothing where they cut nothing off."""
+    sizes = [len(ids) for sample in samples for ids in sample.support if ids]
+    return with_prefix("support/", _statistics(sizes)) if sizes else {}
 
 
 def _cost_of_judge(samples: Sequence[Sample]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from qwench.algorithms.columns import MicroBatch, RolloutBatch
 
 _PACKED_COLUMNS = (
     *("loss_weights", "rollout_log_probs", "old_log_probs", "ref_log_probs", "advantages"),
-    *("values", "returns"),
+    *("values", "returns", "support_counts"),
     *("loss_scale", "importance_scale", "picked", "fresh_scale", "stale_scale", "step_share"),
 )
 
@@ -44,6 +44,7 @@ def pack(batch: RolloutBatch, indices: Sequence[int]) -> MicroBatch:
         loss_mask=torch.cat([_label_aligned(mask, length) for mask, length in zip(masks, lengths, strict=True)]),
         response_lengths=tuple(len(mask) for mask in masks),
         indices=tuple(indices),
+        support_ids=None if batch.support_ids is None else torch.cat([batch.support_ids[i] for i in indices]),
         **columns,
     )
 
@@ -52,6 +53,8 @@ def idle(batch: RolloutBatch) -> MicroBatch:
     """Make a micro-batch of weight zero, with the columns of `batch`, for a rank that has to join a forward without work."""
     nothing = torch.zeros(0)
     columns = {name: [nothing] for name in _PACKED_COLUMNS if getattr(batch, name) is not None}
+    if batch.support_ids is not None:
+        columns["support_ids"] = [nothing.int()]
     two_tokens = batch.select([0]).with_columns(tokens=[batch.tokens[0][:2]], loss_mask=[nothing.bool()], **columns)
     return replace(pack(two_tokens, [0]), response_lengths=(1,), indices=())
 

@@ -49,10 +49,12 @@ WORLDS = {
         Case(name="reordered", model="tied", bins=_REORDERED),
         Case(name="recomputed", model="tied", bins=_REORDERED, gradient_checkpointing=True),
         Case(name="untied", model="untied", bins=_REORDERED),
+        Case(name="truncated", model=cases.TRUNCATED, bins=_REORDERED),
     ],
     2: [
         Case(name="two-ranks", model="tied", bins=_TWO_RANKS),
         Case(name="two-ranks-untied", model="untied", bins=_TWO_RANKS, gradient_checkpointing=True, save=True),
+        Case(name="two-ranks-truncated", model=cases.TRUNCATED, bins=_TWO_RANKS),
         Case(name="two-ranks-nan", model="tied", bins=_TWO_RANKS, non_finite=True),
         Case(name="two-ranks-reduced-early", model="tied", bins=_TWO_RANKS, reduce_every_micro_batch=True),
         Case(name="two-ranks-offloaded", model="untied", bins=_TWO_RANKS, offload_fraction=1.0, save=True),
@@ -91,6 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train_backend")
     for model in ("tied", "untied"):
         cases.write_model(folder / model, tied=model == "tied")
+    cases.write_model(folder / cases.TRUNCATED, tied=False)
     cases.write_model(folder / "bf16", tied=True, dtype=torch.bfloat16)
     for world_size, cases_of_world in WORLDS.items():
         run_world(world_size, cases_of_world, folder)
@@ -101,7 +104,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> dict[str, cases.StepsRecord]:
     """Return the plain loop's records by model."""
-    return {model: cases.plain_loop(folder / model) for model in ("tied", "untied")}
+    return {model: cases.plain_loop(folder / model) for model in ("tied", "untied", cases.TRUNCATED)}
 
 
 @pytest.mark.parametrize(("world_size", "case"), STEPPED, ids=[case.name for _, case in STEPPED])

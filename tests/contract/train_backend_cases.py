@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,8 +78,31 @@ def write_model(folder: Path, *, tied: bool, dtype: torch.dtype = torch.float32,
     Qwen3ForCausalLM(config).to(dtype).save_pretrained(folder)
 
 
-def make_batch() -> RolloutBatch:
-    """Return a rollout batch with every column the loss reads."""
+TRUNCATED = "truncated"
+"""Name of the model whose batch was drawn by truncated sampling."""
+
+
+def make_batch(model: str = "") -> RolloutBatch:
+    """Return a rollout batch with every column the loss reads; that of the model `TRUNCATED` has the tokens that were kept."""
+    batch = _make_batch()
+    if model != TRUNCATED:
+        return batch
+    kept = [
+        [kept_tokens(token) if on else [] for token, on in zip(tokens[-len(mask) :].tolist(), mask.tolist(), strict=True)]
+        for tokens, mask in zip(batch.tokens, batch.loss_mask, strict=True)
+    ]
+    return batch.with_columns(
+        support_counts=[torch.tensor([len(ids) for ids in rows]) for rows in kept],
+        support_ids=[torch.tensor([token for ids in rows for token in ids], dtype=torch.int32) for rows in kept],
+    )
+
+
+def kept_tokens(token: int) -> list[int]:
+    """Return the tokens that a draw has kept beside a token: from one, itself, to a quarter of the vocabulary."""
+    return sorted({token, *range(token % 5, VOCAB, 4)}) if token % 3 else [token]
+
+
+def _make_batch() -> RolloutBatch:
     draw = torch.Generator().manual_seed(5)
     masks = [torch.ones(response, dtype=torch.bool) for _, response in _SHAPES]
     masks[2][2:4] = False
@@ -121,7 +145,8 @@ def plain_loop(
     """
     model = prepare(Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32))
     trained = [w for w in model.parameters() if w.requires_grad]
-    batch = make_batch()
+    batch = make_batch(folder.name)
+    outputs = partial(_plain_outputs, truncated=folder.name == TRUNCATED)
     assert batch.old_log_probs is not None and batch.advantages is not None
     decayed = [w for w in trained if w.ndim > 1]
     kept = [w for w in trained if w.ndim == 1]
@@ -129,7 +154,7 @@ def plain_loop(
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=BETAS, eps=ADAM_EPS, fused=False, foreach=False)
     with torch.no_grad():
-        first = [_plain_outputs(model, tokens)[0] for tokens in batch.tokens]
+        first = [outputs(model, tokens)[0] for tokens in batch.tokens]
     record = StepsRecord(log_probs=first, losses=[], grad_norms=[], learning_rates=[], trained_tokens=[], weights={})
     for log_probs, mask in zip(first, batch.loss_mask, strict=True):
         log_probs[: len(log_probs) - len(mask)] = 0.0
@@ -137,7 +162,7 @@ def plain_loop(
     for step in range(num_steps):
         loss = torch.zeros(())
         for i, tokens in enumerate(batch.tokens):
-            log_probs, entropy = _plain_outputs(model, tokens)
+            log_probs, entropy = outputs(model, tokens)
             mask = batch.loss_mask[i]
             response = len(mask)
             token_losses = _token_losses(
@@ -159,9 +184,15 @@ def plain_loop(
     return record
 
 
-def _plain_outputs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _plain_outputs(model: nn.Module, tokens: Tensor, *, truncated: bool) -> tuple[Tensor, Tensor]:
     """Return log-probs [L - 1] of the next tokens and entropies [L - 1]."""
-    log_probs = torch.log_softmax(model(tokens[None]).logits[0, :-1] / TEMPERATURE, dim=-1)
+    logits = model(tokens[None]).logits[0, :-1] / TEMPERATURE
+    if truncated:
+        is_kept = torch.zeros(logits.shape, dtype=torch.bool)
+        for row, token in enumerate(tokens[1:].tolist()):
+            is_kept[row, kept_tokens(token)] = True
+        logits = logits.masked_fill(~is_kept, -1e9)
+    log_probs = torch.log_softmax(logits, dim=-1)
     chosen = log_probs[torch.arange(len(tokens) - 1), tokens[1:]]
     return chosen, -(log_probs.exp() * log_probs).sum(-1)
 

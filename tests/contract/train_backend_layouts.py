@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from qwench.config.layout import ParallelLayout
+from tests.contract.train_backend_cases import TRUNCATED
 from tests.contract.train_backend_ranks import Case
 
 BINS = {
@@ -62,6 +63,9 @@ def layouts_of(sizes: Sequence[int]) -> list[str]:
 TIED = ("tp2-sp", "pp2", "cp2", "dp2", "tp2-pp2", "pp2-cp2", "tp2-dp2")
 """Layouts that train a model with tied embeddings too; `test_megatron_model` compares gradients of one in other layouts."""
 
+TRUNCATED_ON = ("one", "tp2-sp", "pp2", "cp2", "tp2-cp2")
+"""Layouts that replay truncated sampling: those that cut the vocabulary, the layers or the sequences."""
+
 
 def first_steps(sizes: Sequence[int]) -> Iterator[tuple[int, Case]]:
     """Yield every layout with untied embeddings, which are saved, and some with tied ones."""
@@ -70,6 +74,8 @@ def first_steps(sizes: Sequence[int]) -> Iterator[tuple[int, Case]]:
             recompute = on in ("tp2-sp", "pp2")
             yield megatron(f"{on}-tied", "tied", on=on, gradient_checkpointing=recompute, save=on == "tp2-pp2")
         yield megatron(f"{on}-untied", "untied", on=on, save=True)
+        if on in TRUNCATED_ON:
+            yield megatron(f"{on}-truncated", TRUNCATED, on=on)
     if 4 in sizes:
         yield megatron("deep-pp4-tied", "deep-tied", on="pp4")
         yield megatron("deep-pp4-untied", "deep-untied", on="pp4", save=True)

@@ -142,7 +142,7 @@ def _run_case(case: Case, folder: Path, device: torch.device) -> dict[str, objec
 def _run_steps(backend: Trainer, case: Case, folder: Path) -> dict[str, object]:
     if case.load:
         backend.load(folder / f"{case.load}.checkpoint", weights_only=case.weights_only)
-    mine = cases.micro_batches(cases.make_batch(), case.bins[backend.parallel.dp_rank])
+    mine = cases.micro_batches(cases.make_batch(case.model), case.bins[backend.parallel.dp_rank])
     reference_model = BaseModel(backend) if backend.has_adapters else Reference(backend)
     scored = _log_probs(backend, mine)
     reduced_before: list[bool] = []

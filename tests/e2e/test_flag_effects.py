@@ -55,6 +55,19 @@ def test_algorithm_runs_and_reports_what_it_does(workspace: Workspace, tmp_path:
     assert all(math.isfinite(value) and value > 0 for value in column(tmp_path, "train/grad_norm"))
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_truncated_sampling_is_replayed_and_engine_and_trainer_agree(workspace: Workspace, tmp_path: Path, ranks: int) -> None:
+    flags = {"rollout_top_k": 20, "rollout_top_p": 0.9, "num_rollout": 2, "global_batch_size": 16, "entropy_coef": 0.001}
+    if ranks == 2:
+        flags |= {"actor_num_gpus_per_node": 2, "launcher": "local"}
+    run_verb(workspace.train_argv(tmp_path, **{**DIGITS, **flags}))
+    assert max(column(tmp_path, "train/train_rollout_logprob_abs_diff")) < 1e-4
+    assert all(1 < size <= 20 for size in column(tmp_path, "rollout/support/mean"))
+    assert all(math.isfinite(norm) and norm > 0 for norm in column(tmp_path, "train/grad_norm"))
+    # Entropy over at most 20 tokens.
+    assert all(0 < entropy < math.log(20) for entropy in column(tmp_path, "train/entropy_loss"))
+
+
 def test_answers_that_two_graders_judge_differently_are_listed_and_named(workspace: Workspace, tmp_path: Path, capfd) -> None:
     data = tmp_path / "halves.jsonl"
     data.write_text(json.dumps({"prompt": [{"role": "user", "content": "1/4+1/4"}], "label": "1/2"}) + "\n")

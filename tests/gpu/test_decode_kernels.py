@@ -80,7 +80,7 @@ def test_draw_equals_the_plain_sampler_and_does_not_depend_on_the_batch(sampling
     tokens, log_probs = draw(sampling, logits, temperature, uniforms)
     params = SamplingRows(
         temperature=temperature, top_p=np.ones(40, np.float32), top_k=np.full(40, -1), min_p=np.zeros(40, np.float32),
-        uniforms=uniforms,
+        uniforms=uniforms, keeps_support=np.zeros(40, dtype=bool),
     )  # fmt: skip
     assert torch.equal(tokens, sample(logits, params)[0])
     scale = torch.from_numpy(np.where(temperature == 0, 1, temperature)).to(DEVICE).double()

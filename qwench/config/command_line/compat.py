@@ -41,10 +41,10 @@ REFUSED_VALUES: Mapping[str, Mapping[str, str]] = {
 """Flag -> value of theirs without a counterpart -> what to use instead."""
 
 ONE_VALUE = frozenset({
-    "expert-model-parallel-size", "expert-tensor-parallel-size", "optimizer", "rollout-top-p", "rollout-top-k", "rollout-min-p",
+    "expert-model-parallel-size", "expert-tensor-parallel-size", "optimizer",
     "disable-compute-advantages-and-returns",
 })  # fmt: skip
-"""Flags that exist for scripts of others and accept one value, or none in training; no hint leads to them."""
+"""Flags that exist for scripts of others and accept one value; no hint leads to them."""
 
 ALIASES: Mapping[str, str] = {
     "dp-replicate-size": "dp-replicate",

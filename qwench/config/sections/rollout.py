@@ -37,11 +37,12 @@ class RolloutConfig:
     rollout_temperature: float = 1.0
     """Sampling temperature. The trainer computes log-probs at the same temperature."""
     rollout_top_p: float = 1.0
-    """Nucleus sampling. Must be 1 in training."""
+    """Nucleus sampling, 1 for off. Needs the embedded engine in training, where log-probs are normalised over
+    the tokens that it kept."""
     rollout_top_k: int = -1
-    """Top-k sampling, -1 for off. Must be -1 in training."""
+    """Top-k sampling, -1 for off. In training as --rollout-top-p."""
     rollout_min_p: float = 0.0
-    """Min-p sampling. Must be 0 in training."""
+    """Min-p sampling, 0 for off. In training as --rollout-top-p."""
     rollout_max_response_len: int | None = None
     """Longest response in tokens. Required for training."""
     rollout_max_context_len: int | None = None
@@ -126,6 +127,18 @@ class RolloutConfig:
             *(("--rollout-sample-hook-path", path) for path in self.rollout_sample_hook_path),
         ):
             check_import_path(flag, path)
+
+    @property
+    def truncation_flag(self) -> str | None:
+        """Return the flag, as typed, that cuts tokens off the distribution; None: none does."""
+        for flag, value, is_off in (
+            ("--rollout-top-p", self.rollout_top_p, self.rollout_top_p == 1),
+            ("--rollout-top-k", self.rollout_top_k, self.rollout_top_k < 1),
+            ("--rollout-min-p", self.rollout_min_p, self.rollout_min_p == 0),
+        ):
+            if not is_off:
+                return f"{flag} {value}"
+        return None
 
     def _check_temperature(self) -> None:
         if not self.rollout_temperature > 0:

@@ -36,7 +36,7 @@ def take_step(
     """
     ended = list[RunningRequest]()
     num_taken = 0
-    for running, token, log_prob in zip(step.requests, *sampled, strict=True):
+    for index, (running, token, log_prob) in enumerate(zip(step.requests, *sampled, strict=True)):
         running.pending -= 1
         if running.row < 0:
             continue
@@ -44,6 +44,8 @@ def take_step(
         running.tokens.append(token)
         running.log_probs.append(log_prob)
         running.weight_versions.append(version)
+        if index in step.support:
+            running.support.append(step.support[index])
         if running.finish_reason is None and has_ended(running, tokenizer):
             ended.append(running)
     for chunk, scores in zip(step.plan.scoring, step.scores, strict=True):

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from qwench.algorithms.columns import MicroBatch, on_device
 from qwench.algorithms.log_probs import token_log_probs
+from qwench.algorithms.support import Support
 from qwench.config.sections.training import TrainingConfig
 from qwench.models.architecture import Architecture
 from qwench.models.decoder.invariant import TILE, padded
@@ -177,6 +178,7 @@ class DirectPolicy:
         weights, device = self._bound(), self._device
         scored = micro_batch.loss_mask.nonzero().squeeze(-1)
         labels = on_device(micro_batch.labels[scored], device)
+        support = Support.of(micro_batch, scored)
         scored = on_device(scored, device)
         sequences = Sequences(
             tokens=on_device(micro_batch.tokens, device),
@@ -206,6 +208,7 @@ class DirectPolicy:
             with_entropy=with_entropy,
             weight_sum=head_sum,
             kept_bytes=kept_bytes,
+            support=support,
         )
         nowhere = torch.zeros(micro_batch.num_tokens, dtype=torch.float32, device=device)
         entropy = nowhere.index_copy(0, scored, entropy[:count]) if entropy is not None else None

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from qwench.algorithms.columns import MicroBatch, on_device
 from qwench.algorithms.log_probs import token_log_probs
+from qwench.algorithms.support import Support
 from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of
 from qwench.training.fsdp.attention import packed_inputs
@@ -87,8 +88,9 @@ class Policy(nn.Module):
         hidden = self._hidden(micro_batch, device)
         trained = micro_batch.loss_mask.nonzero().squeeze(-1)
         labels = on_device(micro_batch.labels[trained], device)
+        support = Support.of(micro_batch, trained)
         trained = on_device(trained, device)
-        log_probs, entropy = self._score(hidden.index_select(0, trained), labels, temperature, with_entropy)
+        log_probs, entropy = self._score(hidden.index_select(0, trained), labels, temperature, with_entropy, support)
         nowhere = torch.zeros(micro_batch.num_tokens, dtype=torch.float32, device=device)
         entropy = nowhere.index_copy(0, trained, entropy) if entropy is not None else None
         return nowhere.index_copy(0, trained, log_probs), entropy
@@ -103,7 +105,9 @@ class Policy(nn.Module):
         ).last_hidden_state[0]
         return hidden
 
-    def _score(self, hidden: Tensor, labels: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    def _score(
+        self, hidden: Tensor, labels: Tensor, temperature: float, with_entropy: bool, support: Support | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return log-probs [n] and, on request, entropy [n] of hidden states [n, D]."""
         return token_log_probs(
             hidden,
@@ -112,6 +116,7 @@ class Policy(nn.Module):
             temperature=temperature,
             chunk_tokens=self._head_chunk_tokens,
             with_entropy=with_entropy,
+            support=support,
         )
 
 
@@ -131,7 +136,9 @@ class LogitsPolicy(Policy):
 class ValuePolicy(Policy):
     """A critic: the decoder with a head of one row. Its forward returns values; temperature and labels do not matter."""
 
-    def _score(self, hidden: Tensor, labels: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    def _score(
+        self, hidden: Tensor, labels: Tensor, temperature: float, with_entropy: bool, support: Support | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the values [n] float32 of hidden states [n, D]."""
         return hidden.float() @ self.head.weight[0].float(), None
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qwench.algorithms.log_probs import head_logits
+from qwench.algorithms.support import Support
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +54,7 @@ def parallel_log_probs(
     temperature: float,
     chunk_tokens: int,
     with_entropy: bool = False,
+    support: Support | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return log-probs of `labels`, and on request the entropy of the whole distribution, at `temperature`.
 
@@ -62,13 +64,14 @@ def parallel_log_probs(
         hidden: [n, D].
         head_weight: [V/tp, D], dtype of `hidden`.
         labels: [n] int64.
+        support: See `token_log_probs`.
 
     Returns:
         log-probs [n] float32; entropy [n] float32 or None. The gradient to `hidden` is this rank's share, of which the group's
         sum is the whole; that to `head_weight` is whole.
     """
     outputs: tuple[Tensor, Tensor | None] = _ShardedHead.apply(  # type: ignore[no-untyped-call]  # torch does not annotate it
-        hidden, head_weight, labels, shard, temperature, chunk_tokens, with_entropy
+        hidden, head_weight, labels, shard, temperature, chunk_tokens, with_entropy, support
     )
     return outputs
 
@@ -84,14 +87,15 @@ class _ShardedHead(torch.autograd.Function):
         temperature: float,
         chunk_tokens: int,
         with_entropy: bool,
+        support: Support | None,
     ) -> tuple[Tensor, Tensor | None]:
         log_probs, log_sums, entropy = hidden.new_empty((3, len(hidden)), dtype=torch.float32)
         for start in range(0, len(hidden), chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = _logits(hidden[part], weight, shard, temperature)
+            logits = _logits(hidden, weight, shard, temperature, part, support)
             log_probs[part], log_sums[part], entropy[part] = _reduce_vocabulary(logits, labels[part], shard, with_entropy)
         ctx.save_for_backward(hidden, weight, labels, log_sums, entropy)
-        ctx.shard, ctx.temperature, ctx.chunk_tokens = shard, temperature, chunk_tokens
+        ctx.shard, ctx.temperature, ctx.chunk_tokens, ctx.support = shard, temperature, chunk_tokens, support
         return log_probs.clone(), entropy.clone() if with_entropy else None
 
     @staticmethod
@@ -105,7 +109,8 @@ class _ShardedHead(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if trained else None
         for start in range(0, len(hidden), ctx.chunk_tokens):
             part = slice(start, start + ctx.chunk_tokens)
-            own_log_probs = _logits(hidden[part], weight, shard, ctx.temperature).sub_(log_sums[part, None])
+            own_logits = _logits(hidden, weight, shard, ctx.temperature, part, ctx.support)
+            own_log_probs = own_logits.sub_(log_sums[part, None])
             grad_logits = _grad_logits(
                 own_log_probs,
                 labels[part] - shard.first,
@@ -117,12 +122,17 @@ class _ShardedHead(torch.autograd.Function):
             torch.mm(grad_logits, real, out=grad_hidden[part])
             if grad_weight is not None:
                 grad_weight[: shard.num_real].add_(grad_logits.T @ hidden[part])
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 6
 
 
-def _logits(hidden: Tensor, weight: Tensor, shard: VocabShard, temperature: float) -> Tensor:
-    """Return [C, V'] float32, of this rank's real tokens."""
-    return head_logits(hidden, weight[: shard.num_real]).div_(temperature)
+def _logits(
+    hidden: Tensor, weight: Tensor, shard: VocabShard, temperature: float, part: slice, support: Support | None
+) -> Tensor:
+    """Return [C, V'] float32, of this rank's real tokens; cut off where sampling has kept none."""
+    logits = head_logits(hidden[part], weight[: shard.num_real]).div_(temperature)
+    if support is not None:
+        support.restrict(logits, part.start, first=shard.first)
+    return logits
 
 
 def _reduce_vocabulary(logits: Tensor, labels: Tensor, shard: VocabShard, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from qwench.algorithms.columns import MicroBatch
+from qwench.algorithms.support import Support
 from qwench.checkpoints.formats.sources import TensorReader
 from qwench.config.layout import ParallelLayout
 from qwench.config.sections.training import TrainingConfig
@@ -119,6 +120,7 @@ class PolicyModel(GPTModel):
             return TokenScores(log_probs=(hidden.index_select(0, merged) @ self._head_weight().T).float(), entropy=None)
         trained = (split.real & micro_batch.loss_mask[split.source]).nonzero().squeeze(-1)
         labels = micro_batch.labels[split.source[trained]].to(hidden.device, non_blocking=True)
+        support = Support.of(micro_batch, split.source[trained])
         trained = trained.to(hidden.device, non_blocking=True)
         weight = self._head_weight()
         log_probs, entropy = parallel_log_probs(
@@ -133,6 +135,7 @@ class PolicyModel(GPTModel):
             temperature=temperature,
             chunk_tokens=self._head_chunk_tokens,
             with_entropy=with_entropy,
+            support=support,
         )
         merged = split.merged.to(hidden.device, non_blocking=True)
         return TokenScores(

@@ -274,6 +274,10 @@ def twice(**reward) -> dict[str, object]:
     return {"reward": RewardConfig(second_grader="math-verify", **reward)}
 
 
+def truncated(**sections) -> dict[str, object]:
+    return {"rollout": RolloutConfig(rollout_top_p=0.9), **sections}
+
+
 OWN_ADVANTAGES = ReferencesConfig(custom_advantage_function_path="a.b")
 
 
@@ -317,6 +321,9 @@ def test_adapters_in_megatron_are_refused_where_they_are_not_built(lora, trainin
     ({"critic": CriticConfig(critic_lr=1e-5)}, "--critic-lr (1e-05) has no effect with --advantage-estimator grpo"),
     ({"algorithm": AlgorithmConfig(advantage_estimator="ppo"), "references": OWN_ADVANTAGES}, "--custom-advantage-function-"),
     ({"distillation": OPD, "algorithm": AlgorithmConfig(loss_type="sft_loss")}, "--use-opd has no effect with --loss-type"),
+    (truncated(engine=EngineConfig(rollout_engine="sglang")), "--rollout-top-p 0.9 does not work in training with SGLang: the"),
+    (truncated(distillation=OPD), "--rollout-top-p 0.9 does not work in training with --use-opd: the trainer normalises its"),
+    (truncated(training=TrainingConfig(batch_invariant_mode=True)), "--rollout-top-p 0.9 does not work in training with --b"),
     (twice(rm_type="math"), "--second-grader lists what it finds in the run's folder; give --save or --log-dir"),
     (twice(rm_type="f1"), "--second-grader judges boxed answers: it needs --rm-type math or deepscaler, got f1"),
     (twice(custom_rm_path="a.b"), "--second-grader judges answers of --rm-type, and --custom-rm-path replaces that"),

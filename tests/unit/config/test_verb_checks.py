@@ -45,12 +45,9 @@ def test_the_reward_is_asked_for_with_the_data_that_could_have_named_it(files):
         (["--load", "{}/absent"], "--load: {}/absent is missing or empty, and there is no --ref-load to start from"),
         (["--load", "{}/empty"], "--load: {}/empty is missing or empty"),
         (["--ref-load", "{}/absent"], "--ref-load: there is no folder {}/absent"),
-        (["--rollout-top-p", "0.9"], "--rollout-top-p must be 1.0 in training, got 0.9"),
-        (["--rollout-top-k", "20"], "--rollout-top-k must be -1 in training, got 20"),
-        (["--rollout-min-p", "0.1"], "--rollout-min-p must be 0.0 in training, got 0.1"),
     ],
 )
-def test_files_that_are_not_there_and_restricted_sampling_are_refused(files, extra, message):
+def test_files_that_are_not_there_are_refused(files, extra, message):
     with pytest.raises(ConfigError) as caught:
         parse_run("train", flat(words_of(files)) + [word.replace("{}", str(files)) for word in extra])
     assert str(caught.value).startswith(message.replace("{}", str(files)))

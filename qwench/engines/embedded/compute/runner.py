@@ -5,8 +5,8 @@ A launched step is `InFlight` until its tokens are on the host.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -43,20 +43,29 @@ class InFlight:
     drawn: Tensor
     """[2, S] int32 on the host, once `arrived`: tokens, and the bits of their float32 log-probs."""
     arrived: torch.cuda.Event | None
+    support: Mapping[int, list[int]] = field(default_factory=dict)
+    """Index of a request -> the tokens that were kept, where they are asked for."""
     scores: Sequence[Tensor] = ()
     """Of each chunk of `plan.scoring`, on the host like `drawn` (see `scheduling.scoring`)."""
 
     @classmethod
-    def of(cls, plan: StepPlan, requests: list[RunningRequest], drawn: Tensor, scores: Sequence[Tensor]) -> InFlight:
+    def of(
+        cls,
+        plan: StepPlan,
+        requests: list[RunningRequest],
+        drawn: Tensor,
+        support: Mapping[int, list[int]],
+        scores: Sequence[Tensor],
+    ) -> InFlight:
         """Start to copy what was drawn and scored to the host."""
         if not drawn.is_cuda:
-            return cls(plan=plan, requests=requests, drawn=drawn, arrived=None, scores=scores)
+            return cls(plan=plan, requests=requests, drawn=drawn, arrived=None, support=support, scores=scores)
         hosts = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in (drawn, *scores)]
         for host, one in zip(hosts, (drawn, *scores), strict=True):
             host.copy_(one, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        return cls(plan=plan, requests=requests, drawn=hosts[0], arrived=arrived, scores=hosts[1:])
+        return cls(plan=plan, requests=requests, drawn=hosts[0], arrived=arrived, support=support, scores=hosts[1:])
 
     def wait(self) -> Sampled:
         """Return what was sampled for `requests`."""
@@ -156,7 +165,7 @@ class Runner:
                 logits = logits[to_device([rows], self._device)[0]]
             drawn = decoder.draw(logits, draws)
         self._draw_limited(decoder, requests, logits, draws, drawn)
-        return InFlight.of(plan, requests, drawn, scores)
+        return InFlight.of(plan, requests, drawn, draws.support, scores)
 
     def _draw_limited(
         self, decoder: Decoder, requests: list[RunningRequest], logits: Tensor, draws: Draws, drawn: Tensor

@@ -7,7 +7,7 @@ counter-based hash gives one uniform number, and the inverse of the cumulative d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ class SamplingRows:
     min_p: np.ndarray
     uniforms: np.ndarray
     """[S] float64 in [0, 1)."""
+    keeps_support: np.ndarray
+    """[S] bool"""
     forbidden: Sequence[tuple[int, int]] = ()
     """(row, token) pairs that must not be drawn: stop tokens before `min_new_tokens`."""
 
@@ -46,6 +48,7 @@ class SamplingRows:
             top_k=self.top_k[which],
             min_p=self.min_p[which],
             uniforms=self.uniforms[which],
+            keeps_support=self.keeps_support[which],
             forbidden=[(place[row], token) for row, token in self.forbidden if row in place],
         )
 
@@ -57,6 +60,8 @@ class Draws:
     params: SamplingRows
     rows: np.ndarray
     """[S] int32"""
+    support: dict[int, list[int]] = field(default_factory=dict)
+    """Index of a request -> the tokens that were kept; the draw writes it."""
 
     @property
     def limited(self) -> np.ndarray:
@@ -129,9 +134,10 @@ def draw_limited(logits_SV: Tensor, draws: Draws, which: np.ndarray, last_tokens
     if len(which) == 0:
         return
     index, rows = (torch.from_numpy(array).to(logits_SV.device) for array in (which, draws.rows[which].astype(np.int64)))
-    tokens, log_probs = sample(logits_SV[index], draws.params.select(which))
+    tokens, log_probs, support = sample(logits_SV[index], draws.params.select(which))
     last_tokens[rows] = tokens.int()
     drawn[0, index], drawn[1, index] = tokens.int(), log_probs.view(torch.int32)
+    draws.support.update({int(which[row]): ids for row, ids in support.items()})
 
 
 def sampling_rows(requests: Sequence[RunningRequest]) -> SamplingRows:
@@ -145,6 +151,7 @@ def sampling_rows(requests: Sequence[RunningRequest]) -> SamplingRows:
         top_k=np.array([p.top_k for p in params], dtype=np.int64),
         min_p=np.array([p.min_p for p in params], dtype=np.float32),
         uniforms=uniform(seeds, positions),
+        keeps_support=np.array([p.keeps_support for p in params], dtype=bool),
         forbidden=[
             (row, token)
             for row, request in enumerate(requests)
@@ -154,10 +161,11 @@ def sampling_rows(requests: Sequence[RunningRequest]) -> SamplingRows:
     )
 
 
-def sample(logits_SV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
-    """Return tokens [S] int64 and their log-probs [S] float32; the logits are float32.
+def sample(logits_SV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor, dict[int, list[int]]]:
+    """Return tokens [S] int64 and their log-probs [S] float32, and the kept tokens of rows that ask; the logits are float32.
 
-    Log-probs are those of the whole vocabulary at the sampling temperature (1 where greedy), before anything is cut off.
+    Log-probs are those of the whole vocabulary at the sampling temperature (1 where greedy), before anything is cut off. Rows
+    that ask for the kept tokens get those that are normalised over them.
     """
     device = logits_SV.device
     greedy = rows.temperature == 0
@@ -170,14 +178,29 @@ def sample(logits_SV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
         allowed = scaled.clone()
         forbidden = torch.tensor(rows.forbidden, device=device)
         allowed[forbidden[:, 0], forbidden[:, 1]] = float("-inf")
+    probs = None
     if greedy.all():
         tokens = allowed.argmax(dim=-1)
     else:
-        tokens = _draw(allowed, normaliser_S1, rows)
+        probs = _kept_probs(allowed, normaliser_S1, rows)
+        tokens = inverse_cdf(probs, torch.from_numpy(rows.uniforms).to(device))
         if greedy.any():
             tokens = torch.where(torch.from_numpy(greedy).to(device), allowed.argmax(dim=-1), tokens)
-    log_probs = scaled.gather(-1, tokens[:, None]) - normaliser_S1
-    return tokens, log_probs.squeeze(-1)
+    log_probs = (scaled.gather(-1, tokens[:, None]) - normaliser_S1).squeeze(-1)
+    asking = np.flatnonzero(rows.keeps_support & _is_cut(rows))
+    if probs is None or not len(asking):
+        return tokens, log_probs, {}
+    index = torch.from_numpy(asking).to(device)
+    kept = probs[index] > 0
+    log_masses = scaled[index].masked_fill(~kept, float("-inf")).logsumexp(dim=-1)
+    log_probs[index] = scaled[index, tokens[index]] - log_masses
+    counts, ids = kept.sum(dim=-1).tolist(), kept.nonzero()[:, 1].cpu()
+    return tokens, log_probs, {row: one.tolist() for row, one in zip(asking.tolist(), ids.split(counts), strict=True)}
+
+
+def _is_cut(rows: SamplingRows) -> np.ndarray:
+    """Tell of each row whether top-k, top-p or min-p cut something off."""
+    return (rows.temperature > 0) & ((rows.top_k >= 1) | (rows.top_p < 1) | (rows.min_p > 0))
 
 
 def truncate(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -198,15 +221,16 @@ def truncate(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tens
     return torch.zeros_like(probs).scatter_(-1, order, ordered * kept)
 
 
-def _draw(allowed: Tensor, normaliser_S1: Tensor, rows: SamplingRows) -> Tensor:
+def _kept_probs(allowed: Tensor, normaliser_S1: Tensor, rows: SamplingRows) -> Tensor:
+    """Return weights of the draw: probabilities, 0 where a token must not be drawn or is cut off."""
     device = allowed.device
     probs = (allowed - normaliser_S1).exp()
-    cut = (rows.temperature > 0) & ((rows.top_k >= 1) | (rows.top_p < 1) | (rows.min_p > 0))
+    cut = _is_cut(rows)
     if cut.any():
         index = torch.from_numpy(cut.nonzero()[0]).to(device)
         limits = [torch.from_numpy(values[cut]).to(device) for values in (rows.top_k, rows.top_p, rows.min_p)]
         probs[index] = truncate(probs[index], *limits)
-    return inverse_cdf(probs, torch.from_numpy(rows.uniforms).to(device))
+    return probs
 
 
 def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:

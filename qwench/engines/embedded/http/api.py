@@ -39,6 +39,7 @@ class SamplingBody(BaseModel):
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
     sampling_seed: int | None = None
+    keeps_support: bool = False
     spaces_between_special_tokens: bool = True
     n: int = 1
     frequency_penalty: float = 0.0
@@ -69,6 +70,7 @@ class SamplingBody(BaseModel):
             ignore_eos=self.ignore_eos,
             skip_special_tokens=self.skip_special_tokens,
             seed=self.sampling_seed,
+            keeps_support=self.keeps_support,
         )
 
 
@@ -173,7 +175,7 @@ def to_response(
     no_stop_trim: bool,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Json:
-    """Return SGLang's response object; `meta_info.weight_versions` (one for each token) is our addition."""
+    """Return SGLang's response object; `weight_versions` and `output_support` of `meta_info` are our addition."""
     meta: Json = {
         "id": request.request_id,
         "finish_reason": _finish_reason(result),
@@ -187,6 +189,8 @@ def to_response(
         meta["output_token_logprobs"] = [
             [log_prob, token, None] for log_prob, token in zip(result.log_probs, result.output_ids, strict=True)
         ]
+    if result.support:
+        meta["output_support"] = list(result.support)
     if request.scoring is not None and result.scores is not None:
         meta |= _input_log_probs(request.input_ids, request.scoring, result.scores)
     text = result.text if no_stop_trim else _trim(request.sampling, result, tokenizer)

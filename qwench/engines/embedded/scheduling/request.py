@@ -31,6 +31,7 @@ class RunningRequest:
     num_prompt: int
     log_probs: list[float] = field(default_factory=list)
     weight_versions: list[int] = field(default_factory=list)
+    support: list[list[int]] = field(default_factory=list)
     scored: list[Tensor] = field(default_factory=list)
     """The matrices of its chunks (see `scoring`)."""
     num_computed: int = 0
@@ -100,6 +101,7 @@ class RunningRequest:
             finish_reason=self.finish_reason,
             matched=self.matched,
             weight_versions=self.weight_versions,
+            support=self.support,
             text=text,
             cached_tokens=self.cached_tokens,
             scores=(

@@ -81,6 +81,7 @@ def rows_of(count: int, **columns) -> SamplingRows:
         "top_k": np.full(count, -1, dtype=np.int64),
         "min_p": np.zeros(count, dtype=np.float32),
         "uniforms": np.full(count, 0.5),
+        "keeps_support": np.zeros(count, dtype=bool),
     }
     return SamplingRows(**(neutral | columns))
 
@@ -95,7 +96,7 @@ def test_rows_with_different_parameters_do_not_touch_each_other():
         "min_p": np.array([0.0, 0.0, 0.0, 0.2, 0.0], dtype=np.float32),
         "uniforms": np.array([0.1, 0.9, 0.5, 0.7, 0.99]),
     }
-    tokens, log_probs = sample(logits, rows_of(5, **columns))
+    tokens, log_probs, _ = sample(logits, rows_of(5, **columns))
     for row in range(5):
         alone = sample(logits[row : row + 1], rows_of(1, **{name: column[row : row + 1] for name, column in columns.items()}))
         assert alone[0].item() == tokens[row].item()
@@ -105,10 +106,32 @@ def test_rows_with_different_parameters_do_not_touch_each_other():
 def test_log_probs_are_of_the_whole_vocabulary_at_the_temperature():
     logits = torch.tensor([[1.0, 2.0, 4.0]]).repeat(2, 1)
     temperature = np.array([2.0, 0.0], dtype=np.float32)
-    tokens, log_probs = sample(logits, rows_of(2, temperature=temperature, top_k=np.array([1, -1])))
+    tokens, log_probs, _ = sample(logits, rows_of(2, temperature=temperature, top_k=np.array([1, -1])))
     assert tokens.tolist() == [2, 2]
     expected = [4 / 2 - np.log(np.exp([0.5, 1.0, 2.0]).sum()), 4 - np.log(np.exp([1.0, 2.0, 4.0]).sum())]
     assert log_probs.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_kept_tokens_are_returned_with_log_probs_over_them():
+    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log().repeat(4, 1)
+    columns = {
+        "top_k": np.array([2, -1, -1, 2]),
+        "top_p": np.array([1.0, 0.75, 1.0, 1.0], dtype=np.float32),
+        "uniforms": np.array([0.99, 0.0, 0.5, 0.99]),
+        "keeps_support": np.array([True, True, True, False]),
+    }
+    tokens, log_probs, support = sample(logits, rows_of(4, **columns))
+    assert tokens.tolist() == [3, 1, 2, 3]
+    assert support == {0: [1, 3], 1: [1, 2, 3]}  # nothing is cut off in row 2, and row 3 does not ask
+    assert log_probs.exp().tolist() == pytest.approx([0.3 / 0.7, 0.4 / 0.9, 0.2, 0.3], abs=1e-6)
+
+
+def test_a_forbidden_token_is_not_kept():
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    rows = rows_of(1, top_k=np.array([2]), keeps_support=np.array([True]), forbidden=[(0, 0)])
+    tokens, log_probs, support = sample(logits, rows)
+    assert support == {0: [1, 2]} and tokens.tolist() == [1]
+    assert log_probs.exp().tolist() == pytest.approx([0.6], abs=1e-6)
 
 
 def test_forbidden_tokens_are_not_drawn_and_do_not_change_log_probs():
@@ -116,7 +139,7 @@ def test_forbidden_tokens_are_not_drawn_and_do_not_change_log_probs():
     rows = rows_of(
         2, temperature=np.array([0.0, 1.0], dtype=np.float32), uniforms=np.array([0.5, 0.999]), forbidden=[(0, 0), (1, 0)]
     )
-    tokens, log_probs = sample(logits, rows)
+    tokens, log_probs, _ = sample(logits, rows)
     assert tokens.tolist() == [1, 2]
     assert log_probs.tolist() == pytest.approx(logits[0].log_softmax(-1)[[1, 2]].tolist(), abs=1e-6)
 
@@ -124,7 +147,7 @@ def test_forbidden_tokens_are_not_drawn_and_do_not_change_log_probs():
 def test_draws_follow_the_distribution():
     probs = torch.tensor([0.5, 0.25, 0.125, 0.125])
     numbers = uniform(np.arange(8000, dtype=np.uint64), np.zeros(8000, dtype=np.uint64))
-    tokens, _ = sample(probs.log().repeat(8000, 1), rows_of(8000, uniforms=numbers))
+    tokens, *_ = sample(probs.log().repeat(8000, 1), rows_of(8000, uniforms=numbers))
     shares = torch.bincount(tokens, minlength=4) / 8000
     # Four standard deviations of the first share are 0.022.
     assert (shares - probs).abs().max() < 0.022
