@@ -54,6 +54,8 @@ class Prompt:
     """The row's raw input, before the chat template."""
     tools: Sequence[Json] | None = None
     metadata: Mapping[str, Json] = field(default_factory=dict)
+    pass_rate: float | None = None
+    """Of the row's --curriculum-key, from 0 to 1."""
     place: str = field(default="", compare=False)
     """File and line of the row, for messages: `train.jsonl:12`."""
 

@@ -94,6 +94,7 @@ class RolloutBatch:
         sampled = any(any(sample.loss_mask) and any(sample.rollout_log_probs) for sample in samples)
         for sample in samples:
             _check(sample, sampled=sampled)
+        support_counts, support_ids = _support(samples)
         return cls(
             tokens=[torch.tensor(sample.tokens, dtype=torch.int64) for sample in samples],
             loss_mask=[torch.tensor(sample.loss_mask, dtype=torch.bool) for sample in samples],
@@ -103,7 +104,8 @@ class RolloutBatch:
             group_ids=torch.tensor([sample.group_id for sample in samples], dtype=torch.int64),
             execution_ids=torch.tensor([sample.execution_id for sample in samples], dtype=torch.int64),
             rollout_log_probs=[torch.tensor(s.rollout_log_probs, dtype=torch.float32) for s in samples] if sampled else None,
-            **_support(samples),
+            support_counts=support_counts,
+            support_ids=support_ids,
             staleness=_staleness(samples, version) if sampled and version is not None else None,
             teacher_log_probs=_taught([sample.teacher_log_probs for sample in samples], samples),
             teacher_kl=_taught([sample.teacher_kl for sample in samples], samples),
@@ -208,10 +210,10 @@ LossFunction = Callable[[Tensor, Tensor | None, MicroBatch], TokenLoss]
 """(log_probs [T] float32, entropy [T] float32 or None, micro_batch) -> TokenLoss."""
 
 
-def _support(samples: Sequence[Sample]) -> dict[str, list[Tensor]]:
-    """Return the columns of the tokens that sampling kept; none where it cut nothing off."""
+def _support(samples: Sequence[Sample]) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+    """Return counts and ids of the tokens that sampling kept; None where it cut nothing off."""
     if not any(sample.support for sample in samples):
-        return {}
+        return None, None
     for sample in samples:
         kept = sample.support or [[]] * sample.response_length
         if any(on and not ids for on, ids in zip(sample.loss_mask, kept, strict=True)):
@@ -220,10 +222,8 @@ def _support(samples: Sequence[Sample]) -> dict[str, list[Tensor]]:
                 "that made it must keep Sample.support, or leave --rollout-top-p, --rollout-top-k and --rollout-min-p out."
             )
     counts = [[len(ids) for ids in sample.support] or [0] * sample.response_length for sample in samples]
-    return {
-        "support_counts": [torch.tensor(column, dtype=torch.int64) for column in counts],
-        "support_ids": [torch.tensor([*chain(*sample.support)], dtype=torch.int32) for sample in samples],
-    }
+    ids = [torch.tensor([*chain(*sample.support)], dtype=torch.int32) for sample in samples]
+    return [torch.tensor(column, dtype=torch.int64) for column in counts], ids
 
 
 def _staleness(samples: Sequence[Sample], version: int) -> list[Tensor] | None:

@@ -110,6 +110,22 @@ def truncated_sampling_is_replayed(config: Config) -> str | None:
     return None
 
 
+def a_curriculum_draws_from_rows(config: Config) -> str | None:
+    """It chooses among the rows of --prompt-data, and measures groups that the built-in function makes."""
+    if not config.data.curriculum_band:
+        return None
+    for flag, is_given, reason in (
+        ("--loss-type sft_loss", config.algorithm.loss_type == "sft_loss", "conversations have no pass rates"),
+        ("--disable-rollout-global-dataset", config.data.disable_rollout_global_dataset, "there are no rows to choose from"),
+        ("--data-source-path", config.data.data_source_path is not None, "the data source chooses its prompts itself"),
+        ("--rollout-function-path", config.rollout.rollout_function_path is not None, "its groups are not measured"),
+        ("--load-debug-rollout-data", config.debug.load_debug_rollout_data is not None, "no prompts are drawn"),
+    ):
+        if is_given:
+            return f"--curriculum-band has no effect with {flag}: {reason}; leave one of them out"
+    return None
+
+
 def old_log_probs_differ_from_the_steps(config: Config) -> str | None:
     """Only in the first step of a rollout the policy is the old one."""
     if not config.algorithm.skip_actor_forward_only:

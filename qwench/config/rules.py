@@ -9,6 +9,7 @@ from qwench.config.config import Config
 from qwench.config.layout import data_parallel_size
 from qwench.config.method_rules import (
     a_critic_has_its_method,
+    a_curriculum_draws_from_rows,
     a_second_grader_has_answers,
     a_teacher_has_advantages_to_change,
     old_log_probs_differ_from_the_steps,
@@ -368,6 +369,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     deterministic_engines_are_ours,
     asynchronous_rollouts_never_end,
     a_critic_has_its_method,
+    a_curriculum_draws_from_rows,
     a_second_grader_has_answers,
     a_teacher_has_advantages_to_change,
     recorded_rollouts_have_files,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from qwench.errors import CheckpointError
@@ -30,11 +30,21 @@ class Draw:
 class DataCursor:
     """Hands out row numbers epoch by epoch."""
 
-    def __init__(self, num_rows: int, *, fingerprint: str, samples_per_row: int, shuffle: bool, seed: int) -> None:
+    def __init__(
+        self,
+        num_rows: int,
+        *,
+        fingerprint: str,
+        samples_per_row: int,
+        shuffle: bool,
+        seed: int,
+        admits: Callable[[int], bool] = lambda row: True,
+    ) -> None:
         """Begin at the first row of epoch 0.
 
         Args:
             fingerprint: Tells this data set from others; a saved state of another one is refused.
+            admits: Tells of a row whether it is handed out; it is asked each time that it is the row's turn.
         """
         assert num_rows > 0, "a data set has rows"
         self._num_rows = num_rows
@@ -42,6 +52,7 @@ class DataCursor:
         self._samples_per_row = samples_per_row
         self._shuffle = shuffle
         self._seed = seed
+        self._admits = admits
         self._epoch = 0
         self._offset = 0
         self._group_index = 0
@@ -94,15 +105,21 @@ class DataCursor:
         self._order = self._order_of(self._epoch)
 
     def _next(self) -> Draw:
+        row = self._next_row()
+        while not self._admits(row):
+            row = self._next_row()
+        draw = Draw(row=row, group_id=self._group_index, first_sample_id=self._sample_index)
+        self._group_index += 1
+        self._sample_index += self._samples_per_row
+        return draw
+
+    def _next_row(self) -> int:
         if self._offset == self._num_rows:
             self._epoch += 1
             self._offset = 0
             self._order = self._order_of(self._epoch)
-        draw = Draw(row=self._order[self._offset], group_id=self._group_index, first_sample_id=self._sample_index)
         self._offset += 1
-        self._group_index += 1
-        self._sample_index += self._samples_per_row
-        return draw
+        return self._order[self._offset - 1]
 
     def _order_of(self, epoch: int) -> list[int]:
         order = list(range(self._num_rows))

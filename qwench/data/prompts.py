@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from qwench.data.chat import ChatRenderer, as_prompt, read_tools, tokenize
+from qwench.data.curriculum import Curriculum
 from qwench.data.cursor import DataCursor, Draw, fingerprint
 from qwench.data.rows import Row, check_text, read_label, read_rows
 from qwench.errors import ConfigError
@@ -43,12 +44,14 @@ def load_prompts(
     apply_chat_template: bool,
     apply_chat_template_kwargs: Mapping[str, Json] | None,
     max_prompt_len: int | None,
+    pass_rate_key: str | None = None,
     require_label: bool = False,
     as_given: bool = False,
 ) -> LoadedPrompts:
     """Read, render and tokenise the data set `spec` (`path` or `path@[start:stop]`).
 
     Args:
+        pass_rate_key: Column of pass rates; None: there is none.
         max_prompt_len: Prompts with more tokens are dropped and counted; None: no limit.
         require_label: The reward compares with a label, so every row must have one.
         as_given: A function of the user's reads the prompt, which may be of any JSON type without a chat template.
@@ -70,6 +73,7 @@ def load_prompts(
             messages=row.values[input_key],
             tools=read_tools(row, tool_key),
             metadata=row.decode(metadata_key, dict) or {},
+            pass_rate=_read_pass_rate(row, pass_rate_key),
             place=row.place,
         )
         for row in rows
@@ -84,10 +88,9 @@ def load_prompts(
         if max_prompt_len is None or len(ids) <= max_prompt_len
     ]
     if not prompts:
-        shortest = min(len(ids) for ids in token_ids)
         raise ConfigError(
             f"all {len(token_ids)} prompts of {spec} are longer than the limit of {max_prompt_len} tokens (the shortest has "
-            f"{shortest}); raise --rollout-max-prompt-len (or --eval-max-prompt-len)."
+            f"{min(map(len, token_ids))}); raise --rollout-max-prompt-len (or --eval-max-prompt-len)."
         )
     return LoadedPrompts(prompts=prompts, num_dropped=len(token_ids) - len(prompts))
 
@@ -95,7 +98,16 @@ def load_prompts(
 class PromptSource:
     """Groups of pending samples, one group for each prompt, in a reproducible and resumable order."""
 
-    def __init__(self, prompts: Sequence[Prompt], *, n_samples_per_prompt: int, shuffle: bool, seed: int) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        n_samples_per_prompt: int,
+        shuffle: bool,
+        seed: int,
+        curriculum: Curriculum | None = None,
+    ) -> None:
+        self.curriculum = curriculum
         self._prompts = prompts
         self._n_samples_per_prompt = n_samples_per_prompt
         self._cursor = DataCursor(
@@ -104,6 +116,7 @@ class PromptSource:
             samples_per_row=n_samples_per_prompt,
             shuffle=shuffle,
             seed=seed,
+            admits=(lambda row: True) if curriculum is None else curriculum.admits,
         )
 
     def next_groups(self, n: int) -> list[Group]:
@@ -116,11 +129,14 @@ class PromptSource:
 
     def state_dict(self, *, last_rollout_id: int | None = None) -> dict[str, Json]:
         """Return the position as a JSON-compatible record."""
-        return self._cursor.state_dict()
+        curriculum = {} if self.curriculum is None else {"curriculum": self.curriculum.state_dict()}
+        return {**self._cursor.state_dict(), **curriculum}
 
     def load_state_dict(self, state: Mapping[str, Json]) -> None:
         """Go to a saved position; a CheckpointError when it belongs to another data set."""
         self._cursor.load_state_dict(state)
+        if self.curriculum is not None and "curriculum" in state:
+            self.curriculum.load_state_dict(state["curriculum"])
 
     def _group(self, draw: Draw) -> Group:
         prompt = self._prompts[draw.row]
@@ -158,6 +174,17 @@ class NoPrompts:
 
     def load_state_dict(self, state: Mapping[str, Json]) -> None:
         """Ignore the cursor of a run with a data set."""
+
+
+def _read_pass_rate(row: Row, key: str | None) -> float | None:
+    if key is None:
+        return None
+    rate = row.require(key, flag="--curriculum-key")
+    if rate is None:
+        return None
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+        raise ConfigError(f"{row.place}: {key!r} is {rate!r}, and --curriculum-key names a pass rate from 0 to 1, or null.")
+    return float(rate)
 
 
 def _render(row: Row, input_key: str, tools: Json, renderer: ChatRenderer | None, *, as_given: bool) -> str:

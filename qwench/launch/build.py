@@ -24,6 +24,7 @@ from qwench.config.config import Config
 from qwench.config.plan import RunPlan
 from qwench.config.report import flag_values
 from qwench.controller import LearnerProtocol, Run
+from qwench.data.curriculum import Curriculum
 from qwench.data.prompts import LoadedPrompts, NoPrompts, PromptSource
 from qwench.data.sft import LoadedSft, SftSource, render_mask_preview
 from qwench.engines.fleet.pool import EnginePool
@@ -131,6 +132,7 @@ def _prompt_source(inputs: Inputs, loaded: LoadedPrompts) -> PromptFeed:
         n_samples_per_prompt=size,
         shuffle=data.rollout_shuffle,
         seed=data.rollout_seed,
+        curriculum=Curriculum(data, loaded.prompts) if data.curriculum_band else None,
     )
 
 

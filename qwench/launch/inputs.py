@@ -152,6 +152,7 @@ def read_training_prompts(inputs: Inputs) -> LoadedPrompts:
         apply_chat_template=config.data.apply_chat_template,
         apply_chat_template_kwargs=config.data.apply_chat_template_kwargs,
         max_prompt_len=(limit := prompt_limit(inputs, config.data.rollout_max_prompt_len)),
+        pass_rate_key=config.data.curriculum_key,
         require_label=_compares_labels(inputs.training_reward),
         as_given=_reads_prompts_itself(config),
     )

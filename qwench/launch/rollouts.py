@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qwench.config.eval_sets import EvalSettings
+from qwench.data.curriculum import Curriculum
+from qwench.data.prompts import PromptSource
 from qwench.engines.fleet.pool import EnginePool, Waiter
 from qwench.engines.fleet.servers import Server
 from qwench.engines.protocol import SamplingParams
@@ -63,6 +65,7 @@ class Generation:
         config = self.inputs.config
         functions = self.functions.rollout
         runner = self._training_runner(functions)
+        curriculum = source.curriculum if isinstance(source, PromptSource) else None
         options: StreamOptions = {
             "timeout_s": config.timeouts.rollout_timeout,
             "num_gpus": len(self.engines.engines) * config.cluster.rollout_num_gpus_per_engine,
@@ -73,14 +76,14 @@ class Generation:
             "describe_calls": runner.describe_calls,
         }
         if config.asynchronous.fully_async:
-            return self._continuous_stream(source, runner, num_rollouts, options)
+            return self._continuous_stream(source, runner, num_rollouts, options, curriculum)
         buffer = GroupBuffer(
             source,
             max_staleness=self.inputs.plan.max_staleness,
             buffer_filter=functions.buffer_filter,
             mask_off_policy=config.rollout.mask_offpolicy_in_partial_rollout,
         )
-        make = self._make_rollout(buffer, runner, functions)
+        make = self._make_rollout(buffer, runner, functions, curriculum)
         return RolloutStream(self.engines, make, buffer, config.logging, num_rollouts=num_rollouts, **options)
 
     def evaluations_beside(
@@ -138,7 +141,9 @@ class Generation:
             self.engines.run(self.teachers.close(), label="close the connections to the teachers", timeout_s=_CLOSE_TIMEOUT_S)
         self.engines.close()
 
-    def _make_rollout(self, buffer: GroupBuffer, runner: GroupRunner, functions: RolloutFunctions) -> MakeRollout:
+    def _make_rollout(
+        self, buffer: GroupBuffer, runner: GroupRunner, functions: RolloutFunctions, curriculum: Curriculum | None
+    ) -> MakeRollout:
         """Return what makes a rollout: the user's own function, or the built-in collector."""
         config = self.inputs.config
         assert config.rollout.rollout_batch_size is not None, "config.checks requires --rollout-batch-size"
@@ -146,11 +151,23 @@ class Generation:
             context = RolloutContext(runner=runner, buffer=buffer, num_groups=config.rollout.rollout_batch_size)
             return checked_rollout(functions.make_rollout, context)
         deterministic = config.training.deterministic_mode
-        console = self.inputs.console
-        return Collector(runner, buffer, config.rollout, functions, console=console, deterministic=deterministic).collect
+        return Collector(
+            runner,
+            buffer,
+            config.rollout,
+            functions,
+            console=self.inputs.console,
+            deterministic=deterministic,
+            curriculum=curriculum,
+        ).collect
 
     def _continuous_stream(
-        self, source: GroupSource, runner: GroupRunner, num_rollouts: int, options: StreamOptions
+        self,
+        source: GroupSource,
+        runner: GroupRunner,
+        num_rollouts: int,
+        options: StreamOptions,
+        curriculum: Curriculum | None,
     ) -> ContinuousStream:
         """Return the stream of --fully-async."""
         config, batch = self.inputs.config, self.inputs.plan.batch
@@ -162,7 +179,7 @@ class Generation:
         return ContinuousStream(
             self.engines,
             runner,
-            Selection(functions),
+            Selection(functions, curriculum),
             GroupBuffer(source),
             bound,
             section,

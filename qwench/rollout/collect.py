@@ -16,6 +16,7 @@ import logging
 from collections.abc import Sequence
 
 from qwench.config.sections.rollout import RolloutConfig
+from qwench.data.curriculum import Curriculum
 from qwench.errors import QwenchError
 from qwench.observability.console import Console, Progress
 from qwench.rollout.buffer import GroupBuffer
@@ -39,10 +40,11 @@ class Collector:
         *,
         console: Console,
         deterministic: bool = False,
+        curriculum: Curriculum | None = None,
     ) -> None:
         assert rollout.rollout_batch_size is not None, "config.checks requires --rollout-batch-size"
         self._runner, self._buffer, self._console = runner, buffer, console
-        self._selection = Selection(functions)
+        self._selection = Selection(functions, curriculum)
         self._num_groups = rollout.rollout_batch_size
         self._over_sampling = rollout.over_sampling_batch_size or self._num_groups
         self._max_rounds = rollout.dynamic_sampling_max_rounds

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from qwench.data.curriculum import Curriculum
 from qwench.errors import QwenchError
 from qwench.rollout.filters import FilterResult, check_no_aborted
 from qwench.rollout.functions import RolloutFunctions
@@ -34,8 +35,13 @@ class Tally:
 class Selection:
     """Applies the user's filters to groups and samples."""
 
-    def __init__(self, functions: RolloutFunctions) -> None:
-        self._functions = functions
+    def __init__(self, functions: RolloutFunctions, curriculum: Curriculum | None = None) -> None:
+        """Keep the filters.
+
+        Args:
+            curriculum: measures the groups of each rollout.
+        """
+        self._functions, self._curriculum = functions, curriculum
 
     def judge(self, group: Group, tally: Tally) -> bool:
         """Sort a finished group into accepted, rejected or unusable, and tell whether it is accepted.
@@ -63,7 +69,8 @@ class Selection:
         if self._functions.find_removed is not None:
             for sample in self._functions.find_removed(groups):
                 sample.mask_out()
-        return Rollout(rollout_id=rollout_id, groups=groups, metrics=self._filter_metrics(tally))
+        measured = {} if self._curriculum is None else self._curriculum.measure(tally.judged)
+        return Rollout(rollout_id=rollout_id, groups=groups, metrics={**self._filter_metrics(tally), **measured})
 
     def _apply_filter(self, group: Group) -> FilterResult:
         if self._functions.group_filter is None:

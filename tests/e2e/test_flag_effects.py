@@ -68,6 +68,23 @@ def test_truncated_sampling_is_replayed_and_engine_and_trainer_agree(workspace: 
     assert all(0 < entropy < math.log(20) for entropy in column(tmp_path, "train/entropy_loss"))
 
 
+def test_prompts_outside_of_the_band_are_left_out_also_after_a_resume(workspace: Workspace, tmp_path: Path) -> None:
+    data = tmp_path / "rated.jsonl"
+    rows = [{"prompt": [{"role": "user", "content": str(n)}], "label": str(n), "rate": n % 4 / 4} for n in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {**DIGITS, "prompt_data": data, "curriculum_band": (0.2, 0.6), "curriculum_key": "rate", "num_rollout": 4,
+             "curriculum_pass_reward": 0.05, "curriculum_retry_epochs": 2, "rollout_shuffle": None}  # fmt: skip
+    dumps = "{rollout_id}.jsonl"
+    run_verb(workspace.train_argv(tmp_path / "whole", **flags, save_debug_rollout_data=tmp_path / "w" / dumps))
+    whole, cut = read_metrics(tmp_path / "whole"), tmp_path / "cut"
+    drawn = [json.loads(line)["prompt"]["label"] for line in (tmp_path / "w" / "0.jsonl").read_text().splitlines()[1:]]
+    assert list(dict.fromkeys(drawn)) == ["1", "2", "5", "6"]  # rates 0.25 and 0.5 of the first two thirds
+    assert column(tmp_path / "whole", "rollout/curriculum/left_out")[0] == 3.0
+    run_verb(workspace.train_argv(cut, **{**flags, "num_rollout": 2}))
+    run_verb(workspace.train_argv(cut, **flags, load=cut))
+    assert read_metrics(cut) == whole
+
+
 def test_answers_that_two_graders_judge_differently_are_listed_and_named(workspace: Workspace, tmp_path: Path, capfd) -> None:
     data = tmp_path / "halves.jsonl"
     data.write_text(json.dumps({"prompt": [{"role": "user", "content": "1/4+1/4"}], "label": "1/2"}) + "\n")

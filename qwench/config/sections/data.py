@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qwench.config.limits import check_import_path, check_positive
+from qwench.errors import ConfigError
 
 LossMaskType = Literal["qwen", "qwen3", "distill_qwen"]
 
@@ -39,6 +40,15 @@ class DataConfig:
     """Shuffle the prompts in every epoch."""
     rollout_seed: int = 42
     """Seed of the shuffle (plus the epoch) and of seeded sampling (plus the sample's index in its group)."""
+    curriculum_band: tuple[float, ...] = ()
+    """Draw only prompts whose pass rate lies between two numbers from 0 to 1, for example 0.1 0.9. The rate is measured when a
+    prompt is drawn; until then the prompt is in the band. None: draw all prompts."""
+    curriculum_key: str | None = None
+    """Column of the pass rate of each prompt before it is measured. None: it is not known before."""
+    curriculum_pass_reward: float = 1.0
+    """Lowest reward of a response that passes, for --curriculum-band."""
+    curriculum_retry_epochs: int = 3
+    """Draw a prompt outside of --curriculum-band again after it was left out in this many epochs: the policy has changed."""
     rollout_max_prompt_len: int | None = None
     """Longest prompt in tokens; longer ones are dropped and counted when the data is loaded. None: no limit."""
     loss_mask_type: LossMaskType | None = None
@@ -52,3 +62,19 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_import_path("--data-source-path", self.data_source_path)
         check_positive("--rollout-max-prompt-len", self.rollout_max_prompt_len)
+        self._check_curriculum()
+
+    def _check_curriculum(self) -> None:
+        check_positive("--curriculum-retry-epochs", self.curriculum_retry_epochs)
+        band = self.curriculum_band
+        if band and not (len(band) == 2 and 0 <= band[0] <= band[1] <= 1):
+            raise ConfigError(
+                f"--curriculum-band must be two numbers from 0 to 1, the lower first, got {' '.join(f'{x:g}' for x in band)}"
+            )
+        for flag, is_given in (
+            ("--curriculum-key", self.curriculum_key is not None),
+            ("--curriculum-pass-reward", self.curriculum_pass_reward != 1.0),
+            ("--curriculum-retry-epochs", self.curriculum_retry_epochs != 3),
+        ):
+            if is_given and not band:
+                raise ConfigError(f"{flag} has no effect without --curriculum-band LOW HIGH; add it, or leave it out")

@@ -11,6 +11,7 @@ from qwench.config.sections.asynchronous import AsyncConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.critic import CriticConfig
+from qwench.config.sections.data import DataConfig
 from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.distillation import DistillationConfig
 from qwench.config.sections.engine import EngineConfig
@@ -278,6 +279,11 @@ def truncated(**sections) -> dict[str, object]:
     return {"rollout": RolloutConfig(rollout_top_p=0.9), **sections}
 
 
+def banded(**sections) -> dict[str, object]:
+    data = {"curriculum_band": (0.1, 0.9), **sections.pop("data", {})}
+    return {"data": DataConfig(**data), **sections}
+
+
 OWN_ADVANTAGES = ReferencesConfig(custom_advantage_function_path="a.b")
 
 
@@ -324,6 +330,9 @@ def test_adapters_in_megatron_are_refused_where_they_are_not_built(lora, trainin
     (truncated(engine=EngineConfig(rollout_engine="sglang")), "--rollout-top-p 0.9 does not work in training with SGLang: the"),
     (truncated(distillation=OPD), "--rollout-top-p 0.9 does not work in training with --use-opd: the trainer normalises its"),
     (truncated(training=TrainingConfig(batch_invariant_mode=True)), "--rollout-top-p 0.9 does not work in training with --b"),
+    (banded(algorithm=AlgorithmConfig(loss_type="sft_loss")), "--curriculum-band has no effect with --loss-type sft_loss"),
+    (banded(data={"data_source_path": "a.b"}), "--curriculum-band has no effect with --data-source-path: the data source"),
+    (banded(rollout=RolloutConfig(rollout_function_path="a.b")), "--curriculum-band has no effect with --rollout-function"),
     (twice(rm_type="math"), "--second-grader lists what it finds in the run's folder; give --save or --log-dir"),
     (twice(rm_type="f1"), "--second-grader judges boxed answers: it needs --rm-type math or deepscaler, got f1"),
     (twice(custom_rm_path="a.b"), "--second-grader judges answers of --rm-type, and --custom-rm-path replaces that"),

@@ -66,6 +66,13 @@ REFUSED = [
         {"second_grader": "math-verify", "second_grader_share": 0.0},
         "--second-grader-share must be greater than 0",
     ),
+    (DataConfig, {"curriculum_band": (0.5,)}, "--curriculum-band must be two numbers from 0 to 1, the lower first, got 0.5"),
+    (
+        DataConfig,
+        {"curriculum_band": (0.9, 0.1)},
+        "--curriculum-band must be two numbers from 0 to 1, the lower first, got 0",
+    ),
+    (DataConfig, {"curriculum_key": "rate"}, "--curriculum-key has no effect without --curriculum-band LOW HIGH"),
     (RewardConfig, {"judge_model": "b"}, "--judge-model has no effect without --judge-url; give it, or leave both out"),
     (RewardConfig, {"overlong_buffer_len": 0}, "--overlong-buffer-len must be greater than 0, got 0"),
     (RewardConfig, PRICED | {"overlong_penalty_factor": 0.0}, "--overlong-penalty-factor must be greater than 0"),
