@@ -1,8 +1,5 @@
-"""Rewards of the end-to-end tests, named by import path."""
+"""Rewards of the end-to-end tests, named by import path. Two processes of every run import this file, so it loads little."""
 
-import math
-
-from qwench.rollout.generate import GenerateContext, generate_single_turn
 from qwench.samples import Sample, Status
 
 
@@ -24,13 +21,6 @@ def not_a_number(sample: Sample) -> float:
 def two_arguments(sample: Sample, label: str) -> float:
     """Have a signature that nobody calls."""
     return 0.0
-
-
-async def sample_with_another_bit(sample: Sample, context: GenerateContext) -> Sample:
-    """Change the last bit of the first log-prob."""
-    sample = await generate_single_turn(sample, context)
-    sample.rollout_log_probs[0] -= math.ulp(sample.rollout_log_probs[0]) * 2**29
-    return sample
 
 
 def large_label(sample: Sample) -> float:

@@ -51,7 +51,7 @@ def test_true_on_policy_log_probs_of_engine_and_trainer_are_equal_bit_by_bit(wor
 
 
 def test_a_log_prob_of_another_bit_ends_a_true_on_policy_run(workspace: Workspace, tmp_path: Path) -> None:
-    flags = {"true_on_policy_mode": (), "custom_generate_function_path": "tests.e2e.rewards.sample_with_another_bit"}
+    flags = {"true_on_policy_mode": (), "custom_generate_function_path": "tests.e2e.generation.sample_with_another_bit"}
     with pytest.raises(TrainingError, match=r"^--true-on-policy-mode: in rollout 0 16 of \d+ log-probs"):
         run_verb(workspace.train_argv(tmp_path / "run", **DIGITS, **flags))
     assert column(tmp_path / "run", "train/loss") == []

@@ -8,21 +8,20 @@ from pathlib import Path
 import pytest
 
 from qwench.config.report import CONFIG_FILE
-from tests.e2e.conftest import DIGITS, ONE_THREAD, Workspace, column, run_python
+from tests.e2e.conftest import DIGITS, Workspace, column
 from tests.fakes import cuda_stand_in
-from tests.forked import Forked
+from tests.forked import Forked, fork_qwench
 from tests.verbs import run_verb, run_verb_without_cuda
 
 MODULE = "tests.e2e.reference_functions"
 
 
-def run(workspace: Workspace, folder: Path, monkeypatch: pytest.MonkeyPatch, **flags: object) -> dict[str, list[dict]]:
+def run(workspace: Workspace, folder: Path, **flags: object) -> dict[str, list[dict]]:
     """Train one or two rollouts; return what each function noted, in order."""
-    monkeypatch.setitem(ONE_THREAD, "CALLS", str(folder / "calls.jsonl"))
     named = {name: f"{MODULE}.{value}" if name.endswith("_path") else value for name, value in flags.items()}
     defaults = {"save": folder / "run", "rm_type": None, "num_rollout": 2, "save_interval": None}
     argv = workspace.train_argv(**{**defaults, **named})
-    finished = run_python(["-m", "qwench", *argv])
+    finished = fork_qwench(folder, argv, environ={"CALLS": str(folder / "calls.jsonl")}).end()
     assert finished.returncode == 0, finished.stderr[-3000:]
     calls: dict[str, list[dict]] = {}
     for line in (folder / "calls.jsonl").read_text().splitlines():
@@ -31,11 +30,10 @@ def run(workspace: Workspace, folder: Path, monkeypatch: pytest.MonkeyPatch, **f
     return calls
 
 
-def test_tools_an_async_reward_filters_hooks_and_logs(workspace, tmp_path, monkeypatch):
+def test_tools_an_async_reward_filters_hooks_and_logs(workspace, tmp_path):
     calls = run(
         workspace,
         tmp_path,
-        monkeypatch,
         custom_generate_function_path="generate_with_tools",
         custom_rm_path="reward",
         reward_key="score",
@@ -62,11 +60,10 @@ def test_tools_an_async_reward_filters_hooks_and_logs(workspace, tmp_path, monke
     assert len(column(tmp_path / "run", "train/loss")) == 4
 
 
-def test_search_by_text_over_the_wire_with_a_batched_reward_and_a_hook(workspace, tmp_path, monkeypatch):
+def test_search_by_text_over_the_wire_with_a_batched_reward_and_a_hook(workspace, tmp_path):
     calls = run(
         workspace,
         tmp_path,
-        monkeypatch,
         custom_generate_function_path="generate_with_search",
         custom_rm_path="batched_reward",
         group_rm=(),
@@ -87,11 +84,11 @@ def test_search_by_text_over_the_wire_with_a_batched_reward_and_a_hook(workspace
     assert column(tmp_path / "run", "eval/held_out") == []
 
 
-def test_an_environment_has_prompts_of_any_type_and_gives_the_reward(workspace, tmp_path, monkeypatch):
+def test_an_environment_has_prompts_of_any_type_and_gives_the_reward(workspace, tmp_path):
     rows = tmp_path / "tasks.jsonl"
     rows.write_text("".join(json.dumps({"index": number}) + "\n" for number in range(4)))
     calls = run(
-        workspace, tmp_path, monkeypatch, custom_generate_function_path="play_task", prompt_data=rows, input_key="index",
+        workspace, tmp_path, custom_generate_function_path="play_task", prompt_data=rows, input_key="index",
         label_key=None, apply_chat_template=None, rollout_shuffle=None, num_rollout=1,
     )  # fmt: skip
     assert Counter(record["task"] for record in calls["play_task"]) == dict.fromkeys(range(4), 4)
@@ -99,11 +96,10 @@ def test_an_environment_has_prompts_of_any_type_and_gives_the_reward(workspace, 
     assert 0 < reward < 1
 
 
-def test_a_whole_rollout_and_an_evaluation(workspace, tmp_path, monkeypatch):
+def test_a_whole_rollout_and_an_evaluation(workspace, tmp_path):
     calls = run(
         workspace,
         tmp_path,
-        monkeypatch,
         rollout_function_path="generate_rollout",
         eval_function_path="evaluate",
         custom_rm_path="plain_reward",
@@ -120,11 +116,10 @@ def test_a_whole_rollout_and_an_evaluation(workspace, tmp_path, monkeypatch):
     assert set(column(tmp_path / "run", "eval/mine")) == {0.5} == set(column(tmp_path / "run", "eval/mine-truncated_ratio"))
 
 
-def test_the_newer_form_of_miles_with_a_flag_of_its_own_and_a_plain_reward(workspace, tmp_path, monkeypatch):
+def test_the_newer_form_of_miles_with_a_flag_of_its_own_and_a_plain_reward(workspace, tmp_path):
     calls = run(
         workspace,
         tmp_path,
-        monkeypatch,
         custom_generate_function_path="generate_in_one",
         custom_rm_path="plain_reward",
         num_rollout=1,
@@ -136,11 +131,10 @@ def test_the_newer_form_of_miles_with_a_flag_of_its_own_and_a_plain_reward(works
     assert {record["dapo"] for record in calls["plain_reward"]} == {1.0}
 
 
-def test_advantages_and_training_data_are_those_that_functions_leave(workspace, tmp_path, monkeypatch):
+def test_advantages_and_training_data_are_those_that_functions_leave(workspace, tmp_path):
     calls = run(
         workspace,
         tmp_path,
-        monkeypatch,
         custom_rm_path="plain_reward",
         custom_advantage_function_path="rewards_as_advantages",
         rollout_data_postprocess_path="drop_half",
@@ -155,11 +149,10 @@ def test_advantages_and_training_data_are_those_that_functions_leave(workspace, 
     assert losses[0] < 0 and losses[1] == 0.0
 
 
-def test_training_data_is_what_a_function_makes_of_the_samples(workspace, tmp_path, monkeypatch):
+def test_training_data_is_what_a_function_makes_of_the_samples(workspace, tmp_path):
     calls = run(
         workspace,
         tmp_path,
-        monkeypatch,
         custom_rm_path="plain_reward",
         custom_convert_samples_to_train_data_path="half_of_the_data",
         num_rollout=1,
@@ -170,12 +163,11 @@ def test_training_data_is_what_a_function_makes_of_the_samples(workspace, tmp_pa
     assert len(column(tmp_path / "run", "train/loss")) == 1  # 8 samples are one step of --global-batch-size
 
 
-def test_a_function_sees_the_files_of_a_publication_before_engines_read_them(workspace, tmp_path, monkeypatch):
+def test_a_function_sees_the_files_of_a_publication_before_engines_read_them(workspace, tmp_path):
     flags = {"update_weight_transport": "disk", "rollout_num_gpus": 1, "custom_rm_path": "plain_reward"}
     calls = run(
         workspace,
         tmp_path,
-        monkeypatch,
         custom_update_weight_post_write_path="after_write",
         colocate=None,
         num_rollout=1,
@@ -187,11 +179,10 @@ def test_a_function_sees_the_files_of_a_publication_before_engines_read_them(wor
     assert len(calls["after_write"]) >= 1
 
 
-def test_a_correction_and_a_reduction_stand_in_the_loss(workspace, tmp_path, monkeypatch):
+def test_a_correction_and_a_reduction_stand_in_the_loss(workspace, tmp_path):
     calls = run(
         workspace,
         tmp_path,
-        monkeypatch,
         custom_rm_path="plain_reward",
         custom_tis_function_path="correct_gap",
         custom_pg_loss_reducer_function_path="reduce_by_constant",
@@ -205,18 +196,18 @@ def test_a_correction_and_a_reduction_stand_in_the_loss(workspace, tmp_path, mon
     assert all(norm > 0 for norm in column(tmp_path / "run", "train/grad_norm"))
 
 
-def test_a_data_source_of_the_users_goes_on_with_the_run(workspace, tmp_path, monkeypatch):
+def test_a_data_source_of_the_users_goes_on_with_the_run(workspace, tmp_path):
     flags = {"data_source_path": "HardestFirst", "custom_rm_path": "marked_reward", "save_interval": 1, "num_rollout": 2}
-    calls = run(workspace, tmp_path, monkeypatch, **flags)
+    calls = run(workspace, tmp_path, **flags)
     assert [(record["count"], record["offset"]) for record in calls["get_samples"]] == [(4, 4), (4, 8)]
     assert [record["rollout_id"] for record in calls["save"]] == [0, 1]
     assert len(calls["marked_reward"]) == 32 and all(record["mark"] for record in calls["marked_reward"])
-    again = run(workspace, tmp_path, monkeypatch, **{**flags, "num_rollout": 3})["get_samples"]
+    again = run(workspace, tmp_path, **{**flags, "num_rollout": 3})["get_samples"]
     assert [(record["count"], record["offset"]) for record in again[2:]] == [(4, 12)]
     assert len({prompt for record in again for prompt in record["prompts"]}) == 12
     moved = {**flags, "load": tmp_path / "run", "save": tmp_path / "other"}
     for num_rollout, offset in ((4, 16), (5, 20)):  # from --load, then from --save
-        calls = run(workspace, tmp_path, monkeypatch, **{**moved, "num_rollout": num_rollout})
+        calls = run(workspace, tmp_path, **{**moved, "num_rollout": num_rollout})
         assert calls["get_samples"][-1]["offset"] == offset
 
 
