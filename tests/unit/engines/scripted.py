@@ -11,7 +11,7 @@ from tests.fakes.engine import FakeEngine
 
 
 class ScriptedEngine(FakeEngine):
-    """A fake engine that can be down (refuses), or hang (accepts and never answers)."""
+    """A fake engine that can be down (refuses), or hang (accepts, and answers once it no longer hangs)."""
 
     def __init__(self, name: str, **options) -> None:
         super().__init__(lambda context, request: name, **options)
@@ -30,8 +30,7 @@ class ScriptedEngine(FakeEngine):
         return await super().generate(request)
 
     async def health(self) -> bool:
-        if self.hangs:
-            await asyncio.Event().wait()
+        await self._hang()
         return not self.down
 
     async def stats(self) -> EngineStats:
@@ -53,8 +52,11 @@ class ScriptedEngine(FakeEngine):
     async def _answer(self) -> None:
         if self.down:
             raise EngineLostError(f"{self.name} is down")
-        if self.hangs:
-            await asyncio.Event().wait()
+        await self._hang()
+
+    async def _hang(self) -> None:
+        while self.hangs:  # a server that is stopped answers what it was asked once it goes on
+            await asyncio.sleep(0.01)
 
 
 class ScriptedServer:

@@ -223,6 +223,7 @@ def test_a_stopped_server_is_silent_until_it_answers_again(make_scene, monkeypat
     parts.silent_parts()
     scene.wait_until(lambda: list(parts.silent_parts()) == ["server of a (a)"])
     scene.a.hangs = False
+    scene.wait_until(lambda: not parts.silent_parts())
 
 
 def test_an_engine_that_does_not_start_again_ends_the_run_with_the_reason(make_scene):
