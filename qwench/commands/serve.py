@@ -17,6 +17,6 @@ def run(words: Sequence[str]) -> None:
     assert config.model.hf_checkpoint is not None, "config.checks requires --hf-checkpoint"
     folder = model_folder(config.model.hf_checkpoint, flag="--hf-checkpoint")
     config = replace(config, model=replace(config.model, hf_checkpoint=folder))
-    from qwench.launch.evaluation import serve  # PyTorch: a mistake in the flags is told before it is imported
+    from qwench.launch.engines import serve  # PyTorch: a mistake in the flags is told before it is imported
 
     serve(config)

@@ -1,4 +1,4 @@
-"""The engines of a run: inside this process, servers started for it, or servers that run already."""
+"""The engines of a run: inside this process, servers started for it, or servers that run already; and `qwench serve`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from qwench.checkpoints.folders import check_weights
+from qwench.config.config import Config
 from qwench.config.environment import TOKEN_VARIABLE
+from qwench.config.sections.rollout import RolloutConfig
+from qwench.config.sections.training import TrainingConfig
+from qwench.config.sections.verbs import ServeConfig
 from qwench.engines.client import HttpEngine
 from qwench.engines.embedded.engine import EmbeddedEngine
+from qwench.engines.embedded.http.serving import serve as serve_engine
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.fleet.members import Member
@@ -27,9 +33,10 @@ from qwench.engines.kinds.sglang_router import SglangRouter, router_command
 from qwench.errors import ConfigError, EngineError
 from qwench.foreign.args import make_args
 from qwench.foreign.hooks import AfterWrite
-from qwench.launch.inputs import Inputs, publication_dtype
+from qwench.launch.inputs import Inputs, plan_inputs, publication_dtype, read_inputs
 from qwench.models.hf import stop_token_ids
 from qwench.models.hf_weights import is_fp8_checkpoint
+from qwench.observability.log import open_process_log
 from qwench.observability.timing import PhaseTimer
 from qwench.observability.waiting import waiting
 from qwench.weights.publisher import Devices, PublishedModel, Publisher
@@ -263,3 +270,24 @@ def _log_folder(inputs: Inputs) -> Path:
     """Return where engine servers and the router write their logs: a run without folders has one for temporary files."""
     base = inputs.plan.log_dir or Path(tempfile.gettempdir(), f"qwench-{os.getpid()}")
     return (base / "engines").absolute()
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve the embedded engine; clients show QWENCH_TOKEN, if it is set, to change weights or memory."""
+    assert config.model.hf_checkpoint is not None, "config.checks requires --hf-checkpoint"
+    run = Config(
+        model=config.model,
+        engine=config.engine,
+        rollout=RolloutConfig(rollout_batch_size=1),
+        training=TrainingConfig(deterministic_mode=config.server.deterministic_mode),
+    )
+    inputs = read_inputs(run, plan_inputs(run, trains=False))
+    check_weights(run.checkpoint, inputs.plan.model, inputs.model_folder)
+    open_process_log("info", f"engine at port {config.server.port}")
+    serve_engine(
+        config.model.hf_checkpoint,
+        embedded_settings(inputs, order_varies=True),
+        host=config.server.host,
+        port=config.server.port,
+        token=os.environ.get(TOKEN_VARIABLE),
+    )

@@ -1,27 +1,19 @@
-"""`qwench eval` and `qwench serve`: engines with the checkpoint's own weights, without a trainer."""
+"""`qwench eval`: engines with the checkpoint's own weights, without a trainer."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import orjson
 
-from qwench.checkpoints.folders import check_weights
 from qwench.config.config import Config
-from qwench.config.environment import TOKEN_VARIABLE
 from qwench.config.plan import RunPlan
 from qwench.config.report import flag_values
-from qwench.config.sections.rollout import RolloutConfig
-from qwench.config.sections.training import TrainingConfig
-from qwench.config.sections.verbs import ServeConfig
-from qwench.engines.embedded.http.serving import serve as serve_engine
 from qwench.files import LOCK, claim_folder, write_atomically, written
-from qwench.launch.engines import embedded_settings
-from qwench.launch.inputs import Inputs, plan_inputs, read_eval_prompts, read_inputs
+from qwench.launch.inputs import Inputs, read_eval_prompts, read_inputs
 from qwench.launch.outputs import own_results
 from qwench.launch.placement import make_servers, open_processes
 from qwench.launch.readiness import check_ready
@@ -29,7 +21,7 @@ from qwench.launch.report import describe_model
 from qwench.launch.rollouts import build_generation
 from qwench.launch.trial_import import check_imports
 from qwench.launch.user_functions import load_user_functions
-from qwench.observability.log import open_driver_log, open_process_log
+from qwench.observability.log import open_driver_log
 from qwench.observability.run_report import say_facts
 from qwench.observability.summary import summarize
 from qwench.rewards.graders import check_prompts
@@ -121,27 +113,6 @@ def own_eval_folder(folder: Path, flags: Mapping[str, str], *, writes: bool = Tr
         writer="evaluation",
         own=[folder / LOCK],
         writes=writes,
-    )
-
-
-def serve(config: ServeConfig) -> None:
-    """Serve the embedded engine; clients show QWENCH_TOKEN, if it is set, to change weights or memory."""
-    assert config.model.hf_checkpoint is not None, "config.checks requires --hf-checkpoint"
-    run = Config(
-        model=config.model,
-        engine=config.engine,
-        rollout=RolloutConfig(rollout_batch_size=1),
-        training=TrainingConfig(deterministic_mode=config.server.deterministic_mode),
-    )
-    inputs = read_inputs(run, plan_inputs(run, trains=False))
-    check_weights(run.checkpoint, inputs.plan.model, inputs.model_folder)
-    open_process_log("info", f"engine at port {config.server.port}")
-    serve_engine(
-        config.model.hf_checkpoint,
-        embedded_settings(inputs, order_varies=True),
-        host=config.server.host,
-        port=config.server.port,
-        token=os.environ.get(TOKEN_VARIABLE),
     )
 
 

@@ -1,6 +1,6 @@
 """Rewards of the end-to-end tests, named by import path. Two processes of every run import this file, so it loads little."""
 
-from qwench.samples import Sample, Status
+from qwench.samples import Sample
 
 
 def digit_share(sample: Sample) -> float:
@@ -26,11 +26,3 @@ def two_arguments(sample: Sample, label: str) -> float:
 def large_label(sample: Sample) -> float:
     """Return 1 where the prompt asks for a number above 4, also after a wrong answer: a critic can know it."""
     return float(int(sample.prompt.label or "0") > 4)
-
-
-async def two_quarters(sample: Sample, context: GenerateContext) -> Sample:
-    """Answer every question by a fraction that is not reduced."""
-    sample.response, sample.status = "\\boxed{2/4}", Status.COMPLETED
-    token_ids = context.tokenizer.encode(sample.response, add_special_tokens=False)
-    sample.append(token_ids, log_probs=[-1.0] * len(token_ids), version=0)
-    return sample

@@ -88,7 +88,7 @@ def test_prompts_outside_of_the_band_are_left_out_also_after_a_resume(workspace:
 def test_answers_that_two_graders_judge_differently_are_listed_and_named(workspace: Workspace, tmp_path: Path, capfd) -> None:
     data = tmp_path / "halves.jsonl"
     data.write_text(json.dumps({"prompt": [{"role": "user", "content": "1/4+1/4"}], "label": "1/2"}) + "\n")
-    flags = {"prompt_data": data, "custom_generate_function_path": "tests.e2e.rewards.two_quarters"}
+    flags = {"prompt_data": data, "custom_generate_function_path": "tests.e2e.generation.two_quarters"}
     twice = {"second_grader": "math-verify", "second_grader_share": 1, "num_rollout": 2, "disable_grpo_std_normalization": ()}
     run_verb(workspace.train_argv(tmp_path / "run", **flags, **twice))
     lines = [json.loads(line) for line in (tmp_path / "run" / "second_grader.jsonl").read_text().splitlines()]
