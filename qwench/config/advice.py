@@ -55,6 +55,12 @@ def _training_warnings(config: Config) -> Iterator[str]:
                 f"--max-tokens-per-gpu ({training.max_tokens_per_gpu}) is smaller than the longest sample ({longest} tokens); "
                 "such a sample makes a micro-batch alone, which exceeds the budget"
             )
+    distillation, temperature = config.distillation, rollout.rollout_temperature
+    if distillation.use_opd and distillation.opd_type == "sglang" and not distillation.opd_log_prob_top_k and temperature != 1:
+        yield (
+            f"--rollout-temperature {temperature:g}: the policy's log-probs are at this temperature, and those of a teacher "
+            "on a server at 1; --opd-type megatron and --opd-log-prob-top-k compare at one temperature"
+        )
     if rollout.n_samples_per_prompt == 1 and _compares_siblings(config.algorithm):
         yield (
             "--n-samples-per-prompt 1: rewards are compared within their group, so every advantage is 0, nothing is learned; "

@@ -107,7 +107,7 @@ def _by_flags(evaluation: EvalConfig, rollout: RolloutConfig, data: DataConfig) 
         "min_new_tokens": (evaluation.eval_min_new_tokens, rollout.rollout_min_new_tokens),
         "max_response_len": (evaluation.eval_max_response_len, rollout.rollout_max_response_len),
         "max_context_len": (evaluation.eval_max_context_len, rollout.rollout_max_context_len),
-        "max_prompt_len": (evaluation.eval_max_prompt_len, data.rollout_max_prompt_len),
+        "max_prompt_len": (evaluation.eval_max_prompt_len, None),
         "input_key": (evaluation.eval_input_key, data.input_key),
         "label_key": (evaluation.eval_label_key, data.label_key),
         "tool_key": (evaluation.eval_tool_key, data.tool_key),
@@ -143,6 +143,8 @@ def _read_file(path: Path, by_flags: Mapping[str, Any], *, for_function: bool) -
 
 def _sets(content: Any, by_flags: Mapping[str, Any], *, for_function: bool) -> tuple[EvalSettings, ...]:
     """Read the content of the file. A ValueError describes its mistake."""
+    if isinstance(content, dict) and "eval" not in content and "datasets" in content:
+        content = {"eval": content}
     evaluation = _mapping(content, ("eval",), "the file")["eval"]
     known = ("defaults", "datasets")
     more = tuple(evaluation) if for_function and isinstance(evaluation, dict) else ()

@@ -45,11 +45,6 @@ def a_teacher_has_advantages_to_change(config: Config) -> str | None:
                 "--rm-url is the address of --rm-type remote_rm and of the teacher of --opd-type sglang; give the teacher's by "
                 "--opd-teacher-urls default=URL"
             )
-        if config.distillation.opd_log_prob_top_k == 0 and config.rollout.rollout_temperature != 1:
-            return (
-                f"--rollout-temperature {config.rollout.rollout_temperature:g} does not work with --opd-type sglang, whose "
-                "servers score at temperature 1; give 1, --opd-type megatron, or --opd-log-prob-top-k"
-            )
     if config.references.custom_advantage_function_path is not None:
         return "--use-opd and --custom-advantage-function-path both set the advantages; leave one of them out"
     return None

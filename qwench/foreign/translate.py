@@ -40,6 +40,8 @@ def to_foreign(sample: Sample, *, as_text: bool = True) -> ForeignSample:
         as_text: the prompt is the rendered text (--apply-chat-template); else the raw row.
     """
     metadata = {name: value for name, value in sample.metadata.items() if name != ATTRIBUTES}
+    if sample.prompt.tools is not None:
+        metadata["tools"] = list(sample.prompt.tools)
     made = ForeignSample(
         group_index=sample.group_id,
         index=sample.sample_id,

@@ -148,12 +148,14 @@ def test_a_flag_of_what_is_not_built_yet_is_reserved(row):
         parse(given(row))
 
 
+def test_a_router_that_runs_already_is_not_used_and_none_is_started():
+    config = parse(["--sglang-router-ip", "127.0.0.1", "--sglang-router-port", "31000"])
+    assert config.references.unused_flags == ("sglang-router-ip",) and not config.engine.routes_requests
+    assert parse(["--sglang-router-port", "31000"]).engine.routes_requests
+
+
 @pytest.mark.parametrize("row", rows("passed on"), ids=names(rows("passed on")))
 def test_a_flag_of_sglang_is_passed_on_under_its_own_name(row):
-    if row["flag"] == "--sglang-router-ip":
-        with pytest.raises(ConfigError, match=r"^--sglang-router-ip is not passed on: use --use-sglang-router"):
-            parse(given(row))
-        return
     value = {"--sglang-page-size": "1", "--sglang-mem-fraction-static": "0.5"}.get(row["flag"], "8")
     config = parse([row["flag"], value])
     assert config.engine.sglang_args == (row["flag"].replace("--sglang-", "--"), value)
@@ -238,6 +240,7 @@ READ_BY_THEIR_SECTION_ALONE = {
     "batch_invariant_mode": "batch_invariant",
     "decoder_first_pipeline_num_layers": "first_stage_layers",
     "decoder_last_pipeline_num_layers": "last_stage_layers",
+    "save_numbering": "number",
     "session_server_ip": "served_at",
     "session_server_port": "served_at",
     "use_session_server": "refused where no agent is named",

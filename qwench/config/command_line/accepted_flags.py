@@ -55,6 +55,7 @@ ACCEPTED: tuple[ForeignFlag, ...] = (
         "there is one set of kernels, which --true-on-policy-mode chooses",
         "true-on-policy-contract sglang-true-on-policy-contract",
     ),
+    *flags(ANY, "requests go to the engines, not to a router that runs already", "sglang-router-ip", told=True),
     *flags(ANY, "an engine address implies it", "rollout-external", same_as="rollout-external-engine-addrs"),
     *flags(ON, "positions are rotary", "no-position-embedding"),
     *flags(("rope",), ARCHITECTURE, "rope-type"),

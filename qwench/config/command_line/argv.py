@@ -153,6 +153,8 @@ def sort_flags(
                 to_compare.append((item, foreign))
     if refused:
         raise _refusal(refused)
+    if "sglang-router-ip" in given.unused:  # its port is that of another router
+        given.router.pop("port", None)
     built_in = [(name, value) for name, value in taken.items() if compat.IMPORT_PATHS.get(value) == "None"]
     given.unused.extend(f"{name} {path} (the built-in is used)" for name, path in built_in)
     for item, foreign in to_compare:
@@ -167,6 +169,8 @@ def _in_our_words(item: Occurrence) -> Occurrence:
     if len(values) == 1 and (name, values[0]) in compat.VALUE_ALIASES:
         name, value = compat.VALUE_ALIASES[name, values[0]]
         values = (value,)
+    if name == "eval-prompt-data" and len(values) == 1 and Path(values[0].partition("@[")[0]).suffix:
+        values = (compat.NAME_OF_A_LONE_SET, *values)
     return replace(item, name=name, values=values)
 
 

@@ -79,6 +79,9 @@ VALUE_ALIASES: Mapping[tuple[str, str], tuple[str, str]] = {
 }
 """Their flag and value -> our flag and value."""
 
+NAME_OF_A_LONE_SET = "aime"
+"""What they call the file of an --eval-prompt-data without a name."""
+
 SHORTHANDS: Mapping[str, Mapping[str, str]] = {
     "dump-details": {"save-debug-rollout-data": "{value}/rollout_data/{rollout_id}.jsonl"},
 }

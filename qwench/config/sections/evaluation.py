@@ -32,7 +32,7 @@ class EvalConfig:
     eval_max_response_len: int | None = None
     """Longest response in tokens. None: --rollout-max-response-len."""
     eval_max_prompt_len: int | None = None
-    """Longest prompt in tokens; longer ones are dropped and counted. None: --rollout-max-prompt-len."""
+    """Longest prompt in tokens; longer ones are dropped and counted. None: as the model and the engine allow."""
     eval_max_context_len: int | None = None
     """Longest prompt and response together, in tokens. None: --rollout-max-context-len."""
     eval_min_new_tokens: int | None = None

@@ -22,6 +22,10 @@ EMBEDDED = ("--rollout-engine", "embedded")
             ["--use-opd", "--opd-type", "sglang", "--rm-url", "http://a", "--opd-log-prob-top-k", "4"],
             "--opd-log-prob-top-k gives a token the KL of its position",
         ),
+        (
+            ["--use-opd", "--opd-type", "sglang", "--rm-url", "http://a", "--rollout-temperature", "0.8"],
+            "--rollout-temperature 0.8: the policy's log-probs are at this temperature, and those of a",
+        ),
         (["--n-samples-per-prompt", "1"], "--n-samples-per-prompt 1: rewards are compared within their group"),
         (["--sequence-parallel"], "--sequence-parallel has no effect"),
         (["--use-fault-tolerance"], "--use-fault-tolerance has no effect on the embedded engine"),

@@ -71,6 +71,11 @@ def test_sets_may_be_a_mapping_from_names(write):
     assert {name: (one.path, one.top_p) for name, one in sets.items()} == {"a": ("/d/a.jsonl", 1.0), "b": ("/d/b.jsonl", 0.5)}
 
 
+def test_the_outer_mapping_may_be_left_out(write):
+    path = write("datasets: [{name: a, path: /d/a.jsonl}]")
+    assert list(settings_of(path)) == ["a"]
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

@@ -100,7 +100,7 @@ def test_evaluation_falls_back_to_the_values_of_the_rollout():
     )
     settings, other = plan_run(config, QWEN3_4B).eval_sets
     assert (settings.temperature, settings.top_p, settings.top_k, settings.min_new_tokens) == (0.7, 1.0, -1, 0)
-    assert (settings.max_response_len, settings.max_prompt_len, settings.max_context_len) == (100, 50, None)
+    assert (settings.max_response_len, settings.max_prompt_len, settings.max_context_len) == (100, None, None)
     assert (settings.input_key, settings.label_key, settings.tool_key, settings.metadata_key) == (
         "input",
         "answer",

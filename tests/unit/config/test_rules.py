@@ -258,11 +258,6 @@ OPD = DistillationConfig(use_opd=True, opd_type="megatron", opd_teacher_load=Pat
 SERVED = DistillationConfig(use_opd=True, opd_type="sglang")
 
 
-def served(temperature: float, **flags) -> dict[str, object]:
-    section = DistillationConfig(use_opd=True, opd_type="sglang", opd_teacher_urls=("default=http://a",), **flags)
-    return {"distillation": section, "rollout": RolloutConfig(rollout_temperature=temperature)}
-
-
 def apart(**reward) -> dict[str, object]:
     return {"reward": RewardConfig(**reward), "algorithm": AlgorithmConfig(advantage_estimator="gdpo")}
 
@@ -345,17 +340,9 @@ def test_adapters_in_megatron_are_refused_where_they_are_not_built(lora, trainin
     (overlong() | {"algorithm": AlgorithmConfig(loss_type="sft_loss")}, "--overlong-buffer-len has no effect with --loss-type"),
     ({"distillation": SERVED}, "--opd-type sglang asks a teacher on a server; give its address by --rm-url"),
     ({"distillation": SERVED, "reward": RewardConfig(rm_type="remote_rm", rm_url="http://a")}, "--rm-url is the address of"),
-    (served(0.8), "--rollout-temperature 0.8 does not work with --opd-type sglang, whose servers score at temperature 1"),
     ({"distillation": OPD, "references": OWN_ADVANTAGES}, "--use-opd and --custom-advantage-function-path both set"),
 ])  # fmt: skip
 def test_critic_and_teacher_have_a_method_that_uses_them(sections, message):
     with pytest.raises(ConfigError) as caught:
         check_rules(Config(**sections))
     assert str(caught.value).startswith(message)
-
-
-def test_a_teacher_on_a_server_scores_at_temperature_1_or_both_do():
-    """Of the likeliest tokens, the policy's log-probs are asked for at temperature 1 too."""
-    check_rules(Config(**served(1.0)))
-    check_rules(Config(**served(0.8, opd_log_prob_top_k=4)))
-    check_rules(Config(distillation=OPD, rollout=RolloutConfig(rollout_temperature=0.8)))

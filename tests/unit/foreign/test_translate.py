@@ -1,5 +1,7 @@
 """Samples to the references' form and back."""
 
+from dataclasses import replace
+
 import pytest
 
 from qwench.errors import QwenchError
@@ -30,6 +32,12 @@ def test_a_pending_sample_has_no_tokens_and_the_raw_row_without_a_template():
     assert (facade.tokens, facade.prompt, facade.label, facade.status) == ([], "ab", "7", ForeignStatus.PENDING)
     assert (facade.index, facade.group_index, facade.rollout_id, facade.loss_mask) == (5, 1, None, None)
     assert to_foreign(pending, as_text=False).prompt == [{"role": "user", "content": "ab"}]
+
+
+def test_the_tools_of_a_row_are_found_in_the_metadata():
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    pending = Sample(prompt=replace(PROMPT, tools=tools), sample_id=5, group_id=1, metadata={"level": 3})
+    assert to_foreign(pending).metadata == {"level": 3, "tools": tools}
 
 
 def test_an_answered_sample_keeps_its_lists_and_its_versions_by_request():

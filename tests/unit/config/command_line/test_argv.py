@@ -99,6 +99,13 @@ def test_a_shorthand_gives_way_to_the_flags_it_stands_for_wherever_they_stand():
     assert given.flags == {"save-debug-rollout-data": "r/{rollout_id}"}
 
 
+def test_a_file_of_evaluation_without_a_name_is_aimes_as_there():
+    assert sort_flags(split_words(["--eval-prompt-data", "a/b.jsonl@[:4]"]), TABLE).flags["eval-prompt-data"] == (
+        "aime",
+        "a/b.jsonl@[:4]",
+    )
+
+
 def test_yaml_comes_before_the_command_line_wherever_it_is_named(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
