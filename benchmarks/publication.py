@@ -61,7 +61,7 @@ class Weights:
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
+    def weights(self, *, bucket_bytes: int, part: str = "merged") -> Iterator[WeightBucket]:
         return bucketed(self.tensors.items(), bucket_bytes=bucket_bytes)
 
     def shared_weights(self) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ class Rollouts(SavesRollouts, Protocol):
         ...
 
 
-class StateProtocol(SavesTraining, PublishedModel, Protocol):
+class StateProtocol(PublishedModel, SavesTraining, Protocol):
     """The models of the run, in this process (`training.state.TrainingState`) or on ranks (`cluster.workers.RemoteState`)."""
 
 

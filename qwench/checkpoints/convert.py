@@ -24,7 +24,6 @@ from qwench.checkpoints.formats.fp8 import QuantizedSource, StoredTensors
 from qwench.checkpoints.formats.iterations import POINTER, RELEASE, Iterations
 from qwench.checkpoints.formats.jobs import Job, Stream, read_ahead, share
 from qwench.checkpoints.formats.merged import MergedWeights
-from qwench.checkpoints.formats.peft import AdapterFolder
 from qwench.checkpoints.formats.sources import (
     HfWeights,
     WeightSource,
@@ -38,6 +37,7 @@ from qwench.checkpoints.manifest import META, read_manifest, write_manifest
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import TEMPORARY_SUFFIX, check_can_hold, is_occupied, replace_folder, writing_back
 from qwench.models.hf import architecture_of
+from qwench.models.peft import AdapterFolder
 from qwench.models.safetensors_files import as_bytes
 from qwench.samples import Json
 

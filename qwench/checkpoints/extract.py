@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwench.checkpoints.formats.peft import A, AdapterConfig, AdapterFolder, B, factors, is_adapter, write_adapter
 from qwench.checkpoints.formats.sources import open_weights
-from qwench.config.sections.lora import PROJECTIONS
 from qwench.errors import ConfigError
 from qwench.files import TEMPORARY_SUFFIX, replace_folder
-from qwench.models.architecture import Architecture
+from qwench.models.architecture import PROJECTIONS, Architecture
+from qwench.models.peft import A, AdapterConfig, AdapterFolder, B, factors, is_adapter, write_adapter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

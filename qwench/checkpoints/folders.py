@@ -13,7 +13,6 @@ from pathlib import Path
 
 from qwench.checkpoints.formats.dcp_reader import METADATA, DcpFolder
 from qwench.checkpoints.formats.iterations import POINTER, Iterations
-from qwench.checkpoints.formats.peft import AdapterFolder, is_adapter
 from qwench.checkpoints.formats.sources import find_checkpoint, find_format, is_checkpoint, open_weights
 from qwench.checkpoints.manifest import META, read_manifest
 from qwench.config.sections.checkpoint import CheckpointConfig
@@ -23,6 +22,7 @@ from qwench.errors import CheckpointError, ConfigError
 from qwench.files import LOCK, TEMPORARY_SUFFIX, FolderLock, fill_rollout_id, trouble, write_atomically
 from qwench.models.architecture import Architecture
 from qwench.models.hf import check_export_folder
+from qwench.models.peft import AdapterFolder, is_adapter
 from qwench.samples import Json
 
 MARKER = "qwench_run.json"

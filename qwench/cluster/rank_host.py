@@ -17,7 +17,7 @@ from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout, Sample
 from qwench.training.learner import Learned, Learner
 from qwench.training.process_group import leave_process_group
-from qwench.wire.portions import WeightBucket
+from qwench.wire.portions import WeightBucket, WeightPart
 
 BuildLearner = Callable[[PhaseTimer], Learner]
 """Builds the learner of this rank, collectively; picklable."""
@@ -64,9 +64,9 @@ class RankHost:
         scored = self._held.log_probs(samples, temperature)
         return scored if self._is_main else None
 
-    def open_weights(self, bucket_bytes: int) -> None:
+    def open_weights(self, bucket_bytes: int, part: WeightPart) -> None:
         """Begin to gather the weights."""
-        self._buckets = self._held.state.weights(bucket_bytes=bucket_bytes)
+        self._buckets = self._held.state.weights(bucket_bytes=bucket_bytes, part=part)
 
     def next_bucket(self) -> PackedBucket | bool:
         """Gather one more bucket: the main rank returns it, the others whether there was one."""

@@ -31,7 +31,7 @@ from qwench.samples import Rollout, Sample
 from qwench.training.learner import Learned
 from qwench.weights.remote import PublicationPlan
 from qwench.wire.addresses import EngineAddress
-from qwench.wire.portions import WeightBucket
+from qwench.wire.portions import WeightBucket, WeightPart
 
 BUILD_TIMEOUT_S = 3600.0
 BUCKET_TIMEOUT_S = 600.0
@@ -209,9 +209,9 @@ class RemoteState:
         load = methodcaller("load", folder, weights_only=weights_only, with_rng=with_rng)
         self.on_ranks(load, label=f"load {folder}", timeout_s=self._checkpoint_timeout_s)
 
-    def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
+    def weights(self, *, bucket_bytes: int, part: WeightPart = "merged") -> Iterator[WeightBucket]:
         """Bring one bucket after the other from the main rank to this process."""
-        self._group.call("open_weights", bucket_bytes, label="gather weights", timeout_s=BUCKET_TIMEOUT_S)
+        self._group.call("open_weights", bucket_bytes, part, label="gather weights", timeout_s=BUCKET_TIMEOUT_S)
         while packed := self._group.call("next_bucket", label="gather weights", timeout_s=BUCKET_TIMEOUT_S)[0]:
             yield unpack(packed)
 

@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from qwench.checkpoints.convert import Conversion, Converted, Converter, Ranks, check_output
 from qwench.checkpoints.extract import extract_adapter
-from qwench.checkpoints.formats.peft import is_adapter
 from qwench.checkpoints.formats.sources import find_checkpoint
 from qwench.checkpoints.verify import largest_logit_difference
 from qwench.config.command_line.parse import parse_flags
@@ -22,6 +21,7 @@ from qwench.config.sections.convert import ConvertConfig, HfToTorchDistConfig, T
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import written
 from qwench.models.hf import architecture_of, load_hf_config, load_tokenizer
+from qwench.models.peft import is_adapter
 from qwench.observability.console import Console, QuietConsole, open_console
 from qwench.training.process_group import init_process_group, leave_process_group
 

@@ -97,6 +97,7 @@ class HttpEngine:
             "sampling_params": _sampling_body(request.sampling),
             "return_logprob": True,
             **_scoring_body(request.scoring),
+            **({} if request.adapter is None else {"lora_path": request.adapter}),
         }
         try:
             answer = await self.post("/generate", body, timeout_s=self._generate_timeout_s)
@@ -368,6 +369,6 @@ def _serialise(bucket: WeightBucket) -> bytes:
 
 def _message(answer: Json) -> str:
     if isinstance(answer, dict):
-        error = answer.get("error", answer)
+        error = answer.get("error", answer.get("error_message") or answer)
         return str(error.get("message", error.get("detail", error)) if isinstance(error, dict) else error)
     return str(answer)

@@ -90,6 +90,8 @@ class GenerateRequest:
     sampling: SamplingParams
     scoring: Scoring | None = None
     """Score the prompt and generate nothing: `sampling.max_new_tokens` is 0."""
+    adapter: str | None = None
+    """Name of a loaded LoRA adapter to compute with. None: the published weights alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

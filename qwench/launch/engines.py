@@ -249,6 +249,7 @@ def make_publisher(
         engine=inputs.config.engine,
         model_folder=inputs.model_folder,
         fp8=is_fp8_checkpoint(inputs.model_folder),
+        adapters=inputs.config.lora.lora_publish == "adapter",
         after_write=AfterWrite(references, make_args(inputs.config, inputs.plan, host="", port=0)) if hooked else None,
         timeout_s=inputs.config.timeouts.update_weights_timeout,
     )
@@ -290,4 +291,5 @@ def serve(config: ServeConfig) -> None:
         host=config.server.host,
         port=config.server.port,
         token=os.environ.get(TOKEN_VARIABLE),
+        adapters=config.server.adapters,
     )

@@ -13,6 +13,9 @@ from typing import Any
 
 from qwench.errors import ConfigError
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Matrices of a layer, in its order; each may have a LoRA adapter."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Llama3Scaling:
@@ -330,3 +333,8 @@ def refuse_output_biases(model: Architecture) -> None:
                 f"config.json has {setting} true, and such a model is not converted to Megatron's layers; "
                 "train it with --train-backend fsdp."
             )
+
+
+def adapter_scale(rank: int, alpha: float, *, use_rslora: bool) -> float:
+    """Return what B A of an adapter is multiplied by. Source: LoRA (arXiv 2106.09685); rank-stabilised: arXiv 2312.03732."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)

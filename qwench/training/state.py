@@ -20,7 +20,7 @@ from qwench.training.trainer import Scores, Trainer
 from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.remote import PublicationPlan, publish_from_rank
 from qwench.wire.addresses import EngineAddress
-from qwench.wire.portions import WeightBucket
+from qwench.wire.portions import WeightBucket, WeightPart
 
 _logger = logging.getLogger(__name__)
 
@@ -113,9 +113,9 @@ class TrainingState:
             _logger.warning("%s has no critic: it starts from --critic-load or the policy's first weights", folder)
         self.policy.load(folder, weights_only=weights_only, with_rng=with_rng)
 
-    def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
-        """Yield the policy's weights under Hugging Face names in buckets."""
-        return self.policy.weights(bucket_bytes=bucket_bytes)
+    def weights(self, *, bucket_bytes: int, part: WeightPart = "merged") -> Iterator[WeightBucket]:
+        """Yield the policy's weights of a part under Hugging Face names in buckets."""
+        return self.policy.weights(bucket_bytes=bucket_bytes, part=part)
 
     def shared_weights(self) -> Mapping[str, Tensor] | None:
         """Return the policy's live tensors when this process owns them whole in the publication dtype; else None."""

@@ -26,7 +26,7 @@ from qwench.errors import TrainingError
 from qwench.training.adapters import AdapterSwitch
 from qwench.training.offload import HostCopy
 from qwench.training.process_group import largest_of_ranks
-from qwench.wire.portions import WeightBucket
+from qwench.wire.portions import WeightBucket, WeightPart
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,8 +109,8 @@ class Trainer(Scorer, Protocol):
         """
         ...
 
-    def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
-        """Yield all weights under Hugging Face names as full tensors in the publication dtype, in buckets."""
+    def weights(self, *, bucket_bytes: int, part: WeightPart = "merged") -> Iterator[WeightBucket]:
+        """Yield a part of the weights under Hugging Face names as full tensors in the publication dtype, in buckets."""
         ...
 
     def shared_weights(self) -> Mapping[str, Tensor] | None:

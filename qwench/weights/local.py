@@ -14,14 +14,14 @@ from torch import Tensor
 from qwench.engines.ledger import ChecksumLedger, check_checksums, check_version, noted
 from qwench.engines.protocol import AdoptingEngine, Engine
 from qwench.models.fp8 import quantized
-from qwench.wire.portions import WeightBucket
+from qwench.wire.portions import WeightBucket, WeightPart
 
 
 class WeightSource(Protocol):
     """A model whose weights are published."""
 
-    def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
-        """Yield all weights under Hugging Face names in buckets; collective."""
+    def weights(self, *, bucket_bytes: int, part: WeightPart = "merged") -> Iterator[WeightBucket]:
+        """Yield the weights of a part under Hugging Face names in buckets; collective."""
         ...
 
     def shared_weights(self) -> Mapping[str, Tensor] | None:
@@ -35,9 +35,9 @@ class QuantizedWeights:
     def __init__(self, source: WeightSource) -> None:
         self._source = source
 
-    def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
+    def weights(self, *, bucket_bytes: int, part: WeightPart = "merged") -> Iterator[WeightBucket]:
         """See `WeightSource`; buckets are about half as large as asked for."""
-        return quantized(self._source.weights(bucket_bytes=bucket_bytes))
+        return quantized(self._source.weights(bucket_bytes=bucket_bytes, part=part))
 
     def shared_weights(self) -> Mapping[str, Tensor] | None:
         """Return nothing: an FP8 engine cannot compute with the trainer's own tensors."""
@@ -65,7 +65,9 @@ async def send_alias(weights: Mapping[str, Tensor], engines: Sequence[Engine], *
         check_version(engine, receipt.version, version)
 
 
-async def send_copies(source: WeightSource, engines: Sequence[Engine], *, version: int, bucket_bytes: int) -> None:
+async def send_copies(
+    source: WeightSource, engines: Sequence[Engine], *, version: int, bucket_bytes: int, part: WeightPart = "merged"
+) -> None:
     """Send every bucket to one engine after the other, and compare the checksum of each tensor at both ends.
 
     Each engine reads its own stream of buckets, so that memory holds one bucket at a time.
@@ -75,7 +77,7 @@ async def send_copies(source: WeightSource, engines: Sequence[Engine], *, versio
     """
     for engine in engines:
         sent = ChecksumLedger()
-        buckets = noted(source.weights(bucket_bytes=bucket_bytes), [sent])
+        buckets = noted(source.weights(bucket_bytes=bucket_bytes, part=part), [sent])
         receipt = await engine.update_weights(buckets, version=version)
         check_version(engine, receipt.version, version)
         check_checksums(engine, receipt, sent.checksums)

@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Coroutine, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from qwench.engines.fleet.pool import EnginePool, EngineRestartedError
-from qwench.engines.protocol import AddressedEngine
+from qwench.engines.protocol import AddressedEngine, Engine
 from qwench.observability.timing import PhaseTimer
 from qwench.observability.waiting import Describe, say_nothing, waiting
 from qwench.weights.local import WeightSource, send_alias, send_copies, shared_weights_for
 from qwench.weights.remote import PublicationPlan
 from qwench.wire.addresses import EngineAddress
+from qwench.wire.portions import WeightPart
 
 _logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -80,6 +82,8 @@ class Publisher:
         self._gpus = gpus
         self._timer = timer
         self._version = 0
+        self._based: set[object] = set()
+        """Engines, with their number of starts, that hold the frozen weights of the last publication."""
 
     def advance(self, *, version: int) -> None:
         """Note that the learner now holds `version`, the number of rollouts it learned from."""
@@ -132,7 +136,8 @@ class Publisher:
 
     def _send(self, pool: EnginePool, version: int) -> None:
         """Send the weights to all engines, once."""
-        plan, label = self._plan, f"publish weight version {version}"
+        engines = {_start_of(engine) for engine in pool.engines}
+        plan, label = replace(self._plan, part=self._part_for(engines)), f"publish weight version {version}"
         with waiting(label), pool.receiving(version):
             if addresses := [engine.address for engine in pool.engines if isinstance(engine, AddressedEngine)]:
                 self._model.publish(addresses, version, plan)
@@ -140,8 +145,21 @@ class Publisher:
                 source = plan.source_of(self._model)
                 shared = shared_weights_for(local, source) if self._gpus.weights_may_alias else None
                 sending = (
-                    send_copies(source, local, version=version, bucket_bytes=plan.engine.update_weight_buffer_size)
+                    send_copies(
+                        source, local, version=version, bucket_bytes=plan.engine.update_weight_buffer_size, part=plan.part
+                    )
                     if shared is None
                     else send_alias(shared, local, version=version)
                 )
                 pool.loop.run(sending, label=label, timeout_s=plan.total_timeout_s)
+        self._based = engines
+
+    def _part_for(self, engines: set[object]) -> WeightPart:
+        if not self._plan.adapters:
+            return "merged"
+        return "adapter" if engines <= self._based else "apart"
+
+
+def _start_of(engine: Engine) -> object:
+    """Return what tells an engine from another one, and from itself before a restart."""
+    return (engine.address.base_url, engine.address.start) if isinstance(engine, AddressedEngine) else id(engine)

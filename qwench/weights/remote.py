@@ -36,7 +36,7 @@ from qwench.weights.local import QuantizedWeights, WeightSource
 from qwench.weights.routes import Route, plan_routes
 from qwench.wire.addresses import EngineAddress, Placement, placement_of
 from qwench.wire.flat_bucket import TensorEntry, entries_of, flatten_into, size_bytes
-from qwench.wire.portions import WeightBucket
+from qwench.wire.portions import WeightBucket, WeightPart
 from qwench.wire.shared_buffer import BufferRing, SharedBuffer
 
 Answer = TypeVar("Answer")
@@ -56,6 +56,10 @@ class PublicationPlan:
     """Engines hold block-wise FP8: quantize what is published."""
     after_write: AfterWrite | None = None
     """The user's function between the files of a publication from disk and their reading; picklable."""
+    adapters: bool = False
+    """Publish adapters alone to engines that hold the frozen weights (--lora-publish adapter)."""
+    part: WeightPart = "merged"
+    """What this publication brings."""
     timeout_s: float = 600.0
     """For one engine to take one bucket, or from disk all weights."""
 
@@ -87,7 +91,7 @@ def publish_from_rank(
         EngineLostError: an engine is gone or did not answer within its deadline.
     """
     source, bucket_bytes = plan.source_of(source), plan.engine.update_weight_buffer_size
-    buckets = iter(source.weights(bucket_bytes=bucket_bytes))
+    buckets = iter(source.weights(bucket_bytes=bucket_bytes, part=plan.part))
     first = next(buckets, None)
     assert first, "a model without weights cannot be published"
     with ExitStack() as stack:
@@ -103,7 +107,7 @@ def publish_from_rank(
         del first  # the chain drops a bucket when the next one comes
         if publication.serves("ipc", "broadcast"):
             publication.send(buckets)
-            buckets = source.weights(bucket_bytes=bucket_bytes)
+            buckets = source.weights(bucket_bytes=bucket_bytes, part=plan.part)
         if publication.serves("disk"):
             publication.send_folder(buckets)
         publication.confirm()
@@ -338,6 +342,8 @@ class _Publication:
 
     def _write_and_load(self, buckets: Iterable[WeightBucket], served: _Served) -> None:
         plan, engine = self._plan, self._plan.engine
+        if plan.part != "merged":
+            raise WeightSyncError("an adapter cannot be published from disk; give --lora-publish merged.")
         if plan.model_folder is None:
             raise WeightSyncError("publication from disk needs the folder of --hf-checkpoint, for the config.")
         shared = engine.update_weight_disk_dir

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 from torch import Tensor
 
 WeightBucket = Sequence[tuple[str, Tensor]]
 """Hugging Face names and full tensors, bounded in total size."""
+
+WeightPart = Literal["merged", "apart", "adapter"]
+"""What of a model with adapters is published. merged: the weights with the adapter in them, which is all that a model without
+adapters has. apart: the frozen weights, and the adapter beside them. adapter: it alone, to engines that have the others."""
 
 DEFAULT_BUCKET_BYTES = 512 * 1024**2
 """Default of --update-weight-buffer-size in slime and miles."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import Qwen3ForCausalLM
 
-from qwench.checkpoints.formats.peft import AdapterConfig, write_adapter
 from qwench.config.sections.lora import LoraConfig
+from qwench.models.peft import AdapterConfig, write_adapter
 from tests.contract import train_backend_cases as cases
 
 RANK, ALPHA = 3, 5.0
@@ -63,3 +64,14 @@ def peft_loop(model_folder: Path, start: Path, *, num_steps: int = cases.NUM_STE
         if weight.requires_grad
     }
     return PeftRecord(steps=steps, matrices=peft.get_peft_model_state_dict(models[0]), first_moments=moments)
+
+
+def assert_apart_is_merged(record: Mapping[str, dict[str, Tensor]]) -> None:
+    """Check that the weights and the adapter that are published apart make those that are published merged."""
+    apart, weights = dict(record["apart"]), record["weights"]
+    scale = float(apart.pop("lora_scale"))
+    assert {name for name in apart if ".lora_" not in name} == weights.keys()
+    for name, weight in weights.items():
+        a, b = (apart.get(f"{name.removesuffix('.weight')}.lora_{leaf}.weight") for leaf in "AB")
+        whole = apart[name] if a is None or b is None else apart[name] + scale * (b @ a)
+        torch.testing.assert_close(whole, weight, rtol=1e-6, atol=1e-6)

@@ -31,7 +31,7 @@ class Source:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
-    def weights(self, *, bucket_bytes):
+    def weights(self, *, bucket_bytes, part="merged"):
         for name, parameter in self.model.named_parameters():
             yield [(name, parameter.detach())]
 

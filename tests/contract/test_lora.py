@@ -14,7 +14,7 @@ from transformers import Qwen3ForCausalLM
 
 from qwench.config.sections.lora import LoraConfig
 from tests.contract import train_backend_cases as cases
-from tests.contract.lora_cases import ALPHA, RANK, peft_loop, write_start
+from tests.contract.lora_cases import ALPHA, RANK, assert_apart_is_merged, peft_loop, write_start
 from tests.contract.train_backend_checks import ON_CPU as WITHIN
 from tests.contract.train_backend_checks import assert_close, assert_steps_equal, read_records
 from tests.contract.train_backend_layouts import BINS
@@ -126,6 +126,7 @@ def test_steps_and_published_weights_equal_a_plain_module(
     size, case = _case(layout, flags, folder)
     for record in read_records(folder, case, size):
         assert_steps_equal(record, plain[flags][0])
+        assert_apart_is_merged(record)
 
 
 @pytest.mark.parametrize(("layout", "flags"), [one for one in STEPPED if one[1] != "pissa"])

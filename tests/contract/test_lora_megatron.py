@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from qwench.checkpoints.formats.dcp_reader import DcpFolder
 from qwench.config.sections.lora import LoraConfig
 from tests.contract import train_backend_cases as cases
-from tests.contract.lora_cases import ALPHA, RANK, PeftRecord, peft_loop, write_start
+from tests.contract.lora_cases import ALPHA, RANK, PeftRecord, assert_apart_is_merged, peft_loop, write_start
 from tests.contract.train_backend_checks import ON_CPU as WITHIN
 from tests.contract.train_backend_checks import assert_close, read_records
 from tests.contract.train_backend_layouts import LAYOUTS, fsdp, megatron
@@ -102,7 +102,9 @@ def test_matrices_and_moments_of_their_gradients_equal_peft_s(
 
 @pytest.mark.parametrize(("on", "flags"), _STEPPED)
 def test_published_weights_are_merged(folder: Path, expected: dict[str, PeftRecord], on: str, flags: str) -> None:
-    weights = read_records(folder, Case(name=f"{on}-{flags}", model="", bins=[]), LAYOUTS[on][0])[0]["weights"]
+    record, *_ = read_records(folder, Case(name=f"{on}-{flags}", model="", bins=[]), LAYOUTS[on][0])
+    weights = record["weights"]
+    assert_apart_is_merged(record)
     base = load_file(folder / ("tied" if flags == "some" else "untied") / "model.safetensors")
     scale = {"all": ALPHA / RANK, "some": ALPHA / RANK**0.5}[flags]
     assert weights.keys() == base.keys()

@@ -50,7 +50,7 @@ class Source:
     def __init__(self, seed: int) -> None:
         self.model = make_model("qwen3", seed=seed)
 
-    def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
+    def weights(self, *, bucket_bytes: int, part: str = "merged") -> Iterator[WeightBucket]:
         return bucketed(((name, p.detach()) for name, p in self.model.named_parameters()), bucket_bytes=bucket_bytes)
 
     def shared_weights(self) -> dict[str, Tensor] | None:

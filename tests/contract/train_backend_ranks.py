@@ -26,6 +26,7 @@ from qwench.training.megatron.groups import leave_groups
 from qwench.training.megatron.megatron_trainer import MegatronTrainer
 from qwench.training.state import BaseModel, Reference
 from qwench.training.trainer import Scorer, Trainer
+from qwench.wire.portions import WeightPart
 from tests.contract import train_backend_cases as cases
 from tests.contract.rank_processes import CPU, joined, run_to_end
 from tests.deadlines import patient
@@ -165,6 +166,7 @@ def _run_steps(backend: Trainer, case: Case, folder: Path) -> dict[str, object]:
         "steps": [asdict(step) for step in steps],
         "reduced_before": reduced_before,
         "weights": _all_weights(backend),
+        "apart": _all_weights(backend, part="apart") if backend.has_adapters else {},
         "summed_ranks": backend.all_reduce_sum(torch.tensor([1.0, backend.parallel.dp_rank])),
         "largest_rank": backend.max_over_ranks(float(dist.get_rank())),
         "parallel": asdict(backend.parallel),
@@ -220,5 +222,7 @@ def _has_gradient_shards(backend: Trainer) -> bool:
     return isinstance(backend, FsdpTrainer) and any(weight.grad is not None for weight in backend._weights.values())
 
 
-def _all_weights(backend: Trainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.cpu().clone() for bucket in backend.weights(bucket_bytes=1 << 14) for name, tensor in bucket}
+def _all_weights(backend: Trainer, *, part: WeightPart = "merged") -> dict[str, torch.Tensor]:
+    return {
+        name: tensor.cpu().clone() for bucket in backend.weights(bucket_bytes=1 << 14, part=part) for name, tensor in bucket
+    }

@@ -92,3 +92,16 @@ def test_the_change_of_full_training_becomes_an_adapter_that_merges_back(
     assert not torch.equal(back[name], base[name].float())
     code, said = in_process([*convert, str(tmp_path / "tuned"), "--to", "lora", "--output", str(tmp_path / "c")])
     assert code == 2 and "--to lora and --lora-rank go together" in said
+
+
+def test_a_published_adapter_makes_the_rollouts_of_merged_weights(
+    workspace: Workspace, tmp_path: Path, in_process: InProcess
+) -> None:
+    for publish in ("merged", "adapter"):
+        argv = workspace.train_argv(tmp_path / publish, **RL, num_rollout=3, lora_publish=publish)
+        assert in_process(argv)[0] == 0
+    merged, adapter = (column(tmp_path / publish, "train/loss") for publish in ("merged", "adapter"))
+    assert adapter == pytest.approx(merged, rel=1e-3, abs=1e-5)
+    for publish in ("merged", "adapter"):
+        # The trainer's log-probs of what the engine sampled with these weights.
+        assert max(column(tmp_path / publish, "train/train_rollout_logprob_abs_diff")) < 1e-5

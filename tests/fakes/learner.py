@@ -27,7 +27,7 @@ class CountingLearner:
         if not weights_only:
             self.loaded += ["optimizer"] + ["rng"] * with_rng
 
-    def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
+    def weights(self, *, bucket_bytes: int, part: str = "merged") -> Iterator[WeightBucket]:
         yield [("value", torch.tensor([self.value]))]
 
 

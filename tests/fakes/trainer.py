@@ -88,7 +88,7 @@ class TableTrainer:
         self.table.grad = None
         return StepResult(loss=sums.loss, grad_norm=float(gradient.norm()), learning_rates=[self._lr], metrics=sums.metrics)
 
-    def weights(self, *, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+    def weights(self, *, bucket_bytes: int, part: str = "merged") -> Iterator[list[tuple[str, Tensor]]]:
         yield [("table", self.table.detach())]
 
     def shared_weights(self) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ class Source:
     def __init__(self, model) -> None:
         self.model = model
 
-    def weights(self, *, bucket_bytes: int):
+    def weights(self, *, bucket_bytes: int, part: str = "merged"):
         return bucketed(((name, p.detach()) for name, p in self.model.named_parameters()), bucket_bytes=bucket_bytes)
 
     def shared_weights(self):

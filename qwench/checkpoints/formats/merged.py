@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qwench.checkpoints.formats.peft import A, AdapterFolder, B, merged
 from qwench.checkpoints.formats.sources import WeightSource
 from qwench.models.architecture import Architecture
+from qwench.models.peft import A, AdapterFolder, B, merged
 from qwench.models.safetensors_files import TensorSpec
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from qwench.checkpoints.formats.dcp_reader import METADATA, DcpFolder
 from qwench.checkpoints.formats.iterations import POINTER, RELEASE, Iterations
-from qwench.checkpoints.formats.peft import is_adapter
 from qwench.checkpoints.formats.torch_dist import (
     CONFIG_FILE,
     MASTER_PREFIXES,
@@ -35,6 +34,7 @@ from qwench.files import TEMPORARY_SUFFIX
 from qwench.models.architecture import Architecture
 from qwench.models.fp8 import dequantize, scale_name
 from qwench.models.hf_weights import check_nothing_more, check_shapes, find_parameters
+from qwench.models.peft import is_adapter
 from qwench.models.safetensors_files import StoredTensor, TensorSpec, as_bytes, read_tensor
 
 Format = Literal["hf", "torch_dist", "fsdp", "peft"]

@@ -25,11 +25,13 @@ class EngineFacts:
     """An engine computes on --rollout-num-gpus-per-engine devices; else on one."""
     reads_embedded_flags: bool
     """Its sizes are the --embedded-* flags. Of the --sglang-* flags it takes only those that set these."""
+    applies_adapters: bool
+    """A publication may bring a LoRA adapter alone, which the engine applies."""
 
 
 ENGINE_FACTS: Mapping[str, EngineFacts] = {
-    "embedded": EngineFacts(runs_in_process=True, spans_devices=False, reads_embedded_flags=True),
-    "sglang": EngineFacts(runs_in_process=False, spans_devices=True, reads_embedded_flags=False),
+    "embedded": EngineFacts(runs_in_process=True, spans_devices=False, reads_embedded_flags=True, applies_adapters=True),
+    "sglang": EngineFacts(runs_in_process=False, spans_devices=True, reads_embedded_flags=False, applies_adapters=False),
 }
 """By the values of --rollout-engine."""
 

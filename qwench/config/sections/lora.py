@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 from qwench.config.limits import check_not_negative, check_positive
 from qwench.errors import ConfigError
+from qwench.models.architecture import PROJECTIONS, adapter_scale
 
 ALL_LINEAR = "all-linear"
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Matrices of a layer that may have adapters, in the order of the layer."""
 _MEGATRON_NAMES = {
     "linear_qkv": ("q_proj", "k_proj", "v_proj"),
     "linear_proj": ("o_proj",),
@@ -21,6 +19,7 @@ _MEGATRON_NAMES = {
 }
 _DEFAULT_ALPHA = 16.0
 LoraInit = Literal["kaiming", "pissa"]
+LoraPublish = Literal["merged", "adapter"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +42,9 @@ class LoraConfig:
     Both begin as the base model."""
     use_rslora: bool = False
     """Add the adapters at --lora-alpha / sqrt(--lora-rank), which keeps their effect equal over ranks."""
+    lora_publish: LoraPublish = "merged"
+    """What engines get after each rollout. merged: all weights, with the adapter in them. adapter: A and B alone, which the
+    embedded engine applies itself; it gets the frozen weights once, and again after a restart."""
     lora_adapter_path: Path | None = None
     """PEFT folder of the adapter that a fresh run starts from. It must have the rank, scale and projections of the flags."""
 
@@ -83,7 +85,7 @@ class LoraConfig:
     @property
     def scale(self) -> float:
         """Return what B A is multiplied by."""
-        return lora_scale(self.rank, self.alpha, use_rslora=self.use_rslora)
+        return adapter_scale(self.rank, self.alpha, use_rslora=self.use_rslora)
 
     def _check_nothing_is_set(self) -> None:
         """Refuse flags of adapters that have no effect. A script may switch LoRA off by rank 0 and keep alpha or dropout."""
@@ -92,11 +94,6 @@ class LoraConfig:
             if item.name not in kept and getattr(self, item.name) != item.default:
                 flag = "--" + item.name.replace("_", "-")
                 raise ConfigError(f"{flag} has no effect without adapters; give --lora-rank, or leave it out")
-
-
-def lora_scale(rank: int, alpha: float, *, use_rslora: bool) -> float:
-    """Return what B A is multiplied by. Source: LoRA (arXiv 2106.09685); rank-stabilised: arXiv 2312.03732."""
-    return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
 def _projections(flag: str, names: str) -> set[str]:

@@ -26,11 +26,20 @@ class ServerConfig:
     """Port to listen on."""
     deterministic_mode: bool = False
     """Give a response the same bits in every run: compute one response at a time, without the prefix cache. Much slower."""
+    lora: tuple[str, ...] = ()
+    """LoRA adapters to serve beside the model, as NAME=FOLDER of PEFT. A request names one by `lora_path`."""
 
     def __post_init__(self) -> None:
         check_positive("--port", self.port)
         if self.port > MAX_PORT:
             raise ConfigError(f"--port must be at most {MAX_PORT}, got {self.port}")
+        if any(not all(one.partition("=")) for one in self.lora) or len(self.adapters) < len(self.lora):
+            raise ConfigError(f"--lora takes NAME=FOLDER, each name once; got {' '.join(self.lora)}")
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """Return the folders of --lora by their names."""
+        return {name: Path(folder) for name, _, folder in (one.partition("=") for one in self.lora)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from qwench.engines.embedded.compute.parameters import list_parameters
+from qwench.engines.embedded.compute.adapters import AdapterChange
 from qwench.engines.embedded.compute.runner import InFlight, Runner, Sampled
 from qwench.engines.embedded.compute.weights import WeightStore, read_folder
 from qwench.engines.embedded.pipeline import StepPipeline, Worker, take_step
@@ -66,11 +66,9 @@ class EmbeddedEngine:
         self._admission = Admission(
             vocab_size=architecture.vocab_size, eos_ids=eos_ids, tokenizer=tokenizer, seed=settings.seed
         )
-        self._weights = WeightStore(
-            list_parameters(architecture, settings.resolved_dtype, fp8=settings.fp8),
-            tied_head=architecture.tied_head,
-            device=torch.device(settings.device),
-        )
+        self._weights = WeightStore(architecture, settings.resolved_dtype, fp8=settings.fp8, device=self.device)
+        self.adapters = self._weights.adapters
+        """LoRA adapters that requests may name; while requests run, they change by `change_adapters`."""
         self._version = 0
         self._runner = Runner(architecture, settings, self._weights)
         self._scheduler: Scheduler | None = None
@@ -223,6 +221,12 @@ class EmbeddedEngine:
         self._start_stepping()
         return WeightReceipt(version=version)
 
+    async def change_adapters(self, change: AdapterChange) -> None:
+        """Load or unload adapters between two steps."""
+        async with self._at_rest():
+            in_use = {running.adapter.slot for running in self._requests.values()}
+            await self._worker.call(lambda: change(self.adapters, in_use))
+
     async def sleep(self, tags: Sequence[MemoryTag]) -> None:
         """See `Engine.sleep`."""
         async with self._at_rest():
@@ -345,7 +349,8 @@ class EmbeddedEngine:
             raise EngineError(f"request {request.request_id!r} refused: the engine sleeps; wake it first.")
         if request.request_id in self._requests:
             raise EngineError(f"request id {request.request_id!r} is in use; ids of unfinished requests must differ.")
-        return self._admission.accept(request, max_request_tokens=self.max_request_tokens)
+        adapter = self.adapters.choose(request.adapter)
+        return self._admission.accept(request, max_request_tokens=self.max_request_tokens, adapter=adapter)
 
     def _drop_aborted(self) -> None:
         for running in [r for r in self._requests.values() if r.finish_reason is FinishReason.ABORT]:
@@ -386,5 +391,8 @@ class EmbeddedEngine:
         return self._scheduler
 
     def _forget_old_weights(self) -> None:
+        for running in self._requests.values():
+            if running.request.adapter is None:
+                running.adapter = self.adapters.choose(None)
         if self._scheduler is not None:
             self._scheduler.pool.flush()

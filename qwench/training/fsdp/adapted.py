@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from qwench.checkpoints.formats.peft import A, B
 from qwench.config.sections.training import TrainingConfig
 from qwench.models.architecture import Architecture
 from qwench.models.memory import projection_shapes
+from qwench.models.peft import A, B
 from qwench.training.fsdp.direct import DirectPolicy, FlatGradients, flat_views
 from qwench.training.fsdp.lora import Adapters
 from qwench.training.packed_adapters import LayerAdapters, PackedAdapter

@@ -23,11 +23,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PretrainedConfig, PreTrainedModel
 
-from qwench.checkpoints.formats.peft import AdapterFolder, is_adapter, no_adapter, write_adapter
 from qwench.checkpoints.formats.sources import TensorReader, WeightSource, find_checkpoint, find_format, open_weights
 from qwench.checkpoints.formats.torch_dist import CONFIG_FILE
 from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, load_model, model_of
+from qwench.models.peft import AdapterFolder, is_adapter, no_adapter, write_adapter
 from qwench.training.fsdp.lora import Adapters, folder_name
 from qwench.training.fsdp.optimizer import MasterOptimizer, full_tensor
 from qwench.training.resuming import (

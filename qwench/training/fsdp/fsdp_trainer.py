@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ from qwench.training.fsdp.policy import LogitsPolicy, Policy, ValuePolicy, put_v
 from qwench.training.offload import HostCopy
 from qwench.training.resuming import load_rng, save_rng
 from qwench.training.trainer import BackendTrainer, ParallelRank, Scores, Sums
-from qwench.wire.portions import WeightBucket, bucketed
+from qwench.wire.portions import WeightBucket, WeightPart, bucketed
 
 
 class FsdpTrainer(BackendTrainer):
@@ -176,12 +177,16 @@ class FsdpTrainer(BackendTrainer):
             after_each()
         return self._sum_over_step(contributions)
 
-    def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
+    def weights(self, *, bucket_bytes: int, part: WeightPart = "merged") -> Iterator[WeightBucket]:
         """Return buckets of at most `bucket_bytes` (or one larger tensor), gathered as they are asked for; collective."""
         self._assert_awake()
-        # Cast before the gather: the same values at half the traffic.
-        whole = ((name, self._published(name, weight)) for name, weight in self._weights.items())
-        return bucketed(whole, bucket_bytes=bucket_bytes)
+        merges = part == "merged" and self._adapters is not None
+        whole = ((name, self._published(name, weight, merges=merges)) for name, weight in self._weights.items())
+        if part == "merged":
+            return bucketed(whole, bucket_bytes=bucket_bytes)
+        assert self._adapters is not None, "a trainer of all weights has no adapter to publish"
+        adapter = self._adapters.apart(self._param_dtype)
+        return bucketed(adapter if part == "adapter" else chain(whole, adapter), bucket_bytes=bucket_bytes)
 
     def shared_weights(self) -> Mapping[str, Tensor] | None:
         """Return the shards themselves when one rank holds them all and they are what would be published.
@@ -258,9 +263,10 @@ class FsdpTrainer(BackendTrainer):
     def _shards(self) -> list[Tensor]:
         return [local_shard(weight) for weight in (self._weights | self._matrices).values()]
 
-    def _published(self, name: str, weight: Tensor) -> Tensor:
+    def _published(self, name: str, weight: Tensor, *, merges: bool) -> Tensor:
+        # Cast before the gather: the same values at half the traffic.
         whole = full_tensor(weight.detach().to(self._param_dtype))
-        return whole if self._adapters is None else self._adapters.published(name, whole, self._param_dtype)
+        return self._adapters.published(name, whole, self._param_dtype) if merges and self._adapters is not None else whole
 
     def _dropping(self, micro_batch: int) -> AbstractContextManager[None]:
         """Drop inputs of adapters in the forward and backward of a micro-batch."""

@@ -9,7 +9,7 @@ so that the reference needs no second copy. Engines get W + scale * B A.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from qwench.checkpoints.formats.peft import A, AdapterConfig, B, factors, merged
 from qwench.config.sections.lora import LoraConfig
+from qwench.models.peft import SCALE, A, AdapterConfig, B, factors, merged
 from qwench.training.adapters import AdapterSwitch, random_a
 from qwench.training.fsdp.optimizer import full_tensor
 
@@ -110,6 +110,12 @@ class Adapters:
         # Two products: at the start their difference is exactly zero.
         change = b.float() @ a.float() - b_0 @ a_0
         return (weight.float() + scale * change).to(weight.dtype)
+
+    def apart(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Yield the matrices of the adapter, as rounded to `dtype` they compute, and its scale; collective."""
+        whole = {name: _whole(matrix, dtype) for name, matrix in self.matrices().items()}
+        yield from self.as_one(whole).items()
+        yield SCALE, torch.tensor([self.config().scale], device=next(iter(whole.values())).device)
 
     def start(self, dtype: torch.dtype) -> AdapterStart:
         """Return the matrices that a fresh run begins with."""

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from qwench.checkpoints.formats.peft import AdapterFolder, is_adapter, no_adapter, write_adapter
 from qwench.checkpoints.formats.pieces import PiecedTensor
 from qwench.models.megatron_names import WeightRule
+from qwench.models.peft import AdapterFolder, is_adapter, no_adapter, write_adapter
 from qwench.training.megatron.checkpoint import pieced
 from qwench.training.megatron.lora import Adapters
 from qwench.training.megatron.optimizer import MasterOptimizer

@@ -25,12 +25,12 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qwench.checkpoints.formats.peft import A, AdapterConfig, B, merged
 from qwench.checkpoints.formats.sources import TensorReader
 from qwench.config.sections.lora import LoraConfig
 from qwench.models.architecture import Architecture
 from qwench.models.megatron_names import WeightRule, rules, tp_shard
 from qwench.models.memory import projection_shapes
+from qwench.models.peft import SCALE, A, AdapterConfig, B, merged
 from qwench.training.adapters import AdapterSwitch, random_a
 from qwench.training.megatron.model import PolicyModel, local_parameters
 from qwench.training.megatron.tensor_place import TensorPlace
@@ -176,6 +176,11 @@ class Adapters:
             module = name.removesuffix(".weight")
             a, b = matrices.get(f"{module}.{A}"), matrices.get(f"{module}.{B}")
             yield name, weight if a is None or b is None else merged(weight, a, b, scale=self.section.scale)
+
+    def apart(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the matrices of the adapter, whole, and its scale; collective."""
+        yield from self._whole.gather()
+        yield SCALE, torch.tensor([self.section.scale], device=self.weights[0][1].device)
 
     def _start(self, seed: int) -> None:
         """Fill A with random numbers; B is zero."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ from qwench.training.offload import HostCopy
 from qwench.training.optimizers.schedule import LrSchedule
 from qwench.training.resuming import load_rng, open_saved_optimizer, save_rng
 from qwench.training.trainer import BackendTrainer, ParallelRank, Scores, Sums
-from qwench.wire.portions import WeightBucket, bucketed
+from qwench.wire.portions import WeightBucket, WeightPart, bucketed
 
 
 class MegatronTrainer(BackendTrainer):
@@ -192,11 +193,16 @@ class MegatronTrainer(BackendTrainer):
             self._adapters.switch.keep()
         return self._sum_over_step(contributions)
 
-    def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
+    def weights(self, *, bucket_bytes: int, part: WeightPart = "merged") -> Iterator[WeightBucket]:
         """Return buckets of at most `bucket_bytes` (or one larger tensor), gathered as they are asked for; collective."""
         self._assert_awake()
         whole = self._whole.gather()
-        return bucketed(whole if self._adapters is None else self._adapters.merged_into(whole), bucket_bytes=bucket_bytes)
+        if self._adapters is None:
+            return bucketed(whole, bucket_bytes=bucket_bytes)
+        if part == "merged":
+            return bucketed(self._adapters.merged_into(whole), bucket_bytes=bucket_bytes)
+        adapter = self._adapters.apart()
+        return bucketed(adapter if part == "adapter" else chain(whole, adapter), bucket_bytes=bucket_bytes)
 
     def shared_weights(self) -> Mapping[str, Tensor] | None:
         """Return None: Megatron's tensors have another layout than the published ones."""

@@ -13,12 +13,12 @@ from transformers import Qwen3ForCausalLM
 from qwench.checkpoints.convert import Conversion, Converter
 from qwench.checkpoints.extract import extract_adapter
 from qwench.checkpoints.formats.merged import MergedWeights
-from qwench.checkpoints.formats.peft import AdapterConfig, AdapterFolder, write_adapter
 from qwench.checkpoints.formats.sources import fingerprint, open_weights
 from qwench.checkpoints.manifest import write_manifest
 from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, load_hf_config
+from qwench.models.peft import AdapterConfig, AdapterFolder, write_adapter
 from tests.contract.train_backend_cases import write_model
 
 _NAME = "model.layers.1.self_attn.q_proj"

@@ -328,7 +328,7 @@ def test_a_failed_export_costs_only_itself_and_is_said_at_the_end(tmp_path, capl
     gathered: list[str] = []
 
     class Gathers(CountingLearner):
-        def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
+        def weights(self, *, bucket_bytes: int, part: str = "merged") -> Iterator[WeightBucket]:
             yield []
             gathered.append("to the end")
 
@@ -368,7 +368,7 @@ def test_other_ranks_take_part_in_collectives_and_touch_no_files(tmp_path):
         def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
             events.append(f"save {folder.name}")
 
-        def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
+        def weights(self, *, bucket_bytes: int, part: str = "merged") -> Iterator[WeightBucket]:
             events.append("gather first bucket")
             yield []
             events.append("gather to the end")

@@ -42,7 +42,7 @@ class ReportingLearner:
             tokens = sum(len(sample.tokens) for sample in rollout.samples)
         return Learned(metrics={"rollout/tokens": float(tokens), "rank": float(self.rank)}, steps=[])
 
-    def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
+    def weights(self, *, bucket_bytes: int, part: str = "merged") -> Iterator[WeightBucket]:
         for name, tensor in TENSORS.items():
             yield [(name, tensor)]
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from qwench.config.sections.lora import PROJECTIONS, LoraConfig
+from qwench.config.sections.lora import LoraConfig
 from qwench.errors import ConfigError
+from qwench.models.architecture import PROJECTIONS
 
 
 @pytest.mark.parametrize(

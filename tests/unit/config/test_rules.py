@@ -299,6 +299,14 @@ def test_adapters_are_refused_where_they_are_not_built(sections, flag):
     check_rules(Config(lora=LORA))
 
 
+def test_sglang_gets_merged_weights():
+    adapter = LoraConfig(lora_rank=8, lora_publish="adapter")
+    with pytest.raises(ConfigError) as caught:
+        check_rules(Config(lora=adapter, engine=EngineConfig(rollout_engine="sglang")))
+    assert str(caught.value) == "--lora-rank 8 does not work yet with --lora-publish adapter and SGLang; give merged"
+    check_rules(Config(lora=adapter, engine=EngineConfig(rollout_engine="embedded")))
+
+
 TWO_STAGES = ParallelConfig(pipeline_model_parallel_size=2)
 
 

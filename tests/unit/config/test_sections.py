@@ -227,6 +227,8 @@ REFUSED = [
     (LoggingConfig, {"use_wandb": True}, "--use-wandb needs a project"),
     (DebugConfig, {"debug_rollout_only": True, "debug_train_only": True}, "--debug-rollout-only leaves no trainer"),
     (ServerConfig, {"port": 0}, "--port must be greater than 0"),
+    (ServerConfig, {"lora": ("law",)}, "--lora takes NAME=FOLDER, each name once; got law"),
+    (ServerConfig, {"lora": ("a=b", "a=c")}, "--lora takes NAME=FOLDER, each name once; got a=b a=c"),
 ]
 
 

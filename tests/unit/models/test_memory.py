@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from qwench.config.sections.lora import PROJECTIONS
+from qwench.models.architecture import PROJECTIONS
 from qwench.models.hf import architecture_of
 from qwench.models.made.qwen3 import SIZES
 from qwench.models.memory import (

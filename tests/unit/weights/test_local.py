@@ -15,7 +15,7 @@ class Source:
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    def weights(self, *, bucket_bytes: int):
+    def weights(self, *, bucket_bytes: int, part: str = "merged"):
         self.asked.append(bucket_bytes)
         yield from BUCKETS
 

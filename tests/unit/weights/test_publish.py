@@ -24,7 +24,7 @@ class Source:
         self.tensors = {name: tensor.clone() for name, tensor in WEIGHTS.items()}
         self._shared = shared
 
-    def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
+    def weights(self, *, bucket_bytes: int, part: str = "merged") -> Iterator[WeightBucket]:
         return bucketed(self.tensors.items(), bucket_bytes=bucket_bytes)
 
     def shared_weights(self) -> Mapping[str, Tensor] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ class Model:
         self._events, self._failures = events, failures
         self.published: list[tuple] = []
 
-    def weights(self, *, bucket_bytes: int):
+    def weights(self, *, bucket_bytes: int, part: str = "merged"):
         yield [("norm", torch.ones(3))]
 
     def shared_weights(self):
@@ -175,3 +176,14 @@ def test_an_error_of_generation_comes_through(make_scene):
 
     with pytest.raises(WeightSyncError, match="an old version"):
         make_scene("local").publisher.attend(fails(), label="generate", timeout_s=patient(20))
+
+
+def test_engines_get_an_adapter_alone_when_they_hold_the_frozen_weights(make_scene):
+    scene = make_scene("served", "served")
+    publisher = Publisher(scene.model, scene.pool, replace(PLAN, adapters=True), gpus=Gpus(scene.events), timer=PhaseTimer())
+    for version in range(2):
+        publisher.publish(version=version)
+    scene.pool.engines[1].address = replace(ADDRESSES[1], start=1)  # it was restarted
+    for version in range(2, 4):
+        publisher.publish(version=version)
+    assert [plan.part for _, _, plan in scene.model.published] == ["apart", "adapter", "apart", "adapter"]

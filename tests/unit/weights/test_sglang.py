@@ -24,7 +24,7 @@ class Source:
         model = make_model(family).to(dtype)
         self.tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
-    def weights(self, *, bucket_bytes):
+    def weights(self, *, bucket_bytes, part="merged"):
         return bucketed(self.tensors.items(), bucket_bytes=bucket_bytes)
 
     def shared_weights(self):

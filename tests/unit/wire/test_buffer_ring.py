@@ -74,7 +74,7 @@ class LateReader(EmbeddedReceiver):
 class Numbers:
     """Bucket n is full of n."""
 
-    def weights(self, *, bucket_bytes: int) -> Iterator[WeightBucket]:
+    def weights(self, *, bucket_bytes: int, part: str = "merged") -> Iterator[WeightBucket]:
         for index in range(NUM_BUCKETS):
             yield [(str(index), torch.full((50_000 - 1000 * index,), float(index)))]
 

@@ -51,6 +51,8 @@ class StepBatch:
     prefills: Chunks
     work: DecodeWork | None
     """What the CUDA kernel needs to know of the decodes."""
+    rows: Tensor | None = None
+    """[T] row of the scheduler's table; None where no request has an adapter."""
 
     @property
     def num_decodes(self) -> int:
@@ -67,7 +69,7 @@ class BatchBuilder:
         self._max_sharing = max_sharing
         self._device = device
 
-    def build(self, plan: StepPlan, page_table: IntArray, last_tokens: Tensor) -> StepBatch:
+    def build(self, plan: StepPlan, page_table: IntArray, last_tokens: Tensor, *, with_rows: bool) -> StepBatch:
         """Pack a plan; on a GPU two transfers bring it there, and none is waited for."""
         decodes, prefills = self.decodes(plan, page_table), self._prefills(plan, page_table)
         counts = np.concatenate((decodes.counts, prefills.counts))
@@ -91,6 +93,7 @@ class BatchBuilder:
             decodes=decodes,
             prefills=prefills,
             work=self._work(decodes) if self._device.type == "cuda" and len(plan.decodes) > 0 else None,
+            rows=to_device([np.repeat(rows, counts)], self._device)[0] if with_rows else None,
         )
 
     def decodes(self, plan: StepPlan, page_table: IntArray) -> Chunks:

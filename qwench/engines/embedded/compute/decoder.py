@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwench.engines.embedded.compute.adapters import RowAdapters
 from qwench.engines.embedded.compute.attention import Attention, InvariantAttention, TorchAttention
 from qwench.engines.embedded.compute.batch import BatchBuilder, Chunks, StepBatch, to_device
 from qwench.engines.embedded.compute.graphs import Bucket, DecodeGraphs, DecodeInputs, Drawn
@@ -31,6 +32,7 @@ class Decoder:
         settings: EmbeddedSettings,
         *,
         last_tokens: Tensor,
+        adapters: RowAdapters,
         group: int,
         max_pages: int,
         warmed: set[Bucket],
@@ -39,6 +41,7 @@ class Decoder:
 
         Args:
             last_tokens: int32, the latest token of each row of the scheduler's table, and of a last row for padding.
+            adapters: what each row of that table computes with besides the weights.
             group: query heads of a kv head.
             max_pages: pages of a row of the table.
             warmed: see `DecodeGraphs`.
@@ -46,6 +49,7 @@ class Decoder:
         device = torch.device(settings.device)
         self.kv_cache = kv_cache
         self.last_tokens = last_tokens
+        self._adapters = adapters
         self.builder = BatchBuilder(
             page_size=settings.sizes.embedded_page_size, max_sharing=max(TILE_ROWS // group, 1), device=device
         )
@@ -69,7 +73,8 @@ class Decoder:
             logits [U, V] of `batch.logit_tokens`; the scores of each of `batch.scored`.
         """
         self._attention.prepare(batch)
-        hidden = self._model.forward(batch.token_ids, batch.positions, batch.slots, self.kv_cache, self._attention)
+        mix = None if batch.rows is None else self._adapters.mix(batch.rows)
+        hidden = self._model.forward(batch.token_ids, batch.positions, batch.slots, self.kv_cache, self._attention, mix)
         scores = [
             self._model.scores(hidden, tokens, labels, scoring)
             for (tokens, labels), scoring in zip(batch.scored, scorings, strict=True)
@@ -114,6 +119,7 @@ class Decoder:
             decodes=Chunks(starts=nothing, counts=np.ones(num_rows, dtype=np.int32), tables=nothing),
             prefills=Chunks(starts=nothing, counts=nothing, tables=nothing),
             work=inputs.work,
+            rows=None if self._adapters.store.is_empty else inputs.draws.rows,
         )
         logits, _ = self.forward(batch)
         drawn = torch.empty((2, num_rows), dtype=torch.int32, device=self._device)

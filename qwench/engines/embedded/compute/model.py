@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qwench.algorithms.log_probs import head_logits
+from qwench.engines.embedded.compute.adapters import AdaptedProjection, AdapterStore
 from qwench.engines.embedded.compute.attention import Attention
 from qwench.engines.embedded.scheduling.kv_cache import KVCache
 from qwench.engines.embedded.scheduling.scoring import score_rows
@@ -36,20 +37,26 @@ class _Layer:
 
     attention_norm: Tensor
     mlp_norm: Tensor
-    qkv: Projection
+    qkv: AdaptedProjection
     qk_norms: tuple[Tensor, Tensor] | None
-    output: Projection
-    gate_up: Projection
-    down: Projection
+    output: AdaptedProjection
+    gate_up: AdaptedProjection
+    down: AdaptedProjection
 
 
 class DecoderModel:
     """A forward pass over weights that the weight store owns."""
 
     def __init__(
-        self, architecture: Architecture, weights: Mapping[str, Tensor], device: torch.device, *, invariant: bool = False
+        self,
+        architecture: Architecture,
+        weights: Mapping[str, Tensor],
+        device: torch.device,
+        *,
+        adapters: AdapterStore,
+        invariant: bool = False,
     ) -> None:
-        """Bind to `weights` by Hugging Face name; their storage is used, not copied.
+        """Bind to `weights` by Hugging Face name, and to the adapters; their storage is used, not copied.
 
         Args:
             invariant: a token has the same bits in every batch.
@@ -59,7 +66,9 @@ class DecoderModel:
         self._embedding = weights["model.embed_tokens.weight"]
         self._final_norm = weights["model.norm.weight"]
         self._head = self._embedding if architecture.tied_head else weights["lm_head.weight"]
-        self._layers = [_bind_layer(weights, f"model.layers.{index}.", invariant) for index in range(architecture.num_layers)]
+        self._layers = [
+            _bind_layer(weights, adapters, f"model.layers.{index}.", invariant) for index in range(architecture.num_layers)
+        ]
         self._ops = _elementwise_of(device)
         self._rope = rope_table(architecture.rope, architecture.max_positions, device).to(self._embedding.dtype)
 
@@ -70,19 +79,24 @@ class DecoderModel:
         slots: Tensor,
         kv_cache: KVCache,
         attention: Attention,
+        mix: Tensor | None,
     ) -> Hidden:
-        """Store keys and values of the packed tokens and return their hidden states."""
+        """Store keys and values of the packed tokens and return their hidden states.
+
+        Args:
+            mix: the tokens' adapters (see `compute.adapters`). None: they have none.
+        """
         eps = self._architecture.norm_eps
         x_TD: Tensor = functional.embedding(token_ids, self._embedding)
         delta_TD: Tensor | None = None
         for layer, (keys, values) in zip(self._layers, kv_cache.layers, strict=True):
             x_TD, normed = self._ops.add_rms_norm(x_TD, delta_TD, layer.attention_norm, eps)
             q_THK = self._ops.qk_norm_rope_store(
-                layer.qkv(normed), layer.qk_norms, self._rope, positions, slots, keys, values, eps
+                layer.qkv(normed, mix), layer.qk_norms, self._rope, positions, slots, keys, values, eps
             )
-            (delta_TD,) = layer.output(attention(q_THK, keys, values).flatten(1))
+            (delta_TD,) = layer.output(attention(q_THK, keys, values).flatten(1), mix)
             x_TD, normed = self._ops.add_rms_norm(x_TD, delta_TD, layer.mlp_norm, eps)
-            (delta_TD,) = layer.down(self._ops.silu_mul(*layer.gate_up(normed)))
+            (delta_TD,) = layer.down(self._ops.silu_mul(*layer.gate_up(normed, mix)), mix)
         return x_TD, delta_TD
 
     def logits(self, hidden: Hidden, tokens: Tensor | None = None) -> Tensor:
@@ -109,9 +123,10 @@ def _elementwise_of(device: torch.device) -> ModuleType:
     return kernels
 
 
-def _bind_layer(weights: Mapping[str, Tensor], prefix: str, invariant: bool) -> _Layer:
-    def project(*names: str) -> Projection:
-        return Projection.bind(weights, prefix, *names, invariant=invariant)
+def _bind_layer(weights: Mapping[str, Tensor], adapters: AdapterStore, prefix: str, invariant: bool) -> _Layer:
+    def project(*names: str) -> AdaptedProjection:
+        base = Projection.bind(weights, prefix, *names, invariant=invariant)
+        return AdaptedProjection(base, adapters.stack([prefix + name for name in names]))
 
     q_norm, k_norm = (weights.get(f"{prefix}self_attn.{name}.weight") for name in ("q_norm", "k_norm"))
     return _Layer(

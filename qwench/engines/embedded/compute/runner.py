@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwench.engines.embedded.compute.adapters import RowAdapters
 from qwench.engines.embedded.compute.batch import logit_rows, to_device
 from qwench.engines.embedded.compute.decode_work import IntArray
 from qwench.engines.embedded.compute.decoder import Decoder
@@ -81,12 +82,14 @@ class Runner:
         self._architecture = architecture
         self._settings = settings
         self._weights = weights
+        self._adapters = weights.adapters
         self._device = torch.device(settings.device)
         self._kv_cache: KVCache | None = None
         self._decoder: Decoder | None = None
-        self._bound_layout = -1
+        self._bound_layout = (-1, -1)
         self._warmed_buckets: set[Bucket] = set()
         self._last_tokens = torch.zeros(0, dtype=torch.int32)
+        self._row_adapters = RowAdapters(self._adapters, 0, self._device)
 
     def choose_num_pages(self) -> int:
         """Return how many pages the pool shall have (scratch page included), from the settings or the free memory."""
@@ -119,6 +122,7 @@ class Runner:
         # One row more, for padding.
         num_rows = self._settings.sizes.embedded_max_running_requests + 1
         self._last_tokens = torch.zeros(num_rows, dtype=torch.int32, device=self._device)
+        self._row_adapters = RowAdapters(self._adapters, num_rows, self._device)
         self.forget_bindings()
 
     def drop_kv_cache(self) -> None:
@@ -148,6 +152,7 @@ class Runner:
         """
         decoder = self._bind(page_table)
         requests = plan.sampling
+        has_adapters = self._row_adapters.seat([*plan.decodes, *(chunk.request for chunk in plan.prefills)])
         draws = draws_of(requests)
         step = None if plan.prefills else decoder.replay(decoder.builder.decodes(plan, page_table), draws)
         scores = list[Tensor]()
@@ -155,7 +160,7 @@ class Runner:
             logits, drawn = step.logits, step.drawn[:, : len(requests)]
         else:
             scorings = [scoring for chunk in plan.scoring if (scoring := chunk.request.request.scoring) is not None]
-            batch = decoder.builder.build(plan, page_table, decoder.last_tokens)
+            batch = decoder.builder.build(plan, page_table, decoder.last_tokens, with_rows=has_adapters)
             logits, scores = decoder.forward(batch, scorings)
             if plan.page_copies:
                 sources, targets = to_device([np.array(side) for side in zip(*plan.page_copies, strict=True)], self._device)
@@ -190,18 +195,24 @@ class Runner:
 
     def _bind(self, page_table: IntArray) -> Decoder:
         """Return the decoder over the current weights and KV memory; a new one when the weights moved."""
-        if self._decoder is None or self._bound_layout != self._weights.layout:
+        layout = (self._weights.layout, self._adapters.layout)
+        if self._decoder is None or self._bound_layout != layout:
             assert self._kv_cache is not None
-            self._bound_layout = self._weights.layout
+            self._bound_layout = layout
             group = self._architecture.num_heads // self._architecture.num_kv_heads
             model = DecoderModel(
-                self._architecture, self._weights.tensors, self._device, invariant=self._settings.batch_invariant
+                self._architecture,
+                self._weights.tensors,
+                self._device,
+                adapters=self._adapters,
+                invariant=self._settings.batch_invariant,
             )
             self._decoder = Decoder(
                 model,
                 self._kv_cache,
                 self._settings,
                 last_tokens=self._last_tokens,
+                adapters=self._row_adapters,
                 group=group,
                 max_pages=page_table.shape[1],
                 warmed=self._warmed_buckets,

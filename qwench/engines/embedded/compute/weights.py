@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwench.engines.embedded.compute.parameters import Parameter, lay_out
+from qwench.engines.embedded.compute.adapters import AdapterStore
+from qwench.engines.embedded.compute.parameters import lay_out, list_parameters
 from qwench.engines.protocol import Portion
-from qwench.errors import WeightSyncError
+from qwench.errors import EngineError, WeightSyncError
 from qwench.models.architecture import Architecture
 from qwench.models.fp8 import FP8_DTYPE, is_scale_name
 from qwench.models.hf_weights import find_parameters
+from qwench.models.peft import SCALE
 from qwench.models.safetensors_files import read_tensor
 from qwench.wire.checksum import PendingChecksums
 from qwench.wire.flat_bucket import copy_all
@@ -30,13 +32,23 @@ TIED_HEAD = "lm_head.weight"
 class WeightStore:
     """Holds weights by Hugging Face name: absent, owned or aliased; `ready` when they are whole."""
 
-    def __init__(self, parameters: dict[str, Parameter], *, tied_head: bool, device: torch.device) -> None:
-        """Make a store for these tensors, without memory for them yet."""
-        self._parameters = parameters
-        self._tied_head = tied_head
+    def __init__(self, architecture: Architecture, dtype: torch.dtype, *, fp8: bool, device: torch.device) -> None:
+        """Make a store for a model, without memory for it yet.
+
+        Args:
+            fp8: the layers' matrices are block-wise FP8.
+        """
+        self._parameters = list_parameters(architecture, dtype, fp8=fp8)
+        self._tied_head = architecture.tied_head
+        self.adapters = AdapterStore(architecture, dtype=dtype, device=device)
+        """Adapters beside the weights; a publication may bring one."""
         self._device = device
         self._tensors: Mapping[str, Tensor] = {}
         self._owned = False
+        self._is_whole = False
+        """Every weight is here, of one publication."""
+        self._matrices: dict[str, Tensor] = {}
+        """Of the adapter that is being received."""
         self._received: set[str] = set()
         self._checksums = PendingChecksums()
         self._received_head = False
@@ -58,12 +70,12 @@ class WeightStore:
             name: buffer[offsets[name] : offsets[name] + parameter.num_bytes].view(parameter.dtype).view(parameter.shape)
             for name, parameter in self._parameters.items()
         }
-        self._owned, self.ready = True, False
+        self._owned, self._is_whole, self.ready = True, False, False
         self.layout += 1
 
     def drop(self) -> None:
         """Free own memory, or drop the references to aliased tensors."""
-        self._tensors, self._owned, self.ready = {}, False, False
+        self._tensors, self._owned, self._is_whole, self.ready = {}, False, False, False
         self.layout += 1
 
     def adopt(self, weights: Mapping[str, Tensor]) -> None:
@@ -84,7 +96,8 @@ class WeightStore:
                 )
         if _addresses(named) != _addresses(self._tensors):
             self.layout += 1
-        self._tensors, self._owned, self.ready = named, False, True
+        self._tensors, self._owned, self._is_whole, self.ready = named, False, True, True
+        self.adapters.drop_published()
 
     def load(self, buckets: Iterable[WeightBucket]) -> dict[str, int]:
         """Copy all weights in and return the checksum of each as it is held now.
@@ -121,6 +134,7 @@ class WeightStore:
     def begin(self) -> None:
         """Expect all weights from now on; what is held stays in use until the first of them is here."""
         self._received, self._checksums, self._received_head = set(), PendingChecksums(), False
+        self._matrices = {}
 
     def load_bucket(self, bucket: WeightBucket) -> None:
         """Copy some weights in; the weights are not ready again before `finish`.
@@ -128,13 +142,23 @@ class WeightStore:
         Raises:
             WeightSyncError: see `adopt`; nothing of this bucket was copied.
         """
+        of_adapter = [(name, tensor) for name, tensor in bucket if is_of_adapter(name)]
+        if of_adapter:
+            self.ready = False
+            self._matrices |= {name: tensor.detach().to(self._device, copy=True) for name, tensor in of_adapter}
+            self._checksums.add((name, self._matrices[name]) for name, _ in of_adapter)
+            bucket = [(name, tensor) for name, tensor in bucket if not is_of_adapter(name)]
+        if bucket:
+            self._load_weights(bucket)
+
+    def _load_weights(self, bucket: WeightBucket) -> None:
         wanted = [(name, tensor) for name, tensor in bucket if not self._is_tied_copy(name)]
         for name, tensor in wanted:
             self._check(name, tensor)
         if not self._owned:
             # Never write into aliased tensors: they are the trainer's.
             self.allocate()
-        self.ready = False
+        self._is_whole = self.ready = False
         copy_all([self._tensors[name] for name, _ in wanted], [tensor.detach() for _, tensor in wanted])
         self._received |= {name for name, _ in wanted}
         self._checksums.add((name, self._tensors[name]) for name, _ in wanted)
@@ -143,15 +167,32 @@ class WeightStore:
     def finish(self) -> dict[str, int]:
         """Return the checksum of each weight received since `begin`; the weights are ready.
 
+        An adapter may come alone, for the weights that are here, or with all weights.
+
         Raises:
-            WeightSyncError: one is missing.
+            WeightSyncError: one is missing, or the adapter does not fit.
         """
-        self._check_complete(self._received)
+        if self._received or not self._matrices or not self._is_whole:
+            self._check_complete(self._received)
         checksums = self._checksums.read()
-        self.ready = True
+        self._take_adapter()
+        self._is_whole = self.ready = True
         if self._received_head:
             checksums[TIED_HEAD] = checksums["model.embed_tokens.weight"]
         return checksums
+
+    def _take_adapter(self) -> None:
+        if not self._matrices:
+            self.adapters.drop_published()
+            return
+        scale = self._matrices.pop(SCALE, None)
+        if scale is None:
+            raise WeightSyncError(f"an adapter came without {SCALE!r}, by which it is multiplied.")
+        try:
+            self.adapters.publish(self._matrices, scale=float(scale))
+        except EngineError as cause:
+            raise WeightSyncError(f"the adapter cannot be used: {cause}") from cause
+        self._matrices = {}
 
     def _is_tied_copy(self, name: str) -> bool:
         return self._tied_head and name == TIED_HEAD
@@ -181,6 +222,11 @@ class WeightStore:
         unknown = sorted(received - set(self._parameters))
         if unknown:
             raise WeightSyncError(f"the engine's model has no weight {unknown[0]!r}; the trainer's model is another one.")
+
+
+def is_of_adapter(name: str) -> bool:
+    """Tell whether a published tensor belongs to an adapter."""
+    return ".lora_" in name or name == SCALE
 
 
 def read_folder(folder: Path, architecture: Architecture) -> Iterator[WeightBucket]:

@@ -83,6 +83,8 @@ class GenerateBody(BaseModel):
     input_ids: list[int] | list[list[int]] | None = None
     sampling_params: SamplingBody | list[SamplingBody] = SamplingBody()
     rid: str | list[str] | None = None
+    lora_path: str | list[str | None] | None = None
+    """SGLang's name for the name of a loaded adapter."""
     return_logprob: bool = False
     stream: bool = False
     logprob_start_len: int = -1
@@ -123,9 +125,11 @@ class GenerateBody(BaseModel):
         if not prompts:
             raise EngineError("there is no prompt in the list; send at least one.")
         ids = [self.rid] if isinstance(self.rid, str) else self.rid or [uuid4().hex for _ in prompts]
-        if not len(prompts) == len(sampling) == len(ids):
+        adapters = self.lora_path if isinstance(self.lora_path, list) else [self.lora_path] * len(prompts)
+        if not len(prompts) == len(sampling) == len(ids) == len(adapters):
             raise EngineError(
-                f"got {len(prompts)} prompts, {len(sampling)} sampling_params and {len(ids)} rid; send as many of each."
+                f"got {len(prompts)} prompts, {len(sampling)} sampling_params, {len(ids)} rid and {len(adapters)} lora_path; "
+                "send as many of each."
             )
         for request_id in ids:
             if not 0 < len(request_id) <= _MAX_ID_CHARS or not request_id.isprintable():
@@ -133,8 +137,8 @@ class GenerateBody(BaseModel):
         params = [one.to_params() for one in sampling]
         scoring = self._scoring(params)
         return [
-            GenerateRequest(request_id=request_id, input_ids=prompt, sampling=one, scoring=scoring)
-            for request_id, prompt, one in zip(ids, prompts, params, strict=True)
+            GenerateRequest(request_id=request_id, input_ids=prompt, sampling=one, scoring=scoring, adapter=adapter)
+            for request_id, prompt, one, adapter in zip(ids, prompts, params, adapters, strict=True)
         ]
 
     def _scoring(self, params: Sequence[SamplingParams]) -> Scoring | None:

@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 
 from qwench.engines.embedded.engine import EmbeddedEngine
+from qwench.engines.embedded.http.adapter_routes import AdapterRoutes
 from qwench.engines.embedded.http.api import GenerateBody, Json, no_stop_trims, to_response
 from qwench.engines.embedded.http.border import Border
 from qwench.engines.embedded.http.weight_routes import WeightRoutes
@@ -121,6 +122,7 @@ class EngineServer:
     def _guarded_routes(self) -> APIRouter:
         router = APIRouter(dependencies=[Depends(self._check_token)])
         self._weight_routes.add_to(router)
+        AdapterRoutes(self._engine).add_to(router)
         for path, handler in (
             ("/abort_request", self.abort_request),
             ("/pause_generation", self.pause_generation),

@@ -6,14 +6,16 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 import uvicorn
 
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.http.border import HeaderDeadline
 from qwench.engines.embedded.http.server import EngineServer
+from qwench.engines.embedded.lora import load_folder
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.fleet.servers import check_port_is_free
 from qwench.errors import EngineError
@@ -25,7 +27,13 @@ STOP_TIMEOUT_S = 30.0
 
 
 def serve(
-    checkpoint: str | Path, settings: EmbeddedSettings, *, host: str = LOOPBACK, port: int = 30_000, token: str | None = None
+    checkpoint: str | Path,
+    settings: EmbeddedSettings,
+    *,
+    host: str = LOOPBACK,
+    port: int = 30_000,
+    token: str | None = None,
+    adapters: Mapping[str, Path] = MappingProxyType({}),
 ) -> None:
     """Load a checkpoint and serve it until interrupted.
 
@@ -35,9 +43,10 @@ def serve(
         host: address to listen on; only this machine reaches the default.
         port: to listen on.
         token: what clients must show to change weights or memory. None or empty: every client may.
+        adapters: PEFT folders by the names that requests give.
 
     Raises:
-        ConfigError: a model this engine cannot run.
+        ConfigError: a model this engine cannot run, or an adapter of another model.
         EngineError: an open port without a token, or one that is taken.
     """
     token = token or None  # an empty one would be no secret
@@ -45,6 +54,8 @@ def serve(
         raise EngineError(f"--host {host} lets other machines change this engine's weights; set a token too.")
     check_port_is_free("the server", host, port, flag="--port")
     engine = EmbeddedEngine.from_checkpoint(checkpoint, settings)
+    for name, folder in adapters.items():
+        load_folder(name, folder, engine.architecture)(engine.adapters, set())
     loopback_only = host in _LOOPBACK_HOSTS
     app = EngineServer(engine, model_path=str(checkpoint), token=token, loopback_only=loopback_only).app()
     if token is None:

@@ -7,7 +7,7 @@ import asyncio
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from qwench.engines.embedded.scheduling.request import RunningRequest
+from qwench.engines.embedded.scheduling.request import NO_ADAPTER, ChosenAdapter, RunningRequest
 from qwench.engines.embedded.scheduling.scoring import check_scoring
 from qwench.engines.embedded.scheduling.stopping import MAX_STOPS, check_stop_strings, stop_ids_of
 from qwench.engines.embedded.scheduling.uniform import uniform
@@ -32,7 +32,9 @@ class Admission:
         self._seed = seed
         self.num_accepted = 0
 
-    def accept(self, request: GenerateRequest, *, max_request_tokens: int) -> RunningRequest:
+    def accept(
+        self, request: GenerateRequest, *, max_request_tokens: int, adapter: ChosenAdapter = NO_ADAPTER
+    ) -> RunningRequest:
         """Return the state of a new request.
 
         Raises:
@@ -56,6 +58,7 @@ class Admission:
             future=asyncio.get_running_loop().create_future(),
             tokens=list(request.input_ids),
             num_prompt=num_prompt,
+            adapter=adapter,
         )
 
     def _check_numbers(self, request: GenerateRequest) -> None:

@@ -74,15 +74,18 @@ class PagePool:
                 else:
                     self._free.append(page)
 
-    def match(self, tokens: Sequence[int]) -> list[int]:
+    def match(self, tokens: Sequence[int], *, root: int = _ROOT) -> list[int]:
         """Return and retain the cached full pages that hold the beginning of `tokens`, but never its last token.
 
         The last token must be computed anyhow: its output is what the next one is sampled from.
+
+        Args:
+            root: of the tree of prefixes; each adapter computes other keys and values, and has its own, below 0.
         """
         if not self._prefix_cache:
             return []
         pages: list[int] = []
-        parent = _ROOT
+        parent = root
         for start in range(0, len(tokens) - self.page_size, self.page_size):
             found = self._page_of.get((parent, tuple(tokens[start : start + self.page_size])))
             if found is None:
@@ -92,11 +95,11 @@ class PagePool:
         self.retain(pages)
         return pages
 
-    def remember(self, tokens: Sequence[int], pages: Sequence[int], *, epoch: int) -> None:
+    def remember(self, tokens: Sequence[int], pages: Sequence[int], *, epoch: int, root: int = _ROOT) -> None:
         """Make the full pages that hold `tokens` match later prompts, unless they were filled before a flush."""
         if not self._prefix_cache or epoch != self.epoch:
             return
-        parent = _ROOT
+        parent = root
         for index in range(len(tokens) // self.page_size):
             content = (parent, tuple(tokens[index * self.page_size : (index + 1) * self.page_size]))
             found = self._page_of.get(content)

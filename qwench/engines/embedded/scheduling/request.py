@@ -13,6 +13,19 @@ from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResul
 from qwench.errors import EngineError
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChosenAdapter:
+    """The adapter that a request computes with."""
+
+    slot: int
+    """Its place among all loaded ones; 0: none."""
+    cache_root: int
+    """Of its cached prefixes (see `PagePool.match`); another one for each load."""
+
+
+NO_ADAPTER = ChosenAdapter(slot=0, cache_root=0)
+
+
 @dataclass(kw_only=True, slots=True, eq=False)
 class RunningRequest:
     """State of a request: waiting -> prefilling (alone, or following a sibling) -> decoding -> finished.
@@ -29,6 +42,7 @@ class RunningRequest:
     tokens: list[int]
     """Prompt and response so far."""
     num_prompt: int
+    adapter: ChosenAdapter = NO_ADAPTER
     log_probs: list[float] = field(default_factory=list)
     weight_versions: list[int] = field(default_factory=list)
     support: list[list[int]] = field(default_factory=list)

@@ -147,7 +147,7 @@ class Scheduler:
             request = chunk.request
             request.num_computed += chunk.count
             if chunk.is_last:
-                self.pool.remember(request.tokens, request.pages, epoch=request.epoch)
+                self.pool.remember(request.tokens, request.pages, epoch=request.epoch, root=request.adapter.cache_root)
                 self._prefilling.remove(request)
                 for fork in forks:
                     fork.num_computed = request.num_computed
@@ -161,7 +161,7 @@ class Scheduler:
         self._decoding = [request for request in self._decoding if id(request) not in finished]
         for request in requests:
             # The last token's keys are not there, or come from a step that was launched before the request ended.
-            self.pool.remember(request.tokens[:-1], request.pages, epoch=request.epoch)
+            self.pool.remember(request.tokens[:-1], request.pages, epoch=request.epoch, root=request.adapter.cache_root)
             self._free(request)
 
     def retract(self) -> None:
@@ -225,7 +225,8 @@ class Scheduler:
             return None
         scoring = request.request.scoring
         # The first scored token needs the output of the position before it, so that position is computed again.
-        matched = self.pool.match(request.tokens if scoring is None else request.tokens[: scoring.start])
+        known = request.tokens if scoring is None else request.tokens[: scoring.start]
+        matched = self.pool.match(known, root=request.adapter.cache_root)
         num_new = -(-len(request.tokens) // self.pool.page_size) - len(matched)
         # One page is left for each running request, or the new requests would preempt them at once.
         room = self.pool.num_free - num_new - self.num_running
@@ -304,11 +305,11 @@ class Scheduler:
 
 
 def _prompt_key(request: RunningRequest) -> bytes:
-    """Return a key that is equal for requests that can share a prefill: all tokens. A preempted request thus shares with
-    none, and neither does one that is scored."""
+    """Return a key that is equal for requests that can share a prefill: adapter and all tokens. A preempted request thus
+    shares with none, and neither does one that is scored."""
     if request.request.scoring is not None:
         return request.request.request_id.encode()
-    return np.asarray(request.tokens, dtype=np.int32).tobytes()
+    return np.asarray([request.adapter.cache_root, *request.tokens], dtype=np.int32).tobytes()
 
 
 def count_step(stats: EngineStats, plan: StepPlan, requests: Sequence[RunningRequest], *, num_sampled: int) -> EngineStats:

@@ -11,13 +11,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from qwench.config.sections.lora import PROJECTIONS, LoraConfig, lora_scale
 from qwench.errors import CheckpointError, ConfigError
-from qwench.models.architecture import Architecture
+from qwench.models.architecture import PROJECTIONS, Architecture, adapter_scale
 from qwench.models.hf_weights import read_json
 from qwench.models.safetensors_files import SafetensorsWriter, StoredTensor, TensorSpec, read_header, read_tensor
 from qwench.samples import Json
@@ -26,6 +26,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 A, B = "lora_A.weight", "lora_B.weight"
 """Names of an adapter's matrices, below that of its module."""
+SCALE = "lora_scale"
+"""Name of what a published adapter is multiplied by: one number, which its folder has in adapter_config.json."""
 _PREFIX = "base_model.model."
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """PEFT's init_lora_weights that leave the base as it is; the others subtract the start of the adapter from the base."""
@@ -37,6 +39,27 @@ _VARIANTS = (
 _EXACT_SVD = 1024
 """Matrices with so few rows or columns are decomposed exactly; of larger ones the first components alone are computed."""
 _ITERATIONS = 16
+
+
+class AdapterFlags(Protocol):
+    """What the flags of a run say of its adapters (`config.sections.lora`)."""
+
+    @property
+    def rank(self) -> int: ...  # noqa: D102
+    @property
+    def alpha(self) -> float: ...  # noqa: D102
+    @property
+    def scale(self) -> float: ...  # noqa: D102
+    @property
+    def targets(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def use_rslora(self) -> bool: ...  # noqa: D102
+    @property
+    def lora_init(self) -> str: ...  # noqa: D102
+    @property
+    def lora_dropout(self) -> float: ...  # noqa: D102
+    @property
+    def exclude_modules(self) -> str | None: ...  # noqa: D102
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,10 +78,10 @@ class AdapterConfig:
     @property
     def scale(self) -> float:
         """Return what B A is multiplied by."""
-        return lora_scale(self.rank, self.alpha, use_rslora=self.use_rslora)
+        return adapter_scale(self.rank, self.alpha, use_rslora=self.use_rslora)
 
     @classmethod
-    def of_run(cls, section: LoraConfig, *, base: str) -> AdapterConfig:
+    def of_run(cls, section: AdapterFlags, *, base: str) -> AdapterConfig:
         """Return what a run with these flags writes.
 
         With --lora-init pissa an adapter and its start, subtracted, are one adapter of twice the rank and the same scale.
@@ -140,7 +163,7 @@ class AdapterFolder:
                 raise ConfigError(f"{folder / WEIGHTS} holds {name}; only adapters of the layers' projections are read.")
             self._stored[f"{module}.lora_{leaf}"] = stored
 
-    def check_is(self, section: LoraConfig, model: Architecture) -> None:
+    def check_is(self, section: AdapterFlags, model: Architecture) -> None:
         """Check that a run of `model` can go on with this adapter.
 
         Raises:

@@ -1,0 +1,236 @@
+"""LoRA adapters beside the engine's weights: many at once, and rows of different ones in one batch.
+
+    x [T, K] --A of all adapters, one product--> [T, n, S, R] --times mix [T, S]--> --B of all adapters--> added to y [T, N]
+
+n projections share an input, S adapters are stacked, R is the largest rank. `mix` has a token's own adapter at its scale and
+zeros for the others, so a token without an adapter gets the base model's output, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwench.engines.embedded.scheduling.request import NO_ADAPTER, ChosenAdapter, RunningRequest
+from qwench.errors import EngineError
+from qwench.models.architecture import Architecture
+from qwench.models.decoder.linear import Projection
+from qwench.models.peft import A, B
+
+PUBLISHED = ""
+"""The adapter that publications bring: requests that name no other compute with it."""
+_PUBLISHED_SLOT = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterStack:
+    """The matrices of all adapters at projections that share an input."""
+
+    a: Tensor
+    """[n * S * R, K]"""
+    b: Sequence[Tensor]
+    """Of each projection, [S * R, N]."""
+
+    def add(self, x: Tensor, outputs: Sequence[Tensor], mix: Tensor) -> None:
+        """Add every token's adapter to the projections' outputs [T, N], in place."""
+        reduced = torch.nn.functional.linear(x, self.a).view(len(x), len(self.b), mix.shape[1], -1)
+        reduced = reduced * mix[:, None, :, None]
+        for index, (output, b) in enumerate(zip(outputs, self.b, strict=True)):
+            output.addmm_(reduced[:, index].flatten(1), b)
+
+
+class AdaptedProjection:
+    """A projection of a layer, and the adapters at it."""
+
+    def __init__(self, base: Projection, stack: AdapterStack | None) -> None:
+        self._base = base
+        self._stack = stack
+
+    def __call__(self, x: Tensor, mix: Tensor | None) -> tuple[Tensor, ...]:
+        """Return x [T, K] times each matrix; `mix` is None where no token has an adapter."""
+        outputs = self._base(x)
+        if self._stack is not None and mix is not None:
+            self._stack.add(x, outputs, mix)
+        return outputs
+
+
+class AdapterStore:
+    """Adapters by name. The engine changes it between two steps only."""
+
+    def __init__(self, architecture: Architecture, *, dtype: torch.dtype, device: torch.device) -> None:
+        self._shapes = {
+            name.removesuffix(".weight"): shape
+            for name, shape in architecture.parameter_shapes().items()
+            if name.endswith("_proj.weight")
+        }
+        self._dtype, self._device = dtype, device
+        self._chosen: dict[str, ChosenAdapter] = {}
+        self._num_slots = self._rank = 0
+        self._matrices: dict[str, tuple[Tensor, Tensor]] = {}
+        """Of each adapted projection: A [S, R, K] and B [S, R, N]."""
+        self._mixes = torch.zeros((1, 0), dtype=dtype, device=device)
+        self._num_loads = 0
+        self.layout = 0
+        """Counts moves of the matrices in memory."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Return the adapters that requests may name, in the order of their loads."""
+        return [name for name in self._chosen if name != PUBLISHED]
+
+    @property
+    def is_empty(self) -> bool:
+        """Tell whether no adapter was ever loaded."""
+        return self._num_slots == 0
+
+    def choose(self, name: str | None) -> ChosenAdapter:
+        """Return the adapter of a request that names it; None: the published one, or none.
+
+        Raises:
+            EngineError: it is not loaded.
+        """
+        if name is None:
+            return self._chosen.get(PUBLISHED, NO_ADAPTER)
+        if name not in self.names:
+            raise EngineError(f"there is no adapter {name!r}; loaded: {', '.join(self.names) or 'none'}.")
+        return self._chosen[name]
+
+    def mix(self, slots: Tensor) -> Tensor:
+        """Return [T, S]: the scale of each token's adapter at its place, else 0."""
+        return self._mixes.index_select(0, slots)
+
+    def add(self, name: str, matrices: Mapping[str, Tensor], *, scale: float, in_use: set[int]) -> None:
+        """Copy an adapter in under a new name.
+
+        Args:
+            matrices: A [r, K] and B [N, r] by `<module>.lora_A.weight` and `<module>.lora_B.weight`.
+            in_use: Slots of unfinished requests, whose adapters stay.
+
+        Raises:
+            EngineError: the name is empty or taken, or a matrix does not fit the model.
+        """
+        if not name or name in self._chosen:
+            raise EngineError(f"adapter {name!r} is loaded; unload it first." if name else "an adapter needs a name.")
+        taken = in_use | {_PUBLISHED_SLOT} | {chosen.slot for chosen in self._chosen.values()}
+        self._load(name, matrices, scale, slot=next(slot for slot in range(1, len(taken) + 2) if slot not in taken))
+
+    def publish(self, matrices: Mapping[str, Tensor], *, scale: float) -> None:
+        """Copy the adapter of a publication in, in the place of the one before it.
+
+        Raises:
+            EngineError: a matrix does not fit the model.
+        """
+        self._load(PUBLISHED, matrices, scale, slot=_PUBLISHED_SLOT)
+
+    def drop_published(self) -> None:
+        """Forget the adapter of an earlier publication, if there is one."""
+        self._chosen.pop(PUBLISHED, None)
+
+    @torch.inference_mode()
+    def _load(self, name: str, matrices: Mapping[str, Tensor], scale: float, *, slot: int) -> None:
+        modules = sorted({matrix.rpartition(".lora_")[0] for matrix in matrices})
+        rank = self._check(name, modules, matrices)
+        self._make_room(modules, rank=max(rank, self._rank), num_slots=max(slot, self._num_slots))
+        for module, (a, b) in self._matrices.items():
+            for stack, leaf in ((a, A), (b, B)):
+                stack[slot - 1].zero_()
+                if (matrix := matrices.get(f"{module}.{leaf}")) is not None:
+                    stack[slot - 1, :rank].copy_(matrix if leaf == A else matrix.T)
+        self._mixes[slot, slot - 1] = scale
+        self._num_loads += 1
+        self._chosen[name] = ChosenAdapter(slot=slot, cache_root=-self._num_loads)
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter; unfinished requests go on with it.
+
+        Raises:
+            EngineError: it is not loaded.
+        """
+        self.choose(name)
+        del self._chosen[name]
+
+    def stack(self, modules: Sequence[str]) -> AdapterStack | None:
+        """Return the matrices at projections that share an input; None: no adapter has any there."""
+        if not any(module in self._matrices for module in modules):
+            return None
+        for module in modules:
+            self._allocate(module)
+        pairs = [self._matrices[module] for module in modules]
+        fused = torch.cat([a for a, _ in pairs]).flatten(0, 1)
+        # The parts of the fused matrix are the matrices from now on, so that a load writes into it.
+        for module, part in zip(modules, fused.view(len(modules), self._num_slots, self._rank, -1), strict=True):
+            self._matrices[module] = part, self._matrices[module][1]
+        return AdapterStack(a=fused, b=[b.flatten(0, 1) for _, b in pairs])
+
+    def _check(self, name: str, modules: Sequence[str], matrices: Mapping[str, Tensor]) -> int:
+        """Return the rank.
+
+        Raises:
+            EngineError: it has no matrices, or not those of projections of the model.
+        """
+        if not modules:
+            raise EngineError(f"adapter {name!r} has no matrices.")
+        rank = next(len(matrix) for matrix_name, matrix in matrices.items() if matrix_name.endswith(A))
+        for module in modules:
+            rows, columns = self._shapes.get(module, (0, 0))
+            for leaf, shape in ((A, (rank, columns)), (B, (rows, rank))):
+                found = matrices.get(f"{module}.{leaf}")
+                if found is None or tuple(found.shape) != shape:
+                    raise EngineError(f"adapter {name!r} does not fit the engine's model: {module}.{leaf} is not {shape}.")
+        return rank
+
+    def _make_room(self, modules: Sequence[str], *, rank: int, num_slots: int) -> None:
+        """Grow the stacks, which moves them; new places are zero."""
+        grows = (rank, num_slots) != (self._rank, self._num_slots)
+        if not grows and all(module in self._matrices for module in modules):
+            return
+        old, (self._rank, self._num_slots) = self._matrices, (rank, num_slots)
+        self._matrices = {}
+        for module in {**dict.fromkeys(old), **dict.fromkeys(modules)}:
+            self._allocate(module)
+            for new, before in zip(self._matrices[module], old.get(module, ()), strict=False):
+                new[: before.shape[0], : before.shape[1]].copy_(before)
+        mixes = torch.zeros((num_slots + 1, num_slots), dtype=self._dtype, device=self._device)
+        mixes[: self._mixes.shape[0], : self._mixes.shape[1]] = self._mixes
+        self._mixes = mixes
+        self.layout += 1
+
+    def _allocate(self, module: str) -> None:
+        if module not in self._matrices:
+            rows, columns = self._shapes[module]
+            empty = torch.zeros((self._num_slots, self._rank, columns + rows), dtype=self._dtype, device=self._device)
+            a, b = empty.split((columns, rows), dim=-1)
+            self._matrices[module] = a.contiguous(), b.contiguous()
+
+
+AdapterChange = Callable[[AdapterStore, set[int]], None]
+"""Loads or unloads adapters; gets the slots of unfinished requests too."""
+
+
+class RowAdapters:
+    """Which adapter each row of the scheduler's table computes with; the last row, for padding, has none."""
+
+    def __init__(self, store: AdapterStore, num_rows: int, device: torch.device) -> None:
+        self.store = store
+        self._host = np.zeros(num_rows, dtype=np.int32)
+        self._slots = torch.zeros(num_rows, dtype=torch.int32, device=device)
+
+    def seat(self, requests: Iterable[RunningRequest]) -> bool:
+        """Note the adapters of a step's requests; tell whether any has one."""
+        if self.store.is_empty:
+            return False
+        seated = [(request.row, request.adapter.slot) for request in requests]
+        changed = [(row, slot) for row, slot in seated if self._host[row] != slot]
+        for row, slot in changed:
+            self._host[row] = slot
+        if changed:
+            self._slots.copy_(torch.from_numpy(self._host))
+        return any(slot for _, slot in seated)
+
+    def mix(self, rows: Tensor) -> Tensor:
+        """See `AdapterStore.mix`, of the tokens of these rows."""
+        return self.store.mix(self._slots.index_select(0, rows))

@@ -1,0 +1,74 @@
+"""SGLang's routes for LoRA adapters: /load_lora_adapter and /unload_lora_adapter; `/generate` names one by `lora_path`."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import orjson
+from fastapi import APIRouter, Response
+from pydantic import BaseModel, ConfigDict
+
+from qwench.engines.embedded.engine import EmbeddedEngine
+from qwench.engines.embedded.lora import load_folder
+from qwench.errors import EngineError, QwenchError
+
+_MAX_NAME_CHARS = 256
+
+
+class LoadBody(BaseModel):
+    """Body of `/load_lora_adapter`."""
+
+    model_config = ConfigDict(extra="ignore")  # pinned: adapters are never evicted
+
+    lora_name: str
+    lora_path: str
+    """A PEFT folder of this machine."""
+
+
+class UnloadBody(BaseModel):
+    """Body of `/unload_lora_adapter`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    lora_name: str
+
+
+class AdapterRoutes:
+    """The handlers that change the adapters of one engine."""
+
+    def __init__(self, engine: EmbeddedEngine) -> None:
+        self._engine = engine
+        self._folders: dict[str, str] = {}
+
+    def add_to(self, router: APIRouter) -> None:
+        """Add the paths to a router that checks the token."""
+        router.add_api_route("/load_lora_adapter", self.load, methods=["POST"])
+        router.add_api_route("/unload_lora_adapter", self.unload, methods=["POST"])
+
+    async def load(self, body: LoadBody) -> Response:
+        """Load an adapter under a new name."""
+        name = body.lora_name
+        if not 0 < len(name) <= _MAX_NAME_CHARS or not name.isprintable():
+            return self._answer(f"lora_name {name[:40]!r} is no name: 1 to {_MAX_NAME_CHARS} printable characters.")
+        try:
+            add = await asyncio.to_thread(load_folder, name, Path(body.lora_path), self._engine.architecture)
+            await self._engine.change_adapters(add)
+        except (OSError, QwenchError) as error:
+            return self._answer(str(error))
+        self._folders[name] = body.lora_path
+        return self._answer()
+
+    async def unload(self, body: UnloadBody) -> Response:
+        """Forget an adapter; unfinished requests go on with it."""
+        try:
+            await self._engine.change_adapters(lambda adapters, _: adapters.unload(body.lora_name))
+        except EngineError as error:
+            return self._answer(str(error))
+        self._folders.pop(body.lora_name, None)
+        return self._answer()
+
+    def _answer(self, error: str = "") -> Response:
+        """Return SGLang's answer: the loaded adapters, and what went wrong."""
+        content = {"success": not error, "loaded_adapters": self._folders, "error_message": error}
+        return Response(orjson.dumps(content), status_code=400 if error else 200, media_type="application/json")

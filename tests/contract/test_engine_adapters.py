@@ -1,0 +1,224 @@
+"""Adapters of the embedded engine: several in one batch, by name or published, in process and over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qwench.engines.client import HttpEngine
+from qwench.engines.embedded.engine import EmbeddedEngine
+from qwench.engines.embedded.http.serving import ServerThread
+from qwench.engines.embedded.lora import load_folder
+from qwench.engines.protocol import GenerateRequest, GenerateResult, Portion
+from qwench.errors import ConfigError, EngineError, WeightSyncError
+from qwench.models.hf import architecture_of
+from qwench.models.peft import AdapterConfig, write_adapter
+from tests.checksums import tensor_checksum
+from tests.contract.engine_hosts import ask, generate_all, make_engine, make_model, prompt_of, reference_log_probs
+
+_CONFIGS = {
+    "wide": AdapterConfig(rank=3, alpha=6.0, use_rslora=False, targets=("q_proj", "v_proj", "gate_proj", "down_proj")),
+    "narrow": AdapterConfig(rank=2, alpha=1.0, use_rslora=True, targets=("k_proj", "o_proj", "up_proj")),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return make_model("qwen3")
+
+
+def _matrices(model: PreTrainedModel, name: str, *, seed: int = 5) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed + len(name))
+    shapes = _CONFIGS[name].shapes(architecture_of(model.config))
+    return {matrix: torch.randn(shape, generator=draw) * 0.2 for matrix, shape in shapes.items()}
+
+
+def _merged(model: PreTrainedModel, name: str, matrices: Mapping[str, Tensor]) -> PreTrainedModel:
+    """Return the model with W + scale * B A in the place of W."""
+    other = make_model("qwen3")
+    with torch.no_grad():
+        for module_name, module in other.named_modules():
+            if (a := matrices.get(f"{module_name}.lora_A.weight")) is not None:
+                module.weight += _CONFIGS[name].scale * matrices[f"{module_name}.lora_B.weight"] @ a
+    return other
+
+
+@pytest.fixture(scope="module")
+def folders(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Write both adapters as PEFT folders."""
+    parent = tmp_path_factory.mktemp("adapters")
+    for name, config in _CONFIGS.items():
+        (parent / name).mkdir()
+        write_adapter(parent / name, config, _matrices(model, name))
+    return {name: parent / name for name in _CONFIGS}
+
+
+@pytest.fixture(scope="module")
+def models(model: PreTrainedModel) -> dict[str | None, PreTrainedModel]:
+    """Return the model that each adapter makes, and under None the one without."""
+    return {None: model} | {name: _merged(model, name, _matrices(model, name)) for name in _CONFIGS}
+
+
+def _requests(prompt: list[int]) -> list[GenerateRequest]:
+    """Ask every adapter, and none, twice for the same prompt."""
+    names = (None, "wide", "narrow")
+    return [
+        replace(ask(f"{name}-{turn}", prompt, ignore_eos=True, seed=turn), adapter=name) for turn in range(2) for name in names
+    ]
+
+
+def _check(models: Mapping[str | None, PreTrainedModel], request: GenerateRequest, result: GenerateResult) -> None:
+    expected = reference_log_probs(models[request.adapter], request, result)
+    torch.testing.assert_close(torch.tensor(result.log_probs), expected, rtol=0, atol=1e-5)
+
+
+async def _loaded(engine: EmbeddedEngine, folders: Mapping[str, Path]) -> EmbeddedEngine:
+    for name, folder in folders.items():
+        await engine.change_adapters(load_folder(name, folder, engine.architecture))
+    return engine
+
+
+@pytest.mark.parametrize("settings", [{}, {"inline": True}, {"prefill_chunk_tokens": 5}], ids=["plain", "inline", "chunked"])
+def test_rows_of_different_adapters_in_one_batch_equal_merged_models(model, models, folders, settings):
+    async def scenario() -> None:
+        engine = await _loaded(make_engine(model, **settings), folders)
+        requests = _requests(prompt_of(11))
+        for request, result in zip(requests, await generate_all(engine, requests), strict=True):
+            _check(models, request, result)
+        await engine.close()
+
+    asyncio.run(scenario())
+
+
+def test_prefixes_are_cached_for_each_adapter_apart(model, models, folders):
+    async def scenario() -> None:
+        engine = await _loaded(make_engine(model), folders)
+        cached = []
+        for request in _requests(prompt_of(11)):
+            result = await engine.generate(request)
+            _check(models, request, result)
+            cached.append(result.cached_tokens)
+        assert cached == [0, 0, 0, 8, 8, 8]
+        await engine.change_adapters(lambda adapters, _: adapters.unload("wide"))
+        await engine.change_adapters(load_folder("wide", folders["narrow"], engine.architecture))
+        request = replace(ask("again", prompt_of(11), ignore_eos=True), adapter="wide")
+        result = await engine.generate(request)
+        assert result.cached_tokens == 0
+        _check({"wide": models["narrow"]}, request, result)
+        await engine.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_request_without_an_adapter_has_the_bits_of_an_engine_without_any(model, folders):
+    async def answer(engine: EmbeddedEngine) -> GenerateResult:
+        result = await engine.generate(ask("one", prompt_of(11), ignore_eos=True, seed=3))
+        await engine.close()
+        return result
+
+    async def both() -> tuple[GenerateResult, GenerateResult]:
+        return await answer(make_engine(model)), await answer(await _loaded(make_engine(model), folders))
+
+    plain, beside = asyncio.run(both())
+    assert plain == beside
+
+
+def test_an_unloaded_adapter_is_refused_and_its_unfinished_requests_go_on(model, models, folders):
+    async def scenario() -> None:
+        engine = await _loaded(make_engine(model), {"wide": folders["wide"]})
+        request = replace(ask("long", prompt_of(6), ignore_eos=True, max_new_tokens=60), adapter="wide")
+        running = asyncio.create_task(engine.generate(request))
+        await asyncio.sleep(0.01)
+        await engine.change_adapters(lambda adapters, _: adapters.unload("wide"))
+        await engine.change_adapters(load_folder("narrow", folders["narrow"], engine.architecture))
+        with pytest.raises(EngineError, match="there is no adapter 'wide'; loaded: narrow"):
+            await engine.generate(replace(request, request_id="late"))
+        _check(models, request, await running)
+        await engine.close()
+
+    asyncio.run(scenario())
+
+
+def _publication(model: PreTrainedModel, name: str, matrices: Mapping[str, Tensor], *, base: bool) -> list:
+    """Return the buckets of an adapter, with or without the weights it belongs to."""
+    weights = [[(one, weight.detach()) for one, weight in model.named_parameters()]] if base else []
+    return [*weights, [*matrices.items(), ("lora_scale", torch.tensor([_CONFIGS[name].scale]))]]
+
+
+def test_a_published_adapter_equals_the_merged_model_and_carries_its_version(model, models):
+    first, second = _matrices(model, "wide"), _matrices(model, "wide", seed=77)
+    after = _merged(model, "wide", second)
+
+    async def scenario() -> None:
+        engine = make_engine(model)
+        receipt = await engine.update_weights(_publication(model, "wide", first, base=True), version=4)
+        assert receipt.checksums["lora_scale"] == tensor_checksum(torch.tensor([2.0]))
+        assert {name: receipt.checksums[name] for name in first} == {name: tensor_checksum(one) for name, one in first.items()}
+        request = ask("first", prompt_of(9), ignore_eos=True)
+        result = await engine.generate(request)
+        _check({None: models["wide"]}, request, result)
+        assert result.weight_versions == [4] * 8
+        for index, bucket in enumerate(_publication(model, "wide", second, base=False)):
+            assert await engine.receive_bucket(lambda bucket=bucket: bucket, Portion(version=5, index=index, final=True))
+        request = ask("second", prompt_of(9), ignore_eos=True)
+        result = await engine.generate(request)
+        _check({None: after}, request, result)
+        assert (result.weight_versions, result.cached_tokens) == ([5] * 8, 0)
+        await engine.update_weights([list(model.state_dict().items())], version=6)
+        request = ask("third", prompt_of(9), ignore_eos=True)
+        _check({None: model}, request, await engine.generate(request))
+        await engine.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_adapter_without_its_weights_is_refused(model):
+    async def scenario() -> None:
+        engine = EmbeddedEngine.from_checkpoint(model.config, make_engine(model)._settings)
+        with pytest.raises(WeightSyncError, match="weights did not arrive"):
+            await engine.update_weights(_publication(model, "wide", _matrices(model, "wide"), base=False), version=1)
+        assert not await engine.health()
+        whole = make_engine(model)
+        unscaled = _publication(model, "wide", _matrices(model, "wide"), base=False)[0][:-1]
+        with pytest.raises(WeightSyncError, match="an adapter came without 'lora_scale'"):
+            await whole.update_weights([unscaled], version=1)
+        broken = [("model.layers.0.self_attn.q_proj.lora_A.weight", torch.zeros(3, 5)), ("lora_scale", torch.ones(1))]
+        with pytest.raises(WeightSyncError, match="does not fit the engine's model"):
+            await whole.update_weights([broken], version=1)
+
+    asyncio.run(scenario())
+
+
+def test_clients_load_name_and_unload_adapters_over_http(model, models, folders, tmp_path):
+    async def scenario(engine: HttpEngine) -> None:
+        def load(name: str, folder: Path) -> Awaitable[object]:
+            return engine.post("/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+
+        for name, folder in folders.items():
+            answer = await load(name, folder)
+        assert answer == {"success": True, "loaded_adapters": {k: str(v) for k, v in folders.items()}, "error_message": ""}
+        with pytest.raises(EngineError, match="status 400: adapter 'wide' is loaded; unload it first"):
+            await load("wide", folders["wide"])
+        with pytest.raises(EngineError, match="adapter_config"):
+            await load("none", tmp_path)
+        for request in _requests(prompt_of(11)):
+            _check(models, request, await engine.generate(request))
+        await engine.post("/unload_lora_adapter", {"lora_name": "wide"})
+        with pytest.raises(EngineError, match="there is no adapter 'wide'; loaded: narrow"):
+            await engine.generate(_requests(prompt_of(5))[1])
+        await engine.close()
+
+    with ServerThread(make_engine(model), token="secret") as server:
+        asyncio.run(scenario(HttpEngine(server.base_url, token="secret")))
+
+
+def test_an_adapter_of_another_model_is_refused(folders):
+    with pytest.raises(ConfigError, match="is of another model"):
+        load_folder("wide", folders["wide"], architecture_of(make_model("llama").config))
