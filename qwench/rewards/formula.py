@@ -231,8 +231,9 @@ def _expression(value: Value) -> sympy.Expr:
 
 
 def _number(text: str) -> sympy.Expr:
-    if text.isdecimal():
-        return sympy.Integer(int(text))
+    digits = text.removesuffix(".")  # a full stop that ends the sentence
+    if digits.isdecimal():
+        return sympy.Integer(int(digits))
     _, _, exponent = text.lower().partition("e")
     if exponent and abs(int(exponent)) > _MAX_DECIMAL_EXPONENT:
         raise FormulaError(f"{text} is too large or small")

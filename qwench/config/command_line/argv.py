@@ -10,8 +10,10 @@ Order of precedence, lowest first: the verb's defaults, `--config FILE.yaml`, th
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,10 @@ from qwench.errors import ConfigError
 
 _CLOSE = 0.75
 """Least likeness of a flag that is offered instead: below, the resemblance is of letters, not of meaning."""
+_JOINED = 0.9
+"""The same of all words joined."""
+_MAX_BEGUN = 3
+"""So many flags that begin with a name are offered instead."""
 SGLANG_PREFIX = "sglang-"
 ROUTER_PREFIX = "router-"
 
@@ -136,7 +142,7 @@ def sort_flags(
     for item in map(_in_our_words, _expand_shorthands(occurrences)):
         flag, values = _find_flag(item, table)
         if flag is not None:
-            given.flags[flag.name] = _parsed(item, flag, values)
+            given.flags[flag.name] = _parsed(item, flag, values, stray=partial(_stray, prog=prog, table=table))
             taken[flag.name] = " ".join(values)
         elif item.name in compat.FOREIGN_FLAGS or not _passes_through(item, given, table):
             foreign = compat.foreign_flag(item.name) if "rollout-engine" in table else None
@@ -210,7 +216,7 @@ def _find_flag(item: Occurrence, table: Mapping[str, Flag]) -> tuple[Flag | None
     return flag, item.values
 
 
-def _parsed(item: Occurrence, flag: Flag, values: tuple[str, ...]) -> Any:  # as Given.flags
+def _parsed(item: Occurrence, flag: Flag, values: tuple[str, ...], *, stray: Callable[[str], str]) -> Any:  # as Given.flags
     for value in values:
         if value in compat.REFUSED_VALUES.get(flag.name, {}):
             raise item.error(f"--{item.name} {value} is not supported; use {compat.REFUSED_VALUES[flag.name][value]}")
@@ -219,7 +225,14 @@ def _parsed(item: Occurrence, flag: Flag, values: tuple[str, ...]) -> Any:  # as
             values = tuple(compat.our_import_path(path) for path in values)
         return flag.parse(values)
     except ValueError as error:
-        raise item.error(f"--{item.name} {error}") from None
+        raise item.error(f"--{item.name} {error}{stray(values[1]) if len(values) > 1 else ''}") from None
+
+
+def _stray(word: str, *, prog: str, table: Mapping[str, Flag]) -> str:
+    """Return what to add where a flag got a second value that is no value, such as `-lr` or `trainer.save_freq=3`."""
+    if not re.match(r"-+[a-z]|[a-z._]+=", word, re.IGNORECASE):
+        return ""
+    return f"; {_unexpected(word, prog, table)}"
 
 
 def _refusal(refused: Sequence[tuple[Occurrence, ForeignFlag]]) -> ConfigError:
@@ -261,8 +274,28 @@ def _hint(name: str, prog: str, table: Mapping[str, Flag]) -> str:
     advice = advise(name, prog=prog, offered=offered)
     if advice is not None:
         return advice
-    close = difflib.get_close_matches(name, offered, n=1, cutoff=_CLOSE)
-    return f"did you mean --{close[0]}?" if close else f"see {prog.partition(' FILE')[0].partition(' OWNER')[0]} --help"
+    begun = [flag for flag in (*offered, "help", "help-all") if flag.startswith(name)]
+    close = [flag for flag in difflib.get_close_matches(name, [*offered, "help", "help-all"], n=5) if _is_typo(name, flag)][:1]
+    meant = begun if 0 < len(begun) <= _MAX_BEGUN else close
+    if meant:
+        return f"did you mean {' or '.join(f'--{flag}' for flag in meant)}?"
+    return f"see {prog.partition(' FILE')[0].partition(' OWNER')[0]} --help"
+
+
+def _is_typo(name: str, flag: str) -> bool:
+    """Tell whether a name is a flag with slips within its words, without dashes, or without `use`; not with another word."""
+    given, ours = name.split("-"), flag.split("-")
+    if len(given) == len(ours):
+        return all(_is_slip(*pair) for pair in zip(given, ours, strict=True))
+    return ours == ["use", *given] or _likeness("".join(given), "".join(ours)) >= _JOINED
+
+
+def _is_slip(word: str, ours: str) -> bool:
+    return word.startswith(ours) or ours.startswith(word) or _likeness(word, ours) >= _CLOSE
+
+
+def _likeness(left: str, right: str) -> float:
+    return difflib.SequenceMatcher(None, left, right).ratio()
 
 
 def _offered(table: Mapping[str, Flag]) -> list[str]:

@@ -31,18 +31,23 @@ _TENSOR = "use --tensor-model-parallel-size for the trainer, and --rollout-num-g
 
 _PHRASES: Mapping[str, str] = {
     # Optimizer.
-    "learning-rate actor-lr lr-actor max-lr peak-lr step-size": "use --lr",
+    "learning-rate actor-lr lr-actor actor-learning-rate max-lr peak-lr step-size": "use --lr",
     "lr-scheduler lr-scheduler-type scheduler scheduler-type lr-schedule": "use --lr-decay-style",
     "warmup-steps num-warmup-steps lr-warmup-steps warmup lr-warmup warmup-iters": "use --lr-warmup-iters",
     "warmup-ratio lr-warmup-ratio lr-warmup-steps-ratio warmup-fraction": "use --lr-warmup-fraction",
     "max-grad-norm grad-clip gradient-clipping clip-grad-norm max-norm gradient-clip-val": "use --clip-grad",
-    "optim optimizer-name optimizer-type": "the optimizer is AdamW; see --adam-beta1, --adam-beta2 and --weight-decay",
+    "optim optimizer-name optimizer-type muon galore lion sgd adafactor": (
+        "the optimizer is AdamW; see --adam-beta1, --adam-beta2 and --weight-decay"
+    ),
     "adam-epsilon": "use --adam-eps",
     "betas adam-betas": "use --adam-beta1 and --adam-beta2",
     "wd": "use --weight-decay",
     # Batches and length of the run.
     "batch-size train-batch-size bs batch": _BATCH,
     "per-device-train-batch-size per-device-batch-size per-gpu-train-batch-size micro-train-batch-size": _MICRO,
+    "micro-rollout-batch-size rollout-micro-batch-size log-prob-micro-batch-size-per-gpu": (
+        "engines batch requests themselves; --embedded-max-running-requests bounds them"
+    ),
     "ppo-micro-batch-size-per-gpu micro-batch-size-per-gpu ppo-micro-batch-size": _MICRO,
     "ppo-mini-batch-size mini-batch-size generation-batch-size global-bs": "use --global-batch-size",
     "ppo-max-token-len-per-gpu max-token-len-per-gpu": "use --use-dynamic-batch-size with --max-tokens-per-gpu",
@@ -53,14 +58,14 @@ _PHRASES: Mapping[str, str] = {
     "max-steps num-steps total-steps total-training-steps train-steps train-iters num-iterations iterations steps": _STEPS,
     "num-rollouts num-episodes": "use --num-rollout",
     "ppo-epochs update-epochs": "use --num-steps-per-rollout; each sample of a rollout is trained on once",
-    "packing sample-packing pack padding-free group-by-length use-remove-padding": (
+    "packing sample-packing packing-samples pack padding-free group-by-length use-remove-padding": (
         "use --use-dynamic-batch-size with --max-tokens-per-gpu, which packs samples"
     ),
     # Lengths and sampling.
     "max-length max-len max-seq-length seq-length seq-len sequence-len sequence-length cutoff-len": _LENGTH,
     "model-max-length max-model-len max-context-length context-length max-context-len block-size": _LENGTH,
     "max-new-tokens max-tokens max-completion-length max-completion-len max-response-length max-response-len": _RESPONSE,
-    "response-length generate-max-len max-gen-len completion-length": _RESPONSE,
+    "response-length generate-max-len max-gen-len completion-length rollout-max-tokens rollout-max-new-tokens": _RESPONSE,
     "max-prompt-length max-prompt-len prompt-max-len prompt-length": "use --rollout-max-prompt-len",
     "temperature temp": "use --rollout-temperature",
     "top-p top-k": f"{_RESTRICTED}; for evaluation use --eval-top-p and --eval-top-k",
@@ -71,7 +76,7 @@ _PHRASES: Mapping[str, str] = {
     "stop stop-words stop-strings": "use --rollout-stop",
     # Model.
     "model models model-name-or-path model-path model-id model-dir base-model pretrain pretrained model.path": _MODEL,
-    "pretrained-model-name-or-path hf-model hf-path checkpoint actor-model policy-model load-hf": _MODEL,
+    "pretrained-model-name-or-path hf-model hf-path hf-ckpt checkpoint actor-model policy-model load-hf": _MODEL,
     "tokenizer tokenizer-path tokenizer-name-or-path tokenizer-name": "the tokenizer is that of --hf-checkpoint",
     "ref-model reference-model ref-model-path reference-model-path": "use --ref-load",
     "model-revision": "use --hf-checkpoint OWNER/NAME@REVISION",
@@ -108,16 +113,25 @@ _PHRASES: Mapping[str, str] = {
     ),
     # Algorithm.
     "algorithm algo adv-estimator advantage method rl-algorithm": "use --advantage-estimator",
+    "kl-estimator kl-type kl-loss-estimator": "use --kl-loss-type",
+    "use-kl": _KL,
     "beta kl-beta kl-ctl init-kl-coef kl-penalty-coef kl-weight kl-loss-weight kl kl-coefficient": _KL,
     "epsilon clip-range cliprange clip-ratio clip-eps clip-ratio-low clip-param epsilon-low": "use --eps-clip",
     "epsilon-high clip-ratio-high clip-high": "use --eps-clip-high",
     "clip-ratio-c dual-clip": "use --eps-clip-c",
-    "entropy-coeff ent-coef entropy-coefficient entropy-loss-coef": "use --entropy-coef",
+    "entropy-coeff entropy entropy-bonus entropy-weight ent-coef entropy-coefficient entropy-loss-coef": "use --entropy-coef",
     "scale-rewards norm-adv-by-std-in-grpo": "use --disable-grpo-std-normalization to switch it off",
     "loss loss-agg-mode": "use --calculate-per-token-loss to average over tokens",
+    "dynamic-filtering dynamic-sampling filter-groups filter-overlong-prompts": (
+        "use --dynamic-sampling-filter-path with --over-sampling-batch-size"
+    ),
+    "normalize-reward normalize-rewards reward-normalization whiten-rewards whiten-advantages": (
+        "advantages are relative to their group; --normalize-advantages also scales them over the batch"
+    ),
     "dapo": "use --eps-clip-high, --dynamic-sampling-filter-path and --calculate-per-token-loss",
-    "async one-step-off num-steps-off async-training": "use --rollouts-ahead, or --fully-async",
+    "async one-step-off num-steps-off async-training async-train": "use --rollouts-ahead, or --fully-async",
     # Rewards.
+    "rm-hub reward-manager custom-reward custom-rm-function": _REWARD,
     "reward reward-type rm verifier reward-name reward-fn reward-func reward-funcs reward-function": _REWARD,
     "reward-functions custom-reward-function reward-fn-path custom-reward-function-path reward-path": _REWARD,
     "reward-model reward-pretrain reward-model-path reward-server remote-rm-url": (
@@ -125,9 +139,12 @@ _PHRASES: Mapping[str, str] = {
     ),
     # Checkpoints and outputs.
     "output-dir output out out-dir save-dir save-path output-path ckpt-dir checkpoint-dir default-local-dir o": _OUTPUT,
+    "ckpt-path": _OUTPUT,
     "save-steps save-freq save-every checkpoint-interval checkpoint-every save-strategy": "use --save-interval",
-    "save-total-limit max-checkpoints max-ckpt-to-keep max-actor-ckpt-to-keep keep-last": "use --keep-checkpoints",
+    "save-total-limit max-checkpoints max-ckpt-to-keep max-actor-ckpt-to-keep keep-last max-ckpt-num": "use --keep-checkpoints",
     "resume resume-from-checkpoint resume-from resume-mode load-checkpoint continue auto-resume": _RESUME,
+    "metric-for-best-model load-best-model-at-end greater-is-better save-best best-model": "use --keep-best",
+    "early-stopping early-stop patience early-stopping-patience": "use --stop-metric 'eval/NAME>=X'",
     "push-to-hub hub-model-id hub-token": "upload what --save-hf writes with: hf upload OWNER/NAME FOLDER",
     # Evaluation and logging.
     "eval-steps test-freq eval-freq eval-every eval-strategy evaluation-strategy val-check-interval": "use --eval-interval",
@@ -156,10 +173,19 @@ _PHRASES: Mapping[str, str] = {
         "use --train-backend fsdp, which shards parameters, gradients and optimizer state"
     ),
     "backend strategy": "use --train-backend",
+    "colocate-all-models colocate-actor-ref hybrid-engine share-gpus": "use --colocate",
+    "ddp-timeout nccl-timeout": "use --distributed-timeout-minutes",
+    "local-rank node-rank rank master-port master-addr world-size rdzv-endpoint": (
+        "a run starts its ranks itself; use --actor-num-nodes and --actor-num-gpus-per-node"
+    ),
+    "ray-address ray-cluster": "the environment variable RAY_ADDRESS names the cluster",
+    "rope-scaling rope-theta yarn-factor yarn rope-type": "trainer and engines read it from config.json of --hf-checkpoint",
     "engine inference-engine rollout-backend rollout.name": "use --rollout-engine",
     "api-key token auth-token": "the environment variable QWENCH_TOKEN sets the token of a server",
 }
 ADVICE: Mapping[str, str] = {name: phrase for names, phrase in _PHRASES.items() for name in names.split()}
+_JOINED: Mapping[str, str] = {name.replace("-", ""): phrase for name, phrase in ADVICE.items() if "-" in name}
+"""The same names without dashes: `learningrate`."""
 
 _FAMILIES: tuple[tuple[str, str], ...] = (
     (r"lora|peft|adapter", "--lora-rank trains adapters; see --lora-alpha, --target-modules and --lora-adapter-path"),
@@ -173,6 +199,11 @@ _FAMILIES: tuple[tuple[str, str], ...] = (
     (r"deepspeed|zero-?[123]", ADVICE["deepspeed"]),
     (r"critic|value-model|vf-coef", "--advantage-estimator ppo trains a critic; see --critic-lr and --critic-load"),
     (r"image|video|audio|vision", "Qwench trains text models"),
+    (r"neftune|label-smoothing|(^|-)ema(-|$)|freeze|liger|distillation-temp", "Qwench has none; leave it out"),
+    (
+        r"(^|-)(agent|tool|tools|mcp|multi-turn|multiturn)(-|$)",
+        "conversations with tools are a function of yours: use --custom-generate-function-path",
+    ),
 )
 
 _OF_VERB: Mapping[str, Mapping[str, str]] = {
@@ -229,7 +260,7 @@ def advise(word: str, *, prog: str, offered: Iterable[str]) -> str | None:
     flags = set(offered)
     for name in _spellings(word):
         own = next((words for verb, words in _OF_VERB.items() if prog.startswith(verb) and name in words), None)
-        phrase = own[name] if own is not None else ADVICE.get(name) or _family(name)
+        phrase = own[name] if own is not None else ADVICE.get(name) or _family(name) or _JOINED.get(name.replace("-", ""))
         if phrase is None and name in flags:
             phrase = f"use --{name}"
         if phrase is not None:

@@ -25,6 +25,7 @@ ONE, TWO = sympy.Integer(1), sympy.Integer(2)
     ("text", "value"),
     [
         ("34", sympy.Integer(34)),
+        ("(18+3a)/7.", (18 + 3 * a) / 7),  # the full stop ends a sentence
         ("1/2", ONE / 2),
         ("1/2x", x / 2),  # side by side binds as a written product does
         ("2x^2y", 2 * x**2 * y),

@@ -133,6 +133,41 @@ def test_each_verb_leads_to_its_own_flags(config_type, prog, word, said):
     assert refusal(f"--{word}", "x", config_type=config_type, prog=prog).startswith(f"unknown flag --{word}; {said}")
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("learningrate", "use --lr"),
+        ("rollout-temp", "did you mean --rollout-temperature?"),
+        ("eval-temp", "did you mean --eval-temperature?"),
+        ("kl-loss", "did you mean --kl-loss-coef or --kl-loss-type?"),
+        ("custom-rm", "did you mean --custom-rm-path or --custom-rm-in-process?"),
+        ("custom-rm-function", "use --rm-type NAME, or --custom-rm-path"),
+        ("fault-tolerance", "did you mean --use-fault-tolerance?"),
+        ("numrollout", "did you mean --num-rollout?"),
+        ("help-al", "did you mean --help-all?"),
+        ("local-rank", "a run starts its ranks itself"),
+        ("rollout-max-tokens", "use --rollout-max-response-len"),
+        ("micro-rollout-batch-size", "engines batch requests themselves"),
+        ("colocate-all-models", "use --colocate"),
+        ("dynamic-filtering", "use --dynamic-sampling-filter-path"),
+        ("metric-for-best-model", "use --keep-best"),
+        ("patience", "use --stop-metric"),
+        ("multi-turn", "conversations with tools are a function of yours"),
+        ("save-hf-checkpoint", "see qwench train --help"),  # another word, not a slip
+    ],
+)
+def test_a_hint_is_right_or_absent(typed, said):
+    assert f"unknown flag --{typed}; {said}" in refusal(f"--{typed}", "1")
+
+
+@pytest.mark.parametrize(
+    ("stray", "hint"), [("-lr", "; use --lr"), ("trainer.save_freq=3", "; use --save-interval"), ("-b", "")]
+)
+def test_a_word_that_is_no_flag_behind_a_value_is_told_apart(stray, hint):
+    said = f"--lr expects one value, got 1e-6 {stray}; unexpected argument {stray!r}; settings are given as --flag value{hint}"
+    assert refusal("--lr", "1e-6", stray) == said
+
+
 @pytest.mark.parametrize("typed", ["num-expert", "optimiser", "opd-kl-coeff", "rollout-top-pp"])
 def test_a_refused_flag_is_never_offered(typed):
     said = refusal(f"--{typed}", "1")
