@@ -29,6 +29,7 @@ from tests.e2e.processes import descendants
 
 END_TIMEOUT_S = 30.0
 RUN_TIMEOUT_S = 600.0
+ADAPTERS = {"lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "lr": 2e-2}
 VARIANTS: dict[str, dict[str, object]] = {
     "in-process": {},
     "two ranks": {"actor_num_gpus_per_node": 2},
@@ -39,6 +40,8 @@ VARIANTS: dict[str, dict[str, object]] = {
         "dynamic_sampling_filter_path": "qwench.rollout.filters.check_reward_nonzero_std",
     },
     "ahead": {"rollouts_ahead": 1, "num_rollout": 4},
+    "adapters": {**ADAPTERS, "use_kl_loss": (), "kl_loss_coef": 0.01},
+    "adapters published apart": {**ADAPTERS, "lora_publish": "adapter", "actor_num_gpus_per_node": 2},
     "asynchronous": {"fully_async": (), "max_weight_staleness": 2, "num_rollout": 4},
     "asynchronous servers": {
         "fully_async": (),
