@@ -216,7 +216,7 @@ def is_adapter(folder: Path) -> bool:
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, *, scale: float) -> Tensor:
     """Return weight + scale * B A, computed in float32 and rounded once to the dtype of `weight`."""
-    return (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
+    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale).to(weight.dtype)
 
 
 def factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

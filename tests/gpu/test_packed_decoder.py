@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qwench.models.decoder import gradients
 from qwench.models.decoder.gradients import Heads, QkNorms
 from qwench.training import cudnn_attention
+from qwench.training.packed_adapters import PackedAdapter
 from qwench.training.sequence_attention import attention_of
 
 pytestmark = [
@@ -56,6 +60,32 @@ def test_rotation(num_heads: int) -> None:
         results.append([*rotated, module.qk_norm_rope_backward(qkv, heads, norms, table, positions, grads, 1e-6), sums])
     for got, wanted in zip(*results, strict=True):
         assert _error(got, wanted) < 5e-3
+
+
+def test_adapters_of_bfloat16_are_near_float64() -> None:
+    parts, x, grad = ((0, 2048), (2560, 512)), _draw(300, 1024), _draw(300, 3072)
+    adapter = PackedAdapter(
+        a=_draw(32, 1024) / 32,
+        bs=tuple(_draw(rows, 16) for _, rows in parts),
+        firsts=tuple(first for first, _ in parts),
+        scale=2.0,
+    )
+    y, grad_x = torch.zeros_like(grad), torch.zeros_like(x)
+    adapter.add(x, y)
+    slopes = adapter.add_input_gradient(grad, grad_x)
+    sums = replace(
+        adapter, a=torch.zeros(32, 1024, device="cuda"), bs=tuple(torch.zeros(b.shape, device="cuda") for b in adapter.bs)
+    )
+    adapter.add_gradients(sums, grad, x, slopes)
+    leaves = [tensor.double().requires_grad_() for tensor in (x, adapter.a, *adapter.bs)]
+    wanted = torch.zeros(300, 3072, dtype=torch.float64, device="cuda")
+    for part, (first, rows) in enumerate(parts):
+        low = leaves[0] @ leaves[1][16 * part : 16 * (part + 1)].T
+        wanted = wanted + functional.pad(2.0 * low @ leaves[2 + part].T, (first, 3072 - first - rows))
+    wanted.backward(grad.double())
+    assert _error(y, wanted.detach()) < 1e-2
+    for got, leaf in zip((grad_x, sums.a, *sums.bs), leaves, strict=True):
+        assert leaf.grad is not None and _error(got, leaf.grad) < 1e-2
 
 
 @pytest.mark.parametrize("implementation", ["varlen", "cudnn"])

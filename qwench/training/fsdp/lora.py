@@ -14,13 +14,14 @@ from collections.abc import Iterator, Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from qwench.config.sections.lora import LoraConfig
 from qwench.models.peft import SCALE, A, AdapterConfig, B, factors, merged
 from qwench.training.adapters import AdapterSwitch, random_a
-from qwench.training.fsdp.optimizer import full_tensor
+from qwench.training.fsdp.optimizer import full_tensor, local_shard
 
 _START = "start_"
 
@@ -191,6 +192,9 @@ def _matrices(base: nn.Linear, rank: int) -> tuple[nn.Linear, nn.Linear]:
 
 
 def _whole(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    assert isinstance(weight, DTensor), "adapters are on their ranks"
+    if weight.device_mesh.size() == 1:
+        return local_shard(weight).detach().to(dtype)  # without a collective, which takes longer than the sum
     return full_tensor(weight.detach().to(dtype))
 
 
