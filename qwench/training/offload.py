@@ -20,8 +20,9 @@ class HostCopy:
     def __init__(self, tensors: Sequence[Tensor], *, dtype: torch.dtype | None = None) -> None:
         """Copy to the host, in `dtype` where given (the caller knows what that rounding means)."""
         self._tensors = [tensor.detach() for tensor in tensors]
-        self._storages = [tensor.untyped_storage() for tensor in self._tensors]
-        self._num_bytes = [storage.nbytes() for storage in self._storages]
+        # By address: a device takes memory anew when a storage is resized to the size that it has, once for each tensor in it.
+        storages = {storage.data_ptr(): storage for storage in map(Tensor.untyped_storage, self._tensors)}
+        self._storages = [(storage, storage.nbytes()) for storage in storages.values()]
         self._copies = [_to_host(tensor, dtype or tensor.dtype) for tensor in self._tensors]
         self._synchronize()
 
@@ -70,12 +71,12 @@ class HostCopy:
 
     def release(self) -> None:
         """Give the tensors' memory back; they must not be touched until `restore`."""
-        for storage in self._storages:
+        for storage, _ in self._storages:
             storage.resize_(0)
 
     def restore(self) -> None:
         """Take memory again and write the copies into it."""
-        for storage, num_bytes in zip(self._storages, self._num_bytes, strict=True):
+        for storage, num_bytes in self._storages:
             storage.resize_(num_bytes)
         self.load()
 
