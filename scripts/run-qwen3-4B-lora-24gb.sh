@@ -3,9 +3,8 @@
 # Memory: 4.0e9 frozen parameters in bfloat16 7.5 GiB; adapters of rank 16 at all projections are 33e6 parameters, with masters,
 # gradients and moments 16 bytes each 0.5 GiB; the engine's own merged weights 7.5 GiB: 15.5 GiB together. The trainer learns
 # with what is left: with recomputation 184 kB of activations a token (36 layers x 2560 x 2 bytes), 0.7 GiB at 4,096 tokens, and
-# 1.2 GiB of logits (1,024 tokens at a time, and their gradient), and 1.1 GiB of copies that FSDP2 makes of the embedding and a
-# layer or two: 18.5 GiB, and a layer's own activations. While the engine generates, the trainer's
-# 8.0 GiB are on the host, and 11 GiB of KV cache hold 80,000 tokens.
+# 1.2 GiB of logits (1,024 tokens at a time, and their gradient): 17.4 GiB, and a layer's own activations. While the engine
+# generates, the trainer's 8.0 GiB are on the host, and 11 GiB of KV cache hold 80,000 tokens.
 # Usage: MODEL_DIR=... DATA_DIR=... [OUTPUT_DIR=runs] bash scripts/run-qwen3-4B-lora-24gb.sh [more flags]
 set -euo pipefail
 HERE=$(dirname "${BASH_SOURCE[0]}")

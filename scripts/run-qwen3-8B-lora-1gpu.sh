@@ -3,8 +3,8 @@
 # Memory: 8.2e9 frozen parameters in bfloat16 15.3 GiB; adapters of rank 32 at all projections are 87e6 parameters, with masters,
 # gradients and moments 16 bytes each 1.3 GiB; the engine's own merged weights 15.3 GiB: 31.9 GiB together. The rest is the KV
 # cache (147 kB a token) while the engine generates, and activations while the trainer learns: with recomputation 295 kB a token
-# (36 layers x 4096 x 2 bytes), 2.53 GiB at 9,216 tokens, 4.6 GiB of logits (4,096 tokens at a time, and their gradient), and
-# 3 GiB of copies that FSDP2 makes of embedding, head and a layer or two. Full training takes 16 bytes a parameter, 122 GiB.
+# (36 layers x 4096 x 2 bytes), 2.53 GiB at 9,216 tokens, and 4.6 GiB of logits (4,096 tokens at a time, and their gradient).
+# Full training takes 16 bytes a parameter, 122 GiB.
 # Usage: MODEL_DIR=... DATA_DIR=... [OUTPUT_DIR=runs] bash scripts/run-qwen3-8B-lora-1gpu.sh [more flags]
 set -euo pipefail
 HERE=$(dirname "${BASH_SOURCE[0]}")
