@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,7 @@ from qwench.config.layout import ParallelLayout, check_layout, data_parallel_siz
 from qwench.config.model_flags import check_model_flags
 from qwench.config.schedule import Schedule
 from qwench.config.sections.lora import LoraConfig
+from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
@@ -36,6 +38,7 @@ from qwench.models.memory import (
     fsdp_bytes,
     megatron_bytes,
     num_adapter_parameters,
+    num_parameters,
     projection_shapes,
 )
 
@@ -305,11 +308,20 @@ def _offloads(asked: bool | None, both: bool, shares_devices: bool) -> bool:
     return both or (shares_devices if asked is None else asked)
 
 
+def _moment_bytes(optimizer: OptimizerConfig, model: Architecture) -> float:
+    """Return the bytes of a parameter's moments: Muon has one for the matrices of the layers, AdamW two."""
+    both = sum(_MOMENT_BYTES[dtype] for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
+    if optimizer.optimizer != "muon":
+        return both
+    matrices = model.num_layers * sum(prod(shape) for shape in model.layer_shapes().values() if len(shape) > 1)
+    return both - FLOAT32_BYTES * matrices / num_parameters(model)
+
+
 def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_reference: bool, on_gpus: bool) -> RankBytes:
     optimizer, layout = config.optimizer, config.parallel.layout
     state = StateBytes(
         param=BFLOAT16_BYTES if train_dtype(config, on_gpus=on_gpus) == "bfloat16" else FLOAT32_BYTES,
-        moments=sum(_MOMENT_BYTES[dtype] for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype)),
+        moments=_moment_bytes(optimizer, model),
         offloaded=optimizer.offloaded_share,
     )
     frozen = holds_reference + (config.distillation.opd_type == "megatron")

@@ -54,6 +54,7 @@ def megatron_is_not_fsdp(config: Config) -> str | None:
     for flag, is_set in (
         (f"--attn-implementation {config.model.attn_implementation}", config.model.attn_implementation != "sdpa"),
         (f"--dp-replicate {config.parallel.dp_replicate}", config.parallel.dp_replicate > 1),
+        ("--optimizer muon (Megatron-Core's cannot shard its state)", config.optimizer.optimizer == "muon"),
         ("--torch-compile", config.training.torch_compile),
         ("--whole-weights", config.training.whole_weights),
     ):
@@ -286,6 +287,7 @@ def adapters_are_built_for(config: Config) -> str | None:
         ("--lora-publish adapter and SGLang", lora.lora_publish == "adapter" and not engine.applies_adapters, "give merged"),
         ("--whole-weights", training.whole_weights, "leave it out: the frozen model has no gradients to reduce"),
         ("--batch-invariant-mode or --true-on-policy-mode", training.batch_invariant, "leave it out"),
+        ("--optimizer muon", config.optimizer.optimizer == "muon", "choose adam"),
         ("--advantage-estimator ppo", config.algorithm.has_critic, "choose an estimator without a critic"),
         ("--opd-type megatron", config.distillation.opd_type == "megatron", "leave it out"),
     ):

@@ -69,8 +69,8 @@ class StateBytes:
 
     param: int
     """Of the training dtype."""
-    moments: int
-    """Of both together."""
+    moments: float
+    """Of both together, on average."""
     offloaded: float
     """Share of masters and moments on the host."""
 

@@ -49,7 +49,7 @@ OTHER_DEFAULTS = {
 OTHER_CHOICES = {
     "advantage-estimator": "names of a registry; see below",
     "position-embedding-type": "text models",
-    "optimizer": "AdamW alone",
+    "optimizer": "AdamW and Muon",
     "transformer-impl": "training alone",
     "exp-avg-dtype": "float32 and bfloat16",
     "exp-avg-sq-dtype": "float32 and bfloat16",
@@ -212,7 +212,7 @@ def test_a_flag_that_repeats_another_one_must_agree_with_it(tmp_path):
         ("--mamba-state-dim", "full attention"),
         ("--inference-max-requests", "rollouts come from SGLang"),
         ("--grpo-iterations", "Megatron's own RL loop"),
-        ("--muon-momentum", "AdamW is the only optimizer"),
+        ("--muon-scale-mode", "Muon uses Nesterov's momentum and Moonlight's scale"),
         ("--bert-load", "other models"),
         ("--megatron-fsdp-main-params-dtype", "an experiment of Megatron"),
     ],

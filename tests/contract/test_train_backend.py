@@ -49,11 +49,14 @@ WORLDS = {
         Case(name="reordered", model="tied", bins=_REORDERED),
         Case(name="recomputed", model="tied", bins=_REORDERED, gradient_checkpointing=True),
         Case(name="untied", model="untied", bins=_REORDERED),
+        Case(name="muon", model=cases.MUON, bins=_REORDERED),
         Case(name="truncated", model=cases.TRUNCATED, bins=_REORDERED),
     ],
     2: [
         Case(name="two-ranks", model="tied", bins=_TWO_RANKS),
         Case(name="two-ranks-untied", model="untied", bins=_TWO_RANKS, gradient_checkpointing=True, save=True),
+        Case(name="two-ranks-muon", model=cases.MUON, bins=_TWO_RANKS, save=True),
+        Case(name="two-ranks-whole-muon", model=cases.MUON, bins=_TWO_RANKS, whole_weights=True),
         Case(name="two-ranks-truncated", model=cases.TRUNCATED, bins=_TWO_RANKS),
         Case(name="two-ranks-nan", model="tied", bins=_TWO_RANKS, non_finite=True),
         Case(name="two-ranks-reduced-early", model="tied", bins=_TWO_RANKS, reduce_every_micro_batch=True),
@@ -63,6 +66,7 @@ WORLDS = {
     ],
     4: [
         Case(name="four-ranks", model="tied", bins=_FOUR_RANKS_ONE_IDLE),
+        Case(name="two-by-two-muon", model=cases.MUON, bins=_FOUR_RANKS_ONE_IDLE, dp_replicate=2),
         Case(name="two-by-two", model="tied", bins=_FOUR_RANKS_ONE_IDLE, dp_replicate=2),
         Case(name="four-replicas", model="untied", bins=_FOUR_RANKS_ONE_IDLE, dp_replicate=4),
         Case(name="four-ranks-whole", model="tied", bins=_FOUR_RANKS_ONE_IDLE, whole_weights=True, gradient_checkpointing=True),
@@ -80,6 +84,7 @@ WORLDS = {
 }
 RESUMED = [
     Case(name="resumed-on-one", model="untied", bins=_REORDERED, load="two-ranks-untied"),
+    Case(name="resumed-muon", model=cases.MUON, bins=_REORDERED, load="two-ranks-muon"),
     Case(name="resumed-from-whole", model="untied", bins=_REORDERED, load="two-ranks-whole"),
     Case(name="resumed-on-the-host", model="untied", bins=_REORDERED, load="two-ranks-untied", offload_fraction=1.0),
     Case(name="resumed-on-the-device", model="untied", bins=_REORDERED, load="two-ranks-offloaded"),
@@ -93,7 +98,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train_backend")
     for model in ("tied", "untied"):
         cases.write_model(folder / model, tied=model == "tied")
-    cases.write_model(folder / cases.TRUNCATED, tied=False)
+    for model in (cases.TRUNCATED, cases.MUON):
+        cases.write_model(folder / model, tied=False)
     cases.write_model(folder / "bf16", tied=True, dtype=torch.bfloat16)
     for world_size, cases_of_world in WORLDS.items():
         run_world(world_size, cases_of_world, folder)
@@ -104,7 +110,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> dict[str, cases.StepsRecord]:
     """Return the plain loop's records by model."""
-    return {model: cases.plain_loop(folder / model) for model in ("tied", "untied", cases.TRUNCATED)}
+    return {model: cases.plain_loop(folder / model) for model in ("tied", "untied", cases.TRUNCATED, cases.MUON)}
 
 
 @pytest.mark.parametrize(("world_size", "case"), STEPPED, ids=[case.name for _, case in STEPPED])
@@ -148,7 +154,7 @@ def test_a_non_finite_loss_on_one_rank_stops_every_rank_before_the_step(folder: 
 @pytest.mark.parametrize("case", RESUMED, ids=[case.name for case in RESUMED])
 def test_a_checkpoint_of_two_ranks_goes_on_with_one(folder: Path, case: Case) -> None:
     [resumed] = read_records(folder, case, 1)
-    expected = cases.plain_loop(folder / "untied", num_steps=2 * cases.NUM_STEPS)
+    expected = cases.plain_loop(folder / case.model, num_steps=2 * cases.NUM_STEPS)
     assert_steps_equal(resumed, expected, first=cases.NUM_STEPS)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -82,6 +82,11 @@ TRUNCATED = "truncated"
 """Name of the model whose batch was drawn by truncated sampling."""
 
 
+MUON = "muon"
+"""Name of the model that is stepped by Muon."""
+MUON_OPTIMIZER = replace(OPTIMIZER, optimizer="muon", muon_momentum=0.9)
+
+
 def make_batch(model: str = "") -> RolloutBatch:
     """Return a rollout batch with every column the loss reads; that of the model `TRUNCATED` has the tokens that were kept."""
     batch = _make_batch()
@@ -152,6 +157,7 @@ def plain_loop(
     kept = [w for w in trained if w.ndim == 1]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": kept, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
+    muon = _PlainMuon(model, groups[0]["params"]) if folder.name == MUON else None
     optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=BETAS, eps=ADAM_EPS, fused=False, foreach=False)
     with torch.no_grad():
         first = [outputs(model, tokens)[0] for tokens in batch.tokens]
@@ -174,14 +180,39 @@ def plain_loop(
         norm = torch.nn.utils.clip_grad_norm_(trained, CLIP_GRAD)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
+        if muon is not None:
+            muon.step(learning_rate(step))
         optimizer.step()
-        optimizer.zero_grad()
+        model.zero_grad()
         record.losses.append(loss.item())
         record.grad_norms.append(norm.item())
         record.learning_rates.append(learning_rate(step))
         record.trained_tokens.append(float(sum(mask.sum() for mask in batch.loss_mask)))
     record.weights.update({name: weight.detach().clone() for name, weight in model.named_parameters()})
     return record
+
+
+class _PlainMuon:
+    """Muon of the matrices of the layers, which it takes from the parameters of AdamW."""
+
+    def __init__(self, model: nn.Module, of_adam: list[nn.Parameter]) -> None:
+        self.matrices = [weight for name, weight in model.named_parameters() if ".layers." in name and weight.ndim == 2]
+        taken = set(self.matrices)
+        of_adam[:] = [weight for weight in of_adam if weight not in taken]
+        self.momenta = [torch.zeros_like(weight) for weight in self.matrices]
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Step by the polynomial of the singular values, which Newton-Schulz applies five times."""
+        for weight, momentum in zip(self.matrices, self.momenta, strict=True):
+            assert weight.grad is not None
+            momentum.mul_(0.9).add_(weight.grad)
+            left, values, right = torch.linalg.svd((weight.grad + 0.9 * momentum).double(), full_matrices=False)
+            values = values / (values.norm() + 1e-7)
+            for _ in range(5):
+                values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+            scale = 0.2 * max(weight.shape) ** 0.5
+            weight.mul_(1 - lr * WEIGHT_DECAY).sub_(lr * scale * ((left * values) @ right).float())
 
 
 def _plain_outputs(model: nn.Module, tokens: Tensor, *, truncated: bool) -> tuple[Tensor, Tensor]:

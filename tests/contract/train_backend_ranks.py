@@ -214,6 +214,8 @@ def _training(case: Case) -> TrainingConfig:
 
 
 def _optimizer(case: Case) -> OptimizerConfig:
+    if case.model == cases.MUON:
+        return cases.MUON_OPTIMIZER
     return offloaded(cases.OPTIMIZER, case.offload_fraction, overlap=True)
 
 

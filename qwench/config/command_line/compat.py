@@ -36,12 +36,12 @@ def foreign_flag(spelled: str) -> ForeignFlag | None:
 
 REFUSED_VALUES: Mapping[str, Mapping[str, str]] = {
     "loss-mask-type": {"qwen3_5": "qwen3"},
-    "optimizer": {"sgd": "adam"},
+    "optimizer": {"sgd": "adam", "dist_muon": "muon"},
 }
 """Flag -> value of theirs without a counterpart -> what to use instead."""
 
 ONE_VALUE = frozenset({
-    "expert-model-parallel-size", "expert-tensor-parallel-size", "optimizer",
+    "expert-model-parallel-size", "expert-tensor-parallel-size",
     "disable-compute-advantages-and-returns",
 })  # fmt: skip
 """Flags that exist for scripts of others and accept one value; no hint leads to them."""

@@ -271,7 +271,8 @@ REFUSED_PREFIXES: Mapping[str, str] = {
     ),
     "inference-": "rollouts come from SGLang or the embedded engine",
     **dict.fromkeys(["rl-", "grpo-", "langrl-"], "it belongs to Megatron's own RL loop; qwench train has slime's flags"),
-    **dict.fromkeys(["muon-", "lion-", "qk-clip"], "AdamW is the only optimizer"),
+    **dict.fromkeys(["lion-", "qk-clip"], "the optimizers are AdamW and Muon"),
+    "muon-": "Muon uses Nesterov's momentum and Moonlight's scale, on each of q, k and v apart",
     **dict.fromkeys(
         ["bert-", "ict-", "biencoder-", "retro-", "vision-", "swin-", "dino-", "img-", "fim-", "titles-data-", "block-data-"],
         "it belongs to other models and their data",

@@ -18,10 +18,14 @@ LrWsdDecayStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW with float32 masters, and a schedule counted in optimizer steps."""
+    """The optimizer with float32 masters, and a schedule counted in optimizer steps."""
 
-    optimizer: Literal["adam"] = "adam"
-    """Optimizer: AdamW."""
+    optimizer: Literal["adam", "muon"] = "adam"
+    """AdamW, or Muon for the matrices of the layers and AdamW for all other parameters (FSDP2). Both have the same --lr."""
+    muon_momentum: float = 0.95
+    """Decay of Muon's momentum."""
+    muon_num_ns_steps: int = 5
+    """Newton-Schulz steps that make Muon's update orthogonal."""
     lr: float | None = None
     """Peak learning rate. Required for training."""
     min_lr: float = 0.0
@@ -85,6 +89,7 @@ class OptimizerConfig:
         if self.overlap_cpu_optimizer_d2h_h2d and not self.optimizer_cpu_offload:
             raise ConfigError("--overlap-cpu-optimizer-d2h-h2d needs --optimizer-cpu-offload, whose copies it overlaps")
         self._check_moments()
+        self._check_muon()
         self._check_schedule()
 
     @property
@@ -106,6 +111,25 @@ class OptimizerConfig:
                     f"{flag} {dtype} rounds away a decay by {beta_flag} ({beta}): the average would never shrink; "
                     f"give {beta_flag} 0.99 or less, or leave {flag} out"
                 )
+
+    def _check_muon(self) -> None:
+        check_positive("--muon-num-ns-steps", self.muon_num_ns_steps)
+        if not 0 <= self.muon_momentum < 1:
+            raise ConfigError(f"--muon-momentum must be at least 0 and less than 1, got {self.muon_momentum}")
+        if self.optimizer == "muon":
+            for flag, is_given in (
+                ("--optimizer-cpu-offload", self.optimizer_cpu_offload),
+                ("--use-precision-aware-optimizer", self.use_precision_aware_optimizer),
+            ):
+                if is_given:
+                    raise ConfigError(f"{flag} is for AdamW: Muon keeps float32 momenta on the device; leave one of them out")
+            return
+        for flag, is_given in (
+            ("--muon-momentum", self.muon_momentum != 0.95),
+            ("--muon-num-ns-steps", self.muon_num_ns_steps != 5),
+        ):
+            if is_given:
+                raise ConfigError(f"{flag} has no effect with --optimizer {self.optimizer}; give muon, or leave it out")
 
     def _check_schedule(self) -> None:
         if self.lr is not None and self.min_lr > self.lr:

@@ -17,19 +17,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-
-# The public way to place a host tensor in a DTensor sends the whole tensor to every rank's device first.
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PretrainedConfig, PreTrainedModel
 
 from qwench.checkpoints.formats.sources import TensorReader, WeightSource, find_checkpoint, find_format, open_weights
 from qwench.checkpoints.formats.torch_dist import CONFIG_FILE
+from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, load_model, model_of
 from qwench.models.peft import AdapterFolder, is_adapter, no_adapter, write_adapter
 from qwench.training.fsdp.lora import Adapters, folder_name
-from qwench.training.fsdp.optimizer import MasterOptimizer, full_tensor
+from qwench.training.fsdp.optimizer import MasterOptimizer, full_tensor, local_shard, own_part
 from qwench.training.resuming import (
     load_in_place,
     load_moments,
@@ -139,6 +136,8 @@ def load_converted(folder: Path, optimizer: MasterOptimizer, model: Architecture
     """
     weights = open_weights(folder, model)
     state = None if weights_only else open_saved_optimizer(folder, model)
+    if state is not None and optimizer.has_momentum:
+        raise ConfigError(f"{folder} has AdamW's state of all weights, and --optimizer muon has its own; give --no-load-optim.")
     masters = optimizer.masters()
     _fill(masters, weights if state is None else state.masters)
     optimizer.set_masters(masters)
@@ -154,7 +153,4 @@ def _fill(tensors: Mapping[str, Tensor], source: TensorReader, *, suffix: str = 
     for name, tensor in tensors.items():
         if not name.endswith(suffix):
             continue
-        assert isinstance(tensor, DTensor), "FSDP2 holds every weight as a DTensor outside of forward and backward"
-        sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        region = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
-        tensor.to_local().copy_(source.read(name.removesuffix(suffix))[region])
+        local_shard(tensor).copy_(own_part(tensor, source.read(name.removesuffix(suffix))))

@@ -7,17 +7,23 @@ host, with their moments, for the share that --optimizer-cpu-offload says. Of th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+
+# The public way to place a host tensor in a DTensor sends the whole tensor to every rank's device first.
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.utils import get_total_norm
 
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.training.fsdp.gradients import Gradients
-from qwench.training.optimizers.host_adam import MOMENTS, HostAdam
+from qwench.training.optimizers.host_adam import HostAdam
+from qwench.training.optimizers.muon import Muon, takes
 from qwench.training.optimizers.schedule import LrSchedule
 
 NORM_EPS = 1e-6
@@ -45,10 +51,39 @@ class MasterOptimizer:
         mesh = _mesh_of(next(iter(weights.values())))
         self._shard_group = mesh.get_group("dp_shard")
         self._host_mesh = mesh if mesh.device_type == "cpu" else _same_ranks_on_the_host(mesh)
-        decayed = [shard for name, shard in self._shards.items() if weights[name].ndim > 1]
-        kept = [shard for name, shard in self._shards.items() if weights[name].ndim <= 1]
+        matrices = {name for name, weight in weights.items() if section.optimizer == "muon" and takes(name, weight)}
+        self._optimizers = self._make_optimizers(section, matrices)
+        self._optimizer_of = {name: self._optimizers[-1 if name in matrices else 0] for name in self._shards}
+
+    def _make_optimizers(self, section: OptimizerConfig, matrices: AbstractSet[str]) -> list[HostAdam]:
+        """Return AdamW, and Muon of the matrices where there are some."""
+        others = {name: shard for name, shard in self._shards.items() if name not in matrices}
+        decayed = [shard for name, shard in others.items() if self._weights[name].ndim > 1]
+        kept = [shard for name, shard in others.items() if self._weights[name].ndim <= 1]
         groups = [{"params": decayed, "weight_decay": section.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-        self._adam = HostAdam.from_section([group for group in groups if group["params"]], section, splits_masters=True)
+        adam = HostAdam.from_section([group for group in groups if group["params"]], section, splits_masters=True)
+        if not matrices:
+            return [adam]
+        names = {self._shards[name]: name for name in matrices}
+        stepped = [{"params": [self._shards[name] for name in self._shards if name in matrices]}]
+        return [
+            adam,
+            Muon(
+                stepped,
+                section,
+                whole=lambda shard, values: full_tensor(self._named(names[shard], values)),
+                part=lambda shard, whole: own_part(self._weights[names[shard]], whole),
+            ),
+        ]
+
+    @property
+    def has_momentum(self) -> bool:
+        """Tell whether Muon steps the matrices."""
+        return len(self._optimizers) > 1
+
+    @property
+    def _param_groups(self) -> list[dict[str, Any]]:  # Any: as torch's optimizers have them
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     def grad_norm(self) -> float:
         """Return the norm of the whole gradient, before clipping; collective over the shards."""
@@ -64,14 +99,15 @@ class MasterOptimizer:
             for gradient in gradients:
                 gradient.mul_(self._clip_grad / (grad_norm + NORM_EPS))
         learning_rate = self._schedule.at(self.num_steps)
-        for group in self._adam.param_groups:
+        for group in self._param_groups:
             group["lr"] = learning_rate
         for shard, gradient in zip(self._shards.values(), gradients, strict=True):
             shard.decoupled_grad = gradient  # type: ignore[attr-defined]  # read by HostAdam
-        self._adam.step()
+        for optimizer in self._optimizers:
+            optimizer.step()
         self.num_steps += 1
         self.drop_gradients()
-        return [learning_rate] * len(self._adam.param_groups)
+        return [learning_rate] * len(self._param_groups)
 
     def drop_gradients(self) -> None:
         """Forget the gradients and give their memory back."""
@@ -84,42 +120,44 @@ class MasterOptimizer:
         if self._weights_are_masters():
             return {name: weight.detach() for name, weight in self._weights.items()}
         self._start()
-        return {name: self._named(name, self._adam.master(shard)) for name, shard in self._shards.items()}
+        return {name: self._named(name, self._optimizer_of[name].master(shard)) for name, shard in self._shards.items()}
 
     def set_masters(self, masters: Mapping[str, Tensor]) -> None:
         """Take masters that `masters` returned, and set the weights to them, rounded to their dtype."""
         if self._weights_are_masters():
             return
         for name, shard in self._shards.items():
-            self._adam.set_master(shard, local_shard(masters[name]))
+            self._optimizer_of[name].set_master(shard, local_shard(masters[name]))
 
     def moments(self) -> dict[str, Tensor]:
-        """Return the sharded moments by name (`<weight>.exp_avg`, `<weight>.exp_avg_sq`); empty before the first step."""
+        """Return the sharded moments by name (`<weight>.exp_avg`, `<weight>.momentum`); empty before the first step."""
         if not self.num_steps:
             return {}
         return {
-            f"{name}.{moment}": self._named(name, self._adam.state[shard][moment])
+            f"{name}.{moment}": self._named(name, self._optimizer_of[name].state[shard][moment])
             for name, shard in self._shards.items()
-            for moment in MOMENTS
+            for moment in self._optimizer_of[name].moment_names
         }
 
     def device_state(self) -> list[Tensor]:
         """Return the tensors on the device besides weights and gradients."""
-        return self._adam.device_tensors()
+        return [tensor for optimizer in self._optimizers for tensor in optimizer.device_tensors()]
 
     def reset(self, num_steps: int) -> None:
         """Start over as after `num_steps` steps, with the masters as they are and moments of zero, to be read into."""
         self._start()
-        self._adam.restart(num_steps)
+        for optimizer in self._optimizers:
+            optimizer.restart(num_steps)
         self.num_steps = num_steps
 
     def _weights_are_masters(self) -> bool:
-        return not self._adam.state and all(shard.dtype == torch.float32 for shard in self._shards.values())
+        return not self._optimizers[0].state and all(shard.dtype == torch.float32 for shard in self._shards.values())
 
     def _start(self) -> None:
         """Make the state, when it is first needed: a run that only scores never needs it."""
-        if not self._adam.state:
-            self._adam.reset()
+        for optimizer in self._optimizers:
+            if not optimizer.state:
+                optimizer.reset()
 
     def _named(self, name: str, shard: Tensor) -> Tensor:
         """Present a shard of the state, on the device or the host, as its part of the whole tensor."""
@@ -134,6 +172,13 @@ def local_shard(tensor: Tensor) -> Tensor:
     assert isinstance(tensor, DTensor), "FSDP2 holds every weight as a DTensor outside of forward and backward"
     with torch.no_grad():
         return tensor.to_local()
+
+
+def own_part(weight: Tensor, whole: Tensor) -> Tensor:
+    """Return this rank's part of a whole tensor that is sharded as `weight` is."""
+    assert isinstance(weight, DTensor), "FSDP2 holds every weight as a DTensor outside of forward and backward"
+    sizes, offsets = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    return whole[tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ class HostAdam(torch.optim.AdamW):
         weight_decay: float,
         offload_fraction: float = 1.0,
         overlap: bool = True,
-        moment_dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+        moment_dtypes: Sequence[torch.dtype] = (torch.float32, torch.float32),
+        moments: Sequence[str] = MOMENTS,
         splits_masters: bool = False,
         bucket_elements: int = BUCKET_ELEMENTS,
     ) -> None:
@@ -61,14 +62,15 @@ class HostAdam(torch.optim.AdamW):
             offload_fraction: Share of the elements, first groups first, whose state is on the host; the parameter that
                 crosses the share is offloaded as a whole.
             overlap: Copy gradients and weights while the host computes; the numbers do not depend on it.
-            moment_dtypes: What exp_avg and exp_avg_sq are stored in.
+            moment_dtypes: What the moments are stored in.
+            moments: Names of the running averages.
             splits_masters: Bfloat16 parameters on the device are the upper halves of their masters.
             bucket_elements: Bounds the buffers: at most three buckets of gradients and of weights, pinned, and one of moments.
         """
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self._offload_fraction = offload_fraction
         self._overlap = overlap
-        self._moment_dtypes = dict(zip(MOMENTS, moment_dtypes, strict=True))
+        self._moment_dtypes = dict(zip(moments, moment_dtypes, strict=True))
         self._splits_masters = splits_masters
         self._bucket_elements = bucket_elements
         self._num_steps = torch.tensor(0.0)
@@ -125,7 +127,7 @@ class HostAdam(torch.optim.AdamW):
     def restart(self, num_steps: int) -> None:
         """Set the moments to zero and the step count to `num_steps`; masters stay."""
         for state in self.state.values():
-            for name in MOMENTS:
+            for name in self._moment_dtypes:
                 state[name].zero_()
         self._count_steps(num_steps)
 
@@ -157,7 +159,7 @@ class HostAdam(torch.optim.AdamW):
         assert self.state, "reset comes first"
         self._count_steps(int(self._num_steps) + 1)
         for bucket in self._device_buckets:
-            gradients = [span.of(_gradient(span.param)) for span in bucket]
+            gradients = [span.of(gradient_of(span.param)) for span in bucket]
             if REST in self.state[bucket[0].param]:
                 self._update_split(bucket, gradients)
                 continue
@@ -166,15 +168,15 @@ class HostAdam(torch.optim.AdamW):
                 if span.param.dtype != torch.float32:
                     span.of(span.param).copy_(master)
         if self._copies is not None:
-            self._copies.run(self._host_buckets, _gradient, self._update_on_host)
+            self._copies.run(self._host_buckets, gradient_of, self._update_on_host)
 
     def device_tensors(self) -> list[Tensor]:
         """Return masters and moments that take memory of the device besides the parameters."""
         tensors: list[Tensor] = []
         for param, state in self.state.items():
             if param not in self._on_host:
-                names = (*MOMENTS, REST) if REST in state else MOMENTS if param.dtype == torch.float32 else (*MOMENTS, MASTER)
-                tensors += [state[name] for name in names]
+                masters = (REST,) if REST in state else () if param.dtype == torch.float32 else (MASTER,)
+                tensors += [state[name] for name in (*self._moment_dtypes, *masters)]
         return tensors
 
     def get_unscaled_state(self, param: Tensor, name: str) -> Tensor:
@@ -202,6 +204,11 @@ class HostAdam(torch.optim.AdamW):
                         self.set_scaled_state(param, name, value)
             group.update({name: value for name, value in saved.items() if name != "params"})
         self._count_steps(int(self.param_groups[0].get("step", 0)))
+
+    @property
+    def moment_names(self) -> tuple[str, ...]:
+        """Return the names of the running averages."""
+        return tuple(self._moment_dtypes)
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -307,7 +314,7 @@ class HostAdam(torch.optim.AdamW):
             group["step"] = num_steps
 
 
-def _gradient(param: Tensor) -> Tensor:
+def gradient_of(param: Tensor) -> Tensor:
     """Return the gradient; Megatron leaves it in `decoupled_grad` where its dtype is not the parameter's, and so do we."""
     gradient = getattr(param, "decoupled_grad", None)
     if gradient is None:

@@ -19,6 +19,7 @@ from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.model import ModelConfig
+from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.parallel import ParallelConfig
 from qwench.config.sections.references import ReferencesConfig
 from qwench.config.sections.reward import RewardConfig
@@ -287,6 +288,7 @@ LORA = LoraConfig(lora_rank=8)
 
 @pytest.mark.parametrize(("sections", "flag"), [
     ({"training": TrainingConfig(whole_weights=True)}, "--whole-weights; leave it out"),
+    ({"optimizer": OptimizerConfig(optimizer="muon")}, "--optimizer muon; choose adam"),
     ({"training": TrainingConfig(batch_invariant_mode=True)}, "--batch-invariant-mode or --true-on-policy-mode"),
     ({"algorithm": AlgorithmConfig(advantage_estimator="ppo")}, "--advantage-estimator ppo; choose an estimator"),
     ({"distillation": OPD}, "--opd-type megatron; leave it out"),

@@ -192,6 +192,13 @@ REFUSED = [
         {"use_precision_aware_optimizer": True, "exp_avg_sq_dtype": "bf16"},
         "--exp-avg-sq-dtype bf16 rounds away a decay by --adam-beta2 (0.999)",
     ),
+    (
+        OptimizerConfig,
+        {"muon_momentum": 0.9},
+        "--muon-momentum has no effect with --optimizer adam; give muon",
+    ),
+    (OptimizerConfig, {"optimizer": "muon", "muon_momentum": 1.0}, "--muon-momentum must be at least 0 and less than 1, got 1"),
+    (OptimizerConfig, {"optimizer": "muon", "optimizer_cpu_offload": True}, "--optimizer-cpu-offload is for AdamW: Muon keeps"),
     (OptimizerConfig, {"exp_avg_dtype": "bf16"}, "--exp-avg-dtype bf16 needs --use-precision-aware-optimizer"),
     (
         OptimizerConfig,

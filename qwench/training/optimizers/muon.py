@@ -1,0 +1,97 @@
+"""Muon: momentum of a matrix, made nearly orthogonal, is its step; all other parameters are AdamW's.
+
+    M = mu M + G         U = G + mu M  (Nesterov)         O = newton_schulz(U)
+    W = W - lr (0.2 sqrt(max(rows, columns)) O + weight_decay W)
+
+O has the singular vectors of U, and singular values near 1. The factor gives a step the size of AdamW's, so that both have one
+learning rate and one weight decay.
+
+Source: Muon (Keller Jordan, 2024, kellerjordan.github.io/posts/muon); factor and weight decay: Moonlight (arXiv 2502.16982).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwench.config.sections.optimizer import OptimizerConfig
+from qwench.training.optimizers.host_adam import MASTER, REST, HostAdam, gradient_of
+from qwench.training.optimizers.split_masters import join
+
+MOMENTUM = "momentum"
+"""Name of the running sum of gradients, in a checkpoint."""
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_ADAM_SIZE = 0.2
+"""Root mean square of AdamW's steps."""
+_NOT_HIDDEN = ("embed_tokens.weight", "lm_head.weight")
+
+Whole = Callable[[Tensor, Tensor], Tensor]
+"""(parameter, a tensor in its layout on this rank) -> the whole matrix; collective."""
+Part = Callable[[Tensor, Tensor], Tensor]
+"""(parameter, a whole matrix) -> this rank's part of it."""
+
+
+def takes(name: str, weight: Tensor) -> bool:
+    """Tell whether Muon steps a weight: the matrices of the layers, not embedding and head."""
+    return weight.ndim == 2 and not name.endswith(_NOT_HIDDEN)
+
+
+def orthogonalised(matrix: Tensor, *, num_steps: int) -> Tensor:
+    """Return the matrix with singular values near 1, by Newton-Schulz steps on the smaller side; in bfloat16 on a GPU."""
+    a, b, c = _COEFFICIENTS
+    x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
+    is_tall = x.shape[0] > x.shape[1]
+    if is_tall:
+        x = x.T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(num_steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    turned: Tensor = x.T if is_tall else x
+    return turned.to(matrix.dtype)
+
+
+class Muon(HostAdam):
+    """Keeps masters as `HostAdam` does, all on the device, and one momentum for each matrix."""
+
+    def __init__(self, params: Iterable[dict[str, Any]], section: OptimizerConfig, *, whole: Whole, part: Part) -> None:
+        """Take groups of matrices, or of this rank's rows of them."""
+        assert section.lr is not None, "config.checks requires --lr"
+        super().__init__(
+            params,
+            lr=section.lr,
+            betas=(section.adam_beta1, section.adam_beta2),
+            eps=section.adam_eps,
+            weight_decay=section.weight_decay,
+            offload_fraction=0.0,
+            moment_dtypes=(torch.float32,),
+            moments=(MOMENTUM,),
+            splits_masters=True,
+        )
+        self._momentum, self._num_ns_steps = section.muon_momentum, section.muon_num_ns_steps
+        self._whole, self._part = whole, part
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # see HostAdam
+        """Update masters, momenta and parameters by the gradients, which every parameter must have; collective."""
+        assert closure is None, "gradients are computed before the step"
+        self._count_steps(int(self._num_steps) + 1)
+        for group in self.param_groups:
+            for param in group["params"]:
+                update = self._update_of(param)
+                state: Mapping[str, Tensor] = self.state[param]
+                master = join(param, state[REST]) if REST in state else state[MASTER]
+                master.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+                self.set_master(param, master)
+
+    def _update_of(self, param: Tensor) -> Tensor:
+        gradient = gradient_of(param).float()
+        momentum = self.state[param][MOMENTUM]
+        momentum.mul_(self._momentum).add_(gradient)
+        whole = self._whole(param, gradient.add(momentum, alpha=self._momentum))
+        scale = _ADAM_SIZE * math.sqrt(max(whole.shape))
+        return self._part(param, orthogonalised(whole, num_steps=self._num_ns_steps)).mul(scale)
