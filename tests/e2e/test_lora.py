@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.e2e.conftest import DIGITS, InProcess, Workspace, column
+from tests.fakes import cuda_stand_in
+from tests.forked import Forked
+from tests.verbs import run_verb_without_cuda
 
 LORA = {"lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "lr": 2e-2}
 RL = {**DIGITS, **LORA, "use_kl_loss": (), "kl_loss_coef": 0.01}
@@ -105,3 +109,32 @@ def test_a_published_adapter_makes_the_rollouts_of_merged_weights(
     for publish in ("merged", "adapter"):
         # The trainer's log-probs of what the engine sampled with these weights.
         assert max(column(tmp_path / publish, "train/train_rollout_logprob_abs_diff")) < 1e-5
+
+
+def test_megatron_ranks_train_the_adapter_that_one_rank_trains_and_resume(
+    workspace: Workspace, tmp_path: Path, in_process: InProcess
+) -> None:
+    flags = {**RL, "lora_dropout": None}
+    assert in_process(workspace.train_argv(tmp_path / "one", **flags, num_rollout=3))[0] == 0
+    layout = {
+        "actor_num_gpus_per_node": 2,
+        "train_backend": "megatron",
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": (),
+    }
+    for num_rollout in (2, 3):
+        argv = workspace.train_argv(tmp_path / "two", **flags, **layout, num_rollout=num_rollout, lora_publish="adapter")
+        environ = cuda_stand_in.environment(os.environ)
+        ended = Forked(tmp_path / "output", run_verb_without_cuda, argv, environ=environ).end()
+        assert ended.returncode == 0, ended.stderr
+    for metric in ("train/loss", "train/kl_loss", "rollout/raw_reward"):
+        assert column(tmp_path / "two", metric) == pytest.approx(column(tmp_path / "one", metric), rel=1e-3, abs=1e-5), metric
+    one, two = _adapter(tmp_path / "one", 3), _adapter(tmp_path / "two", 3)
+    assert one.keys() == two.keys()
+    # Adam's first steps are near sign(gradient): rounding differs by backend.
+    assert sum(float((matrix - two[name]).norm()) for name, matrix in one.items()) < 1e-2 * sum(
+        float(matrix.norm()) for matrix in one.values()
+    )
+    changed = workspace.train_argv(tmp_path / "two", **{**flags, "lora_rank": 8}, num_rollout=4)
+    code, said = in_process(changed)
+    assert code == 2 and "lora_rank 4, this one has 8" in " ".join(said.split())
