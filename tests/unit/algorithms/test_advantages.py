@@ -18,6 +18,7 @@ from qwench.algorithms.advantages import (
     sampled_reverse_kl,
     spread,
     standardize,
+    standardize_over_executions,
     whiten,
 )
 from qwench.errors import RewardError
@@ -66,6 +67,12 @@ def test_group_without_a_graded_sample_has_zero_advantage():
     assert _normalize([0, 0, 1, 0], [0, 0, 1, 1], graded=[False, False, True, True], divide_by_std=False).tolist() == [
         0.0, 0.0, 0.5, -0.5,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("graded", [[False, False], [True, False]])
+def test_over_a_rollout_with_fewer_than_two_graded_executions_all_are_zero(graded):
+    ids = torch.tensor([0, 1])
+    assert standardize_over_executions(torch.tensor([3.0, 5.0]), ids, ids, torch.tensor(graded)).tolist() == [0.0, 0.0]
 
 
 def test_ungraded_sibling_need_not_agree_with_its_execution():

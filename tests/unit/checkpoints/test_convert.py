@@ -125,6 +125,9 @@ def test_what_is_stored_or_quantized_as_one_is_one_job(tmp_path: Path) -> None:
     assert (gate, up) in to_hf(megatron) and (gate, up) in [job.names for job in fsdp.jobs]
     assert (gate, f"{gate}_scale_inv") in to_hf(fp8)
     assert {(gate,), (up,)} < set(to_hf(megatron, shard_bytes=1)), "a job fills one file"
+    whole = sum(spec.nbytes for spec in megatron.specs.values())
+    target = HfTarget(tmp_path, Stream(kind=WEIGHTS, source=megatron), hf_folder=hf, max_shard_bytes=whole)
+    assert {job.unit for job in target.jobs} == {0}, "a file may be full to the last byte"
     fsdp.close()
 
 

@@ -116,6 +116,11 @@ def test_rows_without_a_teacher_are_refused_before_the_run():
     check_teachers(section(), "http://m:1", [unnamed])
 
 
+def test_the_address_of_a_teacher_may_hold_an_equals_sign():
+    config = section(opd_teacher_urls=("math=http://m:1/?key=a",))
+    assert config.teacher_urls(None) == {"math": "http://m:1/?key=a"}
+
+
 def test_a_row_is_scored_by_the_teacher_that_it_names():
     config = section(opd_teacher_urls=("math=http://m:1", "default=http://d:1"), opd_teacher_key="who")
     teachers = Teachers(config, config.teacher_urls(None))

@@ -54,7 +54,7 @@ class DecoderModel:
         device: torch.device,
         *,
         adapters: AdapterStore,
-        invariant: bool = False,
+        invariant: bool,
     ) -> None:
         """Bind to `weights` by Hugging Face name, and to the adapters; their storage is used, not copied.
 

@@ -61,6 +61,12 @@ def test_grpo_gives_each_token_its_samples_reward():
     assert [column.tolist() for column in got] == [[0.5], [-2.0, -2.0, -2.0]]
 
 
+def test_advantages_fall_by_what_a_token_is_likelier_to_the_policy_than_to_the_teacher():
+    columns = {"old_log_probs": [torch.tensor([-1.0, -2.0])], "teacher_log_probs": [torch.tensor([-1.5, -1.0])]}
+    got = build_method(AlgorithmConfig(), opd_kl_coef=0.5).targets(_batch([1.0], **columns))["advantages"]
+    assert [column.tolist() for column in got] == [[1.0 - 0.5 * 0.5, 1.0 + 0.5 * 1.0]]
+
+
 def test_whitening_on_request():
     got = torch.cat(_advantages(_batch([1.0, 3.0], response_lengths=[1, 1]), AlgorithmConfig(normalize_advantages=True)))
     assert got.tolist() == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2)], rel=1e-6)

@@ -20,6 +20,18 @@ def test_thinning_out_keeps_the_newest_and_the_multiples(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["iter_0000020", "iter_0000040", "iter_0000050"]
 
 
+def test_a_folder_that_was_put_aside_comes_back_only_where_nothing_replaced_it(tmp_path):
+    iterations = saved(tmp_path, 1, 2)
+    for name in ("iter_0000001.replaced", "iter_0000003.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "old").touch()
+    iterations.clean()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
+        "iter_0000001", "iter_0000002", "iter_0000003"
+    ]  # fmt: skip
+    assert (tmp_path / "iter_0000003" / "old").exists() and not (tmp_path / "iter_0000001" / "old").exists()
+
+
 def test_pruning_keeps_the_newest(tmp_path):
     iterations = saved(tmp_path, 1, 2, 3)
     iterations.prune(2)

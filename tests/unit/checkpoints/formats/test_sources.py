@@ -186,6 +186,16 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Attack()))
     with pytest.raises(CheckpointError, match="no part of the format"):
         DcpFolder(tmp_path)
+    writer = DcpWriter(tmp_path / "data", 0)
+    writer.add("layers", torch.ones(300))
+    writer.close()
+    write_metadata(tmp_path / "data", [writer.written], flat_keys=False)
+    (file,) = (tmp_path / "data").glob("*.distcp")
+    size = file.stat().st_size
+    torch.save(Attack(), file)
+    file.write_bytes(file.read_bytes().ljust(size, b"\0"))
+    with pytest.raises(CheckpointError, match="layers cannot be read"):
+        DcpFolder(tmp_path / "data").read("layers")
     assert not (tmp_path / "ran").exists()
 
 

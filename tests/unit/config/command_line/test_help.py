@@ -53,11 +53,17 @@ def test_every_flag_is_in_the_whole_listing_and_in_its_section(capsys):
 
 
 @pytest.mark.parametrize(
-    ("flag", "said"), [("advantage-estimator", "(default: grpo)"), ("rm-url", "(default: None)"), ("opd-teacher-urls", None)]
+    ("flag", "said"),
+    [("advantage-estimator", "(default: grpo)"), ("rm-url", "(default: None)"), ("opd-teacher-urls", None)],
 )
 def test_the_help_of_a_flag_ends_with_its_default_where_it_has_one(capsys, flag, said):
     text = " ".join(shown(capsys, "--help", flag).split())
     assert text.endswith(said) if said is not None else "(default" not in text
+
+
+def test_the_help_of_a_flag_without_a_default_says_that_it_is_required(capsys):
+    for words in (["--help"], ["--help", "output"]):
+        assert "(required)" in shown(capsys, *words, config_type=ConvertConfig, prog="qwench convert")
 
 
 def test_an_unknown_topic_is_named_with_the_nearest(capsys):

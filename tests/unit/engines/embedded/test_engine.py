@@ -7,7 +7,7 @@ import asyncio
 import pytest
 import torch
 
-from qwench.engines.embedded.compute import sampler
+from qwench.engines.embedded.compute import runner, sampler
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.scheduling import stopping
 from qwench.engines.embedded.scheduling.request import RunningRequest
@@ -33,6 +33,24 @@ def test_inline_engine_repeats_itself_to_the_bit():
         return [(result.output_ids, result.log_probs) for pair in pairs for result in pair]
 
     assert asyncio.run(scenario()) == asyncio.run(scenario())
+
+
+def test_one_decoder_serves_all_steps_while_the_weights_stay_where_they_are(monkeypatch):
+    made, decoder_type = [], runner.Decoder
+
+    def make(*arguments, **options):
+        made.append(decoder_type(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(runner, "Decoder", make)
+
+    async def scenario():
+        engine = make_engine(make_model("qwen3"), inline=True)
+        await engine.generate(ask("a", prompt_of(4), max_new_tokens=3, ignore_eos=True))
+        await engine.close()
+
+    asyncio.run(scenario())
+    assert len(made) == 1
 
 
 def test_checkpoint_folder_brings_weights_tokenizer_and_stop_tokens(tmp_path):

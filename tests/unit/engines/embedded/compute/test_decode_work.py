@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwench.engines.embedded.compute.decode_work import CHUNK_TOKENS, HEADER_SIZE, WorkSize, list_items, pack_decode_work
+from qwench.engines.embedded.compute.decode_work import (
+    CHUNK_TOKENS,
+    HEADER_SIZE,
+    DecodeWork,
+    WorkSize,
+    list_items,
+    pack_decode_work,
+)
 
 PAGE_SIZE = 64
 PAGES = CHUNK_TOKENS // PAGE_SIZE
@@ -61,6 +69,9 @@ def test_packed_parts_stand_where_the_kernel_looks():
     assert (num_items, width) == (3, tables.shape[1])
     assert rest[: 2 * width].tolist() == tables.ravel().tolist()
     assert rest[items_at:].reshape(-1, 3).tolist() == [[0, 2, 0], [0, 1, 1], [1, 1, 1]]
+    work = DecodeWork.view(torch.from_numpy(packed), num_rows=4, size=size)
+    assert (work.lengths.tolist(), work.first_slots.tolist()) == ([300, 257, 1, 1], [0, 2, 0, 0])
+    assert (work.header.tolist(), work.tables.tolist()) == ([num_items, width, items_at], rest.tolist())
 
 
 def test_buckets_by_hand():
