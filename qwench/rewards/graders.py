@@ -33,8 +33,8 @@ GPQA = "gpqa"
 IFBENCH = "ifbench"
 
 
-def _give_nothing(_sample: Sample) -> Verdict:
-    """Give 0: the run learns from something else."""
+def give_nothing(_sample: Sample) -> Verdict:
+    """Give 0, as distillation without a task does: the run learns from something else."""
     return Verdict(score=0.0, reason="zero")
 
 
@@ -49,7 +49,7 @@ def find_grader(rm_type: str) -> Grader:
     if rm_type == RANDOM:
         return toss_coin
     if rm_type == ZERO:
-        return _give_nothing
+        return give_nothing
     if inner == REMOTE:
         return _refuse_remote
     if rm_type == JUDGE:

@@ -11,7 +11,7 @@ from typing import Literal
 from qwench.config.limits import check_fraction, check_import_path, check_positive, check_seconds
 from qwench.errors import ConfigError
 
-NO_TASK = "qwench.rewards.no_task.score"
+NO_TASK = "qwench.rewards.graders.give_nothing"
 """--custom-rm-path of distillation without a task: every reward is 0, and the advantages are the teacher's."""
 
 BOXED_ANSWERS = ("math", "deepscaler")
