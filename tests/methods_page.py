@@ -28,7 +28,8 @@ their held-out accuracy; `--own NAME=FLAGS` adds a method of yours.
 
 `--use-opd` adds a teacher to every method but sft: the advantage of a token loses `--opd-kl-coef` times (policy's - teacher's
 log-prob), before whitening (on-policy distillation, arXiv 2306.13649; `test_advantages.py`, `tests/e2e/test_distillation.py`).
-A teacher on a server (`--opd-type sglang`) has the policy's tokenizer and any size. Its log-probs are those of temperature 1,
+A teacher on a server (`--opd-type sglang`) has any size, and the policy's tokenizer: the start checks it. Its scores are of
+temperature 1,
 and a warning says so at another `--rollout-temperature`; `--opd-log-prob-top-k` asks those of the policy at 1 too.
 `--opd-log-prob-top-k K` compares the K likeliest tokens of each position instead of the sampled one (`test_teacher.py`),
 as miles does. Such a KL is the same for every token that could stand at its position, so it does not choose between them.

@@ -299,10 +299,10 @@ def build_generation(
 
 
 def _build_teachers(inputs: Inputs) -> Teachers | None:
-    """Return the teachers on servers, which must listen; None: there are none.
+    """Return the teachers on servers, which must listen and read text as the policy does; None: there are none.
 
     Raises:
-        ConfigError: one cannot be reached.
+        ConfigError: one cannot be reached, or has another tokenizer.
     """
     section = inputs.config.distillation
     urls = section.teacher_urls(inputs.config.reward.rm_url)
@@ -310,4 +310,5 @@ def _build_teachers(inputs: Inputs) -> Teachers | None:
         return None
     teachers = Teachers(section, urls)
     teachers.check_reachable()
+    teachers.check_tokens(inputs.tokenizer)
     return teachers

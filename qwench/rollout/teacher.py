@@ -9,9 +9,14 @@ All log-probs are those of temperature 1. A response is scored beside its gradin
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import math
+import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
+
+from transformers import PreTrainedTokenizerBase
 
 from qwench.config.sections.distillation import DEFAULT_TEACHER, DistillationConfig, TopKStrategy, WeightMode
 from qwench.engines.client import HttpEngine
@@ -22,7 +27,11 @@ from qwench.rollout.generate import Requests
 from qwench.samples import Prompt, Sample
 
 ATTEMPTS = 6
+PROBE = "Let x = \\frac{1}{2} + 12345;\n\tdef f(self): ... \u00fcber \u4f60\u597d \U0001f642 "
+"""A text whose tokens tell tokenizers apart; the policy's special tokens follow it."""
+_PROBE_TIMEOUT_S = 60.0
 _REQUESTS_AT_ONCE = 64
+_logger = logging.getLogger(__name__)
 _SCORE_ONLY = SamplingParams(max_new_tokens=0, temperature=0.0)
 
 
@@ -44,6 +53,34 @@ class Teachers:
         """
         for name, server in self._servers.items():
             check_reachable(server.base_url, what=f"the teacher {name}", flag=self._section.teacher_flag)
+
+    def check_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Check that every server reads a text as the tokens that the policy reads; a warning names one that does not tell.
+
+        Raises:
+            ConfigError: one reads other tokens, so its scores would be those of another text.
+        """
+        text = PROBE + "".join(tokenizer.all_special_tokens)
+        ours = [int(token) for token in tokenizer(text)["input_ids"]]
+        for name, server in self._servers.items():
+            try:
+                theirs = _tokens_of(server.base_url, text)
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                _logger.warning(
+                    "the teacher %s (%s) does not tell how it reads a text (%s): whether it has the policy's tokenizer is not "
+                    "checked",
+                    name,
+                    server.base_url,
+                    error,
+                )
+                continue
+            if theirs != ours:
+                at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), len(ours))
+                raise ConfigError(
+                    f"the teacher {name} {self._section.teacher_flag} {server.base_url} has another tokenizer than "
+                    f"--hf-checkpoint: it reads a text as {theirs[at : at + 3]} from token {at} on where the policy reads "
+                    f"{ours[at : at + 3]}, so it would score other text; give a teacher with the policy's tokenizer"
+                )
 
     async def teach(self, sample: Sample, policy: Requests) -> None:
         """Set the teacher's scores of a finished sample; leave them out when the rollout is aborted during the request.
@@ -125,6 +162,18 @@ class Teachers:
             return Scores()
         result = await policy.send(list(tokens), _SCORE_ONLY, scoring=scoring)
         return None if result.finish_reason is FinishReason.ABORT else result.scores
+
+
+def _tokens_of(url: str, text: str) -> list[int]:
+    """Return the tokens as which a server reads a text; any answer that is not SGLang's raises an error."""
+    scoring = {"return_logprob": True, "logprob_start_len": 0}
+    body = {"text": text, "sampling_params": {"max_new_tokens": 0, "temperature": 0}, **scoring}
+    asked = urllib.request.Request(
+        f"{url}/generate", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+    )
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(asked, timeout=_PROBE_TIMEOUT_S) as response:
+        return [int(token) for _, token, *_ in json.loads(response.read())["meta_info"]["input_token_logprobs"]]
 
 
 def server_url(url: str) -> str:

@@ -36,9 +36,7 @@ _PHRASES: Mapping[str, str] = {
     "warmup-steps num-warmup-steps lr-warmup-steps warmup lr-warmup warmup-iters": "use --lr-warmup-iters",
     "warmup-ratio lr-warmup-ratio lr-warmup-steps-ratio warmup-fraction": "use --lr-warmup-fraction",
     "max-grad-norm grad-clip gradient-clipping clip-grad-norm max-norm gradient-clip-val": "use --clip-grad",
-    "optim optimizer-name optimizer-type muon galore lion sgd adafactor": (
-        "the optimizer is AdamW; see --adam-beta1, --adam-beta2 and --weight-decay"
-    ),
+    "optim optimizer-name optimizer-type muon galore lion sgd adafactor": ("use --optimizer: adam (AdamW), or muon"),
     "adam-epsilon": "use --adam-eps",
     "betas adam-betas": "use --adam-beta1 and --adam-beta2",
     "wd": "use --weight-decay",

@@ -10,6 +10,7 @@ from qwench.config.sections.distillation import DistillationConfig
 from qwench.engines.embedded.http.serving import ServerThread
 from qwench.engines.protocol import FinishReason, GenerateResult, Scores, Scoring
 from qwench.errors import ConfigError, EngineError
+from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.rollout import teacher as module
 from qwench.rollout.generate import Requests
 from qwench.rollout.teacher import Teachers, check_teachers, choose_tokens, server_url, weighted_reverse_kl
@@ -145,6 +146,24 @@ def test_a_teacher_that_is_gone_ends_the_run_with_its_name(monkeypatch):
         asyncio.run(teach())
     with pytest.raises(ConfigError, match=r"the teacher default --rm-url http://127.0.0.1:1 cannot be reached"):
         teachers.check_reachable()
+
+
+def probe(tokenizer, *, of_server) -> None:
+    with ServerThread(make_engine(make_model("qwen3"), tokenizer=of_server), token=None) as server:
+        Teachers(section(), {"default": server.base_url}).check_tokens(tokenizer)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused():
+    ours, other = build_small_tokenizer(), build_small_tokenizer()
+    probe(ours, of_server=ours)
+    other.add_tokens(["frac"])
+    with pytest.raises(ConfigError, match=r"the teacher default --rm-url .* has another tokenizer .* reads a text as \["):
+        probe(ours, of_server=other)
+
+
+def test_a_teacher_that_does_not_tell_its_tokens_is_named(caplog):
+    probe(build_small_tokenizer(), of_server=None)
+    assert "does not tell how it reads a text (HTTP Error 400" in caplog.text and "is not checked" in caplog.text
 
 
 def test_a_teacher_that_aborts_is_asked_again(monkeypatch):
