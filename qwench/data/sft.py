@@ -7,8 +7,9 @@ loss_mask            1  1  0  0  1  1           response: from the first to the 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 
 from rich.text import Text
@@ -18,6 +19,7 @@ from qwench.data.chat import read_tools, tokenize
 from qwench.data.conversations import as_conversation
 from qwench.data.cursor import DataCursor, Draw, fingerprint
 from qwench.data.masks import Segment, build_mask_function
+from qwench.data.packing import pack_by_tokens
 from qwench.data.rows import Row, read_rows
 from qwench.errors import ConfigError
 from qwench.observability.console import visible
@@ -25,6 +27,8 @@ from qwench.samples import Group, Json, Message, Prompt, Rollout, Sample, Status
 
 _CHUNK_ROWS = 1000
 """Rows tokenised in one call: enough to keep its threads busy, few enough not to hold all text twice."""
+_PACKED_STEPS = 100
+"""Steps whose packing is tried before a run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +68,8 @@ class LoadedSft:
     num_too_long: int
     num_untrained: int
     """Conversations without a token to train on: no assistant turn, or all of them masked by `step_loss_mask`."""
+    differing: Sequence[str] = ()
+    """Places of conversations of which --loss-mask-type trains on other text than the chat template marks."""
 
 
 def load_sft(
@@ -86,13 +92,21 @@ def load_sft(
         ConfigError: unreadable file or row, missing key, or nothing left.
     """
     mask = build_mask_function(loss_mask_type, tokenizer, template_kwargs=apply_chat_template_kwargs)
+    derived = build_mask_function(None, tokenizer, template_kwargs=apply_chat_template_kwargs) if loss_mask_type else mask
     examples: list[SftExample] = []
+    differing: list[str] = []
     num_too_long = num_untrained = 0
     for chunk in _chunks(read_rows(spec)):
         conversations = [as_conversation(row, input_key=input_key) for row in chunk]
         segmented = [
             mask(messages, read_tools(row, tool_key), row.place) for messages, row in zip(conversations, chunk, strict=True)
         ]
+        if derived is not mask:
+            differing += [
+                row.place
+                for messages, segments, row in zip(conversations, segmented, chunk, strict=True)
+                if _differs(segments, partial(derived, messages, read_tools(row, tool_key), row.place))
+            ]
         token_ids = iter(tokenize(tokenizer, [segment.text for segments in segmented for segment in segments]))
         for messages, segments in zip(conversations, segmented, strict=True):
             example = _example(messages, segments, list(islice(token_ids, len(segments))))
@@ -108,7 +122,26 @@ def load_sft(
             + (f"{num_too_long} are longer than the limit of {max_len} tokens, " if max_len is not None else "")
             + f"{num_untrained} have no assistant turn to learn from."
         )
-    return LoadedSft(examples=examples, num_too_long=num_too_long, num_untrained=num_untrained)
+    return LoadedSft(examples=examples, num_too_long=num_too_long, num_untrained=num_untrained, differing=differing)
+
+
+def describe_packing(examples: Sequence[SftExample], *, per_step: int, max_tokens: int | None, num_ranks: int) -> str:
+    """Describe lengths and, with a cap on tokens, how full micro-batches of the first steps are.
+
+    Args:
+        max_tokens: cap of a micro-batch. None: there is none.
+        num_ranks: data-parallel ranks, which have as many micro-batches each.
+    """
+    lengths = [len(example.tokens) for example in examples]
+    trained = sum(sum(example.loss_mask) for example in examples)
+    text = f"{len(lengths):,} conversations of {sum(lengths) / len(lengths):.0f} tokens, at most {max(lengths):,}; "
+    text += f"{trained / sum(lengths):.0%} of the tokens are trained on"
+    if max_tokens is None:
+        return text
+    steps = [lengths[start : start + per_step] for start in range(0, min(len(lengths), _PACKED_STEPS * per_step), per_step)]
+    num_bins = sum(len(pack_by_tokens(step, max_tokens=max_tokens, multiple_of=num_ranks)) for step in steps)
+    fill = sum(map(sum, steps)) / (num_bins * max_tokens)
+    return f"{text}; micro-batches are {fill:.0%} full ({num_bins / len(steps):.3g} a step)"
 
 
 class SftSource:
@@ -162,6 +195,17 @@ def _example(messages: Sequence[Message], segments: Sequence[Segment], token_ids
     loss_mask = b"".join(bytes([segments[i].trained]) * len(token_ids[i]) for i in range(first, end))
     prompt_text = "".join(segment.text for segment in segments[:first])
     return SftExample(tokens=tokens, loss_mask=loss_mask, prompt_text=prompt_text, messages=messages)
+
+
+def _differs(segments: Sequence[Segment], derive: Callable[[], list[Segment]]) -> bool:
+    """Tell whether other text is trained on than the template marks; no where none can be derived from the template."""
+    try:
+        marked = derive()
+    except ConfigError:
+        return False
+    # Types of --loss-mask-type also train on the newline behind a turn, as the references do.
+    trained, expected = ([one.text.strip() for one in side if one.trained and one.text] for side in (segments, marked))
+    return trained != expected
 
 
 def _chunks(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:

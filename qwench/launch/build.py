@@ -26,7 +26,7 @@ from qwench.config.report import flag_values
 from qwench.controller import LearnerProtocol, Run
 from qwench.data.curriculum import Curriculum
 from qwench.data.prompts import LoadedPrompts, NoPrompts, PromptSource
-from qwench.data.sft import LoadedSft, SftSource, render_mask_preview
+from qwench.data.sft import LoadedSft, SftSource, describe_packing, render_mask_preview
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import CheckpointError, ConfigError
 from qwench.foreign.args import make_args
@@ -193,7 +193,12 @@ def _build_sft(inputs: Inputs) -> Run:
     source, data = _conversations(inputs, loaded), inputs.config.data
     alone = SftSource(loaded.examples, rollout_batch_size=1, shuffle=data.rollout_shuffle, seed=data.rollout_seed)
     preview = render_mask_preview(alone.take(0).samples[0], inputs.tokenizer)
-    rows = f"{len(loaded.examples):,} conversations"
+    rows = describe_packing(
+        loaded.examples,
+        per_step=inputs.plan.batch.global_batch_size,
+        max_tokens=inputs.plan.micro_batch_tokens,
+        num_ranks=inputs.plan.dp_size,
+    )
     inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch())
     return _without_engines(inputs, SftStream(source), rows, source=source, preview=preview, held_out=held_out)
 

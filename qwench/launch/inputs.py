@@ -220,6 +220,15 @@ def read_conversations(inputs: Inputs) -> tuple[LoadedSft, dict[str, LoadedSft]]
                 loaded.num_untrained,
                 len(loaded.examples),
             )
+        if loaded.differing:
+            _logger.warning(
+                "%s: --loss-mask-type %s trains on other text than the chat template marks as the assistant's, in %d "
+                "conversations, the first at %s; leave it out to train on what the template marks",
+                what,
+                config.data.loss_mask_type,
+                len(loaded.differing),
+                loaded.differing[0],
+            )
         return loaded
 
     trained = read("--prompt-data", config.data.prompt_data, input_key=config.data.input_key, tool_key=config.data.tool_key)

@@ -32,7 +32,9 @@ def test_fine_tuning_speaks_of_steps_and_ends_with_a_command(
     labels = [line[:9].strip() for line in lines]
     for label in ("model", "data", "devices", "length", "saves to", "logs"):
         assert labels.count(label) == 1
-    assert f"data      {workspace.sft_data}: 256 conversations" in lines
+    [data] = [line for line in lines if line.startswith("data")]
+    assert data.startswith(f"data      {workspace.sft_data}: 256 conversations of ")
+    assert "% of the tokens are trained on; micro-batches are " in data
     assert "length    6 steps of 8 conversations (0.188 epochs)" in lines
     steps = [line for line in lines if line.startswith("step ")]
     assert [line.split("  ")[0] for line in steps] == [f"step {i}/6" for i in range(1, 7)]

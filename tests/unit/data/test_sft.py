@@ -1,8 +1,9 @@
 import json
+from array import array
 
 import pytest
 
-from qwench.data.sft import LoadedSft, SftSource, load_sft, render_mask_preview
+from qwench.data.sft import LoadedSft, SftExample, SftSource, describe_packing, load_sft, render_mask_preview
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.samples import Status
@@ -188,3 +189,26 @@ def test_an_answer_in_text_parts_is_trained_whole(tmp_path):
         first_sample(load(tmp_path, [conversation(parts)])).tokens
         == first_sample(load(tmp_path, [conversation("the answer")])).tokens
     )
+
+
+def test_a_mask_that_differs_from_the_template_names_the_rows(tmp_path):
+    rows = [conversation("1"), conversation("1", "2"), conversation("3")]
+    assert load(tmp_path, rows).differing == []
+    # qwen3 writes each turn as if it were the last, with an empty think block; the template has none in earlier turns.
+    differing = load(tmp_path, rows, loss_mask_type="qwen3", apply_chat_template_kwargs=None).differing
+    assert [place.rpartition(":")[2] for place in differing] == ["2"]
+
+
+def test_packing_is_described_by_hand():
+    def example(length: int, trained: int) -> SftExample:
+        mask = bytes([1] * trained)
+        return SftExample(tokens=array("i", range(length)), loss_mask=mask, prompt_text="", messages=())
+
+    # Steps of two: 6 + 4 in one micro-batch of 10, then 6 and 8 in two.
+    examples = [example(6, 3), example(4, 3), example(6, 3), example(8, 3)]
+    assert describe_packing(examples, per_step=2, max_tokens=10, num_ranks=1) == (
+        "4 conversations of 6 tokens, at most 8; 50% of the tokens are trained on; micro-batches are 80% full (1.5 a step)"
+    )
+    # Two ranks have as many micro-batches each: the first step is split.
+    assert describe_packing(examples, per_step=2, max_tokens=10, num_ranks=2).endswith("micro-batches are 60% full (2 a step)")
+    assert describe_packing(examples, per_step=2, max_tokens=None, num_ranks=1).endswith("50% of the tokens are trained on")

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from qwench.estimators import METHODS
+from qwench.samples import Verdict
 from tests.fakes.trainer import TableTrainer, run_ranks
 from tests.unit.training.table_learning import TABLE, learn, make_rollout
 
@@ -21,6 +23,14 @@ FLAGS = {
     },
     "mis_token": {"use_tis": True, "tis_clip": 1.1, "tis_batch_normalize": True},
     "gspo": {"advantage_estimator": "gspo", "use_opsm": True},
+    "cispo": {"advantage_estimator": "cispo", "eps_clip": 0.1},
+    "rloo": {"advantage_estimator": "rloo"},
+    "reinforce_plus_plus_baseline": {
+        "advantage_estimator": "reinforce_plus_plus_baseline",
+        "normalize_advantages": True,
+        "kl_coef": 0.1,
+    },
+    "gdpo": {"advantage_estimator": "gdpo"},
     "reinforce": {"advantage_estimator": "reinforce_plus_plus", "normalize_advantages": True, "kl_coef": 0.1},
     "dr_grpo": {"advantage_estimator": "dr_grpo", "dr_grpo_length": 7},
     "sapo": {"advantage_estimator": "sapo", "sapo_tau_neg": 2.0},
@@ -52,6 +62,10 @@ def _comparable(learned):
 @pytest.mark.parametrize("name", FLAGS)
 def test_ranks_and_micro_batches_change_neither_weights_nor_metrics(name):
     rollout = make_rollout(seed=2)
+    if name == "gdpo":
+        for sample in rollout.samples:
+            length = sample.response_length / 10
+            sample.verdict = Verdict(score=sample.reward + length, reason="a+b", parts={"a": sample.reward, "b": length})
     flags = {"global_batch_size": 4, **FLAGS[name]}
     expected_backend, expected = learn(rollout, **flags)
     for dp_size, training in LAYOUTS:
@@ -66,3 +80,9 @@ def test_ranks_and_micro_batches_change_neither_weights_nor_metrics(name):
             for got, wanted in zip(_comparable(learned), _comparable(expected), strict=True):
                 assert got == pytest.approx(wanted, rel=1e-5, abs=1e-6)
         assert len({tuple(backend.num_micro_batches) for backend, _ in ranks}) == 1
+
+
+def test_every_method_is_here_or_has_a_test_of_its_own():
+    shown = {str(flags.get("advantage_estimator", "grpo")) for flags in FLAGS.values()} | {"sft"}
+    elsewhere = {"ppo": "test_learner_critic.py: a critic learns on the same ranks"}
+    assert METHODS.keys() - shown == elsewhere.keys()
