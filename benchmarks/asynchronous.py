@@ -149,8 +149,16 @@ def report(measured: Mapping[str, Sequence[Measured]]) -> None:
         ratios = [one.samples_per_s / base.samples_per_s for one, base in zip(results, bases, strict=False)]
         ratio = f"{statistics.median(ratios):5.2f} x in turn" if ratios else ""
         waited = statistics.median(one.trainer_waited for one in results)
+        step_s = statistics.median(one.step_s for one in results)
         idle = " and ".join(f"{statistics.median(shares):.0%}" for shares in zip(*(one.idle for one in results), strict=True))
-        print(f"{variant:10} {speed:7.2f} samples/s  {ratio}  trainer waited {waited:.0%}{idle and '  GPUs idle ' + idle}")
+        facts = [
+            f"{speed:7.2f} samples/s",
+            f"step {step_s:.2f} s",
+            ratio,
+            f"trainer waited {waited:.0%}",
+            idle and f"GPUs idle {idle}",
+        ]
+        print(f"{variant:10} " + "  ".join(fact for fact in facts if fact))
     print(f"load {Path('/proc/loadavg').read_text().split()[0]}")
 
 
