@@ -2,12 +2,13 @@
 
     python -m benchmarks.asynchronous [--rollouts 12] [--repeats 3] [--engines 2]
     python -m benchmarks.asynchronous --model FOLDER --engines 1 --prompts 32 --siblings 8 --median 300 --longest 2048 \\
-        --repeats 1 --output FILE -- --attn-implementation cudnn --max-tokens-per-gpu 16384      a GPU trains, one generates
+        --repeats 1 --output FILE -- --rollout-engine embedded --attn-implementation cudnn --max-tokens-per-gpu 16384
 
-Each run trains the tiny model of the quickstart, or that of `--model`, with engine servers and a trainer apart; on a CPU each
-has one thread. Response lengths are lognormal and the same in all runs. The first two rollouts are not counted. Prints samples
-a second, the ratio to the run in turn of the same repeat, the share of the time in which the trainer waited, and on GPUs the
-share of the time in which each ran no kernel. Flags after -- are given to `qwench train`.
+Each run trains the tiny model of the quickstart, or that of `--model`, with engine servers and a trainer apart: with one
+engine on two GPUs one trains and one generates; on a CPU each has one thread. Response lengths are lognormal and the same in
+all runs. The first two rollouts are not counted. Prints samples a second, the ratio to the run in turn of the same repeat,
+the share of the time in which the trainer waited, and on GPUs the share of the time in which each ran no kernel. Flags after
+-- are given to `qwench train`.
 """
 
 from __future__ import annotations

@@ -37,6 +37,8 @@ REFERENCE = "grpo"
 REQUIRED: Mapping[str, tuple[str, ...]] = {"gdpo": ("--rm-type", "deepscaler,f1", "--reward-weights", "1,0.1")}
 """Flags without which a method does not run; those of `MethodFacts` are added."""
 _REPLACED = ("--num-rollout", "--advantage-estimator", "--save", "--save-hf", "--save-interval", "--eval-interval")
+_CLIPS = ("--eps-clip", "--eps-clip-high")
+"""Flags that a method without clipping refuses."""
 _PANELS_PER_ROW = 4
 
 
@@ -106,7 +108,8 @@ def _run(folder: Path, method: str, flags: Sequence[str], *, seed: int, rollouts
     """Train with one method and seed, unless that is done, and say how it ended. What the run says is in its output.txt."""
     place = folder / "runs" / f"{method}-{seed}"
     arguments = next(argv for title, argv, _ in commands(folder, seed=0) if title.startswith("GRPO"))
-    arguments = _with(arguments, dict.fromkeys(_REPLACED))
+    left_out = _REPLACED if method not in METHODS or METHODS[method].clips else _REPLACED + _CLIPS
+    arguments = _with(arguments, dict.fromkeys(left_out))
     settings = ["--num-rollout", rollouts, "--eval-interval", interval, "--seed", seed, "--rollout-seed", seed]
     command = shlex.join([*arguments, *map(str, settings), *flags])
     done = place / "done"

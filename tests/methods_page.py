@@ -24,7 +24,7 @@ name. Every method's loss is a sum over tokens with weights of the whole step. M
 it; `test_learner_layouts.py` shows that for the methods whose row names it.
 
 `python benchmarks/learning_curves.py --output FOLDER` runs every method on the quickstart task with several seeds, and draws
-their held-out accuracy; `--own NAME=FLAGS` adds a method of yours.
+their held-out accuracy ([performance.md](performance.md)). `--own NAME=FLAGS` adds a method of yours.
 
 `--use-opd` adds a teacher to every method but sft: the advantage of a token loses `--opd-kl-coef` times (policy's - teacher's
 log-prob), before whitening (on-policy distillation, arXiv 2306.13649; `test_advantages.py`, `tests/e2e/test_distillation.py`).

@@ -129,8 +129,7 @@ def main(words: list[str]) -> int:
         wrong += bool(faults)
         for fault in faults:
             print(f"run {number} ({variant}): {fault}", flush=True)
-        if (number + 1) % 10 == 0 or number + 1 == flags.runs:
-            print(f"{number + 1} of {flags.runs} runs, {wrong} wrong: {dict(done)}", flush=True)
+        print(f"{number + 1} of {flags.runs} runs, {wrong} wrong: {dict(done)}", flush=True)
     if not wrong:
         remove(folder)
     return int(wrong > 0)

@@ -8,6 +8,7 @@ import pickle
 import socket
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor, wait
 from urllib.parse import urlencode
 
 import pytest
@@ -123,6 +124,19 @@ def test_information_endpoints(server):
     assert call(server, "/flush_cache", token=TOKEN)[0] == 200
     assert call(server, "/abort_request", {}, token=TOKEN)[0] == 400
     assert call(server, "/pause_generation", {"mode": "sleep"}, token=TOKEN)[0] == 400
+    status, answer = call(server, "/release_memory_occupation", {"tags": ["kv_cache", "disk"]}, token=TOKEN)
+    assert (status, answer["detail"]) == (400, "unknown tags ['disk']; known: kv_cache, weights.")
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_a_paused_server_answers_only_when_it_goes_on(server, mode):
+    body = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 2, "ignore_eos": True}}
+    assert call(server, "/pause_generation", {"mode": mode}, token=TOKEN)[0] == 200
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(call, server, "/generate", body)
+        assert not wait([asked], timeout=0.5).done
+        assert call(server, "/continue_generation", token=TOKEN)[0] == 200
+        assert asked.result()[1]["meta_info"]["completion_tokens"] == 2
 
 
 @pytest.mark.parametrize(

@@ -344,4 +344,5 @@ def test_without_a_folder_a_signal_is_said_and_nothing_is_saved(caplog: pytest.L
     with requests.listening():
         os.kill(os.getpid(), signal.SIGUSR1)
         assert not requests.pending()
-    assert "the run has no --save" in caplog.text
+        assert not requests.pending()
+    assert caplog.text.count("the run has no --save") == 1, "said once, not after every rollout"

@@ -6,7 +6,7 @@ import asyncio
 
 from qwench.engines.protocol import EngineStats, GenerateRequest, GenerateResult
 from qwench.errors import EngineError, EngineLostError
-from qwench.wire.addresses import Placement
+from qwench.wire.addresses import EngineAddress, Placement
 from tests.fakes.engine import FakeEngine
 
 
@@ -16,7 +16,7 @@ class ScriptedEngine(FakeEngine):
     def __init__(self, name: str, **options) -> None:
         super().__init__(lambda context, request: name, **options)
         self.name = name
-        self.address = name  # as if its server were elsewhere
+        self.address = EngineAddress(base_url=name, token=None, kind="embedded", placement=None)  # as if it were elsewhere
         self.down = False
         self.hangs = False
         self.asleep = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -53,7 +54,7 @@ class Scene:
 
     def publish(self, addresses, version: int, plan: PublicationPlan) -> None:
         """Send to both engines, as a model does."""
-        assert list(addresses) == ["a", "b"]
+        assert [address.base_url for address in addresses] == ["a", "b"]
         for engine in (self.a, self.b):
             if engine.down or engine.hangs:
                 raise EngineLostError(f"{engine.name} is down, or did not answer in time")
@@ -62,8 +63,8 @@ class Scene:
     def generate(self, name: str = "r") -> GenerateResult:
         return self.run(self.pool.generate(request(name)))
 
-    def wait_until(self, condition) -> None:
-        deadline = time.monotonic() + DEADLINE_S
+    def wait_until(self, condition, *, seconds: float = DEADLINE_S) -> None:
+        deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, "it did not happen in time"
             time.sleep(0.01)
@@ -113,6 +114,13 @@ def test_an_engine_that_serves_its_checkpoint_is_used_again_at_once(make_scene):
     assert scene.generate().text == "b"
     scene.wait_until(lambda: scene.pool.num_restarts == 1)
     assert scene.generate().text == "a"
+
+
+def test_no_engine_is_checked_before_the_first_wait_is_over(make_scene):
+    scene = make_scene(health=replace(OFTEN, rollout_health_check_first_wait=600.0))
+    scene.a.hangs = True
+    with pytest.raises(AssertionError, match="did not happen in time"):
+        scene.wait_until(lambda: scene.servers["a"].events, seconds=0.5)
 
 
 def test_an_engine_that_hangs_is_given_up_with_its_requests(make_scene, caplog):

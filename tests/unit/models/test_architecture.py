@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
@@ -77,3 +79,10 @@ def test_rotary_parameters_are_read_with_their_scaling() -> None:
         theta=5e5,
         scaling=Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=64),
     )
+
+
+def test_a_critic_is_the_same_decoder_with_a_head_of_its_own() -> None:
+    model = architecture_of(Qwen3Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True))
+    critic = model.as_critic()
+    assert (critic.value_head, critic.tied_head) == (True, False)
+    assert replace(critic, value_head=False, tied_head=True) == model

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import count
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -121,16 +122,28 @@ def test_follower_takes_over_when_the_leader_leaves():
     assert sampled == [heir, third]
 
 
+def test_a_waiting_request_that_is_taken_out_is_not_computed():
+    scheduler = make_scheduler()
+    gone, stays = make_request([1, 2]), make_request([3])
+    scheduler.add(gone)
+    scheduler.add(stays)
+    scheduler.remove(gone)
+    assert scheduler.unfinished() == [stays]
+    assert step(scheduler)[1] == [stays]
+
+
 def test_latest_is_preempted_when_pages_run_out_and_starts_again_with_its_tokens():
     scheduler = make_scheduler(num_pages=5, prefix_cache=False)
     old, new = make_request([1, 2, 3, 4], 12), make_request([5, 6, 7], 12)
     scheduler.add(old)
     scheduler.add(new)
     preempted = 0
+    new.scored.append(torch.zeros(3, 1))
     while preempted == 0:
         plan, _ = step(scheduler)
         preempted = plan.num_preempted
     assert scheduler.num_waiting == 1 and new.num_computed == 0 and new.pages == []
+    assert new.scored == [], "its prompt is scored again"
     num_kept = len(new.tokens)
     assert num_kept > 3
     while new.num_output < 12:
