@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from qwench.errors import ConfigError
-from qwench.foreign.modules import stand_ins
+from qwench.foreign.modules import keep_stand_ins, stand_ins
 from qwench.foreign.sample import Foreign
 from qwench.plugins import load_object
 
@@ -28,6 +28,8 @@ def load(path: str, *, flag: str) -> Foreign:
     """
     with stand_ins():
         loaded = load_object(path, flag=flag)
+        if imports_them(loaded):
+            keep_stand_ins()
     if not callable(loaded):
         raise ConfigError(f"{flag} {path!r} is no function but a {type(loaded).__name__}.")
     return loaded
@@ -47,7 +49,7 @@ def is_foreign(function: Callable[..., Foreign], api: PluginApi) -> bool:
         return False
     named = [one for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
     if not named:
-        return bool(parameters) and _imports_them(function)
+        return bool(parameters) and imports_them(function)
     return named[0].name == "args" or (len(named) == 1 and named[0].name == "input")
 
 
@@ -60,7 +62,8 @@ def takes(function: Callable[..., Foreign], name: str) -> bool:
     return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
-def _imports_them(function: Callable[..., Foreign]) -> bool:
+def imports_them(function: Foreign) -> bool:
+    """Tell whether the module of a function imports slime or miles, at its top or inside of functions."""
     module = inspect.getmodule(function)
     try:
         return module is not None and _IMPORTS_THEM.search(inspect.getsource(module)) is not None

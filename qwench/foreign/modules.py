@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from qwench.errors import QwenchError
 from qwench.foreign import grading, session, stand_in_sources
 from qwench.foreign.sample import (
     DynamicFilterOutput,
@@ -57,6 +58,15 @@ def load_processor(*_: Foreign, **__: Foreign) -> None:
     """Return nothing: models read text."""
 
 
+def encode_image_for_rollout_engine(image: Foreign) -> str:
+    """Refuse an image.
+
+    Raises:
+        QwenchError: always.
+    """
+    raise QwenchError(f"models read text, and encode_image_for_rollout_engine got {type(image).__name__}.")
+
+
 def check_reward_nonzero_std(args: Foreign, samples: Sequence[Sample], **_: Foreign) -> DynamicFilterOutput:
     """Keep a group whose rewards differ."""
     rewards = [sample.get_reward_value(args) for sample in samples]
@@ -88,6 +98,11 @@ async def generate(args: Foreign, sample: Sample, sampling_params: dict[str, Any
         text=answer["text"],
     )
     return sample
+
+
+async def generate_in_one(input: GenerateFnInput) -> GenerateFnOutput:  # noqa: A002  # the name tells the form
+    """Write the response in one request, in the newer form of miles."""
+    return GenerateFnOutput(samples=await generate(input.args, input.sample, input.sampling_params))
 
 
 async def generate_and_rm(args: Foreign, sample: Sample, sampling_params: dict[str, Any], evaluation: bool = False) -> Sample:
@@ -148,7 +163,11 @@ MODULES: Mapping[str, Mapping[str, Foreign]] = {
     "utils.http_utils": {"post": session.post, "get": session.get, "wait_http_ok": session.wait_http_ok},
     "utils.misc": {"load_function": load_object, "SingletonMeta": SingletonMeta},
     "utils.async_utils": {"run": session.run},
-    "utils.processing_utils": {"load_tokenizer": load_tokenizer, "load_processor": load_processor},
+    "utils.processing_utils": {
+        "load_tokenizer": load_tokenizer,
+        "load_processor": load_processor,
+        "encode_image_for_rollout_engine": encode_image_for_rollout_engine,
+    },
     "rollout.base_types": {
         **_OUTPUTS,
         "RolloutFnInput": RolloutFnTrainInput,
@@ -165,6 +184,7 @@ MODULES: Mapping[str, Mapping[str, Foreign]] = {
         "RolloutDataSource": stand_in_sources.RolloutDataSource,
         "RolloutDataSourceWithBuffer": stand_in_sources.RolloutDataSourceWithBuffer,
     },
+    "rollout.generate_hub.single_turn": {"generate": generate_in_one},
     "rollout.inference_rollout.inference_rollout_common": {"GenerateState": session.GenerateState},
     "rollout.rm_hub": {
         "async_rm": session.grade,
@@ -243,6 +263,11 @@ def stand_ins() -> Iterator[None]:
     finally:
         if not _finder.was_used:
             sys.meta_path.remove(_finder)
+
+
+def keep_stand_ins() -> None:
+    """Let the stand-ins stay: a module imports them when its functions are called."""
+    _finder.was_used = True
 
 
 def withdraw() -> None:

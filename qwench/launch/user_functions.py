@@ -25,6 +25,7 @@ from qwench.foreign.functions import Adapters
 from qwench.foreign.gateway import LOOPBACK, Gateway
 from qwench.foreign.loading import is_foreign, load
 from qwench.foreign.losses import load_correction, load_loss, load_reduction
+from qwench.foreign.modules import stand_ins
 from qwench.foreign.reward import ForeignReward
 from qwench.foreign.session import Session, close_session, current_session, open_session
 from qwench.foreign.targets import TargetFunctions, load_targets
@@ -124,11 +125,14 @@ def _built_in_generate(config: Config) -> GenerateFunction | None:
     """Return the built-in generate function that a path names; None: it names none."""
     path, kwargs = config.rollout.custom_generate_function_path, config.data.apply_chat_template_kwargs
     if path == TOOL_LOOP:
-        return ToolLoop.load(config.agent, template_kwargs=kwargs).generate
+        with stand_ins():
+            return ToolLoop.load(config.agent, template_kwargs=kwargs).generate
     if path != AGENT:
         return None
+    with stand_ins():
+        agent = load_agent(config.agent)
     return AgentRunner(
-        load_agent(config.agent),
+        agent,
         config.agent,
         open_session=lambda name, session: current_session().gateway.open_session(name, session),
         close=lambda name: current_session().gateway.close_session(name),

@@ -17,7 +17,7 @@ from qwench.config.command_line.parse import parse_flags
 from qwench.config.config import Config
 from qwench.config.plan import plan_run
 from qwench.config.sections.references import ReferencesConfig
-from qwench.config.values import metavar, parse_value, takes_many
+from qwench.config.values import format_value, metavar, parse_value, takes_many
 from qwench.errors import ConfigError
 from qwench.estimators import estimator_names
 from tests.contract.recipes import RUN_QWEN3_4B, RUN_QWEN3_4B_BASE_SFT, RUN_QWEN3_32B
@@ -122,6 +122,17 @@ def test_a_flag_that_is_a_field_has_the_form_the_default_and_the_choices_of_the_
     if flag.name not in OTHER_DEFAULTS and flag.name not in ARCHITECTURE and row["kind"] == "one":
         expected = parse_value(flag.annotation, [row["default"]]) if row["default"] else None
         assert flag.default == expected
+
+
+def test_the_page_of_migration_names_every_other_default():
+    lines = ["| flag | there | here | why |", "| --- | --- | --- | --- |"]
+    for row in FIELD_ROWS:
+        name = row["flag"][2:]
+        if name in OTHER_DEFAULTS:
+            here = " ".join(format_value(TABLE[name].default)) or "none"
+            lines.append(f"| `{row['flag']}` | {row['default'] or 'none'} | {here} | {OTHER_DEFAULTS[name]} |")
+    page = (Path(__file__).parents[2] / "docs" / "migration.md").read_text(encoding="ascii")
+    assert "\n".join(lines) + "\n" in page, "\n".join(lines)
 
 
 @pytest.mark.parametrize("row", rows("accepted"), ids=names(rows("accepted")))

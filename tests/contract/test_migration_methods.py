@@ -43,6 +43,7 @@ def test_the_mismatch_helper_and_its_file_choose_the_built_in_weights(tmp_path: 
 BUILT_IN = [
     ("--custom-tis-function-path", f"{HELPER}.compute_mis_weights_fsdp"),
     ("--custom-tis-function-path", "examples.train_infer_mismatch_helper.mis.compute_mis_weights_with_cp"),
+    ("--custom-tis-function-path", "slime.backends.megatron_utils.loss.vanilla_tis_function"),
     ("--data-source-path", "slime.rollout.data_source.RolloutDataSource"),
     ("--data-source-path", "miles.rollout.data_source.RolloutDataSourceWithBuffer"),
 ]
@@ -55,6 +56,15 @@ def test_a_function_of_theirs_that_means_the_built_in_is_said(flag: str, path: s
     assert config.references.unused_flags == (f"{flag[2:]} {path} (the built-in is used)",)
     own = parse_flags(Config, ["--use-tis", flag, path, flag, "mylab.mine"], prog="train.py")
     assert own.references.unused_flags == ()
+
+
+def test_their_function_of_icepop_is_a_mode_of_ours_and_their_class_the_continuous_rollout():
+    for path in ("slime.backends.megatron_utils.loss", "miles.backends.training_utils.loss_hub.corrections"):
+        words = ["--use-tis", "--custom-tis-function-path", f"{path}.icepop_function"]
+        algorithm = parse_flags(Config, words, prog="train.py").algorithm
+        assert (algorithm.tis_mode, algorithm.custom_tis_function_path) == ("icepop", None)
+    words = ["--rollout-function-path", "miles.rollout.fully_async_rollout.FullyAsyncRolloutFn"]
+    assert parse_flags(Config, words, prog="train.py").asynchronous.fully_async
 
 
 @pytest.mark.parametrize(
@@ -70,6 +80,18 @@ def test_a_function_of_the_users_is_not_taken_for_one_of_theirs(flag: str, path:
     config = parse_flags(Config, ["--use-tis", flag, path], prog="train.py")
     assert path in (config.algorithm.custom_tis_function_path, config.data.data_source_path)
     assert config.references.unused_flags == ()
+
+
+def test_settings_of_weights_belong_to_a_function_of_the_users_that_computes_them(tmp_path: Path):
+    file = tmp_path / "mis.yaml"
+    file.write_text("use_tis: true\nuse_rs: true\ntis_batch_normalize: true\ntis_upper_bound: 3.0\n")
+    words = ["--custom-config-path", str(file), "--custom-tis-function-path"]
+    own = parse_flags(Config, [*words, "mylab.mis.compute"], prog="train.py").algorithm
+    assert (own.use_tis, own.use_rs, own.tis_batch_normalize, own.tis_clip) == (True, False, False, 2.0)
+    theirs = parse_flags(
+        Config, [*words, "examples.train_infer_mismatch_helper.mis.compute_mis_weights"], prog="train.py"
+    ).algorithm
+    assert (theirs.use_rs, theirs.tis_batch_normalize, theirs.tis_clip) == (True, True, 3.0)
 
 
 def test_the_file_wins_over_the_command_line_also_by_another_name(tmp_path: Path):

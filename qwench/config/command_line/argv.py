@@ -117,10 +117,23 @@ def read_mapping(config_flag: Occurrence) -> tuple[Path, dict[Any, Any]]:  # Any
 
 
 def custom_settings(occurrences: Sequence[Occurrence], table: Mapping[str, Flag]) -> list[Occurrence]:
-    """Return the flags that --custom-config-path sets; its other keys belong to the args of custom functions."""
+    """Return the flags that --custom-config-path sets; its other keys belong to the args of custom functions.
+
+    So do the settings of importance weights where the user's own function computes these.
+    """
     files = [item for item in occurrences if item.name == "custom-config-path"] if "custom-config-path" in table else []
     entries = [_in_our_words(entry) for item in files for entry in read_yaml(item)]
-    return [entry for entry in entries if entry.name in table and entry.values != ("None",)]
+    functions = [_in_our_words(item) for item in occurrences if item.name == "custom-tis-function-path"][-1:]
+    of_function = any(
+        one.name == "custom-tis-function-path" and not {*one.values} & {*compat.IMPORT_PATHS} for one in functions
+    )
+    return [
+        entry
+        for entry in entries
+        if entry.name in table
+        and entry.values != ("None",)
+        and not (of_function and entry.name.startswith(("tis-", "rs-", "use-rs")))
+    ]
 
 
 def sort_flags(

@@ -76,6 +76,9 @@ VALUE_ALIASES: Mapping[tuple[str, str], tuple[str, str]] = {
     ("ft-components", "rollout"): ("use-fault-tolerance", "true"),
     ("rollout-function-path", "slime.rollout.fully_async_rollout.generate_rollout_fully_async"): ("fully-async", "true"),
     ("rollout-function-path", "miles.rollout.fully_async_rollout.generate_rollout_fully_async"): ("fully-async", "true"),
+    ("rollout-function-path", "miles.rollout.fully_async_rollout.FullyAsyncRolloutFn"): ("fully-async", "true"),
+    ("custom-tis-function-path", "slime.backends.megatron_utils.loss.icepop_function"): ("tis-mode", "icepop"),
+    ("custom-tis-function-path", "miles.backends.training_utils.loss_hub.corrections.icepop_function"): ("tis-mode", "icepop"),
 }
 """Their flag and value -> our flag and value."""
 
@@ -120,6 +123,8 @@ IMPORT_PATHS: Mapping[str, str] = {
     "miles.rollout.data_source.RolloutDataSource": "None",
     "slime.rollout.data_source.RolloutDataSourceWithBuffer": "None",
     "miles.rollout.data_source.RolloutDataSourceWithBuffer": "None",
+    "slime.backends.megatron_utils.loss.vanilla_tis_function": "None",
+    "miles.backends.training_utils.loss_hub.corrections.vanilla_tis_function": "None",
     f"examples.infra_features.{_MIS}": "None",
     f"examples.infra_features.{_MIS}_fsdp": "None",
     f"examples.infra_features.{_MIS}_with_cp": "None",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qwench.errors import ConfigError
+from qwench.errors import ConfigError, QwenchError
 from qwench.foreign.loading import is_foreign, load, takes
 from qwench.foreign.modules import MODULES, stand_ins, withdraw
 from qwench.foreign.sample import Sample
@@ -47,6 +47,12 @@ def test_parameters_and_imports_tell_the_convention(tmp_path, text, foreign):
     assert is_foreign(function, "slime") and is_foreign(function, "miles") and not is_foreign(function, "qwench")
 
 
+def test_images_are_refused_where_they_are_met_not_where_their_helper_is_imported(tmp_path):
+    text = "from slime.utils.processing_utils import encode_image_for_rollout_engine as fn"
+    with pytest.raises(QwenchError, match="models read text, and encode_image_for_rollout_engine got bytes"):
+        load(write(tmp_path, text), flag=FLAG)(b"")
+
+
 def test_slime_and_miles_are_one_class_of_samples_and_stay_for_late_imports(tmp_path):
     function = load(
         write(
@@ -57,6 +63,13 @@ def test_slime_and_miles_are_one_class_of_samples_and_stay_for_late_imports(tmp_
         flag=FLAG,
     )
     assert function(None, None) == (True, Sample)
+
+
+def test_stand_ins_stay_for_a_module_that_imports_them_only_when_it_is_called(tmp_path):
+    function = load(
+        write(tmp_path, "def fn(args, sample):\n    from slime.utils.types import Sample\n    return Sample"), flag=FLAG
+    )
+    assert function(None, None) is Sample
 
 
 def test_stand_ins_go_when_nothing_took_one(tmp_path):
