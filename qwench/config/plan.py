@@ -45,6 +45,9 @@ from qwench.models.memory import (
 BFLOAT16_BYTES = 2
 _MOMENT_BYTES = {"fp32": FLOAT32_BYTES, "bf16": BFLOAT16_BYTES}
 
+_QUANTISED_BYTES = {"auto": 0.0, "fp8": 1 + 4 / 128**2, "nf4": 0.5 + 4 / 64}
+"""Of a frozen weight, by --lora-base, its share of a block's scale included."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchPlan:
@@ -334,6 +337,8 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
             num_shards=num_shards,
             num_trained=num_adapter_parameters(model, lora.targets, lora.rank),
             keeps_start=lora.lora_init == "pissa",
+            num_quantised=_num_quantised(lora, model),
+            quantised=_QUANTISED_BYTES[lora.lora_base],
         )
     elif config.backend == "fsdp":
         whole = config.training.whole_weights
@@ -353,6 +358,11 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
         )
     copies = 0 if lora.enabled else frozen
     return replace(held, host_reference=held.host_reference * copies)
+
+
+def _num_quantised(lora: LoraConfig, model: Architecture) -> int:
+    shapes = projection_shapes(model)
+    return 0 if lora.lora_base == "auto" else model.num_layers * sum(prod(shapes[target]) for target in lora.targets)
 
 
 def _max_staleness(config: Config) -> int:

@@ -53,6 +53,7 @@ def _adapters(config: Config, plan: RunPlan) -> str:
         f"LoRA: rank {lora.rank}, added at {lora.scale:g}, {lora.lora_init} start, at {', '.join(lora.targets)}; "
         f"{trained:,} of {whole:,} parameters are trained ({trained / whole:.2%}), "
         f"the others are frozen in {train_dtype(config, on_gpus=plan.devices.on_gpus)}"
+        + (f", projections with adapters in {lora.lora_base}" if lora.lora_base != "auto" else "")
     )
 
 

@@ -364,6 +364,8 @@ def _adapter_identity(inputs: Inputs) -> dict[str, Json]:
         "lora_init": lora.lora_init,
         "target_modules": ",".join(lora.targets),
     }
+    if lora.lora_base != "auto":
+        facts["lora_base"] = lora.lora_base
     if find_format(base) != "hf" or has_weights(base):
         facts["base_weights"] = fingerprint(open_weights(base, inputs.plan.model))
     return facts

@@ -150,17 +150,29 @@ def fsdp_bytes(
     )
 
 
-def adapter_bytes(model: Architecture, state: StateBytes, *, num_shards: int, num_trained: int, keeps_start: bool) -> RankBytes:
+def adapter_bytes(
+    model: Architecture,
+    state: StateBytes,
+    *,
+    num_shards: int,
+    num_trained: int,
+    keeps_start: bool,
+    num_quantised: int = 0,
+    quantised: float = 0.0,
+) -> RankBytes:
     """Return what an FSDP2 rank holds of a frozen model and its adapters.
 
     Args:
         num_trained: Parameters of the adapters.
         keeps_start: The start of the adapters is held too, and subtracted.
+        num_quantised: Frozen parameters in fewer bits, which each rank holds whole. quantised: Bytes of one.
     """
-    owned, trained = -(-num_parameters(model) // num_shards), -(-num_trained // num_shards)
+    owned, trained = -(-(num_parameters(model) - num_quantised) // num_shards), -(-num_trained // num_shards)
     weights = state.param if state.offloaded else FLOAT32_BYTES
     return RankBytes(
-        weights=owned * state.param + trained * (weights + (state.param if keeps_start else 0)),
+        weights=owned * state.param
+        + round(num_quantised * quantised)
+        + trained * (weights + (state.param if keeps_start else 0)),
         gradients=(num_trained if num_trained * FLOAT32_BYTES <= WHOLE_GRADIENT_BYTES else trained) * FLOAT32_BYTES,
         optimizer=round(trained * (FLOAT32_BYTES - weights + state.moments) * (1 - state.offloaded)),
         host_optimizer=round(trained * (FLOAT32_BYTES + state.moments) * state.offloaded),

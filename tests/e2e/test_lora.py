@@ -50,6 +50,7 @@ def test_a_run_of_adapters_learns_and_resumes_bit_by_bit(workspace: Workspace, t
     ("change", "fact"),
     [
         ({"lora_rank": 8}, "lora_rank 4, this one has 8"),
+        ({"lora_base": "nf4"}, "lora_base"),
         ({"target_modules": "q_proj"}, "target_modules 'q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj', this one"),
         ({"hf_checkpoint": "other"}, "base_weights"),
         ({"lora_rank": None, "lora_alpha": None, "lora_dropout": None}, "base_weights"),

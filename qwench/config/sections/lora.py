@@ -19,6 +19,7 @@ _MEGATRON_NAMES = {
 }
 _DEFAULT_ALPHA = 16.0
 LoraInit = Literal["kaiming", "pissa"]
+LoraBase = Literal["auto", "fp8", "nf4"]
 LoraPublish = Literal["merged", "adapter"]
 
 
@@ -40,6 +41,10 @@ class LoraConfig:
     lora_init: LoraInit = "kaiming"
     """Start of the adapters. kaiming: A is random and B zero. pissa: the principal components of W, whose start is subtracted.
     Both begin as the base model."""
+    lora_base: LoraBase = "auto"
+    """Form of the frozen projections that have adapters. auto: --train-dtype. fp8: e4m3 in blocks of 128 x 128, 1 byte a
+    weight. nf4: 4-bit normal floats in blocks of 64, 0.56 bytes. Each rank holds all of them, and engines get the rounded
+    weights."""
     use_rslora: bool = False
     """Add the adapters at --lora-alpha / sqrt(--lora-rank), which keeps their effect equal over ranks."""
     lora_publish: LoraPublish = "merged"
@@ -57,6 +62,8 @@ class LoraConfig:
             raise ConfigError(
                 f"--exclude-modules {self.exclude_modules} leaves no projection of --target-modules; leave some of them in"
             )
+        if self.lora_base != "auto" and self.lora_init == "pissa":
+            raise ConfigError(f"--lora-base {self.lora_base} does not work with --lora-init pissa; choose kaiming")
         if not self.enabled:
             self._check_nothing_is_set()
 

@@ -28,6 +28,7 @@ from qwench.checkpoints.formats.sources import TensorReader
 from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.training import TrainingConfig
+from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, load_hf_config
 from qwench.models.memory import WHOLE_GRADIENT_BYTES
@@ -118,7 +119,7 @@ class FsdpTrainer(BackendTrainer):
         model, source = load_causal_lm(model_folder, hf_config or load_hf_config(model_folder))
         architecture = put_value_head(model) if critic else architecture_of(model.config)
         install_attention(model, attention, device=device, dtype=param_dtype)
-        adapters = None if lora is None else Adapters(model, lora, seed=training.seed, base=str(model_folder))
+        adapters = None if lora is None else _make_adapters(model, lora, source, training, model_folder)
         policy = _place(
             model,
             architecture,
@@ -180,12 +181,13 @@ class FsdpTrainer(BackendTrainer):
     def weights(self, *, bucket_bytes: int, part: WeightPart = "merged") -> Iterator[WeightBucket]:
         """Return buckets of at most `bucket_bytes` (or one larger tensor), gathered as they are asked for; collective."""
         self._assert_awake()
-        merges = part == "merged" and self._adapters is not None
-        whole = ((name, self._published(name, weight, merges=merges)) for name, weight in self._weights.items())
-        if part == "merged":
+        whole, adapters = self._whole_weights(), self._adapters
+        if adapters is None:
             return bucketed(whole, bucket_bytes=bucket_bytes)
-        assert self._adapters is not None, "a trainer of all weights has no adapter to publish"
-        adapter = self._adapters.apart(self._param_dtype)
+        if part == "merged":
+            merged = ((name, adapters.published(name, weight, self._param_dtype)) for name, weight in whole)
+            return bucketed(merged, bucket_bytes=bucket_bytes)
+        adapter = adapters.apart(self._param_dtype)
         return bucketed(adapter if part == "adapter" else chain(whole, adapter), bucket_bytes=bucket_bytes)
 
     def shared_weights(self) -> Mapping[str, Tensor] | None:
@@ -263,10 +265,13 @@ class FsdpTrainer(BackendTrainer):
     def _shards(self) -> list[Tensor]:
         return [local_shard(weight) for weight in (self._weights | self._matrices).values()]
 
-    def _published(self, name: str, weight: Tensor, *, merges: bool) -> Tensor:
-        # Cast before the gather: the same values at half the traffic.
-        whole = full_tensor(weight.detach().to(self._param_dtype))
-        return self._adapters.published(name, whole, self._param_dtype) if merges and self._adapters is not None else whole
+    def _whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the model's own weights in the publication dtype; collective."""
+        for name, weight in self._weights.items():
+            # Cast before the gather: the same values at half the traffic.
+            yield name, full_tensor(weight.detach().to(self._param_dtype))
+        if self._adapters is not None:
+            yield from self._adapters.quantised(self._param_dtype)
 
     def _dropping(self, micro_batch: int) -> AbstractContextManager[None]:
         """Drop inputs of adapters in the forward and backward of a micro-batch."""
@@ -274,6 +279,14 @@ class FsdpTrainer(BackendTrainer):
             return nullcontext()
         step, rank = self._optimizer.num_steps, self.parallel.dp_rank
         return self._adapters.switch.dropping(step=step, micro_batch=micro_batch, rank=rank)
+
+
+def _make_adapters(
+    model: PreTrainedModel, lora: LoraConfig, source: TensorReader | None, training: TrainingConfig, folder: Path
+) -> Adapters:
+    if source is not None and lora.lora_base != "auto":
+        raise ConfigError(f"--lora-base {lora.lora_base} reads Hugging Face checkpoints; convert {folder} to one.")
+    return Adapters(model, lora, seed=training.seed, base=str(folder))
 
 
 def _model_weights(policy: Policy | DirectPolicy, adapters: Adapters | None) -> dict[str, nn.Parameter]:

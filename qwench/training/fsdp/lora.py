@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from qwench.config.sections.lora import LoraConfig
 from qwench.models.peft import SCALE, A, AdapterConfig, B, factors, merged
 from qwench.training.adapters import AdapterSwitch, random_a
+from qwench.training.fsdp.frozen import FrozenMatrix
 from qwench.training.fsdp.optimizer import full_tensor, local_shard
 
 _START = "start_"
@@ -31,7 +32,10 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, section: LoraConfig, switch: AdapterSwitch, *, layer: int) -> None:
         super().__init__()
-        self.weight, self.bias = base.weight, base.bias
+        form = section.lora_base
+        self.frozen = None if form == "auto" else FrozenMatrix(base.weight, form)
+        self.weight: Tensor | None = base.weight if self.frozen is None else None
+        self.bias = base.bias
         self.lora_A, self.lora_B = _matrices(base, section.rank)
         self.start_A: nn.Linear | None = None
         self.start_B: nn.Linear | None = None
@@ -43,7 +47,11 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of the layer."""
-        y = functional.linear(x, self.weight, self.bias)
+        if self.frozen is not None:
+            y: Tensor = self.frozen(x) if self.bias is None else self.frozen(x) + self.bias
+        else:
+            assert self.weight is not None, "a layer has one form of its weight"
+            y = functional.linear(x, self.weight, self.bias)
         if not self._switch.is_on:
             return y
         x = self._switch.dropped(x, self._layer)
@@ -82,8 +90,9 @@ class Adapters:
 
     @property
     def are_plain(self) -> bool:
-        """Tell whether they are W + scale * B A in every pass: nothing is dropped, and no start is subtracted."""
-        return self.section.lora_dropout == 0.0 and self.section.lora_init == "kaiming"
+        """Tell whether they are W + scale * B A in every pass: nothing is dropped or quantised, no start is subtracted."""
+        section = self.section
+        return section.lora_dropout == 0.0 and section.lora_init == "kaiming" and section.lora_base == "auto"
 
     def matrices(self) -> dict[str, nn.Parameter]:
         """Return every A and B by name, and the starts that are subtracted."""
@@ -111,6 +120,12 @@ class Adapters:
         # Two products: at the start their difference is exactly zero.
         change = b.float() @ a.float() - b_0 @ a_0
         return (weight.float() + scale * change).to(weight.dtype)
+
+    def quantised(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights that are held in fewer bits, as they are computed with in `dtype`; local."""
+        for name, layer in self._layers.items():
+            if layer.frozen is not None:
+                yield f"{name}.weight", layer.frozen.whole(dtype)
 
     def apart(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield the matrices of the adapter, as rounded to `dtype` they compute, and its scale; collective."""
@@ -169,6 +184,7 @@ class AdapterStart:
     def _principal(self, module: str, layer: LoraLinear) -> tuple[Tensor, Tensor]:
         """Return A and B whose product, times the scale, is the best approximation of W. Source: PiSSA (arXiv 2404.02948)."""
         if self._computed is None or self._computed[0] != module:
+            assert layer.weight is not None, "the section refuses principal components of quantised weights"
             whole = _whole(layer.weight, torch.float32)
             a, b = factors(whole / self._section.scale, self._section.rank)
             for matrix in (a, b):

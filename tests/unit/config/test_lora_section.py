@@ -58,3 +58,8 @@ def test_what_cannot_be_is_refused(fields, message):
 def test_a_script_may_switch_adapters_off_by_their_rank_alone():
     assert not LoraConfig(lora_rank=0, lora_alpha=32.0, lora_dropout=0.1).enabled
     assert not LoraConfig().enabled
+
+
+def test_principal_components_are_of_weights_that_are_not_quantised():
+    with pytest.raises(ConfigError, match="--lora-base nf4 does not work with --lora-init pissa; choose kaiming"):
+        LoraConfig(lora_rank=4, lora_base="nf4", lora_init="pissa")

@@ -99,6 +99,11 @@ def test_adapters_are_trained_beside_a_model_of_which_no_rank_keeps_more_than_ro
     assert held == RankBytes(weights=668 * 2 + 100 * 4, gradients=400, optimizer=0, host_optimizer=1200, host_reference=0)
 
 
+def test_each_rank_holds_all_weights_in_fewer_bits():
+    held = adapter_bytes(SMALL, BF16, num_shards=2, num_trained=100, keeps_start=False, num_quantised=400, quantised=0.5)
+    assert held.weights == (668 - 400) // 2 * 2 + 400 // 2 + 50 * 4
+
+
 def test_a_megatron_rank_holds_a_frozen_stage_and_its_share_of_adapters():
     # On two tensor-parallel ranks: q 4/2 + 4, k and v 2/2 + 4, o 4/2 + 4, gate and up 8/2 + 4, down 8/2 + 4.
     share = num_adapter_parameters(SMALL, PROJECTIONS, 2, num_layers=3, tp=2)
