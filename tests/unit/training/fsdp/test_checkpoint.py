@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from qwench.config.sections.training import TrainingConfig
 from qwench.models.hf import load_hf_config
@@ -15,6 +15,7 @@ from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.process_group import init_process_group, leave_process_group
 from tests.deadlines import patient
 from tests.fakes.sections import adamw, offloaded
+from tests.unit.training.fsdp.tiny import tiny_model
 from tests.verbs import run_verb
 
 _CPU = torch.device("cpu")
@@ -23,9 +24,7 @@ _CPU = torch.device("cpu")
 @pytest.fixture
 def hf_folder(tmp_path: Path) -> Path:
     torch.manual_seed(3)
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=False)).to(torch.bfloat16)
+    model = tiny_model(vocab_size=64, tied=False).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "hf")
     return tmp_path / "hf"
 

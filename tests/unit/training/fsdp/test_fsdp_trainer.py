@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
 from qwench.config.sections.optimizer import OptimizerConfig
@@ -21,6 +21,7 @@ from tests.contract.train_backend_cases import write_model
 from tests.deadlines import patient
 from tests.fakes.sections import adamw
 from tests.fakes.trainer import take_step
+from tests.unit.training.fsdp.tiny import tiny_model
 
 _CPU = torch.device("cpu")
 _ADAM = adamw(weight_decay=0.0, clip_grad=0.0)
@@ -37,9 +38,7 @@ def process_group() -> Iterator[None]:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(3)
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=True)).to(torch.bfloat16).save_pretrained(folder)
+    tiny_model().to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 

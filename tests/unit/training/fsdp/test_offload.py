@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
 from qwench.config.sections.optimizer import OptimizerConfig
@@ -21,6 +20,7 @@ from qwench.training.state import Reference
 from tests.deadlines import patient
 from tests.fakes.sections import adamw, offloaded
 from tests.fakes.trainer import take_step
+from tests.unit.training.fsdp.tiny import tiny_model
 
 _CPU = torch.device("cpu")
 _BF16 = torch.bfloat16
@@ -45,9 +45,7 @@ def process_group() -> Iterator[None]:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(3)
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=True)).to(_BF16).save_pretrained(folder)
+    tiny_model().to(_BF16).save_pretrained(folder)
     return folder
 
 

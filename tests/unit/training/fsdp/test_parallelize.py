@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from qwench.algorithms.columns import RolloutBatch
 from qwench.training.batch import pack
@@ -14,6 +13,7 @@ from qwench.training.fsdp.parallelize import build_mesh, parallelize
 from qwench.training.fsdp.policy import Policy
 from qwench.training.process_group import init_process_group
 from tests.deadlines import patient
+from tests.unit.training.fsdp.tiny import tiny_model
 
 _CPU = torch.device("cpu")
 
@@ -27,9 +27,7 @@ def process_group() -> Iterator[None]:
 
 def _policy(*, param_dtype: torch.dtype = torch.float32, gradient_checkpointing: bool = False) -> Policy:
     torch.manual_seed(0)
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=True))
+    model = tiny_model()
     install_attention(model, "sdpa", device=_CPU, dtype=param_dtype)
     policy = Policy(model, attention="sdpa", head_chunk_tokens=8)
     mesh = build_mesh(_CPU, dp_replicate=1)
