@@ -6,8 +6,7 @@ import logging
 import os
 import socket
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +14,10 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from qwench import __version__
-from qwench.checkpoints.best import Criterion
-from qwench.checkpoints.folders import starting_weights
-from qwench.checkpoints.formats.sources import find_format, fingerprint, open_weights
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.cluster.gpus import ColocatedGpus, DedicatedGpus
 from qwench.config.config import Config
 from qwench.config.plan import RunPlan
-from qwench.config.report import flag_values
 from qwench.controller import LearnerProtocol, Run
 from qwench.data.curriculum import Curriculum
 from qwench.data.prompts import LoadedPrompts, NoPrompts, PromptSource
@@ -31,30 +26,26 @@ from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import CheckpointError, ConfigError
 from qwench.foreign.args import make_args
 from qwench.foreign.data_source import ForeignSource
-from qwench.foreign.hooks import after_save, load_hooks
+from qwench.foreign.hooks import load_hooks
 from qwench.launch.engines import make_publisher
 from qwench.launch.inputs import Inputs, read_conversations, read_eval_prompts, read_inputs, read_training_prompts
-from qwench.launch.outputs import claim_outputs, open_logs
+from qwench.launch.outputs import open_outputs, run_identity
 from qwench.launch.placement import make_servers, open_processes, start_learner, take_turns
 from qwench.launch.readiness import check_ready
 from qwench.launch.report import finish_report, metric_log, recorders, start_report
 from qwench.launch.rollouts import build_generation
 from qwench.launch.trial_import import check_imports
 from qwench.launch.user_functions import load_post_process, load_target_functions, load_user_functions, load_user_terms
-from qwench.models.hf import write_hf_checkpoint
-from qwench.models.hf_weights import has_weights, is_fp8_checkpoint
+from qwench.models.hf_weights import is_fp8_checkpoint
 from qwench.observability.dumps import check_recorded
 from qwench.observability.log import open_driver_log
 from qwench.observability.timing import PhaseTimer
-from qwench.observability.tracking import METRICS, check_metrics_file
 from qwench.rewards.graders import check_prompts
 from qwench.rollout.probe import GreedyProbe
 from qwench.rollout.stream import ReplayStream, SftStream
 from qwench.rollout.teacher import check_teachers
 from qwench.samples import Json, Prompt
 from qwench.training.held_out import HeldOutLoss
-from qwench.training.process_group import barrier
-from qwench.wire.portions import WeightBucket
 
 _logger = logging.getLogger(__name__)
 
@@ -71,11 +62,11 @@ def build(config: Config, plan: RunPlan) -> Run:
     if config.debug.load_debug_rollout_data is not None:
         return _build_replay(inputs, config.debug.load_debug_rollout_data)
     loaded, eval_prompts = _read_prompts(inputs)
-    check_ready(inputs, _identity(inputs), prompts=(loaded.prompts, *eval_prompts.values()))
+    check_ready(inputs, run_identity(inputs), prompts=(loaded.prompts, *eval_prompts.values()))
     source = _prompt_source(inputs, loaded)
     inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch(plan.batch.rollout_batch_size))
     timer = PhaseTimer()
-    checkpoints, run_name, started = _open_outputs(inputs, timer)
+    checkpoints, run_name, started = open_outputs(inputs, timer)
     check_resumes(checkpoints, source, num_rollout=inputs.plan.num_rollout)
     only_generate = not plan.devices.trains
     report = start_report(inputs, f"{len(loaded.prompts):,} prompts")
@@ -155,8 +146,8 @@ def check(config: Config, plan: RunPlan) -> None:
         prompts = (loaded.prompts, *eval_prompts.values())
         source = _prompt_source(inputs, loaded)
         inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch(plan.batch.rollout_batch_size))
-    check_ready(inputs, _identity(inputs), prompts=prompts)
-    checkpoints, _, _ = _open_outputs(inputs, PhaseTimer(), writes=False)
+    check_ready(inputs, run_identity(inputs), prompts=prompts)
+    checkpoints, _, _ = open_outputs(inputs, PhaseTimer(), writes=False)
     if source is not None:
         check_resumes(checkpoints, source, num_rollout=inputs.plan.num_rollout)
 
@@ -189,7 +180,7 @@ def _conversations(inputs: Inputs, loaded: LoadedSft) -> SftSource:
 def _build_sft(inputs: Inputs) -> Run:
     """Build a fine-tuning run: the same loop over conversations, without engines."""
     loaded, held_out = read_conversations(inputs)
-    check_ready(inputs, _identity(inputs))
+    check_ready(inputs, run_identity(inputs))
     source, data = _conversations(inputs, loaded), inputs.config.data
     alone = SftSource(loaded.examples, rollout_batch_size=1, shuffle=data.rollout_shuffle, seed=data.rollout_seed)
     preview = render_mask_preview(alone.take(0).samples[0], inputs.tokenizer)
@@ -213,7 +204,7 @@ def _begin(config: Config, plan: RunPlan) -> Inputs:
 
 def _build_replay(inputs: Inputs, template: str) -> Run:
     check_recorded(template, num_rollout=inputs.plan.num_rollout)
-    check_ready(inputs, _identity(inputs))
+    check_ready(inputs, run_identity(inputs))
     rollouts = ReplayStream(template, subsample=inputs.config.debug.load_debug_rollout_data_subsample)
     return _without_engines(inputs, rollouts, f"{inputs.plan.num_rollout} recorded rollouts")
 
@@ -228,7 +219,7 @@ def _without_engines(
     held_out: Mapping[str, LoadedSft] | None = None,
 ) -> Run:
     timer = PhaseTimer()
-    checkpoints, _, started = _open_outputs(inputs, timer)
+    checkpoints, _, started = open_outputs(inputs, timer)
     if source is not None:
         check_resumes(checkpoints, source, num_rollout=inputs.plan.num_rollout)
     report = start_report(inputs, rows)
@@ -267,50 +258,6 @@ def _held_out_loss(inputs: Inputs, learner: LearnerProtocol, sets: Mapping[str, 
     ).evaluate
 
 
-def _best(inputs: Inputs) -> Criterion | None:
-    """Return by what --keep-best compares checkpoints: the score of the first evaluation set, or its loss."""
-    if not inputs.config.checkpoint.keep_best:
-        return None
-    name, fine_tunes = inputs.plan.eval_sets[0].name, inputs.plan.fine_tunes
-    return Criterion(metric=f"eval/{name}/loss" if fine_tunes else f"eval/{name}", higher_is_better=not fine_tunes)
-
-
-def _open_outputs(inputs: Inputs, timer: PhaseTimer, *, writes: bool = True) -> tuple[CheckpointManager, str, ExitStack]:
-    """Open the checkpoints, then the logs: before, a folder may belong to another run.
-
-    Args:
-        writes: a dry run checks the folders only.
-
-    Returns:
-        The checkpoints; the run's name; the locks of the folders, which it releases when closed.
-    """
-
-    def write_hf(folder: Path, buckets: Iterator[WeightBucket]) -> None:
-        write_hf_checkpoint(folder, buckets, source=inputs.model_folder)
-
-    checkpoints = CheckpointManager(
-        inputs.config.checkpoint,
-        _identity(inputs),
-        inputs.console,
-        write_hf=write_hf,
-        timer=timer,
-        is_main=inputs.is_main and writes,
-        flags=flag_values(inputs.config),
-        steps_per_rollout=inputs.plan.batch.num_steps_per_rollout,
-        best=_best(inputs),
-        barrier=barrier,
-        after_save=after_save(inputs.config.references, partial(make_args, inputs.config, inputs.plan, host="", port=0)),
-    )
-    held = ExitStack()
-    run_name = claim_outputs(inputs.config, held, writes=writes) if inputs.is_main else ""
-    log_dir = inputs.plan.log_dir
-    if inputs.is_main and log_dir is not None:
-        check_metrics_file(log_dir / METRICS)
-    if inputs.is_main and writes:
-        open_logs(inputs.config, log_dir)
-    return checkpoints, run_name, held
-
-
 def check_resumes(checkpoints: CheckpointManager, source: PromptFeed | SftSource, *, num_rollout: int) -> None:
     """Check before a model loads that the run can continue from what was saved.
 
@@ -337,38 +284,6 @@ def _check_cursor(source: PromptFeed | SftSource, cursor: Mapping[str, Json], fo
         source.load_state_dict(cursor)
     except CheckpointError as error:
         raise ConfigError(f"{folder}: {error}") from error
-
-
-def _identity(inputs: Inputs) -> dict[str, Json]:
-    """Return what a run and the checkpoint it resumes from must share."""
-    model = inputs.plan.model
-    facts: dict[str, Json] = {
-        "model_type": model.model_type,
-        "num_hidden_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "vocab_size": model.vocab_size,
-        "loss_type": inputs.config.algorithm.loss_type,
-    }
-    return facts | _adapter_identity(inputs)
-
-
-def _adapter_identity(inputs: Inputs) -> dict[str, Json]:
-    """Return what adapters and the checkpoint they resume from must share, their base model among it."""
-    lora = inputs.config.lora
-    if not lora.enabled:
-        return {}
-    base = starting_weights(inputs.config.checkpoint) or inputs.model_folder
-    facts: dict[str, Json] = {
-        "lora_rank": lora.rank,
-        "lora_scale": lora.scale,
-        "lora_init": lora.lora_init,
-        "target_modules": ",".join(lora.targets),
-    }
-    if lora.lora_base != "auto":
-        facts["lora_base"] = lora.lora_base
-    if find_format(base) != "hf" or has_weights(base):
-        facts["base_weights"] = fingerprint(open_weights(base, inputs.plan.model))
-    return facts
 
 
 def _gpus(inputs: Inputs, engines: EnginePool, timer: PhaseTimer, *, take_turns: bool) -> ColocatedGpus | DedicatedGpus:

@@ -1,4 +1,4 @@
-"""What a run writes besides its checkpoints: logs and recorded rollouts. Nothing of another run, or of the user, is replaced.
+"""What a run writes: checkpoints, logs and recorded rollouts. Nothing of another run, or of the user, is replaced.
 
 A log folder carries `qwench_logs.json` and a recorded rollout a line with the run's name. The name is the folder of --save, so
 that the same command goes on with its own files; without --save every start is another run.
@@ -17,22 +17,71 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
+from qwench.checkpoints.best import Criterion
+from qwench.checkpoints.folders import starting_weights
+from qwench.checkpoints.formats.sources import find_format, fingerprint, open_weights
+from qwench.checkpoints.manager import CheckpointManager
 from qwench.config.config import Config
-from qwench.config.report import CONFIG_FILE, as_yaml
+from qwench.config.report import CONFIG_FILE, as_yaml, flag_values
 from qwench.config.sections.logging import LoggingConfig
 from qwench.errors import ConfigError
 from qwench.files import LOCK, FolderLock, claim_folder, foreign_names, trouble, write_atomically, written
+from qwench.foreign.args import make_args
+from qwench.foreign.hooks import after_save
+from qwench.launch.inputs import Inputs
+from qwench.models.hf import write_hf_checkpoint
+from qwench.models.hf_weights import has_weights
 from qwench.observability.dumps import run_of
 from qwench.observability.log import DRIVER_LOG, write_driver_log
 from qwench.observability.parts import STACKS
-from qwench.observability.tracking import METRICS
+from qwench.observability.timing import PhaseTimer
+from qwench.observability.tracking import METRICS, check_metrics_file
 from qwench.rewards.second_grader import DISAGREEMENTS
+from qwench.samples import Json
+from qwench.training.process_group import barrier
+from qwench.wire.portions import WeightBucket
 
 _MARKER = "qwench_logs.json"
 _WITHOUT_METRICS = (DRIVER_LOG, CONFIG_FILE, STACKS, DISAGREEMENTS, LOCK, "ranks", "engines")
 """What a run has written into its log folder before its first metrics."""
 _DETAILS = "rollout_data"
 """The folder that --dump-details makes for recorded rollouts in the one that it names."""
+
+
+def open_outputs(inputs: Inputs, timer: PhaseTimer, *, writes: bool = True) -> tuple[CheckpointManager, str, ExitStack]:
+    """Open the checkpoints, then the logs: before, a folder may belong to another run.
+
+    Args:
+        writes: a dry run checks the folders only.
+
+    Returns:
+        The checkpoints; the run's name; the locks of the folders, which it releases when closed.
+    """
+
+    def write_hf(folder: Path, buckets: Iterator[WeightBucket]) -> None:
+        write_hf_checkpoint(folder, buckets, source=inputs.model_folder)
+
+    checkpoints = CheckpointManager(
+        inputs.config.checkpoint,
+        run_identity(inputs),
+        inputs.console,
+        write_hf=write_hf,
+        timer=timer,
+        is_main=inputs.is_main and writes,
+        flags=flag_values(inputs.config),
+        steps_per_rollout=inputs.plan.batch.num_steps_per_rollout,
+        best=_best(inputs),
+        barrier=barrier,
+        after_save=after_save(inputs.config.references, partial(make_args, inputs.config, inputs.plan, host="", port=0)),
+    )
+    held = ExitStack()
+    run_name = claim_outputs(inputs.config, held, writes=writes) if inputs.is_main else ""
+    log_dir = inputs.plan.log_dir
+    if inputs.is_main and log_dir is not None:
+        check_metrics_file(log_dir / METRICS)
+    if inputs.is_main and writes:
+        open_logs(inputs.config, log_dir)
+    return checkpoints, run_name, held
 
 
 def claim_outputs(config: Config, held: ExitStack, *, writes: bool = True) -> str:
@@ -199,3 +248,43 @@ def _check_dumps(template: Path, names: Sequence[str], *, own: Sequence[Path]) -
 def _refuse_model(folder: Path) -> None:
     if (folder / "config.json").is_file():
         raise ConfigError(f"--save-debug-rollout-data: {folder} is the folder of a model; give another folder.")
+
+
+def run_identity(inputs: Inputs) -> dict[str, Json]:
+    """Return what a run and the checkpoint it resumes from must share."""
+    model = inputs.plan.model
+    facts: dict[str, Json] = {
+        "model_type": model.model_type,
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "vocab_size": model.vocab_size,
+        "loss_type": inputs.config.algorithm.loss_type,
+    }
+    return facts | _adapter_identity(inputs)
+
+
+def _adapter_identity(inputs: Inputs) -> dict[str, Json]:
+    """Return what adapters and the checkpoint they resume from must share, their base model among it."""
+    lora = inputs.config.lora
+    if not lora.enabled:
+        return {}
+    base = starting_weights(inputs.config.checkpoint) or inputs.model_folder
+    facts: dict[str, Json] = {
+        "lora_rank": lora.rank,
+        "lora_scale": lora.scale,
+        "lora_init": lora.lora_init,
+        "target_modules": ",".join(lora.targets),
+    }
+    if lora.lora_base != "auto":
+        facts["lora_base"] = lora.lora_base
+    if find_format(base) != "hf" or has_weights(base):
+        facts["base_weights"] = fingerprint(open_weights(base, inputs.plan.model))
+    return facts
+
+
+def _best(inputs: Inputs) -> Criterion | None:
+    """Return by what --keep-best compares checkpoints: the score of the first evaluation set, or its loss."""
+    if not inputs.config.checkpoint.keep_best:
+        return None
+    name, fine_tunes = inputs.plan.eval_sets[0].name, inputs.plan.fine_tunes
+    return Criterion(metric=f"eval/{name}/loss" if fine_tunes else f"eval/{name}", higher_is_better=not fine_tunes)
