@@ -21,10 +21,10 @@ FOREIGN = "qwench/foreign/"
 USED: Mapping[str, str] = {
     "Python, PyTorch, Megatron-Core, Rich, uvicorn and pydantic call or read them": """
         __cause__ __init_subclass__ architectures core_attention finalize_model_grads_func find_class
-        get_unscaled_state grad_stats_parallel_group handleError input_layernorm k_layernorm load_bytes model_config
+        grad_stats_parallel_group handleError input_layernorm k_layernorm load_bytes model_config
         on_broken_pipe padding_idx pre_mlp_layernorm pre_tokenizer q_layernorm readable reducer_override seekable
         should_exit trigger weight_sum_D""",
-    "they keep an object alive as long as their owner": "_store _timeout",
+    "they keep an object alive as long as their owner": "_timeout",
     "the driver calls methods of a rank by name": "next_bucket",
     "requests of SGLang's HTTP API may carry them": """
         background frequency_penalty log_metrics no_logs presence_penalty repetition_penalty return_bytes return_entropy

@@ -43,6 +43,7 @@ from qwench.models.memory import (
 )
 
 BFLOAT16_BYTES = 2
+_ADAM8BIT_BYTES = 2 * (1 + FLOAT32_BYTES / 256)
 _MOMENT_BYTES = {"fp32": FLOAT32_BYTES, "bf16": BFLOAT16_BYTES}
 
 _QUANTISED_BYTES = {"auto": 0.0, "fp8": 1 + 4 / 128**2, "nf4": 0.5 + 4 / 64}
@@ -314,8 +315,10 @@ def _offloads(asked: bool | None, both: bool, shares_devices: bool) -> bool:
 def _moment_bytes(optimizer: OptimizerConfig, model: Architecture) -> float:
     """Return the bytes of a parameter's moments: Muon has one for the matrices of the layers, AdamW two."""
     both = sum(_MOMENT_BYTES[dtype] for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
-    if optimizer.optimizer != "muon":
+    if optimizer.optimizer == "adam":
         return both
+    if optimizer.optimizer == "adam8bit":
+        return _ADAM8BIT_BYTES
     matrices = model.num_layers * sum(prod(shape) for shape in model.layer_shapes().values() if len(shape) > 1)
     return both - FLOAT32_BYTES * matrices / num_parameters(model)
 

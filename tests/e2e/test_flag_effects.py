@@ -68,6 +68,15 @@ def test_truncated_sampling_is_replayed_and_engine_and_trainer_agree(workspace: 
     assert all(0 < entropy < math.log(20) for entropy in column(tmp_path, "train/entropy_loss"))
 
 
+@pytest.mark.parametrize("optimizer", ["adam8bit", "muon"])
+def test_a_resumed_run_of_another_optimizer_is_exact(workspace: Workspace, tmp_path: Path, optimizer: str) -> None:
+    whole, cut, flags = tmp_path / "whole", tmp_path / "cut", {**DIGITS, "optimizer": optimizer, "num_rollout": 3}
+    run_verb(workspace.train_argv(whole, **flags))
+    run_verb(workspace.train_argv(cut, **{**flags, "num_rollout": 1}))
+    run_verb(workspace.train_argv(cut, **flags, load=cut))
+    assert read_metrics(cut) == read_metrics(whole)
+
+
 def test_prompts_outside_of_the_band_are_left_out_also_after_a_resume(workspace: Workspace, tmp_path: Path) -> None:
     data = tmp_path / "rated.jsonl"
     rows = [{"prompt": [{"role": "user", "content": str(n)}], "label": str(n), "rate": n % 4 / 4} for n in range(12)]

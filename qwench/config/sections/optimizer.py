@@ -20,8 +20,9 @@ LrWsdDecayStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
 class OptimizerConfig:
     """The optimizer with float32 masters, and a schedule counted in optimizer steps."""
 
-    optimizer: Literal["adam", "muon"] = "adam"
-    """AdamW, or Muon for the matrices of the layers and AdamW for all other parameters (FSDP2). Both have the same --lr."""
+    optimizer: Literal["adam", "adam8bit", "muon"] = "adam"
+    """AdamW. adam8bit (FSDP2): with moments of matrices in 8 bits. muon (FSDP2): Muon for the matrices of the layers, and AdamW
+    with the same --lr for all other parameters."""
     muon_momentum: float = 0.95
     """Decay of Muon's momentum."""
     muon_num_ns_steps: int = 5
@@ -116,13 +117,17 @@ class OptimizerConfig:
         check_positive("--muon-num-ns-steps", self.muon_num_ns_steps)
         if not 0 <= self.muon_momentum < 1:
             raise ConfigError(f"--muon-momentum must be at least 0 and less than 1, got {self.muon_momentum}")
-        if self.optimizer == "muon":
+        if self.optimizer != "adam":
             for flag, is_given in (
                 ("--optimizer-cpu-offload", self.optimizer_cpu_offload),
                 ("--use-precision-aware-optimizer", self.use_precision_aware_optimizer),
             ):
                 if is_given:
-                    raise ConfigError(f"{flag} is for AdamW: Muon keeps float32 momenta on the device; leave one of them out")
+                    raise ConfigError(
+                        f"{flag} is for --optimizer adam, and {self.optimizer} has its own moments on the device; leave one "
+                        "of them out"
+                    )
+        if self.optimizer == "muon":
             return
         for flag, is_given in (
             ("--muon-momentum", self.muon_momentum != 0.95),

@@ -58,7 +58,9 @@ def load_optimizer(folder: Path, optimizer: MasterOptimizer) -> None:
     """Read moments and step count; collective."""
     optimizer.reset(load_num_steps(folder))
     if optimizer.num_steps:
-        load_moments(folder, optimizer.moments())
+        moments = optimizer.moments()
+        load_moments(folder, moments)
+        optimizer.set_moments(moments)
 
 
 def save_adapters(folder: Path, matrices: Mapping[str, Tensor], adapters: Adapters, *, is_main: bool) -> None:
@@ -143,8 +145,10 @@ def load_converted(folder: Path, optimizer: MasterOptimizer, model: Architecture
     optimizer.set_masters(masters)
     if state is not None:
         optimizer.reset(state.num_steps)
+        moments = optimizer.moments()
         for moment, source in state.moments.items():
-            _fill(optimizer.moments(), source, suffix=f".{moment}")
+            _fill(moments, source, suffix=f".{moment}")
+        optimizer.set_moments(moments)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from torch.nn.utils import get_total_norm
 
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.training.fsdp.gradients import Gradients
+from qwench.training.optimizers.adam8bit import Adam8bit
 from qwench.training.optimizers.host_adam import HostAdam
 from qwench.training.optimizers.muon import Muon, takes
 from qwench.training.optimizers.schedule import LrSchedule
@@ -51,12 +52,12 @@ class MasterOptimizer:
         mesh = _mesh_of(next(iter(weights.values())))
         self._shard_group = mesh.get_group("dp_shard")
         self._host_mesh = mesh if mesh.device_type == "cpu" else _same_ranks_on_the_host(mesh)
-        matrices = {name for name, weight in weights.items() if section.optimizer == "muon" and takes(name, weight)}
+        matrices = {name for name, weight in weights.items() if _is_stepped_apart(section, name, weight)}
         self._optimizers = self._make_optimizers(section, matrices)
         self._optimizer_of = {name: self._optimizers[-1 if name in matrices else 0] for name in self._shards}
 
     def _make_optimizers(self, section: OptimizerConfig, matrices: AbstractSet[str]) -> list[HostAdam]:
-        """Return AdamW, and Muon of the matrices where there are some."""
+        """Return AdamW, and the optimizer of the matrices where these have another one."""
         others = {name: shard for name, shard in self._shards.items() if name not in matrices}
         decayed = [shard for name, shard in others.items() if self._weights[name].ndim > 1]
         kept = [shard for name, shard in others.items() if self._weights[name].ndim <= 1]
@@ -64,6 +65,8 @@ class MasterOptimizer:
         adam = HostAdam.from_section([group for group in groups if group["params"]], section, splits_masters=True)
         if not matrices:
             return [adam]
+        if section.optimizer == "adam8bit":
+            return [adam, Adam8bit([{"params": [self._shards[name] for name in self._shards if name in matrices]}], section)]
         names = {self._shards[name]: name for name in matrices}
         stepped = [{"params": [self._shards[name] for name in self._shards if name in matrices]}]
         return [
@@ -79,7 +82,7 @@ class MasterOptimizer:
     @property
     def has_momentum(self) -> bool:
         """Tell whether Muon steps the matrices."""
-        return len(self._optimizers) > 1
+        return isinstance(self._optimizers[-1], Muon)
 
     @property
     def _param_groups(self) -> list[dict[str, Any]]:  # Any: as torch's optimizers have them
@@ -134,10 +137,16 @@ class MasterOptimizer:
         if not self.num_steps:
             return {}
         return {
-            f"{name}.{moment}": self._named(name, self._optimizer_of[name].state[shard][moment])
+            f"{name}.{moment}": self._named(name, self._optimizer_of[name].moment(shard, moment))
             for name, shard in self._shards.items()
             for moment in self._optimizer_of[name].moment_names
         }
+
+    def set_moments(self, moments: Mapping[str, Tensor]) -> None:
+        """Take moments that `moments` returned, and that were read into."""
+        for name, shard in self._shards.items():
+            for moment in self._optimizer_of[name].moment_names:
+                self._optimizer_of[name].set_scaled_state(shard, moment, local_shard(moments[f"{name}.{moment}"]))
 
     def device_state(self) -> list[Tensor]:
         """Return the tensors on the device besides weights and gradients."""
@@ -165,6 +174,11 @@ class MasterOptimizer:
         assert isinstance(weight, DTensor)
         mesh = weight.device_mesh if shard.device.type == weight.device_mesh.device_type else self._host_mesh
         return DTensor.from_local(shard, mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride())
+
+
+def _is_stepped_apart(section: OptimizerConfig, name: str, weight: Tensor) -> bool:
+    """Tell whether a weight has another optimizer than AdamW with moments in a float type."""
+    return (section.optimizer == "muon" and takes(name, weight)) or (section.optimizer == "adam8bit" and weight.ndim > 1)
 
 
 def local_shard(tensor: Tensor) -> Tensor:

@@ -41,6 +41,9 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class HostAdam(torch.optim.AdamW):
     """See the module docstring. Life: construct -> reset -> (step | restart | masters and moments loaded)*."""
 
+    has_split_kernel = True
+    """A kernel steps split masters with moments as they are stored."""
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
@@ -184,6 +187,13 @@ class HostAdam(torch.optim.AdamW):
         state: Tensor = self.state[param][name]
         return state.to(torch.float32)
 
+    def moment(self, param: Tensor, name: str) -> Tensor:
+        """Return a moment to be saved, or to be read into and given to `set_scaled_state`: as it is stored, or float32."""
+        if self._moment_dtypes[name] == torch.uint8:
+            return self.get_unscaled_state(param, name)
+        state: Tensor = self.state[param][name]
+        return state
+
     @torch.no_grad()
     def set_scaled_state(self, param: Tensor, name: str, value: Tensor) -> None:
         """Write a state of `param`, rounded to its stored dtype."""
@@ -249,7 +259,7 @@ class HostAdam(torch.optim.AdamW):
     def _update_split(self, bucket: Sequence[Span], gradients: Sequence[Tensor]) -> None:
         """Step a bucket on the device whose masters are split."""
         parts = [(span.of(span.param), rest) for span, rest in zip(bucket, self._cut_states(bucket, REST), strict=True)]
-        if not parts[0][0].is_cuda:
+        if not (parts[0][0].is_cuda and self.has_split_kernel):
             masters = [join(param, rest) for param, rest in parts]
             self._update(bucket, gradients, masters)
             for master, (param, rest) in zip(masters, parts, strict=True):
@@ -287,8 +297,12 @@ class HostAdam(torch.optim.AdamW):
         )
         for name, widened in zip(MOMENTS, (exp_avgs, exp_avg_sqs), strict=True):
             if self._is_widened(name):
-                for stored, moment in zip(self._cut_states(bucket, name), widened, strict=True):
-                    stored.copy_(moment)
+                self._store(bucket, name, widened)
+
+    def _store(self, bucket: Sequence[Span], name: str, widened: Sequence[Tensor]) -> None:
+        """Store a moment of the bucket that was widened."""
+        for stored, moment in zip(self._cut_states(bucket, name), widened, strict=True):
+            stored.copy_(moment)
 
     def _is_widened(self, name: str) -> bool:
         return self._moment_dtypes[name] != torch.float32

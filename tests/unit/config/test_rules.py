@@ -27,6 +27,12 @@ from qwench.config.sections.rollout import SFT_ROLLOUT, RolloutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
 
+
+def in_megatron(optimizer: str) -> dict[str, object]:
+    sections = {"training": TrainingConfig(train_backend="megatron")}
+    return sections | {"optimizer": OptimizerConfig(optimizer=optimizer)}
+
+
 EIGHT = ClusterConfig(actor_num_gpus_per_node=8)
 FSDP = TrainingConfig(train_backend="fsdp")
 MEGATRON = TrainingConfig(train_backend="megatron")
@@ -95,6 +101,8 @@ REFUSED = [
         "--whole-weights needs --train-backend fsdp",
     ),
     ({"training": TrainingConfig(train_backend="megatron", torch_compile=True)}, "--torch-compile needs --train-backend fsdp"),
+    (in_megatron("muon"), "--optimizer muon needs --train-backend fsdp"),
+    (in_megatron("adam8bit"), "--optimizer adam8bit needs --train-backend fsdp"),
     ({"training": TrainingConfig(transformer_impl="transformer_engine")}, "--transformer-impl transformer_engine needs"),
     ({"parallel": ParallelConfig(dp_replicate=3), "cluster": EIGHT}, "--dp-replicate 3 does not divide the 8"),
     (

@@ -198,7 +198,7 @@ REFUSED = [
         "--muon-momentum has no effect with --optimizer adam; give muon",
     ),
     (OptimizerConfig, {"optimizer": "muon", "muon_momentum": 1.0}, "--muon-momentum must be at least 0 and less than 1, got 1"),
-    (OptimizerConfig, {"optimizer": "muon", "optimizer_cpu_offload": True}, "--optimizer-cpu-offload is for AdamW: Muon keeps"),
+    (OptimizerConfig, {"optimizer": "muon", "optimizer_cpu_offload": True}, "--optimizer-cpu-offload is for --optimizer adam"),
     (OptimizerConfig, {"exp_avg_dtype": "bf16"}, "--exp-avg-dtype bf16 needs --use-precision-aware-optimizer"),
     (
         OptimizerConfig,
