@@ -78,6 +78,13 @@ def _refuse_without_docstrings(optimize: int) -> None:
         )
 
 
+def _refuse_deleted_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise ConfigError("the working folder was deleted; change to another one, or enter it again.") from error
+
+
 def main(argv: Sequence[str] | None = None, *, command: Command | None = None) -> NoReturn:
     """Run the verb of the command line, or `command` with all its words, and end the process with its exit code."""
     _open_closed_streams()
@@ -89,6 +96,7 @@ def main(argv: Sequence[str] | None = None, *, command: Command | None = None) -
     words = [word for word in words if word != "--traceback"]
     try:
         _refuse_without_docstrings(sys.flags.optimize)
+        _refuse_deleted_folder()
         try:
             if command is None:
                 command, words = find_command(words)

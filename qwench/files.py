@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,9 @@ TEMPORARY_SUFFIX = ".writing"
 """Suffix of an incomplete file or folder; a later start may delete it."""
 LOCK = "qwench.lock"
 """Marks a folder that one run at a time may write to. The file names the process, whose end releases the kernel's lock."""
+_MAX_NAME_BYTES = 255
+_WIDTH = re.compile(r"0?[0-9]?d?")
+"""How a number may be written into a path: `{rollout_id:07d}`."""
 _TROUBLES_OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _WRITE_BACK_PAUSE_S = 0.05
 _MAX_TEXT_BYTES = 64 * 2**20
@@ -195,9 +199,8 @@ def written(named: str, place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(
-            f"{named} cannot be written to ({trouble(error, place)}). Make room there; then the same command goes on."
-        ) from error
+        advice = "Make room there; then the same command goes on" if is_trouble_of_disk(error) else "Make it writable"
+        raise OutputError(f"{named} cannot be written to ({trouble(error, place)}). {advice}.") from error
 
 
 def trouble(error: OSError, place: Path) -> str:
@@ -313,11 +316,15 @@ def fill_rollout_id(template: str, rollout_id: int, *, flag: str) -> str:
     """Fill the one placeholder of a path that a flag gives.
 
     Raises:
-        ConfigError: it has another placeholder, or asks for a part of the number.
+        ConfigError: it has another placeholder, asks for a part of the number, or makes a name that no file can have.
     """
     try:
-        if not {field for _, field, _, _ in Formatter().parse(template)} - {None, "rollout_id"}:
-            return template.format(rollout_id=rollout_id)
-    except (KeyError, IndexError, ValueError):
-        pass  # a format that no number has; braces that do not close
+        fields = [(field, spec, conversion) for _, field, spec, conversion in Formatter().parse(template) if field is not None]
+        if all(field == "rollout_id" and _WIDTH.fullmatch(spec or "") and not how for field, spec, how in fields):
+            path = template.format(rollout_id=rollout_id)
+            if all(len(os.fsencode(part)) <= _MAX_NAME_BYTES for part in Path(path).parts):
+                return path
+            raise ConfigError(f"{flag} has a name of more than {_MAX_NAME_BYTES} bytes, got {template[:80]!r}; shorten it.")
+    except ValueError:
+        pass  # braces that do not close
     raise ConfigError(f"{flag} {template!r} has a placeholder other than {{rollout_id}}; use only that one.")

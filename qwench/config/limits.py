@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from qwench.config.values import is_circular, is_finite
 from qwench.errors import ConfigError
+from qwench.files import fill_rollout_id
 from qwench.plugins import is_function_path
 
+_LARGE_ROLLOUT_ID = 9_999_999
 _LONGEST_S = 1e8
 """Three years. Timers of the operating system, of PyTorch and of its collectives count what is longer in too few bits."""
 
@@ -25,9 +27,11 @@ def check_seconds(flag: str, value: float | None) -> None:
 
 
 def check_path_template(flag: str, template: str | None) -> None:
-    """Refuse a file or folder whose own folder cannot be reached."""
+    """Refuse a file or folder whose own folder cannot be reached, and a template that no rollout's number fits into."""
     if template is not None and is_circular(template.partition("{")[0] or "."):
         raise ConfigError(f"{flag} must not lead in a circle of symbolic links, got {template!r}")
+    if template is not None:
+        fill_rollout_id(template, _LARGE_ROLLOUT_ID, flag=flag)
 
 
 def check_not_negative(flag: str, value: float | None) -> None:

@@ -6,7 +6,9 @@ with an index that maps names to files.
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -55,7 +57,9 @@ def _write_shard(folder: Path, index: int, tensors: dict[str, Tensor]) -> dict[s
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error  # a full disk, which the library reports as its own error
+        # The library reports a full disk as its own error, with the number in its text.
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, f"{path}: {error}") from error
     path.chmod(0o644)  # save_file leaves it readable by its owner only
     return {name: tensor.nbytes for name, tensor in tensors.items()}
 

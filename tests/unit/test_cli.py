@@ -292,6 +292,16 @@ def test_standard_output_that_is_closed_or_full_is_one_sentence_at_most(words, r
     assert (finished.returncode, finished.stderr) == (code, said)
 
 
+def test_a_deleted_working_folder_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "qwench: the working folder was deleted; change to another one, or enter it again.\n"
+    tmp_path.mkdir()
+
+
 def test_python_without_docstrings_is_refused_in_one_line():
     ended = subprocess.run(
         [sys.executable, "-OO", "-m", "qwench", "train", "--help"], capture_output=True, text=True, check=False

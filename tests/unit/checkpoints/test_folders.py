@@ -77,7 +77,16 @@ def test_export_over_a_model_of_the_user_is_refused_at_the_start(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "template", ["hf_{step}", "hf_{rollout_id.__class__}", "hf_{rollout_id}_{0}", "hf_{", "hf_{rollout_id:zz}"]
+    "template",
+    [
+        "hf_{step}",
+        "hf_{rollout_id.__class__}",
+        "hf_{rollout_id}_{0}",
+        "hf_{",
+        "hf_{rollout_id:zz}",
+        "hf_{rollout_id:>3000000000}",
+        "hf_{rollout_id!r}",
+    ],
 )
 def test_export_template_with_an_unknown_placeholder_is_refused(tmp_path, template):
     with pytest.raises(ConfigError, match=r"placeholder other than \{rollout_id\}"):

@@ -31,6 +31,12 @@ def test_aliases_without_measure_are_refused(text: str, tmp_path: Path) -> None:
         read_yaml_file(tmp_path / "a.yaml")
 
 
+def test_a_key_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("lr: 1e-4\nseed: 1\nlr: 1e-5\n")
+    with pytest.raises(yaml.YAMLError, match="it names lr twice"):
+        read_yaml_file(tmp_path / "a.yaml")
+
+
 def test_a_file_that_never_ends_is_refused() -> None:
     with pytest.raises(OSError, match="more than 64 MiB"):
         read_yaml_file(Path("/dev/zero"))
