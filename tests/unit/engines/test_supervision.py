@@ -120,7 +120,7 @@ def test_no_engine_is_checked_before_the_first_wait_is_over(make_scene):
     scene = make_scene(health=replace(OFTEN, rollout_health_check_first_wait=600.0))
     scene.a.hangs = True
     with pytest.raises(AssertionError, match="did not happen in time"):
-        scene.wait_until(lambda: scene.servers["a"].events, seconds=0.5)
+        scene.wait_until(lambda: scene.servers["a"].events, seconds=2 * OFTEN.rollout_health_check_timeout)
 
 
 def test_an_engine_that_hangs_is_given_up_with_its_requests(make_scene, caplog):
