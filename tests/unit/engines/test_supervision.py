@@ -207,6 +207,17 @@ def test_a_lost_router_is_said_and_restarted_with_all_ready_engines(trouble, rea
     assert "the router did not start: no port today" in caplog.text
 
 
+def test_a_restarted_engine_comes_back_to_the_router_with_the_next_publication(make_scene):
+    scene = make_scene(health=OFTEN, router=(router := ScriptedRouter()))
+    scene.publisher.publish(version=1)
+    router.events.clear()
+    scene.a.down = True
+    scene.wait_until(lambda: scene.pool.num_restarts == 1)
+    assert "add a" not in router.events
+    scene.publisher.publish(version=2)
+    assert router.events == ["remove a", "add a"]
+
+
 def test_requests_go_straight_to_the_engines_while_the_router_is_lost(make_scene):
     router = ScriptedRouter()
     scene = make_scene(health=RARELY, router=router)
