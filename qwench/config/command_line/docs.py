@@ -39,7 +39,8 @@ where they have the flag.
   `owner/data:folder/file.jsonl`, each also with `@REVISION` after the name and `@[:1000]` at the end. A folder or file of this
   machine wins. HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are respected. With several machines, the cache must be on a
   disk that all of them see.
-- `qwench VERB --help` shows what is required; `--help SECTION`, `--help FLAG` and `--help-all` show more.
+- `qwench VERB --help` shows what is required; `--help SECTION`, `--help FLAG` and `--help-all` show more,
+  `--help WORD` the flags that mention it.
 - `source <(qwench completion bash)` completes flags, values and files; `qwench completion zsh` prints the script of zsh.
 
 `qwench train --help`:

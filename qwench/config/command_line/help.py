@@ -1,4 +1,4 @@
-"""The texts of `qwench VERB --help`, `--help SECTION`, `--help FLAG` and `--help-all`.
+"""The texts of `qwench VERB --help`, `--help SECTION`, `--help FLAG`, `--help WORD` and `--help-all`.
 
 The first page of a large verb holds what is required, a command to start from and the flags that most runs set; the sections
 follow by name. A small verb shows all its flags at once.
@@ -43,12 +43,12 @@ def help_text(
 
     Args:
         defaults: flag -> the words that this verb sets, where they are not the flag's own default.
-        words: the command line; the word behind --help names a section or a flag.
+        words: the command line; the word behind --help names a section or a flag, or is searched in the flags.
         subjects: section -> what it is about.
         width: columns. None: those of the terminal.
 
     Raises:
-        ConfigError: the word behind --help is neither.
+        ConfigError: nothing has the word behind --help.
     """
     width = width or min(max(shutil.get_terminal_size().columns, _NARROWEST), _WIDEST)
     sections = {name: tuple(flags) for name, flags in groupby(table.values(), key=lambda flag: flag.section)}
@@ -86,10 +86,19 @@ def _about(
         yield from _all({topic: sections[topic]}, defaults, width)
     elif topic in table:
         yield from _described(table[topic], defaults, width)
+    elif mentions := [flag for flag in table.values() if topic.lower().replace("-", " ") in _searched(flag)]:
+        yield f"flags that mention {topic!r}   (--help FLAG tells more)"
+        for flag in mentions:
+            yield from _row(flag, width)
     else:
         close = difflib.get_close_matches(topic, [*sections, *table], n=1)
         hint = f"did you mean {close[0]}?" if close else f"sections: {', '.join(name for name in sections if name)}"
-        raise ConfigError(f"{prog} has no section and no flag {topic!r}; {hint}")
+        raise ConfigError(f"{prog} has no section, no flag and no text on {topic!r}; {hint}")
+
+
+def _searched(flag: Flag) -> str:
+    """Return name, choices and meaning of a flag as words to search in."""
+    return " ".join([flag.name, *choices(flag.annotation), flag.help]).lower().replace("-", " ")
 
 
 def _introduction(page: Page) -> Iterator[str]:
@@ -101,16 +110,15 @@ def _introduction(page: Page) -> Iterator[str]:
 
 
 def _first_page(page: Page, table: Mapping[str, Flag], width: int) -> Iterator[str]:
-    yield "\nrequired"
-    for name in page.required:
-        yield from _row(table[name], width, also=page.alternatives.get(name, ""))
-    yield "\noften used"
-    for name in page.common:
-        yield from _row(table[name], width)
+    for heading, names in (("required", page.required), ("often used", page.common)):
+        if names:
+            yield f"\n{heading}"
+        for name in names:
+            yield from _row(table[name], width, also=page.alternatives.get(name, ""))
 
 
 def _section_list(sections: Mapping[str, Sequence[Flag]], subjects: Mapping[str, str], width: int) -> Iterator[str]:
-    yield f"\nsections   (--help SECTION and --help FLAG tell more, {HELP_ALL} tells all)"
+    yield f"\nsections   (--help SECTION, FLAG or WORD tells more, {HELP_ALL} tells all)"
     for name, flags in sections.items():
         yield from _columns(f"  {name} ({len(flags)})", subjects.get(name, ""), width)
 
@@ -120,7 +128,7 @@ def _row(flag: Flag, width: int, *, also: str = "") -> Iterator[str]:
     value = "" if flag.is_switch else " " + metavar(flag.annotation)
     spelled = f"  --{flag.name}{value}"
     if len(spelled) >= _COLUMN:
-        spelled = f"  --{flag.name} {'NAME' if choices(flag.annotation) else value}".rstrip()
+        spelled = f"  --{flag.name} {'NAME' if choices(flag.annotation) else value.strip()}".rstrip()
     yield from _columns(spelled, f"{first_sentence(flag.help)} {also}".strip(), width)
 
 

@@ -67,7 +67,7 @@ qwench eval --hf-checkpoint runs/sft-hf \\
     "qwench serve": Page(
         summary="Serve a model over SGLang's and OpenAI's HTTP APIs with the embedded engine.",
         required=("hf-checkpoint",),
-        common=("host", "port", "train-dtype", "embedded-mem-fraction", "embedded-max-running-requests"),
+        common=("host", "port", "lora", "train-dtype", "embedded-mem-fraction", "embedded-max-running-requests"),
         example="qwench serve --hf-checkpoint Qwen/Qwen3-0.6B --port 30000",
     ),
     "qwench convert": Page(
@@ -76,6 +76,7 @@ qwench eval --hf-checkpoint runs/sft-hf \\
     ),
     "qwench reward check FILE": Page(
         summary="Grade a file of responses and labels, and count the reasons of the scores.",
+        common=("rm-type", "custom-rm-path", "response-key", "label-key", "line", "second-grader", "second-grader-share"),
         example="qwench reward check responses.jsonl --rm-type math",
     ),
     "qwench make-model": Page(

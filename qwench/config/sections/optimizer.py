@@ -21,8 +21,8 @@ class OptimizerConfig:
     """The optimizer with float32 masters, and a schedule counted in optimizer steps."""
 
     optimizer: Literal["adam", "adam8bit", "muon"] = "adam"
-    """AdamW. adam8bit (FSDP2): with moments of matrices in 8 bits. muon (FSDP2): Muon for the matrices of the layers, and AdamW
-    with the same --lr for all other parameters."""
+    """adam: AdamW. adam8bit: AdamW with moments of matrices in 8 bits, 6 bytes a weight less. muon: Muon for the matrices of
+    the layers, and AdamW with the same --lr for all other parameters. adam8bit and muon need --train-backend fsdp."""
     muon_momentum: float = 0.95
     """Decay of Muon's momentum."""
     muon_num_ns_steps: int = 5

@@ -23,8 +23,8 @@ class RewardConfig:
     """The reward function and its workers."""
 
     rm_type: str | None = None
-    """Built-in reward: deepscaler, math, dapo, f1, gpqa, ifbench, random, remote_rm or judge; several as a,b. A row's
-    metadata.rm_type wins over it."""
+    """Built-in reward: deepscaler, math, dapo, f1, gpqa, ifbench, random, zero, remote_rm or judge; several as a,b. A
+    row's metadata.rm_type wins over it."""
     reward_weights: str | None = None
     """Weight of each of several --rm-type, as 0.7,0.3. None: 1 each."""
     judge_url: str | None = None
@@ -39,7 +39,7 @@ class RewardConfig:
     """Seconds for the judge to answer, retries included. After that the verdict is timeout."""
     second_grader: Literal["math-verify"] | None = None
     """Judge a share of the boxed answers of --rm-type math or deepscaler again, and list those on which the graders differ in
-    second_grader.jsonl of the run's folder. The reward stays that of --rm-type."""
+    second_grader.jsonl of the run's folder. The reward stays that of --rm-type. Needs the package math-verify. None: off."""
     second_grader_share: float = 0.1
     """Share of the answers that --second-grader judges."""
     rm_url: str | None = None

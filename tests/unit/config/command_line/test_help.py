@@ -6,7 +6,7 @@ from qwench.config.command_line.pages import PAGES
 from qwench.config.command_line.parse import EVAL_DEFAULTS, SFT_DEFAULTS, parse_flags
 from qwench.config.config import Config
 from qwench.config.sections.convert import ConvertConfig
-from qwench.config.sections.verbs import ServeConfig
+from qwench.config.sections.verbs import RewardCheckConfig, ServeConfig
 from qwench.errors import ConfigError
 from qwench.estimators import estimator_names
 
@@ -67,8 +67,28 @@ def test_the_help_of_a_flag_without_a_default_says_that_it_is_required(capsys):
 
 
 def test_an_unknown_topic_is_named_with_the_nearest(capsys):
-    with pytest.raises(ConfigError, match="has no section and no flag 'optimiser'; did you mean optimizer"):
+    with pytest.raises(ConfigError, match="has no section, no flag and no text on 'optimiser'; did you mean optimizer"):
         parse_flags(Config, ["--help", "optimiser"], prog="qwench train")
+
+
+@pytest.mark.parametrize(
+    ("word", "found"),
+    [
+        ("muon", ["optimizer", "muon-momentum", "muon-num-ns-steps"]),
+        ("nf4", ["lora-base"]),
+        ("Math_Verify", ["second-grader"]),
+    ],
+)
+def test_a_word_that_is_no_flag_lists_the_flags_that_mention_it(capsys, word, found):
+    heading, *rows = shown(capsys, "--help", word).splitlines()
+    assert heading.startswith("flags that mention ")
+    assert [row.split()[0][2:] for row in rows if row.startswith("  --")] == found
+
+
+def test_the_first_page_has_no_heading_without_flags(capsys):
+    lines = shown(capsys, "--help", config_type=RewardCheckConfig, prog="qwench reward check FILE").splitlines()
+    assert "required" not in lines
+    assert lines[lines.index("often used") + 1].startswith("  --rm-type TEXT")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--help-all"]])
@@ -87,6 +107,8 @@ def test_a_small_verb_shows_all_its_flags(capsys):
 def test_serve_has_a_first_page_too(capsys):
     text = shown(capsys, "-h", config_type=ServeConfig, prog="qwench serve")
     assert "--port INT" in text and "--embedded-page-size" not in text
+    assert "  --lora TEXT ...  " in text
+    assert "  --embedded-max-running-requests INT\n" in text
 
 
 @pytest.mark.parametrize(
