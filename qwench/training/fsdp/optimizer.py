@@ -57,27 +57,27 @@ class MasterOptimizer:
         self._optimizer_of = {name: self._optimizers[-1 if name in matrices else 0] for name in self._shards}
 
     def _make_optimizers(self, section: OptimizerConfig, matrices: AbstractSet[str]) -> list[HostAdam]:
-        """Return AdamW, and the optimizer of the matrices where these have another one."""
+        """Return AdamW where it steps any weight, and the optimizer of the matrices where these have another one."""
         others = {name: shard for name, shard in self._shards.items() if name not in matrices}
         decayed = [shard for name, shard in others.items() if self._weights[name].ndim > 1]
         kept = [shard for name, shard in others.items() if self._weights[name].ndim <= 1]
         groups = [{"params": decayed, "weight_decay": section.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-        adam = HostAdam.from_section([group for group in groups if group["params"]], section, splits_masters=True)
+        groups = [group for group in groups if group["params"]]
+        # Adapters are matrices alone.
+        optimizers = [HostAdam.from_section(groups, section, splits_masters=True)] if groups else []
         if not matrices:
-            return [adam]
+            return optimizers
+        stepped = [{"params": [shard for name, shard in self._shards.items() if name in matrices]}]
         if section.optimizer == "adam8bit":
-            return [adam, Adam8bit([{"params": [self._shards[name] for name in self._shards if name in matrices]}], section)]
+            return [*optimizers, Adam8bit(stepped, section)]
         names = {self._shards[name]: name for name in matrices}
-        stepped = [{"params": [self._shards[name] for name in self._shards if name in matrices]}]
-        return [
-            adam,
-            Muon(
-                stepped,
-                section,
-                whole=lambda shard, values: full_tensor(self._named(names[shard], values)),
-                part=lambda shard, whole: own_part(self._weights[names[shard]], whole),
-            ),
-        ]
+        muon = Muon(
+            stepped,
+            section,
+            whole=lambda shard, values: full_tensor(self._named(names[shard], values)),
+            part=lambda shard, whole: own_part(self._weights[names[shard]], whole),
+        )
+        return [*optimizers, muon]
 
     @property
     def has_momentum(self) -> bool:

@@ -127,6 +127,16 @@ def test_adapters_whose_masters_are_on_the_host_learn_the_same_bits(model_folder
     assert all(torch.equal(matrix, other[name]) for name, matrix in one.items())
 
 
+def test_adapters_with_moments_in_8_bits_learn_nearly_the_same_and_resume_exactly(model_folder: Path, tmp_path: Path):
+    eighth = replace(_ADAM, optimizer="adam8bit")
+    trainer, exact = _build(model_folder, _LORA, adam=eighth), _build(model_folder, _LORA)
+    assert _train(trainer, 3) == pytest.approx(_train(exact, 3), rel=2e-2)
+    _saved(trainer, tmp_path / "saved")
+    resumed = _build(model_folder, _LORA, adam=eighth)
+    resumed.load(tmp_path / "saved")
+    assert _train(resumed, 2) == _train(trainer, 2)
+
+
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_one_rank_computes_plain_adapters_without_fsdp_as_the_module_does(
     model_folder: Path, recomputes: bool, monkeypatch: pytest.MonkeyPatch
