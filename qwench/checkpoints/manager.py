@@ -380,7 +380,7 @@ class CheckpointManager:
         if keep is not None:
             iterations.prune(keep, spared=spared)
         if interval is not None:
-            iterations.thin_out(interval, spared=spared)
+            iterations.thin_out(interval, first=self._config.number(0), spared=spared)
 
 
 def _to_json(state: Mapping[str, Json]) -> bytes:

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from qwench.checkpoints.formats.dcp_reader import METADATA, read_metadata
 from qwench.checkpoints.formats.sources import NUM_STEPS, OptimizerState, open_optimizer_state
 from qwench.checkpoints.manifest import note_checksums
-from qwench.errors import CheckpointError
+from qwench.errors import CheckpointError, ConfigError
 from qwench.models.architecture import Architecture
 
 _MOMENTS, _SCHEDULE = "optimizer", "lr_scheduler"
@@ -67,7 +67,16 @@ def load_num_steps(folder: Path) -> int:
 
 
 def load_moments(folder: Path, moments: Mapping[str, Tensor]) -> None:
-    """Read in place the moments that `save_moments` wrote, however they were sharded; collective."""
+    """Read in place the moments that `save_moments` wrote, however they were sharded; collective.
+
+    Raises:
+        CheckpointError: they are damaged or of another model.
+        ConfigError: another optimizer wrote them.
+    """
+    stored = read_metadata(folder / _MOMENTS / METADATA).state_dict_metadata
+    weights = {name.rpartition(".")[0] for name in stored}
+    if any(name not in stored and name.rpartition(".")[0] in weights for name in moments):
+        raise ConfigError(f"{folder} has the moments of another optimizer; give the --optimizer of its run or --no-load-optim.")
     load_in_place(folder / _MOMENTS, moments)
 
 

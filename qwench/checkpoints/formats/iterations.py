@@ -6,9 +6,9 @@
     iter_0000010.deleting    on its way out
     iter_0000020.replaced    the older folder of the same name, while the new one takes its place
 
-The number is that of rollouts learned from, and so the id of the rollout a resumed run starts with; with --save-numbering last
-it is one less. After a kill at any point,
-every name without a suffix is a whole checkpoint. At the next start `clean` removes or restores the others.
+The number is that of rollouts learned from, and so the id of the rollout a resumed run starts with. With --save-numbering last
+it is one less. After a kill at any point, every name without a suffix is a whole checkpoint. At the next start `clean` removes
+or restores the others.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ class Iterations:
         for iteration in [old for old in reversed(self.newest_first()[keep:]) if old != spared]:
             self._delete(iteration)
 
-    def thin_out(self, interval: int, *, spared: int | None = None) -> None:
-        """Delete the checkpoints before the newest whose number is no multiple of `interval`, but `spared`, oldest first."""
+    def thin_out(self, interval: int, *, first: int = 0, spared: int | None = None) -> None:
+        """Delete the checkpoints before the newest, oldest first, but each `interval`-th number after `first`, and `spared`."""
         for iteration in reversed(self.newest_first()[1:]):
-            if iteration % interval and iteration != spared:
+            if (iteration - first) % interval and iteration != spared:
                 self._delete(iteration)
 
     def clean(self) -> None:

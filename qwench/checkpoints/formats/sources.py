@@ -237,6 +237,11 @@ def _fsdp_optimizer(folder: Path, model: Architecture) -> OptimizerState | None:
     moments: Mapping[str, WeightSource] = {}
     if num_steps:
         stored = DcpFolder(folder / "optimizer")
+        if any(name.endswith(".momentum") for name in stored.tensors):
+            raise ConfigError(
+                f"{folder} has the moments of --optimizer muon, which FSDP2 alone reads; go on with --no-load-optim, or "
+                "convert with --weights-only."
+            )
         moments = {moment: DcpWeights(stored, model, suffix=f".{moment}") for moment in MOMENTS}
     return OptimizerState(masters=DcpWeights(DcpFolder(folder / "model"), model), moments=moments, num_steps=num_steps)
 

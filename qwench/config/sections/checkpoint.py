@@ -33,7 +33,7 @@ class CheckpointConfig:
     """Keep also the checkpoint with the best result on the first evaluation set (the highest score; qwench sft: the lowest
     loss). It is written when an evaluation is the best so far."""
     save_retain_interval: int | None = None
-    """Of older checkpoints, keep those whose number is a multiple of this. A multiple of --save-interval. None: keep all."""
+    """Keep only older checkpoints after a multiple of this many rollouts. A multiple of --save-interval. None: keep all."""
     exit_on_missing_checkpoint: bool = False
     """End with an error when --load holds no checkpoint. Off: a --load that is also --save may be empty."""
     ref_load: Path | None = None

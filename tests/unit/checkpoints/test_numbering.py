@@ -22,11 +22,11 @@ def test_folders_are_named_as_slime_and_miles_do_on_request(tmp_path):
     names = ["iter_0000003", "iter_0000004", "iter_0000005"]
     assert saved == [(1, "iter_0000001"), *zip([3, 4, 5], names, strict=True)]
     pointer = "latest_checkpointed_iteration.txt"
-    assert names_in(tmp_path / "run") == ["iter_0000004", "iter_0000005", pointer, "qwench_run.json"]
+    assert names_in(tmp_path / "run") == ["iter_0000003", "iter_0000005", pointer, "qwench_run.json"]
     assert (tmp_path / "run" / pointer).read_text() == "5\n"
     assert restored(save=tmp_path / "run", save_numbering="last") == (6, 106, 6)
     assert restored(save=tmp_path / "other", load=tmp_path / "run") == (6, 106, 6)
-    assert restored(save=tmp_path / "other", load=tmp_path / "run", ckpt_step=4) == (5, 105, 5)
+    assert restored(save=tmp_path / "other", load=tmp_path / "run", ckpt_step=3) == (4, 104, 4)
     assert "Checkpoint 6 is in --save" in manager_of(save=tmp_path / "run", save_numbering="last").save_stopped(
         7, CountingLearner(107), CountingRollouts(7)
     )

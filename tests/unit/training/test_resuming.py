@@ -8,8 +8,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
-from qwench.errors import CheckpointError
-from qwench.training.resuming import load_in_place, load_rng, open_saved_optimizer, save_rng, save_tensors
+from qwench.errors import CheckpointError, ConfigError
+from qwench.training.resuming import (
+    load_in_place,
+    load_moments,
+    load_rng,
+    open_saved_optimizer,
+    save_moments,
+    save_rng,
+    save_tensors,
+)
 from tests.unit.config.architectures import QWEN3_4B
 
 
@@ -78,6 +86,14 @@ def test_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
     monkeypatch.setattr(dcp, "save", full)
     with pytest.raises(OSError, match="unexpected pos 704 vs 598"):
         save_tensors(tmp_path, {"a": torch.zeros(3)})
+
+
+def test_moments_of_another_optimizer_are_not_taken_for_those_of_another_model(tmp_path):
+    save_moments(tmp_path, {"w.exp_avg": torch.ones(2), "w.exp_avg_sq": torch.ones(2)}, 3)
+    with pytest.raises(ConfigError, match="has the moments of another optimizer; give the --optimizer of its run or"):
+        load_moments(tmp_path, {"w.momentum": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match="of the same model"):
+        load_moments(tmp_path, {"v.exp_avg": torch.zeros(2)})
 
 
 def test_generators_go_on_where_they_were_saved(tmp_path):

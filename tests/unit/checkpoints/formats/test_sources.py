@@ -127,6 +127,13 @@ def test_optimizer_state_is_found_by_name(tmp_path: Path, weights: dict[str, Ten
     assert open_optimizer_state(write_fsdp(tmp_path / "without", weights), MODEL) is None
 
 
+def test_the_state_of_muon_is_not_taken_for_another_model(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    folder = write_fsdp(tmp_path / "iter", weights, num_steps=7)
+    dcp.save({f"{name}.momentum": weight.float() for name, weight in weights.items()}, checkpoint_id=folder / "optimizer")
+    with pytest.raises(ConfigError, match="has the moments of --optimizer muon, which FSDP2 alone reads"):
+        open_optimizer_state(folder, MODEL)
+
+
 def test_other_architectures_are_refused(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     wider = {**weights, "model.layers.0.mlp.down_proj.weight": torch.zeros(8, 7).bfloat16()}
     with pytest.raises(ConfigError, match=r"down_proj.weight in the shape \[8, 7\], but config.json describes \[8, 6\]"):
