@@ -103,6 +103,10 @@ class AdapterConfig:
         Raises:
             ConfigError: it is missing, broken, or of another kind of adapter.
         """
+        if not is_adapter(folder):
+            raise ConfigError(
+                f"there is no {CONFIG} in {folder}; give a PEFT folder, for example an iter_N of a run with adapters."
+            )
         raw = read_json(folder / CONFIG)
         _refuse_variants(raw, folder)
         rank, alpha, named = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")

@@ -206,7 +206,7 @@ def test_clients_load_name_and_unload_adapters_over_http(model, models, folders,
         assert answer == {"success": True, "loaded_adapters": {k: str(v) for k, v in folders.items()}, "error_message": ""}
         with pytest.raises(EngineError, match="status 400: adapter 'wide' is loaded; unload it first"):
             await load("wide", folders["wide"])
-        with pytest.raises(EngineError, match="adapter_config"):
+        with pytest.raises(EngineError, match=r"there is no adapter_config.json in .*; give a PEFT folder"):
             await load("none", tmp_path)
         for request in _requests(prompt_of(11)):
             _check(models, request, await engine.generate(request))
@@ -217,6 +217,20 @@ def test_clients_load_name_and_unload_adapters_over_http(model, models, folders,
 
     with ServerThread(make_engine(model), token="secret") as server:
         asyncio.run(scenario(HttpEngine(server.base_url, token="secret")))
+
+
+def test_adapters_of_the_start_are_named_beside_those_loaded_later(model, folders):
+    async def scenario(engine: HttpEngine) -> None:
+        answer = await engine.post("/load_lora_adapter", {"lora_name": "late", "lora_path": str(folders["narrow"])})
+        named = {"early": str(folders["wide"]), "late": str(folders["narrow"])}
+        assert answer == {"success": True, "loaded_adapters": named, "error_message": ""}
+        await engine.post("/unload_lora_adapter", {"lora_name": "early"})
+        with pytest.raises(EngineError, match="there is no adapter 'early'; loaded: late"):
+            await engine.generate(replace(ask("a", prompt_of(5)), adapter="early"))
+        await engine.close()
+
+    with ServerThread(make_engine(model), adapters={"early": folders["wide"]}) as server:
+        asyncio.run(scenario(HttpEngine(server.base_url)))
 
 
 def test_an_adapter_of_another_model_is_refused(folders):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import shlex
 import socket
 import urllib.error
 import urllib.request
@@ -16,7 +17,8 @@ import torch
 from safetensors.torch import save, save_file
 
 from qwench.engines.client import HttpEngine
-from qwench.engines.embedded.http.serving import ServerThread, serve
+from qwench.engines.embedded.http.api import GenerateBody
+from qwench.engines.embedded.http.serving import ServerThread, greeting, serve
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.errors import EngineError
 from qwench.models.made.tokenizers import build_small_tokenizer
@@ -222,6 +224,22 @@ def test_cancelled_caller_aborts_its_request_on_the_server(model):
 def test_open_port_without_a_token_is_refused(tmp_path):
     with pytest.raises(EngineError, match="set a token"):
         serve(tmp_path, EmbeddedSettings(), host="0.0.0.0")
+
+
+def test_the_first_message_of_a_server_is_a_request_that_can_be_pasted(tmp_path):
+    said = greeting("tiny", {"law": tmp_path}, host="127.0.0.1", port=8000)
+    assert said.startswith("serving tiny with adapters law; ask: curl -s http://127.0.0.1:8000/generate ")
+    words = shlex.split(said.partition("ask: ")[2])
+    assert words[3:5] == ["-H", "Content-Type: application/json"]
+    body = json.loads(words[words.index("-d") + 1])
+    assert body["lora_path"] == "law" and GenerateBody.model_validate(body).sampling_params.max_new_tokens == 32
+    assert "lora_path" not in greeting("tiny", {}, host="127.0.0.1", port=8000)
+
+
+def test_a_body_that_is_not_sent_as_json_is_refused_with_the_header_to_send(model, server):
+    status, answer = call(server, "/generate", b'{"text": "a"}', content_type="application/x-www-form-urlencoded")
+    assert status == 400
+    assert answer["error"]["message"] == "the body must be JSON, with the header Content-Type: application/json."
 
 
 def test_weights_of_another_shape_are_refused_by_the_server(model, server):

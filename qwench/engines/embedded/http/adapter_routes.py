@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 
 import orjson
@@ -37,9 +38,16 @@ class UnloadBody(BaseModel):
 class AdapterRoutes:
     """The handlers that change the adapters of one engine."""
 
-    def __init__(self, engine: EmbeddedEngine) -> None:
+    def __init__(self, engine: EmbeddedEngine, folders: Mapping[str, Path]) -> None:
+        """Load `folders`, by the names of the adapters.
+
+        Raises:
+            ConfigError, CheckpointError: see `load_folder`.
+        """
         self._engine = engine
-        self._folders: dict[str, str] = {}
+        self._folders = {name: str(folder) for name, folder in folders.items()}
+        for name, folder in folders.items():
+            load_folder(name, folder, engine.architecture)(engine.adapters, set())
 
     def add_to(self, router: APIRouter) -> None:
         """Add the paths to a router that checks the token."""

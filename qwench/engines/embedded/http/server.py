@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
+from types import MappingProxyType
 
 import orjson
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
@@ -60,11 +62,18 @@ class EngineServer:
     """The handlers of one engine; `app` is what a web server runs."""
 
     def __init__(
-        self, engine: EmbeddedEngine, *, model_path: str, token: str | None = None, loopback_only: bool = True
+        self,
+        engine: EmbeddedEngine,
+        *,
+        model_path: str,
+        token: str | None = None,
+        adapters: Mapping[str, Path] = MappingProxyType({}),
+        loopback_only: bool = True,
     ) -> None:
         """Serve `engine`.
 
         Args:
+            adapters: PEFT folders by the names that requests give.
             token: that clients must show to change weights and memory. None or empty: every client may.
             loopback_only: the server listens for this machine alone.
         """
@@ -73,6 +82,7 @@ class EngineServer:
         self._model_path = model_path
         self._token = token or None
         self._num_health_checks = 0
+        self._adapter_routes = AdapterRoutes(engine, adapters)
         self._weight_routes = WeightRoutes(engine, device=engine.device, on_new_folder=self._note_folder)
 
     def app(self) -> FastAPI:
@@ -122,7 +132,7 @@ class EngineServer:
     def _guarded_routes(self) -> APIRouter:
         router = APIRouter(dependencies=[Depends(self._check_token)])
         self._weight_routes.add_to(router)
-        AdapterRoutes(self._engine).add_to(router)
+        self._adapter_routes.add_to(router)
         for path, handler in (
             ("/abort_request", self.abort_request),
             ("/pause_generation", self.pause_generation),
@@ -284,8 +294,10 @@ def _error(status_code: int, message: str) -> Response:
     return _json({"error": {"message": message}}, status_code)
 
 
-async def _answer_invalid(_: Request, error: Exception) -> Response:
+async def _answer_invalid(http: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
+    if "json" not in http.headers.get("content-type", ""):
+        return _error(400, "the body must be JSON, with the header Content-Type: application/json.")
     problems = "; ".join(f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}" for problem in error.errors())
     return _error(400, problems)
 

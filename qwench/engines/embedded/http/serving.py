@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shlex
 import socket
 import threading
 import time
@@ -15,10 +17,11 @@ import uvicorn
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.http.border import HeaderDeadline
 from qwench.engines.embedded.http.server import EngineServer
-from qwench.engines.embedded.lora import load_folder
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.fleet.servers import check_port_is_free
 from qwench.errors import EngineError
+
+_logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 _LOOPBACK_HOSTS = (LOOPBACK, "localhost", "::1")
@@ -54,13 +57,21 @@ def serve(
         raise EngineError(f"--host {host} lets other machines change this engine's weights; set a token too.")
     check_port_is_free("the server", host, port, flag="--port")
     engine = EmbeddedEngine.from_checkpoint(checkpoint, settings)
-    for name, folder in adapters.items():
-        load_folder(name, folder, engine.architecture)(engine.adapters, set())
     loopback_only = host in _LOOPBACK_HOSTS
-    app = EngineServer(engine, model_path=str(checkpoint), token=token, loopback_only=loopback_only).app()
+    server = EngineServer(engine, model_path=str(checkpoint), token=token, adapters=adapters, loopback_only=loopback_only)
+    _logger.info(greeting(checkpoint, adapters, host=host, port=port))
     if token is None:
-        logging.getLogger("uvicorn.error").info("no token is set: every program of this machine may change weights and memory")
-    uvicorn.run(app, host=host, port=port, log_level="info", http=HeaderDeadline)
+        _logger.info("no token is set: every program of this machine may change weights and memory")
+    uvicorn.run(server.app(), host=host, port=port, log_level="info", http=HeaderDeadline)
+
+
+def greeting(checkpoint: str | Path, adapters: Mapping[str, Path], *, host: str, port: int) -> str:
+    """Return what is served, and a request that can be pasted into a shell."""
+    named = {"lora_path": next(iter(adapters))} if adapters else {}
+    body = json.dumps({"text": "1 + 2 =", **named, "sampling_params": {"max_new_tokens": 32}})
+    request = ["curl", "-s", f"http://{host}:{port}/generate", "-H", "Content-Type: application/json", "-d", body]
+    beside = f" with adapters {', '.join(adapters)}" if adapters else ""
+    return f"serving {checkpoint}{beside}; ask: {shlex.join(request)}"
 
 
 class ServerThread:
@@ -69,9 +80,16 @@ class ServerThread:
     The engine belongs to the thread's event loop: inside the context, use it only through HTTP.
     """
 
-    def __init__(self, engine: EmbeddedEngine, *, model_path: str = "", token: str | None = None) -> None:
+    def __init__(
+        self,
+        engine: EmbeddedEngine,
+        *,
+        model_path: str = "",
+        token: str | None = None,
+        adapters: Mapping[str, Path] = MappingProxyType({}),
+    ) -> None:
         self._socket = socket.create_server((LOOPBACK, 0))
-        app = EngineServer(engine, model_path=model_path, token=token).app()
+        app = EngineServer(engine, model_path=model_path, token=token, adapters=adapters).app()
         self._server = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, http=HeaderDeadline)
         )
