@@ -125,7 +125,7 @@ def train(run: Run) -> None:
     with stops_deferred(), asked.listening():
         for rollout_id in range(first, run.plan.num_rollout):
             with saved_when_stopped(run, learner, next_rollout_id=rollout_id):
-                if agree_on_largest(int(enough.is_met(evaluate_if_due(run, rollout_id)))):
+                if is_good_enough(enough, evaluate_if_due(run, rollout_id)):
                     if not run.checkpoints.note_end(rollout_id, enough.text):
                         with gpus.held_by(learner.state), rollouts.paused():
                             run.checkpoints.save(rollout_id, learner.state, rollouts, ended_by=enough.text)
@@ -139,9 +139,9 @@ def train(run: Run) -> None:
                 # Logged before it is saved: a run killed in between learns from the rollout again, and logs it once.
                 metrics = {**rollout.metrics, **learned.metrics, **run.timer.take()}
                 run.metrics.log(rollout_id, metrics, steps=learned.steps)
-                is_enough = agree_on_largest(int(enough.is_met({**metrics, **dict(*learned.steps[-1:])})))
+                is_enough = is_good_enough(enough, {**metrics, **dict(*learned.steps[-1:])})
                 with saved_when_stopped(run, learner, next_rollout_id=rollout_id + 1, learner_holds_devices=True):
-                    if schedule.save_due(rollout_id, ends=bool(is_enough)) or agree_on_largest(int(asked.pending())):
+                    if schedule.save_due(rollout_id, ends=is_enough) or agree_on_largest(int(asked.pending())):
                         asked.done()
                         with rollouts.paused():  # so that what is generated ahead is saved whole, as today's weights sampled it
                             ended_by = enough.text if is_enough else None
@@ -173,6 +173,14 @@ def has_ended(run: Run) -> bool:
         return False
     _logger.info("the run has met --stop-metric %s: nothing to do; without the flag, or with another bound, it goes on", metric)
     return True
+
+
+def is_good_enough(enough: StopCheck, metrics: Mapping[str, float]) -> bool:
+    """Tell whether the metrics of any rank meet --stop-metric, and say so; collective."""
+    is_met = enough.is_met(metrics)
+    if is_met:
+        _logger.info("--stop-metric %s is met: the run ends here", enough.text)
+    return bool(agree_on_largest(int(is_met)))
 
 
 def note_if_met(run: Run, enough: StopCheck, metrics: Mapping[str, float], next_rollout_id: int) -> None:

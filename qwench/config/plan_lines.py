@@ -25,7 +25,7 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
     if devices.trains:
         yield f"reference model: {_reference(config, plan)}"
         if config.lora.enabled:
-            yield _adapters(config, plan)
+            yield f"LoRA: {adapter_line(config, plan)}"
         if plan.holds_teacher:
             yield "teacher: frozen weights on the host, which score on the policy's ranks"
         for name, url in config.distillation.teacher_urls(config.reward.rm_url).items():
@@ -46,11 +46,12 @@ def _reference(config: Config, plan: RunPlan) -> str:
     return "the policy without its adapters, no copy" if is_base else "held"
 
 
-def _adapters(config: Config, plan: RunPlan) -> str:
+def adapter_line(config: Config, plan: RunPlan) -> str:
+    """Return the adapters of the run, and how many parameters are trained."""
     lora, whole = config.lora, num_parameters(plan.model)
     trained = num_adapter_parameters(plan.model, lora.targets, lora.rank)
     return (
-        f"LoRA: rank {lora.rank}, added at {lora.scale:g}, {lora.lora_init} start, at {', '.join(lora.targets)}; "
+        f"rank {lora.rank}, added at {lora.scale:g}, {lora.lora_init} start, at {', '.join(lora.targets)}; "
         f"{trained:,} of {whole:,} parameters are trained ({trained / whole:.2%}), "
         f"the others are frozen in {train_dtype(config, on_gpus=plan.devices.on_gpus)}"
         + (f", projections with adapters in {lora.lora_base}" if lora.lora_base != "auto" else "")

@@ -14,6 +14,7 @@ import torch
 from qwench.checkpoints.best import read_best
 from qwench.checkpoints.folders import hf_folder
 from qwench.checkpoints.formats.iterations import Iterations
+from qwench.config.plan_lines import adapter_line
 from qwench.launch.inputs import Inputs
 from qwench.launch.outputs import tensorboard_folder
 from qwench.observability.dumps import save_rollout
@@ -104,6 +105,7 @@ def _start_facts(inputs: Inputs, rows: str) -> dict[str, str]:
     data = config.data.prompt_data or config.debug.load_debug_rollout_data
     facts = {
         "model": describe_model(inputs),
+        **({"adapters": adapter_line(config, plan)} if config.lora.enabled else {}),
         "data": f"{data}: {rows}",
         "devices": _devices(inputs),
         "length": _length(inputs),

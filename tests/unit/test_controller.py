@@ -267,8 +267,10 @@ def test_a_run_ends_with_a_checkpoint_after_the_rollout_whose_metric_is_good_eno
 
 
 def test_a_bound_of_a_step_ends_a_run_and_the_same_command_trains_no_further(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     parts = Named()
     assert take_and_learn(parts, "loss<=1")[-2:] == ["finish", "finish the log"]
+    assert caplog.messages == ["--stop-metric loss<=1 is met: the run ends here"]
     assert [event for event in parts.events if event.startswith(("take", "save"))] == ["take 0", "save 1"]
     again = Named(first=1, ended_by=parts.ended_by)
     train(run_of(again, plan=stopping("loss<=1")))
