@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,8 @@ class AdapterFolder:
             CheckpointError: the weights are missing or damaged.
         """
         self.folder = folder
+        for file in (folder / CONFIG, folder / WEIGHTS):
+            _check_is_regular(file)
         self.config = AdapterConfig.read(folder)
         self._stored: dict[str, StoredTensor] = {}
         for name, stored in read_header(folder / WEIGHTS).items():
@@ -211,6 +214,16 @@ def write_adapter(folder: Path, config: AdapterConfig, matrices: Mapping[str, Te
         for name, matrix in matrices.items():
             writer.write(_PREFIX + name, matrix.contiguous())
     config.write(folder)
+
+
+def _check_is_regular(file: Path) -> None:
+    """Refuse a pipe or a device, whose reading might not end. What is missing is named by its reader."""
+    try:
+        mode = file.stat().st_mode
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(mode):
+        raise ConfigError(f"{file} is no regular file; give a folder that PEFT or Qwench wrote.")
 
 
 def is_adapter(folder: Path) -> bool:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import re
 from collections.abc import Awaitable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -194,6 +197,92 @@ def test_an_adapter_without_its_weights_is_refused(model):
             await whole.update_weights([broken], version=1)
 
     asyncio.run(scenario())
+
+
+def _changed(model: PreTrainedModel, folder: Path, *, matrix: str = "", value: float = 0.0, **config: float) -> Path:
+    """Write the narrow adapter with one number of one matrix, or entries of its config, replaced."""
+    folder.mkdir()
+    matrices = _matrices(model, "narrow")
+    if matrix:
+        matrices[matrix][0, 0] = value
+    write_adapter(folder, _CONFIGS["narrow"], matrices)
+    described = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(described | config))
+    return folder
+
+
+def test_numbers_that_would_reach_the_other_rows_of_a_batch_are_refused(model, models, folders, tmp_path):
+    a, b = (f"model.layers.1.self_attn.k_proj.lora_{leaf}.weight" for leaf in "AB")
+    broken = {
+        f"not finite in torch.float32, in {a}": _changed(model, tmp_path / "a", matrix=a, value=float("nan")),
+        f"not finite in torch.float32, in {b}": _changed(model, tmp_path / "b", matrix=b, value=float("inf")),
+        "multiplied by nan": _changed(model, tmp_path / "nan", lora_alpha=float("nan")),
+        "multiplied by 7.07107e+307": _changed(model, tmp_path / "large", lora_alpha=1e308),
+    }
+
+    async def scenario() -> None:
+        engine = await _loaded(make_engine(model), {"wide": folders["wide"]})
+        for message, folder in broken.items():
+            with pytest.raises(EngineError, match=re.escape(message)):
+                await engine.change_adapters(load_folder("narrow", folder, engine.architecture))
+        requests = [request for request in _requests(prompt_of(11)) if request.adapter != "narrow"]
+        for request, result in zip(requests, await generate_all(engine, requests), strict=True):
+            _check(models, request, result)
+        await engine.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_device_without_memory_for_another_adapter_keeps_the_loaded_ones(model, models, folders, monkeypatch):
+    left = iter(range(4))
+
+    def zeros(*shape: object, **options: object) -> Tensor:
+        if next(left, None) is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.empty(*shape, **options).zero_()
+
+    async def scenario() -> None:
+        engine = await _loaded(make_engine(model), {"wide": folders["wide"]})
+        with monkeypatch.context() as full, pytest.raises(EngineError, match="no memory for adapter 'narrow' of rank 2"):
+            full.setattr(torch, "zeros", zeros)
+            await engine.change_adapters(load_folder("narrow", folders["narrow"], engine.architecture))
+        assert [*engine.adapters.folders] == ["wide"]
+        requests = [request for request in _requests(prompt_of(11)) if request.adapter != "narrow"]
+        for request, result in zip(requests, await generate_all(engine, requests), strict=True):
+            _check(models, request, result)
+        await engine.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("message", "bucket"),
+    [
+        ("no matrices of one rank", {"model.layers.0.self_attn.q_proj.lora_B.weight": torch.zeros(3, 5)}),
+        ("does not fit", {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(())}),
+        ("no projection 'other'", {"other.lora_A.weight": torch.zeros(3, 0), "other.lora_B.weight": torch.zeros(0, 3)}),
+        ("the one number", {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(3, 5), "lora_scale": torch.ones(2)}),
+    ],
+)
+def test_matrices_that_are_no_adapter_are_refused_and_the_next_publication_is_taken(model, message, bucket):
+    async def scenario() -> None:
+        engine = make_engine(model)
+        with pytest.raises(WeightSyncError, match=message):
+            await asyncio.wait_for(engine.update_weights([[*({"lora_scale": torch.ones(1)} | bucket).items()]], version=1), 30)
+        await engine.update_weights([list(model.state_dict().items())], version=2)
+        assert (await engine.generate(ask("one", prompt_of(5), ignore_eos=True))).weight_versions == [2] * 8
+        await engine.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_pipe_in_the_place_of_an_adapters_file_is_refused(model, tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        folder = _changed(model, tmp_path / name)
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(ConfigError, match=f"{name} is no regular file"):
+            load_folder("one", folder, architecture_of(model.config))
 
 
 def test_clients_load_name_and_unload_adapters_over_http(model, models, folders, tmp_path):

@@ -19,4 +19,4 @@ def load_folder(name: str, folder: Path, model: Architecture) -> AdapterChange:
     stored = AdapterFolder(folder)
     stored.check_fits(model)
     matrices = {name: stored.read(name) for name in stored.config.shapes(model)}
-    return lambda adapters, in_use: adapters.add(name, matrices, scale=stored.config.scale, in_use=in_use)
+    return lambda adapters, in_use: adapters.add(name, matrices, scale=stored.config.scale, in_use=in_use, folder=folder)

@@ -8,8 +8,10 @@ zeros for the others, so a token without an adapter gets the base model's output
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -78,9 +80,9 @@ class AdapterStore:
         """Counts moves of the matrices in memory."""
 
     @property
-    def names(self) -> Sequence[str]:
-        """Return the adapters that requests may name, in the order of their loads."""
-        return [name for name in self._chosen if name != PUBLISHED]
+    def folders(self) -> Mapping[str, str]:
+        """Return the folders of the adapters that requests may name, in the order of their loads."""
+        return {name: chosen.folder for name, chosen in list(self._chosen.items()) if name != PUBLISHED}
 
     @property
     def is_empty(self) -> bool:
@@ -95,34 +97,38 @@ class AdapterStore:
         """
         if name is None:
             return self._chosen.get(PUBLISHED, NO_ADAPTER)
-        if name not in self.names:
-            raise EngineError(f"there is no adapter {name!r}; loaded: {', '.join(self.names) or 'none'}.")
+        if name not in self.folders:
+            raise EngineError(f"there is no adapter {name!r}; loaded: {', '.join(self.folders) or 'none'}.")
         return self._chosen[name]
 
     def mix(self, slots: Tensor) -> Tensor:
         """Return [T, S]: the scale of each token's adapter at its place, else 0."""
         return self._mixes.index_select(0, slots)
 
-    def add(self, name: str, matrices: Mapping[str, Tensor], *, scale: float, in_use: set[int]) -> None:
+    def add(
+        self, name: str, matrices: Mapping[str, Tensor], *, scale: float, in_use: set[int], folder: Path | None = None
+    ) -> None:
         """Copy an adapter in under a new name.
 
         Args:
             matrices: A [r, K] and B [N, r] by `<module>.lora_A.weight` and `<module>.lora_B.weight`.
             in_use: Slots of unfinished requests, whose adapters stay.
+            folder: Where it was read, for those who ask what is loaded.
 
         Raises:
-            EngineError: the name is empty or taken, or a matrix does not fit the model.
+            EngineError: the name is empty or taken, or the adapter cannot be used. Nothing was changed.
         """
         if not name or name in self._chosen:
             raise EngineError(f"adapter {name!r} is loaded; unload it first." if name else "an adapter needs a name.")
         taken = in_use | {_PUBLISHED_SLOT} | {chosen.slot for chosen in self._chosen.values()}
-        self._load(name, matrices, scale, slot=next(slot for slot in range(1, len(taken) + 2) if slot not in taken))
+        slot = next(slot for slot in range(1, len(taken) + 2) if slot not in taken)
+        self._load(name, matrices, scale, slot=slot, folder=str(folder or ""))
 
     def publish(self, matrices: Mapping[str, Tensor], *, scale: float) -> None:
         """Copy the adapter of a publication in, in the place of the one before it.
 
         Raises:
-            EngineError: a matrix does not fit the model.
+            EngineError: it cannot be used. Nothing was changed.
         """
         self._load(PUBLISHED, matrices, scale, slot=_PUBLISHED_SLOT)
 
@@ -131,10 +137,14 @@ class AdapterStore:
         self._chosen.pop(PUBLISHED, None)
 
     @torch.inference_mode()
-    def _load(self, name: str, matrices: Mapping[str, Tensor], scale: float, *, slot: int) -> None:
+    def _load(self, name: str, matrices: Mapping[str, Tensor], scale: float, *, slot: int, folder: str = "") -> None:
         modules = sorted({matrix.rpartition(".lora_")[0] for matrix in matrices})
         rank = self._check(name, modules, matrices)
-        self._make_room(modules, rank=max(rank, self._rank), num_slots=max(slot, self._num_slots))
+        self._check_numbers(name, matrices, scale)
+        try:
+            self._make_room(modules, rank=max(rank, self._rank), num_slots=max(slot, self._num_slots))
+        except torch.OutOfMemoryError as cause:
+            raise EngineError(f"the device has no memory for adapter {name!r} of rank {rank}; unload another one.") from cause
         for module, (a, b) in self._matrices.items():
             for stack, leaf in ((a, A), (b, B)):
                 stack[slot - 1].zero_()
@@ -142,7 +152,7 @@ class AdapterStore:
                     stack[slot - 1, :rank].copy_(matrix if leaf == A else matrix.T)
         self._mixes[slot, slot - 1] = scale
         self._num_loads += 1
-        self._chosen[name] = ChosenAdapter(slot=slot, cache_root=-self._num_loads)
+        self._chosen[name] = ChosenAdapter(slot=slot, cache_root=-self._num_loads, folder=folder)
 
     def unload(self, name: str) -> None:
         """Forget an adapter; unfinished requests go on with it.
@@ -158,7 +168,8 @@ class AdapterStore:
         if not any(module in self._matrices for module in modules):
             return None
         for module in modules:
-            self._allocate(module)
+            if module not in self._matrices:
+                self._matrices[module] = self._zeros(module, rank=self._rank, num_slots=self._num_slots)
         pairs = [self._matrices[module] for module in modules]
         fused = torch.cat([a for a, _ in pairs]).flatten(0, 1)
         # The parts of the fused matrix are the matrices from now on, so that a load writes into it.
@@ -172,39 +183,52 @@ class AdapterStore:
         Raises:
             EngineError: it has no matrices, or not those of projections of the model.
         """
-        if not modules:
-            raise EngineError(f"adapter {name!r} has no matrices.")
-        rank = next(len(matrix) for matrix_name, matrix in matrices.items() if matrix_name.endswith(A))
+        ranks = {matrix.shape[:1] for matrix_name, matrix in matrices.items() if matrix_name.endswith(A)}
+        if len(ranks) != 1 or not (rank := math.prod(ranks.pop())):
+            raise EngineError(f"adapter {name!r} has no matrices of one rank.")
         for module in modules:
-            rows, columns = self._shapes.get(module, (0, 0))
+            if module not in self._shapes:
+                raise EngineError(f"adapter {name!r} does not fit the engine's model, which has no projection {module!r}.")
+            rows, columns = self._shapes[module]
             for leaf, shape in ((A, (rank, columns)), (B, (rows, rank))):
                 found = matrices.get(f"{module}.{leaf}")
                 if found is None or tuple(found.shape) != shape:
                     raise EngineError(f"adapter {name!r} does not fit the engine's model: {module}.{leaf} is not {shape}.")
         return rank
 
+    def _check_numbers(self, name: str, matrices: Mapping[str, Tensor], scale: float) -> None:
+        """Refuse what is not finite in the engine's dtype: times the zeros of `mix` it would reach every token of a batch.
+
+        Raises:
+            EngineError: a number is not finite.
+        """
+        finite = torch.stack([matrix.to(self._dtype).isfinite().all() for matrix in matrices.values()])
+        if not abs(scale) <= torch.finfo(self._dtype).max:
+            raise EngineError(f"adapter {name!r} is multiplied by {scale:g}, which is no number of {self._dtype}.")
+        if not finite.all():
+            broken = next(matrix for matrix, is_finite in zip(matrices, finite.tolist(), strict=True) if not is_finite)
+            raise EngineError(f"adapter {name!r} holds numbers that are not finite in {self._dtype}, in {broken}.")
+
     def _make_room(self, modules: Sequence[str], *, rank: int, num_slots: int) -> None:
-        """Grow the stacks, which moves them; new places are zero."""
+        """Grow the stacks, which moves them; new places are zero. Without memory for them, nothing is changed."""
         grows = (rank, num_slots) != (self._rank, self._num_slots)
         if not grows and all(module in self._matrices for module in modules):
             return
-        old, (self._rank, self._num_slots) = self._matrices, (rank, num_slots)
-        self._matrices = {}
-        for module in {**dict.fromkeys(old), **dict.fromkeys(modules)}:
-            self._allocate(module)
-            for new, before in zip(self._matrices[module], old.get(module, ()), strict=False):
+        grown = dict[str, tuple[Tensor, Tensor]]()
+        for module in dict.fromkeys((*self._matrices, *modules)):
+            grown[module] = self._zeros(module, rank=rank, num_slots=num_slots)
+            for new, before in zip(grown[module], self._matrices.get(module, ()), strict=False):
                 new[: before.shape[0], : before.shape[1]].copy_(before)
         mixes = torch.zeros((num_slots + 1, num_slots), dtype=self._dtype, device=self._device)
         mixes[: self._mixes.shape[0], : self._mixes.shape[1]] = self._mixes
-        self._mixes = mixes
+        self._matrices, self._mixes, self._rank, self._num_slots = grown, mixes, rank, num_slots
         self.layout += 1
 
-    def _allocate(self, module: str) -> None:
-        if module not in self._matrices:
-            rows, columns = self._shapes[module]
-            empty = torch.zeros((self._num_slots, self._rank, columns + rows), dtype=self._dtype, device=self._device)
-            a, b = empty.split((columns, rows), dim=-1)
-            self._matrices[module] = a.contiguous(), b.contiguous()
+    def _zeros(self, module: str, *, rank: int, num_slots: int) -> tuple[Tensor, Tensor]:
+        rows, columns = self._shapes[module]
+        shapes = (num_slots, rank, columns), (num_slots, rank, rows)
+        a, b = (torch.zeros(shape, dtype=self._dtype, device=self._device) for shape in shapes)
+        return a, b
 
 
 AdapterChange = Callable[[AdapterStore, set[int]], None]

@@ -186,8 +186,8 @@ class WeightStore:
             self.adapters.drop_published()
             return
         scale = self._matrices.pop(SCALE, None)
-        if scale is None:
-            raise WeightSyncError(f"an adapter came without {SCALE!r}, by which it is multiplied.")
+        if scale is None or scale.numel() != 1:
+            raise WeightSyncError(f"an adapter came without {SCALE!r}, the one number by which it is multiplied.")
         try:
             self.adapters.publish(self._matrices, scale=float(scale))
         except EngineError as cause:

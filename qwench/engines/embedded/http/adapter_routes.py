@@ -45,7 +45,6 @@ class AdapterRoutes:
             ConfigError, CheckpointError: see `load_folder`.
         """
         self._engine = engine
-        self._folders = {name: str(folder) for name, folder in folders.items()}
         for name, folder in folders.items():
             load_folder(name, folder, engine.architecture)(engine.adapters, set())
 
@@ -64,7 +63,6 @@ class AdapterRoutes:
             await self._engine.change_adapters(add)
         except (OSError, QwenchError) as error:
             return self._answer(str(error))
-        self._folders[name] = body.lora_path
         return self._answer()
 
     async def unload(self, body: UnloadBody) -> Response:
@@ -73,10 +71,9 @@ class AdapterRoutes:
             await self._engine.change_adapters(lambda adapters, _: adapters.unload(body.lora_name))
         except EngineError as error:
             return self._answer(str(error))
-        self._folders.pop(body.lora_name, None)
         return self._answer()
 
     def _answer(self, error: str = "") -> Response:
         """Return SGLang's answer: the loaded adapters, and what went wrong."""
-        content = {"success": not error, "loaded_adapters": self._folders, "error_message": error}
+        content = {"success": not error, "loaded_adapters": self._engine.adapters.folders, "error_message": error}
         return Response(orjson.dumps(content), status_code=400 if error else 200, media_type="application/json")

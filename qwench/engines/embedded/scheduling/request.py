@@ -21,6 +21,8 @@ class ChosenAdapter:
     """Its place among all loaded ones; 0: none."""
     cache_root: int
     """Of its cached prefixes (see `PagePool.match`); another one for each load."""
+    folder: str = ""
+    """Where it was read."""
 
 
 NO_ADAPTER = ChosenAdapter(slot=0, cache_root=0)
