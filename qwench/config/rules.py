@@ -278,14 +278,14 @@ def adapters_are_built_for(config: Config) -> str | None:
     training, layout, lora = config.training, config.parallel.layout, config.lora
     if not lora.enabled:
         return None
-    in_megatron, engine = config.backend == "megatron", config.engine.facts
+    in_megatron, merges = config.backend == "megatron", not config.engine.applies_adapters
     recomputed_late = layout.pp > 1 and training.recomputes_layers and lora.lora_dropout > 0
     for flag, is_set, instead in (
         ("--lora-init pissa in Megatron", in_megatron and lora.lora_init == "pissa", "choose kaiming"),
         ("--lora-base in Megatron", in_megatron and lora.lora_base != "auto", "give --lora-base auto"),
         ("--transformer-impl transformer_engine", in_megatron and training.transformer_impl != "local", "choose local"),
         ("--lora-dropout, recomputed layers and several stages", in_megatron and recomputed_late, "give --lora-dropout 0"),
-        ("--lora-publish adapter and SGLang", lora.lora_publish == "adapter" and not engine.applies_adapters, "give merged"),
+        ("--lora-publish adapter and SGLang or disk", lora.lora_publish == "adapter" and merges, "give merged"),
         ("--whole-weights", training.whole_weights, "leave it out: the frozen model has no gradients to reduce"),
         ("--batch-invariant-mode or --true-on-policy-mode", training.batch_invariant, "leave it out"),
         ("--optimizer muon", config.optimizer.optimizer == "muon", "choose adam"),

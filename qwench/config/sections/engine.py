@@ -124,6 +124,11 @@ class EngineConfig:
         return ENGINE_FACTS[self.kind]
 
     @property
+    def applies_adapters(self) -> bool:
+        """Tell whether engines take adapters apart from the weights."""
+        return self.facts.applies_adapters and self.update_weight_transport != "disk"
+
+    @property
     def routes_requests(self) -> bool:
         """Tell whether requests go through a router process."""
         return self.use_sglang_router or bool(self.router_args)

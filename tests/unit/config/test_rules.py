@@ -309,11 +309,14 @@ def test_adapters_are_refused_where_they_are_not_built(sections, flag):
     check_rules(Config(lora=LORA))
 
 
-def test_sglang_gets_merged_weights():
+@pytest.mark.parametrize(
+    "engine", [EngineConfig(rollout_engine="sglang"), EngineConfig(rollout_engine="embedded", update_weight_transport="disk")]
+)
+def test_sglang_and_publications_from_disk_get_merged_weights(engine):
     adapter = LoraConfig(lora_rank=8, lora_publish="adapter")
     with pytest.raises(ConfigError) as caught:
-        check_rules(Config(lora=adapter, engine=EngineConfig(rollout_engine="sglang")))
-    assert str(caught.value) == "--lora-rank 8 does not work yet with --lora-publish adapter and SGLang; give merged"
+        check_rules(Config(lora=adapter, engine=engine))
+    assert str(caught.value) == "--lora-rank 8 does not work yet with --lora-publish adapter and SGLang or disk; give merged"
     check_rules(Config(lora=adapter, engine=EngineConfig(rollout_engine="embedded")))
 
 
