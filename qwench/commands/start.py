@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
 from rich.text import Text
 
+from qwench.cluster.child import describe_end
 from qwench.config.advice import plan_warnings, warnings
 from qwench.config.command_line.parse import Declared
 from qwench.config.config import Config
@@ -25,10 +25,9 @@ from qwench.config.report import settings_by_section
 from qwench.data.rows import check_first_row
 from qwench.errors import ConfigError
 from qwench.hub import data_files, find_reference, model_folder
+from qwench.launch.trial_import import run_child
 from qwench.observability.console import StandardOutput
-
-_ASK_TIMEOUT_S = 600.0
-"""For the modules of functions together; some load models."""
+from qwench.plugins import place_in_stack
 
 
 def ask_functions(paths: Sequence[str]) -> Declared:
@@ -37,14 +36,12 @@ def ask_functions(paths: Sequence[str]) -> Declared:
     Raises:
         ConfigError: a function cannot be loaded, or declares a flag that Qwench has.
     """
-    command = [sys.executable, "-P", "-m", "qwench.foreign.declared_flags", *paths]
-    try:
-        child = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_ASK_TIMEOUT_S, check=False
-        )
-        answer = json.loads(child.stdout)
-    except (subprocess.TimeoutExpired, json.JSONDecodeError) as error:
-        raise ConfigError(f"{' '.join(paths)}: the import to ask for flags failed ({type(error).__name__}).") from error
+    named = " ".join(paths)
+    code, report, errors = run_child("qwench.foreign.declared_flags", paths, named=named)
+    if not report:
+        how = f"{describe_end(code)}, at {place}" if (place := place_in_stack(errors)) else describe_end(code)
+        raise ConfigError(f"{named} cannot be asked for flags: a module ends the process (it {how}).")
+    answer = json.loads(report)
     if answer["problem"]:
         raise ConfigError(answer["problem"])
     return Declared(names=frozenset(answer["names"]), help=answer["help"])

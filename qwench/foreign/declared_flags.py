@@ -10,6 +10,7 @@ A command line is read before PyTorch is imported, and such a module may import 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -23,15 +24,21 @@ from qwench.config.config import Config
 from qwench.config.values import FALSE_WORDS, TRUE_WORDS
 from qwench.errors import ConfigError
 from qwench.foreign.loading import load
+from qwench.observability.stopping import end_with_parent
+from qwench.plugins import raised_at
 
 _SHARED = "agent"
 """Section whose flags functions of miles declare themselves: ours stand."""
 
 
+_OF_THE_COMMAND_LINE = ("help", "help-all", "config")
+"""Flags that no section has."""
+
+
 class _Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise the user's mistake."""
-        raise ConfigError(message)
+        raise ConfigError(f"a flag that a function declares by add_arguments(): {message}")
 
 
 def parse_declared(config: Config) -> Mapping[str, Any]:  # Any: of the flags' own types
@@ -46,31 +53,42 @@ def parse_declared(config: Config) -> Mapping[str, Any]:  # Any: of the flags' o
         ("custom-generate-function", rollout.custom_generate_function_path),
     )
     theirs = [(flag, path) for flag, path in named if path is not None and "." in path and not path.startswith("qwench.")]
-    parser = _parser([load(path, flag=f"--{flag}-path") for flag, path in theirs])
+    parser = _parser({path: load(path, flag=f"--{flag}-path") for flag, path in theirs})
     return vars(parser.parse_args(_spelled(config.references.declared_args, _options(parser))))
 
 
-def _parser(functions: Sequence[object]) -> ArgumentParser:
+def _parser(functions: Mapping[str, object]) -> ArgumentParser:
+    """Return a parser of the flags of functions, which are given by path."""
     parser = _Parser(prog="", usage="", add_help=False, allow_abbrev=False)
-    for function in functions:
+    for path, function in functions.items():
         add = getattr(function, "add_arguments", None)
         if not callable(add):
             continue
         try:
             add(parser)
+            parser.format_help()  # argparse reads a help text only now
         except ArgumentError as error:
             raise ConfigError(f"two functions declare one flag: {error}") from error
+        except (Exception, SystemExit) as error:  # the user's code, which may raise anything
+            place = raised_at(error) or path
+            raise ConfigError(f"add_arguments() of {path} failed ({type(error).__name__}: {error}, at {place}).") from error
+    for action in parser._actions:  # argparse has no public list of them
+        if not any(option.startswith("--") for option in action.option_strings):
+            raise ConfigError(f"add_arguments() of a function declares {_shown(action)}; a flag begins with two dashes.")
     for name in _options(parser):
         _check_is_new(name)
     return parser
 
 
+def _shown(action: Action) -> str:
+    return ", ".join(action.option_strings) or f"the position {action.dest!r}"
+
+
 def _options(parser: ArgumentParser) -> dict[str, tuple[str, Action]]:
     """Return flag name -> how the parser spells it, and its action."""
-    actions = parser._actions  # argparse has no public list of them
     return {
         option.removeprefix("--").replace("_", "-"): (option, action)
-        for action in actions
+        for action in parser._actions
         for option in action.option_strings
         if option.startswith("--")
     }
@@ -84,6 +102,7 @@ def _check_is_new(name: str) -> None:
         flag is not None
         or name in ALIASES
         or name in SHORTHANDS
+        or name in _OF_THE_COMMAND_LINE
         or foreign_flag(name)
         or name.startswith(("sglang-", "router-"))
     ):
@@ -112,11 +131,13 @@ def _spelled(words: Sequence[str], options: Mapping[str, tuple[str, Action]]) ->
 
 def main() -> None:
     """Print as JSON what the functions declare that the arguments name."""
+    end_with_parent(os.getppid())
     report = os.fdopen(os.dup(1), "w")
+    faulthandler.enable(all_threads=False)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the modules print, the run will print
     answer: dict[str, object] = {"names": [], "help": "", "problem": ""}
     try:
-        parser = _parser([load(path, flag="add_arguments() of") for path in sys.argv[1:]])
+        parser = _parser({path: load(path, flag="add_arguments() of") for path in sys.argv[1:]})
         answer |= {"names": sorted(_options(parser)), "help": parser.format_help() if _options(parser) else ""}
     except ConfigError as error:
         answer["problem"] = str(error)

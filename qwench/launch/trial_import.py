@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from typing import NoReturn
@@ -21,6 +21,7 @@ from typing import NoReturn
 from qwench.cluster.child import describe_end
 from qwench.config.config import Config
 from qwench.errors import ConfigError
+from qwench.observability.stopping import end_with_parent
 from qwench.observability.waiting import waiting
 from qwench.plugins import is_loaded, load_object, place_in_stack
 
@@ -52,30 +53,46 @@ def _function_paths(config: Config) -> Iterator[tuple[str, str]]:
 
 def _import_in_child(flags: Mapping[str, str]) -> None:
     """Import what paths name, whose flags are given."""
-    with tempfile.TemporaryFile("w+") as report, tempfile.TemporaryFile("w+") as stacks:
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "qwench.launch.trial_import", *flags],
-            stdin=subprocess.DEVNULL, stdout=report, stderr=stacks, start_new_session=True,
-        )  # fmt: skip
-        try:
-            with waiting(f"import of {', '.join(flags)}"):
-                code = child.wait(IMPORT_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            raise ConfigError(f"the modules of {', '.join(flags)} were not imported within {IMPORT_TIMEOUT_S:g} s.") from None
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # processes that a module has started
-            child.wait()
-        report.seek(0)
-        stacks.seek(0)
-        path, place = (report.read().splitlines() or [""])[-1], place_in_stack(stacks.read())
+    code, report, stacks = run_child("qwench.launch.trial_import", [*flags], named=", ".join(flags))
+    path, place = (report.splitlines() or [""])[-1], place_in_stack(stacks)
     if path in flags:
         how = f"{describe_end(code)}, at {place}" if place else describe_end(code)
         raise ConfigError(f"{flags[path]} {path!r} cannot be imported: its module ends the process (it {how}).")
 
 
+def run_child(program: str, arguments: Sequence[str], *, named: str) -> tuple[int, str, str]:
+    """Run a module of ours that imports the user's; return its exit code, standard output and standard error.
+
+    Processes that the user's modules have started end with it.
+
+    Args:
+        named: the functions whose modules it imports, for messages.
+
+    Raises:
+        ConfigError: it did not end in time.
+    """
+    with tempfile.TemporaryFile("w+", errors="replace") as report, tempfile.TemporaryFile("w+", errors="replace") as errors:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", program, *arguments],
+            stdin=subprocess.DEVNULL, stdout=report, stderr=errors, start_new_session=True,
+        )  # fmt: skip
+        try:
+            with waiting(f"import of {named}"):
+                code = child.wait(IMPORT_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise ConfigError(f"the modules of {named} were not imported within {IMPORT_TIMEOUT_S:g} s.") from None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # processes that a module has started
+            child.wait()
+        report.seek(0)
+        errors.seek(0)
+        return code, report.read(), errors.read()
+
+
 def main() -> None:
     """Import what the arguments name. Standard output tells how far it came, standard error holds a stack."""
+    end_with_parent(os.getppid())
     report, stacks = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(2), "w")
     for output in (1, 2):  # what the modules print, the driver will print
         os.dup2(os.open(os.devnull, os.O_WRONLY), output)

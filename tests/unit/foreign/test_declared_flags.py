@@ -103,6 +103,43 @@ def test_a_flag_that_exists_is_refused_by_name(tmp_path, name):
         parse_declared(read(path))
 
 
+@pytest.mark.parametrize("name", ["help", "help-all", "config"])
+def test_a_flag_of_the_command_line_itself_is_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match=f"declares --{name}, which Qwench has itself"):
+        parse_declared(read(write(tmp_path, f'parser.add_argument("--{name}")')))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("raise ValueError('no tools')", r"add_arguments\(\) of {path} failed \(ValueError: no tools, at {file}:10\)"),
+        ("exit(3)", r"add_arguments\(\) of {path} failed \(SystemExit: 3, at {file}:10\)"),
+        ("parser.add_argument('--share', help='100% or less')", r"add_arguments\(\) of {path} failed \(TypeError: "),
+        ("parser.add_argument('file')", "declares the position 'file'; a flag begins with two dashes"),
+        ("parser.add_argument('-z')", "declares -z; a flag begins with two dashes"),
+        ("parser.add_argument('--needed', required=True)", "declares by add_arguments.*required: --needed"),
+    ],
+)
+def test_a_function_that_cannot_declare_is_the_users_mistake(tmp_path, more, message):
+    path = write(tmp_path, more)
+    with pytest.raises(ConfigError, match=message.format(path=re.escape(path), file=tmp_path / "mine.py")):
+        parse_declared(read(path))
+
+
+def test_the_error_of_a_function_that_is_asked_for_flags_is_shown(tmp_path):
+    with pytest.raises(ConfigError, match=r"failed \(ValueError: no tools, at .*mine.py:10"):
+        ask_functions([write(tmp_path, "raise ValueError('no tools')")])
+
+
+def test_a_module_that_ends_the_asking_process_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot be asked for flags: a module ends the process \(it ended with exit code 4"):
+        ask_functions([write(tmp_path, "import os; os._exit(4)")])
+
+
+def test_what_a_module_has_started_holds_no_answer(tmp_path):
+    assert ask_functions([write(tmp_path, "import subprocess; subprocess.Popen(['sleep', '3000'])")]).names == NAMES.names
+
+
 def test_a_copy_of_a_function_of_miles_shares_the_flags_of_tools(tmp_path):
     path = write(tmp_path, 'parser.add_argument("--generate-max-turns", type=int, default=4)')
     assert read(path, "--generate-max-turns", "7").agent.generate_max_turns == 7
