@@ -17,7 +17,7 @@ import orjson
 
 from qwench.config.sections.reward import BOXED_ANSWERS, RewardConfig
 from qwench.errors import ConfigError
-from qwench.files import write_atomically
+from qwench.files import write_atomically, written
 from qwench.rewards.boxed import after_thinking, bare_label, last_box
 from qwench.rewards.worker_pool import WorkerPool
 from qwench.samples import Json, Rollout, Sample, Verdict
@@ -83,7 +83,9 @@ def _is_drawn(sample: Sample, share: float) -> bool:
 
 def records_of(verdicts: Iterable[Verdict | None]) -> list[Mapping[str, Json]]:
     """Return the records of the answers that were judged twice."""
-    return [verdict.extra[RECORD] for verdict in verdicts if verdict is not None and RECORD in verdict.extra]
+    found = (verdict.extra.get(RECORD) for verdict in verdicts if verdict is not None)
+    # A custom reward may return an entry of this name too.
+    return [record for record in found if isinstance(record, Mapping) and {"first", "second"} <= record.keys()]
 
 
 def differs(record: Mapping[str, Json]) -> bool:
@@ -109,7 +111,11 @@ def counts_of(verdicts: Iterable[Verdict | None]) -> dict[str, float]:
 
 
 def list_disagreements(path: Path, rollout: Rollout) -> None:
-    """Add a rollout's answers on which the graders differ. A rollout that is made again replaces its lines, and later ones."""
+    """Add a rollout's answers on which the graders differ. A rollout that is made again replaces its lines, and later ones.
+
+    Raises:
+        OutputError: the disk is full.
+    """
     lines = [*read_disagreements(path)] if path.is_file() else []
     kept = [line for line in lines if line["rollout_id"] < rollout.rollout_id]
     new = [
@@ -120,7 +126,8 @@ def list_disagreements(path: Path, rollout: Rollout) -> None:
         if differs(record)
     ]
     if new or len(kept) != len(lines):
-        write_atomically(path, b"".join(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE) for line in (*kept, *new)))
+        with written(f"the list of --second-grader, {path},", path):
+            write_atomically(path, b"".join(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE) for line in (*kept, *new)))
 
 
 def read_disagreements(path: Path) -> Iterator[dict[str, Json]]:

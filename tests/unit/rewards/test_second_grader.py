@@ -1,12 +1,14 @@
 """A second grader judges a share of the answers, and the run lists where the two differ."""
 
 import asyncio
+import errno
 import json
+from dataclasses import replace
 
 import pytest
 
 from qwench.config.sections.reward import RewardConfig
-from qwench.errors import ConfigError
+from qwench.errors import ConfigError, OutputError
 from qwench.rewards.pool import RewardPool, check_reward
 from qwench.rewards.second_grader import counts_of, describe_shortest, list_disagreements, read_disagreements, records_of
 from qwench.rewards.worker_pool import WorkerPool
@@ -124,3 +126,19 @@ def test_a_missing_package_is_named_before_a_model_loads(monkeypatch):
     monkeypatch.setattr("qwench.rewards.second_grader.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"math-verify is not installed; pip install 'qwench\[math-verify\]'"):
         check_reward(RewardConfig(rm_type="math", second_grader="math-verify"))
+
+
+def test_an_entry_of_that_name_from_a_custom_reward_is_no_record():
+    verdicts = [Verdict(score=1.0, reason="custom", extra={"second_grader": entry}) for entry in (0.5, None, {"score": 1})]
+    assert counts_of(verdicts) == {}
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def refuse(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("qwench.files.os.fsync", refuse)
+    one = replace(answered("2", "1"), verdict=judged("2", "1", RIGHT, WRONG))
+    rollout = Rollout(rollout_id=0, groups=[Group(group_id=0, samples=[one])])
+    with pytest.raises(OutputError, match=r"list of --second-grader, .*second_grader.jsonl, cannot be written to \(No space"):
+        list_disagreements(tmp_path / "second_grader.jsonl", rollout)
