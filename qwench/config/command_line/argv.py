@@ -87,11 +87,19 @@ def split_words(
 
 
 def read_yaml(config_flag: Occurrence) -> list[Occurrence]:
-    """Read the flags of `--config FILE.yaml`, a mapping of flag names to values."""
+    """Read the flags of `--config FILE.yaml`, a mapping of flag names to values.
+
+    Raises:
+        ConfigError: it cannot be read, or names a flag twice.
+    """
     path, content = read_mapping(config_flag)
+    names = [str(key).replace("_", "-") for key in content]
+    if len({*names}) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"--{config_flag.name}: {path} names {twice} twice, spelled with - and with _")
     return [
-        Occurrence(name=str(key).replace("_", "-"), values=yaml_words(value), origin=str(path))
-        for key, value in content.items()
+        Occurrence(name=name, values=yaml_words(value), origin=str(path))
+        for name, value in zip(names, content.values(), strict=True)
     ]
 
 

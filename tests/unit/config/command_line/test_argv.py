@@ -1,6 +1,6 @@
 import pytest
 
-from qwench.config.command_line.argv import Given, Occurrence, sort_flags, split_words
+from qwench.config.command_line.argv import Given, Occurrence, read_yaml, sort_flags, split_words
 from qwench.config.command_line.flags import flag_table
 from qwench.config.config import Config
 from qwench.config.sections.verbs import MakeModelConfig
@@ -30,6 +30,13 @@ def test_a_word_before_the_first_flag_is_refused():
 def test_the_last_of_repeated_flags_wins_also_between_a_switch_and_its_negation():
     given = sort("--lr", "1", "--colocate", "--lr=2", "--no-colocate", "--rollout-stop", "a", "b", "--rollout_stop", "c")
     assert given.flags == {"lr": 2.0, "colocate": False, "rollout-stop": ("c",)}
+
+
+@pytest.mark.parametrize("flag", ["config", "custom-config-path"])
+def test_a_file_that_names_a_flag_in_both_spellings_is_refused(flag, tmp_path):
+    (tmp_path / "a.yaml").write_text("eps_clip: 0.1\neps-clip: 0.3\n")
+    with pytest.raises(ConfigError, match=f"^--{flag}: .*a.yaml names eps-clip twice, spelled with - and with _"):
+        read_yaml(Occurrence(name=flag, values=(str(tmp_path / "a.yaml"),)))
 
 
 def test_a_flag_whose_own_name_begins_with_no_is_not_a_negation():
