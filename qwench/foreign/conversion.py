@@ -8,6 +8,7 @@ Every trainer rank calls it with the whole rollout, there with its own share; it
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -123,8 +124,8 @@ def _sample(data: TrainData, position: int, origin: Sample) -> Sample:
         ],
         teacher_log_probs=_column(data, "teacher_log_probs", position, length),
         verdict=None,
-        reward=float(raw[position]),
-        metadata={**origin.metadata, _REWARD: float(data["rewards"][position])},
+        reward=_finite(raw[position], "raw_reward", position),
+        metadata={**origin.metadata, _REWARD: _finite(data["rewards"][position], "rewards", position)},
     )
 
 
@@ -132,10 +133,17 @@ def _column(data: TrainData, name: str, position: int, length: int) -> list[floa
     """Return a per-token list of a row; without the key all log-probs of the engine are 0, and none of a teacher."""
     if data.get(name) is None:
         return [0.0] * length if name == "rollout_log_probs" else []
-    values = [float(value) for value in data[name][position]]
+    values = [_finite(value, name, position) for value in data[name][position]]
     if len(values) != length:
         raise TrainingError(f"{FLAG}: row {position} has {len(values)} {name} for a response of {length}.")
     return values
+
+
+def _finite(value: Any, name: str, position: int) -> float:  # Any: a number of Python, NumPy or PyTorch
+    number = float(value)
+    if not math.isfinite(number):
+        raise TrainingError(f"{FLAG}: row {position} has {number} among its {name}; it must be finite.")
+    return number
 
 
 def _check_mask_sums(data: TrainData, samples: Sequence[Sample]) -> None:
