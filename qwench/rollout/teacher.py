@@ -14,6 +14,7 @@ import logging
 import math
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
+from http.client import HTTPException
 from itertools import count
 
 from transformers import PreTrainedTokenizerBase
@@ -65,7 +66,7 @@ class Teachers:
         for name, server in self._servers.items():
             try:
                 theirs = _tokens_of(server.base_url, text)
-            except (OSError, ValueError, LookupError, TypeError) as error:
+            except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
                 _logger.warning(
                     "the teacher %s (%s) does not tell how it reads a text (%s): whether it has the policy's tokenizer is not "
                     "checked",

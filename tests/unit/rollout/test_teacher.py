@@ -2,6 +2,8 @@
 
 import asyncio
 import math
+import socketserver
+import threading
 
 import pytest
 import torch
@@ -164,6 +166,19 @@ def test_a_teacher_with_another_tokenizer_is_refused():
 def test_a_teacher_that_does_not_tell_its_tokens_is_named(caplog):
     probe(build_small_tokenizer(), of_server=None)
     assert "does not tell how it reads a text (HTTP Error 400" in caplog.text and "is not checked" in caplog.text
+
+
+def test_a_teacher_that_speaks_another_protocol_is_named(caplog):
+    class Other(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(2**16)
+            self.request.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.handle_request).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        Teachers(section(), {"default": url}).check_tokens(build_small_tokenizer())
+    assert "does not tell how it reads a text (SSH-2.0" in caplog.text
 
 
 def test_a_teacher_that_aborts_is_asked_again(monkeypatch):
