@@ -83,18 +83,19 @@ class RolloutBatch:
     step). None: no function of the user reduces the loss."""
 
     @classmethod
-    def from_samples(cls, samples: Sequence[Sample], *, version: int | None = None) -> RolloutBatch:
+    def from_samples(cls, samples: Sequence[Sample], *, version: int | None = None, truncated: bool = False) -> RolloutBatch:
         """Read samples; one without tokens to train on keeps its place with an all-false mask.
 
         Samples that an engine drew must be graded; those read from a data set (SFT) have no log-probs and need no reward.
 
         Args:
             version: weight version of the policy that will learn. None: staleness does not matter.
+            truncated: sampling cut tokens off, so every trained token must have those that were kept.
         """
         sampled = any(any(sample.loss_mask) and any(sample.rollout_log_probs) for sample in samples)
         for sample in samples:
             _check(sample, sampled=sampled)
-        support_counts, support_ids = _support(samples)
+        support_counts, support_ids = _support(samples, truncated=truncated)
         return cls(
             tokens=[torch.tensor(sample.tokens, dtype=torch.int64) for sample in samples],
             loss_mask=[torch.tensor(sample.loss_mask, dtype=torch.bool) for sample in samples],
@@ -210,13 +211,13 @@ LossFunction = Callable[[Tensor, Tensor | None, MicroBatch], TokenLoss]
 """(log_probs [T] float32, entropy [T] float32 or None, micro_batch) -> TokenLoss."""
 
 
-def _support(samples: Sequence[Sample]) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+def _support(samples: Sequence[Sample], *, truncated: bool) -> tuple[list[Tensor] | None, list[Tensor] | None]:
     """Return counts and ids of the tokens that sampling kept; None where it cut nothing off."""
-    if not any(sample.support for sample in samples):
+    if not truncated and not any(sample.support for sample in samples):
         return None, None
     for sample in samples:
         kept = sample.support or [[]] * sample.response_length
-        if any(on and not ids for on, ids in zip(sample.loss_mask, kept, strict=True)):
+        if len(kept) != sample.response_length or any(on and not ids for on, ids in zip(sample.loss_mask, kept, strict=True)):
             raise QwenchError(
                 f"sample {sample.sample_id} has trained tokens without the tokens that sampling kept beside them: the function "
                 "that made it must keep Sample.support, or leave --rollout-top-p, --rollout-top-k and --rollout-min-p out."

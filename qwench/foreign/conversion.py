@@ -122,6 +122,7 @@ def _sample(data: TrainData, position: int, origin: Sample) -> Sample:
             -1 if not on else old if old >= 0 else oldest
             for on, old in zip(mask, origin.weight_versions if same else [oldest] * length, strict=True)
         ],
+        support=origin.support if same else [],
         teacher_log_probs=_column(data, "teacher_log_probs", position, length),
         verdict=None,
         reward=_finite(raw[position], "raw_reward", position),

@@ -96,6 +96,7 @@ def from_foreign(
         loss_mask=mask,
         rollout_log_probs=[float(value) if on else 0.0 for value, on in zip(known, mask, strict=True)],
         weight_versions=_versions(sample.weight_versions, mask, version),
+        support=like.support if like is not None and like.tokens == sample.tokens else [],
         teacher_log_probs=[] if sample.teacher_log_probs is None else [float(one) for one in sample.teacher_log_probs],
         response=sample.response,
         status=_OURS[sample.status],

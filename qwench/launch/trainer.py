@@ -63,6 +63,7 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
         reward_post_process=load_post_process(config, args),
         shaping=Shaping.of(config),
         convert=load_user_conversion(config, args),
+        truncated=config.rollout.truncation_flag is not None and not inputs.plan.fine_tunes,
     )
 
 

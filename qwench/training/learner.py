@@ -88,12 +88,14 @@ class Learner:
         equal_bits: bool = False,
         shaping: Shaping | None = None,
         convert: Callable[[Rollout], Rollout] | None = None,
+        truncated: bool = False,
     ) -> None:
         """Keep what every rollout needs.
 
         Args:
             targets: the user's functions between scores and steps. hooks: and before passes and steps.
             convert: the user's function from the samples of a rollout to those that are learned from.
+            truncated: see `RolloutBatch.from_samples`.
             equal_bits: the trainer's log-probs must be the engine's, bit by bit.
         """
         self.state = state
@@ -111,7 +113,7 @@ class Learner:
         self._reward_post_process = reward_post_process
         self._own_targets, self._hooks = targets, hooks
         self._equal_bits = equal_bits
-        self._shaping, self._convert = shaping or Shaping(), convert
+        self._shaping, self._convert, self._truncated = shaping or Shaping(), convert, truncated
         self._num_critic_only = plan.num_critic_only
         self._batching, self._scoring_batching = (
             MicroBatching(
@@ -202,7 +204,7 @@ class Learner:
         Rewards are compared in whole groups, also those that lose a member to a dropped step.
         """
         # Weights that learned from n rollouts have version n, and n is the id of the next one.
-        batch = RolloutBatch.from_samples(rollout.samples, version=rollout.rollout_id)
+        batch = RolloutBatch.from_samples(rollout.samples, version=rollout.rollout_id, truncated=self._truncated)
         batch = self._shaping.apply(batch, rollout.samples)
         batch = batch.with_columns(rewards=self._rewards(rollout.samples, batch))
         plan = plan_steps(batch.execution_ids, global_batch_size=self._global_batch_size, allow_partial=self._allow_partial)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwench import __version__
-from tests.e2e.conftest import DIGITS, Workspace, column, read_metrics
+from tests.e2e.conftest import DIGITS, InProcess, Workspace, column, read_metrics
 from tests.verbs import run_verb
 
 WHITENED = {"normalize_advantages": (), "kl_coef": 0.01}
@@ -66,6 +66,14 @@ def test_truncated_sampling_is_replayed_and_engine_and_trainer_agree(workspace: 
     assert all(math.isfinite(norm) and norm > 0 for norm in column(tmp_path, "train/grad_norm"))
     # Entropy over at most 20 tokens.
     assert all(0 < entropy < math.log(20) for entropy in column(tmp_path, "train/entropy_loss"))
+
+
+def test_a_function_that_loses_the_kept_tokens_of_every_sample_ends_the_run(
+    workspace: Workspace, tmp_path: Path, in_process: InProcess
+) -> None:
+    flags = {"rollout_top_p": 0.9, "custom_generate_function_path": "tests.e2e.generation.two_quarters"}
+    code, said = in_process(workspace.train_argv(tmp_path, **flags, num_rollout=1))
+    assert code != 0 and "must keep Sample.support, or leave --rollout-top-p" in " ".join(said.split())
 
 
 @pytest.mark.parametrize("optimizer", ["adam8bit", "muon"])

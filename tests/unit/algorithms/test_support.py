@@ -108,5 +108,13 @@ def test_context_between_two_turns_keeps_nothing_and_a_sample_without_its_kept_t
     lost = sampled(6, [1], [2], [], [1])
     with pytest.raises(QwenchError, match=r"sample 6 has trained tokens without the tokens that sampling kept"):
         RolloutBatch.from_samples([FIRST, lost])
+    # A function may lose them in every sample: the flags say that sampling cut tokens off.
+    assert RolloutBatch.from_samples([lost]).support_ids is None
+    with pytest.raises(QwenchError, match=r"sample 6 has trained tokens without"):
+        RolloutBatch.from_samples([lost], truncated=True)
+    short = sampled(7, [1], [2, 3], [[2], [3]], [1, 1])
+    short.support = [[2]]
+    with pytest.raises(QwenchError, match=r"sample 7 has trained tokens without"):
+        RolloutBatch.from_samples([short])
     sample.mask_out()
     assert sample.support == [[], [], [], []]

@@ -56,6 +56,19 @@ def test_its_rewards_are_learned_from_and_its_raw_ones_logged():
     assert ROLLOUT.samples[0].sample_id == 8 and "converted_reward" not in ROLLOUT.samples[0].metadata
 
 
+def test_the_tokens_that_sampling_kept_stay_beside_a_response_of_the_same_length():
+    kept = [sample(8, 1.0), sample(9, 0.0, (5, 6))]
+    kept[0].support, kept[1].support = [[5], [6, 1], [7]], [[5, 2], [6]]
+    rollout = Rollout(rollout_id=4, groups=[Group(group_id=0, samples=kept)])
+    assert [one.support for one in convert(as_there, rollout).samples] == [[[5], [6, 1], [7]], [[5, 2], [6]]]
+    first = {"tokens": [kept[0].tokens[:3], kept[1].tokens], "response_lengths": [1, 2], "loss_masks": [[1], [1, 1]]}
+    cut = convert(
+        lambda args, samples: as_there(args, samples) | first | {"rollout_log_probs": None, "rollout_mask_sums": [1, 2]},
+        rollout,
+    )
+    assert [one.support for one in cut.samples] == [[], [[5, 2], [6]]]
+
+
 def test_a_sample_may_become_several_of_one_execution():
     def split(args, samples):
         first, second = samples
