@@ -72,13 +72,22 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of data, model, runs and results")
-    parser.add_argument("--method", action="append", choices=estimator_names(), help="estimator to run. None: all of them")
-    parser.add_argument("--own", action="append", default=[], metavar="NAME=FLAGS", help="further flags of qwench train")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rollouts", type=int, default=24, help="rollouts of each run")
-    parser.add_argument("--eval-interval", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    parser.add_argument("--sft-rollouts", type=int, default=360, help="steps of the fine-tuning before")
+    parser.add_argument(
+        "--method", action="append", choices=estimator_names(), help="estimator to run. Without it and --own: all of them"
+    )
+    parser.add_argument(
+        "--own", action="append", default=[], metavar="NAME=FLAGS", help="a method of yours, by its flags of qwench train"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default: 3)")
+    parser.add_argument("--rollouts", type=int, default=24, help="rollouts of each run (default: 24)")
+    parser.add_argument("--eval-interval", type=int, default=3, help="rollouts between evaluations (default: 3)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
+    parser.add_argument(
+        "--sft-rollouts",
+        type=int,
+        default=360,
+        help="steps of the fine-tuning before, more than its warm-up of 20 (default: 360)",
+    )
     return parser.parse_args()
 
 

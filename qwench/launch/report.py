@@ -157,7 +157,8 @@ def _length(inputs: Inputs) -> str:
         return f"{inputs.plan.num_steps} steps of {batch.global_batch_size} conversations{epochs}"
     samples = f"{batch.rollout_batch_size} prompts x {batch.n_samples_per_prompt} responses"
     steps = f", {batch.num_steps_per_rollout} steps each" if batch.num_steps_per_rollout > 1 else ""
-    return f"{inputs.plan.num_rollout} rollouts of {samples}{steps if inputs.plan.devices.trains else ''}{epochs}"
+    rollouts = f"{inputs.plan.num_rollout} rollout{'s' * (inputs.plan.num_rollout != 1)}"
+    return f"{rollouts} of {samples}{steps if inputs.plan.devices.trains else ''}{epochs}"
 
 
 def _devices(inputs: Inputs) -> str:

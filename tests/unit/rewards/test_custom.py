@@ -164,6 +164,17 @@ def test_functions_load_from_a_file_and_from_the_working_folder(tmp_path: Path, 
         assert grade(path) == Verdict(score=0.25, reason="custom")
 
 
+def test_the_function_of_the_documentation_grades_a_response_as_a_run_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "rewards.md").read_text()
+    (tmp_path / "my_reward.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    monkeypatch.chdir(tmp_path)
+    responses = ("It is 4<|im_end|>", "It is 4", "4 it is not<|im_end|>", "<|im_end|>")
+    verdicts = grade_all("./my_reward.py:score", *(finished(one, "4") for one in responses))
+    assert [one.score for one in verdicts] == [1.0, 1.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
