@@ -297,6 +297,9 @@ def test_clients_load_name_and_unload_adapters_over_http(model, models, folders,
             await load("wide", folders["wide"])
         with pytest.raises(EngineError, match=r"there is no adapter_config.json in .*; give a PEFT folder"):
             await load("none", tmp_path)
+        not_utf8 = b'{"lora_name": "none", "lora_path": "\\udce9"}'
+        with pytest.raises(EngineError, match=r"status 400: there is no adapter_config.json in \?"):
+            await engine._request("POST", "/load_lora_adapter", not_utf8, "application/json", 30.0)
         for request in _requests(prompt_of(11)):
             _check(models, request, await engine.generate(request))
         await engine.post("/unload_lora_adapter", {"lora_name": "wide"})

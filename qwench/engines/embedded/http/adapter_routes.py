@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import orjson
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict
 
@@ -76,4 +76,5 @@ class AdapterRoutes:
     def _answer(self, error: str = "") -> Response:
         """Return SGLang's answer: the loaded adapters, and what went wrong."""
         content = {"success": not error, "loaded_adapters": self._engine.adapters.folders, "error_message": error}
-        return Response(orjson.dumps(content), status_code=400 if error else 200, media_type="application/json")
+        encoded = json.dumps(content, ensure_ascii=False).encode(errors="replace")  # a path may be no UTF-8
+        return Response(encoded, status_code=400 if error else 200, media_type="application/json")
