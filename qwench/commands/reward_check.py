@@ -23,7 +23,7 @@ from qwench.data.rows import parse_json, read_label
 from qwench.errors import ConfigError, RewardError
 from qwench.observability.console import StandardOutput
 from qwench.rewards.pool import RewardPool
-from qwench.rewards.second_grader import describe_shortest, records_of
+from qwench.rewards.second_grader import describe_shortest, judged, records_of
 from qwench.samples import Json, Prompt, Sample, Verdict
 
 _IN_FLIGHT = 256  # rows graded at once, so that a file of any size fits in memory
@@ -109,7 +109,8 @@ def check_file(
     shown.print(render(summary, title=f"{path.name}: {config.custom_rm_path or config.rm_type or 'by row'}"))
     if config.second_grader is not None:
         differing = describe_shortest(summary.judged_twice) or "none"
-        shown.print(Text(f"of {len(summary.judged_twice)} answers that were judged twice, the graders differ on: {differing}"))
+        num_judged = sum(map(judged, summary.judged_twice))
+        shown.print(Text(f"of {num_judged} answers that were judged twice, the graders differ on: {differing}"))
     return summary
 
 
