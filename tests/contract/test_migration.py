@@ -1,11 +1,13 @@
 """docs/migration.md says what the code does, and the references' programs mean what they mean there."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qwench.commands.reference_program import DEFAULTS
+from qwench.config.command_line.flags import flag_table
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.config import Config
 from qwench.config.engine_choice import Machine, check_engine_is_installed, with_engine
@@ -28,6 +30,14 @@ def test_the_page_lists_every_stand_in(module):
 def test_the_page_lists_no_other_stand_in():
     table = PAGE.split("| module | names |\n| --- | --- |\n")[1].split("\n\n")[0]
     assert len(table.splitlines()) == len(MODULES)
+
+
+def test_the_table_for_users_of_trl_names_flags_that_exist():
+    rows = [
+        line.split(" | ")[1] for line in PAGE.split("## From TRL\n")[1].split("\n## ")[0].splitlines() if line.startswith("| `")
+    ]
+    named = {flag for row in rows for flag in re.findall(r"`--([a-z-]+)", row)}
+    assert len(rows) == 13 and named <= flag_table(Config).keys()
 
 
 def read(program: str, words: list[str]) -> Config:
