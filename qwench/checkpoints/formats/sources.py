@@ -39,6 +39,8 @@ from qwench.models.safetensors_files import StoredTensor, TensorSpec, as_bytes, 
 
 Format = Literal["hf", "torch_dist", "fsdp", "peft"]
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTUM = "momentum"
+"""Muon's running sum of gradients, in the place of both."""
 NUM_STEPS = "num_steps"
 
 
@@ -237,7 +239,7 @@ def _fsdp_optimizer(folder: Path, model: Architecture) -> OptimizerState | None:
     moments: Mapping[str, WeightSource] = {}
     if num_steps:
         stored = DcpFolder(folder / "optimizer")
-        if any(name.endswith(".momentum") for name in stored.tensors):
+        if any(name.endswith(f".{MOMENTUM}") for name in stored.tensors):
             raise ConfigError(
                 f"{folder} has the moments of --optimizer muon, which FSDP2 alone reads; go on with --no-load-optim, or "
                 "convert with --weights-only."

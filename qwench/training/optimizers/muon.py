@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwench.checkpoints.formats.sources import MOMENTUM
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.training.optimizers.host_adam import MASTER, REST, HostAdam, gradient_of
 from qwench.training.optimizers.split_masters import join
 
-MOMENTUM = "momentum"
-"""Name of the running sum of gradients, in a checkpoint."""
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ADAM_SIZE = 0.2
 """Root mean square of AdamW's steps."""
