@@ -25,6 +25,7 @@ from qwench.samples import Json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
 A, B = "lora_A.weight", "lora_B.weight"
 """Names of an adapter's matrices, below that of its module."""
 SCALE = "lora_scale"
@@ -163,6 +164,11 @@ class AdapterFolder:
         for file in (folder / CONFIG, folder / WEIGHTS):
             _check_is_regular(file)
         self.config = AdapterConfig.read(folder)
+        if not (folder / WEIGHTS).exists() and (folder / _PICKLE).exists():
+            raise ConfigError(
+                f"{folder} holds {_PICKLE}, a pickle, which can run code and is not read; write {WEIGHTS} by PEFT's "
+                "save_pretrained(safe_serialization=True)."
+            )
         self._stored: dict[str, StoredTensor] = {}
         for name, stored in read_header(folder / WEIGHTS).items():
             module, _, leaf = name.removeprefix(_PREFIX).partition(".lora_")

@@ -285,6 +285,13 @@ def test_a_pipe_in_the_place_of_an_adapters_file_is_refused(model, tmp_path):
             load_folder("one", folder, architecture_of(model.config))
 
 
+def test_a_pickle_in_the_place_of_an_adapters_weights_is_named_and_not_read(model, tmp_path):
+    folder = _changed(model, tmp_path / "old")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ConfigError, match=r"holds adapter_model\.bin, a pickle, which can run code and is not read"):
+        load_folder("one", folder, architecture_of(model.config))
+
+
 def test_clients_load_name_and_unload_adapters_over_http(model, models, folders, tmp_path):
     async def scenario(engine: HttpEngine) -> None:
         def load(name: str, folder: Path) -> Awaitable[object]:
