@@ -107,6 +107,8 @@ class ChildProcess:
 
     def _read(self, stream: TextIO, log_file: Path | None, say: Say | None) -> None:
         with stream:
+            if log_file is not None:
+                _append(log_file, "")  # a process that says nothing has a log, too
             for line in stream:
                 if log_file is not None:
                     _append(log_file, line)

@@ -36,6 +36,7 @@ def test_a_result_has_the_response_alone_and_what_was_noted_of_it():
         weight_versions=[3, 3, 4],
         text="",
         cached_tokens=1,
+        support=[],
     )
 
 
