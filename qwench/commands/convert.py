@@ -65,8 +65,8 @@ def _extract(config: ConvertConfig, source: Path, base: Path) -> None:
     with written(f"the output {config.output}", config.output):
         extracted = extract_adapter(source, base, model, rank=config.lora_rank, output=config.output)
     open_console().say(
-        f"wrote {config.output} (adapter of rank {config.lora_rank}): {extracted.kept:.2%} of the change of the projections "
-        f"(of its squares); {extracted.num_other} other weights differ from the base and are not in it"
+        f"wrote {config.output}: an adapter of rank {config.lora_rank} with {extracted.kept:.2%} of the squared change of the "
+        f"projections; {extracted.num_other} other weights differ from the base and are left out"
     )
 
 

@@ -33,7 +33,7 @@ class ConvertConfig:
     weights_only: bool = False
     """Do not convert the optimizer state."""
     lora_rank: int | None = None
-    """Rank of the adapter of --to lora. An adapter in --input gets this rank."""
+    """Rank of the adapter of --to lora, which requires it. An adapter in --input gets this rank."""
     verify: bool = False
     """Compare the logits of three prompts before and after the conversion."""
     max_shard_gb: float = 2.0
