@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qwench.launch import build
 from tests.e2e.conftest import InProcess, Workspace, column
 from tests.verbs import run_verb
 
@@ -203,6 +204,28 @@ def test_an_evaluation_replaces_nothing_but_its_own_results(inputs: Workspace, t
     sets = ("../up", str(inputs.test_data))
     refused(in_process, inputs.eval_argv(inputs.model, tmp_path / "e", eval_prompt_data=sets), "../up", "letters, digits")
     assert not list(tmp_path.glob("**/up.jsonl"))
+
+
+def test_an_evaluation_writes_nothing_into_a_models_folder(inputs: Workspace, tmp_path: Path, in_process: InProcess) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(inputs.model, model)
+    before = contents(model)
+    refused(in_process, inputs.eval_argv(model, model), "--eval-output", "files that no evaluation wrote")
+    assert contents(model) == before
+
+
+def test_another_data_set_is_refused_before_a_model_is_loaded(
+    workspace: Workspace, tmp_path: Path, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = tmp_path / "run"
+    run_verb(workspace.train_argv(save, num_rollout=1))
+    before = contents(save / "iter_0000001")
+    asked = workspace.train_argv(save, prompt_data=workspace.test_data)
+    opened: list[object] = []
+    monkeypatch.setattr(build, "open_processes", opened.append)
+    refused(in_process, asked, str(save), "data set", "resume with the same data")
+    assert opened == []
+    assert contents(save / "iter_0000001") == before
 
 
 def test_model_without_readable_weights_is_refused(inputs: Workspace, tmp_path: Path, in_process: InProcess) -> None:

@@ -44,6 +44,15 @@ def test_a_repository_that_is_not_there_is_one_line(tmp_path):
     assert line.startswith("qwench: cannot download the model Qwen/Qwen3-Typo (")
 
 
+def test_nothing_is_said_to_have_arrived_when_nothing_did(tmp_path):
+    done = run("http://127.0.0.1:9", "Qwen/Qwen3-Tiny", "--output", str(tmp_path))
+    assert done.returncode == 1
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("qwench: ")]
+    assert line.startswith("qwench: cannot download the model Qwen/Qwen3-Tiny (")
+    assert "What arrived" not in line
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_is_one_line_with_its_room_and_the_same_command_goes_on(tmp_path):
     with serve_hub("Qwen/Qwen3-Tiny", {**FILES, "model.safetensors": bytes(100_000)}) as (address, _):
         words = ("Qwen/Qwen3-Tiny", "--output", str(tmp_path))

@@ -65,6 +65,7 @@ def test_column_names_can_be_chosen(tmp_path: Path) -> None:
         ('{"response": "\\u0000", "label": "1"}', "NUL character"),
         ({"response": "x", "label": "1", "metadata": 3}, "'metadata' must be an object"),
         ({"response": "x", "label": "x", "metadata": {"rm_type": "dapo"}}, "compares integers"),
+        ({"response": "x", "label": "9" * 5000, "metadata": {"rm_type": "dapo"}}, "compares integers of up to 4300 digits"),
         ({"response": "x", "label": "x", "metadata": {"rm_type": "daqo"}}, "'daqo' is unknown"),
     ],
 )

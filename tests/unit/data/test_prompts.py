@@ -1,5 +1,7 @@
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from qwench.data.prompts import LoadedPrompts, PromptSource, load_prompts
@@ -11,8 +13,12 @@ TOKENIZER = build_small_tokenizer()
 
 
 def load(tmp_path, rows, **options) -> LoadedPrompts:
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if options.pop("parquet", False):
+        path = tmp_path / "data.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path = tmp_path / "data.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     defaults = {
         "input_key": "prompt",
         "label_key": None,
@@ -321,3 +327,25 @@ def test_another_data_set_of_equal_ends_is_told_apart(tmp_path):
 
     assert position("m") == position("m")
     assert position("m") != position("n")
+
+
+def test_parquet_gives_the_prompts_and_metadata_of_jsonl(tmp_path):
+    # The common schema of the two rows gives each the other's keys, as nulls.
+    parameters = [{"x": {"type": "integer"}}, {"city": {"type": "string", "description": "where"}}]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"q{n}"}],
+            "tools": [{"type": "function", "function": {"name": f"f{n}", "parameters": {"properties": parameters[n]}}}],
+            "metadata": [{"level": 1}, {"level": 2, "source": "book"}][n],
+        }
+        for n in range(2)
+    ]
+    from_parquet = load(tmp_path, rows, apply_chat_template=True, parquet=True).prompts
+    assert from_parquet == load(tmp_path, rows, apply_chat_template=True).prompts
+    assert ["null" in prompt.text for prompt in from_parquet] == [False, False]
+    assert [prompt.metadata for prompt in from_parquet] == [{"level": 1}, {"level": 2, "source": "book"}]
+
+
+def test_a_list_column_of_parquet_is_no_label(tmp_path):
+    with pytest.raises(ConfigError, match=r'data\.parquet row 1: key .label. .* must be a string or a number, got \["7"\]'):
+        load(tmp_path, [{"prompt": "x", "label": ["7"]}], label_key="label", require_label=True, parquet=True)

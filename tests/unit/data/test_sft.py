@@ -1,6 +1,8 @@
 import json
 from array import array
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from qwench.data.sft import LoadedSft, SftExample, SftSource, describe_packing, load_sft, render_mask_preview
@@ -18,8 +20,12 @@ def conversation(*answers: str, **fields) -> dict:
 
 
 def load(tmp_path, rows, **options) -> LoadedSft:
-    path = tmp_path / "sft.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if options.pop("parquet", False):
+        path = tmp_path / "sft.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path = tmp_path / "sft.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     defaults = {
         "input_key": "messages",
         "tool_key": "tools",
@@ -212,3 +218,30 @@ def test_packing_is_described_by_hand():
     # Two ranks have as many micro-batches each: the first step is split.
     assert describe_packing(examples, per_step=2, max_tokens=10, num_ranks=2).endswith("micro-batches are 60% full (2 a step)")
     assert describe_packing(examples, per_step=2, max_tokens=None, num_ranks=1).endswith("50% of the tokens are trained on")
+
+
+def test_parquet_trains_on_the_tool_calls_of_jsonl(tmp_path):
+    # The common schema of the two rows gives each call the other's arguments, as nulls.
+    calls = [{"name": "mul", "arguments": {"x": 6, "y": 7}}, {"name": "clock", "arguments": {"zone": "UTC"}}]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+            ]
+        }
+        for call in calls
+    ]
+    from_parquet = load(tmp_path, rows, parquet=True)
+    assert from_parquet.examples == load(tmp_path, rows).examples
+    trained = [TOKENIZER.decode(sample.response_tokens) for sample in source(from_parquet, batch=2).take(0).samples]
+    assert '"arguments": {"x": 6, "y": 7}}' in trained[0]
+    assert '"arguments": {"zone": "UTC"}}' in trained[1]
+
+
+def test_without_a_limit_no_limit_is_spoken_of(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, [conversation("1", step_loss_mask=0)])
+    assert str(caught.value) == (
+        f"no conversation of {tmp_path / 'sft.jsonl'} can be trained on: 1 have no assistant turn to learn from."
+    )

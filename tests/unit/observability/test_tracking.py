@@ -131,6 +131,14 @@ def test_missing_wandb_is_the_users_mistake():
         WandbSink(project="p")
 
 
+def test_a_wandb_whose_own_dependency_is_missing_is_not_called_missing(tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").write_text("import a_dependency_of_wandb\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(ConfigError, match=r"--use-wandb: wandb cannot be imported \(No module named 'a_dependency_of_wandb'\)"):
+        WandbSink(project="p")
+
+
 def test_a_run_must_reach_the_value_that_it_was_given():
     def log(*values: float) -> MetricLog:
         made = MetricLog([], num_steps_per_rollout=1, gate=MetricGate("eval/gsm8k", 0.5))

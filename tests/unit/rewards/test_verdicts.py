@@ -154,3 +154,15 @@ def test_dapo_refuses_a_label_of_more_digits_than_can_be_written(label: str) -> 
         dapo.integer_label(label)
     assert len(str(caught.value)) < 200
     assert dapo.integer_label("7" * 4000) == "7" * 4000
+
+
+def test_dapo_normalises_the_label_of_a_group_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    label, read, normal_form = "8" * 4000, list[str](), dapo.normal_form
+
+    def count(text: str) -> str:
+        read.append(text)
+        return normal_form(text)
+
+    monkeypatch.setattr(dapo, "normal_form", count)
+    assert [dapo.grade(f"Answer: {stated}", label).score for stated in ("1", "2", "3")] == [-1.0, -1.0, -1.0]
+    assert read.count(label) == 1

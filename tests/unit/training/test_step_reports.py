@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from qwench.rollout.sample_metrics import sample_metrics
+from qwench.samples import Sample
 from tests.fakes.trainer import TableTrainer
 from tests.unit.training.table_learning import TABLE, TEMPERATURE, learn, make_rollout
 
@@ -54,6 +56,20 @@ def test_a_step_without_a_trained_token_is_said(caplog):
         sample.mask_out()
     learn(rollout)
     assert "rollout 0, step 1 has no trained token" in caplog.text
+
+
+def test_samples_without_any_token_are_said_and_measured(caplog):
+    rollout = make_rollout()
+    for group in rollout.groups:
+        group.samples[:] = [
+            Sample(prompt=made.prompt, sample_id=made.sample_id, group_id=made.group_id, reward=made.reward)
+            for made in group.samples
+        ]
+    backend, learned = learn(rollout)
+    assert "rollout 0, step 1 has no trained token" in caplog.text
+    assert (learned.steps[0]["train/loss"], learned.steps[0]["train/grad_norm"]) == (0.0, 0.0)
+    assert backend.table.equal(TABLE)
+    assert sample_metrics(rollout.samples)["trained_len/max"] == 0.0
 
 
 def test_a_dead_policy_is_said(caplog):

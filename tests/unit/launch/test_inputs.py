@@ -1,0 +1,63 @@
+"""What the inputs of a run know of its limits: positions of the model, size of the engine's KV cache."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qwench.config.config import Config
+from qwench.config.sections.engine import EngineConfig
+from qwench.config.sections.rollout import RolloutConfig
+from qwench.errors import ConfigError
+from qwench.launch.inputs import Inputs, read_eval_prompts, read_training_prompts
+from tests.unit.launch.test_generation import eval_settings
+from tests.unit.launch.test_rewards_of_a_teacher import inputs_of
+
+
+def inputs_with(tmp_path: Path, *prompts: str, positions: int, response: int, pool: int | None = None) -> Inputs:
+    """Return inputs with a file of plain prompts for training and as evaluation set `held_out`; a character is a token."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"input": prompt}) + "\n" for prompt in prompts))
+    made = inputs_of(rm_type="random")
+    config: Config = replace(
+        made.config,
+        data=replace(made.config.data, prompt_data=str(path)),
+        rollout=RolloutConfig(rollout_batch_size=1, rollout_max_response_len=response),
+        engine=EngineConfig(embedded_kv_cache_tokens=pool),
+    )
+    model = replace(made.plan.model, max_position_embeddings=positions)
+    sets = (eval_settings(name="held_out", input_key="input", path=str(path)),)
+    return replace(made, config=config, plan=replace(made.plan, model=model, eval_sets=sets))
+
+
+def test_prompts_that_leave_no_position_for_a_response_are_dropped_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs = inputs_with(tmp_path, "a" * 16, "b" * 15, "c", positions=16, response=1)
+    assert [prompt.text for prompt in read_training_prompts(inputs).prompts] == ["b" * 15, "c"]
+    assert caplog.messages == ["--prompt-data: dropped 1 of 3 prompts longer than 15 tokens"]
+    caplog.clear()
+    assert [prompt.text for prompt in read_eval_prompts(inputs)["held_out"].prompts] == ["b" * 15, "c"]
+    assert caplog.messages == ["evaluation set held_out: dropped 1 of 3 prompts longer than 15 tokens"]
+
+
+def test_a_pool_smaller_than_the_longest_prompt_and_one_response_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_training_prompts(inputs_with(tmp_path, "a" * 13, "b", positions=64, response=40, pool=52))
+    assert str(caught.value) == (
+        "--embedded-kv-cache-tokens 52 cannot hold one response of 40 tokens (--rollout-max-response-len) "
+        "behind the longest prompt (13); raise it to 53 or more."
+    )
+    assert len(read_training_prompts(inputs_with(tmp_path, "a" * 13, "b", positions=64, response=40, pool=53)).prompts) == 2
+
+
+def test_a_response_longer_than_the_models_positions_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read_training_prompts(inputs_with(tmp_path, "a" * 13, positions=53, response=40))
+    assert caplog.messages == []
+    read_training_prompts(inputs_with(tmp_path, "a" * 13, positions=52, response=40))
+    assert caplog.messages == [
+        "--rollout-max-response-len 40: the model has 52 positions, so responses end at 52 tokens less the prompt's"
+    ]
