@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import pytest
 
 from qwench.engines.embedded.http import border
 from qwench.engines.embedded.http.serving import ServerThread
+from qwench.engines.embedded.http.weight_routes import MAX_GROUPS
 from qwench.models.made.tokenizers import build_small_tokenizer
 from tests.contract.engine_hosts import make_engine, make_model
 from tests.deadlines import patient
@@ -123,9 +127,13 @@ def test_bounds_themselves_are_answered(server):
         assert all(entry[0] <= 0 for entry in json.loads(answer)["meta_info"]["output_token_logprobs"])
 
 
-def test_a_body_that_says_it_is_too_large_is_not_read(server):
+WEIGHT_PATHS = [f"/update_weights_from_{source}" for source in ("tensor", "distributed", "disk")]
+
+
+@pytest.mark.parametrize("path", ["/generate", "/init_weights_update_group", *WEIGHT_PATHS])
+def test_a_body_that_says_it_is_too_large_is_not_read(server, path):
     connection = connect(server)
-    connection.putrequest("POST", "/generate")
+    connection.putrequest("POST", path)
     connection.putheader("Content-Length", str(10**12))
     connection.endheaders()
     answer = connection.getresponse()  # though not one byte of the body was sent
@@ -133,15 +141,42 @@ def test_a_body_that_says_it_is_too_large_is_not_read(server):
     connection.close()
 
 
-def test_a_body_that_says_nothing_of_its_size_is_counted_while_it_is_read(server):
+@pytest.mark.parametrize("path", ["/generate", "/update_weights_from_disk"])
+def test_a_body_that_says_nothing_of_its_size_is_counted_while_it_is_read(server, path):
     def pieces():
         for _ in range(32):
             yield b" " * 2**16
 
     connection = connect(server)
-    connection.request("POST", "/generate", pieces(), {"Content-Type": "application/json"}, encode_chunked=True)
+    headers = {"Content-Type": "application/json", **bearer(TOKEN)}
+    connection.request("POST", path, pieces(), headers, encode_chunked=True)
     assert connection.getresponse().status == 413
     connection.close()
+
+
+def test_others_are_answered_while_a_text_is_tokenised():
+    begun, go_on, small = threading.Event(), threading.Event(), build_small_tokenizer()
+
+    class Slow:
+        def __call__(self, text):
+            begun.set()
+            assert go_on.wait(patient(60))
+            return small(text)
+
+        def __getattr__(self, name):
+            return getattr(small, name)
+
+    engine = make_engine(make_model("qwen3"), tokenizer=Slow())
+    with ServerThread(engine, model_path="tiny") as server, ThreadPoolExecutor() as pool:
+        slow = pool.submit(generate, server, input_ids=None, text="1+1", sampling_params={"max_new_tokens": 1})
+        try:
+            assert begun.wait(patient(30))
+            assert ask(server, "/server_info", method="GET")[0] == 200
+            assert generate(server, sampling_params={"max_new_tokens": 1})[0] == 200
+            assert not slow.done()
+        finally:
+            go_on.set()
+        assert slow.result()[0] == 200
 
 
 def test_a_connection_without_a_whole_request_is_closed(server, monkeypatch):
@@ -213,6 +248,23 @@ def test_an_empty_token_is_none():
 )
 def test_a_request_about_weights_that_cannot_be_is_refused(server, path, body):
     assert ask(server, path, json.dumps(body), headers=bearer(TOKEN))[0] == 400
+
+
+def test_groups_that_wait_for_a_trainer_are_few_and_hold_no_other_request(server):
+    def join(number):
+        body = {"master_port": port, "rank_offset": 1, "world_size": 2, "group_name": str(number), "timeout_s": patient(4)}
+        raw = json.dumps({"master_address": "127.0.0.1", **body})
+        return ask(server, "/init_weights_update_group", raw, headers=bearer(TOKEN))
+
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        port = reserved.getsockname()[1]
+    with ThreadPoolExecutor() as pool:
+        asked = [pool.submit(join, number) for number in range(MAX_GROUPS + 2)]
+        first = [one.result() for one in itertools.islice(as_completed(asked), 2)]
+        assert [(status, f"{MAX_GROUPS} weight groups or waits" in answer) for status, answer in first] == [(400, True)] * 2
+        status, _ = generate(server, input_ids=None, text="1+1", sampling_params={"max_new_tokens": 1})
+        assert status == 200 and sum(one.done() for one in asked) == 2
+    assert sum("no trainer listens" in one.result()[1] for one in asked) == MAX_GROUPS
 
 
 def test_the_engine_serves_on(server):

@@ -124,10 +124,26 @@ def test_information_endpoints(server):
     for path in ("/get_server_info", "/server_info"):
         assert call(server, path, method="GET")[1]["stats"]["num_pages"] == 1024
     assert call(server, "/flush_cache", token=TOKEN)[0] == 200
-    assert call(server, "/abort_request", {}, token=TOKEN)[0] == 400
+    for nothing in ({}, {"rid": ""}):
+        assert call(server, "/abort_request", nothing, token=TOKEN)[0] == 400
     assert call(server, "/pause_generation", {"mode": "sleep"}, token=TOKEN)[0] == 400
     status, answer = call(server, "/release_memory_occupation", {"tags": ["kv_cache", "disk"]}, token=TOKEN)
     assert (status, answer["detail"]) == (400, "unknown tags ['disk']; known: kv_cache, weights.")
+
+
+def test_an_abort_ends_every_request_whose_id_begins_so_and_no_other(server):
+    def body(rid):
+        return {"input_ids": [5, 6, 7], "rid": rid, "sampling_params": {"max_new_tokens": 2, "ignore_eos": True}}
+
+    assert call(server, "/pause_generation", {"mode": "in_place"}, token=TOKEN)[0] == 200
+    with ThreadPoolExecutor() as pool:
+        asked = [pool.submit(call, server, "/generate", body(rid)) for rid in ("job-1-a", "job-1-b", "job-2", "a-job-1")]
+        while call(server, "/server_info", method="GET")[1]["stats"]["num_waiting"] < len(asked):
+            assert not wait(asked, timeout=0.05).done
+        assert call(server, "/abort_request", {"rid": "job-1"}, token=TOKEN)[0] == 200
+        assert call(server, "/continue_generation", token=TOKEN)[0] == 200
+        ends = [one.result()[1]["meta_info"]["finish_reason"]["type"] for one in asked]
+    assert ends == ["abort", "abort", "length", "length"]
 
 
 @pytest.mark.parametrize("mode", ["in_place", "retract"])

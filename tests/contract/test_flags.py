@@ -145,6 +145,14 @@ def test_a_flag_that_changes_nothing_is_accepted_and_changes_nothing(row):
     assert [line.endswith(f": --{name}") for line in said] == [True] * len(told)
 
 
+def test_other_values_of_flags_of_miles_are_accepted_or_refused_by_name():
+    config = parse(["--megatron-to-hf-mode", "bridge"])
+    assert replace(config, references=ReferencesConfig()) == parse([])
+    assert config.references.unused_flags == ("megatron-to-hf-mode",)
+    with pytest.raises(ConfigError, match=r"^--update-weight-transfer-mode delta is not supported: .* give broadcast or p2p"):
+        parse(["--update-weight-transfer-mode", "delta"])
+
+
 @pytest.mark.parametrize("row", rows("refused"), ids=names(rows("refused")))
 def test_a_flag_that_is_refused_is_named_with_the_reason(row):
     name = row["flag"].replace("_", "-")
@@ -317,6 +325,17 @@ def test_the_32b_recipe_parses_and_means_adam_on_the_host():
     assert config.architecture.untie_embeddings_and_output_weights is True
     assert config.engine.sglang_args[:6] == ("--mem-fraction-static", "0.7", "--cuda-graph-bs", "1", "2", "4")
     assert config.engine.sglang_args[-1] == "256"
+
+
+def test_moments_are_float32_or_what_the_flags_say_as_in_megatron():
+    words = ["--optimizer-cpu-offload", "--use-precision-aware-optimizer"]
+    for more, dtypes in (
+        (["--overlap-cpu-optimizer-d2h-h2d"], ("fp32", "fp32")),
+        (["--exp-avg-dtype", "bf16"], ("bf16", "fp32")),
+    ):
+        optimizer = parse([*words, *more]).optimizer
+        assert (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype) == dtypes
+        assert (optimizer.adam_beta2, optimizer.offloaded_share) == (0.999, 1.0)
 
 
 def test_the_sft_recipe_parses_and_means_fine_tuning():

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from qwench.launch import build
 from tests.e2e.conftest import InProcess, Workspace, column
@@ -93,6 +94,7 @@ def test_wrong_value_is_refused(
     [
         ({"input_key": "question"}, "train.jsonl:1: key 'question'"),
         ({"custom_rm_path": "nowhere.reward"}, "cannot be imported"),
+        ({"custom_rm_path": "tests.e2e.rewards.two_arguments"}, "but is called as fn(sample)"),
         ({"custom_generate_function_path": "nowhere.generate"}, "cannot be imported"),
         ({"dynamic_sampling_filter_path": "nowhere.keep"}, "cannot be imported"),
         ({"eval_function_path": "nowhere.evaluate"}, "cannot be imported"),
@@ -163,6 +165,32 @@ def test_a_dry_run_needs_the_checkers_of_ifbench_as_a_start_does(
     ):
         dry, started = in_process([*argv, "--dry-run"]), in_process(argv)
         assert dry == started and started[0] == 2 and "needs the checkers of IFBench" in started[1], (dry, started)
+
+
+def test_a_dry_run_reads_labels_functions_and_shapes_as_a_start_does(
+    workspace: Workspace, inputs: Workspace, tmp_path: Path, in_process: InProcess
+) -> None:
+    labels = write_rows(tmp_path / "labels.jsonl", GOOD_ROW, {"prompt": "1+1=?", "label": "two"})
+    slip = write_rows(tmp_path / "slip.py", "x = 1", "def score(:")
+    shaped = tmp_path / "shaped"
+    shutil.copytree(workspace.model, shaped)
+    weights = load_file(shaped / "model.safetensors")
+    norm = weights["model.norm.weight"]
+    save_file({**weights, "model.norm.weight": norm[1:]}, shaped / "model.safetensors")
+    sums = {"name": "sums", "path": str(inputs.test_data), "input_key": "prompt", "label_key": "label", "rm_type": "math"}
+    sets = tmp_path / "sets.yaml"
+    sets.write_text(json.dumps({"eval": {"datasets": [sums, {**sums, "name": "instructions", "rm_type": "ifbench"}]}}))
+    flags: list[tuple[dict[str, object], str]] = [
+        ({"rm_type": "dapo", "prompt_data": labels}, f"{labels}:2"),
+        ({"rm_type": None, "custom_rm_path": f"{slip}:score"}, f"{slip}:2"),
+        ({"hf_checkpoint": shaped}, "model.norm.weight"),
+        ({"eval_prompt_data": None, "eval_config": sets, "eval_interval": 1}, f"{inputs.test_data}:1"),
+    ]
+    for one, said in flags:
+        argv = inputs.train_argv(**{"save": tmp_path / "run", **one})
+        dry, started = in_process([*argv, "--dry-run"]), in_process(argv)
+        assert dry == started and started[0] == 2 and said in started[1], (dry, started)
+        assert started[1].count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

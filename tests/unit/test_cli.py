@@ -183,6 +183,36 @@ def test_the_environment_of_the_trainer_is_set_before_anything_heavy_is_imported
     assert shown == "b :4096:8 False\n"
 
 
+def test_a_crash_of_native_code_says_where_it_was():
+    code = "import ctypes\nfrom qwench import cli\n\ndef fall(words):\n    ctypes.string_at(0)\n\ncli.main([], command=fall)\n"
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGSEGV
+    assert "Fatal Python error: Segmentation fault" in ended.stderr
+    assert 'File "<string>", line 5 in fall' in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", "question,answer\n1+1,2\n", "a.csv row 1: key 'input' (--input-key) is missing"),
+        ("a.csv", "", "a.csv has no rows"),
+        ("a.txt", "1+1", "a.txt has the unknown format '.txt'"),
+        ("model/config.json", '{"model_type": "mamba"}', "has model_type 'mamba'; supported are dense qwen3, qwen2, llama"),
+    ],
+)
+def test_a_mistake_in_a_file_is_told_before_pytorch_is_imported(recipe, tmp_path, name, content, said):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    flag = ("--hf-checkpoint", str(tmp_path / "model")) if "/" in name else ("--prompt-data", str(tmp_path / name))
+    code = "import sys\nfrom qwench import cli\ntry:\n cli.main(sys.argv[1:])\nfinally:\n print(*sys.modules)"
+    recipe[recipe.index(flag[0]) + 1] = flag[1]
+    words = ["train", *recipe, "--rm-type", "math"]
+    ended = subprocess.run([sys.executable, "-c", code, *words], check=False, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
+    assert said in ended.stderr
+    assert {"torch", "transformers"} & set(ended.stdout.split()) == set()
+
+
 def test_reward_check_grades_a_file(capsys, tmp_path):
     file = tmp_path / "responses.jsonl"
     rows = [("so \\boxed{2}", "2"), ("so \\boxed{3}", "2")]
@@ -196,7 +226,10 @@ def test_reward_check_grades_a_file(capsys, tmp_path):
 
 def test_make_model_writes_a_checkpoint_and_refuses_to_write_over_it(capsys, tmp_path):
     assert run("make-model", "--output", str(tmp_path / "m"), "--size", "tiny") == 0
-    assert (tmp_path / "m" / "config.json").is_file()
+    made = json.loads((tmp_path / "m" / "config.json").read_text())
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and said.startswith(f"{tmp_path / 'm'}: qwen3 with random weights (--seed 0), ")
+    assert f"{made['num_hidden_layers']} layers of {made['hidden_size']}, {len(build_small_tokenizer())} tokens" in said
     assert run("make-model", "--output", str(tmp_path / "m")) == 2
     assert "exists and is not an empty folder" in capsys.readouterr().err
 

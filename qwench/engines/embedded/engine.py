@@ -63,9 +63,7 @@ class EmbeddedEngine:
         """Make an engine without weights; it can generate after `update_weights` or `adopt_weights`."""
         self._architecture, self._settings = architecture, settings
         self._tokenizer = tokenizer
-        self._admission = Admission(
-            vocab_size=architecture.vocab_size, eos_ids=eos_ids, tokenizer=tokenizer, seed=settings.seed
-        )
+        self._admission = Admission(architecture, eos_ids=eos_ids, tokenizer=tokenizer, seed=settings.seed)
         self._weights = WeightStore(architecture, settings.resolved_dtype, fp8=settings.fp8, device=self.device)
         self.adapters = self._weights.adapters
         """LoRA adapters that requests may name; while requests run, they change by `change_adapters`."""
@@ -155,10 +153,14 @@ class EmbeddedEngine:
             if self._requests.get(request.request_id) is running:
                 running.finish_reason = FinishReason.ABORT
 
-    async def abort(self, request_id: str | None = None) -> None:
-        """See `Engine.abort`. An unknown id is no error: the request may have ended."""
-        for running in list(self._requests.values()):
-            if request_id is None or running.request.request_id == request_id:
+    async def abort(self, request_id: str | None = None, *, begins: bool = False) -> None:
+        """See `Engine.abort`. An unknown id is no error: the request may have ended.
+
+        Args:
+            begins: end every request whose id begins with `request_id`.
+        """
+        for name, running in self._requests.items():
+            if request_id is None or name == request_id or (begins and name.startswith(request_id)):
                 running.finish_reason = FinishReason.ABORT
         async with self._between_steps:
             self._drop_aborted()

@@ -1,10 +1,13 @@
 """What a run writes besides its checkpoints is its own: nothing of another run, or of the user, is replaced."""
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +17,7 @@ from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.errors import ConfigError
 from qwench.files import claim_folder
-from qwench.launch import outputs
+from qwench.launch import engines, outputs
 from qwench.launch.outputs import claim_outputs, own_results
 from qwench.observability.dumps import save_rollout
 from qwench.samples import Rollout
@@ -247,3 +250,15 @@ def test_a_folder_with_the_name_of_a_file_of_the_run_is_named(tmp_path, flag, na
     (tmp_path / name).mkdir()
     with pytest.raises(ConfigError, match=f"{name} is a folder, and the run writes a file of that name; move it away"):
         claim(**{flag: tmp_path})
+
+
+def test_engine_servers_of_a_run_without_folders_log_among_temporary_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", "/temporary")
+
+    def folder(log_dir):
+        return engines._log_folder(SimpleNamespace(plan=SimpleNamespace(log_dir=log_dir)))
+
+    assert folder(None) == Path(f"/temporary/qwench-{os.getpid()}/engines")
+    assert folder(Path("logs")) == tmp_path / "logs" / "engines"
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 
 import pytest
 
@@ -10,6 +12,7 @@ from qwench.config.sections.reward import RewardConfig
 from qwench.errors import RewardError
 from qwench.rewards.pool import RewardPool
 from qwench.samples import Verdict
+from tests.deadlines import patient
 from tests.unit.rewards.samples import finished
 
 MODULE = "tests.unit.rewards.custom_functions"
@@ -72,6 +75,20 @@ def test_broken_function_ends_the_run_and_is_never_a_zero(name: str, message: st
 @pytest.mark.parametrize("name", ["slow", "slow_plain"])
 def test_late_function_gets_timeout(name: str) -> None:
     assert grade(name, timeout_s=0.1) == Verdict(score=0.0, reason="timeout")
+
+
+def test_hung_calls_hold_neither_other_calls_nor_the_exit() -> None:
+    code = (
+        "import asyncio\n"
+        "from tests.unit.rewards.test_in_process import finished, pool_for\n"
+        "async def grade_all():\n"
+        "    hung, well = pool_for('slow_plain', timeout_s=0.1), pool_for('half')\n"
+        "    verdicts = await asyncio.gather(*(pool.grade(finished('x')) for pool in [hung] * 80 + [well]))\n"
+        "    print(*(verdict.reason for verdict in verdicts[::40]))\n"
+        "asyncio.run(grade_all())\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=patient(40))
+    assert ended.stdout == "timeout timeout custom\n", "the functions sleep for 60 s"
 
 
 def test_late_group_reward_gives_every_sample_a_timeout() -> None:

@@ -160,10 +160,10 @@ class EngineServer:
         return _json(answers if body.is_batch else answers[0])
 
     async def abort_request(self, body: AbortBody) -> Response:
-        """End one request or all; an unknown id is no error."""
-        if body.rid is None and not body.abort_all:
+        """End all requests, or those whose id begins with `rid`, as in SGLang; an unknown id is no error."""
+        if not body.rid and not body.abort_all:
             raise HTTPException(400, "send rid, or abort_all: true.")
-        await self._engine.abort(None if body.abort_all else body.rid)
+        await self._engine.abort(None if body.abort_all else body.rid, begins=True)
         return Response()
 
     async def pause_generation(self, body: PauseBody) -> Response:

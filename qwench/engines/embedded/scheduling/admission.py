@@ -13,6 +13,7 @@ from qwench.engines.embedded.scheduling.stopping import MAX_STOPS, check_stop_st
 from qwench.engines.embedded.scheduling.uniform import uniform
 from qwench.engines.protocol import GenerateRequest
 from qwench.errors import EngineError
+from qwench.models.architecture import Architecture
 
 MIN_TEMPERATURE = 1e-6
 """Below it, logits divided by it leave float32."""
@@ -24,9 +25,10 @@ class Admission:
     """Checks every request, and draws a seed for one that brings none."""
 
     def __init__(
-        self, *, vocab_size: int, eos_ids: frozenset[int], tokenizer: PreTrainedTokenizerBase | None, seed: int
+        self, architecture: Architecture, *, eos_ids: frozenset[int], tokenizer: PreTrainedTokenizerBase | None, seed: int
     ) -> None:
-        self._vocab_size = vocab_size
+        self._vocab_size = architecture.vocab_size
+        self._max_positions = architecture.max_positions
         self._eos_ids = eos_ids
         self._tokenizer = tokenizer
         self._seed = seed
@@ -45,9 +47,11 @@ class Admission:
         num_prompt = len(request.input_ids)
         room = max_request_tokens - num_prompt
         if room < (1 if request.scoring is None else 0):
+            limit = f"the engine holds {max_request_tokens} tokens; shorten the prompt or raise --embedded-kv-cache-tokens."
+            if max_request_tokens == self._max_positions:
+                limit = f"the model has {max_request_tokens} positions; shorten the prompt."
             raise EngineError(
-                f"the prompt of request {request.request_id!r} ({num_prompt} tokens) leaves no room for a response: "
-                f"the engine holds {max_request_tokens} tokens; shorten the prompt or raise --embedded-kv-cache-tokens."
+                f"the prompt of request {request.request_id!r} ({num_prompt} tokens) leaves no room for a response: {limit}"
             )
         self.num_accepted += 1
         return RunningRequest(

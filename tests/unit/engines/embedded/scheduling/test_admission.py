@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +11,12 @@ import pytest
 from qwench.engines.embedded.scheduling.admission import Admission, eos_ids_of
 from qwench.engines.protocol import GenerateRequest, SamplingParams
 from qwench.errors import EngineError
+from tests.unit.config.architectures import QWEN3_4B
 
 
 def admission(seed: int = 0) -> Admission:
-    return Admission(vocab_size=10, eos_ids=frozenset({9}), tokenizer=None, seed=seed)
+    small = replace(QWEN3_4B, vocab_size=10, max_position_embeddings=20)
+    return Admission(small, eos_ids=frozenset({9}), tokenizer=None, seed=seed)
 
 
 def accepted(admission: Admission, *, prompt=(1, 2, 3), room: int = 8, max_new_tokens: int = 4, **sampling):
@@ -49,8 +52,15 @@ def test_the_response_is_bounded_by_the_room_behind_the_prompt():
     assert (one.tokens, one.num_prompt, one.max_new_tokens, one.stop_ids) == ([1, 2, 3], 3, 2, frozenset({9}))
     assert accepted(admission(), room=7, max_new_tokens=3).max_new_tokens == 3
     assert accepted(admission(), room=4).max_new_tokens == 1
-    with pytest.raises(EngineError, match=r"\(3 tokens\) leaves no room for a response: the engine holds 3 tokens"):
+
+
+def test_a_prompt_without_room_names_the_limit_that_it_meets():
+    with pytest.raises(EngineError, match=r"\(3 tokens\) leaves no room .*: the engine holds 3 tokens; .*-kv-cache-tokens"):
         accepted(admission(), room=3)
+    assert accepted(admission(), prompt=range(1, 9), room=20).max_new_tokens == 4
+    said = r"\(20 tokens\) leaves no room for a response: the model has 20 positions; shorten the prompt\.$"
+    with pytest.raises(EngineError, match=said):
+        accepted(admission(), prompt=[1] * 20, room=20)
 
 
 def test_only_accepted_requests_are_counted():
