@@ -35,7 +35,7 @@ OTHER_DEFAULTS = {
     "distributed-timeout-minutes": "a checkpoint or an export of one rank may take longer than 10 minutes",
     "train-backend": "follows from the layout",
     "actor-num-gpus-per-node": "one process is what every machine has",
-    "lr": "a rate that nobody chose trains nothing",
+    "lr": "without a rate chosen for the task a run may train nothing",
     "loss-mask-type": "derived from the chat template",
     "rollout-function-path": "the same function under our name",
     "data-source-path": "the run reads the prompts itself",
