@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qwench.config.sections.optimizer import OptimizerConfig
-from qwench.training.optimizers.host_adam import MOMENTS, HostAdam
+from qwench.training.optimizers.host_adam import MOMENTS, HostAdam, adam_constants
 from qwench.training.optimizers.pinned_buckets import Span
 
 BLOCK = 256
@@ -59,13 +59,9 @@ class Adam8bit(HostAdam):
 
     def __init__(self, params: Iterable[dict[str, Any]], section: OptimizerConfig) -> None:
         """Take groups of parameters."""
-        assert section.lr is not None, "config.checks requires --lr"
         super().__init__(
             params,
-            lr=section.lr,
-            betas=(section.adam_beta1, section.adam_beta2),
-            eps=section.adam_eps,
-            weight_decay=section.weight_decay,
+            **adam_constants(section),
             offload_fraction=0.0,
             moment_dtypes=(torch.uint8, torch.uint8),
             splits_masters=True,

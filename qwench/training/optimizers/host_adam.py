@@ -16,7 +16,7 @@ weights. It also replaces Transformer Engine's FusedAdam: megatron-core's Distri
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -36,6 +36,22 @@ BUCKET_ELEMENTS = 1 << 24
 """Elements stepped at a time: 64 MiB of gradients, some milliseconds of copies."""
 _HOST = torch.device("cpu")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class AdamConstants(TypedDict):
+    """What torch's AdamW takes besides parameters."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+def adam_constants(section: OptimizerConfig) -> AdamConstants:
+    """Return the constants that the flags give."""
+    assert section.lr is not None, "config.checks requires --lr"
+    betas = (section.adam_beta1, section.adam_beta2)
+    return AdamConstants(lr=section.lr, betas=betas, eps=section.adam_eps, weight_decay=section.weight_decay)
 
 
 class HostAdam(torch.optim.AdamW):
@@ -89,13 +105,9 @@ class HostAdam(torch.optim.AdamW):
         cls, groups: Iterable[dict[str, Any]], section: OptimizerConfig, *, splits_masters: bool = False
     ) -> HostAdam:
         """Take groups of parameters, and the constants from the flags."""
-        assert section.lr is not None, "config.checks requires --lr"
         return cls(
             groups,
-            lr=section.lr,
-            betas=(section.adam_beta1, section.adam_beta2),
-            eps=section.adam_eps,
-            weight_decay=section.weight_decay,
+            **adam_constants(section),
             offload_fraction=section.offloaded_share,
             overlap=section.overlap_cpu_optimizer_d2h_h2d,
             moment_dtypes=(_DTYPES[section.exp_avg_dtype], _DTYPES[section.exp_avg_sq_dtype]),

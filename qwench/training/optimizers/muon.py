@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qwench.checkpoints.formats.sources import MOMENTUM
 from qwench.config.sections.optimizer import OptimizerConfig
-from qwench.training.optimizers.host_adam import MASTER, REST, HostAdam, gradient_of
+from qwench.training.optimizers.host_adam import MASTER, REST, HostAdam, adam_constants, gradient_of
 from qwench.training.optimizers.split_masters import join
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -59,13 +59,9 @@ class Muon(HostAdam):
 
     def __init__(self, params: Iterable[dict[str, Any]], section: OptimizerConfig, *, whole: Whole, part: Part) -> None:
         """Take groups of matrices, or of this rank's rows of them."""
-        assert section.lr is not None, "config.checks requires --lr"
         super().__init__(
             params,
-            lr=section.lr,
-            betas=(section.adam_beta1, section.adam_beta2),
-            eps=section.adam_eps,
-            weight_decay=section.weight_decay,
+            **adam_constants(section),
             offload_fraction=0.0,
             moment_dtypes=(torch.float32,),
             moments=(MOMENTUM,),
