@@ -233,8 +233,11 @@ def test_numbers_that_would_reach_the_other_rows_of_a_batch_are_refused(model, m
     asyncio.run(scenario())
 
 
-def test_a_device_without_memory_for_another_adapter_keeps_the_loaded_ones(model, models, folders, monkeypatch):
-    left = iter(range(4))
+@pytest.mark.parametrize("num_allocations", [0, 3, 22])
+def test_a_device_without_memory_for_another_adapter_keeps_the_loaded_ones(
+    model, models, folders, monkeypatch, num_allocations
+):
+    left = iter(range(num_allocations))
 
     def zeros(*shape: object, **options: object) -> Tensor:
         if next(left, None) is None:
@@ -250,6 +253,25 @@ def test_a_device_without_memory_for_another_adapter_keeps_the_loaded_ones(model
         requests = [request for request in _requests(prompt_of(11)) if request.adapter != "narrow"]
         for request, result in zip(requests, await generate_all(engine, requests), strict=True):
             _check(models, request, result)
+        await engine.close()
+
+    asyncio.run(scenario())
+
+
+def test_steps_use_the_memory_that_the_load_of_an_adapter_took(model, models, folders, monkeypatch):
+    def fails(*arguments: object, **options: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    async def scenario() -> None:
+        engine = await _loaded(make_engine(model), folders)
+        with monkeypatch.context() as full:
+            for name in ("cat", "zeros", "empty"):
+                full.setattr(torch, name, fails)
+            layer = "model.layers.0.self_attn."
+            stack = engine.adapters.stack([layer + name for name in ("q_proj", "k_proj", "v_proj")])
+        assert stack is not None and stack is engine.adapters.stack([layer + name for name in ("q_proj", "k_proj", "v_proj")])
+        assert torch.equal(stack.a[1, 2, :2], _matrices(model, "narrow")[f"{layer}k_proj.lora_A.weight"])
+        assert engine.adapters.stack(["model.layers.0.other"]) is None
         await engine.close()
 
     asyncio.run(scenario())

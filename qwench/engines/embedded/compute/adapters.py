@@ -26,6 +26,8 @@ from qwench.models.peft import A, B
 PUBLISHED = ""
 """The adapter that publications bring: requests that name no other compute with it."""
 _PUBLISHED_SLOT = 1
+_SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""Projections of a layer that read the same input."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,16 +35,21 @@ class AdapterStack:
     """The matrices of all adapters at projections that share an input."""
 
     a: Tensor
-    """[n * S * R, K]"""
+    """[n, S, R, K]"""
     b: Sequence[Tensor]
-    """Of each projection, [S * R, N]."""
+    """Of each projection, [S, R, N]."""
 
     def add(self, x: Tensor, outputs: Sequence[Tensor], mix: Tensor) -> None:
         """Add every token's adapter to the projections' outputs [T, N], in place."""
-        reduced = torch.nn.functional.linear(x, self.a).view(len(x), len(self.b), mix.shape[1], -1)
+        reduced = torch.nn.functional.linear(x, self.a.flatten(0, 2)).view(len(x), len(self.b), mix.shape[1], -1)
         reduced = reduced * mix[:, None, :, None]
         for index, (output, b) in enumerate(zip(outputs, self.b, strict=True)):
-            output.addmm_(reduced[:, index].flatten(1), b)
+            output.addmm_(reduced[:, index].flatten(1), b.flatten(0, 1))
+
+    def keep(self, before: AdapterStack) -> None:
+        """Copy the matrices of a stack with fewer adapters or smaller ranks in."""
+        for new, old in zip((self.a, *self.b), (before.a, *before.b), strict=True):
+            new[..., : old.shape[-3], : old.shape[-2], :].copy_(old)
 
 
 class AdaptedProjection:
@@ -72,8 +79,8 @@ class AdapterStore:
         self._dtype, self._device = dtype, device
         self._chosen: dict[str, ChosenAdapter] = {}
         self._num_slots = self._rank = 0
-        self._matrices: dict[str, tuple[Tensor, Tensor]] = {}
-        """Of each adapted projection: A [S, R, K] and B [S, R, N]."""
+        self._stacks: dict[tuple[str, ...], AdapterStack] = {}
+        """By the projections that share an input, where an adapter has one of them."""
         self._mixes = torch.zeros((1, 0), dtype=dtype, device=device)
         self._num_loads = 0
         self.layout = 0
@@ -145,11 +152,12 @@ class AdapterStore:
             self._make_room(modules, rank=max(rank, self._rank), num_slots=max(slot, self._num_slots))
         except torch.OutOfMemoryError as cause:
             raise EngineError(f"the device has no memory for adapter {name!r} of rank {rank}; unload another one.") from cause
-        for module, (a, b) in self._matrices.items():
-            for stack, leaf in ((a, A), (b, B)):
-                stack[slot - 1].zero_()
-                if (matrix := matrices.get(f"{module}.{leaf}")) is not None:
-                    stack[slot - 1, :rank].copy_(matrix if leaf == A else matrix.T)
+        for group, stack in self._stacks.items():
+            for module, a, b in zip(group, stack.a, stack.b, strict=True):
+                for matrices_of, leaf in ((a, A), (b, B)):
+                    matrices_of[slot - 1].zero_()
+                    if (matrix := matrices.get(f"{module}.{leaf}")) is not None:
+                        matrices_of[slot - 1, :rank].copy_(matrix if leaf == A else matrix.T)
         self._mixes[slot, slot - 1] = scale
         self._num_loads += 1
         self._chosen[name] = ChosenAdapter(slot=slot, cache_root=-self._num_loads, folder=folder)
@@ -165,17 +173,7 @@ class AdapterStore:
 
     def stack(self, modules: Sequence[str]) -> AdapterStack | None:
         """Return the matrices at projections that share an input; None: no adapter has any there."""
-        if not any(module in self._matrices for module in modules):
-            return None
-        for module in modules:
-            if module not in self._matrices:
-                self._matrices[module] = self._zeros(module, rank=self._rank, num_slots=self._num_slots)
-        pairs = [self._matrices[module] for module in modules]
-        fused = torch.cat([a for a, _ in pairs]).flatten(0, 1)
-        # The parts of the fused matrix are the matrices from now on, so that a load writes into it.
-        for module, part in zip(modules, fused.view(len(modules), self._num_slots, self._rank, -1), strict=True):
-            self._matrices[module] = part, self._matrices[module][1]
-        return AdapterStack(a=fused, b=[b.flatten(0, 1) for _, b in pairs])
+        return self._stacks.get(tuple(modules))
 
     def _check(self, name: str, modules: Sequence[str], matrices: Mapping[str, Tensor]) -> int:
         """Return the rank.
@@ -211,24 +209,29 @@ class AdapterStore:
 
     def _make_room(self, modules: Sequence[str], *, rank: int, num_slots: int) -> None:
         """Grow the stacks, which moves them; new places are zero. Without memory for them, nothing is changed."""
-        grows = (rank, num_slots) != (self._rank, self._num_slots)
-        if not grows and all(module in self._matrices for module in modules):
+        groups = dict.fromkeys((*self._stacks, *map(_sharing_input, modules)))
+        if (rank, num_slots) == (self._rank, self._num_slots) and len(groups) == len(self._stacks):
             return
-        grown = dict[str, tuple[Tensor, Tensor]]()
-        for module in dict.fromkeys((*self._matrices, *modules)):
-            grown[module] = self._zeros(module, rank=rank, num_slots=num_slots)
-            for new, before in zip(grown[module], self._matrices.get(module, ()), strict=False):
-                new[: before.shape[0], : before.shape[1]].copy_(before)
+        grown = {group: self._zeros(group, rank=rank, num_slots=num_slots) for group in groups}
+        for group, before in self._stacks.items():
+            grown[group].keep(before)
         mixes = torch.zeros((num_slots + 1, num_slots), dtype=self._dtype, device=self._device)
         mixes[: self._mixes.shape[0], : self._mixes.shape[1]] = self._mixes
-        self._matrices, self._mixes, self._rank, self._num_slots = grown, mixes, rank, num_slots
+        self._stacks, self._mixes, self._rank, self._num_slots = grown, mixes, rank, num_slots
         self.layout += 1
 
-    def _zeros(self, module: str, *, rank: int, num_slots: int) -> tuple[Tensor, Tensor]:
-        rows, columns = self._shapes[module]
-        shapes = (num_slots, rank, columns), (num_slots, rank, rows)
-        a, b = (torch.zeros(shape, dtype=self._dtype, device=self._device) for shape in shapes)
-        return a, b
+    def _zeros(self, group: Sequence[str], *, rank: int, num_slots: int) -> AdapterStack:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=self._dtype, device=self._device)
+
+        a = zeros(len(group), num_slots, rank, self._shapes[group[0]][1])
+        return AdapterStack(a=a, b=[zeros(num_slots, rank, self._shapes[module][0]) for module in group])
+
+
+def _sharing_input(module: str) -> tuple[str, ...]:
+    """Return the projections that read the input of `module`, itself included, in the order of the layer."""
+    parent, _, leaf = module.rpartition(".")
+    return next(tuple(f"{parent}.{name}" for name in names) for names in _SHARED_INPUTS if leaf in names)
 
 
 AdapterChange = Callable[[AdapterStore, set[int]], None]
