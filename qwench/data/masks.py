@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 
@@ -119,33 +120,42 @@ class MessageMask:
     def __call__(self, messages: Conversation, tools: Sequence[Json] | None, place: str) -> list[Segment]:
         """Return header and rest of each message."""
         segments: list[Segment] = []
-        for index, message in enumerate(messages):
-            text = self._render(message, tools if index == 0 else None, is_first=index == 0, place=place)
-            header = self._header(text, is_first=index == 0) if message["role"] == "assistant" else len(text)
+        for index, turn in enumerate(self._turns(messages)):
+            text = self._render(turn, tools if index == 0 else None, is_first=index == 0, place=place)
+            header = self._header(text, is_first=index == 0) if turn[0]["role"] == "assistant" else len(text)
             segments.append(Segment(text=text[:header], trained=False))
-            segments.append(Segment(text=text[header:], trained=_is_wanted(message)))
+            segments.append(Segment(text=text[header:], trained=_is_wanted(turn[0])))
         return segments
+
+    def _turns(self, messages: Conversation) -> list[Conversation]:
+        """Return the messages that are rendered together."""
+        return [[message] for message in messages]
 
     def _header(self, text: str, *, is_first: bool) -> int:
         """Return where an assistant's text begins: after the generation prompt, or the part of it that this message has."""
         if text.startswith(self._opening):
             return len(self._opening)
         answer: Message = {"role": "assistant", "content": _SENTINEL}
-        return _common_prefix(self._render(answer, None, is_first=is_first, place="an answer"), text)
+        return _common_prefix(self._render([answer], None, is_first=is_first, place="an answer"), text)
 
-    def _render(self, message: Message, tools: Sequence[Json] | None, *, is_first: bool, place: str) -> str:
-        text = self._renderer.render([message], tools=tools, place=place)
+    def _render(self, turn: Conversation, tools: Sequence[Json] | None, *, is_first: bool, place: str) -> str:
+        text = self._renderer.render(turn, tools=tools, place=place)
         return text if is_first else text.removeprefix(self._default_system)
 
 
 class IsolatedMessageMask(MessageMask):
-    """As `MessageMask`, but each message is rendered after a user turn (the first one before it)."""
+    """As `MessageMask`, but each message is rendered after a user turn (the first one before it), and tool results in a row
+    together, as templates write them into one turn."""
 
-    def _render(self, message: Message, tools: Sequence[Json] | None, *, is_first: bool, place: str) -> str:
+    def _turns(self, messages: Conversation) -> list[Conversation]:
+        runs = groupby(messages, key=lambda message: message["role"] == "tool")
+        return [turn for is_tool, run in runs for turn in ([list(run)] if is_tool else [[one] for one in run])]
+
+    def _render(self, turn: Conversation, tools: Sequence[Json] | None, *, is_first: bool, place: str) -> str:
         if is_first:
             tail = self._before.removeprefix(self._default_system)
-            return self._renderer.render([message, _FILLER], tools=tools, place=place).removesuffix(tail)
-        return self._renderer.render([_FILLER, message], place=place).removeprefix(self._before)
+            return self._renderer.render([*turn, _FILLER], tools=tools, place=place).removesuffix(tail)
+        return self._renderer.render([_FILLER, *turn], place=place).removeprefix(self._before)
 
 
 class DistillMask:

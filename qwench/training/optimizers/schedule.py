@@ -39,18 +39,18 @@ class LrSchedule:
         self._optimizer = optimizer
         self._decay_steps = optimizer.lr_decay_iters or total_steps
         fraction = optimizer.lr_warmup_fraction
-        self._warmup_steps = optimizer.lr_warmup_iters if fraction is None else int(fraction * self._decay_steps)
+        self._warmup_steps = optimizer.lr_warmup_iters if fraction is None else fraction * self._decay_steps
         if optimizer.lr_decay_style != "constant" and self._decay_steps <= self._warmup_steps:
             raise ConfigError(
                 f"--lr-decay-style {optimizer.lr_decay_style} decays over {self._decay_steps} steps, of which "
-                f"{self._warmup_steps} are warm-up; give --lr-decay-iters (or the length of the run) and a shorter "
+                f"{self._warmup_steps:g} are warm-up; give --lr-decay-iters (or the length of the run) and a shorter "
                 "--lr-warmup-iters."
             )
         wsd_steps = optimizer.lr_wsd_decay_iters
         if wsd_steps is not None and wsd_steps > self._decay_steps - self._warmup_steps:
             raise ConfigError(
-                f"--lr-wsd-decay-iters {wsd_steps} is more than the {self._decay_steps - self._warmup_steps} steps between the "
-                "warm-up and the end of --lr-decay-iters (or of the run); lower it."
+                f"--lr-wsd-decay-iters {wsd_steps} is more than the {self._decay_steps - self._warmup_steps:g} steps between "
+                "the warm-up and the end of --lr-decay-iters (or of the run); lower it."
             )
 
     def at(self, step: int) -> float:

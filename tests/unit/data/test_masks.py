@@ -190,6 +190,17 @@ def test_qwen3_lists_tools_once():
     assert text(found).endswith(f"<|im_start|>user\nq<|im_end|>\n{ASSISTANT}<think>\n\n</think>\n\na<|im_end|>\n")
 
 
+def test_qwen3_writes_tool_results_in_a_row_into_one_turn_and_qwen_each_into_its_own():
+    call = assistant("", tool_calls=[{"function": {"name": "add", "arguments": {"a": 1}}}] * 2)
+    results = [{"role": "tool", "content": "3"}, {"role": "tool", "content": "4"}]
+    messages = [user("q"), call, *results, assistant("7")]
+    one_turn = "<|im_start|>user\n<tool_response>\n3\n</tool_response>\n<tool_response>\n4\n</tool_response><|im_end|>\n"
+    assert text(segments("qwen3", messages)).count("<tool_response>") == 2
+    assert one_turn in text(segments("qwen3", messages))
+    assert trained(segments("qwen3", messages))[-1] == "<think>\n\n</think>\n\n7<|im_end|>\n"
+    assert one_turn not in text(segments("qwen", messages))
+
+
 def test_distill_trains_on_the_bare_last_content():
     found = segments("distill_qwen", [user("q"), assistant("a")])
     assert [(segment.text, segment.trained) for segment in found] == [

@@ -30,8 +30,14 @@ def test_linear_falls_from_the_end_of_warmup_to_the_minimum_at_the_end_of_the_ru
 
 
 def test_decay_steps_of_the_flag_win_and_warmup_is_a_share_of_them():
-    got = _rates((0, 1, 2, 6, 10), style="linear", lr_decay_iters=10, lr_warmup_fraction=0.25, total_steps=1000)
+    got = _rates((0, 1, 2, 6, 10), style="linear", lr_decay_iters=10, lr_warmup_fraction=0.2, total_steps=1000)
     assert got == pytest.approx([0.0, 0.5, 1.0, 0.5, 0.0])
+
+
+def test_a_share_may_end_the_warmup_between_two_steps():
+    # Megatron counts samples: 0.1 of 25 steps of 4 are 10 samples, so step 2 (8 samples) has 8/10 and step 3 (12) decays.
+    got = _rates((0, 1, 2, 3, 25), style="linear", lr_warmup_fraction=0.1, total_steps=25)
+    assert got == pytest.approx([0.0, 0.4, 0.8, 1 - 2 / 90, 0.0])
 
 
 def test_cosine_is_halfway_in_the_middle():
