@@ -112,7 +112,8 @@ def train(run: Run) -> None:
     """
     learner, rollouts, gpus, schedule, publisher = run.learner, run.rollouts, run.gpus, run.plan.schedule, run.publisher
     assert learner is not None and publisher is not None, "a run that only generates has no learner"
-    asked, enough = SaveRequests(schedule.checkpoint.save), StopCheck(schedule.rollout.stop_metric)
+    asked = SaveRequests(schedule.checkpoint.save, schedule.checkpoint.save_trigger_sentinel)
+    enough = StopCheck(schedule.rollout.stop_metric)
     first = learned_from = run.checkpoints.restore(learner.state, rollouts)
     if has_ended(run):
         run.checkpoints.finish()
@@ -123,12 +124,12 @@ def train(run: Run) -> None:
     probe_engines(run, learner, version=first)
     run.timer.end_start()
     with stops_deferred(), asked.listening():
-        for rollout_id in range(first, run.plan.num_rollout):
+        for rollout_id in range(first, end := schedule.end(first)):
             with saved_when_stopped(run, learner, next_rollout_id=rollout_id):
                 if is_good_enough(enough, evaluate_if_due(run, rollout_id)):
                     if not run.checkpoints.note_end(rollout_id, enough.text):
-                        with gpus.held_by(learner.state), rollouts.paused():
-                            run.checkpoints.save(rollout_id, learner.state, rollouts, ended_by=enough.text)
+                        with gpus.held_by(learner.state):
+                            save(run, learner, rollout_id, ended_by=enough.text)
                     break
                 with run.timer.phase("train_wait"):
                     rollout = rollouts.take(rollout_id)
@@ -141,11 +142,10 @@ def train(run: Run) -> None:
                 run.metrics.log(rollout_id, metrics, steps=learned.steps)
                 is_enough = is_good_enough(enough, {**metrics, **dict(*learned.steps[-1:])})
                 with saved_when_stopped(run, learner, next_rollout_id=rollout_id + 1, learner_holds_devices=True):
-                    if schedule.save_due(rollout_id, ends=is_enough) or agree_on_largest(int(asked.pending())):
+                    is_last = is_enough or rollout_id + 1 == end
+                    if schedule.save_due(rollout_id, ends=is_last) or agree_on_largest(int(asked.pending())):
                         asked.done()
-                        with rollouts.paused():  # so that what is generated ahead is saved whole, as today's weights sampled it
-                            ended_by = enough.text if is_enough else None
-                            run.checkpoints.save(rollout_id + 1, learner.state, rollouts, ended_by=ended_by)
+                        save(run, learner, rollout_id + 1, ended_by=enough.text if is_enough else None)
                     if is_enough:
                         break
                     # torchrun signals one rank after the other: all ranks must stop after the same rollout.
@@ -155,8 +155,8 @@ def train(run: Run) -> None:
                         with rollouts.publishing(rollout_id + 1):
                             publisher.publish(version=rollout_id + 1)
         else:
-            with saved_when_stopped(run, learner, next_rollout_id=run.plan.num_rollout):
-                note_if_met(run, enough, evaluate_if_due(run, run.plan.num_rollout), run.plan.num_rollout)
+            with saved_when_stopped(run, learner, next_rollout_id=end):
+                note_if_met(run, enough, evaluate_if_due(run, end), end)
         if run.beside is not None:
             with saved_when_stopped(run, learner, next_rollout_id=learned_from):
                 note_if_met(run, enough, run.beside.finish(), learned_from)
@@ -189,6 +189,12 @@ def note_if_met(run: Run, enough: StopCheck, metrics: Mapping[str, float], next_
         run.checkpoints.note_end(next_rollout_id, enough.text)
 
 
+def save(run: Run, learner: LearnerProtocol, next_rollout_id: int, *, ended_by: str | None) -> None:
+    """Save. What is generated ahead is brought to an end first: it is saved whole, as today's weights sampled it."""
+    with run.rollouts.paused():
+        run.checkpoints.save(next_rollout_id, learner.state, run.rollouts, ended_by=ended_by)
+
+
 @contextmanager
 def saved_when_stopped(
     run: Run, learner: LearnerProtocol, *, next_rollout_id: int, learner_holds_devices: bool = False
@@ -214,7 +220,7 @@ def saved_when_stopped(
 def generate(run: Run) -> None:
     """Only generate and grade the rollouts of the schedule, with the weights that the engines started with."""
     run.timer.end_start()
-    for rollout_id in range(run.plan.num_rollout):
+    for rollout_id in range(run.plan.schedule.end(0)):
         rollout = run.rollouts.take(rollout_id)
         run.metrics.log(rollout_id, {**rollout.metrics, **run.timer.take()})
 

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from string import Formatter
+from tempfile import TemporaryFile
 from threading import Event
 from typing import TypeGuard
 
@@ -235,9 +236,13 @@ def check_can_hold(folder: Path, *, flag: str, nbytes: int = 0) -> None:
     """
     nearest = nearest_existing(folder)
     if not nearest.is_dir():
-        raise ConfigError(f"{flag} {folder} cannot be written to: {nearest} is a file; give another path.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"{flag} {folder} cannot be written to: no permission to write into {nearest}; give another path.")
+        what = "is a file" if nearest.exists() else "is a link that leads nowhere"
+        raise ConfigError(f"{flag} {folder} cannot be written to: {nearest} {what}; give another path.")
+    try:
+        TemporaryFile(dir=nearest).close()  # it has no name. Permissions alone do not tell of /proc, nor of a read-only disk
+    except OSError as error:
+        reason = "no permission to write into" if error.errno == errno.EACCES else f"{error.strerror or error} in"
+        raise ConfigError(f"{flag} {folder} cannot be written to: {reason} {nearest}; give another path.") from error
     free = shutil.disk_usage(nearest).free
     if free < nbytes:
         raise ConfigError(
@@ -247,8 +252,8 @@ def check_can_hold(folder: Path, *, flag: str, nbytes: int = 0) -> None:
 
 
 def nearest_existing(path: Path) -> Path:
-    """Return `path`, or the innermost folder above it that is there."""
-    return next(place for place in (path, *path.parents) if place.exists())
+    """Return `path`, or the innermost folder above it that is there; a link that leads nowhere is there, too."""
+    return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
 def is_occupied(path: Path) -> bool:

@@ -8,6 +8,7 @@ world_size = tp_size x pp_size x cp_size x dp_size
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
@@ -190,12 +191,17 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
         allow_partial_step=training.allow_partial_train_step,
         balances_data=training.balance_data,
         devices=devices,
-        schedule=Schedule(rollout=config.rollout, evaluation=config.evaluation, checkpoint=config.checkpoint),
+        schedule=Schedule(
+            rollout=config.rollout,
+            evaluation=config.evaluation,
+            checkpoint=config.checkpoint,
+            exits_after=config.debug.debug_exit_after_rollout,
+        ),
         max_staleness=_max_staleness(config),
         holds_reference=holds_reference,
         holds_teacher=devices.trains and config.distillation.opd_type == "megatron",
         holds_critic=devices.trains and config.algorithm.has_critic,
-        num_critic_only=config.critic.num_critic_only_steps,
+        num_critic_only=sys.maxsize if config.critic.critic_train_only else config.critic.num_critic_only_steps,
         replays=config.algorithm.loss_type != "sft_loss" and config.debug.load_debug_rollout_data is not None,
         eval_sets=eval_settings(config.evaluation, config.rollout, config.data),
         eval_reward_key=config.evaluation.eval_reward_key or config.reward.reward_key,

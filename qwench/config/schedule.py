@@ -18,6 +18,8 @@ class Schedule:
     checkpoint: CheckpointConfig
     rollouts_per_epoch: int | None = None
     """None: not known before the data set is read, or there are no epochs."""
+    exits_after: int | None = None
+    """Rollouts of one start (--debug-exit-after-rollout). None: all that are left."""
 
     @property
     def num_rollout(self) -> int:
@@ -27,6 +29,10 @@ class Schedule:
         assert self.rollout.num_epoch is not None, "checks ask for one of the two"
         assert self.rollouts_per_epoch is not None, "the data set is read first"
         return self.rollout.num_epoch * self.rollouts_per_epoch
+
+    def end(self, first: int) -> int:
+        """Return the rollout before which a start that begins with rollout `first` ends."""
+        return self.num_rollout if self.exits_after is None else min(self.num_rollout, first + self.exits_after)
 
     def eval_due(self, rollout_id: int) -> bool:
         """Tell whether to evaluate the weights that this rollout starts from (or, at the end, that no rollout follows)."""

@@ -30,7 +30,6 @@ ABSENT: dict[str, Foreign] = {
     "sglang_speculative_algorithm": None,
     "sglang_dp_size": 1,
     "sglang_ep_size": 1,
-    "chat_template_path": None,
     "use_critic": False,
     "max_turns": None,
     "rollout_task_type": "math",

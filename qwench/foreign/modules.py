@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -48,10 +49,12 @@ class SingletonMeta(type):
         return cls._instances[cls]
 
 
-def load_tokenizer(name_or_path: str, **kwargs: Foreign) -> Foreign:
-    """Load a tokenizer."""
-    kwargs.pop("chat_template_path", None)
-    return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+def load_tokenizer(name_or_path: str, chat_template_path: str | None = None, **kwargs: Foreign) -> Foreign:
+    """Load a tokenizer, with the chat template of a file."""
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+    if chat_template_path is not None:
+        tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
+    return tokenizer
 
 
 def load_processor(*_: Foreign, **__: Foreign) -> None:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from qwench.data.prompts import load_prompts
 from qwench.errors import CheckpointError
 from qwench.foreign.sample import Foreign, Sample
+from qwench.models.hf import load_tokenizer
 
 
 class DataSource:
@@ -157,13 +157,14 @@ class RolloutDataSourceWithBuffer(RolloutDataSource):
 
 def _read_dataset(args: Namespace) -> Dataset:
     """Read --prompt-data as the flags say."""
+    template = args.chat_template_path
     loaded = load_prompts(
         args.prompt_data,
         input_key=args.input_key,
         label_key=args.label_key,
         metadata_key=args.metadata_key,
         tool_key=args.tool_key,
-        tokenizer=AutoTokenizer.from_pretrained(args.hf_checkpoint),
+        tokenizer=load_tokenizer(Path(args.hf_checkpoint), chat_template=template and Path(template)),
         apply_chat_template=args.apply_chat_template,
         apply_chat_template_kwargs=args.apply_chat_template_kwargs,
         max_prompt_len=args.rollout_max_prompt_len,

@@ -90,7 +90,7 @@ def read_inputs(config: Config, plan: RunPlan) -> Inputs:
     device = local_device()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(usable_cores())  # torch knows the affinity mask, but not a container's quota
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, chat_template=config.data.chat_template_path)
     check_vocabulary(folder, tokenizer, plan.model)
     _check_stop_tokens(config, plan)
     return Inputs(

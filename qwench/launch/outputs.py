@@ -59,7 +59,8 @@ def open_outputs(inputs: Inputs, timer: PhaseTimer, *, writes: bool = True) -> t
     """
 
     def write_hf(folder: Path, buckets: Iterator[WeightBucket]) -> None:
-        write_hf_checkpoint(folder, buckets, source=inputs.model_folder)
+        template = inputs.config.data.chat_template_path
+        write_hf_checkpoint(folder, buckets, source=inputs.model_folder, chat_template=template)
 
     checkpoints = CheckpointManager(
         inputs.config.checkpoint,

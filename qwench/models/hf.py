@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qwench import __version__
 from qwench.errors import CheckpointError, ConfigError
-from qwench.files import TEMPORARY_SUFFIX, is_occupied, replace_folder
+from qwench.files import TEMPORARY_SUFFIX, is_occupied, read_small_text, replace_folder
 from qwench.models.architecture import MODEL_TYPES, Architecture, read_architecture
 from qwench.models.fp8 import QUANTIZATION_CONFIG, is_fp8_config, is_quantized_name, is_scale_name
 from qwench.models.hf_weights import (
@@ -43,6 +43,8 @@ from qwench.models.shards import DEFAULT_SHARD_BYTES, write_shards
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # loads for two seconds, which an engine need not spend at its start
 
+CHAT_TEMPLATE = "chat_template.jinja"
+"""The file that wins over every other place of a tokenizer's template."""
 _COPIED_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -52,7 +54,7 @@ _COPIED_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
 )
 _DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
@@ -171,8 +173,11 @@ def _without_padding_row(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: Path, *, chat_template: Path | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder.
+
+    Args:
+        chat_template: a file whose template takes the place of the tokenizer's.
 
     Raises:
         ConfigError: there is none, or it cannot be read.
@@ -181,9 +186,15 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ConfigError(f"there is no tokenizer in {path}; give a complete checkpoint with --hf-checkpoint.")
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise ConfigError(f"the tokenizer in {path} cannot be loaded: {one_line(error)}") from error
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = read_small_text(chat_template)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--chat-template-path: {chat_template} cannot be read: {one_line(error)}") from error
+    return tokenizer
 
 
 def stop_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -228,6 +239,7 @@ def write_hf_checkpoint(
     *,
     source: Path,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    chat_template: Path | None = None,
 ) -> None:
     """Write weights under Hugging Face names as a folder that transformers loads, with the rest copied from `source`.
 
@@ -236,6 +248,7 @@ def write_hf_checkpoint(
     Args:
         buckets: All weights, in any order and any buckets, of one dtype or as `fp8.quantized` makes them; consumed once.
         source: The checkpoint the run started from.
+        chat_template: The template of the run, where it is not that of `source`.
 
     Raises:
         CheckpointError: `folder` holds something that we did not write, or the buckets lack a weight.
@@ -250,6 +263,8 @@ def write_hf_checkpoint(
         dtypes = write_shards(partial, _untied(buckets, tied=config.tie_word_embeddings), max_shard_bytes=max_shard_bytes)
         _check_complete((name for name in dtypes if not is_scale_name(name)), config, folder)
         write_companions(partial, source, dtypes)
+        if chat_template is not None:
+            shutil.copyfile(chat_template, partial / CHAT_TEMPLATE)
         replace_folder(folder, partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,6 +1,8 @@
-"""Save on demand: SIGUSR1 to the driver, or a file SAVE_NOW in the folder of --save, which the run removes when it has saved.
+"""Save on demand: SIGUSR1 to the driver, a file SAVE_NOW in the folder of --save, or the file of --save-trigger-sentinel.
 
 kill -USR1 PID    or    touch FOLDER/SAVE_NOW     the run saves after the rollout that it is learning from, and goes on
+
+The run removes the files when it has saved.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ FILE_NAME = "SAVE_NOW"
 class SaveRequests:
     """What was asked for since the last save."""
 
-    def __init__(self, folder: Path | None) -> None:
-        """Take the folder of --save; without one nothing can be saved."""
-        self._file = None if folder is None else folder / FILE_NAME
+    def __init__(self, folder: Path | None, sentinel: Path | None = None) -> None:
+        """Take the folder of --save, without which nothing can be saved, and the file of --save-trigger-sentinel."""
+        named = () if sentinel is None else (sentinel,)
+        self._files = () if folder is None else (folder / FILE_NAME, *named)
         self._signalled = False
 
     @contextmanager
@@ -39,18 +42,18 @@ class SaveRequests:
 
     def pending(self) -> bool:
         """Tell whether to save after this rollout."""
-        if self._file is None:
+        if not self._files:
             if self._signalled:
                 _logger.warning("SIGUSR1 asks for a checkpoint, and there is no folder for it: the run has no --save")
             self._signalled = False
             return False
-        return self._signalled or self._file.exists()
+        return self._signalled or any(file.exists() for file in self._files)
 
     def done(self) -> None:
         """Forget what was asked for before a save."""
         self._signalled = False
-        if self._file is not None:
-            self._file.unlink(missing_ok=True)
+        for file in self._files:
+            file.unlink(missing_ok=True)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True

@@ -85,7 +85,7 @@ def test_the_list_names_every_flag_once():
 
 
 FULFILLED_BY = {
-    "implement": {"field", "other name", "passed on", "accepted"},
+    "implement": {"field", "other name", "passed on", "accepted", "repeats"},
     "alias": {"field", "other name", "repeats"},
     "neutral": {"accepted", "other name", "repeats"},
     "refuse": {"refused", "accepted"},
@@ -191,6 +191,8 @@ def test_a_flag_of_sglang_is_passed_on_under_its_own_name(row):
         (["--fsdp-cpu-offload"], ["--optimizer-cpu-offload"]),
         (["--enable-off-policy-correction"], ["--use-tis"]),
         (["--attn-implementation", "triton"], ["--attn-implementation", "varlen"]),
+        (["--balance-by-flops"], ["--balance-data"]),
+        (["--chat-template-path", "autofix"], []),
         (["--decoder-num-layers", "3"], ["--num-layers", "3"]),
         (["--sglang-router-policy", "random"], ["--router-policy", "random"]),
         (["--update-weight-transfer-mode", "disk-delta"], ["--update-weight-transport", "disk"]),
@@ -248,9 +250,9 @@ def test_families_that_change_nothing_are_accepted_with_a_warning():
 
 def test_all_refused_flags_are_named_at_once_and_what_is_never_supported_first():
     with pytest.raises(ConfigError) as refused:
-        parse(["--lora-type", "lora", "--critic-save", "a", "--multi-lora-n-adapters", "4"])
+        parse(["--no-save-rng", "--critic-save", "a", "--multi-lora-n-adapters", "4"])
     assert str(refused.value).startswith("--multi-lora-n-adapters 4 is not supported: one run trains one adapter")
-    assert str(refused.value).endswith("(refused too: --lora-type --critic-save)")
+    assert str(refused.value).endswith("(refused too: --no-save-rng --critic-save)")
 
 
 READ_BY_THEIR_SECTION_ALONE = {

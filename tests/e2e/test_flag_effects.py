@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 
 from qwench import __version__
+from qwench.models.hf import load_tokenizer
 from tests.e2e.conftest import DIGITS, InProcess, Workspace, column, read_metrics
 from tests.verbs import run_verb
 
@@ -82,6 +84,21 @@ def test_a_resumed_run_of_another_optimizer_is_exact(workspace: Workspace, tmp_p
     run_verb(workspace.train_argv(whole, **flags))
     run_verb(workspace.train_argv(cut, **{**flags, "num_rollout": 1}))
     run_verb(workspace.train_argv(cut, **flags, load=cut))
+    assert read_metrics(cut) == read_metrics(whole)
+
+
+def test_starts_of_one_rollout_make_the_whole_run_with_another_chat_template(workspace: Workspace, tmp_path: Path) -> None:
+    template = tmp_path / "short.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}answer:")
+    whole, cut, flags = tmp_path / "whole", tmp_path / "cut", {**DIGITS, "chat_template_path": template, "num_rollout": 2}
+    dumps = {"save_debug_rollout_data": tmp_path / "dumps" / "{rollout_id}.jsonl", "save_hf": tmp_path / "exported"}
+    run_verb(workspace.train_argv(whole, **flags, **dumps))
+    prompts = [json.loads(line)["prompt"]["text"] for line in (tmp_path / "dumps" / "0.jsonl").read_text().splitlines()[1:]]
+    assert prompts and all(re.fullmatch(r"user: [^:]+ answer:", prompt) for prompt in prompts)
+    assert load_tokenizer(tmp_path / "exported").chat_template == template.read_text()
+    for done in (1, 2):
+        run_verb(workspace.train_argv(cut, **flags, debug_exit_after_rollout=1, load=cut))
+        assert (cut / f"iter_{done:07d}").is_dir() and not (cut / f"iter_{done + 1:07d}").exists()
     assert read_metrics(cut) == read_metrics(whole)
 
 

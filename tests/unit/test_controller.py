@@ -313,6 +313,24 @@ def test_a_run_ends_before_its_next_rollout_when_an_evaluation_is_good_enough() 
     assert never[-2:] == ["finish", "finish the log"] and "take 2" in never
 
 
+def test_a_start_ends_after_its_share_of_the_rollouts_and_the_next_goes_on() -> None:
+    schedule = replace(SCHEDULE, exits_after=1)
+    plan = SimpleNamespace(schedule=schedule, num_rollout=3)
+
+    def of_start(first: int) -> list[str]:
+        parts = Recorder(first=first)
+        train(run_of(parts, plan=plan))
+        return [event for event in parts.events if event.split()[0] in ("take", "save", "publish", "evaluate")]
+
+    # Rollout 1 is followed by an evaluation (--eval-interval 2) and so by a publication; each start saves what it learned.
+    assert of_start(0) == ["publish 0", "evaluate", "take 0", "save 1"]
+    assert of_start(1) == ["publish 1", "take 1", "save 2", "publish 2", "evaluate"]
+    assert of_start(2) == ["publish 2", "evaluate", "take 2", "save 3", "publish 3"]
+    parts = Recorder()
+    generate(run_of(parts, plan=plan))
+    assert [event for event in parts.events if event.startswith("take")] == ["take 0"]
+
+
 def test_a_file_or_a_signal_asks_for_a_checkpoint_after_the_rollout(tmp_path: Path) -> None:
     schedule = replace(SCHEDULE, checkpoint=CheckpointConfig(save=tmp_path, save_interval=100))
     plan = SimpleNamespace(schedule=schedule, num_rollout=3)
@@ -333,6 +351,21 @@ def test_a_file_or_a_signal_asks_for_a_checkpoint_after_the_rollout(tmp_path: Pa
             if rollout_id == 1:
                 os.kill(os.getpid(), signal.SIGUSR1)
             return super().take(rollout_id)
+
+    sentinel = tmp_path / "elsewhere" / "save"
+    sentinel.parent.mkdir()
+    named = replace(schedule, checkpoint=replace(schedule.checkpoint, save_trigger_sentinel=sentinel))
+
+    class Elsewhere(Recorder):
+        def take(self, rollout_id: int) -> SimpleNamespace:
+            if rollout_id == 1:
+                sentinel.touch()
+            return super().take(rollout_id)
+
+    parts = Elsewhere()
+    train(run_of(parts, plan=SimpleNamespace(schedule=named, num_rollout=3)))
+    assert [event for event in parts.events if event.startswith("save")] == ["save 2", "save 3"]
+    assert not sentinel.exists()
 
     before = signal.getsignal(signal.SIGUSR1)
     parts = Signalled()

@@ -23,6 +23,10 @@ ACCEPTED: tuple[ForeignFlag, ...] = (
     *flags(ON, "training is in bfloat16 on GPUs; see --train-dtype", "bf16"),
     *flags(ON, "the Megatron model is always that of Megatron-Core", "use-mcore-models"),
     *flags(("true", "false"), "models are those that transformers knows", "trust-remote-code"),
+    *flags(ANY, "the critic trains on the policy's ranks", "critic-num-nodes", same_as="actor-num-nodes"),
+    *flags(ANY, "the critic trains on the policy's ranks", "critic-num-gpus-per-node", same_as="actor-num-gpus-per-node"),
+    *flags(("strict",), "roles, contents and calls of repeated messages are compared", "session-message-matcher"),
+    *flags(("canonical_lora", "lora"), "each projection has an A and a B of its own", "lora-type", told=True),
     *flags(OFF, "float16 training needs loss scaling, which Qwench does not do; training is in bfloat16", "fp16"),
     *flags(
         ("true", "false"), "logits are always computed in chunks and recomputed in the backward pass", "recompute-loss-function"

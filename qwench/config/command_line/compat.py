@@ -60,6 +60,7 @@ ALIASES: Mapping[str, str] = {
     "off-policy-correction-clip-threshold": "tis-clip",
     "tis-upper-bound": "tis-clip",
     "disable-rollout-trim-samples": "allow-partial-train-step",
+    "balance-by-flops": "balance-data",
     "decoder-num-layers": "num-layers",
     "sglang-router-policy": "router-policy",
     "sglang-router-port": "router-port",
@@ -68,6 +69,7 @@ ALIASES: Mapping[str, str] = {
 """Their name of a flag -> ours, with the same values."""
 
 VALUE_ALIASES: Mapping[tuple[str, str], tuple[str, str]] = {
+    ("chat-template-path", "autofix"): ("chat-template-path", "None"),
     ("attn-implementation", "triton"): ("attn-implementation", "varlen"),
     ("update-weight-transfer-mode", "disk-delta"): ("update-weight-transport", "disk"),
     ("true-on-policy-contract", "qwen3_dense_true_on_policy_v1"): ("true-on-policy-mode", "true"),

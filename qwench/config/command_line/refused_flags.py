@@ -208,25 +208,17 @@ REFUSED: tuple[ForeignFlag, ...] = (
 )
 
 PLANNED: tuple[ForeignFlag, ...] = (
-    *planned("a critic on ranks of its own; it trains on the policy's ranks", "critic-num-nodes critic-num-gpus-per-node"),
     *planned("a place of its own for the critic; each checkpoint of --save holds it in its folder critic", "critic-save"),
-    *planned("a run that trains the critic alone; --num-critic-only-steps counts such rollouts", "critic-train-only"),
-    *planned("one A for the projections that share an input; each projection has its own", "lora-type=canonical_lora"),
-    *planned("another comparison of repeated messages; roles, contents and calls are compared", "session-message-matcher"),
     *planned("every turn as a sample; one sample holds all turns", "generate-multi-samples"),
     *planned("resets of the learning-rate schedule", "use-checkpoint-opt-param-scheduler use-checkpoint-lr-scheduler"),
     *planned("training a part of the parameters", "freeze-params-name-list only-train-params-name-list"),
     *planned("other lives of the optimizer's state", "reset-optimizer-states use-stateless-adam"),
     *planned("old log-probs of the weights that the engines used", "keep-old-actor"),
     *planned("entropy of every token in the batch; see --observe-training-entropy", "use-rollout-entropy"),
-    *planned("partition by FLOPs alone; --balance-data balances counts and FLOPs", "balance-by-flops"),
-    *planned("a run that ends before its schedule", "debug-exit-after-rollout"),
     *planned("steps of varying size", "use-dynamic-global-batch-size"),
     *planned("metrics over another axis", "wandb-always-use-train-step mfu-peak-tflops"),
     *planned("records of what the trainer saw; --save-debug-rollout-data records rollouts", "save-debug-train-data"),
     *planned("records by turn; --save-debug-rollout-data records rollouts", "save-debug-trajectory-data"),
-    *planned("a save on request; --save-interval saves regularly", "save-trigger-sentinel"),
-    *planned("a chat template from a file; the tokenizer's folder may hold chat_template.jinja", "chat-template-path"),
     *planned("a choice of what engines release", "offload-rollout-level"),
     *planned("a choice of FP8 layers", "extra-high-precision-layers-hf extra-high-precision-layers-megatron"),
     *planned(

@@ -25,6 +25,9 @@ class CheckpointConfig:
     from 0, as slime and miles name their folders."""
     save_interval: int | None = None
     """Save a checkpoint every this many rollouts, and after the last. None: after the last rollout only."""
+    save_trigger_sentinel: Path | None = None
+    """A file that asks for a checkpoint after the current rollout, beside SAVE_NOW in the folder of --save. The run removes it
+    when it has saved. None: SAVE_NOW alone."""
     save_hf: str | None = None
     """Folder for a Hugging Face checkpoint, written with every save. {rollout_id} in the name is replaced."""
     keep_checkpoints: int | None = None
@@ -67,6 +70,7 @@ class CheckpointConfig:
             ("--keep-checkpoints", self.keep_checkpoints),
             ("--save-retain-interval", self.save_retain_interval),
             ("--save-hf", self.save_hf),
+            ("--save-trigger-sentinel", self.save_trigger_sentinel),
             ("--keep-best", self.keep_best or None),
             ("--save-numbering", None if self.save_numbering == "learned" else self.save_numbering),
         ):

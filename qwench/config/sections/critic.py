@@ -22,6 +22,9 @@ class CriticConfig:
     num_critic_only_steps: int = 0
     """Number of first rollouts in which only the critic learns."""
 
+    critic_train_only: bool = False
+    """Only the critic learns, in every rollout."""
+
     def __post_init__(self) -> None:
         check_positive("--critic-lr", self.critic_lr)
         check_not_negative("--critic-lr-warmup-iters", self.critic_lr_warmup_iters)

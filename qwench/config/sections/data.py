@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from qwench.config.limits import check_import_path, check_positive
@@ -36,6 +37,9 @@ class DataConfig:
     """Render prompts with the tokenizer's chat template."""
     apply_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Extra arguments of the chat template, as JSON, for example '{"enable_thinking": false}'."""
+    chat_template_path: Path | None = None
+    """File with a Jinja chat template, which takes the place of the tokenizer's everywhere in the run, and in the exports of
+    --save-hf. None: the tokenizer's own."""
     rollout_shuffle: bool = False
     """Shuffle the prompts in every epoch."""
     rollout_seed: int = 42

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwench.config.limits import check_fraction, check_path_template
+from qwench.config.limits import check_fraction, check_path_template, check_positive
 from qwench.errors import ConfigError
 
 
@@ -22,10 +22,14 @@ class DebugConfig:
     """File of recorded rollouts to train on, without engines. {rollout_id} in the name is replaced."""
     load_debug_rollout_data_subsample: float | None = None
     """Share of each recorded rollout to use, 0 < share <= 1. None: all of it."""
+    debug_exit_after_rollout: int | None = None
+    """End this start after so many rollouts. --num-rollout still sets the schedule, and the same command goes on. None: go
+    on to the end."""
     dry_run: bool = False
     """Check the flags against the model, print the configuration and the plan, and exit."""
 
     def __post_init__(self) -> None:
+        check_positive("--debug-exit-after-rollout", self.debug_exit_after_rollout)
         check_fraction("--load-debug-rollout-data-subsample", self.load_debug_rollout_data_subsample)
         if self.debug_rollout_only and (self.debug_train_only or self.load_debug_rollout_data):
             raise ConfigError(

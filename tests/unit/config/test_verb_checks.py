@@ -120,6 +120,24 @@ def test_a_circle_of_symbolic_links_is_refused(files, flag, below):
         parse_run("train", words)
 
 
+@pytest.mark.parametrize(
+    ("flag", "more"),
+    [("--save", ""), ("--log-dir", ""), ("--save-hf", ""), ("--save-debug-rollout-data", "/{rollout_id}.jsonl"),
+     ("--dump-details", ""), ("--tensorboard-dir", ""), ("--wandb-dir", "")],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [("/proc/x", "No such file or directory in /proc"), ("LINK", "is a link that leads nowhere"), ("/dev/null/x", "is a file")],
+)
+def test_a_place_where_nothing_can_be_written_is_refused(files, flag, more, place, why):
+    (files / "link").symlink_to(files / "nowhere")
+    place = place.replace("LINK", str(files / "link"))
+    others = ["--use-tensorboard", "--use-wandb", "--wandb-project", "p"]
+    with pytest.raises(ConfigError, match=rf"^{flag.replace('dump-details', 'save-debug-rollout-data')} .*cannot be .*{why}"):
+        parse_run("train", [*flat(words_of(files)), "--save", str(files / "run"), *others, flag, f"{place}{more}"])
+    assert not any(path.name.startswith("tmp") for path in files.iterdir())
+
+
 def test_a_file_is_no_run_to_load(files):
     (files / "weights.pt").touch()
     with pytest.raises(ConfigError, match=r"^--load: .*weights\.pt is a file; give the folder of a run or of a checkpoint"):

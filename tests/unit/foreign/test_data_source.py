@@ -111,7 +111,12 @@ def args(tmp_path: Path) -> Namespace:
     model = tmp_path / "model"
     TOKENIZER.save_pretrained(model)
     columns = {"input_key": "input", "label_key": "label", "metadata_key": "metadata", "tool_key": "tools"}
-    chat = {"apply_chat_template": False, "apply_chat_template_kwargs": None, "rollout_max_prompt_len": None}
+    chat = {
+        "apply_chat_template": False,
+        "chat_template_path": None,
+        "apply_chat_template_kwargs": None,
+        "rollout_max_prompt_len": None,
+    }
     order = {"rollout_global_dataset": True, "rollout_shuffle": True, "rollout_seed": 7, "n_samples_per_prompt": 2}
     places = {"save": str(tmp_path / "out"), "load": str(tmp_path / "out"), "hf_checkpoint": str(model)}
     return Namespace(prompt_data=str(rows), **columns, **chat, **order, **places)
