@@ -33,7 +33,7 @@ Post-train Qwen3 with reinforcement learning and supervised fine-tuning.
   train          train by reinforcement learning (GRPO and relatives)
   sft            train on conversations (supervised fine-tuning)
   eval           score a model on evaluation sets
-  serve          serve a model over SGLang's HTTP API with the embedded engine
+  serve          serve a model over SGLang's and OpenAI's HTTP APIs
   reward check   grade a file of responses and labels
   convert        convert a checkpoint between Hugging Face, torch_dist (Megatron), FSDP and FP8
   make-model     write a checkpoint with random weights, from tiny to 32B

@@ -23,12 +23,15 @@ USED: Mapping[str, str] = {
         __cause__ __init_subclass__ architectures core_attention finalize_model_grads_func find_class
         grad_stats_parallel_group handleError input_layernorm k_layernorm load_bytes model_config
         on_broken_pipe padding_idx pre_mlp_layernorm pre_tokenizer q_layernorm readable reducer_override seekable
-        should_exit trigger weight_sum_D""",
+        media_type should_exit trigger weight_sum_D""",
     "they keep an object alive as long as their owner": "_timeout",
     "the driver calls methods of a rank by name": "next_bucket",
     "requests of SGLang's HTTP API may carry them": """
         background frequency_penalty log_metrics no_logs presence_penalty repetition_penalty return_bytes return_entropy
         return_hidden_states return_text_in_logprobs spaces_between_special_tokens""",
+    "requests of OpenAI's API may carry them": """
+        continue_final_message echo function_call include_obfuscation logit_bias modalities parallel_tool_calls
+        response_format separate_reasoning service_tier stream_reasoning user""",
     "flags of slime that are compared with config.json through `fields()`, or have no effect here": """
         add_qkv_bias disable_bias_linear generate_tool_call_parser group_query_attention
         make_vocab_size_divisible_by model_name norm_epsilon normalization num_attention_heads num_query_groups
@@ -39,7 +42,7 @@ USED: Mapping[str, str] = {
         custom_megatron_post_save_hook_path""",
     "a flag names it by its path": "check_parts_nonzero_std",
     "benchmarks hand them to other programs, or name them by path": "long_tail on_step_end",
-    "tests kill processes and look for leaks by them": "leave_groups num_free_pages pids unfinished",
+    "tests kill processes and look for leaks by them": "leave_groups pids unfinished",
 }
 """Reason -> names."""
 

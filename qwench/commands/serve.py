@@ -1,4 +1,4 @@
-"""`qwench serve`: the embedded engine behind SGLang's HTTP API."""
+"""`qwench serve`: the embedded engine behind the HTTP APIs of SGLang and OpenAI."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from aiohttp import web
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from qwench.engines.embedded.http.api import GenerateBody, no_stop_trims, to_response
+from qwench.engines.embedded.http.api import GenerateBody, answer_text, no_stop_trims, to_response
 from qwench.engines.embedded.http.border import foreign_caller
 from qwench.errors import ConfigError, EngineError
 from qwench.rollout.agent_sessions import AgentSession, RequestRefusedError
@@ -128,17 +128,19 @@ class Gateway:
             raise EngineError(f"/generate: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from error
         if body.is_batch:
             raise EngineError("/generate: send one prompt in a request.")
+        if body.stream:
+            raise EngineError("/generate: stream is not supported here; send stream: false.")
         (request,) = body.to_requests(self._tokenizer, max_tokens=self._max_tokens)
         call = CURRENT_CALL.get()
         result = await (self.requests if call is None else call.requests).send(list(request.input_ids), request.sampling)
         if call is not None:
             call.versions += result.weight_versions[-1:]
+        skip = request.sampling.skip_special_tokens
         if not result.text and result.output_ids:
-            text = self._tokenizer.decode(list(result.output_ids), skip_special_tokens=request.sampling.skip_special_tokens)
-            assert isinstance(text, str), "one list of ids decodes to one text"
-            result = replace(result, text=text)
-        (no_stop_trim,) = no_stop_trims(body, 1)
-        return to_response(request, result, body=body, no_stop_trim=no_stop_trim, tokenizer=self._tokenizer)
+            result = replace(result, text=str(self._tokenizer.decode(list(result.output_ids), skip_special_tokens=skip)))
+        (keep,) = no_stop_trims(body, 1)
+        text = answer_text(result, self._tokenizer, skip_special_tokens=skip, no_stop_trim=keep)
+        return to_response(request, replace(result, text=text), body=body)
 
     async def _generate(self, http: web.Request) -> web.Response:
         try:

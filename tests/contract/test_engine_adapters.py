@@ -22,6 +22,7 @@ from qwench.engines.embedded.lora import load_folder
 from qwench.engines.protocol import GenerateRequest, GenerateResult, Portion
 from qwench.errors import ConfigError, EngineError, WeightSyncError
 from qwench.models.hf import architecture_of
+from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.models.peft import AdapterConfig, write_adapter
 from tests.checksums import tensor_checksum
 from tests.contract.engine_hosts import ask, generate_all, make_engine, make_model, prompt_of, reference_log_probs
@@ -351,6 +352,31 @@ def test_adapters_of_the_start_are_named_beside_those_loaded_later(model, folder
         await engine.close()
 
     with ServerThread(make_engine(model), adapters={"early": folders["wide"]}) as server:
+        asyncio.run(scenario(HttpEngine(server.base_url)))
+
+
+def test_openais_clients_choose_an_adapter_by_the_name_of_a_model(model, folders):
+    async def scenario(engine: HttpEngine) -> None:
+        async def text(**body: object) -> object:
+            asked = {"prompt": prompt_of(7), "max_tokens": 12, "seed": 1, "ignore_eos": True, **body}
+            return (await engine.post("/v1/completions", asked))["choices"][0]["text"]
+
+        wide = await text(lora_path="wide")
+        base = await text()
+        assert wide != base
+        assert [await text(model=name) for name in ("wide", "tiny:wide")] == [wide, wide]
+        assert [await text(model=name) for name in ("models/tiny", "tiny", "default")] == [base, base, base]
+        with pytest.raises(EngineError, match=r"status 404: there is no model 'wyde'; known: models/tiny, wide, narrow\."):
+            await text(model="wyde")
+        cards = (await engine._request("GET", "/v1/models", None, "application/json", 30.0))["data"]
+        assert [(card["id"], card["parent"]) for card in cards] == [
+            ("models/tiny", None), ("wide", "models/tiny"), ("narrow", "models/tiny"),
+        ]  # fmt: skip
+        assert cards[1]["root"] == str(folders["wide"])
+        await engine.close()
+
+    served = make_engine(model, tokenizer=build_small_tokenizer())
+    with ServerThread(served, model_path="models/tiny", adapters=folders) as server:
         asyncio.run(scenario(HttpEngine(server.base_url)))
 
 

@@ -98,7 +98,7 @@ def test_text_is_trimmed_of_what_stopped_it_unless_asked_otherwise(server):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"stream": True}, "stream"),
+        ({"background": True}, "background"),
         ({"sampling_params": {"n": 2}}, "n must be 1"),
         ({"sampling_params": {"frequency_penalty": 0.5}}, "frequency_penalty"),
         ({"sampling_params": {"regex": "a+"}}, "regex"),
@@ -128,7 +128,7 @@ def test_information_endpoints(server):
         assert call(server, "/abort_request", nothing, token=TOKEN)[0] == 400
     assert call(server, "/pause_generation", {"mode": "sleep"}, token=TOKEN)[0] == 400
     status, answer = call(server, "/release_memory_occupation", {"tags": ["kv_cache", "disk"]}, token=TOKEN)
-    assert (status, answer["detail"]) == (400, "unknown tags ['disk']; known: kv_cache, weights.")
+    assert (status, answer["error"]["message"]) == (400, "unknown tags ['disk']; known: kv_cache, weights.")
 
 
 def test_an_abort_ends_every_request_whose_id_begins_so_and_no_other(server):
@@ -244,7 +244,7 @@ def test_open_port_without_a_token_is_refused(tmp_path):
 
 def test_the_first_message_of_a_server_is_a_request_that_can_be_pasted(tmp_path):
     said = greeting("tiny", {"law": tmp_path}, host="127.0.0.1", port=8000)
-    assert said.startswith("serving tiny with adapters law; ask: curl -s http://127.0.0.1:8000/generate ")
+    assert said.startswith("serving tiny with adapters law; OpenAI's clients: http://127.0.0.1:8000/v1; ask: curl -s ")
     words = shlex.split(said.partition("ask: ")[2])
     assert words[3:5] == ["-H", "Content-Type: application/json"]
     body = json.loads(words[words.index("-d") + 1])

@@ -65,7 +65,7 @@ qwench eval --hf-checkpoint runs/sft-hf \\
     --eval-output runs/scores""",
     ),
     "qwench serve": Page(
-        summary="Serve a model over SGLang's HTTP API with the embedded engine.",
+        summary="Serve a model over the HTTP APIs of SGLang and OpenAI with the embedded engine.",
         required=("hf-checkpoint",),
         common=("host", "port", "lora", "train-dtype", "embedded-mem-fraction", "embedded-max-running-requests"),
         example="qwench serve --hf-checkpoint Qwen/Qwen3-0.6B --port 30000",

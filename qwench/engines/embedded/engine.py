@@ -24,7 +24,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from qwench.engines.embedded.compute.adapters import AdapterChange
 from qwench.engines.embedded.compute.runner import InFlight, Runner, Sampled
 from qwench.engines.embedded.compute.weights import WeightStore, read_folder
-from qwench.engines.embedded.pipeline import StepPipeline, Worker, take_step
+from qwench.engines.embedded.pipeline import StepPipeline, Worker, failure_of_step, take_step
 from qwench.engines.embedded.scheduling.admission import Admission, eos_ids_of
 from qwench.engines.embedded.scheduling.kv_cache import PagePool
 from qwench.engines.embedded.scheduling.request import RunningRequest
@@ -44,9 +44,6 @@ from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, load_hf_config, load_tokenizer, stop_token_ids
 from qwench.models.hf_weights import is_fp8_checkpoint
 from qwench.wire.portions import WeightBucket
-
-QUIET_TURNS = 10
-"""Turns of the event loop without a new request after which an inline engine begins its step."""
 
 
 class EmbeddedEngine:
@@ -142,16 +139,30 @@ class EmbeddedEngine:
         Raises:
             EngineError: no weights, asleep, failed before, or a request that can never run.
         """
-        running = self._accept(request)
-        self._ensure_scheduler().add(running)
-        self._requests[request.request_id] = running
-        self._start_stepping()
+        running = self.start(request)
         try:
             return await running.future
         finally:
-            # Normally removed already. It is still there if the caller was cancelled, and then its result is not needed.
-            if self._requests.get(request.request_id) is running:
-                running.finish_reason = FinishReason.ABORT
+            self.drop(running)
+
+    def start(self, request: GenerateRequest, *, progress: asyncio.Event | None = None) -> RunningRequest:
+        """Queue a request, to await its `future`; the caller must `drop` it in the end.
+
+        Args:
+            progress: set whenever the request has new tokens, and at its end.
+        """
+        running = self._accept(request)
+        if progress is not None:
+            running.report_to(progress)
+        self._ensure_scheduler().add(running)
+        self._requests[request.request_id] = running
+        self._start_stepping()
+        return running
+
+    def drop(self, running: RunningRequest) -> None:
+        """Abort a request that is unfinished yet: nobody needs its result."""
+        if self._requests.get(running.request.request_id) is running:
+            running.finish_reason = FinishReason.ABORT
 
     async def abort(self, request_id: str | None = None, *, begins: bool = False) -> None:
         """See `Engine.abort`. An unknown id is no error: the request may have ended.
@@ -296,7 +307,7 @@ class EmbeddedEngine:
     async def _step_until_idle(self) -> None:
         try:
             while True:
-                await self._let_requests_arrive()
+                await self._admission.let_requests_arrive(inline=self._settings.inline)
                 async with self._between_steps:
                     self._drop_aborted()
                     if self._must_rest():
@@ -332,15 +343,6 @@ class EmbeddedEngine:
                 scheduler.remove(running)
             self._resolve(running)
 
-    async def _let_requests_arrive(self) -> None:
-        """Give other tasks a turn. Inline, wait until no more requests come, so that batches are the same in every run."""
-        await asyncio.sleep(0)
-        quiet = 0
-        while self._settings.inline and quiet < QUIET_TURNS:
-            num_arrived = self._admission.num_accepted
-            await asyncio.sleep(0)
-            quiet = quiet + 1 if num_arrived == self._admission.num_accepted else 0
-
     def _accept(self, request: GenerateRequest) -> RunningRequest:
         """Check a request and make its state."""
         if self._failure is not None:
@@ -366,10 +368,7 @@ class EmbeddedEngine:
 
     def _fail(self, cause: Exception) -> None:
         """End all requests, now and later, with an error."""
-        failure = cause
-        if not isinstance(cause, EngineError):
-            failure = EngineError(f"the embedded engine failed in a step: {type(cause).__name__}: {cause}")
-            failure.__cause__ = cause
+        failure = failure_of_step(cause)
         self._pipeline.drop()
         self._failure = self._failure or failure
         for running in self._requests.values():

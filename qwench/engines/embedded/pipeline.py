@@ -21,6 +21,7 @@ from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.embedded.scheduling.scheduler import Scheduler, StepPlan
 from qwench.engines.embedded.scheduling.stopping import has_ended
 from qwench.engines.protocol import FinishReason
+from qwench.errors import EngineError
 
 Result = TypeVar("Result")
 Take = Callable[[Scheduler, InFlight, Sampled], None]
@@ -46,6 +47,8 @@ def take_step(
         running.weight_versions.append(version)
         if index in step.support:
             running.support.append(step.support[index])
+        if running.progress is not None:
+            running.progress.set()
         if running.finish_reason is None and has_ended(running, tokenizer):
             ended.append(running)
     for chunk, scores in zip(step.plan.scoring, step.scores, strict=True):
@@ -57,6 +60,15 @@ def take_step(
             running.finish_reason = FinishReason.LENGTH
             ended.append(running)
     return ended, num_taken
+
+
+def failure_of_step(cause: Exception) -> EngineError:
+    """Return what the callers of an engine get when a step fails."""
+    if isinstance(cause, EngineError):
+        return cause
+    failure = EngineError(f"the embedded engine failed in a step: {type(cause).__name__}: {cause}")
+    failure.__cause__ = cause
+    return failure
 
 
 class Worker:

@@ -1,1 +1,1 @@
-"""The embedded engine behind SGLang's HTTP API."""
+"""The embedded engine behind the HTTP APIs of SGLang and OpenAI."""

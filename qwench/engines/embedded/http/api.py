@@ -13,13 +13,13 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerBase
 
+from qwench.engines.embedded.http.answers import FieldError, Json
 from qwench.engines.embedded.scheduling.stopping import check_encodable
 from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult, SamplingParams, Scores, Scoring
 from qwench.errors import EngineError
 
 _MAX_ID_CHARS = 256
-_MAX_CHARS_OF_A_TOKEN = 128  # of Qwen's vocabulary: runs of spaces
-Json = dict[str, Any]  # a JSON object has no closed type
+MAX_CHARS_OF_A_TOKEN = 128  # of Qwen's vocabulary: runs of spaces
 
 
 class SamplingBody(BaseModel):
@@ -115,12 +115,10 @@ class GenerateBody(BaseModel):
         Raises:
             EngineError: contradictory, unsupported or oversized fields.
         """
-        if self.stream:
-            raise EngineError("stream is not supported; send stream: false.")
         for name in ("background", "return_text_in_logprobs", "return_hidden_states", "return_bytes", "return_entropy"):
             if getattr(self, name):
                 raise EngineError(f"{name} is not supported; send {name}: false.")
-        prompts = self._prompts(tokenizer, max_chars=max_tokens * _MAX_CHARS_OF_A_TOKEN)
+        prompts = self._prompts(tokenizer, max_chars=max_tokens * MAX_CHARS_OF_A_TOKEN)
         sampling = self.sampling_params if isinstance(self.sampling_params, list) else [self.sampling_params] * len(prompts)
         if not prompts:
             raise EngineError("there is no prompt in the list; send at least one.")
@@ -132,8 +130,7 @@ class GenerateBody(BaseModel):
                 "send as many of each."
             )
         for request_id in ids:
-            if not 0 < len(request_id) <= _MAX_ID_CHARS or not request_id.isprintable():
-                raise EngineError(f"rid {request_id[:40]!r} is no id: 1 to {_MAX_ID_CHARS} printable characters.")
+            check_id(request_id)
         params = [one.to_params() for one in sampling]
         scoring = self._scoring(params)
         return [
@@ -158,31 +155,48 @@ class GenerateBody(BaseModel):
         if (self.text is None) == (self.input_ids is None):
             raise EngineError("send either text or input_ids.")
         if self.text is not None:
-            if tokenizer is None:
-                raise EngineError("this server has no tokenizer; send input_ids.")
             texts = [self.text] if isinstance(self.text, str) else self.text
-            for text in texts:
-                if len(text) > max_chars:
-                    raise EngineError(f"a text of {len(text)} characters is longer than any prompt of this model.")
-                check_encodable(text, what="text")
-            return [list(tokenizer(text)["input_ids"]) for text in texts]
+            return tokenize_texts(texts, tokenizer, max_chars=max_chars)
         # pydantic has made sure that it is one of the two forms.
         rows: list[Any] = self.input_ids or []
         return rows if self.is_batch else [rows]
 
 
-def to_response(
-    request: GenerateRequest,
-    result: GenerateResult,
-    *,
-    body: GenerateBody,
-    no_stop_trim: bool,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> Json:
-    """Return SGLang's response object; `weight_versions` and `output_support` of `meta_info` are our addition."""
+def check_id(request_id: str) -> None:
+    """Refuse an id of a request that is none.
+
+    Raises:
+        FieldError: it is empty, too long or not printable.
+    """
+    if not 0 < len(request_id) <= _MAX_ID_CHARS or not request_id.isprintable():
+        raise FieldError("rid", f"rid {request_id[:40]!r} is no id: 1 to {_MAX_ID_CHARS} printable characters.")
+
+
+def tokenize_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, *, max_chars: int) -> list[list[int]]:
+    """Return the tokens of prompts in text.
+
+    Raises:
+        EngineError: there is no tokenizer, or a text is none or too long to be a prompt.
+    """
+    if tokenizer is None:
+        raise EngineError("this server has no tokenizer; send input_ids.")
+    for text in texts:
+        if len(text) > max_chars:
+            raise EngineError(f"a text of {len(text)} characters is longer than any prompt of this model.")
+        check_encodable(text, what="text")
+    return [list(tokenizer(text)["input_ids"]) for text in texts]
+
+
+def to_response(request: GenerateRequest, result: GenerateResult, *, body: GenerateBody, ended: bool = True) -> Json:
+    """Return SGLang's response object; `weight_versions` and `output_support` of `meta_info` are our addition.
+
+    Args:
+        result: with the text of the answer (see `answer_text`).
+        ended: the response is whole; else it has no finish reason yet.
+    """
     meta: Json = {
         "id": request.request_id,
-        "finish_reason": _finish_reason(result),
+        "finish_reason": _finish_reason(result) if ended else None,
         "prompt_tokens": len(request.input_ids),
         "completion_tokens": len(result.output_ids),
         "cached_tokens": result.cached_tokens,
@@ -197,8 +211,7 @@ def to_response(
         meta["output_support"] = list(result.support)
     if request.scoring is not None and result.scores is not None:
         meta |= _input_log_probs(request.input_ids, request.scoring, result.scores)
-    text = result.text if no_stop_trim else _trim(request.sampling, result, tokenizer)
-    return {"text": text, "output_ids": list(result.output_ids), "meta_info": meta}
+    return {"text": result.text, "output_ids": list(result.output_ids), "meta_info": meta}
 
 
 def _input_log_probs(input_ids: Sequence[int], scoring: Scoring, scores: Scores) -> Json:
@@ -228,11 +241,14 @@ def _finish_reason(result: GenerateResult) -> Json:
     return {"type": "abort", "message": "aborted by request"}
 
 
-def _trim(sampling: SamplingParams, result: GenerateResult, tokenizer: PreTrainedTokenizerBase | None) -> str:
+def answer_text(
+    result: GenerateResult, tokenizer: PreTrainedTokenizerBase | None, *, skip_special_tokens: bool, no_stop_trim: bool = False
+) -> str:
+    """Return the text of a whole response without the stop token or string that ended it."""
+    if no_stop_trim:
+        return result.text
     if isinstance(result.matched, str):
         return result.text[: result.text.rfind(result.matched)]
     if isinstance(result.matched, int) and tokenizer is not None:
-        text = tokenizer.decode(list(result.output_ids[:-1]), skip_special_tokens=sampling.skip_special_tokens)
-        assert isinstance(text, str)
-        return text
+        return str(tokenizer.decode(list(result.output_ids[:-1]), skip_special_tokens=skip_special_tokens))
     return result.text

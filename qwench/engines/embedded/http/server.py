@@ -1,37 +1,40 @@
 """SGLang's HTTP API in front of the embedded engine.
 
-Clients written for SGLang find the same paths, bodies and answers. Paths that change weights, memory or the requests of others
-need the run's bearer token, if there is one. `weight_routes` receives weights.
+Clients written for SGLang find the same paths, bodies and answers; `openai_routes` has those of OpenAI's clients. Paths that
+change weights, memory or the requests of others need the run's bearer token, if there is one. `weight_routes` receives weights.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import MappingProxyType
 
-import orjson
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 
 from qwench.engines.embedded.engine import EmbeddedEngine
+from qwench.engines.embedded.http import answers
 from qwench.engines.embedded.http.adapter_routes import AdapterRoutes
-from qwench.engines.embedded.http.api import GenerateBody, Json, no_stop_trims, to_response
+from qwench.engines.embedded.http.answers import FieldError, Json, error_record, json_answer
+from qwench.engines.embedded.http.api import GenerateBody, no_stop_trims, to_response
 from qwench.engines.embedded.http.border import Border
+from qwench.engines.embedded.http.growing_answer import GrowingAnswer
+from qwench.engines.embedded.http.metrics import CONTENT_TYPE, metrics_text
+from qwench.engines.embedded.http.open_requests import EventStream, OpenRequests
+from qwench.engines.embedded.http.openai_routes import OpenAiRoutes
 from qwench.engines.embedded.http.weight_routes import WeightRoutes
-from qwench.engines.protocol import GenerateRequest, GenerateResult, MemoryTag, SamplingParams
+from qwench.engines.protocol import GenerateRequest, MemoryTag, SamplingParams
 from qwench.errors import EngineError, WeightSyncError
 from qwench.wire.addresses import placement_of
 from qwench.wire.portions import DEFAULT_BUCKET_BYTES
 
-DISCONNECT_POLL_S = 1.0
 HEALTH_TIMEOUT_S = 20.0
-
-
 MAX_PROMPTS = 64
 """How many prompts of the model's full length a body of `/generate` has room for."""
 _PAUSE_MODES = ("abort", "in_place", "retract")
@@ -83,6 +86,7 @@ class EngineServer:
         self._token = token or None
         self._num_health_checks = 0
         self._adapter_routes = AdapterRoutes(engine, adapters)
+        self._openai_routes = OpenAiRoutes(engine, model=lambda: self._model_path)
         self._weight_routes = WeightRoutes(engine, device=engine.device, on_new_folder=self._note_folder)
 
     def app(self) -> FastAPI:
@@ -94,9 +98,11 @@ class EngineServer:
             await self._engine.close()
 
         app = FastAPI(title="Qwench embedded engine", lifespan=lifespan)
-        app.add_exception_handler(RequestValidationError, _answer_invalid)
+        app.add_exception_handler(RequestValidationError, answers.answer_invalid)
+        app.add_exception_handler(HTTPException, answers.answer_status)
+        app.add_exception_handler(FieldError, answers.answer_field_error)
         app.add_exception_handler(EngineError, self._answer_engine_error)
-        app.add_exception_handler(WeightSyncError, _answer_weight_error)
+        app.add_exception_handler(WeightSyncError, answers.answer_weight_error)
         app.include_router(self._generation_routes())
         app.include_router(self._information_routes())
         app.include_router(self._guarded_routes())
@@ -112,6 +118,7 @@ class EngineServer:
     def _generation_routes(self) -> APIRouter:
         router = APIRouter()
         router.add_api_route("/generate", self.generate, methods=["POST", "PUT"])
+        self._openai_routes.add_to(router)
         return router
 
     def _information_routes(self) -> APIRouter:
@@ -124,6 +131,7 @@ class EngineServer:
             "/get_server_info": self.server_info,
             "/server_info": self.server_info,
             "/get_weight_version": self.get_weight_version,
+            "/metrics": self.metrics,
         }
         for path, handler in routes.items():
             router.add_api_route(path, handler, methods=["GET"])
@@ -149,15 +157,15 @@ class EngineServer:
         tokenizer = self._engine.tokenizer
         # Tokenising a long text takes a while, in which the other requests go on.
         requests = await asyncio.to_thread(body.to_requests, tokenizer, max_tokens=self._engine.architecture.max_positions)
-        results = await _unless_disconnected(
-            [asyncio.ensure_future(self._engine.generate(request)) for request in requests], http
-        )
-        trims = no_stop_trims(body, len(requests))
-        answers = [
-            to_response(request, result, body=body, no_stop_trim=keep, tokenizer=tokenizer)
-            for request, result, keep in zip(requests, results, trims, strict=True)
+        asked, trims = OpenRequests(self._engine, requests), no_stop_trims(body, len(requests))
+        grow = [
+            GrowingAnswer(running, tokenizer, no_stop_trim=keep) for running, keep in zip(asked.running, trims, strict=True)
         ]
-        return _json(answers if body.is_batch else answers[0])
+        if body.stream:
+            return EventStream(asked, lambda: _news(grow, body))
+        await asked.wait(http)
+        responses = list(_news(grow, body))
+        return json_answer(responses if body.is_batch else responses[0])
 
     async def abort_request(self, body: AbortBody) -> Response:
         """End all requests, or those whose id begins with `rid`, as in SGLang; an unknown id is no error."""
@@ -173,12 +181,12 @@ class EngineServer:
         await self._engine.pause(retract=body.mode == "retract")
         if body.mode == "abort":
             await self._engine.abort()
-        return _json({"status": "ok", "message": "generation is paused"})
+        return json_answer({"status": "ok", "message": "generation is paused"})
 
     async def continue_generation(self) -> Response:
         """Go on after a pause."""
         await self._engine.resume()
-        return _json({"status": "ok", "message": "generation goes on"})
+        return json_answer({"status": "ok", "message": "generation goes on"})
 
     async def flush_cache(self) -> Response:
         """Forget cached prefixes."""
@@ -206,7 +214,7 @@ class EngineServer:
     async def model_info(self) -> Response:
         """Say what is served; the sizes are our addition."""
         sizes = self._engine.architecture
-        return _json(
+        return json_answer(
             {
                 "model_path": self._model_path,
                 "is_generation": True,
@@ -219,7 +227,7 @@ class EngineServer:
 
     async def server_info(self) -> Response:
         """Say where the engine is, how large and how busy."""
-        return _json(
+        return json_answer(
             {
                 "model_path": self._model_path,
                 "weight_version": str(await self._engine.weight_version()),
@@ -229,9 +237,15 @@ class EngineServer:
             }
         )
 
+    async def metrics(self) -> Response:
+        """Say load and counters to Prometheus."""
+        version = await self._engine.weight_version()
+        text = metrics_text(await self._engine.stats(), weight_version=version, model=self._model_path)
+        return Response(text, media_type=CONTENT_TYPE)
+
     async def get_weight_version(self) -> Response:
         """Say which weights are in use."""
-        return _json({"weight_version": str(await self._engine.weight_version())})
+        return json_answer({"weight_version": str(await self._engine.weight_version())})
 
     async def release_memory_occupation(self, body: MemoryBody | None = None) -> Response:
         """Give memory back."""
@@ -254,21 +268,17 @@ class EngineServer:
 
     async def _answer_engine_error(self, _: Request, error: Exception) -> Response:
         # A healthy engine refused the request; an unhealthy one failed it.
-        return _error(400 if await self._engine.health() else 503, str(error))
+        status_code = 400 if await self._engine.health() else 503
+        return json_answer(error_record(status_code, str(error)), status_code)
 
 
-async def _unless_disconnected(tasks: list[asyncio.Future[GenerateResult]], http: Request) -> list[GenerateResult]:
-    """Wait for all tasks. Cancel them when one fails or the client disconnects."""
-    work = asyncio.gather(*tasks)
-    try:
-        while not work.done():
-            await asyncio.wait([work], timeout=DISCONNECT_POLL_S)
-            if not work.done() and await http.is_disconnected():
-                raise HTTPException(499, "the client went away.")
-        return work.result()
-    finally:
-        for task in tasks:
-            task.cancel()
+def _news(answers: Sequence[GrowingAnswer], body: GenerateBody) -> Iterator[Json]:
+    """Yield the responses that grew, each from its beginning; SGLang says the index of those of a list in streams."""
+    for index, answer in enumerate(answers):
+        result = answer.advance()
+        if result is not None:
+            place = {"index": index} if body.stream and body.is_batch else {}
+            yield to_response(answer.request, result, body=body, ended=answer.ended) | place
 
 
 def _weight_body_bytes(largest_tensor: int) -> int:
@@ -284,23 +294,3 @@ def _tags(body: MemoryBody | None) -> list[MemoryTag]:
     if unknown:
         raise HTTPException(400, f"unknown tags {unknown}; known: {', '.join(sorted(known))}.")
     return [MemoryTag(tag) for tag in body.tags]
-
-
-def _json(content: Json | list[Json], status_code: int = 200) -> Response:
-    return Response(orjson.dumps(content), status_code=status_code, media_type="application/json")
-
-
-def _error(status_code: int, message: str) -> Response:
-    return _json({"error": {"message": message}}, status_code)
-
-
-async def _answer_invalid(http: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    if "json" not in http.headers.get("content-type", ""):
-        return _error(400, "the body must be JSON, with the header Content-Type: application/json.")
-    problems = "; ".join(f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}" for problem in error.errors())
-    return _error(400, problems)
-
-
-async def _answer_weight_error(_: Request, error: Exception) -> Response:
-    return _json({"success": False, "message": str(error)}, 400)

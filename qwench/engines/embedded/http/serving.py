@@ -66,12 +66,12 @@ def serve(
 
 
 def greeting(checkpoint: str | Path, adapters: Mapping[str, Path], *, host: str, port: int) -> str:
-    """Return what is served, and a request that can be pasted into a shell."""
+    """Return what is served, where, and a request that can be pasted into a shell."""
     named = {"lora_path": next(iter(adapters))} if adapters else {}
     body = json.dumps({"text": "1 + 2 =", **named, "sampling_params": {"max_new_tokens": 32}})
     request = ["curl", "-s", f"http://{host}:{port}/generate", "-H", "Content-Type: application/json", "-d", body]
     beside = f" with adapters {', '.join(adapters)}" if adapters else ""
-    return f"serving {checkpoint}{beside}; ask: {shlex.join(request)}"
+    return f"serving {checkpoint}{beside}; OpenAI's clients: http://{host}:{port}/v1; ask: {shlex.join(request)}"
 
 
 class ServerThread:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from qwench.engines.embedded.compute.weights import read_folder
 from qwench.engines.embedded.engine import EmbeddedEngine
+from qwench.engines.embedded.http.answers import json_answer
 from qwench.engines.embedded.http.turns import Turns
 from qwench.engines.protocol import Portion, WeightReceipt
 from qwench.errors import CheckpointError, ConfigError, WeightSyncError
@@ -196,15 +197,15 @@ class WeightRoutes:
             self._groups[body.group_name] = await asyncio.to_thread(join)
         finally:
             self._num_joining -= 1
-        return _json({"success": True, "message": f"joined weight group {body.group_name!r}"})
+        return json_answer({"success": True, "message": f"joined weight group {body.group_name!r}"})
 
     async def destroy_group(self, body: GroupNameBody) -> Response:
         """Leave a group."""
         group = self._groups.pop(body.group_name, None)
         if group is None:
-            return _json({"success": False, "message": f"there is no weight group {body.group_name!r}"}, 400)
+            return json_answer({"success": False, "message": f"there is no weight group {body.group_name!r}"}, 400)
         await asyncio.to_thread(group.close)
-        return _json({"success": True, "message": f"left weight group {body.group_name!r}"})
+        return json_answer({"success": True, "message": f"left weight group {body.group_name!r}"})
 
     async def _update_from_shared(self, content: bytes) -> Response:
         body = _read_shared(content)
@@ -274,14 +275,10 @@ def _dtype(name: str) -> torch.dtype:
 
 def _answer(receipt: WeightReceipt | None, portion: Portion) -> Response:
     if receipt is None:
-        return _json({"success": True, "message": f"bucket {portion.index} of weight version {portion.version} is here"})
+        return json_answer({"success": True, "message": f"bucket {portion.index} of weight version {portion.version} is here"})
     return _confirm(receipt)
 
 
 def _confirm(receipt: WeightReceipt) -> Response:
     message = f"weight version {receipt.version} is in use"
-    return _json({"success": True, "message": message, "weight_version": receipt.version, "checksums": receipt.checksums})
-
-
-def _json(content: dict[str, Any], status_code: int = 200) -> Response:
-    return Response(orjson.dumps(content), status_code=status_code, media_type=JSON_BODY)
+    return json_answer({"success": True, "message": message, "weight_version": receipt.version, "checksums": receipt.checksums})

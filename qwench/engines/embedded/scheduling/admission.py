@@ -19,6 +19,8 @@ MIN_TEMPERATURE = 1e-6
 """Below it, logits divided by it leave float32."""
 MAX_TEMPERATURE = 1e6
 MAX_TOP_K = 2**31 - 1
+QUIET_TURNS = 10
+"""Turns of the event loop without a new request after which an inline engine begins its step."""
 
 
 class Admission:
@@ -64,6 +66,15 @@ class Admission:
             num_prompt=num_prompt,
             adapter=adapter,
         )
+
+    async def let_requests_arrive(self, *, inline: bool) -> None:
+        """Give other tasks a turn. Inline, wait until no more requests come, so that batches are the same in every run."""
+        await asyncio.sleep(0)
+        quiet = 0
+        while inline and quiet < QUIET_TURNS:
+            num_arrived = self.num_accepted
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if num_arrived == self.num_accepted else 0
 
     def _check_numbers(self, request: GenerateRequest) -> None:
         sampling, name = request.sampling, f"request {request.request_id!r}"

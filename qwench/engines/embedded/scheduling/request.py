@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -68,6 +68,8 @@ class RunningRequest:
     """Stop token or string that ended it."""
     failure: Exception | None = None
     """What went wrong in a step because of this request alone."""
+    progress: asyncio.Event | None = None
+    """Set when there are new tokens, and at the end."""
 
     @property
     def num_output(self) -> int:
@@ -88,6 +90,11 @@ class RunningRequest:
     def output_ids(self) -> list[int]:
         """Return the response tokens."""
         return self.tokens[self.num_prompt :]
+
+    def report_to(self, progress: asyncio.Event) -> None:
+        """Set `progress` after every step with a token of this request, and at its end."""
+        self.progress = progress
+        self.future.add_done_callback(lambda _: progress.set())
 
     def answer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Give the caller its result, or the error of this request alone."""
@@ -110,19 +117,19 @@ class RunningRequest:
         text, scoring = "", self.request.scoring
         if tokenizer is not None:
             text = str(tokenizer.decode(self.output_ids, skip_special_tokens=self.request.sampling.skip_special_tokens))
+        scores = None
+        if scoring is not None and self.finish_reason is not FinishReason.ABORT:
+            scores = read_scores(self.scored, scoring)
+        return replace(self.so_far(), finish_reason=self.finish_reason, matched=self.matched, text=text, scores=scores)
+
+    def so_far(self) -> GenerateResult:
+        """Return the result that an abort would give now, without its text."""
         return GenerateResult(
             request_id=self.request.request_id,
             output_ids=self.output_ids,
             log_probs=self.log_probs,
-            finish_reason=self.finish_reason,
-            matched=self.matched,
+            finish_reason=FinishReason.ABORT,
             weight_versions=self.weight_versions,
             support=self.support,
-            text=text,
             cached_tokens=self.cached_tokens,
-            scores=(
-                read_scores(self.scored, scoring)
-                if scoring is not None and self.finish_reason is not FinishReason.ABORT
-                else None
-            ),
         )
