@@ -36,7 +36,8 @@ from qwench.models.made.qwen3 import make_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.local import QuantizedWeights, send_alias, send_copies
-from qwench.weights.remote import PublicationPlan, publish_from_rank
+from qwench.weights.plan import PublicationPlan
+from qwench.weights.remote import publish_from_rank
 from qwench.wire.addresses import EngineAddress
 from qwench.wire.checksum import tensor_checksums
 from qwench.wire.portions import WeightBucket, bucketed

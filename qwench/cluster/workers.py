@@ -29,7 +29,7 @@ from qwench.observability.parts import describe_silence, silent_parts, stacks_wr
 from qwench.observability.waiting import waiting
 from qwench.samples import Rollout, Sample
 from qwench.training.learner import Learned
-from qwench.weights.remote import PublicationPlan
+from qwench.weights.plan import PublicationPlan
 from qwench.wire.addresses import EngineAddress
 from qwench.wire.portions import WeightBucket, WeightPart
 

@@ -138,3 +138,30 @@ def old_log_probs_differ_from_the_steps(config: Config) -> str | None:
     if num_steps > 1:
         return f"--skip-actor-forward-only needs one step for each rollout, but there are {num_steps}; leave it out"
     return None
+
+
+def adapters_are_built_for(config: Config) -> str | None:
+    """Adapters are trained beside a frozen model that is also the reference."""
+    training, layout, lora = config.training, config.parallel.layout, config.lora
+    if not lora.enabled:
+        return None
+    in_megatron = config.backend == "megatron"
+    named = lora.lora_publish == "adapter" and config.engine.names_adapters
+    by_name = "SGLang" if config.engine.facts.names_adapters else "--update-weight-transport disk"
+    recomputed_late = layout.pp > 1 and training.recomputes_layers and lora.lora_dropout > 0
+    for flag, is_set, instead in (
+        ("--lora-init pissa in Megatron", in_megatron and lora.lora_init == "pissa", "choose kaiming"),
+        ("--lora-base in Megatron", in_megatron and lora.lora_base != "auto", "give --lora-base auto"),
+        ("--transformer-impl transformer_engine", in_megatron and training.transformer_impl != "local", "choose local"),
+        ("--lora-dropout, recomputed layers and several stages", in_megatron and recomputed_late, "give --lora-dropout 0"),
+        (f"--lora-publish adapter, {by_name} and --fully-async", named and config.asynchronous.fully_async, "give merged"),
+        (f"--lora-publish adapter, {by_name} and --lora-base", named and lora.lora_base != "auto", "give merged"),
+        ("--whole-weights", training.whole_weights, "leave it out: the frozen model has no gradients to reduce"),
+        ("--batch-invariant-mode or --true-on-policy-mode", training.batch_invariant, "leave it out"),
+        ("--optimizer muon", config.optimizer.optimizer == "muon", "choose adam"),
+        ("--advantage-estimator ppo", config.algorithm.has_critic, "choose an estimator without a critic"),
+        ("--opd-type megatron", config.distillation.opd_type == "megatron", "leave it out"),
+    ):
+        if is_set:
+            return f"--lora-rank {lora.rank} does not work yet with {flag}; {instead}"
+    return None

@@ -12,6 +12,7 @@ from qwench.config.method_rules import (
     a_curriculum_draws_from_rows,
     a_second_grader_has_answers,
     a_teacher_has_advantages_to_change,
+    adapters_are_built_for,
     old_log_probs_differ_from_the_steps,
     rewards_apart_are_several,
     truncated_sampling_is_replayed,
@@ -270,30 +271,6 @@ def long_responses_have_a_bound(config: Config) -> str | None:
         return "--overlong-buffer-len ends at --rollout-max-response-len, which is not given; give it too"
     if reward.overlong_buffer_len > longest:
         return f"--overlong-buffer-len ({reward.overlong_buffer_len}) is more than --rollout-max-response-len ({longest})"
-    return None
-
-
-def adapters_are_built_for(config: Config) -> str | None:
-    """Adapters are trained beside a frozen model that is also the reference."""
-    training, layout, lora = config.training, config.parallel.layout, config.lora
-    if not lora.enabled:
-        return None
-    in_megatron, merges = config.backend == "megatron", not config.engine.applies_adapters
-    recomputed_late = layout.pp > 1 and training.recomputes_layers and lora.lora_dropout > 0
-    for flag, is_set, instead in (
-        ("--lora-init pissa in Megatron", in_megatron and lora.lora_init == "pissa", "choose kaiming"),
-        ("--lora-base in Megatron", in_megatron and lora.lora_base != "auto", "give --lora-base auto"),
-        ("--transformer-impl transformer_engine", in_megatron and training.transformer_impl != "local", "choose local"),
-        ("--lora-dropout, recomputed layers and several stages", in_megatron and recomputed_late, "give --lora-dropout 0"),
-        ("--lora-publish adapter and SGLang or disk", lora.lora_publish == "adapter" and merges, "give merged"),
-        ("--whole-weights", training.whole_weights, "leave it out: the frozen model has no gradients to reduce"),
-        ("--batch-invariant-mode or --true-on-policy-mode", training.batch_invariant, "leave it out"),
-        ("--optimizer muon", config.optimizer.optimizer == "muon", "choose adam"),
-        ("--advantage-estimator ppo", config.algorithm.has_critic, "choose an estimator without a critic"),
-        ("--opd-type megatron", config.distillation.opd_type == "megatron", "leave it out"),
-    ):
-        if is_set:
-            return f"--lora-rank {lora.rank} does not work yet with {flag}; {instead}"
     return None
 
 

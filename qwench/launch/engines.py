@@ -15,6 +15,7 @@ from pathlib import Path
 from qwench.checkpoints.folders import check_weights
 from qwench.config.config import Config
 from qwench.config.environment import TOKEN_VARIABLE
+from qwench.config.sections.engine import ENGINE_FACTS, EngineConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.config.sections.verbs import ServeConfig
@@ -30,17 +31,19 @@ from qwench.engines.kinds import KINDS
 from qwench.engines.kinds.identity import ModelIdentity, check_serves
 from qwench.engines.kinds.kind import ServerOrder
 from qwench.engines.kinds.sglang_router import SglangRouter, router_command
+from qwench.engines.protocol import AddressedEngine, Engine
 from qwench.errors import ConfigError, EngineError
 from qwench.foreign.args import make_args
 from qwench.foreign.hooks import AfterWrite
 from qwench.launch.inputs import Inputs, plan_inputs, publication_dtype, read_inputs
 from qwench.models.hf import stop_token_ids
 from qwench.models.hf_weights import is_fp8_checkpoint
+from qwench.models.peft import AdapterConfig
 from qwench.observability.log import open_process_log
 from qwench.observability.timing import PhaseTimer
 from qwench.observability.waiting import waiting
+from qwench.weights.plan import NamedAdapter, PublicationPlan
 from qwench.weights.publisher import Devices, PublishedModel, Publisher
-from qwench.weights.remote import PublicationPlan
 
 _logger = logging.getLogger(__name__)
 
@@ -72,6 +75,7 @@ def server_order(inputs: Inputs, *, token: str, with_weights: bool, on_gpus: boo
         log_folder=_log_folder(inputs),
         stretched_positions=model.max_positions if model.max_positions > model.max_position_embeddings else None,
         deterministic=config.training.deterministic_mode,
+        adapter=_published_adapter(inputs),
         token=token,
     )
 
@@ -245,15 +249,31 @@ def make_publisher(
     """Return what brings the weights to the engines, or to none."""
     references = inputs.config.references
     hooked = references.custom_update_weight_post_write_path is not None
+    adapter = _published_adapter(inputs)
+    named = engines is not None and any(_names_adapters(engine, inputs.config.engine) for engine in engines.engines)
     plan = PublicationPlan(
         engine=inputs.config.engine,
         model_folder=inputs.model_folder,
         fp8=is_fp8_checkpoint(inputs.model_folder),
-        adapters=inputs.config.lora.lora_publish == "adapter",
+        adapters=adapter is not None,
+        named=NamedAdapter(config=adapter) if adapter is not None and named else None,
         after_write=AfterWrite(references, make_args(inputs.config, inputs.plan, host="", port=0)) if hooked else None,
         timeout_s=inputs.config.timeouts.update_weights_timeout,
     )
     return Publisher(model, engines, plan, gpus=gpus, timer=timer)
+
+
+def _published_adapter(inputs: Inputs) -> AdapterConfig | None:
+    """Return what a folder of the adapter says that is published apart from the weights; None: they are published merged."""
+    lora = inputs.config.lora
+    return AdapterConfig.of_run(lora, base=str(inputs.model_folder)) if lora.lora_publish == "adapter" else None
+
+
+def _names_adapters(engine: Engine, section: EngineConfig) -> bool:
+    """Tell whether an engine takes published adapters by name: a server that runs already may be of another kind."""
+    if not isinstance(engine, AddressedEngine):
+        return False
+    return section.names_adapters or ENGINE_FACTS[engine.address.kind].names_adapters
 
 
 def _start_router(inputs: Inputs, undo: ExitStack) -> SglangRouter:

@@ -18,7 +18,8 @@ from qwench.algorithms.columns import MicroBatch
 from qwench.training.critic import Critic
 from qwench.training.trainer import Scores, Trainer
 from qwench.weights.broadcast import BroadcastLink
-from qwench.weights.remote import PublicationPlan, publish_from_rank
+from qwench.weights.plan import PublicationPlan
+from qwench.weights.remote import publish_from_rank
 from qwench.wire.addresses import EngineAddress
 from qwench.wire.portions import WeightBucket, WeightPart
 

@@ -11,13 +11,14 @@ from collections.abc import Coroutine, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
+from uuid import uuid4
 
 from qwench.engines.fleet.pool import EnginePool, EngineRestartedError
 from qwench.engines.protocol import AddressedEngine, Engine
 from qwench.observability.timing import PhaseTimer
 from qwench.observability.waiting import Describe, say_nothing, waiting
 from qwench.weights.local import WeightSource, send_alias, send_copies, shared_weights_for
-from qwench.weights.remote import PublicationPlan
+from qwench.weights.plan import PublicationPlan
 from qwench.wire.addresses import EngineAddress
 from qwench.wire.portions import WeightPart
 
@@ -84,6 +85,8 @@ class Publisher:
         self._version = 0
         self._based: set[object] = set()
         """Engines, with their number of starts, that hold the frozen weights of the last publication."""
+        self._names: tuple[str, ...] = ()
+        """Of adapters that engines may hold."""
 
     def advance(self, *, version: int) -> None:
         """Note that the learner now holds `version`, the number of rollouts it learned from."""
@@ -137,8 +140,9 @@ class Publisher:
     def _send(self, pool: EnginePool, version: int) -> None:
         """Send the weights to all engines, once."""
         engines = {_start_of(engine) for engine in pool.engines}
-        plan, label = replace(self._plan, part=self._part_for(engines)), f"publish weight version {version}"
-        with waiting(label), pool.receiving(version):
+        plan, label = self._plan_for(engines, version), f"publish weight version {version}"
+        name = None if plan.named is None else plan.named.name
+        with waiting(label), pool.receiving(version, adapter=name):
             if addresses := [engine.address for engine in pool.engines if isinstance(engine, AddressedEngine)]:
                 self._model.publish(addresses, version, plan)
             if local := [engine for engine in pool.engines if not isinstance(engine, AddressedEngine)]:
@@ -153,11 +157,16 @@ class Publisher:
                 )
                 pool.loop.run(sending, label=label, timeout_s=plan.total_timeout_s)
         self._based = engines
+        self._names = self._names[-1:]
 
-    def _part_for(self, engines: set[object]) -> WeightPart:
-        if not self._plan.adapters:
-            return "merged"
-        return "adapter" if engines <= self._based else "apart"
+    def _plan_for(self, engines: set[object], version: int) -> PublicationPlan:
+        if (named := self._plan.named) is not None:
+            # Engines that outlive a run may hold an adapter of this version from the run before.
+            named = replace(named, name=f"version-{version}-{uuid4().hex[:8]}", retired=self._names)
+            self._names = (*self._names, named.name)
+            return replace(self._plan, part="adapter", named=named)
+        part: WeightPart = "merged" if not self._plan.adapters else "adapter" if engines <= self._based else "apart"
+        return replace(self._plan, part=part)
 
 
 def _start_of(engine: Engine) -> object:

@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from qwench.config.sections.engine import EngineConfig
 from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.kinds import KINDS
 from qwench.engines.kinds.receiver import Receiver
@@ -30,47 +29,18 @@ from qwench.engines.protocol import Portion
 from qwench.errors import EngineLostError, QwenchError, WeightSyncError
 from qwench.files import written
 from qwench.models.hf import write_hf_checkpoint
+from qwench.models.peft import SCALE, write_adapter
 from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.exchange import Message, RankExchange
-from qwench.weights.local import QuantizedWeights, WeightSource
+from qwench.weights.local import WeightSource
+from qwench.weights.plan import PublicationPlan
 from qwench.weights.routes import Route, plan_routes
 from qwench.wire.addresses import EngineAddress, Placement, placement_of
 from qwench.wire.flat_bucket import TensorEntry, entries_of, flatten_into, size_bytes
-from qwench.wire.portions import WeightBucket, WeightPart
+from qwench.wire.portions import WeightBucket
 from qwench.wire.shared_buffer import BufferRing, SharedBuffer
 
 Answer = TypeVar("Answer")
-AfterWrite = Callable[[Path, Sequence[str]], None]
-"""(folder of the files, addresses of the engines that will read it)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PublicationPlan:
-    """Settings that all publications of a run share; picklable."""
-
-    engine: EngineConfig
-    """The --update-weight-* flags."""
-    model_folder: Path | None = None
-    """Its config and tokenizer files are added to weights that are published from disk."""
-    fp8: bool = False
-    """Engines hold block-wise FP8: quantize what is published."""
-    after_write: AfterWrite | None = None
-    """The user's function between the files of a publication from disk and their reading; picklable."""
-    adapters: bool = False
-    """Publish adapters alone to engines that hold the frozen weights (--lora-publish adapter)."""
-    part: WeightPart = "merged"
-    """What this publication brings."""
-    timeout_s: float = 600.0
-    """For one engine to take one bucket, or from disk all weights."""
-
-    @property
-    def total_timeout_s(self) -> float:
-        """Return the deadline of the whole publication. Each step has another one, whose message says more."""
-        return 2 * self.timeout_s
-
-    def source_of(self, source: WeightSource) -> WeightSource:
-        """Return the source of the weights in the form that engines take."""
-        return QuantizedWeights(source) if self.fp8 else source
 
 
 def publish_from_rank(
@@ -204,7 +174,7 @@ class _Publication:
             self._addresses,
             [None if engine is None else _placement(engine) for engine in told[0]["engines"]],
             [_placement(one["rank"]) for one in told],
-            transport=self._plan.engine.update_weight_transport,
+            transport="disk" if self._plan.named is not None else self._plan.engine.update_weight_transport,
         )
         self._exchange.gather({}, failure=_failure_of(self._open))
 
@@ -239,7 +209,7 @@ class _Publication:
             ring.close()
 
     def send_folder(self, buckets: Iterable[WeightBucket]) -> None:
-        """Write a checkpoint on rank 0; the engines that need one read it."""
+        """Write a checkpoint, or an adapter, on rank 0; the engines that need one read it."""
         served = self._served("disk")
         failure = None
         if self._exchange.rank == 0:
@@ -250,7 +220,9 @@ class _Publication:
         self._exchange.gather({}, failure=failure)
 
     def confirm(self) -> None:
-        """Ask every engine what it holds now; the rank that served it asks."""
+        """Ask every engine what it holds now; the rank that served it asks. An adapter was named when it was loaded."""
+        if self._plan.named is not None:
+            return
 
         async def ask() -> None:
             confirming = (
@@ -342,27 +314,39 @@ class _Publication:
 
     def _write_and_load(self, buckets: Iterable[WeightBucket], served: _Served) -> None:
         plan, engine = self._plan, self._plan.engine
-        if plan.part != "merged":
-            raise WeightSyncError("an adapter cannot be published from disk; give --lora-publish merged.")
-        if plan.model_folder is None:
-            raise WeightSyncError("publication from disk needs the folder of --hf-checkpoint, for the config.")
         shared = engine.update_weight_disk_dir
         parent = Path(shared) if shared is not None else Path(tempfile.mkdtemp(prefix="qwench-weights-"))
         folder = parent / f"weights_{self._version:07d}"
         try:
             with written(f"--update-weight-disk-dir {parent}", folder):
-                write_hf_checkpoint(folder, noted(buckets, self._ledgers.values()), source=plan.model_folder)
+                self._write(folder, buckets)
             if plan.after_write is not None:
                 plan.after_write(folder.resolve(), [self._addresses[number].base_url for number, _, _ in served])
 
             async def load() -> None:
-                loading = (receiver.take_folder(folder.resolve(), version=self._version) for _, _, receiver in served)
-                await asyncio.gather(*loading)
+                await asyncio.gather(*(self._load_folder(receiver, folder.resolve()) for _, _, receiver in served))
 
             self._loop.run(load(), label="load weights from disk", timeout_s=2 * plan.timeout_s)
         finally:
             if not engine.update_weight_disk_keep_files:
                 shutil.rmtree(folder if shared is not None else parent, ignore_errors=True)
+
+    def _write(self, folder: Path, buckets: Iterable[WeightBucket]) -> None:
+        if self._plan.named is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            matrices = {name: matrix.cpu() for bucket in buckets for name, matrix in bucket if name != SCALE}
+            write_adapter(folder, self._plan.named.config, matrices)
+            return
+        if self._plan.model_folder is None:
+            raise WeightSyncError("publication from disk needs the folder of --hf-checkpoint, for the config.")
+        write_hf_checkpoint(folder, noted(buckets, self._ledgers.values()), source=self._plan.model_folder)
+
+    async def _load_folder(self, receiver: Receiver, folder: Path) -> None:
+        named = self._plan.named
+        if named is None:
+            await receiver.take_folder(folder, version=self._version)
+        else:
+            await receiver.take_adapter(folder, named.name, version=self._version, retired=named.retired)
 
 
 def _failure_of(work: Callable[[], None]) -> QwenchError | None:

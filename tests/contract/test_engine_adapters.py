@@ -23,14 +23,10 @@ from qwench.engines.protocol import GenerateRequest, GenerateResult, Portion
 from qwench.errors import ConfigError, EngineError, WeightSyncError
 from qwench.models.hf import architecture_of
 from qwench.models.made.tokenizers import build_small_tokenizer
-from qwench.models.peft import AdapterConfig, write_adapter
+from qwench.models.peft import write_adapter
 from tests.checksums import tensor_checksum
-from tests.contract.engine_hosts import ask, generate_all, make_engine, make_model, prompt_of, reference_log_probs
-
-_CONFIGS = {
-    "wide": AdapterConfig(rank=3, alpha=6.0, use_rslora=False, targets=("q_proj", "v_proj", "gate_proj", "down_proj")),
-    "narrow": AdapterConfig(rank=2, alpha=1.0, use_rslora=True, targets=("k_proj", "o_proj", "up_proj")),
-}
+from tests.contract.adapter_cases import ADAPTERS, adapter_matrices, check_log_probs, merged_model
+from tests.contract.engine_hosts import ask, generate_all, make_engine, make_model, prompt_of
 
 
 @pytest.fixture(scope="module")
@@ -38,36 +34,20 @@ def model() -> PreTrainedModel:
     return make_model("qwen3")
 
 
-def _matrices(model: PreTrainedModel, name: str, *, seed: int = 5) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(seed + len(name))
-    shapes = _CONFIGS[name].shapes(architecture_of(model.config))
-    return {matrix: torch.randn(shape, generator=draw) * 0.2 for matrix, shape in shapes.items()}
-
-
-def _merged(model: PreTrainedModel, name: str, matrices: Mapping[str, Tensor]) -> PreTrainedModel:
-    """Return the model with W + scale * B A in the place of W."""
-    other = make_model("qwen3")
-    with torch.no_grad():
-        for module_name, module in other.named_modules():
-            if (a := matrices.get(f"{module_name}.lora_A.weight")) is not None:
-                module.weight += _CONFIGS[name].scale * matrices[f"{module_name}.lora_B.weight"] @ a
-    return other
-
-
 @pytest.fixture(scope="module")
 def folders(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Write both adapters as PEFT folders."""
     parent = tmp_path_factory.mktemp("adapters")
-    for name, config in _CONFIGS.items():
+    for name, config in ADAPTERS.items():
         (parent / name).mkdir()
-        write_adapter(parent / name, config, _matrices(model, name))
-    return {name: parent / name for name in _CONFIGS}
+        write_adapter(parent / name, config, adapter_matrices(model, name))
+    return {name: parent / name for name in ADAPTERS}
 
 
 @pytest.fixture(scope="module")
 def models(model: PreTrainedModel) -> dict[str | None, PreTrainedModel]:
     """Return the model that each adapter makes, and under None the one without."""
-    return {None: model} | {name: _merged(model, name, _matrices(model, name)) for name in _CONFIGS}
+    return {None: model} | {name: merged_model(model, name, adapter_matrices(model, name)) for name in ADAPTERS}
 
 
 def _requests(prompt: list[int]) -> list[GenerateRequest]:
@@ -76,11 +56,6 @@ def _requests(prompt: list[int]) -> list[GenerateRequest]:
     return [
         replace(ask(f"{name}-{turn}", prompt, ignore_eos=True, seed=turn), adapter=name) for turn in range(2) for name in names
     ]
-
-
-def _check(models: Mapping[str | None, PreTrainedModel], request: GenerateRequest, result: GenerateResult) -> None:
-    expected = reference_log_probs(models[request.adapter], request, result)
-    torch.testing.assert_close(torch.tensor(result.log_probs), expected, rtol=0, atol=1e-5)
 
 
 async def _loaded(engine: EmbeddedEngine, folders: Mapping[str, Path]) -> EmbeddedEngine:
@@ -95,7 +70,7 @@ def test_rows_of_different_adapters_in_one_batch_equal_merged_models(model, mode
         engine = await _loaded(make_engine(model, **settings), folders)
         requests = _requests(prompt_of(11))
         for request, result in zip(requests, await generate_all(engine, requests), strict=True):
-            _check(models, request, result)
+            check_log_probs(models, request, result)
         await engine.close()
 
     asyncio.run(scenario())
@@ -107,7 +82,7 @@ def test_prefixes_are_cached_for_each_adapter_apart(model, models, folders):
         cached = []
         for request in _requests(prompt_of(11)):
             result = await engine.generate(request)
-            _check(models, request, result)
+            check_log_probs(models, request, result)
             cached.append(result.cached_tokens)
         assert cached == [0, 0, 0, 8, 8, 8]
         await engine.change_adapters(lambda adapters, _: adapters.unload("wide"))
@@ -115,7 +90,7 @@ def test_prefixes_are_cached_for_each_adapter_apart(model, models, folders):
         request = replace(ask("again", prompt_of(11), ignore_eos=True), adapter="wide")
         result = await engine.generate(request)
         assert result.cached_tokens == 0
-        _check({"wide": models["narrow"]}, request, result)
+        check_log_probs({"wide": models["narrow"]}, request, result)
         await engine.close()
 
     asyncio.run(scenario())
@@ -144,7 +119,7 @@ def test_an_unloaded_adapter_is_refused_and_its_unfinished_requests_go_on(model,
         await engine.change_adapters(load_folder("narrow", folders["narrow"], engine.architecture))
         with pytest.raises(EngineError, match="there is no adapter 'wide'; loaded: narrow"):
             await engine.generate(replace(request, request_id="late"))
-        _check(models, request, await running)
+        check_log_probs(models, request, await running)
         await engine.close()
 
     asyncio.run(scenario())
@@ -153,12 +128,12 @@ def test_an_unloaded_adapter_is_refused_and_its_unfinished_requests_go_on(model,
 def _publication(model: PreTrainedModel, name: str, matrices: Mapping[str, Tensor], *, base: bool) -> list:
     """Return the buckets of an adapter, with or without the weights it belongs to."""
     weights = [[(one, weight.detach()) for one, weight in model.named_parameters()]] if base else []
-    return [*weights, [*matrices.items(), ("lora_scale", torch.tensor([_CONFIGS[name].scale]))]]
+    return [*weights, [*matrices.items(), ("lora_scale", torch.tensor([ADAPTERS[name].scale]))]]
 
 
 def test_a_published_adapter_equals_the_merged_model_and_carries_its_version(model, models):
-    first, second = _matrices(model, "wide"), _matrices(model, "wide", seed=77)
-    after = _merged(model, "wide", second)
+    first, second = adapter_matrices(model, "wide"), adapter_matrices(model, "wide", seed=77)
+    after = merged_model(model, "wide", second)
 
     async def scenario() -> None:
         engine = make_engine(model)
@@ -167,17 +142,17 @@ def test_a_published_adapter_equals_the_merged_model_and_carries_its_version(mod
         assert {name: receipt.checksums[name] for name in first} == {name: tensor_checksum(one) for name, one in first.items()}
         request = ask("first", prompt_of(9), ignore_eos=True)
         result = await engine.generate(request)
-        _check({None: models["wide"]}, request, result)
+        check_log_probs({None: models["wide"]}, request, result)
         assert result.weight_versions == [4] * 8
         for index, bucket in enumerate(_publication(model, "wide", second, base=False)):
             assert await engine.receive_bucket(lambda bucket=bucket: bucket, Portion(version=5, index=index, final=True))
         request = ask("second", prompt_of(9), ignore_eos=True)
         result = await engine.generate(request)
-        _check({None: after}, request, result)
+        check_log_probs({None: after}, request, result)
         assert (result.weight_versions, result.cached_tokens) == ([5] * 8, 0)
         await engine.update_weights([list(model.state_dict().items())], version=6)
         request = ask("third", prompt_of(9), ignore_eos=True)
-        _check({None: model}, request, await engine.generate(request))
+        check_log_probs({None: model}, request, await engine.generate(request))
         await engine.close()
 
     asyncio.run(scenario())
@@ -187,10 +162,10 @@ def test_an_adapter_without_its_weights_is_refused(model):
     async def scenario() -> None:
         engine = EmbeddedEngine.from_checkpoint(model.config, make_engine(model)._settings)
         with pytest.raises(WeightSyncError, match="weights did not arrive"):
-            await engine.update_weights(_publication(model, "wide", _matrices(model, "wide"), base=False), version=1)
+            await engine.update_weights(_publication(model, "wide", adapter_matrices(model, "wide"), base=False), version=1)
         assert not await engine.health()
         whole = make_engine(model)
-        unscaled = _publication(model, "wide", _matrices(model, "wide"), base=False)[0][:-1]
+        unscaled = _publication(model, "wide", adapter_matrices(model, "wide"), base=False)[0][:-1]
         with pytest.raises(WeightSyncError, match="an adapter came without 'lora_scale'"):
             await whole.update_weights([unscaled], version=1)
         broken = [("model.layers.0.self_attn.q_proj.lora_A.weight", torch.zeros(3, 5)), ("lora_scale", torch.ones(1))]
@@ -203,10 +178,10 @@ def test_an_adapter_without_its_weights_is_refused(model):
 def _changed(model: PreTrainedModel, folder: Path, *, matrix: str = "", value: float = 0.0, **config: float) -> Path:
     """Write the narrow adapter with one number of one matrix, or entries of its config, replaced."""
     folder.mkdir()
-    matrices = _matrices(model, "narrow")
+    matrices = adapter_matrices(model, "narrow")
     if matrix:
         matrices[matrix][0, 0] = value
-    write_adapter(folder, _CONFIGS["narrow"], matrices)
+    write_adapter(folder, ADAPTERS["narrow"], matrices)
     described = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(described | config))
     return folder
@@ -228,7 +203,7 @@ def test_numbers_that_would_reach_the_other_rows_of_a_batch_are_refused(model, m
                 await engine.change_adapters(load_folder("narrow", folder, engine.architecture))
         requests = [request for request in _requests(prompt_of(11)) if request.adapter != "narrow"]
         for request, result in zip(requests, await generate_all(engine, requests), strict=True):
-            _check(models, request, result)
+            check_log_probs(models, request, result)
         await engine.close()
 
     asyncio.run(scenario())
@@ -253,7 +228,7 @@ def test_a_device_without_memory_for_another_adapter_keeps_the_loaded_ones(
         assert [*engine.adapters.folders] == ["wide"]
         requests = [request for request in _requests(prompt_of(11)) if request.adapter != "narrow"]
         for request, result in zip(requests, await generate_all(engine, requests), strict=True):
-            _check(models, request, result)
+            check_log_probs(models, request, result)
         await engine.close()
 
     asyncio.run(scenario())
@@ -271,7 +246,7 @@ def test_steps_use_the_memory_that_the_load_of_an_adapter_took(model, models, fo
             layer = "model.layers.0.self_attn."
             stack = engine.adapters.stack([layer + name for name in ("q_proj", "k_proj", "v_proj")])
         assert stack is not None and stack is engine.adapters.stack([layer + name for name in ("q_proj", "k_proj", "v_proj")])
-        assert torch.equal(stack.a[1, 2, :2], _matrices(model, "narrow")[f"{layer}k_proj.lora_A.weight"])
+        assert torch.equal(stack.a[1, 2, :2], adapter_matrices(model, "narrow")[f"{layer}k_proj.lora_A.weight"])
         assert engine.adapters.stack(["model.layers.0.other"]) is None
         await engine.close()
 
@@ -331,7 +306,7 @@ def test_clients_load_name_and_unload_adapters_over_http(model, models, folders,
         with pytest.raises(EngineError, match=r"status 400: there is no adapter_config.json in \?"):
             await engine._request("POST", "/load_lora_adapter", not_utf8, "application/json", 30.0)
         for request in _requests(prompt_of(11)):
-            _check(models, request, await engine.generate(request))
+            check_log_probs(models, request, await engine.generate(request))
         await engine.post("/unload_lora_adapter", {"lora_name": "wide"})
         with pytest.raises(EngineError, match="there is no adapter 'wide'; loaded: narrow"):
             await engine.generate(_requests(prompt_of(5))[1])

@@ -17,7 +17,8 @@ from qwench.models.fp8 import BLOCK, is_quantized_name, quantized
 from qwench.models.hf import write_hf_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.weights.local import QuantizedWeights, send_copies, shared_weights_for
-from qwench.weights.remote import PublicationPlan, publish_from_rank
+from qwench.weights.plan import PublicationPlan
+from qwench.weights.remote import publish_from_rank
 from qwench.wire.addresses import EngineAddress
 from tests.contract.engine_hosts import ask, generate_all, make_model, prompt_of, reference_log_probs, settings_of
 from tests.deadlines import patient

@@ -25,7 +25,8 @@ from qwench.engines.kinds.embedded import embedded_command
 from qwench.errors import EngineError, EngineLostError, WeightSyncError
 from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.weights.broadcast import BroadcastLink
-from qwench.weights.remote import PublicationPlan, publish_from_rank
+from qwench.weights.plan import PublicationPlan
+from qwench.weights.remote import publish_from_rank
 from qwench.wire.addresses import EngineAddress, Placement, host_name
 from qwench.wire.flat_bucket import entries_of, entries_to_json, flatten_into, size_bytes
 from qwench.wire.portions import WeightBucket, bucketed

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import QwenchError
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
-from qwench.weights.remote import PublicationPlan, publish_from_rank
+from qwench.weights.plan import PublicationPlan
+from qwench.weights.remote import publish_from_rank
 from qwench.wire.addresses import EngineAddress
 from tests.deadlines import patient
 from tests.fakes.sections import adamw

@@ -30,8 +30,8 @@ from qwench.launch.inputs import plan_inputs, read_inputs, read_training_prompts
 from qwench.launch.rollouts import Generation, build_generation
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout, Sample
+from qwench.weights.plan import PublicationPlan
 from qwench.weights.publisher import Publisher
-from qwench.weights.remote import PublicationPlan
 from qwench.wire.addresses import EngineAddress
 from tests.deadlines import patient
 from tests.e2e.conftest import ONE_THREAD, InProcess, Workspace, column

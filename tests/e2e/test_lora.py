@@ -123,8 +123,9 @@ def test_megatron_ranks_train_the_adapter_that_one_rank_trains_and_resume(
         "tensor_model_parallel_size": 2,
         "sequence_parallel": (),
     }
-    for num_rollout in (2, 3):
-        argv = workspace.train_argv(tmp_path / "two", **flags, **layout, num_rollout=num_rollout, lora_publish="adapter")
+    for num_rollout, transport in ((2, "nccl"), (3, "disk")):
+        publication = {"lora_publish": "adapter", "update_weight_transport": transport}
+        argv = workspace.train_argv(tmp_path / "two", **flags, **layout, **publication, num_rollout=num_rollout)
         environ = cuda_stand_in.environment(os.environ)
         ended = Forked(tmp_path / "output", run_verb_without_cuda, argv, environ=environ).end()
         assert ended.returncode == 0, ended.stderr

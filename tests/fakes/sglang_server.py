@@ -10,6 +10,7 @@ import json
 import pickle
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +18,12 @@ from torch import Tensor
 
 ALLOWED = ("builtins.", "collections.", "copyreg.", "functools.", "types.", "torch.", "multiprocessing.resource_sharer.",
            "multiprocessing.reduction.")  # fmt: skip
+ADAPTER_BODIES = {
+    "/load_lora_adapter": {"lora_name": str, "lora_path": str},
+    "/unload_lora_adapter": {"lora_name": str},
+    "/update_weight_version": {"new_version": str, "abort_all_requests": bool},
+}
+"""Fields of these bodies that a trainer needs, and their types (managers/io_struct.py); other fields are optional."""
 QKV = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 GATE_UP = {"gate_proj": 0, "up_proj": 1}
 
@@ -40,6 +47,8 @@ class FakeSglang:
         self.version = "default"
         self.requests: list[tuple[str, dict]] = []
         self.damaged: str | None = None
+        self.adapters: dict[str, str] = {}
+        """Loaded adapters: name -> the text of their adapter_config.json."""
         self.params: list[dict[str, Tensor]] = [{} for _ in range(tp_size)]
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
@@ -67,6 +76,8 @@ class FakeSglang:
                 {"checksums": checksums(params), "parallelism_info": {"tp_rank": r}} for r, params in enumerate(self.params)
             ]
             return 200, {"success": True, "message": "Success.", "ranks": ranks}
+        if path in ADAPTER_BODIES:
+            return self._change_adapters(path, body)
         assert path == "/update_weights_from_tensor", path
         assert body["load_format"] == "flattened_bucket"
         for rank, payload in enumerate(body["serialized_named_tensors"]):
@@ -76,6 +87,24 @@ class FakeSglang:
                 self._load(rank, meta.name, octets.view(meta.dtype).reshape(meta.shape))
         self.version = body.get("weight_version", self.version)
         return 200, {"success": True, "message": "Success"}
+
+    def _change_adapters(self, path: str, body: dict) -> tuple[int, dict]:
+        assert {name: type(value) for name, value in body.items()} == ADAPTER_BODIES[path]
+        if path == "/update_weight_version":
+            assert not body["abort_all_requests"]
+            self.version = body["new_version"]
+            return 200, {"success": True, "message": "", "new_version": self.version}
+        name = body["lora_name"]
+        if path == "/load_lora_adapter":
+            if name in self.adapters:
+                return 400, {
+                    "success": False,
+                    "error_message": f"Failed to load LoRA adapter {name} because it is already loaded",
+                }
+            self.adapters[name] = (Path(body["lora_path"]) / "adapter_config.json").read_text()
+        elif self.adapters.pop(name, None) is None:
+            return 400, {"success": False, "error_message": f"LoRA with name {name} does not exist. Loaded LoRAs: []"}
+        return 200, {"success": True, "error_message": None, "loaded_adapters": dict.fromkeys(self.adapters, "folder")}
 
     def _load(self, rank: int, name: str, tensor: Tensor) -> None:
         prefix, module, kind = name.rsplit(".", 2) if name.count(".") > 1 else ("", *name.split("."))

@@ -27,7 +27,8 @@ from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.training.batch import pack
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.process_group import init_process_group
-from qwench.weights.remote import PublicationPlan, publish_from_rank
+from qwench.weights.plan import PublicationPlan
+from qwench.weights.remote import publish_from_rank
 from qwench.wire.addresses import EngineAddress, Placement, gpu_names, host_name
 from tests.contract.engine_hosts import ask, generate_all, prompt_of
 from tests.fakes.orders import server_order

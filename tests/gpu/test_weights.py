@@ -15,7 +15,8 @@ from qwench.engines.fleet.servers import ServerProcess, server_environ
 from qwench.engines.kinds.embedded import embedded_command
 from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.weights.broadcast import BroadcastLink
-from qwench.weights.remote import PublicationPlan, publish_from_rank
+from qwench.weights.plan import PublicationPlan
+from qwench.weights.remote import publish_from_rank
 from qwench.wire.addresses import EngineAddress
 from qwench.wire.checksum import tensor_checksums
 from qwench.wire.portions import bucketed

@@ -25,13 +25,14 @@ class EngineFacts:
     """An engine computes on --rollout-num-gpus-per-engine devices; else on one."""
     reads_embedded_flags: bool
     """Its sizes are the --embedded-* flags. Of the --sglang-* flags it takes only those that set these."""
-    applies_adapters: bool
-    """A publication may bring a LoRA adapter alone, which the engine applies."""
+    names_adapters: bool
+    """It has the frozen weights from the start, reads a published LoRA adapter from a folder, and requests name it. Else a
+    publication brings the frozen weights once, and then the adapter's matrices."""
 
 
 ENGINE_FACTS: Mapping[str, EngineFacts] = {
-    "embedded": EngineFacts(runs_in_process=True, spans_devices=False, reads_embedded_flags=True, applies_adapters=True),
-    "sglang": EngineFacts(runs_in_process=False, spans_devices=True, reads_embedded_flags=False, applies_adapters=False),
+    "embedded": EngineFacts(runs_in_process=True, spans_devices=False, reads_embedded_flags=True, names_adapters=False),
+    "sglang": EngineFacts(runs_in_process=False, spans_devices=True, reads_embedded_flags=False, names_adapters=True),
 }
 """By the values of --rollout-engine."""
 
@@ -124,9 +125,9 @@ class EngineConfig:
         return ENGINE_FACTS[self.kind]
 
     @property
-    def applies_adapters(self) -> bool:
-        """Tell whether engines take adapters apart from the weights."""
-        return self.facts.applies_adapters and self.update_weight_transport != "disk"
+    def names_adapters(self) -> bool:
+        """Tell whether engine servers read published adapters from folders."""
+        return self.facts.names_adapters or self.update_weight_transport == "disk"
 
     @property
     def routes_requests(self) -> bool:

@@ -48,8 +48,9 @@ class LoraConfig:
     use_rslora: bool = False
     """Add the adapters at --lora-alpha / sqrt(--lora-rank), which keeps their effect equal over ranks."""
     lora_publish: LoraPublish = "merged"
-    """What engines get after each rollout. merged: all weights, with the adapter in them. adapter: A and B alone, which the
-    embedded engine applies itself; it gets the frozen weights once, and again after a restart."""
+    """What engines get after each rollout. merged: all weights, with the adapter in them. adapter: A and B alone, which engines
+    apply. The embedded engine gets the frozen weights once, and again after a restart. SGLang has them from --hf-checkpoint and
+    reads each adapter from a folder (see --update-weight-disk-dir)."""
     lora_adapter_path: Path | None = None
     """PEFT folder of the adapter that a fresh run starts from. It must have the rank, scale and projections of the flags."""
 

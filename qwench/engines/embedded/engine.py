@@ -58,7 +58,9 @@ class EmbeddedEngine:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Make an engine without weights; it can generate after `update_weights` or `adopt_weights`."""
-        self._architecture, self._settings = architecture, settings
+        self.architecture = architecture
+        """Sizes of the model."""
+        self._settings = settings
         self._tokenizer = tokenizer
         self._admission = Admission(architecture, eos_ids=eos_ids, tokenizer=tokenizer, seed=settings.seed)
         self._weights = WeightStore(architecture, settings.resolved_dtype, fp8=settings.fp8, device=self.device)
@@ -116,11 +118,6 @@ class EmbeddedEngine:
         return self._tokenizer
 
     @property
-    def architecture(self) -> Architecture:
-        """Return the model's sizes."""
-        return self._architecture
-
-    @property
     def device(self) -> torch.device:
         """Return where the weights lie."""
         return torch.device(self._settings.device)
@@ -128,7 +125,7 @@ class EmbeddedEngine:
     @property
     def max_request_tokens(self) -> int:
         """Return how long prompt and response together can be; takes the KV memory if it is not held yet."""
-        return min(self._architecture.max_positions, self._ensure_scheduler().pool.capacity_tokens)
+        return min(self.architecture.max_positions, self._ensure_scheduler().pool.capacity_tokens)
 
     def __repr__(self) -> str:
         return "the engine of this process"
@@ -190,14 +187,9 @@ class EmbeddedEngine:
 
     async def update_weights(self, buckets: Iterable[WeightBucket], *, version: int) -> WeightReceipt:
         """See `Engine.update_weights`; `buckets` is consumed between two steps."""
-        async with self._at_rest():
-            try:
-                checksums = await self._worker.call(lambda: self._weights.load(buckets))
-            finally:
-                self._forget_old_weights()
-            self._version = version
-        self._start_stepping()
-        return WeightReceipt(version=version, checksums=checksums)
+        receipt = await self._load(lambda: self._weights.load(buckets), version)
+        assert receipt is not None, "all buckets were loaded"
+        return receipt
 
     async def receive_bucket(self, read: Callable[[], WeightBucket], portion: Portion) -> WeightReceipt | None:
         """Take over one bucket of a publication; confirm all of them after the final one.
@@ -210,16 +202,12 @@ class EmbeddedEngine:
         Raises:
             WeightSyncError: see `update_weights`; or a bucket before this one is missing.
         """
+        return await self._load(lambda: self._weights.take(read(), portion), portion.version)
+
+    async def set_version(self, version: int) -> None:
+        """Give the weights in use another version: requests name an adapter that was loaded for it."""
         async with self._at_rest():
-            try:
-                checksums = await self._worker.call(lambda: self._weights.take(read(), portion))
-            finally:
-                self._forget_old_weights()
-            if checksums is None:
-                return None
-            self._version = portion.version
-        self._start_stepping()
-        return WeightReceipt(version=portion.version, checksums=checksums)
+            self._version = version
 
     async def adopt_weights(self, weights: Mapping[str, Tensor], *, version: int) -> WeightReceipt:
         """Use the trainer's live tensors without a copy; call again after every change, with its version.
@@ -386,10 +374,22 @@ class EmbeddedEngine:
             self._scheduler = Scheduler(
                 pool,
                 max_running=sizes.embedded_max_running_requests,
-                max_request_tokens=min(self._architecture.max_positions, pool.capacity_tokens),
+                max_request_tokens=min(self.architecture.max_positions, pool.capacity_tokens),
                 prefill_chunk_tokens=sizes.embedded_prefill_chunk_tokens,
             )
         return self._scheduler
+
+    async def _load(self, load: Callable[[], dict[str, int] | None], version: int) -> WeightReceipt | None:
+        async with self._at_rest():
+            try:
+                checksums = await self._worker.call(load)
+            finally:
+                self._forget_old_weights()
+            if checksums is None:
+                return None
+            self._version = version
+        self._start_stepping()
+        return WeightReceipt(version=version, checksums=checksums)
 
     def _forget_old_weights(self) -> None:
         for running in self._requests.values():

@@ -100,7 +100,8 @@ class Dispatcher:
             name = request.request_id if attempt == 1 else f"{request.request_id}~{attempt}"
             self._names[request.request_id] = name
             try:
-                return await self._generate_on(self._members.least_loaded(), replace(request, request_id=name))
+                adapter = request.adapter or self._members.adapter
+                return await self._generate_on(self._members.least_loaded(), replace(request, request_id=name, adapter=adapter))
             except EngineLostError:
                 if self._supervisor is None or attempt == MAX_ATTEMPTS:
                     raise

@@ -135,6 +135,8 @@ class Members:
         """Of the weights published last. None: nothing was published yet."""
         self.publishing: int | None = None
         """Version on its way to the engines; some may hold it already."""
+        self.adapter: str | None = None
+        """Adapter of `version` that requests name. None: the engines hold all weights."""
         self.are_held = False
         """No request may be sent: the engines hold, and may be without weights."""
 

@@ -180,10 +180,13 @@ class EnginePool:
         await self._members.wait_until(lambda: all(member.state is MemberState.STALE for member in self._members))
 
     @contextmanager
-    def receiving(self, version: int) -> Iterator[None]:
+    def receiving(self, version: int, *, adapter: str | None = None) -> Iterator[None]:
         """Receive weights inside the block, then confirm that every engine holds `version`; restarted engines generate again.
 
         Waits first for engines that are being restarted. Nothing may be generating.
+
+        Args:
+            adapter: requests name it afterwards; None: the engines hold all weights.
 
         Raises:
             EngineRestartedError: an engine was lost in the block (its process ended, or it answers nothing).
@@ -198,7 +201,7 @@ class EnginePool:
             except EngineLostError as error:
                 self._raise_unless_restarting(error)
                 raise EngineRestartedError(str(error)) from error
-            self.run(self._confirm(version), label=f"confirm weight version {version}", timeout_s=CONTROL_TIMEOUT_S)
+            self.run(self._confirm(version, adapter), label=f"confirm weight version {version}", timeout_s=CONTROL_TIMEOUT_S)
 
     @contextmanager
     def holding(self, *, retract: bool) -> Iterator[None]:
@@ -272,10 +275,10 @@ class EnginePool:
             await self._router.close()
         await self._members.each(_close_member)
 
-    async def _confirm(self, version: int) -> None:
+    async def _confirm(self, version: int, adapter: str | None) -> None:
         """Make sure that every engine holds the version, and make stale engines ready."""
         await self.check_versions(version)
-        self._members.version, self._members.publishing = version, None
+        self._members.version, self._members.publishing, self._members.adapter = version, None, adapter
         for member in self._members:
             if member.state is MemberState.STALE:
                 await self._members.set_state(member, MemberState.READY)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from qwench.config.sections.engine import EngineConfig
 from qwench.engines.fleet.servers import ServerCommand
 from qwench.engines.kinds.receiver import Receiver
+from qwench.models.peft import AdapterConfig
 from qwench.wire.addresses import EngineAddress
 
 
@@ -38,6 +39,8 @@ class ServerOrder:
     """A response has the same bits in every run, also beside other requests (--deterministic-mode)."""
     stretched_positions: int | None = None
     """Tokens of the longest text where the rotary scaling allows more than max_position_embeddings says; None: it does not."""
+    adapter: AdapterConfig | None = None
+    """Of the adapters that publications bring by name; None: there are none."""
     token: str = field(repr=False)
     """Clients show it to change weights or memory."""
 

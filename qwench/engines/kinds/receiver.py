@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from qwench.engines.client import HttpEngine
 from qwench.engines.ledger import Ledger
 from qwench.engines.protocol import Portion
-from qwench.errors import EngineError, EngineLostError
+from qwench.errors import EngineError, EngineLostError, WeightSyncError
 from qwench.wire.addresses import EngineAddress, Placement
 from qwench.wire.flat_bucket import TensorEntry
 from qwench.wire.shared_buffer import SharedBuffer
@@ -17,12 +17,14 @@ from qwench.wire.shared_buffer import SharedBuffer
 Json = dict[str, Any]  # a JSON object has no closed type
 _LEAVE_TIMEOUT_S = 30.0
 _NO_GROUP = ("there is no weight group", "does not exist")
+_NO_ADAPTER = ("there is no adapter", "does not exist")
 
 
 class Receiver(Protocol):
     """See the module docstring. Every request ends within the deadline given at the start, or raises.
 
     open -> take_shared | take_broadcast of each bucket in turn, or take_folder once -> confirm -> close
+    open -> take_adapter -> close
     """
 
     address: EngineAddress
@@ -74,6 +76,14 @@ class Receiver(Protocol):
         """Ask the engine to load a checkpoint."""
         ...
 
+    async def take_adapter(self, folder: Path, name: str, *, version: int, retired: Sequence[str]) -> None:
+        """Ask the engine to load an adapter for requests that name it, and to forget those of earlier publications.
+
+        Raises:
+            WeightSyncError: it does not hold the adapter afterwards.
+        """
+        ...
+
     async def confirm(self, ledger: Ledger, *, version: int) -> None:
         """Check that the engine holds what the ledger noted, under this version.
 
@@ -120,15 +130,17 @@ class HttpReceiver:
 
     async def leave(self, group: str) -> None:
         """See `Receiver`."""
-        try:
-            await self.engine.post(
-                "/destroy_weights_update_group", {"group_name": group}, timeout_s=min(_LEAVE_TIMEOUT_S, self._timeout_s)
-            )
-        except EngineLostError:
-            raise
-        except EngineError as refused:
-            if not any(words in str(refused) for words in _NO_GROUP):
-                raise
+        timeout_s = min(_LEAVE_TIMEOUT_S, self._timeout_s)
+        await self._forget("/destroy_weights_update_group", {"group_name": group}, _NO_GROUP, timeout_s=timeout_s)
+
+    async def take_adapter(self, folder: Path, name: str, *, version: int, retired: Sequence[str]) -> None:
+        """See `Receiver`; by SGLang's routes. Nothing may be generating: SGLang unloads when the last request has ended."""
+        loaded = (await self.ask("/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})).get("loaded_adapters")
+        if name not in (loaded or ()):
+            raise WeightSyncError(f"{self.engine!r} does not name {name!r} among its adapters: {loaded}.")
+        await self.ask("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+        for earlier in retired:
+            await self._forget("/unload_lora_adapter", {"lora_name": earlier}, _NO_ADAPTER, timeout_s=self._timeout_s)
 
     async def close(self) -> None:
         """See `Receiver`."""
@@ -138,6 +150,16 @@ class HttpReceiver:
         """Send a request that changes weights and return the answer."""
         answer = await self.engine.post(path, body, timeout_s=self._timeout_s)
         return answer if isinstance(answer, dict) else {}
+
+    async def _forget(self, path: str, body: Mapping[str, Any], unknown: Sequence[str], *, timeout_s: float) -> None:
+        """Ask the server to forget something, which it may not know: its answer then has some of the words of `unknown`."""
+        try:
+            await self.engine.post(path, body, timeout_s=timeout_s)
+        except EngineLostError:
+            raise
+        except EngineError as refused:
+            if not any(words in str(refused) for words in unknown):
+                raise
 
     def own_fields(self, **fields: Any) -> Json:
         """Return fields that only Qwench's server knows."""

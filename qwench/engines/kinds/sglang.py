@@ -47,7 +47,7 @@ def sglang_command(
     """Return how to start engine `index`; see `EngineKind.command`."""
     engine, tp_size = order.engine, order.engine_sizes[index]
     assert not gpu_ids or len(gpu_ids) == tp_size, f"{len(gpu_ids)} GPUs for tp {tp_size}"
-    argv = [sys.executable, "-P", "-m", "sglang.launch_server", *engine.sglang_args]
+    argv = [sys.executable, "-P", "-m", "sglang.launch_server", *_adapter_words(order), *engine.sglang_args]
     argv += ["--model-path", str(order.model_folder), "--tp-size", str(tp_size), "--dtype", order.dtype]
     # Engines that sampled with one seed would draw the same for requests that bring none.
     argv += ["--random-seed", str(order.seed + index)]
@@ -74,6 +74,15 @@ def sglang_command(
         host=host,
         start_timeout_s=engine.engine_start_timeout,
     )
+
+
+def _adapter_words(order: ServerOrder) -> list[str]:
+    """Return the flags for adapters that publications bring; flags of the user come later and win."""
+    if order.adapter is None:
+        return []
+    # At a publication the adapter before it is still loaded.
+    limits = ["--max-lora-rank", str(order.adapter.rank), "--max-loras-per-batch", "2", "--max-loaded-loras", "2"]
+    return ["--enable-lora", *limits, "--lora-target-modules", *order.adapter.targets]
 
 
 SGLANG = EngineKind(

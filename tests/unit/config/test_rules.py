@@ -309,15 +309,21 @@ def test_adapters_are_refused_where_they_are_not_built(sections, flag):
     check_rules(Config(lora=LORA))
 
 
-@pytest.mark.parametrize(
-    "engine", [EngineConfig(rollout_engine="sglang"), EngineConfig(rollout_engine="embedded", update_weight_transport="disk")]
-)
-def test_sglang_and_publications_from_disk_get_merged_weights(engine):
-    adapter = LoraConfig(lora_rank=8, lora_publish="adapter")
-    with pytest.raises(ConfigError) as caught:
-        check_rules(Config(lora=adapter, engine=engine))
-    assert str(caught.value) == "--lora-rank 8 does not work yet with --lora-publish adapter and SGLang or disk; give merged"
-    check_rules(Config(lora=adapter, engine=EngineConfig(rollout_engine="embedded")))
+@pytest.mark.parametrize(("engine", "named"), [
+    (EngineConfig(rollout_engine="sglang"), "SGLang"),
+    (EngineConfig(rollout_engine="embedded", update_weight_transport="disk"), "--update-weight-transport disk"),
+])  # fmt: skip
+def test_adapters_that_engines_name_are_beside_the_checkpoint_and_of_finished_rollouts(engine, named):
+    adapter, rounded = (LoraConfig(lora_rank=8, lora_publish="adapter", lora_base=base) for base in ("auto", "nf4"))
+    check_rules(Config(lora=adapter, engine=engine))
+    asynchronous = AsyncConfig(fully_async=True)
+    for sections, flag in (({"lora": rounded}, "--lora-base"), ({"asynchronous": asynchronous}, "--fully-async")):
+        with pytest.raises(ConfigError) as caught:
+            check_rules(Config(**({"lora": adapter, "engine": engine} | sections)))
+        assert str(caught.value) == (
+            f"--lora-rank 8 does not work yet with --lora-publish adapter, {named} and {flag}; give merged"
+        )
+    check_rules(Config(lora=rounded, engine=EngineConfig(rollout_engine="embedded")))
 
 
 TWO_STAGES = ParallelConfig(pipeline_model_parallel_size=2)

@@ -16,6 +16,7 @@ from qwench.engines.kinds.passthrough_flags import check_words
 from qwench.engines.kinds.sglang import check_sglang_words, sglang_command
 from qwench.engines.kinds.sglang_router import check_router_words, router_command
 from qwench.errors import ConfigError
+from qwench.models.peft import AdapterConfig
 from tests.fakes.orders import server_order
 
 PARSER = "parser.add_argument('--size', type=int); parser.add_argument('--fast', action='store_true')"
@@ -60,6 +61,17 @@ def test_what_a_run_needs_is_switched_on(changed, words):
     argv = command(order(**{changed: True})).argv
     at = argv.index(words[0])
     assert list(argv[at : at + len(words)]) == words
+
+
+def test_an_sglang_server_has_room_for_an_adapter_and_the_one_before_it():
+    targets = ("q_proj", "down_proj")
+    adapter = AdapterConfig(rank=32, alpha=64.0, use_rslora=False, targets=targets)
+    argv = command(order(adapter=adapter, sglang_args=("--max-loras-per-batch", "4"))).argv
+    assert argv[4:12] == (
+        "--enable-lora", "--max-lora-rank", "32", "--max-loras-per-batch", "2", "--max-loaded-loras", "2",
+        "--lora-target-modules",
+    )  # fmt: skip
+    assert argv[12:16] == (*targets, "--max-loras-per-batch", "4")  # the user's comes last and wins
 
 
 def test_an_sglang_server_takes_texts_as_long_as_yarn_allows_unless_the_user_decides():

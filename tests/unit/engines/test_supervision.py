@@ -19,8 +19,8 @@ from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResul
 from qwench.errors import EngineError, EngineLostError, WeightSyncError
 from qwench.observability import parts
 from qwench.observability.timing import PhaseTimer
+from qwench.weights.plan import PublicationPlan
 from qwench.weights.publisher import Publisher
-from qwench.weights.remote import PublicationPlan
 from tests.deadlines import patient
 from tests.unit.engines.scripted import ScriptedEngine, ScriptedServer
 

@@ -11,8 +11,8 @@ from qwench.config.sections.engine import EngineConfig
 from qwench.engines.protocol import WeightReceipt
 from qwench.errors import WeightSyncError
 from qwench.observability.timing import PhaseTimer
+from qwench.weights.plan import PublicationPlan
 from qwench.weights.publisher import Publisher
-from qwench.weights.remote import PublicationPlan
 from qwench.wire.portions import WeightBucket, bucketed
 from tests.checksums import tensor_checksum
 
@@ -77,7 +77,7 @@ class Pool:
         return self
 
     @contextmanager
-    def receiving(self, version: int) -> Iterator[None]:
+    def receiving(self, version: int, *, adapter: str | None = None) -> Iterator[None]:
         yield
 
     def run(self, coroutine, *, label: str, timeout_s: float) -> None:

@@ -14,9 +14,10 @@ from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.fleet.pool import EngineRestartedError
 from qwench.engines.protocol import WeightReceipt
 from qwench.errors import WeightSyncError
+from qwench.models.peft import AdapterConfig
 from qwench.observability.timing import PhaseTimer
+from qwench.weights.plan import NamedAdapter, PublicationPlan
 from qwench.weights.publisher import Publisher
-from qwench.weights.remote import PublicationPlan
 from qwench.wire.addresses import EngineAddress
 from tests.deadlines import patient
 from tests.fakes.engine import FakeEngine
@@ -72,13 +73,15 @@ class Pool:
         self.engines = engines
         self.loop = EventLoopThread("test")
         self.weights_lost = 0
+        self.adapters: list[str | None] = []
 
     @contextmanager
     def explaining(self):
         yield
 
     @contextmanager
-    def receiving(self, version: int):
+    def receiving(self, version: int, *, adapter: str | None = None):
+        self.adapters.append(adapter)
         self._events.append(f"receive {version}")
         yield
         self._events.append(f"confirmed {version}")
@@ -187,3 +190,19 @@ def test_engines_get_an_adapter_alone_when_they_hold_the_frozen_weights(make_sce
     for version in range(2, 4):
         publisher.publish(version=version)
     assert [plan.part for _, _, plan in scene.model.published] == ["apart", "adapter", "apart", "adapter"]
+
+
+def test_each_publication_of_a_named_adapter_has_its_name_and_retires_those_before_it(make_scene):
+    scene = make_scene("served", failures=1)
+    adapter = AdapterConfig(rank=2, alpha=4.0, use_rslora=False, targets=("q_proj",))
+    plan = replace(PLAN, adapters=True, named=NamedAdapter(config=adapter))
+    publisher = Publisher(scene.model, scene.pool, plan, gpus=Gpus(scene.events), timer=PhaseTimer())
+    for version in (5, 6, 7):
+        publisher.publish(version=version)  # the first time the engine is lost: published again
+    plans = [plan for _, _, plan in scene.model.published]
+    names = [plan.named.name for plan in plans]
+    assert [name.rpartition("-")[0] for name in names] == ["version-5", "version-5", "version-6", "version-7"]
+    assert len({*names}) == 4
+    assert [plan.named.retired for plan in plans] == [(), (names[0],), (names[1],), (names[2],)]
+    assert [plan.part for plan in plans] == ["adapter"] * 4
+    assert scene.pool.adapters == names

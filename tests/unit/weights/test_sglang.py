@@ -1,5 +1,8 @@
 """What SGLang is sent, and what is verified of it, against an independent account of what SGLang does."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +11,9 @@ from hypothesis import strategies as st
 from qwench.config.sections.engine import EngineConfig
 from qwench.errors import EngineError, WeightSyncError
 from qwench.models.fp8 import quantized
-from qwench.weights.remote import PublicationPlan, publish_from_rank
+from qwench.models.peft import AdapterConfig
+from qwench.weights.plan import NamedAdapter, PublicationPlan
+from qwench.weights.remote import publish_from_rank
 from qwench.wire.addresses import EngineAddress, Placement, host_name
 from qwench.wire.portions import bucketed
 from tests.checksums import sglang_hash
@@ -115,6 +120,62 @@ def test_the_wrong_token_is_refused():
     with serve(source) as fake, pytest.raises(EngineError, match="401"):
         publish(source, fake, token="guess")
     assert fake.params == [{}]
+
+
+ADAPTER = AdapterConfig(rank=2, alpha=4.0, use_rslora=False, targets=("q_proj",))
+
+
+class AdapterSource:
+    """Frozen weights that nobody needs, and an adapter of one projection."""
+
+    def weights(self, *, bucket_bytes, part="merged"):
+        assert part == "adapter"
+        module = "model.layers.0.self_attn.q_proj"
+        shapes = {f"{module}.lora_A.weight": (2, 64), f"{module}.lora_B.weight": (64, 2), "lora_scale": (1,)}
+        return bucketed(((name, torch.ones(shape)) for name, shape in shapes.items()), bucket_bytes=bucket_bytes)
+
+    def shared_weights(self):
+        return None
+
+
+def name_adapter(fake, name, *, version, retired=()):
+    address = EngineAddress(base_url=fake.base_url, token=TOKEN, kind="sglang", placement=None)
+    named = NamedAdapter(config=ADAPTER, name=name, retired=retired)
+    plan = PublicationPlan(engine=EngineConfig(), adapters=True, named=named, part="adapter", timeout_s=patient(20))
+    publish_from_rank(AdapterSource(), [address], version, plan)
+
+
+def test_an_adapter_is_loaded_by_its_name_and_those_before_it_are_unloaded():
+    with FakeSglang({}, tp_size=1, token=TOKEN) as fake:
+        name_adapter(fake, "one", version=3)
+        name_adapter(fake, "two", version=4, retired=("zero", "one"))
+    requests = [(path, body | {"lora_path": ""} if "lora_path" in body else body) for path, body in fake.requests if body]
+    label = {"abort_all_requests": False}
+    assert requests == [
+        ("/load_lora_adapter", {"lora_name": "one", "lora_path": ""}),
+        ("/update_weight_version", {"new_version": "3"} | label),
+        ("/load_lora_adapter", {"lora_name": "two", "lora_path": ""}),
+        ("/update_weight_version", {"new_version": "4"} | label),
+        ("/unload_lora_adapter", {"lora_name": "zero"}),  # it was restarted meanwhile: an unknown name is no error
+        ("/unload_lora_adapter", {"lora_name": "one"}),
+    ]
+    config = json.loads(fake.adapters["two"])
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 4, ["q_proj"])
+    assert [*fake.adapters] == ["two"] and fake.version == "4"
+    folders = [Path(body["lora_path"]) for _, body in fake.requests if "lora_path" in body]
+    assert len({*folders}) == 2 and not any(folder.exists() for folder in folders)
+
+
+def test_an_adapter_that_is_refused_names_the_engine_and_its_reason():
+    with FakeSglang({}, tp_size=1, token=TOKEN) as fake:
+        name_adapter(fake, "one", version=3)
+        with pytest.raises(
+            EngineError, match=r"HttpEngine.* status 400: Failed to load LoRA adapter one because it is already"
+        ):
+            name_adapter(fake, "one", version=4)
+        fake.answer = lambda path, body: (200, {"loaded_adapters": {}, "tp_size": 1})
+        with pytest.raises(WeightSyncError, match=r"does not name 'two' among its adapters: \{\}"):
+            name_adapter(fake, "two", version=4)
 
 
 @given(st.integers(0, 60_000), st.integers(0, 2**32))

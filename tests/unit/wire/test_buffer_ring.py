@@ -14,7 +14,8 @@ from qwench.config.sections.engine import EngineConfig
 from qwench.engines.kinds.embedded import EMBEDDED, EmbeddedReceiver
 from qwench.engines.protocol import Portion
 from qwench.weights import remote
-from qwench.weights.remote import PublicationPlan, publish_from_rank
+from qwench.weights.plan import PublicationPlan
+from qwench.weights.remote import publish_from_rank
 from qwench.wire.addresses import EngineAddress, placement_of
 from qwench.wire.flat_bucket import entries_from_json, unflatten
 from qwench.wire.portions import WeightBucket

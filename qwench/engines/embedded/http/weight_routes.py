@@ -3,6 +3,7 @@
     /update_weights_from_tensor       one bucket: in a buffer that this process can open, or as safetensors in the body
     /update_weights_from_distributed  one bucket: broadcast in a group made by /init_weights_update_group
     /update_weights_from_disk         all weights: from a checkpoint folder
+    /update_weight_version            none: the version of an adapter that was loaded by /load_lora_adapter
 
 A bucket says which one of its publication it is, and may be sent while the one before it is loaded; after the final one the
 answer has the version and every tensor's checksum. Nothing is unpickled: that would run the sender's code.
@@ -104,6 +105,15 @@ class DiskBody(BaseModel):
     weight_version: str | None = None
 
 
+class VersionBody(BaseModel):
+    """Body of `/update_weight_version`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    new_version: str
+    abort_all_requests: bool = True
+
+
 class WeightRoutes:
     """The handlers that change the weights of one engine."""
 
@@ -123,6 +133,7 @@ class WeightRoutes:
             ("/update_weights_from_tensor", self.update_from_tensor),
             ("/update_weights_from_distributed", self.update_from_distributed),
             ("/update_weights_from_disk", self.update_from_disk),
+            ("/update_weight_version", self.update_version),
             ("/init_weights_update_group", self.init_group),
             ("/destroy_weights_update_group", self.destroy_group),
         ):
@@ -173,6 +184,14 @@ class WeightRoutes:
             raise WeightSyncError(f"model_path {body.model_path[:200]!r} cannot be read ({error}).") from error
         self._on_new_folder(body.model_path)
         return _confirm(receipt)
+
+    async def update_version(self, body: VersionBody) -> Response:
+        """Name the version of responses from now on."""
+        version = read_version(body.new_version)
+        if body.abort_all_requests:
+            await self._engine.abort()
+        await self._engine.set_version(version)
+        return _json({"success": True, "message": f"Weight version updated to {version}", "new_version": body.new_version})
 
     async def init_group(self, body: GroupBody) -> Response:
         """Join a group in which weights will be broadcast. Leave an older group of the same name first."""
