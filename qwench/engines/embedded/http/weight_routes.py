@@ -191,7 +191,9 @@ class WeightRoutes:
         if body.abort_all_requests:
             await self._engine.abort()
         await self._engine.set_version(version)
-        return _json({"success": True, "message": f"Weight version updated to {version}", "new_version": body.new_version})
+        return json_answer(
+            {"success": True, "message": f"Weight version updated to {version}", "new_version": body.new_version}
+        )
 
     async def init_group(self, body: GroupBody) -> Response:
         """Join a group in which weights will be broadcast. Leave an older group of the same name first."""
