@@ -1,6 +1,7 @@
 """Fuzz the engine's HTTP server: `python -m tests.campaigns.fuzz --cases 10000` (needs the extra `fuzz`: schemathesis).
 
-Odd values of every sampling parameter are refused (4xx) or answered (200), none ends the engine. Then schemathesis makes
+Odd values of every sampling parameter are refused (4xx) or answered (200) by `/generate` and by OpenAI's paths, whole and as
+streams, and none ends the engine. Then schemathesis makes
 requests, valid and not, from the server's own OpenAPI schema, half of them with the server's token: no answer may be a 5xx but
 that the engine waits for weights, which a request with the token may cause. Afterwards the engine samples as before, unless
 the token was shown, and holds no row and no page.
@@ -31,6 +32,17 @@ ODD_NUMBERS: tuple[Json, ...] = (-1, 0, 1e-45, 1e300, 2**31, 2**63, HUGE, -HUGE,
 ODD_LISTS: tuple[Json, ...] = ([-1], [2**31], [HUGE], [1.5], ["a"], [[]], [None], "a", 7, {}, [1] * 1000)
 ODD_TEXTS: tuple[Json, ...] = ("", [""], ["\ud83d"], ["x" * 20_000], ["x"] * 300, ["\0"], [1], 7, {}, [[]])
 NUMBERS = ("temperature", "top_p", "top_k", "min_p")
+OPENAI_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
+ODD_FIELDS: dict[str, tuple[Json, ...]] = {
+    "n": (0, -1, 129, HUGE, 1.5, "2", []),
+    "logprobs": (True, 5, -1, "a"),
+    "stream_options": ({}, {"include_usage": "x"}, 7),
+    "messages": ([], [{}], [{"role": "user"}], [{"role": "x", "content": "y"}], [{"role": "user", "content": 7}], "x", [[]]),
+    "tools": ([{}], [7], [{"type": "function"}], [{"function": {"name": []}}], "x"),
+    "chat_template_kwargs": ({"chat_template": "{{ 1/0 }}"}, {"tokenize": True}, {"enable_thinking": []}, {"a b": 1}, 7),
+    "prompt": ("", [], [[]], [""], [-1], [HUGE], "\ud83d", ["a", 1], {}, "x" * 200_000),
+    "model": ("", "\0", 7, "x" * 10_000),
+}
 SEED_BODY = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 4, "temperature": 0}, "return_logprob": True}
 
 
@@ -51,14 +63,27 @@ def odd_bodies() -> Iterator[tuple[str, Json]]:
         yield f"sampling_seed={value!r}", {"sampling_seed": value}
 
 
-def post(url: str, body: Json) -> tuple[int, Json]:
-    """Send JSON (with NaN and infinity as Python spells them) to /generate."""
-    request = urllib.request.Request(
-        f"{url}/generate", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
-    )
+def odd_openai_bodies() -> Iterator[tuple[str, str, Json]]:
+    """Yield path, name and body: the odd parameters under OpenAI's names, and odd values of the fields of its paths."""
+    bases: dict[str, Json] = {
+        "/v1/completions": {"prompt": "x", "max_tokens": 2},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2},
+    }
+    for path, base in bases.items():
+        for name, params in odd_bodies():
+            yield path, name, base | {OPENAI_NAMES.get(key, key): value for key, value in params.items()}
+        for field, values in ODD_FIELDS.items():
+            for value in values:
+                yield path, f"{field}={value!r:.30}", base | {field: value}
+
+
+def post(url: str, body: Json, *, path: str = "/generate") -> tuple[int, Json]:
+    """Send JSON (with NaN and infinity as Python spells them); a stream is returned as text."""
+    request = urllib.request.Request(url + path, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
-            return response.status, json.load(response)
+            content = response.read().decode()
+            return response.status, json.loads(content) if content.startswith(("{", "[")) else content
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode(errors="replace")
 
@@ -89,6 +114,13 @@ def send_odd(url: str) -> tuple[Counter[int], list[str]]:
         statuses[status] += 1
         if status >= 500:
             faults.append(f"{name}: {status} {answer!r:.200}")
+    for path, name, body in odd_openai_bodies():
+        whole, streamed = (post(url, body | {"stream": stream}, path=path) for stream in (False, True))
+        statuses.update((whole[0], streamed[0]))
+        differ = whole[0] != streamed[0] and "stream_options" not in body
+        broken = streamed[0] == 200 and '"error"' in streamed[1]
+        if max(whole[0], streamed[0]) >= 500 or differ or broken:
+            faults.append(f"{path} {name}: {whole!r:.200} {streamed!r:.200}")
     return statuses, faults + is_well(url, before)
 
 

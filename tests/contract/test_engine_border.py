@@ -15,6 +15,7 @@ from qwench.engines.embedded.http import border
 from qwench.engines.embedded.http.serving import ServerThread
 from qwench.engines.embedded.http.weight_routes import MAX_GROUPS
 from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.wire.portions import DEFAULT_BUCKET_BYTES
 from tests.contract.engine_hosts import make_engine, make_model
 from tests.deadlines import patient
 
@@ -142,6 +143,19 @@ def test_a_body_that_says_it_is_too_large_is_not_read(server, path):
     answer = connection.getresponse()  # though not one byte of the body was sent
     assert (answer.status, "larger than" in answer.read().decode()) == (413, True)
     connection.close()
+
+
+def test_a_body_may_be_as_large_as_its_model_and_its_path_need():
+    model = make_model("qwen3")
+    model.config.max_position_embeddings = 4096
+    engine = make_engine(model, tokenizer=build_small_tokenizer())
+    with ServerThread(engine, model_path="tiny") as server:
+        for path, most in (
+            ("/generate", 64 * 4096 * 12),  # 64 prompts of all positions, with 12 bytes for a token
+            ("/update_weights_from_tensor", 2 * DEFAULT_BUCKET_BYTES + 2**20),  # what a sender packs, the model being small
+        ):
+            status, answer = ask(server, path, headers={"Content-Length": str(most + 1)})
+            assert status == 413 and f"larger than {most} bytes" in answer
 
 
 @pytest.mark.parametrize("path", ["/generate", *OPENAI_PATHS, "/update_weights_from_disk"])

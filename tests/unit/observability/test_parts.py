@@ -1,4 +1,6 @@
+import faulthandler
 import os
+import signal
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -6,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from qwench.observability import parts
-from qwench.observability.parts import AskedPart, ask_for_stacks, describe_silence, silent_parts, stacks_written
+from qwench.observability.parts import (
+    STACKS_SIGNAL,
+    AskedPart,
+    ask_for_stacks,
+    describe_silence,
+    dump_stacks_on_signal,
+    silent_parts,
+    stacks_written,
+)
 
 
 class Clock:
@@ -106,3 +116,23 @@ def test_stacks_that_are_written_piece_by_piece_are_read_to_their_end(tmp_path: 
 
     monkeypatch.setattr(parts.time, "sleep", lambda seconds: write(next(pieces, "")))
     assert ask_for_stacks(lambda: write("line 1, "), path, timeout_s=5) == "line 1, line 2, line 3"
+
+
+def test_a_process_writes_the_stacks_of_its_threads_on_the_signal_each_time(tmp_path: Path) -> None:
+    def wait_in_a_thread() -> None:
+        done.wait()
+
+    done, path = threading.Event(), tmp_path / "rank.stacks"
+    thread = threading.Thread(target=wait_in_a_thread)
+    before = signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # else the process would end if nothing took its place
+    try:
+        dump_stacks_on_signal(path)
+        thread.start()
+        for _ in range(2):
+            written = ask_for_stacks(lambda: os.kill(os.getpid(), STACKS_SIGNAL), path)
+            assert "test_a_process_writes_the_stacks" in written and "wait_in_a_thread" in written
+    finally:
+        done.set()
+        thread.join()
+        faulthandler.unregister(STACKS_SIGNAL)
+        signal.signal(STACKS_SIGNAL, before)
