@@ -6,7 +6,7 @@
 --buffer-filter-path                 fn(args, rollout_id, buffer, num_samples)
 --rollout-sample-filter-path         fn(args, groups)
 --rollout-all-samples-process-path   fn(args, groups, data_source)
---eval-function-path                 fn(args, rollout_id, data_source, evaluation=True) | class
+--eval-function-path                 the same with evaluation=True; without it the function of --rollout-function-path
 """
 
 from __future__ import annotations
@@ -72,11 +72,13 @@ class Adapters:
     def make_rollout(self, function: Function, path: str) -> Function:
         """Return a `RolloutFunction`."""
 
+        call, own_source = _RolloutCall(function), None
+
         async def adapted(rollout_id: int, context: RolloutContext) -> Rollout:
+            nonlocal own_source
             session = current_session()
-            source = session.data_source or DataSource(context, asyncio.get_running_loop(), as_text=self.as_text)
-            made = theirs.RolloutFnTrainInput(rollout_id=rollout_id)
-            answer = await _call_rollout(function, session, rollout_id, source, made)
+            own_source = own_source or DataSource(context, asyncio.get_running_loop(), as_text=self.as_text)
+            answer = await call(theirs.RolloutFnTrainInput(rollout_id=rollout_id), session, session.data_source or own_source)
             output = answer if isinstance(answer, theirs.RolloutFnTrainOutput) else theirs.RolloutFnTrainOutput(samples=answer)
             groups = to_groups(output.samples, tokenizer=session.tokenizer)
             metrics = {name: float(value) for name, value in (output.metrics or {}).items() if isinstance(value, int | float)}
@@ -88,10 +90,11 @@ class Adapters:
     def evaluate(self, function: Function, path: str) -> Function:
         """Return an `EvalFunction`."""
 
+        call = _RolloutCall(function)
+
         async def adapted(sets: Sequence[EvalSet], run_set: RunSet) -> Mapping[str, float]:
             session = current_session()
-            made = theirs.RolloutFnEvalInput(rollout_id=0)
-            answer = await _call_rollout(function, session, 0, None, made)
+            answer = await call(theirs.RolloutFnEvalInput(rollout_id=0), session, session.data_source)
             output = answer if isinstance(answer, theirs.RolloutFnEvalOutput) else theirs.RolloutFnEvalOutput(data=answer)
             return _eval_metrics(output, session)
 
@@ -107,7 +110,10 @@ class Adapters:
             answer = function(current_session().args, self._group(group))
             keep = getattr(answer, "keep", answer)
             reason = getattr(answer, "reason", None) or "filtered"
-            return FilterResult(keep=True) if bool(keep) else FilterResult(keep=False, reason=str(reason))
+            if bool(keep):
+                return FilterResult(keep=True)
+            fallback = bool(getattr(answer, "keep_when_insufficient", False))
+            return FilterResult(keep=False, reason=str(reason), keep_when_insufficient=fallback)
 
         return adapted
 
@@ -255,6 +261,22 @@ class DataSource:
         return self.metadata
 
 
+class _RolloutCall:
+    """Calls a rollout function in a thread, where it may run coroutines. A class is made once and keeps its state."""
+
+    def __init__(self, named: Foreign) -> None:
+        self._named = named
+        self._instance: Foreign = None
+
+    async def __call__(self, made: Foreign, session: Session, source: Foreign) -> Foreign:
+        """Call it with the input of miles' classes, or with what that input and the session hold."""
+        if not inspect.isclass(self._named):
+            return await call_anyhow(self._named, session.args, made.rollout_id, source, evaluation=made.evaluation)
+        if self._instance is None:
+            self._instance = _made(self._named, theirs.RolloutFnConstructorInput(args=session.args, data_source=source))
+        return await call_anyhow(self._instance, made)
+
+
 def _back(answer: Foreign, sample: Sample, session: Session, call: Call) -> Sample | list[Sample]:
     """Return our records of what a generate function returned."""
     version = min(call.versions, default=-1)
@@ -279,14 +301,6 @@ def _made(named: Foreign, *arguments: Foreign) -> Foreign:
 def _seed(sample: Sample, context: GenerateContext) -> int | None:
     """Return the seed of the sample's requests."""
     return context.sampling.params(sample, position=context.position, scope=context.scope).seed
-
-
-async def _call_rollout(function: Foreign, session: Session, rollout_id: int, source: Foreign, made: Foreign) -> Foreign:
-    """Call a rollout function in a thread, where it may run coroutines; a class is made for the call."""
-    if inspect.isclass(function):
-        constructor_input = theirs.RolloutFnConstructorInput(args=session.args, data_source=source)
-        return await call_anyhow(_made(function, constructor_input), made)
-    return await call_anyhow(function, session.args, rollout_id, source, evaluation=made.evaluation)
 
 
 def _check_rollout(function: Function, path: str, flag: str) -> None:

@@ -12,7 +12,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from statistics import stdev
 from types import ModuleType
 from typing import Any
 
@@ -31,8 +33,11 @@ from qwench.foreign.sample import (
     RolloutFnTrainInput,
     RolloutFnTrainOutput,
     Sample,
+    SampleStatus,
+    leaves,
 )
 from qwench.plugins import load_object
+from qwench.rollout.filters import MIN_STD
 
 ROOTS = ("slime", "miles")
 
@@ -72,9 +77,20 @@ def encode_image_for_rollout_engine(image: Foreign) -> str:
 
 def check_reward_nonzero_std(args: Foreign, samples: Sequence[Sample], **_: Foreign) -> DynamicFilterOutput:
     """Keep a group whose rewards differ."""
-    rewards = [sample.get_reward_value(args) for sample in samples]
-    keep = max(rewards) - min(rewards) > 0
+    rewards = [float(sample.get_reward_value(args)) for sample in leaves(samples)]
+    keep = len(rewards) > 1 and stdev(rewards) > MIN_STD
     return DynamicFilterOutput(keep=keep, reason=None if keep else f"zero_std_{round(rewards[0], 1)}")
+
+
+def check_reward_nonzero_std_with_fallback(args: Foreign, samples: Sequence[Sample], **_: Foreign) -> DynamicFilterOutput:
+    """Keep a group whose rewards differ, and any group where another would have to be generated in its place."""
+    return replace(check_reward_nonzero_std(args, samples), keep_when_insufficient=True)
+
+
+def check_no_aborted(args: Foreign, samples: Sequence[Sample], **_: Foreign) -> DynamicFilterOutput:
+    """Keep a group none of whose samples was aborted."""
+    keep = all(sample.status is not SampleStatus.ABORTED for sample in leaves(samples))
+    return DynamicFilterOutput(keep=keep, reason=None if keep else "group_has_aborted")
 
 
 def call_dynamic_filter(function: Foreign, *args: Foreign, **kwargs: Foreign) -> DynamicFilterOutput:
@@ -205,7 +221,11 @@ MODULES: Mapping[str, Mapping[str, Foreign]] = {
     },
     "backends.megatron_utils.cp_utils": _WHOLE,
     "backends.training_utils.cp_utils": _WHOLE,
-    "rollout.filter_hub.dynamic_sampling_filters": {"check_reward_nonzero_std": check_reward_nonzero_std},
+    "rollout.filter_hub.dynamic_sampling_filters": {
+        "check_reward_nonzero_std": check_reward_nonzero_std,
+        "check_reward_nonzero_std_with_fallback": check_reward_nonzero_std_with_fallback,
+        "check_no_aborted": check_no_aborted,
+    },
 }
 """Module below `slime` or `miles` -> its names."""
 _PACKAGES = frozenset(".".join(parts[:depth]) for parts in (name.split(".") for name in MODULES) for depth in range(len(parts)))

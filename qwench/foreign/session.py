@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from argparse import Namespace
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 import aiohttp
@@ -84,14 +86,36 @@ async def get(url: str, **_: Foreign) -> Foreign:
     return await _ask(url, method="get", max_retries=1, headers=None)
 
 
-async def wait_http_ok(url: str, timeout_s: float = 60.0, **_: Foreign) -> None:
-    """Return when an address answers."""
-    await _ask(url, method="get", max_retries=int(timeout_s / _RETRY_S), headers=None, as_json=False)
+async def wait_http_ok(
+    url: str,
+    *,
+    json_payload: Foreign = None,
+    timeout: float = 180.0,
+    request_timeout: float = 60.0,  # theirs
+) -> None:
+    """Return when an address answers with status 200.
+
+    Raises:
+        TimeoutError: it did not within `timeout` seconds.
+    """
+    method, deadline = "GET" if json_payload is None else "POST", time.monotonic() + timeout
+    while True:
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=request_timeout)) as client,
+                client.request(method, url, json=json_payload) as answer,
+            ):
+                if answer.status == HTTPStatus.OK:
+                    return
+                last = f"status {answer.status}"
+        except (aiohttp.ClientError, TimeoutError) as error:
+            last = repr(error)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{url} was not ready after {timeout:g} s: {last}.")
+        await asyncio.sleep(_RETRY_S)
 
 
-async def _ask(
-    url: str, *, method: str, max_retries: int, headers: Mapping[str, str] | None, as_json: bool = True, **options: Foreign
-) -> Foreign:
+async def _ask(url: str, *, method: str, max_retries: int, headers: Mapping[str, str] | None, **options: Foreign) -> Foreign:
     for attempt in range(max_retries + 1):
         try:
             async with (
@@ -99,7 +123,7 @@ async def _ask(
                 client.request(method.upper(), url, headers=headers, **options) as answer,
             ):
                 answer.raise_for_status()
-                return await answer.json(content_type=None) if as_json else None
+                return await answer.json(content_type=None)
         except aiohttp.ClientConnectionError as error:
             if attempt == max_retries:
                 raise EngineError(f"{url} was not reached in {max_retries + 1} tries: {error}.") from error

@@ -94,7 +94,9 @@ def load_user_functions(config: Config) -> UserFunctions:
             adapted[target] = getattr(adapters, target)(function, path)
             cleared: dict[str, Any] = {name: None}  # Any: as the field's annotation says
             rollout = replace(rollout, **cleared)
-    evaluate, path = _foreign_function(config, evaluation.eval_function_path, "--eval-function-path")
+    # As there, a rollout function evaluates too. One of ours has another signature.
+    evaluating = evaluation.eval_function_path or (config.rollout.rollout_function_path if "make_rollout" in adapted else None)
+    evaluate, path = _foreign_function(config, evaluating, "--eval-function-path")
     if evaluate is not None:
         adapted["evaluate"] = adapters.evaluate(evaluate, path)
         evaluation = replace(evaluation, eval_function_path=None)

@@ -66,7 +66,7 @@ class Collector:
                         self._use_rejected(rollout_id, tally)
                         break
                     done = await self._wait(pending)
-                    self._judge(done, tally, progress)
+                    self._judge(done, tally, progress, num_pending=len(pending))
             tally.surplus += await self._runner.abort(pending)
         finally:
             await cancel_and_wait(pending)
@@ -89,12 +89,13 @@ class Collector:
             self._buffer.update(group)
         return sorted(groups, key=lambda group: group.group_id)
 
-    def _judge(self, groups: Sequence[Group], tally: Tally, progress: Progress) -> None:
+    def _judge(self, groups: Sequence[Group], tally: Tally, progress: Progress, *, num_pending: int) -> None:
         """Sort finished groups by outcome; what comes when there are enough is surplus."""
-        for group in groups:
+        for position, group in enumerate(groups):
+            others = len(tally.accepted) + len(groups) - position - 1 + num_pending
             if len(tally.accepted) == self._num_groups:
                 tally.surplus.append(group)
-            elif self._selection.judge(group, tally):
+            elif self._selection.judge(group, tally, is_needed=others < self._num_groups):
                 progress.advance(1)
 
     def _use_rejected(self, rollout_id: int, tally: Tally) -> None:

@@ -7,12 +7,13 @@ metric `rollout/dynamic_filter/drop_<reason>`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import stdev
 
 from qwench.samples import Group, Sample, Status
 
-_MIN_STD = 1e-6
+MIN_STD = 1e-6
+"""Rewards whose standard deviation is not larger are equal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +23,8 @@ class FilterResult:
     keep: bool
     reason: str = ""
     """Short and of few distinct values; empty when kept."""
+    keep_when_insufficient: bool = False
+    """Keep a rejected group where another would have to be submitted in its place."""
 
 
 GroupFilter = Callable[[Group], FilterResult]
@@ -39,16 +42,21 @@ def check_reward_nonzero_std(group: Group) -> FilterResult:
     and makes no difference.
     """
     rewards = group.rewards
-    if len(rewards) > 1 and stdev(rewards) > _MIN_STD:
+    if len(rewards) > 1 and stdev(rewards) > MIN_STD:
         return KEEP
     return FilterResult(keep=False, reason=f"zero_std_{reward_label(rewards[0])}" if rewards else "ungraded")
+
+
+def check_reward_nonzero_std_with_fallback(group: Group) -> FilterResult:
+    """Prefer groups whose rewards differ, without a further round of submissions."""
+    return replace(check_reward_nonzero_std(group), keep_when_insufficient=True)
 
 
 def check_parts_nonzero_std(group: Group) -> FilterResult:
     """Keep a group in which the rewards differ, or one of several that GDPO compares apart: their sums may be equal."""
     parts = [sample.verdict.parts for sample in group.samples if sample.graded and sample.verdict is not None]
     columns = [[one[name] for one in parts if name in one] for name in (parts[0] if parts else ())]
-    if any(len(column) > 1 and stdev(column) > _MIN_STD for column in columns):
+    if any(len(column) > 1 and stdev(column) > MIN_STD for column in columns):
         return KEEP
     return check_reward_nonzero_std(group)
 

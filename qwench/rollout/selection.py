@@ -43,15 +43,18 @@ class Selection:
         """
         self._functions, self._curriculum = functions, curriculum
 
-    def judge(self, group: Group, tally: Tally) -> bool:
+    def judge(self, group: Group, tally: Tally, *, is_needed: bool = False) -> bool:
         """Sort a finished group into accepted, rejected or unusable, and tell whether it is accepted.
+
+        Args:
+            is_needed: without this group there are too few, with those in flight.
 
         Raises:
             QwenchError: the filter returned something else than a FilterResult.
         """
         usable = check_no_aborted(group)
         verdict = self._apply_filter(group) if usable.keep else usable
-        if verdict.keep:
+        if verdict.keep or (verdict.keep_when_insufficient and is_needed):
             tally.accepted.append(group)
             return True
         (tally.rejected if usable.keep else tally.unusable).append(group)

@@ -151,6 +151,11 @@ def generate_rollout(args, rollout_id, data_source, evaluation=False):
     return RolloutFnTrainOutput(samples=made, metrics={"rollout/mine": 3.0})
 
 
+def roll_and_evaluate(args, rollout_id, data_source, evaluation=False):
+    """One function for both, as a script without --eval-function-path means."""
+    return (evaluate if evaluation else generate_rollout)(args, rollout_id, data_source, evaluation=evaluation)
+
+
 def evaluate(args, rollout_id, data_source, evaluation=False):
     note(name="evaluate", evaluation=evaluation)
     return RolloutFnEvalOutput(data={"mine": {"rewards": [{"score": 1.0}, {"score": 0.0}], "truncated": [True, False]}})

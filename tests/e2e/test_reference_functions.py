@@ -100,8 +100,7 @@ def test_a_whole_rollout_and_an_evaluation(workspace, tmp_path):
     calls = run(
         workspace,
         tmp_path,
-        rollout_function_path="generate_rollout",
-        eval_function_path="evaluate",
+        rollout_function_path="roll_and_evaluate",
         custom_rm_path="plain_reward",
         eval_prompt_data=("held_out", f"{workspace.test_data}@[0:2]"),
         eval_interval=2,

@@ -119,6 +119,7 @@ IMPORT_PATHS: Mapping[str, str] = {
     "slime.rollout.on_policy_distillation.post_process_rewards": "None",
     "miles.rollout.on_policy_distillation.post_process_rewards": "None",
     f"slime.{_FILTERS}.check_reward_nonzero_std": "qwench.rollout.filters.check_reward_nonzero_std",
+    f"slime.{_FILTERS}.check_reward_nonzero_std_with_fallback": "qwench.rollout.filters.check_reward_nonzero_std_with_fallback",
     f"miles.{_FILTERS}.check_reward_nonzero_std": "qwench.rollout.filters.check_reward_nonzero_std",
     f"miles.{_FILTERS}.check_no_aborted": "qwench.rollout.filters.check_no_aborted",
     "slime.rollout.data_source.RolloutDataSource": "None",

@@ -8,6 +8,7 @@ import pytest
 
 from qwench.engines.protocol import SamplingParams
 from qwench.foreign.functions import Adapters
+from qwench.foreign.sample import RolloutFnTrainOutput
 from qwench.foreign.session import Session, close_session, open_session, sampling_params
 from qwench.rollout.filters import FilterResult
 from qwench.rollout.sampling import Sampling
@@ -37,6 +38,10 @@ def session():
         (SimpleNamespace(keep=True, reason="fine"), FilterResult(keep=True)),
         (SimpleNamespace(keep=False, reason="zero_std_0.0"), FilterResult(keep=False, reason="zero_std_0.0")),
         (SimpleNamespace(keep=False, reason=None), FilterResult(keep=False, reason="filtered")),
+        (
+            SimpleNamespace(keep=False, reason="same", keep_when_insufficient=True),
+            FilterResult(keep=False, reason="same", keep_when_insufficient=True),
+        ),
     ],
 )
 def test_a_filter_answers_with_a_word_or_a_record(session, answer, result):
@@ -70,3 +75,46 @@ def test_sampling_values_of_a_request_are_those_of_the_run_within_its_budget_and
     assert sampling_params(Sampling(whole=whole), budget=0, seed=5) == {**values, "max_new_tokens": 0, "sampling_seed": 5}
     bare = sampling_params(Sampling(whole=SamplingParams(max_new_tokens=9)))
     assert (bare["stop"], bare["stop_token_ids"]) == (None, None)
+
+
+class Counting:
+    """A rollout function of miles' newer form, with state."""
+
+    made = 0
+
+    def __init__(self, input):  # noqa: A002  # the name tells the form
+        Counting.made += 1
+        self.source, self.calls = input.data_source, 0
+
+    def __call__(self, input):  # noqa: A002
+        self.calls += 1
+        self.source.update_metadata({"calls": self.calls})
+        return RolloutFnTrainOutput(samples=[], metrics={"calls": self.source.get_metadata()["calls"]})
+
+
+def test_a_class_is_made_once_and_keeps_its_state_and_its_data_source(session):
+    make_rollout = Adapters(as_text=True).make_rollout(Counting, "mine.Counting")
+
+    async def twice():
+        return [(await make_rollout(rollout_id, None)).metrics for rollout_id in (0, 1)]
+
+    assert asyncio.run(twice()) == [{"calls": 1.0}, {"calls": 2.0}]
+    assert Counting.made == 1
+
+
+def test_a_function_finds_what_it_told_its_data_source_in_an_earlier_rollout(session):
+    seen = []
+
+    def roll(args, rollout_id, data_source, evaluation=False):
+        seen.append((rollout_id, evaluation, dict(data_source.get_metadata())))
+        data_source.update_metadata({"last": rollout_id})
+        return []
+
+    make_rollout = Adapters(as_text=True).make_rollout(roll, "mine.roll")
+
+    async def twice():
+        for rollout_id in (4, 5):
+            await make_rollout(rollout_id, None)
+
+    asyncio.run(twice())
+    assert seen == [(4, False, {}), (5, False, {"last": 4})]

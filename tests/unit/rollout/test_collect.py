@@ -61,6 +61,18 @@ def test_dropped_groups_are_replaced_by_a_further_submission_and_counted():
     assert prompts_of(buffer.next_groups(1)) == "g"
 
 
+def test_a_filter_with_a_fallback_rejects_only_what_others_replace():
+    # a to e: of five groups for three, a and b may go; the next rejected one would need another round
+    keep_last_two = lambda group: FilterResult(  # noqa: E731
+        keep=letter(group.samples[0]) in "de", reason="unwanted", keep_when_insufficient=True
+    )
+    engine = FakeEngine(write_ok, ticks=by_letter({"a": 10, "b": 20, "c": 30, "d": 40, "e": 50}))
+    rollout = collect(engine, num_groups=3, over_sampling=5, group_filter=keep_last_two)
+    assert prompts_of(rollout.groups) == "cde"
+    assert rollout.metrics["rollout/dynamic_filter/rounds"] == 1
+    assert rollout.metrics["rollout/dynamic_filter/drop_unwanted"] == 2
+
+
 def test_no_further_submission_while_enough_groups_are_in_flight():
     rollout = collect(FakeEngine(write_ok), num_groups=2, over_sampling=5, group_filter=drop("abc"))
     assert prompts_of(rollout.groups) == "de"

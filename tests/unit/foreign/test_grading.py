@@ -1,0 +1,24 @@
+"""The stand-ins of the references' graders answer in their form."""
+
+import pytest
+
+from qwench.foreign.grading import compute_score, f1_score, grade_after_thinking, grade_answer
+
+
+def test_f1_comes_with_precision_and_recall():
+    # shared: red fox; stated 3 words, wanted 2 (articles do not count)
+    assert f1_score("the red fox ran", "a red fox") == pytest.approx((0.8, 2 / 3, 1.0))
+    assert f1_score("whale", "fox") == f1_score(None, "fox") == f1_score("yes", "no") == (0, 0, 0)
+
+
+def test_a_strict_box_stands_in_the_last_hundred_characters():
+    near = "\\boxed{34}" + "x" * 90
+    assert compute_score(near, "34", strict_box_verify=True) == {"score": 1.0, "acc": True, "pred": "34"}
+    assert compute_score(near + "x", "34", strict_box_verify=True) == {"score": -1.0, "acc": False, "pred": None}
+
+
+@pytest.mark.parametrize("label", [34, 34.0, "34"])
+def test_labels_may_be_numbers(label):
+    assert grade_answer("\\boxed{34}", label)
+    assert grade_after_thinking("</think>\\boxed{34}", label) == 1
+    assert not grade_answer("\\boxed{34}", "")
