@@ -31,7 +31,9 @@ _LAYOUTS = {
     "two": (2, {}),
     "two-offloaded": (2, {"offload_fraction": 1.0}),
     "two-early": (2, {"reduce_every_micro_batch": True}),
+    "two-whole": (2, {"dp_replicate": 2}),
     "two-by-two": (4, {"dp_replicate": 2}),
+    "four-whole": (4, {"dp_replicate": 4}),
 }
 STEPPED = [(layout, flags) for layout in _LAYOUTS for flags in ("all", "some")] + [("two", "pissa")]
 

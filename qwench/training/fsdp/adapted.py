@@ -1,7 +1,7 @@
-"""The policy of a run with one rank that trains adapters: the packed decoder with a frozen model.
+"""The policy of ranks that each have the whole model and train adapters: the packed decoder with a frozen model.
 
 The frozen weights lie as in `DirectPolicy`. The matrices A and B lie beside them, in param_dtype; the optimizer knows what they
-lack of their masters. Only adapters have sums of gradients.
+lack of their masters. Only adapters have sums of gradients, which several ranks add up once a step.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from qwench.models.architecture import Architecture
 from qwench.models.memory import projection_shapes
 from qwench.models.peft import A, B
 from qwench.training.fsdp.direct import DirectPolicy, FlatGradients, flat_views
+from qwench.training.fsdp.gathered import ReducedGradients
 from qwench.training.fsdp.lora import Adapters
 from qwench.training.packed_adapters import LayerAdapters, PackedAdapter
 from qwench.training.packed_decoder import DecoderTensors, LayerTensors, bind
@@ -107,7 +108,8 @@ class AdaptedPolicy(DirectPolicy):
         self._matrices: FlatAdapters | None = None
         super().__init__(causal_lm, architecture, mesh, training, device=device, param_dtype=param_dtype, attention=attention)
         nothing = _sums_of_nothing(architecture, device)
-        self.gradients = FlatGradients(partial(self._flat_adapters, nothing, torch.float32))
+        make = partial(self._flat_adapters, nothing, torch.float32)
+        self.gradients = FlatGradients(make) if mesh.size() == 1 else ReducedGradients(make, mesh)
 
     def _bound(self) -> DecoderTensors:
         return self._trained().bound if self._adapters.switch.is_on else self.computed().bound

@@ -331,18 +331,19 @@ def _place(
 ) -> Policy | DirectPolicy:
     """Put the model on its ranks: in the packed decoder where one rank has it alone and the decoder has every part, else FSDP2.
 
-    A critic, and a policy whose losses get logits, are always under FSDP2. So are adapters of several ranks, and those that
-    drop inputs or subtract their start. With --whole-weights, several ranks have a `GatheredPolicy`.
+    A critic, and a policy whose losses get logits, are always under FSDP2. So are adapters that drop inputs or subtract their
+    start, and those of several ranks that shard the model: with --dp-replicate equal to the ranks each has it whole. With
+    --whole-weights, several ranks have a `GatheredPolicy`.
     """
     written_out = not (architecture.value_head or logits)
     make: Callable[..., DirectPolicy] | None = None
     if written_out and mesh.size() > 1 and training.whole_weights:
         make = partial(GatheredPolicy, stored_dtype=stored_dtype)
-    elif written_out and mesh.size() == 1 and can_be_direct(architecture, attention):
-        if adapters is None:
-            make = DirectPolicy
-        elif adapters.are_plain:
+    elif written_out and mesh["dp_shard"].size() == 1 and can_be_direct(architecture, attention):
+        if adapters is not None and adapters.are_plain:
             make = partial(AdaptedPolicy, adapters=adapters)
+        elif adapters is None and mesh.size() == 1:
+            make = DirectPolicy
     if make is not None:
         return make(model, architecture, mesh, training, device=device, param_dtype=param_dtype, attention=attention)
     kind = ValuePolicy if architecture.value_head else LogitsPolicy if logits else Policy

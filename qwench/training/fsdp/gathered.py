@@ -9,7 +9,7 @@ step, and not in each layer of each micro-batch. Masters, moments and checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture
-from qwench.training.fsdp.direct import DirectPolicy, FlatGradients, FlatTensors, can_be_direct
+from qwench.training.fsdp.direct import DirectPolicy, Flat, FlatGradients, FlatTensors, can_be_direct
 from qwench.training.fsdp.optimizer import local_shard
 
 
@@ -45,8 +45,8 @@ def check_gathered(architecture: Architecture, attention: str, *, num_shards: in
 class ReducedGradients(FlatGradients):
     """Sums of whole gradients on each rank, which the end of a step reduces to this rank's shards."""
 
-    def __init__(self, architecture: Architecture, device: torch.device, mesh: DeviceMesh) -> None:
-        super().__init__(partial(FlatTensors, architecture, torch.float32, device))
+    def __init__(self, make: Callable[[], Flat], mesh: DeviceMesh) -> None:
+        super().__init__(make)
         self._mesh = mesh
         self._shards: Sequence[Tensor] | None = None
 
@@ -63,8 +63,10 @@ class ReducedGradients(FlatGradients):
         self._shards = None
 
     def _reduce(self, whole: Tensor) -> Tensor:
-        shard = whole.new_empty((len(whole) // self._mesh["dp_shard"].size(), *whole.shape[1:]))
-        dist.reduce_scatter_tensor(shard, whole, group=self._mesh.get_group("dp_shard"))
+        shard = whole
+        if (num_shards := self._mesh["dp_shard"].size()) > 1:
+            shard = whole.new_empty((len(whole) // num_shards, *whole.shape[1:]))
+            dist.reduce_scatter_tensor(shard, whole, group=self._mesh.get_group("dp_shard"))
         if self._mesh.ndim > 1:
             dist.all_reduce(shard, group=self._mesh.get_group("dp_replicate"))
         return shard
@@ -90,7 +92,7 @@ class GatheredPolicy(DirectPolicy):
         self._mesh = mesh
         self._stored_dtype = stored_dtype
         super().__init__(causal_lm, architecture, mesh, training, device=device, param_dtype=param_dtype, attention=attention)
-        self.gradients = ReducedGradients(architecture, device, mesh)
+        self.gradients = ReducedGradients(partial(FlatTensors, architecture, torch.float32, device), mesh)
 
     def _held_tensors(self, mesh: DeviceMesh) -> Mapping[str, Tensor]:
         num_shards = mesh["dp_shard"].size()
