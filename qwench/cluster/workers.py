@@ -215,7 +215,7 @@ class RemoteState:
         while packed := self._group.call("next_bucket", label="gather weights", timeout_s=BUCKET_TIMEOUT_S)[0]:
             yield unpack(packed)
 
-    def shared_weights(self) -> Mapping[str, Tensor] | None:
+    def shared_weights(self, part: WeightPart = "merged") -> Mapping[str, Tensor] | None:
         """Return None: no tensor of a rank is one of this process."""
         return None
 

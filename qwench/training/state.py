@@ -118,9 +118,9 @@ class TrainingState:
         """Yield the policy's weights of a part under Hugging Face names in buckets."""
         return self.policy.weights(bucket_bytes=bucket_bytes, part=part)
 
-    def shared_weights(self) -> Mapping[str, Tensor] | None:
-        """Return the policy's live tensors when this process owns them whole in the publication dtype; else None."""
-        return self.policy.shared_weights()
+    def shared_weights(self, part: WeightPart = "merged") -> Mapping[str, Tensor] | None:
+        """See `Trainer.shared_weights`."""
+        return self.policy.shared_weights(part)
 
     def publish(self, addresses: Sequence[EngineAddress], version: int, plan: PublicationPlan) -> None:
         """Bring the policy's weights to engines in other processes under `version`. See `publish_from_rank`."""

@@ -113,8 +113,12 @@ class Trainer(Scorer, Protocol):
         """Yield a part of the weights under Hugging Face names as full tensors in the publication dtype, in buckets."""
         ...
 
-    def shared_weights(self) -> Mapping[str, Tensor] | None:
-        """Return the live full tensors when they are this process's own, in the publication dtype; else None. Local."""
+    def shared_weights(self, part: WeightPart = "merged") -> Mapping[str, Tensor] | None:
+        """Return the live full tensors when they are this process's own, in the publication dtype; else None. Local.
+
+        Args:
+            part: merged: what is published. apart: the frozen weights beside an adapter, which never change.
+        """
         ...
 
     def copy_held_weights(self) -> HostCopy:

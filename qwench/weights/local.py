@@ -1,7 +1,8 @@
 """From the trainer's memory to an engine of the same process; `remote` sends to engines in other processes.
 
-alias the engine computes with the trainer's own tensors: nothing moves same device, publication dtype copy the engine copies
-bucket after bucket into its own tensors
+alias  the engine computes with the trainer's own tensors: nothing moves   same device, publication dtype
+copy   the engine copies bucket after bucket into its own tensors
+both   it computes with the frozen weights, and copies the adapter beside them
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class WeightSource(Protocol):
         """Yield the weights of a part under Hugging Face names in buckets; collective."""
         ...
 
-    def shared_weights(self) -> Mapping[str, Tensor] | None:
-        """Return the live tensors when this process owns them whole in the publication dtype; else None."""
+    def shared_weights(self, part: WeightPart = "merged") -> Mapping[str, Tensor] | None:
+        """See `training.trainer.Trainer.shared_weights`."""
         ...
 
 
@@ -39,18 +40,21 @@ class QuantizedWeights:
         """See `WeightSource`; buckets are about half as large as asked for."""
         return quantized(self._source.weights(bucket_bytes=bucket_bytes, part=part))
 
-    def shared_weights(self) -> Mapping[str, Tensor] | None:
+    def shared_weights(self, part: WeightPart = "merged") -> Mapping[str, Tensor] | None:
         """Return nothing: an FP8 engine cannot compute with the trainer's own tensors."""
         return None
 
 
-def shared_weights_for(engines: Sequence[Engine], source: WeightSource) -> Mapping[str, Tensor] | None:
+def shared_weights_for(
+    engines: Sequence[Engine], source: WeightSource, part: WeightPart = "merged"
+) -> Mapping[str, Tensor] | None:
     """Return the source's live tensors if every engine can compute with them; else None.
 
-    Safe only if no engine samples between an optimizer step and the publication after it: rollouts ahead of training, or a
-    publication after every second rollout, would sample with weights that are not published yet.
+    Frozen weights may always be shared. Others may be only if no engine samples between an optimizer step and the publication
+    after it: rollouts ahead of training, or a publication after every second rollout, would sample with weights that are not
+    published yet.
     """
-    return source.shared_weights() if all(isinstance(engine, AdoptingEngine) for engine in engines) else None
+    return source.shared_weights(part) if all(isinstance(engine, AdoptingEngine) for engine in engines) else None
 
 
 async def send_alias(weights: Mapping[str, Tensor], engines: Sequence[Engine], *, version: int) -> None:

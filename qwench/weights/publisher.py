@@ -146,18 +146,21 @@ class Publisher:
             if addresses := [engine.address for engine in pool.engines if isinstance(engine, AddressedEngine)]:
                 self._model.publish(addresses, version, plan)
             if local := [engine for engine in pool.engines if not isinstance(engine, AddressedEngine)]:
-                source = plan.source_of(self._model)
-                shared = shared_weights_for(local, source) if self._gpus.weights_may_alias else None
-                sending = (
-                    send_copies(
-                        source, local, version=version, bucket_bytes=plan.engine.update_weight_buffer_size, part=plan.part
-                    )
-                    if shared is None
-                    else send_alias(shared, local, version=version)
-                )
-                pool.loop.run(sending, label=label, timeout_s=plan.total_timeout_s)
+                pool.loop.run(self._send_here(local, version, plan), label=label, timeout_s=plan.total_timeout_s)
         self._based = engines
         self._names = self._names[-1:]
+
+    async def _send_here(self, engines: Sequence[Engine], version: int, plan: PublicationPlan) -> None:
+        """Send the weights to engines of this process."""
+        source, part = plan.source_of(self._model), plan.part
+        may_share = part == "apart" or (part == "merged" and self._gpus.weights_may_alias)
+        if may_share and (shared := shared_weights_for(engines, source, part)) is not None:
+            await send_alias(shared, engines, version=version)
+            if part == "merged":
+                return
+            part = "adapter"
+        bucket_bytes = plan.engine.update_weight_buffer_size
+        await send_copies(source, engines, version=version, bucket_bytes=bucket_bytes, part=part)
 
     def _plan_for(self, engines: set[object], version: int) -> PublicationPlan:
         if (named := self._plan.named) is not None:

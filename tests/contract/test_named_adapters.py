@@ -34,7 +34,7 @@ class Trained:
         assert part == "adapter"
         yield [*self.matrices.items(), ("lora_scale", torch.tensor([2.0]))]
 
-    def shared_weights(self) -> None:
+    def shared_weights(self, part: str = "merged") -> None:
         return None
 
     def publish(self, addresses: Sequence[EngineAddress], version: int, plan: PublicationPlan) -> None:

@@ -54,7 +54,7 @@ class Source:
     def weights(self, *, bucket_bytes: int, part: str = "merged") -> Iterator[WeightBucket]:
         return bucketed(((name, p.detach()) for name, p in self.model.named_parameters()), bucket_bytes=bucket_bytes)
 
-    def shared_weights(self) -> dict[str, Tensor] | None:
+    def shared_weights(self, part: str = "merged") -> dict[str, Tensor] | None:
         return None
 
 

@@ -91,7 +91,7 @@ class TableTrainer:
     def weights(self, *, bucket_bytes: int, part: str = "merged") -> Iterator[list[tuple[str, Tensor]]]:
         yield [("table", self.table.detach())]
 
-    def shared_weights(self) -> dict[str, Tensor]:
+    def shared_weights(self, part: str = "merged") -> dict[str, Tensor]:
         return {"table": self.table.detach()}
 
     def copy_held_weights(self) -> HostCopy:

@@ -74,7 +74,7 @@ class Source:
     def weights(self, *, bucket_bytes: int, part: str = "merged"):
         return bucketed(((name, p.detach()) for name, p in self.model.named_parameters()), bucket_bytes=bucket_bytes)
 
-    def shared_weights(self):
+    def shared_weights(self, part="merged"):
         return None
 
 

@@ -190,13 +190,14 @@ class FsdpTrainer(BackendTrainer):
         adapter = adapters.apart(self._param_dtype)
         return bucketed(adapter if part == "adapter" else chain(whole, adapter), bucket_bytes=bucket_bytes)
 
-    def shared_weights(self) -> Mapping[str, Tensor] | None:
+    def shared_weights(self, part: WeightPart = "merged") -> Mapping[str, Tensor] | None:
         """Return the shards themselves when one rank holds them all and they are what would be published.
 
         They stay on the device from then on, also in `sleep`: an engine may compute with them.
         """
-        merges = self._adapters is not None
-        if merges or self.parallel.dp_size > 1 or any(weight.dtype != self._param_dtype for weight in self._weights.values()):
+        adapters = self._adapters
+        differs = adapters is not None and (part == "merged" or adapters.section.lora_base != "auto")
+        if differs or self.parallel.dp_size > 1 or any(weight.dtype != self._param_dtype for weight in self._weights.values()):
             return None
         self._are_lent = True
         return {name: local_shard(weight) for name, weight in self._weights.items()}
@@ -257,13 +258,14 @@ class FsdpTrainer(BackendTrainer):
         self._policy.release()
         if self.device.type == "cpu":
             return
-        weights = [] if self._are_lent else self._shards()
+        weights = self._shards(lent=not self._are_lent)
         self._asleep = HostCopy([*self._optimizer.device_state(), *weights])
         self._asleep.release()
         torch.cuda.empty_cache()
 
-    def _shards(self) -> list[Tensor]:
-        return [local_shard(weight) for weight in (self._weights | self._matrices).values()]
+    def _shards(self, *, lent: bool = True) -> list[Tensor]:
+        """Return the shards of all weights, or of those that no engine computes with."""
+        return [local_shard(weight) for weight in ((self._weights if lent else {}) | self._matrices).values()]
 
     def _whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the model's own weights in the publication dtype; collective."""

@@ -204,7 +204,7 @@ class MegatronTrainer(BackendTrainer):
         adapter = self._adapters.apart()
         return bucketed(adapter if part == "adapter" else chain(whole, adapter), bucket_bytes=bucket_bytes)
 
-    def shared_weights(self) -> Mapping[str, Tensor] | None:
+    def shared_weights(self, part: WeightPart = "merged") -> Mapping[str, Tensor] | None:
         """Return None: Megatron's tensors have another layout than the published ones."""
         return None
 

@@ -19,7 +19,7 @@ class Source:
         self.asked.append(bucket_bytes)
         yield from BUCKETS
 
-    def shared_weights(self):
+    def shared_weights(self, part="merged"):
         return {"model.norm.weight": torch.ones(4)}
 
 

@@ -27,7 +27,7 @@ class Source:
     def weights(self, *, bucket_bytes: int, part: str = "merged") -> Iterator[WeightBucket]:
         return bucketed(self.tensors.items(), bucket_bytes=bucket_bytes)
 
-    def shared_weights(self) -> Mapping[str, Tensor] | None:
+    def shared_weights(self, part: str = "merged") -> Mapping[str, Tensor] | None:
         return self.tensors if self._shared else None
 
 

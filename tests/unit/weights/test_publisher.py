@@ -19,6 +19,7 @@ from qwench.observability.timing import PhaseTimer
 from qwench.weights.plan import NamedAdapter, PublicationPlan
 from qwench.weights.publisher import Publisher
 from qwench.wire.addresses import EngineAddress
+from tests.checksums import tensor_checksum
 from tests.deadlines import patient
 from tests.fakes.engine import FakeEngine
 
@@ -52,11 +53,13 @@ class Model:
     def __init__(self, events: list[str], *, failures: int = 0) -> None:
         self._events, self._failures = events, failures
         self.published: list[tuple] = []
+        self.parts: list[str] = []
 
     def weights(self, *, bucket_bytes: int, part: str = "merged"):
+        self.parts.append(part)
         yield [("norm", torch.ones(3))]
 
-    def shared_weights(self):
+    def shared_weights(self, part="merged"):
         return {"norm": torch.ones(3)}
 
     def publish(self, addresses, version, plan) -> None:
@@ -190,6 +193,25 @@ def test_engines_get_an_adapter_alone_when_they_hold_the_frozen_weights(make_sce
     for version in range(2, 4):
         publisher.publish(version=version)
     assert [plan.part for _, _, plan in scene.model.published] == ["apart", "adapter", "apart", "adapter"]
+
+
+def test_an_engine_of_this_process_computes_with_the_frozen_weights_and_gets_adapters_by_copies(make_scene):
+    scene = make_scene("local")
+    publisher = Publisher(scene.model, scene.pool, replace(PLAN, adapters=True), gpus=Gpus(scene.events), timer=PhaseTimer())
+    (engine,) = scene.pool.engines
+    copied: list[tuple[int, list[str]]] = []
+
+    async def update_weights(buckets, *, version: int) -> WeightReceipt:
+        sent = [one for bucket in buckets for one in bucket]
+        copied.append((version, [name for name, _ in sent]))
+        return WeightReceipt(version=version, checksums={name: tensor_checksum(tensor) for name, tensor in sent})
+
+    engine.update_weights = update_weights
+    for version in (3, 4):
+        publisher.publish(version=version)
+    assert scene.model.parts == ["adapter", "adapter"]
+    assert copied == [(3, ["norm"]), (4, ["norm"])]
+    assert [event for event in scene.events if event.startswith("adopt")] == ["adopt 3"]
 
 
 def test_each_publication_of_a_named_adapter_has_its_name_and_retires_those_before_it(make_scene):

@@ -32,7 +32,7 @@ class Source:
     def weights(self, *, bucket_bytes, part="merged"):
         return bucketed(self.tensors.items(), bucket_bytes=bucket_bytes)
 
-    def shared_weights(self):
+    def shared_weights(self, part="merged"):
         return None
 
 
@@ -134,7 +134,7 @@ class AdapterSource:
         shapes = {f"{module}.lora_A.weight": (2, 64), f"{module}.lora_B.weight": (64, 2), "lora_scale": (1,)}
         return bucketed(((name, torch.ones(shape)) for name, shape in shapes.items()), bucket_bytes=bucket_bytes)
 
-    def shared_weights(self):
+    def shared_weights(self, part="merged"):
         return None
 
 

@@ -152,6 +152,24 @@ def test_one_rank_computes_plain_adapters_without_fsdp_as_the_module_does(
         torch.testing.assert_close(tensor, other[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("lora", [_LORA, _PISSA, replace(_LORA, lora_base="nf4")], ids=["plain", "pissa", "nf4"])
+def test_frozen_weights_are_shared_where_they_are_held_as_published(model_folder: Path, lora: LoraConfig):
+    trainer = _build(model_folder, lora)
+    assert trainer.shared_weights() is None
+    shared = trainer.shared_weights("apart")
+    if lora.lora_base == "nf4":
+        assert shared is None
+        return
+    assert shared is not None
+    before = {name: weight.clone() for name, weight in shared.items()}
+    _train(trainer, 1)
+    base = dict(Qwen3ForCausalLM.from_pretrained(model_folder, dtype=torch.float32).named_parameters())
+    assert shared.keys() == base.keys()
+    assert all(torch.equal(weight, base[name]) and torch.equal(weight, before[name]) for name, weight in shared.items())
+    again = trainer.shared_weights("apart")
+    assert again is not None and all(again[name].data_ptr() == weight.data_ptr() for name, weight in shared.items())
+
+
 def test_a_pass_drops_a_share_of_inputs_and_scales_up_the_others():
     switch, x = AdapterSwitch(0.25, seed=1), torch.ones(200, 100)
     assert switch.dropped(x, 3) is x  # scoring drops nothing
