@@ -4,10 +4,11 @@
                                          [--own "mine=--custom-advantage-function-path ./mine.py:advantages"]
 
 One tiny model is fine-tuned once (`qwench quickstart`). Every method then learns from it with the same data, budget and flags;
-only the flags that a method requires differ. FOLDER/curves.json holds the held-out accuracy of every run, and FOLDER/curves.png
-shows each method's mean and range over the seeds, beside GRPO's mean if it ran. `--own NAME=FLAGS` adds a method of yours. A
-run that is done is not run again, and the picture holds all that FOLDER has, so methods can be added later. A run that fails
-costs itself alone. All 18 methods with 3 seeds are 54 runs of about two minutes on two cores; `--jobs` runs several at once.
+only the flags that a method requires differ, and those of SETTINGS, which its panel names. FOLDER/curves.json holds the
+held-out accuracy of every run, and FOLDER/curves.png shows each method's mean and range over the seeds, beside GRPO's mean if
+it ran. `--own NAME=FLAGS` adds a method of yours. A run that is done is not run again, and the picture holds all that FOLDER
+has, so methods can be added later. A run that fails costs itself alone. All 18 methods with 3 seeds are 54 runs of about two
+minutes on two cores; `--jobs` runs several at once.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -36,6 +38,11 @@ METRIC = "eval/held_out"
 REFERENCE = "grpo"
 REQUIRED: Mapping[str, tuple[str, ...]] = {"gdpo": ("--rm-type", "deepscaler,f1", "--reward-weights", "1,0.1")}
 """Flags without which a method does not run; those of `MethodFacts` are added."""
+SETTINGS: Mapping[str, Mapping[str, str]] = {
+    **{name: {"--lr": "1e-4"} for name in ("cispo", "gpg", "gspo")},
+    "passk": {"--lr": "1e-4", "--n-samples-per-prompt": "2", "--rollout-batch-size": "128"},
+}
+"""Flags that replace the quickstart's where a method does not learn by those within the budget: 256 samples in each rollout."""
 _REPLACED = ("--num-rollout", "--advantage-estimator", "--save", "--save-hf", "--save-interval", "--eval-interval")
 _CLIPS = ("--eps-clip", "--eps-clip-high")
 """Flags that a method without clipping refuses."""
@@ -93,7 +100,8 @@ def _options() -> argparse.Namespace:
 
 def _flags_of(name: str) -> list[str]:
     whitens = ["--normalize-advantages"] if METHODS[name].requires_whitening else []
-    return ["--advantage-estimator", name, *whitens, *REQUIRED.get(name, ())]
+    replaced = (word for setting in SETTINGS.get(name, {}).items() for word in setting)
+    return ["--advantage-estimator", name, *whitens, *REQUIRED.get(name, ()), *replaced]
 
 
 def _own_method(text: str) -> tuple[str, list[str]]:
@@ -117,7 +125,9 @@ def _run(folder: Path, method: str, flags: Sequence[str], *, seed: int, rollouts
     """Train with one method and seed, unless that is done, and say how it ended. What the run says is in its output.txt."""
     place = folder / "runs" / f"{method}-{seed}"
     arguments = next(argv for title, argv, _ in commands(folder, seed=0) if title.startswith("GRPO"))
-    left_out = _REPLACED if method not in METHODS or METHODS[method].clips else _REPLACED + _CLIPS
+    estimators = [name for flag, name in pairwise(flags) if flag == "--advantage-estimator"]
+    clips = all(METHODS[name].clips for name in estimators if name in METHODS)
+    left_out = _REPLACED if clips else _REPLACED + _CLIPS
     arguments = _with(arguments, dict.fromkeys(left_out))
     settings = ["--num-rollout", rollouts, "--eval-interval", interval, "--seed", seed, "--rollout-seed", seed]
     command = shlex.join([*arguments, *map(str, settings), *flags])
@@ -174,7 +184,8 @@ def draw(curves: Sequence[Curve], picture: Path) -> None:
         panel.fill_between(own[0].rollouts, _over_seeds(own, min), _over_seeds(own, max), alpha=0.25)
         panel.plot(own[0].rollouts, _over_seeds(own, fmean), marker="o", markersize=2.5)
         panel.set_ylim(0, 1)
-        panel.set_title(f"{name}  {_over_seeds(own, fmean)[-1]:.2f}", fontsize=9)
+        settings = [f"{flag.removeprefix('--')} {value}" for flag, value in SETTINGS.get(name, {}).items()][:2]
+        panel.set_title("  ".join([f"{name}  {_over_seeds(own, fmean)[-1]:.2f}", *settings]), fontsize=8 if settings else 9)
         panel.grid(alpha=0.3)
     figure.supxlabel("rollout")
     figure.supylabel("held-out accuracy")

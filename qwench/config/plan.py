@@ -9,6 +9,7 @@ world_size = tp_size x pp_size x cp_size x dp_size
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
@@ -87,6 +88,8 @@ class DevicePlan:
     """Trainer and engines use the same devices. False also where one of them is missing."""
     engine_sizes: tuple[int, ...]
     """Devices of each engine that the run starts; empty: none, or those of --rollout-external-engine-addrs."""
+    num_eval_engines: int = 0
+    """Engines at the end of these that serve evaluations alone."""
     offload_train: bool
     offload_rollout: bool
     weights_may_alias: bool
@@ -288,7 +291,8 @@ def _plan_devices(config: Config, *, trains: bool, on_gpus: bool) -> DevicePlan:
         generates=generates,
         on_gpus=on_gpus,
         shared=shared,
-        engine_sizes=_engine_sizes(config, num_devices, per_engine) if starts_engines else (),
+        engine_sizes=(sizes := _engine_sizes(config, num_devices, per_engine) if starts_engines else ()),
+        num_eval_engines=_num_eval_engines(sizes, config.evaluation.eval_num_gpus),
         offload_train=_offloads(cluster.offload_train, cluster.offload, cluster.shares_devices),
         offload_rollout=_offloads(cluster.offload_rollout, cluster.offload, cluster.shares_devices),
         weights_may_alias=generates and not config.generates_ahead and rollout.update_weights_interval == 1,
@@ -312,6 +316,21 @@ def _engine_sizes(config: Config, num_devices: int, per_engine: int) -> tuple[in
                 f"--sglang-config: {path}: an engine of {size} GPUs would span nodes of {node}; reorder the groups."
             )
     return sizes
+
+
+def _num_eval_engines(sizes: Sequence[int], num_gpus: int) -> int:
+    """Return how many engines at the end of `sizes` have the GPUs of --eval-num-gpus.
+
+    Raises:
+        ConfigError: no whole engines have as many, or no engine is left for rollouts.
+    """
+    sums = [0, *accumulate(reversed(sizes))]
+    if sizes and num_gpus not in sums[:-1]:
+        raise ConfigError(
+            f"--eval-num-gpus {num_gpus} must be the GPUs of the last engines, which have "
+            f"{', '.join(map(str, sizes))}; see --rollout-num-gpus-per-engine and --sglang-config"
+        )
+    return sums.index(num_gpus) if sizes else 0
 
 
 def _offloads(asked: bool | None, both: bool, shares_devices: bool) -> bool:

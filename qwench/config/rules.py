@@ -289,23 +289,23 @@ def recorded_rollouts_have_files(config: Config) -> str | None:
 def evaluations_beside_training_have_engines(config: Config) -> str | None:
     """Evaluations go on while the policy is trained only where engines never stop for it."""
     evaluation, cluster = config.evaluation, config.cluster
-    if not evaluation.eval_num_gpus:
+    if not evaluation.is_beside:
         return None
+    apart = evaluation.eval_num_gpus
     for is_given, reason in (
         (not config.asynchronous.fully_async, "needs --fully-async; without it training waits for evaluations"),
         (not evaluation.has_sets, "has nothing to evaluate on; give --eval-prompt-data NAME FILE"),
-        (cluster.shares_devices, "needs engines on GPUs of their own; give --rollout-num-gpus"),
-        (bool(config.engine.rollout_external_engine_addrs), "starts engines; --rollout-external-engine-addrs has its own"),
+        (bool(apart) and cluster.shares_devices, "needs engines on GPUs of their own; give --rollout-num-gpus"),
+        (
+            bool(apart and config.engine.rollout_external_engine_addrs),
+            "starts engines; --rollout-external-engine-addrs has its own",
+        ),
         (config.asynchronous.pause_generation_mode == "abort", "needs --pause-generation-mode retract or in_place"),
         (config.training.deterministic_mode, "has another order in every run; leave --deterministic-mode out"),
-        (
-            evaluation.eval_num_gpus % cluster.rollout_num_gpus_per_engine != 0,
-            f"is no multiple of --rollout-num-gpus-per-engine {cluster.rollout_num_gpus_per_engine}",
-        ),
         (config.checkpoint.keep_best, "ends after the weights have changed; leave --keep-best out"),
     ):
         if is_given:
-            return f"--eval-num-gpus {evaluation.eval_num_gpus} {reason}"
+            return f"{f'--eval-num-gpus {apart}' if apart else '--eval-low-priority'} {reason}"
     return None
 
 

@@ -39,13 +39,16 @@ class Curriculum:
         self._num_left_out += 1
         return False
 
-    def measure(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Take the pass rates of finished groups, and return the metrics of a rollout; each execution counts once."""
+    def measure(self, groups: Sequence[Group]) -> None:
+        """Take the pass rates of finished groups; each execution counts once."""
         for group in groups:
             passed = {one.execution_id: one.reward for one in group.samples if one.graded and one.reward is not None}
             row = self._rows.get(group.samples[0].prompt.place)
             if passed and row is not None:
                 self._rates[row] = sum(reward >= self._passing for reward in passed.values()) / len(passed)
+
+    def take_metrics(self) -> dict[str, float]:
+        """Return the metrics of a rollout, and count what is left out from 0 again."""
         left_out, self._num_left_out = self._num_left_out, 0
         return {
             "rollout/curriculum/known": len(self._rates) / self._num_rows,

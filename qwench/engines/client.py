@@ -98,6 +98,7 @@ class HttpEngine:
             "return_logprob": True,
             **_scoring_body(request.scoring),
             **({} if request.adapter is None else {"lora_path": request.adapter}),
+            **({} if request.priority == 0 else {"priority": request.priority}),
         }
         try:
             answer = await self.post("/generate", body, timeout_s=self._generate_timeout_s)

@@ -19,6 +19,9 @@ from torch import Tensor
 from qwench.wire.addresses import EngineAddress
 from qwench.wire.portions import WeightBucket
 
+LOW_PRIORITY = -1
+"""Of the requests of an evaluation beside training."""
+
 
 class FinishReason(StrEnum):
     """Why a response ended."""
@@ -92,6 +95,13 @@ class GenerateRequest:
     """Score the prompt and generate nothing: `sampling.max_new_tokens` is 0."""
     adapter: str | None = None
     """Name of a loaded LoRA adapter to compute with. None: the published weights alone."""
+    priority: int = 0
+    """Requests of a higher one are admitted first, and preempted last."""
+
+    @property
+    def yields(self) -> bool:
+        """Tell whether it is of an evaluation beside training, which yields to rollouts."""
+        return self.priority < 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

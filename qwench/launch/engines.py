@@ -102,6 +102,8 @@ def build_pool(inputs: Inputs, *, with_weights: bool, servers: Sequence[Server] 
             for server in servers:
                 undo.callback(server.stop)
             members = _start_servers(inputs, servers, token)
+            for member in members[len(members) - inputs.plan.devices.num_eval_engines :]:
+                member.evaluates = True
         else:
             members = [Member(engine=_embedded_engine(inputs, with_weights=with_weights))]
         router = _start_router(inputs, undo) if engine.routes_requests and members[0].url else None

@@ -10,7 +10,7 @@ from qwench.data.curriculum import Curriculum
 from qwench.data.prompts import PromptSource
 from qwench.engines.fleet.pool import EnginePool, Waiter
 from qwench.engines.fleet.servers import Server
-from qwench.engines.protocol import SamplingParams
+from qwench.engines.protocol import LOW_PRIORITY, SamplingParams
 from qwench.launch.engines import build_pool
 from qwench.launch.inputs import Inputs
 from qwench.launch.user_functions import UserFunctions, load_user_functions, open_user_session
@@ -68,7 +68,7 @@ class Generation:
         curriculum = source.curriculum if isinstance(source, PromptSource) else None
         options: StreamOptions = {
             "timeout_s": config.timeouts.rollout_timeout,
-            "num_gpus": len(self.engines.engines) * config.cluster.rollout_num_gpus_per_engine,
+            "num_gpus": self._num_engines * config.cluster.rollout_num_gpus_per_engine,
             "allow_degenerate_rewards": config.reward.allow_degenerate_rewards,
             "observers": observers,
             "waiter": waiter,
@@ -91,7 +91,7 @@ class Generation:
     ) -> EvaluationsBeside | None:
         """Return what evaluates while the policy is trained. None: training waits for evaluations."""
         section = self.inputs.config.evaluation
-        if not section.eval_num_gpus:
+        if not section.is_beside:
             return None
         return EvaluationsBeside(
             lambda: self.engines.loop.start(evaluator.measure(self.engines)),
@@ -121,7 +121,7 @@ class Generation:
             ],
             tokenizer=self.inputs.tokenizer,
             grader=self.eval_grader,
-            concurrency=max(self._concurrency // SHARE, 1) if config.evaluation.eval_num_gpus else self._concurrency,
+            concurrency=self._eval_concurrency,
             console=self.inputs.console,
             timeout_s=config.timeouts.eval_timeout,
             group_rm=config.reward.group_rm,
@@ -130,6 +130,7 @@ class Generation:
             function=functions.evaluate,
             log_passrate=config.logging.log_passrate,
             log=functions.log_evaluation,
+            priority=LOW_PRIORITY if config.evaluation.is_beside else 0,
         )
 
     def close(self) -> None:
@@ -225,9 +226,21 @@ class Generation:
         return _sampling(self.inputs, whole, context_len)
 
     @property
+    def _num_engines(self) -> int:
+        """Return how many engines generate rollouts."""
+        return len(self.engines.engines) - self.inputs.plan.devices.num_eval_engines
+
+    @property
     def _concurrency(self) -> int:
-        """Return how many samples may be in flight at once, over all engines."""
-        return self.inputs.config.engine.sglang_server_concurrency * len(self.engines.engines)
+        """Return how many samples may be in flight at once, over the engines of rollouts."""
+        return self.inputs.config.engine.sglang_server_concurrency * self._num_engines
+
+    @property
+    def _eval_concurrency(self) -> int:
+        """Return the same for evaluations."""
+        if apart := self.inputs.plan.devices.num_eval_engines:
+            return self.inputs.config.engine.sglang_server_concurrency * apart
+        return max(self._concurrency // SHARE, 1) if self.inputs.config.evaluation.is_beside else self._concurrency
 
     @property
     def _training_concurrency(self) -> int:

@@ -265,12 +265,17 @@ class ContinuousStream(GeneratingStream):
         return True
 
     async def _at_rest(self) -> None:
-        """Bring every group in flight to an end: finished in a deterministic run, else with the tokens that it has."""
+        """Bring every group in flight to an end: finished in a deterministic run, else with the tokens that it has.
+
+        Rejected groups are forgotten already, so a saved state needs their pass rates now.
+        """
         if self._deterministic:
             while self._tasks:
                 await self._wait_for_change()
             self._held = True
+            self._selection.measure(self._tally)
             return
+        self._selection.measure(self._tally)
         self._held = True
         interrupted = [self._dated(group) for group in await self._runner.abort(set(self._tasks))]
         self._bound.drop(group.group_id for group in interrupted)

@@ -95,6 +95,7 @@ class Evaluator:
         function: EvalFunction | None = None,
         log_passrate: bool = False,
         log: LogEvaluation | None = None,
+        priority: int = 0,
     ) -> None:
         """Keep what an evaluation needs.
 
@@ -103,6 +104,7 @@ class Evaluator:
             timeout_s: deadline of one set. None: no deadline.
             generate_path: names the user's `generate` in reports of waits. None: the built-in one.
             function: replaces the built-in evaluation.
+            priority: of the requests, see `GenerateRequest`.
         """
         self._sets, self._tokenizer, self._grader, self._concurrency = sets, tokenizer, grader, concurrency
         self._timeout_s = timeout_s
@@ -110,7 +112,7 @@ class Evaluator:
         self._generate, self._generate_path = generate, generate_path
         self._runner: GroupRunner | None = None
         """Of the set that is answered now."""
-        self._function, self._log_passrate, self._log = function, log_passrate, log
+        self._function, self._log_passrate, self._log, self._priority = function, log_passrate, log, priority
 
     def evaluate(self, engines: EnginePool, waiter: Waiter | None = None) -> dict[str, float]:
         """Return the `eval/...` metrics of all sets; `waiter` waits for the engines instead of the pool.
@@ -191,6 +193,7 @@ class Evaluator:
             generate=self._generate,
             generate_path=self._generate_path,
             scope=f"eval/{eval_set.name}",
+            priority=self._priority,
         )
         with self._console.progress(f"evaluate {eval_set.name}", total=len(eval_set.prompts)) as progress:
 

@@ -1,4 +1,4 @@
-"""Evaluations that go on while the policy is trained, on engines that also generate rollouts.
+"""Evaluations that go on while the policy is trained, on engines of their own, or at low priority on those of rollouts.
 
     begin(8) -> pending -> done -> logged as of rollout 8        training waits for none of them, until the run ends
 
@@ -16,7 +16,7 @@ from qwench.engines.fleet.pool import Waiter
 
 _logger = logging.getLogger(__name__)
 SHARE = 8
-"""An evaluation has one of so many requests that engines take at once: rollouts go first."""
+"""On the engines of rollouts an evaluation has one of so many requests that these take at once."""
 
 
 class EvaluationsBeside:

@@ -47,8 +47,8 @@ class Requests:
     A rollout ahead of training and an evaluation share the engines: aborting one user's requests must not touch the other's.
     """
 
-    def __init__(self, engines: TokenSource) -> None:
-        self._engines = engines
+    def __init__(self, engines: TokenSource, *, priority: int = 0) -> None:
+        self._engines, self._priority = engines, priority
         self._in_flight: set[str] = set()
         self._ids = (f"{uuid4().hex[:8]}-{i}" for i in count())  # the prefix keeps runs on one server apart
         self.aborting = False
@@ -60,7 +60,9 @@ class Requests:
         Raises:
             EngineError: the engine failed, or its per-token lists differ in length.
         """
-        request = GenerateRequest(request_id=next(self._ids), input_ids=input_ids, sampling=sampling, scoring=scoring)
+        request = GenerateRequest(
+            request_id=next(self._ids), input_ids=input_ids, sampling=sampling, scoring=scoring, priority=self._priority
+        )
         if self.aborting:
             return GenerateResult(
                 request_id=request.request_id, output_ids=(), log_probs=(), finish_reason=FinishReason.ABORT, weight_versions=()

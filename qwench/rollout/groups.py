@@ -87,6 +87,7 @@ class GroupRunner:
         scope: str = "train",
         grades_executions: bool = False,
         teacher: Teacher | None = None,
+        priority: int = 0,
     ) -> None:
         """Keep what every group needs.
 
@@ -97,9 +98,10 @@ class GroupRunner:
             scope: `train`, or the name of the evaluation set.
             grades_executions: grade the samples of one generate call together.
             teacher: scores every finished sample. None: there is none on a server.
+            priority: of the requests, see `GenerateRequest`.
         """
         self.tokenizer, self.sampling = tokenizer, sampling
-        self._requests = Requests(engines)
+        self._requests = Requests(engines, priority=priority)
         self._grader = grader
         self._slots = asyncio.Semaphore(concurrency)
         self._group_rm = group_rm

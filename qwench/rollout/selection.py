@@ -72,8 +72,14 @@ class Selection:
         if self._functions.find_removed is not None:
             for sample in self._functions.find_removed(groups):
                 sample.mask_out()
-        measured = {} if self._curriculum is None else self._curriculum.measure(tally.judged)
+        self.measure(tally)
+        measured = {} if self._curriculum is None else self._curriculum.take_metrics()
         return Rollout(rollout_id=rollout_id, groups=groups, metrics={**self._filter_metrics(tally), **measured})
+
+    def measure(self, tally: Tally) -> None:
+        """Take the pass rates of the groups judged so far."""
+        if self._curriculum is not None:
+            self._curriculum.measure(tally.judged)
 
     def _apply_filter(self, group: Group) -> FilterResult:
         if self._functions.group_filter is None:

@@ -49,16 +49,19 @@ def test_asynchronous_rollouts_train_each_group_once_and_on_no_token_that_is_too
     assert max(column(tmp_path / "run", "rollout/staleness/max")) <= 2
 
 
-def test_evaluations_beside_training_are_logged_where_they_began(workspace: Workspace, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("engines", "num_engines"), [({"eval_num_gpus": 1}, 2), ({"eval_low_priority": ()}, 1)])
+def test_evaluations_beside_training_are_logged_where_they_began(
+    engines: dict[str, object], num_engines: int, workspace: Workspace, tmp_path: Path
+) -> None:
     flags = {**DIGITS, "deterministic_mode": None, "fully_async": (), "max_weight_staleness": 2, "num_rollout": 3,
-             "rollout_num_gpus": 1, "eval_num_gpus": 1, "eval_interval": 1, "colocate": None,
+             "rollout_num_gpus": 1, **engines, "eval_interval": 1, "colocate": None,
              "pause_generation_mode": "in_place", "eval_prompt_data": ("held_out", f"{workspace.test_data}@[0:3]")}  # fmt: skip
     run_verb(workspace.train_argv(tmp_path / "run", **flags))
     rows = [row for row in read_metrics(tmp_path / "run") if "eval/held_out" in row]
     assert [row["eval/step"] for row in rows] == [0, 1, 2, 3]
     assert all(0 <= row["eval/held_out"] <= 1 for row in rows)
     assert len(column(tmp_path / "run", "train/loss")) == 6
-    assert len(list((tmp_path / "run" / "engines").glob("*.log"))) == 2
+    assert len(list((tmp_path / "run" / "engines").glob("*.log"))) == num_engines
 
 
 def test_a_longer_run_goes_on_after_the_last_rollout_of_a_shorter_one(workspace: Workspace, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def help_text(
     """
     width = width or min(max(shutil.get_terminal_size().columns, _NARROWEST), _WIDEST)
     sections = {name: tuple(flags) for name, flags in groupby(table.values(), key=lambda flag: flag.section)}
-    topic = _topic(words)
+    topic = help_topic(words)
     if topic is not None:
         return "\n".join(_about(topic, prog, table, sections, defaults, width)) + "\n"
     page = PAGES.get(prog, Page())
@@ -66,7 +66,7 @@ def help_text(
     return "\n".join(lines) + "\n"
 
 
-def _topic(words: Sequence[str]) -> str | None:
+def help_topic(words: Sequence[str]) -> str | None:
     """Return the word behind --help, unless it is another flag."""
     for word, following in pairwise(words):
         if word in HELP and not following.startswith("-h") and not following.startswith("--help"):

@@ -15,7 +15,7 @@ from qwench.config.checks import check_eval, check_serve, check_sft, check_train
 from qwench.config.command_line.argv import Given, Occurrence, custom_settings, sort_flags, split_words
 from qwench.config.command_line.compat import IMPORT_PATHS
 from qwench.config.command_line.flags import Flag, flag_name, flag_table
-from qwench.config.command_line.help import HELP_ALL, first_sentence, help_text, is_help
+from qwench.config.command_line.help import HELP_ALL, first_sentence, help_text, help_topic, is_help
 from qwench.config.command_line.role_flags import with_roles
 from qwench.config.config import Config
 from qwench.config.engine_choice import look_at_machine, with_engine
@@ -110,9 +110,7 @@ def parse_flags(
     """
     table = flag_table(config_type)
     if is_help(words):
-        sys.stdout.write(help_text(prog, table, defaults or {}, words=words, subjects=section_subjects(config_type)))
-        if HELP_ALL in words:
-            sys.stdout.write(_declared(split_words(words, prog=prog, table=table), ask).help)
+        sys.stdout.write(_help(config_type, words, prog=prog, defaults=defaults or {}, ask=ask))
         sys.exit(0)
     base = [Occurrence(name=name, values=values) for name, values in (defaults or {}).items()]
     occurrences = [*base, *split_words(words, prog=prog, table=table)]
@@ -141,6 +139,21 @@ def _declared(occurrences: Sequence[Occurrence], ask: AskFunctions | None) -> De
     given = {item.name: item.values for item in occurrences if item.name in _DECLARING}
     paths = [path for values in given.values() for path in values if path not in IMPORT_PATHS and path != "None"]
     return ask(paths) if ask is not None and paths else Declared(names=frozenset(), help="")
+
+
+def _help(
+    config_type: type, words: Sequence[str], *, prog: str, defaults: Mapping[str, tuple[str, ...]], ask: AskFunctions | None
+) -> str:
+    """Return what the words ask for; functions describe the flags that they declare themselves."""
+    table = flag_table(config_type)
+    declared = cache(lambda: _declared(split_words(words, prog=prog, table=table), ask))
+    try:
+        text = help_text(prog, table, defaults, words=words, subjects=section_subjects(config_type))
+    except ConfigError:
+        if help_topic(words) not in declared().names:
+            raise
+        return declared().help
+    return text + (declared().help if HELP_ALL in words else "")
 
 
 def _check_required(given: Given, table: Mapping[str, Flag], *, prog: str) -> None:

@@ -52,10 +52,12 @@ class EvalConfig:
     skip_eval_before_train: bool = False
     """Do not evaluate before the first rollout."""
     eval_num_gpus: int = 0
-    """GPUs of further engines, for evaluations that go on while the policy is trained (--fully-async). All engines serve both,
-    and rollouts go first. 0: training waits for evaluations."""
+    """GPUs of engines that serve evaluations alone, which then go on while the policy is trained (--fully-async)."""
+    eval_low_priority: bool = False
+    """Evaluate while the policy is trained (--fully-async), on the engines of rollouts, whose requests go first. Without this
+    and --eval-num-gpus training waits for evaluations."""
     eval_max_in_flight: int = 2
-    """Evaluations beside training that may be pending at once (--eval-num-gpus)."""
+    """Evaluations beside training that may be pending at once (--eval-num-gpus, --eval-low-priority)."""
     eval_overflow_policy: Literal["backpressure", "skip"] = "backpressure"
     """When --eval-max-in-flight evaluations are pending: wait for the oldest, or skip the new one."""
     custom_eval_rollout_log_function_path: str | None = None
@@ -76,6 +78,8 @@ class EvalConfig:
         ):
             check_positive(flag, value)
         check_not_negative("--eval-num-gpus", self.eval_num_gpus)
+        if self.eval_num_gpus and self.eval_low_priority:
+            raise ConfigError("--eval-low-priority has no effect on the engines of --eval-num-gpus; give one of them")
         check_positive("--eval-max-in-flight", self.eval_max_in_flight)
         check_not_negative("--eval-temperature", self.eval_temperature)
         check_not_negative("--eval-min-new-tokens", self.eval_min_new_tokens)
@@ -100,6 +104,11 @@ class EvalConfig:
             raise ConfigError("--eval-prompt-data and --eval-config both list evaluation sets; give one of them")
         if self.eval_interval is not None and not self.has_sets:
             raise ConfigError("--eval-interval needs something to evaluate on; give --eval-prompt-data NAME FILE")
+
+    @property
+    def is_beside(self) -> bool:
+        """Tell whether evaluations go on while the policy is trained."""
+        return self.eval_low_priority or self.eval_num_gpus > 0
 
     @property
     def has_sets(self) -> bool:

@@ -101,7 +101,8 @@ class Dispatcher:
             self._names[request.request_id] = name
             try:
                 adapter = request.adapter or self._members.adapter
-                return await self._generate_on(self._members.least_loaded(), replace(request, request_id=name, adapter=adapter))
+                member = self._members.least_loaded(evaluates=request.yields)
+                return await self._generate_on(member, replace(request, request_id=name, adapter=adapter))
             except EngineLostError:
                 if self._supervisor is None or attempt == MAX_ATTEMPTS:
                     raise
@@ -121,18 +122,19 @@ class Dispatcher:
         return not (self._members.any_in(MemberState.LOST) or self._can_republish)
 
     async def _generate_on(self, member: Member, request: GenerateRequest) -> GenerateResult:
-        """Send the request to the member or to the router. Without an answer, look for the lost engine."""
+        """Send the request to the member, or to the router of its members. Without an answer, look for the lost engine."""
         member.in_flight.add(request.request_id)
+        routed = None if member.evaluates or (self._supervisor and not self._supervisor.has_router) else self._routed
         try:
-            if self._routed is not None and (self._supervisor is None or self._supervisor.has_router):
-                return await self._routed.generate(request)
+            if routed is not None:
+                return await routed.generate(request)
             if self._supervisor is None:
                 return await member.engine.generate(request)
             return await member.until_lost(member.engine.generate(request))
         except EngineLostError:
             if self._supervisor is not None:
                 # A router does not say which engine it was.
-                await (self._supervisor.examine(member) if self._routed is None else self._supervisor.examine_all())
+                await (self._supervisor.examine(member) if routed is None else self._supervisor.examine_all())
                 await self._supervisor.examine_router()
             raise
         finally:

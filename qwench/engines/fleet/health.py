@@ -182,8 +182,8 @@ class Supervisor:
         await self._members.set_state(member, MemberState.STALE if stale else MemberState.READY)
 
     async def route(self, member: Member) -> None:
-        """Add a member to the router; a router that is lost gets all ready members when it is up again."""
-        if self._router is None or self._router_lost:
+        """Add a member to the router, but one for evaluations; a lost router gets all ready members when it is up again."""
+        if self._router is None or self._router_lost or member.evaluates:
             return
         try:
             await self._router.add(member.url)
@@ -219,7 +219,7 @@ class Supervisor:
         while self._holds:  # it checks the health of servers, which must be awake
             await asyncio.sleep(POLL_S)
         for member in self._members:
-            if member.state is MemberState.READY:
+            if member.state is MemberState.READY and not member.evaluates:
                 await self._add(router, member)
         self._router_lost = False
         _logger.info("%s is up again", router.label)

@@ -89,6 +89,8 @@ class Member:
     """None: the engine lives in this process, or this run did not start its server."""
     url: str = ""
     """Where the server listens; empty for an engine of this process."""
+    evaluates: bool = False
+    """It is set apart for evaluations beside training."""
     state: MemberState = MemberState.READY
     asleep: bool = False
     """It has given memory back."""
@@ -189,13 +191,17 @@ class Members:
         """Tell whether some member is in `state`."""
         return any(member.state is state for member in self._members)
 
-    def least_loaded(self) -> Member:
+    def least_loaded(self, *, evaluates: bool = False) -> Member:
         """Return the ready member with the fewest requests in flight; siblings of a group thus spread evenly.
+
+        Args:
+            evaluates: prefer those set apart for evaluations; False: the others. Without a ready one, any serves.
 
         Raises:
             EngineError: none is ready.
         """
         ready = [member for member in self._members if member.state is MemberState.READY]
+        ready = [member for member in ready if member.evaluates is evaluates] or ready
         if not ready:
             raise EngineError("no engine holds the current weights: all were restarted; resume the run by the same command.")
         return min(ready, key=lambda member: len(member.in_flight))

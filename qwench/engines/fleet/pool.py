@@ -290,7 +290,7 @@ class EnginePool:
         """Add new members to the router. It checks their health, so they must be awake."""
         while self._unrouted:
             member = self._unrouted.pop()
-            if self._router is None or member.state is not MemberState.READY:
+            if self._router is None or member.state is not MemberState.READY or member.evaluates:
                 continue
             await (self._router.add(member.url) if self._supervisor is None else self._supervisor.route(member))
 

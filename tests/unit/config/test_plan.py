@@ -169,6 +169,19 @@ def test_engines_share_the_ranks_devices_or_have_their_own():
     assert planned(engine=external).devices.num_engines == 0
 
 
+def test_engines_for_evaluation_are_the_last_ones():
+    def devices(num_gpus, **engine):
+        cluster = ClusterConfig(rollout_num_gpus=4, rollout_num_gpus_per_engine=2)
+        evaluation = EvalConfig(eval_num_gpus=num_gpus, eval_prompt_data=("a", "a.jsonl"))
+        asynchronous = AsyncConfig(fully_async=True)
+        engine = EngineConfig(rollout_engine="sglang", **engine)
+        return planned(engine=engine, cluster=cluster, evaluation=evaluation, asynchronous=asynchronous).devices
+
+    assert (devices(4).engine_sizes, devices(4).num_eval_engines) == ((2, 2, 2, 2), 2)
+    with pytest.raises(ConfigError, match=r"--eval-num-gpus 1 must be the GPUs of the last engines, which have 2, 2;"):
+        devices(1)
+
+
 def test_an_engine_that_would_span_two_nodes_is_refused():
     cluster = ClusterConfig(actor_num_nodes=2, actor_num_gpus_per_node=3, rollout_num_gpus_per_engine=2)
     with pytest.raises(ConfigError, match="--rollout-num-gpus-per-engine 2 does not divide --actor-num-gpus-per-node 3"):

@@ -49,6 +49,7 @@ REFUSED = [
         },
         "--eval-num-gpus 1 needs engines on GPUs of their own",
     ),
+    ({"evaluation": EvalConfig(eval_low_priority=True)}, "--eval-low-priority needs --fully-async"),
     (
         {"references": ReferencesConfig(custom_update_weight_post_write_path="a.b")},
         "--custom-update-weight-post-write-path sees files that only --update-weight-transport disk writes, got nccl",

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load
 
 from qwench.engines import client
 from qwench.engines.client import HttpEngine
+from qwench.engines.embedded.http.api import GenerateBody
 from qwench.engines.protocol import (
     EngineStats,
     FinishReason,
@@ -135,8 +137,17 @@ def test_a_request_is_sent_and_its_answer_read_in_sglangs_form(serve):
         "spaces_between_special_tokens": False,
     }
     assert (body["rid"], body["input_ids"], body["return_logprob"]) == ("r$", [1, 2], True)
+    assert "priority" not in body
     assert server.headers[0]["Authorization"] == "Bearer secret"
     assert server.headers[0]["Content-Type"] == "application/json"
+
+
+def test_a_priority_arrives_as_it_was_given(serve):
+    server = serve(generate={"text": "hi", "meta_info": META})
+    use(server.url, lambda engine: engine.generate(replace(request(), priority=-1)))
+    [(_, body)] = server.bodies()
+    (received,) = GenerateBody.model_validate(body).to_requests(None, max_tokens=10)
+    assert body["priority"] == -1 and received.priority == -1 and received.yields
 
 
 def test_without_versions_of_tokens_all_have_the_servers_and_without_a_seed_none_is_sent(serve):

@@ -54,14 +54,14 @@ def right(sample):
 
 
 @contextmanager
-def open_stream(engine, *, staleness=1, score=right, source=None, deterministic=False, functions=None, state=None, **options):
+def open_stream(engine, *, staleness=1, score=right, source=None, deterministic=False, selection=None, state=None, **options):
     limits = {key: options.pop(key, default) for key, default in (("max_groups_in_flight", None), ("max_rounds", 10))}
     section = AsyncConfig(fully_async=True, max_weight_staleness=staleness, **options)
     with closing(EnginePool([engine], EventLoopThread())) as engines:
         stream = ContinuousStream(
             engines,
             make_runner(engines, FakeGrader(score)),
-            Selection(functions or RolloutFunctions()),
+            selection or Selection(RolloutFunctions()),
             GroupBuffer(source or letters_source()),
             StalenessBound(groups_per_rollout=2, max_staleness=staleness, num_rollouts=9),
             section,
@@ -314,7 +314,7 @@ def drop_c(group):
 
 def test_a_rejected_group_is_replaced_and_counted():
     engine = FakeEngine(write_ok)
-    with open_stream(engine, staleness=0, functions=RolloutFunctions(group_filter=drop_c)) as stream:
+    with open_stream(engine, staleness=0, selection=Selection(RolloutFunctions(group_filter=drop_c))) as stream:
         assert prompts_of(stream.take(0).groups) == "ab"
         publish(stream, engine, 1)
         rollout = stream.take(1)
@@ -324,7 +324,7 @@ def test_a_rejected_group_is_replaced_and_counted():
 
 def test_a_filter_that_rejects_everything_is_overruled():
     reject = RolloutFunctions(group_filter=lambda group: FilterResult(keep=False, reason="all"))
-    with open_stream(FakeEngine(write_ok), staleness=0, functions=reject, max_rounds=2) as stream:
+    with open_stream(FakeEngine(write_ok), staleness=0, selection=Selection(reject), max_rounds=2) as stream:
         rollout = stream.take(0)
     assert prompts_of(rollout.groups) == "ef"
     assert rollout.metrics["rollout/dynamic_filter/drop_all"] == 6.0

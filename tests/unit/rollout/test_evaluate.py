@@ -30,6 +30,13 @@ def run(sets, score, *, engine=None, call="evaluate", **options):
         return getattr(evaluator(sets, FakeGrader(score), **options), call)(engines)
 
 
+@pytest.mark.parametrize("priority", [0, -1])
+def test_requests_have_the_priority_of_the_evaluation(priority):
+    engine = FakeEngine(write_ok)
+    run([eval_set("easy", "ab")], lambda sample: 1.0, engine=engine, priority=priority)
+    assert [request.priority for request in engine.requests] == [priority] * 2
+
+
 def test_score_is_the_plain_mean_and_sets_are_apart():
     metrics = run(
         [eval_set("easy", "ab"), eval_set("hard", "cde", n=2)], lambda sample: 1.0 if sample.prompt.text in "abc" else 0.0

@@ -85,6 +85,7 @@ class GenerateBody(BaseModel):
     rid: str | list[str] | None = None
     lora_path: str | list[str | None] | None = None
     """SGLang's name for the name of a loaded adapter."""
+    priority: int | None = None
     return_logprob: bool = False
     stream: bool = False
     logprob_start_len: int = -1
@@ -134,7 +135,14 @@ class GenerateBody(BaseModel):
         params = [one.to_params() for one in sampling]
         scoring = self._scoring(params)
         return [
-            GenerateRequest(request_id=request_id, input_ids=prompt, sampling=one, scoring=scoring, adapter=adapter)
+            GenerateRequest(
+                request_id=request_id,
+                input_ids=prompt,
+                sampling=one,
+                scoring=scoring,
+                adapter=adapter,
+                priority=self.priority or 0,
+            )
             for request_id, prompt, one, adapter in zip(ids, prompts, params, adapters, strict=True)
         ]
 

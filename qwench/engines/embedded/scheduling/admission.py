@@ -19,6 +19,7 @@ MIN_TEMPERATURE = 1e-6
 """Below it, logits divided by it leave float32."""
 MAX_TEMPERATURE = 1e6
 MAX_TOP_K = 2**31 - 1
+MAX_PRIORITY = 2**31 - 1
 QUIET_TURNS = 10
 """Turns of the event loop without a new request after which an inline engine begins its step."""
 
@@ -65,6 +66,7 @@ class Admission:
             tokens=list(request.input_ids),
             num_prompt=num_prompt,
             adapter=adapter,
+            priority=request.priority,
         )
 
     async def let_requests_arrive(self, *, inline: bool) -> None:
@@ -95,6 +97,8 @@ class Admission:
             raise EngineError(f"{name} has stop_token_ids outside [0, {self._vocab_size}), or more than {MAX_STOPS} of them.")
         if not 0 < sampling.top_p <= 1 or not 0 <= sampling.min_p <= 1:
             raise EngineError(f"{name} has top_p {sampling.top_p}, min_p {sampling.min_p}; they must lie in (0, 1] and [0, 1].")
+        if abs(request.priority) > MAX_PRIORITY:
+            raise EngineError(f"{name} has priority {request.priority}; it must lie in [-{MAX_PRIORITY}, {MAX_PRIORITY}].")
         if not request.input_ids:
             raise EngineError(f"{name} has an empty prompt; at least one token is needed.")
         if min(request.input_ids) < 0 or max(request.input_ids) >= self._vocab_size:

@@ -45,6 +45,8 @@ class RunningRequest:
     """Prompt and response so far."""
     num_prompt: int
     adapter: ChosenAdapter = NO_ADAPTER
+    priority: int = 0
+    """As asked, or that of the requests that it waited for (see `waiting`)."""
     log_probs: list[float] = field(default_factory=list)
     weight_versions: list[int] = field(default_factory=list)
     support: list[list[int]] = field(default_factory=list)
@@ -57,7 +59,7 @@ class RunningRequest:
     row: int = -1
     """Its row in the scheduler's table; -1 while waiting."""
     arrival: int = -1
-    """Order of admission; the latest is preempted first."""
+    """Order of admission; the latest of a priority is preempted first."""
     epoch: int = -1
     """The pool's epoch when its first page was filled."""
     cached_tokens: int = 0

@@ -1,7 +1,7 @@
 """Decides what the next forward pass computes: continuous batching over a paged pool.
 
     waiting --admit--> prefilling --last chunk--> decoding --finish--> out
-       ^------------------ preempt: pages ran out, latest first ------|
+       ^------------------ preempt: pages ran out, lowest priority and latest first ------|
 
 Equal prompts are prefilled once. The first is admitted with its siblings as followers. When its prefill ends, they share its
 full pages and copy the last one, and each samples from the same logits with its own seed.
@@ -9,7 +9,6 @@ full pages and copy the last one, and each samples from the same logits with its
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from qwench.engines.embedded.scheduling.kv_cache import PagePool
 from qwench.engines.embedded.scheduling.request import RunningRequest
+from qwench.engines.embedded.scheduling.waiting import WaitingRequests
 from qwench.engines.protocol import EngineStats
 
 
@@ -80,8 +80,7 @@ class Scheduler:
         self.page_table = np.zeros((max_running, max_pages), dtype=np.int32)
         self._chunk_tokens = prefill_chunk_tokens
         self._free_rows = list(range(max_running - 1, -1, -1))
-        self._waiting: OrderedDict[str, RunningRequest] = OrderedDict()
-        self._siblings: dict[bytes, OrderedDict[str, RunningRequest]] = {}
+        self._waiting = WaitingRequests()
         self._prefilling: list[RunningRequest] = []
         self._decoding: list[RunningRequest] = []
         self._arrivals = 0
@@ -99,17 +98,16 @@ class Scheduler:
     def unfinished(self) -> list[RunningRequest]:
         """Return all requests held here."""
         prefilling = [request for leader in self._prefilling for request in (leader, *leader.followers)]
-        return [*self._waiting.values(), *prefilling, *self._decoding]
+        return [*self._waiting, *prefilling, *self._decoding]
 
     def add(self, request: RunningRequest) -> None:
         """Queue a new request."""
-        siblings = self._siblings.setdefault(_prompt_key(request), OrderedDict())
-        self._waiting[request.request.request_id] = siblings[request.request.request_id] = request
+        self._waiting.add(request)
 
     def remove(self, request: RunningRequest) -> None:
         """Take out a request at any point of its life and free what it holds."""
         if request.row < 0:
-            self._leave_queue(request)
+            self._waiting.remove(request)
             return
         if request in self._decoding:
             self._decoding.remove(request)
@@ -176,7 +174,7 @@ class Scheduler:
         return request.num_computed >= len(request.pages) * self.pool.page_size
 
     def _extend_decoding(self) -> int:
-        """Give each decoding request room for one token, oldest first; return how many of the latest were preempted for it."""
+        """Give each decoding request room for one token; return how many others were preempted for it."""
         num_preempted = 0
         for request in self._continuing():
             if request.row < 0 or not self._needs_page(request):
@@ -220,9 +218,9 @@ class Scheduler:
 
     def _admit_next(self) -> RunningRequest | None:
         """Admit the first waiting request and as many of its siblings as there is room for."""
-        request = next(iter(self._waiting.values()))
         if not self._free_rows:
             return None
+        request = self._waiting.next()
         scoring = request.request.scoring
         # The first scored token needs the output of the position before it, so that position is computed again.
         known = request.tokens if scoring is None else request.tokens[: scoring.start]
@@ -233,6 +231,7 @@ class Scheduler:
         if room < 0 and (self.num_running > 0 or self.pool.num_free < num_new):
             self.pool.release(matched)
             return None
+        siblings = [one for one in self._waiting.siblings(request) if one is not request]
         self._seat(request)
         request.pages = matched
         request.epoch = self.pool.epoch
@@ -242,7 +241,7 @@ class Scheduler:
         self.page_table[request.row, : len(matched)] = matched
         self._grow(request, num_new)
         self._prefilling.append(request)
-        for sibling in list(self._siblings.get(_prompt_key(request), {}).values())[: max(room - 1, 0)]:
+        for sibling in siblings[: max(room - 1, 0)]:
             if not self._free_rows:
                 break
             self._seat(sibling)
@@ -250,7 +249,7 @@ class Scheduler:
         return request
 
     def _seat(self, request: RunningRequest) -> None:
-        self._leave_queue(request)
+        self._waiting.admit(request)
         request.row = self._free_rows.pop()
         request.arrival = self._arrivals
         self._arrivals += 1
@@ -261,7 +260,7 @@ class Scheduler:
         request.pages.extend(pages)
 
     def _preempt_latest(self) -> None:
-        victim = max([*self._decoding, *self._prefilling], key=lambda request: request.arrival)
+        victim = max([*self._decoding, *self._prefilling], key=lambda request: (-request.priority, request.arrival))
         if victim in self._prefilling:
             self._prefilling.remove(victim)
             for follower in reversed(victim.followers):
@@ -275,8 +274,7 @@ class Scheduler:
         """Put a request back in front of the queue; it will be computed again from its first token."""
         self._free(request)
         request.scored.clear()
-        self.add(request)
-        self._waiting.move_to_end(request.request.request_id, last=False)
+        self._waiting.add(request, first=True)
 
     def _replace_leader(self, leader: RunningRequest) -> None:
         """Make the first follower the leader of a prefill whose leader leaves."""
@@ -291,25 +289,10 @@ class Scheduler:
         leader.pages, leader.followers = [], []
         self._prefilling[index] = heir
 
-    def _leave_queue(self, request: RunningRequest) -> None:
-        del self._waiting[request.request.request_id]
-        key = _prompt_key(request)
-        del self._siblings[key][request.request.request_id]
-        if not self._siblings[key]:
-            del self._siblings[key]
-
     def _free(self, request: RunningRequest) -> None:
         self.pool.release(request.pages)
         self._free_rows.append(request.row)
         request.pages, request.num_computed, request.row, request.epoch = [], 0, -1, -1
-
-
-def _prompt_key(request: RunningRequest) -> bytes:
-    """Return a key that is equal for requests that can share a prefill: adapter and all tokens. A preempted request thus
-    shares with none, and neither does one that is scored."""
-    if request.request.scoring is not None:
-        return request.request.request_id.encode()
-    return np.asarray([request.adapter.cache_root, *request.tokens], dtype=np.int32).tobytes()
 
 
 def count_step(stats: EngineStats, plan: StepPlan, requests: Sequence[RunningRequest], *, num_sampled: int) -> EngineStats:

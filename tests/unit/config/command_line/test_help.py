@@ -3,7 +3,7 @@ import pytest
 from qwench.config.checks import check_eval, check_sft, check_train
 from qwench.config.command_line.flags import flag_table
 from qwench.config.command_line.pages import PAGES
-from qwench.config.command_line.parse import EVAL_DEFAULTS, SFT_DEFAULTS, parse_flags
+from qwench.config.command_line.parse import EVAL_DEFAULTS, SFT_DEFAULTS, Declared, parse_flags
 from qwench.config.config import Config
 from qwench.config.sections.convert import ConvertConfig
 from qwench.config.sections.verbs import RewardCheckConfig, ServeConfig
@@ -40,6 +40,23 @@ def test_no_line_is_wider_than_the_terminal(capsys, monkeypatch, words, columns)
     monkeypatch.setenv("COLUMNS", str(columns))
     allowed = max(columns, 80)  # a command is not broken
     assert [line for line in shown(capsys, *words).splitlines() if len(line) > allowed] == []
+
+
+def test_help_on_a_flag_that_a_function_declares_is_that_of_the_functions(capsys):
+    words = ["--custom-generate-function-path", "mine.generate", "--help"]
+    asked = []
+
+    def ask(paths):
+        asked.append(list(paths))
+        return Declared(names=frozenset({"max-hops"}), help="options:\n  --max-hops N  how far\n")
+
+    for topic in ("max-hops", "--max_hops"):
+        with pytest.raises(SystemExit):
+            parse_flags(Config, [*words, topic], prog="qwench train", ask=ask)
+        assert capsys.readouterr().out == "options:\n  --max-hops N  how far\n"
+    with pytest.raises(ConfigError, match="no section, no flag and no text on 'max-hips'"):
+        parse_flags(Config, [*words, "max-hips"], prog="qwench train", ask=ask)
+    assert asked == [["mine.generate"]] * 3
 
 
 def test_every_flag_is_in_the_whole_listing_and_in_its_section(capsys):

@@ -117,6 +117,20 @@ def test_the_least_loaded_ready_member_is_chosen_and_the_first_of_equals():
     assert asyncio.run(scenario()) is one
 
 
+def test_a_member_set_apart_for_evaluations_serves_only_these_unless_no_other_is_ready():
+    async def scenario():
+        busy, apart = member(in_flight={"r1", "r2"}), member(evaluates=True)
+        members = Members([busy, apart])
+        assert (members.least_loaded(), members.least_loaded(evaluates=True)) == (busy, apart)
+        await members.set_state(apart, MemberState.STALE)
+        assert members.least_loaded(evaluates=True) is busy
+        await members.set_state(apart, MemberState.READY)
+        await members.set_state(busy, MemberState.LOST)
+        assert members.least_loaded() is apart
+
+    asyncio.run(scenario())
+
+
 def test_all_calls_end_before_the_first_error_is_raised():
     ended = []
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import re
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
 from qwench.engines.fleet.event_loop import EventLoopThread
+from qwench.engines.fleet.members import Member
 from qwench.engines.fleet.pool import EnginePool
 from qwench.engines.protocol import FinishReason, MemoryTag
 from qwench.errors import EngineLostError, WeightSyncError
@@ -36,6 +38,19 @@ def test_requests_spread_evenly(pool):
         return [(await engine.stats()).generated_tokens for engine in pool.engines], (await pool.stats()).generated_tokens
 
     assert run(pool, scenario()) == ([15, 15, 15], 45)
+
+
+def test_engines_set_apart_serve_requests_of_low_priority_and_these_go_nowhere_else():
+    model = make_model("qwen3")
+    members = [Member(engine=make_engine(model)), Member(engine=make_engine(model), evaluates=True)]
+
+    async def scenario(pool):
+        requests = [ask(f"r{i}", prompt_of(4), seed=i, max_new_tokens=5, ignore_eos=True) for i in range(6)]
+        await asyncio.gather(*(pool.generate(replace(one, priority=-(i > 1))) for i, one in enumerate(requests)))
+        return [(await engine.stats()).generated_tokens for engine in pool.engines]
+
+    with closing(EnginePool(members, EventLoopThread())) as pool:
+        assert run(pool, scenario(pool)) == [10, 20]
 
 
 def test_abort_finds_the_engine_of_a_request(pool):

@@ -19,10 +19,9 @@ def admission(seed: int = 0) -> Admission:
     return Admission(small, eos_ids=frozenset({9}), tokenizer=None, seed=seed)
 
 
-def accepted(admission: Admission, *, prompt=(1, 2, 3), room: int = 8, max_new_tokens: int = 4, **sampling):
-    request = GenerateRequest(
-        request_id="r", input_ids=list(prompt), sampling=SamplingParams(max_new_tokens=max_new_tokens, **sampling)
-    )
+def accepted(admission: Admission, *, prompt=(1, 2, 3), room: int = 8, max_new_tokens: int = 4, priority: int = 0, **sampling):
+    params = SamplingParams(max_new_tokens=max_new_tokens, **sampling)
+    request = GenerateRequest(request_id="r", input_ids=list(prompt), sampling=params, priority=priority)
 
     async def accept():
         return admission.accept(request, max_request_tokens=room)
@@ -45,6 +44,10 @@ def test_requests_without_a_seed_draw_theirs_from_the_engines_seed_and_their_num
 
 def test_a_request_keeps_its_own_seed():
     assert [accepted(admission(3), seed=seed).seed for seed in (0, 7, 2**64 + 7, -1)] == [0, 7, 7, 2**64 - 1]
+
+
+def test_a_request_keeps_its_priority():
+    assert [accepted(admission(), priority=priority).priority for priority in (0, -1, 5)] == [0, -1, 5]
 
 
 def test_the_response_is_bounded_by_the_room_behind_the_prompt():
@@ -122,6 +125,8 @@ def test_end_of_sequence_ids_come_from_config_and_tokenizer():
         ({"stop_token_ids": (0,)}, {"stop_token_ids": (-1,)}),
         ({"prompt": (0, 9)}, {"prompt": (0, 10)}),
         ({"prompt": (0,)}, {"prompt": (-1, 0)}),
+        ({"priority": 2**31 - 1}, {"priority": 2**31}),
+        ({"priority": 1 - 2**31}, {"priority": -(2**31)}),
     ],
 )
 def test_numbers_are_kept_up_to_their_bounds(kept, refused):

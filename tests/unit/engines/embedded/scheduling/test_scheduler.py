@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from qwench.engines.embedded.scheduling.kv_cache import PagePool
 from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.embedded.scheduling.scheduler import Scheduler, StepPlan, count_step
+from qwench.engines.embedded.scheduling.waiting import PATIENCE
 from qwench.engines.protocol import EngineStats, GenerateRequest, SamplingParams
 
 _ids = count()
 
 
-def make_request(tokens, max_new_tokens=4):
+def make_request(tokens, max_new_tokens=4, *, priority=0):
     return RunningRequest(
         request=GenerateRequest(
             request_id=f"r{next(_ids)}", input_ids=tokens, sampling=SamplingParams(max_new_tokens=max_new_tokens)
@@ -28,6 +29,7 @@ def make_request(tokens, max_new_tokens=4):
         future=None,
         tokens=list(tokens),
         num_prompt=len(tokens),
+        priority=priority,
     )
 
 
@@ -153,6 +155,71 @@ def test_latest_is_preempted_when_pages_run_out_and_starts_again_with_its_tokens
     assert new.tokens == [5, 6, 7, *range(3, 15)]
 
 
+def test_the_highest_priority_is_admitted_first_and_a_lower_one_after_so_many_others():
+    scheduler = make_scheduler(num_pages=200, max_running=1)
+    low = [make_request([1, 2], 1, priority=-1), make_request([1, 2], 1, priority=-1), make_request([3], 1, priority=-1)]
+    high = [make_request([10 + i], 1) for i in range(2 * PATIENCE + 1)]
+    for request in [*low, *high]:
+        scheduler.add(request)
+    served = [step(scheduler)[1] for _ in range(len(low) + len(high))]
+    order = [*high[:PATIENCE], low[0], *high[PATIENCE : 2 * PATIENCE], low[1], high[-1], low[2]]
+    assert served == [[request] for request in order]
+
+
+def test_siblings_of_a_low_priority_that_come_in_by_patience_wait_longer_for_the_next():
+    scheduler = make_scheduler(num_pages=200, max_running=4)
+    low = [make_request([1, 2], 1, priority=-1) for _ in range(5)]
+    high = [make_request([10 + i], 1) for i in range(6 * PATIENCE)]
+    for request in [*low, *high]:
+        scheduler.add(request)
+    served = []
+    while scheduler.unfinished():
+        served += step(scheduler)[1]
+    # The third step seats four of them at once. Before the fifth, 32 others come in.
+    assert [served.index(request) for request in low] == [8, 9, 10, 11, 44]
+
+
+def test_a_low_priority_is_preempted_before_one_that_came_later():
+    scheduler = make_scheduler(num_pages=5, prefix_cache=False)
+    low, high = make_request([1, 2, 3, 4], 12, priority=-1), make_request([5, 6, 7], 12)
+    scheduler.add(low)
+    step(scheduler)
+    scheduler.add(high)
+    while step(scheduler)[0].num_preempted == 0:
+        pass
+    assert scheduler.unfinished() == [low, high] and (low.pages, low.row) == ([], -1)
+    serve_all(scheduler)
+    assert (low.num_output, high.num_output) == (12, 12)
+
+
+def test_a_prompt_is_not_shared_by_two_priorities():
+    scheduler = make_scheduler(max_running=1)
+    low, high = make_request([1, 2], priority=-1), make_request([1, 2])
+    scheduler.add(low)
+    scheduler.add(high)
+    step(scheduler)
+    assert scheduler.unfinished() == [low, high] and scheduler.num_waiting == 1
+
+
+@given(st.integers(5, 12), st.integers(1, 3), st.integers(1, 4), st.lists(st.tuples(st.integers(1, 9), st.integers(1, 8))))
+@settings(max_examples=100)
+def test_a_low_priority_ends_while_others_never_stop_coming(num_pages, max_running, chunk, jobs):
+    scheduler = make_scheduler(num_pages, max_running=max_running, chunk=chunk, prefix_cache=False)
+    low = [make_request([30 + i] * length, new, priority=-1) for i, (length, new) in enumerate(jobs)]
+    for request in low:
+        scheduler.add(request)
+    for i in range(3000):
+        if all(request.num_output == request.max_new_tokens for request in low):
+            break
+        while scheduler.num_waiting < max_running + len(low):
+            scheduler.add(make_request([100 + i % 7] * (1 + i % 5), 1 + i % 6))
+        step(scheduler)
+    for request in low:
+        assert request.tokens[request.num_prompt :] == list(
+            range(request.num_prompt, request.num_prompt + request.max_new_tokens)
+        )
+
+
 def test_siblings_short_of_pages_wait_in_their_order_before_the_others_and_are_served():
     scheduler = make_scheduler(num_pages=12, chunk=1, prefix_cache=False)
     early = [make_request([20] * 3, 12) for _ in range(2)]
@@ -255,19 +322,21 @@ def serve_all(scheduler, removed=()):
 
 
 jobs_of_all_kinds = st.lists(
-    st.tuples(st.integers(1, 20), st.integers(0, 2), st.integers(1, 12), st.integers(1, 4), st.integers(0, 12)),
+    st.tuples(
+        st.integers(1, 20), st.integers(0, 2), st.integers(1, 12), st.integers(1, 4), st.integers(0, 12), st.integers(-2, 0)
+    ),
     min_size=1,
     max_size=8,
 )
-"""Prompt length, which prompt, new tokens, copies, and the step at which the last copy is removed: 0 for none."""
+"""Prompt length, which prompt, new tokens, copies, the step at which the last copy is removed (0 for none), and priority."""
 
 
 @st.composite
 def siblings_in_little_room(draw):
     """Siblings behind a long prefill, and requests that take the pages meanwhile: (jobs, pages, running, chunk)."""
-    early = [(draw(st.integers(1, 8)), 0, draw(st.integers(8, 14)), draw(st.integers(1, 3)), 0)]
+    early = [(draw(st.integers(1, 8)), 0, draw(st.integers(8, 14)), draw(st.integers(1, 3)), 0, 0)]
     length, copies = draw(st.integers(5, 16)), draw(st.integers(2, 5))
-    jobs = [*early, (length, 1, draw(st.integers(1, 8)), copies, draw(st.integers(0, 12)))]
+    jobs = [*early, (length, 1, draw(st.integers(1, 8)), copies, draw(st.integers(0, 12)), 0)]
     least = max((length + 8 + 3) // 4, (8 + 14 + 3) // 4)
     return jobs, draw(st.integers(least + 1, least + 8)), 8, draw(st.integers(1, 3))
 
@@ -283,8 +352,8 @@ def test_every_request_ends_with_its_tokens_and_all_pages_come_back(scene, prefi
     jobs, num_pages, max_running, chunk = scene
     scheduler = make_scheduler(num_pages, max_running=max_running, chunk=chunk, prefix_cache=prefix_cache)
     requests, removed = [], []
-    for length, kind, new, copies, at in jobs:
-        requests += [make_request([20 + kind] * length, new) for _ in range(copies)]
+    for length, kind, new, copies, at, priority in jobs:
+        requests += [make_request([20 + kind] * length, new, priority=priority) for _ in range(copies)]
         removed += [(at, requests[-1])] if at else []
     for request in requests:
         scheduler.add(request)
