@@ -8,6 +8,7 @@ import signal
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+from tests import warm_start
 from tests.deadlines import patient
 
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -17,6 +18,8 @@ settings.load_profile("patient")
 # `nohup` and a shell's `&` start a process that ignores these, and its children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+warm_start.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,23 +1,19 @@
-"""Processes that are forked from a server which has loaded the heavy libraries: they start at once, and hold nothing of a test.
-
-`python -m qwench` loads for five seconds. What a test wants of a process of its own is mostly that it is another one.
-"""
+"""Calls in processes of their own, which start at once (`tests.warm_start`) and hold nothing of a test."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import runpy
-import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from qwench import cli
 from tests.deadlines import patient
@@ -25,6 +21,7 @@ from tests.deadlines import patient
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["qwench.launch.build", "tests.contract.train_backend_ranks", "tests.e2e.dying_run"])
 REPOSITORY = Path(__file__).parents[1]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 DEADLINE_S = patient(240)
 
 
@@ -44,26 +41,27 @@ class Forked:
         self, folder: Path, call: Callable[..., object], *arguments: Any, environ: Mapping[str, str] | None = None
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._out, self._err = folder / "stdout", folder / "stderr"
-        self._process: BaseProcess = CONTEXT.Process(
-            target=_run, args=(self._out, self._err, dict(environ or {}), call, arguments)
-        )
-        self._process.start()
+        self._out, self._err, file = folder / "stdout", folder / "stderr", folder / "call"
+        file.write_bytes(pickle.dumps((call, arguments)))
+        words = [sys.executable, "-m", "tests.forked_call", str(file)]
+        whole = os.environ | ONE_THREAD | dict(environ or {})
+        with self._out.open("ab") as out, self._err.open("ab") as err:
+            self._process = subprocess.Popen(words, env=whole, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
 
     @property
     def pid(self) -> int:
         """Return the process id."""
-        assert self._process.pid is not None
         return self._process.pid
 
     def runs(self) -> bool:
         """Tell whether it has not ended."""
-        return self._process.exitcode is None
+        return self._process.poll() is None
 
     def end(self, *, timeout_s: float = DEADLINE_S) -> Finished:
         """Wait for its end; a process that is late is killed, and the test fails."""
-        self._process.join(timeout_s)
-        code = self._process.exitcode
+        code = None
+        with suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(timeout_s)
         if code is None:
             self._process.kill()
         said = self._out.read_text(), self._err.read_text()
@@ -93,14 +91,3 @@ def ranks_environ(world_size: int) -> list[dict[str, str]]:
 def _run_script(words: list[str]) -> None:
     sys.argv[:] = words
     runpy.run_path(words[0], run_name="__main__")
-
-
-def _run(out: Path, err: Path, environ: dict[str, str], call: Callable[..., object], arguments: Sequence[Any]) -> None:
-    for descriptor, file in ((1, out), (2, err)):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-    for number in (signal.SIGHUP, signal.SIGINT):  # the tests may run under nohup, or in the background
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.default_int_handler)
-    os.environ |= environ
-    os.chdir(REPOSITORY)
-    torch.set_num_threads(1)
-    call(*arguments)

@@ -20,7 +20,10 @@ def wait_for(what: str, condition: Callable[[], bool]) -> None:
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """Return the command lines of all living processes that descend from a process, by process id."""
+    """Return the command lines of all living processes that descend from a process, by process id.
+
+    Processes that only fork others for the tests are left out (`tests.warm_start`).
+    """
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -33,7 +36,8 @@ def descendants(pid: int) -> dict[int, str]:
     while size < len(found):
         size = len(found)
         found |= {child for child, parent in parents.items() if parent in found}
-    return {child: _command_line(child) for child in found - {pid}}
+    lines = {child: _command_line(child) for child in found - {pid}}
+    return {child: line for child, line in lines.items() if "tests.warm_server" not in line}
 
 
 def rank_process(driver: int, rank: int) -> int | None:

@@ -22,6 +22,7 @@ from qwench.observability.console import QuietConsole
 from qwench.samples import Group, Prompt, Rollout, Sample
 from tests.deadlines import patient
 from tests.unit.cluster import learners
+from tests.warm_start import cold_starts
 
 REPOSITORY = Path(__file__).parents[3]
 DEADLINE_S = patient(60)
@@ -76,6 +77,13 @@ def said() -> Iterator[Said]:
 
 
 @pytest.fixture
+def cold() -> Iterator[None]:
+    """Start ranks as a user's machine does."""
+    with cold_starts():
+        yield
+
+
+@pytest.fixture
 def launched(tmp_path: Path) -> Iterator[Launched]:
     launched = Launched(tmp_path / "logs")
     yield launched
@@ -83,6 +91,7 @@ def launched(tmp_path: Path) -> Iterator[Launched]:
     assert_gone(launched.pids)
 
 
+@pytest.mark.usefixtures("cold")
 def test_ranks_learn_save_and_give_their_weights(said: Said, launched: Launched, tmp_path: Path):
     learned = launched.learner.learn(rollout(0, num_tokens=100_000))  # larger than a pipe's buffer
     assert (learned.metrics["rollout/tokens"], learned.metrics["rank"]) == (100_000, 0)
