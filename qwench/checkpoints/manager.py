@@ -44,7 +44,7 @@ from qwench.samples import Json
 from qwench.wire.portions import WeightBucket
 
 _logger = logging.getLogger(__name__)
-_ROLLOUTS = "rollouts.json"
+_ROLLOUTS, _RNG = "rollouts.json", "rng.pt"
 _EXPORT_BUCKET_BYTES = 512 * 1024**2
 
 HfWriter = Callable[[Path, Iterator[WeightBucket]], None]
@@ -362,6 +362,8 @@ class CheckpointManager:
         self._barrier()
         if self._is_main:
             check_all_is_here(folder)
+            if self._config.no_save_rng:
+                (folder / _RNG).unlink(missing_ok=True)
             (folder / _ROLLOUTS).write_bytes(_to_json(rollouts.state_dict()))
             facts: dict[str, Json] = {"iteration": iteration, "identity": self._identity, "has_optimizer": has_optimizer}
             facts |= {"train_steps": self.train_steps(iteration), "flags": self._flags, "ended_by": ended_by}

@@ -123,10 +123,17 @@ def a_curriculum_draws_from_rows(config: Config) -> str | None:
 
 def old_log_probs_differ_from_the_steps(config: Config) -> str | None:
     """Only in the first step of a rollout the policy is the old one."""
+    for flag, is_given in (
+        ("--use-rollout-logprobs, which takes the engine's log-probs", config.algorithm.use_rollout_logprobs),
+        ("--true-on-policy-mode", config.training.true_on_policy_mode),
+    ):
+        if is_given and config.algorithm.keep_old_actor:
+            return f"--keep-old-actor has no effect with {flag}; leave one of them out"
     if not config.algorithm.skip_actor_forward_only:
         return None
     for flag, is_given in (
         ("--use-opd", config.distillation.use_opd),
+        ("--keep-old-actor", config.algorithm.keep_old_actor),
         ("--true-on-policy-mode", config.training.true_on_policy_mode),
         ("--rollout-data-postprocess-path", config.references.rollout_data_postprocess_path is not None),
     ):

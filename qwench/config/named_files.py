@@ -116,5 +116,5 @@ def check_outputs(config: Config) -> None:
     ):
         if folder is not None:
             check_can_hold(Path(folder), flag=flag)
-    if config.debug.save_debug_rollout_data is not None:
-        check_can_hold(Path(config.debug.save_debug_rollout_data).parent, flag="--save-debug-rollout-data")
+    for flag, template in config.debug.records.items():
+        check_can_hold(Path(template).parent, flag=flag)

@@ -123,6 +123,8 @@ class RunPlan:
     schedule: Schedule
     max_staleness: int
     """Weight versions that a trained token may be older than the weights that learn from it; 0: in turn."""
+    num_past_policies: int
+    """Versions of the policy before its own whose weights wait on the host (--keep-old-actor)."""
     holds_reference: bool
     holds_teacher: bool
     holds_critic: bool
@@ -201,6 +203,7 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
             exits_after=config.debug.debug_exit_after_rollout,
         ),
         max_staleness=_max_staleness(config),
+        num_past_policies=_num_past_policies(config),
         holds_reference=holds_reference,
         holds_teacher=devices.trains and config.distillation.opd_type == "megatron",
         holds_critic=devices.trains and config.algorithm.has_critic,
@@ -355,7 +358,7 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
         moments=_moment_bytes(optimizer, model),
         offloaded=optimizer.offloaded_share,
     )
-    frozen = holds_reference + (config.distillation.opd_type == "megatron")
+    frozen = holds_reference + (config.distillation.opd_type == "megatron") + _num_past_policies(config)
     num_shards = dp_size // config.parallel.dp_replicate
     lora, stage_layers = config.lora, layout.most_layers(model.num_layers)
     if lora.enabled and config.backend == "fsdp":
@@ -398,3 +401,10 @@ def _max_staleness(config: Config) -> int:
     if not config.asynchronous.fully_async:
         return config.rollout.rollouts_ahead
     return 1 if asked is None else asked
+
+
+def _num_past_policies(config: Config) -> int:
+    """Return how many versions a token may be older than the policy that scores it, where past weights score it."""
+    if not config.algorithm.keep_old_actor:
+        return 0
+    return _max_staleness(config) + config.rollout.update_weights_interval - 1

@@ -192,7 +192,7 @@ def the_best_checkpoint_is_measured(config: Config) -> str | None:
 
 def an_export_replaces_nothing_else(config: Config) -> str | None:
     """An export replaces its folder as a whole, so nothing else may lie there, and least of all what the run reads."""
-    checkpoint, dumps = config.checkpoint, config.debug.save_debug_rollout_data
+    checkpoint, dumps = config.checkpoint, config.debug.records
     if checkpoint.save_hf is None:
         return None
     export = Path(checkpoint.save_hf.replace("{rollout_id}", "0")).resolve()
@@ -205,7 +205,7 @@ def an_export_replaces_nothing_else(config: Config) -> str | None:
         ("--critic-load", config.critic.critic_load),
         ("--save", checkpoint.save),
         ("--log-dir", config.logging.log_dir),
-        ("--save-debug-rollout-data", None if dumps is None else Path(dumps).parent),
+        *((flag, Path(template).parent) for flag, template in dumps.items()),
     ):
         if place is not None and export in (place.resolve(), *place.resolve().parents):
             return f"--save-hf {checkpoint.save_hf} would replace {flag} {place}; give it a folder of its own"
@@ -277,10 +277,7 @@ def long_responses_have_a_bound(config: Config) -> str | None:
 def recorded_rollouts_have_files(config: Config) -> str | None:
     """Several rollouts in one file would overwrite each other."""
     debug = config.debug
-    for flag, template in (
-        ("--save-debug-rollout-data", debug.save_debug_rollout_data),
-        ("--load-debug-rollout-data", debug.load_debug_rollout_data),
-    ):
+    for flag, template in (*debug.records.items(), ("--load-debug-rollout-data", debug.load_debug_rollout_data)):
         if template is not None and "{rollout_id}" not in template and config.rollout.num_rollout != 1:
             return f"{flag} must contain {{rollout_id}}, got {template!r}; otherwise rollouts overwrite each other"
     return None

@@ -44,8 +44,8 @@ from qwench.wire.portions import WeightBucket
 _MARKER = "qwench_logs.json"
 _WITHOUT_METRICS = (DRIVER_LOG, CONFIG_FILE, STACKS, DISAGREEMENTS, LOCK, "ranks", "engines")
 """What a run has written into its log folder before its first metrics."""
-_DETAILS = "rollout_data"
-"""The folder that --dump-details makes for recorded rollouts in the one that it names."""
+_DETAILS = ("rollout_data", "train_data")
+"""The folders that --dump-details makes for records in the one that it names."""
 
 
 def open_outputs(inputs: Inputs, timer: PhaseTimer, *, writes: bool = True) -> tuple[CheckpointManager, str, ExitStack]:
@@ -101,12 +101,9 @@ def claim_outputs(config: Config, held: ExitStack, *, writes: bool = True) -> st
         since = datetime.now().astimezone().isoformat()
         names.insert(0, f"process {os.getpid()} on {platform.node()} since {since}")
     _check_files(log_dir or checkpoint.save)
-    if config.debug.save_debug_rollout_data is not None:
-        _check_dumps(Path(config.debug.save_debug_rollout_data), names, own=[*_outputs(config)])
-    for flag, template in (
-        ("--save-hf", checkpoint.save_hf),
-        ("--save-debug-rollout-data", config.debug.save_debug_rollout_data),
-    ):
+    for flag, files in config.debug.records.items():
+        _check_dumps(Path(files), names, own=[*_outputs(config)], flag=flag)
+    for flag, template in (("--save-hf", checkpoint.save_hf), *config.debug.records.items()):
         if template is not None and writes:
             _lock_template(template, held, flag=flag)
     own = partial(_own, names=names, others=[*_outputs(config)], held=held, writes=writes)
@@ -223,7 +220,7 @@ def _outputs(config: Config) -> Iterator[Path]:
     for path in (
         config.checkpoint.save,
         config.checkpoint.save_hf,
-        config.debug.save_debug_rollout_data,
+        *config.debug.records.values(),
         config.logging.log_dir,
         config.logging.tensorboard_dir if config.logging.use_tensorboard else None,
     ):
@@ -231,24 +228,24 @@ def _outputs(config: Config) -> Iterator[Path]:
             yield Path(path)
 
 
-def _check_dumps(template: Path, names: Sequence[str], *, own: Sequence[Path]) -> None:
+def _check_dumps(template: Path, names: Sequence[str], *, own: Sequence[Path], flag: str) -> None:
     folder = template.parent
-    if folder.name == _DETAILS and (foreign := foreign_names(folder.parent, own=own)):
-        _refuse_model(folder.parent)
+    if folder.name in _DETAILS and (foreign := foreign_names(folder.parent, own=own)):
+        _refuse_model(folder.parent, flag)
         raise ConfigError(
             f"--dump-details {folder.parent} holds files that no run wrote ({', '.join(foreign[:3])}); "
             "give an empty or new folder."
         )
-    _refuse_model(folder)
+    _refuse_model(folder, flag)
     pattern = re.compile(re.escape(template.name).replace(re.escape("{rollout_id}"), r"\d+"))
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if pattern.fullmatch(path.name) and run_of(path) not in names:
-            raise ConfigError(f"--save-debug-rollout-data: {path} is of another run; give another folder.")
+            raise ConfigError(f"{flag}: {path} is of another run; give another folder.")
 
 
-def _refuse_model(folder: Path) -> None:
+def _refuse_model(folder: Path, flag: str) -> None:
     if (folder / "config.json").is_file():
-        raise ConfigError(f"--save-debug-rollout-data: {folder} is the folder of a model; give another folder.")
+        raise ConfigError(f"{flag}: {folder} is the folder of a model; give another folder.")
 
 
 def run_identity(inputs: Inputs) -> dict[str, Json]:

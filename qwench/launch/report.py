@@ -82,6 +82,7 @@ def metric_log(inputs: Inputs, report: RunReport) -> MetricLog:
                     run_id=flags.wandb_run_id,
                     host=flags.wandb_host,
                     key=flags.wandb_key or os.environ.get("WANDB_API_KEY"),
+                    steps_per_rollout=inputs.plan.batch.num_steps_per_rollout if flags.wandb_always_use_train_step else 1,
                 )
             )
     return MetricLog(sinks, gate=_metric_gate(inputs), num_steps_per_rollout=inputs.plan.batch.num_steps_per_rollout)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
 import torch
 
+from qwench.algorithms.columns import RolloutBatch
 from qwench.algorithms.methods import build_method
 from qwench.checkpoints.folders import starting_weights, teacher_weights
 from qwench.checkpoints.formats.sources import find_checkpoint
@@ -18,13 +20,16 @@ from qwench.foreign.hooks import start_hooks
 from qwench.launch.inputs import Inputs
 from qwench.launch.user_functions import load_post_process, load_target_functions, load_user_conversion, load_user_terms
 from qwench.observability.timing import PhaseTimer
+from qwench.training.batch_records import save_batch
 from qwench.training.critic import CRITIC_FOLDER, Critic
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.learner import Learner
 from qwench.training.megatron.platform import check_platform
+from qwench.training.past_policies import PastPolicies
 from qwench.training.process_group import init_process_group
+from qwench.training.reference import BaseModel, Reference
 from qwench.training.shaping import Shaping
-from qwench.training.state import BaseModel, Reference, TrainingState
+from qwench.training.state import TrainingState
 from qwench.training.trainer import Trainer
 
 
@@ -50,8 +55,9 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
     hooks = start_hooks(config.references, policy, args)
     moves = config.algorithm.ref_update_interval is not None
     reference = _reference(policy, moves=moves) if inputs.plan.holds_reference else None
+    past = PastPolicies(policy, num_kept=kept) if (kept := inputs.plan.num_past_policies) else None
     return Learner(
-        TrainingState(policy, reference, reference_moves=moves, critic=critic, teacher=teacher),
+        TrainingState(policy, reference, reference_moves=moves, critic=critic, teacher=teacher, past_policies=past),
         method,
         plan=inputs.plan,
         temperature=config.rollout.rollout_temperature,
@@ -59,12 +65,23 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
         console=inputs.console,
         targets=load_target_functions(config, args),
         hooks=hooks,
+        record=_record(inputs),
+        forgets_moments=config.optimizer.reset_optimizer_states,
+        peak_tflops=config.logging.mfu_peak_tflops,
         equal_bits=config.training.true_on_policy_mode and not inputs.plan.replays and not inputs.plan.fine_tunes,
         reward_post_process=load_post_process(config, args),
         shaping=Shaping.of(config),
         convert=load_user_conversion(config, args),
         truncated=config.rollout.truncation_flag is not None and not inputs.plan.fine_tunes,
     )
+
+
+def _record(inputs: Inputs) -> Callable[[int, RolloutBatch], None] | None:
+    """Return what writes --save-debug-train-data, on the main rank."""
+    template, save = inputs.config.debug.save_debug_train_data, inputs.config.checkpoint.save
+    if template is None or not inputs.is_main:
+        return None
+    return partial(save_batch, template, run="" if save is None else str(save.resolve()))
 
 
 def build_trainer(inputs: Inputs, *, logits: bool = False) -> Trainer:

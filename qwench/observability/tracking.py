@@ -237,7 +237,14 @@ class WandbSink:
         host: str | None = None,
         key: str | None = None,
         run_config: Mapping[str, object] | None = None,
+        steps_per_rollout: int = 1,
     ) -> None:
+        """Start the service.
+
+        Args:
+            steps_per_rollout: what the axes of rollouts and evaluations count by.
+        """
+        self._steps_per_rollout = steps_per_rollout
         wandb = import_wandb()
         try:
             if key is not None:
@@ -267,7 +274,8 @@ class WandbSink:
     def write(self, rollout_id: int, records: Sequence[Record]) -> None:
         """Log each record together with its own x value."""
         for record in records:
-            self._tell(partial(self._run.log, {record.axis.value: record.step, **record.metrics}))
+            step = record.step if record.axis is Axis.TRAIN else record.step * self._steps_per_rollout
+            self._tell(partial(self._run.log, {record.axis.value: step, **record.metrics}))
 
     def drop_from(self, first_steps: Mapping[Axis, int]) -> None:
         """Keep what was sent: the service cannot take it back, and draws the repeated points over the old ones."""

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from qwench.models.memory import SequenceCost
 from qwench.observability.timing import PhaseTimer
 
+_TRAINING = "perf/actor_train_tflops"
+
 
 class FlopMeter:
     """Times phases for `timer`, and keeps the rate of each until `take`."""
@@ -22,9 +24,15 @@ class FlopMeter:
         cost: SequenceCost,
         *,
         num_ranks: int,
+        peak_tflops: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Measure phases whose work `num_ranks` share."""
+        """Measure phases whose work `num_ranks` share.
+
+        Args:
+            peak_tflops: of one rank's device; with it `take` returns the utilisation in training, too.
+        """
+        self._peak_tflops = peak_tflops
         self._timer = timer
         self._cost = cost
         self._num_ranks = num_ranks
@@ -47,4 +55,6 @@ class FlopMeter:
     def take(self) -> dict[str, float]:
         """Return the rates since the last call."""
         rates, self._rates = self._rates, {}
+        if self._peak_tflops is not None and _TRAINING in rates:
+            rates["perf/actor_train_mfu"] = rates[_TRAINING] / self._peak_tflops
         return rates

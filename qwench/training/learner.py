@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Protocol
 
@@ -30,11 +31,17 @@ from qwench.samples import Rollout, Sample
 from qwench.training.batch import unpack
 from qwench.training.flop_meter import FlopMeter
 from qwench.training.hooks import NO_HOOKS, Hooks
-from qwench.training.rollout_metrics import rollout_metrics
+from qwench.training.rollout_metrics import (
+    count_scored,
+    rollout_metrics,
+    step_metrics,
+    why_it_changed_nothing,
+    without_gap_to_engine,
+)
 from qwench.training.shaping import Shaping
 from qwench.training.state import TrainingState
 from qwench.training.steps import MicroBatching, StepPlan, plan_steps
-from qwench.training.trainer import Scorer, StepResult
+from qwench.training.trainer import Scorer
 
 _logger = logging.getLogger(__name__)
 
@@ -89,6 +96,9 @@ class Learner:
         shaping: Shaping | None = None,
         convert: Callable[[Rollout], Rollout] | None = None,
         truncated: bool = False,
+        record: Callable[[int, RolloutBatch], None] | None = None,
+        forgets_moments: bool = False,
+        peak_tflops: float | None = None,
     ) -> None:
         """Keep what every rollout needs.
 
@@ -97,6 +107,8 @@ class Learner:
             convert: the user's function from the samples of a rollout to those that are learned from.
             truncated: see `RolloutBatch.from_samples`.
             equal_bits: the trainer's log-probs must be the engine's, bit by bit.
+            record: writes what a rollout was learned from. forgets_moments: each rollout starts with a fresh optimizer.
+            peak_tflops: see `FlopMeter`.
         """
         self.state = state
         self.policy, self.critic = state.policy, state.critic
@@ -108,11 +120,11 @@ class Learner:
         self._temperature = temperature
         self._timer = timer
         self._train_passes = plan.train_passes
-        self._meter = FlopMeter(timer, plan.cost, num_ranks=self.policy.parallel.num_ranks)
+        self._meter = FlopMeter(timer, plan.cost, num_ranks=self.policy.parallel.num_ranks, peak_tflops=peak_tflops)
         self._console = console
         self._reward_post_process = reward_post_process
         self._own_targets, self._hooks = targets, hooks
-        self._equal_bits = equal_bits
+        self._equal_bits, self._record, self._forgets_moments = equal_bits, record, forgets_moments
         self._shaping, self._convert, self._truncated = shaping or Shaping(), convert, truncated
         self._num_critic_only = plan.num_critic_only
         self._batching, self._scoring_batching = (
@@ -137,13 +149,15 @@ class Learner:
             needs = self.method.needs(num_steps=len(plan.steps))
             batch = self._score(batch, needs, rollout.rollout_id)
             batch = self._with_targets(batch, rollout.rollout_id)
+            if self._forgets_moments:
+                self.policy.forget_moments()
             start = time.perf_counter()
             weighed = [self._weigh(step) for step in plan.batches(batch)]
             critic_steps = self._train_critic(weighed)
             steps = list[dict[str, float]]()
             taught = weighed if rollout.rollout_id >= self._num_critic_only else ()
-            passes, num_scored = self._train_passes, _num_scored(batch)
-            measured = self._meter.phase("actor_train", batch.lengths, num_scored=num_scored, passes=passes)
+            scored, passes = count_scored(batch), self._train_passes
+            measured = self._meter.phase("actor_train", batch.lengths, num_scored=scored, passes=passes)
             with measured if taught else nullcontext():
                 for k, step in enumerate(taught, 1):
                     self._hooks.before_step(rollout.rollout_id, k - 1)
@@ -155,15 +169,17 @@ class Learner:
                             with_entropy=needs.entropy,
                             after_each=after_each,
                         )
-                    steps.append(_step_metrics(self.policy.optim_step(sums), step))
-                    if (problem := _why_it_changed_nothing(steps[-1], step)) is not None:
+                    steps.append(step_metrics(self.policy.optim_step(sums), step))
+                    if (problem := why_it_changed_nothing(steps[-1], step)) is not None:
                         _logger.warning("%s %d, step %d %s", self._unit, rollout.rollout_id, k, problem)
             steps = [one | other for one, other in zip_longest(steps, critic_steps, fillvalue=dict[str, float]())]
             seconds = time.perf_counter() - start
             self._update_reference(rollout.rollout_id)
+            if self._record is not None:
+                self._record(rollout.rollout_id, batch)
         if batch.old_log_probs is None:
             # Each step has compared the engine with its own weights; only the first one's were those that sampled.
-            steps[1:] = [_without_gap_to_engine(step) for step in steps[1:]]
+            steps[1:] = [without_gap_to_engine(step) for step in steps[1:]]
         return Learned(metrics=self._metrics(rollout, batch, plan, seconds), steps=steps)
 
     def _train_critic(self, weighed: Sequence[RolloutBatch]) -> list[dict[str, float]]:
@@ -172,6 +188,8 @@ class Learner:
         if self.critic is None:
             return steps
         with self._timer.phase("critic_train"), self.critic.turn() as critic:
+            if self._forgets_moments:
+                critic.forget_moments()
             for k, step in enumerate(weighed, 1):
                 with self._packed(step, f"critic {k}/{len(weighed)}") as (micro_batches, after_each):
                     sums = critic.forward_backward(
@@ -261,21 +279,16 @@ class Learner:
                 f"--use-opd --opd-type sglang: not every sample of rollout {rollout_id} has the teacher's log-probs; what "
                 "makes the samples must set them, or leave the flags out."
             )
-        num_scored = _num_scored(batch)
         if self.reference is not None:
-            measured = self._meter.phase("ref_log_probs", batch.lengths, num_scored=num_scored, passes=FORWARD)
-            with measured, self._console.phase("reference log-probs"):
-                scored = self._log_probs(self.reference, batch, prefix="ref_")
+            scored = self._log_probs(self.reference, batch, "ref_log_probs", title="reference log-probs", prefix="ref_")
             batch = batch.with_columns(ref_log_probs=scored)
         if self.teacher is not None:
-            measured = self._meter.phase("teacher_log_probs", batch.lengths, num_scored=num_scored, passes=FORWARD)
-            with measured, self._console.phase("teacher log-probs"):
-                scored = self._log_probs(self.teacher, batch, prefix="teacher_")
+            scored = self._log_probs(self.teacher, batch, "teacher_log_probs", title="teacher log-probs", prefix="teacher_")
             batch = batch.with_columns(teacher_log_probs=scored)
-        if needs.old_log_probs or self._equal_bits:
-            measured = self._meter.phase("log_probs", batch.lengths, num_scored=num_scored, passes=FORWARD)
-            with measured, self._console.phase("log-probs"):
-                scored = self._log_probs(self.policy, batch)
+        past = self.state.past_policies
+        if needs.old_log_probs or self._equal_bits or past is not None:
+            score = partial(self._log_probs, batch=batch, phase="log_probs", title="log-probs")
+            scored = score(self.policy) if past is None else past.score(batch, rollout_id, score)
             batch = batch.with_columns(old_log_probs=scored)
         if self._equal_bits:
             _check_equal_bits(batch, rollout_id)
@@ -297,9 +310,11 @@ class Learner:
             batch = batch.with_columns(advantages=whiten(advantages, batch.loss_mask) if whitens else advantages)
         return own.process(batch, rollout_id)
 
-    def _log_probs(self, scorer: Scorer, batch: RolloutBatch, *, prefix: str = "") -> list[Tensor]:
-        self._hooks.before_log_probs(prefix)
-        return self._scores(scorer, batch, temperature=self._temperature)
+    def _log_probs(self, scorer: Scorer, batch: RolloutBatch, phase: str, *, title: str, prefix: str = "") -> list[Tensor]:
+        measured = self._meter.phase(phase, batch.lengths, num_scored=count_scored(batch), passes=FORWARD)
+        with measured, self._console.phase(title):
+            self._hooks.before_log_probs(prefix)
+            return self._scores(scorer, batch, temperature=self._temperature)
 
     def _scores(self, scorer: Scorer, batch: RolloutBatch, *, temperature: float) -> list[Tensor]:
         """Compute this rank's share, and return B x [R] float32 of all ranks."""
@@ -358,35 +373,3 @@ def _check_equal_bits(batch: RolloutBatch, rollout_id: int) -> None:
             f"engine are not those of the trainer (largest gap {float(gaps.max()):.3g}): their kernels differ. Leave the flag "
             "out; --get-mismatch-metrics logs the gap and --use-tis corrects it."
         )
-
-
-def _num_scored(batch: RolloutBatch) -> int:
-    return sum(int(mask.sum()) for mask in batch.loss_mask)
-
-
-def _step_metrics(result: StepResult, step: RolloutBatch) -> dict[str, float]:
-    rates = {f"train/lr-pg_{i}": rate for i, rate in enumerate(result.learning_rates)}
-    losses = {f"train/{name}": value for name, value in result.metrics.items()}
-    metrics = {"train/loss": result.loss, "train/grad_norm": result.grad_norm, **rates, **losses}
-    return metrics if _is_fresh(step) else _without_gap_to_engine(metrics)
-
-
-def _why_it_changed_nothing(metrics: Mapping[str, float], step: RolloutBatch) -> str | None:
-    """Return why a step changed nothing; None: it did."""
-    if not _num_scored(step):
-        return "has no trained token: nothing was sampled, or all of it is masked; the step changed nothing"
-    advantages = zip(step.advantages or (), step.loss_mask, strict=step.advantages is not None)
-    if metrics["train/grad_norm"] == 0 and any(bool(values[mask].any()) for values, mask in advantages):
-        return "has trained tokens with unequal rewards and gradient 0: the policy is dead, often after too high a --lr"
-    return None
-
-
-def _is_fresh(step: RolloutBatch) -> bool:
-    """Tell whether some trained token was sampled by the weights that train on it, so that there is a gap to measure."""
-    if step.staleness is None:
-        return True
-    return any(bool((old[mask] == 0).any()) for old, mask in zip(step.staleness, step.loss_mask, strict=True))
-
-
-def _without_gap_to_engine(step: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in step.items() if not name.startswith("train/train_rollout_")}

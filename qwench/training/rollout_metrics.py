@@ -1,8 +1,8 @@
-"""Metrics of a rollout from its training batch, once for each rollout."""
+"""Metrics of a rollout from its training batch, and of each optimizer step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from qwench.algorithms.advantages import explained_variance, sampled_reverse_kl
 from qwench.algorithms.columns import RolloutBatch
 from qwench.samples import Sample, Status
+from qwench.training.trainer import StepResult
 
 
 def rollout_metrics(samples: Sequence[Sample], batch: RolloutBatch) -> dict[str, float]:
@@ -78,3 +79,38 @@ def _mean_of_sample_means(column: Sequence[Tensor], loss_mask: Sequence[Tensor])
         float(values[mask].double().sum()) / max(int(mask.sum()), 1) for values, mask in zip(column, loss_mask, strict=True)
     ]
     return sum(means) / len(means)
+
+
+def count_scored(batch: RolloutBatch) -> int:
+    """Return how many tokens get logits."""
+    return sum(int(mask.sum()) for mask in batch.loss_mask)
+
+
+def step_metrics(result: StepResult, step: RolloutBatch) -> dict[str, float]:
+    """Return `train/...` of one optimizer step."""
+    rates = {f"train/lr-pg_{i}": rate for i, rate in enumerate(result.learning_rates)}
+    losses = {f"train/{name}": value for name, value in result.metrics.items()}
+    metrics = {"train/loss": result.loss, "train/grad_norm": result.grad_norm, **rates, **losses}
+    return metrics if _is_fresh(step) else without_gap_to_engine(metrics)
+
+
+def why_it_changed_nothing(metrics: Mapping[str, float], step: RolloutBatch) -> str | None:
+    """Return why a step changed nothing; None: it did."""
+    if not count_scored(step):
+        return "has no trained token: nothing was sampled, or all of it is masked; the step changed nothing"
+    advantages = zip(step.advantages or (), step.loss_mask, strict=step.advantages is not None)
+    if metrics["train/grad_norm"] == 0 and any(bool(values[mask].any()) for values, mask in advantages):
+        return "has trained tokens with unequal rewards and gradient 0: the policy is dead, often after too high a --lr"
+    return None
+
+
+def _is_fresh(step: RolloutBatch) -> bool:
+    """Tell whether some trained token was sampled by the weights that train on it, so that there is a gap to measure."""
+    if step.staleness is None:
+        return True
+    return any(bool((old[mask] == 0).any()) for old, mask in zip(step.staleness, step.loss_mask, strict=True))
+
+
+def without_gap_to_engine(step: Mapping[str, float]) -> dict[str, float]:
+    """Leave out what compares the engine with weights that did not sample."""
+    return {name: value for name, value in step.items() if not name.startswith("train/train_rollout_")}

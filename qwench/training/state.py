@@ -3,6 +3,7 @@
 iter_*/            the policy: model, optimizer, schedule, RNG
 iter_*/reference   the reference, when it moves (--ref-update-interval)
 iter_*/critic      the critic: model, optimizer, schedule
+iter_*/past        the policy's weights of past versions, a folder each (--keep-old-actor)
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwench.algorithms.columns import MicroBatch
 from qwench.training.critic import Critic
-from qwench.training.trainer import Scores, Trainer
+from qwench.training.past_policies import PastPolicies
+from qwench.training.reference import BaseModel, Reference
+from qwench.training.trainer import Trainer
 from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.plan import PublicationPlan
 from qwench.weights.remote import publish_from_rank
@@ -25,51 +27,7 @@ from qwench.wire.portions import WeightBucket, WeightPart
 
 _logger = logging.getLogger(__name__)
 
-_REFERENCE_FOLDER = "reference"
-
-
-class Reference:
-    """A view of the policy's trainer with frozen weights; scores as a `Trainer` does. All methods are collective.
-
-    The copy waits on the host. The model holds it during `forward` and `save` alone; in that time the policy's weights wait on
-    the host, and nothing else may compute with them. So no second model takes device memory.
-    """
-
-    def __init__(self, policy: Trainer) -> None:
-        """Begin with the weights that `policy` holds."""
-        self._policy = policy
-        self._weights = policy.copy_held_weights()
-
-    def update(self) -> None:
-        """Copy the policy's current weights."""
-        self._weights = self._policy.copy_held_weights()
-
-    def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:
-        """Score the labels under the reference's weights."""
-        with self._weights.swapped_in():
-            return self._policy.forward(micro_batches, temperature=temperature)
-
-    def save(self, folder: Path) -> None:
-        """Write the weights under the empty `folder`."""
-        with self._weights.swapped_in():
-            self._policy.save_held_weights(folder)
-
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote. The policy holds these weights afterwards: load the policy next."""
-        self._policy.load(folder, weights_only=True)
-        self.update()
-
-
-class BaseModel:
-    """The reference of a policy with adapters: its trainer with the adapters switched off, without a copy of anything."""
-
-    def __init__(self, policy: Trainer) -> None:
-        self._policy = policy
-
-    def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:
-        """Score the labels under the frozen model."""
-        with self._policy.without_adapters():
-            return self._policy.forward(micro_batches, temperature=temperature)
+_REFERENCE_FOLDER, _PAST_FOLDER = "reference", "past"
 
 
 class TrainingState:
@@ -83,6 +41,7 @@ class TrainingState:
         reference_moves: bool,
         critic: Critic | None = None,
         teacher: Reference | None = None,
+        past_policies: PastPolicies | None = None,
     ) -> None:
         """Keep the models.
 
@@ -94,6 +53,7 @@ class TrainingState:
         self.reference = reference
         self.critic = critic
         self.teacher = teacher
+        self.past_policies = past_policies
         self.moving_reference = reference if reference_moves and isinstance(reference, Reference) else None
         self._link = BroadcastLink()
 
@@ -105,6 +65,8 @@ class TrainingState:
             self.moving_reference.save(folder / _REFERENCE_FOLDER)
         if self.critic is not None:
             self.critic.save(folder, with_optimizer=with_optimizer)
+        if self.past_policies is not None:
+            self.past_policies.save(folder / _PAST_FOLDER)
 
     def load(self, folder: Path, *, weights_only: bool = False, with_rng: bool = True) -> None:
         """Read what `save` wrote. Without a saved reference or critic, the one from the start stays."""
@@ -112,6 +74,8 @@ class TrainingState:
             self.moving_reference.load(folder / _REFERENCE_FOLDER)
         if self.critic is not None and not self.critic.load(folder, weights_only=weights_only):
             _logger.warning("%s has no critic: it starts from --critic-load or the policy's first weights", folder)
+        if self.past_policies is not None:
+            self.past_policies.load(folder / _PAST_FOLDER)
         self.policy.load(folder, weights_only=weights_only, with_rng=with_rng)
 
     def weights(self, *, bucket_bytes: int, part: WeightPart = "merged") -> Iterator[WeightBucket]:

@@ -72,7 +72,7 @@ class ParallelRank:
 
 
 class Scorer(Protocol):
-    """A model that scores: a trainer, or a view of one (`training.state.Reference`)."""
+    """A model that scores: a trainer, or a view of one (`training.reference.Reference`)."""
 
     def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:
         """Score the labels under the model's weights."""
@@ -107,6 +107,10 @@ class Trainer(Scorer, Protocol):
         Raises:
             TrainingError: the loss or the gradient norm is not finite; nothing was stepped.
         """
+        ...
+
+    def forget_moments(self) -> None:
+        """Begin the optimizer's moments anew; masters and the learning-rate schedule go on."""
         ...
 
     def weights(self, *, bucket_bytes: int, part: WeightPart = "merged") -> Iterator[WeightBucket]:
@@ -180,6 +184,10 @@ class StepOptimizer(Protocol):
         """Forget the gradients."""
         ...
 
+    def forget_moments(self) -> None:
+        """Set moments, and the steps that correct their bias, to zero."""
+        ...
+
 
 class BackendTrainer:
     """What the backends share: the sums of a step, the update, and the collectives over ranks."""
@@ -212,6 +220,10 @@ class BackendTrainer:
             )
         learning_rates = self._optimizer.step(grad_norm)
         return StepResult(loss=sums.loss, grad_norm=grad_norm, learning_rates=learning_rates, metrics=sums.metrics)
+
+    def forget_moments(self) -> None:
+        """Begin the optimizer's moments anew. See `Trainer`."""
+        self._optimizer.forget_moments()
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Return the sum over the data-parallel ranks, on the device of `values`."""

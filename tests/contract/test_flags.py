@@ -250,9 +250,9 @@ def test_families_that_change_nothing_are_accepted_with_a_warning():
 
 def test_all_refused_flags_are_named_at_once_and_what_is_never_supported_first():
     with pytest.raises(ConfigError) as refused:
-        parse(["--no-save-rng", "--critic-save", "a", "--multi-lora-n-adapters", "4"])
+        parse(["--use-mlflow", "--critic-save", "a", "--multi-lora-n-adapters", "4"])
     assert str(refused.value).startswith("--multi-lora-n-adapters 4 is not supported: one run trains one adapter")
-    assert str(refused.value).endswith("(refused too: --no-save-rng --critic-save)")
+    assert str(refused.value).endswith("(refused too: --use-mlflow --critic-save)")
 
 
 READ_BY_THEIR_SECTION_ALONE = {
@@ -275,6 +275,7 @@ READ_BY_THEIR_SECTION_ALONE = {
     "tis_lower_bound": "tis_bounds",
     "rs_lower_bound": "rs_bounds",
     "rs_upper_bound": "rs_bounds",
+    "apply_wd_to_qk_layernorm": "decays",
     "optimizer_cpu_offload": "offloaded_share",
     "optimizer_offload_fraction": "offloaded_share",
 }

@@ -51,12 +51,14 @@ WORLDS = {
         Case(name="untied", model="untied", bins=_REORDERED),
         Case(name="muon", model=cases.MUON, bins=_REORDERED),
         Case(name="truncated", model=cases.TRUNCATED, bins=_REORDERED),
+        Case(name="stateless", model=cases.STATELESS, bins=_REORDERED),
     ],
     2: [
         Case(name="two-ranks", model="tied", bins=_TWO_RANKS),
         Case(name="two-ranks-untied", model="untied", bins=_TWO_RANKS, gradient_checkpointing=True, save=True),
         Case(name="two-ranks-muon", model=cases.MUON, bins=_TWO_RANKS, save=True),
         Case(name="two-ranks-whole-muon", model=cases.MUON, bins=_TWO_RANKS, whole_weights=True),
+        Case(name="two-ranks-stateless-half-offloaded", model=cases.STATELESS, bins=_TWO_RANKS, offload_fraction=0.5),
         Case(name="two-ranks-truncated", model=cases.TRUNCATED, bins=_TWO_RANKS),
         Case(name="two-ranks-nan", model="tied", bins=_TWO_RANKS, non_finite=True),
         Case(name="two-ranks-reduced-early", model="tied", bins=_TWO_RANKS, reduce_every_micro_batch=True),
@@ -98,7 +100,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train_backend")
     for model in ("tied", "untied"):
         cases.write_model(folder / model, tied=model == "tied")
-    for model in (cases.TRUNCATED, cases.MUON):
+    for model in (cases.TRUNCATED, cases.MUON, cases.STATELESS):
         cases.write_model(folder / model, tied=False)
     cases.write_model(folder / "bf16", tied=True, dtype=torch.bfloat16)
     for world_size, cases_of_world in WORLDS.items():
@@ -110,7 +112,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> dict[str, cases.StepsRecord]:
     """Return the plain loop's records by model."""
-    return {model: cases.plain_loop(folder / model) for model in ("tied", "untied", cases.TRUNCATED, cases.MUON)}
+    return {
+        model: cases.plain_loop(folder / model) for model in ("tied", "untied", cases.TRUNCATED, cases.MUON, cases.STATELESS)
+    }
 
 
 @pytest.mark.parametrize(("world_size", "case"), STEPPED, ids=[case.name for _, case in STEPPED])

@@ -84,6 +84,9 @@ TRUNCATED = "truncated"
 
 MUON = "muon"
 """Name of the model that is stepped by Muon."""
+STATELESS = "stateless"
+"""Every step begins with moments of zero, and norms of queries and keys decay."""
+STATELESS_OPTIMIZER = replace(OPTIMIZER, use_stateless_adam=True, apply_wd_to_qk_layernorm=True, adam_eps=1e-4)
 MUON_OPTIMIZER = replace(OPTIMIZER, optimizer="muon", muon_momentum=0.9)
 
 
@@ -153,12 +156,15 @@ def plain_loop(
     batch = make_batch(folder.name)
     outputs = partial(_plain_outputs, truncated=folder.name == TRUNCATED)
     assert batch.old_log_probs is not None and batch.advantages is not None
-    decayed = [w for w in trained if w.ndim > 1]
-    kept = [w for w in trained if w.ndim == 1]
+    stateless = folder.name == STATELESS
+    of_qk = {weight for name, weight in model.named_parameters() if stateless and "_norm" in name and "self_attn" in name}
+    decayed = [w for w in trained if w.ndim > 1 or w in of_qk]
+    kept = [w for w in trained if w.ndim == 1 and w not in of_qk]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": kept, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     muon = _PlainMuon(model, groups[0]["params"]) if folder.name == MUON else None
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=BETAS, eps=ADAM_EPS, fused=False, foreach=False)
+    eps = STATELESS_OPTIMIZER.adam_eps if stateless else ADAM_EPS
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=BETAS, eps=eps, fused=False, foreach=False)
     with torch.no_grad():
         first = [outputs(model, tokens)[0] for tokens in batch.tokens]
     record = StepsRecord(log_probs=first, losses=[], grad_norms=[], learning_rates=[], trained_tokens=[], weights={})
@@ -182,6 +188,8 @@ def plain_loop(
             group["lr"] = learning_rate(step)
         if muon is not None:
             muon.step(learning_rate(step))
+        if stateless:
+            optimizer.state.clear()
         optimizer.step()
         model.zero_grad()
         record.losses.append(loss.item())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from qwench.config.layout import ParallelLayout
-from tests.contract.train_backend_cases import TRUNCATED
+from tests.contract.train_backend_cases import STATELESS, TRUNCATED
 from tests.contract.train_backend_ranks import Case
 
 BINS = {
@@ -76,6 +76,8 @@ def first_steps(sizes: Sequence[int]) -> Iterator[tuple[int, Case]]:
         yield megatron(f"{on}-untied", "untied", on=on, save=True)
         if on in TRUNCATED_ON:
             yield megatron(f"{on}-truncated", TRUNCATED, on=on)
+        if on == "tp2-sp":
+            yield megatron(f"{on}-stateless", STATELESS, on=on)
     if 4 in sizes:
         yield megatron("deep-pp4-tied", "deep-tied", on="pp4")
         yield megatron("deep-pp4-untied", "deep-untied", on="pp4", save=True)

@@ -24,7 +24,7 @@ from qwench.training.batch import unpack
 from qwench.training.fsdp.fsdp_trainer import WHOLE_GRADIENT_BYTES, FsdpTrainer
 from qwench.training.megatron.groups import leave_groups
 from qwench.training.megatron.megatron_trainer import MegatronTrainer
-from qwench.training.state import BaseModel, Reference
+from qwench.training.reference import BaseModel, Reference
 from qwench.training.trainer import Scorer, Trainer
 from qwench.wire.portions import WeightPart
 from tests.contract import train_backend_cases as cases
@@ -216,6 +216,8 @@ def _training(case: Case) -> TrainingConfig:
 def _optimizer(case: Case) -> OptimizerConfig:
     if case.model == cases.MUON:
         return cases.MUON_OPTIMIZER
+    if case.model == cases.STATELESS:
+        return offloaded(cases.STATELESS_OPTIMIZER, case.offload_fraction, overlap=True)
     return offloaded(cases.OPTIMIZER, case.offload_fraction, overlap=True)
 
 

@@ -91,14 +91,35 @@ def test_starts_of_one_rollout_make_the_whole_run_with_another_chat_template(wor
     template = tmp_path / "short.jinja"
     template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}answer:")
     whole, cut, flags = tmp_path / "whole", tmp_path / "cut", {**DIGITS, "chat_template_path": template, "num_rollout": 2}
-    dumps = {"save_debug_rollout_data": tmp_path / "dumps" / "{rollout_id}.jsonl", "save_hf": tmp_path / "exported"}
-    run_verb(workspace.train_argv(whole, **flags, **dumps))
-    prompts = [json.loads(line)["prompt"]["text"] for line in (tmp_path / "dumps" / "0.jsonl").read_text().splitlines()[1:]]
+    run_verb(workspace.train_argv(whole, **flags, dump_details=tmp_path / "dump", save_hf=tmp_path / "exported"))
+    sampled, learned = [
+        [json.loads(line) for line in (tmp_path / "dump" / kind / "1.jsonl").read_text().splitlines()[1:]]
+        for kind in ("rollout_data", "train_data")
+    ]
+    assert [one["tokens"] for one in learned] == [one["tokens"] for one in sampled]
+    assert all(len(one["advantages"]) == len(one["loss_mask"]) == one_sampled["response_length"]
+               for one, one_sampled in zip(learned, sampled, strict=True))  # fmt: skip
+    prompts = [one["prompt"]["text"] for one in sampled]
     assert prompts and all(re.fullmatch(r"user: [^:]+ answer:", prompt) for prompt in prompts)
     assert load_tokenizer(tmp_path / "exported").chat_template == template.read_text()
     for done in (1, 2):
         run_verb(workspace.train_argv(cut, **flags, debug_exit_after_rollout=1, load=cut))
         assert (cut / f"iter_{done:07d}").is_dir() and not (cut / f"iter_{done + 1:07d}").exists()
+    assert read_metrics(cut) == read_metrics(whole)
+
+
+def test_old_log_probs_of_the_weights_that_sampled_are_the_engines_also_after_a_resume(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    flags = {**DIGITS, "rollouts_ahead": 1, "keep_old_actor": (), "num_rollout": 3, "reset_optimizer_states": (), "lr": 3e-3}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_verb(workspace.train_argv(whole, **flags, get_mismatch_metrics=()))
+    engine, trainer = column(whole, "rollout/rollout_log_probs"), column(whole, "rollout/log_probs")
+    assert len(trainer) == 3 and trainer == pytest.approx(engine, abs=1e-4)
+    policy = column(whole, "train/ppo_kl")
+    assert abs(policy[0]) < 1e-4 < min(map(abs, policy[2:]))  # the first step of rollout 1 is one version ahead
+    for _ in range(3):
+        run_verb(workspace.train_argv(cut, **flags, get_mismatch_metrics=(), load=cut, debug_exit_after_rollout=1))
     assert read_metrics(cut) == read_metrics(whole)
 
 

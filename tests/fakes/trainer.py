@@ -88,6 +88,9 @@ class TableTrainer:
         self.table.grad = None
         return StepResult(loss=sums.loss, grad_norm=float(gradient.norm()), learning_rates=[self._lr], metrics=sums.metrics)
 
+    def forget_moments(self) -> None:
+        self.calls.append("forget_moments")
+
     def weights(self, *, bucket_bytes: int, part: str = "merged") -> Iterator[list[tuple[str, Tensor]]]:
         yield [("table", self.table.detach())]
 

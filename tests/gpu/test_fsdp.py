@@ -14,7 +14,7 @@ from qwench.config.sections.training import TrainingConfig
 from qwench.training.batch import pack, unpack
 from qwench.training.fsdp.fsdp_trainer import WHOLE_GRADIENT_BYTES, FsdpTrainer
 from qwench.training.process_group import init_process_group
-from qwench.training.state import Reference
+from qwench.training.reference import Reference
 from tests.fakes.sections import adamw
 from tests.fakes.trainer import take_step
 

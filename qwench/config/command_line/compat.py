@@ -88,7 +88,10 @@ NAME_OF_A_LONE_SET = "aime"
 """What they call the file of an --eval-prompt-data without a name."""
 
 SHORTHANDS: Mapping[str, Mapping[str, str]] = {
-    "dump-details": {"save-debug-rollout-data": "{value}/rollout_data/{rollout_id}.jsonl"},
+    "dump-details": {
+        "save-debug-rollout-data": "{value}/rollout_data/{rollout_id}.jsonl",
+        "save-debug-train-data": "{value}/train_data/{rollout_id}.jsonl",
+    },
 }
 """Flag -> the flags that it sets. A flag that is given by name wins over it."""
 

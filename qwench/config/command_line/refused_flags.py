@@ -212,12 +212,8 @@ PLANNED: tuple[ForeignFlag, ...] = (
     *planned("every turn as a sample; one sample holds all turns", "generate-multi-samples"),
     *planned("resets of the learning-rate schedule", "use-checkpoint-opt-param-scheduler use-checkpoint-lr-scheduler"),
     *planned("training a part of the parameters", "freeze-params-name-list only-train-params-name-list"),
-    *planned("other lives of the optimizer's state", "reset-optimizer-states use-stateless-adam"),
-    *planned("old log-probs of the weights that the engines used", "keep-old-actor"),
     *planned("entropy of every token in the batch; see --observe-training-entropy", "use-rollout-entropy"),
     *planned("steps of varying size", "use-dynamic-global-batch-size"),
-    *planned("metrics over another axis", "wandb-always-use-train-step mfu-peak-tflops"),
-    *planned("records of what the trainer saw; --save-debug-rollout-data records rollouts", "save-debug-train-data"),
     *planned("records by turn; --save-debug-rollout-data records rollouts", "save-debug-trajectory-data"),
     *planned("a choice of what engines release", "offload-rollout-level"),
     *planned("a choice of FP8 layers", "extra-high-precision-layers-hf extra-high-precision-layers-megatron"),
@@ -248,8 +244,6 @@ PLANNED: tuple[ForeignFlag, ...] = (
         fp8-format fp8-recipe fp8-param-gather first-last-layers-bf16 num-layers-at-start-in-bf16 num-layers-at-end-in-bf16
         """,
     ),
-    *planned("a checkpoint without random states", "no-save-rng"),
-    *planned("weight decay of norms", "apply-wd-to-qk-layernorm"),
 )
 
 REFUSED_PREFIXES: Mapping[str, str] = {

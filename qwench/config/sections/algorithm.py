@@ -120,6 +120,9 @@ class AlgorithmConfig:
     """--use-rs takes a whole sequence out of the loss that has a token with a smaller ratio. None: no such veto."""
     use_rollout_logprobs: bool = False
     """Use the engine's log-probs as the old policy's. Saves one forward pass of the trainer for each rollout."""
+    keep_old_actor: bool = False
+    """Score old log-probs by the weights that sampled each token, which wait on the host, in place of the policy's own. Only
+    generation ahead of training (--rollouts-ahead, --fully-async, --update-weights-interval) has such weights."""
     skip_actor_forward_only: bool = False
     """Make no pass for the old log-probs: those of the step itself stand for them. Needs one step for each rollout."""
     get_mismatch_metrics: bool = False

@@ -56,6 +56,8 @@ class CheckpointConfig:
     """Number of the first rollout of a start from other weights than those of a run here. None: 0, or what --load says."""
     no_save_optim: bool = False
     """Do not save the optimizer state. Such a checkpoint cannot be resumed exactly."""
+    no_save_rng: bool = False
+    """Do not save the states of the random number generators. Such a checkpoint resumes with --no-load-rng."""
 
     def __post_init__(self) -> None:
         check_path_template("--save-hf", self.save_hf)

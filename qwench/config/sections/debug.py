@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qwench.config.limits import check_fraction, check_path_template, check_positive
@@ -18,6 +19,9 @@ class DebugConfig:
     """Only train, without engines: on --load-debug-rollout-data, or on conversations with --loss-type sft_loss."""
     save_debug_rollout_data: str | None = None
     """File to record each rollout in. {rollout_id} in the name is replaced."""
+    save_debug_train_data: str | None = None
+    """File to record in what each rollout was learned from, one JSON line a sample: tokens, masks, rewards, log-probs and
+    advantages. {rollout_id} in the name is replaced."""
     load_debug_rollout_data: str | None = None
     """File of recorded rollouts to train on, without engines. {rollout_id} in the name is replaced."""
     load_debug_rollout_data_subsample: float | None = None
@@ -35,8 +39,16 @@ class DebugConfig:
             raise ConfigError(
                 "--debug-rollout-only leaves no trainer; it excludes --debug-train-only and --load-debug-rollout-data"
             )
-        for flag, template in (
-            ("--save-debug-rollout-data", self.save_debug_rollout_data),
-            ("--load-debug-rollout-data", self.load_debug_rollout_data),
-        ):
+        if self.save_debug_train_data is not None and self.save_debug_train_data == self.save_debug_rollout_data:
+            raise ConfigError("--save-debug-train-data and --save-debug-rollout-data name the same files; give other ones")
+        for flag, template in (*self.records.items(), ("--load-debug-rollout-data", self.load_debug_rollout_data)):
             check_path_template(flag, template)
+
+    @property
+    def records(self) -> Mapping[str, str]:
+        """Return the files that rollouts are recorded in, by their flags."""
+        named = (
+            ("--save-debug-rollout-data", self.save_debug_rollout_data),
+            ("--save-debug-train-data", self.save_debug_train_data),
+        )
+        return {flag: template for flag, template in named if template is not None}

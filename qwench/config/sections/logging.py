@@ -49,6 +49,10 @@ class LoggingConfig:
     """Folder of the local files of Weights & Biases."""
     wandb_run_id: str | None = None
     """ID of the Weights & Biases run to continue."""
+    wandb_always_use_train_step: bool = False
+    """Draw every metric of Weights & Biases over the steps of the optimizer, those of rollouts and evaluations, too."""
+    mfu_peak_tflops: float | None = None
+    """Peak TFLOP/s of a trainer's GPU. With it perf/actor_train_mfu, the share that training reaches, is logged. None: off."""
     log_passrate: bool = False
     """Log pass@k over the groups of each rollout."""
     log_multi_turn: bool = False
@@ -60,6 +64,7 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         check_not_negative("--show-samples", self.show_samples)
+        check_positive("--mfu-peak-tflops", self.mfu_peak_tflops)
         check_positive("--table-interval", self.table_interval)
         if self.use_wandb and self.wandb_project is None:
             raise ConfigError("--use-wandb needs a project; give --wandb-project")

@@ -11,6 +11,8 @@ from qwench.errors import ConfigError
 _BFLOAT16_HALF_STEP = 2.0**-8
 """Changes by less than this share may be rounded away in bfloat16."""
 
+_QK_NORMS = ("q_norm.weight", "k_norm.weight", "q_layernorm.weight", "k_layernorm.weight")
+
 MomentDtype = Literal["fp32", "bf16"]
 LrDecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 LrWsdDecayStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
@@ -47,12 +49,18 @@ class OptimizerConfig:
     """Learning rate at the start of the warm-up."""
     weight_decay: float = 0.01
     """Decoupled weight decay. Norms and biases are not decayed."""
+    apply_wd_to_qk_layernorm: bool = False
+    """Decay the norms of queries and keys, too."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.999
     """Decay of the second moment."""
     adam_eps: float = 1e-8
     """Epsilon added to the root of the second moment."""
+    reset_optimizer_states: bool = False
+    """Begin every rollout with moments of zero. The learning-rate schedule goes on."""
+    use_stateless_adam: bool = False
+    """Begin every step with moments of zero: AdamW then moves each weight by about --lr. It saves no memory."""
     clip_grad: float = 1.0
     """Largest global gradient norm; larger gradients are scaled down. 0: off."""
     optimizer_cpu_offload: bool = False
@@ -97,6 +105,10 @@ class OptimizerConfig:
     def offloaded_share(self) -> float:
         """Return the share of masters and moments that is on the host."""
         return self.optimizer_offload_fraction if self.optimizer_cpu_offload else 0.0
+
+    def decays(self, name: str, ndim: int) -> bool:
+        """Tell whether --weight-decay acts on a weight, by its name of Hugging Face or of Megatron."""
+        return ndim > 1 or (self.apply_wd_to_qk_layernorm and name.endswith(_QK_NORMS))
 
     def _check_moments(self) -> None:
         for flag, dtype, beta_flag, beta in (

@@ -48,7 +48,7 @@ class MasterOptimizer:
         self._shards = {name: local_shard(weight) for name, weight in weights.items()}
         self._gradients = gradients
         self._schedule = LrSchedule(section, total_steps=total_steps)
-        self._clip_grad = section.clip_grad
+        self._clip_grad, self._is_stateless = section.clip_grad, section.use_stateless_adam
         mesh = _mesh_of(next(iter(weights.values())))
         self._shard_group = mesh.get_group("dp_shard")
         self._host_mesh = mesh if mesh.device_type == "cpu" else _same_ranks_on_the_host(mesh)
@@ -59,8 +59,9 @@ class MasterOptimizer:
     def _make_optimizers(self, section: OptimizerConfig, matrices: AbstractSet[str]) -> list[HostAdam]:
         """Return AdamW where it steps any weight, and the optimizer of the matrices where these have another one."""
         others = {name: shard for name, shard in self._shards.items() if name not in matrices}
-        decayed = [shard for name, shard in others.items() if self._weights[name].ndim > 1]
-        kept = [shard for name, shard in others.items() if self._weights[name].ndim <= 1]
+        decays = {name: section.decays(name, self._weights[name].ndim) for name in others}
+        decayed = [shard for name, shard in others.items() if decays[name]]
+        kept = [shard for name, shard in others.items() if not decays[name]]
         groups = [{"params": decayed, "weight_decay": section.weight_decay}, {"params": kept, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
         # Adapters are matrices alone.
@@ -97,6 +98,8 @@ class MasterOptimizer:
     def step(self, grad_norm: float) -> list[float]:
         """Clip by `grad_norm`, update, drop the gradients, and return the learning rate of each parameter group."""
         self._start()
+        if self._is_stateless:
+            self.forget_moments()
         gradients = self._gradients.local()
         if 0.0 < self._clip_grad < grad_norm:
             for gradient in gradients:
@@ -158,6 +161,11 @@ class MasterOptimizer:
         for optimizer in self._optimizers:
             optimizer.restart(num_steps)
         self.num_steps = num_steps
+
+    def forget_moments(self) -> None:
+        """Set moments, and the steps that correct their bias, to zero; masters and schedule go on."""
+        for optimizer in self._optimizers:
+            optimizer.restart(0)
 
     def _weights_are_masters(self) -> bool:
         return not self._optimizers[0].state and all(shard.dtype == torch.float32 for shard in self._shards.values())

@@ -51,11 +51,14 @@ class MasterOptimizer:
         self.num_steps = 0
         self._model = model
         self.schedule = LrSchedule(section, total_steps=total_steps)
-        self._clip_grad = section.clip_grad
-        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self._clip_grad, self._is_stateless = section.clip_grad, section.use_stateless_adam
+        named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+        weights = [weight for _, weight in named]
+        decayed = [weight for name, weight in named if section.decays(name, weight.ndim)]
+        kept = [weight for name, weight in named if not section.decays(name, weight.ndim)]
         groups = [
-            _group([weight for weight in weights if weight.ndim > 1], wd_mult=1.0, weight_decay=section.weight_decay),
-            _group([weight for weight in weights if weight.ndim <= 1], wd_mult=0.0, weight_decay=0.0),
+            _group(decayed, wd_mult=1.0, weight_decay=section.weight_decay),
+            _group(kept, wd_mult=0.0, weight_decay=0.0),
         ]
         groups = [group for group in groups if group["params"]]  # adapters are matrices alone
         self._adam = HostAdam.from_section(groups, section)
@@ -101,6 +104,8 @@ class MasterOptimizer:
                 grad_norm,
                 self._config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
+        if self._is_stateless:
+            self.forget_moments()
         learning_rate = self.schedule.at(self.num_steps)
         for group in self.sharded.param_groups:
             group["lr"] = learning_rate
@@ -119,6 +124,10 @@ class MasterOptimizer:
         self.num_steps = num_steps
         self._adam.reload_masters()
         self._adam.restart(num_steps)
+
+    def forget_moments(self) -> None:
+        """Set moments, and the steps that correct their bias, to zero; masters and schedule go on."""
+        self._adam.restart(0)
 
     def owned_shards(self) -> Iterator[OwnedShard]:
         """Yield this rank's shards, weight by weight."""

@@ -133,6 +133,12 @@ def test_checkpoint_without_optimizer_says_so(tmp_path):
     assert restored(save=tmp_path, no_load_optim=True) == (1, 101, 1)
 
 
+def test_random_states_can_be_left_out(tmp_path):
+    save_all(manager_of(save=tmp_path, no_save_rng=True), 1)
+    assert "rng.pt" not in names_in(tmp_path / "iter_0000001")
+    assert restored(save=tmp_path, no_load_rng=True) == (1, 101, 1)
+
+
 def test_only_the_newest_are_kept(tmp_path):
     save_all(manager_of(save=tmp_path, keep_checkpoints=2), 1, 2, 3, 10)
     assert names_in(tmp_path) == ["iter_0000003", "iter_0000010", "latest_checkpointed_iteration.txt", "qwench_run.json"]

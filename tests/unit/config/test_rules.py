@@ -74,6 +74,14 @@ REFUSED = [
         "--skip-actor-forward-only needs one step for each rollout, but there are 4",
     ),
     (
+        {"algorithm": AlgorithmConfig(keep_old_actor=True, use_rollout_logprobs=True)},
+        "--keep-old-actor has no effect with --use-rollout-logprobs",
+    ),
+    (
+        {"algorithm": AlgorithmConfig(keep_old_actor=True, skip_actor_forward_only=True)},
+        "--keep-old-actor needs the old log-probs",
+    ),
+    (
         {
             "algorithm": AlgorithmConfig(skip_actor_forward_only=True),
             "distillation": DistillationConfig(use_opd=True, opd_type="megatron", opd_teacher_load=Path("t")),

@@ -375,6 +375,7 @@ INERT_IN_FINE_TUNING = {
     "custom_pg_loss_reducer_function_path": "a.b",
     "custom_loss_function_path": "a.b",
     "skip_actor_forward_only": True,
+    "keep_old_actor": True,
 }
 
 

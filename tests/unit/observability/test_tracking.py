@@ -238,6 +238,20 @@ def test_a_service_that_fails_costs_its_curves_alone(monkeypatch, caplog):
     ]
 
 
+def test_all_curves_may_count_the_steps_of_the_optimizer(monkeypatch):
+    logged: list[dict[str, float]] = []
+    run = type("Run", (), {"define_metric": lambda *_, **__: None, "log": lambda _, values: logged.append(values)})()
+    monkeypatch.setitem(sys.modules, "wandb", type("wandb", (), {"init": staticmethod(lambda **flags: run)}))
+    log = MetricLog([WandbSink(project="p", steps_per_rollout=4)], num_steps_per_rollout=4)
+    log.log(3, {"rollout/raw_reward": 0.5, "eval/aime": 0.25}, steps=[{"train/loss": 1.0}, {"train/loss": 2.0}])
+    assert logged == [
+        {"train/step": 12, "train/loss": 1.0},
+        {"train/step": 13, "train/loss": 2.0},
+        {"rollout/step": 12, "rollout/raw_reward": 0.5},
+        {"eval/step": 12, "eval/aime": 0.25},
+    ]
+
+
 def test_a_service_that_does_not_start_is_one_sentence(monkeypatch):
     def init(**flags: object) -> None:
         raise RuntimeError("no network\nand more")

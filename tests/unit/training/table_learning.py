@@ -17,7 +17,9 @@ from qwench.observability.timing import PhaseTimer
 from qwench.samples import Group, Prompt, Rollout, Sample, Status
 from qwench.training.hooks import NO_HOOKS
 from qwench.training.learner import Learner
-from qwench.training.state import Reference, TrainingState
+from qwench.training.past_policies import PastPolicies
+from qwench.training.reference import Reference
+from qwench.training.state import TrainingState
 from tests.fakes.console import RecordingConsole
 from tests.fakes.trainer import TableTrainer
 from tests.unit.config.architectures import QWEN3_4B
@@ -58,6 +60,7 @@ def make_learner(backend=None, *, global_batch_size=8, training=None, console=No
     user_terms = algorithm.pop("user_terms", UserTerms())
     critic, num_critic_only = algorithm.pop("critic", None), algorithm.pop("num_critic_only", 0)
     opd_kl_coef = algorithm.pop("opd_kl_coef", None)
+    num_past, others = algorithm.pop("num_past", 0), algorithm.pop("others", {})
     backend = backend or TableTrainer(TABLE)
     section = AlgorithmConfig(**algorithm)
     reference = Reference(backend) if section.needs_reference else None
@@ -69,7 +72,13 @@ def make_learner(backend=None, *, global_batch_size=8, training=None, console=No
     plan = plan_run(config, QWEN3_4B)
     plan = replace(plan, cost=SequenceCost(linear=1.0, quadratic=0.1), num_critic_only=num_critic_only)
     return Learner(
-        TrainingState(backend, reference, reference_moves=section.ref_update_interval is not None, critic=critic),
+        TrainingState(
+            backend,
+            reference,
+            reference_moves=section.ref_update_interval is not None,
+            critic=critic,
+            past_policies=PastPolicies(backend, num_kept=num_past) if num_past else None,
+        ),
         build_method(section, user_terms=user_terms, opd_kl_coef=opd_kl_coef),
         plan=plan,
         temperature=TEMPERATURE,
@@ -77,6 +86,7 @@ def make_learner(backend=None, *, global_batch_size=8, training=None, console=No
         console=console or RecordingConsole(),
         reward_post_process=hook,
         hooks=hooks,
+        **others,
     )
 
 

@@ -29,6 +29,17 @@ def test_rate_is_the_flops_of_all_sequences_a_second_and_rank() -> None:
     assert meters.take() == {}
 
 
+def test_utilisation_is_the_rate_of_training_by_the_peak() -> None:
+    ticks = count(step=2)
+    meters = FlopMeter(PhaseTimer(), COST, num_ranks=2, peak_tflops=21.0, clock=lambda: float(next(ticks)))
+    with meters.phase("actor_train", LENGTHS, num_scored=3, passes=FORWARD_AND_BACKWARD):
+        pass
+    assert meters.take() == {"perf/actor_train_tflops": 10.5, "perf/actor_train_mfu": 0.5}
+    with meters.phase("log_probs", LENGTHS, num_scored=3, passes=FORWARD):
+        pass
+    assert meters.take() == {"perf/log_probs_tflops": 3.5}
+
+
 def test_tokens_without_logits_cost_no_output_layer() -> None:
     meters = meter(COST)
     with meters.phase("log_probs", LENGTHS, num_scored=1, passes=FORWARD):

@@ -19,6 +19,11 @@ def test_calls_with_reference_and_two_steps_come_in_order():
     assert len(learned.steps) == 2
 
 
+def test_each_rollout_may_begin_with_fresh_moments():
+    backend, _ = learn(make_rollout(), global_batch_size=4, others={"forgets_moments": True})
+    assert backend.calls == ["forward", "forget_moments", *STEP, *STEP]
+
+
 @pytest.mark.parametrize(
     ("global_batch_size", "flags", "recomputed"),
     [

@@ -100,10 +100,11 @@ def test_sglang_flags_that_the_embedded_engine_honours_set_its_own_flag_unless_t
 
 
 def test_a_shorthand_gives_way_to_the_flags_it_stands_for_wherever_they_stand():
-    expansion = {"save-debug-rollout-data": "d/rollout_data/{rollout_id}.jsonl"}
+    trained = {"save-debug-train-data": "d/train_data/{rollout_id}.jsonl"}
+    expansion = {"save-debug-rollout-data": "d/rollout_data/{rollout_id}.jsonl", **trained}
     assert sort("--dump-details", "d").flags == expansion
     given = sort("--save-debug-rollout-data", "r/{rollout_id}", "--dump-details", "d")
-    assert given.flags == {"save-debug-rollout-data": "r/{rollout_id}"}
+    assert given.flags == {"save-debug-rollout-data": "r/{rollout_id}", **trained}
 
 
 def test_a_file_of_evaluation_without_a_name_is_aimes_as_there():

@@ -20,7 +20,7 @@ from qwench.training.adapters import AdapterSwitch
 from qwench.training.fsdp.adapted import AdaptedPolicy
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.process_group import init_process_group
-from qwench.training.state import Reference
+from qwench.training.reference import Reference
 from tests.contract.train_backend_cases import clipped_loss, make_batch, micro_batches, write_model
 from tests.deadlines import patient
 from tests.fakes.sections import adamw, offloaded

@@ -16,7 +16,7 @@ from qwench.config.sections.training import TrainingConfig
 from qwench.training.batch import pack
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.process_group import init_process_group
-from qwench.training.state import Reference
+from qwench.training.reference import Reference
 from tests.deadlines import patient
 from tests.fakes.sections import adamw, offloaded
 from tests.fakes.trainer import take_step
