@@ -67,6 +67,21 @@ class Config:
         return self.rollout.rollouts_ahead > 0 or self.asynchronous.fully_async
 
     @property
+    def max_staleness(self) -> int:
+        """Return how many weight versions a token may be older than the policy that learns from it."""
+        asked = self.asynchronous.max_weight_staleness
+        if not self.asynchronous.fully_async:
+            return self.rollout.rollouts_ahead
+        return 1 if asked is None else asked
+
+    @property
+    def num_past_policies(self) -> int:
+        """Return how many versions before the policy's own wait on the host, to score what they sampled."""
+        if not self.algorithm.keep_old_actor:
+            return 0
+        return self.max_staleness + self.rollout.update_weights_interval - 1
+
+    @property
     def backend(self) -> Literal["megatron", "fsdp"]:
         """Return the training backend: the one given, or the one the layout needs."""
         return self.training.train_backend or ("megatron" if self.parallel.layout.model_ranks > 1 else "fsdp")

@@ -202,8 +202,8 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
             checkpoint=config.checkpoint,
             exits_after=config.debug.debug_exit_after_rollout,
         ),
-        max_staleness=_max_staleness(config),
-        num_past_policies=_num_past_policies(config),
+        max_staleness=config.max_staleness,
+        num_past_policies=config.num_past_policies,
         holds_reference=holds_reference,
         holds_teacher=devices.trains and config.distillation.opd_type == "megatron",
         holds_critic=devices.trains and config.algorithm.has_critic,
@@ -358,7 +358,7 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
         moments=_moment_bytes(optimizer, model),
         offloaded=optimizer.offloaded_share,
     )
-    frozen = holds_reference + (config.distillation.opd_type == "megatron") + _num_past_policies(config)
+    frozen = holds_reference + (config.distillation.opd_type == "megatron") + config.num_past_policies
     num_shards = dp_size // config.parallel.dp_replicate
     lora, stage_layers = config.lora, layout.most_layers(model.num_layers)
     if lora.enabled and config.backend == "fsdp":
@@ -394,17 +394,3 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
 def _num_quantised(lora: LoraConfig, model: Architecture) -> int:
     shapes = projection_shapes(model)
     return 0 if lora.lora_base == "auto" else model.num_layers * sum(prod(shapes[target]) for target in lora.targets)
-
-
-def _max_staleness(config: Config) -> int:
-    asked = config.asynchronous.max_weight_staleness
-    if not config.asynchronous.fully_async:
-        return config.rollout.rollouts_ahead
-    return 1 if asked is None else asked
-
-
-def _num_past_policies(config: Config) -> int:
-    """Return how many versions a token may be older than the policy that scores it, where past weights score it."""
-    if not config.algorithm.keep_old_actor:
-        return 0
-    return _max_staleness(config) + config.rollout.update_weights_interval - 1
