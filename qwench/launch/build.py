@@ -28,7 +28,7 @@ from qwench.foreign.args import make_args
 from qwench.foreign.data_source import ForeignSource
 from qwench.foreign.hooks import load_hooks
 from qwench.launch.engines import make_publisher
-from qwench.launch.inputs import Inputs, read_conversations, read_eval_prompts, read_inputs, read_training_prompts
+from qwench.launch.inputs import Inputs, names_set, read_conversations, read_eval_prompts, read_inputs, read_training_prompts
 from qwench.launch.outputs import open_outputs, run_identity
 from qwench.launch.placement import make_servers, open_processes, start_learner, take_turns
 from qwench.launch.readiness import check_ready
@@ -165,10 +165,14 @@ def _read_prompts(inputs: Inputs) -> tuple[LoadedPrompts, dict[str, Sequence[Pro
         loaded = LoadedPrompts(prompts=[], num_dropped=0)
     else:
         loaded = read_training_prompts(inputs)
-    eval_prompts, evaluated = {name: one.prompts for name, one in read_eval_prompts(inputs).items()}, inputs.evaluation_reward
-    for prompts, reward in ((loaded.prompts, inputs.training_reward), *((one, evaluated) for one in eval_prompts.values())):
-        check_teachers(config.distillation, config.reward.rm_url, prompts)
-        check_prompts(reward, prompts, may_come_graded=config.rollout.custom_generate_function_path is not None)
+    eval_prompts = {name: one.prompts for name, one in read_eval_prompts(inputs).items()}
+    graded = config.rollout.custom_generate_function_path is not None
+    check_teachers(config.distillation, config.reward.rm_url, loaded.prompts)
+    check_prompts(inputs.training_reward, loaded.prompts, may_come_graded=graded)
+    for name, prompts in eval_prompts.items():
+        with names_set(name):
+            check_teachers(config.distillation, config.reward.rm_url, prompts)
+            check_prompts(inputs.evaluation_reward, prompts, may_come_graded=graded)
     return loaded, eval_prompts
 
 

@@ -13,7 +13,7 @@ from qwench.config.config import Config
 from qwench.config.plan import RunPlan
 from qwench.config.report import flag_values
 from qwench.files import LOCK, claim_folder, write_atomically, written
-from qwench.launch.inputs import Inputs, read_eval_prompts, read_inputs
+from qwench.launch.inputs import Inputs, names_set, read_eval_prompts, read_inputs
 from qwench.launch.outputs import own_results
 from qwench.launch.placement import make_servers, open_processes
 from qwench.launch.readiness import check_ready
@@ -89,8 +89,9 @@ def _read_sets(inputs: Inputs) -> dict[str, Sequence[Prompt]]:
     check_imports(config)
     load_user_functions(config)
     prompts = {name: loaded.prompts for name, loaded in read_eval_prompts(inputs).items()}
-    for rows in prompts.values():
-        check_prompts(config.reward, rows)
+    for name, rows in prompts.items():
+        with names_set(name):
+            check_prompts(config.reward, rows)
     return prompts
 
 

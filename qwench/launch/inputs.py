@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -172,23 +174,33 @@ def _reads_prompts_itself(config: Config) -> bool:
     return config.rollout.custom_generate_function_path is not None or config.rollout.rollout_function_path is not None
 
 
+@contextmanager
+def names_set(name: str) -> Iterator[None]:
+    """Name the evaluation set in what is refused."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"evaluation set {name}: {error}") from error
+
+
 def read_eval_prompts(inputs: Inputs) -> dict[str, LoadedPrompts]:
     """Read every set of --eval-prompt-data or --eval-config."""
     config, sets, reward = inputs.config, dict[str, LoadedPrompts](), inputs.evaluation_reward
     for settings in inputs.plan.eval_sets:
-        loaded = load_prompts(
-            settings.path,
-            input_key=settings.input_key,
-            label_key=settings.label_key,
-            metadata_key=settings.metadata_key,
-            tool_key=settings.tool_key,
-            tokenizer=inputs.tokenizer,
-            apply_chat_template=config.data.apply_chat_template,
-            apply_chat_template_kwargs=config.data.apply_chat_template_kwargs,
-            max_prompt_len=(limit := prompt_limit(inputs, settings.max_prompt_len)),
-            require_label="rm_type" not in settings.row_metadata and _compares_labels(reward),
-            as_given=_reads_prompts_itself(config),
-        )
+        with names_set(settings.name):
+            loaded = load_prompts(
+                settings.path,
+                input_key=settings.input_key,
+                label_key=settings.label_key,
+                metadata_key=settings.metadata_key,
+                tool_key=settings.tool_key,
+                tokenizer=inputs.tokenizer,
+                apply_chat_template=config.data.apply_chat_template,
+                apply_chat_template_kwargs=config.data.apply_chat_template_kwargs,
+                max_prompt_len=(limit := prompt_limit(inputs, settings.max_prompt_len)),
+                require_label="rm_type" not in settings.row_metadata and _compares_labels(reward),
+                as_given=_reads_prompts_itself(config),
+            )
         _log_dropped(f"evaluation set {settings.name}", loaded, limit)
         sets[settings.name] = loaded.with_metadata(settings.row_metadata)
     return sets

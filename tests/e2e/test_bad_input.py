@@ -184,7 +184,10 @@ def test_a_dry_run_reads_labels_functions_and_shapes_as_a_start_does(
         ({"rm_type": "dapo", "prompt_data": labels}, f"{labels}:2"),
         ({"rm_type": None, "custom_rm_path": f"{slip}:score"}, f"{slip}:2"),
         ({"hf_checkpoint": shaped}, "model.norm.weight"),
-        ({"eval_prompt_data": None, "eval_config": sets, "eval_interval": 1}, f"{inputs.test_data}:1"),
+        (
+            {"eval_prompt_data": None, "eval_config": sets, "eval_interval": 1},
+            f"evaluation set instructions: {inputs.test_data}:1",
+        ),
     ]
     for one, said in flags:
         argv = inputs.train_argv(**{"save": tmp_path / "run", **one})

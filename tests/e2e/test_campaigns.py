@@ -14,7 +14,7 @@ from tests.contract.engine_hosts import make_engine, make_model
 from tests.e2e.conftest import Workspace
 
 
-@pytest.mark.parametrize("name", ["rank", "watched router"])
+@pytest.mark.parametrize("name", ["rank", "engine", "router", "watched router"])
 def test_a_stopped_process_is_named(name: str, workspace: Workspace, tmp_path: Path) -> None:
     named_s, faults = stops.stop(name, workspace, tmp_path, prepare=stops.hurry)
     assert faults == [] and named_s < stops.NAMED_WITHIN_S

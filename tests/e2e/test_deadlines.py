@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
+from qwench.observability import waiting
 from tests.e2e.conftest import InProcess, Workspace
 
 SLEEPS = "tests.e2e.sleepers.sleeps"
@@ -30,8 +33,13 @@ def test_a_rollout_that_never_ends_is_ended_by_its_deadline_with_the_stacks_of_a
         assert part in stacks and frame in stacks.partition(part)[2].partition("\n===")[0], (part, stacks)
 
 
-def test_an_evaluation_has_its_own_deadline(workspace: Workspace, tmp_path: Path, in_process: InProcess) -> None:
+def test_an_evaluation_has_its_own_deadline_and_says_that_it_waits(
+    workspace: Workspace, tmp_path: Path, in_process: InProcess, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    monkeypatch.setattr(waiting, "FIRST_REPORT_S", 0.2)
     argv = workspace.eval_argv(workspace.model, tmp_path / "out", custom_generate_function_path=SLEEPS, eval_timeout=1)
     code, error = in_process(argv)
     late = rf"evaluation of held_out did not end within 1 s \({re.escape(SLEEPS)} for sample 0 has not returned for \d+ s"
     assert code == 1 and re.search(late, error), error
+    waits = rf"waiting \d s for evaluation of held_out: {re.escape(SLEEPS)} for sample 0 has not returned"
+    assert re.search(waits, caplog.text), caplog.text

@@ -172,6 +172,9 @@ def test_sets_of_a_file_have_their_own_rewards_lengths_and_samples(workspace: Wo
     )
     flags = {"eval_prompt_data": None, "eval_config": tmp_path / "sets.yaml", "rm_type": None}
     run_verb(workspace.eval_argv(workspace.model, tmp_path / "out", **flags))
+    for name in ("first.jsonl", "metrics.json"):
+        (tmp_path / "out" / name).write_text("")
+    run_verb(workspace.eval_argv(workspace.model, tmp_path / "out", **flags))  # the same command replaces its own results
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     # dapo gives -1 for a wrong answer, math 0; a random model answers nothing right.
     assert (metrics["eval/first"], metrics["eval/second"]) == (-1.0, 0.0)

@@ -27,6 +27,10 @@ def test_rollouts_ahead_are_sampled_by_the_weights_before(workspace: Workspace, 
     sampled_by = [{v for sample in read_samples(recorded, i) for v in sample["weight_versions"]} for i in range(4)]
     assert sampled_by == [{0}, {0}, {1}, {2}]
     assert column(tmp_path / "run", "train/step") == list(range(8))
+    gaps = column(tmp_path / "run", "train/train_rollout_logprob_abs_diff")  # of tokens of the weights that are trained
+    assert len(gaps) == 2 and max(gaps) < 1e-5
+    drifts = column(tmp_path / "run", "train/rollout_drift_logprob_abs_diff")
+    assert len(drifts) == 6 and min(drifts) > 1e-4
     curves = tmp_path / "run" / "tensorboard" / "digits"
     assert {path.parent.name for path in curves.glob("*/events.*")} == {"rollout", "train"}
 

@@ -55,6 +55,17 @@ def test_each_flag_that_changed_is_one_line(tmp_path, caplog):
     ]
 
 
+@pytest.mark.parametrize(
+    "flag", ["advantage_estimator", "n_samples_per_prompt", "rollout_temperature", "rm_type", "hf_checkpoint"]
+)
+def test_any_flag_of_the_algorithm_data_or_model_that_changed_is_said(tmp_path, caplog, flag):
+    save(manager_of(tmp_path, seed="1", **{flag: "one"}), 1)
+    with caplog.at_level(logging.INFO):
+        manager_of(tmp_path, seed="1", **{flag: "other"}).restore(CountingLearner(), CountingRollouts())
+    said = [record.getMessage() for record in caplog.records if "changed" in record.getMessage()]
+    assert len(said) == 1 and said[0].startswith(f"changed since checkpoint 1: --{flag.replace('_', '-')} one -> other")
+
+
 def test_a_finished_run_says_so_and_a_shorter_one_is_refused(tmp_path):
     save(manager_of(tmp_path), 3)
     saved = manager_of(tmp_path).saved

@@ -16,7 +16,7 @@ def load(tmp_path, rows, **options) -> LoadedPrompts:
     if options.pop("parquet", False):
         path = tmp_path / "data.parquet"
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    else:
+    elif (path := options.pop("path", None)) is None:
         path = tmp_path / "data.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     defaults = {
@@ -307,6 +307,16 @@ def test_a_label_that_no_answer_can_match_is_refused_by_line(tmp_path, label, pr
     rows = [{"prompt": "a", "label": "1"}, {"prompt": "b", "label": label}]
     with pytest.raises(ConfigError, match=rf"data\.jsonl:2: key 'label' \(--label-key\) {problem}"):
         load(tmp_path, rows, label_key="label", require_label=True)
+
+
+def test_a_missing_number_of_parquet_and_one_beyond_floats_are_no_labels(tmp_path):
+    rows = [{"prompt": "a", "label": 1.0}, {"prompt": "b", "label": float("nan")}]
+    with pytest.raises(ConfigError, match=r"data\.parquet row 2: key 'label' \(--label-key\) is nan: no answer can match it"):
+        load(tmp_path, rows, label_key="label", require_label=True, parquet=True)
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text('{"prompt": "a", "label": 1}\n{"prompt": "b", "label": 1e400}\n')
+    with pytest.raises(ConfigError, match=r"raw\.jsonl:2: key 'label' \(--label-key\) is inf: no answer can match it"):
+        load(tmp_path, [], label_key="label", require_label=True, path=raw)
 
 
 @pytest.mark.parametrize(("label", "read"), [("2+5=7\n#### 7", "7"), ("#### 1,000", "1,000"), ("a #### 1\n#### -2", "-2")])

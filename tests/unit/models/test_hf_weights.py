@@ -293,7 +293,7 @@ def test_a_config_that_makes_no_model_is_refused_by_name(folder: Path, change: J
 
 def test_an_adapter_is_refused_by_name(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="is a LoRA adapter"):
+    with pytest.raises(ConfigError, match="is a LoRA adapter; merge it into its base model with qwench convert"):
         load_hf_config(folder)
 
 

@@ -164,9 +164,14 @@ def test_a_worker_has_no_environment_and_answers_of_its_children_are_limited() -
     worker = WorkerProcess("qwench.rewards.algebra_worker", environment={})
     try:
         question = encode({"pairs": [["x+1", "1+x"]], "deadline_s": patient(30.0)})
-        answers = [worker.ask(question, timeout_s=patient(30.0)) for _ in range(QUESTIONS_PER_CHILD + 5)]
+        answers, answering = [], list[int]()
+        for _ in range(QUESTIONS_PER_CHILD + 5):
+            answers.append(worker.ask(question, timeout_s=patient(30.0)))
+            assert worker._process is not None
+            pid = worker._process.pid
+            answering += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
         assert answers == [{"reason": "sympy_equal"}] * (QUESTIONS_PER_CHILD + 5)
-        assert worker._process is not None
+        assert len(set(answering)) == 2 and answering.count(answering[0]) <= QUESTIONS_PER_CHILD, "a fresh child took over"
         assert Path(f"/proc/{worker._process.pid}/environ").read_bytes() in (b"", b"LC_CTYPE=C.UTF-8\0")
     finally:
         worker.stop()
