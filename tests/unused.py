@@ -21,8 +21,8 @@ FOREIGN = "qwench/foreign/"
 USED: Mapping[str, str] = {
     "Python, PyTorch, Megatron-Core, Rich, uvicorn and pydantic call or read them": """
         __cause__ __init_subclass__ architectures core_attention finalize_model_grads_func find_class
-        grad_stats_parallel_group handleError input_layernorm k_layernorm load_bytes model_config
-        on_broken_pipe padding_idx pre_mlp_layernorm pre_tokenizer q_layernorm readable reducer_override seekable
+        grad_stats_parallel_group handleError input_layernorm load_bytes model_config
+        on_broken_pipe padding_idx pre_mlp_layernorm pre_tokenizer readable reducer_override seekable
         media_type should_exit trigger weight_sum_D""",
     "they keep an object alive as long as their owner": "_timeout",
     "the driver calls methods of a rank by name": "next_bucket",

@@ -37,6 +37,7 @@ def gradient(
     """Return the gradient [C, V] of the logits in `dtype`, which takes the memory of the logits where it can.
 
     With z = logits / temperature and p = softmax(z): d log p_y / dz_j = [j = y] - p_j and dH / dz_j = -p_j (log p_j + H).
+    A label below 0 is none of the columns.
     """
     all_log_probs = logits.div_(temperature).sub_(normalizers[:, None])
     probs = all_log_probs.exp()
@@ -44,5 +45,6 @@ def gradient(
     if grad_entropies is not None:
         slope = all_log_probs.add_(entropies[:, None]).mul_(grad_entropies[:, None]).add_(slope)
     grad_logits = probs.mul_(slope).neg_()
-    grad_logits.scatter_add_(-1, labels[:, None], grad_log_probs[:, None])
+    at_labels = grad_log_probs.where(labels >= 0, 0.0)
+    grad_logits.scatter_add_(-1, labels.clamp(min=0)[:, None], at_labels[:, None])
     return grad_logits.div_(temperature).to(dtype)

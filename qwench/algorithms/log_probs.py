@@ -85,7 +85,7 @@ class _ChunkedHead(torch.autograd.Function):
         kept_bytes: int,
         support: Support | None,
     ) -> tuple[Tensor, Tensor | None]:
-        kernels = _kernels(hidden)
+        kernels = head_kernels(hidden)
         kept: list[Tensor | None] = []
         room = kept_bytes if ctx.needs_input_grad[0] else 0
         columns = []
@@ -108,7 +108,7 @@ class _ChunkedHead(torch.autograd.Function):
         hidden, weight, labels, entropy, normalizers = ctx.saved_tensors
         if grad_log_probs is None:
             grad_log_probs = torch.zeros_like(normalizers)
-        kernels, size = _kernels(hidden), ctx.chunk_tokens
+        kernels, size = head_kernels(hidden), ctx.chunk_tokens
         grad_hidden = torch.empty_like(hidden)
         total = ctx.weight_sum
         if total is None and ctx.needs_input_grad[1]:
@@ -149,7 +149,8 @@ def _accumulates(factor: Tensor) -> bool:
     return factor.is_cuda and torch.version.cuda is not None and factor.dtype != torch.float32
 
 
-def _kernels(hidden: Tensor) -> ModuleType:
+def head_kernels(hidden: Tensor) -> ModuleType:
+    """Return the head's arithmetic for the device of the hidden states."""
     if not hidden.is_cuda:
         return head_elementwise
     import qwench.algorithms.head_triton as kernels  # noqa: PLC0415 - Triton is installed only with GPU builds of PyTorch

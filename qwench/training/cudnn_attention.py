@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SEQUENCE_MULTIPLE = 8
 """Batches are filled up with empty sequences to a multiple of this."""
@@ -42,6 +43,11 @@ class CudnnAttention:
         self._lengths = block[: self._count].int()
         self._starts = block[self._count :]
         self._rows: dict[int, Tensor] = {}
+
+    def __call__(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, *, scale: float) -> Tensor:
+        """Return [T, H, K], for autograd."""
+        attended: Tensor = _Attend.apply(q_THK, k_THK, v_THK, self, scale)  # type: ignore[no-untyped-call]  # torch's is untyped
+        return attended
 
     def forward(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
         """Return [T, H, K], and the log-sum-exp of every query."""
@@ -78,6 +84,20 @@ class CudnnAttention:
                 self._rows[stride] = self._starts * stride
             rows[name] = self._rows[stride]
         return {_LENGTHS: self._lengths, **rows}
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, attention: CudnnAttention, scale: float) -> Tensor:
+        output, stats = attention.forward(q, k, v, scale=scale)
+        ctx.save_for_backward(q, k, v, output, stats)
+        ctx.attention, ctx.scale = attention, scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.attention.backward(grad.contiguous(), *ctx.saved_tensors, scale=ctx.scale), None, None
 
 
 def _round_up(value: int, multiple: int) -> int:

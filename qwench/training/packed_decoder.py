@@ -135,7 +135,7 @@ class PackedDecoder:
         self._scale = architecture.head_dim**-0.5
         self._rope_of = (architecture.rope, architecture.max_positions)
         self._rope: Tensor | None = None
-        self._forwards, self._backwards = _kernels(device)
+        self._forwards, self._backwards = kernels_on(device)
         self._product = linear if invariant else functional.linear
 
     @torch.no_grad()
@@ -326,7 +326,7 @@ def _bind_layer(tensors: Mapping[str, Tensor], prefix: str) -> LayerTensors:
     )
 
 
-def _kernels(device: torch.device) -> tuple[ModuleType, ModuleType]:
+def kernels_on(device: torch.device) -> tuple[ModuleType, ModuleType]:
     """Return the element-wise forwards and backwards for a device."""
     if device.type != "cuda":
         return elementwise, gradients

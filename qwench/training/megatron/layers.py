@@ -1,8 +1,9 @@
-"""The layers of our Megatron models: megatron-core's own, with our norm and our attention.
+"""The layers of our Megatron models: megatron-core's parallel products with our norms, attention and activation between them.
 
-The norm of megatron-core's local spec refuses sequence parallelism, and its attention refuses packed sequences. Those two are
-ours; the names of the parameters stay those of the local spec. Our attention rotates queries and keys, gathers keys over the
-context-parallel ranks, and attends.
+The norm of megatron-core's local spec refuses sequence parallelism, and its attention refuses packed sequences. The names of
+the parameters stay those of the local spec. What lies between two products is one kernel or two (`fused`):
+
+    qkv --norm, rotate--> (gather keys over context-parallel ranks) --attend--> proj        fc1 --silu(gate) up--> fc2
 
 megatron-core hands `packed_seq_params` through to every layer untouched. Ours carries what all layers need of a micro-batch, so
 that it is computed once; positions may be split over ranks in any way.
@@ -11,21 +12,29 @@ that it is computed once; positions may be split over ranks in any way.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.functional import rms_norm
 
 from qwench.models.architecture import RopeSpec
-from qwench.models.decoder.rope import rope_table, rotate
+from qwench.models.decoder.gradients import Heads
+from qwench.models.decoder.rope import rope_table
+from qwench.training import cudnn_attention
+from qwench.training.cudnn_attention import CudnnAttention
 from qwench.training.megatron.context_parallel import SequenceSplit, gather_keys
+from qwench.training.megatron.fused import gated, split_heads
 from qwench.training.packed_attention import PackedAttention
 
 
@@ -33,10 +42,11 @@ from qwench.training.packed_attention import PackedAttention
 class PackedTokens(PackedSeqParams):
     """One rank's tokens of a micro-batch, as every layer needs them."""
 
-    cosines: Tensor
-    """[t, 1, K/2] of each token's position, in the dtype of the heads."""
-    sines: Tensor
-    attention: PackedAttention
+    rope: Tensor
+    """[positions, K], cosines beside sines, in the dtype of the heads."""
+    positions: Tensor
+    """[t] of this rank's tokens."""
+    attention: PackedAttention | CudnnAttention
     key_source: Tensor | None
     """See `SequenceSplit`; on the device."""
     key_group: ProcessGroup
@@ -53,50 +63,68 @@ class PackedTokens(PackedSeqParams):
         group: ProcessGroup,
     ) -> PackedTokens:
         """Prepare the layers' common inputs; `group` is the context-parallel one."""
-        table = rope_table(rope, int(split.positions.max()) + 1, device).to(dtype)
-        cosines, sines = table[split.positions.to(device, non_blocking=True)].unsqueeze(1).chunk(2, dim=-1)
+        attention: PackedAttention | CudnnAttention
+        if varlen and split.key_source is None and cudnn_attention.is_available():
+            attention = CudnnAttention(split.query_lengths, device)
+        else:
+            attention = PackedAttention(split.query_lengths, split.key_lengths, varlen=varlen, device=device)
         return cls(
             qkv_format="thd",
-            cosines=cosines,
-            sines=sines,
-            attention=PackedAttention(split.query_lengths, split.key_lengths, varlen=varlen, device=device),
+            rope=rope_table(rope, int(split.positions.max()) + 1, device).to(dtype),
+            positions=split.positions.to(device, non_blocking=True),
+            attention=attention,
             key_source=None if split.key_source is None else split.key_source.to(device, non_blocking=True),
             key_group=group,
         )
 
 
-class CoreAttention(nn.Module):
-    """Attention of a layer's heads on this tensor-parallel rank, for the `core_attention` of a layer spec.
+class PackedSelfAttention(SelfAttention):
+    """Attention of a layer's heads on this tensor-parallel rank.
 
     The model is built without megatron-core's own rotary embedding, which would cut queries and keys sequence by sequence.
     """
 
-    def __init__(self, config: Any, layer_number: int, **_unused: Any) -> None:  # as megatron-core calls it
-        super().__init__()
-        self._scale = config.kv_channels**-0.5
-
     def forward(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        hidden_states: Tensor,
         attention_mask: Tensor | None,
         *,
         packed_seq_params: PackedTokens,
-        **_unused: Any,  # as megatron-core calls it
-    ) -> Tensor:
-        """Return [T, H * K] for queries [T, H, K], keys and values [T, G, K] of this rank's tokens."""
-        packed = packed_seq_params
-        query = rotate(query, packed.cosines, packed.sines)
-        key = rotate(key, packed.cosines, packed.sines)
+        **_unused: object,  # as megatron-core calls it
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the output [t, 1, D] of the layer for its input, and megatron-core's bias."""
+        qkv, _ = self.linear_qkv(hidden_states)
+        attend = partial(self._attend, packed=packed_seq_params)
+        attended = checkpoint(attend, False, qkv) if self.checkpoint_core_attention else attend(qkv)
+        output: tuple[Tensor, Tensor | None] = self.linear_proj(attended)
+        return output
+
+    def _attend(self, qkv: Tensor, *, packed: PackedTokens) -> Tensor:
+        """Return [t, 1, H * K] for the product [t, 1, (H + 2 G) * K] of this rank's tokens, query groups side by side."""
+        config, heads = self.config, self.num_attention_heads_per_partition
+        shape = Heads(heads=heads, kv_heads=self.num_query_groups_per_partition, head_dim=config.kv_channels)
+        weights = [None if norm is None else getattr(norm, "weight", None) for norm in (self.q_layernorm, self.k_layernorm)]
+        query, key, value = split_heads(
+            qkv[:, 0], *weights, heads=shape, table=packed.rope, positions=packed.positions, eps=config.layernorm_epsilon
+        )
         if packed.key_source is not None:
             both = gather_keys(torch.stack((key, value), dim=1), packed.key_group)
             key, value = both.index_select(0, packed.key_source).unbind(1)
-        return packed.attention(query, key, value, scale=self._scale).flatten(1)
+        return packed.attention(query, key, value, scale=config.kv_channels**-0.5).flatten(1)[:, None]
+
+
+class GatedMLP(MLP):
+    """The two products of a layer, and silu(gate) * up between them."""
+
+    def forward(self, hidden_states: Tensor, **_unused: object) -> tuple[Tensor, Tensor | None]:
+        """Return the output [t, 1, D] for the input, and megatron-core's bias."""
+        gate_up, _ = self.linear_fc1(hidden_states)
+        output: tuple[Tensor, Tensor | None] = self.linear_fc2(gated(gate_up[:, 0])[:, None])
+        return output
 
 
 def uses_varlen_kernel(*, device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether torch's packed flash kernel can run here; the other choice is padded rows."""
+    """Tell whether kernels for packed sequences can run here, cuDNN's or torch's; the other choice is padded rows."""
     return device.type == "cuda" and dtype == torch.bfloat16
 
 
@@ -132,5 +160,7 @@ def block_spec(config: TransformerConfig, *, transformer_impl: str) -> Transform
         if config.qk_layernorm:
             attention = layer.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = norm
-    layer.submodules.self_attention.submodules.core_attention = CoreAttention
+        layer.submodules.mlp.module = GatedMLP
+    layer.submodules.self_attention.module = PackedSelfAttention
+    layer.submodules.self_attention.submodules.core_attention = IdentityOp
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)

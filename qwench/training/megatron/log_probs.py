@@ -1,9 +1,10 @@
 """Log-probs and entropy of labels with a head that is split by vocabulary over the tensor-parallel ranks.
 
-    rank r:   hidden [n, D] -> chunks [C, D] -> logits of its tokens [C, V/tp] float32 / temperature
-    all:      maximum; then the sums of exp and of p log p, and the label's logit     three numbers a position cross ranks
+    rank r:   hidden [n, D] -> chunks [C, D] -> logits of its tokens [C, V/tp] float32 -> scores among these tokens
+    all:      the largest normalizer; then three sums     four numbers a position cross ranks
 
-Logits of at most `chunk_tokens` positions exist at a time, are never gathered, and are computed again in the backward.
+Logits of at most `chunk_tokens` positions exist at a time, are never gathered, and are computed again in the backward. The
+kernels are those of the whole head (`algorithms.log_probs`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qwench.algorithms.log_probs import head_logits
+from qwench.algorithms.log_probs import add_product, head_kernels, head_logits
 from qwench.algorithms.support import Support
 
 
@@ -37,6 +38,11 @@ class VocabShard:
         num_real = min(num_rows, vocab_size - first)
         assert num_real > 0, f"{group.size()} ranks are too many for a vocabulary of {vocab_size}"
         return cls(group=group, first=first, num_real=num_real)
+
+    def own(self, labels: Tensor) -> Tensor:
+        """Return the row of each label, -1 where another rank has it."""
+        rows = labels - self.first
+        return rows.where((rows >= 0) & (rows < self.num_real), -1)
 
     def all_reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         """Reduce over the ranks, in place."""
@@ -89,11 +95,15 @@ class _ShardedHead(torch.autograd.Function):
         with_entropy: bool,
         support: Support | None,
     ) -> tuple[Tensor, Tensor | None]:
+        kernels = head_kernels(hidden)
         log_probs, log_sums, entropy = hidden.new_empty((3, len(hidden)), dtype=torch.float32)
         for start in range(0, len(hidden), chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = _logits(hidden, weight, shard, temperature, part, support)
-            log_probs[part], log_sums[part], entropy[part] = _reduce_vocabulary(logits, labels[part], shard, with_entropy)
+            logits = _logits(hidden, weight, shard, part, support)
+            own = shard.own(labels[part])
+            own_log_probs, entropies, normalizers = kernels.statistics(logits, own.clamp(min=0), temperature)
+            scores = _joined(own_log_probs, entropies, normalizers, own >= 0, shard)
+            log_probs[part], entropy[part], log_sums[part] = scores
         ctx.save_for_backward(hidden, weight, labels, log_sums, entropy)
         ctx.shard, ctx.temperature, ctx.chunk_tokens, ctx.support = shard, temperature, chunk_tokens, support
         return log_probs.clone(), entropy.clone() if with_entropy else None
@@ -103,75 +113,50 @@ class _ShardedHead(torch.autograd.Function):
     def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, log_sums, entropy = ctx.saved_tensors
         shard: VocabShard = ctx.shard
-        real = weight[: shard.num_real]
+        kernels, real = head_kernels(hidden), weight[: shard.num_real]
         grad_hidden = torch.zeros_like(hidden)
         trained = ctx.needs_input_grad[1]
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if trained else None
         for start in range(0, len(hidden), ctx.chunk_tokens):
             part = slice(start, start + ctx.chunk_tokens)
-            own_logits = _logits(hidden, weight, shard, ctx.temperature, part, ctx.support)
-            own_log_probs = own_logits.sub_(log_sums[part, None])
-            grad_logits = _grad_logits(
-                own_log_probs,
-                labels[part] - shard.first,
+            grad_logits = kernels.gradient(
+                _logits(hidden, weight, shard, part, ctx.support),
+                shard.own(labels[part]),
                 entropy[part],
+                log_sums[part],
                 grad_log_probs[part],
                 None if grad_entropy is None else grad_entropy[part],
+                temperature=ctx.temperature,
+                dtype=weight.dtype,
             )
-            grad_logits = grad_logits.div_(ctx.temperature).to(weight.dtype)
             torch.mm(grad_logits, real, out=grad_hidden[part])
             if grad_weight is not None:
-                grad_weight[: shard.num_real].add_(grad_logits.T @ hidden[part])
+                add_product(grad_weight[: shard.num_real], grad_logits, hidden[part])
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 6
 
 
-def _logits(
-    hidden: Tensor, weight: Tensor, shard: VocabShard, temperature: float, part: slice, support: Support | None
-) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, shard: VocabShard, part: slice, support: Support | None) -> Tensor:
     """Return [C, V'] float32, of this rank's real tokens; cut off where sampling has kept none."""
-    logits = head_logits(hidden[part], weight[: shard.num_real]).div_(temperature)
+    logits = head_logits(hidden[part], weight[: shard.num_real])
     if support is not None:
         support.restrict(logits, part.start, first=shard.first)
     return logits
 
 
-def _reduce_vocabulary(logits: Tensor, labels: Tensor, shard: VocabShard, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-probs of the labels, log of the sum of exponentials, and entropy (else 0), each [C] over the whole vocabulary.
+def _joined(
+    log_probs: Tensor, entropies: Tensor, normalizers: Tensor, is_own: Tensor, shard: VocabShard
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probs, entropies and normalizers [C] over the whole vocabulary, from those among each rank's tokens.
 
-    With z the logits less their maximum, S = sum exp z and E = sum z exp z: log p_y = z_y - log S and H = log S - E / S.
+    With L_r the normalizer and H_r the entropy of rank r, and w_r = exp(L_r - max L), a rank's share of the probability is
+    w_r / sum w. Then L = max L + log sum w and H = L + sum w_r (H_r - L_r) / sum w.
     """
-    maximum = shard.all_reduce(logits.amax(-1), dist.ReduceOp.MAX)
-    shifted = logits.sub_(maximum[:, None])
-    own = labels - shard.first
-    is_own = (own >= 0) & (own < shard.num_real)
-    label_logits = shifted.gather(-1, own.where(is_own, 0)[:, None]).squeeze(-1).where(is_own, 0.0)
-    exponentials = shifted.exp()
-    sums = [label_logits, exponentials.sum(-1)]
-    if with_entropy:
-        sums.append(exponentials.mul_(shifted).sum(-1))
-    label_logits, exp_sums, *weighted = shard.all_reduce(torch.stack(sums), dist.ReduceOp.SUM)
-    log_sums = exp_sums.log()
-    entropy = log_sums - weighted[0] / exp_sums if weighted else torch.zeros_like(log_sums)
-    return label_logits - log_sums, log_sums + maximum, entropy
-
-
-def _grad_logits(
-    log_probs: Tensor, own_labels: Tensor, entropy: Tensor, grad_log_probs: Tensor, grad_entropy: Tensor | None
-) -> Tensor:
-    """Return the gradient [C, V'] of this rank's logits at the temperature.
-
-    With p = softmax(z): d log p_y / dz_j = [j = y] - p_j and dH / dz_j = -p_j (log p_j + H).
-
-    Args:
-        log_probs: [C, V'] of all this rank's tokens; overwritten.
-        own_labels: [C], counted from this rank's first token; outside of its range where another rank has the label.
-    """
-    num_tokens = log_probs.shape[-1]
-    probs = log_probs.exp()
-    slope = grad_log_probs[:, None]
-    if grad_entropy is not None:
-        slope = log_probs.add_(entropy[:, None]).mul_(grad_entropy[:, None]).add_(slope)
-    gradient = probs.mul_(slope).neg_()
-    is_own = (own_labels >= 0) & (own_labels < num_tokens)
-    at_label = grad_log_probs.where(is_own, 0.0)[:, None]
-    return gradient.scatter_add_(-1, own_labels.where(is_own, 0)[:, None], at_label)
+    if shard.group.size() == 1:
+        return log_probs, entropies, normalizers
+    largest = shard.all_reduce(normalizers.clone(), dist.ReduceOp.MAX)
+    share = (normalizers - largest).exp()
+    label_logits = (log_probs + normalizers).where(is_own, 0.0)
+    sums = torch.stack((label_logits, share, share * (entropies - normalizers)))
+    label_logits, share, weighted = shard.all_reduce(sums, dist.ReduceOp.SUM)
+    whole = largest + share.log()
+    return label_logits - whole, whole + weighted / share, whole

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qwench.algorithms import head_elementwise
 from qwench.algorithms.log_probs import token_log_probs
 
 
@@ -104,3 +105,20 @@ def test_full_logits_never_exist():
         (log_probs.sum() + entropy.sum()).backward()
     assert largest < 64 * 11
     assert largest >= 5 * 11
+
+
+def test_a_label_of_another_rank_is_none_of_the_columns():
+    # softmax of log(1, 2, 5) / 1 is (1/8, 1/4, 5/8); without a label the gradient of log p is -p.
+    logits = torch.tensor([[1.0, 2.0, 5.0], [1.0, 2.0, 5.0]]).log()
+    normalizers, entropies = torch.full((2,), math.log(8.0)), torch.zeros(2)
+    got = head_elementwise.gradient(
+        logits,
+        torch.tensor([-1, 2]),
+        entropies,
+        normalizers,
+        torch.tensor([1.0, 8.0]),
+        None,
+        temperature=1.0,
+        dtype=torch.float32,
+    )
+    torch.testing.assert_close(got, torch.tensor([[-0.125, -0.25, -0.625], [-1.0, -2.0, 3.0]]))
