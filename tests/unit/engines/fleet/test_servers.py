@@ -168,3 +168,10 @@ def test_tail_is_the_end_of_a_file(tmp_path):
     (tmp_path / "log").write_text("".join(f"line {i}\n" for i in range(50)))
     assert tail(tmp_path / "log", 2) == "line 48\nline 49"
     assert tail(tmp_path / "none") == "(empty)"
+
+
+def test_requests_that_were_answered_do_not_push_the_cause_out_of_the_tail(tmp_path):
+    answered = 'INFO:     127.0.0.1:50150 - "POST /generate HTTP/1.1" 200 OK\n'
+    refused = 'INFO:     127.0.0.1:50150 - "POST /generate HTTP/1.1" 503 Service Unavailable'
+    (tmp_path / "log").write_text(f"out of memory\n{answered * 30}{refused}\n{answered}")
+    assert tail(tmp_path / "log", 2) == f"out of memory\n{refused}"
