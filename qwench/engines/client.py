@@ -103,14 +103,18 @@ class HttpEngine:
         try:
             answer = await self.post("/generate", body, timeout_s=self._generate_timeout_s)
         except asyncio.CancelledError:
-            with suppress(EngineError):  # a router has no such path
-                await asyncio.shield(self.abort(request.request_id))
+            await asyncio.shield(self._abort_abandoned(request.request_id))
             raise
         return self._read_result(request, answer)
 
     async def abort(self, request_id: str | None = None) -> None:
         """See `Engine.abort`."""
         await self.post("/abort_request", {"rid": _wire_id(request_id or ""), "abort_all": request_id is None})
+
+    async def _abort_abandoned(self, request_id: str) -> None:
+        """Abort a request whose caller has gone, and may go again before the server answers."""
+        with suppress(EngineError):  # a router has no such path, and a server that was lost needs no abort
+            await self.abort(request_id)
 
     async def pause(self, *, retract: bool = False) -> None:
         """See `Engine.pause`."""

@@ -1,15 +1,18 @@
-"""What an HTTP status means to whoever asked."""
+"""What an HTTP status means to the caller, and what becomes of requests that were given up."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from qwench.engines import client
 from qwench.engines.client import OF_A_ROUTER, HttpEngine
+from qwench.engines.protocol import GenerateRequest, SamplingParams
 from qwench.errors import EngineError, EngineLostError
 from tests.deadlines import patient
 
@@ -52,3 +55,38 @@ def failure_of(url: str, status: int, **options) -> type[EngineError]:
 def test_a_routers_500_is_a_server_that_is_gone_and_a_servers_own_is_its_failure(url, status, of_a_server, of_a_router):
     assert (failure_of(url, status) is EngineLostError) == of_a_server
     assert (failure_of(url, status, lost_statuses=OF_A_ROUTER) is EngineLostError) == of_a_router
+
+
+def test_requests_that_are_given_up_twice_while_their_server_is_lost_leave_no_error(monkeypatch):
+    # The run ends with the failure of the request itself: a trace of each abort would bury it.
+    monkeypatch.setattr(client, "CONNECT_BACKOFF_S", 0.01)
+    complaints = []
+
+    async def give_up() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+        arrived, over = asyncio.Event(), asyncio.Event()
+
+        async def keep_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read(1)
+            arrived.set()
+            await over.wait()
+            writer.close()
+
+        server = await asyncio.start_server(keep_silent, "127.0.0.1", 0)
+        engine = HttpEngine(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        request = GenerateRequest(request_id="a", input_ids=(1,), sampling=SamplingParams(max_new_tokens=1))
+        generating = asyncio.create_task(engine.generate(request))
+        await arrived.wait()
+        server.close()
+        for _ in range(2):
+            generating.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await generating
+        over.set()
+        await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()})
+        await engine.close()
+
+    asyncio.run(give_up())
+    gc.collect()
+    assert not complaints
