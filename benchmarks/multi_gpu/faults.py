@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -193,6 +192,10 @@ def carry_out(
     return seen
 
 
+def seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} s"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -213,8 +216,12 @@ def main() -> None:
     ):
         drills.append(carry_out(given, fault, strike, *flags, resumes=resumes))
         (given.output / "faults.json").write_text(json.dumps([asdict(seen) for seen in drills], indent=1))
-        print(json.dumps({name: value for name, value in asdict(drills[-1]).items() if name != "said"}), flush=True)
-        print(os.linesep.join(drills[-1].said.splitlines()[-4:]), flush=True)
+        seen = drills[-1]
+        print(f"{fault}: struck {seen.struck}, exit code {seen.exit_code} or named after {seconds(seen.seconds)}", end=", ")
+        print(
+            f"next rollout {seconds(seen.resumed_s)} after the second start, {seen.rollouts} rollouts, rewards {seen.rewards}"
+        )
+        print("\n".join(seen.said.splitlines()[-2:]), flush=True)
 
 
 if __name__ == "__main__":
