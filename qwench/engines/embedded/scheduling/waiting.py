@@ -29,6 +29,8 @@ class WaitingRequests:
         self._queues: dict[int, _Queue] = {}
         """Of each priority that some request has, in the order of arrival."""
         self._siblings: dict[bytes, _Queue] = {}
+        self._keys: dict[str, bytes] = {}
+        """Request id -> its key among the siblings as it came: a publication may change its adapter later."""
         self._passed: dict[int, int] = {}
         """Priority -> requests of higher ones that were admitted before it, less PATIENCE for each of its own that was."""
 
@@ -43,14 +45,15 @@ class WaitingRequests:
         """Queue a request behind those of its priority, or before them."""
         name = request.request.request_id
         queue = self._queues.setdefault(request.priority, OrderedDict())
-        queue[name] = self._siblings.setdefault(_prompt_key(request), OrderedDict())[name] = request
+        key = self._keys[name] = _prompt_key(request)
+        queue[name] = self._siblings.setdefault(key, OrderedDict())[name] = request
         if first:
             queue.move_to_end(name, last=False)
 
     def remove(self, request: RunningRequest) -> None:
         """Take a request out."""
         _take_out(self._queues, request.priority, request)
-        _take_out(self._siblings, _prompt_key(request), request)
+        _take_out(self._siblings, self._keys.pop(request.request.request_id), request)
         if request.priority not in self._queues:
             self._passed.pop(request.priority, None)
 
@@ -61,8 +64,8 @@ class WaitingRequests:
         return next(iter(self._queues[max(late, key=late.__getitem__, default=highest)].values()))
 
     def siblings(self, request: RunningRequest) -> list[RunningRequest]:
-        """Return the waiting requests that can share a prefill with `request`, in their order."""
-        return list(self._siblings.get(_prompt_key(request), {}).values())
+        """Return the waiting requests that can share a prefill, in their order: `request`, which waits too, and others."""
+        return list(self._siblings[self._keys[request.request.request_id]].values())
 
     def admit(self, request: RunningRequest) -> None:
         """Take out a request that is admitted; one of a lower priority than others here gets theirs."""

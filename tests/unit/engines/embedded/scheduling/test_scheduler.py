@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwench.engines.embedded.scheduling.kv_cache import PagePool
-from qwench.engines.embedded.scheduling.request import RunningRequest
+from qwench.engines.embedded.scheduling.request import ChosenAdapter, RunningRequest
 from qwench.engines.embedded.scheduling.scheduler import Scheduler, StepPlan, count_step
 from qwench.engines.embedded.scheduling.waiting import PATIENCE
 from qwench.engines.protocol import EngineStats, GenerateRequest, SamplingParams
@@ -190,6 +190,21 @@ def test_a_low_priority_is_preempted_before_one_that_came_later():
     assert scheduler.unfinished() == [low, high] and (low.pages, low.row) == ([], -1)
     serve_all(scheduler)
     assert (low.num_output, high.num_output) == (12, 12)
+
+
+def test_requests_wait_on_while_a_publication_changes_their_adapter():
+    scheduler = make_scheduler()
+    requests = [make_request([1, 2, 3]) for _ in range(3)]
+    for request in requests:
+        scheduler.add(request)
+    for request in requests:
+        request.adapter = ChosenAdapter(slot=1, cache_root=7)
+    late = make_request([1, 2, 3])
+    late.adapter = requests[0].adapter
+    scheduler.add(late)
+    scheduler.remove(requests[1])
+    assert step(scheduler)[1] == [requests[0], requests[2], late]
+    assert scheduler.num_waiting == 0
 
 
 def test_a_prompt_is_not_shared_by_two_priorities():
