@@ -17,7 +17,7 @@ class AsyncConfig:
     """Generate while the trainer learns, across publications. Trainer and engines need devices of their own."""
     max_weight_staleness: int | None = None
     """Versions that a trained token may be older than the weights that learn from it. 0: generate and train in turn. Needs
-    --fully-async. None: 1."""
+    --fully-async. None: 1. Old samples bear a smaller step: divide the --lr that works in turn by 1 + this."""
     pause_generation_mode: Literal["retract", "in_place", "abort"] = "retract"
     """How a publication treats running requests. retract: recompute their KV cache with the new weights. in_place: keep their
     KV cache. abort: end them and send them again as new requests. No effect without --fully-async."""
