@@ -22,6 +22,7 @@ from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.parallel import ParallelConfig
+from qwench.config.sections.profiling import ProfilingConfig
 from qwench.config.sections.references import ReferencesConfig
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
@@ -53,6 +54,7 @@ class Config:
     timeouts: TimeoutConfig = field(default_factory=TimeoutConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
     references: ReferencesConfig = field(default_factory=ReferencesConfig)
 

@@ -112,6 +112,7 @@ def check_outputs(config: Config) -> None:
         ("--log-dir", config.logging.log_dir),
         ("--tensorboard-dir", config.logging.tensorboard_dir if config.logging.use_tensorboard else None),
         ("--eval-output", config.evaluation.eval_output),
+        ("--memory-snapshot-dir", config.profiling.memory_snapshot_dir if config.profiling.record_memory_history else None),
         ("--wandb-dir", config.logging.wandb_dir if config.logging.use_wandb else None),
     ):
         if folder is not None:

@@ -117,6 +117,8 @@ class RunPlan:
     """The same for passes without gradient."""
     allow_partial_step: bool
     """Samples that do not fill a step become a smaller one."""
+    sizes_steps_by_rollout: bool
+    """Steps are equal shares of a rollout of any size."""
     balances_data: bool
     """Micro-batches are divided among the data-parallel ranks by cost."""
     devices: DevicePlan
@@ -194,6 +196,7 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
         micro_batch_tokens=training.max_tokens_per_gpu * layout.cp if training.max_tokens_per_gpu else None,
         score_tokens=score_tokens * layout.cp if training.use_dynamic_batch_size and score_tokens else None,
         allow_partial_step=training.allow_partial_train_step,
+        sizes_steps_by_rollout=config.training.use_dynamic_global_batch_size,
         balances_data=training.balance_data,
         devices=devices,
         schedule=Schedule(

@@ -178,8 +178,12 @@ def partial_run_has_its_input(config: Config) -> str | None:
 def tensorboard_has_a_folder(config: Config) -> str | None:
     """TensorBoard files go to the run's own folder; in a common one, runs would mix."""
     logging = config.logging
-    if logging.use_tensorboard and not (logging.log_dir or logging.tensorboard_dir or config.checkpoint.save):
-        return "--use-tensorboard has no folder to write to; give --log-dir or --save"
+    for flag, is_given in (
+        ("--use-tensorboard", logging.use_tensorboard),
+        ("--use-pytorch-profiler", config.profiling.use_pytorch_profiler),
+    ):
+        if is_given and not (logging.log_dir or logging.tensorboard_dir or config.checkpoint.save):
+            return f"{flag} has no folder to write to; give --log-dir or --save"
     return None
 
 

@@ -47,6 +47,8 @@ def check_ready(
     Raises:
         ConfigError: the user's mistake, or a package or device that is not there.
     """
+    if inputs.config.profiling.record_memory_history and inputs.device.type != "cuda":
+        raise ConfigError("--record-memory-history records the memory of a GPU, and there is none here; leave it out")
     launcher = _check_launcher(inputs)
     elsewhere = _plans_for_gpus_elsewhere(inputs)
     if elsewhere:

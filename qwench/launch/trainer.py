@@ -27,6 +27,7 @@ from qwench.training.learner import Learner
 from qwench.training.megatron.platform import check_platform
 from qwench.training.past_policies import PastPolicies
 from qwench.training.process_group import init_process_group
+from qwench.training.profiler import TrainProfiler
 from qwench.training.reference import BaseModel, Reference
 from qwench.training.shaping import Shaping
 from qwench.training.state import TrainingState
@@ -66,6 +67,7 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
         targets=load_target_functions(config, args),
         hooks=hooks,
         record=_record(inputs),
+        profiler=_profiler(inputs),
         forgets_moments=config.optimizer.reset_optimizer_states,
         peak_tflops=config.logging.mfu_peak_tflops,
         equal_bits=config.training.true_on_policy_mode and not inputs.plan.replays and not inputs.plan.fine_tunes,
@@ -82,6 +84,11 @@ def _record(inputs: Inputs) -> Callable[[int, RolloutBatch], None] | None:
     if template is None or not inputs.is_main:
         return None
     return partial(save_batch, template, run="" if save is None else str(save.resolve()))
+
+
+def _profiler(inputs: Inputs) -> TrainProfiler:
+    folder = inputs.config.logging.tensorboard_dir or (inputs.plan.log_dir or Path()) / "profile"
+    return TrainProfiler(inputs.config.profiling, folder, rank=inputs.rank)
 
 
 def build_trainer(inputs: Inputs, *, logits: bool = False) -> Trainer:

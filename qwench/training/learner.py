@@ -31,6 +31,7 @@ from qwench.samples import Rollout, Sample
 from qwench.training.batch import unpack
 from qwench.training.flop_meter import FlopMeter
 from qwench.training.hooks import NO_HOOKS, Hooks
+from qwench.training.profiler import NO_PROFILER, TrainProfiler
 from qwench.training.rollout_metrics import (
     count_scored,
     rollout_metrics,
@@ -99,6 +100,7 @@ class Learner:
         record: Callable[[int, RolloutBatch], None] | None = None,
         forgets_moments: bool = False,
         peak_tflops: float | None = None,
+        profiler: TrainProfiler = NO_PROFILER,
     ) -> None:
         """Keep what every rollout needs.
 
@@ -117,11 +119,12 @@ class Learner:
         self._unit = "rollout" if method.facts.policy_gradient else "batch"
         self._global_batch_size = plan.batch.global_batch_size
         self._allow_partial = plan.allow_partial_step
+        self._num_steps = plan.batch.num_steps_per_rollout if plan.sizes_steps_by_rollout else None
         self._temperature = temperature
         self._timer = timer
         self._train_passes = plan.train_passes
         self._meter = FlopMeter(timer, plan.cost, num_ranks=self.policy.parallel.num_ranks, peak_tflops=peak_tflops)
-        self._console = console
+        self._console, self._profiler = console, profiler
         self._reward_post_process = reward_post_process
         self._own_targets, self._hooks = targets, hooks
         self._equal_bits, self._record, self._forgets_moments = equal_bits, record, forgets_moments
@@ -143,7 +146,7 @@ class Learner:
         Raises:
             TrainingError: the rollout does not fill a step, or a loss or gradient norm is not finite.
         """
-        with self._timer.phase("train"):
+        with self._timer.phase("train"), self._profiler.rollout():
             rollout = rollout if self._convert is None else self._convert(rollout)
             batch, plan = self._plan(rollout)
             needs = self.method.needs(num_steps=len(plan.steps))
@@ -158,7 +161,7 @@ class Learner:
             taught = weighed if rollout.rollout_id >= self._num_critic_only else ()
             scored, passes = count_scored(batch), self._train_passes
             measured = self._meter.phase("actor_train", batch.lengths, num_scored=scored, passes=passes)
-            with measured if taught else nullcontext():
+            with measured if taught else nullcontext(), self._profiler.phase("train_actor"):
                 for k, step in enumerate(taught, 1):
                     self._hooks.before_step(rollout.rollout_id, k - 1)
                     with self._packed(step, f"train {k}/{len(weighed)}") as (micro_batches, after_each):
@@ -225,7 +228,12 @@ class Learner:
         batch = RolloutBatch.from_samples(rollout.samples, version=rollout.rollout_id, truncated=self._truncated)
         batch = self._shaping.apply(batch, rollout.samples)
         batch = batch.with_columns(rewards=self._rewards(rollout.samples, batch))
-        plan = plan_steps(batch.execution_ids, global_batch_size=self._global_batch_size, allow_partial=self._allow_partial)
+        plan = plan_steps(
+            batch.execution_ids,
+            global_batch_size=self._global_batch_size,
+            allow_partial=self._allow_partial,
+            num_steps=self._num_steps,
+        )
         if plan.num_dropped:
             _logger.warning(
                 "%s %d: %d trailing executions do not fill a step of --global-batch-size %d and are dropped",
@@ -312,7 +320,7 @@ class Learner:
 
     def _log_probs(self, scorer: Scorer, batch: RolloutBatch, phase: str, *, title: str, prefix: str = "") -> list[Tensor]:
         measured = self._meter.phase(phase, batch.lengths, num_scored=count_scored(batch), passes=FORWARD)
-        with measured, self._console.phase(title):
+        with measured, self._console.phase(title), self._profiler.phase("train_log_probs"):
             self._hooks.before_log_probs(prefix)
             return self._scores(scorer, batch, temperature=self._temperature)
 

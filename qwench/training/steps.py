@@ -37,11 +37,14 @@ class StepPlan:
         return [batch.select(step) for step in self.steps]
 
 
-def plan_steps(execution_ids: Tensor, *, global_batch_size: int, allow_partial: bool = False) -> StepPlan:
+def plan_steps(
+    execution_ids: Tensor, *, global_batch_size: int, allow_partial: bool = False, num_steps: int | None = None
+) -> StepPlan:
     """Put `global_batch_size` executions, in order of their first sample, into each step.
 
     Args:
         allow_partial: what does not fill a step becomes a smaller one, instead of being dropped.
+        num_steps: cut the rollout, of any size, into so many steps of equal size in place of `global_batch_size`.
 
     Raises:
         TrainingError: there are too few executions for one step.
@@ -50,6 +53,8 @@ def plan_steps(execution_ids: Tensor, *, global_batch_size: int, allow_partial: 
     for i, execution_id in enumerate(execution_ids.tolist()):
         samples_of.setdefault(execution_id, []).append(i)
     executions = list(samples_of.values())
+    if num_steps is not None:
+        global_batch_size, allow_partial = -(-len(executions) // num_steps) or 1, True
     num_steps, left = divmod(len(executions), global_batch_size)
     if allow_partial and left:
         num_steps, left = num_steps + 1, 0

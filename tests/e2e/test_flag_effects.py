@@ -91,6 +91,7 @@ def test_starts_of_one_rollout_make_the_whole_run_with_another_chat_template(wor
     template = tmp_path / "short.jinja"
     template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}answer:")
     whole, cut, flags = tmp_path / "whole", tmp_path / "cut", {**DIGITS, "chat_template_path": template, "num_rollout": 2}
+    flags |= {"use_pytorch_profiler": (), "profile_step_start": 1, "profile_step_end": 2}
     run_verb(workspace.train_argv(whole, **flags, dump_details=tmp_path / "dump", save_hf=tmp_path / "exported"))
     sampled, learned = [
         [json.loads(line) for line in (tmp_path / "dump" / kind / "1.jsonl").read_text().splitlines()[1:]]
@@ -102,6 +103,7 @@ def test_starts_of_one_rollout_make_the_whole_run_with_another_chat_template(wor
     prompts = [one["prompt"]["text"] for one in sampled]
     assert prompts and all(re.fullmatch(r"user: [^:]+ answer:", prompt) for prompt in prompts)
     assert load_tokenizer(tmp_path / "exported").chat_template == template.read_text()
+    assert [path.name.partition(".")[0] for path in (whole / "profile").iterdir()] == ["train_overall_rank0_00001"]
     for done in (1, 2):
         run_verb(workspace.train_argv(cut, **flags, debug_exit_after_rollout=1, load=cut))
         assert (cut / f"iter_{done:07d}").is_dir() and not (cut / f"iter_{done + 1:07d}").exists()

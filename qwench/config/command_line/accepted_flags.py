@@ -11,7 +11,6 @@ CI = "it belongs to the reference's own test harness"
 ARCHITECTURE = "config.json describes the architecture"
 BUFFER_SERVER = "rollouts come from the engines, not from a buffer server"
 MEGATRON_LOOP = "it belongs to Megatron's own training loop, which slime and miles never run"
-PROFILER = "the metrics of the run report memory and time"
 
 ACCEPTED: tuple[ForeignFlag, ...] = (
     # What is always so here.
@@ -25,6 +24,7 @@ ACCEPTED: tuple[ForeignFlag, ...] = (
     *flags(("true", "false"), "models are those that transformers knows", "trust-remote-code"),
     *flags(ANY, "the critic trains on the policy's ranks", "critic-num-nodes", same_as="actor-num-nodes"),
     *flags(ANY, "the critic trains on the policy's ranks", "critic-num-gpus-per-node", same_as="actor-num-gpus-per-node"),
+    *flags(("kv_cache weight", "weight kv_cache"), "an engine that sleeps gives both back", "offload-rollout-level"),
     *flags(("strict",), "roles, contents and calls of repeated messages are compared", "session-message-matcher"),
     *flags(("canonical_lora", "lora"), "each projection has an A and a B of its own", "lora-type", told=True),
     *flags(OFF, "float16 training needs loss scaling, which Qwench does not do; training is in bfloat16", "fp16"),
@@ -74,9 +74,7 @@ ACCEPTED: tuple[ForeignFlag, ...] = (
     *flags(("-1",), BUFFER_SERVER, "fetch-trajectory-retry-times"),
     *flags(("1",), BUFFER_SERVER, "min-batch-collection-ratio"),
     *flags(("math",), "--rm-type chooses the reward", "rollout-task-type"),
-    *flags(("torch",), PROFILER, "memory-recorder"),
-    *flags((".",), PROFILER, "memory-snapshot-dir"),
-    *flags(("train_overall",), PROFILER, "profile-target"),
+    *flags(("torch",), "--record-memory-history uses PyTorch's own recorder", "memory-recorder"),
     *flags(("core_attn",), "--recompute-granularity selective recomputes the attention kernel", "recompute-modules"),
     *flags(("fp32",), "masters are always float32, and gradients are summed in it", "main-params-dtype main-grads-dtype"),
     *flags(ON, "the flags always set the learning rates", "override-opt-param-scheduler override-lr-scheduler"),

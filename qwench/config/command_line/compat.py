@@ -61,6 +61,7 @@ ALIASES: Mapping[str, str] = {
     "tis-upper-bound": "tis-clip",
     "disable-rollout-trim-samples": "allow-partial-train-step",
     "balance-by-flops": "balance-data",
+    "profile": "use-pytorch-profiler",
     "decoder-num-layers": "num-layers",
     "sglang-router-policy": "router-policy",
     "sglang-router-port": "router-port",

@@ -213,22 +213,13 @@ PLANNED: tuple[ForeignFlag, ...] = (
     *planned("resets of the learning-rate schedule", "use-checkpoint-opt-param-scheduler use-checkpoint-lr-scheduler"),
     *planned("training a part of the parameters", "freeze-params-name-list only-train-params-name-list"),
     *planned("entropy of every token in the batch; see --observe-training-entropy", "use-rollout-entropy"),
-    *planned("steps of varying size", "use-dynamic-global-batch-size"),
     *planned("records by turn; --save-debug-rollout-data records rollouts", "save-debug-trajectory-data"),
-    *planned("a choice of what engines release", "offload-rollout-level"),
     *planned("a choice of FP8 layers", "extra-high-precision-layers-hf extra-high-precision-layers-megatron"),
     *planned(
         "MLflow and Prometheus; --use-wandb and --use-tensorboard log the metrics",
         """
         use-mlflow mlflow-tracking-uri mlflow-experiment-name mlflow-run-name mlflow-run-id use-prometheus prometheus-port
         prometheus-run-name
-        """,
-    ),
-    *planned(
-        "a profiler",
-        """
-        use-pytorch-profiler profile profile-ranks profile-step-start profile-step-end record-memory-history
-        memory-snapshot-path memory-snapshot-num-steps pytorch-profiler-collect-shapes pytorch-profiler-collect-callstack
         """,
     ),
     *planned(

@@ -27,6 +27,9 @@ class TrainingConfig:
     """Optimizer steps per rollout. None: derived from --global-batch-size, else 1."""
     allow_partial_train_step: bool = False
     """Train on the samples that do not fill a step as on a smaller step. Off: --global-batch-size must divide the rollout."""
+    use_dynamic_global_batch_size: bool = False
+    """Cut each rollout, of any number of samples, into --num-steps-per-rollout steps of equal size. Off: steps have
+    --global-batch-size samples."""
     micro_batch_size: int = 1
     """Samples per micro-batch. Not used with --use-dynamic-batch-size."""
     use_dynamic_batch_size: bool = False

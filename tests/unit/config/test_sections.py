@@ -17,6 +17,7 @@ from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.parallel import ParallelConfig
+from qwench.config.sections.profiling import ProfilingConfig
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.config.sections.timeouts import TimeoutConfig
@@ -224,6 +225,9 @@ REFUSED = [
     (EngineConfig, {"engine_start_timeout": 0.0}, "--engine-start-timeout must be greater than 0"),
     (EngineConfig, {"engine_start_timeout": 1e9}, "--engine-start-timeout must be at most 1e+08 seconds, got 1000000000.0"),
     (RewardConfig, {"reward_timeout_s": 1e30}, "--reward-timeout-s must be at most 1e+08 seconds"),
+    (ProfilingConfig, {"profile_step_start": 12}, "--profile-step-start (12) must be less than --profile-step-end (12)"),
+    (ProfilingConfig, {"profile_target": ("train_overall", "train_actor")}, "--profile-target train_overall traces the other"),
+    (ProfilingConfig, {"memory_snapshot_path": "a/b"}, "--memory-snapshot-path a/b must be the name of a file"),
     (TimeoutConfig, {"rollout_timeout": 1e30}, "--rollout-timeout must be at most 1e+08 seconds"),
     (TimeoutConfig, {"train_timeout": -1.0}, "--train-timeout must be greater than 0"),
     (TimeoutConfig, {"distributed_timeout_minutes": 1e7}, "--distributed-timeout-minutes must be from 1 second to 3 years"),

@@ -143,6 +143,13 @@ def test_trailing_executions_that_fill_no_step_are_dropped_and_counted(caplog):
     assert caplog.messages == ["rollout 0: 2 trailing executions do not fill a step of --global-batch-size 3 and are dropped"]
 
 
+def test_a_rollout_of_another_size_fills_one_step():
+    _, learned = learn(make_rollout(num_groups=3), global_batch_size=8, training={"use_dynamic_global_batch_size": True})
+    assert len(learned.steps) == 1 and learned.metrics["rollout/dropped_executions"] == 0
+    _, cut = learn(make_rollout(num_groups=3), global_batch_size=8)
+    assert len(cut.steps) == 1 and cut.metrics["rollout/dropped_executions"] == 4
+
+
 def test_dropped_samples_still_count_in_their_groups_mean():
     prompt = Prompt(text="", token_ids=(0,))
     samples = []

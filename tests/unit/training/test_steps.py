@@ -86,3 +86,17 @@ def test_a_rank_packs_its_bins_and_joins_with_an_idle_one_where_it_has_none():
     assert [[one.indices for one in of_rank] for of_rank in packed] == [[(0,)], [()]]
     assert packed[0][0].tokens.tolist() == [4, 5, 6]
     assert packed[0][0].cu_seqlens.dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    ("num_executions", "num_steps", "sizes"), [(7, 1, [7]), (7, 2, [4, 3]), (8, 2, [4, 4]), (2, 3, [1, 1]), (5, 4, [2, 2, 1])]
+)
+def test_a_rollout_of_any_size_is_cut_into_steps_of_equal_size(num_executions, num_steps, sizes):
+    plan = plan_steps(torch.arange(num_executions), global_batch_size=100, num_steps=num_steps)
+    assert [len(step) for step in plan.steps] == sizes
+    assert plan.order == list(range(num_executions)) and plan.num_dropped == 0
+
+
+def test_an_empty_rollout_has_no_steps_of_any_size():
+    with pytest.raises(TrainingError, match="has 0 executions"):
+        plan_steps(torch.arange(0), global_batch_size=8, num_steps=2)

@@ -51,7 +51,6 @@ def test_shorthands_and_aliases_stand_for_flags_that_exist():
         ("session-message-matcher", "session-message-matcher", ("strict",), True),
         ("session-message-matcher", "session-message-matcher", ("loose",), False),
         ("num-experts", "num-experts", ("1",), False),
-        ("profile-target", "profile-target", ("train_overall", "train_actor"), False),
     ],
 )
 def test_a_neutral_flag_is_accepted_only_where_it_changes_nothing(name, spelled, values, accepted):
