@@ -2,7 +2,7 @@
 
     python -m benchmarks.asynchronous [--rollouts 12] [--repeats 3] [--engines 2]
     python -m benchmarks.asynchronous --model FOLDER --engines 1 --prompts 32 --siblings 8 --median 300 --longest 2048 \\
-        --repeats 1 --output FILE -- --rollout-engine embedded --attn-implementation cudnn --max-tokens-per-gpu 16384
+        --repeats 1 --output FILE -- --attn-implementation cudnn --max-tokens-per-gpu 16384
 
 Each run trains the tiny model of the quickstart, or that of `--model`, with engine servers and a trainer apart: with one
 engine on two GPUs one trains and one generates; on a CPU each has one thread. Response lengths are lognormal and the same in
@@ -77,7 +77,8 @@ def measure(folder: Path, variant: str, given: argparse.Namespace) -> Measured:
             "--global-batch-size", str(given.prompts * given.siblings), "--rollout-max-response-len", str(given.longest),
             "--rollout-ignore-eos", "--custom-generate-function-path", "benchmarks.asynchronous.long_tail",
             "--allow-degenerate-rewards", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "8192", "--lr", "1e-4",
-            "--log-dir", log_dir, "--rollout-num-gpus", str(given.engines), *VARIANTS[variant], *given.flags,
+            "--log-dir", log_dir, "--rollout-num-gpus", str(given.engines), "--rollout-engine", "embedded",
+            *VARIANTS[variant], *given.flags,
         ]  # fmt: skip
         environ = {**os.environ, LENGTHS: f"{given.median} {given.longest}"}
         if not torch.cuda.is_available():
