@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 
@@ -27,6 +28,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(patient(300)))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what has been imported out of the collections of garbage that tests ask for: each would look at all of it."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import runpy
@@ -13,16 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qwench import cli
 from tests.deadlines import patient
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["qwench.launch.build", "tests.contract.train_backend_ranks", "tests.e2e.dying_run"])
 REPOSITORY = Path(__file__).parents[1]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 DEADLINE_S = patient(240)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -57,13 +55,18 @@ class Forked:
         """Tell whether it has not ended."""
         return self._process.poll() is None
 
+    def kill(self) -> None:
+        """End it by SIGKILL, if it runs."""
+        self._process.kill()
+        self._process.wait()
+
     def end(self, *, timeout_s: float = DEADLINE_S) -> Finished:
         """Wait for its end; a process that is late is killed, and the test fails."""
         code = None
         with suppress(subprocess.TimeoutExpired):
             code = self._process.wait(timeout_s)
         if code is None:
-            self._process.kill()
+            self.kill()
         said = self._out.read_text(), self._err.read_text()
         assert code is not None, f"not done within {timeout_s} s: {said}"
         return Finished(code, *said)
@@ -77,6 +80,18 @@ def fork_qwench(folder: Path, words: Sequence[str], *, environ: Mapping[str, str
 def fork_script(folder: Path, words: Sequence[str], *, environ: Mapping[str, str] | None = None) -> Forked:
     """Start `python SCRIPT WORDS`."""
     return Forked(folder, _run_script, list(words), environ=environ)
+
+
+def call_apart(folder: Path, call: Callable[..., Result], *arguments: Any, timeout_s: float) -> Result:
+    """Return what the call returns in a process of its own."""
+    file = folder / "result"
+    ended = Forked(folder, _write_result, file, call, arguments).end(timeout_s=timeout_s)
+    assert ended.returncode == 0, ended.stderr
+    return pickle.loads(file.read_bytes())
+
+
+def _write_result(file: Path, call: Callable[..., object], arguments: Sequence[Any]) -> None:
+    file.write_bytes(pickle.dumps(call(*arguments)))
 
 
 def ranks_environ(world_size: int) -> list[dict[str, str]]:

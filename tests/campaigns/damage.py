@@ -16,7 +16,8 @@ from qwench.checkpoints.folders import MARKER
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.observability.console import QuietConsole
-from tests.campaigns.runs import Driver, fork_drivers, remove, scratch_folder
+from tests import warm_start
+from tests.campaigns.runs import Driver, remove, scratch_folder
 from tests.e2e.conftest import as_flags
 
 Damage = Callable[[Path, random.Random], None]
@@ -106,7 +107,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--size", default="30M")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(words)
-    fork_drivers()
+    warm_start.install()
     folder = scratch_folder()
     save = make_checkpoints(folder, flags.size)
     count, unseen = damage_all(save, rng=random.Random(flags.seed), kinds=list(DAMAGES))

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwench.files import TEMPORARY_SUFFIX
-from tests.campaigns.runs import Driver, fork_drivers, make_workspace, remove, scratch_folder
+from tests import warm_start
+from tests.campaigns.runs import Driver, make_workspace, remove, scratch_folder
 from tests.e2e.conftest import DIGITS, Workspace
 
 PLENTY = "200m"
@@ -205,7 +206,7 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", default=list(OUTPUTS))
     parser.add_argument("--only", choices=("full", "read-only"))
     given = parser.parse_args()
-    fork_drivers()
+    warm_start.install()
     folder = scratch_folder()
     workspace = make_workspace(folder)
     faults = []

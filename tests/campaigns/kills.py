@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests import warm_start
 from tests.campaigns.runs import (
     FREE,
     VARIANTS,
     Driver,
     family,
-    fork_drivers,
     job,
     leftovers,
     make_workspace,
@@ -118,7 +118,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     flags = parser.parse_args(words)
-    fork_drivers()
+    warm_start.install()
     folder = scratch_folder()
     campaign = Campaign(make_workspace(folder), folder, random.Random(flags.seed))
     done, wrong = Counter[str](), 0

@@ -1,25 +1,22 @@
 """What campaigns share: a tiny job in many layouts, drivers that start in a moment, and what they leave behind.
 
-A long campaign forks its drivers from its own process, which has imported the package: they start in tenths of a second. Ranks,
-servers and workers of a driver are processes as in any run.
+Drivers, ranks and servers are forked from a process that has imported the package (`tests.warm_start`): they start in tenths
+of a second.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
-
-import torch
 
 from qwench import cli
 from qwench.commands.quickstart import write_data
@@ -80,17 +77,11 @@ class Driver:
         Args:
             prepare: a function of a module, called in the new process first.
         """
-        self._process: subprocess.Popen[bytes] | None = None
-        self._returncode: int | None = None
-        if _forks:
-            self.pid = os.fork()
-            if self.pid == 0:
-                _be_driver(argv, log, prepare)
-            return
-        first = "" if prepare is None else f"from {prepare.__module__} import {prepare.__name__} as prepare\nprepare()\n"
+        call = log.with_name(f"{log.name}.call")
+        call.write_bytes(pickle.dumps((_be_driver, (argv, prepare))))
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", f"{first}from qwench import cli\ncli.main()", *argv],
+                [sys.executable, "-m", "tests.forked_call", str(call)],
                 cwd=REPOSITORY,
                 env=ONE_THREAD,
                 stdin=subprocess.DEVNULL,
@@ -102,13 +93,7 @@ class Driver:
 
     def poll(self) -> int | None:
         """Return its exit code, or None while it runs."""
-        if self._process is not None:
-            return self._process.poll()
-        if self._returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self._returncode = os.waitstatus_to_exitcode(status)
-        return self._returncode
+        return self._process.poll()
 
     def wait(self, timeout_s: float = RUN_TIMEOUT_S) -> int | None:
         """Wait for its end, and return its exit code; None: it runs on."""
@@ -124,35 +109,10 @@ class Driver:
             self.wait()
 
 
-_forks: list[bool] = []
-
-
-def fork_drivers() -> None:
-    """Fork drivers from this process from now on: it has imported the package, and must start no thread."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    _forks.append(True)
-
-
-def _be_driver(argv: list[str], log: Path, prepare: Callable[[], None] | None) -> NoReturn:
-    code = 70
-    try:
-        os.setsid()
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        for standard in (1, 2):
-            os.dup2(descriptor, standard)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        if prepare is not None:
-            prepare()
-        cli.main(argv)
-    except SystemExit as ended:
-        code = int(ended.code or 0)
-    except BaseException:  # noqa: BLE001 - the border of the process
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+def _be_driver(argv: list[str], prepare: Callable[[], None] | None) -> None:
+    if prepare is not None:
+        prepare()
+    cli.main(argv)
 
 
 def leftovers(pids: set[int]) -> list[str]:

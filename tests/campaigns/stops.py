@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwench.observability import parts, waiting
-from tests.campaigns.runs import Driver, family, fork_drivers, job, leftovers, make_workspace, remove, scratch_folder
+from tests import warm_start
+from tests.campaigns.runs import Driver, family, job, leftovers, make_workspace, remove, scratch_folder
 from tests.e2e.conftest import Workspace
 from tests.e2e.processes import descendants
 
@@ -143,7 +144,7 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=list(STOPS), choices=list(STOPS))
     flags = parser.parse_args(words)
-    fork_drivers()
+    warm_start.install()
     folder = scratch_folder()
     workspace, wrong = make_workspace(folder), 0
     for name in flags.only:

@@ -23,10 +23,9 @@ from qwench.models.hf import architecture_of, load_hf_config
 from qwench.models.megatron_names import rules, to_megatron, tp_shard
 from qwench.training.megatron.groups import is_first_stage, is_last_stage, join_groups, leave_groups
 from qwench.training.megatron.model import transformer_config
-from tests.contract.rank_processes import run_to_end
+from tests.contract.rank_processes import run_ranks
 from tests.deadlines import patient
 from tests.fakes import cuda_stand_in
-from tests.forked import CONTEXT
 
 WORLD_SIZE = 4
 MODELS = ("tied", "untied", "biased")
@@ -50,9 +49,7 @@ def saved_as(model: str, layout: tuple[int, int]) -> str:
 
 def load_and_save(folder: Path) -> None:
     """Run the ranks; a parameter that differs on one of them is an error."""
-    ranks = [CONTEXT.Process(target=_run_rank, args=(rank, folder)) for rank in range(WORLD_SIZE)]
-    failed = [rank for rank, code in enumerate(run_to_end(ranks, timeout_s=_TIMEOUT_S)) if code != 0]
-    assert not failed, f"ranks {failed} failed; their traces are above"
+    run_ranks(_run_rank, [(rank, folder) for rank in range(WORLD_SIZE)], folder=folder, timeout_s=_TIMEOUT_S)
 
 
 def _run_rank(rank: int, folder: Path) -> None:

@@ -29,10 +29,9 @@ from qwench.training.megatron.model import (
     tied_head,
 )
 from tests.contract import train_backend_cases as batches
-from tests.contract.rank_processes import CPU, joined, run_to_end
+from tests.contract.rank_processes import CPU, joined, run_ranks
 from tests.deadlines import patient
 from tests.fakes import cuda_stand_in
-from tests.forked import CONTEXT
 
 WORLD_SIZE = 4
 TEMPERATURE = 0.8
@@ -93,9 +92,7 @@ def slopes(micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
 
 def run_cases(folder: Path) -> None:
     """Run every case on all ranks."""
-    ranks = [CONTEXT.Process(target=_run_rank, args=(rank, folder)) for rank in range(WORLD_SIZE)]
-    failed = [rank for rank, code in enumerate(run_to_end(ranks, timeout_s=_TIMEOUT_S)) if code != 0]
-    assert not failed, f"ranks {failed} failed; their traces are above"
+    run_ranks(_run_rank, [(rank, folder) for rank in range(WORLD_SIZE)], folder=folder, timeout_s=_TIMEOUT_S)
 
 
 def _run_rank(rank: int, folder: Path) -> None:

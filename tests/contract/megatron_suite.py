@@ -7,9 +7,9 @@ halves are files, so that two test processes share the work.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from tests.contract.train_backend_checks import (
 )
 from tests.contract.train_backend_ranks import Case, run_world
 from tests.deadlines import patient
-from tests.forked import CONTEXT
+from tests.forked import call_apart
 
 Run = tuple[int, Case]
 """World size and case."""
@@ -76,8 +76,8 @@ def run_all(runs: Sequence[Run], folder: Path) -> None:
 
 def in_a_process(function: Callable[..., dict], *arguments: object) -> dict:
     """Run in a process of its own, since the stand-in for CUDA is not for this one."""
-    with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
-        return pool.submit(function, *arguments).result(timeout=patient(60))
+    with TemporaryDirectory() as folder:
+        return call_apart(Path(folder), function, *arguments, timeout_s=patient(60))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from tests.forked import Forked
+
 CPU = torch.device("cpu")
 
 
-def run_to_end(ranks: Sequence[BaseProcess], *, timeout_s: float) -> list[int | None]:
-    """Start the ranks, wait for each up to `timeout_s`, end what still runs, and return exit codes; None: it was ended."""
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout_s)
-    codes = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()
-    return codes
+def run_ranks(call: Callable[..., object], ranks: Sequence[tuple[Any, ...]], *, folder: Path, timeout_s: float) -> None:
+    """Make each call in a process of its own. One that fails is an error, with what it said; what it says is in `folder`."""
+    running = [Forked(folder / f"said-{rank}", call, *arguments) for rank, arguments in enumerate(ranks)]
+    try:
+        ended = [process.end(timeout_s=timeout_s) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    failed = {rank: end.stderr for rank, end in enumerate(ended) if end.returncode != 0}
+    assert not failed, "\n".join(f"rank {rank} of {len(ranks)} failed:\n{said}" for rank, said in failed.items())
 
 
 @contextmanager

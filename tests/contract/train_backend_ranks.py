@@ -5,7 +5,6 @@ Ranks are on the CPU and speak gloo, or have a GPU each and speak NCCL.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -28,12 +27,11 @@ from qwench.training.reference import BaseModel, Reference
 from qwench.training.trainer import Scorer, Trainer
 from qwench.wire.portions import WeightPart
 from tests.contract import train_backend_cases as cases
-from tests.contract.rank_processes import CPU, joined, run_to_end
+from tests.contract.rank_processes import CPU, joined, run_ranks
 from tests.deadlines import patient
 from tests.fakes import cuda_stand_in
 from tests.fakes.sections import offloaded
 from tests.fakes.trainer import take_step
-from tests.forked import CONTEXT
 
 _TIMEOUT_S = patient(300)
 
@@ -114,14 +112,8 @@ BUILDERS: dict[str, Callable[[Path, Case, torch.device], AbstractContextManager[
 def run_world(world_size: int, cases_of_world: list[Case], folder: Path, *, device_type: str = "cpu") -> None:
     """Run the cases on `world_size` ranks; rank r leaves its records in `<case>.<r>.pt`."""
     devices = [torch.device(device_type, rank) if device_type == "cuda" else CPU for rank in range(world_size)]
-    # What the fork server has loaded already has asked CUDA something, after which it cannot be forked for a GPU.
-    context = multiprocessing.get_context("spawn") if device_type == "cuda" else CONTEXT
-    ranks = [
-        context.Process(target=_run_rank, args=(rank, world_size, cases_of_world, folder, device))
-        for rank, device in enumerate(devices)
-    ]
-    failed = [rank for rank, code in enumerate(run_to_end(ranks, timeout_s=_TIMEOUT_S)) if code != 0]
-    assert not failed, f"ranks {failed} of {world_size} failed; their traces are above"
+    ranks = [(rank, world_size, cases_of_world, folder, device) for rank, device in enumerate(devices)]
+    run_ranks(_run_rank, ranks, folder=folder, timeout_s=_TIMEOUT_S)
 
 
 def _run_rank(rank: int, world_size: int, cases_of_world: list[Case], folder: Path, device: torch.device) -> None:

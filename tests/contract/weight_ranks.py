@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,9 +17,9 @@ from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.weights.plan import PublicationPlan
 from qwench.weights.remote import publish_from_rank
 from qwench.wire.addresses import EngineAddress
+from tests.contract.rank_processes import run_ranks
 from tests.deadlines import patient
 from tests.fakes.sections import adamw
-from tests.forked import CONTEXT
 
 _TIMEOUT_S = patient(120)
 
@@ -36,21 +37,17 @@ def publish_from_ranks(
     folder: Path, publications: Sequence[Publication], *, num_ranks: int, work_folder: Path
 ) -> list[list[str]]:
     """Return for each rank what came of each publication: `ok` or the error."""
-    answers = CONTEXT.Queue()
     store = work_folder / "store"
-    processes = [
-        CONTEXT.Process(target=_run, args=(folder, publications, rank, num_ranks, store, answers), daemon=True)
-        for rank in range(num_ranks)
-    ]
-    for process in processes:
-        process.start()
-    outcomes = dict(answers.get(timeout=_TIMEOUT_S) for _ in processes)
-    for process in processes:
-        process.join(_TIMEOUT_S)
-    return [outcomes[rank] for rank in range(num_ranks)]
+    ranks = [(folder, publications, rank, num_ranks, store) for rank in range(num_ranks)]
+    run_ranks(_run, ranks, folder=work_folder, timeout_s=_TIMEOUT_S)
+    return [json.loads(_answer_of(rank, store).read_text()) for rank in range(num_ranks)]
 
 
-def _run(folder: Path, publications: Sequence[Publication], rank: int, num_ranks: int, store: Path, answers) -> None:
+def _answer_of(rank: int, store: Path) -> Path:
+    return store.with_name(f"{store.name}.{rank}.json")
+
+
+def _run(folder: Path, publications: Sequence[Publication], rank: int, num_ranks: int, store: Path) -> None:
     torch.set_num_threads(1)
     timeout = timedelta(seconds=_TIMEOUT_S)
     dist.init_process_group(
@@ -71,5 +68,5 @@ def _run(folder: Path, publications: Sequence[Publication], rank: int, num_ranks
             outcomes.append("ok")
         except QwenchError as failure:
             outcomes.append(str(failure))
-    answers.put((rank, outcomes))
+    _answer_of(rank, store).write_text(json.dumps(outcomes))
     dist.destroy_process_group()

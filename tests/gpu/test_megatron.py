@@ -6,7 +6,6 @@ stand-in for CUDA, without NCCL: `pytest tests/gpu/test_megatron.py -k cpu`.
 
 import faulthandler
 import gc
-import multiprocessing
 from dataclasses import asdict
 from datetime import timedelta
 from itertools import product
@@ -25,7 +24,7 @@ from qwench.training.batch import pack
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.trainer import Trainer
 from tests.contract import train_backend_cases as cases
-from tests.contract.rank_processes import run_to_end
+from tests.contract.rank_processes import run_ranks
 from tests.deadlines import patient
 from tests.fakes.sections import adamw
 from tests.fakes.trainer import take_step
@@ -84,9 +83,8 @@ def test_bfloat16_agrees_with_fsdp_and_memory_is_lent(device: str, tmp_path: Pat
 
 
 def _run_ranks(function, world_size: int, device: str, layout: str, folder: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=function, args=(rank, world_size, device, layout, folder)) for rank in range(world_size)]
-    assert run_to_end(ranks, timeout_s=_TIMEOUT_S) == [0] * world_size
+    ranks = [(rank, world_size, device, layout, folder) for rank in range(world_size)]
+    run_ranks(function, ranks, folder=folder, timeout_s=_TIMEOUT_S)
 
 
 def _join(rank: int, world_size: int, device: str, folder: Path) -> torch.device:
