@@ -78,9 +78,13 @@ class Adapters:
             nonlocal own_source
             session = current_session()
             own_source = own_source or DataSource(context, asyncio.get_running_loop(), as_text=self.as_text)
-            answer = await call(theirs.RolloutFnTrainInput(rollout_id=rollout_id), session, session.data_source or own_source)
+            session.given_source = session.data_source or own_source
+            originals: list[tuple[theirs.Sample, Sample]] = []
+            session.make_rollout = lambda number: self._built_in(context, number, originals)
+            answer = await call(theirs.RolloutFnTrainInput(rollout_id=rollout_id), session, session.given_source)
             output = answer if isinstance(answer, theirs.RolloutFnTrainOutput) else theirs.RolloutFnTrainOutput(samples=answer)
-            groups = to_groups(output.samples, tokenizer=session.tokenizer)
+            made_from = {id(facade): ours for facade, ours in originals}
+            groups = to_groups(output.samples, tokenizer=session.tokenizer, made_from=made_from)
             metrics = {name: float(value) for name, value in (output.metrics or {}).items() if isinstance(value, int | float)}
             return Rollout(rollout_id=rollout_id, groups=groups, metrics=metrics)
 
@@ -93,7 +97,12 @@ class Adapters:
         call = _RolloutCall(function)
 
         async def adapted(sets: Sequence[EvalSet], run_set: RunSet) -> Mapping[str, float]:
+            async def measure() -> theirs.RolloutFnEvalOutput:
+                results = [await run_set(one) for one in sets]
+                return theirs.RolloutFnEvalOutput(data={result.name: self._eval_data(result) for result in results})
+
             session = current_session()
+            session.evaluate = measure
             answer = await call(theirs.RolloutFnEvalInput(rollout_id=0), session, session.data_source)
             output = answer if isinstance(answer, theirs.RolloutFnEvalOutput) else theirs.RolloutFnEvalOutput(data=answer)
             return _eval_metrics(output, session)
@@ -219,6 +228,16 @@ class Adapters:
             return [float(reward) for reward in answer[1]]
 
         return adapted
+
+    async def _built_in(
+        self, context: RolloutContext, rollout_id: int, originals: list[tuple[theirs.Sample, Sample]]
+    ) -> theirs.RolloutFnTrainOutput:
+        """Return the built-in rollout in their form; `originals` gets what each sample was made from."""
+        rollout = await context.collect(rollout_id)
+        groups = [self._group(group) for group in rollout.groups]
+        for facades, group in zip(groups, rollout.groups, strict=True):
+            originals += zip(facades, group.samples, strict=True)
+        return theirs.RolloutFnTrainOutput(samples=groups, metrics=dict(rollout.metrics))
 
     def _group(self, group: Group) -> list[theirs.Sample]:
         return [to_foreign(sample, as_text=self.as_text) for sample in group.samples]

@@ -21,7 +21,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from qwench.errors import QwenchError
-from qwench.foreign import grading, session, stand_in_sources
+from qwench.foreign import built_in, grading, session, stand_in_sources
+from qwench.foreign.masks import MultiTurnLossMaskGenerator
 from qwench.foreign.sample import (
     DynamicFilterOutput,
     Foreign,
@@ -182,6 +183,7 @@ MODULES: Mapping[str, Mapping[str, Foreign]] = {
     "utils.http_utils": {"post": session.post, "get": session.get, "wait_http_ok": session.wait_http_ok},
     "utils.misc": {"load_function": load_object, "SingletonMeta": SingletonMeta},
     "utils.async_utils": {"run": session.run},
+    "utils.mask_utils": {"MultiTurnLossMaskGenerator": MultiTurnLossMaskGenerator},
     "utils.processing_utils": {
         "load_tokenizer": load_tokenizer,
         "load_processor": load_processor,
@@ -197,6 +199,7 @@ MODULES: Mapping[str, Mapping[str, Foreign]] = {
         "generate": generate,
         "generate_and_rm": generate_and_rm,
         "get_model_url": get_model_url,
+        "generate_rollout": built_in.generate_rollout,
     },
     "rollout.data_source": {
         "DataSource": stand_in_sources.DataSource,
@@ -204,7 +207,10 @@ MODULES: Mapping[str, Mapping[str, Foreign]] = {
         "RolloutDataSourceWithBuffer": stand_in_sources.RolloutDataSourceWithBuffer,
     },
     "rollout.generate_hub.single_turn": {"generate": generate_in_one},
-    "rollout.inference_rollout.inference_rollout_common": {"GenerateState": session.GenerateState},
+    "rollout.inference_rollout.inference_rollout_common": {
+        "GenerateState": session.GenerateState,
+        "InferenceRolloutFn": built_in.InferenceRolloutFn,
+    },
     "rollout.rm_hub": {
         "async_rm": session.grade,
         "batched_async_rm": session.grade_all,

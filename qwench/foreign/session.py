@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from argparse import Namespace
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qwench.errors import ConfigError, EngineError
 from qwench.foreign.gateway import CURRENT_CALL, Gateway
-from qwench.foreign.sample import Foreign, Sample
+from qwench.foreign.sample import Foreign, RolloutFnEvalOutput, RolloutFnTrainOutput, Sample
 from qwench.foreign.translate import from_foreign
 from qwench.rollout.groups import Grader
 from qwench.rollout.sampling import Sampling
@@ -43,6 +43,12 @@ class Session:
     """Flag that needs the engine's log-probs; None: nothing does."""
     data_source: Foreign = None
     """The user's own (--data-source-path); None: the run reads --prompt-data."""
+    given_source: Foreign = None
+    """What the rollout function that runs takes prompts from."""
+    make_rollout: Callable[[int], Awaitable[RolloutFnTrainOutput]] | None = None
+    """The built-in rollout, while a rollout function runs."""
+    evaluate: Callable[[], Awaitable[RolloutFnEvalOutput]] | None = None
+    """The built-in evaluation, while an evaluation function runs."""
     state: GenerateState | None = None
     """Made by the first function that asks for it."""
 

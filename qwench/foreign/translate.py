@@ -10,7 +10,7 @@ Attributes that a function adds travel in our metadata under ATTRIBUTES, as far 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from qwench.errors import QwenchError
 from qwench.foreign.sample import FIELDS, Foreign, PrefixCacheInfo, SampleStatus, leaves
 from qwench.foreign.sample import Sample as ForeignSample
 from qwench.rewards.scores import read_answer
-from qwench.samples import Group, Prompt, Sample, Status
+from qwench.samples import Group, Prompt, Sample, Status, Verdict
 
 ATTRIBUTES = "foreign_attributes"
 _OURS = {
@@ -85,7 +85,7 @@ def from_foreign(
     length = sample.response_length
     mask = [1] * length if sample.loss_mask is None else [int(bool(one)) for one in sample.loss_mask]
     known = sample.rollout_log_probs or [0.0] * length
-    verdict = None if sample.reward is None else read_answer(sample.reward, key=_score_key(sample.reward), source="custom")
+    verdict = _verdict(sample, like)
     ours = Sample(
         prompt=_prompt(sample, like, tokenizer),
         sample_id=like.sample_id if like is not None else sample.index or 0,
@@ -95,13 +95,13 @@ def from_foreign(
         response_length=length,
         loss_mask=mask,
         rollout_log_probs=[float(value) if on else 0.0 for value, on in zip(known, mask, strict=True)],
-        weight_versions=_versions(sample.weight_versions, mask, version),
+        weight_versions=_versions(sample, like, mask, version),
         support=like.support if like is not None and like.tokens == sample.tokens else [],
         teacher_log_probs=[] if sample.teacher_log_probs is None else [float(one) for one in sample.teacher_log_probs],
         response=sample.response,
         status=_OURS[sample.status],
         verdict=verdict,
-        reward=None if verdict is None else verdict.score,
+        reward=None if verdict is None else verdict.score if verdict.graded else 0.0,
         cached_tokens=sample.prefix_cache_info.cached_tokens,
         input_tokens=sample.prefix_cache_info.total_prompt_tokens,
         metadata={**sample.metadata, **_attributes(sample)},
@@ -111,11 +111,17 @@ def from_foreign(
     return ours
 
 
-def to_groups(answer: Foreign, *, tokenizer: PreTrainedTokenizerBase) -> list[Group]:
-    """Return the groups that a rollout function made; an inner list is one execution."""
+def to_groups(
+    answer: Foreign, *, tokenizer: PreTrainedTokenizerBase, made_from: Mapping[int, Sample] | None = None
+) -> list[Group]:
+    """Return the groups that a rollout function made; an inner list is one execution.
+
+    Args:
+        made_from: id of a sample -> the record it was made from, where there is one.
+    """
     groups = []
     for position, group in enumerate(answer):
-        samples = [from_foreign(one, like=None, tokenizer=tokenizer) for one in leaves(group)]
+        samples = [from_foreign(one, like=(made_from or {}).get(id(one)), tokenizer=tokenizer) for one in leaves(group)]
         group_id = samples[0].group_id or position
         for sample in samples:
             sample.group_id = group_id
@@ -136,6 +142,13 @@ def _score_key(reward: Foreign) -> str | None:
     return next((name for name, value in reward.items() if isinstance(value, int | float)), None)
 
 
+def _verdict(sample: ForeignSample, like: Sample | None) -> Verdict | None:
+    """Return the verdict as it was, or one with the reward that a function has set."""
+    if like is not None and like.verdict is not None and sample.reward == _reward(like):
+        return like.verdict
+    return None if sample.reward is None else read_answer(sample.reward, key=_score_key(sample.reward), source="custom")
+
+
 def _runs(versions: Sequence[int]) -> list[str]:
     runs: list[str] = []
     for version in versions:
@@ -144,9 +157,12 @@ def _runs(versions: Sequence[int]) -> list[str]:
     return runs
 
 
-def _versions(texts: Sequence[str], mask: Sequence[int], fallback: int) -> list[int]:
-    """Return a version for each token: the only one, or the oldest where several requests wrote the response."""
-    numbers = [int(text) for text in texts if str(text).lstrip("-").isdigit()]
+def _versions(sample: ForeignSample, like: Sample | None, mask: Sequence[int], fallback: int) -> list[int]:
+    """Return a version for each token: as it was, or the oldest where several requests wrote a new response."""
+    now = (sample.tokens, mask, sample.weight_versions)
+    if like is not None and now == (like.tokens, like.loss_mask, _runs(like.weight_versions)):
+        return like.weight_versions
+    numbers = [int(text) for text in sample.weight_versions if str(text).lstrip("-").isdigit()]
     version = min(numbers) if numbers else max(fallback, 0)
     return [version if on else -1 for on in mask]
 

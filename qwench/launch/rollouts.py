@@ -148,19 +148,20 @@ class Generation:
         """Return what makes a rollout: the user's own function, or the built-in collector."""
         config = self.inputs.config
         assert config.rollout.rollout_batch_size is not None, "config.checks requires --rollout-batch-size"
-        if functions.make_rollout is not None:
-            context = RolloutContext(runner=runner, buffer=buffer, num_groups=config.rollout.rollout_batch_size)
-            return checked_rollout(functions.make_rollout, context)
-        deterministic = config.training.deterministic_mode
-        return Collector(
+        collect = Collector(
             runner,
             buffer,
             config.rollout,
             functions,
             console=self.inputs.console,
-            deterministic=deterministic,
+            deterministic=config.training.deterministic_mode,
             curriculum=curriculum,
         ).collect
+        if functions.make_rollout is None:
+            return collect
+        num_groups = config.rollout.rollout_batch_size
+        context = RolloutContext(runner=runner, buffer=buffer, num_groups=num_groups, collect=collect)
+        return checked_rollout(functions.make_rollout, context)
 
     def _continuous_stream(
         self,

@@ -30,6 +30,9 @@ from qwench.rollout.groups import GroupRunner
 from qwench.rollout.sampling import Sampling
 from qwench.samples import Group, Rollout, Sample
 
+MakeRollout = Callable[[int], Awaitable[Rollout]]
+"""rollout_id -> a scored rollout, on the engines' event loop."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutContext:
@@ -39,6 +42,8 @@ class RolloutContext:
     buffer: GroupBuffer
     num_groups: int
     """--rollout-batch-size; the function may return another number of groups if the batch sizes allow it."""
+    collect: MakeRollout
+    """The built-in rollout, for a function that changes what it gives."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -67,8 +72,6 @@ class RolloutContext:
         return await self.runner.abort(tasks)
 
 
-MakeRollout = Callable[[int], Awaitable[Rollout]]
-"""rollout_id -> a scored rollout, on the engines' event loop."""
 RolloutFunction = Callable[[int, RolloutContext], Awaitable[Rollout]]
 
 

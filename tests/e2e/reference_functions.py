@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from miles.rollout.base_types import GenerateFnOutput, RolloutFnEvalOutput, RolloutFnTrainOutput
+from miles.rollout.inference_rollout.inference_rollout_common import InferenceRolloutFn
 from slime.rollout.data_source import RolloutDataSource
 from slime.rollout.filter_hub.base_types import DynamicFilterOutput
 from slime.rollout.rm_hub import async_rm
@@ -42,6 +43,10 @@ async def reward(args, sample, **kwargs):
 def plain_reward(args, sample, **kwargs):
     note(name="plain_reward", dapo=compute_score("Answer: 7", "7")["score"])
     return digits(sample.response)
+
+
+def one_point(args, sample, **kwargs):
+    return 1.0
 
 
 async def batched_reward(args, samples, **kwargs):
@@ -154,6 +159,21 @@ def generate_rollout(args, rollout_id, data_source, evaluation=False):
 def roll_and_evaluate(args, rollout_id, data_source, evaluation=False):
     """One function for both, as a script without --eval-function-path means."""
     return (evaluate if evaluation else generate_rollout)(args, rollout_id, data_source, evaluation=evaluation)
+
+
+class WithMetrics(InferenceRolloutFn):
+    """The built-in rollout and evaluation of miles, with metrics of its own."""
+
+    async def _call_train(self, input):  # noqa: A002  # the name tells the form
+        output = await super()._call_train(input)
+        rewards = [sample.reward for group in output.samples for sample in group]
+        note(name="WithMetrics", rollout_id=input.rollout_id, rewards=len(rewards), groups=len(output.samples))
+        return RolloutFnTrainOutput(samples=output.samples, metrics={**output.metrics, "rollout/mine": sum(rewards)})
+
+    async def _call_eval(self, input):  # noqa: A002
+        output = await super()._call_eval(input)
+        note(name="WithMetrics", sets=sorted(output.data), samples=len(output.data["held_out"]["samples"]))
+        return output
 
 
 def evaluate(args, rollout_id, data_source, evaluation=False):

@@ -115,6 +115,22 @@ def test_a_whole_rollout_and_an_evaluation(workspace, tmp_path):
     assert set(column(tmp_path / "run", "eval/mine")) == {0.5} == set(column(tmp_path / "run", "eval/mine-truncated_ratio"))
 
 
+def test_a_class_extends_the_built_in_rollout_and_evaluation(workspace, tmp_path):
+    calls = run(
+        workspace,
+        tmp_path,
+        rollout_function_path="WithMetrics",
+        custom_rm_path="one_point",
+        num_rollout=1,
+        eval_prompt_data=("held_out", f"{workspace.test_data}@[0:2]"),
+        eval_interval=1,
+    )
+    evaluated = {"sets": ["held_out"], "samples": 2}
+    assert calls["WithMetrics"] == [evaluated, {"rollout_id": 0, "rewards": 16, "groups": 4}, evaluated]
+    assert column(tmp_path / "run", "rollout/mine") == [16.0]
+    assert set(column(tmp_path / "run", "eval/held_out")) == {1.0}
+
+
 def test_the_newer_form_of_miles_with_a_flag_of_its_own_and_a_plain_reward(workspace, tmp_path):
     calls = run(
         workspace,

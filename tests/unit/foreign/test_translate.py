@@ -50,10 +50,22 @@ def test_an_answered_sample_keeps_its_lists_and_its_versions_by_request():
     assert answered().metadata == {"level": 3}
 
 
-def test_what_comes_back_has_the_oldest_version_on_its_trained_tokens():
-    back = from_foreign(to_foreign(answered()), like=answered(), tokenizer=TOKENIZER)
-    assert back.tokens == [1, 2, 10, 11, 12, 13]
+def test_a_new_response_has_the_oldest_version_on_its_trained_tokens():
+    facade = to_foreign(answered())
+    facade.tokens[-1] = 14
+    back = from_foreign(facade, like=answered(), tokenizer=TOKENIZER)
     assert (back.loss_mask, back.weight_versions) == ([1, 1, 0, 1], [4, 4, -1, 4])
+    facade = to_foreign(answered())
+    facade.weight_versions = ["5"]
+    assert from_foreign(facade, like=answered(), tokenizer=TOKENIZER).weight_versions == [5, 5, -1, 5]
+
+
+def test_what_comes_back_as_it_was_has_its_versions_and_its_verdict():
+    given = answered(reward=0.5, verdict=Verdict(score=0.5, reason="half"))
+    back = from_foreign(to_foreign(given), like=given, tokenizer=TOKENIZER)
+    assert back.tokens == [1, 2, 10, 11, 12, 13]
+    assert (back.loss_mask, back.weight_versions) == ([1, 1, 0, 1], [4, 4, -1, 6])
+    assert (back.verdict, back.reward) == (Verdict(score=0.5, reason="half"), 0.5)
     assert (back.rollout_log_probs, back.prompt) == ([-0.5, -0.25, 0.0, -1.0], PROMPT)
     assert (back.sample_id, back.group_id, back.status) == (5, 1, Status.COMPLETED)
 

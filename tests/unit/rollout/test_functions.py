@@ -10,14 +10,15 @@ from qwench.rollout.functions import RolloutContext, checked_rollout, load_funct
 from qwench.samples import Group, Rollout, Status
 from tests.fakes.engine import FakeEngine
 from tests.fakes.grader import FakeGrader
-from tests.unit.rollout.scene import by_letter, letters_source, make_runner, prompts_of, write_ok
+from tests.unit.rollout.scene import by_letter, letters_source, make_collector, make_runner, prompts_of, write_ok
 
 HERE = "tests.unit.rollout.test_functions"
 
 
 def context(engine=None, num_groups=2):
-    runner = make_runner(engine or FakeEngine(write_ok), FakeGrader(lambda sample: 1.0))
-    return RolloutContext(runner=runner, buffer=GroupBuffer(letters_source()), num_groups=num_groups)
+    engine, grader, buffer = engine or FakeEngine(write_ok), FakeGrader(lambda sample: 1.0), GroupBuffer(letters_source())
+    collect = make_collector(engine, grader, num_groups=num_groups, buffer=buffer).collect
+    return RolloutContext(runner=make_runner(engine, grader), buffer=buffer, num_groups=num_groups, collect=collect)
 
 
 async def first_done(rollout_id, context):
@@ -29,6 +30,11 @@ async def first_done(rollout_id, context):
     done, rest = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     context.put_back(await context.abort(rest))
     return Rollout(rollout_id=rollout_id, groups=[task.result() for task in done])
+
+
+async def named_built_in(rollout_id, context):
+    rollout = await context.collect(rollout_id)
+    return Rollout(rollout_id=rollout_id, groups=rollout.groups, metrics={**rollout.metrics, "rollout/mine": 1.0})
 
 
 async def wrong_id(rollout_id, context):
@@ -94,3 +100,9 @@ def test_custom_rollout_that_returns_something_else_is_refused(name, message):
 def test_function_that_cannot_be_used_is_a_config_error_that_names_the_flag(path, message):
     with pytest.raises(ConfigError, match=f"--rollout-function-path .*{message}"):
         load(path)
+
+
+def test_a_function_may_change_what_the_built_in_rollout_gives():
+    rollout = make("named_built_in")
+    assert (rollout.rollout_id, prompts_of(rollout.groups)) == (3, "ab")
+    assert (rollout.metrics["rollout/mine"], rollout.metrics["rollout/surplus_groups"]) == (1.0, 0.0)
