@@ -6,7 +6,7 @@ python tools/train.py --actor-num-nodes 1 --actor-num-gpus-per-node 8 --colocate
 from __future__ import annotations
 
 from qwench.cli import main
-from qwench.commands.reference_program import run_train
+from qwench.commands.train import run_train
 
 if __name__ == "__main__":
     main(command=run_train)

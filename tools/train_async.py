@@ -6,7 +6,7 @@ python tools/train_async.py --actor-num-nodes 1 --actor-num-gpus-per-node 4 --ro
 from __future__ import annotations
 
 from qwench.cli import main
-from qwench.commands.reference_program import run_train_async
+from qwench.commands.train import run_train_async
 
 if __name__ == "__main__":
     main(command=run_train_async)

@@ -60,8 +60,8 @@ class RolloutBatch:
     advantages: list[Tensor] | None = None
     """B x [R] float32."""
     loss_weights: list[Tensor] | None = None
-    """B x [R] float32: the share of each token in the step's loss, so that loss = sum over all tokens of weight * token loss,
-    for any micro-batches and ranks (see `algorithms.reduction`)."""
+    """B x [R] float32: the share of each token in the step's loss, which is the sum of weight * token loss over all tokens.
+    Micro-batches and ranks do not change it (see `algorithms.reduction`)."""
 
     values: list[Tensor] | None = None
     """B x [R] float32 of the critic before this rollout's first step: of the context before each token."""

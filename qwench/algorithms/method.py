@@ -5,8 +5,8 @@
     targets(batch)     columns for the loss: advantages
     loss(...)          sum_t weight_t * loss_t of a micro-batch
 
-The weights are those of the whole step (`algorithms.reduction`), for the loss and for every metric, so that sums over
-micro-batches and ranks are the step's values. No loss waits for the device. A NaN in a trained token makes the loss NaN, and
+The weights are those of the whole step (`algorithms.reduction`), for the loss and for every metric. So sums over micro-batches
+and ranks are the step's values. No loss waits for the device. A NaN in a trained token makes the loss NaN, and
 the trainer stops before the optimizer step.
 """
 

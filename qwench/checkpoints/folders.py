@@ -75,8 +75,8 @@ def check_load_folder(config: CheckpointConfig, identity: Mapping[str, Json]) ->
     """Check that --load holds what the run starts from.
 
     Raises:
-        ConfigError: --load has no checkpoint (and it is not the folder of --save, nor is --ref-load given), not the one of
-            --ckpt-step, or one of another model or algorithm.
+        ConfigError: --load has no checkpoint, and is not the folder of --save, and --ref-load is not given. Or it lacks the
+            one of --ckpt-step. Or its checkpoint is of another model or algorithm.
     """
     if config.load is None:
         return

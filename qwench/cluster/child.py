@@ -1,8 +1,8 @@
 """A child process and the pipe to it, seen from the parent. The child never outlives the parent.
 
 The child holds one end of the pipe. When the parent's end closes, also by a crash, the child ends itself and all that it
-started (`cluster.rank_process`). It leads its own process group, so that ending it never touches anything else, and Ctrl-C
-reaches only the driver, which decides what to do.
+started (`cluster.rank_process`). It leads its own process group, so its end affects no other process. Ctrl-C
+reaches the driver alone, which decides what to do.
 """
 
 from __future__ import annotations

@@ -12,6 +12,17 @@ from typing import Literal
 from qwench.commands.start import ask_functions, prepare, with_local_inputs
 from qwench.config.command_line.parse import parse_run
 
+_BOTH: Mapping[str, tuple[str, ...]] = {
+    "actor-num-gpus-per-node": ("8",),
+    "lr": ("1e-6",),
+    "train-backend": ("megatron",),
+}
+REFERENCE_DEFAULTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "train.py": _BOTH,
+    "train_async.py": {**_BOTH, "rollouts-ahead": ("1",)},
+}
+"""Program of slime and miles -> the defaults that their scripts count on, where `qwench train` has others."""
+
 
 def run(
     words: Sequence[str],
@@ -42,3 +53,13 @@ def run(
 def run_sft(words: Sequence[str]) -> None:
     """Train on conversations."""
     run(words, verb="sft")
+
+
+def run_train(words: Sequence[str]) -> None:
+    """Do what slime's and miles' train.py does: generate and train in turn."""
+    run(words, more_defaults=REFERENCE_DEFAULTS["train.py"])
+
+
+def run_train_async(words: Sequence[str]) -> None:
+    """Do what slime's and miles' train_async.py does: generate one rollout ahead of training."""
+    run(words, more_defaults=REFERENCE_DEFAULTS["train_async.py"])

@@ -43,11 +43,7 @@ def check_train(config: Config) -> None:
         "--rollout-batch-size": rollout.rollout_batch_size is not None,
         "--rollout-max-response-len": debug.debug_train_only or rollout.rollout_max_response_len is not None,
     })  # fmt: skip
-    check_checkpoint(config.model)
-    _check_training_data(config)
-    check_eval_data(config)
-    check_starting_point(config.checkpoint)
-    check_outputs(config)
+    _check_files(config)
 
 
 def check_sft(config: Config) -> None:
@@ -67,11 +63,7 @@ def check_sft(config: Config) -> None:
         "--num-rollout or --num-epoch": _has_length(config),
         "--rollout-batch-size": config.rollout.rollout_batch_size is not None,
     })  # fmt: skip
-    check_checkpoint(config.model)
-    _check_training_data(config)
-    check_eval_data(config)
-    check_starting_point(config.checkpoint)
-    check_outputs(config)
+    _check_files(config)
 
 
 def check_eval(config: Config) -> None:
@@ -136,6 +128,11 @@ def _reads_prompts(config: Config) -> bool:
     return config.debug.load_debug_rollout_data is None and not replaced and not config.data.brings_prompts
 
 
-def _check_training_data(config: Config) -> None:
+def _check_files(config: Config) -> None:
+    """Check the files that the flags of training name."""
+    check_checkpoint(config.model)
     if _reads_prompts(config) and config.data.prompt_data is not None:
         check_data_file("--prompt-data", config.data.prompt_data)
+    check_eval_data(config)
+    check_starting_point(config.checkpoint)
+    check_outputs(config)

@@ -67,7 +67,7 @@ def check_eval_data(config: Config) -> None:
 
 
 def check_data_file(flag: str, spec: str) -> None:
-    """Check that there is a data file, folder or pattern, or a name of the hub, and that the format is one that is read."""
+    """Check that a data file, folder, pattern or name of the hub exists, in a format that is read."""
     try:
         if find_reference(spec, "dataset") is not None:
             return

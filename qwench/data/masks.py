@@ -144,8 +144,8 @@ class MessageMask:
 
 
 class IsolatedMessageMask(MessageMask):
-    """As `MessageMask`, but each message is rendered after a user turn (the first one before it), and tool results in a row
-    together, as templates write them into one turn."""
+    """As `MessageMask`, but each message is rendered after a user turn: the first one before it. Tool results in a row are
+    rendered together, as templates write them into one turn."""
 
     def _turns(self, messages: Conversation) -> list[Conversation]:
         runs = groupby(messages, key=lambda message: message["role"] == "tool")

@@ -28,7 +28,7 @@ from qwench.observability.stopping import end_with_parent
 from qwench.plugins import raised_at
 
 _SHARED = "agent"
-"""Section whose flags functions of miles declare themselves: ours stand."""
+"""Section whose flags functions of miles declare too: those of the section are used."""
 
 
 _OF_THE_COMMAND_LINE = ("help", "help-all", "config")

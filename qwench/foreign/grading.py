@@ -29,7 +29,7 @@ def grade_after_thinking(response: str, label: str | float) -> int:
 
 
 def compute_score(solution_str: str, ground_truth: str, strict_box_verify: bool = False) -> dict[str, Any]:
-    """Return score (1 or -1), acc and pred as DAPO's grader does; a strict box stands in the last 100 characters."""
+    """Return score (1 or -1), acc and pred as DAPO's grader does; a strict box is in the last 100 characters."""
     if strict_box_verify:
         answer = last_box(solution_str[-_STRICT_CHARS:])
         right = answer == ground_truth

@@ -2,8 +2,8 @@
 
     <|im_start|>user\\n ... <|im_end|>\\n<|im_start|>assistant\\n<think>\\n ... \\n</think>\\n\\n ... <|im_end|>\\n
 
-Reasoning is rendered only for assistant turns after the last real user turn (tool responses are user turns that do not
-count), and always, perhaps empty, for a final assistant turn. `enable_thinking=False` ends the generation prompt with an
+Reasoning is rendered for assistant turns after the last real user turn alone; tool responses are user turns that do not
+count. A final assistant turn always has it, perhaps empty. `enable_thinking=False` ends the generation prompt with an
 empty think block.
 """
 

@@ -31,8 +31,8 @@ FORWARD_AND_BACKWARD = 3
 FORWARD_AND_FROZEN_BACKWARD = 2
 """The same of a frozen model with adapters: weights have no gradient. The adapters themselves are not counted."""
 WHOLE_GRADIENT_BYTES = 4 << 30
-"""FSDP2: float32 gradients of a whole model up to this size (a billion weights) stay whole on every rank until the last
-micro-batch of the step. Larger ones are reduced into shards after each micro-batch: more traffic, less memory."""
+"""FSDP2: up to this size (a billion weights) each rank keeps whole float32 gradients until the last micro-batch of the step.
+Larger ones are reduced into shards after each micro-batch: more traffic, less memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

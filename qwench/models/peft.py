@@ -176,12 +176,25 @@ class AdapterFolder:
                 raise ConfigError(f"{folder / WEIGHTS} holds {name}; only adapters of the layers' projections are read.")
             self._stored[f"{module}.lora_{leaf}"] = stored
 
-    def check_is(self, section: AdapterFlags, model: Architecture) -> None:
-        """Check that a run of `model` can go on with this adapter.
+    @classmethod
+    def of_run(cls, folder: Path, section: AdapterFlags, model: Architecture) -> AdapterFolder:
+        """Open the adapter that a run of `model` goes on with.
 
         Raises:
-            ConfigError: rank, scale or projections differ, or it is of another model.
+            ConfigError: it is of another rank, scale, model or other projections.
+            CheckpointError: the folder holds no adapter, or is damaged.
         """
+        if not is_adapter(folder):
+            raise CheckpointError(
+                f"{folder} holds whole weights and no adapter; give it as --ref-load or --hf-checkpoint, the base of the "
+                "adapters."
+            )
+        stored = cls(folder)
+        stored.check_is(section, model)
+        return stored
+
+    def check_is(self, section: AdapterFlags, model: Architecture) -> None:
+        """Check that a run of `model` can go on with this adapter; see `of_run`."""
         has, wants = self.config, AdapterConfig.of_run(section, base="")
         if has.rank != wants.rank:
             flags = f"--lora-rank {has.rank}" + " --lora-init kaiming" * (section.lora_init != "kaiming")
@@ -253,13 +266,6 @@ def factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
             u, s, v = torch.svd_lowrank(matrix, q=rank, niter=_ITERATIONS)
     root = s.sqrt()
     return (v * root).T.contiguous(), (u * root).contiguous()
-
-
-def no_adapter(folder: Path) -> CheckpointError:
-    """Return the error of a run with adapters that is given other weights to load."""
-    return CheckpointError(
-        f"{folder} holds whole weights and no adapter; give it as --ref-load or --hf-checkpoint, the base of the adapters."
-    )
 
 
 def _refuse_variants(raw: Mapping[str, Json], folder: Path) -> None:

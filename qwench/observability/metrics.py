@@ -4,7 +4,7 @@
     one dict per step   over train/step   = steps of the rollouts before + i
     everything else     over rollout/step = rollout id
 
-A rollout is logged before the checkpoint that follows it, so that a run killed between the two logs it again, and once.
+A rollout is logged before the checkpoint that follows it. A run that was killed between the two logs it again, and once.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class RunReport:
         say_facts(self._console, facts)
 
     def drop_from(self, first_steps: Mapping[Axis, int]) -> None:
-        """Go on from where a resumed run stands, and show the bar."""
+        """Begin at the position of a resumed run, and show the bar."""
         self._done = self._done_before = first_steps[Axis.TRAIN if self._unit == "step" else Axis.ROLLOUT]
         self._show_bar()
 

@@ -3,9 +3,9 @@
     async def fn(sample: Sample) -> float | Verdict | dict        or a plain function
     async def fn(samples: Sequence[Sample]) -> list of the same   with --group-rm
 
-It runs in worker processes, which are killed when they are late (`timeout`). A worker that dies, a call that exits or runs out
-of memory, and an answer that is no score count as `grader_error`, with file and line. What the function raises ends the run,
-and so does a function that has never returned a score: a broken reward is never a 0.
+It runs in worker processes, which are killed when they are late (`timeout`). Three faults count as `grader_error`, with file
+and line: a dead worker, a call that exits or runs out of memory, an answer without a score. What the function raises ends the
+run. So does a function that has never returned a score: a broken reward is never a 0.
 
 A dict holds a number under `score` (or what `--reward-key` names), and may hold a `reason`.
 """
@@ -17,17 +17,16 @@ import inspect
 import logging
 import os
 import pickle
-import queue
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 
 from qwench.config.environment import reward_environment
 from qwench.errors import RewardError
 from qwench.plugins import Function, load_function, place_of
 from qwench.rewards.messages import framed
-from qwench.rewards.worker_process import WorkerDiedError, WorkerLateError, WorkerProcess
+from qwench.rewards.worker_process import WorkerDiedError, WorkerLateError, WorkerProcess, Workers
 from qwench.samples import Json, Sample, Verdict
 
 FLAG = "--custom-rm-path"
@@ -58,13 +57,8 @@ class CustomReward:
         self._calls_at_once = CALLS_AT_ONCE if inspect.iscoroutinefunction(function) else 1
         hello = framed(pickle.dumps({"path": path, "key": key or "score", "timeout_s": timeout_s}))
         module, environment = "qwench.rewards.custom_worker", reward_environment(os.environ)
-        self._workers = [WorkerProcess(module, environment=environment, hello=hello) for _ in range(num_workers)]
-        self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
-        for worker in self._workers:
-            self._idle.put(worker)
+        self._workers = Workers(module, num_workers=num_workers, threads="custom-reward", environment=environment, hello=hello)
         self._waiting: deque[_Waiting] = deque()
-        # As many threads as workers: a thread that runs always finds an idle worker.
-        self._threads = ThreadPoolExecutor(max_workers=num_workers, thread_name_prefix="custom-reward")
         self._warned: set[str] = set()
         self._has_scored, self._num_without_score = False, 0
 
@@ -91,11 +85,7 @@ class CustomReward:
 
     def close(self) -> None:
         """End the workers; a grading under way gets `grader_error`."""
-        for worker in self._workers:
-            worker.stop()
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        for worker in self._workers:
-            worker.release()
+        self._workers.close()
         while self._waiting:
             _settle(self._waiting.popleft()[1], {"failed": "the reward pool was closed"})
 
@@ -109,7 +99,7 @@ class CustomReward:
             ) from error
         answer: Future[Json] = Future()
         self._waiting.append((pickled, answer))
-        self._threads.submit(self._work)
+        self._workers.threads.submit(self._work)
         return await asyncio.wrap_future(answer)
 
     def _work(self) -> None:
@@ -119,7 +109,7 @@ class CustomReward:
             calls.append(self._waiting.popleft())
         if not calls:
             return
-        worker = self._idle.get()
+        worker = self._workers.idle.get()
         try:
             answers = self._answers(worker, [pickled for pickled, _ in calls])
         except BaseException as error:  # carried to those who wait  # noqa: BLE001
@@ -129,7 +119,7 @@ class CustomReward:
             for (_, future), answer in zip(calls, answers, strict=True):
                 _settle(future, answer)
         finally:
-            self._idle.put(worker)
+            self._workers.idle.put(worker)
 
     def _answers(self, worker: WorkerProcess, calls: list[bytes]) -> list[Json]:
         deadline_s = self._timeout_s if self._calls_at_once == 1 else self._timeout_s + _GRACE_S

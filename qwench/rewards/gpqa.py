@@ -1,9 +1,9 @@
 r"""`--rm-type gpqa`: 1 if the response chooses the right option of a multiple-choice question, else 0.
 
-The grader reads what follows the last `</think>`, or everything. The choice is the letter in the last box, else of the last
-statement like `answer is (B)`, else like `option B` or `B is correct`, else the last single capital letter. A response
-without a letter is right if it states the right option's text. The label is a letter, the text of a choice, or a choice's
-number from 0 on. A row's metadata may hold
+The grader reads what follows the last `</think>`, or everything. The choice is the letter in the last box. Without a
+box it is that of the last statement like `answer is (B)`, else like `option B` or `B is correct`, else the last single capital.
+A response without a letter is right if it states the right option's text. The label is a letter, the text of a choice, or a
+choice's number from 0 on. A row's metadata may hold
 
     choices          texts in order, or an object of letter -> text
     valid_letters    instead of A, B, ... as many as there are choices (10 where they are not given)

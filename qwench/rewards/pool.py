@@ -19,9 +19,8 @@ from qwench.rewards.graders import find_grader, is_boxed, is_remote, rm_types_of
 from qwench.rewards.in_process import InProcessReward
 from qwench.rewards.judge import JUDGE, Judge, read_template
 from qwench.rewards.remote import RemoteReward, check_reachable
-from qwench.rewards.scores import pick_score
+from qwench.rewards.scores import combine, pick_score
 from qwench.rewards.second_grader import check_math_verify, open_second_grader
-from qwench.rewards.several import combine
 from qwench.rewards.worker_pool import WorkerPool
 from qwench.samples import Sample, Verdict
 from qwench.threads import usable_cores

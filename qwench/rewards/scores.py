@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import isfinite, nan
 from numbers import Real
@@ -73,3 +73,22 @@ def pick_score(verdict: Verdict, key: str | None) -> Verdict:
             f"--reward-key or --eval-reward-key {key!r} names no number of this reward; known: {', '.join(known)}."
         )
     return replace(verdict, score=float(value))
+
+
+def combine(verdicts: Mapping[str, Verdict], weights: Sequence[float]) -> Verdict:
+    """Return the verdict of all rewards together; a reward that could not judge leaves the response ungraded.
+
+    math 1 (exact), judge 0.5 (judged), weights 0.7, 0.3 -> score 0.85, reason exact+judged, parts math: 1, judge: 0.5
+    """
+    extra = dict[str, Json]()
+    for name, verdict in verdicts.items():
+        if not verdict.graded:
+            return Verdict(score=0.0, reason=verdict.reason, extra={**verdict.extra, "reward": name})
+        extra |= verdict.extra
+    parts = {name: verdict.score for name, verdict in verdicts.items()}
+    return Verdict(
+        score=sum(weight * score for weight, score in zip(weights, parts.values(), strict=True)),
+        reason="+".join(verdict.reason for verdict in verdicts.values()),
+        extra=extra | parts,
+        parts=parts,
+    )

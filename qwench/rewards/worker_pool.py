@@ -7,12 +7,10 @@ question it is needed for.
 from __future__ import annotations
 
 import asyncio
-import queue
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from qwench.rewards.messages import encode
-from qwench.rewards.worker_process import WorkerDiedError, WorkerLateError, WorkerProcess
+from qwench.rewards.worker_process import WorkerDiedError, WorkerLateError, Workers
 from qwench.samples import Verdict
 
 RIGHT = ("sympy_equal", "equal")
@@ -29,27 +27,18 @@ class WorkerPool:
             module: its `main` is the workers' program, see `algebra_worker`.
         """
         self._timeout_s = timeout_s
-        self._workers = [WorkerProcess(module, environment={}) for _ in range(num_workers)]
-        self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
-        for worker in self._workers:
-            self._idle.put(worker)
-        # As many threads as workers: a thread that runs always finds an idle worker.
-        self._threads = ThreadPoolExecutor(max_workers=num_workers, thread_name_prefix="reward")
+        self._workers = Workers(module, num_workers=num_workers, threads="reward")
 
     async def settle(self, pairs: Sequence[tuple[str, str]]) -> Verdict:
         """Return the verdict of a worker; `timeout` or `grader_error` where there is none."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._ask, pairs)
+        return await asyncio.get_running_loop().run_in_executor(self._workers.threads, self._ask, pairs)
 
     def close(self) -> None:
         """End the workers; a question under way gets `grader_error`."""
-        for worker in self._workers:
-            worker.stop()
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        for worker in self._workers:
-            worker.release()
+        self._workers.close()
 
     def _ask(self, pairs: Sequence[tuple[str, str]]) -> Verdict:
-        worker = self._idle.get()
+        worker = self._workers.idle.get()
         try:
             answer = worker.ask(encode({"pairs": pairs, "deadline_s": self._timeout_s}), timeout_s=self._timeout_s)
         except WorkerLateError:
@@ -57,7 +46,7 @@ class WorkerPool:
         except WorkerDiedError as error:
             return _ungraded("grader_error", str(error))
         finally:
-            self._idle.put(worker)
+            self._workers.idle.put(worker)
         if "error" in answer:
             return _ungraded("grader_error", answer["error"])
         return Verdict(score=float(answer["reason"] in RIGHT), reason=answer["reason"])

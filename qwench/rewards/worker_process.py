@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import select
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -48,6 +50,33 @@ class WorkerDiedError(Exception):
     """The worker ended before it answered."""
 
     place: str | None = None
+
+
+class Workers:
+    """Worker processes of one program, and as many threads that each ask an idle one."""
+
+    def __init__(
+        self, module: str, *, num_workers: int, threads: str, environment: Mapping[str, str] | None = None, hello: bytes = b""
+    ) -> None:
+        """Start no worker yet; see `WorkerProcess`.
+
+        Args:
+            threads: begins the threads' names.
+        """
+        self.processes = [WorkerProcess(module, environment=environment or {}, hello=hello) for _ in range(num_workers)]
+        self.idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
+        """A thread that runs always finds one: there are as many."""
+        for process in self.processes:
+            self.idle.put(process)
+        self.threads = ThreadPoolExecutor(max_workers=num_workers, thread_name_prefix=threads)
+
+    def close(self) -> None:
+        """End the processes, then the threads; an `ask` under way fails."""
+        for process in self.processes:
+            process.stop()
+        self.threads.shutdown(wait=True, cancel_futures=True)
+        for process in self.processes:
+            process.release()
 
 
 class WorkerProcess:

@@ -5,7 +5,7 @@
          waiting ----'<--put_back---'                 cut off, continued in a later rollout (--partial-rollout)
 
 Generation may be `max_staleness` rollouts ahead of training: 0 is synchronous, 1 is one ahead. The state holds the groups
-with their tokens, log-probs and weight versions, so that a resumed run loses no group and takes none twice.
+with their tokens, log-probs and weight versions. So a resumed run loses no group and takes none twice.
 """
 
 from __future__ import annotations

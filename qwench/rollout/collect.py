@@ -5,8 +5,8 @@
         take groups as they finish; the filter may drop some
     end the surplus: kept for the next rollout with --partial-rollout, else discarded
 
-A deterministic run takes a round's groups only when all have finished, and in order, so that neither the engine's nor the
-graders' timing decides which groups are trained on.
+A deterministic run takes a round's groups in order, and only when all have finished. So the timing of engines and graders does
+not decide which groups are trained on.
 """
 
 from __future__ import annotations

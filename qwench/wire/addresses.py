@@ -1,8 +1,10 @@
-"""Places of the weights of engines and trainer ranks, and addresses of engines. They decide the transport."""
+"""Places of the weights of engines and trainer ranks, which decide the transport; addresses of engines, and their ports."""
 
 from __future__ import annotations
 
 import platform
+import random
+import socket
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +15,10 @@ import torch
 CPU = "cpu"
 _RANDOM_NODE_BIT = 1 << 40
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_FIRST_PORT, _LAST_PORT = 20_000, 32_000
+"""Below the ports that Linux gives to outgoing connections (32768 to 60999 by default): none of those can take a port away
+between this choice and the server's start."""
+_ATTEMPTS = 50
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,3 +92,19 @@ def local_gpu(name: str) -> torch.device:
 def placement_of(*devices: torch.device) -> Placement:
     """Return where this process holds weights that lie on `devices`."""
     return Placement(host=host_name(), devices=tuple(device_name(device) for device in devices))
+
+
+def unused_port(host: str) -> int:
+    """Return a port on which no process listens now.
+
+    Raises:
+        OSError: `host` is not an address of this machine.
+    """
+    for port in random.SystemRandom().sample(range(_FIRST_PORT, _LAST_PORT), _ATTEMPTS):
+        try:
+            socket.create_server((host, port)).close()
+        except OSError:
+            continue
+        return port
+    with socket.create_server((host, 0)) as free:
+        return int(free.getsockname()[1])

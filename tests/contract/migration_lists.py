@@ -26,7 +26,7 @@ import pyarrow.parquet
 from transformers import PretrainedConfig, Qwen2Config
 
 from qwench.commands import train
-from qwench.commands.reference_program import DEFAULTS
+from qwench.commands.train import REFERENCE_DEFAULTS
 from qwench.errors import ConfigError
 from qwench.models.made.qwen3 import find_size
 from qwench.models.made.tokenizers import build_small_tokenizer
@@ -93,7 +93,7 @@ def is_wanted(entry: Mapping[str, Any], said: str | None) -> bool:
 
 def dry_run(program: str, words: Sequence[str]) -> str | None:
     """Return why a dry run refuses the words; None: it accepts them."""
-    defaults = DEFAULTS.get(program, DEFAULTS["train_async.py"])
+    defaults = REFERENCE_DEFAULTS.get(program, REFERENCE_DEFAULTS["train_async.py"])
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             train.run([*words, "--dry-run"], more_defaults=defaults)

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qwench.engines.client import HttpEngine
+from qwench.engines.embedded.compute.adapters import load_folder
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.http.serving import ServerThread
-from qwench.engines.embedded.lora import load_folder
 from qwench.engines.protocol import GenerateRequest, GenerateResult, Portion
 from qwench.errors import ConfigError, EngineError, WeightSyncError
 from qwench.models.hf import architecture_of

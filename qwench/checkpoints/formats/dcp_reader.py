@@ -1,7 +1,7 @@
 """Folders of torch.distributed.checkpoint, read tensor by tensor without a process group.
 
 `.metadata` is a pickle: for every tensor its shape, its chunks, and the file and bytes of each chunk. It is unpickled with
-nothing but the classes of that format, so a checkpoint cannot run code, and Megatron's own classes need not be installed.
+the classes of that format alone. So a checkpoint cannot run code, and Megatron's own classes need not be installed.
 """
 
 from __future__ import annotations

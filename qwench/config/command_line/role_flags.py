@@ -30,7 +30,7 @@ def with_roles(occurrences: Sequence[Occurrence]) -> list[Occurrence]:
     """Replace each --megatron-config-path by the flags that its file sets, which win over the command line.
 
     Raises:
-        ConfigError: the file has another form, or a value that the critic does not have of its own.
+        ConfigError: the file has another form, or sets what the critic shares with the policy.
     """
     files = [item for item in occurrences if item.name in (FLAG, OLD_FLAG)]
     others = [item for item in occurrences if item not in files]

@@ -124,7 +124,7 @@ class AlgorithmConfig:
     """Score old log-probs by the weights that sampled each token, which wait on the host, in place of the policy's own. Only
     generation ahead of training (--rollouts-ahead, --fully-async, --update-weights-interval) has such weights."""
     skip_actor_forward_only: bool = False
-    """Make no pass for the old log-probs: those of the step itself stand for them. Needs one step for each rollout."""
+    """Make no pass for the old log-probs: use those of the step itself. Needs one step for each rollout."""
     get_mismatch_metrics: bool = False
     """Log the gap between engine and trainer log-probs, without a correction."""
     use_opsm: bool = False

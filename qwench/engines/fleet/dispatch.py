@@ -69,7 +69,7 @@ class Dispatcher:
         return replace(result, request_id=request.request_id)
 
     def describe(self) -> str:
-        """Say how many requests are open, and which engine owes the oldest; any thread may ask."""
+        """Say how many requests are open, and which engine has the oldest; any thread may ask."""
         since = dict(self._since)
         if not since:
             return "no request is open"

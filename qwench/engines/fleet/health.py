@@ -17,6 +17,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
+from typing import TypeVar
 
 from qwench.config.sections.engine import EngineConfig
 from qwench.engines.client import HttpEngine
@@ -24,6 +25,7 @@ from qwench.engines.fleet.members import Member, Members, MemberState, Router
 from qwench.errors import EngineError, EngineLostError, QwenchError
 
 _logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 POLL_S = 1.0
 MAX_STARTS = 3
 """Attempts to start a lost engine before the run ends."""
@@ -206,16 +208,7 @@ class Supervisor:
         self._spawn(partial(self._recover_router, router))
 
     async def _recover_router(self, router: Router) -> None:
-        for attempt in range(1, MAX_STARTS + 1):
-            try:
-                await router.restart()
-                break
-            except EngineError as error:
-                if attempt == MAX_STARTS:
-                    raise EngineError(
-                        f"{router.label} was lost and did not start again ({attempt} attempts): {error}"
-                    ) from error
-                _logger.warning("%s did not start: %s", router.label, error)
+        await _start_again(router.label, router.restart)
         while self._holds:  # it checks the health of servers, which must be awake
             await asyncio.sleep(POLL_S)
         for member in self._members:
@@ -227,17 +220,12 @@ class Supervisor:
     async def _restart(self, member: Member) -> None:
         server = member.server
         assert server is not None, "a server that this run did not start is not restarted"
-        for attempt in range(1, MAX_STARTS + 1):
-            try:
-                await asyncio.to_thread(server.stop)
-                url = await asyncio.to_thread(server.start)
-                break
-            except EngineError as error:
-                if attempt == MAX_STARTS:
-                    raise EngineError(
-                        f"{member.label} was lost and did not start again ({attempt} attempts): {error}"
-                    ) from error
-                _logger.warning("%s did not start: %s", member.label, error)
+
+        async def restart() -> str:
+            await asyncio.to_thread(server.stop)
+            return await asyncio.to_thread(server.start)
+
+        url = await _start_again(member.label, restart)
         assert url == member.url, f"{member.label} moved to {url}"
 
     async def _wait_for_others_server(self, member: Member) -> None:
@@ -268,3 +256,19 @@ class Supervisor:
 
 async def _has_process(member: Member) -> bool:
     return member.server is None or await asyncio.to_thread(member.server.is_running)
+
+
+async def _start_again(label: str, start: Callable[[], Awaitable[Result]]) -> Result:
+    """Return the result of the first start that succeeds.
+
+    Raises:
+        EngineError: none did.
+    """
+    for attempt in range(1, MAX_STARTS + 1):
+        try:
+            return await start()
+        except EngineError as error:
+            if attempt == MAX_STARTS:
+                raise EngineError(f"{label} was lost and did not start again ({attempt} attempts): {error}") from error
+            _logger.warning("%s did not start: %s", label, error)
+    raise AssertionError("the last attempt returns or raises")

@@ -95,7 +95,7 @@ class EnginePool:
         return tuple(member.engine for member in self._members)
 
     def describe_requests(self) -> str:
-        """Say how many requests are open, and which engine owes the oldest; any thread may ask."""
+        """Say how many requests are open, and which engine has the oldest; any thread may ask."""
         return self._dispatcher.describe()
 
     @property

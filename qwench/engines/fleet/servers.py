@@ -26,8 +26,7 @@ from qwench.config.environment import without_rank
 from qwench.errors import EngineError
 from qwench.files import written
 from qwench.observability.parts import STACKS_SIGNAL, ask_for_stacks
-from qwench.wire.addresses import Placement
-from qwench.wire.ports import unused_port
+from qwench.wire.addresses import Placement, unused_port
 
 HEALTH_POLL_S = 0.2
 HEALTH_TIMEOUT_S = 30.0

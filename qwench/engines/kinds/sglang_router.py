@@ -17,7 +17,7 @@ import aiohttp
 from qwench.engines.fleet.servers import ServerCommand, ServerProcess, check_port_is_free
 from qwench.engines.kinds.passthrough_flags import check_words
 from qwench.errors import ConfigError, EngineError
-from qwench.wire.ports import unused_port
+from qwench.wire.addresses import unused_port
 
 ADDRESS = "127.0.0.1"
 START_TIMEOUT_S = 60.0

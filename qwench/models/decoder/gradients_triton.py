@@ -2,8 +2,8 @@
 # ruff: noqa: ANN001, ANN202 - in kernels, annotations mean something else to Triton
 """Gradients of the element-wise parts of a decoder layer, one Triton kernel each; see `gradients` for what they compute.
 
-Arithmetic is float32. Gradients of weights are summed over the rows of a program in registers, then over programs in a fixed
-order, so that two runs give equal bits.
+Arithmetic is float32. A program sums gradients of weights over its rows in registers. Then the programs are summed in a fixed
+order, so two runs give equal bits.
 """
 
 from __future__ import annotations

@@ -12,14 +12,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from qwench.config.sections.training import TrainingConfig
 from qwench.models.architecture import Architecture
 from qwench.models.memory import projection_shapes
 from qwench.models.peft import A, B
-from qwench.training.fsdp.direct import DirectPolicy, FlatGradients, flat_views
+from qwench.training.fsdp.direct import DirectPolicy, FlatGradients, PolicyPlace, flat_views
 from qwench.training.fsdp.gathered import ReducedGradients
 from qwench.training.fsdp.lora import Adapters
 from qwench.training.packed_adapters import LayerAdapters, PackedAdapter
@@ -91,35 +89,26 @@ class AdaptedPolicy(DirectPolicy):
     """See the module docstring."""
 
     def __init__(
-        self,
-        causal_lm: PreTrainedModel,
-        architecture: Architecture,
-        mesh: DeviceMesh,
-        training: TrainingConfig,
-        *,
-        adapters: Adapters,
-        device: torch.device,
-        param_dtype: torch.dtype,
-        attention: str,
+        self, causal_lm: PreTrainedModel, architecture: Architecture, place: PolicyPlace, *, adapters: Adapters
     ) -> None:
         """Move the weights of `causal_lm`, frozen ones and `adapters`, which it keeps under their names."""
         self._adapters = adapters
         self._shapes = {name: matrix.shape for name, matrix in adapters.matrices().items()}
         self._matrices: FlatAdapters | None = None
-        super().__init__(causal_lm, architecture, mesh, training, device=device, param_dtype=param_dtype, attention=attention)
-        nothing = _sums_of_nothing(architecture, device)
+        super().__init__(causal_lm, architecture, place)
+        nothing = _sums_of_nothing(architecture, place.device)
         make = partial(self._flat_adapters, nothing, torch.float32)
-        self.gradients = FlatGradients(make) if mesh.size() == 1 else ReducedGradients(make, mesh)
+        self.gradients = FlatGradients(make) if place.mesh.size() == 1 else ReducedGradients(make, place.mesh)
 
     def _bound(self) -> DecoderTensors:
         return self._trained().bound if self._adapters.switch.is_on else self.computed().bound
 
-    def _held_tensors(self, _mesh: DeviceMesh) -> Mapping[str, Tensor]:
+    def _held_tensors(self) -> Mapping[str, Tensor]:
         return self.computed().by_name | self._trained().by_name
 
     def _trained(self) -> FlatAdapters:
         if self._matrices is None:
-            self._matrices = self._flat_adapters(self.computed().bound, self._param_dtype)
+            self._matrices = self._flat_adapters(self.computed().bound, self._place.param_dtype)
         return self._matrices
 
     def _flat_adapters(self, base: DecoderTensors, dtype: torch.dtype) -> FlatAdapters:

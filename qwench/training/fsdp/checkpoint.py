@@ -24,7 +24,7 @@ from qwench.checkpoints.formats.torch_dist import CONFIG_FILE
 from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, load_model, model_of
-from qwench.models.peft import AdapterFolder, is_adapter, no_adapter, write_adapter
+from qwench.models.peft import AdapterFolder, write_adapter
 from qwench.training.fsdp.lora import Adapters, folder_name
 from qwench.training.fsdp.optimizer import MasterOptimizer, full_tensor, local_shard, own_part
 from qwench.training.resuming import (
@@ -71,17 +71,8 @@ def save_adapters(folder: Path, matrices: Mapping[str, Tensor], adapters: Adapte
 
 
 def load_adapters(folder: Path, optimizer: MasterOptimizer, adapters: Adapters, model: Architecture) -> None:
-    """Read the masters of adapters, and the starts, of a PEFT folder; local.
-
-    Raises:
-        ConfigError: the adapter is of another rank, scale, model or other projections.
-        CheckpointError: it holds no adapter, or is damaged.
-    """
-    if not is_adapter(folder):
-        raise no_adapter(folder)
-    stored = AdapterFolder(folder)
-    stored.check_is(adapters.section, model)
-    reader = _SplitMatrices(stored, adapters)
+    """Read the masters of adapters, and the starts, of a PEFT folder; local. Raises what `AdapterFolder.of_run` does."""
+    reader = _SplitMatrices(AdapterFolder.of_run(folder, adapters.section, model), adapters)
     masters = optimizer.masters()
     _fill({name: matrix for name, matrix in adapters.matrices().items() if name not in masters}, reader)
     _fill(masters, reader)

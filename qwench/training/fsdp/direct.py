@@ -4,13 +4,14 @@
     float32 sums of gradients, flat <--the products themselves--'
 
 The weights are what is published, so an engine in this process computes with them as they are. They are DTensors under their
-Hugging Face names, on a mesh of one, so that optimizer and checkpoints see what they see under FSDP2. Matrices that share an
+Hugging Face names, on a mesh of one: optimizer and checkpoints see what they see under FSDP2. Matrices that share an
 input lie back to back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -110,36 +111,40 @@ class FlatGradients:
         return self._sums
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyPlace:
+    """The ranks and devices of a policy, and how it computes there."""
+
+    mesh: DeviceMesh
+    training: TrainingConfig
+    device: torch.device
+    param_dtype: torch.dtype
+    """Of the forward, the backward and the publication."""
+    stored_dtype: torch.dtype
+    """Of shards that are not computed with as they lie."""
+    attention: str
+
+
 class DirectPolicy:
     """See the module docstring; called like `fsdp.policy.Policy`."""
 
-    def __init__(
-        self,
-        causal_lm: PreTrainedModel,
-        architecture: Architecture,
-        mesh: DeviceMesh,
-        training: TrainingConfig,
-        *,
-        device: torch.device,
-        param_dtype: torch.dtype,
-        attention: str,
-    ) -> None:
+    def __init__(self, causal_lm: PreTrainedModel, architecture: Architecture, place: PolicyPlace) -> None:
         """Move the weights of `causal_lm`, which keeps them under their names."""
+        training, device = place.training, place.device
         self.causal_lm = causal_lm
+        self._place = place
         self.gradients = FlatGradients(partial(FlatTensors, architecture, torch.float32, device))
         self._architecture = architecture
         self._device = device
         self._flat: FlatTensors | None = None
-        self._attention = attention
         self._head_chunk_tokens = training.head_chunk_tokens
         self._recomputes_layers = training.recomputes_layers
-        self._invariant = training.batch_invariant and device.type == "cpu" and mesh.size() == 1
+        self._invariant = training.batch_invariant and device.type == "cpu" and place.mesh.size() == 1
         """Log-probs have the same bits in every micro-batch."""
         self._decoder = PackedDecoder(architecture, device, invariant=self._invariant)
-        self._budget = ActivationBudget(architecture, device, param_dtype, head_chunk_tokens=self._head_chunk_tokens)
+        self._budget = ActivationBudget(architecture, device, place.param_dtype, head_chunk_tokens=self._head_chunk_tokens)
         self._trigger = torch.zeros((), device=device, requires_grad=True)
-        self._param_dtype = param_dtype
-        self._weights = _move_weights(causal_lm, self._held_tensors(mesh), mesh)
+        self._weights = _move_weights(causal_lm, self._held_tensors(), place.mesh)
 
     def named_weights(self) -> dict[str, nn.Parameter]:
         """Return the parameters under their Hugging Face names, in the order of the gradients."""
@@ -148,14 +153,14 @@ class DirectPolicy:
     def computed(self) -> FlatTensors:
         """Return the memory of the weights that passes compute with, which is taken when it is first asked for."""
         if self._flat is None:
-            self._flat = FlatTensors(self._architecture, self._param_dtype, self._device)
+            self._flat = FlatTensors(self._architecture, self._place.param_dtype, self._device)
         return self._flat
 
     def _bound(self) -> DecoderTensors:
         """Return the weights that the next pass computes with."""
         return self.computed().bound
 
-    def _held_tensors(self, _mesh: DeviceMesh) -> Mapping[str, Tensor]:
+    def _held_tensors(self) -> Mapping[str, Tensor]:
         """Return the memory of this rank's part of every weight."""
         return self.computed().by_name
 
@@ -184,7 +189,7 @@ class DirectPolicy:
             tokens=on_device(micro_batch.tokens, device),
             positions=on_device(micro_batch.positions, device),
             scored=scored,
-            attention=attention_of(self._attention, micro_batch.lengths, device, invariant=self._invariant),
+            attention=attention_of(self._place.attention, micro_batch.lengths, device, invariant=self._invariant),
         )
         kept_bytes, head_sum = 0, None
         if torch.is_grad_enabled():

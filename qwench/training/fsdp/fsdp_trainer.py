@@ -37,7 +37,7 @@ from qwench.training.fsdp import checkpoint
 from qwench.training.fsdp.adapted import AdaptedPolicy
 from qwench.training.fsdp.attention import install_attention
 from qwench.training.fsdp.checkpoint import fill_shards, is_foreign, load_causal_lm, load_converted
-from qwench.training.fsdp.direct import DirectPolicy, can_be_direct
+from qwench.training.fsdp.direct import DirectPolicy, PolicyPlace, can_be_direct
 from qwench.training.fsdp.gathered import GatheredPolicy
 from qwench.training.fsdp.lora import Adapters
 from qwench.training.fsdp.optimizer import MasterOptimizer, full_tensor, local_shard
@@ -120,18 +120,15 @@ class FsdpTrainer(BackendTrainer):
         architecture = put_value_head(model) if critic else architecture_of(model.config)
         install_attention(model, attention, device=device, dtype=param_dtype)
         adapters = None if lora is None else _make_adapters(model, lora, source, training, model_folder)
-        policy = _place(
-            model,
-            architecture,
-            mesh,
-            training,
-            attention=attention,
-            stored_dtype=param_dtype if optimizer.offloaded_share > 0 else MASTER_DTYPE,
-            param_dtype=param_dtype,
+        place = PolicyPlace(
+            mesh=mesh,
+            training=training,
             device=device,
-            logits=logits,
-            adapters=adapters,
+            param_dtype=param_dtype,
+            stored_dtype=param_dtype if optimizer.offloaded_share > 0 else MASTER_DTYPE,
+            attention=attention,
         )
+        policy = _place(model, architecture, place, logits=logits, adapters=adapters)
         masters = _start_training(policy, architecture, adapters, source, optimizer, total_steps, param_dtype)
         return cls(
             policy,
@@ -321,13 +318,8 @@ def _start_training(
 def _place(
     model: PreTrainedModel,
     architecture: Architecture,
-    mesh: DeviceMesh,
-    training: TrainingConfig,
+    place: PolicyPlace,
     *,
-    attention: str,
-    stored_dtype: torch.dtype,
-    param_dtype: torch.dtype,
-    device: torch.device,
     logits: bool,
     adapters: Adapters | None,
 ) -> Policy | DirectPolicy:
@@ -337,26 +329,27 @@ def _place(
     start, and those of several ranks that shard the model: with --dp-replicate equal to the ranks each has it whole. With
     --whole-weights, several ranks have a `GatheredPolicy`.
     """
+    training, mesh = place.training, place.mesh
     written_out = not (architecture.value_head or logits)
     make: Callable[..., DirectPolicy] | None = None
     if written_out and mesh.size() > 1 and training.whole_weights:
-        make = partial(GatheredPolicy, stored_dtype=stored_dtype)
-    elif written_out and mesh["dp_shard"].size() == 1 and can_be_direct(architecture, attention):
+        make = GatheredPolicy
+    elif written_out and mesh["dp_shard"].size() == 1 and can_be_direct(architecture, place.attention):
         if adapters is not None and adapters.are_plain:
             make = partial(AdaptedPolicy, adapters=adapters)
         elif adapters is None and mesh.size() == 1:
             make = DirectPolicy
     if make is not None:
-        return make(model, architecture, mesh, training, device=device, param_dtype=param_dtype, attention=attention)
+        return make(model, architecture, place)
     kind = ValuePolicy if architecture.value_head else LogitsPolicy if logits else Policy
-    policy = kind(model, attention=attention, head_chunk_tokens=training.head_chunk_tokens)
+    policy = kind(model, attention=place.attention, head_chunk_tokens=training.head_chunk_tokens)
     parallelize(
         policy,
         mesh,
-        device=device,
-        param_dtype=param_dtype,
+        device=place.device,
+        param_dtype=place.param_dtype,
         gradient_checkpointing=training.recomputes_layers,
         torch_compile=training.torch_compile,
-        stored_dtype=stored_dtype,
+        stored_dtype=place.stored_dtype,
     )
     return policy

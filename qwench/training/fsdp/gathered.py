@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture
-from qwench.training.fsdp.direct import DirectPolicy, Flat, FlatGradients, FlatTensors, can_be_direct
+from qwench.training.fsdp.direct import DirectPolicy, Flat, FlatGradients, FlatTensors, PolicyPlace, can_be_direct
 from qwench.training.fsdp.optimizer import local_shard
 
 
@@ -75,38 +74,25 @@ class ReducedGradients(FlatGradients):
 class GatheredPolicy(DirectPolicy):
     """See the module docstring."""
 
-    def __init__(
-        self,
-        causal_lm: PreTrainedModel,
-        architecture: Architecture,
-        mesh: DeviceMesh,
-        training: TrainingConfig,
-        *,
-        device: torch.device,
-        param_dtype: torch.dtype,
-        stored_dtype: torch.dtype,
-        attention: str,
-    ) -> None:
+    def __init__(self, causal_lm: PreTrainedModel, architecture: Architecture, place: PolicyPlace) -> None:
         """Move this rank's shards of the weights of `causal_lm`, which keeps them under their names."""
-        check_gathered(architecture, attention, num_shards=mesh["dp_shard"].size())
-        self._mesh = mesh
-        self._stored_dtype = stored_dtype
-        super().__init__(causal_lm, architecture, mesh, training, device=device, param_dtype=param_dtype, attention=attention)
-        self.gradients = ReducedGradients(partial(FlatTensors, architecture, torch.float32, device), mesh)
+        check_gathered(architecture, place.attention, num_shards=place.mesh["dp_shard"].size())
+        super().__init__(causal_lm, architecture, place)
+        self.gradients = ReducedGradients(partial(FlatTensors, architecture, torch.float32, place.device), place.mesh)
 
-    def _held_tensors(self, mesh: DeviceMesh) -> Mapping[str, Tensor]:
-        num_shards = mesh["dp_shard"].size()
+    def _held_tensors(self) -> Mapping[str, Tensor]:
+        num_shards, dtype = self._place.mesh["dp_shard"].size(), self._place.stored_dtype
         return {
-            name: torch.empty((shape[0] // num_shards, *shape[1:]), dtype=self._stored_dtype, device=self._device)
+            name: torch.empty((shape[0] // num_shards, *shape[1:]), dtype=dtype, device=self._device)
             for name, shape in self._architecture.parameter_shapes().items()
         }
 
     @torch.no_grad()
     def begin(self) -> None:
         """Gather the weights that passes compute with; collective."""
-        group = self._mesh.get_group("dp_shard")
+        group = self._place.mesh.get_group("dp_shard")
         for name, whole in self.computed().by_name.items():
-            shard = local_shard(self._weights[name]).to(self._param_dtype)
+            shard = local_shard(self._weights[name]).to(self._place.param_dtype)
             dist.all_gather_into_tensor(whole, shard, group=group)
 
     def release(self) -> None:

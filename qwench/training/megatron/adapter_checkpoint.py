@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qwench.checkpoints.formats.pieces import PiecedTensor
 from qwench.models.megatron_names import WeightRule
-from qwench.models.peft import AdapterFolder, is_adapter, no_adapter, write_adapter
+from qwench.models.peft import AdapterFolder, write_adapter
 from qwench.training.megatron.checkpoint import pieced
 from qwench.training.megatron.lora import Adapters
 from qwench.training.megatron.optimizer import MasterOptimizer
@@ -41,14 +41,9 @@ def save_state(folder: Path, optimizer: MasterOptimizer, adapters: Adapters) -> 
 def load(folder: Path, optimizer: MasterOptimizer, adapters: Adapters, *, weights_only: bool) -> None:
     """Read matrices and masters and, unless told otherwise, moments and step count; collective.
 
-    Raises:
-        ConfigError: the adapter is of another rank, scale, model or other projections.
-        CheckpointError: it holds no adapter, or is damaged.
+    Raises what `AdapterFolder.of_run` does.
     """
-    if not is_adapter(folder):
-        raise no_adapter(folder)
-    stored = AdapterFolder(folder)
-    stored.check_is(adapters.section, adapters.place.model)
+    stored = AdapterFolder.of_run(folder, adapters.section, adapters.place.model)
     adapters.fill(stored)
     optimizer.reset(0 if weights_only else load_num_steps(folder))
     rule_of = {weight: rule for rule, weight in adapters.weights}

@@ -102,7 +102,7 @@ def test_what_would_kill_a_run_is_a_grader_error_with_file_and_line(name: str, s
 def test_a_late_function_is_killed_and_said_where_it_was(name: str, line: str) -> None:
     with closing(pool_for(f"{HOSTILE}.{name}", timeout_s=1.0)) as pool:
         verdict = asyncio.run(pool.grade(finished("text")))
-        assert pool._custom._workers[0]._process.returncode is not None
+        assert pool._custom._workers.processes[0]._process.returncode is not None
     assert (verdict.score, verdict.reason) == (0.0, "timeout")
     assert f"{HOSTILE_FILE}:" in verdict.extra["error"]
     assert abs(int(verdict.extra["error"].split(":")[1].split()[0]) - line_of(line)) <= 1

@@ -43,7 +43,7 @@ def reasons(verdicts: list[Verdict]) -> list[str]:
 
 
 def worker_pid(pool: RewardPool) -> int:
-    process = pool._algebra._workers[0]._process
+    process = pool._algebra._workers.processes[0]._process
     assert process is not None
     return process.pid
 
@@ -127,7 +127,7 @@ def test_a_stopped_child_ends_with_its_worker(pool: RewardPool) -> None:
 def test_worker_that_died_idle_is_replaced_unnoticed(pool: RewardPool) -> None:
     asyncio.run(pool.grade(NEEDS_ALGEBRA))
     os.kill(worker_pid(pool), signal.SIGKILL)
-    pool._algebra._workers[0]._process.wait()  # type: ignore[union-attr]  # worker_pid has checked it
+    pool._algebra._workers.processes[0]._process.wait()  # type: ignore[union-attr]  # worker_pid has checked it
     assert asyncio.run(pool.grade(NEEDS_ALGEBRA)).reason == "sympy_equal"
 
 

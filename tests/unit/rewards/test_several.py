@@ -15,7 +15,7 @@ from qwench.rewards import remote
 from qwench.rewards.graders import check_prompts
 from qwench.rewards.judge import Judge, fill_template, read_template, read_verdict
 from qwench.rewards.pool import RewardPool
-from qwench.rewards.several import combine
+from qwench.rewards.scores import combine
 from qwench.rollout.sample_metrics import sample_metrics
 from qwench.samples import Prompt, Sample, Verdict
 

@@ -3,7 +3,7 @@
     x [T, K] --A of all adapters, one product--> [T, n, S, R] --times mix [T, S]--> --B of all adapters--> added to y [T, N]
 
 n projections share an input, S adapters are stacked, R is the largest rank. `mix` has a token's own adapter at its scale and
-zeros for the others, so a token without an adapter gets the base model's output, bit for bit.
+zeros for the others. So a token without an adapter gets the base model's output, bit for bit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qwench.engines.embedded.scheduling.request import NO_ADAPTER, ChosenAdapter
 from qwench.errors import EngineError
 from qwench.models.architecture import Architecture
 from qwench.models.decoder.linear import Projection
-from qwench.models.peft import A, B
+from qwench.models.peft import A, AdapterFolder, B
 
 PUBLISHED = ""
 """The adapter that publications bring: requests that name no other compute with it."""
@@ -236,6 +236,19 @@ def _sharing_input(module: str) -> tuple[str, ...]:
 
 AdapterChange = Callable[[AdapterStore, set[int]], None]
 """Loads or unloads adapters; gets the slots of unfinished requests too."""
+
+
+def load_folder(name: str, folder: Path, model: Architecture) -> AdapterChange:
+    """Read a folder, and return what adds it to an engine's adapters (see `EmbeddedEngine.change_adapters`).
+
+    Raises:
+        ConfigError: it is no LoRA adapter, or one of another model.
+        CheckpointError: its weights are missing or damaged.
+    """
+    stored = AdapterFolder(folder)
+    stored.check_fits(model)
+    matrices = {name: stored.read(name) for name in stored.config.shapes(model)}
+    return lambda adapters, in_use: adapters.add(name, matrices, scale=stored.config.scale, in_use=in_use, folder=folder)
 
 
 class RowAdapters:

@@ -1,7 +1,7 @@
 """Draws the next tokens of all rows at once, each by its own parameters, and their log-probs.
 
-The draw of a token depends on its row's logits, the request's seed and the token's position in the response, on nothing else: a
-counter-based hash gives one uniform number, and the inverse of the cumulative distribution turns it into a token.
+The draw of a token depends on its row's logits, the request's seed and the token's position in the response alone. A
+counter-based hash gives one uniform number. The inverse of the cumulative distribution turns it into a token.
 """
 
 from __future__ import annotations

@@ -6,18 +6,19 @@ model multiplies them as one matrix.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from qwench.engines.embedded.compute.adapters import AdapterStore
-from qwench.engines.embedded.compute.parameters import lay_out, list_parameters
 from qwench.engines.protocol import Portion
 from qwench.errors import EngineError, WeightSyncError
 from qwench.models.architecture import Architecture
-from qwench.models.fp8 import FP8_DTYPE, is_scale_name
+from qwench.models.fp8 import FP8_DTYPE, SCALE_DTYPE, is_quantized_name, is_scale_name, scale_name, scale_shape
 from qwench.models.hf_weights import find_parameters
 from qwench.models.peft import SCALE
 from qwench.models.safetensors_files import read_tensor
@@ -27,6 +28,21 @@ from qwench.wire.portions import WeightBucket, bucketed
 
 BUCKET_BYTES = 256 * 2**20
 TIED_HEAD = "lm_head.weight"
+_ALIGNMENT_BYTES = 256
+"""Matrices start at multiples of this, for cuBLAS. Neighbours are fused only if their sizes keep this alignment."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Parameter:
+    """One tensor of the engine."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Return its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class WeightStore:
@@ -38,7 +54,7 @@ class WeightStore:
         Args:
             fp8: the layers' matrices are block-wise FP8.
         """
-        self._parameters = list_parameters(architecture, dtype, fp8=fp8)
+        self._parameters = _list_parameters(architecture, dtype, fp8=fp8)
         self._tied_head = architecture.tied_head
         self.adapters = AdapterStore(architecture, dtype=dtype, device=device)
         """Adapters beside the weights; a publication may bring one."""
@@ -64,7 +80,7 @@ class WeightStore:
 
     def allocate(self) -> None:
         """Take memory for own weights; they are not ready before they are copied in."""
-        offsets, size_bytes = lay_out(self._parameters)
+        offsets, size_bytes = _lay_out(self._parameters)
         buffer = torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
         self._tensors = {
             name: buffer[offsets[name] : offsets[name] + parameter.num_bytes].view(parameter.dtype).view(parameter.shape)
@@ -242,3 +258,33 @@ def read_folder(folder: Path, architecture: Architecture) -> Iterator[WeightBuck
 
 def _addresses(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+
+def _list_parameters(architecture: Architecture, dtype: torch.dtype, *, fp8: bool) -> dict[str, _Parameter]:
+    """Return the engine's tensors by Hugging Face name; with `fp8` the layers' matrices are e4m3 and scales come at the end."""
+    shapes = architecture.parameter_shapes()
+    if not fp8:
+        return {name: _Parameter(shape=shape, dtype=dtype) for name, shape in shapes.items()}
+    weights = {
+        name: _Parameter(shape=shape, dtype=FP8_DTYPE if is_quantized_name(name) else dtype) for name, shape in shapes.items()
+    }
+    scales = {
+        scale_name(name): _Parameter(shape=scale_shape(shape), dtype=SCALE_DTYPE)
+        for name, shape in shapes.items()
+        if is_quantized_name(name)
+    }
+    return weights | scales
+
+
+def _lay_out(parameters: dict[str, _Parameter]) -> tuple[dict[str, int], int]:
+    """Return where each tensor begins in one flat buffer, and how long that is, in bytes.
+
+    Scales lie back to back without alignment, so that those of fused matrices are one matrix as well.
+    """
+    offsets: dict[str, int] = {}
+    end = 0
+    for name, parameter in parameters.items():
+        alignment = SCALE_DTYPE.itemsize if is_scale_name(name) else _ALIGNMENT_BYTES
+        offsets[name] = -(-end // alignment) * alignment
+        end = offsets[name] + parameter.num_bytes
+    return offsets, end

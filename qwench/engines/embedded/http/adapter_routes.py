@@ -10,8 +10,8 @@ from pathlib import Path
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict
 
+from qwench.engines.embedded.compute.adapters import load_folder
 from qwench.engines.embedded.engine import EmbeddedEngine
-from qwench.engines.embedded.lora import load_folder
 from qwench.errors import EngineError, QwenchError
 
 _MAX_NAME_CHARS = 256

@@ -4,7 +4,7 @@
        ^------------------ preempt: pages ran out, lowest priority and latest first ------|
 
 Equal prompts are prefilled once. The first is admitted with its siblings as followers. When its prefill ends, they share its
-full pages and copy the last one, and each samples from the same logits with its own seed.
+full pages and copy the last one. Each samples from the same logits with its own seed.
 """
 
 from __future__ import annotations
