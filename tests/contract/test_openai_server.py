@@ -83,8 +83,9 @@ def test_a_completion_is_what_generate_says(server):
     assert abs(got["created"] - time.time()) < 3600
     end = {"finish_reason": "length", "matched_stop": None}
     assert got["choices"] == [{"index": 0, "text": native["text"], "logprobs": None, **end}]
-    usage = {name: got["usage"][name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
-    assert usage == {"prompt_tokens": 8, "completion_tokens": 9, "total_tokens": 17}
+    assert got["usage"] == {
+        "prompt_tokens": 8, "completion_tokens": 9, "total_tokens": 17, "prompt_tokens_details": {"cached_tokens": 4},
+    }  # fmt: skip
 
 
 def test_defaults_are_openais(server):
@@ -154,6 +155,7 @@ def test_a_streamed_chat_begins_with_its_role_and_joins_to_the_whole_answer(serv
     for index in (0, 1):
         pieces = [one for record in records for one in record["choices"] if one["index"] == index]
         assert pieces[0]["delta"] == {"role": "assistant", "content": ""}
+        assert ["role" in one["delta"] for one in pieces[1:]] == [False] * (len(pieces) - 1)
         assert "".join(one["delta"]["content"] for one in pieces) == whole[index]["message"]["content"]
         assert [one["finish_reason"] for one in pieces] == [None] * (len(pieces) - 1) + ["length"]
         log_probs = [entry for one in pieces if one["logprobs"] for entry in one["logprobs"]["content"]]

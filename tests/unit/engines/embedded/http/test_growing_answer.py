@@ -44,3 +44,8 @@ def test_without_a_tokenizer_there_is_no_text():
 def test_many_tokens_at_once_are_the_same_text():
     ids = TOKENIZER("1 + 2 = \u20ac3\n\n")["input_ids"]
     assert GrowingText(TOKENIZER, skip_special_tokens=True).certain(ids) == "1 + 2 = \u20ac3\n\n"
+
+
+def test_the_longest_beginning_of_a_stop_string_counts():
+    assert growth("xaab", stop=("abc",)) == ["x", "x", "xa", "xa"]  # the second a may begin it, the first does not
+    assert growth("abab", stop=("ababc",)) == ["", "", "", ""]
