@@ -1,6 +1,6 @@
 """Faults of a run on several GPUs: what it says, after how long, and how the same command goes on.
 
-    python benchmarks/multi_gpu/faults.py --model FOLDER --prompts FILE --output FOLDER [--gpus 2] [-- FLAGS]
+    python benchmarks/multi_gpu/faults.py --model FOLDER --prompts FILE --output FOLDER [--fault rank] [-- FLAGS]
 
 One run without a fault, then each of these in a run of its own:
 
@@ -192,6 +192,16 @@ def carry_out(
     return seen
 
 
+DRILLS: dict[str, tuple[Callable[[Drill, Seen], None] | None, tuple[str, ...], bool]] = {
+    "none": (None, (), False),
+    "engine": (kill_engine, (), True),
+    "engine, tolerant": (kill_engine, TOLERANT, False),
+    "rank": (kill_rank, (), True),
+    "stopped rank": (stop_rank, (), False),
+}
+"""Fault -> what strikes, more flags, and whether the command is given again."""
+
+
 def seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f} s"
 
@@ -201,19 +211,15 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--fault", action="append", choices=list(DRILLS), help="what to drill. None: all")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--batch", type=int, default=32, help="prompts of a rollout")
     parser.add_argument("--length", type=int, default=1024, help="of responses")
     parser.add_argument("flags", nargs="*", help="flags of qwench train, after --")
     given = parser.parse_args()
     drills: list[Seen] = []
-    for fault, strike, flags, resumes in (
-        ("none", None, (), False),
-        ("engine", kill_engine, (), True),
-        ("engine, tolerant", kill_engine, TOLERANT, False),
-        ("rank", kill_rank, (), True),
-        ("stopped rank", stop_rank, (), False),
-    ):
+    for fault in given.fault or DRILLS:
+        strike, flags, resumes = DRILLS[fault]
         drills.append(carry_out(given, fault, strike, *flags, resumes=resumes))
         (given.output / "faults.json").write_text(json.dumps([asdict(seen) for seen in drills], indent=1))
         seen = drills[-1]
