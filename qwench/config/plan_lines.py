@@ -21,7 +21,8 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
     if devices.trains and devices.generates:
         yield f"devices: {'shared by trainer and engines' if devices.shared else 'trainer and engines apart'}"
     if devices.generates:
-        yield f"engines: {config.engine.kind} ({config.engine.engine_reason or 'the default'}), {_engines(devices)}"
+        apart = f"; the last {devices.num_eval_engines} for evaluations alone" if devices.num_eval_engines else ""
+        yield f"engines: {config.engine.kind} ({config.engine.engine_reason or 'the default'}), {_engines(devices)}{apart}"
     if devices.trains:
         yield f"reference model: {_reference(config, plan)}"
         if config.lora.enabled:
@@ -68,7 +69,8 @@ def _rollout_lines(config: Config, plan: RunPlan) -> Iterator[str]:
 
 def _ahead(config: Config, plan: RunPlan) -> str:
     if config.asynchronous.fully_async:
-        return f", generated without a stop; trained tokens are at most {plan.max_staleness} versions old"
+        rate = f" (--lr: that of a run in turn, divided by {plan.max_staleness + 1})" if plan.max_staleness else ""
+        return f", generated without a stop; trained tokens are at most {plan.max_staleness} versions old{rate}"
     return ", generated one ahead of training" if config.rollout.rollouts_ahead else ""
 
 
