@@ -19,6 +19,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -71,8 +72,9 @@ def main() -> None:
             for name, flags in methods.items():
                 pool.submit(_run, folder, name, flags, seed=seed, rollouts=options.rollouts, interval=options.eval_interval)
     curves = _curves_of(folder)
-    content = {"metric": METRIC, "sft_rollouts": options.sft_rollouts, "curves": [asdict(curve) for curve in curves]}
-    write_atomically(folder / "curves.json", json.dumps(content, indent=1) + "\n")
+    rows = ",\n".join(json.dumps(asdict(curve)) for curve in curves)
+    content = f'{{"metric": "{METRIC}", "sft_rollouts": {options.sft_rollouts}, "curves": [\n{rows}\n]}}\n'
+    write_atomically(folder / "curves.json", content)
     draw(curves, folder / "curves.png")
 
 
@@ -175,6 +177,7 @@ def draw(curves: Sequence[Curve], picture: Path) -> None:
     num_rows = -(-len(names) // _PANELS_PER_ROW)
     figure = Figure(figsize=(3.4 * min(len(names), _PANELS_PER_ROW), 2.6 * num_rows), layout="constrained")
     FigureCanvasAgg(figure)
+    most = max(Counter(curve.method for curve in curves).values(), default=0)
     reference = [curve for curve in curves if curve.method == REFERENCE]
     for position, name in enumerate(names, start=1):
         panel = figure.add_subplot(num_rows, min(len(names), _PANELS_PER_ROW), position)
@@ -185,6 +188,7 @@ def draw(curves: Sequence[Curve], picture: Path) -> None:
         panel.plot(own[0].rollouts, _over_seeds(own, fmean), marker="o", markersize=2.5)
         panel.set_ylim(0, 1)
         settings = [f"{flag.removeprefix('--')} {value}" for flag, value in SETTINGS.get(name, {}).items()][:2]
+        settings += [f"(seeds: {len(own)})"] if len(own) < most else []
         panel.set_title("  ".join([f"{name}  {_over_seeds(own, fmean)[-1]:.2f}", *settings]), fontsize=8 if settings else 9)
         panel.grid(alpha=0.3)
     figure.supxlabel("rollout")
