@@ -20,14 +20,15 @@ FOREIGN = "qwench/foreign/"
 """Functions of other systems' users read its names."""
 USED: Mapping[str, str] = {
     "Python, PyTorch, Megatron-Core, Rich, uvicorn and pydantic call or read them": """
-        __cause__ __init_subclass__ architectures core_attention finalize_model_grads_func find_class
+        __cause__ __init_subclass__ architectures core_attention do_GET finalize_model_grads_func
+        find_class log_message
         grad_stats_parallel_group handleError input_layernorm load_bytes model_config
         on_broken_pipe padding_idx pre_mlp_layernorm pre_tokenizer readable reducer_override seekable
         media_type should_exit trigger weight_sum_D""",
     "they keep an object alive as long as their owner": "_timeout",
     "the driver calls methods of a rank by name": "next_bucket",
     "requests of SGLang's HTTP API may carry them": """
-        background frequency_penalty log_metrics no_logs presence_penalty repetition_penalty return_bytes return_entropy
+        background frequency_penalty no_logs presence_penalty repetition_penalty return_bytes return_entropy
         return_hidden_states return_text_in_logprobs spaces_between_special_tokens""",
     "requests of OpenAI's API may carry them": """
         continue_final_message echo function_call include_obfuscation logit_bias modalities parallel_tool_calls

@@ -26,7 +26,8 @@ from qwench.launch.inputs import Inputs
 from qwench.launch.placement import Launcher, check_turns, choose_launcher, enough_gpus
 from qwench.models.hf import architecture_of, load_hf_config
 from qwench.models.hf_weights import has_weights
-from qwench.observability.tracking import import_tensorboard, import_wandb
+from qwench.observability.prometheus import check_port
+from qwench.observability.tracking import import_mlflow, import_tensorboard, import_wandb
 from qwench.rewards.graders import check_installed
 from qwench.samples import Json, Prompt
 from qwench.training.fsdp.attention import check_attention
@@ -134,6 +135,10 @@ def check_trackers(flags: LoggingConfig) -> None:
     """
     if flags.use_tensorboard:
         import_tensorboard()
+    if flags.use_mlflow:
+        import_mlflow()
+    if flags.use_prometheus:
+        check_port(flags.prometheus_port)
     if flags.use_wandb:
         import_wandb()
 

@@ -19,8 +19,9 @@ from qwench.launch.inputs import Inputs
 from qwench.launch.outputs import tensorboard_folder
 from qwench.observability.dumps import save_rollout
 from qwench.observability.metrics import MetricGate, MetricLog, Sink
+from qwench.observability.prometheus import PrometheusSink
 from qwench.observability.run_report import NEXT, RunReport
-from qwench.observability.tracking import METRICS, JsonlSink, TensorBoardSink, WandbSink
+from qwench.observability.tracking import METRICS, JsonlSink, MlflowSink, TensorBoardSink, WandbSink
 from qwench.rewards.second_grader import DISAGREEMENTS, describe_shortest, list_disagreements, read_disagreements
 from qwench.samples import Rollout
 
@@ -85,6 +86,18 @@ def metric_log(inputs: Inputs, report: RunReport) -> MetricLog:
                     steps_per_rollout=inputs.plan.batch.num_steps_per_rollout if flags.wandb_always_use_train_step else 1,
                 )
             )
+        if flags.use_mlflow:
+            sinks.append(
+                MlflowSink(
+                    uri=flags.mlflow_tracking_uri,
+                    experiment=flags.mlflow_experiment_name,
+                    run_name=flags.mlflow_run_name or flags.wandb_group,
+                    run_id=flags.mlflow_run_id,
+                )
+            )
+        if flags.use_prometheus:
+            name = flags.prometheus_run_name or flags.wandb_group or "qwench"
+            sinks.append(PrometheusSink(port=flags.prometheus_port, run_name=name))
     return MetricLog(sinks, gate=_metric_gate(inputs), num_steps_per_rollout=inputs.plan.batch.num_steps_per_rollout)
 
 

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -24,6 +25,7 @@ from qwench.files import trouble, write_atomically, written
 from qwench.observability.metrics import Axis, Record
 
 METRICS = "metrics.jsonl"
+_REFUSED_BY_MLFLOW = re.compile(r"[^a-zA-Z0-9_\-./\s]")
 _logger = logging.getLogger(__name__)
 
 
@@ -221,8 +223,33 @@ def _framed(content: bytes) -> bytes:
     return buffer.getvalue()
 
 
-class WandbSink:
+class _Service:
+    """A program at the other end. Its first failure ends the curves there, and not the run."""
+
+    _flag: str
+    _name: str
+    _failed = False
+
+    def drop_from(self, first_steps: Mapping[Axis, int]) -> None:
+        """Keep what was sent: the service cannot take it back, and draws the repeated points over the old ones."""
+
+    def check(self) -> None:
+        """Accept lost records: a warning said so, and the other sinks have them."""
+
+    def _tell(self, call: Callable[[], object]) -> None:
+        if self._failed:
+            return
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - another package's process at the other end
+            self._failed = True
+            _logger.warning("%s: %s gets no more metrics (%s); the run goes on", self._flag, self._name, _first_line(error))
+
+
+class WandbSink(_Service):
     """Send records to Weights & Biases; `run_id` makes a restarted command continue the same run."""
+
+    _flag, _name = "--use-wandb", "Weights & Biases"
 
     def __init__(
         self,
@@ -269,7 +296,6 @@ class WandbSink:
                 f"--use-wandb: Weights & Biases does not start ({_first_line(error)}); check network and key, or give "
                 "--wandb-mode offline."
             ) from error
-        self._failed = False
 
     def write(self, rollout_id: int, records: Sequence[Record]) -> None:
         """Log each record together with its own x value."""
@@ -277,25 +303,38 @@ class WandbSink:
             step = record.step if record.axis is Axis.TRAIN else record.step * self._steps_per_rollout
             self._tell(partial(self._run.log, {record.axis.value: step, **record.metrics}))
 
-    def drop_from(self, first_steps: Mapping[Axis, int]) -> None:
-        """Keep what was sent: the service cannot take it back, and draws the repeated points over the old ones."""
-
-    def check(self) -> None:
-        """Accept lost records: a warning said so, and the other sinks have them."""
-
     def close(self) -> None:
         """Upload what is left and end the run."""
         self._tell(self._run.finish)
 
-    def _tell(self, call: Callable[[], object]) -> None:
-        """Call the package; its first failure ends the curves there, and not the run."""
-        if self._failed:
-            return
+
+class MlflowSink(_Service):
+    """Send records to MLflow, each metric at the x value of its record; `run_id` makes a restarted command continue a run."""
+
+    _flag, _name = "--use-mlflow", "MLflow"
+
+    def __init__(self, *, uri: str | None, experiment: str, run_name: str | None, run_id: str | None) -> None:
+        """Start the run. `uri` None: MLflow's own default, the environment variable MLFLOW_TRACKING_URI among it."""
+        self._mlflow = import_mlflow()
         try:
-            call()
-        except Exception as error:  # noqa: BLE001 - another package's process at the other end
-            self._failed = True
-            _logger.warning("--use-wandb: Weights & Biases gets no more metrics (%s); the run goes on", _first_line(error))
+            if uri is not None:
+                self._mlflow.set_tracking_uri(uri)
+            self._mlflow.set_experiment(experiment)
+            self._mlflow.start_run(run_id=run_id, run_name=run_name)
+        except Exception as error:  # its errors share no base class
+            raise ConfigError(
+                f"--use-mlflow: MLflow does not start ({_first_line(error)}); check --mlflow-tracking-uri and network."
+            ) from error
+
+    def write(self, rollout_id: int, records: Sequence[Record]) -> None:
+        """Log each record."""
+        for record in records:
+            named = {_REFUSED_BY_MLFLOW.sub("_", name): value for name, value in record.metrics.items()}
+            self._tell(partial(self._mlflow.log_metrics, named, step=record.step))
+
+    def close(self) -> None:
+        """End the run."""
+        self._tell(self._mlflow.end_run)
 
 
 def _first_line(error: Exception) -> str:
@@ -309,6 +348,15 @@ def import_wandb() -> Any:  # the module object of an optional dependency
         ConfigError: it is not installed, or cannot be imported.
     """
     return _import("wandb", flag="--use-wandb", install="pip install wandb")
+
+
+def import_mlflow() -> Any:  # as above
+    """Return the package mlflow.
+
+    Raises:
+        ConfigError: it is not installed, or cannot be imported.
+    """
+    return _import("mlflow", flag="--use-mlflow", install="pip install mlflow")
 
 
 def import_tensorboard() -> Any:  # as above

@@ -44,6 +44,7 @@ OTHER_DEFAULTS = {
     "expert-tensor-parallel-size": "there are no experts",
     "rollout-submission-granularity": "a free slot takes the next sample",
     "lora-rank": "0 switches adapters off, and no rank at all refuses their other flags",
+    "mlflow-experiment-name": "the program's own name",
     "lora-alpha": "16 too, and told apart from an alpha that is given",
 }
 OTHER_CHOICES = {
@@ -251,9 +252,9 @@ def test_families_that_change_nothing_are_accepted_with_a_warning():
 
 def test_all_refused_flags_are_named_at_once_and_what_is_never_supported_first():
     with pytest.raises(ConfigError) as refused:
-        parse(["--use-mlflow", "--critic-save", "a", "--multi-lora-n-adapters", "4"])
+        parse(["--use-rollout-entropy", "--critic-save", "a", "--multi-lora-n-adapters", "4"])
     assert str(refused.value).startswith("--multi-lora-n-adapters 4 is not supported: one run trains one adapter")
-    assert str(refused.value).endswith("(refused too: --use-mlflow --critic-save)")
+    assert str(refused.value).endswith("(refused too: --use-rollout-entropy --critic-save)")
 
 
 READ_BY_THEIR_SECTION_ALONE = {

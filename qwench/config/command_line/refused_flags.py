@@ -216,13 +216,6 @@ PLANNED: tuple[ForeignFlag, ...] = (
     *planned("records by turn; --save-debug-rollout-data records rollouts", "save-debug-trajectory-data"),
     *planned("a choice of FP8 layers", "extra-high-precision-layers-hf extra-high-precision-layers-megatron"),
     *planned(
-        "MLflow and Prometheus; --use-wandb and --use-tensorboard log the metrics",
-        """
-        use-mlflow mlflow-tracking-uri mlflow-experiment-name mlflow-run-name mlflow-run-id use-prometheus prometheus-port
-        prometheus-run-name
-        """,
-    ),
-    *planned(
         "other divisions of a pipeline; --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers divide it",
         """
         account-for-embedding-in-pipeline-split

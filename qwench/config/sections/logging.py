@@ -9,6 +9,8 @@ from typing import Literal
 from qwench.config.limits import check_not_negative, check_positive
 from qwench.errors import ConfigError
 
+_LAST_PORT = 65535
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoggingConfig:
@@ -51,6 +53,22 @@ class LoggingConfig:
     """ID of the Weights & Biases run to continue."""
     wandb_always_use_train_step: bool = False
     """Draw every metric of Weights & Biases over the steps of the optimizer, those of rollouts and evaluations, too."""
+    use_mlflow: bool = False
+    """Log to MLflow. Needs the package mlflow."""
+    mlflow_tracking_uri: str | None = None
+    """Address of the MLflow server, or a folder. None: MLflow's default, for example MLFLOW_TRACKING_URI of the environment."""
+    mlflow_experiment_name: str = "qwench"
+    """Experiment of the MLflow run."""
+    mlflow_run_name: str | None = None
+    """Name of the MLflow run. None: --wandb-group, else one that MLflow makes up."""
+    mlflow_run_id: str | None = None
+    """ID of the MLflow run to continue."""
+    use_prometheus: bool = False
+    """Serve the newest value of every metric over HTTP for Prometheus, at /metrics of --prometheus-port."""
+    prometheus_port: int = 9090
+    """Port of --use-prometheus."""
+    prometheus_run_name: str | None = None
+    """Label run_name of every value. None: --wandb-group, else qwench."""
     mfu_peak_tflops: float | None = None
     """Peak TFLOP/s of a trainer's GPU. With it perf/actor_train_mfu, the share that training reaches, is logged. None: off."""
     log_passrate: bool = False
@@ -64,6 +82,8 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         check_not_negative("--show-samples", self.show_samples)
+        if not 1 <= self.prometheus_port <= _LAST_PORT:
+            raise ConfigError(f"--prometheus-port must be from 1 to {_LAST_PORT}, got {self.prometheus_port}")
         check_positive("--mfu-peak-tflops", self.mfu_peak_tflops)
         check_positive("--table-interval", self.table_interval)
         if self.use_wandb and self.wandb_project is None:

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from qwench.errors import ConfigError, OutputError, QwenchError
 from qwench.observability.metrics import MetricGate, MetricLog
-from qwench.observability.tracking import JsonlSink, TensorBoardSink, WandbSink, check_metrics_file
+from qwench.observability.tracking import JsonlSink, MlflowSink, TensorBoardSink, WandbSink, check_metrics_file
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -261,3 +261,39 @@ def test_a_service_that_does_not_start_is_one_sentence(monkeypatch):
         ConfigError, match=r"Weights & Biases does not start \(RuntimeError: no network\); .*--wandb-mode offline"
     ):
         WandbSink(project="p")
+
+
+class FakeMlflow:
+    """The part of the package that is called; `log_metrics` fails from the third call on."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+
+    def __getattr__(self, name: str):
+        def call(*args: object, **flags: object) -> None:
+            self.calls.append((name, *args, *flags.values()))
+            if name == "log_metrics" and len(self.calls) > 5:
+                raise ConnectionError("the server is gone")
+
+        return call
+
+
+def test_mlflow_gets_each_record_at_its_own_step_and_its_end_costs_its_curves_alone(monkeypatch, caplog):
+    fake = FakeMlflow()
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    log = MetricLog([MlflowSink(uri="http://h", experiment="e", run_name="n", run_id="7")], num_steps_per_rollout=1)
+    log.log(3, {"rollout/reward (mean)": 0.5}, steps=[{"train/loss": 1.0}])
+    log.log(4, {"rollout/reward (mean)": 0.5}, steps=[{"train/loss": 1.0}])
+    log.finish()
+    log.close()
+    assert fake.calls == [
+        ("set_tracking_uri", "http://h"),
+        ("set_experiment", "e"),
+        ("start_run", "7", "n"),
+        ("log_metrics", {"train/loss": 1.0}, 3),
+        ("log_metrics", {"rollout/reward _mean_": 0.5}, 3),
+        ("log_metrics", {"train/loss": 1.0}, 4),
+    ]
+    assert caplog.messages == [
+        "--use-mlflow: MLflow gets no more metrics (ConnectionError: the server is gone); the run goes on"
+    ]
