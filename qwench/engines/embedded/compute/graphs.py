@@ -8,7 +8,8 @@ padded up to a bucket, and padded rows read and write the scratch page. All grap
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +85,7 @@ class DecodeGraphs:
         self._warmed = warmed
         self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Drawn]] = {}
         self._memory = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
 
     def __call__(self, decode: DecodePass, decodes: Chunks, draws: Draws) -> Drawn:
         """Run one step of `decode`, which is the same in every call.
@@ -119,10 +121,25 @@ class DecodeGraphs:
             self._warm_up(decode, inputs)
             self._warmed.add((rows, size))
         graph = torch.cuda.CUDAGraph()
-        # Thread-local: the trainer of the same process may allocate in its own thread at the same time.
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+        with self._recorded_by(graph):
             drawn = decode(inputs)
         return graph, drawn
+
+    @contextmanager
+    def _recorded_by(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """Record what the block launches.
+
+        `torch.cuda.graph` does the same, and frees the pinned memory that torch caches. A trainer that sleeps would pin it again.
+        """
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()  # a recording takes memory, and can free none
+        with torch.cuda.stream(self._stream):
+            # Thread-local: the trainer of the same process may allocate in its own thread at the same time.
+            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+            try:
+                yield
+            finally:
+                graph.capture_end()
 
     def _warm_up(self, decode: DecodePass, inputs: DecodeInputs) -> None:
         stream = torch.cuda.Stream(self._device)
