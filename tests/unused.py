@@ -24,7 +24,7 @@ USED: Mapping[str, str] = {
         find_class log_message
         grad_stats_parallel_group handleError input_layernorm load_bytes model_config
         on_broken_pipe padding_idx pre_mlp_layernorm pre_tokenizer readable reducer_override seekable
-        media_type should_exit trigger weight_sum_D""",
+        media_type should_exit trigger""",
     "they keep an object alive as long as their owner": "_timeout",
     "the driver calls methods of a rank by name": "next_bucket",
     "requests of SGLang's HTTP API may carry them": """

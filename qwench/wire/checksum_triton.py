@@ -19,13 +19,14 @@ _STEPS = 16
 _PROGRAM_WORDS = _BLOCK * _STEPS
 _WIDE = 16
 """Bytes of the widest load."""
+_WORD = 4
+"""Bytes of a word."""
 
 
 @triton.jit(do_not_specialize=["table_size"])
 def _sum_kernel(
     tensors,
     sums,
-    like,
     table_size,
     factor: tl.constexpr,
     alignment: tl.constexpr,
@@ -43,7 +44,7 @@ def _sum_kernel(
     address = tl.load(tensors + owner * 3 + 1)
     num_words = tl.load(tensors + owner * 3 + 2)
     # Wide loads need to know of the alignment, which is lost where an address is a number.
-    words = tl.multiple_of(address.to(tl.pointer_type(like.dtype.element_ty)), alignment)
+    words = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), alignment)
     start = (program - first_program) * (block * steps)
     lane = tl.arange(0, block)
     total = tl.zeros((block,), dtype=tl.int64)
@@ -64,7 +65,7 @@ def word_sums(words: Sequence[Tensor], *, factor: int) -> Tensor:
     """Return [len(words)] int64: of each tensor the sum of word i times (i + 1) * factor modulo 2**32, modulo 2**64.
 
     Args:
-        words: contiguous int32 [n], on one GPU.
+        words: contiguous and of whole words, on one GPU.
         factor: odd.
     """
     device = words[0].device
@@ -72,15 +73,15 @@ def word_sums(words: Sequence[Tensor], *, factor: int) -> Tensor:
     table_size = 1 << (len(words) - 1).bit_length()
     table, num_programs, alignment = [], 0, _WIDE
     for one in words:
-        address, num_words = one.data_ptr(), one.numel()
+        address, num_words = one.data_ptr(), one.nbytes // _WORD
         table.append((num_programs, address, num_words))
         num_programs += -(-num_words // _PROGRAM_WORDS)
         if address % _WIDE:
-            alignment = one.element_size()
+            alignment = _WORD
     table += [(num_programs, 0, 0)] * (table_size - len(words))  # which no program reaches
     if num_programs:
         # Not waited for: so small a table is read before the call returns.
         tensors = torch.tensor(table).to(device, non_blocking=True)
         with torch.cuda.device(device):
-            _sum_kernel[(num_programs,)](tensors, sums, words[0], table_size, factor, alignment, _BLOCK, _STEPS)
+            _sum_kernel[(num_programs,)](tensors, sums, table_size, factor, alignment, _BLOCK, _STEPS)
     return sums

@@ -18,6 +18,8 @@ from qwench.models.decoder.gradients import Heads, QkNorms
 SILU_BLOCK = 1024
 NUM_PROGRAMS = 528
 """Of kernels that sum over rows: four for each multiprocessor of an H100."""
+_SUMMED_ROWS, _SUMMED_COLUMNS = 64, 32
+"""Tile of the sum over programs."""
 
 
 def rms_norm_backward(
@@ -44,7 +46,7 @@ def rms_norm_backward(
         BLOCK=block,
         num_warps=min(max(block // 256, 1), 8),
     )
-    weight_sum_D += partial.sum(0)
+    _add_rows(partial, weight_sum_D)
     return output
 
 
@@ -94,9 +96,8 @@ def qk_norm_rope_backward(
         **_shape(heads),
     )
     if norms is not None:
-        total = partial.sum(0)
-        norms.q_sum.add_(total[0])
-        norms.k_sum.add_(total[1])
+        _add_rows(partial[:, 0], norms.q_sum)
+        _add_rows(partial[:, 1], norms.k_sum)
     return output
 
 
@@ -119,6 +120,15 @@ def silu_mul_backward(gate_up_T2F: Tensor, grad_TF: Tensor, *, recompute: bool =
     return output, activated
 
 
+def _add_rows(partial_PD: Tensor, total_D: Tensor) -> None:
+    """Add the sum of the rows to the total."""
+    num_rows, size = partial_PD.shape
+    grid = (triton.cdiv(size, _SUMMED_COLUMNS),)
+    _sum_rows[grid](
+        partial_PD, total_D, num_rows, partial_PD.stride(0), SIZE=size, ROWS=_SUMMED_ROWS, COLUMNS=_SUMMED_COLUMNS, num_warps=4
+    )
+
+
 def _shape(heads: Heads) -> dict[str, int]:
     half = heads.head_dim // 2
     tile = triton.next_power_of_2(heads.heads) * triton.next_power_of_2(half)
@@ -131,6 +141,21 @@ def _shape(heads: Heads) -> dict[str, int]:
         "HALF_PAD": triton.next_power_of_2(half),
         "num_warps": min(max(tile // 256, 1), 8),
     }
+
+
+@triton.jit
+def _sum_rows(partial_pointer, total_pointer, num_rows, stride, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    column, line = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS)
+    inside = column < SIZE
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    start = 0
+    while start < num_rows:
+        row = start + line
+        mask = (row < num_rows)[:, None] & inside[None, :]
+        total += tl.load(partial_pointer + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
+        start += ROWS
+    before = tl.load(total_pointer + column, mask=inside, other=0.0)
+    tl.store(total_pointer + column, before + tl.sum(total, axis=0), mask=inside)
 
 
 @triton.jit
@@ -152,14 +177,25 @@ def _rms_norm_backward(
     weight = tl.load(weight_pointer + column, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     row = program.to(tl.int64)
+    # The next row is under way while this one is summed: sums wait for all warps.
+    next_x = tl.load(x_pointer + row * SIZE + column, mask=inside, other=0.0)
+    next_grad = tl.load(grad_pointer + row * SIZE + column, mask=inside, other=0.0)
+    next_residual = next_grad
+    if HAS_RESIDUAL:
+        next_residual = tl.load(residual_pointer + row * SIZE + column, mask=inside, other=0.0)
     while row < num_rows:
-        x = tl.load(x_pointer + row * SIZE + column, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_pointer + row * SIZE + column, mask=inside, other=0.0).to(tl.float32)
+        x, grad, residual = next_x.to(tl.float32), next_grad.to(tl.float32), next_residual.to(tl.float32)
+        place = (row + num_programs) * SIZE + column
+        exists = inside & (row + num_programs < num_rows)
+        next_x = tl.load(x_pointer + place, mask=exists, other=0.0)
+        next_grad = tl.load(grad_pointer + place, mask=exists, other=0.0)
+        if HAS_RESIDUAL:
+            next_residual = tl.load(residual_pointer + place, mask=exists, other=0.0)
         scale = tl.rsqrt(tl.sum(x * x, axis=0) / SIZE + eps)
         normed, slope = x * scale, weight * grad
         result = scale * (slope - normed * (tl.sum(slope * normed, axis=0) / SIZE))
         if HAS_RESIDUAL:
-            result += tl.load(residual_pointer + row * SIZE + column, mask=inside, other=0.0).to(tl.float32)
+            result += residual
         tl.store(output_pointer + row * SIZE + column, result.to(output_pointer.dtype.element_ty), mask=inside)
         total += grad * normed
         row += num_programs
@@ -235,13 +271,12 @@ def _qk_norm_rope(
 
 @triton.jit
 def _norm_gradients(first, second, weight_1, weight_2, grad_1, grad_2, eps, HALF: tl.constexpr):
-    """Return both halves of the gradient of heads, and of the weight's summed over heads."""
+    """Return both halves of the gradient of heads, and of each head's part in the weight's."""
     scale = tl.rsqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / (2 * HALF) + eps)[:, None]
     first, second = first * scale, second * scale
     slope_1, slope_2 = weight_1[None, :] * grad_1, weight_2[None, :] * grad_2
     mean = ((tl.sum(slope_1 * first, axis=1) + tl.sum(slope_2 * second, axis=1)) / (2 * HALF))[:, None]
-    sum_1, sum_2 = tl.sum(grad_1 * first, axis=0), tl.sum(grad_2 * second, axis=0)
-    return scale * (slope_1 - first * mean), scale * (slope_2 - second * mean), sum_1, sum_2
+    return scale * (slope_1 - first * mean), scale * (slope_2 - second * mean), grad_1 * first, grad_2 * second
 
 
 @triton.jit
@@ -266,45 +301,45 @@ def _qk_norm_rope_backward(
     HALF: tl.constexpr,
     HALF_PAD: tl.constexpr,
 ):
-    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    token, num_programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     head, kv_head, half = tl.arange(0, HEADS_PAD), tl.arange(0, KV_HEADS_PAD), tl.arange(0, HALF_PAD)
     inside = half < HALF
-    q_offset = head[:, None] * (2 * HALF) + half[None, :]
-    q_mask = (head < HEADS)[:, None] & inside[None, :]
-    k_offset = kv_head[:, None] * (2 * HALF) + half[None, :]
-    k_mask = (kv_head < KV_HEADS)[:, None] & inside[None, :]
+    q_offset, k_offset = head[:, None] * (2 * HALF) + half[None, :], kv_head[:, None] * (2 * HALF) + half[None, :]
+    q_mask, k_mask = (head < HEADS)[:, None] & inside[None, :], (kv_head < KV_HEADS)[:, None] & inside[None, :]
     q_size: tl.constexpr = HEADS * 2 * HALF
     k_size: tl.constexpr = KV_HEADS * 2 * HALF
     if HAS_NORM:
         q_weight_1, q_weight_2 = _load_halves(q_weight_pointer, half, inside, HALF)
         k_weight_1, k_weight_2 = _load_halves(k_weight_pointer, half, inside, HALF)
-    zero = tl.zeros((HALF_PAD,), tl.float32)
-    q_sum_1, q_sum_2, k_sum_1, k_sum_2 = zero, zero, zero, zero
-    token = program.to(tl.int64)
+    # Summed over heads at the end alone: that sum waits for all warps.
+    q_zero, k_zero = tl.zeros((HEADS_PAD, HALF_PAD), tl.float32), tl.zeros((KV_HEADS_PAD, HALF_PAD), tl.float32)
+    q_sum_1, q_sum_2, k_sum_1, k_sum_2 = q_zero, q_zero, k_zero, k_zero
     while token < num_tokens:
         rope = rope_pointer + tl.load(position_pointer + token).to(tl.int64) * (2 * HALF)
-        cos, sin = _load_halves(rope, half[None, :], inside[None, :], HALF)
         row = token * (q_size + 2 * k_size)
-        turned_1, turned_2 = _load_halves(grad_q_pointer + token * q_size, q_offset, q_mask, HALF)
-        grad_1, grad_2 = turned_1 * cos + turned_2 * sin, turned_2 * cos - turned_1 * sin
-        if HAS_NORM:
-            first, second = _load_halves(qkv_pointer + row, q_offset, q_mask, HALF)
-            grad_1, grad_2, sum_1, sum_2 = _norm_gradients(first, second, q_weight_1, q_weight_2, grad_1, grad_2, eps, HALF)
-            q_sum_1, q_sum_2 = q_sum_1 + sum_1, q_sum_2 + sum_2
-        _store_halves(output_pointer + row, q_offset, q_mask, grad_1, grad_2, HALF)
-        turned_1, turned_2 = _load_halves(grad_k_pointer + token * k_size, k_offset, k_mask, HALF)
-        grad_1, grad_2 = turned_1 * cos + turned_2 * sin, turned_2 * cos - turned_1 * sin
-        if HAS_NORM:
-            first, second = _load_halves(qkv_pointer + row + q_size, k_offset, k_mask, HALF)
-            grad_1, grad_2, sum_1, sum_2 = _norm_gradients(first, second, k_weight_1, k_weight_2, grad_1, grad_2, eps, HALF)
-            k_sum_1, k_sum_2 = k_sum_1 + sum_1, k_sum_2 + sum_2
-        _store_halves(output_pointer + row + q_size, k_offset, k_mask, grad_1, grad_2, HALF)
+        # All loads come before the first store, so that all are under way at once.
+        cos, sin = _load_halves(rope, half[None, :], inside[None, :], HALF)
+        q_turned_1, q_turned_2 = _load_halves(grad_q_pointer + token * q_size, q_offset, q_mask, HALF)
+        k_turned_1, k_turned_2 = _load_halves(grad_k_pointer + token * k_size, k_offset, k_mask, HALF)
         value_1, value_2 = _load_halves(grad_v_pointer + token * k_size, k_offset, k_mask, HALF)
+        if HAS_NORM:
+            q_1, q_2 = _load_halves(qkv_pointer + row, q_offset, q_mask, HALF)
+            k_1, k_2 = _load_halves(qkv_pointer + row + q_size, k_offset, k_mask, HALF)
+        grad_1, grad_2 = q_turned_1 * cos + q_turned_2 * sin, q_turned_2 * cos - q_turned_1 * sin
+        if HAS_NORM:
+            grad_1, grad_2, part_1, part_2 = _norm_gradients(q_1, q_2, q_weight_1, q_weight_2, grad_1, grad_2, eps, HALF)
+            q_sum_1, q_sum_2 = q_sum_1 + part_1, q_sum_2 + part_2
+        _store_halves(output_pointer + row, q_offset, q_mask, grad_1, grad_2, HALF)
+        grad_1, grad_2 = k_turned_1 * cos + k_turned_2 * sin, k_turned_2 * cos - k_turned_1 * sin
+        if HAS_NORM:
+            grad_1, grad_2, part_1, part_2 = _norm_gradients(k_1, k_2, k_weight_1, k_weight_2, grad_1, grad_2, eps, HALF)
+            k_sum_1, k_sum_2 = k_sum_1 + part_1, k_sum_2 + part_2
+        _store_halves(output_pointer + row + q_size, k_offset, k_mask, grad_1, grad_2, HALF)
         _store_halves(output_pointer + row + q_size + k_size, k_offset, k_mask, value_1, value_2, HALF)
         token += num_programs
-    partial = partial_pointer + program * (4 * HALF)
-    _store_halves(partial, half, inside, q_sum_1, q_sum_2, HALF)
-    _store_halves(partial + 2 * HALF, half, inside, k_sum_1, k_sum_2, HALF)
+    partial = partial_pointer + tl.program_id(0) * (4 * HALF)
+    _store_halves(partial, half, inside, tl.sum(q_sum_1, axis=0), tl.sum(q_sum_2, axis=0), HALF)
+    _store_halves(partial + 2 * HALF, half, inside, tl.sum(k_sum_1, axis=0), tl.sum(k_sum_2, axis=0), HALF)
 
 
 @triton.jit

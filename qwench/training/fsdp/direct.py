@@ -86,11 +86,16 @@ def flat_views(
 
 
 class FlatGradients:
-    """Float32 sums of the gradients since the last `drop`; memory is taken when the first one is asked for."""
+    """Float32 sums of the gradients since the last `drop`; memory is taken when the first one is asked for.
+
+    The tensors stay the same ones: making hundreds of views in each step would keep the device waiting.
+    """
 
     def __init__(self, make: Callable[[], Flat]) -> None:
         self._make = make
         self._sums: Flat | None = None
+        self._whole: Tensor | None = None
+        """The memory of all sums as one tensor."""
 
     @property
     def sums(self) -> DecoderTensors:
@@ -103,11 +108,17 @@ class FlatGradients:
 
     def drop(self) -> None:
         """Forget the gradients and give their memory back."""
-        self._sums = None
+        if self._whole is not None:
+            self._whole.untyped_storage().resize_(0)
 
     def _made(self) -> Flat:
-        if self._sums is None:
+        if self._sums is None or self._whole is None:
             self._sums = self._make()
+            first = next(iter(self._sums.by_name.values()))
+            self._whole = first.new_empty(0).set_(first.untyped_storage())
+        elif not self._whole.untyped_storage().nbytes():
+            self._whole.untyped_storage().resize_(self._whole.nbytes)
+            self._whole.zero_()
         return self._sums
 
 

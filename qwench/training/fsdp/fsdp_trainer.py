@@ -76,6 +76,7 @@ class FsdpTrainer(BackendTrainer):
         self._param_dtype = param_dtype
         self._adapters = adapters
         self._matrices = adapters.matrices() if adapters is not None else {}
+        self._own_matrices = {name: local_shard(matrix) for name, matrix in self._matrices.items()}
         self._weights = _model_weights(policy, adapters)
         trained = sum(weight.numel() for weight in policy.named_weights().values() if weight.requires_grad)
         whole_bytes = trained * MASTER_DTYPE.itemsize
@@ -184,7 +185,7 @@ class FsdpTrainer(BackendTrainer):
         if part == "merged":
             merged = ((name, adapters.published(name, weight, self._param_dtype)) for name, weight in whole)
             return bucketed(merged, bucket_bytes=bucket_bytes)
-        adapter = adapters.apart(self._param_dtype)
+        adapter = adapters.apart(self._whole_matrices())
         return bucketed(adapter if part == "adapter" else chain(whole, adapter), bucket_bytes=bucket_bytes)
 
     def shared_weights(self, part: WeightPart = "merged") -> Mapping[str, Tensor] | None:
@@ -202,7 +203,7 @@ class FsdpTrainer(BackendTrainer):
     def copy_held_weights(self) -> HostCopy:
         """Copy the shards to the host in `param_dtype`, the dtype of a forward; with adapters, of these alone."""
         self._assert_awake()
-        shards = self._shards() if self._adapters is None else [local_shard(matrix) for matrix in self._matrices.values()]
+        shards = self._shards() if self._adapters is None else list(self._own_matrices.values())
         return HostCopy(shards, dtype=self._param_dtype)
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
@@ -271,6 +272,12 @@ class FsdpTrainer(BackendTrainer):
             yield name, full_tensor(weight.detach().to(self._param_dtype))
         if self._adapters is not None:
             yield from self._adapters.quantised(self._param_dtype)
+
+    def _whole_matrices(self) -> dict[str, Tensor]:
+        """Return the adapters' matrices in the dtype in which they compute; collective."""
+        if self.parallel.num_ranks == 1:  # without DTensor, which takes longer than the copies
+            return {name: matrix.to(self._param_dtype) for name, matrix in self._own_matrices.items()}
+        return {name: full_tensor(matrix.detach().to(self._param_dtype)) for name, matrix in self._matrices.items()}
 
     def _dropping(self, micro_batch: int) -> AbstractContextManager[None]:
         """Drop inputs of adapters in the forward and backward of a micro-batch."""

@@ -127,9 +127,8 @@ class Adapters:
             if layer.frozen is not None:
                 yield f"{name}.weight", layer.frozen.whole(dtype)
 
-    def apart(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Yield the matrices of the adapter, as rounded to `dtype` they compute, and its scale; collective."""
-        whole = {name: _whole(matrix, dtype) for name, matrix in self.matrices().items()}
+    def apart(self, whole: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the matrices of the adapter, and its scale, from whole ones under the names of `matrices`."""
         yield from self.as_one(whole).items()
         yield SCALE, torch.tensor([self.config().scale], device=next(iter(whole.values())).device)
 

@@ -173,7 +173,9 @@ class HostAdam(torch.optim.AdamW):
         assert closure is None, "gradients are computed before the step"
         assert self.state, "reset comes first"
         self._count_steps(int(self._num_steps) + 1)
-        for bucket in self._device_buckets:
+        if self._split_kernel_steps:
+            self._step_split()
+        for bucket in () if self._split_kernel_steps else self._device_buckets:
             gradients = [span.of(gradient_of(span.param)) for span in bucket]
             if REST in self.state[bucket[0].param]:
                 self._update_split(bucket, gradients)
@@ -269,21 +271,33 @@ class HostAdam(torch.optim.AdamW):
             weight.copy_(master)
 
     def _update_split(self, bucket: Sequence[Span], gradients: Sequence[Tensor]) -> None:
-        """Step a bucket on the device whose masters are split."""
+        """Step a bucket on the device whose masters are split, without the kernel."""
         parts = [(span.of(span.param), rest) for span, rest in zip(bucket, self._cut_states(bucket, REST), strict=True)]
-        if not (parts[0][0].is_cuda and self.has_split_kernel):
-            masters = [join(param, rest) for param, rest in parts]
-            self._update(bucket, gradients, masters)
-            for master, (param, rest) in zip(masters, parts, strict=True):
-                split(master, param, rest)
-            return
+        masters = [join(param, rest) for param, rest in parts]
+        self._update(bucket, gradients, masters)
+        for master, (param, rest) in zip(masters, parts, strict=True):
+            split(master, param, rest)
+
+    @property
+    def _split_kernel_steps(self) -> bool:
+        """Tell whether the kernel steps what is on the device."""
+        on_device = (param for param in self._params() if param not in self._on_host)
+        first = next(on_device, None)
+        return self.has_split_kernel and first is not None and first.is_cuda and REST in self.state[first]
+
+    def _step_split(self) -> None:
+        """Step all parameters on the device, whose masters are split, a group at a time."""
         import qwench.training.optimizers.split_adam_triton as kernel  # noqa: PLC0415 - Triton comes with GPU builds of PyTorch
 
-        group = self.param_groups[self._group_index[bucket[0].param]]
-        constants = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-        moments = (self._cut_states(bucket, name) for name in MOMENTS)
-        for (param, rest), gradient, mean, square in zip(parts, gradients, *moments, strict=True):
-            kernel.step(param, rest, gradient, mean, square, num_steps=int(self._num_steps), **constants)
+        for group in self.param_groups:
+            constants = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+            params = [param for param in group["params"] if param not in self._on_host]
+            states = [self.state[param] for param in params]
+            parts = [
+                (param, state[REST], gradient_of(param), *(state[name] for name in MOMENTS))
+                for param, state in zip(params, states, strict=True)
+            ]
+            kernel.step(parts, num_steps=int(self._num_steps), **constants)
 
     def _update(self, bucket: Sequence[Span], gradients: Sequence[Tensor], masters: list[Tensor]) -> None:
         """Step masters and moments of a bucket where they are; torch's fused kernel uses all cores, or the device."""

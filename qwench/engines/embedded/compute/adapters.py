@@ -22,6 +22,7 @@ from qwench.errors import EngineError
 from qwench.models.architecture import Architecture
 from qwench.models.decoder.linear import Projection
 from qwench.models.peft import A, AdapterFolder, B
+from qwench.wire.flat_bucket import copy_all
 
 PUBLISHED = ""
 """The adapter that publications bring: requests that name no other compute with it."""
@@ -152,12 +153,17 @@ class AdapterStore:
             self._make_room(modules, rank=max(rank, self._rank), num_slots=max(slot, self._num_slots))
         except torch.OutOfMemoryError as cause:
             raise EngineError(f"the device has no memory for adapter {name!r} of rank {rank}; unload another one.") from cause
+        targets, sources = list[Tensor](), list[Tensor]()
         for group, stack in self._stacks.items():
             for module, a, b in zip(group, stack.a, stack.b, strict=True):
-                for matrices_of, leaf in ((a, A), (b, B)):
-                    matrices_of[slot - 1].zero_()
-                    if (matrix := matrices.get(f"{module}.{leaf}")) is not None:
-                        matrices_of[slot - 1, :rank].copy_(matrix if leaf == A else matrix.T)
+                for place, leaf in ((a[slot - 1], A), (b[slot - 1], B)):
+                    matrix = matrices.get(f"{module}.{leaf}")
+                    if matrix is None or rank < self._rank:
+                        place.zero_()
+                    if matrix is not None:
+                        targets.append(place[:rank])
+                        sources.append(matrix if leaf == A else matrix.T)
+        copy_all(targets, sources)
         self._mixes[slot, slot - 1] = scale
         self._num_loads += 1
         self._chosen[name] = ChosenAdapter(slot=slot, cache_root=-self._num_loads, folder=folder)
@@ -200,7 +206,8 @@ class AdapterStore:
         Raises:
             EngineError: a number is not finite.
         """
-        finite = torch.stack([matrix.to(self._dtype).isfinite().all() for matrix in matrices.values()])
+        largest = torch._foreach_norm([matrix.to(self._dtype) for matrix in matrices.values()], ord=math.inf)
+        finite = torch.stack(largest).isfinite()
         if not abs(scale) <= torch.finfo(self._dtype).max:
             raise EngineError(f"adapter {name!r} is multiplied by {scale:g}, which is no number of {self._dtype}.")
         if not finite.all():

@@ -129,7 +129,7 @@ class DecodeGraphs:
     def _recorded_by(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
         """Record what the block launches.
 
-        `torch.cuda.graph` does the same, and frees the pinned memory that torch caches. A trainer that sleeps would pin it again.
+        `torch.cuda.graph` does the same, and frees the pinned memory that torch caches. A trainer that sleeps would pin anew.
         """
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()  # a recording takes memory, and can free none

@@ -161,8 +161,10 @@ class WeightStore:
         of_adapter = [(name, tensor) for name, tensor in bucket if is_of_adapter(name)]
         if of_adapter:
             self.ready = False
-            self._matrices |= {name: tensor.detach().to(self._device, copy=True) for name, tensor in of_adapter}
-            self._checksums.add((name, self._matrices[name]) for name, _ in of_adapter)
+            copies = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device) for name, tensor in of_adapter}
+            copy_all(list(copies.values()), [tensor.detach() for _, tensor in of_adapter])
+            self._matrices |= copies
+            self._checksums.add(copies.items())
             bucket = [(name, tensor) for name, tensor in bucket if not is_of_adapter(name)]
         if bucket:
             self._load_weights(bucket)
