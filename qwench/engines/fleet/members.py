@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
 from qwench.engines.fleet.servers import Server
-from qwench.engines.protocol import Engine
+from qwench.engines.protocol import Engine, MemoryTag
 from qwench.errors import EngineError, EngineLostError, QwenchError
 
 Result = TypeVar("Result")
@@ -102,6 +102,35 @@ class Member:
     def label(self) -> str:
         """Return its name in messages."""
         return repr(self.engine) if self.server is None else f"{self.server.label} ({self.url})"
+
+    async def give_sign(self) -> object:
+        """Return when the server has answered, also where it refused."""
+        try:
+            return await self.engine.stats()
+        except EngineLostError:
+            raise
+        except EngineError:
+            return None
+
+    async def sleep(self, tags: Sequence[MemoryTag]) -> None:
+        """Give the memory of `tags` back, unless it sleeps."""
+        if not self.asleep:
+            await self.engine.sleep(tags)
+            self.asleep = True
+
+    async def wake(self, tags: Sequence[MemoryTag]) -> None:
+        """Take the memory of `tags` again, unless a restart has done so: a server may die of a second wake."""
+        if self.asleep:
+            await self.engine.wake(tags)
+            self.asleep = False
+
+    async def close(self) -> None:
+        """Close the engine, and stop its server."""
+        try:
+            await self.engine.close()
+        finally:
+            if self.server is not None:
+                await asyncio.to_thread(self.server.stop)
 
     async def until_lost(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Return the result of `work`; cancel it when the engine is lost.

@@ -7,7 +7,6 @@ health                   watches them, when asked to
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
@@ -22,7 +21,7 @@ from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.fleet.health import Supervisor
 from qwench.engines.fleet.members import Member, Members, MemberState, Router
 from qwench.engines.protocol import Engine, EngineStats, GenerateRequest, GenerateResult, MemoryTag
-from qwench.errors import EngineError, EngineLostError, WeightSyncError
+from qwench.errors import EngineLostError, WeightSyncError
 from qwench.observability.parts import AskedPart, forget, register
 from qwench.observability.waiting import Describe, say_nothing
 
@@ -273,7 +272,7 @@ class EnginePool:
         await self._dispatcher.close()
         if self._router is not None:
             await self._router.close()
-        await self._members.each(_close_member)
+        await self._members.each(Member.close)
 
     async def _confirm(self, version: int, adapter: str | None) -> None:
         """Make sure that every engine holds the version, and make stale engines ready."""
@@ -310,7 +309,7 @@ class EnginePool:
         return self.loop.start(router.check())
 
     def _ask_member(self, member: Member) -> Future[object]:
-        return self.loop.start(_give_sign(member))
+        return self.loop.start(member.give_sign())
 
     def _on_all(self, call: Callable[[], Coroutine[Any, Any, None]], *, label: str) -> None:
         """Do something with every engine, again if one of them was lost and is being restarted."""
@@ -326,12 +325,12 @@ class EnginePool:
     def _put_to_sleep(self) -> None:
         self._settle()
         if tags := self._tags_asleep:
-            sleeping = self._members.each(lambda one: _sleep(one, tags))
+            sleeping = self._members.each(lambda one: one.sleep(tags))
             self.run(sleeping, label="put engines to sleep", timeout_s=MEMORY_TIMEOUT_S)
 
     def _wake(self, tags: Sequence[MemoryTag]) -> None:
         self._settle()
-        self.run(self._members.each(lambda one: _wake(one, tags)), label="wake engines", timeout_s=MEMORY_TIMEOUT_S)
+        self.run(self._members.each(lambda one: one.wake(tags)), label="wake engines", timeout_s=MEMORY_TIMEOUT_S)
 
     def _raise_unless_restarting(self, error: EngineLostError) -> None:
         """Look for lost engines, which are then restarted; if there is none, the error has another reason."""
@@ -367,34 +366,3 @@ class EnginePool:
 
 async def _do_nothing() -> object:
     return None
-
-
-async def _give_sign(member: Member) -> object:
-    """Return when the server has answered, also where it refused."""
-    try:
-        return await member.engine.stats()
-    except EngineLostError:
-        raise
-    except EngineError:
-        return None
-
-
-async def _sleep(member: Member, tags: Sequence[MemoryTag]) -> None:
-    if not member.asleep:
-        await member.engine.sleep(tags)
-        member.asleep = True
-
-
-async def _wake(member: Member, tags: Sequence[MemoryTag]) -> None:
-    """Wake a member, unless a restart has woken it: a server may die of a second wake."""
-    if member.asleep:
-        await member.engine.wake(tags)
-        member.asleep = False
-
-
-async def _close_member(member: Member) -> None:
-    try:
-        await member.engine.close()
-    finally:
-        if member.server is not None:
-            await asyncio.to_thread(member.server.stop)
