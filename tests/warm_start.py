@@ -26,7 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MODULES = ("qwench.cluster.rank_process", "qwench.engines.fleet.tether", "qwench.launch.trial_import", "tests.forked_call")
+MODULES = ("qwench.cluster.rank_process", "tests.forked_call")
+_TETHER = "qwench.engines.fleet.tether"
+_LIGHT = "qwench.launch.trial_import"
+"""Imports what a user's module imports: it is forked where there is a server already."""
 REPOSITORY = Path(__file__).parents[1]
 MESSAGE_BYTES = 2**17
 _PADDING_BYTES = 2**15
@@ -71,7 +74,7 @@ class WarmStarts:
     def start(self, request: Request, descriptors: Sequence[int]) -> int | None:
         """Return the id of the new child of this process; None: there is no server."""
         with self._lock, _adopting_orphans():
-            if self._server is None and self._may_start_server:
+            if self._server is None and self._may_start_server and _LIGHT not in request.arguments:
                 self._server = _start_server()
             if self._server is None:
                 return None
@@ -137,8 +140,9 @@ def _execute_child(
 def _is_known(args: object) -> bool:
     if not isinstance(args, list | tuple) or not args or args[0] != sys.executable:
         return False
-    words = args[2:] if args[1] == "-P" else args[1:]
-    return tuple(words[:3]) == ("-m", "qwench", "serve") or (tuple(words[:1]) == ("-m",) and words[1] in MODULES)
+    words = list(args[2:] if args[1] == "-P" else args[1:])
+    serves = "qwench" in words and "serve" in words
+    return words[:1] == ["-m"] and (words[1] in (*MODULES, _LIGHT) or (words[1] in ("qwench", _TETHER) and serves))
 
 
 def _fork(request: Request, descriptors: Sequence[int], prepare: Callable[[], object]) -> int:
