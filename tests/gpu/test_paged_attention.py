@@ -123,3 +123,17 @@ def test_sleep_frees_the_cache_at_once():
 
     held, left = asyncio.run(scenario())
     assert left < held / 4
+
+
+def test_a_capture_leaves_cached_pinned_memory_as_it_is():
+    kept = torch.empty(123_456_789, dtype=torch.uint8, pin_memory=True)
+    address = kept.data_ptr()
+    del kept
+
+    async def scenario():
+        engine = make_engine(make_model("qwen3"), device="cuda", dtype=torch.bfloat16, cuda_graphs=True)
+        await generate_all(engine, [ask(f"r{i}", prompt_of(5, seed=i), max_new_tokens=4) for i in range(4)])
+        await engine.close()
+
+    asyncio.run(scenario())
+    assert torch.empty(123_456_789, dtype=torch.uint8, pin_memory=True).data_ptr() == address

@@ -9,7 +9,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of
-from qwench.training.fsdp.direct import FlatTensors
+from qwench.training.fsdp.direct import FlatGradients, FlatTensors
 from qwench.training.packed_decoder import Keep, PackedDecoder, Sequences
 from qwench.training.sequence_attention import attention_of
 
@@ -105,3 +105,17 @@ def test_recomputing_gives_the_same_bits() -> None:
     kept, *others = (_written_out(model, architecture, torch.bfloat16, keep)[1] for keep in Keep)
     for other in others:
         assert all(torch.equal(kept[name], other[name]) for name in kept)
+
+
+def test_sums_of_gradients_keep_their_tensors_give_their_memory_back_and_begin_at_zero() -> None:
+    architecture = architecture_of(_model(tied=True).config)
+    gradients = FlatGradients(lambda: FlatTensors(architecture, torch.float32, _CPU))
+    sums = gradients.sums
+    assert sums.layers[1].gate_up.shape == (48, 16)
+    sums.layers[1].gate_up.fill_(3.0)
+    assert sum(float(one.sum()) for one in gradients.local()) == 3 * 48 * 16
+    gradients.drop()
+    assert sums.head.untyped_storage().nbytes() == 0
+    assert gradients.sums is sums
+    assert all(bool((one == 0).all()) for one in gradients.local())
+    assert sums.layers[1].gate_up.shape == (48, 16)
