@@ -123,7 +123,10 @@ class CheckpointManager:
                 if not self._config.no_load_optim and not meta["has_optimizer"]:
                     raise ConfigError(f"{folder} was written with --no-save-optim and has no optimizer; give --no-load-optim.")
                 rollouts = json.loads((folder / _ROLLOUTS).read_bytes())
-                return Saved(folder=folder, iteration=iteration, meta=meta, rollouts=rollouts, is_own=own)
+                saved = Saved(folder=folder, iteration=iteration, meta=meta, rollouts=rollouts, is_own=own)
+                if self._config.use_checkpoint_opt_param_scheduler:
+                    saved.check_schedule(self._flags)
+                return saved
         return None
 
     @cached_property

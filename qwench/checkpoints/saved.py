@@ -6,16 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from qwench.config.sections.profiling import ProfilingConfig
 from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.errors import ConfigError
 from qwench.samples import Json
 
 _WITHOUT_EFFECT = frozenset(
     {"--save", "--load", "--save-hf", "--save-interval", "--keep-checkpoints", "--save-numbering"}
-    | {"--ckpt-step", "--log-dir", "--log-level", "--dry-run"}
-    | {f"--{field.name.replace('_', '-')}" for field in fields(TimeoutConfig)}
+    | {"--ckpt-step", "--log-dir", "--log-level", "--dry-run", "--debug-exit-after-rollout", "--save-trigger-sentinel"}
+    | {f"--{field.name.replace('_', '-')}" for section in (TimeoutConfig, ProfilingConfig) for field in fields(section)}
 )
 """Flags that name places and reports: another value changes no number."""
+_SCHEDULE = (
+    "--lr", "--min-lr", "--lr-decay-style", "--lr-decay-iters", "--lr-warmup-iters", "--lr-warmup-fraction",
+    "--lr-warmup-init", "--lr-wsd-decay-iters", "--lr-wsd-decay-style", "--weight-decay",
+)  # fmt: skip
 _MEANINGS = {
     "--num-rollout": "a decaying learning rate is spread over the new length",
     "--num-epoch": "a decaying learning rate is spread over the new length",
@@ -64,6 +69,22 @@ class Saved:
         if self.iteration == num_rollout:
             return f"{self.folder} is the end of this run (--num-rollout {num_rollout}): nothing to do; a larger one goes on"
         return None
+
+    def check_schedule(self, flags: Mapping[str, str]) -> None:
+        """Check that learning rates and weight decay are those of the run that saved this.
+
+        Raises:
+            ConfigError: another flag was given than then.
+        """
+        before = self.meta.get("flags")
+        saved = before if isinstance(before, Mapping) else {}
+        differing = [flag for flag in _SCHEDULE if saved.get(flag) != flags.get(flag)]
+        if differing:
+            then = ", ".join(f"{flag} {saved.get(flag, '-')}" for flag in differing)
+            raise ConfigError(
+                f"--use-checkpoint-opt-param-scheduler: {self.folder} was saved with {then}; give the same, "
+                "or leave the flag out"
+            )
 
     def changes(self, flags: Mapping[str, str]) -> list[str]:
         """Return one line for each flag whose value is another than that of the run that saved this."""

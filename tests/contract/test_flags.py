@@ -82,7 +82,9 @@ def test_the_list_names_every_flag_once():
     assert len(names(REFERENCE_FLAGS)) == len(set(names(REFERENCE_FLAGS))) == 805
     others = [row["flag"] for row in rows("field") if row not in FIELD_ROWS]
     of_files = ["--megatron-config-path", "--critic-config-path"]
-    assert sorted(others) == sorted(["--no-offload-train", "--no-offload-rollout", "--config", *of_files])
+    assert sorted(others) == sorted(
+        ["--no-offload-train", "--no-offload-rollout", "--config", "--use-checkpoint-opt_param-scheduler", *of_files]
+    )
 
 
 FULFILLED_BY = {
@@ -193,6 +195,7 @@ def test_a_flag_of_sglang_is_passed_on_under_its_own_name(row):
         (["--enable-off-policy-correction"], ["--use-tis"]),
         (["--attn-implementation", "triton"], ["--attn-implementation", "varlen"]),
         (["--profile", "--save", "s"], ["--use-pytorch-profiler", "--save", "s"]),
+        (["--use-checkpoint-lr-scheduler"], ["--use-checkpoint-opt-param-scheduler"]),
         (["--balance-by-flops"], ["--balance-data"]),
         (["--chat-template-path", "autofix"], []),
         (["--decoder-num-layers", "3"], ["--num-layers", "3"]),

@@ -62,6 +62,7 @@ ALIASES: Mapping[str, str] = {
     "disable-rollout-trim-samples": "allow-partial-train-step",
     "balance-by-flops": "balance-data",
     "profile": "use-pytorch-profiler",
+    "use-checkpoint-lr-scheduler": "use-checkpoint-opt-param-scheduler",
     "decoder-num-layers": "num-layers",
     "sglang-router-policy": "router-policy",
     "sglang-router-port": "router-port",

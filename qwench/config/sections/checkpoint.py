@@ -48,6 +48,9 @@ class CheckpointConfig:
     """Iteration to read from --load. None: the latest."""
     no_load_optim: bool = False
     """Do not load the optimizer state; start with a fresh optimizer."""
+    use_checkpoint_opt_param_scheduler: bool = False
+    """Refuse to resume with another learning rate, schedule or weight decay than the checkpoint's. Off: the flags decide, and
+    the start says what has changed."""
     no_load_rng: bool = False
     """Do not load the states of the random number generators."""
     finetune: bool = False

@@ -73,3 +73,17 @@ def test_a_finished_run_says_so_and_a_shorter_one_is_refused(tmp_path):
     assert saved.check_length(3).endswith("is the end of this run (--num-rollout 3): nothing to do; a larger one goes on")
     with pytest.raises(ConfigError, match="--num-rollout 2 is less than the 3 rollouts"):
         saved.check_length(2)
+
+
+def test_the_learning_rates_of_the_checkpoint_may_be_asked_for(tmp_path):
+    def manager(lr: str, **flags: object) -> CheckpointManager:
+        config = CheckpointConfig(save=tmp_path, **flags)
+        return CheckpointManager(config, {}, RecordingConsole(), flags={"--lr": lr, "--seed": lr})
+
+    manager("1e-6").save(1, CountingLearner(101), CountingRollouts(1))
+    assert manager("1e-5").saved.iteration == 1
+    assert manager("1e-6", use_checkpoint_opt_param_scheduler=True).saved.iteration == 1
+    with pytest.raises(
+        ConfigError, match=r"^--use-checkpoint-opt-param-scheduler: .*iter_0000001 was saved with --lr 1e-6; give the same"
+    ):
+        _ = manager("1e-5", use_checkpoint_opt_param_scheduler=True).saved
