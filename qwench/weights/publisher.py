@@ -146,21 +146,25 @@ class Publisher:
             if addresses := [engine.address for engine in pool.engines if isinstance(engine, AddressedEngine)]:
                 self._model.publish(addresses, version, plan)
             if local := [engine for engine in pool.engines if not isinstance(engine, AddressedEngine)]:
-                pool.loop.run(self._send_here(local, version, plan), label=label, timeout_s=plan.total_timeout_s)
+                pool.loop.run(self._sending(local, version, plan), label=label, timeout_s=plan.total_timeout_s)
         self._based = engines
         self._names = self._names[-1:]
 
-    async def _send_here(self, engines: Sequence[Engine], version: int, plan: PublicationPlan) -> None:
-        """Send the weights to engines of this process."""
-        source, part = plan.source_of(self._model), plan.part
+    def _sending(self, engines: Sequence[Engine], version: int, plan: PublicationPlan) -> Coroutine[object, object, None]:
+        """Return the coroutine that sends the weights to engines of this process."""
+        source, part, bucket_bytes = plan.source_of(self._model), plan.part, plan.engine.update_weight_buffer_size
         may_share = part == "apart" or (part == "merged" and self._gpus.weights_may_alias)
-        if may_share and (shared := shared_weights_for(engines, source, part)) is not None:
+        shared = shared_weights_for(engines, source, part) if may_share else None
+        if shared is None:
+            return send_copies(source, engines, version=version, bucket_bytes=bucket_bytes, part=part)
+        if part == "merged":
+            return send_alias(shared, engines, version=version)
+
+        async def send_apart() -> None:
             await send_alias(shared, engines, version=version)
-            if part == "merged":
-                return
-            part = "adapter"
-        bucket_bytes = plan.engine.update_weight_buffer_size
-        await send_copies(source, engines, version=version, bucket_bytes=bucket_bytes, part=part)
+            await send_copies(source, engines, version=version, bucket_bytes=bucket_bytes, part="adapter")
+
+        return send_apart()
 
     def _plan_for(self, engines: set[object], version: int) -> PublicationPlan:
         if (named := self._plan.named) is not None:
