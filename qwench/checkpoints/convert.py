@@ -33,7 +33,7 @@ from qwench.checkpoints.formats.sources import (
     open_weights,
 )
 from qwench.checkpoints.formats.targets import MASTERS, WEIGHTS, FsdpTarget, HfTarget, Target, TorchDistTarget
-from qwench.checkpoints.manifest import META, read_manifest, write_manifest
+from qwench.checkpoints.manifest import has_manifest, read_manifest, write_manifest
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import TEMPORARY_SUFFIX, check_can_hold, is_occupied, replace_folder, writing_back
 from qwench.models.hf import architecture_of
@@ -81,9 +81,9 @@ class RunState:
         """Read it; None: the checkpoint was not written by a run of ours.
 
         Raises:
-            CheckpointError: files are not as the run wrote them.
+            CheckpointError: files are not as the run wrote them, or another program wrote them.
         """
-        if not (folder / META).is_file():
+        if not has_manifest(folder):
             return None
         manifest = read_manifest(folder)
         return cls(folder=folder, facts={fact: manifest[fact] for fact in _FACTS})
@@ -308,7 +308,7 @@ def _crc(tensor: Tensor) -> int:
 
 def check_base(adapter: Path, base: Path, weights: WeightSource) -> None:
     """Raise ConfigError if a run trained the adapter on other weights than those of `base`."""
-    if not (adapter / META).is_file():
+    if not has_manifest(adapter):
         return
     trained_on = read_manifest(adapter, with_content=False)["identity"].get("base_weights")
     if trained_on not in (None, fingerprint(weights)):

@@ -14,7 +14,7 @@ from pathlib import Path
 from qwench.checkpoints.formats.dcp_reader import METADATA, DcpFolder
 from qwench.checkpoints.formats.iterations import POINTER, Iterations
 from qwench.checkpoints.formats.sources import find_checkpoint, find_format, is_checkpoint, open_weights
-from qwench.checkpoints.manifest import META, read_manifest
+from qwench.checkpoints.manifest import has_manifest, read_manifest
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.distillation import DistillationConfig
 from qwench.config.sections.lora import LoraConfig
@@ -117,21 +117,28 @@ def foreign_checkpoint(config: CheckpointConfig) -> Path | None:
     """Return the checkpoint in --load that no run of ours wrote; None: --load holds our runs', or nothing.
 
     Raises:
-        ConfigError: the folder's pointer, or --ckpt-step, names a checkpoint that is not there.
+        ConfigError: the folder's pointer, or --ckpt-step, names a checkpoint that is not there, or one that is not read.
         CheckpointError: it was not finished.
     """
     folder = config.load
     if folder is None or is_save_folder(config, folder) or (folder / MARKER).is_file():
         return None
     if config.ckpt_step is None and not (folder / POINTER).is_file():
-        return folder if is_checkpoint(folder) and not (folder / META).is_file() else None
+        return folder if is_checkpoint(folder) and not _has_our_manifest(folder) else None
     if config.ckpt_step is not None and not Iterations(folder).folder(config.ckpt_step).is_dir():
         return None
     named = find_checkpoint(folder, step=config.ckpt_step)
-    if (named / META).is_file():
+    if _has_our_manifest(named):
         return None
     find_format(named)
     return named
+
+
+def _has_our_manifest(folder: Path) -> bool:
+    try:
+        return has_manifest(folder)
+    except CheckpointError as error:
+        raise ConfigError(f"--load: {error}") from error
 
 
 def starting_weights(config: CheckpointConfig) -> Path | None:

@@ -20,6 +20,7 @@ from qwench.samples import Json
 from qwench.threads import usable_cores
 
 META = "meta.json"
+_VERSION = "qwench_version"
 _NOTES = ".crc32.json"
 _SELF = "crc32"
 _BLOCK_BYTES = 8 * 1024**2
@@ -39,7 +40,7 @@ def write_manifest(folder: Path, facts: Mapping[str, Json]) -> None:
     noted = _noted(paths)
     sums = noted | _checksums([path for path in paths if path not in noted])
     files: Json = {path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "crc32": sums[path]} for path in paths}
-    content: dict[str, Json] = {"qwench_version": __version__, **facts, "files": files}
+    content: dict[str, Json] = {_VERSION: __version__, **facts, "files": files}
     content[_SELF] = _own_checksum(content)
     (folder / META).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -78,6 +79,27 @@ def read_manifest(folder: Path, *, with_content: bool = True) -> Mapping[str, Js
             if value != written_sum:
                 raise CheckpointError(f"{path} is damaged: its CRC-32 is {value:08x}, not {written_sum:08x} as written")
     return content
+
+
+def has_manifest(folder: Path) -> bool:
+    """Tell whether `folder` has our meta.json, be it damaged.
+
+    Raises:
+        CheckpointError: its meta.json is of another program; the FSDP2 backend of miles names a file so.
+    """
+    path = folder / META
+    if not path.is_file():
+        return False
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    if isinstance(content, dict) and _VERSION not in content:
+        raise CheckpointError(
+            f"{path} is not of Qwench. Checkpoints of miles' FSDP2 backend are not read: "
+            "start from the model's Hugging Face export by --hf-checkpoint."
+        )
+    return True
 
 
 def _read_meta(folder: Path) -> tuple[Mapping[str, Json], Mapping[str, Mapping[str, int]]]:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from qwench.checkpoints.convert import RunState
 from qwench.checkpoints.folders import check_load_folder, open_save_folder
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.config.sections.checkpoint import CheckpointConfig
-from qwench.errors import ConfigError
+from qwench.errors import CheckpointError, ConfigError
 from tests.fakes.console import RecordingConsole
 from tests.fakes.learner import CountingLearner, CountingRollouts
 
@@ -98,6 +99,18 @@ def test_checkpoint_of_another_model_is_refused_by_load_before_anything_is_loade
     manager.save(1, CountingLearner(), CountingRollouts())
     with pytest.raises(ConfigError, match=r"--load .* is of a run with num_layers 28, this one has 2"):
         check_load_folder(CheckpointConfig(load=tmp_path), IDENTITY)
+
+
+def test_a_checkpoint_of_another_fsdp_backend_is_refused_by_load(tmp_path):
+    checkpoint = tmp_path / "iter_0000007"
+    (checkpoint / "model").mkdir(parents=True)
+    (checkpoint / "model" / ".metadata").write_bytes(b"")
+    (checkpoint / "meta.json").write_text(json.dumps({"iteration": 7, "rollout_id": 7, "global_step": 7, "world_size": 8}))
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    with pytest.raises(ConfigError, match=r"--load: .*iter_0000007/meta.json is not of Qwench. .* are not read"):
+        check_load_folder(CheckpointConfig(load=tmp_path), IDENTITY)
+    with pytest.raises(CheckpointError, match=r"meta.json is not of Qwench"):
+        RunState.read(checkpoint)
 
 
 def test_an_export_folder_of_a_later_rollout_is_checked_at_the_start(tmp_path):
