@@ -8,6 +8,10 @@
           path: /data/aime-2024.jsonl
           rm_type: deepscaler
           max_response_len: 16384
+        - name: tools
+          path: /data/tools.jsonl
+          custom_rm_path: my_rewards.score
+          custom_generate_function_path: my_tools.generate
 
 A set's own value wins over that of `defaults`, which wins over the --eval- flag, which wins over the rollout's flag.
 Source: slime's format of the same flag.
@@ -23,7 +27,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from qwench.config.limits import check_fraction, check_not_negative, check_positive, check_top_k
+from qwench.config.limits import check_fraction, check_import_path, check_not_negative, check_positive, check_top_k
 from qwench.config.sections.data import DataConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.rollout import RolloutConfig
@@ -42,6 +46,10 @@ class EvalSettings:
     path: str
     rm_type: str | None = None
     """--rm-type of this set. None: that of the run, or of its rows."""
+    custom_rm_path: str | None = None
+    """--custom-rm-path of this set. None: that of the run."""
+    custom_generate_function_path: str | None = None
+    """--custom-generate-function-path of this set. None: that of the run."""
     n_samples_per_eval_prompt: int
     temperature: float
     top_p: float
@@ -73,6 +81,13 @@ class EvalSettings:
         check_not_negative("min_new_tokens", self.min_new_tokens)
         check_fraction("top_p", self.top_p)
         check_top_k("top_k", self.top_k)
+        check_import_path("custom_rm_path", self.custom_rm_path)
+        check_import_path("custom_generate_function_path", self.custom_generate_function_path)
+
+    @property
+    def names_functions(self) -> bool:
+        """Tell whether the set has a reward or a generate function of its own."""
+        return self.custom_rm_path is not None or self.custom_generate_function_path is not None
 
     @property
     def row_metadata(self) -> dict[str, Any]:

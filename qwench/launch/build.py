@@ -155,7 +155,7 @@ def check(config: Config, plan: RunPlan) -> None:
 def _read_prompts(inputs: Inputs) -> tuple[LoadedPrompts, dict[str, Sequence[Prompt]]]:
     """Read the prompts of training and of each evaluation set, and check that rewards and functions fit them."""
     config = inputs.config
-    check_imports(config)
+    check_imports(config, inputs.plan.eval_sets)
     load_post_process(config, Namespace)
     load_target_functions(config, Namespace)
     load_user_terms(config, Namespace)
@@ -169,10 +169,11 @@ def _read_prompts(inputs: Inputs) -> tuple[LoadedPrompts, dict[str, Sequence[Pro
     graded = config.rollout.custom_generate_function_path is not None
     check_teachers(config.distillation, config.reward.rm_url, loaded.prompts)
     check_prompts(inputs.training_reward, loaded.prompts, may_come_graded=graded)
-    for name, prompts in eval_prompts.items():
-        with names_set(name):
-            check_teachers(config.distillation, config.reward.rm_url, prompts)
-            check_prompts(inputs.evaluation_reward, prompts, may_come_graded=graded)
+    for one in inputs.plan.eval_sets:
+        with names_set(one.name):
+            check_teachers(config.distillation, config.reward.rm_url, eval_prompts[one.name])
+            own = one.custom_generate_function_path is not None
+            check_prompts(inputs.reward_of(one), eval_prompts[one.name], may_come_graded=graded or own)
     return loaded, eval_prompts
 
 

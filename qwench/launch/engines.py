@@ -141,7 +141,8 @@ def embedded_settings(inputs: Inputs, *, order_varies: bool) -> EmbeddedSettings
 
 def _embedded_engine(inputs: Inputs, *, with_weights: bool) -> EmbeddedEngine:
     rollout, evaluation = inputs.config.rollout, inputs.config.evaluation
-    custom = (rollout.custom_generate_function_path, rollout.rollout_function_path, evaluation.eval_function_path)
+    of_sets = (one.custom_generate_function_path for one in inputs.plan.eval_sets)
+    custom = (rollout.custom_generate_function_path, rollout.rollout_function_path, evaluation.eval_function_path, *of_sets)
     order_varies = inputs.config.asynchronous.fully_async or any(path is not None for path in custom)
     settings = embedded_settings(inputs, order_varies=order_varies)
     if with_weights:

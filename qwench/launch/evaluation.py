@@ -86,12 +86,13 @@ def _check(inputs: Inputs) -> dict[str, Sequence[Prompt]]:
 def _read_sets(inputs: Inputs) -> dict[str, Sequence[Prompt]]:
     """Read the prompts of each set, and check that rewards and functions fit them."""
     config = inputs.config
-    check_imports(config)
+    check_imports(config, inputs.plan.eval_sets)
     load_user_functions(config)
     prompts = {name: loaded.prompts for name, loaded in read_eval_prompts(inputs).items()}
-    for name, rows in prompts.items():
-        with names_set(name):
-            check_prompts(config.reward, rows)
+    for one in inputs.plan.eval_sets:
+        with names_set(one.name):
+            own = one.custom_generate_function_path is not None
+            check_prompts(inputs.reward_of(one), prompts[one.name], may_come_graded=own)
     return prompts
 
 

@@ -13,6 +13,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qwench.config.config import Config
+from qwench.config.eval_sets import EvalSettings
 from qwench.config.memory_fit import check_fit
 from qwench.config.plan import RunPlan, plan_run, train_dtype
 from qwench.config.sections.reward import RewardConfig, split_names
@@ -60,6 +61,11 @@ class Inputs:
         reward = replace(self.config.reward, reward_key=self.plan.eval_reward_key)
         has_labels = any(one.label_key is not None for one in self.plan.eval_sets) or not self.config.distillation.use_opd
         return reward if has_labels else _without_labels(reward)
+
+    def reward_of(self, one: EvalSettings) -> RewardConfig:
+        """Return the rewards of one evaluation set."""
+        reward = self.evaluation_reward
+        return reward if one.custom_rm_path is None else replace(reward, custom_rm_path=one.custom_rm_path)
 
     def with_epochs_of(self, rollouts_per_epoch: int) -> Inputs:
         """Return the inputs with the plan for a data set that fills so many rollouts."""
@@ -185,7 +191,7 @@ def names_set(name: str) -> Iterator[None]:
 
 def read_eval_prompts(inputs: Inputs) -> dict[str, LoadedPrompts]:
     """Read every set of --eval-prompt-data or --eval-config."""
-    config, sets, reward = inputs.config, dict[str, LoadedPrompts](), inputs.evaluation_reward
+    config, sets = inputs.config, dict[str, LoadedPrompts]()
     for settings in inputs.plan.eval_sets:
         with names_set(settings.name):
             loaded = load_prompts(
@@ -198,8 +204,8 @@ def read_eval_prompts(inputs: Inputs) -> dict[str, LoadedPrompts]:
                 apply_chat_template=config.data.apply_chat_template,
                 apply_chat_template_kwargs=config.data.apply_chat_template_kwargs,
                 max_prompt_len=(limit := prompt_limit(inputs, settings.max_prompt_len)),
-                require_label="rm_type" not in settings.row_metadata and _compares_labels(reward),
-                as_given=_reads_prompts_itself(config),
+                require_label="rm_type" not in settings.row_metadata and _compares_labels(inputs.reward_of(settings)),
+                as_given=_reads_prompts_itself(config) or settings.custom_generate_function_path is not None,
             )
         _log_dropped(f"evaluation set {settings.name}", loaded, limit)
         sets[settings.name] = loaded.with_metadata(settings.row_metadata)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qwench.config.eval_sets import EvalSettings
 from qwench.data.curriculum import Curriculum
@@ -45,6 +45,8 @@ class Generation:
     teachers: Teachers | None
     """On servers (--opd-type sglang)."""
     end_session: Callable[[], None]
+    set_graders: Mapping[str, RewardPool] = field(default_factory=dict)
+    """Of the evaluation sets with a --custom-rm-path of their own."""
 
     def stream(
         self,
@@ -110,15 +112,7 @@ class Generation:
         config = self.inputs.config
         functions = self.functions.rollout
         return Evaluator(
-            [
-                EvalSet(
-                    name=one.name,
-                    prompts=prompts[one.name],
-                    n_samples_per_prompt=one.n_samples_per_eval_prompt,
-                    sampling=self._eval_sampling(one),
-                )
-                for one in self.inputs.plan.eval_sets
-            ],
+            [self._eval_set(one, prompts[one.name]) for one in self.inputs.plan.eval_sets],
             tokenizer=self.inputs.tokenizer,
             grader=self.eval_grader,
             concurrency=self._eval_concurrency,
@@ -136,11 +130,23 @@ class Generation:
     def close(self) -> None:
         """End graders and engines."""
         self.end_session()
-        self.grader.close()
-        self.eval_grader.close()
+        for grader in (self.grader, self.eval_grader, *self.set_graders.values()):
+            grader.close()
         if self.teachers is not None:
             self.engines.run(self.teachers.close(), label="close the connections to the teachers", timeout_s=_CLOSE_TIMEOUT_S)
         self.engines.close()
+
+    def _eval_set(self, one: EvalSettings, prompts: Sequence[Prompt]) -> EvalSet:
+        own, path = self.functions.of_sets.get(one.name), one.custom_generate_function_path
+        return EvalSet(
+            name=one.name,
+            prompts=prompts,
+            n_samples_per_prompt=one.n_samples_per_eval_prompt,
+            sampling=self._eval_sampling(one),
+            grader=self.set_graders.get(one.name),
+            generate=None if own is None or path is None else own.rollout.generate,
+            generate_path=path,
+        )
 
     def _make_rollout(
         self, buffer: GroupBuffer, runner: GroupRunner, functions: RolloutFunctions, curriculum: Curriculum | None
@@ -306,6 +312,11 @@ def build_generation(
         engines=engines,
         grader=grader,
         eval_grader=grader if evaluated == trained else functions.grader(evaluated),
+        set_graders={
+            one.name: functions.of_sets[one.name].grader(inputs.reward_of(one))
+            for one in inputs.plan.eval_sets
+            if one.custom_rm_path is not None
+        },
         functions=functions,
         teachers=teachers,
         end_session=open_user_session(inputs, engines, training_sampling(inputs), functions, source=source),

@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from qwench.cluster.child import describe_end
 from qwench.config.config import Config
+from qwench.config.eval_sets import EvalSettings
 from qwench.errors import ConfigError
 from qwench.observability.stopping import end_with_parent
 from qwench.observability.waiting import waiting
@@ -31,20 +32,20 @@ IMPORT_TIMEOUT_S = 600.0
 """For the modules of all functions together; some load models."""
 
 
-def check_imports(config: Config) -> None:
-    """Import the modules of all functions that the flags name, each once, in another process.
+def check_imports(config: Config, sets: Sequence[EvalSettings] = ()) -> None:
+    """Import the modules of all functions that the flags and evaluation sets name, each once, in another process.
 
     Raises:
         ConfigError: a module ended the process.
     """
-    paths = {path: flag for flag, path in _function_paths(config) if not path.startswith(_OWN) and not is_loaded(path)}
+    paths = {path: flag for flag, path in _function_paths(config, sets) if not path.startswith(_OWN) and not is_loaded(path)}
     if paths:
         _import_in_child(paths)
 
 
-def _function_paths(config: Config) -> Iterator[tuple[str, str]]:
+def _function_paths(config: Config, sets: Sequence[EvalSettings]) -> Iterator[tuple[str, str]]:
     """Yield each flag that names a function, with the path of the function."""
-    for section in (getattr(config, item.name) for item in fields(config)):
+    for section in (*(getattr(config, item.name) for item in fields(config)), *sets):
         for name in (item.name for item in fields(section) if item.name.endswith("_path")):
             value = getattr(section, name)
             for path in (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ():

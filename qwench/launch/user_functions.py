@@ -6,14 +6,16 @@ import asyncio
 import inspect
 import os
 from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qwench.algorithms.method import UserTerms
 from qwench.config.config import Config
 from qwench.config.environment import JUDGE_KEY_VARIABLE
-from qwench.config.sections.agent import AGENT, TOOL_LOOP
+from qwench.config.eval_sets import EvalSettings, eval_settings
+from qwench.config.sections.agent import AGENT, TOOL_LOOP, AgentConfig
+from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.reward import RewardConfig
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import ConfigError
@@ -29,7 +31,7 @@ from qwench.foreign.modules import stand_ins
 from qwench.foreign.reward import ForeignReward
 from qwench.foreign.session import Session, close_session, current_session, open_session
 from qwench.foreign.targets import TargetFunctions, load_targets
-from qwench.launch.inputs import Inputs
+from qwench.launch.inputs import Inputs, names_set
 from qwench.plugins import Function, check_signature, guarded, load_function
 from qwench.rewards.pool import RewardPool, check_reward
 from qwench.rollout.agent_sessions import AgentRunner, load_agent
@@ -66,6 +68,8 @@ class UserFunctions:
     """None: the reward is built in, or of our convention (`rewards.custom`)."""
     has_foreign: bool
     """One of them needs a session."""
+    of_sets: Mapping[str, UserFunctions] = field(default_factory=dict)
+    """The functions of the evaluation sets that name their own."""
 
     def grader(self, section: RewardConfig) -> RewardPool:
         """Return the graders of these rewards."""
@@ -116,11 +120,34 @@ def load_user_functions(config: Config) -> UserFunctions:
     reward = _load_reward(config)
     if reward is None:
         check_reward(config.reward)
+    of_sets = {one.name: _load_of_set(config, one) for one in _sets_with_functions(config)}
     return UserFunctions(
         rollout=functions,
         reward=reward,
-        has_foreign=bool(adapted) or bool(hooks) or reward is not None or config.data.data_source_path is not None,
+        has_foreign=bool(adapted)
+        or bool(hooks)
+        or reward is not None
+        or config.data.data_source_path is not None
+        or any(one.has_foreign for one in of_sets.values()),
+        of_sets=of_sets,
     )
+
+
+def _sets_with_functions(config: Config) -> list[EvalSettings]:
+    sets = eval_settings(config.evaluation, config.rollout, config.data)
+    return [one for one in sets if one.names_functions]
+
+
+def _load_of_set(config: Config, one: EvalSettings) -> UserFunctions:
+    """Load the functions of a set as those of a run that names them by its flags."""
+    reward, rollout, agent = config.reward, config.rollout, config.agent
+    if one.custom_rm_path is not None:
+        reward = replace(reward, custom_rm_path=one.custom_rm_path)
+    if (path := one.custom_generate_function_path) is not None:
+        rollout = replace(rollout, custom_generate_function_path=path)
+        agent = agent if path in (TOOL_LOOP, AGENT) else AgentConfig()
+    with names_set(one.name):
+        return load_user_functions(replace(config, reward=reward, rollout=rollout, agent=agent, evaluation=EvalConfig()))
 
 
 def _built_in_generate(config: Config) -> GenerateFunction | None:

@@ -33,12 +33,18 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalSet:
-    """A named set of prompts, and the sampling of its responses."""
+    """A named set of prompts, the sampling of its responses, and its own functions."""
 
     name: str
     prompts: Sequence[Prompt]
     n_samples_per_prompt: int
     sampling: Sampling
+    grader: Grader | None = None
+    """None: that of the evaluator."""
+    generate: GenerateFunction | None = None
+    """None: that of the evaluator."""
+    generate_path: str | None = None
+    """Names `generate` in reports of waits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,11 +193,11 @@ class Evaluator:
             engines,
             tokenizer=self._tokenizer,
             sampling=eval_set.sampling,
-            grader=self._grader,
+            grader=eval_set.grader or self._grader,
             concurrency=self._concurrency,
             group_rm=self._group_rm,
-            generate=self._generate,
-            generate_path=self._generate_path,
+            generate=eval_set.generate or self._generate,
+            generate_path=self._generate_path if eval_set.generate is None else eval_set.generate_path,
             scope=f"eval/{eval_set.name}",
             priority=self._priority,
         )

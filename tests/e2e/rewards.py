@@ -13,6 +13,11 @@ def nothing(sample: Sample) -> float:
     return 0.0
 
 
+def always_half(sample: Sample) -> float:
+    """Give every response half a point."""
+    return 0.5
+
+
 def not_a_number(sample: Sample) -> float:
     """Return no reward."""
     return float("nan")

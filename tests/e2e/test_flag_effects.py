@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwench import __version__
+from qwench.errors import ConfigError
 from qwench.models.hf import load_tokenizer
 from tests.e2e.conftest import DIGITS, InProcess, Workspace, column, read_metrics
 from tests.verbs import run_verb
@@ -182,6 +183,39 @@ def test_sets_of_a_file_have_their_own_rewards_lengths_and_samples(workspace: Wo
     assert (metrics["eval/first"], metrics["eval/second"]) == (-1.0, 0.0)
     assert (metrics["eval/first/response_len/max"], metrics["eval/second/response_len/max"]) == (5.0, 4.0)
     assert [len((tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()) for name in ("first", "second")] == [6, 2]
+
+
+def test_sets_of_a_file_have_their_own_functions(workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "sets.yaml").write_text(
+        f"""
+        eval:
+          defaults: {{max_response_len: 5}}
+          datasets:
+            - {{name: of_run, path: "{workspace.test_data}@[0:3]"}}
+            - {{name: ours, path: "{workspace.test_data}@[0:2]", custom_rm_path: tests.e2e.rewards.nothing,
+                custom_generate_function_path: tests.e2e.generation.two_quarters}}
+            - {{name: theirs, path: "{workspace.test_data}@[0:2]", custom_rm_path: tests.e2e.reference_functions.one_point}}
+        """
+    )
+    flags = {"eval_prompt_data": None, "eval_config": tmp_path / "sets.yaml", **DIGITS}
+    flags |= {"custom_rm_path": "tests.e2e.rewards.always_half"}
+    run_verb(workspace.eval_argv(workspace.model, tmp_path / "out", **flags))
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert [metrics[f"eval/{name}"] for name in ("of_run", "ours", "theirs")] == [0.5, 0.0, 1.0]
+    answers = {
+        name: {json.loads(line)["response"] for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()}
+        for name in ("of_run", "ours")
+    }
+    assert answers["ours"] == {"\\boxed{2/4}"}
+    assert answers["of_run"].isdisjoint(answers["ours"])
+
+
+def test_a_function_of_a_set_that_cannot_be_loaded_is_refused_by_its_set(workspace: Workspace, tmp_path: Path) -> None:
+    sets = tmp_path / "sets.yaml"
+    sets.write_text(f"datasets: [{{name: a, path: {workspace.test_data}, custom_rm_path: tests.e2e.rewards.two_arguments}}]")
+    flags = {"eval_prompt_data": None, "eval_config": sets, "eval_max_response_len": 4}
+    with pytest.raises(ConfigError, match=r"^evaluation set a: --custom-rm-path .*two_arguments"):
+        run_verb(workspace.eval_argv(workspace.model, tmp_path / "out", dry_run=(), **flags))
 
 
 def test_evaluation_may_score_another_value_of_the_reward(workspace: Workspace, tmp_path: Path) -> None:

@@ -65,6 +65,22 @@ def test_the_reward_of_a_set_becomes_metadata_of_its_rows(write):
     assert sets["gsm8k"].row_metadata == {}
 
 
+def test_a_set_may_name_its_functions_and_the_defaults_those_of_all_sets(write):
+    sets = settings_of(
+        write("""
+        eval:
+          defaults: {custom_rm_path: "mine.score"}
+          datasets:
+            - {name: a, path: x, custom_generate_function_path: "./tools.py:generate"}
+            - {name: b, path: x, custom_rm_path: "other.score"}
+        """)
+    )
+    assert {name: (one.custom_rm_path, one.custom_generate_function_path) for name, one in sets.items()} == {
+        "a": ("mine.score", "./tools.py:generate"),
+        "b": ("other.score", None),
+    }
+
+
 def test_sets_may_be_a_mapping_from_names(write):
     path = write("eval: {datasets: {a: {path: /d/a.jsonl}, b: {path: /d/b.jsonl, top_p: 0.5}}}")
     sets = settings_of(path)
@@ -92,6 +108,10 @@ def test_the_outer_mapping_may_be_left_out(write):
         (
             "eval: {datasets: [{name: a, path: x, top_p: 2}]}",
             "(a): top_p must be greater than 0 and at most 1, got 2",
+        ),
+        (
+            "eval: {datasets: [{name: a, path: x, custom_rm_path: score}]}",
+            "(a): custom_rm_path must be the import path of a function",
         ),
         ("eval: [", "sets.yaml is not YAML"),
         ("[" * 1000, "sets.yaml is not YAML"),
