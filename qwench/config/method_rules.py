@@ -154,6 +154,7 @@ def adapters_are_built_for(config: Config) -> str | None:
         return None
     in_megatron = config.backend == "megatron"
     named = lora.lora_publish == "adapter" and config.engine.names_adapters
+    other_base = config.checkpoint.ref_load not in (None, config.model.hf_checkpoint)
     by_name = "SGLang" if config.engine.facts.names_adapters else "--update-weight-transport disk"
     recomputed_late = layout.pp > 1 and training.recomputes_layers and lora.lora_dropout > 0
     for flag, is_set, instead in (
@@ -163,6 +164,11 @@ def adapters_are_built_for(config: Config) -> str | None:
         ("--lora-dropout, recomputed layers and several stages", in_megatron and recomputed_late, "give --lora-dropout 0"),
         (f"--lora-publish adapter, {by_name} and --fully-async", named and config.asynchronous.fully_async, "give merged"),
         (f"--lora-publish adapter, {by_name} and --lora-base", named and lora.lora_base != "auto", "give merged"),
+        (
+            f"--lora-publish adapter, {by_name} and a --ref-load beside --hf-checkpoint",
+            named and other_base,
+            "give merged",
+        ),
         ("--whole-weights", training.whole_weights, "leave it out: the frozen model has no gradients to reduce"),
         ("--batch-invariant-mode or --true-on-policy-mode", training.batch_invariant, "leave it out"),
         ("--optimizer muon", config.optimizer.optimizer == "muon", "choose adam"),

@@ -117,5 +117,11 @@ def check_outputs(config: Config) -> None:
     ):
         if folder is not None:
             check_can_hold(Path(folder), flag=flag)
+    if (sentinel := config.checkpoint.save_trigger_sentinel) is not None:
+        if sentinel.is_dir():
+            raise ConfigError(
+                f"--save-trigger-sentinel {sentinel} is a folder; name a file, which the run removes when it has saved"
+            )
+        check_can_hold(sentinel.parent, flag="--save-trigger-sentinel")
     for flag, template in config.debug.records.items():
         check_can_hold(Path(template).parent, flag=flag)

@@ -36,6 +36,8 @@ class PastPolicies:
         Args:
             score: returns B x [R] of all ranks under a model.
         """
+        # Those of a checkpoint are of versions to come where the run begins anew from it.
+        self._kept = {kept: weights for kept, weights in self._kept.items() if kept < version}
         ages = (
             [torch.zeros_like(mask, dtype=torch.int64) for mask in batch.loss_mask]
             if batch.staleness is None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from torch import Tensor
 
@@ -44,7 +45,8 @@ def plan_steps(
 
     Args:
         allow_partial: what does not fill a step becomes a smaller one, instead of being dropped.
-        num_steps: cut the rollout, of any size, into so many steps of equal size in place of `global_batch_size`.
+        num_steps: cut the rollout, of any size, into so many steps in place of those of `global_batch_size`. They differ by
+            one execution at most.
 
     Raises:
         TrainingError: there are too few executions for one step.
@@ -53,24 +55,27 @@ def plan_steps(
     for i, execution_id in enumerate(execution_ids.tolist()):
         samples_of.setdefault(execution_id, []).append(i)
     executions = list(samples_of.values())
-    if num_steps is not None:
-        global_batch_size, allow_partial = -(-len(executions) // num_steps) or 1, True
-    num_steps, left = divmod(len(executions), global_batch_size)
-    if allow_partial and left:
-        num_steps, left = num_steps + 1, 0
-    if num_steps == 0:
+    if num_steps is None:
+        sizes = [global_batch_size] * (len(executions) // global_batch_size)
+        if allow_partial and (left := len(executions) % global_batch_size):
+            sizes.append(left)
+    else:
+        size, num_larger = divmod(len(executions), num_steps)
+        sizes = [one for one in [size + 1] * num_larger + [size] * (num_steps - num_larger) if one]
+    if not sizes:
         raise TrainingError(
             f"the rollout has {len(executions)} executions, --global-batch-size wants {global_batch_size} for one step; "
             "lower it or generate more samples for each rollout."
         )
     order: list[int] = []
     steps: list[range] = []
-    for k in range(num_steps):
+    following = iter(executions)
+    for size in sizes:
         start = len(order)
-        for members in executions[k * global_batch_size : (k + 1) * global_batch_size]:
+        for members in islice(following, size):
             order.extend(members)
         steps.append(range(start, len(order)))
-    return StepPlan(order=order, steps=steps, num_dropped=left)
+    return StepPlan(order=order, steps=steps, num_dropped=len(executions) - sum(sizes))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -70,6 +70,14 @@ def generate(server, prompt, **params):
     return answer(server, "/generate", input_ids=prompt, sampling_params=params, return_logprob=True)
 
 
+def test_a_name_with_half_of_a_surrogate_pair_comes_back(server):
+    chat = {"messages": QUESTION, "model": "\ud800", "max_tokens": 2}
+    status, got = ask(server, "/v1/chat/completions", chat)
+    assert (status, got["model"]) == (200, "\ud800")
+    assert events(server, "/v1/chat/completions", **chat)[0]["model"] == "\ud800"
+    assert ask(server, "/v1/completions", {"prompt": "a", "\ud800": 1})[0] == 400
+
+
 def stats(server):
     return ask(server, "/server_info")[1]["stats"]
 

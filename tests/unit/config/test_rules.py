@@ -326,13 +326,20 @@ def test_adapters_that_engines_name_are_beside_the_checkpoint_and_of_finished_ro
     adapter, rounded = (LoraConfig(lora_rank=8, lora_publish="adapter", lora_base=base) for base in ("auto", "nf4"))
     check_rules(Config(lora=adapter, engine=engine))
     asynchronous = AsyncConfig(fully_async=True)
-    for sections, flag in (({"lora": rounded}, "--lora-base"), ({"asynchronous": asynchronous}, "--fully-async")):
+    other_base = CheckpointConfig(ref_load=Path("other"))
+    for sections, flag in (
+        ({"lora": rounded}, "--lora-base"),
+        ({"asynchronous": asynchronous}, "--fully-async"),
+        ({"checkpoint": other_base}, "a --ref-load beside --hf-checkpoint"),
+    ):
         with pytest.raises(ConfigError) as caught:
             check_rules(Config(**({"lora": adapter, "engine": engine} | sections)))
         assert str(caught.value) == (
             f"--lora-rank 8 does not work yet with --lora-publish adapter, {named} and {flag}; give merged"
         )
     check_rules(Config(lora=rounded, engine=EngineConfig(rollout_engine="embedded")))
+    same_base = {"checkpoint": CheckpointConfig(ref_load=Path("base")), "model": ModelConfig(hf_checkpoint=Path("base"))}
+    check_rules(Config(lora=adapter, engine=engine, **same_base))
 
 
 TWO_STAGES = ParallelConfig(pipeline_model_parallel_size=2)

@@ -45,6 +45,14 @@ def test_the_reward_is_asked_for_with_the_data_that_could_have_named_it(files):
         (["--load", "{}/absent"], "--load: {}/absent is missing or empty, and there is no --ref-load to start from"),
         (["--load", "{}/empty"], "--load: {}/empty is missing or empty"),
         (["--ref-load", "{}/absent"], "--ref-load: there is no folder {}/absent"),
+        (
+            ["--save", "{}/s", "--save-trigger-sentinel", "{}/empty"],
+            "--save-trigger-sentinel {}/empty is a folder; name a file",
+        ),
+        (
+            ["--save", "{}/s", "--save-trigger-sentinel", "{}/model/config.json/x"],
+            "--save-trigger-sentinel {}/model/config.json",
+        ),
     ],
 )
 def test_files_that_are_not_there_are_refused(files, extra, message):

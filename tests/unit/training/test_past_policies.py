@@ -92,3 +92,15 @@ def test_past_weights_are_part_of_a_checkpoint(tmp_path: Path) -> None:
         run.learn(last)
         run.check(last, whole.tables)
     assert torch.equal(whole.backend.table, cut.backend.table)
+
+
+def test_weights_of_versions_to_come_are_not_kept(tmp_path: Path) -> None:
+    """A run that begins anew from a checkpoint counts its versions from 0, which the saved ones would push out."""
+    before, anew = Recorded(num_past=2), Recorded(num_past=2)
+    for rollout_id in range(5, 7):
+        before.learn(sampled_by(rollout_id, rollout_id=rollout_id))
+    before.learner.state.save(tmp_path)
+    anew.learner.state.load(tmp_path)
+    for rollout in (sampled_by(0, rollout_id=0), sampled_by(0, rollout_id=1), sampled_by(0, 1, 2, rollout_id=2)):
+        anew.learn(rollout)
+        anew.check(rollout, anew.tables)

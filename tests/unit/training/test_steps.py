@@ -89,7 +89,8 @@ def test_a_rank_packs_its_bins_and_joins_with_an_idle_one_where_it_has_none():
 
 
 @pytest.mark.parametrize(
-    ("num_executions", "num_steps", "sizes"), [(7, 1, [7]), (7, 2, [4, 3]), (8, 2, [4, 4]), (2, 3, [1, 1]), (5, 4, [2, 2, 1])]
+    ("num_executions", "num_steps", "sizes"),
+    [(7, 1, [7]), (7, 2, [4, 3]), (10, 4, [3, 3, 2, 2]), (8, 2, [4, 4]), (2, 3, [1, 1]), (5, 4, [2, 1, 1, 1])],
 )
 def test_a_rollout_of_any_size_is_cut_into_steps_of_equal_size(num_executions, num_steps, sizes):
     plan = plan_steps(torch.arange(num_executions), global_batch_size=100, num_steps=num_steps)

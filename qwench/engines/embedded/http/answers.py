@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import orjson
@@ -22,9 +23,17 @@ class FieldError(EngineError):
         self.field, self.status_code, self.code = field, status_code, code
 
 
-def json_answer(content: Json | list[Json], status_code: int = 200) -> Response:
+def json_bytes(content: Json | list[Json]) -> bytes:
     """Return JSON; numbers that JSON cannot spell become null."""
-    return Response(orjson.dumps(content), status_code=status_code, media_type="application/json")
+    try:
+        return orjson.dumps(content)
+    except orjson.JSONEncodeError:  # a name of the client's with half of a surrogate pair, which goes back as it came
+        return json.dumps(content).encode()
+
+
+def json_answer(content: Json | list[Json], status_code: int = 200) -> Response:
+    """Return an answer of JSON."""
+    return Response(json_bytes(content), status_code=status_code, media_type="application/json")
 
 
 def error_record(status_code: int, message: str, *, field: str | None = None, code: str | None = None) -> Json:

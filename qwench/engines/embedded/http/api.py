@@ -255,8 +255,12 @@ def answer_text(
     """Return the text of a whole response without the stop token or string that ended it."""
     if no_stop_trim:
         return result.text
-    if isinstance(result.matched, str):
-        return result.text[: result.text.rfind(result.matched)]
+    if isinstance(result.matched, str) and tokenizer is not None:
+        before = str(tokenizer.decode(list(result.output_ids[:-1]), skip_special_tokens=skip_special_tokens))
+        # The last token completes the first match, and may hold more than one.
+        begin = result.text.find(result.matched, max(len(before) - len(result.matched) + 1, 0))
+        begin = result.text.rfind(result.matched) if begin < 0 else begin
+        return result.text if begin < 0 else result.text[:begin]  # a text without special tokens may lack it
     if isinstance(result.matched, int) and tokenizer is not None:
         return str(tokenizer.decode(list(result.output_ids[:-1]), skip_special_tokens=skip_special_tokens))
     return result.text

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 
-import orjson
 from fastapi import HTTPException, Request, Response
 from starlette.types import Receive, Scope, Send
 
 from qwench.engines.embedded.engine import EmbeddedEngine
-from qwench.engines.embedded.http.answers import Json, error_record
+from qwench.engines.embedded.http.answers import Json, error_record, json_bytes
 from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.protocol import GenerateRequest, GenerateResult
 from qwench.errors import EngineError
@@ -94,7 +93,7 @@ class EventStream(Response):
                 self._requests.progress.clear()
                 ended = self._requests.ended
                 for event in self._events():
-                    await send(_data(orjson.dumps(event), more=True))
+                    await send(_data(json_bytes(event), more=True))
             if ended:
                 await send(_data(b"[DONE]", more=False))
         finally:
@@ -102,10 +101,13 @@ class EventStream(Response):
             self._requests.drop()
 
     def _events(self) -> Iterable[Json]:
-        try:
-            yield from self._news()
-        except EngineError as error:  # the status is sent already
-            yield error_record(500, str(error))
+        is_told = False
+        while not is_told:
+            try:
+                yield from self._news()
+                is_told = True
+            except EngineError as error:  # of one request, once; the status is sent already
+                yield error_record(500, str(error))
 
 
 def _data(content: bytes, *, more: bool) -> Json:

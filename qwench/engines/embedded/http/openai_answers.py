@@ -31,7 +31,7 @@ class OpenAiAnswer:
         self._told = [(0, 0)] * len(choices)
         """Characters and tokens of each choice that chunks told."""
         self._results: list[GenerateResult | None] = [None] * len(choices)
-        self._began = False
+        self._began = self._counted = False
 
     def whole(self) -> Json:
         """Return the answer; every choice has ended."""
@@ -54,7 +54,8 @@ class OpenAiAnswer:
             if len(result.text) > told[0] or ending["finish_reason"]:
                 yield self._chunk([{"index": index} | self._piece(result, told, "delta") | ending])
                 self._told[index] = (max(len(result.text), told[0]), len(result.output_ids))
-        if self._body.wants_usage and all(choice.ended for choice in self._choices):
+        if self._body.wants_usage and not self._counted and all(choice.ended for choice in self._choices):
+            self._counted = True
             yield self._chunk([]) | {"usage": self._usage()}
 
     def _advance(self) -> Iterator[tuple[int, GenerateResult]]:
