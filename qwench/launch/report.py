@@ -17,7 +17,7 @@ from qwench.checkpoints.formats.iterations import Iterations
 from qwench.config.plan_lines import adapter_line
 from qwench.launch.inputs import Inputs
 from qwench.launch.outputs import tensorboard_folder
-from qwench.observability.dumps import save_rollout
+from qwench.observability.dumps import save_rollout, save_trajectories
 from qwench.observability.metrics import MetricGate, MetricLog, Sink
 from qwench.observability.prometheus import PrometheusSink
 from qwench.observability.run_report import NEXT, RunReport
@@ -55,8 +55,10 @@ def finish_report(report: RunReport, inputs: Inputs) -> None:
 
 
 def recorders(inputs: Inputs, run_name: str) -> Iterator[Callable[[Rollout], object]]:
-    """Yield what records each rollout: its dump, and the answers that two graders judge differently."""
+    """Yield what records each rollout: its dump, its messages, and the answers that two graders judge differently."""
     template, log_dir = inputs.config.debug.save_debug_rollout_data, inputs.plan.log_dir
+    if (trajectories := inputs.config.debug.save_debug_trajectory_data) is not None:
+        yield partial(save_trajectories, trajectories)
     if template is not None:
         yield partial(save_rollout, template, run=run_name)
     if inputs.config.reward.second_grader is not None and log_dir is not None:

@@ -153,9 +153,10 @@ def _load_of_set(config: Config, one: EvalSettings) -> UserFunctions:
 def _built_in_generate(config: Config) -> GenerateFunction | None:
     """Return the built-in generate function that a path names; None: it names none."""
     path, kwargs = config.rollout.custom_generate_function_path, config.data.apply_chat_template_kwargs
+    records = config.debug.save_debug_trajectory_data is not None
     if path == TOOL_LOOP:
         with stand_ins():
-            return ToolLoop.load(config.agent, template_kwargs=kwargs).generate
+            return ToolLoop.load(config.agent, template_kwargs=kwargs, records=records).generate
     if path != AGENT:
         return None
     with stand_ins():
@@ -166,6 +167,7 @@ def _built_in_generate(config: Config) -> GenerateFunction | None:
         open_session=lambda name, session: current_session().gateway.open_session(name, session),
         close=lambda name: current_session().gateway.close_session(name),
         template_kwargs=kwargs,
+        records=records,
     ).generate
 
 

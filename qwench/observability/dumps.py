@@ -1,4 +1,5 @@
-"""Rollouts as files of JSON lines, to look at and to train from again (--save/--load-debug-rollout-data).
+"""Rollouts as files of JSON lines, to look at and to train from again (--save/--load-debug-rollout-data), or to read
+(--save-debug-trajectory-data).
 
     {"rollout_id": 7, "metrics": {...}, "run": "/data/runs/7"}   first line
     {"sample_id": 224, "group_id": 28, ...} one line for each sample, groups in order
@@ -33,6 +34,34 @@ def save_rollout(template: str, rollout: Rollout, *, run: str = "") -> Path:
     with written(f"--save-debug-rollout-data {template}", path):
         write_atomically(path, content)
     return path
+
+
+def save_trajectories(template: str, rollout: Rollout) -> None:
+    """Write the messages of each sample to the path that `template` gives for its `{rollout_id}`.
+
+    A generate function keeps them in `Sample.metadata["messages"]`; of other samples they are the row and the response.
+
+    Raises:
+        OutputError: the disk is full.
+    """
+    flag = "--save-debug-trajectory-data"
+    path = rollout_path(template, rollout.rollout_id, flag=flag)
+    with written(f"{flag} {template}", path):
+        write_atomically(path, b"".join(_line(_trajectory(sample)) for sample in rollout.samples))
+
+
+def _trajectory(sample: Sample) -> dict[str, Json]:
+    """Return a sample's line, whose names are those of miles."""
+    asked = sample.prompt.messages or sample.prompt.text
+    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
+    return {
+        "sample_index": sample.sample_id,
+        "group_index": sample.group_id,
+        "status": sample.status.value,
+        "reward": sample.reward,
+        "prompt": sample.prompt.text,
+        "messages": sample.metadata.get("messages", [*messages, {"role": "assistant", "content": sample.response}]),
+    }
 
 
 def load_rollout(template: str, rollout_id: int, *, subsample: float | None = None) -> Rollout:

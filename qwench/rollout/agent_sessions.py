@@ -19,7 +19,7 @@ from qwench.config.sections.agent import AgentConfig
 from qwench.errors import ConfigError, QwenchError
 from qwench.plugins import Function, guarded, load_object
 from qwench.rollout.generate import GenerateContext
-from qwench.rollout.tool_loop import append_messages, parse_calls, show_messages
+from qwench.rollout.tool_loop import MESSAGES, append_messages, parse_calls, show_messages, split_turns
 from qwench.samples import Json, Message, Sample, Status
 
 _FINISH = {Status.COMPLETED: "stop", Status.TRUNCATED: "length", Status.ABORTED: "abort"}
@@ -40,6 +40,11 @@ class AgentSession:
         self._messages: list[Message] = []
         self._tools: Sequence[Json] | None = None
         self._one_at_a_time = asyncio.Lock()
+
+    @property
+    def messages(self) -> list[Message]:
+        """Return the conversation so far."""
+        return list(self._messages)
 
     async def answer(self, body: Mapping[str, Json]) -> Json:
         """Answer a chat completion.
@@ -124,11 +129,17 @@ class AgentRunner:
         open_session: OpenSession,
         close: Callable[[str], None],
         template_kwargs: Json,
+        records: bool = False,
     ) -> None:
-        self._agent, self._section, self._template_kwargs = agent, section, template_kwargs
+        """Keep what every sample needs.
+
+        Args:
+            records: keep the messages in `Sample.metadata`.
+        """
+        self._agent, self._section, self._template_kwargs, self._records = agent, section, template_kwargs, records
         self._open, self._close = open_session, close
 
-    async def generate(self, sample: Sample, context: GenerateContext) -> Sample:
+    async def generate(self, sample: Sample, context: GenerateContext) -> Sample | list[Sample]:
         """Run the agent, from the first message also where the sample was cut off; its record joins the metadata.
 
         Raises:
@@ -154,7 +165,9 @@ class AgentRunner:
         sample.metadata.update(record or {})
         if context.requests.aborting and sample.status is Status.PENDING:
             sample.status = Status.ABORTED
-        return sample
+        if self._records:
+            sample.metadata[MESSAGES] = session.messages
+        return split_turns(sample, context) if self._section.generate_multi_samples else sample
 
 
 def load_agent(section: AgentConfig) -> Function:

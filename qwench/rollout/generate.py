@@ -146,9 +146,9 @@ class GenerateContext:
         sample.cached_tokens += result.cached_tokens
         _append_result(sample, result)
         sample.status = _STATUS_OF[result.finish_reason]
-        sample.response = self._decode(sample.response_tokens)
+        sample.response = self.decode(sample.response_tokens)
         output_ids = tuple(result.output_ids)
-        return Turn(text=self._decode(list(output_ids)), token_ids=output_ids, status=sample.status)
+        return Turn(text=self.decode(list(output_ids)), token_ids=output_ids, status=sample.status)
 
     def append_context(self, sample: Sample, text: str) -> None:
         """Append text that the policy reads but did not write (tool output); it is masked out of the loss.
@@ -157,9 +157,10 @@ class GenerateContext:
         """
         token_ids = self.tokenizer.encode(text, add_special_tokens=False)
         sample.append(token_ids[: self.sampling.budget_tokens(sample)], log_probs=None, version=-1)
-        sample.response = self._decode(sample.response_tokens)
+        sample.response = self.decode(sample.response_tokens)
 
-    def _decode(self, token_ids: list[int]) -> str:
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of a response's tokens, as --rollout-skip-special-tokens says."""
         text = self.tokenizer.decode(token_ids, skip_special_tokens=self.sampling.whole.skip_special_tokens)
         assert isinstance(text, str), "one list of ids decodes to one text"
         return text

@@ -22,6 +22,8 @@ from qwench.samples import Json, Message, Sample, Status
 
 ExecuteTool = Callable[[str, Json], Awaitable[str]]
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+MESSAGES = "messages"
+"""Entry of `Sample.metadata` that holds the conversation, with --save-debug-trajectory-data."""
 _MARK = "answer-of-the-policy"
 
 
@@ -36,12 +38,26 @@ class ToolCall:
 class ToolLoop:
     """A `GenerateFunction`."""
 
-    def __init__(self, *, tools: Sequence[Json] | None, execute: ExecuteTool, max_turns: int, template_kwargs: Json) -> None:
+    def __init__(
+        self,
+        *,
+        tools: Sequence[Json] | None,
+        execute: ExecuteTool,
+        max_turns: int,
+        template_kwargs: Json,
+        splits: bool = False,
+        records: bool = False,
+    ) -> None:
+        """Keep what every sample needs.
+
+        Args:
+            splits: return each turn as a sample. records: keep the messages in `Sample.metadata`.
+        """
         self._tools, self._execute, self._max_turns = tools, execute, max_turns
-        self._template_kwargs = template_kwargs
+        self._template_kwargs, self._splits, self._records = template_kwargs, splits, records
 
     @classmethod
-    def load(cls, section: AgentConfig, *, template_kwargs: Json) -> ToolLoop:
+    def load(cls, section: AgentConfig, *, template_kwargs: Json, records: bool = False) -> ToolLoop:
         """Load the user's schemas and the function that runs tools.
 
         Raises:
@@ -56,26 +72,75 @@ class ToolLoop:
             execute=guarded(function, path=path, flag=flag),
             max_turns=section.generate_max_turns,
             template_kwargs=template_kwargs,
+            splits=section.generate_multi_samples,
+            records=records,
         )
 
-    async def generate(self, sample: Sample, context: GenerateContext) -> Sample:
+    async def generate(self, sample: Sample, context: GenerateContext) -> Sample | list[Sample]:
         """Write turns until one has no call, or the turns or the budget are used up."""
         if not sample.response_length:
             show_messages(sample, context.tokenizer, tools=self._tools, template_kwargs=self._template_kwargs)
+            self._record(sample, as_prompt(sample.prompt.messages, place=sample.prompt.place))
         for turn_number in range(_num_turns(sample), self._max_turns):
             turn = await context.generate(sample)
-            calls = parse_calls(_last_turn(sample, context))[1] if turn.status is Status.COMPLETED else []
+            text = _last_turn(sample, context)
+            if turn.status is not Status.ABORTED:
+                self._record(sample, [{"role": "assistant", "content": text.removesuffix(str(context.tokenizer.eos_token))}])
+            calls = parse_calls(text)[1] if turn.status is Status.COMPLETED else []
             if not calls or turn_number + 1 == self._max_turns:
                 break
             outputs = [{"role": "tool", "name": call.name, "content": await self._run(call)} for call in calls]
             append_messages(sample, outputs, context, tools=self._tools, template_kwargs=self._template_kwargs)
-        return sample
+            self._record(sample, outputs)
+        return split_turns(sample, context) if self._splits else sample
+
+    def _record(self, sample: Sample, messages: Sequence[Message]) -> None:
+        if self._records:
+            sample.metadata.setdefault(MESSAGES, []).extend(messages)
 
     async def _run(self, call: ToolCall) -> str:
         output = await self._execute(call.name, call.arguments)
         if not isinstance(output, str):
             raise QwenchError(f"--generate-execute-tool-function-path must return text for {call.name}, got {output!r:.200}.")
         return output
+
+
+def split_turns(sample: Sample, context: GenerateContext) -> list[Sample]:
+    """Return each turn of the policy as a sample. A sample that was cut off stays whole, since it will go on.
+
+    [prompt] turn 1 [context] turn 2  ->  [prompt] turn 1  and  [prompt turn 1 context] turn 2
+    """
+    if sample.status is Status.ABORTED:
+        return [sample]
+    length, turns, start = len(sample.tokens) - sample.response_length, list[Sample](), 0
+    for sampled, run in groupby(sample.loss_mask):
+        stop = start + len(list(run))
+        if sampled:
+            turns.append(_turn(sample, context, length, start, stop))
+        start = stop
+    if turns:
+        turns[-1].status = sample.status
+        turns[-1].input_tokens, turns[-1].cached_tokens = sample.input_tokens, sample.cached_tokens
+    return turns or [sample]
+
+
+def _turn(sample: Sample, context: GenerateContext, prompt_len: int, start: int, stop: int) -> Sample:
+    """Return the turn of response tokens `start` to `stop`; what is counted of the requests belongs to the last one."""
+    before, part = sample.tokens[: prompt_len + start], slice(start, stop)
+    return Sample(
+        prompt=replace(sample.prompt, text=str(context.tokenizer.decode(before)), token_ids=tuple(before)),
+        sample_id=sample.sample_id,
+        group_id=sample.group_id,
+        tokens=sample.tokens[: prompt_len + stop],
+        response_length=stop - start,
+        loss_mask=sample.loss_mask[part],
+        rollout_log_probs=sample.rollout_log_probs[part],
+        weight_versions=sample.weight_versions[part],
+        support=sample.support[part],
+        response=context.decode(sample.response_tokens[part]),
+        status=Status.COMPLETED,
+        metadata=dict(sample.metadata),
+    )
 
 
 def _num_turns(sample: Sample) -> int:

@@ -13,6 +13,11 @@ async def sample_with_another_bit(sample: Sample, context: GenerateContext) -> S
     return sample
 
 
+async def run_tool(name: str, arguments: object) -> str:
+    """Answer every call alike."""
+    return "4"
+
+
 async def two_quarters(sample: Sample, context: GenerateContext) -> Sample:
     """Answer every question by a fraction that is not reduced."""
     sample.response, sample.status = "\\boxed{2/4}", Status.COMPLETED

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwench import __version__
+from qwench.config.sections.agent import TOOL_LOOP
 from qwench.errors import ConfigError
 from qwench.models.hf import load_tokenizer
 from tests.e2e.conftest import DIGITS, InProcess, Workspace, column, read_metrics
@@ -183,6 +184,22 @@ def test_sets_of_a_file_have_their_own_rewards_lengths_and_samples(workspace: Wo
     assert (metrics["eval/first"], metrics["eval/second"]) == (-1.0, 0.0)
     assert (metrics["eval/first/response_len/max"], metrics["eval/second/response_len/max"]) == (5.0, 4.0)
     assert [len((tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()) for name in ("first", "second")] == [6, 2]
+
+
+def test_turns_are_samples_and_their_messages_are_recorded(workspace: Workspace, tmp_path: Path) -> None:
+    """A random model calls no tool, so each sample has one turn."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": [{"role": "user", "content": "1 + 1?"}], "label": "2"}) + "\n")
+    flags = {
+        "prompt_data": rows, "input_key": "prompt", "rollout_batch_size": 1, "global_batch_size": 4,
+        "eval_prompt_data": None, "num_rollout": 1,
+        "custom_generate_function_path": TOOL_LOOP, "generate_execute_tool_function_path": "tests.e2e.generation.run_tool",
+        "generate_multi_samples": (), "save_debug_trajectory_data": tmp_path / "said" / "{rollout_id}.jsonl",
+    }  # fmt: skip
+    run_verb(workspace.train_argv(tmp_path / "run", **DIGITS, **flags))
+    lines = [json.loads(line) for line in (tmp_path / "said" / "0.jsonl").read_text().splitlines()]
+    assert len(lines) > 1 and {line["messages"][0]["content"] for line in lines} == {"1 + 1?"}
+    assert {tuple(message["role"] for message in line["messages"]) for line in lines} == {("user", "assistant")}
 
 
 def test_sets_of_a_file_have_their_own_functions(workspace: Workspace, tmp_path: Path) -> None:

@@ -209,10 +209,8 @@ REFUSED: tuple[ForeignFlag, ...] = (
 
 PLANNED: tuple[ForeignFlag, ...] = (
     *planned("a place of its own for the critic; each checkpoint of --save holds it in its folder critic", "critic-save"),
-    *planned("every turn as a sample; one sample holds all turns", "generate-multi-samples"),
     *planned("training a part of the parameters", "freeze-params-name-list only-train-params-name-list"),
     *planned("entropy of every token in the batch; see --observe-training-entropy", "use-rollout-entropy"),
-    *planned("records by turn; --save-debug-rollout-data records rollouts", "save-debug-trajectory-data"),
     *planned("a choice of FP8 layers", "extra-high-precision-layers-hf extra-high-precision-layers-megatron"),
     *planned(
         "other divisions of a pipeline; --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers divide it",

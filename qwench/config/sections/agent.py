@@ -20,6 +20,9 @@ class AgentConfig:
 
     generate_max_turns: int = 16
     """Largest number of turns of one sample in the built-in tool loop."""
+    generate_multi_samples: bool = False
+    """Learn from every turn as a sample of its own, whose prompt is all that stands before it. Off: one sample holds all turns.
+    Needs --custom-generate-function-path."""
     generate_tool_specs_path: str | None = None
     """Import path of the list of tool schemas that the chat template shows to the policy."""
     generate_tool_call_parser: Literal["qwen25", "qwen", "hermes"] | None = None
@@ -70,6 +73,8 @@ class AgentConfig:
         """
         if self.use_session_server and path != AGENT:
             raise ConfigError(f"--use-session-server serves --custom-generate-function-path {AGENT}; give it, or leave it out")
+        if self.generate_multi_samples and path is None:
+            raise ConfigError("--generate-multi-samples divides the turns of --custom-generate-function-path; give that too")
         for built_in, flag, given in (
             (TOOL_LOOP, "--generate-execute-tool-function-path", self.generate_execute_tool_function_path),
             (AGENT, "--custom-agent-function-path", self.custom_agent_function_path),

@@ -22,6 +22,9 @@ class DebugConfig:
     save_debug_train_data: str | None = None
     """File to record in what each rollout was learned from, one JSON line a sample: tokens, masks, rewards, log-probs and
     advantages. {rollout_id} in the name is replaced."""
+    save_debug_trajectory_data: str | None = None
+    """File to record the messages of each rollout in, one JSON line a sample: what the policy was asked, wrote and was told.
+    {rollout_id} in the name is replaced."""
     load_debug_rollout_data: str | None = None
     """File of recorded rollouts to train on, without engines. {rollout_id} in the name is replaced."""
     load_debug_rollout_data_subsample: float | None = None
@@ -39,8 +42,10 @@ class DebugConfig:
             raise ConfigError(
                 "--debug-rollout-only leaves no trainer; it excludes --debug-train-only and --load-debug-rollout-data"
             )
-        if self.save_debug_train_data is not None and self.save_debug_train_data == self.save_debug_rollout_data:
-            raise ConfigError("--save-debug-train-data and --save-debug-rollout-data name the same files; give other ones")
+        first_of: dict[str, str] = {}
+        for flag, named in self.records.items():
+            if (other := first_of.setdefault(named, flag)) != flag:
+                raise ConfigError(f"{flag} and {other} name the same files; give other ones")
         for flag, template in (*self.records.items(), ("--load-debug-rollout-data", self.load_debug_rollout_data)):
             check_path_template(flag, template)
 
@@ -50,5 +55,6 @@ class DebugConfig:
         named = (
             ("--save-debug-rollout-data", self.save_debug_rollout_data),
             ("--save-debug-train-data", self.save_debug_train_data),
+            ("--save-debug-trajectory-data", self.save_debug_trajectory_data),
         )
         return {flag: template for flag, template in named if template is not None}

@@ -1,7 +1,9 @@
+import json
+
 import pytest
 
 from qwench.errors import ConfigError
-from qwench.observability.dumps import load_rollout, save_rollout
+from qwench.observability.dumps import load_rollout, save_rollout, save_trajectories
 from qwench.samples import Group, Prompt, Rollout, Sample, Status, Verdict
 
 
@@ -31,6 +33,19 @@ def test_saved_rollout_loads_equal(tmp_path):
     path = save_rollout(template, rollout)
     assert path.name == "rollout_7.jsonl"
     assert load_rollout(template, 7) == rollout
+
+
+def test_messages_are_those_that_were_kept_or_the_row_and_the_response(tmp_path):
+    rollout = rollout_of(7, num_groups=1)
+    kept = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "4"}]
+    rollout.samples[0].metadata["messages"] = kept
+    save_trajectories(str(tmp_path / "{rollout_id}.jsonl"), rollout)
+    first, second = (json.loads(line) for line in (tmp_path / "7.jsonl").read_text(encoding="utf-8").splitlines())
+    assert first["messages"] == kept
+    assert second == {
+        "sample_index": 1, "group_index": 10, "status": "completed", "reward": 1.0, "prompt": "2+2=",
+        "messages": [{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "4\u00b0"}],
+    }  # fmt: skip
 
 
 def test_subsample_keeps_whole_groups_spread_over_the_rollout(tmp_path):

@@ -16,7 +16,7 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>'
 
 
-def play(agent, turns, *, sample=None, **flags):
+def play(agent, turns, *, sample=None, records=False, **flags):
     """Run an agent on one sample; return the sample and the engine."""
     engine, sample = ScriptedTurns(turns), sample or asked()
 
@@ -24,7 +24,12 @@ def play(agent, turns, *, sample=None, **flags):
         gateway = Gateway(engine, engine.tokenizer, max_tokens=4096, agents_at=("127.0.0.1", 0))
         await gateway.open()
         runner = AgentRunner(
-            agent, AgentConfig(**flags), open_session=gateway.open_session, close=gateway.close_session, template_kwargs=None
+            agent,
+            AgentConfig(**flags),
+            open_session=gateway.open_session,
+            close=gateway.close_session,
+            template_kwargs=None,
+            records=records,
         )
         try:
             return await runner.generate(sample, engine.context())
@@ -47,6 +52,15 @@ async def two_turns(base_url, prompt, request_kwargs, metadata):
     assert (first["choices"][0]["finish_reason"], call["function"]) == ("tool_calls", {"name": "add", "arguments": '{"a": 2}'})
     _, second = await ask(base_url, [*prompt, message, {"role": "tool", "content": "5", "tool_call_id": call["id"]}])
     return {"answer": second["choices"][0]["message"]["content"]}
+
+
+def test_every_turn_of_a_session_may_be_a_sample_and_its_messages_are_recorded():
+    (first, second), engine = play(two_turns, [CALL, "it is 5"], records=True, generate_multi_samples=True)
+    assert [engine.tokenizer.decode(list(made.prompt.token_ids)) for made in (first, second)] == engine.prompts
+    assert [made.response for made in (first, second)] == [f"{CALL}<|im_end|>", "it is 5<|im_end|>"]
+    assert first.metadata["answer"] == second.metadata["answer"] == "it is 5"
+    assert [message["role"] for message in second.metadata["messages"]] == ["user", "assistant", "tool", "assistant"]
+    assert second.metadata["messages"][-1] == {"role": "assistant", "content": "it is 5"}
 
 
 def test_a_session_keeps_the_sampled_tokens_and_masks_what_the_agent_adds():

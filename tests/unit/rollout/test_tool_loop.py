@@ -6,7 +6,7 @@ import pytest
 
 from qwench.config.sections.agent import AGENT, TOOL_LOOP, AgentConfig
 from qwench.errors import ConfigError
-from qwench.rollout.tool_loop import ToolCall, ToolLoop, append_messages, parse_calls, show_messages
+from qwench.rollout.tool_loop import MESSAGES, ToolCall, ToolLoop, append_messages, parse_calls, show_messages, split_turns
 from qwench.samples import Status
 from tests.fakes.turns import ScriptedTurns, asked
 
@@ -87,6 +87,43 @@ def test_the_last_turn_runs_no_tool():
     assert len(RAN) == 1 and len(engine.prompts) == 2
 
 
+def test_every_turn_may_be_a_sample_whose_prompt_is_all_before_it():
+    loop = ToolLoop(tools=TOOLS, execute=add, max_turns=4, template_kwargs=None, splits=True)
+    engine, whole_engine = ScriptedTurns([CALL, "5"]), ScriptedTurns([CALL, "5"])
+    first, second = asyncio.run(loop.generate(asked(), engine.context()))
+    one = ToolLoop(tools=TOOLS, execute=add, max_turns=4, template_kwargs=None)
+    whole = asyncio.run(one.generate(asked(), whole_engine.context()))
+    assert [engine.tokenizer.decode(list(made.prompt.token_ids)) for made in (first, second)] == engine.prompts
+    assert [made.response for made in (first, second)] == [f"{CALL}<|im_end|>", "5<|im_end|>"]
+    assert second.tokens == whole.tokens and first.tokens == whole.tokens[: len(first.tokens)]
+    for made in (first, second):
+        assert made.loss_mask == [1] * made.response_length
+        assert (made.rollout_log_probs, made.weight_versions) == ([-1.0] * made.response_length, [3] * made.response_length)
+        assert made.response_tokens == made.tokens[len(made.prompt.token_ids) :]
+        assert made.status is Status.COMPLETED
+    assert (first.input_tokens, second.input_tokens) == (0, whole.input_tokens)
+
+
+def test_a_sample_that_will_go_on_is_not_divided():
+    engine, sample = ScriptedTurns(["5"]), asked()
+    sample.append([7, 8], log_probs=[-1.0, -1.0], version=3)
+    sample.append([9], log_probs=None, version=3)
+    sample.append([7], log_probs=[-1.0], version=3)
+    sample.status = Status.ABORTED
+    assert split_turns(sample, engine.context()) == [sample]
+
+
+def test_the_conversation_is_kept_where_it_is_recorded():
+    loop = ToolLoop(tools=TOOLS, execute=add, max_turns=4, template_kwargs=None, records=True)
+    made = asyncio.run(loop.generate(asked(), ScriptedTurns([CALL, "5"]).context()))
+    assert made.metadata[MESSAGES] == [
+        {"role": "user", "content": "2+3?"},
+        {"role": "assistant", "content": CALL},
+        {"role": "tool", "name": "add", "content": "5"},
+        {"role": "assistant", "content": "5"},
+    ]
+
+
 @pytest.mark.parametrize(("path", "flag"), [(TOOL_LOOP, "--generate-execute-tool"), (AGENT, "--custom-agent-function")])
 def test_a_built_in_function_without_what_it_calls_is_refused(path, flag):
     with pytest.raises(ConfigError, match=rf"needs {flag}"):
@@ -96,6 +133,9 @@ def test_a_built_in_function_without_what_it_calls_is_refused(path, flag):
 def test_a_function_that_nothing_calls_is_refused():
     with pytest.raises(ConfigError, match=r"^--custom-agent-function-path has no effect without"):
         AgentConfig(custom_agent_function_path="a.b").check_generate(None)
+    with pytest.raises(ConfigError, match=r"^--generate-multi-samples divides"):
+        AgentConfig(generate_multi_samples=True).check_generate(None)
+    AgentConfig(generate_multi_samples=True).check_generate("mine.generate")
     with pytest.raises(ConfigError, match=r"^--use-session-server serves"):
         AgentConfig(use_session_server=True).check_generate("mine.generate")
 
@@ -105,9 +145,10 @@ def test_flags_of_miles_load_the_loop():
         generate_tool_specs_path=f"{__name__}.TOOLS",
         generate_execute_tool_function_path=f"{__name__}.add",
         generate_max_turns=3,
+        generate_multi_samples=True,
     )
     engine = ScriptedTurns(["5"])
-    made = asyncio.run(ToolLoop.load(section, template_kwargs=None).generate(asked(), engine.context()))
+    (made,) = asyncio.run(ToolLoop.load(section, template_kwargs=None).generate(asked(), engine.context()))
     assert made.response == "5<|im_end|>" and '"name": "add"' in engine.prompts[0]
     with pytest.raises(ConfigError, match="must name a list of tool schemas"):
         ToolLoop.load(
