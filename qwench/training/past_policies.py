@@ -29,6 +29,7 @@ class PastPolicies:
         self._policy = policy
         self._num_kept = num_kept
         self._kept: dict[int, Reference] = {}
+        self._has_warned = False
 
     def score(self, batch: RolloutBatch, version: int, score: Callable[[Scorer], list[Tensor]]) -> list[Tensor]:
         """Score every token by the weights that sampled it, then keep the policy's weights of `version`.
@@ -68,9 +69,11 @@ class PastPolicies:
         """Return the weights of a version; the next newer ones where they are not kept."""
         if version == own:
             return self._policy
-        if version not in self._kept:
+        if version not in self._kept and not self._has_warned:
+            self._has_warned = True
             _logger.warning(
-                "--keep-old-actor: the weights of version %d are not kept; rollout %d gets old log-probs of newer ones",
+                "--keep-old-actor: the weights of version %d are not kept; rollout %d gets old log-probs of newer ones. "
+                "This is said once.",
                 version,
                 own,
             )

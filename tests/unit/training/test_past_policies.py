@@ -70,13 +70,15 @@ def test_each_token_is_scored_by_the_version_that_sampled_it() -> None:
     assert torch.equal(run.tables[3], run.backend.table) is False
 
 
-def test_weights_that_are_not_kept_are_said_and_newer_ones_score(caplog: pytest.LogCaptureFixture) -> None:
+def test_weights_that_are_not_kept_are_said_once_and_newer_ones_score(caplog: pytest.LogCaptureFixture) -> None:
     run = Recorded(num_past=1)
     for rollout in (sampled_by(0, rollout_id=0), sampled_by(0, rollout_id=1), sampled_by(0, rollout_id=2)):
         run.learn(rollout)
     run.check(rollout, [run.tables[1], *run.tables[1:]])
+    run.learn(sampled_by(0, rollout_id=3))
     assert caplog.messages == [
-        "--keep-old-actor: the weights of version 0 are not kept; rollout 2 gets old log-probs of newer ones"
+        "--keep-old-actor: the weights of version 0 are not kept; rollout 2 gets old log-probs of newer ones. "
+        "This is said once."
     ]
 
 
