@@ -144,8 +144,8 @@ def train(run: Run) -> None:
                 with saved_when_stopped(run, learner, next_rollout_id=rollout_id + 1, learner_holds_devices=True):
                     is_last = is_enough or rollout_id + 1 == end
                     if schedule.save_due(rollout_id, ends=is_last) or agree_on_largest(int(asked.pending())):
-                        asked.done()
                         save(run, learner, rollout_id + 1, ended_by=enough.text if is_enough else None)
+                        asked.done()
                     if is_enough:
                         break
                     # torchrun signals one rank after the other: all ranks must stop after the same rollout.

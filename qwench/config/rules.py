@@ -175,6 +175,18 @@ def partial_run_has_its_input(config: Config) -> str | None:
     return None
 
 
+def a_start_reaches_its_traces(config: Config) -> str | None:
+    """A profiler that begins after the last rollout would trace nothing, silently."""
+    begin, ends = config.profiling.profile_step_start, (config.rollout.num_rollout, config.debug.debug_exit_after_rollout)
+    num_rollouts = min((end for end in ends if end is not None), default=None)
+    if not config.profiling.use_pytorch_profiler or num_rollouts is None or begin < num_rollouts:
+        return None
+    return (
+        f"--profile-step-start ({begin}) leaves nothing to trace: a start has {num_rollouts} rollouts, counted from 0; "
+        "give a smaller number"
+    )
+
+
 def tensorboard_has_a_folder(config: Config) -> str | None:
     """TensorBoard files go to the run's own folder; in a common one, runs would mix."""
     logging = config.logging
@@ -345,6 +357,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     prompts_come_from_somewhere,
     partial_run_has_its_input,
     tensorboard_has_a_folder,
+    a_start_reaches_its_traces,
     the_best_checkpoint_is_measured,
     an_export_replaces_nothing_else,
     sglang_flags_are_known,

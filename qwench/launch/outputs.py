@@ -123,7 +123,7 @@ def open_logs(config: Config, log_dir: Path | None) -> None:
     Raises:
         OutputError: a disk is full.
     """
-    for flag, folder in (("--save", config.checkpoint.save), ("--log-dir", log_dir)):
+    for folder, flag in {log_dir: "--log-dir", config.checkpoint.save: "--save"}.items():
         if folder is not None:
             with written(f"{flag} {folder}", folder):
                 write_atomically(folder / CONFIG_FILE, as_yaml(config))

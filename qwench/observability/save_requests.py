@@ -50,7 +50,11 @@ class SaveRequests:
         return self._signalled or any(file.exists() for file in self._files)
 
     def done(self) -> None:
-        """Forget what was asked for before a save."""
+        """Say which requests a save has met, and forget them."""
+        asking = ["SIGUSR1"] if self._signalled else []
+        asking += [str(file) for file in self._files if file.exists()]
+        if asking:
+            _logger.info("saved: %s asked for a checkpoint", " and ".join(asking))
         self._signalled = False
         for file in self._files:
             file.unlink(missing_ok=True)

@@ -302,6 +302,18 @@ def test_bounds_of_the_engine_hold_for_whole_answers_and_streams(server, change,
         assert status == 400 and word in content["error"]["message"]
 
 
+def test_unknown_fields_and_broken_json_are_named_in_plain_words(server):
+    misspelt = ask(server, "/v1/completions", {"prompt": [5, 6], "max_token": 4})[1]["error"]
+    assert (misspelt["message"], misspelt["param"]) == ("max_token: this path has no such field", "max_token")
+    connection = connect(server)
+    connection.request("POST", "/v1/completions", "{nope", {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    broken = json.loads(response.read())["error"]
+    connection.close()
+    assert response.status == 400 and broken["param"] is None
+    assert broken["message"].startswith("the body is no JSON: character 1: Expecting property name")
+
+
 def test_a_path_that_is_none_is_answered_in_openais_shape(server):
     status, content = ask(server, "/v1/embeddings")
     assert (status, content["error"]["message"]) == (404, "Not Found")

@@ -93,8 +93,8 @@ def test_starts_of_one_rollout_make_the_whole_run_with_another_chat_template(wor
     template = tmp_path / "short.jinja"
     template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}answer:")
     whole, cut, flags = tmp_path / "whole", tmp_path / "cut", {**DIGITS, "chat_template_path": template, "num_rollout": 2}
-    flags |= {"use_pytorch_profiler": (), "profile_step_start": 1, "profile_step_end": 2}
-    run_verb(workspace.train_argv(whole, **flags, dump_details=tmp_path / "dump", save_hf=tmp_path / "exported"))
+    traced = {"use_pytorch_profiler": (), "profile_step_start": 1, "profile_step_end": 2}
+    run_verb(workspace.train_argv(whole, **flags, **traced, dump_details=tmp_path / "dump", save_hf=tmp_path / "exported"))
     sampled, learned = [
         [json.loads(line) for line in (tmp_path / "dump" / kind / "1.jsonl").read_text().splitlines()[1:]]
         for kind in ("rollout_data", "train_data")

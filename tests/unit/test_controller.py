@@ -331,7 +331,8 @@ def test_a_start_ends_after_its_share_of_the_rollouts_and_the_next_goes_on() -> 
     assert [event for event in parts.events if event.startswith("take")] == ["take 0"]
 
 
-def test_a_file_or_a_signal_asks_for_a_checkpoint_after_the_rollout(tmp_path: Path) -> None:
+def test_a_file_or_a_signal_asks_for_a_checkpoint_after_the_rollout(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="qwench.observability.save_requests")
     schedule = replace(SCHEDULE, checkpoint=CheckpointConfig(save=tmp_path, save_interval=100))
     plan = SimpleNamespace(schedule=schedule, num_rollout=3)
 
@@ -362,6 +363,10 @@ def test_a_file_or_a_signal_asks_for_a_checkpoint_after_the_rollout(tmp_path: Pa
                 sentinel.touch()
             return super().take(rollout_id)
 
+        def save(self, iteration: int, *args: Any, **options: Any) -> None:
+            assert sentinel.exists() == (iteration == 2), "removed only once the checkpoint is whole"
+            super().save(iteration, *args, **options)
+
     parts = Elsewhere()
     train(run_of(parts, plan=SimpleNamespace(schedule=named, num_rollout=3)))
     assert [event for event in parts.events if event.startswith("save")] == ["save 2", "save 3"]
@@ -372,6 +377,7 @@ def test_a_file_or_a_signal_asks_for_a_checkpoint_after_the_rollout(tmp_path: Pa
     train(run_of(parts, plan=plan))
     assert [event for event in parts.events if event.startswith("save")] == ["save 2", "save 3"]
     assert signal.getsignal(signal.SIGUSR1) is before
+    assert caplog.messages == [f"saved: {who} asked for a checkpoint" for who in (tmp_path / FILE_NAME, sentinel, "SIGUSR1")]
 
 
 def test_without_a_folder_a_signal_is_said_and_nothing_is_saved(caplog: pytest.LogCaptureFixture) -> None:

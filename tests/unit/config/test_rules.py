@@ -21,6 +21,7 @@ from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.parallel import ParallelConfig
+from qwench.config.sections.profiling import ProfilingConfig
 from qwench.config.sections.references import ReferencesConfig
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import SFT_ROLLOUT, RolloutConfig
@@ -140,6 +141,14 @@ REFUSED = [
     (
         {"checkpoint": CheckpointConfig(save=Path("r"), keep_best=True)},
         "--keep-best compares results of evaluations, and there are none; give --eval-prompt-data NAME FILE",
+    ),
+    (
+        {
+            "profiling": ProfilingConfig(use_pytorch_profiler=True),
+            "rollout": RolloutConfig(num_rollout=10, rollout_batch_size=4),
+            "checkpoint": CheckpointConfig(save=Path("s")),
+        },
+        "--profile-step-start (10) leaves nothing to trace: a start has 10 rollouts, counted from 0; give a smaller number",
     ),
     ({"logging": LoggingConfig(use_tensorboard=True)}, "--use-tensorboard has no folder to write to; give --log-dir or --save"),
     ({"training": TrainingConfig(recompute_granularity="selective")}, "--recompute-granularity selective needs"),

@@ -1,6 +1,7 @@
 """What a run writes besides its checkpoints is its own: nothing of another run, or of the user, is replaced."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from qwench.config.sections.logging import LoggingConfig
 from qwench.errors import ConfigError
 from qwench.files import claim_folder
 from qwench.launch import engines, outputs
-from qwench.launch.outputs import claim_outputs, own_results
+from qwench.launch.outputs import claim_outputs, open_logs, own_results
 from qwench.observability.dumps import save_rollout
 from qwench.samples import Rollout
 
@@ -80,6 +81,20 @@ def test_the_log_folder_of_a_run_that_failed_before_its_first_step_may_be_used_a
         assert json.loads((tmp_path / "qwench_logs.json").read_text()) == {"run": run}
         for name in ("driver.log", "metrics.jsonl", "qwench_config.yaml"):
             (tmp_path / name).touch()
+
+
+def test_driver_log_has_each_line_once_where_save_is_the_folder_of_the_metrics_too(tmp_path):
+    config = Config(checkpoint=CheckpointConfig(save=tmp_path))
+    package = logging.getLogger("qwench")
+    before = list(package.handlers)
+    try:
+        open_logs(config, tmp_path)
+        package.warning("once")
+    finally:
+        for handler in [handler for handler in package.handlers if handler not in before]:
+            package.removeHandler(handler)
+            handler.close()
+    assert (tmp_path / "driver.log").read_text().count("once") == 1
 
 
 def test_the_same_save_goes_on_with_its_logs_and_another_one_does_not(tmp_path):

@@ -55,9 +55,17 @@ async def answer_invalid(http: Request, error: Exception) -> Response:
     if "json" not in http.headers.get("content-type", ""):
         message = "the body must be JSON, with the header Content-Type: application/json."
         return json_answer(error_record(400, message), 400)
-    named = [(".".join(map(str, problem["loc"][1:])), problem["msg"]) for problem in error.errors()]
+    problems = error.errors()
+    if problems[0]["type"] == "json_invalid":
+        message = f"the body is no JSON: character {problems[0]['loc'][1]}: {problems[0]['ctx']['error']}"
+        return json_answer(error_record(400, message), 400)
+    named = [(".".join(map(str, problem["loc"][1:])), _in_words(problem)) for problem in problems]
     message = "; ".join(f"{field}: {problem}" for field, problem in named)
     return json_answer(error_record(400, message, field=named[0][0] or None), 400)
+
+
+def _in_words(problem: Json) -> str:
+    return "this path has no such field" if problem["type"] == "extra_forbidden" else str(problem["msg"])
 
 
 async def answer_status(_: Request, error: Exception) -> Response:
