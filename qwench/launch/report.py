@@ -51,6 +51,9 @@ def finish_report(report: RunReport, inputs: Inputs) -> None:
     if inputs.config.reward.second_grader is not None and listed is not None and listed.is_file():
         differing = describe_shortest(read_disagreements(listed))
     found = {} if differing is None else {"differ": f"{differing} ({listed})"}
+    ends = inputs.config.debug.debug_exit_after_rollout
+    if ends is not None and report.is_unfinished and inputs.config.checkpoint.save is not None:
+        found["left"] = f"--debug-exit-after-rollout {ends} ends this start; the same command goes on"
     report.finish(found | _end_facts(inputs))
 
 

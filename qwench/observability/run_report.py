@@ -116,6 +116,11 @@ class RunReport:
         self._bar = None
         self._open.close()
 
+    @property
+    def is_unfinished(self) -> bool:
+        """Tell whether units of the run are left."""
+        return self._done < self._total
+
     def finish(self, facts: Mapping[str, str]) -> None:
         """Say that the run is done, and list its files."""
         self.close()

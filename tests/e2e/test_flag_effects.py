@@ -89,7 +89,9 @@ def test_a_resumed_run_of_another_optimizer_is_exact(workspace: Workspace, tmp_p
     assert read_metrics(cut) == read_metrics(whole)
 
 
-def test_starts_of_one_rollout_make_the_whole_run_with_another_chat_template(workspace: Workspace, tmp_path: Path) -> None:
+def test_starts_of_one_rollout_make_the_whole_run_with_another_chat_template(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     template = tmp_path / "short.jinja"
     template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}answer:")
     whole, cut, flags = tmp_path / "whole", tmp_path / "cut", {**DIGITS, "chat_template_path": template, "num_rollout": 2}
@@ -107,7 +109,10 @@ def test_starts_of_one_rollout_make_the_whole_run_with_another_chat_template(wor
     assert load_tokenizer(tmp_path / "exported").chat_template == template.read_text()
     assert [path.name.partition(".")[0] for path in (whole / "profile").iterdir()] == ["train_overall_rank0_00001"]
     for done in (1, 2):
+        capsys.readouterr()
         run_verb(workspace.train_argv(cut, **flags, debug_exit_after_rollout=1, load=cut))
+        going_on = "left      --debug-exit-after-rollout 1 ends this start; the same command goes on"
+        assert (going_on in " ".join(capsys.readouterr().out.split("\n"))) == (done == 1)
         assert (cut / f"iter_{done:07d}").is_dir() and not (cut / f"iter_{done + 1:07d}").exists()
     assert read_metrics(cut) == read_metrics(whole)
 

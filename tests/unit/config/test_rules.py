@@ -146,7 +146,6 @@ REFUSED = [
         {
             "profiling": ProfilingConfig(use_pytorch_profiler=True),
             "rollout": RolloutConfig(num_rollout=10, rollout_batch_size=4),
-            "checkpoint": CheckpointConfig(save=Path("s")),
         },
         "--profile-step-start (10) leaves nothing to trace: a start has 10 rollouts, counted from 0; give a smaller number",
     ),
