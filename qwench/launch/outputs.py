@@ -59,7 +59,7 @@ def open_outputs(inputs: Inputs, timer: PhaseTimer, *, writes: bool = True) -> t
     """
 
     def write_hf(folder: Path, buckets: Iterator[WeightBucket]) -> None:
-        template = inputs.config.data.chat_template_path
+        template = None if inputs.config.data.chat_template_path is None else str(inputs.tokenizer.chat_template)
         write_hf_checkpoint(folder, buckets, source=inputs.model_folder, chat_template=template)
 
     checkpoints = CheckpointManager(

@@ -239,7 +239,7 @@ def write_hf_checkpoint(
     *,
     source: Path,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    chat_template: Path | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Write weights under Hugging Face names as a folder that transformers loads, with the rest copied from `source`.
 
@@ -264,7 +264,7 @@ def write_hf_checkpoint(
         _check_complete((name for name in dtypes if not is_scale_name(name)), config, folder)
         write_companions(partial, source, dtypes)
         if chat_template is not None:
-            shutil.copyfile(chat_template, partial / CHAT_TEMPLATE)
+            (partial / CHAT_TEMPLATE).write_bytes(chat_template.encode())
         replace_folder(folder, partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

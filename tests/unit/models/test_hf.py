@@ -59,10 +59,9 @@ def test_transformers_loads_an_export_with_equal_logits(source, tmp_path, max_sh
 
 def test_shards_respect_the_size_and_the_index_maps_every_weight(source, tmp_path):
     model = new_weights(source)
-    template = tmp_path / "other.jinja"
-    template.write_text("{{ messages[0].content }}!")
+    template = "{{ messages[0].content }}!"
     write_hf_checkpoint(tmp_path / "export", buckets_of(model, 1), source=source, max_shard_bytes=10**6, chat_template=template)
-    assert load_tokenizer(tmp_path / "export").chat_template == "{{ messages[0].content }}!"
+    assert load_tokenizer(tmp_path / "export").chat_template == template
     index = json.loads((tmp_path / "export" / "model.safetensors.index.json").read_text())
     names = [name for name, _ in model.named_parameters()]
     assert sorted(index["weight_map"]) == sorted(names)
