@@ -40,10 +40,10 @@ REFERENCE = "grpo"
 REQUIRED: Mapping[str, tuple[str, ...]] = {"gdpo": ("--rm-type", "deepscaler,f1", "--reward-weights", "1,0.1")}
 """Flags without which a method does not run; those of `MethodFacts` are added."""
 SETTINGS: Mapping[str, Mapping[str, str]] = {
-    **{name: {"--lr": "1e-4"} for name in ("cispo", "gpg", "gspo")},
+    **{name: {"--lr": "1e-4"} for name in ("cispo", "gpg", "gspo", "kl_cov", "sapo")},
     "passk": {"--lr": "1e-4", "--n-samples-per-prompt": "2", "--rollout-batch-size": "128"},
 }
-"""Flags that replace the quickstart's where a method does not learn by those within the budget: 256 samples in each rollout."""
+"""Flags that replace the quickstart's, by which a method does not learn or is unsteady: 256 samples in each rollout still."""
 _REPLACED = ("--num-rollout", "--advantage-estimator", "--save", "--save-hf", "--save-interval", "--eval-interval")
 _CLIPS = ("--eps-clip", "--eps-clip-high")
 """Flags that a method without clipping refuses."""
