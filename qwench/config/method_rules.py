@@ -24,7 +24,8 @@ def a_critic_has_its_method(config: Config) -> str | None:
         value = getattr(config.critic, item.name)
         if value != item.default:
             flag = "--" + item.name.replace("_", "-")
-            return f"{flag} ({value}) has no effect with --advantage-estimator {name}, which has no critic; leave it out"
+            given = flag if value is True else f"{flag} ({value})"
+            return f"{given} has no effect with --advantage-estimator {name}, which has no critic; leave it out"
     return None
 
 

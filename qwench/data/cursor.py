@@ -89,8 +89,8 @@ class DataCursor:
         stored = state.get("num_rows", self._num_rows), state.get("fingerprint", self._fingerprint)
         if stored != (self._num_rows, self._fingerprint) or state["offset"] > self._num_rows:
             raise CheckpointError(
-                f"the checkpoint's data cursor belongs to a data set of {max(stored[0], state['offset'])} rows, but this run's "
-                f"data set has {self._num_rows} rows or other rows; resume with the same data, keys and length limit."
+                f"the checkpoint's data cursor belongs to other prompts ({max(stored[0], state['offset'])} then, "
+                f"{self._num_rows} now); resume with the same data, keys, chat template and length limit."
             )
         shuffle, seed = state.get("shuffle", self._shuffle), state.get("seed", self._seed)
         if shuffle != self._shuffle:

@@ -41,6 +41,14 @@ def start_report(inputs: Inputs, rows: str) -> RunReport:
     report.start(_start_facts(inputs, rows))
     if plan.devices.trains and inputs.config.checkpoint.save is None:
         _logger.warning("nothing is saved: the weights are lost when the run ends; give --save FOLDER to keep them")
+    if inputs.config.algorithm.keep_old_actor and not plan.num_past_policies:
+        _logger.warning(
+            "--keep-old-actor has no effect: the weights that sample are those that learn "
+            "(--rollouts-ahead, --fully-async and --update-weights-interval change that)"
+        )
+    data = inputs.config.data
+    if data.chat_template_path is not None and not (data.apply_chat_template or plan.fine_tunes):
+        _logger.warning("--chat-template-path renders no prompts: --apply-chat-template is off")
     return report
 
 

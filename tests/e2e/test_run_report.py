@@ -69,6 +69,24 @@ def test_a_run_without_save_says_what_that_means_before_its_first_step(
         assert lines[-1] == "saved     nothing (no --save)"
 
 
+def test_flags_that_have_nothing_to_act_on_are_said_before_the_first_step(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = tmp_path / "short.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"prompt": "1 + 2 =", "label": "3"}\n' * 8)
+    flags = {"num_rollout": 1, "save_interval": None, "keep_old_actor": (), "chat_template_path": template}
+    flags |= {"prompt_data": texts}
+    lines = told(capsys, workspace.train_argv(None, **flags, no_apply_chat_template=())).splitlines()
+    first_step = next(number for number, line in enumerate(lines) if line.startswith("rollout 1/1"))
+    assert {
+        "warning: --keep-old-actor has no effect: the weights that sample are those that learn "
+        "(--rollouts-ahead, --fully-async and --update-weights-interval change that)",
+        "warning: --chat-template-path renders no prompts: --apply-chat-template is off",
+    } <= set(lines[:first_step])
+
+
 def test_each_rollout_is_a_line_and_a_response_with_its_reward(
     workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -192,7 +192,9 @@ def test_source_resumes_and_refuses_another_data_set():
     restored = make_source(["a", "b", "c"])
     restored.load_state_dict(state)
     assert restored.next_groups(3) == source.next_groups(3)
-    with pytest.raises(CheckpointError, match=r"3 rows, but this run.s data set has 3 rows or other rows"):
+    with pytest.raises(
+        CheckpointError, match=r"other prompts \(3 then, 3 now\); resume with the same data, keys, chat template"
+    ):
         make_source(["a", "b", "x"]).load_state_dict(state)
 
 

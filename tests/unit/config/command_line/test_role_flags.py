@@ -58,6 +58,8 @@ def test_a_critic_needs_a_method_that_has_one():
         parse_flags(Config, ["--critic-lr", "1"], prog="qwench train")
     with pytest.raises(ConfigError, match="--num-critic-only-steps"):
         parse_flags(Config, ["--num-critic-only-steps", "1"], prog="qwench train")
+    with pytest.raises(ConfigError, match=r"^--critic-train-only has no effect with --advantage-estimator grpo, which has no"):
+        parse_flags(Config, ["--critic-train-only"], prog="qwench train")
     words = ["--advantage-estimator", "ppo", "--custom-advantage-function-path", "mine.advantages"]
     with pytest.raises(ConfigError, match="--custom-advantage-function-path replaces the returns that the critic of --adv"):
         parse_flags(Config, words, prog="qwench train")
