@@ -51,6 +51,8 @@ class RolloutBatch:
     """B x [R] int64: weight versions between the one that sampled a token and this rollout's. None: 0 everywhere."""
     old_log_probs: list[Tensor] | None = None
     """B x [R] float32 of the policy before this rollout's first step."""
+    old_entropy: list[Tensor] | None = None
+    """B x [R] float32 of the same policy; 0 outside of loss_mask. None: without --use-rollout-entropy."""
     ref_log_probs: list[Tensor] | None = None
     """B x [R] float32 of the reference."""
     teacher_log_probs: list[Tensor] | None = None
@@ -152,6 +154,7 @@ class MicroBatch:
     rollout_log_probs: Tensor | None = None
     """[T] float32; this and the other optional columns are 0 outside the response."""
     old_log_probs: Tensor | None = None
+    old_entropy: Tensor | None = None
     ref_log_probs: Tensor | None = None
     support_counts: Tensor | None = None
     """[T] int64."""

@@ -130,12 +130,15 @@ def old_log_probs_differ_from_the_steps(config: Config) -> str | None:
     ):
         if is_given and config.algorithm.keep_old_actor:
             return f"--keep-old-actor has no effect with {flag}; leave one of them out"
+    if config.algorithm.use_rollout_entropy and config.algorithm.keep_old_actor:
+        return "--use-rollout-entropy is of one policy, and --keep-old-actor scores by several; leave one of them out"
     if not config.algorithm.skip_actor_forward_only:
         return None
     for flag, is_given in (
         ("--use-opd", config.distillation.use_opd),
         ("--keep-old-actor", config.algorithm.keep_old_actor),
         ("--true-on-policy-mode", config.training.true_on_policy_mode),
+        ("--use-rollout-entropy", config.algorithm.use_rollout_entropy),
         ("--rollout-data-postprocess-path", config.references.rollout_data_postprocess_path is not None),
     ):
         if is_given:

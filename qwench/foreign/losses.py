@@ -37,6 +37,7 @@ _TIS_KEYWORDS = (
 
 _COLUMNS = {
     "log_probs": "old_log_probs",
+    "entropy": "old_entropy",
     "rollout_log_probs": "rollout_log_probs",
     "ref_log_probs": "ref_log_probs",
     "advantages": "advantages",

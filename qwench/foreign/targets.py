@@ -101,6 +101,7 @@ def _view(batch: RolloutBatch) -> RolloutData:
     columns = {
         "rollout_log_probs": batch.rollout_log_probs,
         "log_probs": batch.old_log_probs,
+        "entropy": batch.old_entropy,
         "ref_log_probs": batch.ref_log_probs,
         "advantages": batch.advantages,
         "returns": batch.advantages,

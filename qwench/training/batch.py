@@ -20,7 +20,7 @@ from torch import Tensor
 from qwench.algorithms.columns import MicroBatch, RolloutBatch
 
 _PACKED_COLUMNS = (
-    *("loss_weights", "rollout_log_probs", "old_log_probs", "ref_log_probs", "advantages"),
+    *("loss_weights", "rollout_log_probs", "old_log_probs", "old_entropy", "ref_log_probs", "advantages"),
     *("values", "returns", "support_counts"),
     *("loss_scale", "importance_scale", "picked", "fresh_scale", "stale_scale", "step_share"),
 )

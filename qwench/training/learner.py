@@ -13,7 +13,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout, Sample
 from qwench.training.batch import unpack
 from qwench.training.flop_meter import FlopMeter
-from qwench.training.hooks import NO_HOOKS, Hooks
+from qwench.training.hooks import NO_HOOKS, Hooks, OwnTargets
 from qwench.training.profiler import NO_PROFILER, TrainProfiler
 from qwench.training.rollout_metrics import (
     count_scored,
@@ -49,23 +48,6 @@ _logger = logging.getLogger(__name__)
 
 RewardPostProcess = Callable[[Sequence[Sample]], Sequence[float]]
 """`--custom-reward-post-process-path`: samples of a rollout -> the reward of each, from which advantages are computed."""
-
-
-class OwnTargets(Protocol):
-    """The user's functions between scores and steps (`foreign.targets`)."""
-
-    @property
-    def set_advantages(self) -> Callable[..., object] | None:
-        """Return the function that sets advantages; None: the method does."""
-        ...
-
-    def advantages(self, batch: RolloutBatch) -> list[Tensor]:
-        """Return B x [R] advantages."""
-        ...
-
-    def process(self, batch: RolloutBatch, rollout_id: int) -> RolloutBatch:
-        """Return the batch with what the user's function has changed."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -294,7 +276,9 @@ class Learner:
             scored = self._log_probs(self.teacher, batch, "teacher_log_probs", title="teacher log-probs", prefix="teacher_")
             batch = batch.with_columns(teacher_log_probs=scored)
         past = self.state.past_policies
-        if needs.old_log_probs or self._equal_bits or past is not None:
+        if self.method.section.use_rollout_entropy:
+            batch = self._with_entropy(batch)
+        elif needs.old_log_probs or self._equal_bits or past is not None:
             score = partial(self._log_probs, batch=batch, phase="log_probs", title="log-probs")
             scored = score(self.policy) if past is None else past.score(batch, rollout_id, score)
             batch = batch.with_columns(old_log_probs=scored)
@@ -304,6 +288,13 @@ class Learner:
             with self._timer.phase("critic_values"), self.critic.turn() as critic, self._console.phase("values"):
                 batch = batch.with_columns(values=self._scores(critic, batch, temperature=self._temperature))
         return batch
+
+    def _with_entropy(self, batch: RolloutBatch) -> RolloutBatch:
+        """Return the batch with the policy's log-probs and entropy, from one pass."""
+        with self._pass(batch, "log_probs", title="log-probs"):
+            log_probs, entropy = self._all_scores(self.policy, batch, temperature=self._temperature, with_entropy=True)
+        assert entropy is not None, "it was asked for"
+        return batch.with_columns(old_log_probs=log_probs, old_entropy=entropy)
 
     def _with_targets(self, batch: RolloutBatch, rollout_id: int) -> RolloutBatch:
         """Return the batch with the targets of the method, or of the user's functions."""
@@ -319,17 +310,34 @@ class Learner:
         return own.process(batch, rollout_id)
 
     def _log_probs(self, scorer: Scorer, batch: RolloutBatch, phase: str, *, title: str, prefix: str = "") -> list[Tensor]:
+        with self._pass(batch, phase, title=title, prefix=prefix):
+            return self._scores(scorer, batch, temperature=self._temperature)
+
+    @contextmanager
+    def _pass(self, batch: RolloutBatch, phase: str, *, title: str, prefix: str = "") -> Iterator[None]:
+        """Measure and show a pass without gradient; the user's hook comes before it."""
         measured = self._meter.phase(phase, batch.lengths, num_scored=count_scored(batch), passes=FORWARD)
         with measured, self._console.phase(title), self._profiler.phase("train_log_probs"):
             self._hooks.before_log_probs(prefix)
-            return self._scores(scorer, batch, temperature=self._temperature)
+            yield
 
     def _scores(self, scorer: Scorer, batch: RolloutBatch, *, temperature: float) -> list[Tensor]:
         """Compute this rank's share, and return B x [R] float32 of all ranks."""
+        return self._all_scores(scorer, batch, temperature=temperature)[0]
+
+    def _all_scores(
+        self, scorer: Scorer, batch: RolloutBatch, *, temperature: float, with_entropy: bool = False
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Return the scores of all ranks, and their entropy on request."""
         micro_batches = self._scoring_batching.pack(batch)
+        scores = scorer.forward(micro_batches, temperature=temperature, with_entropy=with_entropy)
+        log_probs = self._gathered(scores.log_probs, micro_batches, batch)
+        return log_probs, None if scores.entropy is None else self._gathered(scores.entropy, micro_batches, batch)
+
+    def _gathered(self, packed: Sequence[Tensor], micro_batches: Sequence[MicroBatch], batch: RolloutBatch) -> list[Tensor]:
+        """Return B x [R] of all ranks from this rank's packed columns."""
         columns = [torch.zeros(len(mask)) for mask in batch.loss_mask]
-        scores = scorer.forward(micro_batches, temperature=temperature)
-        for values, micro_batch in zip(scores.log_probs, micro_batches, strict=True):
+        for values, micro_batch in zip(packed, micro_batches, strict=True):
             if micro_batch.indices:
                 responses = unpack(values, micro_batch, [len(columns[i]) for i in micro_batch.indices])
                 for i, response in zip(micro_batch.indices, responses, strict=True):

@@ -25,10 +25,10 @@ class Reference:
         """Copy the policy's current weights."""
         self._weights = self._policy.copy_held_weights()
 
-    def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:
+    def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float, with_entropy: bool = False) -> Scores:
         """Score the labels under the reference's weights."""
         with self._weights.swapped_in():
-            return self._policy.forward(micro_batches, temperature=temperature)
+            return self._policy.forward(micro_batches, temperature=temperature, with_entropy=with_entropy)
 
     def save(self, folder: Path) -> None:
         """Write the weights under the empty `folder`."""
@@ -47,7 +47,7 @@ class BaseModel:
     def __init__(self, policy: Trainer) -> None:
         self._policy = policy
 
-    def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:
+    def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float, with_entropy: bool = False) -> Scores:
         """Score the labels under the frozen model."""
         with self._policy.without_adapters():
-            return self._policy.forward(micro_batches, temperature=temperature)
+            return self._policy.forward(micro_batches, temperature=temperature, with_entropy=with_entropy)

@@ -42,6 +42,7 @@ def rollout_metrics(samples: Sequence[Sample], batch: RolloutBatch) -> dict[str,
     columns = {
         "rollout/rollout_log_probs": batch.rollout_log_probs,
         "rollout/log_probs": batch.old_log_probs,
+        "rollout/entropy": batch.old_entropy,
         "rollout/ref_log_probs": batch.ref_log_probs,
         "rollout/teacher_log_probs": batch.teacher_log_probs,
         "rollout/opd_reverse_kl": _reverse_kl(batch),

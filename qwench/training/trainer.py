@@ -36,6 +36,8 @@ class Scores:
     log_probs: list[Tensor]
     """[T] float32 for each micro-batch, on the CPU: of a critic, values. Positions outside `loss_mask` are not computed and
     read 0."""
+    entropy: list[Tensor] | None = None
+    """The same of the whole distribution. None: it was not asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +76,7 @@ class ParallelRank:
 class Scorer(Protocol):
     """A model that scores: a trainer, or a view of one (`training.reference.Reference`)."""
 
-    def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:
+    def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float, with_entropy: bool = False) -> Scores:
         """Score the labels under the model's weights."""
         ...
 

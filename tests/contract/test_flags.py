@@ -255,9 +255,9 @@ def test_families_that_change_nothing_are_accepted_with_a_warning():
 
 def test_all_refused_flags_are_named_at_once_and_what_is_never_supported_first():
     with pytest.raises(ConfigError) as refused:
-        parse(["--use-rollout-entropy", "--critic-save", "a", "--multi-lora-n-adapters", "4"])
+        parse(["--fp8-recipe", "b", "--critic-save", "a", "--multi-lora-n-adapters", "4"])
     assert str(refused.value).startswith("--multi-lora-n-adapters 4 is not supported: one run trains one adapter")
-    assert str(refused.value).endswith("(refused too: --use-rollout-entropy --critic-save)")
+    assert str(refused.value).endswith("(refused too: --fp8-recipe --critic-save)")
 
 
 READ_BY_THEIR_SECTION_ALONE = {

@@ -47,6 +47,7 @@ class StepsRecord:
     """What a backend, or the plain loop, made of the batch."""
 
     log_probs: list[Tensor]
+    entropy: list[Tensor]
     """B x [L - 1] before the first step, 0 where not trained."""
     losses: list[float]
     grad_norms: list[float]
@@ -166,11 +167,14 @@ def plain_loop(
     eps = STATELESS_OPTIMIZER.adam_eps if stateless else ADAM_EPS
     optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=BETAS, eps=eps, fused=False, foreach=False)
     with torch.no_grad():
-        first = [outputs(model, tokens)[0] for tokens in batch.tokens]
-    record = StepsRecord(log_probs=first, losses=[], grad_norms=[], learning_rates=[], trained_tokens=[], weights={})
-    for log_probs, mask in zip(first, batch.loss_mask, strict=True):
-        log_probs[: len(log_probs) - len(mask)] = 0.0
-        log_probs[len(log_probs) - len(mask) :][~mask] = 0.0
+        first, entropies = map(list, zip(*(outputs(model, tokens) for tokens in batch.tokens), strict=True))
+    record = StepsRecord(
+        log_probs=first, entropy=entropies, losses=[], grad_norms=[], learning_rates=[], trained_tokens=[], weights={}
+    )
+    for i, mask in enumerate(batch.loss_mask):
+        for column in (first[i], entropies[i]):
+            column[: len(column) - len(mask)] = 0.0
+            column[len(column) - len(mask) :][~mask] = 0.0
     for step in range(num_steps):
         loss = torch.zeros(())
         for i, tokens in enumerate(batch.tokens):

@@ -48,12 +48,13 @@ def assert_steps_equal(record: dict, expected: cases.StepsRecord, *, first: int 
 
 
 def assert_log_probs_equal(record: dict, case: Case, expected: cases.StepsRecord, *, within: Tolerance = ON_CPU) -> None:
-    """Compare a rank's log-probs before the first step, and the reference's after the last, with the plain loop's."""
+    """Compare a rank's log-probs and entropy before the first step, and the reference's after the last, with the plain loop."""
     placed = {index for bin_ in case.bins[record["parallel"]["dp_rank"]] for index in bin_} or {0}
-    for column in ("log_probs", "reference_log_probs"):
+    wanted = {"log_probs": expected.log_probs, "reference_log_probs": expected.log_probs, "entropy": expected.entropy}
+    for column, values in wanted.items():
         assert record[column].keys() == placed
-        for index, log_probs in record[column].items():
-            assert_close(log_probs, expected.log_probs[index], f"{column} of sample {index}", within)
+        for index, found in record[column].items():
+            assert_close(found, values[index], f"{column} of sample {index}", within)
 
 
 def assert_stops_before_the_step(record: dict, good: dict) -> None:

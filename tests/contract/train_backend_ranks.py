@@ -137,7 +137,7 @@ def _run_steps(backend: Trainer, case: Case, folder: Path) -> dict[str, object]:
         backend.load(folder / f"{case.load}.checkpoint", weights_only=case.weights_only)
     mine = cases.micro_batches(cases.make_batch(case.model), case.bins[backend.parallel.dp_rank])
     reference_model = BaseModel(backend) if backend.has_adapters else Reference(backend)
-    scored = _log_probs(backend, mine)
+    scored, entropy = _log_probs(backend, mine), _entropy(backend, mine)
     reduced_before: list[bool] = []
 
     def watched_loss(*inputs: object) -> TokenLoss:
@@ -154,6 +154,7 @@ def _run_steps(backend: Trainer, case: Case, folder: Path) -> dict[str, object]:
         backend.save(checkpoint)
     return {
         "log_probs": scored,
+        "entropy": entropy,
         "reference_log_probs": reference,
         "steps": [asdict(step) for step in steps],
         "reduced_before": reduced_before,
@@ -167,7 +168,17 @@ def _run_steps(backend: Trainer, case: Case, folder: Path) -> dict[str, object]:
 
 def _log_probs(backend: Scorer, micro_batches: list[MicroBatch]) -> dict[int, torch.Tensor]:
     """Return the log-probs of each sample by its place in the batch."""
-    packed = backend.forward(micro_batches, temperature=cases.TEMPERATURE).log_probs
+    return _by_sample(backend.forward(micro_batches, temperature=cases.TEMPERATURE).log_probs, micro_batches)
+
+
+def _entropy(backend: Trainer, micro_batches: list[MicroBatch]) -> dict[int, torch.Tensor]:
+    """Return the entropy of each sample by its place in the batch."""
+    entropy = backend.forward(micro_batches, temperature=cases.TEMPERATURE, with_entropy=True).entropy
+    assert entropy is not None
+    return _by_sample(entropy, micro_batches)
+
+
+def _by_sample(packed: list[torch.Tensor], micro_batches: list[MicroBatch]) -> dict[int, torch.Tensor]:
     return {
         index: values
         for micro_batch, column in zip(micro_batches, packed, strict=True)

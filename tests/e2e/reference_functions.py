@@ -251,7 +251,9 @@ def drop_half(args, rollout_id, rollout_data):
     half = len(rollout_data["advantages"]) // 2
     for values in rollout_data["advantages"][half:]:
         values.zero_()
-    note(name="drop_half", rollout_id=rollout_id, first=[float(values[0]) for values in rollout_data["advantages"]])
+    entropy = float(torch.cat(rollout_data["entropy"]).mean())
+    firsts = [float(values[0]) for values in rollout_data["advantages"]]
+    note(name="drop_half", rollout_id=rollout_id, first=firsts, entropy=entropy)
 
 
 def correct_gap(args, *, pg_loss, train_log_probs, rollout_log_probs, loss_masks, total_lengths, response_lengths, **kwargs):

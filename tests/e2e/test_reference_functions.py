@@ -1,6 +1,7 @@
 """Functions of slime's and miles' signatures run unchanged in a real rollout (tests/e2e/reference_functions.py)."""
 
 import json
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -153,12 +154,16 @@ def test_advantages_and_training_data_are_those_that_functions_leave(workspace, 
         custom_rm_path="plain_reward",
         custom_advantage_function_path="rewards_as_advantages",
         rollout_data_postprocess_path="drop_half",
+        use_rollout_entropy=(),
         disable_rewards_normalization=(),
     )
     assert [record["count"] for record in calls["rewards_as_advantages"]] == [16, 16]
     first, second = calls["drop_half"]
     assert (first["rollout_id"], second["rollout_id"]) == (0, 1)
     assert max(first["first"][:8]) > 0 and first["first"][8:] == [0.0] * 8
+    # Of a model with random weights over 270 tokens the distribution is nearly flat.
+    assert first["entropy"] == pytest.approx(column(tmp_path / "run", "rollout/entropy")[0], rel=0.1)
+    assert 2 < first["entropy"] <= math.log(270)
     losses = column(tmp_path / "run", "train/pg_loss")
     # Two steps a rollout: the second one's advantages are all 0.
     assert losses[0] < 0 and losses[1] == 0.0

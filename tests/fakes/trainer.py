@@ -44,11 +44,13 @@ class TableTrainer:
         self._lr = lr
         self._all_reduce_sum = all_reduce_sum
 
-    def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:
+    def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float, with_entropy: bool = False) -> Scores:
         self.calls.append("forward")
         self.num_micro_batches.append(len(micro_batches))
         with torch.no_grad():
-            return Scores(log_probs=[self._forward(micro_batch, temperature)[0] for micro_batch in micro_batches])
+            scored = [self._forward(micro_batch, temperature) for micro_batch in micro_batches]
+        entropy = [column for _, column in scored] if with_entropy else None
+        return Scores(log_probs=[column for column, _ in scored], entropy=entropy)
 
     def forward_backward(
         self,

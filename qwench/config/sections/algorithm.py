@@ -79,6 +79,9 @@ class AlgorithmConfig:
     """Weight of the entropy bonus in the loss."""
     observe_training_entropy: bool = False
     """Compute and log the policy's entropy when --entropy-coef is 0, too."""
+    use_rollout_entropy: bool = False
+    """Compute the policy's entropy at every token before the first step of a rollout, and log it. Functions of the user, custom
+    losses and --save-debug-train-data get it."""
     disable_rewards_normalization: bool = False
     """Use raw rewards as advantages: do not subtract the group's mean."""
     disable_grpo_std_normalization: bool = False

@@ -143,13 +143,14 @@ class FsdpTrainer(BackendTrainer):
         )
 
     @torch.no_grad()
-    def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:
-        """Return the log-probs of the labels. See `Trainer`."""
+    def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float, with_entropy: bool = False) -> Scores:
+        """Return the log-probs of the labels, and their entropy on request. See `Trainer`."""
         self._assert_awake()
         self._policy.begin()
-        scored = [self._policy(micro_batch, temperature=temperature)[0] for micro_batch in micro_batches]
+        scored = [self._policy(one, temperature=temperature, with_entropy=with_entropy) for one in micro_batches]
         self._policy.end_scoring()
-        return Scores(log_probs=[log_probs.cpu() for log_probs in scored])
+        entropies = [entropy.cpu() for _, entropy in scored if entropy is not None]
+        return Scores(log_probs=[log_probs.cpu() for log_probs, _ in scored], entropy=entropies if with_entropy else None)
 
     def forward_backward(
         self,

@@ -154,10 +154,11 @@ class MegatronTrainer(BackendTrainer):
         return self._ddp, self._optimizer.sharded, self._optimizer.schedule
 
     @torch.no_grad()
-    def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> Scores:
-        """Return the log-probs of the labels. See `Trainer`."""
+    def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float, with_entropy: bool = False) -> Scores:
+        """Return the log-probs of the labels, and their entropy on request. See `Trainer`."""
         self._assert_awake()
-        return Scores(log_probs=pipeline.score(self._ddp, micro_batches, temperature=temperature))
+        log_probs, entropy = pipeline.score(self._ddp, micro_batches, temperature=temperature, with_entropy=with_entropy)
+        return Scores(log_probs=log_probs, entropy=entropy)
 
     def forward_backward(
         self,

@@ -22,12 +22,16 @@ from qwench.training.megatron.groups import is_last_stage
 from qwench.training.megatron.model import TokenScores
 
 
-def score(model: DistributedDataParallel, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[Tensor]:
-    """Return log-probs [T] float32 of each micro-batch on the CPU, without gradient; collective."""
-    found = run(model, micro_batches, _keep_log_probs, temperature=temperature, with_entropy=False, forward_only=True)
+def score(
+    model: DistributedDataParallel, micro_batches: Sequence[MicroBatch], *, temperature: float, with_entropy: bool
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Return log-probs and, on request, entropy [T] float32 of each micro-batch on the CPU, without gradient; collective."""
+    found = run(model, micro_batches, _keep_scores, temperature=temperature, with_entropy=with_entropy, forward_only=True)
     lengths = [micro_batch.num_tokens for micro_batch in micro_batches]
-    scored = torch.cat(found) if is_last_stage() else torch.empty(sum(lengths), device=_device(model))
-    return list(broadcast_from_last_stage(scored).cpu().split(lengths))
+    shape = (1 + with_entropy, sum(lengths))
+    scored = torch.cat(found, dim=1) if is_last_stage() else torch.empty(shape, device=_device(model))
+    log_probs, *entropy = (list(column.split(lengths)) for column in broadcast_from_last_stage(scored).cpu())
+    return log_probs, entropy[0] if entropy else None
 
 
 def broadcast_from_last_stage(values: Tensor) -> Tensor:
@@ -85,9 +89,10 @@ def run(
     return list(found)
 
 
-def _keep_log_probs(_micro_batch: MicroBatch, scores: TokenScores, *, non_loss_data: bool) -> Tensor:
+def _keep_scores(_micro_batch: MicroBatch, scores: TokenScores, *, non_loss_data: bool) -> Tensor:
+    """Return [1 or 2, T]: log-probs and, where it was computed, entropy."""
     assert non_loss_data, "scoring has no loss"
-    return scores.log_probs
+    return torch.stack([scores.log_probs] if scores.entropy is None else [scores.log_probs, scores.entropy])
 
 
 def _sum_gradients(models: Sequence[DistributedDataParallel], _num_tokens: Tensor | None = None, **groups: Any) -> None:

@@ -46,6 +46,27 @@ def test_old_log_probs_are_computed_only_when_they_differ_from_the_updates_own(g
     assert ("rollout/log_probs" in learned.metrics) == recomputed
 
 
+def test_entropy_of_the_policy_before_its_first_step_joins_the_batch():
+    kept = []
+    others = {"record": lambda rollout_id, batch: kept.append(batch)}
+    backend, learned = learn(make_rollout(), global_batch_size=4, use_rollout_entropy=True, others=others)
+    assert backend.calls == ["forward", *STEP, *STEP]
+    (batch,), rows = kept, (TABLE / TEMPERATURE).softmax(-1)
+    entropy_of = -(rows * rows.log()).sum(-1)
+    means = []
+    for tokens, mask, entropy in zip(batch.tokens, batch.loss_mask, batch.old_entropy, strict=True):
+        before = tokens[len(tokens) - len(mask) - 1 : -1]
+        torch.testing.assert_close(entropy[mask], entropy_of[before][mask])
+        means.append(float(entropy_of[before][mask].mean()))
+    assert learned.metrics["rollout/entropy"] == pytest.approx(sum(means) / len(means), rel=1e-5)
+
+
+def test_without_the_flag_no_entropy_is_computed():
+    kept = []
+    _, learned = learn(make_rollout(), global_batch_size=4, others={"record": lambda rollout_id, batch: kept.append(batch)})
+    assert kept[0].old_entropy is None and "rollout/entropy" not in learned.metrics
+
+
 def test_hooks_come_before_each_pass_and_each_step():
     backend = TableTrainer(TABLE)
     hooks = Hooks(
