@@ -10,8 +10,9 @@ Attributes that a function adds travel in our metadata under ATTRIBUTES, as far 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -116,17 +117,36 @@ def to_groups(
 ) -> list[Group]:
     """Return the groups that a rollout function made; an inner list is one execution.
 
+    A group has the id of its first sample. Without one, or where another group has it, the group gets the next free id. A
+    sample without an index gets the next free one.
+
     Args:
         made_from: id of a sample -> the record it was made from, where there is one.
+
+    Raises:
+        QwenchError: a group without a sample, or see `from_foreign`.
     """
-    groups = []
-    for position, group in enumerate(answer):
-        samples = [from_foreign(one, like=(made_from or {}).get(id(one)), tokenizer=tokenizer) for one in leaves(group)]
-        group_id = samples[0].group_id or position
+    answered = [list(leaves(group)) for group in answer]
+    if not all(answered):
+        raise QwenchError(f"group {answered.index([])} that the rollout function returned has no sample.")
+    given = [getattr(group[0], "group_index", None) for group in answered]
+    free = _free_ids(given)
+    unnumbered = [one for group in answered for one in group if getattr(one, "index", 0) is None]
+    free_samples = _free_ids([getattr(one, "index", None) for group in answered for one in group])
+    for one in unnumbered:  # each is an execution of its own
+        one.index = next(free_samples)
+    groups = dict[int, Group]()
+    for group, wanted in zip(answered, given, strict=True):
+        samples = [from_foreign(one, like=(made_from or {}).get(id(one)), tokenizer=tokenizer) for one in group]
+        group_id = next(free) if wanted is None or wanted in groups else wanted
         for sample in samples:
             sample.group_id = group_id
-        groups.append(Group(group_id=group_id, samples=samples))
-    return groups
+        groups[group_id] = Group(group_id=group_id, samples=samples)
+    return list(groups.values())
+
+
+def _free_ids(taken: Iterable[int | None]) -> Iterator[int]:
+    return count(max((one for one in taken if one is not None), default=-1) + 1)
 
 
 def _reward(sample: Sample) -> Foreign:

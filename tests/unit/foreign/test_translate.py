@@ -122,3 +122,29 @@ def test_groups_of_a_rollout_function_may_hold_executions():
     assert (group.group_id, [sample.sample_id for sample in group.samples]) == (2, [0, 1, 2])
     assert [sample.execution_id for sample in group.samples] == [9, 9, 9]
     assert group.samples[0].prompt.token_ids == (1, 2)
+
+
+def made_in(group_index: int | None, index: int | None = None) -> ForeignSample:
+    return ForeignSample(group_index=group_index, index=index, prompt="ab", tokens=[1, 2, 3], response_length=1, reward=1.0)
+
+
+def test_samples_without_an_index_are_executions_of_their_own():
+    groups = to_groups([[made_in(0), made_in(0, 4)], [made_in(1), made_in(1)]], tokenizer=TOKENIZER)
+    assert [[sample.execution_id for sample in group.samples] for group in groups] == [[5, 4], [6, 7]]
+    with pytest.raises(QwenchError, match=r"group 1 that the rollout function returned has no sample\."):
+        to_groups([[made_in(0)], []], tokenizer=TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([None, None, None], [0, 1, 2]),
+        ([2, 1, 0], [2, 1, 0]),  # group 0 is one like the others
+        ([1, None, 0], [1, 2, 0]),
+        ([5, 5, 0], [5, 6, 0]),  # each inner list is a group, as in the references
+    ],
+)
+def test_no_two_groups_of_a_rollout_get_one_id(given, expected):
+    groups = to_groups([[made_in(index), made_in(index)] for index in given], tokenizer=TOKENIZER)
+    assert [group.group_id for group in groups] == expected
+    assert [[sample.group_id for sample in group.samples] for group in groups] == [[one, one] for one in expected]
