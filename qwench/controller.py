@@ -26,6 +26,7 @@ from qwench.rollout.evaluate_beside import EvaluationsBeside
 from qwench.rollout.probe import TEMPERATURE, GreedyProbe
 from qwench.samples import Rollout, Sample
 from qwench.training.learner import Learned
+from qwench.training.memory_probe import MemoryProbe
 from qwench.training.process_group import agree_on_largest
 from qwench.weights.publisher import Devices, PublishedModel, Publisher
 
@@ -58,6 +59,10 @@ class Rollouts(SavesRollouts, Protocol):
 
 class StateProtocol(PublishedModel, SavesTraining, Protocol):
     """The models of the run, in this process (`training.state.TrainingState`) or on ranks (`cluster.workers.RemoteState`)."""
+
+    def probe_memory(self, probe: MemoryProbe) -> str:
+        """Train on the largest micro-batch and change nothing; return what it took."""
+        ...
 
 
 class LearnerProtocol(Protocol):
@@ -98,6 +103,8 @@ class Run:
     """Evaluates while the policy is trained (--eval-num-gpus)."""
     probe: GreedyProbe | None = None
     """Compares FP8 engines with the learner after the first publication."""
+    memory_probe: MemoryProbe | None = None
+    """Finds out before the first rollout whether the largest micro-batch fits the trainer's memory."""
     finish: Callable[[], None] = lambda: None
     """Says what a run that is done has left."""
     close: Callable[[], None] = lambda: None
@@ -121,6 +128,7 @@ def train(run: Run) -> None:
     run.metrics.resume(first, run.checkpoints.train_steps(first))
     with gpus.held_by(learner.state):
         publisher.publish(version=first)
+        probe_memory(run, learner)
     probe_engines(run, learner, version=first)
     run.timer.end_start()
     with stops_deferred(), asked.listening():
@@ -160,8 +168,7 @@ def train(run: Run) -> None:
         if run.beside is not None:
             with saved_when_stopped(run, learner, next_rollout_id=learned_from):
                 note_if_met(run, enough, run.beside.finish(), learned_from)
-    if learned_from > first and not agree_on_largest(int(enough.was_logged)):
-        _logger.warning("--stop-metric %s had no effect: no metric of this name was logged", enough.text)
+    warn_if_never_logged(enough, has_learned=learned_from > first)
     run.checkpoints.finish()
     run.metrics.finish()
 
@@ -187,6 +194,12 @@ def note_if_met(run: Run, enough: StopCheck, metrics: Mapping[str, float], next_
     """Note in the last checkpoint that its evaluation has met --stop-metric: the same command trains no further."""
     if enough.is_met(metrics):
         run.checkpoints.note_end(next_rollout_id, enough.text)
+
+
+def warn_if_never_logged(enough: StopCheck, *, has_learned: bool) -> None:
+    """Warn that --stop-metric names a metric that no rank has logged; collective."""
+    if has_learned and not agree_on_largest(int(enough.was_logged)):
+        _logger.warning("--stop-metric %s had no effect: no metric of this name was logged", enough.text)
 
 
 def save(run: Run, learner: LearnerProtocol, next_rollout_id: int, *, ended_by: str | None) -> None:
@@ -223,6 +236,12 @@ def generate(run: Run) -> None:
     for rollout_id in range(run.plan.schedule.end(0)):
         rollout = run.rollouts.take(rollout_id)
         run.metrics.log(rollout_id, {**rollout.metrics, **run.timer.take()})
+
+
+def probe_memory(run: Run, learner: LearnerProtocol) -> None:
+    """Find out whether training fits the memory; the learner holds the devices."""
+    if run.memory_probe is not None:
+        _logger.info(learner.state.probe_memory(run.memory_probe))
 
 
 def probe_engines(run: Run, learner: LearnerProtocol, *, version: int) -> None:

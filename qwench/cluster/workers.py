@@ -29,6 +29,7 @@ from qwench.observability.parts import describe_silence, silent_parts, stacks_wr
 from qwench.observability.waiting import waiting
 from qwench.samples import Rollout, Sample
 from qwench.training.learner import Learned
+from qwench.training.memory_probe import MemoryProbe
 from qwench.weights.plan import PublicationPlan
 from qwench.wire.addresses import EngineAddress
 from qwench.wire.portions import WeightBucket, WeightPart
@@ -223,6 +224,12 @@ class RemoteState:
         """See `TrainingState.publish`."""
         publish = methodcaller("publish", addresses, version, plan)
         self.on_ranks(publish, label=f"publish weight version {version}", timeout_s=plan.total_timeout_s)
+
+    def probe_memory(self, probe: MemoryProbe) -> str:
+        """See `TrainingState.probe_memory`; it may compile kernels first."""
+        label = "train on the largest micro-batch"
+        texts: list[str] = self.on_ranks(methodcaller("probe_memory", probe), label=label, timeout_s=BUILD_TIMEOUT_S)
+        return texts[0]
 
     def on_ranks(self, function: Callable[..., Any], *arguments: Any, label: str, timeout_s: float) -> list[Any]:
         """Return what `function(state, *arguments)` returns on each rank, all at the same time.

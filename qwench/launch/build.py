@@ -34,6 +34,7 @@ from qwench.launch.placement import make_servers, open_processes, start_learner,
 from qwench.launch.readiness import check_ready
 from qwench.launch.report import finish_report, metric_log, recorders, start_report
 from qwench.launch.rollouts import build_generation
+from qwench.launch.trainer import make_memory_probe
 from qwench.launch.trial_import import check_imports
 from qwench.launch.user_functions import load_post_process, load_target_functions, load_user_functions, load_user_terms
 from qwench.models.hf_weights import is_fp8_checkpoint
@@ -46,6 +47,7 @@ from qwench.rollout.stream import ReplayStream, SftStream
 from qwench.rollout.teacher import check_teachers
 from qwench.samples import Json, Prompt
 from qwench.training.held_out import HeldOutLoss
+from qwench.training.memory_probe import MemoryProbe
 
 _logger = logging.getLogger(__name__)
 
@@ -101,6 +103,7 @@ def build(config: Config, plan: RunPlan) -> Run:
             metrics=metrics,
             timer=timer,
             publisher=publisher,
+            memory_probe=None if only_generate else make_memory_probe(inputs, (len(one.token_ids) for one in loaded.prompts)),
             probe=GreedyProbe(loaded.prompts) if is_fp8_checkpoint(inputs.model_folder) else None,
             finish=partial(finish_report, report, inputs),
             close=started.pop_all().close,
@@ -196,7 +199,8 @@ def _build_sft(inputs: Inputs) -> Run:
         num_ranks=inputs.plan.dp_size,
     )
     inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch())
-    return _without_engines(inputs, SftStream(source), rows, source=source, preview=preview, held_out=held_out)
+    probe = make_memory_probe(inputs, (len(one.tokens) for one in loaded.examples))
+    return _without_engines(inputs, SftStream(source), rows, probe, source=source, preview=preview, held_out=held_out)
 
 
 def _begin(config: Config, plan: RunPlan) -> Inputs:
@@ -211,13 +215,14 @@ def _build_replay(inputs: Inputs, template: str) -> Run:
     check_recorded(template, num_rollout=inputs.plan.num_rollout)
     check_ready(inputs, run_identity(inputs))
     rollouts = ReplayStream(template, subsample=inputs.config.debug.load_debug_rollout_data_subsample)
-    return _without_engines(inputs, rollouts, f"{inputs.plan.num_rollout} recorded rollouts")
+    return _without_engines(inputs, rollouts, f"{inputs.plan.num_rollout} recorded rollouts", make_memory_probe(inputs))
 
 
 def _without_engines(
     inputs: Inputs,
     rollouts: ReplayStream | SftStream,
     rows: str,
+    probe: MemoryProbe | None,
     *,
     source: SftSource | None = None,
     preview: Text | None = None,
@@ -243,6 +248,7 @@ def _without_engines(
             rollouts=rollouts,
             engines=None,
             gpus=gpus,
+            memory_probe=probe,
             evaluate=_held_out_loss(inputs, learner, held_out) if held_out else None,
             checkpoints=checkpoints,
             metrics=metrics,

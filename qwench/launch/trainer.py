@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from qwench.training.critic import CRITIC_FOLDER, Critic
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.learner import Learner
 from qwench.training.megatron.platform import check_platform
+from qwench.training.memory_probe import Longest, MemoryProbe
 from qwench.training.past_policies import PastPolicies
 from qwench.training.process_group import init_process_group
 from qwench.training.profiler import TrainProfiler
@@ -75,6 +76,30 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
         shaping=Shaping.of(config),
         convert=load_user_conversion(config, args),
         truncated=config.rollout.truncation_flag is not None and not inputs.plan.fine_tunes,
+    )
+
+
+def make_memory_probe(inputs: Inputs, lengths: Iterable[int] = ()) -> MemoryProbe | None:
+    """Return the probe of the trainer's memory; None: --no-memory-probe, or training is on a CPU.
+
+    Args:
+        lengths: tokens of the prompts or, in fine-tuning, of whole conversations. Empty: they are not known.
+    """
+    config, plan = inputs.config, inputs.plan
+    asked, rollout = config.training.memory_probe, config.rollout
+    if not (plan.devices.on_gpus if asked is None else asked):
+        return None
+    limit = min(rollout.rollout_max_context_len or plan.model.max_positions, plan.model.max_positions)
+    response = 0 if plan.fine_tunes else rollout.rollout_max_response_len or limit
+    known = max(lengths, default=config.data.rollout_max_prompt_len or 1)
+    flag = "--rollout-max-context-len" if plan.fine_tunes else "--rollout-max-response-len"
+    return MemoryProbe.of(
+        plan,
+        config.training,
+        Longest(num_tokens=max(2, min(limit, known + response)), flag=flag),
+        temperature=rollout.rollout_temperature,
+        with_entropy=config.algorithm.takes_entropy,
+        dtype=inputs.dtype,
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qwench.training.critic import Critic
+from qwench.training.memory_probe import MemoryProbe
 from qwench.training.past_policies import PastPolicies
 from qwench.training.reference import BaseModel, Reference
 from qwench.training.trainer import Trainer
@@ -89,6 +90,10 @@ class TrainingState:
     def publish(self, addresses: Sequence[EngineAddress], version: int, plan: PublicationPlan) -> None:
         """Bring the policy's weights to engines in other processes under `version`. See `publish_from_rank`."""
         publish_from_rank(self, addresses, version, plan, link=self._link)
+
+    def probe_memory(self, probe: MemoryProbe) -> str:
+        """Run the probe on the trained models, and return what it took."""
+        return probe.run(self.policy, self.critic)
 
     def release_cache(self) -> None:
         """Free device memory that torch caches."""

@@ -111,6 +111,14 @@ class Trainer(Scorer, Protocol):
         """
         ...
 
+    def prepare_steps(self) -> None:
+        """Take the memory of the optimizer's state now; the first `optim_step` would. Local."""
+        ...
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients that `forward_backward` summed. Local."""
+        ...
+
     def forget_moments(self) -> None:
         """Begin the optimizer's moments anew; masters and the learning-rate schedule go on."""
         ...
@@ -182,6 +190,10 @@ class StepOptimizer(Protocol):
         """Clip by `grad_norm`, update, drop the gradients, and return the learning rate of each parameter group."""
         ...
 
+    def prepare(self) -> None:
+        """Make masters and moments, where they are not made yet."""
+        ...
+
     def drop_gradients(self) -> None:
         """Forget the gradients."""
         ...
@@ -222,6 +234,14 @@ class BackendTrainer:
             )
         learning_rates = self._optimizer.step(grad_norm)
         return StepResult(loss=sums.loss, grad_norm=grad_norm, learning_rates=learning_rates, metrics=sums.metrics)
+
+    def prepare_steps(self) -> None:
+        """Take the memory of the optimizer's state. See `Trainer`."""
+        self._optimizer.prepare()
+
+    def drop_gradients(self) -> None:
+        """Forget the summed gradients. See `Trainer`."""
+        self._optimizer.drop_gradients()
 
     def forget_moments(self) -> None:
         """Begin the optimizer's moments anew. See `Trainer`."""

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.contract import train_backend_cases as cases
 from tests.contract.train_backend_checks import (
+    assert_bits_equal,
     assert_log_probs_equal,
     assert_steps_equal,
     assert_stops_before_the_step,
@@ -42,6 +43,18 @@ BF16 = [
     (_bf16("whole", whole_weights=True), _bf16("whole-offloaded", whole_weights=True, offload_fraction=1.0)),
 ]
 """Masters on the device, and the same on the host, where shards are in bfloat16."""
+PROBED = {
+    "reordered": Case(name="probed", model="tied", bins=_REORDERED, probe=True),
+    "two-ranks": Case(name="two-ranks-probed", model="tied", bins=_TWO_RANKS, probe=True),
+    "two-ranks-reduced-early": Case(
+        name="two-ranks-reduced-early-probed", model="tied", bins=_TWO_RANKS, reduce_every_micro_batch=True, probe=True
+    ),
+    "two-ranks-offloaded": Case(
+        name="two-ranks-offloaded-probed", model="untied", bins=_TWO_RANKS, offload_fraction=1.0, probe=True
+    ),
+    "two-ranks-whole": Case(name="two-ranks-whole-probed", model="untied", bins=_TWO_RANKS, whole_weights=True, probe=True),
+}
+"""By the case without a probe."""
 WORLDS = {
     1: [
         Case(name="one-micro-batch", model="tied", bins=_ONE_MICRO_BATCH),
@@ -52,6 +65,7 @@ WORLDS = {
         Case(name="muon", model=cases.MUON, bins=_REORDERED),
         Case(name="truncated", model=cases.TRUNCATED, bins=_REORDERED),
         Case(name="stateless", model=cases.STATELESS, bins=_REORDERED),
+        PROBED["reordered"],
     ],
     2: [
         Case(name="two-ranks", model="tied", bins=_TWO_RANKS),
@@ -65,6 +79,7 @@ WORLDS = {
         Case(name="two-ranks-offloaded", model="untied", bins=_TWO_RANKS, offload_fraction=1.0, save=True),
         Case(name="two-ranks-whole", model="untied", bins=_TWO_RANKS, whole_weights=True, save=True),
         Case(name="two-ranks-whole-nan", model="tied", bins=_TWO_RANKS, whole_weights=True, non_finite=True),
+        *(case for case in PROBED.values() if len(case.bins) == 2),
     ],
     4: [
         Case(name="four-ranks", model="tied", bins=_FOUR_RANKS_ONE_IDLE),
@@ -129,6 +144,15 @@ def test_log_probs_equal_those_of_full_logits(
 ) -> None:
     for record in read_records(folder, case, world_size):
         assert_log_probs_equal(record, case, plain[case.model])
+
+
+@pytest.mark.parametrize("name", PROBED)
+def test_a_memory_probe_changes_no_bit(folder: Path, name: str) -> None:
+    world_size = len(PROBED[name].bins)
+    [case] = [case for case in WORLDS[world_size] if case.name == name]
+    expected = read_records(folder, case, world_size)
+    for rank, record in enumerate(read_records(folder, PROBED[name], world_size)):
+        assert_bits_equal(record, expected[rank])
 
 
 def test_the_plain_loop_moves_weights_and_is_clipped(folder: Path, plain: dict[str, cases.StepsRecord]) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.contract import train_backend_layouts as layouts
 from tests.contract.megatron_suite import EveryLayout, Half, pytest_generate_tests, run_all, write_models
+from tests.contract.train_backend_checks import assert_bits_equal, read_records
 
 __all__ = ["pytest_generate_tests"]  # a hook of this file
 HALF = Half.of(layouts.SMALL)
@@ -25,3 +26,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TestUpToTwoRanks(EveryLayout):
     half = HALF
     started_without_optimizer = "fsdp-untied"
+
+    @pytest.mark.parametrize("on", layouts.PROBED)
+    def test_a_memory_probe_changes_no_bit(self, folder: Path, on: str) -> None:
+        (world_size, probed), (_, case) = HALF.named(f"{on}-probed"), HALF.named(f"{on}-untied")
+        expected = read_records(folder, case, world_size)
+        for rank, record in enumerate(read_records(folder, probed, world_size)):
+            assert_bits_equal(record, expected[rank])

@@ -14,6 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.training.batch import pack
+from qwench.training.memory_probe import MemoryProbe
 
 TEMPERATURE = 0.8
 EPS_CLIP = 0.2
@@ -36,6 +37,16 @@ OPTIMIZER = OptimizerConfig(
     clip_grad=CLIP_GRAD,
 )
 
+PROBE = MemoryProbe(
+    lengths=(11, 11, 4),
+    num_micro_batches=2,
+    vocab_size=VOCAB,
+    temperature=TEMPERATURE,
+    with_entropy=True,
+    flag="--max-tokens-per-gpu",
+    state_bytes=1 << 30,
+    activation_bytes=1 << 30,
+)
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 
 # (prompt, response) lengths; the response of sample 2 has a hole (tool output), sample 5 is not trained on at all.

@@ -57,6 +57,16 @@ def assert_log_probs_equal(record: dict, case: Case, expected: cases.StepsRecord
             assert_close(found, values[index], f"{column} of sample {index}", within)
 
 
+def assert_bits_equal(record: dict, expected: dict) -> None:
+    """Check that a rank has the same steps, scores, weights and random numbers as another run of it, bit by bit."""
+    assert record["steps"] == expected["steps"]
+    assert torch.equal(record["random_state"], expected["random_state"])
+    for column in ("log_probs", "reference_log_probs", "weights"):
+        assert record[column].keys() == expected[column].keys()
+        for name, value in record[column].items():
+            assert torch.equal(value, expected[column][name]), f"{column}: {name}"
+
+
 def assert_stops_before_the_step(record: dict, good: dict) -> None:
     """Check that a step with a loss of NaN changed nothing, and that the next good one is the first."""
     assert "optimizer step 0 has the loss nan" in record["message"]

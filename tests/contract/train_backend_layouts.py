@@ -67,6 +67,10 @@ TRUNCATED_ON = ("one", "tp2-sp", "pp2", "cp2", "tp2-cp2")
 """Layouts that replay truncated sampling: those that cut the vocabulary, the layers or the sequences."""
 
 
+PROBED = ("one", "pp2", "dp2")
+"""Layouts that run the memory probe too."""
+
+
 def first_steps(sizes: Sequence[int]) -> Iterator[tuple[int, Case]]:
     """Yield every layout with untied embeddings, which are saved, and some with tied ones."""
     for on in layouts_of(sizes):
@@ -74,6 +78,8 @@ def first_steps(sizes: Sequence[int]) -> Iterator[tuple[int, Case]]:
             recompute = on in ("tp2-sp", "pp2")
             yield megatron(f"{on}-tied", "tied", on=on, gradient_checkpointing=recompute, save=on == "tp2-pp2")
         yield megatron(f"{on}-untied", "untied", on=on, save=True)
+        if on in PROBED:
+            yield megatron(f"{on}-probed", "untied", on=on, probe=True)
         if on in TRUNCATED_ON:
             yield megatron(f"{on}-truncated", TRUNCATED, on=on)
         if on == "tp2-sp":

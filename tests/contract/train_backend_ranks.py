@@ -56,6 +56,8 @@ class Case:
     whole_weights: bool = False
     non_finite: bool = False
     """Give one rank's last micro-batch a loss of NaN instead."""
+    probe: bool = False
+    """Run the memory probe before the steps."""
     save: bool = False
     """Save after the steps, under `<case>.checkpoint`."""
     load: str = ""
@@ -137,6 +139,8 @@ def _run_steps(backend: Trainer, case: Case, folder: Path) -> dict[str, object]:
         backend.load(folder / f"{case.load}.checkpoint", weights_only=case.weights_only)
     mine = cases.micro_batches(cases.make_batch(case.model), case.bins[backend.parallel.dp_rank])
     reference_model = BaseModel(backend) if backend.has_adapters else Reference(backend)
+    if case.probe:
+        cases.PROBE.run(backend, None)
     scored, entropy = _log_probs(backend, mine), _entropy(backend, mine)
     reduced_before: list[bool] = []
 
@@ -158,6 +162,7 @@ def _run_steps(backend: Trainer, case: Case, folder: Path) -> dict[str, object]:
         "reference_log_probs": reference,
         "steps": [asdict(step) for step in steps],
         "reduced_before": reduced_before,
+        "random_state": torch.get_rng_state(),
         "weights": _all_weights(backend),
         "apart": _all_weights(backend, part="apart") if backend.has_adapters else {},
         "summed_ranks": backend.all_reduce_sum(torch.tensor([1.0, backend.parallel.dp_rank])),

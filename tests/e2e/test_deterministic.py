@@ -21,6 +21,18 @@ def test_two_runs_with_two_ranks_and_routed_engine_servers_are_equal(workspace: 
     assert column(tmp_path / "one", "train/train_rollout_logprob_abs_diff") == pytest.approx([0.0] * 6, abs=1e-4)
 
 
+@pytest.mark.parametrize(("num_ranks", "size"), [(1, "248 tokens (8 sequences"), (2, "124 tokens (4 sequences")])
+def test_a_memory_probe_changes_no_number_of_a_run(num_ranks: int, size: str, workspace: Workspace, tmp_path: Path) -> None:
+    layout = {"actor_num_gpus_per_node": num_ranks, "num_rollout": 2}
+    for name in ("memory_probe", "no_memory_probe"):
+        run_verb(workspace.train_argv(tmp_path / name, **DIGITS, **layout, **{name: ()}))
+    probed, plain = (tmp_path / name / "driver.log" for name in ("memory_probe", "no_memory_probe"))
+    assert read_metrics(tmp_path / "memory_probe") == read_metrics(tmp_path / "no_memory_probe")
+    assert min(column(tmp_path / "memory_probe", "train/grad_norm")) > 0
+    assert f"memory probe: a micro-batch of {size}, the longest of 31) took " in probed.read_text()
+    assert "memory probe" not in plain.read_text()
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -90,6 +90,13 @@ class TableTrainer:
         self.table.grad = None
         return StepResult(loss=sums.loss, grad_norm=float(gradient.norm()), learning_rates=[self._lr], metrics=sums.metrics)
 
+    def prepare_steps(self) -> None:
+        self.calls.append("prepare_steps")
+
+    def drop_gradients(self) -> None:
+        self.calls.append("drop_gradients")
+        self.table.grad = None
+
     def forget_moments(self) -> None:
         self.calls.append("forget_moments")
 

@@ -68,7 +68,7 @@ class PolicyGradient(Method):
                 or (compares_old and not section.use_rollout_logprobs)
             ),
             rollout_log_probs=[flag for flag, given in of_engine.items() if given],
-            entropy=section.entropy_coef != 0 or section.observe_training_entropy,
+            entropy=section.takes_entropy,
         )
 
     def rewards(self, batch: RolloutBatch) -> Tensor:

@@ -339,6 +339,11 @@ class AlgorithmConfig:
             )
 
     @property
+    def takes_entropy(self) -> bool:
+        """Tell whether the loss, or a metric of it, takes the entropy of every trained token."""
+        return self.entropy_coef != 0 or self.observe_training_entropy
+
+    @property
     def has_critic(self) -> bool:
         """Tell whether the method trains a critic."""
         return METHODS[method_name(self.loss_type, self.advantage_estimator)].critic

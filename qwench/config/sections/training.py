@@ -56,6 +56,9 @@ class TrainingConfig:
     whole_weights: bool = False
     """Compute with whole weights and gradients on each of several ranks, and shard masters and moments alone (FSDP2). Faster,
     for 6 more bytes a parameter on each GPU in bfloat16."""
+    memory_probe: bool | None = None
+    """Compute gradients of the largest legal micro-batch before the first rollout, and drop them: too little memory shows at
+    once. It changes no number. None: on where training is on a GPU."""
     seed: int = 1234
     """Seed of the trainer's random numbers."""
     deterministic_mode: bool = False

@@ -97,7 +97,7 @@ class MasterOptimizer:
 
     def step(self, grad_norm: float) -> list[float]:
         """Clip by `grad_norm`, update, drop the gradients, and return the learning rate of each parameter group."""
-        self._start()
+        self.prepare()
         if self._is_stateless:
             self.forget_moments()
         gradients = self._gradients.local()
@@ -125,7 +125,7 @@ class MasterOptimizer:
         """Return the sharded float32 masters by name; who writes to them gives them to `set_masters` next."""
         if self._weights_are_masters():
             return {name: weight.detach() for name, weight in self._weights.items()}
-        self._start()
+        self.prepare()
         return {name: self._named(name, self._optimizer_of[name].master(shard)) for name, shard in self._shards.items()}
 
     def set_masters(self, masters: Mapping[str, Tensor]) -> None:
@@ -157,7 +157,7 @@ class MasterOptimizer:
 
     def reset(self, num_steps: int) -> None:
         """Start over as after `num_steps` steps, with the masters as they are and moments of zero, to be read into."""
-        self._start()
+        self.prepare()
         for optimizer in self._optimizers:
             optimizer.restart(num_steps)
         self.num_steps = num_steps
@@ -170,7 +170,7 @@ class MasterOptimizer:
     def _weights_are_masters(self) -> bool:
         return not self._optimizers[0].state and all(shard.dtype == torch.float32 for shard in self._shards.values())
 
-    def _start(self) -> None:
+    def prepare(self) -> None:
         """Make the state, when it is first needed: a run that only scores never needs it."""
         for optimizer in self._optimizers:
             if not optimizer.state:

@@ -114,6 +114,9 @@ class MasterOptimizer:
         self.drop_gradients()
         return [learning_rate] * len(self.sharded.param_groups)
 
+    def prepare(self) -> None:
+        """Do nothing: masters and moments are made with the optimizer."""
+
     def drop_gradients(self) -> None:
         """Start the sums of the next step at zero."""
         self._model.zero_grad_buffer()

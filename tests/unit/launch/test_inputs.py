@@ -13,6 +13,7 @@ from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.errors import ConfigError
 from qwench.launch.inputs import Inputs, read_eval_prompts, read_training_prompts
+from qwench.launch.trainer import make_memory_probe
 from tests.unit.launch.test_generation import eval_settings
 from tests.unit.launch.test_rewards_of_a_teacher import inputs_of
 
@@ -61,3 +62,23 @@ def test_a_response_longer_than_the_models_positions_is_said(tmp_path: Path, cap
     assert caplog.messages == [
         "--rollout-max-response-len 40: the model has 52 positions, so responses end at 52 tokens less the prompt's"
     ]
+
+
+@pytest.mark.parametrize(("on_gpus", "asked", "probes"), [(True, None, True), (False, None, False), (False, True, True)])
+def test_memory_is_probed_on_gpus_unless_a_flag_says_otherwise(
+    tmp_path: Path, on_gpus: bool, asked: bool | None, probes: bool
+) -> None:
+    made = inputs_with(tmp_path, "a", positions=64, response=40)
+    config = replace(made.config, training=replace(made.config.training, memory_probe=asked))
+    devices = replace(made.plan.devices, on_gpus=on_gpus)
+    inputs = replace(made, config=config, plan=replace(made.plan, devices=devices))
+    probe = make_memory_probe(inputs, [13, 5])
+    assert (probe is not None) == probes
+    assert probe is None or max(probe.lengths) == 13 + 40
+
+
+def test_no_probe_has_a_sequence_longer_than_the_context(tmp_path: Path) -> None:
+    made = inputs_with(tmp_path, "a", positions=48, response=40)
+    asked = replace(made.config, training=replace(made.config.training, memory_probe=True))
+    probe = make_memory_probe(replace(made, config=asked), [13])
+    assert probe is not None and max(probe.lengths) == 48

@@ -1,0 +1,133 @@
+"""The largest micro-batch that the flags allow, and a pass over it that changes nothing but finds too little memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import pytest
+import torch
+
+from qwench.config.config import Config
+from qwench.config.plan import RunPlan, plan_run
+from qwench.config.sections.cluster import ClusterConfig
+from qwench.config.sections.parallel import ParallelConfig
+from qwench.config.sections.rollout import RolloutConfig
+from qwench.config.sections.training import TrainingConfig
+from qwench.errors import TrainingError
+from qwench.training.critic import Critic
+from qwench.training.memory_probe import Longest, MemoryProbe, largest_lengths
+from tests.fakes.trainer import TableTrainer
+from tests.unit.config.architectures import QWEN3_4B
+
+V = 7
+PROBE = MemoryProbe(
+    lengths=(9, 9, 3),
+    num_micro_batches=2,
+    vocab_size=V,
+    temperature=1.0,
+    with_entropy=True,
+    flag="--max-tokens-per-gpu",
+    state_bytes=8 << 30,
+    activation_bytes=3 << 30,
+)
+
+
+def _plan(size: int, *, ranks: int = 1, parallel: ParallelConfig | None = None, **training: Any) -> RunPlan:
+    config = Config(
+        rollout=RolloutConfig(rollout_batch_size=size),
+        training=TrainingConfig(global_batch_size=size, **training),
+        cluster=ClusterConfig(actor_num_gpus_per_node=ranks),
+        parallel=parallel or ParallelConfig(),
+    )
+    return plan_run(config, QWEN3_4B)
+
+
+def _table() -> torch.Tensor:
+    return torch.randn(V, V, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks", "longest", "lengths"),
+    [
+        (64, 1, 300, (300, 300, 300, 100)),
+        (64, 1, 333, (333, 333, 333)),  # one token more would have no label
+        (64, 1, 1000, (1000,)),
+        (64, 1, 1500, (1500,)),  # alone, and over the cap
+        (2, 1, 300, (300, 300)),  # a step has no more samples
+        (4, 2, 300, (300, 300)),  # nor has a rank's share of it
+        (4, 3, 300, (300, 300)),  # two, one and one
+    ],
+)
+def test_sequences_fill_a_packed_micro_batch(size: int, ranks: int, longest: int, lengths: tuple[int, ...]) -> None:
+    plan = _plan(size, ranks=ranks, use_dynamic_batch_size=True, max_tokens_per_gpu=1000)
+    assert largest_lengths(plan, longest) == lengths
+
+
+def test_the_cap_counts_the_tokens_of_all_context_parallel_ranks() -> None:
+    parallel = ParallelConfig(context_parallel_size=2)
+    plan = _plan(64, ranks=2, parallel=parallel, use_dynamic_batch_size=True, max_tokens_per_gpu=1000)
+    assert largest_lengths(plan, 800) == (800, 800, 400)
+
+
+def test_micro_batches_that_are_counted_have_the_longest_sequence_in_each_place() -> None:
+    assert largest_lengths(_plan(64, micro_batch_size=4), 300) == (300,) * 4
+    assert largest_lengths(_plan(4, ranks=2, micro_batch_size=4), 300) == (300,) * 2
+
+
+@pytest.mark.parametrize(
+    ("size", "longest", "flag", "num_micro_batches"),
+    [(64, 250, "--max-tokens-per-gpu", 2), (4, 250, "--max-tokens-per-gpu", 1), (64, 1000, "--rollout-max-response-len", 2)],
+)
+def test_the_flag_to_lower_is_the_one_that_limits_the_micro_batch(
+    size: int, longest: int, flag: str, num_micro_batches: int
+) -> None:
+    plan = _plan(size, use_dynamic_batch_size=True, max_tokens_per_gpu=1000)
+    recomputing = TrainingConfig(gradient_checkpointing=True)
+    limit = Longest(num_tokens=longest, flag="--rollout-max-response-len")
+    probe = MemoryProbe.of(plan, recomputing, limit, temperature=1.0, with_entropy=False, dtype=torch.bfloat16)
+    assert (probe.flag, probe.num_micro_batches) == (flag, num_micro_batches)
+    assert probe.state_bytes == plan.rank_bytes.device
+    # The input of each layer in bfloat16, and float32 logits.
+    assert probe.activation_bytes == 36 * 1000 * 2560 * 2 + 1000 * 151_936 * 4
+
+
+def test_a_probe_computes_gradients_and_drops_them() -> None:
+    trainer = TableTrainer(_table())
+    random_state = torch.get_rng_state()
+    text = PROBE.run(trainer, None)
+    assert trainer.calls == ["prepare_steps", "forward_backward", "drop_gradients"]
+    assert trainer.num_micro_batches == [2]
+    assert trainer.table.grad is None
+    assert torch.equal(trainer.table, _table())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert text.startswith("memory probe: a micro-batch of 21 tokens (3 sequences, the longest of 9) took ")
+    assert text.endswith("8 GiB of weights, gradients and optimizer state + 3 GiB of activations and logits = 11 GiB")
+
+
+def test_the_critic_has_the_device_while_it_is_probed() -> None:
+    policy, other = TableTrainer(_table()), TableTrainer(_table())
+    PROBE.run(policy, Critic(other, policy))
+    passes = ["prepare_steps", "forward_backward", "drop_gradients"]
+    assert policy.calls == [*passes, "sleep", "wake"]
+    assert other.calls == ["sleep", "wake", *passes, "sleep"]
+
+
+class _FullTrainer(TableTrainer):
+    def forward_backward(self, *inputs: object, **options: object) -> NoReturn:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_too_little_memory_ends_in_one_line_with_the_flag_and_the_bytes() -> None:
+    with pytest.raises(TrainingError) as raised:
+        replace(PROBE, flag="--micro-batch-size").run(_FullTrainer(_table()), None)
+    text = str(raised.value)
+    assert "\n" not in text
+    assert text.startswith(
+        "a micro-batch of 21 tokens (3 sequences, the longest of 9), the largest that the flags allow, does not fit the "
+        "memory of a trainer rank: predicted 8 GiB of weights, gradients and optimizer state + 3 GiB of activations and "
+        "logits = 11 GiB, the device has "
+    )
+    assert text.endswith(
+        " GiB; lower --micro-batch-size. If no rollout becomes so large, --no-memory-probe starts without the check."
+    )
