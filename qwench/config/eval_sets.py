@@ -86,7 +86,7 @@ class EvalSettings:
 
     @property
     def names_functions(self) -> bool:
-        """Tell whether the set has a reward or a generate function of its own."""
+        """Tell whether the set has its own reward or generate function."""
         return self.custom_rm_path is not None or self.custom_generate_function_path is not None
 
     @property

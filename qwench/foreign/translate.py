@@ -133,7 +133,7 @@ def to_groups(
     free = _free_ids(given)
     unnumbered = [one for group in answered for one in group if getattr(one, "index", 0) is None]
     free_samples = _free_ids([getattr(one, "index", None) for group in answered for one in group])
-    for one in unnumbered:  # each is an execution of its own
+    for one in unnumbered:  # each is a separate execution
         one.index = next(free_samples)
     groups = dict[int, Group]()
     for group, wanted in zip(answered, given, strict=True):

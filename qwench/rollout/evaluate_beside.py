@@ -1,4 +1,4 @@
-"""Evaluations that go on while the policy is trained, on engines of their own, or at low priority on those of rollouts.
+"""Evaluations that go on while the policy is trained, on engines set apart, or at low priority on those of rollouts.
 
     begin(8) -> pending -> done -> logged as of rollout 8        training waits for none of them, until the run ends
 

@@ -26,7 +26,7 @@ ACCEPTED: tuple[ForeignFlag, ...] = (
     *flags(ANY, "the critic trains on the policy's ranks", "critic-num-gpus-per-node", same_as="actor-num-gpus-per-node"),
     *flags(("kv_cache weight", "weight kv_cache"), "an engine that sleeps gives both back", "offload-rollout-level"),
     *flags(("strict",), "roles, contents and calls of repeated messages are compared", "session-message-matcher"),
-    *flags(("canonical_lora", "lora"), "each projection has an A and a B of its own", "lora-type", told=True),
+    *flags(("canonical_lora", "lora"), "each projection has its own A and B", "lora-type", told=True),
     *flags(OFF, "float16 training needs loss scaling, which Qwench does not do; training is in bfloat16", "fp16"),
     *flags(
         ("true", "false"), "logits are always computed in chunks and recomputed in the backward pass", "recompute-loss-function"

@@ -21,7 +21,7 @@ class AgentConfig:
     generate_max_turns: int = 16
     """Largest number of turns of one sample in the built-in tool loop."""
     generate_multi_samples: bool = False
-    """Learn from every turn as a sample of its own, whose prompt is all that stands before it. Off: one sample holds all turns.
+    """Learn from every turn as a separate sample, whose prompt is all that comes before it. Off: one sample holds all turns.
     Needs --custom-generate-function-path."""
     generate_tool_specs_path: str | None = None
     """Import path of the list of tool schemas that the chat template shows to the policy."""

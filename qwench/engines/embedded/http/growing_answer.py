@@ -54,7 +54,7 @@ class GrowingAnswer:
 
 
 class GrowingText:
-    """Decodes each token about twice, whatever the length of the response."""
+    """Decodes each token about twice, however long the response is."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase | None, *, skip_special_tokens: bool, stop: Sequence[str] = ()

@@ -71,7 +71,7 @@ class OpenAiAnswer:
         return self._head | {"object": kind, "choices": choices} | usage
 
     def _piece(self, result: GenerateResult, told: tuple[int, int], name: str) -> Json:
-        """Return text and log-probs after what was told; in a chat the text stands under `name`."""
+        """Return text and log-probs after what was told; in a chat the text is under `name`."""
         text = result.text[told[0] :]
         log_probs = self._log_probs(result, told) if self._body.wants_log_probs else None
         if not self._is_chat:
