@@ -285,7 +285,10 @@ def _equal(text: str, other: str) -> bool:
 def _unexpected(word: str, prog: str, table: Mapping[str, Flag]) -> str:
     """Say what to write instead of a word in front of the first flag, such as verl's `data.train_batch_size=32` or `-lr`."""
     key = word.partition("=")[0]
-    hint = "" if "/" in key else advise(key, prog=prog, offered=_offered(table)) or ""
+    if "hf-checkpoint" in table and ("qwen" in key.lower() or Path(key).is_dir()):
+        hint = "use --hf-checkpoint"
+    else:
+        hint = "" if "/" in key else advise(key, prog=prog, offered=_offered(table)) or ""
     return f"unexpected argument {word!r}; settings are given as --flag value{hint and f'; {hint}'}"
 
 

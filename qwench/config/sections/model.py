@@ -21,5 +21,5 @@ class ModelConfig:
     """Attention kernel of the FSDP2 trainer. sdpa runs everywhere; the others need a GPU, and flash_attention_*
     and cudnn their package. cudnn, the fastest on one GPU, is varlen on several."""
     train_dtype: TrainDtype = "auto"
-    """Precision of parameters and activations in training. Optimizer masters are always float32. auto: bfloat16 on a GPU,
-    float32 on a CPU."""
+    """Precision of parameters and activations, in the trainer and in embedded engines. Optimizer masters are always float32.
+    auto: bfloat16 on a GPU, float32 on a CPU."""

@@ -110,6 +110,11 @@ def test_an_override_of_verl_and_a_single_dash_are_told_the_flag(word, served_by
     assert said.startswith(f"unexpected argument {word!r}; settings are given as --flag value; {served_by}")
 
 
+def test_a_model_in_front_of_the_flags_is_told_its_flag(tmp_path):
+    for word in ("Qwen/Qwen3-0.6B", str(tmp_path)):
+        assert refusal(word).endswith("settings are given as --flag value; use --hf-checkpoint")
+
+
 def test_a_file_in_front_of_the_flags_gets_no_guess():
     assert refusal("data/train.jsonl").endswith("settings are given as --flag value")
 
