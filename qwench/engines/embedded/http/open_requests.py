@@ -48,15 +48,15 @@ class OpenRequests:
         Raises:
             EngineError: one failed.
         """
-        work = asyncio.gather(*(running.future for running in self.running))
+        waiting = {running.future for running in self.running}
         try:
-            while not work.done():
-                await asyncio.wait([work], timeout=DISCONNECT_POLL_S)
-                if not work.done() and await http.is_disconnected():
+            while waiting:
+                done, waiting = await asyncio.wait(waiting, timeout=DISCONNECT_POLL_S, return_when=asyncio.FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                if waiting and await http.is_disconnected():
                     raise HTTPException(499, "the client went away.")
-            work.result()
         finally:
-            work.cancel()
             self.drop()
 
     def drop(self) -> None:

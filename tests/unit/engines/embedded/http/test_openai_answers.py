@@ -1,11 +1,15 @@
-"""The chunks of a stream whose choices end at different times."""
+"""Answers of choices that end at different times, or whose client disconnects."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import orjson
+import pytest
+from fastapi import HTTPException
 
+from qwench.engines.embedded.http import open_requests
 from qwench.engines.embedded.http.growing_answer import GrowingAnswer
 from qwench.engines.embedded.http.open_requests import EventStream, OpenRequests
 from qwench.engines.embedded.http.openai_answers import OpenAiAnswer
@@ -98,3 +102,29 @@ def test_a_choice_that_fails_takes_no_text_from_the_others() -> None:
         assert await streamed(asked, answer) == ["this one failed.", "12", 2]
 
     asyncio.run(run())
+
+
+class Gone:
+    """The HTTP request of a client that has disconnected."""
+
+    async def is_disconnected(self) -> bool:
+        return True
+
+
+def test_a_client_that_disconnects_aborts_its_requests_and_nothing_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(open_requests, "DISCONNECT_POLL_S", 0.0)
+    logged: list[object] = []
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context["message"]))
+        asked, _ = start(2)
+        end(asked.running[0], "12")
+        with pytest.raises(HTTPException):
+            await asked.wait(Gone())
+        assert [one.finish_reason for one in asked.running] == [FinishReason.ABORT, FinishReason.ABORT]
+        del asked
+        await asyncio.sleep(0)
+        gc.collect()
+
+    asyncio.run(run())
+    assert logged == []
