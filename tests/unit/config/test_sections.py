@@ -380,6 +380,7 @@ INERT_IN_FINE_TUNING = {
     "custom_loss_function_path": "a.b",
     "skip_actor_forward_only": True,
     "keep_old_actor": True,
+    "use_rollout_entropy": True,
 }
 
 
