@@ -21,11 +21,20 @@ def test_two_runs_with_two_ranks_and_routed_engine_servers_are_equal(workspace: 
     assert column(tmp_path / "one", "train/train_rollout_logprob_abs_diff") == pytest.approx([0.0] * 6, abs=1e-4)
 
 
-@pytest.mark.parametrize(("num_ranks", "size"), [(1, "248 tokens (8 sequences"), (2, "124 tokens (4 sequences")])
-def test_a_memory_probe_changes_no_number_of_a_run(num_ranks: int, size: str, workspace: Workspace, tmp_path: Path) -> None:
-    layout = {"actor_num_gpus_per_node": num_ranks, "num_rollout": 2}
+@pytest.mark.parametrize(
+    ("flags", "size"),
+    [
+        ({}, "248 tokens (8 sequences"),
+        ({"actor_num_gpus_per_node": 2}, "124 tokens (4 sequences"),
+        ({"advantage_estimator": "ppo", "critic_lr": 2e-3}, "248 tokens (8 sequences"),
+    ],
+    ids=["one-rank", "two-ranks", "critic"],
+)
+def test_a_memory_probe_changes_no_number_of_a_run(
+    flags: dict[str, object], size: str, workspace: Workspace, tmp_path: Path
+) -> None:
     for name in ("memory_probe", "no_memory_probe"):
-        run_verb(workspace.train_argv(tmp_path / name, **DIGITS, **layout, **{name: ()}))
+        run_verb(workspace.train_argv(tmp_path / name, **{**DIGITS, **flags, name: (), "num_rollout": 2}))
     probed, plain = (tmp_path / name / "driver.log" for name in ("memory_probe", "no_memory_probe"))
     assert read_metrics(tmp_path / "memory_probe") == read_metrics(tmp_path / "no_memory_probe")
     assert min(column(tmp_path / "memory_probe", "train/grad_norm")) > 0
