@@ -151,6 +151,23 @@ def old_log_probs_differ_from_the_steps(config: Config) -> str | None:
     return None
 
 
+def frozen_parameters_are_built_for(config: Config) -> str | None:
+    """A part of the parameters is trained on FSDP2's own path alone."""
+    training = config.training
+    if training.freezing_flag is None:
+        return None
+    for flag, is_set, instead in (
+        ("the backend megatron", config.backend == "megatron", "give --train-backend fsdp and Hugging Face names"),
+        ("--whole-weights", training.whole_weights, "leave that out"),
+        ("--batch-invariant-mode or --true-on-policy-mode", training.batch_invariant, "leave that out"),
+        ("--lora-rank, whose model is frozen", config.lora.enabled, "leave one of them out"),
+        ("--advantage-estimator ppo", config.algorithm.has_critic, "choose an estimator without a critic"),
+    ):
+        if is_set:
+            return f"{training.freezing_flag} does not work with {flag}; {instead}"
+    return None
+
+
 def adapters_are_built_for(config: Config) -> str | None:
     """Adapters are trained beside a frozen model that is also the reference."""
     training, layout, lora = config.training, config.parallel.layout, config.lora

@@ -13,6 +13,7 @@ from qwench.config.method_rules import (
     a_second_grader_has_answers,
     a_teacher_has_advantages_to_change,
     adapters_are_built_for,
+    frozen_parameters_are_built_for,
     old_log_probs_differ_from_the_steps,
     rewards_apart_are_several,
     truncated_sampling_is_replayed,
@@ -373,6 +374,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     old_log_probs_differ_from_the_steps,
     long_responses_have_a_bound,
     adapters_are_built_for,
+    frozen_parameters_are_built_for,
     rewards_apart_are_several,
     truncated_sampling_is_replayed,
 )

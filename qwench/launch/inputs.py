@@ -81,6 +81,7 @@ def plan_inputs(config: Config, *, trains: bool) -> RunPlan:
     device = local_device()
     model = architecture_of(load_hf_config(_model_folder(config)))
     plan = plan_run(config, model, trains=trains, on_gpus=device.type == "cuda")
+    config.training.check_trained(model.parameter_shapes())
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         check_fit(config, plan, device_bytes=total, element_bytes=1 if is_fp8_checkpoint(_model_folder(config)) else 2)

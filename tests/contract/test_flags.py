@@ -263,6 +263,8 @@ def test_all_refused_flags_are_named_at_once_and_what_is_never_supported_first()
 READ_BY_THEIR_SECTION_ALONE = {
     "use_precision_aware_optimizer": "without it, --exp-avg-dtype and --exp-avg-sq-dtype are refused",
     "gradient_checkpointing": "recomputes_layers",
+    "freeze_params_name_list": "trains",
+    "only_train_params_name_list": "trains",
     "batch_invariant_mode": "batch_invariant",
     "decoder_first_pipeline_num_layers": "first_stage_layers",
     "decoder_last_pipeline_num_layers": "last_stage_layers",

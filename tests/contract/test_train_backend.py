@@ -70,6 +70,8 @@ WORLDS = {
     2: [
         Case(name="two-ranks", model="tied", bins=_TWO_RANKS),
         Case(name="two-ranks-untied", model="untied", bins=_TWO_RANKS, gradient_checkpointing=True, save=True),
+        Case(name="two-ranks-frozen", model=cases.FROZEN, bins=_TWO_RANKS, gradient_checkpointing=True, save=True),
+        Case(name="two-ranks-frozen-offloaded", model=cases.FROZEN, bins=_TWO_RANKS, offload_fraction=1.0),
         Case(name="two-ranks-muon", model=cases.MUON, bins=_TWO_RANKS, save=True),
         Case(name="two-ranks-whole-muon", model=cases.MUON, bins=_TWO_RANKS, whole_weights=True),
         Case(name="two-ranks-stateless-half-offloaded", model=cases.STATELESS, bins=_TWO_RANKS, offload_fraction=0.5),
@@ -101,6 +103,7 @@ WORLDS = {
 }
 RESUMED = [
     Case(name="resumed-on-one", model="untied", bins=_REORDERED, load="two-ranks-untied"),
+    Case(name="resumed-frozen", model=cases.FROZEN, bins=_REORDERED, load="two-ranks-frozen"),
     Case(name="resumed-muon", model=cases.MUON, bins=_REORDERED, load="two-ranks-muon"),
     Case(name="resumed-from-whole", model="untied", bins=_REORDERED, load="two-ranks-whole"),
     Case(name="resumed-on-the-host", model="untied", bins=_REORDERED, load="two-ranks-untied", offload_fraction=1.0),
@@ -115,7 +118,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train_backend")
     for model in ("tied", "untied"):
         cases.write_model(folder / model, tied=model == "tied")
-    for model in (cases.TRUNCATED, cases.MUON, cases.STATELESS):
+    for model in (cases.TRUNCATED, cases.MUON, cases.STATELESS, cases.FROZEN):
         cases.write_model(folder / model, tied=False)
     cases.write_model(folder / "bf16", tied=True, dtype=torch.bfloat16)
     for world_size, cases_of_world in WORLDS.items():
@@ -127,9 +130,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> dict[str, cases.StepsRecord]:
     """Return the plain loop's records by model."""
-    return {
-        model: cases.plain_loop(folder / model) for model in ("tied", "untied", cases.TRUNCATED, cases.MUON, cases.STATELESS)
-    }
+    models = ("tied", "untied", cases.TRUNCATED, cases.MUON, cases.STATELESS, cases.FROZEN)
+    return {model: cases.plain_loop(folder / model) for model in models}
 
 
 @pytest.mark.parametrize(("world_size", "case"), STEPPED, ids=[case.name for _, case in STEPPED])

@@ -96,6 +96,9 @@ TRUNCATED = "truncated"
 
 MUON = "muon"
 """Name of the model that is stepped by Muon."""
+FROZEN = "frozen"
+FREEZES = ("embed_tokens", r"layers\.0\.", r"1\.mlp")
+"""Expressions of --freeze-params-name-list for the model of the folder above."""
 STATELESS = "stateless"
 """Every step begins with moments of zero, and norms of queries and keys decay."""
 STATELESS_OPTIMIZER = replace(OPTIMIZER, use_stateless_adam=True, apply_wd_to_qk_layernorm=True, adam_eps=1e-4)
@@ -155,6 +158,13 @@ def micro_batches(batch: RolloutBatch, bins: list[list[int]]) -> list[MicroBatch
     return [pack(batch, indices) if indices else pack(idle, [0]) for indices in bins]
 
 
+def _freeze(model: nn.Module) -> None:
+    """Freeze what FREEZES names."""
+    for name, weight in model.named_parameters():
+        if "embed_tokens" in name or "layers.0." in name or "layers.1.mlp" in name:
+            weight.requires_grad_(False)
+
+
 def plain_loop(
     folder: Path, *, num_steps: int = NUM_STEPS, prepare: Callable[[nn.Module], nn.Module] = lambda model: model
 ) -> StepsRecord:
@@ -164,6 +174,8 @@ def plain_loop(
         prepare: changes the model, and freezes what is not trained.
     """
     model = prepare(Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    if folder.name == FROZEN:
+        _freeze(model)
     trained = [w for w in model.parameters() if w.requires_grad]
     batch = make_batch(folder.name)
     outputs = partial(_plain_outputs, truncated=folder.name == TRUNCATED)

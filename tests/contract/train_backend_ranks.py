@@ -217,7 +217,10 @@ def _run_non_finite(backend: Trainer, case: Case) -> dict[str, object]:
 
 def _training(case: Case) -> TrainingConfig:
     return TrainingConfig(
-        gradient_checkpointing=case.gradient_checkpointing, log_probs_chunk_size=7, whole_weights=case.whole_weights
+        gradient_checkpointing=case.gradient_checkpointing,
+        log_probs_chunk_size=7,
+        whole_weights=case.whole_weights,
+        freeze_params_name_list=cases.FREEZES if case.model == cases.FROZEN else (),
     )
 
 

@@ -209,7 +209,6 @@ REFUSED: tuple[ForeignFlag, ...] = (
 
 PLANNED: tuple[ForeignFlag, ...] = (
     *planned("a place of its own for the critic; each checkpoint of --save holds it in its folder critic", "critic-save"),
-    *planned("training a part of the parameters", "freeze-params-name-list only-train-params-name-list"),
     *planned("a choice of FP8 layers", "extra-high-precision-layers-hf extra-high-precision-layers-megatron"),
     *planned(
         "other divisions of a pipeline; --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers divide it",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +12,7 @@ from qwench.errors import ConfigError
 
 DEFAULT_HEAD_CHUNK_TOKENS = 4096
 """Of --log-probs-chunk-size -1."""
+_FREEZE, _ONLY_TRAIN = "--freeze-params-name-list", "--only-train-params-name-list"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +62,11 @@ class TrainingConfig:
     memory_probe: bool | None = None
     """Compute gradients of the largest legal micro-batch before the first rollout, and drop them: too little memory shows at
     once. It changes no number. None: on where training is on a GPU."""
+    freeze_params_name_list: tuple[str, ...] = ()
+    """Regular expressions of the parameters that are not trained, under their Hugging Face names (FSDP2). They have no gradient
+    and no moments. Empty: all are trained."""
+    only_train_params_name_list: tuple[str, ...] = ()
+    """Regular expressions of the only parameters that are trained. Not with --freeze-params-name-list."""
     seed: int = 1234
     """Seed of the trainer's random numbers."""
     deterministic_mode: bool = False
@@ -90,6 +98,44 @@ class TrainingConfig:
             raise ConfigError("--use-dynamic-batch-size packs by tokens; give the budget with --max-tokens-per-gpu")
         if self.max_tokens_per_gpu is not None and not self.use_dynamic_batch_size:
             raise ConfigError("--max-tokens-per-gpu has no effect without --use-dynamic-batch-size; add it")
+        if self.freeze_params_name_list and self.only_train_params_name_list:
+            raise ConfigError(f"{_FREEZE} and {_ONLY_TRAIN} both choose what is trained; give one of them")
+        for pattern in self._patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"{self.freezing_flag}: {pattern!r} is no regular expression ({error})") from error
+
+    @property
+    def freezing_flag(self) -> str | None:
+        """Return the flag that freezes parameters. None: all are trained."""
+        if not self._patterns:
+            return None
+        return _FREEZE if self.freeze_params_name_list else _ONLY_TRAIN
+
+    @property
+    def _patterns(self) -> tuple[str, ...]:
+        return self.freeze_params_name_list or self.only_train_params_name_list
+
+    def trains(self, name: str) -> bool:
+        """Tell whether a parameter is trained, by its Hugging Face name."""
+        matches = any(re.search(pattern, name) for pattern in self._patterns)
+        return matches if self.only_train_params_name_list else not matches
+
+    def check_trained(self, names: Collection[str]) -> None:
+        """Check that every expression matches a parameter of the model, and that one parameter is left to train.
+
+        Raises:
+            ConfigError: it is not so.
+        """
+        for pattern in self._patterns:
+            if not any(re.search(pattern, name) for name in names):
+                raise ConfigError(
+                    f"{self.freezing_flag}: {pattern!r} matches no parameter of the model, whose names are like "
+                    f"{', '.join(list(names)[:3])}"
+                )
+        if not any(self.trains(name) for name in names):
+            raise ConfigError(f"{self.freezing_flag} {' '.join(self._patterns)} leaves no parameter to train")
 
     @property
     def head_chunk_tokens(self) -> int:

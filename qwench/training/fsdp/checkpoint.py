@@ -42,11 +42,18 @@ def save_masters(folder: Path, weights: Mapping[str, Tensor]) -> None:
     save_tensors(folder / "model", {name: weight.detach() for name, weight in weights.items()})
 
 
-def load_masters(folder: Path, optimizer: MasterOptimizer) -> None:
-    """Read the masters, however they are sharded, and set the weights to them; collective."""
-    masters = optimizer.masters()
-    load_in_place(folder / "model", masters)
+def in_float32(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the frozen weights as they stand beside masters in a folder."""
+    return {name: weight.detach().float() for name, weight in weights.items()}
+
+
+def load_masters(folder: Path, optimizer: MasterOptimizer, frozen: Mapping[str, Tensor]) -> None:
+    """Read the masters, however they are sharded, and set the weights to them, and the frozen weights; collective."""
+    masters, others = optimizer.masters(), in_float32(frozen)
+    load_in_place(folder / "model", masters | others)
     optimizer.set_masters(masters)
+    for name, weight in frozen.items():
+        weight.detach().copy_(others[name])
 
 
 def save_optimizer(folder: Path, optimizer: MasterOptimizer) -> None:
@@ -120,8 +127,10 @@ def fill_shards(weights: Mapping[str, Tensor], source: TensorReader) -> None:
     _fill(weights, source)
 
 
-def load_converted(folder: Path, optimizer: MasterOptimizer, model: Architecture, *, weights_only: bool) -> None:
-    """Read masters and, unless told otherwise, moments and step count of a checkpoint of any format; local.
+def load_converted(
+    folder: Path, optimizer: MasterOptimizer, model: Architecture, *, weights_only: bool, frozen: Mapping[str, Tensor]
+) -> None:
+    """Read masters, frozen weights and, unless told otherwise, moments and step count of a checkpoint of any format; local.
 
     Raises:
         CheckpointError: files are missing or damaged.
@@ -134,6 +143,7 @@ def load_converted(folder: Path, optimizer: MasterOptimizer, model: Architecture
     masters = optimizer.masters()
     _fill(masters, weights if state is None else state.masters)
     optimizer.set_masters(masters)
+    _fill(frozen, weights)
     if state is not None:
         optimizer.reset(state.num_steps)
         moments = optimizer.moments()

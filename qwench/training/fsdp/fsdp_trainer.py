@@ -78,6 +78,7 @@ class FsdpTrainer(BackendTrainer):
         self._matrices = adapters.matrices() if adapters is not None else {}
         self._own_matrices = {name: local_shard(matrix) for name, matrix in self._matrices.items()}
         self._weights = _model_weights(policy, adapters)
+        self._frozen = {name: weight for name, weight in self._weights.items() if not weight.requires_grad}
         trained = sum(weight.numel() for weight in policy.named_weights().values() if weight.requires_grad)
         whole_bytes = trained * MASTER_DTYPE.itemsize
         self._reduces_every_micro_batch = mesh["dp_shard"].size() > 1 and whole_bytes > whole_gradient_bytes
@@ -120,6 +121,8 @@ class FsdpTrainer(BackendTrainer):
         model, source = load_causal_lm(model_folder, hf_config or load_hf_config(model_folder))
         architecture = put_value_head(model) if critic else architecture_of(model.config)
         install_attention(model, attention, device=device, dtype=param_dtype)
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(training.trains(name))
         adapters = None if lora is None else _make_adapters(model, lora, source, training, model_folder)
         place = PolicyPlace(
             mesh=mesh,
@@ -211,7 +214,7 @@ class FsdpTrainer(BackendTrainer):
         """Write the layout described in `checkpoint`; collective."""
         self._assert_awake()
         if self._adapters is None:
-            checkpoint.save_masters(folder, self._optimizer.masters())
+            checkpoint.save_masters(folder, self._optimizer.masters() | checkpoint.in_float32(self._frozen))
         else:
             starts = {name: matrix for name, matrix in self._matrices.items() if not matrix.requires_grad}
             matrices = self._optimizer.masters() | starts
@@ -242,9 +245,9 @@ class FsdpTrainer(BackendTrainer):
             if not weights_only:
                 checkpoint.load_optimizer(folder, self._optimizer)
         elif is_foreign(folder):
-            load_converted(folder, self._optimizer, self._architecture, weights_only=weights_only)
+            load_converted(folder, self._optimizer, self._architecture, weights_only=weights_only, frozen=self._frozen)
         else:
-            checkpoint.load_masters(folder, self._optimizer)
+            checkpoint.load_masters(folder, self._optimizer, self._frozen)
             if not weights_only:
                 checkpoint.load_optimizer(folder, self._optimizer)
         if with_rng and not weights_only:
@@ -333,12 +336,12 @@ def _place(
 ) -> Policy | DirectPolicy:
     """Put the model on its ranks: in the packed decoder where one rank has it alone and the decoder has every part, else FSDP2.
 
-    A critic, and a policy whose losses get logits, are always under FSDP2. So are adapters that drop inputs or subtract their
-    start, and those of several ranks that shard the model: with --dp-replicate equal to the ranks each has it whole. With
-    --whole-weights, several ranks have a `GatheredPolicy`.
+    A critic, a policy whose losses get logits and one with frozen parameters are always under FSDP2. So are adapters that drop
+    inputs or subtract their start, and those of several ranks that shard the model: with --dp-replicate equal to the ranks each
+    has it whole. With --whole-weights, several ranks have a `GatheredPolicy`.
     """
     training, mesh = place.training, place.mesh
-    written_out = not (architecture.value_head or logits)
+    written_out = not (architecture.value_head or logits or training.freezing_flag)
     make: Callable[..., DirectPolicy] | None = None
     if written_out and mesh.size() > 1 and training.whole_weights:
         make = GatheredPolicy

@@ -103,6 +103,38 @@ def test_masters_keep_steps_that_bfloat16_would_lose(model_folder: Path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("flags", "moves"),
+    [
+        ({"freeze_params_name_list": ("embed_tokens", r"layers\.0\.")}, lambda name: "embed" not in name and ".0." not in name),
+        ({"only_train_params_name_list": (r"layers\.0\..*_proj",)}, lambda name: ".0." in name and "_proj" in name),
+    ],
+)
+def test_frozen_parameters_take_no_gradient_no_moments_and_stay(model_folder, tmp_path, dtype, flags, moves):
+    training = TrainingConfig(**flags)
+    backend, whole = (_build(model_folder, dtype=dtype, training=each) for each in (training, TrainingConfig()))
+    before = _published(backend)
+    assert _train(backend) == pytest.approx(_train(whole), rel=1e-5)
+    first = _published(backend)
+    _train(backend, steps=2)
+    after = _published(backend)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {name for name in before if moves(name)}
+    assert 0 < sum(map(moves, before)) < len(before)
+    if dtype == torch.float32:  # without clipping a step is that of the whole model
+        of_whole = _published(whole)
+        assert all(torch.allclose(first[name], of_whole[name], atol=1e-6) for name in before if moves(name))
+    assert {name.rsplit(".exp_avg", 1)[0] for name in backend._optimizer.moments()} == {name for name in before if moves(name)}
+    backend.save(tmp_path)
+    loaded = _build(model_folder, dtype=dtype, training=training)
+    loaded.load(tmp_path)
+    assert all(torch.equal(after[name], weight) for name, weight in _published(loaded).items())
+    assert _train(loaded, steps=2) == _train(backend, steps=2)
+    unfrozen = _build(model_folder, dtype=dtype)
+    unfrozen.load(tmp_path, weights_only=True)  # the folder holds the frozen weights too
+    assert all(torch.equal(after[name], weight) for name, weight in _published(unfrozen).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reference_scores_as_the_policy_did_and_the_policy_comes_back_exactly(model_folder: Path, dtype: torch.dtype):
     backend, undisturbed = _build(model_folder, dtype=dtype), _build(model_folder, dtype=dtype)
     first = backend.forward(_micro_batches(), temperature=0.7).log_probs
