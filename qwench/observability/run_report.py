@@ -95,8 +95,10 @@ class RunReport:
         """Say what was measured: a line for each evaluation set, then one for the rollout or for each of its steps."""
         steps = [record.metrics for record in records if record.axis is Axis.TRAIN]
         others = {name: value for record in records if record.axis is not Axis.TRAIN for name, value in record.metrics.items()}
+        # An evaluation beside training ends some rollouts after the one that it belongs to.
+        late = f" after rollout {rollout_id}" if self._unit == "rollout" and rollout_id < self._done else ""
         for group in evaluations(others):
-            self._console.say(f"{group.title}  {_joined(group.values)}")
+            self._console.say(f"{group.title}{late}  {_joined(group.values)}")
         if _DONE not in others:
             return
         if self._bar is None:

@@ -79,6 +79,21 @@ def test_each_evaluation_set_is_a_line():
     assert console.lines == ["evaluation a  reward 0.5  length 7", "evaluation  b/loss 1.25"]
 
 
+def test_an_evaluation_that_ends_late_names_its_rollout():
+    console, _, _, log = opened(first=1)
+    log.log(1, {"eval/a": 0.25, "eval/a/response_len/mean": 7.0})
+    for rollout_id in (1, 2):
+        log.log(rollout_id, LEARNED, steps=[{"train/loss": 0.1}])
+    for rollout_id in (2, 3):
+        log.log(rollout_id, {"eval/a": 0.5, "eval/a/response_len/mean": 7.0})
+    shown = [line for line in console.lines if line.startswith("evaluation")]
+    assert shown == [
+        "evaluation a  reward 0.25  length 7",
+        "evaluation a after rollout 2  reward 0.5  length 7",
+        "evaluation a  reward 0.5  length 7",
+    ]
+
+
 def test_the_table_comes_when_it_is_asked_for():
     console, _, _, log = opened(table_interval=2)
     for rollout_id in range(3):
