@@ -98,6 +98,7 @@ def test_wrong_value_is_refused(
         ({"custom_generate_function_path": "nowhere.generate"}, "cannot be imported"),
         ({"dynamic_sampling_filter_path": "nowhere.keep"}, "cannot be imported"),
         ({"eval_function_path": "nowhere.evaluate"}, "cannot be imported"),
+        ({"freeze_params_name_list": "linear_qkv"}, "'linear_qkv' matches no parameter of the model"),
         ({"embedded_kv_cache_tokens": 16}, "longer than the limit of 15"),
         ({"attn_implementation": "flash_attention_3"}, "use --attn-implementation sdpa"),
         ({"attn_implementation": "cudnn", "train_dtype": "bfloat16"}, "use --attn-implementation sdpa"),

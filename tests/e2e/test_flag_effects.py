@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from qwench import __version__
 from qwench.config.sections.agent import TOOL_LOOP
@@ -189,6 +191,16 @@ def test_sets_of_a_file_have_their_own_rewards_lengths_and_samples(workspace: Wo
     assert (metrics["eval/first"], metrics["eval/second"]) == (-1.0, 0.0)
     assert (metrics["eval/first/response_len/max"], metrics["eval/second/response_len/max"]) == (5.0, 4.0)
     assert [len((tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()) for name in ("first", "second")] == [6, 2]
+
+
+def test_frozen_parameters_of_a_run_are_exported_as_they_came(workspace: Workspace, tmp_path: Path) -> None:
+    flags = {"freeze_params_name_list": ("embed_tokens", r"layers\.[1-3]\."), "save_hf": tmp_path / "{rollout_id}", "lr": 1e-2}
+    run_verb(workspace.train_argv(tmp_path / "run", **DIGITS, **flags, num_rollout=1))
+    before, after = (load_file(folder / "model.safetensors") for folder in (workspace.model, tmp_path / "0"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and moved == {
+        name for name in before if "layers.0." in name or name in ("model.norm.weight", "lm_head.weight")
+    }
 
 
 def test_turns_are_samples_and_their_messages_are_recorded(workspace: Workspace, tmp_path: Path) -> None:
