@@ -246,6 +246,31 @@ def test_an_evaluation_writes_nothing_into_a_models_folder(inputs: Workspace, tm
     assert contents(model) == before
 
 
+def test_a_row_of_an_evaluation_set_without_a_teacher_is_refused_by_its_set(
+    inputs: Workspace, tmp_path: Path, in_process: InProcess
+) -> None:
+    taught = write_rows(tmp_path / "taught.jsonl", *[{**GOOD_ROW, "metadata": {"opd_teacher": "sums"}}] * 4)
+    flags = {"use_opd": (), "opd_type": "sglang", "opd_teacher_urls": "sums=http://127.0.0.1:9", "prompt_data": taught}
+    sets = {"eval_prompt_data": ("test", inputs.test_data), "eval_interval": 1}
+    words = ["evaluation set test: ", f"{inputs.test_data}:1", "has metadata.opd_teacher None"]
+    refused(in_process, inputs.train_argv(tmp_path / "run", **flags, **sets), *words)
+
+
+def test_a_teacher_that_computes_otherwise_than_the_policy_is_refused(
+    workspace: Workspace, tmp_path: Path, in_process: InProcess
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(workspace.model, teacher)
+    described = json.loads((teacher / "config.json").read_text())
+    flags = {"use_opd": (), "opd_type": "megatron", "opd_teacher_load": teacher}
+    argv = [*workspace.train_argv(tmp_path / "run", **flags), "--dry-run"]
+    longer = described["max_position_embeddings"] * 2
+    (teacher / "config.json").write_text(json.dumps({**described, "max_position_embeddings": longer}))
+    run_verb(argv)  # of the policy's computation, for longer contexts
+    (teacher / "config.json").write_text(json.dumps({**described, "rms_norm_eps": 0.5}))
+    refused(in_process, argv, "--opd-teacher-load", "computes otherwise than the policy (norm_eps)")
+
+
 def test_another_data_set_is_refused_before_a_model_is_loaded(
     workspace: Workspace, tmp_path: Path, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:

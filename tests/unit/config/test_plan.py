@@ -20,6 +20,7 @@ from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.model import ModelConfig
+from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.parallel import ParallelConfig
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
@@ -315,3 +316,16 @@ def test_the_plan_of_adapters_states_what_is_trained_and_in_which_dtype_the_rest
         "LoRA: rank 4, added at 2, kaiming start, at q_proj; 958,464 of 4,022,468,096 parameters are trained (0.02%), "
         f"the others are frozen in {dtype}"
     ) in plan_lines(config, plan_run(config, QWEN3_4B, on_gpus=on_gpus))
+
+
+@pytest.mark.parametrize(("optimizer", "moments"), [
+    ("adam", 8 * 4_022_468_096),
+    ("adam8bit", 8_044_936_192 + 125_702_128),  # two bytes, and two scales of 4 bytes for each block of 256
+    ("muon", 8 * 4_022_468_096 - 4 * 36 * 100_925_440),  # one moment for the matrices of the layers
+])  # fmt: skip
+def test_a_rank_holds_the_moments_of_its_optimizer(optimizer, moments):
+    section = OptimizerConfig(optimizer=optimizer)
+    on_cpu = plan_run(Config(rollout=BATCH, optimizer=section), QWEN3_4B, on_gpus=False).rank_bytes
+    assert (on_cpu.weights, on_cpu.optimizer) == (4 * 4_022_468_096, moments)
+    on_gpus = plan_run(Config(rollout=BATCH, optimizer=section), QWEN3_4B).rank_bytes
+    assert (on_gpus.weights, on_gpus.optimizer) == (2 * 4_022_468_096, 2 * 4_022_468_096 + moments)

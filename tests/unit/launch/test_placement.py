@@ -1,16 +1,26 @@
-"""Which launcher the flags and the environment mean."""
+"""Which launcher the flags and the environment mean, and which GPUs each engine gets."""
+
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import PretrainedConfig
 
+from qwench.cluster.bundles import Bundles
 from qwench.config.config import Config
+from qwench.config.plan import plan_run
 from qwench.config.sections.asynchronous import AsyncConfig
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.config.sections.rollout import RolloutConfig
+from qwench.engines.fleet.servers import ServerCommand
 from qwench.errors import ConfigError
-from qwench.launch.inputs import publication_dtype
-from qwench.launch.placement import check_turns, choose_launcher
+from qwench.launch import placement
+from qwench.launch.inputs import Inputs, publication_dtype
+from qwench.launch.placement import LocalProcesses, check_turns, choose_launcher
+from tests.fakes.console import RecordingConsole
+from tests.fakes.engine import CharTokenizer
+from tests.unit.config.architectures import QWEN3_4B
 
 RAY = {"RAY_ADDRESS": "10.0.0.1:6379"}
 
@@ -68,3 +78,24 @@ def test_who_takes_turns_on_a_gpu_does_not_generate_ahead(colocate, ahead, on_gp
         asynchronous = Config(cluster=ClusterConfig(colocate=colocate), asynchronous=AsyncConfig(fully_async=True))
         with pytest.raises(ConfigError, match=r"--colocate .* --fully-async .* leave one of them out"):
             check_turns(asynchronous, on_gpus=on_gpus)
+
+
+@pytest.mark.parametrize(("engines", "expected"), [((), [[0, 1], [2], [3]]), ((2, 1, 1), [[4, 5], [6], [7]])])
+def test_engines_get_the_trainers_gpus_or_those_after_them(engines, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(placement, "gpu_names", lambda gpu_ids: tuple(f"gpu {gpu_id}" for gpu_id in gpu_ids))
+    config = Config(cluster=ClusterConfig(actor_num_gpus_per_node=4), rollout=RolloutConfig(rollout_batch_size=4))
+    inputs = Inputs(
+        config=config, plan=plan_run(config, QWEN3_4B), model_folder=Path(), tokenizer=CharTokenizer(),
+        console=RecordingConsole(), hf_config=PretrainedConfig(), device=torch.device("cpu"), dtype=torch.float32, rank=0,
+    )  # fmt: skip
+    asked = []
+
+    def make(*, gpu_ids, environ, host):
+        asked.append(list(gpu_ids))
+        return ServerCommand(label="engine", argv=(), environ=environ, log_file=Path())
+
+    processes = LocalProcesses(inputs, Bundles(trainer=(4,), engines=engines), ranks_inside=False)
+    servers = processes.make_servers([make] * 3, sizes=[2, 1, 1])
+    assert asked == expected
+    assert [server.placement.devices for server in servers] == [tuple(f"gpu {one}" for one in ids) for ids in expected]

@@ -16,7 +16,7 @@ from qwench.rollout.filters import KEEP, FilterResult
 from qwench.rollout.functions import RolloutFunctions
 from qwench.rollout.selection import Selection
 from qwench.rollout.staleness import StalenessBound
-from qwench.samples import Status
+from qwench.samples import Rollout, Status
 from tests.deadlines import patient
 from tests.fakes.console import RecordingConsole
 from tests.fakes.engine import FakeEngine
@@ -254,6 +254,20 @@ def test_a_signal_that_comes_just_when_a_rollout_is_finished_loses_nothing():
         state = stream.state_dict()
     with open_stream(FakeEngine(write_ok), state=state) as stream:
         assert prompts_of(stream.take(0).groups) == "ab"
+
+
+def test_rollouts_that_a_run_of_whole_rollouts_saved_are_taken_before_any_group_begins():
+    buffer, runner = GroupBuffer(letters_source()), make_runner(FakeEngine(write_ok), FakeGrader(right))
+    for rollout_id in (0, 1):
+        groups = [asyncio.run(runner.run(group, rollout_id=0)) for group in buffer.next_groups(2)]
+        buffer.finish(Rollout(rollout_id=rollout_id, groups=groups))
+    engine = FakeEngine(write_ok)
+    with open_stream(engine, staleness=0, state=buffer.state_dict()) as stream:
+        for rollout_id, letters in enumerate(("ab", "cd")):
+            assert versions_of(stream.take(rollout_id)) == {letter: [0, 0] for letter in letters}
+            assert engine.requests == []
+            publish(stream, engine, rollout_id + 1)
+        assert versions_of(stream.take(2)) == {"e": [2, 2], "f": [2, 2]}
 
 
 def test_with_a_smaller_bound_a_resumed_run_begins_groups_anew_that_are_too_old():
