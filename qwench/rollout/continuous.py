@@ -147,7 +147,6 @@ class ContinuousStream(GeneratingStream):
     async def _hand_over(self, rollout_id: int) -> Rollout:
         """Make the rollout of the groups whose deadline is nearest, and begin others."""
         if self._buffer.finished:
-            self._bound.asked_for(rollout_id + 1)
             return self._buffer.take(rollout_id)
         chosen = self._choose()
         assert chosen is not None, "_finish comes first"

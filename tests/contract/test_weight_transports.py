@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import tempfile
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -176,6 +177,13 @@ def test_disk_files_are_kept_on_request_and_gone_otherwise(servers, model_folder
         into = settings("disk", model_folder, update_weight_disk_dir=str(tmp_path), update_weight_disk_keep_files=keep)
         publish_from_rank(Source(seed=21), [address_of(servers[0].url)], 21 + keep, into)
     assert [path.name for path in tmp_path.iterdir()] == ["weights_0000022"]
+
+
+def test_disk_files_of_no_named_folder_are_gone_with_their_folder(servers, model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    publish_from_rank(Source(seed=23), [address_of(servers[0].url)], 25, settings("disk", model_folder))
+    assert_holds(servers[0].url, Source(seed=23), 25)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_several_ranks_publish_their_shards_and_fail_together(servers, model_folder, tmp_path):

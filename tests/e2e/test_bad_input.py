@@ -267,6 +267,7 @@ def test_a_teacher_that_computes_otherwise_than_the_policy_is_refused(
     longer = described["max_position_embeddings"] * 2
     (teacher / "config.json").write_text(json.dumps({**described, "max_position_embeddings": longer}))
     run_verb(argv)  # of the policy's computation, for longer contexts
+    assert not (tmp_path / "run").exists()
     (teacher / "config.json").write_text(json.dumps({**described, "rms_norm_eps": 0.5}))
     refused(in_process, argv, "--opd-teacher-load", "computes otherwise than the policy (norm_eps)")
 

@@ -32,7 +32,7 @@ class Dispatcher:
         *,
         router: Router | None,
         supervisor: Supervisor | None,
-        can_republish: bool = False,
+        can_republish: bool,
     ) -> None:
         """Keep what routing needs.
 

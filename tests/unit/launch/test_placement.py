@@ -1,5 +1,6 @@
-"""Which launcher the flags and the environment mean, and which GPUs each engine gets."""
+"""Which launcher the flags and the environment mean, which GPUs each engine gets, and what a lost learner is said to do."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -7,17 +8,21 @@ import torch
 from transformers import PretrainedConfig
 
 from qwench.cluster.bundles import Bundles
+from qwench.cluster.messages import Answer, Death
 from qwench.config.config import Config
 from qwench.config.plan import plan_run
+from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.asynchronous import AsyncConfig
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.engines.fleet.servers import ServerCommand
-from qwench.errors import ConfigError
+from qwench.errors import ConfigError, TrainingError
 from qwench.launch import placement
 from qwench.launch.inputs import Inputs, publication_dtype
-from qwench.launch.placement import LocalProcesses, check_turns, choose_launcher
+from qwench.launch.placement import LocalProcesses, check_turns, choose_launcher, start_learner
+from qwench.observability.timing import PhaseTimer
+from qwench.samples import Rollout
 from tests.fakes.console import RecordingConsole
 from tests.fakes.engine import CharTokenizer
 from tests.unit.config.architectures import QWEN3_4B
@@ -80,15 +85,19 @@ def test_who_takes_turns_on_a_gpu_does_not_generate_ahead(colocate, ahead, on_gp
             check_turns(asynchronous, on_gpus=on_gpus)
 
 
+def inputs_of(config: Config) -> Inputs:
+    return Inputs(
+        config=config, plan=plan_run(config, QWEN3_4B), model_folder=Path(), tokenizer=CharTokenizer(),
+        console=RecordingConsole(), hf_config=PretrainedConfig(), device=torch.device("cpu"), dtype=torch.float32, rank=0,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(("engines", "expected"), [((), [[0, 1], [2], [3]]), ((2, 1, 1), [[4, 5], [6], [7]])])
 def test_engines_get_the_trainers_gpus_or_those_after_them(engines, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(placement, "gpu_names", lambda gpu_ids: tuple(f"gpu {gpu_id}" for gpu_id in gpu_ids))
     config = Config(cluster=ClusterConfig(actor_num_gpus_per_node=4), rollout=RolloutConfig(rollout_batch_size=4))
-    inputs = Inputs(
-        config=config, plan=plan_run(config, QWEN3_4B), model_folder=Path(), tokenizer=CharTokenizer(),
-        console=RecordingConsole(), hf_config=PretrainedConfig(), device=torch.device("cpu"), dtype=torch.float32, rank=0,
-    )  # fmt: skip
+    inputs = inputs_of(config)
     asked = []
 
     def make(*, gpu_ids, environ, host):
@@ -99,3 +108,30 @@ def test_engines_get_the_trainers_gpus_or_those_after_them(engines, expected, mo
     servers = processes.make_servers([make] * 3, sizes=[2, 1, 1])
     assert asked == expected
     assert [server.placement.devices for server in servers] == [tuple(f"gpu {one}" for one in ids) for ids in expected]
+
+
+class DyingRank:
+    """One rank that builds its learner, and dies as it learns; and the processes that start it."""
+
+    size = 1
+
+    def start_ranks(self):
+        return self
+
+    def send(self, call):
+        self._dies = call.method == "learn"
+
+    def receive(self, timeout_s):
+        return [(0, Death(reason="was ended") if self._dies else Answer())]
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize(("loss", "unit"), [("policy_loss", "rollout"), ("sft_loss", "batch")])
+def test_a_rank_that_dies_is_named_with_what_it_learned_from(loss, unit):
+    config = Config(algorithm=AlgorithmConfig(loss_type=loss), rollout=RolloutConfig(rollout_batch_size=4))
+    with ExitStack() as started:
+        learner = start_learner(inputs_of(config), DyingRank(), PhaseTimer(), started)
+        with pytest.raises(TrainingError, match=f"learn from {unit} 7"):
+            learner.learn(Rollout(rollout_id=7, groups=[]))
