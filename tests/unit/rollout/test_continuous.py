@@ -270,40 +270,6 @@ def test_rollouts_that_a_run_of_whole_rollouts_saved_are_taken_before_any_group_
         assert versions_of(stream.take(2)) == {"e": [2, 2], "f": [2, 2]}
 
 
-def test_with_a_smaller_bound_a_resumed_run_begins_groups_anew_that_are_too_old():
-    engine = GatedEngine("a")
-    with open_stream(engine, staleness=2) as stream:
-        stream.take(0)
-        engine.wait_for("a")
-        stream.interrupt(1)
-        state = stream.state_dict()
-    later = GatedEngine()
-    later.version = 1
-    with open_stream(later, staleness=0, state=state) as stream:
-        rollout = stream.take(1)
-    assert {version for versions in versions_of(rollout).values() for version in versions} == {1}
-
-
-def test_a_group_that_is_begun_anew_is_named_while_it_is_not_finished():
-    with open_stream(FakeEngine(write_ok), staleness=2) as stream:
-        assert prompts_of(stream.take(0).groups) == "ab"
-        stream.interrupt(1)
-        state = stream.state_dict()
-    said = {}
-
-    async def describe(sample, context):
-        said.setdefault(sample.prompt.text, stream._buffer.describe())
-        await context.generate(sample)
-        return sample
-
-    later = FakeEngine(write_ok)
-    later.version = 1
-    with open_stream(later, staleness=0, state=state) as stream:
-        stream._runner._generate = describe
-        assert prompts_of(stream.take(1).groups) == "cd"
-    assert said["c"] == "0 of 2 groups finished, samples not finished: 2, 3"
-
-
 def test_a_deterministic_run_waits_for_every_group_before_a_publication_and_takes_them_in_order():
     engine = FakeEngine(write_ok, ticks=lambda context, request: {"a": 200, "c": 100}.get(context[0], 0))
     with open_stream(engine, deterministic=True) as stream:
