@@ -179,13 +179,17 @@ def describe_model(inputs: Inputs) -> str:
 
 def _length(inputs: Inputs) -> str:
     batch, schedule = inputs.plan.batch, inputs.plan.schedule
-    epochs = f" ({inputs.plan.num_rollout / schedule.rollouts_per_epoch:.3g} epochs)" if schedule.rollouts_per_epoch else ""
+    epochs = _in_epochs(inputs.plan.num_rollout / schedule.rollouts_per_epoch) if schedule.rollouts_per_epoch else ""
     if inputs.plan.fine_tunes:
         return f"{inputs.plan.num_steps} steps of {batch.global_batch_size} conversations{epochs}"
     samples = f"{batch.rollout_batch_size} prompts x {batch.n_samples_per_prompt} responses"
     steps = f", {batch.num_steps_per_rollout} steps each" if batch.num_steps_per_rollout > 1 else ""
     rollouts = f"{inputs.plan.num_rollout} rollout{'s' * (inputs.plan.num_rollout != 1)}"
     return f"{rollouts} of {samples}{steps if inputs.plan.devices.trains else ''}{epochs}"
+
+
+def _in_epochs(count: float) -> str:
+    return f" ({count:.3g} epoch{'s' * (count != 1)})"
 
 
 def _devices(inputs: Inputs) -> str:
