@@ -281,7 +281,7 @@ def test_another_data_set_is_refused_before_a_model_is_loaded(
     asked = workspace.train_argv(save, prompt_data=workspace.test_data)
     opened: list[object] = []
     monkeypatch.setattr(build, "open_processes", opened.append)
-    refused(in_process, asked, str(save), "data set", "resume with the same data")
+    refused(in_process, asked, str(save), "other prompts (40 then, 16 now)", "resume with the same data")
     assert opened == []
     assert contents(save / "iter_0000001") == before
 
