@@ -18,6 +18,7 @@ from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.protocol import FinishReason, GenerateRequest, SamplingParams
 from qwench.errors import EngineError
 from qwench.models.made.tokenizers import build_small_tokenizer
+from tests.deadlines import patient
 
 TOKENIZER = build_small_tokenizer()
 
@@ -128,3 +129,21 @@ def test_a_client_that_disconnects_aborts_its_requests_and_nothing_is_logged(mon
 
     asyncio.run(run())
     assert logged == []
+
+
+def test_a_client_that_leaves_before_the_first_token_aborts_its_requests() -> None:
+    async def run() -> None:
+        asked, answer = start(2)
+        sent: list[str] = []
+
+        async def receive() -> dict:
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict) -> None:
+            sent.append(message["type"])
+
+        await asyncio.wait_for(EventStream(asked, answer.chunks)({}, receive, send), patient(5))
+        assert sent == ["http.response.start"]
+        assert [running.finish_reason for running in asked.running] == [FinishReason.ABORT] * 2
+
+    asyncio.run(run())
