@@ -53,7 +53,8 @@ class ReducedGradients(FlatGradients):
         """Return the shard of every gradient, in the order of the weights' names; the first call is collective."""
         if self._shards is None:
             self._shards = [self._reduce(whole) for whole in super().local()]
-            super().drop()
+            if self._mesh["dp_shard"].size() > 1:  # otherwise the shards are the sums themselves
+                super().drop()
         return self._shards
 
     def drop(self) -> None:

@@ -65,7 +65,7 @@ def test_restored_cursor_goes_on_where_the_saved_one_was(num_rows, first, then):
 
 @pytest.mark.parametrize("other", [make_cursor(6), make_cursor(5, fingerprint="g")])
 def test_state_of_another_data_set_is_refused(other):
-    with pytest.raises(CheckpointError, match="data set of 5 rows"):
+    with pytest.raises(CheckpointError, match=r"other prompts \(5 then, \d now\)"):
         other.load_state_dict(make_cursor(5).state_dict())
 
 
