@@ -157,7 +157,7 @@ class EmbeddedEngine:
         return running
 
     def drop(self, running: RunningRequest) -> None:
-        """Abort a request that is unfinished yet: nobody needs its result."""
+        """Abort an unfinished request whose result is not needed."""
         if self._requests.get(running.request.request_id) is running:
             running.finish_reason = FinishReason.ABORT
 
