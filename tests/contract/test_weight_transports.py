@@ -23,7 +23,7 @@ from qwench.config.sections.engine import EngineConfig
 from qwench.engines.client import HttpEngine
 from qwench.engines.fleet.servers import ServerProcess, server_environ
 from qwench.engines.kinds.embedded import embedded_command
-from qwench.errors import EngineError, EngineLostError, WeightSyncError
+from qwench.errors import EngineError, EngineLostError, OutputError, WeightSyncError
 from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.plan import PublicationPlan
@@ -184,6 +184,13 @@ def test_disk_files_of_no_named_folder_are_gone_with_their_folder(servers, model
     publish_from_rank(Source(seed=23), [address_of(servers[0].url)], 25, settings("disk", model_folder))
     assert_holds(servers[0].url, Source(seed=23), 25)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_folder_that_cannot_be_written_is_named(servers, model_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    into = settings("disk", model_folder, update_weight_disk_dir=str(tmp_path / "file"))
+    with pytest.raises(OutputError, match=r"--update-weight-disk-dir .*/file cannot be written to \(Not a directory"):
+        publish_from_rank(Source(seed=21), [address_of(servers[0].url)], 26, into)
 
 
 def test_several_ranks_publish_their_shards_and_fail_together(servers, model_folder, tmp_path):

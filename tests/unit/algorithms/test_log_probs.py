@@ -122,3 +122,15 @@ def test_a_label_of_another_rank_is_none_of_the_columns():
         dtype=torch.float32,
     )
     torch.testing.assert_close(got, torch.tensor([[-0.125, -0.25, -0.625], [-1.0, -2.0, 3.0]]))
+
+
+@pytest.mark.parametrize(
+    ("kept_bytes", "kept"),
+    [(0, [False] * 3), (87, [False] * 3), (88, [True, False, False]), (2 * 88, [True, True, False]), (2 * 88 + 44, [True] * 3)],
+)
+def test_chunks_of_logits_are_kept_while_they_fit(kept_bytes, kept):
+    hidden, weight, labels = _inputs(5)  # chunks of 2, 2 and 1 tokens: 2 x 11 logits of 4 bytes are 88 bytes
+    log_probs, _ = token_log_probs(
+        hidden, weight, labels, temperature=1.0, chunk_tokens=2, with_entropy=False, kept_bytes=kept_bytes
+    )
+    assert [one is not None for one in log_probs.grad_fn.kept] == kept

@@ -7,14 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from qwench.errors import TrainingError
 from qwench.observability.timing import PhaseTimer
-from qwench.samples import Rollout
+from qwench.samples import Rollout, Sample
 from qwench.training.learner import Learned
 from qwench.wire.portions import WeightBucket
 
@@ -42,7 +42,13 @@ class ReportingLearner:
             tokens = sum(len(sample.tokens) for sample in rollout.samples)
         return Learned(metrics={"rollout/tokens": float(tokens), "rank": float(self.rank)}, steps=[])
 
+    def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
+        return [[float(len(sample.tokens)), temperature, float(self.rank)] for sample in samples]
+
     def weights(self, *, bucket_bytes: int, part: str = "merged") -> Iterator[WeightBucket]:
+        if part != "merged":
+            yield [(f"{part} in buckets of", torch.tensor(bucket_bytes))]
+            return
         for name, tensor in TENSORS.items():
             yield [(name, tensor)]
 

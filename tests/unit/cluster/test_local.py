@@ -17,7 +17,7 @@ import torch
 from qwench.cluster.local import LocalRanks
 from qwench.cluster.messages import RankTraceback
 from qwench.cluster.workers import RemoteLearner, WorkerGroup
-from qwench.errors import TrainingError
+from qwench.errors import OutputError, TrainingError
 from qwench.observability.console import QuietConsole
 from qwench.samples import Group, Prompt, Rollout, Sample
 from tests.deadlines import patient
@@ -98,6 +98,9 @@ def test_ranks_learn_save_and_give_their_weights(said: Said, launched: Launched,
     assert learned.metrics["perf/actor_train_time"] >= 0
     assert "perf/step_time" not in learned.metrics, "only the driver knows how long a step took"
 
+    samples = [*rollout(0, num_tokens=3).samples, *rollout(0, num_tokens=5).samples]
+    assert launched.learner.log_probs(samples, 0.5) == [[3, 0.5, 0], [5, 0.5, 0]]
+
     launched.learner.state.save(tmp_path, with_optimizer=False)
     assert [(tmp_path / f"rank_{rank}").read_text() for rank in (0, 1)] == ["False", "False"]
 
@@ -107,6 +110,8 @@ def test_ranks_learn_save_and_give_their_weights(said: Said, launched: Launched,
         for name, tensor in bucket:
             assert tensor.dtype == learners.TENSORS[name].dtype
             torch.testing.assert_close(tensor, learners.TENSORS[name], rtol=0, atol=0)
+    [[(name, size)]] = launched.learner.state.weights(bucket_bytes=7, part="adapter")
+    assert (name, size.item()) == ("adapter in buckets of", 7)
     assert not [path for path in launched.ranks._folder.iterdir() if not path.name.startswith(("call_", "rank_"))], (
         "no bucket is left"
     )
@@ -143,6 +148,13 @@ def test_trouble_on_one_rank_ends_all_and_what_they_started(launched: Launched, 
     assert_gone(launched.pids)
     with pytest.raises(TrainingError, match="ended already"):
         launched.learner.learn(rollout(0))
+
+
+def test_a_folder_of_logs_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "logs").write_text("")
+    folder = tmp_path / "logs" / "run"
+    with pytest.raises(OutputError, match=f"the folder of the ranks' logs, {folder}, cannot be written to.* Make it writable"):
+        LocalRanks(1, environ=ENVIRON, bucket_bytes=64, log_folder=folder)
 
 
 def test_a_rank_imports_nothing_from_the_working_folder_and_ends_the_run_when_it_is_late(

@@ -1,0 +1,42 @@
+"""The checkpoint of a run that a signal ends."""
+
+from pathlib import Path
+
+import pytest
+
+from qwench.checkpoints.manager import CheckpointManager
+from tests.fakes.learner import CountingLearner, CountingRollouts
+from tests.unit.checkpoints.test_manager import manager_of, names_in, restored, save_all
+
+
+def restored_manager(folder: Path) -> CheckpointManager:
+    manager = manager_of(save=folder)
+    manager.restore(CountingLearner(), CountingRollouts())
+    return manager
+
+
+@pytest.mark.parametrize("next_rollout_id", [1, 2])
+def test_a_fresh_run_saves_what_it_learned(tmp_path, next_rollout_id):
+    said = restored_manager(tmp_path).save_stopped(next_rollout_id, CountingLearner(7), CountingRollouts(next_rollout_id))
+    assert said == f"Checkpoint {next_rollout_id} is in --save {tmp_path}; the same command continues with it."
+    assert restored(save=tmp_path) == (next_rollout_id, 7, next_rollout_id)
+
+
+def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path):
+    save_all(manager_of(save=tmp_path), 1, 2)
+    manager = restored_manager(tmp_path)
+    manager.save_stopped(2, CountingLearner(7), CountingRollouts(9))
+    assert restored(save=tmp_path) == (2, 102, 2)
+    manager.save(3, CountingLearner(103), CountingRollouts(3))
+    manager.save_stopped(3, CountingLearner(7), CountingRollouts(9))
+    assert restored(save=tmp_path) == (3, 103, 3)
+
+
+def test_a_run_that_learned_nothing_writes_nothing(tmp_path):
+    assert restored_manager(tmp_path).save_stopped(0, CountingLearner(7), CountingRollouts(0)) == "Nothing was learned yet."
+    assert names_in(tmp_path) == ["qwench_run.json"]
+
+
+def test_a_run_without_a_folder_says_what_it_loses():
+    said = manager_of().save_stopped(3, CountingLearner(7), CountingRollouts(3))
+    assert said == "The 3 rollouts learned from are lost: --save is not given."
