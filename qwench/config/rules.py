@@ -23,6 +23,8 @@ from qwench.config.sections.rollout import SFT_ROLLOUT
 from qwench.config.sglang_flags import unknown_sglang_flag
 from qwench.errors import ConfigError
 
+_LOW_FIRST = "--schedule-low-priority-values-first"
+
 
 def dense_only(config: Config) -> str | None:
     """Expert parallelism needs experts."""
@@ -316,6 +318,10 @@ def evaluations_beside_training_have_engines(config: Config) -> str | None:
         ),
         (config.asynchronous.pause_generation_mode == "abort", "needs --pause-generation-mode retract or in_place"),
         (config.training.deterministic_mode, "has another order in every run; leave --deterministic-mode out"),
+        (
+            evaluation.eval_low_priority and _LOW_FIRST in config.engine.sglang_args,
+            f"cannot go with --sglang-{_LOW_FIRST[2:]}, which serves evaluations first; leave one of them out",
+        ),
         (config.checkpoint.keep_best, "ends after the weights have changed; leave --keep-best out"),
     ):
         if is_given:

@@ -83,6 +83,8 @@ def build(config: Config, plan: RunPlan) -> Run:
             gpus.make_room()
             learner = start_learner(inputs, processes, timer, started)
             publisher = make_publisher(inputs, learner.state, generation.engines, gpus, timer)
+            if config.engine.rollout_external_engine_addrs:
+                started.callback(publisher.forget_adapters)
         metrics = metric_log(inputs, report)
         observers = [report.samples, *recorders(inputs, run_name)]
         length = inputs.plan.num_rollout

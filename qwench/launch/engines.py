@@ -76,6 +76,7 @@ def server_order(inputs: Inputs, *, token: str, with_weights: bool, on_gpus: boo
         stretched_positions=model.max_positions if model.max_positions > model.max_position_embeddings else None,
         deterministic=config.training.deterministic_mode,
         adapter=_published_adapter(inputs),
+        ranks_requests=config.evaluation.eval_low_priority,
         token=token,
     )
 
@@ -220,6 +221,7 @@ def _reach_external(inputs: Inputs, loop: EventLoopThread) -> list[Member]:
         model_type=model.model_type,
         sizes={"vocab_size": model.vocab_size, "hidden_size": model.hidden_size, "num_hidden_layers": model.num_layers},
         encode=lambda text: inputs.tokenizer.encode(text, add_special_tokens=False),
+        ranks_requests=config.evaluation.eval_low_priority,
         context_len=config.rollout.rollout_max_context_len,
     )
 

@@ -30,6 +30,7 @@ class TrainProfiler:
         """
         self._section, self._folder, self._rank = section, folder, rank
         self._num_done = 0
+        self._reached = set[ProfileTarget]()
         is_chosen = rank in section.profile_ranks
         self._traces = section.use_pytorch_profiler and is_chosen
         self._records = section.record_memory_history and is_chosen
@@ -45,6 +46,7 @@ class TrainProfiler:
         if not (self._traces and is_due and name in section.profile_target):
             yield
             return
+        self._reached.add(name)
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -65,9 +67,21 @@ class TrainProfiler:
         with self.phase(OVERALL):
             yield
         self._num_done += 1
+        if self._traces and self._num_done == self._section.profile_step_end:
+            self._warn_of_unreached()
         if self._records and self._num_done == self._section.memory_snapshot_num_steps:
             self._write_snapshot()
             torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _warn_of_unreached(self) -> None:
+        for target in self._section.profile_target:
+            if target not in self._reached:
+                _logger.warning(
+                    "--profile-target %s has written nothing: rollouts %d to %d of this start had no such pass",
+                    target,
+                    self._section.profile_step_start,
+                    self._section.profile_step_end - 1,
+                )
 
     def _write_snapshot(self) -> None:
         section = self._section

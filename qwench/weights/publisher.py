@@ -6,6 +6,7 @@ attend:     wait for generation; when every engine was restarted, none has the w
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
 from contextlib import AbstractContextManager
@@ -14,7 +15,9 @@ from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
 from qwench.engines.fleet.pool import EnginePool, EngineRestartedError
+from qwench.engines.kinds import KINDS
 from qwench.engines.protocol import AddressedEngine, Engine
+from qwench.errors import EngineError
 from qwench.observability.timing import PhaseTimer
 from qwench.observability.waiting import Describe, say_nothing, waiting
 from qwench.weights.local import WeightSource, send_alias, send_copies, shared_weights_for
@@ -23,6 +26,7 @@ from qwench.wire.addresses import EngineAddress
 from qwench.wire.portions import WeightPart
 
 _logger = logging.getLogger(__name__)
+_FORGET_TIMEOUT_S = 30.0
 Result = TypeVar("Result")
 
 
@@ -116,6 +120,28 @@ class Publisher:
         _logger.warning("no engine holds the current weights any more; they are published again")
         with self._gpus.held_by(self._model):
             self.publish(version=self._version)
+
+    def forget_adapters(self) -> None:
+        """Ask engines that outlive the run to unload its adapters. An engine that does not answer keeps them."""
+        names, self._names = self._names, ()
+        if self._pool is None or not names:
+            return
+        addresses = [engine.address for engine in self._pool.engines if isinstance(engine, AddressedEngine)]
+
+        async def forget(address: EngineAddress) -> None:
+            receiver = KINDS[address.kind].receiver(address, timeout_s=_FORGET_TIMEOUT_S)
+            try:
+                for name in names:
+                    await receiver.forget_adapter(name)
+            except EngineError as error:
+                _logger.warning("an adapter of this run stays loaded: %s", error)
+            finally:
+                await receiver.close()
+
+        async def forget_all() -> None:
+            await asyncio.gather(*map(forget, addresses))
+
+        self._pool.loop.run(forget_all(), label="unload adapters", timeout_s=len(names) * _FORGET_TIMEOUT_S)
 
     def attend(
         self,

@@ -62,4 +62,7 @@ def test_a_run_publishes_adapters_by_sglangs_routes_and_its_requests_name_them(k
             assert result.weight_versions == [version] * 8 and result.cached_tokens == 0
             (name,) = engine.adapters.folders  # the one before it was unloaded
             assert name.startswith(f"version-{version}-")
+        publisher.forget_adapters()  # the end of a run whose engines go on
+        assert not engine.adapters.folders
+        publisher.forget_adapters()
         pool.close()

@@ -255,6 +255,8 @@ def test_an_abort_by_id_ends_a_stream(server):
         ("completions", {"n": 129}, "n"),
         ("completions", {"prompt": [[5]] * 33, "n": 128}, "n"),
         ("completions", {"prompt": []}, "prompt"),
+        ("completions", {"prompt": [True]}, "prompt"),
+        ("completions", {"prompt": [[5, False]]}, "prompt"),
         ("completions", {"prompt": {}}, "prompt"),
         ("completions", {"logit_bias": {"5": 1}}, "logit_bias"),
         ("completions", {"frequency_penalty": 0.1}, "frequency_penalty"),

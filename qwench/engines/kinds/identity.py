@@ -27,6 +27,8 @@ class ModelIdentity:
     """vocab_size, hidden_size and num_hidden_layers, as in config.json."""
     encode: Callable[[str], Sequence[int]]
     """Text to token ids, without special tokens."""
+    ranks_requests: bool = False
+    """Some requests wait for all others (--eval-low-priority)."""
     context_len: int | None = None
     """Tokens that prompt and response may have together. None: as many as the model has."""
 
@@ -49,7 +51,14 @@ async def check_serves(engine: HttpEngine, identity: ModelIdentity) -> EngineKin
             raise _wrong(engine, info, f"{name} {told[name]}", str(ours))
     if "vocab_size" not in told and await engine.tokenize(PROBE) != list(identity.encode(PROBE)):
         raise _wrong(engine, info, "a tokenizer that cuts text in another way", "the same tokens")
-    context_len = (await engine.server_info()).get("context_length")
+    settings = await engine.server_info()
+    ranks = settings.get("enable_priority_scheduling", True) and settings.get("default_priority_value", 0) is not None
+    if identity.ranks_requests and not ranks:
+        raise ConfigError(
+            f"--eval-low-priority has no effect on the engine at {engine.base_url}; start it with "
+            "--enable-priority-scheduling --default-priority-value 0, or leave the flag out."
+        )
+    context_len = settings.get("context_length")
     if context_len is not None and identity.context_len is not None and context_len < identity.context_len:
         raise _wrong(engine, info, f"a context of {context_len} tokens", f"--rollout-max-context-len {identity.context_len}")
     return kind

@@ -37,6 +37,8 @@ class ServerOrder:
     log_folder: Path
     deterministic: bool
     """A response has the same bits in every run, also beside other requests (--deterministic-mode)."""
+    ranks_requests: bool = False
+    """Some requests wait for all others (--eval-low-priority)."""
     stretched_positions: int | None = None
     """Tokens of the longest text where the rotary scaling allows more than max_position_embeddings says; None: it does not."""
     adapter: AdapterConfig | None = None

@@ -84,6 +84,10 @@ class Receiver(Protocol):
         """
         ...
 
+    async def forget_adapter(self, name: str) -> None:
+        """Ask the engine to unload an adapter, if it holds one of this name."""
+        ...
+
     async def confirm(self, ledger: Ledger, *, version: int) -> None:
         """Check that the engine holds what the ledger noted, under this version.
 
@@ -140,7 +144,11 @@ class HttpReceiver:
             raise WeightSyncError(f"{self.engine!r} does not name {name!r} among its adapters: {loaded}.")
         await self.ask("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
         for earlier in retired:
-            await self._forget("/unload_lora_adapter", {"lora_name": earlier}, _NO_ADAPTER, timeout_s=self._timeout_s)
+            await self.forget_adapter(earlier)
+
+    async def forget_adapter(self, name: str) -> None:
+        """See `Receiver`."""
+        await self._forget("/unload_lora_adapter", {"lora_name": name}, _NO_ADAPTER, timeout_s=self._timeout_s)
 
     async def close(self) -> None:
         """See `Receiver`."""

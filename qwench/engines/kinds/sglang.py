@@ -47,7 +47,11 @@ def sglang_command(
     """Return how to start engine `index`; see `EngineKind.command`."""
     engine, tp_size = order.engine, order.engine_sizes[index]
     assert not gpu_ids or len(gpu_ids) == tp_size, f"{len(gpu_ids)} GPUs for tp {tp_size}"
-    argv = [sys.executable, "-P", "-m", "sglang.launch_server", *_adapter_words(order), *engine.sglang_args]
+    argv = [sys.executable, "-P", "-m", "sglang.launch_server", *_adapter_words(order)]
+    if order.ranks_requests:
+        # Without a default value SGLang lets requests that bring no priority wait for all others.
+        argv += ["--enable-priority-scheduling", "--default-priority-value", "0"]
+    argv += engine.sglang_args
     argv += ["--model-path", str(order.model_folder), "--tp-size", str(tp_size), "--dtype", order.dtype]
     # Engines that sampled with one seed would draw the same for requests that bring none.
     argv += ["--random-seed", str(order.seed + index)]

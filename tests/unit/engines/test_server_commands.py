@@ -54,6 +54,7 @@ def test_an_sglang_server_gets_its_model_its_gpus_and_the_users_flags():
         ("releases_memory", ["--enable-memory-saver"]),
         ("sglang_enable_deterministic_inference", ["--enable-deterministic-inference"]),
         ("serves_checkpoint", ["--weight-version", "0"]),
+        ("ranks_requests", ["--enable-priority-scheduling", "--default-priority-value", "0"]),
     ],
 )
 def test_what_a_run_needs_is_switched_on(changed, words):

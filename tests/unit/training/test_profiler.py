@@ -47,6 +47,28 @@ def test_a_target_is_traced_alone_on_the_ranks_that_are_named(tmp_path: Path) ->
     }
 
 
+def test_a_target_that_no_rollout_reaches_is_named_when_the_traced_ones_are_done(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    section = ProfilingConfig(
+        use_pytorch_profiler=True,
+        profile_target=("train_actor", "train_log_probs"),
+        profile_step_start=1,
+        profile_step_end=3,
+        profile_ranks=(0, 1),
+    )
+    said = []
+    for rank in (0, 1):
+        profiler = TrainProfiler(section, tmp_path, rank=rank)
+        for _ in range(4):
+            with profiler.rollout(), profiler.phase("train_actor"):
+                torch.add(torch.ones(2), torch.ones(2))
+            said.append([record.getMessage() for record in caplog.records if record.levelname == "WARNING"])
+            caplog.clear()
+    message = "--profile-target train_log_probs has written nothing: rollouts 1 to 2 of this start had no such pass"
+    assert said == [[], [], [message], [], [], [], [message], []]
+
+
 def test_memory_is_recorded_until_its_rollout_and_written_by_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **flags: calls.append(flags.get("enabled", "on")))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, StrictInt
 from transformers import PreTrainedTokenizerBase
 
 from qwench.engines.embedded.http.answers import FieldError, Json
@@ -80,7 +80,7 @@ class GenerateBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     text: str | list[str] | None = None
-    input_ids: list[int] | list[list[int]] | None = None
+    input_ids: list[StrictInt] | list[list[StrictInt]] | None = None
     sampling_params: SamplingBody | list[SamplingBody] = SamplingBody()
     rid: str | list[str] | None = None
     lora_path: str | list[str | None] | None = None

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, StrictInt
 from transformers import PreTrainedTokenizerBase
 
 from qwench.data.chat import ChatRenderer, as_prompt, tokenize
@@ -182,7 +182,8 @@ class SamplingFields(BaseModel):
 class CompletionBody(SamplingFields):
     """Body of `/v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str] | list[StrictInt] | list[list[StrictInt]]
+    """A token id is strict: JSON's true is none."""
     logprobs: int | None = None
     best_of: int | None = None
     echo: bool | None = None

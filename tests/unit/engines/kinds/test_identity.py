@@ -1,0 +1,53 @@
+"""What a server that runs already must agree with the run about."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from qwench.engines.kinds.identity import ModelIdentity, check_serves
+from qwench.errors import ConfigError
+
+SIZES = {"vocab_size": 288, "hidden_size": 64, "num_hidden_layers": 2}
+
+
+class Server:
+    """A server's answers."""
+
+    base_url = "http://engine:1"
+
+    def __init__(self, model: dict[str, object], settings: dict[str, object]) -> None:
+        self.model, self.settings = model, settings
+
+    async def model_info(self) -> dict[str, object]:
+        return {"model_path": "/nowhere", "model_type": "qwen3", **self.model}
+
+    async def server_info(self) -> dict[str, object]:
+        return self.settings
+
+    async def tokenize(self, text: str) -> list[int]:
+        return [1, 2]
+
+
+def kind_of(settings: dict[str, object], *, model: dict[str, object] = SIZES, ranks_requests: bool = True) -> str:
+    identity = ModelIdentity(model_type="qwen3", sizes=SIZES, encode=lambda text: [1, 2], ranks_requests=ranks_requests)
+    return asyncio.run(check_serves(Server(model, settings), identity)).name  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"enable_priority_scheduling": False, "default_priority_value": 0},
+        {"enable_priority_scheduling": True, "default_priority_value": None},
+    ],
+)
+def test_a_server_without_priorities_cannot_let_evaluations_wait(settings):
+    with pytest.raises(ConfigError, match=r"--eval-low-priority .* --enable-priority-scheduling --default-priority-value 0"):
+        kind_of(settings, model={})
+    assert kind_of(settings, model={}, ranks_requests=False) == "sglang"
+
+
+def test_a_server_with_priorities_lets_evaluations_wait():
+    assert kind_of({"enable_priority_scheduling": True, "default_priority_value": 0}, model={}) == "sglang"
+    assert kind_of({}, model=SIZES) == "embedded"  # it reports no such setting
