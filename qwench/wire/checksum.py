@@ -37,7 +37,7 @@ class PendingChecksums:
         if pairs:
             self._names += [name for name, _ in pairs]
             self._lengths += [tensor.numel() * 16 + tensor.element_size() for _, tensor in pairs]
-            self._sums.append(_word_sums([_words(tensor.detach()) for _, tensor in pairs]))
+            self._sums.append(_word_sums([_words(tensor) for _, tensor in pairs]))
 
     def read(self) -> dict[str, int]:
         """Return the checksum of each tensor added so far by its name: signed 64-bit, of its bits, element size and length."""
@@ -61,7 +61,7 @@ def _words(tensor: Tensor) -> Tensor:
     """Return a tensor's bytes as int32 [n]: a view where its place in memory allows it, or on a GPU the tensor itself."""
     if tensor.is_cuda and tensor.is_contiguous() and not (tensor.nbytes | tensor.data_ptr()) % WORD_BYTES:
         return tensor  # one of hundreds: making views takes longer than the sums
-    octets = tensor.contiguous().view(-1).view(torch.uint8)
+    octets = tensor.detach().contiguous().view(-1).view(torch.uint8)
     missing = -octets.numel() % WORD_BYTES
     if missing:
         octets = functional.pad(octets, (0, missing))

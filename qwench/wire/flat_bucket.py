@@ -82,14 +82,18 @@ def flatten_into(buffer: Tensor, bucket: WeightBucket, entries: Sequence[TensorE
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy each source into its target; on a GPU small ones by one kernel: a launch for each takes longer."""
-    pairs = list(zip(targets, sources, strict=True))
-    small = [pair for pair in pairs if pair[0].nbytes < _LARGE_BYTES]
-    if small:
-        torch._foreach_copy_([target for target, _ in small], [source for _, source in small])
-    for target, source in pairs:
-        if target.nbytes >= _LARGE_BYTES:
-            target.copy_(source)
+    """Copy each source into its target; on a GPU small ones by one kernel: a launch for each takes longer.
+
+    The kernel takes contiguous tensors alone: with one other tensor in the list, PyTorch launches one for each of them.
+    """
+    together, apart = list[tuple[Tensor, Tensor]](), list[tuple[Tensor, Tensor]]()
+    for target, source in zip(targets, sources, strict=True):
+        fits = target.nbytes < _LARGE_BYTES and target.is_contiguous() and source.is_contiguous()
+        (together if fits else apart).append((target, source))
+    if together:
+        torch._foreach_copy_([target for target, _ in together], [source for _, source in together])
+    for target, source in apart:
+        target.copy_(source)
 
 
 def unflatten(buffer: Tensor, entries: Sequence[TensorEntry]) -> list[tuple[str, Tensor]]:

@@ -38,19 +38,19 @@ class AdapterStack:
     a: Tensor
     """[n, S, R, K]"""
     b: Sequence[Tensor]
-    """Of each projection, [S, R, N]."""
+    """Of each projection, [N, S, R]: of one adapter alone it lies as the adapter's own matrix."""
 
     def add(self, x: Tensor, outputs: Sequence[Tensor], mix: Tensor) -> None:
         """Add every token's adapter to the projections' outputs [T, N], in place."""
         reduced = torch.nn.functional.linear(x, self.a.flatten(0, 2)).view(len(x), len(self.b), mix.shape[1], -1)
         reduced = reduced * mix[:, None, :, None]
         for index, (output, b) in enumerate(zip(outputs, self.b, strict=True)):
-            output.addmm_(reduced[:, index].flatten(1), b.flatten(0, 1))
+            output.addmm_(reduced[:, index].flatten(1), b.flatten(1).T)
 
     def keep(self, before: AdapterStack) -> None:
         """Copy the matrices of a stack with fewer adapters or smaller ranks in."""
         for new, old in zip((self.a, *self.b), (before.a, *before.b), strict=True):
-            new[..., : old.shape[-3], : old.shape[-2], :].copy_(old)
+            new[:, : old.shape[1], : old.shape[2]].copy_(old)
 
 
 class AdaptedProjection:
@@ -82,6 +82,8 @@ class AdapterStore:
         self._num_slots = self._rank = 0
         self._stacks: dict[tuple[str, ...], AdapterStack] = {}
         """By the projections that share an input, where an adapter has one of them."""
+        self._places: dict[tuple[int, int], Mapping[str, Tensor]] = {}
+        """Of the matrices of an adapter, by its slot and rank."""
         self._mixes = torch.zeros((1, 0), dtype=dtype, device=device)
         self._num_loads = 0
         self.layout = 0
@@ -153,20 +155,26 @@ class AdapterStore:
             self._make_room(modules, rank=max(rank, self._rank), num_slots=max(slot, self._num_slots))
         except torch.OutOfMemoryError as cause:
             raise EngineError(f"the device has no memory for adapter {name!r} of rank {rank}; unload another one.") from cause
-        targets, sources = list[Tensor](), list[Tensor]()
-        for group, stack in self._stacks.items():
-            for module, a, b in zip(group, stack.a, stack.b, strict=True):
-                for place, leaf in ((a[slot - 1], A), (b[slot - 1], B)):
-                    matrix = matrices.get(f"{module}.{leaf}")
-                    if matrix is None or rank < self._rank:
-                        place.zero_()
-                    if matrix is not None:
-                        targets.append(place[:rank])
-                        sources.append(matrix if leaf == A else matrix.T)
-        copy_all(targets, sources)
+        places = self._places_of(slot, rank)
+        if rank < self._rank or len(matrices) < len(places):
+            for stack in self._stacks.values():
+                for stacked in (stack.a, *stack.b):
+                    stacked[:, slot - 1].zero_()
+        copy_all([places[matrix] for matrix in matrices], list(matrices.values()))
         self._mixes[slot, slot - 1] = scale
         self._num_loads += 1
         self._chosen[name] = ChosenAdapter(slot=slot, cache_root=-self._num_loads, folder=folder)
+
+    def _places_of(self, slot: int, rank: int) -> Mapping[str, Tensor]:
+        """Return where the matrices of an adapter lie; kept, because hundreds of views take longer than the copies."""
+        if (slot, rank) not in self._places:
+            self._places[slot, rank] = {
+                f"{module}.{leaf}": stacked[slot - 1, :rank] if leaf == A else stacked[:, slot - 1, :rank]
+                for group, stack in self._stacks.items()
+                for module, a, b in zip(group, stack.a, stack.b, strict=True)
+                for leaf, stacked in ((A, a), (B, b))
+            }
+        return self._places[slot, rank]
 
     def unload(self, name: str) -> None:
         """Forget an adapter; unfinished requests go on with it.
@@ -224,7 +232,7 @@ class AdapterStore:
             grown[group].keep(before)
         mixes = torch.zeros((num_slots + 1, num_slots), dtype=self._dtype, device=self._device)
         mixes[: self._mixes.shape[0], : self._mixes.shape[1]] = self._mixes
-        self._stacks, self._mixes, self._rank, self._num_slots = grown, mixes, rank, num_slots
+        self._stacks, self._mixes, self._rank, self._num_slots, self._places = grown, mixes, rank, num_slots, {}
         self.layout += 1
 
     def _zeros(self, group: Sequence[str], *, rank: int, num_slots: int) -> AdapterStack:
@@ -232,7 +240,7 @@ class AdapterStore:
             return torch.zeros(shape, dtype=self._dtype, device=self._device)
 
         a = zeros(len(group), num_slots, rank, self._shapes[group[0]][1])
-        return AdapterStack(a=a, b=[zeros(num_slots, rank, self._shapes[module][0]) for module in group])
+        return AdapterStack(a=a, b=[zeros(self._shapes[module][0], num_slots, rank) for module in group])
 
 
 def _sharing_input(module: str) -> tuple[str, ...]:

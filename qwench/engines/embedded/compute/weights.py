@@ -7,6 +7,7 @@ model multiplies them as one matrix.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,8 +162,8 @@ class WeightStore:
         of_adapter = [(name, tensor) for name, tensor in bucket if is_of_adapter(name)]
         if of_adapter:
             self.ready = False
-            copies = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device) for name, tensor in of_adapter}
-            copy_all(list(copies.values()), [tensor.detach() for _, tensor in of_adapter])
+            copies = _memory_for(of_adapter, self._device)
+            copy_all([copies[name] for name, _ in of_adapter], [tensor.detach() for _, tensor in of_adapter])
             self._matrices |= copies
             self._checksums.add(copies.items())
             bucket = [(name, tensor) for name, tensor in bucket if not is_of_adapter(name)]
@@ -240,6 +241,17 @@ class WeightStore:
         unknown = sorted(received - set(self._parameters))
         if unknown:
             raise WeightSyncError(f"the engine's model has no weight {unknown[0]!r}; the trainer's model is another one.")
+
+
+def _memory_for(bucket: WeightBucket, device: torch.device) -> dict[str, Tensor]:
+    """Return memory for each tensor. Those of one shape share a piece: hundreds of pieces take longer than their copies."""
+    alike = defaultdict[tuple[torch.dtype, torch.Size], list[str]](list)
+    for name, tensor in bucket:
+        alike[tensor.dtype, tensor.shape].append(name)
+    memory = dict[str, Tensor]()
+    for (dtype, shape), names in alike.items():
+        memory |= zip(names, torch.empty((len(names), *shape), dtype=dtype, device=device).unbind(), strict=True)
+    return memory
 
 
 def is_of_adapter(name: str) -> bool:
