@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from qwench.models.architecture import Architecture
@@ -11,36 +13,46 @@ _MARGIN_BYTES = 2 << 30
 """For temporaries of a layer's backward, workspaces, and pieces of free memory that are too small."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ActivationBudget:
     """Chooses what to keep. First comes what saves most time for its bytes: outputs of products, then logits, then the rest."""
 
-    def __init__(
-        self, architecture: Architecture, device: torch.device, param_dtype: torch.dtype, *, head_chunk_tokens: int
-    ) -> None:
-        self._architecture = architecture
-        self._device = device
-        self._param_dtype = param_dtype
-        self._head_chunk_tokens = head_chunk_tokens
+    architecture: Architecture
+    param_dtype: torch.dtype
+    head_chunk_tokens: int
+    recomputes: bool
+    """Layers keep nothing, however much memory is free."""
 
-    def choose(self, num_tokens: int, num_scored: int, *, recomputes: bool) -> tuple[Keep, int]:
+    def choose(self, num_tokens: int, num_scored: int, *, free: int | None) -> tuple[Keep, int]:
         """Return what layers keep, and how many bytes of logits may be kept, in a micro-batch of this size.
 
         Args:
-            recomputes: Layers keep nothing, however much memory is free.
+            free: Bytes of the GPU. None: a CPU, where logits are not kept.
         """
-        logits = 4 * num_scored * self._architecture.vocab_size
-        if self._device.type != "cuda":
-            return (Keep.NOTHING if recomputes else Keep.ALL), 0
-        room = free_bytes(self._device) - _MARGIN_BYTES
-        needed = {keep: kept_bytes(self._architecture, num_tokens, keep, self._param_dtype) for keep in Keep}
-        # Logits that are not kept take the memory of one chunk while they are used.
-        chunk = 4 * min(num_scored, self._head_chunk_tokens) * self._architecture.vocab_size
-        if not recomputes and needed[Keep.ALL] + logits <= room:
+        if free is None:
+            return (Keep.NOTHING if self.recomputes else Keep.ALL), 0
+        room = free - _MARGIN_BYTES
+        needed = {keep: kept_bytes(self.architecture, num_tokens, keep, self.param_dtype) for keep in Keep}
+        logits = self._logits_bytes(num_scored)
+        if not self.recomputes and needed[Keep.ALL] + logits <= room:
             return Keep.ALL, logits
-        room -= chunk
-        if recomputes or needed[Keep.PRODUCTS] > room:
+        room -= self._chunk_bytes(num_scored)
+        if self.recomputes or needed[Keep.PRODUCTS] > room:
             return Keep.NOTHING, max(0, room - needed[Keep.NOTHING])
         return Keep.PRODUCTS, max(0, room - needed[Keep.PRODUCTS])
+
+    def predict(self, num_tokens: int, num_scored: int, *, free: int | None) -> int:
+        """Return the bytes of activations and logits that `choose` leads to."""
+        keep, logits = self.choose(num_tokens, num_scored, free=free)
+        layers = kept_bytes(self.architecture, num_tokens, keep, self.param_dtype)
+        return layers + min(self._logits_bytes(num_scored), logits + self._chunk_bytes(num_scored))
+
+    def _logits_bytes(self, num_scored: int) -> int:
+        return 4 * num_scored * self.architecture.vocab_size
+
+    def _chunk_bytes(self, num_scored: int) -> int:
+        """Return the bytes of logits that are not kept, while they are used."""
+        return self._logits_bytes(min(num_scored, self.head_chunk_tokens))
 
 
 def kept_bytes(architecture: Architecture, num_tokens: int, keep: Keep, dtype: torch.dtype) -> int:
@@ -56,7 +68,9 @@ def kept_bytes(architecture: Architecture, num_tokens: int, keep: Keep, dtype: t
     return architecture.num_layers * num_tokens * (elements * dtype.itemsize + float32 * 4)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Return the bytes that this process can still allocate."""
+def free_bytes(device: torch.device) -> int | None:
+    """Return the bytes that this process can still allocate on a GPU; None on a CPU."""
+    if device.type != "cuda":
+        return None
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -51,7 +51,7 @@ class MemoryProbe:
     state_bytes: int
     """Predicted weights, gradients and optimizer state of a rank."""
     activation_bytes: int
-    """Predicted activations and logits of a rank."""
+    """Predicted activations and logits of a rank whose trainer has no `ActivationBudget`."""
 
     @classmethod
     def of(
@@ -102,7 +102,7 @@ class MemoryProbe:
             peak = policy.max_over_ranks(torch.cuda.max_memory_allocated(device))
             torch.cuda.reset_peak_memory_stats(device)
             text += f" and at most {_gib(peak)} of {_gib(_memory_bytes(device))} GiB"
-        return f"{text}; predicted {self._predicted}"
+        return f"{text}; predicted {self._predicted(policy)}"
 
     def _pass_through(self, trainer: Trainer, *, with_entropy: bool) -> None:
         micro_batch = self._micro_batch()
@@ -119,7 +119,7 @@ class MemoryProbe:
             except torch.OutOfMemoryError as error:
                 raise TrainingError(
                     f"{self._size}, the largest that the flags allow, does not fit the memory of a trainer rank: predicted "
-                    f"{self._predicted}, the device has {_gib(_memory_bytes(trainer.device))} GiB; lower {self.flag}. "
+                    f"{self._predicted(trainer)}, the device has {_gib(_memory_bytes(trainer.device))} GiB; lower {self.flag}. "
                     "If no rollout becomes so large, --no-memory-probe starts without the check."
                 ) from error
         trainer.drop_gradients()
@@ -142,11 +142,15 @@ class MemoryProbe:
         sequences = f"{len(self.lengths)} sequences" if len(self.lengths) > 1 else "one sequence"
         return f"a micro-batch of {sum(self.lengths)} tokens ({sequences}, the longest of {max(self.lengths)})"
 
-    @property
-    def _predicted(self) -> str:
+    def _predicted(self, trainer: Trainer) -> str:
+        activations, budget = self.activation_bytes, trainer.activation_budget
+        if budget is not None:
+            free = _memory_bytes(trainer.device) - self.state_bytes if trainer.device.type == "cuda" else None
+            num_tokens = sum(self.lengths)
+            activations = budget.predict(num_tokens, num_tokens - len(self.lengths), free=free)
         return (
-            f"{_gib(self.state_bytes)} GiB of weights, gradients and optimizer state + {_gib(self.activation_bytes)} GiB of "
-            f"activations and logits = {_gib(self.state_bytes + self.activation_bytes)} GiB"
+            f"{_gib(self.state_bytes)} GiB of weights, gradients and optimizer state + {_gib(activations)} GiB of "
+            f"activations and logits = {_gib(self.state_bytes + activations)} GiB"
         )
 
 

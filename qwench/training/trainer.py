@@ -24,6 +24,7 @@ from torch import Tensor
 from qwench.algorithms.columns import LossFunction, MicroBatch, TokenLoss
 from qwench.errors import TrainingError
 from qwench.training.adapters import AdapterSwitch
+from qwench.training.memory_budget import ActivationBudget
 from qwench.training.offload import HostCopy
 from qwench.training.process_group import largest_of_ranks
 from qwench.wire.portions import WeightBucket, WeightPart
@@ -86,6 +87,8 @@ class Trainer(Scorer, Protocol):
 
     parallel: ParallelRank
     device: torch.device
+    activation_budget: ActivationBudget | None
+    """Chooses what a forward keeps for its backward. None: the flags alone do."""
 
     def forward_backward(
         self,
@@ -214,9 +217,11 @@ class BackendTrainer:
         device: torch.device,
         dp_group: dist.ProcessGroup | None,
         adapters: AdapterSwitch | None = None,
+        activation_budget: ActivationBudget | None = None,
     ) -> None:
         """Keep the parts; `dp_group` holds the data-parallel ranks."""
         self._switch = adapters
+        self.activation_budget = activation_budget
         self.parallel = parallel
         self.device = device
         self._optimizer = optimizer

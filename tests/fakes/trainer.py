@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qwench.algorithms.columns import LossFunction, MicroBatch
 from qwench.errors import TrainingError
+from qwench.training.memory_budget import ActivationBudget
 from qwench.training.offload import HostCopy
 from qwench.training.trainer import ParallelRank, Scores, StepResult, Sums, Trainer
 from tests.deadlines import patient
@@ -39,6 +40,7 @@ class TableTrainer:
         self.table = table.clone().requires_grad_()
         self.parallel = parallel or ParallelRank()
         self.device = torch.device("cpu")
+        self.activation_budget: ActivationBudget | None = None
         self.calls: list[str] = []
         self.num_micro_batches: list[int] = []
         self._lr = lr

@@ -28,7 +28,7 @@ from qwench.algorithms.support import Support
 from qwench.config.sections.training import TrainingConfig
 from qwench.models.architecture import Architecture
 from qwench.models.decoder.invariant import TILE, padded
-from qwench.training.memory_budget import ActivationBudget
+from qwench.training.memory_budget import ActivationBudget, free_bytes
 from qwench.training.packed_decoder import (
     DecoderTensors,
     Forward,
@@ -149,11 +149,15 @@ class DirectPolicy:
         self._device = device
         self._flat: FlatTensors | None = None
         self._head_chunk_tokens = training.head_chunk_tokens
-        self._recomputes_layers = training.recomputes_layers
         self._invariant = training.batch_invariant and device.type == "cpu" and place.mesh.size() == 1
         """Log-probs have the same bits in every micro-batch."""
         self._decoder = PackedDecoder(architecture, device, invariant=self._invariant)
-        self._budget = ActivationBudget(architecture, device, place.param_dtype, head_chunk_tokens=self._head_chunk_tokens)
+        self.activation_budget = ActivationBudget(
+            architecture=architecture,
+            param_dtype=place.param_dtype,
+            head_chunk_tokens=training.head_chunk_tokens,
+            recomputes=training.recomputes_layers,
+        )
         self._trigger = torch.zeros((), device=device, requires_grad=True)
         self._weights = _move_weights(causal_lm, self._held_tensors(), place.mesh)
 
@@ -206,7 +210,8 @@ class DirectPolicy:
         if torch.is_grad_enabled():
             sums = self.gradients.sums
             head_sum = sums.head if len(sums.head) else None
-            keep, kept_bytes = self._budget.choose(micro_batch.num_tokens, len(labels), recomputes=self._recomputes_layers)
+            free = free_bytes(device)
+            keep, kept_bytes = self.activation_budget.choose(micro_batch.num_tokens, len(labels), free=free)
             hidden = _Decode.apply(  # type: ignore[no-untyped-call]  # torch does not annotate it
                 self._trigger, self._decoder, weights, sums, sequences, keep
             )

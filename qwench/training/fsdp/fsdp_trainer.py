@@ -70,7 +70,14 @@ class FsdpTrainer(BackendTrainer):
         rank, size = dist.get_rank(), dist.get_world_size()
         parallel = ParallelRank(dp_rank=rank, dp_size=size, num_ranks=size, is_main=rank == 0)
         switch = None if adapters is None else adapters.switch
-        super().__init__(optimizer, parallel=parallel, device=device, dp_group=dist.group.WORLD, adapters=switch)
+        super().__init__(
+            optimizer,
+            parallel=parallel,
+            device=device,
+            dp_group=dist.group.WORLD,
+            adapters=switch,
+            activation_budget=policy.activation_budget,
+        )
         self._policy = policy
         self._architecture = architecture
         self._param_dtype = param_dtype

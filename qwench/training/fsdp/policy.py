@@ -16,6 +16,7 @@ from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of
 from qwench.training.fsdp.attention import packed_inputs
 from qwench.training.fsdp.gradients import ShardedGradients
+from qwench.training.memory_budget import ActivationBudget
 
 
 class Policy(nn.Module):
@@ -23,6 +24,9 @@ class Policy(nn.Module):
 
     The whole computation is this module's forward, so that hooks of the root (FSDP2's) surround embedding and head too.
     """
+
+    activation_budget: ActivationBudget | None = None
+    """See `training.trainer.Trainer`."""
 
     def __init__(self, causal_lm: PreTrainedModel, *, attention: str, head_chunk_tokens: int) -> None:
         super().__init__()

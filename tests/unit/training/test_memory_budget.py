@@ -8,7 +8,6 @@ import torch
 from qwench.models.hf import architecture_of
 from qwench.models.made.qwen3 import find_size
 from qwench.models.memory import StateBytes, fsdp_bytes
-from qwench.training import memory_budget
 from qwench.training.memory_budget import ActivationBudget, kept_bytes
 from qwench.training.packed_decoder import Keep
 
@@ -19,28 +18,47 @@ _LOGITS = 4 * 151936
 """Bytes of the logits of one position."""
 
 
-def _choose(monkeypatch: pytest.MonkeyPatch, free: int, *, recomputes: bool = False) -> tuple[Keep, int]:
-    monkeypatch.setattr(memory_budget, "free_bytes", lambda device: free)
-    budget = ActivationBudget(_ARCHITECTURE, torch.device("cuda"), torch.bfloat16, head_chunk_tokens=_CHUNK)
-    return budget.choose(_TOKENS, _SCORED, recomputes=recomputes)
+def _budget(*, recomputes: bool = False) -> ActivationBudget:
+    return ActivationBudget(
+        architecture=_ARCHITECTURE, param_dtype=torch.bfloat16, head_chunk_tokens=_CHUNK, recomputes=recomputes
+    )
+
+
+def _choose(free: int | None, *, recomputes: bool = False) -> tuple[Keep, int]:
+    return _budget(recomputes=recomputes).choose(_TOKENS, _SCORED, free=free)
 
 
 def _needed(keep: Keep) -> int:
     return _MARGIN + kept_bytes(_ARCHITECTURE, _TOKENS, keep, torch.bfloat16)
 
 
-def test_everything_is_kept_where_it_fits_with_all_logits(monkeypatch):
+def test_everything_is_kept_where_it_fits_with_all_logits():
     enough = _needed(Keep.ALL) + _SCORED * _LOGITS
-    assert _choose(monkeypatch, enough) == (Keep.ALL, _SCORED * _LOGITS)
-    assert _choose(monkeypatch, enough - 1)[0] is Keep.PRODUCTS
+    assert _choose(enough) == (Keep.ALL, _SCORED * _LOGITS)
+    assert _choose(enough - 1)[0] is Keep.PRODUCTS
 
 
-def test_a_chunk_of_logits_has_room_beside_what_is_kept(monkeypatch):
+def test_a_chunk_of_logits_has_room_beside_what_is_kept():
     chunk = _CHUNK * _LOGITS
-    assert _choose(monkeypatch, _needed(Keep.PRODUCTS) + chunk + 7) == (Keep.PRODUCTS, 7)
-    assert _choose(monkeypatch, _needed(Keep.PRODUCTS) + chunk - 1)[0] is Keep.NOTHING
-    assert _choose(monkeypatch, _needed(Keep.NOTHING) + chunk + 5, recomputes=True) == (Keep.NOTHING, 5)
-    assert _choose(monkeypatch, 0) == (Keep.NOTHING, 0)
+    assert _choose(_needed(Keep.PRODUCTS) + chunk + 7) == (Keep.PRODUCTS, 7)
+    assert _choose(_needed(Keep.PRODUCTS) + chunk - 1)[0] is Keep.NOTHING
+    assert _choose(_needed(Keep.NOTHING) + chunk + 5, recomputes=True) == (Keep.NOTHING, 5)
+    assert _choose(0) == (Keep.NOTHING, 0)
+
+
+def test_a_cpu_keeps_layers_and_no_logits():
+    assert _choose(None) == (Keep.ALL, 0)
+    assert _choose(None, recomputes=True) == (Keep.NOTHING, 0)
+
+
+def test_the_prediction_counts_kept_logits_and_one_chunk_of_others():
+    chunk, logits, margin = _CHUNK * _LOGITS, _SCORED * _LOGITS, _MARGIN
+    enough = _needed(Keep.ALL) + logits
+    assert _budget().predict(_TOKENS, _SCORED, free=enough) == enough - margin
+    assert _budget().predict(_TOKENS, _SCORED, free=enough - 1) == _needed(Keep.PRODUCTS) - margin + logits
+    short = _needed(Keep.PRODUCTS) + chunk + 7
+    assert _budget().predict(_TOKENS, _SCORED, free=short) == short - margin
+    assert _budget().predict(_TOKENS, _SCORED, free=None) == _needed(Keep.ALL) - margin + chunk
 
 
 @pytest.mark.parametrize(

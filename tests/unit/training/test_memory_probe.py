@@ -16,6 +16,7 @@ from qwench.config.sections.rollout import RolloutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import TrainingError
 from qwench.training.critic import Critic
+from qwench.training.memory_budget import ActivationBudget
 from qwench.training.memory_probe import Longest, MemoryProbe, largest_lengths
 from tests.fakes.trainer import TableTrainer
 from tests.unit.config.architectures import QWEN3_4B
@@ -103,6 +104,15 @@ def test_a_probe_computes_gradients_and_drops_them() -> None:
     assert torch.equal(torch.get_rng_state(), random_state)
     assert text.startswith("memory probe: a micro-batch of 21 tokens (3 sequences, the longest of 9) took ")
     assert text.endswith("8 GiB of weights, gradients and optimizer state + 3 GiB of activations and logits = 11 GiB")
+
+
+def test_a_trainer_that_keeps_what_fits_predicts_what_it_keeps() -> None:
+    trainer = TableTrainer(_table())
+    trainer.activation_budget = ActivationBudget(
+        architecture=QWEN3_4B, param_dtype=torch.bfloat16, head_chunk_tokens=2**20, recomputes=True
+    )
+    kept, logits = 36 * 21 * 2560 * 2, 18 * 151_936 * 4
+    assert PROBE.run(trainer, None).endswith(f" + {(kept + logits) / 2**30:.3g} GiB of activations and logits = 8.01 GiB")
 
 
 def test_the_critic_has_the_device_while_it_is_probed() -> None:
