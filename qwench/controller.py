@@ -241,7 +241,8 @@ def generate(run: Run) -> None:
 def probe_memory(run: Run, learner: LearnerProtocol) -> None:
     """Find out whether training fits the memory; the learner holds the devices."""
     if run.memory_probe is not None:
-        _logger.info(learner.state.probe_memory(run.memory_probe))
+        with run.timer.phase("memory_probe"):
+            _logger.info(learner.state.probe_memory(run.memory_probe))
 
 
 def probe_engines(run: Run, learner: LearnerProtocol, *, version: int) -> None:

@@ -209,6 +209,7 @@ class RayServer:
     def __init__(self, actor: Actor, make: CommandMaker, place: EnginePlace) -> None:
         self._actor = actor
         self._label, self._placement = _all([actor.prepare.remote(make, place)], label="prepare the engines' actors")[0]
+        self._launched: ray.ObjectRef[str] | None = None
 
     @property
     def label(self) -> str:
@@ -221,9 +222,14 @@ class RayServer:
         placement: Placement | None = self._placement
         return placement
 
+    def launch(self) -> None:
+        """See `Server.launch`."""
+        self._launched = self._actor.start.remote()
+
     def start(self) -> str:
         """See `Server.start`."""
-        return str(self._ask(self._actor.start, timeout_s=None))  # the server has its own deadline
+        launched, self._launched = self._launched, None
+        return str(self._answer(launched or self._actor.start.remote(), timeout_s=None))  # the server has its own deadline
 
     def stop(self) -> None:
         """See `Server.stop`."""
@@ -258,8 +264,11 @@ class RayServer:
             return str(error)
 
     def _ask(self, method: Actor, *, timeout_s: float | None) -> Any:
+        return self._answer(method.remote(), timeout_s=timeout_s)
+
+    def _answer(self, asked: ray.ObjectRef[Any], *, timeout_s: float | None) -> Any:
         try:
-            return ray.get(method.remote(), timeout=timeout_s)
+            return ray.get(asked, timeout=timeout_s)
         except RayError as cause:
             failure = getattr(cause, "cause", None)  # what the actor's method raised
             if isinstance(failure, EngineError):

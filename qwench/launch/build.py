@@ -7,6 +7,7 @@ import os
 import socket
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from qwench.foreign.hooks import load_hooks
 from qwench.launch.engines import make_publisher
 from qwench.launch.inputs import Inputs, names_set, read_conversations, read_eval_prompts, read_inputs, read_training_prompts
 from qwench.launch.outputs import open_outputs, run_identity
-from qwench.launch.placement import make_servers, open_processes, start_learner, take_turns
+from qwench.launch.placement import make_servers, open_processes, start_beside, start_learner, start_ranks, take_turns
 from qwench.launch.readiness import check_ready
 from qwench.launch.report import finish_report, metric_log, recorders, start_report
 from qwench.launch.rollouts import build_generation
@@ -67,28 +68,30 @@ def build(config: Config, plan: RunPlan) -> Run:
     check_ready(inputs, run_identity(inputs), prompts=(loaded.prompts, *eval_prompts.values()))
     source = _prompt_source(inputs, loaded)
     inputs = inputs.with_epochs_of(source.num_rollouts_per_epoch(plan.batch.rollout_batch_size))
-    timer = PhaseTimer()
-    checkpoints, run_name, started = open_outputs(inputs, timer)
+    checkpoints, run_name, started = open_outputs(inputs, timer := PhaseTimer())
     check_resumes(checkpoints, source, num_rollout=inputs.plan.num_rollout)
     only_generate = not plan.devices.trains
     report = start_report(inputs, f"{len(loaded.prompts):,} prompts")
     with started:
         processes = open_processes(inputs, started)
+        ranks = None if only_generate else start_ranks(processes, started)
         servers, token = make_servers(inputs, processes, with_weights=only_generate)
-        generation = build_generation(inputs, with_weights=only_generate, servers=servers, token=token, source=source)
+        ending, publisher = started.enter_context(ExitStack()), None
+        learner = start_beside(inputs, servers or (), ranks, timer, started, ending)
+        with timer.phase("engines"):
+            generation = build_generation(inputs, with_weights=only_generate, servers=servers, token=token, source=source)
         started.callback(generation.close)
         gpus = _gpus(inputs, generation.engines, timer, take_turns=take_turns(config, processes, servers))
-        learner = publisher = None
         if not only_generate:
             gpus.make_room()
-            learner = start_learner(inputs, processes, timer, started)
+            learner = learner or start_learner(inputs, ranks, timer, ending)
+            started.callback(ending.close)  # before the engines: ranks leave the groups that they share with them
             publisher = make_publisher(inputs, learner.state, generation.engines, gpus, timer)
             if config.engine.rollout_external_engine_addrs:
                 started.callback(publisher.forget_adapters)
         metrics = metric_log(inputs, report)
         observers = [report.samples, *recorders(inputs, run_name)]
-        length = inputs.plan.num_rollout
-        rollouts = generation.stream(source, num_rollouts=length, waiter=publisher, observers=observers)
+        rollouts = generation.stream(source, num_rollouts=inputs.plan.num_rollout, waiter=publisher, observers=observers)
         started.callback(metrics.close)
         started.callback(rollouts.close)
         evaluator = generation.evaluator(eval_prompts)
@@ -240,7 +243,8 @@ def _without_engines(
         inputs.console.say(preview)
     with started:
         processes = open_processes(inputs, started)
-        learner, metrics = start_learner(inputs, processes, timer, started), metric_log(inputs, report)
+        learner = start_learner(inputs, start_ranks(processes, started), timer, started)
+        metrics = metric_log(inputs, report)
         started.callback(metrics.close)
         started.callback(rollouts.close)
         gpus = DedicatedGpus(weights_may_alias=False)

@@ -208,18 +208,46 @@ def take_turns(config: Config, processes: Processes, servers: Sequence[Server] |
     return processes.has_gpus or servers is not None
 
 
-def start_learner(inputs: Inputs, processes: Processes, timer: PhaseTimer, started: ExitStack) -> LearnerProtocol:
-    """Build the learner where the launcher says; `started` gets what ends its processes."""
+def start_ranks(processes: Processes, started: ExitStack) -> Ranks | None:
+    """Start the trainer's ranks, which import libraries while engines start; None: the learner is in this process."""
     ranks = processes.start_ranks()
-    if ranks is None:
-        learner = build_learner(inputs, timer)
-        started.callback(learner.state.close)
-        return learner
-    group = WorkerGroup(ranks)
-    started.callback(group.close)
-    build: Callable[[PhaseTimer], Learner] = partial(build_rank, inputs.config, inputs.plan)
-    unit = "batch" if inputs.plan.fine_tunes else "rollout"
-    return RemoteLearner(group, build, console=inputs.console, timeouts=inputs.config.timeouts, unit=unit)
+    if ranks is not None:
+        started.callback(ranks.end)
+    return ranks
+
+
+def start_learner(inputs: Inputs, ranks: Ranks | None, timer: PhaseTimer, started: ExitStack) -> LearnerProtocol:
+    """Build the learner on its ranks, or in this process; `started` gets what closes it."""
+    with timer.phase("trainer"):
+        if ranks is None:
+            learner = build_learner(inputs, timer)
+            started.callback(learner.state.close)
+            return learner
+        group = WorkerGroup(ranks)
+        started.callback(group.close)
+        build: Callable[[PhaseTimer], Learner] = partial(build_rank, inputs.config, inputs.plan)
+        unit = "batch" if inputs.plan.fine_tunes else "rollout"
+        return RemoteLearner(group, build, console=inputs.console, timeouts=inputs.config.timeouts, unit=unit)
+
+
+def start_beside(
+    inputs: Inputs, servers: Sequence[Server], ranks: Ranks | None, timer: PhaseTimer, started: ExitStack, ending: ExitStack
+) -> LearnerProtocol | None:
+    """Launch servers that have devices of their own, and build the learner while they load.
+
+    Args:
+        started: gets what ends the servers.
+        ending: gets what closes the learner.
+
+    Returns:
+        None: learner and engines take turns, or the run has no learner.
+    """
+    if inputs.config.cluster.shares_devices or not inputs.plan.devices.trains:
+        return None
+    for server in servers:
+        started.callback(server.stop)
+        server.launch()
+    return start_learner(inputs, ranks, timer, ending)
 
 
 def build_rank(config: Config, plan: RunPlan, timer: PhaseTimer) -> Learner:

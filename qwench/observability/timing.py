@@ -3,7 +3,7 @@
 with timer.phase("train"):
     with timer.phase("log_probs"):     # phases nest; the outer one includes the inner
         ...
-timer.end_start()                  # once: what came before is `perf/start_time` of the first take
+timer.end_start()                  # once: the first take has `perf/start_time` and, of its phases, `perf/start_<phase>_time`
 timer.take()  ->  {"perf/train_time": 12.0, "perf/log_probs_time": 3.5, "perf/step_time": 20.1}
 """
 
@@ -37,10 +37,11 @@ class PhaseTimer:
                 self._seconds[name] += seconds
 
     def end_start(self) -> None:
-        """Count everything so far as phase `start`, in which phases are not told apart; steps begin here."""
+        """Count everything so far as phase `start`, and each phase so far as a part of it; steps begin here."""
         with self._lock:
             now = self._clock()
-            self._seconds = defaultdict(float, start=now - self._taken_at)
+            parts = {f"start_{name}": spent for name, spent in self._seconds.items()}
+            self._seconds = defaultdict(float, parts, start=now - self._taken_at)
             self._taken_at = now
 
     def take(self) -> dict[str, float]:

@@ -49,8 +49,16 @@ class Server(Protocol):
         """Return the machine and the devices its weights lie on; None: not known."""
         ...
 
+    def launch(self) -> None:
+        """Start its processes and return at once; `start` then waits for them.
+
+        Raises:
+            EngineError: it cannot be started.
+        """
+        ...
+
     def start(self) -> str:
-        """Start or restart it, and return its base URL once it can generate.
+        """Start or restart it unless it was launched, and return its base URL once it can generate.
 
         Raises:
             EngineError: it died, or was not ready within its deadline.
@@ -141,11 +149,12 @@ class ServerProcess:
 
     def start(self) -> str:
         """See `Server.start`."""
-        self.launch()
+        if self._process is None:
+            self.launch()
         return self.wait_until_healthy()
 
     def launch(self) -> None:
-        """Start the process and return at once.
+        """See `Server.launch`.
 
         Raises:
             EngineError: the port is taken.

@@ -20,7 +20,7 @@ from qwench.engines.fleet.servers import ServerCommand
 from qwench.errors import ConfigError, TrainingError
 from qwench.launch import placement
 from qwench.launch.inputs import Inputs, publication_dtype
-from qwench.launch.placement import LocalProcesses, check_turns, choose_launcher, start_learner
+from qwench.launch.placement import LocalProcesses, check_turns, choose_launcher, start_beside, start_learner, start_ranks
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout
 from tests.fakes.console import RecordingConsole
@@ -110,10 +110,39 @@ def test_engines_get_the_trainers_gpus_or_those_after_them(engines, expected, mo
     assert [server.placement.devices for server in servers] == [tuple(f"gpu {one}" for one in ids) for ids in expected]
 
 
+class RecordedServer:
+    def __init__(self, name, calls):
+        self.launch, self.stop = (lambda: calls.append(f"launch {name}")), (lambda: calls.append(f"stop {name}"))
+
+
+@pytest.mark.parametrize(
+    ("engine_gpus", "expected"),
+    [(2, ["launch a", "launch b", "build", "close", "stop b", "stop a"]), (None, [])],
+)
+def test_servers_with_gpus_of_their_own_load_while_the_learner_is_built(engine_gpus, expected):
+    calls, ranks = [], DyingRank()
+    ranks.send = lambda call: calls.append(call.method)
+    inputs = inputs_of(Config(cluster=ClusterConfig(rollout_num_gpus=engine_gpus), rollout=RolloutConfig(rollout_batch_size=4)))
+    servers = [RecordedServer("a", calls), RecordedServer("b", calls)]
+    with ExitStack() as started, ExitStack() as ending:
+        start_beside(inputs, servers, ranks, PhaseTimer(), started, ending)
+    assert calls == expected
+
+
+def test_ranks_end_when_the_engines_do_not_start():
+    ranks = DyingRank()
+    with pytest.raises(ConfigError), ExitStack() as started:
+        assert start_ranks(ranks, started) is ranks and not ranks.ended
+        raise ConfigError("no engine")
+    assert ranks.ended
+
+
 class DyingRank:
     """One rank that builds its learner, and dies as it learns; and the processes that start it."""
 
     size = 1
+    ended = False
+    _dies = False
 
     def start_ranks(self):
         return self
@@ -125,13 +154,13 @@ class DyingRank:
         return [(0, Death(reason="was ended") if self._dies else Answer())]
 
     def end(self):
-        pass
+        self.ended = True
 
 
 @pytest.mark.parametrize(("loss", "unit"), [("policy_loss", "rollout"), ("sft_loss", "batch")])
 def test_a_rank_that_dies_is_named_with_what_it_learned_from(loss, unit):
     config = Config(algorithm=AlgorithmConfig(loss_type=loss), rollout=RolloutConfig(rollout_batch_size=4))
     with ExitStack() as started:
-        learner = start_learner(inputs_of(config), DyingRank(), PhaseTimer(), started)
+        learner = start_learner(inputs_of(config), start_ranks(DyingRank(), started), PhaseTimer(), started)
         with pytest.raises(TrainingError, match=f"learn from {unit} 7"):
             learner.learn(Rollout(rollout_id=7, groups=[]))

@@ -78,6 +78,14 @@ def test_a_server_starts_stops_with_all_its_processes_and_starts_again_at_its_ad
     assert not any(map(is_alive, pids(tmp_path)))
 
 
+def test_a_launched_server_is_not_started_twice(tmp_path):
+    server = ServerProcess(command(tmp_path, HEALTHY))
+    server.launch()
+    launched = server.process_group
+    assert server.start() and server.process_group == launched
+    server.stop()
+
+
 def test_private_files_are_this_users_alone_and_last_as_long_as_the_server(tmp_path):
     private = tmp_path / "logs" / ".secrets.yaml"
     fields = {"log_file": tmp_path / "logs" / "engine.log", "private_files": {private: "token: x\n"}}
