@@ -6,9 +6,8 @@ BIN := .venv/bin
 RUNS := .venv/.runs
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
-# Two cores are busy with five processes of one thread each, since many tests wait. A file's tests share its fixtures, so they
-# stay in one process. Files are begun in the order of the command line: the long ones first.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 5 --dist loadfile --no-loadscope-reorder --cov --cov-report=
+# Two cores are busy with six processes of one thread each, since many tests wait. Files begin in this order: the long ones first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.workers --workers 6 --cov --cov-report=
 # Packages come without bytecode. The first process that imports them writes it; otherwise each one would compile them again.
 unexport PYTHONDONTWRITEBYTECODE
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import fcntl
 import gc
@@ -12,12 +11,10 @@ import runpy
 import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn, TextIO
@@ -77,7 +74,7 @@ def main(descriptor: int) -> NoReturn:
 
 
 def _run(module: str) -> NoReturn:
-    """Run it and end as the interpreter does, but for the seconds in which that would take the modules apart."""
+    """Run the module and end the process."""
     code: object = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -89,12 +86,7 @@ def _run(module: str) -> NoReturn:
     if not isinstance(code, int | None):
         sys.stderr.write(f"{code}\n")
         code = 1
-    threading._shutdown()  # type: ignore[attr-defined]  # joins the threads that are no daemons
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    os._exit((code or 0) & 0xFF)
+    warm_start.end_process(code or 0)
 
 
 def _serve(connection: socket.socket) -> Begun:

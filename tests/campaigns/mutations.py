@@ -127,7 +127,7 @@ def _run_tests(tests: list[str]) -> None:
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)
-        code = int(pytest.main(["-x", "-q", "-p", "no:xdist", "--hypothesis-profile", "first failure", *tests]))
+        code = int(pytest.main(["-x", "-q", "--hypothesis-profile", "first failure", *tests]))
     finally:
         os._exit(code)
 

@@ -1,0 +1,106 @@
+"""Forked test workers: outcomes reach the session whole, once, and also when a worker dies."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FILES = {
+    "test_first.py": """
+        import os, signal, warnings
+        import pytest
+
+        @pytest.fixture(scope="session")
+        def process():
+            yield os.getpid()
+
+        @pytest.fixture(scope="module", autouse=True)
+        def file():
+            yield
+            with open("torn", "a") as log:
+                log.write("first ")
+
+        def test_passes(process, tmp_path):
+            warnings.warn("take care")
+
+        def test_fails(process):
+            print("what it said")
+            assert os.getpid() == process
+            assert [1] == [2]
+
+        def test_dies():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def test_after_a_death():
+            pass
+
+        @pytest.mark.skip(reason="not now")
+        def test_skipped():
+            pass
+    """,
+    "test_second.py": """
+        import pytest
+
+        @pytest.fixture
+        def broken():
+            raise ValueError("no fixture")
+
+        def test_has_no_fixture(broken):
+            pass
+
+        def test_passes():
+            pass
+    """,
+}
+
+
+def run(folder: Path, *words: str) -> tuple[int, str, list[tuple[str, str]]]:
+    """Return exit code, output, and the outcome of each test of `FILES`."""
+    for name, text in FILES.items():
+        (folder / name).write_text("\n".join(line[8:] for line in text.splitlines()))
+    plain = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "tests.workers", f"--rootdir={folder}", "-c", "/dev/null"]
+    done = subprocess.run(
+        [sys.executable, *plain, f"--junitxml={folder / 'junit.xml'}", *words, str(folder)],
+        cwd=folder, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    cases = ET.parse(folder / "junit.xml").iter("testcase")
+    outcomes = [
+        (f"{case.get('classname')}.{case.get('name')}", next((child.tag for child in case), "passed")) for case in cases
+    ]
+    return done.returncode, done.stdout + done.stderr, sorted(outcomes)
+
+
+def test_each_test_is_reported_once_and_a_death_costs_one_test(tmp_path: Path) -> None:
+    code, said, outcomes = run(tmp_path, "--workers", "2")
+    assert outcomes == [
+        ("test_first.test_after_a_death", "passed"),
+        ("test_first.test_dies", "failure"),
+        ("test_first.test_fails", "failure"),
+        ("test_first.test_passes", "passed"),
+        ("test_first.test_skipped", "skipped"),
+        ("test_second.test_has_no_fixture", "error"),
+        ("test_second.test_passes", "passed"),
+    ]
+    assert code == 1
+    assert "2 failed, 3 passed, 1 skipped, 1 warning, 1 error" in said
+    once = ("test session starts", "Captured stdout call", "UserWarning: take care", "ERROR at setup of test_has_no_fixture")
+    assert [said.count(text) for text in once] == [1, 1, 1, 1], said
+    assert "the worker of this test died: exit code -9" in said
+    assert (tmp_path / "torn").read_text() == "first "
+
+
+def test_no_test_begins_after_the_first_failure_that_ends_the_session(tmp_path: Path) -> None:
+    code, said, outcomes = run(tmp_path, "--workers", "1", "-x")
+    assert outcomes == [("test_first.test_fails", "failure"), ("test_first.test_passes", "passed")]
+    assert (code, "stopping after 1 failures" in said) == (1, True)
+
+
+def test_lines_that_ran_in_workers_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "subject.py").write_text("def one():\n    return 1\n\n\ndef two():\n    return 2\n")
+    for name in ("one", "two"):
+        (tmp_path / f"test_{name}.py").write_text(f"import subject\n\ndef test_it():\n    subject.{name}()\n")
+    _, said, _ = run(tmp_path, "--workers", "2", "--cov=subject", "--cov-report=term-missing")
+    assert "subject.py       4      0   100%" in said
