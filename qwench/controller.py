@@ -19,8 +19,7 @@ from qwench.config.stop_metric import StopCheck
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import EngineError, Stopped
 from qwench.observability.metrics import MetricLog
-from qwench.observability.save_requests import SaveRequests
-from qwench.observability.stopping import stop_requested, stops_deferred
+from qwench.observability.stopping import SaveRequests, stop_requested, stops_deferred
 from qwench.observability.timing import PhaseTimer
 from qwench.rollout.evaluate_beside import EvaluationsBeside
 from qwench.rollout.probe import TEMPERATURE, GreedyProbe

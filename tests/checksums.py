@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qwench.engines.kinds.sglang_hash import finished_hash, sum_of_tiles
+from qwench.engines.kinds.sglang_ledger import finished_hash, sum_of_tiles
 from qwench.wire.checksum import tensor_checksums
 
 

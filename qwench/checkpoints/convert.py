@@ -23,9 +23,9 @@ from qwench.checkpoints.folders import MARKER
 from qwench.checkpoints.formats.fp8 import QuantizedSource, StoredTensors
 from qwench.checkpoints.formats.iterations import POINTER, RELEASE, Iterations
 from qwench.checkpoints.formats.jobs import Job, Stream, read_ahead, share
-from qwench.checkpoints.formats.merged import MergedWeights
 from qwench.checkpoints.formats.sources import (
     HfWeights,
+    MergedWeights,
     WeightSource,
     find_format,
     fingerprint,

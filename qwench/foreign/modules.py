@@ -21,8 +21,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from qwench.errors import QwenchError
-from qwench.foreign import built_in, grading, session, stand_in_sources
-from qwench.foreign.masks import MultiTurnLossMaskGenerator
+from qwench.foreign import built_in, session, stand_in_sources
+from qwench.foreign.built_in import MultiTurnLossMaskGenerator
 from qwench.foreign.sample import (
     DynamicFilterOutput,
     Foreign,
@@ -214,12 +214,12 @@ MODULES: Mapping[str, Mapping[str, Foreign]] = {
     "rollout.rm_hub": {
         "async_rm": session.grade,
         "batched_async_rm": session.grade_all,
-        "grade_answer_verl": grading.grade_answer,
+        "grade_answer_verl": built_in.grade_answer,
     },
-    "rollout.rm_hub.math_utils": {"extract_answer": grading.extract_answer, "grade_answer_verl": grading.grade_answer},
-    "rollout.rm_hub.math_dapo_utils": {"compute_score": grading.compute_score},
-    "rollout.rm_hub.deepscaler": {"get_deepscaler_rule_based_reward": grading.grade_after_thinking},
-    "rollout.rm_hub.f1": {"f1_score": grading.f1_score},
+    "rollout.rm_hub.math_utils": {"extract_answer": built_in.extract_answer, "grade_answer_verl": built_in.grade_answer},
+    "rollout.rm_hub.math_dapo_utils": {"compute_score": built_in.compute_score},
+    "rollout.rm_hub.deepscaler": {"get_deepscaler_rule_based_reward": built_in.grade_after_thinking},
+    "rollout.rm_hub.f1": {"f1_score": built_in.f1_score},
     "rollout.filter_hub.base_types": {
         "DynamicFilterOutput": DynamicFilterOutput,
         "call_dynamic_filter": call_dynamic_filter,

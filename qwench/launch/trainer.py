@@ -20,16 +20,15 @@ from qwench.foreign.hooks import start_hooks
 from qwench.launch.inputs import Inputs
 from qwench.launch.user_functions import load_post_process, load_target_functions, load_user_conversion, load_user_terms
 from qwench.observability.timing import PhaseTimer
-from qwench.training.batch_records import save_batch
+from qwench.training.batch import save_batch
 from qwench.training.critic import CRITIC_FOLDER, Critic
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.learner import Learner
 from qwench.training.megatron.platform import check_platform
 from qwench.training.memory_probe import Longest, MemoryProbe
-from qwench.training.past_policies import PastPolicies
 from qwench.training.process_group import init_process_group
 from qwench.training.profiler import TrainProfiler
-from qwench.training.reference import BaseModel, Reference
+from qwench.training.reference import BaseModel, PastPolicies, Reference
 from qwench.training.shaping import Shaping
 from qwench.training.state import TrainingState
 from qwench.training.trainer import Trainer

@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import BinaryIO
 
+import sympy
+
 from qwench.observability.stopping import end_with_parent
+from qwench.rewards.formula import FormulaError, Value, read_formula
 from qwench.rewards.messages import decode, read_body, write_message
-from qwench.rewards.sympy_grader import settle
 from qwench.samples import Json
 
 MEMORY_LIMIT_BYTES = 4 * 2**30
@@ -76,3 +78,25 @@ def _answer(judge: Judge, question: Json) -> Json:
         return {"reason": judge([(answer, label) for answer, label in question["pairs"]])}
     except Exception as error:  # noqa: BLE001 - the border of the process: the pool reports it as grader_error
         return {"error": f"{type(error).__name__}: {error}"}
+
+
+def settle(pairs: Iterable[tuple[str, str]]) -> str:
+    """Return `sympy_equal` if both expressions of every pair are equal by algebra, else `wrong` or `unparseable`.
+
+    It decides as slime's sympy grader, and may take all time or all memory: call it in a process that can be killed.
+    """
+    for answer, label in pairs:
+        try:
+            left, right = read_formula(answer), read_formula(label)
+        except (FormulaError, ArithmeticError, ValueError, TypeError, AttributeError):  # sympy refuses numbers in many ways
+            return "unparseable"
+        if not _equal(left, right):
+            return "wrong"
+    return "sympy_equal"
+
+
+def _equal(left: Value, right: Value) -> bool:
+    """Compare expressions by algebra, and relations, tuples and lists as they are written."""
+    if isinstance(left, sympy.Expr) and isinstance(right, sympy.Expr):
+        return bool(sympy.simplify(left - right) == 0)
+    return bool(left == right)

@@ -21,7 +21,7 @@ from qwench.rewards.judge import JUDGE, Judge, read_template
 from qwench.rewards.remote import RemoteReward, check_reachable
 from qwench.rewards.scores import combine, pick_score
 from qwench.rewards.second_grader import check_math_verify, open_second_grader
-from qwench.rewards.worker_pool import WorkerPool
+from qwench.rewards.worker_process import WorkerPool
 from qwench.samples import Sample, Verdict
 from qwench.threads import usable_cores
 

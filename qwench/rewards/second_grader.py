@@ -19,7 +19,7 @@ from qwench.config.sections.reward import BOXED_ANSWERS, RewardConfig
 from qwench.errors import ConfigError
 from qwench.files import write_atomically, written
 from qwench.rewards.boxed import after_thinking, bare_label, last_box
-from qwench.rewards.worker_pool import WorkerPool
+from qwench.rewards.worker_process import WorkerPool
 from qwench.samples import Json, Rollout, Sample, Verdict
 
 RECORD = "second_grader"

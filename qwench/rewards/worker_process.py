@@ -1,7 +1,11 @@
-"""One worker process seen from the pool: started when needed, asked, killed when late, started again."""
+"""Worker processes seen from the pool: started when needed, asked, killed when late, started again.
+
+The deadline of a question counts from when a worker takes it, so a long queue makes no timeouts.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import queue
@@ -12,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -21,8 +25,8 @@ from typing import IO
 import qwench
 from qwench.errors import RewardError
 from qwench.plugins import place_in_stack
-from qwench.rewards.messages import HEADER, decode
-from qwench.samples import Json
+from qwench.rewards.messages import HEADER, decode, encode
+from qwench.samples import Json, Verdict
 
 _logger = logging.getLogger(__name__)
 _START_TIMEOUT_S = 120.0  # importing sympy takes a second, and far longer on a cold network file system
@@ -258,3 +262,46 @@ def _read_exactly(process: subprocess.Popen[bytes], size: int, deadline: float) 
             raise WorkerDiedError
         received += chunk
     return received
+
+
+RIGHT = ("sympy_equal", "equal")
+"""Reasons of the workers for a score of 1."""
+
+
+class WorkerPool:
+    """Turns pairs of (answer, label) into verdicts; owns its worker processes and ends them in `close`."""
+
+    def __init__(self, module: str, *, num_workers: int, timeout_s: float) -> None:
+        """Start no worker yet.
+
+        Args:
+            module: its `main` is the workers' program, see `algebra_worker`.
+        """
+        self._timeout_s = timeout_s
+        self._workers = Workers(module, num_workers=num_workers, threads="reward")
+
+    async def settle(self, pairs: Sequence[tuple[str, str]]) -> Verdict:
+        """Return the verdict of a worker; `timeout` or `grader_error` where there is none."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers.threads, self._ask, pairs)
+
+    def close(self) -> None:
+        """End the workers; a question under way gets `grader_error`."""
+        self._workers.close()
+
+    def _ask(self, pairs: Sequence[tuple[str, str]]) -> Verdict:
+        worker = self._workers.idle.get()
+        try:
+            answer = worker.ask(encode({"pairs": pairs, "deadline_s": self._timeout_s}), timeout_s=self._timeout_s)
+        except WorkerLateError:
+            return _ungraded("timeout", f"no verdict within {self._timeout_s:g} s")
+        except WorkerDiedError as error:
+            return _ungraded("grader_error", str(error))
+        finally:
+            self._workers.idle.put(worker)
+        if "error" in answer:
+            return _ungraded("grader_error", answer["error"])
+        return Verdict(score=float(answer["reason"] in RIGHT), reason=answer["reason"])
+
+
+def _ungraded(reason: str, why: str) -> Verdict:
+    return Verdict(score=0.0, reason=reason, extra={"error": why})

@@ -12,12 +12,15 @@ Only `pack` and its inverse `unpack` convert.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
+import orjson
 import torch
 from torch import Tensor
 
 from qwench.algorithms.columns import MicroBatch, RolloutBatch
+from qwench.files import write_atomically, written
+from qwench.observability.dumps import rollout_path
 
 _PACKED_COLUMNS = (
     *("loss_weights", "rollout_log_probs", "old_log_probs", "old_entropy", "ref_log_probs", "advantages"),
@@ -70,3 +73,31 @@ def _label_aligned(column: Tensor, length: int) -> Tensor:
     aligned = column.new_zeros(length)
     aligned[length - 1 - len(column) : length - 1] = column
     return aligned
+
+
+_FLAG = "--save-debug-train-data"
+
+
+def save_batch(template: str, rollout_id: int, batch: RolloutBatch, *, run: str) -> None:
+    """Write what a rollout was learned from to the path that `template` gives for its `{rollout_id}`.
+
+        {"rollout_id": 7, "run": "/data/runs/7"}                                            first line
+        {"tokens": [...], "loss_mask": [...], "rewards": 1.0, "advantages": [...], ...}     one line for each sample
+
+    The columns are those of `RolloutBatch` that the method has. A value that is not a number becomes null.
+
+    Raises:
+        OutputError: the disk is full.
+    """
+    path = rollout_path(template, rollout_id, flag=_FLAG)
+    columns = {column.name: value for column in fields(batch) if (value := getattr(batch, column.name)) is not None}
+    columns = {
+        name: value.tolist() if isinstance(value, Tensor) else [one.tolist() for one in value]
+        for name, value in columns.items()
+    }
+    samples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    lines = [
+        orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE) for line in ({"rollout_id": rollout_id, "run": run}, *samples)
+    ]
+    with written(f"{_FLAG} {template}", path):
+        write_atomically(path, b"".join(lines))

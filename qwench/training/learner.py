@@ -25,10 +25,9 @@ from qwench.config.plan import RunPlan
 from qwench.errors import RewardError, TrainingError
 from qwench.models.memory import FORWARD
 from qwench.observability.console import Console
-from qwench.observability.timing import PhaseTimer
+from qwench.observability.timing import FlopMeter, PhaseTimer
 from qwench.samples import Rollout, Sample
 from qwench.training.batch import unpack
-from qwench.training.flop_meter import FlopMeter
 from qwench.training.hooks import NO_HOOKS, Hooks, OwnTargets
 from qwench.training.profiler import NO_PROFILER, TrainProfiler
 from qwench.training.rollout_metrics import (

@@ -1,12 +1,16 @@
-"""Frozen weights that score: a copy of the policy's on the host, or the base model under adapters."""
+"""Frozen weights that score: copies of the policy's on the host, or the base model under adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qwench.algorithms.columns import MicroBatch
-from qwench.training.trainer import Scores, Trainer
+import torch
+from torch import Tensor
+
+from qwench.algorithms.columns import MicroBatch, RolloutBatch
+from qwench.training.trainer import Scorer, Scores, Trainer
 
 
 class Reference:
@@ -51,3 +55,79 @@ class BaseModel:
         """Score the labels under the frozen model."""
         with self._policy.without_adapters():
             return self._policy.forward(micro_batches, temperature=temperature, with_entropy=with_entropy)
+
+
+_logger = logging.getLogger(__name__)
+
+
+class PastPolicies:
+    """The policy as it was at past publications, for old log-probs of the weights that sampled (--keep-old-actor).
+
+        rollout 5, one rollout ahead: sampled by the weights of version 4 -> scored by them -> version 5 is kept in their place
+
+    They are part of a checkpoint. All methods are collective.
+    """
+
+    def __init__(self, policy: Trainer, *, num_kept: int) -> None:
+        """Keep the weights of the last `num_kept` versions before the policy's own."""
+        self._policy = policy
+        self._num_kept = num_kept
+        self._kept: dict[int, Reference] = {}
+        self._has_warned = False
+
+    def score(self, batch: RolloutBatch, version: int, score: Callable[[Scorer], list[Tensor]]) -> list[Tensor]:
+        """Score every token by the weights that sampled it, then keep the policy's weights of `version`.
+
+        Args:
+            score: returns B x [R] of all ranks under a model.
+        """
+        # Those of a checkpoint are of versions to come where the run begins anew from it.
+        self._kept = {kept: weights for kept, weights in self._kept.items() if kept < version}
+        ages = (
+            [torch.zeros_like(mask, dtype=torch.int64) for mask in batch.loss_mask]
+            if batch.staleness is None
+            else batch.staleness
+        )
+        trained = torch.cat([age[mask] for age, mask in zip(ages, batch.loss_mask, strict=True)])
+        scored = [torch.zeros(len(age)) for age in ages]
+        for age in sorted({*trained.tolist()}):
+            columns = score(self._of(version - age, version))
+            scored = [torch.where(own == age, new, old) for own, new, old in zip(ages, columns, scored, strict=True)]
+        self._keep(version)
+        return scored
+
+    def save(self, folder: Path) -> None:
+        """Write each version under `folder`, which is made."""
+        for version, weights in self._kept.items():
+            place = folder / str(version)
+            place.mkdir(parents=True, exist_ok=True)
+            weights.save(place)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote. The policy holds other weights afterwards: load the policy next."""
+        for place in sorted(folder.iterdir() if folder.is_dir() else (), key=lambda one: int(one.name))[-self._num_kept :]:
+            self._kept[int(place.name)] = weights = Reference(self._policy)
+            weights.load(place)
+
+    def _of(self, version: int, own: int) -> Scorer:
+        """Return the weights of a version; the next newer ones where they are not kept."""
+        if version == own:
+            return self._policy
+        if version not in self._kept and not self._has_warned:
+            self._has_warned = True
+            _logger.warning(
+                "--keep-old-actor: the weights of version %d are not kept; rollout %d gets old log-probs of newer ones. "
+                "This is said once.",
+                version,
+                own,
+            )
+        newer = [kept for kept in self._kept if kept >= version]
+        return self._kept[min(newer)] if newer else self._policy
+
+    def _keep(self, version: int) -> None:
+        if len(self._kept) < self._num_kept:
+            self._kept[version] = Reference(self._policy)
+            return
+        oldest = self._kept.pop(min(self._kept))
+        oldest.update()
+        self._kept[version] = oldest

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from qwench.training.critic import Critic
 from qwench.training.memory_probe import MemoryProbe
-from qwench.training.past_policies import PastPolicies
-from qwench.training.reference import BaseModel, Reference
+from qwench.training.reference import BaseModel, PastPolicies, Reference
 from qwench.training.trainer import Trainer
 from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.plan import PublicationPlan

@@ -20,9 +20,9 @@ from functools import partial, reduce
 from pathlib import Path
 from types import FrameType
 
+from qwench.rewards.algebra_worker import settle
 from qwench.rewards.expressions import Question
 from qwench.rewards.graders import find_grader
-from qwench.rewards.sympy_grader import settle
 from qwench.samples import Prompt, Sample
 
 Spelling = Callable[[str, random.Random], str]

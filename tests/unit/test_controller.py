@@ -19,7 +19,7 @@ from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.controller import Run, generate, train
 from qwench.errors import Stopped
-from qwench.observability.save_requests import FILE_NAME, SaveRequests
+from qwench.observability.stopping import FILE_NAME, SaveRequests
 from qwench.observability.timing import PhaseTimer
 
 SCHEDULE = Schedule(
@@ -332,7 +332,7 @@ def test_a_start_ends_after_its_share_of_the_rollouts_and_the_next_goes_on() -> 
 
 
 def test_a_file_or_a_signal_asks_for_a_checkpoint_after_the_rollout(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", logger="qwench.observability.save_requests")
+    caplog.set_level("INFO", logger="qwench.observability.stopping")
     schedule = replace(SCHEDULE, checkpoint=CheckpointConfig(save=tmp_path, save_interval=100))
     plan = SimpleNamespace(schedule=schedule, num_rollout=3)
 

@@ -19,7 +19,7 @@ from qwench.files import TEMPORARY_SUFFIX
 from qwench.launch.outputs import open_logs
 from qwench.observability.dumps import save_rollout, save_trajectories
 from qwench.samples import Rollout
-from qwench.training.batch_records import save_batch
+from qwench.training.batch import save_batch
 from tests.fakes.learner import CountingLearner, CountingRollouts
 from tests.unit.checkpoints.test_manager import manager_of
 

@@ -34,7 +34,7 @@ from qwench.files import TEMPORARY_SUFFIX
 from qwench.models.architecture import Architecture
 from qwench.models.fp8 import dequantize, scale_name
 from qwench.models.hf_weights import check_nothing_more, check_shapes, find_parameters
-from qwench.models.peft import is_adapter
+from qwench.models.peft import A, AdapterFolder, B, is_adapter, merged
 from qwench.models.safetensors_files import StoredTensor, TensorSpec, as_bytes, read_tensor
 
 Format = Literal["hf", "torch_dist", "fsdp", "peft"]
@@ -261,3 +261,36 @@ def _torch_dist_optimizer(folder: Path, model: Architecture) -> OptimizerState |
         if holds(stored, prefix)
     }
     return OptimizerState(masters=TorchDistWeights(stored, model, prefix=prefix), moments=moments, num_steps=num_steps)
+
+
+class MergedWeights:
+    """A `WeightSource`: each weight of the base, plus scale * B A where there is an adapter."""
+
+    def __init__(
+        self, base: WeightSource, adapter: AdapterFolder, model: Architecture, *, dtype: torch.dtype | None = None
+    ) -> None:
+        """Check that the adapter is one of `model`.
+
+        Args:
+            dtype: In which weights are merged. None: in that of the base.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        adapter.check_fits(model)
+        self._base = base
+        self._adapter = adapter
+        self._adapted = adapter.config.shapes(model)
+        self.specs: Mapping[str, TensorSpec] = {
+            name: TensorSpec(shape=spec.shape, dtype=dtype or spec.dtype) for name, spec in base.specs.items()
+        }
+        self.bundles = base.bundles
+
+    def read(self, name: str) -> Tensor:
+        """See `WeightSource`. Factors are rounded to the dtype of the weight first, as a trainer computes with them."""
+        weight = self._base.read(name).to(self.specs[name].dtype)
+        module = name.removesuffix(".weight")
+        if f"{module}.{A}" not in self._adapted:
+            return weight
+        a, b = (self._adapter.read(f"{module}.{leaf}").to(weight.dtype) for leaf in (A, B))
+        return merged(weight, a, b, scale=self._adapter.config.scale)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from qwench.config.limits import check_address, check_fraction, check_not_negative, check_positive, check_seconds
-from qwench.config.owned_flags import ROUTER_OWN_FLAGS, SGLANG_OWN_FLAGS, refuse_owned
+from qwench.config.sglang_flags import ROUTER_OWN_FLAGS, SGLANG_OWN_FLAGS, refuse_owned
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def"
 # ruff: noqa: ANN001, ANN202 - in kernels, annotations mean something else to Triton
-"""The tiles of `sglang_hash` in one pass over the memory, on a GPU."""
+"""The tiles of SGLang's hash in one pass over the memory, on a GPU."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def tiles(words: Tensor, tile_words: int, constants: tuple[int, ...]) -> Tensor:
     """Return [number of tiles] int64, the 64 bits of each tile of `words` [n] int32.
 
     Args:
-        constants: Two seeds, two place factors, two turns and two mix factors, as `sglang_hash` names them.
+        constants: Two seeds, two place factors, two turns and two mix factors, as `sglang_ledger` names them.
     """
     num_tiles = -(-words.numel() // tile_words)
     found = torch.empty(num_tiles, dtype=torch.int64, device=words.device)

@@ -12,8 +12,7 @@ from transformers import Qwen3ForCausalLM
 
 from qwench.checkpoints.convert import Conversion, Converter
 from qwench.checkpoints.extract import extract_adapter
-from qwench.checkpoints.formats.merged import MergedWeights
-from qwench.checkpoints.formats.sources import fingerprint, open_weights
+from qwench.checkpoints.formats.sources import MergedWeights, fingerprint, open_weights
 from qwench.checkpoints.manifest import write_manifest
 from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture

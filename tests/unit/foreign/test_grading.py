@@ -2,7 +2,7 @@
 
 import pytest
 
-from qwench.foreign.grading import compute_score, f1_score, grade_after_thinking, grade_answer
+from qwench.foreign.built_in import compute_score, f1_score, grade_after_thinking, grade_answer
 
 
 def test_f1_comes_with_precision_and_recall():

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwench.rewards import latex, mathd
+from qwench.rewards.algebra_worker import settle
 from qwench.rewards.boxed import last_box
 from qwench.rewards.expressions import MAX_ANSWER_CHARS, Question, as_integer, compare, normal_expression
-from qwench.rewards.sympy_grader import settle
 
 INTEGERS = st.integers(min_value=-(10**40), max_value=10**40)
 # Text in which the grammar of answers is dense.

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwench.config.sections.reward import RewardConfig
+from qwench.rewards.algebra_worker import settle
 from qwench.rewards.expressions import Question, compare
 from qwench.rewards.formula import MAX_DEPTH, FormulaError, read_formula
 from qwench.rewards.pool import RewardPool
-from qwench.rewards.sympy_grader import settle
 from tests.unit.rewards.samples import finished
 
 a, b, n, x, y = sympy.symbols("a b n x y")

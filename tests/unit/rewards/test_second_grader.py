@@ -11,7 +11,7 @@ from qwench.config.sections.reward import RewardConfig
 from qwench.errors import ConfigError, OutputError
 from qwench.rewards.pool import RewardPool, check_reward
 from qwench.rewards.second_grader import counts_of, describe_shortest, list_disagreements, read_disagreements, records_of
-from qwench.rewards.worker_pool import WorkerPool
+from qwench.rewards.worker_process import WorkerPool
 from qwench.samples import Group, Prompt, Rollout, Sample, Verdict
 
 

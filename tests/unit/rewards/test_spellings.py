@@ -14,9 +14,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from qwench.rewards import latex
+from qwench.rewards.algebra_worker import settle
 from qwench.rewards.expressions import Question, compare
 from qwench.rewards.graders import find_grader
-from qwench.rewards.sympy_grader import settle
 from qwench.samples import Verdict
 from tests.unit.rewards.samples import finished
 

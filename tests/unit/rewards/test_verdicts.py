@@ -6,8 +6,8 @@ import pytest
 
 from qwench.errors import RewardError
 from qwench.rewards import boxed, dapo
+from qwench.rewards.algebra_worker import settle
 from qwench.rewards.expressions import Question
-from qwench.rewards.sympy_grader import settle
 from qwench.samples import Verdict
 
 ANSWERS = [

@@ -17,8 +17,7 @@ from qwench.observability.timing import PhaseTimer
 from qwench.samples import Group, Prompt, Rollout, Sample, Status
 from qwench.training.hooks import NO_HOOKS
 from qwench.training.learner import Learner
-from qwench.training.past_policies import PastPolicies
-from qwench.training.reference import Reference
+from qwench.training.reference import PastPolicies, Reference
 from qwench.training.state import TrainingState
 from tests.fakes.console import RecordingConsole
 from tests.fakes.trainer import TableTrainer

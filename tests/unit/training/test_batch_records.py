@@ -9,7 +9,7 @@ import torch
 
 from qwench.algorithms.columns import RolloutBatch
 from qwench.observability.dumps import run_of
-from qwench.training.batch_records import save_batch
+from qwench.training.batch import save_batch
 
 
 def test_a_line_for_each_sample_has_its_columns(tmp_path: Path) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from itertools import count
 
 from qwench.models.memory import FORWARD, FORWARD_AND_BACKWARD, SequenceCost
-from qwench.observability.timing import PhaseTimer
-from qwench.training.flop_meter import FlopMeter
+from qwench.observability.timing import FlopMeter, PhaseTimer
 
 COST = SequenceCost(linear=3e12, quadratic=1e12, head=2e12)
 LENGTHS = [1, 2]
