@@ -138,7 +138,8 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, c
 
     Source: the value loss of OpenAI's baselines, as in slime: without the factor 1/2.
     """
-    bounded = old_values + (values - old_values).clamp(-clip, clip)
+    # Not old + clamp(new - old), whose rounding differs from the value itself and would count as clipped.
+    bounded = values.clamp(old_values - clip, old_values + clip)
     loss, bounded_loss = (values - returns).square(), (bounded - returns).square()
     return torch.maximum(loss, bounded_loss), bounded_loss > loss
 

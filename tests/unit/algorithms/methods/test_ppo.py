@@ -67,6 +67,14 @@ def test_a_value_is_clipped_to_its_old_one_where_that_is_worse():
     assert clipped.tolist() == [True, False, False]
 
 
+def test_a_value_within_the_distance_is_not_clipped_though_its_change_is_rounded():
+    value, old = torch.tensor([0.007]), torch.tensor([0.1])
+    assert old + (value - old) < value, "by one rounding"
+    loss, clipped = clipped_value_loss(value, old, torch.tensor([1.0]), clip=0.2)
+    assert loss.item() == (value - 1.0).square().item()
+    assert not clipped.any()
+
+
 def test_explained_variance_is_one_for_right_values_and_zero_for_constant_ones():
     returns, mask = [torch.tensor([1.0, 3.0, 9.0])], [torch.tensor([True, True, False])]
     assert explained_variance(returns, returns, mask) == 1.0
