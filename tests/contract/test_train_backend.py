@@ -75,7 +75,6 @@ WORLDS = {
         Case(name="two-ranks-muon", model=cases.MUON, bins=_TWO_RANKS, save=True),
         Case(name="two-ranks-whole-muon", model=cases.MUON, bins=_TWO_RANKS, whole_weights=True),
         Case(name="two-ranks-stateless-half-offloaded", model=cases.STATELESS, bins=_TWO_RANKS, offload_fraction=0.5),
-        Case(name="two-ranks-truncated", model=cases.TRUNCATED, bins=_TWO_RANKS),
         Case(name="two-ranks-nan", model="tied", bins=_TWO_RANKS, non_finite=True),
         Case(name="two-ranks-reduced-early", model="tied", bins=_TWO_RANKS, reduce_every_micro_batch=True),
         Case(name="two-ranks-offloaded", model="untied", bins=_TWO_RANKS, offload_fraction=1.0, save=True),

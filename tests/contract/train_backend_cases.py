@@ -72,9 +72,9 @@ def learning_rate(step: int) -> float:
     return PEAK_LR * min(step, 2) / 2
 
 
-def write_model(folder: Path, *, tied: bool, dtype: torch.dtype = torch.float32, num_layers: int = 2) -> None:
+def write_model(folder: Path, *, tied: bool, dtype: torch.dtype = torch.float32, num_layers: int = 2, seed: int = 11) -> None:
     """Save a Qwen3 with random weights, not all of them small; an untied one rotates as YaRN does."""
-    torch.manual_seed(11)
+    torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCAB,
         hidden_size=32,

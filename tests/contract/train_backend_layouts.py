@@ -63,8 +63,8 @@ def layouts_of(sizes: Sequence[int]) -> list[str]:
 TIED = ("tp2-sp", "pp2", "cp2", "dp2", "tp2-pp2", "pp2-cp2", "tp2-dp2")
 """Layouts that train a model with tied embeddings too; `test_megatron_model` compares gradients of one in other layouts."""
 
-TRUNCATED_ON = ("one", "tp2-sp", "pp2", "cp2", "tp2-cp2")
-"""Layouts that replay truncated sampling: those that cut the vocabulary, the layers or the sequences."""
+TRUNCATED_ON = ("tp2-sp", "tp2-cp2")
+"""Layouts that replay truncated sampling with all its scores; `test_methods` steps by it in every layout."""
 
 
 PROBED = ("one", "pp2", "dp2")

@@ -1,5 +1,7 @@
 """Ranks, micro-batches and packing change no number of any method."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from qwench.samples import Verdict
 from tests.fakes.trainer import TableTrainer, run_ranks
 from tests.unit.training.table_learning import TABLE, learn, make_rollout
 
-FLAGS = {
+FLAGS: dict[str, dict[str, Any]] = {
     "grpo": {"use_kl_loss": True, "kl_loss_coef": 0.1, "kl_loss_type": "low_var_kl", "entropy_coef": 0.01},
     "per_token": {"calculate_per_token_loss": True, "use_tis": True},
     "mis": {
@@ -24,7 +26,7 @@ FLAGS = {
     "mis_token": {"use_tis": True, "tis_clip": 1.1, "tis_batch_normalize": True},
     "gspo": {"advantage_estimator": "gspo", "use_opsm": True},
     "cispo": {"advantage_estimator": "cispo", "eps_clip": 0.1},
-    "rloo": {"advantage_estimator": "rloo"},
+    "rloo": {"advantage_estimator": "rloo", "use_rs": True, "rs_level": "geometric", "rs_upper_bound": 1.1},
     "reinforce_plus_plus_baseline": {
         "advantage_estimator": "reinforce_plus_plus_baseline",
         "normalize_advantages": True,
@@ -32,18 +34,42 @@ FLAGS = {
     },
     "gdpo": {"advantage_estimator": "gdpo"},
     "reinforce": {"advantage_estimator": "reinforce_plus_plus", "normalize_advantages": True, "kl_coef": 0.1},
-    "dr_grpo": {"advantage_estimator": "dr_grpo", "dr_grpo_length": 7},
-    "sapo": {"advantage_estimator": "sapo", "sapo_tau_neg": 2.0},
+    "dr_grpo": {"advantage_estimator": "dr_grpo", "dr_grpo_length": 7, "use_rollout_logprobs": True, "eps_clip_c": 3.0},
+    "sapo": {
+        "advantage_estimator": "sapo",
+        "sapo_tau_neg": 2.0,
+        "use_rollout_entropy": True,
+        "get_mismatch_metrics": True,
+    },
     "gmpo": {"advantage_estimator": "gmpo", "eps_clip": 0.1},
-    "gpg": {"advantage_estimator": "gpg"},
+    "gpg": {
+        "advantage_estimator": "gpg",
+        "use_kl_loss": True,
+        "kl_loss_coef": 0.2,
+        "kl_loss_type": "k3",
+        "use_unbiased_kl": True,
+    },
     "clip_cov": {"advantage_estimator": "clip_cov", "clip_cov_ratio": 0.2, "clip_cov_lb": -5.0},
     "kl_cov": {"advantage_estimator": "kl_cov", "kl_cov_ratio": 0.2},
     "dppo_tv": {"advantage_estimator": "dppo_tv", "eps_clip": 0.05},
     "dppo_kl": {"advantage_estimator": "dppo_kl", "eps_clip": 0.01},
-    "maxrl": {"advantage_estimator": "maxrl"},
-    "passk": {"advantage_estimator": "passk"},
+    "maxrl": {
+        "advantage_estimator": "maxrl",
+        "use_tis": True,
+        "tis_mode": "icepop",
+        "tis_clip": 1.2,
+        "tis_clip_low": 0.9,
+    },
+    "passk": {
+        "advantage_estimator": "passk",
+        "use_tis": True,
+        "tis_mode": "mask",
+        "tis_level": "geometric",
+        "tis_clip": 1.3,
+    },
     "sft": {"loss_type": "sft_loss", "calculate_per_token_loss": True},
 }
+"""Every method, with a form of the corrections or the KL beside it."""
 LAYOUTS = [
     (1, {"micro_batch_size": 3}),
     (1, {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 16}),
