@@ -1,7 +1,7 @@
 """Decode speed of the embedded engine beside its limit and its peers.
 
     python benchmarks/engine.py --output FILE [--size 0.6B --size 4B] [--cases rl long mixed shared step]
-                                [--peers sglang transformers] [--profile] [--device cuda]
+                                [--peers sglang transformers] [--profile] [--device cuda] [--num-gpus 2]
 
 Random weights of each size. Cases, all with lengths forced and log-probs returned:
 
@@ -25,7 +25,7 @@ import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -50,6 +50,8 @@ SIZES = {
     "1.7B": (2048, 6144, 28, 16, 8, 128, True, 151936),
     "4B": (2560, 9728, 36, 32, 8, 128, True, 151936),
     "8B": (4096, 12288, 36, 32, 8, 128, False, 151936),
+    "14B": (5120, 17408, 40, 40, 8, 128, False, 151936),
+    "32B": (5120, 25600, 64, 64, 8, 128, False, 151936),
 }
 COMPONENTS = {
     "attention": ("_attend_items", "_merge_chunks", "flash"),
@@ -127,15 +129,12 @@ def measure_ceilings() -> Ceilings:
     return Ceilings(copy=copy, product=2 * 8192**3 / fastest(lambda: left @ right))
 
 
-def random_weights(architecture: Architecture, device: str, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
-    """Return normal weights of deviation 0.02 and norms of 1."""
+def random_weights(architecture: Architecture, device: str, dtype: torch.dtype) -> Iterator[list[tuple[str, Tensor]]]:
+    """Make normal weights of deviation 0.02 and norms of 1, one by one: all of them may not fit beside the engine's."""
     torch.manual_seed(0)
-    shapes = architecture.parameter_shapes()
-    return [
-        (name, torch.ones(shape, device=device, dtype=dtype) if "norm" in name
-         else torch.empty(shape, device=device, dtype=dtype).normal_(0, 0.02))
-        for name, shape in shapes.items()
-    ]  # fmt: skip
+    for name, shape in architecture.parameter_shapes().items():
+        weight = torch.ones(shape, device=device, dtype=dtype)
+        yield [(name, weight if "norm" in name else weight.normal_(0, 0.02))]
 
 
 def loads(new_tokens: int) -> dict[str, Load]:
@@ -183,9 +182,11 @@ class Measured:
     def __init__(self, size: str, device: str, settings: EmbeddedSettings) -> None:
         config = config_of(size)
         self.architecture = architecture_of(config)
+        self.part = self.architecture.divided(settings.num_devices)
+        """Of one GPU: its limits are the engine's, if collectives cost nothing."""
         self.engine = EmbeddedEngine.from_checkpoint(config, settings)
         weights = random_weights(self.architecture, device, settings.resolved_dtype)
-        _loop.run(self.engine.update_weights([weights], version=1))
+        _loop.run(self.engine.update_weights(weights, version=1))
 
     async def run(self, load: Load, profile: dict[str, float] | None = None, *, flush: bool = True) -> tuple[float, int]:
         """Generate a load, by default with nothing cached; return seconds and decode steps."""
@@ -255,7 +256,7 @@ def measure_load(measured: Measured, ceilings: Ceilings, load: Load, *, rounds: 
     first = runs[0][0]  # captures graphs
     runs = sorted(runs[1:] or runs)
     seconds = runs[len(runs) // 2][0]
-    limit = load_limit(measured.architecture, ceilings, load)
+    limit = load_limit(measured.part, ceilings, load)
     row: dict[str, object] = {
         "tok/s": round(load.num_new / seconds),
         "spread": [round(load.num_new / run[0]) for run in runs],
@@ -268,7 +269,7 @@ def measure_load(measured: Measured, ceilings: Ceilings, load: Load, *, rounds: 
     if profile and load.samples > 1:
         _loop.run(measured.engine.sleep([MemoryTag.KV_CACHE]))
         _loop.run(measured.engine.wake([MemoryTag.KV_CACHE]))
-        row["seconds after a sleep"] = round(_loop.run(measured.run(load))[0], 2)  # captures graphs again
+        row["seconds after a sleep"] = round(_loop.run(measured.run(load))[0], 2)
     if profile:
         budget: dict[str, float] = defaultdict(float)
         _loop.run(measured.run(load, budget))
@@ -287,7 +288,7 @@ def measure_steps(measured: Measured, ceilings: Ceilings) -> dict[str, object]:
             if num_tokens < rows * (context + 2 * TIMED_STEPS):
                 continue
             timed = sorted(_loop.run(time_steps(measured, load)) for _ in range(3))[1]
-            limit = step_limit(measured.architecture, ceilings, rows, timed[1])
+            limit = step_limit(measured.part, ceilings, rows, timed[1])
             table[f"{rows} rows, context {context}"] = {
                 "ms": round(timed[0] * 1e3, 3), "limit ms": round(limit * 1e3, 3), "of limit": round(limit / timed[0], 3),
             }  # fmt: skip
@@ -340,6 +341,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16"])
     parser.add_argument("--mem-fraction", type=float, default=0.85)
+    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs that the engine divides the model over")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -365,6 +367,7 @@ def main() -> None:
             args.device,
             EmbeddedSettings(
                 device="cuda",
+                num_devices=args.num_gpus,
                 sizes=EngineConfig(embedded_mem_fraction=args.mem_fraction, embedded_max_running_requests=256),
             ),
         )

@@ -109,8 +109,6 @@ def _unused_by_own_engines(config: Config) -> Iterator[str]:
     ):
         if in_process and getattr(engine, name) != getattr(default, name):
             yield f"--{flag_name(name)} has no effect on the {engine.kind} engine: it runs in this process"
-    if config.cluster.rollout_num_gpus_per_engine > 1 and not facts.spans_devices:
-        yield f"--rollout-num-gpus-per-engine has no effect on the {engine.kind} engine, which runs on one GPU"
     if facts.reads_embedded_flags:
         yield from _unused_pass_through(engine.sglang_args, engine.router_args if in_process else ())
 

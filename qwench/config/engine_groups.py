@@ -1,4 +1,4 @@
-"""The file of --sglang-config: engines of several sizes.
+"""The GPUs of each engine: equally many, or those of the file of --sglang-config.
 
     sglang:
     - name: default
@@ -13,15 +13,57 @@ Source: slime's format of the same flag.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from qwench.config.config import Config
 from qwench.config.yaml_file import read_yaml_file
 from qwench.errors import ConfigError
+from qwench.models.architecture import Architecture
 
 _GROUP_KEYS = frozenset({"worker_type", "num_gpus", "num_gpus_per_engine"})
+
+
+def engine_sizes(config: Config, num_devices: int) -> tuple[int, ...]:
+    """Return the devices of each engine, in the order of their devices.
+
+    Raises:
+        ConfigError: --sglang-config does not fit the devices, or an engine of it would span two nodes.
+    """
+    path, cluster = config.engine.sglang_config, config.cluster
+    per_engine = cluster.rollout_num_gpus_per_engine
+    if path is None or config.engine.facts.reads_embedded_flags:
+        return (per_engine,) * (num_devices // per_engine)
+    sizes = read_engine_sizes(path, num_gpus=num_devices, default_size=per_engine)
+    node = cluster.actor_num_gpus_per_node if cluster.shares_devices else cluster.num_gpus_per_node
+    for size, end in zip(sizes, accumulate(sizes), strict=True):
+        if (end - size) // node != (end - 1) // node:
+            raise ConfigError(
+                f"--sglang-config: {path}: an engine of {size} GPUs would span nodes of {node}; reorder the groups."
+            )
+    return sizes
+
+
+def check_division(config: Config, model: Architecture) -> None:
+    """Check that embedded engines of several GPUs can divide the model and have all that the run asks for.
+
+    Raises:
+        ConfigError: they cannot, or have not.
+    """
+    size = config.cluster.rollout_num_gpus_per_engine
+    if size == 1 or not config.engine.facts.reads_embedded_flags or config.engine.rollout_external_engine_addrs:
+        return
+    model.divided(size)
+    asked = {
+        "--deterministic-mode": config.training.deterministic_mode,
+        "--lora-publish adapter": config.lora.lora_publish == "adapter",
+    }
+    for flag, is_given in asked.items():
+        if is_given:
+            raise ConfigError(f"{flag} needs embedded engines of one GPU, got --rollout-num-gpus-per-engine {size}")
 
 
 def read_engine_sizes(path: Path, *, num_gpus: int, default_size: int) -> tuple[int, ...]:

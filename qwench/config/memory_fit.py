@@ -31,12 +31,9 @@ def check_fit(config: Config, plan: RunPlan, *, device_bytes: int, element_bytes
     weights, (flag, fraction) = engine_weight_bytes(plan, element_bytes=element_bytes), _share(config)
     if weights > fraction * device_bytes:
         size = min(plan.devices.engine_sizes)
-        advice = "raise --rollout-num-gpus-per-engine"
-        if not config.engine.facts.spans_devices:
-            advice = "give --rollout-engine sglang --rollout-num-gpus-per-engine N"
         raise ConfigError(
             f"an engine of {size} GPU{'s' * (size > 1)} holds {_gib(weights)} GiB of weights on each, more than {flag} "
-            f"{fraction:g} of {_gib(device_bytes)} GiB; {advice}"
+            f"{fraction:g} of {_gib(device_bytes)} GiB; raise --rollout-num-gpus-per-engine"
         )
     state = plan.rank_bytes.device
     if plan.devices.trains and state > device_bytes:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from qwench.config.config import Config
-from qwench.config.engine_groups import read_engine_sizes
+from qwench.config.engine_groups import check_division, engine_sizes
 from qwench.config.equal_bits import check_equal_bits
 from qwench.config.eval_sets import EvalSettings, eval_settings
 from qwench.config.layout import ParallelLayout, check_layout, data_parallel_size
@@ -185,6 +185,7 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
     training = config.training
     dp_size = data_parallel_size(layout, world_size=world_size)
     devices = _plan_devices(config, trains=trains, on_gpus=on_gpus)
+    check_division(config, model)
     holds_reference = devices.trains and config.algorithm.needs_reference
     score_tokens = training.log_probs_max_tokens_per_gpu or training.max_tokens_per_gpu
     return RunPlan(
@@ -282,7 +283,7 @@ def _plan_devices(config: Config, *, trains: bool, on_gpus: bool) -> DevicePlan:
     """
     cluster, debug, rollout = config.cluster, config.debug, config.rollout
     generates = config.generates
-    per_engine = cluster.rollout_num_gpus_per_engine if config.engine.facts.spans_devices else 1
+    per_engine = cluster.rollout_num_gpus_per_engine
     num_devices = cluster.world_size if cluster.shares_devices else (cluster.rollout_num_gpus or 0)
     num_devices += config.evaluation.eval_num_gpus
     starts_engines = generates and not config.engine.rollout_external_engine_addrs
@@ -297,31 +298,12 @@ def _plan_devices(config: Config, *, trains: bool, on_gpus: bool) -> DevicePlan:
         generates=generates,
         on_gpus=on_gpus,
         shared=shared,
-        engine_sizes=(sizes := _engine_sizes(config, num_devices, per_engine) if starts_engines else ()),
+        engine_sizes=(sizes := engine_sizes(config, num_devices) if starts_engines else ()),
         num_eval_engines=_num_eval_engines(sizes, config.evaluation.eval_num_gpus),
         offload_train=_offloads(cluster.offload_train, cluster.offload, cluster.shares_devices),
         offload_rollout=_offloads(cluster.offload_rollout, cluster.offload, cluster.shares_devices),
         weights_may_alias=generates and not config.generates_ahead and rollout.update_weights_interval == 1,
     )
-
-
-def _engine_sizes(config: Config, num_devices: int, per_engine: int) -> tuple[int, ...]:
-    """Return the devices of each engine, in the order of their devices.
-
-    Raises:
-        ConfigError: --sglang-config does not fit the devices, or an engine of it would span two nodes.
-    """
-    path, cluster = config.engine.sglang_config, config.cluster
-    if path is None or not config.engine.facts.spans_devices:
-        return (per_engine,) * (num_devices // per_engine)
-    sizes = read_engine_sizes(path, num_gpus=num_devices, default_size=per_engine)
-    node = cluster.actor_num_gpus_per_node if cluster.shares_devices else cluster.num_gpus_per_node
-    for size, end in zip(sizes, accumulate(sizes), strict=True):
-        if (end - size) // node != (end - 1) // node:
-            raise ConfigError(
-                f"--sglang-config: {path}: an engine of {size} GPUs would span nodes of {node}; reorder the groups."
-            )
-    return sizes
 
 
 def _num_eval_engines(sizes: Sequence[int], num_gpus: int) -> int:

@@ -127,9 +127,9 @@ def engines_divide_gpus(config: Config) -> str | None:
     """Every engine gets as many GPUs."""
     cluster = config.cluster
     num_gpus = cluster.world_size if cluster.shares_devices else cluster.rollout_num_gpus
-    if config.engine.sglang_config is not None:
+    if config.engine.sglang_config is not None and not config.engine.facts.reads_embedded_flags:
         return None  # its groups have their own sizes
-    if config.engine.facts.spans_devices and num_gpus and num_gpus % cluster.rollout_num_gpus_per_engine:
+    if num_gpus and num_gpus % cluster.rollout_num_gpus_per_engine:
         return (
             f"--rollout-num-gpus-per-engine {cluster.rollout_num_gpus_per_engine} does not divide the {num_gpus} GPUs "
             "of the engines"
@@ -233,7 +233,7 @@ def an_export_replaces_nothing_else(config: Config) -> str | None:
 
 def sglang_flags_are_known(config: Config) -> str | None:
     """The installed SGLang checks its own flags; for the embedded engine a spelling mistake would pass unseen."""
-    return None if config.engine.facts.spans_devices else unknown_sglang_flag(config.engine.sglang_args)
+    return unknown_sglang_flag(config.engine.sglang_args) if config.engine.facts.reads_embedded_flags else None
 
 
 def deterministic_engines_are_ours(config: Config) -> str | None:

@@ -312,7 +312,7 @@ def serve(config: ServeConfig) -> None:
     open_process_log("info", f"engine at port {config.server.port}")
     serve_engine(
         config.model.hf_checkpoint,
-        embedded_settings(inputs, order_varies=True),
+        replace(embedded_settings(inputs, order_varies=True), num_devices=config.server.num_gpus),
         host=config.server.host,
         port=config.server.port,
         token=os.environ.get(TOKEN_VARIABLE),

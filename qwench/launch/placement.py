@@ -191,7 +191,7 @@ def make_servers(inputs: Inputs, processes: Processes, *, with_weights: bool) ->
     if config.engine.rollout_external_engine_addrs:
         return None, None
     in_here = isinstance(processes, LocalProcesses) and config.cluster.shares_devices
-    enough = config.cluster.world_size == 1 or not processes.has_gpus
+    enough = (config.cluster.world_size == 1 or not processes.has_gpus) and max(devices.engine_sizes, default=1) == 1
     if in_here and enough and config.engine.facts.runs_in_process:
         return None, None
     token = secrets.token_hex()

@@ -123,7 +123,7 @@ def check_engines(inputs: Inputs, *, elsewhere: bool = False) -> None:
 def _plans_for_gpus_elsewhere(inputs: Inputs) -> bool:
     """Tell whether this is the dry run of a run on several GPUs, or with SGLang, on a machine without a GPU."""
     several = plan_bundles(inputs.config.cluster, inputs.plan.devices).num_devices > 1
-    asks_for_gpus = several or inputs.config.engine.facts.spans_devices
+    asks_for_gpus = several or not inputs.config.engine.facts.reads_embedded_flags
     return inputs.config.debug.dry_run and asks_for_gpus and not torch.cuda.is_available()
 
 

@@ -86,6 +86,31 @@ class Architecture:
         """Return the critic of this model: the same decoder with a value head."""
         return replace(self, value_head=True, tied_head=False)
 
+    def divided(self, size: int) -> Architecture:
+        """Return the part of the model that each of `size` tensor-parallel ranks of an engine holds.
+
+        Raises:
+            ConfigError: `size` does not divide the model.
+        """
+        counts = {
+            "key-value heads": self.num_kv_heads,
+            "elements of the MLP": self.ffn_hidden_size,
+            "tokens of the vocabulary": self.vocab_size,
+        }
+        for noun, count in counts.items():
+            if count % size:
+                raise ConfigError(
+                    f"an engine of {size} GPUs cannot divide the model's {count} {noun}; "
+                    "choose another --rollout-num-gpus-per-engine"
+                )
+        return replace(
+            self,
+            num_heads=self.num_heads // size,
+            num_kv_heads=self.num_kv_heads // size,
+            ffn_hidden_size=self.ffn_hidden_size // size,
+            vocab_size=self.vocab_size // size,
+        )
+
     @property
     def max_positions(self) -> int:
         """Return how many tokens prompt and response can have together; YaRN stretches the original positions."""

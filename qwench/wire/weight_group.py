@@ -77,7 +77,7 @@ class WeightGroup:
         self._gave_up = threading.Event()
         self._connected = self._left = False
         try:
-            self._group = _make_group(backend, prefixed, rank, size, timedelta(seconds=timeout_s))
+            self._group = make_group(backend, prefixed, rank, size, timedelta(seconds=timeout_s))
         except RuntimeError as cause:
             raise WeightSyncError(f"{self._label}: not all members joined within {timeout_s:g} s: {cause}") from cause
 
@@ -151,8 +151,8 @@ class WeightGroup:
             raise WeightSyncError(f"{self._label}: a broadcast was given up.")
 
 
-def _make_group(backend: str, store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
-    """Return the backend's own group; its two classes share no public base."""
+def make_group(backend: str, store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
+    """Join a group that is independent of the process's others; its two classes share no public base."""
     if backend == "gloo":
         return dist.ProcessGroupGloo(store, rank, size, timeout)
     options = dist.ProcessGroupNCCL.Options()

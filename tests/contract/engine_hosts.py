@@ -26,7 +26,8 @@ from qwench.engines.embedded.http.serving import ServerThread
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.protocol import Engine, GenerateRequest, GenerateResult, SamplingParams
 
-HOSTS = ("in_process", "inline", "http")
+HOSTS = ("in_process", "inline", "http", "two_ranks")
+"""`two_ranks`: in this process, with half of the model in another one."""
 FAMILIES = ("qwen3", "qwen2", "llama", "yarn")
 EOS = 1
 MAX_POSITIONS = 1100
@@ -102,7 +103,7 @@ def drive(
         finally:
             await engine.close()
 
-    engine = make_engine(model, tokenizer=tokenizer, inline=host == "inline", **settings)
+    engine = make_engine(model, tokenizer=tokenizer, inline=host == "inline", num_devices=1 + (host == "two_ranks"), **settings)
     if host != "http":
         return asyncio.run(run(engine))
     with ServerThread(engine, token="secret") as server:

@@ -34,7 +34,7 @@ from qwench.weights.plan import PublicationPlan
 from qwench.weights.publisher import Publisher
 from qwench.wire.addresses import EngineAddress
 from tests.deadlines import patient
-from tests.e2e.conftest import ONE_THREAD, InProcess, Workspace, column
+from tests.e2e.conftest import DIGITS, ONE_THREAD, InProcess, Workspace, column
 from tests.verbs import run_verb
 
 TOKEN = "secret"
@@ -306,3 +306,11 @@ def test_a_router_port_in_use_is_named_before_an_engine_is_started(
         code, error = in_process(argv)
     assert code == 1 and f"127.0.0.1:{port}" in error and "choose another with --router-port" in error, error
     assert not list((tmp_path / "run").rglob("engine-*.log"))
+
+
+def test_a_run_trains_on_responses_of_an_engine_of_two_ranks(workspace: Workspace, tmp_path: Path) -> None:
+    layout = {"rollout_engine": "embedded", "rollout_num_gpus": 2, "rollout_num_gpus_per_engine": 2, "colocate": None}
+    run_verb(workspace.train_argv(tmp_path / "run", **DIGITS, **layout, deterministic_mode=None))
+    gaps = column(tmp_path / "run", "train/train_rollout_logprob_abs_diff")
+    assert gaps == pytest.approx([0.0] * 6, abs=1e-4)
+    assert min(column(tmp_path / "run", "train/grad_norm")) > 0

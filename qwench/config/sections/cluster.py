@@ -23,7 +23,7 @@ class ClusterConfig:
     rollout_num_gpus: int | None = None
     """GPUs for engines, in addition to the trainer's. None: engines share the trainer's GPUs, as with --colocate."""
     rollout_num_gpus_per_engine: int = 1
-    """GPUs of one SGLang engine (its tensor-parallel size)."""
+    """GPUs of one engine (its tensor-parallel size); on CPUs, processes."""
     colocate: bool = False
     """Trainer and engines share the same GPUs and use them in turn."""
     offload: bool = False

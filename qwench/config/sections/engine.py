@@ -21,8 +21,6 @@ class EngineFacts:
 
     runs_in_process: bool
     """One engine may run in the driver's process, without a server."""
-    spans_devices: bool
-    """An engine computes on --rollout-num-gpus-per-engine devices; else on one."""
     reads_embedded_flags: bool
     """Its sizes are the --embedded-* flags. Of the --sglang-* flags it takes only those that set these."""
     names_adapters: bool
@@ -31,8 +29,8 @@ class EngineFacts:
 
 
 ENGINE_FACTS: Mapping[str, EngineFacts] = {
-    "embedded": EngineFacts(runs_in_process=True, spans_devices=False, reads_embedded_flags=True, names_adapters=False),
-    "sglang": EngineFacts(runs_in_process=False, spans_devices=True, reads_embedded_flags=False, names_adapters=True),
+    "embedded": EngineFacts(runs_in_process=True, reads_embedded_flags=True, names_adapters=False),
+    "sglang": EngineFacts(runs_in_process=False, reads_embedded_flags=False, names_adapters=True),
 }
 """By the values of --rollout-engine."""
 

@@ -24,6 +24,8 @@ class ServerConfig:
     """Address to listen on. 127.0.0.1: this machine only. 0.0.0.0: all machines."""
     port: int = 30000
     """Port to listen on."""
+    num_gpus: int = 1
+    """GPUs that hold the model together, a part on each (tensor parallelism); on a CPU, processes."""
     deterministic_mode: bool = False
     """Give a response the same bits in every run: compute one response at a time, without the prefix cache. Much slower."""
     lora: tuple[str, ...] = ()
@@ -32,6 +34,10 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         check_positive("--port", self.port)
+        check_positive("--num-gpus", self.num_gpus)
+        if self.num_gpus > 1 and (self.deterministic_mode or self.lora):
+            flag = "--deterministic-mode" if self.deterministic_mode else "--lora"
+            raise ConfigError(f"{flag} needs an engine of one GPU, got --num-gpus {self.num_gpus}")
         if self.port > MAX_PORT:
             raise ConfigError(f"--port must be at most {MAX_PORT}, got {self.port}")
         if any(not all(one.partition("=")) for one in self.lora) or len(self.adapters) < len(self.lora):

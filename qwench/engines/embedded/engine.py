@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qwench.engines.embedded.compute.adapters import AdapterChange
-from qwench.engines.embedded.compute.runner import InFlight, Runner, Sampled
-from qwench.engines.embedded.compute.weights import WeightStore, read_folder
+from qwench.engines.embedded.compute.followers import divide
+from qwench.engines.embedded.compute.runner import InFlight, Sampled
+from qwench.engines.embedded.compute.weights import read_folder
 from qwench.engines.embedded.pipeline import StepPipeline, Worker, failure_of_step, take_step
 from qwench.engines.embedded.scheduling.admission import Admission, eos_ids_of
 from qwench.engines.embedded.scheduling.kv_cache import PagePool
@@ -63,11 +64,10 @@ class EmbeddedEngine:
         self._settings = settings
         self._tokenizer = tokenizer
         self._admission = Admission(architecture, eos_ids=eos_ids, tokenizer=tokenizer, seed=settings.seed)
-        self._weights = WeightStore(architecture, settings.resolved_dtype, fp8=settings.fp8, device=self.device)
+        self._weights, self._runner, self._followers = divide(architecture, settings)
         self.adapters = self._weights.adapters
         """LoRA adapters that requests may name; while requests run, they change by `change_adapters`."""
         self._version = 0
-        self._runner = Runner(architecture, settings, self._weights)
         self._scheduler: Scheduler | None = None
         self._requests: dict[str, RunningRequest] = {}
         self._worker = Worker(inline=settings.inline)
@@ -223,7 +223,9 @@ class EmbeddedEngine:
         return WeightReceipt(version=version)
 
     async def change_adapters(self, change: AdapterChange) -> None:
-        """Load or unload adapters between two steps."""
+        """Load or unload adapters between two steps; an engine of several devices raises EngineError."""
+        if self._followers is not None:
+            raise EngineError("an engine of several GPUs takes no adapters; serve them by an engine of one GPU.")
         async with self._at_rest():
             in_use = {running.adapter.slot for running in self._requests.values()}
             await self._worker.call(lambda: change(self.adapters, in_use))
@@ -283,6 +285,8 @@ class EmbeddedEngine:
         """See `Engine.close`; unfinished requests end with an error."""
         async with self._between_steps:
             self._fail(EngineError("the engine was closed."))
+            if self._followers is not None:
+                self._followers.close()
             self._weights.drop()
             self._scheduler = None
             self._runner.drop_kv_cache()
@@ -366,17 +370,11 @@ class EmbeddedEngine:
 
     def _ensure_scheduler(self) -> Scheduler:
         if self._scheduler is None:
-            sizes = self._settings.sizes
             self._runner.release_cached_memory()  # what the trainer freed counts as free only then
             num_pages = self._runner.choose_num_pages()
             self._runner.allocate_kv_cache(num_pages)
-            pool = PagePool(num_pages, sizes.embedded_page_size, prefix_cache=self._settings.prefix_cache)
-            self._scheduler = Scheduler(
-                pool,
-                max_running=sizes.embedded_max_running_requests,
-                max_request_tokens=min(self.architecture.max_positions, pool.capacity_tokens),
-                prefill_chunk_tokens=sizes.embedded_prefill_chunk_tokens,
-            )
+            pool = PagePool(num_pages, self._settings.sizes.embedded_page_size, prefix_cache=self._settings.prefix_cache)
+            self._scheduler = Scheduler.of(self._settings.sizes, pool, max_positions=self.architecture.max_positions)
         return self._scheduler
 
     async def _load(self, load: Callable[[], dict[str, int] | None], version: int) -> WeightReceipt | None:

@@ -20,6 +20,9 @@ class EmbeddedSettings:
     fp8: bool = False
     """Hold the matrices of the layers in block-wise FP8 (`models.fp8`); weights must then come in that form."""
     device: str = "cpu"
+    """That of rank 0."""
+    num_devices: int = 1
+    """GPUs, or processes on a CPU, that the model is divided over (see `compute.ranks`)."""
     inline: bool = False
     """Run steps on the event loop, and only when no request came for some turns. Batches, and so results, are reproducible."""
     batch_invariant: bool = False

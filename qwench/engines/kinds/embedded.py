@@ -33,7 +33,7 @@ def embedded_command(
     """Return how to start engine `index`; see `EngineKind.command`."""
     return ServerCommand(
         label=f"engine server {index}",
-        argv=(sys.executable, "-P", "-m", "qwench", "serve", *serve_words(order)),
+        argv=(sys.executable, "-P", "-m", "qwench", "serve", *serve_words(order, index)),
         environ=server_environ(environ, **{TOKEN_VARIABLE: order.token}, **visible_devices(gpu_ids, environ)),
         log_file=order.log_folder / f"engine-{index}.log",
         host=host,
@@ -42,12 +42,13 @@ def embedded_command(
     )
 
 
-def serve_words(order: ServerOrder) -> list[str]:
-    """Return the flags of `qwench serve` that make the same engine."""
+def serve_words(order: ServerOrder, index: int) -> list[str]:
+    """Return the flags of `qwench serve` that make engine `index`."""
     engine = order.engine
     flags: dict[str, object] = {
         "hf-checkpoint": order.model_folder,
         "train-dtype": order.dtype,
+        "num-gpus": order.engine_sizes[index],
         "embedded-page-size": engine.embedded_page_size,
         "embedded-max-running-requests": engine.embedded_max_running_requests,
         "embedded-prefill-chunk-tokens": engine.embedded_prefill_chunk_tokens,
@@ -80,9 +81,10 @@ class EmbeddedReceiver(HttpReceiver):
         """See `Receiver`; nothing is missing."""
 
     async def placement(self) -> Placement | None:
-        """See `Receiver`; the server knows where it runs."""
-        if self.address.placement is not None:
-            return self.address.placement
+        """See `Receiver`; the server knows where it runs. Of several devices, the first one receives for all."""
+        known = self.address.placement
+        if known is not None:
+            return Placement(host=known.host, devices=known.devices[:1])
         told = (await self.engine.server_info())["placement"]
         return Placement(host=told["host"], devices=tuple(told["devices"]))
 

@@ -48,10 +48,6 @@ EMBEDDED = ("--rollout-engine", "embedded")
             "--ref-load is not read here: responses are those of --hf-checkpoint",
         ),
         (
-            ["--rollout-num-gpus-per-engine", "2", *EMBEDDED],
-            "--rollout-num-gpus-per-engine has no effect on the embedded engine",
-        ),
-        (
             ["--sglang-attention-backend", "fa3", "--sglang-page-size", "4", "--router-policy", "random", *EMBEDDED],
             "the embedded engine makes no use of --sglang-attention-backend --router-policy",
         ),

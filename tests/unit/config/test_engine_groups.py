@@ -1,4 +1,4 @@
-"""--sglang-config: engines of several sizes."""
+"""Sizes of engines: --sglang-config, and embedded engines of several GPUs."""
 
 from pathlib import Path
 
@@ -67,3 +67,25 @@ def test_a_plan_has_the_sizes_and_no_engine_spans_nodes(tmp_path):
 def test_a_file_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"^--sglang-config: cannot read .*: No such file"):
         read_engine_sizes(tmp_path / "absent.yaml", num_gpus=1, default_size=1)
+
+
+EMBEDDED = ("--rollout-engine", "embedded", "--rollout-batch-size", "8")
+
+
+def test_embedded_engines_have_several_gpus():
+    words = ("--rollout-num-gpus", "4", "--rollout-num-gpus-per-engine", "2", *EMBEDDED)
+    assert plan_run(parse_flags(Config, words, prog="qwench train"), QWEN3_4B).devices.engine_sizes == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("size", "words", "problem"),
+    [
+        ("2", ("--deterministic-mode",), "--deterministic-mode needs embedded engines of one GPU, got"),
+        ("2", ("--lora-rank", "8", "--lora-publish", "adapter"), "--lora-publish adapter needs embedded engines of one GPU"),
+        ("3", (), "an engine of 3 GPUs cannot divide the model's 8 key-value heads; choose another --rollout-num-gpus-per-en"),
+    ],
+)
+def test_what_embedded_engines_of_several_gpus_do_not_support_is_refused(size, words, problem):
+    given = ("--rollout-num-gpus", size, "--rollout-num-gpus-per-engine", size, *EMBEDDED, *words)
+    with pytest.raises(ConfigError, match=problem):
+        plan_run(parse_flags(Config, given, prog="qwench train"), QWEN3_4B)

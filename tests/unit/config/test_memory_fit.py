@@ -25,6 +25,8 @@ def test_weights_are_divided_among_the_gpus_of_an_engine():
     assert engine_weight_bytes(plan_run(config, QWEN3_4B)) == WEIGHTS_4B
     config = read("--rollout-engine", "embedded")
     assert engine_weight_bytes(plan_run(config, QWEN3_4B)) == 2 * WEIGHTS_4B
+    config = read("--rollout-engine", "embedded", "--rollout-num-gpus-per-engine", "2")
+    assert engine_weight_bytes(plan_run(config, QWEN3_4B)) == WEIGHTS_4B
     assert engine_weight_bytes(plan_run(read("--loss-type", "sft_loss"), QWEN3_4B)) == 0
 
 
@@ -40,7 +42,7 @@ def test_an_engine_that_does_not_fit_is_refused_with_what_to_do():
     check_fit(small, plan, device_bytes=16 * GIB)
     check_fit(small, plan, device_bytes=14 * GIB, element_bytes=1)
     embedded = read("--rollout-engine", "embedded")
-    with pytest.raises(ConfigError, match=r"--embedded-mem-fraction 0\.8 of 8\.0 GiB; give --rollout-engine sglang"):
+    with pytest.raises(ConfigError, match=r"--embedded-mem-fraction 0\.8 of 8\.0 GiB; raise --rollout-num-gpus-per-engine"):
         check_fit(embedded, plan_run(embedded, QWEN3_4B), device_bytes=8 * GIB)
 
 

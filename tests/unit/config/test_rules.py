@@ -208,13 +208,13 @@ def test_sections_at_the_edge_break_no_rule(name):
     check_rules(AT_THE_EDGE[name])
 
 
-def test_sglang_engines_of_several_gpus_divide_the_gpus_there_are():
-    sglang = EngineConfig(rollout_engine="sglang")
+def test_engines_of_several_gpus_divide_the_gpus_there_are():
+    engine = EngineConfig(rollout_engine="embedded")
     shared = ClusterConfig(actor_num_gpus_per_node=8, rollout_num_gpus_per_engine=3)
     with pytest.raises(ConfigError, match="--rollout-num-gpus-per-engine 3 does not divide the 8 GPUs of the engines"):
-        check_rules(Config(engine=sglang, cluster=shared))
+        check_rules(Config(engine=engine, cluster=shared))
     apart = ClusterConfig(actor_num_gpus_per_node=8, rollout_num_gpus=9, rollout_num_gpus_per_engine=3)
-    check_rules(Config(engine=sglang, cluster=apart))
+    check_rules(Config(engine=engine, cluster=apart))
 
 
 def test_recorded_rollouts_have_no_epochs():

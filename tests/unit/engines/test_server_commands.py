@@ -138,8 +138,15 @@ def test_an_embedded_server_gets_its_flags_and_token():
     )  # fmt: skip
     assert made.argv[1:7] == ("-P", "-m", "qwench", "serve", "--hf-checkpoint", "m")
     assert value_of(made.argv, "--train-dtype") == "float32" and value_of(made.argv, "--embedded-page-size") == "32"
+    assert value_of(made.argv, "--num-gpus") == "1"
     assert "--embedded-kv-cache-tokens" not in made.argv and "secret" not in made.argv
     assert made.environ == {"A": "b", "QWENCH_TOKEN": "secret"} and made.start_timeout_s == 9.0
+
+
+def test_an_embedded_server_gets_all_gpus_of_its_engine():
+    order = server_order(Path("m"), Path("logs"), engine_sizes=(2, 2))
+    made = embedded_command(order, index=1, gpu_ids=(2, 3), environ={})
+    assert value_of(made.argv, "--num-gpus") == "2" and made.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
 def test_a_server_gets_the_environment_without_the_runs_secrets_and_its_place_among_the_ranks() -> None:

@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from qwench.engines.embedded.compute.decode_work import DecodeWork, IntArray, WorkSize, pack_decode_work
+from qwench.engines.embedded.compute.sampler import Draws, draws_of
 from qwench.engines.embedded.scheduling.scheduler import StepPlan
+from qwench.engines.protocol import Scoring
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,8 +63,55 @@ class StepBatch:
         return len(self.decodes.counts)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedStep:
+    """A step plan as arrays of the host, from which every rank of an engine computes the same; picklable."""
+
+    rows: IntArray
+    """[N] rows of the scheduler's table: decodes, then prefill chunks."""
+    decodes: Chunks
+    prefills: Chunks
+    prompt_tokens: IntArray
+    """Tokens of the prefill chunks, back to back."""
+    samples: npt.NDArray[np.bool_]
+    """[N] whether a token is sampled after the chunk."""
+    scored: Sequence[IntArray]
+    """Two arrays for each of `scorings`; see `StepBatch.scored`."""
+    scorings: Sequence[Scoring]
+    page_copies: Sequence[tuple[int, int]]
+    """See `StepPlan`."""
+    logit_rows: IntArray | None
+    """[S] each sampling request's row in the logits; None when they correspond one to one."""
+    draws: Draws
+
+    @property
+    def is_decode_only(self) -> bool:
+        """Tell whether each request computes one token."""
+        return len(self.prefills.counts) == 0
+
+    @classmethod
+    def of(cls, plan: StepPlan, page_table: IntArray, *, page_size: int) -> PackedStep:
+        """Pack what a plan needs of its requests and of the page table."""
+        decodes = _decodes(plan, page_table, page_size)
+        prefills = _prefills(plan, page_table, page_size)
+        prompt_tokens = [token for c in plan.prefills for token in c.request.tokens[c.start : c.start + c.count]]
+        firsts = len(plan.decodes) + np.cumsum(prefills.counts) - prefills.counts
+        return cls(
+            rows=np.array([r.row for r in plan.decodes] + [c.request.row for c in plan.prefills], dtype=np.int32),
+            decodes=decodes,
+            prefills=prefills,
+            prompt_tokens=np.array(prompt_tokens, dtype=np.int32),
+            samples=np.array([True] * len(plan.decodes) + [chunk.samples for chunk in plan.prefills], dtype=bool),
+            scored=_scored(plan, firsts),
+            scorings=[scoring for chunk in plan.scoring if (scoring := chunk.request.request.scoring) is not None],
+            page_copies=plan.page_copies,
+            logit_rows=_logit_rows(plan),
+            draws=draws_of(plan.sampling),
+        )
+
+
 class BatchBuilder:
-    """Packs plans for one device."""
+    """Brings packed steps to one device."""
 
     def __init__(self, *, page_size: int, max_sharing: int, device: torch.device) -> None:
         """`max_sharing`: how many rows' queries fit into one tile of the decode kernel."""
@@ -69,38 +119,27 @@ class BatchBuilder:
         self._max_sharing = max_sharing
         self._device = device
 
-    def build(self, plan: StepPlan, page_table: IntArray, last_tokens: Tensor, *, with_rows: bool) -> StepBatch:
-        """Pack a plan; on a GPU two transfers bring it there, and none is waited for."""
-        decodes, prefills = self.decodes(plan, page_table), self._prefills(plan, page_table)
+    def build(self, step: PackedStep, last_tokens: Tensor, *, with_rows: bool) -> StepBatch:
+        """Make the batch of a step; on a GPU two transfers bring it there, and none is waited for."""
+        decodes, prefills = step.decodes, step.prefills
         counts = np.concatenate((decodes.counts, prefills.counts))
         starts = np.concatenate((decodes.starts, prefills.starts))
         ends = np.cumsum(counts, dtype=np.int32)
         positions = np.arange(counts.sum(), dtype=np.int32) - np.repeat(ends - counts - starts, counts)
-        rows = np.array([r.row for r in plan.decodes] + [c.request.row for c in plan.prefills], dtype=np.int32)
-        slots = page_table[np.repeat(rows, counts), positions // self._page_size] * self._page_size
-        slots += positions % self._page_size
-        wanted = np.array([True] * len(plan.decodes) + [chunk.samples for chunk in plan.prefills], dtype=bool)
-        known = [token for c in plan.prefills for token in c.request.tokens[c.start : c.start + c.count]]
-        host = [rows[: len(plan.decodes)], np.array(known, dtype=np.int32), positions, slots, ends[wanted] - 1]
-        scored = _scored(plan, (ends - counts)[len(plan.decodes) :])
-        decoding, known_, positions_, slots_, logit_tokens, *scored_ = to_device([*host, *scored], self._device)
+        slots = np.concatenate((self.slots_of(decodes), self._prefill_slots(prefills, positions[len(decodes.counts) :])))
+        host = [step.rows[: len(decodes.counts)], step.prompt_tokens, positions, slots, ends[step.samples] - 1]
+        decoding, known, positions_, slots_, logit_tokens, *scored = to_device([*host, *step.scored], self._device)
         return StepBatch(
-            token_ids=torch.cat((last_tokens[decoding], known_)) if known else last_tokens[decoding],
+            token_ids=torch.cat((last_tokens[decoding], known)) if len(known) else last_tokens[decoding],
             positions=positions_,
             slots=slots_ if self._device.type == "cuda" else slots_.long(),
-            logit_tokens=logit_tokens if len(plan.prefills) > 0 else None,
-            scored=list(zip(scored_[::2], scored_[1::2], strict=True)),
+            logit_tokens=None if step.is_decode_only else logit_tokens,
+            scored=list(zip(scored[::2], scored[1::2], strict=True)),
             decodes=decodes,
             prefills=prefills,
-            work=self._work(decodes) if self._device.type == "cuda" and len(plan.decodes) > 0 else None,
-            rows=to_device([np.repeat(rows, counts)], self._device)[0] if with_rows else None,
+            work=self._work(decodes) if self._device.type == "cuda" and len(decodes.counts) > 0 else None,
+            rows=to_device([np.repeat(step.rows, counts)], self._device)[0] if with_rows else None,
         )
-
-    def decodes(self, plan: StepPlan, page_table: IntArray) -> Chunks:
-        """Return the decodes of a plan: one token each."""
-        rows = np.array([request.row for request in plan.decodes], dtype=np.int64)
-        starts = np.array([request.num_computed for request in plan.decodes], dtype=np.int32)
-        return self._chunks(rows, starts, np.ones(len(rows), dtype=np.int32), page_table)
 
     def pack_work(self, decodes: Chunks, num_rows: int) -> tuple[IntArray, WorkSize]:
         """See `decode_work.pack_decode_work`."""
@@ -115,19 +154,33 @@ class BatchBuilder:
         slots: IntArray = pages * self._page_size + starts % self._page_size
         return slots
 
+    def _prefill_slots(self, prefills: Chunks, positions: IntArray) -> IntArray:
+        chunk = np.repeat(np.arange(len(prefills.counts)), prefills.counts)
+        pages = prefills.tables[chunk, positions // self._page_size]
+        slots: IntArray = pages * self._page_size + positions % self._page_size
+        return slots
+
     def _work(self, decodes: Chunks) -> DecodeWork:
         packed, size = self.pack_work(decodes, len(decodes.counts))
         return DecodeWork.view(to_device([packed], self._device)[0], num_rows=len(decodes.counts), size=size)
 
-    def _prefills(self, plan: StepPlan, page_table: IntArray) -> Chunks:
-        chunks = plan.prefills
-        rows = np.array([chunk.request.row for chunk in chunks], dtype=np.int64)
-        starts = np.array([chunk.start for chunk in chunks], dtype=np.int32)
-        return self._chunks(rows, starts, np.array([chunk.count for chunk in chunks], dtype=np.int32), page_table)
 
-    def _chunks(self, rows: IntArray, starts: IntArray, counts: IntArray, page_table: IntArray) -> Chunks:
-        num_pages = -(-int((starts + counts).max(initial=1)) // self._page_size)
-        return Chunks(starts=starts, counts=counts, tables=page_table[rows, :num_pages])
+def _decodes(plan: StepPlan, page_table: IntArray, page_size: int) -> Chunks:
+    rows = np.array([request.row for request in plan.decodes], dtype=np.int64)
+    starts = np.array([request.num_computed for request in plan.decodes], dtype=np.int32)
+    return _chunks(rows, starts, np.ones(len(rows), dtype=np.int32), page_table, page_size)
+
+
+def _prefills(plan: StepPlan, page_table: IntArray, page_size: int) -> Chunks:
+    rows = np.array([chunk.request.row for chunk in plan.prefills], dtype=np.int64)
+    starts = np.array([chunk.start for chunk in plan.prefills], dtype=np.int32)
+    counts = np.array([chunk.count for chunk in plan.prefills], dtype=np.int32)
+    return _chunks(rows, starts, counts, page_table, page_size)
+
+
+def _chunks(rows: IntArray, starts: IntArray, counts: IntArray, page_table: IntArray, page_size: int) -> Chunks:
+    num_pages = -(-int((starts + counts).max(initial=1)) // page_size)
+    return Chunks(starts=starts, counts=counts, tables=page_table[rows, :num_pages])
 
 
 def _scored(plan: StepPlan, firsts: IntArray) -> list[IntArray]:
@@ -145,8 +198,7 @@ def _scored(plan: StepPlan, firsts: IntArray) -> list[IntArray]:
     return arrays
 
 
-def logit_rows(plan: StepPlan) -> IntArray | None:
-    """Return, for each sampling request, its row in the logits of `logit_tokens`; None when they correspond one to one."""
+def _logit_rows(plan: StepPlan) -> IntArray | None:
     finished = [1 + len(forks) for chunk, forks in zip(plan.prefills, plan.followers, strict=True) if chunk.samples]
     if all(count == 1 for count in finished):
         return None

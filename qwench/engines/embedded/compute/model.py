@@ -16,6 +16,7 @@ from torch.nn import functional
 from qwench.algorithms.log_probs import head_logits
 from qwench.engines.embedded.compute.adapters import AdaptedProjection, AdapterStore
 from qwench.engines.embedded.compute.attention import Attention
+from qwench.engines.embedded.compute.ranks import RankGroup
 from qwench.engines.embedded.scheduling.kv_cache import KVCache
 from qwench.engines.embedded.scheduling.scoring import score_rows
 from qwench.engines.protocol import Scoring
@@ -55,13 +56,16 @@ class DecoderModel:
         *,
         adapters: AdapterStore,
         invariant: bool,
+        ranks: RankGroup | None = None,
     ) -> None:
         """Bind to `weights` by Hugging Face name, and to the adapters; their storage is used, not copied.
 
         Args:
             invariant: a token has the same bits in every batch.
+            ranks: hold the other parts of the weights. None: these are all.
         """
         self._invariant = invariant
+        self._ranks = ranks
         self._architecture = architecture
         self._embedding = weights["model.embed_tokens.weight"]
         self._final_norm = weights["model.norm.weight"]
@@ -87,16 +91,16 @@ class DecoderModel:
             mix: the tokens' adapters (see `compute.adapters`). None: they have none.
         """
         eps = self._architecture.norm_eps
-        x_TD: Tensor = functional.embedding(token_ids, self._embedding)
+        x_TD = self._embed(token_ids)
         delta_TD: Tensor | None = None
         for layer, (keys, values) in zip(self._layers, kv_cache.layers, strict=True):
             x_TD, normed = self._ops.add_rms_norm(x_TD, delta_TD, layer.attention_norm, eps)
             q_THK = self._ops.qk_norm_rope_store(
                 layer.qkv(normed, mix), layer.qk_norms, self._rope, positions, slots, keys, values, eps
             )
-            (delta_TD,) = layer.output(attention(q_THK, keys, values).flatten(1), mix)
+            delta_TD = self._add_up(*layer.output(attention(q_THK, keys, values).flatten(1), mix))
             x_TD, normed = self._ops.add_rms_norm(x_TD, delta_TD, layer.mlp_norm, eps)
-            (delta_TD,) = layer.down(self._ops.silu_mul(*layer.gate_up(normed, mix)), mix)
+            delta_TD = self._add_up(*layer.down(self._ops.silu_mul(*layer.gate_up(normed, mix)), mix))
         return x_TD, delta_TD
 
     def logits(self, hidden: Hidden, tokens: Tensor | None = None) -> Tensor:
@@ -106,13 +110,22 @@ class DecoderModel:
             x_TD, delta_TD = x_TD[tokens], None if delta_TD is None else delta_TD[tokens]
         _, normed = self._ops.add_rms_norm(x_TD, delta_TD, self._final_norm, self._architecture.norm_eps)
         if not self._invariant:
-            return head_logits(normed, self._head)
+            logits = head_logits(normed, self._head)
+            return logits if self._ranks is None else self._ranks.gather_columns(logits)
         return torch.cat([head_logits(tile, self._head) for tile in padded(normed).split(TILE)])[: len(normed)]
 
     def scores(self, hidden: Hidden, tokens: Tensor, labels: Tensor, scoring: Scoring) -> Tensor:
         """Return what `scoring` wants of the packed tokens, a few at a time: their logits may not fit into memory at once."""
         pairs = zip(tokens.split(SCORED_AT_ONCE), labels.split(SCORED_AT_ONCE), strict=True)
         return torch.cat([score_rows(self.logits(hidden, some).log_softmax(-1), after, scoring) for some, after in pairs])
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        if self._ranks is not None:
+            return self._ranks.embed(token_ids, self._embedding)
+        return functional.embedding(token_ids, self._embedding)
+
+    def _add_up(self, delta_TD: Tensor) -> Tensor:
+        return delta_TD if self._ranks is None else self._ranks.add_up(delta_TD)
 
 
 def _elementwise_of(device: torch.device) -> ModuleType:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from qwench.engines.embedded.compute.adapters import RowAdapters
-from qwench.engines.embedded.compute.batch import logit_rows, to_device
+from qwench.engines.embedded.compute.batch import PackedStep, to_device
 from qwench.engines.embedded.compute.decode_work import IntArray
 from qwench.engines.embedded.compute.decoder import Decoder
 from qwench.engines.embedded.compute.graphs import Bucket
 from qwench.engines.embedded.compute.model import DecoderModel
-from qwench.engines.embedded.compute.sampler import Draws, draw_limited, draws_of
+from qwench.engines.embedded.compute.ranks import RankGroup
+from qwench.engines.embedded.compute.sampler import Draws, draw_limited
 from qwench.engines.embedded.compute.weights import WeightStore
 from qwench.engines.embedded.scheduling.kv_cache import KVCache, page_bytes
 from qwench.engines.embedded.scheduling.request import RunningRequest
@@ -78,12 +79,28 @@ class InFlight:
 class Runner:
     """Runs forward passes in the calling thread, one at a time."""
 
-    def __init__(self, architecture: Architecture, settings: EmbeddedSettings, weights: WeightStore) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        settings: EmbeddedSettings,
+        weights: WeightStore,
+        *,
+        ranks: RankGroup | None = None,
+    ) -> None:
+        """Compute the rank's part of a model.
+
+        Args:
+            architecture: of the part (see `Architecture.divided`).
+            ranks: of the engine. None: it has one.
+        """
         self._architecture = architecture
         self._settings = settings
         self._weights = weights
         self._adapters = weights.adapters
         self._device = torch.device(settings.device)
+        self._ranks = ranks
+        self._max_pages = 0
+        """Of one request."""
         self._kv_cache: KVCache | None = None
         self._decoder: Decoder | None = None
         self._bound_layout = (-1, -1)
@@ -119,6 +136,7 @@ class Runner:
             dtype=self._settings.resolved_dtype,
             device=self._device,
         )
+        self._max_pages = min(-(-self._architecture.max_positions // self._settings.sizes.embedded_page_size), num_pages - 1)
         # One row more, for padding.
         num_rows = self._settings.sizes.embedded_max_running_requests + 1
         self._last_tokens = torch.zeros(num_rows, dtype=torch.int32, device=self._device)
@@ -150,27 +168,44 @@ class Runner:
 
         On a GPU this returns before the pass ends, so that the next step can be planned and launched.
         """
-        decoder = self._bind(page_table)
         requests = plan.sampling
         has_adapters = self._row_adapters.seat([*plan.decodes, *(chunk.request for chunk in plan.prefills)])
-        draws = draws_of(requests)
-        step = None if plan.prefills else decoder.replay(decoder.builder.decodes(plan, page_table), draws)
-        scores = list[Tensor]()
-        if step is not None:
-            logits, drawn = step.logits, step.drawn[:, : len(requests)]
-        else:
-            scorings = [scoring for chunk in plan.scoring if (scoring := chunk.request.request.scoring) is not None]
-            batch = decoder.builder.build(plan, page_table, decoder.last_tokens, with_rows=has_adapters)
-            logits, scores = decoder.forward(batch, scorings)
-            if plan.page_copies:
-                sources, targets = to_device([np.array(side) for side in zip(*plan.page_copies, strict=True)], self._device)
-                decoder.kv_cache.copy_pages(sources.long(), targets.long())
-            rows = logit_rows(plan)
-            if rows is not None:
-                logits = logits[to_device([rows], self._device)[0]]
-            drawn = decoder.draw(logits, draws)
-        self._draw_limited(decoder, requests, logits, draws, drawn)
-        return InFlight.of(plan, requests, drawn, draws.support, scores)
+        step = PackedStep.of(plan, page_table, page_size=self._settings.sizes.embedded_page_size)
+        logits, drawn, scores = self.compute(step, has_adapters=has_adapters)
+        self._draw_limited(self._bind(), requests, logits, step.draws, drawn)
+        self.share_tokens(step)
+        return InFlight.of(plan, requests, drawn, step.draws.support, scores)
+
+    def compute(self, step: PackedStep, *, has_adapters: bool) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        """Run a forward pass, and draw for the requests whose support is not limited, in inference mode.
+
+        Returns:
+            logits [S, V] of the sampling requests; tokens and log-prob bits [2, S]; the scores of each of `step.scorings`.
+        """
+        decoder, draws = self._bind(), step.draws
+        drawn = decoder.replay(step.decodes, draws) if step.is_decode_only else None
+        if drawn is not None:
+            return drawn.logits, drawn.drawn[:, : len(draws.rows)], ()
+        batch = decoder.builder.build(step, decoder.last_tokens, with_rows=has_adapters)
+        logits, scores = decoder.forward(batch, step.scorings)
+        if step.page_copies:
+            sources, targets = to_device([np.array(side) for side in zip(*step.page_copies, strict=True)], self._device)
+            decoder.kv_cache.copy_pages(sources.long(), targets.long())
+        if step.logit_rows is not None:
+            logits = logits[to_device([step.logit_rows], self._device)[0]]
+        return logits, decoder.draw(logits, draws), scores
+
+    @torch.inference_mode()
+    def follow(self, step: PackedStep) -> None:
+        """Compute a step that rank 0 launches, and take over its tokens."""
+        self.compute(step, has_adapters=False)
+        self.share_tokens(step)
+
+    def share_tokens(self, step: PackedStep) -> None:
+        """Give all ranks the tokens that rank 0 alone drew; the others are drawn by each rank from the same logits."""
+        decoder = self._bind()
+        if self._ranks is not None and len(decoder.limited(step.draws)) > 0:
+            self._ranks.broadcast(decoder.last_tokens)
 
     def _draw_limited(
         self, decoder: Decoder, requests: list[RunningRequest], logits: Tensor, draws: Draws, drawn: Tensor
@@ -193,7 +228,7 @@ class Runner:
             if len(which) > 1 and all(requests[index].failure is not None for index in which):
                 raise
 
-    def _bind(self, page_table: IntArray) -> Decoder:
+    def _bind(self) -> Decoder:
         """Return the decoder over the current weights and KV memory; a new one when the weights moved."""
         layout = (self._weights.layout, self._adapters.layout)
         if self._decoder is None or self._bound_layout != layout:
@@ -206,6 +241,7 @@ class Runner:
                 self._device,
                 adapters=self._adapters,
                 invariant=self._settings.batch_invariant,
+                ranks=self._ranks,
             )
             self._decoder = Decoder(
                 model,
@@ -214,7 +250,7 @@ class Runner:
                 last_tokens=self._last_tokens,
                 adapters=self._row_adapters,
                 group=group,
-                max_pages=page_table.shape[1],
+                max_pages=self._max_pages,
                 warmed=self._warmed_buckets,
             )
         return self._decoder

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qwench.engines.embedded.compute.adapters import AdapterStore
+from qwench.engines.embedded.compute.ranks import Shard
 from qwench.engines.protocol import Portion
 from qwench.errors import EngineError, WeightSyncError
 from qwench.models.architecture import Architecture
@@ -29,6 +30,7 @@ from qwench.wire.portions import WeightBucket, bucketed
 
 BUCKET_BYTES = 256 * 2**20
 TIED_HEAD = "lm_head.weight"
+WHOLE = Shard()
 _ALIGNMENT_BYTES = 256
 """Matrices start at multiples of this, for cuBLAS. Neighbours are fused only if their sizes keep this alignment."""
 
@@ -49,13 +51,19 @@ class _Parameter:
 class WeightStore:
     """Holds weights by Hugging Face name: absent, owned or aliased; `ready` when they are whole."""
 
-    def __init__(self, architecture: Architecture, dtype: torch.dtype, *, fp8: bool, device: torch.device) -> None:
+    def __init__(
+        self, architecture: Architecture, dtype: torch.dtype, *, fp8: bool, device: torch.device, shard: Shard = WHOLE
+    ) -> None:
         """Make a store for a model, without memory for it yet.
 
         Args:
+            architecture: of the whole model; whole weights come in.
             fp8: the layers' matrices are block-wise FP8.
+            shard: the part that is held.
         """
         self._parameters = _list_parameters(architecture, dtype, fp8=fp8)
+        self._held = _list_parameters(architecture.divided(shard.size), dtype, fp8=fp8)
+        self._shard = shard
         self._tied_head = architecture.tied_head
         self.adapters = AdapterStore(architecture, dtype=dtype, device=device)
         """Adapters beside the weights; a publication may bring one."""
@@ -81,11 +89,11 @@ class WeightStore:
 
     def allocate(self) -> None:
         """Take memory for own weights; they are not ready before they are copied in."""
-        offsets, size_bytes = _lay_out(self._parameters)
+        offsets, size_bytes = _lay_out(self._held)
         buffer = torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
         self._tensors = {
             name: buffer[offsets[name] : offsets[name] + parameter.num_bytes].view(parameter.dtype).view(parameter.shape)
-            for name, parameter in self._parameters.items()
+            for name, parameter in self._held.items()
         }
         self._owned, self._is_whole, self.ready = True, False, False
         self.layout += 1
@@ -171,17 +179,28 @@ class WeightStore:
             self._load_weights(bucket)
 
     def _load_weights(self, bucket: WeightBucket) -> None:
-        wanted = [(name, tensor) for name, tensor in bucket if not self._is_tied_copy(name)]
-        for name, tensor in wanted:
-            self._check(name, tensor)
+        wanted = self.check_bucket(bucket)
         if not self._owned:
             # Never write into aliased tensors: they are the trainer's.
             self.allocate()
         self._is_whole = self.ready = False
-        copy_all([self._tensors[name] for name, _ in wanted], [tensor.detach() for _, tensor in wanted])
+        parts = [self._shard.cut(name, tensor.detach()) for name, tensor in wanted]
+        copy_all([self._tensors[name] for name, _ in wanted], parts)
         self._received |= {name for name, _ in wanted}
-        self._checksums.add((name, self._tensors[name]) for name, _ in wanted)
+        # A part has no checksum that others know: then that of the whole weight is taken as it arrived.
+        self._checksums.add(wanted if self._shard.size > 1 else [(name, self._tensors[name]) for name, _ in wanted])
         self._received_head = self._received_head or len(wanted) < len(bucket)
+
+    def check_bucket(self, bucket: WeightBucket) -> list[tuple[str, Tensor]]:
+        """Return the weights of a bucket without the copy of a tied head.
+
+        Raises:
+            WeightSyncError: a name, shape or dtype that the model does not have.
+        """
+        wanted = [(name, tensor) for name, tensor in bucket if not self._is_tied_copy(name)]
+        for name, tensor in wanted:
+            self._check(name, tensor)
+        return wanted
 
     def finish(self) -> dict[str, int]:
         """Return the checksum of each weight received since `begin`; the weights are ready.

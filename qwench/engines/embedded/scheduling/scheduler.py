@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from qwench.config.sections.engine import EngineConfig
 from qwench.engines.embedded.scheduling.kv_cache import PagePool
 from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.embedded.scheduling.waiting import WaitingRequests
@@ -84,6 +85,16 @@ class Scheduler:
         self._prefilling: list[RunningRequest] = []
         self._decoding: list[RunningRequest] = []
         self._arrivals = 0
+
+    @classmethod
+    def of(cls, sizes: EngineConfig, pool: PagePool, *, max_positions: int) -> Scheduler:
+        """Return a scheduler of the sizes that flags say, for a model of so many positions."""
+        return cls(
+            pool,
+            max_running=sizes.embedded_max_running_requests,
+            max_request_tokens=min(max_positions, pool.capacity_tokens),
+            prefill_chunk_tokens=sizes.embedded_prefill_chunk_tokens,
+        )
 
     @property
     def num_waiting(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from qwench.engines.embedded.compute.batch import BatchBuilder
+from qwench.engines.embedded.compute.batch import BatchBuilder, PackedStep
 from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.embedded.scheduling.scheduler import StepPlan
 from qwench.engines.protocol import GenerateRequest, SamplingParams
@@ -29,6 +29,7 @@ def decoding(row: int, num_computed: int) -> RunningRequest:
 def test_decodes_have_the_pages_of_the_longest_of_them_and_no_more():
     builder = BatchBuilder(page_size=4, max_sharing=1, device=torch.device("cpu"))
     page_table = np.array([[3, 5, 9, 0, 0], [2, 7, 8, 0, 0]], dtype=np.int32)
-    decodes = builder.decodes(StepPlan(decodes=[decoding(1, 2), decoding(0, 4)]), page_table)  # 3 and 5 tokens: 2 pages
+    plan = StepPlan(decodes=[decoding(1, 2), decoding(0, 4)])  # 3 and 5 tokens: 2 pages
+    decodes = PackedStep.of(plan, page_table, page_size=4).decodes
     assert decodes.tables.tolist() == [[2, 7], [3, 5]]
     assert (decodes.lengths.tolist(), builder.slots_of(decodes).tolist()) == ([3, 5], [2 * 4 + 2, 5 * 4])

@@ -1,0 +1,306 @@
+"""The further ranks of an engine of several devices: a process each, which repeats what rank 0 does.
+
+    rank 0:   engine -> LeadingRunner, LeadingWeights -.-> its own part of the work
+                                                       |  one pipe a rank: (what, name of a method, arguments)
+    rank 1:   process: receive, call the method -------'-> its part; collectives join the parts (see `ranks`)
+
+Rank 0 alone knows requests, plans steps and draws with limits. A rank whose pipe closes ends. A rank that fails ends too:
+then rank 0 leaves the group, its collectives raise, and the engine fails.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwench.engines.embedded.compute.batch import PackedStep
+from qwench.engines.embedded.compute.ranks import RankGroup, Shard
+from qwench.engines.embedded.compute.runner import Runner
+from qwench.engines.embedded.compute.weights import WeightStore, is_of_adapter
+from qwench.engines.embedded.settings import EmbeddedSettings
+from qwench.errors import ConfigError, EngineError, WeightSyncError
+from qwench.models.architecture import Architecture
+from qwench.wire.flat_bucket import TensorEntry, entries_of, flatten_into, size_bytes, unflatten
+from qwench.wire.portions import WeightBucket
+from qwench.wire.weight_group import listening_store, reach_store
+
+_logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 120.0
+END_TIMEOUT_S = 10.0
+CLOSING_GRACE_S = 1.0
+_HOST = "127.0.0.1"
+_context = multiprocessing.get_context("forkserver")
+
+
+Message = tuple[str, str, tuple[object, ...], bool]
+"""Part of a rank, name of its method, arguments, and whether rank 0 waits for the result."""
+
+
+class Followers:
+    """Ranks 1 and on, seen from rank 0."""
+
+    def __init__(self, architecture: Architecture, settings: EmbeddedSettings) -> None:
+        """Start the processes and join their group.
+
+        Raises:
+            ConfigError: what several devices do not support.
+            EngineError: a rank did not start.
+        """
+        _check(architecture, settings)
+        self._ended = "a rank of the engine does not answer."
+        self._has_ended = threading.Event()
+        self._closing = threading.Event()
+        size = settings.num_devices
+        store, port = listening_store(_HOST, timeout_s=START_TIMEOUT_S)
+        # On a CPU ranks are forked with PyTorch imported. CUDA does not live in a process that forks.
+        _context.set_forkserver_preload([] if settings.device.startswith("cuda") else [__name__])
+        self._pipes, self._processes = list[Connection](), list[multiprocessing.process.BaseProcess]()
+        for rank in range(1, size):
+            ours, theirs = _context.Pipe()
+            arguments = (theirs, architecture, settings, Shard(rank=rank, size=size), port)
+            process = _context.Process(target=follow, args=arguments, name=f"qwench-engine-rank-{rank}", daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        self.shard = Shard(size=size)
+        try:
+            self.group = RankGroup(store, shard=self.shard, device=torch.device(settings.device))
+        except RuntimeError as cause:
+            self._end_processes()
+            raise EngineError(f"the {size} ranks of the engine did not meet within {START_TIMEOUT_S:g} s: {cause}") from cause
+        threading.Thread(target=self._watch, name="qwench-engine-ranks", daemon=True).start()
+
+    def tell(self, part: str, method: str, *arguments: object) -> None:
+        """Make every rank call a method of its part; nothing is waited for.
+
+        Raises:
+            EngineError: a rank ended.
+        """
+        self._send((part, method, arguments, False))
+
+    def ask(self, part: str, method: str, *arguments: object) -> list[Any]:  # what the method returns
+        """Make every rank call a method of its part, and return what each returned.
+
+        Raises:
+            EngineError: a rank ended.
+        """
+        self._send((part, method, arguments, True))
+        try:
+            return [] if self._closing.is_set() else [pipe.recv() for pipe in self._pipes]
+        except (OSError, EOFError) as cause:
+            raise self.failure() from cause
+
+    def failure(self) -> EngineError:
+        """Return the error of a rank that ended."""
+        self._has_ended.wait(END_TIMEOUT_S)  # a broken pipe, or collective, is seen before the end of its process
+        return EngineError(self._ended)
+
+    def _send(self, message: Message) -> None:
+        if self._closing.is_set():
+            return
+        try:
+            for pipe in self._pipes:
+                pipe.send(message)
+        except OSError as cause:
+            raise self.failure() from cause
+
+    def close(self) -> None:
+        """End the processes; later messages go nowhere."""
+        self._closing.set()
+        self._end_processes()
+        self.group.abort()
+
+    def _end_processes(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(END_TIMEOUT_S)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+
+    def _watch(self) -> None:
+        """Leave the group when a rank ends, or a collective would wait for it."""
+        connection.wait([process.sentinel for process in self._processes])
+        # A signal to the process group ends ranks while the engine is being closed.
+        if not self._closing.wait(CLOSING_GRACE_S):
+            codes = {rank: process.exitcode for rank, process in enumerate(self._processes, start=1)}
+            ended = ", ".join(f"rank {rank} (exit code {code})" for rank, code in codes.items() if code is not None)
+            self._ended = f"a rank of the engine ended: {ended}; its log tells why."
+            self._has_ended.set()
+            _logger.error("%s", self._ended)
+            self.group.abort()
+
+
+class LeadingRunner(Runner):
+    """Rank 0's runner, which makes the others run the same."""
+
+    def __init__(self, settings: EmbeddedSettings, weights: LeadingWeights, followers: Followers, model: Architecture) -> None:
+        super().__init__(model.divided(followers.shard.size), settings, weights, ranks=followers.group)
+        self._followers = followers
+
+    def choose_num_pages(self) -> int:
+        """See `Runner.choose_num_pages`; the device with the least free memory decides."""
+        others: list[int] = self._followers.ask("runner", "choose_num_pages")
+        return min(super().choose_num_pages(), *others)
+
+    def allocate_kv_cache(self, num_pages: int) -> None:
+        """See `Runner.allocate_kv_cache`."""
+        self._followers.tell("runner", "allocate_kv_cache", num_pages)
+        super().allocate_kv_cache(num_pages)
+
+    def drop_kv_cache(self) -> None:
+        """See `Runner.drop_kv_cache`."""
+        self._followers.ask("runner", "drop_kv_cache")
+        super().drop_kv_cache()
+
+    def release_cached_memory(self) -> None:
+        """See `Runner.release_cached_memory`."""
+        self._followers.tell("runner", "release_cached_memory")
+        super().release_cached_memory()
+
+    def forget_bindings(self) -> None:
+        """See `Runner.forget_bindings`."""
+        self._followers.tell("runner", "forget_bindings")
+        super().forget_bindings()
+
+    def compute(self, step: PackedStep, *, has_adapters: bool) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        """See `Runner.compute`."""
+        self._followers.tell("runner", "follow", step)
+        return super().compute(step, has_adapters=has_adapters)
+
+
+class LeadingWeights(WeightStore):
+    """Rank 0's weights: whole weights come to it, and each rank keeps its part."""
+
+    def __init__(self, settings: EmbeddedSettings, followers: Followers, model: Architecture) -> None:
+        device = torch.device(settings.device)
+        super().__init__(model, settings.resolved_dtype, fp8=False, device=device, shard=followers.shard)
+        self._followers = followers
+
+    def begin(self) -> None:
+        """See `WeightStore.begin`."""
+        self._followers.tell("weights", "begin")
+        super().begin()
+
+    def load_bucket(self, bucket: WeightBucket) -> None:
+        """See `WeightStore.load_bucket`."""
+        if any(is_of_adapter(name) for name, _ in bucket):
+            raise WeightSyncError("an engine of several GPUs takes no adapters; give --lora-publish merged.")
+        self.check_bucket(bucket)
+        entries = entries_of(bucket)
+        buffer = torch.empty(size_bytes(entries), dtype=torch.uint8, device=self._device)
+        flatten_into(buffer, bucket, entries)
+        self._followers.tell("bucket", "receive", entries)
+        self._followers.group.broadcast(buffer)
+        super().load_bucket(unflatten(buffer, entries))
+
+    def finish(self) -> dict[str, int]:
+        """See `WeightStore.finish`; also compares the checksums of all ranks."""
+        checksums = super().finish()
+        for rank, theirs in enumerate(self._followers.ask("weights", "finish"), start=1):
+            if theirs != checksums:
+                self.ready = False
+                raise WeightSyncError(f"rank {rank} of the engine received other weights than rank 0; publish them again.")
+        return checksums
+
+    def adopt(self, weights: Mapping[str, Tensor]) -> None:
+        """Refuse: the trainer has no tensors of this form."""
+        raise WeightSyncError("an engine of several GPUs cannot alias weights; copy them by update_weights instead.")
+
+    def drop(self) -> None:
+        """See `WeightStore.drop`."""
+        self._followers.ask("weights", "drop")
+        super().drop()
+
+
+class _Bucket:
+    """Receives what `LeadingWeights.load_bucket` sends."""
+
+    def __init__(self, weights: WeightStore, ranks: RankGroup, device: torch.device) -> None:
+        self._weights, self._ranks, self._device = weights, ranks, device
+
+    def receive(self, entries: Sequence[TensorEntry]) -> None:
+        buffer = torch.empty(size_bytes(entries), dtype=torch.uint8, device=self._device)
+        self._ranks.broadcast(buffer)
+        self._weights.load_bucket(unflatten(buffer, entries))
+
+
+def divide(model: Architecture, settings: EmbeddedSettings) -> tuple[WeightStore, Runner, Followers | None]:
+    """Return weights and runner of an engine; with several devices those of rank 0, and the other ranks.
+
+    Raises:
+        ConfigError: what several devices do not support.
+        EngineError: a rank did not start.
+    """
+    if settings.num_devices == 1:
+        device = torch.device(settings.device)
+        store = WeightStore(model, settings.resolved_dtype, fp8=settings.fp8, device=device)
+        return store, Runner(model, settings, store), None
+    followers = Followers(model, settings)
+    weights = LeadingWeights(settings, followers, model)
+    return weights, LeadingRunner(settings, weights, followers, model), followers
+
+
+def follow(pipe: Connection, model: Architecture, settings: EmbeddedSettings, shard: Shard, port: int) -> None:
+    """Do as rank 0 says until its pipe closes: the body of a further rank's process."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "rank 0 starts this process"
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # rank 0 closes the pipe
+    device = torch.device(settings.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", shard.rank)
+        torch.cuda.set_device(device)
+    settings = replace(settings, device=str(device))
+    ranks = RankGroup(reach_store(_HOST, port, timeout_s=START_TIMEOUT_S), shard=shard, device=device)
+    weights = WeightStore(model, settings.resolved_dtype, fp8=False, device=device, shard=shard)
+    parts = {
+        "weights": weights,
+        "bucket": _Bucket(weights, ranks, device),
+        "runner": Runner(model.divided(shard.size), settings, weights, ranks=ranks),
+    }
+    with suppress(EOFError):
+        while True:
+            part, method, arguments, is_asked = pipe.recv()
+            result = getattr(parts[part], method)(*arguments)
+            if is_asked:
+                pipe.send(result)
+    ranks.abort()
+
+
+def _end_with(sentinel: int) -> None:
+    """End this process with rank 0's, also within a collective."""
+    connection.wait([sentinel])
+    os._exit(1)
+
+
+def _check(model: Architecture, settings: EmbeddedSettings) -> None:
+    """Refuse what several devices do not support.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    model.divided(settings.num_devices)
+    reasons = {
+        "block-wise FP8 weights": settings.fp8,
+        "--deterministic-mode": settings.batch_invariant or settings.inline,
+    }
+    for noun, is_asked in reasons.items():
+        if is_asked:
+            raise ConfigError(f"an engine of {settings.num_devices} GPUs does not support {noun}; give it one GPU")
