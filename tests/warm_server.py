@@ -36,8 +36,6 @@ _PRELOADED = (
 )
 _NESTING = "tests.forked_call"
 """A process that runs this gets a server too, for those that it starts."""
-_OF_PYARROW = "jemalloc_bg_thd"
-"""A thread that gives memory back; the forked processes do without it."""
 _HIGH = 512
 _MAX_DESCRIPTORS = 16
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -53,9 +51,6 @@ def main(descriptor: int) -> NoReturn:
         warnings.simplefilter("ignore")
         for name in _PRELOADED:
             import_module(name)
-    names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
-    others = names.count(_OF_PYARROW), len(names) - 1
-    assert others[0] == others[1], f"the forked processes would lack threads that libraries have started: {names}"
     warm_start.install()
     gc.freeze()  # a collection in a forked process leaves these objects alone, and their memory shared
     begun = _serve(socket.socket(fileno=descriptor))
@@ -98,6 +93,8 @@ def _serve(connection: socket.socket) -> Begun:
         message, descriptors, _, _ = socket.recv_fds(connection, MESSAGE_BYTES, _MAX_DESCRIPTORS)
         if not message:
             os._exit(0)
+        threads = warm_start.other_threads()
+        assert not threads, f"a forked process would lack these threads, and keep the locks that they hold: {threads}"
         reader, writer = os.pipe()
         # Its parent, this process, is not the starter. The process between them ends, and the starter adopts the child.
         between = os.fork()

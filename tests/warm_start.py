@@ -34,6 +34,8 @@ _LIGHT = "qwench.launch.trial_import"
 REPOSITORY = Path(__file__).parents[1]
 MESSAGE_BYTES = 2**17
 _PADDING_BYTES = 2**15
+_WITHOUT_THREADS = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+"""Keep the libraries from starting threads as they are imported: a fork copies no thread, and what one held stays as it was."""
 _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37  # linux/prctl.h
 _PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from tests.warm_server import main; main(int(sys.argv[2]))"
 
@@ -137,7 +139,7 @@ def _execute_child(
         )
         if preexec_fn is None:
             pid = WARM.start(request, list(descriptors.values()))
-        elif len(list(Path("/proc/self/task").iterdir())) == 1:
+        elif not other_threads():
             pid = _fork(request, list(descriptors.values()), preexec_fn)
     ends = (p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
     if pid is None:
@@ -146,6 +148,16 @@ def _execute_child(
         return
     self.pid, self._child_created = pid, True  # type: ignore[attr-defined]  # as the original does
     self._close_pipe_fds(*ends)  # type: ignore[attr-defined]
+
+
+def other_threads() -> list[str]:
+    """Return the names of the threads of this process besides the calling one, those of native code too."""
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            if int(task.name) != threading.get_native_id():
+                names.append((task / "comm").read_text().strip())
+    return names
 
 
 def _is_known(args: object) -> bool:
@@ -182,7 +194,7 @@ def _start_server() -> socket.socket:
     """Start the server that imports. The padding is room for the arguments and the environment of its children."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     kept = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
-    environ = kept | {"OMP_NUM_THREADS": "1", "PADDING": "x" * _PADDING_BYTES}
+    environ = kept | _WITHOUT_THREADS | {"PADDING": "x" * _PADDING_BYTES}
     with theirs:
         words = [str(REPOSITORY), str(theirs.fileno()), "x" * _PADDING_BYTES]
         subprocess.Popen([sys.executable, "-P", "-c", _PROGRAM, *words], env=environ, pass_fds=[theirs.fileno()],
