@@ -1,7 +1,8 @@
 """What campaigns share: a tiny job in many layouts, drivers that start in a moment, and what they leave behind.
 
 Drivers, ranks and servers are forked from a process that has imported the package (`tests.warm_start`): they start in tenths
-of a second.
+of a second. A process that native code aborts leaves its memory as the file `core` beside its run's log, where the system
+writes such files to the working folder. `gdb -c core python` shows what each of its threads did.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -27,6 +29,14 @@ from tests.e2e.processes import descendants
 END_TIMEOUT_S = 30.0
 RUN_TIMEOUT_S = 600.0
 ADAPTERS = {"lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "lr": 2e-2}
+ASYNCHRONOUS: dict[str, object] = {"fully_async": (), "max_weight_staleness": 2, "num_rollout": 4}
+ASYNCHRONOUS_SERVERS: dict[str, object] = {
+    **ASYNCHRONOUS,
+    "num_rollout": 6,
+    "rollout_num_gpus": 2,
+    "colocate": None,
+    "deterministic_mode": None,
+}
 VARIANTS: dict[str, dict[str, object]] = {
     "in-process": {},
     "two ranks": {"actor_num_gpus_per_node": 2},
@@ -39,17 +49,12 @@ VARIANTS: dict[str, dict[str, object]] = {
     "ahead": {"rollouts_ahead": 1, "num_rollout": 4},
     "adapters": {**ADAPTERS, "use_kl_loss": (), "kl_loss_coef": 0.01},
     "adapters published apart": {**ADAPTERS, "lora_publish": "adapter", "actor_num_gpus_per_node": 2},
-    "asynchronous": {"fully_async": (), "max_weight_staleness": 2, "num_rollout": 4},
-    "asynchronous servers": {
-        "fully_async": (),
-        "max_weight_staleness": 2,
-        "num_rollout": 6,
-        "rollout_num_gpus": 2,
-        "colocate": None,
-        "deterministic_mode": None,
-    },
+    "asynchronous": ASYNCHRONOUS,
+    "asynchronous ranks": {**ASYNCHRONOUS, "actor_num_gpus_per_node": 2},
+    "asynchronous servers": ASYNCHRONOUS_SERVERS,
+    "asynchronous servers and ranks": {**ASYNCHRONOUS_SERVERS, "actor_num_gpus_per_node": 2},
 }
-FREE = frozenset({"asynchronous servers"})
+FREE = frozenset({"asynchronous servers", "asynchronous servers and ranks"})
 """Variants whose tokens depend on time: their runs are not deterministic."""
 
 
@@ -82,8 +87,8 @@ class Driver:
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.forked_call", str(call)],
-                cwd=REPOSITORY,
-                env=ONE_THREAD,
+                cwd=log.parent,
+                env={**ONE_THREAD, "PYTHONPATH": str(REPOSITORY)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -110,6 +115,8 @@ class Driver:
 
 
 def _be_driver(argv: list[str], prepare: Callable[[], None] | None) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (most, most))
     if prepare is not None:
         prepare()
     cli.main(argv)
