@@ -26,14 +26,14 @@ class Machine:
     num_gpus: int
 
 
-def look_at_machine(environ: Mapping[str, str] = os.environ) -> Machine:
+def look_at_machine(environ: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> Machine:
     """Find out whether SGLang is installed, and count the GPUs that a process may use."""
     shown = environ.get("CUDA_VISIBLE_DEVICES", environ.get("HIP_VISIBLE_DEVICES"))
     if shown is not None:
         num_gpus = len([one for one in shown.split(",") if one.strip() and one.strip() != "-1"])
     else:
-        num_gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) or len(list(Path("/dev/dri").glob("renderD*")))
-    has_driver = Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
+        num_gpus = len(list(devices.glob("nvidia[0-9]*"))) or len(list(devices.glob("dri/renderD*")))
+    has_driver = (devices / "nvidiactl").exists() or (devices / "kfd").exists()
     return Machine(has_sglang=importlib.util.find_spec("sglang") is not None, num_gpus=num_gpus if has_driver else 0)
 
 

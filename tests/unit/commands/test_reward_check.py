@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,13 @@ def test_table_counts_reasons_with_share_score_and_one_example(tmp_path: Path) -
     ]
     for cell in ("exact", "50.0 %", "25.0 %", "0.500", r"2: 34 <- </think>\boxed{34}"):
         assert cell in table
+    titles = table.split("reason", 1)[1].split("\n", 1)[0]
+    assert re.findall(r"[a-z][\w ()<:-]*\w", titles) == [
+        "count",
+        "share",
+        "mean score",
+        "example (line: label <- end of the response",
+    ]
 
 
 def test_column_names_can_be_chosen(tmp_path: Path) -> None:

@@ -70,6 +70,22 @@ def test_without_sglang_a_start_names_both_ways_out():
     check_engine_is_installed(parse("--rollout-external-engine-addrs", "a:1", "--sglang-page-size", "1"), NODE_WITHOUT)
 
 
-@pytest.mark.parametrize(("shown", "most"), [("", 0), ("-1", 0), ("3", 1), ("0,2", 2)])
-def test_gpus_are_those_that_the_process_may_use(shown, most):
-    assert look_at_machine({"CUDA_VISIBLE_DEVICES": shown}).num_gpus in (0, most)
+@pytest.mark.parametrize(
+    ("files", "environ", "num_gpus"),
+    [
+        (["nvidiactl", "nvidia0", "nvidia11", "nvidia-uvm"], {}, 2),
+        (["kfd", "dri/renderD128", "dri/renderD129", "dri/card0"], {}, 2),
+        (["nvidia0", "dri/renderD128"], {}, 0),  # no driver
+        ([], {"CUDA_VISIBLE_DEVICES": "0,1"}, 0),
+        (["nvidiactl", "nvidia0", "dri/renderD128", "dri/renderD129"], {}, 1),  # the others render
+        *((["nvidiactl", "nvidia0"], {"CUDA_VISIBLE_DEVICES": shown}, count) for shown, count in
+          {"": 0, " ": 0, "-1": 0, "3": 1, "0,2": 2, "0,,2,": 2, "GPU-5a,-1": 1}.items()),
+        (["kfd", "dri/renderD128"], {"HIP_VISIBLE_DEVICES": "0,1,2"}, 3),
+        (["kfd"], {"HIP_VISIBLE_DEVICES": "0,1,2", "CUDA_VISIBLE_DEVICES": "1"}, 1),
+    ],
+)  # fmt: skip
+def test_gpus_are_those_that_the_process_may_use(tmp_path, files, environ, num_gpus):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert look_at_machine(environ, tmp_path).num_gpus == num_gpus

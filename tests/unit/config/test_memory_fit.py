@@ -31,7 +31,8 @@ def test_weights_are_divided_among_the_gpus_of_an_engine():
 
 
 def test_an_engine_that_does_not_fit_is_refused_with_what_to_do():
-    small = read("--rollout-num-gpus-per-engine", "1", "--sglang-mem-fraction-static", "0.5")
+    engine = ("--sglang-page-size", "1", "--sglang-mem-fraction-static", "0.5", "--sglang-stream-interval", "2")
+    small = read("--rollout-num-gpus-per-engine", "1", *engine)
     plan = plan_run(small, QWEN3_4B)
     with pytest.raises(ConfigError) as refused:
         check_fit(small, plan, device_bytes=14 * GIB)

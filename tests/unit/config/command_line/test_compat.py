@@ -1,6 +1,6 @@
 import pytest
 
-from qwench.config.command_line.accepted_flags import ACCEPTED
+from qwench.config.command_line.accepted_flags import ACCEPTED, ARCHITECTURE
 from qwench.config.command_line.argv import sort_flags, split_words
 from qwench.config.command_line.compat import (
     ALIASES,
@@ -61,6 +61,28 @@ def test_every_flag_of_others_has_values_and_a_reason():
     for flag in FOREIGN_FLAGS.values():
         assert isinstance(flag.values, tuple) and all(isinstance(value, str) for value in flag.values), flag.name
         assert isinstance(flag.reason, str) and flag.reason, flag.name
+
+
+SILENT = """
+accumulate-allreduce-grads-in-fp32 attention-backend attention-dropout attention-softmax-in-fp32 bf16 check-lora-weight-equal
+check-weight-update-allow-quant-error check-weight-update-equal check-weight-update-selector check-weight-update-skip-list
+ci-train-rollout-logprob-abs-diff-threshold ckpt-format control-server-port critic-num-gpus-per-node critic-num-nodes
+data-pad-size-multiplier disable-wandb-random-suffix end-weight-decay fetch-trajectory-retry-times fp16 hidden-dropout
+keep-fp32-master lora-base-cpu-backup lora-sync-from-tensor main-grads-dtype main-params-dtype memory-recorder
+min-batch-collection-ratio mtp-loss-scaling-factor offload-rollout-level offload-train-target override-lr-scheduler
+override-opt-param-scheduler recompute-loss-function recompute-modules rollout-external rollout-task-type
+session-message-matcher sglang-device sglang-dp-size sglang-ep-size sglang-tokenizer-path sglang-true-on-policy-contract
+start-weight-decay tokenizer-hf-use-fast tokenizer-model tokenizer-type true-on-policy-contract trust-remote-code
+use-distributed-optimizer use-mcore-models weight-decay-incr-style
+"""
+
+
+def test_the_accepted_flags_without_a_warning_say_what_is_always_so():
+    architecture = {flag.name for flag in ACCEPTED if flag.reason == ARCHITECTURE} | {
+        "no-position-embedding", "qwen-gdn-backend", "linear-attention-backend",
+    }  # fmt: skip
+    assert sorted(flag.name for flag in ACCEPTED if not flag.told and flag.name not in architecture) == SILENT.split()
+    assert not any(flag.told for flag in ACCEPTED if flag.name in architecture and flag.values != ("*",))
 
 
 def test_a_flag_is_found_by_its_name_and_by_its_negation():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ import torch
 from qwench.engines.embedded.compute import runner, sampler
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.scheduling import stopping
+from qwench.engines.embedded.scheduling.kv_cache import KVCache
 from qwench.engines.embedded.scheduling.request import RunningRequest
-from qwench.engines.protocol import FinishReason
+from qwench.engines.protocol import FinishReason, MemoryTag
 from qwench.errors import ConfigError, EngineError
 from qwench.models.made.tokenizers import build_small_tokenizer
 from tests.contract.engine_hosts import ask, generate_all, make_engine, make_model, prompt_of, reference_log_probs, settings_of
@@ -115,6 +117,53 @@ def test_cancelled_caller_frees_its_request():
 
     stats = asyncio.run(scenario())
     assert stats.num_running == 0 and stats.num_free_pages == stats.num_pages
+
+
+def test_abort_of_a_request_spares_those_whose_ids_begin_alike():
+    async def scenario():
+        engine = make_engine(make_model("qwen3"))
+        ids = ("r", "r1", "q")
+        requests = [ask(name, prompt_of(5), max_new_tokens=40, ignore_eos=True) for name in ids]
+        running = [asyncio.ensure_future(engine.generate(request)) for request in requests]
+        await asyncio.sleep(0)
+        await engine.abort("r")
+        reasons = [(await one).finish_reason for one in running]
+        running = [asyncio.ensure_future(engine.generate(request)) for request in requests]
+        await asyncio.sleep(0)
+        await engine.abort("r", begins=True)
+        reasons += [(await one).finish_reason for one in running]
+        await engine.close()
+        return reasons
+
+    abort, length = FinishReason.ABORT, FinishReason.LENGTH
+    assert asyncio.run(scenario()) == [abort, length, length, abort, abort, length]
+
+
+def num_caches() -> int:
+    gc.collect()
+    return sum(isinstance(one, KVCache) for one in gc.get_objects())
+
+
+def test_each_kind_of_memory_is_given_back_alone():
+    model, request = make_model("qwen3"), ask("r", prompt_of(9), seed=3, ignore_eos=True)
+    others = num_caches()
+
+    async def scenario():
+        engine = make_engine(model, inline=True)
+        before = await engine.generate(request)
+        assert num_caches() == others + 1
+        await engine.sleep([MemoryTag.KV_CACHE])
+        assert (num_caches(), await engine.health()) == (others, True)
+        await engine.wake([MemoryTag.KV_CACHE])
+        after = await engine.generate(request)
+        await engine.sleep([MemoryTag.WEIGHTS])
+        assert (num_caches(), await engine.health()) == (others + 1, False)
+        await engine.close()
+        return before, after
+
+    before, after = asyncio.run(scenario())
+    assert (before.output_ids, before.log_probs) == (after.output_ids, after.log_probs)
+    assert num_caches() == others
 
 
 class BrokenError(Exception):
