@@ -24,15 +24,13 @@ from qwench.checkpoints.folders import (
     check_all_is_here,
     check_identity,
     check_load_folder,
-    foreign_checkpoint,
     hf_folder,
-    is_save_folder,
     open_save_folder,
 )
 from qwench.checkpoints.formats.iterations import Iterations
 from qwench.checkpoints.manifest import amend_manifest, read_manifest, write_manifest
 from qwench.checkpoints.reference_run import ReferenceRun, read_reference_run
-from qwench.checkpoints.saved import Saved
+from qwench.checkpoints.saved import Saved, newest_whole, sources
 from qwench.checkpoints.starting import SavesRollouts, SavesTraining, begin
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import CheckpointError, ConfigError
@@ -112,9 +110,8 @@ class CheckpointManager:
             CheckpointError: there are checkpoints, but all of them are damaged.
             ConfigError: the checkpoint is of another model or algorithm, or has no optimizer and --no-load-optim is not given.
         """
-        for source in self._sources():
-            found = self._newest_whole(source)
-            if found is not None:
+        for source in sources(self._config, self._iterations):
+            if (found := newest_whole(source, step=self._config.ckpt_step)) is not None:
                 number, meta = found
                 folder, iteration, own = source.folder(number), int(meta["iteration"]), source is self._iterations
                 if own and self._config.number(iteration) != number:
@@ -270,36 +267,6 @@ class CheckpointManager:
                 f"{self._failed_exports[-1]}. The checkpoints in --save {self._config.save} are whole: `qwench convert` makes "
                 "exports of them."
             )
-
-    def _sources(self) -> list[Iterations]:
-        """Return where to look for what runs saved: the own folder first, because the same command may have run before."""
-        config = self._config
-        own = [self._iterations] if self._iterations is not None else []
-        if foreign_checkpoint(config) is not None:
-            return own
-        if config.ckpt_step is not None and not config.finetune:
-            assert config.load is not None, "--ckpt-step needs --load"
-            return [Iterations(config.load)]
-        other = [Iterations(config.load)] if config.load is not None and not is_save_folder(config, config.load) else []
-        if config.finetune:
-            return own
-        return own + other
-
-    def _newest_whole(self, source: Iterations) -> tuple[int, Mapping[str, Json]] | None:
-        """Return the number of the newest checkpoint that is as it was written, and its meta.json; None: there is none."""
-        step = self._config.ckpt_step
-        candidates = source.newest_first() if step is None else [step]
-        for number in candidates:
-            try:
-                return number, read_manifest(source.folder(number))
-            except CheckpointError as error:
-                _logger.warning("checkpoint %d is damaged and passed over: %s", number, error)
-        if candidates:
-            raise CheckpointError(
-                f"no checkpoint in {source.root} is whole (damaged: {', '.join(map(str, candidates))}); restore the files "
-                "from a copy, or start anew with another --save and without --load."
-            )
-        return None
 
     def _load(self, saved: Saved, learner: SavesTraining, rollouts: SavesRollouts) -> None:
         _logger.info("resuming from %s", saved.folder)

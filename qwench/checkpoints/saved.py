@@ -1,16 +1,22 @@
-"""The checkpoint that a run resumes from. Before a model loads, it says what must fit and what has changed."""
+"""The checkpoint that a run resumes from: where to find it, what must fit, and what has changed. No model is loaded."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from qwench.checkpoints.folders import foreign_checkpoint, is_save_folder
+from qwench.checkpoints.formats.iterations import Iterations
+from qwench.checkpoints.manifest import read_manifest
+from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.profiling import ProfilingConfig
 from qwench.config.sections.timeouts import TimeoutConfig
-from qwench.errors import ConfigError
+from qwench.errors import CheckpointError, ConfigError
 from qwench.samples import Json
 
+_logger = logging.getLogger(__name__)
 _WITHOUT_EFFECT = frozenset(
     {"--save", "--load", "--save-hf", "--save-interval", "--keep-checkpoints", "--save-numbering"}
     | {"--ckpt-step", "--log-dir", "--log-level", "--dry-run", "--debug-exit-after-rollout", "--save-trigger-sentinel"}
@@ -98,3 +104,39 @@ class Saved:
                 meaning = f" ({_MEANINGS[flag]})" if flag in _MEANINGS else ""
                 lines.append(f"changed since checkpoint {self.iteration}: {flag} {old} -> {new}{meaning}")
         return lines
+
+
+def sources(config: CheckpointConfig, own: Iterations | None) -> list[Iterations]:
+    """Return where to look for what runs saved: the own folder first, because the same command may have run before."""
+    first = [own] if own is not None else []
+    if foreign_checkpoint(config) is not None:
+        return first
+    if config.ckpt_step is not None and not config.finetune:
+        assert config.load is not None, "--ckpt-step needs --load"
+        return [Iterations(config.load)]
+    if config.finetune or config.load is None or is_save_folder(config, config.load):
+        return first
+    return [*first, Iterations(config.load)]
+
+
+def newest_whole(source: Iterations, *, step: int | None) -> tuple[int, Mapping[str, Json]] | None:
+    """Return the number of the newest checkpoint that is as it was written, and its meta.json; None: there is none.
+
+    Args:
+        step: the number of the only one that is looked at.
+
+    Raises:
+        CheckpointError: there are some, and all are damaged.
+    """
+    candidates = source.newest_first() if step is None else [step]
+    for number in candidates:
+        try:
+            return number, read_manifest(source.folder(number))
+        except CheckpointError as error:
+            _logger.warning("checkpoint %d is damaged and passed over: %s", number, error)
+    if candidates:
+        raise CheckpointError(
+            f"no checkpoint in {source.root} is whole (damaged: {', '.join(map(str, candidates))}); restore the files "
+            "from a copy, or start anew with another --save and without --load."
+        )
+    return None

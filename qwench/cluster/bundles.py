@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from itertools import accumulate
 
-from qwench.config.plan import DevicePlan
+from qwench.config.devices import DevicePlan
 from qwench.config.sections.cluster import ClusterConfig
 
 

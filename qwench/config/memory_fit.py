@@ -5,7 +5,7 @@ from __future__ import annotations
 from qwench.config.config import Config
 from qwench.config.plan import BFLOAT16_BYTES, RunPlan
 from qwench.errors import ConfigError
-from qwench.models.memory import num_parameters
+from qwench.models.memory import gib, num_parameters
 
 _SGLANG_FRACTION = 0.9
 """SGLang chooses its own share where --sglang-mem-fraction-static is not given; it is never more."""
@@ -32,14 +32,14 @@ def check_fit(config: Config, plan: RunPlan, *, device_bytes: int, element_bytes
     if weights > fraction * device_bytes:
         size = min(plan.devices.engine_sizes)
         raise ConfigError(
-            f"an engine of {size} GPU{'s' * (size > 1)} holds {_gib(weights)} GiB of weights on each, more than {flag} "
-            f"{fraction:g} of {_gib(device_bytes)} GiB; raise --rollout-num-gpus-per-engine"
+            f"an engine of {size} GPU{'s' * (size > 1)} holds {gib(weights)} GiB of weights on each, more than {flag} "
+            f"{fraction:g} of {gib(device_bytes)} GiB; raise --rollout-num-gpus-per-engine"
         )
     state = plan.rank_bytes.device
     if plan.devices.trains and state > device_bytes:
         raise ConfigError(
-            f"each trainer rank holds {_gib(state)} GiB of weights, gradients and optimizer state, activations apart, more "
-            f"than the {_gib(device_bytes)} GiB of its GPU; give --optimizer-cpu-offload, "
+            f"each trainer rank holds {gib(state)} GiB of weights, gradients and optimizer state, activations apart, more "
+            f"than the {gib(device_bytes)} GiB of its GPU; give --optimizer-cpu-offload, "
             "a larger --tensor-model-parallel-size, or more GPUs"
         )
 
@@ -55,7 +55,3 @@ def _share(config: Config) -> tuple[str, float]:
         return "--sglang-mem-fraction-static", float(given)
     except ValueError:
         return "--sglang-mem-fraction-static", _SGLANG_FRACTION
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.1f}"

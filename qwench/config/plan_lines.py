@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 
 from qwench.config.config import Config
-from qwench.config.plan import DevicePlan, RunPlan, train_dtype
-from qwench.models.memory import num_adapter_parameters, num_parameters
+from qwench.config.devices import DevicePlan
+from qwench.config.plan import RunPlan, train_dtype
+from qwench.models.memory import gib, num_adapter_parameters, num_parameters
 
 
 def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
@@ -34,8 +35,8 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
         if plan.holds_critic:
             yield "critic: on the ranks of the policy, in turn with it; the one that rests takes as many bytes of the host"
         yield (
-            f"each trainer rank, activations apart: {_gib(held.device)} GiB on the device ({_gib(held.weights)} weights, "
-            f"{_gib(held.gradients)} gradients, {_gib(held.optimizer)} optimizer), {_gib(held.host)} GiB on the host"
+            f"each trainer rank, activations apart: {gib(held.device)} GiB on the device ({gib(held.weights)} weights, "
+            f"{gib(held.gradients)} gradients, {gib(held.optimizer)} optimizer), {gib(held.host)} GiB on the host"
         )
         yield f"computation: {_giga(plan.cost.linear * plan.train_passes)} GFLOP a trained token, attention apart"
 
@@ -89,10 +90,6 @@ def _micro_batches(plan: RunPlan) -> str:
         return f"packed up to {plan.micro_batch_tokens} tokens, as many on each of the {plan.dp_size} DP ranks"
     per_rank = -(-plan.batch.global_batch_size // (plan.micro_batch_size * plan.dp_size))
     return f"{per_rank} of {plan.micro_batch_size} samples in each step on each of the {plan.dp_size} DP ranks"
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f}"
 
 
 def _giga(flops: float) -> str:

@@ -218,3 +218,9 @@ def megatron_bytes(
 
 def _count(shapes: Iterable[tuple[int, ...]]) -> int:
     return sum(map(prod, shapes))
+
+
+def gib(num_bytes: float) -> str:
+    """Write bytes in GiB with three digits, without the unit."""
+    size = num_bytes / 2**30
+    return f"{size:.3g}" if size < 1000 else f"{size:.0f}"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache
 
-from qwench.rewards import latex, mathd
+from qwench.rewards import latex
 from qwench.samples import Verdict
 
 MAX_ANSWER_CHARS = 1000
@@ -70,7 +70,7 @@ def compare(answer: str, label: str) -> Verdict | Question:
         return _right("exact" if is_same_number(answer, label) else "within_tolerance")
     if len(answer) > MAX_ANSWER_CHARS:
         return _wrong("unparseable")
-    if mathd.normal_form(answer) == mathd.normal_form(label):
+    if latex.normal_form(answer) == latex.normal_form(label):
         return _right("normal_form_equal")
     return _compare_expressions(normal_expression(answer), normal_expression(label))
 

@@ -1,4 +1,6 @@
-r"""Turn LaTeX maths into the plain expression that `formula` reads: `\frac{\sqrt{3}}{x+1}` -> ` sqrt(3)/(x+1)`.
+r"""LaTeX answers: turned into the plain expression that `formula` reads, and in the normal form of the MATH data set.
+
+`\frac{\sqrt{3}}{x+1}` -> ` sqrt(3)/(x+1)`
 
 Symbols, fonts and spaces mean what pylatexenc's tables say, as in slime's grader. A small reader takes fractions, roots, text
 and commands without arguments, in microseconds. All other LaTeX goes through pylatexenc. Both write fractions and roots alike.
@@ -225,3 +227,61 @@ def _library_fraction(node: LatexMacroNode, l2tobj: LatexNodes2Text) -> str:
 def _library_root(node: LatexMacroNode, l2tobj: LatexNodes2Text) -> str:
     index, radicand = (str(l2tobj.node_arg_to_text(node, k)).translate(_UNICODE) for k in range(2))
     return _root(radicand, index or None)
+
+
+_ALL_TEXT = re.compile(r"^\\text\{(?P<text>.+?)\}$")
+_REWRITES = (
+    ("\n", ""),
+    ("\\!", ""),
+    ("\\\\", "\\"),
+    ("tfrac", "frac"),
+    ("dfrac", "frac"),
+    ("\\left", ""),
+    ("\\right", ""),
+    ("^{\\circ}", ""),
+    ("^\\circ", ""),
+    ("\\$", ""),
+)
+_UNIT = "\\text{ "  # `\text{` followed by a space begins a unit
+_BARE_SQRT = re.compile(r"\\sqrt([^{])")
+_BARE_FRAC = re.compile(r"\\frac([^{])(.)")
+_SLASH = re.compile(r"(-?(?:0|[1-9]\d*))/(-?(?:0|[1-9]\d*))")
+
+
+def normal_form(answer: str) -> str:
+    r"""Return the normal form of `answer`; an answer that the rules cannot read is returned unchanged.
+
+    `\dfrac12` and `1/2` -> `\frac{1}{2}`; `x = 34` -> `34`; `34\text{ cm}` -> `34`; `.5` -> `\frac{1}{2}`.
+
+    Source: the rules of Hendrycks et al., "Measuring Mathematical Problem Solving With the MATH Dataset" (arXiv 2103.03874).
+    """
+    answer = answer.strip()
+    if wrapped := _ALL_TEXT.search(answer):
+        answer = wrapped.group("text").strip()
+    text = answer
+    for written, normal in _REWRITES:
+        text = text.replace(written, normal)
+    if text.count(_UNIT) > 1:
+        return answer
+    text = text.partition(_UNIT)[0].replace("\\%", "")
+    text = _without_left_hand_side(_with_leading_zeros(text))
+    text = _BARE_SQRT.sub(r"\\sqrt{\1}", text).replace(" ", "")
+    return _with_plain_fractions(text)
+
+
+def _with_leading_zeros(text: str) -> str:
+    text = text.replace(" .", " 0.").replace("{.", "{0.")
+    return "0" + text if text.startswith(".") else text
+
+
+def _without_left_hand_side(text: str) -> str:
+    """Drop a short name before the only equals sign: `x=34` answers the same as `34`."""
+    name, equals, value = text.partition("=")
+    return value if equals and "=" not in value and len(name) <= 2 else text
+
+
+def _with_plain_fractions(text: str) -> str:
+    text = _BARE_FRAC.sub(lambda frac: f"\\frac{{{frac[1]}}}" + ("{" if frac[2] == "{" else f"{{{frac[2]}}}"), text)
+    if text == "0.5":
+        return "\\frac{1}{2}"
+    return _SLASH.sub(r"\\frac{\1}{\2}", text) if _SLASH.fullmatch(text) else text

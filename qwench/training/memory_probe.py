@@ -19,6 +19,7 @@ from qwench.config.plan import RunPlan
 from qwench.config.sections.training import TrainingConfig
 from qwench.data.packing import pack_by_count, pack_by_tokens
 from qwench.errors import TrainingError
+from qwench.models.memory import gib
 from qwench.training.batch import pack
 from qwench.training.critic import Critic
 from qwench.training.memory_budget import kept_bytes
@@ -101,7 +102,7 @@ class MemoryProbe:
         if device.type == "cuda":
             peak = policy.max_over_ranks(torch.cuda.max_memory_allocated(device))
             torch.cuda.reset_peak_memory_stats(device)
-            text += f" and at most {_gib(peak)} of {_gib(_memory_bytes(device))} GiB"
+            text += f" and at most {gib(peak)} of {gib(_memory_bytes(device))} GiB"
         return f"{text}; predicted {self._predicted(policy)}"
 
     def _pass_through(self, trainer: Trainer, *, with_entropy: bool) -> None:
@@ -119,7 +120,7 @@ class MemoryProbe:
             except torch.OutOfMemoryError as error:
                 raise TrainingError(
                     f"{self._size}, the largest that the flags allow, does not fit the memory of a trainer rank: predicted "
-                    f"{self._predicted(trainer)}, the device has {_gib(_memory_bytes(trainer.device))} GiB; lower {self.flag}. "
+                    f"{self._predicted(trainer)}, the device has {gib(_memory_bytes(trainer.device))} GiB; lower {self.flag}. "
                     "If no rollout becomes so large, --no-memory-probe starts without the check."
                 ) from error
         trainer.drop_gradients()
@@ -149,8 +150,8 @@ class MemoryProbe:
             num_tokens = sum(self.lengths)
             activations = budget.predict(num_tokens, num_tokens - len(self.lengths), free=free)
         return (
-            f"{_gib(self.state_bytes)} GiB of weights, gradients and optimizer state + {_gib(activations)} GiB of "
-            f"activations and logits = {_gib(self.state_bytes + activations)} GiB"
+            f"{gib(self.state_bytes)} GiB of weights, gradients and optimizer state + {gib(activations)} GiB of "
+            f"activations and logits = {gib(self.state_bytes + activations)} GiB"
         )
 
 
@@ -179,7 +180,3 @@ def _memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.3g}"

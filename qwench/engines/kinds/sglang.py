@@ -1,4 +1,4 @@
-"""Stock SGLang servers: how to start one.
+"""Stock SGLang servers: how to start one, and whether the installed SGLang and router take the flags that pass through.
 
 Written against SGLang 0.5.16: `python -m sglang.launch_server`, whose `--admin-api-key` protects the endpoints that change
 weights or memory, and whose `--enable-memory-saver` lets it give memory back.
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
 from qwench.config.sections.engine import EngineConfig
 from qwench.engines.fleet.servers import ServerCommand, server_environ, visible_devices
 from qwench.engines.kinds.kind import EngineKind, ServerOrder
-from qwench.engines.kinds.passthrough_flags import check_words
 from qwench.engines.kinds.sglang_receiver import SglangReceiver
+from qwench.errors import ConfigError
 
 _OVERRIDES = frozenset({"--json-model-override-args", "--context-length"})
 """With one of them the user decides how long texts are."""
@@ -97,3 +98,47 @@ SGLANG = EngineKind(
     answers=lambda model_info: True,
 )
 """A server with this HTTP API that is of no other kind is taken for SGLang."""
+
+
+CHECK_TIMEOUT_S = 180.0
+_PREAMBLE = """
+import argparse, sys
+parser = argparse.ArgumentParser(prog="flags", allow_abbrev=False)
+"""
+_EPILOGUE = """
+parser.parse_args(sys.argv[1:])
+"""
+_NOT_INSTALLED = 3
+
+
+def check_words(words: Sequence[str], *, prefix: str, parser_program: str, package: str) -> None:
+    """Check the flags with the parser of the installed package, in another process: an import takes seconds and GPU memory.
+
+    Args:
+        parser_program: Python lines that import the package and add its flags to `parser`.
+
+    Raises:
+        ConfigError: the package is not installed, or does not take the flags.
+    """
+    guarded = "try:\n" + "".join(f"    {line}\n" for line in parser_program.strip().splitlines())
+    program = (
+        f"{_PREAMBLE}{guarded}except ImportError as error:\n    print(error, file=sys.stderr)\n    sys.exit(3)\n{_EPILOGUE}"
+    )
+    try:
+        finished = subprocess.run(
+            [sys.executable, "-P", "-c", program, *words],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=CHECK_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as cause:
+        raise ConfigError(f"{package} did not read its flags within {CHECK_TIMEOUT_S:g} s; is it installed well?") from cause
+    if finished.returncode == 0:
+        return
+    last = (finished.stderr.strip().splitlines() or ["(no message)"])[-1]
+    if finished.returncode == _NOT_INSTALLED:
+        raise ConfigError(f"{package} cannot be imported ({last}); install it: pip install 'qwench[sglang]'")
+    problem = last.removeprefix("flags: error: ").replace("--", f"--{prefix}-")
+    raise ConfigError(f"the installed {package} does not take the --{prefix}-* flags: {problem}")

@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 
 from qwench.engines.fleet.servers import ServerCommand, ServerProcess, check_port_is_free
-from qwench.engines.kinds.passthrough_flags import check_words
+from qwench.engines.kinds.sglang import check_words
 from qwench.errors import ConfigError, EngineError
 from qwench.wire.addresses import unused_port
 

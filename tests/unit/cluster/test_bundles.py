@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwench.cluster.bundles import Bundles, Seat, device_number, engine_places, order_of, plan_bundles
-from qwench.config.plan import DevicePlan
+from qwench.config.devices import DevicePlan
 from qwench.config.sections.cluster import ClusterConfig
 
 SHARED = {"trains": True, "generates": True, "shared": True}

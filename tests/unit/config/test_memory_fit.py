@@ -37,17 +37,17 @@ def test_an_engine_that_does_not_fit_is_refused_with_what_to_do():
     with pytest.raises(ConfigError) as refused:
         check_fit(small, plan, device_bytes=14 * GIB)
     assert str(refused.value) == (
-        "an engine of 1 GPU holds 7.5 GiB of weights on each, more than --sglang-mem-fraction-static 0.5 of 14.0 GiB; "
+        "an engine of 1 GPU holds 7.49 GiB of weights on each, more than --sglang-mem-fraction-static 0.5 of 14 GiB; "
         "raise --rollout-num-gpus-per-engine"
     )
     check_fit(small, plan, device_bytes=16 * GIB)
     check_fit(small, plan, device_bytes=14 * GIB, element_bytes=1)
     embedded = read("--rollout-engine", "embedded")
-    with pytest.raises(ConfigError, match=r"--embedded-mem-fraction 0\.8 of 8\.0 GiB; raise --rollout-num-gpus-per-engine"):
+    with pytest.raises(ConfigError, match=r"--embedded-mem-fraction 0\.8 of 8 GiB; raise --rollout-num-gpus-per-engine"):
         check_fit(embedded, plan_run(embedded, QWEN3_4B), device_bytes=8 * GIB)
 
 
 def test_a_trainer_that_does_not_fit_is_refused():
     config = read("--rollout-num-gpus-per-engine", "8")
-    with pytest.raises(ConfigError, match=r"each trainer rank holds .* more than the 4.0 GiB of its GPU"):
+    with pytest.raises(ConfigError, match=r"each trainer rank holds .* more than the 4 GiB of its GPU"):
         check_fit(config, plan_run(config, QWEN3_4B), device_bytes=4 * GIB)

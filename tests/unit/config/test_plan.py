@@ -268,7 +268,7 @@ def test_the_plan_states_the_identities_with_their_numbers():
         "devices: shared by trainer and engines",
         "engines: embedded (the default), 2, of 1 device each",
         "reference model: held",
-        "each trainer rank, activations apart: 29.97 GiB on the device (7.49 weights, 7.49 gradients, 14.98 optimizer), "
+        "each trainer rank, activations apart: 30 GiB on the device (7.49 weights, 7.49 gradients, 15 optimizer), "
         "3.75 GiB on the host",
         "computation: 24.1 GFLOP a trained token, attention apart",
     ]

@@ -12,8 +12,7 @@ import yaml
 from qwench.engines.fleet.servers import server_environ
 from qwench.engines.kinds.embedded import embedded_command
 from qwench.engines.kinds.kind import ServerOrder
-from qwench.engines.kinds.passthrough_flags import check_words
-from qwench.engines.kinds.sglang import check_sglang_words, sglang_command
+from qwench.engines.kinds.sglang import check_sglang_words, check_words, sglang_command
 from qwench.engines.kinds.sglang_router import check_router_words, router_command
 from qwench.errors import ConfigError
 from qwench.models.peft import AdapterConfig

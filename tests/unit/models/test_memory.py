@@ -13,6 +13,7 @@ from qwench.models.memory import (
     StateBytes,
     adapter_bytes,
     fsdp_bytes,
+    gib,
     kv_bytes_per_token,
     megatron_bytes,
     num_adapter_parameters,
@@ -121,3 +122,8 @@ def test_megatron_ranks_hold_a_share_of_a_stage():
         weights=stage * 2, gradients=stage * 4, optimizer=stage // 2 * 12, host_optimizer=0, host_reference=stage * 2
     )
     assert megatron_bytes(SMALL, BF16, tp=1, pp=1, num_replicas=1, holds_reference=False).device == 668 * 18
+
+
+@pytest.mark.parametrize(("size", "text"), [(7.486, "7.49"), (80, "80"), (0.0012345, "0.00123"), (1536, "1536")])
+def test_bytes_are_written_in_gib_with_three_digits(size, text):
+    assert gib(size * 2**30) == text

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwench.rewards import latex, mathd
+from qwench.rewards import latex
 from qwench.rewards.algebra_worker import settle
 from qwench.rewards.boxed import last_box
 from qwench.rewards.expressions import MAX_ANSWER_CHARS, Question, as_integer, compare, normal_expression
@@ -104,7 +104,7 @@ def balanced(text: str) -> bool:
     ],
 )
 def test_mathd_normal_form(answer: str, form: str) -> None:
-    assert mathd.normal_form(answer) == form
+    assert latex.normal_form(answer) == form
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The GPUs of each engine: equally many, or those of the file of --sglang-config.
+"""Devices of a run: those of the trainer, and those of each engine, equally many or by the file of --sglang-config.
 
     sglang:
     - name: default
@@ -12,7 +12,8 @@ Source: slime's format of the same flag.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,82 @@ from qwench.models.architecture import Architecture
 _GROUP_KEYS = frozenset({"worker_type", "num_gpus", "num_gpus_per_engine"})
 
 
-def engine_sizes(config: Config, num_devices: int) -> tuple[int, ...]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DevicePlan:
+    """Devices of the trainer and of the engines."""
+
+    trains: bool
+    generates: bool
+    on_gpus: bool
+    """The trainer computes on GPUs."""
+    shared: bool
+    """Trainer and engines use the same devices. False also where one of them is missing."""
+    engine_sizes: tuple[int, ...]
+    """Devices of each engine that the run starts; empty: none, or those of --rollout-external-engine-addrs."""
+    num_eval_engines: int = 0
+    """Engines at the end of these that serve evaluations alone."""
+    offload_train: bool
+    offload_rollout: bool
+    weights_may_alias: bool
+    """An engine in this process may sample from the trainer's own tensors: it never generates while they change."""
+
+    @property
+    def num_engines(self) -> int:
+        """Return how many engines the run starts."""
+        return len(self.engine_sizes)
+
+
+def plan_devices(config: Config, *, trains: bool, on_gpus: bool) -> DevicePlan:
+    """Divide the devices between trainer and engines.
+
+    Raises:
+        ConfigError: an engine would span two nodes.
+    """
+    cluster, debug, rollout = config.cluster, config.debug, config.rollout
+    generates = config.generates
+    per_engine = cluster.rollout_num_gpus_per_engine
+    num_devices = cluster.world_size if cluster.shares_devices else (cluster.rollout_num_gpus or 0)
+    num_devices += config.evaluation.eval_num_gpus
+    starts_engines = generates and not config.engine.rollout_external_engine_addrs
+    shared = generates and trains and not debug.debug_rollout_only and cluster.shares_devices
+    if shared and starts_engines and cluster.actor_num_gpus_per_node % per_engine:
+        raise ConfigError(
+            f"--rollout-num-gpus-per-engine {per_engine} does not divide --actor-num-gpus-per-node "
+            f"{cluster.actor_num_gpus_per_node}, and an engine lives on one node; choose a divisor."
+        )
+    return DevicePlan(
+        trains=trains and not debug.debug_rollout_only,
+        generates=generates,
+        on_gpus=on_gpus,
+        shared=shared,
+        engine_sizes=(sizes := _engine_sizes(config, num_devices) if starts_engines else ()),
+        num_eval_engines=_num_eval_engines(sizes, config.evaluation.eval_num_gpus),
+        offload_train=_offloads(cluster.offload_train, cluster.offload, cluster.shares_devices),
+        offload_rollout=_offloads(cluster.offload_rollout, cluster.offload, cluster.shares_devices),
+        weights_may_alias=generates and not config.generates_ahead and rollout.update_weights_interval == 1,
+    )
+
+
+def _num_eval_engines(sizes: Sequence[int], num_gpus: int) -> int:
+    """Return how many engines at the end of `sizes` have the GPUs of --eval-num-gpus.
+
+    Raises:
+        ConfigError: no whole engines have as many, or no engine is left for rollouts.
+    """
+    sums = [0, *accumulate(reversed(sizes))]
+    if sizes and num_gpus not in sums[:-1]:
+        raise ConfigError(
+            f"--eval-num-gpus {num_gpus} must be the GPUs of the last engines, which have "
+            f"{', '.join(map(str, sizes))}; see --rollout-num-gpus-per-engine and --sglang-config"
+        )
+    return sums.index(num_gpus) if sizes else 0
+
+
+def _offloads(asked: bool | None, both: bool, shares_devices: bool) -> bool:
+    return both or (shares_devices if asked is None else asked)
+
+
+def _engine_sizes(config: Config, num_devices: int) -> tuple[int, ...]:
     """Return the devices of each engine, in the order of their devices.
 
     Raises:

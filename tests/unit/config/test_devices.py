@@ -7,7 +7,7 @@ import yaml
 
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.config import Config
-from qwench.config.engine_groups import read_engine_sizes
+from qwench.config.devices import read_engine_sizes
 from qwench.config.plan import plan_run
 from qwench.errors import ConfigError
 from tests.unit.config.architectures import QWEN3_4B
