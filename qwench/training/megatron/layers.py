@@ -105,7 +105,7 @@ class PackedSelfAttention(SelfAttention):
         shape = Heads(heads=heads, kv_heads=self.num_query_groups_per_partition, head_dim=config.kv_channels)
         weights = [None if norm is None else getattr(norm, "weight", None) for norm in (self.q_layernorm, self.k_layernorm)]
         query, key, value = split_heads(
-            qkv[:, 0], *weights, heads=shape, table=packed.rope, positions=packed.positions, eps=config.layernorm_epsilon
+            qkv.squeeze(1), *weights, heads=shape, table=packed.rope, positions=packed.positions, eps=config.layernorm_epsilon
         )
         if packed.key_source is not None:
             both = gather_keys(torch.stack((key, value), dim=1), packed.key_group)
@@ -119,7 +119,8 @@ class GatedMLP(MLP):
     def forward(self, hidden_states: Tensor, **_unused: object) -> tuple[Tensor, Tensor | None]:
         """Return the output [t, 1, D] for the input, and megatron-core's bias."""
         gate_up, _ = self.linear_fc1(hidden_states)
-        output: tuple[Tensor, Tensor | None] = self.linear_fc2(gated(gate_up[:, 0])[:, None])
+        # The gradient of squeeze is a view; that of an index is zeros, and a copy into them.
+        output: tuple[Tensor, Tensor | None] = self.linear_fc2(gated(gate_up.squeeze(1))[:, None])
         return output
 
 

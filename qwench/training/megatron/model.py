@@ -113,7 +113,7 @@ class PolicyModel(GPTModel):
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden)
-        hidden = hidden[:, 0]
+        hidden = hidden.squeeze(1)
         if self.gives_logits and torch.is_grad_enabled():
             assert self._layout.cp == 1, "config.rules refuses context parallelism"
             merged = split.merged.to(hidden.device, non_blocking=True)
@@ -268,7 +268,8 @@ def load_weights(model: PolicyModel, source: TensorReader, architecture: Archite
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
     for rule, parameter in [*local_parameters(model, architecture), *tied_head(model, architecture)]:
-        whole = to_megatron(rule, [source.read(name) for name in rule.hf_names], architecture)
+        # On the device: the host would take new memory for each tensor that is put together or cut.
+        whole = to_megatron(rule, [source.read(name).to(parameter.device) for name in rule.hf_names], architecture)
         shard = tp_shard(rule, whole, rank, layout.tp)
         if shard.shape != parameter.shape:
             raise ConfigError(
