@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, NoReturn
 
-import coverage
 import numpy as np
 import pytest
 from _pytest.runner import runtestprotocol
@@ -233,9 +232,6 @@ def _work(session: pytest.Session, connection: Connection, files: Iterator[Seque
                 after = session if following is None else session.items[following]
                 config.hook.pytest_runtest_protocol(item=session.items[messenger.index], nextitem=after)
         session._setupstate.teardown_exact(None)
-        if (measured := coverage.Coverage.current()) is not None:
-            measured.stop()
-            measured.save()
         code = 0
     except (KeyboardInterrupt, BrokenPipeError):
         session._setupstate.teardown_exact(None)

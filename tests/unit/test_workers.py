@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+from coverage import CoverageData
+
 ROOT = Path(__file__).parents[2]
+TOOLS = ("__init__.py", "workers.py", "lines.py", "warm_start.py")
 FILES = {
     "test_first.py": """
         import os, signal, warnings
@@ -62,9 +67,10 @@ def run(folder: Path, *words: str) -> tuple[int, str, list[tuple[str, str]]]:
     for name, text in FILES.items():
         (folder / name).write_text("\n".join(line[8:] for line in text.splitlines()))
     plain = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "tests.workers", f"--rootdir={folder}", "-c", "/dev/null"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, *plain, f"--junitxml={folder / 'junit.xml'}", *words, str(folder)],
-        cwd=folder, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False,
+        cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     cases = ET.parse(folder / "junit.xml").iter("testcase")
     outcomes = [
@@ -99,8 +105,18 @@ def test_no_test_begins_after_the_first_failure_that_ends_the_session(tmp_path: 
 
 
 def test_lines_that_ran_in_workers_are_counted(tmp_path: Path) -> None:
-    (tmp_path / "subject.py").write_text("def one():\n    return 1\n\n\ndef two():\n    return 2\n")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "qwench").mkdir()
+    for name in TOOLS:
+        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
+    subject = "def one():\n    return 1\n\ndef two():\n    return 2\n\ndef three():\n    return 3\n"
+    for name, text in {"__init__.py": "", "idle.py": "idle = True\n", "subject.py": subject}.items():
+        (tmp_path / "qwench" / name).write_text(text)
     for name in ("one", "two"):
-        (tmp_path / f"test_{name}.py").write_text(f"import subject\n\ndef test_it():\n    subject.{name}()\n")
-    _, said, _ = run(tmp_path, "--workers", "2", "--cov=subject", "--cov-report=term-missing")
-    assert "subject.py       4      0   100%" in said
+        (tmp_path / f"test_{name}.py").write_text(f"from qwench import subject\n\ndef test_it():\n    subject.{name}()\n")
+    run(tmp_path, "--workers", "2", "-p", "tests.lines")
+    data = CoverageData(str(tmp_path / ".coverage"))
+    data.read()
+    ran = {Path(file).name: sorted(data.lines(file) or ()) for file in data.measured_files()}
+    assert ran == {"subject.py": [1, 2, 4, 5, 7], "idle.py": [], "__init__.py": []}
+    assert len(list(tmp_path.glob(".coverage*"))) == 1
