@@ -177,7 +177,7 @@ def adapters_are_built_for(config: Config) -> str | None:
     named = lora.lora_publish == "adapter" and config.engine.names_adapters
     other_base = config.checkpoint.ref_load not in (None, config.model.hf_checkpoint)
     by_name = "SGLang" if config.engine.facts.names_adapters else "--update-weight-transport disk"
-    recomputed_late = layout.pp > 1 and training.recomputes_layers and lora.lora_dropout > 0
+    recomputed_late = layout.pp > 1 and training.recomputes("mlp") and lora.lora_dropout > 0
     for flag, is_set, instead in (
         ("--lora-init pissa in Megatron", in_megatron and lora.lora_init == "pissa", "choose kaiming"),
         ("--lora-base in Megatron", in_megatron and lora.lora_base != "auto", "give --lora-base auto"),

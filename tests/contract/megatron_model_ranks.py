@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from qwench.algorithms.columns import MicroBatch
@@ -45,12 +46,14 @@ class Case:
     model: str
     layout: ParallelLayout = field(default_factory=ParallelLayout)
     recompute: str | None = None
+    modules: tuple[str, ...] = ("core_attn",)
 
     @property
     def name(self) -> str:
-        """Return for example tied-tp2-sp-recompute-full."""
+        """Return for example tied-tp2-sp-recompute-full-core_attn."""
         sizes = [f"{key}{getattr(self.layout, key)}" for key in ("tp", "pp", "cp") if getattr(self.layout, key) > 1]
-        flags = ["sp"] * self.layout.sequence_parallel + [f"recompute-{self.recompute}"] * (self.recompute is not None)
+        flags = ["sp"] * self.layout.sequence_parallel
+        flags += [] if self.recompute is None else ["recompute", self.recompute, *self.modules]
         return "-".join([self.model, *sizes, *flags])
 
 
@@ -73,6 +76,7 @@ CASES = [
     Case(model="qwen2", layout=_sp(tp=2, pp=2)),
     Case(model="tied", layout=_sp(tp=2, pp=2), recompute="full"),
     Case(model="tied", layout=ParallelLayout(tp=2, cp=2), recompute="selective"),
+    Case(model="untied", layout=_sp(tp=2, pp=2), recompute="selective", modules=("core_attn", "mlp")),
 ]
 """Each layout once, tied where a head is copied; `test_train_backend_megatron` steps with untied embeddings in every layout."""
 
@@ -110,6 +114,7 @@ def _run_case(case: Case, folder: Path) -> dict[str, object]:
     parallel = join_groups(case.layout)
     training = TrainingConfig(
         recompute_granularity=case.recompute,  # type: ignore[arg-type]  # written above
+        recompute_modules=case.modules,
         log_probs_chunk_size=7,
     )
     model = build_model(architecture, case.layout, training, CPU, param_dtype=torch.float32)
@@ -118,6 +123,7 @@ def _run_case(case: Case, folder: Path) -> dict[str, object]:
     parameters = [(rule.megatron_name, weight) for rule, weight in local_parameters(model, architecture)]
     parameters += [("copied head", weight) for _, weight in tied_head(model, architecture)]
     return {
+        "recomputed": [_recomputed(layer) for layer in model.decoder.layers],
         "place": {
             "tp": parallel_state.get_tensor_model_parallel_rank(),
             "pp": parallel_state.get_pipeline_model_parallel_rank(),
@@ -128,6 +134,15 @@ def _run_case(case: Case, folder: Path) -> dict[str, object]:
         "scores": [score for score in scores if score is not None],
         "gradients": {name: weight.grad for name, weight in parameters},
     }
+
+
+def _recomputed(layer: TransformerLayer) -> set[str]:
+    """Return what megatron-core recomputes of a layer."""
+    parts = {
+        "core_attn": layer.self_attention.checkpoint_core_attention,
+        "mlp": layer.recompute_mlp,
+    }
+    return {name for name, is_recomputed in parts.items() if is_recomputed}
 
 
 def _forward_and_backward(model: PolicyModel, micro_batch: MicroBatch) -> TokenScores | None:

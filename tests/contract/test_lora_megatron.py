@@ -20,7 +20,10 @@ from tests.contract.train_backend_ranks import Case, run_world
 
 _ALL = LoraConfig(lora_rank=RANK, lora_alpha=ALPHA)
 _FLAGS = {"all": _ALL, "some": replace(_ALL, target_modules="q_proj,v_proj,up_proj,down_proj", use_rslora=True)}
+_FLAGS["mlp"] = replace(_ALL, target_modules="gate_proj,up_proj,down_proj")
+"""In the first layer nothing before these has a gradient."""
 _STEPPED = [(on, "all") for on in LAYOUTS] + [(on, "some") for on in ("tp2", "tp2-sp", "pp2", "tp2-cp2")]
+_STEPPED.append(("one", "mlp"))
 _RECOMPUTED = ("tp2-sp", "pp2")
 _RESUMED = {"tp2-dp2": "pp2", "pp2": "tp2-sp", "tp2-sp": "fsdp", "tp2-pp2": "dp4", "cp2": "tp2-pp2", "fsdp": "tp2-pp2"}
 """Layout -> the layout whose checkpoint it goes on from."""
@@ -31,7 +34,7 @@ def _cases(folder: Path) -> list[tuple[int, Case]]:
     for on, flags in _STEPPED:
         model = "tied" if flags == "some" else "untied"
         lora = replace(_FLAGS[flags], lora_adapter_path=folder / f"{flags}.adapter")
-        found.append(megatron(f"{on}-{flags}", model, on=on, lora=lora, save=True, gradient_checkpointing=on in _RECOMPUTED))
+        found.append(megatron(f"{on}-{flags}", model, on=on, lora=lora, save=True, **_recompute(on, flags)))
     found.append(fsdp("fsdp-all", "untied", on="fsdp-2", lora=_started(folder), save=True))
     for on, before in _RESUMED.items():
         name, load = f"{on}-after-{before}", f"{before}-all"
@@ -43,6 +46,10 @@ def _cases(folder: Path) -> list[tuple[int, Case]]:
     found.append(megatron("bf16-first", "bf16", num_steps=2, save=True, **bf16))
     found.append(megatron("bf16-second", "bf16", num_steps=2, load="bf16-first", **bf16))
     return found
+
+
+def _recompute(on: str, flags: str) -> dict[str, object]:
+    return {"recompute_modules": ("mlp",)} if flags == "mlp" else {"gradient_checkpointing": on in _RECOMPUTED}
 
 
 def _started(folder: Path) -> LoraConfig:
@@ -106,7 +113,7 @@ def test_published_weights_are_merged(folder: Path, expected: dict[str, PeftReco
     weights = record["weights"]
     assert_apart_is_merged(record)
     base = load_file(folder / ("tied" if flags == "some" else "untied") / "model.safetensors")
-    scale = {"all": ALPHA / RANK, "some": ALPHA / RANK**0.5}[flags]
+    scale = ALPHA / (RANK**0.5 if flags == "some" else RANK)
     assert weights.keys() == base.keys()
     for name, weight in base.items():
         module = "base_model.model." + name.removesuffix(".weight")

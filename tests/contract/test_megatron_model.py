@@ -112,6 +112,13 @@ def test_the_shares_of_the_ranks_add_up_to_the_gradients(folder: Path, plain: di
         )
 
 
+@pytest.mark.parametrize("case", CASES[-2:], ids=[case.name for case in CASES[-2:]])
+def test_layers_recompute_the_parts_that_the_flag_names(folder: Path, case: Case) -> None:
+    assert case.recompute == "selective"
+    for record in _records(folder, case):
+        assert record["recomputed"] == [set(case.modules)] * (4 // case.layout.pp)
+
+
 def _sum_of_shares(records: list[dict], name: str, tp_rank: int) -> torch.Tensor:
     """Add the gradients of the context-parallel ranks; one stage has the parameter."""
     mine = [record for record in records if record["place"]["tp"] == tp_rank and name in record["gradients"]]

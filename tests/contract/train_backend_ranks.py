@@ -49,6 +49,7 @@ class Case:
     """Of the Megatron backend."""
     dp_replicate: int = 1
     gradient_checkpointing: bool = False
+    recompute_modules: tuple[str, ...] = ()
     bf16: bool = False
     """Compute in bfloat16, not in float32."""
     offload_fraction: float = 0.0
@@ -218,6 +219,8 @@ def _run_non_finite(backend: Trainer, case: Case) -> dict[str, object]:
 def _training(case: Case) -> TrainingConfig:
     return TrainingConfig(
         gradient_checkpointing=case.gradient_checkpointing,
+        recompute_granularity="selective" if case.recompute_modules else None,
+        recompute_modules=case.recompute_modules or ("core_attn",),
         log_probs_chunk_size=7,
         whole_weights=case.whole_weights,
         freeze_params_name_list=cases.FREEZES if case.model == cases.FROZEN else (),

@@ -86,7 +86,6 @@ ACCEPTED: tuple[ForeignFlag, ...] = (
     *flags(("1",), BUFFER_SERVER, "min-batch-collection-ratio"),
     *flags(("math",), "--rm-type chooses the reward", "rollout-task-type"),
     *flags(("torch",), "--record-memory-history uses PyTorch's own recorder", "memory-recorder"),
-    *flags(("core_attn",), "--recompute-granularity selective recomputes the attention kernel", "recompute-modules"),
     *flags(("fp32",), "masters are always float32, and gradients are summed in it", "main-params-dtype main-grads-dtype"),
     *flags(ON, "the flags always set the learning rates", "override-opt-param-scheduler override-lr-scheduler"),
     # What has an effect in the reference and none here.

@@ -12,6 +12,8 @@ from qwench.errors import ConfigError
 
 DEFAULT_HEAD_CHUNK_TOKENS = 4096
 """Of --log-probs-chunk-size -1."""
+_CORE_ATTENTION = "core_attn"
+_RECOMPUTED = (_CORE_ATTENTION, "mlp")
 _FREEZE, _ONLY_TRAIN = "--freeze-params-name-list", "--only-train-params-name-list"
 
 
@@ -48,7 +50,10 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     """Recompute each decoder layer in the backward pass to save memory (same as --recompute-granularity full)."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    """What the backward pass recomputes. full: whole layers. selective: the attention kernel (Megatron). None: nothing."""
+    """What the backward pass recomputes. full: whole layers. selective: --recompute-modules (Megatron). None: nothing."""
+    recompute_modules: tuple[str, ...] = (_CORE_ATTENTION,)
+    """Parts of a layer that --recompute-granularity selective recomputes. core_attn: the attention kernel. mlp: the
+    feed-forward part."""
     recompute_method: Literal["uniform", "block"] | None = None
     """Which layers --recompute-granularity full recomputes. uniform: all, in chunks of --recompute-num-layers. block: the first
     --recompute-num-layers."""
@@ -105,6 +110,20 @@ class TrainingConfig:
                 re.compile(pattern)
             except re.error as error:
                 raise ConfigError(f"{self.freezing_flag}: {pattern!r} is no regular expression ({error})") from error
+        self._check_recomputed()
+
+    def _check_recomputed(self) -> None:
+        for module in self.recompute_modules:
+            if module == "layernorm":
+                raise ConfigError(
+                    "--recompute-modules layernorm is not built: without Transformer Engine megatron-core 0.16 fails at it; "
+                    "give core_attn or mlp."
+                )
+            if module not in _RECOMPUTED:
+                known = ", ".join(_RECOMPUTED)
+                raise ConfigError(f"--recompute-modules {module} is no part of a layer of a dense model; known: {known}.")
+        if self.recompute_modules != (_CORE_ATTENTION,) and self.recompute_granularity != "selective":
+            raise ConfigError("--recompute-modules has no effect without --recompute-granularity selective; add it")
 
     @property
     def freezing_flag(self) -> str | None:
@@ -151,3 +170,7 @@ class TrainingConfig:
     def recomputes_layers(self) -> bool:
         """Tell whether decoder layers are recomputed in the backward pass, by either name."""
         return self.gradient_checkpointing or self.recompute_granularity == "full"
+
+    def recomputes(self, module: str) -> bool:
+        """Tell whether a part of a layer is recomputed, alone or with the whole layer."""
+        return self.recomputes_layers or (self.recompute_granularity == "selective" and module in self.recompute_modules)

@@ -147,7 +147,8 @@ class Adapters:
             if any(True for name in rule.hf_names for _ in _rules_of(rule, name, section)):
                 number = index + (place.tp_rank << 12 if rule.tp_dim == 1 or layers[weight].sequence_parallel else 0)
                 self.weights += LayerAdapters(layers[weight], rule, place, section, self.switch, index=number).weights
-        if model.pre_process and model.config.recompute_granularity == "full":
+        granularity, modules = model.config.recompute_granularity, model.config.recompute_modules
+        if model.pre_process and (granularity == "full" or (granularity == "selective" and "mlp" in modules)):
             model.embedding.register_forward_hook(_require_gradient)
         self._start(seed)
         self._whole = WholeWeights(self.weights, self.rules, place.model)

@@ -206,6 +206,7 @@ def transformer_config(
         # The packed kernels always compute the softmax in float32.
         attention_softmax_in_fp32=True,
         recompute_granularity="full" if full else training.recompute_granularity,
+        recompute_modules=list(training.recompute_modules),
         recompute_method=(training.recompute_method or "uniform") if full else None,
         recompute_num_layers=(training.recompute_num_layers or 1) if full else None,
         deterministic_mode=training.deterministic_mode,

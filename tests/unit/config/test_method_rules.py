@@ -64,9 +64,12 @@ def test_frozen_parameters_are_refused_where_they_are_not_built(sections, messag
     [
         ({"freeze_params_name_list": ("[",)}, r"--freeze-params-name-list: '\[' is no regular expression"),
         ({"only_train_params_name_list": ("a",), "freeze_params_name_list": ("b",)}, "both choose what is trained"),
+        ({"recompute_modules": ("moe_act",), "recompute_granularity": "selective"}, "moe_act is no part of .* core_attn, mlp"),
+        ({"recompute_modules": ("layernorm",), "recompute_granularity": "selective"}, "layernorm is not built: .* core_attn"),
+        ({"recompute_modules": ("mlp",), "recompute_granularity": "full"}, "no effect without --recompute-granularity select"),
     ],
 )
-def test_expressions_are_checked_with_the_flags(flags, message):
+def test_names_of_parts_are_checked_with_the_flags(flags, message):
     with pytest.raises(ConfigError, match=message):
         TrainingConfig(**flags)
 
@@ -167,6 +170,8 @@ TWO_STAGES = ParallelConfig(pipeline_model_parallel_size=2)
     (LORA, TrainingConfig(transformer_impl="transformer_engine"), TWO_STAGES, "--transformer-impl transformer_engine; choose"),
     (LoraConfig(lora_rank=8, lora_dropout=0.1), TrainingConfig(gradient_checkpointing=True), TWO_STAGES,
      "--lora-dropout, recomputed layers and several stages; give --lora-dropout 0"),
+    (LoraConfig(lora_rank=8, lora_dropout=0.1), TrainingConfig(recompute_granularity="selective", recompute_modules=("mlp",)),
+     TWO_STAGES, "--lora-dropout, recomputed layers and several stages; give --lora-dropout 0"),
 ])  # fmt: skip
 def test_adapters_in_megatron_are_refused_where_they_are_not_built(lora, training, parallel, flag):
     def config(lora: LoraConfig) -> Config:

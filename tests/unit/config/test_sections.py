@@ -327,6 +327,9 @@ def test_facts_that_sections_know_of_themselves():
     assert TrainingConfig(recompute_granularity="full").recomputes_layers
     assert TrainingConfig(gradient_checkpointing=True).recomputes_layers
     assert not TrainingConfig(recompute_granularity="selective").recomputes_layers
+    assert TrainingConfig(recompute_granularity="full").recomputes("mlp")
+    assert TrainingConfig(recompute_granularity="selective", recompute_modules=("mlp",)).recomputes("mlp")
+    assert not TrainingConfig(recompute_granularity="selective").recomputes("mlp")
     assert ClusterConfig(actor_num_nodes=2, actor_num_gpus_per_node=4).world_size == 8
     assert not ClusterConfig(rollout_num_gpus=2).shares_devices
     assert ClusterConfig(rollout_num_gpus=2, colocate=True).shares_devices
