@@ -269,7 +269,6 @@ READ_BY_THEIR_SECTION_ALONE = {
     "decoder_first_pipeline_num_layers": "first_stage_layers",
     "decoder_last_pipeline_num_layers": "last_stage_layers",
     "save_numbering": "number",
-    "eval_low_priority": "is_beside",
     "session_server_ip": "served_at",
     "session_server_port": "served_at",
     "use_session_server": "refused where no agent is named",
