@@ -175,7 +175,8 @@ def test_a_rank_imports_nothing_from_the_working_folder_and_ends_the_run_when_it
     assert_gone(launched.pids)
 
 
-def test_ranks_end_with_a_driver_that_is_killed(tmp_path: Path):
+@pytest.mark.parametrize("stopped", [False, True])
+def test_ranks_end_with_a_driver_that_is_killed(stopped: bool):
     code = (
         "import time; from tests.unit.cluster.test_local import Launched\n"
         "if __name__ == '__main__':\n"
@@ -184,6 +185,8 @@ def test_ranks_end_with_a_driver_that_is_killed(tmp_path: Path):
     driver = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, env=ENVIRON, stdout=subprocess.PIPE, text=True)
     assert driver.stdout is not None
     *pids, folder = driver.stdout.readline().split()
+    if stopped:
+        os.kill(int(pids[0]), signal.SIGSTOP)
     driver.kill()
     driver.communicate()
     assert_gone([int(pid) for pid in pids])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from contextlib import suppress
 
 import pytest
 
+from qwench.engines.fleet import event_loop
 from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.errors import EngineError
 from tests.deadlines import patient
@@ -75,6 +78,22 @@ def test_close_cancels_what_runs_and_refuses_more():
     assert events[1:] == ["ended"]
     with pytest.raises(EngineError, match="closed already"):
         thread.run(start(), label="start", timeout_s=patient(5))
+
+
+def test_close_ends_the_thread_although_a_task_ignores_its_cancellation(monkeypatch):
+    monkeypatch.setattr(event_loop, "JOIN_TIMEOUT_S", 0.1)
+    thread = EventLoopThread("stubborn")
+
+    async def stay():
+        while True:
+            with suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+
+    thread.start(stay())
+    [runs] = [one for one in threading.enumerate() if one.name == "stubborn"]
+    thread.close()
+    runs.join(patient(10))
+    assert not runs.is_alive()
 
 
 def test_waiting_for_work_ends_with_an_event_that_comes_first_and_goes_on_afterwards(loop):
