@@ -18,6 +18,20 @@ def engine_weight_bytes(plan: RunPlan, *, element_bytes: int = BFLOAT16_BYTES) -
     return num_parameters(plan.model) * element_bytes // min(plan.devices.engine_sizes)
 
 
+def weight_bytes_beside_trainer(config: Config, plan: RunPlan) -> int:
+    """Return the bytes of weights that an engine in the trainer's process holds besides the trainer's own.
+
+    It has a copy where it cannot compute with the trainer's tensors: of merged adapters, under Megatron, and where it samples
+    while they change.
+    """
+    devices, lora = plan.devices, config.lora
+    in_process = config.engine.facts.runs_in_process and config.cluster.world_size == 1 and config.cluster.launcher != "ray"
+    if not (devices.shared and in_process):
+        return 0
+    may_share = lora.lora_publish == "adapter" and lora.lora_base == "auto" if lora.enabled else devices.weights_may_alias
+    return 0 if may_share and config.training.train_backend == "fsdp" else engine_weight_bytes(plan)
+
+
 def check_fit(config: Config, plan: RunPlan, *, device_bytes: int, element_bytes: int = BFLOAT16_BYTES) -> None:
     """Refuse what cannot fit.
 

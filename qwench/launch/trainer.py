@@ -14,6 +14,7 @@ from qwench.algorithms.columns import RolloutBatch
 from qwench.algorithms.methods import build_method
 from qwench.checkpoints.folders import starting_weights, teacher_weights
 from qwench.checkpoints.formats.sources import find_checkpoint
+from qwench.config.memory_fit import weight_bytes_beside_trainer
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.foreign.args import make_args
 from qwench.foreign.hooks import start_hooks
@@ -99,6 +100,7 @@ def make_memory_probe(inputs: Inputs, lengths: Iterable[int] = ()) -> MemoryProb
         temperature=rollout.rollout_temperature,
         with_entropy=config.algorithm.takes_entropy,
         dtype=inputs.dtype,
+        engine_bytes=weight_bytes_beside_trainer(config, plan),
     )
 
 

@@ -53,6 +53,8 @@ class MemoryProbe:
     """Predicted weights, gradients and optimizer state of a rank."""
     activation_bytes: int
     """Predicted activations and logits of a rank whose trainer has no `ActivationBudget`."""
+    engine_bytes: int = 0
+    """Weights that an engine of the same process holds besides the trainer's."""
 
     @classmethod
     def of(
@@ -64,6 +66,7 @@ class MemoryProbe:
         temperature: float,
         with_entropy: bool,
         dtype: torch.dtype,
+        engine_bytes: int = 0,
     ) -> MemoryProbe:
         """Derive the largest micro-batch that `MicroBatching` can pack, and predict its memory."""
         lengths = largest_lengths(plan, longest.num_tokens)
@@ -83,6 +86,7 @@ class MemoryProbe:
             flag=flag if len(lengths) > 1 else longest.flag,
             state_bytes=plan.rank_bytes.device,
             activation_bytes=kept + logits,
+            engine_bytes=engine_bytes,
         )
 
     def run(self, policy: Trainer, critic: Critic | None) -> str:
@@ -144,14 +148,15 @@ class MemoryProbe:
         return f"a micro-batch of {sum(self.lengths)} tokens ({sequences}, the longest of {max(self.lengths)})"
 
     def _predicted(self, trainer: Trainer) -> str:
-        activations, budget = self.activation_bytes, trainer.activation_budget
+        held, activations, budget = self.state_bytes + self.engine_bytes, self.activation_bytes, trainer.activation_budget
         if budget is not None:
-            free = _memory_bytes(trainer.device) - self.state_bytes if trainer.device.type == "cuda" else None
+            free = _memory_bytes(trainer.device) - held if trainer.device.type == "cuda" else None
             num_tokens = sum(self.lengths)
             activations = budget.predict(num_tokens, num_tokens - len(self.lengths), free=free)
+        engine = f" + {gib(self.engine_bytes)} GiB of the engine's own weights" if self.engine_bytes else ""
         return (
-            f"{gib(self.state_bytes)} GiB of weights, gradients and optimizer state + {gib(activations)} GiB of "
-            f"activations and logits = {gib(self.state_bytes + activations)} GiB"
+            f"{gib(self.state_bytes)} GiB of weights, gradients and optimizer state{engine} + {gib(activations)} GiB of "
+            f"activations and logits = {gib(held + activations)} GiB"
         )
 
 

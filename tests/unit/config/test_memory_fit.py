@@ -4,7 +4,7 @@ import pytest
 
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.config import Config
-from qwench.config.memory_fit import check_fit, engine_weight_bytes
+from qwench.config.memory_fit import check_fit, engine_weight_bytes, weight_bytes_beside_trainer
 from qwench.config.plan import plan_run
 from qwench.errors import ConfigError
 from tests.unit.config.architectures import QWEN3_4B
@@ -28,6 +28,25 @@ def test_weights_are_divided_among_the_gpus_of_an_engine():
     config = read("--rollout-engine", "embedded", "--rollout-num-gpus-per-engine", "2")
     assert engine_weight_bytes(plan_run(config, QWEN3_4B)) == WEIGHTS_4B
     assert engine_weight_bytes(plan_run(read("--loss-type", "sft_loss"), QWEN3_4B)) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "copies"),
+    [
+        ("--colocate", 0),
+        ("", 0),  # devices apart
+        ("--colocate --update-weights-interval 2", 1),
+        ("--colocate --train-backend megatron", 1),
+        ("--colocate --lora-rank 8", 1),
+        ("--colocate --lora-rank 8 --lora-publish adapter", 0),
+        ("--colocate --lora-rank 8 --lora-publish adapter --lora-base nf4", 1),
+        ("--colocate --actor-num-gpus-per-node 2", 0),  # engines have processes of their own
+    ],
+)
+def test_an_engine_in_the_trainers_process_has_a_copy_where_it_cannot_share(words, copies):
+    given = ["--rollout-batch-size", "8", "--rollout-engine", "embedded", "--train-backend", "fsdp", *words.split()]
+    config = parse_flags(Config, given, prog="qwench train")
+    assert weight_bytes_beside_trainer(config, plan_run(config, QWEN3_4B)) == copies * 2 * WEIGHTS_4B
 
 
 def test_an_engine_that_does_not_fit_is_refused_with_what_to_do():

@@ -115,6 +115,17 @@ def test_a_trainer_that_keeps_what_fits_predicts_what_it_keeps() -> None:
     assert PROBE.run(trainer, None).endswith(f" + {(kept + logits) / 2**30:.3g} GiB of activations and logits = 8.01 GiB")
 
 
+def test_an_engine_in_the_process_adds_its_own_weights() -> None:
+    assert (
+        replace(PROBE, engine_bytes=5 << 30)
+        .run(TableTrainer(_table()), None)
+        .endswith(
+            "8 GiB of weights, gradients and optimizer state + 5 GiB of the engine's own weights + 3 GiB of activations and "
+            "logits = 16 GiB"
+        )
+    )
+
+
 def test_the_critic_has_the_device_while_it_is_probed() -> None:
     policy, other = TableTrainer(_table()), TableTrainer(_table())
     PROBE.run(policy, Critic(other, policy))
