@@ -4,8 +4,8 @@ from argparse import Namespace
 
 import pytest
 
-from qwench.errors import TrainingError
-from qwench.foreign.conversion import conversion, read_rewards
+from qwench.errors import ConfigError, TrainingError
+from qwench.foreign.conversion import conversion, load_conversion, read_rewards
 from qwench.samples import Group, Prompt, Rollout, Sample, Status
 
 ARGS = Namespace(n_samples_per_prompt=2)
@@ -117,3 +117,12 @@ def test_another_number_of_samples_needs_their_indices():
         convert(first_only)
     with pytest.raises(TrainingError, match="must return a dict of lists, got 3"):
         convert(lambda args, samples: 3)
+
+
+def test_a_function_is_loaded_by_its_path(tmp_path):
+    (tmp_path / "mine.py").write_text("from tests.unit.foreign.test_conversion import as_there\ndef other(samples): ...\n")
+    loaded = load_conversion(f"{tmp_path}/mine.py:as_there", lambda: ARGS, as_text=True)
+    assert loaded is not None and read_rewards(loaded(ROLLOUT).samples) == [0.5, -0.5]
+    with pytest.raises(ConfigError, match=r"mine.py:other' has the signature .* called as fn\(args, samples\)"):
+        load_conversion(f"{tmp_path}/mine.py:other", lambda: ARGS, as_text=True)
+    assert load_conversion(None, lambda: ARGS, as_text=True) is None

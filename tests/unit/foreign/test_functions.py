@@ -2,11 +2,13 @@
 
 import asyncio
 from argparse import Namespace
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 
 from qwench.engines.protocol import SamplingParams
+from qwench.errors import ConfigError
 from qwench.foreign.functions import Adapters
 from qwench.foreign.sample import RolloutFnTrainOutput
 from qwench.foreign.session import Session, close_session, open_session, sampling_params
@@ -118,3 +120,53 @@ def test_a_function_finds_what_it_told_its_data_source_in_an_earlier_rollout(ses
 
     asyncio.run(twice())
     assert seen == [(4, False, {}), (5, False, {"last": 4})]
+
+
+def test_of_a_rollouts_metrics_the_numbers_are_kept(session):
+    def roll(args, rollout_id, data_source, evaluation=False):
+        return RolloutFnTrainOutput(samples=[], metrics={"a": 1, "b": 0.5, "c": "text", "d": None, "e": [1.0]})
+
+    rollout = asyncio.run(Adapters(as_text=True).make_rollout(roll, "mine.roll")(0, None))
+    assert rollout.metrics == {"a": 1.0, "b": 0.5}
+
+
+MAKERS = {
+    "generate": ("--custom-generate-function-path", 3),
+    "make_rollout": ("--rollout-function-path", 3),
+    "evaluate": ("--eval-function-path", 3),
+    "group_filter": ("--dynamic-sampling-filter-path", 2),
+    "buffer_filter": ("--buffer-filter-path", 4),
+    "find_removed": ("--rollout-sample-filter-path", 2),
+    "on_all_groups": ("--rollout-all-samples-process-path", 3),
+    "with_hooks": ("--rollout-sample-hook-path", 2),
+    "log_rollout": ("--custom-rollout-log-function-path", 5),
+    "log_evaluation": ("--custom-eval-rollout-log-function-path", 4),
+    "reward_post_process": ("--custom-reward-post-process-path", 2),
+}
+
+
+def adapt(maker: str, function: Callable[..., object]) -> None:
+    adapters = Adapters(as_text=True)
+    if maker == "with_hooks":
+        adapters.with_hooks(adapters.generate(lambda args, sample, params: sample, "mine.generate"), [(function, "mine.fn")])
+    elif maker == "reward_post_process":
+        adapters.reward_post_process(function, "mine.fn", lambda: ARGS)
+    else:
+        getattr(adapters, maker)(function, "mine.fn")
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_function_of_another_signature_is_refused_by_its_flag(maker):
+    flag, number = MAKERS[maker]
+    functions = [lambda: None, lambda a: None, lambda a, b: None, lambda a, b, c: None, lambda a, b, c, d: None]
+    functions.append(lambda a, b, c, d, e: None)
+    for taken, function in enumerate(functions):
+        if taken == number:
+            adapt(maker, function)
+        else:
+            with pytest.raises(ConfigError, match=rf"^{flag} 'mine.fn' has the signature .*, but is called as "):
+                adapt(maker, function)
+
+
+def test_a_generate_function_may_take_one_input():
+    adapt("generate", lambda input: input)  # noqa: A006  # the name tells the form

@@ -37,6 +37,8 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
         {**YARN, "mscale": 0.7},
         {**YARN, "beta_fast": 8, "beta_slow": 2, "truncate": False},
         {**YARN, "beta_fast": 3, "beta_slow": 3},
+        {**YARN, "rope_theta": 10.0, "original_max_position_embeddings": 512},  # the last pair is beyond the head
+        {**YARN, "rope_theta": 10.0, "original_max_position_embeddings": 4096},
         {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0},
         {"type": "yarn", "rope_theta": 1e4, "factor": None, "original_max_position_embeddings": 64},
     ],

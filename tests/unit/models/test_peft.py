@@ -1,0 +1,30 @@
+"""The factors of a matrix that an adapter begins from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwench.models.peft import factors
+
+
+@pytest.mark.parametrize("rows", [40, 1025], ids=["exact", "randomized"])
+def test_factors_hold_the_largest_singular_values_in_equal_parts(rows):
+    draw = torch.Generator().manual_seed(4)
+    left, right = (torch.linalg.qr(torch.randn(size, 3, generator=draw))[0] for size in (rows, rows + 7))
+    a, b = factors(left @ torch.diag(torch.tensor([4.0, 2.0, 1.0])) @ right.T, 2)
+    best = left[:, :2] @ torch.diag(torch.tensor([4.0, 2.0])) @ right[:, :2].T
+    torch.testing.assert_close(b @ a, best, atol=1e-5, rtol=0)
+    for gram in (a @ a.T, b.T @ b):
+        torch.testing.assert_close(gram, torch.diag(torch.tensor([4.0, 2.0])), atol=1e-5, rtol=0)
+
+
+def test_the_factors_of_a_large_matrix_do_not_depend_on_the_random_state_and_leave_it():
+    matrix = torch.randn(1025, 1025, generator=torch.Generator().manual_seed(5))
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        found.append(factors(matrix, 3))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
