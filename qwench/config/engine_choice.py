@@ -1,4 +1,4 @@
-"""Which engine a command line means: `--rollout-engine auto`.
+"""Which engine a command line means by `--rollout-engine auto`, and the rules between engines and other flags.
 
 Scripts of slime and miles name no engine and mean SGLang. The embedded engine generates on a CPU and on one GPU; on several
 GPUs a start without SGLang is refused, for a run there must not change its engine unseen.
@@ -16,6 +16,8 @@ from typing import Literal
 from qwench.config.config import Config
 from qwench.config.sglang_flags import unknown_sglang_flag
 from qwench.errors import ConfigError
+
+_LOW_FIRST = "--schedule-low-priority-values-first"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,3 +84,66 @@ def check_engine_is_installed(config: Config, machine: Machine) -> None:
         f"this run needs SGLang ({config.engine.engine_reason}), which is not installed: "
         "run pip install 'qwench[sglang]', or give --rollout-engine embedded"
     )
+
+
+def engines_divide_gpus(config: Config) -> str | None:
+    """Every engine gets as many GPUs."""
+    cluster = config.cluster
+    num_gpus = cluster.world_size if cluster.shares_devices else cluster.rollout_num_gpus
+    if config.engine.sglang_config is not None and not config.engine.facts.reads_embedded_flags:
+        return None  # its groups have their own sizes
+    if num_gpus and num_gpus % cluster.rollout_num_gpus_per_engine:
+        return (
+            f"--rollout-num-gpus-per-engine {cluster.rollout_num_gpus_per_engine} does not divide the {num_gpus} GPUs "
+            "of the engines"
+        )
+    return None
+
+
+def sglang_flags_are_known(config: Config) -> str | None:
+    """The installed SGLang checks its own flags; for the embedded engine a spelling mistake would pass unseen."""
+    return unknown_sglang_flag(config.engine.sglang_args) if config.engine.facts.reads_embedded_flags else None
+
+
+def deterministic_engines_are_ours(config: Config) -> str | None:
+    """Bits hold where the engine's batches cannot change them."""
+    if not config.training.deterministic_mode or config.debug.load_debug_rollout_data is not None:
+        return None
+    if config.engine.rollout_external_engine_addrs:
+        return (
+            "--deterministic-mode cannot hold with --rollout-external-engine-addrs: this run does not decide how those engines "
+            "compute; leave one of them out"
+        )
+    if config.engine.kind == "sglang" and not config.engine.sglang_enable_deterministic_inference:
+        return (
+            "--deterministic-mode with --rollout-engine sglang needs --sglang-enable-deterministic-inference: without it the "
+            "batch changes the last bits of a response"
+        )
+    return None
+
+
+def evaluations_beside_training_have_engines(config: Config) -> str | None:
+    """Evaluations go on while the policy is trained only where engines never stop for it."""
+    evaluation, cluster = config.evaluation, config.cluster
+    if not evaluation.is_beside:
+        return None
+    apart = evaluation.eval_num_gpus
+    for is_given, reason in (
+        (not config.asynchronous.fully_async, "needs --fully-async; without it training waits for evaluations"),
+        (not evaluation.has_sets, "has nothing to evaluate on; give --eval-prompt-data NAME FILE"),
+        (bool(apart) and cluster.shares_devices, "needs engines on GPUs of their own; give --rollout-num-gpus"),
+        (
+            bool(apart and config.engine.rollout_external_engine_addrs),
+            "starts engines; --rollout-external-engine-addrs has its own",
+        ),
+        (config.asynchronous.pause_generation_mode == "abort", "needs --pause-generation-mode retract or in_place"),
+        (config.training.deterministic_mode, "has another order in every run; leave --deterministic-mode out"),
+        (
+            evaluation.eval_low_priority and _LOW_FIRST in config.engine.sglang_args,
+            f"cannot go with --sglang-{_LOW_FIRST[2:]}, which serves evaluations first; leave one of them out",
+        ),
+        (config.checkpoint.keep_best, "ends after the weights have changed; leave --keep-best out"),
+    ):
+        if is_given:
+            return f"{f'--eval-num-gpus {apart}' if apart else '--eval-low-priority'} {reason}"
+    return None

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from qwench.config import method_rules, rules
+from qwench.config import engine_choice, method_rules, rules
 from qwench.config.config import Config
 from qwench.config.rules import RULES, check_rules
 from qwench.config.sections.algorithm import AlgorithmConfig
@@ -227,7 +227,7 @@ def test_recorded_rollouts_have_no_epochs():
 def test_every_rule_is_applied():
     returning_a_problem = {
         value.__name__
-        for module in (rules, method_rules)
+        for module in (rules, method_rules, engine_choice)
         for value in vars(module).values()
         if inspect.isfunction(value) and value.__module__ == module.__name__ and value.__annotations__["return"] == "str | None"
     }
