@@ -256,14 +256,12 @@ class WandbSink(_Service):
         *,
         project: str | None,
         group: str | None = None,
-        name: str | None = None,
         team: str | None = None,
         mode: str | None = None,
         folder: Path | None = None,
         run_id: str | None = None,
         host: str | None = None,
         key: str | None = None,
-        run_config: Mapping[str, object] | None = None,
         steps_per_rollout: int = 1,
     ) -> None:
         """Start the service.
@@ -279,13 +277,12 @@ class WandbSink(_Service):
             self._run = wandb.init(
                 project=project,
                 group=group,
-                name=name,
+                name=group,
                 entity=team,
                 mode=mode,
                 dir=str(folder) if folder is not None else None,
                 id=run_id,
                 resume="allow" if run_id is not None else None,
-                config=dict(run_config or {}),
             )
             for axis in Axis:
                 self._run.define_metric(axis.value)

@@ -238,6 +238,17 @@ def test_a_service_that_fails_costs_its_curves_alone(monkeypatch, caplog):
     ]
 
 
+def test_the_group_of_wandb_names_the_run(monkeypatch):
+    asked: dict[str, object] = {}
+    run = type("Run", (), {"define_metric": lambda *_, **__: None})()
+    init = staticmethod(lambda **flags: asked.update(flags) or run)
+    monkeypatch.setitem(sys.modules, "wandb", type("wandb", (), {"init": init}))
+    WandbSink(project="p", group="g", team="t", mode="offline", folder=Path("w"), run_id="7")
+    assert asked == {
+        "project": "p", "group": "g", "name": "g", "entity": "t", "mode": "offline", "dir": "w", "id": "7", "resume": "allow",
+    }  # fmt: skip
+
+
 def test_all_curves_may_count_the_steps_of_the_optimizer(monkeypatch):
     logged: list[dict[str, float]] = []
     run = type("Run", (), {"define_metric": lambda *_, **__: None, "log": lambda _, values: logged.append(values)})()
