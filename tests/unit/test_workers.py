@@ -67,10 +67,13 @@ def run(folder: Path, *words: str) -> tuple[int, str, list[tuple[str, str]]]:
     for name, text in FILES.items():
         (folder / name).write_text("\n".join(line[8:] for line in text.splitlines()))
     plain = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "tests.workers", f"--rootdir={folder}", "-c", "/dev/null"]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    places = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "COVERAGE_FILE": str(folder / ".coverage"),
+    }
     done = subprocess.run(
         [sys.executable, *plain, f"--junitxml={folder / 'junit.xml'}", *words, str(folder)],
-        cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False,
+        cwd=folder, env=os.environ | places, capture_output=True, text=True, check=False,
     )  # fmt: skip
     cases = ET.parse(folder / "junit.xml").iter("testcase")
     outcomes = [
