@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from qwench.config.sections.agent import AgentConfig
 from qwench.data.chat import ChatRenderer, as_prompt
 from qwench.errors import ConfigError, QwenchError
-from qwench.plugins import check_signature, guarded, load_function, load_object
+from qwench.plugins import guarded, load_function, load_object
 from qwench.rollout.generate import GenerateContext
 from qwench.samples import Json, Message, Sample, Status
 
@@ -66,7 +66,6 @@ class ToolLoop:
         flag, path = "--generate-execute-tool-function-path", section.generate_execute_tool_function_path
         assert path is not None, "AgentConfig.check_generate asks for it"
         function = load_function(path, flag=flag, num_arguments=2, called_as="await fn(name, arguments)")
-        check_signature(function, path, flag=flag, num_arguments=2, called_as="await fn(name, arguments)")
         return cls(
             tools=_load_tools(section.generate_tool_specs_path),
             execute=guarded(function, path=path, flag=flag),
