@@ -76,3 +76,9 @@ async def crash_on_b_together(sample):
 async def wait_together(sample):
     await asyncio.sleep(0.5)
     return os.getpid()
+
+
+def vanish_before_a_child(sample):
+    if os.fork() == 0:
+        time.sleep(600)  # with the pipe of the answers
+    os._exit(8)

@@ -84,6 +84,7 @@ def test_what_the_function_raises_ends_the_run_and_is_never_a_zero(name: str, me
         ("crash", "exit code -11", "ctypes.string_at(0)"),
         ("leave", "SystemExit: 3", "sys.exit(3)"),
         ("vanish", "exit code 7", "def vanish"),
+        ("vanish_before_a_child", "exit code 8", "def vanish_before_a_child"),
         ("interrupt", "KeyboardInterrupt", "raise KeyboardInterrupt"),
         ("eat", "out of memory", "bytearray"),
         ("bomb", "more than 64 processes", "os.fork()"),

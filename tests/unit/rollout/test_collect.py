@@ -1,16 +1,21 @@
 import asyncio
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwench.config.sections.rollout import RolloutConfig
 from qwench.errors import EngineError, QwenchError, RewardError
 from qwench.rollout.buffer import GroupBuffer
+from qwench.rollout.collect import Collector
 from qwench.rollout.filters import FilterResult, check_reward_nonzero_std
+from qwench.rollout.functions import RolloutFunctions
 from qwench.samples import Status, Verdict
+from tests.fakes.console import RecordingConsole
 from tests.fakes.engine import FakeEngine
 from tests.fakes.grader import FakeGrader
-from tests.unit.rollout.scene import by_letter, letters_source, make_collector, prompts_of, write_ok
+from tests.unit.rollout.scene import by_letter, letters_source, make_collector, make_runner, prompts_of, write_ok
 
 ONE = FakeGrader(lambda sample: 1.0)
 
@@ -33,6 +38,30 @@ def test_rollout_has_the_groups_in_order_of_their_samples_whatever_ends_first():
     rollout = collect(engine, num_groups=3, rollout_id=7)
     assert [reason for reason in engine.events if reason[0] == "stop"] == [("stop", "c"), ("stop", "b"), ("stop", "a")]
     assert (rollout.rollout_id, prompts_of(rollout.groups)) == (7, "abc")
+
+
+def test_the_buffer_knows_which_groups_are_finished():
+    buffer, said = GroupBuffer(letters_source()), []
+
+    async def generate_anew(sample, context):
+        made = replace(sample)
+        await context.generate(made)
+        return made
+
+    def grade(sample):
+        said.append((letter(sample), buffer.describe()))
+        return 1.0
+
+    engine, grader = FakeEngine(write_ok, ticks=by_letter({"b": 40, "c": 80})), FakeGrader(grade)
+    runner = make_runner(engine, grader, generate=generate_anew)
+    flags = RolloutConfig(rollout_batch_size=3)
+    collector = Collector(runner, buffer, flags, RolloutFunctions(), console=RecordingConsole(), deterministic=False)
+    asyncio.run(collector.collect(0))
+    assert said == [
+        ("a", "0 of 3 groups finished, samples not finished: 0, 1, 2"),
+        ("b", "1 of 3 groups finished, samples not finished: 1, 2"),
+        ("c", "2 of 3 groups finished, samples not finished: 2"),
+    ]
 
 
 def test_without_over_sampling_nothing_more_is_submitted():

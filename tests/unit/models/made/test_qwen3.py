@@ -71,3 +71,25 @@ def test_older_readers_find_the_rotary_base_at_the_top_level(tmp_path):
 def test_instruct_2507_differs_in_the_rotary_base():
     assert find_size("4B-Instruct-2507").rope_theta == 5e6
     assert find_size("4B").rope_theta == 1e6
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden", "ffn", "layers", "heads", "kv_heads", "tied", "rope_theta", "positions"),
+    [
+        ("0.6B", 1024, 3072, 28, 16, 8, True, 1e6, 40_960),
+        ("1.7B", 2048, 6144, 28, 16, 8, True, 1e6, 40_960),
+        ("4B", 2560, 9728, 36, 32, 8, True, 1e6, 40_960),
+        ("4B-Instruct-2507", 2560, 9728, 36, 32, 8, True, 5e6, 262_144),
+        ("8B", 4096, 12288, 36, 32, 8, False, 1e6, 40_960),
+        ("14B", 5120, 17408, 40, 40, 8, False, 1e6, 40_960),
+        ("32B", 5120, 25600, 64, 64, 8, False, 1e6, 40_960),
+    ],
+)
+def test_sizes_are_those_that_qwen_published(name, hidden, ffn, layers, heads, kv_heads, tied, rope_theta, positions):
+    size = find_size(name)
+    assert (size.hidden_size, size.intermediate_size, size.num_layers, size.num_heads, size.num_kv_heads) == (
+        hidden, ffn, layers, heads, kv_heads,
+    )  # fmt: skip
+    assert (size.tied, size.rope_theta, size.max_position_embeddings, size.vocab_size, size.head_dim) == (
+        tied, rope_theta, positions, 151_936, 128,
+    )  # fmt: skip

@@ -1,0 +1,39 @@
+"""What adapters do in a pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwench.training.adapters import AdapterSwitch
+
+
+def test_adapters_are_on_but_inside_the_context_also_after_an_error():
+    switch = AdapterSwitch(0.0, seed=0)
+    assert switch.is_on
+    with switch.off():
+        assert not switch.is_on
+    assert switch.is_on
+    with pytest.raises(KeyError), switch.off():
+        raise KeyError
+    assert switch.is_on
+
+
+def test_inputs_are_dropped_and_scaled_inside_the_context_alone():
+    switch, x = AdapterSwitch(0.25, seed=3), torch.full((100, 40), 3.0)
+    place = {"step": 1, "micro_batch": 2, "rank": 0}
+    assert torch.equal(switch.dropped(x, 0), x)
+    with switch.dropping(**place):
+        dropped = switch.dropped(x, 0)
+        assert torch.equal(switch.dropped(x, 0), dropped), "a layer that is computed again drops the same ones"
+        assert not torch.equal(switch.dropped(x, 1), dropped)
+    assert torch.equal(switch.dropped(x, 0), x)
+    # 4,000 draws: the standard error of the share is 0.007
+    assert set(dropped.unique().tolist()) == {0.0, 4.0}
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    for change in ({"step": 2}, {"micro_batch": 3}, {"rank": 1}):
+        with switch.dropping(**{**place, **change}):
+            assert not torch.equal(switch.dropped(x, 0), dropped)
+    with pytest.raises(KeyError), switch.dropping(**place):
+        raise KeyError
+    assert torch.equal(switch.dropped(x, 0), x)
