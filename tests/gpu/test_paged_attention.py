@@ -110,20 +110,27 @@ def test_engine_on_cuda_gives_hugging_face_log_probs(graphs, family):
         )
 
 
-def test_sleep_frees_the_cache_at_once():
+def test_sleep_gives_the_cache_back_and_keeps_the_graphs():
     model, tokens = make_model("qwen3"), 400_000
     cache_bytes = tokens * kv_bytes_per_token(architecture_of(model.config))
+    requests = [ask(f"r{i}", prompt_of(5, seed=i), max_new_tokens=20, ignore_eos=True, seed=i) for i in range(4)]
 
     async def scenario():
         engine = make_engine(model, device="cuda", dtype=torch.bfloat16, kv_cache_tokens=tokens, max_running_requests=400)
-        await generate_all(engine, [ask(f"r{i}", prompt_of(5, seed=i), max_new_tokens=20) for i in range(4)])
-        held = torch.cuda.memory_allocated()
+        before = await generate_all(engine, requests)
+        graphs = engine._runner._decoder._graphs
+        num_graphs, awake = len(graphs._graphs), torch.cuda.mem_get_info()[0]
         await engine.sleep([MemoryTag.KV_CACHE])
-        freed = held - torch.cuda.memory_allocated()
+        freed = torch.cuda.mem_get_info()[0] - awake
+        await engine.wake([MemoryTag.KV_CACHE])
+        after = await generate_all(engine, requests)
+        assert engine._runner._decoder._graphs is graphs and len(graphs._graphs) == num_graphs > 0
         await engine.close()
-        return freed
+        return freed, [result.output_ids for result in before], [result.output_ids for result in after]
 
-    assert asyncio.run(scenario()) >= cache_bytes
+    freed, before, after = asyncio.run(scenario())
+    assert freed >= cache_bytes
+    assert before == after
 
 
 def test_a_capture_leaves_cached_pinned_memory_as_it_is():

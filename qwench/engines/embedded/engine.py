@@ -240,7 +240,7 @@ class EmbeddedEngine:
                 )
             if MemoryTag.KV_CACHE in tags:
                 self._scheduler = None
-                self._runner.drop_kv_cache()
+                self._runner.sleep()
                 self._kv_asleep = True
             if MemoryTag.WEIGHTS in tags:
                 self._weights.drop()
@@ -289,7 +289,7 @@ class EmbeddedEngine:
                 self._followers.close()
             self._weights.drop()
             self._scheduler = None
-            self._runner.drop_kv_cache()
+            self._runner.close()
         self._worker.close()
 
     def _start_stepping(self) -> None:

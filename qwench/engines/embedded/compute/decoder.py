@@ -12,9 +12,9 @@ from qwench.engines.embedded.compute.adapters import RowAdapters
 from qwench.engines.embedded.compute.attention import Attention, InvariantAttention, TorchAttention
 from qwench.engines.embedded.compute.batch import BatchBuilder, Chunks, StepBatch, to_device
 from qwench.engines.embedded.compute.graphs import Bucket, DecodeGraphs, DecodeInputs, Drawn
+from qwench.engines.embedded.compute.kv_memory import KVCache
 from qwench.engines.embedded.compute.model import DecoderModel
 from qwench.engines.embedded.compute.sampler import DrawInputs, Draws, draw_limited
-from qwench.engines.embedded.scheduling.kv_cache import KVCache
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.protocol import Scoring
 

@@ -163,10 +163,10 @@ class LeadingRunner(Runner):
         self._followers.tell("runner", "allocate_kv_cache", num_pages)
         super().allocate_kv_cache(num_pages)
 
-    def drop_kv_cache(self) -> None:
-        """See `Runner.drop_kv_cache`."""
-        self._followers.ask("runner", "drop_kv_cache")
-        super().drop_kv_cache()
+    def sleep(self) -> None:
+        """See `Runner.sleep`."""
+        self._followers.ask("runner", "sleep")
+        super().sleep()
 
     def release_cached_memory(self) -> None:
         """See `Runner.release_cached_memory`."""

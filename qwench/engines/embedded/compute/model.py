@@ -16,8 +16,8 @@ from torch.nn import functional
 from qwench.algorithms.log_probs import head_logits
 from qwench.engines.embedded.compute.adapters import AdaptedProjection, AdapterStore
 from qwench.engines.embedded.compute.attention import Attention
+from qwench.engines.embedded.compute.kv_memory import KVCache
 from qwench.engines.embedded.compute.ranks import RankGroup
-from qwench.engines.embedded.scheduling.kv_cache import KVCache
 from qwench.engines.embedded.scheduling.scoring import score_rows
 from qwench.engines.protocol import Scoring
 from qwench.models.architecture import Architecture

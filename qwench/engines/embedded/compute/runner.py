@@ -17,11 +17,11 @@ from qwench.engines.embedded.compute.batch import PackedStep, to_device
 from qwench.engines.embedded.compute.decode_work import IntArray
 from qwench.engines.embedded.compute.decoder import Decoder
 from qwench.engines.embedded.compute.graphs import Bucket
+from qwench.engines.embedded.compute.kv_memory import KVCache, page_bytes
 from qwench.engines.embedded.compute.model import DecoderModel
 from qwench.engines.embedded.compute.ranks import RankGroup
 from qwench.engines.embedded.compute.sampler import Draws, draw_limited
 from qwench.engines.embedded.compute.weights import WeightStore
-from qwench.engines.embedded.scheduling.kv_cache import KVCache, page_bytes
 from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.embedded.scheduling.scheduler import StepPlan
 from qwench.engines.embedded.settings import EmbeddedSettings
@@ -118,7 +118,11 @@ class Runner:
         if self._device.type != "cuda":
             return 1 + min(most, CPU_KV_CACHE_TOKENS // page_size)
         free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
-        pool_bytes = free_bytes - int((1 - sizes.embedded_mem_fraction) * total_bytes)
+        reserve = int((1 - sizes.embedded_mem_fraction) * total_bytes)
+        asleep = self._kv_cache
+        if asleep is not None and asleep.num_bytes <= free_bytes - reserve // 2:
+            return asleep.num_pages  # the graphs, which were kept, may have taken half of the reserve
+        pool_bytes = free_bytes - reserve
         num_pages = min(most, pool_bytes // page_bytes(self._architecture, page_size, self._settings.resolved_dtype))
         if num_pages < 2:
             raise EngineError(
@@ -128,7 +132,12 @@ class Runner:
         return 1 + num_pages
 
     def allocate_kv_cache(self, num_pages: int) -> None:
-        """Take the KV memory."""
+        """Take the KV memory: as many pages as before at their old place, so that the graphs stay valid."""
+        if self._kv_cache is not None and self._kv_cache.num_pages == num_pages:
+            if self._kv_cache.is_asleep:
+                self._kv_cache.wake()
+            return
+        self._kv_cache = self._decoder = None
         self._kv_cache = KVCache(
             self._architecture,
             num_pages=num_pages,
@@ -141,10 +150,16 @@ class Runner:
         num_rows = self._settings.sizes.embedded_max_running_requests + 1
         self._last_tokens = torch.zeros(num_rows, dtype=torch.int32, device=self._device)
         self._row_adapters = RowAdapters(self._adapters, num_rows, self._device)
-        self.forget_bindings()
 
-    def drop_kv_cache(self) -> None:
-        """Give the KV memory back, graphs included."""
+    def sleep(self) -> None:
+        """Give the KV memory back. Graphs stay, with the memory of their results."""
+        if self._kv_cache is not None and not self._kv_cache.is_asleep:
+            self._kv_cache.sleep()
+        self.release_cached_memory()
+
+    def close(self) -> None:
+        """Give all memory back, graphs included; a step in flight ends first."""
+        self.sleep()
         self._kv_cache = self._decoder = None
         self.release_cached_memory()
 
@@ -154,7 +169,7 @@ class Runner:
             torch.cuda.empty_cache()
 
     def forget_bindings(self) -> None:
-        """Drop the decoder, whose weights or KV memory are given back."""
+        """Drop the decoder, whose weights are given back."""
         self._decoder = None
 
     def advance(self, plan: StepPlan | None, page_table: IntArray, before: InFlight | None) -> tuple[InFlight | None, Sampled]:

@@ -1,4 +1,4 @@
-"""The paged KV pool: which request holds which page, and the tensors of the pages.
+"""The paged KV pool: which request holds which page. `compute.kv_memory` has the tensors.
 
     free --allocate--> held (refcount 1..n, shared by forks) --release--> free, or cached when its content is known
     cached --match--> held again;  cached --allocate when no page is free--> forgotten and reused (oldest first)
@@ -11,12 +11,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
-
-from qwench.models.architecture import Architecture
-from qwench.models.memory import kv_bytes_per_token
 
 SCRATCH_PAGE = 0
 _ROOT = 0
@@ -126,25 +120,3 @@ class PagePool:
             del self._page_of[self._content_of.pop(page)]
         self._references[page] = 1
         return page
-
-
-class KVCache:
-    """The pool's memory: keys and values of all layers."""
-
-    def __init__(
-        self, architecture: Architecture, *, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        shape = (architecture.num_layers, 2, num_pages, page_size, architecture.num_kv_heads, architecture.head_dim)
-        # Zeros, not empty memory: reference attention multiplies masked values by 0, and 0 * nan is nan.
-        self._storage = torch.zeros(shape, dtype=dtype, device=device)
-        self.layers = [(layer[0], layer[1]) for layer in self._storage]
-        """Each layer's keys and values, [pages, page_size, kv_heads, head_dim]."""
-
-    def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
-        """Copy whole pages in all layers."""
-        self._storage[:, :, targets] = self._storage[:, :, sources]
-
-
-def page_bytes(architecture: Architecture, page_size: int, dtype: torch.dtype) -> int:
-    """Return the bytes of one page over all layers."""
-    return page_size * kv_bytes_per_token(architecture, element_bytes=dtype.itemsize)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from qwench.engines.embedded.compute import runner, sampler
+from qwench.engines.embedded.compute.kv_memory import KVCache
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.scheduling import stopping
-from qwench.engines.embedded.scheduling.kv_cache import KVCache
 from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.protocol import FinishReason, MemoryTag
 from qwench.errors import ConfigError, EngineError
@@ -37,7 +37,7 @@ def test_inline_engine_repeats_itself_to_the_bit():
     assert asyncio.run(scenario()) == asyncio.run(scenario())
 
 
-def test_one_decoder_serves_all_steps_while_the_weights_stay_where_they_are(monkeypatch):
+def test_one_decoder_serves_all_steps_while_the_weights_stay_where_they_are_also_over_a_sleep(monkeypatch):
     made, decoder_type = [], runner.Decoder
 
     def make(*arguments, **options):
@@ -48,11 +48,16 @@ def test_one_decoder_serves_all_steps_while_the_weights_stay_where_they_are(monk
 
     async def scenario():
         engine = make_engine(make_model("qwen3"), inline=True)
-        await engine.generate(ask("a", prompt_of(4), max_new_tokens=3, ignore_eos=True))
+        before = await engine.generate(ask("a", prompt_of(4), max_new_tokens=3, ignore_eos=True, seed=1))
+        await engine.sleep([MemoryTag.KV_CACHE])
+        await engine.wake([MemoryTag.KV_CACHE])
+        after = await engine.generate(ask("b", prompt_of(4), max_new_tokens=3, ignore_eos=True, seed=1))
         await engine.close()
+        return before.output_ids, before.log_probs, after.output_ids, after.log_probs
 
-    asyncio.run(scenario())
+    tokens, log_probs, tokens_after, log_probs_after = asyncio.run(scenario())
     assert len(made) == 1
+    assert (tokens, log_probs) == (tokens_after, log_probs_after)
 
 
 def test_checkpoint_folder_brings_weights_tokenizer_and_stop_tokens(tmp_path):
@@ -140,8 +145,9 @@ def test_abort_of_a_request_spares_those_whose_ids_begin_alike():
 
 
 def num_caches() -> int:
+    """Count the caches that hold memory."""
     gc.collect()
-    return sum(isinstance(one, KVCache) for one in gc.get_objects())
+    return sum(isinstance(one, KVCache) and not one.is_asleep for one in gc.get_objects())
 
 
 def test_each_kind_of_memory_is_given_back_alone():
