@@ -11,9 +11,10 @@ from torch import Tensor
 from qwench.engines.embedded.compute.adapters import RowAdapters
 from qwench.engines.embedded.compute.attention import Attention, InvariantAttention, TorchAttention
 from qwench.engines.embedded.compute.batch import BatchBuilder, Chunks, StepBatch, to_device
-from qwench.engines.embedded.compute.graphs import Bucket, DecodeGraphs, DecodeInputs, Drawn
+from qwench.engines.embedded.compute.graphs import Bucket, DecodeGraphs, DecodeInputs, Drawn, Recorder
 from qwench.engines.embedded.compute.kv_memory import KVCache
-from qwench.engines.embedded.compute.model import DecoderModel
+from qwench.engines.embedded.compute.model import DecoderModel, Hidden
+from qwench.engines.embedded.compute.prefill_graphs import MAX_TOKENS, PrefillGraphs
 from qwench.engines.embedded.compute.sampler import DrawInputs, Draws, draw_limited
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.protocol import Scoring
@@ -54,14 +55,17 @@ class Decoder:
             page_size=settings.sizes.embedded_page_size, max_sharing=max(TILE_ROWS // group, 1), device=device
         )
         self._graphs: DecodeGraphs | None = None
+        self._prefill_graphs: PrefillGraphs | None = None
         self._model = model
         self._device = device
         self._scratch_row = len(last_tokens) - 1
         self._attention = _make_attention(settings, device)
         if device.type == "cuda" and settings.cuda_graphs:
+            record = Recorder(device)
             self._graphs = DecodeGraphs(
-                self.builder, max_rows=self._scratch_row, max_pages=max_pages, warmed=warmed, device=device
+                self.builder, max_rows=self._scratch_row, max_pages=max_pages, warmed=warmed, record=record, device=device
             )
+            self._prefill_graphs = PrefillGraphs(model, kv_cache, record, dtype=settings.resolved_dtype, device=device)
 
     def forward(self, batch: StepBatch, scorings: Sequence[Scoring] = ()) -> tuple[Tensor, list[Tensor]]:
         """Store keys and values of the batch's tokens.
@@ -73,13 +77,19 @@ class Decoder:
             logits [U, V] of `batch.logit_tokens`; the scores of each of `batch.scored`.
         """
         self._attention.prepare(batch)
-        mix = None if batch.rows is None else self._adapters.mix(batch.rows)
-        hidden = self._model.forward(batch.token_ids, batch.positions, batch.slots, self.kv_cache, self._attention, mix)
+        hidden = self._hidden(batch)
         scores = [
             self._model.scores(hidden, tokens, labels, scoring)
             for (tokens, labels), scoring in zip(batch.scored, scorings, strict=True)
         ]
         return self._model.logits(hidden, batch.logit_tokens), scores
+
+    def _hidden(self, batch: StepBatch) -> Hidden:
+        has_prefills, num_tokens = len(batch.prefills.counts) > 0, len(batch.token_ids)
+        if self._prefill_graphs is not None and has_prefills and num_tokens <= MAX_TOKENS and batch.rows is None:
+            return self._prefill_graphs(batch, self._attention)
+        mix = None if batch.rows is None else self._adapters.mix(batch.rows)
+        return self._model.forward(batch.token_ids, batch.positions, batch.slots, self.kv_cache, self._attention, mix)
 
     def replay(self, decodes: Chunks, draws: Draws) -> Drawn | None:
         """Run a decode-only step as a graph; None without graphs."""

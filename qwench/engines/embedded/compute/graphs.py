@@ -8,9 +8,9 @@ padded up to a bucket, and padded rows read and write the scratch page. All grap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -58,6 +58,33 @@ class Drawn:
 Bucket = tuple[int, WorkSize]
 """Rows, and size of the attention's work, that a graph has room for."""
 DecodePass = Callable[[DecodeInputs], Drawn]
+Result = TypeVar("Result")
+
+
+class Recorder:
+    """Captures graphs that share memory, since they run one after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def __call__(self, work: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+        """Record what `work` launches; return what launches it again, and what `work` returned.
+
+        `torch.cuda.graph` does the same, and frees the pinned memory that torch caches. A trainer that sleeps would pin anew.
+        """
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()  # a recording takes memory, and can free none
+        with torch.cuda.stream(self._stream):
+            # Thread-local: the trainer of the same process may allocate in its own thread at the same time.
+            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+            try:
+                result = work()
+            finally:
+                graph.capture_end()
+        return graph.replay, result
 
 
 class DecodeGraphs:
@@ -73,6 +100,7 @@ class DecodeGraphs:
         max_rows: int,
         max_pages: int,
         warmed: set[Bucket],
+        record: Recorder,
         device: torch.device,
     ) -> None:
         """`warmed`: buckets that ran before, perhaps over other memory; receives those that run now."""
@@ -83,9 +111,8 @@ class DecodeGraphs:
         size = 7 * max_rows + HEADER_SIZE + 4 * max_rows * max_pages
         self._buffer = torch.zeros(size, dtype=torch.int32, device=device)
         self._warmed = warmed
-        self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Drawn]] = {}
-        self._memory = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._graphs: dict[Bucket, tuple[Callable[[], None], Drawn]] = {}
+        self._record = record
 
     def __call__(self, decode: DecodePass, decodes: Chunks, draws: Draws) -> Drawn:
         """Run one step of `decode`, which is the same in every call.
@@ -98,8 +125,8 @@ class DecodeGraphs:
         if key not in self._graphs:
             self._graphs[key] = self._capture(decode, *key)
         self._upload(packed)
-        graph, drawn = self._graphs[key]
-        graph.replay()
+        replay, drawn = self._graphs[key]
+        replay()
         return drawn
 
     def _pack(self, decodes: Chunks, draws: Draws, num_rows: int) -> tuple[IntArray, WorkSize]:
@@ -111,7 +138,7 @@ class DecodeGraphs:
     def _upload(self, packed: IntArray) -> None:
         self._buffer[: len(packed)].copy_(torch.from_numpy(packed).pin_memory(), non_blocking=True)
 
-    def _capture(self, decode: DecodePass, rows: int, size: WorkSize) -> tuple[torch.cuda.CUDAGraph, Drawn]:
+    def _capture(self, decode: DecodePass, rows: int, size: WorkSize) -> tuple[Callable[[], None], Drawn]:
         # Captured over padding alone: every row is one token of the scratch page.
         nothing, one = np.zeros(rows, dtype=np.int32), np.ones(rows, dtype=np.int32)
         padding = Chunks(starts=nothing, counts=one, tables=np.zeros((rows, 1), dtype=np.int32))
@@ -120,26 +147,7 @@ class DecodeGraphs:
         if (rows, size) not in self._warmed:
             self._warm_up(decode, inputs)
             self._warmed.add((rows, size))
-        graph = torch.cuda.CUDAGraph()
-        with self._recorded_by(graph):
-            drawn = decode(inputs)
-        return graph, drawn
-
-    @contextmanager
-    def _recorded_by(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        """Record what the block launches.
-
-        `torch.cuda.graph` does the same, and frees the pinned memory that torch caches. A trainer that sleeps would pin anew.
-        """
-        torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()  # a recording takes memory, and can free none
-        with torch.cuda.stream(self._stream):
-            # Thread-local: the trainer of the same process may allocate in its own thread at the same time.
-            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
-            try:
-                yield
-            finally:
-                graph.capture_end()
+        return self._record(lambda: decode(inputs))
 
     def _warm_up(self, decode: DecodePass, inputs: DecodeInputs) -> None:
         stream = torch.cuda.Stream(self._device)

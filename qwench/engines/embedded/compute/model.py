@@ -76,6 +76,11 @@ class DecoderModel:
         self._ops = _elementwise_of(device)
         self._rope = rope_table(architecture.rope, architecture.max_positions, device).to(self._embedding.dtype)
 
+    @property
+    def query_shape(self) -> tuple[int, int]:
+        """Return the heads of this rank and their size."""
+        return self._architecture.num_heads, self._architecture.head_dim
+
     def forward(
         self,
         token_ids: Tensor,
@@ -90,18 +95,40 @@ class DecoderModel:
         Args:
             mix: the tokens' adapters (see `compute.adapters`). None: they have none.
         """
-        eps = self._architecture.norm_eps
-        x_TD = self._embed(token_ids)
-        delta_TD: Tensor | None = None
-        for layer, (keys, values) in zip(self._layers, kv_cache.layers, strict=True):
-            x_TD, normed = self._ops.add_rms_norm(x_TD, delta_TD, layer.attention_norm, eps)
-            q_THK = self._ops.qk_norm_rope_store(
-                layer.qkv(normed, mix), layer.qk_norms, self._rope, positions, slots, keys, values, eps
-            )
-            delta_TD = self._add_up(*layer.output(attention(q_THK, keys, values).flatten(1), mix))
-            x_TD, normed = self._ops.add_rms_norm(x_TD, delta_TD, layer.mlp_norm, eps)
-            delta_TD = self._add_up(*layer.down(self._ops.silu_mul(*layer.gate_up(normed, mix)), mix))
-        return x_TD, delta_TD
+        hidden: Hidden = self.embed(token_ids), None
+        for index, (keys, values) in enumerate(kv_cache.layers):
+            x_TD, q_THK = self.before_attention(index, hidden, positions, slots, keys, values, mix)
+            hidden = self.after_attention(index, x_TD, attention(q_THK, keys, values), mix)
+        return hidden
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Return the embeddings [T, D] of tokens."""
+        if self._ranks is not None:
+            return self._ranks.embed(token_ids, self._embedding)
+        return functional.embedding(token_ids, self._embedding)
+
+    def before_attention(
+        self,
+        index: int,
+        hidden: Hidden,
+        positions: Tensor,
+        slots: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mix: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Begin layer `index`: store its keys and values, and return the residual stream [T, D] and the queries [T, H, K]."""
+        layer, eps = self._layers[index], self._architecture.norm_eps
+        x_TD, normed = self._ops.add_rms_norm(*hidden, layer.attention_norm, eps)
+        qkv = layer.qkv(normed, mix)
+        return x_TD, self._ops.qk_norm_rope_store(qkv, layer.qk_norms, self._rope, positions, slots, keys, values, eps)
+
+    def after_attention(self, index: int, x_TD: Tensor, attended_THK: Tensor, mix: Tensor | None) -> tuple[Tensor, Tensor]:
+        """End layer `index`; see `Hidden`."""
+        layer = self._layers[index]
+        delta_TD = self._add_up(*layer.output(attended_THK.flatten(1), mix))
+        x_TD, normed = self._ops.add_rms_norm(x_TD, delta_TD, layer.mlp_norm, self._architecture.norm_eps)
+        return x_TD, self._add_up(*layer.down(self._ops.silu_mul(*layer.gate_up(normed, mix)), mix))
 
     def logits(self, hidden: Hidden, tokens: Tensor | None = None) -> Tensor:
         """Return the logits [U, V] float32 of some of the packed tokens, or of all."""
@@ -118,11 +145,6 @@ class DecoderModel:
         """Return what `scoring` wants of the packed tokens, a few at a time: their logits may not fit into memory at once."""
         pairs = zip(tokens.split(SCORED_AT_ONCE), labels.split(SCORED_AT_ONCE), strict=True)
         return torch.cat([score_rows(self.logits(hidden, some).log_softmax(-1), after, scoring) for some, after in pairs])
-
-    def _embed(self, token_ids: Tensor) -> Tensor:
-        if self._ranks is not None:
-            return self._ranks.embed(token_ids, self._embedding)
-        return functional.embedding(token_ids, self._embedding)
 
     def _add_up(self, delta_TD: Tensor) -> Tensor:
         return delta_TD if self._ranks is None else self._ranks.add_up(delta_TD)
