@@ -72,7 +72,8 @@ class Campaign:
         argv, log, faults = job(self.workspace, folder, variant), folder / "log", list[str]()
         for _ in range(1 + (self.rng.random() < SECOND_KILL)):
             driver = Driver(argv, log=log)
-            driver.wait(self.rng.uniform(0.2, 1.1 * whole.seconds))
+            if code := driver.wait(self.rng.uniform(0.2, 1.1 * whole.seconds)):
+                faults.append(f"the run ended with {code} before it was killed: {log.read_text()[-2000:]}")
             pids = family(driver)
             driver.kill()
             faults += [f"left: {left}" for left in leftovers(pids)]

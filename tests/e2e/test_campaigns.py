@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qwench.engines.embedded.http.serving import ServerThread
 from qwench.models.made.tokenizers import build_small_tokenizer
-from tests.campaigns import damage, disks, fuzz, stops
+from tests.campaigns import damage, disks, fuzz, kills, stops
 from tests.contract.engine_hosts import make_engine, make_model
 from tests.e2e.conftest import Workspace
 
@@ -18,6 +19,14 @@ from tests.e2e.conftest import Workspace
 def test_a_stopped_process_is_named(name: str, workspace: Workspace, tmp_path: Path) -> None:
     named_s, faults = stops.stop(name, workspace, tmp_path, prepare=stops.hurry)
     assert faults == [] and named_s < stops.NAMED_WITHIN_S
+
+
+def test_a_run_that_ends_badly_before_it_is_killed_is_a_fault(workspace: Workspace, tmp_path: Path) -> None:
+    without_model = replace(workspace, model=tmp_path / "none")
+    campaign = kills.Campaign(without_model, tmp_path, random.Random(0))
+    campaign.references["in-process"] = kills.Reference({}, seconds=1e6)
+    first, *_ = campaign.run("in-process", 0)
+    assert first.startswith("the run ended with 2 before it was killed") and "--hf-checkpoint" in first
 
 
 def test_odd_sampling_parameters_are_refused_or_answered_and_the_engine_lives_on() -> None:
