@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import TextIO
 
+_MODULE = "qwench.cluster.rank_process"
 _TAIL_LINES = 5
 _DRAIN_TIMEOUT_S = 2.0
 _POLL_S = 0.02
@@ -29,13 +30,12 @@ Say = Callable[[str], None]
 
 
 class ChildProcess:
-    """`python -m MODULE FD`, where FD is the child's end of `connection`."""
+    """`python -m qwench.cluster.rank_process FD`, where FD is the child's end of `connection`."""
 
-    def __init__(self, module: str, *, environ: Mapping[str, str], log_file: Path | None, say: Say | None) -> None:
+    def __init__(self, *, environ: Mapping[str, str], log_file: Path | None, say: Say | None) -> None:
         """Start it.
 
         Args:
-            module: what to run.
             environ: its whole environment.
             log_file: takes what it writes; None: nothing does.
             say: is given each line of its standard output (libraries warn on standard error); None: lines are dropped.
@@ -43,7 +43,7 @@ class ChildProcess:
         self.connection, theirs = Pipe()
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", module, str(theirs.fileno())],
+            [sys.executable, "-P", "-m", _MODULE, str(theirs.fileno())],
             env=dict(environ),
             pass_fds=[theirs.fileno()],
             start_new_session=True,
@@ -55,7 +55,7 @@ class ChildProcess:
         )
         theirs.close()
         self._readers = [
-            threading.Thread(target=self._read, args=(stream, log_file, told), name=f"output of {module}", daemon=True)
+            threading.Thread(target=self._read, args=(stream, log_file, told), name=f"output of {_MODULE}", daemon=True)
             for stream, told in ((self._process.stdout, say), (self._process.stderr, None))
         ]
         for reader in self._readers:

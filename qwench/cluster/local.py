@@ -25,7 +25,6 @@ from qwench.threads import usable_cores
 from qwench.wire.memory_files import remove_files_of
 
 _logger = logging.getLogger(__name__)
-_MODULE = "qwench.cluster.rank_process"
 _INLINE_BYTES = 32 * 1024  # fits a pipe's buffer, so that sending never waits for a rank
 _CHECK_INTERVAL_S = 1.0
 _EXIT_TIMEOUT_S = 10.0
@@ -95,7 +94,6 @@ class LocalRanks:
         threads = {"OMP_NUM_THREADS": str(max(1, usable_cores() // size)), **environ}
         self._children = [
             ChildProcess(
-                _MODULE,
                 environ={**threads, **self._rendezvous.environ(rank, size, local_rank=rank)},
                 log_file=log_folder / f"rank_{rank}.log" if log_folder is not None else None,
                 say=partial(_logger.info, "[rank 0] %s") if rank == 0 else None,

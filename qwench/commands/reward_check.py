@@ -75,7 +75,7 @@ def run(words: Sequence[str]) -> None:
         words = ["check", *words]
     if not words or words[0] != "check":
         raise ConfigError(f"qwench reward has one command, check; got {' '.join(words[:1]) or 'none'}")
-    file, flags = split_file(words[1:], usage="qwench reward check FILE --rm-type NAME")
+    file, flags = split_file(words[1:])
     config = parse_flags(RewardCheckConfig, flags, prog="qwench reward check FILE")
     columns = config.columns
     if columns.line is not None:

@@ -67,7 +67,7 @@ def _qwench(words: Sequence[str], stage: Path, world: dict[str, str]) -> Sequenc
         return [verb]
     if verb == "reward":
         assert rest[0] == "check"
-        _, rest = split_file(rest[1:], usage="")
+        _, rest = split_file(rest[1:])
     if verb == "download":
         names, rest = split_names(rest)
         assert names

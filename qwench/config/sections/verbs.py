@@ -130,7 +130,7 @@ def split_names(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(words[:first_flag]), list(words[first_flag:])
 
 
-def split_file(words: Sequence[str], *, usage: str) -> tuple[Path, list[str]]:
+def split_file(words: Sequence[str]) -> tuple[Path, list[str]]:
     """Take the file out of `FILE --flag ...`; a call for help gets a path that is never read.
 
     Raises:
@@ -140,4 +140,4 @@ def split_file(words: Sequence[str], *, usage: str) -> tuple[Path, list[str]]:
         return Path(words[0]), list(words[1:])
     if {"-h", "--help", "--help-all"} & set(words):
         return Path(), list(words)
-    raise ConfigError(f"a file is missing; usage: {usage}")
+    raise ConfigError("a file is missing; usage: qwench reward check FILE --rm-type NAME")

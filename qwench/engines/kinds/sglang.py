@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-from qwench.config.sections.engine import EngineConfig
 from qwench.engines.fleet.servers import ServerCommand, server_environ, visible_devices
 from qwench.engines.kinds.kind import EngineKind, ServerOrder
 from qwench.engines.kinds.sglang_receiver import SglangReceiver
@@ -35,11 +34,6 @@ def check_sglang_words(words: Sequence[str]) -> None:
     """
     # The model's folder is the one argument that SGLang's parser insists on.
     check_words([*words, "--model-path", "."], prefix="sglang", parser_program=_PARSER_PROGRAM, package="sglang")
-
-
-def check_flags(engine: EngineConfig) -> None:
-    """See `check_sglang_words`."""
-    check_sglang_words(engine.sglang_args)
 
 
 def sglang_command(
@@ -92,7 +86,7 @@ def _adapter_words(order: ServerOrder) -> list[str]:
 
 SGLANG = EngineKind(
     name="sglang",
-    check_flags=check_flags,
+    check_flags=lambda engine: check_sglang_words(engine.sglang_args),
     command=sglang_command,
     receiver=SglangReceiver,
     answers=lambda model_info: True,

@@ -86,10 +86,10 @@ def test_help_lists_the_flags_of_every_section_and_ends_the_process(capsys):
 
 
 def test_the_file_stands_in_front_of_the_flags():
-    assert split_file(["f.jsonl", "--rm-type", "math"], usage="u") == (Path("f.jsonl"), ["--rm-type", "math"])
-    assert split_file(["--help"], usage="u")[1] == ["--help"]
-    with pytest.raises(ConfigError, match="a file is missing; usage: u"):
-        split_file(["--rm-type", "math"], usage="u")
+    assert split_file(["f.jsonl", "--rm-type", "math"]) == (Path("f.jsonl"), ["--rm-type", "math"])
+    assert split_file(["--help"])[1] == ["--help"]
+    with pytest.raises(ConfigError, match="a file is missing; usage: qwench reward check FILE --rm-type NAME"):
+        split_file(["--rm-type", "math"])
 
 
 def test_configuration_imports_without_torch():
