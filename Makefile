@@ -7,7 +7,7 @@ RUNS := .venv/.runs
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 # Two cores are busy with six processes of one thread each, since many tests wait. Files begin in this order: the long ones first.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.workers --workers 6 -p tests.lines
+PYTEST := $(BIN)/python -m pytest -p tests.workers --workers 6 -p tests.lines
 # Packages come without bytecode. The first process that imports them writes it; otherwise each one would compile them again.
 unexport PYTHONDONTWRITEBYTECODE
 

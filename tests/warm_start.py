@@ -34,7 +34,7 @@ _LIGHT = "qwench.launch.trial_import"
 REPOSITORY = Path(__file__).parents[1]
 MESSAGE_BYTES = 2**17
 _PADDING_BYTES = 2**15
-_WITHOUT_THREADS = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+WITHOUT_THREADS = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 """Keep the libraries from starting threads as they are imported: a fork copies no thread, and what one held stays as it was."""
 _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37  # linux/prctl.h
 _PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from tests.warm_server import main; main(int(sys.argv[2]))"
@@ -151,7 +151,9 @@ def _execute_child(
 
 
 def other_threads() -> list[str]:
-    """Return the names of the threads of this process besides the calling one, those of native code too."""
+    """Return the names of the threads of this process besides the calling one, on Linux those of native code too."""
+    if sys.platform != "linux":
+        return [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
     names = []
     for task in Path("/proc/self/task").iterdir():
         with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
@@ -194,7 +196,7 @@ def _start_server() -> socket.socket:
     """Start the server that imports. The padding is room for the arguments and the environment of its children."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     kept = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
-    environ = kept | _WITHOUT_THREADS | {"PADDING": "x" * _PADDING_BYTES}
+    environ = kept | WITHOUT_THREADS | {"PADDING": "x" * _PADDING_BYTES}
     with theirs:
         words = [str(REPOSITORY), str(theirs.fileno()), "x" * _PADDING_BYTES]
         subprocess.Popen([sys.executable, "-P", "-c", _PROGRAM, *words], env=environ, pass_fds=[theirs.fileno()],

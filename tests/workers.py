@@ -24,11 +24,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, NoReturn
 
-import numpy as np
 import pytest
 from _pytest.runner import runtestprotocol
 
-from tests.warm_start import end_process
+from tests.warm_start import WITHOUT_THREADS, end_process, other_threads
 
 _NUMBER_BYTES = 2
 
@@ -158,6 +157,8 @@ class Fleet:
         """Fork a worker that runs the tests `first`, then files of the queue."""
         reader, writer = Pipe(duplex=False)
         self._session.config.get_terminal_writer().flush()
+        threads = other_threads()
+        assert not threads, f"a worker would lack these threads, and keep the locks that they hold: {threads}"
         pid = os.fork()
         if pid:
             writer.close()
@@ -201,6 +202,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--workers", type=int, default=0, help="forked processes that run the tests; 0: this process")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Keep the libraries that tests import from starting threads."""
+    if early_config.known_args_namespace.workers:
+        os.environ.update(WITHOUT_THREADS)
+
+
 def pytest_runtestloop(session: pytest.Session) -> bool | None:
     """Run the tests in workers; None: pytest's own loop runs them, or says why it does not."""
     size = session.config.getoption("workers")
@@ -221,7 +229,6 @@ def _work(session: pytest.Session, connection: Connection, files: Iterator[Seque
         folders = config._tmp_path_factory  # type: ignore[attr-defined]  # pytest gives it no public name
         folders._basetemp = folders.mktemp("worker")
         random.seed()
-        np.random.seed()
         messenger = Messenger(connection)
         config.pluginmanager.register(messenger)
         for file in files:
