@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.functional import rms_norm
 
+from qwench.algorithms.columns import on_device
 from qwench.models.architecture import RopeSpec
 from qwench.models.decoder.gradients import Heads
 from qwench.models.decoder.rope import rope_table
@@ -71,9 +72,9 @@ class PackedTokens(PackedSeqParams):
         return cls(
             qkv_format="thd",
             rope=rope_table(rope, int(split.positions.max()) + 1, device).to(dtype),
-            positions=split.positions.to(device, non_blocking=True),
+            positions=on_device(split.positions, device),
             attention=attention,
-            key_source=None if split.key_source is None else split.key_source.to(device, non_blocking=True),
+            key_source=None if split.key_source is None else on_device(split.key_source, device),
             key_group=group,
         )
 

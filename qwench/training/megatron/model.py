@@ -19,7 +19,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from qwench.algorithms.columns import MicroBatch
+from qwench.algorithms.columns import MicroBatch, on_device
 from qwench.algorithms.support import Support
 from qwench.checkpoints.formats.sources import TensorReader
 from qwench.config.layout import ParallelLayout
@@ -88,7 +88,7 @@ class PolicyModel(GPTModel):
             multiple_of=self._layout.token_multiple,
         )
         device = next(self.parameters()).device
-        tokens = micro_batch.tokens[split.source].to(device, non_blocking=True)[None]
+        tokens = on_device(micro_batch.tokens[split.source], device)[None]
         embedded = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
         packed = PackedTokens.of(
             split,
@@ -116,12 +116,12 @@ class PolicyModel(GPTModel):
         hidden = hidden.squeeze(1)
         if self.gives_logits and torch.is_grad_enabled():
             assert self._layout.cp == 1, "config.rules refuses context parallelism"
-            merged = split.merged.to(hidden.device, non_blocking=True)
+            merged = on_device(split.merged, hidden.device)
             return TokenScores(log_probs=(hidden.index_select(0, merged) @ self._head_weight().T).float(), entropy=None)
         trained = (split.real & micro_batch.loss_mask[split.source]).nonzero().squeeze(-1)
-        labels = micro_batch.labels[split.source[trained]].to(hidden.device, non_blocking=True)
+        labels = on_device(micro_batch.labels[split.source[trained]], hidden.device)
         support = Support.of(micro_batch, split.source[trained])
-        trained = trained.to(hidden.device, non_blocking=True)
+        trained = on_device(trained, hidden.device)
         weight = self._head_weight()
         log_probs, entropy = parallel_log_probs(
             hidden.index_select(0, trained),
@@ -137,7 +137,7 @@ class PolicyModel(GPTModel):
             with_entropy=with_entropy,
             support=support,
         )
-        merged = split.merged.to(hidden.device, non_blocking=True)
+        merged = on_device(split.merged, hidden.device)
         return TokenScores(
             log_probs=_spread(log_probs, trained, len(hidden), merged),
             entropy=None if entropy is None else _spread(entropy, trained, len(hidden), merged),
@@ -147,9 +147,9 @@ class PolicyModel(GPTModel):
         """Return a critic's values; every tensor-parallel rank computes all of them, with the whole gradient."""
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        trained = (split.real & micro_batch.loss_mask[split.source]).nonzero().squeeze(-1).to(hidden.device, non_blocking=True)
+        trained = on_device((split.real & micro_batch.loss_mask[split.source]).nonzero().squeeze(-1), hidden.device)
         values = hidden[:, 0].index_select(0, trained).float() @ self.output_layer.weight[0].float()
-        merged = split.merged.to(hidden.device, non_blocking=True)
+        merged = on_device(split.merged, hidden.device)
         return TokenScores(log_probs=_spread(values, trained, len(hidden), merged), entropy=None)
 
     def _head_weight(self) -> Tensor:
