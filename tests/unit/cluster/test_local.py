@@ -91,6 +91,11 @@ def launched(tmp_path: Path) -> Iterator[Launched]:
     assert_gone(launched.pids)
 
 
+def test_imported_objects_are_left_alone_by_the_collector_of_each_rank(launched: Launched):
+    frozen = launched.group.call("run", learners.num_frozen, label="count", timeout_s=DEADLINE_S)
+    assert len(frozen) == 2 and all(count > 100_000 for count in frozen)
+
+
 @pytest.mark.usefixtures("cold")
 def test_ranks_learn_save_and_give_their_weights(said: Said, launched: Launched, tmp_path: Path):
     learned = launched.learner.learn(rollout(0, num_tokens=100_000))  # larger than a pipe's buffer
