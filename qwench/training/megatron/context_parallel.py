@@ -38,7 +38,7 @@ class SequenceSplit:
     """[s] int64, where the pieces' keys lie in all ranks' local tokens; None: they are the local tokens themselves."""
 
 
-def split_sequences(lengths: Sequence[int], *, cp_rank: int, cp_size: int, multiple_of: int = 1) -> SequenceSplit:
+def split_sequences(lengths: Sequence[int], *, cp_rank: int, cp_size: int, multiple_of: int) -> SequenceSplit:
     """Split sequences of these lengths, so that every rank has the same number of tokens, a multiple of `multiple_of`."""
     chunks_each = 2 if cp_size > 1 else 1
     chunk_lengths = torch.tensor([-(-length // (chunks_each * cp_size)) for length in lengths])

@@ -57,3 +57,31 @@ def test_weights_take_no_memory_before_they_are_shards_which_are_those_of_the_ch
     expected = dict(Qwen3ForCausalLM.from_pretrained(hf_folder, dtype=torch.bfloat16).named_parameters())
     assert held.keys() == expected.keys()
     assert all(torch.equal(held[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize("folder", ["hf", "dist/release"])
+@pytest.mark.parametrize("offload_fraction", [0.0, 1.0], ids=["on device", "on host"])
+def test_a_trainer_takes_the_weights_of_a_converted_checkpoint(
+    hf_folder: Path, tmp_path: Path, folder: str, offload_fraction: float
+) -> None:
+    run_verb(["convert", "--input", str(hf_folder), "--output", str(tmp_path / "dist"), "--to", "torch_dist"])
+    torch.manual_seed(4)
+    tiny_model(vocab_size=64, tied=False).to(torch.bfloat16).save_pretrained(tmp_path / "other")
+    init_process_group(_CPU, environ={}, timeout_s=patient(60))
+    try:
+        backend = FsdpTrainer.build(
+            tmp_path / "other",
+            training=TrainingConfig(),
+            optimizer=offloaded(adamw(), offload_fraction),
+            total_steps=1,
+            param_dtype=torch.bfloat16,
+            device=_CPU,
+            hf_config=load_hf_config(tmp_path / "other"),
+        )
+        backend.load(tmp_path / folder, weights_only=True)
+        held = {name: tensor.clone() for bucket in backend.weights(bucket_bytes=1 << 20) for name, tensor in bucket}
+    finally:
+        leave_process_group()
+    expected = dict(Qwen3ForCausalLM.from_pretrained(hf_folder, dtype=torch.bfloat16).named_parameters())
+    assert held.keys() == expected.keys()
+    assert all(torch.equal(held[name], weight) for name, weight in expected.items())
