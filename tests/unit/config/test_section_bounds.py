@@ -1,0 +1,99 @@
+"""Every number and import path of a section is refused by its flag where it is out of its bounds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+import pytest
+
+from qwench.config.config import Config
+from qwench.errors import ConfigError
+
+POSITIVE = """
+actor-num-gpus-per-node actor-num-nodes adam-eps async-max-concurrent-samples critic-lr curriculum-retry-epochs
+debug-exit-after-rollout dr-grpo-length dynamic-sampling-max-rounds embedded-kv-cache-tokens embedded-max-running-requests
+embedded-page-size embedded-prefill-chunk-tokens engine-start-timeout eps-clip eps-clip-high eval-interval
+eval-max-context-len eval-max-in-flight eval-max-prompt-len eval-max-response-len generate-max-turns global-batch-size
+keep-checkpoints log-probs-max-tokens-per-gpu lora-alpha lr lr-decay-iters lr-wsd-decay-iters max-seq-len max-tokens-per-gpu
+memory-snapshot-num-steps mfu-peak-tflops micro-batch-size muon-num-ns-steps n-samples-per-eval-prompt n-samples-per-prompt
+num-epoch num-gpus-per-node num-rollout num-steps-per-rollout over-sampling-batch-size overlong-buffer-len
+recompute-num-layers ref-update-interval reward-num-workers reward-timeout-s rollout-batch-size rollout-health-check-interval
+rollout-health-check-timeout rollout-max-context-len rollout-max-prompt-len rollout-max-response-len
+rollout-num-gpus-per-engine rs-lower-bound rs-upper-bound rs-veto-threshold sapo-tau-neg sapo-tau-pos save-interval
+save-retain-interval sglang-server-concurrency table-interval tis-clip tis-lower-bound update-weight-buffer-size
+update-weights-interval value-clip
+"""
+NOT_NEGATIVE = """
+ckpt-step clip-grad critic-lr-warmup-iters eval-min-new-tokens eval-num-gpus eval-temperature kl-coef kl-cov-coef
+kl-loss-coef lambd lora-rank lr-warmup-init lr-warmup-iters max-weight-staleness min-lr num-critic-only-steps opd-kl-coef
+opd-log-prob-top-k profile-step-start ref-ckpt-step rollout-health-check-first-wait rollout-min-new-tokens rollout-min-p
+rollout-num-gpus show-samples start-rollout-id tis-clip-low weight-decay
+"""
+FRACTIONS = """
+clip-cov-ratio embedded-mem-fraction eval-top-p gamma kl-cov-ratio load-debug-rollout-data-subsample
+optimizer-offload-fraction rollout-top-p second-grader-share
+"""
+IMPORT_PATHS = """
+buffer-filter-path custom-advantage-function-path custom-agent-function-path custom-eval-rollout-log-function-path
+custom-generate-function-path custom-loss-function-path custom-megatron-before-log-prob-hook-path
+custom-megatron-before-train-step-hook-path custom-megatron-init-path custom-megatron-post-save-hook-path
+custom-pg-loss-reducer-function-path custom-reward-post-process-path custom-rm-path custom-rollout-log-function-path
+custom-tis-function-path custom-update-weight-post-write-path data-source-path dynamic-sampling-filter-path
+eval-function-path generate-execute-tool-function-path generate-tool-specs-path rollout-all-samples-process-path
+rollout-function-path rollout-sample-filter-path
+"""
+
+
+def section_of(name: str) -> type[Any]:
+    """Return the section that has a field."""
+    sections = [kind for kind in get_type_hints(Config).values() if is_dataclass(kind)]
+    [found] = [kind for kind in sections if name in {item.name for item in fields(kind)}]
+    assert isinstance(found, type)
+    return found
+
+
+def refusal(flag: str, value: object) -> str:
+    name = flag.replace("-", "_")
+    with pytest.raises(ConfigError) as refused:
+        section_of(name)(**{name: value})
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("flag", POSITIVE.split())
+def test_what_must_be_positive_is_neither_zero_nor_less(flag):
+    for value in (0, -1):
+        assert refusal(flag, value) == f"--{flag} must be greater than 0, got {value}"
+
+
+@pytest.mark.parametrize(
+    "flag", ["entropy-coef", "eps-clip-c", "opsm-delta", "clip-cov-lb", "clip-cov-ub", "rollout-temperature"]
+)
+def test_what_may_have_any_sign_is_finite(flag):
+    for value in (math.inf, math.nan):
+        assert refusal(flag, value).startswith((f"--{flag} must be a finite number", f"--{flag} must be greater than 0"))
+
+
+@pytest.mark.parametrize("flag", NOT_NEGATIVE.split())
+def test_what_may_be_zero_is_not_less(flag):
+    assert refusal(flag, -1) == f"--{flag} must not be negative, got -1"
+
+
+@pytest.mark.parametrize("flag", FRACTIONS.split())
+def test_a_share_is_above_zero_and_at_most_one(flag):
+    for value in (0.0, 1.5):
+        assert refusal(flag, value).startswith(f"--{flag} must be greater than 0 and at most 1")
+
+
+@pytest.mark.parametrize("flag", IMPORT_PATHS.split())
+def test_the_path_of_a_function_names_module_and_function(flag):
+    assert refusal(flag, "function").startswith(f"--{flag} must be the import path")
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["save-hf", "save-debug-rollout-data", "save-debug-trajectory-data", "save-debug-train-data", "load-debug-rollout-data"],
+)
+def test_a_template_has_no_other_field_than_the_number_of_the_rollout(flag):
+    assert refusal(flag, "folder/{step}").startswith(f"--{flag}")
