@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 
 from qwench.engines.embedded.compute.batch import PackedStep
+from qwench.engines.embedded.compute.decode_work import IntArray
 from qwench.engines.embedded.compute.ranks import RankGroup, Shard
-from qwench.engines.embedded.compute.runner import Runner
+from qwench.engines.embedded.compute.runner import InFlight, Runner, Sampled
 from qwench.engines.embedded.compute.weights import WeightStore, is_of_adapter
+from qwench.engines.embedded.scheduling.scheduler import StepPlan
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.errors import ConfigError, EngineError, WeightSyncError
 from qwench.models.architecture import Architecture
@@ -82,6 +84,7 @@ class Followers:
         except RuntimeError as cause:
             self._end_processes()
             raise EngineError(f"the {size} ranks of the engine did not meet within {START_TIMEOUT_S:g} s: {cause}") from cause
+        self._leaving = threading.Thread(target=self.group.abort, name="qwench-engine-leaves-ranks", daemon=True)
         threading.Thread(target=self._watch, name="qwench-engine-ranks", daemon=True).start()
 
     def tell(self, part: str, method: str, *arguments: object) -> None:
@@ -118,11 +121,27 @@ class Followers:
         except OSError as cause:
             raise self.failure() from cause
 
+    def check(self) -> None:
+        """Make sure that collectives joined all ranks: those of a group that was left return anything.
+
+        Raises:
+            EngineError: a rank ended.
+        """
+        if self._has_ended.is_set():
+            raise self.failure()
+
     def close(self) -> None:
-        """End the processes; later messages go nowhere."""
+        """End the processes and begin to leave the group; later messages, and calls of this, do nothing."""
+        if self._closing.is_set():
+            return
         self._closing.set()
         self._end_processes()
-        self.group.abort()
+        self._leaving.start()
+
+    def wait_until_left(self) -> None:
+        """Wait for the end of `close`. NCCL leaves a group when the captured graphs that use it are gone, and not before."""
+        if self._closing.is_set():
+            self._leaving.join(END_TIMEOUT_S)
 
     def _end_processes(self) -> None:
         for pipe in self._pipes:
@@ -177,6 +196,17 @@ class LeadingRunner(Runner):
         """See `Runner.forget_bindings`."""
         self._followers.tell("runner", "forget_bindings")
         super().forget_bindings()
+
+    def advance(self, plan: StepPlan | None, page_table: IntArray, before: InFlight | None) -> tuple[InFlight | None, Sampled]:
+        """See `Runner.advance`."""
+        advanced = super().advance(plan, page_table, before)
+        self._followers.check()
+        return advanced
+
+    def close(self) -> None:
+        """See `Runner.close`; the other ranks are closed already."""
+        super().close()
+        self._followers.wait_until_left()
 
     def compute(self, step: PackedStep, *, has_adapters: bool) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         """See `Runner.compute`."""
@@ -261,8 +291,7 @@ def follow(pipe: Connection, model: Architecture, settings: EmbeddedSettings, sh
     parent = multiprocessing.parent_process()
     assert parent is not None, "rank 0 starts this process"
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # rank 0 closes the pipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 closes the pipe
     device = torch.device(settings.device)
     if device.type == "cuda":
         device = torch.device("cuda", shard.rank)
@@ -275,13 +304,25 @@ def follow(pipe: Connection, model: Architecture, settings: EmbeddedSettings, sh
         "bucket": _Bucket(weights, ranks, device),
         "runner": Runner(model.divided(shard.size), settings, weights, ranks=ranks),
     }
-    with suppress(EOFError):
-        while True:
-            part, method, arguments, is_asked = pipe.recv()
-            result = getattr(parts[part], method)(*arguments)
-            if is_asked:
-                pipe.send(result)
-    ranks.abort()
+    code = 1
+    try:
+        with suppress(EOFError):
+            _repeat(pipe, parts)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # rank 0 may wait for the last step
+        code = 0
+    except Exception:
+        _logger.exception("rank %d of the engine failed", shard.rank)
+    finally:
+        os._exit(code)  # a normal exit would wait for the group, and that for captured graphs
+
+
+def _repeat(pipe: Connection, parts: Mapping[str, object]) -> None:
+    while True:
+        part, method, arguments, is_asked = pipe.recv()
+        result = getattr(parts[part], method)(*arguments)
+        if is_asked:
+            pipe.send(result)
 
 
 def _end_with(sentinel: int) -> None:

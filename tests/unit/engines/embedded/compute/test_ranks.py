@@ -89,6 +89,20 @@ def test_a_rank_that_dies_fails_the_requests_and_the_engine():
     assert asyncio.run(scenario()) == (False, False)
 
 
+def test_a_rank_that_fails_is_named_with_its_exit_code():
+    async def scenario():
+        engine = make_engine(make_model("qwen3"), num_devices=2)
+        await engine.generate(ask("before", [5]))
+        engine._followers.tell("weights", "no_such_method")
+        engine._followers._processes[0].join()
+        with pytest.raises(EngineError, match=r"a rank of the engine ended: rank 1 \(exit code 1\)"):
+            await engine.generate(ask("after", [5]))
+        await engine.close()
+        await engine.close()
+
+    asyncio.run(scenario())
+
+
 def test_closing_an_engine_ends_its_ranks_and_an_abort_does_not():
     async def scenario():
         engine = make_engine(make_model("qwen3"), num_devices=2)
