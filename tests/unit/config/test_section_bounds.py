@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 
 from qwench.config.config import Config
+from qwench.config.sections.convert import ConvertConfig
+from qwench.config.sections.reward import RewardConfig
+from qwench.config.sections.timeouts import TimeoutConfig
+from qwench.config.sections.verbs import ServerConfig
 from qwench.errors import ConfigError
 
 POSITIVE = """
@@ -44,6 +49,7 @@ custom-tis-function-path custom-update-weight-post-write-path data-source-path d
 eval-function-path generate-execute-tool-function-path generate-tool-specs-path rollout-all-samples-process-path
 rollout-function-path rollout-sample-filter-path
 """
+CONVERSION = {"input": Path("in"), "output": Path("out")}
 
 
 def section_of(name: str) -> type[Any]:
@@ -97,3 +103,23 @@ def test_the_path_of_a_function_names_module_and_function(flag):
 )
 def test_a_template_has_no_other_field_than_the_number_of_the_rollout(flag):
     assert refusal(flag, "folder/{step}").startswith(f"--{flag}")
+
+
+@pytest.mark.parametrize(
+    ("section", "given", "flag"),
+    [
+        (ConvertConfig, {**CONVERSION, "to": "hf", "max_shard_gb": 0}, "--max-shard-gb"),
+        (ConvertConfig, {**CONVERSION, "to": "lora", "lora_rank": 0}, "--lora-rank"),
+        (ServerConfig, {"port": 0}, "--port"),
+        (ServerConfig, {"num_gpus": 0}, "--num-gpus"),
+        (TimeoutConfig, {"train_timeout": 0}, "--train-timeout"),
+        (
+            RewardConfig,
+            {"rm_type": "judge", "judge_url": "http://h/v1", "judge_model": "m", "judge_timeout_s": 0},
+            "--judge-timeout-s",
+        ),
+    ],
+)
+def test_sections_of_other_verbs_and_of_pairs_have_bounds(section, given, flag):
+    with pytest.raises(ConfigError, match=rf"^{flag} must be greater than 0, got 0$"):
+        section(**given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import uuid
@@ -9,7 +10,7 @@ import uuid
 import pytest
 import torch
 
-from qwench.wire.addresses import CPU, Placement, gpu_names, host_name, local_gpu, placement_of
+from qwench.wire.addresses import CPU, Placement, gpu_names, host_name, local_gpu, placement_of, unused_port
 from tests.deadlines import patient
 
 RANDOM_NODE = 0x0100_0000_0000
@@ -57,3 +58,10 @@ def test_a_gpu_is_found_by_its_name_under_any_number(monkeypatch: pytest.MonkeyP
     assert placement_of(torch.device("cuda", 1)) == Placement(host=host_name(), devices=("GPU-b",))
     with pytest.raises(KeyError, match="GPU-c"):
         local_gpu("GPU-c")
+
+
+def test_an_unused_port_can_be_listened_on_and_an_address_elsewhere_has_none() -> None:
+    with socket.create_server(("127.0.0.1", unused_port("127.0.0.1"))) as listener:
+        assert listener.getsockname()[1] > 1024
+    with pytest.raises(OSError, match="assign requested address"):
+        unused_port("192.0.2.1")  # reserved for documentation

@@ -34,10 +34,12 @@ def test_each_place_is_used_again_in_its_turn_and_grows_when_it_must():
     grown = ring.next(11, CPU)
     assert grown is not first and grown.tensor.numel() == 11
     assert first.file is not None and not first.file.exists()
+    assert first.tensor.numel() == 0, "the memory of a deleted file lasts while it is mapped"
     files = [grown.file, second.file]
     assert all(file is not None and file.exists() for file in files)
     ring.close()
     assert not any(file.exists() for file in files)
+    assert (grown.tensor.numel(), second.tensor.numel()) == (0, 0)
 
 
 class LateReader(EmbeddedReceiver):
