@@ -61,7 +61,7 @@ def megatron_is_not_fsdp(config: Config) -> str | None:
     for flag, is_set in (
         (f"--attn-implementation {config.model.attn_implementation}", config.model.attn_implementation != "sdpa"),
         (f"--dp-replicate {config.parallel.dp_replicate}", config.parallel.dp_replicate > 1),
-        (f"--optimizer {config.optimizer.optimizer}", config.optimizer.optimizer != "adam"),
+        ("--optimizer adam8bit", config.optimizer.optimizer == "adam8bit"),
         ("--torch-compile", config.training.torch_compile),
         ("--whole-weights", config.training.whole_weights),
     ):

@@ -134,6 +134,17 @@ def read_damaged(folder: Path, saved: str, model: str) -> dict:
     return _alone(folder, model, load)
 
 
+def read_state_of_another_optimizer(folder: Path, saved: str, model: str) -> dict:
+    """Try to load a checkpoint of a run with another --optimizer."""
+
+    def load(backend: MegatronTrainer) -> dict:
+        before = backend._weight_buffers()[0].clone()
+        message = _message_of(backend, folder / f"{saved}.checkpoint")
+        return {"message": message, "unchanged": torch.equal(backend._weight_buffers()[0], before)}
+
+    return _alone(folder, model, load)
+
+
 def pad_vocabulary(source: Path, target: Path) -> None:
     """Write the weights of a torch_dist checkpoint with more rows in embedding and head, as Megatron-LM pads them."""
     stored = DcpFolder(source)

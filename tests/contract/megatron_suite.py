@@ -60,8 +60,8 @@ def write_models(folder: Path) -> None:
     for model in ("tied", "untied"):
         cases.write_model(folder / model, tied=model == "tied")
         cases.write_model(folder / f"deep-{model}", tied=model == "tied", num_layers=4)
-    cases.write_model(folder / cases.TRUNCATED, tied=False)
-    cases.write_model(folder / cases.STATELESS, tied=False)
+    for model in (cases.TRUNCATED, cases.STATELESS, cases.MUON):
+        cases.write_model(folder / model, tied=False)
     cases.write_model(folder / "bf16", tied=True, dtype=torch.bfloat16)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from qwench.config.layout import ParallelLayout
-from tests.contract.train_backend_cases import STATELESS, TRUNCATED
+from tests.contract.train_backend_cases import MUON, STATELESS, TRUNCATED
 from tests.contract.train_backend_ranks import Case
 
 BINS = {
@@ -67,6 +67,8 @@ TRUNCATED_ON = ("tp2-sp", "tp2-cp2")
 """Layouts that replay truncated sampling with all its scores; `test_methods` steps by it in every layout."""
 
 
+MUON_ON = ("dp2", "tp2-sp", "pp2-cp2")
+"""Layouts that step by Muon: matrices in ranges, and in rows and columns, and on stages."""
 PROBED = ("one", "pp2", "dp2")
 """Layouts that run the memory probe too."""
 
@@ -82,6 +84,8 @@ def first_steps(sizes: Sequence[int]) -> Iterator[tuple[int, Case]]:
             yield megatron(f"{on}-probed", "untied", on=on, probe=True)
         if on in TRUNCATED_ON:
             yield megatron(f"{on}-truncated", TRUNCATED, on=on)
+        if on in MUON_ON:
+            yield megatron(f"{on}-muon", MUON, on=on, save=on == "dp2")
         if on == "tp2-sp":
             yield megatron(f"{on}-stateless", STATELESS, on=on)
     if 4 in sizes:
@@ -113,6 +117,7 @@ def resumed(sizes: Sequence[int]) -> Iterator[tuple[int, Case]]:
         if on in BEFORE_FSDP:
             yield fsdp(f"fsdp-after-{on}", "untied", on="fsdp-2", load=f"{on}-untied", num_steps=RESUMED_STEPS)
     if 2 in sizes:
+        yield megatron("muon-tp2-sp-after-dp2", MUON, on="tp2-sp", load="dp2-muon", num_steps=RESUMED_STEPS)
         yield megatron("pp2-tied-after-fsdp", "tied", on="pp2", load="fsdp-tied", num_steps=RESUMED_STEPS)
     if 4 in sizes:
         yield megatron("pp2-tied-after-tp2-pp2", "tied", on="pp2", load="tp2-pp2-tied", num_steps=RESUMED_STEPS)

@@ -25,6 +25,7 @@ from qwench.checkpoints.formats.torch_dist import (
     CONFIG_FILE,
     MASTER_PREFIXES,
     MOMENT_PREFIXES,
+    MOMENTUM_PREFIX,
     TorchDistWeights,
     holds,
     read_num_steps,
@@ -240,12 +241,16 @@ def _fsdp_optimizer(folder: Path, model: Architecture) -> OptimizerState | None:
     if num_steps:
         stored = DcpFolder(folder / "optimizer")
         if any(name.endswith(f".{MOMENTUM}") for name in stored.tensors):
-            raise ConfigError(
-                f"{folder} has the moments of --optimizer muon, which FSDP2 alone reads; go on with --no-load-optim, or "
-                "convert with --weights-only."
-            )
+            raise _of_muon(folder)
         moments = {moment: DcpWeights(stored, model, suffix=f".{moment}") for moment in MOMENTS}
     return OptimizerState(masters=DcpWeights(DcpFolder(folder / "model"), model), moments=moments, num_steps=num_steps)
+
+
+def _of_muon(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"{folder} has the moments of --optimizer muon, which its own backend alone reads, with that flag; go on with "
+        "--no-load-optim, or convert with --weights-only."
+    )
 
 
 def _torch_dist_optimizer(folder: Path, model: Architecture) -> OptimizerState | None:
@@ -253,6 +258,8 @@ def _torch_dist_optimizer(folder: Path, model: Architecture) -> OptimizerState |
     num_steps = read_num_steps(stored)
     if num_steps is None:
         return None
+    if holds(stored, MOMENTUM_PREFIX):
+        raise _of_muon(folder)
     # A model that is trained in float32 is its own masters.
     prefix = next((prefix for prefix in MASTER_PREFIXES if holds(stored, prefix)), "")
     moments = {

@@ -40,6 +40,8 @@ COMMON_FILE = "common.pt"
 _COMMON_OBJECT = "common_state/shard_0_1"
 MASTER_PREFIXES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 """Of the distributed optimizer, which we write, and of the plain mixed-precision optimizer."""
+MOMENTUM_PREFIX = "optimizer.state.momentum."
+"""Of --optimizer muon; megatron-core does not know it."""
 MOMENT_PREFIXES: Mapping[str, str] = {"exp_avg": "optimizer.state.exp_avg.", "exp_avg_sq": "optimizer.state.exp_avg_sq."}
 _CONFIG = {
     "sharded_backend": "torch_dist",

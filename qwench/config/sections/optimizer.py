@@ -24,7 +24,7 @@ class OptimizerConfig:
 
     optimizer: Literal["adam", "adam8bit", "muon"] = "adam"
     """adam: AdamW. adam8bit: AdamW with moments of matrices in 8 bits, 6 bytes a weight less. muon: Muon for the matrices of
-    the layers, and AdamW with the same --lr for all other parameters. adam8bit and muon need --train-backend fsdp."""
+    the layers, and AdamW with the same --lr for all other parameters. adam8bit needs --train-backend fsdp."""
     muon_momentum: float = 0.95
     """Decay of Muon's momentum."""
     muon_num_ns_steps: int = 5

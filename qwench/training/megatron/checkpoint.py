@@ -21,15 +21,22 @@ from torch import Tensor, nn
 
 from qwench.checkpoints.formats.dcp_reader import DcpFolder
 from qwench.checkpoints.formats.pieces import Piece, PiecedTensor
-from qwench.checkpoints.formats.sources import OptimizerState, find_format
-from qwench.checkpoints.formats.torch_dist import extra_states, write_common_files
+from qwench.checkpoints.formats.sources import MOMENTUM, OptimizerState, find_format
+from qwench.checkpoints.formats.torch_dist import (
+    MOMENTUM_PREFIX,
+    extra_states,
+    holds,
+    read_num_steps,
+    write_common_files,
+)
+from qwench.errors import ConfigError
 from qwench.models.megatron_names import WeightRule, to_megatron, tp_shard
 from qwench.training.megatron.optimizer import MasterOptimizer
 from qwench.training.megatron.tensor_place import TensorPlace
 from qwench.training.optimizers.host_adam import MASTER, MOMENTS
 from qwench.training.resuming import load_in_place, save_tensors
 
-_STATE_KEYS = {MASTER: "optimizer.state.param."} | {moment: f"optimizer.state.{moment}." for moment in MOMENTS}
+_STATE_KEYS = {MASTER: "optimizer.state.param."} | {name: f"optimizer.state.{name}." for name in (*MOMENTS, MOMENTUM)}
 """Where Megatron's `fully_reshardable` optimizer state is stored, before the key of the weight."""
 NamedWeights = Sequence[tuple[WeightRule, nn.Parameter]]
 
@@ -75,6 +82,19 @@ def load_weights(folder: Path, weights: NamedWeights, place: TensorPlace) -> Non
 def load_state(folder: Path, weights: NamedWeights, optimizer: MasterOptimizer, place: TensorPlace) -> None:
     """Read masters and moments in place, however they were sharded; collective."""
     load_in_place(folder, _state_tensors(weights, optimizer, place))
+
+
+def steps_of_muon(folder: Path, *, is_stored_alike: bool) -> int:
+    """Return how many steps Muon has taken.
+
+    Raises:
+        ConfigError: the checkpoint is of another backend or optimizer.
+    """
+    stored = DcpFolder(folder) if is_stored_alike else None
+    steps = read_num_steps(stored) if stored is not None and holds(stored, MOMENTUM_PREFIX) else None
+    if steps is None:
+        raise ConfigError(f"{folder} has no state of --optimizer muon that Megatron reads; give --no-load-optim.")
+    return steps
 
 
 def convert_state(state: OptimizerState, weights: NamedWeights, optimizer: MasterOptimizer, place: TensorPlace) -> None:

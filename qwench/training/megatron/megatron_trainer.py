@@ -73,9 +73,11 @@ class MegatronTrainer(BackendTrainer):
     ) -> None:
         """Take a stage that has its weights; use `build`."""
         self._adapters = adapters
+        self._place = tensor_place(config, layout)
+        self._weights = local_parameters(model, config)
         self._ddp: DistributedDataParallel = wrap_in_ddp(model)
         super().__init__(
-            MasterOptimizer(self._ddp, optimizer, total_steps=total_steps),
+            MasterOptimizer(self._ddp, optimizer, total_steps=total_steps, weights=self._weights, place=self._place),
             parallel=parallel,
             device=device,
             dp_group=parallel_state.get_data_parallel_group(),
@@ -83,9 +85,7 @@ class MegatronTrainer(BackendTrainer):
         )
         self._config = config
         self._layout = layout
-        self._place = tensor_place(config, layout)
         self._model = model
-        self._weights = local_parameters(model, config)
         # With tied embeddings, the last of several stages computes with a copy of the first one's.
         self._loaded = [*self._weights, *tied_head(model, config)]
         self._whole = WholeWeights(self._weights, rules(config), config)
@@ -255,16 +255,20 @@ class MegatronTrainer(BackendTrainer):
 
     def _load_whole(self, folder: Path, *, weights_only: bool) -> None:
         source = open_weights(folder, self._config)
-        state = None if weights_only else open_saved_optimizer(folder, self._config)
+        muons = self._optimizer.has_momentum
+        state = None if weights_only or muons else open_saved_optimizer(folder, self._config)
         stored_alike = checkpoint.is_stored_alike(folder, self._loaded, self._place)
+        num_steps = state.num_steps if state else 0
+        if muons and not weights_only:
+            num_steps = checkpoint.steps_of_muon(folder, is_stored_alike=stored_alike)
         if stored_alike:
             checkpoint.load_weights(folder, self._loaded, self._place)
         else:
             load_weights(self._model, source, self._config, self._layout)
-        self._optimizer.reset(state.num_steps if state else 0)
-        if state is None:
+        self._optimizer.reset(num_steps)
+        if weights_only:
             return
-        if stored_alike:
+        if state is None or stored_alike:
             checkpoint.load_state(folder, self._loaded, self._optimizer, self._place)
         else:
             checkpoint.convert_state(state, self._loaded, self._optimizer, self._place)

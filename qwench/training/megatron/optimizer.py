@@ -7,7 +7,7 @@ One path for every layout: a single rank is a group of one. Each rank owns a fla
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,11 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
 from qwench.config.sections.optimizer import OptimizerConfig as OptimizerSection
-from qwench.training.optimizers.host_adam import MASTER, MOMENTS, HostAdam
+from qwench.models.megatron_names import WeightRule
+from qwench.training.megatron.muon import MatrixShard, ShardedMuon
+from qwench.training.megatron.tensor_place import TensorPlace
+from qwench.training.optimizers.host_adam import APART, MASTER, HostAdam
+from qwench.training.optimizers.muon import takes
 from qwench.training.optimizers.schedule import LrSchedule
 
 
@@ -32,7 +36,7 @@ class OwnedShard:
     """Of the shard in the flattened weight."""
     stop: int
     state: Mapping[str, Tensor]
-    """The live flat [stop - start] master and moments, by MASTER and MOMENTS."""
+    """The live flat [stop - start] master and moments, by MASTER and the names of the moments."""
 
 
 def wrap_in_ddp(model: nn.Module) -> DistributedDataParallel:
@@ -46,27 +50,43 @@ def wrap_in_ddp(model: nn.Module) -> DistributedDataParallel:
 class MasterOptimizer:
     """Steps the float32 masters and writes their rounding into the weights."""
 
-    def __init__(self, model: DistributedDataParallel, section: OptimizerSection, *, total_steps: int) -> None:
-        """Shard the state of `model`'s weights; masters are copies of the weights as they are now."""
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        section: OptimizerSection,
+        *,
+        total_steps: int,
+        weights: Sequence[tuple[WeightRule, nn.Parameter]],
+        place: TensorPlace,
+    ) -> None:
+        """Shard the state of `model`'s weights; masters are copies of the weights as they are now.
+
+        Args:
+            weights: The model's own, with their rules.
+        """
         self.num_steps = 0
         self._model = model
         self.schedule = LrSchedule(section, total_steps=total_steps)
         self._clip_grad, self._is_stateless = section.clip_grad, section.use_stateless_adam
-        named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-        weights = [weight for _, weight in named]
+        trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+        muons = section.optimizer == "muon"
+        matrices = {weight: rule for rule, weight in weights if muons and takes(rule.hf_names[0], weight)}
+        named = [(name, weight) for name, weight in trained if weight not in matrices]
         decayed = [weight for name, weight in named if section.decays(name, weight.ndim)]
         kept = [weight for name, weight in named if not section.decays(name, weight.ndim)]
         groups = [
             _group(decayed, wd_mult=1.0, weight_decay=section.weight_decay),
             _group(kept, wd_mult=0.0, weight_decay=0.0),
+            _group(matrices, wd_mult=1.0, weight_decay=section.weight_decay) | {APART: True},
         ]
         groups = [group for group in groups if group["params"]]  # adapters are matrices alone
         self._adam = HostAdam.from_section(groups, section)
+        dtype = trained[0][1].dtype
         self._config = OptimizerConfig(
             optimizer="adam",
             lr=self.schedule.peak,
-            bf16=weights[0].dtype == torch.bfloat16,
-            params_dtype=weights[0].dtype,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
             clip_grad=section.clip_grad,
             use_distributed_optimizer=True,
         )
@@ -88,7 +108,29 @@ class MasterOptimizer:
         # megatron-core's own factory sets these two after the construction.
         self.sharded.grad_stats_parallel_group = parallel_state.get_intra_distributed_optimizer_instance_group()
         self.sharded.tp_group = model.tp_group
-        self._adam.reset()
+        self._muon: ShardedMuon | None = None
+        if matrices:
+            shards = [self._matrix_shard(rule, weight) for weight, rule in matrices.items()]
+            self._muon = ShardedMuon(shards, section, place=place, group=model.intra_dp_cp_group)
+        for optimizer in self._optimizers:
+            optimizer.reset()
+
+    @property
+    def has_momentum(self) -> bool:
+        """Tell whether Muon steps the matrices."""
+        return self._muon is not None
+
+    @property
+    def _optimizers(self) -> list[HostAdam]:
+        return [self._adam] if self._muon is None else [self._adam, self._muon]
+
+    def _matrix_shard(self, rule: WeightRule, weight: nn.Parameter) -> MatrixShard:
+        place = self.sharded.model_param_group_index_map.get(weight)
+        if place is None:
+            return MatrixShard(rule=rule, weight=weight, values=None)
+        group, position = place
+        start = self.sharded._get_model_param_range_map(weight)["param"].start
+        return MatrixShard(rule=rule, weight=weight, values=self._adam.param_groups[group]["params"][position], start=start)
 
     def grad_norm(self) -> float:
         """Return the norm of the whole gradient, before clipping; collective over all ranks."""
@@ -109,6 +151,9 @@ class MasterOptimizer:
         learning_rate = self.schedule.at(self.num_steps)
         for group in self.sharded.param_groups:
             group["lr"] = learning_rate
+        if self._muon is not None:
+            self._muon.param_groups[0]["lr"] = learning_rate
+            self._muon.step()
         self.sharded.step_with_ready_grads()
         self.num_steps += 1
         self.drop_gradients()
@@ -125,24 +170,27 @@ class MasterOptimizer:
     def reset(self, num_steps: int = 0) -> None:
         """Start over as after `num_steps` steps: masters equal the weights, moments are zero until a checkpoint is read."""
         self.num_steps = num_steps
-        self._adam.reload_masters()
-        self._adam.restart(num_steps)
+        for optimizer in self._optimizers:
+            optimizer.reload_masters()
+            optimizer.restart(num_steps)
 
     def forget_moments(self) -> None:
         """Set moments, and the steps that correct their bias, to zero; masters and schedule go on."""
-        self._adam.restart(0)
+        for optimizer in self._optimizers:
+            optimizer.restart(0)
 
     def owned_shards(self) -> Iterator[OwnedShard]:
         """Yield this rank's shards, weight by weight."""
         for weight, (group, position) in self.sharded.model_param_group_index_map.items():
             shard = self._adam.param_groups[group]["params"][position]
             range_ = self.sharded._get_model_param_range_map(weight)["param"]
-            state = {name: self._adam.state[shard][name] for name in (MASTER, *MOMENTS)}
+            [optimizer] = [optimizer for optimizer in self._optimizers if shard in optimizer.state]
+            state = {name: optimizer.state[shard][name] for name in (MASTER, *optimizer.moment_names)}
             yield OwnedShard(weight=weight, start=range_.start, stop=range_.end, state=state)
 
     def device_tensors(self) -> list[Tensor]:
         """Return masters and moments that take memory of the device besides the weights."""
-        return self._adam.device_tensors()
+        return [tensor for optimizer in self._optimizers for tensor in optimizer.device_tensors()]
 
     def group_constants(self) -> list[dict[str, object]]:
         """Return the constants of the parameter groups."""

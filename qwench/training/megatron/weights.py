@@ -43,7 +43,9 @@ class WholeWeights:
     def _whole(self, rule: WeightRule) -> Tensor:
         """Return the whole Megatron tensor on every rank."""
         weight = self._own.get(rule.megatron_name)
-        whole = self._empty(rule) if weight is None else tp_join(rule, _all_gather(weight.detach(), rule)).contiguous()
+        whole = (
+            self._empty(rule) if weight is None else tp_join(rule, tensor_parallel_shards(weight.detach(), rule)).contiguous()
+        )
         if len(set(self._stage_of.values())) > 1:
             source = dist.get_global_rank(self._group, self._stage_of[rule.megatron_name])
             dist.broadcast(whole, src=source, group=self._group)
@@ -57,7 +59,8 @@ class WholeWeights:
         return torch.empty(sizes, dtype=dtype, device=next(iter(self._own.values())).device)
 
 
-def _all_gather(shard: Tensor, rule: WeightRule) -> list[Tensor]:
+def tensor_parallel_shards(shard: Tensor, rule: WeightRule) -> list[Tensor]:
+    """Return the shards of all tensor-parallel ranks; collective."""
     size = parallel_state.get_tensor_model_parallel_world_size()
     if rule.tp_dim is None or size == 1:
         return [shard]

@@ -32,6 +32,8 @@ REST = "master_rest"
 """Name of what bfloat16 parameters lack of their masters; see `split_masters`."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of the running averages, in torch and in Megatron."""
+APART = "is_stepped_apart"
+"""Mark of a parameter group that another optimizer steps."""
 BUCKET_ELEMENTS = 1 << 24
 """Elements stepped at a time: 64 MiB of gradients, some milliseconds of copies."""
 _HOST = torch.device("cpu")
@@ -235,7 +237,7 @@ class HostAdam(torch.optim.AdamW):
         return tuple(self._moment_dtypes)
 
     def _params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
+        return [param for group in self.param_groups if APART not in group for param in group["params"]]
 
     def _choose_offloaded(self) -> set[Tensor]:
         """Choose as megatron-core's HybridDeviceOptimizer does: in order, until the share is reached."""
@@ -252,6 +254,8 @@ class HostAdam(torch.optim.AdamW):
     def _lay_out_buckets(self) -> None:
         self._host_buckets, self._device_buckets, self._group_index = [], [], {}
         for index, group in enumerate(self.param_groups):
+            if APART in group:
+                continue
             for on_host, buckets in ((True, self._host_buckets), (False, self._device_buckets)):
                 params = [param for param in group["params"] if (param in self._on_host) == on_host]
                 buckets += buckets_of(params, max_elements=self._bucket_elements)

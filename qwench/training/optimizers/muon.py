@@ -57,15 +57,23 @@ def orthogonalised(matrix: Tensor, *, num_steps: int) -> Tensor:
 class Muon(HostAdam):
     """Keeps masters as `HostAdam` does, all on the device, and one momentum for each matrix."""
 
-    def __init__(self, params: Iterable[dict[str, Any]], section: OptimizerConfig, *, whole: Whole, part: Part) -> None:
-        """Take groups of matrices, or of this rank's rows of them."""
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        section: OptimizerConfig,
+        *,
+        whole: Whole = lambda _, values: values,
+        part: Part = lambda _, whole: whole,
+        splits_masters: bool = True,
+    ) -> None:
+        """Take a group of matrices, or of this rank's rows of them."""
         super().__init__(
             params,
             **adam_constants(section),
             offload_fraction=0.0,
             moment_dtypes=(torch.float32,),
             moments=(MOMENTUM,),
-            splits_masters=True,
+            splits_masters=splits_masters,
         )
         self._momentum, self._num_ns_steps = section.muon_momentum, section.muon_num_ns_steps
         self._whole, self._part = whole, part
@@ -75,18 +83,24 @@ class Muon(HostAdam):
         """Update masters, momenta and parameters by the gradients, which every parameter must have; collective."""
         assert closure is None, "gradients are computed before the step"
         self._count_steps(int(self._num_steps) + 1)
-        for group in self.param_groups:
-            for param in group["params"]:
-                update = self._update_of(param)
-                state: Mapping[str, Tensor] = self.state[param]
-                master = join(param, state[REST]) if REST in state else state[MASTER]
-                master.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
-                self.set_master(param, master)
+        for param in self._params():
+            self._move(param, self._part(param, self._orthogonal(self._whole(param, self._sum(param)))))
 
-    def _update_of(self, param: Tensor) -> Tensor:
+    def _sum(self, param: Tensor) -> Tensor:
+        """Add the gradient to the momentum, and return what is made orthogonal."""
         gradient = gradient_of(param).float()
-        momentum = self.state[param][MOMENTUM]
+        momentum: Tensor = self.state[param][MOMENTUM]
         momentum.mul_(self._momentum).add_(gradient)
-        whole = self._whole(param, gradient.add(momentum, alpha=self._momentum))
-        scale = _ADAM_SIZE * math.sqrt(max(whole.shape))
-        return self._part(param, orthogonalised(whole, num_steps=self._num_ns_steps)).mul(scale)
+        return gradient.add(momentum, alpha=self._momentum)
+
+    def _orthogonal(self, whole: Tensor) -> Tensor:
+        """Return the update of a whole matrix, in the size of AdamW's."""
+        return orthogonalised(whole, num_steps=self._num_ns_steps).mul(_ADAM_SIZE * math.sqrt(max(whole.shape)))
+
+    def _move(self, param: Tensor, update: Tensor) -> None:
+        """Decay the master of a parameter and subtract the update."""
+        [group] = self.param_groups
+        state: Mapping[str, Tensor] = self.state[param]
+        master = join(param, state[REST]) if REST in state else state[MASTER]
+        master.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+        self.set_master(param, master)

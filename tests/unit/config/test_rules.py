@@ -115,7 +115,6 @@ REFUSED = [
         "--whole-weights needs --train-backend fsdp",
     ),
     ({"training": TrainingConfig(train_backend="megatron", torch_compile=True)}, "--torch-compile needs --train-backend fsdp"),
-    (in_megatron("muon"), "--optimizer muon needs --train-backend fsdp"),
     (in_megatron("adam8bit"), "--optimizer adam8bit needs --train-backend fsdp"),
     ({"training": TrainingConfig(transformer_impl="transformer_engine")}, "--transformer-impl transformer_engine needs"),
     ({"parallel": ParallelConfig(dp_replicate=3), "cluster": EIGHT}, "--dp-replicate 3 does not divide the 8"),

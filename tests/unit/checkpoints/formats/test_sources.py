@@ -130,7 +130,7 @@ def test_optimizer_state_is_found_by_name(tmp_path: Path, weights: dict[str, Ten
 def test_the_state_of_muon_is_not_taken_for_another_model(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     folder = write_fsdp(tmp_path / "iter", weights, num_steps=7)
     dcp.save({f"{name}.momentum": weight.float() for name, weight in weights.items()}, checkpoint_id=folder / "optimizer")
-    with pytest.raises(ConfigError, match="has the moments of --optimizer muon, which FSDP2 alone reads"):
+    with pytest.raises(ConfigError, match="has the moments of --optimizer muon, which its own backend alone reads"):
         open_optimizer_state(folder, MODEL)
 
 

@@ -13,7 +13,7 @@ SECTION = OptimizerConfig(optimizer="muon", lr=0.1, weight_decay=0.5, muon_momen
 
 
 def muon_of(*params: Tensor, section: OptimizerConfig = SECTION) -> Muon:
-    made = Muon([{"params": list(params)}], section, whole=lambda _, values: values, part=lambda _, whole: whole)
+    made = Muon([{"params": list(params)}], section)
     made.reset()
     return made
 
