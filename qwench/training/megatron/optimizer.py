@@ -7,7 +7,7 @@ One path for every layout: a single rank is a group of one. Each rank owns a fla
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,20 +68,10 @@ class MasterOptimizer:
         self._model = model
         self.schedule = LrSchedule(section, total_steps=total_steps)
         self._clip_grad, self._is_stateless = section.clip_grad, section.use_stateless_adam
-        trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
         muons = section.optimizer == "muon"
         matrices = {weight: rule for rule, weight in weights if muons and takes(rule.hf_names[0], weight)}
-        named = [(name, weight) for name, weight in trained if weight not in matrices]
-        decayed = [weight for name, weight in named if section.decays(name, weight.ndim)]
-        kept = [weight for name, weight in named if not section.decays(name, weight.ndim)]
-        groups = [
-            _group(decayed, wd_mult=1.0, weight_decay=section.weight_decay),
-            _group(kept, wd_mult=0.0, weight_decay=0.0),
-            _group(matrices, wd_mult=1.0, weight_decay=section.weight_decay) | {APART: True},
-        ]
-        groups = [group for group in groups if group["params"]]  # adapters are matrices alone
-        self._adam = HostAdam.from_section(groups, section)
-        dtype = trained[0][1].dtype
+        self._adam = HostAdam.from_section(_groups(model, section, matrices), section)
+        dtype = next(weight.dtype for weight in model.parameters() if weight.requires_grad)
         self._config = OptimizerConfig(
             optimizer="adam",
             lr=self.schedule.peak,
@@ -195,6 +185,19 @@ class MasterOptimizer:
     def group_constants(self) -> list[dict[str, object]]:
         """Return the constants of the parameter groups."""
         return [{name: value for name, value in group.items() if name != "params"} for group in self.sharded.param_groups]
+
+
+def _groups(model: nn.Module, section: OptimizerSection, matrices: Collection[nn.Parameter]) -> list[dict[str, object]]:
+    """Return the trained weights in parameter groups; `matrices` are stepped apart."""
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad and weight not in matrices]
+    decayed = [weight for name, weight in trained if section.decays(name, weight.ndim)]
+    kept = [weight for name, weight in trained if not section.decays(name, weight.ndim)]
+    groups = [
+        _group(decayed, wd_mult=1.0, weight_decay=section.weight_decay),
+        _group(kept, wd_mult=0.0, weight_decay=0.0),
+        _group(matrices, wd_mult=1.0, weight_decay=section.weight_decay) | {APART: True},
+    ]
+    return [group for group in groups if group["params"]]  # adapters are matrices alone
 
 
 def _group(weights: Iterable[nn.Parameter], *, wd_mult: float, weight_decay: float) -> dict[str, object]:

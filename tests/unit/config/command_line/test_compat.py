@@ -70,7 +70,7 @@ ci-train-rollout-logprob-abs-diff-threshold ckpt-format control-server-port crit
 data-pad-size-multiplier disable-wandb-random-suffix end-weight-decay fetch-trajectory-retry-times fp16 hidden-dropout
 keep-fp32-master lora-base-cpu-backup lora-sync-from-tensor main-grads-dtype main-params-dtype memory-recorder
 min-batch-collection-ratio mtp-loss-scaling-factor offload-rollout-level offload-train-target override-lr-scheduler
-override-opt-param-scheduler recompute-loss-function recompute-modules rollout-external rollout-task-type
+override-opt-param-scheduler recompute-loss-function rollout-external rollout-task-type
 session-message-matcher sglang-device sglang-dp-size sglang-ep-size sglang-tokenizer-path sglang-true-on-policy-contract
 start-weight-decay tokenizer-hf-use-fast tokenizer-model tokenizer-type true-on-policy-contract trust-remote-code
 use-distributed-optimizer use-mcore-models weight-decay-incr-style
