@@ -86,7 +86,9 @@ def scene(request: pytest.FixtureRequest, workspace: Workspace, tmp_path: Path) 
              "rollout_batch_size": NUM_PROMPTS, "n_samples_per_prompt": SIBLINGS, "global_batch_size": NUM_PROMPTS * SIBLINGS,
              "rollout_max_response_len": RESPONSE_LEN, "max_tokens_per_gpu": 4096}  # fmt: skip
     config = parse_run("train", workspace.train_argv(tmp_path / "run", **flags)[1:])
-    inputs = read_inputs(config, plan_inputs(config, trains=True))
+    plan = plan_inputs(config, trains=True)
+    plan = replace(plan, devices=replace(plan.devices, engine_sizes=(1, 1)))  # one CPU is planned for one engine
+    inputs = read_inputs(config, plan)
     makers = command_makers(inputs, num_engines=2, token=TOKEN, with_weights=False, on_gpus=False)
     servers = [ServerProcess(make(gpu_ids=(), environ=ONE_THREAD, host="127.0.0.1")) for make in makers]
     source = PromptSource(read_training_prompts(inputs).prompts, n_samples_per_prompt=SIBLINGS, shuffle=False, seed=0)
