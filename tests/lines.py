@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
+from types import CodeType, ModuleType
 
 import coverage
 import pytest
@@ -17,6 +22,34 @@ import slipcover
 from coverage.data import CoverageData
 
 PACKAGE = Path(__file__).parents[1] / "qwench"
+
+
+class Finder(MetaPathFinder):
+    """Finds the modules of the package, and puts probes into them. It is on no stack while other modules are imported."""
+
+    def __init__(self, seen: slipcover.Slipcover) -> None:
+        self._seen = seen
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return where a module of the package is; None: it is of another one."""
+        if name.partition(".")[0] != PACKAGE.name:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and type(spec.loader) is SourceFileLoader:
+            spec.loader = Loader(self._seen, spec.loader)
+        return spec
+
+
+class Loader(SourceFileLoader):
+    """Loads a module with probes."""
+
+    def __init__(self, seen: slipcover.Slipcover, plain: SourceFileLoader) -> None:
+        super().__init__(plain.name, plain.path)
+        self._seen = seen
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Return the code that the import runs."""
+        return self._seen.instrument(super().get_code(fullname))
 
 
 class Lines:
@@ -28,7 +61,7 @@ class Lines:
         self._report.erase()
         # Probes cost 10 ns and stay: removal would walk the frames of all threads. The report knows the lines to exclude.
         self._seen = slipcover.Slipcover(d_miss_threshold=-1, exclude_lines=[])
-        slipcover.ImportManager(self._seen, slipcover.FileMatcher(sources=[PACKAGE])).__enter__()
+        sys.meta_path.insert(0, Finder(self._seen))
         atexit.register(self._end_fork)
 
     @pytest.hookimpl(trylast=True)
