@@ -101,8 +101,11 @@ def test_the_path_of_a_function_names_module_and_function(flag):
     "flag",
     ["save-hf", "save-debug-rollout-data", "save-debug-trajectory-data", "save-debug-train-data", "load-debug-rollout-data"],
 )
-def test_a_template_has_no_other_field_than_the_number_of_the_rollout(flag):
+def test_a_template_has_no_field_but_the_number_of_the_rollout_and_leads_in_no_circle(tmp_path, flag):
     assert refusal(flag, "folder/{step}").startswith(f"--{flag}")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    circle = f"{tmp_path}/loop/{{rollout_id}}"
+    assert refusal(flag, circle) == f"--{flag} must not lead in a circle of symbolic links, got {circle!r}"
 
 
 @pytest.mark.parametrize(
