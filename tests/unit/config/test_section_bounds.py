@@ -92,6 +92,12 @@ def test_a_share_is_above_zero_and_at_most_one(flag):
         assert refusal(flag, value).startswith(f"--{flag} must be greater than 0 and at most 1")
 
 
+@pytest.mark.parametrize("flag", ["eval-top-k", "rollout-top-k"])
+def test_top_k_is_at_least_one_or_off(flag):
+    for value in (0, -2):
+        assert refusal(flag, value) == f"--{flag} must be at least 1, or -1 for off, got {value}"
+
+
 @pytest.mark.parametrize("flag", IMPORT_PATHS.split())
 def test_the_path_of_a_function_names_module_and_function(flag):
     assert refusal(flag, "function").startswith(f"--{flag} must be the import path")
