@@ -4,87 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
-from qwench.cluster.gpus import DedicatedGpus
-from qwench.config.sections.engine import EngineConfig
-from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.fleet.health import MAX_STARTS
-from qwench.engines.fleet.members import Member
-from qwench.engines.fleet.pool import EnginePool
-from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult, MemoryTag, SamplingParams
+from qwench.engines.protocol import FinishReason, MemoryTag
 from qwench.errors import EngineError, EngineLostError, WeightSyncError
 from qwench.observability import parts
-from qwench.observability.timing import PhaseTimer
-from qwench.weights.plan import PublicationPlan
-from qwench.weights.publisher import Publisher
-from tests.deadlines import patient
-from tests.unit.engines.scripted import ScriptedEngine, ScriptedServer
-
-DEADLINE_S = patient(20)
-RARELY = EngineConfig(rollout_health_check_interval=600.0, rollout_health_check_timeout=patient(0.2))
-OFTEN = EngineConfig(rollout_health_check_interval=0.05, rollout_health_check_timeout=patient(0.2))
-
-
-class Scene:
-    """Two engines a and b with their servers."""
-
-    def __init__(
-        self, *, health: EngineConfig | None, ticks=lambda context, request: 0, servers: bool = True, **options
-    ) -> None:
-        self.a, self.b = ScriptedEngine("a", ticks=ticks), ScriptedEngine("b", ticks=ticks)
-        self.servers = {engine.name: ScriptedServer(engine) for engine in (self.a, self.b)}
-        members = [
-            Member(engine=engine, server=self.servers[engine.name] if servers else None, url=engine.name)
-            for engine in (self.a, self.b)
-        ]
-        self.pool = EnginePool(members, EventLoopThread(), health=health, **options)
-        self.publisher = self.publishing(self)
-
-    def run(self, coroutine):
-        return self.pool.run(coroutine, label="test", timeout_s=DEADLINE_S)
-
-    def publishing(self, model) -> Publisher:
-        """Return a publisher whose model sends by its own `publish`."""
-        plan, gpus = PublicationPlan(engine=EngineConfig()), DedicatedGpus(weights_may_alias=False)
-        return Publisher(model, self.pool, plan, gpus=gpus, timer=PhaseTimer())
-
-    def publish(self, addresses, version: int, plan: PublicationPlan) -> None:
-        """Send to both engines, as a model does."""
-        assert [address.base_url for address in addresses] == ["a", "b"]
-        for engine in (self.a, self.b):
-            if engine.down or engine.hangs:
-                raise EngineLostError(f"{engine.name} is down, or did not answer in time")
-            self.run(engine.update_weights([], version=version))
-
-    def generate(self, name: str = "r") -> GenerateResult:
-        return self.run(self.pool.generate(request(name)))
-
-    def wait_until(self, condition, *, seconds: float = DEADLINE_S) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, "it did not happen in time"
-            time.sleep(0.01)
-
-
-def request(name: str) -> GenerateRequest:
-    return GenerateRequest(request_id=name, input_ids=[112], sampling=SamplingParams(max_new_tokens=9))
-
-
-@pytest.fixture
-def make_scene() -> Iterator[type[Scene]]:
-    scenes = []
-
-    def make(**options) -> Scene:
-        scenes.append(Scene(**options))
-        return scenes[-1]
-
-    yield make
-    for scene in scenes:
-        scene.pool.close()
+from tests.unit.engines.supervised import DEADLINE_S, OFTEN, RARELY, request
 
 
 def test_a_request_of_a_lost_engine_goes_to_another_one_under_its_own_name(make_scene):
@@ -144,95 +72,6 @@ def test_without_supervision_a_lost_engine_ends_the_run_by_its_name_and_the_end_
         scene.generate()
     with pytest.raises(EngineLostError, match=r"^server of a has ended"):
         scene.publisher.publish(version=1)
-
-
-class ScriptedRouter:
-    """A router that sends nothing: requests to it break off, as those to a dead one do."""
-
-    base_url = "http://127.0.0.1:1"
-    label = "the router"
-
-    def __init__(self) -> None:
-        self.running, self.hangs, self.failures, self.takes_long = True, False, 0, False
-        self.events: list[str] = []
-
-    def is_running(self) -> bool:
-        return self.running
-
-    def last_output(self) -> str:
-        return "the end of router.log: panicked"
-
-    async def check(self) -> None:
-        if self.hangs:
-            await asyncio.Event().wait()
-
-    async def restart(self) -> None:
-        self.events.append("restart")
-        if self.takes_long:
-            await asyncio.Event().wait()
-        if self.failures:
-            self.failures -= 1
-            raise EngineError("no port today")
-        self.running, self.hangs = True, False
-
-    async def add(self, url: str) -> None:
-        self.events.append(f"add {url}")
-
-    async def remove(self, url: str) -> None:
-        self.events.append(f"remove {url}")
-
-    async def close(self) -> None:
-        self.events.append("close")
-
-
-def test_without_supervision_a_dead_router_is_named_with_the_end_of_its_log(make_scene):
-    router = ScriptedRouter()
-    scene = make_scene(health=None, router=router)
-    router.running = False
-    with pytest.raises(EngineLostError, match=r"^the router has ended; the end of router\.log: panicked"):
-        scene.generate()
-
-
-@pytest.mark.parametrize(("trouble", "reason"), [("running", "its process has ended"), ("hangs", "did not answer within")])
-def test_a_lost_router_is_said_and_restarted_with_all_ready_engines(trouble, reason, make_scene, caplog):
-    router = ScriptedRouter()
-    scene = make_scene(health=OFTEN, router=router)
-    router.failures = 1
-    router.events.clear()
-    setattr(router, trouble, trouble == "hangs")
-    scene.wait_until(lambda: router.events.count("restart") == 2)
-    scene.wait_until(lambda: "the router is up again" in caplog.text)
-    assert router.events == ["restart", "restart", "add a", "add b"]
-    assert "the router is lost: " in caplog.text and reason in caplog.text
-    assert "the router did not start: no port today" in caplog.text
-
-
-def test_a_restarted_engine_comes_back_to_the_router_with_the_next_publication(make_scene):
-    scene = make_scene(health=OFTEN, router=(router := ScriptedRouter()))
-    scene.publisher.publish(version=1)
-    router.events.clear()
-    scene.a.down = True
-    scene.wait_until(lambda: scene.pool.num_restarts == 1)
-    assert "add a" not in router.events
-    scene.publisher.publish(version=2)
-    assert router.events == ["remove a", "add a"]
-
-
-def test_requests_go_straight_to_the_engines_while_the_router_is_lost(make_scene):
-    router = ScriptedRouter()
-    scene = make_scene(health=RARELY, router=router)
-    router.running, router.takes_long = False, True
-    results = [scene.generate(f"r{i}") for i in range(2)]
-    assert {result.text for result in results} <= {"a", "b"}
-
-
-def test_a_router_that_does_not_start_again_ends_the_run_with_the_reason(make_scene):
-    router = ScriptedRouter()
-    scene = make_scene(health=OFTEN, router=router)
-    router.failures, router.running = MAX_STARTS, False
-    with pytest.raises(EngineError, match=r"the router was lost and did not start again \(3 attempts\): no port today"):
-        while True:
-            scene.generate()
 
 
 def test_a_stopped_server_is_silent_until_it_answers_again(make_scene, monkeypatch):
