@@ -281,8 +281,8 @@ def test_a_request_about_weights_that_cannot_be_is_refused(server, path, body):
 
 
 def test_groups_that_wait_for_a_trainer_are_few_and_hold_no_other_request(server):
-    def join(number):
-        body = {"master_port": port, "rank_offset": 1, "world_size": 2, "group_name": str(number), "timeout_s": patient(4)}
+    def join(number, timeout_s=patient(4)):  # noqa: B008 - a number
+        body = {"master_port": port, "rank_offset": 1, "world_size": 2, "group_name": str(number), "timeout_s": timeout_s}
         raw = json.dumps({"master_address": "127.0.0.1", **body})
         return ask(server, "/init_weights_update_group", raw, headers=bearer(TOKEN))
 
@@ -295,6 +295,7 @@ def test_groups_that_wait_for_a_trainer_are_few_and_hold_no_other_request(server
         status, _ = generate(server, input_ids=None, text="1+1", sampling_params={"max_new_tokens": 1})
         assert status == 200 and sum(one.done() for one in asked) == 2
     assert sum("no trainer listens" in one.result()[1] for one in asked) == MAX_GROUPS
+    assert "no trainer listens" in join("later", timeout_s=0.1)[1], "those that failed wait no more"
 
 
 def test_the_engine_serves_on(server):

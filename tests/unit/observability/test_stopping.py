@@ -48,6 +48,14 @@ def test_a_deferred_signal_waits_until_the_run_asks_or_can_be_interrupted(number
     assert reached == ["after the signal"] and stopped.value.number == number
 
 
+def test_signals_end_the_verb_again_after_a_block_that_deferred_them():
+    with pytest.raises(Stopped), ended_by_signals():
+        with stops_deferred():
+            assert stop_requested() is None
+        send(signal.SIGTERM)
+        pytest.fail("the signal was only noted")
+
+
 def test_a_signal_in_the_middle_of_an_interruptible_wait_ends_it():
     waiting = threading.Event()
     with pytest.raises(Stopped), stops_deferred(), interruptible():

@@ -59,3 +59,28 @@ def test_an_engine_that_hangs_or_is_down_is_lost_awake_and_asleep(asleep, troubl
     engine = AnsweringEngine("a")
     setattr(engine, trouble, True)
     assert is_lost(engine, asleep=asleep)
+
+
+class AnsweringRouter:
+    """Runs and answers, and counts the checks."""
+
+    num_checks = 0
+
+    def is_running(self) -> bool:
+        return True
+
+    async def check(self) -> None:
+        self.num_checks += 1
+
+
+def test_a_router_that_answered_is_checked_again():
+    async def scenario() -> int:
+        router, engine = AnsweringRouter(), AnsweringEngine("a")
+        supervisor = Supervisor(Members([Member(engine=engine, server=None, url="a")]), RULES, router=router)
+        for _ in range(3):
+            await supervisor.examine_router()
+        assert supervisor.has_router
+        await supervisor.close()
+        return router.num_checks
+
+    assert asyncio.run(scenario()) == 3
