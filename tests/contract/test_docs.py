@@ -51,7 +51,7 @@ def test_a_command_of_the_documentation_is_accepted(page: Path, command: str, st
     words = shlex.split(command)
     while "=" in words[0]:
         words.pop(0)
-    if "--" in words:  # ray job submit -- COMMAND
+    if words[0] == "ray":  # ray job submit -- COMMAND
         words = words[words.index("--") + 1 :]
     assert CHECKS[words[0]](words[1:], stage, world) == words[1:2]
 
@@ -89,8 +89,9 @@ def _bash(words: Sequence[str], stage: Path, world: dict[str, str]) -> Sequence[
 
 
 def _python(words: Sequence[str], stage: Path, world: dict[str, str]) -> Sequence[str]:
-    """Return the file that is run."""
-    assert (ROOT / words[0]).is_file(), f"there is no {words[0]}"
+    """Return the file, or -m of the module, that is run."""
+    file = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
+    assert (ROOT / file).is_file(), f"there is no {file}"
     return words[:1]
 
 
