@@ -232,6 +232,8 @@ def read_rope(config: Mapping[str, Any], head_dim: int) -> RopeSpec:  # Any: JSO
     """
     # A copy of config.json may have both; transformers then follows rope_scaling.
     parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    if kinds := sorted(name for name, value in parameters.items() if isinstance(value, Mapping)):
+        raise ConfigError(f"config.json has rope parameters for {', '.join(kinds)}; known: one set for all layers.")
     if parameters.get("rope_theta") is None:
         parameters["rope_theta"] = config.get("rope_theta") or 10_000.0
     theta = _positive(parameters, "rope_theta", where=_ROPE)

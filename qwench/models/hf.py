@@ -39,6 +39,7 @@ from qwench.models.hf_weights import (
     widest_dtype,
 )
 from qwench.models.shards import DEFAULT_SHARD_BYTES, write_shards
+from qwench.samples import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # loads for two seconds, which an engine need not spend at its start
@@ -58,6 +59,10 @@ _COPIED_FILES = (
     "chat_template.json",
 )
 _DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
+_OF_TRANSFORMERS_ALONE = ("transformers_weights", "text_config", "text_encoder", "decoder", "generator")
+"""Another file of weights, and models inside the model."""
+_MAX_LABELS = 10_000
+"""transformers makes a name for each."""
 _EXPORT_MARKER = "qwench_export.json"
 """Marks folders that we wrote, the only ones we replace."""
 
@@ -81,6 +86,7 @@ def load_hf_config(path: Path) -> PretrainedConfig:
     for name in ("dtype", "torch_dtype"):
         if raw.get(name) not in (None, *_DTYPE_NAMES):
             raise ConfigError(f"{path}/config.json has {name} {raw[name]!r:.60}; known: {', '.join(_DTYPE_NAMES)}.")
+    _refuse_other_readings(raw, path)
     if raw.get("rope_scaling") and raw.get("rope_parameters") and not raw.get("rope_theta"):
         # transformers would follow rope_scaling alone, with a base of 10,000.
         raise ConfigError(
@@ -99,6 +105,18 @@ def load_hf_config(path: Path) -> PretrainedConfig:
     # How weights are stored is no property of the model, and transformers would look for its kernels.
     vars(config).pop("quantization_config", None)
     return config
+
+
+def _refuse_other_readings(raw: Mapping[str, Json], path: Path) -> None:
+    """Refuse entries of config.json that transformers follows and engines do not: the trainer would hold another model."""
+    for name in _OF_TRANSFORMERS_ALONE:
+        if raw.get(name) is not None:
+            raise ConfigError(f"{path}/config.json has {name}, which is not supported; remove it.")
+    if raw.get("is_causal") is False:
+        raise ConfigError(f"{path}/config.json has is_causal false; only models that read left to right are supported.")
+    labels = raw.get("num_labels")
+    if isinstance(labels, int) and labels > _MAX_LABELS:
+        raise ConfigError(f"{path}/config.json has more than {_MAX_LABELS} num_labels; a language model has none, remove it.")
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:

@@ -6,6 +6,7 @@ Trainer, engines and converter find them here, so that they all build one model 
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -120,6 +121,7 @@ def read_json(file: Path) -> dict[str, Json]:
     Raises:
         ConfigError: it is missing, or not a JSON object.
     """
+    check_is_regular(file)
     try:
         content = json.loads(read_small_text(file))
     except FileNotFoundError as error:
@@ -129,6 +131,16 @@ def read_json(file: Path) -> dict[str, Json]:
     if not isinstance(content, dict):
         raise ConfigError(f"{file} is not a JSON object.")
     return content
+
+
+def check_is_regular(file: Path) -> None:
+    """Refuse a pipe or a device, whose reading might not end. What is missing is named by its reader."""
+    try:
+        mode = file.stat().st_mode
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(mode):
+        raise ConfigError(f"{file} is no regular file; give a folder of files.")
 
 
 def one_line(error: Exception) -> str:

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
 
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.architecture import PROJECTIONS, Architecture, adapter_scale
-from qwench.models.hf_weights import read_json
+from qwench.models.hf_weights import check_is_regular, read_json
 from qwench.models.safetensors_files import SafetensorsWriter, StoredTensor, TensorSpec, read_header, read_tensor
 from qwench.samples import Json
 
@@ -112,7 +111,7 @@ class AdapterConfig:
         raw = read_json(folder / CONFIG)
         _refuse_variants(raw, folder)
         rank, alpha, named = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
-        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        if type(rank) is not int or rank < 1 or not _is_finite(alpha):
             raise ConfigError(f"{folder / CONFIG} has no rank r and lora_alpha; is it of a LoRA adapter?")
         leaves = {str(name).rsplit(".", 1)[-1] for name in named} if isinstance(named, list) else set(PROJECTIONS)
         return cls(
@@ -162,7 +161,7 @@ class AdapterFolder:
         """
         self.folder = folder
         for file in (folder / CONFIG, folder / WEIGHTS):
-            _check_is_regular(file)
+            check_is_regular(file)
         self.config = AdapterConfig.read(folder)
         if not (folder / WEIGHTS).exists() and (folder / _PICKLE).exists():
             raise ConfigError(
@@ -235,14 +234,12 @@ def write_adapter(folder: Path, config: AdapterConfig, matrices: Mapping[str, Te
     config.write(folder)
 
 
-def _check_is_regular(file: Path) -> None:
-    """Refuse a pipe or a device, whose reading might not end. What is missing is named by its reader."""
+def _is_finite(value: Json) -> TypeGuard[int | float]:
+    """Tell whether a value of a JSON file is a number that a float can hold; NaN would make every weight NaN."""
     try:
-        mode = file.stat().st_mode
-    except (OSError, ValueError):
-        return
-    if not stat.S_ISREG(mode):
-        raise ConfigError(f"{file} is no regular file; give a folder that PEFT or Qwench wrote.")
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def is_adapter(folder: Path) -> bool:

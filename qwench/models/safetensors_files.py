@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qwench.errors import CheckpointError
+from qwench.files import read_small_text
 from qwench.models.shards import INDEX_FILE
 
 _DTYPES = {
@@ -257,9 +258,9 @@ def _are_sizes(value: object) -> bool:
 
 def _read_index(file: Path) -> dict[str, str]:
     try:
-        weight_map = dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
+        weight_map = json.loads(read_small_text(file))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read ({error!r}).") from error
-    if not all(isinstance(entry, str) for entry in weight_map.values()):
+    if not (isinstance(weight_map, dict) and all(isinstance(entry, str) for entry in weight_map.values())):
         raise CheckpointError(f"{file} does not map names of tensors to names of files.")
     return weight_map

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -282,6 +283,11 @@ def test_a_stop_token_that_is_no_id_is_refused(folder: Path, value: object) -> N
         ({"rope_theta": None, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling beside rope_parameters"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e6, "short_factor": [1.0] * 16,
                               "long_factor": [2.0] * 16}}, "rope type 'longrope'"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope parameters for full_attention; known: one set"),
+        ({"transformers_weights": "other.safetensors"}, "has transformers_weights, which is not supported"),
+        ({"text_config": {"hidden_size": 5}}, "has text_config, which is not supported"),
+        ({"is_causal": False}, "is_causal false; only models that read left to right"),
+        ({"num_labels": 10**9}, "more than 10000 num_labels"),
     ],
 )  # fmt: skip
 def test_a_config_that_makes_no_model_is_refused_by_name(folder: Path, change: Json, message: str) -> None:
@@ -303,3 +309,23 @@ def test_a_damaged_tokenizer_is_refused(folder: Path, content: bytes) -> None:
     with pytest.raises(ConfigError, match=r"the tokenizer in .* cannot be loaded") as caught:
         load_tokenizer(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_in_the_place_of_config_json_is_refused_at_once(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(ConfigError, match=r"config\.json is no regular file"):
+        load_hf_config(folder)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "endless"])
+def test_an_index_that_is_none_is_refused(folder: Path, kind: str) -> None:
+    index = folder / "model.safetensors.index.json"
+    names = list(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    index.write_text(json.dumps({"weight_map": [[name, "a.safetensors"] for name in names]}))
+    if kind == "endless":
+        with index.open("r+b") as stream:
+            stream.truncate(2**30)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json (does not map|cannot be read)"):
+        find_parameters(folder, architecture_of(load_hf_config(folder)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwench.models.peft import factors
+from qwench.errors import ConfigError
+from qwench.models.peft import AdapterConfig, factors
 
 
 @pytest.mark.parametrize("rows", [40, 1025], ids=["exact", "randomized"])
@@ -28,3 +29,10 @@ def test_the_factors_of_a_large_matrix_do_not_depend_on_the_random_state_and_lea
         found.append(factors(matrix, 3))
         assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("alpha", ["NaN", "Infinity", "true", "1" + "0" * 400, '"16"', "null"])
+def test_an_alpha_that_is_no_number_of_floats_is_refused(tmp_path, alpha):
+    (tmp_path / "adapter_config.json").write_text(f'{{"peft_type": "LORA", "r": 4, "lora_alpha": {alpha}}}')
+    with pytest.raises(ConfigError, match="has no rank r and lora_alpha"):
+        AdapterConfig.read(tmp_path)
