@@ -11,7 +11,7 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from qwench.data.rows import Row, check_text
+from qwench.data.rows import Row, check_text, is_blank
 from qwench.errors import ConfigError
 from qwench.samples import Json, Message
 
@@ -20,6 +20,10 @@ _MAX_GROWTH = 10
 """By which a template may lengthen a conversation whose render is longer than `_MAX_CHARACTERS`."""
 _MAY_SAY_NOTHING = frozenset({"system", "tool"})
 """Roles whose text may be empty: no instructions, a call that returned nothing."""
+_NEVER_WRITTEN = (
+    "image", "images", "image_url", "video", "videos", "video_url", "audio", "audios", "input_audio", "file", "function_call",
+)  # fmt: skip
+"""Members of messages and of their parts that say something, and that no template of text writes."""
 
 
 def as_messages(value: Json, *, place: str) -> list[Message]:
@@ -35,7 +39,10 @@ def as_messages(value: Json, *, place: str) -> list[Message]:
         value = _messages_in_json(value) or [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value:
         raise ConfigError(f"{place}: messages must be text or a list of them that is not empty, got {_brief(value)}.")
-    return [_message(message, place=place) for message in value]
+    messages = [_message(message, place=place) for message in value]
+    if all(_is_empty(message) for message in messages):
+        raise ConfigError(f"{place}: no message of the conversation says anything.")
+    return messages
 
 
 def as_prompt(value: Json, *, place: str) -> list[Message]:
@@ -69,6 +76,7 @@ def _message(message: Json, *, place: str) -> Message:
         raise ConfigError(f"{place}: a message must be a record with `role` and `content`, got {_brief(message)}.")
     content = message.get("content")
     calls = message.get("tool_calls")
+    _check_is_written(message, place=place)
     _check_answers_parts(message, place=place)
     if content is None:
         if "content" in message and "tool_calls" not in message:
@@ -79,9 +87,24 @@ def _message(message: Json, *, place: str) -> Message:
             )
         return message
     text = _text(content, place=place)
-    if not text.strip() and not calls and not message.get("reasoning_content") and message["role"] not in _MAY_SAY_NOTHING:
+    read = {**message, "content": text}
+    if _is_empty(read) and message["role"] not in _MAY_SAY_NOTHING:
         raise ConfigError(f"{place}: a message of role {message['role']!r} is empty.")
-    return {**message, "content": text}
+    return read
+
+
+def _is_empty(message: Message) -> bool:
+    """Tell whether a message says nothing."""
+    content = message.get("content")
+    blank = content is None or is_blank(str(content))
+    return blank and not message.get("tool_calls") and not message.get("reasoning_content")
+
+
+def _check_is_written(record: Mapping[str, Json], *, place: str) -> None:
+    """Refuse a message, or a part of one, with something that would not reach the model."""
+    for key in _NEVER_WRITTEN:
+        if record.get(key):
+            raise ConfigError(f"{place}: a message has {key}, which does not reach the model: only text and tool_calls do.")
 
 
 def _check_answers_parts(message: Mapping[str, Json], *, place: str) -> None:
@@ -120,6 +143,9 @@ def _text(content: Json, *, place: str) -> str:
         return content
     if isinstance(content, list) and content and all(isinstance(part, Mapping) for part in content):
         parts = [cast(Mapping[str, Json], part) for part in content]
+        for part in parts:
+            if isinstance(part.get("text"), str):
+                _check_is_written(part, place=place)
         texts = [part.get("text") if part.get("type", "text") == "text" else None for part in parts]
         if all(isinstance(text, str) for text in texts):
             return "".join(cast(list[str], texts))

@@ -5,7 +5,8 @@
     completion     {"prompt": "2+2?" or messages, "completion": "4" or messages}
     Alpaca         {"instruction": "Add.", "input": "2+2", "output": "4"}
 
-The key of --input-key comes first. Where a row lacks it, its other keys tell the form.
+The key of --input-key comes first. Where a row lacks it, its other keys tell the form. ShareGPT, completion and Alpaca may
+have a column `system` beside them, and Alpaca a `history` of [asked, answered].
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
+_TURN = ("user", "assistant")
 
 
 def as_conversation(row: Row, *, input_key: str) -> list[Message]:
@@ -55,14 +57,15 @@ def _sharegpt(value: Json, *, place: str) -> list[Message]:
         role = _SHAREGPT_ROLES.get(str(one["from"]))
         if role is None:
             raise ConfigError(f"{place}: `from` {one['from']!r} is unknown; known: {', '.join(_SHAREGPT_ROLES)}.")
-        messages.append({"role": role, "content": one.get("value")})
+        weight: dict[str, Json] = {"weight": one["weight"]} if "weight" in one else {}
+        messages.append({"role": role, "content": one.get("value"), **weight})
     return as_messages(messages, place=place)
 
 
 def _prompt_and_completion(row: Row) -> list[Message]:
     prompt, completion = row.values["prompt"], row.values["completion"]
     answer: Json = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-    return [*as_messages(prompt, place=row.place), *as_messages(answer, place=row.place)]
+    return _after_system(row, [*as_messages(prompt, place=row.place), *as_messages(answer, place=row.place)])
 
 
 def _alpaca(row: Row) -> list[Message]:
@@ -70,14 +73,36 @@ def _alpaca(row: Row) -> list[Message]:
         if row.values.get(key) is not None and not isinstance(row.values[key], str):
             raise ConfigError(f"{row.place}: key {key!r} must be text.")
     asked = [str(row.values[key]) for key in ("instruction", "input") if row.values.get(key)]
-    system: list[Json] = [{"role": "system", "content": row.values["system"]}] if row.values.get("system") else []
-    said: list[Json] = [{"role": "user", "content": "\n\n".join(asked)}, {"role": "assistant", "content": row.values["output"]}]
-    return as_messages([*system, *said], place=row.place)
+    turns = [*_history(row), ("\n\n".join(asked), row.values["output"])]
+    said: list[Json] = [{"role": role, "content": text} for turn in turns for role, text in zip(_TURN, turn, strict=True)]
+    return _after_system(row, as_messages(said, place=row.place))
+
+
+def _history(row: Row) -> list[tuple[Json, Json]]:
+    """Return the turns before that of an Alpaca row."""
+    history = row.decode("history", list) or []
+    if not all(isinstance(turn, list) and len(turn) == len(_TURN) for turn in history):
+        raise ConfigError(f"{row.place}: key 'history' must be a list of [asked, answered].")
+    return [(asked, answered) for asked, answered in history]
 
 
 def _sharegpt_column(row: Row) -> list[Message]:
     value = row.values["conversations"]
-    return _sharegpt(value, place=row.place) if _is_sharegpt(value) else as_messages(value, place=row.place)
+    if _is_sharegpt(value):
+        return _after_system(row, _sharegpt(value, place=row.place))
+    return as_messages(value, place=row.place)
+
+
+def _after_system(row: Row, messages: list[Message]) -> list[Message]:
+    """Return the messages after the text of the column `system`."""
+    system = row.values.get("system")
+    if not system:
+        return messages
+    if messages[0]["role"] == "system":
+        if messages[0]["content"] == system:
+            return messages
+        raise ConfigError(f"{row.place}: the column 'system' and the first message are different instructions; keep one.")
+    return [*as_messages([{"role": "system", "content": system}], place=row.place), *messages]
 
 
 _FORMS: tuple[tuple[tuple[str, ...], Callable[[Row], list[Message]]], ...] = (

@@ -179,8 +179,8 @@ def _generation_prompt(renderer: ChatRenderer) -> str:
 
 
 def _is_wanted(message: Message) -> bool:
-    """Tell whether a row asks to train on this message; `step_loss_mask` 0 says no."""
-    return message.get("step_loss_mask") in (None, 1)
+    """Tell whether a row asks to train on this message; `step_loss_mask` 0, or OpenAI's `weight` 0, says no."""
+    return message.get("step_loss_mask") in (None, 1) and message.get("weight") != 0
 
 
 def _check_span(span: str, message: Message, place: str) -> None:

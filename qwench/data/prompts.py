@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from qwench.data.chat import ChatRenderer, as_prompt, read_tools, tokenize
 from qwench.data.curriculum import Curriculum
 from qwench.data.cursor import DataCursor, Draw, fingerprint
-from qwench.data.rows import Row, check_text, read_label, read_rows
+from qwench.data.rows import Row, check_text, is_blank, read_label, read_rows
 from qwench.errors import ConfigError
 from qwench.samples import Group, Json, Prompt, Sample
 
@@ -80,7 +80,7 @@ def load_prompts(
     ]
     token_ids = tokenize(tokenizer, [prompt.text for prompt in untokenised])
     for prompt, ids in zip(untokenised, token_ids, strict=True):
-        if not ids or not prompt.text.strip():
+        if not ids or is_blank(prompt.text):
             raise ConfigError(f"{prompt.place}: the prompt is empty.")
     prompts = [
         replace(prompt, token_ids=tuple(ids))

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
@@ -30,6 +31,11 @@ from qwench.samples import Json
 
 _GSM8K = re.compile(r".*####[ \t]*(?P<answer>\S[^\n]*)", re.DOTALL)
 """gsm8k's column holds the worked solution; the answer follows the last `####`."""
+_GSM8K_WITHOUT_ANSWER = re.compile(r"(?:.*\s)?####\s*", re.DOTALL)
+_HOLDS_NOTHING = re.compile(r"\s*(?:\$\s*\$|\\\(\s*\\\)|\\\[\s*\\\]|\{\s*\}|\\(?:boxed|text|mbox|mathrm)\{\s*\})\s*")
+"""A box, a formula or a group of LaTeX with nothing inside."""
+_NOT_A_NUMBER = ("nan", "NaN")
+"""How tools write a missing number as text."""
 _UNENCODABLE = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
 """Escapes of surrogates, which may be unpaired, and of NUL. A line with one is read a second time."""
 _MAX_CELL_CHARACTERS = 2**31 - 1
@@ -114,8 +120,10 @@ def _answer(label: Json, *, place: str) -> str:
     text = str(label)
     if (solution := _GSM8K.fullmatch(text)) is not None:
         return solution["answer"].strip()
-    if not text.strip():
+    if is_blank(text) or _HOLDS_NOTHING.fullmatch(text) or _GSM8K_WITHOUT_ANSWER.fullmatch(text):
         raise ConfigError(f"{place} is blank: no answer can match it.")
+    if text.strip() in _NOT_A_NUMBER:
+        raise ConfigError(f"{place} is {text.strip()}: no answer can match it.")
     if "\\boxed" in text and text.count("{") != text.count("}"):
         raise ConfigError(f"{place} has a box that does not end: no answer can match it.")
     return text
@@ -295,6 +303,11 @@ def _texts(value: Json) -> Iterator[str]:
         case list():
             for member in value:
                 yield from _texts(member)
+
+
+def is_blank(text: str) -> bool:
+    """Tell whether a text shows nothing: it has spaces, joiners and marks of byte order at most."""
+    return not text.strip() or all(one.isspace() or unicodedata.category(one) == "Cf" for one in text)
 
 
 def check_text(text: str, *, place: str) -> None:

@@ -264,6 +264,15 @@ def test_whatever_a_template_raises_is_one_line(tmp_path, monkeypatch, template)
         ([{"role": "human", "content": "hi"}], "role 'human' is not one that the chat template writes"),
         ([{"role": "User", "content": "hi"}], "role 'User' is not one that the chat template writes"),
         ([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "It is"}], "ends with an assistant turn"),
+        ([{"role": "user", "content": "\u200b\ufeff "}], "a message of role 'user' is empty"),
+        ([{"role": "system", "content": ""}], "no message of the conversation says anything"),
+        ([{"role": "tool", "content": [{"type": "text", "text": " "}]}], "no message of the conversation says anything"),
+        ([{"role": "user", "content": "hi", "images": ["a.png"]}], "a message has images, which does not reach the model"),
+        ([{"role": "user", "content": [{"text": "hi", "image_url": "a.png"}]}], "a message has image_url, which does not"),
+        (
+            [{"role": "assistant", "content": "a", "function_call": {"name": "f", "arguments": "{}"}}],
+            "a message has function_call, which does not reach the model",
+        ),
     ],
 )
 def test_what_would_not_reach_the_model_is_refused_by_line(tmp_path, messages, problem):
@@ -278,7 +287,13 @@ def test_an_empty_system_message_and_a_tool_that_returned_nothing_are_kept(tmp_p
     assert "<tool_response>\n\n</tool_response>" in load_one(tmp_path, {"prompt": messages}, apply_chat_template=True).text
 
 
-@pytest.mark.parametrize("prompt", ["", "   \n"])
+def test_members_that_say_nothing_are_no_part_of_a_message(tmp_path):
+    message = {"role": "user", "content": [{"type": "text", "text": "hi", "image": None}], "images": [], "function_call": None}
+    prompt = load_one(tmp_path, {"prompt": [message]}, apply_chat_template=True)
+    assert prompt.text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("prompt", ["", "   \n", "\u200b", "\ufeff\u2060"])
 def test_an_empty_prompt_is_refused_by_line(tmp_path, prompt):
     with pytest.raises(ConfigError, match=r"data\.jsonl:3: the prompt is empty"):
         load(tmp_path, [{"prompt": "a"}, {"prompt": "b"}, {"prompt": prompt}])
@@ -303,6 +318,16 @@ def test_a_prompt_knows_its_row(tmp_path):
         (float("nan"), "is nan: no answer can match it"),
         (float("inf"), "is inf: no answer can match it"),
         (None, "is null"),
+        ("\u200b", "is blank"),
+        ("####", "is blank"),
+        ("2+5=7\n#### \n", "is blank"),
+        ("\\boxed{}", "is blank"),
+        ("\\text{ }", "is blank"),
+        ("$$", "is blank"),
+        ("\\[ \\]", "is blank"),
+        ("{}", "is blank"),
+        ("nan", "is nan: no answer can match it"),
+        (" NaN", "is NaN: no answer can match it"),
     ],
 )
 def test_a_label_that_no_answer_can_match_is_refused_by_line(tmp_path, label, problem):
@@ -321,7 +346,10 @@ def test_a_missing_number_of_parquet_and_one_beyond_floats_are_no_labels(tmp_pat
         load(tmp_path, [], label_key="label", require_label=True, path=raw)
 
 
-@pytest.mark.parametrize(("label", "read"), [("2+5=7\n#### 7", "7"), ("#### 1,000", "1,000"), ("a #### 1\n#### -2", "-2")])
+@pytest.mark.parametrize(
+    ("label", "read"),
+    [("2+5=7\n#### 7", "7"), ("#### 1,000", "1,000"), ("a #### 1\n#### -2", "-2"), ("{1}", "{1}"), ("None", "None")],
+)
 def test_the_answer_of_gsm8ks_solutions_is_read(tmp_path, label, read):
     assert load_one(tmp_path, {"prompt": "a", "label": label}, label_key="label", require_label=True).label == read
 

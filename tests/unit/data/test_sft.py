@@ -169,8 +169,44 @@ def test_the_input_of_alpaca_follows_its_instruction(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"conversations": [{"from": w, "value": v} for w, v in (("system", "Be brief."), ("human", "q"), ("gpt", "a"))]},
+        {"prompt": "q", "completion": "a"},
+        {"instruction": "q", "output": "a"},
+    ],
+    ids=["sharegpt", "sharegpt with its own", "completion", "alpaca"],
+)
+def test_the_column_of_instructions_is_the_system_message(tmp_path, row):
+    sample = first_sample(load(tmp_path, [{**row, "system": "Be brief."}]))
+    assert sample.prompt.text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nq<|im_end|>\n")
+
+
+def test_the_history_of_alpaca_is_told_before_its_instruction(tmp_path):
+    row = {"instruction": "and 2+6?", "output": "8", "history": [["2+5?", "7"]]}
+    sample = first_sample(load(tmp_path, [row]))
+    turns = [("user", "2+5?"), ("assistant", "7"), ("user", "and 2+6?"), ("assistant", "8")]
+    expected = first_sample(load(tmp_path, [{"messages": [{"role": role, "content": text} for role, text in turns]}]))
+    assert (sample.tokens, sample.loss_mask) == (expected.tokens, expected.loss_mask)
+
+
+def test_an_answer_of_weight_zero_is_not_trained_on(tmp_path):
+    loaded = load(tmp_path, [conversation("1", weight=0), conversation("2", weight=1)])
+    assert (len(loaded.examples), loaded.num_untrained) == (1, 1)
+    said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "1", "weight": 0}]
+    assert load(tmp_path, [{"conversations": said}, conversation("2")]).num_untrained == 1
+
+
+@pytest.mark.parametrize(
     ("row", "problem"),
     [
+        (
+            {"conversations": [{"from": "system", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "c"},
+            "the column 'system' and the first message are different instructions",
+        ),
+        ({"instruction": "q", "output": "7", "history": ["q"]}, r"key 'history' must be a list of \[asked, answered\]"),
+        ({"instruction": "q", "output": "7", "history": [["q", ""]]}, "a message of role 'assistant' is empty"),
         ({"conversations": [{"from": "bing", "value": "q"}]}, "`from` 'bing' is unknown; known: human"),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt"}]}, "content of a message must be text"),
         ({"prompt": "q", "completion": 7}, "messages must be text or a list of them"),
