@@ -113,7 +113,7 @@ class Gateway:
             return web.json_response({"error": {"message": "there is no such session"}}, status=404)
         try:
             return web.json_response(await session.answer(json.loads(await http.read())))
-        except (RequestRefusedError, ConfigError, ValueError) as error:
+        except (RequestRefusedError, ConfigError, ValueError, RecursionError) as error:
             return web.json_response({"error": {"message": str(error)}}, status=400)
 
     async def answer(self, payload: Json) -> Json:
@@ -145,7 +145,7 @@ class Gateway:
     async def _generate(self, http: web.Request) -> web.Response:
         try:
             return web.json_response(await self.answer(json.loads(await http.read())))
-        except (EngineError, ValueError) as error:
+        except (EngineError, ValueError, RecursionError) as error:
             return web.json_response({"error": {"message": str(error)}}, status=400)
 
     async def _abort(self, http: web.Request) -> web.Response:

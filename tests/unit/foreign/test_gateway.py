@@ -91,6 +91,7 @@ def test_clients_of_their_own_reach_it_over_the_wire():
         ({"Sec-Fetch-Site": "cross-site"}, "{}", 403),
         ({"Host": "rebound.example"}, "{}", 403),
         ({}, "not json", 400),
+        ({}, "[" * 100_000, 400),
         ({}, "x" * (2**24 + 1), 413),
     ],
 )

@@ -21,6 +21,8 @@ from qwench.engines.protocol import Scores, Scoring
 from qwench.errors import EngineError
 
 MAX_TOP_K = 1024
+MAX_TOKEN_IDS = 1024
+"""Each is a number at every scored position."""
 
 
 def check_scoring(scoring: Scoring, input_ids: Sequence[int], *, vocab_size: int, name: str) -> None:
@@ -34,6 +36,8 @@ def check_scoring(scoring: Scoring, input_ids: Sequence[int], *, vocab_size: int
         raise EngineError(f"{name} scores from token {scoring.start} on; it must lie in [1, {len(input_ids)}), in the prompt.")
     if not 0 <= scoring.top_k <= most:
         raise EngineError(f"{name} wants the {scoring.top_k} likeliest tokens of a position; it must lie in [0, {most}].")
+    if len(scoring.token_ids) > MAX_TOKEN_IDS:
+        raise EngineError(f"{name} wants log-probs of {len(scoring.token_ids)} token ids; at most {MAX_TOKEN_IDS} are scored.")
     if any(not 0 <= token < vocab_size for token in scoring.token_ids):
         raise EngineError(f"{name} wants log-probs of token ids outside [0, {vocab_size}).")
 
