@@ -271,11 +271,20 @@ def replace_folder(folder: Path, whole: Path) -> None:
     """Force `whole` to the disk and rename it to `folder`, replacing what is there."""
     fsync_tree(whole)
     old = folder.with_name(f"{folder.name}.old{TEMPORARY_SUFFIX}")
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
     if folder.exists():
         folder.rename(old)
     rename_durably(whole, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):
+        remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder or file, if it is there. Of a link only the link goes: what it leads to is the user's."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:

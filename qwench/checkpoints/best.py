@@ -49,7 +49,7 @@ def read_best(root: Path) -> Best | None:
         return None
     try:
         return Best(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); delete it, and the next evaluation is the best one.") from error
 
 

@@ -278,7 +278,7 @@ def _holds(path: Path, content: str) -> bool:
 def _read_marker(folder: Path, *, flag: str) -> Mapping[str, Json]:
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{flag} {folder}: {MARKER} cannot be read ({error}); give another folder.") from error
     if not isinstance(marker, dict):
         raise ConfigError(f"{flag} {folder}: {MARKER} is not a JSON object; give another folder.")

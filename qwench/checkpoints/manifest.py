@@ -92,7 +92,7 @@ def has_manifest(folder: Path) -> bool:
         return False
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return True
     if isinstance(content, dict) and _VERSION not in content:
         raise CheckpointError(
@@ -110,7 +110,7 @@ def _read_meta(folder: Path) -> tuple[Mapping[str, Json], Mapping[str, Mapping[s
         files = {name: {"size": int(entry["size"]), "crc32": int(entry["crc32"])} for name, entry in content["files"].items()}
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} has no {META}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{folder / META} cannot be read ({error})") from error
     if written != _own_checksum(content):
         raise CheckpointError(f"{folder / META} is damaged: it is not as it was written")

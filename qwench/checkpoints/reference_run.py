@@ -8,16 +8,13 @@ Its order of rows is ours: `random.Random(seed + epoch).shuffle`. A checkpoint n
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from qwench.checkpoints.folders import foreign_checkpoint
-from qwench.checkpoints.formats.dcp_reader import DcpFolder
+from qwench.checkpoints.formats.dcp_reader import DcpFolder, load_data
 from qwench.checkpoints.formats.sources import find_format
 from qwench.checkpoints.formats.torch_dist import read_num_steps
 from qwench.config.sections.checkpoint import CheckpointConfig
@@ -84,11 +81,9 @@ def _read_cursor(file: Path) -> Mapping[str, int] | None:
     if not file.is_file():
         return None
     try:
-        stored = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ConfigError(
-            f"--load: {file} cannot be read ({str(error).splitlines()[0]}); remove it to begin the data anew."
-        ) from error
+        stored = load_data(file)
+    except ValueError as error:
+        raise ConfigError(f"--load: {file} cannot be read ({error}); remove it to begin the data anew.") from error
     values = {ours: stored.get(theirs, 0) for theirs, ours in _CURSOR.items()} if isinstance(stored, dict) else {}
     if not values or not all(isinstance(value, int) and value >= 0 for value in values.values()):
         raise ConfigError(f"--load: {file} holds no position in data; remove it to begin the data anew.")

@@ -146,7 +146,7 @@ def _read_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:  # val
         try:
             record = json.loads(line)
             text = line.decode()
-        except ValueError:
+        except (ValueError, RecursionError):
             record, text = None, ""
         if isinstance(record, dict):
             yield text, record

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, Metadata, ReadItem
 from torch.distributed.checkpoint.api import CheckpointException
 
-from qwench.checkpoints.formats.dcp_reader import METADATA, read_metadata
+from qwench.checkpoints.formats.dcp_reader import METADATA, load_data, read_metadata
 from qwench.checkpoints.formats.sources import NUM_STEPS, OptimizerState, open_optimizer_state
 from qwench.checkpoints.manifest import note_checksums
 from qwench.errors import CheckpointError, ConfigError
@@ -144,11 +143,11 @@ def load_rng(folder: Path) -> None:
         CheckpointError: the file is missing or damaged.
     """
     try:
-        states = torch.load(folder / "rng.pt", weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise CheckpointError(
-            f"cannot read {folder / 'rng.pt'} ({_reason(error)}); pass --no-load-rng to go without."
-        ) from error
+        states = load_data(folder / "rng.pt")
+        if not isinstance(states, dict) or not {"cpu", "cuda"} <= states.keys():
+            raise ValueError("it holds no states of generators")
+    except ValueError as error:
+        raise CheckpointError(f"cannot read {folder / 'rng.pt'} ({error}); pass --no-load-rng to go without.") from error
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])

@@ -10,7 +10,8 @@ import io
 import math
 import pickle
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from enum import Enum
 from pathlib import Path, PosixPath
@@ -61,10 +62,14 @@ class DcpFolder:
             CheckpointError: it is missing, damaged or half-written.
         """
         self.folder = folder
-        metadata = read_metadata(folder / METADATA)
         self._chunks: dict[str, list[ChunkStorageMetadata]] = {}
         self.tensors: dict[str, TensorSpec] = {}
         self.objects: set[str] = set()
+        metadata = read_metadata(folder / METADATA)
+        with _damage_named(f"{folder / METADATA} cannot be read"):
+            self._take(metadata)
+
+    def _take(self, metadata: Metadata) -> None:
         for key, entry in metadata.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata):
                 self.tensors[key] = TensorSpec(shape=tuple(entry.size), dtype=entry.properties.dtype)
@@ -87,12 +92,20 @@ class DcpFolder:
         end = list(shape)
         if layer is not None:
             begin[0], end[0] = layer, layer + 1
-        tensor = self._read_region(key, begin, end)
+        with _damage_named(f"{key} cannot be read from {self.folder}"):
+            tensor = self._read_region(key, begin, end)
         return tensor if layer is None else tensor[0]
 
     def read_object(self, key: str) -> bytes:
-        """Read what is stored under `key` and is not a tensor."""
-        info = self._storage[MetadataIndex(key)]
+        """Read what is stored under `key` and is not a tensor.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        with _damage_named(f"{key} cannot be read from {self.folder}"):
+            return self._read_bytes(self._storage[MetadataIndex(key)])
+
+    def _read_bytes(self, info: _StorageInfo) -> bytes:
         with (self.folder / info.relative_path).open("rb") as stream:
             stream.seek(info.offset)
             return stream.read(info.length)
@@ -123,19 +136,19 @@ class DcpFolder:
     def _read_chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         info = self._storage[MetadataIndex(key, chunk.offsets)]
         file = self.folder / info.relative_path
-        try:
-            with file.open("rb") as stream:
-                part = cast(IO[bytes], _FileSlice(stream, info.offset, info.length))
-                tensor = torch.load(part, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise CheckpointError(f"{key} cannot be read from {file} ({str(error).splitlines()[0]}).") from error
-        if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
-            raise CheckpointError(f"{file} does not hold a tensor of shape {list(chunk.sizes)} for {key}.")
+        with _damage_named(f"{key} cannot be read from {file}"), file.open("rb") as stream:
+            tensor = load_data(cast(IO[bytes], _FileSlice(stream, info.offset, info.length)))
+        wanted = self.tensors[key].dtype
+        if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype) != (chunk.sizes, wanted):
+            shown = f"{list(chunk.sizes)} in {str(wanted).removeprefix('torch.')}"
+            raise CheckpointError(f"{file} does not hold a tensor of shape {shown} for {key}.")
         return tensor.detach()
 
     def _check_files(self) -> None:
         ends: dict[str, int] = {}
         for info in self._storage.values():
+            if min(info.offset, info.length) < 0:
+                raise CheckpointError(f"{self.folder / METADATA} has a part of a file that begins or ends before the file.")
             if getattr(info, "transform_descriptors", None):
                 raise CheckpointError(f"{self.folder} is stored with {info.transform_descriptors}, which is not supported.")
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
@@ -219,11 +232,38 @@ def read_metadata(file: Path) -> Metadata:
             metadata = _FormatUnpickler(stream).load()
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing; the checkpoint was not finished, or is of another format.") from error
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}).") from error
+    except Exception as error:  # damaged bytes make an unpickler raise anything, also MemoryError
+        raise CheckpointError(f"{file} cannot be read ({str(error) or type(error).__name__}).") from error
     if not isinstance(metadata, Metadata):
         raise CheckpointError(f"{file} holds no metadata of torch.distributed.checkpoint.")
     return metadata
+
+
+def load_data(source: Path | IO[bytes]) -> object:
+    """Return what torch.save wrote, which may be plain data and tensors alone: no file runs code.
+
+    Raises:
+        ValueError: it is damaged, or anything else.
+    """
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes make torch raise anything
+        raise ValueError(next(iter(str(error).splitlines()), type(error).__name__)) from error
+
+
+@contextmanager
+def _damage_named(what: str) -> Iterator[None]:
+    """Turn whatever metadata that is no metadata leads to into one sentence.
+
+    Raises:
+        CheckpointError: with what went wrong in brackets.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{what} ({str(error) or type(error).__name__}).") from error
 
 
 def _slices(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
-from qwench.files import TEMPORARY_SUFFIX, fsync_tree, rename_durably, write_atomically
+from qwench.files import TEMPORARY_SUFFIX, fsync_tree, remove, rename_durably, write_atomically
 
 POINTER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -61,11 +62,13 @@ class Iterations:
         replaced = self._suffixed(iteration, _REPLACED)
         fsync_tree(written)
         if final.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+            with suppress(OSError):
+                remove(replaced)
             rename_durably(final, replaced)
         rename_durably(written, final)
         write_atomically(self.root / POINTER, f"{iteration}\n")
-        shutil.rmtree(replaced, ignore_errors=True)
+        with suppress(OSError):
+            remove(replaced)
 
     def prune(self, keep: int, *, spared: int | None = None) -> None:
         """Delete all but the `keep` newest checkpoints, and `spared`, oldest first."""
@@ -87,13 +90,13 @@ class Iterations:
             if path.suffix == _REPLACED and not path.with_suffix("").exists():
                 rename_durably(path, path.with_suffix(""))
             elif path.suffix in (TEMPORARY_SUFFIX, _DELETING, _REPLACED):
-                _remove(path)
+                remove(path)
 
     def _delete(self, iteration: int) -> None:
         # Renamed first: a half-deleted folder must not look like a checkpoint.
         deleting = self._suffixed(iteration, _DELETING)
         rename_durably(self.folder(iteration), deleting)
-        shutil.rmtree(deleting)
+        remove(deleting)
 
     def _suffixed(self, iteration: int, suffix: str) -> Path:
         return self.root / f"{self.folder(iteration).name}{suffix}"
@@ -108,10 +111,3 @@ class Iterations:
             return int((self.root / POINTER).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

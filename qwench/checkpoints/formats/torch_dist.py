@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 import threading
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 from qwench import __version__
-from qwench.checkpoints.formats.dcp_reader import DcpFolder
+from qwench.checkpoints.formats.dcp_reader import DcpFolder, load_data
 from qwench.checkpoints.formats.dcp_writer import DcpWriter
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.architecture import Architecture
@@ -236,11 +235,11 @@ def _read_common(stored: DcpFolder) -> object:
     try:
         with torch.serialization.safe_globals([Namespace]):
             if not (folder / COMMON_FILE).is_file() and _COMMON_OBJECT in stored.objects:
-                return torch.load(io.BytesIO(stored.read_object(_COMMON_OBJECT)), map_location="cpu", weights_only=True)
-            return torch.load(folder / COMMON_FILE, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                return load_data(io.BytesIO(stored.read_object(_COMMON_OBJECT)))
+            return load_data(folder / COMMON_FILE)
+    except (ValueError, CheckpointError) as error:
         raise CheckpointError(
-            f"{folder / COMMON_FILE} cannot be read ({str(error).splitlines()[0]}), so the optimizer's step is not known; "
+            f"{folder / COMMON_FILE} cannot be read ({error}), so the optimizer's step is not known; "
             "go without the optimizer (--no-load-optim)."
         ) from error
 

@@ -56,7 +56,16 @@ def test_a_missing_file_is_named(tmp_path: Path):
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "has no meta.json"), ("{", "cannot be read"), ("{}", "cannot be read")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "has no meta.json"),
+        ("{", "cannot be read"),
+        ("{}", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ('{"crc32": 1, "files": {"a": {"size": 1e999, "crc32": 1}}}', "cannot be read"),
+    ],
+)
 def test_a_manifest_that_cannot_be_read_is_refused(tmp_path: Path, text: str | None, message: str):
     if text is not None:
         (tmp_path / "meta.json").write_text(text)

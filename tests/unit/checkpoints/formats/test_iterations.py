@@ -36,3 +36,17 @@ def test_pruning_keeps_the_newest(tmp_path):
     iterations = saved(tmp_path, 1, 2, 3)
     iterations.prune(2)
     assert iterations.newest_first() == [3, 2]
+
+
+def test_of_a_checkpoint_that_lies_elsewhere_only_the_link_is_removed(tmp_path):
+    root, elsewhere = tmp_path / "run", tmp_path / "large_disk"
+    root.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "weights").write_text("old")
+    for name in ("iter_0000001", "iter_0000002", "iter_0000007.writing"):
+        (root / name).symlink_to(elsewhere)
+    iterations = saved(root, 2, 3)
+    iterations.prune(2)
+    iterations.clean()
+    assert sorted(path.name for path in root.iterdir() if path.is_dir()) == ["iter_0000002", "iter_0000003"]
+    assert not (root / "iter_0000002").is_symlink() and (elsewhere / "weights").read_text() == "old"

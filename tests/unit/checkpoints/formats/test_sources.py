@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
 from transformers import PretrainedConfig, Qwen3Config
 
 from qwench.checkpoints.formats.dcp_reader import DcpFolder
@@ -234,3 +237,70 @@ def test_chunks_that_do_not_cover_a_tensor_are_noticed(tmp_path: Path) -> None:
     write_metadata(tmp_path, [writer.written], flat_keys=False)
     with pytest.raises(CheckpointError, match="holds 3 of 6 elements of layers"):
         DcpFolder(tmp_path).read("layers")
+
+
+def _folder_of_one(folder: Path) -> tuple[Path, bytes, Path, bytes]:
+    """Write one tensor; return the files of metadata and data, and what they hold."""
+    writer = DcpWriter(folder, 0)
+    writer.add("norm", torch.ones(5))
+    writer.close()
+    write_metadata(folder, [writer.written], flat_keys=False)
+    metadata, data = folder / ".metadata", folder / "__0_0.distcp"
+    return metadata, metadata.read_bytes(), data, data.read_bytes()
+
+
+def test_whatever_bytes_change_a_folder_is_read_or_refused_in_one_line(tmp_path: Path) -> None:
+    draw = random.Random(3)
+    files = _folder_of_one(tmp_path)
+    for _ in range(150):
+        for path, whole in (files[:2], files[2:]):
+            content = bytearray(whole)
+            for _ in range(draw.choice((1, 2, 8))):
+                content[draw.randrange(len(content))] = draw.randrange(256)
+            path.write_bytes(content)
+            try:
+                folder = DcpFolder(tmp_path)
+                assert all(folder.read(key).shape == spec.shape for key, spec in folder.tensors.items())
+            except CheckpointError as error:
+                assert "\n" not in str(error)
+            path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        b"\x80\x04\x8e" + (2**62).to_bytes(8, "little"),
+        b"\x80\x04\x95" + b"\xff" * 8,
+        b"\x80\x04" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".",
+    ],
+    ids=["more bytes than memory", "more bytes than numbers", "deep"],
+)
+def test_metadata_that_asks_for_too_much_is_refused(tmp_path: Path, metadata: bytes) -> None:
+    (tmp_path / ".metadata").write_bytes(metadata)
+    with pytest.raises(CheckpointError, match=r"\.metadata cannot be read|holds no metadata"):
+        DcpFolder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: setattr(found, "storage_data", [1]), r"\.metadata cannot be read"),
+        (lambda found: setattr(found, "storage_data", None), "norm cannot be read"),
+        (lambda found: setattr(found.state_dict_metadata["norm"].properties, "dtype", torch.int8), r"no?t hold .* in int8"),
+        (
+            lambda found: setattr(found.state_dict_metadata["norm"], "size", torch.Size([2**50])),
+            "norm cannot be read|holds 5 of",
+        ),
+        (lambda found: [object.__setattr__(at, "length", -1) for at in found.storage_data.values()], "before the file"),
+    ],
+    ids=["no table", "without storage", "other dtype", "endless", "negative"],
+)
+def test_metadata_that_contradicts_its_files_is_refused(
+    tmp_path: Path, change: Callable[[Metadata], object], message: str
+) -> None:
+    path, content, _, _ = _folder_of_one(tmp_path)
+    found = pickle.loads(content)
+    change(found)
+    path.write_bytes(pickle.dumps(found))
+    with pytest.raises(CheckpointError, match=message):
+        DcpFolder(tmp_path).read("norm")
