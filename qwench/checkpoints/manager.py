@@ -121,6 +121,7 @@ class CheckpointManager:
                     raise ConfigError(f"{folder} was written with --no-save-optim and has no optimizer; give --no-load-optim.")
                 rollouts = json.loads((folder / _ROLLOUTS).read_bytes())
                 saved = Saved(folder=folder, iteration=iteration, meta=meta, rollouts=rollouts, is_own=own)
+                saved.check_held(self._flags)
                 if self._config.use_checkpoint_opt_param_scheduler:
                     saved.check_schedule(self._flags)
                 return saved

@@ -27,6 +27,11 @@ _SCHEDULE = (
     "--lr", "--min-lr", "--lr-decay-style", "--lr-decay-iters", "--lr-warmup-iters", "--lr-warmup-fraction",
     "--lr-warmup-init", "--lr-wsd-decay-iters", "--lr-wsd-decay-style", "--weight-decay",
 )  # fmt: skip
+_HELD = {
+    "--n-samples-per-prompt": ("unfinished", "in_flight", "finished"),
+    "--rollout-batch-size": ("finished",),
+}
+"""Flag -> entries of the state of the rollouts that are made of so many responses, or groups."""
 _MEANINGS = {
     "--num-rollout": "a decaying learning rate is spread over the new length",
     "--num-epoch": "a decaying learning rate is spread over the new length",
@@ -75,6 +80,22 @@ class Saved:
         if self.iteration == num_rollout:
             return f"{self.folder} is the end of this run (--num-rollout {num_rollout}): nothing to do; a larger one goes on"
         return None
+
+    def check_held(self, flags: Mapping[str, str]) -> None:
+        """Check that the groups which the checkpoint holds are of the size that this run trains on.
+
+        Raises:
+            ConfigError: their number of responses, or of groups in a rollout, was another one.
+        """
+        before = self.meta.get("flags")
+        saved = before if isinstance(before, Mapping) else {}
+        for flag, states in _HELD.items():
+            held = sum(len(self.rollouts.get(state, ())) for state in states)
+            if held and saved.get(flag) != flags.get(flag):
+                raise ConfigError(
+                    f"{flag} was {saved.get(flag, '-')} and is {flags.get(flag, '-')}, but {self.folder} holds what was "
+                    f"generated and not yet trained on ({held} groups or rollouts); go on with {flag} {saved.get(flag, '-')}."
+                )
 
     def check_schedule(self, flags: Mapping[str, str]) -> None:
         """Check that learning rates and weight decay are those of the run that saved this.

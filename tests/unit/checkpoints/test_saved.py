@@ -75,6 +75,32 @@ def test_a_finished_run_says_so_and_a_shorter_one_is_refused(tmp_path):
         saved.check_length(2)
 
 
+@pytest.mark.parametrize(
+    ("held", "flag", "fits"),
+    [
+        ("unfinished", "n_samples_per_prompt", False),
+        ("in_flight", "n_samples_per_prompt", False),
+        ("finished", "n_samples_per_prompt", False),
+        ("finished", "rollout_batch_size", False),
+        ("unfinished", "rollout_batch_size", True),
+        ("in_flight", "lr", True),
+        (None, "n_samples_per_prompt", True),
+    ],
+)
+def test_groups_of_another_size_are_not_gone_on_with(tmp_path, held, flag, fits):
+    rollouts = CountingRollouts(1)
+    before = rollouts.state_dict() | ({} if held is None else {held: [{}, {}]})
+    rollouts.state_dict = lambda: before
+    manager_of(tmp_path, **{flag: "2"}).save(1, CountingLearner(1), rollouts)
+    assert manager_of(tmp_path, **{flag: "2"}).saved.iteration == 1
+    if fits:
+        assert manager_of(tmp_path, **{flag: "4"}).saved.iteration == 1
+        return
+    word = f"--{flag.replace('_', '-')}"
+    with pytest.raises(ConfigError, match=rf"{word} was 2 and is 4, but .*iter_0000001 holds .*\(2 .*go on with {word} 2"):
+        _ = manager_of(tmp_path, **{flag: "4"}).saved
+
+
 def test_the_learning_rates_of_the_checkpoint_may_be_asked_for(tmp_path):
     def manager(lr: str, **flags: object) -> CheckpointManager:
         config = CheckpointConfig(save=tmp_path, **flags)
