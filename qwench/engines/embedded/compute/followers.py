@@ -15,8 +15,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from qwench.engines.embedded.compute.batch import PackedStep
 from qwench.engines.embedded.compute.decode_work import IntArray
-from qwench.engines.embedded.compute.ranks import RankGroup, Shard
+from qwench.engines.embedded.compute.ranks import COLLECTIVE_TIMEOUT_S, RankGroup, Shard
 from qwench.engines.embedded.compute.runner import InFlight, Runner, Sampled
 from qwench.engines.embedded.compute.weights import WeightStore, is_of_adapter
 from qwench.engines.embedded.scheduling.scheduler import StepPlan
@@ -65,6 +66,8 @@ class Followers:
         self._ended = "a rank of the engine does not answer."
         self._has_ended = threading.Event()
         self._closing = threading.Event()
+        self._turn = threading.Lock()
+        """Of a thread that sends, until it has the answers: the event loop takes KV memory, a worker thread weights."""
         size = settings.num_devices
         store, port = listening_store(_HOST, timeout_s=START_TIMEOUT_S)
         # On a CPU ranks are forked with PyTorch imported. CUDA does not live in a process that forks.
@@ -80,10 +83,14 @@ class Followers:
             self._processes.append(process)
         self.shard = Shard(size=size)
         try:
+            self._wait_for_start()
             self.group = RankGroup(store, shard=self.shard, device=torch.device(settings.device))
         except RuntimeError as cause:
             self._end_processes()
-            raise EngineError(f"the {size} ranks of the engine did not meet within {START_TIMEOUT_S:g} s: {cause}") from cause
+            raise EngineError(f"the {size} ranks of the engine did not meet: {cause}") from cause
+        except EngineError:
+            self._end_processes()
+            raise
         self._leaving = threading.Thread(target=self.group.abort, name="qwench-engine-leaves-ranks", daemon=True)
         threading.Thread(target=self._watch, name="qwench-engine-ranks", daemon=True).start()
 
@@ -93,19 +100,33 @@ class Followers:
         Raises:
             EngineError: a rank ended.
         """
-        self._send((part, method, arguments, False))
+        with self._turn:
+            self._send((part, method, arguments, False))
 
     def ask(self, part: str, method: str, *arguments: object) -> list[Any]:  # what the method returns
         """Make every rank call a method of its part, and return what each returned.
 
         Raises:
-            EngineError: a rank ended.
+            EngineError: a rank ended, or did not answer in time.
         """
-        self._send((part, method, arguments, True))
+        with self._turn:
+            self._send((part, method, arguments, True))
+            if self._closing.is_set():
+                return []
+            deadline = time.monotonic() + COLLECTIVE_TIMEOUT_S
+            return [self._answer(rank, method, deadline) for rank in range(1, self.shard.size)]
+
+    def _answer(self, rank: int, method: str, deadline: float) -> Any:  # what the method returns
+        pipe = self._pipes[rank - 1]
         try:
-            return [] if self._closing.is_set() else [pipe.recv() for pipe in self._pipes]
+            if pipe.poll(max(deadline - time.monotonic(), 0)):
+                return pipe.recv()
         except (OSError, EOFError) as cause:
             raise self.failure() from cause
+        # Its answer may still come. No later message may take that for its own.
+        self._ended = f"rank {rank} of the engine did not answer {method!r} within {COLLECTIVE_TIMEOUT_S:g} s."
+        self._has_ended.set()
+        raise self.failure()
 
     def failure(self) -> EngineError:
         """Return the error of a rank that ended."""
@@ -115,18 +136,27 @@ class Followers:
     def _send(self, message: Message) -> None:
         if self._closing.is_set():
             return
+        if self._has_ended.is_set():
+            raise self.failure()
         try:
             for pipe in self._pipes:
                 pipe.send(message)
         except OSError as cause:
             raise self.failure() from cause
 
-    def check(self) -> None:
-        """Make sure that collectives joined all ranks: those of a group that was left return anything.
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Make sure that the collectives of the block joined all ranks: those of a group that was left return anything.
 
         Raises:
             EngineError: a rank ended.
         """
+        try:
+            yield
+        except RuntimeError as cause:
+            if self._has_ended.wait(2 * CLOSING_GRACE_S):  # see _watch
+                raise self.failure() from cause
+            raise
         if self._has_ended.is_set():
             raise self.failure()
 
@@ -142,12 +172,32 @@ class Followers:
         """Wait for the end of `close`. NCCL leaves a group when the captured graphs that use it are gone, and not before."""
         if self._closing.is_set():
             self._leaving.join(END_TIMEOUT_S)
+            if self._leaving.is_alive():
+                _logger.warning("rank 0 of the engine did not leave the group of the ranks within %g s", END_TIMEOUT_S)
+
+    def _wait_for_start(self) -> None:
+        """Wait until every rank has reached the store.
+
+        Raises:
+            EngineError: one ended, or did not reach it in time.
+        """
+        deadline = time.monotonic() + START_TIMEOUT_S
+        for rank, (pipe, process) in enumerate(zip(self._pipes, self._processes, strict=True), start=1):
+            try:
+                if not pipe.poll(max(deadline - time.monotonic(), 0)):
+                    raise EngineError(f"rank {rank} of the engine did not start within {START_TIMEOUT_S:g} s.")
+                pipe.recv()
+            except (OSError, EOFError) as cause:
+                process.join(END_TIMEOUT_S)
+                why = f"rank {rank} of the engine ended while it started (exit code {process.exitcode})"
+                raise EngineError(f"{why}; its log tells why.") from cause
 
     def _end_processes(self) -> None:
         for pipe in self._pipes:
             pipe.close()
+        deadline = time.monotonic() + END_TIMEOUT_S
         for process in self._processes:
-            process.join(END_TIMEOUT_S)
+            process.join(max(deadline - time.monotonic(), 0))
             if process.exitcode is None:
                 process.kill()
                 process.join()
@@ -199,9 +249,8 @@ class LeadingRunner(Runner):
 
     def advance(self, plan: StepPlan | None, page_table: IntArray, before: InFlight | None) -> tuple[InFlight | None, Sampled]:
         """See `Runner.advance`."""
-        advanced = super().advance(plan, page_table, before)
-        self._followers.check()
-        return advanced
+        with self._followers.joined():
+            return super().advance(plan, page_table, before)
 
     def close(self) -> None:
         """See `Runner.close`; the other ranks are closed already."""
@@ -235,8 +284,9 @@ class LeadingWeights(WeightStore):
         entries = entries_of(bucket)
         buffer = torch.empty(size_bytes(entries), dtype=torch.uint8, device=self._device)
         flatten_into(buffer, bucket, entries)
-        self._followers.tell("bucket", "receive", entries)
-        self._followers.group.broadcast(buffer)
+        with self._followers.joined():
+            self._followers.tell("bucket", "receive", entries)
+            self._followers.group.broadcast(buffer)
         super().load_bucket(unflatten(buffer, entries))
 
     def finish(self) -> dict[str, int]:
@@ -297,7 +347,9 @@ def follow(pipe: Connection, model: Architecture, settings: EmbeddedSettings, sh
         device = torch.device("cuda", shard.rank)
         torch.cuda.set_device(device)
     settings = replace(settings, device=str(device))
-    ranks = RankGroup(reach_store(_HOST, port, timeout_s=START_TIMEOUT_S), shard=shard, device=device)
+    store = reach_store(_HOST, port, timeout_s=START_TIMEOUT_S)
+    pipe.send(None)  # see Followers._wait_for_start
+    ranks = RankGroup(store, shard=shard, device=device)
     weights = WeightStore(model, settings.resolved_dtype, fp8=False, device=device, shard=shard)
     parts = {
         "weights": weights,

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from qwench.engines.embedded.compute import followers
+from qwench.engines.embedded.compute.followers import Followers
 from qwench.engines.embedded.compute.ranks import Shard
-from qwench.engines.protocol import FinishReason
+from qwench.engines.embedded.engine import EmbeddedEngine
+from qwench.engines.protocol import FinishReason, MemoryTag
 from qwench.errors import ConfigError, EngineError, WeightSyncError
 from qwench.models.hf import architecture_of
-from tests.contract.engine_hosts import LONG, ask, generate_all, make_engine, make_model, prompt_of
+from tests.contract.engine_hosts import LONG, ask, generate_all, make_engine, make_model, prompt_of, settings_of
 
 FOUR_BY_TWO = torch.arange(8.0).view(4, 2)
 LAYER = "model.layers.0."
@@ -78,7 +83,7 @@ def test_a_rank_that_dies_fails_the_requests_and_the_engine():
             await asyncio.sleep(0)
         (process,) = engine._followers._processes
         os.kill(process.pid, signal.SIGKILL)
-        with pytest.raises(EngineError):
+        with pytest.raises(EngineError, match=r"rank 1 \(exit code -9\)"):
             await running
         with pytest.raises(EngineError, match="refused"):
             await engine.generate(ask("later", [5]))
@@ -101,6 +106,62 @@ def test_a_rank_that_fails_is_named_with_its_exit_code():
         await engine.close()
 
     asyncio.run(scenario())
+
+
+class EndsWhereItIsSent:
+    """A model that ends the process that receives it."""
+
+    def divided(self, size):
+        return self
+
+    def __reduce__(self):
+        return os._exit, (3,)
+
+
+def test_a_rank_that_ends_while_it_starts_is_named_at_once():
+    with pytest.raises(EngineError, match=r"rank 1 of the engine ended while it started \(exit code 3\)"):
+        Followers(EndsWhereItIsSent(), settings_of(num_devices=2))
+
+
+def test_a_rank_that_does_not_answer_fails_the_engine(monkeypatch):
+    async def scenario():
+        engine = make_engine(make_model("qwen3"), num_devices=2)
+        (process,) = engine._followers._processes
+        await engine.generate(ask("before", [5]))
+        monkeypatch.setattr(followers, "COLLECTIVE_TIMEOUT_S", 0.2)
+        os.kill(process.pid, signal.SIGSTOP)
+        with pytest.raises(EngineError, match=r"rank 1 of the engine did not answer 'sleep' within 0.2 s"):
+            await engine.sleep([MemoryTag.KV_CACHE])
+        os.kill(process.pid, signal.SIGCONT)
+        # The late answer to `sleep` is no answer to this.
+        with pytest.raises(EngineError, match="did not answer 'sleep'"):
+            await engine.sleep([MemoryTag.WEIGHTS])
+        await engine.close()
+
+    asyncio.run(scenario())
+
+
+def test_two_threads_get_their_own_answers():
+    engine = make_engine(make_model("qwen3"), num_devices=2)
+    bucket = [("model.norm.weight", torch.ones(32))]
+
+    def ask_often(method: str, *arguments: object) -> set[str]:
+        part = "runner" if method == "choose_num_pages" else "weights"
+        return {type(engine._followers.ask(part, method, *arguments)[0]).__name__ for _ in range(200)}
+
+    with ThreadPoolExecutor(2) as threads:
+        kinds = [threads.submit(ask_often, "choose_num_pages"), threads.submit(ask_often, "check_bucket", bucket)]
+        assert [kind.result() for kind in kinds] == [{"int"}, {"list"}]
+    asyncio.run(engine.close())
+
+
+def test_an_engine_whose_weights_are_refused_leaves_no_rank():
+    before = multiprocessing.active_children()
+    with pytest.raises(WeightSyncError, match="no weight 'unknown'"):
+        EmbeddedEngine.from_checkpoint(
+            make_model("qwen3").config, settings_of(num_devices=2), weights={"unknown": torch.zeros(1)}
+        )
+    assert multiprocessing.active_children() == before
 
 
 def test_closing_an_engine_ends_its_ranks_and_an_abort_does_not():
