@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,7 +67,7 @@ class EmbeddedEngine:
         self._weights, self._runner, self._followers = divide(architecture, settings)
         self.adapters = self._weights.adapters
         """LoRA adapters that requests may name; while requests run, they change by `change_adapters`."""
-        self._version = 0
+        self._version, self._stats = 0, EngineStats()
         self._scheduler: Scheduler | None = None
         self._requests: dict[str, RunningRequest] = {}
         self._worker = Worker(inline=settings.inline)
@@ -76,7 +76,6 @@ class EmbeddedEngine:
         self._stepping: asyncio.Task[None] | None = None
         self._paused = self._kv_asleep = False
         self._failure: Exception | None = None
-        self._stats = EngineStats()
 
     @classmethod
     def from_checkpoint(
@@ -108,8 +107,12 @@ class EmbeddedEngine:
             settings = replace(settings, fp8=is_fp8_checkpoint(source))
             buckets = buckets or read_folder(source, architecture_of(config))
         engine = cls(architecture_of(config), settings, eos_ids=eos_ids, tokenizer=tokenizer)
-        if buckets is not None:
-            engine._weights.load(buckets)
+        with ExitStack() as failed:
+            if engine._followers is not None:
+                failed.callback(engine._followers.close)
+            if buckets is not None:
+                engine._weights.load(buckets)
+            failed.pop_all()
         return engine
 
     @property
