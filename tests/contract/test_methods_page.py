@@ -16,3 +16,12 @@ def test_every_method_names_its_source():
     assert all("arXiv" in row for name, row in rows.items() if name != "sft")
     assert "arXiv 2511.20347" in rows["sapo"]
     assert "`--sapo-tau-pos` `--sapo-tau-neg`" in rows["sapo"]
+
+
+def test_every_method_has_a_formula_and_worked_values():
+    sections = dict(part.split("\n\n", 1) for part in render().split("\n## ")[1:])
+    assert sections.keys() == METHODS.keys()
+    for name, text in sections.items():
+        formula, *worked = text.removeprefix("```text\n").split("\n\n")
+        assert "=" in formula, name
+        assert any(character.isdigit() for character in "".join(worked)), name

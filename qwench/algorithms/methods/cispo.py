@@ -1,5 +1,11 @@
 """CISPO: GRPO's advantages, log-probs weighted by clipped ratios; clipped tokens keep their gradient.
 
+    loss_t = -clip(ratio_t, 1 - eps_low, 1 + eps_high) A log p_t,    the ratio without gradient
+
+    ratio   log p   A    eps        loss
+    1.6     -1      1    0.2, 0.2   1.2
+    1.1     -3      -1   0.2, 0.2   -3.3
+
 Source: MiniMax-M1 (arXiv 2506.13585).
 """
 

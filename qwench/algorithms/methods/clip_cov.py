@@ -1,6 +1,7 @@
 """Clip-Cov: GRPO, without the gradient of a few tokens whose log-prob and advantage vary together most.
 
     cov_t = (log p_old_t - mean) (A_t - mean)          over the trained tokens of the rollout
+    loss_t = 0 for a picked token, else as in grpo
 
 max(1, N * --clip-cov-ratio) of the tokens with --clip-cov-lb < cov_t < --clip-cov-ub, drawn at random, leave the loss; the
 others have PPO's clip. Such tokens are what the entropy falls by. The draw is equal on all ranks and in a repeated run.

@@ -2,8 +2,10 @@
 
     advantage_i = reward_i - mean(group)            loss = 1/B sum_i 1/L sum_t loss_it,   L: --dr-grpo-length
 
-Neither the spread of a group's rewards nor the length of a response changes the size of a step. Rewards (1, 0, 0, 0) have the
-advantages (3/4, -1/4, -1/4, -1/4). Two samples of 2 and 6 tokens, each loss 1 a token, L 10: (2/10 + 6/10) / 2 = 0.4.
+    rewards (1, 0, 0, 0)                                     advantages (3/4, -1/4, -1/4, -1/4)
+    samples of 2 and 6 tokens, each loss_it 1, L 10          loss (2/10 + 6/10) / 2 = 0.4
+
+Neither the spread of a group's rewards nor the length of a response changes the size of a step.
 
 Metrics are means over all trained tokens of the step.
 

@@ -2,6 +2,10 @@
 
     A_i = sum_n w_n (r_in - mean_group r_n) / std_group r_n        adv_i = (A_i - mean A) / std A over all samples
 
+    group 1: rewards (1, 0), (0, 0)    the first differs: +-0.707107    A (0.707107, -0.707107)
+    group 2: rewards (1, 3), (1, 9)    the second differs               A (-0.707107, 0.707107)
+    over all four: mean 0, std sqrt(2/3)                                adv +-0.866025
+
 GRPO of the weighted sum would let the reward with the largest spread hide the others. GDPO gives each the spread of its weight.
 Needs several `--rm-type`; `--reward-weights` are w_n. Flag `--disable-grpo-std-normalization` leaves out the group's deviation.
 

@@ -3,8 +3,9 @@
     advantage_i = a (reward_i - mean(group)),   a = samples / samples of groups with unequal rewards
     loss_t = -A_t log p_t
 
-Groups with equal rewards teach nothing; a makes up for their share of the mean. Rewards (1, 0) and (1, 1): a = 4/2, advantages
-(1, -1) and (0, 0).
+    groups (1, 0) and (1, 1)    a = 4/2    advantages (1, -1) and (0, 0)
+
+Groups with equal rewards teach nothing, and a makes up for their share of the mean.
 
 Source: arXiv 2504.02546 eq. 8 and 9, with F_norm = 1.
 """

@@ -1,5 +1,11 @@
 """GSPO: GRPO's advantages, clipped ratios of whole sequences.
 
+    ratio = exp(mean over the sequence of log(p_t / p_old_t)),    loss_t as in grpo
+
+    log(p / p_old)   mean   ratio              A   eps        loss of both tokens
+    (0.6, -0.2)      0.2    exp(0.2) = 1.221   1   0.2, 0.2   -1.2
+    (0.2, -0.2)      0      1                  1   0.2, 0.2   -1
+
 Source: arXiv 2507.18071.
 """
 

@@ -1,5 +1,7 @@
 """MaxRL: rewards less their group's mean, divided by that mean; clipped ratios of tokens.
 
+    A_i = (reward_i - mean(group)) / mean(group)
+
 Hard prompts weigh more, as in maximum likelihood: with the pass rate p the gradient of log p is that of p divided by p.
 
     rewards (1, 0, 0, 0)    mean 1/4    advantages (3, -1, -1, -1)

@@ -1,5 +1,10 @@
 """REINFORCE++: raw rewards at the last trained token, the KL of every token, discounted, and whitened over the rollout.
 
+    r_t = -kl_coef KL_t, plus the reward at the last trained token
+    G_t = r_t + gamma G_t+1,    A_t = (G_t - mean) / sqrt(variance + 1e-8) over the trained tokens of the rollout
+
+    reward 1, KL (1, -1), kl_coef 0.5, gamma 0.5    r (-0.5, 1.5)    G (0.25, 1.5)    A (-0.707107, 0.707107)
+
 Source: arXiv 2501.03262.
 """
 

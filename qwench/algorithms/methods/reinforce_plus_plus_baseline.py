@@ -1,5 +1,9 @@
 """REINFORCE++-baseline: rewards less their group's mean, less the KL of every token, whitened over the rollout.
 
+    G_t = reward - mean(group) - kl_coef KL_t,    A_t as in reinforce_plus_plus
+
+    rewards (1, 0), kl_coef 1    KL of the first (0.5, 0), of the second (0, 0)    G (0, 0.5) and (-0.5, -0.5)
+
 Source: arXiv 2501.03262.
 """
 

@@ -232,7 +232,7 @@ class AlgorithmConfig:
                 flag = "--" + item.name.replace("_", "-")
                 raise ConfigError(
                     f"{flag} ({value}) has no effect with --advantage-estimator {self.advantage_estimator}; "
-                    f"{' and '.join(owners)} read it"
+                    f"it is an option of {' and '.join(owners)}"
                 )
         if self.clip_cov_lb >= self.clip_cov_ub:
             raise ConfigError(f"--clip-cov-lb ({self.clip_cov_lb}) must be less than --clip-cov-ub ({self.clip_cov_ub})")

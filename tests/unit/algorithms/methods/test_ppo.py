@@ -61,6 +61,27 @@ def test_gae_equals_its_definition(lambd):
     assert nothing == returns == [[0.0] * 9]
 
 
+@pytest.mark.parametrize(
+    ("mask", "lambd", "advantages"),
+    [
+        # verl's compute_gae_advantage_return before it whitens: an observation in the middle is no step.
+        ([1, 1, 0, 1, 1], 0.0, [-0.825, 1.125, 0.0, -0.71, 0.6]),
+        ([1, 1, 0, 1, 1], 0.95, [-0.007137, 0.956565, 0.0, -0.197, 0.6]),
+        ([1, 1, 0, 1, 1], 1.0, [0.0498, 0.972, 0.0, -0.17, 0.6]),
+        # slime's get_advantages_and_returns, which knows no mask.
+        ([1, 1, 1, 1, 1], 0.0, [-0.825, 8.55, -9.025, -0.71, 0.6]),
+        ([1, 1, 1, 1, 1], 0.95, [-0.235381, 0.689613, -9.193435, -0.197, 0.6]),
+        ([1, 1, 1, 1, 1], 1.0, [-0.56418, 0.2898, -9.178, -0.17, 0.6]),
+    ],
+)
+def test_gae_equals_the_recursions_of_verl_and_slime(mask, lambd, advantages):
+    values, kl = [0.5, -0.25, 9.0, 0.75, 0.1], [1.0, -2.0, 7.0, 0.5, 3.0]
+    got, returns = _gae([values], [mask], [1.0], gamma=0.9, lambd=lambd, kl_coef=0.1, kl=[kl])
+    assert got[0] == pytest.approx(advantages, abs=2e-6)
+    expected = [(advantage + value) * on for advantage, value, on in zip(advantages, values, mask, strict=True)]
+    assert returns[0] == pytest.approx(expected, abs=2e-6)
+
+
 def test_a_value_is_clipped_to_its_old_one_where_that_is_worse():
     loss, clipped = clipped_value_loss(torch.tensor([0.5, 0.1, 2.0]), torch.zeros(3), torch.tensor([1.0, 1.0, 0.1]), clip=0.2)
     assert loss.tolist() == pytest.approx([0.64, 0.81, 3.61])

@@ -50,6 +50,20 @@ def _log(*values):
     return [math.log(value) for value in values]
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new", "advantages", "losses"),
+    [
+        ("grpo", _log(0.2, 0.4, 0.4), _log(0.3, 0.2, 0.2), [1.0, 1.0, -1.0], [-1.2, -0.5, 0.8]),
+        ("gspo", [-1.0, -1.0], [-0.4, -1.2], [1.0, 1.0], [-1.2, -1.2]),  # ratio exp(0.2) of the sequence, clipped
+        ("gspo", [-1.0, -1.0], [-0.8, -1.2], [1.0, 1.0], [-1.0, -1.0]),
+        ("cispo", [-1.0 - math.log(1.6), -3.0 - math.log(1.1)], [-1.0, -3.0], [1.0, -1.0], [1.2, -3.3]),
+    ],
+)
+def test_clipped_ratios_worked_by_hand(name, old, new, advantages, losses):
+    rows = _losses({"advantage_estimator": name, "eps_clip": 0.2}, old, new, advantages)
+    assert [row[0] for row in rows] == pytest.approx(losses, rel=1e-5)
+
+
 def test_sapo_gates_softly():
     flags = {"advantage_estimator": "sapo", "sapo_tau_pos": 1.0, "sapo_tau_neg": 2.0}
     rows = _losses(flags, _log(0.2, 0.2, 0.2), _log(0.2, 0.4, 0.3), [1.0, 1.0, -1.0])
