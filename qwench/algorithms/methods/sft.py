@@ -1,8 +1,11 @@
 """Supervised fine-tuning: the negative log-likelihood of the trained tokens.
 
-loss_t = -log p_t
+    loss_t = -log p_t
 
-p (0.5, 0.25)    loss (0.693147, 1.386294)
+    p (0.5, 0.25)    loss (0.693147, 1.386294)
+
+The loss of a step is a mean over each sample's tokens, then over samples. Flag `--calculate-per-token-loss` takes one mean over
+all tokens.
 """
 
 from __future__ import annotations
