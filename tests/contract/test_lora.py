@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Qwen3ForCausalLM
 
+from qwench.checkpoints.formats.dcp_reader import DcpFolder
 from qwench.config.sections.lora import LoraConfig
 from tests.contract import train_backend_cases as cases
 from tests.contract.lora_cases import ALPHA, RANK, assert_apart_is_merged, peft_loop, write_start
@@ -46,6 +47,15 @@ def _case(layout: str, flags: str, folder: Path) -> tuple[int, Case]:
     return size, Case(name=name, model="tied", bins=BINS[size], lora=lora, save=True, **options)  # type: ignore[arg-type]
 
 
+def _base(layout: str) -> tuple[int, Case]:
+    """Return the model without adapters, which computes as the layout does: on one rank where each rank holds all of it."""
+    size, options = _LAYOUTS[layout]
+    case = Case(name=f"{layout}-base", model="tied", bins=BINS[size], num_steps=0)
+    if options.get("dp_replicate") == size:
+        return 1, replace(case, bins=[[packed for bins in BINS[size] for packed in bins]])
+    return size, replace(case, **options)  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write the model and the adapters that runs start from, and run every case."""
@@ -53,11 +63,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cases.write_model(folder / "tied", tied=True)
     for flags in ("all", "some"):
         write_start(folder / f"{flags}.adapter", folder / "tied", _FLAGS[flags])
-    made = [_case(*one, folder) for one in STEPPED]
+    made = [_case(*one, folder) for one in STEPPED] + [_base(layout) for layout in _LAYOUTS]
     for world_size in (1, 2, 4):
         in_world = [case for size, case in made if size == world_size]
-        if world_size == 2:
-            in_world.append(Case(name="base", model="tied", bins=BINS[2]))
         if world_size == 1:
             again = next(case for case in in_world if case.name == "one-all")
             in_world.append(replace(again, name="resumed", load="one-all", num_steps=1))
@@ -142,13 +150,14 @@ def test_saved_matrices_equal_a_plain_module_s(
         assert_close(saved[f"base_model.model.{name}"], matrix, name, WITHIN)
 
 
-@pytest.mark.parametrize("flags", ["all", "some", "pissa"])
-def test_the_reference_is_the_base_model_bit_for_bit(folder: Path, flags: str) -> None:
-    base = [record["log_probs"] for record in read_records(folder, Case(name="base", model="tied", bins=BINS[2]), 2)]
-    adapted = read_records(folder, _case("two", flags, folder)[1], 2)
-    for log_probs, record in zip(base, adapted, strict=True):
-        assert all(torch.equal(record["reference_log_probs"][index], values) for index, values in log_probs.items())
-        moved = [torch.equal(record["log_probs"][index], values) for index, values in log_probs.items()]
+@pytest.mark.parametrize(("layout", "flags"), STEPPED)
+def test_the_reference_is_the_base_model_bit_for_bit(folder: Path, layout: str, flags: str) -> None:
+    size, case = _case(layout, flags, folder)
+    base_size, base_case = _base(layout)
+    base = {index: values for rank in read_records(folder, base_case, base_size) for index, values in rank["log_probs"].items()}
+    for record in read_records(folder, case, size):
+        assert all(torch.equal(values, base[index]) for index, values in record["reference_log_probs"].items())
+        moved = [torch.equal(values, base[index]) for index, values in record["log_probs"].items()]
         # The principal components begin as the base model itself, the random adapters of the other cases do not.
         assert all(moved) if flags == "pissa" else not all(moved)
 
@@ -170,17 +179,26 @@ def test_steps_equal_peft_s_own_module(folder: Path, flags: str) -> None:
         for record in read_records(folder, case, size):
             assert [step["loss"] for step in record["steps"]] == pytest.approx(expected.steps.losses, rel=1e-5, abs=1e-6)
             assert [step["grad_norm"] for step in record["steps"]] == pytest.approx(expected.steps.grad_norms, rel=1e-5)
-        saved = load_file(folder / f"{layout}-{flags}.checkpoint" / "adapter_model.safetensors")
+        checkpoint = folder / f"{layout}-{flags}.checkpoint"
+        saved, moments = load_file(checkpoint / "adapter_model.safetensors"), DcpFolder(checkpoint / "optimizer")
         for name, matrix in expected.matrices.items():
             assert_close(saved[name], matrix, name, WITHIN)
+        assert {name for name in moments.tensors if name.endswith(".exp_avg")} == {
+            f"{name}.exp_avg" for name in expected.first_moments
+        }
+        for name, moment in expected.first_moments.items():
+            assert_close(moments.read(f"{name}.exp_avg"), moment, name, WITHIN)
 
 
 @pytest.mark.parametrize("flags", ["all", "some", "pissa"])
-def test_peft_loads_what_was_saved_and_computes_what_was_published(folder: Path, flags: str) -> None:
-    base = Qwen3ForCausalLM.from_pretrained(folder / "tied", dtype=torch.float32)
-    loaded = peft.PeftModel.from_pretrained(base, str(folder / f"two-{flags}.checkpoint"))
+def test_peft_and_transformers_load_what_was_saved_and_compute_what_was_published(folder: Path, flags: str) -> None:
+    saved = str(folder / f"two-{flags}.checkpoint")
+    loaded = peft.PeftModel.from_pretrained(Qwen3ForCausalLM.from_pretrained(folder / "tied", dtype=torch.float32), saved)
+    adapted = Qwen3ForCausalLM.from_pretrained(folder / "tied", dtype=torch.float32)
+    adapted.load_adapter(saved)
     published = Qwen3ForCausalLM.from_pretrained(folder / "tied", dtype=torch.float32)
     weights = read_records(folder, _case("two", flags, folder)[1], 2)[0]["weights"]
     published.load_state_dict(weights, strict=False)
     tokens = torch.arange(12)[None]
-    torch.testing.assert_close(loaded(tokens).logits, published(tokens).logits, rtol=1e-5, atol=1e-5)
+    for model in (loaded, adapted):
+        torch.testing.assert_close(model(tokens).logits, published(tokens).logits, rtol=1e-5, atol=1e-5)
