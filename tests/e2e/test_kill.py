@@ -6,6 +6,8 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.e2e import dying_run
 from tests.e2e.conftest import DIGITS, Workspace, column, read_metrics
@@ -97,6 +99,21 @@ def test_killed_run_ahead_of_itself_continues_with_the_rollout_that_was_in_fligh
         kill(moment, job_ahead(save), tmp_path / f"{moment}_output")
         resume(job_ahead(save), tmp_path / f"{moment}_output")
         assert read_metrics(save) == read_metrics(whole), moment
+
+
+def test_killed_run_of_adapters_has_the_bits_of_one_that_went_on(workspace: Workspace, tmp_path: Path) -> None:
+    flags = {"lora_rank": 4, "lora_dropout": 0.1, "lr": 2e-2, "use_kl_loss": (), "kl_loss_coef": 0.01, "num_rollout": 2}
+
+    def job_of_adapters(save: Path) -> list[str]:
+        return workspace.train_argv(save, **DIGITS, **flags)
+
+    whole, save = tmp_path / "whole", tmp_path / "run"
+    run_verb(job_of_adapters(whole))
+    kill("training", job_of_adapters(save), tmp_path)
+    resume(job_of_adapters(save), tmp_path)
+    assert read_metrics(save) == read_metrics(whole)
+    one, other = (load_file(folder / TWO / "adapter_model.safetensors") for folder in (whole, save))
+    assert one.keys() == other.keys() and all(torch.equal(matrix, other[name]) for name, matrix in one.items())
 
 
 def kill(moment: str, words: list[str], output: Path) -> None:
