@@ -127,7 +127,7 @@ LORA = LoraConfig(lora_rank=8)
     ({"optimizer": OptimizerConfig(optimizer="muon")}, "--optimizer muon; choose adam"),
     ({"training": TrainingConfig(batch_invariant_mode=True)}, "--batch-invariant-mode or --true-on-policy-mode"),
     ({"algorithm": AlgorithmConfig(advantage_estimator="ppo")}, "--advantage-estimator ppo; choose an estimator"),
-    ({"distillation": OPD}, "--opd-type megatron; leave it out"),
+    ({"distillation": OPD}, "--opd-type megatron; serve the teacher and choose sglang"),
 ])  # fmt: skip
 def test_adapters_are_refused_where_they_are_not_built(sections, flag):
     with pytest.raises(ConfigError) as caught:
