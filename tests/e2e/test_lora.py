@@ -53,6 +53,7 @@ def test_a_run_of_adapters_learns_and_resumes_bit_by_bit(workspace: Workspace, t
         ({"lora_base": "nf4"}, "lora_base"),
         ({"target_modules": "q_proj"}, "target_modules 'q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj', this one"),
         ({"hf_checkpoint": "other"}, "base_weights"),
+        ({"hf_checkpoint": "gone"}, "/gone"),
         ({"lora_rank": None, "lora_alpha": None, "lora_dropout": None}, "base_weights"),
     ],
 )
@@ -62,11 +63,25 @@ def test_a_resumed_run_with_another_adapter_or_base_is_one_line(
     argv = workspace.sft_argv(tmp_path / "run", **LORA, num_rollout=1)
     assert in_process(argv)[0] == 0
     if "hf_checkpoint" in change:
-        change = {"hf_checkpoint": tmp_path / "other"}
+        change = {"hf_checkpoint": tmp_path / str(change["hf_checkpoint"])}
         assert in_process(["make-model", "--size", "tiny", "--output", str(tmp_path / "other"), "--seed", "7"])[0] == 0
     code, said = in_process(workspace.sft_argv(tmp_path / "run", **{**LORA, **change}, num_rollout=2))
     assert code == 2
     assert len(said.strip().splitlines()) == 1 and fact in " ".join(said.split())
+
+
+def test_an_adapter_without_its_base_is_not_merged(workspace: Workspace, tmp_path: Path, in_process: InProcess) -> None:
+    assert in_process(workspace.sft_argv(tmp_path / "run", **LORA, num_rollout=1))[0] == 0
+    assert in_process(["make-model", "--size", "tiny", "--output", str(tmp_path / "other"), "--seed", "7"])[0] == 0
+    words = ["convert", "--input", str(tmp_path / "run"), "--to", "hf", "--output", str(tmp_path / "merged")]
+    for flags, fact in (
+        ([], "give the model's Hugging Face folder with --hf-checkpoint"),
+        (["--hf-checkpoint", str(tmp_path / "gone")], "/gone"),
+        (["--hf-checkpoint", str(tmp_path / "other")], "was trained on another base than"),
+    ):
+        code, said = in_process([*words, *flags])
+        assert code == 2 and len(said.strip().splitlines()) == 1 and fact in said, said
+        assert not (tmp_path / "merged").exists()
 
 
 def test_fine_tuning_goes_on_from_a_peft_folder_in_load(workspace: Workspace, tmp_path: Path, in_process: InProcess) -> None:
