@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Qwen3ForCausalLM
 
 from qwench.checkpoints.formats.dcp_reader import DcpFolder
 from qwench.config.sections.lora import LoraConfig
@@ -40,7 +42,7 @@ def _cases(folder: Path) -> list[tuple[int, Case]]:
         name, load = f"{on}-after-{before}", f"{before}-all"
         build = fsdp if on == "fsdp" else megatron
         found.append(build(name, "untied", on="fsdp-2" if on == "fsdp" else on, lora=_ALL, load=load, num_steps=2))
-    found.append(megatron("fresh", "untied", on="tp2", lora=_ALL))
+    found += [megatron(f"{on}-fresh", "untied", on=on, lora=_ALL, num_steps=0, **_recompute(on, "all")) for on in LAYOUTS]
     bf16 = {"on": "tp2-dp2", "bf16": True, "lora": _started(folder)}
     found.append(megatron("bf16-whole", "bf16", num_steps=4, **bf16))
     found.append(megatron("bf16-first", "bf16", num_steps=2, save=True, **bf16))
@@ -124,15 +126,27 @@ def test_published_weights_are_merged(folder: Path, expected: dict[str, PeftReco
             assert_close(weights[name], weight + scale * b @ a, name, WITHIN)
 
 
-def test_the_reference_is_the_base_model_bit_for_bit(folder: Path) -> None:
+@pytest.mark.parametrize("on", LAYOUTS)
+def test_the_reference_is_the_base_model_bit_for_bit(folder: Path, on: str) -> None:
     # B of a fresh adapter is zero. A model without adapters has its weights elsewhere in memory, which changes roundings.
-    (fresh, *_), (adapted, *_) = (
-        read_records(folder, Case(name=name, model="", bins=[]), LAYOUTS["tp2"][0]) for name in ("fresh", "tp2-all")
-    )
-    for index, values in fresh["log_probs"].items():
-        assert torch.equal(adapted["reference_log_probs"][index], values)
-        assert torch.equal(fresh["reference_log_probs"][index], values)
-    assert not torch.equal(adapted["log_probs"][0], fresh["log_probs"][0])
+    by_rank = (read_records(folder, Case(name=f"{on}-{name}", model="", bins=[]), LAYOUTS[on][0]) for name in ("fresh", "all"))
+    for fresh, adapted in zip(*by_rank, strict=True):
+        for index, values in fresh["log_probs"].items():
+            assert torch.equal(adapted["reference_log_probs"][index], values)
+            assert torch.equal(fresh["reference_log_probs"][index], values)
+        assert not all(torch.equal(adapted["log_probs"][index], values) for index, values in fresh["log_probs"].items())
+
+
+@pytest.mark.parametrize("flags", ["all", "some"])
+def test_peft_loads_what_was_saved_and_computes_what_was_published(folder: Path, flags: str) -> None:
+    base = folder / ("tied" if flags == "some" else "untied")
+    saved = folder / f"tp2-cp2-{flags}.checkpoint"
+    loaded = peft.PeftModel.from_pretrained(Qwen3ForCausalLM.from_pretrained(base, dtype=torch.float32), str(saved))
+    published = Qwen3ForCausalLM.from_pretrained(base, dtype=torch.float32)
+    record, *_ = read_records(folder, Case(name=f"tp2-cp2-{flags}", model="", bins=[]), LAYOUTS["tp2-cp2"][0])
+    published.load_state_dict(record["weights"], strict=False)
+    tokens = torch.arange(12)[None]
+    torch.testing.assert_close(loaded(tokens).logits, published(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("on", _RESUMED)
