@@ -17,7 +17,7 @@ from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.models.megatron_names import WeightRule, to_hf, to_megatron, tp_join, tp_shard
 from qwench.training.megatron.tensor_place import TensorPlace
 from qwench.training.megatron.weights import tensor_parallel_shards
-from qwench.training.optimizers.muon import Muon
+from qwench.training.optimizers.muon import Muon, takes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,3 +66,8 @@ class ShardedMuon(Muon):
         whole = tp_join(rule, tensor_parallel_shards(part, rule))
         updates = [self._orthogonal(matrix) for matrix in to_hf(rule, whole, place.model).values()]
         return tp_shard(rule, to_megatron(rule, updates, place.model), place.tp_rank, place.tp_size).reshape(-1)
+
+
+def trained_matrices(weights: Sequence[tuple[WeightRule, nn.Parameter]]) -> dict[nn.Parameter, WeightRule]:
+    """Return the weights that Muon steps. megatron-core's optimizer takes no frozen ones."""
+    return {weight: rule for rule, weight in weights if weight.requires_grad and takes(rule.hf_names[0], weight)}

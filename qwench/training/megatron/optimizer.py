@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from qwench.config.sections.optimizer import OptimizerConfig as OptimizerSection
 from qwench.models.megatron_names import WeightRule
-from qwench.training.megatron.muon import MatrixShard, ShardedMuon
+from qwench.training.megatron.muon import MatrixShard, ShardedMuon, trained_matrices
 from qwench.training.megatron.tensor_place import TensorPlace
 from qwench.training.optimizers.host_adam import APART, MASTER, HostAdam
-from qwench.training.optimizers.muon import takes
 from qwench.training.optimizers.schedule import LrSchedule
 
 
@@ -68,8 +67,9 @@ class MasterOptimizer:
         self._model = model
         self.schedule = LrSchedule(section, total_steps=total_steps)
         self._clip_grad, self._is_stateless = section.clip_grad, section.use_stateless_adam
-        muons = section.optimizer == "muon"
-        matrices = {weight: rule for rule, weight in weights if muons and takes(rule.hf_names[0], weight)}
+        self.has_momentum = section.optimizer == "muon"
+        """Muon steps the matrices. The same on every stage, also on one whose matrices are frozen."""
+        matrices = trained_matrices(weights) if self.has_momentum else {}
         self._adam = HostAdam.from_section(_groups(model, section, matrices), section)
         dtype = next(weight.dtype for weight in model.parameters() if weight.requires_grad)
         self._config = OptimizerConfig(
@@ -104,11 +104,6 @@ class MasterOptimizer:
             self._muon = ShardedMuon(shards, section, place=place, group=model.intra_dp_cp_group)
         for optimizer in self._optimizers:
             optimizer.reset()
-
-    @property
-    def has_momentum(self) -> bool:
-        """Tell whether Muon steps the matrices."""
-        return self._muon is not None
 
     @property
     def _optimizers(self) -> list[HostAdam]:
