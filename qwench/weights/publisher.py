@@ -141,7 +141,8 @@ class Publisher:
         async def forget_all() -> None:
             await asyncio.gather(*map(forget, addresses))
 
-        self._pool.loop.run(forget_all(), label="unload adapters", timeout_s=len(names) * _FORGET_TIMEOUT_S)
+        # Later than the requests' own deadlines, which end in a warning.
+        self._pool.loop.run(forget_all(), label="unload adapters", timeout_s=(len(names) + 1) * _FORGET_TIMEOUT_S)
 
     def attend(
         self,

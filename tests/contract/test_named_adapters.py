@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
@@ -15,6 +16,7 @@ from qwench.engines.embedded.http.serving import ServerThread
 from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.fleet.pool import EnginePool
 from qwench.observability.timing import PhaseTimer
+from qwench.weights import publisher as publisher_module
 from qwench.weights.plan import NamedAdapter, PublicationPlan
 from qwench.weights.publisher import Publisher
 from qwench.weights.remote import publish_from_rank
@@ -65,4 +67,17 @@ def test_a_run_publishes_adapters_by_sglangs_routes_and_its_requests_name_them(k
         publisher.forget_adapters()  # the end of a run whose engines go on
         assert not engine.adapters.folders
         publisher.forget_adapters()
+        pool.close()
+
+
+def test_an_engine_that_does_not_answer_keeps_its_adapter_and_the_run_ends_well(monkeypatch, caplog):
+    monkeypatch.setattr(publisher_module, "_FORGET_TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = HttpEngine(f"http://127.0.0.1:{silent.getsockname()[1]}", token="secret", kind="embedded")
+        pool = EnginePool([client], EventLoopThread())
+        plan = PublicationPlan(engine=EngineConfig(), adapters=True, timeout_s=patient(30))
+        publisher = Publisher(Trained(), pool, plan, gpus=DedicatedGpus(weights_may_alias=False), timer=PhaseTimer())
+        publisher._names = ("version-1-a",)
+        publisher.forget_adapters()
+        assert "an adapter of this run stays loaded" in caplog.text
         pool.close()
