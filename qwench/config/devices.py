@@ -123,15 +123,21 @@ def _engine_sizes(config: Config, num_devices: int) -> tuple[int, ...]:
     return sizes
 
 
+def divides_models(config: Config) -> bool:
+    """Tell whether the run starts embedded engines of several GPUs."""
+    is_own = config.engine.facts.reads_embedded_flags and not config.engine.rollout_external_engine_addrs
+    return is_own and config.cluster.rollout_num_gpus_per_engine > 1
+
+
 def check_division(config: Config, model: Architecture) -> None:
     """Check that embedded engines of several GPUs can divide the model and have all that the run asks for.
 
     Raises:
         ConfigError: they cannot, or have not.
     """
-    size = config.cluster.rollout_num_gpus_per_engine
-    if size == 1 or not config.engine.facts.reads_embedded_flags or config.engine.rollout_external_engine_addrs:
+    if not divides_models(config):
         return
+    size = config.cluster.rollout_num_gpus_per_engine
     model.divided(size)
     asked = {
         "--deterministic-mode": config.training.deterministic_mode,

@@ -13,6 +13,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qwench.config.config import Config
+from qwench.config.devices import divides_models
 from qwench.config.eval_sets import EvalSettings
 from qwench.config.memory_fit import check_fit
 from qwench.config.plan import RunPlan, plan_run, train_dtype
@@ -79,12 +80,19 @@ def plan_inputs(config: Config, *, trains: bool) -> RunPlan:
         ConfigError: the flags do not fit the model.
     """
     device = local_device()
-    model = architecture_of(load_hf_config(_model_folder(config)))
+    folder = _model_folder(config)
+    model, fp8 = architecture_of(load_hf_config(folder)), is_fp8_checkpoint(folder)
     plan = plan_run(config, model, trains=trains, on_gpus=device.type == "cuda")
+    if fp8 and plan.devices.generates and divides_models(config):
+        size = config.cluster.rollout_num_gpus_per_engine
+        raise ConfigError(
+            f"{folder} is FP8 and needs embedded engines of one GPU, got --rollout-num-gpus-per-engine {size}; "
+            "convert it to bfloat16 or give one GPU"
+        )
     config.training.check_trained(model.parameter_shapes())
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        check_fit(config, plan, device_bytes=total, element_bytes=1 if is_fp8_checkpoint(_model_folder(config)) else 2)
+        check_fit(config, plan, device_bytes=total, element_bytes=1 if fp8 else 2)
     return plan
 
 

@@ -101,7 +101,7 @@ class Architecture:
             if count % size:
                 raise ConfigError(
                     f"an engine of {size} GPUs cannot divide the model's {count} {noun}; "
-                    "choose another --rollout-num-gpus-per-engine"
+                    "choose another --rollout-num-gpus-per-engine, or --num-gpus of qwench serve"
                 )
         return replace(
             self,

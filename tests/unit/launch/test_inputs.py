@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from qwench.config.command_line.parse import parse_flags
 from qwench.config.config import Config
 from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.errors import ConfigError
-from qwench.launch.inputs import Inputs, read_eval_prompts, read_training_prompts
+from qwench.launch.inputs import Inputs, plan_inputs, read_eval_prompts, read_training_prompts
 from qwench.launch.trainer import make_memory_probe
+from tests.contract.engine_hosts import make_model
 from tests.unit.launch.test_generation import eval_settings
 from tests.unit.launch.test_rewards_of_a_teacher import inputs_of
 
@@ -82,3 +84,14 @@ def test_no_probe_has_a_sequence_longer_than_the_context(tmp_path: Path) -> None
     asked = replace(made.config, training=replace(made.config.training, memory_probe=True))
     probe = make_memory_probe(replace(made, config=asked), [13])
     assert probe is not None and max(probe.lengths) == 48
+
+
+def test_an_fp8_checkpoint_is_refused_for_embedded_engines_of_several_gpus(tmp_path: Path) -> None:
+    quantized = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    described = make_model("qwen3").config.to_dict() | {"quantization_config": quantized}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    words = ["--hf-checkpoint", str(tmp_path), "--rollout-engine", "embedded", "--rollout-batch-size", "8"]
+    words += ["--rollout-num-gpus", "2", "--rollout-num-gpus-per-engine"]
+    assert plan_inputs(parse_flags(Config, [*words, "1"], prog="qwench train"), trains=True).devices.engine_sizes == (1, 1)
+    with pytest.raises(ConfigError, match="is FP8 and needs embedded engines of one GPU, got --rollout-num-gpus-per-engine 2"):
+        plan_inputs(parse_flags(Config, [*words, "2"], prog="qwench train"), trains=True)
