@@ -50,6 +50,7 @@ VERBS = ("train", "sft", "eval", "serve", "reward", "convert", "make-model", "do
 
 _WORDS_FOR_VERBS = {
     "train": "rl grpo gspo ppo rlhf dapo reinforce fit learn launch run start resume post-train",
+    "train --dry-run": "plan dry-run",
     "sft": "finetune fine-tune finetuning fine-tuning tune ft train-sft supervised instruct pretrain",
     "eval": "evaluate evaluation evals test validate bench benchmark score",
     "serve": "server serving generate infer inference chat sample complete api deploy host predict",

@@ -21,11 +21,12 @@ from qwench.config.memory_fit import engine_weight_bytes
 from qwench.config.named_files import check_checkpoint
 from qwench.config.plan import RunPlan
 from qwench.config.plan_lines import plan_lines
-from qwench.config.report import settings_by_section
+from qwench.config.report import PARSER_SETTINGS, settings_by_section
 from qwench.data.rows import check_first_row
 from qwench.errors import ConfigError
 from qwench.hub import data_files, find_reference, model_folder
 from qwench.launch.trial_import import run_child
+from qwench.models.memory import gib
 from qwench.observability.console import StandardOutput
 from qwench.plugins import place_in_stack
 
@@ -89,7 +90,7 @@ def _say_where(asked: Config, local: Config) -> None:
 
 
 def prepare(config: Config, *, trains: bool = True) -> RunPlan:
-    """Plan the run; print warnings, and with --dry-run the whole configuration.
+    """Plan the run; print warnings, and with --dry-run the settings and the plan.
 
     The environment is written here only, before PyTorch is imported.
 
@@ -131,13 +132,15 @@ def _check_columns(config: Config) -> None:
 
 def _show(config: Config, plan: RunPlan) -> None:
     console = StandardOutput(soft_wrap=True)
+    console.print("settings that differ from their defaults (--help-all lists the others)")
     for section, settings in settings_by_section(config).items():
-        console.print(Text(section, style="bold"))
-        for setting in settings:
-            style = "dim" if setting.is_default else "green"
-            console.print(Text(f"  {setting.flag} {setting.value}", style=style))
+        changed = [setting for setting in settings if not setting.is_default and setting.flag not in PARSER_SETTINGS]
+        if changed:
+            console.print(Text(section, style="bold"))
+        for setting in changed:
+            console.print(Text(f"  {setting.flag} {setting.value}"))
     console.print(Text("plan", style="bold"))
     for line in plan_lines(config, plan):
         console.print(Text(f"  {line}"))
     if plan.devices.generates and (weights := engine_weight_bytes(plan)):
-        console.print(Text(f"  engine weights: {weights / 2**30:.1f} GiB in bfloat16 on each device"))
+        console.print(Text(f"  engine weights: {gib(weights)} GiB in bfloat16 on each device"))

@@ -53,7 +53,7 @@ def adapter_line(config: Config, plan: RunPlan) -> str:
     lora, whole = config.lora, num_parameters(plan.model)
     trained = num_adapter_parameters(plan.model, lora.targets, lora.rank)
     return (
-        f"rank {lora.rank}, added at {lora.scale:g}, {lora.lora_init} start, at {', '.join(lora.targets)}; "
+        f"rank {lora.rank}, scale {lora.scale:g}, {lora.lora_init} start, at {', '.join(lora.targets)}; "
         f"{trained:,} of {whole:,} parameters are trained ({trained / whole:.2%}), "
         f"the others are frozen in {train_dtype(config, on_gpus=plan.devices.on_gpus)}"
         + (f", projections with adapters in {lora.lora_base}" if lora.lora_base != "auto" else "")
@@ -81,7 +81,7 @@ def _engines(devices: DevicePlan) -> str:
     kinds = Counter(devices.engine_sizes)
     if len(kinds) == 1:
         (size,) = kinds
-        return f"{devices.num_engines}, of {size} device{'s' * (size > 1)} each"
+        return f"{devices.num_engines} engine{'s' * (devices.num_engines > 1)} of {size} device{'s' * (size > 1)}"
     return ", ".join(f"{count} of {size} device{'s' * (size > 1)}" for size, count in kinds.items())
 
 

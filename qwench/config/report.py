@@ -23,8 +23,9 @@ _CREDENTIALS = re.compile(r"//[^/@\s]+@")
 _HIDDEN = "(not shown)"
 _PASSED_THROUGH = {"sglang_args": "sglang-", "router_args": "router-", "declared_args": ""}
 """Field of words that are passed on -> how their flags begin."""
-_NO_FLAGS = frozenset({"engine-reason", "unused-flags"})
-"""What the parser adds; a checkpoint does not keep it."""
+PARSER_SETTINGS = frozenset({"--engine-reason", "--unused-flags"})
+"""What the parser adds; no flag of a user, so neither a dry run shows it nor a checkpoint keeps it."""
+_NOT_KEPT = PARSER_SETTINGS | {f"--{name}" for name in _SECRET_FLAGS}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,9 +55,7 @@ def settings_by_section(config: Config) -> dict[str, list[Setting]]:
 def flag_values(config: Config) -> dict[str, str]:
     """Return every flag with its value as text; secrets are left out."""
     settings = (setting for section in settings_by_section(config).values() for setting in section)
-    return {
-        setting.flag: setting.value for setting in settings if setting.flag.removeprefix("--") not in _SECRET_FLAGS | _NO_FLAGS
-    }
+    return {setting.flag: setting.value for setting in settings if setting.flag not in _NOT_KEPT}
 
 
 def as_yaml(config: Config) -> str:
@@ -68,7 +67,7 @@ def as_yaml(config: Config) -> str:
             value, name = getattr(values, item.name), flag_name(item.name)
             if item.name in _PASSED_THROUGH:
                 settings |= _passed_through(_PASSED_THROUGH[item.name], value)
-            elif value is not None and value not in ((), {}) and name not in _SECRET_FLAGS | _NO_FLAGS:
+            elif value is not None and value not in ((), {}) and f"--{name}" not in _NOT_KEPT:
                 settings[name] = _plain(without_secrets(value))
     return _HEADER + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 

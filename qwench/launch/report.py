@@ -201,7 +201,9 @@ def _devices(inputs: Inputs) -> str:
     parts = [f"{ranks} trainer rank{'s' * (ranks > 1)} ({config.backend})"] if devices.trains else []
     if devices.generates:
         number = str(devices.num_engines) if devices.num_engines else "external"
-        parts.append(f"{number} {config.engine.kind} engine{'s' * (devices.num_engines != 1)}")
+        sizes = " or ".join(map(str, sorted(set(devices.engine_sizes))))
+        each = f" of {sizes} {'GPUs' if devices.on_gpus else 'processes'}" if sizes not in ("", "1") else ""
+        parts.append(f"{number} {config.engine.kind} engine{'s' * (devices.num_engines != 1)}{each}")
     shared = " that take turns" if devices.shared else ""
     return f"{kind}: {' and '.join(parts)}{shared}"
 

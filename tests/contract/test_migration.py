@@ -59,7 +59,9 @@ def test_adapters_of_a_script_are_trained_by_megatron():
 
 
 @pytest.mark.parametrize(
-    ("words", "engines"), [(RUN_QWEN3_4B, "4, of 2 devices each"), (RUN_QWEN3_32B, "1, of 8 devices each")], ids=["4B", "32B"]
+    ("words", "engines"),
+    [(RUN_QWEN3_4B, "4 engines of 2 devices"), (RUN_QWEN3_32B, "1 engine of 8 devices")],
+    ids=["4B", "32B"],
 )
 def test_recipes_of_the_references_mean_sglang_their_layout_and_their_engines(words, engines):
     config = read("train.py", words)
@@ -78,7 +80,7 @@ def test_the_recipe_with_fsdp_means_sglang_on_each_gpu():
     config = read("train.py", words)
     lines = list(plan_lines(config, plan_run(config, QWEN3_4B)))
     assert (config.engine.kind, config.backend) == ("sglang", "fsdp")
-    assert "engines: sglang (the command line names --sglang-mem-fraction-static), 8, of 1 device each" in lines
+    assert "engines: sglang (the command line names --sglang-mem-fraction-static), 8 engines of 1 device" in lines
     assert "world_size 8 = TP 1 x PP 1 x CP 1 x DP 8" in lines
 
 

@@ -310,9 +310,12 @@ def test_a_router_port_in_use_is_named_before_an_engine_is_started(
     assert not list((tmp_path / "run").rglob("engine-*.log"))
 
 
-def test_a_run_trains_on_responses_of_an_engine_of_two_ranks(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_run_trains_on_responses_of_an_engine_of_two_ranks(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     layout = {"rollout_engine": "embedded", "rollout_num_gpus": 2, "rollout_num_gpus_per_engine": 2, "colocate": None}
     run_verb(workspace.train_argv(tmp_path / "run", **DIGITS, **layout, deterministic_mode=None))
+    assert "1 trainer rank (fsdp) and 1 embedded engine of 2 processes\n" in capsys.readouterr().out
     gaps = column(tmp_path / "run", "train/train_rollout_logprob_abs_diff")
     assert gaps == pytest.approx([0.0] * 6, abs=1e-4)
     assert min(column(tmp_path / "run", "train/grad_norm")) > 0

@@ -32,7 +32,7 @@ def test_fine_tuning_speaks_of_steps_and_ends_with_a_command(
     labels = [line[:9].strip() for line in lines]
     for label in ("model", "adapters", "data", "devices", "length", "saves to", "logs"):
         assert labels.count(label) == 1
-    assert any(line.startswith("adapters  rank 4, added at 4, kaiming start, at q_proj, ") for line in lines)
+    assert any(line.startswith("adapters  rank 4, scale 4, kaiming start, at q_proj, ") for line in lines)
     [data] = [line for line in lines if line.startswith("data")]
     assert data.startswith(f"data      {workspace.sft_data}: 256 conversations of ")
     assert "% of the tokens are trained on; micro-batches are " in data

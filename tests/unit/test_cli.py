@@ -139,6 +139,7 @@ def test_a_dry_run_shows_configuration_and_identity_and_starts_nothing(capsys, r
     assert run("train", *recipe, "--dry-run", "--sequence-parallel", "--rm-type", "math") == 0
     shown = capsys.readouterr()
     assert "  --num-rollout 3\n" in shown.out
+    assert "--eps-clip " not in shown.out and "critic\n" not in shown.out  # defaults
     assert "rollout_batch_size 4 x n_samples_per_prompt 2 = global_batch_size 8 x num_steps_per_rollout 1" in shown.out
     assert shown.err == "qwench: warning: --sequence-parallel has no effect without tensor parallelism\n"
 
@@ -253,6 +254,7 @@ def test_help_of_reward_is_that_of_its_one_command(capsys, words):
     [
         ("finetune", "sft"), ("fine_tune", "sft"), ("grpo", "train"), ("Train", "train"), ("evaluate", "eval"),
         ("generate", "serve"), ("grade", "reward check"), ("export", "convert"), ("pull", "download"), ("evla", "eval"),
+        ("plan", "train --dry-run"),
     ],
 )  # fmt: skip
 def test_a_wrong_verb_leads_to_the_one_that_is_meant(capsys, word, verb):

@@ -70,6 +70,7 @@ _PHRASES: Mapping[str, str] = {
     "min-p repetition-penalty presence-penalty frequency-penalty": f"{_RESTRICTED}, without penalties",
     "num-generations num-samples n-samples samples-per-prompt num-samples-per-prompt group-size": _SAMPLES,
     "n-samples-per-group num-return-sequences n rollout-n num-generations-per-prompt generations-per-prompt": _SAMPLES,
+    "opd-teacher opd-teacher-path opd-teacher-model": "use --opd-teacher-load, or --opd-teacher-urls",
     "enable-thinking thinking": "use --apply-chat-template-kwargs '{\"enable_thinking\": false}'",
     "stop stop-words stop-strings": "use --rollout-stop",
     # Model.

@@ -33,7 +33,7 @@ class DebugConfig:
     """End this start after so many rollouts. --num-rollout still sets the schedule, and the same command goes on. None: go
     on to the end."""
     dry_run: bool = False
-    """Check the flags against the model, print the configuration and the plan, and exit."""
+    """Check the flags against the model, print changed settings and plan, and exit."""
 
     def __post_init__(self) -> None:
         check_positive("--debug-exit-after-rollout", self.debug_exit_after_rollout)

@@ -266,7 +266,7 @@ def test_the_plan_states_the_identities_with_their_numbers():
         "micro-batches: 8 of 4 samples in each step on each of the 2 DP ranks",
         "rollouts: 5",
         "devices: shared by trainer and engines",
-        "engines: embedded (the default), 2, of 1 device each",
+        "engines: embedded (the default), 2 engines of 1 device",
         "reference model: held",
         "each trainer rank, activations apart: 30 GiB on the device (7.49 weights, 7.49 gradients, 15 optimizer), "
         "3.75 GiB on the host",
@@ -284,7 +284,7 @@ def test_the_plan_of_an_evaluation_states_its_sets_and_nothing_of_training():
     config = Config(rollout=rollout, evaluation=evaluation)
     assert list(plan_lines(config, plan_run(config, QWEN3_4B, trains=False))) == [
         "evaluation set easy: e.jsonl, 4 responses a prompt",
-        "engines: embedded (the default), 1, of 1 device each",
+        "engines: embedded (the default), 1 engine of 1 device",
     ]
 
 
@@ -313,7 +313,7 @@ def test_the_plan_of_adapters_states_what_is_trained_and_in_which_dtype_the_rest
     config = Config(rollout=BATCH, lora=LoraConfig(lora_rank=4, lora_alpha=8.0, target_modules="q_proj"))
     # 36 layers x 4 x (4096 + 2560) of 4,022,468,096 parameters.
     assert (
-        "LoRA: rank 4, added at 2, kaiming start, at q_proj; 958,464 of 4,022,468,096 parameters are trained (0.02%), "
+        "LoRA: rank 4, scale 2, kaiming start, at q_proj; 958,464 of 4,022,468,096 parameters are trained (0.02%), "
         f"the others are frozen in {dtype}"
     ) in plan_lines(config, plan_run(config, QWEN3_4B, on_gpus=on_gpus))
 

@@ -31,7 +31,7 @@ def test_the_bound_is_named_with_the_learning_rate_that_bears_it(staleness: int,
 
 
 def test_engines_for_evaluation_are_named() -> None:
-    assert "engines: embedded (the default), 2, of 1 device each" in lines_of(1)
-    assert "engines: embedded (the default), 3, of 1 device each; the last 1 for evaluations alone" in lines_of(
+    assert "engines: embedded (the default), 2 engines of 1 device" in lines_of(1)
+    assert "engines: embedded (the default), 3 engines of 1 device; the last 1 for evaluations alone" in lines_of(
         1, eval_num_gpus=1
     )

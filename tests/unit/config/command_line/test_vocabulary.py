@@ -150,6 +150,7 @@ def test_each_verb_leads_to_its_own_flags(config_type, prog, word, said):
         ("fault-tolerance", "did you mean --use-fault-tolerance?"),
         ("numrollout", "did you mean --num-rollout?"),
         ("help-al", "did you mean --help-all?"),
+        ("opd-teacher", "use --opd-teacher-load, or --opd-teacher-urls"),
         ("local-rank", "a run starts its ranks itself"),
         ("rollout-max-tokens", "use --rollout-max-response-len"),
         ("micro-rollout-batch-size", "engines batch requests themselves"),
