@@ -26,6 +26,7 @@ from qwench.models.peft import AdapterFolder, is_adapter
 from qwench.samples import Json
 
 MARKER = "qwench_run.json"
+_ADAPTER_FLAG = "--lora-adapter-path"
 
 
 def open_save_folder(config: CheckpointConfig, identity: Mapping[str, Json]) -> FolderLock | None:
@@ -179,13 +180,13 @@ def check_weights(
     started = starting_weights(config)
     sources = [("--ref-load", started), ("--load", foreign_checkpoint(config))]
     if lora is not None:
-        sources.append(("--lora-adapter-path", lora.lora_adapter_path))
+        sources.append((_ADAPTER_FLAG, lora.lora_adapter_path))
     if started is None:
         sources.append(("--hf-checkpoint", hf_checkpoint))
     for flag, folder in sources:
         try:
-            if folder is not None and lora is not None and is_adapter(folder):
-                AdapterFolder(folder).check_is(lora, model)
+            if folder is not None and lora is not None and (flag == _ADAPTER_FLAG or is_adapter(folder)):
+                AdapterFolder.of_run(folder, lora, model)
             elif folder is not None:
                 open_weights(folder, model)
         except (ConfigError, CheckpointError) as error:

@@ -36,7 +36,7 @@ from qwench.observability.log import DRIVER_LOG, write_driver_log
 from qwench.observability.parts import STACKS
 from qwench.observability.timing import PhaseTimer
 from qwench.observability.tracking import METRICS, check_metrics_file
-from qwench.rewards.second_grader import DISAGREEMENTS
+from qwench.rewards.second_grader import DISAGREEMENTS, read_disagreements
 from qwench.samples import Json
 from qwench.training.process_group import barrier
 from qwench.wire.portions import WeightBucket
@@ -80,6 +80,8 @@ def open_outputs(inputs: Inputs, timer: PhaseTimer, *, writes: bool = True) -> t
     log_dir = inputs.plan.log_dir
     if inputs.is_main and log_dir is not None:
         check_metrics_file(log_dir / METRICS)
+        if inputs.config.reward.second_grader is not None and (listed := log_dir / DISAGREEMENTS).is_file():
+            list(read_disagreements(listed))  # else the run would end where it first adds to the file
     if inputs.is_main and writes:
         open_logs(inputs.config, log_dir)
     return checkpoints, run_name, held

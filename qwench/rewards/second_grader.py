@@ -137,9 +137,22 @@ def read_disagreements(path: Path) -> Iterator[dict[str, Json]]:
         ConfigError: it is not what a run wrote.
     """
     try:
-        yield from map(orjson.loads, path.read_bytes().splitlines())
+        lines = [orjson.loads(line) for line in path.read_bytes().splitlines()]
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); move it away.") from error
+    for number, line in enumerate(lines, start=1):
+        if not _is_disagreement(line):
+            raise ConfigError(f"{path} line {number} is not of a run with --second-grader; move the file away.")
+        yield line
+
+
+def _is_disagreement(line: Json) -> bool:
+    """Tell whether a value is what `list_disagreements` writes."""
+    if not isinstance(line, dict) or not isinstance(line.get("rollout_id"), int):
+        return False
+    verdicts = [line.get("first"), line.get("second")]
+    judged_twice = all(isinstance(one, dict) and {"score", "reason"} <= one.keys() for one in verdicts)
+    return judged_twice and isinstance(line.get("answer"), str) and isinstance(line.get("label"), str)
 
 
 def describe_shortest(records: Iterable[Mapping[str, Json]]) -> str | None:

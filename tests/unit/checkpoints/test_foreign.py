@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, Qwen3Config
 from qwench.checkpoints.folders import check_weights, foreign_checkpoint, starting_weights
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.config.sections.checkpoint import CheckpointConfig
+from qwench.config.sections.lora import LoraConfig
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.hf import architecture_of, load_hf_config
 from tests.fakes.learner import CountingRollouts
@@ -104,3 +105,9 @@ def test_weights_of_another_model_are_refused_by_flag(megatron: Path, flag: str)
     deeper = Qwen3Config(**{**SHAPE, "num_hidden_layers": 3}, tie_word_embeddings=True)
     with pytest.raises(ConfigError, match=rf"--{flag.replace('_', '-')}: .* has 2 layers, but config\.json describes 3"):
         check_weights(CheckpointConfig(**{flag: megatron}), architecture_of(deeper))
+
+
+def test_an_adapter_to_start_from_that_is_none_is_refused_before_the_start(megatron: Path, model: PretrainedConfig) -> None:
+    lora = LoraConfig(lora_rank=2, lora_adapter_path=megatron)
+    with pytest.raises(ConfigError, match=r"--lora-adapter-path: .* holds whole weights and no adapter"):
+        check_weights(CheckpointConfig(), architecture_of(model), lora=lora)

@@ -142,3 +142,20 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     rollout = Rollout(rollout_id=0, groups=[Group(group_id=0, samples=[one])])
     with pytest.raises(OutputError, match=r"list of --second-grader, .*second_grader.jsonl, cannot be written to \(No space"):
         list_disagreements(tmp_path / "second_grader.jsonl", rollout)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[1]",
+        '{"rollout_id": "0"}',
+        '{"rollout_id": 0, "first": {"score": 1}, "second": {"score": 0, "reason": "wrong"}, "answer": "1", "label": "2"}',
+        '{"rollout_id": 0, "first": 1, "second": 0, "answer": "1", "label": "2"}',
+        "{",
+    ],
+)
+def test_a_file_of_something_else_is_refused_in_one_sentence(tmp_path, line):
+    path = tmp_path / "second_grader.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ConfigError, match=r"second_grader\.jsonl .*; move"):
+        list(read_disagreements(path))
