@@ -192,7 +192,6 @@ def test_numbers_that_would_reach_the_other_rows_of_a_batch_are_refused(model, m
     broken = {
         f"not finite in torch.float32, in {a}": _changed(model, tmp_path / "a", matrix=a, value=float("nan")),
         f"not finite in torch.float32, in {b}": _changed(model, tmp_path / "b", matrix=b, value=float("inf")),
-        "multiplied by nan": _changed(model, tmp_path / "nan", lora_alpha=float("nan")),
         "multiplied by 7.07107e+307": _changed(model, tmp_path / "large", lora_alpha=1e308),
     }
 
