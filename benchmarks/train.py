@@ -143,7 +143,7 @@ def qwench_step(folder: Path, batch: RolloutBatch, given: argparse.Namespace, *,
         param_dtype=torch.bfloat16 if cuda else torch.float32,
         device=given.device,
         attention=given.attention if cuda else "sdpa",
-        lora=LoraConfig(lora_rank=given.lora_rank, lora_alpha=given.lora_rank) if given.lora_rank else None,
+        lora=_adapters(given),
     )
     micro_batches = [pack(batch, members) for members in pack_by_tokens(batch.lengths, max_tokens=given.tokens)]
     num_trained = sum(int(mask.sum()) for mask in batch.loss_mask)
@@ -158,6 +158,12 @@ def qwench_step(folder: Path, batch: RolloutBatch, given: argparse.Namespace, *,
         return result.loss, result.grad_norm
 
     return step, [micro_batch.num_tokens for micro_batch in micro_batches]
+
+
+def _adapters(given: argparse.Namespace) -> LoraConfig | None:
+    if not given.lora_rank:
+        return None
+    return LoraConfig(lora_rank=given.lora_rank, lora_alpha=given.lora_rank, lora_base=given.lora_base)
 
 
 def policy_gradient(log_probs: Tensor, entropy: Tensor, weights: Tensor) -> Tensor:
@@ -287,7 +293,8 @@ def measure_size(size: str, given: argparse.Namespace) -> list[dict[str, object]
                 step, tokens = huggingface_step(folder, batch, given)
             else:
                 step, tokens = qwench_step(folder, batch, given, recompute=case == "recompute")
-            result = {"size": size, "lora rank": given.lora_rank, "micro_batches": tokens, **measure(case, step, work, given)}
+            adapters = {"lora rank": given.lora_rank, "lora base": given.lora_base}
+            result = {"size": size, **adapters, "micro_batches": tokens, **measure(case, step, work, given)}
             print(json.dumps(result), flush=True)
             results.append(result)
             del step
@@ -309,6 +316,7 @@ def main() -> None:
     parser.add_argument("--offload", action="store_true", help="masters and moments on the host")
     parser.add_argument("--bf16-moments", action="store_true")
     parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank at all projections")
+    parser.add_argument("--lora-base", default="auto", choices=["auto", "fp8", "nf4"], help="form of the frozen projections")
     parser.add_argument("--huggingface-sequences", type=int, default=8)
     parser.add_argument("--huggingface-checkpointing", action="store_true")
     parser.add_argument("--profile", action="store_true")
