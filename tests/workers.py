@@ -4,7 +4,7 @@ Imports and collection cost as much as the largest file of tests. The session do
 
     session ---numbers of test files (one pipe for all)---> workers; an idle worker takes the next file
        ^                                                      |
-       `---what each test came to (one pipe a worker)---------'
+       `---reports of each test (one pipe a worker)-----------'
 
 A file's tests share its fixtures, so one worker runs them all. Files begin in the order of the command line. A worker that
 dies costs the test that it ran: the session reports the test as failed, and a new worker runs the rest of the file.
@@ -41,7 +41,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class Done:
-    """What a test came to."""
+    """The reports of a test that ended."""
 
     index: int
     reports: Sequence[Mapping[str, Any]]
@@ -174,7 +174,7 @@ class Fleet:
 
 
 class Messenger:
-    """Plugin of a worker: it sends what the tests come to instead of printing it."""
+    """Plugin of a worker: it sends the reports of its tests instead of printing them."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._nodeid, self.index = connection, "", -1

@@ -5,7 +5,7 @@
     rank 1:   process: receive, call the method -------'-> its part; collectives join the parts (see `ranks`)
 
 Rank 0 alone knows requests, plans steps and draws with limits. A rank whose pipe closes ends. A rank that fails ends too:
-then rank 0 leaves the group, its collectives raise, and the engine fails.
+then rank 0 leaves the group, its collectives raise, and the engine fails. So does one that waits too long for an answer.
 """
 
 from __future__ import annotations
