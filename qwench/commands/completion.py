@@ -96,7 +96,8 @@ def _add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
     meaning = first_sentence(flag.help).replace("%", "%%")
     if flag.is_switch:
         parser.add_argument(f"--{flag.name}", action="store_true", help=meaning)
-        parser.add_argument(f"--no-{flag.name}", action="store_true", help=f"Off: {meaning}")
+        if flag.negation is not None:
+            parser.add_argument(f"--{flag.negation}", action="store_true", help=f"Off: {meaning}")
         return
     action = parser.add_argument(
         f"--{flag.name}",

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from qwench.checkpoints.convert import Conversion, Converted, Converter, Ranks, check_output
 from qwench.checkpoints.extract import extract_adapter
@@ -168,6 +169,7 @@ def _verify(console: Console, conversion: Conversion, dtype: torch.dtype) -> Non
     Raises:
         CheckpointError: they differ.
     """
+    transformers_logging.disable_progress_bar()
     output = find_checkpoint(conversion.output)
     difference = largest_logit_difference(conversion.source, output, hf_folder=conversion.hf_folder, dtype=dtype)
     if difference != 0.0:

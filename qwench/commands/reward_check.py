@@ -45,7 +45,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReasonSummary:
-    """The verdicts with one reason."""
+    """The verdicts with one reason; where some of them score above 0 and some do not, those on one side of it."""
 
     reason: str
     count: int
@@ -160,21 +160,28 @@ def render(summary: Summary, *, title: str) -> Table:
 
 
 async def _grade(path: Path, pool: RewardPool, *, response_key: str, label_key: str) -> Summary:
-    by_reason: dict[str, list[float]] = defaultdict(list)
-    examples: dict[str, Row] = {}
+    graded: dict[str, dict[bool, list[float]]] = defaultdict(lambda: defaultdict(list))
+    examples: dict[tuple[str, bool], Row] = {}
     judged_twice: list[Mapping[str, Json]] = []
     for rows in _batches(read_rows(path, response_key=response_key, label_key=label_key)):
         verdicts = await asyncio.gather(*(_grade_row(path, row, pool) for row in rows))
         judged_twice += records_of(verdicts)
         for row, verdict in zip(rows, verdicts, strict=True):
-            by_reason[verdict.reason].append(verdict.score)
-            examples.setdefault(verdict.reason, row)
+            side = verdict.score > 0
+            graded[verdict.reason][side].append(verdict.score)
+            examples.setdefault((verdict.reason, side), row)
     if not examples:
         raise ConfigError(f"{path} has no lines; there is nothing to grade.")
-    scores = [score for scores in by_reason.values() for score in scores]
+    scores = [score for sides in graded.values() for scores in sides.values() for score in scores]
     reasons = (
-        ReasonSummary(reason=reason, count=len(scores), mean_score=sum(scores) / len(scores), example=examples[reason])
-        for reason, scores in by_reason.items()
+        ReasonSummary(
+            reason=reason if len(sides) == 1 else f"{reason}, score {'> 0' if side else '<= 0'}",
+            count=len(scores),
+            mean_score=sum(scores) / len(scores),
+            example=examples[reason, side],
+        )
+        for reason, sides in graded.items()
+        for side, scores in sides.items()
     )
     return Summary(
         num_responses=len(scores),

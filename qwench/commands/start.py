@@ -19,14 +19,14 @@ from qwench.config.environment import trainer_environment
 from qwench.config.eval_sets import eval_settings
 from qwench.config.memory_fit import engine_weight_bytes
 from qwench.config.named_files import check_checkpoint
-from qwench.config.plan import RunPlan
+from qwench.config.plan import BFLOAT16_BYTES, RunPlan, train_dtype
 from qwench.config.plan_lines import plan_lines
 from qwench.config.report import PARSER_SETTINGS, settings_by_section
 from qwench.data.rows import check_first_row
 from qwench.errors import ConfigError
 from qwench.hub import data_files, find_reference, model_folder
 from qwench.launch.trial_import import run_child
-from qwench.models.memory import gib
+from qwench.models.memory import FLOAT32_BYTES, gib
 from qwench.observability.console import StandardOutput
 from qwench.plugins import place_in_stack
 
@@ -142,5 +142,7 @@ def _show(config: Config, plan: RunPlan) -> None:
     console.print(Text("plan", style="bold"))
     for line in plan_lines(config, plan):
         console.print(Text(f"  {line}"))
-    if plan.devices.generates and (weights := engine_weight_bytes(plan)):
-        console.print(Text(f"  engine weights: {gib(weights)} GiB in bfloat16 on each device"))
+    dtype = train_dtype(config, on_gpus=plan.devices.on_gpus)
+    element_bytes = {"bfloat16": BFLOAT16_BYTES, "float32": FLOAT32_BYTES}[dtype]
+    if plan.devices.generates and (weights := engine_weight_bytes(plan, element_bytes=element_bytes)):
+        console.print(Text(f"  engine weights: {gib(weights)} GiB in {dtype} on each device"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -40,12 +39,11 @@ from qwench.models.hf import stop_token_ids
 from qwench.models.hf_weights import is_fp8_checkpoint
 from qwench.models.peft import AdapterConfig
 from qwench.observability.log import open_process_log
+from qwench.observability.run_report import say_facts
 from qwench.observability.timing import PhaseTimer
 from qwench.observability.waiting import waiting
 from qwench.weights.plan import NamedAdapter, PublicationPlan
 from qwench.weights.publisher import Devices, PublishedModel, Publisher
-
-_logger = logging.getLogger(__name__)
 
 
 def command_makers(inputs: Inputs, *, num_engines: int, token: str, with_weights: bool, on_gpus: bool) -> list[CommandMaker]:
@@ -158,7 +156,7 @@ def _embedded_engine(inputs: Inputs, *, with_weights: bool) -> EmbeddedEngine:
 
 def _start_servers(inputs: Inputs, servers: Sequence[Server], token: str | None) -> list[Member]:
     """Start all servers side by side."""
-    _logger.info("logs of the engine servers: %s", _log_folder(inputs))
+    say_facts(inputs.console, {"engines": f"logs in {_log_folder(inputs)}"})
     starting = {server.label: server for server in servers}
 
     def start(server: Server) -> str:

@@ -34,7 +34,7 @@ from qwench.training.rollout_metrics import (
     count_scored,
     rollout_metrics,
     step_metrics,
-    why_it_changed_nothing,
+    why_it_taught_nothing,
     without_gap_to_engine,
 )
 from qwench.training.shaping import Shaping
@@ -154,7 +154,7 @@ class Learner:
                             after_each=after_each,
                         )
                     steps.append(step_metrics(self.policy.optim_step(sums), step))
-                    if (problem := why_it_changed_nothing(steps[-1], step)) is not None:
+                    if (problem := why_it_taught_nothing(steps[-1], step)) is not None:
                         _logger.warning("%s %d, step %d %s", self._unit, rollout.rollout_id, k, problem)
             steps = [one | other for one, other in zip_longest(steps, critic_steps, fillvalue=dict[str, float]())]
             seconds = time.perf_counter() - start

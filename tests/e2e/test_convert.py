@@ -51,6 +51,7 @@ def test_two_processes_write_shards_and_logits_agree(hf: Path, tmp_path: Path) -
     words = ["convert", "--input", hf, "--output", out, "--to", "hf", "--max-shard-gb", "0.001", "--verify"]
     result = by_two_ranks(tmp_path / "ranks", fork_qwench, words)
     assert "checksum" in result.stdout and "verified" in result.stdout
+    assert "it/s" not in result.stderr
     weight_map = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     original = load_file(hf / "model.safetensors")
     assert weight_map.keys() == original.keys()

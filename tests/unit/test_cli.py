@@ -136,9 +136,11 @@ def test_the_whole_traceback_comes_on_request(monkeypatch):
 
 
 def test_a_dry_run_shows_configuration_and_identity_and_starts_nothing(capsys, recipe):
-    assert run("train", *recipe, "--dry-run", "--sequence-parallel", "--rm-type", "math") == 0
+    words = ["--dry-run", "--sequence-parallel", "--rm-type", "math", "--train-dtype", "float32"]
+    assert run("train", *recipe, *words) == 0
     shown = capsys.readouterr()
     assert "  --num-rollout 3\n" in shown.out
+    assert re.search(r"\n  engine weights: [\d.]+ GiB in float32 on each device\n", shown.out)
     assert "--eps-clip " not in shown.out and "critic\n" not in shown.out  # defaults
     assert "rollout_batch_size 4 x n_samples_per_prompt 2 = global_batch_size 8 x num_steps_per_rollout 1" in shown.out
     assert shown.err == "qwench: warning: --sequence-parallel has no effect without tensor parallelism\n"

@@ -37,6 +37,11 @@ class Flag:
         """Tell whether the flag is given without a value: --flag or --no-flag."""
         return bool in (self.annotation, *get_args(self.annotation))
 
+    @property
+    def negation(self) -> str | None:
+        """Name that switches it off, where that is offered: no-colocate, but nothing for no-load-optim."""
+        return f"no-{self.name}" if self.is_switch and not self.name.startswith("no-") else None
+
     def parse(self, values: Sequence[str]) -> Any:
         """Return what `values` spell, or raise ValueError with what was expected."""
         if not takes_many(self.annotation) and len(values) != 1:

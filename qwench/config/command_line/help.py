@@ -62,7 +62,7 @@ def help_text(
         lines += _all(sections, defaults, width)
     else:
         lines += _first_page(page, table, width)
-        lines += _section_list(sections, subjects or {}, width)
+        lines += _section_list(page, sections, subjects or {}, width)
     return "\n".join(lines) + "\n"
 
 
@@ -89,7 +89,7 @@ def _about(
     elif mentions := [flag for flag in table.values() if topic.lower().replace("-", " ") in _searched(flag)]:
         yield f"flags that mention {topic!r}   (--help FLAG tells more)"
         for flag in mentions:
-            yield from _row(flag, width)
+            yield from _row(flag, first_sentence(flag.help), width)
     else:
         close = difflib.get_close_matches(topic, [*sections, *table], n=1)
         hint = f"did you mean {close[0]}?" if close else f"sections: {', '.join(name for name in sections if name)}"
@@ -114,22 +114,26 @@ def _first_page(page: Page, table: Mapping[str, Flag], width: int) -> Iterator[s
         if names:
             yield f"\n{heading}"
         for name in names:
-            yield from _row(table[name], width, also=page.alternatives.get(name, ""))
+            meaning = page.meanings.get(name) or first_sentence(table[name].help)
+            yield from _row(table[name], f"{meaning} {page.alternatives.get(name, '')}".strip(), width)
 
 
-def _section_list(sections: Mapping[str, Sequence[Flag]], subjects: Mapping[str, str], width: int) -> Iterator[str]:
+def _section_list(page: Page, sections: Mapping[str, Sequence[Flag]], subjects: Mapping[str, str], width: int) -> Iterator[str]:
     yield f"\nsections   (--help SECTION, FLAG or WORD tells more, {HELP_ALL} tells all)"
     for name, flags in sections.items():
-        yield from _columns(f"  {name} ({len(flags)})", subjects.get(name, ""), width)
+        if name not in page.unread:
+            yield from _columns(f"  {name} ({len(flags)})", subjects.get(name, ""), width)
+    if page.unread:
+        yield from textwrap.wrap(f"  for qwench train: {', '.join(page.unread)}", width, subsequent_indent="    ")
 
 
-def _row(flag: Flag, width: int, *, also: str = "") -> Iterator[str]:
-    """Yield the name of a flag and the first sentence of its meaning."""
+def _row(flag: Flag, meaning: str, width: int) -> Iterator[str]:
+    """Yield the name of a flag and its meaning."""
     value = "" if flag.is_switch else " " + metavar(flag.annotation)
     spelled = f"  --{flag.name}{value}"
     if len(spelled) >= _COLUMN:
         spelled = f"  --{flag.name} {'NAME' if choices(flag.annotation) else value.strip()}".rstrip()
-    yield from _columns(spelled, f"{first_sentence(flag.help)} {also}".strip(), width)
+    yield from _columns(spelled, meaning, width)
 
 
 def _columns(left: str, right: str, width: int) -> Iterator[str]:
@@ -165,7 +169,7 @@ def first_sentence(text: str) -> str:
 
 def _spelling(flag: Flag) -> str:
     if flag.is_switch:
-        return f"--{flag.name}, --no-{flag.name}"
+        return f"--{flag.name}" + (f", --{flag.negation}" if flag.negation is not None else "")
     return f"--{flag.name} {metavar(flag.annotation)}"
 
 

@@ -17,6 +17,10 @@ class Page:
     """Required flag -> what serves instead."""
     common: tuple[str, ...] = ()
     example: str = ""
+    meanings: Mapping[str, str] = field(default_factory=dict)
+    """Flag -> its meaning in the words of this verb, where the table has those of reinforcement learning."""
+    unread: tuple[str, ...] = ()
+    """Sections without a meaning for this verb."""
 
 
 _SFT_COMMON = (
@@ -46,6 +50,14 @@ qwench train --hf-checkpoint Qwen/Qwen3-0.6B \\
         required=("hf-checkpoint", "prompt-data", "lr", "num-rollout", "rollout-batch-size"),
         alternatives=_LENGTH_OF_RUN,
         common=("input-key", "lora-rank", *_SFT_COMMON),
+        meanings={
+            "num-rollout": "Number of batches in the run.",
+            "rollout-batch-size": "Conversations per batch.",
+            "save-interval": "Save a checkpoint every this many batches, and after the last.",
+            "rollout-shuffle": "Shuffle the conversations in every epoch.",
+            "global-batch-size": "Conversations per optimizer step; they divide a batch.",
+        },
+        unread=("agent", "asynchronous", "reward", "critic", "distillation", "engine"),
         example="""\
 qwench sft --hf-checkpoint Qwen/Qwen3-0.6B --prompt-data chats.jsonl \\
     --num-epoch 3 --rollout-batch-size 64 --lr 1e-5 --rollout-shuffle \\
@@ -58,6 +70,8 @@ qwench sft --hf-checkpoint Qwen/Qwen3-0.6B --prompt-data chats.jsonl \\
         alternatives={"eval-prompt-data": "Or --eval-config.", "rm-type": "Or --custom-rm-path ./my_reward.py:score."},
         common=("input-key", "label-key", "apply-chat-template", "n-samples-per-eval-prompt", "eval-temperature", "eval-output",
                 "rollout-engine", "dry-run"),
+        unread=("asynchronous", "algorithm", "critic", "distillation", "lora", "optimizer", "parallel", "checkpoint",
+                "profiling"),
         example="""\
 qwench eval --hf-checkpoint runs/sft-hf \\
     --eval-prompt-data test test.jsonl --input-key prompt --label-key label \\

@@ -56,6 +56,8 @@ def test_bash_completes_verbs(scripts):
         (["train", "--lr-decay"], {"--lr-decay-style", "--lr-decay-iters"}),
         (["train", "--colo"], {"--colocate"}),
         (["sft", "--no-coloc"], {"--no-colocate"}),
+        (["train", "--no-load-o"], {"--no-load-optim"}),
+        (["train", "--no-no-"], set()),
         (["eval", "--lr", "1", "--eval-pro"], {"--eval-prompt-data"}),
         (["train", "--lr-decay-style", ""], {"constant", "linear", "cosine", "inverse-square-root", "WSD"}),
         (["train", "--rollout-engine", "s"], {"sglang"}),

@@ -50,6 +50,17 @@ def test_table_counts_reasons_with_share_score_and_one_example(tmp_path: Path) -
     ]
 
 
+def test_one_reason_of_good_and_bad_scores_is_split_by_score(tmp_path: Path) -> None:
+    rows = [{"response": response, "label": "1"} for response in ("x", "12", "4 ", "y")]
+    config = RewardConfig(custom_rm_path="tests.e2e.rewards.digit_share", custom_rm_in_process=True)
+    summary = check_file(write(tmp_path / "rows.jsonl", *rows), config=config, console=Console(file=io.StringIO()))
+    assert (summary.num_responses, summary.mean_score) == (4, 0.375)
+    assert [(row.reason, row.count, row.mean_score, row.example.line) for row in summary.reasons] == [
+        ("custom, score <= 0", 2, 0.0, 1),
+        ("custom, score > 0", 2, 0.75, 2),
+    ]
+
+
 def test_column_names_can_be_chosen(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", {"output": r"</think>\boxed{1}", "answer": "1"})
     assert check(path, response_key="output", label_key="answer")[0].mean_score == 1.0

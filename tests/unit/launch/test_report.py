@@ -12,8 +12,11 @@ from qwench.config.config import Config
 from qwench.config.plan import plan_run
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
+from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.config.sections.training import TrainingConfig
+from qwench.errors import EngineError
+from qwench.launch.engines import _start_servers
 from qwench.launch.inputs import Inputs
 from qwench.launch.report import start_report
 from tests.fakes.console import RecordingConsole
@@ -21,15 +24,39 @@ from tests.fakes.engine import CharTokenizer
 from tests.unit.config.architectures import QWEN3_4B
 
 
+def test_starting_servers_says_where_their_logs_are_in_a_line_of_the_start(tmp_path):
+    class Broken:
+        label = "engine 0"
+
+        def start(self):
+            raise EngineError("no")
+
+        def stop(self):
+            pass
+
+        def last_output(self):
+            return ""
+
+    inputs = inputs_of(Config(rollout=RolloutConfig(rollout_batch_size=8), logging=LoggingConfig(log_dir=tmp_path)))
+    with pytest.raises(EngineError):
+        _start_servers(inputs, [Broken()], None)
+    assert inputs.console.lines == [f"engines   logs in {tmp_path}/engines"]
+
+
+def inputs_of(config: Config) -> Inputs:
+    """Return inputs with a console that remembers."""
+    return Inputs(
+        config=config, plan=plan_run(config, QWEN3_4B), model_folder=Path("model"), tokenizer=CharTokenizer(),
+        console=RecordingConsole(), hf_config=PretrainedConfig(), device=torch.device("cpu"), dtype=torch.float32, rank=0,
+    )  # fmt: skip
+
+
 def facts_of(config: Config) -> dict[str, str]:
     """Return what the start of a run says, by its titles."""
-    console = RecordingConsole()
-    inputs = Inputs(
-        config=config, plan=plan_run(config, QWEN3_4B), model_folder=Path("model"), tokenizer=CharTokenizer(), console=console,
-        hf_config=PretrainedConfig(), device=torch.device("cpu"), dtype=torch.float32, rank=0,
-    )  # fmt: skip
+    inputs = inputs_of(config)
     start_report(inputs, "9 rows")
-    return {line.split("  ")[0].strip(): line.split("  ")[-1].strip() for text in console.lines for line in text.splitlines()}
+    lines = [line for text in inputs.console.lines for line in text.splitlines()]
+    return {line.split("  ")[0].strip(): line.split("  ")[-1].strip() for line in lines}
 
 
 @pytest.mark.parametrize(("interval", "loss", "steps", "expected"), [

@@ -72,6 +72,15 @@ def test_samples_without_any_token_are_said_and_measured(caplog):
     assert sample_metrics(rollout.samples)["trained_len/max"] == 0.0
 
 
+def test_a_step_of_equal_rewards_is_said(caplog):
+    rollout = make_rollout(rollout_id=3)
+    for sample in rollout.samples:
+        sample.reward = 0.0
+    backend, _ = learn(rollout)
+    assert "rollout 3, step 1 teaches nothing: every advantage is 0" in caplog.text
+    assert backend.table.equal(TABLE)
+
+
 def test_a_dead_policy_is_said(caplog):
     class Dead(TableTrainer):
         def optim_step(self, sums):

@@ -38,6 +38,11 @@ def test_a_plain_dataclass_gives_one_flag_for_each_field_with_the_docstring_belo
     assert table["options"].default == {}
 
 
+def test_a_switch_that_is_itself_a_no_offers_no_double_negative():
+    table = flag_table(Config)
+    assert [table[name].negation for name in ("colocate", "no-load-optim", "lr")] == ["no-colocate", None, None]
+
+
 @pytest.mark.parametrize("config_type", [Config, ServeConfig])
 def test_every_flag_of_a_configuration_is_explained_and_none_is_required(config_type):
     for flag in flag_table(config_type).values():

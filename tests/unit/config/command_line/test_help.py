@@ -1,3 +1,5 @@
+from dataclasses import fields
+
 import pytest
 
 from qwench.config.checks import check_eval, check_sft, check_train
@@ -32,6 +34,35 @@ def test_the_first_page_has_a_command_the_required_flags_and_the_sections(capsys
     required = lines[lines.index("required") + 1 : lines.index("often used")]
     assert [line.split()[0][2:] for line in required if line.startswith("  --")] == list(PAGES[prog].required)
     assert len(lines) < 112
+
+
+def listed(text):
+    """Return the sections that a first page lists."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("sections"))
+    return {line.split()[0] for line in lines[start:] if line.startswith("  ") and line[2] != " "} - {"for"}
+
+
+def test_a_verb_lists_the_sections_that_it_reads(capsys):
+    everything = listed(shown(capsys, "--help"))
+    assert everything == {field.name for field in fields(Config)}
+    left_out = {
+        "qwench sft": {"agent", "asynchronous", "reward", "critic", "distillation", "engine"},
+        "qwench eval": {
+            "asynchronous", "algorithm", "critic", "distillation", "lora", "optimizer", "parallel", "checkpoint", "profiling",
+        },
+    }  # fmt: skip
+    for prog, names in left_out.items():
+        text = shown(capsys, "--help", prog=prog)
+        assert everything - listed(text) == names
+        named = " ".join(text.split("for qwench train: ")[1].split()).split(", ")
+        assert set(named) == names
+
+
+def test_fine_tuning_is_explained_without_rollouts_and_groups(capsys):
+    page = shown(capsys, "--help", prog="qwench sft").partition("sections ")[0].partition("required")[2]
+    meanings = " ".join(line[36:] for line in page.splitlines())
+    assert [word for word in ("rollout", "group", "prompts", "responses") if word in meanings] == []
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--help-all"], ["--help", "data"], ["--help", "lr"]])
