@@ -60,7 +60,7 @@ class MappedMemory:
         size = ctypes.c_size_t(self._num_bytes)
         _call("cuMemAddressReserve", ctypes.byref(address), size, ctypes.c_size_t(0), none, none)
         self._address = address
-        weakref.finalize(self, _free, address, size)
+        weakref.finalize(self, _free, _driver(), address, size)
 
     def as_tensor(self) -> Tensor:
         """Return the range as bytes [n] uint8, n at least what was asked for; the tensor keeps the addresses."""
@@ -72,7 +72,7 @@ class MappedMemory:
         """Put memory behind the addresses; its content is undefined.
 
         Raises:
-            EngineError: the device has none left.
+            EngineError: the device has none left, or the driver refused. No memory is behind the addresses then.
         """
         torch.cuda.synchronize(self._device)  # see __init__
         handle, size, zero = ctypes.c_uint64(), ctypes.c_size_t(self._num_bytes), ctypes.c_uint64(0)
@@ -82,7 +82,11 @@ class MappedMemory:
         finally:
             _call("cuMemRelease", handle)  # from now on the mapping alone holds the memory
         access = _Access(location=self._location, flags=_READ_WRITE)
-        _call("cuMemSetAccess", self._address, size, ctypes.byref(access), ctypes.c_size_t(1))
+        try:
+            _call("cuMemSetAccess", self._address, size, ctypes.byref(access), ctypes.c_size_t(1))
+        except EngineError:
+            _call("cuMemUnmap", self._address, size)  # or no later call could map memory there
+            raise
 
     def give_back(self) -> None:
         """Free the memory after all work of the device that may use it."""
@@ -90,14 +94,17 @@ class MappedMemory:
         _call("cuMemUnmap", self._address, ctypes.c_size_t(self._num_bytes))
 
 
-def _free(address: ctypes.c_uint64, size: ctypes.c_size_t) -> None:
-    driver = ctypes.CDLL("libcuda.so.1")
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _free(driver: ctypes.CDLL, address: ctypes.c_uint64, size: ctypes.c_size_t) -> None:
     driver.cuMemUnmap(address, size)  # an error where nothing is mapped
     driver.cuMemAddressFree(address, size)
 
 
 def _call(function: str, *arguments: object) -> None:
-    code = getattr(ctypes.CDLL("libcuda.so.1"), function)(*arguments)
+    code = getattr(_driver(), function)(*arguments)
     if code == _OUT_OF_MEMORY:
         raise EngineError("the GPU has no memory left for the KV cache; lower --embedded-mem-fraction.")
     if code != 0:
