@@ -1,24 +1,22 @@
-"""The further ranks of an engine of several devices: a process each, which repeats what rank 0 does.
+"""The further ranks of an engine of several devices, seen from rank 0: a process each (see `follower`).
 
     rank 0:   engine -> LeadingRunner, LeadingWeights -.-> its own part of the work
                                                        |  one pipe a rank: (what, name of a method, arguments)
     rank 1:   process: receive, call the method -------'-> its part; collectives join the parts (see `ranks`)
 
-Rank 0 alone knows requests, plans steps and draws with limits. A rank whose pipe closes ends. A rank that fails ends too:
-then rank 0 leaves the group, its collectives raise, and the engine fails. So does one that waits too long for an answer.
+Rank 0 alone knows requests, plans steps and draws with limits. A rank whose pipe closes ends. A rank that fails sends the
+reason and ends: then rank 0 leaves the group, its collectives raise, and the engine fails. The engine also fails when an
+answer takes too long, and when rank 0 fails in a step: the other ranks would wait in its collectives.
 """
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
-import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any
@@ -28,6 +26,7 @@ from torch import Tensor
 
 from qwench.engines.embedded.compute.batch import PackedStep
 from qwench.engines.embedded.compute.decode_work import IntArray
+from qwench.engines.embedded.compute.follower import HOST, START_TIMEOUT_S, Message, follow
 from qwench.engines.embedded.compute.ranks import COLLECTIVE_TIMEOUT_S, RankGroup, Shard
 from qwench.engines.embedded.compute.runner import InFlight, Runner, Sampled
 from qwench.engines.embedded.compute.weights import WeightStore, is_of_adapter
@@ -35,21 +34,15 @@ from qwench.engines.embedded.scheduling.scheduler import StepPlan
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.errors import ConfigError, EngineError, WeightSyncError
 from qwench.models.architecture import Architecture
-from qwench.wire.flat_bucket import TensorEntry, entries_of, flatten_into, size_bytes, unflatten
+from qwench.wire.flat_bucket import entries_of, flatten_into, size_bytes, unflatten
 from qwench.wire.portions import WeightBucket
-from qwench.wire.weight_group import listening_store, reach_store
+from qwench.wire.weight_group import listening_store
 
 _logger = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 10.0
 CLOSING_GRACE_S = 1.0
-_HOST = "127.0.0.1"
 _context = multiprocessing.get_context("forkserver")
-
-
-Message = tuple[str, str, tuple[object, ...], bool]
-"""Part of a rank, name of its method, arguments, and whether rank 0 waits for the result."""
 
 
 class Followers:
@@ -69,17 +62,22 @@ class Followers:
         self._turn = threading.Lock()
         """Of a thread that sends, until it has the answers: the event loop takes KV memory, a worker thread weights."""
         size = settings.num_devices
-        store, port = listening_store(_HOST, timeout_s=START_TIMEOUT_S)
+        store, port = listening_store(HOST, timeout_s=START_TIMEOUT_S)
         # On a CPU ranks are forked with PyTorch imported. CUDA does not live in a process that forks.
         _context.set_forkserver_preload([] if settings.device.startswith("cuda") else [__name__])
         self._pipes, self._processes = list[Connection](), list[multiprocessing.process.BaseProcess]()
+        self._reasons = list[Connection]()
+        """Why each rank failed. Apart from the answers: another thread may wait for those."""
         for rank in range(1, size):
             ours, theirs = _context.Pipe()
-            arguments = (theirs, architecture, settings, Shard(rank=rank, size=size), port)
+            reason, told = _context.Pipe(duplex=False)
+            arguments = (theirs, told, architecture, settings, Shard(rank=rank, size=size), port)
             process = _context.Process(target=follow, args=arguments, name=f"qwench-engine-rank-{rank}", daemon=True)
             process.start()
             theirs.close()
+            told.close()
             self._pipes.append(ours)
+            self._reasons.append(reason)
             self._processes.append(process)
         self.shard = Shard(size=size)
         try:
@@ -148,14 +146,22 @@ class Followers:
     def joined(self) -> Iterator[None]:
         """Make sure that the collectives of the block joined all ranks: those of a group that was left return anything.
 
+        An error of rank 0 in the block ends the other ranks: they may wait in a collective that it does not reach.
+
         Raises:
             EngineError: a rank ended.
         """
         try:
             yield
-        except RuntimeError as cause:
-            if self._has_ended.wait(2 * CLOSING_GRACE_S):  # see _watch
+        except Exception as cause:
+            if isinstance(cause, RuntimeError):  # a collective raises before _watch sees the end of a rank
+                self._has_ended.wait(2 * CLOSING_GRACE_S)
+            if self._has_ended.is_set():
                 raise self.failure() from cause
+            self._ended = f"rank 0 of the engine failed: {type(cause).__name__}: {cause}"
+            self._has_ended.set()
+            for process in self._processes:
+                process.kill()
             raise
         if self._has_ended.is_set():
             raise self.failure()
@@ -190,7 +196,15 @@ class Followers:
             except (OSError, EOFError) as cause:
                 process.join(END_TIMEOUT_S)
                 why = f"rank {rank} of the engine ended while it started (exit code {process.exitcode})"
-                raise EngineError(f"{why}; its log tells why.") from cause
+                raise EngineError(f"{why}{self._reason_of(rank)}; its log tells more.") from cause
+
+    def _reason_of(self, rank: int) -> str:
+        """Return what a rank that ended said, after a colon; empty where it said nothing."""
+        reason = self._reasons[rank - 1]
+        with suppress(OSError, EOFError):
+            if reason.poll():
+                return f": {reason.recv()}"
+        return ""
 
     def _end_processes(self) -> None:
         for pipe in self._pipes:
@@ -208,9 +222,12 @@ class Followers:
         # A signal to the process group ends ranks while the engine is being closed.
         if not self._closing.wait(CLOSING_GRACE_S):
             codes = {rank: process.exitcode for rank, process in enumerate(self._processes, start=1)}
-            ended = ", ".join(f"rank {rank} (exit code {code})" for rank, code in codes.items() if code is not None)
-            self._ended = f"a rank of the engine ended: {ended}; its log tells why."
-            self._has_ended.set()
+            ended = [
+                f"rank {rank} (exit code {code}){self._reason_of(rank)}" for rank, code in codes.items() if code is not None
+            ]
+            if not self._has_ended.is_set():
+                self._ended = f"a rank of the engine ended: {', '.join(ended)}; its log tells more."
+                self._has_ended.set()
             _logger.error("%s", self._ended)
             self.group.abort()
 
@@ -308,18 +325,6 @@ class LeadingWeights(WeightStore):
         super().drop()
 
 
-class _Bucket:
-    """Receives what `LeadingWeights.load_bucket` sends."""
-
-    def __init__(self, weights: WeightStore, ranks: RankGroup, device: torch.device) -> None:
-        self._weights, self._ranks, self._device = weights, ranks, device
-
-    def receive(self, entries: Sequence[TensorEntry]) -> None:
-        buffer = torch.empty(size_bytes(entries), dtype=torch.uint8, device=self._device)
-        self._ranks.broadcast(buffer)
-        self._weights.load_bucket(unflatten(buffer, entries))
-
-
 def divide(model: Architecture, settings: EmbeddedSettings) -> tuple[WeightStore, Runner, Followers | None]:
     """Return weights and runner of an engine; with several devices those of rank 0, and the other ranks.
 
@@ -334,53 +339,6 @@ def divide(model: Architecture, settings: EmbeddedSettings) -> tuple[WeightStore
     followers = Followers(model, settings)
     weights = LeadingWeights(settings, followers, model)
     return weights, LeadingRunner(settings, weights, followers, model), followers
-
-
-def follow(pipe: Connection, model: Architecture, settings: EmbeddedSettings, shard: Shard, port: int) -> None:
-    """Do as rank 0 says until its pipe closes: the body of a further rank's process."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "rank 0 starts this process"
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 closes the pipe
-    device = torch.device(settings.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", shard.rank)
-        torch.cuda.set_device(device)
-    settings = replace(settings, device=str(device))
-    store = reach_store(_HOST, port, timeout_s=START_TIMEOUT_S)
-    pipe.send(None)  # see Followers._wait_for_start
-    ranks = RankGroup(store, shard=shard, device=device)
-    weights = WeightStore(model, settings.resolved_dtype, fp8=False, device=device, shard=shard)
-    parts = {
-        "weights": weights,
-        "bucket": _Bucket(weights, ranks, device),
-        "runner": Runner(model.divided(shard.size), settings, weights, ranks=ranks),
-    }
-    code = 1
-    try:
-        with suppress(EOFError):
-            _repeat(pipe, parts)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # rank 0 may wait for the last step
-        code = 0
-    except Exception:
-        _logger.exception("rank %d of the engine failed", shard.rank)
-    finally:
-        os._exit(code)  # a normal exit would wait for the group, and that for captured graphs
-
-
-def _repeat(pipe: Connection, parts: Mapping[str, object]) -> None:
-    while True:
-        part, method, arguments, is_asked = pipe.recv()
-        result = getattr(parts[part], method)(*arguments)
-        if is_asked:
-            pipe.send(result)
-
-
-def _end_with(sentinel: int) -> None:
-    """End this process with rank 0's, also within a collective."""
-    connection.wait([sentinel])
-    os._exit(1)
 
 
 def _check(model: Architecture, settings: EmbeddedSettings) -> None:

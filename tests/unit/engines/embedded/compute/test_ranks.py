@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +20,7 @@ from qwench.engines.protocol import FinishReason, MemoryTag
 from qwench.errors import ConfigError, EngineError, WeightSyncError
 from qwench.models.hf import architecture_of
 from tests.contract.engine_hosts import LONG, ask, generate_all, make_engine, make_model, prompt_of, settings_of
+from tests.deadlines import patient
 
 FOUR_BY_TWO = torch.arange(8.0).view(4, 2)
 LAYER = "model.layers.0."
@@ -94,15 +96,43 @@ def test_a_rank_that_dies_fails_the_requests_and_the_engine():
     assert asyncio.run(scenario()) == (False, False)
 
 
-def test_a_rank_that_fails_is_named_with_its_exit_code():
+@pytest.mark.parametrize("way", ["tell", "ask"])
+def test_a_rank_that_fails_is_named_with_its_exit_code_and_reason(way):
+    reason = "AttributeError: 'Runner' object has no attribute 'no_such_method'"
+    message = re.escape(f"a rank of the engine ended: rank 1 (exit code 1): {reason}; its log tells more.")
+
     async def scenario():
         engine = make_engine(make_model("qwen3"), num_devices=2)
         await engine.generate(ask("before", [5]))
-        engine._followers.tell("weights", "no_such_method")
-        engine._followers._processes[0].join()
-        with pytest.raises(EngineError, match=r"a rank of the engine ended: rank 1 \(exit code 1\)"):
+        if way == "tell":
+            engine._followers.tell("runner", "no_such_method")
+            engine._followers._processes[0].join()
+        else:
+            with pytest.raises(EngineError, match=message):
+                engine._followers.ask("runner", "no_such_method")
+        with pytest.raises(EngineError, match=message):
             await engine.generate(ask("after", [5]))
         await engine.close()
+        await engine.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_error_of_rank_0_in_a_step_ends_the_ranks_that_wait_for_it(monkeypatch):
+    def fail():
+        raise ValueError("no decoder")
+
+    async def scenario():
+        engine = make_engine(make_model("qwen3"), num_devices=2)
+        await engine.generate(ask("before", [5]))
+        (process,) = engine._followers._processes
+        monkeypatch.setattr(engine._runner, "_bind", fail)
+        with pytest.raises(EngineError, match="ValueError: no decoder"):
+            await engine.generate(ask("r", [6]))
+        process.join(patient(10))
+        assert not process.is_alive()
+        with pytest.raises(EngineError, match=r"rank 0 of the engine failed: ValueError: no decoder"):
+            await engine.update_weights([[("model.norm.weight", torch.ones(32))]], version=1)
         await engine.close()
 
     asyncio.run(scenario())
