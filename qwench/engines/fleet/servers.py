@@ -30,6 +30,8 @@ from qwench.wire.addresses import Placement, unused_port
 
 HEALTH_POLL_S = 0.2
 HEALTH_TIMEOUT_S = 30.0
+LAST_HEALTH_TIMEOUT_S = 2.0
+"""Of a look at the deadline or after it: a launched server may be ready long before `start` is called."""
 STOP_TIMEOUT_S = 10.0
 COLLECT_TIMEOUT_S = 2.0
 LOG_TAIL_LINES = 20
@@ -61,7 +63,7 @@ class Server(Protocol):
         """Start or restart it unless it was launched, and return its base URL once it can generate.
 
         Raises:
-            EngineError: it died, or was not ready within its deadline.
+            EngineError: it died, or was not ready within its deadline, which counts from its launch.
         """
         ...
 
@@ -126,6 +128,8 @@ class ServerProcess:
         self._placement = placement
         self._port = command.port
         self._process: subprocess.Popen[bytes] | None = None
+        self._deadline = 0.0
+        """When it must be ready: `start_timeout_s` after its launch."""
         self._lock = threading.Lock()
         """Guards the fields; never held while waiting."""
 
@@ -171,6 +175,7 @@ class ServerProcess:
                     _write_privately(path, text)
             address = ["--host", self._command.host, "--port", str(self._port)]
             argv = [sys.executable, "-P", "-m", "qwench.engines.fleet.tether", *self._command.argv, *address]
+            self._deadline = time.monotonic() + self._command.start_timeout_s
             with log_file.open("ab") as log:
                 self._process = subprocess.Popen(
                     argv,
@@ -188,12 +193,13 @@ class ServerProcess:
             EngineError: see `Server.start`; nothing of it is left running then.
         """
         url = f"http://{self._command.host}:{self._port}"
-        deadline = time.monotonic() + self._command.start_timeout_s
-        while not _is_healthy(url, timeout_s=max(min(HEALTH_TIMEOUT_S, deadline - time.monotonic()), HEALTH_POLL_S)):
+        while not _is_healthy(
+            url, timeout_s=max(min(HEALTH_TIMEOUT_S, self._deadline - time.monotonic()), LAST_HEALTH_TIMEOUT_S)
+        ):
             if not self.is_running():
                 self.stop()
                 raise EngineError(f"{self.label} ended while it started; {self.last_output()}")
-            if time.monotonic() > deadline:
+            if time.monotonic() > self._deadline:
                 self.stop()
                 raise EngineError(
                     f"{self.label} was not ready within {self._command.start_timeout_s:g} s; {self.last_output()}"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from qwench.engines.fleet import servers
 from qwench.engines.fleet.servers import ServerCommand, ServerProcess, server_environ, tail, visible_devices
 from qwench.errors import EngineError
 from tests.deadlines import patient
@@ -83,6 +84,27 @@ def test_a_launched_server_is_not_started_twice(tmp_path):
     server.launch()
     launched = server.process_group
     assert server.start() and server.process_group == launched
+    server.stop()
+
+
+def test_the_deadline_of_a_launched_server_counts_from_its_launch(tmp_path, monkeypatch):
+    looks = []
+    monkeypatch.setattr(servers, "_is_healthy", lambda url, timeout_s: looks.append(timeout_s))
+    server = ServerProcess(command(tmp_path, "import time; time.sleep(600)", start_timeout_s=0.5))
+    server.launch()
+    time.sleep(0.6)
+    with pytest.raises(EngineError, match=r"engine 0 was not ready within 0\.5 s"):
+        server.start()
+    assert looks == [servers.LAST_HEALTH_TIMEOUT_S]
+    assert not server.is_running()
+
+
+def test_a_launched_server_that_is_ready_may_be_waited_for_after_its_deadline(tmp_path):
+    server = ServerProcess(command(tmp_path, HEALTHY))
+    server.launch()
+    url = server.wait_until_healthy()
+    server._deadline = time.monotonic() - 1
+    assert server.start() == url
     server.stop()
 
 
