@@ -16,6 +16,8 @@ import itertools
 import mmap
 import os
 import random
+import signal
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +32,8 @@ from _pytest.runner import runtestprotocol
 from tests.warm_start import WITHOUT_THREADS, end_process, other_threads
 
 _NUMBER_BYTES = 2
+_END_TIMEOUT_S = 60.0
+"""How long a worker that closed its pipe, or that was told to end, may take until it is killed."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Worker:
     connection: Connection
     running: int | None = None
     """Index of the test that it runs."""
+    last: int | None = None
+    """Index of the test that it ran last."""
     status: int | None = None
     """How it ended."""
 
@@ -72,6 +78,19 @@ class Worker:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self.status = status if pid else None
         return self.status is not None and not self.connection.poll()
+
+    def wait_for_end(self) -> int:
+        """Return the wait status of a process that ends by itself, or is killed at the deadline."""
+        deadline = time.monotonic() + _END_TIMEOUT_S
+        while self.status is None:
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+                _, self.status = os.waitpid(self.pid, 0)
+                break
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = status if pid else None
+            time.sleep(0.01)
+        return self.status
 
 
 class Fleet:
@@ -103,8 +122,7 @@ class Fleet:
             for worker in self._workers:
                 worker.connection.close()
             for worker in self._workers:
-                if worker.status is None:
-                    os.waitpid(worker.pid, 0)
+                worker.wait_for_end()
 
     def _listen(self) -> None:
         ready = wait([worker.connection for worker in self._workers], timeout=1)
@@ -119,7 +137,7 @@ class Fleet:
 
     def _take(self, worker: Worker, message: Begun | Done | Warned) -> None:
         if isinstance(message, Begun):
-            worker.running = message.index
+            worker.running = worker.last = message.index
         elif isinstance(message, Warned):
             told = {"warning_message": message.message, "nodeid": message.nodeid, "when": "runtest", "location": None}
             self._hook.pytest_warning_recorded.call_historic(kwargs=told)
@@ -141,16 +159,16 @@ class Fleet:
 
     def _bury(self, worker: Worker) -> None:
         """Account for a worker that ended."""
-        if worker.status is None:
-            _, worker.status = os.waitpid(worker.pid, 0)
+        status = worker.wait_for_end()
         worker.connection.close()
         self._workers.remove(worker)
         if worker.running is None:
-            assert worker.status == 0, f"a test worker ended between two tests: wait status {worker.status}"
+            last = "none" if worker.last is None else self._session.items[worker.last].nodeid
+            assert status == 0, f"a test worker ended badly between two tests: wait status {status}, its last test: {last}"
             return
         item, file = self._session.items[worker.running], self._file_of[worker.running]
         self._start(file[file.index(worker.running) + 1 :])
-        said = f"the worker of this test died: exit code {os.waitstatus_to_exitcode(worker.status)}"
+        said = f"the worker of this test died: exit code {os.waitstatus_to_exitcode(status)}"
         self._report(item, [pytest.TestReport(item.nodeid, item.location, {}, "failed", said, "call")])
 
     def _start(self, first: Sequence[int]) -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from multiprocessing import Pipe
 from pathlib import Path
 
+import pytest
 from coverage import CoverageData
+
+from tests import workers
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("__init__.py", "workers.py", "lines.py", "warm_start.py")
@@ -99,6 +104,13 @@ def test_each_test_is_reported_once_and_a_death_costs_one_test(tmp_path: Path) -
     assert [said.count(text) for text in once] == [1, 1, 1, 1], said
     assert "the worker of this test died: exit code -9" in said
     assert (tmp_path / "torn").read_text() == "first "
+
+
+def test_a_worker_that_does_not_end_is_killed_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_END_TIMEOUT_S", 0.1)
+    reader, _ = Pipe(duplex=False)
+    with subprocess.Popen(["sleep", "600"]) as process:
+        assert os.WTERMSIG(workers.Worker(process.pid, reader).wait_for_end()) == signal.SIGKILL
 
 
 def test_no_test_begins_after_the_first_failure_that_ends_the_session(tmp_path: Path) -> None:
