@@ -28,8 +28,12 @@ def weight_bytes_beside_trainer(config: Config, plan: RunPlan) -> int:
     in_process = config.engine.facts.runs_in_process and config.cluster.world_size == 1 and config.cluster.launcher != "ray"
     if not (devices.shared and in_process):
         return 0
-    may_share = lora.lora_publish == "adapter" and lora.lora_base == "auto" if lora.enabled else devices.weights_may_alias
-    return 0 if may_share and config.training.train_backend == "fsdp" else engine_weight_bytes(plan)
+    may_share = devices.weights_may_alias
+    if lora.enabled:
+        may_share = lora.lora_publish == "adapter" and lora.lora_base == "auto"
+    if may_share and config.training.train_backend == "fsdp":
+        return 0
+    return engine_weight_bytes(plan)
 
 
 def check_fit(config: Config, plan: RunPlan, *, device_bytes: int, element_bytes: int = BFLOAT16_BYTES) -> None:
