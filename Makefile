@@ -6,8 +6,9 @@ BIN := .venv/bin
 RUNS := .venv/.runs
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
-# Two cores are busy with six processes of one thread each, since many tests wait. Files begin in this order: the long ones first.
+# Two cores are busy with six processes of one thread each, since many tests wait. Files begin in the order of their names here.
 PYTEST := $(BIN)/python -m pytest -p tests.workers --workers 6 -p tests.lines
+LONGEST := tests/e2e/test_ray.py
 # Packages come without bytecode. The first process that imports them writes it; otherwise each one would compile them again.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -54,7 +55,7 @@ check: dev
 	$(MAKE) --no-print-directory --jobs=2 static unit
 
 tests: dev
-	$(PYTEST) tests/contract tests/e2e tests/unit
+	$(PYTEST) $(LONGEST) tests/contract $(filter-out $(LONGEST),$(wildcard tests/e2e/test_*.py)) tests/unit
 
 unit: dev
 	$(PYTEST) tests/unit

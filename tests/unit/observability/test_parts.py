@@ -124,6 +124,7 @@ def test_a_process_writes_the_stacks_of_its_threads_on_the_signal_each_time(tmp_
 
     done, path = threading.Event(), tmp_path / "rank.stacks"
     thread = threading.Thread(target=wait_in_a_thread)
+    faulthandler.unregister(STACKS_SIGNAL)  # `qwench serve` in an earlier test may have taken it, and is not asked again
     before = signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # else the process would end if nothing took its place
     try:
         dump_stacks_on_signal(path)
