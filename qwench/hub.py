@@ -87,7 +87,7 @@ def data_files(spec: str, *, flag: str) -> str:
         return spec
     names = _files(named, flag)
     readme = [name for name in names if name == "README.md"]
-    card = (_fetch(named, "dataset", flag, allow_patterns=readme) / "README.md").read_text("utf-8") if readme else ""
+    card = (_fetch(named, "dataset", flag, allow_patterns=readme) / "README.md").read_text("utf-8", "replace") if readme else ""
     chosen = choose_files(names, named.part, card, where=f"{flag}: the hub's data set {named.repository}")
     folder = _fetch(named, "dataset", flag, allow_patterns=list(chosen))
     return f"{folder / as_pattern(chosen, folder)}{named.rows}"
@@ -106,7 +106,12 @@ def choose_files(names: Sequence[str], part: str | None, card: str, *, where: st
         raise ConfigError(f"{where} has no file of {', '.join(DATA_SUFFIXES)}; convert it, and give the file.")
     if part in data:
         return [part]
-    splits = _splits_of_card(card, data) or _splits_of_names(data)
+    try:
+        splits = _splits_of_card(card, data) or _splits_of_names(data)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{where} has a card (README.md) whose `configs` are not lists of data files; name a file."
+        ) from error
     wanted = [key for key in splits if part is None or part in (key, key.rpartition("/")[2])]
     if part is None and len(wanted) > 1:
         wanted = [key for key in wanted if key.rpartition("/")[2] == DEFAULT_SPLIT]
@@ -142,7 +147,7 @@ def _splits_of_card(card: str, data: Sequence[str]) -> dict[str, list[str]]:
     match = _FRONT_MATTER.match(card)
     try:
         head = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: of a date that is none
         head = None
     configs = head.get("configs") if isinstance(head, Mapping) else None
     found: dict[str, list[str]] = {}

@@ -167,8 +167,11 @@ def _sets(content: Any, by_flags: Mapping[str, Any], *, for_function: bool) -> t
     defaults = _mapping(outline.get("defaults"), _KEYS[2:], "eval.defaults")
     sets = tuple(_set(entry, defaults, by_flags, i) for i, entry in enumerate(_entries(outline.get("datasets"))))
     names = [one.name for one in sets]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"eval.datasets must list at least one set, each under its own name; got {' '.join(names) or 'none'}")
+    if not names or len({name.casefold() for name in names}) < len(names):
+        raise ValueError(
+            "eval.datasets must list at least one set, each under its own name (upper case is as lower case); got "
+            f"{' '.join(names) or 'none'}"
+        )
     return sets
 
 

@@ -11,7 +11,7 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from qwench.data.rows import Row, check_text, is_blank
+from qwench.data.rows import Row, check_text, is_blank, parse_json
 from qwench.errors import ConfigError
 from qwench.samples import Json, Message
 
@@ -43,6 +43,20 @@ def as_messages(value: Json, *, place: str) -> list[Message]:
     if all(_is_empty(message) for message in messages):
         raise ConfigError(f"{place}: no message of the conversation says anything.")
     return messages
+
+
+def check_arguments(messages: Sequence[Message], *, place: str) -> None:
+    """Check the tool calls of a row: a template writes arguments in text as they are, so the model would learn broken JSON.
+
+    Raises:
+        ConfigError: the arguments of a call are a text that is not the JSON of a record.
+    """
+    for call in (call for message in messages for call in message.get("tool_calls") or ()):
+        arguments = (call.get("function") or call)["arguments"]
+        if isinstance(arguments, str):
+            arguments = parse_json(f"{place}: the text of a call's arguments", arguments)
+        if not isinstance(arguments, Mapping):
+            raise ConfigError(f"{place}: the arguments of a tool call must be a record or its JSON text, got {_brief(call)}.")
 
 
 def as_prompt(value: Json, *, place: str) -> list[Message]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from qwench.data.chat import as_messages
+from qwench.data.chat import as_messages, check_arguments
 from qwench.data.rows import Row
 from qwench.errors import ConfigError
 from qwench.samples import Json, Message
@@ -36,6 +36,12 @@ def as_conversation(row: Row, *, input_key: str) -> list[Message]:
     Raises:
         ConfigError: the row has no conversation in a form that is read, or one of its texts is empty.
     """
+    messages = _read_form(row, input_key)
+    check_arguments(messages, place=row.place)
+    return messages
+
+
+def _read_form(row: Row, input_key: str) -> list[Message]:
     for keys, read in _FORMS:
         if input_key not in keys and row.values.get(input_key) is not None:
             continue

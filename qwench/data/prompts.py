@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from qwench.data.chat import ChatRenderer, as_prompt, read_tools, tokenize
+from qwench.data.chat import ChatRenderer, as_prompt, check_arguments, read_tools, tokenize
 from qwench.data.curriculum import Curriculum
 from qwench.data.cursor import DataCursor, Draw, fingerprint
 from qwench.data.rows import Row, check_text, is_blank, read_label, read_rows
@@ -191,6 +191,7 @@ def _render(row: Row, input_key: str, tools: Json, renderer: ChatRenderer | None
     value = row.require(input_key, flag="--input-key")
     if renderer is not None:
         messages = as_prompt(value, place=row.place)
+        check_arguments(messages, place=row.place)
         return renderer.render(messages, tools=tools, add_generation_prompt=True, place=row.place)
     if not isinstance(value, str) and as_given:
         return json.dumps(value, ensure_ascii=False)

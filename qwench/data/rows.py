@@ -73,7 +73,7 @@ class Row:
         value = self.values.get(key) if key is not None else None
         if isinstance(value, str):
             try:
-                value = json.loads(value)
+                value = json.loads(value, object_pairs_hook=_named_once)
             except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{self.place}: key {key!r} holds text that is not JSON ({error}).") from error
         if value is not None and not isinstance(value, kind):
@@ -277,10 +277,10 @@ def parse_json(place: str, text: str) -> Json:
     """Return the value of a JSON text in which every text is one (`check_text`).
 
     Raises:
-        ConfigError: it is not JSON, or cannot be read; names `place`.
+        ConfigError: it is not JSON, names a key twice, or cannot be read; names `place`.
     """
     try:
-        values: Json = json.loads(text)
+        values: Json = json.loads(text, object_pairs_hook=_named_once)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{place} is not JSON ({error.msg} at column {error.colno}); fix or remove the line.") from error
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; records in records without end
@@ -289,6 +289,15 @@ def parse_json(place: str, text: str) -> Json:
         for held in _texts(values):
             check_text(held, place=place)
     return values
+
+
+def _named_once(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    """Return a record; a ValueError names a key that stands in it twice, because one of the two values would be lost."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"it names the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return record
 
 
 def _texts(value: Json) -> Iterator[str]:

@@ -9,7 +9,7 @@ late or unreadable answer leaves the response ungraded, and is counted; a refusa
 from __future__ import annotations
 
 import re
-from math import isfinite
+from collections.abc import Sequence
 
 from qwench.config.sections.reward import RewardConfig
 from qwench.errors import ConfigError, RewardError
@@ -57,6 +57,7 @@ class Judge:
         self._server = JsonServer(url, flag="--judge-url", headers=headers, deadline_s=reward.judge_timeout_s)
         self._template = read_template(reward)
         self._model = reward.judge_model
+        self._scores = reward.judge_scores
 
     async def grade(self, sample: Sample) -> Verdict:
         """Return the model's verdict on one sample.
@@ -70,7 +71,7 @@ class Judge:
             answer = await self._server.ask(body, what=f"sample {sample.sample_id}")
         except TimeoutError as late:
             return Verdict(score=0.0, reason="timeout", extra={"error": str(late)})
-        return read_verdict(answer)
+        return read_verdict(answer, scores=self._scores)
 
 
 def read_template(reward: RewardConfig) -> str:
@@ -96,8 +97,11 @@ def fill_template(template: str, sample: Sample) -> str:
     return _FIELDS.sub(lambda found: values[found[1]], template)
 
 
-def read_verdict(answer: Answer) -> Verdict:
+def read_verdict(answer: Answer, *, scores: Sequence[float]) -> Verdict:
     """Return the last score that a chat completion says, with what it cost.
+
+    Args:
+        scores: the lowest and the highest of the judge's scale; a score outside of it is no verdict.
 
     Raises:
         RewardError: the server did not answer a chat completion.
@@ -107,8 +111,9 @@ def read_verdict(answer: Answer) -> Verdict:
         cost = {PROMPT_TOKENS: int(usage.get("prompt_tokens", 0)), ANSWER_TOKENS: int(usage.get("completion_tokens", 0))}
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as cause:
         raise RewardError(f"--judge-url must answer a chat completion, got {str(answer)[:_SHOWN_CHARS]}.") from cause
-    scores = _SCORE.findall(text)
-    if not scores or not isfinite(float(scores[-1])):
-        error = f"the judge said no score: {text[-_SHOWN_CHARS:]!r}"
-        return Verdict(score=0.0, reason="grader_error", extra={"error": error, **cost})
-    return Verdict(score=float(scores[-1]), reason="judged", extra=cost)
+    (lowest, highest), said = scores, _SCORE.findall(text)
+    if said and lowest <= float(said[-1]) <= highest:
+        return Verdict(score=float(said[-1]), reason="judged", extra=cost)
+    found = f"a score outside of --judge-scores {lowest:g} {highest:g}" if said else "no score"
+    error = f"the judge said {found}: {text[-_SHOWN_CHARS:]!r}"
+    return Verdict(score=0.0, reason="grader_error", extra={"error": error, **cost})

@@ -107,6 +107,7 @@ def test_a_number_that_is_none_is_refused(server, name, value):
         {"input_ids": [True]},
         {"input_ids": [[5, True]]},
         {"input_ids": [10**30]},
+        {"input_ids": [[5]] * 4097},
         {"input_ids": None, "text": "\ud83d"},
         {"input_ids": None, "text": "a" * 200_000},
         {"rid": "x" * 300},

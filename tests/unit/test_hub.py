@@ -111,6 +111,20 @@ def test_what_cannot_be_chosen_is_refused_with_what_there_is(names, part, said):
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "configs", ["[main]", "[{data_files: 3}]", "[{data_files: [{split: train}]}]", "[{data_files: [{split: a, path: 3}]}]"]
+)
+def test_a_card_whose_configs_are_none_is_one_line_and_a_file_can_be_named(configs):
+    card = f"---\nconfigs: {configs}\n---\n"
+    with pytest.raises(ConfigError, match=r"w has a card \(README\.md\) whose `configs` are not lists of data files"):
+        choose_files(GSM8K, "train", card, where="w")
+    assert choose_files(GSM8K, GSM8K[1], card, where="w") == GSM8K[1:2]
+
+
+def test_a_card_with_a_date_that_is_none_leaves_the_splits_to_the_names():
+    assert choose_files(GSM8K, "socratic/train", "---\ndate: 2024-13-45\n---\n", where="w") == GSM8K[4:]
+
+
 def test_several_files_are_one_pattern(tmp_path):
     for name in ("a/train-0-of-2.parquet", "a/train-1-of-2.parquet", "a/test-0-of-1.parquet", "a/train-x.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -139,7 +153,7 @@ def test_a_model_is_downloaded_into_the_cache_once_and_a_dry_run_leaves_its_weig
 
 def test_a_data_set_is_downloaded_by_split_with_its_rows_and_read_offline_afterwards(tmp_path):
     rows = {f"main/train-0000{i}-of-00002.jsonl": json.dumps({"q": i}).encode() for i in (0, 1)}
-    files = {"README.md": CARD.encode(), **rows, "main/test-00000-of-00001.jsonl": b'{"q": 7}'}
+    files = {"README.md": CARD.encode() + b"caf\xe9", **rows, "main/test-00000-of-00001.jsonl": b'{"q": 7}'}
     code = "print(hub.data_files('a/b:main/train@[:9]', flag='--prompt-data'))"
     with serve_hub("a/b", files, kind="dataset") as (address, fetched):
         done = ask(address, tmp_path, code)

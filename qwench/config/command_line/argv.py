@@ -190,6 +190,17 @@ def sort_flags(
     return given
 
 
+def overridden(occurrences: Iterable[Occurrence], table: Mapping[str, Flag]) -> list[str]:
+    """Return the flags of the command line that the same flag with another value overrides, each with its lost value."""
+    said = list[tuple[str, str]]()
+    for item in map(_in_our_words, occurrences):
+        if not item.origin:
+            flag, values = _find_flag(item, table)
+            said.append((item.name if flag is None else flag.name, " ".join(values)))
+    last = dict(said)
+    return [f"{name} {value} (a later --{name} counts)" for name, value in dict.fromkeys(said) if value != last[name]]
+
+
 def _in_our_words(item: Occurrence) -> Occurrence:
     """Replace another name of a flag of ours, or of one of its values."""
     name, values = compat.ALIASES.get(item.name, item.name), item.values

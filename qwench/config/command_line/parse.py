@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any, Literal, TypeVar, cast, get_type_hints
 
 from qwench.config.checks import check_eval, check_serve, check_sft, check_train
-from qwench.config.command_line.argv import Given, Occurrence, custom_settings, sort_flags, split_words
+from qwench.config.command_line.argv import Given, Occurrence, custom_settings, overridden, sort_flags, split_words
 from qwench.config.command_line.compat import IMPORT_PATHS
 from qwench.config.command_line.flags import Flag, flag_name, flag_table
 from qwench.config.command_line.help import HELP_ALL, first_sentence, help_text, help_topic, is_help
@@ -113,11 +113,13 @@ def parse_flags(
         sys.stdout.write(_help(config_type, words, prog=prog, defaults=defaults or {}, ask=ask))
         sys.exit(0)
     base = [Occurrence(name=name, values=values) for name, values in (defaults or {}).items()]
-    occurrences = [*base, *split_words(words, prog=prog, table=table)]
+    said = split_words(words, prog=prog, table=table)
+    occurrences = [*base, *said]
     if "critic-lr" in table:
         occurrences = with_roles(occurrences)
     occurrences += custom_settings(occurrences, table)
     given = sort_flags(occurrences, table, prog=prog, declared=cache(lambda: _declared(occurrences, ask).names))
+    given.unused.extend(overridden(said, table))
     _check_required(given, table, prog=prog)
     config = _fill(config_type, given)
     if not isinstance(config, Config):

@@ -10,6 +10,21 @@ from typing import Any, Literal
 from qwench.config.limits import check_import_path, check_positive
 from qwench.errors import ConfigError
 
+_NOT_OF_A_TEMPLATE: Mapping[str, str] = {
+    "chat_template": "--chat-template-path names another template",
+    "tools": "--tool-key names their column",
+    **dict.fromkeys(("conversation", "messages"), "--input-key names their column"),
+    **dict.fromkeys(("add_generation_prompt", "continue_final_message"), "the verb decides how the text ends"),
+    **dict.fromkeys(
+        (
+            "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+            "return_assistant_tokens_mask", "tokenizer_kwargs",
+        ),
+        "the rendered text is tokenized as it is",
+    ),
+}  # fmt: skip
+"""Arguments of the call that renders a conversation, which no template reads -> what sets them instead."""
+
 LossMaskType = Literal["qwen", "qwen3", "distill_qwen"]
 
 
@@ -66,6 +81,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_import_path("--data-source-path", self.data_source_path)
         check_positive("--rollout-max-prompt-len", self.rollout_max_prompt_len)
+        for name in self.apply_chat_template_kwargs.keys() & _NOT_OF_A_TEMPLATE.keys():
+            raise ConfigError(
+                f"--apply-chat-template-kwargs has {name}, which is no variable of a template: {_NOT_OF_A_TEMPLATE[name]}; "
+                "leave it out"
+            )
         self._check_curriculum()
 
     def _check_curriculum(self) -> None:

@@ -98,8 +98,8 @@ class EvalConfig:
                 f"{' '.join(self.eval_prompt_data)}"
             )
         names = self.eval_prompt_data[::2]
-        if len(set(names)) < len(names):
-            raise ConfigError(f"--eval-prompt-data names a set twice: {' '.join(names)}")
+        if len({name.casefold() for name in names}) < len(names):
+            raise ConfigError(f"--eval-prompt-data names a set twice (upper case is as lower case): {' '.join(names)}")
         if self.eval_prompt_data and self.eval_config is not None:
             raise ConfigError("--eval-prompt-data and --eval-config both list evaluation sets; give one of them")
         if self.eval_interval is not None and not self.has_sets:

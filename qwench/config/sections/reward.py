@@ -35,6 +35,9 @@ class RewardConfig:
     judge_prompt_path: Path | None = None
     """Template of the question, with {prompt}, {response} and {label}. The judge must end with "Score: NUMBER". None: the
     built-in one, for scores from 0 to 1."""
+    judge_scores: tuple[float, ...] = (0.0, 1.0)
+    """Lowest and highest score that --judge-prompt-path lets the judge give. A response with another score is ungraded:
+    grader_error."""
     judge_timeout_s: float = 300.0
     """Seconds for the judge to answer, retries included. After that the verdict is timeout."""
     second_grader: Literal["math-verify"] | None = None
@@ -117,6 +120,9 @@ class RewardConfig:
 
     def _check_judge(self, names: tuple[str, ...]) -> None:
         check_positive("--judge-timeout-s", self.judge_timeout_s)
+        if not (len(self.judge_scores) == 2 and self.judge_scores[0] < self.judge_scores[1]):
+            numbers = " ".join(f"{score:g}" for score in self.judge_scores)
+            raise ConfigError(f"--judge-scores must be two numbers, the lower first, got {numbers}")
         if "judge" in names:
             flags = {"--judge-url": self.judge_url, "--judge-model": self.judge_model}
             missing = [flag for flag, value in flags.items() if value is None]
@@ -126,8 +132,12 @@ class RewardConfig:
             raise ConfigError(f"--judge-url must begin with http:// or https://, got {self.judge_url!r}")
         if self.judge_url is not None and self.judge_model is None:
             raise ConfigError("--judge-url asks a model of that server; give its name by --judge-model")
-        for flag, given in (("--judge-model", self.judge_model), ("--judge-prompt-path", self.judge_prompt_path)):
-            if given is not None and self.judge_url is None:
+        for flag, is_given in (
+            ("--judge-model", self.judge_model is not None),
+            ("--judge-prompt-path", self.judge_prompt_path is not None),
+            ("--judge-scores", self.judge_scores != (0.0, 1.0)),
+        ):
+            if is_given and self.judge_url is None:
                 raise ConfigError(f"{flag} has no effect without --judge-url; give it, or leave both out")
 
     def weights_of(self, names: Sequence[str]) -> tuple[float, ...]:

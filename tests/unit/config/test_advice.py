@@ -11,6 +11,16 @@ def test_a_complete_command_line_needs_no_advice(files):
     assert list(warnings(parse_run("train", flat(words_of(files))))) == []
 
 
+def test_a_flag_given_twice_is_told_with_the_value_that_is_lost(files):
+    given = [*flat(words_of(files)), "--lr", "1e-5", "--lr=1e-5", "--num_rollout", "3", "--colocate", "--no-colocate"]
+    config = parse_run("train", given)
+    assert (config.optimizer.lr, config.cluster.colocate) == (1e-5, False)
+    assert list(warnings(config)) == [
+        "these flags have no effect here (docs/flags.md says why): --lr 1e-6 (a later --lr counts) "
+        "--colocate true (a later --colocate counts)"
+    ]
+
+
 EMBEDDED = ("--rollout-engine", "embedded")
 
 
@@ -54,7 +64,8 @@ EMBEDDED = ("--rollout-engine", "embedded")
     ],
 )
 def test_what_is_perhaps_not_meant_is_warned_about(files, extra, begin):
-    shown = list(warnings(parse_run("train", flat(words_of(files)) + [word.format(files) for word in extra])))
+    words = {flag: values for flag, values in words_of(files).items() if flag not in extra}
+    shown = list(warnings(parse_run("train", flat(words) + [word.format(files) for word in extra])))
     assert len(shown) == 1
     assert shown[0].startswith(begin)
 
@@ -83,8 +94,9 @@ def test_fine_tuning_evaluates_and_so_does_not_warn(files):
 
 
 def test_what_is_meant_is_not_warned_about(files):
-    extra = ["--n-samples-per-prompt", "1", "--disable-rewards-normalization", "--use-dynamic-batch-size"]
-    assert list(warnings(parse_run("train", [*flat(words_of(files)), *extra, "--max-tokens-per-gpu", "16"]))) == []
+    extra = ["--disable-rewards-normalization", "--use-dynamic-batch-size"]
+    words = words_of(files) | {"--n-samples-per-prompt": ["1"]}
+    assert list(warnings(parse_run("train", [*flat(words), *extra, "--max-tokens-per-gpu", "16"]))) == []
 
 
 @pytest.mark.parametrize(
@@ -94,8 +106,15 @@ def test_what_is_meant_is_not_warned_about(files):
         (["--actor-num-gpus-per-node", "8"], True, []),
         (["--actor-num-gpus-per-node", "1"], False, []),
         (["--actor-num-gpus-per-node", "8", "--launcher", "ray"], False, []),
+        (["--fully-async"], False, []),
+        (["--fully-async", "--colocate", "--launcher", "ray"], False, []),
+        (
+            ["--fully-async", "--colocate"],
+            False,
+            ["--colocate has no effect here: PyTorch sees no GPU. On GPUs the run is refused, as --fully-async excludes it"],
+        ),
     ],
 )
-def test_ranks_that_share_a_cpu_are_said(files, words, on_gpus, expected):
+def test_what_a_cpu_makes_of_flags_for_gpus_is_said(files, words, on_gpus, expected):
     config = parse_run("train", [*flat(words_of(files)), *words])
     assert list(plan_warnings(config, plan_run(config, QWEN3_4B, on_gpus=on_gpus))) == expected

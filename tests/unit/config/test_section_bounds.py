@@ -11,6 +11,8 @@ import pytest
 
 from qwench.config.config import Config
 from qwench.config.sections.convert import ConvertConfig
+from qwench.config.sections.data import DataConfig
+from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.config.sections.verbs import ServerConfig
@@ -132,3 +134,36 @@ def test_a_template_has_no_field_but_the_number_of_the_rollout_and_leads_in_no_c
 def test_sections_of_other_verbs_and_of_pairs_have_bounds(section, given, flag):
     with pytest.raises(ConfigError, match=rf"^{flag} must be greater than 0, got 0$"):
         section(**given)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("tokenize", "the rendered text is tokenized as it is"),
+        ("chat_template", "--chat-template-path names another template"),
+        ("tools", "--tool-key names their column"),
+        ("add_generation_prompt", "the verb decides how the text ends"),
+    ],
+)
+def test_an_argument_that_is_no_variable_of_a_template_is_refused_with_what_sets_it(name, reason):
+    with pytest.raises(ConfigError) as caught:
+        DataConfig(apply_chat_template_kwargs={"enable_thinking": False, name: True})
+    assert str(caught.value) == (
+        f"--apply-chat-template-kwargs has {name}, which is no variable of a template: {reason}; leave it out"
+    )
+
+
+@pytest.mark.parametrize("scores", [(1.0,), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0, 2.0)])
+def test_a_judges_scale_is_two_numbers(scores):
+    with pytest.raises(ConfigError, match=r"^--judge-scores must be two numbers, the lower first, got [012 ]+$"):
+        RewardConfig(judge_url="http://h/v1", judge_model="m", judge_scores=scores)
+
+
+def test_a_scale_without_a_judge_is_refused():
+    with pytest.raises(ConfigError, match=r"^--judge-scores has no effect without --judge-url"):
+        RewardConfig(judge_scores=(0.0, 10.0))
+
+
+def test_evaluation_sets_are_told_apart_by_more_than_case():
+    with pytest.raises(ConfigError, match=r"names a set twice \(upper case is as lower case\): aime AIME$"):
+        EvalConfig(eval_prompt_data=("aime", "x", "AIME", "y"))

@@ -112,7 +112,7 @@ REFUSED = [
     (RewardConfig, {"reward_timeout_s": 0.0}, "--reward-timeout-s must be greater than 0"),
     (RewardConfig, {"rm_type": "boxed_remote_rm"}, "--rm-type remote_rm needs the address"),
     (EvalConfig, {"eval_prompt_data": ("aime",)}, "--eval-prompt-data takes a name and a file for each set, got 1 values"),
-    (EvalConfig, {"eval_prompt_data": ("a", "x", "a", "y")}, "--eval-prompt-data names a set twice: a a"),
+    (EvalConfig, {"eval_prompt_data": ("a", "x", "a", "y")}, "--eval-prompt-data names a set twice"),
     (EvalConfig, {"eval_interval": 5}, "--eval-interval needs something to evaluate on"),
     (EvalConfig, {"eval_temperature": -1.0}, "--eval-temperature must not be negative"),
     (AlgorithmConfig, {"eps_clip": 1.0}, "--eps-clip must be less than 1, got 1.0"),

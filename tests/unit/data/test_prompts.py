@@ -216,6 +216,9 @@ def test_text_that_only_looks_like_messages_stays_text(tmp_path, text):
     assert prompt.text == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
+USER = {"role": "user", "content": "y"}
+
+
 def _called(call):
     return {"role": "assistant", "content": "", "tool_calls": [call]}
 
@@ -258,6 +261,9 @@ def test_whatever_a_template_raises_is_one_line(tmp_path, monkeypatch, template)
         ([_called({"function": {"arguments": {}}})], "a tool call must name its function"),
         ([_called({"function": {"name": "f"}})], "the arguments of a tool call must be a record or its JSON text"),
         ([_called({"function": {"name": "f", "arguments": [1]}})], "the arguments of a tool call must be a record"),
+        ([_called({"function": {"name": "f", "arguments": '{"a": 1'}}), USER], "the text of a call's arguments is not JSON"),
+        ([_called({"name": "f", "arguments": ""}), USER], "the text of a call's arguments is not JSON"),
+        ([_called({"name": "f", "arguments": '"{}"'}), USER], "the arguments of a tool call must be a record or its JSON text"),
         ([{"role": "assistant", "content": "", "tool_calls": "f()"}], "tool_calls must be a list of records"),
         ([{"role": "assistant", "content": "a", "reasoning_content": ["hm"]}], "reasoning_content must be text"),
         ([{"role": "user", "content": "hi", "number": 10**30}], "cannot be recorded"),

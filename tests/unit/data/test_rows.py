@@ -107,7 +107,8 @@ def test_missing_key_lists_the_keys_there_are(ten_rows):
 
 
 def test_optional_json_text_is_decoded_and_other_kinds_refused(tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"tools": '[{"name": "add"}]', "meta": 3, "broken": "[1"}])
+    values = {"tools": '[{"name": "add"}]', "meta": 3, "broken": "[1", "twice": '{"a": 1, "a": 2}'}
+    path = write_jsonl(tmp_path / "rows.jsonl", [values])
     (row,) = read_rows(path)
     assert row.decode("tools", list) == [{"name": "add"}]
     assert row.decode("absent", list) is None
@@ -116,6 +117,8 @@ def test_optional_json_text_is_decoded_and_other_kinds_refused(tmp_path):
         row.decode("meta", dict)
     with pytest.raises(ConfigError, match=r"key 'broken' holds text that is not JSON"):
         row.decode("broken", list)
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:1: key 'twice' holds text .* names the key 'a' twice"):
+        row.decode("twice", dict)
 
 
 def test_csv_and_json_arrays_are_read(tmp_path):
@@ -142,6 +145,9 @@ def test_csv_and_json_arrays_are_read(tmp_path):
         ("a.jsonl", '{"q": "nul \\u0000"}', r"a\.jsonl:1 holds a NUL character"),
         ("a.jsonl", '{"q": 1' + "0" * 5000 + "}", r"a\.jsonl:1 cannot be read \(Exceeds the limit"),
         ("a.jsonl", '{"q": ' + "[" * 100_000 + "}", r"a\.jsonl:1 (cannot be read|is not JSON)"),
+        ("a.jsonl", '{"q": 1}\n{"q": 1, "a": 2, "q": 3}\n', r"a\.jsonl:2 cannot be read \(it names the key 'q' twice\)"),
+        ("a.jsonl", '{"q": [{"b": 1, "b": 1}]}', r"a\.jsonl:1 cannot be read \(it names the key 'b' twice\)"),
+        ("a.json", '[{"q": 1, "q": 2}]', r"a\.json cannot be read \(it names the key 'q' twice\)"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_one_line(tmp_path, name, content, problem):

@@ -109,18 +109,30 @@ def said(text: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("text", "score"),
-    [("fine. Score: 0.75", 0.75), ("Score: 1\nno, **Score:** 0", 0.0), ("score = 3", 3.0), ("Score: **-1**", -1.0)],
+    ("text", "scores", "score"),
+    [
+        ("fine. Score: 0.75", (0, 1), 0.75),
+        ("Score: 1\nno, **Score:** 0", (0, 1), 0.0),
+        ("score = 3", (0, 10), 3.0),
+        ("Score: **-1**", (-1, 1), -1.0),
+    ],
 )
-def test_the_last_score_that_the_judge_says_counts(text, score):
-    verdict = read_verdict(said(text))
+def test_the_last_score_that_the_judge_says_counts(text, scores, score):
+    verdict = read_verdict(said(text), scores=scores)
     assert (verdict.score, verdict.reason) == (score, "judged")
 
 
+@pytest.mark.parametrize("number", ["95", "-0.1", "1.01", "9" * 400])
+def test_a_score_outside_of_the_judges_scale_is_ungraded_and_said(number):
+    verdict = read_verdict(said(f"Score: {number}"), scores=(0, 1))
+    assert (verdict.graded, verdict.reason, verdict.score) == (False, "grader_error", 0.0)
+    assert str(verdict.extra["error"]).startswith("the judge said a score outside of --judge-scores 0 1: '")
+
+
 def test_an_answer_without_a_score_is_ungraded_and_no_completion_ends_the_run():
-    assert not read_verdict(said("well done")).graded
+    assert not read_verdict(said("well done"), scores=(0, 1)).graded
     with pytest.raises(RewardError, match=r"--judge-url must answer a chat completion, got .*oops"):
-        read_verdict({"oops": 1})
+        read_verdict({"oops": 1}, scores=(0, 1))
 
 
 def test_a_response_cannot_fill_in_the_template():

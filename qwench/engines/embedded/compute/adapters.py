@@ -27,6 +27,8 @@ from qwench.wire.flat_bucket import copy_all
 PUBLISHED = ""
 """The adapter that publications bring: requests that name no other compute with it."""
 _PUBLISHED_SLOT = 1
+_LARGEST_INPUT = 2.0**20
+"""More than a projection of a trained model reads."""
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Projections of a layer that read the same input."""
 
@@ -211,16 +213,21 @@ class AdapterStore:
     def _check_numbers(self, name: str, matrices: Mapping[str, Tensor], scale: float) -> None:
         """Refuse what is not finite in the engine's dtype: times the zeros of `mix` it would reach every token of a batch.
 
+        So would a product A x that overflows for a token of another adapter.
+
         Raises:
-            EngineError: a number is not finite.
+            EngineError: a number is not finite, or A so large that A x may overflow.
         """
-        largest = torch._foreach_norm([matrix.to(self._dtype) for matrix in matrices.values()], ord=math.inf)
-        finite = torch.stack(largest).isfinite()
+        largest = torch.stack(torch._foreach_norm([matrix.to(self._dtype) for matrix in matrices.values()], ord=math.inf))
+        finite = largest.isfinite()
         if not abs(scale) <= torch.finfo(self._dtype).max:
             raise EngineError(f"adapter {name!r} is multiplied by {scale:g}, which is no number of {self._dtype}.")
         if not finite.all():
             broken = next(matrix for matrix, is_finite in zip(matrices, finite.tolist(), strict=True) if not is_finite)
             raise EngineError(f"adapter {name!r} holds numbers that are not finite in {self._dtype}, in {broken}.")
+        for (matrix, held), number in zip(matrices.items(), largest.tolist(), strict=True):
+            if matrix.endswith(A) and number * held.shape[1] * _LARGEST_INPUT > torch.finfo(self._dtype).max:
+                raise EngineError(f"adapter {name!r} holds {number:g} in {matrix}: the product with a token overflows.")
 
     def _make_room(self, modules: Sequence[str], *, rank: int, num_slots: int) -> None:
         """Grow the stacks, which moves them; new places are zero. Without memory for them, nothing is changed."""

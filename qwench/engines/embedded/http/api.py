@@ -19,6 +19,8 @@ from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResul
 from qwench.errors import EngineError
 
 _MAX_ID_CHARS = 256
+MAX_ANSWERS = 4096
+"""Of one request."""
 MAX_CHARS_OF_A_TOKEN = 128  # of Qwen's vocabulary: runs of spaces
 
 
@@ -119,6 +121,8 @@ class GenerateBody(BaseModel):
         for name in ("background", "return_text_in_logprobs", "return_hidden_states", "return_bytes", "return_entropy"):
             if getattr(self, name):
                 raise EngineError(f"{name} is not supported; send {name}: false.")
+        if self.is_batch and (count := len(self.text or self.input_ids or ())) > MAX_ANSWERS:
+            raise EngineError(f"{count} prompts are more than the {MAX_ANSWERS} of a request.")
         prompts = self._prompts(tokenizer, max_chars=max_tokens * MAX_CHARS_OF_A_TOKEN)
         sampling = self.sampling_params if isinstance(self.sampling_params, list) else [self.sampling_params] * len(prompts)
         if not prompts:

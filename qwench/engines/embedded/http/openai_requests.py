@@ -15,13 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from qwench.data.chat import ChatRenderer, as_prompt, tokenize
 from qwench.engines.embedded.http.answers import FieldError
-from qwench.engines.embedded.http.api import MAX_CHARS_OF_A_TOKEN, check_id, tokenize_texts
+from qwench.engines.embedded.http.api import MAX_ANSWERS, MAX_CHARS_OF_A_TOKEN, check_id, tokenize_texts
 from qwench.engines.protocol import GenerateRequest, SamplingParams
 from qwench.errors import ConfigError, EngineError
 
 Json = Any  # what JSON can spell
 MAX_CHOICES = 128
-MAX_ANSWERS = 4096
 """Prompts times choices of one request."""
 DEFAULT_COMPLETION_TOKENS = 16
 """As at OpenAI; a chat may use all positions of the model."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qwench.engines.embedded.compute.adapters import AdapterStore
+from qwench.errors import EngineError
 from qwench.models.peft import A, B
 from tests.unit.config.architectures import QWEN3_4B
 
@@ -75,3 +76,19 @@ def test_nothing_is_left_of_an_unloaded_adapter(rank: int, modules: tuple[str, .
     store.add("after", matrices, scale=1.5, in_use=set())
     assert store.choose("after").slot == slot
     _check(store, "after", matrices, scale=1.5)
+
+
+@pytest.mark.parametrize(("number", "fits"), [(3e38, False), (1e32, False), (1e30, True)])
+def test_a_finite_matrix_whose_product_would_overflow_in_the_rows_of_others_is_refused(number: float, fits: bool) -> None:
+    store = _store()
+    matrices = {f"{Q}.{A}": torch.full((2, 8), number), f"{Q}.{B}": torch.full((8, 2), 3e38)}
+    if not fits:
+        with pytest.raises(EngineError, match=rf"adapter 'large' holds .* in {Q}\.{A}: the product with a token overflows"):
+            store.add("large", matrices, scale=1.0, in_use=set())
+        return
+    store.add("large", matrices, scale=1.0, in_use=set())
+    output = torch.zeros(1, 8)
+    stack = store.stack((Q, K, V))
+    assert stack is not None
+    stack.add(torch.full((1, 8), 1e6), [output, torch.zeros(1, 4), torch.zeros(1, 4)], store.mix(torch.tensor([0])))
+    assert output.tolist() == [[0.0] * 8]
