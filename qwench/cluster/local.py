@@ -83,7 +83,6 @@ class LocalRanks:
             log_folder: Takes `rank_<r>.log`, what each rank writes; None: only its last lines are kept.
         """
         self._rendezvous = Rendezvous()
-        self._folder = make_exchange_folder(bucket_bytes)
         self._calls_sent = 0
         self._closing = self._ended = False
         self._reported: set[int] = set()
@@ -100,6 +99,7 @@ class LocalRanks:
             )
             for rank in range(size)
         ]
+        self._folder = make_exchange_folder(bucket_bytes)  # last: a driver that dies before a rank knows the folder leaves it
         for rank, child in enumerate(self._children):
             start = RankStart(rank=rank, import_path=sys.path, exchange_folder=self._folder)
             self._send_to(child, pickle.dumps(start))

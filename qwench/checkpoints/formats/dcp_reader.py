@@ -253,7 +253,7 @@ def load_data(source: Path | IO[bytes]) -> object:
 
 @contextmanager
 def _damage_named(what: str) -> Iterator[None]:
-    """Turn whatever metadata that is no metadata leads to into one sentence.
+    """Turn every error of damaged metadata into one sentence.
 
     Raises:
         CheckpointError: with what went wrong in brackets.

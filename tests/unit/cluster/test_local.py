@@ -20,6 +20,7 @@ from qwench.cluster.workers import RemoteLearner, WorkerGroup
 from qwench.errors import OutputError, TrainingError
 from qwench.observability.console import QuietConsole
 from qwench.samples import Group, Prompt, Rollout, Sample
+from qwench.wire.memory_files import RANKS, memory_folder
 from tests.deadlines import patient
 from tests.unit.cluster import learners
 from tests.warm_start import cold_starts
@@ -196,3 +197,16 @@ def test_ranks_end_with_a_driver_that_is_killed(stopped: bool):
     driver.communicate()
     assert_gone([int(pid) for pid in pids])
     assert not Path(folder).exists()
+
+
+def test_a_driver_that_is_killed_while_its_ranks_start_leaves_no_folder():
+    code = (
+        "import os, signal; from qwench.cluster import local\n"
+        "class Killer(local.ChildProcess):\n"
+        "    def __init__(self, **words):\n"
+        "        super().__init__(**words); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "local.ChildProcess = Killer; local.LocalRanks(2, environ=dict(os.environ), bucket_bytes=64, log_folder=None)"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, env=ENVIRON)
+    assert driver.wait() == -signal.SIGKILL
+    assert not list(memory_folder().glob(f"{RANKS}{driver.pid}-*"))
