@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from qwench.cluster.rendezvous import Rendezvous
 from qwench.files import written
 from qwench.observability.parts import STACKS_SIGNAL, ask_for_stacks, forget, register
 from qwench.threads import usable_cores
-from qwench.wire.memory_files import remove_files_of
+from qwench.wire.memory_files import remove_files_of, remove_folder
 
 _logger = logging.getLogger(__name__)
 _INLINE_BYTES = 32 * 1024  # fits a pipe's buffer, so that sending never waits for a rank
@@ -154,13 +153,12 @@ class LocalRanks:
         self._ended = True
         for part in self._parts:
             forget(part)
-        shutil.rmtree(self._folder, ignore_errors=True)  # now: a second signal may end this process while it waits
+        remove_folder(self._folder)  # now: a second signal may end this process while it waits
         for child in self._children:
             if self._closing:
                 child.wait(_EXIT_TIMEOUT_S)
             child.kill()
             remove_files_of(child.pid)
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _death(self, rank: int) -> Death:
         self._reported.add(rank)

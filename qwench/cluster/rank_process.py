@@ -10,7 +10,6 @@ import faulthandler
 import os
 import pickle
 import queue
-import shutil
 import sys
 import threading
 import time
@@ -24,7 +23,7 @@ from qwench.cluster.messages import Answer, Call, Failure
 from qwench.cluster.rank_host import RankHost
 from qwench.observability.parts import dump_stacks_on_signal
 from qwench.observability.stopping import leave_signals_to_driver, wake_with_parent
-from qwench.wire.memory_files import remove_files_of
+from qwench.wire.memory_files import leave_no_files, remove_folder
 
 HEARTBEAT_S = 2.0
 
@@ -55,8 +54,8 @@ def _listen(driver: Connection, messages: queue.SimpleQueue[bytes], exchange_fol
         while True:
             messages.put(driver.recv_bytes())
     except (EOFError, OSError):
-        shutil.rmtree(exchange_folder, ignore_errors=True)
-        remove_files_of(os.getpid())
+        remove_folder(exchange_folder)
+        leave_no_files()
         end_own_group()
 
 

@@ -10,9 +10,9 @@ runs no code of the sender.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import stat
-import tempfile
 from base64 import b64decode, b64encode
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qwench.errors import WeightSyncError
 from qwench.wire.addresses import device_name, local_gpu
-from qwench.wire.memory_files import WEIGHTS, memory_folder, own_prefix
+from qwench.wire.memory_files import WEIGHTS, make_file, memory_folder
 
 Handle = dict[str, Any]  # a JSON object has no closed type
 _BINARY_FIELDS = ("storage", "counter", "event")
@@ -42,18 +42,18 @@ class SharedBuffer:
         """Take memory: of the GPU, or a new file that only this user can open."""
         if device.type == "cuda":
             return cls(torch.empty(num_bytes, dtype=torch.uint8, device=device), None)
-        descriptor, name = tempfile.mkstemp(prefix=own_prefix(WEIGHTS), dir=memory_folder())
+        descriptor, file = make_file(WEIGHTS)
         try:
             _reserve(descriptor, num_bytes)
+            return cls(_mapped(descriptor, num_bytes), file)
         except OSError as cause:
-            Path(name).unlink()
+            file.unlink()
             raise WeightSyncError(
                 f"{memory_folder()} has no room for a bucket of weights of {num_bytes} bytes ({cause.strerror}); make it "
                 "larger (docker run --shm-size), or lower --update-weight-buffer-size."
             ) from cause
         finally:
             os.close(descriptor)
-        return cls(torch.from_file(name, shared=True, size=num_bytes, dtype=torch.uint8), Path(name))
 
     def handle(self) -> Handle:
         """Return the handle for one receiver, to be opened once. The receiver sees all earlier writes."""
@@ -131,10 +131,19 @@ def _open_file(handle: Handle) -> Tensor:
     path = Path(handle["path"])
     if path.parent != memory_folder() or not path.name.startswith(WEIGHTS):
         raise ValueError(f"{path} is not a shared buffer")
-    status = path.lstat()
-    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_size != handle["num_bytes"]:
-        raise ValueError(f"{path} is not this user's file of {handle['num_bytes']} bytes")
-    return torch.from_file(str(path), shared=True, size=status.st_size, dtype=torch.uint8)
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_size != handle["num_bytes"]:
+            raise ValueError(f"{path} is not this user's file of {handle['num_bytes']} bytes")
+        return _mapped(descriptor, status.st_size)
+    finally:
+        os.close(descriptor)
+
+
+def _mapped(descriptor: int, num_bytes: int) -> Tensor:
+    """Return the bytes of a file. By its name, `torch.from_file` would make the file again if it has just been removed."""
+    return torch.frombuffer(mmap.mmap(descriptor, num_bytes), dtype=torch.uint8)
 
 
 def _open_cuda(handle: Handle) -> Tensor:
