@@ -128,7 +128,7 @@ class Method(ABC):
 
     def value_loss(self, values: Tensor, entropy: Tensor | None, micro_batch: MicroBatch) -> TokenLoss:
         """Return the micro-batch's share of the critic's loss; [T] columns in. A method with a critic overrides it."""
-        raise NotImplementedError(f"{type(self).__name__} has no critic")
+        raise AssertionError(f"{type(self).__name__} has no critic")
 
 
 def weighted_sums(

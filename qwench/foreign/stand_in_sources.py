@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,25 +18,27 @@ from qwench.foreign.sample import Foreign, Sample
 from qwench.models.hf import load_tokenizer
 
 
-class DataSource:
+class DataSource(ABC):
     """Base class of classes that hand out prompts."""
 
+    @abstractmethod
     def get_samples(self, num_samples: int) -> list[list[Sample]]:
         """Return groups of pending samples."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add_samples(self, samples: list[list[Sample]]) -> None:
         """Keep groups for a later rollout."""
-        raise NotImplementedError
 
+    @abstractmethod
     def save(self, rollout_id: int) -> None:
         """Write the position after a rollout."""
 
+    @abstractmethod
     def load(self, rollout_id: int | None = None) -> None:
         """Go to the position after a rollout."""
 
-    def __len__(self) -> int:
-        return 0
+    @abstractmethod
+    def __len__(self) -> int: ...
 
 
 @dataclass

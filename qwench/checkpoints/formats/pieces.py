@@ -54,7 +54,7 @@ class PiecedTensor(torch.Tensor):
         cls, operation: object, types: object, args: object = (), kwargs: object = None
     ) -> Tensor:
         """Refuse to compute: there is nothing to compute with."""
-        raise NotImplementedError(f"{operation} needs a tensor, this one only says where its pieces are")
+        raise TypeError(f"{operation} needs a tensor, this one only says where its pieces are")
 
     def __create_write_items__(self, name: str, _tensor: Tensor) -> list[WriteItem]:
         return [

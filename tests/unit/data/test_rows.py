@@ -248,8 +248,22 @@ def test_the_header_of_a_table_and_an_empty_file_are_told_at_once(tmp_path):
         check_first_row(str(tmp_path / "b.csv"), "prompt", flag="--input-key")
 
 
-@pytest.mark.parametrize("content", ["\n", "not json\n", "[1]\n", '\n{"prompt": 1}\n'])
-def test_what_the_first_line_does_not_tell_is_left_to_the_reader(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "read"),
+    [
+        ("\n", "no rows"),
+        ("not json\n", ":1 is not JSON"),
+        ("[1]\n", ":1 holds a JSON list"),
+        ('\n{"prompt": 1}\n', [{"prompt": 1}]),
+    ],
+)
+def test_what_the_first_line_does_not_tell_is_left_to_the_reader(tmp_path, content, read):
+    path = str(tmp_path / "a.jsonl")
     (tmp_path / "a.jsonl").write_text(content)
-    check_first_row(str(tmp_path / "a.jsonl"), "prompt", flag="--input-key")
-    check_first_row(f"{tmp_path / 'a.jsonl'}@[1:]", "question", flag="--input-key")
+    check_first_row(path, "prompt", flag="--input-key")
+    check_first_row(f"{path}@[1:]", "question", flag="--input-key")
+    if isinstance(read, str):
+        with pytest.raises(ConfigError, match=read):
+            read_rows(path)
+    else:
+        assert [row.values for row in read_rows(path)] == read

@@ -69,7 +69,7 @@ def test_functions_are_asked_only_where_a_flag_is_unknown(path):
     def ask(paths):
         raise AssertionError("no flag is unknown")
 
-    read(path, "--rollout-seed", "3", ask=ask)
+    assert read(path, "--rollout-seed", "3", ask=ask).data.rollout_seed == 3
 
 
 @pytest.mark.parametrize("words", [("--max-hop", "5"), ("--hops", "5")])

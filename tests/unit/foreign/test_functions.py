@@ -166,7 +166,3 @@ def test_a_function_of_another_signature_is_refused_by_its_flag(maker):
         else:
             with pytest.raises(ConfigError, match=rf"^{flag} 'mine.fn' has the signature .*, but is called as "):
                 adapt(maker, function)
-
-
-def test_a_generate_function_may_take_one_input():
-    adapt("generate", lambda input: input)  # noqa: A006  # the name tells the form

@@ -62,10 +62,12 @@ def test_curves_of_another_run_or_of_no_run_are_not_mixed_with(tmp_path):
 
 def test_curves_may_lie_beside_above_or_below_what_the_run_writes(tmp_path):
     for save, log_dir, curves in (("a", "a/logs", "a"), ("b", "b", "b/curves"), ("c/run", "c/log", "c"), ("d", "e", "e")):
+        runs = set()
         for _ in range(2):
-            claim(save=tmp_path / save, log_dir=tmp_path / log_dir, tensorboard_dir=tmp_path / curves)
+            runs.add(claim(save=tmp_path / save, log_dir=tmp_path / log_dir, tensorboard_dir=tmp_path / curves))
             (tmp_path / curves / "train").mkdir(exist_ok=True)
             (tmp_path / log_dir / "metrics.jsonl").write_text('{"train/step": 0}\n')
+        assert len(runs) == 1, "the second is the first one, continued"
 
 
 def test_the_logs_of_a_run_without_save_are_of_that_run_alone(tmp_path):

@@ -15,6 +15,7 @@ from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.errors import ConfigError
 from qwench.launch.trial_import import check_imports
+from qwench.plugins import load_object
 from tests.deadlines import patient
 
 FUNCTION = "\n\ndef score(sample):\n    return 0.0\n"
@@ -70,9 +71,20 @@ def test_the_module_of_every_flag_is_tried(section: str, name: str, tmp_path: Pa
         check_imports(replace(Config(), **{section: named}))
 
 
-@pytest.mark.parametrize("code", ["raise ValueError", "import no_such_module", "exit(3)", "def broken(:"])
-def test_errors_at_import_are_left_to_the_import_itself(code: str, tmp_path: Path) -> None:
-    check_imports(config(module(tmp_path, "mine.py", code)))
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("raise ValueError(7)", "ValueError: 7"),
+        ("import no_such_module", "No module named 'no_such_module'"),
+        ("exit(3)", "SystemExit: 3"),
+        ("def broken(:", "SyntaxError"),
+    ],
+)
+def test_errors_at_import_are_left_to_the_import_itself(code: str, error: str, tmp_path: Path) -> None:
+    path = module(tmp_path, "mine.py", code)
+    check_imports(config(path))
+    with pytest.raises(ConfigError, match=error):
+        load_object(f"{path}:score")
 
 
 def test_what_a_module_starts_neither_holds_the_check_nor_stays(tmp_path: Path) -> None:
@@ -93,6 +105,9 @@ def test_what_a_module_starts_neither_holds_the_check_nor_stays(tmp_path: Path) 
 
 def test_a_module_that_this_process_has_is_not_imported_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module(tmp_path, "kept.py", "import os\nos._exit(1)")
-    monkeypatch.setitem(sys.modules, "kept", os)
     monkeypatch.chdir(tmp_path)
-    check_imports(Config(rollout=RolloutConfig(rollout_batch_size=2), reward=RewardConfig(custom_rm_path="kept.score")))
+    named = Config(rollout=RolloutConfig(rollout_batch_size=2), reward=RewardConfig(custom_rm_path="kept.score"))
+    with pytest.raises(ConfigError, match=r"'kept\.score' cannot be imported: its module ends the process"):
+        check_imports(named)
+    monkeypatch.setitem(sys.modules, "kept", os)
+    check_imports(named)

@@ -7,6 +7,7 @@ absent, as clients write it.
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ class StreamOptions(BaseModel):
     """Accepted; there is none."""
 
 
-class SamplingFields(BaseModel):
+class SamplingFields(BaseModel, ABC):
     """What both paths take."""
 
     model_config = ConfigDict(extra="forbid")
@@ -108,10 +109,11 @@ class SamplingFields(BaseModel):
         """Tell whether the last event of a stream counts tokens."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    @abstractmethod
     def token_limit(self, positions: int) -> int:
         """Return the most tokens of a response, of a model with so many positions."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prompts(self, tokenizer: PreTrainedTokenizerBase | None, *, max_tokens: int) -> list[list[int]]:
         """Return the tokens of each prompt; tokenises, so it may take a while.
 
@@ -121,7 +123,6 @@ class SamplingFields(BaseModel):
         Raises:
             EngineError: a prompt that is none.
         """
-        raise NotImplementedError
 
     def check(self) -> None:
         """Check what needs no tokenizer.
