@@ -20,18 +20,19 @@ import json, os, pathlib, sys
 words = sys.argv[1:]
 with open(os.environ["RECORD"], "a") as record:
     record.write(json.dumps(words) + "\\n")
-for flag in ("--output", "--save-hf"):
+left = {{"--output": ("config.json", "{{}}"), "--save-hf": ("config.json", "{{}}"), "--eval-output": ("train.jsonl", "")}}
+for flag, (name, content) in left.items():
     if flag in words:
         folder = pathlib.Path(words[words.index(flag) + 1])
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text("{{}}")
+        (folder / name).write_text(content)
 """
-"""Stands in for qwench: keeps the words it was called with and leaves the checkpoint that the real one would write."""
+"""Stands in for qwench: keeps the words it was called with and leaves the files that later stages read."""
 
 SCRIPTS = {
     "multi_turn": [],
     "qwen3_0.6b_one_gpu": [],
-    "smollm2_gsm8k": ["eval_base", "sft", "eval_sft", "grpo", "eval_grpo"],  # not its conversion, which needs the download
+    "smollm2_gsm8k": ["eval_base", "sft", "eval_sft", "rate", "grpo", "eval_grpo"],  # not its conversion of a download
     "word_problems": [],
 }
 
