@@ -253,7 +253,7 @@ def _read_csv(path: Path, wanted: slice) -> list[Row]:
                 check_text(value, place=place)
             rows.append(_row(place, {key: value or None for key, value in record.items()}))
     except csv.Error as error:
-        raise ConfigError(f"{path}:{reader.line_num} is not CSV ({error}).") from error
+        raise ConfigError(f"{path}:{reader.reader.line_num} is not CSV ({error}).") from error
     return rows[wanted]
 
 

@@ -1,6 +1,7 @@
 import json
 from datetime import date, datetime
 from decimal import Decimal
+from uuid import UUID
 
 import pyarrow
 import pyarrow.parquet
@@ -138,6 +139,7 @@ def test_csv_and_json_arrays_are_read(tmp_path):
         ("a.csv", "q,a\n1,2,3\n", "row 1 has another number of columns"),
         ("a.csv", "q,a\n1\n", "row 1 has another number of columns"),
         ("a.csv", "q,q\n1,2\n", "two columns of one name: q, q"),
+        ("a.csv", 'q,a\n"x"y,2\n', r"a\.csv:2 is not CSV"),
         ("a.csv", "q,a\nx\0y,2\n", r"a\.csv row 1 holds a NUL character"),
         ("a.json", '{"q": 1}', "holds a JSON dict; it must be an array"),
         ("a.json", "[1]", "row 1 is a int; each row must be an object"),
@@ -154,6 +156,20 @@ def test_a_row_that_cannot_be_used_is_one_line(tmp_path, name, content, problem)
     (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=problem):
         read_rows(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json"])
+def test_a_file_that_cannot_be_read_as_text_is_one_line(tmp_path, name):
+    (tmp_path / name).write_bytes(b"q\xff\n1\n")
+    with pytest.raises(ConfigError, match=rf"{name} is not UTF-8 text \(.*0xff in position 1"):
+        read_rows(str(tmp_path / name))
+
+
+def test_a_value_that_is_no_json_is_refused_by_its_type(tmp_path):
+    column = pyarrow.array([UUID(int=5).bytes], pyarrow.uuid())
+    pyarrow.parquet.write_table(pyarrow.table({"t": column}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"row 1: key 't' holds a UUID, which is no JSON; store it as text or as a number"):
+        read_rows(str(tmp_path / "a.parquet"))
 
 
 def test_a_nul_in_parquet_is_refused_as_in_jsonl(tmp_path):
