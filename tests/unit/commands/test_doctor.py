@@ -1,10 +1,16 @@
+import resource
+import shutil
 import socket
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from qwench.commands import doctor
 from qwench.commands.doctor import Finding, Package, State, examine, package, proxies, render, shared_memory
 
+GIB = 2**30
 RAY = Package(name="ray", tested=("2.60", "2.6.1"), wanted_for="more than one node", install="pip install ray")
 
 
@@ -28,13 +34,8 @@ def test_every_part_is_reported_in_one_line(tmp_path):
     subjects = [line[4:24].rstrip() for line in report]
     assert subjects[0] == "python"
     assert subjects[1].startswith("GPU")
-    assert set(subjects) >= {entry.name for entry in doctor.PACKAGES} | {
-        "collectives",
-        "ports",
-        "disk",
-        "shared memory",
-        "proxy",
-    }
+    rest = ["collectives", *(entry.name for entry in doctor.PACKAGES), "ports", "disk", "shared memory", "open files", "proxy"]
+    assert [subject for subject in subjects[1:] if not subject.startswith("GPU")] == rest
     assert {line[:2] for line in report} <= {"ok", "--", "!!"}
 
 
@@ -50,6 +51,97 @@ def test_every_part_is_reported_in_one_line(tmp_path):
 )
 def test_a_proxy_must_not_stand_before_engines(environ, state):
     assert proxies(environ).state is state
+
+
+@pytest.mark.parametrize(
+    ("version", "state"),
+    [("2.10.0", State.AMISS), ("1.13.1+cu117", State.AMISS), ("2.11.0+cpu", State.GOOD), ("3.0", State.GOOD)],
+)
+def test_torch_is_compared_by_its_numbers(monkeypatch, version, state):
+    monkeypatch.setattr(torch, "__version__", version)
+    finding = doctor.python()
+    assert (finding.state, finding.subject) == (state, "python")
+    assert finding.found.endswith(f", torch {version}") and bool(finding.advice) == (state is State.AMISS)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "hip", "advice"),
+    [
+        (None, None, "this PyTorch is built for CPUs"),
+        ("13.0", None, "the driver does not answer: try nvidia-smi or rocm-smi"),
+        (None, "7.0", "the driver does not answer: try nvidia-smi or rocm-smi"),
+    ],
+)
+def test_without_a_gpu_the_build_decides_the_advice(monkeypatch, cuda, hip, advice):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert [str(one) for one in doctor.gpus()] == [f"--  GPU                 none, runs use the CPU; {advice}"]
+
+
+def test_a_gpu_is_free_from_nine_tenths_of_its_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"H{index}")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (90 * GIB - index, 100 * GIB))
+    assert [str(one) for one in doctor.gpus()] == [
+        "ok  GPU 0               H0, 90 of 100 GiB free",
+        "!!  GPU 1               H1, 90 of 100 GiB free; another process holds memory on it",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gloo", "nccl", "line"),
+    [
+        (False, True, False, "ok  collectives         gloo"),
+        (True, True, True, "ok  collectives         gloo, NCCL"),
+        (
+            True,
+            True,
+            False,
+            "!!  collectives         gloo; several GPUs need NCCL (RCCL on AMD): install a PyTorch built with it",
+        ),
+        (
+            True,
+            False,
+            False,
+            "!!  collectives         none; several GPUs need NCCL (RCCL on AMD): install a PyTorch built with it",
+        ),
+    ],
+)
+def test_gpus_need_nccl(monkeypatch, gpus, gloo, nccl, line):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(dist, "is_gloo_available", lambda: gloo)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: nccl)
+    assert str(doctor.collectives()) == line
+
+
+@pytest.mark.parametrize(
+    ("limits", "line"),
+    [
+        ((8192, 8192), "ok  open files          at most 8192"),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), "ok  open files          unlimited"),
+        ((8191, 8192), "!!  open files          at most 8191; raise it with ulimit -n 8192"),
+        ((1024, 4096), "!!  open files          at most 1024; raise it with ulimit -n 8192 (as root)"),
+    ],
+)
+def test_open_files_are_compared_with_what_a_run_may_need(monkeypatch, limits, line):
+    monkeypatch.setattr(resource, "getrlimit", {resource.RLIMIT_NOFILE: limits}.__getitem__)
+    assert str(doctor.open_files()) == line
+
+
+@pytest.mark.parametrize(
+    ("examined", "enough_gib", "subject"), [(doctor.disk, 50, "disk"), (doctor.shared_memory, 8, "shared memory")]
+)
+def test_room_is_enough_from_its_bound_on(monkeypatch, tmp_path, examined, enough_gib, subject):
+    def found(free: int) -> Finding:
+        monkeypatch.setattr(shutil, "disk_usage", {tmp_path.resolve(): SimpleNamespace(free=free)}.__getitem__)
+        return examined(tmp_path.resolve())
+
+    enough, short = found(enough_gib * GIB), found(enough_gib * GIB - 1)
+    assert (enough.state, enough.subject, enough.advice) == (State.GOOD, subject, "")
+    assert enough.found.startswith(f"{enough_gib} GiB free")
+    assert (short.state, short.subject) == (State.AMISS, subject) and short.advice
 
 
 def test_disk_is_looked_for_where_the_folder_would_be_made(tmp_path):

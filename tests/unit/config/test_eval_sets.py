@@ -131,6 +131,27 @@ def test_a_missing_file_is_named(tmp_path):
         settings_of(tmp_path / "absent.yaml")
 
 
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ("n_samples_per_eval_prompt: 0", "n_samples_per_eval_prompt must be greater than 0, got 0"),
+        ("max_response_len: 0", "max_response_len must be greater than 0, got 0"),
+        ("temperature: -0.5", "temperature must not be negative, got -0.5"),
+        ("min_new_tokens: -1", "min_new_tokens must not be negative, got -1"),
+        ("top_p: 1.5", "top_p must be greater than 0 and at most 1"),
+        ("top_p: 0.0", "top_p must be greater than 0 and at most 1"),
+        ("top_k: 0", "top_k"),
+        ("top_k: -2", "top_k"),
+        ("custom_rm_path: score", "custom_rm_path must be the import path"),
+        ("custom_generate_function_path: generate", "custom_generate_function_path must be the import path"),
+    ],
+)
+def test_the_values_of_a_set_are_checked_as_flags_are(write, entry, problem):
+    path = write(f"eval:\n  datasets:\n    - {{name: a, path: x, {entry}}}\n")
+    with pytest.raises(ConfigError, match=problem):
+        settings_of(path)
+
+
 def test_sets_are_listed_in_one_place_only(tmp_path):
     with pytest.raises(ConfigError, match="--eval-prompt-data and --eval-config both list evaluation sets"):
         EvalConfig(eval_config=tmp_path / "sets.yaml", eval_prompt_data=("a", "x.jsonl"))

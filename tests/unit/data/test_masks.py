@@ -209,6 +209,12 @@ def test_distill_trains_on_the_bare_last_content():
     ]
 
 
+@pytest.mark.parametrize("content", [None, [{"type": "text", "text": "a"}]])
+def test_distill_needs_text(content):
+    with pytest.raises(ConfigError, match="--loss-mask-type distill_qwen needs text as the last message's content"):
+        segments("distill_qwen", [user("q"), {"role": "assistant", "content": content}])
+
+
 def test_qwen_means_distill_for_a_distilled_tokenizer():
     tokenizer = build_small_tokenizer()
     tokenizer.add_tokens(["<\uff5cAssistant\uff5c>"])

@@ -38,14 +38,20 @@ def test_parameters_are_those_of_the_module_in_its_order(config: PretrainedConfi
         ({"model_type": "gpt2"}, "model_type 'gpt2'"),
         ({"hidden_act": "gelu"}, "'gelu'"),
         ({"use_sliding_window": True}, "full attention"),
+        ({"head_dim": 17}, "heads of 17 elements; rotation needs an even number"),
+        ({"head_dim": 0}, "head_dim"),
+        ({"hidden_size": 32, "head_dim": None}, "heads of 1 elements; rotation"),
+        ({"num_key_value_heads": 3}, "32 attention heads for 3 key-value heads"),
+        ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"pad_token_id": True}, "pad_token_id True; it must be the id of a token"),
+        ({"pad_token_id": "0"}, "pad_token_id '0'; it must be the id of a token"),
+        ({"pad_token_id": 151_936}, "pad_token_id 151936 is outside the vocabulary of 151936"),
+        ({"pad_token_id": -1}, "pad_token_id -1 is outside"),
     ],
 )
 def test_models_the_forward_pass_would_not_reproduce_are_refused(change: dict[str, object], message: str) -> None:
     config = Qwen3Config()
-    for name, value in change.items():
-        setattr(config, name, value)
-    if "model_type" in change:
-        config.to_dict = lambda: {**Qwen3Config().to_dict(), **change}  # transformers writes the class's own type
+    config.to_dict = lambda: {**Qwen3Config().to_dict(), **change}  # transformers checks and completes what is set
     with pytest.raises(ConfigError, match=message):
         architecture_of(config)
 

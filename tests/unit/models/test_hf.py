@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,10 +196,27 @@ def test_tokenizer_of_a_folder_without_one_is_refused(source, tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("content", [None, b"\xff"])
+def test_a_chat_template_that_cannot_be_read_is_named_by_its_flag(source, tmp_path, content):
+    template = tmp_path / "chat.jinja"
+    if content is not None:
+        template.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"^--chat-template-path: .*chat\.jinja cannot be read: "):
+        load_tokenizer(source, chat_template=template)
+
+
 def test_stop_ids_are_those_of_all_three_sources(source, tmp_path):
     assert stop_token_ids(source, TOKENIZER) == (261, 263)
     Qwen3Config(eos_token_id=7).save_pretrained(tmp_path)
     assert stop_token_ids(tmp_path, TOKENIZER) == (7, 263)
+    without = SimpleNamespace(eos_token_id=None)
+    assert stop_token_ids(tmp_path, without) == (7,)
+    (tmp_path / "config.json").write_text('{"eos_token_id": [7, true]}')
+    with pytest.raises(ConfigError, match=r"config\.json has eos_token_id \[7, True\]; it must be the id of a token"):
+        stop_token_ids(tmp_path, without)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"names no end-of-sequence token; set eos_token_id in its generation_config\.json"):
+        stop_token_ids(tmp_path, without)
 
 
 def test_llama_folders_load(tmp_path):

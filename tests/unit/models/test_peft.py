@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -35,4 +37,24 @@ def test_the_factors_of_a_large_matrix_do_not_depend_on_the_random_state_and_lea
 def test_an_alpha_that_is_no_number_of_floats_is_refused(tmp_path, alpha):
     (tmp_path / "adapter_config.json").write_text(f'{{"peft_type": "LORA", "r": 4, "lora_alpha": {alpha}}}')
     with pytest.raises(ConfigError, match="has no rank r and lora_alpha"):
+        AdapterConfig.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entries", "problem"),
+    [
+        ({"peft_type": "IA3"}, "has peft_type 'IA3'; only LORA is read"),
+        ({"peft_type": None}, "has peft_type None; only LORA is read"),
+        ({"use_dora": True}, "has use_dora, which is not supported"),
+        ({"bias": "all"}, "trains biases"),
+        ({"lora_bias": True}, "trains biases"),
+        ({"init_lora_weights": "pissa"}, "has init_lora_weights 'pissa'"),
+        ({"r": 0}, "has no rank r"),
+        ({"r": True}, "has no rank r"),
+    ],
+)
+def test_an_adapter_of_other_arithmetic_is_refused(tmp_path, entries, problem):
+    plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(plain | entries))
+    with pytest.raises(ConfigError, match=problem):
         AdapterConfig.read(tmp_path)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from qwench.errors import CheckpointError
-from qwench.models.safetensors_files import SafetensorsWriter, TensorSpec, find_tensors, read_header, read_tensor
+from qwench.models.safetensors_files import SafetensorsWriter, TensorSpec, find_tensors, is_equal, read_header, read_tensor
 
 TENSORS = {
     "b.weight": torch.arange(6).bfloat16().reshape(2, 3),
@@ -37,6 +37,23 @@ def test_tensors_are_read_bit_by_bit(tmp_path: Path) -> None:
         read = read_tensor(found[name])
         assert read.shape == tensor.shape
         assert torch.equal(read.view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_tensors_are_equal_by_dtype_shape_and_bytes(tmp_path: Path) -> None:
+    last = torch.zeros(1 << 20)
+    last[-1] = 1
+    save_file({"a": torch.zeros(1 << 20), "b": torch.zeros(1 << 20), "c": last}, tmp_path / "model.safetensors")
+    save_file({"a": torch.zeros(1 << 10, 1 << 10)}, tmp_path / "other.safetensors")
+    found = read_header(tmp_path / "model.safetensors")
+    other = read_header(tmp_path / "other.safetensors")["a"]
+    assert is_equal(found["a"], found["b"])
+    assert not is_equal(found["a"], found["c"]), "the last byte differs"
+    assert not is_equal(found["a"], other)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors and .*model\.safetensors cannot be compared"):
+        is_equal(found["a"], found["b"])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        read_tensor(found["a"])
 
 
 def test_a_file_may_not_be_replaced(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from qwench.errors import ConfigError
-from qwench.observability.dumps import load_rollout, save_rollout, save_trajectories
+from qwench.observability.dumps import check_recorded, load_rollout, save_rollout, save_trajectories
 from qwench.samples import Group, Prompt, Rollout, Sample, Status, Verdict
 
 
@@ -62,6 +62,14 @@ def test_template_must_tell_rollouts_apart(tmp_path):
         save_rollout(str(tmp_path / "same"), rollout_of(0, 1))
     with pytest.raises(ConfigError, match="placeholder other than"):
         save_rollout(str(tmp_path / "{rank}"), rollout_of(0, 1))
+
+
+def test_some_recorded_rollout_of_the_run_must_be_there(tmp_path):
+    template = str(tmp_path / "{rollout_id}")
+    save_rollout(template, rollout_of(2, 1))
+    check_recorded(template, num_rollout=3)
+    with pytest.raises(ConfigError, match=r"--load-debug-rollout-data: .*/0 does not exist, nor a later one of 2 rollouts"):
+        check_recorded(template, num_rollout=2)
 
 
 def test_missing_or_foreign_file_is_the_users_mistake(tmp_path):

@@ -114,6 +114,13 @@ def test_generators_that_cannot_be_read_name_the_flag_to_go_without(tmp_path, co
         load_rng(tmp_path)
 
 
+@pytest.mark.parametrize("content", [[1], {"cpu": torch.zeros(1)}, {"cuda": []}])
+def test_a_file_of_other_values_holds_no_generators(tmp_path, content):
+    torch.save(content, tmp_path / "rng.pt")
+    with pytest.raises(CheckpointError, match=r"rng\.pt \(it holds no states of generators\); pass --no-load-rng"):
+        load_rng(tmp_path)
+
+
 def test_weights_without_an_optimizer_name_the_flag_to_start_fresh(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="was saved without its optimizer; pass --no-load-optim"):

@@ -36,6 +36,35 @@ def kind_of(settings: dict[str, object], *, model: dict[str, object] = SIZES, ra
 
 
 @pytest.mark.parametrize(
+    ("change", "theirs", "ours"),
+    [
+        ({"model_type": "llama"}, "model_type llama", "qwen3"),
+        ({"vocab_size": 289}, "vocab_size 289", "288"),
+        ({"hidden_size": 65}, "hidden_size 65", "64"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers 3", "2"),
+    ],
+)
+def test_a_server_of_another_model_is_refused(change, theirs, ours):
+    with pytest.raises(ConfigError, match=rf"engine at http://engine:1 serves /nowhere with {theirs}; this run needs {ours}\."):
+        kind_of({}, model=SIZES | change)
+
+
+def test_a_server_that_tells_no_vocabulary_must_cut_text_alike():
+    sizes = {"hidden_size": 64}
+    identity = ModelIdentity(model_type="qwen3", sizes=SIZES, encode=lambda text: [1, 3])
+    with pytest.raises(ConfigError, match="with a tokenizer that cuts text in another way; this run needs the same tokens"):
+        asyncio.run(check_serves(Server(sizes, {}), identity))  # type: ignore[arg-type]
+    asyncio.run(check_serves(Server(SIZES, {}), identity))  # type: ignore[arg-type]  # its vocabulary is told
+
+
+def test_a_server_needs_the_context_of_the_run():
+    identity = ModelIdentity(model_type="qwen3", sizes=SIZES, encode=lambda text: [1, 2], context_len=100)
+    asyncio.run(check_serves(Server(SIZES, {"context_length": 100}), identity))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="a context of 99 tokens; this run needs --rollout-max-context-len 100"):
+        asyncio.run(check_serves(Server(SIZES, {"context_length": 99}), identity))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     "settings",
     [
         {"enable_priority_scheduling": False, "default_priority_value": 0},
