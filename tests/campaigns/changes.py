@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import copy
+import re
 from collections.abc import Iterator
+from itertools import pairwise
 
 Change = tuple[str, ast.AST | None]
 """The kind and the new node; None removes a statement."""
@@ -32,6 +34,8 @@ _ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
     ast.BitOr: ast.BitAnd,
 }
 _NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "sorted": "list", "reversed": "list"}
+_NAME = re.compile(r"[\w./-]*[A-Za-z]{2}[\w./-]*")
+"""What keys, metrics, flags and files are called: no words of a sentence."""
 _CALLS_WITHOUT_MEANING = ("_log", "logger", "_logger", "log", "logging", "warnings")
 
 
@@ -43,8 +47,13 @@ def code_of(tree: ast.AST) -> Iterator[ast.AST]:
         if silent or (isinstance(tree, ast.Assign) and _is_alias(tree)):
             continue
         for node in value if isinstance(value, list) else [value]:
-            if isinstance(node, ast.AST) and not (isinstance(node, ast.Expr) and _says_something(node.value)):
+            if isinstance(node, ast.AST) and not (isinstance(node, ast.Expr) and _is_speech(node.value)):
                 yield from code_of(node)
+
+
+def _is_speech(node: ast.expr) -> bool:
+    """Tell whether a statement is a docstring, or a call that logs."""
+    return isinstance(node, ast.Constant) or _says_something(node)
 
 
 def _is_alias(node: ast.Assign) -> bool:
@@ -61,6 +70,8 @@ def changes_of(node: ast.AST) -> Iterator[Change]:
     yield from _of_conditions(node)
     yield from _of_calls(node)
     yield from _of_statements(node)
+    yield from _of_names_and_entries(node)
+    yield from _of_order(node)
 
 
 def _changed(node: ast.AST, **fields: object) -> ast.AST:
@@ -149,6 +160,43 @@ def _of_statements(node: ast.AST) -> Iterator[Change]:
             yield "removed with", ast.If(test=ast.Constant(value=1), body=body, orelse=[])
         case ast.Try(finalbody=[_, *_]):
             yield "removed finally", _without_finally(node)
+
+
+def _of_names_and_entries(node: ast.AST) -> Iterator[Change]:
+    match node:
+        case ast.Tuple(elts=[ast.Tuple(), ast.Tuple(), *_] as rows, ctx=ast.Load()):
+            for row in rows:
+                yield "dropped row", _changed(node, elts=[kept for kept in rows if kept is not row])
+        case ast.Constant(value=str(value)) if _NAME.fullmatch(value):
+            yield "name", _changed(node, value=value + "x")
+        case ast.Call(keywords=[_, *_] as keywords) if not _says_something(node):
+            for dropped in keywords:
+                if dropped.arg not in (None, "help", "default", "metavar"):
+                    yield "dropped keyword", _changed(node, keywords=[kept for kept in keywords if kept is not dropped])
+        case ast.Tuple(elts=[first, second, *rest], ctx=ast.Load()) if not isinstance(first, ast.Constant):
+            yield "swapped pair", _changed(node, elts=[second, first, *rest])
+        case ast.List(elts=[_, *rest], ctx=ast.Load()) | ast.Set(elts=[_, *rest]) if rest:
+            yield "dropped entry", _changed(node, elts=rest)
+        case ast.Dict(keys=[_, *keys], values=[_, *values]) if keys:
+            yield "dropped entry", _changed(node, keys=keys, values=values)
+
+
+def _of_order(node: ast.AST) -> Iterator[Change]:
+    body = getattr(node, "body", None)
+    if isinstance(node, ast.stmt) and isinstance(body, list) and not isinstance(node, ast.ClassDef):
+        for index, (first, second) in enumerate(pairwise(body)):
+            if _acts(first) and _acts(second) and not isinstance(first, ast.Assign):
+                yield "order", _changed(node, body=[*body[:index], second, first, *body[index + 2 :]])
+
+
+def _acts(node: ast.stmt) -> bool:
+    """Tell whether a statement calls something for its effect, or writes an attribute or an entry."""
+    match node:
+        case ast.Expr(value=ast.Call() | ast.Await() as value):
+            return not _says_something(value)
+        case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
+            return True
+    return False
 
 
 def _without_finally(node: ast.Try) -> ast.AST:
