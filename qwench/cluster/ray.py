@@ -226,6 +226,11 @@ class RayServer:
         """See `Server.launch`."""
         self._launched = self._actor.start.remote()
 
+    def check_start(self) -> None:
+        """See `Server.check_start`."""
+        if self._launched is not None and ray.wait([self._launched], timeout=0)[0]:
+            self._answer(self._launched, timeout_s=None)
+
     def start(self) -> str:
         """See `Server.start`."""
         launched, self._launched = self._launched, None

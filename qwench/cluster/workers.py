@@ -38,7 +38,11 @@ BUILD_TIMEOUT_S = 3600.0
 BUCKET_TIMEOUT_S = 600.0
 MEMORY_TIMEOUT_S = 300.0
 CLOSE_TIMEOUT_S = 60.0
+CHECK_INTERVAL_S = 1.0
 GRACE_S = 2.0  # after the first failure: the failures of other ranks may explain it
+
+Check = Callable[[], None]
+"""Raises an error where something else that the run needs has failed."""
 
 
 class Ranks(Protocol):
@@ -73,13 +77,14 @@ class WorkerGroup:
         self._lock = Lock()
         self._ended = False
 
-    def call(self, method: str, *arguments: Any, label: str, timeout_s: float) -> list[Any]:
+    def call(self, method: str, *arguments: Any, label: str, timeout_s: float, check: Check = lambda: None) -> list[Any]:
         """Call a method on every rank, and return the result of each.
 
         Args:
             method: of `RankHost`.
             label: what is done, for messages: `learn from rollout 3`.
             timeout_s: for all ranks together.
+            check: called about once a second while the ranks work; its error ends them.
 
         Raises:
             TrainingError: a rank died, or not all have answered in time; no rank is left.
@@ -90,7 +95,7 @@ class WorkerGroup:
                 raise TrainingError(f"{label}: the trainer ranks have ended already.")
             try:
                 self._ranks.send(Call(method=method, arguments=arguments))
-                answers, problems = self._collect(label, timeout_s)
+                answers, problems = self._collect(label, timeout_s, check)
             except BaseException:  # also Ctrl-C: ranks in the middle of a call can be ended, not asked
                 self._end()
                 raise
@@ -113,7 +118,7 @@ class WorkerGroup:
         self._ended = True
         self._ranks.end()
 
-    def _collect(self, label: str, timeout_s: float) -> tuple[dict[int, Any], list[tuple[int, Failure | Death]]]:
+    def _collect(self, label: str, timeout_s: float, check: Check) -> tuple[dict[int, Any], list[tuple[int, Failure | Death]]]:
         """Return the ranks' answers, and what went wrong on others.
 
         Raises:
@@ -129,7 +134,8 @@ class WorkerGroup:
 
         with waiting(label, late):
             while len(answers) + len(problems) < self._ranks.size and (left_s := deadline - self._clock()) > 0:
-                for rank, reply in self._ranks.receive(left_s):
+                check()
+                for rank, reply in self._ranks.receive(min(left_s, CHECK_INTERVAL_S)):
                     if isinstance(reply, Answer):
                         answers[rank] = reply.value
                     else:
@@ -164,10 +170,12 @@ class RemoteLearner:
         console: Console,
         timeouts: TimeoutConfig = TimeoutConfig(),  # noqa: B008 - frozen
         unit: str = "rollout",
+        check: Check = lambda: None,
     ) -> None:
         """Build the learner of every rank.
 
         Args:
+            check: see `WorkerGroup.call`.
             unit: what messages call a rollout; in fine-tuning it is a batch.
         """
         self._group, self._unit = group, unit
@@ -175,7 +183,7 @@ class RemoteLearner:
         self._timeout_s = timeouts.train_timeout
         self.state = RemoteState(group, checkpoint_timeout_s=timeouts.checkpoint_timeout)
         with console.phase("start trainer ranks"):
-            group.call("build", build_learner, label="build the trainer", timeout_s=BUILD_TIMEOUT_S)
+            group.call("build", build_learner, label="build the trainer", timeout_s=BUILD_TIMEOUT_S, check=check)
 
     def learn(self, rollout: Rollout) -> Learned:
         """See `Learner.learn`; the metrics are the main rank's, with the time of its phases."""

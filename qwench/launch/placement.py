@@ -216,8 +216,14 @@ def start_ranks(processes: Processes, started: ExitStack) -> Ranks | None:
     return ranks
 
 
-def start_learner(inputs: Inputs, ranks: Ranks | None, timer: PhaseTimer, started: ExitStack) -> LearnerProtocol:
-    """Build the learner on its ranks, or in this process; `started` gets what closes it."""
+def start_learner(
+    inputs: Inputs, ranks: Ranks | None, timer: PhaseTimer, started: ExitStack, *, loading: Sequence[Server] = ()
+) -> LearnerProtocol:
+    """Build the learner on its ranks, or in this process; `started` gets what closes it.
+
+    Args:
+        loading: servers that start at the same time. The end of one ends the wait for the ranks.
+    """
     with timer.phase("trainer"):
         if ranks is None:
             learner = build_learner(inputs, timer)
@@ -227,7 +233,12 @@ def start_learner(inputs: Inputs, ranks: Ranks | None, timer: PhaseTimer, starte
         started.callback(group.close)
         build: Callable[[PhaseTimer], Learner] = partial(build_rank, inputs.config, inputs.plan)
         unit = "batch" if inputs.plan.fine_tunes else "rollout"
-        return RemoteLearner(group, build, console=inputs.console, timeouts=inputs.config.timeouts, unit=unit)
+
+        def check() -> None:
+            for server in loading:
+                server.check_start()
+
+        return RemoteLearner(group, build, console=inputs.console, timeouts=inputs.config.timeouts, unit=unit, check=check)
 
 
 def start_beside(
@@ -247,7 +258,7 @@ def start_beside(
     for server in servers:
         started.callback(server.stop)
         server.launch()
-    return start_learner(inputs, ranks, timer, ending)
+    return start_learner(inputs, ranks, timer, ending, loading=servers)
 
 
 def build_rank(config: Config, plan: RunPlan, timer: PhaseTimer) -> Learner:

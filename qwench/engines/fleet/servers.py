@@ -59,6 +59,14 @@ class Server(Protocol):
         """
         ...
 
+    def check_start(self) -> None:
+        """Check, without waiting, that a launched server has not ended while it starts.
+
+        Raises:
+            EngineError: it has.
+        """
+        ...
+
     def start(self) -> str:
         """Start or restart it unless it was launched, and return its base URL once it can generate.
 
@@ -186,6 +194,12 @@ class ServerProcess:
                     start_new_session=True,
                 )
 
+    def check_start(self) -> None:
+        """See `Server.check_start`."""
+        if not self.is_running():
+            self.stop()
+            raise EngineError(f"{self.label} ended while it started; {self.last_output()}")
+
     def wait_until_healthy(self) -> str:
         """Wait for `/health` to answer 200 and return the base URL.
 
@@ -196,9 +210,7 @@ class ServerProcess:
         while not _is_healthy(
             url, timeout_s=max(min(HEALTH_TIMEOUT_S, self._deadline - time.monotonic()), LAST_HEALTH_TIMEOUT_S)
         ):
-            if not self.is_running():
-                self.stop()
-                raise EngineError(f"{self.label} ended while it started; {self.last_output()}")
+            self.check_start()
             if time.monotonic() > self._deadline:
                 self.stop()
                 raise EngineError(

@@ -17,7 +17,7 @@ from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.engines.fleet.servers import ServerCommand
-from qwench.errors import ConfigError, TrainingError
+from qwench.errors import ConfigError, EngineError, TrainingError
 from qwench.launch import placement
 from qwench.launch.inputs import Inputs, publication_dtype
 from qwench.launch.placement import LocalProcesses, check_turns, choose_launcher, start_beside, start_learner, start_ranks
@@ -111,6 +111,12 @@ def test_engines_get_the_trainers_gpus_or_those_after_them(engines, expected, mo
 
 
 class RecordedServer:
+    error = None
+
+    def check_start(self):
+        if self.error is not None:
+            raise self.error
+
     def __init__(self, name, calls):
         self.launch, self.stop = (lambda: calls.append(f"launch {name}")), (lambda: calls.append(f"stop {name}"))
 
@@ -127,6 +133,18 @@ def test_servers_with_gpus_of_their_own_load_while_the_learner_is_built(engine_g
     with ExitStack() as started, ExitStack() as ending:
         start_beside(inputs, servers, ranks, PhaseTimer(), started, ending)
     assert calls == expected
+
+
+def test_a_server_that_ends_while_the_learner_is_built_ends_the_start():
+    calls, ranks = [], DyingRank()
+    ranks.send = lambda call: calls.append(call.method)
+    ranks.receive = lambda timeout_s: []
+    servers = [RecordedServer("a", calls), RecordedServer("b", calls)]
+    servers[1].error = EngineError("engine server 1 ended while it started; no GPU")
+    inputs = inputs_of(Config(cluster=ClusterConfig(rollout_num_gpus=2), rollout=RolloutConfig(rollout_batch_size=4)))
+    with pytest.raises(EngineError, match="engine server 1 ended"), ExitStack() as started, ExitStack() as ending:
+        start_beside(inputs, servers, ranks, PhaseTimer(), started, ending)
+    assert ranks.ended and calls == ["launch a", "launch b", "build", "stop b", "stop a"]
 
 
 def test_ranks_end_when_the_engines_do_not_start():
