@@ -120,12 +120,23 @@ def _parse_bool(value: str) -> bool:
 
 def _parse_json_object(value: str) -> Mapping[str, Any]:
     try:
-        parsed = json.loads(value)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"must be a JSON object, got {value!r} ({error})") from None
+        parsed = json.loads(value, object_pairs_hook=named_once)
+    except RecursionError:
+        raise ValueError(f"must be a JSON object, got {_short(value)} (it is nested too deeply)") from None
+    except ValueError as error:
+        raise ValueError(f"must be a JSON object, got {_short(value)} ({error})") from None
     if not isinstance(parsed, dict):
-        raise ValueError(f"must be a JSON object like '{{\"key\": 1}}', got {value!r}")
+        raise ValueError(f"must be a JSON object like '{{\"key\": 1}}', got {_short(value)}")
     return parsed
+
+
+def named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; a ValueError names a key that stands in it twice, because one of the two values would be lost."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"it names the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return values
 
 
 def format_value(value: Any) -> list[str]:

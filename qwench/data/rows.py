@@ -25,6 +25,7 @@ import orjson
 import pyarrow
 import pyarrow.parquet
 
+from qwench.config.values import named_once
 from qwench.errors import ConfigError
 from qwench.files import DATA_SUFFIXES
 from qwench.samples import Json
@@ -73,7 +74,7 @@ class Row:
         value = self.values.get(key) if key is not None else None
         if isinstance(value, str):
             try:
-                value = json.loads(value, object_pairs_hook=_named_once)
+                value = json.loads(value, object_pairs_hook=named_once)
             except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{self.place}: key {key!r} holds text that is not JSON ({error}).") from error
         if value is not None and not isinstance(value, kind):
@@ -280,7 +281,7 @@ def parse_json(place: str, text: str) -> Json:
         ConfigError: it is not JSON, names a key twice, or cannot be read; names `place`.
     """
     try:
-        values: Json = json.loads(text, object_pairs_hook=_named_once)
+        values: Json = json.loads(text, object_pairs_hook=named_once)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{place} is not JSON ({error.msg} at column {error.colno}); fix or remove the line.") from error
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; records in records without end
@@ -289,15 +290,6 @@ def parse_json(place: str, text: str) -> Json:
         for held in _texts(values):
             check_text(held, place=place)
     return values
-
-
-def _named_once(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
-    """Return a record; a ValueError names a key that stands in it twice, because one of the two values would be lost."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"it names the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
-    return record
 
 
 def _texts(value: Json) -> Iterator[str]:

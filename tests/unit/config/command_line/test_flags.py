@@ -88,6 +88,13 @@ def test_words_become_the_value_of_the_annotation(annotation, words, value):
         (Literal["a", "b"], "c", "must be one of a, b; got 'c'"),
         (Mapping[str, Any], "[1]", "must be a JSON object like"),
         (Mapping[str, Any], "{a", "must be a JSON object, got '{a'"),
+        (
+            Mapping[str, Any],
+            '{"a": 1, "b": {"c": 2, "c": 3}}',
+            'must be a JSON object, got \'{"a": 1, "b": {"c": 2, "c": 3}}\' (it names the key \'c\' twice)',
+        ),
+        (Mapping[str, Any], '{"a": ' + "[" * 100_000, "(it is nested too deeply)"),
+        (Mapping[str, Any], '{"a": ' + "9" * 5000 + "}", 'must be a JSON object, got \'{"a": 999'),
         (tuple[int, ...], "x", "must be an integer, got 'x'"),
         (Path, "", "must be a path, got nothing"),
         (Path | None, "/tmp/" + "x" * 300, "must be a path of names of at most 255 bytes, got '/tmp/xxx"),
