@@ -8,6 +8,7 @@ late or unreadable answer leaves the response ungraded, and is counted; a refusa
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -22,7 +23,9 @@ JUDGE = "judge"
 PROMPT_TOKENS, ANSWER_TOKENS = "judge_prompt_tokens", "judge_completion_tokens"
 """Entries of a verdict's record: what its request cost."""
 _FIELDS = re.compile(r"\{(prompt|response|label)\}")
-_SCORE = re.compile(r"score[\s:=*_`]{0,8}(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+_OF = r"[\s*_`]{0,4}(?:/|out\s+of|of)[\s*_`]{0,4}"
+_SCORE = re.compile(rf"score[\s:=*_`]{{0,8}}(-?\.?\d[0-9a-z.,%+-]*(?:{_OF}\.?\d[0-9a-z./,%+-]*)?)", re.IGNORECASE)
+_NUMBER = re.compile(r"-?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?", re.IGNORECASE)
 _SHOWN_CHARS = 200
 TEMPLATE = """\
 Judge the response to the task below. If a reference answer is given, the response must agree with it.
@@ -112,8 +115,25 @@ def read_verdict(answer: Answer, *, scores: Sequence[float]) -> Verdict:
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as cause:
         raise RewardError(f"--judge-url must answer a chat completion, got {str(answer)[:_SHOWN_CHARS]}.") from cause
     (lowest, highest), said = scores, _SCORE.findall(text)
-    if said and lowest <= float(said[-1]) <= highest:
-        return Verdict(score=float(said[-1]), reason="judged", extra=cost)
-    found = f"a score outside of --judge-scores {lowest:g} {highest:g}" if said else "no score"
+    score = read_score(said[-1], highest=highest) if said else None
+    if score is not None and lowest <= score <= highest:
+        return Verdict(score=score, reason="judged", extra=cost)
+    found = "no score" if score is None else f"a score outside of --judge-scores {lowest:g} {highest:g}"
     error = f"the judge said {found}: {text[-_SHOWN_CHARS:]!r}"
     return Verdict(score=0.0, reason="grader_error", extra={"error": error, **cost})
+
+
+def read_score(text: str, *, highest: float) -> float | None:
+    """Return a score: `0.5`, or a share of the highest one, as `7/10`, `7 out of 10` or `70%`; None: it is no number."""
+    text = text.rstrip(".,-")
+    share, whole = (text[:-1], "100") if text.endswith("%") else (text, None)
+    number, *rest = re.split(_OF, share, flags=re.IGNORECASE)
+    if rest and whole is None:
+        whole, *rest = rest
+    if rest or not all(_NUMBER.fullmatch(one) for one in (number, whole) if one is not None):
+        return None
+    if whole is None:
+        return float(number)
+    if highest <= 0:  # a share of it says nothing
+        return None
+    return highest * float(number) / float(whole) if float(whole) else math.inf

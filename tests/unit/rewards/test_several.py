@@ -115,6 +115,17 @@ def said(text: str) -> dict[str, object]:
         ("Score: 1\nno, **Score:** 0", (0, 1), 0.0),
         ("score = 3", (0, 10), 3.0),
         ("Score: **-1**", (-1, 1), -1.0),
+        ("Score: 1e-1", (0, 1), 0.1),
+        ("Score: .5.", (0, 1), 0.5),
+        ("Score: 1, since the answer agrees", (0, 1), 1.0),
+        ("Score: 1/10", (0, 1), 0.1),
+        ("**Score:** **1**/10", (0, 1), 0.1),
+        ("Score: 7 / 10", (0, 10), 7.0),
+        ("Score: 1/2", (0, 10), 5.0),
+        ("Score: 3 out of 4.", (0, 1), 0.75),
+        ("Score: 3 of the criteria", (0, 3), 3.0),
+        ("Score: 85%", (0, 1), 0.85),
+        ("Score: 85%", (0, 100), 85.0),
     ],
 )
 def test_the_last_score_that_the_judge_says_counts(text, scores, score):
@@ -122,11 +133,22 @@ def test_the_last_score_that_the_judge_says_counts(text, scores, score):
     assert (verdict.score, verdict.reason) == (score, "judged")
 
 
-@pytest.mark.parametrize("number", ["95", "-0.1", "1.01", "9" * 400])
+@pytest.mark.parametrize("number", ["95", "-0.1", "1.01", "9" * 400, "11/10", "1/0", "-1/2", "101%"])
 def test_a_score_outside_of_the_judges_scale_is_ungraded_and_said(number):
     verdict = read_verdict(said(f"Score: {number}"), scores=(0, 1))
     assert (verdict.graded, verdict.reason, verdict.score) == (False, "grader_error", 0.0)
     assert str(verdict.extra["error"]).startswith("the judge said a score outside of --judge-scores 0 1: '")
+
+
+@pytest.mark.parametrize("number", ["0,5", "1-2", "1/2/3", "0.5x", "1/2%", "1.2.3"])
+def test_a_score_that_is_no_number_is_ungraded_whatever_was_said_before(number):
+    verdict = read_verdict(said(f"Score: 1 at first\nScore: {number}"), scores=(0, 1))
+    assert (verdict.graded, verdict.score) == (False, 0.0)
+    assert str(verdict.extra["error"]).startswith("the judge said no score: ")
+
+
+def test_a_share_of_no_score_above_zero_is_ungraded():
+    assert not read_verdict(said("Score: 1/2"), scores=(-1, 0)).graded
 
 
 def test_an_answer_without_a_score_is_ungraded_and_no_completion_ends_the_run():
