@@ -29,12 +29,12 @@ from qwench.observability.timing import FlopMeter, PhaseTimer
 from qwench.samples import Rollout, Sample
 from qwench.training.batch import unpack
 from qwench.training.hooks import NO_HOOKS, Hooks, OwnTargets
+from qwench.training.idle_steps import IdleSteps
 from qwench.training.profiler import NO_PROFILER, TrainProfiler
 from qwench.training.rollout_metrics import (
     count_scored,
     rollout_metrics,
     step_metrics,
-    why_it_taught_nothing,
     without_gap_to_engine,
 )
 from qwench.training.shaping import Shaping
@@ -111,6 +111,7 @@ class Learner:
         self._equal_bits, self._record, self._forgets_moments = equal_bits, record, forgets_moments
         self._shaping, self._convert, self._truncated = shaping or Shaping(), convert, truncated
         self._num_critic_only = plan.num_critic_only
+        self._idle = IdleSteps()
         self._batching, self._scoring_batching = (
             MicroBatching(
                 parallel=self.policy.parallel,
@@ -154,8 +155,7 @@ class Learner:
                             after_each=after_each,
                         )
                     steps.append(step_metrics(self.policy.optim_step(sums), step))
-                    if (problem := why_it_taught_nothing(steps[-1], step)) is not None:
-                        _logger.warning("%s %d, step %d %s", self._unit, rollout.rollout_id, k, problem)
+                    self._idle.note(f"{self._unit} {rollout.rollout_id}, step {k}", steps[-1], step)
             steps = [one | other for one, other in zip_longest(steps, critic_steps, fillvalue=dict[str, float]())]
             seconds = time.perf_counter() - start
             self._update_reference(rollout.rollout_id)

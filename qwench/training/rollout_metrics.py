@@ -95,20 +95,6 @@ def step_metrics(result: StepResult, step: RolloutBatch) -> dict[str, float]:
     return metrics if _is_fresh(step) else without_gap_to_engine(metrics)
 
 
-def why_it_taught_nothing(metrics: Mapping[str, float], step: RolloutBatch) -> str | None:
-    """Return why a step taught nothing; None: it did."""
-    if not count_scored(step):
-        return "has no trained token: nothing was sampled, or all of it is masked; the step changed nothing"
-    if step.advantages is None or metrics["train/grad_norm"] != 0:
-        return None
-    if any(bool(values[mask].any()) for values, mask in zip(step.advantages, step.loss_mask, strict=True)):
-        return "has trained tokens with unequal rewards and gradient 0: the policy is dead, often after too high a --lr"
-    return (
-        "teaches nothing: every advantage is 0, as where the responses to each prompt have equal rewards; "
-        "other prompts or more responses to each may differ"
-    )
-
-
 def _is_fresh(step: RolloutBatch) -> bool:
     """Tell whether some trained token was sampled by the weights that train on it, so that there is a gap to measure."""
     if step.staleness is None:

@@ -3,9 +3,12 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
+from qwench.algorithms.columns import RolloutBatch
 from qwench.rollout.sample_metrics import sample_metrics
 from qwench.samples import Sample
+from qwench.training.idle_steps import IdleSteps
 from tests.fakes.trainer import TableTrainer
 from tests.unit.training.table_learning import TABLE, TEMPERATURE, learn, make_rollout
 
@@ -79,6 +82,19 @@ def test_a_step_of_equal_rewards_is_said(caplog):
     backend, _ = learn(rollout)
     assert "rollout 3, step 1 teaches nothing: every advantage is 0" in caplog.text
     assert backend.table.equal(TABLE)
+
+
+def test_a_row_of_steps_that_teach_nothing_is_said_at_its_start_and_at_powers_of_ten(caplog):
+    caplog.set_level("INFO")
+    batch = RolloutBatch.from_samples(make_rollout().samples)
+    step = batch.with_columns(advantages=[torch.zeros(len(mask)) for mask in batch.loss_mask])
+    idle = IdleSteps()
+    for number, grad_norm in enumerate([1.0, *[0.0] * 100, 1.0, 1.0, 0.0, 1.0]):
+        idle.note(f"rollout {number}, step 1", {"train/grad_norm": grad_norm}, step)
+    said = [record.getMessage() for record in caplog.records]
+    assert [one.partition(", step 1 ")[0] for one in said] == [f"rollout {n}" for n in (1, 10, 100, 101, 103)]
+    assert said[1].endswith(" (9 steps before it, too)") and said[2].endswith(" (99 steps before it, too)")
+    assert said[3] == "rollout 101, step 1 teaches again, after 100 steps that taught nothing"
 
 
 def test_a_dead_policy_is_said(caplog):
