@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qwench.engines.client import HttpEngine
-from qwench.engines.embedded.compute.adapters import load_folder
+from qwench.engines.embedded.compute.adapters import AdapterStack, load_folder
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.http.serving import ServerThread
 from qwench.engines.protocol import GenerateRequest, GenerateResult, Portion
@@ -91,6 +91,34 @@ def test_prefixes_are_cached_for_each_adapter_apart(model, models, folders):
         result = await engine.generate(request)
         assert result.cached_tokens == 0
         check_log_probs({"wide": models["narrow"]}, request, result)
+        await engine.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_step_without_a_request_of_an_adapter_takes_no_product_for_those_that_are_loaded(model, folders, monkeypatch):
+    products: list[int] = []
+    add = AdapterStack.add
+    monkeypatch.setattr(AdapterStack, "add", lambda stack, x, *rest: products.append(len(x)) or add(stack, x, *rest))
+    graphs: list[bool] = []
+
+    def no_graph(*_step: object, has_adapters: bool) -> None:
+        graphs.append(has_adapters)
+
+    async def scenario() -> None:
+        engine = await _loaded(make_engine(model), folders)
+        assert engine.max_request_tokens > 0  # takes the memory of the cache
+        engine._runner._bind()._graphs = no_graph
+        plain, adapted = (ask(name, prompt_of(5), ignore_eos=True, max_new_tokens=3) for name in ("plain", "adapted"))
+        await engine.generate(plain)
+        assert (products, graphs) == ([], [False, False])  # two decodes follow the prefill
+        await engine.generate(replace(adapted, adapter="wide"))
+        # Four inputs of each layer: in the prefill (5 tokens, or what the cache left of them), and in each decode.
+        assert products[-8:] == [1] * 8 and len(products) % 4 == 0
+        assert graphs == [False, False, True, True]
+        before = len(products)
+        await engine.generate(replace(plain, request_id="again"))
+        assert (len(products), graphs[4:]) == (before, [False, False])
         await engine.close()
 
     asyncio.run(scenario())

@@ -91,9 +91,9 @@ class Decoder:
         mix = None if batch.rows is None else self._adapters.mix(batch.rows)
         return self._model.forward(batch.token_ids, batch.positions, batch.slots, self.kv_cache, self._attention, mix)
 
-    def replay(self, decodes: Chunks, draws: Draws) -> Drawn | None:
+    def replay(self, decodes: Chunks, draws: Draws, *, has_adapters: bool) -> Drawn | None:
         """Run a decode-only step as a graph; None without graphs."""
-        return None if self._graphs is None else self._graphs(self._decode, decodes, draws)
+        return None if self._graphs is None else self._graphs(self._decode, decodes, draws, has_adapters=has_adapters)
 
     def draw(self, logits_SV: Tensor, draws: Draws) -> Tensor:
         """Return tokens and log-probs [2, S] of requests whose support is not limited, and write `last_tokens`."""
@@ -116,7 +116,7 @@ class Decoder:
 
         kernels.draw(logits_SV, inputs.temperature, inputs.uniforms, inputs.rows, self.last_tokens, drawn)
 
-    def _decode(self, inputs: DecodeInputs) -> Drawn:
+    def _decode(self, inputs: DecodeInputs, has_adapters: bool) -> Drawn:
         """The pass that graphs capture: one token of each row, drawn at once."""
         num_rows = len(inputs.slots)
         nothing = np.zeros(0, dtype=np.int32)
@@ -129,7 +129,7 @@ class Decoder:
             decodes=Chunks(starts=nothing, counts=np.ones(num_rows, dtype=np.int32), tables=nothing),
             prefills=Chunks(starts=nothing, counts=nothing, tables=nothing),
             work=inputs.work,
-            rows=None if self._adapters.store.is_empty else inputs.draws.rows,
+            rows=inputs.draws.rows if has_adapters else None,
         )
         logits, _ = self.forward(batch)
         drawn = torch.empty((2, num_rows), dtype=torch.int32, device=self._device)

@@ -55,9 +55,10 @@ class Drawn:
     drawn: Tensor
 
 
-Bucket = tuple[int, WorkSize]
-"""Rows, and size of the attention's work, that a graph has room for."""
-DecodePass = Callable[[DecodeInputs], Drawn]
+Bucket = tuple[int, WorkSize, bool]
+"""Rows, and size of the attention's work, that a graph has room for; whether it has the products of adapters."""
+DecodePass = Callable[[DecodeInputs, bool], Drawn]
+"""Gets whether a row has an adapter."""
 Result = TypeVar("Result")
 
 
@@ -100,7 +101,7 @@ class DecodeGraphs:
         max_rows: int,
         max_pages: int,
         warmed: set[Bucket],
-        record: Recorder,
+        record: Callable[[Callable[[], Drawn]], tuple[Callable[[], None], Drawn]],
         device: torch.device,
     ) -> None:
         """`warmed`: buckets that ran before, perhaps over other memory; receives those that run now."""
@@ -114,14 +115,15 @@ class DecodeGraphs:
         self._graphs: dict[Bucket, tuple[Callable[[], None], Drawn]] = {}
         self._record = record
 
-    def __call__(self, decode: DecodePass, decodes: Chunks, draws: Draws) -> Drawn:
+    def __call__(self, decode: DecodePass, decodes: Chunks, draws: Draws, *, has_adapters: bool) -> Drawn:
         """Run one step of `decode`, which is the same in every call.
 
+        A step without a request of an adapter has its own graph, without the products of adapters.
         No reference to it is kept. It refers to the owner of these graphs, and a circle would keep the cache alive in sleep.
         """
         bucket = bucket_of(len(decodes.counts), self._max_rows)
         packed, size = self._pack(decodes, draws, bucket)
-        key = (bucket, size.bucket)
+        key = (bucket, size.bucket, has_adapters)
         if key not in self._graphs:
             self._graphs[key] = self._capture(decode, *key)
         self._upload(packed)
@@ -136,25 +138,26 @@ class DecodeGraphs:
         return np.concatenate((draws.packed(num_rows, scratch_row=self._max_rows), slots, work)), size
 
     def _upload(self, packed: IntArray) -> None:
-        self._buffer[: len(packed)].copy_(torch.from_numpy(packed).pin_memory(), non_blocking=True)
+        host = torch.from_numpy(packed)
+        self._buffer[: len(packed)].copy_(host.pin_memory() if self._buffer.is_cuda else host, non_blocking=True)
 
-    def _capture(self, decode: DecodePass, rows: int, size: WorkSize) -> tuple[Callable[[], None], Drawn]:
+    def _capture(self, decode: DecodePass, rows: int, size: WorkSize, has_adapters: bool) -> tuple[Callable[[], None], Drawn]:
         # Captured over padding alone: every row is one token of the scratch page.
         nothing, one = np.zeros(rows, dtype=np.int32), np.ones(rows, dtype=np.int32)
         padding = Chunks(starts=nothing, counts=one, tables=np.zeros((rows, 1), dtype=np.int32))
         self._upload(self._pack(padding, NO_DRAWS, rows)[0])
         inputs = DecodeInputs.view(self._buffer, num_rows=rows, size=size)
-        if (rows, size) not in self._warmed:
-            self._warm_up(decode, inputs)
-            self._warmed.add((rows, size))
-        return self._record(lambda: decode(inputs))
+        if (key := (rows, size, has_adapters)) not in self._warmed:
+            self._warm_up(lambda: decode(inputs, has_adapters))
+            self._warmed.add(key)
+        return self._record(lambda: decode(inputs, has_adapters))
 
-    def _warm_up(self, decode: DecodePass, inputs: DecodeInputs) -> None:
+    def _warm_up(self, work: Callable[[], Drawn]) -> None:
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(WARMUP_PASSES):
-                decode(inputs)
+                work()
         torch.cuda.current_stream(self._device).wait_stream(stream)
 
 

@@ -198,7 +198,7 @@ class Runner:
             logits [S, V] of the sampling requests; tokens and log-prob bits [2, S]; the scores of each of `step.scorings`.
         """
         decoder, draws = self._bind(), step.draws
-        drawn = decoder.replay(step.decodes, draws) if step.is_decode_only else None
+        drawn = decoder.replay(step.decodes, draws, has_adapters=has_adapters) if step.is_decode_only else None
         if drawn is not None:
             return drawn.logits, drawn.drawn[:, : len(draws.rows)], ()
         batch = decoder.builder.build(step, decoder.last_tokens, with_rows=has_adapters)
