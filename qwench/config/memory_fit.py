@@ -30,7 +30,8 @@ def weight_bytes_beside_trainer(config: Config, plan: RunPlan) -> int:
         return 0
     may_share = devices.weights_may_alias
     if lora.enabled:
-        may_share = lora.lora_publish == "adapter" and lora.lora_base == "auto"
+        stays = may_share or not plan.holds_teacher
+        may_share = lora.lora_publish == "adapter" and lora.lora_base == "auto" and stays
     if may_share and config.training.train_backend == "fsdp":
         return 0
     return engine_weight_bytes(plan)

@@ -266,7 +266,8 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
         moments=_moment_bytes(optimizer, model),
         offloaded=optimizer.offloaded_share,
     )
-    frozen = holds_reference + (config.distillation.opd_type == "megatron") + config.num_past_policies
+    has_teacher = config.distillation.opd_type == "megatron"
+    frozen = holds_reference + has_teacher + config.num_past_policies
     num_shards = dp_size // config.parallel.dp_replicate
     lora, stage_layers = config.lora, layout.most_layers(model.num_layers)
     if lora.enabled and config.backend == "fsdp":
@@ -276,6 +277,7 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
             num_shards=num_shards,
             num_trained=num_adapter_parameters(model, lora.targets, lora.rank),
             keeps_start=lora.lora_init == "pissa",
+            holds_teacher=has_teacher,
             num_quantised=_num_quantised(lora, model),
             quantised=_QUANTISED_BYTES[lora.lora_base],
         )
@@ -295,7 +297,7 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
             if lora.enabled
             else None,
         )
-    copies = 0 if lora.enabled else frozen
+    copies = has_teacher if lora.enabled else frozen
     return replace(held, host_reference=held.host_reference * copies)
 
 

@@ -259,6 +259,7 @@ def make_publisher(
         model_folder=inputs.model_folder,
         fp8=is_fp8_checkpoint(inputs.model_folder),
         adapters=adapter is not None,
+        frozen_moves=inputs.plan.holds_teacher,
         named=NamedAdapter(config=adapter) if adapter is not None and named else None,
         after_write=AfterWrite(references, make_args(inputs.config, inputs.plan, host="", port=0)) if hooked else None,
         timeout_s=inputs.config.timeouts.update_weights_timeout,

@@ -29,7 +29,7 @@ from qwench.training.megatron.platform import check_platform
 from qwench.training.memory_probe import Longest, MemoryProbe
 from qwench.training.process_group import init_process_group
 from qwench.training.profiler import TrainProfiler
-from qwench.training.reference import BaseModel, PastPolicies, Reference
+from qwench.training.reference import BaseModel, FrozenTeacher, PastPolicies, Reference
 from qwench.training.shaping import Shaping
 from qwench.training.state import TrainingState
 from qwench.training.trainer import Trainer
@@ -130,9 +130,12 @@ def build_trainer(inputs: Inputs, *, logits: bool = False) -> Trainer:
     return _build(inputs, starting_weights(inputs.config.checkpoint), inputs.config.optimizer, logits=logits)
 
 
-def _load_teacher(inputs: Inputs, policy: Trainer) -> Reference:
+def _load_teacher(inputs: Inputs, policy: Trainer) -> Reference | FrozenTeacher:
     """Load the teacher's weights in the policy's place, copy them to the host, and load the policy's again; collective."""
-    policy.load(teacher_weights(inputs.config.distillation), weights_only=True)
+    folder = teacher_weights(inputs.config.distillation)
+    if policy.has_adapters:
+        return FrozenTeacher(policy, folder)
+    policy.load(folder, weights_only=True)
     teacher = Reference(policy)
     policy.load(starting_weights(inputs.config.checkpoint) or inputs.model_folder, weights_only=True)
     return teacher

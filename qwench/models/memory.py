@@ -9,7 +9,7 @@ What a rank holds for each parameter it has, in bytes (p: of the training dtype;
                reference. --lora-init pissa: another p of the adapters
     Megatron   weights p; gradients 4; masters and moments 4 + m, shared by the data- and context-parallel ranks. With adapters
                the frozen model p, and those of the adapters alone
-    reference  p, on the host
+    reference  p, on the host, and another p of a teacher
 
 Activations are not counted: they depend on the lengths of the samples.
 """
@@ -157,6 +157,7 @@ def adapter_bytes(
     num_shards: int,
     num_trained: int,
     keeps_start: bool,
+    holds_teacher: bool = False,
     num_quantised: int = 0,
     quantised: float = 0.0,
 ) -> RankBytes:
@@ -165,6 +166,7 @@ def adapter_bytes(
     Args:
         num_trained: Parameters of the adapters.
         keeps_start: The start of the adapters is held too, and subtracted.
+        holds_teacher: Another model waits on the host for the places of the frozen one.
         num_quantised: Frozen parameters in fewer bits, which each rank holds whole. quantised: Bytes of one.
     """
     owned, trained = -(-(num_parameters(model) - num_quantised) // num_shards), -(-num_trained // num_shards)
@@ -176,7 +178,7 @@ def adapter_bytes(
         gradients=(num_trained if num_trained * FLOAT32_BYTES <= WHOLE_GRADIENT_BYTES else trained) * FLOAT32_BYTES,
         optimizer=round(trained * (FLOAT32_BYTES - weights + state.moments) * (1 - state.offloaded)),
         host_optimizer=round(trained * (FLOAT32_BYTES + state.moments) * state.offloaded),
-        host_reference=0,
+        host_reference=owned * state.param if holds_teacher else 0,
     )
 
 

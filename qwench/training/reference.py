@@ -57,6 +57,23 @@ class BaseModel:
             return self._policy.forward(micro_batches, temperature=temperature, with_entropy=with_entropy)
 
 
+class FrozenTeacher:
+    """Another model in the place of the frozen one under adapters, which are switched off while it scores.
+
+    It waits on the host, as a `Reference` does. All methods are collective.
+    """
+
+    def __init__(self, policy: Trainer, folder: Path) -> None:
+        """Read a checkpoint of the policy's architecture."""
+        self._policy = policy
+        self._weights = policy.copy_for_frozen(folder)
+
+    def forward(self, micro_batches: Sequence[MicroBatch], *, temperature: float, with_entropy: bool = False) -> Scores:
+        """Score the labels under the teacher."""
+        with self._weights.swapped_in(), self._policy.without_adapters():
+            return self._policy.forward(micro_batches, temperature=temperature, with_entropy=with_entropy)
+
+
 _logger = logging.getLogger(__name__)
 
 

@@ -142,6 +142,10 @@ class Trainer(Scorer, Protocol):
         """Copy the held weights to the host, in the dtype that a forward computes with."""
         ...
 
+    def copy_for_frozen(self, folder: Path) -> HostCopy:
+        """Read another model of this architecture, on the host, for the places of the weights that adapters leave frozen."""
+        ...
+
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Sum over the data-parallel ranks."""
         ...

@@ -40,6 +40,8 @@ class PublicationPlan:
     """The user's function between the files of a publication from disk and their reading; picklable."""
     adapters: bool = False
     """Publish adapters alone to engines that hold the frozen weights (--lora-publish adapter)."""
+    frozen_moves: bool = False
+    """A teacher takes the place of the frozen weights while it scores."""
     named: NamedAdapter | None = None
     """The adapter, if engines take it by name. They have the frozen weights then."""
     part: WeightPart = "merged"

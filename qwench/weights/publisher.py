@@ -180,7 +180,8 @@ class Publisher:
     def _sending(self, engines: Sequence[Engine], version: int, plan: PublicationPlan) -> Coroutine[object, object, None]:
         """Return the coroutine that sends the weights to engines of this process."""
         source, part, bucket_bytes = plan.source_of(self._model), plan.part, plan.engine.update_weight_buffer_size
-        may_share = part == "apart" or (part == "merged" and self._gpus.weights_may_alias)
+        stays = part == "apart" and not plan.frozen_moves
+        may_share = part != "adapter" and (stays or self._gpus.weights_may_alias)
         shared = shared_weights_for(engines, source, part) if may_share else None
         if shared is None:
             return send_copies(source, engines, version=version, bucket_bytes=bucket_bytes, part=part)

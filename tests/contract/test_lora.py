@@ -44,7 +44,7 @@ def _case(layout: str, flags: str, folder: Path) -> tuple[int, Case]:
     start = folder / f"{flags}.adapter"
     lora = replace(_FLAGS[flags], lora_adapter_path=start if start.is_dir() else None)
     name = f"{layout}-{flags}"
-    return size, Case(name=name, model="tied", bins=BINS[size], lora=lora, save=True, **options)  # type: ignore[arg-type]
+    return size, Case(name=name, model="tied", bins=BINS[size], lora=lora, teacher="teacher", save=True, **options)  # type: ignore[arg-type]
 
 
 def _base(layout: str) -> tuple[int, Case]:
@@ -61,6 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write the model and the adapters that runs start from, and run every case."""
     folder = tmp_path_factory.mktemp("lora")
     cases.write_model(folder / "tied", tied=True)
+    cases.write_model(folder / "teacher", tied=True, seed=12)
     for flags in ("all", "some"):
         write_start(folder / f"{flags}.adapter", folder / "tied", _FLAGS[flags])
     made = [_case(*one, folder) for one in STEPPED] + [_base(layout) for layout in _LAYOUTS]
@@ -137,6 +138,16 @@ def test_steps_and_published_weights_equal_a_plain_module(
     for record in read_records(folder, case, size):
         assert_steps_equal(record, plain[flags][0])
         assert_apart_is_merged(record)
+
+
+def test_a_teacher_in_the_place_of_the_frozen_model_scores_as_itself(folder: Path) -> None:
+    expected = cases.plain_loop(folder / "teacher", num_steps=0).log_probs
+    for layout, flags in STEPPED:
+        size, case = _case(layout, flags, folder)
+        for record in read_records(folder, case, size):
+            assert record["teacher_log_probs"].keys() == record["log_probs"].keys()
+            for index, values in record["teacher_log_probs"].items():
+                assert_close(values, expected[index], f"{case.name}: sample {index}", WITHIN)
 
 
 @pytest.mark.parametrize(("layout", "flags"), [one for one in STEPPED if one[1] != "pissa"])

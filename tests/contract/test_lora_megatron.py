@@ -36,7 +36,8 @@ def _cases(folder: Path) -> list[tuple[int, Case]]:
     for on, flags in _STEPPED:
         model = "tied" if flags == "some" else "untied"
         lora = replace(_FLAGS[flags], lora_adapter_path=folder / f"{flags}.adapter")
-        found.append(megatron(f"{on}-{flags}", model, on=on, lora=lora, save=True, **_recompute(on, flags)))
+        options = {"lora": lora, "teacher": f"{model}-teacher", "save": True, **_recompute(on, flags)}
+        found.append(megatron(f"{on}-{flags}", model, on=on, **options))
     found.append(fsdp("fsdp-all", "untied", on="fsdp-2", lora=_started(folder), save=True))
     for on, before in _RESUMED.items():
         name, load = f"{on}-after-{before}", f"{before}-all"
@@ -64,6 +65,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lora")
     for name, tied, dtype in (("tied", True, torch.float32), ("untied", False, torch.float32), ("bf16", True, torch.bfloat16)):
         cases.write_model(folder / name, tied=tied, dtype=dtype)
+    for tied in (True, False):
+        cases.write_model(folder / f"{'tied' if tied else 'untied'}-teacher", tied=tied, seed=12)
     for flags, lora in _FLAGS.items():
         write_start(folder / f"{flags}.adapter", folder / "tied", lora)
     made = _cases(folder)
@@ -124,6 +127,16 @@ def test_published_weights_are_merged(folder: Path, expected: dict[str, PeftReco
         else:
             b = expected[flags].matrices[f"{module}.lora_B.weight"]
             assert_close(weights[name], weight + scale * b @ a, name, WITHIN)
+
+
+def test_a_teacher_in_the_place_of_the_frozen_model_scores_as_itself(folder: Path) -> None:
+    expected = {tied: cases.plain_loop(folder / f"{tied}-teacher", num_steps=0).log_probs for tied in ("tied", "untied")}
+    for on, flags in _STEPPED:
+        tied = "tied" if flags == "some" else "untied"
+        for record in read_records(folder, Case(name=f"{on}-{flags}", model="", bins=[]), LAYOUTS[on][0]):
+            assert record["teacher_log_probs"].keys() == record["log_probs"].keys()
+            for index, values in record["teacher_log_probs"].items():
+                assert_close(values, expected[tied][index], f"{on}-{flags}: sample {index}", WITHIN)
 
 
 @pytest.mark.parametrize("on", LAYOUTS)

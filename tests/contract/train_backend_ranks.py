@@ -23,7 +23,7 @@ from qwench.training.batch import unpack
 from qwench.training.fsdp.fsdp_trainer import WHOLE_GRADIENT_BYTES, FsdpTrainer
 from qwench.training.megatron.groups import leave_groups
 from qwench.training.megatron.megatron_trainer import MegatronTrainer
-from qwench.training.reference import BaseModel, Reference
+from qwench.training.reference import BaseModel, FrozenTeacher, Reference
 from qwench.training.trainer import Scorer, Trainer
 from qwench.wire.portions import WeightPart
 from tests.contract import train_backend_cases as cases
@@ -68,6 +68,8 @@ class Case:
     num_steps: int = cases.NUM_STEPS
     lora: LoraConfig | None = None
     """Train adapters, whose reference is the model without them."""
+    teacher: str = ""
+    """Another model, in the place of the frozen one, scores before the steps."""
 
 
 @contextmanager
@@ -143,6 +145,7 @@ def _run_steps(backend: Trainer, case: Case, folder: Path) -> dict[str, object]:
     if case.probe:
         cases.PROBE.run(backend, None)
     scored, entropy = _log_probs(backend, mine), _entropy(backend, mine)
+    teacher = _log_probs(FrozenTeacher(backend, folder / case.teacher), mine) if case.teacher else {}
     reduced_before: list[bool] = []
 
     def watched_loss(*inputs: object) -> TokenLoss:
@@ -161,6 +164,7 @@ def _run_steps(backend: Trainer, case: Case, folder: Path) -> dict[str, object]:
         "log_probs": scored,
         "entropy": entropy,
         "reference_log_probs": reference,
+        "teacher_log_probs": teacher,
         "steps": [asdict(step) for step in steps],
         "reduced_before": reduced_before,
         "random_state": torch.get_rng_state(),

@@ -75,17 +75,24 @@ def test_a_teacher_on_a_server_scores_as_one_in_the_trainer_does(
         assert column(tmp_path / "server", metric) == expected, metric
 
 
-def test_adapters_come_nearer_to_a_teacher_on_a_server(
+def test_adapters_come_nearer_to_a_teacher_on_a_server_or_in_the_trainer(
     workspace: Workspace, teacher: Path, address: str, tmp_path: Path
 ) -> None:
     served = {"opd_type": "sglang", "opd_teacher_load": None, "rm_url": address}
-    flags = opd(teacher, num_rollout=8, lr=1e-2, rollout_batch_size=8, lora_rank=8, **served)
-    run_verb(workspace.train_argv(tmp_path, **flags))
+    recorded = str(tmp_path / "{rollout_id}.jsonl")
+    adapters = {"rollout_batch_size": 8, "lr": 1e-2, "lora_rank": 8}
+    flags = opd(teacher, num_rollout=8, save_debug_rollout_data=recorded, **adapters, **served)
+    run_verb(workspace.train_argv(tmp_path / "server", **flags))
     gap, student, scored = (
-        column(tmp_path, f"rollout/{name}") for name in ("opd_reverse_kl", "log_probs", "teacher_log_probs")
+        column(tmp_path / "server", f"rollout/{name}") for name in ("opd_reverse_kl", "log_probs", "teacher_log_probs")
     )
     assert gap == [approx(own - of_teacher, rel=1e-4, abs=1e-6) for own, of_teacher in zip(student, scored, strict=True)]
     assert sum(gap[-3:]) < 0.8 * sum(gap[:3])
+    replayed = opd(teacher, num_rollout=2, load_debug_rollout_data=recorded, **adapters)
+    run_verb(workspace.train_argv(tmp_path / "trainer", **replayed))
+    for metric in ("rollout/teacher_log_probs", "rollout/opd_reverse_kl", "train/grad_norm"):
+        expected = [approx(value, rel=2e-3, abs=1e-5) for value in column(tmp_path / "trainer", metric)]
+        assert column(tmp_path / "server", metric)[: len(expected)] == expected, metric
 
 
 def test_the_likeliest_tokens_of_a_teacher_on_a_server_change_the_advantages(

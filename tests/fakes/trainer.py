@@ -112,6 +112,9 @@ class TableTrainer:
         self.calls.append("copy_held_weights")
         return HostCopy([self.table])
 
+    def copy_for_frozen(self, folder: Path) -> HostCopy:
+        raise AssertionError("the table has no adapters")
+
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         return self._all_reduce_sum(values)
 

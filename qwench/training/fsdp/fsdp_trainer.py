@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig, PreTrainedModel
 
 from qwench.algorithms.columns import LossFunction, MicroBatch, TokenLoss
-from qwench.checkpoints.formats.sources import TensorReader
+from qwench.checkpoints.formats.sources import TensorReader, open_weights
 from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.training import TrainingConfig
@@ -216,6 +216,16 @@ class FsdpTrainer(BackendTrainer):
         self._assert_awake()
         shards = self._shards() if self._adapters is None else list(self._own_matrices.values())
         return HostCopy(shards, dtype=self._param_dtype)
+
+    def copy_for_frozen(self, folder: Path) -> HostCopy:
+        """Read another model into the places of the frozen weights, copy it to the host, and undo that. See `Trainer`."""
+        self._assert_awake()
+        frozen = [local_shard(weight) for weight in self._frozen.values()]
+        own = HostCopy(frozen)
+        fill_shards(self._frozen, open_weights(folder, self._architecture))
+        copy = HostCopy(frozen)
+        own.load()
+        return copy
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Write the layout described in `checkpoint`; collective."""

@@ -214,6 +214,16 @@ class MegatronTrainer(BackendTrainer):
         self._assert_awake()
         return HostCopy(self._weight_buffers())
 
+    def copy_for_frozen(self, folder: Path) -> HostCopy:
+        """Read another model into the places of the frozen weights, copy it to the host, and undo that. See `Trainer`."""
+        self._assert_awake()
+        frozen = [weight for _, weight in self._loaded]
+        own = HostCopy(frozen)
+        load_weights(self._model, open_weights(folder, self._config), self._config, self._layout)
+        copy = HostCopy(frozen)
+        own.load()
+        return copy
+
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Write the layout described in `checkpoint`, or in `adapter_checkpoint`; collective."""
         self._assert_awake()

@@ -13,6 +13,7 @@ WEIGHTS_4B = 4_022_468_096
 """Parameters of Qwen3-4B, worked out by hand: 151,936 x 2,560 + 2,560 + 36 layers of 2 x 4,096 x 2,560 + 2 x 1,024 x 2,560 +
 3 x 9,728 x 2,560 + 2 x 2,560 + 2 x 128."""
 GIB = 2**30
+TEACHER = "--use-opd --opd-type megatron --opd-teacher-load teacher"
 
 
 def read(*words: str) -> Config:
@@ -39,6 +40,8 @@ def test_weights_are_divided_among_the_gpus_of_an_engine():
         ("--colocate --train-backend megatron", 1),
         ("--colocate --lora-rank 8", 1),
         ("--colocate --lora-rank 8 --lora-publish adapter", 0),
+        (f"--colocate --lora-rank 8 --lora-publish adapter {TEACHER}", 0),
+        (f"--colocate --lora-rank 8 --lora-publish adapter {TEACHER} --update-weights-interval 2", 1),
         ("--colocate --lora-rank 8 --lora-publish adapter --lora-base nf4", 1),
         ("--colocate --actor-num-gpus-per-node 2", 0),  # engines have processes of their own
     ],

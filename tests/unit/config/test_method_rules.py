@@ -127,7 +127,6 @@ LORA = LoraConfig(lora_rank=8)
     ({"optimizer": OptimizerConfig(optimizer="muon")}, "--optimizer muon; choose adam"),
     ({"training": TrainingConfig(batch_invariant_mode=True)}, "--batch-invariant-mode or --true-on-policy-mode"),
     ({"algorithm": AlgorithmConfig(advantage_estimator="ppo")}, "--advantage-estimator ppo; choose an estimator"),
-    ({"distillation": OPD}, "--opd-type megatron; serve the teacher and choose sglang"),
 ])  # fmt: skip
 def test_adapters_are_refused_where_they_are_not_built(sections, flag):
     with pytest.raises(ConfigError) as caught:
@@ -135,6 +134,13 @@ def test_adapters_are_refused_where_they_are_not_built(sections, flag):
     assert str(caught.value).startswith(f"--lora-rank 8 does not work yet with {flag}")
     check_rules(Config(**sections))
     check_rules(Config(lora=LORA))
+
+
+def test_a_teacher_in_the_trainer_is_not_rounded_as_the_frozen_model_is():
+    check_rules(Config(lora=LORA, distillation=OPD))
+    with pytest.raises(ConfigError) as caught:
+        check_rules(Config(lora=LoraConfig(lora_rank=8, lora_base="nf4"), distillation=OPD))
+    assert str(caught.value).startswith("--lora-rank 8 does not work yet with --opd-type megatron and --lora-base, which would")
 
 
 @pytest.mark.parametrize(("engine", "named"), [

@@ -97,10 +97,9 @@ class Pool:
 
 
 class Gpus:
-    weights_may_alias = True
-
-    def __init__(self, events: list[str]) -> None:
+    def __init__(self, events: list[str], *, weights_may_alias: bool = True) -> None:
         self._events = events
+        self.weights_may_alias = weights_may_alias
 
     @contextmanager
     def held_by(self, model):
@@ -212,6 +211,24 @@ def test_an_engine_of_this_process_computes_with_the_frozen_weights_and_gets_ada
     assert scene.model.parts == ["adapter", "adapter"]
     assert copied == [(3, ["norm"]), (4, ["norm"])]
     assert [event for event in scene.events if event.startswith("adopt")] == ["adopt 3"]
+
+
+@pytest.mark.parametrize(("moves", "may_alias", "parts"), [
+    (False, False, ["adapter"]), (True, True, ["adapter"]), (True, False, ["apart"]),
+])  # fmt: skip
+def test_an_engine_that_samples_while_a_teacher_scores_has_its_own_frozen_weights(make_scene, moves, may_alias, parts):
+    scene = make_scene("local")
+    gpus = Gpus(scene.events, weights_may_alias=may_alias)
+    plan = replace(PLAN, adapters=True, frozen_moves=moves)
+    (engine,) = scene.pool.engines
+
+    async def update_weights(buckets, *, version: int) -> WeightReceipt:
+        sent = [one for bucket in buckets for one in bucket]
+        return WeightReceipt(version=version, checksums={name: tensor_checksum(tensor) for name, tensor in sent})
+
+    engine.update_weights = update_weights
+    Publisher(scene.model, scene.pool, plan, gpus=gpus, timer=PhaseTimer()).publish(version=3)
+    assert scene.model.parts == parts
 
 
 def test_each_publication_of_a_named_adapter_has_its_name_and_retires_those_before_it(make_scene):
