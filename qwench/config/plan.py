@@ -296,6 +296,7 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
             num_adapted=num_adapter_parameters(model, lora.targets, lora.rank, num_layers=stage_layers, tp=layout.tp)
             if lora.enabled
             else None,
+            keeps_start=lora.lora_init == "pissa",
         )
     copies = has_teacher if lora.enabled else frozen
     return replace(held, host_reference=held.host_reference * copies)

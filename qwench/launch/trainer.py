@@ -32,7 +32,7 @@ from qwench.training.profiler import TrainProfiler
 from qwench.training.reference import BaseModel, FrozenTeacher, PastPolicies, Reference
 from qwench.training.shaping import Shaping
 from qwench.training.state import TrainingState
-from qwench.training.trainer import Trainer
+from qwench.training.trainer import Scorer, Trainer
 
 
 def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
@@ -130,7 +130,7 @@ def build_trainer(inputs: Inputs, *, logits: bool = False) -> Trainer:
     return _build(inputs, starting_weights(inputs.config.checkpoint), inputs.config.optimizer, logits=logits)
 
 
-def _load_teacher(inputs: Inputs, policy: Trainer) -> Reference | FrozenTeacher:
+def _load_teacher(inputs: Inputs, policy: Trainer) -> Scorer:
     """Load the teacher's weights in the policy's place, copy them to the host, and load the policy's again; collective."""
     folder = teacher_weights(inputs.config.distillation)
     if policy.has_adapters:

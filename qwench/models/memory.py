@@ -8,7 +8,7 @@ What a rank holds for each parameter it has, in bytes (p: of the training dtype;
     adapters   (FSDP2) the frozen model p, as shards; weights, gradients and moments as above of the adapters alone; no
                reference. --lora-init pissa: another p of the adapters
     Megatron   weights p; gradients 4; masters and moments 4 + m, shared by the data- and context-parallel ranks. With adapters
-               the frozen model p, and those of the adapters alone
+               the frozen model p, and those of the adapters alone; --lora-init pissa as above
     reference  p, on the host, and another p of a teacher
 
 Activations are not counted: they depend on the lengths of the samples.
@@ -192,12 +192,14 @@ def megatron_bytes(
     holds_reference: bool,
     stage_layers: int | None = None,
     num_adapted: int | None = None,
+    keeps_start: bool = False,
 ) -> RankBytes:
     """Return what a rank of Megatron's largest stage holds; `num_replicas` (data x context parallel) share its states.
 
     Args:
         stage_layers: layers of the largest stage. None: all stages have as many.
         num_adapted: parameters of the rank's adapters, beside a frozen model. None: all weights are trained.
+        keeps_start: the start of the adapters is held too, and subtracted.
     """
     layer = sum(prod(shape) // (tp if len(shape) > 1 else 1) for shape in model.layer_shapes().values())
     embedding = -(-model.vocab_size // tp) * model.hidden_size
@@ -210,7 +212,7 @@ def megatron_bytes(
     owned = -(-trained // num_replicas)
     masters = FLOAT32_BYTES if state.param != FLOAT32_BYTES else 0
     return RankBytes(
-        weights=(held + (num_adapted or 0)) * state.param,
+        weights=(held + (num_adapted or 0) * (2 if keeps_start else 1)) * state.param,
         gradients=trained * FLOAT32_BYTES,
         optimizer=round(owned * (masters + state.moments) * (1 - state.offloaded)),
         host_optimizer=round(owned * (FLOAT32_BYTES + state.moments) * state.offloaded),

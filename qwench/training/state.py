@@ -18,7 +18,7 @@ from torch import Tensor
 from qwench.training.critic import Critic
 from qwench.training.memory_probe import MemoryProbe
 from qwench.training.reference import BaseModel, PastPolicies, Reference
-from qwench.training.trainer import Trainer
+from qwench.training.trainer import Scorer, Trainer
 from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.plan import PublicationPlan
 from qwench.weights.remote import publish_from_rank
@@ -40,7 +40,7 @@ class TrainingState:
         *,
         reference_moves: bool,
         critic: Critic | None = None,
-        teacher: Reference | None = None,
+        teacher: Scorer | None = None,
         past_policies: PastPolicies | None = None,
     ) -> None:
         """Keep the models.

@@ -1,4 +1,4 @@
-"""The adapters that the contract suites of LoRA begin with, and the record of PEFT's own module from there."""
+"""The adapters that the contract suites of LoRA begin with, and the records of a plain module and of PEFT's own from there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import peft
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import Qwen3ForCausalLM
@@ -75,3 +76,60 @@ def assert_apart_is_merged(record: Mapping[str, dict[str, Tensor]]) -> None:
         a, b = (apart.get(f"{name.removesuffix('.weight')}.lora_{leaf}.weight") for leaf in "AB")
         whole = apart[name] if a is None or b is None else apart[name] + scale * (b @ a)
         torch.testing.assert_close(whole, weight, rtol=1e-6, atol=1e-6)
+
+
+class _PlainAdapter(nn.Module):
+    """W x + scale * B A x by whole products, with W frozen."""
+
+    def __init__(self, weight: Tensor, a: Tensor, b: Tensor, scale: float, minus: Tensor | float = 0.0) -> None:
+        super().__init__()
+        self.frozen, self.scale, self.minus = weight.detach(), scale, minus
+        self.a, self.b = nn.Parameter(a.clone()), nn.Parameter(b.clone())
+
+    def whole(self) -> Tensor:
+        """Return the matrix that this is."""
+        return self.frozen + self.scale * (self.b @ self.a - self.minus)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.whole().T
+
+
+def _with_plain_adapters(model: nn.Module, start: Path | None, scale: float) -> nn.Module:
+    model.requires_grad_(False)
+    stored = {} if start is None else load_file(start / "adapter_model.safetensors")
+    targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers" in name]
+    for name in targets:
+        weight = model.get_submodule(name).weight
+        if start is None:
+            u, s, v_h = torch.linalg.svd(weight.detach(), full_matrices=False)
+            root = (s[:RANK] / scale).sqrt()
+            a, b = root[:, None] * v_h[:RANK], u[:, :RANK] * root
+            model.set_submodule(name, _PlainAdapter(weight, a, b, scale, minus=b @ a))
+        elif f"base_model.model.{name}.lora_A.weight" in stored:
+            a, b = (stored[f"base_model.model.{name}.lora_{leaf}.weight"] for leaf in "AB")
+            model.set_submodule(name, _PlainAdapter(weight, a, b, scale))
+    return model
+
+
+def plain_record(
+    model_folder: Path, start: Path | None, *, scale: float, num_steps: int = cases.NUM_STEPS
+) -> tuple[cases.StepsRecord, dict[str, Tensor]]:
+    """Train a plain module from the adapter in `start`; None: from the principal components, with them subtracted.
+
+    Returns:
+        the record, with merged weights; the matrices by their names in an adapter folder, without PEFT's prefix.
+    """
+    models: list[nn.Module] = []
+
+    def prepare(model: nn.Module) -> nn.Module:
+        models.append(_with_plain_adapters(model, start, scale))
+        return models[0]
+
+    record = cases.plain_loop(model_folder, num_steps=num_steps, prepare=prepare)
+    matrices = {}
+    for name, module in models[0].named_modules():
+        if isinstance(module, _PlainAdapter):
+            del record.weights[f"{name}.a"], record.weights[f"{name}.b"]
+            record.weights[f"{name}.weight"] = module.whole().detach()
+            matrices |= {f"{name}.lora_A.weight": module.a.detach(), f"{name}.lora_B.weight": module.b.detach()}
+    return record, matrices

@@ -9,13 +9,13 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from qwench.checkpoints.formats.dcp_reader import DcpFolder
 from qwench.config.sections.lora import LoraConfig
 from tests.contract import train_backend_cases as cases
-from tests.contract.lora_cases import ALPHA, RANK, assert_apart_is_merged, peft_loop, write_start
+from tests.contract.lora_cases import ALPHA, RANK, assert_apart_is_merged, peft_loop, plain_record, write_start
 from tests.contract.train_backend_checks import ON_CPU as WITHIN
 from tests.contract.train_backend_checks import assert_close, assert_steps_equal, read_records
 from tests.contract.train_backend_layouts import BINS
@@ -74,60 +74,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class _PlainAdapter(nn.Module):
-    """W x + scale * B A x by whole products, with W frozen."""
-
-    def __init__(self, weight: Tensor, a: Tensor, b: Tensor, scale: float, minus: Tensor | float = 0.0) -> None:
-        super().__init__()
-        self.frozen, self.scale, self.minus = weight.detach(), scale, minus
-        self.a, self.b = nn.Parameter(a.clone()), nn.Parameter(b.clone())
-
-    def whole(self) -> Tensor:
-        """Return the matrix that this is."""
-        return self.frozen + self.scale * (self.b @ self.a - self.minus)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.whole().T
-
-
-def _with_plain_adapters(model: nn.Module, flags: str, folder: Path) -> nn.Module:
-    model.requires_grad_(False)
-    scale = _SCALES[flags]
-    stored = load_file(folder / f"{flags}.adapter" / "adapter_model.safetensors") if flags != "pissa" else {}
-    targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers" in name]
-    for name in targets:
-        weight = model.get_submodule(name).weight
-        if flags == "pissa":
-            u, s, v_h = torch.linalg.svd(weight.detach(), full_matrices=False)
-            root = (s[:RANK] / scale).sqrt()
-            a, b = root[:, None] * v_h[:RANK], u[:, :RANK] * root
-            model.set_submodule(name, _PlainAdapter(weight, a, b, scale, minus=b @ a))
-        elif f"base_model.model.{name}.lora_A.weight" in stored:
-            a, b = (stored[f"base_model.model.{name}.lora_{leaf}.weight"] for leaf in "AB")
-            model.set_submodule(name, _PlainAdapter(weight, a, b, scale))
-    return model
-
-
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> dict[str, tuple[cases.StepsRecord, dict[str, Tensor]]]:
     """Return the plain loop's records by flags, and its matrices under the names of an adapter folder."""
-    found = {}
-    for flags in _FLAGS:
-        models: list[nn.Module] = []
-
-        def prepare(model: nn.Module, flags: str = flags, models: list[nn.Module] = models) -> nn.Module:
-            models.append(_with_plain_adapters(model, flags, folder))
-            return models[0]
-
-        record = cases.plain_loop(folder / "tied", prepare=prepare)
-        matrices = {}
-        for name, module in models[0].named_modules():
-            if isinstance(module, _PlainAdapter):
-                del record.weights[f"{name}.a"], record.weights[f"{name}.b"]
-                record.weights[f"{name}.weight"] = module.whole().detach()
-                matrices |= {f"{name}.lora_A.weight": module.a.detach(), f"{name}.lora_B.weight": module.b.detach()}
-        found[flags] = record, matrices
-    return found
+    return {
+        flags: plain_record(folder / "tied", folder / f"{flags}.adapter" if flags != "pissa" else None, scale=_SCALES[flags])
+        for flags in _FLAGS
+    }
 
 
 @pytest.mark.parametrize(("layout", "flags"), STEPPED)
@@ -175,7 +128,7 @@ def test_the_reference_is_the_base_model_bit_for_bit(folder: Path, layout: str, 
 
 def test_a_resumed_run_takes_the_step_that_follows(folder: Path) -> None:
     _, case = _case("one", "all", folder)
-    first = cases.plain_loop(folder / "tied", num_steps=4, prepare=lambda model: _with_plain_adapters(model, "all", folder))
+    first, _ = plain_record(folder / "tied", folder / "all.adapter", scale=_SCALES["all"], num_steps=4)
     (record,) = read_records(folder, replace(case, name="resumed"), 1)
     assert record["steps"][0]["loss"] == pytest.approx(first.losses[3], rel=1e-5)
     assert record["steps"][0]["grad_norm"] == pytest.approx(first.grad_norms[3], rel=1e-5)

@@ -14,9 +14,17 @@ from transformers import Qwen3ForCausalLM
 from qwench.checkpoints.formats.dcp_reader import DcpFolder
 from qwench.config.sections.lora import LoraConfig
 from tests.contract import train_backend_cases as cases
-from tests.contract.lora_cases import ALPHA, RANK, PeftRecord, assert_apart_is_merged, peft_loop, write_start
+from tests.contract.lora_cases import (
+    ALPHA,
+    RANK,
+    PeftRecord,
+    assert_apart_is_merged,
+    peft_loop,
+    plain_record,
+    write_start,
+)
 from tests.contract.train_backend_checks import ON_CPU as WITHIN
-from tests.contract.train_backend_checks import assert_close, read_records
+from tests.contract.train_backend_checks import assert_close, assert_steps_equal, read_records
 from tests.contract.train_backend_layouts import LAYOUTS, fsdp, megatron
 from tests.contract.train_backend_ranks import Case, run_world
 
@@ -31,6 +39,12 @@ _RESUMED = {"tp2-dp2": "pp2", "pp2": "tp2-sp", "tp2-sp": "fsdp", "tp2-pp2": "dp4
 """Layout -> the layout whose checkpoint it goes on from."""
 
 
+_RESUMED_PISSA = {
+    "pissa-pp2-after-tp2-sp": (megatron, "pp2", "tp2-sp"),
+    "pissa-fsdp-after-tp2-pp2": (fsdp, "fsdp-2", "tp2-pp2"),
+}
+
+
 def _cases(folder: Path) -> list[tuple[int, Case]]:
     found = []
     for on, flags in _STEPPED:
@@ -38,6 +52,10 @@ def _cases(folder: Path) -> list[tuple[int, Case]]:
         lora = replace(_FLAGS[flags], lora_adapter_path=folder / f"{flags}.adapter")
         options = {"lora": lora, "teacher": f"{model}-teacher", "save": True, **_recompute(on, flags)}
         found.append(megatron(f"{on}-{flags}", model, on=on, **options))
+    pissa = replace(_ALL, lora_init="pissa")
+    found += [megatron(f"{on}-pissa", "untied", on=on, lora=pissa, save=on in ("tp2-sp", "tp2-pp2")) for on in LAYOUTS]
+    for name, (build, on, before) in _RESUMED_PISSA.items():
+        found.append(build(name, "untied", on=on, lora=pissa, load=f"{before}-pissa", num_steps=2))
     found.append(fsdp("fsdp-all", "untied", on="fsdp-2", lora=_started(folder), save=True))
     for on, before in _RESUMED.items():
         name, load = f"{on}-after-{before}", f"{before}-all"
@@ -137,6 +155,24 @@ def test_a_teacher_in_the_place_of_the_frozen_model_scores_as_itself(folder: Pat
             assert record["teacher_log_probs"].keys() == record["log_probs"].keys()
             for index, values in record["teacher_log_probs"].items():
                 assert_close(values, expected[tied][index], f"{on}-{flags}: sample {index}", WITHIN)
+
+
+def test_principal_components_begin_as_the_base_model_and_take_the_steps_of_a_plain_module(folder: Path) -> None:
+    expected, _ = plain_record(folder / "untied", None, scale=ALPHA / RANK)
+    for on in LAYOUTS:
+        for record in read_records(folder, Case(name=f"{on}-pissa", model="", bins=[]), LAYOUTS[on][0]):
+            for index, values in record["log_probs"].items():
+                assert torch.equal(record["reference_log_probs"][index], values), on
+            assert_steps_equal(record, expected)
+            assert_apart_is_merged(record)
+
+
+def test_principal_components_go_on_in_another_layout_and_backend(folder: Path) -> None:
+    expected, _ = plain_record(folder / "untied", None, scale=ALPHA / RANK, num_steps=5)
+    for name in _RESUMED_PISSA:
+        for record in read_records(folder, Case(name=name, model="", bins=[]), 2):
+            assert [step["loss"] for step in record["steps"]] == pytest.approx(expected.losses[3:], rel=1e-5, abs=1e-6)
+            assert [step["grad_norm"] for step in record["steps"]] == pytest.approx(expected.grad_norms[3:], rel=1e-5)
 
 
 @pytest.mark.parametrize("on", LAYOUTS)

@@ -25,8 +25,9 @@ from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, load_model, model_of
 from qwench.models.peft import AdapterFolder, write_adapter
-from qwench.training.fsdp.lora import Adapters, folder_name
+from qwench.training.fsdp.lora import Adapters
 from qwench.training.fsdp.optimizer import MasterOptimizer, full_tensor, local_shard, own_part
+from qwench.training.pissa import as_one, folder_name
 from qwench.training.resuming import (
     load_in_place,
     load_moments,
@@ -74,7 +75,7 @@ def save_adapters(folder: Path, matrices: Mapping[str, Tensor], adapters: Adapte
     """Write the masters of adapters, and the starts that are subtracted, as one PEFT folder; collective."""
     whole = {name: full_tensor(matrix.detach()).to("cpu", torch.float32) for name, matrix in matrices.items()}
     if is_main:
-        write_adapter(folder, adapters.config(), adapters.as_one(whole))
+        write_adapter(folder, adapters.config(), as_one(whole))
 
 
 def load_adapters(folder: Path, optimizer: MasterOptimizer, adapters: Adapters, model: Architecture) -> None:

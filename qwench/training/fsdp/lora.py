@@ -19,12 +19,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from qwench.config.sections.lora import LoraConfig
-from qwench.models.peft import SCALE, A, AdapterConfig, B, factors, merged
+from qwench.models.peft import SCALE, A, AdapterConfig, B, merged
 from qwench.training.adapters import AdapterSwitch, random_a
 from qwench.training.fsdp.frozen import FrozenMatrix
 from qwench.training.fsdp.optimizer import full_tensor, local_shard
-
-_START = "start_"
+from qwench.training.pissa import as_one, folder_name, merged_change, part_of, principal
 
 
 class LoraLinear(nn.Module):
@@ -116,10 +115,8 @@ class Adapters:
         a, b = (_whole(linear.weight, dtype) for linear in (layer.lora_A, layer.lora_B))
         if layer.start_A is None or layer.start_B is None:
             return merged(weight, a, b, scale=scale)
-        a_0, b_0 = (_whole(linear.weight, dtype).float() for linear in (layer.start_A, layer.start_B))
-        # Two products: at the start their difference is exactly zero.
-        change = b.float() @ a.float() - b_0 @ a_0
-        return (weight.float() + scale * change).to(weight.dtype)
+        a_0, b_0 = (_whole(linear.weight, dtype) for linear in (layer.start_A, layer.start_B))
+        return merged_change(weight, a, b, a_0, b_0, scale=scale)
 
     def quantised(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights that are held in fewer bits, as they are computed with in `dtype`; local."""
@@ -129,34 +126,16 @@ class Adapters:
 
     def apart(self, whole: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield the matrices of the adapter, and its scale, from whole ones under the names of `matrices`."""
-        yield from self.as_one(whole).items()
+        yield from as_one(whole).items()
         yield SCALE, torch.tensor([self.config().scale], device=next(iter(whole.values())).device)
 
     def start(self, dtype: torch.dtype) -> AdapterStart:
         """Return the matrices that a fresh run begins with."""
         return AdapterStart(self._layers, self.section, seed=self._seed, dtype=dtype)
 
-    def as_one(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the matrices of an adapter folder: starts that are subtracted become further rows and columns."""
-        if self.section.lora_init != "pissa":
-            return dict(whole)
-        return {
-            name: torch.cat([matrix, whole[_start_of(name)]])
-            if name.endswith(A)
-            else torch.cat([matrix, -whole[_start_of(name)]], dim=1)
-            for name, matrix in whole.items()
-            if not _is_start(name)
-        }
-
     def split(self, name: str, matrix: Tensor) -> Tensor:
-        """Return the part of a folder's matrix that `name`, an adapter's or a start's, has; undoes `as_one`."""
-        if self.section.lora_init != "pissa":
-            return matrix
-        is_a = folder_name(name).endswith(A)
-        trained, start = matrix.chunk(2, dim=0 if is_a else 1)
-        if not _is_start(name):
-            return trained
-        return start if is_a else -start
+        """Return the part of a folder's matrix that `name`, an adapter's or a start's, has; undoes `pissa.as_one`."""
+        return part_of(name, matrix) if self.section.lora_init == "pissa" else matrix
 
 
 class AdapterStart:
@@ -181,20 +160,15 @@ class AdapterStart:
         return random_a(name, layer.lora_A.weight.shape, seed=self._seed)
 
     def _principal(self, module: str, layer: LoraLinear) -> tuple[Tensor, Tensor]:
-        """Return A and B whose product, times the scale, is the best approximation of W. Source: PiSSA (arXiv 2404.02948)."""
+        """See `pissa.principal`; collective."""
         if self._computed is None or self._computed[0] != module:
             assert layer.weight is not None, "the section refuses principal components of quantised weights"
             whole = _whole(layer.weight, torch.float32)
-            a, b = factors(whole / self._section.scale, self._section.rank)
+            a, b = principal(whole, self._section, self._dtype)
             for matrix in (a, b):
                 dist.broadcast(matrix, src=0)
-            self._computed = module, a.to(self._dtype).float(), b.to(self._dtype).float()
+            self._computed = module, a, b
         return self._computed[1:]
-
-
-def folder_name(name: str) -> str:
-    """Return the name in an adapter folder of a matrix, or of the one that a start belongs to."""
-    return name.replace(f".{_START}", ".lora_")
 
 
 def _matrices(base: nn.Linear, rank: int) -> tuple[nn.Linear, nn.Linear]:
@@ -211,11 +185,3 @@ def _whole(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if weight.device_mesh.size() == 1:
         return local_shard(weight).detach().to(dtype)  # without a collective, which takes longer than the sum
     return full_tensor(weight.detach().to(dtype))
-
-
-def _is_start(name: str) -> bool:
-    return f".{_START}" in name
-
-
-def _start_of(name: str) -> str:
-    return name.replace(".lora_", f".{_START}")

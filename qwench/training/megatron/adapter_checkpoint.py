@@ -22,15 +22,16 @@ from qwench.training.megatron.lora import Adapters
 from qwench.training.megatron.optimizer import MasterOptimizer
 from qwench.training.megatron.weights import WholeWeights
 from qwench.training.optimizers.host_adam import MASTER, MOMENTS
+from qwench.training.pissa import as_one
 from qwench.training.resuming import load_moments, load_num_steps, save_moments
 
 
 def save_adapters(folder: Path, matrices: list[tuple[WeightRule, Tensor]], adapters: Adapters, *, is_main: bool) -> None:
-    """Write one PEFT folder of this stage's `matrices` and the others'; collective."""
-    gathered = WholeWeights(matrices, adapters.rules, adapters.place.model).gather()
+    """Write one PEFT folder of this stage's trained `matrices`, their starts and the other stages'; collective."""
+    gathered = WholeWeights([*matrices, *adapters.starts], adapters.rules, adapters.place.model).gather()
     whole = {name: matrix.to("cpu", torch.float32) for name, matrix in gathered}
     if is_main:
-        write_adapter(folder, adapters.config(), whole)
+        write_adapter(folder, adapters.config(), as_one(whole))
 
 
 def save_state(folder: Path, optimizer: MasterOptimizer, adapters: Adapters) -> None:

@@ -4,7 +4,8 @@
     linear_proj, linear_fc2    x of this rank's columns --A, columns--> --sum over tp--> --B, whole--> added to the output
 
 The layers themselves are frozen: megatron-core gives them no gradient buffer, and the optimizer no master and no moments. The
-projections of one layer share one product by A and one collective, of rank numbers a token.
+projections of one layer share one product by A and one collective, of rank numbers a token. With --lora-init pissa, a start of
+as many matrices is computed in the same way, and subtracted (`training.pissa`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -35,6 +38,7 @@ from qwench.training.adapters import AdapterSwitch, random_a
 from qwench.training.megatron.model import PolicyModel, local_parameters
 from qwench.training.megatron.tensor_place import TensorPlace
 from qwench.training.megatron.weights import WholeWeights
+from qwench.training.pissa import as_one, folder_name, is_start, merged_change, part_of, principal, start_of
 
 
 class LayerAdapters(nn.Module):
@@ -66,7 +70,9 @@ class LayerAdapters(nn.Module):
         """Of each projection on this rank, in the order of the layer."""
         self._rank = section.rank
         self.weights: list[tuple[WeightRule, nn.Parameter]] = []
+        self.starts: list[tuple[WeightRule, nn.Parameter]] = []
         self._a, self._b = nn.ParameterDict(), nn.ParameterDict()
+        self._start_a, self._start_b = nn.ParameterDict(), nn.ParameterDict()
         for name in rule.hf_names:
             for one in _rules_of(rule, name, section):
                 self._allocate(one, name.split(".")[-2], like=layer.weight)
@@ -75,7 +81,16 @@ class LayerAdapters(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what is added to the layer's output, for its input [t, 1, D]."""
-        reduced = functional.linear(self._switch.dropped(x, self._index), torch.cat(tuple(self._a.values())))
+        x = self._switch.dropped(x, self._index)
+        delta = self._products(x, self._a, self._b)
+        if self._start_a:
+            # The same products in the same order: at the start the difference is exactly zero.
+            delta = delta - self._products(x, self._start_a, self._start_b)
+        return self._scale * delta
+
+    def _products(self, x: Tensor, tops: nn.ParameterDict, bottoms: nn.ParameterDict) -> Tensor:
+        """Return B (A x) of the projections, for this rank's A and B by projection."""
+        reduced = functional.linear(x, torch.cat(tuple(tops.values())))
         if self._is_row and self._is_split:
             reduced = reduce_scatter_to_sequence_parallel_region(reduced)
         elif self._is_row:
@@ -84,14 +99,13 @@ class LayerAdapters(nn.Module):
             reduced = gather_from_sequence_parallel_region(reduced, tensor_parallel_output_grad=True)
         else:
             reduced = copy_to_tensor_model_parallel_region(reduced)
-        parts = dict(zip(self._b, reduced.split(self._rank, dim=-1), strict=True))
-        return self._scale * self._joined(parts)
+        return self._joined(dict(zip(bottoms, reduced.split(self._rank, dim=-1), strict=True)), bottoms)
 
-    def _joined(self, reduced: dict[str, Tensor]) -> Tensor:
+    def _joined(self, reduced: dict[str, Tensor], bottoms: nn.ParameterDict) -> Tensor:
         """Return the projections' outputs in the order of the layer's: query groups side by side, or one after the other."""
         any_one = next(iter(reduced.values()))
         parts = [
-            functional.linear(reduced[name], self._b[name])
+            functional.linear(reduced[name], bottoms[name])
             if name in reduced
             else any_one.new_zeros((*any_one.shape[:-1], rows))
             for name, (rows, _columns) in self._shapes.items()
@@ -108,25 +122,29 @@ class LayerAdapters(nn.Module):
 
     def _allocate(self, rule: WeightRule, projection: str, *, like: Tensor) -> None:
         """Allocate a matrix of zeros, and mark it as megatron-core marks weights."""
-        is_a = rule.megatron_name.endswith(A)
+        is_a, trained = folder_name(rule.megatron_name).endswith(A), not is_start(rule.megatron_name)
         rows, columns = self._shapes[projection]
         shape = (self._rank, columns) if is_a else (rows, self._rank)
-        matrix = nn.Parameter(like.new_zeros(shape))
+        matrix = nn.Parameter(like.new_zeros(shape), requires_grad=trained)
         if rule.tp_dim is not None:
             set_tensor_model_parallel_attributes(matrix, True, rule.tp_dim, 1)
         # With sequence parallelism a rank has the gradient of its own tokens; megatron-core sums those of marked weights.
         matrix.sequence_parallel = self._is_split and rule.tp_dim is None  # type: ignore[attr-defined]
-        self.weights.append((rule, matrix))
-        (self._a if is_a else self._b)[projection] = matrix
+        (self.weights if trained else self.starts).append((rule, matrix))
+        tops, bottoms = (self._a, self._b) if trained else (self._start_a, self._start_b)
+        (tops if is_a else bottoms)[projection] = matrix
 
 
 class Adapters:
     """All adapters of this rank's stage."""
 
-    def __init__(self, model: PolicyModel, place: TensorPlace, section: LoraConfig, *, seed: int, base: str) -> None:
-        """Freeze `model`, and give each target its adapter; collective over the pipeline.
+    def __init__(
+        self, model: PolicyModel, place: TensorPlace, section: LoraConfig, *, source: TensorReader, seed: int, base: str
+    ) -> None:
+        """Freeze `model`, and give each target its adapter; collective.
 
         Args:
+            source: Of the model's weights.
             seed: Of what is random: the start, and what passes drop.
             base: Folder of the model, which adapter folders name.
         """
@@ -142,16 +160,23 @@ class Adapters:
         self.rules = list(adapter_rules(place.model, section))
         """Of every stage's matrices, in the order of the model."""
         self.weights: list[tuple[WeightRule, nn.Parameter]] = []
-        """This stage's matrices."""
+        """This stage's matrices that are trained."""
+        self.starts: list[tuple[WeightRule, nn.Parameter]] = []
+        """This stage's matrices that are subtracted."""
         for index, (rule, weight) in enumerate(local_parameters(model, place.model)):
             if any(True for name in rule.hf_names for _ in _rules_of(rule, name, section)):
                 number = index + (place.tp_rank << 12 if rule.tp_dim == 1 or layers[weight].sequence_parallel else 0)
-                self.weights += LayerAdapters(layers[weight], rule, place, section, self.switch, index=number).weights
+                layer = LayerAdapters(layers[weight], rule, place, section, self.switch, index=number)
+                self.weights += layer.weights
+                self.starts += layer.starts
         granularity, modules = model.config.recompute_granularity, model.config.recompute_modules
         if model.pre_process and (granularity == "full" or (granularity == "selective" and "mlp" in modules)):
             model.embedding.register_forward_hook(_require_gradient)
-        self._start(seed)
-        self._whole = WholeWeights(self.weights, self.rules, place.model)
+        if section.lora_init == "pissa":
+            self._start_principal(source)
+        else:
+            self._start_random(seed)
+        self._whole = WholeWeights([*self.weights, *self.starts], self.rules, place.model)
 
     def config(self) -> AdapterConfig:
         """Return what an adapter folder of this run says."""
@@ -163,33 +188,70 @@ class Adapters:
 
     def fill(self, source: TensorReader) -> None:
         """Copy this rank's share of an adapter's matrices."""
-        for rule, weight in self.weights:
+        for rule, weight in (*self.weights, *self.starts):
             weight.data.copy_(self.share(rule, source))
 
     def share(self, rule: WeightRule, source: TensorReader) -> Tensor:
-        """Return this rank's share of one matrix."""
-        return tp_shard(rule, source.read(rule.hf_names[0]), self.place.tp_rank, self.place.tp_size)
+        """Return this rank's share of one matrix of an adapter folder."""
+        name = rule.hf_names[0]
+        stored = source.read(folder_name(name))
+        return self._share(rule, part_of(name, stored) if self.starts else stored)
+
+    def _share(self, rule: WeightRule, whole: Tensor) -> Tensor:
+        return tp_shard(rule, whole, self.place.tp_rank, self.place.tp_size)
 
     def merged_into(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Yield whole weights of the model with their adapters merged; collective."""
         matrices = dict(self._whole.gather())
         for name, weight in weights:
             module = name.removesuffix(".weight")
-            a, b = matrices.get(f"{module}.{A}"), matrices.get(f"{module}.{B}")
-            yield name, weight if a is None or b is None else merged(weight, a, b, scale=self.section.scale)
+            if f"{module}.{A}" not in matrices:
+                yield name, weight
+                continue
+            names = [f"{module}.{A}", f"{module}.{B}"]
+            a, b, *start = (matrices[one] for one in (*names, *map(start_of, names)) if one in matrices)
+            scale = self.section.scale
+            yield name, merged_change(weight, a, b, *start, scale=scale) if start else merged(weight, a, b, scale=scale)
 
     def apart(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the matrices of the adapter, whole, and its scale; collective."""
-        yield from self._whole.gather()
+        yield from as_one(dict(self._whole.gather())).items()
         yield SCALE, torch.tensor([self.section.scale], device=self.weights[0][1].device)
 
-    def _start(self, seed: int) -> None:
+    def _start_random(self, seed: int) -> None:
         """Fill A with random numbers; B is zero."""
         shapes = self.config().shapes(self.place.model)
         for rule, weight in self.weights:
             if (name := rule.hf_names[0]).endswith(A):
-                whole = random_a(name, shapes[name], seed=seed)
-                weight.data.copy_(tp_shard(rule, whole, self.place.tp_rank, self.place.tp_size))
+                weight.data.copy_(self._share(rule, random_a(name, shapes[name], seed=seed)))
+
+    def _start_principal(self, source: TensorReader) -> None:
+        """Fill matrices and starts with principal components, which one rank of each stage computes; collective."""
+        groups = (
+            parallel_state.get_tensor_model_parallel_group(),
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
+        computes = all(group.rank() == 0 for group in groups)
+        held = {rule.megatron_name: (rule, weight) for rule, weight in (*self.weights, *self.starts)}
+        for rule, weight in self.weights:
+            if not (top := rule.megatron_name).endswith(A):
+                continue
+            module = top.removesuffix(f".{A}")
+            rows, columns = projection_shapes(self.place.model)[module.rsplit(".", 1)[-1]]
+            whole = [
+                weight.new_empty(shape, dtype=torch.float32)
+                for shape in ((self.section.rank, columns), (rows, self.section.rank))
+            ]
+            if computes:
+                # As rounded to the dtype of a forward, which the model computes with.
+                rounded = source.read(f"{module}.weight").to(weight).float()
+                whole = list(principal(rounded, self.section, weight.dtype))
+            for leaf, matrix in zip((A, B), whole, strict=True):
+                for group in groups:  # from the first tensor-parallel rank to the others, then from the first replica
+                    dist.broadcast(matrix, src=dist.get_global_rank(group, 0), group=group)
+                for name in (f"{module}.{leaf}", start_of(f"{module}.{leaf}")):
+                    own, place = held[name]
+                    place.data.copy_(self._share(own, matrix))
 
 
 def adapter_rules(model: Architecture, section: LoraConfig) -> Iterator[WeightRule]:
@@ -200,14 +262,15 @@ def adapter_rules(model: Architecture, section: LoraConfig) -> Iterator[WeightRu
 
 
 def _rules_of(rule: WeightRule, name: str, section: LoraConfig) -> Iterator[WeightRule]:
-    """Yield the rules of A and B of a projection, the Hugging Face weight `name` of a layer's; of no target, none."""
+    """Yield the rules of the matrices of a projection, the Hugging Face weight `name` of a layer's; of no target, none."""
     module, _, leaf = name.rpartition(".")
     if leaf != "weight" or module.rsplit(".", 1)[-1] not in section.targets:
         return
     for matrix, tp_dim in ((A, 1), (B, 0)):
         full = f"{module}.{matrix}"
         split = tp_dim if rule.tp_dim == tp_dim else None
-        yield WeightRule(megatron_name=full, hf_names=(full,), checkpoint_key=full, tp_dim=split)
+        for one in (full, start_of(full)) if section.lora_init == "pissa" else (full,):
+            yield WeightRule(megatron_name=one, hf_names=(one,), checkpoint_key=one, tp_dim=split)
 
 
 def _local_shape(name: str, place: TensorPlace, *, tp_dim: int | None) -> list[int]:

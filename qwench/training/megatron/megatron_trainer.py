@@ -137,6 +137,7 @@ class MegatronTrainer(BackendTrainer):
         model.gives_logits = logits
         load_weights(model, NewHead(source, built) if critic else source, built, layout)
         place, seed, base = tensor_place(built, layout), training.seed, str(model_folder)
+        adapters = None if lora is None else Adapters(model, place, lora, source=source, seed=seed, base=base)
         return cls(
             model,
             built,
@@ -145,7 +146,7 @@ class MegatronTrainer(BackendTrainer):
             device=device,
             optimizer=optimizer,
             total_steps=total_steps,
-            adapters=None if lora is None else Adapters(model, place, lora, seed=seed, base=base),
+            adapters=adapters,
         )
 
     @property

@@ -115,6 +115,10 @@ def test_a_megatron_rank_holds_a_frozen_stage_and_its_share_of_adapters():
     held = megatron_bytes(SMALL, BF16, tp=2, pp=1, num_replicas=2, holds_reference=False, num_adapted=share)
     assert held.weights == whole.weights + 2 * 276
     assert (held.gradients, held.optimizer) == (4 * 276, 138 * 12)
+    started = megatron_bytes(
+        SMALL, BF16, tp=2, pp=1, num_replicas=2, holds_reference=False, num_adapted=share, keeps_start=True
+    )
+    assert started.weights == held.weights + 2 * 276
 
 
 def test_megatron_ranks_hold_a_share_of_a_stage():
