@@ -9,27 +9,16 @@ import pytest
 
 from qwench.config.sections.reward import RewardConfig
 from qwench.errors import ConfigError, OutputError
-from qwench.rewards.pool import RewardPool, check_reward
+from qwench.rewards.pool import check_reward
 from qwench.rewards.second_grader import counts_of, describe_shortest, list_disagreements, read_disagreements, records_of
 from qwench.rewards.worker_process import WorkerPool
 from qwench.samples import Group, Prompt, Rollout, Sample, Verdict
+from tests.unit.rewards.samples import graded
 
 
 def answered(response: str, label: str, sample_id: int = 0) -> Sample:
     prompt = Prompt(text="q", token_ids=(1,), label=label, place=f"train.jsonl:{sample_id + 1}")
     return Sample(prompt=prompt, sample_id=sample_id, group_id=sample_id // 2, response=response)
-
-
-def graded(reward: RewardConfig, *samples: Sample) -> list[Verdict]:
-    pool = RewardPool(reward)
-
-    async def grade() -> list[Verdict]:
-        return list(await asyncio.gather(*(pool.grade(one) for one in samples)))
-
-    try:
-        return asyncio.run(grade())
-    finally:
-        pool.close()
 
 
 def judged(answer: str, label: str, first: tuple[float, str], second: tuple[float, str]) -> Verdict:

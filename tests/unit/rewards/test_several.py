@@ -14,28 +14,16 @@ from qwench.errors import ConfigError, RewardError
 from qwench.rewards import remote
 from qwench.rewards.graders import check_prompts
 from qwench.rewards.judge import Judge, fill_template, read_template, read_verdict
-from qwench.rewards.pool import RewardPool
 from qwench.rewards.scores import combine
 from qwench.rollout.sample_metrics import sample_metrics
 from qwench.samples import Prompt, Sample, Verdict
+from tests.unit.rewards.samples import graded
 
 
 def sample(response: str, label: str | None = "7", **metadata: object) -> Sample:
     made = Sample(prompt=Prompt(text="3+4", token_ids=(1,), label=label, metadata=metadata), sample_id=0, group_id=0)
     made.response = response
     return made
-
-
-def graded(reward: RewardConfig, *samples: Sample, key: str | None = None) -> list[Verdict]:
-    pool = RewardPool(reward, judge_key=key)
-
-    async def grade() -> list[Verdict]:
-        return list(await asyncio.gather(*(pool.grade(one) for one in samples)))
-
-    try:
-        return asyncio.run(grade())
-    finally:
-        pool.close()
 
 
 def test_the_sum_is_weighted_and_each_reward_is_kept_apart():

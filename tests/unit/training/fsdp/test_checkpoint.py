@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3ForCausalLM
+from transformers import PretrainedConfig, Qwen3ForCausalLM
 
 from qwench.config.sections.training import TrainingConfig
 from qwench.models.hf import load_hf_config
@@ -29,6 +29,36 @@ def hf_folder(tmp_path: Path) -> Path:
     return tmp_path / "hf"
 
 
+def assert_weights_of(
+    hf_folder: Path,
+    *,
+    built_from: Path,
+    loaded: Path | None = None,
+    config: PretrainedConfig | None = None,
+    offload_fraction: float,
+) -> None:
+    """Check that a trainer built from one folder, which then loads another one, holds the weights of `hf_folder`."""
+    init_process_group(_CPU, environ={}, timeout_s=patient(60))
+    try:
+        backend = FsdpTrainer.build(
+            built_from,
+            training=TrainingConfig(),
+            optimizer=offloaded(adamw(), offload_fraction),
+            total_steps=1,
+            param_dtype=torch.bfloat16,
+            device=_CPU,
+            hf_config=config or load_hf_config(built_from),
+        )
+        if loaded is not None:
+            backend.load(loaded, weights_only=True)
+        held = {name: tensor.clone() for bucket in backend.weights(bucket_bytes=1 << 20) for name, tensor in bucket}
+    finally:
+        leave_process_group()
+    expected = dict(Qwen3ForCausalLM.from_pretrained(hf_folder, dtype=torch.bfloat16).named_parameters())
+    assert held.keys() == expected.keys()
+    assert all(torch.equal(held[name], weight) for name, weight in expected.items())
+
+
 @pytest.mark.parametrize("kind", ["torch_dist", "fsdp"])
 @pytest.mark.parametrize("offload_fraction", [0.0, 1.0], ids=["on device", "on host"])
 def test_weights_take_no_memory_before_they_are_shards_which_are_those_of_the_checkpoint(
@@ -39,24 +69,7 @@ def test_weights_take_no_memory_before_they_are_shards_which_are_those_of_the_ch
     model, source = load_causal_lm(tmp_path / kind, config)
     assert source is not None
     assert {parameter.untyped_storage().nbytes() for parameter in model.parameters()} <= {2, 4}
-    optimizer = offloaded(adamw(), offload_fraction)
-    init_process_group(_CPU, environ={}, timeout_s=patient(60))
-    try:
-        backend = FsdpTrainer.build(
-            tmp_path / kind,
-            training=TrainingConfig(),
-            optimizer=optimizer,
-            total_steps=1,
-            param_dtype=torch.bfloat16,
-            device=_CPU,
-            hf_config=config,
-        )
-        held = {name: tensor.clone() for bucket in backend.weights(bucket_bytes=1 << 20) for name, tensor in bucket}
-    finally:
-        leave_process_group()
-    expected = dict(Qwen3ForCausalLM.from_pretrained(hf_folder, dtype=torch.bfloat16).named_parameters())
-    assert held.keys() == expected.keys()
-    assert all(torch.equal(held[name], weight) for name, weight in expected.items())
+    assert_weights_of(hf_folder, built_from=tmp_path / kind, config=config, offload_fraction=offload_fraction)
 
 
 @pytest.mark.parametrize("folder", ["hf", "dist/release"])
@@ -67,21 +80,4 @@ def test_a_trainer_takes_the_weights_of_a_converted_checkpoint(
     run_verb(["convert", "--input", str(hf_folder), "--output", str(tmp_path / "dist"), "--to", "torch_dist"])
     torch.manual_seed(4)
     tiny_model(vocab_size=64, tied=False).to(torch.bfloat16).save_pretrained(tmp_path / "other")
-    init_process_group(_CPU, environ={}, timeout_s=patient(60))
-    try:
-        backend = FsdpTrainer.build(
-            tmp_path / "other",
-            training=TrainingConfig(),
-            optimizer=offloaded(adamw(), offload_fraction),
-            total_steps=1,
-            param_dtype=torch.bfloat16,
-            device=_CPU,
-            hf_config=load_hf_config(tmp_path / "other"),
-        )
-        backend.load(tmp_path / folder, weights_only=True)
-        held = {name: tensor.clone() for bucket in backend.weights(bucket_bytes=1 << 20) for name, tensor in bucket}
-    finally:
-        leave_process_group()
-    expected = dict(Qwen3ForCausalLM.from_pretrained(hf_folder, dtype=torch.bfloat16).named_parameters())
-    assert held.keys() == expected.keys()
-    assert all(torch.equal(held[name], weight) for name, weight in expected.items())
+    assert_weights_of(hf_folder, built_from=tmp_path / "other", loaded=tmp_path / folder, offload_fraction=offload_fraction)

@@ -1,12 +1,10 @@
 """Frozen matrices in fewer bits: their error, and that training is that of a model whose weights are so rounded."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
@@ -14,21 +12,14 @@ from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.training.fsdp.frozen import FrozenMatrix
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
-from qwench.training.process_group import init_process_group
 from tests.contract.train_backend_cases import clipped_loss, make_batch, micro_batches, write_model
-from tests.deadlines import patient
 from tests.fakes.sections import adamw
 from tests.fakes.trainer import take_step
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 _CPU = torch.device("cpu")
 _LORA = LoraConfig(lora_rank=2, lora_alpha=4.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    init_process_group(_CPU, environ={}, timeout_s=patient(60))
-    yield
-    dist.destroy_process_group()
 
 
 def test_nf4_keeps_its_levels_exactly():

@@ -1,12 +1,10 @@
 """The backend on one rank, in this process: precision, reference, sharing, buckets, checkpoints."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
@@ -15,23 +13,16 @@ from qwench.config.sections.training import TrainingConfig
 from qwench.errors import CheckpointError, ConfigError
 from qwench.training.batch import pack
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
-from qwench.training.process_group import init_process_group
 from qwench.training.reference import Reference
 from tests.contract.train_backend_cases import write_model
-from tests.deadlines import patient
 from tests.fakes.sections import adamw
 from tests.fakes.trainer import take_step
 from tests.unit.training.fsdp.tiny import tiny_model
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 _CPU = torch.device("cpu")
 _ADAM = adamw(weight_decay=0.0, clip_grad=0.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    init_process_group(_CPU, environ={}, timeout_s=patient(60))
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

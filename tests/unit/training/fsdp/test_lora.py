@@ -1,12 +1,10 @@
 """Adapters on one rank, in this process: precision, dropout, the start, and the folders that a run goes on from."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
@@ -19,25 +17,18 @@ from qwench.errors import CheckpointError, ConfigError
 from qwench.training.adapters import AdapterSwitch
 from qwench.training.fsdp.adapted import AdaptedPolicy
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
-from qwench.training.process_group import init_process_group
 from qwench.training.reference import Reference
 from tests.contract.train_backend_cases import clipped_loss, make_batch, micro_batches, write_model
-from tests.deadlines import patient
 from tests.fakes.sections import adamw, offloaded
 from tests.fakes.trainer import take_step
+
+pytestmark = pytest.mark.usefixtures("process_group")
 
 _CPU = torch.device("cpu")
 _ADAM = adamw(lr=1e-2)
 _LORA = LoraConfig(lora_rank=2, lora_alpha=4.0)
 _PISSA = replace(_LORA, lora_init="pissa")
 _DROPS = replace(_LORA, lora_dropout=0.25)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    init_process_group(_CPU, environ={}, timeout_s=patient(60))
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

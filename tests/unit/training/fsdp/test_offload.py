@@ -1,12 +1,10 @@
 """Masters and moments on the host, on one rank in this process: the same numbers as on the device, to the bit."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -15,12 +13,12 @@ from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.training.batch import pack
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
-from qwench.training.process_group import init_process_group
 from qwench.training.reference import Reference
-from tests.deadlines import patient
 from tests.fakes.sections import adamw, offloaded
 from tests.fakes.trainer import take_step
 from tests.unit.training.fsdp.tiny import tiny_model
+
+pytestmark = pytest.mark.usefixtures("process_group")
 
 _CPU = torch.device("cpu")
 _BF16 = torch.bfloat16
@@ -32,13 +30,6 @@ _VARIANTS = {
     "half": offloaded(_ON_DEVICE, 0.5),
     "overlapped": offloaded(_ON_DEVICE, 1.0, overlap=True),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    init_process_group(_CPU, environ={}, timeout_s=patient(60))
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -1,28 +1,18 @@
 """What sharding does to the modules: recomputation, dtypes, and no attention mask."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-import torch.distributed as dist
 
 from qwench.algorithms.columns import RolloutBatch
 from qwench.training.batch import pack
 from qwench.training.fsdp.attention import install_attention
 from qwench.training.fsdp.parallelize import build_mesh, parallelize
 from qwench.training.fsdp.policy import Policy
-from qwench.training.process_group import init_process_group
-from tests.deadlines import patient
 from tests.unit.training.fsdp.tiny import tiny_model
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 _CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    init_process_group(_CPU, environ={}, timeout_s=patient(60))
-    yield
-    dist.destroy_process_group()
 
 
 def _policy(*, param_dtype: torch.dtype = torch.float32, gradient_checkpointing: bool = False) -> Policy:
