@@ -1,6 +1,7 @@
 """The address with SGLang's API, and what functions reach through it."""
 
 import asyncio
+import socket
 from argparse import Namespace
 
 import aiohttp
@@ -8,6 +9,7 @@ import pytest
 
 from qwench.engines.protocol import SamplingParams
 from qwench.errors import ConfigError, EngineError
+from qwench.foreign import session
 from qwench.foreign.gateway import CURRENT_CALL, Call, Gateway
 from qwench.foreign.modules import generate
 from qwench.foreign.sample import Sample
@@ -65,6 +67,10 @@ def test_an_answer_has_the_form_of_sglangs():
         assert (meta["finish_reason"]["type"], meta["output_token_logprobs"]) == ("stop", MEANT)
         with pytest.raises(EngineError, match="send either text or input_ids"):
             await gateway.answer({})
+        with pytest.raises(EngineError, match="/generate: send one prompt in a request"):
+            await gateway.answer({"text": ["a"]})
+        with pytest.raises(EngineError, match="/generate: stream is not supported here; send stream: false"):
+            await gateway.answer({"text": "a", "stream": True})
         with pytest.raises(EngineError, match="sampling_params"):
             await gateway.answer({"text": "a", "sampling_params": {"beam": 2}})
 
@@ -105,6 +111,22 @@ def test_pages_of_a_browser_and_broken_bodies_are_refused(headers, body, status)
     with_gateway(check)
 
 
+def test_a_server_that_is_not_there_is_asked_as_often_as_wanted(monkeypatch):
+    monkeypatch.setattr(session, "_RETRY_S", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/generate"
+    with pytest.raises(EngineError, match=rf"{url} was not reached in 3 tries: "):
+        asyncio.run(post(url, PAYLOAD, max_retries=2))
+
+
+def test_a_server_that_does_not_answer_is_not_asked_again(monkeypatch):
+    monkeypatch.setattr(session, "ANSWER_TIMEOUT_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/generate"
+        with pytest.raises(EngineError, match=rf"{url} gave no answer within 0\.05 s"):
+            asyncio.run(post(url, PAYLOAD, max_retries=2))
+
+
 def test_requests_of_a_generate_call_are_its_own_and_end_with_the_rollout():
     async def check(gateway, engine):
         call = Call(requests=Requests(engine))
@@ -113,6 +135,10 @@ def test_requests_of_a_generate_call_are_its_own_and_end_with_the_rollout():
         assert call.versions == [0]
         state = GenerateState(current_session().args)
         assert not state.aborted and state is GenerateState(current_session().args)
+        assert state.sampling_params["max_new_tokens"] == 8 and state.semaphore._value == 4
+        state.remaining_batch_size = 3
+        state.reset()
+        assert (state.remaining_batch_size, state.pendings) == (0, set())
         call.requests.aborting = True
         answer = await post(f"{gateway.url}/generate", PAYLOAD)
         assert (answer["meta_info"]["finish_reason"]["type"], answer["output_ids"], state.aborted) == ("abort", [], True)

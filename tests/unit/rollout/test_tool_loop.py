@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from qwench.config.sections.agent import AGENT, TOOL_LOOP, AgentConfig
-from qwench.errors import ConfigError
+from qwench.errors import ConfigError, QwenchError
 from qwench.rollout.tool_loop import MESSAGES, ToolCall, ToolLoop, append_messages, parse_calls, show_messages, split_turns
 from qwench.samples import Status
 from tests.fakes.turns import ScriptedTurns, asked
@@ -41,6 +41,15 @@ def test_outputs_of_tools_are_read_and_not_trained_on():
     context = [token for token, mask in zip(made.response_tokens, made.loss_mask, strict=True) if not mask]
     assert engine.tokenizer.decode(context) == between
     assert (made.status, made.prompt.text) == (Status.COMPLETED, first)
+
+
+def test_an_output_that_is_no_text_is_refused():
+    async def number(name, arguments):
+        return 5
+
+    loop = ToolLoop(tools=TOOLS, execute=number, max_turns=4, template_kwargs=None)
+    with pytest.raises(QwenchError, match="--generate-execute-tool-function-path must return text for add, got 5"):
+        asyncio.run(loop.generate(asked(), ScriptedTurns([CALL]).context()))
 
 
 def test_a_call_that_was_cut_off_in_the_middle_is_run_when_its_turn_goes_on():
