@@ -9,6 +9,9 @@ import pytest
 
 from qwench.commands import quickstart
 from qwench.commands.quickstart import commands, tour, write_data
+from qwench.config.command_line.parse import parse_flags
+from qwench.config.config import Config
+from qwench.config.sections.verbs import MakeModelConfig
 from qwench.errors import QwenchError, Stopped
 from qwench.observability.stopping import ended_by_signals
 
@@ -51,6 +54,12 @@ def test_every_stage_runs_once_in_order_and_a_finished_tour_runs_none(ran, capsy
     tour(ran.folder)
     assert ran.verbs == ["make-model", "sft", "eval", "train", "eval"]
     assert capsys.readouterr().out.count("done already") == 5
+
+
+def test_every_command_is_accepted_by_its_verb(tmp_path):
+    kinds = {"make-model": MakeModelConfig, "sft": Config, "train": Config, "eval": Config}
+    for _, (verb, *words), _ in commands(tmp_path, seed=3):
+        parse_flags(kinds[verb], words, prog=f"qwench {verb}")
 
 
 @pytest.mark.parametrize("stop", range(5))

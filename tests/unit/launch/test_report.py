@@ -8,17 +8,20 @@ import pytest
 import torch
 from transformers import PretrainedConfig
 
+from qwench.checkpoints.best import Best
+from qwench.checkpoints.formats.iterations import Iterations
 from qwench.config.config import Config
 from qwench.config.plan import plan_run
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
+from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import EngineError
 from qwench.launch.engines import _start_servers
 from qwench.launch.inputs import Inputs
-from qwench.launch.report import start_report
+from qwench.launch.report import finish_report, start_report
 from tests.fakes.console import RecordingConsole
 from tests.fakes.engine import CharTokenizer
 from tests.unit.config.architectures import QWEN3_4B
@@ -76,3 +79,42 @@ def test_the_interval_of_checkpoints_is_said_in_the_units_of_the_run(interval, l
         checkpoint=CheckpointConfig(save=tmp_path, save_interval=interval),
     )
     assert facts_of(config)["saves to"] == f"{tmp_path} {expected}"
+
+
+def end_of(checkpoint: CheckpointConfig, *, only_rollouts: bool = False) -> dict[str, str]:
+    """Return what a finished run says that it has left."""
+    debug = DebugConfig(debug_rollout_only=only_rollouts)
+    config = Config(rollout=RolloutConfig(rollout_batch_size=8, num_rollout=3), checkpoint=checkpoint, debug=debug)
+    inputs = inputs_of(config)
+    report = start_report(inputs, "9 rows")
+    inputs.console.events.clear()
+    finish_report(report, inputs)
+    lines = [line for text in inputs.console.lines for line in text.splitlines()]
+    return {line.split("  ")[0].strip(): line.split("  ")[-1].strip() for line in lines if not line.startswith("done")}
+
+
+def test_the_end_says_what_is_left_and_what_to_type_next(tmp_path):
+    assert end_of(CheckpointConfig()) == {"saved": "nothing (no --save)"}
+    assert end_of(CheckpointConfig(), only_rollouts=True) == {}
+    save = tmp_path / "save"
+    assert end_of(CheckpointConfig(save=save)) == {"saved": "nothing (the run ended before its first rollout)"}
+    for number in (2, 3):
+        Iterations(save).begin(number)
+        Iterations(save).complete(number)
+    convert = f"qwench convert --input {save} --to hf"
+    base = f"--hf-checkpoint model --output {save}-hf"
+    saved = {"saved": f"{save}/iter_0000003", "next": f"{convert} {base}"}
+    assert end_of(CheckpointConfig(save=save)) == saved
+    export = f"{tmp_path}/hf-{{rollout_id}}"
+    assert end_of(CheckpointConfig(save=save, save_hf=export)) == saved, "the export was not written"
+    written = tmp_path / "hf-2"
+    written.mkdir()
+    serve = {"saved": f"{save}/iter_0000003", "exported": str(written), "next": f"qwench serve --hf-checkpoint {written}"}
+    assert end_of(CheckpointConfig(save=save, save_hf=export)) == serve
+    Best(iteration=2, metric="eval/a", value=0.123456).write(save)
+    assert end_of(CheckpointConfig(save=save, save_hf=export)) == serve, "an older record counts with --keep-best alone"
+    assert end_of(CheckpointConfig(save=save, save_hf=export, keep_best=True)) == {
+        "saved": f"{save}/iter_0000003",
+        "best": f"{save}/iter_0000002 (eval/a 0.1235)",
+        "next": f"{convert} --ckpt-step 2 {base}",
+    }

@@ -24,6 +24,9 @@ def test_the_first_prompts_are_answered_greedily():
     assert [sample.response_tokens for sample in samples] == [[ord(str(i))] * NUM_TOKENS for i in range(NUM_PROMPTS)]
     assert {request.sampling.temperature for request in engine.requests} == {0.0}
     assert samples[1].rollout_log_probs == [log_prob_of(ord("1"))] * NUM_TOKENS
+    assert [(sample.sample_id, sample.group_id) for sample in samples] == [(i, i) for i in range(NUM_PROMPTS)]
+    assert [request.request_id for request in engine.requests] == [f"probe-{i}" for i in range(NUM_PROMPTS)]
+    assert all(request.sampling.ignore_eos and request.sampling.max_new_tokens == NUM_TOKENS for request in engine.requests)
 
 
 def test_rounding_passes_and_is_measured():

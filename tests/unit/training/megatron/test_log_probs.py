@@ -70,3 +70,8 @@ def test_a_rank_without_trained_positions_has_gradients_of_zero():
     log_probs, _ = parallel_log_probs(hidden, weight, labels, shard, temperature=1.0, chunk_tokens=4, with_entropy=True)
     log_probs.sum().backward()
     assert weight.grad is not None and not weight.grad.any()
+
+
+def test_labels_of_other_ranks_and_padded_rows_are_none_of_this_rank():
+    shard = VocabShard(group=_GROUP, first=10, num_real=3)
+    assert shard.own(torch.tensor([9, 10, 11, 12, 13, 0])).tolist() == [-1, 0, 1, 2, -1, -1]

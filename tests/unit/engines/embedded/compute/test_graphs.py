@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwench.engines.embedded.compute.batch import BatchBuilder, Chunks
-from qwench.engines.embedded.compute.decode_work import WorkSize
+from qwench.engines.embedded.compute.decode_work import WorkSize, pack_decode_work
 from qwench.engines.embedded.compute.graphs import DecodeGraphs, DecodeInputs, Drawn, bucket_of
-from qwench.engines.embedded.compute.sampler import NO_DRAWS
+from qwench.engines.embedded.compute.sampler import NO_DRAWS, Draws, SamplingRows
 
 
 @given(st.integers(1, 512), st.integers(1, 512))
@@ -54,3 +54,21 @@ def test_a_step_of_no_adapter_replays_a_graph_without_their_products():
     for has_adapters in (False, True, False, True):
         assert graphs(decode, step, NO_DRAWS, has_adapters=has_adapters).drawn[0].item() == has_adapters
     assert events == ["record False", "replay False", "record True", "replay True", "replay False", "replay True"]
+
+
+def test_inputs_are_seen_where_they_were_packed():
+    params = SamplingRows(
+        temperature=np.array([0.5, 0.7], dtype=np.float32),
+        top_p=np.ones(2), top_k=np.zeros(2), min_p=np.zeros(2), keeps_support=np.zeros(2, dtype=bool),
+        uniforms=np.array([0.25, 1 / 3]),
+    )  # fmt: skip
+    draws = Draws(params=params, rows=np.array([7, 9], dtype=np.int32)).packed(3, scratch_row=5)
+    slots = np.array([11, 12, 13], dtype=np.int32)
+    work, size = pack_decode_work(np.array([3, 4]), np.zeros((2, 4), dtype=np.int32), page_size=64, num_rows=3, max_sharing=8)
+    buffer = torch.from_numpy(np.concatenate([draws, slots, work]))
+    found = DecodeInputs.view(buffer, num_rows=3, size=size)
+    assert found.draws.uniforms.tolist() == [0.25, 1 / 3, 0.0]
+    assert found.draws.temperature.tolist() == [0.5, np.float32(0.7), 1.0], "what fills up is drawn at 1"
+    assert found.draws.rows.tolist() == [7, 9, 5], "and for the scratch row"
+    assert found.slots.tolist() == [11, 12, 13]
+    assert found.work.lengths.tolist() == [3, 4, 1]
