@@ -133,10 +133,12 @@ def train(run: Run) -> None:
     with stops_deferred(), asked.listening():
         for rollout_id in range(first, end := schedule.end(first)):
             with saved_when_stopped(run, learner, next_rollout_id=rollout_id):
-                if is_good_enough(enough, evaluate_if_due(run, rollout_id)):
-                    if not run.checkpoints.note_end(rollout_id, enough.text):
+                evaluated = evaluate_if_due(run, rollout_id)
+                ended_by = enough.text if is_good_enough(enough, evaluated) else early_stopping(run, rollout_id)
+                if ended_by is not None:
+                    if not run.checkpoints.note_end(rollout_id, ended_by):
                         with gpus.held_by(learner.state):
-                            save(run, learner, rollout_id, ended_by=enough.text)
+                            save(run, learner, rollout_id, ended_by=ended_by)
                     break
                 with run.timer.phase("train_wait"):
                     rollout = rollouts.take(rollout_id)
@@ -173,12 +175,24 @@ def train(run: Run) -> None:
 
 
 def has_ended(run: Run) -> bool:
-    """Tell whether the checkpoint that the run resumes from has met --stop-metric, and say so."""
-    metric = run.plan.schedule.rollout.stop_metric
-    if metric is None or run.checkpoints.ended_by != metric:
+    """Tell whether --stop-metric or --early-stopping-patience ended the run in the checkpoint that it resumes from; say so."""
+    schedule, ended_by = run.plan.schedule, run.checkpoints.ended_by
+    if ended_by is None or ended_by not in (schedule.rollout.stop_metric, schedule.checkpoint.early_stopping):
         return False
-    _logger.info("the run has met --stop-metric %s: nothing to do; without the flag, or with another bound, it goes on", metric)
+    flag = ended_by if ended_by == schedule.checkpoint.early_stopping else f"--stop-metric {ended_by}"
+    _logger.info("the run has met %s: nothing to do; without the flag, or with another bound, it goes on", flag)
     return True
+
+
+def early_stopping(run: Run, rollout_id: int) -> str | None:
+    """Return --early-stopping-patience if the evaluation of these weights ends the run by it, and say so; collective."""
+    best = run.checkpoints.best_iteration
+    is_over = run.plan.schedule.is_out_of_patience(rollout_id, best=best)
+    if not agree_on_largest(int(is_over)):
+        return None
+    flag = run.plan.schedule.checkpoint.early_stopping
+    _logger.info("%s is met: the run ends here%s", flag, f"; the best weights are in checkpoint {best}" if best else "")
+    return flag
 
 
 def is_good_enough(enough: StopCheck, metrics: Mapping[str, float]) -> bool:

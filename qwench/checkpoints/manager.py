@@ -163,7 +163,7 @@ class CheckpointManager:
 
     @property
     def ended_by(self) -> str | None:
-        """Return the --stop-metric that the checkpoint has met with which this run goes on; None: there is none."""
+        """Return the flag that ended the run in the checkpoint with which this one goes on; None: none did."""
         return None if self.saved is None or not self.saved.is_own else self.saved.ended_by
 
     def save(
@@ -178,7 +178,7 @@ class CheckpointManager:
         """Write a checkpoint that resumes with `next_rollout_id`, delete old ones, then export; without --save do nothing.
 
         Args:
-            ended_by: the --stop-metric that ends the run here.
+            ended_by: the --stop-metric, or the other flag, that ends the run here.
 
         Raises:
             CheckpointError: it could not be written; the checkpoints before it are untouched, what was written is removed.
@@ -203,7 +203,7 @@ class CheckpointManager:
         """Note in the checkpoint of `next_rollout_id` that the run ends there; tell whether it needs no other one.
 
         Args:
-            ended_by: the --stop-metric that was met.
+            ended_by: see `save`.
 
         Raises:
             OutputError: the note could not be written.
@@ -238,6 +238,12 @@ class CheckpointManager:
     def is_best(self, rollout_id: int, evaluated: Mapping[str, float]) -> bool:
         """Tell whether the weights after `rollout_id` rollouts are to be kept as the best so far."""
         return self._criterion is not None and bool(improvement(self._best, self._criterion, evaluated, iteration=rollout_id))
+
+    @property
+    def best_iteration(self) -> int:
+        """Return how many rollouts the best weights so far have learned from; 0 where none were measured."""
+        best, criterion = self._best, self._criterion
+        return 0 if best is None or criterion is None or best.metric != criterion.metric else best.iteration
 
     def keep_best(
         self, rollout_id: int, evaluated: Mapping[str, float], learner: SavesTraining, rollouts: SavesRollouts

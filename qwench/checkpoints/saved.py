@@ -62,7 +62,7 @@ class Saved:
 
     @property
     def ended_by(self) -> str | None:
-        """The --stop-metric that ended the run here."""
+        """The --stop-metric, or the other flag, that ended the run here."""
         text = self.meta.get("ended_by")
         return text if isinstance(text, str) else None
 

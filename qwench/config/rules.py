@@ -195,6 +195,8 @@ def the_best_checkpoint_is_measured(config: Config) -> str | None:
     """The best checkpoint is the best on an evaluation set."""
     if config.checkpoint.keep_best and not config.evaluation.has_sets:
         return "--keep-best compares results of evaluations, and there are none; give --eval-prompt-data NAME FILE"
+    if config.checkpoint.early_stopping_patience is not None and config.evaluation.eval_interval is None:
+        return "--early-stopping-patience counts evaluations during the run, and there are none; give --eval-interval"
     return None
 
 

@@ -43,6 +43,17 @@ class Schedule:
             return self.evaluation.has_sets and rollout_id == self.num_rollout
         return self._ends(rollout_id - 1, interval)
 
+    def is_out_of_patience(self, rollout_id: int, *, best: int) -> bool:
+        """Tell whether --early-stopping-patience ends the run with the evaluation of these weights.
+
+        Args:
+            best: rollouts that the best weights so far have learned from; 0 where none were measured.
+        """
+        patience = self.checkpoint.early_stopping_patience
+        if patience is None or not self.eval_due(rollout_id):
+            return False
+        return sum(self.eval_due(later) for later in range(best + 1, rollout_id + 1)) >= patience
+
     def save_due(self, rollout_id: int, *, ends: bool = False) -> bool:
         """Tell whether to save after this rollout; the last one always is, and one that `ends` the run early."""
         if self.checkpoint.save is None:

@@ -37,6 +37,7 @@ class Recorder:
     best: bool = False
     ended_by: str | None = None
     """The --stop-metric that the checkpoint met."""
+    best_iteration: int = 0
     events: list[str] = field(default_factory=list)
     weights_may_alias = False
 
@@ -311,6 +312,36 @@ def test_a_run_ends_before_its_next_rollout_when_an_evaluation_is_good_enough() 
     assert first == ["evaluate", "log 0: eval/set, of evaluation", "finish", "finish the log"]
     never = take_and_learn(Named(), "eval/set>=0.26")
     assert never[-2:] == ["finish", "finish the log"] and "take 2" in never
+
+
+class Declining(Recorder):
+    """A run whose first evaluation is its best one."""
+
+    def is_best(self, rollout_id: int, metrics: Mapping[str, float]) -> bool:
+        return rollout_id == 1
+
+    def keep_best(self, rollout_id: int, metrics: Mapping[str, float], state: Recorder, rollouts: Recorder) -> None:
+        super().keep_best(rollout_id, metrics, state, rollouts)
+        self.best_iteration = rollout_id
+
+
+def test_evaluations_that_are_no_better_than_the_best_end_a_run(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+
+    def run(parts: Recorder, patience: int) -> list[str]:
+        checkpoint = replace(SCHEDULE.checkpoint, keep_best=True, early_stopping_patience=patience)
+        evaluation = replace(SCHEDULE.evaluation, eval_interval=1)
+        schedule = replace(SCHEDULE, rollout=RolloutConfig(num_rollout=5), evaluation=evaluation, checkpoint=checkpoint)
+        train(run_of(parts, plan=SimpleNamespace(schedule=schedule, num_rollout=5)))
+        return [event for event in parts.events if event.split()[0] in ("take", "keep", "save")]
+
+    parts = Declining()
+    assert run(parts, 2) == ["take 0", "keep 1", "take 1", "save 2", "take 2", "save 3"]
+    said = "--early-stopping-patience 2 is met: the run ends here; the best weights are in checkpoint 1"
+    assert (caplog.messages, parts.ended_by) == ([said], "--early-stopping-patience 2")
+    again = Declining(first=3, ended_by=parts.ended_by, best_iteration=1)
+    assert (run(again, 2), again.events) == ([], ["restore", "finish"])
+    assert run(Declining(first=3, ended_by=parts.ended_by, best_iteration=1), 4) == ["take 3", "save 4", "take 4", "save 5"]
 
 
 def test_a_start_ends_after_its_share_of_the_rollouts_and_the_next_goes_on() -> None:

@@ -143,7 +143,7 @@ _PHRASES: Mapping[str, str] = {
     "save-total-limit max-checkpoints max-ckpt-to-keep max-actor-ckpt-to-keep keep-last max-ckpt-num": "use --keep-checkpoints",
     "resume resume-from-checkpoint resume-from resume-mode load-checkpoint continue auto-resume": _RESUME,
     "metric-for-best-model load-best-model-at-end greater-is-better save-best best-model": "use --keep-best",
-    "early-stopping early-stop patience early-stopping-patience": "use --stop-metric 'eval/NAME>=X'",
+    "early-stopping early-stop patience": "use --early-stopping-patience, or --stop-metric 'eval/NAME>=X'",
     "push-to-hub hub-model-id hub-token": "upload what --save-hf writes with: hf upload OWNER/NAME FOLDER",
     # Evaluation and logging.
     "eval-steps test-freq eval-freq eval-every eval-strategy evaluation-strategy val-check-interval": "use --eval-interval",

@@ -35,6 +35,9 @@ class CheckpointConfig:
     keep_best: bool = False
     """Keep also the checkpoint with the best result on the first evaluation set (the highest score; qwench sft: the lowest
     loss). It is written when an evaluation is the best so far."""
+    early_stopping_patience: int | None = None
+    """End the run, with its checkpoint saved, when this many evaluations in a row were not better than the best one. Needs
+    --keep-best and --eval-interval. None: only --stop-metric ends a run before its last rollout."""
     save_retain_interval: int | None = None
     """Keep only older checkpoints after a multiple of this many rollouts. A multiple of --save-interval. None: keep all."""
     exit_on_missing_checkpoint: bool = False
@@ -67,6 +70,7 @@ class CheckpointConfig:
         check_positive("--save-interval", self.save_interval)
         check_positive("--keep-checkpoints", self.keep_checkpoints)
         check_positive("--save-retain-interval", self.save_retain_interval)
+        check_positive("--early-stopping-patience", self.early_stopping_patience)
         check_not_negative("--ckpt-step", self.ckpt_step)
         check_not_negative("--ref-ckpt-step", self.ref_ckpt_step)
         check_not_negative("--start-rollout-id", self.start_rollout_id)
@@ -83,6 +87,11 @@ class CheckpointConfig:
                 raise ConfigError(f"{flag} ({value}) has no effect without a folder to save to; give --save")
         if self.keep_best and self.save_numbering == "last":
             raise ConfigError("--keep-best may keep the weights before rollout 0, which --save-numbering last cannot number")
+        if self.early_stopping_patience is not None and not self.keep_best:
+            raise ConfigError(
+                f"--early-stopping-patience ({self.early_stopping_patience}) counts the evaluations after the best one; give "
+                "--keep-best"
+            )
         if self.save_retain_interval is not None and self.save_retain_interval % (self.save_interval or 1):
             raise ConfigError(
                 f"--save-retain-interval ({self.save_retain_interval}) must be a multiple of --save-interval "
@@ -92,6 +101,11 @@ class CheckpointConfig:
             raise ConfigError(f"--ckpt-step ({self.ckpt_step}) picks a checkpoint of --load; give --load")
         if self.ref_ckpt_step is not None and self.ref_load is None:
             raise ConfigError(f"--ref-ckpt-step ({self.ref_ckpt_step}) picks a checkpoint of --ref-load; give --ref-load")
+
+    @property
+    def early_stopping(self) -> str | None:
+        """Return --early-stopping-patience as it is given, if it is."""
+        return None if self.early_stopping_patience is None else f"--early-stopping-patience {self.early_stopping_patience}"
 
     def number(self, learned: int) -> int:
         """Return the number of the checkpoint after `learned` rollouts."""

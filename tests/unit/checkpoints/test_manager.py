@@ -175,6 +175,7 @@ def test_a_resumed_run_knows_the_best_of_the_run_before(tmp_path):
     evaluate(manager, 7, 0.5)
     manager.finish()
     resumed = lowest_loss(tmp_path)
+    assert (manager.best_iteration, resumed.best_iteration, manager_of(save=tmp_path).best_iteration) == (7, 7, 0)
     assert not resumed.is_best(8, {"eval/a/loss": 0.5})
     assert resumed.is_best(8, {"eval/a/loss": 0.4})
     assert read_best(tmp_path) == Best(iteration=7, metric="eval/a/loss", value=0.5)

@@ -147,6 +147,13 @@ REFUSED = [
     ),
     (
         {
+            "checkpoint": CheckpointConfig(save=Path("r"), keep_best=True, early_stopping_patience=2),
+            "evaluation": EvalConfig(eval_prompt_data=("a", "a.jsonl")),
+        },
+        "--early-stopping-patience counts evaluations during the run, and there are none; give --eval-interval",
+    ),
+    (
+        {
             "profiling": ProfilingConfig(use_pytorch_profiler=True),
             "rollout": RolloutConfig(num_rollout=10, rollout_batch_size=4),
         },

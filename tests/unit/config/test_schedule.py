@@ -18,11 +18,13 @@ def schedule(
     if "eval_interval" in flags:
         flags["eval_prompt_data"] = ("held_out", "test.jsonl")
     of_rollout = {name: flags.pop(name) for name in ("update_weights_interval",) if name in flags}
-    of_checkpoint = {name: flags.pop(name) for name in ("save_interval",) if name in flags}
+    of_checkpoint = {name: flags.pop(name) for name in ("save_interval", "early_stopping_patience") if name in flags}
     return Schedule(
         rollout=RolloutConfig(num_rollout=num_rollout, num_epoch=num_epoch, **of_rollout),  # type: ignore[arg-type]
         evaluation=EvalConfig(**flags),  # type: ignore[arg-type]
-        checkpoint=CheckpointConfig(save=Path("run") if save else None, **of_checkpoint),  # type: ignore[arg-type]
+        checkpoint=CheckpointConfig(
+            save=Path("run") if save else None, keep_best="early_stopping_patience" in of_checkpoint, **of_checkpoint
+        ),  # type: ignore[arg-type]
         rollouts_per_epoch=epoch,
     )
 
@@ -92,3 +94,14 @@ def test_sets_without_an_interval_are_evaluated_before_and_after_the_run(
 
 def test_the_weights_that_are_evaluated_last_are_published_first() -> None:
     assert schedule(num_rollout=4, update_weights_interval=3, eval_prompt_data=("a", "a.jsonl")).publish_due(3)
+
+
+def test_patience_counts_the_evaluations_after_the_best_one() -> None:
+    made = schedule(num_rollout=9, eval_interval=2, early_stopping_patience=2)
+
+    def over(best: int) -> list[int]:
+        return [rollout_id for rollout_id in range(10) if made.is_out_of_patience(rollout_id, best=best)]
+
+    assert over(0) == [4, 6, 8]
+    assert over(4) == [8]
+    assert not schedule(num_rollout=9, eval_interval=2).is_out_of_patience(8, best=0)

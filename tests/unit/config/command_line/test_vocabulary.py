@@ -157,7 +157,7 @@ def test_each_verb_leads_to_its_own_flags(config_type, prog, word, said):
         ("colocate-all-models", "use --colocate"),
         ("dynamic-filtering", "use --dynamic-sampling-filter-path"),
         ("metric-for-best-model", "use --keep-best"),
-        ("patience", "use --stop-metric"),
+        ("patience", "use --early-stopping-patience, or --stop-metric 'eval/NAME>=X'"),
         ("multi-turn", "conversations with tools are a function of yours"),
         ("save-hf-checkpoint", "see qwench train --help"),  # another word, not a slip
     ],
