@@ -10,6 +10,7 @@ Source: NF4 is that of QLoRA (arXiv 2305.14314), appendix E, without double quan
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -77,6 +78,13 @@ def _to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _from_nf4(values: Tensor, largest: Tensor, shape: torch.Size) -> Tensor:
-    codes = torch.stack((values >> 4, values & 15), dim=1).view(-1, _BLOCK).int()
-    whole = torch.tensor(_LEVELS, device=values.device)[codes] * largest[:, None]
+    pairs = _pairs(values.device).index_select(0, values.int())
+    whole = pairs.view(torch.float32).view(-1, _BLOCK).mul_(largest[:, None])
     return whole.flatten()[: shape.numel()].view(shape)
+
+
+@cache
+def _pairs(device: torch.device) -> Tensor:
+    """Return [256] the two float32 values of each byte, as one number of 8 bytes: one look-up finds both."""
+    levels = torch.tensor(_LEVELS, device=device)
+    return torch.cartesian_prod(levels, levels).view(torch.int64).squeeze(1)
