@@ -133,9 +133,7 @@ def train(run: Run) -> None:
     with stops_deferred(), asked.listening():
         for rollout_id in range(first, end := schedule.end(first)):
             with saved_when_stopped(run, learner, next_rollout_id=rollout_id):
-                evaluated = evaluate_if_due(run, rollout_id)
-                ended_by = enough.text if is_good_enough(enough, evaluated) else early_stopping(run, rollout_id)
-                if ended_by is not None:
+                if (ended_by := what_ends(run, enough, rollout_id)) is not None:
                     if not run.checkpoints.note_end(rollout_id, ended_by):
                         with gpus.held_by(learner.state):
                             save(run, learner, rollout_id, ended_by=ended_by)
@@ -184,11 +182,12 @@ def has_ended(run: Run) -> bool:
     return True
 
 
-def early_stopping(run: Run, rollout_id: int) -> str | None:
-    """Return --early-stopping-patience if the evaluation of these weights ends the run by it, and say so; collective."""
+def what_ends(run: Run, enough: StopCheck, rollout_id: int) -> str | None:
+    """Evaluate if it is due, and return the flag by which these weights end the run, as a checkpoint notes it; collective."""
+    if is_good_enough(enough, evaluate_if_due(run, rollout_id)):
+        return enough.text
     best = run.checkpoints.best_iteration
-    is_over = run.plan.schedule.is_out_of_patience(rollout_id, best=best)
-    if not agree_on_largest(int(is_over)):
+    if not agree_on_largest(int(run.plan.schedule.is_out_of_patience(rollout_id, best=best))):
         return None
     flag = run.plan.schedule.checkpoint.early_stopping
     _logger.info("%s is met: the run ends here%s", flag, f"; the best weights are in checkpoint {best}" if best else "")
