@@ -64,6 +64,24 @@ def test_a_plan_has_the_sizes_and_no_engine_spans_nodes(tmp_path):
     assert planned(group(2, 2), group(1, 1), group(1, kind="placeholder")) == (2, 1)
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("sglang: [", " is not YAML: "),
+        ("- a", ": the file must map sglang to a list of models"),
+        ("other: 1", ": the file must map sglang to a list of models"),
+        ("sglang: []", ": the file must map sglang to a list of models"),
+        ("sglang: {name: a}", ": the file must map sglang to a list of models"),
+    ],
+)
+def test_a_file_without_models_is_one_line(tmp_path, content, problem):
+    path = tmp_path / "engines.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as refused:
+        read_engine_sizes(path, num_gpus=4, default_size=1)
+    assert str(refused.value).startswith(f"--sglang-config: {path}{problem}") and "\n" not in str(refused.value)
+
+
 def test_a_file_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"^--sglang-config: cannot read .*: No such file"):
         read_engine_sizes(tmp_path / "absent.yaml", num_gpus=1, default_size=1)

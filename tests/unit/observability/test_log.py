@@ -80,3 +80,12 @@ def test_an_error_that_ends_a_run_is_in_the_file_with_its_traceback_and_not_twic
     text = (tmp_path / DRIVER_LOG).read_text()
     assert "CRITICAL qwench: the run failed\nTraceback" in text and text.endswith("ValueError: no gradient\n")
     assert shown.getvalue() == ""
+
+
+def test_a_closed_log_holds_no_file(tmp_path: Path) -> None:
+    open_driver_log("info", PlainConsole(rich.console.Console(file=io.StringIO())))
+    write_driver_log(tmp_path)
+    [file] = [handler for handler in logging.getLogger("qwench").handlers if isinstance(handler, logging.FileHandler)]
+    assert file.stream is not None
+    file.close()
+    assert file.stream is None

@@ -164,3 +164,9 @@ def test_a_file_that_is_no_yaml_mapping_is_refused(tmp_path, content, problem):
     with pytest.raises(ConfigError, match=problem) as caught:
         sort("--config", str(file))
     assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(("values", "got"), [([], "none"), (["a.yaml", "b.yaml"], "a.yaml b.yaml")])
+def test_a_file_of_flags_is_one_file(values, got):
+    with pytest.raises(ConfigError, match=f"^--config expects one YAML file, got {got}$"):
+        sort("--config", *values)

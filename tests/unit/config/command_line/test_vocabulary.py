@@ -139,6 +139,57 @@ def test_each_verb_leads_to_its_own_flags(config_type, prog, word, said):
 
 
 @pytest.mark.parametrize(
+    ("verb", "words", "phrase"),
+    [
+        ("eval", "output-dir output out out-dir o save save-dir output-path", "use --eval-output"),
+        ("eval", "dataset datasets data data-path prompt-data tasks task", "use --eval-prompt-data NAME FILE"),
+        ("eval", "max-new-tokens max-tokens max-response-len", "use --eval-max-response-len"),
+        ("eval", "top-p", "use --eval-top-p"),
+        ("eval", "top-k", "use --eval-top-k"),
+        ("eval", "n num-samples n-samples k", "use --n-samples-per-eval-prompt"),
+        ("eval", "batch-size", "use --embedded-max-running-requests, the responses decoded at once"),
+        ("serve", "max-num-seqs batch-size max-batch-size", "use --embedded-max-running-requests"),
+        ("serve", "max-model-len max-length context-length", "use --embedded-kv-cache-tokens"),
+        ("serve", "listen", "use --host and --port"),
+        ("convert", "source src input-dir input-path load from checkpoint model", "use --input"),
+        ("convert", "output-dir output-path out o save dest target", "use --output"),
+        ("convert", "format output-format target-format", "use --to"),
+        ("convert", "origin-hf-dir config tokenizer", "use --hf-checkpoint"),
+        ("reward check", "response-column completion-key output-key input-key", "use --response-key"),
+        ("reward check", "workers num-workers processes", "use --reward-num-workers"),
+        ("reward check", "timeout", "use --reward-timeout-s"),
+        ("download", "local-dir dir cache-dir save out o", "use --output"),
+        ("download", "repo-type type", "use --kind"),
+        ("download", "dataset", "use --kind dataset"),
+        ("make-model", "model model-size num-layers hidden-size vocab-size", "use --size"),
+        ("make-model", "save output-dir out o", "use --output"),
+        (
+            "train",
+            "critic-model value-model vf-coef",
+            "--advantage-estimator ppo trains a critic; see --critic-lr and --critic-load",
+        ),
+        (
+            "train",
+            "orpo-alpha simpo kto",
+            "Qwench has no preference optimisation; it has RL (qwench train) and SFT (qwench sft)",
+        ),
+        ("train", "image-key audio vision-tower video-path", "Qwench trains text models"),
+        ("train", "neftune-alpha label-smoothing ema liger-kernel", "Qwench has none; leave it out"),
+        ("train", "zero3 deepspeed-config", "use --train-backend fsdp, which shards parameters, gradients and optimizer state"),
+        (
+            "train",
+            "llama-cpp ggml-type",
+            "GGUF is neither read nor written; llama.cpp converts the Hugging Face folders of --save-hf",
+        ),
+    ],
+)
+def test_words_of_a_verb_lead_to_what_serves_them_there(verb, words, phrase):
+    prog = f"qwench {verb}"
+    for word in words.split():
+        assert advise(word, prog=prog, offered=TABLES.get(prog, TABLE)) == phrase, word
+
+
+@pytest.mark.parametrize(
     ("typed", "said"),
     [
         ("learningrate", "use --lr"),
