@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.deadlines import patient
-from tests.e2e.conftest import ONE_THREAD, REPOSITORY, Workspace, column
-from tests.fakes.hub import COMMIT, serve_hub
+from tests.e2e.conftest import Workspace, column
+from tests.fakes.hub import COMMIT, run_with_new_client, serve_hub
+from tests.forked import Finished, Forked
 from tests.verbs import run_verb
 
 
-def run(address: str, home: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run `qwench WORDS` with a hub of its own and an empty cache."""
-    environ = {**ONE_THREAD, "HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    environ.pop("HF_HUB_OFFLINE", None)
-    command = [sys.executable, "-m", "qwench", *words]
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=patient(240), cwd=REPOSITORY)
+def run(address: str, folder: Path, *words: str) -> Finished:
+    """Run `qwench WORDS` with a hub of its own; the cache is in the folder."""
+    environ = {"HF_ENDPOINT": address, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    output = folder / ("dry" if "--dry-run" in words else "done")
+    return Forked(output, run_with_new_client, words, environ=environ).end()
 
 
 def test_two_ranks_train_and_measure_a_model_of_the_hub_that_was_fetched_once(workspace: Workspace, tmp_path: Path) -> None:
@@ -27,10 +24,10 @@ def test_two_ranks_train_and_measure_a_model_of_the_hub_that_was_fetched_once(wo
     flags = {"num_rollout": 1, "eval_prompt_data": ("held_out", f"{workspace.sft_data}@[-5:]")}
     argv = workspace.sft_argv(tmp_path / "run", **flags, hf_checkpoint="Qwen/Tiny", actor_num_gpus_per_node=2)
     with serve_hub("Qwen/Tiny", files) as (address, fetched):
-        dry = run(address, tmp_path / "home", *argv, "--dry-run")
+        dry = run(address, tmp_path, *argv, "--dry-run")
         assert dry.returncode == 0, dry.stderr
         assert "model.safetensors" not in fetched
-        done = run(address, tmp_path / "home", *argv)
+        done = run(address, tmp_path, *argv)
         assert done.returncode == 0, done.stderr
         assert sorted(fetched) == sorted(files)
     snapshot = tmp_path / "home" / "hub" / "models--Qwen--Tiny" / "snapshots" / COMMIT
@@ -46,7 +43,7 @@ def test_prompts_and_evaluation_sets_come_from_the_hub(workspace: Workspace, tmp
     sets = {"prompt_data": "owner/sums@[:8]", "eval_prompt_data": ("held_out", "owner/sums:test"), "eval_interval": 1}
     argv = workspace.train_argv(None, save_interval=None, num_rollout=1, **sets)
     with serve_hub("owner/sums", files, kind="dataset") as (address, fetched):
-        dry = run(address, tmp_path / "home", *argv, "--dry-run")
+        dry = run(address, tmp_path, *argv, "--dry-run")
     assert dry.returncode == 0, dry.stderr
     assert sorted(fetched) == sorted(files)
     folder = tmp_path / "home" / "hub" / "datasets--owner--sums" / "snapshots" / COMMIT / "data"

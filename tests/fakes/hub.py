@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from qwench import cli
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -62,6 +65,13 @@ def serve_hub(repository: str, files: Mapping[str, bytes], *, kind: str = "model
         server.shutdown()
         server.server_close()
         thread.join(10)
+
+
+def run_with_new_client(words: Sequence[str]) -> None:
+    """Run `qwench WORDS` in a forked process; the hub's client, which reads its variables at import, is imported anew."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+        del sys.modules[name]
+    cli.main(list(words))
 
 
 def _oid(data: bytes) -> str:
