@@ -8,6 +8,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -54,6 +55,15 @@ class Forked:
     def runs(self) -> bool:
         """Tell whether it has not ended."""
         return self._process.poll() is None
+
+    def first_line(self) -> str:
+        """Wait until it has said a line, and return that."""
+        deadline = time.monotonic() + DEADLINE_S
+        while "\n" not in (said := self._out.read_text()):
+            assert self.runs(), self.end().stderr
+            assert time.monotonic() < deadline, f"nothing said within {DEADLINE_S} s"
+            time.sleep(0.02)
+        return said.partition("\n")[0]
 
     def kill(self) -> None:
         """End it by SIGKILL, if it runs."""

@@ -140,7 +140,8 @@ def _become(request: Request, descriptors: Sequence[int]) -> str:
     os.environ.update(request.environ)
     os.chdir(request.folder)
     given = [folder for folder in request.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
-    is_safe, words = request.arguments[0] == "-P", list(request.arguments)
+    words = list(request.arguments)
+    is_safe = "-P" in words[: words.index("-m")]
     sys.path[:] = [*([] if is_safe else [request.folder]), *given, *_IMPORT_PATH]
     sys.argv[:] = words[words.index("-m") :]
     module = sys.argv.pop(1)

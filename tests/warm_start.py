@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import itertools
 import os
 import pickle
 import socket
@@ -29,8 +30,8 @@ from typing import Any, NoReturn
 
 MODULES = ("qwench.cluster.rank_process", "tests.forked_call")
 _TETHER = "qwench.engines.fleet.tether"
-_LIGHT = "qwench.launch.trial_import"
-"""Imports what a user's module imports: it is forked where there is a server already."""
+_LIGHT = ("qwench.launch.trial_import", "qwench.foreign.declared_flags")
+"""These import what a user's module imports: they are forked where there is a server already."""
 REPOSITORY = Path(__file__).parents[1]
 MESSAGE_BYTES = 2**17
 _PADDING_BYTES = 2**15
@@ -45,7 +46,7 @@ class Request:
     """One process to start."""
 
     arguments: Sequence[str]
-    """Those of Python: `[-P] -m MODULE ...`."""
+    """Those of Python: `[-P] [-u] -m MODULE ...`; output is buffered in any case."""
     environ: Mapping[str, str]
     folder: str
     new_session: bool
@@ -77,7 +78,7 @@ class WarmStarts:
     def start(self, request: Request, descriptors: Sequence[int]) -> int | None:
         """Return the id of the new child of this process; None: there is no server."""
         with self._lock, _adopting_orphans():
-            if self._server is None and self._may_start_server and _LIGHT not in request.arguments:
+            if self._server is None and self._may_start_server and not set(_LIGHT) & set(request.arguments):
                 self._server = _start_server()
             if self._server is None:
                 return None
@@ -165,9 +166,9 @@ def other_threads() -> list[str]:
 def _is_known(args: object) -> bool:
     if not isinstance(args, list | tuple) or not args or args[0] != sys.executable:
         return False
-    words = list(args[2:] if args[1] == "-P" else args[1:])
+    words = list(itertools.dropwhile(("-P", "-u").__contains__, args[1:]))
     serves = "qwench" in words and "serve" in words
-    return words[:1] == ["-m"] and (words[1] in (*MODULES, _LIGHT) or (words[1] in ("qwench", _TETHER) and serves))
+    return words[:1] == ["-m"] and (words[1] in (*MODULES, *_LIGHT) or (words[1] in ("qwench", _TETHER) and serves))
 
 
 def _fork(request: Request, descriptors: Sequence[int], prepare: Callable[[], object]) -> int:

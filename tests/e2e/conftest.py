@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,12 +70,6 @@ def as_flags(flags: dict[str, object]) -> list[str]:
             values = value if isinstance(value, tuple) else (value,)
             words += ["--" + name.replace("_", "-"), *map(str, values)]
     return words
-
-
-def run_python(arguments: Sequence[str], *, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run this interpreter with `arguments` from the repository's root."""
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=timeout_s, cwd=REPOSITORY,
-                          env=ONE_THREAD, check=False)  # fmt: skip
 
 
 def read_metrics(save: Path) -> list[dict[str, float]]:

@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import run as torchrun
 from transformers import AutoModelForCausalLM
 
+from qwench import cli
 from tests.deadlines import patient
-from tests.e2e.conftest import Workspace, column, run_python
-from tests.forked import Forked, fork_qwench
+from tests.e2e.conftest import Workspace, column
+from tests.forked import Finished, Forked, fork_qwench
 from tests.verbs import run_verb
 
 START_TIMEOUT_S = patient(60)
 
 
+def fork_torchrun(folder: Path, words: Sequence[str], *, num_ranks: int) -> Finished:
+    """Run `torchrun -m qwench WORDS` on this machine alone, agent and ranks forked."""
+    file = folder / "call-of-ranks"
+    file.write_bytes(pickle.dumps((cli.main, [words])))
+    options = ["--standalone", "--nproc-per-node", str(num_ranks), "-m", "tests.forked_call", str(file)]
+    return Forked(folder, torchrun.main, options).end()
+
+
 def test_two_ranks_have_the_losses_of_one(workspace: Workspace, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     run_verb(workspace.sft_argv(one))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qwench"]
-    finished = run_python([*torchrun, *workspace.sft_argv(two, actor_num_gpus_per_node=2)])
+    finished = fork_torchrun(tmp_path, workspace.sft_argv(two, actor_num_gpus_per_node=2), num_ranks=2)
     assert finished.returncode == 0, finished.stderr[-3000:]
     for name in ("train/loss", "train/grad_norm"):
         assert column(two, name) == pytest.approx(column(one, name), rel=1e-5)

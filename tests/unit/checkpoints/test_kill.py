@@ -1,11 +1,15 @@
-"""A process dies by SIGKILL right before its n-th file operation, for every n; then the same command starts again."""
+"""A process dies by SIGKILL right before its n-th file operation, for every n; then the same command starts again.
+
+What a process leaves that dies then is what the file system shows at that moment: one process acts, and copies the folder
+before each of its operations.
+"""
 
 import gc
 import os
 import shutil
-import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,32 +21,38 @@ from qwench.observability.console import QuietConsole
 from tests.fakes.learner import CountingLearner, CountingRollouts
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
-MAX_EVENTS = 500
+MIN_EVENTS = 20
 
 
 def manager_of(folder: Path, **flags) -> CheckpointManager:
     return CheckpointManager(CheckpointConfig(save=folder, load=folder, **flags), {}, QuietConsole())
 
 
-def dies_before_event(number: int, act: Callable[[], None]) -> bool:
-    """Run `act` in a child that kills itself before its `number`-th file operation; false when it ended before that."""
+def killed(folder: Path, act: Callable[[], None]) -> Iterator[Path]:
+    """Yield what `act` leaves of the folder in a process killed before its 1st, 2nd, ... file operation, and at its end."""
     child = os.fork()
     if child == 0:
-        _act_and_die(number, act)
+        _act_and_copy(folder, act)
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0, "the child failed by itself"
-    return os.WIFSIGNALED(status)
+    assert os.waitstatus_to_exitcode(status) == 0, "the child failed by itself"
+    copies = sorted(folder.parent.glob(f"{folder.name}.killed_*"))
+    assert len(copies) > MIN_EVENTS, "the kills did not reach into the act"
+    for copy in [*copies, folder]:
+        yield copy
+        shutil.rmtree(copy)
 
 
-def _act_and_die(number: int, act: Callable[[], None]) -> None:
-    seen = 0
+def _act_and_copy(folder: Path, act: Callable[[], None]) -> None:
+    events, turn, copying = 0, threading.Lock(), threading.local()
 
     def hook(event: str, _: tuple) -> None:
-        nonlocal seen
-        if event in FILE_EVENTS:
-            seen += 1
-            if seen > number:
-                os.kill(os.getpid(), signal.SIGKILL)
+        nonlocal events
+        if event in FILE_EVENTS and not getattr(copying, "now", False):
+            with turn:
+                copying.now = True
+                shutil.copytree(folder, folder.with_name(f"{folder.name}.killed_{events:04d}"))
+                copying.now = False
+                events += 1
 
     gc.disable()  # what other tests left behind may wait, on its way out, for threads that a child does not have
     failed = True
@@ -79,24 +89,17 @@ def test_kill_at_any_file_operation_leaves_the_previous_or_the_new_checkpoint(tm
     for iteration in existing:
         save(template, iteration, 100 + iteration)
     previous = restored(template) if existing else (0, 0, 0)
-    outcomes = []
-    for number in range(MAX_EVENTS):
-        folder = tmp_path / f"killed_{number}"
-        shutil.copytree(template, folder)
-        died = dies_before_event(number, lambda folder=folder: save(folder, saved, 200 + saved, **flags))
-        outcome = restored(folder, **flags)
-        assert outcome in (previous, (saved, 200 + saved, saved)), f"killed before file operation {number}"
-        left = [path for path in folder.iterdir() if path.name.startswith("iter_")]
-        assert [path.name for path in left if path.suffix] == []
-        assert all(read_manifest(path) for path in left)
-        save(folder, saved, 300 + saved, **flags)
-        assert restored(folder, **flags) == (saved, 300 + saved, saved)
+    folder, outcomes = tmp_path / "run", []
+    shutil.copytree(template, folder)
+    for left in killed(folder, lambda: save(folder, saved, 200 + saved, **flags)):
+        outcome = restored(left, **flags)
+        assert outcome in (previous, (saved, 200 + saved, saved)), left
+        checkpoints = [path for path in left.iterdir() if path.name.startswith("iter_")]
+        assert [path.name for path in checkpoints if path.suffix] == []
+        assert all(read_manifest(path) for path in checkpoints)
+        save(left, saved, 300 + saved, **flags)
+        assert restored(left, **flags) == (saved, 300 + saved, saved)
         outcomes.append(outcome)
-        shutil.rmtree(folder)
-        if not died:
-            break
-    assert not died, "the save never ended"
-    assert len(outcomes) > 20, "the kills did not reach into the save"
     assert {outcomes[0], outcomes[-1]} == {previous, (saved, 200 + saved, saved)}
     # Once the new checkpoint is there, it stays: no later operation brings the previous one back.
     assert outcomes == sorted(outcomes, key=lambda outcome: outcome != previous)
@@ -107,12 +110,8 @@ def test_kill_while_a_start_cleans_up_is_cleaned_up_by_the_next(tmp_path):
     save(template, 1, 101)
     for name in ("iter_0000002.writing", "iter_0000003.deleting", "iter_0000001.replaced"):
         shutil.copytree(template / "iter_0000001", template / name)
-    for number in range(MAX_EVENTS):
-        folder = tmp_path / f"killed_{number}"
-        shutil.copytree(template, folder)
-        died = dies_before_event(number, lambda folder=folder: restored(folder) and None)
-        assert restored(folder) == (1, 101, 1)
-        assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["iter_0000001"]
-        if not died:
-            break
-    assert not died
+    folder = tmp_path / "run"
+    shutil.copytree(template, folder)
+    for left in killed(folder, lambda: restored(folder) and None):
+        assert restored(left) == (1, 101, 1)
+        assert sorted(path.name for path in left.iterdir() if path.is_dir()) == ["iter_0000001"]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from qwench.cluster.local import LocalRanks
 from qwench.errors import TrainingError
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout, Sample
@@ -87,6 +88,14 @@ def build(timer: PhaseTimer) -> ReportingLearner:
     sys.stdout.flush()
     sys.stderr.write("a library warns\n")
     return ReportingLearner(timer)
+
+
+def drive_one_rank() -> None:
+    """Start a rank, print its process id and the folder of ranks, and wait."""
+    ranks = LocalRanks(1, environ=os.environ, bucket_bytes=64, log_folder=None)
+    sys.stdout.write(f"{ranks.pids[0]} {ranks._folder}\n")
+    sys.stdout.flush()
+    time.sleep(600)
 
 
 def where(learner: ReportingLearner, word: str) -> tuple[int, str, str]:

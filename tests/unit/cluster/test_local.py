@@ -22,6 +22,7 @@ from qwench.observability.console import QuietConsole
 from qwench.samples import Group, Prompt, Rollout, Sample
 from qwench.wire.memory_files import RANKS, memory_folder
 from tests.deadlines import patient
+from tests.forked import Forked
 from tests.unit.cluster import learners
 from tests.warm_start import cold_starts
 
@@ -182,20 +183,15 @@ def test_a_rank_imports_nothing_from_the_working_folder_and_ends_the_run_when_it
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_ranks_end_with_a_driver_that_is_killed(stopped: bool):
-    code = (
-        "import time; from tests.unit.cluster.test_local import Launched\n"
-        "if __name__ == '__main__':\n"
-        "    launched = Launched(None, num_ranks=1); print(*launched.pids, launched.ranks._folder, flush=True); time.sleep(600)"
-    )
-    driver = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, env=ENVIRON, stdout=subprocess.PIPE, text=True)
-    assert driver.stdout is not None
-    *pids, folder = driver.stdout.readline().split()
-    if stopped:
-        os.kill(int(pids[0]), signal.SIGSTOP)
-    driver.kill()
-    driver.communicate()
-    assert_gone([int(pid) for pid in pids])
+def test_ranks_end_with_a_driver_that_is_killed(stopped: bool, tmp_path: Path):
+    driver = Forked(tmp_path, learners.drive_one_rank)
+    try:
+        pid, folder = driver.first_line().split()
+        if stopped:
+            os.kill(int(pid), signal.SIGSTOP)
+    finally:
+        driver.kill()
+    assert_gone([int(pid)])
     assert not Path(folder).exists()
 
 

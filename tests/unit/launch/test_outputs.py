@@ -3,10 +3,9 @@
 import json
 import logging
 import os
-import subprocess
-import sys
 import tempfile
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +21,8 @@ from qwench.launch import engines, outputs
 from qwench.launch.outputs import claim_outputs, open_logs, own_results
 from qwench.observability.dumps import save_rollout
 from qwench.samples import Rollout
+from tests.forked import Forked
+from tests.unit.launch.holder import hold
 
 
 def claim(
@@ -173,34 +174,19 @@ def test_the_folder_of_dump_details_holds_nothing_else(tmp_path):
         claim(dumps=str(tmp_path / "rollout_data" / "{rollout_id}.jsonl"))
 
 
-HOLD = """
-import sys
-from contextlib import ExitStack
-from pathlib import Path
-from qwench.config.config import Config
-from qwench.config.sections.checkpoint import CheckpointConfig
-from qwench.config.sections.debug import DebugConfig
-from qwench.config.sections.logging import LoggingConfig
-from qwench.launch.outputs import claim_outputs, own_results
-save, hf, dumps, log, curves, results = sys.argv[1:]
-config = Config(
-    checkpoint=CheckpointConfig(save=Path(save), save_hf=hf),
-    debug=DebugConfig(save_debug_rollout_data=dumps),
-    logging=LoggingConfig(log_dir=Path(log), use_tensorboard=True, tensorboard_dir=Path(curves)),
-)
-held = ExitStack()
-claim_outputs(config, held)
-own_results(Path(results), held)
-print("held", flush=True)
-sys.stdin.read()
-"""
+def start_other_run(folder: Path) -> Forked:
+    """Start a run that holds outputs below the folder; it says nothing before it does."""
+    places = {name: folder / name for name in ("log", "curves", "results")} | {"save": folder / "a"}
+    templates = {"hf": str(folder / "hf" / "{rollout_id}"), "dumps": str(folder / "dumps" / "{rollout_id}.jsonl")}
+    other = Forked(folder / "other", partial(hold, **places, **templates))
+    assert other.first_line() == "held"
+    return other
 
 
 def test_what_a_live_run_writes_is_refused_to_another_with_its_owner(tmp_path):
     hf, dumps, log = str(tmp_path / "hf" / "{rollout_id}"), str(tmp_path / "dumps" / "{rollout_id}.jsonl"), tmp_path / "log"
     curves = tmp_path / "curves"
     (tmp_path / "results").mkdir()
-    argv = [sys.executable, "-c", HOLD, *map(str, (tmp_path / "a", hf, dumps, log, curves, tmp_path / "results"))]
 
     def claim_with(save: str, **flags: object) -> None:
         checkpoint = CheckpointConfig(save=tmp_path / save, save_hf=flags.get("hf"))
@@ -210,8 +196,8 @@ def test_what_a_live_run_writes_is_refused_to_another_with_its_owner(tmp_path):
         with ExitStack() as held:
             claim_outputs(Config(checkpoint=checkpoint, logging=logging, debug=debug), held)
 
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None and other.stdout.readline() == "held\n"
+    other = start_other_run(tmp_path)
+    try:
         for save, flags, words in (
             ("a", {"log": log}, f"--log-dir {log}"),
             ("b", {"log": log}, f"--log-dir {log}"),  # not yet with metrics: only the lock tells
@@ -226,23 +212,20 @@ def test_what_a_live_run_writes_is_refused_to_another_with_its_owner(tmp_path):
         with pytest.raises(ConfigError, match=rf"--eval-output {tmp_path}/results is in use by process {other.pid}"):
             own_results(tmp_path / "results", ExitStack())
         claim_with("b", hf=str(tmp_path / "hf" / "other-{rollout_id}"), log=tmp_path / "other log")
+    finally:
         other.kill()
-        other.wait()
     claim_with("a", hf=hf, dumps=dumps, log=log, curves=curves)  # a killed process leaves no lock behind
 
 
 @pytest.mark.parametrize("flag", ["log", "curves"])
 def test_of_two_runs_that_start_at_once_with_one_folder_the_second_is_refused(tmp_path, monkeypatch, flag):
-    places = {name: tmp_path / name for name in ("a", "hf", "dumps", "log", "curves", "results")}
-    places |= {"hf": tmp_path / "hf-{rollout_id}", "dumps": tmp_path / "dump-{rollout_id}.jsonl"}
-    others: list[subprocess.Popen[str]] = []
+    places = {"log": tmp_path / "log", "curves": tmp_path / "curves"}
+    others: list[Forked] = []
 
     def check_then_another_run_comes(*args: object, **flags: object) -> None:
         claim_folder(*args, **flags)
         if not others:
-            argv = [sys.executable, "-c", HOLD, *map(str, places.values())]
-            others.append(subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-            assert others[0].stdout is not None and others[0].stdout.readline() == "held\n"
+            others.append(start_other_run(tmp_path))
 
     monkeypatch.setattr(outputs, "claim_folder", check_then_another_run_comes)
     mine = {"log_dir": places["log"]} if flag == "log" else {"log_dir": tmp_path / "b", "tensorboard_dir": places["curves"]}
@@ -251,7 +234,7 @@ def test_of_two_runs_that_start_at_once_with_one_folder_the_second_is_refused(tm
             claim(save=tmp_path / "b", **mine)
     finally:
         for other in others:
-            other.communicate("")
+            other.kill()
     assert json.loads((places[flag] / "qwench_logs.json").read_text()) == {"run": str(tmp_path / "a")}
 
 
