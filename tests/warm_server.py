@@ -33,6 +33,7 @@ _PRELOADED = (
     "qwench.engines.embedded.http.serving",
     "tests.contract.train_backend_ranks",
     "tests.e2e.dying_run",
+    "pytest",
 )
 _NESTING = "tests.forked_call"
 """A process that runs this gets a server too, for those that it starts."""
