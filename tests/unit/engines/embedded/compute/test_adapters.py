@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,3 +94,54 @@ def test_a_finite_matrix_whose_product_would_overflow_in_the_rows_of_others_is_r
     assert stack is not None
     stack.add(torch.full((1, 8), 1e6), [output, torch.zeros(1, 4), torch.zeros(1, 4)], store.mix(torch.tensor([0])))
     assert output.tolist() == [[0.0] * 8]
+
+
+HALF = _matrices(0, rank=2, modules=(Q,))
+
+
+@pytest.mark.parametrize(
+    ("change", "scale", "problem"),
+    [
+        ({f"{K}.{A}": torch.ones(3, 8), f"{K}.{B}": torch.ones(4, 3)}, 1.0, "has no matrices of one rank."),
+        ({f"{Q}.{A}": torch.ones(0, 8)}, 1.0, "has no matrices of one rank."),
+        ({f"other.{A}": torch.ones(2, 8)}, 1.0, "does not fit the engine's model, which has no projection 'other'."),
+        ({f"{Q}.{A}": torch.ones(2, 7)}, 1.0, f"does not fit the engine's model: {Q}.{A} is not (2, 8)."),
+        ({f"{Q}.{B}": torch.ones(8, 3)}, 1.0, f"does not fit the engine's model: {Q}.{B} is not (8, 2)."),
+        ({f"{K}.{A}": torch.ones(2, 8)}, 1.0, f"does not fit the engine's model: {K}.{B} is not (4, 2)."),
+        ({}, 1e39, "is multiplied by 1e+39, which is no number of torch.float32."),
+        ({}, float("nan"), "is multiplied by nan, which is no number of torch.float32."),
+        (
+            {f"{Q}.{B}": torch.full((8, 2), float("inf"))},
+            1.0,
+            f"holds numbers that are not finite in torch.float32, in {Q}.{B}.",
+        ),
+    ],
+)
+def test_an_adapter_of_another_model_or_of_no_numbers_is_refused_and_changes_nothing(change, scale, problem):
+    store = _store()
+    with pytest.raises(EngineError, match=re.escape(f"adapter 'mine' {problem}")):
+        store.add("mine", HALF | change, scale=scale, in_use=set())
+    assert store.is_empty and not store.folders and store.layout == 0
+
+
+def test_names_are_taken_once_and_slots_wait_for_unfinished_requests():
+    store = _store()
+    with pytest.raises(EngineError, match=re.escape("there is no adapter 'a'; loaded: none.")):
+        store.choose("a")
+    store.add("a", HALF, scale=1.0, in_use=set(), folder=Path("f"))
+    store.add("b", HALF, scale=1.0, in_use=set())
+    assert not store.is_empty and store.folders == {"a": "f", "b": ""}
+    for name, problem in (("a", "adapter 'a' is loaded; unload it first."), ("", "an adapter needs a name.")):
+        with pytest.raises(EngineError, match=problem):
+            store.add(name, HALF, scale=1.0, in_use=set())
+    with pytest.raises(EngineError, match=re.escape("there is no adapter 'c'; loaded: a, b.")):
+        store.unload("c")
+    first = store.choose("a").slot
+    store.unload("a")
+    store.add("c", HALF, scale=1.0, in_use={first})
+    store.add("d", HALF, scale=1.0, in_use=set())
+    assert store.choose("d").slot == first
+    slots = [store.choose(name).slot for name in ("b", "c", "d")]
+    assert len(set(slots)) == 3 and 0 not in slots and store.choose(None).slot == 0
+    roots = [store.choose(name).cache_root for name in ("b", "c", "d")]
+    assert len(set(roots)) == 3 and max(roots) < 0
