@@ -8,6 +8,7 @@ from qwench.config.command_line.parse import parse_flags
 from qwench.config.config import Config
 from qwench.config.rules import check_rules
 from qwench.config.sections.agent import AGENT, TOOL_LOOP
+from qwench.config.sglang_flags import SGLANG_FLAGS, SGLANG_OWN_FLAGS
 from qwench.errors import ConfigError
 
 CUSTOM_LOSS = "--loss-type custom_loss --custom-loss-function-path a.b"
@@ -175,6 +176,10 @@ TABLE = [
     ("", "--sglang-port 1", "--sglang-port is not passed on: "),
     ("", "--router-host 0.0.0.0", "--router-host is not passed on: "),
 ]
+
+
+def test_flags_that_are_not_passed_on_are_those_of_sglang():
+    assert SGLANG_OWN_FLAGS.keys() - SGLANG_FLAGS == {"tp", "router-ip", "router-port"}, "short for tp-size, and slime's"
 
 
 def problem_of(words: str) -> str | None:

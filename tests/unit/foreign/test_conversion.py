@@ -56,6 +56,13 @@ def test_its_rewards_are_learned_from_and_its_raw_ones_logged():
     assert ROLLOUT.samples[0].sample_id == 8 and "converted_reward" not in ROLLOUT.samples[0].metadata
 
 
+def test_tokens_of_unknown_versions_count_as_those_of_version_0():
+    one = sample(8, 1.0)
+    one.weight_versions = [-1, -1, -1]
+    made = convert(as_there, Rollout(rollout_id=4, groups=[Group(group_id=0, samples=[one, sample(9, 0.0)])], metrics={}))
+    assert [x.weight_versions for x in made.samples] == [[0] * 3, [3] * 3]
+
+
 def test_the_tokens_that_sampling_kept_stay_beside_a_response_of_the_same_length():
     kept = [sample(8, 1.0), sample(9, 0.0, (5, 6))]
     kept[0].support, kept[1].support = [[5], [6, 1], [7]], [[5, 2], [6]]

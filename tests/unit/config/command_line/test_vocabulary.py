@@ -175,6 +175,7 @@ def test_each_verb_leads_to_its_own_flags(config_type, prog, word, said):
         ),
         ("train", "image-key audio vision-tower video-path", "Qwench trains text models"),
         ("train", "neftune-alpha label-smoothing ema liger-kernel", "Qwench has none; leave it out"),
+        ("train", "load-in-4bit awq", "weights are not quantised in training; qwench convert --to fp8 makes FP8 checkpoints"),
         ("train", "zero3 deepspeed-config", "use --train-backend fsdp, which shards parameters, gradients and optimizer state"),
         (
             "train",

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwench.errors import ConfigError
@@ -40,6 +41,9 @@ def test_weights_are_normal_with_norms_of_one(tmp_path):
     # 1.8M values: the standard error of the deviation is 0.02 / sqrt(3.6e6) = 1e-5.
     assert abs(values.std().item() - 0.02) < 1e-4
     assert abs(values.mean().item()) < 1e-4
+    # A made checkpoint has the wider spread of its size.
+    written = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"].float()
+    assert written.numel() >= 30_000 and abs(written.std().item() - 0.08) < 2e-3
 
 
 def test_same_seed_same_bytes_and_another_seed_differs(tmp_path):
