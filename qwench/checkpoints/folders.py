@@ -22,7 +22,7 @@ from qwench.errors import CheckpointError, ConfigError
 from qwench.files import LOCK, TEMPORARY_SUFFIX, FolderLock, fill_rollout_id, trouble, write_atomically
 from qwench.models.architecture import Architecture
 from qwench.models.hf import check_export_folder
-from qwench.models.peft import AdapterFolder, is_adapter
+from qwench.models.peft import AdapterConfig, AdapterFolder, is_adapter
 from qwench.samples import Json
 
 MARKER = "qwench_run.json"
@@ -153,6 +153,15 @@ def starting_weights(config: CheckpointConfig) -> Path | None:
     return find_checkpoint(config.ref_load, step=config.ref_ckpt_step, flag="--ref-load")
 
 
+def starting_adapter(lora: LoraConfig) -> Path | None:
+    """Return the PEFT folder of --lora-adapter-path: the one given, or the newest of a run. None: the flag is not given.
+
+    Raises:
+        ConfigError: the pointer of a run's folder names a checkpoint that is not there.
+    """
+    return None if lora.lora_adapter_path is None else find_checkpoint(lora.lora_adapter_path, flag=_ADAPTER_FLAG)
+
+
 def teacher_weights(config: DistillationConfig) -> Path:
     """Return the checkpoint of --opd-teacher-load.
 
@@ -180,13 +189,19 @@ def check_weights(
     started = starting_weights(config)
     sources = [("--ref-load", started), ("--load", foreign_checkpoint(config))]
     if lora is not None:
-        sources.append((_ADAPTER_FLAG, lora.lora_adapter_path))
+        sources.append((_ADAPTER_FLAG, starting_adapter(lora)))
     if started is None:
         sources.append(("--hf-checkpoint", hf_checkpoint))
     for flag, folder in sources:
         try:
             if folder is not None and lora is not None and (flag == _ADAPTER_FLAG or is_adapter(folder)):
                 AdapterFolder.of_run(folder, lora, model)
+            elif folder is not None and flag == "--load" and is_adapter(folder):
+                stored = AdapterConfig.read(folder)
+                raise ConfigError(
+                    f"{folder} is a LoRA adapter; give --lora-rank {stored.rank} --lora-alpha {stored.alpha:g} to train it "
+                    "further, or merge it into its base with qwench convert."
+                )
             elif folder is not None:
                 open_weights(folder, model)
         except (ConfigError, CheckpointError) as error:

@@ -10,7 +10,6 @@ from qwench.config.config import Config
 from qwench.config.model_flags import overruled_flags
 from qwench.config.plan import RunPlan
 from qwench.config.sections.algorithm import AlgorithmConfig
-from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.engine import EngineConfig
 from qwench.estimators import METHODS
 
@@ -28,7 +27,7 @@ def warnings(config: Config, *, trains: bool = True) -> Iterator[str]:
         yield from _training_warnings(config)
         yield from _unused_evaluation(config)
     if not trains or config.debug.debug_rollout_only:
-        yield from _unread_checkpoints(config.checkpoint)
+        yield from _unread_checkpoints(config)
     if config.engine.rollout_external_engine_addrs:
         yield from _unused_by_external_engines(config.engine)
     else:
@@ -88,8 +87,10 @@ def _unused_evaluation(config: Config) -> Iterator[str]:
         yield f"{flag} has no effect here: --debug-rollout-only makes training rollouts only; use qwench eval"
 
 
-def _unread_checkpoints(checkpoint: CheckpointConfig) -> Iterator[str]:
-    for flag, folder in (("--load", checkpoint.load), ("--ref-load", checkpoint.ref_load)):
+def _unread_checkpoints(config: Config) -> Iterator[str]:
+    if config.lora.enabled:
+        yield "--lora-rank has no effect here: to sample with an adapter, merge it into its base with qwench convert"
+    for flag, folder in (("--load", config.checkpoint.load), ("--ref-load", config.checkpoint.ref_load)):
         if folder is not None:
             yield (
                 f"{flag} is not read here: responses are those of --hf-checkpoint; for trained weights name a folder that "

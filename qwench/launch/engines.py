@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from qwench.checkpoints.folders import check_weights
+from qwench.checkpoints.formats.sources import find_checkpoint
 from qwench.config.config import Config
 from qwench.config.environment import TOKEN_VARIABLE
 from qwench.config.sections.engine import ENGINE_FACTS, EngineConfig
@@ -315,5 +316,5 @@ def serve(config: ServeConfig) -> None:
         host=config.server.host,
         port=config.server.port,
         token=os.environ.get(TOKEN_VARIABLE),
-        adapters=config.server.adapters,
+        adapters={name: find_checkpoint(folder, flag="--lora") for name, folder in config.server.adapters.items()},
     )

@@ -20,7 +20,7 @@ from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sglang_flags import unknown_sglang_flag
 from qwench.engines.kinds import KINDS
 from qwench.engines.kinds.sglang_router import check_router_words
-from qwench.errors import ConfigError
+from qwench.errors import CheckpointError, ConfigError
 from qwench.launch.engines import check_external
 from qwench.launch.inputs import Inputs
 from qwench.launch.placement import Launcher, check_turns, choose_launcher, enough_gpus
@@ -83,7 +83,10 @@ def _check_teacher(inputs: Inputs) -> None:
         ConfigError: there are none, or its config.json says otherwise.
     """
     folder = teacher_weights(inputs.config.distillation)
-    open_weights(folder, inputs.plan.model)
+    try:
+        open_weights(folder, inputs.plan.model)
+    except (ConfigError, CheckpointError) as error:
+        raise ConfigError(f"--opd-teacher-load: {error}") from error
     if not (folder / "config.json").is_file():
         return
     own = asdict(inputs.plan.model)

@@ -113,7 +113,7 @@ class AdapterConfig:
         rank, alpha, named = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
         if type(rank) is not int or rank < 1 or not _is_finite(alpha):
             raise ConfigError(f"{folder / CONFIG} has no rank r and lora_alpha; is it of a LoRA adapter?")
-        leaves = {str(name).rsplit(".", 1)[-1] for name in named} if isinstance(named, list) else set(PROJECTIONS)
+        leaves = {str(name).rsplit(".", 1)[-1] for name in named} if isinstance(named, list) else _stored_projections(folder)
         return cls(
             rank=rank,
             alpha=float(alpha),
@@ -232,6 +232,13 @@ def write_adapter(folder: Path, config: AdapterConfig, matrices: Mapping[str, Te
         for name, matrix in matrices.items():
             writer.write(_PREFIX + name, matrix.contiguous())
     config.write(folder)
+
+
+def _stored_projections(folder: Path) -> set[str]:
+    """Return the projections of the weights of a folder, whose config may name them by an expression; of no weights, all."""
+    if not (folder / WEIGHTS).is_file():
+        return set(PROJECTIONS)
+    return {name.partition(".lora_")[0].rsplit(".", 1)[-1] for name in read_header(folder / WEIGHTS)}
 
 
 def _is_finite(value: Json) -> TypeGuard[int | float]:

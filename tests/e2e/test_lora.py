@@ -90,8 +90,8 @@ def test_fine_tuning_goes_on_from_a_peft_folder_in_load(workspace: Workspace, tm
     adapter.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (adapter / name).write_bytes((tmp_path / "first" / "iter_0000002" / name).read_bytes())
-    for flag in ("load", "lora_adapter_path"):
-        assert in_process(workspace.sft_argv(tmp_path / flag, **LORA, num_rollout=1, **{flag: adapter}))[0] == 0
+    for flag, folder in (("load", adapter), ("lora_adapter_path", tmp_path / "first")):  # a run's newest adapter
+        assert in_process(workspace.sft_argv(tmp_path / flag, **LORA, num_rollout=1, **{flag: folder}))[0] == 0
     assert column(tmp_path / "load", "train/loss") == column(tmp_path / "lora_adapter_path", "train/loss")
     assert column(tmp_path / "load", "train/loss")[0] < column(tmp_path / "first", "train/loss")[0]
 

@@ -19,6 +19,8 @@ from torch.distributed import run as torchrun
 from transformers import AutoModelForCausalLM
 
 from qwench import cli
+from qwench.models.hf import architecture_of, load_hf_config
+from qwench.models.peft import AdapterConfig, write_adapter
 from tests.deadlines import patient
 from tests.e2e.conftest import Workspace, column
 from tests.forked import Finished, Forked, fork_qwench
@@ -47,10 +49,18 @@ def test_two_ranks_have_the_losses_of_one(workspace: Workspace, tmp_path: Path) 
 
 @pytest.fixture
 def server(workspace: Workspace, tmp_path: Path) -> Iterator[str]:
-    """Start `qwench serve`, give its address when it answers, and end it as Ctrl-C does."""
+    """Start `qwench serve`, with the newest adapter of a run, give its address when it answers, and end it as Ctrl-C does."""
+    adapter = tmp_path / "run" / "iter_0000003"
+    adapter.mkdir(parents=True)
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("3")
+    config = AdapterConfig(rank=2, alpha=2.0, use_rslora=False, targets=("q_proj",))
+    architecture = architecture_of(load_hf_config(workspace.model))
+    write_adapter(adapter, config, {name: torch.zeros(shape) for name, shape in config.shapes(architecture).items()})
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    process = fork_qwench(tmp_path, ["serve", "--hf-checkpoint", str(workspace.model), "--port", str(port)])
+    process = fork_qwench(
+        tmp_path, ["serve", "--hf-checkpoint", str(workspace.model), "--port", str(port), "--lora", f"zero={tmp_path / 'run'}"]
+    )
     try:
         wait_until_healthy(process, f"http://127.0.0.1:{port}")
         yield f"http://127.0.0.1:{port}"
@@ -76,6 +86,7 @@ def wait_until_healthy(process: Forked, address: str) -> None:
 def test_server_samples_with_the_log_probs_of_transformers(server: str, workspace: Workspace) -> None:
     prompt = [49, 43, 50, 61, 63]
     body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 16, "temperature": 1.0}, "return_logprob": True}
+    body["lora_path"] = "zero"  # an adapter that changes nothing
     request = urllib.request.Request(
         f"{server}/generate", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
     )

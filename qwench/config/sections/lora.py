@@ -52,7 +52,8 @@ class LoraConfig:
     apply. The embedded engine gets the frozen weights once, and again after a restart. SGLang has them from --hf-checkpoint and
     reads each adapter from a folder (see --update-weight-disk-dir)."""
     lora_adapter_path: Path | None = None
-    """PEFT folder of the adapter that a fresh run starts from. It must have the rank, scale and projections of the flags."""
+    """PEFT folder of the adapter that a fresh run starts from, or folder of a run, whose newest adapter is taken. It must have
+    the rank, scale and projections of the flags."""
 
     def __post_init__(self) -> None:
         check_not_negative("--lora-rank", self.lora_rank)

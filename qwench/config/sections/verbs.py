@@ -29,8 +29,8 @@ class ServerConfig:
     deterministic_mode: bool = False
     """Give a response the same bits in every run: compute one response at a time, without the prefix cache. Much slower."""
     lora: tuple[str, ...] = ()
-    """LoRA adapters to serve beside the model, as NAME=FOLDER of PEFT. A request names one by `lora_path`,
-    on OpenAI's paths by `model`."""
+    """LoRA adapters to serve beside the model, as NAME=FOLDER of PEFT, or of a run, whose newest adapter is taken. A
+    request names one by `lora_path`, on OpenAI's paths by `model`."""
 
     def __post_init__(self) -> None:
         check_positive("--port", self.port)

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from qwench.checkpoints.folders import starting_adapter
 from qwench.config.sections.lora import LoraConfig
 from qwench.models.peft import SCALE, A, AdapterConfig, B, merged
 from qwench.training.adapters import AdapterSwitch, random_a
@@ -72,7 +73,7 @@ class Adapters:
         """
         self.switch = AdapterSwitch(section.lora_dropout, seed=seed)
         """Decides what the adapters do in a pass."""
-        self.start_folder = section.lora_adapter_path
+        self.start_folder = starting_adapter(section)
         """PEFT folder that a fresh run begins with. None: `start` says with what."""
         self.section = section
         """Flags of the adapters."""

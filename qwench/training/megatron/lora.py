@@ -28,6 +28,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qwench.checkpoints.folders import starting_adapter
 from qwench.checkpoints.formats.sources import TensorReader
 from qwench.config.sections.lora import LoraConfig
 from qwench.models.architecture import Architecture
@@ -151,7 +152,7 @@ class Adapters:
         self.section, self.place, self._base = section, place, base
         self.switch = AdapterSwitch(section.lora_dropout, seed=seed)
         """Decides what the adapters do in a pass."""
-        self.start_folder = section.lora_adapter_path
+        self.start_folder = starting_adapter(section)
         """PEFT folder that a fresh run begins with. None: A is random, B zero."""
         model.requires_grad_(False)
         layers = {

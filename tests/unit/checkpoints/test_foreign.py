@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PretrainedConfig, Qwen3Config
 
 from qwench.checkpoints.folders import check_weights, foreign_checkpoint, starting_weights
@@ -13,6 +14,7 @@ from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.lora import LoraConfig
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.hf import architecture_of, load_hf_config
+from qwench.models.peft import AdapterConfig, write_adapter
 from tests.fakes.learner import CountingRollouts
 from tests.unit.checkpoints.test_convert import SHAPE, run, write_hf
 from tests.unit.checkpoints.test_manager import manager_of, save_all
@@ -105,6 +107,14 @@ def test_weights_of_another_model_are_refused_by_flag(megatron: Path, flag: str)
     deeper = Qwen3Config(**{**SHAPE, "num_hidden_layers": 3}, tie_word_embeddings=True)
     with pytest.raises(ConfigError, match=rf"--{flag.replace('_', '-')}: .* has 2 layers, but config\.json describes 3"):
         check_weights(CheckpointConfig(**{flag: megatron}), architecture_of(deeper))
+
+
+def test_an_adapter_to_load_without_a_rank_is_refused_with_its_own(tmp_path: Path, model: PretrainedConfig) -> None:
+    config = AdapterConfig(rank=2, alpha=3.5, use_rslora=False, targets=("q_proj",))
+    architecture = architecture_of(model)
+    write_adapter(tmp_path, config, {name: torch.zeros(shape) for name, shape in config.shapes(architecture).items()})
+    with pytest.raises(ConfigError, match=r"--load: .* is a LoRA adapter; give --lora-rank 2 --lora-alpha 3\.5 to train it"):
+        check_weights(CheckpointConfig(load=tmp_path), architecture)
 
 
 def test_an_adapter_to_start_from_that_is_none_is_refused_before_the_start(megatron: Path, model: PretrainedConfig) -> None:

@@ -58,6 +58,10 @@ EMBEDDED = ("--rollout-engine", "embedded")
             "--ref-load is not read here: responses are those of --hf-checkpoint",
         ),
         (
+            ["--debug-rollout-only", "--lora-rank", "4"],
+            "--lora-rank has no effect here: to sample with an adapter, merge it into its base with qwench convert",
+        ),
+        (
             ["--sglang-attention-backend", "fa3", "--sglang-page-size", "4", "--router-policy", "random", *EMBEDDED],
             "the embedded engine makes no use of --sglang-attention-backend --router-policy",
         ),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwench.errors import ConfigError
-from qwench.models.peft import AdapterConfig, factors
+from qwench.models.peft import AdapterConfig, factors, write_adapter
 
 
 @pytest.mark.parametrize("rows", [40, 1025], ids=["exact", "randomized"])
@@ -58,3 +58,17 @@ def test_an_adapter_of_other_arithmetic_is_refused(tmp_path, entries, problem):
     (tmp_path / "adapter_config.json").write_text(json.dumps(plain | entries))
     with pytest.raises(ConfigError, match=problem):
         AdapterConfig.read(tmp_path)
+
+
+@pytest.mark.parametrize("named", [".*\\.(q|v)_proj", None])
+def test_projections_that_are_named_by_an_expression_are_those_of_the_weights(tmp_path, named):
+    shapes = {"q_proj": 8, "v_proj": 4}
+    matrices = {
+        f"model.layers.0.self_attn.{name}.lora_{leaf}.weight": torch.ones(shape)
+        for name, rows in shapes.items()
+        for leaf, shape in (("A", (2, 8)), ("B", (rows, 2)))
+    }
+    write_adapter(tmp_path, AdapterConfig(rank=2, alpha=4.0, use_rslora=False, targets=("q_proj", "v_proj")), matrices)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written | {"target_modules": named}))
+    assert AdapterConfig.read(tmp_path).targets == ("q_proj", "v_proj")
