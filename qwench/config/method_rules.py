@@ -179,7 +179,6 @@ def adapters_are_built_for(config: Config) -> str | None:
     by_name = "SGLang" if config.engine.facts.names_adapters else "--update-weight-transport disk"
     recomputed_late = layout.pp > 1 and training.recomputes("mlp") and lora.lora_dropout > 0
     for flag, is_set, instead in (
-        ("--lora-base in Megatron", in_megatron and lora.lora_base != "auto", "give --lora-base auto"),
         ("--transformer-impl transformer_engine", in_megatron and training.transformer_impl != "local", "choose local"),
         ("--lora-dropout, recomputed layers and several stages", in_megatron and recomputed_late, "give --lora-dropout 0"),
         (f"--lora-publish adapter, {by_name} and --fully-async", named and config.asynchronous.fully_async, "give merged"),

@@ -31,6 +31,7 @@ from qwench.models.memory import (
     FLOAT32_BYTES,
     FORWARD_AND_BACKWARD,
     FORWARD_AND_FROZEN_BACKWARD,
+    ROW_PARALLEL,
     RankBytes,
     SequenceCost,
     StateBytes,
@@ -48,6 +49,8 @@ _MOMENT_BYTES = {"fp32": FLOAT32_BYTES, "bf16": BFLOAT16_BYTES}
 
 _QUANTISED_BYTES = {"auto": 0.0, "fp8": 1 + 4 / 128**2, "nf4": 0.5 + 4 / 64}
 """Of a frozen weight, by --lora-base, its share of a block's scale included."""
+_BLOCKS = {"fp8": 128, "nf4": 64}
+"""Values along a side of a block of --lora-base (`models.fp8`, `training.frozen`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,7 +153,7 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
     """
     check_model_flags(config.architecture, model)
     layout, world_size = config.parallel.layout, config.cluster.world_size
-    _check_adapters(config.lora, model)
+    _check_adapters(config.lora, model, tp=layout.tp if config.backend == "megatron" else 1)
     if config.backend == "megatron":
         check_layout(layout, model, world_size=world_size)
         refuse_output_biases(model)
@@ -231,11 +234,11 @@ def train_dtype(config: Config, *, on_gpus: bool) -> Literal["bfloat16", "float3
     return "bfloat16" if on_gpus else "float32"
 
 
-def _check_adapters(lora: LoraConfig, model: Architecture) -> None:
-    """Make sure that an adapter has at most the rank of its projection.
+def _check_adapters(lora: LoraConfig, model: Architecture, *, tp: int) -> None:
+    """Make sure that an adapter has at most the rank of its projection, and that no block of --lora-base is cut.
 
     Raises:
-        ConfigError: it has more, which would train parameters to no effect.
+        ConfigError: it has more, which would train parameters to no effect; or a block is cut.
     """
     if not lora.enabled:
         return
@@ -246,6 +249,19 @@ def _check_adapters(lora: LoraConfig, model: Architecture) -> None:
         raise ConfigError(
             f"--lora-rank {lora.rank} is more than the smallest side of {narrowest} ({rows} x {columns}); give at most {side}"
         )
+
+    if lora.lora_base == "auto" or tp == 1:
+        return
+    for target in lora.targets:
+        rows, columns = shapes[target]
+        cut = columns // tp if target in ROW_PARALLEL else rows // tp
+        # Blocks of FP8 are square; those of NF4 follow the rows.
+        size = _BLOCKS[lora.lora_base]
+        if (cut if lora.lora_base == "fp8" or target in ROW_PARALLEL else cut * columns) % size:
+            raise ConfigError(
+                f"--lora-base {lora.lora_base} has blocks of {size}, and --tensor-model-parallel-size {tp} cuts {target} "
+                f"({rows} x {columns}) inside them; give fewer tensor-parallel ranks, or --lora-base auto"
+            )
 
 
 def _moment_bytes(optimizer: OptimizerConfig, model: Architecture) -> float:
@@ -278,7 +294,7 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
             num_trained=num_adapter_parameters(model, lora.targets, lora.rank),
             keeps_start=lora.lora_init == "pissa",
             holds_teacher=has_teacher,
-            num_quantised=_num_quantised(lora, model),
+            num_quantised=_num_quantised(lora, model, num_layers=model.num_layers),
             quantised=_QUANTISED_BYTES[lora.lora_base],
         )
     elif config.backend == "fsdp":
@@ -297,11 +313,13 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
             if lora.enabled
             else None,
             keeps_start=lora.lora_init == "pissa",
+            num_quantised=_num_quantised(lora, model, num_layers=stage_layers) // layout.tp,
+            quantised=_QUANTISED_BYTES[lora.lora_base],
         )
     copies = has_teacher if lora.enabled else frozen
     return replace(held, host_reference=held.host_reference * copies)
 
 
-def _num_quantised(lora: LoraConfig, model: Architecture) -> int:
+def _num_quantised(lora: LoraConfig, model: Architecture, *, num_layers: int) -> int:
     shapes = projection_shapes(model)
-    return 0 if lora.lora_base == "auto" else model.num_layers * sum(prod(shapes[target]) for target in lora.targets)
+    return 0 if lora.lora_base == "auto" else num_layers * sum(prod(shapes[target]) for target in lora.targets)

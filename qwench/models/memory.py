@@ -193,6 +193,8 @@ def megatron_bytes(
     stage_layers: int | None = None,
     num_adapted: int | None = None,
     keeps_start: bool = False,
+    num_quantised: int = 0,
+    quantised: float = 0.0,
 ) -> RankBytes:
     """Return what a rank of Megatron's largest stage holds; `num_replicas` (data x context parallel) share its states.
 
@@ -200,6 +202,7 @@ def megatron_bytes(
         stage_layers: layers of the largest stage. None: all stages have as many.
         num_adapted: parameters of the rank's adapters, beside a frozen model. None: all weights are trained.
         keeps_start: the start of the adapters is held too, and subtracted.
+        num_quantised: the rank's frozen parameters in fewer bits. quantised: bytes of one.
     """
     layer = sum(prod(shape) // (tp if len(shape) > 1 else 1) for shape in model.layer_shapes().values())
     embedding = -(-model.vocab_size // tp) * model.hidden_size
@@ -212,7 +215,8 @@ def megatron_bytes(
     owned = -(-trained // num_replicas)
     masters = FLOAT32_BYTES if state.param != FLOAT32_BYTES else 0
     return RankBytes(
-        weights=(held + (num_adapted or 0) * (2 if keeps_start else 1)) * state.param,
+        weights=(held - num_quantised + (num_adapted or 0) * (2 if keeps_start else 1)) * state.param
+        + round(num_quantised * quantised),
         gradients=trained * FLOAT32_BYTES,
         optimizer=round(owned * (masters + state.moments) * (1 - state.offloaded)),
         host_optimizer=round(owned * (FLOAT32_BYTES + state.moments) * state.offloaded),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from transformers import Qwen3ForCausalLM
 
 from qwench.config.sections.lora import LoraConfig
 from qwench.models.peft import AdapterConfig, write_adapter
+from qwench.training.frozen import FrozenForm, FrozenMatrix
 from tests.contract import train_backend_cases as cases
 
 RANK, ALPHA = 3, 5.0
@@ -76,6 +77,16 @@ def assert_apart_is_merged(record: Mapping[str, dict[str, Tensor]]) -> None:
         a, b = (apart.get(f"{name.removesuffix('.weight')}.lora_{leaf}.weight") for leaf in "AB")
         whole = apart[name] if a is None or b is None else apart[name] + scale * (b @ a)
         torch.testing.assert_close(whole, weight, rtol=1e-6, atol=1e-6)
+
+
+def write_rounded(folder: Path, model_folder: Path, form: FrozenForm, targets: Sequence[str]) -> None:
+    """Write a model whose projections are rounded as --lora-base rounds them."""
+    model = Qwen3ForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.removesuffix(".weight").rsplit(".", 1)[-1] in targets:
+                weight.copy_(FrozenMatrix(weight, form).whole(torch.float32))
+    model.save_pretrained(folder)
 
 
 class _PlainAdapter(nn.Module):

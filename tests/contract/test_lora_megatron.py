@@ -21,6 +21,7 @@ from tests.contract.lora_cases import (
     assert_apart_is_merged,
     peft_loop,
     plain_record,
+    write_rounded,
     write_start,
 )
 from tests.contract.train_backend_checks import ON_CPU as WITHIN
@@ -45,6 +46,10 @@ _RESUMED_PISSA = {
 }
 
 
+_QKV = replace(_ALL, target_modules="q_proj,v_proj,down_proj")
+_ROUNDED = (("tp2-sp", "nf4"), ("tp2-cp2", "fp8"), ("tp2-pp2", "nf4"), ("pp2", "fp8"))
+
+
 def _cases(folder: Path) -> list[tuple[int, Case]]:
     found = []
     for on, flags in _STEPPED:
@@ -52,6 +57,9 @@ def _cases(folder: Path) -> list[tuple[int, Case]]:
         lora = replace(_FLAGS[flags], lora_adapter_path=folder / f"{flags}.adapter")
         options = {"lora": lora, "teacher": f"{model}-teacher", "save": True, **_recompute(on, flags)}
         found.append(megatron(f"{on}-{flags}", model, on=on, **options))
+    for on, form in _ROUNDED:
+        started = replace(_QKV if form == "nf4" else _ALL, lora_base=form, lora_adapter_path=folder / f"{form}.adapter")
+        found.append(megatron(f"{on}-{form}", "wide", on=on, lora=started, gradient_checkpointing=on == "pp2"))
     pissa = replace(_ALL, lora_init="pissa")
     found += [megatron(f"{on}-pissa", "untied", on=on, lora=pissa, save=on in ("tp2-sp", "tp2-pp2")) for on in LAYOUTS]
     for name, (build, on, before) in _RESUMED_PISSA.items():
@@ -87,6 +95,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cases.write_model(folder / f"{'tied' if tied else 'untied'}-teacher", tied=tied, seed=12)
     for flags, lora in _FLAGS.items():
         write_start(folder / f"{flags}.adapter", folder / "tied", lora)
+    cases.write_model(folder / "wide", tied=False, wide=True)
+    for form, lora in (("nf4", _QKV), ("fp8", _ALL)):
+        write_start(folder / f"{form}.adapter", folder / "wide", lora)
+        write_rounded(folder / f"wide-{form}", folder / "wide", form, lora.targets)
     made = _cases(folder)
     loading = [(size, case) for size, case in made if case.load]
     for part in ([one for one in made if one not in loading], loading):
@@ -155,6 +167,15 @@ def test_a_teacher_in_the_place_of_the_frozen_model_scores_as_itself(folder: Pat
             assert record["teacher_log_probs"].keys() == record["log_probs"].keys()
             for index, values in record["teacher_log_probs"].items():
                 assert_close(values, expected[tied][index], f"{on}-{flags}: sample {index}", WITHIN)
+
+
+@pytest.mark.parametrize("form", ["nf4", "fp8"])
+def test_a_frozen_model_in_fewer_bits_is_trained_as_one_with_rounded_weights(folder: Path, form: str) -> None:
+    expected, _ = plain_record(folder / f"wide-{form}", folder / f"{form}.adapter", scale=ALPHA / RANK)
+    for on in [on for on, one in _ROUNDED if one == form]:
+        for record in read_records(folder, Case(name=f"{on}-{form}", model="", bins=[]), LAYOUTS[on][0]):
+            assert_steps_equal(record, expected)
+            assert_apart_is_merged(record)
 
 
 def test_principal_components_begin_as_the_base_model_and_take_the_steps_of_a_plain_module(folder: Path) -> None:

@@ -72,17 +72,29 @@ def learning_rate(step: int) -> float:
     return PEAK_LR * min(step, 2) / 2
 
 
-def write_model(folder: Path, *, tied: bool, dtype: torch.dtype = torch.float32, num_layers: int = 2, seed: int = 11) -> None:
-    """Save a Qwen3 with random weights, not all of them small; an untied one rotates as YaRN does."""
+_WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128}
+_NARROW = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+
+
+def write_model(
+    folder: Path,
+    *,
+    tied: bool,
+    dtype: torch.dtype = torch.float32,
+    num_layers: int = 2,
+    seed: int = 11,
+    wide: bool = False,
+) -> None:
+    """Save a Qwen3 with random weights, not all of them small; an untied one rotates as YaRN does.
+
+    Args:
+        wide: two tensor-parallel ranks have whole blocks of 128 x 128 of each projection.
+    """
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
         num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
+        **(_WIDE if wide else _NARROW),
         tie_word_embeddings=tied,
         initializer_range=0.15,
         rope_parameters=None if tied else dict(_YARN),

@@ -43,8 +43,8 @@ class LoraConfig:
     Both begin as the base model."""
     lora_base: LoraBase = "auto"
     """Form of the frozen projections that have adapters. auto: --train-dtype. fp8: e4m3 in blocks of 128 x 128, 1 byte a
-    weight. nf4: 4-bit normal floats in blocks of 64, 0.56 bytes. Each rank holds all of them, and engines get the rounded
-    weights."""
+    weight. nf4: 4-bit normal floats in blocks of 64, 0.56 bytes. Under FSDP2 each rank holds all of them. Engines get
+    the rounded weights."""
     use_rslora: bool = False
     """Add the adapters at --lora-alpha / sqrt(--lora-rank), which keeps their effect equal over ranks."""
     lora_publish: LoraPublish = "merged"

@@ -22,7 +22,7 @@ from qwench.checkpoints.folders import starting_adapter
 from qwench.config.sections.lora import LoraConfig
 from qwench.models.peft import SCALE, A, AdapterConfig, B, merged
 from qwench.training.adapters import AdapterSwitch, random_a
-from qwench.training.fsdp.frozen import FrozenMatrix
+from qwench.training.frozen import FrozenMatrix
 from qwench.training.fsdp.optimizer import full_tensor, local_shard
 from qwench.training.pissa import as_one, folder_name, merged_change, part_of, principal
 

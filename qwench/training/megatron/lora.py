@@ -37,6 +37,7 @@ from qwench.models.memory import projection_shapes
 from qwench.models.peft import SCALE, A, AdapterConfig, B, merged
 from qwench.training.adapters import AdapterSwitch, random_a
 from qwench.training.megatron.model import PolicyModel, local_parameters
+from qwench.training.megatron.quantised_linear import QuantisedLinear, join
 from qwench.training.megatron.tensor_place import TensorPlace
 from qwench.training.megatron.weights import WholeWeights
 from qwench.training.pissa import as_one, folder_name, is_start, merged_change, part_of, principal, start_of
@@ -47,19 +48,21 @@ class LayerAdapters(nn.Module):
 
     def __init__(
         self,
-        layer: Any,  # a ColumnParallelLinear or RowParallelLinear, which have no types
+        layer: Any,  # a ColumnParallelLinear or RowParallelLinear, which have no types, or a QuantisedLinear
         rule: WeightRule,
         place: TensorPlace,
         section: LoraConfig,
         switch: AdapterSwitch,
         *,
         index: int,
+        like: Tensor,
     ) -> None:
         """Allocate A and B, and add the adapters to what `layer` returns from now on.
 
         Args:
             rule: Of the layer's weight.
             index: Of the layer among all that have adapters; of a sharded input another one on each rank.
+            like: The layer's weight, for dtype and device.
         """
         super().__init__()
         self._is_row = rule.tp_dim == 1
@@ -76,7 +79,7 @@ class LayerAdapters(nn.Module):
         self._start_a, self._start_b = nn.ParameterDict(), nn.ParameterDict()
         for name in rule.hf_names:
             for one in _rules_of(rule, name, section):
-                self._allocate(one, name.split(".")[-2], like=layer.weight)
+                self._allocate(one, name.split(".")[-2], like=like)
         layer.add_module("adapters", self)
         layer.register_forward_hook(self._add)
 
@@ -103,7 +106,7 @@ class LayerAdapters(nn.Module):
         return self._joined(dict(zip(bottoms, reduced.split(self._rank, dim=-1), strict=True)), bottoms)
 
     def _joined(self, reduced: dict[str, Tensor], bottoms: nn.ParameterDict) -> Tensor:
-        """Return the projections' outputs in the order of the layer's: query groups side by side, or one after the other."""
+        """Return the projections' outputs in the order of the layer's; zeros where a projection has no adapter."""
         any_one = next(iter(reduced.values()))
         parts = [
             functional.linear(reduced[name], bottoms[name])
@@ -111,9 +114,7 @@ class LayerAdapters(nn.Module):
             else any_one.new_zeros((*any_one.shape[:-1], rows))
             for name, (rows, _columns) in self._shapes.items()
         ]
-        if self._kind == "qkv":
-            return torch.cat([part.unflatten(-1, (self._groups, -1)) for part in parts], dim=-1).flatten(-2)
-        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        return join(parts, kind=self._kind, groups=self._groups)
 
     def _add(self, _layer: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]) -> object:
         """Be the hook of the layer."""
@@ -156,7 +157,9 @@ class Adapters:
         """PEFT folder that a fresh run begins with. None: A is random, B zero."""
         model.requires_grad_(False)
         layers = {
-            module.weight: module for module in model.modules() if isinstance(module, ColumnParallelLinear | RowParallelLinear)
+            module.weight: (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear)
         }
         self.rules = list(adapter_rules(place.model, section))
         """Of every stage's matrices, in the order of the model."""
@@ -164,12 +167,19 @@ class Adapters:
         """This stage's matrices that are trained."""
         self.starts: list[tuple[WeightRule, nn.Parameter]] = []
         """This stage's matrices that are subtracted."""
+        self.quantised: list[tuple[WeightRule, QuantisedLinear]] = []
+        """This stage's frozen weights that are held in fewer bits."""
         for index, (rule, weight) in enumerate(local_parameters(model, place.model)):
             if any(True for name in rule.hf_names for _ in _rules_of(rule, name, section)):
-                number = index + (place.tp_rank << 12 if rule.tp_dim == 1 or layers[weight].sequence_parallel else 0)
-                layer = LayerAdapters(layers[weight], rule, place, section, self.switch, index=number)
-                self.weights += layer.weights
-                self.starts += layer.starts
+                name, layer = layers[weight]
+                if section.lora_base != "auto":
+                    layer = QuantisedLinear(layer, rule, place, section)
+                    model.set_submodule(name, layer)
+                    self.quantised.append((rule, layer))
+                number = index + (place.tp_rank << 12 if rule.tp_dim == 1 or layer.sequence_parallel else 0)
+                adapters = LayerAdapters(layer, rule, place, section, self.switch, index=number, like=weight)
+                self.weights += adapters.weights
+                self.starts += adapters.starts
         granularity, modules = model.config.recompute_granularity, model.config.recompute_modules
         if model.pre_process and (granularity == "full" or (granularity == "selective" and "mlp" in modules)):
             model.embedding.register_forward_hook(_require_gradient)

@@ -88,7 +88,8 @@ class MegatronTrainer(BackendTrainer):
         self._model = model
         # With tied embeddings, the last of several stages computes with a copy of the first one's.
         self._loaded = [*self._weights, *tied_head(model, config)]
-        self._whole = WholeWeights(self._weights, rules(config), config)
+        quantised = [] if adapters is None else adapters.quantised
+        self._whole = WholeWeights([*self._weights, *quantised], rules(config), config)
         if adapters is not None and adapters.start_folder is not None:
             adapter_checkpoint.load(adapters.start_folder, self._optimizer, adapters, weights_only=True)
 

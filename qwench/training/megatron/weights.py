@@ -6,6 +6,7 @@ shards --all-gather over tp--> whole Megatron tensor --copies--> Hugging Face te
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,10 +17,22 @@ from qwench.models.architecture import Architecture
 from qwench.models.megatron_names import WeightRule, to_hf, tp_join
 
 
+class HeldWeight(Protocol):
+    """A tensor, or what returns one."""
+
+    @property
+    def shape(self) -> torch.Size: ...  # noqa: D102
+    @property
+    def dtype(self) -> torch.dtype: ...  # noqa: D102
+    @property
+    def device(self) -> torch.device: ...  # noqa: D102
+    def detach(self) -> Tensor: ...  # noqa: D102
+
+
 class WholeWeights:
     """Gathers the weights of all stages, in the order of the model; every rank gets each tensor."""
 
-    def __init__(self, own: Sequence[tuple[WeightRule, Tensor]], rules: Sequence[WeightRule], config: Architecture) -> None:
+    def __init__(self, own: Sequence[tuple[WeightRule, HeldWeight]], rules: Sequence[WeightRule], config: Architecture) -> None:
         """Agree on which stage holds which weight; collective over the pipeline.
 
         Args:

@@ -171,7 +171,6 @@ TWO_STAGES = ParallelConfig(pipeline_model_parallel_size=2)
 
 
 @pytest.mark.parametrize(("lora", "training", "parallel", "flag"), [
-    (LoraConfig(lora_rank=8, lora_base="nf4"), TrainingConfig(), TWO_STAGES, "--lora-base in Megatron; give --lora-base auto"),
     (LORA, TrainingConfig(transformer_impl="transformer_engine"), TWO_STAGES, "--transformer-impl transformer_engine; choose"),
     (LoraConfig(lora_rank=8, lora_dropout=0.1), TrainingConfig(gradient_checkpointing=True), TWO_STAGES,
      "--lora-dropout, recomputed layers and several stages; give --lora-dropout 0"),

@@ -308,6 +308,28 @@ def test_the_rank_of_adapters_is_at_most_that_of_each_projection(lora, message):
     plan_run(Config(rollout=BATCH, lora=replace(lora, lora_rank=lora.rank - 1)), QWEN3_4B)
 
 
+@pytest.mark.parametrize(("base", "tp", "fits"), [
+    ("fp8", 4, True), ("nf4", 8, True), ("fp8", 8, False),  # 9,728 / 8 = 1,216 = 9.5 x 128 = 19 x 64
+])  # fmt: skip
+def test_tensor_parallel_ranks_have_whole_blocks_of_a_frozen_model(base, tp, fits):
+    parallel = ParallelConfig(tensor_model_parallel_size=tp)
+    config = Config(
+        rollout=BATCH,
+        lora=LoraConfig(lora_rank=8, lora_base=base),
+        parallel=parallel,
+        cluster=ClusterConfig(actor_num_gpus_per_node=8),
+    )
+    if fits:
+        plan_run(config, QWEN3_4B)
+        return
+    with pytest.raises(ConfigError) as caught:
+        plan_run(config, QWEN3_4B)
+    assert str(caught.value) == (
+        "--lora-base fp8 has blocks of 128, and --tensor-model-parallel-size 8 cuts gate_proj (9728 x 2560) inside them; "
+        "give fewer tensor-parallel ranks, or --lora-base auto"
+    )
+
+
 @pytest.mark.parametrize(("on_gpus", "dtype"), [(True, "bfloat16"), (False, "float32")])
 def test_the_plan_of_adapters_states_what_is_trained_and_in_which_dtype_the_rest_is(on_gpus, dtype):
     config = Config(rollout=BATCH, lora=LoraConfig(lora_rank=4, lora_alpha=8.0, target_modules="q_proj"))

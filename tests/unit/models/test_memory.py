@@ -119,6 +119,10 @@ def test_a_megatron_rank_holds_a_frozen_stage_and_its_share_of_adapters():
         SMALL, BF16, tp=2, pp=1, num_replicas=2, holds_reference=False, num_adapted=share, keeps_start=True
     )
     assert started.weights == held.weights + 2 * 276
+    fewer = megatron_bytes(
+        SMALL, BF16, tp=2, pp=1, num_replicas=2, holds_reference=False, num_adapted=share, num_quantised=100, quantised=0.5
+    )
+    assert fewer.weights == held.weights - 100 * 2 + 50
 
 
 def test_megatron_ranks_hold_a_share_of_a_stage():

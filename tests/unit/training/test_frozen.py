@@ -10,7 +10,7 @@ from transformers import Qwen3ForCausalLM
 
 from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.training import TrainingConfig
-from qwench.training.fsdp.frozen import FrozenMatrix
+from qwench.training.frozen import FrozenMatrix
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from tests.contract.train_backend_cases import clipped_loss, make_batch, micro_batches, write_model
 from tests.fakes.sections import adamw
