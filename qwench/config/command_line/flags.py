@@ -45,7 +45,8 @@ class Flag:
     def parse(self, values: Sequence[str]) -> Any:
         """Return what `values` spell, or raise ValueError with what was expected."""
         if not takes_many(self.annotation) and len(values) != 1:
-            raise ValueError(f"expects one value, got {' '.join(values) or 'none'}")
+            join = f"; join them: {','.join(values)}" if values and "separated by commas" in self.help else ""
+            raise ValueError(f"expects one value, got {' '.join(values) or 'none'}{join}")
         return parse_value(self.annotation, values)
 
 

@@ -52,6 +52,10 @@ def test_a_flag_whose_own_name_begins_with_no_is_not_a_negation():
         (["--no-lr"], "unknown flag --no-lr"),
         (["--lr"], "--lr expects one value, got none"),
         (["--lr", "1", "2"], "--lr expects one value, got 1 2"),
+        (
+            ["--target-modules", "q_proj", "v_proj"],
+            "--target-modules expects one value, got q_proj v_proj; join them: q_proj,v_proj",
+        ),
         (["--seed", "x"], "--seed must be an integer, got 'x'"),
         (["--colocate", "x"], "--colocate takes no value, or true or false; got 'x'"),
         (["--no-colocate", "true"], "--no-colocate takes no value, got true"),
