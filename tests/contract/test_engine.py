@@ -236,7 +236,7 @@ def test_abort_returns_what_there_is(host):
             engine.generate(ask("long", prompt_of(5), max_new_tokens=LONG, ignore_eos=True, seed=1))
         )
         other = asyncio.ensure_future(
-            engine.generate(ask("other", prompt_of(6), max_new_tokens=LONGER_THAN_A_LOOK, ignore_eos=True, seed=2))
+            engine.generate(ask("other", prompt_of(6), max_new_tokens=LONGER_THAN_A_LOOK[host], ignore_eos=True, seed=2))
         )
         while (await engine.stats()).generated_tokens < 5:
             await asyncio.sleep(0)
@@ -246,7 +246,7 @@ def test_abort_returns_what_there_is(host):
     aborted, other, stats = drive(host, make_model("qwen3"), scenario)
     assert aborted.finish_reason is FinishReason.ABORT
     assert 0 < len(aborted.output_ids) == len(aborted.log_probs) == len(aborted.weight_versions) < LONG
-    assert other.finish_reason is FinishReason.LENGTH and len(other.output_ids) == LONGER_THAN_A_LOOK
+    assert other.finish_reason is FinishReason.LENGTH and len(other.output_ids) == LONGER_THAN_A_LOOK[host]
     assert stats.num_free_pages == stats.num_pages
 
 
@@ -284,7 +284,7 @@ def test_abort_of_all_also_ends_what_waits(host):
 def test_nothing_is_generated_while_paused(host):
     async def scenario(engine: Engine):
         running = asyncio.ensure_future(
-            engine.generate(ask("r", prompt_of(5), max_new_tokens=LONGER_THAN_A_LOOK, ignore_eos=True))
+            engine.generate(ask("r", prompt_of(5), max_new_tokens=LONGER_THAN_A_LOOK[host], ignore_eos=True))
         )
         while (await engine.stats()).generated_tokens < 3:
             await asyncio.sleep(0)
@@ -296,13 +296,13 @@ def test_nothing_is_generated_while_paused(host):
         return before, after, await running
 
     before, after, result = drive(host, make_model("qwen3"), scenario)
-    assert before == after < LONGER_THAN_A_LOOK
-    assert len(result.output_ids) == LONGER_THAN_A_LOOK
+    assert before == after < LONGER_THAN_A_LOOK[host]
+    assert len(result.output_ids) == LONGER_THAN_A_LOOK[host]
 
 
 def test_a_retracted_request_goes_on_under_the_new_weights_as_if_they_had_read_all_its_tokens(host):
     old, new = make_model("qwen3", seed=0), make_model("qwen3", seed=1)
-    request = ask("r", prompt_of(5), seed=3, max_new_tokens=LONGER_THAN_A_LOOK, ignore_eos=True)
+    request = ask("r", prompt_of(5), seed=3, max_new_tokens=LONGER_THAN_A_LOOK[host], ignore_eos=True)
 
     async def scenario(engine: Engine):
         running = [asyncio.ensure_future(engine.generate(one)) for one in (request, replace(request, request_id="sibling"))]
@@ -315,8 +315,8 @@ def test_a_retracted_request_goes_on_under_the_new_weights_as_if_they_had_read_a
 
     for result in drive(host, old, scenario):
         num_old = list(result.weight_versions).count(0)
-        assert 0 < num_old < LONGER_THAN_A_LOOK
-        assert list(result.weight_versions) == [0] * num_old + [1] * (LONGER_THAN_A_LOOK - num_old)
+        assert 0 < num_old < LONGER_THAN_A_LOOK[host]
+        assert list(result.weight_versions) == [0] * num_old + [1] * (LONGER_THAN_A_LOOK[host] - num_old)
         for model, part in ((old, slice(0, num_old)), (new, slice(num_old, None))):
             expected = reference_log_probs(model, request, result)
             torch.testing.assert_close(torch.tensor(result.log_probs)[part], expected[part], atol=1e-4, rtol=0)

@@ -53,7 +53,7 @@ def test_update_changes_outputs_and_version_and_confirms_checksums(host):
 def test_each_token_carries_the_version_that_sampled_it(host):
     async def scenario(engine: Engine):
         running = asyncio.ensure_future(
-            engine.generate(ask("r", prompt_of(5), max_new_tokens=LONGER_THAN_A_LOOK, ignore_eos=True))
+            engine.generate(ask("r", prompt_of(5), max_new_tokens=LONGER_THAN_A_LOOK[host], ignore_eos=True))
         )
         while (await engine.stats()).generated_tokens < 4:
             await asyncio.sleep(0)
@@ -64,7 +64,7 @@ def test_each_token_carries_the_version_that_sampled_it(host):
         return sampled, await running
 
     sampled, result = drive(host, make_model("qwen3"), scenario)
-    assert list(result.weight_versions) == [0] * sampled + [1] * (LONGER_THAN_A_LOOK - sampled)
+    assert list(result.weight_versions) == [0] * sampled + [1] * (LONGER_THAN_A_LOOK[host] - sampled)
 
 
 @every_host
@@ -128,7 +128,7 @@ def test_sleep_gives_the_cache_back_and_wake_takes_it_again(host):
 def test_sleep_is_refused_while_requests_are_unfinished(host):
     async def scenario(engine: Engine):
         running = asyncio.ensure_future(
-            engine.generate(ask("r", prompt_of(5), max_new_tokens=LONGER_THAN_A_LOOK, ignore_eos=True))
+            engine.generate(ask("r", prompt_of(5), max_new_tokens=LONGER_THAN_A_LOOK[host], ignore_eos=True))
         )
         while (await engine.stats()).generated_tokens < 2:
             await asyncio.sleep(0)
@@ -136,7 +136,7 @@ def test_sleep_is_refused_while_requests_are_unfinished(host):
             await engine.sleep([MemoryTag.KV_CACHE])
         return await running
 
-    assert len(drive(host, make_model("qwen3"), scenario).output_ids) == LONGER_THAN_A_LOOK
+    assert len(drive(host, make_model("qwen3"), scenario).output_ids) == LONGER_THAN_A_LOOK[host]
 
 
 def test_adopted_weights_follow_the_trainer_without_a_copy():
