@@ -183,7 +183,9 @@ def _files(named: Reference, flag: str) -> list[str]:
     from huggingface_hub import HfApi, snapshot_download  # noqa: PLC0415  # the import takes half a second
 
     def ask() -> list[str]:
-        return HfApi().list_repo_files(named.repository, repo_type="dataset", revision=named.revision)
+        # The list of files alone would be asked for again and again for half a minute where there is no network.
+        about = HfApi().dataset_info(named.repository, revision=named.revision)
+        return [file.rfilename for file in about.siblings or []]
 
     def look() -> list[str]:
         folder = Path(

@@ -1,8 +1,11 @@
 import json
 import os
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -163,6 +166,22 @@ def test_a_data_set_is_downloaded_by_split_with_its_rows_and_read_offline_afterw
     assert done.stdout.strip() == f"{folder}/main/train-0000*.jsonl@[:9]"
     for environ in ({"HF_HUB_OFFLINE": "1"}, {}):
         assert ask("http://127.0.0.1:9", tmp_path, code, **environ).stdout == done.stdout
+
+
+def test_a_hub_that_hangs_up_is_asked_for_a_data_set_once(tmp_path):
+    calls = []
+
+    def hang_up() -> None:
+        with suppress(OSError):
+            while True:
+                calls.append(listener.accept()[0].close())
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        Thread(target=hang_up, daemon=True).start()
+        done = ask(f"http://127.0.0.1:{listener.getsockname()[1]}", tmp_path, "hub.data_files('a/b', flag='--prompt-data')")
+        listener.shutdown(socket.SHUT_RDWR)
+    assert "the Hugging Face hub did not give a dataset of that name" in done.stderr
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("environ", [{}, {"HF_HUB_OFFLINE": "1"}])
