@@ -13,6 +13,7 @@ from qwench.config.sections.training import TrainingConfig
 from qwench.errors import CheckpointError, ConfigError
 from qwench.training.batch import pack
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
+from qwench.training.fsdp.optimizer import local_shard
 from qwench.training.reference import Reference
 from tests.contract.train_backend_cases import write_model
 from tests.fakes.sections import adamw
@@ -174,6 +175,17 @@ def test_vectors_are_not_decayed(model_folder: Path):
         if weight.ndim == 2:
             expected = expected - 1e-3 * 10.0 * before[name]
         torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon", "adam8bit"])
+def test_every_weight_is_stepped_by_one_optimizer(model_folder: Path, optimizer: str):
+    backend = _build(model_folder, adam=replace(_ADAM, optimizer=optimizer, weight_decay=0.25))
+    groups = backend._optimizer._param_groups
+    held = {local_shard(weight).data_ptr(): weight for weight in backend._weights.values()}
+    stepped = [shard for group in groups for shard in group["params"]]
+    assert len(stepped) == len(held) and {shard.data_ptr() for shard in stepped} == held.keys()
+    vectors = [group for group in groups if group["params"][0].ndim == 1]
+    assert [(group["weight_decay"], {shard.ndim for shard in group["params"]}) for group in vectors] == [(0.0, {1})]
 
 
 def test_a_loaded_checkpoint_goes_on_bit_for_bit(model_folder: Path, tmp_path: Path):

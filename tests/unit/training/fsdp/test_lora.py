@@ -257,3 +257,13 @@ def test_an_adapter_of_another_model_and_whole_weights_are_refused(model_folder:
         _build(tmp_path / "deeper", replace(_LORA, lora_adapter_path=tmp_path / "saved"))
     with pytest.raises(CheckpointError, match="holds whole weights and no adapter; give it as --ref-load or --hf-checkpoint"):
         trainer.load(model_folder, weights_only=True)
+
+
+def test_adapters_are_stepped_by_eight_bits_as_by_adam(model_folder: Path) -> None:
+    first = {}
+    for optimizer in ("adam", "adam8bit"):
+        trainer = _build(model_folder, _LORA, adam=replace(_ADAM, optimizer=optimizer))
+        _train(trainer, 1)
+        first[optimizer] = _published(trainer)
+    for name, weight in first["adam"].items():  # the first step is the sign of the gradient, whatever holds the moments
+        torch.testing.assert_close(first["adam8bit"][name], weight, rtol=1e-3, atol=1e-5)
