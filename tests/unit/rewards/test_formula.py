@@ -29,6 +29,7 @@ ONE, TWO = sympy.Integer(1), sympy.Integer(2)
         ("1/2", ONE / 2),
         ("1/2x", x / 2),  # side by side binds as a written product does
         ("2x^2y", 2 * x**2 * y),
+        ("(x)0.[3]", x / 3),
         ("-x^2", -(x**2)),
         ("2^-1", ONE / 2),
         ("2^3^2", sympy.Integer(512)),
