@@ -56,8 +56,10 @@ def sglang_command(
     if order.stretched_positions is not None and not _OVERRIDES.intersection(engine.sglang_args):
         # SGLang would end texts at max_position_embeddings, which Qwen3's instructions for YaRN leave as it is.
         argv += ["--json-model-override-args", json.dumps({"max_position_embeddings": order.stretched_positions})]
+    changes = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}  # log-probs must be those at the sampling temperature
     if order.releases_memory:
         argv += ["--enable-memory-saver"]
+        changes |= _without_expandable_segments(environ)
     if engine.sglang_enable_deterministic_inference:
         argv += ["--enable-deterministic-inference"]
     if order.serves_checkpoint:
@@ -66,13 +68,21 @@ def sglang_command(
     return ServerCommand(
         label=f"SGLang engine {index}",
         argv=tuple(argv),
-        # Log-probs must be those at the sampling temperature.
-        environ=server_environ(environ, SGLANG_RETURN_ORIGINAL_LOGPROB="0", **visible_devices(gpu_ids, environ)),
+        environ=server_environ(environ, **changes, **visible_devices(gpu_ids, environ)),
         log_file=order.log_folder / f"engine-{index}.log",
         private_files={secrets: f"admin-api-key: {json.dumps(order.token)}\n"},
         host=host,
         start_timeout_s=engine.engine_start_timeout,
     )
+
+
+def _without_expandable_segments(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the allocator's settings without what the memory saver refuses; a run may set it for its trainer."""
+    names = [name for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if name in environ]
+    return {
+        name: ",".join(one for one in environ[name].split(",") if not one.strip().startswith("expandable_segments"))
+        for name in names
+    }
 
 
 def _adapter_words(order: ServerOrder) -> list[str]:

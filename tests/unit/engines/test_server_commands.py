@@ -34,6 +34,15 @@ def value_of(argv: tuple[str, ...], flag: str) -> str:
     return argv[argv.index(flag) + 1]
 
 
+def test_a_server_that_gives_memory_back_allocates_without_expandable_segments():
+    settings = "roundup_power2_divisions:[256:1,512:2],expandable_segments:True,max_split_size_mb:64"
+    environ = {"PYTORCH_CUDA_ALLOC_CONF": settings, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    made = command(order(releases_memory=True), environ=environ).environ
+    assert made["PYTORCH_CUDA_ALLOC_CONF"] == "roundup_power2_divisions:[256:1,512:2],max_split_size_mb:64"
+    assert made["PYTORCH_ALLOC_CONF"] == ""
+    assert command(order(), environ=environ).environ["PYTORCH_CUDA_ALLOC_CONF"] == settings
+
+
 def test_an_sglang_server_gets_its_model_its_gpus_and_the_users_flags():
     made = command(order())
     assert made.argv[1:6] == ("-P", "-m", "sglang.launch_server", "--mem-fraction-static", "0.7")
