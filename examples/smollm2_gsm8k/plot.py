@@ -25,9 +25,9 @@ WAYS = {"greedy": "greedy, 1 answer", "sampled": "temperature 1, 8 answers"}
 def solved_shares(output: Path, stage: str, way: str) -> list[float]:
     """Return the share of right answers to each test problem, in order."""
     rewards = defaultdict(list)
-    for line in (output / f"eval-{stage}-{way}" / "gsm8k.jsonl").read_text(encoding="utf-8").splitlines():
-        sample = json.loads(line)
-        rewards[sample["group_id"]].append(sample["reward"])
+    with (output / f"eval-{stage}-{way}" / "gsm8k.jsonl").open(encoding="utf-8") as answers:
+        for sample in map(json.loads, answers):
+            rewards[sample["group_id"]].append(sample["reward"])
     return [fmean(rewards[problem]) for problem in sorted(rewards)]
 
 
@@ -40,6 +40,8 @@ def table(output: Path) -> str:
     """Return the results as Markdown, and the gain of GRPO in units of its standard error, problem by problem."""
     lines = ["| checkpoint | " + " | ".join(WAYS.values()) + " |", "| --- |" + " --- |" * len(WAYS)]
     for stage, title in TITLES.items():
+        if not (output / f"eval-{stage}-sampled").is_dir():
+            continue  # the stage was left out
         cells = [solved_shares(output, stage, way) for way in WAYS]
         lines.append(
             f"| {title} | " + " | ".join(f"{100 * fmean(c):.2f} +- {100 * standard_error(c):.2f} %" for c in cells) + " |"

@@ -23,7 +23,8 @@ def main() -> None:
     with given.evaluated.open(encoding="utf-8") as answers:
         for sample in map(json.loads, answers):
             rewards[sample["group_id"]].append(sample["reward"])
-    rows = [json.loads(line) for line in given.prompts.read_text(encoding="utf-8").splitlines()]
+    with given.prompts.open(encoding="utf-8") as prompts:
+        rows = [json.loads(line) for line in prompts]  # one of them holds U+2028, at which splitlines would divide it
     rates = [fmean(rewards[row]) for row in range(len(rows))]
     lines = [json.dumps({**row, "pass_rate": rate}) for row, rate in zip(rows, rates, strict=True)]
     given.rated.write_text("\n".join(lines) + "\n", encoding="utf-8")
