@@ -139,12 +139,21 @@ def test_sections_of_other_verbs_and_of_pairs_have_bounds(section, given, flag):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("tokenize", "the rendered text is tokenized as it is"),
+        *(
+            (name, "the rendered text is tokenized as it is")
+            for name in (
+                "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+                "return_assistant_tokens_mask", "tokenizer_kwargs",
+            )
+        ),
+        ("conversation", "--input-key names their column"),
+        ("messages", "--input-key names their column"),
+        ("continue_final_message", "the verb decides how the text ends"),
         ("chat_template", "--chat-template-path names another template"),
         ("tools", "--tool-key names their column"),
         ("add_generation_prompt", "the verb decides how the text ends"),
     ],
-)
+)  # fmt: skip
 def test_an_argument_that_is_no_variable_of_a_template_is_refused_with_what_sets_it(name, reason):
     with pytest.raises(ConfigError) as caught:
         DataConfig(apply_chat_template_kwargs={"enable_thinking": False, name: True})

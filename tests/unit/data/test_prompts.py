@@ -273,7 +273,10 @@ def test_whatever_a_template_raises_is_one_line(tmp_path, monkeypatch, template)
         ([{"role": "user", "content": "\u200b\ufeff "}], "a message of role 'user' is empty"),
         ([{"role": "system", "content": ""}], "no message of the conversation says anything"),
         ([{"role": "tool", "content": [{"type": "text", "text": " "}]}], "no message of the conversation says anything"),
-        ([{"role": "user", "content": "hi", "images": ["a.png"]}], "a message has images, which does not reach the model"),
+        *(
+            ([{"role": "user", "content": "hi", name: ["a"]}], f"a message has {name}, which does not reach the model")
+            for name in ("image", "images", "video", "videos", "video_url", "audio", "audios", "input_audio", "file")
+        ),
         ([{"role": "user", "content": [{"text": "hi", "image_url": "a.png"}]}], "a message has image_url, which does not"),
         (
             [{"role": "assistant", "content": "a", "function_call": {"name": "f", "arguments": "{}"}}],

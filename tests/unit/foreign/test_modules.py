@@ -68,3 +68,38 @@ def test_an_address_is_waited_for_until_it_answers_with_200(monkeypatch):
     asyncio.run(wait())
     assert asked == [("POST", '{"a": 1}')] * 3 + [("GET", "")]
     assert MODULES["utils.http_utils"]["wait_http_ok"] is wait_http_ok
+
+
+NAMES = {
+    "utils.types": "Sample RolloutBatch",
+    "utils.http_utils": "post get wait_http_ok",
+    "utils.misc": "load_function SingletonMeta",
+    "utils.async_utils": "run",
+    "utils.mask_utils": "MultiTurnLossMaskGenerator",
+    "utils.processing_utils": "load_tokenizer load_processor encode_image_for_rollout_engine",
+    "rollout.base_types": (
+        "RolloutFnConstructorInput RolloutFnTrainInput RolloutFnTrainOutput RolloutFnEvalInput RolloutFnEvalOutput "
+        "GenerateFnInput GenerateFnOutput RolloutFnInput RolloutFnOutput"
+    ),
+    "rollout.sglang_rollout": "GenerateState generate generate_and_rm get_model_url generate_rollout",
+    "rollout.data_source": "DataSource RolloutDataSource RolloutDataSourceWithBuffer",
+    "rollout.generate_hub.single_turn": "generate",
+    "rollout.inference_rollout.inference_rollout_common": "GenerateState InferenceRolloutFn",
+    "rollout.rm_hub": "async_rm batched_async_rm grade_answer_verl",
+    "rollout.rm_hub.math_utils": "extract_answer grade_answer_verl",
+    "rollout.rm_hub.math_dapo_utils": "compute_score",
+    "rollout.rm_hub.deepscaler": "get_deepscaler_rule_based_reward",
+    "rollout.rm_hub.f1": "f1_score",
+    "rollout.filter_hub.base_types": "DynamicFilterOutput call_dynamic_filter MetricGatherer",
+    "rollout.filter_hub.dynamic_sampling_filters": (
+        "check_reward_nonzero_std check_reward_nonzero_std_with_fallback check_no_aborted"
+    ),
+    "backends.megatron_utils.cp_utils": "all_gather_with_cp slice_log_prob_with_cp",
+    "backends.training_utils.cp_utils": "all_gather_with_cp slice_log_prob_with_cp",
+}
+
+
+def test_the_names_that_scripts_of_slime_and_miles_import_are_there():
+    assert {module: set(names) for module, names in MODULES.items()} == {
+        module: set(names.split()) for module, names in NAMES.items()
+    }

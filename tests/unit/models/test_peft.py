@@ -46,13 +46,21 @@ def test_an_alpha_that_is_no_number_of_floats_is_refused(tmp_path, alpha):
         ({"peft_type": "IA3"}, "has peft_type 'IA3'; only LORA is read"),
         ({"peft_type": None}, "has peft_type None; only LORA is read"),
         ({"use_dora": True}, "has use_dora, which is not supported"),
+        *(
+            ({key: True}, f"has {key}, which is not supported")
+            for key in (
+                "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "fan_in_fan_out", "kasa_config",
+                "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
+                "monteclora_config", "target_parameters", "trainable_token_indices",
+            )
+        ),
         ({"bias": "all"}, "trains biases"),
         ({"lora_bias": True}, "trains biases"),
         ({"init_lora_weights": "pissa"}, "has init_lora_weights 'pissa'"),
         ({"r": 0}, "has no rank r"),
         ({"r": True}, "has no rank r"),
     ],
-)
+)  # fmt: skip
 def test_an_adapter_of_other_arithmetic_is_refused(tmp_path, entries, problem):
     plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "target_modules": ["q_proj"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(plain | entries))

@@ -44,6 +44,31 @@ def test_summary_keeps_the_order_and_leaves_out_what_was_not_measured():
     ]
 
 
+def test_every_metric_of_the_table_has_its_group_and_its_short_name():
+    table = {
+        "rollout/raw_reward": 1, "rollout/truncated_ratio": 2, "passrate/pass@1": 3, "rollout/response_len/mean": 4,
+        "rollout/response_len/median": 5, "rollout/response_len/max": 6, "rollout/trained_len/mean": 7, "train/loss": 8,
+        "train/pg_loss": 9, "train/pg_clipfrac": 10, "train/entropy_loss": 11, "train/grad_norm": 12, "train/lr-pg_0": 13,
+        "train/ppo_kl": 14, "train/kl_loss": 15, "train/train_rollout_logprob_abs_diff": 16, "perf/rollout_time": 17,
+        "perf/train_time": 18, "perf/update_weights_time": 19, "perf/save_time": 20, "perf/offload_time": 21,
+        "perf/step_time": 22, "perf/peak_gpu_memory_gib": 23, "perf/tokens_per_gpu_per_sec": 24,
+        "perf/actor_train_tok_per_s": 25, "perf/actor_train_tflops": 26,
+    }  # fmt: skip
+    assert {group.title: dict(group.values) for group in summarize(table)} == {
+        "reward": {"reward": "1", "truncated": "2", "pass@1": "3"},
+        "response length": {"mean": "4", "median": "5", "max": "6", "trained": "7"},
+        "loss": {"loss": "8", "pg loss": "9", "clipped": "10", "entropy": "11", "grad norm": "12", "lr": "13"},
+        "divergence": {"ppo kl": "14", "kl to reference": "15", "trainer vs engine": "16"},
+        "time": {
+            "rollout": "17.0s", "train": "18.0s", "publish": "19.0s", "save": "20.0s", "offload": "21.0s", "all": "22.0s",
+        },
+        "memory": {"peak GiB": "23"},
+        "tokens/s": {"per GPU": "24", "training": "25"},
+        "TFLOP/s per GPU": {"training": "26"},
+    }  # fmt: skip
+    assert summarize({"perf/save_time": 0.0049}) == [] and summarize({"perf/save_time": 0.005}) != []
+
+
 def test_an_evaluation_is_a_short_line_for_each_set():
     metrics = {
         "eval/a": 0.5, "eval/a-truncated_ratio": 0.25, "eval/a-none_reward_ratio": 0.0,

@@ -184,3 +184,31 @@ def test_more_than_two_letters_are_prose() -> None:
 @pytest.mark.parametrize("code", ["__import__('os').getcwd()", "open('/etc/passwd')", "exit()", "().__class__"])
 def test_python_in_an_answer_is_not_run(code: str) -> None:
     assert settle([(code, "x")]) in ("unparseable", "wrong")
+
+
+FONTS = (
+    "text", "textbf", "textit", "mathrm", "mathbf", "mathit", "mathsf", "mathtt", "boldsymbol", "bm", "pmb", "fbox", "boxed",
+    "operatorname", "overline",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", FONTS)
+def test_of_a_font_or_a_box_only_the_argument_counts(command):
+    assert latex.to_expression(rf"1+\{command}{{x}}") == "1+x"
+
+
+@pytest.mark.parametrize("command", ["frac", "dfrac", "tfrac", "cfrac", "nicefrac", "sfrac"])
+def test_every_fraction_is_one(command):
+    assert latex.to_expression(rf"\{command}{{1}}{{x+2}}") == "1/(x+2)"
+
+
+@pytest.mark.parametrize(
+    ("command", "meaning"),
+    [
+        ("pi", "pi"), ("infty", "oo"), ("cup", "U"), ("cdot", "*"), ("times", "*"), ("div", "/"), ("ne", "\N{NOT EQUAL TO}"),
+        ("leqslant", "\N{LESS-THAN OR EQUAL TO}"), ("geqslant", "\N{GREATER-THAN OR EQUAL TO}"), ("left", ""), ("right", ""),
+        ("displaystyle", ""), ("quad", " "), ("qquad", " "),
+    ],
+)  # fmt: skip
+def test_a_command_without_arguments_is_a_sign_or_nothing(command, meaning):
+    assert latex.to_expression(rf"2\{command}{{}}3") == f"2{meaning}3"
