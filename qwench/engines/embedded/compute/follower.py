@@ -70,6 +70,7 @@ def _work(pipe: Connection, model: Architecture, settings: EmbeddedSettings, sha
     store = reach_store(HOST, port, timeout_s=START_TIMEOUT_S)
     pipe.send(None)  # see Followers._wait_for_start
     ranks = RankGroup(store, shard=shard, device=device)
+    ranks.share_memory([pipe], hidden_size=model.hidden_size, dtype=settings.resolved_dtype)
     weights = WeightStore(model, settings.resolved_dtype, fp8=False, device=device, shard=shard)
     parts = {
         "weights": weights,

@@ -83,6 +83,7 @@ class Followers:
         try:
             self._wait_for_start()
             self.group = RankGroup(store, shard=self.shard, device=torch.device(settings.device))
+            self.group.share_memory(self._pipes, hidden_size=architecture.hidden_size, dtype=settings.resolved_dtype)
         except RuntimeError as cause:
             self._end_processes()
             raise EngineError(f"the {size} ranks of the engine did not meet: {cause}") from cause

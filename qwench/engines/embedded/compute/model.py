@@ -99,7 +99,7 @@ class DecoderModel:
         for index, (keys, values) in enumerate(kv_cache.layers):
             x_TD, q_THK = self.before_attention(index, hidden, positions, slots, keys, values, mix)
             hidden = self.after_attention(index, x_TD, attention(q_THK, keys, values), mix)
-        return hidden
+        return self.end(hidden)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Return the embeddings [T, D] of tokens."""
@@ -119,16 +119,23 @@ class DecoderModel:
     ) -> tuple[Tensor, Tensor]:
         """Begin layer `index`: store its keys and values, and return the residual stream [T, D] and the queries [T, H, K]."""
         layer, eps = self._layers[index], self._architecture.norm_eps
-        x_TD, normed = self._ops.add_rms_norm(*hidden, layer.attention_norm, eps)
+        x_TD, normed = self._add_norm(*hidden, layer.attention_norm, place=1)
         qkv = layer.qkv(normed, mix)
         return x_TD, self._ops.qk_norm_rope_store(qkv, layer.qk_norms, self._rope, positions, slots, keys, values, eps)
 
     def after_attention(self, index: int, x_TD: Tensor, attended_THK: Tensor, mix: Tensor | None) -> tuple[Tensor, Tensor]:
-        """End layer `index`; see `Hidden`."""
+        """End layer `index`: return the residual stream and what to add to it, of which each rank has a part until `end`."""
         layer = self._layers[index]
-        delta_TD = self._add_up(*layer.output(attended_THK.flatten(1), mix))
-        x_TD, normed = self._ops.add_rms_norm(x_TD, delta_TD, layer.mlp_norm, self._architecture.norm_eps)
-        return x_TD, self._add_up(*layer.down(self._ops.silu_mul(*layer.gate_up(normed, mix)), mix))
+        (delta_TD,) = layer.output(attended_THK.flatten(1), mix)
+        x_TD, normed = self._add_norm(x_TD, delta_TD, layer.mlp_norm, place=0)
+        (delta_TD,) = layer.down(self._ops.silu_mul(*layer.gate_up(normed, mix)), mix)
+        return x_TD, delta_TD
+
+    def end(self, hidden: Hidden) -> tuple[Tensor, Tensor]:
+        """Return the hidden states for the result of the last layer."""
+        x_TD, delta_TD = hidden
+        assert delta_TD is not None, "a model has layers"
+        return x_TD, delta_TD if self._ranks is None else self._ranks.add_up(delta_TD)
 
     def logits(self, hidden: Hidden, tokens: Tensor | None = None) -> Tensor:
         """Return the logits [U, V] float32 of some of the packed tokens, or of all."""
@@ -146,8 +153,16 @@ class DecoderModel:
         pairs = zip(tokens.split(SCORED_AT_ONCE), labels.split(SCORED_AT_ONCE), strict=True)
         return torch.cat([score_rows(self.logits(hidden, some).log_softmax(-1), after, scoring) for some, after in pairs])
 
-    def _add_up(self, delta_TD: Tensor) -> Tensor:
-        return delta_TD if self._ranks is None else self._ranks.add_up(delta_TD)
+    def _add_norm(self, x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, *, place: int) -> tuple[Tensor, Tensor]:
+        """Return x + delta and its norm, of a delta of which each rank has a part; `place` see `PeerSums`."""
+        eps = self._architecture.norm_eps
+        if delta_TD is not None and self._ranks is not None:
+            peers = self._ranks.peers
+            if peers is not None and peers.takes(delta_TD):
+                return peers.add_rms_norm(x_TD, delta_TD, weight_D, eps, place=place)
+            delta_TD = self._ranks.add_up(delta_TD)
+        added: tuple[Tensor, Tensor] = self._ops.add_rms_norm(x_TD, delta_TD, weight_D, eps)
+        return added
 
 
 def _elementwise_of(device: torch.device) -> ModuleType:

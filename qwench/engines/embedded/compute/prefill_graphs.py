@@ -92,5 +92,6 @@ class PrefillGraphs:
         for index in range(1, len(layers)):
             piece, left = record(partial(between, index, *left))
             pieces.append(piece)
-        piece, left = record(partial(leave, len(layers) - 1, *left))
+        last = partial(leave, len(layers) - 1, *left)
+        piece, left = record(lambda: model.end(last()))
         return [*pieces, piece], left

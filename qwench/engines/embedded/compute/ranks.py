@@ -7,6 +7,8 @@ Tensor parallelism, with the example of 2 ranks, D hidden elements, F of the MLP
     gate, up  [F/2, D]                                                              down  [D, F/2]    all-reduce
     head      [V/2, D]  all-gather of the logits: every rank has all of them
 
+The sums after o and down of few rows are one kernel with the norm that follows; see `peer_sums`.
+
 Source: Megatron-LM (arXiv 1909.08053).
 """
 
@@ -14,12 +16,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from qwench.wire.weight_group import backend_for, make_group
+
+if TYPE_CHECKING:
+    from qwench.engines.embedded.compute.peer_sums import PeerSums
 
 COLLECTIVE_TIMEOUT_S = 600.0
 _CUT_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
@@ -53,8 +60,27 @@ class RankGroup:
     def __init__(self, store: dist.Store, *, shard: Shard, device: torch.device) -> None:
         """Join; on gloo this waits for all ranks, on NCCL the first collective does."""
         self.shard = shard
+        self._device = device
         timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
         self._group = make_group(backend_for(device), dist.PrefixStore("ranks/", store), shard.rank, shard.size, timeout)
+        self.peers: PeerSums | None = None
+        """Sums of few rows without NCCL. None: the GPUs do not reach each other's memory, or there are none."""
+
+    def share_memory(self, pipes: list[Connection], *, hidden_size: int, dtype: torch.dtype) -> None:
+        """Let GPUs that reach each other's memory add up few rows without NCCL; every rank calls this.
+
+        Args:
+            pipes: of rank 0 to ranks 1 and on, of the others to rank 0.
+
+        Raises:
+            EngineError: a rank did not take part.
+        """
+        if self._device.type == "cuda":
+            from qwench.engines.embedded.compute import peer_sums  # noqa: PLC0415  # Triton comes with CUDA only
+
+            self.peers = peer_sums.join(
+                pipes, rank=self.shard.rank, size=self.shard.size, hidden_size=hidden_size, dtype=dtype, device=self._device
+            )
 
     def add_up(self, partial: Tensor) -> Tensor:
         """Replace a tensor by the sum over all ranks, and return it."""
@@ -83,4 +109,6 @@ class RankGroup:
 
     def abort(self) -> None:
         """Make collectives that wait for a rank raise, and leave."""
+        if self.peers is not None:
+            self.peers.give_up()
         self._group.abort()
