@@ -70,7 +70,7 @@ class EmbeddedEngine:
         self._version, self._stats = 0, EngineStats()
         self._scheduler: Scheduler | None = None
         self._requests: dict[str, RunningRequest] = {}
-        self._worker = Worker(inline=settings.inline)
+        self._worker = Worker(inline=settings.inline, lost=None if self._followers is None else self._followers.lost)
         self._pipeline = StepPipeline(self._runner, self._worker, self._take, overlap=settings.resolved_overlap)
         self._between_steps = asyncio.Lock()
         self._stepping: asyncio.Task[None] | None = None

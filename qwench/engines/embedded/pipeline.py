@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,8 @@ from qwench.engines.embedded.scheduling.stopping import has_ended
 from qwench.engines.protocol import FinishReason
 from qwench.errors import EngineError
 
+LOOK_S = 1.0
+"""Between two looks at whether work will never end."""
 Result = TypeVar("Result")
 Take = Callable[[Scheduler, InFlight, Sampled], None]
 
@@ -74,8 +77,10 @@ def failure_of_step(cause: Exception) -> EngineError:
 class Worker:
     """Runs work that blocks: in a thread, or inline on the event loop itself."""
 
-    def __init__(self, *, inline: bool) -> None:
+    def __init__(self, *, inline: bool, lost: Callable[[], EngineError | None] | None = None) -> None:
+        """`lost` tells why work that goes on will never end; its caller gets that error."""
         self._executor = None if inline else ThreadPoolExecutor(1, thread_name_prefix="qwench-engine")
+        self._lost = lost
 
     async def call(self, work: Callable[[], Result]) -> Result:
         """Return what `work` returns. Cancellation waits for its end."""
@@ -83,10 +88,18 @@ class Worker:
             return work()
         future = asyncio.get_running_loop().run_in_executor(self._executor, work)
         try:
-            return await asyncio.shield(future)
+            await self._end_of(future)
         except asyncio.CancelledError:
-            await asyncio.wait([future])
+            with suppress(EngineError):
+                await self._end_of(future)
             raise
+        return future.result()
+
+    async def _end_of(self, future: asyncio.Future[Result]) -> None:
+        while not future.done():
+            await asyncio.wait([future], timeout=None if self._lost is None else LOOK_S)
+            if not future.done() and self._lost is not None and (failure := self._lost()) is not None:
+                raise failure
 
     def close(self) -> None:
         """End the thread after its current work."""

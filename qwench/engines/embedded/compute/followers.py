@@ -42,6 +42,7 @@ _logger = logging.getLogger(__name__)
 
 END_TIMEOUT_S = 10.0
 CLOSING_GRACE_S = 1.0
+LOST_S = 10.0
 _context = multiprocessing.get_context("forkserver")
 
 
@@ -58,6 +59,8 @@ class Followers:
         _check(architecture, settings)
         self._ended = "a rank of the engine does not answer."
         self._has_ended = threading.Event()
+        self._left_at: float | None = None
+        """When the group was left because a rank ended."""
         self._closing = threading.Event()
         self._turn = threading.Lock()
         """Of a thread that sends, until it has the answers: the event loop takes KV memory, a worker thread weights."""
@@ -131,6 +134,10 @@ class Followers:
         """Return the error of a rank that ended."""
         self._has_ended.wait(END_TIMEOUT_S)  # a broken pipe, or collective, is seen before the end of its process
         return EngineError(self._ended)
+
+    def lost(self) -> EngineError | None:
+        """Return the error of a rank that ended some time ago: a step that still waits for it, perhaps in NCCL, never ends."""
+        return self.failure() if self._left_at is not None and time.monotonic() - self._left_at > LOST_S else None
 
     def _send(self, message: Message) -> None:
         if self._closing.is_set():
@@ -230,6 +237,7 @@ class Followers:
                 self._ended = f"a rank of the engine ended: {', '.join(ended)}; its log tells more."
                 self._has_ended.set()
             _logger.error("%s", self._ended)
+            self._left_at = time.monotonic()
             self.group.abort()
 
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -94,6 +95,34 @@ def test_a_rank_that_dies_fails_the_requests_and_the_engine():
         return healthy, process.is_alive()
 
     assert asyncio.run(scenario()) == (False, False)
+
+
+def test_a_step_that_never_ends_fails_once_a_rank_has_ended(monkeypatch):
+    monkeypatch.setattr(followers, "LOST_S", 0.1)
+    is_stuck, goes_on = threading.Event(), threading.Event()
+
+    def never_add_up(part: torch.Tensor) -> torch.Tensor:
+        is_stuck.set()
+        goes_on.wait()
+        return part
+
+    async def scenario():
+        engine = make_engine(make_model("qwen3"), num_devices=2)
+        await engine.generate(ask("before", [5]))
+        monkeypatch.setattr(engine._followers.group, "add_up", never_add_up)
+        running = asyncio.ensure_future(engine.generate(ask("running", [5])))
+        while not is_stuck.is_set():
+            await asyncio.sleep(0)
+        os.kill(engine._followers._processes[0].pid, signal.SIGKILL)
+        try:
+            with pytest.raises(EngineError, match=r"rank 1 \(exit code -9\)"):
+                await running
+            assert not await engine.health()
+        finally:
+            goes_on.set()
+        await engine.close()
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("way", ["tell", "ask"])
