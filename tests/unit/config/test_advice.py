@@ -36,7 +36,14 @@ EMBEDDED = ("--rollout-engine", "embedded")
             ["--use-opd", "--opd-type", "sglang", "--rm-url", "http://a", "--rollout-temperature", "0.8"],
             "--rollout-temperature 0.8: the policy's log-probs are at this temperature, and those of a",
         ),
-        (["--n-samples-per-prompt", "1"], "--n-samples-per-prompt 1: rewards are compared within their group"),
+        (
+            ["--n-samples-per-prompt", "1"],
+            "--n-samples-per-prompt 1: rewards are compared within their group, so every advantage is 0, nothing is learned",
+        ),
+        (
+            ["--n-samples-per-prompt", "1", "--use-opd", "--opd-type", "sglang", "--rm-url", "http://a"],
+            "--n-samples-per-prompt 1: rewards are compared within their group, so they count 0, only the teacher is followed",
+        ),
         (["--sequence-parallel"], "--sequence-parallel has no effect"),
         (["--use-fault-tolerance"], "--use-fault-tolerance has no effect on the embedded engine"),
         (["--use-sglang-router"], "--use-sglang-router has no effect on the embedded engine"),
