@@ -66,12 +66,14 @@ def main() -> None:
     folder: Path = options.output
     methods = {name: _flags_of(name) for name in options.method or ([] if options.own else estimator_names())}
     methods |= dict(_own_method(text) for text in options.own)
-    _prepare(folder, sft_rollouts=options.sft_rollouts)
+    prepare(folder, sft_rollouts=options.sft_rollouts)
     with ThreadPoolExecutor(options.jobs) as pool:
         for seed in range(options.seeds):
             for name, flags in methods.items():
-                pool.submit(_run, folder, name, flags, seed=seed, rollouts=options.rollouts, interval=options.eval_interval)
-    curves = _curves_of(folder)
+                pool.submit(
+                    run_method, folder, name, flags, seed=seed, rollouts=options.rollouts, interval=options.eval_interval
+                )
+    curves = curves_of(folder)
     rows = ",\n".join(json.dumps(asdict(curve)) for curve in curves)
     content = f'{{"metric": "{METRIC}", "sft_rollouts": {options.sft_rollouts}, "curves": [\n{rows}\n]}}\n'
     write_atomically(folder / "curves.json", content)
@@ -113,24 +115,24 @@ def _own_method(text: str) -> tuple[str, list[str]]:
     return name, shlex.split(flags)
 
 
-def _prepare(folder: Path, *, sft_rollouts: int) -> None:
+def prepare(folder: Path, *, sft_rollouts: int) -> None:
     """Make the data, the model, and its fine-tuning, as the quickstart does."""
     if not (folder / "data" / "test.jsonl").is_file():
         write_data(folder / "data", seed=0, num_demos=64 * sft_rollouts, num_prompts=4_000, num_held_out=256)
     make_model, fine_tune = commands(folder, seed=0)[:2]
     for _, arguments, result in (make_model, fine_tune):
         if not result.exists():
-            run_command(_with(arguments, {"--num-rollout": sft_rollouts, "--save-interval": sft_rollouts}))
+            run_command(with_values(arguments, {"--num-rollout": sft_rollouts, "--save-interval": sft_rollouts}))
 
 
-def _run(folder: Path, method: str, flags: Sequence[str], *, seed: int, rollouts: int, interval: int) -> None:
+def run_method(folder: Path, method: str, flags: Sequence[str], *, seed: int, rollouts: int, interval: int) -> None:
     """Train with one method and seed, unless that is done, and say how it ended. What the run says is in its output.txt."""
     place = folder / "runs" / f"{method}-{seed}"
     arguments = next(argv for title, argv, _ in commands(folder, seed=0) if title.startswith("GRPO"))
     estimators = [name for flag, name in pairwise(flags) if flag == "--advantage-estimator"]
     clips = all(METHODS[name].clips for name in estimators if name in METHODS)
     left_out = _REPLACED if clips else _REPLACED + _CLIPS
-    arguments = _with(arguments, dict.fromkeys(left_out))
+    arguments = with_values(arguments, dict.fromkeys(left_out))
     settings = ["--num-rollout", rollouts, "--eval-interval", interval, "--seed", seed, "--rollout-seed", seed]
     command = shlex.join([*arguments, *map(str, settings), *flags])
     done = place / "done"
@@ -148,7 +150,7 @@ def _run(folder: Path, method: str, flags: Sequence[str], *, seed: int, rollouts
     print(f"{place.name}: {'done' if code == 0 else f'failed with exit code {code}, see {place}/output.txt'}", flush=True)
 
 
-def _curves_of(folder: Path) -> list[Curve]:
+def curves_of(folder: Path) -> list[Curve]:
     """Read all runs that are done, sorted by method and seed."""
     curves = []
     for done in sorted(folder.glob("runs/*/done")):
@@ -158,7 +160,7 @@ def _curves_of(folder: Path) -> list[Curve]:
     return curves
 
 
-def _with(arguments: Sequence[str], values: Mapping[str, object]) -> list[str]:
+def with_values(arguments: Sequence[str], values: Mapping[str, object]) -> list[str]:
     """Replace the value of flags that take one; None leaves the flag out."""
     changed, words = list[str](), iter(arguments)
     for word in words:
@@ -183,20 +185,20 @@ def draw(curves: Sequence[Curve], picture: Path) -> None:
         panel = figure.add_subplot(num_rows, min(len(names), _PANELS_PER_ROW), position)
         own = [curve for curve in curves if curve.method == name]
         if reference and name != REFERENCE:
-            panel.plot(reference[0].rollouts, _over_seeds(reference, fmean), color="grey", linestyle="--", linewidth=1)
-        panel.fill_between(own[0].rollouts, _over_seeds(own, min), _over_seeds(own, max), alpha=0.25)
-        panel.plot(own[0].rollouts, _over_seeds(own, fmean), marker="o", markersize=2.5)
+            panel.plot(reference[0].rollouts, over_seeds(reference, fmean), color="grey", linestyle="--", linewidth=1)
+        panel.fill_between(own[0].rollouts, over_seeds(own, min), over_seeds(own, max), alpha=0.25)
+        panel.plot(own[0].rollouts, over_seeds(own, fmean), marker="o", markersize=2.5)
         panel.set_ylim(0, 1)
         settings = [f"{flag.removeprefix('--')} {value}" for flag, value in SETTINGS.get(name, {}).items()][:2]
         settings += [f"(seeds: {len(own)})"] if len(own) < most else []
-        panel.set_title("  ".join([f"{name}  {_over_seeds(own, fmean)[-1]:.2f}", *settings]), fontsize=8 if settings else 9)
+        panel.set_title("  ".join([f"{name}  {over_seeds(own, fmean)[-1]:.2f}", *settings]), fontsize=8 if settings else 9)
         panel.grid(alpha=0.3)
     figure.supxlabel("rollout")
     figure.supylabel("held-out accuracy")
     figure.savefig(picture, dpi=120)
 
 
-def _over_seeds(curves: Sequence[Curve], statistic: Callable[[Sequence[float]], float]) -> list[float]:
+def over_seeds(curves: Sequence[Curve], statistic: Callable[[Sequence[float]], float]) -> list[float]:
     """Return a statistic over the seeds at each evaluation."""
     return [float(statistic(values)) for values in zip(*(curve.accuracy for curve in curves), strict=True)]
 
