@@ -73,3 +73,13 @@ def test_the_file_of_the_user_comes_last(tmp_path: Path):
     assert held(args, {"my_threshold": 0, "max_turns": 0, "num_layers": 0}) == {
         "my_threshold": 0.5, "max_turns": 7, "num_layers": 36,
     }  # fmt: skip
+
+
+def test_what_qwench_has_not_is_off():
+    expected = {
+        "ci_test": False, "use_rollout_routing_replay": False, "use_routing_replay": False, "use_rollout_indexer_replay": False,
+        "multimodal_keys": None, "moe_router_topk": None, "num_experts": None, "sglang_speculative_algorithm": None,
+        "sglang_dp_size": 1, "sglang_ep_size": 1, "use_critic": False, "max_turns": None, "rollout_task_type": "math",
+        "use_distributed_post": False, "use_slime_router": False, "use_miles_router": False, "fully_async": False,
+    }  # fmt: skip
+    assert held(args_of(), expected) == expected

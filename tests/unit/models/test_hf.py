@@ -104,6 +104,22 @@ def test_config_keeps_everything_but_the_dtype(source, tmp_path):
     assert after == {**before, "dtype": "float32", "torch_dtype": "float32"}
 
 
+def test_every_file_of_a_tokenizer_comes_along(source, tmp_path):
+    folder = edit_config(source, tmp_path / "model")
+    names = (
+        "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "merges.txt",
+        "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+    )  # fmt: skip
+    for name in names:
+        (folder / name).write_text(f"{name} of the source")
+    (folder / "notes.txt").write_text("not of a model")
+    write_hf_checkpoint(tmp_path / "export", buckets_of(new_weights(source), 9), source=folder)
+    assert {name: (tmp_path / "export" / name).read_text() for name in names} == {
+        name: f"{name} of the source" for name in names
+    }
+    assert not (tmp_path / "export" / "notes.txt").exists()
+
+
 def test_an_earlier_export_is_replaced_and_nothing_else_is(source, tmp_path):
     model = load_model(source, dtype=torch.bfloat16)
     for _ in range(2):
