@@ -82,21 +82,13 @@ def test_a_function_that_loses_the_kept_tokens_of_every_sample_ends_the_run(
     assert code != 0 and "must keep Sample.support, or leave --rollout-top-p" in " ".join(said.split())
 
 
-@pytest.mark.parametrize("optimizer", ["adam8bit", "muon"])
-def test_a_resumed_run_of_another_optimizer_is_exact(workspace: Workspace, tmp_path: Path, optimizer: str) -> None:
-    whole, cut, flags = tmp_path / "whole", tmp_path / "cut", {**DIGITS, "optimizer": optimizer, "num_rollout": 3}
-    run_verb(workspace.train_argv(whole, **flags))
-    run_verb(workspace.train_argv(cut, **{**flags, "num_rollout": 1}))
-    run_verb(workspace.train_argv(cut, **flags, load=cut))
-    assert read_metrics(cut) == read_metrics(whole)
-
-
-def test_starts_of_one_rollout_make_the_whole_run_with_another_chat_template(
+def test_starts_of_one_rollout_make_the_whole_run_with_another_chat_template_and_adam_of_8_bits(
     workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     template = tmp_path / "short.jinja"
     template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}answer:")
-    whole, cut, flags = tmp_path / "whole", tmp_path / "cut", {**DIGITS, "chat_template_path": template, "num_rollout": 2}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = {**DIGITS, "chat_template_path": template, "optimizer": "adam8bit", "num_rollout": 2}
     traced = {"use_pytorch_profiler": (), "profile_step_start": 1, "profile_step_end": 2}
     run_verb(workspace.train_argv(whole, **flags, **traced, dump_details=tmp_path / "dump", save_hf=tmp_path / "exported"))
     sampled, learned = [
@@ -117,6 +109,7 @@ def test_starts_of_one_rollout_make_the_whole_run_with_another_chat_template(
         assert (going_on in " ".join(capsys.readouterr().out.split("\n"))) == (done == 1)
         assert (cut / f"iter_{done:07d}").is_dir() and not (cut / f"iter_{done + 1:07d}").exists()
     assert read_metrics(cut) == read_metrics(whole)
+    assert min(column(cut, "train/grad_norm")) > 0
 
 
 def test_old_log_probs_of_the_weights_that_sampled_are_the_engines_also_after_a_resume(
@@ -134,12 +127,15 @@ def test_old_log_probs_of_the_weights_that_sampled_are_the_engines_also_after_a_
     assert read_metrics(cut) == read_metrics(whole)
 
 
-def test_prompts_outside_of_the_band_are_left_out_also_after_a_resume(workspace: Workspace, tmp_path: Path) -> None:
+def test_prompts_outside_of_the_band_are_left_out_and_muon_is_exact_also_after_a_resume(
+    workspace: Workspace, tmp_path: Path
+) -> None:
     data = tmp_path / "rated.jsonl"
     rows = [{"prompt": [{"role": "user", "content": str(n)}], "label": str(n), "rate": n % 4 / 4} for n in range(12)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = {**DIGITS, "prompt_data": data, "curriculum_band": (0.2, 0.6), "curriculum_key": "rate", "num_rollout": 4,
-             "curriculum_pass_reward": 0.05, "curriculum_retry_epochs": 2, "rollout_shuffle": None}  # fmt: skip
+             "curriculum_pass_reward": 0.05, "curriculum_retry_epochs": 2, "rollout_shuffle": None,
+             "optimizer": "muon"}  # fmt: skip
     dumps = "{rollout_id}.jsonl"
     run_verb(workspace.train_argv(tmp_path / "whole", **flags, save_debug_rollout_data=tmp_path / "w" / dumps))
     whole, cut = read_metrics(tmp_path / "whole"), tmp_path / "cut"
@@ -149,6 +145,7 @@ def test_prompts_outside_of_the_band_are_left_out_also_after_a_resume(workspace:
     run_verb(workspace.train_argv(cut, **{**flags, "num_rollout": 2}))
     run_verb(workspace.train_argv(cut, **flags, load=cut))
     assert read_metrics(cut) == whole
+    assert min(column(cut, "train/grad_norm")) > 0
 
 
 def test_answers_that_two_graders_judge_differently_are_listed_and_named(workspace: Workspace, tmp_path: Path, capfd) -> None:
