@@ -52,6 +52,7 @@ def test_an_sglang_server_gets_its_model_its_gpus_and_the_users_flags():
     ((path, text),) = made.private_files.items()
     assert str(path) == value_of(made.argv, "--config") and yaml.safe_load(text) == {"admin-api-key": "secret"}
     assert made.environ["CUDA_VISIBLE_DEVICES"] == "2,3" and made.environ["PATH"] == "/bin"
+    assert made.environ["SGLANG_RETURN_ORIGINAL_LOGPROB"] == "0"
     assert made.label == "SGLang engine 1" and made.log_file == Path("logs/engine-1.log")
     assert pickle.loads(pickle.dumps(made)) == made
 

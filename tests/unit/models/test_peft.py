@@ -80,3 +80,16 @@ def test_projections_that_are_named_by_an_expression_are_those_of_the_weights(tm
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(written | {"target_modules": named}))
     assert AdapterConfig.read(tmp_path).targets == ("q_proj", "v_proj")
+
+
+def test_the_written_file_is_pefts_and_is_read_back(tmp_path):
+    config = AdapterConfig(rank=4, alpha=8.0, use_rslora=True, targets=("q_proj", "down_proj"), dropout=0.25, base="Qwen/Tiny")
+    config.write(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text()) == {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "Qwen/Tiny", "r": 4, "lora_alpha": 8,
+        "lora_dropout": 0.25, "use_rslora": True, "target_modules": ["q_proj", "down_proj"], "bias": "none",
+        "fan_in_fan_out": False, "inference_mode": True,
+    }  # fmt: skip
+    read = AdapterConfig.read(tmp_path)
+    assert (read.rank, read.alpha, read.use_rslora, read.targets, read.base) == (4, 8.0, True, config.targets, "Qwen/Tiny")
+    assert read.scale == 4.0, "alpha / sqrt(rank)"
