@@ -1,6 +1,7 @@
 """Which trainer rank and which engine gets which device of a cluster; plain arithmetic on what was granted.
 
-one bundle for each node of the trainer, of --actor-num-gpus-per-node devices; apart from it, one for each engine
+one bundle for each node of the trainer, of --actor-num-gpus-per-node devices; one for each node of a critic apart from it; and
+apart from both, one for each engine
 colocated, engines of 2:    node 10.0.0.1: rank 0 1 | 2 3     node 10.0.0.2: rank 4 5 | 6 7
                             engine              0     1               engine 2     3
 """
@@ -23,11 +24,24 @@ class Bundles:
     trainer: tuple[int, ...]
     engines: tuple[int, ...]
     """Empty where the engines use the trainer's devices."""
+    critic: tuple[int, ...] = ()
+    """Empty where the critic is on the policy's ranks, or there is none."""
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Return those of all trainer ranks: the policy's, then the critic's."""
+        return self.trainer + self.critic
+
+    @property
+    def words(self) -> str:
+        """Say what the devices are for."""
+        critic = f"{sum(self.critic)} for the critic, " if self.critic else ""
+        return f"{sum(self.trainer)} for the trainer, {critic}{sum(self.engines)} for engines apart from it"
 
     @property
     def num_devices(self) -> int:
         """Return how many devices that is in all."""
-        return sum(self.trainer) + sum(self.engines)
+        return sum(self.trained) + sum(self.engines)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +70,7 @@ def plan_bundles(cluster: ClusterConfig, devices: DevicePlan) -> Bundles:
     return Bundles(
         trainer=(cluster.actor_num_gpus_per_node,) * cluster.actor_num_nodes if devices.trains else (),
         engines=() if devices.shared else devices.engine_sizes,
+        critic=devices.critic,
     )
 
 

@@ -16,12 +16,13 @@ from qwench.cluster.buckets import PackedBucket, pack
 from qwench.cluster.messages import Answer, Call, Failure
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout, Sample
+from qwench.training.critic_learner import CriticLearner
 from qwench.training.learner import Learned, Learner
 from qwench.training.process_group import leave_process_group
 from qwench.wire.portions import WeightBucket, WeightPart
 
-BuildLearner = Callable[[PhaseTimer], Learner]
-"""Builds the learner of this rank, collectively; picklable."""
+BuildLearner = Callable[[PhaseTimer], Learner | CriticLearner]
+"""Builds the learner of this rank, of the policy or of the critic, collectively; picklable."""
 
 _OF_THE_DRIVER = ("perf/step_time", "perf/wait_time_ratio")
 
@@ -39,7 +40,7 @@ class RankHost:
         self._is_main = rank == 0
         self._exchange_folder = exchange_folder
         self._timer = PhaseTimer()
-        self._learner: Learner | None = None
+        self._learner: Learner | CriticLearner | None = None
         self._buckets: Iterator[WeightBucket] = iter(())
 
     def answer(self, call: Call) -> Answer | Failure:
@@ -57,11 +58,11 @@ class RankHost:
         gc.freeze()
         self._learner = build_learner(self._timer)
 
-    def learn(self, rollout: Rollout) -> Learned | None:
+    def learn(self, rollout: Rollout) -> Learned:
         """Learn, and measure how long each phase took on this rank."""
         learned = self._held.learn(rollout)
         times = {name: value for name, value in self._timer.take().items() if name not in _OF_THE_DRIVER}
-        return Learned(metrics={**learned.metrics, **times}, steps=learned.steps) if self._is_main else None
+        return Learned(metrics={**learned.metrics, **times}, steps=learned.steps)
 
     def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]] | None:
         """Score the responses of samples."""
@@ -80,7 +81,7 @@ class RankHost:
         return pack(bucket, folder=self._exchange_folder) if self._is_main else True
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return what `function(state, *arguments)` returns; `state` is this rank's `TrainingState`."""
+        """Return what `function(state, *arguments)` returns; `state` is this rank's `TrainingState` or `CriticState`."""
         return function(self._held.state, *arguments)
 
     def close(self) -> None:
@@ -91,6 +92,6 @@ class RankHost:
         leave_process_group()
 
     @property
-    def _held(self) -> Learner:
+    def _held(self) -> Learner | CriticLearner:
         assert self._learner is not None, "build comes first"
         return self._learner

@@ -87,10 +87,10 @@ class RayCluster:
         there = int(ray.cluster_resources().get(self._kind, 0))
         if there < bundles.num_devices:
             raise ConfigError(
-                f"the run needs {bundles.num_devices} {self._kind}s ({sum(bundles.trainer)} for the trainer, "
-                f"{sum(bundles.engines)} for engines apart from it), and the Ray cluster has {there}; ask for fewer."
+                f"the run needs {bundles.num_devices} {self._kind}s ({bundles.words}), and the Ray cluster has {there}; "
+                "ask for fewer."
             )
-        sizes = (*bundles.trainer, *bundles.engines)
+        sizes = (*bundles.trained, *bundles.engines)
         self._group = placement_group([{"CPU": size, self._kind: size} for size in sizes], strategy="PACK")
         with waiting(f"{bundles.num_devices} {self._kind}s of the Ray cluster"):
             is_reserved = self._group.wait(RESERVE_TIMEOUT_S)
@@ -101,12 +101,13 @@ class RayCluster:
             )
         trainers = [
             self._start_on_bundle(TrainerActor, index, num_devices=1)
-            for index, size in enumerate(bundles.trainer)
+            for index, size in enumerate(bundles.trained)
             for _ in range(size)
         ]
         self._trainers = trainers
         seats: list[Seat] = _all([actor.seat.remote() for actor in trainers], label="start the trainer's actors")
-        order = order_of(seats)
+        num_policy = sum(bundles.trainer)  # its ranks come first, also where the critic's node has a lower address
+        order = [*order_of(seats[:num_policy]), *(num_policy + place for place in order_of(seats[num_policy:]))]
         self._trainers, self._seats = [trainers[i] for i in order], [seats[i] for i in order]
 
     def start_ranks(self) -> RayRanks:
@@ -129,7 +130,7 @@ class RayCluster:
     def make_servers(self, makers: Sequence[CommandMaker], *, sizes: Sequence[int]) -> list[RayServer]:
         """Return a server for each maker, not started yet: on separate devices, or on the trainer's in order of ranks."""
         if self._bundles.engines:
-            first = len(self._bundles.trainer)
+            first = len(self._bundles.trained)
             actors = [
                 self._start_on_bundle(EngineActor, first + i, num_devices=size) for i, size in enumerate(self._bundles.engines)
             ]

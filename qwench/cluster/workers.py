@@ -171,26 +171,29 @@ class RemoteLearner:
         timeouts: TimeoutConfig = TimeoutConfig(),  # noqa: B008 - frozen
         unit: str = "rollout",
         check: Check = lambda: None,
+        first_critic_rank: int | None = None,
     ) -> None:
         """Build the learner of every rank.
 
         Args:
             check: see `WorkerGroup.call`.
             unit: what messages call a rollout; in fine-tuning it is a batch.
+            first_critic_rank: from it on, ranks hold the critic. None: all hold the policy.
         """
         self._group, self._unit = group, unit
         self._console = console
         self._timeout_s = timeouts.train_timeout
-        self.state = RemoteState(group, checkpoint_timeout_s=timeouts.checkpoint_timeout)
+        self._first_critic_rank = first_critic_rank
+        self.state = RemoteState(group, checkpoint_timeout_s=timeouts.checkpoint_timeout, first_critic_rank=first_critic_rank)
         with console.phase("start trainer ranks"):
             group.call("build", build_learner, label="build the trainer", timeout_s=BUILD_TIMEOUT_S, check=check)
 
     def learn(self, rollout: Rollout) -> Learned:
-        """See `Learner.learn`; the metrics are the main rank's, with the time of its phases."""
+        """See `Learner.learn`; the metrics are those of each model's first rank, with the time of its phases."""
         with self._console.phase("train"):
             label = f"learn from {self._unit} {rollout.rollout_id}"
-            learned: Learned = self._group.call("learn", rollout, label=label, timeout_s=self._timeout_s)[0]
-            return learned
+            learned: list[Learned] = self._group.call("learn", rollout, label=label, timeout_s=self._timeout_s)
+            return learned[0] if self._first_critic_rank is None else learned[0].joined(learned[self._first_critic_rank])
 
     def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
         """See `Learner.log_probs`."""
@@ -203,9 +206,9 @@ class RemoteLearner:
 class RemoteState:
     """`training.state.TrainingState` for the driver: the state of every rank of a group."""
 
-    def __init__(self, group: WorkerGroup, *, checkpoint_timeout_s: float) -> None:
-        """Take ranks that build their learner before the first call."""
-        self._group = group
+    def __init__(self, group: WorkerGroup, *, checkpoint_timeout_s: float, first_critic_rank: int | None) -> None:
+        """Take ranks that build their learner before the first call; see `RemoteLearner`."""
+        self._group, self._first_critic_rank = group, first_critic_rank
         self._checkpoint_timeout_s = checkpoint_timeout_s
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
@@ -237,7 +240,7 @@ class RemoteState:
         """See `TrainingState.probe_memory`; it may compile kernels first."""
         label = "train on the largest micro-batch"
         texts: list[str] = self.on_ranks(methodcaller("probe_memory", probe), label=label, timeout_s=BUILD_TIMEOUT_S)
-        return texts[0]
+        return texts[0] if self._first_critic_rank is None else f"{texts[0]}; {texts[self._first_critic_rank]}"
 
     def on_ranks(self, function: Callable[..., Any], *arguments: Any, label: str, timeout_s: float) -> list[Any]:
         """Return what `function(state, *arguments)` returns on each rank, all at the same time.

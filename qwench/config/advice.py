@@ -40,7 +40,7 @@ def plan_warnings(config: Config, plan: RunPlan) -> Iterator[str]:
     if config.cluster.colocate and config.generates_ahead and not plan.devices.on_gpus and config.cluster.launcher != "ray":
         flag = "--fully-async" if config.asynchronous.fully_async else "--rollouts-ahead 1"
         yield f"--colocate has no effect here: PyTorch sees no GPU. On GPUs the run is refused, as {flag} excludes it"
-    num_ranks = config.cluster.world_size
+    num_ranks = config.num_ranks
     if plan.devices.trains and not plan.devices.on_gpus and num_ranks > 1 and config.cluster.launcher != "ray":
         yield f"{num_ranks} trainer ranks share this CPU: PyTorch sees no GPU here"
 

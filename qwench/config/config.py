@@ -84,6 +84,19 @@ class Config:
         return self.max_staleness + self.rollout.update_weights_interval - 1
 
     @property
+    def critic_gpus(self) -> tuple[int, ...]:
+        """Return the GPUs of the critic's own on each of its nodes; empty: it shares the policy's, or there is none."""
+        nodes, per_node = self.critic.critic_num_nodes, self.critic.critic_num_gpus_per_node
+        if nodes is None and per_node is None:
+            return ()
+        return (per_node or self.cluster.actor_num_gpus_per_node,) * (nodes or self.cluster.actor_num_nodes)
+
+    @property
+    def num_ranks(self) -> int:
+        """Return the number of all trainer ranks: the policy's, then those of the critic's own."""
+        return self.cluster.world_size + sum(self.critic_gpus)
+
+    @property
     def backend(self) -> Literal["megatron", "fsdp"]:
         """Return the training backend: the one given, or the one the layout needs."""
         return self.training.train_backend or ("megatron" if self.parallel.layout.model_ranks > 1 else "fsdp")

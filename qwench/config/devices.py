@@ -30,7 +30,7 @@ _GROUP_KEYS = frozenset({"worker_type", "num_gpus", "num_gpus_per_engine"})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DevicePlan:
-    """Devices of the trainer and of the engines."""
+    """Devices of the trainer, of a critic apart from it, and of the engines."""
 
     trains: bool
     generates: bool
@@ -40,6 +40,8 @@ class DevicePlan:
     """Trainer and engines use the same devices. False also where one of them is missing."""
     engine_sizes: tuple[int, ...]
     """Devices of each engine that the run starts; empty: none, or those of --rollout-external-engine-addrs."""
+    critic: tuple[int, ...] = ()
+    """Devices of the critic's own on each of its nodes; empty: it shares the policy's, or there is none."""
     num_eval_engines: int = 0
     """Engines at the end of these that serve evaluations alone."""
     offload_train: bool
@@ -76,6 +78,7 @@ def plan_devices(config: Config, *, trains: bool, on_gpus: bool) -> DevicePlan:
         generates=generates,
         on_gpus=on_gpus,
         shared=shared,
+        critic=config.critic_gpus if trains and not debug.debug_rollout_only else (),
         engine_sizes=(sizes := _engine_sizes(config, num_devices) if starts_engines else ()),
         num_eval_engines=_num_eval_engines(sizes, config.evaluation.eval_num_gpus),
         offload_train=_offloads(cluster.offload_train, cluster.offload, cluster.shares_devices),

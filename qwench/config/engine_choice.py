@@ -53,7 +53,7 @@ def choose_engine(config: Config, *, names_size: bool, machine: Machine) -> tupl
         named.append("--rollout-num-gpus-per-engine")
     if named:
         return "sglang", f"the command line names {named[0]}"
-    num_gpus = cluster.world_size + (cluster.rollout_num_gpus or 0)
+    num_gpus = config.num_ranks + (cluster.rollout_num_gpus or 0)
     if machine.num_gpus == 0:
         return "embedded", "there is no GPU on this machine"
     if num_gpus > 1:

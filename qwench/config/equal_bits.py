@@ -56,7 +56,7 @@ def _missing(config: Config, model: Architecture, *, on_gpus: bool) -> str | Non
     for needed, is_there in (
         ("a CPU", not on_gpus),
         ("--train-backend fsdp", config.backend == "fsdp"),
-        ("one trainer rank", config.cluster.world_size == 1),
+        ("one trainer rank", config.num_ranks == 1),
         ("--colocate", config.cluster.shares_devices),
         ("--attn-implementation sdpa", config.model.attn_implementation == "sdpa"),
         ("a model without biases", not (model.qkv_bias or model.attention_output_bias or model.mlp_bias)),

@@ -67,8 +67,13 @@ def check_layout(layout: ParallelLayout, model: Architecture, *, world_size: int
     _check_stages(layout, model.num_layers)
 
 
-def data_parallel_size(layout: ParallelLayout, *, world_size: int) -> int:
+def data_parallel_size(
+    layout: ParallelLayout, *, world_size: int, flags: str = "--actor-num-nodes x --actor-num-gpus-per-node"
+) -> int:
     """Return the number of copies of the model.
+
+    Args:
+        flags: whose product is the world size.
 
     Raises:
         ConfigError: the parallel sizes do not divide the world size.
@@ -77,7 +82,7 @@ def data_parallel_size(layout: ParallelLayout, *, world_size: int) -> int:
         sizes = " x ".join(f"{flag} {size}" for flag, size in _flags(layout).items() if size > 1)
         raise ConfigError(
             f"{sizes} ({layout.model_ranks} ranks for one copy of the model) does not divide the {world_size} trainer ranks "
-            "of --actor-num-nodes x --actor-num-gpus-per-node; change the layout or the number of GPUs."
+            f"of {flags}; change the layout or the number of GPUs."
         )
     return world_size // layout.model_ranks
 

@@ -25,7 +25,7 @@ def weight_bytes_beside_trainer(config: Config, plan: RunPlan) -> int:
     while they change.
     """
     devices, lora = plan.devices, config.lora
-    in_process = config.engine.facts.runs_in_process and config.cluster.world_size == 1 and config.cluster.launcher != "ray"
+    in_process = config.engine.facts.runs_in_process and config.num_ranks == 1 and config.cluster.launcher != "ray"
     if not (devices.shared and in_process):
         return 0
     may_share = devices.weights_may_alias
@@ -54,13 +54,14 @@ def check_fit(config: Config, plan: RunPlan, *, device_bytes: int, element_bytes
             f"an engine of {size} GPU{'s' * (size > 1)} holds {gib(weights)} GiB of weights on each, more than {flag} "
             f"{fraction:g} of {gib(device_bytes)} GiB; raise --rollout-num-gpus-per-engine"
         )
-    state = plan.rank_bytes.device
-    if plan.devices.trains and state > device_bytes:
-        raise ConfigError(
-            f"each trainer rank holds {gib(state)} GiB of weights, gradients and optimizer state, activations apart, more "
-            f"than the {gib(device_bytes)} GiB of its GPU; give --optimizer-cpu-offload, "
-            "a larger --tensor-model-parallel-size, or more GPUs"
-        )
+    critic = None if plan.critic is None else plan.critic.rank_bytes
+    for whose, held in (("trainer", plan.rank_bytes), ("critic", critic)):
+        if plan.devices.trains and held is not None and held.device > device_bytes:
+            raise ConfigError(
+                f"each {whose} rank holds {gib(held.device)} GiB of weights, gradients and optimizer state, activations apart, "
+                f"more than the {gib(device_bytes)} GiB of its GPU; give --optimizer-cpu-offload, "
+                "a larger --tensor-model-parallel-size, or more GPUs"
+            )
 
 
 def _share(config: Config) -> tuple[str, float]:

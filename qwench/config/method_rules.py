@@ -29,6 +29,19 @@ def a_critic_has_its_method(config: Config) -> str | None:
     return None
 
 
+def the_critics_own_gpus_are_there(config: Config) -> str | None:
+    """Its nodes are like those of the policy."""
+    cluster = config.cluster
+    per_node, nodes = max(config.critic_gpus, default=0), len(config.critic_gpus)
+    if per_node > cluster.num_gpus_per_node:
+        return (
+            f"--critic-num-gpus-per-node ({per_node}) is more than --num-gpus-per-node ({cluster.num_gpus_per_node}); raise it"
+        )
+    if cluster.launcher == "local" and nodes > 1:
+        return f"--launcher local knows this machine only, --critic-num-nodes {nodes} needs ray"
+    return None
+
+
 def a_teacher_has_advantages_to_change(config: Config) -> str | None:
     """Distillation subtracts from the advantages of a method."""
     if not config.distillation.use_opd:

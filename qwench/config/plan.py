@@ -78,6 +78,15 @@ class BatchPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CriticPlan:
+    """A critic on ranks of its own, which have the layout of the policy's."""
+
+    dp_size: int
+    rank_bytes: RankBytes
+    """Of each of its ranks, activations apart."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunPlan:
     """See the module docstring."""
 
@@ -106,6 +115,8 @@ class RunPlan:
     holds_reference: bool
     holds_teacher: bool
     holds_critic: bool
+    critic: CriticPlan | None
+    """The critic on ranks of its own. None: it shares the policy's, or there is none."""
     num_critic_only: int
     """First rollouts in which only the critic learns."""
     replays: bool
@@ -120,6 +131,13 @@ class RunPlan:
     """Forward FLOPs of a sequence, of all ranks together."""
     train_passes: int
     """FLOPs of training on a sequence, in units of its forward."""
+
+    @property
+    def of_critic(self) -> RunPlan | None:
+        """Return the plan as the critic's own ranks see it. None: it has none."""
+        if self.critic is None:
+            return None
+        return replace(self, dp_size=self.critic.dp_size, rank_bytes=self.critic.rank_bytes)
 
     @property
     def num_rollout(self) -> int:
@@ -163,6 +181,7 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
     devices = plan_devices(config, trains=trains, on_gpus=on_gpus)
     check_division(config, model)
     holds_reference = devices.trains and config.algorithm.needs_reference
+    num_frozen = holds_reference + (config.distillation.opd_type == "megatron") + config.num_past_policies
     score_tokens = training.log_probs_max_tokens_per_gpu or training.max_tokens_per_gpu
     return RunPlan(
         model=model,
@@ -187,12 +206,13 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
         holds_reference=holds_reference,
         holds_teacher=devices.trains and config.distillation.opd_type == "megatron",
         holds_critic=devices.trains and config.algorithm.has_critic,
+        critic=_plan_critic(config, model, on_gpus=on_gpus) if devices.critic else None,
         num_critic_only=sys.maxsize if config.critic.critic_train_only else config.critic.num_critic_only_steps,
         replays=config.algorithm.loss_type != "sft_loss" and config.debug.load_debug_rollout_data is not None,
         eval_sets=eval_settings(config.evaluation, config.rollout, config.data),
         eval_reward_key=config.evaluation.eval_reward_key or config.reward.reward_key,
         log_dir=config.logging.log_dir or config.checkpoint.save,
-        rank_bytes=_rank_bytes(config, model, dp_size=dp_size, holds_reference=holds_reference, on_gpus=on_gpus),
+        rank_bytes=_rank_bytes(config, model, dp_size=dp_size, num_frozen=num_frozen, on_gpus=on_gpus),
         cost=SequenceCost.of_model(model),
         train_passes=FORWARD_AND_FROZEN_BACKWARD if config.lora.enabled else FORWARD_AND_BACKWARD,
     )
@@ -275,7 +295,14 @@ def _moment_bytes(optimizer: OptimizerConfig, model: Architecture) -> float:
     return both - FLOAT32_BYTES * matrices / num_parameters(model)
 
 
-def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_reference: bool, on_gpus: bool) -> RankBytes:
+def _plan_critic(config: Config, model: Architecture, *, on_gpus: bool) -> CriticPlan:
+    flags = "--critic-num-nodes x --critic-num-gpus-per-node"
+    dp_size = data_parallel_size(config.parallel.layout, world_size=sum(config.critic_gpus), flags=flags)
+    held = _rank_bytes(config, model.as_critic(), dp_size=dp_size, num_frozen=0, on_gpus=on_gpus)
+    return CriticPlan(dp_size=dp_size, rank_bytes=held)
+
+
+def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, num_frozen: int, on_gpus: bool) -> RankBytes:
     optimizer, layout = config.optimizer, config.parallel.layout
     state = StateBytes(
         param=BFLOAT16_BYTES if train_dtype(config, on_gpus=on_gpus) == "bfloat16" else FLOAT32_BYTES,
@@ -283,7 +310,6 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
         offloaded=optimizer.offloaded_share,
     )
     has_teacher = config.distillation.opd_type == "megatron"
-    frozen = holds_reference + has_teacher + config.num_past_policies
     num_shards = dp_size // config.parallel.dp_replicate
     lora, stage_layers = config.lora, layout.most_layers(model.num_layers)
     if lora.enabled and config.backend == "fsdp":
@@ -299,7 +325,7 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
         )
     elif config.backend == "fsdp":
         whole = config.training.whole_weights
-        held = fsdp_bytes(model, state, num_shards=num_shards, computes_whole=whole, holds_reference=frozen > 0)
+        held = fsdp_bytes(model, state, num_shards=num_shards, computes_whole=whole, holds_reference=num_frozen > 0)
     else:
         held = megatron_bytes(
             model,
@@ -307,7 +333,7 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
             tp=layout.tp,
             pp=layout.pp,
             num_replicas=dp_size * layout.cp,
-            holds_reference=frozen > 0,
+            holds_reference=num_frozen > 0,
             stage_layers=stage_layers,
             num_adapted=num_adapter_parameters(model, lora.targets, lora.rank, num_layers=stage_layers, tp=layout.tp)
             if lora.enabled
@@ -316,7 +342,7 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, holds_refe
             num_quantised=_num_quantised(lora, model, num_layers=stage_layers) // layout.tp,
             quantised=_QUANTISED_BYTES[lora.lora_base],
         )
-    copies = has_teacher if lora.enabled else frozen
+    copies = has_teacher if lora.enabled else num_frozen
     return replace(held, host_reference=held.host_reference * copies)
 
 

@@ -32,7 +32,13 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
             yield "teacher: frozen weights on the host, which score on the policy's ranks"
         for name, url in config.distillation.teacher_urls(config.reward.rm_url).items():
             yield f"teacher {name}: scores at {url} during the rollout"
-        if plan.holds_critic:
+        if plan.critic is not None:
+            num_ranks, of_critic = sum(devices.critic), plan.critic.rank_bytes
+            yield (
+                f"critic: on {num_ranks} rank{'s' * (num_ranks > 1)} of its own (DP {plan.critic.dp_size}), beside the policy; "
+                f"{gib(of_critic.device)} GiB on the device of each, {gib(of_critic.host)} GiB on the host"
+            )
+        elif plan.holds_critic:
             yield "critic: on the ranks of the policy, in turn with it; the one that rests takes as many bytes of the host"
         yield (
             f"each trainer rank, activations apart: {gib(held.device)} GiB on the device ({gib(held.weights)} weights, "

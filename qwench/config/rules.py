@@ -22,6 +22,7 @@ from qwench.config.method_rules import (
     frozen_parameters_are_built_for,
     old_log_probs_differ_from_the_steps,
     rewards_apart_are_several,
+    the_critics_own_gpus_are_there,
     truncated_sampling_is_replayed,
 )
 from qwench.config.plan import plan_batch
@@ -79,9 +80,10 @@ def transformer_impl_is_megatrons(config: Config) -> str | None:
 
 def replicas_divide_ranks(config: Config) -> str | None:
     """Replicated and sharded data parallelism multiply to the data-parallel size."""
-    dp_size = data_parallel_size(config.parallel.layout, world_size=config.cluster.world_size)
-    if dp_size % config.parallel.dp_replicate:
-        return f"--dp-replicate {config.parallel.dp_replicate} does not divide the {dp_size} data-parallel ranks"
+    for whose, world_size in (("", config.cluster.world_size), (" of the critic", sum(config.critic_gpus))):
+        dp_size = data_parallel_size(config.parallel.layout, world_size=world_size)
+        if dp_size % config.parallel.dp_replicate:
+            return f"--dp-replicate {config.parallel.dp_replicate} does not divide the {dp_size} data-parallel ranks{whose}"
     return None
 
 
@@ -313,6 +315,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     deterministic_engines_are_ours,
     asynchronous_rollouts_never_end,
     a_critic_has_its_method,
+    the_critics_own_gpus_are_there,
     a_curriculum_draws_from_rows,
     a_second_grader_has_answers,
     a_teacher_has_advantages_to_change,

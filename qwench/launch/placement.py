@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import accumulate
@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from qwench.cluster.bundles import Bundles, plan_bundles
 from qwench.cluster.local import LocalRanks
+from qwench.cluster.rank_host import BuildLearner
 from qwench.cluster.rendezvous import LOOPBACK
 from qwench.cluster.workers import Ranks, RemoteLearner, WorkerGroup
 from qwench.config.config import Config
@@ -31,10 +32,11 @@ from qwench.engines.fleet.servers import CommandMaker, Server, ServerProcess
 from qwench.errors import ConfigError
 from qwench.launch.engines import command_makers
 from qwench.launch.inputs import Inputs, read_inputs
-from qwench.launch.trainer import build_learner
+from qwench.launch.trainer import build_critic_learner, build_learner
 from qwench.observability.log import open_process_log
 from qwench.observability.timing import PhaseTimer
 from qwench.threads import usable_cores, waiting_defaults
+from qwench.training.critic_learner import CriticLearner
 from qwench.training.learner import Learner
 from qwench.wire.addresses import Placement, gpu_names, host_name
 
@@ -59,7 +61,7 @@ class Processes(Protocol):
 
 
 class LocalProcesses:
-    """Everything on this machine; trainer ranks have its first GPUs, engines apart from them the next ones."""
+    """Everything on this machine; trainer ranks have its first GPUs, a critic's own and then engines apart the next ones."""
 
     def __init__(self, inputs: Inputs, bundles: Bundles, *, ranks_inside: bool) -> None:
         self._has_gpus = torch.cuda.is_available()
@@ -73,7 +75,7 @@ class LocalProcesses:
             return None
         config, log_dir = self._inputs.config, self._inputs.plan.log_dir
         return LocalRanks(
-            config.cluster.world_size,
+            config.num_ranks,
             environ={**os.environ, **trainer_environment(config.cluster, config.parallel, config.training, os.environ)},
             bucket_bytes=config.engine.update_weight_buffer_size,
             log_folder=log_dir / "ranks" if log_dir is not None else None,
@@ -81,7 +83,7 @@ class LocalProcesses:
 
     def make_servers(self, makers: Sequence[CommandMaker], *, sizes: Sequence[int]) -> Sequence[Server]:
         """See `Processes.make_servers`."""
-        first = sum(self._bundles.trainer) if self._bundles.engines else 0
+        first = sum(self._bundles.trained) if self._bundles.engines else 0
         return [
             self._server(make, range(first + end - size, first + end))
             for make, size, end in zip(makers, sizes, accumulate(sizes), strict=True)
@@ -136,8 +138,8 @@ def enough_gpus(inputs: Inputs) -> None:
     bundles, there = plan_bundles(inputs.config.cluster, inputs.plan.devices), torch.cuda.device_count()
     if torch.cuda.is_available() and there < bundles.num_devices:
         raise ConfigError(
-            f"the run needs {bundles.num_devices} GPUs ({sum(bundles.trainer)} for the trainer, {sum(bundles.engines)} for "
-            f"engines apart from it), and this machine has {there}; ask for fewer, or use a Ray cluster (--launcher ray)."
+            f"the run needs {bundles.num_devices} GPUs ({bundles.words}), and this machine has {there}; ask for fewer, "
+            "or use a Ray cluster (--launcher ray)."
         )
 
 
@@ -164,6 +166,8 @@ def choose_launcher(config: Config, environ: Mapping[str, str], *, generates: bo
     cluster, started = config.cluster, int(environ.get("WORLD_SIZE", "1"))
     if started > 1 and generates:
         raise ConfigError("qwench starts trainer ranks and engines itself; start it once, without torchrun.")
+    if started > 1 and config.critic_gpus:
+        raise ConfigError("--critic-num-gpus-per-node needs ranks that qwench starts itself; leave torchrun out.")
     if started > 1 and started != cluster.world_size:
         raise ConfigError(
             f"torchrun started {started} ranks, and --actor-num-nodes x --actor-num-gpus-per-node asks for "
@@ -173,12 +177,12 @@ def choose_launcher(config: Config, environ: Mapping[str, str], *, generates: bo
         return "inside"
     if cluster.launcher != "auto":
         return cluster.launcher
-    if cluster.actor_num_nodes > 1:
+    if max(cluster.actor_num_nodes, len(config.critic_gpus)) > 1:
         return "ray"
     apart = generates and not cluster.shares_devices
-    if "RAY_ADDRESS" in environ and (cluster.world_size > 1 or apart):
+    if "RAY_ADDRESS" in environ and (config.num_ranks > 1 or apart):
         return "ray"
-    return "local" if cluster.world_size > 1 else "inside"
+    return "local" if config.num_ranks > 1 else "inside"
 
 
 def make_servers(inputs: Inputs, processes: Processes, *, with_weights: bool) -> tuple[Sequence[Server] | None, str | None]:
@@ -191,7 +195,7 @@ def make_servers(inputs: Inputs, processes: Processes, *, with_weights: bool) ->
     if config.engine.rollout_external_engine_addrs:
         return None, None
     in_here = isinstance(processes, LocalProcesses) and config.cluster.shares_devices
-    enough = (config.cluster.world_size == 1 or not processes.has_gpus) and max(devices.engine_sizes, default=1) == 1
+    enough = (config.num_ranks == 1 or not processes.has_gpus) and max(devices.engine_sizes, default=1) == 1
     if in_here and enough and config.engine.facts.runs_in_process:
         return None, None
     token = secrets.token_hex()
@@ -231,14 +235,22 @@ def start_learner(
             return learner
         group = WorkerGroup(ranks)
         started.callback(group.close)
-        build: Callable[[PhaseTimer], Learner] = partial(build_rank, inputs.config, inputs.plan)
+        build: BuildLearner = partial(build_rank, inputs.config, inputs.plan)
         unit = "batch" if inputs.plan.fine_tunes else "rollout"
 
         def check() -> None:
             for server in loading:
                 server.check_start()
 
-        return RemoteLearner(group, build, console=inputs.console, timeouts=inputs.config.timeouts, unit=unit, check=check)
+        return RemoteLearner(
+            group,
+            build,
+            console=inputs.console,
+            timeouts=inputs.config.timeouts,
+            unit=unit,
+            check=check,
+            first_critic_rank=inputs.config.cluster.world_size if inputs.plan.devices.critic else None,
+        )
 
 
 def start_beside(
@@ -261,9 +273,10 @@ def start_beside(
     return start_learner(inputs, ranks, timer, ending, loading=servers)
 
 
-def build_rank(config: Config, plan: RunPlan, timer: PhaseTimer) -> Learner:
-    """Build the learner of one rank, in its own process, from the configuration that the driver was given."""
+def build_rank(config: Config, plan: RunPlan, timer: PhaseTimer) -> Learner | CriticLearner:
+    """Build the learner of one rank, of the policy or of a critic, in its own process, from the driver's configuration."""
     transformers_logging.disable_progress_bar()
     inputs = read_inputs(config, plan)
     open_process_log(config.logging.log_level, f"rank {inputs.rank}", to_stdout=inputs.is_main)
-    return build_learner(inputs, timer)
+    is_policy = inputs.rank < config.cluster.world_size
+    return build_learner(inputs, timer) if is_policy else build_critic_learner(inputs, timer)

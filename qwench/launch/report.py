@@ -199,6 +199,8 @@ def _devices(inputs: Inputs) -> str:
         kind = f"CPU with {torch.get_num_threads()} of {os.cpu_count()} threads"
     ranks = config.cluster.world_size
     parts = [f"{ranks} trainer rank{'s' * (ranks > 1)} ({config.backend})"] if devices.trains else []
+    if devices.critic:
+        parts.append(f"{(count := sum(devices.critic))} critic rank{'s' * (count > 1)}")
     if devices.generates:
         number = str(devices.num_engines) if devices.num_engines else "external"
         sizes = " or ".join(map(str, sorted(set(devices.engine_sizes))))

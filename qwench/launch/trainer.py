@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache, partial
@@ -11,9 +12,11 @@ from pathlib import Path
 import torch
 
 from qwench.algorithms.columns import RolloutBatch
+from qwench.algorithms.method import Method
 from qwench.algorithms.methods import build_method
 from qwench.checkpoints.folders import starting_weights, teacher_weights
 from qwench.checkpoints.formats.sources import find_checkpoint
+from qwench.config.config import Config
 from qwench.config.memory_fit import weight_bytes_beside_trainer
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.foreign.args import make_args
@@ -23,13 +26,16 @@ from qwench.launch.user_functions import load_post_process, load_target_function
 from qwench.observability.timing import PhaseTimer
 from qwench.training.batch import save_batch
 from qwench.training.critic import CRITIC_FOLDER, Critic
+from qwench.training.critic_learner import CriticLearner
+from qwench.training.critic_link import CriticLink
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.learner import Learner
 from qwench.training.megatron.platform import check_platform
 from qwench.training.memory_probe import Longest, MemoryProbe
-from qwench.training.process_group import init_process_group
+from qwench.training.process_group import init_process_group, make_link
 from qwench.training.profiler import TrainProfiler
 from qwench.training.reference import BaseModel, FrozenTeacher, PastPolicies, Reference
+from qwench.training.rollout_columns import RolloutColumns
 from qwench.training.shaping import Shaping
 from qwench.training.state import TrainingState
 from qwench.training.trainer import Scorer, Trainer
@@ -38,22 +44,12 @@ from qwench.training.trainer import Scorer, Trainer
 def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
     """Load the policy, and the reference when the method needs one, and make the learner of both."""
     config = inputs.config
-    torch.manual_seed(config.training.seed)
-    init_process_group(inputs.device, environ=os.environ, timeout_s=collective_timeout_s(inputs))
-    algorithm = config.algorithm
-    if algorithm.advantage_estimator == "dr_grpo" and algorithm.dr_grpo_length is None:
-        algorithm = replace(algorithm, dr_grpo_length=config.rollout.rollout_max_response_len)
-    distillation = config.distillation
+    link = _join(inputs)
     args = cache(partial(make_args, config, inputs.plan, host="", port=0))
-    method = build_method(
-        algorithm,
-        opd_kl_coef=distillation.opd_kl_coef if distillation.use_opd else None,
-        user_terms=load_user_terms(config, args),
-        reward_weights=() if config.reward.reward_weights is None else config.reward.weights_of(()),
-    )
+    method = _make_method(config, args)
     policy = build_trainer(inputs, logits=method.user_terms.takes_logits)
     teacher = _load_teacher(inputs, policy) if inputs.plan.holds_teacher else None
-    critic = _build_critic(inputs, policy) if inputs.plan.holds_critic else None
+    critic = Critic(_build_critic(inputs), policy) if inputs.plan.holds_critic and link is None else None
     hooks = start_hooks(config.references, policy, args)
     moves = config.algorithm.ref_update_interval is not None
     reference = _reference(policy, moves=moves) if inputs.plan.holds_reference else None
@@ -61,18 +57,74 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
     return Learner(
         TrainingState(policy, reference, reference_moves=moves, critic=critic, teacher=teacher, past_policies=past),
         method,
+        _make_columns(inputs, method, args),
         plan=inputs.plan,
         temperature=config.rollout.rollout_temperature,
         timer=timer,
         console=inputs.console,
-        targets=load_target_functions(config, args),
         hooks=hooks,
+        link=link,
         record=_record(inputs),
         profiler=_profiler(inputs),
         forgets_moments=config.optimizer.reset_optimizer_states,
         peak_tflops=config.logging.mfu_peak_tflops,
         equal_bits=config.training.true_on_policy_mode and not inputs.plan.replays and not inputs.plan.fine_tunes,
+    )
+
+
+def build_critic_learner(inputs: Inputs, timer: PhaseTimer) -> CriticLearner:
+    """Load the critic, on a rank that holds nothing else, and make its learner."""
+    config = inputs.config
+    link = _join(inputs)
+    assert link is not None, "the critic has ranks of its own"
+    args = cache(partial(make_args, config, inputs.plan, host="", port=0))
+    method = _make_method(config, args)
+    return CriticLearner(
+        _build_critic(inputs),
+        method,
+        _make_columns(inputs, method, args),
+        link,
+        plan=inputs.plan,
+        temperature=config.rollout.rollout_temperature,
+        timer=timer,
+        console=inputs.console,
+        forgets_moments=config.optimizer.reset_optimizer_states,
+    )
+
+
+def _join(inputs: Inputs) -> CriticLink | None:
+    """Join the ranks of this rank's model and, where the critic has ranks of its own, the link of both; collective."""
+    config, timeout_s = inputs.config, collective_timeout_s(inputs)
+    torch.manual_seed(config.training.seed)
+    if inputs.plan.critic is None:
+        init_process_group(inputs.device, environ=os.environ, timeout_s=timeout_s)
+        return None
+    num_policy = config.cluster.world_size
+    members = range(num_policy) if inputs.rank < num_policy else range(num_policy, config.num_ranks)
+    init_process_group(inputs.device, environ=os.environ, timeout_s=timeout_s, members=members)
+    return CriticLink(make_link(os.environ, timeout_s=timeout_s), rank=inputs.rank, num_policy_ranks=num_policy)
+
+
+def _make_method(config: Config, args: Callable[[], Namespace]) -> Method:
+    algorithm = config.algorithm
+    if algorithm.advantage_estimator == "dr_grpo" and algorithm.dr_grpo_length is None:
+        algorithm = replace(algorithm, dr_grpo_length=config.rollout.rollout_max_response_len)
+    distillation = config.distillation
+    return build_method(
+        algorithm,
+        opd_kl_coef=distillation.opd_kl_coef if distillation.use_opd else None,
+        user_terms=load_user_terms(config, args),
+        reward_weights=() if config.reward.reward_weights is None else config.reward.weights_of(()),
+    )
+
+
+def _make_columns(inputs: Inputs, method: Method, args: Callable[[], Namespace]) -> RolloutColumns:
+    config = inputs.config
+    return RolloutColumns(
+        method,
+        inputs.plan,
         reward_post_process=load_post_process(config, args),
+        targets=load_target_functions(config, args),
         shaping=Shaping.of(config),
         convert=load_user_conversion(config, args),
         truncated=config.rollout.truncation_flag is not None and not inputs.plan.fine_tunes,
@@ -93,14 +145,18 @@ def make_memory_probe(inputs: Inputs, lengths: Iterable[int] = ()) -> MemoryProb
     response = 0 if plan.fine_tunes else rollout.rollout_max_response_len or limit
     known = max(lengths, default=config.data.rollout_max_prompt_len or 1)
     flag = "--rollout-max-context-len" if plan.fine_tunes else "--rollout-max-response-len"
-    return MemoryProbe.of(
-        plan,
-        config.training,
-        Longest(num_tokens=max(2, min(limit, known + response)), flag=flag),
+    make = partial(
+        MemoryProbe.of,
+        training=config.training,
+        longest=Longest(num_tokens=max(2, min(limit, known + response)), flag=flag),
         temperature=rollout.rollout_temperature,
-        with_entropy=config.algorithm.takes_entropy,
         dtype=inputs.dtype,
+    )
+    return make(
+        plan,
+        with_entropy=config.algorithm.takes_entropy,
         engine_bytes=weight_bytes_beside_trainer(config, plan),
+        of_critic=make(plan.of_critic, with_entropy=False) if plan.of_critic is not None else None,
     )
 
 
@@ -146,8 +202,8 @@ def _reference(policy: Trainer, *, moves: bool) -> Reference | BaseModel:
     return BaseModel(policy) if policy.has_adapters and not moves else Reference(policy)
 
 
-def _build_critic(inputs: Inputs, policy: Trainer) -> Critic:
-    """Load the critic, which sleeps until its first turn; collective."""
+def _build_critic(inputs: Inputs) -> Trainer:
+    """Load the critic; collective."""
     config = inputs.config
     optimizer = replace(
         config.optimizer,
@@ -158,13 +214,13 @@ def _build_critic(inputs: Inputs, policy: Trainer) -> Critic:
     )
     start = starting_weights(config.checkpoint)
     if config.critic.critic_load is None:
-        return Critic(_build(inputs, start, optimizer, critic=True), policy)
+        return _build(inputs, start, optimizer, critic=True)
     given = find_checkpoint(config.critic.critic_load, flag="--critic-load")
     saved = given if given.name == CRITIC_FOLDER else given / CRITIC_FOLDER
     trainer = _build(inputs, start if saved.is_dir() else given, optimizer, critic=True)
     if saved.is_dir():
         trainer.load(saved, weights_only=True)
-    return Critic(trainer, policy)
+    return trainer
 
 
 def _build(

@@ -41,7 +41,7 @@ from qwench.rollout.generate import GenerateFunction
 from qwench.rollout.sampling import Sampling
 from qwench.rollout.tool_loop import ToolLoop
 from qwench.samples import Rollout
-from qwench.training.learner import RewardPostProcess
+from qwench.training.rollout_columns import RewardPostProcess
 
 _CONTROL_TIMEOUT_S = 60.0
 _ROLLOUT_FLAGS = {

@@ -1,22 +1,29 @@
-"""The critic: a second trained model on the policy's ranks, which computes in turn with the policy.
+"""The critic: a second trained model, by default on the policy's ranks, where it computes in turn with the policy.
 
     policy awake, critic asleep --turn--> policy asleep, critic awake --end of turn--> policy awake, critic asleep
 
-Only one of them takes device memory at a time. The critic is a `Trainer` whose `forward` returns values instead of log-probs.
+Only one of them takes device memory at a time. On ranks of its own (`critic_learner`) the critic takes no turns. It is a
+`Trainer` whose `forward` returns values instead of log-probs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from qwench.algorithms.columns import RolloutBatch
+from qwench.algorithms.method import Method
 from qwench.checkpoints.formats.sources import TensorReader
 from qwench.models.architecture import Architecture
+from qwench.training.passes import Passes
 from qwench.training.trainer import Trainer
+
+_logger = logging.getLogger(__name__)
 
 HEAD = "lm_head.weight"
 CRITIC_FOLDER = "critic"
@@ -42,17 +49,57 @@ class Critic:
 
     def save(self, folder: Path, *, with_optimizer: bool) -> None:
         """Write the critic under the checkpoint in `folder`."""
-        (folder / CRITIC_FOLDER).mkdir(exist_ok=True)
         with self.turn() as trainer:
-            trainer.save(folder / CRITIC_FOLDER, with_optimizer=with_optimizer)
+            save_critic(trainer, folder, with_optimizer=with_optimizer)
 
-    def load(self, folder: Path, *, weights_only: bool) -> bool:
-        """Read the critic of the checkpoint in `folder`, and tell whether there is one."""
-        if not (folder / CRITIC_FOLDER).is_dir():
-            return False
+    def load(self, folder: Path, *, weights_only: bool) -> None:
+        """Read the critic of the checkpoint in `folder`, if there is one."""
         with self.turn() as trainer:
-            trainer.load(folder / CRITIC_FOLDER, weights_only=weights_only, with_rng=False)
-        return True
+            load_critic(trainer, folder, weights_only=weights_only)
+
+
+def save_critic(critic: Trainer, folder: Path, *, with_optimizer: bool) -> None:
+    """Write an awake critic under the checkpoint in `folder`; collective."""
+    (folder / CRITIC_FOLDER).mkdir(exist_ok=True)
+    critic.save(folder / CRITIC_FOLDER, with_optimizer=with_optimizer)
+
+
+def load_critic(critic: Trainer, folder: Path, *, weights_only: bool) -> None:
+    """Read an awake critic from the checkpoint in `folder`; without one, that from the start stays. Collective."""
+    if (folder / CRITIC_FOLDER).is_dir():
+        critic.load(folder / CRITIC_FOLDER, weights_only=weights_only, with_rng=False)
+    else:
+        _logger.warning("%s has no critic: it starts from --critic-load or the policy's first weights", folder)
+
+
+def train_critic(
+    critic: Trainer, steps: Sequence[RolloutBatch], method: Method, passes: Passes, *, forgets_moments: bool
+) -> list[dict[str, float]]:
+    """Take an optimizer step of an awake critic for each batch, and return the metrics of each; collective.
+
+    Args:
+        steps: batches with values, returns and token weights.
+        forgets_moments: start with a fresh optimizer.
+
+    Raises:
+        TrainingError: a loss or gradient norm is not finite.
+    """
+    if forgets_moments:
+        critic.forget_moments()
+    taken = list[dict[str, float]]()
+    for k, step in enumerate(steps, 1):
+        with passes.packed(step, f"critic {k}/{len(steps)}") as (micro_batches, after_each):
+            sums = critic.forward_backward(
+                micro_batches,
+                method.value_loss,
+                temperature=passes.temperature,
+                with_entropy=False,
+                after_each=after_each,
+            )
+        result = critic.optim_step(sums)
+        metrics = {**result.metrics, "critic_grad_norm": result.grad_norm, "critic_lr": result.learning_rates[0]}
+        taken.append({f"train/{name}": value for name, value in metrics.items()})
+    return taken
 
 
 class NewHead:

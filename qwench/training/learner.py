@@ -1,7 +1,7 @@
 """Improve the policy on one rollout: the algorithm from scored samples to optimizer steps.
 
-SPMD: every rank holds a `Learner`, is given the whole rollout, plans alike, and computes its share of the micro-batches.
-Log-probs are gathered as soon as they are computed, so that everything between the trainer's calls is equal on all ranks.
+SPMD: every rank holds a `Learner`, is given the whole rollout, plans alike, and computes its share of the micro-batches. Where
+the critic has ranks of its own, those hold a `critic_learner.CriticLearner`, and learn from the same rollout beside these.
 """
 
 from __future__ import annotations
@@ -17,36 +17,32 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from qwench.algorithms.advantages import whiten
-from qwench.algorithms.columns import MicroBatch, RolloutBatch
+from qwench.algorithms.columns import RolloutBatch
 from qwench.algorithms.method import Method, Needs
-from qwench.algorithms.reduction import staleness_scales
 from qwench.config.plan import RunPlan
-from qwench.errors import RewardError, TrainingError
+from qwench.errors import TrainingError
 from qwench.models.memory import FORWARD
 from qwench.observability.console import Console
 from qwench.observability.timing import FlopMeter, PhaseTimer
 from qwench.samples import Rollout, Sample
-from qwench.training.batch import unpack
-from qwench.training.hooks import NO_HOOKS, Hooks, OwnTargets
+from qwench.training.critic import train_critic
+from qwench.training.critic_link import CriticLink
+from qwench.training.hooks import NO_HOOKS, Hooks
 from qwench.training.idle_steps import IdleSteps
+from qwench.training.passes import Passes
 from qwench.training.profiler import NO_PROFILER, TrainProfiler
+from qwench.training.rollout_columns import RolloutColumns
 from qwench.training.rollout_metrics import (
     count_scored,
     rollout_metrics,
     step_metrics,
     without_gap_to_engine,
 )
-from qwench.training.shaping import Shaping
 from qwench.training.state import TrainingState
-from qwench.training.steps import MicroBatching, StepPlan, plan_steps
+from qwench.training.steps import StepPlan
 from qwench.training.trainer import Scorer
 
 _logger = logging.getLogger(__name__)
-
-
-RewardPostProcess = Callable[[Sequence[Sample]], Sequence[float]]
-"""`--custom-reward-post-process-path`: samples of a rollout -> the reward of each, from which advantages are computed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +54,15 @@ class Learned:
     steps: Sequence[Mapping[str, float]]
     """`train/...` of each optimizer step."""
 
+    def joined(self, critic: Learned) -> Learned:
+        """Return these with what a critic on ranks of its own learned from the same rollout."""
+        return Learned(metrics={**critic.metrics, **self.metrics}, steps=joined_steps(self.steps, critic.steps))
+
+
+def joined_steps(policy: Sequence[Mapping[str, float]], critic: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """Return the metrics of both models for each step; where only the critic learns, the policy has none."""
+    return [{**one, **other} for one, other in zip_longest(policy, critic, fillvalue=dict[str, float]())]
+
 
 class Learner:
     """See the module docstring. Methods are collective."""
@@ -66,18 +71,15 @@ class Learner:
         self,
         state: TrainingState,
         method: Method,
+        columns: RolloutColumns,
         *,
         plan: RunPlan,
         temperature: float,
         timer: PhaseTimer,
         console: Console,
-        reward_post_process: RewardPostProcess | None = None,
-        targets: OwnTargets | None = None,
         hooks: Hooks = NO_HOOKS,
         equal_bits: bool = False,
-        shaping: Shaping | None = None,
-        convert: Callable[[Rollout], Rollout] | None = None,
-        truncated: bool = False,
+        link: CriticLink | None = None,
         record: Callable[[int, RolloutBatch], None] | None = None,
         forgets_moments: bool = False,
         peak_tflops: float | None = None,
@@ -86,10 +88,9 @@ class Learner:
         """Keep what every rollout needs.
 
         Args:
-            targets: the user's functions between scores and steps. hooks: and before passes and steps.
-            convert: the user's function from the samples of a rollout to those that are learned from.
-            truncated: see `RolloutBatch.from_samples`.
+            hooks: the user's functions before passes and steps.
             equal_bits: the trainer's log-probs must be the engine's, bit by bit.
+            link: to the critic on ranks of its own. None: the critic, where there is one, is part of `state`.
             record: writes what a rollout was learned from. forgets_moments: each rollout starts with a fresh optimizer.
             peak_tflops: see `FlopMeter`.
         """
@@ -97,30 +98,16 @@ class Learner:
         self.policy, self.critic = state.policy, state.critic
         self.reference, self.teacher = state.reference, state.teacher
         self.method = method
-        self._unit = "rollout" if method.facts.policy_gradient else "batch"
-        self._global_batch_size = plan.batch.global_batch_size
-        self._allow_partial = plan.allow_partial_step
-        self._num_steps = plan.batch.num_steps_per_rollout if plan.sizes_steps_by_rollout else None
-        self._temperature = temperature
+        self._columns, self._link = columns, link
+        self._passes = Passes(self.policy, plan, temperature=temperature, console=console)
         self._timer = timer
         self._train_passes = plan.train_passes
         self._meter = FlopMeter(timer, plan.cost, num_ranks=self.policy.parallel.num_ranks, peak_tflops=peak_tflops)
         self._console, self._profiler = console, profiler
-        self._reward_post_process = reward_post_process
-        self._own_targets, self._hooks = targets, hooks
-        self._equal_bits, self._record, self._forgets_moments = equal_bits, record, forgets_moments
-        self._shaping, self._convert, self._truncated = shaping or Shaping(), convert, truncated
+        self._hooks, self._equal_bits = hooks, equal_bits
+        self._record, self._forgets_moments = record, forgets_moments
         self._num_critic_only = plan.num_critic_only
         self._idle = IdleSteps()
-        self._batching, self._scoring_batching = (
-            MicroBatching(
-                parallel=self.policy.parallel,
-                samples_per_bin=plan.micro_batch_size,
-                max_tokens=max_tokens,
-                cost=plan.cost if plan.balances_data else None,
-            )
-            for max_tokens in (plan.micro_batch_tokens, plan.score_tokens)
-        )
 
     def learn(self, rollout: Rollout) -> Learned:
         """Take the optimizer steps of one rollout.
@@ -129,15 +116,14 @@ class Learner:
             TrainingError: the rollout does not fill a step, or a loss or gradient norm is not finite.
         """
         with self._timer.phase("train"), self._profiler.rollout():
-            rollout = rollout if self._convert is None else self._convert(rollout)
-            batch, plan = self._plan(rollout)
+            rollout, batch, plan = self._columns.planned(rollout)
             needs = self.method.needs(num_steps=len(plan.steps))
             batch = self._score(batch, needs, rollout.rollout_id)
-            batch = self._with_targets(batch, rollout.rollout_id)
+            batch = self._columns.with_targets(batch, rollout.rollout_id)
             if self._forgets_moments:
                 self.policy.forget_moments()
             start = time.perf_counter()
-            weighed = [self._weigh(step) for step in plan.batches(batch)]
+            weighed = [self._columns.weighed(step) for step in plan.batches(batch)]
             critic_steps = self._train_critic(weighed)
             steps = list[dict[str, float]]()
             taught = weighed if rollout.rollout_id >= self._num_critic_only else ()
@@ -146,17 +132,17 @@ class Learner:
             with measured if taught else nullcontext(), self._profiler.phase("train_actor"):
                 for k, step in enumerate(taught, 1):
                     self._hooks.before_step(rollout.rollout_id, k - 1)
-                    with self._packed(step, f"train {k}/{len(weighed)}") as (micro_batches, after_each):
+                    with self._passes.packed(step, f"train {k}/{len(weighed)}") as (micro_batches, after_each):
                         sums = self.policy.forward_backward(
                             micro_batches,
                             self.method.user_terms.loss or self.method.loss,
-                            temperature=self._temperature,
+                            temperature=self._passes.temperature,
                             with_entropy=needs.entropy,
                             after_each=after_each,
                         )
                     steps.append(step_metrics(self.policy.optim_step(sums), step))
-                    self._idle.note(f"{self._unit} {rollout.rollout_id}, step {k}", steps[-1], step)
-            steps = [one | other for one, other in zip_longest(steps, critic_steps, fillvalue=dict[str, float]())]
+                    self._idle.note(f"{self._columns.unit} {rollout.rollout_id}, step {k}", steps[-1], step)
+            steps = joined_steps(steps, critic_steps)
             seconds = time.perf_counter() - start
             self._update_reference(rollout.rollout_id)
             if self._record is not None:
@@ -167,92 +153,16 @@ class Learner:
         return Learned(metrics=self._metrics(rollout, batch, plan, seconds), steps=steps)
 
     def _train_critic(self, weighed: Sequence[RolloutBatch]) -> list[dict[str, float]]:
-        """Take the critic's steps, and return the metrics of each; without a critic there are none."""
-        steps = list[dict[str, float]]()
+        """Take the critic's steps, and return the metrics of each; none where no critic is on these ranks."""
         if self.critic is None:
-            return steps
+            return []
         with self._timer.phase("critic_train"), self.critic.turn() as critic:
-            if self._forgets_moments:
-                critic.forget_moments()
-            for k, step in enumerate(weighed, 1):
-                with self._packed(step, f"critic {k}/{len(weighed)}") as (micro_batches, after_each):
-                    sums = critic.forward_backward(
-                        micro_batches,
-                        self.method.value_loss,
-                        temperature=self._temperature,
-                        with_entropy=False,
-                        after_each=after_each,
-                    )
-                result = critic.optim_step(sums)
-                metrics = {**result.metrics, "critic_grad_norm": result.grad_norm, "critic_lr": result.learning_rates[0]}
-                steps.append({f"train/{name}": value for name, value in metrics.items()})
-        return steps
-
-    @contextmanager
-    def _packed(self, step: RolloutBatch, title: str) -> Iterator[tuple[Sequence[MicroBatch], Callable[[], None]]]:
-        """Give the micro-batches of a step, and what to call after each of them to show the progress."""
-        micro_batches = self._batching.pack(step)
-        with self._console.progress(title, total=len(micro_batches)) as progress:
-            yield micro_batches, progress.advance
+            return train_critic(critic, weighed, self.method, self._passes, forgets_moments=self._forgets_moments)
 
     def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
         """Return [R] of each sample under the held weights; 0 where its loss mask is."""
-        scored = self._scores(self.policy, RolloutBatch.from_samples(samples), temperature=temperature)
+        scored = self._passes.scores(self.policy, RolloutBatch.from_samples(samples), temperature=temperature)
         return [column.tolist() for column in scored]
-
-    def _plan(self, rollout: Rollout) -> tuple[RolloutBatch, StepPlan]:
-        """Return the columns in order of the steps, and the samples of each step.
-
-        Rewards are compared in whole groups, also those that lose a member to a dropped step.
-        """
-        # Weights that learned from n rollouts have version n, and n is the id of the next one.
-        batch = RolloutBatch.from_samples(rollout.samples, version=rollout.rollout_id, truncated=self._truncated)
-        batch = self._shaping.apply(batch, rollout.samples)
-        batch = batch.with_columns(rewards=self._rewards(rollout.samples, batch))
-        plan = plan_steps(
-            batch.execution_ids,
-            global_batch_size=self._global_batch_size,
-            allow_partial=self._allow_partial,
-            num_steps=self._num_steps,
-        )
-        if plan.num_dropped:
-            _logger.warning(
-                "%s %d: %d trailing executions do not fill a step of --global-batch-size %d and are dropped",
-                self._unit,
-                rollout.rollout_id,
-                plan.num_dropped,
-                self._global_batch_size,
-            )
-        return batch.select(plan.order), plan
-
-    def _weigh(self, step: RolloutBatch) -> RolloutBatch:
-        """Return a step with its tokens' shares in the loss and, where some are stale, in the metrics of either kind."""
-        weights = self.method.token_weights(step)
-        step = step.with_columns(loss_weights=weights, **self.method.step_columns(step))
-        if step.staleness is None:
-            return step
-        fresh, stale = staleness_scales(weights, step.loss_mask, step.staleness)
-        return step.with_columns(fresh_scale=fresh, stale_scale=stale)
-
-    def _rewards(self, samples: Sequence[Sample], batch: RolloutBatch) -> Tensor:
-        """Return [B] rewards, as the method or the user's function compares them."""
-        if self._reward_post_process is None or not self.method.facts.policy_gradient:
-            return self.method.rewards(batch)
-        returned = self._reward_post_process(samples)
-        try:
-            rewards = torch.tensor([float(reward) for reward in returned])
-        except (TypeError, ValueError, OverflowError) as error:
-            raise RewardError(
-                f"--custom-reward-post-process-path must return a list of numbers, one for each sample, got {returned!r:.200}."
-            ) from error
-        if rewards.shape != batch.rewards.shape:
-            raise RewardError(
-                f"--custom-reward-post-process-path returned {len(rewards)} rewards for {len(samples)} samples; "
-                "return one for each."
-            )
-        if not rewards.isfinite().all():
-            raise RewardError("--custom-reward-post-process-path returned a reward that is not finite; return numbers.")
-        return rewards
 
     def _score(self, batch: RolloutBatch, needs: Needs, rollout_id: int) -> RolloutBatch:
         """Return the batch with the log-probs that the method needs.
@@ -285,32 +195,22 @@ class Learner:
             _check_equal_bits(batch, rollout_id)
         if self.critic is not None:
             with self._timer.phase("critic_values"), self.critic.turn() as critic, self._console.phase("values"):
-                batch = batch.with_columns(values=self._scores(critic, batch, temperature=self._temperature))
+                batch = batch.with_columns(values=self._passes.scores(critic, batch))
+        elif self._link is not None:
+            with self._timer.phase("critic_wait"), self._console.phase("values"):
+                batch = self._link.exchange(batch)
         return batch
 
     def _with_entropy(self, batch: RolloutBatch) -> RolloutBatch:
         """Return the batch with the policy's log-probs and entropy, from one pass."""
         with self._pass(batch, "log_probs", title="log-probs"):
-            log_probs, entropy = self._all_scores(self.policy, batch, temperature=self._temperature, with_entropy=True)
+            log_probs, entropy = self._passes.all_scores(self.policy, batch, with_entropy=True)
         assert entropy is not None, "it was asked for"
         return batch.with_columns(old_log_probs=log_probs, old_entropy=entropy)
 
-    def _with_targets(self, batch: RolloutBatch, rollout_id: int) -> RolloutBatch:
-        """Return the batch with the targets of the method, or of the user's functions."""
-        own = self._own_targets
-        if own is None:
-            return batch.with_columns(**self.method.targets(batch))
-        if own.set_advantages is None:
-            batch = batch.with_columns(**self.method.targets(batch))
-        else:
-            advantages = own.advantages(batch)
-            whitens = self.method.section.normalize_advantages
-            batch = batch.with_columns(advantages=whiten(advantages, batch.loss_mask) if whitens else advantages)
-        return own.process(batch, rollout_id)
-
     def _log_probs(self, scorer: Scorer, batch: RolloutBatch, phase: str, *, title: str, prefix: str = "") -> list[Tensor]:
         with self._pass(batch, phase, title=title, prefix=prefix):
-            return self._scores(scorer, batch, temperature=self._temperature)
+            return self._passes.scores(scorer, batch)
 
     @contextmanager
     def _pass(self, batch: RolloutBatch, phase: str, *, title: str, prefix: str = "") -> Iterator[None]:
@@ -319,32 +219,6 @@ class Learner:
         with measured, self._console.phase(title), self._profiler.phase("train_log_probs"):
             self._hooks.before_log_probs(prefix)
             yield
-
-    def _scores(self, scorer: Scorer, batch: RolloutBatch, *, temperature: float) -> list[Tensor]:
-        """Compute this rank's share, and return B x [R] float32 of all ranks."""
-        return self._all_scores(scorer, batch, temperature=temperature)[0]
-
-    def _all_scores(
-        self, scorer: Scorer, batch: RolloutBatch, *, temperature: float, with_entropy: bool = False
-    ) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Return the scores of all ranks, and their entropy on request."""
-        micro_batches = self._scoring_batching.pack(batch)
-        scores = scorer.forward(micro_batches, temperature=temperature, with_entropy=with_entropy)
-        log_probs = self._gathered(scores.log_probs, micro_batches, batch)
-        return log_probs, None if scores.entropy is None else self._gathered(scores.entropy, micro_batches, batch)
-
-    def _gathered(self, packed: Sequence[Tensor], micro_batches: Sequence[MicroBatch], batch: RolloutBatch) -> list[Tensor]:
-        """Return B x [R] of all ranks from this rank's packed columns."""
-        columns = [torch.zeros(len(mask)) for mask in batch.loss_mask]
-        for values, micro_batch in zip(packed, micro_batches, strict=True):
-            if micro_batch.indices:
-                responses = unpack(values, micro_batch, [len(columns[i]) for i in micro_batch.indices])
-                for i, response in zip(micro_batch.indices, responses, strict=True):
-                    columns[i] = response
-        lengths = [len(column) for column in columns]
-        # Every sample is computed on one rank and 0 on the others, so the sum is exact.
-        gathered = self.policy.all_reduce_sum(torch.cat(columns).to(self.policy.device)).cpu()
-        return list(gathered.split(lengths))
 
     def _update_reference(self, rollout_id: int) -> None:
         interval = self.method.section.ref_update_interval

@@ -55,6 +55,8 @@ class MemoryProbe:
     """Predicted activations and logits of a rank whose trainer has no `ActivationBudget`."""
     engine_bytes: int = 0
     """Weights that an engine of the same process holds besides the trainer's."""
+    of_critic: MemoryProbe | None = None
+    """The probe of the critic's own ranks. None: it has none."""
 
     @classmethod
     def of(
@@ -67,6 +69,7 @@ class MemoryProbe:
         with_entropy: bool,
         dtype: torch.dtype,
         engine_bytes: int = 0,
+        of_critic: MemoryProbe | None = None,
     ) -> MemoryProbe:
         """Derive the largest micro-batch that `MicroBatching` can pack, and predict its memory."""
         lengths = largest_lengths(plan, longest.num_tokens)
@@ -87,6 +90,7 @@ class MemoryProbe:
             state_bytes=plan.rank_bytes.device,
             activation_bytes=kept + logits,
             engine_bytes=engine_bytes,
+            of_critic=of_critic,
         )
 
     def run(self, policy: Trainer, critic: Critic | None) -> str:

@@ -8,7 +8,6 @@ iter_*/past        the policy's weights of past versions, a folder each (--keep-
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -24,8 +23,6 @@ from qwench.weights.plan import PublicationPlan
 from qwench.weights.remote import publish_from_rank
 from qwench.wire.addresses import EngineAddress
 from qwench.wire.portions import WeightBucket, WeightPart
-
-_logger = logging.getLogger(__name__)
 
 _REFERENCE_FOLDER, _PAST_FOLDER = "reference", "past"
 
@@ -72,8 +69,8 @@ class TrainingState:
         """Read what `save` wrote. Without a saved reference or critic, the one from the start stays."""
         if self.moving_reference is not None and (folder / _REFERENCE_FOLDER).is_dir():
             self.moving_reference.load(folder / _REFERENCE_FOLDER)
-        if self.critic is not None and not self.critic.load(folder, weights_only=weights_only):
-            _logger.warning("%s has no critic: it starts from --critic-load or the policy's first weights", folder)
+        if self.critic is not None:
+            self.critic.load(folder, weights_only=weights_only)
         if self.past_policies is not None:
             self.past_policies.load(folder / _PAST_FOLDER)
         self.policy.load(folder, weights_only=weights_only, with_rng=with_rng)

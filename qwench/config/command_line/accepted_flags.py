@@ -22,8 +22,6 @@ ACCEPTED: tuple[ForeignFlag, ...] = (
     *flags(ON, "training is in bfloat16 on GPUs; see --train-dtype", "bf16"),
     *flags(ON, "the Megatron model is always that of Megatron-Core", "use-mcore-models"),
     *flags(("true", "false"), "models are those that transformers knows", "trust-remote-code"),
-    *flags(ANY, "the critic trains on the policy's ranks", "critic-num-nodes", same_as="actor-num-nodes"),
-    *flags(ANY, "the critic trains on the policy's ranks", "critic-num-gpus-per-node", same_as="actor-num-gpus-per-node"),
     *flags(("kv_cache weight", "weight kv_cache"), "an engine that sleeps gives both back", "offload-rollout-level"),
     *flags(("strict",), "roles, contents and calls of repeated messages are compared", "session-message-matcher"),
     *flags(("canonical_lora", "lora"), "each projection has its own A and B", "lora-type", told=True),

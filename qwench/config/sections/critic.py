@@ -10,8 +10,14 @@ from qwench.config.limits import check_not_negative, check_positive
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CriticConfig:
-    """The critic of --advantage-estimator ppo. It trains on the policy's ranks, in turn with the policy."""
+    """The critic of --advantage-estimator ppo. It trains on the policy's GPUs, in turn with it, or on GPUs of its own."""
 
+    critic_num_nodes: int | None = None
+    """Nodes of GPUs for the critic alone, on which it trains beside the policy. None: as --actor-num-nodes, if
+    --critic-num-gpus-per-node is given; else it trains on the policy's GPUs, in turn with the policy."""
+    critic_num_gpus_per_node: int | None = None
+    """GPUs for the critic alone on each of its nodes. On CPUs: processes. None: as --actor-num-gpus-per-node, if
+    --critic-num-nodes is given."""
     critic_lr: float | None = None
     """Peak learning rate of the critic. None: --lr."""
     critic_lr_warmup_iters: int = 0
@@ -26,6 +32,8 @@ class CriticConfig:
     """Only the critic learns, in every rollout."""
 
     def __post_init__(self) -> None:
+        check_positive("--critic-num-nodes", self.critic_num_nodes)
+        check_positive("--critic-num-gpus-per-node", self.critic_num_gpus_per_node)
         check_positive("--critic-lr", self.critic_lr)
         check_not_negative("--critic-lr-warmup-iters", self.critic_lr_warmup_iters)
         check_not_negative("--num-critic-only-steps", self.num_critic_only_steps)

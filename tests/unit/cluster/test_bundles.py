@@ -28,6 +28,7 @@ def seat(address: str, device: int) -> Seat:
         ({"actor_num_gpus_per_node": 4, "rollout_num_gpus": 4}, APART, 2, 2, Bundles(trainer=(4,), engines=(2, 2))),
         ({"actor_num_gpus_per_node": 4}, TRAINS, 0, 1, Bundles(trainer=(4,), engines=())),
         ({"actor_num_gpus_per_node": 4}, GENERATES, 2, 2, Bundles(trainer=(), engines=(2, 2))),
+        ({"actor_num_gpus_per_node": 4}, {**APART, "critic": (2, 2)}, 1, 2, Bundles(trainer=(4,), critic=(2, 2), engines=(2,))),
     ],
 )
 def test_bundles_of_a_layout(cluster, roles, num_engines, size, expected):
@@ -45,6 +46,8 @@ def test_bundles_of_a_layout(cluster, roles, num_engines, size, expected):
 def test_devices_are_counted_once_where_they_are_shared():
     assert Bundles(trainer=(4, 4), engines=(2,)).num_devices == 10
     assert Bundles(trainer=(4, 4), engines=()).num_devices == 8
+    apart = Bundles(trainer=(4, 4), critic=(2,), engines=(1,))
+    assert (apart.num_devices, apart.words) == (11, "8 for the trainer, 2 for the critic, 1 for engines apart from it")
 
 
 def test_ranks_are_ordered_by_address_as_a_number_and_by_device():

@@ -73,3 +73,8 @@ def test_a_trainer_that_does_not_fit_is_refused():
     config = read("--rollout-num-gpus-per-engine", "8")
     with pytest.raises(ConfigError, match=r"each trainer rank holds .* more than the 4 GiB of its GPU"):
         check_fit(config, plan_run(config, QWEN3_4B), device_bytes=4 * GIB)
+    critic = read("--advantage-estimator", "ppo", "--critic-num-gpus-per-node", "1", "--rollout-num-gpus-per-engine", "8")
+    plan = plan_run(critic, QWEN3_4B)
+    assert plan.critic is not None and plan.rank_bytes.device < 20 * GIB < plan.critic.rank_bytes.device
+    with pytest.raises(ConfigError, match=r"each critic rank holds .* more than the 20 GiB of its GPU"):
+        check_fit(critic, plan, device_bytes=20 * GIB)

@@ -39,6 +39,33 @@ def test_entropy_before_the_first_step_needs_a_pass_of_one_policy(flags, message
         )
 
 
+@pytest.mark.parametrize(
+    ("critic", "sections", "message"),
+    [
+        ({"critic_num_gpus_per_node": 16}, {}, r"--critic-num-gpus-per-node \(16\) is more than --num-gpus-per-node \(8\)"),
+        (
+            {"critic_num_nodes": 2},
+            {"cluster": ClusterConfig(launcher="local")},
+            "--launcher local knows this machine only, --critic-num-nodes 2",
+        ),
+        (
+            {"critic_num_gpus_per_node": 3},
+            {"cluster": ClusterConfig(actor_num_gpus_per_node=4), "parallel": ParallelConfig(dp_replicate=2)},
+            "--dp-replicate 2 does not divide the 3 data-parallel ranks of the critic",
+        ),
+        (
+            {"critic_num_nodes": 1},
+            {"algorithm": AlgorithmConfig()},
+            r"--critic-num-nodes \(1\) has no effect with --adv",
+        ),
+    ],
+)
+def test_the_gpus_of_a_critic_fit_the_run(critic, sections, message):
+    rollout, algorithm = RolloutConfig(rollout_batch_size=1), AlgorithmConfig(advantage_estimator="ppo")
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        check_rules(Config(critic=CriticConfig(**critic), **{"rollout": rollout, "algorithm": algorithm, **sections}))
+
+
 FROZEN = {"freeze_params_name_list": ("embed",)}
 
 

@@ -13,6 +13,7 @@ from qwench.config.sections.architecture import ArchitectureConfig
 from qwench.config.sections.asynchronous import AsyncConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.cluster import ClusterConfig
+from qwench.config.sections.critic import CriticConfig
 from qwench.config.sections.data import DataConfig
 from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.engine import EngineConfig
@@ -87,6 +88,24 @@ def test_ranks_that_are_left_over_are_data_parallel():
     assert data_parallel_size(layout, world_size=16) == 4
     with pytest.raises(ConfigError, match=r"\(4 ranks .* the 6 trainer ranks of --actor-num-nodes x --actor-num-gpus-per-node"):
         data_parallel_size(layout, world_size=6)
+
+
+def test_a_critic_of_its_own_is_sharded_over_its_own_ranks():
+    cluster = ClusterConfig(actor_num_nodes=2, actor_num_gpus_per_node=8)
+    algorithm, rollout = AlgorithmConfig(advantage_estimator="ppo"), RolloutConfig(rollout_batch_size=1)
+    parts = {"cluster": cluster, "algorithm": algorithm, "rollout": rollout}
+    on_tp2 = ParallelConfig(tensor_model_parallel_size=2)
+    plan = plan_run(Config(**parts, critic=CriticConfig(critic_num_gpus_per_node=2), parallel=on_tp2), QWEN3_4B)
+    assert (plan.devices.critic, plan.dp_size, plan.critic.dp_size) == ((2, 2), 8, 2)
+    assert (plan.of_critic.dp_size, plan.of_critic.rank_bytes) == (2, plan.critic.rank_bytes)
+    assert plan.critic.rank_bytes.optimizer > 2 * plan.rank_bytes.optimizer
+    lines = list(plan_lines(Config(**parts, critic=CriticConfig(critic_num_gpus_per_node=2), parallel=on_tp2), plan))
+    assert any(line.startswith("critic: on 4 ranks of its own (DP 2), beside the policy; ") for line in lines)
+    shared = plan_run(Config(**parts), QWEN3_4B)
+    assert (shared.holds_critic, shared.critic, shared.of_critic, shared.devices.critic) == (True, None, None, ())
+    with pytest.raises(ConfigError, match=r"the 3 trainer ranks of --critic-num-nodes x --critic-num-gpus-per-node"):
+        lone = CriticConfig(critic_num_nodes=1, critic_num_gpus_per_node=3)
+        plan_run(Config(**parts, critic=lone, parallel=on_tp2), QWEN3_4B)
 
 
 BATCH = RolloutConfig(rollout_batch_size=4, n_samples_per_prompt=2, rollout_max_response_len=100, rollout_temperature=0.7)

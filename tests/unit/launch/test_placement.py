@@ -14,6 +14,7 @@ from qwench.config.plan import plan_run
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.asynchronous import AsyncConfig
 from qwench.config.sections.cluster import ClusterConfig
+from qwench.config.sections.critic import CriticConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.engines.fleet.servers import ServerCommand
@@ -63,6 +64,21 @@ def test_torchrun_is_refused_where_it_cannot_be_meant(ranks, generates, message)
 
 
 @pytest.mark.parametrize(
+    ("critic", "environ", "expected"),
+    [
+        ({"critic_num_gpus_per_node": 1}, {}, "local"),
+        ({"critic_num_nodes": 1}, RAY, "ray"),
+        ({"critic_num_nodes": 2}, {}, "ray"),
+    ],
+)
+def test_a_critic_of_its_own_makes_several_ranks(critic, environ, expected):
+    config = Config(critic=CriticConfig(**critic))
+    assert choose_launcher(config, environ, generates=True) == expected
+    with pytest.raises(ConfigError, match="--critic-num-gpus-per-node needs ranks that qwench starts itself"):
+        choose_launcher(config, {"WORLD_SIZE": "2"}, generates=False)
+
+
+@pytest.mark.parametrize(
     ("train_dtype", "on_gpu", "expected"),
     [("auto", True, torch.bfloat16), ("auto", False, torch.float32), ("float32", True, torch.float32)],
 )
@@ -92,8 +108,16 @@ def inputs_of(config: Config) -> Inputs:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("engines", "expected"), [((), [[0, 1], [2], [3]]), ((2, 1, 1), [[4, 5], [6], [7]])])
-def test_engines_get_the_trainers_gpus_or_those_after_them(engines, expected, monkeypatch):
+@pytest.mark.parametrize(
+    ("engines", "critic", "expected"),
+    [
+        ((), (), [[0, 1], [2], [3]]),
+        ((), (2,), [[0, 1], [2], [3]]),
+        ((2, 1, 1), (), [[4, 5], [6], [7]]),
+        ((2, 1, 1), (2,), [[6, 7], [8], [9]]),
+    ],
+)
+def test_engines_get_the_trainers_gpus_or_those_after_them(engines, critic, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(placement, "gpu_names", lambda gpu_ids: tuple(f"gpu {gpu_id}" for gpu_id in gpu_ids))
     config = Config(cluster=ClusterConfig(actor_num_gpus_per_node=4), rollout=RolloutConfig(rollout_batch_size=4))
@@ -104,7 +128,7 @@ def test_engines_get_the_trainers_gpus_or_those_after_them(engines, expected, mo
         asked.append(list(gpu_ids))
         return ServerCommand(label="engine", argv=(), environ=environ, log_file=Path())
 
-    processes = LocalProcesses(inputs, Bundles(trainer=(4,), engines=engines), ranks_inside=False)
+    processes = LocalProcesses(inputs, Bundles(trainer=(4,), critic=critic, engines=engines), ranks_inside=False)
     servers = processes.make_servers([make] * 3, sizes=[2, 1, 1])
     assert asked == expected
     assert [server.placement.devices for server in servers] == [tuple(f"gpu {one}" for one in ids) for ids in expected]

@@ -15,9 +15,11 @@ from qwench.config.sections.training import TrainingConfig
 from qwench.models.memory import SequenceCost
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Group, Prompt, Rollout, Sample, Status
+from qwench.training.critic_learner import CriticLearner
 from qwench.training.hooks import NO_HOOKS
 from qwench.training.learner import Learner
 from qwench.training.reference import PastPolicies, Reference
+from qwench.training.rollout_columns import RolloutColumns
 from qwench.training.state import TrainingState
 from tests.fakes.console import RecordingConsole
 from tests.fakes.trainer import TableTrainer
@@ -59,17 +61,13 @@ def make_learner(backend=None, *, global_batch_size=8, training=None, console=No
     user_terms = algorithm.pop("user_terms", UserTerms())
     critic, num_critic_only = algorithm.pop("critic", None), algorithm.pop("num_critic_only", 0)
     opd_kl_coef = algorithm.pop("opd_kl_coef", None)
-    num_past, others = algorithm.pop("num_past", 0), algorithm.pop("others", {})
+    num_past, others = algorithm.pop("num_past", 0), dict(algorithm.pop("others", {}))
     backend = backend or TableTrainer(TABLE)
     section = AlgorithmConfig(**algorithm)
     reference = Reference(backend) if section.needs_reference else None
-    config = Config(
-        rollout=RolloutConfig(rollout_batch_size=global_batch_size),
-        training=TrainingConfig(global_batch_size=global_batch_size, **(training or {})),
-        algorithm=section,
-    )
-    plan = plan_run(config, QWEN3_4B)
-    plan = replace(plan, cost=SequenceCost(linear=1.0, quadratic=0.1), num_critic_only=num_critic_only)
+    plan = make_plan(section, global_batch_size, num_critic_only=num_critic_only, **(training or {}))
+    method = build_method(section, user_terms=user_terms, opd_kl_coef=opd_kl_coef)
+    of_columns = {name: others.pop(name) for name in ("targets", "truncated", "shaping", "convert") if name in others}
     return Learner(
         TrainingState(
             backend,
@@ -78,15 +76,32 @@ def make_learner(backend=None, *, global_batch_size=8, training=None, console=No
             critic=critic,
             past_policies=PastPolicies(backend, num_kept=num_past) if num_past else None,
         ),
-        build_method(section, user_terms=user_terms, opd_kl_coef=opd_kl_coef),
+        method,
+        RolloutColumns(method, plan, reward_post_process=hook, **of_columns),
         plan=plan,
         temperature=TEMPERATURE,
         timer=timer or PhaseTimer(),
         console=console or RecordingConsole(),
-        reward_post_process=hook,
         hooks=hooks,
         **others,
     )
+
+
+def make_plan(section, global_batch_size, *, num_critic_only, **training):
+    config = Config(
+        rollout=RolloutConfig(rollout_batch_size=global_batch_size),
+        training=TrainingConfig(global_batch_size=global_batch_size, **training),
+        algorithm=section,
+    )
+    return replace(plan_run(config, QWEN3_4B), cost=SequenceCost(linear=1.0, quadratic=0.1), num_critic_only=num_critic_only)
+
+
+def make_critic_learner(critic, link, *, global_batch_size, num_critic_only, **algorithm):
+    """Return the learner of a critic on a rank of its own."""
+    section = AlgorithmConfig(**algorithm)
+    plan, method = make_plan(section, global_batch_size, num_critic_only=num_critic_only), build_method(section)
+    parts = {"plan": plan, "temperature": TEMPERATURE, "timer": PhaseTimer(), "console": RecordingConsole()}
+    return CriticLearner(critic, method, RolloutColumns(method, plan), link, **parts, forgets_moments=False)
 
 
 def learn(rollout, **kwargs):

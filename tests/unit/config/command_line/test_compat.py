@@ -66,7 +66,7 @@ def test_every_flag_of_others_has_values_and_a_reason():
 SILENT = """
 accumulate-allreduce-grads-in-fp32 attention-backend attention-dropout attention-softmax-in-fp32 bf16 check-lora-weight-equal
 check-weight-update-allow-quant-error check-weight-update-equal check-weight-update-selector check-weight-update-skip-list
-ci-train-rollout-logprob-abs-diff-threshold ckpt-format control-server-port critic-num-gpus-per-node critic-num-nodes
+ci-train-rollout-logprob-abs-diff-threshold ckpt-format control-server-port
 data-pad-size-multiplier disable-wandb-random-suffix end-weight-decay fetch-trajectory-retry-times fp16 hidden-dropout
 keep-fp32-master lora-base-cpu-backup lora-sync-from-tensor main-grads-dtype main-params-dtype memory-recorder
 min-batch-collection-ratio mtp-loss-scaling-factor offload-rollout-level offload-train-target override-lr-scheduler
