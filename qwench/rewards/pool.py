@@ -72,9 +72,9 @@ class RewardPool:
         if self._custom is not None:
             return pick_score(await self._custom.grade(sample), self._reward.reward_key)
         names = rm_types_of(self._reward, sample.metadata if "rm_type" in sample.metadata else sample.prompt.metadata)
-        verdicts = await asyncio.gather(*(self._grade(sample, name) for name in names))
         if len(names) == 1:
-            return pick_score(verdicts[0], self._reward.reward_key)
+            return pick_score(await self._grade(sample, names[0]), self._reward.reward_key)
+        verdicts = await asyncio.gather(*(self._grade(sample, name) for name in names))
         whole = combine(dict(zip(names, verdicts, strict=True)), self._reward.weights_of(names))
         return pick_score(whole, self._reward.reward_key)
 

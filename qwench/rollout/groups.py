@@ -151,7 +151,9 @@ class GroupRunner:
     async def _grade_execution(self, samples: list[Sample]) -> None:
         if self._group_rm:
             return
-        if self._grades_executions and len(samples) > 1:
+        if len(samples) == 1:
+            await self._grade(samples[0])
+        elif self._grades_executions:
             await self._grade_group(samples)
         else:
             await gather_or_cancel(self._grade(sample) for sample in samples)
@@ -242,8 +244,9 @@ async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, Result]]) ->
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return list(await asyncio.gather(*tasks))
-    finally:
+    except BaseException:
         await cancel_and_wait(tasks)
+        raise
 
 
 async def cancel_and_wait(tasks: Collection[asyncio.Future[Result]]) -> None:
