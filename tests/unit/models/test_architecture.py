@@ -92,3 +92,18 @@ def test_a_critic_is_the_same_decoder_with_a_head_of_its_own() -> None:
     critic = model.as_critic()
     assert (critic.value_head, critic.tied_head) == (True, False)
     assert replace(critic, value_head=False, tied_head=True) == model
+
+
+def test_a_part_of_a_model_has_its_share_of_heads_columns_and_tokens() -> None:
+    model = architecture_of(Qwen3Config(num_attention_heads=8, num_key_value_heads=4, intermediate_size=64, vocab_size=100))
+    part = model.divided(4)
+    changed = {"num_heads": 2, "num_kv_heads": 1, "ffn_hidden_size": 16, "vocab_size": 25}
+    assert part == replace(model, **changed)
+    for size, problem in ((8, "4 key-value heads"), (3, "4 key-value heads")):
+        with pytest.raises(ConfigError, match=f"an engine of {size} GPUs cannot divide the model's {problem}"):
+            model.divided(size)
+    for change, problem in (({"intermediate_size": 66}, "66 elements of the MLP"), ({"vocab_size": 101}, "101 tokens")):
+        with pytest.raises(ConfigError, match=f"an engine of 4 GPUs cannot divide the model's {problem}"):
+            architecture_of(Qwen3Config(num_attention_heads=8, num_key_value_heads=4, **{"vocab_size": 100} | change)).divided(
+                4
+            )
