@@ -1,5 +1,7 @@
 """The checkpoint of a run that a signal ends."""
 
+import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,23 @@ def test_a_run_that_learned_nothing_writes_nothing(tmp_path):
 def test_a_run_without_a_folder_says_what_it_loses():
     said = manager_of().save_stopped(3, CountingLearner(7), CountingRollouts(3))
     assert said == "The 3 rollouts learned from are lost: --save is not given."
+
+
+def is_locked(file: Path) -> bool:
+    """Ask in another process: the lock is of this one."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with file.open("a") as stream:
+                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os._exit(0)
+        except OSError:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+def test_the_folder_is_free_when_the_manager_has_finished(tmp_path):
+    manager = manager_of(save=tmp_path)
+    assert is_locked(tmp_path / "qwench.lock")
+    manager.finish()
+    assert not is_locked(tmp_path / "qwench.lock")
