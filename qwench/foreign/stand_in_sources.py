@@ -37,9 +37,6 @@ class DataSource(ABC):
     def load(self, rollout_id: int | None = None) -> None:
         """Go to the position after a rollout."""
 
-    @abstractmethod
-    def __len__(self) -> int: ...
-
 
 @dataclass
 class Dataset:

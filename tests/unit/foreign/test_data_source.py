@@ -10,7 +10,7 @@ from qwench.data.prompts import PromptSource, load_prompts
 from qwench.errors import CheckpointError, ConfigError, QwenchError
 from qwench.foreign.data_source import ForeignSource, check_data_source
 from qwench.foreign.sample import Sample
-from qwench.foreign.stand_in_sources import RolloutDataSource, RolloutDataSourceWithBuffer
+from qwench.foreign.stand_in_sources import DataSource, RolloutDataSource, RolloutDataSourceWithBuffer
 from qwench.models.made.tokenizers import build_small_tokenizer
 
 HERE = "tests.unit.foreign.test_data_source"
@@ -120,6 +120,14 @@ def args(tmp_path: Path) -> Namespace:
     order = {"rollout_global_dataset": True, "rollout_shuffle": True, "rollout_seed": 7, "n_samples_per_prompt": 2}
     places = {"save": str(tmp_path / "out"), "load": str(tmp_path / "out"), "hf_checkpoint": str(model)}
     return Namespace(prompt_data=str(rows), **columns, **chat, **order, **places)
+
+
+def test_a_class_needs_the_four_methods_of_the_references_base_and_no_length():
+    methods = {name: lambda *_: None for name in ("get_samples", "add_samples", "save", "load")}
+    type("Mine", (DataSource,), methods)()
+    for left_out in methods:
+        with pytest.raises(TypeError, match=left_out):
+            type("Mine", (DataSource,), {name: method for name, method in methods.items() if name != left_out})()
 
 
 def test_the_references_own_source_has_the_order_of_the_runs(args):
