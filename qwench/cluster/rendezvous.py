@@ -9,18 +9,15 @@ import torch.distributed as dist
 
 LOOPBACK = "127.0.0.1"
 _BACKLOG = 1024
+_TIMEOUT_S = 1800.0
+"""How long a rank waits for something that another one has to say."""
 
 
 class Rendezvous:
     """Listens from construction on, at one address of this machine only; ends with this object."""
 
-    def __init__(self, address: str = LOOPBACK, *, timeout_s: float = 1800.0) -> None:
-        """Listen on a free port of `address`, which every rank must reach.
-
-        Args:
-            address: of this machine.
-            timeout_s: how long a rank waits for something that another one has to say.
-        """
+    def __init__(self, address: str = LOOPBACK) -> None:
+        """Listen on a free port of `address`, of this machine, which every rank must reach."""
         listener = socket.create_server((address, 0), backlog=_BACKLOG)
         self._address, self._port = listener.getsockname()[:2]
         self._store = dist.TCPStore(
@@ -28,7 +25,7 @@ class Rendezvous:
             self._port,
             is_master=True,
             wait_for_workers=False,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timedelta(seconds=_TIMEOUT_S),
             master_listen_fd=listener.detach(),
         )
 

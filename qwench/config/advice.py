@@ -64,10 +64,10 @@ def _training_warnings(config: Config) -> Iterator[str]:
             "on a server at 1; --opd-type megatron and --opd-log-prob-top-k compare at one temperature"
         )
     if rollout.n_samples_per_prompt == 1 and _compares_siblings(config.algorithm):
-        taught = distillation.use_opd
-        so = "they count 0, only the teacher is followed" if taught else "every advantage is 0, nothing is learned"
+        alone, taught = "every advantage is 0, nothing is learned", "they count 0, only the teacher is followed"
+        effect = taught if distillation.use_opd else alone
         yield (
-            f"--n-samples-per-prompt 1: rewards are compared within their group, so {so}; raise it, or give "
+            f"--n-samples-per-prompt 1: rewards are compared within their group, so {effect}; raise it, or give "
             "--disable-rewards-normalization"
         )
     if config.distillation.opd_log_prob_top_k:

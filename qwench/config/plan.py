@@ -47,10 +47,10 @@ BFLOAT16_BYTES = 2
 _ADAM8BIT_BYTES = 2 * (1 + FLOAT32_BYTES / 256)
 _MOMENT_BYTES = {"fp32": FLOAT32_BYTES, "bf16": BFLOAT16_BYTES}
 
-_QUANTISED_BYTES = {"auto": 0.0, "fp8": 1 + 4 / 128**2, "nf4": 0.5 + 4 / 64}
-"""Of a frozen weight, by --lora-base, its share of a block's scale included."""
 _BLOCKS = {"fp8": 128, "nf4": 64}
 """Values along a side of a block of --lora-base (`models.fp8`, `training.frozen`)."""
+_QUANTISED_BYTES = {"auto": 0.0, "fp8": 1 + 4 / _BLOCKS["fp8"] ** 2, "nf4": 0.5 + 4 / _BLOCKS["nf4"]}
+"""Of a frozen weight, by --lora-base, its share of a block's scale included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,7 +181,9 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
     devices = plan_devices(config, trains=trains, on_gpus=on_gpus)
     check_division(config, model)
     holds_reference = devices.trains and config.algorithm.needs_reference
-    num_frozen = holds_reference + (config.distillation.opd_type == "megatron") + config.num_past_policies
+    # Under adapters, the reference is the policy without them.
+    num_frozen = 0 if config.lora.enabled else holds_reference + config.num_past_policies
+    num_frozen += config.distillation.opd_type == "megatron"
     score_tokens = training.log_probs_max_tokens_per_gpu or training.max_tokens_per_gpu
     return RunPlan(
         model=model,
@@ -309,7 +311,6 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, num_frozen
         moments=_moment_bytes(optimizer, model),
         offloaded=optimizer.offloaded_share,
     )
-    has_teacher = config.distillation.opd_type == "megatron"
     num_shards = dp_size // config.parallel.dp_replicate
     lora, stage_layers = config.lora, layout.most_layers(model.num_layers)
     if lora.enabled and config.backend == "fsdp":
@@ -319,7 +320,7 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, num_frozen
             num_shards=num_shards,
             num_trained=num_adapter_parameters(model, lora.targets, lora.rank),
             keeps_start=lora.lora_init == "pissa",
-            holds_teacher=has_teacher,
+            holds_reference=num_frozen > 0,
             num_quantised=_num_quantised(lora, model, num_layers=model.num_layers),
             quantised=_QUANTISED_BYTES[lora.lora_base],
         )
@@ -342,8 +343,7 @@ def _rank_bytes(config: Config, model: Architecture, *, dp_size: int, num_frozen
             num_quantised=_num_quantised(lora, model, num_layers=stage_layers) // layout.tp,
             quantised=_QUANTISED_BYTES[lora.lora_base],
         )
-    copies = has_teacher if lora.enabled else num_frozen
-    return replace(held, host_reference=held.host_reference * copies)
+    return replace(held, host_reference=held.host_reference * num_frozen)
 
 
 def _num_quantised(lora: LoraConfig, model: Architecture, *, num_layers: int) -> int:

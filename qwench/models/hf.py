@@ -128,13 +128,10 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     return read_architecture(config.to_dict())
 
 
-def load_model(
-    path: Path, *, dtype: torch.dtype | None = None, attn_implementation: str = "sdpa", device: torch.device | str = "cpu"
-) -> PreTrainedModel:
-    """Load the causal language model of a folder, in evaluation mode; FP8 weights are dequantized.
+def load_model(path: Path, *, dtype: torch.dtype | None = None, attn_implementation: str = "sdpa") -> PreTrainedModel:
+    """Load the causal language model of a folder on the host, in evaluation mode; FP8 weights are dequantized.
 
-    Host and device each hold the weights at most once: they are mapped from the files and moved tensor by tensor (FP8 weights:
-    the host holds them twice).
+    The host holds the weights once, mapped from the files, and FP8 weights twice.
 
     Args:
         dtype: Of the model. None: that of the files, also where config.json names another.
@@ -166,7 +163,7 @@ def load_model(
     for problem in ("missing_keys", "mismatched_keys"):
         # transformers would go on with random values in their place.
         assert not report[problem], f"{problem} of {path}: {report[problem]}, which find_parameters did not find"
-    ready: PreTrainedModel = _without_padding_row(model.to(device).eval())
+    ready: PreTrainedModel = _without_padding_row(model.eval())
     return ready
 
 

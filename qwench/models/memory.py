@@ -157,7 +157,7 @@ def adapter_bytes(
     num_shards: int,
     num_trained: int,
     keeps_start: bool,
-    holds_teacher: bool = False,
+    holds_reference: bool,
     num_quantised: int = 0,
     quantised: float = 0.0,
 ) -> RankBytes:
@@ -166,7 +166,7 @@ def adapter_bytes(
     Args:
         num_trained: Parameters of the adapters.
         keeps_start: The start of the adapters is held too, and subtracted.
-        holds_teacher: Another model waits on the host for the places of the frozen one.
+        holds_reference: A teacher waits on the host for the places of the frozen model.
         num_quantised: Frozen parameters in fewer bits, which each rank holds whole. quantised: Bytes of one.
     """
     owned, trained = -(-(num_parameters(model) - num_quantised) // num_shards), -(-num_trained // num_shards)
@@ -178,7 +178,7 @@ def adapter_bytes(
         gradients=(num_trained if num_trained * FLOAT32_BYTES <= WHOLE_GRADIENT_BYTES else trained) * FLOAT32_BYTES,
         optimizer=round(trained * (FLOAT32_BYTES - weights + state.moments) * (1 - state.offloaded)),
         host_optimizer=round(trained * (FLOAT32_BYTES + state.moments) * state.offloaded),
-        host_reference=owned * state.param if holds_teacher else 0,
+        host_reference=owned * state.param if holds_reference else 0,
     )
 
 

@@ -167,9 +167,9 @@ class TensorBoardSink:
     The package's own writer is not used: its thread ends, and prints a traceback, when the disk is full.
     """
 
-    def __init__(self, folder: Path, *, flag: str = "--tensorboard-dir") -> None:
-        """Name the folder, and the flag that named it, for messages."""
-        self._folder, self._flag = folder, flag
+    def __init__(self, folder: Path) -> None:
+        """Name the folder."""
+        self._folder = folder
         self._first_steps: dict[Axis, int] = {}
         self._make_event = import_tensorboard().Event
         self._files: dict[Axis, GrowingFile] = {}
@@ -201,7 +201,7 @@ class TensorBoardSink:
         """Return the event file of an axis; a new one begins with its version, and from which step on it replaces others."""
         if axis not in self._files:
             name = f"events.out.tfevents.{time.time_ns():019d}.{platform.node()}.{os.getpid()}"
-            self._files[axis] = file = GrowingFile(self._folder / axis.value.partition("/")[0] / name, flag=self._flag)
+            self._files[axis] = file = GrowingFile(self._folder / axis.value.partition("/")[0] / name, flag="--tensorboard-dir")
             first = [self._make_event(wall_time=time.time(), file_version="brain.Event:2")]
             if axis in self._first_steps:
                 start = {"status": "START"}

@@ -37,7 +37,10 @@ class HostCopy:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Hold the copies in the tensors inside the context; what was there waits on the host, and is there again after it."""
+        """Hold the copies in the tensors inside the context; what was there waits on the host, and is there again after it.
+
+        What the context writes into the tensors is in the copies afterwards if they have the tensors' dtype.
+        """
         if any(copy.dtype != tensor.dtype for tensor, copy in zip(self._tensors, self._copies, strict=True)):
             held = HostCopy(self._tensors)
             self.load()

@@ -47,11 +47,12 @@ def as_one(whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the matrices of an adapter folder: starts become further rows of A and, subtracted, further columns of B."""
     found: dict[str, Tensor] = {}
     for name, matrix in whole.items():
+        if is_start(name):
+            continue
         start = whole.get(start_of(name))
-        if start is None:
-            found[name] = matrix
-        elif not is_start(name):
-            found[name] = torch.cat([matrix, start]) if name.endswith(A) else torch.cat([matrix, -start], dim=1)
+        if start is not None:
+            matrix = torch.cat([matrix, start]) if name.endswith(A) else torch.cat([matrix, -start], dim=1)
+        found[name] = matrix
     return found
 
 

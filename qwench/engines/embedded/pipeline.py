@@ -25,7 +25,7 @@ from qwench.engines.protocol import FinishReason
 from qwench.errors import EngineError
 
 LOOK_S = 1.0
-"""Between two looks at whether work will never end."""
+"""Seconds between two checks whether work can still end."""
 Result = TypeVar("Result")
 Take = Callable[[Scheduler, InFlight, Sampled], None]
 
@@ -78,7 +78,7 @@ class Worker:
     """Runs work that blocks: in a thread, or inline on the event loop itself."""
 
     def __init__(self, *, inline: bool, lost: Callable[[], EngineError | None] | None = None) -> None:
-        """`lost` tells why work that goes on will never end; its caller gets that error."""
+        """`lost` returns the error of work that can no longer end, which its caller gets; None: it can."""
         self._executor = None if inline else ThreadPoolExecutor(1, thread_name_prefix="qwench-engine")
         self._lost = lost
 

@@ -78,10 +78,10 @@ def sglang_command(
 
 def _without_expandable_segments(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the allocator's settings without what the memory saver refuses; a run may set it for its trainer."""
-    names = [name for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if name in environ]
     return {
         name: ",".join(one for one in environ[name].split(",") if not one.strip().startswith("expandable_segments"))
-        for name in names
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+        if name in environ
     }
 
 

@@ -93,10 +93,9 @@ def make_checkpoint(
     size: str,
     tokenizer: PreTrainedTokenizerBase,
     seed: int = 0,
-    dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
 ) -> Qwen3Config:
-    """Write a Hugging Face folder with random weights of the named size, and return its configuration.
+    """Write a Hugging Face folder with random bfloat16 weights of the named size, and return its configuration.
 
     The folder appears whole or not at all. Equal arguments give equal bytes (on one kind of device). Tensors are made and
     written one by one.
@@ -111,9 +110,9 @@ def make_checkpoint(
     if is_occupied(folder):
         raise ConfigError(f"--output {folder} exists and is not an empty folder; choose another.")
     config = shape.to_config(vocab_size=vocab_size)
-    config.dtype = dtype
+    config.dtype = torch.bfloat16
     with torch.device("meta"):
-        nbytes = sum(one.numel() * dtype.itemsize for one in Qwen3ForCausalLM(config).parameters())
+        nbytes = sum(one.numel() * config.dtype.itemsize for one in Qwen3ForCausalLM(config).parameters())
     check_can_hold(folder, flag="--output", nbytes=nbytes)
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     partial = folder.with_name(folder.name + TEMPORARY_SUFFIX)
@@ -121,7 +120,7 @@ def make_checkpoint(
     partial.mkdir(parents=True)
     tokenizer.save_pretrained(partial)
     _generation_config(tokenizer).save_pretrained(partial)
-    weights = random_weights(config, seed=seed, dtype=dtype, device=device, std=shape.initial_std)
+    weights = random_weights(config, seed=seed, dtype=config.dtype, device=device, std=shape.initial_std)
     write_shards(partial, ([entry] for entry in weights))
     config.save_pretrained(partial)
     _add_rope_theta(partial / "config.json", shape.rope_theta)

@@ -218,13 +218,12 @@ class FsdpTrainer(BackendTrainer):
         return HostCopy(shards, dtype=self._param_dtype)
 
     def copy_for_frozen(self, folder: Path) -> HostCopy:
-        """Read another model into the places of the frozen weights, copy it to the host, and undo that. See `Trainer`."""
+        """Read another model into the places of the frozen weights, and exchange them for a copy. See `Trainer`."""
         self._assert_awake()
         frozen = [local_shard(weight) for weight in self._frozen.values()]
-        own = HostCopy(frozen)
-        fill_shards(self._frozen, open_weights(folder, self._architecture))
         copy = HostCopy(frozen)
-        own.load()
+        with copy.swapped_in():
+            fill_shards(self._frozen, open_weights(folder, self._architecture))
         return copy
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:

@@ -261,8 +261,8 @@ class Adapters:
                 for group in groups:  # from the first tensor-parallel rank to the others, then from the first replica
                     dist.broadcast(matrix, src=dist.get_global_rank(group, 0), group=group)
                 for name in (f"{module}.{leaf}", start_of(f"{module}.{leaf}")):
-                    own, place = held[name]
-                    place.data.copy_(self._share(own, matrix))
+                    own, share = held[name]
+                    share.data.copy_(self._share(own, matrix))
 
 
 def adapter_rules(model: Architecture, section: LoraConfig) -> Iterator[WeightRule]:

@@ -217,13 +217,12 @@ class MegatronTrainer(BackendTrainer):
         return HostCopy(self._weight_buffers())
 
     def copy_for_frozen(self, folder: Path) -> HostCopy:
-        """Read another model into the places of the frozen weights, copy it to the host, and undo that. See `Trainer`."""
+        """Read another model into the places of the frozen weights, and exchange them for a copy. See `Trainer`."""
         self._assert_awake()
         frozen = [weight for _, weight in self._loaded]
-        own = HostCopy(frozen)
-        load_weights(self._model, open_weights(folder, self._config), self._config, self._layout)
         copy = HostCopy(frozen)
-        own.load()
+        with copy.swapped_in():
+            load_weights(self._model, open_weights(folder, self._config), self._config, self._layout)
         return copy
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Each flag of the lists that a check goes through is refused by its name: with the first words of a line, the others."""
+"""Flags that contradict others are refused by name: the second words of a row beside the first, which are accepted alone."""
 
 from __future__ import annotations
 

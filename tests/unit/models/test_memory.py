@@ -93,17 +93,18 @@ def test_adapters_are_trained_beside_a_model_of_which_no_rank_keeps_more_than_ro
     # Rows and columns of the matrices of a layer: q and o 4 + 4, k and v 2 + 4, gate, up and down 8 + 4.
     assert num_adapter_parameters(SMALL, PROJECTIONS, 2) == 4 * 2 * (2 * 8 + 2 * 6 + 3 * 12) == 512
     assert num_adapter_parameters(SMALL, ("k_proj", "down_proj"), 3) == 4 * 3 * (6 + 12)
-    held = adapter_bytes(SMALL, BF16, num_shards=2, num_trained=100, keeps_start=False, holds_teacher=True)
+    held = adapter_bytes(SMALL, BF16, num_shards=2, num_trained=100, keeps_start=False, holds_reference=True)
     assert held == RankBytes(
         weights=334 * 2 + 50 * 4, gradients=400, optimizer=50 * 8, host_optimizer=0, host_reference=334 * 2
     )
     offloaded = StateBytes(param=2, moments=8, offloaded=1.0)
-    held = adapter_bytes(SMALL, offloaded, num_shards=1, num_trained=100, keeps_start=True)
+    held = adapter_bytes(SMALL, offloaded, num_shards=1, num_trained=100, keeps_start=True, holds_reference=False)
     assert held == RankBytes(weights=668 * 2 + 100 * 4, gradients=400, optimizer=0, host_optimizer=1200, host_reference=0)
 
 
 def test_each_rank_holds_all_weights_in_fewer_bits():
-    held = adapter_bytes(SMALL, BF16, num_shards=2, num_trained=100, keeps_start=False, num_quantised=400, quantised=0.5)
+    fewer = {"num_quantised": 400, "quantised": 0.5}
+    held = adapter_bytes(SMALL, BF16, num_shards=2, num_trained=100, keeps_start=False, holds_reference=False, **fewer)
     assert held.weights == (668 - 400) // 2 * 2 + 400 // 2 + 50 * 4
 
 

@@ -7,9 +7,10 @@ that it has, waits until those have told it the same, and adds up all parts in t
 
     place of rank r:  [signals: place, row, rank | parts of place 0 [rows, D] | parts of place 1 [rows, D]]
 
-A signal is 1 from the write of its sender until its receiver has seen it. The places take turns within a forward pass, so that
-a part is overwritten only after a wait at the other place, which every rank reaches after it has read. Between passes there is
-a collective. Of n ranks each reads n - 1 parts: less latency than a ring's, and more bytes, therefore only of few rows.
+A signal is 1 from the write of its sender until its receiver has seen it. The two places, a double buffer, take turns within a
+forward pass, so that a part is overwritten only after a wait at the other place, which every rank reaches after it has read.
+Between passes there is a collective. Of n ranks each reads n - 1 parts: less latency than a ring's, and more bytes, therefore
+only of few rows.
 Source: one-shot all-reduce of TensorRT-LLM and vLLM; PyTorch's symmetric memory has it without the norm.
 """
 
@@ -64,7 +65,7 @@ class PeerSums:
         self._addresses: Tensor | None = None
 
     def descriptor(self) -> int:
-        """Return a file descriptor of this rank's memory; whoever gets it closes it."""
+        """Return a file descriptor of this rank's memory; the receiver closes it."""
         return self._memory[self._rank].descriptor()
 
     def meet(self, descriptors: list[int]) -> None:
