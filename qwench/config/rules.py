@@ -80,8 +80,9 @@ def transformer_impl_is_megatrons(config: Config) -> str | None:
 
 def replicas_divide_ranks(config: Config) -> str | None:
     """Replicated and sharded data parallelism multiply to the data-parallel size."""
-    for whose, world_size in (("", config.cluster.world_size), (" of the critic", sum(config.critic_gpus))):
-        dp_size = data_parallel_size(config.parallel.layout, world_size=world_size)
+    for whose, model, size in (("", "actor", config.cluster.world_size), (" of the critic", "critic", sum(config.critic_gpus))):
+        flags = f"--{model}-num-nodes x --{model}-num-gpus-per-node"
+        dp_size = data_parallel_size(config.parallel.layout, world_size=size, flags=flags)
         if dp_size % config.parallel.dp_replicate:
             return f"--dp-replicate {config.parallel.dp_replicate} does not divide the {dp_size} data-parallel ranks{whose}"
     return None

@@ -173,6 +173,11 @@ TABLE = [
         "--disable-rollout-global-dataset leaves no prompts; give --rollout-function-path or",
     ),
     ("--data-source-path a.b", "--loss-type sft_loss", "--data-source-path has no effect with --loss-type sft_loss"),
+    (
+        "--advantage-estimator ppo --tensor-model-parallel-size 2 --actor-num-gpus-per-node 2",
+        "--critic-num-gpus-per-node 3",
+        "--tensor-model-parallel-size 2 (2 ranks for one copy of the model) does not divide the 3 trainer ranks of --critic",
+    ),
     ("", "--sglang-port 1", "--sglang-port is not passed on: "),
     ("", "--router-host 0.0.0.0", "--router-host is not passed on: "),
 ]
