@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 
 from qwench.cluster.local import LocalRanks
+from qwench.cluster.workers import RemoteLearner, WorkerGroup
 from qwench.errors import TrainingError
+from qwench.observability.console import QuietConsole
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout, Sample
 from qwench.training.learner import Learned
@@ -91,8 +93,9 @@ def build(timer: PhaseTimer) -> ReportingLearner:
 
 
 def drive_one_rank() -> None:
-    """Start a rank, print its process id and the folder of ranks, and wait."""
+    """Start a rank, print its process id and the folder of ranks once it has built its learner, and wait."""
     ranks = LocalRanks(1, environ=os.environ, bucket_bytes=64, log_folder=None)
+    RemoteLearner(WorkerGroup(ranks), build, console=QuietConsole())
     sys.stdout.write(f"{ranks.pids[0]} {ranks._folder}\n")
     sys.stdout.flush()
     time.sleep(600)
