@@ -96,9 +96,9 @@ def find_checkpoint(folder: Path, *, step: int | None = None, flag: str = "--loa
         return named
     if not (folder / POINTER).is_file():
         return folder
-    target = (folder / POINTER).read_text(encoding="utf-8").strip()
-    if target != RELEASE and not target.isdecimal():
-        raise ConfigError(f"{flag} {folder}: {POINTER} says {target!r}; it must be {RELEASE} or a number.")
+    target = (folder / POINTER).read_text(encoding="utf-8", errors="replace").strip()
+    if target != RELEASE and not (target.isdecimal() and len(target) < 19):
+        raise ConfigError(f"{flag} {folder}: {POINTER} says {target[:40]!r}; it must be {RELEASE} or a number.")
     named = folder / RELEASE if target == RELEASE else Iterations(folder).folder(int(target))
     if not named.is_dir():
         raise ConfigError(f"{flag} {folder}: {POINTER} says {target}, but there is no {named.name}.")

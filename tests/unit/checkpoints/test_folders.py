@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from qwench.checkpoints.convert import RunState
-from qwench.checkpoints.folders import check_load_folder, open_save_folder
+from qwench.checkpoints.folders import check_load_folder, open_save_folder, starting_adapter
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.config.sections.checkpoint import CheckpointConfig
+from qwench.config.sections.lora import LoraConfig
 from qwench.errors import CheckpointError, ConfigError
 from tests.fakes.console import RecordingConsole
 from tests.fakes.learner import CountingLearner, CountingRollouts
@@ -111,6 +112,14 @@ def test_a_checkpoint_of_another_fsdp_backend_is_refused_by_load(tmp_path):
         check_load_folder(CheckpointConfig(load=tmp_path), IDENTITY)
     with pytest.raises(CheckpointError, match=r"meta.json is not of Qwench"):
         RunState.read(checkpoint)
+
+
+@pytest.mark.parametrize("pointer", [b"\xff", b"9" * 5000])
+def test_a_pointer_that_is_no_number_is_one_line_of_its_flag(tmp_path, pointer):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_bytes(pointer)
+    lora = LoraConfig(lora_rank=4, lora_adapter_path=tmp_path)
+    with pytest.raises(ConfigError, match=r"--lora-adapter-path .*iteration.txt says .*; it must be release or a number"):
+        starting_adapter(lora)
 
 
 def test_an_export_folder_of_a_later_rollout_is_checked_at_the_start(tmp_path):

@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qwench.data.rows import check_first_row, parse_spec, read_rows
+from qwench.data.rows import check_first_row, parse_spec, read_label, read_rows
 from qwench.errors import ConfigError
 
 
@@ -231,6 +231,28 @@ def test_nulls_that_parquet_adds_to_records_are_no_part_of_the_data(tmp_path):
         {"args": {"x": 6}, "calls": [{"f": "a"}, {"g": 1}], "note": None},
         {"args": {"y": 7}, "calls": [], "note": "n"},
     ]
+
+
+def test_narrow_floats_of_parquet_keep_the_digits_that_were_stored(tmp_path):
+    kinds = {"f": pyarrow.float32(), "h": pyarrow.float16()}
+    columns = {name: pyarrow.array([0.1, None, 7.0], pyarrow.float32()).cast(kind) for name, kind in kinds.items()}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    rows = read_rows(str(tmp_path / "a.parquet"))
+    labels = [read_label(row, name, required=True) for row in (rows[0], rows[2]) for name in kinds]
+    assert labels == ["0.1", "0.1", "7.0", "7.0"]
+    assert rows[1].values == {"f": None, "h": None}
+
+
+def test_maps_of_parquet_are_records_whose_keys_stand_once(tmp_path):
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.struct([("type", pyarrow.string())]))
+
+    def write(pairs):
+        pyarrow.parquet.write_table(pyarrow.table({"tool": pyarrow.array([pairs], kind)}), tmp_path / "a.parquet")
+        return read_rows(str(tmp_path / "a.parquet"))
+
+    assert write([("x", {"type": "number"})])[0].values == {"tool": {"x": {"type": "number"}}}
+    with pytest.raises(ConfigError, match=r"a\.parquet is not a readable parquet file \(.*duplicate key was 'x'"):
+        write([("x", {"type": "number"}), ("x", {"type": "string"})])
 
 
 def test_typed_values_of_parquet_become_text(tmp_path):
