@@ -4,7 +4,7 @@
 
 32 prompts of 256 tokens x 8 samples, lengths forced, rewards at random, no reference model (beta 0). The model generates in
 bfloat16 with `generate`, or with transformers' continuous batching (`--engine paged`). TRL trains float32 weights with
-autocast, its default; `--bf16-weights` halves that. The first step warms up.
+autocast, its default; `--bf16-weights` halves that. The first step warms up. Needs `pip install trl datasets`, also for --help.
 """
 
 from __future__ import annotations

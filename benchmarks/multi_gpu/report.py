@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,7 +45,9 @@ def cell(metrics: Mapping[str, float], name: str, form: str) -> str:
 
 
 def main() -> None:
-    rollouts = rollouts_of(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path, help="metrics.jsonl of a run")
+    rollouts = rollouts_of(parser.parse_args().file)
     print("| | " + " | ".join(f"rollout {index}" for index in range(len(rollouts))) + " |")
     print("| --- |" + " --- |" * len(rollouts))
     for title, (name, form) in ROWS.items():

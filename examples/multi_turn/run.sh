@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # GRPO on arithmetic where the policy may call a calculator in the middle of its response.
-# Usage: MODEL_DIR=... OUTPUT_DIR=runs/multi_turn bash examples/multi_turn/run.sh [more flags]
+# Usage: MODEL_DIR=CHECKPOINT OUTPUT_DIR=runs/multi_turn bash examples/multi_turn/run.sh [more flags]
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 OUTPUT_DIR=${OUTPUT_DIR:-runs/multi_turn}

@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # Three GRPO rollouts of Qwen3-0.6B's real size on one GPU: 32 prompts x 8 samples of gsm8k, 1,024 new tokens forced, trainer and
-# engine colocated. With random weights (the default) it measures, with MODEL_DIR of a downloaded checkpoint it trains.
+# engine colocated. With random weights (the default) it measures. With MODEL_DIR, here the folder of one checkpoint, it trains.
+# DATA_DIR holds gsm8k-train.jsonl, whose rows examples/smollm2_gsm8k/README.md describes. QWEN_TIKTOKEN is for random weights
+# alone.
 # Usage: DATA_DIR=... QWEN_TIKTOKEN=.../qwen.tiktoken OUTPUT_DIR=runs/0.6b bash examples/qwen3_0.6b_one_gpu/run.sh [more flags]
 set -euo pipefail
+: "${DATA_DIR:?the folder of gsm8k-train.jsonl}"
 OUTPUT_DIR=${OUTPUT_DIR:-runs/qwen3-0.6b}
 if [ -z "${MODEL_DIR:-}" ]; then
+    : "${QWEN_TIKTOKEN:?the tiktoken file of the Qwen tokenizer, or set MODEL_DIR to a checkpoint}"
     MODEL_DIR=$OUTPUT_DIR/random-0.6B
     [ -d "$MODEL_DIR" ] || qwench make-model --size 0.6B --tokenizer qwen --qwen-tiktoken "$QWEN_TIKTOKEN" --output "$MODEL_DIR"
 fi
