@@ -67,9 +67,11 @@ def check_layout(layout: ParallelLayout, model: Architecture, *, world_size: int
     _check_stages(layout, model.num_layers)
 
 
-def data_parallel_size(
-    layout: ParallelLayout, *, world_size: int, flags: str = "--actor-num-nodes x --actor-num-gpus-per-node"
-) -> int:
+POLICY_RANKS = "--actor-num-nodes x --actor-num-gpus-per-node"
+CRITIC_RANKS = "--critic-num-nodes x --critic-num-gpus-per-node"
+
+
+def data_parallel_size(layout: ParallelLayout, *, world_size: int, flags: str = POLICY_RANKS) -> int:
     """Return the number of copies of the model.
 
     Args:

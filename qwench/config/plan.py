@@ -18,7 +18,7 @@ from qwench.config.config import Config
 from qwench.config.devices import DevicePlan, check_division, plan_devices
 from qwench.config.equal_bits import check_equal_bits
 from qwench.config.eval_sets import EvalSettings, eval_settings
-from qwench.config.layout import ParallelLayout, check_layout, data_parallel_size
+from qwench.config.layout import CRITIC_RANKS, ParallelLayout, check_layout, data_parallel_size
 from qwench.config.model_flags import check_model_flags
 from qwench.config.schedule import Schedule
 from qwench.config.sections.lora import LoraConfig
@@ -298,8 +298,7 @@ def _moment_bytes(optimizer: OptimizerConfig, model: Architecture) -> float:
 
 
 def _plan_critic(config: Config, model: Architecture, *, on_gpus: bool) -> CriticPlan:
-    flags = "--critic-num-nodes x --critic-num-gpus-per-node"
-    dp_size = data_parallel_size(config.parallel.layout, world_size=sum(config.critic_gpus), flags=flags)
+    dp_size = data_parallel_size(config.parallel.layout, world_size=sum(config.critic_gpus), flags=CRITIC_RANKS)
     held = _rank_bytes(config, model.as_critic(), dp_size=dp_size, num_frozen=0, on_gpus=on_gpus)
     return CriticPlan(dp_size=dp_size, rank_bytes=held)
 

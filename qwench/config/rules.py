@@ -12,7 +12,7 @@ from qwench.config.engine_choice import (
     evaluations_beside_training_have_engines,
     sglang_flags_are_known,
 )
-from qwench.config.layout import data_parallel_size
+from qwench.config.layout import CRITIC_RANKS, POLICY_RANKS, data_parallel_size
 from qwench.config.method_rules import (
     a_critic_has_its_method,
     a_curriculum_draws_from_rows,
@@ -80,9 +80,9 @@ def transformer_impl_is_megatrons(config: Config) -> str | None:
 
 def replicas_divide_ranks(config: Config) -> str | None:
     """Replicated and sharded data parallelism multiply to the data-parallel size."""
-    for whose, model, size in (("", "actor", config.cluster.world_size), (" of the critic", "critic", sum(config.critic_gpus))):
-        flags = f"--{model}-num-nodes x --{model}-num-gpus-per-node"
-        dp_size = data_parallel_size(config.parallel.layout, world_size=size, flags=flags)
+    policy, critic = ("", config.cluster.world_size, POLICY_RANKS), (" of the critic", sum(config.critic_gpus), CRITIC_RANKS)
+    for whose, world_size, flags in (policy, critic):
+        dp_size = data_parallel_size(config.parallel.layout, world_size=world_size, flags=flags)
         if dp_size % config.parallel.dp_replicate:
             return f"--dp-replicate {config.parallel.dp_replicate} does not divide the {dp_size} data-parallel ranks{whose}"
     return None

@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, object]] = {
         "dynamic_sampling_filter_path": "qwench.rollout.filters.check_reward_nonzero_std",
     },
     "ahead": {"rollouts_ahead": 1, "num_rollout": 4},
+    "critic apart": {"advantage_estimator": "ppo", "critic_lr": 2e-3, "critic_num_gpus_per_node": 1},
     "adapters": {**ADAPTERS, "use_kl_loss": (), "kl_loss_coef": 0.01},
     "adapters published apart": {**ADAPTERS, "lora_publish": "adapter", "actor_num_gpus_per_node": 2},
     "asynchronous": ASYNCHRONOUS,

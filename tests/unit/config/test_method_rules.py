@@ -54,6 +54,15 @@ def test_entropy_before_the_first_step_needs_a_pass_of_one_policy(flags, message
             "--dp-replicate 2 does not divide the 3 data-parallel ranks of the critic",
         ),
         (
+            {"critic_num_gpus_per_node": 3},
+            {
+                "cluster": ClusterConfig(actor_num_gpus_per_node=2),
+                "parallel": ParallelConfig(pipeline_model_parallel_size=2),
+                "training": TrainingConfig(train_backend="megatron"),
+            },
+            r"--pipeline-model-parallel-size 2 .* the 3 trainer ranks of --critic-num-nodes x --critic-num-gpus-per-node;",
+        ),
+        (
             {"critic_num_nodes": 1},
             {"algorithm": AlgorithmConfig()},
             r"--critic-num-nodes \(1\) has no effect with --adv",
