@@ -38,6 +38,7 @@ _MEANINGS = {
     "--lr": "from the next step on",
     "--global-batch-size": "other steps per rollout; their positions on the x-axis go on from the last one",
     "--rollout-batch-size": "other steps per rollout; their positions on the x-axis go on from the last one",
+    "--eval-interval": "--early-stopping-patience counts as if it had been so since the best evaluation",
     "--hf-checkpoint": "its tokenizer and config are used, its weights are not",
 }
 

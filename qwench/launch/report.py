@@ -199,15 +199,15 @@ def _devices(inputs: Inputs) -> str:
         kind = f"CPU with {torch.get_num_threads()} of {os.cpu_count()} threads"
     ranks = config.cluster.world_size
     parts = [f"{ranks} trainer rank{'s' * (ranks > 1)} ({config.backend})"] if devices.trains else []
-    if devices.critic:
-        parts.append(f"{(count := sum(devices.critic))} critic rank{'s' * (count > 1)}")
     if devices.generates:
         number = str(devices.num_engines) if devices.num_engines else "external"
         sizes = " or ".join(map(str, sorted(set(devices.engine_sizes))))
         each = f" of {sizes} {'GPUs' if devices.on_gpus else 'processes'}" if sizes not in ("", "1") else ""
         parts.append(f"{number} {config.engine.kind} engine{'s' * (devices.num_engines != 1)}{each}")
     shared = " that take turns" if devices.shared else ""
-    return f"{kind}: {' and '.join(parts)}{shared}"
+    count = sum(devices.critic)
+    critic = f", and {count} critic rank{'s' * (count > 1)} beside them"
+    return f"{kind}: {' and '.join(parts)}{shared}{critic if count else ''}"
 
 
 def _after_every(inputs: Inputs, interval: int) -> str:

@@ -23,8 +23,12 @@ JUDGE = "judge"
 PROMPT_TOKENS, ANSWER_TOKENS = "judge_prompt_tokens", "judge_completion_tokens"
 """Entries of a verdict's record: what its request cost."""
 _FIELDS = re.compile(r"\{(prompt|response|label)\}")
-_OF = r"[\s*_`]{0,4}(?:/|out\s+of|of)[\s*_`]{0,4}"
-_SCORE = re.compile(rf"score[\s:=*_`]{{0,8}}(-?\.?\d[0-9a-z.,%+-]*(?:{_OF}\.?\d[0-9a-z./,%+-]*)?)", re.IGNORECASE)
+_GAP = r"[ \t*_`]{0,4}"
+_OF = rf"{_GAP}(?:/|out[ \t]+of|of){_GAP}"
+_PERCENT = rf"{_GAP}(?:%|percent\b)"
+_SCORE = re.compile(
+    rf"score[\s:=*_`]{{0,8}}(-?\.?\d[0-9a-z.,%+-]*(?:{_PERCENT}|{_OF}[-.]?\d[0-9a-z./,%+-]*|{_GAP}-{_GAP}\d+)?)", re.IGNORECASE
+)
 _NUMBER = re.compile(r"-?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?", re.IGNORECASE)
 _SHOWN_CHARS = 200
 TEMPLATE = """\
@@ -126,7 +130,8 @@ def read_verdict(answer: Answer, *, scores: Sequence[float]) -> Verdict:
 def read_score(text: str, *, highest: float) -> float | None:
     """Return a score: `0.5`, or a share of the highest one, as `7/10`, `7 out of 10` or `70%`; None: it is no number."""
     text = text.rstrip(".,-")
-    share, whole = (text[:-1], "100") if text.endswith("%") else (text, None)
+    percent = re.fullmatch(rf"(.*?){_PERCENT}", text, re.IGNORECASE)
+    share, whole = (percent[1], "100") if percent else (text, None)
     number, *rest = re.split(_OF, share, flags=re.IGNORECASE)
     if rest and whole is None:
         whole, *rest = rest

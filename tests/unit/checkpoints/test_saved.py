@@ -41,13 +41,15 @@ def test_steps_go_on_from_those_taken_when_a_rollout_has_another_number_of_them(
 
 
 def test_each_flag_that_changed_is_one_line(tmp_path, caplog):
-    save(manager_of(tmp_path, lr="1e-4", num_rollout="3", seed="1", save="a", gone="x"), 1)
+    save(manager_of(tmp_path, lr="1e-4", num_rollout="3", seed="1", save="a", gone="x", eval_interval="10"), 1)
     with caplog.at_level(logging.INFO):
-        manager_of(tmp_path, lr="1e-6", num_rollout="6", seed="1", save="b", new="y").restore(
+        manager_of(tmp_path, lr="1e-6", num_rollout="6", seed="1", save="b", new="y", eval_interval="1").restore(
             CountingLearner(), CountingRollouts()
         )
     assert [record.getMessage() for record in caplog.records] == [
         f"resuming from {tmp_path / 'iter_0000001'}",
+        "changed since checkpoint 1: --eval-interval 10 -> 1 "
+        "(--early-stopping-patience counts as if it had been so since the best evaluation)",
         "changed since checkpoint 1: --gone x -> -",
         "changed since checkpoint 1: --lr 1e-4 -> 1e-6 (from the next step on)",
         "changed since checkpoint 1: --new - -> y",

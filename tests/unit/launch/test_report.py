@@ -14,6 +14,7 @@ from qwench.config.config import Config
 from qwench.config.plan import plan_run
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
+from qwench.config.sections.critic import CriticConfig
 from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.rollout import RolloutConfig
@@ -79,6 +80,18 @@ def test_the_interval_of_checkpoints_is_said_in_the_units_of_the_run(interval, l
         checkpoint=CheckpointConfig(save=tmp_path, save_interval=interval),
     )
     assert facts_of(config)["saves to"] == f"{tmp_path} {expected}"
+
+
+def test_a_critic_with_gpus_of_its_own_takes_no_turns():
+    config = Config(
+        rollout=RolloutConfig(rollout_batch_size=8, n_samples_per_prompt=2, num_rollout=3),
+        algorithm=AlgorithmConfig(advantage_estimator="ppo"),
+        critic=CriticConfig(critic_num_gpus_per_node=2),
+    )
+    devices = facts_of(config)["devices"]
+    assert (
+        devices.split(": ")[1] == "1 trainer rank (fsdp) and 1 embedded engine that take turns, and 2 critic ranks beside them"
+    )
 
 
 def end_of(checkpoint: CheckpointConfig, *, only_rollouts: bool = False) -> dict[str, str]:

@@ -114,6 +114,9 @@ def said(text: str) -> dict[str, object]:
         ("Score: 3 of the criteria", (0, 3), 3.0),
         ("Score: 85%", (0, 1), 0.85),
         ("Score: 85%", (0, 100), 85.0),
+        ("Score: 5 %", (0, 10), 0.5),
+        ("Score: **5** percent", (0, 10), 0.5),
+        ("Score: 1.\nOf 3 steps, all are right", (0, 1), 1.0),
     ],
 )
 def test_the_last_score_that_the_judge_says_counts(text, scores, score):
@@ -121,14 +124,14 @@ def test_the_last_score_that_the_judge_says_counts(text, scores, score):
     assert (verdict.score, verdict.reason) == (score, "judged")
 
 
-@pytest.mark.parametrize("number", ["95", "-0.1", "1.01", "9" * 400, "11/10", "1/0", "-1/2", "101%"])
+@pytest.mark.parametrize("number", ["95", "-0.1", "1.01", "9" * 400, "11/10", "1/0", "-1/2", "101%", "1/-2"])
 def test_a_score_outside_of_the_judges_scale_is_ungraded_and_said(number):
     verdict = read_verdict(said(f"Score: {number}"), scores=(0, 1))
     assert (verdict.graded, verdict.reason, verdict.score) == (False, "grader_error", 0.0)
     assert str(verdict.extra["error"]).startswith("the judge said a score outside of --judge-scores 0 1: '")
 
 
-@pytest.mark.parametrize("number", ["0,5", "1-2", "1/2/3", "0.5x", "1/2%", "1.2.3"])
+@pytest.mark.parametrize("number", ["0,5", "1-2", "1/2/3", "0.5x", "1/2%", "1.2.3", "0 - 1"])
 def test_a_score_that_is_no_number_is_ungraded_whatever_was_said_before(number):
     verdict = read_verdict(said(f"Score: 1 at first\nScore: {number}"), scores=(0, 1))
     assert (verdict.graded, verdict.score) == (False, 0.0)
