@@ -44,7 +44,9 @@ SETTINGS: Mapping[str, Mapping[str, str]] = {
     "passk": {"--lr": "1e-4", "--n-samples-per-prompt": "2", "--rollout-batch-size": "128"},
 }
 """Flags that replace the quickstart's, by which a method does not learn or is unsteady: 256 samples in each rollout still."""
-_REPLACED = ("--num-rollout", "--advantage-estimator", "--save", "--save-hf", "--save-interval", "--eval-interval")
+_REPLACED = ("--num-rollout", "--advantage-estimator", "--save", "--save-hf", "--save-interval", "--eval-interval",
+             "--lr-decay-style", "--min-lr")  # fmt: skip
+"""Flags of the quickstart that the runs do without or set themselves. The learning rate is constant unless a run names one."""
 _CLIPS = ("--eps-clip", "--eps-clip-high")
 """Flags that a method without clipping refuses."""
 _PANELS_PER_ROW = 4
@@ -134,6 +136,7 @@ def run_method(folder: Path, method: str, flags: Sequence[str], *, seed: int, ro
     left_out = _REPLACED if clips else _REPLACED + _CLIPS
     arguments = with_values(arguments, dict.fromkeys(left_out))
     settings = ["--num-rollout", rollouts, "--eval-interval", interval, "--seed", seed, "--rollout-seed", seed]
+    settings += ["--lr-decay-style", "constant"]
     command = shlex.join([*arguments, *map(str, settings), *flags])
     done = place / "done"
     if done.is_file():
