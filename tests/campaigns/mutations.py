@@ -5,10 +5,12 @@
     python -m tests.campaigns.mutations qwench/samples.py --tests tests/unit/rollout/test_groups.py
 
 A change is tried on the module's mirror in tests/unit. The other test files of its folder, and those that import it, then
-try the changes which the mirror did not notice. `--tests` names other files in place of both: needed where e2e tests alone
-run the module. The tests run on a copy of the tree. Every change runs in a fork of a process that has imported the heavy
-libraries. `--jobs` tries several modules at once, each job on its own copy. Read each change that is printed: a test is
-missing, the code does nothing, or the change has no effect.
+try the changes which the mirror did not notice. With `--reach FILE` (see `reach.py`) all other tests that run the changed
+function try what is left, the quickest first, up to a minute. `--tests` names other files in place of all that.
+
+The tests run on a copy of the tree. Every change runs in a fork of a process that has imported the heavy libraries. `--jobs`
+tries several modules at once, each job on its own copy. Read each change that is printed: a test is missing, the code does
+nothing, or the change has no effect.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ import multiprocessing
 import os
 import random
 import re
-import shutil
+import select
 import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -32,9 +36,18 @@ from pathlib import Path
 import pytest
 
 from tests.campaigns.changes import changes_of, code_of
+from tests.campaigns.reach import Reach, copy_tree
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "torch.distributed", "transformers", "hypothesis", "sympy", "aiohttp", "fastapi", "uvicorn")
+LIMIT_S = 60.0
+"""How long the recorded tests of one change take."""
+_GRACE_S = 2.0
+"""How long forks that tests have left may go on. The pipe closes when the last one ends."""
+
+
+class FailingTestsError(Exception):
+    """Tests fail without a change."""
 
 
 @dataclass(frozen=True)
@@ -105,58 +118,115 @@ def importers_of(module: Path) -> list[str]:
 
 
 def outcome(tests: list[str], timeout_s: float) -> tuple[bool, float]:
-    """Return whether the tests pass in a fork of this process, and the seconds they took; out of time they fail."""
+    """Return whether the tests pass in a fork of this process, and the seconds they took; out of time they fail.
+
+    A fork that a test makes and that goes on with the tests after it fails too: only its own result tells what the test saw.
+    """
     started = time.monotonic()
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        _run_tests(tests)
-    while time.monotonic() - started < timeout_s:
+        _run_tests(tests, writer)
+    os.close(writer)
+    code: int | None = None
+    while code is None and time.monotonic() - started < timeout_s:
         done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status) == 0, time.monotonic() - started
+        code = os.waitstatus_to_exitcode(status) if done else None
         time.sleep(0.02)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False, timeout_s
+    seconds = time.monotonic() - started
+    if code == 0 and select.select([reader], [], [], _GRACE_S)[0] and os.read(reader, 1):
+        code = 1
+    os.close(reader)
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # what tests have left behind would run beside the next change
+    if code is None:
+        os.waitpid(child, 0)
+    return code == 0, seconds
 
 
-def _run_tests(tests: list[str]) -> None:
+def _run_tests(tests: list[str], writer: int) -> None:
     code = 1
     try:
         os.setsid()
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)
+        own_pid = os.getpid()
         code = int(pytest.main(["-x", "-q", "--hypothesis-profile", "first failure", *tests]))
+        if os.getpid() != own_pid:
+            code = 1
     finally:
+        if code:
+            os.write(writer, b"failed")
         os._exit(code)
 
 
-def campaign(module: Path, places: list[Place], stages: list[list[str]]) -> tuple[int, int]:
-    """Run the stages of tests on changes of a module; return the numbers noticed and tried, and print what no stage noticed."""
-    original = module.read_text()
-    usual_s: dict[int, float] = {}
-    noticed = 0
-    for place in places:
-        mutant = mutant_of(original, place)
-        for number, tests in enumerate(stages):
-            module.write_text(original)
-            if number not in usual_s:
-                passed, usual_s[number] = outcome(tests, 600)
+class Campaign:
+    """The changes of one module, and the tests that try them."""
+
+    def __init__(self, module: Path, stages: list[list[str]], reach: Reach | None) -> None:
+        self._module, self._stages, self._reach = module, stages, reach
+        self._original = module.read_text()
+        self._usual_s: dict[int, float] = {}
+        self._changes = 0
+
+    def run(self, places: list[Place]) -> Counter[str]:
+        """Try changes and print those that no test noticed; return how many were tried, and noticed by which kind of test."""
+        counts: Counter[str] = Counter(unit=0, tried=0)
+        for place in places:
+            mutant = mutant_of(self._original, place)
+            try:
+                seen = self._by_stages(mutant) or self._by_reach(mutant)
+            except FailingTestsError as error:
+                print(f"{self._module}: left out, {error} fail without a change", flush=True)
+                return Counter()
+            counts.update({"tried": 1, seen: 1} if seen else {"tried": 1})
+            if seen != "unit":
+                said = f"{mutant.kind}: {_short(mutant.before)} -> {_short(mutant.after)}"
+                print(f"  {self._module}:{mutant.line} {said}" + (f" (noticed by {seen})" if seen else ""), flush=True)
+        self._write(self._original)
+        seconds = ", ".join(f"{seconds:.1f}" for seconds in self._usual_s.values())
+        noticed = counts.total() - counts["tried"]
+        print(f"{self._module}: {noticed} of {len(places)} by {' '.join(self._stages[0])} ... ({seconds} s a run)", flush=True)
+        return counts
+
+    def _by_stages(self, mutant: Mutant) -> str:
+        for number, tests in enumerate(self._stages):
+            if number not in self._usual_s:
+                self._write(self._original)
+                passed, self._usual_s[number] = outcome(tests, 600)
                 if not passed:
-                    print(f"{module}: left out, {' '.join(tests)} fail without a change", flush=True)
-                    return 0, 0
-            module.write_text(mutant.source)
-            unnoticed, _ = outcome(tests, 3 * usual_s[number] + 20)
-            if not unnoticed:
-                noticed += 1
-                break
-        else:
-            print(f"  {module}:{mutant.line} {mutant.kind}: {_short(mutant.before)} -> {_short(mutant.after)}", flush=True)
-    module.write_text(original)
-    seconds = ", ".join(f"{seconds:.1f}" for seconds in usual_s.values())
-    print(f"{module}: {noticed} of {len(places)} noticed by {' '.join(stages[0])} ({seconds} s a run)", flush=True)
-    return noticed, len(places)
+                    raise FailingTestsError(" ".join(tests))
+            self._write(mutant.source)
+            if not outcome(tests, 3 * self._usual_s[number] + 20)[0]:
+                return "unit"
+        return ""
+
+    def _by_reach(self, mutant: Mutant) -> str:
+        """Try the recorded tests, those of tests/unit first; what fails without the change too has noticed nothing."""
+        known = {test for tests in self._stages for test in tests}
+        self._write(self._original)
+        found = self._reach.tests_for(self._module, mutant.line, LIMIT_S) if self._reach else []
+        found = [test for test in found if test.partition("::")[0] not in known]
+        in_unit = [test for test in found if test.startswith("tests/unit/")]
+        for name, tests in (("unit", in_unit), ("contract or e2e", [test for test in found if test not in in_unit])):
+            self._write(mutant.source)
+            if tests and not outcome(tests, 4 * LIMIT_S)[0]:
+                self._write(self._original)
+                if outcome(tests, 4 * LIMIT_S)[0]:
+                    return name
+        return ""
+
+    def _write(self, source: str) -> None:
+        """Write the module, each time with another time of its own: bytecode of the source before must not pass for its own."""
+        self._module.write_text(source)
+        self._changes += 1
+        os.utime(self._module, (self._changes, self._changes))
+
+
+def campaign(module: Path, places: list[Place], stages: list[list[str]], reach: Reach | None) -> Counter[str]:
+    """Try changes of a module, in a process of the pool."""
+    return Campaign(module, stages, reach).run(places)
 
 
 def stages_of(module: Path) -> list[list[str]]:
@@ -189,7 +259,7 @@ def _short(code: str) -> str:
 def enter_copy(parent: Path) -> None:
     """Copy the tree, and let this process and its children import the copy."""
     tree = Path(tempfile.mkdtemp(dir=parent)) / "tree"
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "*.egg-info"))
+    copy_tree(tree)
     os.chdir(tree)
     os.environ["PYTHONPATH"] = str(tree)
     sys.path[:] = [str(tree), *(entry for entry in sys.path if Path(entry or ".").resolve() != ROOT)]
@@ -202,6 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="+", type=Path, help="modules, or folders of them")
     parser.add_argument("--tests", nargs="+", help="test files to run")
+    parser.add_argument("--reach", type=Path, help="recording of the tests that run each function")
     parser.add_argument("--sample", type=int, default=0, help="changes per module; 0: all of them")
     parser.add_argument("--total", type=int, default=0, help="changes of all modules together; 0: no bound")
     parser.add_argument("--seed", type=int, default=0)
@@ -211,6 +282,7 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     for name in HEAVY:
         import_module(name)
+    reach = Reach.load(args.reach) if args.reach else None
     os.chdir(ROOT)
     modules = [file for path in args.modules for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
     places = sorted(chosen(modules, args).items(), key=lambda item: -len(item[1]))
@@ -220,11 +292,13 @@ def main() -> None:
         ProcessPoolExecutor(args.jobs, fork, initializer=enter_copy, initargs=(Path(folder),)) as pool,
     ):
         runs = [
-            pool.submit(campaign, module, some, [args.tests] if args.tests else stages_of(module)) for module, some in places
+            pool.submit(campaign, module, some, [args.tests] if args.tests else stages_of(module), reach)
+            for module, some in places
         ]
-        counts = [run.result() for run in as_completed(runs)]
-    noticed, tried = sum(noticed for noticed, _ in counts), sum(tried for _, tried in counts)
-    print(f"{noticed} of {tried} noticed: {noticed / max(tried, 1):.1%}")
+        counts = sum((run.result() for run in as_completed(runs)), Counter())
+    tried = counts.pop("tried", 0)
+    print(f"{counts['unit']} of {tried} noticed by unit tests: {counts['unit'] / max(tried, 1):.1%}")
+    print(f"{counts.total()} of {tried} noticed by any test: {counts.total() / max(tried, 1):.1%}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,94 @@
+"""The campaign that changes the code: what it changes, which tests it runs, and what it calls noticed."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.campaigns import mutations
+from tests.campaigns.mutations import Campaign, mutant_of, places_of
+from tests.campaigns.reach import Reach, with_calls
+
+SOURCE = '''"""A module."""
+from __future__ import annotations
+
+def twice(number):
+    """Return it twice."""
+    def inner():
+        return number * 2
+    return inner()
+
+limit = 3
+'''
+PASSING = "def test_it():\n    pass\n"
+FAILING = "def test_it():\n    assert False\n"
+FORKED = """import os, time
+def test_it():
+    if os.fork() == 0:
+        time.sleep(0.3)
+        assert {holds}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "passes"),
+    [(PASSING, True), (FAILING, False), (FORKED.format(holds=False), False), ("while True: pass", False)],
+    ids=["passes", "fails", "fork outlives the test", "too late"],
+)
+def test_a_change_is_noticed_where_a_test_fails(text: str, passes: bool, tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(text)
+    assert mutations.outcome([str(tmp_path / "test_it.py")], 1.0 if "while" in text else 60.0)[0] == passes
+
+
+def test_the_changes_of_a_module_each_change_one_thing() -> None:
+    changes = [mutant_of(SOURCE, place) for place in places_of(SOURCE)]
+    said = [(change.line, change.before, change.after) for change in changes]
+    assert said == [
+        (7, "return number * 2", "return None"), (7, "number * 2", "number / 2"), (7, "2", "3"),
+        (8, "return inner()", "return None"), (10, "3", "4"),
+    ]  # fmt: skip
+    whole = ast.unparse(ast.parse(SOURCE))
+    assert [change.source.count("\n") for change in changes] == [whole.count("\n")] * 5
+    assert "number / 2" in changes[1].source and "limit = 3" in changes[1].source
+
+
+def test_a_recording_tells_which_function_a_test_called(tmp_path: Path) -> None:
+    text = with_calls(SOURCE, "qwench/it.py").replace("from qwench import _reach\n", "")
+    calls: list[str] = []
+    space = {"_reach": type("Recorder", (), {"called": calls.append})}
+    exec(compile(text, "it.py", "exec"), space)
+    assert space["twice"](4) == 8
+    assert calls == ["qwench/it.py:4", "qwench/it.py:6"]
+
+
+def test_the_quickest_tests_of_a_function_try_its_change(tmp_path: Path) -> None:
+    (tmp_path / "it.py").write_text(SOURCE)
+    module = tmp_path / "it.py"
+    seconds = {"slow": 9.0, "quick": 1.0, "other": 2.0, "longest": 30.0}
+    reach = Reach(seconds, {f"{module}:4": ["slow", "quick", "longest"], f"{module}:6": ["other", "without seconds"]})
+    assert reach.tests_for(module, 8, limit_s=12.0) == ["quick", "slow"]
+    assert reach.tests_for(module, 7, limit_s=12.0) == ["other"]
+    assert reach.tests_for(module, 10, limit_s=4.0) == ["quick", "other"], "no function: any test of the module"
+
+
+def test_what_no_unit_test_notices_is_tried_on_recorded_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = Path("it.py")
+    module.write_text(SOURCE)
+
+    def outcome(tests: list[str], timeout_s: float) -> tuple[bool, float]:
+        found = {"unit": "number / 2", "tests/e2e/a.py::test": "limit = 4"}
+        return not any(found[test] in module.read_text() for test in tests), 1.0
+
+    monkeypatch.setattr(mutations, "outcome", outcome)
+    reach = Reach({"tests/e2e/a.py::test": 1.0}, {"it.py:9": ["tests/e2e/a.py::test"]})
+    counts = Campaign(module, [["unit"]], reach).run([place for place in places_of(SOURCE) if place.line in (7, 10)])
+    assert counts == {"unit": 1, "contract or e2e": 1, "tried": 4}
+    printed = capsys.readouterr().out
+    assert "it.py:10 off by one: 3 -> 4 (noticed by contract or e2e)" in printed
+    assert "it.py:7 off by one: 2 -> 3\n" in printed
+    assert module.read_text() == SOURCE and module.stat().st_mtime < 1000
