@@ -18,8 +18,9 @@ from qwench.config.command_line.parse import parse_flags
 from qwench.config.environment import JUDGE_KEY_VARIABLE
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.verbs import RewardCheckConfig, split_file
+from qwench.data.labels import read_label
 from qwench.data.rows import Row as DataRow
-from qwench.data.rows import parse_json, read_label
+from qwench.data.rows import parse_json
 from qwench.errors import ConfigError, RewardError
 from qwench.observability.console import StandardOutput
 from qwench.rewards.pool import RewardPool

@@ -39,7 +39,11 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
                 f"{gib(of_critic.device)} GiB on the device of each, {gib(of_critic.host)} GiB on the host"
             )
         elif plan.holds_critic:
-            yield "critic: on the ranks of the policy, in turn with it; the one that rests takes as many bytes of the host"
+            moved = f"takes {gib(held.weights + held.optimizer)} GiB of the host, which the next line does not count"
+            yield (
+                "critic: on the ranks of the policy, in turn with it; the one that rests "
+                + (moved if devices.on_gpus else "stays in memory, which the next line does not count")
+            )
         yield (
             f"each trainer rank, activations apart: {gib(held.device)} GiB on the device ({gib(held.weights)} weights, "
             f"{gib(held.gradients)} gradients, {gib(held.optimizer)} optimizer), {gib(held.host)} GiB on the host"

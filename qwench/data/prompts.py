@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from qwench.data.chat import ChatRenderer, as_prompt, check_arguments, read_tools, tokenize
 from qwench.data.curriculum import Curriculum
 from qwench.data.cursor import DataCursor, Draw, fingerprint
-from qwench.data.rows import Row, check_text, is_blank, read_label, read_rows
+from qwench.data.labels import read_label
+from qwench.data.rows import Row, check_text, is_blank, read_rows
 from qwench.errors import ConfigError
 from qwench.samples import Group, Json, Prompt, Sample
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pyarrow
@@ -30,13 +30,6 @@ from qwench.errors import ConfigError
 from qwench.files import DATA_SUFFIXES
 from qwench.samples import Json
 
-_GSM8K = re.compile(r".*####[ \t]*(?P<answer>\S[^\n]*)", re.DOTALL)
-"""gsm8k's column holds the worked solution; the answer follows the last `####`."""
-_GSM8K_WITHOUT_ANSWER = re.compile(r"(?:.*\s)?####\s*", re.DOTALL)
-_HOLDS_NOTHING = re.compile(r"\s*(?:\$\s*\$|\\\(\s*\\\)|\\\[\s*\\\]|\{\s*\}|\\(?:boxed|text|mbox|mathrm)\{\s*\})\s*")
-"""A box, a formula or a group of LaTeX with nothing inside."""
-_NOT_A_NUMBER = ("nan", "NaN")
-"""How tools write a missing number as text."""
 _UNENCODABLE = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
 """Escapes of surrogates, which may be unpaired, and of NUL. A line with one is read a second time."""
 _MAX_CELL_CHARACTERS = 2**31 - 1
@@ -92,42 +85,6 @@ class Row:
             orjson.dumps(value)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{self.place}: key {key!r} cannot be recorded ({error}); store it as text.") from error
-
-
-def read_label(row: Row, label_key: str | None, *, required: bool) -> str | None:
-    """Return the label of a row; numbers keep their plain form.
-
-    Args:
-        required: a built-in reward compares answers with it. Without it, lists and records become JSON text, and a label
-            may be absent.
-
-    Raises:
-        ConfigError: it is missing, or no answer can match it.
-    """
-    if label_key is None or (not required and label_key in row.values and row.values[label_key] is None):
-        return None
-    label = row.require(label_key, flag="--label-key")
-    if isinstance(label, float) and not math.isfinite(label):
-        raise ConfigError(f"{row.place}: key {label_key!r} (--label-key) is {label}: no answer can match it.")
-    if required:
-        return _answer(label, place=f"{row.place}: key {label_key!r} (--label-key)")
-    return json.dumps(label, ensure_ascii=False) if isinstance(label, dict | list) else str(label)
-
-
-def _answer(label: Json, *, place: str) -> str:
-    if isinstance(label, bool) or not isinstance(label, str | int | float):
-        shown = json.dumps(label, ensure_ascii=False)
-        raise ConfigError(f"{place} must be a string or a number, got {shown if len(shown) <= 60 else shown[:57] + '...'}.")
-    text = str(label)
-    if (solution := _GSM8K.fullmatch(text)) is not None:
-        return solution["answer"].strip()
-    if is_blank(text) or _HOLDS_NOTHING.fullmatch(text) or _GSM8K_WITHOUT_ANSWER.fullmatch(text):
-        raise ConfigError(f"{place} is blank: no answer can match it.")
-    if text.strip() in _NOT_A_NUMBER:
-        raise ConfigError(f"{place} is {text.strip()}: no answer can match it.")
-    if "\\boxed" in text and text.count("{") != text.count("}"):
-        raise ConfigError(f"{place} has a box that does not end: no answer can match it.")
-    return text
 
 
 def read_rows(spec: str) -> list[Row]:
@@ -231,10 +188,25 @@ def _read_jsonl(path: Path, wanted: slice) -> list[Row]:
 
 def _read_json(path: Path, wanted: slice) -> list[Row]:
     """Read one array of records."""
-    values = parse_json(str(path), _read_text(path))
+    text = _read_text(path)
+    try:
+        values = parse_json(str(path), text)
+    except ConfigError:
+        if _has_object_lines(text):
+            raise ConfigError(f"{path} holds one JSON object a line; rename it so that it ends in .jsonl.") from None
+        raise
     if not isinstance(values, list):
         raise ConfigError(f"{path} holds a JSON {type(values).__name__}; it must be an array of objects with named keys.")
     return [_row(f"{path} row {number}", record) for number, record in list(enumerate(values, start=1))[wanted]]
+
+
+def _has_object_lines(text: str) -> bool:
+    """Tell whether the first line is a whole JSON object and others follow."""
+    first, _, others = text.strip().partition("\n")
+    try:
+        return bool(others) and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _read_csv(path: Path, wanted: slice) -> list[Row]:
@@ -337,7 +309,7 @@ def _read_parquet(path: Path, wanted: slice) -> list[Row]:
     try:
         table = pyarrow.parquet.read_table(path)
         start, stop, _ = wanted.indices(table.num_rows)
-        records = list(_records(_as_doubles(table.slice(start, max(stop - start, 0)))))
+        records = list(_records(table.slice(start, max(stop - start, 0))))
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
         raise ConfigError(f"{path} is not a readable parquet file ({' '.join(str(error).split())[:300]}).") from error
     rows = []
@@ -347,19 +319,31 @@ def _read_parquet(path: Path, wanted: slice) -> list[Row]:
     return rows
 
 
-def _as_doubles(table: pyarrow.Table) -> pyarrow.Table:
+def _has_narrow_floats(kind: pyarrow.DataType) -> bool:
+    return re.search(r"\b(float|halffloat)\b", str(kind)) is not None
+
+
+def _as_double(value: Any, kind: pyarrow.DataType) -> Any:
     """Give narrow floats the doubles of their shortest digits: as a plain double, 0.1 of 32 bits is 0.10000000149."""
-    for index, column in enumerate(table.schema):
-        if column.type in (pyarrow.float32(), pyarrow.float16()):
-            narrow = column.type.to_pandas_dtype()
-            values = [None if value is None else float(str(narrow(value))) for value in table.column(index).to_pylist()]
-            table = table.set_column(index, column.name, pyarrow.array(values, pyarrow.float64()))
-    return table
+    types = pyarrow.types
+    if value is None:
+        return None
+    if kind in (pyarrow.float32(), pyarrow.float16()):
+        return float(str(kind.to_pandas_dtype()(value)))
+    if types.is_struct(kind):
+        return {field.name: _as_double(value[field.name], field.type) for field in kind}
+    if types.is_map(kind):
+        return {key: _as_double(member, kind.item_type) for key, member in value.items()}
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return [_as_double(member, kind.value_type) for member in value]
+    return value
 
 
 def _records(table: pyarrow.Table) -> Iterator[dict[str, object]]:
+    narrow = {column.name: column.type for column in table.schema if _has_narrow_floats(column.type)}
     for batch in table.to_batches(max_chunksize=10_000):
-        yield from batch.to_pylist(maps_as_pydicts="strict")
+        for record in batch.to_pylist(maps_as_pydicts="strict"):
+            yield record | {name: _as_double(record[name], kind) for name, kind in narrow.items()}
 
 
 def _plain(value: object, *, place: str) -> Json:

@@ -26,8 +26,10 @@ _FIELDS = re.compile(r"\{(prompt|response|label)\}")
 _GAP = r"[ \t*_`]{0,4}"
 _OF = rf"{_GAP}(?:/|out[ \t]+of|of){_GAP}"
 _PERCENT = rf"{_GAP}(?:%|percent\b)"
+_SAID = r"(?:score[\s:=*_`]{0,8}|[\"']score[\"']\s{0,8}:\s{0,8}[\"']?)"
+"""`Score: 0.5` and, in an answer that is JSON, `"score": 0.5`; but no `"max_score": 1`."""
 _SCORE = re.compile(
-    rf"score[\s:=*_`]{{0,8}}(-?\.?\d[0-9a-z.,%+-]*(?:{_PERCENT}|{_OF}[-.]?\d[0-9a-z./,%+-]*|{_GAP}-{_GAP}\d+)?)", re.IGNORECASE
+    rf"{_SAID}(-?\.?\d[0-9a-z.,%+-]*(?:{_PERCENT}|{_OF}[-.]?\d[0-9a-z./,%+-]*|{_GAP}-{_GAP}\d+)?)", re.IGNORECASE
 )
 _NUMBER = re.compile(r"-?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?", re.IGNORECASE)
 _SHOWN_CHARS = 200

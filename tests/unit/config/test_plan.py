@@ -103,6 +103,10 @@ def test_a_critic_of_its_own_is_sharded_over_its_own_ranks():
     assert any(line.startswith("critic: on 4 ranks of its own (DP 2), beside the policy; ") for line in lines)
     shared = plan_run(Config(**parts), QWEN3_4B)
     assert (shared.holds_critic, shared.critic, shared.of_critic, shared.devices.critic) == (True, None, None, ())
+    resting = (shared.rank_bytes.weights + shared.rank_bytes.optimizer) / 2**30
+    in_turn = "critic: on the ranks of the policy, in turn with it; "
+    (line,) = (line for line in plan_lines(Config(**parts), shared) if line.startswith(in_turn))
+    assert line == f"{in_turn}the one that rests takes {resting:.3g} GiB of the host, which the next line does not count"
     with pytest.raises(ConfigError, match=r"the 3 trainer ranks of --critic-num-nodes x --critic-num-gpus-per-node"):
         lone = CriticConfig(critic_num_nodes=1, critic_num_gpus_per_node=3)
         plan_run(Config(**parts, critic=lone, parallel=on_tp2), QWEN3_4B)

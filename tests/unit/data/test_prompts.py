@@ -315,60 +315,6 @@ def test_a_prompt_knows_its_row(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    ("label", "problem"),
-    [
-        (["7"], r"must be a string or a number, got \[\"7\"\]"),
-        ({"ground_truth": "7"}, "must be a string or a number"),
-        (True, "must be a string or a number, got true"),
-        (" \t", "is blank"),
-        ("", "is blank"),
-        ("\\boxed{7", "has a box that does not end"),
-        (float("nan"), "is nan: no answer can match it"),
-        (float("inf"), "is inf: no answer can match it"),
-        (None, "is null"),
-        ("\u200b", "is blank"),
-        ("####", "is blank"),
-        ("2+5=7\n#### \n", "is blank"),
-        ("\\boxed{}", "is blank"),
-        ("\\text{ }", "is blank"),
-        ("$$", "is blank"),
-        ("\\[ \\]", "is blank"),
-        ("{}", "is blank"),
-        ("nan", "is nan: no answer can match it"),
-        (" NaN", "is NaN: no answer can match it"),
-    ],
-)
-def test_a_label_that_no_answer_can_match_is_refused_by_line(tmp_path, label, problem):
-    rows = [{"prompt": "a", "label": "1"}, {"prompt": "b", "label": label}]
-    with pytest.raises(ConfigError, match=rf"data\.jsonl:2: key 'label' \(--label-key\) {problem}"):
-        load(tmp_path, rows, label_key="label", require_label=True)
-
-
-def test_a_missing_number_of_parquet_and_one_beyond_floats_are_no_labels(tmp_path):
-    rows = [{"prompt": "a", "label": 1.0}, {"prompt": "b", "label": float("nan")}]
-    with pytest.raises(ConfigError, match=r"data\.parquet row 2: key 'label' \(--label-key\) is nan: no answer can match it"):
-        load(tmp_path, rows, label_key="label", require_label=True, parquet=True)
-    raw = tmp_path / "raw.jsonl"
-    raw.write_text('{"prompt": "a", "label": 1}\n{"prompt": "b", "label": 1e400}\n')
-    with pytest.raises(ConfigError, match=r"raw\.jsonl:2: key 'label' \(--label-key\) is inf: no answer can match it"):
-        load(tmp_path, [], label_key="label", require_label=True, path=raw)
-
-
-@pytest.mark.parametrize(
-    ("label", "read"),
-    [("2+5=7\n#### 7", "7"), ("#### 1,000", "1,000"), ("a #### 1\n#### -2", "-2"), ("{1}", "{1}"), ("None", "None")],
-)
-def test_the_answer_of_gsm8ks_solutions_is_read(tmp_path, label, read):
-    assert load_one(tmp_path, {"prompt": "a", "label": label}, label_key="label", require_label=True).label == read
-
-
-def test_a_custom_reward_gets_any_label(tmp_path):
-    rows = [{"prompt": "a", "label": {"x": [1]}}, {"prompt": "b", "label": " "}, {"prompt": "c", "label": "#### 7"}]
-    labels = [prompt.label for prompt in load(tmp_path, rows, label_key="label").prompts]
-    assert labels == ['{"x": [1]}', " ", "#### 7"]
-
-
 def test_another_data_set_of_equal_ends_is_told_apart(tmp_path):
     def position(middle: str) -> dict:
         prompts = load(tmp_path, [{"prompt": "a"}, {"prompt": middle}, {"prompt": "z"}]).prompts
@@ -393,8 +339,3 @@ def test_parquet_gives_the_prompts_and_metadata_of_jsonl(tmp_path):
     assert from_parquet == load(tmp_path, rows, apply_chat_template=True).prompts
     assert ["null" in prompt.text for prompt in from_parquet] == [False, False]
     assert [prompt.metadata for prompt in from_parquet] == [{"level": 1}, {"level": 2, "source": "book"}]
-
-
-def test_a_list_column_of_parquet_is_no_label(tmp_path):
-    with pytest.raises(ConfigError, match=r'data\.parquet row 1: key .label. .* must be a string or a number, got \["7"\]'):
-        load(tmp_path, [{"prompt": "x", "label": ["7"]}], label_key="label", require_label=True, parquet=True)

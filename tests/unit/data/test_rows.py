@@ -3,11 +3,13 @@ from datetime import date, datetime
 from decimal import Decimal
 from uuid import UUID
 
+import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qwench.data.rows import check_first_row, parse_spec, read_label, read_rows
+from qwench.data.labels import read_label
+from qwench.data.rows import check_first_row, parse_spec, read_rows
 from qwench.errors import ConfigError
 
 
@@ -143,6 +145,8 @@ def test_csv_and_json_arrays_are_read(tmp_path):
         ("a.csv", "q,a\nx\0y,2\n", r"a\.csv row 1 holds a NUL character"),
         ("a.json", '{"q": 1}', "holds a JSON dict; it must be an array"),
         ("a.json", "[1]", "row 1 is a int; each row must be an object"),
+        ("a.json", '{"q": 1}\n{"q": 2}\n', r"a\.json holds one JSON object a line; rename it so that it ends in \.jsonl"),
+        ("a.json", '{"q": 1,\n"a": }\n', r"a\.json is not JSON"),
         ("a.jsonl", '{"q": "\\ud83d alone"}', r"a\.jsonl:1 holds half of a surrogate pair \(U\+D83D\)"),
         ("a.jsonl", '{"q": "nul \\u0000"}', r"a\.jsonl:1 holds a NUL character"),
         ("a.jsonl", '{"q": 1' + "0" * 5000 + "}", r"a\.jsonl:1 cannot be read \(Exceeds the limit"),
@@ -241,6 +245,18 @@ def test_narrow_floats_of_parquet_keep_the_digits_that_were_stored(tmp_path):
     labels = [read_label(row, name, required=True) for row in (rows[0], rows[2]) for name in kinds]
     assert labels == ["0.1", "0.1", "7.0", "7.0"]
     assert rows[1].values == {"f": None, "h": None}
+
+
+def test_narrow_floats_inside_other_values_of_parquet_keep_their_digits(tmp_path):
+    floats, inner = pyarrow.list_(pyarrow.float32()), pyarrow.struct([("x", pyarrow.float16()), ("d", pyarrow.float64())])
+    kind = pyarrow.struct(
+        [("f", pyarrow.float32()), ("l", floats), ("s", inner), ("m", pyarrow.map_(pyarrow.string(), floats))]
+    )
+    half = numpy.float16(0.1)
+    values = [{"f": 0.1, "l": [0.7, None], "s": {"x": half, "d": 0.10000000149}, "m": [("k", [0.3])]}, None]
+    pyarrow.parquet.write_table(pyarrow.table({"a": pyarrow.array(values, kind)}), tmp_path / "a.parquet")
+    read = [row.values["a"] for row in read_rows(str(tmp_path / "a.parquet"))]
+    assert read == [{"f": 0.1, "l": [0.7, None], "s": {"x": 0.1, "d": 0.10000000149}, "m": {"k": [0.3]}}, None]
 
 
 def test_maps_of_parquet_are_records_whose_keys_stand_once(tmp_path):

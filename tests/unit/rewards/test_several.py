@@ -117,6 +117,9 @@ def said(text: str) -> dict[str, object]:
         ("Score: 5 %", (0, 10), 0.5),
         ("Score: **5** percent", (0, 10), 0.5),
         ("Score: 1.\nOf 3 steps, all are right", (0, 1), 1.0),
+        ('{"score": 0.5}', (0, 1), 0.5),
+        ('{"reason": "half", "score":"7/10", "max_score": 10}', (0, 10), 7.0),
+        ("{'score': -1, 'sure': 1}", (-1, 1), -1.0),
     ],
 )
 def test_the_last_score_that_the_judge_says_counts(text, scores, score):
@@ -144,6 +147,7 @@ def test_a_share_of_no_score_above_zero_is_ungraded():
 
 def test_an_answer_without_a_score_is_ungraded_and_no_completion_ends_the_run():
     assert not read_verdict(said("well done"), scores=(0, 1)).graded
+    assert not read_verdict(said('{"max_score": 1, "score": {"of": 1}}'), scores=(0, 1)).graded
     with pytest.raises(RewardError, match=r"--judge-url must answer a chat completion, got .*oops"):
         read_verdict({"oops": 1}, scores=(0, 1))
 
