@@ -232,7 +232,7 @@ def _layout(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
         end = offset + spec.nbytes
         entries[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
         offset = end
-    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % _LENGTH_BYTES)
     start, begins = _LENGTH_BYTES + len(header), {}
     for name in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from qwench.engines.protocol import EngineStats, GenerateRequest, GenerateResult
 from qwench.errors import EngineError, EngineLostError
@@ -37,6 +38,10 @@ class ScriptedEngine(FakeEngine):
         await self._answer()
         return await super().stats()
 
+    async def pause(self, *, retract: bool = False) -> None:
+        await self._answer()
+        await super().pause(retract=retract)
+
     async def sleep(self, tags) -> None:
         await self._answer()
         assert not self.asleep, "a server may die of being told twice"
@@ -68,6 +73,7 @@ class ScriptedServer:
         self.engine = engine
         self.failures = failures
         self.broken: OSError | None = None
+        self.start_s = 0.0
         self.events: list[str] = []
 
     @property
@@ -76,6 +82,7 @@ class ScriptedServer:
 
     def start(self) -> str:
         self.events.append("start")
+        time.sleep(self.start_s)
         if self.failures:
             self.failures -= 1
             raise EngineError("no GPU today")

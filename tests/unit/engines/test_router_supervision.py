@@ -8,7 +8,7 @@ import pytest
 
 from qwench.engines.fleet.health import MAX_STARTS
 from qwench.errors import EngineError, EngineLostError
-from tests.unit.engines.supervised import OFTEN, RARELY
+from tests.unit.engines.supervised import OFTEN, RARELY, Scene
 
 
 class ScriptedRouter:
@@ -50,12 +50,16 @@ class ScriptedRouter:
         self.events.append("close")
 
 
-def test_without_supervision_a_dead_router_is_named_with_the_end_of_its_log(make_scene):
+def test_without_supervision_a_dead_router_is_named_with_the_end_of_its_log():
     router = ScriptedRouter()
-    scene = make_scene(health=None, router=router)
+    scene = Scene(health=None, router=router)
     router.running = False
     with pytest.raises(EngineLostError, match=r"^the router has ended; the end of router\.log: panicked"):
         scene.generate()
+    connections = scene.pool._dispatcher._routed
+    assert connections._session is not None
+    scene.pool.close()
+    assert connections._session is None and router.events[-1] == "close"
 
 
 @pytest.mark.parametrize(("trouble", "reason"), [("running", "its process has ended"), ("hangs", "did not answer within")])

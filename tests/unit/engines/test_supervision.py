@@ -180,8 +180,21 @@ def test_engines_are_not_checked_while_they_sleep(make_scene, caplog):
     assert caplog.messages == []
 
 
+def test_a_request_waits_while_engines_are_held_and_one_lost_before_is_restarted_and_held_too(make_scene):
+    scene = make_scene(health=RARELY)
+    scene.a.down = True
+    with scene.pool.holding(retract=True):
+        asked = scene.pool.loop.start(scene.pool.generate(request("r")))
+        scene.run(asyncio.sleep(0.05))
+        assert scene.a.paused and scene.b.paused
+        assert scene.a.events == [("retract", "")] and set(scene.b.events) == {("retract", "")}
+    assert asked.result(DEADLINE_S).text in ("a", "b")
+    assert not scene.a.paused and not scene.b.paused
+
+
 def test_an_engine_that_died_asleep_is_awake_again(make_scene):
     scene = make_scene(health=RARELY)
+    scene.servers["a"].start_s = 0.05
     scene.pool.sleep([MemoryTag.KV_CACHE])
     scene.a.down = True
     scene.pool.wake([MemoryTag.KV_CACHE])

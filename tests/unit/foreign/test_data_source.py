@@ -143,9 +143,10 @@ def test_the_references_own_source_has_the_order_of_the_runs(args):
     assert len(source) == 5 and [group[0].label for group in theirs[:5]] != ["0", "1", "2", "3", "4"]
 
 
-def test_the_references_own_source_goes_on_where_it_was_saved(args):
+@pytest.mark.parametrize("num_groups", [3, 7], ids=["first epoch", "second epoch"])
+def test_the_references_own_source_goes_on_where_it_was_saved(args, num_groups: int):
     source = RolloutDataSourceWithBuffer(args)
-    first = source.get_samples(3)
+    first = source.get_samples(num_groups)
     source.add_samples(first[:1])
     source.save(2)
     expected = source.get_samples(4)

@@ -41,8 +41,9 @@ def test_the_tools_of_a_row_are_found_in_the_metadata():
 
 
 def test_an_answered_sample_keeps_its_lists_and_its_versions_by_request():
-    facade = to_foreign(answered())
+    facade = to_foreign(answered(teacher_log_probs=[-2.0, -3.0, 0.0, -4.0]))
     assert facade.tokens == [1, 2, 10, 11, 12, 13]
+    assert facade.teacher_log_probs == [-2.0, -3.0, 0.0, -4.0] and to_foreign(answered()).teacher_log_probs is None
     assert facade.loss_mask == [1, 1, 0, 1]
     assert facade.rollout_log_probs == [-0.5, -0.25, 0.0, -1.0]
     assert facade.weight_versions == ["4", "6"]

@@ -82,8 +82,10 @@ def test_the_log_folder_of_a_run_that_failed_before_its_first_step_may_be_used_a
     for _ in range(3):
         run = claim(log_dir=tmp_path)
         assert json.loads((tmp_path / "qwench_logs.json").read_text()) == {"run": run}
-        for name in ("driver.log", "metrics.jsonl", "qwench_config.yaml"):
+        for name in ("driver.log", "metrics.jsonl", "qwench_config.yaml", "stacks.txt", "second_grader.jsonl", "qwench.lock"):
             (tmp_path / name).touch()
+        for name in ("ranks", "engines"):
+            (tmp_path / name).mkdir(exist_ok=True)
 
 
 def test_driver_log_has_each_line_once_where_save_is_the_folder_of_the_metrics_too(tmp_path):

@@ -18,6 +18,7 @@ from qwench.models.memory import (
     megatron_bytes,
     num_adapter_parameters,
     num_parameters,
+    projection_shapes,
 )
 from tests.unit.config.architectures import QWEN3_4B
 
@@ -36,6 +37,12 @@ SMALL = replace(
 MATRICES = 4 * 4 + 2 * 4 + 2 * 4 + 4 * 4 + 3 * 4 * 8  # q, k, v, o, MLP: 144
 NORMS = 4 + 4 + 2 + 2  # of inputs, of queries and keys
 PARAMETERS = 4 * (MATRICES + NORMS) + 10 * 4 + 4  # 668
+
+
+def test_projections_have_the_shapes_of_their_matrices_beside_biases():
+    biased = replace(SMALL, qkv_bias=True, attention_output_bias=True, mlp_bias=True)
+    attention = {"q_proj": (4, 4), "k_proj": (2, 4), "v_proj": (2, 4), "o_proj": (4, 4)}
+    assert projection_shapes(biased) == attention | {"gate_proj": (8, 4), "up_proj": (8, 4), "down_proj": (4, 8)}
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,7 @@ def test_a_teacher_that_aborts_is_asked_again(monkeypatch):
 
     class AbortsOnce:
         async def generate(self, request):
+            assert (request.sampling.max_new_tokens, request.sampling.temperature) == (0, 0.0)
             scores = answers.pop(0)
             reason = FinishReason.LENGTH if scores else FinishReason.ABORT
             return GenerateResult(

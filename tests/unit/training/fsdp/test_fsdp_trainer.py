@@ -8,17 +8,22 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qwench.algorithms.columns import MicroBatch, RolloutBatch, TokenLoss
+from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import CheckpointError, ConfigError
+from qwench.models.hf import load_hf_config
 from qwench.training.batch import pack
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.fsdp.optimizer import local_shard
+from qwench.training.process_group import init_process_group
 from qwench.training.reference import Reference
 from tests.contract.train_backend_cases import write_model
+from tests.deadlines import patient
 from tests.fakes.sections import adamw
 from tests.fakes.trainer import take_step
 from tests.unit.training.fsdp.tiny import tiny_model
+from tests.verbs import run_verb
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -41,6 +46,7 @@ def _build(
     dtype: torch.dtype = torch.float32,
     training: TrainingConfig | None = None,
     dp_replicate: int = 1,
+    **model: object,
 ) -> FsdpTrainer:
     return FsdpTrainer.build(
         folder,
@@ -50,6 +56,7 @@ def _build(
         param_dtype=dtype,
         device=_CPU,
         dp_replicate=dp_replicate,
+        **model,
     )
 
 
@@ -202,6 +209,26 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(model_folder: Path, tmp_path: P
     assert torch.equal(torch.rand(3), drawn)
     assert _train(resumed, steps=2) == onward
     assert all(torch.equal(_published(resumed)[name], tensor) for name, tensor in _published(backend).items())
+
+
+def test_a_converted_checkpoint_goes_on_bit_for_bit_where_optimizer_and_base_fit_it(model_folder: Path, tmp_path: Path):
+    backend = _build(model_folder)
+    _train(backend, steps=2)
+    backend.save(tmp_path / "fsdp")
+    onward, trained = _train(backend, steps=2), _published(backend)
+    words = ["--input", tmp_path / "fsdp", "--output", tmp_path / "dist", "--to", "torch_dist", "--hf-checkpoint", model_folder]
+    run_verb(["convert", *map(str, words)])
+    init_process_group(_CPU, environ={}, timeout_s=patient(60))  # the verb has left it
+    folder = tmp_path / "dist" / "release"
+    resumed = _build(model_folder)
+    resumed.load(folder, with_rng=False)
+    assert _train(resumed, steps=2) == onward
+    assert all(torch.equal(_published(resumed)[name], tensor) for name, tensor in trained.items())
+    with pytest.raises(ConfigError, match=r"has AdamW's state of all weights, .* muon has its own; give --no-load-optim"):
+        _build(model_folder, adam=replace(_ADAM, optimizer="muon")).load(folder)
+    lora = LoraConfig(lora_rank=2, lora_base="nf4")
+    with pytest.raises(ConfigError, match=r"--lora-base nf4 reads Hugging Face checkpoints; convert .* to one"):
+        _build(folder, lora=lora, hf_config=load_hf_config(model_folder))
 
 
 def test_loading_weights_only_leaves_a_fresh_optimizer(model_folder: Path, tmp_path: Path):
