@@ -276,7 +276,10 @@ class ContinuousStream(GeneratingStream):
             return
         self._selection.measure(self._tally)
         self._held = True
-        interrupted = [self._dated(group) for group in await self._runner.abort(set(self._tasks))]
+        ended = await self._runner.abort(set(self._tasks))
+        while self._tasks:  # `_note_end` of a group that has just ended comes first: it asks the bound
+            await asyncio.sleep(0)
+        interrupted = [self._dated(group) for group in ended]
         self._bound.drop(group.group_id for group in interrupted)
         self._buffer.put_first(interrupted)
 

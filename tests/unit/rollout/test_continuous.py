@@ -199,6 +199,25 @@ def test_a_signal_while_groups_come_to_rest_keeps_their_tokens():
         assert sorted(group["samples"][0]["response"] for group in stream.state_dict()["in_flight"]) == ["o", "ok"]
 
 
+def test_a_group_that_ends_just_when_groups_come_to_rest_is_kept_once():
+    async def rest_after(stream, ticks):
+        await wait_until(lambda: len(stream._tasks) == 1)
+        engine.closed_to.clear()
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        await stream._at_rest()
+        await stream._go_on()
+
+    for ticks in range(9):
+        engine = GatedEngine("a")
+        with open_stream(engine) as stream:
+            stream.take(0)
+            engine.wait_for("a")
+            stream._engines.run(rest_after(stream, ticks), label=f"{ticks} ticks", timeout_s=patient(20))
+            assert sorted(versions_of(stream.take(1))) == ["a", "d"]
+            assert stream._failure is None
+
+
 def test_groups_begin_while_the_trainer_learns():
     engine = GatedEngine("e")
     with open_stream(engine) as stream:
