@@ -69,6 +69,8 @@ def test_an_adapter_gets_another_rank_and_is_the_same_where_that_is_enough(folde
     for rank in (1, 5):
         extracted = extract_adapter(tmp_path / "first", base, _model(base), rank=rank, output=tmp_path / str(rank))
         assert (extracted.kept == pytest.approx(1.0, abs=1e-5)) == (rank == 5)
+    with pytest.raises(ConfigError, match=r"--lora-rank 17 is more than the 16 of .*k_proj"):  # 16 x 32
+        extract_adapter(tmp_path / "first", base, _model(base), rank=17, output=tmp_path / "17")
     found = AdapterFolder(tmp_path / "5")
     assert (found.config.rank, found.config.scale, found.config.targets) == (5, 1.0, ("k_proj", "down_proj"))
     name = "model.layers.0.mlp.down_proj"

@@ -1,12 +1,14 @@
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.errors import ConfigError, QwenchError
-from qwench.rollout.buffer import GroupBuffer
+from qwench.rollout.buffer import GroupBuffer, oldest_first
 from qwench.rollout.functions import RolloutContext, checked_rollout, load_functions
+from qwench.rollout.generate import generate_single_turn
 from qwench.samples import Group, Rollout, Status
 from tests.fakes.engine import FakeEngine
 from tests.fakes.grader import FakeGrader
@@ -59,6 +61,45 @@ async def one_argument(sample):
 
 def make(name, of=None):
     return asyncio.run(checked_rollout(load(f"{HERE}.{name}").make_rollout, of or context())(3))
+
+
+async def my_generate(sample, context):
+    return sample
+
+
+def takes_groups(groups):
+    return None
+
+
+def takes_a_sample(sample, group):
+    return True
+
+
+def takes_a_number(groups, num_groups):
+    return groups
+
+
+async def my_evaluation(sets, run_set):
+    return {}
+
+
+def test_each_flag_names_its_own_function_and_without_it_the_built_in_one_serves():
+    built_in = load_functions(RolloutConfig(), EvalConfig())
+    assert (built_in.generate, built_in.buffer_filter) == (generate_single_turn, oldest_first)
+    for field, flag, name in (
+        ("generate", "custom_generate_function_path", "my_generate"),
+        ("make_rollout", "rollout_function_path", "named_built_in"),
+        ("group_filter", "dynamic_sampling_filter_path", "takes_groups"),
+        ("sample_filter", "rollout_sample_filter_path", "takes_a_sample"),
+        ("buffer_filter", "buffer_filter_path", "takes_a_number"),
+        ("on_all_groups", "rollout_all_samples_process_path", "takes_groups"),
+        ("evaluate", "eval_function_path", "my_evaluation"),
+    ):
+        section = EvalConfig if flag.startswith("eval") else RolloutConfig
+        named = {RolloutConfig: RolloutConfig(), EvalConfig: EvalConfig(), section: section(**{flag: f"{HERE}.{name}"})}
+        found = load_functions(*named.values())
+        function = getattr(found, field)
+        assert function.__name__ == name and found == replace(built_in, **{field: function})
 
 
 def load(path):

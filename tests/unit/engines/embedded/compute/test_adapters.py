@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from qwench.engines.embedded.compute.adapters import AdapterStore
+from qwench.engines.embedded.compute.adapters import AdapterStore, RowAdapters
 from qwench.errors import EngineError
 from qwench.models.peft import A, B
 from tests.unit.config.architectures import QWEN3_4B
@@ -52,6 +53,25 @@ def _check(store: AdapterStore, name: str | None, matrices: Mapping[str, Tensor]
             if f"{module}.{A}" in matrices:
                 wanted = scale * (x @ matrices[f"{module}.{A}"].T @ matrices[f"{module}.{B}"].T)
             torch.testing.assert_close(output, wanted)
+
+
+def test_rows_compute_with_the_adapters_of_their_requests_the_last_one_with_none() -> None:
+    store = _store()
+    rows = RowAdapters(store, 3, torch.device("cpu"))
+    assert not rows.seat([])
+    for seed, name in enumerate(("first", "second")):
+        store.add(name, _matrices(seed, rank=2, modules=(Q,)), scale=1.0, in_use=set())
+
+    def mixed(*names: str | None) -> Tensor:
+        return store.mix(torch.tensor([store.choose(name).slot for name in names]))
+
+    def seat(**names: str | None) -> bool:
+        return rows.seat(SimpleNamespace(row=int(row[1:]), adapter=store.choose(name)) for row, name in names.items())
+
+    assert seat(r0="second", r1="first")
+    assert torch.equal(rows.mix(torch.tensor([1, 0, 2, 1])), mixed("first", "second", None, "first"))
+    assert not seat(r0=None)
+    assert torch.equal(rows.mix(torch.tensor([0, 1])), mixed(None, "first"))
 
 
 @pytest.mark.parametrize("rank", [2, 3])
