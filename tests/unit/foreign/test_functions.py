@@ -8,13 +8,15 @@ from types import SimpleNamespace
 import pytest
 
 from qwench.engines.protocol import SamplingParams
-from qwench.errors import ConfigError
+from qwench.errors import ConfigError, QwenchError
 from qwench.foreign.functions import Adapters
 from qwench.foreign.sample import RolloutFnTrainOutput
-from qwench.foreign.session import Session, close_session, open_session, sampling_params
+from qwench.foreign.session import Session, close_session, current_session, open_session, sampling_params
 from qwench.rollout.filters import FilterResult
+from qwench.rollout.generate import GenerateContext
 from qwench.rollout.sampling import Sampling
-from qwench.samples import Group
+from qwench.samples import Group, Prompt, Sample
+from tests.fakes.engine import CharTokenizer
 from tests.fakes.grader import FakeGrader
 from tests.unit.rewards.samples import finished
 
@@ -24,7 +26,7 @@ ARGS = Namespace(n_samples_per_prompt=2)
 @pytest.fixture
 def session():
     loop = asyncio.new_event_loop()
-    whole = SamplingParams(max_new_tokens=8)
+    whole = SamplingParams(max_new_tokens=8, seed=0)
     grader = FakeGrader(lambda sample: 1.0)
     open_session(Session(args=ARGS, tokenizer=None, gateway=None, loop=loop, sampling=Sampling(whole=whole), grader=grader))
     yield
@@ -128,6 +130,43 @@ def test_of_a_rollouts_metrics_the_numbers_are_kept(session):
 
     rollout = asyncio.run(Adapters(as_text=True).make_rollout(roll, "mine.roll")(0, None))
     assert rollout.metrics == {"a": 1.0, "b": 0.5}
+
+
+@pytest.mark.parametrize(("needed_by", "log_probs"), [("--use-tis", None), ("--use-tis", [-0.5, -0.25]), (None, None)])
+def test_a_response_without_log_probs_is_refused_where_a_flag_needs_them(session, needed_by, log_probs):
+    async def write(args, sample, params):
+        sample.tokens, sample.response, sample.response_length = [1, 104, 105], "hi", 2
+        sample.rollout_log_probs = log_probs
+        return sample
+
+    current_session().tokenizer, current_session().needs_log_probs = CharTokenizer(), needed_by
+    sampling = current_session().sampling
+    context = GenerateContext(requests=None, tokenizer=CharTokenizer(), sampling=sampling, rollout_id=0, position=0)
+    sample = Sample(prompt=Prompt(text="a", token_ids=(1,)), sample_id=5, group_id=1)
+    answer = Adapters(as_text=True).generate(write, "mine.write")(sample, context)
+    if needed_by and log_probs is None:
+        with pytest.raises(QwenchError, match=r"returned no rollout_log_probs, which --use-tis needs"):
+            asyncio.run(answer)
+        return
+    back = asyncio.run(answer)
+    assert (back.sample_id, back.group_id, back.response, back.tokens) == (5, 1, "hi", [1, 104, 105])
+
+
+@pytest.mark.parametrize("answer", [[1.0], (1.0, 2.0, 3.0), None])
+def test_reward_post_processing_answers_with_two_lists_of_which_the_second_is_learned_from(answer):
+    seen = []
+
+    def process(args, samples):
+        seen.append((args, [sample.response for sample in samples]))
+        return (["raw"], [True, -2]) if len(seen) == 1 else answer
+
+    adapted = Adapters(as_text=True).reward_post_process(process, "mine.fn", lambda: ARGS)
+    assert adapted([finished("1", "1"), finished("2", "1")]) == [1.0, -2.0]
+    assert seen == [(ARGS, ["1", "2"])]
+    with pytest.raises(
+        QwenchError, match=r"^--custom-reward-post-process-path mine.fn must return raw rewards and rewards, got "
+    ):
+        adapted([])
 
 
 MAKERS = {
