@@ -6,7 +6,7 @@
 
 A change is tried on the module's mirror in tests/unit. The other test files of its folder, and those that import it, then
 try the changes which the mirror did not notice. With `--reach FILE` (see `reach.py`) all other tests that run the changed
-function try what is left, the quickest first, up to a minute. `--tests` names other files in place of all that.
+function try what is left, the quickest first, up to a minute of each kind. `--tests` names other files in place of all that.
 
 The tests run on a copy of the tree. Every change runs in a fork of a process that has imported the heavy libraries. `--jobs`
 tries several modules at once, each job on its own copy. Read each change that is printed: a test is missing, the code does
@@ -97,17 +97,6 @@ class _Replace(ast.NodeTransformer):
         return self._replacement if node is self._target else self.generic_visit(node)
 
 
-def tests_of(module: Path) -> list[str]:
-    """Return the mirror of a module in tests/unit, or else the tests that import it, or else its folder's tests."""
-    folder = Path("tests/unit") / module.parent.relative_to("qwench")
-    own = folder / f"test_{module.name}"
-    if (ROOT / own).exists():
-        return [str(own)]
-    while not (ROOT / folder).exists():
-        folder = folder.parent
-    return importers_of(module) or [str(folder)]
-
-
 def importers_of(module: Path) -> list[str]:
     """Return the files of tests/unit that import a module."""
     name = re.escape(".".join(module.with_suffix("").parts).removesuffix(".__init__"))
@@ -167,7 +156,7 @@ class Campaign:
     def __init__(self, module: Path, stages: list[list[str]], reach: Reach | None) -> None:
         self._module, self._stages, self._reach = module, stages, reach
         self._original = module.read_text()
-        self._usual_s: dict[int, float] = {}
+        self._usual_s: dict[str, float] = {}
         self._changes = 0
 
     def run(self, places: list[Place]) -> Counter[str]:
@@ -176,7 +165,7 @@ class Campaign:
         for place in places:
             mutant = mutant_of(self._original, place)
             try:
-                seen = self._by_stages(mutant) or self._by_reach(mutant)
+                seen = self._notice(mutant)
             except FailingTestsError as error:
                 print(f"{self._module}: left out, {error} fail without a change", flush=True)
                 return Counter()
@@ -186,36 +175,37 @@ class Campaign:
                 print(f"  {self._module}:{mutant.line} {said}" + (f" (noticed by {seen})" if seen else ""), flush=True)
         self._write(self._original)
         seconds = ", ".join(f"{seconds:.1f}" for seconds in self._usual_s.values())
-        noticed = counts.total() - counts["tried"]
-        print(f"{self._module}: {noticed} of {len(places)} by {' '.join(self._stages[0])} ... ({seconds} s a run)", flush=True)
+        print(f"{self._module}: {counts.total() - counts['tried']} of {len(places)} noticed ({seconds} s a run)", flush=True)
         return counts
 
-    def _by_stages(self, mutant: Mutant) -> str:
-        for number, tests in enumerate(self._stages):
-            if number not in self._usual_s:
-                self._write(self._original)
-                passed, self._usual_s[number] = outcome(tests, 600)
-                if not passed:
-                    raise FailingTestsError(" ".join(tests))
-            self._write(mutant.source)
-            if not outcome(tests, 3 * self._usual_s[number] + 20)[0]:
-                return "unit"
+    def _notice(self, mutant: Mutant) -> str:
+        """Return which tests noticed a change, or nothing. What fails without the change too has noticed nothing."""
+        of_function = self._reach.of_function(self._module, self._original, mutant.line) if self._reach else []
+        stages = self._stages[:1] if of_function else self._stages  # a recording knows better than imports do
+        if any(self._fails(mutant, tests) for tests in stages):
+            return "unit"
+        if self._reach is not None:
+            known = {test for tests in stages for test in tests}
+            left = [test for test in of_function or self._reach.seconds if test.partition("::")[0] not in known]
+            in_unit = [test for test in left if test.startswith("tests/unit/")]
+            for name, some in (("unit", in_unit), ("contract or e2e", [test for test in left if test not in set(in_unit)])):
+                quick = self._reach.quickest(some, LIMIT_S)
+                self._write(mutant.source)
+                if quick and not outcome(quick, 4 * LIMIT_S)[0]:
+                    self._write(self._original)
+                    if outcome(quick, 4 * LIMIT_S)[0]:
+                        return name
         return ""
 
-    def _by_reach(self, mutant: Mutant) -> str:
-        """Try the recorded tests, those of tests/unit first; what fails without the change too has noticed nothing."""
-        known = {test for tests in self._stages for test in tests}
-        self._write(self._original)
-        found = self._reach.tests_for(self._module, mutant.line, LIMIT_S) if self._reach else []
-        found = [test for test in found if test.partition("::")[0] not in known]
-        in_unit = [test for test in found if test.startswith("tests/unit/")]
-        for name, tests in (("unit", in_unit), ("contract or e2e", [test for test in found if test not in in_unit])):
-            self._write(mutant.source)
-            if tests and not outcome(tests, 4 * LIMIT_S)[0]:
-                self._write(self._original)
-                if outcome(tests, 4 * LIMIT_S)[0]:
-                    return name
-        return ""
+    def _fails(self, mutant: Mutant, tests: list[str]) -> bool:
+        key = " ".join(tests)
+        if tests and key not in self._usual_s:
+            self._write(self._original)
+            passed, self._usual_s[key] = outcome(tests, 600)
+            if not passed:
+                raise FailingTestsError(key)
+        self._write(mutant.source)
+        return bool(tests) and not outcome(tests, 3 * self._usual_s[key] + 20)[0]
 
     def _write(self, source: str) -> None:
         """Write the module, each time with another time of its own: bytecode of the source before must not pass for its own."""
@@ -230,11 +220,13 @@ def campaign(module: Path, places: list[Place], stages: list[list[str]], reach: 
 
 
 def stages_of(module: Path) -> list[list[str]]:
-    """Return the tests to try first, and those for the changes that the first ones did not notice."""
-    first = tests_of(module)
-    neighbours = [str(path) for path in sorted(Path("tests/unit").joinpath(*module.parts[1:-1]).glob("test_*.py"))]
-    others = sorted({*importers_of(module), *neighbours} - set(first))
-    return [first, others] if others else [first]
+    """Return the mirror of a module in tests/unit, if it has one, and then the tests that import it or lie beside that."""
+    folder = Path("tests/unit") / module.parent.relative_to("qwench")
+    own = [str(folder / f"test_{module.name}")] if (ROOT / folder / f"test_{module.name}").exists() else []
+    others = {*importers_of(module), *map(str, folder.glob("test_*.py"))} - set(own)
+    while not others and not (ROOT / folder).exists():
+        folder = folder.parent
+    return [own, sorted(others) or ([] if own else [str(folder)])]
 
 
 def chosen(modules: list[Path], args: argparse.Namespace) -> dict[Path, list[Place]]:
@@ -292,7 +284,7 @@ def main() -> None:
         ProcessPoolExecutor(args.jobs, fork, initializer=enter_copy, initargs=(Path(folder),)) as pool,
     ):
         runs = [
-            pool.submit(campaign, module, some, [args.tests] if args.tests else stages_of(module), reach)
+            pool.submit(campaign, module, some, [args.tests] if args.tests else stages_of(module), reach and reach.part(module))
             for module, some in places
         ]
         counts = sum((run.result() for run in as_completed(runs)), Counter())

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -24,6 +24,8 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("tests/contract", "tests/e2e")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+_BEGIN_S = 0.05
+"""To find and begin a test."""
 _RECORDER = """
 import os
 
@@ -48,16 +50,22 @@ class Reach:
     tests: Mapping[str, Sequence[str]]
     """The tests of each function, which is named by its module and where it begins: qwench/files.py:31."""
 
-    def tests_for(self, module: Path, line: int, limit_s: float) -> list[str]:
-        """Return the quickest tests that run the function around a line, or, outside of functions, any of its module."""
-        around = [node for node in functions_of(ast.parse(module.read_text())) if node.lineno <= line <= (node.end_lineno or 0)]
-        if around:
-            found = set(self.tests.get(f"{module}:{around[-1].lineno}", ()))
-        else:
-            found = {test for name, tests in self.tests.items() if name.startswith(f"{module}:") for test in tests}
+    def of_function(self, module: Path, source: str, line: int) -> list[str]:
+        """Return the tests that run the function around a line of a module's source; none outside of functions."""
+        around = [node for node in functions_of(ast.parse(source)) if node.lineno <= line <= (node.end_lineno or 0)]
+        return list(self.tests.get(f"{module}:{around[-1].lineno}", ())) if around else []
+
+    def part(self, module: Path) -> Reach:
+        """Return what was seen of a module."""
+        tests = {name: some for name, some in self.tests.items() if name.startswith(f"{module}:")}
+        passed = {test for some in tests.values() for test in some} & self.seconds.keys()
+        return Reach({test: self.seconds[test] for test in sorted(passed)}, tests)
+
+    def quickest(self, tests: Iterable[str], limit_s: float) -> list[str]:
+        """Return those of the tests that passed and take no longer together."""
         chosen, total_s = [], 0.0
-        for test in sorted(found & self.seconds.keys(), key=lambda test: self.seconds[test]):
-            total_s += self.seconds[test]
+        for test in sorted(set(tests) & self.seconds.keys(), key=lambda test: self.seconds[test]):
+            total_s += self.seconds[test] + _BEGIN_S
             if total_s <= limit_s:
                 chosen.append(test)
         return chosen

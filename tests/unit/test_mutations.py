@@ -63,14 +63,15 @@ def test_a_recording_tells_which_function_a_test_called(tmp_path: Path) -> None:
     assert calls == ["qwench/it.py:4", "qwench/it.py:6"]
 
 
-def test_the_quickest_tests_of_a_function_try_its_change(tmp_path: Path) -> None:
-    (tmp_path / "it.py").write_text(SOURCE)
-    module = tmp_path / "it.py"
+def test_the_quickest_tests_of_a_function_try_its_change() -> None:
     seconds = {"slow": 9.0, "quick": 1.0, "other": 2.0, "longest": 30.0}
-    reach = Reach(seconds, {f"{module}:4": ["slow", "quick", "longest"], f"{module}:6": ["other", "without seconds"]})
-    assert reach.tests_for(module, 8, limit_s=12.0) == ["quick", "slow"]
-    assert reach.tests_for(module, 7, limit_s=12.0) == ["other"]
-    assert reach.tests_for(module, 10, limit_s=4.0) == ["quick", "other"], "no function: any test of the module"
+    functions = {"it.py:4": ["slow", "quick", "longest"], "it.py:6": ["other", "failed"]}
+    reach = Reach(seconds | {"no": 1.0}, functions | {"it.pyx:1": ["no"]}).part(Path("it.py"))
+    assert reach == Reach(seconds, functions)
+    assert reach.of_function(Path("it.py"), SOURCE, line=8) == ["slow", "quick", "longest"]
+    assert reach.of_function(Path("it.py"), SOURCE, line=7) == ["other", "failed"], "the inner function"
+    assert reach.of_function(Path("it.py"), SOURCE, line=10) == []
+    assert reach.quickest(["slow", "failed", "longest", "other", "quick"], limit_s=12.5) == ["quick", "other", "slow"]
 
 
 def test_what_no_unit_test_notices_is_tried_on_recorded_tests(
@@ -85,7 +86,7 @@ def test_what_no_unit_test_notices_is_tried_on_recorded_tests(
         return not any(found[test] in module.read_text() for test in tests), 1.0
 
     monkeypatch.setattr(mutations, "outcome", outcome)
-    reach = Reach({"tests/e2e/a.py::test": 1.0}, {"it.py:9": ["tests/e2e/a.py::test"]})
+    reach = Reach({"tests/e2e/a.py::test": 1.0}, {"it.py:6": ["tests/e2e/a.py::test"]})
     counts = Campaign(module, [["unit"]], reach).run([place for place in places_of(SOURCE) if place.line in (7, 10)])
     assert counts == {"unit": 1, "contract or e2e": 1, "tried": 4}
     printed = capsys.readouterr().out
