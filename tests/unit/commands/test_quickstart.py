@@ -1,9 +1,12 @@
+import itertools
 import json
 import os
+import re
 import signal
 import sys
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -76,6 +79,36 @@ def test_an_empty_data_folder_is_filled(ran):
     (ran.folder / "data").mkdir(parents=True)
     tour(ran.folder)
     assert sorted(path.name for path in (ran.folder / "data").iterdir()) == ["sft.jsonl", "test.jsonl", "train.jsonl"]
+
+
+def steps_of(question):
+    """Return the values after each step of a sum of digits that a question asks for, the first one first."""
+    assert re.fullmatch(r"\d([+-]\d)+=\?", question)
+    return list(itertools.accumulate(map(int, re.findall(r"[+-]?\d", question))))
+
+
+def test_problems_go_from_digit_to_digit_and_demonstrations_think_or_guess(tmp_path):
+    write_data(tmp_path, seed=1, num_demos=60, num_prompts=30, num_held_out=5)
+    rows = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.iterdir()}
+    assert {name: len(some) for name, some in rows.items()} == {"sft": 60, "train": 30, "test": 5}
+    asked = {}
+    for name in ("train", "test"):
+        asked[name] = [row["prompt"][0]["content"] for row in rows[name]]
+        for row, question in zip(rows[name], asked[name], strict=True):
+            values = steps_of(question)
+            assert set(values) <= set(range(10)) and all(a != b for a, b in pairwise(values))
+            assert (row["label"], row["prompt"][0]["role"]) == (str(values[-1]), "user")
+    assert len(set(asked["test"])) == 5 and not set(asked["test"]) & set(asked["train"])
+    assert {len(steps_of(question)) for question in asked["train"] + asked["test"]} == {quickstart.HARD_TERMS}
+
+    thinking = 0
+    for user, assistant in (row["messages"] for row in rows["sft"]):
+        values, lines = steps_of(user["content"]), re.findall(r"(.+)=(.+)", assistant["content"])
+        thinking += bool(lines)
+        assert [(eval(left), int(right)) for left, right in lines] == [(value, value) for value in values[1:]][: len(lines)]
+        boxed = int(re.fullmatch(r"<think>\n[^<]*\n</think>\n\n\\boxed\{(\d)\}", assistant["content"])[1])
+        assert not lines or (boxed == values[-1] and len(lines) == len(values) - 1)
+    assert 0 < thinking < 60
 
 
 def test_files_of_others_and_another_seed_are_refused(ran):

@@ -274,7 +274,8 @@ AT_THE_EDGE = [
         AlgorithmConfig,
         {"eps_clip_c": 1.01, "kl_coef": 0.0, "use_kl_loss": True, "kl_loss_coef": 0.1, "use_unbiased_kl": True},
     ),
-    (AlgorithmConfig, {"use_tis": True, "tis_clip_low": 2.0}),
+    (AlgorithmConfig, {"use_tis": True, "tis_clip_low": 2.0, "custom_tis_function_path": "a.b"}),
+    (AlgorithmConfig, {"custom_tis_function_path": "a.b", "get_mismatch_metrics": True}),
     (
         AlgorithmConfig,
         {"advantage_estimator": "reinforce_plus_plus_baseline", "normalize_advantages": True, "kl_coef": 0.1},
@@ -301,10 +302,7 @@ AT_THE_EDGE = [
         {"use_precision_aware_optimizer": True, "adam_beta2": 0.99, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"},
     ),
     (TrainingConfig, {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 1, "log_probs_chunk_size": -1}),
-    (
-        RewardConfig,
-        {"rm_type": "remote_rm", "rm_url": "http://127.0.0.1:1", "custom_rm_path": "package.module.function"},
-    ),
+    (RewardConfig, {"rm_type": "remote_rm", "rm_url": "http://127.0.0.1:1", "custom_rm_path": "module.function"}),
 ]
 
 
