@@ -205,11 +205,6 @@ def adapters_are_built_for(config: Config) -> str | None:
         ("--batch-invariant-mode or --true-on-policy-mode", training.batch_invariant, "leave it out"),
         ("--optimizer muon", config.optimizer.optimizer == "muon", "choose adam"),
         ("--advantage-estimator ppo", config.algorithm.has_critic, "choose an estimator without a critic"),
-        (
-            "--opd-type megatron and --lora-base, which would round the teacher",
-            config.distillation.opd_type == "megatron" and lora.lora_base != "auto",
-            "serve the teacher and choose sglang",
-        ),
     ):
         if is_set:
             return f"--lora-rank {lora.rank} does not work yet with {flag}; {instead}"

@@ -178,7 +178,7 @@ def adapter_bytes(
         gradients=(num_trained if num_trained * FLOAT32_BYTES <= WHOLE_GRADIENT_BYTES else trained) * FLOAT32_BYTES,
         optimizer=round(trained * (FLOAT32_BYTES - weights + state.moments) * (1 - state.offloaded)),
         host_optimizer=round(trained * (FLOAT32_BYTES + state.moments) * state.offloaded),
-        host_reference=owned * state.param if holds_reference else 0,
+        host_reference=(owned + num_quantised) * state.param if holds_reference else 0,
     )
 
 

@@ -23,7 +23,7 @@ class HostCopy:
         # By address: a device takes memory anew when a storage is resized to the size that it has, once for each tensor in it.
         storages = {storage.data_ptr(): storage for storage in map(Tensor.untyped_storage, self._tensors)}
         self._storages = [(storage, storage.nbytes()) for storage in storages.values()]
-        self._copies = [_to_host(tensor, dtype or tensor.dtype) for tensor in self._tensors]
+        self._copies = [to_host(tensor, dtype or tensor.dtype) for tensor in self._tensors]
         self._synchronize()
 
     @torch.no_grad()
@@ -89,7 +89,9 @@ class HostCopy:
             torch.cuda.synchronize()
 
 
-def _to_host(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    copy = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=tensor.is_cuda)
+def to_host(tensor: Tensor, dtype: torch.dtype, *, for_device: torch.device | None = None) -> Tensor:
+    """Copy to the host, where `for_device`, the tensor's own by default, reads it fast; a caller synchronises."""
+    on_gpu = (for_device or tensor.device).type == "cuda"
+    copy = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=on_gpu)
     # Cast on the device first: the cast is cheap there and halves what crosses the bus.
     return copy.copy_(tensor.to(dtype), non_blocking=True)

@@ -24,6 +24,7 @@ from torch import Tensor
 from qwench.algorithms.columns import LossFunction, MicroBatch, TokenLoss
 from qwench.errors import TrainingError
 from qwench.training.adapters import AdapterSwitch
+from qwench.training.frozen import OtherModel
 from qwench.training.memory_budget import ActivationBudget
 from qwench.training.offload import HostCopy
 from qwench.training.process_group import largest_of_ranks
@@ -142,7 +143,7 @@ class Trainer(Scorer, Protocol):
         """Copy the held weights to the host, in the dtype that a forward computes with."""
         ...
 
-    def copy_for_frozen(self, folder: Path) -> HostCopy:
+    def copy_for_frozen(self, folder: Path) -> OtherModel:
         """Read another model of this architecture, on the host, for the places of the weights that adapters leave frozen."""
         ...
 

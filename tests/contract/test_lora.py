@@ -15,7 +15,7 @@ from transformers import Qwen3ForCausalLM
 from qwench.checkpoints.formats.dcp_reader import DcpFolder
 from qwench.config.sections.lora import LoraConfig
 from tests.contract import train_backend_cases as cases
-from tests.contract.lora_cases import ALPHA, RANK, assert_apart_is_merged, peft_loop, plain_record, write_start
+from tests.contract.lora_cases import ALPHA, RANK, assert_apart_is_merged, peft_loop, plain_record, write_rounded, write_start
 from tests.contract.train_backend_checks import ON_CPU as WITHIN
 from tests.contract.train_backend_checks import assert_close, assert_steps_equal, read_records
 from tests.contract.train_backend_layouts import BINS
@@ -24,8 +24,9 @@ from tests.contract.train_backend_ranks import Case, run_world
 _LORA = LoraConfig(lora_rank=RANK, lora_alpha=ALPHA)
 _SOME = replace(_LORA, target_modules="linear_qkv,down_proj", use_rslora=True)
 _PISSA = LoraConfig(lora_rank=RANK, lora_alpha=ALPHA, lora_init="pissa")
-_FLAGS = {"all": _LORA, "some": _SOME, "pissa": _PISSA}
-_SCALES = {"all": 5.0 / 3, "some": 5.0 / 3**0.5, "pissa": 5.0 / 3}
+_NF4 = replace(_LORA, lora_base="nf4")
+_FLAGS = {"all": _LORA, "some": _SOME, "pissa": _PISSA, "nf4": _NF4}
+_SCALES = {"all": 5.0 / 3, "some": 5.0 / 3**0.5, "pissa": 5.0 / 3, "nf4": 5.0 / 3}
 _LAYOUTS = {
     "one": (1, {}),
     "one-recomputed": (1, {"gradient_checkpointing": True}),
@@ -36,12 +37,12 @@ _LAYOUTS = {
     "two-by-two": (4, {"dp_replicate": 2}),
     "four-whole": (4, {"dp_replicate": 4}),
 }
-STEPPED = [(layout, flags) for layout in _LAYOUTS for flags in ("all", "some")] + [("two", "pissa")]
+STEPPED = [(layout, flags) for layout in _LAYOUTS for flags in ("all", "some")] + [("two", "pissa"), ("two", "nf4")]
 
 
 def _case(layout: str, flags: str, folder: Path) -> tuple[int, Case]:
     size, options = _LAYOUTS[layout]
-    start = folder / f"{flags}.adapter"
+    start = folder / f"{'all' if flags == 'nf4' else flags}.adapter"
     lora = replace(_FLAGS[flags], lora_adapter_path=start if start.is_dir() else None)
     name = f"{layout}-{flags}"
     return size, Case(name=name, model="tied", bins=BINS[size], lora=lora, teacher="teacher", save=True, **options)  # type: ignore[arg-type]
@@ -64,6 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cases.write_model(folder / "teacher", tied=True, seed=12)
     for flags in ("all", "some"):
         write_start(folder / f"{flags}.adapter", folder / "tied", _FLAGS[flags])
+    write_rounded(folder / "rounded", folder / "tied", "nf4", _NF4.targets)
     made = [_case(*one, folder) for one in STEPPED] + [_base(layout) for layout in _LAYOUTS]
     for world_size in (1, 2, 4):
         in_world = [case for size, case in made if size == world_size]
@@ -77,9 +79,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> dict[str, tuple[cases.StepsRecord, dict[str, Tensor]]]:
     """Return the plain loop's records by flags, and its matrices under the names of an adapter folder."""
+    starts = {"all": folder / "all.adapter", "some": folder / "some.adapter", "pissa": None, "nf4": folder / "all.adapter"}
     return {
-        flags: plain_record(folder / "tied", folder / f"{flags}.adapter" if flags != "pissa" else None, scale=_SCALES[flags])
-        for flags in _FLAGS
+        flags: plain_record(folder / ("rounded" if flags == "nf4" else "tied"), start, scale=_SCALES[flags])
+        for flags, start in starts.items()
     }
 
 
@@ -114,7 +117,7 @@ def test_saved_matrices_equal_a_plain_module_s(
         assert_close(saved[f"base_model.model.{name}"], matrix, name, WITHIN)
 
 
-@pytest.mark.parametrize(("layout", "flags"), STEPPED)
+@pytest.mark.parametrize(("layout", "flags"), [one for one in STEPPED if one[1] != "nf4"])
 def test_the_reference_is_the_base_model_bit_for_bit(folder: Path, layout: str, flags: str) -> None:
     size, case = _case(layout, flags, folder)
     base_size, base_case = _base(layout)

@@ -59,7 +59,10 @@ def _cases(folder: Path) -> list[tuple[int, Case]]:
         found.append(megatron(f"{on}-{flags}", model, on=on, **options))
     for on, form in _ROUNDED:
         started = replace(_QKV if form == "nf4" else _ALL, lora_base=form, lora_adapter_path=folder / f"{form}.adapter")
-        found.append(megatron(f"{on}-{form}", "wide", on=on, lora=started, gradient_checkpointing=on == "pp2"))
+        recomputes = on == "pp2"
+        found.append(
+            megatron(f"{on}-{form}", "wide", on=on, lora=started, teacher="wide-teacher", gradient_checkpointing=recomputes)
+        )
     pissa = replace(_ALL, lora_init="pissa")
     found += [megatron(f"{on}-pissa", "untied", on=on, lora=pissa, save=on in ("tp2-sp", "tp2-pp2")) for on in LAYOUTS]
     for name, (build, on, before) in _RESUMED_PISSA.items():
@@ -96,6 +99,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for flags, lora in _FLAGS.items():
         write_start(folder / f"{flags}.adapter", folder / "tied", lora)
     cases.write_model(folder / "wide", tied=False, wide=True)
+    cases.write_model(folder / "wide-teacher", tied=False, wide=True, seed=12)
     for form, lora in (("nf4", _QKV), ("fp8", _ALL)):
         write_start(folder / f"{form}.adapter", folder / "wide", lora)
         write_rounded(folder / f"wide-{form}", folder / "wide", form, lora.targets)
@@ -160,13 +164,13 @@ def test_published_weights_are_merged(folder: Path, expected: dict[str, PeftReco
 
 
 def test_a_teacher_in_the_place_of_the_frozen_model_scores_as_itself(folder: Path) -> None:
-    expected = {tied: cases.plain_loop(folder / f"{tied}-teacher", num_steps=0).log_probs for tied in ("tied", "untied")}
-    for on, flags in _STEPPED:
-        tied = "tied" if flags == "some" else "untied"
+    expected = {one: cases.plain_loop(folder / f"{one}-teacher", num_steps=0).log_probs for one in ("tied", "untied", "wide")}
+    for on, flags in (*_STEPPED, *_ROUNDED):
+        model = {"some": "tied", "nf4": "wide", "fp8": "wide"}.get(flags, "untied")
         for record in read_records(folder, Case(name=f"{on}-{flags}", model="", bins=[]), LAYOUTS[on][0]):
             assert record["teacher_log_probs"].keys() == record["log_probs"].keys()
             for index, values in record["teacher_log_probs"].items():
-                assert_close(values, expected[tied][index], f"{on}-{flags}: sample {index}", WITHIN)
+                assert_close(values, expected[model][index], f"{on}-{flags}: sample {index}", WITHIN)
 
 
 @pytest.mark.parametrize("form", ["nf4", "fp8"])

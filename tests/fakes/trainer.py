@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qwench.algorithms.columns import LossFunction, MicroBatch
 from qwench.errors import TrainingError
+from qwench.training.frozen import OtherModel
 from qwench.training.memory_budget import ActivationBudget
 from qwench.training.offload import HostCopy
 from qwench.training.trainer import ParallelRank, Scores, StepResult, Sums, Trainer
@@ -112,7 +113,7 @@ class TableTrainer:
         self.calls.append("copy_held_weights")
         return HostCopy([self.table])
 
-    def copy_for_frozen(self, folder: Path) -> HostCopy:
+    def copy_for_frozen(self, folder: Path) -> OtherModel:
         raise AssertionError("the table has no adapters")
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:

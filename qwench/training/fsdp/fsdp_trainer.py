@@ -33,6 +33,7 @@ from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, load_hf_config
 from qwench.models.memory import WHOLE_GRADIENT_BYTES
 from qwench.training.critic import NewHead
+from qwench.training.frozen import OtherModel
 from qwench.training.fsdp import checkpoint
 from qwench.training.fsdp.adapted import AdaptedPolicy
 from qwench.training.fsdp.attention import install_attention
@@ -217,14 +218,14 @@ class FsdpTrainer(BackendTrainer):
         shards = self._shards() if self._adapters is None else list(self._own_matrices.values())
         return HostCopy(shards, dtype=self._param_dtype)
 
-    def copy_for_frozen(self, folder: Path) -> HostCopy:
+    def copy_for_frozen(self, folder: Path) -> OtherModel:
         """Read another model into the places of the frozen weights, and exchange them for a copy. See `Trainer`."""
         self._assert_awake()
-        frozen = [local_shard(weight) for weight in self._frozen.values()]
-        copy = HostCopy(frozen)
+        assert self._adapters is not None, "weights are frozen beside adapters"
+        source, copy = open_weights(folder, self._architecture), HostCopy([*map(local_shard, self._frozen.values())])
         with copy.swapped_in():
-            fill_shards(self._frozen, open_weights(folder, self._architecture))
-        return copy
+            fill_shards(self._frozen, source)
+        return OtherModel(copy, self._adapters.on_host(source, self._param_dtype, self.device))
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Write the layout described in `checkpoint`; collective."""

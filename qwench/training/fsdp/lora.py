@@ -19,11 +19,13 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from qwench.checkpoints.folders import starting_adapter
+from qwench.checkpoints.formats.sources import TensorReader
 from qwench.config.sections.lora import LoraConfig
 from qwench.models.peft import SCALE, A, AdapterConfig, B, merged
 from qwench.training.adapters import AdapterSwitch, random_a
 from qwench.training.frozen import FrozenMatrix
 from qwench.training.fsdp.optimizer import full_tensor, local_shard
+from qwench.training.offload import to_host
 from qwench.training.pissa import as_one, folder_name, merged_change, part_of, principal
 
 
@@ -124,6 +126,14 @@ class Adapters:
         for name, layer in self._layers.items():
             if layer.frozen is not None:
                 yield f"{name}.weight", layer.frozen.whole(dtype)
+
+    def on_host(self, source: TensorReader, dtype: torch.dtype, device: torch.device) -> dict[FrozenMatrix, Tensor]:
+        """Read the weights of another model in `dtype` for the places of those that are held in fewer bits; local."""
+        return {
+            layer.frozen: to_host(source.read(f"{name}.weight"), dtype, for_device=device)
+            for name, layer in self._layers.items()
+            if layer.frozen is not None
+        }
 
     def apart(self, whole: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield the matrices of the adapter, and its scale, from whole ones under the names of `matrices`."""

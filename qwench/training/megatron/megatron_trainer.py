@@ -32,6 +32,7 @@ from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, load_hf_config
 from qwench.models.megatron_names import rules
 from qwench.training.critic import NewHead
+from qwench.training.frozen import FrozenMatrix, OtherModel
 from qwench.training.megatron import adapter_checkpoint, checkpoint, pipeline
 from qwench.training.megatron.groups import join_groups
 from qwench.training.megatron.lora import Adapters
@@ -41,6 +42,7 @@ from qwench.training.megatron.model import (
     build_model,
     load_weights,
     local_parameters,
+    read_share,
     tied_head,
 )
 from qwench.training.megatron.optimizer import MasterOptimizer, wrap_in_ddp
@@ -216,14 +218,17 @@ class MegatronTrainer(BackendTrainer):
         self._assert_awake()
         return HostCopy(self._weight_buffers())
 
-    def copy_for_frozen(self, folder: Path) -> HostCopy:
+    def copy_for_frozen(self, folder: Path) -> OtherModel:
         """Read another model into the places of the frozen weights, and exchange them for a copy. See `Trainer`."""
         self._assert_awake()
-        frozen = [weight for _, weight in self._loaded]
-        copy = HostCopy(frozen)
+        assert self._adapters is not None, "weights are frozen beside adapters"
+        source, copy = open_weights(folder, self._config), HostCopy([weight for _, weight in self._loaded])
         with copy.swapped_in():
-            load_weights(self._model, open_weights(folder, self._config), self._config, self._layout)
-        return copy
+            load_weights(self._model, source, self._config, self._layout)
+        matrices: dict[FrozenMatrix, Tensor] = {}
+        for rule, layer in self._adapters.quantised:
+            matrices |= layer.on_host(read_share(rule, source, self._config, self._layout, like=layer))
+        return OtherModel(copy, matrices)
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Write the layout described in `checkpoint`, or in `adapter_checkpoint`; collective."""

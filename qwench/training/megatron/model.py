@@ -31,6 +31,7 @@ from qwench.training.megatron.context_parallel import SequenceSplit, gather_resu
 from qwench.training.megatron.groups import is_first_stage, is_last_stage
 from qwench.training.megatron.layers import PackedTokens, block_spec, uses_varlen_kernel
 from qwench.training.megatron.log_probs import VocabShard, parallel_log_probs
+from qwench.training.megatron.weights import HeldWeight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -267,17 +268,27 @@ def load_weights(model: PolicyModel, source: TensorReader, architecture: Archite
     Raises:
         ConfigError: a tensor has another shape than config.json implies.
     """
-    rank = parallel_state.get_tensor_model_parallel_rank()
     for rule, parameter in [*local_parameters(model, architecture), *tied_head(model, architecture)]:
-        # On the device: the host would take new memory for each tensor that is put together or cut.
-        whole = to_megatron(rule, [source.read(name).to(parameter.device) for name in rule.hf_names], architecture)
-        shard = tp_shard(rule, whole, rank, layout.tp)
-        if shard.shape != parameter.shape:
-            raise ConfigError(
-                f"{', '.join(rule.hf_names)} of the checkpoint make {list(shard.shape)} on one rank, but config.json implies "
-                f"{list(parameter.shape)}; the files belong to another model."
-            )
-        parameter.copy_(shard)
+        parameter.copy_(read_share(rule, source, architecture, layout, like=parameter))
+
+
+def read_share(
+    rule: WeightRule, source: TensorReader, architecture: Architecture, layout: ParallelLayout, *, like: HeldWeight
+) -> Tensor:
+    """Return this tensor-parallel rank's share of a weight of a checkpoint, on the device and in the shape of `like`.
+
+    Raises:
+        ConfigError: see `load_weights`.
+    """
+    # On the device: the host would take new memory for each tensor that is put together or cut.
+    whole = to_megatron(rule, [source.read(name).to(like.device) for name in rule.hf_names], architecture)
+    share = tp_shard(rule, whole, parallel_state.get_tensor_model_parallel_rank(), layout.tp)
+    if share.shape != like.shape:
+        raise ConfigError(
+            f"{', '.join(rule.hf_names)} of the checkpoint make {list(share.shape)} on one rank, but config.json implies "
+            f"{list(like.shape)}; the files belong to another model."
+        )
+    return share
 
 
 def _local_names(rule: WeightRule, offset: int) -> tuple[str, ...]:

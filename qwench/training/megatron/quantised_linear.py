@@ -4,7 +4,7 @@
     row parallel       x of this rank's columns --dequantised--> --sum over tp-->
 
 A projection is quantised as the Hugging Face matrix that it is, so that the backends compute with the same rounded weights. A
-rank has whole blocks of it: `config.plan` refuses layouts that cut them. A projection without an adapter stays as it was.
+rank has whole blocks of it: `config.plan` refuses layouts that cut them. A projection without an adapter keeps its dtype.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from torch import Tensor, nn
-from torch.nn import functional
 
 from qwench.config.sections.lora import LoraConfig
 from qwench.models.megatron_names import WeightRule, to_hf, to_megatron
 from qwench.training.frozen import FrozenMatrix
 from qwench.training.megatron.tensor_place import TensorPlace
+from qwench.training.offload import to_host
 
 
 class QuantisedLinear(nn.Module):
@@ -43,7 +43,7 @@ class QuantisedLinear(nn.Module):
         own = replace(place.model, num_heads=place.model.num_heads // place.tp_size, num_kv_heads=self._groups)
         form = section.lora_base
         self._parts = [
-            FrozenMatrix(part, form) if name.split(".")[-2] in section.targets else _WholeMatrix(part)
+            FrozenMatrix(part, form if name.split(".")[-2] in section.targets else None)
             for name, part in to_hf(rule, layer.weight.detach(), own).items()
         ]
         self.parts = nn.ModuleList(self._parts)
@@ -73,21 +73,12 @@ class QuantisedLinear(nn.Module):
         """Return this rank's share of the weight as megatron-core has it, in the dtype of a forward."""
         return to_megatron(self._rule, [part.whole(self.dtype) for part in self._parts], self._model)
 
-
-class _WholeMatrix(nn.Module):
-    """A matrix that is not quantised, with the interface of a `FrozenMatrix`."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self._weight = nn.Parameter(weight.clone(), requires_grad=False)
-
-    def whole(self, dtype: torch.dtype) -> Tensor:
-        """Return the matrix."""
-        return self._weight.to(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the product."""
-        return functional.linear(x, self._weight)
+    def on_host(self, share: Tensor) -> dict[FrozenMatrix, Tensor]:
+        """Return the parts of another weight, given as `detach` returns its own, on the host for the places of the frozen."""
+        others = to_hf(self._rule, share, self._model).values()
+        return {
+            part: to_host(other, self.dtype, for_device=self.device) for part, other in zip(self._parts, others, strict=True)
+        }
 
 
 def join(parts: Sequence[Tensor], *, kind: str, groups: int) -> Tensor:

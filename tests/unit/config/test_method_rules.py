@@ -172,11 +172,9 @@ def test_adapters_are_refused_where_they_are_not_built(sections, flag):
     check_rules(Config(lora=LORA))
 
 
-def test_a_teacher_in_the_trainer_is_not_rounded_as_the_frozen_model_is():
+def test_a_teacher_in_the_trainer_goes_with_adapters():
     check_rules(Config(lora=LORA, distillation=OPD))
-    with pytest.raises(ConfigError) as caught:
-        check_rules(Config(lora=LoraConfig(lora_rank=8, lora_base="nf4"), distillation=OPD))
-    assert str(caught.value).startswith("--lora-rank 8 does not work yet with --opd-type megatron and --lora-base, which would")
+    check_rules(Config(lora=LoraConfig(lora_rank=8, lora_base="nf4"), distillation=OPD))
 
 
 @pytest.mark.parametrize(("engine", "named"), [

@@ -111,8 +111,9 @@ def test_adapters_are_trained_beside_a_model_of_which_no_rank_keeps_more_than_ro
 
 def test_each_rank_holds_all_weights_in_fewer_bits():
     fewer = {"num_quantised": 400, "quantised": 0.5}
-    held = adapter_bytes(SMALL, BF16, num_shards=2, num_trained=100, keeps_start=False, holds_reference=False, **fewer)
+    held = adapter_bytes(SMALL, BF16, num_shards=2, num_trained=100, keeps_start=False, holds_reference=True, **fewer)
     assert held.weights == (668 - 400) // 2 * 2 + 400 // 2 + 50 * 4
+    assert held.host_reference == ((668 - 400) // 2 + 400) * 2, "a teacher is not in fewer bits"
 
 
 def test_a_megatron_rank_holds_a_frozen_stage_and_its_share_of_adapters():
