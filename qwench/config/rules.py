@@ -236,6 +236,7 @@ def asynchronous_rollouts_never_end(config: Config) -> str | None:
         ("--partial-rollout", rollout.partial_rollout, "no response is cut off at the end of a rollout"),
         ("--over-sampling-batch-size", rollout.over_sampling_batch_size is not None, "groups are begun one by one"),
         ("--buffer-filter-path", rollout.buffer_filter_path is not None, "no unfinished group waits for a later rollout"),
+        ("--rollouts-ahead", rollout.rollouts_ahead > 0, "--max-weight-staleness says how far generation runs ahead"),
         ("--rollout-function-path", rollout.rollout_function_path is not None, "the built-in function makes the rollouts"),
         ("--update-weights-interval", rollout.update_weights_interval > 1, "weights are published after every rollout"),
         ("--debug-rollout-only", config.debug.debug_rollout_only, "nothing is trained"),

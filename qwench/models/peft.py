@@ -183,10 +183,12 @@ class AdapterFolder:
             ConfigError: it is of another rank, scale, model or other projections.
             CheckpointError: the folder holds no adapter, or is damaged.
         """
+        if not folder.is_dir():
+            raise CheckpointError(f"there is no folder {folder}.")
         if not is_adapter(folder):
             raise CheckpointError(
-                f"{folder} holds whole weights and no adapter; give it as --ref-load or --hf-checkpoint, the base of the "
-                "adapters."
+                f"{folder} has no {CONFIG} and holds no adapter; give whole weights as --ref-load or --hf-checkpoint, the base "
+                "of the adapters."
             )
         stored = cls(folder)
         stored.check_is(section, model)

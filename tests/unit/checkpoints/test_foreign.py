@@ -119,5 +119,5 @@ def test_an_adapter_to_load_without_a_rank_is_refused_with_its_own(tmp_path: Pat
 
 def test_an_adapter_to_start_from_that_is_none_is_refused_before_the_start(megatron: Path, model: PretrainedConfig) -> None:
     lora = LoraConfig(lora_rank=2, lora_adapter_path=megatron)
-    with pytest.raises(ConfigError, match=r"--lora-adapter-path: .* holds whole weights and no adapter"):
+    with pytest.raises(ConfigError, match=r"--lora-adapter-path: .* has no adapter_config\.json and holds no adapter"):
         check_weights(CheckpointConfig(), architecture_of(model), lora=lora)

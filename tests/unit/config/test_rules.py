@@ -246,6 +246,7 @@ def test_every_rule_is_applied():
     ({"rollout": RolloutConfig(buffer_filter_path="a.b")}, "--buffer-filter-path"),
     ({"rollout": RolloutConfig(rollout_function_path="a.b")}, "--rollout-function-path"),
     ({"rollout": RolloutConfig(update_weights_interval=2)}, "--update-weights-interval"),
+    ({"rollout": RolloutConfig(rollouts_ahead=1)}, "--rollouts-ahead"),
     ({"debug": DebugConfig(debug_rollout_only=True)}, "--debug-rollout-only"),
     ({"debug": DebugConfig(load_debug_rollout_data="r/{rollout_id}.jsonl")}, "--load-debug-rollout-data"),
 ])  # fmt: skip

@@ -255,7 +255,7 @@ def test_an_adapter_of_another_model_and_whole_weights_are_refused(model_folder:
     write_model(tmp_path / "deeper", tied=True, num_layers=3)
     with pytest.raises(ConfigError, match=r"is of another model: model\.layers\.2"):
         _build(tmp_path / "deeper", replace(_LORA, lora_adapter_path=tmp_path / "saved"))
-    with pytest.raises(CheckpointError, match="holds whole weights and no adapter; give it as --ref-load or --hf-checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no adapter; give whole weights as --ref-load or --hf-checkpoint"):
         trainer.load(model_folder, weights_only=True)
 
 
