@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from qwench.checkpoints.folders import MARKER
+from qwench.checkpoints.folders import MARKER, check_base
 from qwench.checkpoints.formats.fp8 import QuantizedSource, StoredTensors
 from qwench.checkpoints.formats.iterations import POINTER, RELEASE, Iterations
 from qwench.checkpoints.formats.jobs import Job, Stream, read_ahead, share
@@ -28,7 +28,6 @@ from qwench.checkpoints.formats.sources import (
     MergedWeights,
     WeightSource,
     find_format,
-    fingerprint,
     open_optimizer_state,
     open_weights,
 )
@@ -304,15 +303,6 @@ def _read(job: Job) -> list[tuple[Tensor, int]]:
 
 def _crc(tensor: Tensor) -> int:
     return zlib.crc32(as_bytes(tensor))
-
-
-def check_base(adapter: Path, base: Path, weights: WeightSource) -> None:
-    """Raise ConfigError if a run trained the adapter on other weights than those of `base`."""
-    if not has_manifest(adapter):
-        return
-    trained_on = read_manifest(adapter, with_content=False)["identity"].get("base_weights")
-    if trained_on not in (None, fingerprint(weights)):
-        raise ConfigError(f"{adapter} was trained on another base than {base}; give the base of the run as --hf-checkpoint.")
 
 
 def check_output(output: Path, *, replace: bool, nbytes: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qwench.checkpoints.folders import check_base
 from qwench.checkpoints.formats.sources import open_weights
 from qwench.errors import ConfigError
 from qwench.files import TEMPORARY_SUFFIX, replace_folder
@@ -35,7 +36,7 @@ def extract_adapter(source: Path, base: Path, model: Architecture, *, rank: int,
         base: What it is compared with.
 
     Raises:
-        ConfigError: there is no change, or one of the two is of another model.
+        ConfigError: there is no change, one of the two is of another model, or the adapter is of another base.
     """
     change, targets, num_other = _change(source, base, model)
     config = AdapterConfig(rank=rank, alpha=float(rank), use_rslora=False, targets=targets, base=str(base))
@@ -67,6 +68,7 @@ def _change(source: Path, base: Path, model: Architecture) -> tuple[Callable[[st
     if is_adapter(source):
         adapter = AdapterFolder(source)
         adapter.check_fits(model)
+        check_base(source, base, open_weights(base, model))
         scale = adapter.config.scale
         return (
             lambda module: scale * (adapter.read(f"{module}.{B}") @ adapter.read(f"{module}.{A}")),

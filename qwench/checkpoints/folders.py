@@ -13,7 +13,14 @@ from pathlib import Path
 
 from qwench.checkpoints.formats.dcp_reader import METADATA, DcpFolder
 from qwench.checkpoints.formats.iterations import POINTER, Iterations
-from qwench.checkpoints.formats.sources import find_checkpoint, find_format, is_checkpoint, open_weights
+from qwench.checkpoints.formats.sources import (
+    WeightSource,
+    find_checkpoint,
+    find_format,
+    fingerprint,
+    is_checkpoint,
+    open_weights,
+)
 from qwench.checkpoints.manifest import has_manifest, read_manifest
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.distillation import DistillationConfig
@@ -196,6 +203,8 @@ def check_weights(
         try:
             if folder is not None and lora is not None and (flag == _ADAPTER_FLAG or is_adapter(folder)):
                 AdapterFolder.of_run(folder, lora, model)
+                if base := started or hf_checkpoint:
+                    check_base(folder, base, open_weights(base, model))
             elif folder is not None and flag == "--load" and is_adapter(folder):
                 stored = AdapterConfig.read(folder)
                 raise ConfigError(
@@ -206,6 +215,15 @@ def check_weights(
                 open_weights(folder, model)
         except (ConfigError, CheckpointError) as error:
             raise ConfigError(f"{flag}: {error}") from error
+
+
+def check_base(adapter: Path, base: Path, weights: WeightSource) -> None:
+    """Raise ConfigError if a run trained the adapter on other weights than those of `base`."""
+    if not has_manifest(adapter):
+        return
+    trained_on = read_manifest(adapter, with_content=False)["identity"].get("base_weights")
+    if trained_on not in (None, fingerprint(weights)):
+        raise ConfigError(f"{adapter} was trained on another base than {base}; give the base of the run.")
 
 
 def check_identity(written: Mapping[str, Json], identity: Mapping[str, Json], *, what: str) -> None:

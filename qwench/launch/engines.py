@@ -11,8 +11,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from qwench.checkpoints.folders import check_weights
-from qwench.checkpoints.formats.sources import find_checkpoint
+from qwench.checkpoints.folders import check_base, check_weights
+from qwench.checkpoints.formats.sources import find_checkpoint, open_weights
 from qwench.config.config import Config
 from qwench.config.environment import TOKEN_VARIABLE
 from qwench.config.sections.engine import ENGINE_FACTS, EngineConfig
@@ -309,6 +309,9 @@ def serve(config: ServeConfig) -> None:
     )
     inputs = read_inputs(run, plan_inputs(run, trains=False))
     check_weights(run.checkpoint, inputs.plan.model, inputs.model_folder)
+    adapters = {name: find_checkpoint(folder, flag="--lora") for name, folder in config.server.adapters.items()}
+    for folder in adapters.values():
+        check_base(folder, inputs.model_folder, open_weights(inputs.model_folder, inputs.plan.model))
     open_process_log("info", f"engine at port {config.server.port}")
     serve_engine(
         config.model.hf_checkpoint,
@@ -316,5 +319,5 @@ def serve(config: ServeConfig) -> None:
         host=config.server.host,
         port=config.server.port,
         token=os.environ.get(TOKEN_VARIABLE),
-        adapters={name: find_checkpoint(folder, flag="--lora") for name, folder in config.server.adapters.items()},
+        adapters=adapters,
     )

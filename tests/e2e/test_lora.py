@@ -70,7 +70,7 @@ def test_a_resumed_run_with_another_adapter_or_base_is_one_line(
     assert len(said.strip().splitlines()) == 1 and fact in " ".join(said.split())
 
 
-def test_an_adapter_without_its_base_is_not_merged(workspace: Workspace, tmp_path: Path, in_process: InProcess) -> None:
+def test_an_adapter_goes_with_the_base_of_its_run_alone(workspace: Workspace, tmp_path: Path, in_process: InProcess) -> None:
     assert in_process(workspace.sft_argv(tmp_path / "run", **LORA, num_rollout=1))[0] == 0
     assert in_process(["make-model", "--size", "tiny", "--output", str(tmp_path / "other"), "--seed", "7"])[0] == 0
     words = ["convert", "--input", str(tmp_path / "run"), "--to", "hf", "--output", str(tmp_path / "merged")]
@@ -82,6 +82,11 @@ def test_an_adapter_without_its_base_is_not_merged(workspace: Workspace, tmp_pat
         code, said = in_process([*words, *flags])
         assert code == 2 and len(said.strip().splitlines()) == 1 and fact in said, said
         assert not (tmp_path / "merged").exists()
+    other, adapter = tmp_path / "other", tmp_path / "run"
+    continued = workspace.sft_argv(tmp_path / "next", **LORA, num_rollout=1, lora_adapter_path=adapter, hf_checkpoint=other)
+    for words in (["serve", "--hf-checkpoint", str(other), "--lora", f"a={adapter}"], continued):
+        code, said = in_process(words)
+        assert code == 2 and len(said.strip().splitlines()) == 1 and "was trained on another base than" in said, said
 
 
 def test_fine_tuning_goes_on_from_a_peft_folder_in_load(workspace: Workspace, tmp_path: Path, in_process: InProcess) -> None:

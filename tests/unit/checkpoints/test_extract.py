@@ -109,7 +109,7 @@ def test_an_adapter_whose_sum_with_the_base_is_another_model_is_refused(folders,
         AdapterConfig.read(file.parent)
 
 
-def test_a_run_s_adapter_is_merged_into_the_base_of_the_run_alone(folders, tmp_path: Path):
+def test_a_run_s_adapter_is_merged_and_changes_its_rank_with_the_base_of_the_run_alone(folders, tmp_path: Path):
     base, _ = folders
     adapter = _plain(base, tmp_path / "adapter")
     for written, said in ((fingerprint(open_weights(base, _model(base))), None), ("00000000", "trained on another base")):
@@ -118,3 +118,6 @@ def test_a_run_s_adapter_is_merged_into_the_base_of_the_run_alone(folders, tmp_p
         words = {"source": adapter, "output": tmp_path / "out", "to": "hf", "hf_folder": base, "config": load_hf_config(base)}
         with nullcontext() if said is None else pytest.raises(ConfigError, match=said):
             Converter(Conversion(**words))
+        if said is not None:
+            with pytest.raises(ConfigError, match=said):
+                extract_adapter(adapter, base, _model(base), rank=1, output=tmp_path / "other_rank")
