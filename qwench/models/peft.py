@@ -228,11 +228,11 @@ class AdapterFolder:
 
 
 def write_adapter(folder: Path, config: AdapterConfig, matrices: Mapping[str, Tensor]) -> None:
-    """Write both files; `matrices` are on the host, by the names that `AdapterFolder` has."""
+    """Write both files; `matrices` are on the host, in any floating dtype, by the names that `AdapterFolder` has."""
     specs = {_PREFIX + name: TensorSpec(shape=tuple(m.shape), dtype=torch.float32) for name, m in matrices.items()}
     with SafetensorsWriter(folder / WEIGHTS, specs) as writer:
         for name, matrix in matrices.items():
-            writer.write(_PREFIX + name, matrix.contiguous())
+            writer.write(_PREFIX + name, matrix.float().contiguous())
     config.write(folder)
 
 

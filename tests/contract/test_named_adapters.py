@@ -56,8 +56,10 @@ def test_a_run_publishes_adapters_by_sglangs_routes_and_its_requests_name_them(k
         pool = EnginePool([client], EventLoopThread())
         trained = Trained()
         publisher = Publisher(trained, pool, plan, gpus=DedicatedGpus(weights_may_alias=False), timer=PhaseTimer())
-        for version in (4, 5):
-            trained.matrices = matrices = adapter_matrices(model, "wide", seed=version)
+        for version, dtype in ((4, torch.float32), (5, torch.bfloat16)):  # a trainer of float32, and of a GPU
+            drawn = adapter_matrices(model, "wide", seed=version)
+            trained.matrices = {name: matrix.to(dtype) for name, matrix in drawn.items()}
+            matrices = {name: matrix.float() for name, matrix in trained.matrices.items()}
             publisher.publish(version=version)
             result = pool.run(pool.generate(request), label="generate", timeout_s=patient(30))
             check_log_probs({None: merged_model(model, "wide", matrices)}, request, result)
