@@ -29,9 +29,8 @@ from qwench.checkpoints.folders import (
 )
 from qwench.checkpoints.formats.iterations import Iterations
 from qwench.checkpoints.manifest import amend_manifest, read_manifest, write_manifest
-from qwench.checkpoints.reference_run import ReferenceRun, read_reference_run
 from qwench.checkpoints.saved import Saved, newest_whole, sources
-from qwench.checkpoints.starting import SavesRollouts, SavesTraining, begin
+from qwench.checkpoints.starting import ReferenceRun, SavesRollouts, SavesTraining, begin, read_reference_run
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import readable_size, trouble, written

@@ -11,7 +11,7 @@ from qwench.checkpoints.folders import foreign_checkpoint, is_save_folder
 from qwench.checkpoints.formats.iterations import Iterations
 from qwench.checkpoints.manifest import read_manifest
 from qwench.config.sections.checkpoint import CheckpointConfig
-from qwench.config.sections.profiling import ProfilingConfig
+from qwench.config.sections.debug import ProfilingConfig
 from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.errors import CheckpointError, ConfigError
 from qwench.samples import Json

@@ -1,19 +1,98 @@
-"""The start of a run that has no checkpoint of a run here: other weights, or a run of slime or miles that goes on."""
+"""The start of a run that has no checkpoint of a run here: other weights, or a run of slime or miles that goes on.
+
+    FOLDER/iter_0000007                                   learned from rollouts 0 to 7, so 8 is the next
+    FOLDER/rollout/global_dataset_state_dict_7.pt         epoch, row, and ids of groups and samples
+
+Its order of rows is ours: `random.Random(seed + epoch).shuffle`. A checkpoint named `release` is a converted model, no run.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from qwench.checkpoints.folders import foreign_checkpoint
+from qwench.checkpoints.formats.dcp_reader import DcpFolder, load_data
 from qwench.checkpoints.formats.iterations import Iterations
-from qwench.checkpoints.formats.sources import find_checkpoint
-from qwench.checkpoints.reference_run import ReferenceRun
+from qwench.checkpoints.formats.sources import find_checkpoint, find_format
+from qwench.checkpoints.formats.torch_dist import read_num_steps
 from qwench.config.sections.checkpoint import CheckpointConfig
+from qwench.errors import CheckpointError, ConfigError
 from qwench.samples import Json
 from qwench.wire.portions import WeightBucket
+
+_ITERATION = re.compile(r"iter_(\d{7})")
+_CURSOR = {"epoch_id": "epoch", "sample_offset": "offset", "sample_group_index": "group_index", "sample_index": "sample_index"}
+"""Entry of theirs -> of a `DataCursor`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceRun:
+    """Progress of the run that wrote `folder`."""
+
+    folder: Path
+    next_rollout_id: int
+    num_steps: int | None
+    """Optimizer steps done; None: the optimizer is not taken over."""
+    cursor: Mapping[str, int] | None
+    """Position in the data; None: it is not known."""
+
+    @property
+    def rollouts(self) -> Mapping[str, Json] | None:
+        """Return the state of rollouts, as a stream of any kind loads it."""
+        return None if self.cursor is None else {**self.cursor, "source": dict(self.cursor), "unfinished": []}
+
+    def notices(self) -> Sequence[str]:
+        """Return what is taken over, and what is not."""
+        taken = ["weights"] + ["optimizer"] * (self.num_steps is not None) + ["data position"] * (self.cursor is not None)
+        lines = [f"{self.folder} is of slime or miles: going on with rollout {self.next_rollout_id} and its {', '.join(taken)}"]
+        if self.num_steps is None:
+            lines.append("its optimizer is not taken over: moments and learning-rate schedule begin anew")
+        if self.cursor is None:
+            lines.append("its data position is not known: data begins with the first row of epoch 0")
+        lines.append("its random numbers are not taken over, nor groups that were unfinished; the flags set the learning rate")
+        return lines
+
+
+def read_reference_run(config: CheckpointConfig) -> ReferenceRun | None:
+    """Return the run whose checkpoint --load holds; None: it holds our run's, only weights, or nothing.
+
+    Raises:
+        ConfigError: its optimizer depends on the layout that it was saved from, or its data position cannot be read.
+    """
+    folder = foreign_checkpoint(config)
+    named = None if folder is None else _ITERATION.fullmatch(folder.name)
+    if folder is None or named is None or config.finetune:
+        return None
+    rollout_id = int(named[1])
+    try:
+        steps = read_num_steps(DcpFolder(folder)) if find_format(folder) == "torch_dist" and not config.no_load_optim else None
+    except CheckpointError as error:
+        raise ConfigError(f"--load: {error}") from error
+    return ReferenceRun(
+        folder=folder,
+        next_rollout_id=rollout_id + 1 if config.start_rollout_id is None else config.start_rollout_id,
+        num_steps=steps,
+        cursor=_read_cursor(folder.parent / "rollout" / f"global_dataset_state_dict_{rollout_id}.pt"),
+    )
+
+
+def _read_cursor(file: Path) -> Mapping[str, int] | None:
+    if not file.is_file():
+        return None
+    try:
+        stored = load_data(file)
+    except ValueError as error:
+        raise ConfigError(f"--load: {file} cannot be read ({error}); remove it to begin the data anew.") from error
+    values = {ours: stored.get(theirs, 0) for theirs, ours in _CURSOR.items()} if isinstance(stored, dict) else {}
+    if not values or not all(isinstance(value, int) and value >= 0 for value in values.values()):
+        raise ConfigError(f"--load: {file} holds no position in data; remove it to begin the data anew.")
+    return values
+
 
 _logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from math import isclose
 from typing import Any
 
-from qwench.config.sections.architecture import ArchitectureConfig
+from qwench.config.sections.model import ArchitectureConfig
 from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture
 

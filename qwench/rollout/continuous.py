@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Unpack
 
-from qwench.config.sections.asynchronous import AsyncConfig
 from qwench.config.sections.logging import LoggingConfig
+from qwench.config.sections.rollout import AsyncConfig
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import QwenchError
 from qwench.observability.console import Console

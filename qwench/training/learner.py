@@ -28,11 +28,11 @@ from qwench.samples import Rollout, Sample
 from qwench.training.critic import train_critic
 from qwench.training.critic_link import CriticLink
 from qwench.training.hooks import NO_HOOKS, Hooks
-from qwench.training.idle_steps import IdleSteps
 from qwench.training.passes import Passes
 from qwench.training.profiler import NO_PROFILER, TrainProfiler
 from qwench.training.rollout_columns import RolloutColumns
 from qwench.training.rollout_metrics import (
+    StepsWithoutSignal,
     count_scored,
     rollout_metrics,
     step_metrics,
@@ -107,7 +107,7 @@ class Learner:
         self._hooks, self._equal_bits = hooks, equal_bits
         self._record, self._forgets_moments = record, forgets_moments
         self._num_critic_only = plan.num_critic_only
-        self._idle = IdleSteps()
+        self._without_signal = StepsWithoutSignal()
 
     def learn(self, rollout: Rollout) -> Learned:
         """Take the optimizer steps of one rollout.
@@ -141,7 +141,7 @@ class Learner:
                             after_each=after_each,
                         )
                     steps.append(step_metrics(self.policy.optim_step(sums), step))
-                    self._idle.note(f"{self._columns.unit} {rollout.rollout_id}, step {k}", steps[-1], step)
+                    self._without_signal.note(f"{self._columns.unit} {rollout.rollout_id}, step {k}", steps[-1], step)
             steps = joined_steps(steps, critic_steps)
             seconds = time.perf_counter() - start
             self._update_reference(rollout.rollout_id)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from qwench.config.sections.profiling import OVERALL, ProfileTarget, ProfilingConfig
+from qwench.config.sections.debug import OVERALL, ProfileTarget, ProfilingConfig
 
 _logger = logging.getLogger(__name__)
 _MAX_ENTRIES = 1_000_000

@@ -1,7 +1,8 @@
-"""Metrics of a rollout from its training batch, and of each optimizer step."""
+"""Metrics of a rollout from its training batch, and of each optimizer step; steps without a learning signal are named."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -105,3 +106,41 @@ def _is_fresh(step: RolloutBatch) -> bool:
 def without_gap_to_engine(step: Mapping[str, float]) -> dict[str, float]:
     """Leave out what compares the engine with weights that did not sample."""
     return {name: value for name, value in step.items() if not name.startswith("train/train_rollout_")}
+
+
+_logger = logging.getLogger(__name__)
+
+
+class StepsWithoutSignal:
+    """Counts the latest steps without a learning signal, all for one reason, and warns at the 1st, 10th, 100th and so on."""
+
+    def __init__(self) -> None:
+        self._problem: str | None = None
+        self._length = 0
+
+    def note(self, title: str, metrics: Mapping[str, float], step: RolloutBatch) -> None:
+        """Take the next step, and warn if the number of such steps is a power of ten."""
+        problem = missing_signal(metrics, step)
+        before, self._length = self._length, self._length + 1
+        if problem != self._problem:
+            self._problem, self._length = problem, 1
+        if problem is not None:
+            if str(self._length).strip("0") == "1":
+                also = f" ({before} steps before it, too)" if self._length > 1 else ""
+                _logger.warning("%s %s%s", title, problem, also)
+        elif self._length == 1 and before > 1:
+            _logger.info("%s teaches again, after %d steps that taught nothing", title, before)
+
+
+def missing_signal(metrics: Mapping[str, float], step: RolloutBatch) -> str | None:
+    """Return why a step taught nothing; None: it did."""
+    if not count_scored(step):
+        return "has no trained token: nothing was sampled, or all of it is masked; the step changed nothing"
+    if step.advantages is None or metrics["train/grad_norm"] != 0:
+        return None
+    if any(bool(values[mask].any()) for values, mask in zip(step.advantages, step.loss_mask, strict=True)):
+        return "has trained tokens with unequal rewards and gradient 0: the policy is dead, often after too high a --lr"
+    return (
+        "teaches nothing: every advantage is 0, as where the responses to each prompt have equal rewards; "
+        "other prompts or more responses to each may differ"
+    )

@@ -12,15 +12,23 @@ from functools import cache
 from typing import Any, Literal, TypeVar, cast, get_type_hints
 
 from qwench.config.checks import check_eval, check_serve, check_sft, check_train
-from qwench.config.command_line.argv import Given, Occurrence, custom_settings, overridden, sort_flags, split_words
+from qwench.config.command_line.argv import (
+    Given,
+    Occurrence,
+    custom_settings,
+    overridden,
+    read_mapping,
+    sort_flags,
+    split_words,
+)
 from qwench.config.command_line.compat import IMPORT_PATHS
 from qwench.config.command_line.flags import Flag, flag_name, flag_table
 from qwench.config.command_line.help import HELP_ALL, first_sentence, help_text, help_topic, is_help
-from qwench.config.command_line.role_flags import with_roles
 from qwench.config.config import Config
 from qwench.config.engine_choice import look_at_machine, with_engine
 from qwench.config.rules import check_rules
 from qwench.config.sections.verbs import ServeConfig
+from qwench.config.values import yaml_words
 from qwench.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
@@ -188,3 +196,53 @@ def _fill(config_type: type[ConfigT], given: Given) -> ConfigT:
 
 def _passed(flags: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
     return tuple(word for name, values in flags.items() for word in (f"--{name}", *values))
+
+
+ROLE_FLAG = "megatron-config-path"
+"""Names a file with other values of flags for one model of a run, as slime spells them:
+
+megatron:
+- {name: default, role: critic, overrides: {lr: 1e-5}}     --critic-lr 1e-5
+- {name: default, role: actor, overrides: {lr: 1e-6}}      --lr 1e-6
+"""
+OLD_ROLE_FLAG = "critic-config-path"
+"""Its name before slime renamed it."""
+OF_CRITIC: Mapping[str, str] = {
+    "lr": "critic-lr",
+    "lr-warmup-iters": "critic-lr-warmup-iters",
+    "load": "critic-load",
+    "num-critic-only-steps": "num-critic-only-steps",
+}
+"""Flag of a model -> the critic's flag."""
+
+
+def with_roles(occurrences: Sequence[Occurrence]) -> list[Occurrence]:
+    """Replace each --megatron-config-path by the flags that its file sets, which win over the command line.
+
+    Raises:
+        ConfigError: the file has another form, or sets what the critic shares with the policy.
+    """
+    files = [item for item in occurrences if item.name in (ROLE_FLAG, OLD_ROLE_FLAG)]
+    others = [item for item in occurrences if item not in files]
+    return others + [entry for file in files for entry in _read_roles(file)]
+
+
+def _read_roles(file: Occurrence) -> list[Occurrence]:
+    path, content = read_mapping(file)
+    entries = content.get("megatron")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError(f"--{ROLE_FLAG}: {path} must have a list `megatron` of role and overrides")
+    return [item for entry in entries for item in _of_role(entry, str(path))]
+
+
+def _of_role(entry: Mapping[str, Any], path: str) -> list[Occurrence]:  # Any: YAML
+    role = entry.get("role")
+    if role not in ("actor", "critic"):
+        raise ConfigError(f"--{ROLE_FLAG}: {path} has the role {role!r}; known: actor, critic")
+    found = list[Occurrence]()
+    for key, value in (entry.get("overrides") or {}).items():
+        name = str(key).replace("_", "-")
+        if role == "critic" and name not in OF_CRITIC:
+            raise ConfigError(f"--{ROLE_FLAG}: {path}: the critic has no {name} of its own; it may have {', '.join(OF_CRITIC)}")
+        found.append(Occurrence(name=OF_CRITIC[name] if role == "critic" else name, values=yaml_words(value), origin=path))
+    return found

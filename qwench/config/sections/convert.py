@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from qwench.config.limits import check_positive
-from qwench.config.sections.architecture import ArchitectureConfig
+from qwench.config.sections.model import ArchitectureConfig
 from qwench.errors import ConfigError
 
 

@@ -12,7 +12,7 @@ import orjson
 
 from qwench.config.environment import TOKEN_VARIABLE
 from qwench.config.sections.engine import EngineConfig
-from qwench.engines.embedded.http.turns import AHEAD
+from qwench.engines.embedded.http.bucket_order import AHEAD
 from qwench.engines.fleet.servers import ServerCommand, server_environ, visible_devices
 from qwench.engines.kinds.kind import EngineKind, ServerOrder
 from qwench.engines.kinds.receiver import HttpReceiver, Json, broadcast_fields

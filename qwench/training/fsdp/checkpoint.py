@@ -82,8 +82,8 @@ def load_adapters(folder: Path, optimizer: MasterOptimizer, adapters: Adapters, 
     """Read the masters of adapters, and the starts, of a PEFT folder; local. Raises what `AdapterFolder.of_run` does."""
     reader = _SplitMatrices(AdapterFolder.of_run(folder, adapters.section, model), adapters)
     masters = optimizer.masters()
-    _fill({name: matrix for name, matrix in adapters.matrices().items() if name not in masters}, reader)
-    _fill(masters, reader)
+    fill_shards({name: matrix for name, matrix in adapters.matrices().items() if name not in masters}, reader)
+    fill_shards(masters, reader)
     optimizer.set_masters(masters)
 
 
@@ -123,11 +123,6 @@ def load_causal_lm(folder: Path, config: PretrainedConfig) -> tuple[PreTrainedMo
     return model_of(config, shapes, dtype=dtype), source
 
 
-def fill_shards(weights: Mapping[str, Tensor], source: TensorReader) -> None:
-    """Read this rank's part of every weight; local, one whole tensor at a time."""
-    _fill(weights, source)
-
-
 def load_converted(
     folder: Path, optimizer: MasterOptimizer, model: Architecture, *, weights_only: bool, frozen: Mapping[str, Tensor]
 ) -> None:
@@ -142,20 +137,20 @@ def load_converted(
     if state is not None and optimizer.has_momentum:
         raise ConfigError(f"{folder} has AdamW's state of all weights, and --optimizer muon has its own; give --no-load-optim.")
     masters = optimizer.masters()
-    _fill(masters, weights if state is None else state.masters)
+    fill_shards(masters, weights if state is None else state.masters)
     optimizer.set_masters(masters)
-    _fill(frozen, weights)
+    fill_shards(frozen, weights)
     if state is not None:
         optimizer.reset(state.num_steps)
         moments = optimizer.moments()
         for moment, source in state.moments.items():
-            _fill(moments, source, suffix=f".{moment}")
+            fill_shards(moments, source, suffix=f".{moment}")
         optimizer.set_moments(moments)
 
 
 @torch.no_grad()
-def _fill(tensors: Mapping[str, Tensor], source: TensorReader, *, suffix: str = "") -> None:
-    """Copy this rank's part of every tensor whose name ends in `suffix`."""
+def fill_shards(tensors: Mapping[str, Tensor], source: TensorReader, *, suffix: str = "") -> None:
+    """Read this rank's part of every tensor whose name ends in `suffix`; local, one whole tensor at a time."""
     for name, tensor in tensors.items():
         if not name.endswith(suffix):
             continue

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qwench.checkpoints.formats.torch_dist import MOMENT_PREFIXES
-from qwench.checkpoints.reference_run import ReferenceRun, read_reference_run
+from qwench.checkpoints.starting import ReferenceRun, read_reference_run
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import ConfigError
 from qwench.training.resuming import save_tensors

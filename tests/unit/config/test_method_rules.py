@@ -7,7 +7,6 @@ import pytest
 from qwench.config.config import Config
 from qwench.config.rules import check_rules
 from qwench.config.sections.algorithm import AlgorithmConfig
-from qwench.config.sections.asynchronous import AsyncConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.critic import CriticConfig
@@ -20,7 +19,7 @@ from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.parallel import ParallelConfig
 from qwench.config.sections.references import ReferencesConfig
 from qwench.config.sections.reward import RewardConfig
-from qwench.config.sections.rollout import RolloutConfig
+from qwench.config.sections.rollout import AsyncConfig, RolloutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
 

@@ -3,7 +3,7 @@ from dataclasses import fields, replace
 import pytest
 
 from qwench.config.model_flags import check_model_flags, overruled_flags
-from qwench.config.sections.architecture import ArchitectureConfig
+from qwench.config.sections.model import ArchitectureConfig
 from qwench.errors import ConfigError
 from tests.unit.config.architectures import QWEN3_4B
 

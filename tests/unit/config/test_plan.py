@@ -9,8 +9,6 @@ from qwench.config.layout import data_parallel_size
 from qwench.config.plan import RunPlan, plan_batch, plan_run, train_dtype
 from qwench.config.plan_lines import plan_lines
 from qwench.config.sections.algorithm import AlgorithmConfig
-from qwench.config.sections.architecture import ArchitectureConfig
-from qwench.config.sections.asynchronous import AsyncConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.critic import CriticConfig
@@ -20,11 +18,11 @@ from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.lora import LoraConfig
-from qwench.config.sections.model import ModelConfig
+from qwench.config.sections.model import ArchitectureConfig, ModelConfig
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.parallel import ParallelConfig
 from qwench.config.sections.reward import RewardConfig
-from qwench.config.sections.rollout import RolloutConfig
+from qwench.config.sections.rollout import AsyncConfig, RolloutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
 from tests.unit.config.architectures import QWEN3_4B

@@ -7,10 +7,9 @@ import pytest
 from qwench.config.config import Config
 from qwench.config.plan import plan_run
 from qwench.config.plan_lines import plan_lines
-from qwench.config.sections.asynchronous import AsyncConfig
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.evaluation import EvalConfig
-from qwench.config.sections.rollout import RolloutConfig
+from qwench.config.sections.rollout import AsyncConfig, RolloutConfig
 from tests.unit.config.architectures import QWEN3_4B
 
 

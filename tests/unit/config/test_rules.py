@@ -7,10 +7,9 @@ from qwench.config import engine_choice, method_rules, rules
 from qwench.config.config import Config
 from qwench.config.rules import RULES, check_rules
 from qwench.config.sections.algorithm import AlgorithmConfig
-from qwench.config.sections.asynchronous import AsyncConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.cluster import ClusterConfig
-from qwench.config.sections.debug import DebugConfig
+from qwench.config.sections.debug import DebugConfig, ProfilingConfig
 from qwench.config.sections.distillation import DistillationConfig
 from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.evaluation import EvalConfig
@@ -18,9 +17,8 @@ from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.parallel import ParallelConfig
-from qwench.config.sections.profiling import ProfilingConfig
 from qwench.config.sections.references import ReferencesConfig
-from qwench.config.sections.rollout import SFT_ROLLOUT, RolloutConfig
+from qwench.config.sections.rollout import SFT_ROLLOUT, AsyncConfig, RolloutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
 

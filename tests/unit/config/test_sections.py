@@ -5,21 +5,19 @@ import pytest
 
 from qwench.config.config import Config
 from qwench.config.sections.algorithm import AlgorithmConfig
-from qwench.config.sections.asynchronous import AsyncConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.critic import CriticConfig
 from qwench.config.sections.data import DataConfig
-from qwench.config.sections.debug import DebugConfig
+from qwench.config.sections.debug import DebugConfig, ProfilingConfig
 from qwench.config.sections.distillation import DistillationConfig
 from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.parallel import ParallelConfig
-from qwench.config.sections.profiling import ProfilingConfig
 from qwench.config.sections.reward import RewardConfig
-from qwench.config.sections.rollout import RolloutConfig
+from qwench.config.sections.rollout import AsyncConfig, RolloutConfig
 from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.config.sections.verbs import ServerConfig

@@ -12,11 +12,10 @@ from qwench.cluster.messages import Answer, Death
 from qwench.config.config import Config
 from qwench.config.plan import plan_run
 from qwench.config.sections.algorithm import AlgorithmConfig
-from qwench.config.sections.asynchronous import AsyncConfig
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.critic import CriticConfig
 from qwench.config.sections.model import ModelConfig
-from qwench.config.sections.rollout import RolloutConfig
+from qwench.config.sections.rollout import AsyncConfig, RolloutConfig
 from qwench.engines.fleet.servers import ServerCommand
 from qwench.errors import ConfigError, EngineError, TrainingError
 from qwench.launch import placement

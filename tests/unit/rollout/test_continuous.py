@@ -5,8 +5,8 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from qwench.config.sections.asynchronous import AsyncConfig
 from qwench.config.sections.logging import LoggingConfig
+from qwench.config.sections.rollout import AsyncConfig
 from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import QwenchError, RewardError, Stopped

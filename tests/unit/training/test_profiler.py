@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwench.config.sections.profiling import ProfilingConfig
+from qwench.config.sections.debug import ProfilingConfig
 from qwench.training.profiler import TrainProfiler
 
 

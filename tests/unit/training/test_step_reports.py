@@ -8,7 +8,7 @@ import torch
 from qwench.algorithms.columns import RolloutBatch
 from qwench.rollout.sample_metrics import sample_metrics
 from qwench.samples import Sample
-from qwench.training.idle_steps import IdleSteps
+from qwench.training.rollout_metrics import StepsWithoutSignal
 from tests.fakes.trainer import TableTrainer
 from tests.unit.training.table_learning import TABLE, TEMPERATURE, learn, make_rollout
 
@@ -88,9 +88,9 @@ def test_a_row_of_steps_that_teach_nothing_is_said_at_its_start_and_at_powers_of
     caplog.set_level("INFO")
     batch = RolloutBatch.from_samples(make_rollout().samples)
     step = batch.with_columns(advantages=[torch.zeros(len(mask)) for mask in batch.loss_mask])
-    idle = IdleSteps()
+    steps = StepsWithoutSignal()
     for number, grad_norm in enumerate([1.0, *[0.0] * 100, 1.0, 1.0, 0.0, 1.0]):
-        idle.note(f"rollout {number}, step 1", {"train/grad_norm": grad_norm}, step)
+        steps.note(f"rollout {number}, step 1", {"train/grad_norm": grad_norm}, step)
     said = [record.getMessage() for record in caplog.records]
     assert [one.partition(", step 1 ")[0] for one in said] == [f"rollout {n}" for n in (1, 10, 100, 101, 103)]
     assert said[1].endswith(" (9 steps before it, too)") and said[2].endswith(" (99 steps before it, too)")

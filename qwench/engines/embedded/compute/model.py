@@ -119,7 +119,7 @@ class DecoderModel:
     ) -> tuple[Tensor, Tensor]:
         """Begin layer `index`: store its keys and values, and return the residual stream [T, D] and the queries [T, H, K]."""
         layer, eps = self._layers[index], self._architecture.norm_eps
-        x_TD, normed = self._add_norm(*hidden, layer.attention_norm, place=1)
+        x_TD, normed = self._add_norm(*hidden, layer.attention_norm, buffer=1)
         qkv = layer.qkv(normed, mix)
         return x_TD, self._ops.qk_norm_rope_store(qkv, layer.qk_norms, self._rope, positions, slots, keys, values, eps)
 
@@ -127,7 +127,7 @@ class DecoderModel:
         """End layer `index`: return the residual stream and what to add to it, of which each rank has a part until `end`."""
         layer = self._layers[index]
         (delta_TD,) = layer.output(attended_THK.flatten(1), mix)
-        x_TD, normed = self._add_norm(x_TD, delta_TD, layer.mlp_norm, place=0)
+        x_TD, normed = self._add_norm(x_TD, delta_TD, layer.mlp_norm, buffer=0)
         (delta_TD,) = layer.down(self._ops.silu_mul(*layer.gate_up(normed, mix)), mix)
         return x_TD, delta_TD
 
@@ -153,13 +153,13 @@ class DecoderModel:
         pairs = zip(tokens.split(SCORED_AT_ONCE), labels.split(SCORED_AT_ONCE), strict=True)
         return torch.cat([score_rows(self.logits(hidden, some).log_softmax(-1), after, scoring) for some, after in pairs])
 
-    def _add_norm(self, x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, *, place: int) -> tuple[Tensor, Tensor]:
-        """Return x + delta and its norm, of a delta of which each rank has a part; `place` see `PeerSums`."""
+    def _add_norm(self, x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, *, buffer: int) -> tuple[Tensor, Tensor]:
+        """Return x + delta and its norm, of a delta of which each rank has a part; `buffer` see `PeerSums`."""
         eps = self._architecture.norm_eps
         if delta_TD is not None and self._ranks is not None:
             peers = self._ranks.peers
-            if peers is not None and peers.takes(delta_TD):
-                return peers.add_rms_norm(x_TD, delta_TD, weight_D, eps, place=place)
+            if peers is not None and peers.can_sum(delta_TD):
+                return peers.add_rms_norm(x_TD, delta_TD, weight_D, eps, buffer=buffer)
             delta_TD = self._ranks.add_up(delta_TD)
         added: tuple[Tensor, Tensor] = self._ops.add_rms_norm(x_TD, delta_TD, weight_D, eps)
         return added

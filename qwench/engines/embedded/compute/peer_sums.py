@@ -5,10 +5,10 @@
 One program has a row. It stores its part of the row where the other GPUs can read it, tells the programs of the same row there
 that it has, waits until those have told it the same, and adds up all parts in the order of the ranks:
 
-    place of rank r:  [signals: place, row, rank | parts of place 0 [rows, D] | parts of place 1 [rows, D]]
+    memory of rank r:  [signals: buffer, row, rank | parts of buffer 0 [rows, D] | parts of buffer 1 [rows, D]]
 
-A signal is 1 from the write of its sender until its receiver has seen it. The two places, a double buffer, take turns within a
-forward pass, so that a part is overwritten only after a wait at the other place, which every rank reaches after it has read.
+A signal is 1 from the write of its sender until its receiver has seen it. The two buffers take turns within a forward pass,
+so that a part is overwritten only after a wait at the other buffer, which every rank reaches after it has read.
 Between passes there is a collective. Of n ranks each reads n - 1 parts: less latency than a ring's, and more bytes, therefore
 only of few rows.
 Source: one-shot all-reduce of TensorRT-LLM and vLLM; PyTorch's symmetric memory has it without the norm.
@@ -32,7 +32,7 @@ from qwench.models.decoder.early_launch import OPTIONS, wait_for_kernel_before
 MAX_ROWS = 512
 MAX_READ_BYTES = 8 << 20
 """Of all other ranks' parts. NCCL moves more bytes in less time."""
-_PLACES = 2
+_BUFFERS = 2
 _TIMEOUT_S = 60.0
 _ALIGNMENT = 256
 
@@ -48,12 +48,12 @@ class PeerSums:
     """This rank's memory for parts, and the other ranks'."""
 
     def __init__(self, *, rank: int, size: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Take the memory of this rank; `meet` comes next."""
+        """Take the memory of this rank; `map_peers` comes next."""
         self._rank, self._size = rank, size
-        num_signals = _PLACES * MAX_ROWS * size
-        self._place_bytes = MAX_ROWS * hidden_size * dtype.itemsize
+        num_signals = _BUFFERS * MAX_ROWS * size
+        self._buffer_bytes = MAX_ROWS * hidden_size * dtype.itemsize
         self._parts_at = -(-(4 * num_signals) // _ALIGNMENT) * _ALIGNMENT
-        self._num_bytes = self._parts_at + _PLACES * self._place_bytes
+        self._num_bytes = self._parts_at + _BUFFERS * self._buffer_bytes
         self._device = device
         self._memory = [MappedMemory(self._num_bytes, device, shared=True) for _ in range(size)]
         own = self._memory[rank]
@@ -68,7 +68,7 @@ class PeerSums:
         """Return a file descriptor of this rank's memory; the receiver closes it."""
         return self._memory[self._rank].descriptor()
 
-    def meet(self, descriptors: list[int]) -> None:
+    def map_peers(self, descriptors: list[int]) -> None:
         """Map the memory of the others, given the descriptors of all ranks but this one, in order."""
         others = [rank for rank in range(self._size) if rank != self._rank]
         for rank, descriptor in zip(others, descriptors, strict=True):
@@ -76,18 +76,20 @@ class PeerSums:
         addresses = [memory.address for memory in self._memory]
         self._addresses = torch.tensor(addresses, dtype=torch.int64, device=self._device)
 
-    def takes(self, part_TD: Tensor) -> bool:
+    def can_sum(self, part_TD: Tensor) -> bool:
         """Tell whether a sum of these parts [T, D] is for `add_rms_norm`."""
         read = part_TD.numel() * part_TD.element_size() * (self._size - 1)
         return 0 < len(part_TD) <= MAX_ROWS and read <= MAX_READ_BYTES
 
-    def add_rms_norm(self, x_TD: Tensor, part_TD: Tensor, weight_D: Tensor, eps: float, *, place: int) -> tuple[Tensor, Tensor]:
+    def add_rms_norm(
+        self, x_TD: Tensor, part_TD: Tensor, weight_D: Tensor, eps: float, *, buffer: int
+    ) -> tuple[Tensor, Tensor]:
         """Return x plus the sum of all ranks' parts, and its norm; see `elementwise.add_rms_norm`.
 
         Args:
-            place: 0 and 1 in turns; see above.
+            buffer: 0 and 1 in turns; see above.
         """
-        assert self._addresses is not None, "meet() comes first"
+        assert self._addresses is not None, "map_peers() comes first"
         num_rows, size = x_TD.shape
         summed, normed = torch.empty((2, num_rows, size), dtype=x_TD.dtype, device=x_TD.device)
         block = triton.next_power_of_2(size)
@@ -101,8 +103,8 @@ class PeerSums:
             self._given_up,
             x_TD.stride(0),
             part_TD.stride(0),
-            place * MAX_ROWS * self._size,
-            self._parts_at + place * self._place_bytes,
+            buffer * MAX_ROWS * self._size,
+            self._parts_at + buffer * self._buffer_bytes,
             eps,
             RANK=self._rank,
             RANKS=self._size,
@@ -128,15 +130,15 @@ def join(
     sums = PeerSums(rank=rank, size=size, hidden_size=hidden_size, dtype=dtype, device=device)
     try:
         if rank == 0:
-            _meet_as_leader(sums, pipes)
+            _exchange_as_leader(sums, pipes)
         else:
-            _meet_as_follower(sums, pipes[0], size)
+            _exchange_as_follower(sums, pipes[0], size)
     except (OSError, EOFError) as cause:
         raise EngineError(f"rank {rank} of the engine shared no memory with the others: {cause}") from cause
     return sums
 
 
-def _meet_as_leader(sums: PeerSums, pipes: list[Connection]) -> None:
+def _exchange_as_leader(sums: PeerSums, pipes: list[Connection]) -> None:
     descriptors = [sums.descriptor()]
     for rank, pipe in enumerate(pipes, start=1):
         if not pipe.poll(_TIMEOUT_S):
@@ -147,14 +149,14 @@ def _meet_as_leader(sums: PeerSums, pipes: list[Connection]) -> None:
             reduction.send_handle(pipe, descriptor, None)
     own, *others = descriptors
     os.close(own)
-    sums.meet(others)
+    sums.map_peers(others)
 
 
-def _meet_as_follower(sums: PeerSums, pipe: Connection, size: int) -> None:
+def _exchange_as_follower(sums: PeerSums, pipe: Connection, size: int) -> None:
     own = sums.descriptor()
     reduction.send_handle(pipe, own, None)
     os.close(own)
-    sums.meet([reduction.recv_handle(pipe) for _ in range(size - 1)])
+    sums.map_peers([reduction.recv_handle(pipe) for _ in range(size - 1)])
 
 
 @triton.jit

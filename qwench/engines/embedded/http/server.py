@@ -25,11 +25,10 @@ from qwench.engines.embedded.http.answers import FieldError, Json, error_record,
 from qwench.engines.embedded.http.api import GenerateBody, no_stop_trims, to_response
 from qwench.engines.embedded.http.border import Border
 from qwench.engines.embedded.http.growing_answer import GrowingAnswer
-from qwench.engines.embedded.http.metrics import CONTENT_TYPE, metrics_text
 from qwench.engines.embedded.http.open_requests import EventStream, OpenRequests
 from qwench.engines.embedded.http.openai_routes import OpenAiRoutes
 from qwench.engines.embedded.http.weight_routes import WeightRoutes
-from qwench.engines.protocol import GenerateRequest, MemoryTag, SamplingParams
+from qwench.engines.protocol import EngineStats, GenerateRequest, MemoryTag, SamplingParams
 from qwench.errors import EngineError, WeightSyncError
 from qwench.wire.addresses import placement_of
 from qwench.wire.portions import DEFAULT_BUCKET_BYTES
@@ -294,3 +293,29 @@ def _tags(body: MemoryBody | None) -> list[MemoryTag]:
     if unknown:
         raise HTTPException(400, f"unknown tags {unknown}; known: {', '.join(sorted(known))}.")
     return [MemoryTag(tag) for tag in body.tags]
+
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def metrics_text(stats: EngineStats, *, weight_version: int, model: str) -> str:
+    """Return one sample of each metric, labelled with the model's name."""
+    used = stats.num_pages - stats.num_free_pages
+    metrics = (
+        ("sglang:num_running_reqs", "gauge", "Requests that are computed now.", stats.num_running),
+        ("sglang:num_queue_reqs", "gauge", "Requests that wait for room.", stats.num_waiting),
+        ("sglang:token_usage", "gauge", "Share of the KV cache's pages in use.", used / max(stats.num_pages, 1)),
+        ("sglang:cache_hit_rate", "gauge", "Share of all prompt tokens that were cached.",
+         stats.cached_prompt_tokens / max(stats.prompt_tokens, 1)),
+        ("sglang:prompt_tokens_total", "counter", "Prompt tokens, cached ones included.", stats.prompt_tokens),
+        ("sglang:cached_tokens_total", "counter", "Prompt tokens that were cached.", stats.cached_prompt_tokens),
+        ("sglang:generation_tokens_total", "counter", "Tokens that were sampled.", stats.generated_tokens),
+        ("qwench:preempted_requests_total", "counter", "Preemptions of requests for want of pages.", stats.num_preempted),
+        ("qwench:decode_steps_total", "counter", "Forward passes with decoding requests.", stats.decode_steps),
+        ("qwench:weight_version", "gauge", "Version of the weights in use.", weight_version),
+    )  # fmt: skip
+    label = model.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return "".join(
+        f'# HELP {name} {meaning}\n# TYPE {name} {kind}\n{name}{{model_name="{label}"}} {value}\n'
+        for name, kind, meaning, value in metrics
+    )

@@ -27,7 +27,7 @@ from torch import Tensor
 from qwench.engines.embedded.compute.weights import read_folder
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.http.answers import json_answer
-from qwench.engines.embedded.http.turns import Turns
+from qwench.engines.embedded.http.bucket_order import BucketOrder
 from qwench.engines.protocol import Portion, WeightReceipt
 from qwench.errors import CheckpointError, ConfigError, WeightSyncError
 from qwench.wire.flat_bucket import entries_from_json, lay_out, size_bytes, unflatten
@@ -123,7 +123,7 @@ class WeightRoutes:
         self._on_new_folder = on_new_folder
         self._groups: dict[str, WeightGroup] = {}
         self._num_joining = 0
-        self._turns = Turns()
+        self._order = BucketOrder()
         self._buffers = OpenBuffers()
         """Buffers of the publication under way; closed when it ends, fails, or another one begins."""
 
@@ -148,7 +148,7 @@ class WeightRoutes:
             raise HTTPException(415, f"send weights as {SAFETENSORS_BODY} (safetensors) or {JSON_BODY} (a shared buffer).")
         portion = Portion(version=read_version(weight_version), index=index, final=final)
         body = await http.body()
-        await self._turns.come(portion)
+        await self._order.enter(portion)
         return await self._load(lambda: _read_safetensors(body), portion)
 
     async def update_from_distributed(self, body: BroadcastBody) -> Response:
@@ -162,7 +162,7 @@ class WeightRoutes:
         if [entry.name for entry in entries] != body.names:
             raise WeightSyncError("a flattened bucket lists its tensors from the widest dtype to the narrowest.")
         portion = body.portion()
-        await self._turns.come(portion)
+        await self._order.enter(portion)
         # It arrives beside the engine's memory while the engine still loads the bucket before it.
         buffer = torch.empty(size_bytes(entries), dtype=torch.uint8, device=self._device)
         wait_for_arrival = await asyncio.to_thread(group.start, buffer)
@@ -242,16 +242,16 @@ class WeightRoutes:
                 raise WeightSyncError(f"a shared buffer of {buffer.numel()} bytes cannot hold {size_bytes(entries)}.")
             return unflatten(buffer, entries)
 
-        await self._turns.come(portion)
+        await self._order.enter(portion)
         return await self._load(read, portion)
 
     async def _load(self, read: Callable[[], WeightBucket], portion: Portion) -> Response:
         """Load a bucket whose turn it is; `read` returns it, and is called when the one before it is loaded."""
-        self._turns.go(portion)
+        self._order.leave(portion)
         try:
             receipt = await self._engine.receive_bucket(read, portion)  # first come, first served
         except BaseException:
-            self._turns.reset()
+            self._order.reset()
             self._buffers.close()
             raise
         if receipt is not None:

@@ -1,6 +1,6 @@
 """The text of `/metrics`."""
 
-from qwench.engines.embedded.http.metrics import metrics_text
+from qwench.engines.embedded.http.server import metrics_text
 from qwench.engines.protocol import EngineStats
 
 STATS = EngineStats(

@@ -14,14 +14,14 @@ NOTHING = (-1, 0)
 """Version and index while no publication is under way."""
 
 
-class Turns:
-    """Lets buckets through one after the other: `come` -> what must happen in order -> `go`."""
+class BucketOrder:
+    """Lets buckets through one after the other: `enter` -> what must happen in order -> `leave`."""
 
     def __init__(self) -> None:
         self._version, self._next = NOTHING
         self._gone = asyncio.Event()
 
-    async def come(self, portion: Portion) -> None:
+    async def enter(self, portion: Portion) -> None:
         """Return when the buckets before this one have gone, if they may still be on their way; else the engine refuses it.
 
         Raises:
@@ -38,7 +38,7 @@ class Turns:
                     f"not come within {PATIENCE_S:g} s; publish all weights again."
                 ) from cause
 
-    def go(self, portion: Portion) -> None:
+    def leave(self, portion: Portion) -> None:
         """Let the bucket after this one through."""
         self._move(*(NOTHING if portion.final else (portion.version, portion.index + 1)))
 
