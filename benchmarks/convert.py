@@ -63,10 +63,10 @@ class Result:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--size", action="append")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--without-fsdp", action="store_true")
+    parser.add_argument("--output", type=Path, required=True, help="folder of checkpoints and convert.json")
+    parser.add_argument("--size", action="append", help="name of a size (qwench.models.made.qwen3); may be repeated")
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each conversion")
+    parser.add_argument("--without-fsdp", action="store_true", help="leave out FSDP's checkpoints, which take the most space")
     arguments = parser.parse_args()
     results: list[Result] = []
     for size in arguments.size or ["0.6B"]:

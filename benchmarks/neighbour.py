@@ -63,9 +63,9 @@ def seconds_a_step(folder: Path, *, steps: int, cores: list[int], threads: int, 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--neighbours", type=int, default=1)
-    parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of a run")
+    parser.add_argument("--neighbours", type=int, default=1, help="busy processes")
+    parser.add_argument("--cores", type=int, default=2, help="cores that training and neighbours share")
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))[: options.cores]
     print(f"{len(cores)} cores, {options.neighbours} busy neighbours, load at the start {os.getloadavg()[0]:.1f}")

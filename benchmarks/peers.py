@@ -1,4 +1,9 @@
-"""Peers of the embedded engine, on random weights: stock SGLang and transformers' generate."""
+"""Peers of the embedded engine, on random weights: stock SGLang and transformers' generate.
+
+    python benchmarks/engine.py --output FILE --peers sglang transformers
+
+`engine.py` measures them; this file alone does nothing but print this text.
+"""
 
 from __future__ import annotations
 
@@ -84,3 +89,7 @@ def _model(config: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
 def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    print(__doc__)

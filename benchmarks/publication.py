@@ -170,12 +170,12 @@ def to_a_server(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="folder of checkpoints and publication.jsonl")
     parser.add_argument("--size", action="append", help="name of a size (qwench.models.made.qwen3); may be repeated")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--bucket-bytes", type=int, default=512 * 1024**2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--rounds", type=int, default=5, help="timed publications of each way")
+    parser.add_argument("--bucket-bytes", type=int, default=512 * 1024**2, help="size of a bucket of weights")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of the trainer")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="ways to measure")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     print("| size | way | GB | ms | GB/s |\n| --- | --- | --- | --- | --- |", flush=True)

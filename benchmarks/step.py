@@ -118,18 +118,23 @@ def summary(rollouts: Sequence[dict[str, float]], size: str, given: argparse.Nam
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--size", action="append")
-    parser.add_argument("--rollouts", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS)
-    parser.add_argument("--new-tokens", type=int, default=1024)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file of the results")
+    parser.add_argument("--size", action="append", help="name of a size (qwench.models.made.qwen3); may be repeated")
+    parser.add_argument("--rollouts", type=int, default=3, help="rollouts of a run; the first one warms up")
+    parser.add_argument("--prompts", type=int, default=32, help="prompts of a rollout")
+    parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS, help="length of a prompt")
+    parser.add_argument("--new-tokens", type=int, default=1024, help="length of a response")
     place = "/dev/shm" if Path("/dev/shm").is_dir() else None
     parser.add_argument("--place", default=place, help="folder of the checkpoint; a disk leaves the memory to the run")
-    parser.add_argument("--no-reference", action="store_true")
+    parser.add_argument("--no-reference", action="store_true", help="leave out the pass of the reference model")
     parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
-    parser.add_argument("--timeout", type=float, default=1800)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds after which a run is ended")
+    parser.add_argument(
+        "--device",
+        type=torch.device,
+        default=torch.device("cuda:0" if torch.cuda.is_available() else "cpu"),
+        help="device of trainer and engine",
+    )
     parser.add_argument("flags", nargs="*", help="flags of qwench train, after --")
     given = parser.parse_args()
     results = []

@@ -305,22 +305,37 @@ def measure_size(size: str, given: argparse.Namespace) -> list[dict[str, object]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--size", action="append")
-    parser.add_argument("--cases", nargs="+", default=["qwench", "recompute"], choices=["qwench", "recompute", "huggingface"])
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--mean", type=int, default=1024)
-    parser.add_argument("--micro-batches", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--attention", default="varlen")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file of the results")
+    parser.add_argument("--size", action="append", help="name of a size (qwench.models.made.qwen3); may be repeated")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        default=["qwench", "recompute"],
+        choices=["qwench", "recompute", "huggingface"],
+        help="loops to measure; see above",
+    )
+    parser.add_argument("--tokens", type=int, default=16384, help="most tokens of a micro-batch")
+    parser.add_argument("--mean", type=int, default=1024, help="mean length of sequences, in tokens")
+    parser.add_argument("--micro-batches", type=int, default=6, help="micro-batches of a step")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each case")
+    parser.add_argument("--attention", default="varlen", help="--attn-implementation of the trainer")
     parser.add_argument("--offload", action="store_true", help="masters and moments on the host")
-    parser.add_argument("--bf16-moments", action="store_true")
+    parser.add_argument("--bf16-moments", action="store_true", help="hold Adam's moments in bfloat16")
     parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank at all projections")
     parser.add_argument("--lora-base", default="auto", choices=["auto", "fp8", "nf4"], help="form of the frozen projections")
-    parser.add_argument("--huggingface-sequences", type=int, default=8)
-    parser.add_argument("--huggingface-checkpointing", action="store_true")
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
+    parser.add_argument(
+        "--huggingface-sequences", type=int, default=8, help="sequences of a micro-batch of the case huggingface"
+    )
+    parser.add_argument(
+        "--huggingface-checkpointing", action="store_true", help="compute layers again in the backward of the case huggingface"
+    )
+    parser.add_argument("--profile", action="store_true", help="also print where kernel time goes")
+    parser.add_argument(
+        "--device",
+        type=torch.device,
+        default=torch.device("cuda:0" if torch.cuda.is_available() else "cpu"),
+        help="device of the trainer",
+    )
     given = parser.parse_args()
     measured = ceilings(given.device)
     print(json.dumps(measured), flush=True)

@@ -75,14 +75,21 @@ def run_case(model: Path, template: str, flags: str, output: Path, *, groups: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--case", nargs=2, action="append", required=True, metavar=("NAME", "FLAGS"))
-    parser.add_argument("--sequences", type=int, default=256)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--spread", type=float, default=0.0)
-    parser.add_argument("--rollouts", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint to train")
+    parser.add_argument("--output", type=Path, required=True, help="folder of recorded rollouts, runs and results.json")
+    parser.add_argument(
+        "--case",
+        nargs=2,
+        action="append",
+        required=True,
+        metavar=("NAME", "FLAGS"),
+        help="a row of the table: its name and its flags of qwench train; may be repeated",
+    )
+    parser.add_argument("--sequences", type=int, default=256, help="samples of a rollout")
+    parser.add_argument("--length", type=int, default=1024, help="mean length of samples, in tokens")
+    parser.add_argument("--spread", type=float, default=0.0, help="sigma of lognormal lengths; 0: all lengths are equal")
+    parser.add_argument("--rollouts", type=int, default=3, help="recorded rollouts; the first one warms up")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each case")
     given = parser.parse_args()
     config = load_hf_config(given.model)
     given.output.mkdir(parents=True, exist_ok=True)

@@ -47,14 +47,19 @@ def random_reward(completions: list[str], **_columns: object) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--size", default="0.6B")
-    parser.add_argument("--rollouts", type=int, default=2)
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=1024)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file of the results")
+    parser.add_argument("--size", default="0.6B", help="name of a size (qwench.models.made.qwen3)")
+    parser.add_argument("--rollouts", type=int, default=2, help="steps; the first one warms up")
+    parser.add_argument("--prompts", type=int, default=32, help="prompts of a step")
+    parser.add_argument("--new-tokens", type=int, default=1024, help="length of a response")
     parser.add_argument("--per-device", type=int, default=8, help="sequences of a micro-batch")
-    parser.add_argument("--engine", choices=["generate", "paged"], default="generate")
-    parser.add_argument("--bf16-weights", action="store_true")
+    parser.add_argument(
+        "--engine",
+        choices=["generate", "paged"],
+        default="generate",
+        help="what generates: generate, or transformers' continuous batching (paged)",
+    )
+    parser.add_argument("--bf16-weights", action="store_true", help="train bfloat16 weights without autocast")
     given = parser.parse_args()
     cuda = torch.cuda.is_available()
     count = given.prompts * SAMPLES

@@ -2,12 +2,12 @@
 
     python benchmarks/multi_gpu/faults.py --model FOLDER --prompts FILE --output FOLDER [--fault rank] [-- FLAGS]
 
-One run without a fault, then each of these in a run of its own:
+A run without a fault (`none`), then one with each of these:
 
-    engine            SIGKILL to an engine server while it generates; the command is given again
-    engine, tolerant  the same with --use-fault-tolerance
-    rank              SIGKILL to a trainer rank a second after generation; the command is given again
-    stopped rank      SIGSTOP to a trainer rank until the run names it, then SIGCONT
+    engine           SIGKILL to an engine server while it generates; the command is given again
+    engine-tolerant  the same with --use-fault-tolerance
+    rank             SIGKILL to a trainer rank a second after generation; the command is given again
+    stopped-rank     SIGSTOP to a trainer rank until the run names it, then SIGCONT
 
 Rewards are random and responses have a forced length, so that any checkpoint and any jsonl file of prompts will do. Each run
 has three rollouts and is disturbed in the second. Prints what was seen, and writes faults.json. FLAGS are given to
@@ -195,9 +195,9 @@ def carry_out(
 DRILLS: dict[str, tuple[Callable[[Drill, Seen], None] | None, tuple[str, ...], bool]] = {
     "none": (None, (), False),
     "engine": (kill_engine, (), True),
-    "engine, tolerant": (kill_engine, TOLERANT, False),
+    "engine-tolerant": (kill_engine, TOLERANT, False),
     "rank": (kill_rank, (), True),
-    "stopped rank": (stop_rank, (), False),
+    "stopped-rank": (stop_rank, (), False),
 }
 """Fault -> what strikes, more flags, and whether the command is given again."""
 
@@ -208,11 +208,11 @@ def seconds(value: float | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--fault", action="append", choices=list(DRILLS), help="what to drill. None: all")
-    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint to train")
+    parser.add_argument("--prompts", type=Path, required=True, help="jsonl file with the keys prompt and label")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the runs and faults.json")
+    parser.add_argument("--fault", action="append", choices=list(DRILLS), help="may be repeated. None: all of them")
+    parser.add_argument("--gpus", type=int, default=2, help="GPUs of the run")
     parser.add_argument("--batch", type=int, default=32, help="prompts of a rollout")
     parser.add_argument("--length", type=int, default=1024, help="of responses")
     parser.add_argument("flags", nargs="*", help="flags of qwench train, after --")

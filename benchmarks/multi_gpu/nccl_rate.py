@@ -39,9 +39,9 @@ def measure(rank: int, given: argparse.Namespace, store: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
-    parser.add_argument("--mib", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="GPUs to measure")
+    parser.add_argument("--mib", type=int, default=1024, help="size of the buffer, in MiB")
+    parser.add_argument("--rounds", type=int, default=20, help="timed collectives")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(measure, args=(given, f"{folder}/store"), nprocs=given.gpus)

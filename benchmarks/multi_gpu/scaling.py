@@ -32,10 +32,17 @@ def speeds(given: argparse.Namespace, num_gpus: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--case", nargs=2, action="append", required=True, metavar=("NAME", "FLAGS"))
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint to train")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the runs and scaling.json")
+    parser.add_argument(
+        "--case",
+        nargs=2,
+        action="append",
+        required=True,
+        metavar=("NAME", "FLAGS"),
+        help="a name and its flags of qwench train; may be repeated",
+    )
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of GPUs to compare")
     parser.add_argument("--sequences", type=int, default=64, help="on each GPU, a multiple of 8")
     parser.add_argument("--rollouts", type=int, default=3, help="the first one warms up")
     given = parser.parse_args()

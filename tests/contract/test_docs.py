@@ -1,5 +1,6 @@
 """Every command that the documentation shows is one that the parser, or the script, accepts."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -54,6 +55,13 @@ def test_a_command_of_the_documentation_is_accepted(page: Path, command: str, st
     if words[0] == "ray":  # ray job submit -- COMMAND
         words = words[words.index("--") + 1 :]
     assert CHECKS[words[0]](words[1:], stage, world) == words[1:2]
+
+
+def test_every_flag_of_a_benchmark_says_what_it_is():
+    for script in (ROOT / "benchmarks").rglob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        flags = [call for call in calls if getattr(call.func, "attr", "") == "add_argument"]
+        assert [ast.unparse(call) for call in flags if "help" not in {keyword.arg for keyword in call.keywords}] == [], script
 
 
 def _qwench(words: Sequence[str], stage: Path, world: dict[str, str]) -> Sequence[str]:
