@@ -206,6 +206,7 @@ def test_a_group_that_ends_just_when_groups_come_to_rest_is_kept_once():
         for _ in range(ticks):
             await asyncio.sleep(0)
         await stream._at_rest()
+        await asyncio.sleep(0)
         await stream._go_on()
 
     for ticks in range(9):
