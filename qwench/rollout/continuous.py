@@ -135,6 +135,7 @@ class ContinuousStream(GeneratingStream):
         if self._buffer.finished:  # of a run that made whole rollouts
             return
         await self._go_on()
+        self._raise_failure()  # though others may be enough: the failed group is due in one of the next rollouts
         with self._console.progress(f"generate rollout {rollout_id}", total=self._groups_per_rollout) as progress:
             shown = 0
             while self._choose() is None:
@@ -285,10 +286,13 @@ class ContinuousStream(GeneratingStream):
 
     async def _wait_for_change(self) -> None:
         """Wait until a group has ended; raise the error of one that failed."""
-        if self._failure is not None:
-            raise self._failure
+        self._raise_failure()
         self._changed.clear()
         await self._changed.wait()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def _wait_for(self, coroutine: Coroutine[Any, Any, None], label: str) -> None:
         self._waiter.attend(coroutine, label=label, timeout_s=self._timeout_s, describe=self._describe)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import pytest
 
+from qwench.engines.client import IDLE_TIMEOUT_S
 from qwench.engines.embedded.http import border
 from qwench.engines.embedded.http.serving import ServerThread
 from qwench.engines.embedded.http.weight_routes import MAX_GROUPS
@@ -215,6 +216,15 @@ def test_a_connection_without_a_whole_request_is_closed(server, monkeypatch):
         with socket.create_connection((host, int(port)), timeout=patient(30)) as connection:
             connection.sendall(begun)
             assert connection.recv(1) == b""
+
+
+def test_an_idle_connection_outlives_a_client_that_is_slow_to_read(server):
+    connection = connect(server)
+    connection.request("GET", "/health")
+    connection.getresponse().read()
+    (own,) = (one for one in server._server.server_state.connections if one.client == connection.sock.getsockname())
+    connection.close()
+    assert own.timeout_keep_alive > 10 * IDLE_TIMEOUT_S
 
 
 def test_a_body_that_stops_coming_is_refused(server, monkeypatch):

@@ -27,6 +27,9 @@ LOOPBACK = "127.0.0.1"
 _LOOPBACK_HOSTS = (LOOPBACK, "localhost", "::1")
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 30.0
+KEEP_ALIVE_S = 75
+"""How long an idle connection stays open. Clients close theirs first; a busy one reads an answer seconds after it was written,
+and would send its next request into a connection that is closed just then."""
 
 
 def serve(
@@ -62,7 +65,7 @@ def serve(
     _logger.info(greeting(checkpoint, adapters, host=host, port=port))
     if token is None:
         _logger.info("no token is set: every program of this machine may change weights and memory")
-    uvicorn.run(server.app(), host=host, port=port, log_level="info", http=HeaderDeadline)
+    uvicorn.run(server.app(), host=host, port=port, log_level="info", http=HeaderDeadline, timeout_keep_alive=KEEP_ALIVE_S)
 
 
 def greeting(checkpoint: str | Path, adapters: Mapping[str, Path], *, host: str, port: int) -> str:
@@ -91,7 +94,9 @@ class ServerThread:
         self._socket = socket.create_server((LOOPBACK, 0))
         app = EngineServer(engine, model_path=model_path, token=token, adapters=adapters).app()
         self._server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, http=HeaderDeadline)
+            uvicorn.Config(
+                app, log_level="warning", timeout_graceful_shutdown=1, http=HeaderDeadline, timeout_keep_alive=KEEP_ALIVE_S
+            )
         )
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self._socket]}, name="qwench-engine-server", daemon=True
