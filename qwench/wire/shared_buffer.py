@@ -94,7 +94,7 @@ class OpenBuffers:
 
     def open(self, handle: Handle) -> Tensor:
         """See `open_buffer`; the same handle gives the same tensor."""
-        key = json.dumps(handle, sort_keys=True)
+        key = json.dumps(handle)
         if key not in self._tensors:
             self._tensors[key] = open_buffer(handle)
         return self._tensors[key]

@@ -6,7 +6,7 @@
 
 A change is tried on the module's mirror in tests/unit. The other test files of its folder, and those that import it, then
 try the changes which the mirror did not notice. With `--reach FILE` (see `reach.py`) all other tests that run the changed
-function try what is left, the quickest first, up to a minute of each kind. `--tests` names other files in place of all that.
+function try what is left, the quickest first, up to 30 s of each kind. `--tests` names other files in place of all that.
 
 The tests run on a copy of the tree. Every change runs in a fork of a process that has imported the heavy libraries. `--jobs`
 tries several modules at once, each job on its own copy. Read each change that is printed: a test is missing, the code does
@@ -40,7 +40,7 @@ from tests.campaigns.reach import Reach, copy_tree
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "torch.distributed", "transformers", "hypothesis", "sympy", "aiohttp", "fastapi", "uvicorn")
-LIMIT_S = 60.0
+LIMIT_S = 30.0
 """How long the recorded tests of one change take."""
 _GRACE_S = 2.0
 """How long forks that tests have left may go on. The pipe closes when the last one ends."""
@@ -73,9 +73,12 @@ class Place:
 def places_of(source: str) -> list[Place]:
     """Return the place of every change of a module."""
     nodes = enumerate(code_of(ast.parse(source)))
-    return [
-        Place(index, number, getattr(node, "lineno", 0)) for index, node in nodes for number, _ in enumerate(changes_of(node))
-    ]
+    return [Place(index, number, _line_of(node)) for index, node in nodes for number, _ in enumerate(changes_of(node))]
+
+
+def _line_of(node: ast.AST) -> int:
+    """Return where a node begins; a comprehension says it of its target alone."""
+    return getattr(node.target if isinstance(node, ast.comprehension) else node, "lineno", 0)
 
 
 def mutant_of(source: str, place: Place) -> Mutant:
@@ -106,8 +109,18 @@ def importers_of(module: Path) -> list[str]:
     return [str(file.relative_to(ROOT)) for file in files if imports.search(file.read_text())]
 
 
-def outcome(tests: list[str], timeout_s: float) -> tuple[bool, float]:
-    """Return whether the tests pass in a fork of this process, and the seconds they took; out of time they fail.
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of tests in a fork of this process has given."""
+
+    passed: bool
+    seconds: float
+    failed: str = ""
+    """The test that failed; empty where all passed, or where none ended before the deadline."""
+
+
+def outcome(tests: list[str], timeout_s: float) -> Outcome:
+    """Run tests up to the first that fails. Out of time they fail.
 
     A fork that a test makes and that goes on with the tests after it fails too: only its own result tells what the test saw.
     """
@@ -123,14 +136,24 @@ def outcome(tests: list[str], timeout_s: float) -> tuple[bool, float]:
         code = os.waitstatus_to_exitcode(status) if done else None
         time.sleep(0.02)
     seconds = time.monotonic() - started
-    if code == 0 and select.select([reader], [], [], _GRACE_S)[0] and os.read(reader, 1):
-        code = 1
+    said = os.read(reader, 4096) if select.select([reader], [], [], _GRACE_S if code == 0 else 0)[0] else b""
     os.close(reader)
     with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # what tests have left behind would run beside the next change
     if code is None:
         os.waitpid(child, 0)
-    return code == 0, seconds
+    return Outcome(code == 0 and not said, seconds, said.decode().partition("\n")[0])
+
+
+class _Teller:
+    """Plugin that writes which test failed, also in a fork that a test made."""
+
+    def __init__(self, writer: int) -> None:
+        self._writer = writer
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            os.write(self._writer, f"{report.nodeid}\n".encode())
 
 
 def _run_tests(tests: list[str], writer: int) -> None:
@@ -140,13 +163,8 @@ def _run_tests(tests: list[str], writer: int) -> None:
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)
-        own_pid = os.getpid()
-        code = int(pytest.main(["-x", "-q", "--hypothesis-profile", "first failure", *tests]))
-        if os.getpid() != own_pid:
-            code = 1
+        code = int(pytest.main(["-x", "-q", "--hypothesis-profile", "first failure", *tests], [_Teller(writer)]))
     finally:
-        if code:
-            os.write(writer, b"failed")
         os._exit(code)
 
 
@@ -180,32 +198,41 @@ class Campaign:
 
     def _notice(self, mutant: Mutant) -> str:
         """Return which tests noticed a change, or nothing. What fails without the change too has noticed nothing."""
-        of_function = self._reach.of_function(self._module, self._original, mutant.line) if self._reach else []
-        stages = self._stages[:1] if of_function else self._stages  # a recording knows better than imports do
+        stages = self._stages[:1] if self._reach else self._stages
         if any(self._fails(mutant, tests) for tests in stages):
             return "unit"
         if self._reach is not None:
-            known = {test for tests in stages for test in tests}
-            left = [test for test in of_function or self._reach.seconds if test.partition("::")[0] not in known]
+            found = self._reach.of_function(self._module, self._original, mutant.line) or self._reach.seconds
+            left = [test for test in found if test.partition("::")[0] not in stages[0]]
             in_unit = [test for test in left if test.startswith("tests/unit/")]
             for name, some in (("unit", in_unit), ("contract or e2e", [test for test in left if test not in set(in_unit)])):
-                quick = self._reach.quickest(some, LIMIT_S)
-                self._write(mutant.source)
-                if quick and not outcome(quick, 4 * LIMIT_S)[0]:
-                    self._write(self._original)
-                    if outcome(quick, 4 * LIMIT_S)[0]:
-                        return name
+                if self._some_notice(mutant, self._reach.quickest(some, LIMIT_S)):
+                    return name
         return ""
+
+    def _some_notice(self, mutant: Mutant, tests: list[str]) -> bool:
+        """Run recorded tests. One that fails without the change too is left out, and the others go on."""
+        while tests:
+            self._write(mutant.source)
+            changed = outcome(tests, 4 * LIMIT_S)
+            if changed.passed:
+                return False
+            self._write(self._original)
+            if outcome([changed.failed] if changed.failed else tests, 4 * LIMIT_S).passed:
+                return True
+            tests = tests[tests.index(changed.failed) + 1 :] if changed.failed in tests else []
+        return False
 
     def _fails(self, mutant: Mutant, tests: list[str]) -> bool:
         key = " ".join(tests)
         if tests and key not in self._usual_s:
             self._write(self._original)
-            passed, self._usual_s[key] = outcome(tests, 600)
-            if not passed:
+            usual = outcome(tests, 600)
+            self._usual_s[key] = usual.seconds
+            if not usual.passed:
                 raise FailingTestsError(key)
         self._write(mutant.source)
-        return bool(tests) and not outcome(tests, 3 * self._usual_s[key] + 20)[0]
+        return bool(tests) and not outcome(tests, 3 * self._usual_s[key] + 20).passed
 
     def _write(self, source: str) -> None:
         """Write the module, each time with another time of its own: bytecode of the source before must not pass for its own."""
@@ -227,6 +254,11 @@ def stages_of(module: Path) -> list[list[str]]:
     while not others and not (ROOT / folder).exists():
         folder = folder.parent
     return [own, sorted(others) or ([] if own else [str(folder)])]
+
+
+def reach_of(module: Path, reach: Reach | None) -> Reach | None:
+    """Return what was seen of a module, with the tests that import it: they see what no function of it holds."""
+    return reach and reach.part(module, importers_of(module))
 
 
 def chosen(modules: list[Path], args: argparse.Namespace) -> dict[Path, list[Place]]:
@@ -284,7 +316,7 @@ def main() -> None:
         ProcessPoolExecutor(args.jobs, fork, initializer=enter_copy, initargs=(Path(folder),)) as pool,
     ):
         runs = [
-            pool.submit(campaign, module, some, [args.tests] if args.tests else stages_of(module), reach and reach.part(module))
+            pool.submit(campaign, module, some, [args.tests] if args.tests else stages_of(module), reach_of(module, reach))
             for module, some in places
         ]
         counts = sum((run.result() for run in as_completed(runs)), Counter())

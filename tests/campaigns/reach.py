@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -55,16 +55,17 @@ class Reach:
         around = [node for node in functions_of(ast.parse(source)) if node.lineno <= line <= (node.end_lineno or 0)]
         return list(self.tests.get(f"{module}:{around[-1].lineno}", ())) if around else []
 
-    def part(self, module: Path) -> Reach:
-        """Return what was seen of a module."""
+    def part(self, module: Path, files: Collection[str] = ()) -> Reach:
+        """Return what was seen of a module, and how long tests in some files took."""
         tests = {name: some for name, some in self.tests.items() if name.startswith(f"{module}:")}
-        passed = {test for some in tests.values() for test in some} & self.seconds.keys()
-        return Reach({test: self.seconds[test] for test in sorted(passed)}, tests)
+        called = {test for some in tests.values() for test in some}
+        kept = {test: took for test, took in self.seconds.items() if test in called or test.partition("::")[0] in files}
+        return Reach(kept, tests)
 
     def quickest(self, tests: Iterable[str], limit_s: float) -> list[str]:
         """Return those of the tests that passed and take no longer together."""
         chosen, total_s = [], 0.0
-        for test in sorted(set(tests) & self.seconds.keys(), key=lambda test: self.seconds[test]):
+        for test in sorted(set(tests) & self.seconds.keys(), key=lambda test: (self.seconds[test], test)):
             total_s += self.seconds[test] + _BEGIN_S
             if total_s <= limit_s:
                 chosen.append(test)

@@ -1,7 +1,10 @@
+from dataclasses import fields
+
 import pytest
 
+from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.errors import ConfigError
-from qwench.estimators import METHODS, check_estimator, estimator_names, method_name
+from qwench.estimators import METHODS, check_estimator, estimator_names, method_name, owners_of
 
 
 def test_ppo_and_the_reinforce_methods_use_the_kl_of_tokens_and_the_latter_require_whitening():
@@ -50,6 +53,18 @@ def test_which_methods_discount_and_which_has_a_critic():
 )
 def test_a_reference_is_needed_where_a_kl_has_an_effect(name, flags, needed):
     assert METHODS[name].needs_reference(**flags) == needed
+
+
+def test_a_field_of_one_method_is_an_option_of_no_other():
+    own = {
+        "dr_grpo": {"dr_grpo_length"},
+        "sapo": {"sapo_tau_pos", "sapo_tau_neg"},
+        "clip_cov": {"clip_cov_ratio", "clip_cov_lb", "clip_cov_ub"},
+        "kl_cov": {"kl_cov_ratio", "kl_cov_coef"},
+    }
+    named = {item.name for item in fields(AlgorithmConfig) if item.name.startswith(tuple(own))}
+    assert {name: set(facts.options) & named for name, facts in METHODS.items() if set(facts.options) & named} == own
+    assert {option: owners_of(option) for option in named} == {option: [name] for name in own for option in own[name]}
 
 
 def test_loss_type_and_estimator_choose_the_method():

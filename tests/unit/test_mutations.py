@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.campaigns import mutations
-from tests.campaigns.mutations import Campaign, mutant_of, places_of
+from tests.campaigns.mutations import Campaign, Outcome, mutant_of, places_of
 from tests.campaigns.reach import Reach, with_calls
 
 SOURCE = '''"""A module."""
@@ -20,7 +20,7 @@ def twice(number):
         return number * 2
     return inner()
 
-limit = 3
+limit = [item for item in () if item]
 '''
 PASSING = "def test_it():\n    pass\n"
 FAILING = "def test_it():\n    assert False\n"
@@ -39,19 +39,22 @@ def test_it():
 )
 def test_a_change_is_noticed_where_a_test_fails(text: str, passes: bool, tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(text)
-    assert mutations.outcome([str(tmp_path / "test_it.py")], 1.0 if "while" in text else 60.0)[0] == passes
+    result = mutations.outcome([str(tmp_path / "test_it.py")], 1.0 if "while" in text else 60.0)
+    assert result.passed == passes
+    assert result.failed.rpartition("::")[2] == ("test_it" if "assert" in text else "")
 
 
 def test_the_changes_of_a_module_each_change_one_thing() -> None:
     changes = [mutant_of(SOURCE, place) for place in places_of(SOURCE)]
-    said = [(change.line, change.before, change.after) for change in changes]
+    said = [(change.line, change.before.strip(), change.after.strip()) for change in changes]
     assert said == [
         (7, "return number * 2", "return None"), (7, "number * 2", "number / 2"), (7, "2", "3"),
-        (8, "return inner()", "return None"), (10, "3", "4"),
+        (8, "return inner()", "return None"),
+        (10, "for item in () if item", "for item in ()"), (10, "for item in () if item", "for item in () if not item"),
     ]  # fmt: skip
     whole = ast.unparse(ast.parse(SOURCE))
-    assert [change.source.count("\n") for change in changes] == [whole.count("\n")] * 5
-    assert "number / 2" in changes[1].source and "limit = 3" in changes[1].source
+    assert [change.source.count("\n") for change in changes] == [whole.count("\n")] * 6
+    assert "number / 2" in changes[1].source and "limit = [item for item in () if item]" in changes[1].source
 
 
 def test_a_recording_tells_which_function_a_test_called(tmp_path: Path) -> None:
@@ -66,8 +69,10 @@ def test_a_recording_tells_which_function_a_test_called(tmp_path: Path) -> None:
 def test_the_quickest_tests_of_a_function_try_its_change() -> None:
     seconds = {"slow": 9.0, "quick": 1.0, "other": 2.0, "longest": 30.0}
     functions = {"it.py:4": ["slow", "quick", "longest"], "it.py:6": ["other", "failed"]}
-    reach = Reach(seconds | {"no": 1.0}, functions | {"it.pyx:1": ["no"]}).part(Path("it.py"))
+    whole = Reach(seconds | {"no": 1.0, "tests/a.py::one": 3.0}, functions | {"it.pyx:1": ["no"]})
+    reach = whole.part(Path("it.py"))
     assert reach == Reach(seconds, functions)
+    assert whole.part(Path("it.py"), ["tests/a.py"]) == Reach(seconds | {"tests/a.py::one": 3.0}, functions)
     assert reach.of_function(Path("it.py"), SOURCE, line=8) == ["slow", "quick", "longest"]
     assert reach.of_function(Path("it.py"), SOURCE, line=7) == ["other", "failed"], "the inner function"
     assert reach.of_function(Path("it.py"), SOURCE, line=10) == []
@@ -81,15 +86,20 @@ def test_what_no_unit_test_notices_is_tried_on_recorded_tests(
     module = Path("it.py")
     module.write_text(SOURCE)
 
-    def outcome(tests: list[str], timeout_s: float) -> tuple[bool, float]:
-        found = {"unit": "number / 2", "tests/e2e/a.py::test": "limit = 4"}
-        return not any(found[test] in module.read_text() for test in tests), 1.0
+    found = {"unit": "number / 2", "tests/e2e/a.py::test": "if not item", "tests/e2e/broken.py::test": ""}
+
+    def outcome(tests: list[str], timeout_s: float) -> Outcome:
+        failed = [test for test in tests if found[test] in module.read_text()]
+        return Outcome(not failed, 1.0, failed[0] if failed else "")
 
     monkeypatch.setattr(mutations, "outcome", outcome)
-    reach = Reach({"tests/e2e/a.py::test": 1.0}, {"it.py:6": ["tests/e2e/a.py::test"]})
+    names = ["tests/e2e/broken.py::test", "tests/e2e/a.py::test"]
+    reach = Reach(dict.fromkeys(names, 1.0), {"it.py:6": names})
     counts = Campaign(module, [["unit"]], reach).run([place for place in places_of(SOURCE) if place.line in (7, 10)])
-    assert counts == {"unit": 1, "contract or e2e": 1, "tried": 4}
+    assert counts == {"unit": 1, "contract or e2e": 1, "tried": 5}
     printed = capsys.readouterr().out
-    assert "it.py:10 off by one: 3 -> 4 (noticed by contract or e2e)" in printed
+    assert (
+        "it.py:10 negated filter: for item in () if item -> for item in () if not item (noticed by contract or e2e)" in printed
+    )
     assert "it.py:7 off by one: 2 -> 3\n" in printed
     assert module.read_text() == SOURCE and module.stat().st_mtime < 1000

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from qwench.config.config import Config
+from qwench.config.method_rules import the_critics_own_gpus_are_there
 from qwench.config.rules import check_rules
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
@@ -72,6 +73,13 @@ def test_the_gpus_of_a_critic_fit_the_run(critic, sections, message):
     rollout, algorithm = RolloutConfig(rollout_batch_size=1), AlgorithmConfig(advantage_estimator="ppo")
     with pytest.raises(ConfigError, match=f"^{message}"):
         check_rules(Config(critic=CriticConfig(**critic), **{"rollout": rollout, "algorithm": algorithm, **sections}))
+
+
+def test_a_critic_may_have_every_gpu_of_a_node_and_one_node_of_this_machine():
+    for critic, launcher in (({"critic_num_gpus_per_node": 8}, "auto"), ({"critic_num_nodes": 1}, "local")):
+        sections = {"algorithm": AlgorithmConfig(advantage_estimator="ppo"), "rollout": RolloutConfig(rollout_batch_size=1)}
+        config = Config(critic=CriticConfig(**critic), cluster=ClusterConfig(launcher=launcher), **sections)
+        assert the_critics_own_gpus_are_there(config) is None
 
 
 FROZEN = {"freeze_params_name_list": ("embed",)}

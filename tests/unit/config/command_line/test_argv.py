@@ -1,6 +1,6 @@
 import pytest
 
-from qwench.config.command_line.argv import Given, Occurrence, read_yaml, sort_flags, split_words
+from qwench.config.command_line.argv import Given, Occurrence, custom_settings, read_yaml, sort_flags, split_words
 from qwench.config.command_line.flags import flag_table
 from qwench.config.config import Config
 from qwench.config.sections.verbs import MakeModelConfig
@@ -134,6 +134,24 @@ def test_yaml_comes_before_the_command_line_wherever_it_is_named(tmp_path):
         "train-env-vars": {"A": "1"},
     }
     assert given.sglang == {"attention-backend": ("fa3",)}
+
+
+BUILT_IN, OWN = "slime.backends.megatron_utils.loss.vanilla_tis_function", "mine.weights"
+
+
+@pytest.mark.parametrize(
+    ("functions", "settings"),
+    [
+        ([], ["lr", "tis-clip", "use-rs"]), ([BUILT_IN], ["lr", "tis-clip", "use-rs"]), ([OWN], ["lr"]),
+        ([OWN, BUILT_IN], ["lr", "tis-clip", "use-rs"]), ([BUILT_IN, OWN], ["lr"]),
+    ],
+)  # fmt: skip
+def test_a_custom_file_sets_flags_but_not_what_the_last_named_function_of_weights_reads_there(functions, settings, tmp_path):
+    file = tmp_path / "custom.yaml"
+    file.write_text("lr: 0.5\nmine: 3\ntis_clip: 3.0\nuse_rs: true\nseed: null\n")
+    words = [word for path in functions for word in ("--custom-tis-function-path", path)]
+    words += ["--custom-config-path", str(file), "--rollout-function-path", OWN]
+    assert [entry.name for entry in custom_settings(split_words(words), TABLE)] == settings
 
 
 @pytest.mark.parametrize(
