@@ -22,7 +22,6 @@ from transformers import PretrainedConfig
 from qwench.checkpoints.folders import MARKER, check_base
 from qwench.checkpoints.formats.fp8 import QuantizedSource, StoredTensors
 from qwench.checkpoints.formats.iterations import POINTER, RELEASE, Iterations
-from qwench.checkpoints.formats.jobs import Job, Stream, read_ahead, share
 from qwench.checkpoints.formats.sources import (
     HfWeights,
     MergedWeights,
@@ -31,7 +30,18 @@ from qwench.checkpoints.formats.sources import (
     open_optimizer_state,
     open_weights,
 )
-from qwench.checkpoints.formats.targets import MASTERS, WEIGHTS, FsdpTarget, HfTarget, Target, TorchDistTarget
+from qwench.checkpoints.formats.targets import (
+    MASTERS,
+    WEIGHTS,
+    FsdpTarget,
+    HfTarget,
+    Job,
+    Stream,
+    Target,
+    TorchDistTarget,
+    read_ahead,
+    share,
+)
 from qwench.checkpoints.manifest import has_manifest, read_manifest, write_manifest
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import TEMPORARY_SUFFIX, check_can_hold, is_occupied, replace_folder, writing_back

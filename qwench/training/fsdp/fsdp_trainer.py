@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -35,15 +34,13 @@ from qwench.models.memory import WHOLE_GRADIENT_BYTES
 from qwench.training.critic import NewHead
 from qwench.training.frozen import OtherModel
 from qwench.training.fsdp import checkpoint
-from qwench.training.fsdp.adapted import AdaptedPolicy
 from qwench.training.fsdp.attention import install_attention
 from qwench.training.fsdp.checkpoint import fill_shards, is_foreign, load_causal_lm, load_converted
-from qwench.training.fsdp.direct import DirectPolicy, PolicyPlace, can_be_direct
-from qwench.training.fsdp.gathered import GatheredPolicy
+from qwench.training.fsdp.direct import DirectPolicy, PolicyPlace
 from qwench.training.fsdp.lora import Adapters
 from qwench.training.fsdp.optimizer import MasterOptimizer, full_tensor, local_shard
-from qwench.training.fsdp.parallelize import MASTER_DTYPE, build_mesh, parallelize
-from qwench.training.fsdp.policy import LogitsPolicy, Policy, ValuePolicy, put_value_head
+from qwench.training.fsdp.parallelize import MASTER_DTYPE, build_mesh, place_policy
+from qwench.training.fsdp.policy import Policy, put_value_head
 from qwench.training.offload import HostCopy
 from qwench.training.resuming import load_rng, save_rng
 from qwench.training.trainer import BackendTrainer, ParallelRank, Scores, Sums
@@ -140,7 +137,7 @@ class FsdpTrainer(BackendTrainer):
             stored_dtype=param_dtype if optimizer.offloaded_share > 0 else MASTER_DTYPE,
             attention=attention,
         )
-        policy = _place(model, architecture, place, logits=logits, adapters=adapters)
+        policy = place_policy(model, architecture, place, logits=logits, adapters=adapters)
         masters = _start_training(policy, architecture, adapters, source, optimizer, total_steps, param_dtype)
         return cls(
             policy,
@@ -341,43 +338,3 @@ def _start_training(
     if adapters is not None and adapters.start_folder is not None:
         checkpoint.load_adapters(adapters.start_folder, masters, adapters, architecture)
     return masters
-
-
-def _place(
-    model: PreTrainedModel,
-    architecture: Architecture,
-    place: PolicyPlace,
-    *,
-    logits: bool,
-    adapters: Adapters | None,
-) -> Policy | DirectPolicy:
-    """Put the model on its ranks: in the packed decoder where one rank has it alone and the decoder has every part, else FSDP2.
-
-    A critic, a policy whose losses get logits and one with frozen parameters are always under FSDP2. So are adapters that drop
-    inputs or subtract their start, and those of several ranks that shard the model: with --dp-replicate equal to the ranks each
-    has it whole. With --whole-weights, several ranks have a `GatheredPolicy`.
-    """
-    training, mesh = place.training, place.mesh
-    written_out = not (architecture.value_head or logits or training.freezing_flag)
-    make: Callable[..., DirectPolicy] | None = None
-    if written_out and mesh.size() > 1 and training.whole_weights:
-        make = GatheredPolicy
-    elif written_out and mesh["dp_shard"].size() == 1 and can_be_direct(architecture, place.attention):
-        if adapters is not None and adapters.are_plain:
-            make = partial(AdaptedPolicy, adapters=adapters)
-        elif adapters is None and mesh.size() == 1:
-            make = DirectPolicy
-    if make is not None:
-        return make(model, architecture, place)
-    kind = ValuePolicy if architecture.value_head else LogitsPolicy if logits else Policy
-    policy = kind(model, attention=place.attention, head_chunk_tokens=training.head_chunk_tokens)
-    parallelize(
-        policy,
-        mesh,
-        device=place.device,
-        param_dtype=place.param_dtype,
-        gradient_checkpointing=training.recomputes_layers,
-        torch_compile=training.torch_compile,
-        stored_dtype=place.stored_dtype,
-    )
-    return policy

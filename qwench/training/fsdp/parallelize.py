@@ -1,4 +1,4 @@
-"""Sharding the policy with FSDP2: float32 masters in shards, and one whole bfloat16 layer at a time.
+"""The place of the policy on its ranks. FSDP2 shards float32 masters, and has one whole bfloat16 layer at a time.
 
     shard in stored_dtype --cast, all-gather--> layer in param_dtype --forward, backward--> gradient in param_dtype
     shard float32 gradient <--reduce-scatter, sum over ranks-- float32 sum over micro-batches <--'
@@ -19,9 +19,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from qwench.errors import ConfigError
-from qwench.training.fsdp.policy import Policy
+from qwench.models.architecture import Architecture
+from qwench.training.fsdp.adapted import AdaptedPolicy
+from qwench.training.fsdp.direct import DirectPolicy, PolicyPlace, can_be_direct
+from qwench.training.fsdp.gathered import GatheredPolicy
+from qwench.training.fsdp.lora import Adapters
+from qwench.training.fsdp.policy import LogitsPolicy, Policy, ValuePolicy
 
 MASTER_DTYPE = torch.float32
 
@@ -89,3 +95,43 @@ def _wrap(forward: Callable[..., Any], *, checkpointed: bool, compiled: bool) ->
     if checkpointed:
         forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
     return forward
+
+
+def place_policy(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    place: PolicyPlace,
+    *,
+    logits: bool,
+    adapters: Adapters | None,
+) -> Policy | DirectPolicy:
+    """Put the model on its ranks: in the packed decoder where one rank has it alone and the decoder has every part, else FSDP2.
+
+    A critic, a policy whose losses get logits and one with frozen parameters are always under FSDP2. So are adapters that drop
+    inputs or subtract their start, and those of several ranks that shard the model: with --dp-replicate equal to the ranks each
+    has it whole. With --whole-weights, several ranks have a `GatheredPolicy`.
+    """
+    training, mesh = place.training, place.mesh
+    written_out = not (architecture.value_head or logits or training.freezing_flag)
+    make: Callable[..., DirectPolicy] | None = None
+    if written_out and mesh.size() > 1 and training.whole_weights:
+        make = GatheredPolicy
+    elif written_out and mesh["dp_shard"].size() == 1 and can_be_direct(architecture, place.attention):
+        if adapters is not None and adapters.are_plain:
+            make = partial(AdaptedPolicy, adapters=adapters)
+        elif adapters is None and mesh.size() == 1:
+            make = DirectPolicy
+    if make is not None:
+        return make(model, architecture, place)
+    kind = ValuePolicy if architecture.value_head else LogitsPolicy if logits else Policy
+    policy = kind(model, attention=place.attention, head_chunk_tokens=training.head_chunk_tokens)
+    parallelize(
+        policy,
+        mesh,
+        device=place.device,
+        param_dtype=place.param_dtype,
+        gradient_checkpointing=training.recomputes_layers,
+        torch_compile=training.torch_compile,
+        stored_dtype=place.stored_dtype,
+    )
+    return policy

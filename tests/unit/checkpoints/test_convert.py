@@ -18,9 +18,8 @@ from transformers import Qwen3Config
 from qwench.checkpoints.convert import Conversion, Converted, Converter, Ranks
 from qwench.checkpoints.folders import MARKER
 from qwench.checkpoints.formats.fp8 import QuantizedSource
-from qwench.checkpoints.formats.jobs import Job, Stream, share
 from qwench.checkpoints.formats.sources import Format, WeightSource, open_optimizer_state, open_weights
-from qwench.checkpoints.formats.targets import WEIGHTS, FsdpTarget, HfTarget
+from qwench.checkpoints.formats.targets import WEIGHTS, FsdpTarget, HfTarget, Job, Stream, share
 from qwench.checkpoints.manifest import read_manifest, write_manifest
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.fp8 import quantized
