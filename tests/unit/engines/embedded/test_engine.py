@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from itertools import takewhile
 
 import pytest
 import torch
@@ -16,7 +17,18 @@ from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.protocol import FinishReason, MemoryTag
 from qwench.errors import ConfigError, EngineError
 from qwench.models.made.tokenizers import build_small_tokenizer
-from tests.contract.engine_hosts import ask, generate_all, make_engine, make_model, prompt_of, reference_log_probs, settings_of
+from tests.contract.engine_hosts import (
+    EOS,
+    FAMILIES,
+    ask,
+    drive,
+    generate_all,
+    make_engine,
+    make_model,
+    prompt_of,
+    reference_log_probs,
+    settings_of,
+)
 
 
 def test_inline_engine_repeats_itself_to_the_bit():
@@ -35,6 +47,23 @@ def test_inline_engine_repeats_itself_to_the_bit():
         return [(result.output_ids, result.log_probs) for pair in pairs for result in pair]
 
     assert asyncio.run(scenario()) == asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_of_many_prompts_are_those_of_transformers(family):
+    """A thousand prompts over the families, in float32."""
+    model, count = make_model(family), 10
+    requests = [
+        ask(f"r{i}", prompt_of(2 + i // count, seed=i), temperature=0.0, max_new_tokens=12)
+        for i in range(1000 // len(FAMILIES))
+    ]
+    results = drive("inline", model, lambda engine: generate_all(engine, requests))
+    expected, settings = [], {"do_sample": False, "max_new_tokens": 12, "eos_token_id": EOS, "pad_token_id": 0}
+    for start in range(0, len(requests), count):
+        prompts = torch.tensor([request.input_ids for request in requests[start : start + count]])
+        whole = model.generate(prompts, attention_mask=torch.ones_like(prompts), **settings)
+        expected += [[*takewhile(lambda token: token != EOS, row), EOS][:12] for row in whole[:, prompts.shape[1] :].tolist()]
+    assert [list(result.output_ids) for result in results] == expected
 
 
 def test_one_decoder_serves_all_steps_while_the_weights_stay_where_they_are_also_over_a_sleep(monkeypatch):
