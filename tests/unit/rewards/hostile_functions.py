@@ -12,11 +12,15 @@ def crash(sample):
 
 
 def loop(sample):
+    """Loop two lines below its first one, which is named where the place is not known."""
+
     while True:
         pass
 
 
 async def block(sample):
+    """Block two lines below its first one."""
+
     time.sleep(60)
 
 

@@ -66,6 +66,7 @@ VERDICTS = [
 def test_verdicts(response, label, metadata, score, reason):
     verdict = grade(response, label, metadata)
     assert (verdict.score, verdict.reason) == (score, reason)
+    assert verdict.extra == ({"pred": response[-1]} if "answer" in response else {})
 
 
 def test_a_row_that_does_not_say_what_is_right_is_refused():

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -283,3 +284,21 @@ def test_random_reward_is_fixed_by_the_sample_id_and_near_one_half(pool: RewardP
     first, second = (asyncio.run(pool.grade_group(samples)) for _ in range(2))
     assert first == second
     assert 160 <= sum(verdict.score for verdict in first) <= 240  # 200 +- 4 standard deviations
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_worker_that_cannot_start_says_why_unless_the_pool_closes(stopped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = WorkerProcess("no_such_worker", environment={})
+    start = worker._start
+
+    def stop_and_start(output: IO[bytes]) -> subprocess.Popen[bytes]:
+        worker._stopped = stopped
+        return start(output)
+
+    monkeypatch.setattr(worker, "_start", stop_and_start)
+    expected = (WorkerDiedError, "the reward pool was closed") if stopped else (
+        RewardError, "(?s)^a reward worker did not start within 120 s: .*ModuleNotFoundError: No module named 'no_such_worker'"
+    )  # fmt: skip
+    with pytest.raises(expected[0], match=expected[1]):
+        worker.ask(b"", timeout_s=patient(10))
+    worker.release()
