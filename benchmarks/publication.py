@@ -110,8 +110,8 @@ def in_process(
 ) -> Iterator[tuple[str, list[float]]]:
     senders = {
         "aliased": partial(send_alias, source.tensors),
-        "copied": partial(send_copies, source, bucket_bytes=args.bucket_bytes),
-        "fp8": partial(send_copies, QuantizedWeights(source), bucket_bytes=args.bucket_bytes),
+        "copied": partial(send_copies, source, bucket_bytes=args.bucket_bytes, part="merged"),
+        "fp8": partial(send_copies, QuantizedWeights(source), bucket_bytes=args.bucket_bytes, part="merged"),
     }
     for way, send in senders.items():
         if way not in args.ways:

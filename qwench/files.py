@@ -147,7 +147,7 @@ def claim_folder(
         raise ConfigError(f"{flag} {folder} cannot be written to ({trouble(error, folder)}); give another folder.") from error
 
 
-def foreign_names(folder: Path, *, own: Sequence[Path] = ()) -> list[str]:
+def foreign_names(folder: Path, *, own: Sequence[Path]) -> list[str]:
     """Return what lies in `folder` besides the paths in `own`, those above them, and where this process's output goes."""
     if not folder.exists():
         return []

@@ -168,10 +168,10 @@ class RemoteLearner:
         build_learner: BuildLearner,
         *,
         console: Console,
-        timeouts: TimeoutConfig = TimeoutConfig(),  # noqa: B008 - frozen
-        unit: str = "rollout",
-        check: Check = lambda: None,
-        first_critic_rank: int | None = None,
+        timeouts: TimeoutConfig,
+        unit: str,
+        check: Check,
+        first_critic_rank: int | None,
     ) -> None:
         """Build the learner of every rank.
 

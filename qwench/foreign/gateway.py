@@ -47,7 +47,7 @@ class Gateway:
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_tokens: int,
-        agents_at: tuple[str, int] | None = None,
+        agents_at: tuple[str, int] | None,
     ) -> None:
         """Listen nowhere yet.
 

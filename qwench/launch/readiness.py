@@ -98,7 +98,7 @@ def _check_teacher(inputs: Inputs) -> None:
         )
 
 
-def check_engines(inputs: Inputs, *, elsewhere: bool = False) -> None:
+def check_engines(inputs: Inputs, *, elsewhere: bool) -> None:
     """Check that the engines' programs are installed and take the flags, or that engines that run already serve this model.
 
     Args:

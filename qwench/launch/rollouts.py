@@ -293,8 +293,8 @@ def build_generation(
     inputs: Inputs,
     *,
     with_weights: bool,
-    servers: Sequence[Server] | None = None,
-    token: str | None = None,
+    servers: Sequence[Server] | None,
+    token: str | None,
     source: GroupSource | None = None,
 ) -> Generation:
     """Make the engines (see `engines.build_pool`) and the graders.

@@ -173,7 +173,7 @@ def _profiler(inputs: Inputs) -> TrainProfiler:
     return TrainProfiler(inputs.config.profiling, folder, rank=inputs.rank)
 
 
-def build_trainer(inputs: Inputs, *, logits: bool = False) -> Trainer:
+def build_trainer(inputs: Inputs, *, logits: bool) -> Trainer:
     """Load the policy, or this rank's part of it; after `init_process_group`, collective.
 
     Args:

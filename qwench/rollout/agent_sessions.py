@@ -129,7 +129,7 @@ class AgentRunner:
         open_session: OpenSession,
         close: Callable[[str], None],
         template_kwargs: Json,
-        records: bool = False,
+        records: bool,
     ) -> None:
         """Keep what every sample needs.
 

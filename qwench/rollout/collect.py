@@ -39,8 +39,8 @@ class Collector:
         functions: RolloutFunctions,
         *,
         console: Console,
-        deterministic: bool = False,
-        curriculum: Curriculum | None = None,
+        deterministic: bool,
+        curriculum: Curriculum | None,
     ) -> None:
         assert rollout.rollout_batch_size is not None, "config.checks requires --rollout-batch-size"
         self._runner, self._buffer, self._console = runner, buffer, console

@@ -22,7 +22,7 @@ from qwench.errors import EngineError
 from qwench.observability.console import Console
 from qwench.observability.waiting import joined
 from qwench.rewards.degenerate import degenerate_reason
-from qwench.rollout.generate import GenerateFunction, generate_single_turn
+from qwench.rollout.generate import GenerateFunction
 from qwench.rollout.groups import Grader, GroupRunner, gather_or_cancel
 from qwench.rollout.sample_metrics import pass_rates, sample_metrics, with_prefix
 from qwench.rollout.sampling import Sampling
@@ -94,14 +94,14 @@ class Evaluator:
         grader: Grader,
         concurrency: int,
         console: Console,
-        timeout_s: float | None = None,
-        group_rm: bool = False,
-        generate: GenerateFunction = generate_single_turn,
-        generate_path: str | None = None,
-        function: EvalFunction | None = None,
-        log_passrate: bool = False,
-        log: LogEvaluation | None = None,
-        priority: int = 0,
+        timeout_s: float | None,
+        group_rm: bool,
+        generate: GenerateFunction,
+        generate_path: str | None,
+        function: EvalFunction | None,
+        log_passrate: bool,
+        log: LogEvaluation | None,
+        priority: int,
     ) -> None:
         """Keep what an evaluation needs.
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from qwench.errors import QwenchError
-from qwench.rollout.generate import GenerateContext, GenerateFunction, Requests, TokenSource, generate_single_turn
+from qwench.rollout.generate import GenerateContext, GenerateFunction, Requests, TokenSource
 from qwench.rollout.sampling import Sampling
 from qwench.samples import Group, Sample, Status, Verdict
 
@@ -81,9 +81,9 @@ class GroupRunner:
         sampling: Sampling,
         grader: Grader,
         concurrency: int,
-        group_rm: bool = False,
-        generate: GenerateFunction = generate_single_turn,
-        generate_path: str | None = None,
+        group_rm: bool,
+        generate: GenerateFunction,
+        generate_path: str | None,
         scope: str = "train",
         grades_executions: bool = False,
         teacher: Teacher | None = None,

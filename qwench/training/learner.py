@@ -27,9 +27,9 @@ from qwench.observability.timing import FlopMeter, PhaseTimer
 from qwench.samples import Rollout, Sample
 from qwench.training.critic import train_critic
 from qwench.training.critic_link import CriticLink
-from qwench.training.hooks import NO_HOOKS, Hooks
+from qwench.training.hooks import Hooks
 from qwench.training.passes import Passes
-from qwench.training.profiler import NO_PROFILER, TrainProfiler
+from qwench.training.profiler import TrainProfiler
 from qwench.training.rollout_columns import RolloutColumns
 from qwench.training.rollout_metrics import (
     StepsWithoutSignal,
@@ -77,13 +77,13 @@ class Learner:
         temperature: float,
         timer: PhaseTimer,
         console: Console,
-        hooks: Hooks = NO_HOOKS,
-        equal_bits: bool = False,
-        link: CriticLink | None = None,
-        record: Callable[[int, RolloutBatch], None] | None = None,
-        forgets_moments: bool = False,
-        peak_tflops: float | None = None,
-        profiler: TrainProfiler = NO_PROFILER,
+        hooks: Hooks,
+        equal_bits: bool,
+        link: CriticLink | None,
+        record: Callable[[int, RolloutBatch], None] | None,
+        forgets_moments: bool,
+        peak_tflops: float | None,
+        profiler: TrainProfiler,
     ) -> None:
         """Keep what every rollout needs.
 

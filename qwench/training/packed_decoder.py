@@ -120,7 +120,7 @@ class Forward:
 class PackedDecoder:
     """See the module docstring."""
 
-    def __init__(self, architecture: Architecture, device: torch.device, *, invariant: bool = False) -> None:
+    def __init__(self, architecture: Architecture, device: torch.device, *, invariant: bool) -> None:
         """Prepare for models of this architecture.
 
         Args:

@@ -89,6 +89,3 @@ class TrainProfiler:
         path = section.memory_snapshot_dir / f"rank{self._rank}_{section.memory_snapshot_path}"
         torch.cuda.memory._dump_snapshot(str(path))
         _logger.info("the record of GPU memory is in %s", path)
-
-
-NO_PROFILER = TrainProfiler(ProfilingConfig(), Path(), rank=0)

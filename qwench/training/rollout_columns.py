@@ -38,11 +38,11 @@ class RolloutColumns:
         method: Method,
         plan: RunPlan,
         *,
-        reward_post_process: RewardPostProcess | None = None,
-        targets: OwnTargets | None = None,
-        shaping: Shaping | None = None,
-        convert: Callable[[Rollout], Rollout] | None = None,
-        truncated: bool = False,
+        reward_post_process: RewardPostProcess | None,
+        targets: OwnTargets | None,
+        shaping: Shaping | None,
+        convert: Callable[[Rollout], Rollout] | None,
+        truncated: bool,
     ) -> None:
         """Keep what every rollout needs.
 

@@ -36,9 +36,9 @@ class TrainingState:
         reference: Reference | BaseModel | None,
         *,
         reference_moves: bool,
-        critic: Critic | None = None,
-        teacher: Scorer | None = None,
-        past_policies: PastPolicies | None = None,
+        critic: Critic | None,
+        teacher: Scorer | None,
+        past_policies: PastPolicies | None,
     ) -> None:
         """Keep the models.
 

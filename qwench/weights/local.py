@@ -45,9 +45,7 @@ class QuantizedWeights:
         return None
 
 
-def shared_weights_for(
-    engines: Sequence[Engine], source: WeightSource, part: WeightPart = "merged"
-) -> Mapping[str, Tensor] | None:
+def shared_weights_for(engines: Sequence[Engine], source: WeightSource, part: WeightPart) -> Mapping[str, Tensor] | None:
     """Return the source's live tensors if every engine can compute with them; else None.
 
     Frozen weights may always be shared. Others may be only if no engine samples between an optimizer step and the publication
@@ -70,7 +68,7 @@ async def send_alias(weights: Mapping[str, Tensor], engines: Sequence[Engine], *
 
 
 async def send_copies(
-    source: WeightSource, engines: Sequence[Engine], *, version: int, bucket_bytes: int, part: WeightPart = "merged"
+    source: WeightSource, engines: Sequence[Engine], *, version: int, bucket_bytes: int, part: WeightPart
 ) -> None:
     """Send every bucket to one engine after the other, and compare the checksum of each tensor at both ends.
 

@@ -58,7 +58,7 @@ def _run_rank(rank: int, folder: Path) -> None:
     timeout = timedelta(seconds=_TIMEOUT_S)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE, timeout=timeout)
     for layout in LAYOUTS:
-        join_groups(ParallelLayout(tp=layout[0], pp=layout[1]))
+        join_groups(ParallelLayout(tp=layout[0], pp=layout[1]), timeout_s=_TIMEOUT_S)
         for model in MODELS:
             _load_and_save(folder, model, layout)
         leave_groups()

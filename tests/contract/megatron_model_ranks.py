@@ -111,7 +111,7 @@ def _run_rank(rank: int, folder: Path) -> None:
 def _run_case(case: Case, folder: Path) -> dict[str, object]:
     architecture = architecture_of(load_hf_config(folder / case.model))
     check_layout(case.layout, architecture, world_size=WORLD_SIZE)
-    parallel = join_groups(case.layout)
+    parallel = join_groups(case.layout, timeout_s=_TIMEOUT_S)
     training = TrainingConfig(
         recompute_granularity=case.recompute,  # type: ignore[arg-type]  # written above
         recompute_modules=case.modules,

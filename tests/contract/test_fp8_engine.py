@@ -72,7 +72,7 @@ def test_log_probs_are_those_of_the_weights_that_it_stands_for(family):
 
     async def scenario():
         engine = fp8_engine(model)
-        await send_copies(QuantizedWeights(Source(model)), [engine], version=3, bucket_bytes=1)
+        await send_copies(QuantizedWeights(Source(model)), [engine], version=3, bucket_bytes=1, part="merged")
         results = await generate_all(engine, requests)
         await engine.close()
         return results
@@ -89,7 +89,7 @@ def test_an_fp8_engine_never_uses_the_trainers_tensors_and_takes_no_plain_ones()
 
     async def scenario():
         engine = fp8_engine(model)
-        assert shared_weights_for([engine], QuantizedWeights(Source(model))) is None
+        assert shared_weights_for([engine], QuantizedWeights(Source(model)), "merged") is None
         with pytest.raises(WeightSyncError, match=r"'model.layers.0.self_attn.q_proj.weight' came as torch.float32"):
             await engine.update_weights(Source(model).weights(bucket_bytes=1), version=1)
         with pytest.raises(WeightSyncError, match="did not arrive"):

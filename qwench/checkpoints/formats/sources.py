@@ -273,9 +273,7 @@ def _torch_dist_optimizer(folder: Path, model: Architecture) -> OptimizerState |
 class MergedWeights:
     """A `WeightSource`: each weight of the base, plus scale * B A where there is an adapter."""
 
-    def __init__(
-        self, base: WeightSource, adapter: AdapterFolder, model: Architecture, *, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, base: WeightSource, adapter: AdapterFolder, model: Architecture, *, dtype: torch.dtype | None) -> None:
         """Check that the adapter is one of `model`.
 
         Args:

@@ -55,7 +55,7 @@ def parallelize(
     param_dtype: torch.dtype,
     gradient_checkpointing: bool,
     torch_compile: bool,
-    stored_dtype: torch.dtype = MASTER_DTYPE,
+    stored_dtype: torch.dtype,
 ) -> None:
     """Shard `policy` in place over `mesh`; each layer moves to `device` as it is sharded, so no rank holds all shards.
 

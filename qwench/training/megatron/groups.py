@@ -12,7 +12,7 @@ from qwench.config.layout import ParallelLayout
 from qwench.training.trainer import ParallelRank
 
 
-def join_groups(layout: ParallelLayout, *, timeout_s: float = 1800.0) -> ParallelRank:
+def join_groups(layout: ParallelLayout, *, timeout_s: float) -> ParallelRank:
     """Divide the ranks of the default process group by `layout`, and return this rank's position; collective.
 
     The groups use the backends of the default group. No groups of gloo are made beside them, as megatron-core would for saving.

@@ -53,7 +53,7 @@ def test_an_adapter_holds_the_largest_singular_values_of_a_change(folders, tmp_p
     extracted = extract_adapter(tuned, base, _model(base), rank=rank, output=tmp_path / "adapter")
     assert extracted.kept == pytest.approx(kept, abs=1e-5)
     assert extracted.num_other == 1  # the last norm
-    merged = MergedWeights(open_weights(base, _model(base)), AdapterFolder(tmp_path / "adapter"), _model(base))
+    merged = MergedWeights(open_weights(base, _model(base)), AdapterFolder(tmp_path / "adapter"), _model(base), dtype=None)
     wanted = load_file(tuned / "model.safetensors")[f"{_NAME}.weight"]
     lost = (merged.read(f"{_NAME}.weight") - wanted).square().sum()
     assert float(lost) == pytest.approx(sum(s * s for s in _SINGULAR[rank:]), abs=1e-4)

@@ -15,12 +15,22 @@ import torch
 
 from qwench.cluster.local import LocalRanks
 from qwench.cluster.workers import RemoteLearner, WorkerGroup
+from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.errors import TrainingError
 from qwench.observability.console import QuietConsole
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout, Sample
 from qwench.training.learner import Learned
 from qwench.wire.portions import WeightBucket
+
+OF_RUN = {
+    "console": QuietConsole(),
+    "timeouts": TimeoutConfig(),
+    "unit": "rollout",
+    "check": lambda: None,
+    "first_critic_rank": None,
+}
+"""What a run gives a `RemoteLearner`."""
 
 TENSORS = {
     "layer.weight": torch.arange(6, dtype=torch.float32).view(2, 3) / 7,
@@ -95,7 +105,7 @@ def build(timer: PhaseTimer) -> ReportingLearner:
 def drive_one_rank() -> None:
     """Start a rank, print its process id and the folder of ranks once it has built its learner, and wait."""
     ranks = LocalRanks(1, environ=os.environ, bucket_bytes=64, log_folder=None)
-    RemoteLearner(WorkerGroup(ranks), build, console=QuietConsole())
+    RemoteLearner(WorkerGroup(ranks), build, **OF_RUN)
     sys.stdout.write(f"{ranks.pids[0]} {ranks._folder}\n")
     sys.stdout.flush()
     time.sleep(600)

@@ -18,7 +18,6 @@ from qwench.cluster.local import LocalRanks
 from qwench.cluster.messages import RankTraceback
 from qwench.cluster.workers import RemoteLearner, WorkerGroup
 from qwench.errors import OutputError, TrainingError
-from qwench.observability.console import QuietConsole
 from qwench.samples import Group, Prompt, Rollout, Sample
 from qwench.wire.memory_files import RANKS, memory_folder
 from tests.deadlines import patient
@@ -54,7 +53,7 @@ class Launched:
         self.ranks = LocalRanks(num_ranks, environ=ENVIRON, bucket_bytes=64, log_folder=log_folder)
         self.group = WorkerGroup(self.ranks)
         self.pids = self.ranks.pids
-        self.learner = RemoteLearner(self.group, learners.build, console=QuietConsole())
+        self.learner = RemoteLearner(self.group, learners.build, **learners.OF_RUN)
 
 
 def assert_gone(pids: list[int]) -> None:

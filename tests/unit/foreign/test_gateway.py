@@ -30,7 +30,7 @@ def with_gateway(test):
 
     async def run() -> None:
         engine = FakeEngine(lambda context, request: "ok")
-        gateway = Gateway(engine, Tokenizer(), max_tokens=100)
+        gateway = Gateway(engine, Tokenizer(), max_tokens=100, agents_at=None)
         await gateway.open()
         args = Namespace(
             sglang_router_ip="127.0.0.1", sglang_router_port=gateway.port, sglang_server_concurrency=4, rollout_num_engines=1

@@ -52,7 +52,7 @@ def inputs_of(*eval_sets, label_key=None, **reward):
 def generation_of(inputs, monkeypatch):
     with closing(EnginePool([FakeEngine(write_ok)], EventLoopThread())) as engines:
         monkeypatch.setattr(rollouts, "build_pool", lambda *_args, **_options: engines)
-        generation = rollouts.build_generation(inputs, with_weights=False)
+        generation = rollouts.build_generation(inputs, with_weights=False, servers=None, token=None)
         try:
             yield generation
         finally:

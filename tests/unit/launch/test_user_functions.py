@@ -63,7 +63,7 @@ def test_the_address_of_the_engines_answers_until_the_session_ends():
         console=RecordingConsole(), hf_config=PretrainedConfig(), device=torch.device("cpu"), dtype=torch.float32, rank=0,
     )  # fmt: skip
     with closing(EnginePool([FakeEngine(write_ok)], EventLoopThread())) as engines:
-        end = open_user_session(inputs, engines, sampling_of(max_new_tokens=9), load_user_functions(config))
+        end = open_user_session(inputs, engines, sampling_of(max_new_tokens=9), load_user_functions(config), source=None)
         address = ("127.0.0.1", current_session().gateway.port)
         socket.create_connection(address).close()
         end()

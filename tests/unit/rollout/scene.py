@@ -12,6 +12,7 @@ from qwench.errors import Stopped
 from qwench.rollout.buffer import GroupBuffer
 from qwench.rollout.collect import Collector
 from qwench.rollout.functions import RolloutFunctions
+from qwench.rollout.generate import generate_single_turn
 from qwench.rollout.groups import GroupRunner
 from qwench.rollout.sampling import Sampling
 from qwench.samples import Group, Prompt, Sample
@@ -49,7 +50,8 @@ def by_letter(table: dict[str, int | None], default: int = 0) -> Callable[[str, 
 
 
 def make_runner(engine: FakeEngine, grader: FakeGrader, **options) -> GroupRunner:
-    settings = {"concurrency": 64, "sampling": sampling_of(max_new_tokens=100), **options}
+    plain = {"group_rm": False, "generate": generate_single_turn, "generate_path": None}
+    settings = {"concurrency": 64, "sampling": sampling_of(max_new_tokens=100), **plain, **options}
     return GroupRunner(engine, tokenizer=CharTokenizer(), grader=grader, **settings)
 
 
@@ -69,6 +71,7 @@ def make_collector(
         RolloutFunctions(**rules),
         console=console or RecordingConsole(),
         deterministic=deterministic,
+        curriculum=None,
     )
 
 

@@ -55,7 +55,8 @@ def test_the_buffer_knows_which_groups_are_finished():
     engine, grader = FakeEngine(write_ok, ticks=by_letter({"b": 40, "c": 80})), FakeGrader(grade)
     runner = make_runner(engine, grader, generate=generate_anew)
     flags = RolloutConfig(rollout_batch_size=3)
-    collector = Collector(runner, buffer, flags, RolloutFunctions(), console=RecordingConsole(), deterministic=False)
+    plain = {"deterministic": False, "curriculum": None}
+    collector = Collector(runner, buffer, flags, RolloutFunctions(), console=RecordingConsole(), **plain)
     asyncio.run(collector.collect(0))
     assert said == [
         ("a", "0 of 3 groups finished, samples not finished: 0, 1, 2"),

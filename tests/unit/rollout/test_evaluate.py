@@ -8,6 +8,7 @@ from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import RewardError
 from qwench.rollout.evaluate import EvalSet, Evaluator
+from qwench.rollout.generate import generate_single_turn
 from qwench.samples import Sample, Status, Verdict
 from tests.fakes.console import RecordingConsole
 from tests.fakes.engine import CharTokenizer, FakeEngine
@@ -21,7 +22,9 @@ def eval_set(name, letters, *, n=1, **sampling):
 
 
 def evaluator(sets, grader, **options):
-    settings = {"concurrency": 4, "console": RecordingConsole(), **options}
+    absent = dict.fromkeys(("timeout_s", "generate_path", "function", "log"))
+    plain = {"group_rm": False, "generate": generate_single_turn, "log_passrate": False, "priority": 0}
+    settings = {"concurrency": 4, "console": RecordingConsole(), **absent, **plain, **options}
     return Evaluator(sets, tokenizer=CharTokenizer(), grader=grader, **settings)
 
 

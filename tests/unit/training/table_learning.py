@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -10,6 +11,7 @@ from qwench.algorithms.methods import build_method
 from qwench.config.config import Config
 from qwench.config.plan import plan_run
 from qwench.config.sections.algorithm import AlgorithmConfig
+from qwench.config.sections.debug import ProfilingConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.models.memory import SequenceCost
@@ -18,6 +20,7 @@ from qwench.samples import Group, Prompt, Rollout, Sample, Status
 from qwench.training.critic_learner import CriticLearner
 from qwench.training.hooks import NO_HOOKS
 from qwench.training.learner import Learner
+from qwench.training.profiler import TrainProfiler
 from qwench.training.reference import PastPolicies, Reference
 from qwench.training.rollout_columns import RolloutColumns
 from qwench.training.state import TrainingState
@@ -28,6 +31,15 @@ from tests.unit.config.architectures import QWEN3_4B
 V = 6
 TABLE = torch.randn(V, V, generator=torch.Generator().manual_seed(5))
 TEMPERATURE = 0.7
+COLUMNS = {"reward_post_process": None, "targets": None, "shaping": None, "convert": None, "truncated": False}
+OF_LEARNER = {
+    "equal_bits": False,
+    "link": None,
+    "record": None,
+    "forgets_moments": False,
+    "peak_tflops": None,
+    "profiler": TrainProfiler(ProfilingConfig(), Path(), rank=0),
+}
 
 
 def make_rollout(num_groups=2, group_size=4, *, seed=0, rollout_id=0, off_policy=0.1):
@@ -67,23 +79,24 @@ def make_learner(backend=None, *, global_batch_size=8, training=None, console=No
     reference = Reference(backend) if section.needs_reference else None
     plan = make_plan(section, global_batch_size, num_critic_only=num_critic_only, **(training or {}))
     method = build_method(section, user_terms=user_terms, opd_kl_coef=opd_kl_coef)
-    of_columns = {name: others.pop(name) for name in ("targets", "truncated", "shaping", "convert") if name in others}
+    of_columns = {name: others.pop(name, without) for name, without in COLUMNS.items()}
     return Learner(
         TrainingState(
             backend,
             reference,
             reference_moves=section.ref_update_interval is not None,
             critic=critic,
+            teacher=others.pop("teacher", None),
             past_policies=PastPolicies(backend, num_kept=num_past) if num_past else None,
         ),
         method,
-        RolloutColumns(method, plan, reward_post_process=hook, **of_columns),
+        RolloutColumns(method, plan, **{**of_columns, "reward_post_process": hook}),
         plan=plan,
         temperature=TEMPERATURE,
         timer=timer or PhaseTimer(),
         console=console or RecordingConsole(),
         hooks=hooks,
-        **others,
+        **{**OF_LEARNER, **others},
     )
 
 
@@ -101,7 +114,7 @@ def make_critic_learner(critic, link, *, global_batch_size, num_critic_only, **a
     section = AlgorithmConfig(**algorithm)
     plan, method = make_plan(section, global_batch_size, num_critic_only=num_critic_only), build_method(section)
     parts = {"plan": plan, "temperature": TEMPERATURE, "timer": PhaseTimer(), "console": RecordingConsole()}
-    return CriticLearner(critic, method, RolloutColumns(method, plan), link, **parts, forgets_moments=False)
+    return CriticLearner(critic, method, RolloutColumns(method, plan, **COLUMNS), link, **parts, forgets_moments=False)
 
 
 def learn(rollout, **kwargs):

@@ -63,7 +63,7 @@ def _written_out(
         scored=_SCORED,
         attention=attention_of("sdpa", _LENGTHS, _CPU),
     )
-    decoder = PackedDecoder(architecture, _CPU)
+    decoder = PackedDecoder(architecture, _CPU, invariant=False)
     hidden, forward = decoder.forward(weights.bound, sequences, keep)
     assert forward is not None
     decoder.backward(weights.bound, sums.bound, forward, _slopes().to(dtype))

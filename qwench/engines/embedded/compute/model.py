@@ -56,7 +56,7 @@ class DecoderModel:
         *,
         adapters: AdapterStore,
         invariant: bool,
-        ranks: RankGroup | None = None,
+        ranks: RankGroup | None,
     ) -> None:
         """Bind to `weights` by Hugging Face name, and to the adapters; their storage is used, not copied.
 

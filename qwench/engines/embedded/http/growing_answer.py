@@ -21,9 +21,7 @@ _INCOMPLETE = "\ufffd"
 class GrowingAnswer:
     """Tells what is new of one response."""
 
-    def __init__(
-        self, running: RunningRequest, tokenizer: PreTrainedTokenizerBase | None, *, no_stop_trim: bool = False
-    ) -> None:
+    def __init__(self, running: RunningRequest, tokenizer: PreTrainedTokenizerBase | None, *, no_stop_trim: bool) -> None:
         sampling = running.request.sampling
         self.request = running.request
         self.ended = False

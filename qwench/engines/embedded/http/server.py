@@ -11,7 +11,6 @@ import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import MappingProxyType
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -68,8 +67,8 @@ class EngineServer:
         engine: EmbeddedEngine,
         *,
         model_path: str,
-        token: str | None = None,
-        adapters: Mapping[str, Path] = MappingProxyType({}),
+        token: str | None,
+        adapters: Mapping[str, Path],
         loopback_only: bool = True,
     ) -> None:
         """Serve `engine`.

@@ -28,6 +28,7 @@ def _policy(*, param_dtype: torch.dtype = torch.float32, gradient_checkpointing:
         param_dtype=param_dtype,
         gradient_checkpointing=gradient_checkpointing,
         torch_compile=False,
+        stored_dtype=torch.float32,
     )
     return policy
 

@@ -49,7 +49,9 @@ def start(num_choices: int) -> tuple[OpenRequests, OpenAiAnswer]:
     sampling = SamplingParams(max_new_tokens=8)
     requests = [GenerateRequest(request_id=f"{i}", input_ids=[5], sampling=sampling) for i in range(num_choices)]
     asked = OpenRequests(Started(), requests)
-    return asked, OpenAiAnswer(body, [GrowingAnswer(one, TOKENIZER) for one in asked.running], TOKENIZER, answer_id="a")
+    return asked, OpenAiAnswer(
+        body, [GrowingAnswer(one, TOKENIZER, no_stop_trim=False) for one in asked.running], TOKENIZER, answer_id="a"
+    )
 
 
 def end(running: RunningRequest, text: str) -> None:
