@@ -70,7 +70,8 @@ def test_fsdp_ranks_hold_masters_as_their_weights():
     held = fsdp_bytes(SMALL, BF16, num_shards=2, holds_reference=True)
     # A small gradient stays whole on every rank until the last micro-batch.
     assert held == RankBytes(weights=334 * 4, gradients=668 * 4, optimizer=334 * 8, host_optimizer=0, host_reference=334 * 2)
-    assert held.device == 334 * 12 + 668 * 4
+    assert (held.device, held.host) == (334 * 12 + 668 * 4, 334 * 2)
+    assert replace(held, host_optimizer=1).host == 334 * 2 + 1
 
 
 def test_one_rank_holds_masters_in_two_halves():

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from qwench.algorithms.columns import RolloutBatch
+from qwench.config.config import Config
+from qwench.config.sections.reward import RewardConfig
+from qwench.config.sections.rollout import RolloutConfig
 from qwench.samples import Prompt, Sample, Status
 from qwench.training.shaping import Shaping, overlong_penalty
 
@@ -15,6 +18,12 @@ def sample(index: int, length: int, *, reward: float = 1.0, execution: int | Non
     for name, value in fields.items():
         setattr(made, name, value)
     return made
+
+
+def test_the_flags_are_read_by_their_names():
+    reward = RewardConfig(overlong_buffer_len=20, overlong_penalty_factor=0.5, mask_truncated_completions=True)
+    found = Shaping.of(Config(rollout=RolloutConfig(rollout_max_response_len=100), reward=reward))
+    assert found == Shaping(max_response_len=100, buffer_len=20, penalty_factor=0.5, masks_truncated=True)
 
 
 def test_the_price_of_length_in_worked_values():

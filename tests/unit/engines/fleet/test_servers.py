@@ -161,6 +161,13 @@ def test_a_server_ends_with_an_owner_that_was_killed(tmp_path):
     wait_until(lambda: not any(map(is_alive, started)))
 
 
+@pytest.mark.parametrize(("script", "code"), [("exit 3", 3), ("kill -KILL $$", 137)])
+def test_a_tether_ends_with_the_exit_code_of_its_command(script, code):
+    words = [sys.executable, "-m", "qwench.engines.fleet.tether", "sh", "-c", script]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True) as tether:
+        assert tether.wait(patient(60)) == code
+
+
 def test_a_server_ends_with_a_tether_that_was_killed(tmp_path):
     server = ServerProcess(command(tmp_path, HEALTHY))
     server.start()
