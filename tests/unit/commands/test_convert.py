@@ -32,6 +32,10 @@ def test_what_contradicts_the_models_is_refused_before_anything_is_read(tmp_path
     whole = ["--input", str(tmp_path / "hf"), "--output", str(tmp_path / "out"), "--to"]
     with pytest.raises(ConfigError, match=r"^--to lora compares --input with its base model; give that with --hf-checkpoint"):
         run([*whole, "lora", "--lora-rank", "2"])
+    Qwen3Config(vocab_size=64).save_pretrained(tmp_path / "base")
+    occupied = ["--input", str(tmp_path / "hf"), "--hf-checkpoint", str(tmp_path / "base"), "--output", str(tmp_path / "base")]
+    with pytest.raises(ConfigError, match=r"base exists and is not an empty folder; choose another place to write to"):
+        run([*occupied, "--to", "lora", "--lora-rank", "2"])
     with pytest.raises(ConfigError, match=r"empty has no config\.json; give the model's Hugging Face folder"):
         run([*whole, "torch_dist", "--hf-checkpoint", str(tmp_path / "empty")])
     assert not (tmp_path / "out").exists()
