@@ -7,8 +7,8 @@
 Each run trains the tiny model of the quickstart, or that of `--model`, with engine servers and a trainer apart: with one
 engine on two GPUs one trains and one generates; on a CPU each has one thread. Response lengths are lognormal and the same in
 all runs. The first two rollouts are not counted. Prints samples a second, the ratio to the run in turn of the same repeat,
-the share of the time in which the trainer waited, and on GPUs the share of the time in which each ran no kernel. Flags after
--- are given to `qwench train`.
+the share of the time in which the trainer waited, how many versions old the trained tokens were, and on GPUs the share of the
+time in which each ran no kernel. Flags after -- are given to `qwench train`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
 from qwench.commands.quickstart import write_data
+from qwench.observability.dumps import load_rollout
 from qwench.rollout.generate import GenerateContext
 from qwench.samples import Sample
 
@@ -55,6 +58,8 @@ class Measured:
     trainer_waited: float
     idle: list[float]
     """Of each GPU, the trainer's first: share of the time without a kernel."""
+    ages: list[float]
+    """Shares of the trained tokens that were 0, 1, 2 ... versions older than the weights that learned from them."""
 
 
 async def long_tail(sample: Sample, context: GenerateContext) -> Sample:
@@ -69,6 +74,7 @@ def measure(folder: Path, variant: str, given: argparse.Namespace) -> Measured:
     """Run a variant and return what it reached."""
     with tempfile.TemporaryDirectory(dir=folder) as log_dir:
         model, prompts = given.model or folder / "base", folder / "data" / "train.jsonl"
+        recorded = f"{log_dir}-samples/{{rollout_id}}.jsonl"
         words = [
             "train", "--hf-checkpoint", str(model), "--prompt-data", str(prompts), "--input-key", "prompt",
             "--label-key", "label", "--apply-chat-template", "--rm-type", "dapo",
@@ -77,7 +83,8 @@ def measure(folder: Path, variant: str, given: argparse.Namespace) -> Measured:
             "--global-batch-size", str(given.prompts * given.siblings), "--rollout-max-response-len", str(given.longest),
             "--rollout-ignore-eos", "--custom-generate-function-path", "benchmarks.asynchronous.long_tail",
             "--allow-degenerate-rewards", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "8192", "--lr", "1e-4",
-            "--log-dir", log_dir, "--rollout-num-gpus", str(given.engines), "--rollout-engine", "embedded",
+            "--log-dir", log_dir, "--save-debug-rollout-data", recorded, "--rollout-engine", "embedded",
+            "--rollout-num-gpus", str(given.engines),
             *VARIANTS[variant], *given.flags,
         ]  # fmt: skip
         environ = {**os.environ, LENGTHS: f"{given.median} {given.longest}"}
@@ -89,15 +96,23 @@ def measure(folder: Path, variant: str, given: argparse.Namespace) -> Measured:
         if run.wait() != 0:
             raise SystemExit(f"the run of {variant!r} ended with exit code {run.returncode}")
         steps = steps_of(metrics)[WARM_UP:]
+        ages = ages_of(recorded, range(WARM_UP, given.rollouts))
     seconds = sum(record["perf/step_time"] for record in steps)
     waited = sum(record["perf/train_wait_time"] for record in steps)
-    return Measured(given.prompts * given.siblings * len(steps) / seconds, seconds / len(steps), waited / seconds, idle)
+    return Measured(given.prompts * given.siblings * len(steps) / seconds, seconds / len(steps), waited / seconds, idle, ages)
 
 
 def steps_of(metrics: Path) -> list[dict[str, float]]:
     """Return the records of the steps that have ended."""
     lines = metrics.read_text().splitlines() if metrics.is_file() else []
     return [record for record in map(json.loads, lines) if "perf/step_time" in record]
+
+
+def ages_of(recorded: str, rollout_ids: range) -> list[float]:
+    """Return the share of the tokens of recorded rollouts by their age in versions, from 0 on."""
+    rollouts = [load_rollout(recorded, rollout_id) for rollout_id in rollout_ids]
+    counts = Counter(one.rollout_id - of for one in rollouts for sample in one.samples for of in sample.weight_versions)
+    return [counts[age] / counts.total() for age in range(max(counts) + 1)]
 
 
 def watch_gpus(run: subprocess.Popen[bytes], metrics: Path, *, last: int) -> list[float]:
@@ -152,12 +167,14 @@ def report(measured: Mapping[str, Sequence[Measured]]) -> None:
         ratio = f"{statistics.median(ratios):5.2f} x in turn" if ratios else ""
         waited = statistics.median(one.trainer_waited for one in results)
         step_s = statistics.median(one.step_s for one in results)
+        histogram = zip_longest(*(one.ages for one in results), fillvalue=0.0)
         idle = " and ".join(f"{statistics.median(shares):.0%}" for shares in zip(*(one.idle for one in results), strict=True))
         facts = [
             f"{speed:7.2f} samples/s",
             f"step {step_s:.2f} s",
             ratio,
             f"trainer waited {waited:.0%}",
+            "tokens by age " + " ".join(f"{statistics.median(shares):.0%}" for shares in histogram),
             idle and f"GPUs idle {idle}",
         ]
         print(f"{variant:10} " + "  ".join(fact for fact in facts if fact))
