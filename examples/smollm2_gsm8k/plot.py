@@ -38,21 +38,23 @@ def standard_error(shares: Sequence[float]) -> float:
 
 def table(output: Path) -> str:
     """Return the results as Markdown, and the gain of GRPO in units of its standard error, problem by problem."""
-    lines = ["| checkpoint | " + " | ".join(WAYS.values()) + " |", "| --- |" + " --- |" * len(WAYS)]
+    ways = [way for way in WAYS if (output / f"eval-grpo-{way}").is_dir()]
+    lines = ["| checkpoint | " + " | ".join(WAYS[way] for way in ways) + " |", "| --- |" + " --- |" * len(ways)]
     for stage, title in TITLES.items():
-        if not (output / f"eval-{stage}-sampled").is_dir():
+        if not (output / f"eval-{stage}-greedy").is_dir():
             continue  # the stage was left out
-        cells = [solved_shares(output, stage, way) for way in WAYS]
+        cells = [solved_shares(output, stage, way) for way in ways]
         lines.append(
             f"| {title} | " + " | ".join(f"{100 * fmean(c):.2f} +- {100 * standard_error(c):.2f} %" for c in cells) + " |"
         )
     lines.append("")
-    for way, title in WAYS.items():
+    for way in ways:
         after, before = solved_shares(output, "grpo", way), solved_shares(output, "sft", way)
         gains = [a - b for a, b in zip(after, before, strict=True)]
         gain, error = fmean(gains), standard_error(gains)
         times = f"{gain / error:.1f}" if error else "undefined"
-        lines.append(f"GRPO over SFT, {title}: {100 * gain:+.2f} points, {times} times the standard error of the difference.")
+        change = f"{100 * gain:+.2f} points, {times} times the standard error of the difference."
+        lines.append(f"GRPO over SFT, {WAYS[way]}: {change}")
     return "\n".join(lines) + "\n"
 
 
@@ -64,7 +66,7 @@ def draw(output: Path) -> Path:
     loss.plot(*read_curve(output / "sft" / "metrics.jsonl", "train/loss"))
     loss.set(title="SFT: loss per token", xlabel="optimizer step")
     metrics = output / "grpo" / "metrics.jsonl"
-    learning.plot(*read_curve(metrics, "rollout/raw_reward"), label="training prompts, temperature 1")
+    learning.plot(*read_curve(metrics, "rollout/raw_reward"), label="training prompts, sampled")
     num_problems = len(solved_shares(output, "sft", "greedy"))
     evaluated, solved = read_curve(metrics, "eval/gsm8k")
     errors = [sqrt(share * (1 - share) / num_problems) for share in solved]

@@ -1,23 +1,24 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct learns grade-school mathematics on one GPU: SFT, then GRPO, with the whole test set before, between, after.
 # Usage: GGUF=SmolLM2-135M-Instruct.Q4_1.gguf DATA_DIR=... OUTPUT_DIR=runs/smollm2 bash examples/smollm2_gsm8k/run.sh [stages]
-# MODEL_DIR names the converted checkpoint (made if absent). Stages: convert eval_base sft eval_sft rate grpo eval_grpo plot; all of
-# them by default. GRPO_FLAGS are added to those of GRPO.
+# MODEL_DIR names the converted checkpoint (made if absent). Stages: convert eval_base sft eval_sft grpo eval_grpo plot; all of them
+# by default. GRPO_FLAGS are added to those of GRPO.
 set -euo pipefail
 HERE=$(dirname "$0")
 : "${DATA_DIR:?the folder of the three gsm8k files (README.md)}"
 OUTPUT_DIR=${OUTPUT_DIR:-runs/smollm2}
 MODEL_DIR=${MODEL_DIR:-$OUTPUT_DIR/base-hf}
 NUM_ROLLOUT=${NUM_ROLLOUT:-55}
-GRPO_LR=${GRPO_LR:-3e-5}
+GRPO_LR=${GRPO_LR:-2e-5}
+TEMPERATURE=${TEMPERATURE:-1}
 read -ra GRPO_FLAGS <<<"${GRPO_FLAGS:-}"
 ATTENTION=${ATTENTION:-varlen}
 
-SFT_STEPS=350 # 3 epochs of 7,473 demonstrations in batches of 64
+SFT_STEPS=${SFT_STEPS:-350} # 3 epochs of 7,473 demonstrations in batches of 64
 TASK=(--input-key prompt --label-key label --apply-chat-template --rm-type math)
 HELD_OUT=(--eval-prompt-data gsm8k "$DATA_DIR/gsm8k-test.jsonl")
 GREEDY=(--eval-temperature 0)
-# The policy as it was trained; eight answers to each problem halve the standard error of one.
+# Eight answers to each problem halve the standard error of one.
 SAMPLED=(--eval-temperature 1 --n-samples-per-eval-prompt 8 --log-passrate)
 RESPONSES=(--rollout-max-response-len 300)
 # Decoding a model of this size is bound by launches, not by bandwidth: all 2,048 responses of a rollout run at once.
@@ -37,25 +38,17 @@ evaluate() { # checkpoint, name
 
 sft() {
     qwench sft --hf-checkpoint "$MODEL_DIR" --prompt-data "$DATA_DIR/gsm8k-sft.parquet" --input-key messages \
-        --num-rollout $SFT_STEPS --rollout-batch-size 64 --global-batch-size 64 --calculate-per-token-loss \
+        --num-rollout "$SFT_STEPS" --rollout-batch-size 64 --global-batch-size 64 --calculate-per-token-loss \
         --lr 2e-4 --min-lr 2e-5 --lr-decay-style cosine --lr-warmup-fraction 0.05 \
         --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 \
-        --save "$OUTPUT_DIR/sft" --save-interval $SFT_STEPS --save-hf "$OUTPUT_DIR/sft-hf" "${TRAINER[@]}"
-}
-
-# Most training prompts are never solved, and a group of equal rewards teaches nothing.
-rate() {
-    qwench eval --hf-checkpoint "$OUTPUT_DIR/sft-hf" --eval-prompt-data train "$DATA_DIR/gsm8k-train.jsonl" --eval-temperature 1 \
-        --n-samples-per-eval-prompt 8 "${TASK[@]}" "${RESPONSES[@]}" "${ENGINE[@]}" --eval-output "$OUTPUT_DIR/eval-sft-train"
-    python "$HERE/rate.py" "$DATA_DIR/gsm8k-train.jsonl" "$OUTPUT_DIR/eval-sft-train/train.jsonl" "$OUTPUT_DIR/train-rated.jsonl"
+        --save "$OUTPUT_DIR/sft" --save-interval "$SFT_STEPS" --save-hf "$OUTPUT_DIR/sft-hf" "${TRAINER[@]}"
 }
 
 # No KL term: the reward is exact, and the run is too short to need an anchor. Clip-higher keeps rare good answers learnable.
 grpo() {
-    qwench train --hf-checkpoint "$OUTPUT_DIR/sft-hf" --prompt-data "$OUTPUT_DIR/train-rated.jsonl" "${TASK[@]}" "${RESPONSES[@]}" \
-        --curriculum-key pass_rate --curriculum-band 0.05 0.95 --curriculum-retry-epochs 8 \
+    qwench train --hf-checkpoint "$OUTPUT_DIR/sft-hf" --prompt-data "$DATA_DIR/gsm8k-train.jsonl" "${TASK[@]}" "${RESPONSES[@]}" \
         --num-rollout "$NUM_ROLLOUT" --rollout-batch-size 128 --n-samples-per-prompt 16 --global-batch-size 1024 \
-        --rollout-temperature 1.0 --advantage-estimator grpo --eps-clip 0.2 --eps-clip-high 0.28 --calculate-per-token-loss \
+        --rollout-temperature "$TEMPERATURE" --advantage-estimator grpo --eps-clip 0.2 --eps-clip-high 0.28 --calculate-per-token-loss \
         --lr "$GRPO_LR" --lr-decay-style constant --lr-warmup-iters 4 --weight-decay 0.0 --adam-beta1 0.9 --adam-beta2 0.98 \
         "${ENGINE[@]}" "${HELD_OUT[@]}" "${GREEDY[@]}" --eval-interval 10 \
         --save "$OUTPUT_DIR/grpo" --save-interval "$NUM_ROLLOUT" --save-hf "$OUTPUT_DIR/grpo-hf" "${TRAINER[@]}" "${GRPO_FLAGS[@]}"
@@ -66,7 +59,7 @@ eval_sft() { evaluate "$OUTPUT_DIR/sft-hf" sft; }
 eval_grpo() { evaluate "$OUTPUT_DIR/grpo-hf" grpo; }
 plot() { python "$HERE/plot.py" "$OUTPUT_DIR"; }
 
-for stage in "${@:-convert eval_base sft eval_sft rate grpo eval_grpo plot}"; do
+for stage in "${@:-convert eval_base sft eval_sft grpo eval_grpo plot}"; do
     for name in $stage; do
         started=$SECONDS
         "$name"

@@ -20,7 +20,7 @@ import json, os, pathlib, sys
 words = sys.argv[1:]
 with open(os.environ["RECORD"], "a") as record:
     record.write(json.dumps(words) + "\\n")
-left = {{"--output": ("config.json", "{{}}"), "--save-hf": ("config.json", "{{}}"), "--eval-output": ("train.jsonl", "")}}
+left = {{"--output": ("config.json", "{{}}"), "--save-hf": ("config.json", "{{}}")}}
 for flag, (name, content) in left.items():
     if flag in words:
         folder = pathlib.Path(words[words.index(flag) + 1])
@@ -32,7 +32,7 @@ for flag, (name, content) in left.items():
 SCRIPTS = {
     "multi_turn": [],
     "qwen3_0.6b_one_gpu": [],
-    "smollm2_gsm8k": ["eval_base", "sft", "eval_sft", "rate", "grpo", "eval_grpo"],  # not its conversion of a download
+    "smollm2_gsm8k": ["eval_base", "sft", "eval_sft", "grpo", "eval_grpo"],  # not its conversion of a download
     "word_problems": [],
 }
 
