@@ -25,12 +25,13 @@ from qwench.engines.embedded.compute.adapters import AdapterChange
 from qwench.engines.embedded.compute.followers import divide
 from qwench.engines.embedded.compute.runner import InFlight, Sampled
 from qwench.engines.embedded.compute.weights import read_folder
-from qwench.engines.embedded.pipeline import StepPipeline, Worker, failure_of_step, take_step
+from qwench.engines.embedded.pipeline import StepPipeline, failure_of_step, take_step
 from qwench.engines.embedded.scheduling.admission import Admission, eos_ids_of
 from qwench.engines.embedded.scheduling.kv_cache import PagePool
 from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.embedded.scheduling.scheduler import Scheduler, count_step
 from qwench.engines.embedded.settings import EmbeddedSettings
+from qwench.engines.embedded.worker import Worker
 from qwench.engines.protocol import (
     EngineStats,
     FinishReason,
@@ -292,8 +293,7 @@ class EmbeddedEngine:
                 self._followers.close()
             self._weights.drop()
             self._scheduler = None
-            self._runner.close()
-        self._worker.close()
+            self._pipeline.close()
 
     def _start_stepping(self) -> None:
         if self._stepping is None and self._requests and not self._paused and self._weights.ready:

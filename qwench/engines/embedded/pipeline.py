@@ -9,11 +9,7 @@ alone. A response that a stop token or string ends takes part in one step more, 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,12 +17,10 @@ from qwench.engines.embedded.compute.runner import InFlight, Runner, Sampled
 from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.embedded.scheduling.scheduler import Scheduler, StepPlan
 from qwench.engines.embedded.scheduling.stopping import has_ended
+from qwench.engines.embedded.worker import Worker
 from qwench.engines.protocol import FinishReason
 from qwench.errors import EngineError
 
-LOOK_S = 1.0
-"""Seconds between two checks whether work can still end."""
-Result = TypeVar("Result")
 Take = Callable[[Scheduler, InFlight, Sampled], None]
 
 
@@ -74,39 +68,6 @@ def failure_of_step(cause: Exception) -> EngineError:
     return failure
 
 
-class Worker:
-    """Runs work that blocks: in a thread, or inline on the event loop itself."""
-
-    def __init__(self, *, inline: bool, lost: Callable[[], EngineError | None] | None = None) -> None:
-        """`lost` returns the error of work that can no longer end, which its caller gets; None: it can."""
-        self._executor = None if inline else ThreadPoolExecutor(1, thread_name_prefix="qwench-engine")
-        self._lost = lost
-
-    async def call(self, work: Callable[[], Result]) -> Result:
-        """Return what `work` returns. Cancellation waits for its end."""
-        if self._executor is None:
-            return work()
-        future = asyncio.get_running_loop().run_in_executor(self._executor, work)
-        try:
-            await self._end_of(future)
-        except asyncio.CancelledError:
-            with suppress(EngineError):
-                await self._end_of(future)
-            raise
-        return future.result()
-
-    async def _end_of(self, future: asyncio.Future[Result]) -> None:
-        while not future.done():
-            await asyncio.wait([future], timeout=None if self._lost is None else LOOK_S)
-            if not future.done() and self._lost is not None and (failure := self._lost()) is not None:
-                raise failure
-
-    def close(self) -> None:
-        """End the thread after its current work."""
-        if self._executor is not None:
-            self._executor.shutdown(wait=False)
-
-
 class StepPipeline:
     """Holds the step in flight."""
 
@@ -135,6 +96,12 @@ class StepPipeline:
     def drop(self) -> None:
         """Forget the step in flight."""
         self._in_flight = None
+
+    def close(self) -> None:
+        """End the worker, and give the runner's memory back. That waits for the device, so not where its work never ends."""
+        if not self._worker.is_lost:
+            self._runner.close()
+        self._worker.close()
 
     async def _advance(self, scheduler: Scheduler, plan: StepPlan | None) -> None:
         before, self._in_flight = self._in_flight, None

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from qwench.engines.embedded.compute.runner import InFlight, Sampled
-from qwench.engines.embedded.pipeline import StepPipeline, Worker
+from qwench.engines.embedded.pipeline import StepPipeline
 from qwench.engines.embedded.scheduling.kv_cache import PagePool
 from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.embedded.scheduling.scheduler import Scheduler
 from qwench.engines.embedded.scheduling.stopping import update_finish
+from qwench.engines.embedded.worker import Worker
 from qwench.engines.protocol import FinishReason, GenerateRequest, SamplingParams
 from tests.contract.engine_hosts import ask, generate_all, make_engine, make_model, prompt_of
 

@@ -100,6 +100,7 @@ def test_a_rank_that_dies_fails_the_requests_and_the_engine():
 def test_a_step_that_never_ends_fails_once_a_rank_has_ended(monkeypatch):
     monkeypatch.setattr(followers, "LOST_S", 0.1)
     is_stuck, goes_on = threading.Event(), threading.Event()
+    gave_back = []
 
     def never_add_up(part: torch.Tensor) -> torch.Tensor:
         is_stuck.set()
@@ -110,6 +111,7 @@ def test_a_step_that_never_ends_fails_once_a_rank_has_ended(monkeypatch):
         engine = make_engine(make_model("qwen3"), num_devices=2)
         await engine.generate(ask("before", [5]))
         monkeypatch.setattr(engine._followers.group, "add_up", never_add_up)
+        monkeypatch.setattr(engine._runner, "close", lambda: gave_back.append("memory"))
         running = asyncio.ensure_future(engine.generate(ask("running", [5])))
         while not is_stuck.is_set():
             await asyncio.sleep(0)
@@ -118,11 +120,12 @@ def test_a_step_that_never_ends_fails_once_a_rank_has_ended(monkeypatch):
             with pytest.raises(EngineError, match=r"rank 1 \(exit code -9\)"):
                 await running
             assert not await engine.health()
+            await engine.close()  # memory is given back when the device has ended its work, which it never does
         finally:
             goes_on.set()
-        await engine.close()
 
     asyncio.run(scenario())
+    assert gave_back == []
 
 
 @pytest.mark.parametrize("way", ["tell", "ask"])
