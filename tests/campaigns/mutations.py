@@ -198,11 +198,11 @@ class Campaign:
 
     def _notice(self, mutant: Mutant) -> str:
         """Return which tests noticed a change, or nothing. What fails without the change too has noticed nothing."""
-        stages = self._stages[:1] if self._reach else self._stages
+        found = self._reach.of_function(self._module, self._original, mutant.line) if self._reach else []
+        stages = self._stages[:1] if found else self._stages
         if any(self._fails(mutant, tests) for tests in stages):
             return "unit"
         if self._reach is not None:
-            found = self._reach.of_function(self._module, self._original, mutant.line) or self._reach.seconds
             left = [test for test in found if test.partition("::")[0] not in stages[0]]
             in_unit = [test for test in left if test.startswith("tests/unit/")]
             for name, some in (("unit", in_unit), ("contract or e2e", [test for test in left if test not in set(in_unit)])):

@@ -2,7 +2,8 @@
 
     python -m tests.campaigns.reach FILE       once, for `python -m tests.campaigns.mutations --reach FILE`
 
-The tests run on a copy of the tree, in which each function says the first time that a test calls it.
+The tests run on a copy of the tree, in which each function says the first time that a test calls it. Workers that get no
+environment, as those of rewards, do not know their test and say nothing.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ class Reach:
     """The tests of each function, which is named by its module and where it begins: qwench/files.py:31."""
 
     def of_function(self, module: Path, source: str, line: int) -> list[str]:
-        """Return the tests that run the function around a line of a module's source; none outside of functions."""
+        """Return the tests that run the function around a line of a module's source; outside of functions all."""
         around = [node for node in functions_of(ast.parse(source)) if node.lineno <= line <= (node.end_lineno or 0)]
-        return list(self.tests.get(f"{module}:{around[-1].lineno}", ())) if around else []
+        return list(self.tests.get(f"{module}:{around[-1].lineno}", ()) if around else self.seconds)
 
     def part(self, module: Path, files: Collection[str] = ()) -> Reach:
         """Return what was seen of a module, and how long tests in some files took."""

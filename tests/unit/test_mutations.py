@@ -75,7 +75,7 @@ def test_the_quickest_tests_of_a_function_try_its_change() -> None:
     assert whole.part(Path("it.py"), ["tests/a.py"]) == Reach(seconds | {"tests/a.py::one": 3.0}, functions)
     assert reach.of_function(Path("it.py"), SOURCE, line=8) == ["slow", "quick", "longest"]
     assert reach.of_function(Path("it.py"), SOURCE, line=7) == ["other", "failed"], "the inner function"
-    assert reach.of_function(Path("it.py"), SOURCE, line=10) == []
+    assert reach.of_function(Path("it.py"), SOURCE, line=10) == [*seconds], "outside of functions"
     assert reach.quickest(["slow", "failed", "longest", "other", "quick"], limit_s=12.5) == ["quick", "other", "slow"]
 
 
