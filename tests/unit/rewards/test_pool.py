@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import pytest
 
 from qwench.config.sections.reward import RewardConfig
@@ -284,6 +285,11 @@ def test_random_reward_is_fixed_by_the_sample_id_and_near_one_half(pool: RewardP
     first, second = (asyncio.run(pool.grade_group(samples)) for _ in range(2))
     assert first == second
     assert 160 <= sum(verdict.score for verdict in first) <= 240  # 200 +- 4 standard deviations
+
+
+def test_messages_hold_numbers_of_numpy_keys_that_are_no_text_and_what_json_does_not_know() -> None:
+    message = encode({"a": {1: np.float32(0.5)}, "b": np.arange(2), "c": {3}})
+    assert message == b"\0\0\0\x23" + b'{"a":{"1":0.5},"b":[0,1],"c":"{3}"}'
 
 
 @pytest.mark.parametrize("stopped", [False, True])
