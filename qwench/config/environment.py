@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qwench.config.sections.cluster import ClusterConfig
+from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.parallel import ParallelConfig
 from qwench.config.sections.training import TrainingConfig
 
@@ -18,19 +19,27 @@ _TORCHRUN_PREFIX = "TORCHELASTIC_"
 
 
 def trainer_environment(
-    cluster: ClusterConfig, parallel: ParallelConfig, training: TrainingConfig, environ: Mapping[str, str]
+    cluster: ClusterConfig,
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    engine: EngineConfig,
+    environ: Mapping[str, str],
 ) -> dict[str, str]:
     """Return the variables to set: those of --train-env-vars, and what the flags need unless `environ` says otherwise.
 
     Without a workspace of fixed size, cuBLAS may choose another algorithm in every run, and PyTorch refuses it.
     With one hardware queue, a tensor-parallel collective starts before the matrix product that hides it, not after it.
-    Sources: https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility; megatron-core, tensor_parallel/layers.py
+    Two processes whose NCCL allocates differently cannot open each other's buffers ("invalid argument").
+    Sources: https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility; megatron-core, tensor_parallel/layers.py;
+    SGLang 0.5.16, srt/entrypoints/engine.py, which sets NCCL_CUMEM_ENABLE to 0 unless it is set
     """
     needed = {}
     if training.deterministic_mode:
         needed["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     if parallel.tensor_model_parallel_size > 1:
         needed["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    if engine.facts.nccl_without_cumem:
+        needed["NCCL_CUMEM_ENABLE"] = "0"
     return {**{name: value for name, value in needed.items() if name not in environ}, **cluster.train_env_vars}
 
 

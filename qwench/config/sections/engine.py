@@ -26,11 +26,13 @@ class EngineFacts:
     names_adapters: bool
     """It has the frozen weights from the start, reads a published LoRA adapter from a folder, and requests name it. Else a
     publication brings the frozen weights once, and then the adapter's matrices."""
+    nccl_without_cumem: bool
+    """The NCCL of its processes allocates with NCCL_CUMEM_ENABLE=0 unless the environment says otherwise."""
 
 
 ENGINE_FACTS: Mapping[str, EngineFacts] = {
-    "embedded": EngineFacts(runs_in_process=True, reads_embedded_flags=True, names_adapters=False),
-    "sglang": EngineFacts(runs_in_process=False, reads_embedded_flags=False, names_adapters=True),
+    "embedded": EngineFacts(runs_in_process=True, reads_embedded_flags=True, names_adapters=False, nccl_without_cumem=False),
+    "sglang": EngineFacts(runs_in_process=False, reads_embedded_flags=False, names_adapters=True, nccl_without_cumem=True),
 }
 """By the values of --rollout-engine."""
 
