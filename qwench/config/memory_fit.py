@@ -32,7 +32,7 @@ def weight_bytes_beside_trainer(config: Config, plan: RunPlan) -> int:
     if lora.enabled:
         stays = may_share or not plan.holds_teacher
         may_share = lora.lora_publish == "adapter" and lora.lora_base == "auto" and stays
-    if may_share and config.training.train_backend == "fsdp":
+    if may_share and config.backend == "fsdp":
         return 0
     return engine_weight_bytes(plan)
 

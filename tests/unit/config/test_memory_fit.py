@@ -47,7 +47,7 @@ def test_weights_are_divided_among_the_gpus_of_an_engine():
     ],
 )
 def test_an_engine_in_the_trainers_process_has_a_copy_where_it_cannot_share(words, copies):
-    given = ["--rollout-batch-size", "8", "--rollout-engine", "embedded", "--train-backend", "fsdp", *words.split()]
+    given = ["--rollout-batch-size", "8", "--rollout-engine", "embedded", *words.split()]
     config = parse_flags(Config, given, prog="qwench train")
     assert weight_bytes_beside_trainer(config, plan_run(config, QWEN3_4B)) == copies * 2 * WEIGHTS_4B
 
