@@ -35,6 +35,7 @@ class Worker:
         self._inline = inline
         self._lost = lost
         self._thread: threading.Thread | None = None
+        self._closed = False
         self._queue = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]()
         self._abandoned: asyncio.Future[Any] | None = None
 
@@ -44,7 +45,13 @@ class Worker:
         return self._abandoned is not None and not self._abandoned.done()
 
     async def call(self, work: Callable[[], Result]) -> Result:
-        """Return what `work` returns. Cancellation waits for its end."""
+        """Return what `work` returns. Cancellation waits for its end.
+
+        Raises:
+            EngineError: the worker was closed, or the work is lost.
+        """
+        if self._closed:
+            raise EngineError("the engine was closed.")
         if self._inline:
             return work()
         if self._thread is None:
@@ -84,7 +91,8 @@ class Worker:
             del item, promise, work  # a thread that waits must hold no memory
 
     def close(self) -> None:
-        """End the thread after its current work."""
+        """End the thread after its current work, and refuse later work."""
+        self._closed = True
         self._queue.put(None)
         if not self.is_lost:
             atexit.unregister(self._end)

@@ -11,6 +11,7 @@ import weakref
 import pytest
 
 from qwench.engines.embedded.worker import Worker
+from qwench.errors import EngineError
 from tests.deadlines import patient
 
 LOST = """
@@ -57,3 +58,16 @@ def test_work_returns_raises_and_is_not_kept():
         return worker.is_lost, worker._thread.is_alive()
 
     assert asyncio.run(scenario()) == (False, False)
+
+
+@pytest.mark.parametrize("has_worked", [True, False])
+def test_work_for_a_closed_engine_is_refused_and_not_waited_for(has_worked):
+    async def scenario():
+        worker = Worker(inline=False)
+        if has_worked:
+            await worker.call(int)
+        worker.close()
+        await worker.call(int)
+
+    with pytest.raises(EngineError, match="closed"):
+        asyncio.run(scenario())
