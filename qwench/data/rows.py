@@ -333,10 +333,8 @@ def _as_double(value: Any, kind: pyarrow.DataType) -> Any:
     if types.is_struct(kind):
         return {field.name: _as_double(value[field.name], field.type) for field in kind}
     if types.is_map(kind):
-        return {key: _as_double(member, kind.item_type) for key, member in value.items()}
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return [_as_double(member, kind.value_type) for member in value]
-    return value
+        return {_as_double(key, kind.key_type): _as_double(member, kind.item_type) for key, member in value.items()}
+    return [_as_double(member, kind.value_type) for member in value] if isinstance(value, list) else value
 
 
 def _records(table: pyarrow.Table) -> Iterator[dict[str, object]]:

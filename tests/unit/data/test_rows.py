@@ -249,14 +249,22 @@ def test_narrow_floats_of_parquet_keep_the_digits_that_were_stored(tmp_path):
 
 def test_narrow_floats_inside_other_values_of_parquet_keep_their_digits(tmp_path):
     floats, inner = pyarrow.list_(pyarrow.float32()), pyarrow.struct([("x", pyarrow.float16()), ("d", pyarrow.float64())])
-    kind = pyarrow.struct(
-        [("f", pyarrow.float32()), ("l", floats), ("s", inner), ("m", pyarrow.map_(pyarrow.string(), floats))]
-    )
+    by_name, by_number = (pyarrow.map_(key, floats) for key in (pyarrow.string(), pyarrow.float32()))
+    view = pyarrow.list_view(pyarrow.float32())
+    members = {"f": pyarrow.float32(), "l": floats, "s": inner, "m": by_name, "n": by_number, "v": view}
+    kind = pyarrow.struct(list(members.items()))
     half = numpy.float16(0.1)
-    values = [{"f": 0.1, "l": [0.7, None], "s": {"x": half, "d": 0.10000000149}, "m": [("k", [0.3])]}, None]
+    values = [
+        {
+            **{"f": 0.1, "l": [0.7, None], "s": {"x": half, "d": 0.10000000149}},
+            **{"m": [("k", [0.3])], "n": [(0.9, [])], "v": [0.6]},
+        },
+        None,
+    ]
     pyarrow.parquet.write_table(pyarrow.table({"a": pyarrow.array(values, kind)}), tmp_path / "a.parquet")
     read = [row.values["a"] for row in read_rows(str(tmp_path / "a.parquet"))]
-    assert read == [{"f": 0.1, "l": [0.7, None], "s": {"x": 0.1, "d": 0.10000000149}, "m": {"k": [0.3]}}, None]
+    whole = {"f": 0.1, "l": [0.7, None], "s": {"x": 0.1, "d": 0.10000000149}, "m": {"k": [0.3]}, "n": {"0.9": []}, "v": [0.6]}
+    assert read == [whole, None]
 
 
 def test_maps_of_parquet_are_records_whose_keys_stand_once(tmp_path):
