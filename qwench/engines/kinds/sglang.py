@@ -19,6 +19,8 @@ from qwench.errors import ConfigError
 
 _OVERRIDES = frozenset({"--json-model-override-args", "--context-length"})
 """With one of them the user decides how long texts are."""
+_KEEP_ALIVE = "SGLANG_TIMEOUT_KEEP_ALIVE"
+"""Seconds that an idle connection stays open; SGLang closes it after 5."""
 
 _PARSER_PROGRAM = """
 from sglang.srt.server_args import ServerArgs
@@ -56,7 +58,11 @@ def sglang_command(
     if order.stretched_positions is not None and not _OVERRIDES.intersection(engine.sglang_args):
         # SGLang would end texts at max_position_embeddings, which Qwen3's instructions for YaRN leave as it is.
         argv += ["--json-model-override-args", json.dumps({"max_position_embeddings": order.stretched_positions})]
-    changes = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}  # log-probs must be those at the sampling temperature
+    changes = {
+        "SGLANG_RETURN_ORIGINAL_LOGPROB": "0",  # log-probs must be those at the sampling temperature
+        # A busy client reads an answer seconds after it was written, and would send its next request into a closed connection.
+        _KEEP_ALIVE: environ.get(_KEEP_ALIVE, "75"),
+    }
     if order.releases_memory:
         argv += ["--enable-memory-saver"]
         changes |= _without_expandable_segments(environ)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from qwench.engines.client import IDLE_TIMEOUT_S
 from qwench.engines.fleet.servers import server_environ
 from qwench.engines.kinds.embedded import embedded_command
 from qwench.engines.kinds.kind import ServerOrder
@@ -55,6 +56,12 @@ def test_an_sglang_server_gets_its_model_its_gpus_and_the_users_flags():
     assert made.environ["SGLANG_RETURN_ORIGINAL_LOGPROB"] == "0"
     assert made.label == "SGLang engine 1" and made.log_file == Path("logs/engine-1.log")
     assert pickle.loads(pickle.dumps(made)) == made
+
+
+def test_an_idle_connection_of_an_sglang_server_outlives_a_client_that_is_slow_to_read():
+    assert float(command(order()).environ["SGLANG_TIMEOUT_KEEP_ALIVE"]) > 10 * IDLE_TIMEOUT_S
+    chosen = command(order(), environ={"SGLANG_TIMEOUT_KEEP_ALIVE": "900"}).environ
+    assert chosen["SGLANG_TIMEOUT_KEEP_ALIVE"] == "900"
 
 
 @pytest.mark.parametrize(
