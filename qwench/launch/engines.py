@@ -310,8 +310,10 @@ def serve(config: ServeConfig) -> None:
     inputs = read_inputs(run, plan_inputs(run, trains=False))
     check_weights(run.checkpoint, inputs.plan.model, inputs.model_folder)
     adapters = {name: find_checkpoint(folder, flag="--lora") for name, folder in config.server.adapters.items()}
-    for folder in adapters.values():
-        check_base(folder, inputs.model_folder, open_weights(inputs.model_folder, inputs.plan.model))
+    if adapters and not is_fp8_checkpoint(inputs.model_folder):  # what was rounded cannot be told from another base
+        base = open_weights(inputs.model_folder, inputs.plan.model)
+        for folder in adapters.values():
+            check_base(folder, inputs.model_folder, base)
     open_process_log("info", f"engine at port {config.server.port}")
     serve_engine(
         config.model.hf_checkpoint,

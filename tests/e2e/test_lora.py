@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qwench.launch import engines
 from tests.e2e.conftest import DIGITS, InProcess, Workspace, column
 from tests.fakes import cuda_stand_in
 from tests.forked import Forked
@@ -70,7 +71,9 @@ def test_a_resumed_run_with_another_adapter_or_base_is_one_line(
     assert len(said.strip().splitlines()) == 1 and fact in " ".join(said.split())
 
 
-def test_an_adapter_goes_with_the_base_of_its_run_alone(workspace: Workspace, tmp_path: Path, in_process: InProcess) -> None:
+def test_an_adapter_goes_with_the_base_of_its_run_alone(
+    workspace: Workspace, tmp_path: Path, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert in_process(workspace.sft_argv(tmp_path / "run", **LORA, num_rollout=1))[0] == 0
     assert in_process(["make-model", "--size", "tiny", "--output", str(tmp_path / "other"), "--seed", "7"])[0] == 0
     words = ["convert", "--input", str(tmp_path / "run"), "--to", "hf", "--output", str(tmp_path / "merged")]
@@ -87,6 +90,12 @@ def test_an_adapter_goes_with_the_base_of_its_run_alone(workspace: Workspace, tm
     for words in (["serve", "--hf-checkpoint", str(other), "--lora", f"a={adapter}"], continued):
         code, said = in_process(words)
         assert code == 2 and len(said.strip().splitlines()) == 1 and "was trained on another base than" in said, said
+    served: list[dict[str, Path]] = []
+    monkeypatch.setattr(engines, "serve_engine", lambda *_, adapters, **__: served.append(adapters))
+    rounded = tmp_path / "rounded"
+    assert in_process(["convert", "--input", str(workspace.model), "--to", "fp8", "--output", str(rounded)])[0] == 0
+    assert in_process(["serve", "--hf-checkpoint", str(rounded), "--lora", f"a={adapter}"])[0] == 0
+    assert served == [{"a": adapter / "iter_0000001"}]
 
 
 def test_fine_tuning_goes_on_from_a_peft_folder_in_load(workspace: Workspace, tmp_path: Path, in_process: InProcess) -> None:
