@@ -8,6 +8,7 @@ late or unreadable answer leaves the response ungraded, and is counted; a refusa
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -120,13 +121,26 @@ def read_verdict(answer: Answer, *, scores: Sequence[float]) -> Verdict:
         cost = {PROMPT_TOKENS: int(usage.get("prompt_tokens", 0)), ANSWER_TOKENS: int(usage.get("completion_tokens", 0))}
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as cause:
         raise RewardError(f"--judge-url must answer a chat completion, got {str(answer)[:_SHOWN_CHARS]}.") from cause
-    (lowest, highest), said = scores, _SCORE.findall(text)
-    score = read_score(said[-1], highest=highest) if said else None
+    (lowest, highest), said = scores, _said_score(text)
+    score = None if said is None else read_score(said, highest=highest)
     if score is not None and lowest <= score <= highest:
         return Verdict(score=score, reason="judged", extra=cost)
     found = "no score" if score is None else f"a score outside of --judge-scores {lowest:g} {highest:g}"
     error = f"the judge said {found}: {text[-_SHOWN_CHARS:]!r}"
     return Verdict(score=0.0, reason="grader_error", extra={"error": error, **cost})
+
+
+def _said_score(text: str) -> str | None:
+    """Return the `score` of an answer that is a JSON object, whose other texts may speak of scores; else the last one said."""
+    try:
+        whole = json.loads(text.strip().removeprefix("```json").removeprefix("```").removesuffix("```"))
+    except (ValueError, RecursionError):
+        whole = None
+    for key, value in whole.items() if isinstance(whole, dict) else ():
+        if key.lower() == "score":
+            text = f"score: {value}"
+    said = _SCORE.findall(text)
+    return said[-1] if said else None
 
 
 def read_score(text: str, *, highest: float) -> float | None:

@@ -120,6 +120,10 @@ def said(text: str) -> dict[str, object]:
         ('{"score": 0.5}', (0, 1), 0.5),
         ('{"reason": "half", "score":"7/10", "max_score": 10}', (0, 10), 7.0),
         ("{'score': -1, 'sure': 1}", (-1, 1), -1.0),
+        ('{"score": 0.3, "reason": "a perfect score: 1 is not due"}', (0, 1), 0.3),
+        ('```json\n{"Score": "2/4", "reason": "not score 1"}\n```\n', (0, 1), 0.5),
+        ('{"score": "0.5 (half)", "reason": "no score 1"}', (0, 1), 0.5),
+        ('{"reason": "half. Score: 0.5"}', (0, 1), 0.5),
     ],
 )
 def test_the_last_score_that_the_judge_says_counts(text, scores, score):
@@ -148,6 +152,7 @@ def test_a_share_of_no_score_above_zero_is_ungraded():
 def test_an_answer_without_a_score_is_ungraded_and_no_completion_ends_the_run():
     assert not read_verdict(said("well done"), scores=(0, 1)).graded
     assert not read_verdict(said('{"max_score": 1, "score": {"of": 1}}'), scores=(0, 1)).graded
+    assert not read_verdict(said('{"score": null, "reason": "no score 1"}'), scores=(0, 1)).graded
     with pytest.raises(RewardError, match=r"--judge-url must answer a chat completion, got .*oops"):
         read_verdict({"oops": 1}, scores=(0, 1))
 
