@@ -73,7 +73,10 @@ def _cases(folder: Path) -> list[tuple[int, Case]]:
         build = fsdp if on == "fsdp" else megatron
         found.append(build(name, "untied", on="fsdp-2" if on == "fsdp" else on, lora=_ALL, load=load, num_steps=2))
     found += [megatron(f"{on}-fresh", "untied", on=on, lora=_ALL, num_steps=0, **_recompute(on, "all")) for on in LAYOUTS]
-    bf16 = {"on": "tp2-dp2", "bf16": True, "lora": _started(folder)}
+    drops = replace(_started(folder), lora_dropout=0.25)
+    for name, recomputes in (("drops", False), ("drops-recomputed", True)):
+        found.append(megatron(name, "untied", on="tp2-sp", lora=drops, num_steps=2, gradient_checkpointing=recomputes))
+    bf16 = {"on": "tp2-dp2", "bf16": True, "lora": drops}
     found.append(megatron("bf16-whole", "bf16", num_steps=4, **bf16))
     found.append(megatron("bf16-first", "bf16", num_steps=2, save=True, **bf16))
     found.append(megatron("bf16-second", "bf16", num_steps=2, load="bf16-first", **bf16))
@@ -230,6 +233,17 @@ def test_a_checkpoint_of_another_layout_or_backend_goes_on(folder: Path, on: str
     for record in read_records(folder, Case(name=f"{on}-after-{_RESUMED[on]}", model="", bins=[]), size):
         assert [step["loss"] for step in record["steps"]] == pytest.approx(steps.losses[3:], rel=1e-5, abs=1e-6)
         assert [step["grad_norm"] for step in record["steps"]] == pytest.approx(steps.grad_norms[3:], rel=1e-5)
+
+
+def test_layers_that_are_computed_again_drop_the_inputs_that_they_dropped(
+    folder: Path, expected: dict[str, PeftRecord]
+) -> None:
+    names = ("drops", "drops-recomputed")
+    by_rank = (read_records(folder, Case(name=name, model="", bins=[]), LAYOUTS["tp2-sp"][0]) for name in names)
+    for kept, again in zip(*by_rank, strict=True):
+        assert [step["loss"] for step in again["steps"]] == [step["loss"] for step in kept["steps"]]
+        assert [step["grad_norm"] for step in again["steps"]] == pytest.approx([step["grad_norm"] for step in kept["steps"]])
+        assert kept["steps"][0]["loss"] != pytest.approx(expected["all"].steps.losses[0], rel=1e-4)
 
 
 def test_a_resumed_run_in_bfloat16_has_the_bits_of_one_that_went_on(folder: Path) -> None:
