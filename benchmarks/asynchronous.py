@@ -141,6 +141,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file of the results")
     parser.add_argument("flags", nargs="*", help="flags of qwench train, after --")
     given = parser.parse_args()
+    if given.rollouts <= WARM_UP:
+        parser.error(f"--rollouts must be more than the {WARM_UP} that are not counted")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder / "data", seed=0, num_demos=8, num_prompts=50 * given.prompts, num_held_out=4)

@@ -133,12 +133,13 @@ def to_a_server(
         return
     order = ServerOrder(
         engine=EngineConfig(embedded_kv_cache_tokens=KV_TOKENS, engine_start_timeout=600.0),
-        model_folder=folder,
+        model_folder=folder.absolute(),
         dtype=str(next(iter(source.tensors.values())).dtype).removeprefix("torch."),
-        devices_per_engine=1,
+        engine_sizes=(1,) * (gpu + 1),
         releases_memory=False,
         seed=0,
         serves_checkpoint=False,
+        deterministic=False,
         log_folder=args.output,
         token=TOKEN,
     )

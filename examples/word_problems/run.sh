@@ -8,7 +8,7 @@ SIZE=${SIZE:-30M}
 run=$OUTPUT_DIR/seed$SEED
 
 python "$(dirname "$0")/make_data.py" "$run/data" --seed "$SEED"
-qwench make-model --size "$SIZE" --tokenizer tiny --output "$run/base" --seed "$SEED"
+[ -d "$run/base" ] || qwench make-model --size "$SIZE" --tokenizer tiny --output "$run/base" --seed "$SEED"
 
 TASK=(--input-key prompt --label-key label --apply-chat-template --rm-type deepscaler)
 SAMPLING=(--rollout-max-response-len 128 --rollout-temperature 1.0)

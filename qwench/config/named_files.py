@@ -30,7 +30,9 @@ def check_checkpoint(model: ModelConfig) -> None:
     if find_reference(str(folder), "model") is not None:
         return
     if not folder.is_dir():
-        raise ConfigError(f"--hf-checkpoint: there is no folder {folder}")
+        raise ConfigError(
+            f"--hf-checkpoint: there is no folder {folder}; `qwench download OWNER/NAME --output {folder.parent}` fetches one"
+        )
     if (folder / "adapter_config.json").is_file():
         raise ConfigError(
             f"--hf-checkpoint: {folder} is a LoRA adapter; merge it into its base model with qwench convert first"
@@ -89,7 +91,10 @@ def check_starting_point(checkpoint: CheckpointConfig) -> None:
     """
     reference = checkpoint.ref_load
     if reference is not None and not reference.is_dir() and find_reference(str(reference), "model") is None:
-        raise ConfigError(f"--ref-load: there is no folder {checkpoint.ref_load}")
+        raise ConfigError(
+            f"--ref-load: there is no folder {reference}; give that of --hf-checkpoint, or write this one with "
+            "`qwench convert --to torch_dist`"
+        )
     if checkpoint.load is not None and checkpoint.load.is_file():
         raise ConfigError(f"--load: {checkpoint.load} is a file; give the folder of a run or of a checkpoint")
     is_empty = checkpoint.load is not None and (not checkpoint.load.is_dir() or not any(checkpoint.load.iterdir()))

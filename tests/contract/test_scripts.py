@@ -87,7 +87,7 @@ def test_a_script_expands_to_the_stored_command_line(script: Path, stage: Path):
 
 
 @pytest.mark.parametrize("script", RUNS, ids=[path.stem for path in RUNS])
-def test_a_script_passes_its_dry_run(script: Path, stage: Path, world: dict[str, str]):
+def test_a_script_passes_its_dry_run(script: Path, stage: Path, world: dict[str, str], capsys: pytest.CaptureFixture[str]):
     # A run of one rank is in this process, whose machine may have no GPU.
     alone = script.stem in ("run-qwen3-8B-lora-1gpu", "run-qwen3-4B-lora-24gb")
     here = ["--attn-implementation", "sdpa"] if alone else []
@@ -95,6 +95,9 @@ def test_a_script_passes_its_dry_run(script: Path, stage: Path, world: dict[str,
     with pytest.raises(SystemExit) as ended:
         main([verb, *words])
     assert ended.value.code == 0
+    shown = capsys.readouterr()
+    if not alone:  # SGLang and Megatron run on GPUs alone, so the plan is theirs on every machine
+        assert "GiB in float32" not in shown.out and "share this CPU" not in shown.err
     config = parse_run(verb, words)
     check_model_flags(config.architecture, architecture_of(load_hf_config(config.model.hf_checkpoint)))
     assert config.cluster.world_size == (4 if "4xgpu" in script.name else 1 if alone else 8)
