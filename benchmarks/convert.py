@@ -22,6 +22,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from qwench.checkpoints.convert import Conversion, Converter, Ranks
 from qwench.checkpoints.formats.sources import Format, find_checkpoint
@@ -29,7 +30,8 @@ from qwench.models.hf import load_hf_config
 from qwench.models.made.qwen3 import make_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
 
-CONVERSIONS: tuple[tuple[Format, Format], ...] = (
+Target = Literal["hf", "torch_dist", "fsdp"]
+CONVERSIONS: tuple[tuple[Format, Target], ...] = (
     ("hf", "torch_dist"),
     ("torch_dist", "hf"),
     ("torch_dist", "fsdp"),
@@ -117,7 +119,7 @@ def dd_seconds_per_gb(folder: Path) -> float:
     return seconds / sum(file.stat().st_size for file in files) * 1e9
 
 
-def convert(folder: Path, source: Format, to: Format) -> tuple[float, float, float, float]:
+def convert(folder: Path, source: Format, to: Target) -> tuple[float, float, float, float]:
     """Convert; return the gigabytes written, the seconds, and the resident memory before and at its peak in gigabytes."""
     output = folder / ("hf-again" if to == "hf" else to)
     if output.exists():

@@ -102,7 +102,7 @@ def config_of(size: str) -> Qwen3Config:
         tie_word_embeddings=tied,
         vocab_size=vocabulary,
         max_position_embeddings=8192,
-        rope_theta=1e6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         eos_token_id=None,
         bos_token_id=None,
     )
@@ -120,7 +120,7 @@ def measure_ceilings() -> Ceilings:
             end.record()
             events.append((start, end))
         torch.cuda.synchronize()
-        return sorted(start.elapsed_time(end) for start, end in events[5:])[5] / 1e3
+        return sorted(float(start.elapsed_time(end)) for start, end in events[5:])[5] / 1e3
 
     source = torch.randn(2**30, device="cuda")
     target = torch.empty_like(source)

@@ -56,7 +56,7 @@ def seconds_a_step(folder: Path, *, steps: int, cores: list[int], threads: int, 
         environ = {**kept, **setting, "OMP_NUM_THREADS": str(threads)}
         subprocess.run([sys.executable, "-c", code, *words], check=True, env=environ, stdout=subprocess.DEVNULL)
         lines = (Path(log_dir) / "metrics.jsonl").read_text().splitlines()
-    times = [record["perf/train_time"] for record in map(json.loads, lines) if "perf/train_time" in record]
+    times: list[float] = [record["perf/train_time"] for record in map(json.loads, lines) if "perf/train_time" in record]
     return statistics.median(times[2:])
 
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 _SGLANG = """
@@ -83,7 +84,10 @@ def transformers_rate(
 def _model(config: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
     torch.manual_seed(random.Random(0).randrange(1000))
     with torch.device(device):
-        return Qwen3ForCausalLM(Qwen3Config(**json.loads(config))).to(dtype).eval()
+        model: PreTrainedModel = Qwen3ForCausalLM(Qwen3Config(**json.loads(config)))
+    nn.Module.to(model, dtype)  # that of transformers is not annotated
+    model.eval()
+    return model
 
 
 def _synchronize(device: str) -> None:

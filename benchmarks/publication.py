@@ -17,9 +17,10 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ from qwench.weights.plan import PublicationPlan
 from qwench.weights.remote import publish_from_rank
 from qwench.wire.addresses import EngineAddress
 from qwench.wire.checksum import tensor_checksums
-from qwench.wire.portions import WeightBucket, bucketed
+from qwench.wire.portions import WeightBucket, WeightPart, bucketed
 
 TOKEN = "benchmark"
 KV_TOKENS = 4096
@@ -62,10 +63,10 @@ class Weights:
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def weights(self, *, bucket_bytes: int, part: str = "merged") -> Iterator[WeightBucket]:
+    def weights(self, *, bucket_bytes: int, part: WeightPart = "merged") -> Iterator[WeightBucket]:
         return bucketed(self.tensors.items(), bucket_bytes=bucket_bytes)
 
-    def shared_weights(self) -> dict[str, Tensor]:
+    def shared_weights(self, part: WeightPart = "merged") -> dict[str, Tensor]:
         return self.tensors
 
 
@@ -121,12 +122,16 @@ def in_process(
         )
         engine = EmbeddedEngine.from_checkpoint(load_hf_config(folder), settings)
         publish = partial(send, engines=[engine], version=1)
-        yield way, timed(lambda publish=publish: asyncio.run(publish()), rounds=args.rounds, device=source.device)
+        yield way, timed(partial(_await, publish), rounds=args.rounds, device=source.device)
         asyncio.run(engine.close())
 
 
+def _await(publish: Callable[[], Coroutine[object, object, None]]) -> None:
+    asyncio.run(publish())
+
+
 def to_a_server(
-    source: Weights, folder: Path, args: argparse.Namespace, *, gpu: int, ways: Sequence[str]
+    source: Weights, folder: Path, args: argparse.Namespace, *, gpu: int, ways: Sequence[Literal["broadcast", "ipc", "disk"]]
 ) -> Iterator[tuple[str, list[float]]]:
     wanted = [way for way in ways if way in args.ways]
     if not wanted or gpu >= max(torch.cuda.device_count(), 1):

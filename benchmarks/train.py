@@ -119,7 +119,7 @@ def median_ms(work: Callable[[], object]) -> float:
         work()
         mark.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in pairwise(marks))
+    return statistics.median(float(a.elapsed_time(b)) for a, b in pairwise(marks))
 
 
 def qwench_step(folder: Path, batch: RolloutBatch, given: argparse.Namespace, *, recompute: bool) -> tuple[Step, list[int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ def measure(rank: int, given: argparse.Namespace, store: str) -> None:
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=given.gpus)
     buffer = torch.zeros(given.mib << 20, dtype=torch.uint8, device="cuda")
-    ways = {
+    ways: dict[str, tuple[Callable[[], object], float]] = {
         "all-reduce": (lambda: dist.all_reduce(buffer.view(torch.bfloat16)), 2 * (given.gpus - 1) / given.gpus),
         "broadcast": (lambda: dist.broadcast(buffer, 0), 1.0),
     }
