@@ -7,7 +7,6 @@ kernels stay near to.
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -33,13 +32,9 @@ from qwench.models.made.qwen3 import make_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
 from tests.contract.engine_hosts import ask, generate_all, prompt_of, reference_log_probs
 from tests.fakes.orders import server_order
+from tests.gpu.marks import NEEDS_SGLANG
 
-pytestmark = [
-    pytest.mark.gpu(1),
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="needs SGLang"),
-]
+pytestmark = NEEDS_SGLANG
 TOKEN = "secret"
 LONG = 4000
 """New tokens of a response that a test interrupts."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -33,13 +31,9 @@ from qwench.wire.addresses import EngineAddress, Placement, gpu_names, host_name
 from qwench.wire.portions import WeightBucket
 from tests.contract.engine_hosts import ask, prompt_of
 from tests.fakes.orders import server_order
+from tests.gpu.marks import NEEDS_SGLANG
 
-pytestmark = [
-    pytest.mark.gpu(1),
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="needs SGLang"),
-]
+pytestmark = NEEDS_SGLANG
 TOKEN = "secret"
 WORDS = ("--mem-fraction-static", "0.3", "--cuda-graph-max-bs", "8", *os.environ.get("SGLANG_TEST_FLAGS", "").split())
 """SGLANG_TEST_FLAGS names kernels that are installed where the defaults are not."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,13 +33,9 @@ from tests.contract.engine_hosts import ask, generate_all, prompt_of
 from tests.fakes.orders import server_order
 from tests.fakes.sections import adamw
 from tests.fakes.trainer import take_step
+from tests.gpu.marks import NEEDS_SGLANG
 
-pytestmark = [
-    pytest.mark.gpu(1),
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="needs SGLang"),
-]
+pytestmark = NEEDS_SGLANG
 TOKEN = "secret"
 WORDS = ("--mem-fraction-static", "0.4", "--cuda-graph-max-bs", "8", *os.environ.get("SGLANG_TEST_FLAGS", "").split())
 """SGLANG_TEST_FLAGS names kernels that are installed where the defaults are not."""
