@@ -29,12 +29,12 @@ from qwench.engines.embedded.pipeline import StepPipeline, failure_of_step, take
 from qwench.engines.embedded.scheduling.admission import Admission, eos_ids_of
 from qwench.engines.embedded.scheduling.kv_cache import PagePool
 from qwench.engines.embedded.scheduling.request import RunningRequest
+from qwench.engines.embedded.scheduling.request_table import RequestTable
 from qwench.engines.embedded.scheduling.scheduler import Scheduler, count_step
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.embedded.worker import Worker
 from qwench.engines.protocol import (
     EngineStats,
-    FinishReason,
     GenerateRequest,
     GenerateResult,
     MemoryTag,
@@ -70,13 +70,12 @@ class EmbeddedEngine:
         """LoRA adapters that requests may name; while requests run, they change by `change_adapters`."""
         self._version, self._stats = 0, EngineStats()
         self._scheduler: Scheduler | None = None
-        self._requests: dict[str, RunningRequest] = {}
+        self._requests = RequestTable(tokenizer)
         self._worker = Worker(inline=settings.inline, lost=None if self._followers is None else self._followers.lost)
         self._pipeline = StepPipeline(self._runner, self._worker, self._take, overlap=settings.resolved_overlap)
         self._between_steps = asyncio.Lock()
         self._stepping: asyncio.Task[None] | None = None
         self._paused = self._kv_asleep = False
-        self._failure: Exception | None = None
 
     @classmethod
     def from_checkpoint(
@@ -156,14 +155,13 @@ class EmbeddedEngine:
         if progress is not None:
             running.report_to(progress)
         self._ensure_scheduler().add(running)
-        self._requests[request.request_id] = running
+        self._requests.add(running)
         self._start_stepping()
         return running
 
     def drop(self, running: RunningRequest) -> None:
         """Abort an unfinished request whose result is not needed."""
-        if self._requests.get(running.request.request_id) is running:
-            running.finish_reason = FinishReason.ABORT
+        self._requests.drop(running)
 
     async def abort(self, request_id: str | None = None, *, begins: bool = False) -> None:
         """See `Engine.abort`. An unknown id is no error: the request may have ended.
@@ -171,9 +169,7 @@ class EmbeddedEngine:
         Args:
             begins: end every request whose id begins with `request_id`.
         """
-        for name, running in self._requests.items():
-            if request_id is None or name == request_id or (begins and name.startswith(request_id)):
-                running.finish_reason = FinishReason.ABORT
+        self._requests.abort(request_id, begins=begins)
         async with self._between_steps:
             self._drop_aborted()
 
@@ -231,7 +227,7 @@ class EmbeddedEngine:
         if self._followers is not None:
             raise EngineError("an engine of several GPUs takes no adapters; serve them by an engine of one GPU.")
         async with self._at_rest():
-            in_use = {running.adapter.slot for running in self._requests.values()}
+            in_use = {running.adapter.slot for running in self._requests}
             await self._worker.call(lambda: change(self.adapters, in_use))
 
     async def sleep(self, tags: Sequence[MemoryTag]) -> None:
@@ -266,7 +262,7 @@ class EmbeddedEngine:
 
     async def health(self) -> bool:
         """See `Engine.health`."""
-        return self._failure is None and self._weights.ready
+        return self._requests.failure is None and self._weights.ready
 
     async def stats(self) -> EngineStats:
         """See `Engine.stats`."""
@@ -336,40 +332,28 @@ class EmbeddedEngine:
         for running in ended:
             if running.failure is not None:
                 scheduler.remove(running)
-            self._resolve(running)
+            self._requests.answer(running)
 
     def _accept(self, request: GenerateRequest) -> RunningRequest:
         """Check a request and make its state."""
-        if self._failure is not None:
-            raise EngineError(f"request {request.request_id!r} refused: {self._failure}") from self._failure
+        self._requests.check_new(request.request_id)
         if not self._weights.ready:
             raise EngineError(f"request {request.request_id!r} refused: the engine has no weights; publish them first.")
         if self._kv_asleep:
             raise EngineError(f"request {request.request_id!r} refused: the engine sleeps; wake it first.")
-        if request.request_id in self._requests:
-            raise EngineError(f"request id {request.request_id!r} is in use; ids of unfinished requests must differ.")
         adapter = self.adapters.choose(request.adapter)
         return self._admission.accept(request, max_request_tokens=self.max_request_tokens, adapter=adapter)
 
     def _drop_aborted(self) -> None:
-        for running in [r for r in self._requests.values() if r.finish_reason is FinishReason.ABORT]:
+        for running in self._requests.aborted():
             assert self._scheduler is not None
             self._scheduler.remove(running)
-            self._resolve(running)
-
-    def _resolve(self, running: RunningRequest) -> None:
-        del self._requests[running.request.request_id]
-        running.answer(self._tokenizer)
+            self._requests.answer(running)
 
     def _fail(self, cause: Exception) -> None:
         """End all requests, now and later, with an error."""
-        failure = failure_of_step(cause)
         self._pipeline.drop()
-        self._failure = self._failure or failure
-        for running in self._requests.values():
-            if not running.future.done():
-                running.future.set_exception(failure)
-        self._requests.clear()
+        self._requests.fail(failure_of_step(cause))
 
     def _ensure_scheduler(self) -> Scheduler:
         if self._scheduler is None:
@@ -393,7 +377,7 @@ class EmbeddedEngine:
         return WeightReceipt(version=version, checksums=checksums)
 
     def _forget_old_weights(self) -> None:
-        for running in self._requests.values():
+        for running in self._requests:
             if running.request.adapter is None:
                 running.adapter = self.adapters.choose(None)
         if self._scheduler is not None:
