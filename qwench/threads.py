@@ -1,4 +1,4 @@
-"""CPU threads: how many cores this process may use, and how threads wait for each other. Imports without torch.
+"""CPU threads: how many cores this process may use, how threads wait for each other, and daemons. Imports without torch.
 
 OpenMP threads meet at barriers thousands of times in a training step. By default they spin there until the last one comes.
 Beside a busy neighbour the last one is not running, and the spinning of the others keeps it from the core.
@@ -7,8 +7,10 @@ Beside a busy neighbour the last one is not running, and the spinning of the oth
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 _PROC_FILE = Path("/proc/self/cgroup")
 _MOUNT = Path("/sys/fs/cgroup")
@@ -16,6 +18,11 @@ _WAITING: Mapping[str, str] = {
     "GOMP_SPINCOUNT": "1000",  # rounds of spinning before a thread sleeps; libgomp's default is 30 billion
     "KMP_BLOCKTIME": "1",  # milliseconds; LLVM's and Intel's library, default 200
 }
+
+
+def daemon(name: str, target: Callable[..., Any], *arguments: Any) -> Thread:
+    """Return a thread, not started, that keeps no process alive: the interpreter waits for others without a limit."""
+    return Thread(target=target, args=arguments, name=name, daemon=True)
 
 
 def waiting_defaults(environ: Mapping[str, str]) -> dict[str, str]:

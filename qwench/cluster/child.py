@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -19,6 +18,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import TextIO
+
+from qwench.threads import daemon
 
 _MODULE = "qwench.cluster.rank_process"
 _TAIL_LINES = 5
@@ -55,7 +56,7 @@ class ChildProcess:
         )
         theirs.close()
         self._readers = [
-            threading.Thread(target=self._read, args=(stream, log_file, told), name=f"output of {_MODULE}", daemon=True)
+            daemon(f"output of {_MODULE}", self._read, stream, log_file, told)
             for stream, told in ((self._process.stdout, say), (self._process.stderr, None))
         ]
         for reader in self._readers:

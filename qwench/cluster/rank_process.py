@@ -11,7 +11,6 @@ import os
 import pickle
 import queue
 import sys
-import threading
 import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -23,6 +22,7 @@ from qwench.cluster.messages import Answer, Call, Failure
 from qwench.cluster.rank_host import RankHost
 from qwench.observability.parts import dump_stacks_on_signal
 from qwench.observability.stopping import leave_signals_to_driver, wake_with_parent
+from qwench.threads import daemon
 from qwench.wire.memory_files import leave_no_files, remove_folder
 
 HEARTBEAT_S = 2.0
@@ -38,9 +38,9 @@ def main() -> None:
     sys.path[:] = start.import_path
     dump_stacks_on_signal(start.stacks)
     start.heartbeat.touch()
-    threading.Thread(target=_beat, args=(start.heartbeat,), name="heartbeat", daemon=True).start()
+    daemon("heartbeat", _beat, start.heartbeat).start()
     messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(driver, messages, start.exchange_folder), name="driver", daemon=True).start()
+    daemon("driver", _listen, driver, messages, start.exchange_folder).start()
     host = RankHost(start.rank, exchange_folder=start.exchange_folder)
     closed = False
     while not closed:

@@ -9,10 +9,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 
 from qwench.errors import ConfigError
 from qwench.observability.metrics import Axis, Record
+from qwench.threads import daemon
 
 _NO_NAME = re.compile(r"[^a-zA-Z0-9_]")
 _FLAG = "--prometheus-port"
@@ -49,7 +49,7 @@ class PrometheusSink:
 
         self._server = _open(port, Handler)
         self.port: int = self._server.server_address[1]
-        Thread(target=self._server.serve_forever, name="prometheus", daemon=True).start()
+        daemon("prometheus", self._server.serve_forever).start()
 
     def write(self, rollout_id: int, records: Sequence[Record]) -> None:
         """Replace the values by those of the records."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from qwench.errors import Stopped
+from qwench.threads import daemon
 
 _log = logging.getLogger(__name__)
 _TERMINATING = (signal.SIGTERM, signal.SIGHUP)
@@ -53,7 +54,7 @@ class _Stops:
         reader, self._wakeup = socket.socketpair()
         self._wakeup.setblocking(False)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=_end_when_repeated, args=(reader, number, is_noted), name="qwench-stop", daemon=True).start()
+        daemon("qwench-stop", _end_when_repeated, reader, number, is_noted).start()
         if not is_noted:
             raise Stopped(number)
 

@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 from qwench.observability.parts import SILENT_AFTER_S, describe_silence, silent_parts
+from qwench.threads import daemon
 
 Describe = Callable[[], str]
 """Describes what is late; called from another thread, and only when the wait is reported."""
@@ -61,7 +62,7 @@ class WaitWatcher:
         with self._changed:
             self._waits[id(wait)] = wait
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="qwench-waits", daemon=True)
+                self._thread = daemon("qwench-waits", self._run)
                 self._thread.start()
             self._changed.notify()
         try:

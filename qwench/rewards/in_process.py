@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -18,6 +17,7 @@ from qwench.plugins import place_of, raised_at
 from qwench.rewards.custom import FLAG, load_reward, score_wanted
 from qwench.rewards.scores import Answer, read_answer
 from qwench.samples import Sample, Verdict
+from qwench.threads import daemon
 
 _MAX_THREADS = 64  # plain functions at work at once; more would only wait for each other
 _TIMEOUT = Verdict(score=0.0, reason="timeout")
@@ -109,7 +109,7 @@ async def _in_thread(function: Callable[[Any], Answer], argument: Sample | Seque
         with suppress(RuntimeError):  # the loop is closed: no call waits any more
             loop.call_soon_threadsafe(deliver, answer, failure)
 
-    threading.Thread(target=work, name="custom-reward", daemon=True).start()
+    daemon("custom-reward", work).start()
     answer, failure = await outcome
     if failure is not None:
         raise failure

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qwench.errors import WeightSyncError
+from qwench.threads import daemon
 
 _POLL_S = 0.0002
 _WATCHDOG_GRACE = timedelta(minutes=10)
@@ -136,7 +137,7 @@ class WeightGroup:
             except RuntimeError as cause:
                 started.set_exception(cause)
 
-        threading.Thread(target=start, name="qwench-first-broadcast", daemon=True).start()
+        daemon("qwench-first-broadcast", start).start()
         self._wait_for(started.done, deadline)
         return started.result()
 

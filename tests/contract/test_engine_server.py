@@ -146,6 +146,18 @@ def test_an_abort_ends_every_request_whose_id_begins_so_and_no_other(server):
     assert ends == ["abort", "abort", "length", "length"]
 
 
+def test_a_pause_without_a_mode_ends_what_runs(server):
+    body = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 2, "ignore_eos": True}}
+    assert call(server, "/pause_generation", {"mode": "in_place"}, token=TOKEN)[0] == 200
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(call, server, "/generate", body)
+        while call(server, "/server_info", method="GET")[1]["stats"]["num_waiting"] < 1:
+            assert not wait([asked], timeout=0.05).done
+        assert call(server, "/pause_generation", {}, token=TOKEN) == (200, {"status": "ok", "message": "generation is paused"})
+        assert asked.result()[1]["meta_info"]["finish_reason"]["type"] == "abort"
+    assert call(server, "/continue_generation", token=TOKEN) == (200, {"status": "ok", "message": "generation goes on"})
+
+
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
 def test_a_paused_server_answers_only_when_it_goes_on(server, mode):
     body = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 2, "ignore_eos": True}}

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from qwench.threads import quota_cores, usable_cores, waiting_defaults
+from qwench.threads import daemon, quota_cores, usable_cores, waiting_defaults
 
 
 def write(path, text):
@@ -69,3 +69,12 @@ def test_every_verb_sets_how_threads_wait_before_it_imports_torch(tmp_path):
     environ = {name: text for name, text in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environ)
     assert shown.stdout == "1000 False\n"
+
+
+def test_a_daemon_runs_its_function_and_keeps_no_process_alive():
+    said: list[object] = []
+    thread = daemon("speaker", lambda *words: said.extend(words), "a", "b")
+    assert (thread.name, thread.daemon, said) == ("speaker", True, [])
+    thread.start()
+    thread.join()
+    assert said == ["a", "b"]

@@ -18,6 +18,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from qwench.errors import EngineError
+from qwench.threads import daemon
 
 LOOK_S = 1.0
 """Seconds between two checks whether work can still end."""
@@ -55,8 +56,7 @@ class Worker:
         if self._inline:
             return work()
         if self._thread is None:
-            # A daemon: the interpreter waits for other threads without a limit.
-            self._thread = threading.Thread(target=self._run, name="qwench-engine", daemon=True)
+            self._thread = daemon("qwench-engine", self._run)
             self._thread.start()
             atexit.register(self._end)
         promise = Future[Result]()

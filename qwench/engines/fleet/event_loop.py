@@ -17,6 +17,7 @@ from qwench.errors import EngineError
 from qwench.observability.parts import describe_silence, silent_parts, stacks_written
 from qwench.observability.stopping import interruptible
 from qwench.observability.waiting import Describe, joined, say_nothing, waiting
+from qwench.threads import daemon
 
 Result = TypeVar("Result")
 JOIN_TIMEOUT_S = 10.0
@@ -65,7 +66,7 @@ class EventLoopThread:
 
     def __init__(self, name: str = "qwench-engines") -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread = daemon(name, self._loop.run_forever)
         self._thread.start()
 
     def run(

@@ -12,12 +12,12 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from functools import partial
 from types import FrameType
 
 from qwench.observability.stopping import end_with_parent
+from qwench.threads import daemon
 from qwench.wire.memory_files import remove_files_of
 
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         signal.signal(number, _leave_to_command)
     end_with_tether = partial(end_with_parent, os.getpid()) if sys.platform == "linux" else None
     command = subprocess.Popen(argv, stdin=subprocess.DEVNULL, preexec_fn=end_with_tether)  # no other thread runs yet
-    threading.Thread(target=_end_with_owner, args=(os.getppid(),), name="qwench-tether", daemon=True).start()
+    daemon("qwench-tether", _end_with_owner, os.getppid()).start()
     code = command.wait()
     return code if code >= 0 else 128 - code
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from qwench.cluster.messages import Answer, Call, Death, Failure, RankReply, RankTraceback
-from qwench.cluster.workers import WorkerGroup
+from qwench.cluster.workers import RemoteLearner, WorkerGroup
+from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.errors import CheckpointError, ConfigError, TrainingError
+from qwench.observability.console import QuietConsole
+from qwench.samples import Rollout
+from qwench.training.learner import Learned
 
 
 class Clock:
@@ -138,3 +145,89 @@ def test_error_that_all_ranks_raise_leaves_them_in_step():
     assert ranks.ended == 0
     ranks.script = [(1.0, 0, Answer(value=1)), (1.0, 1, Answer(value=2))]
     assert group.call("run", label="publish", timeout_s=100) == [1, 2]
+
+
+class Noting:
+    """Notes the methods that are called on it."""
+
+    def __init__(self) -> None:
+        self.noted: list[tuple[object, ...]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **keywords: self.noted.append((name, *arguments, keywords))
+
+
+class NotingConsole(QuietConsole):
+    """Notes its phases."""
+
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        self.phases.append(name)
+        return super().phase(name)
+
+
+class NotingGroup:
+    """Answers every call alike on two ranks; what is to run on a state is played on one that notes it."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+        self.state = Noting()
+        self.answers: list[object] = [None, None]
+
+    def call(self, method: str, *arguments: object, label: str, timeout_s: float, check: object = None) -> list[object]:
+        if method == "run":
+            arguments[0](self.state)
+            arguments = ()
+        self.calls.append((method, *arguments, label, timeout_s, check))
+        return self.answers
+
+
+def test_each_call_of_the_learner_has_its_label_and_deadline_and_takes_the_answers_of_the_models_first_ranks():
+    group, check, build, console = NotingGroup(), print, SimpleNamespace(), NotingConsole()
+    timeouts = TimeoutConfig(train_timeout=11, checkpoint_timeout=22)
+    learner = RemoteLearner(group, build, console=console, timeouts=timeouts, unit="batch", check=check, first_critic_rank=1)
+    assert group.calls == [("build", build, "build the trainer", 3600.0, check)]
+    group.calls.clear()
+    state, rollout, plan = learner.state, Rollout(rollout_id=7, groups=[]), SimpleNamespace(total_timeout_s=33)
+    group.answers = [Learned(metrics={"a": 1.0}, steps=[]), Learned(metrics={"a": 2.0, "b": 3.0}, steps=[])]
+    assert learner.learn(rollout).metrics == {"a": 1.0, "b": 3.0}
+    assert console.phases == ["start trainer ranks", "train"]
+    group.answers = [[[0.5]], [[0.25]]]
+    assert learner.log_probs(["a", "b"], 0.7) == [[0.5]]
+    group.answers = ["policy", "critic"]
+    assert state.probe_memory("probe") == "policy; critic"
+    state.save(Path("/a"))
+    state.load(Path("/b"), weights_only=True, with_rng=False)
+    state.load(Path("/c"))
+    state.publish(["engine"], 5, plan)
+    state.release_cache()
+    state.sleep()
+    state.wake()
+    group.answers = [None, None]
+    assert list(state.weights(bucket_bytes=64)) == [] and state.shared_weights() is None
+    assert group.calls == [
+        ("learn", rollout, "learn from batch 7", 11, None),
+        ("log_probs", ["a", "b"], 0.7, "score 2 samples", 11, None),
+        ("run", "train on the largest micro-batch", 3600.0, None),
+        ("run", "save to /a", 22, None),
+        ("run", "load /b", 22, None),
+        ("run", "load /c", 22, None),
+        ("run", "publish weight version 5", 33, None),
+        ("run", "free the trainer's cache", 300.0, None),
+        ("run", "move the trainer to the host", 300.0, None),
+        ("run", "move the trainer to its device", 300.0, None),
+        ("open_weights", 64, "merged", "gather weights", 600.0, None),
+        ("next_bucket", "gather weights", 600.0, None),
+    ]
+    assert group.state.noted == [
+        ("probe_memory", "probe", {}),
+        ("save", Path("/a"), {"with_optimizer": True}),
+        ("load", Path("/b"), {"weights_only": True, "with_rng": False}),
+        ("load", Path("/c"), {"weights_only": False, "with_rng": True}),
+        ("publish", ["engine"], 5, plan, {}),
+        ("release_cache", {}),
+        ("sleep", {}),
+        ("wake", {}),
+    ]

@@ -47,6 +47,8 @@ def test_an_answered_sample_keeps_its_lists_and_its_versions_by_request():
     assert facade.loss_mask == [1, 1, 0, 1]
     assert facade.rollout_log_probs == [-0.5, -0.25, 0.0, -1.0]
     assert facade.weight_versions == ["4", "6"]
+    read = to_foreign(answered(cached_tokens=7, input_tokens=9)).prefix_cache_info
+    assert (read.cached_tokens, read.total_prompt_tokens) == (7, 9)
     facade.metadata["level"] = 9
     assert answered().metadata == {"level": 3}
 

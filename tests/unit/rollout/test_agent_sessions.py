@@ -1,6 +1,7 @@
 """Agents behind a session server, over HTTP."""
 
 import asyncio
+import re
 
 import aiohttp
 import pytest
@@ -84,16 +85,52 @@ def test_an_agent_that_was_cut_off_begins_its_conversation_again():
 
 
 async def rewrites(base_url, prompt, request_kwargs, metadata):
-    await ask(base_url, prompt)
-    other = await ask(base_url, [{"role": "user", "content": "other"}, {"role": "assistant", "content": "a"}])
-    colder = await ask(base_url, prompt, temperature=0.5)
-    return {"refused": [status for status, _ in (other, colder)], "why": other[1]["error"]["message"]}
+    _, first = await ask(base_url, prompt, tools=TOOLS)
+    message = first["choices"][0]["message"]
+    (call,) = message["tool_calls"]
+    other_call = {**call, "function": {**call["function"], "arguments": '{"a": 3}'}}
+    more, branches = {"role": "user", "content": "more"}, [{"role": "user", "content": "other"}, message]
+    changed = [*prompt, {**message, "tool_calls": [other_call]}]
+    asked = [(branches, {}), ([*branches, more], {}), ([*changed, more], {}), ([*prompt, message], {})]
+    wanted = {"temperature": 0.5, "top_p": 0.5, "n": 2, "stream": True}
+    asked += [([*prompt, message, more], {name: value}) for name, value in wanted.items()]
+    answers = [await ask(base_url, messages, **more_words) for messages, more_words in asked]
+    same = {"temperature": 1.0, "top_p": 1.0, "n": 1, "stream": False}
+    assert (await ask(base_url, [*prompt, message, more], **same))[0] == 200
+    return {"refused": [(status, answer["error"]["message"]) for status, answer in answers]}
 
 
 def test_a_conversation_that_branches_and_another_sampling_are_refused():
-    made, _ = play(rewrites, ["a", "b"])
-    assert made.metadata["refused"] == [400, 400]
-    assert made.metadata["why"].startswith("a session is linear")
+    made, _ = play(rewrites, [CALL, "b"])
+    linear = (400, "a session is linear: repeat its messages unchanged, and add what is new")
+    wanted = {"temperature": (1.0, 0.5), "top_p": (1.0, 0.5), "n": (1, 2), "stream": (False, True)}
+    others = [(400, f"{name} of a session is {own}, got {other}") for name, (own, other) in wanted.items()]
+    assert made.metadata["refused"] == [linear] * 4 + others
+
+
+async def keeps_all(base_url, prompt, request_kwargs, metadata):
+    _, whole = await ask(base_url, prompt, tools=TOOLS)
+    return {"whole": whole, "asked": [prompt, request_kwargs, metadata]}
+
+
+def test_an_answer_is_a_chat_completion_and_an_agent_is_told_its_sampling_and_its_record():
+    sample = asked()
+    sample.metadata["level"] = 3
+    made, _ = play(keeps_all, [f"think {CALL}"], sample=sample)
+    whole, num_prompt = made.metadata["whole"], len(made.prompt.token_ids)
+    identity, created = whole.pop("id"), whole.pop("created")
+    (call,) = whole["choices"][0]["message"].pop("tool_calls")
+    assert re.fullmatch("chatcmpl-[0-9a-f]{32}", identity) and isinstance(created, int)
+    assert re.fullmatch("call_[0-9a-f]{24}", call.pop("id"))
+    assert call == {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+    assert whole == {
+        "object": "chat.completion",
+        "model": "policy",
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "think "}, "finish_reason": "tool_calls"}],
+        "usage": {"prompt_tokens": num_prompt, "total_tokens": num_prompt + len(made.response_tokens)},
+    }
+    sampling = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 400}
+    assert made.metadata["asked"] == [sample.prompt.messages, sampling, {"level": 3}]
 
 
 async def asks_without_messages(base_url, prompt, request_kwargs, metadata):

@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -20,6 +19,7 @@ from qwench.engines.embedded.compute.runner import Runner
 from qwench.engines.embedded.compute.weights import WeightStore
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.models.architecture import Architecture
+from qwench.threads import daemon
 from qwench.wire.flat_bucket import TensorEntry, size_bytes, unflatten
 from qwench.wire.weight_group import reach_store
 
@@ -46,7 +46,7 @@ def follow(
     """
     parent = multiprocessing.parent_process()
     assert parent is not None, "rank 0 starts this process"
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    daemon("qwench-engine-parent", _end_with, parent.sentinel).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 closes the pipe
     code = 1
     try:

@@ -34,6 +34,7 @@ from qwench.engines.embedded.scheduling.scheduler import StepPlan
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.errors import ConfigError, EngineError, WeightSyncError
 from qwench.models.architecture import Architecture
+from qwench.threads import daemon
 from qwench.wire.flat_bucket import entries_of, flatten_into, size_bytes, unflatten
 from qwench.wire.portions import WeightBucket
 from qwench.wire.weight_group import listening_store
@@ -93,8 +94,8 @@ class Followers:
         except EngineError:
             self._end_processes()
             raise
-        self._leaving = threading.Thread(target=self.group.abort, name="qwench-engine-leaves-ranks", daemon=True)
-        threading.Thread(target=self._watch, name="qwench-engine-ranks", daemon=True).start()
+        self._leaving = daemon("qwench-engine-leaves-ranks", self.group.abort)
+        daemon("qwench-engine-ranks", self._watch).start()
 
     def tell(self, part: str, method: str, *arguments: object) -> None:
         """Make every rank call a method of its part; nothing is waited for.

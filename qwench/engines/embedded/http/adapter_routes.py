@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fastapi import APIRouter, Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from qwench.engines.embedded.compute.adapters import load_folder
 from qwench.engines.embedded.engine import EmbeddedEngine
@@ -20,7 +20,7 @@ _MAX_NAME_CHARS = 256
 class LoadBody(BaseModel):
     """Body of `/load_lora_adapter`."""
 
-    model_config = ConfigDict(extra="ignore")  # pinned: adapters are never evicted
+    # Other fields are ignored, as pinned: adapters are never evicted.
 
     lora_name: str
     lora_path: str
@@ -29,8 +29,6 @@ class LoadBody(BaseModel):
 
 class UnloadBody(BaseModel):
     """Body of `/unload_lora_adapter`."""
-
-    model_config = ConfigDict(extra="ignore")
 
     lora_name: str
 

@@ -6,7 +6,6 @@ import json
 import logging
 import shlex
 import socket
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from qwench.engines.embedded.http.server import EngineServer
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.fleet.servers import check_port_is_free
 from qwench.errors import EngineError
+from qwench.threads import daemon
 
 _logger = logging.getLogger(__name__)
 
@@ -98,9 +98,7 @@ class ServerThread:
                 app, log_level="warning", timeout_graceful_shutdown=1, http=HeaderDeadline, timeout_keep_alive=KEEP_ALIVE_S
             )
         )
-        self._thread = threading.Thread(
-            target=self._server.run, kwargs={"sockets": [self._socket]}, name="qwench-engine-server", daemon=True
-        )
+        self._thread = daemon("qwench-engine-server", self._server.run, [self._socket])
 
     @property
     def base_url(self) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 import torch
 from fastapi import APIRouter, HTTPException, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
@@ -47,7 +47,7 @@ _PICKLES = "serialized_named_tensors"
 class PortionBody(BaseModel):
     """Which bucket this is; SGLang's own clients send neither `index` nor `final`, one request brings them everything."""
 
-    model_config = ConfigDict(extra="ignore")  # flush_cache and the like: a publication always drops cached prefixes
+    # Other fields are ignored, as flush_cache: a publication always drops cached prefixes.
 
     weight_version: str
     index: int = 0
@@ -78,8 +78,6 @@ class BroadcastBody(PortionBody):
 class GroupBody(BaseModel):
     """Body of `/init_weights_update_group`."""
 
-    model_config = ConfigDict(extra="ignore")
-
     master_address: str
     master_port: int = Field(ge=1, le=65_535)
     rank_offset: int = Field(ge=0, lt=2**31)
@@ -99,16 +97,12 @@ class GroupNameBody(BaseModel):
 class DiskBody(BaseModel):
     """Body of `/update_weights_from_disk`."""
 
-    model_config = ConfigDict(extra="ignore")
-
     model_path: str
     weight_version: str | None = None
 
 
 class VersionBody(BaseModel):
     """Body of `/update_weight_version`."""
-
-    model_config = ConfigDict(extra="ignore")
 
     new_version: str
     abort_all_requests: bool = True

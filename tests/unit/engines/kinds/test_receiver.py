@@ -171,6 +171,24 @@ def test_weights_are_confirmed_by_version_and_by_every_checksum():
         confirm({"weight_version": "7", "checksums": {}})
 
 
+def test_an_adapter_is_loaded_given_its_version_and_those_before_it_are_forgotten():
+    server = Server({"loaded_adapters": {"b": "/b"}})
+    asyncio.run(receiver_of(server).take_adapter(Path("/b"), "b", version=7, retired=["a", "z"]))
+    assert server.requests == [
+        ("/load_lora_adapter", {"lora_name": "b", "lora_path": "/b"}, 50.0),
+        ("/update_weight_version", {"new_version": "7", "abort_all_requests": False}, 50.0),
+        ("/unload_lora_adapter", {"lora_name": "a"}, 50.0),
+        ("/unload_lora_adapter", {"lora_name": "z"}, 50.0),
+    ]
+    for loaded in ({"loaded_adapters": {"a": "/a"}}, {"loaded_adapters": None}, {}):
+        with pytest.raises(WeightSyncError, match=f"engine a does not name 'b' .*{loaded.get('loaded_adapters')}"):
+            asyncio.run(receiver_of(Server(loaded)).take_adapter(Path("/b"), "b", version=7, retired=[]))
+    for said in ("there is no adapter 'a'", "Adapter a does not exist."):
+        asyncio.run(receiver_of(Server(refusal=EngineError(said))).forget_adapter("a"))
+    with pytest.raises(EngineError, match="out of memory"):
+        asyncio.run(receiver_of(Server(refusal=EngineError("out of memory"))).forget_adapter("a"))
+
+
 def test_a_folder_is_loaded_by_its_path_and_version():
     server = Server({})
     asyncio.run(receiver_of(server).take_folder(Path("/weights"), version=7))

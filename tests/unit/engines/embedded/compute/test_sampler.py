@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwench.engines.embedded.compute.sampler import CDF_BLOCK, SamplingRows, inverse_cdf, sample, truncate
+from qwench.engines.embedded.compute.sampler import CDF_BLOCK, Draws, SamplingRows, inverse_cdf, sample, truncate
 from qwench.engines.embedded.scheduling.uniform import uniform
 
 MASK = 2**64 - 1
@@ -142,6 +142,25 @@ def test_forbidden_tokens_are_not_drawn_and_do_not_change_log_probs():
     tokens, log_probs, _ = sample(logits, rows)
     assert tokens.tolist() == [1, 2]
     assert log_probs.tolist() == pytest.approx(logits[0].log_softmax(-1)[[1, 2]].tolist(), abs=1e-6)
+
+
+def test_a_request_is_limited_by_the_smallest_limit_of_each_kind_and_by_forbidden_tokens():
+    columns = {
+        "top_k": np.array([0, 1, -1, -1, -1, -1]),
+        "top_p": np.array([1, 1, 0.999, 1, 1, 1], dtype=np.float32),
+        "min_p": np.array([0, 0, 0, 0.001, 0, 0], dtype=np.float32),
+    }
+    rows = rows_of(6, **columns, forbidden=[(5, 2)])
+    assert Draws(params=rows, rows=np.arange(6, dtype=np.int32)).limited.tolist() == [1, 2, 3, 5]
+
+
+def test_draws_are_packed_by_columns_with_rows_that_draw_for_the_scratch_row():
+    params = rows_of(2, uniforms=np.array([0.25, 0.75]), temperature=np.array([0.5, 2.0], dtype=np.float32))
+    packed = Draws(params=params, rows=np.array([4, 3], dtype=np.int32)).packed(3, scratch_row=9)
+    assert packed.dtype == np.int32
+    assert packed[:6].view(np.float64).tolist() == [0.25, 0.75, 0.0]
+    assert packed[6:9].view(np.float32).tolist() == [0.5, 2.0, 1.0]
+    assert packed[9:].tolist() == [4, 3, 9]
 
 
 def test_draws_follow_the_distribution():

@@ -186,6 +186,21 @@ def test_neutral_values_are_accepted():
         ChatBody.model_validate(CHAT).prompts(None, max_tokens=1)
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (GenerateBody, {"text": "a", "unknown": 1}),
+        (GenerateBody, {"text": "a", "sampling_params": {"unknown": 1}}),
+        (CompletionBody, COMPLETION | {"unknown": 1}),
+        (ChatBody, CHAT | {"unknown": 1}),
+        (ChatBody, CHAT | {"stream": True, "stream_options": {"unknown": 1}}),
+    ],
+)
+def test_a_field_that_is_not_known_is_refused(kind, fields):
+    with pytest.raises(ValidationError, match=r"unknown\n  Extra inputs are not permitted"):
+        kind.model_validate(fields)
+
+
 JOIN = {"master_address": "h", "master_port": 1, "rank_offset": 0, "world_size": 1, "timeout_s": 86_400}
 
 

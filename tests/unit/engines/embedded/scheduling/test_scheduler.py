@@ -117,11 +117,15 @@ def test_follower_takes_over_when_the_leader_leaves():
     for request in (leader, heir, third):
         scheduler.add(request)
     step(scheduler)
+    pages, epoch, leader.cached_tokens = list(leader.pages), leader.epoch, 4
     scheduler.remove(leader)
+    assert (leader.pages, leader.followers, leader.num_computed, leader.row, leader.epoch) == ([], [], 0, -1, -1)
+    assert (heir.pages, heir.epoch, heir.cached_tokens, heir.followers) == (pages, epoch, 4, [third])
     plan, _ = step(scheduler)
     assert [(chunk.request, chunk.start) for chunk in plan.prefills] == [(heir, 4)]
     _, sampled = step(scheduler)
     assert sampled == [heir, third]
+    assert (heir.cached_tokens, third.cached_tokens, third.epoch) == (4, 12, epoch)
 
 
 def test_a_waiting_request_that_is_taken_out_is_not_computed():
