@@ -10,12 +10,13 @@ import pytest
 from qwench.engines.protocol import SamplingParams
 from qwench.errors import ConfigError, QwenchError
 from qwench.foreign.functions import Adapters
-from qwench.foreign.sample import RolloutFnTrainOutput
-from qwench.foreign.session import Session, close_session, current_session, open_session, sampling_params
+from qwench.foreign.sample import RolloutFnEvalOutput, RolloutFnTrainOutput
+from qwench.foreign.session import Session, close_session, current_session, open_session, run, sampling_params
+from qwench.rollout.evaluate import EvalResult
 from qwench.rollout.filters import FilterResult
 from qwench.rollout.generate import GenerateContext
 from qwench.rollout.sampling import Sampling
-from qwench.samples import Group, Prompt, Sample
+from qwench.samples import Group, Prompt, Sample, Status
 from tests.fakes.engine import CharTokenizer
 from tests.fakes.grader import FakeGrader
 from tests.unit.rewards.samples import finished
@@ -167,6 +168,154 @@ def test_reward_post_processing_answers_with_two_lists_of_which_the_second_is_le
         QwenchError, match=r"^--custom-reward-post-process-path mine.fn must return raw rewards and rewards, got "
     ):
         adapted([])
+
+
+def context_of(*, scope: str = "train") -> GenerateContext:
+    sampling = Sampling(whole=SamplingParams(max_new_tokens=8, seed=40), seed_by_position=True)
+    return GenerateContext(requests=None, tokenizer=CharTokenizer(), sampling=sampling, rollout_id=6, position=2, scope=scope)
+
+
+@pytest.mark.parametrize("scope", ["train", "eval/held_out"])
+def test_a_generate_function_is_given_the_samples_own_seed_and_what_is_left_of_its_budget(session, scope):
+    seen = []
+
+    async def plain(args, sample, params):
+        seen.append((args, None, params))
+        return sample
+
+    async def told(args, sample, params, evaluation=None):
+        seen.append((args, evaluation, params))
+        return [sample, [sample]]
+
+    class InOne:
+        async def __call__(self, input):  # noqa: A002
+            seen.append((input.args, input.evaluation, input.sampling_params))
+            return SimpleNamespace(samples=input.sample)
+
+    current_session().args = Namespace(sglang_server_concurrency=1, rollout_num_engines=1)
+    current_session().tokenizer = CharTokenizer()
+    sample = finished("abc")
+    sample.append([7, 8, 9], log_probs=[-1.0] * 3, version=0)
+    made = [
+        asyncio.run(Adapters(as_text=True).generate(function, "mine.fn")(sample, context_of(scope=scope)))
+        for function in (plain, told, InOne)
+    ]
+    assert [isinstance(one, list) and len(one) for one in made] == [False, 2, False]
+    args, evaluating = current_session().args, scope != "train"
+    assert [one[:2] for one in seen] == [(args, None), (args, evaluating), (args, evaluating)]
+    for _, _, params in seen:
+        assert (params["max_new_tokens"], params["sampling_seed"]) == (8 - 3, 40 + 2)
+
+
+def groups_of(*texts: str) -> list[Group]:
+    return [Group(group_id=i, samples=[finished(one) for one in text]) for i, text in enumerate(texts)]
+
+
+def texts_of(facades) -> list[list[str]]:
+    return [[one.response for one in group] for group in facades]
+
+
+def test_functions_of_groups_are_given_all_of_them_and_choose_our_own(session):
+    seen, groups = [], groups_of("ab", "cd", "ef")
+
+    def pick(args, rollout_id, buffer, num_samples):
+        seen.append((args, rollout_id, texts_of(buffer), num_samples))
+        return [buffer[2], buffer[0]]
+
+    def remove(args, facades):
+        seen.append((args, texts_of(facades)))
+        facades[0][1].remove_sample = facades[2][0].remove_sample = True
+
+    def look(args, facades, get_samples):
+        seen.append((args, texts_of(facades), get_samples))
+
+    adapters, texts = Adapters(as_text=True), [["a", "b"], ["c", "d"], ["e", "f"]]
+    picked = adapters.buffer_filter(pick, "mine.fn")(groups, 2)
+    assert len(picked) == 2 and picked[0] is groups[2] and picked[1] is groups[0]
+    first, second = adapters.find_removed(remove, "mine.fn")(groups)
+    assert first is groups[0].samples[1] and second is groups[2].samples[0]
+    adapters.on_all_groups(look, "mine.fn")(groups)
+    current_session().data_source = SimpleNamespace(get_samples=len)
+    adapters.on_all_groups(look, "mine.fn")(groups)
+    assert seen == [(ARGS, None, texts, 2), (ARGS, texts), (ARGS, texts, None), (ARGS, texts, len)]
+
+
+def test_hooks_see_each_sample_in_turn_and_what_they_return_takes_its_place(session):
+    seen = []
+
+    def note(args, sample, rollout_id=None, evaluation=None):
+        seen.append((args, sample.response, rollout_id, evaluation))
+
+    async def shout(args, sample):
+        sample.response = sample.response.upper()
+        return sample
+
+    async def write(sample, context):
+        return [finished("a"), finished("b")] if sample is None else finished("c")
+
+    current_session().tokenizer = CharTokenizer()
+    generate = Adapters(as_text=True).with_hooks(write, [(shout, "mine.shout"), (note, "mine.note")])
+    made = asyncio.run(generate(None, context_of(scope="eval/x")))
+    alone = asyncio.run(generate(finished(""), context_of()))
+    assert ([one.response for one in made], alone.response) == (["A", "B"], "C")
+    assert seen == [(ARGS, "A", 6, True), (ARGS, "B", 6, True), (ARGS, "C", 6, False)]
+
+
+def test_functions_that_log_are_given_samples_and_metrics_and_may_take_the_logging_over(session):
+    seen = []
+
+    def log(rollout_id, args, samples, metrics, seconds):
+        seen.append((rollout_id, args, [one.response for one in samples], metrics, seconds))
+        return 1
+
+    def log_evaluation(rollout_id, args, data, metrics):
+        seen.append((rollout_id, args, data, metrics))
+
+    assert Adapters(as_text=True).log_rollout(log, "mine.fn")(3, groups_of("ab", "c"), {"x": 1.0}, 2.5) is True
+    result = EvalResult(name="held_out", groups=groups_of("ab"))
+    result.samples[0].reward, result.samples[1].status = 0.5, Status.TRUNCATED
+    assert Adapters(as_text=True).log_evaluation(log_evaluation, "mine.fn")([result], {"y": 2.0}) is False
+    logged, (rollout_id, args, data, metrics) = seen
+    assert logged == (3, ARGS, ["a", "b", "c"], {"x": 1.0}, 2.5)
+    assert (rollout_id, args, metrics, list(data)) == (0, ARGS, {"y": 2.0}, ["held_out"])
+    assert [one.response for one in data["held_out"].pop("samples")] == ["a", "b"]
+    assert data == {"held_out": {"rewards": [0.5, None], "truncated": [False, True]}}
+
+
+def test_an_evaluation_function_is_measured_by_its_rewards_and_truncations(session):
+    output = RolloutFnEvalOutput(
+        data={
+            "a": {"rewards": [1.0, 0.5, 0.0], "truncated": [True, False, True]},
+            "b": {"rewards": [{"acc": 1, "score": 9}, {"acc": 0, "score": 9}]},
+            "c": {"rewards": [], "truncated": []},
+        },
+        metrics={"own": 3, "text": "x"},
+    )
+    seen = []
+
+    def evaluate(args, rollout_id, data_source, evaluation=False):
+        seen.append((args, rollout_id, data_source, evaluation))
+        built_in = run(current_session().evaluate())
+        assert texts_of([built_in.data["held_out"]["samples"]]) == [["a", "b"]]
+        return output
+
+    async def run_set(one):
+        return EvalResult(name=one, groups=groups_of("ab"))
+
+    async def measured():
+        current_session().loop = asyncio.get_running_loop()
+        return await Adapters(as_text=True).evaluate(evaluate, "mine.fn")(["held_out"], run_set)
+
+    current_session().args, current_session().data_source = Namespace(eval_reward_key="acc"), "source"
+    assert asyncio.run(measured()) == {
+        "eval/own": 3.0,
+        "eval/a": 0.5,
+        "eval/a-truncated_ratio": pytest.approx(2 / 3),
+        "eval/b": 0.5,
+        "eval/c": 0.0,
+        "eval/c-truncated_ratio": 0.0,
+    }
+    assert seen == [(current_session().args, 0, "source", True)]
 
 
 MAKERS = {
