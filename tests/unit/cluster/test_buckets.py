@@ -7,6 +7,7 @@ import torch
 
 from qwench.cluster import buckets
 from qwench.cluster.buckets import make_exchange_folder, pack, unpack
+from qwench.wire.memory_files import RANKS, own_prefix
 
 BUCKET = [
     ("odd", torch.tensor([1, 2, 3], dtype=torch.uint8)),
@@ -38,12 +39,16 @@ def test_memory_that_may_only_be_read_is_copied():
 
 
 def test_an_empty_bucket_arrives_empty(tmp_path: Path):
-    assert unpack(pack([], folder=tmp_path)) == []
+    assert unpack(pack([], folder=tmp_path)) == [] and pack([], folder=None).content.nbytes == 1
 
 
 def test_buckets_go_to_disk_where_shared_memory_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(buckets.tempfile, "tempdir", None)
-    folder = make_exchange_folder(2**60)
-    assert folder.parent == tmp_path
-    folder.rmdir()
+    room = buckets.shutil.disk_usage(buckets.memory_folder())
+    for num_bytes, parent in ((2**60, tmp_path), (50, tmp_path), (49, buckets.memory_folder())):
+        if num_bytes < 2**60:
+            monkeypatch.setattr(buckets.shutil, "disk_usage", lambda _: room._replace(free=100))
+        folder = make_exchange_folder(num_bytes)
+        assert (folder.parent, folder.name.startswith(own_prefix(RANKS))) == (parent, True)
+        folder.rmdir()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwench.cluster.child import end_own_group
 from qwench.cluster.local import LocalRanks
 from qwench.cluster.messages import RankTraceback
 from qwench.cluster.workers import RemoteLearner, WorkerGroup
@@ -179,6 +180,13 @@ def test_a_rank_imports_nothing_from_the_working_folder_and_ends_the_run_when_it
     finally:
         launched.group.close()
     assert_gone(launched.pids)
+
+
+def test_a_process_that_leads_no_group_ends_alone():
+    pid = os.fork()
+    if pid == 0:
+        end_own_group()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
 
 
 @pytest.mark.parametrize("stopped", [False, True])

@@ -88,6 +88,17 @@ def test_requests_carry_the_sets_own_sampling_and_distinct_seeds():
     assert {request.sampling.max_new_tokens for request in engine.requests} == {5}
 
 
+def test_a_function_that_generates_is_told_its_set_and_place():
+    seen = []
+
+    async def write(sample, context):
+        seen.append((sample.prompt.text, context.rollout_id, context.position, context.scope, context.evaluating))
+        return await generate_single_turn(sample, context)
+
+    run([eval_set("x", "a", n=2), replace(eval_set("y", "b"), generate=write)], lambda sample: 1.0, generate=write)
+    assert seen == [("a", 0, 0, "eval/x", True), ("a", 0, 1, "eval/x", True), ("b", 0, 0, "eval/y", True)]
+
+
 def test_bound_on_samples_in_flight_holds():
     engine = FakeEngine(write_ok)
     run([eval_set("s", "abcdef", n=3)], lambda sample: 1.0, engine=engine)

@@ -1,9 +1,12 @@
+from statistics import stdev
+
 import pytest
 
 from qwench.config.config import Config
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.launch.user_functions import load_user_functions
+from qwench.rollout import filters
 from qwench.rollout.filters import check_no_aborted, check_parts_nonzero_std, check_reward_nonzero_std, reward_label
 from qwench.samples import Status, Verdict
 from tests.unit.rollout.scene import group
@@ -14,6 +17,12 @@ def graded(*rewards):
     for sample, reward in zip(of_rewards.samples, rewards, strict=True):
         sample.verdict, sample.reward, sample.status = Verdict(score=reward, reason="x"), reward, Status.COMPLETED
     return of_rewards
+
+
+def of_parts(group, *scores):
+    for sample, math in zip(group.samples, scores, strict=True):
+        sample.verdict = Verdict(score=1.0, reason="x+y", parts={"math": math, "judge": 1 - math})
+    return group
 
 
 def test_group_with_different_rewards_is_kept():
@@ -32,6 +41,12 @@ def test_threshold_is_a_sample_standard_deviation_of_1e_6():
     assert check_reward_nonzero_std(graded(1.0, 1.0 + 1.5e-6)).keep
 
 
+def test_a_deviation_at_the_threshold_is_none(monkeypatch):
+    monkeypatch.setattr(filters, "MIN_STD", stdev([1.0, 4.0]))
+    assert not check_reward_nonzero_std(graded(1.0, 4.0)).keep
+    assert not check_parts_nonzero_std(of_parts(graded(1.0, 1.0), 1.0, 4.0)).keep
+
+
 def test_single_sample_has_no_deviation():
     assert not check_reward_nonzero_std(graded(1.0)).keep
 
@@ -48,9 +63,7 @@ def test_zero_of_an_ungraded_sample_makes_no_difference():
 
 def test_equal_sums_of_rewards_that_differ_are_kept_where_they_are_compared_apart():
     """GDPO compares each reward apart: (1, 0) and (0, 1) have the sum 1, and both rewards teach."""
-    several = graded(1.0, 1.0)
-    for sample, math in zip(several.samples, (1.0, 0.0), strict=True):
-        sample.verdict = Verdict(score=1.0, reason="x+y", parts={"math": math, "judge": 1 - math})
+    several = of_parts(graded(1.0, 1.0), 1.0, 0.0)
     assert check_parts_nonzero_std(several).keep
     assert not check_reward_nonzero_std(several).keep
     several.samples[1].verdict = several.samples[0].verdict

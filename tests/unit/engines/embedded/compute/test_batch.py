@@ -43,7 +43,11 @@ def test_a_step_of_decodes_prompts_and_scores_is_packed_token_by_token():
     """Pages of 4 tokens: one decode, the second chunk of a prompt with a sibling, an unfinished one, and one that scores."""
     page_table = np.array([[3, 5, 0], [2, 7, 0], [4, 6, 0], [8, 9, 0], [1, 1, 1]], dtype=np.int32)
     whole, scoring = request_of(1, [10, 11, 12, 13, 14, 15], 3), Scoring(start=2, top_k=0, token_ids=())
-    begun, scores, fork = request_of(2, [20, 21, 22, 23], 0), request_of(3, [30, 31, 32, 33], 1, scoring=scoring), decoding(4, 6)
+    begun, scores, fork = (
+        request_of(2, [20, 21, 22, 23], 0),
+        request_of(3, [30, 31, 32, 33], 1, scoring=scoring),
+        decoding(4, 6),
+    )
     chunks = [
         PrefillChunk(request=whole, start=3, count=3, is_last=True),
         PrefillChunk(request=begun, start=0, count=2, is_last=False),
