@@ -178,7 +178,7 @@ class PackedDecoder:
         adapters = weights.adapters
         qkv = self._multiply(normed_1, weights.qkv, adapters.qkv)
         q, k = self._rotated(qkv, weights, None, sequences)
-        attended, state = sequences.attention.forward(q, k, self._values(qkv), scale=self._scale)
+        attended, state = sequences.attention.forward(q, k, self._heads.values(qkv), scale=self._scale)
         output = self._multiply(attended.flatten(1), weights.output, adapters.output)
         summed_2, normed_2 = self._forwards.add_rms_norm(summed_1, output, weights.mlp_norm, self._eps)
         gate_up = self._multiply(normed_2, weights.gate_up, adapters.gate_up)
@@ -207,7 +207,7 @@ class PackedDecoder:
             grad_attended.view_as(kept.attended),
             q,
             k,
-            self._values(kept.qkv),
+            self._heads.values(kept.qkv),
             kept.attended,
             kept.attention_state,
             scale=self._scale,
@@ -263,11 +263,6 @@ class PackedDecoder:
             return None
         q_sum, k_sum = weights.qk_norms if sums is None or sums.qk_norms is None else sums.qk_norms
         return QkNorms(q_weight=weights.qk_norms[0], k_weight=weights.qk_norms[1], q_sum=q_sum, k_sum=k_sum)
-
-    def _values(self, qkv: Tensor) -> Tensor:
-        """Return the values [T, kv_heads, K], rows as far apart as those of `qkv`."""
-        values: Tensor = qkv.split(self._heads.sizes, dim=-1)[2].unflatten(-1, (-1, self._heads.head_dim))
-        return values
 
     def _rope_table(self, like: Tensor) -> Tensor:
         if self._rope is None:

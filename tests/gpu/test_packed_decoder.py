@@ -43,11 +43,12 @@ def test_norm_and_activation(size: int) -> None:
         assert one is not None and other is not None and _error(one, other) < 1e-3
 
 
+@pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("num_heads", [16, 40])
-def test_rotation(num_heads: int) -> None:
+def test_rotation(num_heads: int, grouped: bool) -> None:
     import qwench.models.decoder.gradients_triton as kernels  # noqa: PLC0415 - Triton comes with GPU builds of PyTorch
 
-    heads = Heads(heads=num_heads, kv_heads=8, head_dim=128)
+    heads = Heads(heads=num_heads, kv_heads=8, head_dim=128, grouped=grouped)
     qkv, table = _draw(200, (num_heads + 16) * 128), _draw(512, 128)
     positions = torch.randint(512, (200,), device="cuda")
     grads = _draw(200, num_heads, 128), _draw(200, 8, 128), _draw(200, 8, 128)
@@ -93,7 +94,8 @@ def test_attention_and_its_backward(implementation: str) -> None:
     if implementation == "cudnn" and not cudnn_attention.is_available():
         pytest.skip("needs nvidia-cudnn-frontend")
     lengths = [100, 1, 300]
-    q, k, v, grad = _draw(401, 8, 128), _draw(401, 4, 128), _draw(401, 4, 128), _draw(401, 8, 128)
+    q, k, grad = _draw(401, 8, 128), _draw(401, 4, 128), _draw(401, 8, 128)
+    v = _draw(401, 4, 4, 128)[:, :, -1]  # of a projection in groups
     attention = attention_of(implementation, lengths, q.device)
     output, saved = attention.forward(q, k, v, scale=128**-0.5)
     got = output, *attention.backward(grad, q, k, v, output, saved, scale=128**-0.5)

@@ -22,11 +22,29 @@ class Heads:
     heads: int
     kv_heads: int
     head_dim: int
+    grouped: bool = False
+    """Each key and its value follow the queries that read them (Megatron). False: all queries, all keys, all values."""
 
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Return the columns of queries, keys and values."""
-        return self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim
+    def values(self, qkv: Tensor) -> Tensor:
+        """Return a view [T, kv_heads, K] of the values."""
+        last = qkv if self.grouped else qkv[:, -self.kv_heads * self.head_dim :]
+        values: Tensor = last.unflatten(-1, (self.kv_heads, -1, self.head_dim))[:, :, -1]
+        return values
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries [T, heads, K], keys and values [T, kv_heads, K]; grouped queries are a copy."""
+        if self.grouped:
+            groups = qkv.unflatten(-1, (self.kv_heads, -1, self.head_dim))
+            return groups[:, :, :-2].flatten(1, 2), groups[:, :, -2], groups[:, :, -1]
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        return q, k, v
+
+    def join(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Undo `split`."""
+        if self.grouped:
+            parts = (q.unflatten(1, (self.kv_heads, -1)), k.unsqueeze(2), v.unsqueeze(2))
+            return torch.cat(parts, dim=2).flatten(1)
+        return torch.cat((q, k, v), dim=1).flatten(1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,11 +74,11 @@ def qk_norm_rope(
     """Return normed and rotated queries [T, H, K] and keys [T, kv_heads, K].
 
     Args:
-        qkv: [T, (H + 2 kv_heads) K]
+        qkv: [T, (H + 2 kv_heads) K], divided as `heads` says.
         rope_table: [positions, K], cosines beside sines, in the dtype of `qkv`.
         positions: [T]
     """
-    q, k, _ = (part.unflatten(-1, (-1, heads.head_dim)) for part in qkv.split(heads.sizes, dim=-1))
+    q, k, _ = heads.split(qkv)
     if norms is not None:
         q = functional.rms_norm(q, norms.q_weight.shape, norms.q_weight, eps)
         k = functional.rms_norm(k, norms.k_weight.shape, norms.k_weight, eps)
@@ -81,11 +99,11 @@ def qk_norm_rope_backward(
     cos, sin = rope_table[positions].unsqueeze(1).chunk(2, dim=-1)
     back = [rotate(grad.float(), cos.float(), -sin.float()) for grad in grads[:2]]
     if norms is not None:
-        q, k, _ = (part.unflatten(-1, (-1, heads.head_dim)).float() for part in qkv.split(heads.sizes, dim=-1))
+        q, k, _ = (part.float() for part in heads.split(qkv))
         for i, (x, weight, total) in enumerate(((q, norms.q_weight, norms.q_sum), (k, norms.k_weight, norms.k_sum))):
             back[i], grad_weight = _norm_gradients(x, weight.float(), back[i], eps)
             total += grad_weight.flatten(0, -2).sum(0)
-    return torch.cat([part.flatten(1).to(qkv.dtype) for part in (*back, grads[2])], dim=-1)
+    return heads.join(*(part.to(qkv.dtype) for part in (*back, grads[2])))
 
 
 def silu_mul_backward(gate_up_T2F: Tensor, grad_TF: Tensor, *, recompute: bool = True) -> tuple[Tensor, Tensor | None]:

@@ -137,6 +137,7 @@ def _shape(heads: Heads) -> dict[str, int]:
         "KV_HEADS": heads.kv_heads,
         "HEADS_PAD": triton.next_power_of_2(heads.heads),
         "KV_HEADS_PAD": triton.next_power_of_2(heads.kv_heads),
+        "GROUPED": heads.grouped,
         "HALF": half,
         "HALF_PAD": triton.next_power_of_2(half),
         "num_warps": min(max(tile // 256, 1), 8),
@@ -203,6 +204,18 @@ def _rms_norm_backward(
 
 
 @triton.jit
+def _places(head, kv_head, half, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUPED: tl.constexpr, HALF: tl.constexpr):
+    """Return where queries, keys and values, [heads, HALF_PAD], lie in a row of the projection; see `gradients.Heads`."""
+    if GROUPED:
+        size: tl.constexpr = HEADS // KV_HEADS
+        q, k, after = head + head // size * 2, kv_head * (size + 2) + size, 1
+    else:
+        q, k, after = head, HEADS + kv_head, KV_HEADS
+    k_place = k[:, None] * (2 * HALF) + half[None, :]
+    return q[:, None] * (2 * HALF) + half[None, :], k_place, k_place + after * 2 * HALF
+
+
+@triton.jit
 def _load_halves(pointer, offset, mask, HALF: tl.constexpr):
     """Return both halves of heads, float32."""
     first = tl.load(pointer + offset, mask=mask, other=0.0).to(tl.float32)
@@ -247,6 +260,7 @@ def _qk_norm_rope(
     KV_HEADS: tl.constexpr,
     HEADS_PAD: tl.constexpr,
     KV_HEADS_PAD: tl.constexpr,
+    GROUPED: tl.constexpr,
     HALF: tl.constexpr,
     HALF_PAD: tl.constexpr,
 ):
@@ -257,14 +271,15 @@ def _qk_norm_rope(
     rope = rope_pointer + tl.load(position_pointer + token).to(tl.int64) * (2 * HALF)
     cos, sin = _load_halves(rope, half, inside, HALF)
     cos, sin = cos[None, :], sin[None, :]
+    q_place, k_place, _ = _places(head, kv_head, half, HEADS, KV_HEADS, GROUPED, HALF)
     q_offset = head[:, None] * (2 * HALF) + half[None, :]
     q_mask = (head < HEADS)[:, None] & inside[None, :]
-    q_1, q_2 = _load_halves(qkv_pointer + token * stride, q_offset, q_mask, HALF)
+    q_1, q_2 = _load_halves(qkv_pointer + token * stride, q_place, q_mask, HALF)
     q_1, q_2 = _normed_and_rotated(q_1, q_2, q_weight_pointer, cos, sin, half, inside, eps, HAS_NORM, HALF, dtype)
     _store_halves(q_pointer + token * (HEADS * 2 * HALF), q_offset, q_mask, q_1, q_2, HALF)
     k_offset = kv_head[:, None] * (2 * HALF) + half[None, :]
     k_mask = (kv_head < KV_HEADS)[:, None] & inside[None, :]
-    k_1, k_2 = _load_halves(qkv_pointer + token * stride + HEADS * 2 * HALF, k_offset, k_mask, HALF)
+    k_1, k_2 = _load_halves(qkv_pointer + token * stride, k_place, k_mask, HALF)
     k_1, k_2 = _normed_and_rotated(k_1, k_2, k_weight_pointer, cos, sin, half, inside, eps, HAS_NORM, HALF, dtype)
     _store_halves(k_pointer + token * (KV_HEADS * 2 * HALF), k_offset, k_mask, k_1, k_2, HALF)
 
@@ -298,16 +313,16 @@ def _qk_norm_rope_backward(
     KV_HEADS: tl.constexpr,
     HEADS_PAD: tl.constexpr,
     KV_HEADS_PAD: tl.constexpr,
+    GROUPED: tl.constexpr,
     HALF: tl.constexpr,
     HALF_PAD: tl.constexpr,
 ):
     token, num_programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     head, kv_head, half = tl.arange(0, HEADS_PAD), tl.arange(0, KV_HEADS_PAD), tl.arange(0, HALF_PAD)
     inside = half < HALF
+    q_place, k_place, v_place = _places(head, kv_head, half, HEADS, KV_HEADS, GROUPED, HALF)
     q_offset, k_offset = head[:, None] * (2 * HALF) + half[None, :], kv_head[:, None] * (2 * HALF) + half[None, :]
     q_mask, k_mask = (head < HEADS)[:, None] & inside[None, :], (kv_head < KV_HEADS)[:, None] & inside[None, :]
-    q_size: tl.constexpr = HEADS * 2 * HALF
-    k_size: tl.constexpr = KV_HEADS * 2 * HALF
     if HAS_NORM:
         q_weight_1, q_weight_2 = _load_halves(q_weight_pointer, half, inside, HALF)
         k_weight_1, k_weight_2 = _load_halves(k_weight_pointer, half, inside, HALF)
@@ -316,26 +331,26 @@ def _qk_norm_rope_backward(
     q_sum_1, q_sum_2, k_sum_1, k_sum_2 = q_zero, q_zero, k_zero, k_zero
     while token < num_tokens:
         rope = rope_pointer + tl.load(position_pointer + token).to(tl.int64) * (2 * HALF)
-        row = token * (q_size + 2 * k_size)
+        row = token * ((HEADS + 2 * KV_HEADS) * 2 * HALF)
         # All loads come before the first store, so that all are under way at once.
         cos, sin = _load_halves(rope, half[None, :], inside[None, :], HALF)
-        q_turned_1, q_turned_2 = _load_halves(grad_q_pointer + token * q_size, q_offset, q_mask, HALF)
-        k_turned_1, k_turned_2 = _load_halves(grad_k_pointer + token * k_size, k_offset, k_mask, HALF)
-        value_1, value_2 = _load_halves(grad_v_pointer + token * k_size, k_offset, k_mask, HALF)
+        q_turned_1, q_turned_2 = _load_halves(grad_q_pointer + token * (HEADS * 2 * HALF), q_offset, q_mask, HALF)
+        k_turned_1, k_turned_2 = _load_halves(grad_k_pointer + token * (KV_HEADS * 2 * HALF), k_offset, k_mask, HALF)
+        value_1, value_2 = _load_halves(grad_v_pointer + token * (KV_HEADS * 2 * HALF), k_offset, k_mask, HALF)
         if HAS_NORM:
-            q_1, q_2 = _load_halves(qkv_pointer + row, q_offset, q_mask, HALF)
-            k_1, k_2 = _load_halves(qkv_pointer + row + q_size, k_offset, k_mask, HALF)
+            q_1, q_2 = _load_halves(qkv_pointer + row, q_place, q_mask, HALF)
+            k_1, k_2 = _load_halves(qkv_pointer + row, k_place, k_mask, HALF)
         grad_1, grad_2 = q_turned_1 * cos + q_turned_2 * sin, q_turned_2 * cos - q_turned_1 * sin
         if HAS_NORM:
             grad_1, grad_2, part_1, part_2 = _norm_gradients(q_1, q_2, q_weight_1, q_weight_2, grad_1, grad_2, eps, HALF)
             q_sum_1, q_sum_2 = q_sum_1 + part_1, q_sum_2 + part_2
-        _store_halves(output_pointer + row, q_offset, q_mask, grad_1, grad_2, HALF)
+        _store_halves(output_pointer + row, q_place, q_mask, grad_1, grad_2, HALF)
         grad_1, grad_2 = k_turned_1 * cos + k_turned_2 * sin, k_turned_2 * cos - k_turned_1 * sin
         if HAS_NORM:
             grad_1, grad_2, part_1, part_2 = _norm_gradients(k_1, k_2, k_weight_1, k_weight_2, grad_1, grad_2, eps, HALF)
             k_sum_1, k_sum_2 = k_sum_1 + part_1, k_sum_2 + part_2
-        _store_halves(output_pointer + row + q_size, k_offset, k_mask, grad_1, grad_2, HALF)
-        _store_halves(output_pointer + row + q_size + k_size, k_offset, k_mask, value_1, value_2, HALF)
+        _store_halves(output_pointer + row, k_place, k_mask, grad_1, grad_2, HALF)
+        _store_halves(output_pointer + row, v_place, k_mask, value_1, value_2, HALF)
         token += num_programs
     partial = partial_pointer + tl.program_id(0) * (4 * HALF)
     _store_halves(partial, half, inside, tl.sum(q_sum_1, axis=0), tl.sum(q_sum_2, axis=0), HALF)

@@ -18,7 +18,7 @@ def split_heads(
     """Return normed and rotated queries [t, H, K] and keys [t, G, K], and values [t, G, K].
 
     Args:
-        qkv: [t, (H + 2 G) * K], for each of G groups its queries, its key and its value.
+        qkv: [t, (H + 2 G) * K]; the values are a view of it.
         q_norm: [K], or None where the model has no such norms.
         table: see `qk_norm_rope`.
     """
@@ -48,27 +48,20 @@ class _SplitHeads(torch.autograd.Function):
         positions: Tensor,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        apart = torch.empty_like(qkv)
-        for part, group in zip(_parts(apart, heads), _parts_of_groups(qkv, heads), strict=True):
-            part.copy_(group)
         norms = _norms(q_norm, k_norm)
-        query, key = kernels_on(qkv.device)[1].qk_norm_rope(apart, heads, norms, table, positions, eps)
-        ctx.save_for_backward(apart, table, positions)
+        query, key = kernels_on(qkv.device)[1].qk_norm_rope(qkv, heads, norms, table, positions, eps)
+        ctx.save_for_backward(qkv, table, positions)
         ctx.norms, ctx.heads, ctx.eps = norms, heads, eps
-        return query, key, apart[:, -heads.sizes[2] :].unflatten(-1, (-1, heads.head_dim))
+        return query, key, heads.values(qkv)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        apart, table, positions = ctx.saved_tensors
-        heads, norms = ctx.heads, ctx.norms
-        contiguous = tuple(grad.contiguous() for grad in grads)
-        backwards = kernels_on(apart.device)[1]
-        grad_apart = backwards.qk_norm_rope_backward(apart, heads, norms, table, positions, contiguous, ctx.eps)
-        grad = torch.empty_like(grad_apart)
-        for group, part in zip(_parts_of_groups(grad, heads), _parts(grad_apart, heads), strict=True):
-            group.copy_(part)
-        sums = (None, None) if norms is None else (norms.q_sum.to(apart.dtype), norms.k_sum.to(apart.dtype))
+        qkv, table, positions = ctx.saved_tensors
+        norms, contiguous = ctx.norms, tuple(grad.contiguous() for grad in grads)
+        backwards = kernels_on(qkv.device)[1]
+        grad = backwards.qk_norm_rope_backward(qkv, ctx.heads, norms, table, positions, contiguous, ctx.eps)
+        sums = (None, None) if norms is None else (norms.q_sum.to(qkv.dtype), norms.k_sum.to(qkv.dtype))
         return grad, *sums, None, None, None, None
 
 
@@ -95,15 +88,3 @@ def _norms(q_norm: Tensor | None, k_norm: Tensor | None) -> QkNorms | None:
         return None
     sums = torch.zeros((2, len(q_norm)), dtype=torch.float32, device=q_norm.device)
     return QkNorms(q_weight=q_norm, k_weight=k_norm, q_sum=sums[0], k_sum=sums[1])
-
-
-def _parts(apart: Tensor, heads: Heads) -> list[Tensor]:
-    """Return views [t, G, n, K] of queries, keys and values that lie one after the other."""
-    return [part.unflatten(-1, (heads.kv_heads, -1, heads.head_dim)) for part in apart.split(heads.sizes, dim=-1)]
-
-
-def _parts_of_groups(qkv: Tensor, heads: Heads) -> tuple[Tensor, ...]:
-    """Return views [t, G, n, K] of queries, keys and values that lie group by group."""
-    groups = qkv.unflatten(-1, (heads.kv_heads, -1, heads.head_dim))
-    parts: tuple[Tensor, ...] = groups.split((heads.heads // heads.kv_heads, 1, 1), dim=2)
-    return parts

@@ -103,7 +103,8 @@ class PackedSelfAttention(SelfAttention):
     def _attend(self, qkv: Tensor, *, packed: PackedTokens) -> Tensor:
         """Return [t, 1, H * K] for the product [t, 1, (H + 2 G) * K] of this rank's tokens, query groups side by side."""
         config, heads = self.config, self.num_attention_heads_per_partition
-        shape = Heads(heads=heads, kv_heads=self.num_query_groups_per_partition, head_dim=config.kv_channels)
+        groups = self.num_query_groups_per_partition
+        shape = Heads(heads=heads, kv_heads=groups, head_dim=config.kv_channels, grouped=True)
         weights = [None if norm is None else getattr(norm, "weight", None) for norm in (self.q_layernorm, self.k_layernorm)]
         query, key, value = split_heads(
             qkv.squeeze(1), *weights, heads=shape, table=packed.rope, positions=packed.positions, eps=config.layernorm_epsilon
