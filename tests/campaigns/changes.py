@@ -44,6 +44,7 @@ def code_of(tree: ast.AST) -> Iterator[ast.AST]:
     yield tree
     for field, value in ast.iter_fields(tree):
         silent = field in ("annotation", "returns", "decorator_list", "msg") or (field == "exc" and isinstance(tree, ast.Raise))
+        silent |= field == "type" and isinstance(tree, ast.ExceptHandler)  # a set of errors, whose order means nothing
         if silent or (isinstance(tree, ast.Assign) and _is_alias(tree)):
             continue
         for node in value if isinstance(value, list) else [value]:

@@ -56,6 +56,25 @@ def test_its_rewards_are_learned_from_and_its_raw_ones_logged():
     assert ROLLOUT.samples[0].sample_id == 8 and "converted_reward" not in ROLLOUT.samples[0].metadata
 
 
+def test_every_known_key_may_be_there_and_those_that_are_read_have_an_entry_for_each_sample():
+    read = {
+        "teacher_log_probs": lambda samples: [[-2.0] * one.response_length for one in samples],
+        **{
+            name: lambda samples, name=name: as_there(ARGS, samples)[name] for name in as_there(ARGS, []) if name != "truncated"
+        },
+    }
+    of_logs = ("truncated", "total_lengths", "metadata", "round_number", "source_names", "prompt")
+
+    def whole(args, samples):
+        return {name: make(samples) for name, make in read.items()} | dict.fromkeys(of_logs, ())
+
+    made = convert(whole)
+    assert [one.teacher_log_probs for one in made.samples] == [[-2.0] * 3, [-2.0] * 2]
+    for name in read:
+        with pytest.raises(TrainingError, match=rf"returned (1 {name} for 2 samples|\d \w+ for 1 samples)\."):
+            convert(lambda args, samples, name=name: (data := whole(args, samples)) | {name: data[name][:1]})
+
+
 def test_tokens_of_unknown_versions_count_as_those_of_version_0():
     one = sample(8, 1.0)
     one.weight_versions = [-1, -1, -1]

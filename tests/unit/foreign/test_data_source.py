@@ -143,6 +143,18 @@ def test_the_references_own_source_has_the_order_of_the_runs(args):
     assert len(source) == 5 and [group[0].label for group in theirs[:5]] != ["0", "1", "2", "3", "4"]
 
 
+@pytest.mark.parametrize("templated", [False, True])
+def test_a_prompt_is_handed_on_as_it_was_given_or_rendered_by_the_template(args, templated):
+    rows = [{"input": [{"role": "user", "content": "hi"}], "label": "1", "metadata": {"level": 3}}]
+    rows += [] if templated else [{"input": {"free": [1]}, "label": "2"}]
+    Path(args.prompt_data).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args.apply_chat_template, args.rollout_shuffle = templated, False
+    groups = RolloutDataSource(args).get_samples(len(rows))
+    rendered = TOKENIZER.apply_chat_template(rows[0]["input"], tokenize=False, add_generation_prompt=True)
+    assert [group[0].prompt for group in groups] == ([rendered] if templated else [row["input"] for row in rows])
+    assert [(group[0].label, group[0].metadata) for group in groups] == [("1", {"level": 3}), ("2", {})][: len(rows)]
+
+
 @pytest.mark.parametrize("num_groups", [3, 7], ids=["first epoch", "second epoch"])
 def test_the_references_own_source_goes_on_where_it_was_saved(args, num_groups: int):
     source = RolloutDataSourceWithBuffer(args)

@@ -24,6 +24,20 @@ def test_tokens_are_appended_with_mask_log_probs_and_what_the_engine_said():
         sample.append_response_tokens(tokens=[1, 2], log_probs=[0.0])
 
 
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"loss_mask": [1]}, "loss_mask has 1 entries for 2 response tokens"),
+        ({"rollout_log_probs": [0.0] * 3}, "rollout_log_probs has 3 entries for 2 response tokens"),
+        ({"tokens": [1]}, "1 tokens cannot hold a response of 2"),
+    ],
+)
+def test_lists_of_another_length_than_the_response_are_refused(fields, problem):
+    with pytest.raises(ValueError, match=problem):
+        Sample(**{"tokens": [1, 2], "response_length": 2, **fields}).validate()
+    Sample(tokens=[1, 2], response_length=2, loss_mask=[1, 0], rollout_log_probs=[0.0, 0.0]).validate()
+
+
 def test_the_end_of_a_response_is_removed_and_a_retry_starts_over():
     sample = Sample(tokens=[1, 104, 105], response_length=2, loss_mask=[1, 1], rollout_log_probs=[0.0, -1.0])
     sample.strip_last_output_tokens(1, CharTokenizer())
