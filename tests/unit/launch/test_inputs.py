@@ -7,13 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.config import Config
 from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.errors import ConfigError
-from qwench.launch.inputs import Inputs, plan_inputs, read_eval_prompts, read_training_prompts
+from qwench.launch.inputs import (
+    Inputs,
+    local_device,
+    plan_inputs,
+    read_conversations,
+    read_eval_prompts,
+    read_training_prompts,
+)
 from qwench.launch.trainer import make_memory_probe
 from tests.contract.engine_hosts import make_model
 from tests.unit.launch.test_generation import eval_settings
@@ -45,6 +53,48 @@ def test_prompts_that_leave_no_position_for_a_response_are_dropped_and_said(
     caplog.clear()
     assert [prompt.text for prompt in read_eval_prompts(inputs)["held_out"].prompts] == ["b" * 15, "c"]
     assert caplog.messages == ["evaluation set held_out: dropped 1 of 3 prompts longer than 15 tokens"]
+
+
+def test_conversations_of_training_and_of_each_set_are_read_by_their_own_keys(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def write(name: str, key: str, answers: list[str]) -> str:
+        path = tmp_path / f"{name}.jsonl"
+        rows = [{key: [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]} for text in answers]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    made = inputs_with(tmp_path, "unused", positions=4096, response=1)
+    data = replace(made.config.data, prompt_data=write("train", "talk", ["a", "b"]), input_key="talk", loss_mask_type="qwen")
+    rollout = replace(made.config.rollout, rollout_max_context_len=40)
+    held_out = eval_settings(name="held_out", input_key="turns", path=write("held_out", "turns", ["c", "d" * 50]))
+    inputs = replace(
+        made,
+        config=replace(made.config, data=data, rollout=rollout),
+        plan=replace(made.plan, eval_sets=(held_out,)),
+    )
+    trained, sets = read_conversations(inputs)
+    assert (len(trained.examples), trained.num_too_long) == (2, 0)
+    assert {name: (len(one.examples), one.num_too_long) for name, one in sets.items()} == {"held_out": (1, 1)}
+    trains_on_other_text = (
+        "trains on other text than the chat template marks as the assistant's, in 2 conversations, the first at"
+    )
+    assert [message.partition(trains_on_other_text)[0] for message in caplog.messages] == [
+        "--prompt-data: --loss-mask-type qwen ",
+        "evaluation set held_out: dropped 1 conversations longer than 40 tokens (--rollout-max-context-len or the model) and 0 "
+        "without a token to train on; 1 are left",
+        "evaluation set held_out: --loss-mask-type qwen ",
+    ]
+
+
+def test_a_rank_computes_on_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert local_device() == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert local_device() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert local_device() == torch.device("cuda", 3)
 
 
 def test_a_pool_smaller_than_the_longest_prompt_and_one_response_is_refused(tmp_path: Path) -> None:

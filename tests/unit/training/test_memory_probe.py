@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -17,7 +18,7 @@ from qwench.config.sections.training import TrainingConfig
 from qwench.errors import TrainingError
 from qwench.training.critic import Critic
 from qwench.training.memory_budget import ActivationBudget
-from qwench.training.memory_probe import Longest, MemoryProbe, largest_lengths
+from qwench.training.memory_probe import Longest, MemoryProbe, _loss, largest_lengths
 from tests.fakes.trainer import TableTrainer
 from tests.unit.config.architectures import QWEN3_4B
 
@@ -152,3 +153,11 @@ def test_too_little_memory_ends_in_one_line_with_the_flag_and_the_bytes() -> Non
     assert text.endswith(
         " GiB; lower --micro-batch-size. If no rollout becomes so large, --no-memory-probe starts without the check."
     )
+
+
+def test_every_trained_position_gives_its_score_and_its_entropy_a_gradient() -> None:
+    scores, entropy = (torch.zeros(3, requires_grad=True) for _ in range(2))
+    found = _loss(scores, entropy, SimpleNamespace(loss_mask=torch.tensor([True, False, True])))
+    found.loss.backward()
+    assert scores.grad.tolist() == entropy.grad.tolist() == [1.0, 0.0, 1.0]
+    assert found.metrics == {}

@@ -21,6 +21,7 @@ def test_means_over_samples_of_the_means_over_trained_tokens():
         rewards=torch.tensor([0.5, -0.5]),
         old_log_probs=[torch.tensor([-1.0, -1.0]), torch.tensor([-2.0, 9.0, 9.0, 9.0])],
         advantages=[torch.tensor([0.5, 0.5]), torch.full((4,), -0.5)],
+        overlong_penalties=torch.tensor([0.0, -0.5]),
     )
     assert rollout_metrics(samples, batch) == {
         "rollout/response_lengths": 3.0,
@@ -28,6 +29,7 @@ def test_means_over_samples_of_the_means_over_trained_tokens():
         "rollout/truncated": 0.5,
         "rollout/raw_reward": 0.5,
         "rollout/rewards": 0.0,
+        "rollout/overlong_penalty": -0.25,
         "rollout/rollout_log_probs": pytest.approx(-3.75),
         "rollout/log_probs": pytest.approx(-1.5),
         "rollout/advantages": 0.0,

@@ -298,6 +298,24 @@ def test_sleep_on_a_cpu_leaves_shared_weights_usable(model_folder: Path):
     assert _train(backend)
 
 
+def test_sleep_on_a_device_keeps_there_what_an_engine_computes_with(model_folder: Path):
+    backend, lent = _build(model_folder), _build(model_folder)
+    lent.shared_weights()
+    kept = []
+    for trainer in (backend, lent):
+        _train(trainer)
+        weights = [local_shard(weight) for weight in trainer._weights.values()]
+        before = [weight.clone() for weight in weights]
+        trainer.device = torch.device("meta")  # not a CPU
+        trainer.sleep()
+        kept.append({weight.untyped_storage().nbytes() > 0 for weight in weights})
+        trainer.wake()
+        trainer.device = _CPU
+        assert all(torch.equal(*pair) for pair in zip(weights, before, strict=True))
+    assert kept == [{False}, {True}]
+    assert _train(backend) == _train(lent)
+
+
 def test_replicas_must_divide_the_ranks(model_folder: Path):
     with pytest.raises(ConfigError, match="--dp-replicate 2 does not divide the 1 ranks"):
         _build(model_folder, dp_replicate=2)
