@@ -1,0 +1,149 @@
+"""What the flags of a run say to its engine servers, to an engine in this process, and to publications."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwench.config.config import Config
+from qwench.config.sections.cluster import ClusterConfig
+from qwench.config.sections.data import DataConfig
+from qwench.config.sections.engine import EngineConfig
+from qwench.config.sections.evaluation import EvalConfig
+from qwench.config.sections.logging import LoggingConfig
+from qwench.config.sections.lora import LoraConfig
+from qwench.config.sections.rollout import AsyncConfig, RolloutConfig
+from qwench.config.sections.timeouts import TimeoutConfig
+from qwench.config.sections.training import TrainingConfig
+from qwench.engines.embedded.settings import EmbeddedSettings
+from qwench.engines.kinds.kind import ServerOrder
+from qwench.launch import engines
+from qwench.launch.engines import embedded_settings, make_publisher, server_order
+from qwench.models.architecture import YarnScaling
+from qwench.models.peft import AdapterConfig
+from qwench.observability.timing import PhaseTimer
+from qwench.weights.plan import PublicationPlan
+from tests.unit.launch.test_generation import eval_settings
+from tests.unit.launch.test_placement import inputs_of
+
+ADAPTERS = LoraConfig(lora_rank=4, lora_alpha=8, lora_publish="adapter")
+
+
+@pytest.fixture(autouse=True)
+def fp8_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "is_fp8_checkpoint", lambda folder: True)
+
+
+def config_of(**sections: object) -> Config:
+    return Config(**{"rollout": RolloutConfig(rollout_batch_size=4), **sections})
+
+
+@pytest.mark.parametrize(("on_gpus", "dtype"), [(False, "float32"), (True, "bfloat16")])
+def test_servers_are_ordered_as_the_flags_say(tmp_path: Path, on_gpus: bool, dtype: str) -> None:
+    engine = EngineConfig(rollout_engine="embedded", embedded_max_running_requests=7)
+    config = config_of(
+        engine=engine,
+        cluster=ClusterConfig(rollout_num_gpus=3),
+        data=DataConfig(rollout_seed=11),
+        logging=LoggingConfig(log_dir=tmp_path),
+    )
+    inputs = inputs_of(config)
+    order = server_order(inputs, token="secret", with_weights=True, on_gpus=on_gpus)
+    assert order == ServerOrder(
+        engine=engine,
+        model_folder=Path.cwd(),
+        dtype=dtype,
+        engine_sizes=(1, 1, 1),
+        releases_memory=False,
+        seed=11,
+        serves_checkpoint=True,
+        log_folder=tmp_path / "engines",
+        deterministic=False,
+        ranks_requests=False,
+        stretched_positions=None,
+        adapter=None,
+        token="secret",
+    )
+    scaling = YarnScaling(factor=2.0, original_max_positions=inputs.plan.model.max_position_embeddings, attention_factor=1.0)
+    model = replace(inputs.plan.model, rope=replace(inputs.plan.model.rope, scaling=scaling))
+    other = replace(
+        inputs,
+        plan=replace(inputs.plan, model=model, devices=replace(inputs.plan.devices, offload_rollout=True)),
+        config=replace(
+            config,
+            training=TrainingConfig(deterministic_mode=True),
+            evaluation=EvalConfig(eval_low_priority=True),
+            lora=ADAPTERS,
+        ),
+    )
+    assert server_order(other, token="secret", with_weights=False, on_gpus=on_gpus) == replace(
+        order,
+        releases_memory=True,
+        serves_checkpoint=False,
+        deterministic=True,
+        ranks_requests=True,
+        stretched_positions=2 * model.max_position_embeddings,
+        adapter=AdapterConfig.of_run(ADAPTERS, base="."),
+    )
+
+
+def test_a_deterministic_engine_computes_one_response_at_a_time_where_their_order_varies() -> None:
+    sizes = EngineConfig(embedded_max_running_requests=7)
+    config = config_of(engine=sizes, data=DataConfig(rollout_seed=11))
+    plain = EmbeddedSettings(sizes=sizes, dtype=torch.float32, fp8=True, device="cpu", seed=11)
+    assert embedded_settings(inputs_of(config), order_varies=True) == plain
+    deterministic = inputs_of(replace(config, training=TrainingConfig(deterministic_mode=True)))
+    assert embedded_settings(deterministic, order_varies=False) == replace(plain, inline=True)
+    assert embedded_settings(deterministic, order_varies=True) == replace(
+        plain, inline=True, prefix_cache=False, sizes=replace(sizes, embedded_max_running_requests=1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("sections", "of_set", "varies"),
+    [
+        ({}, None, False),
+        ({"asynchronous": AsyncConfig(fully_async=True)}, None, True),
+        ({"rollout": RolloutConfig(rollout_batch_size=4, custom_generate_function_path="a.b")}, None, True),
+        ({"rollout": RolloutConfig(rollout_batch_size=4, rollout_function_path="a.b")}, None, True),
+        ({"evaluation": EvalConfig(eval_function_path="a.b")}, None, True),
+        ({}, "a.b", True),
+    ],
+)
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_requests_of_the_users_functions_come_in_any_order(
+    sections: dict[str, object], of_set: str | None, varies: bool, with_weights: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[object, EmbeddedSettings]] = []
+
+    class Engine:
+        def __init__(self, model: object, settings: EmbeddedSettings, *, eos_ids: object, tokenizer: object) -> None:
+            made.append((model, settings))
+            assert (eos_ids, tokenizer) == (frozenset({5}), inputs.tokenizer)
+
+        @classmethod
+        def from_checkpoint(cls, folder: Path, settings: EmbeddedSettings, *, tokenizer: object) -> None:
+            made.append((folder, settings))
+            assert tokenizer is inputs.tokenizer
+
+    monkeypatch.setattr(engines, "EmbeddedEngine", Engine)
+    monkeypatch.setattr(engines, "stop_token_ids", lambda folder, tokenizer: [5, 5])
+    inputs = inputs_of(config_of(training=TrainingConfig(deterministic_mode=True), **sections))
+    sets = (eval_settings(custom_generate_function_path=of_set),)
+    inputs = replace(inputs, plan=replace(inputs.plan, eval_sets=sets))
+    engines._embedded_engine(inputs, with_weights=with_weights)
+    model = inputs.model_folder if with_weights else inputs.plan.model
+    assert made == [(model, embedded_settings(inputs, order_varies=varies))]
+
+
+def test_publications_are_planned_by_the_flags() -> None:
+    config = config_of(engine=EngineConfig(update_weight_buffer_size=99), timeouts=TimeoutConfig(update_weights_timeout=7.0))
+    expected = PublicationPlan(engine=config.engine, model_folder=Path(), fp8=True, timeout_s=7.0)
+    inputs = inputs_of(config)
+    parts = {"gpus": object(), "timer": PhaseTimer()}
+    publisher = make_publisher(inputs, "model", None, **parts)
+    assert publisher._plan == expected
+    assert [publisher._model, publisher._pool, publisher._gpus, publisher._timer] == ["model", None, *parts.values()]
+    apart = replace(inputs, config=replace(config, lora=ADAPTERS), plan=replace(inputs.plan, holds_teacher=True))
+    assert make_publisher(apart, "model", None, **parts)._plan == replace(expected, adapters=True, frozen_moves=True)

@@ -1,0 +1,234 @@
+"""What the flags of a run say to its models and its learner: the backend's own arguments, learning rates, checkpoints."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qwench.config.config import Config
+from qwench.config.sections.algorithm import AlgorithmConfig
+from qwench.config.sections.checkpoint import CheckpointConfig
+from qwench.config.sections.cluster import ClusterConfig
+from qwench.config.sections.critic import CriticConfig
+from qwench.config.sections.debug import DebugConfig, ProfilingConfig
+from qwench.config.sections.distillation import DistillationConfig
+from qwench.config.sections.logging import LoggingConfig
+from qwench.config.sections.lora import LoraConfig
+from qwench.config.sections.optimizer import OptimizerConfig
+from qwench.config.sections.parallel import ParallelConfig
+from qwench.config.sections.reward import RewardConfig
+from qwench.config.sections.rollout import RolloutConfig
+from qwench.config.sections.timeouts import TimeoutConfig
+from qwench.config.sections.training import TrainingConfig
+from qwench.launch import trainer
+from qwench.launch.inputs import Inputs
+from qwench.observability.timing import PhaseTimer
+from tests.unit.launch.test_placement import inputs_of
+
+OPTIMIZER = OptimizerConfig(lr=1e-5, min_lr=1e-6, lr_warmup_fraction=0.1, reset_optimizer_states=True)
+
+
+class Built:
+    """A trainer that remembers how it was built, and what it loaded."""
+
+    def __init__(self, folder: Path, options: dict[str, object]) -> None:
+        self.folder, self.options, self.loaded = folder, options, []
+        self.has_adapters = options["lora"] is not None
+
+    def load(self, folder: Path, *, weights_only: bool) -> None:
+        self.loaded.append((folder, weights_only))
+
+
+@pytest.fixture(autouse=True)
+def recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.FsdpTrainer, "build", lambda folder, **options: Built(folder, options))
+
+
+def of(**sections: object) -> Inputs:
+    rollout = RolloutConfig(rollout_batch_size=4, num_rollout=3)
+    return inputs_of(Config(**{"rollout": rollout, "optimizer": OPTIMIZER, **sections}))
+
+
+def with_equal_bits(inputs: Inputs) -> Inputs:
+    """Return inputs with --true-on-policy-mode, which the plan of these tests, with GPUs, refuses."""
+    return replace(inputs, config=replace(inputs.config, training=TrainingConfig(true_on_policy_mode=True)))
+
+
+def test_the_policy_is_built_from_the_checkpoint_that_training_starts_from(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    lora = LoraConfig(lora_rank=2)
+    inputs = of(lora=lora, parallel=ParallelConfig(dp_replicate=2), cluster=ClusterConfig(actor_num_gpus_per_node=2))
+    found = trainer.build_trainer(inputs, logits=True)
+    expected = {
+        "training": inputs.config.training,
+        "optimizer": OPTIMIZER,
+        "total_steps": inputs.plan.num_steps,
+        "param_dtype": torch.float32,
+        "device": torch.device("cpu"),
+        "attention": inputs.config.model.attn_implementation,
+        "dp_replicate": 2,
+        "hf_config": inputs.hf_config,
+        "critic": False,
+        "logits": True,
+        "lora": lora,
+    }
+    assert (found.folder, found.options) == (inputs.model_folder, expected)
+    started = trainer.build_trainer(of(checkpoint=CheckpointConfig(ref_load=tmp_path)), logits=False)
+    assert (started.folder, started.options["lora"], started.options["logits"]) == (tmp_path, None, False)
+
+
+@pytest.mark.parametrize(("critic_lr", "lr", "min_lr"), [(None, 1e-5, 1e-6), (3e-5, 3e-5, 1e-6), (5e-7, 5e-7, 5e-7)])
+def test_a_critic_has_its_own_rate_and_warmup(critic_lr: float | None, lr: float, min_lr: float) -> None:
+    built = trainer._build_critic(of(critic=CriticConfig(critic_lr=critic_lr, critic_lr_warmup_iters=7)))
+    assert built.options["optimizer"] == replace(OPTIMIZER, lr=lr, min_lr=min_lr, lr_warmup_iters=7, lr_warmup_fraction=None)
+    assert (built.options["critic"], built.options["logits"], built.folder, built.loaded) == (True, False, Path(), [])
+
+
+def test_a_critic_starts_from_a_model_or_goes_on_from_a_saved_one(tmp_path: Path) -> None:
+    model, run = tmp_path / "model", tmp_path / "run"
+    (run / "critic").mkdir(parents=True)
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    of_model = trainer._build_critic(of(critic=CriticConfig(critic_load=model)))
+    assert (of_model.folder, of_model.loaded) == (model, [])
+    for given in (run, run / "critic"):
+        saved = trainer._build_critic(of(critic=CriticConfig(critic_load=given)))
+        assert (saved.folder, saved.loaded) == (Path(), [(run / "critic", True)])
+
+
+@pytest.mark.parametrize("checkpoint", [CheckpointConfig(), CheckpointConfig(ref_load=Path("start"))])
+def test_a_teacher_is_read_in_the_policys_place_which_is_read_again(
+    checkpoint: CheckpointConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "starting_weights", lambda section: section.ref_load)
+    monkeypatch.setattr(trainer, "teacher_weights", lambda section: section.opd_teacher_load)
+    monkeypatch.setattr(trainer, "Reference", lambda policy: list(policy.loaded))
+    distillation = DistillationConfig(use_opd=True, opd_type="megatron", opd_teacher_load=Path("teacher"))
+    inputs = of(checkpoint=checkpoint, distillation=distillation)
+    policy = Built(Path(), {"lora": None})
+    assert trainer._load_teacher(inputs, policy) == [(Path("teacher"), True)]
+    assert policy.loaded[1:] == [(checkpoint.ref_load or inputs.model_folder, True)]
+
+
+def test_a_profile_lies_beside_the_curves_or_the_logs(tmp_path: Path) -> None:
+    for logging, folder in (
+        (LoggingConfig(log_dir=tmp_path), tmp_path / "profile"),
+        (LoggingConfig(log_dir=tmp_path, tensorboard_dir=tmp_path / "curves"), tmp_path / "curves"),
+        (LoggingConfig(), Path("profile")),
+    ):
+        inputs = replace(of(logging=logging, profiling=ProfilingConfig(use_pytorch_profiler=True)), rank=3)
+        profiler = trainer._profiler(inputs)
+        assert (profiler._section, profiler._folder, profiler._rank) == (inputs.config.profiling, folder, 3)
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """Return what learners are made of; every model and the learners themselves are only named."""
+    found: dict[str, object] = {}
+
+    def keep(*given: object, **options: object) -> None:
+        found.update(options | {"given": given})
+
+    for name in ("Learner", "CriticLearner"):
+        monkeypatch.setattr(trainer, name, keep)
+    for name in ("Reference", "BaseModel", "Critic", "PastPolicies"):
+        monkeypatch.setattr(trainer, name, lambda *given, name=name, **options: (name, *given[1:], *options.values()))
+    monkeypatch.setattr(trainer, "TrainingState", lambda policy, reference, **options: {"reference": reference, **options})
+    monkeypatch.setattr(trainer, "_load_teacher", lambda inputs, policy: "teacher")
+    monkeypatch.setattr(trainer, "_join", lambda inputs: found.get("link"))
+    monkeypatch.setattr(trainer, "start_hooks", lambda section, policy, args: ("hooks", section))
+    monkeypatch.setattr(trainer, "RolloutColumns", lambda method, plan, **options: options)
+    return found
+
+
+def test_a_learner_has_what_the_plan_and_the_flags_name(parts: dict[str, object], tmp_path: Path) -> None:
+    timer = PhaseTimer()
+    inputs = of(
+        logging=LoggingConfig(log_dir=tmp_path, mfu_peak_tflops=9.0),
+        debug=DebugConfig(save_debug_train_data="{rollout_id}.pt"),
+        algorithm=AlgorithmConfig(ref_update_interval=2, use_kl_loss=True),
+    )
+    holds = {"holds_teacher": True, "holds_critic": True, "holds_reference": True, "num_past_policies": 3}
+    trainer.build_learner(with_equal_bits(replace(inputs, plan=replace(inputs.plan, **holds))), timer)
+    state, _, columns = parts.pop("given")
+    assert state == {
+        "reference": ("Reference",),
+        "reference_moves": True,
+        "critic": ("Critic", state["critic"][1]),
+        "teacher": "teacher",
+        "past_policies": ("PastPolicies", 3),
+    }
+    assert columns["truncated"] is False
+    same = ("temperature", "timer", "console", "hooks", "link", "forgets_moments", "peak_tflops", "equal_bits")
+    assert {name: parts[name] for name in same} == {
+        "temperature": 1.0,
+        "timer": timer,
+        "console": inputs.console,
+        "hooks": ("hooks", inputs.config.references),
+        "link": None,
+        "forgets_moments": True,
+        "peak_tflops": 9.0,
+        "equal_bits": True,
+    }
+    assert parts["record"].args == ("{rollout_id}.pt",) and parts["record"].keywords == {"run": ""}
+    assert parts["profiler"]._folder == tmp_path / "profile"
+
+
+def test_a_learner_has_nothing_that_the_flags_do_not_name(parts: dict[str, object]) -> None:
+    trainer.build_learner(of(optimizer=OptimizerConfig(lr=1e-5)), PhaseTimer())
+    nothing = {"reference": None, "reference_moves": False, "critic": None, "teacher": None, "past_policies": None}
+    assert parts["given"][0] == nothing
+    assert [parts[name] for name in ("record", "forgets_moments", "peak_tflops", "equal_bits")] == [None, False, None, False]
+
+
+def test_bits_are_compared_where_an_engine_samples(parts: dict[str, object]) -> None:
+    inputs = with_equal_bits(of())
+    for change in ({"replays": True}, {"devices": replace(inputs.plan.devices, generates=False)}):
+        trainer.build_learner(replace(inputs, plan=replace(inputs.plan, **change)), PhaseTimer())
+        assert parts["equal_bits"] is False
+
+
+def test_a_critic_on_ranks_of_its_own_learns_over_the_link(parts: dict[str, object]) -> None:
+    parts["link"], timer = "link", PhaseTimer()
+    inputs = of(algorithm=AlgorithmConfig(advantage_estimator="ppo"))
+    with_critic = replace(inputs, plan=replace(inputs.plan, holds_critic=True))
+    trainer.build_critic_learner(with_critic, timer)
+    critic, *_, link = parts.pop("given")
+    assert critic.options["critic"] and link == "link"
+    assert parts == {
+        "link": "link",
+        "plan": with_critic.plan,
+        "temperature": 1.0,
+        "timer": timer,
+        "console": inputs.console,
+        "forgets_moments": True,
+    }
+    trainer.build_learner(with_critic, timer)
+    assert parts["given"][0]["critic"] is None, "the policy's ranks hold no critic beside one with ranks of its own"
+
+
+def test_methods_are_built_with_the_flags_of_other_sections(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[dict[str, object]] = []
+    monkeypatch.setattr(trainer, "build_method", lambda section, **options: built.append({"section": section, **options}))
+    rollout = RolloutConfig(rollout_batch_size=4, rollout_max_response_len=77)
+    for config in (
+        Config(rollout=rollout, algorithm=AlgorithmConfig(advantage_estimator="dr_grpo")),
+        Config(rollout=rollout, algorithm=AlgorithmConfig(advantage_estimator="dr_grpo", dr_grpo_length=5)),
+        Config(rollout=rollout, reward=RewardConfig(rm_type="math,f1", reward_weights="0.5,2")),
+        Config(
+            rollout=rollout,
+            distillation=DistillationConfig(
+                use_opd=True, opd_type="megatron", opd_teacher_load=Path("teacher"), opd_kl_coef=0.3
+            ),
+        ),
+    ):
+        trainer._make_method(config, SimpleNamespace)
+    assert [one["section"].dr_grpo_length for one in built] == [77, 5, None, None]
+    assert [one["reward_weights"] for one in built] == [(), (), (0.5, 2.0), ()]
+    assert [one["opd_kl_coef"] for one in built] == [None, None, None, 0.3]
+
+
+def test_a_collective_waits_for_the_minutes_of_its_flag() -> None:
+    assert trainer.collective_timeout_s(of(timeouts=TimeoutConfig(distributed_timeout_minutes=3))) == 180
