@@ -38,8 +38,6 @@ def evaluate(config: Config, plan: RunPlan) -> None:
     open_driver_log(config.logging.log_level, inputs.console)
     prompts = _check(inputs)
     output = config.evaluation.eval_output
-    if output is not None:
-        own_eval_folder(output, flag_values(config), writes=False)
     sets = {
         one.name: f"{one.path}: {len(prompts[one.name]):,} prompts x {one.n_samples_per_eval_prompt}" for one in plan.eval_sets
     }
@@ -47,7 +45,7 @@ def evaluate(config: Config, plan: RunPlan) -> None:
     with ExitStack() as started:
         if output is not None:
             own_results(output, started)  # before it is marked: of two that start at once one is refused
-            own_eval_folder(output, flag_values(config))
+            own_eval_folder(output, flag_values(config), writes=True)
         processes = open_processes(inputs, started)
         servers, token = make_servers(inputs, processes, with_weights=True)
         generation = build_generation(inputs, with_weights=True, servers=servers, token=token)
@@ -96,7 +94,7 @@ def _read_sets(inputs: Inputs) -> dict[str, Sequence[Prompt]]:
     return prompts
 
 
-def own_eval_folder(folder: Path, flags: Mapping[str, str], *, writes: bool = True) -> None:
+def own_eval_folder(folder: Path, flags: Mapping[str, str], *, writes: bool) -> None:
     """Make --eval-output this evaluation's: the same command may replace its own results, nothing else is touched.
 
     Args:

@@ -115,3 +115,27 @@ def test_the_learning_rates_of_the_checkpoint_may_be_asked_for(tmp_path):
         ConfigError, match=r"^--use-checkpoint-opt-param-scheduler: .*iter_0000001 was saved with --lr 1e-6; give the same"
     ):
         _ = manager("1e-5", use_checkpoint_opt_param_scheduler=True).saved
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *(
+            "save",
+            "load",
+            "save_hf",
+            "save_interval",
+            "keep_checkpoints",
+            "save_numbering",
+            "ckpt_step",
+            "log_dir",
+            "log_level",
+        ),
+        *("dry_run", "debug_exit_after_rollout", "save_trigger_sentinel", "rollout_timeout", "use_pytorch_profiler"),
+    ],
+)
+def test_flags_of_places_and_reports_may_change_without_a_word(tmp_path, caplog, flag):
+    save(manager_of(tmp_path, seed="1", **{flag: "one"}), 1)
+    with caplog.at_level(logging.INFO):
+        manager_of(tmp_path, seed="1", **{flag: "other"}).restore(CountingLearner(), CountingRollouts())
+    assert [record.getMessage() for record in caplog.records] == [f"resuming from {tmp_path / 'iter_0000001'}"]

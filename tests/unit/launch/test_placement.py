@@ -1,6 +1,7 @@
 """Which launcher the flags and the environment mean, which GPUs each engine gets, and what a lost learner is said to do."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,22 @@ from qwench.config.plan import plan_run
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.critic import CriticConfig
+from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.config.sections.rollout import AsyncConfig, RolloutConfig
 from qwench.engines.fleet.servers import ServerCommand
 from qwench.errors import ConfigError, EngineError, TrainingError
 from qwench.launch import placement
 from qwench.launch.inputs import Inputs, publication_dtype
-from qwench.launch.placement import LocalProcesses, check_turns, choose_launcher, start_beside, start_learner, start_ranks
+from qwench.launch.placement import (
+    LocalProcesses,
+    check_turns,
+    choose_launcher,
+    make_servers,
+    start_beside,
+    start_learner,
+    start_ranks,
+)
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout
 from tests.fakes.console import RecordingConsole
@@ -205,3 +215,41 @@ def test_a_rank_that_dies_is_named_with_what_it_learned_from(loss, unit):
         learner = start_learner(inputs_of(config), start_ranks(DyingRank(), started), PhaseTimer(), started)
         with pytest.raises(TrainingError, match=f"learn from {unit} 7"):
             learner.learn(Rollout(rollout_id=7, groups=[]))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "has_gpus", "engine_sizes", "sections", "in_here"),
+    [
+        (1, True, (1,), {}, True),
+        (2, False, (1,), {}, True),
+        (2, True, (1,), {}, False),
+        (1, True, (2,), {}, False),
+        (2, False, (1, 2), {}, False),
+        (1, False, (1,), {"cluster": ClusterConfig(rollout_num_gpus=1)}, False),
+        (1, False, (1,), {"engine": EngineConfig(rollout_engine="sglang")}, False),
+    ],
+)
+def test_one_embedded_engine_is_in_the_process_where_no_other_rank_has_a_gpu(
+    ranks, has_gpus, engine_sizes, sections, in_here, monkeypatch
+):
+    monkeypatch.setattr(placement, "command_makers", lambda inputs, **options: options)
+    cluster = ClusterConfig(actor_num_gpus_per_node=ranks)
+    inputs = inputs_of(Config(**{"cluster": cluster, "rollout": RolloutConfig(rollout_batch_size=4), **sections}))
+    inputs = replace(inputs, plan=replace(inputs.plan, devices=replace(inputs.plan.devices, engine_sizes=engine_sizes)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpus)
+    processes = LocalProcesses(inputs, Bundles(trainer=(ranks,), engines=()), ranks_inside=False)
+    processes.make_servers = lambda makers, *, sizes: (makers, sizes)
+    servers, token = make_servers(inputs, processes, with_weights=True)
+    if in_here:
+        assert (servers, token) == (None, None)
+        return
+    options, sizes = servers
+    assert len(token) == 64 and sizes == engine_sizes
+    assert options == {"num_engines": len(engine_sizes), "token": token, "with_weights": True, "on_gpus": has_gpus}
+
+
+def test_engines_that_run_already_need_no_servers():
+    engine = EngineConfig(rollout_external_engine_addrs=("10.0.0.1:80",))
+    inputs = inputs_of(Config(engine=engine, rollout=RolloutConfig(rollout_batch_size=4)))
+    processes = LocalProcesses(inputs, Bundles(trainer=(1,), engines=()), ranks_inside=False)
+    assert make_servers(inputs, processes, with_weights=True) == (None, None)

@@ -69,3 +69,14 @@ def test_the_address_of_the_engines_answers_until_the_session_ends():
         end()
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(address)
+
+
+def test_the_filter_of_equal_rewards_compares_the_parts_for_gdpo():
+    sums = "qwench.rollout.filters.check_reward_nonzero_std"
+    for estimator, expected in (("grpo", "check_reward_nonzero_std"), ("gdpo", "check_parts_nonzero_std")):
+        config = Config(
+            rollout=RolloutConfig(rollout_batch_size=2, dynamic_sampling_filter_path=sums),
+            algorithm=AlgorithmConfig(advantage_estimator=estimator),
+            reward=RewardConfig(rm_type="math,f1"),
+        )
+        assert load_user_functions(config).rollout.group_filter.__name__ == expected

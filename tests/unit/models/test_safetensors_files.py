@@ -114,3 +114,12 @@ def test_an_index_that_promises_too_much_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"c.weight": "model-2.safetensors"}}')
     with pytest.raises(CheckpointError, match=r"model-2\.safetensors"):
         find_tensors(tmp_path)
+
+
+def test_every_dtype_is_that_of_the_package(tmp_path: Path) -> None:
+    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+    integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+    save_file({str(dtype): torch.ones(3).to(dtype) for dtype in floats + integers}, tmp_path / "model.safetensors")
+    for name, found in read_header(tmp_path / "model.safetensors").items():
+        assert str(found.spec.dtype) == name
+        assert read_tensor(found).double().tolist() == [1.0] * 3

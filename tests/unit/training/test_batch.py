@@ -1,9 +1,11 @@
+from dataclasses import fields
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwench.algorithms.columns import RolloutBatch
+from qwench.algorithms.columns import MicroBatch, RolloutBatch
 from qwench.samples import Prompt, Sample
 from qwench.training.batch import idle, pack, unpack
 
@@ -108,3 +110,14 @@ def test_moving_keeps_the_sequence_bounds_on_the_host():
     assert moved.tokens.device.type == "meta"
     assert moved.loss_mask.device.type == "meta"
     assert moved.cu_seqlens.tolist() == [0, 2]
+
+
+def test_every_column_of_a_response_is_packed():
+    """Columns of a batch that a micro-batch has too; token by token, except for the ids of the tokens that were kept."""
+    both = {column.name for column in fields(RolloutBatch)} & {column.name for column in fields(MicroBatch)}
+    columns = sorted(both - {"tokens", "loss_mask", "support_ids"})
+    batch = RolloutBatch.from_samples([_sample([1, 2], [3, 4])])
+    packed = pack(batch.with_columns(**{name: [torch.tensor([7.0 + i, 8.0 + i])] for i, name in enumerate(columns)}), [0])
+    assert {name: getattr(packed, name).tolist() for name in columns} == {
+        name: [0.0, 7.0 + i, 8.0 + i, 0.0] for i, name in enumerate(columns)
+    }

@@ -2,12 +2,14 @@
 
 import os
 import socket
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from qwench.training import process_group
 from qwench.training.fsdp.parallelize import build_mesh
 from qwench.training.process_group import init_process_group
 from tests.deadlines import patient
@@ -47,3 +49,15 @@ def _sum_of_two() -> None:
     dist.all_reduce(total)
     assert total.item() == 3.0, total
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("agent_listens", [False, True])
+def test_the_first_rank_listens_unless_torchruns_agent_does_and_waits_for_no_rank(agent_listens: bool) -> None:
+    port = _free_port()
+    agent = dist.TCPStore("127.0.0.1", int(port), is_master=True, wait_for_workers=False) if agent_listens else None
+    environ = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environ |= {"TORCHELASTIC_USE_AGENT_STORE": str(agent_listens)}
+    rank, world_size, store = process_group._reach_store(environ, timedelta(seconds=patient(5)))
+    assert (rank, world_size) == (0, 2)
+    store.set("key", "value")
+    assert agent is None or agent.get("key") == b"value"

@@ -42,6 +42,7 @@ def test_two_steps_of_a_matrix_of_one_element_by_hand():
     step(optimizer, param, torch.tensor([[-1.0]]))
     # M = 0.9 * 3 - 1 = 1.7, U = -1 + 0.9 * 1.7 = 0.53 > 0: the momentum wins.
     assert optimizer.state[param]["momentum"].item() == pytest.approx(1.7)
+    assert optimizer.state[param]["step"].item() == 2
     assert param.item() == pytest.approx(expected * 0.95 - 0.1 * size, rel=1e-5)
 
 
