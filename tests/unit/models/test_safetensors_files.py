@@ -111,6 +111,10 @@ def test_an_index_that_promises_too_much_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"c.weight": "model-1.safetensors"}}')
     with pytest.raises(CheckpointError, match=r"lacks c\.weight"):
         find_tensors(tmp_path)
+    two = '{"weight_map": {"d.weight": "model-1.safetensors", "c.weight": "model-1.safetensors"}}'
+    (tmp_path / "model.safetensors.index.json").write_text(two)
+    with pytest.raises(CheckpointError, match=r"lacks c\.weight"):
+        find_tensors(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"c.weight": "model-2.safetensors"}}')
     with pytest.raises(CheckpointError, match=r"model-2\.safetensors"):
         find_tensors(tmp_path)

@@ -109,11 +109,11 @@ def make_plan(section, global_batch_size, *, num_critic_only, **training):
     return replace(plan_run(config, QWEN3_4B), cost=SequenceCost(linear=1.0, quadratic=0.1), num_critic_only=num_critic_only)
 
 
-def make_critic_learner(critic, link, *, global_batch_size, num_critic_only, **algorithm):
+def make_critic_learner(critic, link, timer, *, global_batch_size, num_critic_only, **algorithm):
     """Return the learner of a critic on a rank of its own."""
     section = AlgorithmConfig(**algorithm)
     plan, method = make_plan(section, global_batch_size, num_critic_only=num_critic_only), build_method(section)
-    parts = {"plan": plan, "temperature": TEMPERATURE, "timer": PhaseTimer(), "console": RecordingConsole()}
+    parts = {"plan": plan, "temperature": TEMPERATURE, "timer": timer, "console": RecordingConsole()}
     return CriticLearner(critic, method, RolloutColumns(method, plan, **COLUMNS), link, **parts, forgets_moments=False)
 
 

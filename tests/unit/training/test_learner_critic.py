@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from qwench.errors import TrainingError
+from qwench.observability.timing import PhaseTimer
 from qwench.training.critic import Critic
 from qwench.training.critic_link import CriticLink
 from qwench.wire.weight_group import make_group
@@ -52,8 +53,10 @@ def test_a_critic_on_ranks_of_its_own_takes_the_same_steps_beside_the_policy(rol
     def link(rank):
         return CriticLink(make_group("gloo", store, rank, 2, timedelta(seconds=patient(60))), rank=rank, num_policy_ranks=1)
 
+    timer = PhaseTimer()
+
     def beside():
-        return make_critic_learner(values, link(1), **flags).learn(rollout)
+        return make_critic_learner(values, link(1), timer, **flags).learn(rollout)
 
     with ThreadPoolExecutor(1) as thread:
         critic = thread.submit(beside)
@@ -62,6 +65,7 @@ def test_a_critic_on_ranks_of_its_own_takes_the_same_steps_beside_the_policy(rol
     for name in ("rollout/values", "rollout/returns", "rollout/advantages"):
         assert learned.metrics[name] == in_turn[1].metrics[name]
     assert values.calls == ["forward", *STEP, *STEP]
+    assert {"perf/critic_values_time", "perf/critic_train_time"} <= timer.take().keys()
     assert [call for call in policy.calls if call in STEP] == (STEP * 2 if rollout_id else [])
     assert not {"sleep", "wake"} & {*policy.calls, *values.calls}
 
@@ -74,3 +78,14 @@ def test_samples_without_the_log_probs_of_the_teachers_server_are_an_error_and_n
     with pytest.raises(TrainingError, match="--opd-type sglang: not every sample of rollout 4 has the teacher's log-probs"):
         learn(rollout, backend=backend, opd_kl_coef=1.0)
     assert "optim_step" not in backend.calls and torch.equal(backend.table.detach(), TABLE)
+
+
+def test_the_critics_passes_are_timed():
+    timer = PhaseTimer()
+    learn(
+        make_rollout(),
+        critic=Critic(TableTrainer(torch.zeros(V, V)), TableTrainer(TABLE)),
+        advantage_estimator="ppo",
+        timer=timer,
+    )
+    assert {"perf/critic_values_time", "perf/critic_train_time"} <= timer.take().keys()

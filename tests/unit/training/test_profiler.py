@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,25 @@ def test_memory_is_recorded_until_its_rollout_and_written_by_rank(tmp_path: Path
     [observer] = observers
     observer(0, 1, 2, 3)  # as torch calls it: device and sizes
     assert calls[3:] == [written]
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_trace_records_what_the_flags_ask_for(on_gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(torch.profiler, "profile", lambda **options: asked.append(options) or nullcontext())
+    monkeypatch.setattr(torch.profiler, "tensorboard_trace_handler", lambda *given, **options: (given, options))
+    shapes = {"pytorch_profiler_collect_shapes": True, "pytorch_profiler_collect_callstack": False}
+    section = ProfilingConfig(use_pytorch_profiler=True, profile_step_start=0, profile_step_end=1, **shapes)
+    profiler = TrainProfiler(section, tmp_path, rank=0)
+    with profiler.rollout(), profiler.phase("train_actor"):
+        pass
+    kinds = torch.profiler.ProfilerActivity
+    whole = {
+        "activities": [kinds.CPU, kinds.CUDA] if on_gpu else [kinds.CPU],
+        "on_trace_ready": ((str(tmp_path),), {"worker_name": "train_overall_rank0_00000", "use_gzip": True}),
+        "record_shapes": True,
+        "with_stack": False,
+        "profile_memory": True,
+    }
+    assert asked == [whole]
