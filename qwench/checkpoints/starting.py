@@ -25,6 +25,7 @@ from qwench.errors import CheckpointError, ConfigError
 from qwench.samples import Json
 from qwench.wire.portions import WeightBucket
 
+_logger = logging.getLogger(__name__)
 _ITERATION = re.compile(r"iter_(\d{7})")
 _CURSOR = {"epoch_id": "epoch", "sample_offset": "offset", "sample_group_index": "group_index", "sample_index": "sample_index"}
 """Entry of theirs -> of a `DataCursor`."""
@@ -88,13 +89,11 @@ def _read_cursor(file: Path) -> Mapping[str, int] | None:
         stored = load_data(file)
     except ValueError as error:
         raise ConfigError(f"--load: {file} cannot be read ({error}); remove it to begin the data anew.") from error
-    values = {ours: stored.get(theirs, 0) for theirs, ours in _CURSOR.items()} if isinstance(stored, dict) else {}
+    has_position = isinstance(stored, dict) and not stored.keys().isdisjoint(_CURSOR)
+    values = {ours: stored.get(theirs, 0) for theirs, ours in _CURSOR.items()} if has_position else {}
     if not values or not all(isinstance(value, int) and value >= 0 for value in values.values()):
         raise ConfigError(f"--load: {file} holds no position in data; remove it to begin the data anew.")
     return values
-
-
-_logger = logging.getLogger(__name__)
 
 
 class SavesTraining(Protocol):

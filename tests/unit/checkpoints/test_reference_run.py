@@ -84,7 +84,11 @@ def test_a_data_file_that_would_run_code_is_refused(slime: Path) -> None:
     with pytest.raises(ConfigError, match=r"global_dataset_state_dict_7\.pt cannot be read"):
         read(slime)
     assert not (slime / "ran").exists()
-    torch.save({"sample_offset": -1}, slime / "rollout" / "global_dataset_state_dict_7.pt")
+
+
+@pytest.mark.parametrize("content", [{"sample_offset": -1}, {"metadata": {}}, [3]])
+def test_a_data_file_without_a_position_is_refused(slime: Path, content: object) -> None:
+    torch.save(content, slime / "rollout" / "global_dataset_state_dict_7.pt")
     with pytest.raises(ConfigError, match="holds no position in data"):
         read(slime)
 
