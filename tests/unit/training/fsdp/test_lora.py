@@ -177,7 +177,7 @@ def test_layers_that_are_computed_again_drop_the_same_inputs(model_folder: Path)
     losses = _train(kept, 3)
     assert _train(again, 3) == losses
     without = _train(_build(model_folder, _LORA), 3)
-    assert losses[0] == without[0]  # B is zero
+    assert losses[0] == pytest.approx(without[0], rel=1e-5)  # B is zero; the kernels of the two differ
     assert losses[2] != without[2]
 
 
