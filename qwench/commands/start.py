@@ -102,7 +102,7 @@ def prepare(config: Config, *, trains: bool = True) -> RunPlan:
     _check_columns(config)  # before seconds of imports
     if not config.debug.dry_run:
         check_engine_is_installed(config, look_at_machine())
-        os.environ.update(trainer_environment(config.cluster, config.parallel, config.training, config.engine, os.environ))
+        os.environ.update(trainer_environment(config, os.environ))
     from qwench.launch.inputs import plan_inputs  # PyTorch reads the environment when it is imported
 
     plan = plan_inputs(config, trains=trains)

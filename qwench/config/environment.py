@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qwench.config.sections.cluster import ClusterConfig
-from qwench.config.sections.engine import EngineConfig
-from qwench.config.sections.parallel import ParallelConfig
-from qwench.config.sections.training import TrainingConfig
+from qwench.config.config import Config
 
 TOKEN_VARIABLE = "QWENCH_TOKEN"
 """Holds the token of engine servers."""
@@ -18,13 +15,7 @@ _OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RAN
 _TORCHRUN_PREFIX = "TORCHELASTIC_"
 
 
-def trainer_environment(
-    cluster: ClusterConfig,
-    parallel: ParallelConfig,
-    training: TrainingConfig,
-    engine: EngineConfig,
-    environ: Mapping[str, str],
-) -> dict[str, str]:
+def trainer_environment(config: Config, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables to set: those of --train-env-vars, and what the flags need unless `environ` says otherwise.
 
     Without a workspace of fixed size, cuBLAS may choose another algorithm in every run, and PyTorch refuses it.
@@ -34,13 +25,13 @@ def trainer_environment(
     SGLang 0.5.16, srt/entrypoints/engine.py, which sets NCCL_CUMEM_ENABLE to 0 unless it is set
     """
     needed = {}
-    if training.deterministic_mode:
+    if config.training.deterministic_mode:
         needed["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    if parallel.tensor_model_parallel_size > 1:
+    if config.parallel.tensor_model_parallel_size > 1:
         needed["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    if engine.facts.nccl_without_cumem:
+    if config.engine.facts.nccl_without_cumem:
         needed["NCCL_CUMEM_ENABLE"] = "0"
-    return {**{name: value for name, value in needed.items() if name not in environ}, **cluster.train_env_vars}
+    return {**{name: value for name, value in needed.items() if name not in environ}, **config.cluster.train_env_vars}
 
 
 def engine_environment(environ: Mapping[str, str], trainers: Mapping[str, str]) -> dict[str, str]:

@@ -43,6 +43,9 @@ NOT_READY = (502, 503, 504)
 OF_A_ROUTER = (500, *NOT_READY)
 """A router also answers 500 for a while after one of its servers has died."""
 IDLE_TIMEOUT_S = 2.0
+"""How long a client keeps an idle connection: less than any server does (5 s), which may close it under the next request."""
+SERVER_IDLE_TIMEOUT_S = 75
+"""How long servers that we start keep one: a busy client notices seconds late that an answer has come, and idleness begins."""
 
 
 class HttpEngine:
@@ -300,7 +303,7 @@ class HttpEngine:
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
-            # No limit: concurrency is bounded where requests are made. Idle connections go before servers (5 s) close them.
+            # No limit: concurrency is bounded where requests are made.
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_TIMEOUT_S))
         return self._session
 

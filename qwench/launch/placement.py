@@ -76,10 +76,7 @@ class LocalProcesses:
         config, log_dir = self._inputs.config, self._inputs.plan.log_dir
         return LocalRanks(
             config.num_ranks,
-            environ={
-                **os.environ,
-                **trainer_environment(config.cluster, config.parallel, config.training, config.engine, os.environ),
-            },
+            environ={**os.environ, **trainer_environment(config, os.environ)},
             bucket_bytes=config.engine.update_weight_buffer_size,
             log_folder=log_dir / "ranks" if log_dir is not None else None,
         )
@@ -101,7 +98,7 @@ class LocalProcesses:
         gpu_ids = list(devices) if self.has_gpus else []
         placement = Placement(host=host_name(), devices=gpu_names(gpu_ids)) if gpu_ids else None
         config = self._inputs.config
-        trainers = trainer_environment(config.cluster, config.parallel, config.training, config.engine, {})
+        trainers = trainer_environment(config, {})
         environ = engine_environment(os.environ, trainers)
         if not gpu_ids:  # the servers share this machine's cores
             environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // self._inputs.plan.devices.num_engines)))
@@ -121,10 +118,7 @@ def open_processes(inputs: Inputs, started: ExitStack) -> Processes:
         return LocalProcesses(inputs, bundles, ranks_inside=launcher == "inside")
     from qwench.cluster.ray import RayCluster  # noqa: PLC0415  # Ray is optional
 
-    environ = {
-        **waiting_defaults({}),
-        **trainer_environment(config.cluster, config.parallel, config.training, config.engine, {}),
-    }
+    environ = {**waiting_defaults({}), **trainer_environment(config, {})}
     with inputs.console.phase("start actors"):
         cluster = RayCluster(
             address=os.environ.get("RAY_ADDRESS"), environ={name: os.environ.get(name, text) for name, text in environ.items()}

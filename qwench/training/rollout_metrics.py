@@ -13,6 +13,8 @@ from qwench.algorithms.columns import RolloutBatch
 from qwench.samples import Sample, Status
 from qwench.training.trainer import StepResult
 
+_logger = logging.getLogger(__name__)
+
 
 def rollout_metrics(samples: Sequence[Sample], batch: RolloutBatch) -> dict[str, float]:
     """Average lengths, rewards and per-token columns over samples.
@@ -106,9 +108,6 @@ def _is_fresh(step: RolloutBatch) -> bool:
 def without_gap_to_engine(step: Mapping[str, float]) -> dict[str, float]:
     """Leave out what compares the engine with weights that did not sample."""
     return {name: value for name, value in step.items() if not name.startswith("train/train_rollout_")}
-
-
-_logger = logging.getLogger(__name__)
 
 
 class StepsWithoutSignal:

@@ -28,6 +28,8 @@ from qwench.models.megatron_names import WeightRule, rules, to_megatron
 from qwench.models.safetensors_files import SafetensorsWriter, TensorSpec
 from qwench.models.shards import shard_name, write_index
 
+WEIGHTS = "weights"
+MASTERS = "masters"
 T = TypeVar("T")
 _READERS = 2
 """Threads that read tensors and compute checksums while another thread writes."""
@@ -102,10 +104,6 @@ def read_ahead(jobs: Sequence[Job], load: Callable[[Job], T]) -> Iterator[tuple[
                 ahead += job.nbytes
             job, future = waiting.popleft()
             yield job, future.result()
-
-
-WEIGHTS = "weights"
-MASTERS = "masters"
 
 
 class Target(Protocol):

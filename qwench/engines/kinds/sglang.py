@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
+from qwench.engines.client import SERVER_IDLE_TIMEOUT_S
 from qwench.engines.fleet.servers import ServerCommand, server_environ, visible_devices
 from qwench.engines.kinds.kind import EngineKind, ServerOrder
 from qwench.engines.kinds.sglang_receiver import SglangReceiver
@@ -60,8 +61,7 @@ def sglang_command(
         argv += ["--json-model-override-args", json.dumps({"max_position_embeddings": order.stretched_positions})]
     changes = {
         "SGLANG_RETURN_ORIGINAL_LOGPROB": "0",  # log-probs must be those at the sampling temperature
-        # A busy client reads an answer seconds after it was written, and would send its next request into a closed connection.
-        _KEEP_ALIVE: environ.get(_KEEP_ALIVE, "75"),
+        _KEEP_ALIVE: environ.get(_KEEP_ALIVE, str(SERVER_IDLE_TIMEOUT_S)),
     }
     if order.releases_memory:
         argv += ["--enable-memory-saver"]

@@ -1,3 +1,4 @@
+from qwench.config.config import Config
 from qwench.config.environment import engine_environment, trainer_environment
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.engine import EngineConfig
@@ -6,44 +7,29 @@ from qwench.config.sections.training import TrainingConfig
 
 
 def test_the_variables_of_the_flag_are_set():
-    cluster = ClusterConfig(train_env_vars={"NCCL_DEBUG": "INFO"})
-    assert trainer_environment(cluster, ParallelConfig(), TrainingConfig(), EngineConfig(), {"NCCL_DEBUG": "WARN"}) == {
-        "NCCL_DEBUG": "INFO"
-    }
+    config = Config(cluster=ClusterConfig(train_env_vars={"NCCL_DEBUG": "INFO"}))
+    assert trainer_environment(config, {"NCCL_DEBUG": "WARN"}) == {"NCCL_DEBUG": "INFO"}
 
 
 def test_deterministic_mode_gives_cublas_a_workspace_unless_there_is_one():
-    deterministic = TrainingConfig(deterministic_mode=True)
-    assert trainer_environment(ClusterConfig(), ParallelConfig(), deterministic, EngineConfig(), {}) == {
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8"
-    }
-    assert (
-        trainer_environment(
-            ClusterConfig(), ParallelConfig(), deterministic, EngineConfig(), {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
-        )
-        == {}
-    )
-    own = ClusterConfig(train_env_vars={"CUBLAS_WORKSPACE_CONFIG": ":16:8"})
-    assert trainer_environment(own, ParallelConfig(), deterministic, EngineConfig(), {}) == {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+    deterministic, own = TrainingConfig(deterministic_mode=True), {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+    assert trainer_environment(Config(training=deterministic), {}) == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    assert trainer_environment(Config(training=deterministic), own) == {}
+    config = Config(training=deterministic, cluster=ClusterConfig(train_env_vars=own))
+    assert trainer_environment(config, {}) == own
 
 
 def test_tensor_parallel_ranks_queue_in_order_unless_the_environment_says_otherwise():
-    two = ParallelConfig(tensor_model_parallel_size=2)
-    assert trainer_environment(ClusterConfig(), two, TrainingConfig(), EngineConfig(), {}) == {
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1"
-    }
-    assert (
-        trainer_environment(ClusterConfig(), two, TrainingConfig(), EngineConfig(), {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}) == {}
-    )
+    config = Config(parallel=ParallelConfig(tensor_model_parallel_size=2))
+    assert trainer_environment(config, {}) == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    assert trainer_environment(config, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}) == {}
 
 
 def test_the_nccl_of_trainers_gets_its_memory_as_that_of_sglang_servers_unless_the_environment_says_otherwise():
-    sglang = EngineConfig(rollout_engine="sglang")
-    sections = ClusterConfig(), ParallelConfig(), TrainingConfig(), sglang
-    assert trainer_environment(*sections, {}) == {"NCCL_CUMEM_ENABLE": "0"}
-    assert trainer_environment(*sections, {"NCCL_CUMEM_ENABLE": "1"}) == {}  # servers inherit it
-    embedded = EngineConfig(rollout_engine="embedded")
-    assert trainer_environment(ClusterConfig(), ParallelConfig(), TrainingConfig(), embedded, {}) == {}
+    config = Config(engine=EngineConfig(rollout_engine="sglang"))
+    assert trainer_environment(config, {}) == {"NCCL_CUMEM_ENABLE": "0"}
+    assert trainer_environment(config, {"NCCL_CUMEM_ENABLE": "1"}) == {}  # servers inherit it
+    assert trainer_environment(Config(engine=EngineConfig(rollout_engine="embedded")), {}) == {}
 
 
 def test_engines_do_not_inherit_what_was_set_for_the_trainer():

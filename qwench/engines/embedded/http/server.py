@@ -38,6 +38,7 @@ MAX_PROMPTS = 64
 _PAUSE_MODES = ("abort", "in_place", "retract")
 _BYTES_OF_A_TOKEN = 12
 """Of a token id and its comma in JSON, or of the text of a token."""
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class AbortBody(BaseModel):
@@ -239,7 +240,7 @@ class EngineServer:
         """Say load and counters to Prometheus."""
         version = await self._engine.weight_version()
         text = metrics_text(await self._engine.stats(), weight_version=version, model=self._model_path)
-        return Response(text, media_type=CONTENT_TYPE)
+        return Response(text, media_type=_METRICS_TYPE)
 
     async def get_weight_version(self) -> Response:
         """Say which weights are in use."""
@@ -292,9 +293,6 @@ def _tags(body: MemoryBody | None) -> list[MemoryTag]:
     if unknown:
         raise HTTPException(400, f"unknown tags {unknown}; known: {', '.join(sorted(known))}.")
     return [MemoryTag(tag) for tag in body.tags]
-
-
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def metrics_text(stats: EngineStats, *, weight_version: int, model: str) -> str:

@@ -10,9 +10,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
+from typing import Any
 
 import uvicorn
 
+from qwench.engines.client import SERVER_IDLE_TIMEOUT_S
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.http.border import HeaderDeadline
 from qwench.engines.embedded.http.server import EngineServer
@@ -27,9 +29,7 @@ LOOPBACK = "127.0.0.1"
 _LOOPBACK_HOSTS = (LOOPBACK, "localhost", "::1")
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 30.0
-KEEP_ALIVE_S = 75
-"""How long an idle connection stays open. Clients close theirs first; a busy one reads an answer seconds after it was written,
-and would send its next request into a connection that is closed just then."""
+_CONNECTIONS: dict[str, Any] = {"http": HeaderDeadline, "timeout_keep_alive": SERVER_IDLE_TIMEOUT_S}  # Any: uvicorn's options
 
 
 def serve(
@@ -65,7 +65,9 @@ def serve(
     _logger.info(greeting(checkpoint, adapters, host=host, port=port))
     if token is None:
         _logger.info("no token is set: every program of this machine may change weights and memory")
-    uvicorn.run(server.app(), host=host, port=port, log_level="info", http=HeaderDeadline, timeout_keep_alive=KEEP_ALIVE_S)
+    uvicorn.run(
+        server.app(), host=host, port=port, log_level="info", http=HeaderDeadline, timeout_keep_alive=SERVER_IDLE_TIMEOUT_S
+    )
 
 
 def greeting(checkpoint: str | Path, adapters: Mapping[str, Path], *, host: str, port: int) -> str:
@@ -93,11 +95,8 @@ class ServerThread:
     ) -> None:
         self._socket = socket.create_server((LOOPBACK, 0))
         app = EngineServer(engine, model_path=model_path, token=token, adapters=adapters).app()
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                app, log_level="warning", timeout_graceful_shutdown=1, http=HeaderDeadline, timeout_keep_alive=KEEP_ALIVE_S
-            )
-        )
+        options = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, **_CONNECTIONS)
+        self._server = uvicorn.Server(options)
         self._thread = daemon("qwench-engine-server", self._server.run, [self._socket])
 
     @property
