@@ -89,9 +89,9 @@ def _read_cursor(file: Path) -> Mapping[str, int] | None:
         stored = load_data(file)
     except ValueError as error:
         raise ConfigError(f"--load: {file} cannot be read ({error}); remove it to begin the data anew.") from error
-    has_position = isinstance(stored, dict) and not stored.keys().isdisjoint(_CURSOR)
-    values = {ours: stored.get(theirs, 0) for theirs, ours in _CURSOR.items()} if has_position else {}
-    if not values or not all(isinstance(value, int) and value >= 0 for value in values.values()):
+    known = stored if isinstance(stored, dict) and not stored.keys().isdisjoint(_CURSOR) else {}
+    values = {ours: known.get(theirs, 0) for theirs, ours in _CURSOR.items()}
+    if not known or not all(isinstance(value, int) and value >= 0 for value in values.values()):
         raise ConfigError(f"--load: {file} holds no position in data; remove it to begin the data anew.")
     return values
 
