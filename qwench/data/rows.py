@@ -354,12 +354,13 @@ def _plain(value: object, *, place: str) -> Json:
             return value
         case Mapping():
             # Arrow gives all records of a column one schema: a null member was not in the record, or says nothing.
-            return {str(key): _plain(member, place=place) for key, member in value.items() if member is not None}
+            named = ((str(_plain(key, place=place)), member) for key, member in value.items())
+            return {key: _plain(member, place=place) for key, member in named if member is not None}
         case list() | tuple():
             return [_plain(member, place=place) for member in value]
         case bytes():
             try:
-                return value.decode()
+                return _plain(value.decode(), place=place)
             except UnicodeDecodeError as error:
                 raise ConfigError(f"{place} holds bytes that are not UTF-8 text ({error}).") from error
         case date() | datetime() | time():

@@ -176,9 +176,22 @@ def test_a_value_that_is_no_json_is_refused_by_its_type(tmp_path):
         read_rows(str(tmp_path / "a.parquet"))
 
 
-def test_a_nul_in_parquet_is_refused_as_in_jsonl(tmp_path):
+def map_column(*items) -> pyarrow.Array:
+    return pyarrow.array([items], pyarrow.map_(pyarrow.infer_type([items[0][0]]), pyarrow.int64()))
+
+
+@pytest.mark.parametrize(
+    "column", [pyarrow.array(["nul \0"]), pyarrow.array([b"nul \0"]), map_column(("k\0", 1)), map_column((b"k\0", 1))]
+)
+def test_a_nul_in_parquet_is_refused_as_in_jsonl(tmp_path, column):
+    pyarrow.parquet.write_table(pyarrow.table({"q": column}), tmp_path / "a.parquet")
     with pytest.raises(ConfigError, match=r"a\.parquet row 1: key 'q' holds a NUL character"):
-        read_rows(write_parquet(tmp_path / "a.parquet", [{"q": "nul \0"}]))
+        read_rows(str(tmp_path / "a.parquet"))
+
+
+def test_bytes_that_are_the_key_of_a_map_become_text(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"q": map_column((b"k", 1))}), tmp_path / "a.parquet")
+    assert read_rows(str(tmp_path / "a.parquet"))[0].values == {"q": {"k": 1}}
 
 
 def test_times_that_no_python_value_holds_are_one_line(tmp_path):
