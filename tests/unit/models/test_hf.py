@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
 from qwench.errors import CheckpointError, ConfigError
-from qwench.models.hf import load_hf_config, load_model, load_tokenizer, stop_token_ids, write_hf_checkpoint
+from qwench.models.hf import load_hf_config, load_model, load_tokenizer, stop_token_ids, write_companions, write_hf_checkpoint
 from qwench.models.made.qwen3 import make_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
 
@@ -238,3 +238,13 @@ def test_stop_ids_are_those_of_all_three_sources(source, tmp_path):
 def test_llama_folders_load(tmp_path):
     LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1).save_pretrained(tmp_path)
     assert load_hf_config(tmp_path).model_type == "llama"
+
+
+@pytest.mark.parametrize("is_fp8", [False, True])
+def test_the_dtype_of_a_folder_is_that_of_weights_that_are_not_quantized(source, tmp_path, is_fp8):
+    name = "model.layers.0.mlp.up_proj.weight"
+    quantized = {name: torch.float8_e4m3fn, f"{name}_scale_inv": torch.float32} if is_fp8 else {}
+    write_companions(tmp_path, source, quantized | {"model.norm.weight": torch.bfloat16})
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert {written.get("dtype"), written.get("torch_dtype")} - {None} == {"bfloat16"}
+    assert ("quantization_config" in written) is is_fp8

@@ -236,3 +236,27 @@ def test_parameters_may_be_replaced_before_a_state_without_parameters_is_loaded(
     _train(optimizer, shards, range(1))
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.get_unscaled_state(shards[0], "exp_avg").dtype == torch.float32
+
+
+class OnGpu(Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "fraction", "splits", "kernel"),
+    [
+        (OnGpu, torch.bfloat16, 0.0, True, True),
+        (OnGpu, torch.bfloat16, 0.1, True, True),
+        (OnGpu, torch.bfloat16, 1.0, True, False),
+        (OnGpu, torch.bfloat16, 0.0, False, False),
+        (OnGpu, torch.float32, 0.0, True, False),
+        (Tensor, torch.bfloat16, 0.0, True, False),
+    ],
+)
+def test_the_kernel_steps_split_masters_on_a_gpu(kind, dtype, fraction, splits, kernel):
+    params = [torch.ones(3, dtype=dtype).as_subclass(kind).requires_grad_() for _ in range(4)]
+    optimizer = HostAdam(params, **_CONSTANTS, offload_fraction=fraction, splits_masters=splits)
+    optimizer.reset()
+    assert optimizer._split_kernel_steps is kernel
