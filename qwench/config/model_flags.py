@@ -37,7 +37,7 @@ def overruled_flags(flags: ArchitectureConfig, model: Architecture) -> Iterator[
 
 def _differences(flags: ArchitectureConfig, model: Architecture) -> Iterator[tuple[str, Any, Any]]:
     """Yield field, given value and fact (of the field's type) where a flag contradicts config.json."""
-    facts = _facts(model)
+    facts = megatron_facts(model)
     for field in fields(flags):
         given, fact = getattr(flags, field.name), facts[field.name]
         if given is None or given == fact:
@@ -51,7 +51,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _facts(model: Architecture) -> dict[str, object]:
+def megatron_facts(model: Architecture) -> dict[str, object]:
     """Return what each field of `ArchitectureConfig` must be for this model."""
     return {
         "num_layers": model.num_layers,

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from qwench.config.config import Config
+from qwench.config.model_flags import megatron_facts
 from qwench.config.plan import RunPlan
 from qwench.config.yaml_file import read_yaml_file
 from qwench.foreign.declared_flags import parse_declared
@@ -87,7 +88,7 @@ def _set_passed(args: Namespace, prefix: str, words: tuple[str, ...]) -> None:
 def _set_derived(args: Namespace, config: Config, plan: RunPlan) -> None:
     """Set what the references call by another name, and what they derive."""
     model, algorithm = plan.model, config.algorithm
-    derived: dict[str, Any] = {
+    derived: dict[str, Any] = megatron_facts(model) | {
         "train_backend": config.backend,
         "global_batch_size": plan.batch.global_batch_size,
         "num_steps_per_rollout": plan.batch.num_steps_per_rollout,
@@ -104,16 +105,7 @@ def _set_derived(args: Namespace, config: Config, plan: RunPlan) -> None:
         "wandb_random_suffix": False,
         "add_bias_linear": model.mlp_bias,
         "layernorm_epsilon": model.norm_eps,
-        "num_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.ffn_hidden_size,
-        "num_attention_heads": model.num_heads,
-        "num_query_groups": model.num_kv_heads,
-        "kv_channels": model.head_dim,
-        "vocab_size": model.vocab_size,
         "padded_vocab_size": model.vocab_size,
-        "rotary_base": model.rope.theta,
-        "qk_layernorm": model.qk_norm,
         "rollout_stop": list(config.rollout.rollout_stop) or None,
         "eval_reward_key": plan.eval_reward_key,
         "eval_datasets": list(plan.eval_sets),

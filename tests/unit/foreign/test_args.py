@@ -52,6 +52,7 @@ def test_switches_are_turned_round():
 def test_the_architecture_is_that_of_the_model():
     expected = {
         "num_layers": 36, "hidden_size": 2560, "ffn_hidden_size": 9728, "num_attention_heads": 32, "num_query_groups": 8,
+        "untie_embeddings_and_output_weights": False, "swiglu": True, "add_qkv_bias": False, "norm_epsilon": 1e-6,
         "kv_channels": 128, "vocab_size": 151936, "padded_vocab_size": 151936, "rotary_base": 1e6, "layernorm_epsilon": 1e-6,
         "qk_layernorm": True, "add_bias_linear": False, "num_experts": None, "qkv_format": "thd",
     }  # fmt: skip
