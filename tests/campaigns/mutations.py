@@ -6,7 +6,8 @@
 
 A change is tried on the module's mirror in tests/unit. The other test files of its folder, and those that import it, then
 try the changes which the mirror did not notice. With `--reach FILE` (see `reach.py`) all other tests that run the changed
-function try what is left, the quickest first, up to 30 s of each kind. `--tests` names other files in place of all that.
+function try what is left, the quickest first, up to 30 s of each kind, and then one file
+with a test that takes longer. `--tests` names other files in place of all that.
 
 The tests run on a copy of the tree. Every change runs in a fork of a process that has imported the heavy libraries. `--jobs`
 tries several modules at once, each job on its own copy. Read each change that is printed: a test is missing, the code does
@@ -42,6 +43,7 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "torch.distributed", "transformers", "hypothesis", "sympy", "aiohttp", "fastapi", "uvicorn")
 LIMIT_S = 30.0
 """How long the recorded tests of one change take."""
+SUITE_LIMIT_S = 600.0
 _GRACE_S = 2.0
 """How long forks that tests have left may go on. The pipe closes when the last one ends."""
 
@@ -205,20 +207,25 @@ class Campaign:
         if self._reach is not None:
             left = [test for test in found if test.partition("::")[0] not in stages[0]]
             in_unit = [test for test in left if test.startswith("tests/unit/")]
-            for name, some in (("unit", in_unit), ("contract or e2e", [test for test in left if test not in set(in_unit)])):
-                if self._some_notice(mutant, self._reach.quickest(some, LIMIT_S)):
+            others = [test for test in left if test not in set(in_unit)]
+            for name, some, limit_s in (
+                ("unit", self._reach.quickest(in_unit, LIMIT_S), 4 * LIMIT_S),
+                ("contract or e2e", self._reach.quickest(others, LIMIT_S), 4 * LIMIT_S),
+                ("contract or e2e", self._reach.suite(others, LIMIT_S), SUITE_LIMIT_S),
+            ):
+                if self._some_notice(mutant, some, limit_s):
                     return name
         return ""
 
-    def _some_notice(self, mutant: Mutant, tests: list[str]) -> bool:
+    def _some_notice(self, mutant: Mutant, tests: list[str], limit_s: float) -> bool:
         """Run recorded tests. One that fails without the change too is left out, and the others go on."""
         while tests:
             self._write(mutant.source)
-            changed = outcome(tests, 4 * LIMIT_S)
+            changed = outcome(tests, limit_s)
             if changed.passed:
                 return False
             self._write(self._original)
-            if outcome([changed.failed] if changed.failed else tests, 4 * LIMIT_S).passed:
+            if outcome([changed.failed] if changed.failed else tests, limit_s).passed:
                 return True
             tests = tests[tests.index(changed.failed) + 1 :] if changed.failed in tests else []
         return False

@@ -66,11 +66,18 @@ class Reach:
     def quickest(self, tests: Iterable[str], limit_s: float) -> list[str]:
         """Return those of the tests that passed and take no longer together."""
         chosen, total_s = [], 0.0
-        for test in sorted(set(tests) & self.seconds.keys(), key=lambda test: (self.seconds[test], test)):
+        for test in self._passed(tests):
             total_s += self.seconds[test] + _BEGIN_S
             if total_s <= limit_s:
                 chosen.append(test)
         return chosen
+
+    def suite(self, tests: Iterable[str], limit_s: float) -> list[str]:
+        """Return the file of the quickest test that takes longer: it makes what the others of its file look at too."""
+        return [test.partition("::")[0] for test in self._passed(tests) if self.seconds[test] > limit_s][:1]
+
+    def _passed(self, tests: Iterable[str]) -> list[str]:
+        return sorted(set(tests) & self.seconds.keys(), key=lambda test: (self.seconds[test], test))
 
     @classmethod
     def load(cls, path: Path) -> Reach:
@@ -123,10 +130,17 @@ def record(tree: Path, folder: Path, tests: Sequence[str], workers: int) -> Reac
 def _seconds_of(report: Path) -> dict[str, float]:
     cases = ElementTree.parse(report).iter("testcase")
     return {
-        f"{case.attrib['classname'].replace('.', '/')}.py::{case.attrib['name']}": float(case.attrib["time"])
+        f"{_file_and_class(case.attrib['classname'])}::{case.attrib['name']}": float(case.attrib["time"])
         for case in cases
         if case.find("failure") is None and case.find("error") is None
     }
+
+
+def _file_and_class(name: str) -> str:
+    """Return tests/a.py of tests.a, and tests/a.py::TestB of tests.a.TestB, as pytest names them."""
+    module, _, last = name.rpartition(".")
+    is_class = last[:1].isupper()
+    return f"{(module if is_class else name).replace('.', '/')}.py" + (f"::{last}" if is_class else "")
 
 
 def copy_tree(tree: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.campaigns import mutations
 from tests.campaigns.mutations import Campaign, Outcome, mutant_of, places_of
-from tests.campaigns.reach import Reach, with_calls
+from tests.campaigns.reach import Reach, _seconds_of, with_calls
 
 SOURCE = '''"""A module."""
 from __future__ import annotations
@@ -77,6 +77,20 @@ def test_the_quickest_tests_of_a_function_try_its_change() -> None:
     assert reach.of_function(Path("it.py"), SOURCE, line=7) == ["other", "failed"], "the inner function"
     assert reach.of_function(Path("it.py"), SOURCE, line=10) == [*seconds], "outside of functions"
     assert reach.quickest(["slow", "failed", "longest", "other", "quick"], limit_s=12.5) == ["quick", "other", "slow"]
+    suites = Reach({"tests/a.py::TestB::one": 31.0, "tests/c.py::two": 40.0, "tests/d.py::three": 30.0}, {})
+    assert suites.suite(suites.seconds, limit_s=30.0) == ["tests/a.py"]
+    assert reach.suite(seconds, limit_s=30.0) == []
+
+
+def test_times_are_kept_by_the_names_that_tests_are_run_by(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    cases = [
+        '<testcase classname="tests.a.test_b" name="test_c[d]" time="1.5"/>',
+        '<testcase classname="tests.a.test_b.TestE" name="test_f" time="2.5"/>',
+        '<testcase classname="tests.a.test_b" name="test_g" time="1"><failure/></testcase>',
+    ]
+    report.write_text(f"<testsuites>{''.join(cases)}</testsuites>")
+    assert _seconds_of(report) == {"tests/a/test_b.py::test_c[d]": 1.5, "tests/a/test_b.py::TestE::test_f": 2.5}
 
 
 def test_what_no_unit_test_notices_is_tried_on_recorded_tests(
