@@ -19,7 +19,7 @@ _ADVICE = {
     "--rollout-max-response-len until responses end",
     "empty_label": "the labels are empty: check --label-key",
     "unparseable": "the answers cannot be read as expressions: look at some with `qwench reward check`",
-    "timeout": "grading runs out of time: raise --reward-timeout-s or --reward-num-workers",
+    "timeout": "grading runs out of time: raise --reward-timeout-s or --reward-num-workers, for a judge --judge-timeout-s",
     "grader_error": "the grader fails: look at the errors with `qwench reward check`",
 }
 
@@ -36,7 +36,9 @@ def degenerate_reason(verdicts: Sequence[Verdict]) -> str | None:
     reason, count = Counter(failed).most_common(1)[0]
     if reason not in _ADVICE or count <= _SHARE * len(failed):
         return None
+    errors = (verdict.extra["error"] for verdict in verdicts if verdict.reason == reason and "error" in verdict.extra)
+    error = next((f" ({error})" for error in errors), "")
     return (
-        f"{count} of {len(verdicts)} responses got no reward for the same reason, {reason!r}: {_ADVICE[reason]}. "
+        f"{count} of {len(verdicts)} responses got no reward for the same reason, {reason!r}{error}: {_ADVICE[reason]}. "
         "To train nevertheless pass --allow-degenerate-rewards."
     )

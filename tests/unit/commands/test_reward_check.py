@@ -114,6 +114,13 @@ def test_one_cause_of_nearly_all_zeros_is_named_with_advice() -> None:
     assert "--allow-degenerate-rewards" in advice
 
 
+def test_a_judge_that_is_never_reached_is_told_with_its_first_error_and_its_own_deadline() -> None:
+    late = [Verdict(score=0.0, reason="timeout", extra={"error": f"error {number}"}) for number in range(3)]
+    advice = degenerate_reason(late)
+    assert advice is not None
+    assert "--judge-timeout-s" in advice and "(error 0)" in advice
+
+
 @pytest.mark.parametrize(
     "rewards",
     [
