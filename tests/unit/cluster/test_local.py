@@ -100,7 +100,9 @@ def test_imported_objects_are_left_alone_by_the_collector_of_each_rank(launched:
 
 @pytest.mark.usefixtures("cold")
 def test_ranks_learn_save_and_give_their_weights(said: Said, launched: Launched, tmp_path: Path):
-    learned = launched.learner.learn(rollout(0, num_tokens=100_000))  # larger than a pipe's buffer
+    launched.learner.learn(rollout(0, num_tokens=100_000))  # larger than a pipe's buffer
+    learned = launched.learner.learn(rollout(0, num_tokens=100_000))
+    assert [path.name for path in launched.ranks._folder.glob("call_*")] == ["call_2"], "the one before was answered"
     assert (learned.metrics["rollout/tokens"], learned.metrics["rank"]) == (100_000, 0)
     assert learned.metrics["perf/actor_train_time"] >= 0
     assert "perf/step_time" not in learned.metrics, "only the driver knows how long a step took"

@@ -11,7 +11,7 @@ import pytest
 
 from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.fleet.members import Member
-from qwench.engines.fleet.pool import EnginePool
+from qwench.engines.fleet.pool import EnginePool, EngineRestartedError
 from qwench.engines.protocol import FinishReason, MemoryTag
 from qwench.errors import EngineLostError, WeightSyncError
 from tests.contract.engine_hosts import ask, make_engine, make_model, prompt_of
@@ -94,6 +94,46 @@ def test_versions_are_confirmed(pool):
     run(pool, pool.engines[1].update_weights(weights, version=3))
     with pytest.raises(WeightSyncError, match="holds weight version 3; 0 was published"):
         run(pool, pool.check_versions(0))
+
+
+class Process:
+    """A server or router that may have ended."""
+
+    base_url = "http://router"
+
+    def __init__(self, label, *, runs):
+        self.label, self.runs = label, runs
+
+    def is_running(self):
+        return self.runs
+
+    def last_output(self):
+        return f"the end of {self.label}'s log"
+
+    def stop(self): ...
+
+    async def close(self): ...
+
+
+@pytest.mark.parametrize(
+    ("router", "server", "said"),
+    [
+        (True, True, "no answer"),
+        (True, False, "b has ended; the end of b's log (1 processes have ended; no answer)"),
+        (False, False, "router has ended; the end of router's log (2 processes have ended; no answer)"),
+    ],
+)
+def test_the_error_of_a_lost_engine_says_which_processes_have_ended_once(router, server, said):
+    servers = Process("a", runs=True), Process("b", runs=server)
+    members = [Member(engine=FakeEngine(lambda context, request: ""), server=one, evaluates=True) for one in servers]
+    with closing(EnginePool(members, EventLoopThread(), router=Process("router", runs=router))) as pool:
+        with pytest.raises(EngineLostError) as raised, pool.explaining(), pool.explaining():
+            raise EngineLostError("no answer")
+        assert str(raised.value) == said
+        for other in (EngineRestartedError("it restarts"), WeightSyncError("other weights")):
+            with pytest.raises(type(other)) as raised, pool.explaining():
+                raise other
+            assert raised.value is other
 
 
 class LostOnce(FakeEngine):

@@ -13,7 +13,7 @@ from qwench.engines.embedded.http import open_requests
 from qwench.engines.embedded.http.growing_answer import GrowingAnswer
 from qwench.engines.embedded.http.open_requests import EventStream, OpenRequests
 from qwench.engines.embedded.http.openai_answers import OpenAiAnswer
-from qwench.engines.embedded.http.openai_requests import CompletionBody
+from qwench.engines.embedded.http.openai_requests import ChatBody, CompletionBody, SamplingFields
 from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.protocol import FinishReason, GenerateRequest, SamplingParams
 from qwench.errors import EngineError
@@ -43,9 +43,10 @@ class Started:
         running.finish_reason = FinishReason.ABORT
 
 
-def start(num_choices: int) -> tuple[OpenRequests, OpenAiAnswer]:
-    """Return the requests, and what tells of them, of a stream with counts of tokens."""
-    body = CompletionBody(prompt=[5], n=num_choices, stream=True, stream_options={"include_usage": True})
+def start(num_choices: int, body: SamplingFields | None = None) -> tuple[OpenRequests, OpenAiAnswer]:
+    """Return the requests, and what tells of them; without a body of a stream with counts of tokens."""
+    usual = CompletionBody(prompt=[5], n=num_choices, stream=True, stream_options={"include_usage": True})
+    body = body or usual
     sampling = SamplingParams(max_new_tokens=8)
     requests = [GenerateRequest(request_id=f"{i}", input_ids=[5], sampling=sampling) for i in range(num_choices)]
     asked = OpenRequests(Started(), requests)
@@ -54,11 +55,16 @@ def start(num_choices: int) -> tuple[OpenRequests, OpenAiAnswer]:
     )
 
 
-def end(running: RunningRequest, text: str) -> None:
-    """Give a request its whole response."""
-    ids = TOKENIZER(text)["input_ids"]
+def grow(running: RunningRequest, ids: list[int]) -> None:
+    """Give a request more tokens of its response."""
     running.tokens += ids
-    running.log_probs, running.weight_versions = [-1.0] * len(ids), [0] * len(ids)
+    running.log_probs, running.weight_versions = [-1.0] * running.num_output, [0] * running.num_output
+
+
+def end(running: RunningRequest, response: str | list[int]) -> None:
+    """Give a request the rest of its response."""
+    grow(running, TOKENIZER(response)["input_ids"] if isinstance(response, str) else response)
+    running.cached_tokens = 3
     running.finish_reason = FinishReason.LENGTH
     running.answer(TOKENIZER)
 
@@ -93,6 +99,75 @@ def test_tokens_are_counted_once_though_the_last_choice_ends_while_a_chunk_is_se
         end(asked.running[1], "345")
         assert told([first, *chunks]) == ["12", "345", 5]
         assert told([*answer.chunks()]) == []
+
+    asyncio.run(run())
+
+
+CHAT = {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "model": "mine"}
+
+
+@pytest.mark.parametrize("kind", ["completion", "chat"])
+def test_a_whole_answer_and_its_stream_have_the_fields_of_openai(kind) -> None:
+    """The second choice ends with half a character, and the first is told in two parts."""
+    is_chat = kind == "chat"
+    bodies = [CompletionBody(prompt=[5], n=2, logprobs=0, stream=stream) for stream in (False, True)]
+    if is_chat:
+        bodies = [ChatBody(**CHAT, n=2, stream=stream) for stream in (False, True)]
+    euro = TOKENIZER("\u20ac")["input_ids"]
+    assert len(euro) > 1, "a token of it is no character"
+    ends = {"finish_reason": "length", "matched_stop": None}
+
+    def log_probs(texts: list[str], begin: int) -> dict:
+        if is_chat:
+            shown = [(text, None if "\ufffd" in text else list(text.encode())) for text in texts]
+            content = [{"token": text, "logprob": -1.0, "bytes": octets, "top_logprobs": []} for text, octets in shown]
+            return {"content": content, "refusal": None}
+        offsets = [begin + sum(map(len, texts[:i])) for i in range(len(texts))]
+        return {"tokens": texts, "token_logprobs": [-1.0] * len(texts), "top_logprobs": None, "text_offset": offsets}
+
+    def piece(index: int, text: str, texts: list[str], begin: int, name: str) -> dict:
+        role = {"role": "assistant"} if name == "message" else {}
+        said = {name: {**role, "content": text}} if is_chat else {"text": text}
+        return {"index": index, **said, "logprobs": log_probs(texts, begin)}
+
+    async def run() -> None:
+        asked, answer = start(2, bodies[0])
+        for running, ids in zip(asked.running, (TOKENIZER("123")["input_ids"], euro[:1]), strict=True):
+            end(running, ids)
+        whole = answer.whole()
+        assert isinstance(whole.pop("created"), int)
+        head = {"id": "a", "model": "mine" if is_chat else "default"}
+        choices = [piece(0, "123", ["1", "2", "3"], 0, "message"), piece(1, "\ufffd", ["\ufffd"], 0, "message")]
+        assert whole == head | {
+            "object": "chat.completion" if is_chat else "text_completion",
+            "choices": [one | ends for one in choices],
+            "usage": {
+                "prompt_tokens": 1,
+                "completion_tokens": 4,
+                "total_tokens": 5,
+                "prompt_tokens_details": {"cached_tokens": 6},
+            },
+        }
+
+        asked, answer = start(2, bodies[1])
+        grow(asked.running[0], TOKENIZER("1")["input_ids"])
+        grow(asked.running[1], euro[:1])
+        first = list(answer.chunks())
+        end(asked.running[0], TOKENIZER("23")["input_ids"])
+        end(asked.running[1], euro[1:])
+        chunks = [*first, *answer.chunks()]
+        kinds = {"chat.completion.chunk" if is_chat else "text_completion"}
+        assert {chunk.pop("object") for chunk in chunks} == kinds
+        assert all({name: chunk.pop(name) for name in head} == head and chunk.pop("created") for chunk in chunks)
+        begin = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        euros = [TOKENIZER.decode([token]) for token in euro]
+        told = [
+            *({"index": index, **begin} for index in range(2) if is_chat),
+            piece(0, "1", ["1"], 0, "delta") | {"finish_reason": None},
+            piece(0, "23", ["2", "3"], 1, "delta") | ends,
+            piece(1, "\u20ac", euros, 0, "delta") | ends,
+        ]
+        assert chunks == [{"choices": [one]} for one in told]
 
     asyncio.run(run())
 
