@@ -16,6 +16,7 @@ from qwench.foreign.sample import Sample
 from qwench.foreign.session import GenerateState, Session, close_session, current_session, open_session, post
 from qwench.rollout.generate import Requests
 from qwench.rollout.sampling import Sampling
+from qwench.samples import Verdict
 from tests.fakes.engine import CharTokenizer, FakeEngine, log_prob_of
 from tests.fakes.grader import FakeGrader
 
@@ -82,8 +83,14 @@ def test_clients_of_their_own_reach_it_over_the_wire():
         async with aiohttp.ClientSession() as client:
             async with client.post(f"{gateway.url}/generate", json=PAYLOAD) as reply:
                 assert (await reply.json())["meta_info"]["output_token_logprobs"] == MEANT
-            async with client.get(f"{gateway.url}/workers") as reply:
-                assert await reply.json() == {"workers": [{"url": gateway.url}], "urls": [gateway.url]}
+            for path in ("/workers", "/list_workers"):
+                assert await session.get(gateway.url + path) == {"workers": [{"url": gateway.url}], "urls": [gateway.url]}
+            for path in ("/health", "/health_generate"):
+                assert await session.get(gateway.url + path) == {"status": "ok"}
+            assert await post(f"{gateway.url}/abort_request", {}) == {"success": True}
+            for path in ("/chat/completions", "/v1/chat/completions"):
+                async with client.post(f"{gateway.url}/sessions/none{path}", json={}) as reply:
+                    assert (reply.status, await reply.json()) == (404, {"error": {"message": "there is no such session"}})
             async with client.post(f"{gateway.url}/generate", json={"text": 1}) as reply:
                 assert reply.status == 400
 
@@ -151,6 +158,27 @@ def test_the_stand_in_of_generate_writes_a_response():
         sample = await generate(current_session().args, Sample(prompt="ab"), {"max_new_tokens": 5})
         assert (sample.tokens, sample.response) == ([*map(ord, "abok")], "ok")
         assert (sample.status, sample.loss_mask, sample.weight_versions) == (Sample.Status.COMPLETED, [1, 1], ["0"])
+
+    with_gateway(check)
+
+
+@pytest.mark.parametrize(
+    ("extra", "reward"), [({"score": 2.0, "acc": True}, {"score": 2.0, "acc": True}), ({"score": 2.0, "pred": "x"}, 1.5)]
+)
+def test_a_record_of_a_grader_is_the_reward_where_it_has_score_and_accuracy(extra, reward):
+    asked = []
+
+    async def check(gateway, engine):
+        def verdict(sample):
+            asked.append((sample.response, sample.metadata.get("rm_type")))
+            return Verdict(score=1.5, reason="exact", extra=extra)
+
+        current_session().grader = FakeGrader(verdict)
+        samples = [Sample(prompt="a", tokens=[97, 98], response="b", response_length=1) for _ in range(2)]
+        samples[1].metadata["rm_type"] = "own"
+        assert await session.grade_all(Namespace(rm_type="dapo"), samples) == [reward] * 2
+        assert await session.grade(Namespace(), samples[0]) == reward
+        assert asked == [("b", "dapo"), ("b", "own"), ("b", None)]
 
     with_gateway(check)
 
