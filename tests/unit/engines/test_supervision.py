@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from qwench.engines.fleet.health import MAX_STARTS
-from qwench.engines.protocol import FinishReason, MemoryTag
+from qwench.engines.protocol import FinishReason, GenerateResult, MemoryTag
 from qwench.errors import EngineError, EngineLostError, WeightSyncError
 from qwench.observability import parts
 from tests.unit.engines.supervised import DEADLINE_S, OFTEN, RARELY, request
@@ -149,8 +149,9 @@ def test_an_abort_reaches_a_request_whose_engine_is_gone(make_scene):
         await scene.pool.abort("r")
         return await running
 
-    result = scene.run(scenario())
-    assert result.finish_reason is FinishReason.ABORT and list(result.output_ids) == []
+    assert scene.run(scenario()) == GenerateResult(
+        request_id="r", output_ids=(), log_probs=(), finish_reason=FinishReason.ABORT, weight_versions=()
+    )
 
 
 def test_a_response_of_weights_that_were_not_published_is_refused(make_scene):

@@ -1,0 +1,56 @@
+"""How many pages of KV cache an engine takes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qwench.config.sections.engine import EngineConfig
+from qwench.engines.embedded.compute import runner
+from qwench.engines.embedded.compute.runner import Runner
+from qwench.engines.embedded.settings import EmbeddedSettings
+from qwench.errors import EngineError
+
+GIB = 2**30
+
+
+def pages(device: str = "cpu", *, max_positions: int = 1000, asleep: object = None, **sizes: object) -> int:
+    """Return what a runner chooses for pages of 16 tokens and 4 requests at once."""
+    engine = EngineConfig(embedded_page_size=16, embedded_max_running_requests=4, **sizes)
+    settings = EmbeddedSettings(sizes=engine, device=device, dtype=torch.bfloat16)
+    model = SimpleNamespace(max_positions=max_positions)
+    made = SimpleNamespace(_settings=settings, _architecture=model, _device=torch.device(device), _kv_cache=asleep)
+    return Runner.choose_num_pages(made)
+
+
+def test_a_cpu_takes_what_is_asked_or_a_fixed_number_of_tokens_but_no_more_than_fit_into_requests():
+    whole = 1 + 4 * 63  # 1000 positions need 63 pages, and one is scratch
+    assert [pages(), pages(max_positions=10**6)] == [whole, 1 + 65_536 // 16]
+    asked = [pages(embedded_kv_cache_tokens=tokens) for tokens in (16, 17, 10**6)]
+    assert asked == [2, 3, whole]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Play a GPU of 10 GiB of which 5 are free, and pages of 1 MiB."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 10 * GIB))
+    monkeypatch.setattr(runner, "page_bytes", lambda architecture, page_size, dtype: page_size * dtype.itemsize * 2**15)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_takes_what_is_free_beyond_its_reserve():
+    whole = 10**6
+    assert pages("cuda:0", max_positions=whole, embedded_mem_fraction=0.75) == 1 + 2560
+    assert pages("cuda:0", embedded_mem_fraction=0.75) == 1 + 4 * 63
+    with pytest.raises(EngineError, match=r"5\.0 of 10\.0 GiB are free on cuda:0 and --embedded-mem-fraction 0\.5 allows no"):
+        pages("cuda:0", max_positions=whole, embedded_mem_fraction=0.5)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(("num_bytes", "kept"), [(15 * GIB // 4, True), (15 * GIB // 4 + 1, False)])
+def test_a_cache_that_slept_gets_its_pages_back_where_half_of_the_reserve_is_left(num_bytes, kept):
+    asleep = SimpleNamespace(num_bytes=num_bytes, num_pages=77)
+    found = pages("cuda:0", max_positions=10**6, asleep=asleep, embedded_mem_fraction=0.75)
+    assert found == (77 if kept else 1 + 2560)
