@@ -45,6 +45,7 @@ def code_of(tree: ast.AST) -> Iterator[ast.AST]:
     for field, value in ast.iter_fields(tree):
         silent = field in ("annotation", "returns", "decorator_list", "msg") or (field == "exc" and isinstance(tree, ast.Raise))
         silent |= field == "type" and isinstance(tree, ast.ExceptHandler)  # a set of errors, whose order means nothing
+        silent |= field == "func" and isinstance(value, ast.Subscript)  # list[Type](): a type, as in an annotation
         if silent or (isinstance(tree, ast.Assign) and _is_alias(tree)):
             continue
         for node in value if isinstance(value, list) else [value]:

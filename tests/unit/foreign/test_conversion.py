@@ -126,6 +126,7 @@ def test_a_sample_may_become_several_of_one_execution():
         ({"loss_masks": [[1], [1, 1]]}, "row 0 has 5 tokens, a response of 3 and a loss mask of 1"),
         ({"rollout_log_probs": [[0.0], [0.0, 0.0]]}, "row 0 has 1 rollout_log_probs for a response of 3"),
         ({"rewards": [0.5, float("nan")]}, "row 1 has nan among its rewards; it must be finite"),
+        ({"raw_reward": [float("inf"), 0.5]}, "row 0 has inf among its raw_reward; it must be finite"),
         ({"rollout_log_probs": [[0.0, float("-inf"), 0.0], [0.0, 0.0]]}, "row 0 has -inf among its rollout_log_probs"),
         ({"rollout_mask_sums": [3, 100]}, "rollout_mask_sums of row 1 is 100, and its rollout_id has 2 trained tokens"),
     ],

@@ -7,9 +7,9 @@ import pytest
 from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import RewardError
-from qwench.rollout.evaluate import EvalSet, Evaluator
+from qwench.rollout.evaluate import EvalResult, EvalSet, Evaluator
 from qwench.rollout.generate import generate_single_turn
-from qwench.samples import Sample, Status, Verdict
+from qwench.samples import Group, Sample, Status, Verdict
 from tests.fakes.console import RecordingConsole
 from tests.fakes.engine import CharTokenizer, FakeEngine
 from tests.fakes.grader import FakeGrader
@@ -53,6 +53,11 @@ def test_score_is_the_plain_mean_and_sets_are_apart():
 def test_response_that_could_not_be_graded_counts_as_zero_and_is_reported():
     metrics = run([eval_set("s", "abcd")], lambda s: Verdict(score=1.0, reason="timeout") if s.prompt.text == "a" else 1.0)
     assert (metrics["eval/s"], metrics["eval/s-none_reward_ratio"]) == (0.75, 0.25)
+
+
+def test_a_response_without_a_reward_counts_as_zero():
+    samples = [Sample(prompt=prompt("a"), sample_id=i, group_id=0, reward=reward) for i, reward in enumerate((1.0, None))]
+    assert EvalResult(name="s", groups=[Group(group_id=0, samples=samples)]).score == 0.5
 
 
 def test_truncated_responses_are_reported():

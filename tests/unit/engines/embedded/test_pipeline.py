@@ -6,19 +6,21 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qwench.engines.embedded.compute.runner import InFlight, Sampled
-from qwench.engines.embedded.pipeline import StepPipeline
+from qwench.engines.embedded.pipeline import StepPipeline, failure_of_step, take_step
 from qwench.engines.embedded.scheduling.kv_cache import PagePool
 from qwench.engines.embedded.scheduling.request import RunningRequest
-from qwench.engines.embedded.scheduling.scheduler import Scheduler
+from qwench.engines.embedded.scheduling.scheduler import PrefillChunk, Scheduler, StepPlan
 from qwench.engines.embedded.scheduling.stopping import update_finish
 from qwench.engines.embedded.worker import Worker
-from qwench.engines.protocol import FinishReason, GenerateRequest, SamplingParams
+from qwench.engines.protocol import FinishReason, GenerateRequest, SamplingParams, Scoring
+from qwench.errors import EngineError
 from tests.contract.engine_hosts import ask, generate_all, make_engine, make_model, prompt_of
 
 PAGE_SIZE = 4
@@ -117,6 +119,51 @@ class Play:
 
     def step(self) -> None:
         run_inline(self.pipeline.step(self.scheduler))
+
+
+def test_a_step_gives_each_request_its_own_and_those_that_left_nothing():
+    last, goes_on, left = (make_request(name, [1], seed=0, max_new_tokens=n) for name, n in (("a", 1), ("b", 2), ("c", 1)))
+    scoring = Scoring(start=1, top_k=0, token_ids=())
+    scored, gone = (make_request(name, [1, 2, 3], seed=0, max_new_tokens=0) for name in ("s", "t"))
+    for one in (scored, gone):
+        one.request = replace(one.request, scoring=scoring)
+    requests = [last, left, goes_on]
+    for one in requests:
+        one.pending, one.progress = 1, asyncio.Event()
+    for one in (last, goes_on, scored):
+        one.row = 0
+    chunks = [PrefillChunk(request=one, start=0, count=3, is_last=True) for one in (scored, gone)]
+    chunks.append(PrefillChunk(request=goes_on, start=0, count=1, is_last=True))
+    plan = StepPlan(prefills=chunks, followers=[[], [], []])
+    scores = torch.ones(2, 1), torch.zeros(2, 1)
+    step = InFlight(plan=plan, requests=requests, drawn=torch.zeros(0), arrived=None, support={2: [5, 6]}, scores=scores)
+    ended, num_taken = take_step(step, ([8, 9, 5], [-1.0, -2.0, -3.0]), version=4, tokenizer=None)
+    assert (ended, num_taken) == ([last, scored], 2)
+    assert [one.finish_reason for one in (last, goes_on, left, scored, gone)] == [
+        FinishReason.LENGTH, None, None, FinishReason.LENGTH, None,
+    ]  # fmt: skip
+    assert [(one.output_ids, one.log_probs, one.weight_versions, one.support) for one in requests] == [
+        ([8], [-1.0], [4], []), ([], [], [], []), ([5], [-3.0], [4], [[5, 6]]),
+    ]  # fmt: skip
+    assert [one.pending for one in requests] == [0, 0, 0]
+    assert [one.progress.is_set() for one in requests] == [True, False, True]
+    assert scored.scored == [scores[0]] and gone.scored == []
+
+
+def test_the_runner_is_closed_unless_its_work_never_ends():
+    for is_lost, closed in ((False, ["runner", "worker"]), (True, ["worker"])):
+        events: list[str] = []
+        runner = SimpleNamespace(close=lambda events=events: events.append("runner"))
+        worker = SimpleNamespace(close=lambda events=events: events.append("worker"), is_lost=is_lost)
+        StepPipeline(runner, worker, lambda *_: None, overlap=False).close()
+        assert events == closed
+
+
+def test_a_step_that_fails_keeps_an_error_of_the_engine_and_names_any_other():
+    own, cause = EngineError("a rank ended."), ValueError("odd")
+    assert failure_of_step(own) is own
+    told = failure_of_step(cause)
+    assert (str(told), told.__cause__) == ("the embedded engine failed in a step: ValueError: odd", cause)
 
 
 def test_a_step_is_taken_after_the_next_one_was_launched():
