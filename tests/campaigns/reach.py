@@ -37,8 +37,10 @@ def called(function):
     test = os.environ.get("PYTEST_CURRENT_TEST")
     if test and (test, function) not in _SEEN:
         _SEEN.add((test, function))
+        name, _, phase = test.rpartition(" ")
+        who = name.partition("::")[0] if phase == "(setup)" else name  # what is set up may serve all tests of a file
         with open({path!r}, "a") as file:
-            file.write(test.rpartition(" ")[0] + "\\t" + function + "\\n")
+            file.write(who + "\\t" + function + "\\n")
 """
 
 
@@ -120,11 +122,13 @@ def record(tree: Path, folder: Path, tests: Sequence[str], workers: int) -> Reac
     subprocess.run(
         [sys.executable, *words], cwd=tree, env=os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}, check=False
     )
-    found: dict[str, set[str]] = defaultdict(set)
+    seconds, found, of_file = _seconds_of(report), defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
+    for test in seconds:
+        of_file[test.partition("::")[0]].add(test)
     for line in calls.read_text().splitlines():
         test, function = line.split("\t")
-        found[function].add(test)
-    return Reach(_seconds_of(report), {function: sorted(tests) for function, tests in sorted(found.items())})
+        found[function] |= {test} if "::" in test else of_file[test]
+    return Reach(seconds, {function: sorted(tests) for function, tests in sorted(found.items())})
 
 
 def _seconds_of(report: Path) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from functools import partial
 
 import orjson
 import pytest
@@ -106,6 +107,21 @@ def test_tokens_are_counted_once_though_the_last_choice_ends_while_a_chunk_is_se
 CHAT = {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "model": "mine"}
 
 
+def log_probs_of(texts: list[str], begin: int, *, is_chat: bool) -> dict:
+    if is_chat:
+        shown = [(text, None if "\ufffd" in text else list(text.encode())) for text in texts]
+        content = [{"token": text, "logprob": -1.0, "bytes": octets, "top_logprobs": []} for text, octets in shown]
+        return {"content": content, "refusal": None}
+    offsets = [begin + sum(map(len, texts[:i])) for i in range(len(texts))]
+    return {"tokens": texts, "token_logprobs": [-1.0] * len(texts), "top_logprobs": None, "text_offset": offsets}
+
+
+def piece_of(index: int, text: str, texts: list[str], begin: int, name: str, *, is_chat: bool) -> dict:
+    role = {"role": "assistant"} if name == "message" else {}
+    said = {name: {**role, "content": text}} if is_chat else {"text": text}
+    return {"index": index, **said, "logprobs": log_probs_of(texts, begin, is_chat=is_chat)}
+
+
 @pytest.mark.parametrize("kind", ["completion", "chat"])
 def test_a_whole_answer_and_its_stream_have_the_fields_of_openai(kind) -> None:
     """The second choice ends with half a character, and the first is told in two parts."""
@@ -116,19 +132,7 @@ def test_a_whole_answer_and_its_stream_have_the_fields_of_openai(kind) -> None:
     euro = TOKENIZER("\u20ac")["input_ids"]
     assert len(euro) > 1, "a token of it is no character"
     ends = {"finish_reason": "length", "matched_stop": None}
-
-    def log_probs(texts: list[str], begin: int) -> dict:
-        if is_chat:
-            shown = [(text, None if "\ufffd" in text else list(text.encode())) for text in texts]
-            content = [{"token": text, "logprob": -1.0, "bytes": octets, "top_logprobs": []} for text, octets in shown]
-            return {"content": content, "refusal": None}
-        offsets = [begin + sum(map(len, texts[:i])) for i in range(len(texts))]
-        return {"tokens": texts, "token_logprobs": [-1.0] * len(texts), "top_logprobs": None, "text_offset": offsets}
-
-    def piece(index: int, text: str, texts: list[str], begin: int, name: str) -> dict:
-        role = {"role": "assistant"} if name == "message" else {}
-        said = {name: {**role, "content": text}} if is_chat else {"text": text}
-        return {"index": index, **said, "logprobs": log_probs(texts, begin)}
+    piece = partial(piece_of, is_chat=is_chat)
 
     async def run() -> None:
         asked, answer = start(2, bodies[0])
