@@ -1,18 +1,29 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from qwench.checkpoints.convert import RunState
-from qwench.checkpoints.folders import check_load_folder, open_save_folder, starting_adapter
+from qwench.checkpoints.folders import (
+    check_load_folder,
+    check_weights,
+    open_save_folder,
+    starting_adapter,
+    starting_weights,
+    teacher_weights,
+)
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.config.sections.checkpoint import CheckpointConfig
+from qwench.config.sections.distillation import DistillationConfig
 from qwench.config.sections.lora import LoraConfig
 from qwench.errors import CheckpointError, ConfigError
 from tests.fakes.console import RecordingConsole
 from tests.fakes.learner import CountingLearner, CountingRollouts
+from tests.unit.config.architectures import QWEN3_4B
 
 IDENTITY = {"algorithm": "grpo", "num_layers": 2}
 
@@ -169,3 +180,38 @@ def test_a_folder_without_its_marker_is_known_by_its_checkpoints(tmp_path, damag
         open_save_folder(config, IDENTITY | {"num_layers": 3})
     open_save_folder(config, IDENTITY)
     assert json.loads(marker.read_text()) == IDENTITY
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_the_folder_and_the_step_that_a_model_starts_from_are_those_of_its_flags(tmp_path, step):
+    written = tmp_path / "iter_0000003" / "model"
+    written.mkdir(parents=True)
+    (written / ".metadata").write_bytes(b"")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    distillation = DistillationConfig(use_opd=True, opd_type="megatron", opd_teacher_load=tmp_path, opd_teacher_ckpt_step=step)
+    started = CheckpointConfig(ref_load=tmp_path, ref_ckpt_step=step)
+    for flag, find in (
+        ("--ref-load", partial(starting_weights, started)),
+        ("--opd-teacher-load", partial(teacher_weights, distillation)),
+    ):
+        if step == 3:
+            assert find() == tmp_path / "iter_0000003"
+            continue
+        with pytest.raises(ConfigError, match=f"^{flag} .*iter_0000004"):
+            find()
+    assert starting_weights(CheckpointConfig()) is None
+    assert starting_adapter(LoraConfig(lora_rank=4)) is None
+    assert starting_adapter(LoraConfig(lora_rank=4, lora_adapter_path=tmp_path)) == tmp_path / "iter_0000003"
+    gone = replace(distillation, opd_teacher_load=tmp_path / "gone")
+    with pytest.raises(ConfigError, match=f"^--opd-teacher-load: there is no folder {tmp_path}/gone$"):
+        teacher_weights(gone)
+
+
+@pytest.mark.parametrize("flag", ["--ref-load", "--load", "--lora-adapter-path", "--hf-checkpoint"])
+def test_weights_that_cannot_be_read_are_named_by_their_flag(tmp_path, flag):
+    (tmp_path / "config.json").write_text("{}")
+    config = CheckpointConfig(ref_load=tmp_path if flag == "--ref-load" else None, load=tmp_path if flag == "--load" else None)
+    lora = LoraConfig(lora_rank=4, lora_adapter_path=tmp_path) if flag == "--lora-adapter-path" else None
+    hf_checkpoint = tmp_path if flag == "--hf-checkpoint" else None
+    with pytest.raises(ConfigError, match=f"^{flag}: "):
+        check_weights(config, QWEN3_4B, hf_checkpoint, lora=lora)

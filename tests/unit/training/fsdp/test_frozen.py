@@ -98,3 +98,14 @@ def test_training_equals_that_of_a_model_with_rounded_weights(tmp_path: Path, fo
     for name, weight in theirs.items():
         torch.testing.assert_close(mine[name], weight, rtol=1e-4, atol=1e-5)
     assert _published(trainer, "apart").keys() == _published(plain, "apart").keys()
+
+
+@pytest.mark.parametrize("form", [None, "fp8", "nf4"])
+def test_another_matrix_has_the_place_inside_the_context_alone(form):
+    matrix, other = FrozenMatrix(torch.ones(4, 128), form), torch.full((4, 128), 2.0)
+    before, x = matrix.whole(torch.float32), torch.ones(1, 128)
+    with pytest.raises(KeyError), matrix.replaced(other):
+        assert torch.equal(matrix(x), torch.full((1, 4), 256.0))
+        assert matrix.whole(torch.bfloat16).dtype == torch.bfloat16
+        raise KeyError
+    assert torch.equal(matrix.whole(torch.float32), before)

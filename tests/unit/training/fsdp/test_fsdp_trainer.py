@@ -316,6 +316,14 @@ def test_sleep_on_a_device_keeps_there_what_an_engine_computes_with(model_folder
     assert _train(backend) == _train(lent)
 
 
+def test_the_state_of_the_optimizer_is_made_before_the_first_step_if_asked_for(model_folder: Path):
+    backend = _build(model_folder)
+    [optimizer] = backend._optimizer._optimizers
+    assert not optimizer.state
+    backend.prepare_steps()
+    assert len(optimizer.state) == len(backend._weights)
+
+
 def test_replicas_must_divide_the_ranks(model_folder: Path):
     with pytest.raises(ConfigError, match="--dp-replicate 2 does not divide the 1 ranks"):
         _build(model_folder, dp_replicate=2)
