@@ -177,7 +177,7 @@ def teacher_weights(config: DistillationConfig) -> Path:
     """
     assert config.opd_teacher_load is not None, "--use-opd requires --opd-teacher-load"
     if not config.opd_teacher_load.is_dir():
-        raise ConfigError(f"--opd-teacher-load: there is no folder {config.opd_teacher_load}")
+        raise ConfigError(f"--opd-teacher-load: there is no folder {config.opd_teacher_load}; give one.")
     return find_checkpoint(config.opd_teacher_load, step=config.opd_teacher_ckpt_step, flag="--opd-teacher-load")
 
 

@@ -25,7 +25,9 @@ def check_equal_bits(config: Config, model: Architecture, *, on_gpus: bool) -> N
         return
     flag = "--true-on-policy-mode" if training.true_on_policy_mode else "--batch-invariant-mode"
     if (stale := _stale(config)) is not None and training.true_on_policy_mode:
-        raise ConfigError(f"{flag} compares the engine with weights of the same version; {stale} samples with older ones")
+        raise ConfigError(
+            f"{flag} compares the engine with weights of the same version; {stale} samples with older ones; leave one out"
+        )
     if config.engine.kind == "sglang":
         if config.engine.sglang_enable_deterministic_inference:
             return

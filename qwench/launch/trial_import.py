@@ -81,7 +81,9 @@ def run_child(program: str, arguments: Sequence[str], *, named: str) -> tuple[in
             with waiting(f"import of {named}"):
                 code = child.wait(IMPORT_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            raise ConfigError(f"the modules of {named} were not imported within {IMPORT_TIMEOUT_S:g} s.") from None
+            raise ConfigError(
+                f"the modules of {named} were not imported within {IMPORT_TIMEOUT_S:g} s; move what lasts into the functions."
+            ) from None
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)  # processes that a module has started

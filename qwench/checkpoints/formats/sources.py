@@ -92,7 +92,8 @@ def find_checkpoint(folder: Path, *, step: int | None = None, flag: str = "--loa
     if step is not None:
         named = Iterations(folder).folder(step)
         if not named.is_dir():
-            raise ConfigError(f"{flag} {folder} has no checkpoint of iteration {step}: there is no {named.name} in it.")
+            found = Iterations(folder).newest_first() or "none"
+            raise ConfigError(f"{flag} {folder} has no checkpoint of iteration {step}; it has {found}.")
         return named
     if not (folder / POINTER).is_file():
         return folder
@@ -101,7 +102,7 @@ def find_checkpoint(folder: Path, *, step: int | None = None, flag: str = "--loa
         raise ConfigError(f"{flag} {folder}: {POINTER} says {target[:40]!r}; it must be {RELEASE} or a number.")
     named = folder / RELEASE if target == RELEASE else Iterations(folder).folder(int(target))
     if not named.is_dir():
-        raise ConfigError(f"{flag} {folder}: {POINTER} says {target}, but there is no {named.name}.")
+        raise ConfigError(f"{flag} {folder}: {POINTER} says {target}, but there is no {named.name}; give a checkpoint in it.")
     return named
 
 
