@@ -58,6 +58,7 @@ def test_flags_choose_what_is_taken_over(slime: Path) -> None:
     without = read(slime, no_load_optim=True, start_rollout_id=3)
     assert (without.next_rollout_id, without.num_steps) == (3, None)
     assert any("optimizer is not taken over" in line for line in without.notices())
+    assert manager_of(load=slime, no_load_optim=True).train_steps(9) == 1
     assert read_reference_run(CheckpointConfig(load=slime, finetune=True)) is None
     assert read(slime, ckpt_step=7).folder.name == "iter_0000007"
 
