@@ -40,10 +40,19 @@ class AllowingUnpickler(pickle.Unpickler):
 class FakeSglang:
     """A server in a thread; a context manager."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], *, tp_size: int, token: str) -> None:
+    def __init__(
+        self,
+        shapes: dict[str, tuple[int, ...]],
+        *,
+        tp_size: int,
+        token: str,
+        caches_prefixes: bool = True,
+        num_waiting: int = 0,
+    ) -> None:
         self.shapes = shapes
         self.tp_size = tp_size
         self.token = token
+        self.caches_prefixes, self.num_waiting = caches_prefixes, num_waiting
         self.version = "default"
         self.requests: list[tuple[str, dict]] = []
         self.damaged: str | None = None
@@ -68,7 +77,7 @@ class FakeSglang:
     def answer(self, path: str, body: dict) -> tuple[int, dict]:
         self.requests.append((path, body))
         if path == "/server_info":
-            return 200, {"tp_size": self.tp_size}
+            return 200, {"tp_size": self.tp_size, "disable_radix_cache": not self.caches_prefixes}
         if path == "/model_info":
             return 200, {"model_path": "m", "weight_version": self.version}
         if path == "/weights_checker":
@@ -78,6 +87,8 @@ class FakeSglang:
             return 200, {"success": True, "message": "Success.", "ranks": ranks}
         if path in ADAPTER_BODIES:
             return self._change_adapters(path, body)
+        if body["flush_cache"]:
+            assert not self.num_waiting, "Cache flush failed after updating weights"  # of which SGLang's scheduler dies
         assert path == "/update_weights_from_tensor", path
         assert body["load_format"] == "flattened_bucket"
         for rank, payload in enumerate(body["serialized_named_tensors"]):

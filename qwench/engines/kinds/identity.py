@@ -29,6 +29,8 @@ class ModelIdentity:
     """Text to token ids, without special tokens."""
     ranks_requests: bool = False
     """Some requests wait for all others (--eval-low-priority)."""
+    keeps_requests: bool = False
+    """Publications change the weights while requests wait or run (--fully-async)."""
     context_len: int | None = None
     """Tokens that prompt and response may have together. None: as many as the model has."""
 
@@ -57,6 +59,11 @@ async def check_serves(engine: HttpEngine, identity: ModelIdentity) -> EngineKin
         raise ConfigError(
             f"--eval-low-priority has no effect on the engine at {engine.base_url}; start it with "
             "--enable-priority-scheduling --default-priority-value 0, or leave the flag out."
+        )
+    if identity.keeps_requests and not settings.get("disable_radix_cache", True):
+        raise ConfigError(
+            f"--pause-generation-mode retract and in_place change the weights under requests; the engine at {engine.base_url} "
+            "would keep prefixes of the old ones. Start it with --disable-radix-cache, or give --pause-generation-mode abort."
         )
     context_len = settings.get("context_length")
     if context_len is not None and identity.context_len is not None and context_len < identity.context_len:

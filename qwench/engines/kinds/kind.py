@@ -39,6 +39,8 @@ class ServerOrder:
     """A response has the same bits in every run, also beside other requests (--deterministic-mode)."""
     ranks_requests: bool = False
     """Some requests wait for all others (--eval-low-priority)."""
+    keeps_requests: bool = False
+    """Publications change the weights while requests wait or run (--fully-async)."""
     stretched_positions: int | None = None
     """Tokens of the longest text where the rotary scaling allows more than max_position_embeddings says; None: it does not."""
     adapter: AdapterConfig | None = None

@@ -49,6 +49,9 @@ def sglang_command(
     if order.ranks_requests:
         # Without a default value SGLang lets requests that bring no priority wait for all others.
         argv += ["--enable-priority-scheduling", "--default-priority-value", "0"]
+    if order.keeps_requests:
+        # SGLang drops cached prefixes, which are of the old weights, only while it has no request; it ends otherwise.
+        argv += ["--disable-radix-cache"]
     argv += engine.sglang_args
     argv += ["--model-path", str(order.model_folder), "--tp-size", str(tp_size), "--dtype", order.dtype]
     # Engines that sampled with one seed would draw the same for requests that bring none.

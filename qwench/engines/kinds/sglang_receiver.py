@@ -41,12 +41,10 @@ class SglangReceiver(HttpReceiver):
     """See the module docstring and `receiver.Receiver`."""
 
     async def open(self) -> None:
-        """Learn the size of tensor parallelism."""
-        placement = self.engine.address.placement
-        if placement is not None:
-            self.num_ranks = len(placement.devices)
-        else:
-            self.num_ranks = int((await self.engine.server_info())["tp_size"])
+        """Learn the size of tensor parallelism, and whether there are cached prefixes to drop."""
+        settings = await self.engine.server_info()
+        self.num_ranks = int(settings["tp_size"])
+        self._caches_prefixes = not settings.get("disable_radix_cache")
 
     @property
     def ledger_kind(self) -> str:
@@ -72,7 +70,7 @@ class SglangReceiver(HttpReceiver):
 
     async def take_folder(self, folder: Path, *, version: int) -> None:
         """See `Receiver`."""
-        body = {"model_path": str(folder), "weight_version": str(version), "flush_cache": True}
+        body = {"model_path": str(folder), "weight_version": str(version), "flush_cache": self._caches_prefixes}
         await self.ask("/update_weights_from_disk", body)
 
     async def confirm(self, ledger: Ledger, *, version: int) -> None:
@@ -91,9 +89,12 @@ class SglangReceiver(HttpReceiver):
                 )
 
     async def _take(self, path: str, body: Json, portion: Portion) -> None:
-        """Send a bucket; only the last one names the version and drops cached prefixes."""
+        """Send a bucket; only the last one names the version and drops cached prefixes.
+
+        A server without cached prefixes is not asked to drop any: SGLang ends if it is while a request waits.
+        """
         last = {"weight_version": str(portion.version)} if portion.final else {}
-        await self.ask(path, {**body, **last, "flush_cache": portion.final})
+        await self.ask(path, {**body, **last, "flush_cache": portion.final and self._caches_prefixes})
 
 
 def flattened_bucket_payload(buffer: SharedBuffer, entries: Sequence[TensorEntry]) -> str:

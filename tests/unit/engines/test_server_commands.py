@@ -70,6 +70,7 @@ def test_an_idle_connection_of_an_sglang_server_outlives_a_client_that_is_slow_t
         ("releases_memory", ["--enable-memory-saver"]),
         ("sglang_enable_deterministic_inference", ["--enable-deterministic-inference"]),
         ("serves_checkpoint", ["--weight-version", "0"]),
+        ("keeps_requests", ["--disable-radix-cache"]),
         ("ranks_requests", ["--enable-priority-scheduling", "--default-priority-value", "0"]),
     ],
 )

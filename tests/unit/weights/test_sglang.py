@@ -47,8 +47,8 @@ class Fp8Source(Source):
         self.tensors = dict(bucket)
 
 
-def serve(source, *, tp_size=1):
-    return FakeSglang({name: tuple(t.shape) for name, t in source.tensors.items()}, tp_size=tp_size, token=TOKEN)
+def serve(source, *, tp_size=1, **state):
+    return FakeSglang({name: tuple(t.shape) for name, t in source.tensors.items()}, tp_size=tp_size, token=TOKEN, **state)
 
 
 def publish(source, fake, *, version=7, bucket_bytes=5_000, token=TOKEN):
@@ -78,6 +78,14 @@ def test_every_tensor_arrives_and_is_verified_on_every_rank(family, dtype, tp_si
     updates = [body for path, body in fake.requests if path == "/update_weights_from_tensor"]
     assert len(updates) > 5 and [body["flush_cache"] for body in updates] == [False] * (len(updates) - 1) + [True]
     assert [body.get("weight_version") for body in updates] == [None] * (len(updates) - 1) + ["7"]
+
+
+def test_a_server_without_cached_prefixes_takes_weights_while_requests_wait():
+    source = Source("qwen3", torch.bfloat16)
+    with serve(source, caches_prefixes=False, num_waiting=3) as fake:
+        publish(source, fake)
+    updates = [body["flush_cache"] for path, body in fake.requests if path == "/update_weights_from_tensor"]
+    assert len(updates) > 5 and not any(updates) and fake.version == "7"
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])

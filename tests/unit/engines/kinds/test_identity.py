@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -75,6 +76,16 @@ def test_a_server_without_priorities_cannot_let_evaluations_wait(settings):
     with pytest.raises(ConfigError, match=r"--eval-low-priority .* --enable-priority-scheduling --default-priority-value 0"):
         kind_of(settings, model={})
     assert kind_of(settings, model={}, ranks_requests=False) == "sglang"
+
+
+def test_a_server_whose_weights_change_under_requests_must_cache_no_prefixes():
+    identity = ModelIdentity(model_type="qwen3", sizes=SIZES, encode=lambda text: [1, 2], keeps_requests=True)
+    settings = {"disable_radix_cache": False}
+    with pytest.raises(ConfigError, match=r"http://engine:1 .* --disable-radix-cache, or give --pause"):
+        asyncio.run(check_serves(Server(SIZES, settings), identity))  # type: ignore[arg-type]
+    for told in ({"disable_radix_cache": True}, {}):  # `qwench serve` tells nothing: it drops prefixes by itself
+        asyncio.run(check_serves(Server(SIZES, told), identity))  # type: ignore[arg-type]
+    asyncio.run(check_serves(Server(SIZES, settings), replace(identity, keeps_requests=False)))  # type: ignore[arg-type]
 
 
 def test_a_server_with_priorities_lets_evaluations_wait():
